@@ -1,0 +1,1 @@
+"""Presets and the demo model, shipped as package data."""

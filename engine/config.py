@@ -1,0 +1,90 @@
+"""Engine configuration: frozen once built; derived values are returned, never written back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import ConfigurationError
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "dummy"]
+SchedulingPolicy = Literal["fcfs", "priority"]
+
+MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the engine process is started with; plain values, so that it crosses as JSON.
+
+    Sizes are in tokens unless the name says otherwise. `None` means "derive it": from the model
+    (`max_model_len`), by profiling (`num_blocks`), or from the device (`kv_cache_memory_bytes`,
+    used on the CPU where there is no device memory to take a share of).
+    """
+
+    model: str
+    dtype: DType = "auto"
+    device: Device = "auto"
+    load_format: LoadFormat = "auto"
+    trust_remote_code: bool = False
+    seed: int = 0
+    enforce_eager: bool = False
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_blocks: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    max_logprobs: int = 20
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, message: str) -> None:
+            if not ok:
+                raise ConfigurationError(message)
+
+        size = self.block_size
+        require(
+            MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE and size & (size - 1) == 0,
+            f"block_size must be a power of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}, "
+            f"not {size}",
+        )
+        require(self.max_num_seqs >= 1, "max_num_seqs must be at least 1")
+        require(self.max_num_batched_tokens >= 1, "max_num_batched_tokens must be at least 1")
+        require(
+            self.max_model_len is None or self.max_model_len >= 2,
+            "max_model_len must be at least 2",
+        )
+        require(self.num_blocks is None or self.num_blocks >= 1, "num_blocks must be at least 1")
+        require(
+            0.0 < self.gpu_memory_utilization <= 1.0,
+            "gpu_memory_utilization must be above 0 and at most 1",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What the engine reports once it is ready; the HTTP side validates requests against it."""
+
+    model: str
+    architecture: str
+    device: str
+    dtype: str
+    num_parameters: int
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    kv_bytes_per_token: int
+    max_num_seqs: int
+    max_logprobs: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        return self.num_blocks * self.block_size

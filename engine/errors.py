@@ -1,0 +1,160 @@
+"""The one exception tree of quire.
+
+QuireError
+├── InvalidRequestError                 the client's mistake; names the parameter     → 400
+│   ├── ContextLengthError              prompt (+ max_tokens) over the context        → 400
+│   ├── PoolTooSmallError               can never fit the KV pool                     → 400
+│   └── ModelNotFoundError              not a served name                             → 404
+├── AuthenticationError                 key missing or wrong                          → 401
+├── OverloadedError                     refused on arrival; carries `retry_after`
+│   ├── QueueFullError                                                                → 429
+│   └── ShuttingDownError                                                             → 503
+├── RequestFailedError                  admitted, then failed; others are unaffected
+│   ├── QueueTimeoutError               deadline passed while it waited               → 503
+│   ├── RequestTimeoutError             deadline passed while it ran                  → 504
+│   ├── NonFiniteLogitsError            NaN or infinity in its logits                 → 500
+│   ├── StepFailedError                 its row raised in the sampler or a mask       → 500
+│   └── DeviceMemoryError               out of memory even when alone                 → 503
+├── EngineError                         the engine process is not serving
+│   ├── EngineDeadError                 it died with the request in flight            → 500
+│   └── EngineNotReadyError             starting, restarting or given up              → 503
+└── StartupError                        one line for a person, exit code ≠ 0; never on HTTP
+    ├── ConfigurationError              a flag, a file or their combination
+    ├── ModelLoadError                  weights or configuration cannot be read
+    └── UnsupportedModelError           read, but it cannot work here; says why
+
+`server/errors.py` maps every leaf to its HTTP answer, and a test asserts that none is missing.
+The class attribute `code` is what a client sees in `error.code`; it also carries an error across
+the process boundary (`error_from_code`).
+"""
+
+from __future__ import annotations
+
+
+class QuireError(Exception):
+    """Root of all errors that quire raises on purpose."""
+
+    code: str = "internal_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequestError(QuireError):
+    """The request cannot be served as asked; `param` names the offending field."""
+
+    code = "invalid_value"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(InvalidRequestError):
+    code = "context_length_exceeded"
+
+
+class PoolTooSmallError(InvalidRequestError):
+    code = "kv_pool_too_small"
+
+
+class ModelNotFoundError(InvalidRequestError):
+    code = "model_not_found"
+
+
+class AuthenticationError(QuireError):
+    code = "invalid_api_key"
+
+
+class OverloadedError(QuireError):
+    """Refused on arrival. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFullError(OverloadedError):
+    code = "queue_full"
+
+
+class ShuttingDownError(OverloadedError):
+    code = "shutting_down"
+
+
+class RequestFailedError(QuireError):
+    """An admitted request failed alone."""
+
+
+class QueueTimeoutError(RequestFailedError):
+    code = "queue_timeout"
+
+
+class RequestTimeoutError(RequestFailedError):
+    code = "request_timeout"
+
+
+class NonFiniteLogitsError(RequestFailedError):
+    code = "non_finite_logits"
+
+
+class StepFailedError(RequestFailedError):
+    code = "step_failed"
+
+
+class DeviceMemoryError(RequestFailedError):
+    code = "device_out_of_memory"
+
+
+class EngineError(QuireError):
+    """The engine process is not serving."""
+
+
+class EngineDeadError(EngineError):
+    code = "engine_dead"
+
+
+class EngineNotReadyError(EngineError):
+    code = "engine_not_ready"
+
+
+class StartupError(QuireError):
+    """The server cannot start; the message is one line for a person."""
+
+    code = "startup_failed"
+
+
+class ConfigurationError(StartupError):
+    code = "bad_configuration"
+
+
+class ModelLoadError(StartupError):
+    code = "model_load_failed"
+
+
+class UnsupportedModelError(StartupError):
+    code = "unsupported_model"
+
+
+_IN_FLIGHT: dict[str, type[QuireError]] = {
+    error.code: error
+    for error in (
+        ContextLengthError,
+        PoolTooSmallError,
+        QueueFullError,
+        QueueTimeoutError,
+        RequestTimeoutError,
+        NonFiniteLogitsError,
+        StepFailedError,
+        DeviceMemoryError,
+        EngineDeadError,
+        EngineNotReadyError,
+        InvalidRequestError,
+    )
+}
+
+
+def error_from_code(code: str, message: str) -> QuireError:
+    """Rebuild an error that crossed the process boundary as (code, message)."""
+    return _IN_FLIGHT.get(code, QuireError)(message)

@@ -1,0 +1,61 @@
+"""What a client asked: immutable, tokenised, with its limits checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import ContextLengthError, InvalidRequestError, PoolTooSmallError
+from .sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt and how to continue it.
+
+    `request_id` is unique within the engine (the HTTP side makes it; a client's own id is only
+    echoed). Times are `time.monotonic()` seconds, which all processes of a machine share.
+    `queue_deadline` bounds the wait for the first step, `deadline` the whole request. Lower
+    `priority` goes first. Requests share cached blocks only with requests of the same
+    `cache_salt`.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling_params: SamplingParams
+    arrival_time: float
+    queue_deadline: float | None = None
+    deadline: float | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt_token_ids:
+            raise InvalidRequestError("the prompt is empty", "prompt")
+
+    def check_fits(self, *, vocab_size: int, max_model_len: int, capacity_tokens: int) -> None:
+        """Raise where the request can never run.
+
+        `capacity_tokens` is the whole KV pool in tokens. Checked with the full max_tokens, since
+        preemption frees other sequences' blocks but never one's own.
+        """
+        prompt = self.prompt_token_ids
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise InvalidRequestError(
+                f"prompt has a token id outside the vocabulary of {vocab_size}", "prompt"
+            )
+        params = self.sampling_params
+        params.check_vocabulary(vocab_size)
+        total = len(prompt) + params.max_tokens
+        # The last sampled token is never fed back, so it needs no slot.
+        if total > max_model_len or len(prompt) >= max_model_len + (params.max_tokens == 0):
+            raise ContextLengthError(
+                f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed "
+                f"the context of {max_model_len} tokens",
+                "max_tokens" if len(prompt) < max_model_len else "prompt",
+            )
+        if total - (params.max_tokens > 0) > capacity_tokens:
+            raise PoolTooSmallError(
+                f"prompt and max_tokens need {total} tokens of KV cache, the pool holds "
+                f"{capacity_tokens}",
+                "max_tokens",
+            )

@@ -1,0 +1,122 @@
+"""How one request's tokens are drawn. Bounds are checked once, here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .errors import InvalidRequestError
+
+GREEDY_TEMPERATURE = 1e-5  # below this a division by it only makes infinities: treated as 0
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 1024
+
+
+def _require(ok: bool, message: str, param: str) -> None:
+    if not ok:
+        raise InvalidRequestError(message, param)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Parameters of OpenAI's API and vLLM's extensions, resolved (no defaults left open).
+
+    Stop *strings* are not here: they are decided where text exists, in the HTTP process.
+
+    `n` counts the sequences to fork (best_of, where it is larger). `seed` None draws one per
+    request. `top_k` 0 is off. `logprobs` k gives the chosen token's log-probability and the k
+    best; None gives none. `prompt_logprobs` likewise for the prompt. Log-probabilities are those
+    of the model, before temperature, penalties and bias.
+    """
+
+    max_tokens: int
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    seed: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 0, "max_tokens must be at least 0", "max_tokens")
+        _require(self.n >= 1, "n must be at least 1", "n")
+        temperature = self.temperature
+        _require(
+            math.isfinite(temperature) and 0.0 <= temperature <= 2.0,
+            "temperature must be from 0 to 2",
+            "temperature",
+        )
+        _require(0.0 < self.top_p <= 1.0, "top_p must be above 0 and at most 1", "top_p")
+        _require(self.top_k >= 0, "top_k must be at least 0 (0 is off)", "top_k")
+        _require(0.0 <= self.min_p <= 1.0, "min_p must be from 0 to 1", "min_p")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(-2.0 <= value <= 2.0, f"{name} must be from -2 to 2", name)
+        _require(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0,
+            "repetition_penalty must be above 0",
+            "repetition_penalty",
+        )
+        self._check_token_lists()
+        _require(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens must be from 0 to max_tokens",
+            "min_tokens",
+        )
+        if self.seed is not None:
+            _require(
+                -(2**63) <= self.seed < 2**63, "seed must be a signed 64-bit integer", "seed"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _require(count is None or count >= 0, f"{name} must be at least 0", name)
+
+    def _check_token_lists(self) -> None:
+        _require(
+            len(self.logit_bias) <= MAX_LOGIT_BIAS,
+            f"logit_bias has more than {MAX_LOGIT_BIAS} entries",
+            "logit_bias",
+        )
+        for _, bias in self.logit_bias:
+            _require(
+                -100.0 <= bias <= 100.0, "logit_bias values must be from -100 to 100", "logit_bias"
+            )
+        _require(
+            len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
+            f"stop_token_ids has more than {MAX_STOP_TOKEN_IDS} entries",
+            "stop_token_ids",
+        )
+        _require(
+            self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
+            "allowed_token_ids must not be empty",
+            "allowed_token_ids",
+        )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise InvalidRequestError where a token id lies outside [0, vocab_size)."""
+        lists = {
+            "logit_bias": [token_id for token_id, _ in self.logit_bias],
+            "stop_token_ids": self.stop_token_ids,
+            "allowed_token_ids": self.allowed_token_ids or (),
+        }
+        for name, token_ids in lists.items():
+            for token_id in token_ids:
+                _require(
+                    0 <= token_id < vocab_size,
+                    f"{name}: token id {token_id} is outside the vocabulary of {vocab_size}",
+                    name,
+                )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE

@@ -1,0 +1,1 @@
+"""The HTTP side: OpenAI protocol in front of an engine client."""
