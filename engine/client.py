@@ -38,7 +38,7 @@ class EngineClient(Protocol):
         engine is not serving when it is submitted. Closing the iterator early aborts.
         """
 
-    def abort(self, request_id: str, index: int | None = None) -> None:
+    def abort(self, request_id: str, choice: int | None = None) -> None:
         """End one sequence (or all of a request's) with "abort"; unknown ids are ignored."""
 
     def stats(self) -> EngineStats | None:

@@ -92,12 +92,12 @@ class SequenceOutput(NamedTuple):
     """What one step added to one sequence; the last has a `finish_reason`.
 
     `logprobs` is parallel to `token_ids` where asked for. `prompt_logprobs` comes once, with the
-    first output of index 0; its first entry (position 0) is None. `stop_reason` is the stop token
+    first output of choice 0; its first entry (position 0) is None. `stop_reason` is the stop token
     id that ended it, None for end-of-sequence. `error` is set with finish_reason "error".
     """
 
     request_id: str
-    index: int
+    choice: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None

@@ -74,9 +74,7 @@ class SamplingParams:
             "min_tokens",
         )
         if self.seed is not None:
-            _require(
-                -(2**63) <= self.seed < 2**63, "seed must be a signed 64-bit integer", "seed"
-            )
+            _require(-(2**63) <= self.seed < 2**63, "seed must be a signed 64-bit integer", "seed")
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             _require(count is None or count >= 0, f"{name} must be at least 0", name)

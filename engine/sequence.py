@@ -35,9 +35,9 @@ class Sequence:
         "arrival_order",
         "block_hashes",
         "block_table",
+        "choice",
         "commit_at",
         "first_token_time",
-        "index",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
@@ -53,11 +53,11 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request, index: int, seed: int, arrival_order: int) -> None:
-        """`seed` is this sequence's own (request seed + index); `index` counts the n choices."""
+    def __init__(self, request: Request, choice: int, seed: int, arrival_order: int) -> None:
+        """`seed` is this sequence's own (request seed + choice); `choice` counts the n choices."""
         params = request.sampling_params
         self.request = request
-        self.index = index
+        self.choice = choice
         self.seed = seed
         self.seq_id = next(_seq_ids)
         self.arrival_order = arrival_order
@@ -70,7 +70,7 @@ class Sequence:
         self.num_cached_tokens: int | None = None
         """Prompt tokens found in the prefix index at first admission; None before it."""
         self.num_preemptions = 0
-        self.pending_forks = params.n - 1 if index == 0 else 0
+        self.pending_forks = params.n - 1 if choice == 0 else 0
         """Siblings still to be forked off, once all but the prompt's last token is computed."""
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
@@ -86,6 +86,6 @@ class Sequence:
 
     def __repr__(self) -> str:
         return (
-            f"Sequence({self.seq_id}, {self.request.request_id}/{self.index}, "
+            f"Sequence({self.seq_id}, {self.request.request_id}/{self.choice}, "
             f"{self.num_computed_tokens}/{len(self.token_ids)} tokens, {self.status.name})"
         )
