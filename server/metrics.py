@@ -1,0 +1,267 @@
+"""Prometheus metrics under vLLM's names, so that dashboards and autoscalers made for it work.
+
+One private registry in one process. Label values come from the server alone (served names, route
+templates, error codes), never from a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from ..engine.config import EngineInfo
+from ..engine.outputs import EngineStats, FinishReason, Timings
+
+TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5),
+    *(10, 20, 40, 80, 160, 640, 2560),
+)
+TOKEN_LATENCY_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5),
+    *(10, 20, 40, 80),
+)
+REQUEST_LATENCY_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60),
+    *(120, 240, 480, 960, 1920, 7680),
+)
+HTTP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+CHOICE_BUCKETS = (1, 2, 5, 10, 20)
+ITERATION_BUCKETS = (1, *(2**exponent for exponent in range(3, 15)))
+
+HTTP_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+_STEP_COUNTERS = {
+    "prefix_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix index."),
+    "prefix_hits": ("prefix_cache_hits", "Prompt tokens found in the prefix index."),
+    "preemptions": ("num_preemptions", "Sequences preempted for want of blocks."),
+    "blocks_copied": ("kv_blocks_copied", "Blocks copied on write or for a partial match."),
+    "blocks_shared": ("kv_blocks_shared", "Blocks shared instead of computed."),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRecord:
+    """One ended request (admitted ones only; refusals go to `request_rejected`).
+
+    `finish_reasons` and `generation_tokens` have one entry for each choice. `timings` is that of
+    the choice which ended last; None where the engine died.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    max_tokens: int
+    finish_reasons: tuple[FinishReason, ...]
+    generation_tokens: tuple[int, ...]
+    timings: Timings | None
+
+
+class Metrics:
+    """What `/metrics` shows. `model_name` is the first served name."""
+
+    def __init__(self, model_name: str, prefix: Literal["quire", "vllm"] = "quire") -> None:
+        self._registry = CollectorRegistry()
+        self._prefix = prefix
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._last_stats: EngineStats | None = None
+
+        self._running = self._gauge("num_requests_running", "Sequences in the running batch.")
+        self._waiting = self._gauge("num_requests_waiting", "Sequences waiting for a step.")
+        self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
+        self._step_counters = {
+            field: self._counter(*name_help) for field, name_help in _STEP_COUNTERS.items()
+        }
+        self._iteration = self._histogram(
+            "iteration_tokens_total", "Tokens computed by a step.", ITERATION_BUCKETS
+        )
+        self._restarts = self._counter("engine_restarts", "Times the engine was restarted.")
+
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens of ended requests.")
+        self._cached = self._counter("prompt_tokens_cached", "Of those, the cached ones.")
+        self._generated = self._counter("generation_tokens", "Output tokens of ended requests.")
+        self._success = Counter(
+            f"{prefix}:request_success",
+            "Ended choices by their reason.",
+            [*self._labels, "finished_reason"],
+            registry=self._registry,
+        )
+        self._rejections = Counter(
+            f"{prefix}:admission_rejections",
+            "Requests refused on arrival by error code.",
+            [*self._labels, "reason"],
+            registry=self._registry,
+        )
+        self._latencies()
+        self._token_counts: tuple[Histogram, Histogram, Histogram] | None = None
+        self._http()
+
+    def _latencies(self) -> None:
+        self._ttft = self._histogram(
+            "time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS
+        )
+        self._itl = self._histogram(
+            "inter_token_latency_seconds", "Between consecutive tokens.", TOKEN_LATENCY_BUCKETS
+        )
+        self._tpot = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Mean time per token after the first, for each request.",
+            TOKEN_LATENCY_BUCKETS,
+        )
+        spans = {
+            "e2e_request_latency_seconds": "Arrival to end.",
+            "request_queue_time_seconds": "Arrival to first step.",
+            "request_inference_time_seconds": "First step to end.",
+            "request_prefill_time_seconds": "First step to first token.",
+            "request_decode_time_seconds": "First token to end.",
+        }
+        self._spans = {
+            name: self._histogram(name, help, REQUEST_LATENCY_BUCKETS)
+            for name, help in spans.items()
+        }
+        self._n = self._histogram("request_params_n", "Choices of a request.", CHOICE_BUCKETS)
+
+    def _http(self) -> None:
+        self._http_requests = Counter(
+            "http_requests",
+            "HTTP requests by route, method and status.",
+            ["handler", "method", "status"],
+            registry=self._registry,
+        )
+        self._http_duration = Histogram(
+            "http_request_duration_seconds",
+            "Time until the whole answer was sent.",
+            ["handler", "method"],
+            buckets=HTTP_BUCKETS,
+            registry=self._registry,
+        )
+
+    def _gauge(self, name: str, help: str) -> Gauge:
+        gauge = Gauge(f"{self._prefix}:{name}", help, list(self._labels), registry=self._registry)
+        return gauge.labels(**self._labels)
+
+    def _counter(self, name: str, help: str) -> Counter:
+        counter = Counter(
+            f"{self._prefix}:{name}", help, list(self._labels), registry=self._registry
+        )
+        return counter.labels(**self._labels)
+
+    def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(
+            f"{self._prefix}:{name}",
+            help,
+            list(self._labels),
+            buckets=buckets,
+            registry=self._registry,
+        )
+        return histogram.labels(**self._labels)
+
+    def engine_ready(self, info: EngineInfo) -> None:
+        """The engine serves (again): what depends on its sizes is known. Idempotent."""
+        if self._token_counts is not None:
+            return
+        buckets = tuple(_one_two_five(info.max_model_len))
+        self._token_counts = (
+            self._histogram("request_prompt_tokens", "Prompt tokens of a request.", buckets),
+            self._histogram("request_generation_tokens", "Output tokens of a request.", buckets),
+            self._histogram("request_params_max_tokens", "max_tokens of a request.", buckets),
+        )
+        values = {
+            **self._labels,
+            "block_size": str(info.block_size),
+            "num_gpu_blocks": str(info.num_blocks),
+            "cache_dtype": info.dtype,
+        }
+        Gauge(
+            f"{self._prefix}:cache_config_info",
+            "Shape of the KV cache; always 1.",
+            list(values),
+            registry=self._registry,
+        ).labels(**values).set(1)
+
+    def engine_restarted(self) -> None:
+        """The engine died and is started anew: its counters begin at zero again."""
+        self._restarts.inc()
+        self._last_stats = None
+        self._running.set(0)
+        self._waiting.set(0)
+        self._kv_usage.set(0)
+
+    def observe_step(self, stats: EngineStats) -> None:
+        """Take in the snapshot after a step."""
+        last = self._last_stats
+        if last is not None and stats.step < last.step:
+            last = None
+        for field, counter in self._step_counters.items():
+            counter.inc(getattr(stats, field) - (getattr(last, field) if last else 0))
+        self._running.set(stats.num_running)
+        self._waiting.set(stats.num_waiting)
+        self._kv_usage.set(stats.kv_usage)
+        if last is None or stats.step > last.step:
+            self._iteration.observe(stats.step_tokens)
+        self._last_stats = stats
+
+    def request_rejected(self, reason: str) -> None:
+        """`reason` is the `code` of an error in engine/errors.py."""
+        self._rejections.labels(**self._labels, reason=reason).inc()
+
+    def first_token(self, seconds: float) -> None:
+        self._ttft.observe(seconds)
+
+    def inter_token(self, seconds: float) -> None:
+        self._itl.observe(seconds)
+
+    def request_finished(self, record: RequestRecord) -> None:
+        """Count an ended request, whatever its end."""
+        generated = sum(record.generation_tokens)
+        self._prompt.inc(record.prompt_tokens)
+        self._cached.inc(record.cached_tokens)
+        self._generated.inc(generated)
+        for reason in record.finish_reasons:
+            self._success.labels(**self._labels, finished_reason=reason).inc()
+        self._n.observe(len(record.finish_reasons))
+        if self._token_counts is not None:
+            counts = (record.prompt_tokens, generated, record.max_tokens)
+            for histogram, value in zip(self._token_counts, counts, strict=True):
+                histogram.observe(value)
+        if record.timings is not None:
+            self._observe_timings(record.timings, max(record.generation_tokens, default=0))
+
+    def _observe_timings(self, timings: Timings, longest: int) -> None:
+        """`longest` is the number of tokens of the longest choice."""
+        spans = self._spans
+        arrival, scheduled, first_token, finished = timings
+        spans["e2e_request_latency_seconds"].observe(finished - arrival)
+        if scheduled is None:
+            return
+        spans["request_queue_time_seconds"].observe(scheduled - arrival)
+        spans["request_inference_time_seconds"].observe(finished - scheduled)
+        if first_token is None:
+            return
+        spans["request_prefill_time_seconds"].observe(first_token - scheduled)
+        spans["request_decode_time_seconds"].observe(finished - first_token)
+        if longest > 1:
+            self._tpot.observe((finished - first_token) / (longest - 1))
+
+    def http_request(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """`handler` is the route's template (or a fixed word where none matched)."""
+        method = method if method in HTTP_METHODS else "OTHER"
+        self._http_requests.labels(handler=handler, method=method, status=str(status)).inc()
+        self._http_duration.labels(handler=handler, method=method).observe(seconds)
+
+    def render(self) -> tuple[bytes, str]:
+        """The page in Prometheus' text format and its content type."""
+        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+
+
+def _one_two_five(largest: int) -> Iterator[int]:
+    """1, 2, 5, 10, 20, … up to `largest`."""
+    decade = 1
+    while True:
+        for mantissa in (1, 2, 5):
+            if mantissa * decade > largest:
+                return
+            yield mantissa * decade
+        decade *= 10
