@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import enum
 from itertools import count
+from typing import NamedTuple
 
+from .outputs import TokenLogprobs
 from .request import Request
 
 _seq_ids = count()
+
+
+class Rank(NamedTuple):
+    """Who goes first, and, read from the other end, who is preempted first.
+
+    A preempted sequence keeps its arrival order, so it stands before everyone who came later:
+    at the head of the queue.
+    """
+
+    priority: int
+    arrival_order: int
+    choice: int
 
 
 class SequenceStatus(enum.Enum):
@@ -32,35 +46,40 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival_order",
         "block_hashes",
         "block_table",
         "choice",
         "commit_at",
         "first_token_time",
+        "held_forks",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
         "num_prompt_tokens",
-        "pending_forks",
         "prompt_logprobs",
+        "rank",
         "request",
         "scheduled_time",
         "seed",
         "seq_id",
         "status",
         "stop_at",
+        "stop_ids",
         "token_ids",
     )
 
-    def __init__(self, request: Request, choice: int, seed: int, arrival_order: int) -> None:
-        """`seed` is this sequence's own (request seed + choice); `choice` counts the n choices."""
+    def __init__(
+        self, request: Request, choice: int, seed: int, rank: Rank, stop_ids: frozenset[int]
+    ) -> None:
+        """`seed` is this sequence's own (request seed + choice); `choice` counts the n choices;
+        `stop_ids` are the tokens that end it (the request's, and end-of-sequence)."""
         params = request.sampling_params
         self.request = request
         self.choice = choice
         self.seed = seed
         self.seq_id = next(_seq_ids)
-        self.arrival_order = arrival_order
+        self.rank = rank
+        self.stop_ids = stop_ids
         self.status = SequenceStatus.WAITING
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
@@ -70,19 +89,28 @@ class Sequence:
         self.num_cached_tokens: int | None = None
         """Prompt tokens found in the prefix index at first admission; None before it."""
         self.num_preemptions = 0
-        self.pending_forks = params.n - 1 if choice == 0 else 0
-        """Siblings still to be forked off, once all but the prompt's last token is computed."""
+        self.held_forks: list[Sequence] = []
+        """Siblings to be forked off once all but the prompt's last token is computed."""
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.commit_at = 1
         """num_computed_tokens from which on the block manager has something to index."""
-        self.prompt_logprobs: list[object] = []
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+        """One entry a prompt position, as far as computed; the first has no predecessor."""
         self.scheduled_time: float | None = None
         self.first_token_time: float | None = None
 
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Asked for and not complete, so that no prompt token may come from the cache."""
+        return (
+            self.request.sampling_params.prompt_logprobs is not None
+            and len(self.prompt_logprobs) < self.num_prompt_tokens
+        )
 
     def __repr__(self) -> str:
         return (

@@ -1,0 +1,433 @@
+"""Which sequences compute how many tokens in the next step.
+
+There are no phases. Every sequence has tokens whose K/V is not computed yet; a step lets them
+catch up under one token budget, running sequences first, then waiting ones as far as the free
+blocks reach. A prompt's chunk, a decode and the recompute after a preemption differ only in how
+far behind they are.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from bisect import insort
+from collections.abc import Callable
+from heapq import heappop, heappush
+from itertools import count
+from typing import NamedTuple
+
+from .block_manager import NO_MATCH, BlockManager
+from .config import SchedulingPolicy
+from .errors import DeviceMemoryError, InvalidRequestError, QueueTimeoutError, RequestTimeoutError
+from .outputs import (
+    BlockCopy,
+    EngineStats,
+    FinishReason,
+    ModelRunnerOutput,
+    RowError,
+    SchedulerOutput,
+    SequenceOutput,
+    TableChange,
+    Timings,
+    TokenLogprobs,
+)
+from .request import Request
+from .sequence import Rank, Sequence, SequenceStatus
+from .waiting_queue import WaitingQueue
+
+Clock = Callable[[], float]
+
+
+class _Admission(NamedTuple):
+    num_matched: int
+    num_new: int
+    copies: list[BlockCopy]
+
+
+def _rank(sequence: Sequence) -> Rank:
+    return sequence.rank
+
+
+class Scheduler:
+    """Owns every unfinished sequence; the block manager owns their blocks.
+
+    `running` is sorted by rank. So the sequence to preempt is always the last, and never one
+    that this step has already scheduled.
+    """
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: tuple[int, ...] = (),
+        policy: SchedulingPolicy = "fcfs",
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.block_manager = block_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.policy = policy
+        self.running: list[Sequence] = []
+        self.waiting = WaitingQueue()
+        self._clock = clock
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._requests: dict[str, list[Sequence]] = {}
+        self._deadlines: list[tuple[float, int, str, bool]] = []
+        self._arrivals = count()
+        self._budget = max_num_batched_tokens
+        self._released: list[int] = []
+        self._outputs: list[SequenceOutput] = []
+        self._step = 0
+        self._step_tokens = 0
+        self._prefix_queries = 0
+        self._prefix_hits = 0
+        self._preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting or self._outputs)
+
+    # -- requests ---------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request's sequences. Its limits have been checked (`Request.check_fits`)."""
+        if request.request_id in self._requests:
+            raise InvalidRequestError("a request with this id is running", "request_id")
+        params = request.sampling_params
+        seed = random.getrandbits(63) if params.seed is None else params.seed
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= self._eos_token_ids
+        order = next(self._arrivals)
+        priority = request.priority if self.policy == "priority" else 0
+        first, *others = self._requests[request.request_id] = [
+            Sequence(request, choice, seed + choice, Rank(priority, order, choice), stop_ids)
+            for choice in range(params.n)
+        ]
+        self.waiting.push(first)
+        if first.num_prompt_tokens > 1:
+            first.held_forks = others
+        else:
+            for sequence in others:  # nothing is computed before the last token: nothing to share
+                self.waiting.push(sequence)
+        for deadline, queued in ((request.queue_deadline, True), (request.deadline, False)):
+            if deadline is not None:
+                heappush(self._deadlines, (deadline, order, request.request_id, queued))
+
+    def abort_request(self, request_id: str, choice: int | None = None) -> None:
+        """End a request's sequences, or the one of `choice`; unknown ids are ignored."""
+        for sequence in list(self._requests.get(request_id, ())):
+            if choice is None or sequence.choice == choice:
+                self._end(sequence, "abort")
+
+    def _expire(self) -> None:
+        now = self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, order, request_id, queued = heappop(self._deadlines)
+            for sequence in list(self._requests.get(request_id, ())):
+                if sequence.rank.arrival_order != order:
+                    continue  # the id was reused after its first request had ended
+                if not queued:
+                    message = "the request's time limit passed"
+                    self._fail(sequence, RowError(RequestTimeoutError.code, message))
+                elif self._requests[request_id][0].scheduled_time is None:
+                    message = "the request's time limit for waiting in the queue passed"
+                    self._fail(sequence, RowError(QueueTimeoutError.code, message))
+
+    def _fail(self, sequence: Sequence, error: RowError, *, poisoned: bool = False) -> None:
+        self._end(sequence, "error", error=error, poisoned=poisoned)
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        error: RowError | None = None,
+        poisoned: bool = False,
+    ) -> None:
+        """The only way a sequence ends before its own last token; its blocks go back here."""
+        self._outputs.append(
+            SequenceOutput(
+                sequence.request.request_id,
+                sequence.choice,
+                [],
+                finish_reason=reason,
+                error=error,
+                num_cached_tokens=sequence.num_cached_tokens,
+                timings=self._timings(sequence),
+            )
+        )
+        self._release(sequence, poisoned=poisoned)
+
+    def _release(self, sequence: Sequence, *, poisoned: bool = False) -> None:
+        """Take a sequence out of every collection and give its blocks back."""
+        siblings = self._requests[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request.request_id]
+        if sequence.held_forks:  # the next sibling computes the prompt in its place
+            heir, *others = sequence.held_forks
+            heir.held_forks, sequence.held_forks = others, []
+            self.waiting.push(heir)
+        if sequence.status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+            self._released.append(sequence.seq_id)
+        elif siblings and sequence in siblings[0].held_forks:
+            siblings[0].held_forks.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self.block_manager.free(sequence, poisoned=poisoned)
+        sequence.status = SequenceStatus.FINISHED
+
+    # -- schedule ---------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput:
+        """Choose the next step's rows and give them their slots."""
+        self._expire()
+        self._step += 1
+        output = SchedulerOutput(self._step, [], [], [], 0, [], [], [])
+        preemptions = self._preemptions
+        budget = self._schedule_running(output, self._budget)
+        if self._preemptions == preemptions:
+            budget = self._schedule_waiting(output, budget)
+        self.block_manager.end_step()
+        released, self._released = self._released, []
+        self._step_tokens = self._budget - budget
+        return output._replace(total_tokens=self._step_tokens, released=released)
+
+    def _schedule_running(self, output: SchedulerOutput, budget: int) -> int:
+        """Every running sequence gets at least one token, while the budget lasts: what an older
+        one's chunk may take is bounded by what the younger ones' decodes need."""
+        running, size = self.running, self.block_manager.block_size
+        ref_counts = self.block_manager.pool.ref_counts
+        i = 0
+        while i < len(running) and budget > 0:
+            sequence = running[i]
+            computed = sequence.num_computed_tokens
+            num_new = len(sequence.token_ids) - computed
+            if num_new > 1:
+                if sequence.held_forks:
+                    num_new -= 1  # the last prompt token is computed by each sibling itself
+                num_new = min(num_new, max(budget - (len(running) - i - 1), 1))
+            elif sequence.held_forks:
+                self._fork(sequence)
+            table = sequence.block_table
+            fits = computed + num_new <= len(table) * size
+            if not (fits and ref_counts[table[computed // size]] == 1) and not self._allocate(
+                sequence, num_new, output
+            ):
+                break  # it was the last to run, and is preempted now
+            output.sequences.append(sequence)
+            output.num_computed_starts.append(computed)
+            output.num_new_tokens.append(num_new)
+            budget -= num_new
+            i += 1
+        return budget
+
+    def _allocate(self, sequence: Sequence, num_new: int, output: SchedulerOutput) -> bool:
+        """Get slots, preempting from the end as needed; False if `sequence` itself had to go."""
+        start = len(sequence.block_table)
+        while (copies := self.block_manager.allocate_slots(sequence, num_new)) is None:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if copies:  # the copy replaced the block that held the first new token
+            start = sequence.num_computed_tokens // self.block_manager.block_size
+            output.block_copies.extend(copies)
+        output.table_changes.append(TableChange(sequence, start))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Recompute later: the tokens stay, the blocks go (and are often found again by hash)."""
+        assert self.running.pop() is sequence
+        self.block_manager.free(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_preemptions += 1
+        self._preemptions += 1
+        self._released.append(sequence.seq_id)
+        self.waiting.push(sequence)
+
+    def _fork(self, parent: Sequence) -> None:
+        """Let the siblings share the prompt's blocks; those beyond max_num_seqs queue instead and
+        find the prompt by its hash."""
+        siblings, parent.held_forks = parent.held_forks, []
+        for sibling in siblings:
+            if len(self.running) >= self.max_num_seqs:
+                self.waiting.push(sibling)
+                continue
+            self.block_manager.fork(parent, sibling)
+            sibling.status = SequenceStatus.RUNNING
+            sibling.scheduled_time = parent.scheduled_time
+            sibling.num_cached_tokens = parent.num_cached_tokens
+            insort(self.running, sibling, key=_rank)
+
+    def _schedule_waiting(self, output: SchedulerOutput, budget: int) -> int:
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting.peek()
+            admission = self._admit(sequence, budget)
+            if admission is None:
+                break
+            self.waiting.pop()
+            sequence.status = SequenceStatus.RUNNING
+            insort(self.running, sequence, key=_rank)
+            output.block_copies.extend(admission.copies)
+            output.sequences.append(sequence)
+            output.num_computed_starts.append(admission.num_matched)
+            output.num_new_tokens.append(admission.num_new)
+            budget -= admission.num_new
+        return budget
+
+    def _admit(self, sequence: Sequence, budget: int) -> _Admission | None:
+        """Match the prefix and take the first step's slots; None if the pool cannot give them.
+
+        At least one token is left to compute; where siblings wait to fork, the prompt's last one
+        is theirs, so one before it.
+        """
+        manager = self.block_manager
+        target = len(sequence.token_ids) - bool(sequence.held_forks)
+        match = NO_MATCH
+        if not sequence.wants_prompt_logprobs:
+            match = manager.match_prefix(sequence, target - 1)
+        num_new = min(target - match.num_tokens, budget)
+        copies = manager.allocate_slots(sequence, num_new, match)
+        if copies is None and match.successor is not None:
+            match = match.whole_blocks()
+            num_new = min(target - match.num_tokens, budget)
+            copies = manager.allocate_slots(sequence, num_new, match)
+        if copies is None:
+            return None
+        if sequence.num_cached_tokens is None:
+            sequence.scheduled_time = self._clock()
+            sequence.num_cached_tokens = match.num_tokens
+            self._prefix_queries += sequence.num_prompt_tokens
+            self._prefix_hits += match.num_tokens
+        return _Admission(match.num_tokens, num_new, copies)
+
+    def reduce_load(self) -> None:
+        """The last step ran out of device memory: have less in the next one.
+
+        Halves the budget and preempts the youngest; a sequence that fails alone under the
+        smallest budget ends with DeviceMemoryError. The budget doubles again with every step
+        that succeeds.
+        """
+        smallest = self.block_manager.block_size
+        if len(self.running) > 1:
+            self._preempt(self.running[-1])
+        elif self._budget <= smallest and self.running:
+            error = RowError(DeviceMemoryError.code, "out of device memory, even when run alone")
+            self._fail(self.running[0], error)
+        self._budget = max(min(self._budget, self._step_tokens) // 2, smallest)
+
+    # -- update -----------------------------------------------------------------------------
+
+    def update_from_output(
+        self, output: SchedulerOutput, result: ModelRunnerOutput
+    ) -> list[SequenceOutput]:
+        """Advance what was computed, append what was sampled, end what is complete."""
+        if self._budget < self.max_num_batched_tokens:
+            self._budget = min(self._budget * 2, self.max_num_batched_tokens)
+        now = self._clock()
+        outputs = self._outputs
+        for row, (sequence, start, num_new, token_id) in enumerate(
+            zip(
+                output.sequences,
+                output.num_computed_starts,
+                output.num_new_tokens,
+                result.token_ids,
+                strict=True,
+            )
+        ):
+            if result.errors and row in result.errors:
+                self._fail(sequence, result.errors[row], poisoned=True)
+                continue
+            computed = sequence.num_computed_tokens = start + num_new
+            if computed >= sequence.commit_at:
+                self.block_manager.commit_full_blocks(sequence)
+            if row in result.prompt_logprobs:
+                self._take_prompt_logprobs(sequence, start, result.prompt_logprobs[row])
+            if token_id is None:
+                continue
+            sequence.token_ids.append(token_id)
+            if (
+                sequence.first_token_time is not None
+                and token_id not in sequence.stop_ids
+                and len(sequence.token_ids) < sequence.stop_at
+                and not (result.logprobs and row in result.logprobs)
+            ):
+                request_id = sequence.request.request_id
+                outputs.append(SequenceOutput(request_id, sequence.choice, [token_id]))
+            else:
+                outputs.append(self._full_output(sequence, result.logprobs.get(row), now))
+        self._outputs = []
+        return outputs
+
+    def _full_output(
+        self, sequence: Sequence, logprobs: TokenLogprobs | None, now: float
+    ) -> SequenceOutput:
+        """The output of a token that is a sequence's first or last, or has logprobs."""
+        token_id = sequence.token_ids[-1]
+        reason: FinishReason | None = None
+        if token_id in sequence.stop_ids:
+            reason = "stop"
+        elif len(sequence.token_ids) >= sequence.stop_at:
+            reason = "length"
+        wanted = len(sequence.token_ids) <= sequence.stop_at  # max_tokens 0 only wants the prompt
+        explicit = token_id in sequence.request.sampling_params.stop_token_ids
+        first = sequence.first_token_time is None
+        if first:
+            sequence.first_token_time = now
+        output = SequenceOutput(
+            sequence.request.request_id,
+            sequence.choice,
+            [token_id] if wanted else [],
+            logprobs=[logprobs] if logprobs and wanted else None,
+            prompt_logprobs=(
+                sequence.prompt_logprobs
+                if first
+                and sequence.choice == 0
+                and sequence.request.sampling_params.prompt_logprobs is not None
+                else None
+            ),
+            finish_reason="length" if not wanted else reason,
+            stop_reason=token_id if reason == "stop" and explicit and wanted else None,
+            num_cached_tokens=sequence.num_cached_tokens if first or reason else None,
+            timings=self._timings(sequence) if reason else None,
+        )
+        if reason:
+            self._release(sequence)
+        return output
+
+    def _take_prompt_logprobs(
+        self, sequence: Sequence, start: int, entries: list[TokenLogprobs]
+    ) -> None:
+        """Entries belong to positions start + 1 …; a recompute brings known ones again."""
+        known = len(sequence.prompt_logprobs) - (start + 1)
+        sequence.prompt_logprobs.extend(entries[known:])
+
+    def _timings(self, sequence: Sequence) -> Timings:
+        return Timings(
+            sequence.request.arrival_time,
+            sequence.scheduled_time,
+            sequence.first_token_time,
+            self._clock(),
+        )
+
+    def stats(self) -> EngineStats:
+        pool = self.block_manager.pool
+        return EngineStats(
+            step=self._step,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_blocks=pool.num_blocks,
+            num_free_blocks=pool.num_free,
+            num_cached_blocks=pool.num_cached,
+            step_tokens=self._step_tokens,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            preemptions=self._preemptions,
+            blocks_copied=self.block_manager.blocks_copied,
+            blocks_shared=self.block_manager.blocks_shared,
+        )

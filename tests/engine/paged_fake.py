@@ -1,0 +1,94 @@
+"""A worker without a model whose K/V is the tokens themselves, so that every read can be proven.
+
+Each slot remembers which tokens, from the first on, led to it. Executing a row reads back the
+whole context through the block table: one wrong share, missed copy or early reuse raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quire.engine.outputs import ModelRunnerOutput, RowError, SchedulerOutput
+from quire.engine.sequence import Sequence
+
+NextToken = Callable[[Sequence], int]
+
+
+def chain(history: int, token_id: int) -> int:
+    return hash((history, token_id))
+
+
+def next_token(sequence: Sequence) -> int:
+    """Depends on the sequence's own tokens, choice and nothing else."""
+    history = sequence.choice
+    for token_id in sequence.token_ids:
+        history = chain(history, token_id)
+    return history % 97 + 3  # 0 to 2 are left to tests, as stop tokens
+
+
+class PagedFakeWorker:
+    """`errors[request_id]` makes that request's next sampled row fail."""
+
+    def __init__(self, num_blocks: int, block_size: int, sample: NextToken = next_token) -> None:
+        self.block_size = block_size
+        self.sample = sample
+        self.errors: dict[str, RowError] = {}
+        self.tables: dict[int, list[int]] = {}
+        self.num_tokens = 0
+        self._slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+
+    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        self._update_tables(output)
+        assert len({copy.destination for copy in output.block_copies}) == len(output.block_copies)
+        sources = [list(self._slots[copy.source]) for copy in output.block_copies]
+        for copy, content in zip(output.block_copies, sources, strict=True):
+            self._slots[copy.destination] = content
+        rows = list(
+            zip(output.sequences, output.num_computed_starts, output.num_new_tokens, strict=True)
+        )
+        assert len({sequence.seq_id for sequence, _, _ in rows}) == len(rows)
+        assert sum(num_new for _, _, num_new in rows) == output.total_tokens
+        for sequence, start, num_new in rows:  # all write before any reads, as kernels do
+            self._write(sequence, start, num_new)
+        token_ids: list[int | None] = []
+        errors: dict[int, RowError] = {}
+        for row, (sequence, start, num_new) in enumerate(rows):
+            self._read_back(sequence, start + num_new)
+            complete = start + num_new == len(sequence.token_ids)
+            error = self.errors.get(sequence.request.request_id)
+            if complete and error is not None:
+                errors[row] = error
+            token_ids.append(self.sample(sequence) if complete and error is None else None)
+        self.num_tokens += output.total_tokens
+        return ModelRunnerOutput(token_ids, {}, {}, errors)
+
+    def _update_tables(self, output: SchedulerOutput) -> None:
+        """Keep tables by the declared changes alone: an undeclared one shows as a difference."""
+        for seq_id in output.released:
+            self.tables.pop(seq_id, None)
+        for sequence, start in output.table_changes:
+            if sequence.seq_id in self.tables:
+                self.tables[sequence.seq_id][start:] = sequence.block_table[start:]
+        for sequence in output.sequences:
+            table = self.tables.setdefault(sequence.seq_id, list(sequence.block_table))
+            assert table == sequence.block_table, sequence
+
+    def _histories(self, sequence: Sequence, end: int) -> list[int]:
+        history, histories = 0, []
+        for token_id in sequence.token_ids[:end]:
+            history = chain(history, token_id)
+            histories.append(history)
+        return histories
+
+    def _write(self, sequence: Sequence, start: int, num_new: int) -> None:
+        assert num_new >= 1
+        histories = self._histories(sequence, start + num_new)
+        for position in range(start, start + num_new):
+            block = sequence.block_table[position // self.block_size]
+            self._slots[block][position % self.block_size] = histories[position]
+
+    def _read_back(self, sequence: Sequence, end: int) -> None:
+        for position, history in enumerate(self._histories(sequence, end)):
+            block = sequence.block_table[position // self.block_size]
+            found = self._slots[block][position % self.block_size]
+            assert found == history, f"{sequence}: foreign K/V at position {position}"
