@@ -1,0 +1,89 @@
+"""The inner loop that both attention kernels share: online softmax over tiles of paged K and V."""
+# mypy: allow-untyped-defs, allow-untyped-decorators
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1.0e30)
+"""Start of the running maximum: finite, so that rows which see nothing yet give no NaN."""
+
+
+@triton.jit
+def attend_tiles(
+    acc,
+    row_max,
+    row_sum,
+    query,
+    key_cache_ptr,
+    value_cache_ptr,
+    table_ptr,
+    kv_head,
+    positions,
+    begin,
+    end,
+    kv_end,
+    scale,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Fold keys [begin, end) into (acc, row_max, row_sum), in units of log2.
+
+    `begin` is a multiple of BLOCK_N. MASKED tiles hide keys past `kv_end`, after a row's own
+    position, or WINDOW and more before it (FlashAttention-2's recurrence, arXiv 2307.08691).
+    """
+    dim = tl.arange(0, DIM_PAD)[None, :]
+    in_tile = tl.arange(0, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        start = tl.multiple_of(start, BLOCK_N)
+        keys = start + in_tile
+        if BLOCK_N <= BLOCK_SIZE:  # one block: a contiguous tile behind one scalar
+            block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
+            first = (block * NUM_KV_HEADS + kv_head) * (BLOCK_SIZE * HEAD_DIM)
+            first += (start % BLOCK_SIZE) * HEAD_DIM
+            key_ptrs = key_cache_ptr + first + (in_tile[:, None] * HEAD_DIM + dim)
+            value_ptrs = value_cache_ptr + first + (in_tile[:, None] * HEAD_DIM + dim)
+        else:
+            if MASKED:
+                block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < kv_end, other=0)
+            else:
+                block = tl.load(table_ptr + keys // BLOCK_SIZE)
+            first = (block.to(tl.int64) * NUM_KV_HEADS + kv_head) * (BLOCK_SIZE * HEAD_DIM)
+            offsets = first[:, None] + ((keys % BLOCK_SIZE)[:, None] * HEAD_DIM + dim)
+            key_ptrs = key_cache_ptr + offsets
+            value_ptrs = value_cache_ptr + offsets
+        if MASKED:
+            loaded = (keys < kv_end)[:, None] & (dim < HEAD_DIM)
+            key = tl.load(key_ptrs, mask=loaded, other=0.0)
+            value = tl.load(value_ptrs, mask=loaded, other=0.0)
+        elif HEAD_DIM != DIM_PAD:
+            key = tl.load(key_ptrs, mask=dim < HEAD_DIM, other=0.0)
+            value = tl.load(value_ptrs, mask=dim < HEAD_DIM, other=0.0)
+        else:
+            key = tl.load(key_ptrs)
+            value = tl.load(value_ptrs)
+
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        if SOFTCAP > 0:  # c·tanh(x / c), tanh x = 1 - 2 / (e^2x + 1), bounded where it is 1
+            power = tl.minimum(scores * (scale * 2 * LOG2E / SOFTCAP), 64.0)
+            scores = (1 - 2 / (tl.exp2(power) + 1)) * (SOFTCAP * LOG2E)
+        else:
+            scores *= scale * LOG2E
+        if MASKED:
+            visible = (keys[None, :] <= positions[:, None]) & (keys < kv_end)[None, :]
+            if WINDOW > 0:
+                visible &= positions[:, None] - keys[None, :] < WINDOW
+            scores = tl.where(visible, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
+        row_max = new_max
+    return acc, row_max, row_sum

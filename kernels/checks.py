@@ -1,0 +1,122 @@
+"""What every launcher refuses, in one place: wrong shapes, dtypes, layouts and devices."""
+
+import torch
+import triton
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_shape(name: str, tensor: torch.Tensor, *shape: int | None) -> None:
+    """Raise ValueError unless `tensor` has this shape; None stands for any size."""
+    actual = tuple(tensor.shape)
+    if len(actual) != len(shape) or any(
+        want is not None and want != have for want, have in zip(shape, actual, strict=True)
+    ):
+        wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], not {list(actual)}")
+
+
+def require_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
+    """Raise ValueError unless the dtype of `tensor` is one of `dtypes`."""
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must be one of {[str(d) for d in dtypes]}, not {tensor.dtype}")
+
+
+def require_contiguous(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless `tensor` is contiguous."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, not strided {tensor.stride()}")
+
+
+def require_last_contiguous(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless the last dimension of `tensor` has stride 1."""
+    if tensor.stride(-1) != 1:
+        raise ValueError(f"{name} needs a contiguous last dimension, not strides {tensor.stride()}")
+
+
+def require_launchable(**tensors: torch.Tensor | None) -> None:
+    """Raise ValueError unless all tensors share one device that Triton can run on.
+
+    That is a CUDA device, or the CPU where Triton's interpreter was switched on.
+    """
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    first = next(iter(devices.values()))
+    if any(device != first for device in devices.values()):
+        raise ValueError(f"tensors lie on different devices: {devices}")
+    if first.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(f"Triton kernels need CUDA tensors, not {first}; see kernels/reference.py")
+
+
+def check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor) -> tuple[int, int, int]:
+    """Check one layer's caches, each `[num_blocks, num_kv_heads, block_size, head_dim]`.
+
+    Returns num_kv_heads, block_size, head_dim. Both must be contiguous, of one shape and dtype,
+    with a head_dim of 16 to 256 in multiples of 8 and a power-of-two block_size of 16 to 256.
+    """
+    require_dtype("key_cache", key_cache, *FLOAT_DTYPES)
+    require_dtype("value_cache", value_cache, key_cache.dtype)
+    require_shape("key_cache", key_cache, None, None, None, None)
+    require_shape("value_cache", value_cache, *key_cache.shape)
+    require_contiguous("key_cache", key_cache)
+    require_contiguous("value_cache", value_cache)
+    _, num_kv_heads, block_size, head_dim = key_cache.shape
+    if head_dim % 8 or not 16 <= head_dim <= 256:
+        raise ValueError(f"head_dim must be a multiple of 8 from 16 to 256, not {head_dim}")
+    if block_size & (block_size - 1) or not 16 <= block_size <= 256:
+        raise ValueError(f"block_size must be a power of two from 16 to 256, not {block_size}")
+    return num_kv_heads, block_size, head_dim
+
+
+def check_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+) -> tuple[int, int, int]:
+    """Check what both attention kernels share; returns num_kv_heads, block_size, head_dim."""
+    num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
+    require_dtype("query", query, key_cache.dtype)
+    require_shape("query", query, None, None, head_dim)
+    require_last_contiguous("query", query)
+    num_heads = query.shape[1]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads do not divide over {num_kv_heads} kv heads")
+    require_dtype("block_table", block_table, torch.int32)
+    require_shape("block_table", block_table, seq_lens.shape[0], None)
+    require_last_contiguous("block_table", block_table)
+    require_dtype("seq_lens", seq_lens, torch.int32)
+    require_shape("seq_lens", seq_lens, None)
+    require_contiguous("seq_lens", seq_lens)
+    require(scale > 0, f"scale must be positive, not {scale}")
+    require(window is None or window > 0, f"window must be positive, not {window}")
+    require(softcap is None or softcap > 0, f"softcap must be positive, not {softcap}")
+    if sinks is not None:
+        require_dtype("sinks", sinks, *FLOAT_DTYPES)
+        require_shape("sinks", sinks, num_heads)
+        require_contiguous("sinks", sinks)
+    require_dtype("out", out, query.dtype)
+    require_shape("out", out, *query.shape)
+    require_last_contiguous("out", out)
+    require_launchable(
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        sinks=sinks,
+        out=out,
+    )
+    return num_kv_heads, block_size, head_dim

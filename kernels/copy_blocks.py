@@ -1,0 +1,68 @@
+"""Copy whole KV blocks, over all layers and both K and V, in one launch.
+
+Grid (pair, layer and K/V, part of the block): a block of one layer is num_kv_heads * block_size *
+head_dim contiguous elements, so a program moves CHUNK of them, a thread 16 bytes at a time.
+"""
+# mypy: allow-untyped-defs, allow-untyped-decorators
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import (
+    FLOAT_DTYPES,
+    require_contiguous,
+    require_dtype,
+    require_launchable,
+    require_shape,
+)
+
+
+@triton.jit
+def _copy_blocks_kernel(
+    kv_cache_ptr,
+    sources_ptr,
+    destinations_ptr,
+    num_blocks,
+    BLOCK_ELEMENTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    source = tl.load(sources_ptr + tl.program_id(0))
+    destination = tl.load(destinations_ptr + tl.program_id(0))
+    plane = tl.program_id(1).to(tl.int64) * num_blocks
+    element = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
+    mask = element < BLOCK_ELEMENTS
+    data = tl.load(kv_cache_ptr + (plane + source) * BLOCK_ELEMENTS + element, mask=mask)
+    tl.store(kv_cache_ptr + (plane + destination) * BLOCK_ELEMENTS + element, data, mask=mask)
+
+
+def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor) -> None:
+    """Copy block sources[i] to destinations[i] `[n]` int64 in every layer, K and V.
+
+    kv_cache `[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]`, contiguous. All
+    copies run at once: no destination may also be a source, or stand twice. ValueError on
+    shapes, dtypes or devices that do not fit.
+    """
+    require_dtype("kv_cache", kv_cache, *FLOAT_DTYPES)
+    require_shape("kv_cache", kv_cache, None, 2, None, None, None, None)
+    require_contiguous("kv_cache", kv_cache)
+    num_pairs = sources.shape[0]
+    for name, ids in (("sources", sources), ("destinations", destinations)):
+        require_dtype(name, ids, torch.int64)
+        require_shape(name, ids, num_pairs)
+        require_contiguous(name, ids)
+    require_launchable(kv_cache=kv_cache, sources=sources, destinations=destinations)
+    if num_pairs == 0:
+        return
+    num_layers, _, num_blocks, num_kv_heads, block_size, head_dim = kv_cache.shape
+    elements = num_kv_heads * block_size * head_dim
+    chunk = min(8192 // kv_cache.element_size() * 2, triton.next_power_of_2(elements))
+    _copy_blocks_kernel[(num_pairs, num_layers * 2, triton.cdiv(elements, chunk))](
+        kv_cache,
+        sources,
+        destinations,
+        num_blocks,
+        BLOCK_ELEMENTS=elements,
+        CHUNK=chunk,
+        num_warps=8,
+    )

@@ -1,0 +1,171 @@
+"""Which program reads which keys in a decode step, decided on the device once a step.
+
+The context of all sequences is cut into chunks of about total tokens / slots, so that the work
+follows tokens and not the batch size; the list has a fixed length, num_seqs + slots, so a CUDA
+graph that was captured once stays valid for any lengths:
+
+    items [5, num_items]:  sequence (−1: nothing to do), first key, end, first item, splits
+
+A list of one sequence and one split has the whole answer; several splits leave partial results
+in the workspace and the last one to arrive merges them.
+"""
+# mypy: allow-untyped-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import require, require_contiguous, require_dtype, require_launchable, require_shape
+from .tuning import TileConfig, decode_config
+
+PROGRAMS_PER_SM = 4
+MIN_CHUNK = 256
+DEFAULT_NUM_SMS = 132
+
+
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """Scratch of `paged_attention_decode` for up to max_num_seqs rows, allocated once.
+
+    One schedule serves all layers that share `window`; a model that mixes windowed and full
+    layers keeps one workspace for each. Layers may share it because they run one after another.
+    """
+
+    max_num_seqs: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    query_len: int
+    window: int | None
+    config: TileConfig
+    slots: int
+    """Upper bound of extra splits a kv head: PROGRAMS_PER_SM * SMs / num_kv_heads."""
+    min_chunk: int
+    items: torch.Tensor
+    """`[5, max_num_seqs + slots]` int32, see the module's text."""
+    partials: torch.Tensor
+    """`[max_num_seqs + slots, num_kv_heads, query_len * group, head_dim]` float32."""
+    log_sums: torch.Tensor
+    """log2 of each partial's softmax denominator, `[…, query_len * group]` float32."""
+    arrived: torch.Tensor
+    """`[max_num_seqs, num_kv_heads]` int32; all 0 between launches."""
+
+    @classmethod
+    def allocate(
+        cls,
+        max_num_seqs: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        window: int | None = None,
+        query_len: int = 1,
+        config: TileConfig | None = None,
+        programs_per_sm: int = PROGRAMS_PER_SM,
+        min_chunk: int = MIN_CHUNK,
+    ) -> DecodeWorkspace:
+        """Scratch for queries of `dtype` with `query_len` (1 to 8) tokens a sequence."""
+        require(0 < max_num_seqs <= 4096, f"max_num_seqs must be 1 to 4096, not {max_num_seqs}")
+        require(1 <= query_len <= 8, f"query_len must be 1 to 8, not {query_len}")
+        require(window is None or window > 0, f"window must be positive, not {window}")
+        require(num_heads % num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads")
+        device = torch.device(device)
+        num_sms = DEFAULT_NUM_SMS
+        if device.type == "cuda":
+            num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        rows = query_len * (num_heads // num_kv_heads)
+        slots = max(1, programs_per_sm * num_sms // num_kv_heads)
+        items = max_num_seqs + slots
+        return cls(
+            max_num_seqs=max_num_seqs,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            query_len=query_len,
+            window=window,
+            config=config or decode_config(head_dim, dtype, rows),
+            slots=slots,
+            min_chunk=min_chunk,
+            items=torch.full((5, items), -1, dtype=torch.int32, device=device),
+            partials=torch.empty(items, num_kv_heads, rows, head_dim, device=device),
+            log_sums=torch.empty(items, num_kv_heads, rows, device=device),
+            arrived=torch.zeros(max_num_seqs, num_kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_items"])
+def _build_decode_schedule_kernel(
+    items_ptr,
+    seq_lens_ptr,
+    num_seqs,
+    num_items,
+    items_stride,
+    SLOTS: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    QUERY_LEN: tl.constexpr,
+    SEQS_PAD: tl.constexpr,
+):
+    seq = tl.arange(0, SEQS_PAD)
+    lengths = tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0)
+    first_key = tl.zeros_like(lengths)
+    if WINDOW > 0:
+        first_key = tl.maximum(lengths - QUERY_LEN + 1 - WINDOW, 0) // TILE * TILE
+    total = tl.sum((lengths - first_key).to(tl.int64), 0)
+    chunk = tl.maximum(tl.cdiv(total, SLOTS), MIN_CHUNK).to(tl.int32)
+    chunk = tl.cdiv(chunk, TILE) * TILE
+    splits = tl.maximum(tl.cdiv(lengths - first_key, chunk), 1)
+    splits = tl.where(seq < num_seqs, splits, 0)
+    first_item = tl.cumsum(splits, 0) - splits
+    used = tl.sum(splits, 0)
+    for start in range(0, num_items, SEQS_PAD):
+        item = start + seq
+        tl.store(items_ptr + item, item * 0 - 1, mask=(item >= used) & (item < num_items))
+    for split in range(tl.max(splits, 0)):
+        live = split < splits
+        begin = first_key + split * chunk
+        target = items_ptr + first_item + split
+        tl.store(target, seq, mask=live)
+        tl.store(target + items_stride, begin, mask=live)
+        tl.store(target + 2 * items_stride, tl.minimum(begin + chunk, lengths), mask=live)
+        tl.store(target + 3 * items_stride, first_item, mask=live)
+        tl.store(target + 4 * items_stride, splits, mask=live)
+
+
+def build_decode_schedule(seq_lens: torch.Tensor, workspace: DecodeWorkspace) -> None:
+    """Write the work list of these lengths `[num_seqs]` int32 into `workspace.items`.
+
+    Once a step and workspace, before the layers' `paged_attention_decode` with the same
+    seq_lens. Nothing is read back by the host. ValueError on more than max_num_seqs rows.
+    """
+    num_seqs = seq_lens.shape[0]
+    require_dtype("seq_lens", seq_lens, torch.int32)
+    require_shape("seq_lens", seq_lens, None)
+    require_contiguous("seq_lens", seq_lens)
+    require_launchable(seq_lens=seq_lens, workspace=workspace.items)
+    require(
+        0 < num_seqs <= workspace.max_num_seqs,
+        f"{num_seqs} sequences do not fit a workspace for {workspace.max_num_seqs}",
+    )
+    seqs_pad = max(16, triton.next_power_of_2(num_seqs))
+    _build_decode_schedule_kernel[(1,)](
+        workspace.items,
+        seq_lens,
+        num_seqs,
+        num_seqs + workspace.slots,
+        workspace.items.stride(0),
+        SLOTS=workspace.slots,
+        MIN_CHUNK=workspace.min_chunk,
+        TILE=workspace.config.block_n,
+        WINDOW=workspace.window or 0,
+        QUERY_LEN=workspace.query_len,
+        SEQS_PAD=seqs_pad,
+        num_warps=4,
+    )

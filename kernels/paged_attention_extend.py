@@ -1,0 +1,215 @@
+"""Causal attention of several new tokens a sequence over its cached blocks: prefill and chunks.
+
+The query rows of one kv head's group are packed: row r of a sequence is token r // group, head
+r % group, so a tile holds BLOCK_M rows for any group and every K/V tile is read once for all.
+
+    grid (kv head, tile), tiles of all sequences in one axis, the last (longest) first
+    keys   |--- left edge of the window ---|---- full tiles, no mask ----|-- causal edge --|
+"""
+# mypy: allow-untyped-defs, allow-untyped-decorators
+
+import torch
+import triton
+import triton.language as tl
+
+from .attend_tiles import LOG2E, LOWEST, attend_tiles
+from .checks import (
+    check_attention,
+    require,
+    require_contiguous,
+    require_dtype,
+    require_launchable,
+    require_shape,
+)
+from .tuning import TileConfig, extend_config
+
+
+@triton.jit
+def _find_sequence(query_start_loc_ptr, tile, num_seqs, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The sequence that owns `tile`, and its first tile.
+
+    Sequence s owns tiles from start[s] * GROUP // BLOCK_M + s on: never fewer than it needs, and
+    known without a pass over the lengths.
+    """
+    low = tl.program_id(0) * 0
+    high = low + num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        first = tl.load(query_start_loc_ptr + middle) * GROUP // BLOCK_M + middle
+        low = tl.where(first <= tile, middle, low)
+        high = tl.where(first <= tile, high, middle)
+    return low, tl.load(query_start_loc_ptr + low) * GROUP // BLOCK_M + low
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def _paged_attention_extend_kernel(
+    out_ptr,
+    query_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    block_table_ptr,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    sinks_ptr,
+    num_seqs,
+    scale,
+    query_stride_t,
+    query_stride_h,
+    out_stride_t,
+    out_stride_h,
+    table_stride,
+    HAS_SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    seq, first_tile = _find_sequence(query_start_loc_ptr, tile, num_seqs, GROUP, BLOCK_M)
+    query_start = tl.load(query_start_loc_ptr + seq)
+    query_len = tl.load(query_start_loc_ptr + seq + 1) - query_start
+    first_row = (tile - first_tile) * BLOCK_M
+    if first_row >= query_len * GROUP:
+        return
+    context = tl.load(seq_lens_ptr + seq) - query_len
+
+    row = first_row + tl.arange(0, BLOCK_M)
+    token = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    dim = tl.arange(0, DIM_PAD)
+    mask = (token < query_len)[:, None] & (dim < HEAD_DIM)[None, :]
+    packed = (query_start + token).to(tl.int64)
+    query = tl.load(
+        query_ptr + (packed * query_stride_t + head * query_stride_h)[:, None] + dim[None, :],
+        mask=mask,
+        other=0.0,
+    )
+    acc = tl.zeros([BLOCK_M, DIM_PAD], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if HAS_SINKS:
+        row_max = tl.maximum(tl.load(sinks_ptr + head).to(tl.float32) * LOG2E, LOWEST)
+        row_sum += 1.0
+
+    first_position = context + first_row // GROUP
+    last_position = context + tl.minimum((first_row + BLOCK_M - 1) // GROUP, query_len - 1)
+    kv_end = last_position + 1
+    full_end = tl.maximum(first_position + 1, 0) // BLOCK_N * BLOCK_N
+    full_begin = 0
+    table_ptr = block_table_ptr + seq.to(tl.int64) * table_stride
+    positions = context + token
+    if WINDOW > 0:
+        begin = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        full_begin = tl.cdiv(tl.maximum(last_position - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
+        full_begin = tl.minimum(full_begin, full_end)
+        acc, row_max, row_sum = attend_tiles(
+            acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
+            positions, begin, full_begin, kv_end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS,
+            BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N,
+        )  # fmt: skip
+    acc, row_max, row_sum = attend_tiles(
+        acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
+        positions, full_begin, full_end, kv_end, scale, False, WINDOW, SOFTCAP, NUM_KV_HEADS,
+        BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N,
+    )  # fmt: skip
+    acc, row_max, row_sum = attend_tiles(
+        acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
+        positions, full_end, kv_end, kv_end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS,
+        BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N,
+    )  # fmt: skip
+    acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    tl.store(
+        out_ptr + (packed * out_stride_t + head * out_stride_h)[:, None] + dim[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=mask,
+    )
+
+
+def paged_attention_extend(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    config: TileConfig | None = None,
+) -> torch.Tensor:
+    """Causal attention of packed queries `[num_tokens, num_heads, head_dim]` over their blocks.
+
+    Sequence s has rows query_start_loc[s]:query_start_loc[s + 1] (int32) of `query`; its token i
+    stands at position seq_lens[s] - query_len[s] + i and sees key j iff j <= position and, with a
+    window, position - j < window. key_cache, value_cache: one layer's `[num_blocks, num_kv_heads,
+    block_size, head_dim]`; block_table `[num_seqs, max_blocks]` int32. softcap c replaces a score
+    x by c·tanh(x / c); sinks `[num_heads]` add one logit a head to the softmax's denominator.
+    Rows past query_start_loc[-1] are left as they are in `out`. max_query_len bounds every
+    query_len and only picks the tile; `config` overrides that choice. ValueError on shapes,
+    dtypes, devices or layouts that do not fit.
+    """
+    out = torch.empty_like(query) if out is None else out
+    num_kv_heads, block_size, head_dim = check_attention(
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        seq_lens,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        out=out,
+    )
+    num_seqs = seq_lens.shape[0]
+    require_dtype("query_start_loc", query_start_loc, torch.int32)
+    require_shape("query_start_loc", query_start_loc, num_seqs + 1)
+    require_contiguous("query_start_loc", query_start_loc)
+    require_launchable(query=query, query_start_loc=query_start_loc)
+    require(max_query_len > 0, f"max_query_len must be positive, not {max_query_len}")
+    num_tokens, num_heads, _ = query.shape
+    if num_tokens == 0 or num_seqs == 0:
+        return out
+    group = num_heads // num_kv_heads
+    config = config or extend_config(head_dim, query.dtype, max_query_len * group)
+    num_tiles = num_tokens * group // config.block_m + num_seqs
+    _paged_attention_extend_kernel[(num_kv_heads, num_tiles)](
+        out,
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        query_start_loc,
+        seq_lens,
+        sinks,
+        num_seqs,
+        scale,
+        query.stride(0),
+        query.stride(1),
+        out.stride(0),
+        out.stride(1),
+        block_table.stride(0),
+        HAS_SINKS=sinks is not None,
+        WINDOW=window or 0,
+        SOFTCAP=softcap or 0.0,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        BLOCK_SIZE=block_size,
+        HEAD_DIM=head_dim,
+        DIM_PAD=triton.next_power_of_2(head_dim),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out

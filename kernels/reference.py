@@ -1,0 +1,212 @@
+"""Plain-torch oracles of the kernels: the same signatures, nothing clever, any device.
+
+Half-precision inputs are computed in float32 and rounded once at the end; float64 inputs stay
+float64, which is how tests get a reference that is more exact than what they check.
+"""
+
+import torch
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def reshape_and_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Write K and V `[num_tokens, num_kv_heads, head_dim]` to their slots of one layer's caches.
+
+    `slot_mapping` `[num_tokens]` int64 holds block_id * block_size + offset; rows with a negative
+    slot are padding and are skipped.
+    """
+    block_size = key_cache.shape[2]
+    real = slot_mapping >= 0
+    slots = slot_mapping[real]
+    blocks, offsets = slots // block_size, slots % block_size
+    key_cache[blocks, :, offsets] = key[real].to(key_cache.dtype)
+    value_cache[blocks, :, offsets] = value[real].to(value_cache.dtype)
+
+
+def gather_blocks(cache: torch.Tensor, block_ids: torch.Tensor, length: int) -> torch.Tensor:
+    """The first `length` tokens of a sequence, `[num_kv_heads, length, head_dim]`."""
+    blocks = cache[block_ids.long()]
+    return blocks.transpose(0, 1).flatten(1, 2)[:, :length]
+
+
+def paged_attention_extend(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of packed queries over their sequences' cached blocks.
+
+    query `[num_tokens, num_heads, head_dim]` holds sequence s in rows
+    query_start_loc[s]:query_start_loc[s + 1]; its token i stands at position
+    seq_lens[s] - query_len[s] + i and sees key j iff j <= position and, with a window,
+    position - j < window. softcap c replaces a score x by c·tanh(x / c); sinks `[num_heads]` add
+    one logit a head to the softmax's denominator alone. Rows past query_start_loc[-1] are left
+    as they are in `out`.
+    """
+    out = torch.empty_like(query) if out is None else out
+    num_kv_heads, block_size = key_cache.shape[1:3]
+    group = query.shape[1] // num_kv_heads
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    for index, length in enumerate(lengths):
+        rows = slice(starts[index], starts[index + 1])
+        block_ids = block_table[index, : (length + block_size - 1) // block_size]
+        keys = _wide(gather_blocks(key_cache, block_ids, length))
+        values = _wide(gather_blocks(value_cache, block_ids, length))
+        queries = _wide(query[rows]).reshape(-1, num_kv_heads, group, query.shape[2])
+        scores = torch.einsum("qkgd,knd->kgqn", queries, keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        num_queries = queries.shape[0]
+        query_positions = torch.arange(length - num_queries, length, device=query.device)[:, None]
+        key_positions = torch.arange(length, device=query.device)[None]
+        visible = key_positions <= query_positions
+        if window is not None:
+            visible &= query_positions - key_positions < window
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if sinks is not None:
+            column = sinks.to(scores).view(num_kv_heads, group, 1, 1).expand(-1, -1, num_queries, 1)
+            scores = torch.cat([scores, column], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., :length]
+        weights = weights.masked_fill(~visible, 0.0)  # a row that sees nothing gives zeros
+        attended = torch.einsum("kgqn,knd->qkgd", weights, values)
+        out[rows] = attended.flatten(1, 2).to(out.dtype)
+    return out
+
+
+def paged_attention_decode(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    workspace: object = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`paged_attention_extend` for the same number of query tokens, usually 1, in each sequence.
+
+    query `[num_seqs * query_len, num_heads, head_dim]`; seq_lens count the query tokens. A
+    sequence of length 0 is padding and gets zeros. `workspace` is the kernel's, unused here.
+    """
+    num_seqs = seq_lens.shape[0]
+    query_len = query.shape[0] // max(num_seqs, 1)
+    query_start_loc = torch.arange(num_seqs + 1, device=query.device) * query_len
+    return paged_attention_extend(
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        query_start_loc,
+        seq_lens,
+        scale=scale,
+        max_query_len=query_len,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        out=out,
+    )
+
+
+def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor) -> None:
+    """Copy whole blocks, over all layers, K and V.
+
+    kv_cache `[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]`; sources and
+    destinations `[n]` int64 block ids; no destination may also be a source or stand twice.
+    """
+    kv_cache[:, :, destinations] = kv_cache[:, :, sources]
+
+
+def rms_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float,
+    plus_one: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension; Gemma's (1 + weight) by flag."""
+    x, scale = _wide(input), _wide(weight)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    result = (normed * (scale + 1 if plus_one else scale)).to(input.dtype)
+    return result if out is None else out.copy_(result)
+
+
+def fused_add_rms_norm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float,
+    plus_one: bool = False,
+) -> None:
+    """In place: residual += input (rounded to its dtype), then input = rms_norm(residual)."""
+    residual.copy_(_wide(input) + _wide(residual))
+    rms_norm(residual, weight, eps=eps, plus_one=plus_one, out=input)
+
+
+def silu_and_mul(input: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) · up of `[..., 2 * size]`, whose first half is the gate: `[..., size]`."""
+    gate, up = _wide(input).chunk(2, dim=-1)
+    result = (gate * torch.sigmoid(gate) * up).to(input.dtype)
+    return result if out is None else out.copy_(result)
+
+
+def rope_and_cache(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    query_weight: torch.Tensor | None = None,
+    key_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Optional RMSNorm of each Q and K head, rotary embedding of both, K and V to their slots.
+
+    query `[num_tokens, num_heads, head_dim]`, key and value `[num_tokens, num_kv_heads,
+    head_dim]`; cos and sin `[num_tokens, rotary_dim]` in the half-rotation layout of Hugging Face
+    (second half equal to the first; RoFormer, arXiv 2104.09864). Returns the rotated queries;
+    `slot_mapping` as in `reshape_and_cache`.
+    """
+    rotary_dim = cos.shape[-1]
+
+    def rotate(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        x = _wide(x)
+        if weight is not None:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * _wide(weight)
+        turned, passed = x[..., :rotary_dim], x[..., rotary_dim:]
+        first, second = turned.chunk(2, dim=-1)
+        half = torch.cat([-second, first], dim=-1)
+        turned = turned * _wide(cos)[:, None] + half * _wide(sin)[:, None]
+        return torch.cat([turned, passed], dim=-1)
+
+    rotated = rotate(query, query_weight).to(query.dtype)
+    reshape_and_cache(rotate(key, key_weight), value, key_cache, value_cache, slot_mapping)
+    return rotated if out is None else out.copy_(rotated)

@@ -1,0 +1,109 @@
+"""Write K and V of this step's tokens to their slots of one layer's caches.
+
+One program writes one token of HEADS kv heads: K and V rows of head_dim contiguous elements go
+from `[token, head]` to `[block, head, offset]`, a thread moving 16 bytes at a time.
+"""
+# mypy: allow-untyped-defs, allow-untyped-decorators
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import (
+    FLOAT_DTYPES,
+    check_cache,
+    require_contiguous,
+    require_dtype,
+    require_launchable,
+    require_shape,
+)
+
+
+@triton.jit
+def _reshape_and_cache_kernel(
+    key_ptr,
+    value_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    slot_mapping_ptr,
+    key_stride_t,
+    key_stride_h,
+    key_stride_d,
+    value_stride_t,
+    value_stride_h,
+    value_stride_d,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping_ptr + token)
+    if slot < 0:
+        return
+    block = slot // BLOCK_SIZE
+    offset = slot % BLOCK_SIZE
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    dim = tl.arange(0, DIM_PAD)[None, :]
+    mask = (head < NUM_KV_HEADS) & (dim < HEAD_DIM)
+    key = tl.load(
+        key_ptr + token * key_stride_t + head * key_stride_h + dim * key_stride_d, mask=mask
+    )
+    value = tl.load(
+        value_ptr + token * value_stride_t + head * value_stride_h + dim * value_stride_d, mask=mask
+    )
+    first = block * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + offset * HEAD_DIM
+    target = first + head * (BLOCK_SIZE * HEAD_DIM) + dim
+    tl.store(key_cache_ptr + target, key.to(key_cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(value_cache_ptr + target, value.to(value_cache_ptr.dtype.element_ty), mask=mask)
+
+
+def reshape_and_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Write K and V `[num_tokens, num_kv_heads, head_dim]`, of any strides, to their slots.
+
+    key_cache and value_cache are one layer's `[num_blocks, num_kv_heads, block_size, head_dim]`;
+    slot_mapping `[num_tokens]` int64 holds block_id * block_size + offset, negative for padding
+    rows, which are skipped. Values are converted to the cache's dtype. ValueError on shapes,
+    dtypes or devices that do not fit; slots past the cache are the caller's error, unchecked.
+    """
+    num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
+    num_tokens = slot_mapping.shape[0]
+    require_shape("key", key, num_tokens, num_kv_heads, head_dim)
+    require_shape("value", value, num_tokens, num_kv_heads, head_dim)
+    require_dtype("key", key, *FLOAT_DTYPES)
+    require_dtype("value", value, *FLOAT_DTYPES)
+    require_dtype("slot_mapping", slot_mapping, torch.int64)
+    require_contiguous("slot_mapping", slot_mapping)
+    require_launchable(
+        key=key,
+        value=value,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        slot_mapping=slot_mapping,
+    )
+    if num_tokens == 0:
+        return
+    dim_pad = triton.next_power_of_2(head_dim)
+    heads = min(triton.next_power_of_2(num_kv_heads), max(1, 2048 // dim_pad))
+    _reshape_and_cache_kernel[(num_tokens, triton.cdiv(num_kv_heads, heads))](
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        *key.stride(),
+        *value.stride(),
+        NUM_KV_HEADS=num_kv_heads,
+        BLOCK_SIZE=block_size,
+        HEAD_DIM=head_dim,
+        HEADS=heads,
+        DIM_PAD=dim_pad,
+        num_warps=4 if heads * dim_pad >= 1024 else 1,
+    )

@@ -1,0 +1,39 @@
+"""Tile shapes by head_dim, dtype and rows: a table, so that nothing is tuned at run time.
+
+The figures of `benchmarks/gpu.py --sweep` decide these lines; docs/kernels.md says which.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class TileConfig(NamedTuple):
+    """One compiled shape: rows (packed queries) and keys of a tile, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def extend_config(head_dim: int, dtype: torch.dtype, max_rows: int) -> TileConfig:
+    """The tile of `paged_attention_extend`; max_rows = max_query_len * group."""
+    if dtype == torch.float32:
+        return TileConfig(32, 32, 4, 2 if head_dim <= 128 else 1)
+    if head_dim > 128:
+        return TileConfig(64, 32, 4, 2) if max_rows <= 64 else TileConfig(128, 32, 8, 2)
+    if max_rows <= 64:
+        return TileConfig(64, 64, 4, 3)
+    return TileConfig(128, 64, 8, 3)
+
+
+def decode_config(head_dim: int, dtype: torch.dtype, rows: int) -> TileConfig:
+    """The tile of `paged_attention_decode`; rows = query_len * group, padded to at least 16."""
+    block_m = max(16, 1 << (rows - 1).bit_length())
+    num_warps = 4 if block_m <= 32 else 8
+    if dtype == torch.float32:
+        return TileConfig(block_m, 32, num_warps, 2)
+    if head_dim > 128:
+        return TileConfig(block_m, 32, num_warps, 3)
+    return TileConfig(block_m, 64, num_warps, 3)

@@ -1,0 +1,65 @@
+"""Random paged inputs for attention tests, with every slot that must not be read set to NaN."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PagedInputs:
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    scale: float
+
+
+def paged_inputs(
+    query_lens: list[int],
+    seq_lens: list[int],
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> PagedInputs:
+    """Sequences of these lengths over shuffled blocks; unused slots and blocks hold NaN."""
+    generator = torch.Generator(device).manual_seed(seed)
+    needed = [-(-length // block_size) for length in seq_lens]
+    num_blocks = sum(needed) + 3
+    order = torch.randperm(num_blocks, generator=generator, device=device).int().tolist()
+    table = torch.full((len(seq_lens), max(needed) + 1), -1, dtype=torch.int32)
+    shape = (num_blocks, num_kv_heads, block_size, head_dim)
+    caches = torch.full((2, *shape), float("nan"), dtype=dtype, device=device)
+    for row, (count, length) in enumerate(zip(needed, seq_lens, strict=True)):
+        blocks = [order.pop() for _ in range(count)]
+        table[row, :count] = torch.tensor(blocks, dtype=torch.int32)
+        for index, block in enumerate(blocks):
+            filled = min(block_size, length - index * block_size)
+            caches[:, block, :, :filled] = torch.randn(
+                2, num_kv_heads, filled, head_dim, generator=generator, device=device
+            ).to(dtype)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+    query = torch.randn(
+        sum(query_lens), num_heads, head_dim, generator=generator, device=device
+    ).to(dtype)
+    return PagedInputs(
+        query,
+        caches[0],
+        caches[1],
+        table.to(device),
+        starts.to(device),
+        torch.tensor(seq_lens, dtype=torch.int32, device=device),
+        head_dim**-0.5,
+    )
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ (Frobenius); NaN where either holds one."""
+    difference = (actual.double() - expected.double()).norm()
+    return float(difference / expected.double().norm().clamp_min(1e-30))
