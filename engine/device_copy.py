@@ -1,0 +1,19 @@
+"""Host values to the device without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of (nested) `values` on `device`.
+
+    A copy from pageable memory blocks the host until the stream has caught up, one from pinned
+    memory does not; the caching host allocator keeps the buffer until the copy is done.
+    """
+    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,264 @@
+"""Draws one token for every row of a batch, on the device, without waiting for it.
+
+Per row, in this order: the model's log-probabilities are read; masks (structured output,
+allowed tokens, min_tokens), logit bias, repetition, frequency and presence penalties; then the
+argmax, or temperature, top_k, top_p, min_p and a draw.
+
+A draw is an exponential race: the token with the largest p_i / E_i, E_i ~ Exp(1), wins with
+probability p_i / Σp (the Gumbel-max trick without the logarithm); the E are a hash of seed,
+position and token id (counter_rng.py). The race needs no normaliser, maxima and comparisons are
+exact, and the masses that top_p sums are integers: no result depends on the order of a
+reduction, hence on the batch's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .counter_rng import exponential, stream_keys
+from .logprobs import LogprobTensors, compute_logprobs, to_token_logprobs
+from .outputs import TokenLogprobs
+from .sampling_metadata import DrawGroup, PenaltyRows, SamplingBatch, SamplingBatchBuilder
+from .sequence import Sequence as TokenSequence
+
+_MASS_UNIT = 2.0**40
+"""Integer mass of the likeliest token; a vocabulary's sum stays below 2^63 up to 2^23 tokens."""
+_DRAW_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # per piece: the cache's, the memory's share
+
+
+class SamplerOutput(NamedTuple):
+    """Device tensors, parallel to the batch's rows; the runner copies them to the host.
+
+    Where `finite[i]` is False the row has no valid token: its logits hold NaN or +inf, or
+    nothing finite is left once the row's masks are applied.
+    """
+
+    token_ids: Tensor  # [R] int64, always in the vocabulary
+    finite: Tensor  # [R] bool
+    logprobs: LogprobTensors | None  # of the rows `SamplingPlan.logprob_rows`
+
+
+def collect_logprobs(output: SamplerOutput, batch: SamplingBatch) -> dict[int, TokenLogprobs]:
+    """Log-probabilities by row, from an `output` that is on the host; without failed rows."""
+    if output.logprobs is None:
+        return {}
+    finite = output.finite.tolist()
+    entries = to_token_logprobs(output.logprobs, batch.plan.num_top)
+    pairs = zip(batch.plan.logprob_rows, entries, strict=True)
+    return {row: entry for row, entry in pairs if finite[row]}
+
+
+class Sampler:
+    """One for a runner: `prepare` the step's rows, call with their logits, `forget` leavers."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._builder = SamplingBatchBuilder(vocab_size, device)
+        self._token_ids = torch.arange(vocab_size, device=device)
+
+    def prepare(
+        self,
+        sequences: Sequence[TokenSequence],
+        positions: Sequence[int] | None = None,
+        constrained_rows: Sequence[int] = (),
+    ) -> SamplingBatch:
+        """See `SamplingBatchBuilder.build`; nearly free while the same sequences sample."""
+        return self._builder.build(sequences, positions, constrained_rows)
+
+    def forget(self, seq_ids: Iterable[int]) -> None:
+        """Drop what is kept for sequences that finished or were preempted."""
+        self._builder.forget(seq_ids)
+
+    @torch.no_grad()
+    def __call__(
+        self, logits: Tensor, batch: SamplingBatch, token_bitmask: Tensor | None = None
+    ) -> SamplerOutput:
+        """Sample from `logits` [R, V] of any float type, which are left as they are.
+
+        `token_bitmask` [R, ceil(V / 32)] int32: bit i % 32 of word i // 32 allows token i; only
+        the batch's constrained rows are read.
+        """
+        plan = batch.plan
+        if logits.shape != (plan.num_rows, len(self._token_ids)):
+            raise ValueError(
+                f"logits are {tuple(logits.shape)}, not {(plan.num_rows, len(self._token_ids))}"
+            )
+        if (token_bitmask is None) != (plan.constrained is None):
+            raise ValueError("a token bitmask and constrained rows need one another")
+        # The maximum is NaN where a row holds one, +inf likewise, -inf if there is nothing else.
+        best, token_ids = logits.max(dim=1)
+        finite = best.isfinite()
+        if plan.working_rows is not None:
+            rows = plan.working_rows
+            every_row = len(rows) == plan.num_rows
+            x = logits if every_row else logits.index_select(0, rows)
+            best = best if every_row else best.index_select(0, rows)
+            if plan.shaped:
+                x = self._shape(x, batch, token_bitmask)
+                best, shaped_ids = x.max(dim=1)
+                token_ids.index_copy_(0, rows, shaped_ids)
+                finite = finite.index_copy(0, rows, best.isfinite()) & finite
+            for group in plan.groups:
+                token_ids.index_copy_(0, group.batch_rows, self._draw(x, best, group, batch))
+        return SamplerOutput(token_ids, finite, self._logprobs(logits, token_ids, batch))
+
+    def _logprobs(
+        self, logits: Tensor, token_ids: Tensor, batch: SamplingBatch
+    ) -> LogprobTensors | None:
+        plan = batch.plan
+        if not plan.logprob_rows:
+            return None
+        if plan.logprob_index is not None:
+            logits = logits.index_select(0, plan.logprob_index)
+            token_ids = token_ids.index_select(0, plan.logprob_index)
+        return compute_logprobs(logits, token_ids, max(plan.num_top))
+
+    def _shape(self, logits: Tensor, batch: SamplingBatch, token_bitmask: Tensor | None) -> Tensor:
+        """A float32 copy of the working rows [W, V] with masks, bias and penalties applied."""
+        plan = batch.plan
+        num_rows, vocab_size = logits.shape
+        # One element more than W * V: where padding is written, so that it needs no branch.
+        flat = torch.empty(num_rows * vocab_size + 1, dtype=torch.float32, device=logits.device)
+        flat[-1] = 0.0
+        x = flat[:-1].view(num_rows, vocab_size)
+        x.copy_(logits)
+        if plan.constrained is not None and token_bitmask is not None:
+            mask = _unpack_forbidden(token_bitmask[plan.constrained.batch_rows], vocab_size)
+            _forbid(x, plan.constrained.working_rows, mask)
+        if plan.masks is not None:
+            _forbid(x, plan.masks.working_rows, plan.masks.forbidden)
+        if batch.suppressed is not None:
+            flat.index_fill_(0, batch.suppressed, -torch.inf)
+        if plan.bias is not None:
+            flat.scatter_add_(0, plan.bias.indices, plan.bias.values)
+        if plan.penalties is not None:
+            _penalise(flat, vocab_size, plan.penalties, batch)
+        return x
+
+    def _draw(self, x: Tensor, best: Tensor, group: DrawGroup, batch: SamplingBatch) -> Tensor:
+        """Token ids [G] of a group, from the working logits [W, V] and their maxima [W]."""
+        assert batch.positions is not None
+        if group.working_rows is not None:
+            x = x.index_select(0, group.working_rows)
+            best = best.index_select(0, group.working_rows)
+        x = x.to(torch.float32)
+        positions = batch.positions.index_select(0, group.batch_rows)
+        keys = stream_keys(group.seeds, positions)
+        if group.num_candidates:
+            return self._draw_candidates(x, keys, group)
+        relative = (x - best.to(torch.float32).unsqueeze(1)).div_(group.temperature)
+        if group.top_k is not None or group.top_p is not None:
+            _filter(relative, group.top_k, group.top_p)
+        if group.log_min_p is not None:
+            relative.masked_fill_(relative < group.log_min_p, -torch.inf)
+        rows = max(1, _DRAW_ELEMENTS[x.device.type] // x.shape[1])
+        pieces = zip(torch.split(relative, rows), torch.split(keys, rows), strict=True)
+        return torch.cat([_race(piece, key, self._token_ids) for piece, key in pieces])
+
+    def _draw_candidates(self, x: Tensor, keys: Tensor, group: DrawGroup) -> Tensor:
+        """Draw from the top_k best of `x` [G, V]; of equal logits the lower id is better."""
+        last = x.shape[1] - 1
+        bits = x.view(torch.int32)
+        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # compares as the float32 does
+        ranked = (ordered.to(torch.int64) << 32) | (last - self._token_ids)
+        best = ranked.topk(group.num_candidates, dim=1).values
+        token_ids = last - (best & 0xFFFFFFFF)
+        values = x.gather(1, token_ids)
+        relative = (values - values[:, :1]).div_(group.temperature)
+        assert group.top_k is not None
+        dropped = self._token_ids[: group.num_candidates] >= group.top_k
+        if group.top_p is not None:
+            mass = _masses(relative).masked_fill_(dropped, 0)
+            likelier = mass.cumsum(dim=1) - mass
+            dropped |= likelier >= _target_mass(mass, group.top_p)
+        if group.log_min_p is not None:
+            dropped |= relative < group.log_min_p
+        winner = _race(relative.masked_fill_(dropped, -torch.inf), keys, token_ids)
+        return token_ids.gather(1, winner.unsqueeze(1)).squeeze(1)
+
+
+def _race(relative: Tensor, keys: Tensor, token_ids: Tensor) -> Tensor:
+    """Winners [R]: argmax over N of exp(relative [R, N]) / Exp(1)."""
+    return relative.exp().div_(exponential(keys, token_ids)).argmax(dim=1)
+
+
+def _masses(relative: Tensor) -> Tensor:
+    """exp(relative ≤ 0) in fixed point, int64: sums are exact in any order."""
+    return (relative.exp() * _MASS_UNIT).to(torch.int64)
+
+
+def _target_mass(mass: Tensor, top_p: Tensor) -> Tensor:
+    """The mass [R, 1] that a nucleus must reach; at least 1, so that it is never empty."""
+    return (mass.sum(dim=1, keepdim=True) * top_p).ceil_().to(torch.int64).clamp_(min=1)
+
+
+def _filter(relative: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> None:
+    """Set what top_k, then top_p drop to -inf, in place; equal logits stay or go together."""
+    # The bits of a non-negative float order as it does; clearing the sign makes 0 of -0, too.
+    distance = relative.view(torch.int32) & 0x7FFFFFFF
+    if top_k is not None:
+        ones = torch.ones_like(distance, dtype=torch.int64)
+        relative.masked_fill_(distance > _covering_key(distance, ones, top_k), -torch.inf)
+    if top_p is not None:
+        mass = _masses(relative)
+        limit = _covering_key(distance, mass, _target_mass(mass, top_p))
+        relative.masked_fill_(distance > limit, -torch.inf)
+
+
+def _covering_key(keys: Tensor, mass: Tensor, target: Tensor) -> Tensor:
+    """The least key t [R, 1] such that the mass of all keys ≤ t reaches the target [R, 1].
+
+    `keys` [R, N] int32 ≥ 0, `mass` [R, N] int64 ≥ 0. Where the sum never reaches the target, t is
+    the largest int32. A radix select: three histograms, of the first 11 bits of the keys, then of
+    the next 10 of those that share the limit's first bits, then of the last 10. It replaces a
+    sort of the vocabulary, and integer sums make it exact and independent of their order.
+    """
+    prefix = torch.zeros_like(target)
+    for shift, width in ((20, 11), (10, 10), (0, 10)):
+        digits = (keys >> shift).to(torch.int64)
+        inside = mass if shift == 20 else mass.masked_fill(digits >> width != prefix, 0)
+        size = 1 << width
+        histogram = inside.new_zeros((keys.shape[0], size))
+        histogram.scatter_add_(1, digits.bitwise_and_(size - 1), inside)
+        reached = histogram.cumsum(dim=1)
+        digit = (reached < target).sum(dim=1, keepdim=True).clamp_(max=size - 1)
+        target = target - (reached.gather(1, digit) - histogram.gather(1, digit))
+        prefix = (prefix << width) | digit
+    return prefix
+
+
+def _forbid(x: Tensor, rows: Tensor, forbidden: Tensor) -> None:
+    x.index_copy_(0, rows, x.index_select(0, rows).masked_fill_(forbidden, -torch.inf))
+
+
+def _unpack_forbidden(bitmask: Tensor, vocab_size: int) -> Tensor:
+    """[C, ceil(V / 32)] int32 of allowed tokens as [C, V] bool of forbidden ones."""
+    shifts = torch.arange(32, dtype=torch.int32, device=bitmask.device)
+    bits = (bitmask.unsqueeze(2) >> shifts) & 1
+    return bits.flatten(1)[:, :vocab_size] == 0
+
+
+def _penalise(flat: Tensor, vocab_size: int, rows: PenaltyRows, batch: SamplingBatch) -> None:
+    """Apply the penalties to `flat`, the working logits and one element for padding.
+
+    Repetition (Keskar et al. 2019, as in transformers) covers prompt and output: a positive
+    logit is divided by it, a negative one multiplied. Frequency and presence (OpenAI) cover the
+    output: minus frequency per occurrence, minus presence once. Occurrences of one token write
+    the same value, or subtract the same one: their order does not matter.
+    """
+    assert batch.positions is not None and batch.history is not None
+    sink = len(flat) - 1
+    step = torch.arange(batch.history.shape[1], device=flat.device)
+    lengths = batch.positions.index_select(0, rows.batch_index).unsqueeze(1)
+    indices = rows.working_rows * vocab_size + batch.history
+    indices.masked_fill_(step >= lengths, sink)
+    values = flat[indices]
+    values = torch.where(values > 0, values / rows.repetition, values * rows.repetition)
+    flat[indices] = values
+    indices.masked_fill_(step < rows.num_prompt_tokens, sink)
+    amounts = (-rows.frequency).expand_as(indices)
+    flat.scatter_add_(0, indices.flatten(), amounts.flatten())
+    flat[indices] = flat[indices] - rows.presence
