@@ -1,0 +1,115 @@
+"""Open streams of an engine client: outputs come in by step and go out by request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable
+from typing import Protocol
+
+from .config import EngineInfo
+from .errors import InvalidRequestError, QuireError
+from .outputs import EngineStats, RowError, SequenceOutput, StepOutput
+from .request import Request
+
+
+class EngineCoreProtocol(Protocol):
+    """What a client steps: `engine_core.EngineCore`, or a fake of it."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add_request(self, request: Request) -> None: ...
+
+    def abort_request(self, request_id: str, choice: int | None = None) -> None: ...
+
+    def step(self) -> StepOutput: ...
+
+    def reset_prefix_cache(self) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+
+class EngineObserver(Protocol):
+    """Who wants to know how the engine fares; called on the event loop."""
+
+    def engine_ready(self, info: EngineInfo) -> None: ...
+
+    def engine_restarted(self) -> None: ...
+
+    def observe_step(self, stats: EngineStats) -> None: ...
+
+
+class _Stream:
+    __slots__ = ("open_choices", "queue")
+
+    def __init__(self, n: int) -> None:
+        self.queue: asyncio.Queue[SequenceOutput | QuireError] = asyncio.Queue()
+        self.open_choices = set(range(n))
+
+
+class StreamTable:
+    """Demultiplexes; all calls on one event loop.
+
+    `submit` sends a request to the engine, `abort` ends one there.
+    """
+
+    def __init__(
+        self, submit: Callable[[Request], None], abort: Callable[[str, int | None], None]
+    ) -> None:
+        self._submit = submit
+        self._abort = abort
+        self._streams: dict[str, _Stream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput, None]:
+        """Submit, then yield until each choice has ended; see `EngineClient.generate`."""
+        if request.request_id in self._streams:
+            raise InvalidRequestError(f"request id {request.request_id} is in use", "request_id")
+        stream = _Stream(request.sampling_params.n)
+        self._submit(request)
+        self._streams[request.request_id] = stream
+        waiting_for = set(stream.open_choices)
+        rejected = False
+        try:
+            while waiting_for:
+                item = await stream.queue.get()
+                if isinstance(item, QuireError):
+                    rejected = True
+                    raise item
+                if item.finish_reason is not None:
+                    waiting_for.discard(item.choice)
+                yield item
+        finally:
+            del self._streams[request.request_id]
+            if stream.open_choices and not rejected:
+                self._abort(request.request_id, None)
+
+    def deliver(self, outputs: Iterable[SequenceOutput]) -> None:
+        """Hand a step's outputs out; those of streams closed meanwhile are dropped."""
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue
+            if output.finish_reason is not None:
+                stream.open_choices.discard(output.choice)
+            stream.queue.put_nowait(output)
+
+    def reject(self, request_id: str, error: QuireError) -> None:
+        """The engine refused the request: `generate` raises `error`."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.queue.put_nowait(error)
+
+    def fail_all(self, error: QuireError) -> None:
+        """End every open choice with finish_reason "error"."""
+        row_error = RowError(error.code, error.message)
+        self.deliver(
+            SequenceOutput(request_id, choice, [], finish_reason="error", error=row_error)
+            for request_id, stream in self._streams.items()
+            for choice in sorted(stream.open_choices)
+        )

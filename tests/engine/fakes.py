@@ -1,0 +1,135 @@
+"""A fake engine core: no model, no scheduler; token i of a choice is prompt[0] + choice + i.
+
+It also runs inside the engine process, as "fakes:build_core" (see conftest: PYTHONPATH). The first
+prompt token may command a fault, and `EngineConfig.model` a failed start.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from itertools import count
+
+from quire.engine.config import EngineConfig, EngineInfo
+from quire.engine.errors import InvalidRequestError, ModelLoadError
+from quire.engine.outputs import EngineStats, FinishReason, SequenceOutput, StepOutput, Timings
+from quire.engine.request import Request
+from quire.engine.sampling_params import SamplingParams
+
+VOCAB_SIZE = 1_000_000
+HANG, CRASH, EXIT, SLOW, STAMPED = range(900_001, 900_006)
+"""HANG: the step never ends. CRASH: it raises. EXIT: the process ends. SLOW: 20 ms a step.
+STAMPED: each step's tokens carry the time of the step, as Timings.finished."""
+
+_ids = count()
+
+
+def make_request(first_token: int = 100, max_tokens: int = 5, n: int = 1) -> Request:
+    return Request(
+        request_id=f"request-{next(_ids)}",
+        prompt_token_ids=(first_token, 1, 2),
+        sampling_params=SamplingParams(max_tokens=max_tokens, n=n),
+        arrival_time=time.monotonic(),
+    )
+
+
+def expected_tokens(request: Request, choice: int = 0) -> list[int]:
+    first = request.prompt_token_ids[0] + choice
+    return list(range(first, first + request.sampling_params.max_tokens))
+
+
+class FakeCore:
+    def __init__(self, config: EngineConfig) -> None:
+        if config.model == "broken":
+            raise ModelLoadError("the weights are broken")
+        if config.model == "crash-at-load":
+            raise RuntimeError("crashed while loading")
+        self.config = config
+        self._running: dict[tuple[str, int], tuple[Request, int]] = {}
+        self._aborted: list[SequenceOutput] = []
+        self._step = 0
+        self._resets = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            model=self.config.model,
+            architecture="Fake",
+            device="cpu",
+            dtype="float32",
+            num_parameters=1,
+            vocab_size=VOCAB_SIZE,
+            max_model_len=100_000,
+            block_size=16,
+            num_blocks=1000,
+            kv_bytes_per_token=1,
+            max_num_seqs=256,
+            max_logprobs=20,
+            eos_token_ids=(0,),
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._aborted)
+
+    def add_request(self, request: Request) -> None:
+        if request.sampling_params.max_tokens > 50_000:
+            raise InvalidRequestError("too many tokens", "max_tokens")
+        for choice in range(request.sampling_params.n):
+            self._running[request.request_id, choice] = (request, 0)
+
+    def abort_request(self, request_id: str, choice: int | None = None) -> None:
+        for key in list(self._running):
+            if key[0] == request_id and choice in (None, key[1]):
+                del self._running[key]
+                self._aborted.append(SequenceOutput(*key, [], finish_reason="abort"))
+
+    def step(self) -> StepOutput:
+        self._step += 1
+        outputs, self._aborted = self._aborted, []
+        commands = {request.prompt_token_ids[0] for request, _ in self._running.values()}
+        if HANG in commands:
+            time.sleep(3600)
+        if CRASH in commands:
+            raise RuntimeError("crashed in a step")
+        if EXIT in commands:
+            os._exit(3)
+        if SLOW in commands:
+            time.sleep(0.02)
+        for key, (request, done) in list(self._running.items()):
+            reason: FinishReason | None = None
+            if done + 1 == request.sampling_params.max_tokens:
+                reason = "length"
+                del self._running[key]
+            else:
+                self._running[key] = (request, done + 1)
+            token_id = request.prompt_token_ids[0] + key[1] + done
+            timings = None
+            if request.prompt_token_ids[0] == STAMPED:
+                time.sleep(0.002)
+                timings = Timings(0.0, None, None, time.monotonic())
+            outputs.append(SequenceOutput(*key, [token_id], finish_reason=reason, timings=timings))
+        return StepOutput(outputs, self.stats())
+
+    def reset_prefix_cache(self) -> None:
+        self._resets += 1
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            step=self._step,
+            num_running=len(self._running),
+            num_waiting=0,
+            num_blocks=1000,
+            num_free_blocks=1000 - len(self._running),
+            num_cached_blocks=0,
+            step_tokens=len(self._running),
+            prefix_queries=0,
+            prefix_hits=0,
+            preemptions=self._resets,
+            blocks_copied=0,
+            blocks_shared=0,
+        )
+
+
+def build_core(config: EngineConfig) -> FakeCore:
+    return FakeCore(config)
