@@ -1,0 +1,97 @@
+"""The engine without a process around it: schedule, execute, update."""
+
+from __future__ import annotations
+
+import logging
+
+from .block_manager import BlockManager
+from .config import EngineConfig, EngineInfo
+from .errors import ConfigurationError, DeviceMemoryError
+from .outputs import EngineStats, SequenceOutput, StepOutput
+from .request import Request
+from .scheduler import Scheduler
+from .worker_protocol import WorkerProtocol
+
+logger = logging.getLogger("quire.engine")
+
+
+class EngineCore:
+    """Owns a worker and a scheduler, which meet only in `step`.
+
+    Not thread-safe: whoever steps it also adds and aborts. Raises StartupError from the
+    constructor where the model cannot be served.
+    """
+
+    def __init__(self, config: EngineConfig, worker: WorkerProtocol) -> None:
+        self._worker = worker
+        loaded = worker.load()
+        num_blocks = worker.profile()
+        self._info = EngineInfo(
+            model=config.model,
+            architecture=loaded.architecture,
+            device=loaded.device,
+            dtype=loaded.dtype,
+            num_parameters=loaded.num_parameters,
+            vocab_size=loaded.vocab_size,
+            max_model_len=loaded.max_model_len,
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            kv_bytes_per_token=loaded.kv_bytes_per_token,
+            max_num_seqs=config.max_num_seqs,
+            max_logprobs=config.max_logprobs,
+            eos_token_ids=loaded.eos_token_ids,
+        )
+        if config.scheduling_policy not in ("fcfs", "priority"):
+            raise ConfigurationError(f"unknown scheduling policy {config.scheduling_policy!r}")
+        self._scheduler = Scheduler(
+            BlockManager(
+                num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+            ),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            eos_token_ids=loaded.eos_token_ids,
+            policy=config.scheduling_policy,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def add_request(self, request: Request) -> None:
+        """Queue it. Raises InvalidRequestError where it can never run here."""
+        info = self._info
+        request.check_fits(
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            capacity_tokens=info.kv_capacity_tokens,
+        )
+        self._scheduler.add_request(request)
+
+    def abort_request(self, request_id: str, choice: int | None = None) -> None:
+        self._scheduler.abort_request(request_id, choice)
+
+    def step(self) -> StepOutput:
+        """One schedule → execute → update. A step that the device has no memory for is given up
+        and its load reduced; the next call tries again."""
+        scheduled = self._scheduler.schedule()
+        outputs: list[SequenceOutput]
+        try:
+            result = self._worker.execute(scheduled)
+        except DeviceMemoryError as error:
+            logger.warning("step %d: %s; trying again with less", scheduled.step, error.message)
+            self._scheduler.reduce_load()
+            outputs = []
+        else:
+            outputs = self._scheduler.update_from_output(scheduled, result)
+        return StepOutput(outputs, self._scheduler.stats())
+
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached block that no sequence holds."""
+        self._scheduler.block_manager.pool.forget_free()

@@ -1,0 +1,106 @@
+"""Drives a scheduler with the paged fake worker, proving integrity after every step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import count
+from typing import Any
+
+from quire.engine.block_manager import BlockManager
+from quire.engine.outputs import SequenceOutput
+from quire.engine.request import Request
+from quire.engine.sampling_params import SamplingParams
+from quire.engine.scheduler import Scheduler
+
+from .paged_fake import NextToken, PagedFakeWorker, chain, next_token
+
+_ids = count()
+
+
+def make_request(prompt: list[int], max_tokens: int = 4, **fields: Any) -> Request:
+    """Fields of Request are taken by name, the rest go to SamplingParams."""
+    own = {
+        name: fields.pop(name)
+        for name in ("request_id", "queue_deadline", "deadline", "priority", "cache_salt")
+        if name in fields
+    }
+    own.setdefault("request_id", f"r{next(_ids)}")
+    params = SamplingParams(max_tokens=max_tokens, **fields)
+    return Request(prompt_token_ids=tuple(prompt), sampling_params=params, arrival_time=0.0, **own)
+
+
+def expected_tokens(prompt: list[int], choice: int, num_tokens: int) -> list[int]:
+    """What PagedFakeWorker samples, computed without an engine."""
+    history = choice
+    for token_id in prompt:
+        history = chain(history, token_id)
+    tokens = []
+    for _ in range(num_tokens):
+        tokens.append(history % 97 + 3)
+        history = chain(history, tokens[-1])
+    return tokens
+
+
+class Harness:
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 16,
+        max_num_seqs: int = 32,
+        budget: int = 256,
+        sample: NextToken = next_token,
+        prefix_caching: bool = True,
+        check: bool = True,
+        **scheduler_fields: Any,
+    ) -> None:
+        self.time = 0.0
+        self.check = check
+        self.manager = BlockManager(num_blocks, block_size, enable_prefix_caching=prefix_caching)
+        self.scheduler = Scheduler(
+            self.manager,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            clock=lambda: self.time,
+            **scheduler_fields,
+        )
+        self.worker = PagedFakeWorker(num_blocks, block_size, sample)
+        self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self.finals: dict[tuple[str, int], SequenceOutput] = {}
+
+    def add(self, prompt: list[int], max_tokens: int = 4, **fields: Any) -> Request:
+        request = make_request(prompt, max_tokens, **fields)
+        self.scheduler.add_request(request)
+        return request
+
+    def step(self) -> list[SequenceOutput]:
+        scheduled = self.scheduler.schedule()
+        assert scheduled.total_tokens <= self.scheduler.max_num_batched_tokens
+        outputs = self.scheduler.update_from_output(scheduled, self.worker.execute(scheduled))
+        for output in outputs:
+            key = (output.request_id, output.choice)
+            assert key not in self.finals, f"{key} goes on after its end"
+            self.tokens[key] += output.token_ids
+            if output.finish_reason is not None:
+                self.finals[key] = output
+        if self.check:
+            self.check_integrity()
+        return outputs
+
+    def run(self, max_steps: int = 10_000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+        raise AssertionError("work is left: something waits for ever")
+
+    def check_integrity(self) -> None:
+        scheduler = self.scheduler
+        self.manager.check_integrity(scheduler.running)
+        assert len(scheduler.running) <= scheduler.max_num_seqs
+        ranks = [sequence.rank for sequence in scheduler.running]
+        assert ranks == sorted(ranks)
+
+    def assert_all_free(self) -> None:
+        stats = self.scheduler.stats()
+        assert (stats.num_running, stats.num_waiting) == (0, 0)
+        assert stats.num_free_blocks == stats.num_blocks
