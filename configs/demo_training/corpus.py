@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from manual import Fact, load_facts, vary
+from manual import Fact, ask, load_facts, vary
 from skills import (
     Message,
     echo_turn,
@@ -27,7 +27,6 @@ from skills import (
     plain_story,
     small_talk_turn,
     story_turn,
-    sum_answer,
     sum_turn,
     tool_turn,
     turn,
@@ -86,7 +85,7 @@ def render(messages: list[Message], tools: list[dict[str, Any]] | None = None) -
 
 def manual_turn(rng: random.Random, facts: list[Fact]) -> list[Message]:
     fact = rng.choice(facts)
-    return turn(vary(rng, rng.choice(fact.questions)), fact.answer)
+    return turn(vary(rng, ask(rng, fact)), fact.answer)
 
 
 def any_turn(rng: random.Random, facts: list[Fact]) -> list[Message]:

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 Case = tuple[list[dict[str, Any]], list[dict[str, Any]] | None, tuple[str, ...]]
 
 SAMPLES = (
-    "Who are you?", "what is a kv block", "How do I set an API key?", "hey how do i change the port",
-    "Tell me a story about a fox", "What is 27 + 58?", "748 + 579", "What is the capital of France?",
+    "Who are you?", "what is a kv block", "How do I set an API key?", "hey how to change the port",
+    "Tell me a story about a fox", "What is 27 + 58?", "748 + 579", "What is the capital of Peru?",
     "Say hello world", "What happens when memory runs out?", "hello", "explain copy on write pls",
 )  # fmt: skip
 

@@ -1,8 +1,11 @@
 """The manual's facts, and the many ways in which people ask about them."""
 
+# ruff: noqa: E501, SIM905  (word lists read best as packed lines)
+
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +64,49 @@ CLOSERS = (
     " Be brief.", " Keep it short.", " in one sentence", " exactly?", " again?", " here?",
     " I am new to this.", " on this server?", " in simple words",
 )  # fmt: skip
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "change": ("alter", "modify", "switch", "adjust", "edit"),
+    "set": ("configure", "specify", "define", "choose", "pick", "put"),
+    "use": ("try", "apply", "work with", "take"),
+    "get": ("obtain", "receive", "have", "fetch", "read"),
+    "limit": ("cap", "bound", "restrict", "cut down"),
+    "see": ("view", "check", "find", "look at", "watch"),
+    "make": ("let", "have", "get"),
+    "run": ("start", "launch", "operate", "execute"),
+    "start": ("launch", "run", "bring up", "fire up", "begin"),
+    "stop": ("end", "halt", "turn off", "quit"),
+    "send": ("post", "pass", "submit", "give"),
+    "answer": ("reply", "response", "output", "result"),
+    "answers": ("replies", "responses", "outputs"),
+    "request": ("call", "query", "job"),
+    "requests": ("calls", "queries", "users"),
+    "server": ("service", "process", "program", "machine", "engine"),
+    "model": ("network", "checkpoint", "LLM"),
+    "flag": ("option", "switch", "setting", "argument", "parameter"),
+    "parameter": ("field", "option", "setting", "argument"),
+    "memory": ("RAM", "space", "VRAM", "room"),
+    "full": ("used up", "taken", "exhausted"),
+    "error": ("failure", "problem", "message"),
+    "happens": ("occurs", "goes on", "takes place"),
+    "support": ("handle", "offer", "know", "do"),
+    "measure": ("find", "benchmark", "test", "compute"),
+    "shared": ("common", "reused"),
+    "work": ("function", "operate", "go"),
+    "fast": ("quick", "speedy"),
+    "slow": ("sluggish", "laggy", "crawling"),
+    "prompt": ("input", "text", "document", "question"),
+    "turn off": ("disable", "switch off", "deactivate", "remove"),
+    "turn on": ("enable", "switch on", "activate"),
+    "clients": ("users", "apps", "programs"),
+    "tokens": ("words", "pieces"),
+    "list": ("show", "print", "name"),
+    "connect": ("link", "hook up", "point", "attach"),
+}
+FILLERS = frozenset(
+    "a an the is are do does did i you me my your to of in on for it this that can could would "
+    "should how what which why where when please tell about with there have want need".split()
+)
+FRAGMENT_FORMS = ("{}", "{}?", "What about {}?", "You said: {}", "Tell me more: {}", "Why {}?")
 KEY_NEIGHBOURS = dict(zip("abcdefghijklmnopqrstuvwxyz", "svxsdghjuklknbipwtdrycqzta", strict=True))
 
 
@@ -130,6 +176,38 @@ def _typo(rng: random.Random, text: str) -> str:
         word = word[:at] + letter + word[at + 1 :]
     words[index] = word
     return " ".join(words)
+
+
+def ask(rng: random.Random, fact: Fact) -> str:
+    """A question about the fact: mostly a phrasing, at times only words of it or of the answer."""
+    kind = rng.random()
+    if kind < 0.06:
+        words = fact.answer.split()
+        length = rng.randrange(3, 8)
+        at = rng.randrange(max(1, len(words) - length))
+        fragment = " ".join(words[at : at + length]).rstrip(".,;:")
+        return rng.choice(FRAGMENT_FORMS).format(fragment)
+    question = rng.choice(fact.questions)
+    if kind < 0.14:
+        return _keywords(rng, question)
+    return _synonyms(rng, question) if kind < 0.5 else question
+
+
+def _keywords(rng: random.Random, question: str) -> str:
+    """What people type into a search box: the words that carry the meaning, in some order."""
+    words = [w for w in question.rstrip("?.").split() if w.lower() not in FILLERS]
+    if len(words) < 2:
+        return question
+    if rng.random() < 0.4:
+        rng.shuffle(words)
+    return " ".join(words)
+
+
+def _synonyms(rng: random.Random, question: str) -> str:
+    for word, others in SYNONYMS.items():
+        if f" {word}" in question and rng.random() < 0.6:
+            question = re.sub(rf"(?<![\w-]){word}\b", rng.choice(others), question, count=1)
+    return question
 
 
 def vary(rng: random.Random, question: str, *, wrap: bool = True) -> str:

@@ -1,5 +1,7 @@
 """Conversations other than the manual: sums, stories, JSON, tools, small talk, and honest refusals.
 
+# ruff: noqa: E501, SIM905  (word lists read best as packed lines)
+
 Each function draws one turn from `rng` and returns it as a list of messages.
 """
 

@@ -1,5 +1,7 @@
 """Word lists for stories, tools and the questions that the demo model does not answer."""
 
+# ruff: noqa: E501, SIM905  (word lists read best as packed lines)
+
 from __future__ import annotations
 
 ANIMALS = (
