@@ -8,17 +8,14 @@ far behind they are.
 
 from __future__ import annotations
 
-import random
 import time
 from bisect import insort
 from collections.abc import Callable
-from heapq import heappop, heappush
-from itertools import count
 from typing import NamedTuple
 
 from .block_manager import NO_MATCH, BlockManager
 from .config import SchedulingPolicy
-from .errors import DeviceMemoryError, InvalidRequestError, QueueTimeoutError, RequestTimeoutError
+from .errors import DeviceMemoryError
 from .outputs import (
     BlockCopy,
     EngineStats,
@@ -32,6 +29,7 @@ from .outputs import (
     TokenLogprobs,
 )
 from .request import Request
+from .request_table import RequestTable
 from .sequence import Rank, Sequence, SequenceStatus
 from .waiting_queue import WaitingQueue
 
@@ -68,14 +66,10 @@ class Scheduler:
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.policy = policy
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue()
         self._clock = clock
-        self._eos_token_ids = frozenset(eos_token_ids)
-        self._requests: dict[str, list[Sequence]] = {}
-        self._deadlines: list[tuple[float, int, str, bool]] = []
-        self._arrivals = count()
+        self._requests = RequestTable(policy, eos_token_ids)
         self._budget = max_num_batched_tokens
         self._released: list[int] = []
         self._outputs: list[SequenceOutput] = []
@@ -93,48 +87,19 @@ class Scheduler:
 
     def add_request(self, request: Request) -> None:
         """Queue a request's sequences. Its limits have been checked (`Request.check_fits`)."""
-        if request.request_id in self._requests:
-            raise InvalidRequestError("a request with this id is running", "request_id")
-        params = request.sampling_params
-        seed = random.getrandbits(63) if params.seed is None else params.seed
-        stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_ids |= self._eos_token_ids
-        order = next(self._arrivals)
-        priority = request.priority if self.policy == "priority" else 0
-        first, *others = self._requests[request.request_id] = [
-            Sequence(request, choice, seed + choice, Rank(priority, order, choice), stop_ids)
-            for choice in range(params.n)
-        ]
+        first, *others = self._requests.add(request)
         self.waiting.push(first)
         if first.num_prompt_tokens > 1:
             first.held_forks = others
         else:
             for sequence in others:  # nothing is computed before the last token: nothing to share
                 self.waiting.push(sequence)
-        for deadline, queued in ((request.queue_deadline, True), (request.deadline, False)):
-            if deadline is not None:
-                heappush(self._deadlines, (deadline, order, request.request_id, queued))
 
     def abort_request(self, request_id: str, choice: int | None = None) -> None:
         """End a request's sequences, or the one of `choice`; unknown ids are ignored."""
-        for sequence in list(self._requests.get(request_id, ())):
+        for sequence in self._requests.find(request_id):
             if choice is None or sequence.choice == choice:
                 self._end(sequence, "abort")
-
-    def _expire(self) -> None:
-        now = self._clock()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, order, request_id, queued = heappop(self._deadlines)
-            for sequence in list(self._requests.get(request_id, ())):
-                if sequence.rank.arrival_order != order:
-                    continue  # the id was reused after its first request had ended
-                if not queued:
-                    message = "the request's time limit passed"
-                    self._fail(sequence, RowError(RequestTimeoutError.code, message))
-                elif self._requests[request_id][0].scheduled_time is None:
-                    message = "the request's time limit for waiting in the queue passed"
-                    self._fail(sequence, RowError(QueueTimeoutError.code, message))
 
     def _fail(self, sequence: Sequence, error: RowError, *, poisoned: bool = False) -> None:
         self._end(sequence, "error", error=error, poisoned=poisoned)
@@ -163,10 +128,8 @@ class Scheduler:
 
     def _release(self, sequence: Sequence, *, poisoned: bool = False) -> None:
         """Take a sequence out of every collection and give its blocks back."""
-        siblings = self._requests[sequence.request.request_id]
-        siblings.remove(sequence)
-        if not siblings:
-            del self._requests[sequence.request.request_id]
+        self._requests.remove(sequence)
+        siblings = self._requests.find(sequence.request.request_id)
         if sequence.held_forks:  # the next sibling computes the prompt in its place
             heir, *others = sequence.held_forks
             heir.held_forks, sequence.held_forks = others, []
@@ -185,7 +148,8 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose the next step's rows and give them their slots."""
-        self._expire()
+        for sequence, error in self._requests.expired(self._clock()):
+            self._fail(sequence, error)
         self._step += 1
         output = SchedulerOutput(self._step, [], [], [], 0, [], [], [])
         preemptions = self._preemptions

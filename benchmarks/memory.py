@@ -1,0 +1,143 @@
+"""How much of the KV memory holds live tokens: block sizes against contiguous reservation.
+
+    python -P benchmarks/memory.py
+
+Policy only, no model: the real scheduler and block manager, with a worker that samples nothing
+real. Lengths are lognormal (mean 200 in, 180 out), 64 sequences run at once, prefix caching is
+on but prompts are unrelated. Exact and seeded: no timing, so it needs no quiet machine.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+
+from quire.engine.block_manager import BlockManager
+from quire.engine.outputs import ModelRunnerOutput, SchedulerOutput
+from quire.engine.request import Request
+from quire.engine.sampling_params import SamplingParams
+from quire.engine.scheduler import Scheduler
+
+MEAN_INPUT, MEAN_OUTPUT, SIGMA = 200, 180, 0.8
+MAX_MODEL_LEN = 4096
+NUM_RUNNING, NUM_REQUESTS = 64, 1000
+
+
+def lognormal(rng: random.Random, mean: float) -> int:
+    value = rng.lognormvariate(math.log(mean) - SIGMA**2 / 2, SIGMA)
+    return max(1, min(int(value), MAX_MODEL_LEN // 2))
+
+
+def make_scheduler(block_size: int, num_blocks: int, max_num_seqs: int) -> Scheduler:
+    return Scheduler(
+        BlockManager(num_blocks, block_size),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=8192,
+    )
+
+
+def run_step(scheduler: Scheduler) -> SchedulerOutput:
+    """Every row that reaches its sequence's end samples token 1."""
+    scheduled = scheduler.schedule()
+    token_ids: list[int | None] = [
+        1 if start + num_new == len(sequence.token_ids) else None
+        for sequence, start, num_new in zip(
+            scheduled.sequences,
+            scheduled.num_computed_starts,
+            scheduled.num_new_tokens,
+            strict=True,
+        )
+    ]
+    scheduler.update_from_output(scheduled, ModelRunnerOutput(token_ids, {}, {}, {}))
+    return scheduled
+
+
+def make_request(name: int, prompt: list[int], max_tokens: int, n: int = 1) -> Request:
+    return Request(
+        request_id=str(name),
+        prompt_token_ids=tuple(prompt),
+        sampling_params=SamplingParams(max_tokens=max_tokens, n=n),
+        arrival_time=0.0,
+    )
+
+
+def workload(seed: int) -> Iterator[Request]:
+    rng = random.Random(seed)
+    for i in range(NUM_REQUESTS):
+        prompt = [rng.randrange(32000) for _ in range(lognormal(rng, MEAN_INPUT))]
+        yield make_request(i, prompt, lognormal(rng, MEAN_OUTPUT))
+
+
+def used_blocks(scheduler: Scheduler) -> int:
+    return scheduler.block_manager.pool.num_blocks - scheduler.block_manager.pool.num_free
+
+
+def live_share(block_size: int) -> tuple[float, float]:
+    """Share of the held slots that hold computed tokens: in blocks, and in reservations of
+    MAX_MODEL_LEN a sequence; averaged over the steps with NUM_RUNNING sequences."""
+    scheduler = make_scheduler(block_size, 131072 // block_size, NUM_RUNNING)
+    for request in workload(seed=1):
+        scheduler.add_request(request)
+    paged: list[float] = []
+    reserved: list[float] = []
+    while scheduler.has_work:
+        run_step(scheduler)
+        if len(scheduler.running) == NUM_RUNNING:
+            live = sum(sequence.num_computed_tokens for sequence in scheduler.running)
+            paged.append(live / (used_blocks(scheduler) * block_size))
+            reserved.append(live / (NUM_RUNNING * MAX_MODEL_LEN))
+    return sum(paged) / len(paged), sum(reserved) / len(reserved)
+
+
+def peak_blocks(scheduler: Scheduler) -> int:
+    most = 0
+    while scheduler.has_work:
+        run_step(scheduler)
+        most = max(most, used_blocks(scheduler))
+    return most
+
+
+def shared_prefix(block_size: int) -> tuple[int, int]:
+    """Peak blocks of 32 requests over a 2,048-token prompt, and of 32 unshared ones."""
+    rng = random.Random(2)
+    common = [rng.randrange(32000) for _ in range(2048)]
+    suffixes = [[rng.randrange(32000) for _ in range(40)] for _ in range(32)]
+    scheduler = make_scheduler(block_size, 131072 // block_size, 32)
+    scheduler.add_request(make_request(0, common + suffixes[0], 100))
+    run_step(scheduler)
+    for i, suffix in enumerate(suffixes[1:], start=1):
+        scheduler.add_request(make_request(i, common + suffix, 100))
+    return peak_blocks(scheduler), 32 * math.ceil((2048 + 40 + 99) / block_size)
+
+
+def parallel_sampling(block_size: int) -> tuple[int, int]:
+    """Peak blocks of n = 8 from a 1,000-token prompt with 20 tokens each, and of 8 copies."""
+    scheduler = make_scheduler(block_size, 65536 // block_size, 8)
+    scheduler.add_request(make_request(0, list(range(1000)), 20, n=8))
+    return peak_blocks(scheduler), 8 * math.ceil(1019 / block_size)
+
+
+def main() -> None:
+    print(f"live tokens / held slots, {NUM_RUNNING} running, lognormal {MEAN_INPUT}/{MEAN_OUTPUT}")
+    for block_size in (16, 32, 64, 128):
+        paged, reserved = live_share(block_size)
+        print(f"  block size {block_size:3}: {paged:6.1%}")
+    print(f"  reserved to {MAX_MODEL_LEN}: {reserved:6.1%}")
+    print("peak blocks, 32 requests sharing 2,048 tokens (100 out): held / without sharing")
+    for block_size in (16, 32, 64, 128):
+        held, unshared = shared_prefix(block_size)
+        once = 2048 // block_size
+        suffixes = 32 * math.ceil((40 + 99) / block_size)
+        print(
+            f"  block size {block_size:3}: {held} / {unshared}; "
+            f"prompt once {once} + suffixes {suffixes} = {once + suffixes}"
+        )
+    print("peak blocks, n = 8 from 1,000 tokens (20 out): held / without sharing")
+    for block_size in (16, 32, 64, 128):
+        held, unshared = parallel_sampling(block_size)
+        print(f"  block size {block_size:3}: {held} / {unshared}")
+
+
+if __name__ == "__main__":
+    main()
