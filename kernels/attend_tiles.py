@@ -1,5 +1,5 @@
 """The inner loop that both attention kernels share: online softmax over tiles of paged K and V."""
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import triton
 import triton.language as tl

@@ -3,7 +3,7 @@
 Grid (pair, layer and K/V, part of the block): a block of one layer is num_kv_heads * block_size *
 head_dim contiguous elements, so a program moves CHUNK of them, a thread 16 bytes at a time.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import torch
 import triton

@@ -9,7 +9,7 @@ graph that was captured once stays valid for any lengths:
 A list of one sequence and one split has the whole answer; several splits leave partial results
 in the workspace and the last one to arrive merges them.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 

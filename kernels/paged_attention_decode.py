@@ -7,7 +7,7 @@ decode_schedule.py). A program of grid (kv head, item) folds one chunk of keys:
     one split  → writes `out`
     several    → writes its partial and its log2-sum; the last to arrive merges all of them
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import torch
 import triton
@@ -154,13 +154,14 @@ def _paged_attention_decode_kernel(
                 partials_ptr, log_sums_ptr, kv_head, first_item, splits, NUM_KV_HEADS, ROWS,
                 ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,
             )  # fmt: skip
-            row = tl.arange(0, ROWS_PAD)
-            token = (seq * QUERY_LEN + row // GROUP).to(tl.int64)
-            head = kv_head * GROUP + row % GROUP
+            out_row = tl.arange(0, ROWS_PAD)
+            out_token = (seq * QUERY_LEN + out_row // GROUP).to(tl.int64)
+            out_head = kv_head * GROUP + out_row % GROUP
+            out_line = out_token * out_stride_t + out_head * out_stride_h
             tl.store(
-                out_ptr + (token * out_stride_t + head * out_stride_h)[:, None] + dim[None, :],
+                out_ptr + out_line[:, None] + dim[None, :],
                 merged.to(out_ptr.dtype.element_ty),
-                mask=(row < ROWS)[:, None] & (dim < HEAD_DIM)[None, :],
+                mask=(out_row < ROWS)[:, None] & (dim < HEAD_DIM)[None, :],
             )
             tl.store(arrived_ptr, 0)  # ready for the next launch
 

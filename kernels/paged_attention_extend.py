@@ -6,7 +6,7 @@ r % group, so a tile holds BLOCK_M rows for any group and every K/V tile is read
     grid (kv head, tile), tiles of all sequences in one axis, the last (longest) first
     keys   |--- left edge of the window ---|---- full tiles, no mask ----|-- causal edge --|
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import torch
 import triton
@@ -75,7 +75,7 @@ def _paged_attention_extend_kernel(
     query_start = tl.load(query_start_loc_ptr + seq)
     query_len = tl.load(query_start_loc_ptr + seq + 1) - query_start
     first_row = (tile - first_tile) * BLOCK_M
-    if first_row >= query_len * GROUP:
+    if (first_row < 0) | (first_row >= query_len * GROUP):
         return
     context = tl.load(seq_lens_ptr + seq) - query_len
 
@@ -154,9 +154,9 @@ def paged_attention_extend(
     window, position - j < window. key_cache, value_cache: one layer's `[num_blocks, num_kv_heads,
     block_size, head_dim]`; block_table `[num_seqs, max_blocks]` int32. softcap c replaces a score
     x by c·tanh(x / c); sinks `[num_heads]` add one logit a head to the softmax's denominator.
-    Rows past query_start_loc[-1] are left as they are in `out`. max_query_len bounds every
-    query_len and only picks the tile; `config` overrides that choice. ValueError on shapes,
-    dtypes, devices or layouts that do not fit.
+    Rows before query_start_loc[0] and past query_start_loc[-1] are left as they are in `out`.
+    max_query_len bounds every query_len and only picks the tile; `config` overrides that choice.
+    ValueError on shapes, dtypes, devices or layouts that do not fit.
     """
     out = torch.empty_like(query) if out is None else out
     num_kv_heads, block_size, head_dim = check_attention(

@@ -58,8 +58,8 @@ def paged_attention_extend(
     query_start_loc[s]:query_start_loc[s + 1]; its token i stands at position
     seq_lens[s] - query_len[s] + i and sees key j iff j <= position and, with a window,
     position - j < window. softcap c replaces a score x by c·tanh(x / c); sinks `[num_heads]` add
-    one logit a head to the softmax's denominator alone. Rows past query_start_loc[-1] are left
-    as they are in `out`.
+    one logit a head to the softmax's denominator alone. Rows before query_start_loc[0]
+    and past query_start_loc[-1] are left as they are in `out`.
     """
     out = torch.empty_like(query) if out is None else out
     num_kv_heads, block_size = key_cache.shape[1:3]

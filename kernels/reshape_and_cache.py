@@ -3,7 +3,7 @@
 One program writes one token of HEADS kv heads: K and V rows of head_dim contiguous elements go
 from `[token, head]` to `[block, head, offset]`, a thread moving 16 bytes at a time.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import torch
 import triton

@@ -1,0 +1,236 @@
+"""Norm, rotate and store in one launch: what stands between the QKV projection and attention.
+
+Grid (token, heads of Q | heads of K | heads of V), HEADS at a time. A program holds the two halves
+of each head's rotary part and the rest behind it:
+
+    [ first: rotary_dim / 2 | second: rotary_dim / 2 | rest: head_dim − rotary_dim ]
+
+rotated Q goes to `out`, rotated K and plain V to their slots in the caches.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import (
+    FLOAT_DTYPES,
+    check_cache,
+    require,
+    require_contiguous,
+    require_dtype,
+    require_last_contiguous,
+    require_launchable,
+    require_shape,
+)
+
+
+@triton.jit
+def _rotate_heads(
+    target_ptr,
+    source_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    source_lines,
+    target_lines,
+    real,
+    eps,
+    NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    REST_PAD: tl.constexpr,
+):
+    """Norm and rotate HEADS heads whose first elements are at these lines."""
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    REST: tl.constexpr = HEAD_DIM - ROTARY_DIM
+    dim = tl.arange(0, HALF_PAD)[None, :]
+    rest_dim = ROTARY_DIM + tl.arange(0, REST_PAD)[None, :]
+    mask = real[:, None] & (dim < HALF)
+    rest_mask = real[:, None] & (rest_dim < HEAD_DIM)
+    source = source_ptr + source_lines[:, None]
+    target = target_ptr + target_lines[:, None]
+    first = tl.load(source + dim, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF + dim, mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+    if REST > 0:
+        rest = tl.load(source + rest_dim, mask=rest_mask, other=0.0).to(tl.float32)
+        if NORM:
+            squares += tl.sum(rest * rest, 1)
+    if NORM:
+        factor = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        first *= factor * tl.load(weight_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
+        second *= factor * tl.load(weight_ptr + HALF + dim, mask=dim < HALF, other=0.0).to(
+            tl.float32
+        )
+        if REST > 0:
+            weight = tl.load(weight_ptr + rest_dim, mask=rest_dim < HEAD_DIM, other=0.0)
+            rest *= factor * weight.to(tl.float32)
+    cos = tl.load(cos_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
+    element = target_ptr.dtype.element_ty
+    tl.store(target + dim, (first * cos - second * sin).to(element), mask=mask)
+    tl.store(target + HALF + dim, (second * cos + first * sin).to(element), mask=mask)
+    if REST > 0:
+        tl.store(target + rest_dim, rest.to(element), mask=rest_mask)
+
+
+@triton.jit
+def _rope_and_cache_kernel(
+    out_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    slot_mapping_ptr,
+    cos_ptr,
+    sin_ptr,
+    query_weight_ptr,
+    key_weight_ptr,
+    eps,
+    query_stride_t,
+    query_stride_h,
+    key_stride_t,
+    key_stride_h,
+    value_stride_t,
+    value_stride_h,
+    out_stride_t,
+    out_stride_h,
+    cos_stride,
+    sin_stride,
+    NORM_QUERY: tl.constexpr,
+    NORM_KEY: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    REST_PAD: tl.constexpr,
+):
+    QUERY_PARTS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    KV_PARTS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    in_part = tl.arange(0, HEADS)
+    cos_ptr += token * cos_stride
+    sin_ptr += token * sin_stride
+    if part < QUERY_PARTS:
+        head = part * HEADS + in_part
+        _rotate_heads(
+            out_ptr, query_ptr, query_weight_ptr, cos_ptr, sin_ptr,
+            token * query_stride_t + head * query_stride_h,
+            token * out_stride_t + head * out_stride_h,
+            head < NUM_HEADS, eps, NORM_QUERY, HEAD_DIM, ROTARY_DIM, HALF_PAD, REST_PAD,
+        )  # fmt: skip
+        return
+    slot = tl.load(slot_mapping_ptr + token)
+    if slot < 0:
+        return
+    first_slot = (slot // BLOCK_SIZE) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM)
+    first_slot += (slot % BLOCK_SIZE) * HEAD_DIM
+    if part < QUERY_PARTS + KV_PARTS:
+        head = (part - QUERY_PARTS) * HEADS + in_part
+        _rotate_heads(
+            key_cache_ptr, key_ptr, key_weight_ptr, cos_ptr, sin_ptr,
+            token * key_stride_t + head * key_stride_h,
+            first_slot + head * (BLOCK_SIZE * HEAD_DIM),
+            head < NUM_KV_HEADS, eps, NORM_KEY, HEAD_DIM, ROTARY_DIM, HALF_PAD, REST_PAD,
+        )  # fmt: skip
+    else:
+        head = ((part - QUERY_PARTS - KV_PARTS) * HEADS + in_part)[:, None]
+        dim = tl.arange(0, DIM_PAD)[None, :]
+        mask = (head < NUM_KV_HEADS) & (dim < HEAD_DIM)
+        source = value_ptr + token * value_stride_t + head * value_stride_h + dim
+        target = value_cache_ptr + first_slot + head * (BLOCK_SIZE * HEAD_DIM) + dim
+        value = tl.load(source, mask=mask)
+        tl.store(target, value.to(value_cache_ptr.dtype.element_ty), mask=mask)
+
+
+def rope_and_cache(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    query_weight: torch.Tensor | None = None,
+    key_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Optional RMSNorm of each Q and K head, rotary embedding of both, K and V to their slots.
+
+    query `[num_tokens, num_heads, head_dim]`, key and value `[num_tokens, num_kv_heads,
+    head_dim]`, last dimension contiguous; cos and sin `[num_tokens, rotary_dim]` in the
+    half-rotation layout of Hugging Face (second half equal to the first; RoFormer, arXiv
+    2104.09864). Returns the rotated queries, which may be written over `query` by `out=query`;
+    slot_mapping `[num_tokens]` int64, negative for rows whose K and V are skipped. ValueError on
+    shapes, dtypes or devices that do not fit.
+    """
+    num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
+    out = torch.empty_like(query) if out is None else out
+    num_tokens, rotary_dim = cos.shape
+    require_shape("query", query, num_tokens, None, head_dim)
+    num_heads = query.shape[1]
+    require_shape("out", out, num_tokens, num_heads, head_dim)
+    require_dtype("out", out, query.dtype)
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
+        require_dtype(name, tensor, *FLOAT_DTYPES)
+        require_last_contiguous(name, tensor)
+    for name, tensor in (("key", key), ("value", value)):
+        require_shape(name, tensor, num_tokens, num_kv_heads, head_dim)
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        require_shape(name, tensor, num_tokens, rotary_dim)
+        require_dtype(name, tensor, *FLOAT_DTYPES)
+        require_last_contiguous(name, tensor)
+    require(
+        0 < rotary_dim <= head_dim and rotary_dim % 2 == 0,
+        f"rotary_dim must be even and at most head_dim, not {rotary_dim}",
+    )
+    for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
+        if weight is not None:
+            require_shape(name, weight, head_dim)
+            require_dtype(name, weight, *FLOAT_DTYPES)
+            require_contiguous(name, weight)
+    require_shape("slot_mapping", slot_mapping, num_tokens)
+    require_dtype("slot_mapping", slot_mapping, torch.int64)
+    require_contiguous("slot_mapping", slot_mapping)
+    require_launchable(
+        query=query, key=key, value=value, key_cache=key_cache, value_cache=value_cache,
+        slot_mapping=slot_mapping, cos=cos, sin=sin, query_weight=query_weight,
+        key_weight=key_weight, out=out,
+    )  # fmt: skip
+    if num_tokens == 0:
+        return out
+    dim_pad = triton.next_power_of_2(head_dim)
+    heads = min(triton.next_power_of_2(num_kv_heads), max(1, 1024 // dim_pad))
+    parts = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
+    _rope_and_cache_kernel[(num_tokens, parts)](
+        out, query, key, value, key_cache, value_cache, slot_mapping, cos, sin,
+        query_weight, key_weight, eps,
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1),
+        value.stride(0), value.stride(1), out.stride(0), out.stride(1),
+        cos.stride(0), sin.stride(0),
+        NORM_QUERY=query_weight is not None,
+        NORM_KEY=key_weight is not None,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        BLOCK_SIZE=block_size,
+        HEAD_DIM=head_dim,
+        ROTARY_DIM=rotary_dim,
+        HEADS=heads,
+        DIM_PAD=dim_pad,
+        HALF_PAD=triton.next_power_of_2(rotary_dim // 2),
+        REST_PAD=triton.next_power_of_2(max(1, head_dim - rotary_dim)),
+        num_warps=4 if heads * dim_pad >= 512 else 1,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,109 @@
+"""Compile a launcher's kernels for a GPU that is not there, and read what came out.
+
+A launcher is run on CPU tensors with `JITFunction.run` replaced, so what is compiled is exactly
+what the launcher would launch: its constants, its alignments, its options.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+OPTIONS = ("num_warps", "num_stages")
+
+
+class Compiled(NamedTuple):
+    name: str
+    registers: int
+    spills: int
+    """Bytes a thread of spill stores and loads."""
+    shared: int
+    """Bytes a program of shared memory."""
+    ptx: str
+
+
+def _canonical(value: object) -> str:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
+        names["int64"] = "i64"
+        return "*" + names[str(value.dtype).removeprefix("torch.")]
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if isinstance(value, float):
+        return "fp32"
+    raise TypeError(f"no kernel argument: {value!r}")
+
+
+def _source(function: JITFunction, values: dict[str, Any]) -> ASTSource:
+    """The specialisations of Triton's launcher: 1 and None are constants, 16 divides."""
+    import torch
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for param in function.params:
+        value = values[param.name]
+        key = (param.num,)
+        fixed = value is None or (
+            not param.do_not_specialize and isinstance(value, int) and value == 1
+        )
+        if param.is_constexpr or fixed:
+            signature[param.name] = "constexpr"
+            constants[key] = value
+            continue
+        signature[param.name] = _canonical(value)
+        number = 0 if isinstance(value, torch.Tensor) else value
+        if isinstance(number, int) and number % 16 == 0 and not param.do_not_specialize:
+            attributes[key] = [["tt.divisibility", 16]]
+    return ASTSource(function, signature, constants, attributes)
+
+
+def _assemble(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers and spilled bytes as ptxas reports them."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    found = get_ptxas(arch)
+    ptxas = found.path if hasattr(found, "path") else found[0]
+    suffix = "a" if arch >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name=sm_{arch}{suffix}", str(source)]
+        command += ["-o", str(Path(folder, "kernel.cubin"))]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert registers and spills, log
+    return int(registers[1]), int(spills[1]) + int(spills[2])
+
+
+def compile_launch(launch: Callable[[], object], arch: int) -> list[Compiled]:
+    """Compile for sm_<arch> every kernel that `launch()` would start."""
+    results: list[Compiled] = []
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        values = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        compiled = triton.compile(
+            _source(self, values), target=GPUTarget("cuda", arch, 32), options=options
+        )
+        ptx = compiled.asm["ptx"]
+        registers, spills = _assemble(ptx, arch)
+        results.append(Compiled(self.__name__, registers, spills, compiled.metadata.shared, ptx))
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(triton.knobs.runtime, "interpret", True),
+    ):
+        launch()
+    return results
