@@ -22,12 +22,15 @@ from torch import Tensor
 from .counter_rng import exponential, stream_keys
 from .logprobs import LogprobTensors, compute_logprobs, to_token_logprobs
 from .outputs import TokenLogprobs
-from .sampling_metadata import DrawGroup, PenaltyRows, SamplingBatch, SamplingBatchBuilder
+from .sampling_metadata import SamplingBatch, SamplingBatchBuilder
+from .sampling_plan import DrawGroup, PenaltyRows
 from .sequence import Sequence as TokenSequence
 
 _MASS_UNIT = 2.0**40
 """Integer mass of the likeliest token; a vocabulary's sum stays below 2^63 up to 2^23 tokens."""
-_DRAW_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # per piece: the cache's, the memory's share
+_LOWEST = -(2**63)
+_DRAW_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
+"""Logits drawn from at a time: what stays in a CPU's cache, what bounds a GPU's memory."""
 
 
 class SamplerOutput(NamedTuple):
@@ -58,6 +61,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._builder = SamplingBatchBuilder(vocab_size, device)
         self._token_ids = torch.arange(vocab_size, device=device)
+        self._reversed_ids = (vocab_size - 1 - self._token_ids).to(torch.int32)
 
     def prepare(
         self,
@@ -141,34 +145,31 @@ class Sampler:
     def _draw(self, x: Tensor, best: Tensor, group: DrawGroup, batch: SamplingBatch) -> Tensor:
         """Token ids [G] of a group, from the working logits [W, V] and their maxima [W]."""
         assert batch.positions is not None
-        if group.working_rows is not None:
-            x = x.index_select(0, group.working_rows)
-            best = best.index_select(0, group.working_rows)
-        x = x.to(torch.float32)
-        positions = batch.positions.index_select(0, group.batch_rows)
-        keys = stream_keys(group.seeds, positions)
-        if group.num_candidates:
-            return self._draw_candidates(x, keys, group)
-        relative = (x - best.to(torch.float32).unsqueeze(1)).div_(group.temperature)
+        keys = stream_keys(group.seeds, batch.positions.index_select(0, group.batch_rows))
+        rows = max(1, _DRAW_ELEMENTS[x.device.type] // x.shape[1])
+        draw = self._draw_candidates if group.num_candidates else self._draw_vocabulary
+        pieces = []
+        for start in range(0, len(keys), rows):
+            piece = group.slice(start, start + rows)
+            logits = x.index_select(0, piece.working_rows).to(torch.float32)
+            top = best.index_select(0, piece.working_rows).to(torch.float32).unsqueeze(1)
+            pieces.append(draw(logits, top, keys[start : start + rows], piece))
+        return torch.cat(pieces)
+
+    def _draw_vocabulary(self, x: Tensor, top: Tensor, keys: Tensor, group: DrawGroup) -> Tensor:
+        """Draw from all tokens of `x` [G, V] (overwritten), whose maxima are `top` [G, 1]."""
+        relative = x.sub_(top).div_(group.temperature)
         if group.top_k is not None or group.top_p is not None:
             _filter(relative, group.top_k, group.top_p)
         if group.log_min_p is not None:
             relative.masked_fill_(relative < group.log_min_p, -torch.inf)
-        rows = max(1, _DRAW_ELEMENTS[x.device.type] // x.shape[1])
-        pieces = zip(torch.split(relative, rows), torch.split(keys, rows), strict=True)
-        return torch.cat([_race(piece, key, self._token_ids) for piece, key in pieces])
+        return _race(relative, keys, self._token_ids)
 
-    def _draw_candidates(self, x: Tensor, keys: Tensor, group: DrawGroup) -> Tensor:
+    def _draw_candidates(self, x: Tensor, top: Tensor, keys: Tensor, group: DrawGroup) -> Tensor:
         """Draw from the top_k best of `x` [G, V]; of equal logits the lower id is better."""
-        last = x.shape[1] - 1
-        bits = x.view(torch.int32)
-        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # compares as the float32 does
-        ranked = (ordered.to(torch.int64) << 32) | (last - self._token_ids)
-        best = ranked.topk(group.num_candidates, dim=1).values
-        token_ids = last - (best & 0xFFFFFFFF)
-        values = x.gather(1, token_ids)
-        relative = (values - values[:, :1]).div_(group.temperature)
         assert group.top_k is not None
+        values, token_ids = self._best(x, group.top_k, group.num_candidates)
+        relative = values.sub_(top).div_(group.temperature)
         dropped = self._token_ids[: group.num_candidates] >= group.top_k
         if group.top_p is not None:
             mass = _masses(relative).masked_fill_(dropped, 0)
@@ -178,6 +179,34 @@ class Sampler:
             dropped |= relative < group.log_min_p
         winner = _race(relative.masked_fill_(dropped, -torch.inf), keys, token_ids)
         return token_ids.gather(1, winner.unsqueeze(1)).squeeze(1)
+
+    def _best(self, x: Tensor, top_k: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Values and ids [G, k] of the best tokens of `x` [G, V], exact in each row's `top_k`.
+
+        torch.topk leaves open which of equal values it returns, and that may change with the
+        batch's size. So only what lies above the top_k-th value is taken from it; those equal to
+        that value are sought by id, and both are ranked by (value, id) as one integer.
+        """
+        last = len(self._token_ids) - 1
+        values, token_ids = x.topk(k, dim=1)
+        limit = values.gather(1, top_k - 1)
+        tied = torch.where(x == limit, self._reversed_ids, -1).topk(k, dim=1).values
+        ranks = torch.cat(
+            [
+                _rank(values, last - token_ids).masked_fill_(values <= limit, _LOWEST),
+                _rank(limit, tied.to(torch.int64)).masked_fill_(tied < 0, _LOWEST),
+            ],
+            dim=1,
+        )
+        best = last - (ranks.topk(k, dim=1).values & 0xFFFFFFFF).clamp_(max=last)
+        return x.gather(1, best), best
+
+
+def _rank(values: Tensor, reversed_ids: Tensor) -> Tensor:
+    """int64 that order by value, float32, then by reversed id."""
+    bits = values.view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(torch.int64) << 32) | reversed_ids
 
 
 def _race(relative: Tensor, keys: Tensor, token_ids: Tensor) -> Tensor:
