@@ -146,7 +146,7 @@ def _parse(block: str) -> Fact:
         answer=fields["a"],
         questions=tuple(kept + asked * repeats),
         unseen=tuple(alternatives("h")),
-        held_out=tuple(question for question in filled if _is_held_out(question)),
+        held_out=tuple(q for q in filled if _is_held_out(q) and q not in asked),
     )
 
 

@@ -1,9 +1,9 @@
 """Conversations other than the manual: sums, stories, JSON, tools, small talk, and honest refusals.
 
-# ruff: noqa: E501, SIM905  (word lists read best as packed lines)
-
 Each function draws one turn from `rng` and returns it as a list of messages.
 """
+
+# ruff: noqa: E501, SIM905  (word lists read best as packed lines)
 
 from __future__ import annotations
 

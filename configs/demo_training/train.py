@@ -48,12 +48,22 @@ class Plan:
     length: int
     long_rows: int
     peak_lr: float
+    warmup_steps: int
     long_length: int = CONTEXT
 
 
-FULL = Plan(shards=160, documents=8000, rows=128, length=512, long_rows=16, peak_lr=3e-3)
+FULL = Plan(
+    shards=160, documents=8000, rows=128, length=512, long_rows=16, peak_lr=3e-3, warmup_steps=300
+)
 SMALL = Plan(
-    shards=1, documents=6000, rows=6, length=256, long_rows=1, peak_lr=2e-3, long_length=1024
+    shards=1,
+    documents=6000,
+    rows=8,
+    length=128,
+    long_rows=1,
+    peak_lr=3e-3,
+    warmup_steps=20,
+    long_length=512,
 )
 
 
@@ -201,7 +211,7 @@ class Trainer:
         seen, shown = 0, begun
         mean = torch.zeros((), device=self.device)
         while (share := (self.log.elapsed() - begun) / span) < 1.0:
-            warm = min(1.0, (self.steps + 1) / 200)
+            warm = min(1.0, (self.steps + 1) / self.plan.warmup_steps)
             rate = self.plan.peak_lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate

@@ -1,4 +1,4 @@
-"""The generator of the demo model's corpus: deterministic, held-out data stay out, facts are sound."""
+"""The generator of the demo model's corpus: deterministic, sound, held-out data kept out."""
 
 from __future__ import annotations
 
