@@ -1,0 +1,201 @@
+"""The whole engine against Hugging Face, in fp32, token for token: whatever was chunked,
+preempted, shared, forked or batched, the tokens are those of `generate`."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from quire.engine.config import EngineConfig
+from quire.engine.engine_core import EngineCore
+from quire.engine.outputs import SequenceOutput
+from quire.engine.request import Request
+from quire.engine.worker import Worker
+
+from . import models
+from .harness import make_request
+
+
+class Engine:
+    """An EngineCore over a real model, and what it has put out."""
+
+    def __init__(self, folder: Path, **config: Any) -> None:
+        values: dict[str, Any] = {
+            "model": str(folder),
+            "device": "cpu",
+            "num_blocks": 256,
+            "max_num_seqs": 32,
+            "max_num_batched_tokens": 512,
+            "max_model_len": 192,
+            "num_threads": 1,
+        }
+        self.config = EngineConfig(**values | config)
+        self.core = EngineCore(self.config, Worker(self.config))
+        self.outputs: dict[tuple[str, int], list[SequenceOutput]] = defaultdict(list)
+
+    def add(self, prompt: list[int], max_tokens: int, **fields: Any) -> Request:
+        request = make_request(
+            prompt, max_tokens, **{"temperature": 0.0, "ignore_eos": True} | fields
+        )
+        self.core.add_request(request)
+        return request
+
+    def run(self) -> None:
+        while self.core.has_work:
+            for output in self.core.step().outputs:
+                assert output.error is None, output.error
+                self.outputs[output.request_id, output.choice].append(output)
+        stats = self.core.stats()
+        assert stats.num_free_blocks == stats.num_blocks
+
+    def tokens(self, request: Request, choice: int = 0) -> list[int]:
+        return [t for output in self.outputs[request.request_id, choice] for t in output.token_ids]
+
+    def complete(self, prompt: list[int], max_tokens: int, **fields: Any) -> list[int]:
+        request = self.add(prompt, max_tokens, **fields)
+        self.run()
+        return self.tokens(request)
+
+
+class Reference:
+    """The Hugging Face model, with its continuations remembered."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._known: dict[tuple[int, ...], list[int]] = {}
+
+    def complete(self, prompt: list[int], max_tokens: int) -> list[int]:
+        known = self._known.get(tuple(prompt), [])
+        if len(known) < max_tokens:
+            known = self._known[tuple(prompt)] = models.generate(self.model, prompt, max_tokens)
+        return known[:max_tokens]
+
+
+@pytest.fixture(scope="module", params=list(models.FAMILIES))
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, Reference]]:
+    folder = tmp_path_factory.mktemp(request.param)
+    yield folder, Reference(models.save_model(request.param, folder))
+
+
+def prompts(count: int, longest: int = 90) -> list[list[int]]:
+    """Half share a stem, cut anywhere; lengths cross the sliding window and block borders."""
+    rng = random.Random(7)
+    stem = [rng.randrange(3, models.VOCAB_SIZE) for _ in range(longest)]
+    made = []
+    for i in range(count):
+        shared = stem[: rng.randrange(longest - 20)] if i % 2 else []
+        own = [rng.randrange(3, models.VOCAB_SIZE) for _ in range(rng.randrange(1, 20))]
+        made.append(shared + own)
+    return made
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "chunked": {"max_num_batched_tokens": 16},
+    "preempted": {"num_blocks": 14, "max_num_batched_tokens": 64},
+    "preempted-uncached": {"num_blocks": 14, "enable_prefix_caching": False},
+    "blocks-of-64": {"block_size": 64, "num_blocks": 64},
+    "chunked-blocks-of-64": {"block_size": 64, "num_blocks": 64, "max_num_batched_tokens": 16},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_greedy_tokens_equal_generate(family: tuple[Path, Reference], mode: str) -> None:
+    """32 mixed requests at once, then the same again with every prefix warm."""
+    folder, reference = family
+    engine = Engine(folder, **MODES[mode])
+    wanted = [(prompt, 6 + i % 20) for i, prompt in enumerate(prompts(32))]
+    for _ in range(2):
+        requests = [engine.add(prompt, max_tokens) for prompt, max_tokens in wanted]
+        engine.run()
+        for request, (prompt, max_tokens) in zip(requests, wanted, strict=True):
+            assert engine.tokens(request) == reference.complete(prompt, max_tokens)
+    stats = engine.core.stats()
+    assert (stats.preemptions > 0) == mode.startswith("preempted")
+    assert (stats.prefix_hits > 0) == engine.config.enable_prefix_caching
+
+
+def test_greedy_forks_equal_generate(family: tuple[Path, Reference]) -> None:
+    folder, reference = family
+    for num_blocks in (64, 12):  # the second forces preemption among the forks
+        engine = Engine(folder, num_blocks=num_blocks)
+        prompt = prompts(2, longest=60)[1]
+        request = engine.add(prompt, 40, n=4)
+        engine.run()
+        for choice in range(4):
+            assert engine.tokens(request, choice) == reference.complete(prompt, 40)
+    assert engine.core.stats().blocks_copied > 0
+
+
+def test_logprobs_equal_the_reference(family: tuple[Path, Reference]) -> None:
+    """Of chosen tokens and of the prompt, in chunks and behind cached prefixes."""
+    folder, reference = family
+    engine = Engine(folder, max_num_batched_tokens=16)
+    prompt = prompts(4)[3]
+    for _ in range(2):  # the second time, the prefix is cached
+        request = engine.add(prompt, 10, logprobs=5, prompt_logprobs=3)
+        warm = engine.add(prompt, 10, logprobs=5)
+        engine.run()
+        outputs = engine.outputs[request.request_id, 0]
+        tokens = engine.tokens(request)
+        want = models.logprobs(reference.model, prompt + tokens)
+        prompt_logprobs = outputs[0].prompt_logprobs
+        assert prompt_logprobs is not None and prompt_logprobs[0] is None
+        assert len(prompt_logprobs) == len(prompt)
+        for position, entry in enumerate(prompt_logprobs[1:], start=1):
+            assert entry is not None and entry.token_id == prompt[position]
+            expected = want[position - 1]
+            assert entry.logprob == pytest.approx(expected[prompt[position]].item(), abs=1e-4)
+            best = expected.topk(3).values
+            assert torch.allclose(torch.tensor(entry.top_logprobs), best, atol=1e-4)
+        for one in (request, warm):
+            entries = [e for o in engine.outputs[one.request_id, 0] for e in o.logprobs or []]
+            assert [entry.token_id for entry in entries] == tokens
+            for i, entry in enumerate(entries):
+                expected = want[len(prompt) + i - 1]
+                assert entry.rank == 1 and entry.logprob == entry.top_logprobs[0]
+                assert entry.logprob == pytest.approx(expected[tokens[i]].item(), abs=1e-4)
+                best = expected.topk(5).values
+                assert torch.allclose(torch.tensor(entry.top_logprobs), best, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama-sampling")
+    models.save_model("llama", folder)
+    return folder
+
+
+def test_a_seeded_sample_is_the_same_alone_and_in_a_batch(llama: Path) -> None:
+    sampling = {"temperature": 0.9, "top_p": 0.9, "top_k": 40}
+    all_prompts = prompts(16)
+    alone = [
+        Engine(llama).complete(prompt, 20, seed=i, **sampling)
+        for i, prompt in enumerate(all_prompts)
+    ]
+    engine = Engine(llama, max_num_batched_tokens=48)
+    requests = [engine.add(prompt, 20, seed=i, **sampling) for i, prompt in enumerate(all_prompts)]
+    engine.run()
+    assert [engine.tokens(request) for request in requests] == alone
+    assert len({tuple(tokens) for tokens in alone}) > 8
+
+
+def test_choices_of_a_seed_differ_and_repeat(llama: Path) -> None:
+    prompt = prompts(2)[1]
+    runs = []
+    for num_blocks in (64, 12):
+        engine = Engine(llama, num_blocks=num_blocks)
+        request = engine.add(prompt, 30, n=4, seed=11, temperature=1.0)
+        engine.run()
+        runs.append([engine.tokens(request, choice) for choice in range(4)])
+    assert runs[0] == runs[1]
+    assert len({tuple(tokens) for tokens in runs[0]}) == 4
