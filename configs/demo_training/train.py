@@ -152,7 +152,8 @@ class Rows:
         index = self.starts[pick][:, None] + torch.arange(length + 1, device=device)
         ids = self.tokens[index].long()
         labels = torch.where(self.target[index], ids, -100)
-        return ids[:, :-1], labels[:, 1:]
+        # Contiguous like the rows that were compiled for: other strides would compile anew.
+        return ids[:, :-1].contiguous(), labels[:, 1:].contiguous()
 
 
 def loss_of(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
