@@ -1,0 +1,147 @@
+"""The attention function that transformers calls: write K and V to their slots, then attend.
+
+Everything it needs beside query, key and value comes in one argument, `attn_metadata`, which the
+runner gives to the model and the model hands down to every layer; the layer's share of the KV
+cache is found by `module.layer_idx`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from .attention_cpu import CpuPlan, attend_on_cpu
+
+if TYPE_CHECKING:
+    from ..kernels.decode_schedule import DecodeWorkspace
+
+IMPLEMENTATION = "quire_paged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionMetadata:
+    """One step's layout: S sequences with T new tokens in all, decodes first.
+
+    kv_cache         [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]
+    slot_mapping     [T] int64; block_id * block_size + offset, -1 writes nothing (padding)
+    block_table      [S, max_blocks] int32
+    query_start_loc  [S + 1] int32; sequence i's new tokens are [loc[i], loc[i + 1])
+    seq_lens         [S] int32; tokens in the cache once this step's are written
+    num_decodes      sequences with one new token; they are the first rows of every tensor
+    max_query_len    most new tokens of any sequence
+    workspaces       CUDA: the decode kernel's scratch by window, its schedule built for the step
+    cpu_plan         CPU: index tensors of the step, shared by all layers
+    """
+
+    kv_cache: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    num_decodes: int
+    max_query_len: int
+    workspaces: Mapping[int | None, DecodeWorkspace]
+    cpu_plan: CpuPlan | None = None
+
+
+def register_attention() -> None:
+    """Make `IMPLEMENTATION` known to transformers. It has no entry in the mask registry, so that
+    models build no mask for it."""
+    AttentionInterface.register(IMPLEMENTATION, paged_attention)
+
+
+def paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    attn_metadata: AttentionMetadata,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """query `[1, num_heads, T, head_dim]`, key and value `[1, num_kv_heads, T, head_dim]`, of any
+    strides → `[1, T, num_heads, head_dim]`.
+
+    `sliding_window` counts the token itself. `s_aux` `[num_heads]` are sink logits, which take
+    part in the softmax and add nothing to the output. Other arguments were seen by the probe at
+    load and change nothing here.
+    """
+    cache = attn_metadata.kv_cache[module.layer_idx]
+    attend = attend_on_cpu if query.device.type == "cpu" else _attend_on_cuda
+    output = attend(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cache[0],
+        cache[1],
+        attn_metadata,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return output[None], None
+
+
+def _attend_on_cuda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Two launches at most: decode rows, then rows with more tokens."""
+    from ..kernels.paged_attention_decode import paged_attention_decode
+    from ..kernels.paged_attention_extend import paged_attention_extend
+    from ..kernels.reshape_and_cache import reshape_and_cache
+
+    reshape_and_cache(key, value, key_cache, value_cache, metadata.slot_mapping)
+    output = query.new_empty(query.shape)
+    decodes = metadata.num_decodes
+    if decodes > 0:
+        paged_attention_decode(
+            query[:decodes],
+            key_cache,
+            value_cache,
+            metadata.block_table[:decodes],
+            metadata.seq_lens[:decodes],
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            workspace=metadata.workspaces[window],
+            out=output[:decodes],
+        )
+    if metadata.max_query_len > 1:
+        # query_start_loc of the remaining rows still counts from the whole batch's first token.
+        paged_attention_extend(
+            query,
+            key_cache,
+            value_cache,
+            metadata.block_table[decodes:],
+            metadata.query_start_loc[decodes:],
+            metadata.seq_lens[decodes:],
+            scale=scale,
+            max_query_len=metadata.max_query_len,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            out=output,
+        )
+    return output

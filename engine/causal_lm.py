@@ -1,0 +1,201 @@
+"""A transformers causal language model, split where an engine needs it: body, then head.
+
+The body runs packed tokens to hidden states; the head turns selected hidden states into logits.
+The head is the model's own forward with its body replaced by one that hands the hidden states
+through, so that whatever a family does to its logits (soft cap, scale) happens here too.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from .attention import IMPLEMENTATION, AttentionMetadata, register_attention
+from .errors import UnsupportedModelError
+from .model_spec import ModelSpec
+
+_PROBE = "quire_probe"
+_HARMLESS_ARGUMENTS = frozenset(
+    {
+        "cache_position",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+"""What families pass along to the attention function without it changing the result."""
+
+
+class LayerCall(NamedTuple):
+    """How one layer called the attention function."""
+
+    layer_idx: int
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None
+    obstacle: str | None
+
+
+class _Passthrough(nn.Module):
+    """Stands in for a model's body: its input embeddings are the last hidden state."""
+
+    def __init__(self, output_type: type[Any]) -> None:
+        super().__init__()
+        self.output_type = output_type
+
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> Any:
+        return self.output_type(last_hidden_state=inputs_embeds)
+
+
+class CausalLM:
+    """`forward` packed tokens, then `logits` of the rows that need them.
+
+    Built only from models that pass the probe: a tiny forward in which every layer must call the
+    attention function once, with metadata, with the shapes and windows of the spec. Raises
+    UnsupportedModelError naming the reason.
+    """
+
+    def __init__(self, model: Any, spec: ModelSpec) -> None:
+        self.spec = spec
+        register_attention()
+        AttentionInterface.register(_PROBE, _probe_attention)
+        self._check_class(model)
+        self._body = model.base_model
+        output_type = self._probe(model)
+        head = copy.copy(model)
+        head._modules = dict(model._modules)
+        head._modules[model.base_model_prefix] = _Passthrough(output_type)
+        self._head = head
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """input_ids and positions `[T]` int64 → hidden states `[T, hidden_size]`."""
+        output = self._body(
+            input_ids=input_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            attn_metadata=metadata,
+        )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[R, hidden_size]` → logits `[R, vocab_size]` of the model's dtype."""
+        logits: torch.Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits
+        return logits[0]
+
+    def _refuse(self, reason: str) -> None:
+        raise UnsupportedModelError(f"{self.spec.architecture}: {reason}")
+
+    def _check_class(self, model: Any) -> None:
+        if getattr(model, "_is_stateful", False):
+            self._refuse("its layers keep a state beside K and V (recurrent or state space)")
+        if not type(model)._can_set_attn_implementation():
+            self._refuse("its attention does not go through transformers' AttentionInterface")
+        if model.base_model is model or model.base_model_prefix not in model._modules:
+            self._refuse("its body and its language-model head cannot be told apart")
+
+    @torch.inference_mode()
+    def _probe(self, model: Any) -> type[Any]:
+        """Run three tokens and check every attention call; the body's output type."""
+        calls: list[LayerCall] = []
+        model.set_attn_implementation(_PROBE)
+        try:
+            tokens = torch.arange(3, device=model.device)[None]
+            output = self._body(
+                input_ids=tokens, position_ids=tokens, use_cache=False, attn_metadata=calls
+            )
+        except UnsupportedModelError as error:
+            self._refuse(error.message)
+        finally:
+            model.set_attn_implementation(IMPLEMENTATION)
+        self._check_calls(calls)
+        if not isinstance(getattr(output, "last_hidden_state", None), torch.Tensor):
+            self._refuse("its body returns no last_hidden_state")
+        return type(output)
+
+    def _check_calls(self, calls: list[LayerCall]) -> None:
+        spec = self.spec
+        if sorted(call.layer_idx for call in calls) != list(range(spec.num_layers)):
+            self._refuse(
+                f"{len(calls)} attention calls in {spec.num_layers} layers; each must make one"
+            )
+        for call in calls:
+            where = f"layer {call.layer_idx}"
+            if call.obstacle is not None:
+                self._refuse(f"{where} {call.obstacle}")
+            shape = (call.num_heads, call.num_kv_heads, call.key_dim, call.value_dim)
+            expected = (spec.num_attention_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim)
+            if shape != expected:
+                self._refuse(
+                    f"{where} has (heads, KV heads, K dim, V dim) {shape}, "
+                    f"not {expected} as all layers must"
+                )
+            if call.window != spec.windows[call.layer_idx]:
+                self._refuse(
+                    f"{where} attends with window {call.window}, "
+                    f"its configuration says {spec.windows[call.layer_idx]}"
+                )
+
+
+def _probe_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    attn_metadata: list[LayerCall] | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Record the call instead of attending. query `[1, heads, T, head_dim]`."""
+    if attn_metadata is None:
+        raise UnsupportedModelError("keyword arguments do not reach its attention function")
+    unknown = sorted(
+        name
+        for name, argument in others.items()
+        if argument is not None and name not in _HARMLESS_ARGUMENTS
+    )
+    obstacle = None
+    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
+        obstacle = "attends to later tokens"
+    elif attention_mask is not None:
+        obstacle = "brings an attention mask or bias of its own"
+    elif unknown:
+        obstacle = f"asks its attention for {', '.join(unknown)}"
+    layer_idx = getattr(module, "layer_idx", None)
+    if not isinstance(layer_idx, int):
+        raise UnsupportedModelError(f"{type(module).__name__} does not know its layer's index")
+    attn_metadata.append(
+        LayerCall(
+            layer_idx,
+            query.shape[1],
+            key.shape[1],
+            key.shape[-1],
+            value.shape[-1],
+            sliding_window,
+            obstacle,
+        )
+    )
+    shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+    return query.new_zeros(shape), None

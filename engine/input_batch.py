@@ -1,0 +1,223 @@
+"""The packed inputs of a step, from rows that persist between steps.
+
+A sequence keeps a row while it runs; only what changed of its block table is written. Everything
+per token is computed with numpy vectors; what the device needs goes over in one copy per field,
+into buffers whose addresses never change (a CUDA graph reads them in place).
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .outputs import SchedulerOutput
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .sequence import Sequence
+
+
+class HostStep(NamedTuple):
+    """One step on the host. Batch row i is `SchedulerOutput.sequences[order[i]]`.
+
+    Rows with one new token come first (`num_decodes`). `sampling_rows` are the batch rows that
+    reach their sequence's last token, ascending. `stale_slots` are slots that this step leaves
+    unwritten in blocks it is the first to write to.
+    """
+
+    order: list[int]
+    sequences: list[Sequence]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    num_decodes: int
+    max_query_len: int
+    sampling_rows: NDArray[np.int64]
+    slot_mapping: NDArray[np.int64]
+    block_table: NDArray[np.int32]
+    query_start_loc: NDArray[np.int32]
+    seq_lens: NDArray[np.int32]
+    stale_slots: NDArray[np.int64]
+
+
+class DeviceStep(NamedTuple):
+    """The step's tensors on the device, views of persistent buffers: valid until the next step.
+
+    input_ids, positions, slot_mapping `[T]` int64; block_table `[S, max_blocks]`, query_start_loc
+    `[S + 1]`, seq_lens `[S]` int32; logit_indices `[R]` int64, the last token of each sampling row.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    logit_indices: torch.Tensor
+
+
+class PersistentBuffer:
+    """A host array and its copy on the device, of fixed capacity; on the CPU they are one."""
+
+    def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self._host = torch.zeros(capacity, dtype=dtype, pin_memory=pinned)
+        self._device = self._host.to(device) if pinned else self._host
+        self.array: NDArray[Any] = self._host.numpy()
+
+    def upload(self, count: int) -> torch.Tensor:
+        """Send the first `count` elements without waiting for the copy."""
+        if self._device is self._host:
+            return self._host[:count]
+        return self._device[:count].copy_(self._host[:count], non_blocking=True)
+
+
+class InputBatch:
+    """Rows of running sequences and the buffers of a step.
+
+    At most `max_num_seqs` sequences have a row; a step has at most `max_num_tokens` tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self._block_size = block_size
+        self._device = device
+        self._rows: dict[int, int] = {}
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        # A last sampled token may own a slot without being fed back, hence one more.
+        max_blocks = max_model_len // block_size + 1
+        self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self._input_ids = PersistentBuffer(max_num_tokens, torch.int64, device)
+        self._positions = PersistentBuffer(max_num_tokens, torch.int64, device)
+        self._slots = PersistentBuffer(max_num_tokens, torch.int64, device)
+        self._query_start_loc = PersistentBuffer(max_num_seqs + 1, torch.int32, device)
+        self._seq_lens = PersistentBuffer(max_num_seqs, torch.int32, device)
+        self._logit_indices = PersistentBuffer(max_num_seqs, torch.int64, device)
+        self._block_table = PersistentBuffer(max_num_seqs * max_blocks, torch.int32, device)
+
+    def apply(self, output: SchedulerOutput) -> set[int]:
+        """Bring rows and tables up to date; the seq_ids whose tables changed or are new."""
+        for seq_id in output.released:
+            row = self._rows.pop(seq_id, None)
+            if row is not None:
+                self._free_rows.append(row)
+        changed: set[int] = set()
+        for sequence, start in output.table_changes:
+            row = self._rows.get(sequence.seq_id)
+            if row is not None:  # otherwise it is new, or left out of this step
+                self._table[row, start : len(sequence.block_table)] = sequence.block_table[start:]
+                changed.add(sequence.seq_id)
+        for sequence in output.sequences:
+            if sequence.seq_id not in self._rows:
+                row = self._rows[sequence.seq_id] = self._free_rows.pop()
+                self._table[row, : len(sequence.block_table)] = sequence.block_table
+                changed.add(sequence.seq_id)
+        return changed
+
+    def prepare(self, output: SchedulerOutput, changed: set[int]) -> tuple[HostStep, DeviceStep]:
+        """Lay out the step that `apply` was just called for."""
+        counts = np.array(output.num_new_tokens, dtype=np.int64)
+        order = np.argsort(counts > 1, kind="stable")
+        counts = counts[order]
+        picked = order.tolist()
+        sequences = [output.sequences[index] for index in picked]
+        starts = np.array(output.num_computed_starts, dtype=np.int64)[order]
+        stops = starts + counts
+        num_seqs, num_tokens = len(sequences), output.total_tokens
+        num_decodes = int(np.count_nonzero(counts == 1))
+
+        self._fill_input_ids(sequences, starts.tolist(), stops.tolist(), num_decodes, num_tokens)
+        loc = self._query_start_loc.array
+        np.cumsum(counts, out=loc[1 : num_seqs + 1])
+        self._seq_lens.array[:num_seqs] = stops
+        rows = np.array([self._rows[sequence.seq_id] for sequence in sequences])
+        positions = self._positions.array[:num_tokens]
+        slots = self._slots.array[:num_tokens]
+        positions[:] = np.arange(num_tokens) + np.repeat(starts - loc[:num_seqs], counts)
+        blocks, offsets = np.divmod(positions, self._block_size)
+        slots[:] = self._table[np.repeat(rows, counts), blocks]
+        slots *= self._block_size
+        slots += offsets
+
+        ends = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
+        sampling_rows = np.nonzero(stops == ends)[0]
+        self._logit_indices.array[: len(sampling_rows)] = loc[sampling_rows + 1] - 1
+        width = -(-int(stops.max()) // self._block_size)
+        table = self._block_table.array[: num_seqs * width].reshape(num_seqs, width)
+        np.take(self._table[:, :width], rows, axis=0, out=table)
+        is_changed = np.array([sequence.seq_id in changed for sequence in sequences])
+        host = HostStep(
+            order=picked,
+            sequences=sequences,
+            starts=starts,
+            lengths=counts,
+            num_decodes=num_decodes,
+            max_query_len=int(counts.max()),
+            sampling_rows=sampling_rows,
+            slot_mapping=slots,
+            block_table=table,
+            query_start_loc=loc[: num_seqs + 1],
+            seq_lens=self._seq_lens.array[:num_seqs],
+            stale_slots=self._stale_slots(table, starts, stops, is_changed),
+        )
+        device = DeviceStep(
+            input_ids=self._input_ids.upload(num_tokens),
+            positions=self._positions.upload(num_tokens),
+            slot_mapping=self._slots.upload(num_tokens),
+            block_table=self._block_table.upload(num_seqs * width).view(num_seqs, width),
+            query_start_loc=self._query_start_loc.upload(num_seqs + 1),
+            seq_lens=self._seq_lens.upload(num_seqs),
+            logit_indices=self._logit_indices.upload(len(sampling_rows)),
+        )
+        return host, device
+
+    def _fill_input_ids(
+        self,
+        sequences: list[Sequence],
+        starts: list[int],
+        stops: list[int],
+        num_decodes: int,
+        num_tokens: int,
+    ) -> None:
+        ids = self._input_ids.array
+        ids[:num_decodes] = [
+            sequence.token_ids[start]
+            for sequence, start in zip(sequences[:num_decodes], starts, strict=False)
+        ]
+        tail = (
+            sequence.token_ids[start:stop]
+            for sequence, start, stop in zip(
+                sequences[num_decodes:], starts[num_decodes:], stops[num_decodes:], strict=True
+            )
+        )
+        ids[num_decodes:num_tokens] = np.fromiter(
+            chain.from_iterable(tail), dtype=np.int64, count=num_tokens - num_decodes
+        )
+
+    def _stale_slots(
+        self,
+        table: NDArray[np.int32],
+        starts: NDArray[np.int64],
+        stops: NDArray[np.int64],
+        is_changed: NDArray[np.bool_],
+    ) -> NDArray[np.int64]:
+        """The rest of each last block that this step is the first to write to, or that was
+        handed over with a copy: another sequence's values may stand there."""
+        size = self._block_size
+        last = (stops - 1) // size
+        rest = -stops % size
+        fresh = np.nonzero(((starts <= last * size) | is_changed) & (rest > 0))[0]
+        rest = rest[fresh]
+        first = table[fresh, last[fresh]].astype(np.int64) * size + stops[fresh] % size
+        before = np.cumsum(rest) - rest
+        return np.repeat(first - before, rest) + np.arange(int(rest.sum()))

@@ -1,0 +1,278 @@
+"""One step on the device: copy blocks, lay out the batch, forward, sample, bring tokens back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .attention import AttentionMetadata
+from .attention_cpu import CpuPlan, Scratch, build_cpu_plan
+from .causal_lm import CausalLM
+from .config import EngineConfig
+from .errors import NonFiniteLogitsError
+from .input_batch import DeviceStep, HostStep, InputBatch
+from .logprobs import LogprobTensors, compute_logprobs, to_token_logprobs
+from .outputs import BlockCopy, ModelRunnerOutput, RowError, SchedulerOutput, TokenLogprobs
+from .request import Request
+from .sampler import Sampler, SamplerOutput, collect_logprobs
+from .sampling_params import SamplingParams
+from .sequence import Sequence as TokenSequence
+
+if TYPE_CHECKING:
+    from ..kernels.decode_schedule import DecodeWorkspace
+
+PROMPT_LOGIT_ELEMENTS = 1 << 25
+"""Logits of prompt tokens are made at most so many at a time: 128 MiB in float32."""
+
+
+class PromptChunk(NamedTuple):
+    """Prompt log-probabilities of one row: `num_top` alternatives at each of its positions."""
+
+    row: int
+    num_top: int
+    logprobs: LogprobTensors
+
+
+class ModelRunner:
+    """Runs steps over one model and one KV cache; keeps what persists between steps."""
+
+    def __init__(
+        self, model: CausalLM, config: EngineConfig, kv_cache: torch.Tensor, max_model_len: int
+    ) -> None:
+        spec = model.spec
+        self._model = model
+        self._config = config
+        self._kv_cache = kv_cache
+        self._block_size = config.block_size
+        self._batch = InputBatch(
+            max_num_seqs=config.max_num_seqs,
+            max_num_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
+            max_model_len=max_model_len,
+            block_size=config.block_size,
+            device=model.device,
+        )
+        self._sampler = Sampler(spec.vocab_size, model.device)
+        self._windows = frozenset(spec.windows)
+        self._scratch = Scratch()
+        self._workspaces: dict[int | None, DecodeWorkspace] = {}
+        if model.device.type == "cuda":
+            from ..kernels.decode_schedule import DecodeWorkspace
+
+            self._workspaces = {
+                window: DecodeWorkspace.allocate(
+                    config.max_num_seqs,
+                    spec.num_attention_heads,
+                    spec.num_kv_heads,
+                    spec.head_dim,
+                    dtype=model.dtype,
+                    device=model.device,
+                    window=window,
+                )
+                for window in self._windows
+            }
+
+    @torch.inference_mode()
+    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        """Run one step; results are parallel to `output.sequences`. One synchronisation."""
+        changed = self._batch.apply(output)
+        self._sampler.forget(output.released)
+        self._copy_blocks(output.block_copies)
+        if not output.sequences:
+            return ModelRunnerOutput([], {}, {}, {})
+        host, step = self._batch.prepare(output, changed)
+        metadata = self._metadata(host, step)
+        hidden = self._forward(step, metadata)
+        prompt_chunks = self._prompt_logprobs(host, hidden)
+        sampled = None
+        sampling = [host.sequences[row] for row in host.sampling_rows]
+        if sampling:
+            batch = self._sampler.prepare(sampling)
+            sampled = self._sampler(self._model.logits(hidden[step.logit_indices]), batch)
+        sampled, prompt_chunks = _to_host(sampled, prompt_chunks)
+        token_ids: list[int | None] = [None] * len(output.sequences)
+        result = ModelRunnerOutput(token_ids, {}, {}, {})
+        if sampled is not None:
+            rows = [host.order[row] for row in host.sampling_rows]
+            _collect_samples(result, rows, sampled)
+            for position, entry in collect_logprobs(sampled, batch).items():
+                result.logprobs[rows[position]] = entry
+        for chunk in prompt_chunks:
+            _collect_prompt(result, host.order[chunk.row], chunk)
+        return result
+
+    @torch.inference_mode()
+    def run_largest_step(self) -> None:
+        """A step of max_num_batched_tokens tokens in as many sequences as may be, all sampling;
+        for measuring its memory. Writes nothing to the cache and reads its block 0."""
+        num_tokens, device = self._config.max_num_batched_tokens, self._model.device
+        num_seqs = min(self._config.max_num_seqs, num_tokens)
+        lengths = torch.full((num_seqs,), num_tokens // num_seqs, dtype=torch.int32)
+        lengths[: num_tokens % num_seqs] += 1
+        loc = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        width = -(-int(lengths.max()) // self._block_size)
+        zeros = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        step = DeviceStep(
+            input_ids=zeros,
+            positions=zeros,
+            slot_mapping=torch.full_like(zeros, -1),
+            block_table=torch.zeros((num_seqs, width), dtype=torch.int32, device=device),
+            query_start_loc=loc.to(device),
+            seq_lens=lengths.to(device),
+            logit_indices=(loc[1:] - 1).to(device, torch.int64),
+        )
+        metadata = AttentionMetadata(
+            kv_cache=self._kv_cache,
+            slot_mapping=step.slot_mapping,
+            block_table=step.block_table,
+            query_start_loc=step.query_start_loc,
+            seq_lens=step.seq_lens,
+            num_decodes=0,
+            max_query_len=max(2, int(lengths.max())),
+            workspaces=self._workspaces,
+        )
+        hidden = self._forward(step, metadata)
+        params = SamplingParams(max_tokens=1, top_p=0.9, logprobs=0)
+        request = Request(
+            request_id="", prompt_token_ids=(0,), sampling_params=params, arrival_time=0.0
+        )
+        sampler = Sampler(self._model.spec.vocab_size, device)
+        batch = sampler.prepare(
+            [TokenSequence(request, i, i, i, frozenset()) for i in range(num_seqs)]
+        )
+        sampler(self._model.logits(hidden[step.logit_indices]), batch)
+
+    def _forward(self, step: DeviceStep, metadata: AttentionMetadata) -> torch.Tensor:
+        """Hidden states `[T, hidden_size]`; reads nothing but the tensors in its arguments."""
+        return self._model.forward(step.input_ids, step.positions, metadata)
+
+    def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        if not copies:
+            return
+        cache = self._kv_cache
+        pairs = torch.tensor(copies, dtype=torch.int64).T.contiguous()
+        if cache.device.type == "cpu":
+            cache[:, :, pairs[1]] = cache[:, :, pairs[0]]
+            return
+        from ..kernels.copy_blocks import copy_blocks
+
+        sources, destinations = pairs.pin_memory().to(cache.device, non_blocking=True)
+        copy_blocks(cache, sources, destinations)
+
+    def _metadata(self, host: HostStep, step: DeviceStep) -> AttentionMetadata:
+        cpu_plan = None
+        if self._kv_cache.device.type == "cpu":
+            self._clear(host.stale_slots)
+            cpu_plan = self._cpu_plan(host)
+        elif host.num_decodes:
+            from ..kernels.decode_schedule import build_decode_schedule
+
+            for workspace in self._workspaces.values():
+                build_decode_schedule(step.seq_lens[: host.num_decodes], workspace)
+        return AttentionMetadata(
+            kv_cache=self._kv_cache,
+            slot_mapping=step.slot_mapping,
+            block_table=step.block_table,
+            query_start_loc=step.query_start_loc,
+            seq_lens=step.seq_lens,
+            num_decodes=host.num_decodes,
+            max_query_len=host.max_query_len,
+            workspaces=self._workspaces,
+            cpu_plan=cpu_plan,
+        )
+
+    def _cpu_plan(self, host: HostStep) -> CpuPlan:
+        return build_cpu_plan(
+            slot_mapping=host.slot_mapping,
+            block_table=host.block_table,
+            query_start_loc=host.query_start_loc,
+            seq_lens=host.seq_lens,
+            num_decodes=host.num_decodes,
+            num_kv_heads=self._model.spec.num_kv_heads,
+            block_size=self._block_size,
+            windows=self._windows,
+            scratch=self._scratch,
+        )
+
+    def _clear(self, slots: np.ndarray) -> None:
+        """Zero slots that attention gathers and masks: a stale NaN would pass the mask, since a
+        weight of 0 times NaN is NaN. (The CUDA kernels do not load masked slots.)"""
+        if len(slots):
+            blocks, offsets = (
+                torch.from_numpy(part) for part in np.divmod(slots, self._block_size)
+            )
+            self._kv_cache[:, :, blocks, :, offsets] = 0
+
+    def _prompt_logprobs(self, host: HostStep, hidden: torch.Tensor) -> list[PromptChunk]:
+        """For rows that ask: the log-probability of each prompt token that follows a computed
+        one. Memory is bounded by working through the positions in slices."""
+        chunks = []
+        for row, sequence in enumerate(host.sequences):
+            num_top = sequence.request.sampling_params.prompt_logprobs
+            if num_top is None or sequence.choice != 0:
+                continue
+            start = int(host.starts[row])
+            count = min(int(host.lengths[row]), sequence.num_prompt_tokens - 1 - start)
+            first = int(host.query_start_loc[row])
+            targets = torch.tensor(sequence.token_ids[start + 1 : start + 1 + max(count, 0)])
+            targets = targets.to(hidden.device, torch.int64)
+            size = max(1, PROMPT_LOGIT_ELEMENTS // self._model.spec.vocab_size)
+            for begin in range(0, count, size):
+                end = min(begin + size, count)
+                logits = self._model.logits(hidden[first + begin : first + end])
+                logprobs = compute_logprobs(logits, targets[begin:end], num_top)
+                chunks.append(PromptChunk(row, num_top, logprobs))
+        return chunks
+
+
+def _to_host(
+    sampled: SamplerOutput | None, chunks: list[PromptChunk]
+) -> tuple[SamplerOutput | None, list[PromptChunk]]:
+    """Bring a step's results to the host: all copies are queued, then waited for once."""
+    device = None
+
+    def pull(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal device
+        if tensor.device.type == "cpu":
+            return tensor
+        device = tensor.device
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return pinned.copy_(tensor, non_blocking=True)
+
+    def pull_all(tensors: LogprobTensors) -> LogprobTensors:
+        return LogprobTensors(*map(pull, tensors))
+
+    if sampled is not None:
+        logprobs = None if sampled.logprobs is None else pull_all(sampled.logprobs)
+        sampled = SamplerOutput(pull(sampled.token_ids), pull(sampled.finite), logprobs)
+    chunks = [chunk._replace(logprobs=pull_all(chunk.logprobs)) for chunk in chunks]
+    if device is not None:
+        torch.cuda.current_stream(device).synchronize()
+    return sampled, chunks
+
+
+def _non_finite() -> RowError:
+    return RowError(NonFiniteLogitsError.code, "the model's logits are not finite")
+
+
+def _collect_samples(result: ModelRunnerOutput, rows: list[int], sampled: SamplerOutput) -> None:
+    samples = zip(rows, sampled.token_ids.tolist(), sampled.finite.tolist(), strict=True)
+    for row, token_id, finite in samples:
+        if finite:
+            result.token_ids[row] = token_id
+        else:
+            result.errors[row] = _non_finite()
+
+
+def _collect_prompt(result: ModelRunnerOutput, row: int, chunk: PromptChunk) -> None:
+    if chunk.logprobs.logprobs.isnan().any():
+        result.errors[row] = _non_finite()
+        result.token_ids[row] = None
+        return
+    entries: list[TokenLogprobs] = to_token_logprobs(
+        chunk.logprobs, [chunk.num_top] * len(chunk.logprobs.token_ids)
+    )
+    result.prompt_logprobs.setdefault(row, []).extend(entries)

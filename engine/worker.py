@@ -1,0 +1,98 @@
+"""The device's side of the engine: one model, one KV cache, one step at a time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from .causal_lm import CausalLM
+from .config import EngineConfig
+from .errors import DeviceMemoryError
+from .kv_cache import allocate_kv_cache, cpu_cache_memory, num_blocks_from_memory
+from .loader import load_model
+from .model_runner import ModelRunner
+from .outputs import ModelRunnerOutput, SchedulerOutput
+from .worker_protocol import WorkerInfo
+
+
+class Worker:
+    """Implements WorkerProtocol, which states the contract."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+
+    def load(self) -> WorkerInfo:
+        config = self._config
+        num_threads = config.num_threads or default_num_threads()
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self._model: CausalLM = load_model(config)
+        model, spec = self._model, self._model.spec
+        self._max_model_len = spec.resolve_max_model_len(config.max_model_len)
+        return WorkerInfo(
+            architecture=spec.architecture,
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            num_parameters=model.num_parameters,
+            vocab_size=spec.vocab_size,
+            max_model_len=self._max_model_len,
+            kv_bytes_per_token=spec.kv_bytes_per_token(model.dtype.itemsize),
+            eos_token_ids=spec.eos_token_ids,
+        )
+
+    def profile(self) -> int:
+        config, model = self._config, self._model
+        spec = model.spec
+        if model.device.type == "cuda":
+            memory = self._cuda_cache_memory()
+        else:
+            memory = cpu_cache_memory(config, spec, model.dtype, self._max_model_len)
+        num_blocks = num_blocks_from_memory(memory, config, spec, model.dtype, self._max_model_len)
+        self._runner = self._make_runner(num_blocks)
+        return num_blocks
+
+    def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
+        try:
+            return self._runner.execute(scheduler_output)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise DeviceMemoryError("the device ran out of memory in a step") from error
+
+    def _make_runner(self, num_blocks: int) -> ModelRunner:
+        model = self._model
+        kv_cache = allocate_kv_cache(
+            model.spec, num_blocks, self._config.block_size, model.dtype, model.device
+        )
+        return ModelRunner(model, self._config, kv_cache, self._max_model_len)
+
+    def _cuda_cache_memory(self) -> int:
+        """Bytes left within gpu_memory_utilization once the largest step has its room: what torch
+        held at the peak of such a step, and what others (context, libraries) hold."""
+        device = self._model.device
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        self._make_runner(1).run_largest_step()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        others = total - free - torch.cuda.memory_reserved(device)
+        return int(total * self._config.gpu_memory_utilization) - peak - others
+
+
+def default_num_threads() -> int | None:
+    """One thread per physical core that this process may use; None leaves OMP_NUM_THREADS to
+    decide. Two threads on one core only share its vector units and its bandwidth."""
+    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "sched_getaffinity"):
+        return None
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    limit = len(cores)
+    if quota.exists() and (fields := quota.read_text().split())[0] != "max":
+        limit = max(1, int(fields[0]) // int(fields[1]))
+    return min(len(cores), limit)

@@ -1,0 +1,40 @@
+"""The seam between the engine loop and the device: what a worker is, torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from .outputs import ModelRunnerOutput, SchedulerOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """Facts about the loaded model, known before its KV cache is sized.
+
+    `max_model_len` is resolved (the configured one, else the model's own), in tokens.
+    `kv_bytes_per_token` covers K and V of all layers.
+    """
+
+    architecture: str
+    device: str
+    dtype: str
+    num_parameters: int
+    vocab_size: int
+    max_model_len: int
+    kv_bytes_per_token: int
+    eos_token_ids: tuple[int, ...]
+
+
+class WorkerProtocol(Protocol):
+    """Called in this order: `load`, `profile`, then `execute` once a step, from one thread."""
+
+    def load(self) -> WorkerInfo:
+        """Read the model onto the device. Raises StartupError."""
+
+    def profile(self) -> int:
+        """Allocate the KV cache; its number of blocks. Raises ConfigurationError if too small."""
+
+    def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
+        """Run one step. Raises DeviceMemoryError where the device ran out; then nothing was
+        sampled and the step may be tried again with fewer rows."""

@@ -1,0 +1,119 @@
+"""Tiny random models of the supported families, saved as Hugging Face folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gemma2 import Gemma2Config
+from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.gpt_oss import GptOssConfig
+from transformers.models.llama import LlamaConfig
+from transformers.models.mistral import MistralConfig
+from transformers.models.mixtral import MixtralConfig
+from transformers.models.phi3 import Phi3Config
+from transformers.models.qwen2 import Qwen2Config
+from transformers.models.qwen3 import Qwen3Config
+from transformers.models.qwen3_moe import Qwen3MoeConfig
+
+VOCAB_SIZE = 128
+MAX_POSITION = 256
+WINDOW = 24
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_POSITION,
+    "initializer_range": 0.3,  # far from uniform logits, so that an argmax is never a tie
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**_COMMON),
+    "qwen2": lambda: Qwen2Config(**_COMMON),
+    "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**_COMMON, sliding_window=WINDOW),
+    "gemma2": lambda: Gemma2Config(
+        **_COMMON,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=WINDOW,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=8.0,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_COMMON | {"num_hidden_layers": 3},
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        final_logit_softcapping=8.0,
+    ),
+    "phi3": lambda: Phi3Config(**_COMMON),
+    "mixtral": lambda: MixtralConfig(**_COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_COMMON, head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
+    ),
+    "gpt_oss": lambda: GptOssConfig(
+        **_COMMON,
+        head_dim=16,
+        sliding_window=WINDOW,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+}
+"""What sets families apart: tied weights, Q/K norms, windows, soft caps, experts, sinks."""
+
+
+def build_model(config: Any, seed: int = 0) -> PreTrainedModel:
+    """A float32 model with random weights. Attention is eager: it alone knows soft caps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager"
+        )
+    with torch.no_grad():  # biases, norms and sinks start as constants that would hide mistakes
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def save_model(family: str, folder: Path, seed: int = 0) -> PreTrainedModel:
+    """Build the family's model and save it in `folder`; returns it as the reference."""
+    model = build_model(FAMILIES[family](), seed)
+    model.save_pretrained(folder)
+    return model
+
+
+def generate(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
+    """The reference's greedy continuation, end-of-sequence ignored."""
+    with torch.no_grad():
+        output = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=max_tokens,
+            min_new_tokens=max_tokens,
+            do_sample=False,
+            suppress_tokens=None,
+            eos_token_id=None,
+        )
+    return output[0, len(prompt) :].tolist()
+
+
+def logprobs(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
+    """The reference's log-probabilities `[len(token_ids), vocab]` after each token."""
+    with torch.no_grad():
+        logits = model(torch.tensor([token_ids]), use_cache=False).logits[0]
+    return torch.log_softmax(logits.float(), dim=-1)

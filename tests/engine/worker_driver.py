@@ -1,0 +1,137 @@
+"""Drives a worker without a scheduler: own block tables, chunked prefill under a token budget."""
+
+from __future__ import annotations
+
+import time
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from quire.engine.config import EngineConfig
+from quire.engine.outputs import (
+    BlockCopy,
+    ModelRunnerOutput,
+    SchedulerOutput,
+    TableChange,
+    TokenLogprobs,
+)
+from quire.engine.request import Request
+from quire.engine.sampling_params import SamplingParams
+from quire.engine.sequence import Sequence
+from quire.engine.worker import Worker
+
+_ids = count()
+
+
+def make_config(folder: Path, **overrides: Any) -> EngineConfig:
+    values: dict[str, Any] = {
+        "model": str(folder),
+        "device": "cpu",
+        "num_blocks": 64,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 16,
+        "max_model_len": 128,
+        "num_threads": 1,
+    }
+    return EngineConfig(**values | overrides)
+
+
+def make_sequence(prompt: list[int], max_tokens: int, **params: Any) -> Sequence:
+    request = Request(
+        request_id=f"request-{next(_ids)}",
+        prompt_token_ids=tuple(prompt),
+        sampling_params=SamplingParams(
+            **{"temperature": 0.0, "ignore_eos": True} | params, max_tokens=max_tokens
+        ),
+        arrival_time=time.monotonic(),
+    )
+    return Sequence(request, 0, 0, next(_ids), frozenset())
+
+
+class Driver:
+    """Runs sequences to their ends, first come first served, `budget` tokens a step."""
+
+    def __init__(self, worker: Worker, config: EngineConfig, num_blocks: int) -> None:
+        self.worker = worker
+        self.budget = config.max_num_batched_tokens
+        self.block_size = config.block_size
+        # Last blocks first: a block id is never a sequence's block index by accident.
+        self.free_blocks = list(range(num_blocks))
+        self.logprobs: dict[int, list[TokenLogprobs]] = {}
+        self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        self.released: list[int] = []
+        self.copies: list[BlockCopy] = []
+        self.known: set[int] = set()
+        self.steps = 0
+        self.mixed_steps = 0
+
+    @classmethod
+    def start(cls, config: EngineConfig) -> Driver:
+        worker = Worker(config)
+        worker.load()
+        return cls(worker, config, worker.profile())
+
+    def run(self, sequences: list[Sequence]) -> list[list[int]]:
+        """Each sequence's output tokens."""
+        running = list(sequences)
+        while running:
+            output, result = self.step(running)
+            assert not result.errors
+            for row, sequence in enumerate(output.sequences):
+                if len(sequence.token_ids) == sequence.stop_at:
+                    self.release(sequence)
+                    running.remove(sequence)
+                if row in result.logprobs:
+                    self.logprobs.setdefault(sequence.seq_id, []).append(result.logprobs[row])
+                entries = result.prompt_logprobs.get(row, [])
+                self.prompt_logprobs.setdefault(sequence.seq_id, []).extend(entries)
+        return [sequence.token_ids[sequence.num_prompt_tokens :] for sequence in sequences]
+
+    def step(self, running: list[Sequence]) -> tuple[SchedulerOutput, ModelRunnerOutput]:
+        output = self.schedule(running)
+        result = self.worker.execute(output)
+        for row, sequence in enumerate(output.sequences):
+            sequence.num_computed_tokens += output.num_new_tokens[row]
+            token_id = result.token_ids[row]
+            if token_id is not None:
+                sequence.token_ids.append(token_id)
+        return output, result
+
+    def schedule(self, running: list[Sequence]) -> SchedulerOutput:
+        left, rows, changes = self.budget, [], []
+        for sequence in running:
+            length = min(left, len(sequence.token_ids) - sequence.num_computed_tokens)
+            if length == 0:
+                continue
+            left -= length
+            held = len(sequence.block_table)
+            needed = -(-(sequence.num_computed_tokens + length) // self.block_size)
+            for _ in range(needed - held):
+                sequence.block_table.append(self.free_blocks.pop())
+            if needed > held and sequence.seq_id in self.known:
+                changes.append(TableChange(sequence, held))
+            self.known.add(sequence.seq_id)
+            rows.append((sequence, sequence.num_computed_tokens, length))
+        lengths = [length for _, _, length in rows]
+        self.steps += 1
+        self.mixed_steps += min(lengths) == 1 < max(lengths)
+        output = SchedulerOutput(
+            step=self.steps,
+            sequences=[sequence for sequence, _, _ in rows],
+            num_computed_starts=[start for _, start, _ in rows],
+            num_new_tokens=lengths,
+            total_tokens=sum(lengths),
+            block_copies=self.copies,
+            table_changes=changes,
+            released=self.released,
+        )
+        self.released, self.copies = [], []
+        return output
+
+    def release(self, sequence: Sequence) -> None:
+        """Free its blocks and its row, as at an end or a preemption."""
+        self.free_blocks.extend(sequence.block_table)
+        sequence.block_table.clear()
+        sequence.num_computed_tokens = 0
+        self.released.append(sequence.seq_id)
+        self.known.discard(sequence.seq_id)
