@@ -76,7 +76,8 @@ def paged_attention(
     part in the softmax and add nothing to the output. Other arguments were seen by the probe at
     load and change nothing here.
     """
-    cache = attn_metadata.kv_cache[module.layer_idx]
+    layer_idx: int = module.layer_idx  # type: ignore[assignment]
+    cache = attn_metadata.kv_cache[layer_idx]
     attend = attend_on_cpu if query.device.type == "cpu" else _attend_on_cuda
     output = attend(
         query[0].transpose(0, 1),

@@ -20,6 +20,7 @@ from .outputs import BlockCopy, ModelRunnerOutput, RowError, SchedulerOutput, To
 from .request import Request
 from .sampler import Sampler, SamplerOutput, collect_logprobs
 from .sampling_params import SamplingParams
+from .sequence import Rank
 from .sequence import Sequence as TokenSequence
 
 if TYPE_CHECKING:
@@ -140,9 +141,11 @@ class ModelRunner:
             request_id="", prompt_token_ids=(0,), sampling_params=params, arrival_time=0.0
         )
         sampler = Sampler(self._model.spec.vocab_size, device)
-        batch = sampler.prepare(
-            [TokenSequence(request, i, i, i, frozenset()) for i in range(num_seqs)]
-        )
+        sequences = [
+            TokenSequence(request, index, index, Rank(0, index, 0), frozenset())
+            for index in range(num_seqs)
+        ]
+        batch = sampler.prepare(sequences)
         sampler(self._model.logits(hidden[step.logit_indices]), batch)
 
     def _forward(self, step: DeviceStep, metadata: AttentionMetadata) -> torch.Tensor:
@@ -201,9 +204,7 @@ class ModelRunner:
         """Zero slots that attention gathers and masks: a stale NaN would pass the mask, since a
         weight of 0 times NaN is NaN. (The CUDA kernels do not load masked slots.)"""
         if len(slots):
-            blocks, offsets = (
-                torch.from_numpy(part) for part in np.divmod(slots, self._block_size)
-            )
+            blocks, offsets = map(torch.from_numpy, np.divmod(slots, self._block_size))
             self._kv_cache[:, :, blocks, :, offsets] = 0
 
     def _prompt_logprobs(self, host: HostStep, hidden: torch.Tensor) -> list[PromptChunk]:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
+
 from quire.engine.errors import NonFiniteLogitsError
 from quire.engine.outputs import BlockCopy
-from transformers import PreTrainedModel
 
 from .models import FAMILIES, generate, logprobs, save_model
 from .worker_driver import Driver, make_config, make_sequence

@@ -17,7 +17,7 @@ from quire.engine.outputs import (
 )
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.sequence import Sequence
+from quire.engine.sequence import Rank, Sequence
 from quire.engine.worker import Worker
 
 _ids = count()
@@ -45,7 +45,7 @@ def make_sequence(prompt: list[int], max_tokens: int, **params: Any) -> Sequence
         ),
         arrival_time=time.monotonic(),
     )
-    return Sequence(request, 0, 0, next(_ids), frozenset())
+    return Sequence(request, 0, 0, Rank(0, next(_ids), 0), frozenset())
 
 
 class Driver:
