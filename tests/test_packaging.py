@@ -1,0 +1,191 @@
+"""What is shipped, what may import what, and that our folders never shadow a package."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import entry_points, packages_distributions
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("server", "engine", "kernels")
+WEB = {"fastapi", "uvicorn", "starlette", "prometheus_client", "pydantic", "pydantic_settings"}
+IPC = {"zmq", "msgspec"}
+IPC_MODULES = {"wire", "engine_handle", "engine_process", "process_client"}
+POLICY = (
+    *("errors", "config", "sampling_params", "request", "outputs", "sequence", "waiting_queue"),
+    *("prefix_index", "block_pool", "block_manager", "scheduler", "client"),
+)
+
+
+def _modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).glob("*.py"))
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Absolute dotted names of everything that a file imports, lazily or not."""
+    package = ["quire", path.parent.name]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def _roots(path: Path) -> set[str]:
+    """Top-level packages that a file imports; our own are named `quire.<folder>`."""
+    return {
+        ".".join(name.split(".")[:2]) if name.startswith("quire.") else name.split(".")[0]
+        for name in _imports(path)
+    }
+
+
+# -- the wheel -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing left in the tree by an earlier build gets in."""
+    source = tmp_path_factory.mktemp("source")
+    for name in (*PACKAGES, "configs", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-P", "-m", "build", "--wheel", "--no-isolation", "."]
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = (source / "dist").glob("*.whl")
+    return path
+
+
+def test_wheel_holds_every_module_and_its_data_and_nothing_else(wheel: Path) -> None:
+    shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    wanted = [*_modules("configs"), *(ROOT / "configs").glob("*.yaml")]
+    wanted += [path for path in (ROOT / "configs/demo").iterdir() if path.is_file()]
+    for package in PACKAGES:
+        wanted += [*_modules(package), ROOT / package / "py.typed"]
+        wanted += (ROOT / package).glob("*.html")
+    assert shipped == {f"quire/{path.relative_to(ROOT).as_posix()}" for path in wanted}
+
+
+def test_source_folders_are_flat() -> None:
+    """setuptools is told the four packages by name: a sub-package would be missing from the wheel
+    and still work in an editable install."""
+    nested = [path for name in PACKAGES for path in (ROOT / name).glob("*/**/*.py")]
+    assert nested == []
+
+
+def test_unpacked_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import pathlib, quire.server.settings as settings, quire.engine.scheduler as scheduler\n"
+        "print(settings.__file__, scheduler.__file__, settings.load_settings().model_path)"
+    )
+    output = _python(["-P", "-c", code], tmp_path, {"PYTHONPATH": str(tmp_path)})
+    for path in output.split():
+        assert Path(path).is_relative_to(tmp_path), path
+    assert Path(output.split()[-1]).is_dir()
+
+
+def test_console_script_is_importable() -> None:
+    (script,) = entry_points(group="console_scripts", name="quire")
+    assert callable(script.load())
+
+
+# -- names -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*PACKAGES, "configs"])
+def test_no_folder_is_importable_by_its_bare_name(name: str, tmp_path: Path) -> None:
+    """transformers looks for a package `kernels`, and would take our folder for it."""
+    assert _is_foreign(getattr(find_spec(name), "origin", None)), "pytest put our root on sys.path"
+    code = (
+        f"from importlib.util import find_spec; print(getattr(find_spec({name!r}), 'origin', ''))"
+    )
+    script = tmp_path / "console_script.py"
+    script.write_text(code)
+    # As the console script runs (its own folder first) and as the engine process does (-P).
+    for arguments in ([str(script)], ["-P", "-c", code]):
+        assert _is_foreign(_python(arguments, ROOT).strip() or None), arguments
+
+
+def _is_foreign(origin: str | None) -> bool:
+    return origin is None or "site-packages" in Path(origin).parts
+
+
+def _python(arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> str:
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={"PATH": "", "OMP_NUM_THREADS": "1", **(environment or {})},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# -- layers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", _modules("kernels"), ids=lambda path: path.stem)
+def test_kernels_know_tensors_alone(path: Path) -> None:
+    allowed = {"torch", "triton", "quire.kernels", "__future__"} | sys.stdlib_module_names
+    assert _roots(path) <= allowed
+
+
+@pytest.mark.parametrize("path", _modules("engine"), ids=lambda path: path.stem)
+def test_engine_knows_no_http(path: Path) -> None:
+    assert not _roots(path) & (WEB | {"structlog", "quire.server", "quire.configs"})
+
+
+@pytest.mark.parametrize("path", _modules("engine"), ids=lambda path: path.stem)
+def test_only_the_process_boundary_needs_messaging(path: Path) -> None:
+    """The rest runs on a bare GPU box, where pyzmq and msgspec are absent."""
+    if path.stem not in IPC_MODULES:
+        boundary = {f"quire.engine.{name}" for name in IPC_MODULES}
+        names = {".".join(name.split(".")[:3]) for name in _imports(path)}
+        assert not _roots(path) & IPC and not names & boundary
+
+
+@pytest.mark.parametrize("path", _modules("server"), ids=lambda path: path.stem)
+def test_server_never_reaches_the_kernels(path: Path) -> None:
+    assert "quire.kernels" not in _roots(path)
+
+
+def test_policy_imports_no_torch() -> None:
+    modules = [f"quire.engine.{name}" for name in POLICY]
+    code = (
+        f"import sys, {', '.join(modules)}; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    assert _python(["-P", "-c", code], ROOT).split() == ["False", "False"]
+
+
+# -- dependencies ----------------------------------------------------------------------------
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
+    distributions = packages_distributions()
+    missing = {}
+    for path in (path for package in PACKAGES for path in _modules(package)):
+        for root in _roots(path) - set(sys.stdlib_module_names):
+            if not root.startswith("quire"):
+                names = {canonicalize_name(name) for name in distributions.get(root, [root])}
+                if not names & declared:
+                    missing[root] = path.name
+    assert missing == {}
