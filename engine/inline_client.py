@@ -20,7 +20,6 @@ from .errors import (
     EngineDeadError,
     EngineNotReadyError,
     QuireError,
-    ShuttingDownError,
     StartupError,
 )
 from .outputs import EngineStats, SequenceOutput, StepOutput
@@ -57,7 +56,6 @@ class InlineEngineClient:
         self._stats: EngineStats | None = None
         self._resets: set[asyncio.Future[None]] = set()
         self._health = EngineHealth(True, False, "the engine is starting", 0)
-        self._draining = False
 
     @property
     def info(self) -> EngineInfo:
@@ -91,8 +89,6 @@ class InlineEngineClient:
         return self._stats
 
     def health(self) -> EngineHealth:
-        if self._draining and self._health.ready:
-            return self._health._replace(ready=False, reason="draining")
         return self._health
 
     async def reset_prefix_cache(self) -> None:
@@ -110,14 +106,6 @@ class InlineEngineClient:
             await done
         finally:
             self._resets.discard(done)
-
-    def drain(self) -> None:
-        """Refuse new requests from now on and be not ready; the open streams go on."""
-        self._draining = True
-
-    @property
-    def num_open_streams(self) -> int:
-        return len(self._streams)
 
     async def close(self) -> None:
         with self._wake:
@@ -212,8 +200,6 @@ class InlineEngineClient:
             self._wake.notify()
 
     def _require_ready(self) -> None:
-        if self._draining:
-            raise ShuttingDownError("the server is shutting down")
         if not self._health.ready:
             raise EngineNotReadyError(self._health.reason)
 

@@ -14,27 +14,20 @@ import asyncio
 import contextlib
 import enum
 import logging
-import os
-import signal
-import sys
 import tempfile
 from collections import deque
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-import msgspec
-import zmq
-import zmq.asyncio
-
 from . import wire
 from .client import EngineHealth
 from .config import EngineConfig, EngineInfo
+from .engine_handle import EngineHandle
 from .errors import (
     EngineDeadError,
     EngineNotReadyError,
     InvalidRequestError,
     QuireError,
-    ShuttingDownError,
     StartupError,
     error_from_code,
 )
@@ -43,8 +36,6 @@ from .request import Request
 from .streams import EngineObserver, StreamTable
 
 REAL_CORE = "quire.engine.engine_process:build_core"
-STOP_GRACE_SECONDS = 2.0
-STACK_DUMP_SECONDS = 0.5
 STABLE_SECONDS = 60.0
 """An engine that served this long has its earlier failures forgotten."""
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 30.0
@@ -90,19 +81,19 @@ class ProcessEngineClient:
 
         self._streams = StreamTable(self._submit, self.abort)
         self._state = State.STARTING
-        self._draining = False
         self._restarts = 0
         self._info: EngineInfo | None = None
         self._stats: EngineStats | None = None
         self._resets: deque[asyncio.Future[None]] = deque()
-        self._heard = asyncio.Event()
-        """Set by each message that shows progress; the watchdog clears it."""
+        self._heard = False
+        """Progress was seen since the watchdog last looked."""
         self._settled = asyncio.Event()
         """The first start succeeded or failed."""
         self._start_error: StartupError | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._socket: zmq.asyncio.Socket | None = None
+        self._engine: EngineHandle | None = None
+        self._ready_at: float | None = None
+        """Loop time at which this life of the engine began to serve."""
 
     # --- EngineClient
 
@@ -139,9 +130,7 @@ class ProcessEngineClient:
     def health(self) -> EngineHealth:
         state = self._state
         alive = state not in (State.STALLED, State.FAILED, State.CLOSED)
-        ready = state is State.READY and not self._draining
-        reason = "draining" if state is State.READY and self._draining else state.value
-        return EngineHealth(alive, ready, reason, self._restarts)
+        return EngineHealth(alive, state is State.READY, state.value, self._restarts)
 
     async def reset_prefix_cache(self) -> None:
         """Raises EngineNotReadyError, or EngineDeadError if the engine dies meanwhile."""
@@ -151,13 +140,10 @@ class ProcessEngineClient:
         self._send(wire.ResetPrefixCache())
         await done
 
-    def drain(self) -> None:
-        """Refuse new requests from now on and be not ready; the open streams go on."""
-        self._draining = True
-
     @property
-    def num_open_streams(self) -> int:
-        return len(self._streams)
+    def engine_pid(self) -> int | None:
+        """The engine's process, while there is one."""
+        return self._engine.pid if self._engine else None
 
     async def close(self) -> None:
         supervisor = self._supervisor
@@ -198,75 +184,48 @@ class ProcessEngineClient:
     async def _run_engine(self, socket_path: Path) -> float | None:
         """Run one engine process to its end; the loop time at which it was ready, if ever."""
         address = f"ipc://{socket_path}"
-        process = await self._launch(address)
-        self._process = process
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-        self._socket.set(zmq.SNDHWM, 0)
-        self._socket.set(zmq.RCVHWM, 0)
-        self._socket.set(zmq.LINGER, 0)
-        self._socket.connect(address)
-        self._send(wire.Hello())
-        self._ready_at: float | None = None
+        self._ready_at = None
+        launch = wire.Launch(self._config, address, self._core, self._log_level, self._log_format)
+        try:
+            engine = await EngineHandle.launch(launch)
+        except OSError as error:
+            logger.error("the engine process cannot be started: %s", error)
+            self._start_error = StartupError(f"the engine process cannot be started: {error}")
+            return None
+        self._engine = engine
         helpers = [
-            asyncio.create_task(self._read(self._socket), name="engine reader"),
-            asyncio.create_task(self._watch(process), name="engine watchdog"),
+            asyncio.create_task(self._read(engine), name="engine reader"),
+            asyncio.create_task(self._watch(engine), name="engine watchdog"),
         ]
         try:
-            exited = asyncio.create_task(process.wait())
+            exited = asyncio.create_task(engine.wait())
             # A helper ends only by a bug of ours; then the engine cannot be served either.
             await asyncio.wait([exited, *helpers], return_when=asyncio.FIRST_COMPLETED)
         finally:
             for helper in helpers:
                 helper.cancel()
-            await self._stop(process)
             results = await asyncio.gather(*helpers, return_exceptions=True)
-            self._socket.close()
-            for result in results:
-                if isinstance(result, Exception):
-                    logger.error("the engine's client failed", exc_info=result)
-            self._engine_ended(process)
+            self._engine = None
+            await self._engine_ended(engine)
+        for result in results:
+            if isinstance(result, Exception):
+                logger.error("the engine's client failed", exc_info=result)
         return self._ready_at
 
-    async def _launch(self, address: str) -> asyncio.subprocess.Process:
-        environment = dict(os.environ)
-        # Threads that spin between parallel regions starve the HTTP process.
-        environment.setdefault("OMP_WAIT_POLICY", "passive")
-        if self._config.num_threads is not None:
-            environment["OMP_NUM_THREADS"] = str(self._config.num_threads)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "quire.engine.engine_process"),
-            stdin=asyncio.subprocess.PIPE,
-            env=environment,
-        )
-        launch = wire.Launch(self._config, address, self._core, self._log_level, self._log_format)
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(launch) + b"\n")
-        return process
-
-    async def _stop(self, process: asyncio.subprocess.Process) -> None:
-        """Close its stdin, which asks it to end; kill it if it does not."""
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            await asyncio.wait_for(process.wait(), STOP_GRACE_SECONDS)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-
-    def _engine_ended(self, process: asyncio.subprocess.Process) -> None:
-        self._process = self._socket = None
-        if self._state is State.CLOSED:
-            return
-        how = f"the engine process ended with code {process.returncode}"
-        logger.error(how)
-        if self._info is None and self._start_error is None:
-            self._start_error = StartupError(f"{how} while starting; its log says why")
+    async def _engine_ended(self, engine: EngineHandle) -> None:
         if self._state is State.READY:
             self._state = State.RESTARTING
         self._fail_open(EngineDeadError("the engine died while it served the request"))
+        await engine.stop()
+        if self._state is State.CLOSED:
+            return
+        how = f"the engine process ended with code {engine.returncode}"
+        logger.error(how)
+        if self._info is None and self._start_error is None:
+            self._start_error = StartupError(f"{how} while starting; its log says why")
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """Kill an engine that is silent for too long.
+    async def _watch(self, engine: EngineHandle) -> None:
+        """Kill an engine that is silent for too long; loading may take any time.
 
         Time counts tick by tick, none longer than planned: if this process was suspended or its
         loop blocked, the engine's messages get their chance to be read first.
@@ -275,32 +234,28 @@ class ProcessEngineClient:
         silence = 0.0
         while silence < self._stall_timeout:
             await asyncio.sleep(tick)
-            silence = 0.0 if self._heard.is_set() or not self._serving else silence + tick
-            self._heard.clear()
+            heard = self._heard or self._ready_at is None
+            silence = 0.0 if heard else silence + tick
+            self._heard = False
         logger.error("no sign of life from the engine for %.1f s: its stacks follow", silence)
         self._state = State.STALLED
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGUSR1)
-            await asyncio.sleep(STACK_DUMP_SECONDS)
-            process.kill()
-        await process.wait()
-
-    @property
-    def _serving(self) -> bool:
-        return self._ready_at is not None
+        await engine.dump_and_kill()
 
     # --- messages
 
-    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+    async def _read(self, engine: EngineHandle) -> None:
         while True:
-            self._handle(wire.decode_from_engine(await socket.recv()))
+            self._handle(engine, await engine.receive())
 
-    def _handle(self, message: wire.FromEngine) -> None:
+    def _handle(self, engine: EngineHandle, message: wire.FromEngine) -> None:
         match message:
             case wire.Step(outputs, stats):
                 self._streams.deliver(outputs)
+                self._heard = True
                 self._observe(stats)
             case wire.Heartbeat(stats):
+                # An idle engine with a request open has lost it, and that is a stall too.
+                self._heard = self._heard or not self._streams.num_unfinished
                 self._observe(stats)
             case wire.Rejected(request_id, code, text, param):
                 error = error_from_code(code, text)
@@ -321,11 +276,9 @@ class ProcessEngineClient:
             case wire.StartFailed(code, text):
                 logger.error("the engine cannot start: %s", text)
                 self._start_error = StartupError(text)
-                assert self._process is not None and self._process.stdin is not None
-                self._process.stdin.close()
+                engine.ask_to_end()
 
     def _observe(self, stats: EngineStats) -> None:
-        self._heard.set()
         self._stats = stats
         if self._observer is not None:
             self._observer.observe_step(stats)
@@ -334,13 +287,11 @@ class ProcessEngineClient:
         self._send(wire.Add(request))
 
     def _send(self, message: wire.ToEngine) -> None:
-        """Never blocks: the socket has no high-water mark."""
-        assert self._socket is not None
-        self._socket.send(wire.encode(message))
+        if self._engine is None:
+            raise EngineNotReadyError(self._state.value)
+        self._engine.send(message)
 
     def _require_ready(self) -> None:
-        if self._draining:
-            raise ShuttingDownError("the server is shutting down")
         if self._state is not State.READY:
             raise EngineNotReadyError(self._state.value)
 

@@ -66,6 +66,11 @@ class StreamTable:
     def __len__(self) -> int:
         return len(self._streams)
 
+    @property
+    def num_unfinished(self) -> int:
+        """Streams that the engine owes something; others only wait for their reader."""
+        return sum(bool(stream.open_choices) for stream in self._streams.values())
+
     async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput, None]:
         """Submit, then yield until each choice has ended; see `EngineClient.generate`."""
         if request.request_id in self._streams:
@@ -74,19 +79,17 @@ class StreamTable:
         self._submit(request)
         self._streams[request.request_id] = stream
         waiting_for = set(stream.open_choices)
-        rejected = False
         try:
             while waiting_for:
                 item = await stream.queue.get()
                 if isinstance(item, QuireError):
-                    rejected = True
                     raise item
                 if item.finish_reason is not None:
                     waiting_for.discard(item.choice)
                 yield item
         finally:
             del self._streams[request.request_id]
-            if stream.open_choices and not rejected:
+            if stream.open_choices:
                 self._abort(request.request_id, None)
 
     def deliver(self, outputs: Iterable[SequenceOutput]) -> None:
@@ -103,6 +106,7 @@ class StreamTable:
         """The engine refused the request: `generate` raises `error`."""
         stream = self._streams.get(request_id)
         if stream is not None:
+            stream.open_choices.clear()
             stream.queue.put_nowait(error)
 
     def fail_all(self, error: QuireError) -> None:

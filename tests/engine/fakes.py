@@ -17,9 +17,9 @@ from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 
 VOCAB_SIZE = 1_000_000
-HANG, CRASH, EXIT, SLOW, STAMPED = range(900_001, 900_006)
-"""HANG: the step never ends. CRASH: it raises. EXIT: the process ends. SLOW: 20 ms a step.
-STAMPED: each step's tokens carry the time of the step, as Timings.finished."""
+HANG, CRASH, EXIT, LOSE, SLOW, STAMPED = range(900_001, 900_007)
+"""HANG: the step never ends. CRASH: it raises. EXIT: the process ends. LOSE: the request is
+forgotten. SLOW: 20 ms a step. STAMPED: tokens carry their step's time, as Timings.finished."""
 
 _ids = count()
 
@@ -75,6 +75,8 @@ class FakeCore:
     def add_request(self, request: Request) -> None:
         if request.sampling_params.max_tokens > 50_000:
             raise InvalidRequestError("too many tokens", "max_tokens")
+        if request.prompt_token_ids[0] == LOSE:
+            return
         for choice in range(request.sampling_params.n):
             self._running[request.request_id, choice] = (request, 0)
 
