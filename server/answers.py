@@ -1,0 +1,97 @@
+"""What completions and chat completions write alike: ids, usage, chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from .generation import Generation
+from .limits import Ticket
+from .protocol import GenerationBody
+from .state import ServerState, state_of
+from .streaming import EventStream, encode_json, event
+
+_MOST_IGNORED = 20
+
+
+def ignored_header(ignored: list[str]) -> dict[str, str]:
+    """The header that names fields which were accepted and mean nothing here."""
+    if not ignored:
+        return {}
+    return {"x-quire-ignored-params": ", ".join(ignored[:_MOST_IGNORED])}
+
+
+def client_left() -> Response:
+    """Nobody reads it; 499 is what proxies log for a client that closed its request."""
+    return Response(status_code=499)
+
+
+def stream_of(
+    request: Request,
+    events: AsyncGenerator[bytes, None],
+    on_failure: Callable[[], list[bytes]],
+    ticket: Ticket,
+    deadline: float | None,
+    headers: dict[str, str],
+) -> EventStream:
+    return EventStream(
+        events,
+        on_failure=on_failure,
+        on_close=ticket.close,
+        request_id=request.state.request_id,
+        deadline=deadline,
+        keepalive=state_of(request).settings.sse_keepalive_interval,
+        headers=headers,
+    )
+
+
+class Envelope:
+    """The fields around `choices`, encoded once for all chunks of a stream."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        answer_id: str,
+        kind: str,
+        body: GenerationBody,
+        generation: Generation,
+    ) -> None:
+        self._generation = generation
+        self._fields = {
+            "id": answer_id,
+            "object": kind,
+            "created": int(time.time()),
+            "model": state.model_name,
+            "system_fingerprint": state.fingerprint(),
+        }
+        options = body.stream_options
+        self.include_usage = bool(options and options.include_usage)
+        self._continuous = self.include_usage and bool(options and options.continuous_usage_stats)
+        # {"id": …, "choices":[ CHOICE ],"usage":…}
+        self._head = b"data: " + encode_json(self._fields)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if self.include_usage else b"]}\n\n"
+        self._finished: set[int] = set()
+
+    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._fields, "choices": choices, "usage": self._generation.usage()}
+
+    def chunk(self, choice: dict[str, Any]) -> bytes:
+        """The event of one choice's chunk."""
+        if choice["finish_reason"] is not None:
+            self._finished.add(choice["index"])
+        tail = self._tail
+        if self._continuous:
+            tail = b'],"usage":' + encode_json(self._generation.usage()) + b"}\n\n"
+        return self._head + encode_json(choice) + tail
+
+    def usage_chunk(self) -> bytes:
+        return event({**self._fields, "choices": [], "usage": self._generation.usage()})
+
+    def unfinished(self) -> list[int]:
+        """Indices of the choices without a terminal chunk."""
+        indices = (choice.index for group in self._generation.choices for choice in group)
+        return [index for index in indices if index not in self._finished]

@@ -1,0 +1,93 @@
+"""The application: every route, every layer around them, and the engine's life inside of it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version as package_version
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse
+
+from ..engine.client import EngineClient
+from . import chat, completions, operations, tokenization
+from .auth import require_client_key
+from .errors import install_handlers
+from .metrics import Metrics
+from .middleware import BodyLimitMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
+from .sampling import load_generation_defaults
+from .settings import Settings
+from .state import ServerState
+from .tokenizer import Tokenizer
+
+
+def create_app(
+    settings: Settings, engine: EngineClient, tokenizer: Tokenizer, metrics: Metrics
+) -> FastAPI:
+    """The ASGI application; `app.state.quire` is its ServerState.
+
+    Its lifespan starts the engine and closes it. Whoever runs the server calls
+    `app.state.quire.begin_drain()` when it is told to stop, since the lifespan only ends after the
+    last answer. Raises ConfigurationError for a bad generation_config.
+    """
+    version = package_version("quire")
+    defaults = load_generation_defaults(settings.generation_config, settings.model_path)
+    state = ServerState(settings, engine, tokenizer, metrics, version, defaults)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        try:
+            yield
+        finally:
+            state.begin_drain()
+            await engine.close()
+            tokenizer.close()
+
+    app = FastAPI(
+        title="quire",
+        version=version,
+        lifespan=lifespan,
+        root_path=settings.root_path,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    app.state.quire = state
+    install_handlers(app)
+    keyed = APIRouter(dependencies=[Depends(require_client_key)])
+    for router in (completions.router, chat.router, tokenization.router, _documentation()):
+        keyed.include_router(router)
+    for router in (operations.public, operations.router, keyed):
+        app.include_router(router)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimitMiddleware, max_bytes=int(settings.max_body_bytes))
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+            expose_headers=["x-request-id", "x-quire-ignored-params"],
+        )
+    app.add_middleware(HttpMetricsMiddleware, metrics=metrics)
+    app.add_middleware(RequestIdMiddleware)
+    return app
+
+
+def _documentation() -> APIRouter:
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/openapi.json")
+    async def openapi(request: Request) -> JSONResponse:
+        return JSONResponse(request.app.openapi())
+
+    @router.get("/docs")
+    async def docs(request: Request) -> HTMLResponse:
+        root = request.scope.get("root_path", "").rstrip("/")
+        return get_swagger_ui_html(openapi_url=f"{root}/openapi.json", title="quire")
+
+    return router

@@ -1,0 +1,162 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from ..engine.outputs import TokenLogprobs
+from .answers import Envelope, client_left, ignored_header, stream_of
+from .body import read_json_object
+from .generation import Delta, Finished, Generation, collect
+from .logprobs import LogprobFormat
+from .preparation import prepare_completion, response_id
+from .protocol import CompletionBody, validate
+from .state import ServerState, state_of
+from .streaming import run_until_disconnect
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", response_model=None)
+async def create_completion(request: Request) -> Response:
+    """Continue one or more prompts."""
+    state = state_of(request)
+    fields = await read_json_object(request)
+    body, ignored = validate(CompletionBody, fields, strict=state.settings.strict)
+    state.check_model(body.model)
+    answer_id = response_id("cmpl", request, body)
+    job, ticket = await prepare_completion(state, body)
+    generation = Generation(state, job, ticket, request.state.request_id)
+    writer = _CompletionWriter(state, body, generation, answer_id)
+    headers = ignored_header(ignored)
+    if body.stream:
+        return stream_of(request, writer.events(), writer.failure, ticket, job.deadline, headers)
+    with ticket:
+        answers = await run_until_disconnect(
+            request.receive, collect(generation, job.n), job.deadline
+        )
+    if answers is None:
+        return client_left()
+    return JSONResponse(await writer.whole(answers), headers=headers)
+
+
+class _CompletionWriter:
+    """Writes one request's answer, whole or in chunks."""
+
+    def __init__(
+        self, state: ServerState, body: CompletionBody, generation: Generation, answer_id: str
+    ) -> None:
+        self._state = state
+        self._body = body
+        self._generation = generation
+        self._envelope = Envelope(state, answer_id, "text_completion", body, generation)
+        self._logprobs = LogprobFormat(
+            state.tokenizer, as_ids=bool(body.return_tokens_as_token_ids)
+        )
+        self._width = body.n or 1
+
+    async def whole(self, answers: list[list[Finished]]) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices: list[dict[str, Any]] = []
+        for position, group in enumerate(answers):
+            prompt_ids = self._generation.prompt_token_ids(position)
+            echo = await self._echo(position) if self._body.echo else ""
+            for finished in group:
+                choices.append(self._choice(len(choices), finished, prompt_ids, echo))
+        return self._envelope.whole(choices)
+
+    def _choice(
+        self, index: int, finished: Finished, prompt_ids: tuple[int, ...], echo: str
+    ) -> dict[str, Any]:
+        body = self._body
+        prompt_entries = self._generation.prompt_logprobs[finished.position]
+        logprobs = None
+        if body.logprobs is not None:
+            entries: list[TokenLogprobs | None] = list(finished.logprobs)
+            token_ids = list(finished.token_ids)
+            if body.echo:
+                entries = [*(prompt_entries or ()), *entries]
+                token_ids = [*prompt_ids, *token_ids]
+            logprobs = self._logprobs.completion(entries, token_ids, body.logprobs, 0)
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": echo + finished.text,
+            "logprobs": logprobs,
+            "finish_reason": finished.finish_reason,
+            "stop_reason": finished.stop_reason,
+        }
+        if body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = self._logprobs.prompt(prompt_entries or ())
+        if body.return_token_ids:
+            choice["prompt_token_ids"] = list(prompt_ids)
+            choice["token_ids"] = finished.token_ids
+        return choice
+
+    async def _echo(self, position: int) -> str:
+        return await self._state.tokenizer.decode(
+            self._generation.prompt_token_ids(position),
+            skip_special_tokens=self._body.skip_special_tokens is not False,
+        )
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The chunks of a stream, but for its end."""
+        envelope = self._envelope
+        # Offset of each choice's next token in its text; a choice that is missing has no chunk yet.
+        offsets: dict[int, int] = {}
+        async with aclosing(self._generation.deltas()) as deltas:
+            async for delta in deltas:
+                echo = ""
+                position = delta.choice // self._width
+                first = delta.choice not in offsets
+                if first and self._body.echo:
+                    echo = await self._echo(position)
+                start = offsets.setdefault(delta.choice, len(echo))
+                choice = self._chunk(delta, echo, start)
+                if first and self._body.return_token_ids:
+                    choice["prompt_token_ids"] = list(self._generation.prompt_token_ids(position))
+                offsets[delta.choice] = start + self._length(delta)
+                yield envelope.chunk(choice)
+        if envelope.include_usage:
+            yield envelope.usage_chunk()
+
+    def _length(self, delta: Delta) -> int:
+        if self._body.logprobs is None:
+            return 0
+        return sum(len(self._state.tokenizer.token_text(token)) for token in delta.token_ids)
+
+    def _chunk(self, delta: Delta, echo: str, start: int) -> dict[str, Any]:
+        body = self._body
+        choice: dict[str, Any] = {
+            "index": delta.choice,
+            "text": echo + delta.text,
+            "logprobs": None,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if body.logprobs is not None:
+            choice["logprobs"] = self._logprobs.completion(
+                delta.logprobs, delta.token_ids, body.logprobs, start
+            )
+        if body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return choice
+
+    def failure(self) -> list[bytes]:
+        """Terminal chunks of the choices that had none."""
+        return [
+            self._envelope.chunk(
+                {
+                    "index": index,
+                    "text": "",
+                    "logprobs": None,
+                    "finish_reason": "error",
+                    "stop_reason": None,
+                }
+            )
+            for index in self._envelope.unfinished()
+        ]

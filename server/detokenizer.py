@@ -1,0 +1,144 @@
+"""Token ids to text as they come, and the stop strings in it.
+
+What is emitted is never taken back: a character is held until all of its bytes are there, and the
+beginning of what may become a stop string until that is decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer as Encoder
+from tokenizers.decoders import DecodeStream
+
+MAX_PENDING = 64
+"""Tokens without text (cut characters, skipped control tokens) after which what is there is
+decoded: the library decodes all of them again at every step."""
+MAX_CHARACTER_TOKENS = 4
+"""A character has at most four bytes, so it ends within so many tokens."""
+
+
+class Detokenizer:
+    """The text of one choice.
+
+    Feeding it token by token or all at once gives the same text. `stop` turns from None to the
+    stop string that was found; from then on nothing more is emitted.
+    """
+
+    __slots__ = (
+        "_encoder",
+        "_held",
+        "_include_stop",
+        "_longest",
+        "_pending",
+        "_skip_special",
+        "_stops",
+        "_stream",
+        "_unchecked",
+        "stop",
+    )
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        skip_special_tokens: bool = True,
+        stops: Sequence[str] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        context: Sequence[int] = (),
+    ) -> None:
+        """Stop strings do not count in the text of the first `min_tokens` tokens. `context` is
+        the prompt's tail, for tokenizers that write a word differently at the very start."""
+        self._encoder = encoder
+        self._skip_special = skip_special_tokens
+        self._stream = DecodeStream(list(context), skip_special_tokens=skip_special_tokens)
+        self._unchecked = min_tokens
+        self._pending: list[int] = []
+        """Tokens since the last text: what a flush decodes."""
+        self._stops = tuple(stops)
+        self._longest = max(map(len, stops), default=1) - 1
+        self._include_stop = include_stop
+        self._held = ""
+        self.stop: str | None = None
+
+    def feed(self, token_ids: Sequence[int]) -> tuple[str, int]:
+        """Take in tokens; returns the text that is now certain and how many tokens were read.
+
+        Those after the one that completes a stop string are not; `stop` tells.
+        """
+        if not self._stops:
+            return "".join(map(self._step, token_ids)), len(token_ids)
+        emitted = ""
+        for count, token_id in enumerate(token_ids, 1):
+            text = self._step(token_id)
+            if self._unchecked > 0:
+                self._unchecked -= 1
+                emitted += text
+            elif text:
+                emitted += self._scan(text)
+            if self.stop is not None:
+                return emitted, count
+        return emitted, len(token_ids)
+
+    def finish(self) -> str:
+        """The rest, once no more tokens come: cut characters as U+FFFD, what was held back."""
+        if self.stop is not None:
+            return ""
+        rest = ""
+        if self._pending:
+            rest = self._encoder.decode(self._pending, skip_special_tokens=self._skip_special)
+            self._pending = []
+        text = self._scan(rest) if self._stops else rest
+        if self.stop is None:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _step(self, token_id: int) -> str:
+        pending = self._pending
+        pending.append(token_id)
+        try:
+            text = self._stream.step(self._encoder, token_id) or ""
+        except Exception as error:
+            # A plain Exception is all that the library raises. Its stream cannot go on after
+            # tokens whose text changes with what follows (cut byte fallbacks).
+            if "prefix" not in str(error).lower():
+                raise
+            return self._restart(len(pending))
+        if len(pending) > MAX_PENDING and not text:
+            return self._restart(len(pending) - MAX_CHARACTER_TOKENS)
+        if text:
+            pending.clear()
+        return text
+
+    def _restart(self, count: int) -> str:
+        """Decode the first `count` pending tokens as they stand; the rest begins a new stream."""
+        now, later = self._pending[:count], self._pending[count:]
+        text: str = self._encoder.decode(now, skip_special_tokens=self._skip_special)
+        self._stream = DecodeStream(skip_special_tokens=self._skip_special)
+        self._pending.clear()
+        return text + "".join(map(self._step, later))
+
+    def _scan(self, text: str) -> str:
+        """Emit up to the first stop string; hold the longest tail that may begin one."""
+        text = self._held + text
+        first: tuple[int, str] | None = None
+        for stop in self._stops:
+            at = text.find(stop)
+            if at >= 0 and (first is None or at + len(stop) < first[0] + len(first[1])):
+                first = (at, stop)
+        if first is not None:
+            at, self.stop = first
+            self._held = ""
+            return text[: at + len(self.stop)] if self._include_stop else text[:at]
+        keep = self._tail(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _tail(self, text: str) -> int:
+        """Length of the longest tail of `text` that is a beginning of a stop string."""
+        for length in range(min(self._longest, len(text)), 0, -1):
+            tail = text[-length:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0

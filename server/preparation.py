@@ -1,0 +1,293 @@
+"""From a validated body to a job for the engine: admission, tokenising, limits, deadlines."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from starlette.requests import Request as HttpRequest
+
+from ..engine.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    QueueTimeoutError,
+    RequestTimeoutError,
+)
+from ..engine.request import Request
+from ..engine.sampling_params import SamplingParams
+from .generation import Job
+from .limits import Ticket
+from .middleware import is_sane_request_id
+from .protocol import ChatBody, ChatFields, CompletionBody, GenerationBody
+from .sampling import COMPLETION_MAX_TOKENS, check_limits, resolve, with_max_tokens
+from .state import ServerState
+
+MAX_PROMPT_LOGPROBS = 1_000_000
+"""Most entries (prompt tokens × (k + 1)) of prompt log-probabilities in one answer."""
+
+
+async def prepare_completion(state: ServerState, body: CompletionBody) -> tuple[Job, Ticket]:
+    """Raises QuireError; the ticket is given back then."""
+    arrival = time.monotonic()
+    prompts = _prompts(body.prompt, state)
+    info = state.engine.info
+    width = check_limits(body, len(prompts), info, state.settings)
+    if body.stream and body.echo and body.logprobs is not None:
+        raise InvalidRequestError("echo with logprobs cannot be streamed", "echo")
+    echoed = body.logprobs if body.echo else None
+    _check_max_tokens(body.max_tokens, "max_tokens", allow_zero=bool(body.echo))
+    params = resolve(
+        body,
+        state.generation_defaults,
+        width=width,
+        logprobs=_wanted_logprobs(body.logprobs, width, body),
+        prompt_logprobs=body.prompt_logprobs if body.prompt_logprobs is not None else echoed,
+    )
+    params.check_vocabulary(info.vocab_size)
+    characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    tokens = sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
+    ticket = state.admission.admit(len(prompts) * width, characters, tokens)
+    try:
+        state.check_ready()
+        add_special = body.add_special_tokens is not False
+        token_ids = [
+            await state.tokenizer.encode(
+                prompt, add_special_tokens=add_special, max_tokens=info.max_model_len
+            )
+            if isinstance(prompt, str)
+            else prompt
+            for prompt in prompts
+        ]
+        job = _job(state, body, params, token_ids, arrival, "max_tokens", COMPLETION_MAX_TOKENS)
+        ticket.tokenised(sum(len(request.prompt_token_ids) for request in job.requests))
+    except BaseException:
+        ticket.close()
+        raise
+    return job, ticket
+
+
+async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]:
+    """Raises QuireError; the ticket is given back then."""
+    arrival = time.monotonic()
+    info = state.engine.info
+    width = check_limits(body, 1, info, state.settings)
+    param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens = body.max_tokens if param == "max_tokens" else body.max_completion_tokens
+    _check_max_tokens(max_tokens, param)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs", "top_logprobs")
+    wanted = (body.top_logprobs or 0) if body.logprobs else None
+    params = resolve(
+        body,
+        state.generation_defaults,
+        width=width,
+        logprobs=_wanted_logprobs(wanted, width, body),
+        prompt_logprobs=body.prompt_logprobs,
+    )
+    params.check_vocabulary(info.vocab_size)
+    check_chat(state, body)
+    characters = sum(len(message.content or "") for message in body.messages)
+    ticket = state.admission.admit(width, characters)
+    try:
+        state.check_ready()
+        token_ids = await encode_chat(state, body, body.add_special_tokens, info.max_model_len)
+        fields = body if max_tokens is None else body.model_copy(update={"max_tokens": max_tokens})
+        job = _job(state, fields, params, [token_ids], arrival, param, None)
+        ticket.tokenised(len(job.requests[0].prompt_token_ids))
+    except BaseException:
+        ticket.close()
+        raise
+    return job, ticket
+
+
+def check_chat(state: ServerState, body: ChatFields) -> None:
+    """Raises InvalidRequestError for fields that contradict each other or are not allowed."""
+    if body.chat_template is not None and not state.settings.trust_request_chat_template:
+        raise InvalidRequestError(
+            "a chat_template in a request is not accepted by this server", "chat_template"
+        )
+    if body.continue_final_message:
+        if body.add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt exclude each other",
+                "continue_final_message",
+            )
+        if body.messages[-1].role != "assistant" or not body.messages[-1].content:
+            raise InvalidRequestError(
+                "continue_final_message needs text of the assistant as the last message",
+                "continue_final_message",
+            )
+    for index, message in enumerate(body.messages):
+        if message.content is None and not (message.role == "assistant" and message.tool_calls):
+            raise InvalidRequestError(
+                f"messages[{index}]: content is missing", f"messages[{index}].content"
+            )
+
+
+async def encode_chat(
+    state: ServerState, body: ChatFields, add_special_tokens: bool | None, max_tokens: int | None
+) -> list[int]:
+    """The token ids of a chat. Raises InvalidRequestError."""
+    if body.add_generation_prompt is None:
+        add_generation_prompt = not body.continue_final_message
+    else:
+        add_generation_prompt = body.add_generation_prompt
+    return await state.tokenizer.encode_chat(
+        [_template_message(message) for message in body.messages],
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        add_special_tokens=bool(add_special_tokens),
+        documents=body.documents,
+        template=body.chat_template,
+        template_kwargs=body.chat_template_kwargs,
+        max_tokens=max_tokens,
+    )
+
+
+def response_id(prefix: str, request: HttpRequest, body: GenerationBody) -> str:
+    """`prefix-` and the request's id; one from the body wins and is echoed in the header too.
+
+    Raises InvalidRequestError where the body's cannot stand in a header.
+    """
+    if body.request_id is not None:
+        if not is_sane_request_id(body.request_id):
+            raise InvalidRequestError(
+                "request_id may have letters, digits and . _ : - only", "request_id"
+            )
+        request.state.request_id = body.request_id
+    return f"{prefix}-{request.state.request_id}"
+
+
+def _prompts(prompt: Any, state: ServerState) -> list[str] | list[list[int]]:
+    if isinstance(prompt, str):
+        prompts: Any = [prompt]
+    elif prompt and isinstance(prompt[0], int):
+        prompts = [prompt]
+    else:
+        prompts = prompt
+    most = state.settings.max_prompts_per_request
+    if not prompts or not all(prompts):
+        raise InvalidRequestError("the prompt is empty", "prompt")
+    if len(prompts) > most:
+        raise InvalidRequestError(f"more than {most} prompts in one request", "prompt")
+    return list(prompts)
+
+
+def _check_max_tokens(value: int | None, param: str, *, allow_zero: bool = False) -> None:
+    if value is not None and value < (0 if allow_zero else 1):
+        raise InvalidRequestError(f"{param} must be at least 1", param)
+
+
+def _wanted_logprobs(asked: int | None, width: int, body: GenerationBody) -> int | None:
+    """best_of ranks by log-probability, so it needs that of the chosen tokens in any case."""
+    if asked is None and width > (body.n or 1):
+        return 0
+    return asked
+
+
+def _truncate(token_ids: list[int], limit: int | None, max_model_len: int) -> list[int]:
+    if limit is None:
+        return token_ids
+    if limit < -1 or limit == 0:
+        raise InvalidRequestError(
+            "truncate_prompt_tokens must be -1 or at least 1", "truncate_prompt_tokens"
+        )
+    return token_ids[-(max_model_len - 1 if limit == -1 else limit) :]
+
+
+def _job(
+    state: ServerState,
+    body: GenerationBody,
+    params: SamplingParams,
+    prompts: Sequence[list[int]],
+    arrival: float,
+    max_tokens_param: str,
+    default_max_tokens: int | None,
+) -> Job:
+    settings, info = state.settings, state.engine.info
+    seconds = [limit for limit in (settings.request_timeout, body.timeout) if limit is not None]
+    deadline = arrival + min(seconds) if seconds else None
+    queue_deadline = deadline
+    if settings.queue_timeout is not None:
+        queue_deadline = min(arrival + settings.queue_timeout, deadline or float("inf"))
+    default = state.generation_defaults.get("max_new_tokens", default_max_tokens)
+    requests = []
+    for prompt in prompts:
+        token_ids = _truncate(prompt, body.truncate_prompt_tokens, info.max_model_len)
+        request = Request(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=tuple(token_ids),
+            sampling_params=with_max_tokens(
+                params,
+                body.max_tokens,
+                default,
+                min_tokens=body.min_tokens or 0,
+                num_prompt_tokens=len(token_ids),
+                info=info,
+                param=max_tokens_param,
+            ),
+            arrival_time=arrival,
+            queue_deadline=queue_deadline,
+            deadline=deadline,
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt,
+        )
+        request.check_fits(
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            capacity_tokens=info.kv_capacity_tokens,
+        )
+        requests.append(request)
+    _check_prompt_logprobs(requests)
+    now = time.monotonic()
+    if deadline is not None and now >= deadline:
+        raise RequestTimeoutError("the request took longer than its timeout")
+    if queue_deadline is not None and now >= queue_deadline:
+        raise QueueTimeoutError("the request waited longer than the queue timeout")
+    return Job(
+        requests=requests,
+        n=body.n or 1,
+        stops=body.stop,
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        deadline=deadline,
+    )
+
+
+def _check_prompt_logprobs(requests: Sequence[Request]) -> None:
+    k = requests[0].sampling_params.prompt_logprobs
+    if k is None:
+        return
+    entries = sum(len(request.prompt_token_ids) for request in requests) * (k + 1)
+    if entries > MAX_PROMPT_LOGPROBS:
+        raise ContextLengthError(
+            f"log-probabilities of {entries} prompt tokens and alternatives are more than "
+            f"{MAX_PROMPT_LOGPROBS}",
+            "prompt_logprobs",
+        )
+
+
+def _template_message(message: Any) -> dict[str, Any]:
+    """The message as chat templates read it; arguments of tool calls as objects."""
+    fields: dict[str, Any] = message.model_dump(exclude_none=True)
+    for name in message.model_extra or ():
+        fields.pop(name, None)
+    fields.setdefault("content", "")
+    reasoning = fields.pop("reasoning", None)
+    if reasoning is not None:
+        fields.setdefault("reasoning_content", reasoning)
+    for call in fields.get("tool_calls", ()):
+        call["function"]["arguments"] = _arguments(call["function"]["arguments"])
+    return fields
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise InvalidRequestError(
+            "the arguments of a tool call are not JSON", "messages"
+        ) from error

@@ -1,0 +1,224 @@
+"""The request bodies, as strict pydantic models: no coercion, null means "left out".
+
+Bounds that belong to sampling live in engine/sampling_params.py; here stands what JSON may look
+like. Unknown fields are kept by pydantic and reported by `validate`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+
+from ..engine.errors import InvalidRequestError
+from .unsupported import refuse_unsupported
+
+MAX_STOP_STRINGS = 4
+MAX_STOP_LENGTH = 1024  # characters
+MAX_LABEL_LENGTH = 128  # of cache_salt, user and request_id, in characters
+
+
+def _check_prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        kinds = set(map(type, value))
+        if kinds <= {str} or kinds == {int}:
+            return value
+        if kinds == {list} and all(set(map(type, ids)) <= {int} for ids in value):
+            return value
+    raise ValueError("must be a string, a list of strings, of token ids, or of lists of token ids")
+
+
+def _check_stop(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return []
+    if not isinstance(stops, list) or not set(map(type, stops)) <= {str}:
+        raise ValueError("must be a string or a list of strings")
+    if len(stops) > MAX_STOP_STRINGS:
+        raise ValueError(f"has more than {MAX_STOP_STRINGS} strings")
+    if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+        raise ValueError(f"each string must have 1 to {MAX_STOP_LENGTH} characters")
+    return stops
+
+
+def _check_content(value: Any) -> str | None:
+    """Text, or text parts joined by newlines; nothing else is fetched or shown to the model."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        raise ValueError("must be a string or a list of content parts")
+    for part in value:
+        if part.get("type") != "text":
+            raise ValueError(f"content of type {str(part.get('type'))[:32]!r} is not supported")
+        if not isinstance(part.get("text"), str):
+            raise ValueError("a text part needs a string as its text")
+    return "\n".join(part["text"] for part in value)
+
+
+Label = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_LENGTH)]
+Prompt = Annotated[Any, PlainValidator(_check_prompt)]
+Content = Annotated[Any, PlainValidator(_check_content)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(_Strict):
+    """What completions and chat completions have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    n: int | None = None
+    best_of: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    seed: int | None = None
+    ignore_eos: bool | None = None
+    stop: Annotated[list[str], PlainValidator(_check_stop)] = []
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: int | None = None
+
+    add_special_tokens: bool | None = None
+    skip_special_tokens: bool | None = None
+    # Fast tokenizers put no spaces between special tokens either way.
+    spaces_between_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Label | None = None
+    request_id: Label | None = None
+    user: Label | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
+
+
+class CompletionBody(GenerationBody):
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: int | None = None
+
+
+class ToolCallFunction(_Strict):
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(_Strict):
+    id: str
+    type: Literal["function"] = "function"
+    function: ToolCallFunction
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content = None
+    name: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatFields(_Strict):
+    """What a chat template is rendered from."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatBody(ChatFields, GenerationBody):
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+class TokenizeBody(_Strict):
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeChatBody(ChatFields):
+    model: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(_Strict):
+    model: str | None = None
+    tokens: list[int]
+    skip_special_tokens: bool | None = None
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def validate(model: type[Body], fields: dict[str, Any], *, strict: bool) -> tuple[Body, list[str]]:
+    """The typed body and its unknown fields. Raises InvalidRequestError naming the parameter:
+    on a wrong type, on a feature that is known but not there, on an unknown field if `strict`."""
+    fields = refuse_unsupported(fields)
+    try:
+        body = model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        param = _path(first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise InvalidRequestError(f"{param}: {message}", param) from error
+    ignored = list(_unknown(body))
+    if ignored and strict:
+        raise InvalidRequestError(f"unknown field {ignored[0]}", ignored[0])
+    return body, ignored
+
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_\-]{1,64}")
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            name = part if _PLAIN_NAME.fullmatch(part) else "?"
+            text += f".{name}" if text else name
+    return text
+
+
+def _unknown(body: BaseModel, prefix: tuple[int | str, ...] = ()) -> Iterator[str]:
+    for name in body.model_extra or ():
+        yield _path((*prefix, name))
+    for name in type(body).model_fields:
+        value = getattr(body, name)
+        if isinstance(value, BaseModel):
+            yield from _unknown(value, (*prefix, name))
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            for index, item in enumerate(value):
+                yield from _unknown(item, (*prefix, name, index))

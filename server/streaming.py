@@ -1,0 +1,194 @@
+"""Server-sent events, and clients that leave: disconnects, deadlines, readers that stop reading."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ..engine.errors import QuireError, RequestTimeoutError
+from .errors import answer_of, error_body, error_response
+
+log = structlog.get_logger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+WRITE_TIMEOUT = 30.0
+"""Seconds that one event may wait for a reader that does not read; then the request is aborted.
+What piles up meanwhile is bounded by the transport's buffer and the request's own max_tokens."""
+
+_Result = TypeVar("_Result")
+encode_json = msgspec.json.Encoder().encode
+
+
+def event(data: Any) -> bytes:
+    """One `data:` event of a JSON value."""
+    return b"data: " + encode_json(data) + b"\n\n"
+
+
+async def disconnected(receive: Receive) -> None:
+    """Returns once the client is gone; the body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def run_until_disconnect(
+    receive: Receive, work: Coroutine[Any, Any, _Result], deadline: float | None
+) -> _Result | None:
+    """The result of `work`, or None where the client left first; `work` is cancelled then.
+
+    `deadline` is in `time.monotonic()` seconds. Raises RequestTimeoutError when it passes.
+    """
+    timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+    working = asyncio.create_task(work)
+    gone = asyncio.create_task(disconnected(receive))
+    try:
+        await asyncio.wait({working, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        if gone.done():
+            return None
+        raise RequestTimeoutError("the request took longer than its timeout")
+    finally:
+        await _cancel(working, gone)
+
+
+class EventStream(Response):
+    """An SSE answer.
+
+    The status is held back until the first event, or until it is time for the first keep-alive
+    comment: a request that fails at once gets its real status. Afterwards a failure becomes the
+    events of `on_failure`, an error event and `[DONE]`, for clients take a stream that is merely
+    cut for a success. `events` is closed, whatever happens; that aborts what the engine still does.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        on_failure: Callable[[], list[bytes]],
+        on_close: Callable[[], None],
+        request_id: str,
+        deadline: float | None,
+        keepalive: float,
+        headers: dict[str, str],
+        write_timeout: float = WRITE_TIMEOUT,
+    ) -> None:
+        super().__init__(status_code=200, headers=headers, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"  # nginx would gather events otherwise
+        self._events = events
+        self._on_failure = on_failure
+        self._on_close = on_close
+        self._request_id = request_id
+        self._deadline = deadline
+        self._keepalive = keepalive
+        self._write_timeout = write_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writer = _Writer(send, self)
+        writing = asyncio.create_task(self._write(writer, scope, receive, send))
+        others = [
+            asyncio.create_task(disconnected(receive)),
+            asyncio.create_task(writer.watch(self._keepalive, self._write_timeout)),
+        ]
+        try:
+            await asyncio.wait({writing, *others}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                await writing
+        finally:
+            await _cancel(writing, *others)
+            self._on_close()
+
+    async def _write(self, writer: _Writer, scope: Scope, receive: Receive, send: Send) -> None:
+        failure: Exception | None = None
+        try:
+            left = None if self._deadline is None else self._deadline - time.monotonic()
+            async with asyncio.timeout(left), aclosing(self._events) as events:
+                async for chunk in events:
+                    await writer.send(chunk)
+        except TimeoutError:
+            failure = RequestTimeoutError("the request took longer than its timeout")
+        except Exception as error:
+            failure = error
+        if failure is not None:
+            self._log(failure)
+            if not writer.started:
+                writer.hold()
+                await error_response(failure, self._request_id)(scope, receive, send)
+                return
+            for chunk in self._on_failure():
+                await writer.send(chunk)
+            await writer.send(event(error_body(failure, self._request_id)))
+        await writer.send(DONE)
+        await writer.end()
+
+    def _log(self, failure: Exception) -> None:
+        if not isinstance(failure, QuireError):
+            log.exception("stream_failed", request_id=self._request_id, exc_info=failure)
+        elif answer_of(failure).status >= 500:
+            log.warning("request_failed", request_id=self._request_id, error=repr(failure))
+
+
+class _Writer:
+    """Sends the parts of one streamed answer and knows when it last did."""
+
+    def __init__(self, send: Send, response: Response) -> None:
+        self._send = send
+        self._response = response
+        self._last = time.monotonic()
+        self._sending = False
+        self.started = False
+
+    async def send(self, chunk: bytes) -> None:
+        if not self.started:
+            await self._start()
+        self._sending, self._last = True, time.monotonic()
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._sending = False
+
+    def hold(self) -> None:
+        """No comments from here on."""
+        self.started = self._sending = True
+
+    async def end(self) -> None:
+        self.hold()
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _start(self) -> None:
+        self.started = True
+        response = self._response
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": response.status_code,
+                "headers": response.raw_headers,
+            }
+        )
+
+    async def watch(self, keepalive: float, write_timeout: float) -> None:
+        """Send a comment after `keepalive` seconds of silence (0: never); return when one write
+        has waited `write_timeout` seconds."""
+        tick = min(keepalive or write_timeout, write_timeout) / 2
+        while True:
+            await asyncio.sleep(tick)
+            silent = time.monotonic() - self._last
+            if self._sending and silent >= write_timeout:
+                return
+            if keepalive and not self._sending and silent >= keepalive:
+                await self.send(b": keep-alive\n\n")
+
+
+async def _cancel(*tasks: Awaitable[Any]) -> None:
+    """Cancel and wait, so that no generator is still running when this returns."""
+    for task in tasks:
+        assert isinstance(task, asyncio.Task)
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,51 @@
+"""Fields of the API that quire knows and does not serve yet: refused by name, never ignored.
+
+A value that asks for nothing (`"response_format": {"type": "text"}`) is accepted and dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..engine.errors import InvalidRequestError
+
+_ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structural_tag": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "reasoning_effort": ("none",),
+    "include_reasoning": (True,),
+    "thinking_token_budget": (),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "early_stopping": (False,),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "prompt_embeds": (),
+    "mm_processor_kwargs": (),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+}
+"""Field → its values that ask for nothing; null always does."""
+
+
+def refuse_unsupported(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` without those above. Raises InvalidRequestError where one asks for something."""
+    for name in fields.keys() & _ASKS_FOR_NOTHING.keys():
+        value = fields[name]
+        harmless = (None, *_ASKS_FOR_NOTHING[name])
+        if not any(type(value) is type(other) and value == other for other in harmless):
+            raise InvalidRequestError(f"{name} is not supported by this server", name)
+    return {name: value for name, value in fields.items() if name not in _ASKS_FOR_NOTHING}

@@ -1,0 +1,240 @@
+"""An engine whose tokens are a script, and a byte-level tokenizer that needs no download."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Encoder
+
+from quire.engine.client import EngineHealth
+from quire.engine.config import EngineInfo
+from quire.engine.errors import EngineNotReadyError
+from quire.engine.outputs import (
+    EngineStats,
+    FinishReason,
+    RowError,
+    SequenceOutput,
+    Timings,
+    TokenLogprobs,
+)
+from quire.engine.request import Request
+from quire.server.tokenizer import Tokenizer
+
+BYTE_VOCABULARY = {
+    character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    "{% endif %}"
+)
+IM_START, IM_END = 256, 257
+VOCAB_SIZE = 258
+
+
+def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
+    """One token for each byte, and the two control tokens of ChatML."""
+    encoder = Encoder(models.BPE(vocab=BYTE_VOCABULARY, merges=[]))
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder.decoder = decoders.ByteLevel()
+    encoder.add_special_tokens(
+        [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)]
+    )
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=encoder, eos_token="<|im_end|>")
+    hf.chat_template = chat_template
+    return Tokenizer(hf)
+
+
+def ids(text: str) -> list[int]:
+    """Token ids of text that spells no control token."""
+    table = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    [(mapped, _)] = table.pre_tokenize_str(text) if len(text) == 1 else [("", None)]
+    if mapped:
+        return [BYTE_VOCABULARY[character] for character in mapped]
+    return [token for character in text for token in ids(character)]
+
+
+@dataclass
+class Script:
+    """What one choice does: its tokens, and its end where max_tokens does not come first."""
+
+    tokens: list[int]
+    finish: FinishReason = "stop"
+    error: RowError | None = None
+    stop_reason: int | None = None
+    delay: float = 0.0
+    """Seconds before each output."""
+    chunk: int = 1
+    """Tokens in one output."""
+    logprob: float = -0.5
+    eos: bool = True
+    """An end "stop" brings the end-of-sequence token along, as engines do."""
+
+
+Scripts = Callable[[Request, int], Script]
+
+
+def say(text: str, **fields: Any) -> Scripts:
+    """Every choice says `text` and ends."""
+    return lambda request, choice: Script(ids(text), **fields)
+
+
+@dataclass
+class FakeEngineClient:
+    """See `EngineClient`; `scripts` decides what (request, choice) does."""
+
+    scripts: Scripts = field(default_factory=lambda: say("Hello, world"))
+    max_model_len: int = 512
+    max_num_seqs: int = 64
+    num_blocks: int = 64
+    ready: bool = True
+    alive: bool = True
+    hold: asyncio.Event | None = None
+    """Where set, no output comes before it is."""
+
+    requests: list[Request] = field(default_factory=list)
+    aborted: list[tuple[str, int | None]] = field(default_factory=list)
+    running: set[tuple[str, int]] = field(default_factory=set)
+    started: bool = False
+    closed: bool = False
+    resets: int = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            model="fake",
+            architecture="FakeForCausalLM",
+            device="cpu",
+            dtype="float32",
+            num_parameters=1,
+            vocab_size=VOCAB_SIZE,
+            max_model_len=self.max_model_len,
+            block_size=16,
+            num_blocks=self.num_blocks,
+            kv_bytes_per_token=1,
+            max_num_seqs=self.max_num_seqs,
+            max_logprobs=20,
+            eos_token_ids=(IM_END,),
+        )
+
+    async def start(self) -> None:
+        self.started = True
+
+    async def close(self) -> None:
+        self.closed = True
+
+    async def reset_prefix_cache(self) -> None:
+        self.resets += 1
+
+    def health(self) -> EngineHealth:
+        return EngineHealth(self.alive, self.ready, "ok" if self.ready else "it loads", 0)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            step=1,
+            num_running=len(self.running),
+            num_waiting=0,
+            num_blocks=self.num_blocks,
+            num_free_blocks=self.num_blocks - len(self.running),
+            num_cached_blocks=0,
+            step_tokens=0,
+            prefix_queries=0,
+            prefix_hits=0,
+            preemptions=0,
+            blocks_copied=0,
+            blocks_shared=0,
+        )
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        self.aborted.append((request_id, choice))
+        self.running -= {
+            key for key in self.running if key[0] == request_id and choice in (None, key[1])
+        }
+
+    async def generate(self, request: Request) -> AsyncIterator[SequenceOutput]:
+        if not self.ready:
+            raise EngineNotReadyError("the engine is starting")
+        self.requests.append(request)
+        outputs: asyncio.Queue[SequenceOutput] = asyncio.Queue()
+        choices = range(request.sampling_params.n)
+        self.running |= {(request.request_id, choice) for choice in choices}
+        tasks = [asyncio.create_task(self._run(request, choice, outputs)) for choice in choices]
+        try:
+            left = len(tasks)
+            while left:
+                output = await outputs.get()
+                left -= output.finish_reason is not None
+                yield output
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if any(key[0] == request.request_id for key in self.running):
+                self.abort(request.request_id)
+
+    async def _run(
+        self, request: Request, choice: int, outputs: asyncio.Queue[SequenceOutput]
+    ) -> None:
+        if self.hold is not None:
+            await self.hold.wait()
+        params = request.sampling_params
+        script = self.scripts(request, choice)
+        tokens, finish = list(script.tokens), script.finish
+        if finish == "stop" and script.eos:
+            tokens.append(IM_END)
+        if finish in ("stop", "length") and len(tokens) > params.max_tokens:
+            tokens, finish = tokens[: params.max_tokens], "length"
+        chunks = [tokens[at : at + script.chunk] for at in range(0, len(tokens), script.chunk)]
+        if not chunks:
+            chunks = [[]]
+        for number, chunk in enumerate(chunks):
+            await asyncio.sleep(script.delay)
+            key = (request.request_id, choice)
+            aborted = key not in self.running
+            last = number == len(chunks) - 1
+            failed = last and finish == "error"
+            if last or aborted:
+                self.running.discard(key)
+            outputs.put_nowait(
+                SequenceOutput(
+                    request_id=request.request_id,
+                    choice=choice,
+                    token_ids=[] if aborted or failed else chunk,
+                    logprobs=None
+                    if params.logprobs is None
+                    else [self._logprob(token, script, params.logprobs) for token in chunk],
+                    prompt_logprobs=self._prompt_logprobs(request, choice, number),
+                    finish_reason="abort" if aborted else finish if last else None,
+                    stop_reason=script.stop_reason if last else None,
+                    error=script.error if failed else None,
+                    num_cached_tokens=3 if number == 0 else None,
+                    timings=Timings(request.arrival_time, None, None, request.arrival_time + 1)
+                    if last or aborted
+                    else None,
+                )
+            )
+            if aborted:
+                return
+
+    def _logprob(self, token: int, script: Script, count: int) -> TokenLogprobs:
+        others = [token, (token + 1) % VOCAB_SIZE][:count]
+        return TokenLogprobs(
+            token, script.logprob, 1, others, [script.logprob, float("-inf")][:count]
+        )
+
+    def _prompt_logprobs(
+        self, request: Request, choice: int, number: int
+    ) -> list[TokenLogprobs | None] | None:
+        count = request.sampling_params.prompt_logprobs
+        if count is None or choice or number:
+            return None
+        script = Script([], logprob=-1.0)
+        rest = request.prompt_token_ids[1:]
+        return [None, *(self._logprob(token, script, count) for token in rest)]
