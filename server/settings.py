@@ -19,7 +19,7 @@ from yaml import YAMLError
 from ..engine.config import Device, DType, EngineConfig, LoadFormat, SchedulingPolicy
 from ..engine.errors import ConfigurationError
 
-DEMO_MODEL_NAME = "demo"
+DEMO_MODEL_NAME = "quire-demo"
 
 GROUPS = ("Server", "Model", "KV cache", "Scheduling", "Limits", "Logging and metrics")
 
@@ -190,7 +190,7 @@ class Settings(BaseSettings):
         """What the engine and the tokenizer load."""
         if self.model is not None:
             return self.model
-        return str(files("quire.configs") / DEMO_MODEL_NAME)
+        return str(files("quire.configs") / "demo")
 
     @property
     def is_demo(self) -> bool:
