@@ -143,11 +143,11 @@ def _rope_and_cache_kernel(
             head < NUM_KV_HEADS, eps, NORM_KEY, HEAD_DIM, ROTARY_DIM, HALF_PAD, REST_PAD,
         )  # fmt: skip
     else:
-        head = ((part - QUERY_PARTS - KV_PARTS) * HEADS + in_part)[:, None]
+        value_head = ((part - QUERY_PARTS - KV_PARTS) * HEADS + in_part)[:, None]
         dim = tl.arange(0, DIM_PAD)[None, :]
-        mask = (head < NUM_KV_HEADS) & (dim < HEAD_DIM)
-        source = value_ptr + token * value_stride_t + head * value_stride_h + dim
-        target = value_cache_ptr + first_slot + head * (BLOCK_SIZE * HEAD_DIM) + dim
+        mask = (value_head < NUM_KV_HEADS) & (dim < HEAD_DIM)
+        source = value_ptr + token * value_stride_t + value_head * value_stride_h + dim
+        target = value_cache_ptr + first_slot + value_head * (BLOCK_SIZE * HEAD_DIM) + dim
         value = tl.load(source, mask=mask)
         tl.store(target, value.to(value_cache_ptr.dtype.element_ty), mask=mask)
 

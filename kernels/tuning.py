@@ -20,7 +20,7 @@ class TileConfig(NamedTuple):
 def extend_config(head_dim: int, dtype: torch.dtype, max_rows: int) -> TileConfig:
     """The tile of `paged_attention_extend`; max_rows = max_query_len * group."""
     if dtype == torch.float32:
-        return TileConfig(32, 32, 4, 2 if head_dim <= 128 else 1)
+        return TileConfig(32, 16, 8, 1)  # no tensor cores: small enough not to spill
     if head_dim > 128:
         return TileConfig(64, 32, 4, 2) if max_rows <= 64 else TileConfig(128, 32, 8, 2)
     if max_rows <= 64:
@@ -33,7 +33,7 @@ def decode_config(head_dim: int, dtype: torch.dtype, rows: int) -> TileConfig:
     block_m = max(16, 1 << (rows - 1).bit_length())
     num_warps = 4 if block_m <= 32 else 8
     if dtype == torch.float32:
-        return TileConfig(block_m, 32, num_warps, 2)
+        return TileConfig(block_m, 16, num_warps, 1)
     if head_dim > 128:
         return TileConfig(block_m, 32, num_warps, 3)
     return TileConfig(block_m, 64, num_warps, 3)

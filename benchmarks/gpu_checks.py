@@ -1,0 +1,274 @@
+"""Every kernel against its float64 oracle on the GPU, with outputs and scratch full of NaN."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+from gpu_common import DEVICE, Case, Record, relative_error
+
+from quire.kernels import reference
+from quire.kernels.copy_blocks import copy_blocks
+from quire.kernels.paged_attention_decode import (
+    DecodeWorkspace,
+    build_decode_schedule,
+    paged_attention_decode,
+)
+from quire.kernels.paged_attention_extend import paged_attention_extend
+from quire.kernels.reshape_and_cache import reshape_and_cache
+from quire.kernels.rms_norm import fused_add_rms_norm, rms_norm
+from quire.kernels.rope_and_cache import rope_and_cache
+from quire.kernels.silu_and_mul import silu_and_mul
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
+from paged import PagedInputs, paged_inputs  # noqa: E402
+
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NAN = float("nan")
+
+
+def _verdict(dtype: torch.dtype, *errors: float, **facts: object) -> Record:
+    error = max(errors) if all(error == error for error in errors) else NAN
+    return {"error_norm": error, "limit": TOLERANCES[dtype], "ok": error <= TOLERANCES[dtype]} | {
+        name: str(fact) for name, fact in facts.items()
+    }
+
+
+def _seed() -> int:
+    return int(torch.randint(2**31, (1,)))
+
+
+def _sinks(num_heads: int, wanted: bool) -> torch.Tensor | None:
+    return torch.randn(num_heads, device=DEVICE) if wanted else None
+
+
+def _wide(inputs: PagedInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return inputs.query.double(), inputs.key_cache.double(), inputs.value_cache.double()
+
+
+def check_extend(
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    block_size: int,
+    query_lens: list[int],
+    seq_lens: list[int],
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
+) -> Record:
+    num_heads, num_kv_heads, head_dim = heads
+    inputs = paged_inputs(
+        query_lens, seq_lens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        block_size=block_size, dtype=dtype, device=DEVICE, seed=_seed(),
+    )  # fmt: skip
+    tables = (inputs.block_table, inputs.query_start_loc, inputs.seq_lens)
+    options = {
+        "scale": inputs.scale, "max_query_len": max(query_lens), "window": window,
+        "softcap": softcap, "sinks": _sinks(num_heads, sinks),
+    }  # fmt: skip
+    expected = reference.paged_attention_extend(*_wide(inputs), *tables, **options)
+    out = torch.full_like(inputs.query, NAN)
+    caches = (inputs.key_cache, inputs.value_cache)
+    paged_attention_extend(inputs.query, *caches, *tables, **options, out=out)
+    return _verdict(dtype, relative_error(out, expected))
+
+
+def check_decode(
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    block_size: int,
+    seq_lens: list[int],
+    query_len: int = 1,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
+    min_chunk: int = 256,
+) -> Record:
+    """Eagerly twice, which proves the arrival counters; then a graph replayed on other lengths."""
+    num_heads, num_kv_heads, head_dim = heads
+    inputs = paged_inputs(
+        [query_len] * len(seq_lens), seq_lens, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        head_dim=head_dim, block_size=block_size, dtype=dtype, device=DEVICE, seed=_seed(),
+    )  # fmt: skip
+    workspace = DecodeWorkspace.allocate(
+        len(seq_lens) + 3, num_heads, num_kv_heads, head_dim, dtype=dtype, device=DEVICE,
+        window=window, query_len=query_len, min_chunk=min_chunk,
+    )  # fmt: skip
+    options = {
+        "scale": inputs.scale, "window": window, "softcap": softcap,
+        "sinks": _sinks(num_heads, sinks),
+    }  # fmt: skip
+    lengths = inputs.seq_lens.clone()
+    out = torch.full_like(inputs.query, NAN)
+    caches = (inputs.key_cache, inputs.value_cache)
+
+    def launch() -> None:
+        build_decode_schedule(lengths, workspace)
+        paged_attention_decode(
+            inputs.query, *caches, inputs.block_table, lengths, workspace=workspace, out=out,
+            **options,
+        )  # fmt: skip
+
+    def error() -> float:
+        expected = reference.paged_attention_decode(
+            *_wide(inputs), inputs.block_table, lengths, **options
+        )
+        found = relative_error(out, expected)
+        out.fill_(NAN)
+        workspace.partials.fill_(NAN)
+        workspace.log_sums.fill_(NAN)
+        return found
+
+    errors = []
+    for _ in range(2):
+        launch()
+        errors.append(error())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    for divisor in (1, 3):
+        lengths.copy_(torch.where(inputs.seq_lens > 8, inputs.seq_lens // divisor, inputs.seq_lens))
+        lengths.clamp_(max=inputs.seq_lens)
+        graph.replay()
+        errors.append(error())
+    leftover = int(workspace.arrived.abs().sum())
+    record = _verdict(dtype, *errors, errors=errors, leftover=leftover)
+    return record | {"ok": record["ok"] and leftover == 0}
+
+
+def check_far_blocks() -> Record:
+    """Blocks whose element offsets pass 2³¹: write, extend, decode and copy."""
+    num_heads, num_kv_heads, head_dim, block_size = 32, 8, 128, 16
+    num_blocks = 2**31 // (num_kv_heads * block_size * head_dim) + 16
+    shape = (1, 2, num_blocks, num_kv_heads, block_size, head_dim)
+    kv_cache = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
+    blocks = torch.arange(num_blocks - 1, num_blocks - 7, -1, device=DEVICE)
+    length = 6 * block_size
+    slots = (blocks[:, None] * block_size + torch.arange(block_size, device=DEVICE)).flatten()
+    keys, values = torch.randn(2, length, num_kv_heads, head_dim, device=DEVICE).bfloat16()
+    query = torch.randn(length, num_heads, head_dim, device=DEVICE).bfloat16()
+    reshape_and_cache(keys, values, kv_cache[0, 0], kv_cache[0, 1], slots)
+    near = torch.arange(6, device=DEVICE)
+    copy_blocks(kv_cache, blocks, near)
+    copied = torch.equal(kv_cache[:, :, near], kv_cache[:, :, blocks])
+    table = blocks.int()[None]
+    lens = torch.tensor([length], dtype=torch.int32, device=DEVICE)
+    starts = torch.tensor([0, length], dtype=torch.int32, device=DEVICE)
+    scale = head_dim**-0.5
+    small = (1, num_kv_heads, length, head_dim)
+    dense_keys, dense_values = (x.transpose(0, 1).reshape(small)[0] for x in (keys, values))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.double().transpose(0, 1), dense_keys.double().repeat_interleave(4, 0),
+        dense_values.double().repeat_interleave(4, 0), is_causal=True, scale=scale,
+    ).transpose(0, 1)  # fmt: skip
+    caches = (kv_cache[0, 0], kv_cache[0, 1])
+    out = torch.full_like(query, NAN)
+    paged_attention_extend(
+        query, *caches, table, starts, lens, scale=scale, max_query_len=length, out=out
+    )
+    workspace = DecodeWorkspace.allocate(
+        1, num_heads, num_kv_heads, head_dim, dtype=query.dtype, device=DEVICE
+    )
+    build_decode_schedule(lens, workspace)
+    last = paged_attention_decode(
+        query[-1:], *caches, table, lens, scale=scale, workspace=workspace
+    )
+    errors = (relative_error(out, expected), relative_error(last, expected[-1:]))
+    record = _verdict(query.dtype, *errors, copied=copied)
+    return record | {"ok": record["ok"] and copied}
+
+
+def check_write(dtype: torch.dtype, heads: tuple[int, int, int], block_size: int) -> Record:
+    """reshape_and_cache, rope_and_cache and copy_blocks over strided rows and padding slots."""
+    num_heads, num_kv_heads, head_dim = heads
+    num_tokens, num_blocks = 77, 9
+    slots = torch.randperm(num_blocks * block_size, device=DEVICE)[:num_tokens]
+    slots[::5] = -1
+    query = torch.randn(num_tokens, num_heads, head_dim, device=DEVICE).to(dtype)
+    key, value = torch.randn(2, num_kv_heads, num_tokens, head_dim, device=DEVICE).to(dtype)
+    key, value = key.transpose(0, 1), value.transpose(0, 1)
+    angles = torch.randn(num_tokens, head_dim // 4, device=DEVICE).repeat(1, 2)
+    rotary = (angles.cos(), angles.sin())
+    weights = {"query_weight": torch.randn(head_dim, device=DEVICE)}
+    weights["key_weight"] = torch.randn(head_dim, device=DEVICE)
+    shape = (2, 2, num_blocks, num_kv_heads, block_size, head_dim)
+    caches = torch.zeros(shape, dtype=dtype, device=DEVICE)
+    wanted = torch.zeros(shape, dtype=torch.float64, device=DEVICE)
+    wide = [tensor.double() for tensor in (query, key, value)]
+    reshape_and_cache(key, value, caches[0, 0], caches[0, 1], slots)
+    reference.reshape_and_cache(wide[1], wide[2], wanted[0, 0], wanted[0, 1], slots)
+    out = torch.full_like(query, NAN)
+    rope_and_cache(
+        query, key, value, caches[1, 0], caches[1, 1], slots, *rotary, **weights, out=out
+    )
+    expected = reference.rope_and_cache(
+        *wide, wanted[1, 0], wanted[1, 1], slots, *rotary, **weights
+    )
+    sources = torch.tensor([1, 1, 4], device=DEVICE)
+    destinations = torch.tensor([0, 5, 2], device=DEVICE)
+    copy_blocks(caches, sources, destinations)
+    reference.copy_blocks(wanted, sources, destinations)
+    return _verdict(dtype, relative_error(out, expected), relative_error(caches, wanted))
+
+
+def check_rows(dtype: torch.dtype, num_rows: int, size: int) -> Record:
+    """Both norms, both weight conventions, and the gated activation."""
+    x, residual = torch.randn(2, num_rows, size, device=DEVICE).to(dtype)
+    weight = torch.randn(size, device=DEVICE).to(dtype)
+    errors = []
+    for plus_one in (False, True):
+        options = {"eps": 1e-6, "plus_one": plus_one}
+        out = rms_norm(x, weight, **options, out=torch.full_like(x, NAN))
+        wide = reference.rms_norm(x.double(), weight.double(), **options)
+        errors.append(relative_error(out, wide))
+        have, want = (x.clone(), residual.clone()), (x.clone(), residual.clone())
+        fused_add_rms_norm(*have, weight, **options)
+        reference.fused_add_rms_norm(*want, weight, **options)
+        errors += [relative_error(a, b) for a, b in zip(have, want, strict=True)]
+    out = silu_and_mul(x)
+    errors.append(relative_error(out, reference.silu_and_mul(x.double())))
+    return _verdict(dtype, *errors)
+
+
+def cases() -> list[Case]:
+    """The plainest first; half-precision types before float32."""
+    found: list[Case] = []
+
+    def add(name: str, function: object, *args: object, **options: object) -> None:
+        found.append(Case(name, functools.partial(function, *args, **options)))  # type: ignore[arg-type]
+
+    lens = [300, 0, 1, 17, 2049, 64, 1000]
+    queries, contexts = [37, 1, 300, 64, 129], [37, 50, 300, 1000, 1153]
+    llama, qwen = (32, 8, 128), (14, 2, 64)
+    for dtype in DTYPES:
+        tag = str(dtype).removeprefix("torch.")
+        add(f"{tag} write", check_write, dtype, llama, 16)
+        add(f"{tag} rows", check_rows, dtype, 33, 4096)
+        add(f"{tag} extend llama b16", check_extend, dtype, llama, 16, queries, contexts)
+        add(f"{tag} decode llama b16", check_decode, dtype, llama, 16, lens)
+        add(f"{tag} extend g7 d64 b64", check_extend, dtype, qwen, 64, queries, contexts)
+        add(f"{tag} decode g7 d64 b64", check_decode, dtype, qwen, 64, lens)
+        every = {"window": 100, "softcap": 20.0, "sinks": True}
+        add(f"{tag} extend window+cap+sinks d80", check_extend, dtype, (8, 4, 80), 32, queries,
+            contexts, **every)  # fmt: skip
+        add(f"{tag} decode window+cap+sinks d80", check_decode, dtype, (8, 4, 80), 32, lens,
+            **every, min_chunk=32)  # fmt: skip
+        add(f"{tag} decode q4 window d128", check_decode, dtype, llama, 32,
+            [300, 4, 0, 2049, 64], query_len=4, window=500, min_chunk=128)  # fmt: skip
+        if dtype == torch.bfloat16:
+            add("far blocks", check_far_blocks)
+            add(f"{tag} decode long", check_decode, dtype, llama, 64, [20000, 5])
+            add(f"{tag} decode 70 rows", check_decode, dtype, llama, 16, list(range(0, 700, 10)))
+            add(f"{tag} extend short rows", check_extend, dtype, llama, 16, [3, 9, 1], [500, 9, 1])
+            add(f"{tag} extend mqa16 d128", check_extend, dtype, (16, 1, 128), 128, queries,
+                contexts)  # fmt: skip
+            add(f"{tag} decode mqa16 sinks", check_decode, dtype, (16, 1, 128), 128, lens,
+                sinks=True)  # fmt: skip
+            add(f"{tag} rows odd", check_rows, dtype, 7, 1000)
+        add(f"{tag} extend d256 b16", check_extend, dtype, (8, 4, 256), 16, queries, contexts)
+        add(f"{tag} decode d256 b16", check_decode, dtype, (8, 4, 256), 16, lens)
+        add(f"{tag} write d80 b64", check_write, dtype, (7, 7, 80), 64)
+    return found

@@ -1,0 +1,112 @@
+"""What the GPU benchmark's parts share: cases, timing by CUDA graphs, paged inputs."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+Record = dict[str, Any]
+DEVICE = "cuda"
+
+
+class Case(NamedTuple):
+    """One measurement or check: its record must be JSON; what it raises is recorded too."""
+
+    name: str
+    run: Callable[[], Record]
+
+
+class Shape(NamedTuple):
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+LLAMA_8B = Shape("llama-3.1-8b", 32, 8, 128)
+QWEN_06B = Shape("qwen3-0.6b", 16, 8, 128)
+
+
+def time_graph(calls: list[Callable[[], object]], replays: int = 9) -> float:
+    """Median seconds of one call, all of them captured into one CUDA graph and replayed."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times) / len(calls)
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """Random caches `[num_layers, 2, …]` and the tables of sequences over shuffled blocks."""
+
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    kv_bytes: int
+    """K and V that one layer's decode must read."""
+
+    @property
+    def num_layers(self) -> int:
+        return self.kv_cache.shape[0]
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self.kv_cache[index % self.num_layers]
+        return layer[0], layer[1]
+
+
+@functools.lru_cache(maxsize=1)
+def paged_batch(shape: Shape, block_size: int, lengths: tuple[int, ...]) -> PagedBatch:
+    """bf16; as many layers as it takes to read 256 MB before a layer comes again, at most 64."""
+    needed = [-(-length // block_size) for length in lengths]
+    num_blocks = sum(needed)
+    token_bytes = 2 * 2 * shape.num_kv_heads * shape.head_dim
+    layer_bytes = num_blocks * block_size * token_bytes
+    num_layers = max(2, min(64, -(-256_000_000 // layer_bytes)))
+    kv_cache = torch.empty(
+        num_layers,
+        2,
+        num_blocks,
+        shape.num_kv_heads,
+        block_size,
+        shape.head_dim,
+        dtype=torch.bfloat16,
+        device=DEVICE,
+    ).normal_()
+    order = torch.randperm(num_blocks, device=DEVICE, dtype=torch.int32)
+    table = torch.zeros(len(lengths), max(needed), dtype=torch.int32, device=DEVICE)
+    first = 0
+    for row, count in enumerate(needed):
+        table[row, :count] = order[first : first + count]
+        first += count
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    return PagedBatch(kv_cache, table, seq_lens, sum(lengths) * token_bytes)
+
+
+def mixed_lengths(count: int, low: int, high: int, seed: int = 0) -> tuple[int, ...]:
+    """Uniform random lengths, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(low, high + 1, (count,), generator=generator).tolist())
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ (Frobenius); NaN where either holds one."""
+    difference = (actual.double() - expected.double()).norm()
+    return float(difference / expected.double().norm().clamp_min(1e-30))

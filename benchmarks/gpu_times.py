@@ -1,0 +1,268 @@
+"""The machine's own limits, and every kernel's time beside them and beside torch's kernels."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from gpu_common import (
+    DEVICE,
+    LLAMA_8B,
+    QWEN_06B,
+    Case,
+    PagedBatch,
+    Record,
+    Shape,
+    mixed_lengths,
+    paged_batch,
+    time_graph,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from quire.kernels.copy_blocks import copy_blocks
+from quire.kernels.decode_schedule import MIN_CHUNK, PROGRAMS_PER_SM
+from quire.kernels.paged_attention_decode import (
+    DecodeWorkspace,
+    build_decode_schedule,
+    paged_attention_decode,
+)
+from quire.kernels.paged_attention_extend import paged_attention_extend
+from quire.kernels.reshape_and_cache import reshape_and_cache
+from quire.kernels.rms_norm import fused_add_rms_norm, rms_norm
+from quire.kernels.rope_and_cache import rope_and_cache
+from quire.kernels.silu_and_mul import silu_and_mul
+from quire.kernels.tuning import TileConfig
+
+BF16 = torch.bfloat16
+
+
+def _figures(seconds: float, *, num_bytes: float = 0, flops: float = 0) -> Record:
+    record: Record = {"us": seconds * 1e6}
+    if num_bytes:
+        record["gb_s"] = num_bytes / seconds / 1e9
+    if flops:
+        record["tflop_s"] = flops / seconds / 1e12
+    return record
+
+
+def limit_copy() -> Record:
+    source = torch.empty(2**31, dtype=BF16, device=DEVICE)
+    target = torch.empty_like(source)
+    seconds = time_graph([lambda: target.copy_(source)])
+    return _figures(seconds, num_bytes=2 * source.numel() * 2)
+
+
+def limit_read() -> Record:
+    """A reduction reads only, as decode does; the copy's writes cost turnarounds."""
+    source = torch.zeros(2**30, dtype=torch.float32, device=DEVICE)
+    return _figures(time_graph([lambda: source.sum()]), num_bytes=source.numel() * 4)
+
+
+def limit_matmul() -> Record:
+    a, b = torch.randn(2, 8192, 8192, device=DEVICE).to(BF16)
+    out = torch.empty_like(a)
+    seconds = time_graph([lambda: torch.mm(a, b, out=out)] * 5)
+    return _figures(seconds, flops=2 * 8192**3)
+
+
+def time_decode(
+    shape: Shape,
+    block_size: int,
+    lengths: tuple[int, ...],
+    config: TileConfig | None = None,
+    programs_per_sm: int = PROGRAMS_PER_SM,
+    min_chunk: int = MIN_CHUNK,
+) -> Record:
+    """One layer's decode attention, with a schedule built once for all."""
+    batch = paged_batch(shape, block_size, lengths)
+    workspace = DecodeWorkspace.allocate(
+        len(lengths), shape.num_heads, shape.num_kv_heads, shape.head_dim, dtype=BF16,
+        device=DEVICE, config=config, programs_per_sm=programs_per_sm, min_chunk=min_chunk,
+    )  # fmt: skip
+    query = torch.randn(len(lengths), shape.num_heads, shape.head_dim, device=DEVICE).to(BF16)
+    out = torch.empty_like(query)
+    build_decode_schedule(batch.seq_lens, workspace)
+
+    def call(layer: int) -> None:
+        paged_attention_decode(
+            query, *batch.layer(layer), batch.block_table, batch.seq_lens,
+            scale=shape.head_dim**-0.5, workspace=workspace, out=out,
+        )  # fmt: skip
+
+    return _figures(time_graph(_over_layers(batch, call)), num_bytes=batch.kv_bytes)
+
+
+def _over_layers(batch: PagedBatch, call: object) -> list[functools.partial[None]]:
+    return [functools.partial(call, layer) for layer in range(max(4, batch.num_layers))]  # type: ignore[arg-type]
+
+
+def time_schedule(num_seqs: int, length: int) -> Record:
+    workspace = DecodeWorkspace.allocate(num_seqs, 32, 8, 128, dtype=BF16, device=DEVICE)
+    seq_lens = torch.full((num_seqs,), length, dtype=torch.int32, device=DEVICE)
+    return _figures(time_graph([lambda: build_decode_schedule(seq_lens, workspace)] * 50))
+
+
+def time_sdpa_decode(shape: Shape, count: int, length: int) -> Record:
+    """torch's attention on contiguous K and V, by the heads of a group sharing them."""
+    size = (count, shape.num_kv_heads, length, shape.head_dim)
+    layers = max(2, min(16, int(2.6e8 // (size[0] * size[1] * length * size[3] * 4)) + 1))
+    caches = [torch.randn(2, *size, device=DEVICE, dtype=BF16) for _ in range(layers)]
+    query = torch.randn(count, shape.num_heads, 1, shape.head_dim, device=DEVICE, dtype=BF16)
+    calls = [
+        functools.partial(
+            torch.nn.functional.scaled_dot_product_attention, query, *cache, enable_gqa=True
+        )
+        for cache in caches
+    ]
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        return _figures(time_graph(calls), num_bytes=caches[0].numel() * 2)
+
+
+def causal_flops(shape: Shape, query_len: int, length: int) -> float:
+    """4 · heads · head_dim a visible pair: both matmuls, the causal half only."""
+    pairs = query_len * (length - query_len) + query_len * (query_len + 1) / 2
+    return 4 * shape.num_heads * shape.head_dim * pairs
+
+
+def time_extend(
+    shape: Shape,
+    block_size: int,
+    query_len: int,
+    length: int,
+    count: int = 1,
+    config: TileConfig | None = None,
+) -> Record:
+    batch = paged_batch(shape, block_size, (length,) * count)
+    query = torch.randn(count * query_len, shape.num_heads, shape.head_dim, device=DEVICE).to(BF16)
+    starts = torch.arange(count + 1, dtype=torch.int32, device=DEVICE) * query_len
+    out = torch.empty_like(query)
+
+    def call(layer: int) -> None:
+        paged_attention_extend(
+            query, *batch.layer(layer), batch.block_table, starts, batch.seq_lens,
+            scale=shape.head_dim**-0.5, max_query_len=query_len, out=out, config=config,
+        )  # fmt: skip
+
+    calls = [functools.partial(call, layer) for layer in range(4)]
+    return _figures(time_graph(calls, 5), flops=count * causal_flops(shape, query_len, length))
+
+
+def time_sdpa_extend(shape: Shape, length: int, backend: SDPBackend) -> Record:
+    query, key, value = (
+        torch.randn(1, heads, length, shape.head_dim, device=DEVICE, dtype=BF16)
+        for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    )
+    group = shape.num_heads // shape.num_kv_heads
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    call = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention, query, key, value, is_causal=True
+    )
+    with sdpa_kernel([backend]):
+        return _figures(time_graph([call] * 4, 5), flops=causal_flops(shape, length, length))
+
+
+def time_write(shape: Shape, num_tokens: int, rope: bool) -> Record:
+    """K and V of one layer read and written; with `rope` also Q, both norms and the rotation."""
+    block_size, num_layers = 16, 8
+    num_blocks = max(4096, 2 * num_tokens // block_size)
+    size = (num_layers, 2, num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
+    kv_cache = torch.empty(size, dtype=BF16, device=DEVICE)
+    kv_heads, heads, dim = shape.num_kv_heads, shape.num_heads, shape.head_dim
+    packed = torch.randn(4, num_tokens, heads + 2 * kv_heads, dim, device=DEVICE).to(BF16)
+    slots = torch.randperm(num_blocks * block_size, device=DEVICE)[:num_tokens]
+    cos = torch.randn(num_tokens, dim, device=DEVICE).to(BF16)
+    weight = torch.randn(dim, device=DEVICE).to(BF16)
+    out = torch.empty(num_tokens, heads, dim, dtype=BF16, device=DEVICE)
+
+    def call(layer: int) -> None:
+        query, key, value = packed[layer % 4].split([heads, kv_heads, kv_heads], dim=1)
+        caches = (kv_cache[layer, 0], kv_cache[layer, 1])
+        if rope:
+            rope_and_cache(query, key, value, *caches, slots, cos, cos, query_weight=weight,
+                           key_weight=weight, out=out)  # fmt: skip
+        else:
+            reshape_and_cache(key, value, *caches, slots)
+
+    calls = [functools.partial(call, layer) for layer in range(num_layers)] * 4
+    moved = 2 * num_tokens * (2 * kv_heads + (heads if rope else 0)) * dim * 2
+    return _figures(time_graph(calls), num_bytes=moved)
+
+
+def time_copy_blocks(shape: Shape, pairs: int, block_size: int) -> Record:
+    num_layers, num_blocks = 32, max(1024, 4 * pairs)
+    size = (num_layers, 2, num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
+    kv_cache = torch.empty(size, dtype=BF16, device=DEVICE).normal_()
+    order = torch.randperm(num_blocks, device=DEVICE)
+    starts = range(0, num_blocks - 2 * pairs + 1, 2 * pairs)
+    calls = [
+        functools.partial(
+            copy_blocks, kv_cache, order[at : at + pairs], order[at + pairs : at + 2 * pairs]
+        )
+        for at in list(starts)[:16]
+    ]
+    moved = 2 * pairs * kv_cache[:, :, 0].numel() * 2
+    return _figures(time_graph(calls), num_bytes=moved)
+
+
+def time_rows(kind: str, num_rows: int, size: int) -> Record:
+    width = 2 * size if kind == "silu_and_mul" else size
+    count = max(4, min(32, int(2e8 // (num_rows * width * 2))))
+    inputs = torch.randn(count, num_rows, width, device=DEVICE, dtype=BF16)
+    residual, out = torch.empty(2, num_rows, size, device=DEVICE, dtype=BF16)
+    weight = torch.randn(size, device=DEVICE, dtype=BF16)
+    kinds = {
+        "rms_norm": (lambda x: rms_norm(x, weight, eps=1e-6, out=out), 2),
+        "fused_add_rms_norm": (lambda x: fused_add_rms_norm(x, residual, weight, eps=1e-6), 4),
+        "silu_and_mul": (lambda x: silu_and_mul(x, out=out), 3),
+    }
+    function, passes = kinds[kind]
+    calls = [functools.partial(function, inputs[index]) for index in range(count)]
+    return _figures(time_graph(calls), num_bytes=passes * num_rows * size * 2)
+
+
+def cases() -> list[Case]:
+    """Limits, decode, extend, then the small kernels; comparisons stand beside their kernels."""
+    found = [
+        Case("limit copy", limit_copy),
+        Case("limit read", limit_read),
+        Case("limit matmul", limit_matmul),
+    ]
+
+    def add(name: str, function: object, *args: object) -> None:
+        found.append(Case(name, functools.partial(function, *args)))  # type: ignore[arg-type]
+
+    big, middle = (4096,) * 64, (1600,) * 32
+    mixed = mixed_lengths(256, 100, 2048)
+    for block_size in (16, 64):
+        add(f"decode llama 64x4096 b{block_size}", time_decode, LLAMA_8B, block_size, big)
+        add(f"decode llama 32x1600 b{block_size}", time_decode, LLAMA_8B, block_size, middle)
+        add(f"decode llama 1x8192 b{block_size}", time_decode, LLAMA_8B, block_size, (8192,))
+        add(f"extend llama 8k b{block_size}", time_extend, LLAMA_8B, block_size, 8192, 8192)
+    add("sdpa flash decode 64x4096", time_sdpa_decode, LLAMA_8B, 64, 4096)
+    add("sdpa flash decode 1x8192", time_sdpa_decode, LLAMA_8B, 1, 8192)
+    add("sdpa flash extend 8k", time_sdpa_extend, LLAMA_8B, 8192, SDPBackend.FLASH_ATTENTION)
+    add("sdpa cudnn extend 8k", time_sdpa_extend, LLAMA_8B, 8192, SDPBackend.CUDNN_ATTENTION)
+    add("decode llama mixed 256 b16", time_decode, LLAMA_8B, 16, mixed)
+    add("decode llama 1x1024 b16", time_decode, LLAMA_8B, 16, (1024,))
+    add("decode llama 1x32768 b16", time_decode, LLAMA_8B, 16, (32768,))
+    add("decode qwen 64x4096 b16", time_decode, QWEN_06B, 16, big)
+    add("decode qwen 256x1024 b16", time_decode, QWEN_06B, 16, (1024,) * 256)
+    add("decode qwen 1x1024 b16", time_decode, QWEN_06B, 16, (1024,))
+    add("extend llama 1k b16", time_extend, LLAMA_8B, 16, 1024, 1024)
+    add("extend llama 2k after 6k b16", time_extend, LLAMA_8B, 16, 2048, 8192)
+    add("extend llama 16x512 b16", time_extend, LLAMA_8B, 16, 512, 512, 16)
+    add("extend qwen 8k b16", time_extend, QWEN_06B, 16, 8192, 8192)
+    add("schedule 1x8192", time_schedule, 1, 8192)
+    add("schedule 256x1024", time_schedule, 256, 1024)
+    for num_tokens in (1, 256, 4096, 16384):
+        add(f"write llama {num_tokens} tokens", time_write, LLAMA_8B, num_tokens, False)
+        add(f"rope+write llama {num_tokens} tokens", time_write, LLAMA_8B, num_tokens, True)
+    for pairs in (1, 16, 128):
+        add(f"copy_blocks {pairs} pairs b16", time_copy_blocks, LLAMA_8B, pairs, 16)
+    for kind, size in (("rms_norm", 4096), ("fused_add_rms_norm", 4096), ("silu_and_mul", 14336)):
+        for num_rows in (1, 256, 8192):
+            add(f"{kind} {num_rows}x{size}", time_rows, kind, num_rows, size)
+    for block_size in (32, 128):
+        add(f"decode llama 64x4096 b{block_size}", time_decode, LLAMA_8B, block_size, big)
+        add(f"extend llama 8k b{block_size}", time_extend, LLAMA_8B, block_size, 8192, 8192)
+    return found
