@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .outputs import TokenLogprobs
+from .top_tokens import top_tokens
 
 _CHUNK_ELEMENTS = 1 << 25  # bounds the float32 copy: 128 MiB
 
@@ -26,9 +27,10 @@ class LogprobTensors(NamedTuple):
 def compute_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> LogprobTensors:
     """log_softmax in float32 of `logits` [N, V], read at `token_ids` [N], with the k best.
 
-    A token whose logit is the row's maximum gets exactly `top_logprobs[:, 0]` and rank 1. Serves
-    sampled tokens and prompt tokens alike. Works through the rows in pieces, so that the memory
-    beyond the logits is bounded.
+    Tokens are ranked by their logits, of equals the lower id first, so that an argmax is always
+    the first alternative: it has rank 1 and exactly that log-probability. Serves sampled tokens
+    and prompt tokens alike. Works through the rows in pieces, so that the memory beyond the
+    logits is bounded.
     """
     k = min(k, logits.shape[-1])
     rows = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
@@ -43,10 +45,18 @@ def compute_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> LogprobTensor
 
 def _compute_chunk(logits: Tensor, token_ids: Tensor, k: int) -> LogprobTensors:
     logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    chosen = logprobs.gather(1, token_ids.unsqueeze(1))
-    ranks = (logprobs > chosen).sum(dim=1).add_(1)
-    top_logprobs, top_token_ids = logprobs.topk(k, dim=1)
-    return LogprobTensors(token_ids, chosen.squeeze(1), ranks, top_token_ids, top_logprobs)
+    chosen = token_ids.unsqueeze(1)
+    ranks = (logits > logits.gather(1, chosen)).sum(dim=1).add_(1)
+    top_token_ids = (
+        top_tokens(logits.to(torch.float32), k)[1] if k else token_ids.new_empty((len(logits), 0))
+    )
+    return LogprobTensors(
+        token_ids,
+        logprobs.gather(1, chosen).squeeze(1),
+        ranks,
+        top_token_ids,
+        logprobs.gather(1, top_token_ids),
+    )
 
 
 def to_token_logprobs(tensors: LogprobTensors, num_top: Sequence[int]) -> list[TokenLogprobs]:

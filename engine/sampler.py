@@ -25,10 +25,10 @@ from .outputs import TokenLogprobs
 from .sampling_metadata import SamplingBatch, SamplingBatchBuilder
 from .sampling_plan import DrawGroup, PenaltyRows
 from .sequence import Sequence as TokenSequence
+from .top_tokens import top_tokens
 
 _MASS_UNIT = 2.0**40
 """Integer mass of the likeliest token; a vocabulary's sum stays below 2^63 up to 2^23 tokens."""
-_LOWEST = -(2**63)
 _DRAW_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
 """Logits drawn from at a time: what stays in a CPU's cache, what bounds a GPU's memory."""
 
@@ -61,7 +61,6 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._builder = SamplingBatchBuilder(vocab_size, device)
         self._token_ids = torch.arange(vocab_size, device=device)
-        self._reversed_ids = (vocab_size - 1 - self._token_ids).to(torch.int32)
 
     def prepare(
         self,
@@ -168,7 +167,7 @@ class Sampler:
     def _draw_candidates(self, x: Tensor, top: Tensor, keys: Tensor, group: DrawGroup) -> Tensor:
         """Draw from the top_k best of `x` [G, V]; of equal logits the lower id is better."""
         assert group.top_k is not None
-        values, token_ids = self._best(x, group.top_k, group.num_candidates)
+        values, token_ids = top_tokens(x, group.num_candidates, group.top_k)
         relative = values.sub_(top).div_(group.temperature)
         dropped = self._token_ids[: group.num_candidates] >= group.top_k
         if group.top_p is not None:
@@ -179,34 +178,6 @@ class Sampler:
             dropped |= relative < group.log_min_p
         winner = _race(relative.masked_fill_(dropped, -torch.inf), keys, token_ids)
         return token_ids.gather(1, winner.unsqueeze(1)).squeeze(1)
-
-    def _best(self, x: Tensor, top_k: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Values and ids [G, k] of the best tokens of `x` [G, V], exact in each row's `top_k`.
-
-        torch.topk leaves open which of equal values it returns, and that may change with the
-        batch's size. So only what lies above the top_k-th value is taken from it; those equal to
-        that value are sought by id, and both are ranked by (value, id) as one integer.
-        """
-        last = len(self._token_ids) - 1
-        values, token_ids = x.topk(k, dim=1)
-        limit = values.gather(1, top_k - 1)
-        tied = torch.where(x == limit, self._reversed_ids, -1).topk(k, dim=1).values
-        ranks = torch.cat(
-            [
-                _rank(values, last - token_ids).masked_fill_(values <= limit, _LOWEST),
-                _rank(limit, tied.to(torch.int64)).masked_fill_(tied < 0, _LOWEST),
-            ],
-            dim=1,
-        )
-        best = last - (ranks.topk(k, dim=1).values & 0xFFFFFFFF).clamp_(max=last)
-        return x.gather(1, best), best
-
-
-def _rank(values: Tensor, reversed_ids: Tensor) -> Tensor:
-    """int64 that order by value, float32, then by reversed id."""
-    bits = values.view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(torch.int64) << 32) | reversed_ids
 
 
 def _race(relative: Tensor, keys: Tensor, token_ids: Tensor) -> Tensor:

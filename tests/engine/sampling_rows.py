@@ -1,0 +1,89 @@
+"""Sequences to sample, and an oracle that draws them with transformers' logits processors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from typing import Any
+
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from quire.engine.counter_rng import exponential, stream_keys
+from quire.engine.request import Request
+from quire.engine.sampler import Sampler, SamplerOutput
+from quire.engine.sampling_params import SamplingParams
+from quire.engine.sequence import Rank, Sequence
+
+CPU = torch.device("cpu")
+EOS = 2
+
+
+def make_sequence(
+    *,
+    prompt: Rows[int] = (1, 2, 3),
+    output: Rows[int] = (),
+    own_seed: int = 0,
+    stop_ids: Rows[int] = (EOS,),
+    **params: Any,
+) -> Sequence:
+    sampling_params = SamplingParams(**{"max_tokens": 64, **params})
+    request = Request(
+        request_id="r",
+        prompt_token_ids=tuple(prompt),
+        sampling_params=sampling_params,
+        arrival_time=0.0,
+    )
+    sequence = Sequence(request, 0, own_seed, Rank(0, 0, 0), frozenset(stop_ids))
+    sequence.token_ids.extend(output)
+    return sequence
+
+
+def sample(
+    logits: torch.Tensor, sequences: list[Sequence], sampler: Sampler | None = None
+) -> SamplerOutput:
+    sampler = sampler or Sampler(logits.shape[1], CPU)
+    return sampler(logits, sampler.prepare(sequences))
+
+
+def softmax_after_filters(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    """Probabilities [V], float64, of a row [V] of the model's logits; one-hot where greedy."""
+    params = sequence.request.sampling_params
+    prompt_length = sequence.num_prompt_tokens
+    tokens = torch.tensor([sequence.token_ids])
+    scores = logits.double().unsqueeze(0).clone()
+    if params.allowed_token_ids is not None:
+        forbidden = torch.ones(scores.shape[1], dtype=torch.bool)
+        forbidden[list(params.allowed_token_ids)] = False
+        scores[:, forbidden] = -torch.inf
+    if sequence.num_output_tokens < params.min_tokens:
+        scores[:, list(sequence.stop_ids)] = -torch.inf
+    for token_id, value in params.logit_bias:
+        scores[0, token_id] += value
+    if params.repetition_penalty != 1.0:
+        scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(tokens, scores)
+    counts = torch.bincount(tokens[0, prompt_length:], minlength=scores.shape[1])
+    scores = scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    if params.greedy:
+        return torch.nn.functional.one_hot(scores[0].argmax(), scores.shape[1]).double()
+    scores = TemperatureLogitsWarper(params.temperature)(tokens, scores)
+    if params.top_k:
+        scores = TopKLogitsWarper(params.top_k)(tokens, scores)
+    if params.top_p < 1.0:
+        scores = TopPLogitsWarper(params.top_p)(tokens, scores)
+    if params.min_p > 0.0:
+        scores = MinPLogitsWarper(params.min_p)(tokens, scores)
+    return scores[0].softmax(dim=0)
+
+
+def expected_token(logits: torch.Tensor, sequence: Sequence) -> int:
+    """The winner of the race among the oracle's probabilities."""
+    probabilities = softmax_after_filters(logits, sequence)
+    keys = stream_keys(torch.tensor([sequence.seed]), torch.tensor([len(sequence.token_ids)]))
+    race = probabilities / exponential(keys, torch.arange(len(logits)))[0].double()
+    return int(race.argmax())
