@@ -72,11 +72,12 @@ class CausalLM:
         AttentionInterface.register(_PROBE, _probe_attention)
         self._check_class(model)
         self._body = model.base_model
-        output_type = self._probe(model)
+        body_output = self._probe(model)
         head = copy.copy(model)
         head._modules = dict(model._modules)
-        head._modules[model.base_model_prefix] = _Passthrough(output_type)
+        head._modules[model.base_model_prefix] = _Passthrough(type(body_output))
         self._head = head
+        self._check_head(body_output.last_hidden_state[0])
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
@@ -111,8 +112,8 @@ class CausalLM:
             self._refuse("its body and its language-model head cannot be told apart")
 
     @torch.inference_mode()
-    def _probe(self, model: Any) -> type[Any]:
-        """Run three tokens and check every attention call; the body's output type."""
+    def _probe(self, model: Any) -> Any:
+        """Run three tokens and check every attention call; the body's output."""
         calls: list[LayerCall] = []
         model.set_attn_implementation(_PROBE)
         try:
@@ -127,7 +128,19 @@ class CausalLM:
         self._check_calls(calls)
         if not isinstance(getattr(output, "last_hidden_state", None), torch.Tensor):
             self._refuse("its body returns no last_hidden_state")
-        return type(output)
+        return output
+
+    @torch.inference_mode()
+    def _check_head(self, hidden: torch.Tensor) -> None:
+        try:
+            logits = self.logits(hidden)
+        except (AttributeError, TypeError) as error:
+            raise UnsupportedModelError(
+                f"{self.spec.architecture}: its head does not work apart from its body ({error})"
+            ) from error
+        expected = (hidden.shape[0], self.spec.vocab_size)
+        if logits.shape != expected:
+            self._refuse(f"its logits are {tuple(logits.shape)}, not {expected}")
 
     def _check_calls(self, calls: list[LayerCall]) -> None:
         spec = self.spec

@@ -48,10 +48,10 @@ class ModelSpec:
         return requested
 
 
-def one_line(error: BaseException) -> str:
-    """The first line with content of an error's message, for a person."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """An error's type and message on one line, cut to `limit` characters, for a person."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= limit else text[:limit] + " …"
 
 
 def read_hf_config(config: EngineConfig) -> Any:
@@ -64,6 +64,10 @@ def read_hf_config(config: EngineConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # whatever a broken file makes json, hub or validation raise
+        if not config.trust_remote_code and "trust_remote_code" in str(error):
+            raise ModelLoadError(
+                f"{config.model!r} needs code of its own to be executed; --trust-remote-code does"
+            ) from error
         raise ModelLoadError(
             f"cannot read the configuration of {config.model!r}: {one_line(error)}"
         ) from error

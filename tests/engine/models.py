@@ -23,7 +23,7 @@ VOCAB_SIZE = 128
 MAX_POSITION = 256
 WINDOW = 24
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -38,12 +38,12 @@ _COMMON: dict[str, Any] = {
 }
 
 FAMILIES: dict[str, Callable[[], Any]] = {
-    "llama": lambda: LlamaConfig(**_COMMON),
-    "qwen2": lambda: Qwen2Config(**_COMMON),
-    "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=True),
-    "mistral": lambda: MistralConfig(**_COMMON, sliding_window=WINDOW),
+    "llama": lambda: LlamaConfig(**COMMON),
+    "qwen2": lambda: Qwen2Config(**COMMON),
+    "qwen3": lambda: Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**COMMON, sliding_window=WINDOW),
     "gemma2": lambda: Gemma2Config(
-        **_COMMON,
+        **COMMON,
         head_dim=16,
         query_pre_attn_scalar=16,
         sliding_window=WINDOW,
@@ -51,20 +51,20 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         final_logit_softcapping=8.0,
     ),
     "gemma3": lambda: Gemma3TextConfig(
-        **_COMMON | {"num_hidden_layers": 3},
+        **COMMON | {"num_hidden_layers": 3},
         head_dim=16,
         query_pre_attn_scalar=16,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         final_logit_softcapping=8.0,
     ),
-    "phi3": lambda: Phi3Config(**_COMMON),
-    "mixtral": lambda: MixtralConfig(**_COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "phi3": lambda: Phi3Config(**COMMON),
+    "mixtral": lambda: MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_COMMON, head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
+        **COMMON, head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
     ),
     "gpt_oss": lambda: GptOssConfig(
-        **_COMMON,
+        **COMMON,
         head_dim=16,
         sliding_window=WINDOW,
         num_local_experts=4,
