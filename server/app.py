@@ -44,7 +44,6 @@ def create_app(
         finally:
             state.begin_drain()
             await engine.close()
-            tokenizer.close()
 
     app = FastAPI(
         title="quire",

@@ -183,9 +183,6 @@ class Tokenizer:
             "bos_token_id": self._hf.bos_token_id,
         }
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
     async def _in_thread(self, function: Callable[..., _Result], *args: Any) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
