@@ -1,0 +1,53 @@
+# The variant of PyTorch decides what the image runs on: cpu, or a CUDA release such as cu130.
+#   docker build -t quire .
+#   docker build -t quire:cuda --build-arg TORCH_VARIANT=cu130 .
+ARG PYTHON_VERSION=3.12
+ARG TORCH_VARIANT=cpu
+
+FROM python:${PYTHON_VERSION}-slim AS build
+ARG TORCH_VARIANT
+ARG TORCH_INDEX=https://download.pytorch.org/whl
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=/build/configs/constraints.txt
+WORKDIR /build
+RUN python -m venv /opt/quire
+COPY configs/constraints.txt configs/
+# Alone, so that nothing else is taken from that index; the next step brings its dependencies.
+RUN /opt/quire/bin/pip install --no-deps --index-url "${TORCH_INDEX}/${TORCH_VARIANT}" torch
+# Dependencies before the sources: an edit of the code does not fetch them again.
+COPY pyproject.toml ./
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
+    && /opt/quire/bin/pip install -r requirements.txt
+COPY README.md LICENSE ./
+COPY server server
+COPY engine engine
+COPY kernels kernels
+COPY configs configs
+RUN /opt/quire/bin/pip install --no-deps .
+
+FROM python:${PYTHON_VERSION}-slim AS runtime
+ARG TORCH_VARIANT
+# Triton compiles a small launcher for every kernel when it first runs.
+# hadolint ignore=DL3008
+RUN if [ "${TORCH_VARIANT}" != cpu ]; then \
+        apt-get update \
+        && apt-get install --yes --no-install-recommends gcc libc6-dev \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
+RUN useradd --create-home --uid 10001 --user-group quire \
+    && install --directory --owner=quire --group=quire /home/quire/.cache /home/quire/.cache/huggingface
+COPY --from=build /opt/quire /opt/quire
+# OpenMP threads that spin between parallel regions starve the HTTP process beside them. Their
+# number is left to the engine, which counts physical cores and heeds the container's CPU quota.
+ENV PATH=/opt/quire/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    OMP_WAIT_POLICY=passive \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 10001:10001
+WORKDIR /home/quire
+EXPOSE 8000
+# Alive while it loads as well; /ready tells when it serves. Set the port by QUIRE_PORT, not --port.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('QUIRE_PORT') or 8000}/health\", timeout=4)"]
+ENTRYPOINT ["quire"]
+CMD ["serve", "--host", "0.0.0.0"]
