@@ -175,6 +175,9 @@ class ProcessEngineClient:
                     delay = min(FIRST_DELAY_SECONDS * 2 ** (failures - 1), MAX_DELAY_SECONDS)
                     logger.warning("restarting the engine in %.1f s", delay)
                     await asyncio.sleep(delay)
+            except Exception as error:
+                logger.exception("the engine's supervisor failed")
+                self._start_error = StartupError(f"the engine's supervisor failed: {error}")
             finally:
                 if self._state is not State.CLOSED:
                     self._state = State.FAILED

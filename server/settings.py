@@ -203,6 +203,7 @@ class Settings(BaseSettings):
 
     def engine_config(self) -> EngineConfig:
         """The engine's share. Raises ConfigurationError."""
+        memory = self.kv_cache_memory
         return EngineConfig(
             model=self.model_path,
             dtype=self.dtype,
@@ -215,7 +216,7 @@ class Settings(BaseSettings):
             block_size=self.block_size,
             num_blocks=self.num_gpu_blocks_override,
             gpu_memory_utilization=self.gpu_memory_utilization,
-            kv_cache_memory_bytes=self.kv_cache_memory,
+            kv_cache_memory_bytes=None if memory is None else int(memory),
             enable_prefix_caching=self.enable_prefix_caching,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,

@@ -1,0 +1,252 @@
+"""`quire serve` from the bound socket to the exit: start, say so, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import os
+import signal
+import socket
+import ssl
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import structlog
+import uvicorn
+import uvloop
+
+from ..engine.config import EngineInfo
+from ..engine.errors import ConfigurationError
+from ..engine.process_client import ProcessEngineClient
+from .logs import resolve_format
+from .metrics import Metrics
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+KEEP_ALIVE_SECONDS = 75
+"""Above the idle time of the usual load balancers, which must be the ones to close."""
+LAST_ANSWERS_SECONDS = 5
+"""After the drain, what remains has this long to send its error event."""
+BACKLOG = 2048
+
+log = structlog.get_logger(__name__)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises StartupError, before the model loads if it can."""
+    _check_tls(settings)
+    with listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as run:
+        run.run(_serve(settings, listener))
+
+
+@contextlib.contextmanager
+def listening(settings: Settings) -> Iterator[socket.socket]:
+    """The listening socket; taken at once, so that nobody else can have it while we load."""
+    if settings.uds is not None:
+        listener = _bind_unix(settings.uds)
+    else:
+        listener = _bind_tcp(settings.host, settings.port)
+    try:
+        yield listener
+    finally:
+        listener.close()
+        if settings.uds is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(settings.uds)
+
+
+def _bind_tcp(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigurationError(f"port {port} of {host} is taken") from error
+        raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return listener
+
+
+def _bind_unix(path: str) -> socket.socket:
+    """Only the user's own processes may connect, unless the umask says otherwise."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path):
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise ConfigurationError(f"uds: {path} exists and is not a socket")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(path) == 0:
+                    raise ConfigurationError(f"uds: {path} is taken")
+            os.unlink(path)  # left over from a server that was killed
+        listener.bind(path)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise ConfigurationError(f"uds: cannot listen on {path}: {error}") from error
+    return listener
+
+
+def _check_tls(settings: Settings) -> None:
+    if settings.ssl_certfile is None or settings.ssl_keyfile is None:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            settings.ssl_certfile, settings.ssl_keyfile
+        )
+    except OSError as error:
+        raise ConfigurationError(f"ssl_certfile, ssl_keyfile: {error}") from error
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which neither drain nor exit with 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(settings: Settings, listener: socket.socket) -> None:
+    began = time.monotonic()
+    stop = _stop_on_signals()
+    metrics = Metrics(settings.served_names[0], settings.metrics_prefix)
+    engine = ProcessEngineClient(
+        settings.engine_config(),
+        observer=metrics,
+        stall_timeout=settings.engine_stall_timeout,
+        log_level=settings.log_level,
+        log_format=resolve_format(settings.log_format),
+    )
+    await engine.start()
+    try:
+        # In a thread, since the engine's own start goes on meanwhile.
+        app = await asyncio.to_thread(_build_app, settings, engine, metrics)
+        server = _Server(_uvicorn_config(settings, app))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        loading = asyncio.create_task(engine.wait_ready())
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({serving, loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                info = loading.result()
+                gc.collect()
+                gc.freeze()
+                announce(settings, info, listener, time.monotonic() - began)
+                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if stop.is_set():
+                await drain(app, engine, settings.shutdown_timeout)
+        finally:
+            server.should_exit = True
+            await serving
+            loading.cancel()
+            stopping.cancel()
+    finally:
+        await engine.close()
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; another SIGINT ends the process at once."""
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            os._exit(128 + number)  # the engine notices, and ends too
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return stop
+
+
+def _build_app(settings: Settings, engine: ProcessEngineClient, metrics: Metrics) -> FastAPI:
+    from .app import create_app
+    from .tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(
+        settings.model_path,
+        trust_remote_code=settings.trust_remote_code,
+        chat_template=settings.chat_template,
+    )
+    return create_app(settings, engine, tokenizer, metrics)
+
+
+def _uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+    from .http_protocol import MAX_HEADER_BYTES, GuardedH11Protocol, HeaderCountMiddleware
+
+    return uvicorn.Config(
+        HeaderCountMiddleware(app),
+        http=GuardedH11Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_certfile=settings.ssl_certfile,
+    )
+
+
+async def drain(app: FastAPI, engine: ProcessEngineClient, timeout: float) -> None:
+    """Refuse new requests, let those in flight end, and after `timeout` seconds fail the rest."""
+    admission = app.state.quire.admission
+    app.state.quire.begin_drain()
+    log.info("draining", requests=admission.num_queued + admission.num_running, timeout=timeout)
+    deadline = time.monotonic() + timeout
+    while admission.num_queued + admission.num_running and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    log.info("stopping", unfinished=admission.num_queued + admission.num_running)
+    await engine.close()
+
+
+def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seconds: float) -> None:
+    """Say what serves where: a few lines for a person, or one log entry."""
+    address = _address(settings, listener)
+    sequences = info.kv_capacity_tokens / info.max_model_len
+    if resolve_format(settings.log_format) == "json":
+        log.info(
+            "ready",
+            model=info.model,
+            served_names=settings.served_names,
+            device=info.device,
+            dtype=info.dtype,
+            max_model_len=info.max_model_len,
+            num_blocks=info.num_blocks,
+            kv_capacity_tokens=info.kv_capacity_tokens,
+            full_length_sequences=round(sequences, 1),
+            address=address,
+            seconds=round(seconds, 1),
+        )
+        return
+    toy = "  a toy built into quire, for trying it out\n" if settings.is_demo else "\n"
+    millions = info.num_parameters / 1e6
+    print(
+        f"quire is ready after {seconds:.1f} s\n"
+        f"  model    {', '.join(settings.served_names)} "
+        f"({info.architecture}, {millions:,.1f}M parameters){toy}"
+        f"  device   {info.device}, {info.dtype}\n"
+        f"  KV cache {info.num_blocks:,} blocks = {info.kv_capacity_tokens:,} tokens "
+        f"= {sequences:,.1f} sequences of {info.max_model_len:,}\n"
+        f"  address  {address}",
+        file=sys.stderr,
+    )
+
+
+def _address(settings: Settings, listener: socket.socket) -> str:
+    if settings.uds is not None:
+        return f"unix:{settings.uds}"
+    port = listener.getsockname()[1]
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{'https' if settings.ssl_certfile else 'http'}://{host}:{port}"
