@@ -208,7 +208,7 @@ def time_rows(kind: str, num_rows: int, size: int) -> Record:
     width = 2 * size if kind == "silu_and_mul" else size
     count = max(4, min(32, int(2e8 // (num_rows * width * 2))))
     inputs = torch.randn(count, num_rows, width, device=DEVICE, dtype=BF16)
-    residual, out = torch.empty(2, num_rows, size, device=DEVICE, dtype=BF16)
+    residual, out = torch.zeros(2, num_rows, size, device=DEVICE, dtype=BF16)
     weight = torch.randn(size, device=DEVICE, dtype=BF16)
     kinds = {
         "rms_norm": (lambda x: rms_norm(x, weight, eps=1e-6, out=out), 2),

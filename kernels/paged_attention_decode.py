@@ -134,7 +134,8 @@ def _paged_attention_decode_kernel(
         HEAD_DIM, DIM_PAD, BLOCK_N,
     )  # fmt: skip
     seen = row_sum > 0
-    acc = acc / tl.where(seen, row_sum, 1.0)[:, None]
+    row_sum = tl.where(seen, row_sum, 1.0)
+    acc = acc / row_sum[:, None]
     if splits == 1:
         tl.store(
             out_ptr + (token * out_stride_t + head * out_stride_h)[:, None] + dim[None, :],

@@ -1,0 +1,29 @@
+"""Run tests/kernels/interpreted, each kernel against its oracle under Triton's interpreter.
+
+The interpreter must be switched on before triton is first imported, and then nothing compiles any
+more, so these tests get a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).with_name("interpreted")
+
+
+@pytest.mark.parametrize("module", sorted(path.name for path in FOLDER.glob("test_*.py")))
+def test_module_under_the_interpreter(module: str) -> None:
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(FOLDER / module)],
+        env=environment,
+        cwd=FOLDER.parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
