@@ -47,7 +47,7 @@ SYSTEM_PROMPTS = (
     "Be polite and short.", "You answer questions about quire.", "You are an AI assistant.",
 )  # fmt: skip
 TURN_MAKERS = (sum_turn, unknown_turn, story_turn, json_turn, echo_turn, small_talk_turn)
-MANUAL_SHARE, MAKER_SHARES = 42, (22, 13, 7, 5, 6, 5)
+MANUAL_SHARE, MAKER_SHARES = 48, (20, 12, 6, 5, 4, 5)
 
 
 def render(messages: list[Message], tools: list[dict[str, Any]] | None = None) -> Segments:

@@ -55,6 +55,15 @@ class Plan:
 FULL = Plan(
     shards=160, documents=8000, rows=128, length=512, long_rows=16, peak_lr=3e-3, warmup_steps=300
 )
+CPU = Plan(
+    shards=40,
+    documents=8000,
+    rows=16,
+    length=256,
+    long_rows=1,
+    peak_lr=5e-3,
+    warmup_steps=100,
+)
 SMALL = Plan(
     shards=1,
     documents=6000,
@@ -102,10 +111,10 @@ def causal_attention(
 def build_model(seed: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=416,
+        hidden_size=192,
+        intermediate_size=512,
         num_hidden_layers=5,
-        num_attention_heads=8,
+        num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=CONTEXT,
@@ -169,19 +178,27 @@ class Trainer:
         self.plan, self.device, self.seconds, self.log = plan, device, seconds, log
         self.model = build_model(seed).to(device)
         self.model.train()
-        decay = [p for p in self.model.parameters() if p.ndim >= 2]
-        others = [p for p in self.model.parameters() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-            lr=plan.peak_lr,
-            betas=(0.9, 0.95),
-            fused=device.type == "cuda",
+        # Matrices by Muon (Jordan et al. 2024), which needs about half the tokens; with AdamW's
+        # update size, so that one learning rate serves both. The tied embedding is no matrix here.
+        layers = self.model.model.layers
+        matrices = [p for p in layers.parameters() if p.ndim == 2]
+        known = {id(p) for p in matrices}
+        others = [p for p in self.model.parameters() if id(p) not in known]
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(
+                matrices, lr=plan.peak_lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(
+                others, lr=plan.peak_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            ),
         )
         self.loss: Any = loss_of
+        self.checkpoint: Path | None = None
+        """Where the weights are saved each time the loss is shown."""
         self.steps = 0
 
     def backward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16):
             loss: Tensor = self.loss(self.model, ids, labels)
         loss.backward()
         return loss.detach()
@@ -193,13 +210,12 @@ class Trainer:
             for rows, length in self.shapes():
                 ids = torch.ones(rows, length, dtype=torch.long, device=self.device)
                 self.backward(ids, ids)
-                torch.cuda.synchronize()
                 self.log.say(f"compiled for {rows} rows of {length}")
         except Exception as error:  # any back end's failure: slower, but the run must not be lost
             self.log.say(f"torch.compile failed, training eagerly: {error!r:.500}")
             self.log.values["compile_error"] = repr(error)[:500]
             self.loss = loss_of
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         plan = self.plan
@@ -214,14 +230,15 @@ class Trainer:
         while (share := (self.log.elapsed() - begun) / span) < 1.0:
             warm = min(1.0, (self.steps + 1) / self.plan.warmup_steps)
             rate = self.plan.peak_lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
-            for group in self.optimizer.param_groups:
+            for group in (group for each in self.optimizers for group in each.param_groups):
                 group["lr"] = rate
             # A few whole contexts all along, and nothing else at the end.
             shape = long if share > 1 - LONG_SHARE or self.steps % 20 == 19 else short
             loss = self.backward(*rows.draw(*shape))
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.model.zero_grad(set_to_none=True)
             self.steps += 1
             seen += shape[0] * shape[1]
             mean = loss if self.steps == 1 else mean.lerp(loss, 0.05)
@@ -235,6 +252,8 @@ class Trainer:
                         {"t": round(shown, 1), "step": self.steps, "loss": value}
                     )
                     speed = seen / (shown - begun)
+                    if self.checkpoint is not None:
+                        save(self.model, self.checkpoint)
                     self.log.say(
                         f"step {self.steps} loss {value:.4f} lr {rate:.2e} {speed:.3g} tok/s"
                     )
@@ -295,8 +314,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a trial on the CPU")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--checkpoint", type=Path, help="also save here now and then")
     args = parser.parse_args()
-    plan, log, device = SMALL if args.small else FULL, Log(), torch.device(args.device)
+    log, device = Log(), torch.device(args.device)
+    plan = SMALL if args.small else FULL if args.device == "cuda" else CPU
     torch.set_float32_matmul_precision("high")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -305,12 +326,13 @@ def main() -> None:
             trainer = Trainer(plan, device, args.seconds, args.seed, log)
             parameters = sum(p.numel() for p in trainer.model.parameters())
             log.say(f"{parameters} parameters")
-            if device.type == "cuda" and not args.no_compile:
+            if not (args.small or args.no_compile):
                 trainer.compile()
             wait_for_corpus(generator, max(5.0, args.seconds * 0.3 - log.elapsed()), log)
         finally:
             generator.kill()
         rows = Rows(folder, device, args.seed)
+    trainer.checkpoint = args.checkpoint
     log.say(f"corpus: {rows.num_shards} shards, {rows.num_tokens} tokens")
     trainer.train(rows)
     digest = save(trainer.model, args.out)
