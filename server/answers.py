@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import Response
 
+from ..engine.errors import QuireError
 from .generation import Generation
 from .limits import Ticket
 from .protocol import GenerationBody
@@ -18,16 +19,21 @@ from .streaming import EventStream, encode_json, event
 _MOST_IGNORED = 20
 
 
+@contextmanager
+def refusals_counted(state: ServerState) -> Iterator[None]:
+    """Around all that comes before the engine: a refusal is counted by its code."""
+    try:
+        yield
+    except QuireError as error:
+        state.metrics.request_rejected(error.code)
+        raise
+
+
 def ignored_header(ignored: list[str]) -> dict[str, str]:
     """The header that names fields which were accepted and mean nothing here."""
     if not ignored:
         return {}
     return {"x-quire-ignored-params": ", ".join(ignored[:_MOST_IGNORED])}
-
-
-def client_left() -> Response:
-    """Nobody reads it; 499 is what proxies log for a client that closed its request."""
-    return Response(status_code=499)
 
 
 def stream_of(

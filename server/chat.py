@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from .answers import Envelope, client_left, ignored_header, stream_of
+from .answers import Envelope, ignored_header, refusals_counted, stream_of
 from .body import read_json_object
+from .errors import client_left
 from .generation import Finished, Generation, collect
 from .logprobs import LogprobFormat
 from .preparation import prepare_chat, response_id
@@ -25,11 +26,12 @@ router = APIRouter()
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
     state = state_of(request)
-    fields = await read_json_object(request)
-    body, ignored = validate(ChatBody, fields, strict=state.settings.strict)
-    state.check_model(body.model)
-    answer_id = response_id("chatcmpl", request, body)
-    job, ticket = await prepare_chat(state, body)
+    with refusals_counted(state):
+        fields = await read_json_object(request)
+        body, ignored = validate(ChatBody, fields, strict=state.settings.strict)
+        state.check_model(body.model)
+        answer_id = response_id("chatcmpl", request, body)
+        job, ticket = await prepare_chat(state, body)
     generation = Generation(state, job, ticket, request.state.request_id)
     headers = ignored_header(ignored)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"

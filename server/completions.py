@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from ..engine.outputs import TokenLogprobs
-from .answers import Envelope, client_left, ignored_header, stream_of
+from .answers import Envelope, ignored_header, refusals_counted, stream_of
 from .body import read_json_object
+from .errors import client_left
 from .generation import Delta, Finished, Generation, collect
 from .logprobs import LogprobFormat
 from .preparation import prepare_completion, response_id
@@ -26,11 +27,12 @@ router = APIRouter()
 async def create_completion(request: Request) -> Response:
     """Continue one or more prompts."""
     state = state_of(request)
-    fields = await read_json_object(request)
-    body, ignored = validate(CompletionBody, fields, strict=state.settings.strict)
-    state.check_model(body.model)
-    answer_id = response_id("cmpl", request, body)
-    job, ticket = await prepare_completion(state, body)
+    with refusals_counted(state):
+        fields = await read_json_object(request)
+        body, ignored = validate(CompletionBody, fields, strict=state.settings.strict)
+        state.check_model(body.model)
+        answer_id = response_id("cmpl", request, body)
+        job, ticket = await prepare_completion(state, body)
     generation = Generation(state, job, ticket, request.state.request_id)
     writer = _CompletionWriter(state, body, generation, answer_id)
     headers = ignored_header(ignored)

@@ -115,7 +115,8 @@ class Detokenizer:
         """Decode the first `count` pending tokens as they stand; the rest begins a new stream."""
         now, later = self._pending[:count], self._pending[count:]
         text: str = self._encoder.decode(now, skip_special_tokens=self._skip_special)
-        self._stream = DecodeStream(skip_special_tokens=self._skip_special)
+        # The last token goes along as context, so that a word after it keeps its space.
+        self._stream = DecodeStream(now[-1:], skip_special_tokens=self._skip_special)
         self._pending.clear()
         return text + "".join(map(self._step, later))
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..engine import errors as tree
 from ..engine.errors import InvalidRequestError, OverloadedError, QuireError
@@ -91,6 +92,11 @@ def http_error_response(status: int, message: str) -> JSONResponse:
     return JSONResponse(_body(message, kind, None, code), status)
 
 
+def client_left() -> Response:
+    """Nobody reads it; 499 is what proxies log for a client that closed its request."""
+    return Response(status_code=499)
+
+
 def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -123,7 +129,11 @@ def install_handlers(app: FastAPI) -> None:
         response.headers["x-request-id"] = request_id
         return response
 
+    async def on_client_left(request: Request, error: Exception) -> Response:
+        return client_left()
+
     app.add_exception_handler(QuireError, on_quire_error)
+    app.add_exception_handler(ClientDisconnect, on_client_left)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(Exception, on_anything)

@@ -52,6 +52,17 @@ _RESERVED = frozenset(
 )
 """Names that a request may not hand to a chat template, nor through it to the tokenizer."""
 
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+"""What a template raises on messages that it was not written for."""
+
 _Result = TypeVar("_Result")
 
 NUM_THREADS = 2
@@ -219,7 +230,7 @@ class Tokenizer:
                 continue_final_message=continue_final_message,
                 **kwargs,
             )
-        except (jinja2.TemplateError, ValueError, TypeError, OverflowError) as error:
+        except _TEMPLATE_ERRORS as error:
             reason = " ".join(str(error).split())[:500]
             raise InvalidRequestError(
                 f"the chat template refused the messages: {reason}", "messages"

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from .conftest import MakeClient
+from .fakes import FakeEngineClient
+from .test_faults import assert_shape
+
+OPEN = {"/", "/health", "/ready", "/metrics", "/version"}
+ADMIN = {"/v1/prefix_cache/reset", "/debug/engine"}
+KEYS: dict[str, Any] = {"api_key": ("one", "two"), "admin_api_key": "boss"}
+
+
+async def ask(client: httpx.AsyncClient, method: str, path: str, **headers: str) -> httpx.Response:
+    return await client.request(
+        method,
+        path.replace("{name}", "tiny"),
+        headers=headers,
+        json={} if method == "POST" else None,
+    )
+
+
+def routes(client: httpx.AsyncClient) -> list[tuple[str, str]]:
+    paths = client.app.openapi()["paths"]  # type: ignore[attr-defined]
+    described = [(method.upper(), path) for path, methods in paths.items() for method in methods]
+    assert len(described) > 12
+    return [*described, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json")]
+
+
+async def test_every_route_but_the_open_ones_asks_for_a_key(make_client: MakeClient) -> None:
+    client = make_client(**KEYS)
+    bad = [
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Bearer " + "x" * 2**20},
+        {"Authorization": "Bearer "},
+        {"Authorization": "one"},
+        {"Authorization": "Basic one"},
+        {"Authorization": "Bearer wrong", "Host": "quire/health"},
+    ]
+    for method, path in routes(client):
+        for headers in bad:
+            response = await ask(client, method, path, **headers)
+            if path in OPEN:
+                assert response.status_code == 200, path
+            else:
+                assert_shape(response, 401, "invalid_api_key", None)
+                assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("key", ["one", "two", "boss"])
+async def test_keys_open_what_they_are_for(make_client: MakeClient, key: str) -> None:
+    client = make_client(**KEYS)
+    for method, path in routes(client):
+        response = await ask(client, method, path, Authorization=f"Bearer {key}")
+        refused = path in ADMIN and key != "boss"
+        assert (response.status_code == 401) == refused, path
+
+
+async def test_without_keys_all_but_the_admin_calls_is_open(make_client: MakeClient) -> None:
+    client = make_client()
+    for method, path in routes(client):
+        response = await ask(client, method, path)
+        assert (response.status_code == 401) == (path == "/v1/prefix_cache/reset"), path
+
+
+async def test_the_debug_view_is_closed_where_only_clients_have_keys(
+    make_client: MakeClient,
+) -> None:
+    client = make_client(api_key=("one",))
+    for key in ("one", ""):
+        response = await ask(client, "GET", "/debug/engine", Authorization=f"Bearer {key}")
+        assert response.status_code == 401
+
+
+async def test_the_admin_key_resets_the_prefix_cache(
+    make_client: MakeClient, engine: FakeEngineClient
+) -> None:
+    client = make_client(admin_api_key="boss")
+    response = await ask(client, "POST", "/v1/prefix_cache/reset", Authorization="Bearer boss")
+    assert response.json() == {"status": "ok"}
+    assert engine.resets == 1

@@ -1,0 +1,395 @@
+"""Bad inputs, each with its right answer; the engine must have got nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+
+from quire.engine.outputs import RowError
+from quire.server.body import MAX_NESTING, MAX_VALUES
+
+from .conftest import MODEL, MakeClient
+from .fakes import FakeEngineClient, Script, ids, say
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+PROMPT: dict[str, Any] = {"model": MODEL, "prompt": "p"}
+HI: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+class Bad(NamedTuple):
+    row: str
+    path: str
+    fields: dict[str, Any]
+    param: str
+    code: str = "invalid_value"
+
+
+BAD = [
+    *(Bad("15", path, {name: n}, name) for path in (COMPLETIONS, CHAT)
+      for name in ("n", "best_of") for n in (0, -1, 10**9)),
+    Bad("15", COMPLETIONS, {"prompt": ["p"] * 100, "n": 60}, "n"),
+    Bad("15", COMPLETIONS, {"n": 2, "best_of": 1}, "best_of"),
+    Bad("15", COMPLETIONS, {"n": 1, "best_of": 2, "stream": True}, "best_of"),
+    *(Bad("16", COMPLETIONS, {name: value}, name) for name in ("n", "max_tokens", "top_k", "seed")
+      for value in (True, "3", 1.5)),
+    *(Bad("16", CHAT, {name: value}, name) for name in ("stream", "logprobs")
+      for value in (1, "true")),
+    *(Bad("17", COMPLETIONS, {"temperature": value}, "temperature")
+      for value in (-1, 2.5, "1", True)),
+    Bad("18", COMPLETIONS, {"top_p": 0}, "top_p"),
+    Bad("18", COMPLETIONS, {"top_p": 1.1}, "top_p"),
+    Bad("18", COMPLETIONS, {"top_k": -5}, "top_k"),
+    Bad("18", COMPLETIONS, {"min_p": 2}, "min_p"),
+    *(Bad("19", COMPLETIONS, {"max_tokens": value}, "max_tokens") for value in (0, -1)),
+    *(Bad("19", CHAT, {"max_completion_tokens": value}, "max_completion_tokens")
+      for value in (0, -1)),
+    Bad("19", COMPLETIONS, {"max_tokens": 2**63}, "max_tokens", "context_length_exceeded"),
+    Bad("19", COMPLETIONS, {"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
+    Bad("20", COMPLETIONS, {"max_tokens": 512}, "max_tokens", "context_length_exceeded"),
+    Bad("20", CHAT, {"max_completion_tokens": 512}, "max_completion_tokens",
+        "context_length_exceeded"),
+    Bad("20", COMPLETIONS, {"prompt": "p" * 512}, "prompt", "context_length_exceeded"),
+    Bad("20", COMPLETIONS, {"prompt": [1] * 600}, "prompt", "context_length_exceeded"),
+    *(Bad("22", CHAT, {"logprobs": True, "top_logprobs": value}, "top_logprobs")
+      for value in (21, 10**9, -1)),
+    Bad("22", CHAT, {"top_logprobs": 1}, "top_logprobs"),
+    *(Bad("22", COMPLETIONS, {"logprobs": value}, "logprobs") for value in (21, -1)),
+    Bad("22", COMPLETIONS, {"prompt_logprobs": 21}, "prompt_logprobs"),
+    Bad("22", COMPLETIONS, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    *(Bad("23", COMPLETIONS, {"logit_bias": value}, "logit_bias")
+      for value in ({"258": 1}, {"-1": 1}, {"x": 1}, {"5": 101}, {"²": 1})),
+    *(Bad("24", COMPLETIONS, {"stop": value}, "stop")
+      for value in (["a"] * 5, "", ["a", ""], "x" * 2**20, [1], 3)),
+    *(Bad("25", COMPLETIONS, {"stop_token_ids": value}, "stop_token_ids")
+      for value in ([258], [-1], [1] * 1000)),
+    Bad("25", COMPLETIONS, {"bad_words": ["x"]}, "bad_words"),
+    Bad("25", COMPLETIONS, {"allowed_token_ids": []}, "allowed_token_ids"),
+    *(Bad("26", COMPLETIONS, {"seed": value}, "seed") for value in (2**64, -(2**64))),
+    Bad("27", COMPLETIONS, {"presence_penalty": 3}, "presence_penalty"),
+    Bad("27", COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
+    *(Bad("29", CHAT, {name: value}, name) for name, value in {
+        "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"},
+        "tools": [TOOL], "tool_choice": "required", "reasoning_effort": "high", "suffix": "x",
+        "use_beam_search": True, "logits_processors": ["x"], "modalities": ["audio"],
+    }.items()),
+    *(Bad("30", COMPLETIONS, {"prompt": value}, "prompt")
+      for value in ("", [], [""], [[]], ["a", ""])),
+    Bad("30", CHAT, {"messages": []}, "messages"),
+    *(Bad("31", COMPLETIONS, {"prompt": value}, "prompt")
+      for value in ([-1], [258], [2**63], [[1], [300]])),
+    *(Bad("31", COMPLETIONS, {"prompt": value}, "prompt")
+      for value in ([1, "a"], [1.5], [True], [[True]], {}, 3, None)),
+    Bad("32", COMPLETIONS, {"prompt": ["p"] * 10_000}, "prompt"),
+    Bad("35", COMPLETIONS, {"prompt": "a" * 5_000_000}, "prompt", "context_length_exceeded"),
+    Bad("35", CHAT, {"messages": [{"role": "user", "content": "a" * 5_000_000}]}, "prompt",
+        "context_length_exceeded"),
+    Bad("36", COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options"),
+    Bad("37", CHAT, {"tools": [{"a": 1}]}, "tools"),
+    Bad("37", CHAT, {"tool_choice": {"type": "function", "function": {"name": "g"}}},
+        "tool_choice"),
+    Bad("38", CHAT, {"chat_template": "{{ messages }}"}, "chat_template"),
+    *(Bad("38", CHAT, {"chat_template_kwargs": {name: "x"}}, "chat_template_kwargs")
+      for name in ("tokenizer", "chat_template", "messages", "padding", "nonsense")),
+    *(Bad("39", CHAT, {"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": url}}]}]}, "messages[0].content")
+      for url in ("file:///etc/passwd", "http://169.254.169.254/")),
+    Bad("40", COMPLETIONS, {"prompt_embeds": "AAAA"}, "prompt_embeds"),
+    Bad("41", CHAT, {"response_format": {"type": "json_schema", "json_schema": {
+        "name": "x", "schema": {"$ref": "http://example.invalid/"}}}}, "response_format"),
+    *(Bad("44", COMPLETIONS, {"cache_salt": value}, "cache_salt")
+      for value in ("", 3, "x" * 2**20)),
+    Bad("-", COMPLETIONS, {"request_id": "a\r\nb"}, "request_id"),
+    Bad("-", COMPLETIONS, {"timeout": 0}, "timeout"),
+    Bad("-", COMPLETIONS, {"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+    Bad("-", COMPLETIONS, {"echo": True, "logprobs": 1, "stream": True}, "echo"),
+    Bad("-", CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+    Bad("-", CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
+    Bad("-", CHAT, {"continue_final_message": True}, "continue_final_message"),
+    Bad("-", CHAT, {"documents": [{"text": "x"}]}, "documents"),
+]  # fmt: skip
+
+
+def assert_shape(response: httpx.Response, status: int, code: str, param: str | None) -> None:
+    assert response.status_code == status, response.text[:500]
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"], error["param"]) == (code, param), error["message"][:500]
+    assert error["message"]
+    assert len(error["message"]) < 1000
+    assert response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: f"{bad.row}-{str(bad.fields)[:60]}")
+async def test_bad_fields_are_400_and_reach_no_engine(
+    client: httpx.AsyncClient, engine: FakeEngineClient, bad: Bad
+) -> None:
+    fields = {**(PROMPT if bad.path == COMPLETIONS else HI), **bad.fields}
+    response = await client.post(bad.path, json=fields)
+    assert_shape(response, 400, bad.code, bad.param)
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert engine.requests == []
+    debug = (await client.get("/debug/engine")).json()
+    assert debug["admission"] == {
+        "num_queued": 0, "num_running": 0, "queued_tokens": 0, "draining": False
+    }  # fmt: skip
+
+
+DEEP = 100_000
+BAD_JSON = {
+    "06-syntax": b'{"model": ',
+    "06-nan": b'{"model": "tiny", "prompt": "p", "temperature": NaN}',
+    "06-infinity": b'{"model": "tiny", "prompt": "p", "temperature": -Infinity}',
+    "06-1e999": b'{"model": "tiny", "prompt": "p", "temperature": 1e999}',
+    "06-digits": b'{"prompt": [' + b"9" * 5000 + b"]}",
+    "06-latin-1": '{"prompt": "é"}'.encode("latin-1"),
+    "06-utf-16": '{"prompt": "p"}'.encode("utf-16"),
+    "06-empty": b"",
+    "07-lists": b'{"prompt": ' + b"[" * DEEP + b"]" * DEEP + b"}",
+    "07-objects": b'{"a":' * DEEP + b"1" + b"}" * DEEP,
+    "07-just-over": b'{"a":' * (MAX_NESTING + 1) + b"1" + b"}" * (MAX_NESTING + 1),
+    "07-values": b'{"prompt": [' + b"1," * (MAX_VALUES + 1) + b"1]}",
+    "08-list": b"[]",
+    "08-null": b"null",
+    "08-string": b'"x"',
+    "09-duplicate": b'{"prompt": "a", "prompt": "b"}',
+    "09-nested": b'{"prompt": "a", "logit_bias": {"1": 1, "1": 2}}',
+    "33-surrogate": b'{"model": "tiny", "prompt": "a\\ud800b"}',
+    "33-surrogate-key": b'{"prompt": "p", "\\udfff": 1}',
+}
+
+
+@pytest.mark.parametrize("body", BAD_JSON.values(), ids=BAD_JSON.keys())
+async def test_bad_json_is_400(
+    client: httpx.AsyncClient, engine: FakeEngineClient, body: bytes
+) -> None:
+    response = await client.post(
+        COMPLETIONS, content=body, headers={"content-type": "application/json"}
+    )
+    assert_shape(response, 400, "invalid_value", None)
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("length", ["whole", "chunked"])
+async def test_row_04_large_bodies_are_413(
+    make_client: MakeClient, engine: FakeEngineClient, length: str
+) -> None:
+    client = make_client(max_body_bytes=1000)
+    body = json.dumps({**PROMPT, "prompt": "x" * 1000}).encode()
+
+    async def chunks() -> Any:
+        for at in range(0, len(body), 100):
+            yield body[at : at + 100]
+
+    response = await client.post(
+        COMPLETIONS,
+        content=body if length == "whole" else chunks(),
+        headers={"content-type": "application/json"},
+    )
+    assert_shape(response, 413, "body_too_large", None)
+    assert engine.requests == []
+
+
+async def test_row_05_a_body_cut_short_reaches_no_engine(
+    make_client: MakeClient, engine: FakeEngineClient
+) -> None:
+    parts = [
+        {"type": "http.request", "body": b'{"model": "tiny", "prompt": "p"', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Any:
+        return parts.pop(0)
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": COMPLETIONS, "query_string": b"",
+        "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
+    }  # fmt: skip
+    await make_client().app(scope, receive, send)  # type: ignore[attr-defined]
+    assert sent[0]["status"] == 499
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+async def test_row_10_other_content_types_are_415(
+    client: httpx.AsyncClient, kind: str | None
+) -> None:
+    headers = {} if kind is None else {"content-type": kind}
+    response = await client.post(COMPLETIONS, content=json.dumps(PROMPT), headers=headers)
+    assert_shape(response, 415, "unsupported_media_type", None)
+
+
+async def test_row_13_unknown_routes_and_methods(client: httpx.AsyncClient) -> None:
+    assert_shape(await client.get("/v1/nothing"), 404, "not_found", None)
+    response = await client.get(COMPLETIONS)
+    assert_shape(response, 405, "method_not_allowed", None)
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("sent", ["a\tb", "x" * 2**20, "a b", "é", ""])
+async def test_row_14_strange_request_ids_are_replaced(
+    client: httpx.AsyncClient, sent: str
+) -> None:
+    response = await client.get("/version", headers={"x-request-id": sent.encode()})
+    assert response.headers["x-request-id"] != sent
+    assert len(response.headers["x-request-id"]) == 32
+
+
+async def test_row_17_a_tiny_temperature_is_greedy_and_row_33_nul_is_a_token(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    fields = {**PROMPT, "prompt": "a\0b", "temperature": 1e-8}
+    response = await client.post(COMPLETIONS, json=fields)
+    assert response.status_code == 200
+    assert engine.requests[0].sampling_params.greedy
+    assert list(engine.requests[0].prompt_token_ids) == ids("a\0b")
+
+
+async def test_row_21_what_can_never_fit_the_pool(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    engine.num_blocks = 2
+    response = await client.post(COMPLETIONS, json={**PROMPT, "max_tokens": 33})
+    assert_shape(response, 400, "kv_pool_too_small", "max_tokens")
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_row_28_an_unknown_model_is_404(client: httpx.AsyncClient, path: str) -> None:
+    fields = PROMPT if path == COMPLETIONS else HI
+    response = await client.post(path, json={**fields, "model": "other"})
+    assert_shape(response, 404, "model_not_found", "model")
+
+
+async def test_row_29_unknown_fields_are_named_or_refused(make_client: MakeClient) -> None:
+    fields = {**HI, "mood": 1, "stream_options": {"x": 1}, "stream": True, "a\r\nb": 2}
+    fields["messages"] = [{"role": "user", "content": "hi", "colour": 1}]
+    response = await make_client().post(CHAT, json=fields)
+    assert response.status_code == 200
+    assert set(response.headers["x-quire-ignored-params"].split(", ")) == {
+        "mood", "stream_options.x", "messages[0].colour", "?"
+    }  # fmt: skip
+    response = await make_client(strict=True).post(CHAT, json={**HI, "mood": 1})
+    assert_shape(response, 400, "invalid_value", "mood")
+
+
+async def test_row_29_values_that_ask_for_nothing_are_accepted(client: httpx.AsyncClient) -> None:
+    fields = {
+        **HI, "response_format": {"type": "text"}, "tools": [], "tool_choice": "none",
+        "reasoning_effort": None, "stop": None, "suffix": None, "use_beam_search": False,
+    }  # fmt: skip
+    response = await client.post(CHAT, json=fields)
+    assert response.status_code == 200, response.text
+    assert "x-quire-ignored-params" not in response.headers
+
+
+async def test_row_47_equal_request_ids_are_different_inside(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    for _ in range(2):
+        response = await client.post(COMPLETIONS, json=PROMPT, headers={"x-request-id": "mine"})
+        assert response.headers["x-request-id"] == "mine"
+        assert response.json()["id"] == "cmpl-mine"
+    first, second = engine.requests
+    assert first.request_id != second.request_id
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_row_49_a_deadline_while_it_runs_is_504(
+    client: httpx.AsyncClient, engine: FakeEngineClient, stream: bool
+) -> None:
+    engine.scripts = say("x", delay=5)
+    response = await client.post(COMPLETIONS, json={**PROMPT, "timeout": 0.05, "stream": stream})
+    assert_shape(response, 504, "request_timeout", None)
+    assert not engine.running
+    request = engine.requests[0]
+    assert request.deadline == pytest.approx(request.arrival_time + 0.05)
+    assert request.queue_deadline == request.deadline
+
+
+async def test_row_49_a_deadline_in_a_stream_is_an_event(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    engine.scripts = say("x" * 100, delay=0.04)
+    response = await client.post(CHAT, json={**HI, "timeout": 0.1, "stream": True, "n": 2})
+    *chunks, error, done = response.text.strip().split("\n\n")
+    assert done == "data: [DONE]"
+    assert json.loads(error[6:])["error"]["code"] == "request_timeout"
+    ends = [json.loads(chunk[6:])["choices"][0] for chunk in chunks[-2:]]
+    assert [(end["index"], end["finish_reason"]) for end in ends] == [(0, "error"), (1, "error")]
+    assert not engine.running
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("non_finite_logits", 500), ("step_failed", 500), ("device_out_of_memory", 503),
+     ("queue_timeout", 503), ("engine_dead", 500)],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+async def test_rows_50_to_53_failures_of_one_request(
+    client: httpx.AsyncClient, engine: FakeEngineClient, code: str, status: int, stream: bool
+) -> None:
+    engine.scripts = lambda request, choice: Script(
+        [], finish="error", error=RowError(code, "why"), delay=0.01 * choice
+    )
+    response = await client.post(CHAT, json={**HI, "stream": stream, "n": 2})
+    assert_shape(response, status, code, None)
+    assert ("retry-after" in response.headers) == (status == 503)
+    assert not engine.running
+
+
+async def test_row_53_an_engine_that_is_not_ready_is_503(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    engine.ready = False
+    response = await client.post(COMPLETIONS, json=PROMPT)
+    assert_shape(response, 503, "engine_not_ready", None)
+    assert int(response.headers["retry-after"]) >= 1
+    assert_shape(await client.get("/ready"), 503, "engine_not_ready", None)
+    assert (await client.get("/health")).status_code == 200
+
+
+async def test_row_55_a_draining_server_refuses_and_finishes(make_client: MakeClient) -> None:
+    client = make_client()
+    client.app.state.quire.begin_drain()  # type: ignore[attr-defined]
+    for response in (await client.post(COMPLETIONS, json=PROMPT), await client.get("/ready")):
+        assert_shape(response, 503, "shutting_down", None)
+        assert int(response.headers["retry-after"]) >= 1
+    assert (await client.get("/health")).status_code == 200
+
+
+async def test_row_59_only_routes_and_served_names_become_labels(
+    client: httpx.AsyncClient,
+) -> None:
+    await client.post(COMPLETIONS, json={**PROMPT, "model": 'x"} 1\n'})
+    await client.get("/v1/inject%22%7D")
+    await client.post(COMPLETIONS, json=PROMPT)
+    page = (await client.get("/metrics")).text
+    assert "inject" not in page
+    assert 'handler="/v1/completions"' in page
+    assert 'handler="unmatched"' in page
+    labels = 'engine="0",model_name="tiny",reason="model_not_found"'
+    assert f"quire:admission_rejections_total{{{labels}}} 1.0" in page
+    assert 'finished_reason="stop",model_name="tiny"} 1.0' in page
+
+
+async def test_an_unforeseen_exception_is_500_without_its_text(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("a secret")
+
+    engine.stats = broken  # type: ignore[method-assign]
+    for stream in (False, True):
+        response = await client.post(COMPLETIONS, json={**PROMPT, "stream": stream})
+        assert_shape(response, 500, "internal_error", None)
+        assert "secret" not in response.text
+        assert response.headers["x-request-id"] in response.json()["error"]["message"]
