@@ -171,7 +171,7 @@ def report(records: list[Record], endings: dict[str, str], facts: Record, second
 
 
 def _is_setting(word: str) -> bool:
-    return word.startswith("chunk") or (word[0] in "mnwsc" and word[1:].isdigit())
+    return word.startswith("chunk") or (word[0] in "mnwspc" and word[1:].isdigit())
 
 
 def main() -> int:

@@ -12,16 +12,18 @@ from quire.kernels.tuning import TileConfig
 
 
 def _tag(config: TileConfig) -> str:
-    return f"m{config.block_m} n{config.block_n} w{config.num_warps} s{config.num_stages}"
+    m, n, warps, stages, prefetch = config
+    return f"m{m} n{n} w{warps} s{stages} p{int(prefetch)}"
 
 
 def decode_cases() -> list[Case]:
     """All tiles on 1 GB of K and V at blocks of 16, then 64; then the splits at batch 1."""
     found = []
     tiles = [
-        TileConfig(16, block_n, num_warps, num_stages)
-        for num_stages, (block_n, num_warps) in itertools.product(
-            (3, 5, 2, 6, 7), ((64, 4), (32, 4), (128, 4), (64, 2), (128, 8), (32, 2), (32, 1))
+        TileConfig(16, block_n, num_warps, num_stages, prefetch)
+        for (num_stages, prefetch), (block_n, num_warps) in itertools.product(
+            ((3, True), (4, True), (2, True), (3, False), (5, False), (6, True)),
+            ((64, 4), (32, 4), (128, 4), (64, 2), (128, 8), (32, 2), (32, 1)),
         )
     ]
     for tile in tiles:
@@ -45,17 +47,19 @@ def extend_cases() -> list[Case]:
     """All tiles on an 8k prompt at blocks of 16, 64 and 128, then on 16 prompts of 512."""
     found = []
     tiles = [
-        TileConfig(block_m, block_n, num_warps, num_stages)
-        for (block_m, num_warps), num_stages, block_n in itertools.product(
-            ((128, 8), (64, 4), (128, 4), (256, 8)), (3, 4, 2, 5), (64, 128, 32)
+        TileConfig(block_m, block_n, num_warps, num_stages, prefetch)
+        for (block_m, num_warps), (num_stages, prefetch), block_n in itertools.product(
+            ((128, 8), (64, 4), (128, 4)),
+            ((2, True), (3, True), (3, False), (4, True), (5, False)),
+            (64, 128, 32),
         )
-        if not (block_n == 128 and num_stages == 5)
+        if not (block_n == 128 and num_stages > 3)
     ]
     for block_size in (16, 64, 128):
         for tile in tiles if block_size == 16 else tiles[:12]:
             call = functools.partial(time_extend, LLAMA_8B, block_size, 8192, 8192, 1, tile)
             found.append(Case(f"extend 8k b{block_size} {_tag(tile)}", call))
-    for tile in tiles[:23]:
+    for tile in tiles[:26]:
         call = functools.partial(time_extend, LLAMA_8B, 16, 512, 512, 16, tile)
         found.append(Case(f"extend 16x512 b16 {_tag(tile)}", call))
     return found

@@ -10,6 +10,13 @@ LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
+def _block_ids(table_ptr, start, end, in_tile, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The block of a tile at `start`, or of each of its keys where it spans several; 0 past end."""
+    key = start if BLOCK_N <= BLOCK_SIZE else start + in_tile
+    return tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=0)
+
+
+@triton.jit
 def attend_tiles(
     acc,
     row_max,
@@ -32,30 +39,33 @@ def attend_tiles(
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Fold keys [begin, end) into (acc, row_max, row_sum), in units of log2.
 
     `begin` is a multiple of BLOCK_N. MASKED tiles hide keys past `kv_end`, after a row's own
     position, or WINDOW and more before it (FlashAttention-2's recurrence, arXiv 2307.08691).
+    PREFETCH reads block ids one tile ahead, so that no load of the pipeline waits for another.
     """
     dim = tl.arange(0, DIM_PAD)[None, :]
     in_tile = tl.arange(0, BLOCK_N)
+    ahead = _block_ids(table_ptr, begin, end, in_tile, BLOCK_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         keys = start + in_tile
-        if BLOCK_N <= BLOCK_SIZE:  # one block: a contiguous tile behind one scalar
-            block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
-            first = (block * NUM_KV_HEADS + kv_head) * (BLOCK_SIZE * HEAD_DIM)
-            first += (start % BLOCK_SIZE) * HEAD_DIM
-            key_ptrs = key_cache_ptr + first + (in_tile[:, None] * HEAD_DIM + dim)
-            value_ptrs = value_cache_ptr + first + (in_tile[:, None] * HEAD_DIM + dim)
+        if PREFETCH:
+            block = ahead
+            ahead = _block_ids(table_ptr, start + BLOCK_N, end, in_tile, BLOCK_SIZE, BLOCK_N)
         else:
-            if MASKED:
-                block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < kv_end, other=0)
-            else:
-                block = tl.load(table_ptr + keys // BLOCK_SIZE)
-            first = (block.to(tl.int64) * NUM_KV_HEADS + kv_head) * (BLOCK_SIZE * HEAD_DIM)
-            offsets = first[:, None] + ((keys % BLOCK_SIZE)[:, None] * HEAD_DIM + dim)
+            block = _block_ids(table_ptr, start, end, in_tile, BLOCK_SIZE, BLOCK_N)
+        first = (block.to(tl.int64) * NUM_KV_HEADS + kv_head) * (BLOCK_SIZE * HEAD_DIM)
+        if BLOCK_N <= BLOCK_SIZE:  # a contiguous tile behind one scalar
+            first += (start % BLOCK_SIZE) * HEAD_DIM
+            in_block = in_tile[:, None] * HEAD_DIM + dim
+            key_ptrs = key_cache_ptr + first + in_block
+            value_ptrs = value_cache_ptr + first + in_block
+        else:
+            offsets = first[:, None] + ((in_tile % BLOCK_SIZE)[:, None] * HEAD_DIM + dim)
             key_ptrs = key_cache_ptr + offsets
             value_ptrs = value_cache_ptr + offsets
         if MASKED:
@@ -72,16 +82,17 @@ def attend_tiles(
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if SOFTCAP > 0:  # c·tanh(x / c), tanh x = 1 - 2 / (e^2x + 1), bounded where it is 1
             power = tl.minimum(scores * (scale * 2 * LOG2E / SOFTCAP), 64.0)
-            scores = (1 - 2 / (tl.exp2(power) + 1)) * (SOFTCAP * LOG2E)
+            scores = 1 - 2 / (tl.exp2(power) + 1)
+            to_log2 = SOFTCAP * LOG2E
         else:
-            scores *= scale * LOG2E
+            to_log2 = scale * LOG2E
         if MASKED:
             visible = (keys[None, :] <= positions[:, None]) & (keys < kv_end)[None, :]
             if WINDOW > 0:
                 visible &= positions[:, None] - keys[None, :] < WINDOW
             scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_max[:, None])
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * to_log2)
+        weights = tl.exp2(scores * to_log2 - new_max[:, None])  # one fused multiply-add
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")

@@ -97,6 +97,7 @@ def _paged_attention_decode_kernel(
     MERGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     ROWS: tl.constexpr = QUERY_LEN * GROUP
     kv_head = tl.program_id(0)
@@ -131,7 +132,7 @@ def _paged_attention_decode_kernel(
     acc, row_max, row_sum = attend_tiles(
         acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
         positions, begin, end, end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS, BLOCK_SIZE,
-        HEAD_DIM, DIM_PAD, BLOCK_N,
+        HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
     )  # fmt: skip
     seen = row_sum > 0
     row_sum = tl.where(seen, row_sum, 1.0)
@@ -252,6 +253,7 @@ def paged_attention_decode(
         MERGE=max(1, 2048 * config.num_warps // (rows_pad * dim_pad)),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        PREFETCH=config.prefetch,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -68,6 +68,7 @@ def _paged_attention_extend_kernel(
     DIM_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -111,17 +112,17 @@ def _paged_attention_extend_kernel(
         acc, row_max, row_sum = attend_tiles(
             acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
             positions, begin, full_begin, kv_end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS,
-            BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N,
+            BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
         )  # fmt: skip
     acc, row_max, row_sum = attend_tiles(
         acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
         positions, full_begin, full_end, kv_end, scale, False, WINDOW, SOFTCAP, NUM_KV_HEADS,
-        BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N,
+        BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
     )  # fmt: skip
     acc, row_max, row_sum = attend_tiles(
         acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
         positions, full_end, kv_end, kv_end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS,
-        BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N,
+        BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
     )  # fmt: skip
     acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
     tl.store(
@@ -209,6 +210,7 @@ def paged_attention_extend(
         DIM_PAD=triton.next_power_of_2(head_dim),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        PREFETCH=config.prefetch,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -15,6 +15,8 @@ class TileConfig(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    prefetch: bool = True
+    """Read block ids one tile ahead."""
 
 
 def extend_config(head_dim: int, dtype: torch.dtype, max_rows: int) -> TileConfig:
