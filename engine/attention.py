@@ -78,7 +78,7 @@ def paged_attention(
     """
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     cache = attn_metadata.kv_cache[layer_idx]
-    attend = attend_on_cpu if query.device.type == "cpu" else _attend_on_cuda
+    attend = attend_on_cpu if query.device.type == "cpu" else attend_on_cuda
     output = attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -94,7 +94,7 @@ def paged_attention(
     return output[None], None
 
 
-def _attend_on_cuda(
+def attend_on_cuda(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

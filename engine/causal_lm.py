@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from .attention import IMPLEMENTATION, AttentionMetadata, register_attention
+from .cpu_linear import pack_linears
 from .errors import UnsupportedModelError
 from .model_spec import ModelSpec
 
@@ -71,6 +72,11 @@ class CausalLM:
         register_attention()
         AttentionInterface.register(_PROBE, _probe_attention)
         self._check_class(model)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        if self.device.type == "cpu":
+            pack_linears(model)
         self._body = model.base_model
         body_output = self._probe(model)
         head = copy.copy(model)
@@ -78,9 +84,6 @@ class CausalLM:
         head._modules[model.base_model_prefix] = _Passthrough(type(body_output))
         self._head = head
         self._check_head(body_output.last_hidden_state[0])
-        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.device: torch.device = model.device
-        self.dtype: torch.dtype = model.dtype
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata

@@ -83,6 +83,8 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
     text = hf_config.get_text_config(decoder=True)
     architecture = (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
     _refuse_unsupported(hf_config, text, architecture)
+    if getattr(text, "is_heterogeneous", False):
+        raise UnsupportedModelError(f"{architecture}: its layers differ in shape")
     try:
         heads: int = text.num_attention_heads
         num_layers: int = text.num_hidden_layers

@@ -1,0 +1,113 @@
+"""The worker as the engine sees it, and the CUDA path of the runner as far as a CPU shows it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quire.engine import attention
+from quire.engine.errors import ConfigurationError, DeviceMemoryError
+from quire.engine.worker import Worker, default_num_threads
+from quire.engine.worker_protocol import WorkerInfo, WorkerProtocol
+from quire.kernels import reference
+
+from .models import MAX_POSITION, generate, save_model
+from .worker_driver import Driver, make_config, make_sequence
+
+
+@pytest.fixture(scope="module")
+def gemma2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("gemma2")
+    return folder, save_model("gemma2", folder)
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_load_and_profile_report_what_is_there(gemma2: tuple[Path, Any]) -> None:
+    folder, model = gemma2
+    worker: WorkerProtocol = Worker(make_config(folder, max_model_len=None, num_blocks=None))
+    assert worker.load() == WorkerInfo(
+        architecture="Gemma2ForCausalLM",
+        device="cpu",
+        dtype="float32",
+        num_parameters=model.num_parameters(),
+        vocab_size=128,
+        max_model_len=MAX_POSITION,
+        kv_bytes_per_token=2 * 2 * 2 * 16 * 4,
+        eos_token_ids=(2,),
+    )
+    assert worker.profile() == 8 * MAX_POSITION // 16
+
+
+def test_a_cache_for_less_than_one_sequence_stops_the_start(gemma2: tuple[Path, Any]) -> None:
+    worker = Worker(make_config(gemma2[0], num_blocks=None, kv_cache_memory_bytes=2**15))
+    worker.load()
+    with pytest.raises(ConfigurationError, match="--max-model-len 64"):
+        worker.profile()
+
+
+def test_threads_are_set_deliberately(
+    gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Worker(make_config(gemma2[0], num_threads=2)).load()
+    assert torch.get_num_threads() == 2
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = default_num_threads()
+    assert cores is None or 1 <= cores <= len(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert default_num_threads() is None
+
+
+def test_out_of_memory_is_reported_and_the_step_can_be_tried_again(
+    gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = gemma2
+    driver = Driver.start(make_config(folder))
+    sequence = make_sequence([5, 6, 7, 8], 6)
+    driver.step([sequence])
+    runner = driver.worker._runner
+    forward = runner._forward
+
+    def fail(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    output = driver.schedule([sequence])
+    monkeypatch.setattr(runner, "_forward", fail)
+    with pytest.raises(DeviceMemoryError):
+        driver.worker.execute(output)
+    monkeypatch.setattr(runner, "_forward", forward)
+    result = driver.worker.execute(output)
+    assert [*sequence.token_ids[4:], *result.token_ids] == generate(model, [5, 6, 7, 8], 2)
+
+
+def test_the_cuda_path_passes_its_kernels_the_right_rows(
+    gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the plain references in the kernels' place, on the CPU, to the reference's tokens."""
+    from quire.kernels import paged_attention_decode, paged_attention_extend, reshape_and_cache
+
+    for module in (paged_attention_decode, paged_attention_extend, reshape_and_cache):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, name, getattr(reference, name))
+    monkeypatch.setattr(attention, "attend_on_cpu", attention.attend_on_cuda)
+    folder, model = gemma2
+    driver = Driver.start(make_config(folder))
+    runner = driver.worker._runner
+    runner._workspaces = dict.fromkeys(runner._windows)  # type: ignore[arg-type]
+    before = runner._kv_cache.clone()
+    runner.run_largest_step()
+    assert torch.equal(runner._kv_cache, before)
+    prompts = [[5, 6, 7], list(range(3, 40)), [9]]
+    outputs = driver.run([make_sequence(prompt, 6) for prompt in prompts])
+    assert outputs == [generate(model, prompt, 6) for prompt in prompts]
+    assert driver.mixed_steps > 0
