@@ -49,51 +49,64 @@ def serve(settings: Settings) -> None:
 @contextlib.contextmanager
 def listening(settings: Settings) -> Iterator[socket.socket]:
     """The listening socket; taken at once, so that nobody else can have it while we load."""
-    if settings.uds is not None:
-        listener = _bind_unix(settings.uds)
-    else:
-        listener = _bind_tcp(settings.host, settings.port)
-    try:
-        yield listener
-    finally:
-        listener.close()
-        if settings.uds is not None:
+    if settings.uds is None:
+        with _listen_tcp(settings.host, settings.port) as listener:
+            yield listener
+        return
+    with _listen_unix(settings.uds) as listener:
+        try:
+            yield listener
+        finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(settings.uds)
 
 
-def _bind_tcp(host: str, port: int) -> socket.socket:
+def _listen_tcp(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {host}: {error.strerror}") from error
+    listener = socket.socket(family, kind, protocol)
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:
+        listener.close()
         if error.errno == errno.EADDRINUSE:
             raise ConfigurationError(f"port {port} of {host} is taken") from error
         raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     return listener
 
 
-def _bind_unix(path: str) -> socket.socket:
+def _listen_unix(path: str) -> socket.socket:
     """Only the user's own processes may connect, unless the umask says otherwise."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if os.path.exists(path):
-            if not stat.S_ISSOCK(os.stat(path).st_mode):
-                raise ConfigurationError(f"uds: {path} exists and is not a socket")
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                if probe.connect_ex(path) == 0:
-                    raise ConfigurationError(f"uds: {path} is taken")
-            os.unlink(path)  # left over from a server that was killed
+        _remove_stale(path)
         listener.bind(path)
         listener.listen(BACKLOG)
     except OSError as error:
+        listener.close()
         raise ConfigurationError(f"uds: cannot listen on {path}: {error}") from error
+    except ConfigurationError:
+        listener.close()
+        raise
     return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket of a server that was killed; raise where it is anything else."""
+    if not os.path.exists(path):
+        return
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        raise ConfigurationError(f"uds: {path} exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        if probe.connect_ex(path) == 0:
+            raise ConfigurationError(f"uds: {path} is taken")
+    os.unlink(path)
 
 
 def _check_tls(settings: Settings) -> None:

@@ -16,8 +16,8 @@ from quire.engine.outputs import EngineStats, FinishReason, SequenceOutput, Step
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 
-VOCAB_SIZE = 1_000_000
-HANG, CRASH, EXIT, LOSE, SLOW, STAMPED = range(900_001, 900_007)
+VOCAB_SIZE = 100_000
+HANG, CRASH, EXIT, LOSE, SLOW, STAMPED = range(1, 7)
 """HANG: the step never ends. CRASH: it raises. EXIT: the process ends. LOSE: the request is
 forgotten. SLOW: 20 ms a step. STAMPED: tokens carry their step's time, as Timings.finished."""
 
@@ -135,3 +135,7 @@ class FakeCore:
 
 def build_core(config: EngineConfig) -> FakeCore:
     return FakeCore(config)
+
+
+def build_broken_core(config: EngineConfig) -> FakeCore:
+    raise ModelLoadError("the weights are broken")

@@ -1,0 +1,169 @@
+"""What uvicorn does not guard against: slow heads and bodies, floods of headers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+import uvicorn
+from starlette.types import Message, Receive, Scope, Send
+
+from quire.server.http_protocol import (
+    MAX_HEADER_BYTES,
+    MIN_BODY_BYTES,
+    GuardedH11Protocol,
+    HeaderCountMiddleware,
+)
+
+
+class QuickProtocol(GuardedH11Protocol):
+    head_seconds = 0.4
+    body_seconds = 0.4
+
+
+class App:
+    """Reads the whole body, then answers its length after `pause` seconds."""
+
+    def __init__(self) -> None:
+        self.pause = 0.0
+        self.last_message: Message | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        length = 0
+        while True:
+            message = self.last_message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            length += len(message["body"])
+            if not message["more_body"]:
+                break
+        await asyncio.sleep(self.pause)
+        body = str(length).encode()
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+@pytest.fixture
+def app() -> App:
+    return App()
+
+
+@pytest.fixture
+async def port(app: App) -> AsyncIterator[int]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        HeaderCountMiddleware(app),
+        http=QuickProtocol,
+        lifespan="off",
+        log_config=None,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_keep_alive=60,
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server._serve([listener]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield listener.getsockname()[1]
+    server.should_exit = True
+    server.force_exit = True
+    await serving
+
+
+async def talk(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
+    """Send the parts with pauses between them; everything until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for part in parts:
+            writer.write(part)
+            await asyncio.sleep(pause)
+        async with asyncio.timeout(5):
+            return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+HEAD = b"POST / HTTP/1.1\r\nhost: x\r\n"
+CLOSE = b"connection: close\r\n"
+
+
+async def test_usual_request(port: int) -> None:
+    answer = await talk(port, HEAD + CLOSE + b"content-length: 3\r\n\r\nabc")
+    assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n3")
+
+
+async def test_silent_connection_is_closed(port: int) -> None:
+    assert await talk(port) == b""
+
+
+async def test_slow_head_is_cut(port: int) -> None:
+    """Each part comes in time; the whole does not."""
+    parts = [b"x-%d: y\r\n" % number for number in range(8)]
+    assert await talk(port, HEAD, *parts, CLOSE + b"\r\n", pause=0.1) == b""
+
+
+async def test_slow_head_of_a_second_request_is_cut(port: int) -> None:
+    first = HEAD + b"content-length: 0\r\n\r\n"
+    answer = await talk(port, first, HEAD, pause=0.1)
+    assert answer.count(b"HTTP/1.1 200") == 1
+
+
+async def test_idle_connection_between_requests_is_kept(port: int) -> None:
+    first = HEAD + b"content-length: 0\r\n\r\n"
+    answer = await talk(port, first, HEAD + CLOSE + b"content-length: 0\r\n\r\n", pause=0.8)
+    assert answer.count(b"HTTP/1.1 200") == 2
+
+
+async def test_slow_body_is_cut_and_the_app_told(port: int, app: App) -> None:
+    head = HEAD + b"content-length: 100\r\n\r\n"
+    assert await talk(port, head, *[b"x"] * 8, pause=0.1) == b""
+    await asyncio.sleep(0.05)
+    assert app.last_message is not None and app.last_message["type"] == "http.disconnect"
+
+
+async def test_large_body_at_a_fair_rate_is_read(port: int) -> None:
+    part = b"x" * MIN_BODY_BYTES
+    head = HEAD + CLOSE + b"content-length: %d\r\n\r\n" % (8 * len(part))
+    answer = await talk(port, head, *[part] * 8, pause=0.15)
+    assert answer.endswith(b"\r\n\r\n%d" % (8 * len(part)))
+
+
+async def test_slow_answer_is_not_cut(port: int, app: App) -> None:
+    app.pause = 1.0
+    answer = await talk(port, HEAD + CLOSE + b"content-length: 1\r\n\r\nx")
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+def error_of(answer: bytes) -> dict[str, object]:
+    error: dict[str, object] = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+async def test_too_many_headers(port: int) -> None:
+    many = b"".join(b"x-%d: y\r\n" % number for number in range(200))
+    answer = await talk(port, HEAD + many + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 431") and "headers" in str(error_of(answer)["message"])
+
+
+async def test_too_large_head(port: int) -> None:
+    answer = await talk(port, HEAD + b"x: " + b"y" * 2 * MAX_HEADER_BYTES)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
+
+
+async def test_no_http_at_all(port: int) -> None:
+    answer = await talk(port, b"\x16\x03\x01\x00 what is this\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert error_of(answer)["type"] == "invalid_request_error"
+
+
+async def test_garbage_after_a_request(port: int, app: App) -> None:
+    app.pause = 0.3
+    head = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+    answer = await talk(port, head, b"no chunk\r\n", pause=0.1)
+    assert answer.startswith(b"HTTP/1.1 400")
