@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -88,6 +88,8 @@ class Metrics:
             [*self._labels, "finished_reason"],
             registry=self._registry,
         )
+        for reason in get_args(FinishReason):
+            self._success.labels(**self._labels, finished_reason=reason)
         self._rejections = Counter(
             f"{prefix}:admission_rejections",
             "Requests refused on arrival by error code.",

@@ -1,0 +1,237 @@
+"""The metrics page, read back with prometheus_client's own parser."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from quire.engine.config import EngineInfo
+from quire.engine.outputs import EngineStats, Timings
+from quire.server.metrics import Metrics, RequestRecord
+
+INFO = EngineInfo(
+    model="m",
+    architecture="Fake",
+    device="cpu",
+    dtype="float32",
+    num_parameters=1,
+    vocab_size=10,
+    max_model_len=4096,
+    block_size=16,
+    num_blocks=100,
+    kv_bytes_per_token=1,
+    max_num_seqs=4,
+    max_logprobs=20,
+    eos_token_ids=(0,),
+)
+OF_MODEL = {"model_name": "m", "engine": "0"}
+
+
+def read(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    page, content_type = metrics.render()
+    assert content_type.startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(page.decode())
+        for sample in family.samples
+    }
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    own = {} if name.startswith("http_") else OF_MODEL
+    name = name if name.startswith("http_") else f"quire:{name}"
+    return read(metrics)[name, frozenset({**own, **labels}.items())]
+
+
+def stats(step: int, **fields: int) -> EngineStats:
+    zero = dict.fromkeys(EngineStats._fields, 0)
+    return EngineStats(
+        **{**zero, "num_blocks": 100, "num_free_blocks": 100, "step": step, **fields}
+    )
+
+
+def record(**fields: object) -> RequestRecord:
+    defaults: dict[str, object] = {
+        "prompt_tokens": 10,
+        "cached_tokens": 4,
+        "max_tokens": 30,
+        "finish_reasons": ("stop", "length"),
+        "generation_tokens": (11, 21),
+        "timings": Timings(100.0, 101.0, 103.0, 113.0),
+    }
+    return RequestRecord(**{**defaults, **fields})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    metrics = Metrics("m")
+    metrics.engine_ready(INFO)
+    return metrics
+
+
+VLLM_NAMES = {
+    "num_requests_running": "gauge",
+    "num_requests_waiting": "gauge",
+    "kv_cache_usage_perc": "gauge",
+    "cache_config_info": "gauge",
+    "prefix_cache_queries": "counter",
+    "prefix_cache_hits": "counter",
+    "num_preemptions": "counter",
+    "prompt_tokens": "counter",
+    "prompt_tokens_cached": "counter",
+    "generation_tokens": "counter",
+    "request_success": "counter",
+    "admission_rejections": "counter",
+    "kv_blocks_copied": "counter",
+    "kv_blocks_shared": "counter",
+    "engine_restarts": "counter",
+    "time_to_first_token_seconds": "histogram",
+    "inter_token_latency_seconds": "histogram",
+    "request_time_per_output_token_seconds": "histogram",
+    "e2e_request_latency_seconds": "histogram",
+    "request_queue_time_seconds": "histogram",
+    "request_inference_time_seconds": "histogram",
+    "request_prefill_time_seconds": "histogram",
+    "request_decode_time_seconds": "histogram",
+    "request_prompt_tokens": "histogram",
+    "request_generation_tokens": "histogram",
+    "request_params_max_tokens": "histogram",
+    "request_params_n": "histogram",
+    "iteration_tokens_total": "histogram",
+}
+
+
+@pytest.mark.parametrize("prefix", ["quire", "vllm"])
+def test_names_and_types(prefix: str) -> None:
+    metrics = Metrics("m", prefix)  # type: ignore[arg-type]
+    metrics.engine_ready(INFO)
+    families = {
+        family.name: family.type
+        for family in text_string_to_metric_families(metrics.render()[0].decode())
+        if not family.name.endswith("_created")
+    }
+    expected = {f"{prefix}:{name}": kind for name, kind in VLLM_NAMES.items()}
+    expected |= {"http_requests": "counter", "http_request_duration_seconds": "histogram"}
+    assert families == expected
+
+
+def buckets(metrics: Metrics, name: str) -> list[float]:
+    return [
+        float(dict(labels)["le"])
+        for sample, labels in read(metrics)
+        if sample == f"quire:{name}_bucket"
+    ]
+
+
+def test_buckets(metrics: Metrics) -> None:
+    inf = float("inf")
+    assert buckets(metrics, "request_params_n") == [1, 2, 5, 10, 20, inf]
+    assert buckets(metrics, "request_prompt_tokens")[-4:] == [500, 1000, 2000, inf]
+    assert buckets(metrics, "iteration_tokens_total")[:4] == [1, 8, 16, 32]
+    assert buckets(metrics, "iteration_tokens_total")[-2:] == [16384, inf]
+    assert len(buckets(metrics, "time_to_first_token_seconds")) == 23
+    assert len(buckets(metrics, "inter_token_latency_seconds")) == 20
+    assert len(buckets(metrics, "e2e_request_latency_seconds")) == 22
+
+
+def test_counters_are_deltas_that_survive_a_restart(metrics: Metrics) -> None:
+    metrics.observe_step(stats(1, preemptions=5, prefix_hits=100))
+    metrics.observe_step(stats(2, preemptions=7, prefix_hits=100))
+    metrics.observe_step(stats(2, preemptions=7, prefix_hits=100))
+    assert value(metrics, "num_preemptions_total") == 7
+    metrics.engine_restarted()
+    metrics.observe_step(stats(9, preemptions=9, prefix_hits=1))
+    assert value(metrics, "num_preemptions_total") == 16
+    assert value(metrics, "prefix_cache_hits_total") == 101
+    # A restart that nobody announced shows in the step going back.
+    metrics.observe_step(stats(1, preemptions=10))
+    assert value(metrics, "num_preemptions_total") == 26
+    assert value(metrics, "engine_restarts_total") == 1
+
+
+def test_gauges_and_step_sizes(metrics: Metrics) -> None:
+    busy = stats(1, num_running=3, num_waiting=2, num_free_blocks=25, step_tokens=40)
+    metrics.observe_step(busy)
+    metrics.observe_step(busy)  # a heartbeat: no new step
+    assert value(metrics, "num_requests_running") == 3
+    assert value(metrics, "num_requests_waiting") == 2
+    assert value(metrics, "kv_cache_usage_perc") == 0.75
+    assert value(metrics, "iteration_tokens_total_count") == 1
+    assert value(metrics, "iteration_tokens_total_sum") == 40
+    metrics.engine_restarted()
+    assert value(metrics, "num_requests_running") == value(metrics, "kv_cache_usage_perc") == 0
+
+
+def test_finished_request(metrics: Metrics) -> None:
+    metrics.request_finished(record())
+    assert value(metrics, "prompt_tokens_total") == 10
+    assert value(metrics, "prompt_tokens_cached_total") == 4
+    assert value(metrics, "generation_tokens_total") == 32
+    for reason in ("stop", "length"):
+        assert value(metrics, "request_success_total", finished_reason=reason) == 1
+    for reason in ("abort", "error"):
+        assert value(metrics, "request_success_total", finished_reason=reason) == 0
+    sums = {
+        "e2e_request_latency_seconds": 13,
+        "request_queue_time_seconds": 1,
+        "request_inference_time_seconds": 12,
+        "request_prefill_time_seconds": 2,
+        "request_decode_time_seconds": 10,
+        "request_time_per_output_token_seconds": 0.5,
+        "request_params_n": 2,
+        "request_params_max_tokens": 30,
+        "request_generation_tokens": 32,
+        "request_prompt_tokens": 10,
+    }
+    assert {name: value(metrics, f"{name}_sum") for name in sums} == sums
+
+
+def test_request_that_never_ran(metrics: Metrics) -> None:
+    metrics.request_finished(record(timings=Timings(1.0, None, None, 3.0)))
+    metrics.request_finished(record(timings=Timings(1.0, 2.0, None, 3.0)))
+    metrics.request_finished(record(timings=None, finish_reasons=("error",)))
+    assert value(metrics, "e2e_request_latency_seconds_count") == 2
+    assert value(metrics, "request_queue_time_seconds_count") == 1
+    assert value(metrics, "request_prefill_time_seconds_count") == 0
+
+
+def test_requests_before_the_engine_is_ready() -> None:
+    metrics = Metrics("m")
+    metrics.request_finished(record())
+    metrics.request_rejected("queue_full")
+    assert value(metrics, "admission_rejections_total", reason="queue_full") == 1
+
+
+def test_ready_again_after_a_restart_is_idempotent(metrics: Metrics) -> None:
+    metrics.engine_ready(INFO)
+    labels = {"block_size": "16", "num_gpu_blocks": "100", "cache_dtype": "float32"}
+    assert value(metrics, "cache_config_info", **labels) == 1
+
+
+def test_token_latencies(metrics: Metrics) -> None:
+    metrics.first_token(0.3)
+    metrics.inter_token(0.02)
+    assert value(metrics, "time_to_first_token_seconds_sum") == 0.3
+    assert value(metrics, "inter_token_latency_seconds_bucket", le="0.025") == 1
+
+
+def test_http_labels_are_bounded(metrics: Metrics) -> None:
+    for number in range(50):
+        metrics.http_request("/v1/models", f"METHOD{number}", 405, 0.1)
+    metrics.http_request("/v1/models", "GET", 200, 0.1)
+    series = [labels for name, labels in read(metrics) if name == "http_requests_total"]
+    assert len(series) == 2
+    labels = {"handler": "/v1/models", "method": "OTHER", "status": "405"}
+    assert value(metrics, "http_requests_total", **labels) == 50
+
+
+def test_a_hostile_served_name_cannot_break_the_page() -> None:
+    metrics = Metrics('m"} 1\nevil 2')
+    names = {name for name, _ in read(metrics)}
+    assert "evil" not in names
+
+
+def test_two_registries_are_apart() -> None:
+    first, second = Metrics("m"), Metrics("m")
+    first.engine_restarted()
+    assert value(second, "engine_restarts_total") == 0

@@ -1,0 +1,136 @@
+"""Where settings come from, which wins, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire.engine.config import EngineConfig
+from quire.engine.errors import ConfigurationError
+from quire.server.cli import build_parser
+from quire.server.settings import GROUPS, Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"QUIRE_{name.upper()}", raising=False)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_flag_over_environment_over_file_over_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "quire.yaml", "port: 1\nseed: 1\nmax_n: 1\n")
+    monkeypatch.setenv("QUIRE_PORT", "2")
+    monkeypatch.setenv("QUIRE_SEED", "2")
+    settings = load_settings(config=path, port="3")
+    assert (settings.port, settings.seed, settings.max_n) == (3, 2, 1)
+    assert settings.max_num_seqs == 256
+
+
+def test_file_named_in_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QUIRE_CONFIG", write(tmp_path / "quire.yaml", "host: 0.0.0.0\n"))
+    assert load_settings().host == "0.0.0.0"
+
+
+def test_lists_from_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert load_settings(api_key=["a", "b,c"]).api_key == ("a", "b,c")
+    path = write(tmp_path / "quire.yaml", "api_key: [d, e]\nserved_model_name: f\n")
+    settings = load_settings(config=path)
+    assert (settings.api_key, settings.served_names) == (("d", "e"), ("f",))
+    monkeypatch.setenv("QUIRE_API_KEY", "g,h")
+    assert load_settings(config=path).api_key == ("g", "h")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"port": "70000"}, "port: "),
+        ({"max_num_seqs": "0"}, "max_num_seqs: "),
+        ({"gpu_memory_utilization": "0"}, "gpu_memory_utilization: "),
+        ({"kv_cache_memory": "2 parsecs"}, "kv_cache_memory: "),
+        ({"scheduling_policy": "fair"}, "scheduling_policy: "),
+        ({"strict": "perhaps"}, "strict: "),
+        ({"tensor_parallel_size": "8"}, "tensor_parallel_size: only 1 is supported"),
+        ({"ssl_keyfile": "k"}, "ssl_keyfile and ssl_certfile go together"),
+        ({"tool_call_parser": "hermes"}, "tool_call_parser: there is no such setting"),
+        ({"port": "x", "seed": "y"}, "port: .*; seed: "),
+    ],
+)
+def test_refusals_name_the_setting(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_settings(**flags)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("prot: 1\n", "prot: there is no such setting"),
+        ("- a\n", "cannot read"),
+        ("port: [\n", "cannot read"),
+        ("kv_cache_memory: true\n", "kv_cache_memory: must be a size"),
+    ],
+)
+def test_refused_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_settings(config=write(tmp_path / "quire.yaml", text))
+
+
+def test_engine_config() -> None:
+    settings = load_settings(
+        model="m", kv_cache_memory="1.5GiB", num_gpu_blocks_override="7", block_size="32"
+    )
+    config = settings.engine_config()
+    assert config.kv_cache_memory_bytes == 3 * 2**29
+    assert type(config.kv_cache_memory_bytes) is int
+    assert (config.model, config.num_blocks, config.block_size) == ("m", 7, 32)
+    with pytest.raises(ConfigurationError, match="power of two"):
+        load_settings(block_size="48").engine_config()
+
+
+def test_engine_defaults_agree() -> None:
+    """A default stated twice must not differ."""
+    assert load_settings(model="m").engine_config() == EngineConfig(model="m")
+
+
+def test_names_served() -> None:
+    assert load_settings(model="org/m").served_names == ("org/m",)
+    assert load_settings(model="org/m", served_model_name=["a", "b"]).served_names == ("a", "b")
+    demo = load_settings()
+    assert demo.is_demo and demo.served_names == ("quire-demo",)
+    assert Path(demo.model_path).name == "demo"
+
+
+def test_every_setting_has_a_flag() -> None:
+    """From the flag to the setting and back, for each of them."""
+    values = {
+        "dtype": "float32",
+        "device": "cpu",
+        "load_format": "dummy",
+        "scheduling_policy": "priority",
+        "log_level": "debug",
+        "log_format": "json",
+        "metrics_prefix": "vllm",
+        "config": None,
+        "model": None,
+    }
+    parser = build_parser()
+    for name, field in Settings.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        if field.annotation is bool:
+            arguments, value = [flag], True
+        else:
+            text = values.get(name, "1")
+            if text is None:
+                continue
+            arguments, value = [flag, text], [text] if field.default == () else text
+        assert getattr(parser.parse_args(["serve", *arguments]), name) == value
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict) and extra["group"] in GROUPS and field.description
