@@ -208,7 +208,7 @@ def test_grafana_is_provisioned_from_the_mounted_folders() -> None:
 # -- metrics ---------------------------------------------------------------------------------
 
 
-def _exported() -> dict[str, set[str]]:
+def exported_samples() -> dict[str, set[str]]:
     """Sample name → label names, of everything that /metrics can show."""
     metrics = Metrics("m")
     info = EngineInfo(
@@ -246,7 +246,7 @@ def _queries() -> Iterator[str]:
 
 @pytest.mark.parametrize("query", sorted(set(_queries())))
 def test_every_queried_metric_is_exported_with_its_labels(query: str) -> None:
-    exported = _exported()
+    exported = exported_samples()
     names = re.findall(r"\bquire:\w+|\bhttp_\w+", query)
     assert names
     for name in names:

@@ -1,0 +1,308 @@
+"""The documents against the code: every endpoint, parameter, error, flag, file and link."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+
+from quire.engine import errors as tree
+from quire.engine.errors import QuireError, StartupError
+from quire.server import protocol
+from quire.server.cli import build_parser
+from quire.server.errors import answer_of
+from quire.server.settings import Settings
+from quire.server.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
+
+from .server.conftest import make_app
+from .server.fakes import FakeEngineClient, byte_tokenizer
+from .test_docker import exported_samples
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+API = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+PATHS = {"C": "/v1/completions", "H": "/v1/chat/completions"}
+BODIES = {"C": {"prompt": "a"}, "H": {"messages": [{"role": "user", "content": "a"}]}}
+MODELS = {"C": protocol.CompletionBody, "H": protocol.ChatBody}
+
+
+def _tables(text: str) -> Iterator[list[dict[str, str]]]:
+    """Every table as rows by column, code marks taken off where a cell is one code span."""
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        lines = [
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in block.splitlines()
+        ]
+        yield [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]]
+
+
+def _table(*columns: str) -> list[dict[str, str]]:
+    (found,) = (table for table in _tables(API) if tuple(table[0]) == columns)
+    return found
+
+
+def _code(cell: str) -> str:
+    match = re.fullmatch(r"`([^`]*)`", cell)
+    assert match, f"not a code span: {cell}"
+    return match[1]
+
+
+PARAMETERS = _table("parameter", "in", "meaning; default; bounds", "works", "refused")
+EXAMPLES = [
+    pytest.param(where, row, id=f"{_code(row['parameter'])}-{where}")
+    for row in PARAMETERS
+    for where in row["in"].split()
+]
+UNSUPPORTED = _table("field", "for", "asks for nothing")
+
+
+@cache
+def _app(**settings: Any) -> FastAPI:
+    return make_app(FakeEngineClient(), byte_tokenizer(), **settings)
+
+
+def _client(**settings: Any) -> httpx.AsyncClient:
+    app = _app(**settings)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://quire")
+
+
+async def _post(where: str, **fields: Any) -> httpx.Response:
+    async with _client() as client:
+        return await client.post(PATHS[where], json={**BODIES[where], **fields})
+
+
+# -- docs/api.md -----------------------------------------------------------------------------
+
+
+async def test_every_endpoint_is_listed_and_asks_for_its_key() -> None:
+    listed = {}
+    for row in _table("endpoint", "key", "what it does"):
+        method, path = _code(row["endpoint"]).split()
+        listed[method, path] = row["key"]
+    routes = {
+        (method, route.path.replace(":path", ""))
+        for route in _routes(_app().routes)
+        for method in route.methods
+    }
+    assert set(listed) == routes
+    keys = {"api_key": ("client-key",), "admin_api_key": "admin-key"}
+    opened_by = {"none": "", "client": "client-key", "admin": "admin-key", "debug": "admin-key"}
+    async with _client(**keys) as locked, _client() as bare:
+        for (method, path), key in listed.items():
+            url = path.replace("{name}", "tiny")
+            refused = await locked.request(method, url, json={})
+            assert (refused.status_code == 401) == (key != "none"), path
+            headers = {"authorization": f"Bearer {opened_by[key]}"} if opened_by[key] else {}
+            opened = await locked.request(method, url, json={}, headers=headers)
+            assert opened.status_code in (200, 400), path
+            without = await bare.request(method, url, json={})
+            assert (without.status_code == 401) == (key == "admin"), path
+
+
+def _routes(routes: Any) -> Iterator[APIRoute]:
+    for route in routes:
+        if isinstance(route, APIRoute):
+            yield route
+        else:
+            # A router that was included without a prefix stands as itself in the list.
+            yield from _routes(route.original_router.routes)
+
+
+@pytest.mark.parametrize("where", MODELS)
+def test_every_parameter_is_listed(where: str) -> None:
+    names = [_code(row["parameter"]) for row in PARAMETERS if where in row["in"].split()]
+    assert sorted(names) == sorted(MODELS[where].model_fields)
+
+
+@pytest.mark.parametrize(("where", "row"), EXAMPLES)
+async def test_example_works(where: str, row: dict[str, str]) -> None:
+    response = await _post(where, **json.loads(_code(row["works"])))
+    assert response.status_code == 200, response.text
+    assert "x-quire-ignored-params" not in response.headers
+    assert not response.headers["content-type"].startswith("text/") or "[DONE]" in response.text
+
+
+@pytest.mark.parametrize(("where", "row"), EXAMPLES)
+async def test_example_is_refused_by_name(where: str, row: dict[str, str]) -> None:
+    response = await _post(where, **json.loads(_code(row["refused"])))
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"].startswith(_code(row["parameter"])), error
+
+
+def test_no_parameter_is_called_ignored() -> None:
+    cells = [cell for table in _tables(API) for row in table for cell in row.values()]
+    assert not [
+        cell
+        for cell in cells
+        if re.search(r"\bignored\b", cell.replace("x-quire-ignored-params", ""))
+    ]
+
+
+def test_tokenizer_parameters_are_listed() -> None:
+    rows = _table("parameter", "of", "meaning; default")
+    by_endpoint: dict[str, set[str]] = {"tokenize": set(), "detokenize": set()}
+    for row in rows:
+        for endpoint in row["of"].split(", "):
+            by_endpoint[endpoint].add(_code(row["parameter"]))
+    texts: type[BaseModel] = protocol.TokenizeBody
+    chats: type[BaseModel] = protocol.TokenizeChatBody
+    assert by_endpoint["tokenize"] == texts.model_fields.keys() | chats.model_fields.keys()
+    assert by_endpoint["detokenize"] == protocol.DetokenizeBody.model_fields.keys()
+
+
+def test_unsupported_fields_are_listed_with_what_asks_for_nothing() -> None:
+    listed = {
+        _code(row["field"]): [
+            json.loads(text) for text in re.findall("`([^`]*)`", row["asks for nothing"])
+        ]
+        for row in UNSUPPORTED
+    }
+    assert listed == {name: list(values) for name, values in ASKS_FOR_NOTHING.items()}
+
+
+@pytest.mark.parametrize("where", PATHS)
+async def test_unsupported_fields_are_refused_by_name(where: str) -> None:
+    for row in UNSUPPORTED:
+        name = _code(row["field"])
+        response = await _post(where, **{name: {"anything": 1}})
+        assert response.status_code == 400, name
+        assert response.json()["error"]["param"] == name
+        assert response.json()["error"]["code"] == "invalid_value"
+        for text in ["null", *re.findall("`([^`]*)`", row["asks for nothing"])]:
+            response = await _post(where, **{name: json.loads(text)})
+            assert response.status_code == 200, (name, text)
+
+
+def test_every_error_is_listed_with_its_answer() -> None:
+    listed = {
+        (row["status"], _code(row["type"]), _code(row["code"]))
+        for row in _table("status", "type", "code", "when")
+    }
+    leaves = [
+        error
+        for error in vars(tree).values()
+        if isinstance(error, type) and issubclass(error, QuireError) and "code" in vars(error)
+    ]
+    assert listed == {
+        (str(answer_of(error("x")).status), answer_of(error("x")).type, error.code)
+        for error in leaves
+        if not issubclass(error, StartupError) and error is not QuireError
+    }
+
+
+def test_every_flag_is_listed_with_its_default() -> None:
+    listed = {
+        _code(row["flag"])[2:].replace("-", "_"): row["default"]
+        for row in _table("flag", "default", "meaning")
+    }
+    fields = {name: field for name, field in Settings.model_fields.items() if name != "model"}
+    assert set(listed) == set(fields)
+    spelled = {True: "on", False: "off"}
+    for name, field in fields.items():
+        default: Any = field.default
+        if isinstance(default, bool):
+            assert listed[name] == spelled[default], name
+        elif default in (None, "", ()):
+            assert listed[name] == "–", name
+        else:
+            assert listed[name] == f"`{default}`", name
+
+
+# -- all documents ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_flags_lead_somewhere(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        assert "://" in target or (path.parent / target).exists(), target
+    serve = next(action for action in build_parser()._actions if action.dest == "command")
+    known = set(serve.choices["serve"]._option_string_actions)  # type: ignore[index, call-overload, union-attr]
+    shown = re.findall(r"(?:quire serve|ARGS=)[^\n`]*", text)
+    flags = {flag for line in shown for flag in re.findall(r"--[a-z][a-z-]+", line)}
+    flags |= set(re.findall(r"`(--[a-z][a-z-]+)`", text)) - {"--profile", "--scale"}
+    assert flags <= known, flags - known
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`?make ([a-z]+)", text)) <= targets | {"it", "a", "the", "sure"}
+
+
+def test_architecture_names_every_module_once() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `((?:server|engine|kernels)/\w+\.py)` \|", text, re.M)
+    modules = {
+        str(path.relative_to(ROOT))
+        for package in ("server", "engine", "kernels")
+        for path in (ROOT / package).glob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert len(named) == len(set(named))
+    assert set(named) == modules
+
+
+def test_changelog_tells_of_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## \[(\d[^\]]*)\]", changelog, re.M)
+    assert newest and newest[1] == version("quire")
+
+
+# -- docs/operations.md ----------------------------------------------------------------------
+
+OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+
+
+def _number(text: str) -> float | None:
+    match = re.search(r"\d+(\.\d+)?", text)
+    return float(match[0]) if match else None
+
+
+def test_limits_are_those_of_the_settings() -> None:
+    (rows,) = (table for table in _tables(OPERATIONS) if "flag" in table[0])
+    checked = 0
+    for row in rows:
+        if row["flag"].startswith("`") and row["default"] != "the model's":
+            default = Settings.model_fields[_code(row["flag"])[2:].replace("-", "_")].default
+            assert _number(row["default"]) == (None if default is None else _number(str(default)))
+            checked += 1
+    assert checked > 5
+
+
+def test_listed_metrics_are_exported() -> None:
+    exported = exported_samples()
+    names = re.findall(r"`(quire:\w+|http_\w+)`", OPERATIONS)
+    assert names
+    for name in names:
+        assert {name, f"{name}_count"} & exported.keys(), name
+
+
+def test_every_log_event_is_listed_with_its_fields() -> None:
+    (rows,) = (table for table in _tables(OPERATIONS) if {"event", "fields"} <= table[0].keys())
+    listed: dict[str, set[str]] = {}
+    for row in rows:
+        names = re.findall(r"`(\w+)`", row["event"])
+        fields = row["fields"].split("; ")
+        for name, its_fields in zip(names, fields, strict=True):
+            listed[name] = set(its_fields.split(", "))
+    logged: dict[str, set[str]] = {}
+    for path in (ROOT / "server").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if isinstance(node.func.value, ast.Name) and node.func.value.id == "log":
+                assert isinstance(node.args[0], ast.Constant)
+                fields_ = {str(keyword.arg).removeprefix("exc_") for keyword in node.keywords}
+                fields_ = {"exception" if name == "info" else name for name in fields_}
+                logged.setdefault(str(node.args[0].value), set()).update(fields_)
+    assert listed == logged
