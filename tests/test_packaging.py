@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -189,3 +190,13 @@ def test_every_import_is_a_declared_dependency() -> None:
                 if not names & declared:
                     missing[root] = path.name
     assert missing == {}
+
+
+# -- tools -----------------------------------------------------------------------------------
+
+
+def test_commit_hooks_name_files_that_exist() -> None:
+    _python(["-P", "-m", "pre_commit", "validate-config", ".pre-commit-config.yaml"], ROOT)
+    text = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    paths = re.findall(r"tests/\S+", text)
+    assert paths and all((ROOT / path).is_file() for path in paths)
