@@ -106,7 +106,7 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_quire_error(request: Request, error: Exception) -> JSONResponse:
         request_id = request.state.request_id
-        if answer_of(error).status >= 500:
+        if answer_of(error).status == 500:
             log.warning("request_failed", request_id=request_id, error=repr(error))
         return error_response(error, request_id)
 

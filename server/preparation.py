@@ -11,7 +11,6 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 
 from ..engine.errors import (
-    ContextLengthError,
     InvalidRequestError,
     QueueTimeoutError,
     RequestTimeoutError,
@@ -263,7 +262,7 @@ def _check_prompt_logprobs(requests: Sequence[Request]) -> None:
         return
     entries = sum(len(request.prompt_token_ids) for request in requests) * (k + 1)
     if entries > MAX_PROMPT_LOGPROBS:
-        raise ContextLengthError(
+        raise InvalidRequestError(
             f"log-probabilities of {entries} prompt tokens and alternatives are more than "
             f"{MAX_PROMPT_LOGPROBS}",
             "prompt_logprobs",

@@ -10,13 +10,22 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
 
 from ..engine.errors import InvalidRequestError
+from ..engine.sampling_params import MAX_LOGIT_BIAS
 from .unsupported import refuse_unsupported
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 1024  # characters
+MAX_MESSAGES = 10_000
 MAX_LABEL_LENGTH = 128  # of cache_salt, user and request_id, in characters
 
 
@@ -59,6 +68,14 @@ def _check_content(value: Any) -> str | None:
     return "\n".join(part["text"] for part in value)
 
 
+def _check_bias(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"has more than {MAX_LOGIT_BIAS} entries")
+    return value
+
+
+# Without fail-fast, a million wrong items would make a million error reports.
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Label = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_LENGTH)]
 Prompt = Annotated[Any, PlainValidator(_check_prompt)]
 Content = Annotated[Any, PlainValidator(_check_content)]
@@ -91,12 +108,12 @@ class GenerationBody(_Strict):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_check_bias)] = None
+    allowed_token_ids: TokenIds | None = None
     seed: int | None = None
     ignore_eos: bool | None = None
     stop: Annotated[list[str], PlainValidator(_check_stop)] = []
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = None
 
@@ -138,17 +155,17 @@ class Message(_Strict):
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
 
 class ChatFields(_Strict):
     """What a chat template is rendered from."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -174,7 +191,7 @@ class TokenizeChatBody(ChatFields):
 
 class DetokenizeBody(_Strict):
     model: str | None = None
-    tokens: list[int]
+    tokens: TokenIds
     skip_special_tokens: bool | None = None
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import transformers
+from transformers.utils import cached_file
 
 from ..engine.config import EngineInfo
 from ..engine.errors import ConfigurationError, ContextLengthError, InvalidRequestError
@@ -30,17 +30,22 @@ def load_generation_defaults(source: str, model: str) -> dict[str, Any]:
         return {}
     try:
         if source == "auto":
-            config = transformers.GenerationConfig.from_pretrained(model).to_diff_dict()
+            found = cached_file(
+                model, "generation_config.json", _raise_exceptions_for_missing_entries=False
+            )
+            if found is None:
+                return {}  # many models have none
+            path = Path(found)
         else:
             path = Path(source)
             path = path / "generation_config.json" if path.is_dir() else path
-            config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        if source == "auto":
-            return {}  # many models have none
         raise ConfigurationError(f"generation_config: {error}") from error
     except ValueError as error:
         raise ConfigurationError(f"generation_config: {source} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"generation_config: {source} is not a JSON object")
     defaults = {name: config[name] for name in _FROM_CONFIG if config.get(name) is not None}
     try:
         SamplingParams(

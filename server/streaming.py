@@ -133,7 +133,7 @@ class EventStream(Response):
     def _log(self, failure: Exception) -> None:
         if not isinstance(failure, QuireError):
             log.exception("stream_failed", request_id=self._request_id, exc_info=failure)
-        elif answer_of(failure).status >= 500:
+        elif answer_of(failure).status == 500:
             log.warning("request_failed", request_id=self._request_id, error=repr(failure))
 
 

@@ -115,10 +115,6 @@ class Tokenizer:
             raise ModelLoadError(f"cannot load the tokenizer of {model}: {reason}") from error
         return cls(hf, None if chat_template is None else _read_template(chat_template))
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
     async def encode(
         self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None
     ) -> list[int]:

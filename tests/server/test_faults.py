@@ -66,6 +66,11 @@ BAD = [
       for value in (["a"] * 5, "", ["a", ""], "x" * 2**20, [1], 3)),
     *(Bad("25", COMPLETIONS, {"stop_token_ids": value}, "stop_token_ids")
       for value in ([258], [-1], [1] * 1000)),
+    Bad("25", COMPLETIONS, {"stop_token_ids": ["x"] * 200_000}, "stop_token_ids[0]"),
+    Bad("23", COMPLETIONS, {"logit_bias": dict.fromkeys(map(str, range(50_000)), "x")},
+        "logit_bias"),
+    Bad("30", CHAT, {"messages": [3] * 100_000}, "messages[0]"),
+    Bad("30", CHAT, {"messages": HI["messages"] * 10_001}, "messages"),
     Bad("25", COMPLETIONS, {"bad_words": ["x"]}, "bad_words"),
     Bad("25", COMPLETIONS, {"allowed_token_ids": []}, "allowed_token_ids"),
     *(Bad("26", COMPLETIONS, {"seed": value}, "seed") for value in (2**64, -(2**64))),
@@ -300,6 +305,12 @@ async def test_row_47_equal_request_ids_are_different_inside(
         assert response.json()["id"] == "cmpl-mine"
     first, second = engine.requests
     assert first.request_id != second.request_id
+
+
+async def test_a_request_id_in_the_body_wins_and_is_echoed(client: httpx.AsyncClient) -> None:
+    response = await client.post(CHAT, json={**HI, "request_id": "body-1"})
+    assert response.headers["x-request-id"] == "body-1"
+    assert response.json()["id"] == "chatcmpl-body-1"
 
 
 @pytest.mark.parametrize("stream", [False, True])
