@@ -182,7 +182,8 @@ def paged_attention_extend(
     if num_tokens == 0 or num_seqs == 0:
         return out
     group = num_heads // num_kv_heads
-    config = config or extend_config(head_dim, query.dtype, max_query_len * group)
+    rows = max_query_len * group
+    config = config or extend_config(head_dim, query.dtype, rows, query.device)
     num_tiles = num_tokens * group // config.block_m + num_seqs
     _paged_attention_extend_kernel[(num_kv_heads, num_tiles)](
         out,

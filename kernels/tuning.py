@@ -3,6 +3,7 @@
 The figures of `benchmarks/gpu.py --sweep` decide these lines; docs/kernels.md says which.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,15 +20,27 @@ class TileConfig(NamedTuple):
     """Read block ids one tile ahead."""
 
 
-def extend_config(head_dim: int, dtype: torch.dtype, max_rows: int) -> TileConfig:
+@functools.cache
+def compute_capability(device: torch.device) -> int:
+    """80 for A100, 90 for H100; the interpreter takes the tiles of 90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def extend_config(
+    head_dim: int, dtype: torch.dtype, max_rows: int, device: torch.device
+) -> TileConfig:
     """The tile of `paged_attention_extend`; max_rows = max_query_len * group."""
     if dtype == torch.float32:
         return TileConfig(32, 16, 8, 1)  # no tensor cores: small enough not to spill
+    block_m, num_warps = (64, 4) if max_rows <= 64 else (128, 8)
+    # Without wgmma the operands stand in registers too, and larger tiles spill.
+    wgmma = compute_capability(device) == 90
     if head_dim > 128:
-        return TileConfig(64, 32, 4, 2) if max_rows <= 64 else TileConfig(128, 32, 8, 2)
-    if max_rows <= 64:
-        return TileConfig(64, 64, 4, 3)
-    return TileConfig(128, 64, 8, 3)
+        return TileConfig(block_m, 32, num_warps, 2) if wgmma else TileConfig(64, 32, 8, 2)
+    return TileConfig(block_m, 64 if wgmma or head_dim <= 64 else 32, num_warps, 3)
 
 
 def decode_config(head_dim: int, dtype: torch.dtype, rows: int) -> TileConfig:

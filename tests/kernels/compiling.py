@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from quire.kernels import tuning
+
 OPTIONS = ("num_warps", "num_stages")
 
 
@@ -104,6 +106,7 @@ def compile_launch(launch: Callable[[], object], arch: int) -> list[Compiled]:
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(triton.knobs.runtime, "interpret", True),
+        mock.patch.object(tuning, "compute_capability", lambda device: arch),
     ):
         launch()
     return results

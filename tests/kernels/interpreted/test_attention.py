@@ -103,7 +103,9 @@ def test_extend_options(dtype: torch.dtype, options: dict[str, Any], sinks: bool
     assert error < TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("config", [TileConfig(16, 64, 4, 1), TileConfig(64, 16, 4, 1)])
+@pytest.mark.parametrize(
+    "config", [TileConfig(16, 64, 4, 1), TileConfig(64, 16, 4, 1, prefetch=False)]
+)
 @pytest.mark.parametrize("window", [None, 37])
 def test_extend_tiles_larger_and_smaller_than_blocks(config: TileConfig, window: int) -> None:
     error = extend_error([70, 33], [130, 33], (4, 2, 16), 32, config=config, window=window)

@@ -1,0 +1,113 @@
+"""The launches whose machine code is looked at, and the table of it that docs/kernels.md holds.
+
+Run this file to print the table.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from compiling import Compiled, compile_launch
+from paged import paged_inputs
+
+from quire.kernels.copy_blocks import copy_blocks
+from quire.kernels.paged_attention_decode import (
+    DecodeWorkspace,
+    build_decode_schedule,
+    paged_attention_decode,
+)
+from quire.kernels.paged_attention_extend import paged_attention_extend
+from quire.kernels.reshape_and_cache import reshape_and_cache
+from quire.kernels.rms_norm import fused_add_rms_norm
+from quire.kernels.rope_and_cache import rope_and_cache
+from quire.kernels.silu_and_mul import silu_and_mul
+
+SHARED_LIMITS = {80: 166_912, 90: 232_448}
+"""Bytes of shared memory that one program may have, by compute capability."""
+BF16 = torch.bfloat16
+
+
+def extend(heads: tuple[int, int, int], block_size: int) -> None:
+    inputs = paged_inputs(
+        [200], [400], num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2],
+        block_size=block_size, dtype=BF16,
+    )  # fmt: skip
+    paged_attention_extend(
+        inputs.query, inputs.key_cache, inputs.value_cache, inputs.block_table,
+        inputs.query_start_loc, inputs.seq_lens, scale=inputs.scale, max_query_len=200,
+    )  # fmt: skip
+
+
+def decode(heads: tuple[int, int, int], block_size: int) -> None:
+    inputs = paged_inputs(
+        [1, 1], [400, 20], num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2],
+        block_size=block_size, dtype=BF16,
+    )  # fmt: skip
+    workspace = DecodeWorkspace.allocate(2, *heads, dtype=BF16, device="cpu")
+    build_decode_schedule(inputs.seq_lens, workspace)
+    paged_attention_decode(
+        inputs.query, inputs.key_cache, inputs.value_cache, inputs.block_table, inputs.seq_lens,
+        scale=inputs.scale, workspace=workspace,
+    )  # fmt: skip
+
+
+def write(rope: bool) -> None:
+    packed = torch.zeros(3, 48, 128, dtype=BF16)
+    query, key, value = packed.split([32, 8, 8], dim=1)
+    caches = torch.zeros(2, 4, 8, 16, 128, dtype=BF16)
+    slots = torch.zeros(3, dtype=torch.int64)
+    if rope:
+        cos, weight = torch.zeros(3, 128, dtype=BF16), torch.zeros(128, dtype=BF16)
+        rope_and_cache(
+            query, key, value, *caches, slots, cos, cos, query_weight=weight, key_weight=weight
+        )
+    else:
+        reshape_and_cache(key, value, *caches, slots)
+
+
+def copy() -> None:
+    ids = torch.zeros(3, dtype=torch.int64)
+    copy_blocks(torch.zeros(2, 2, 4, 8, 16, 128, dtype=BF16), ids, ids)
+
+
+def rows(kind: str) -> None:
+    x = torch.zeros(4, 4096, dtype=BF16)
+    if kind == "norm":
+        fused_add_rms_norm(x, x.clone(), torch.zeros(4096, dtype=BF16), eps=1e-6)
+    else:
+        silu_and_mul(x)
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "extend 32/8 heads, dim 128, block 16": lambda: extend((32, 8, 128), 16),
+    "extend 32/8 heads, dim 128, block 64": lambda: extend((32, 8, 128), 64),
+    "extend 14/2 heads, dim 64, block 16": lambda: extend((14, 2, 64), 16),
+    "decode 32/8 heads, dim 128, block 16": lambda: decode((32, 8, 128), 16),
+    "decode 32/8 heads, dim 128, block 64": lambda: decode((32, 8, 128), 64),
+    "decode 14/2 heads, dim 64, block 16": lambda: decode((14, 2, 64), 16),
+    "write K and V": lambda: write(False),
+    "norm, rope and write": lambda: write(True),
+    "copy blocks": copy,
+    "fused add and RMSNorm, 4096": lambda: rows("norm"),
+    "silu and mul, 2048": lambda: rows("silu"),
+}
+
+
+@functools.cache
+def compiled(name: str, arch: int) -> list[Compiled]:
+    return compile_launch(LAUNCHES[name], arch)
+
+
+def table() -> str:
+    """Registers, spills and shared memory of every launch's last kernel, as Markdown."""
+    lines = ["| launch (bf16) | GPU | registers | spills (B) | shared memory (B) |"]
+    lines.append("|---|---|---|---|---|")
+    for arch in SHARED_LIMITS:
+        for name in LAUNCHES:
+            _, registers, spills, shared, _ = compiled(name, arch)[-1]
+            lines.append(f"| {name} | `sm_{arch}` | {registers} | {spills} | {shared} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
