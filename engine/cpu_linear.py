@@ -1,9 +1,9 @@
 """Linear layers on the CPU with weights in oneDNN's own layout.
 
-`F.linear` in float32 goes to MKL, which packs the weight anew in every call; packed once, the same
+`F.linear` in float32 goes to MKL, which packs the weight anew in every call. Packed once, the same
 product took 0.35 to 0.45 times as long from 4 rows on, and as long for one (AMD EPYC, one thread,
-torch 2.13). oneDNN also sums in an order that does not depend on the number of rows, so that a
-sequence's hidden states do not change with its neighbours.
+torch 2.13). oneDNN also sums in an order that does not depend on the number of rows: a row's
+product is the same whatever else is in the batch.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,29 +15,25 @@ from .attention import AttentionMetadata
 from .attention_cpu import CpuPlan, Scratch, build_cpu_plan
 from .causal_lm import CausalLM
 from .config import EngineConfig
-from .errors import NonFiniteLogitsError
+from .device_copy import to_device
+from .errors import StepFailedError
 from .input_batch import DeviceStep, HostStep, InputBatch
-from .logprobs import LogprobTensors, compute_logprobs, to_token_logprobs
-from .outputs import BlockCopy, ModelRunnerOutput, RowError, SchedulerOutput, TokenLogprobs
+from .logprobs import compute_logprobs
+from .outputs import BlockCopy, ModelRunnerOutput, RowError, SchedulerOutput
 from .request import Request
-from .sampler import Sampler, SamplerOutput, collect_logprobs
+from .sampler import Sampler
 from .sampling_params import SamplingParams
 from .sequence import Rank
 from .sequence import Sequence as TokenSequence
+from .step_results import PromptChunk, RowSamples, collect_prompt, collect_samples, to_host
 
 if TYPE_CHECKING:
     from ..kernels.decode_schedule import DecodeWorkspace
 
+logger = logging.getLogger("quire.engine")
+
 PROMPT_LOGIT_ELEMENTS = 1 << 25
 """Logits of prompt tokens are made at most so many at a time: 128 MiB in float32."""
-
-
-class PromptChunk(NamedTuple):
-    """Prompt log-probabilities of one row: `num_top` alternatives at each of its positions."""
-
-    row: int
-    num_top: int
-    logprobs: LogprobTensors
 
 
 class ModelRunner:
@@ -88,22 +86,47 @@ class ModelRunner:
         metadata = self._metadata(host, step)
         hidden = self._forward(step, metadata)
         prompt_chunks = self._prompt_logprobs(host, hidden)
-        sampled = None
-        sampling = [host.sequences[row] for row in host.sampling_rows]
-        if sampling:
-            batch = self._sampler.prepare(sampling)
-            sampled = self._sampler(self._model.logits(hidden[step.logit_indices]), batch)
-        sampled, prompt_chunks = _to_host(sampled, prompt_chunks)
-        token_ids: list[int | None] = [None] * len(output.sequences)
-        result = ModelRunnerOutput(token_ids, {}, {}, {})
-        if sampled is not None:
+        result = ModelRunnerOutput([None] * len(output.sequences), {}, {}, {})
+        samples: list[RowSamples] = []
+        if len(host.sampling_rows):
+            logits = self._model.logits(hidden[step.logit_indices])
             rows = [host.order[row] for row in host.sampling_rows]
-            _collect_samples(result, rows, sampled)
-            for position, entry in collect_logprobs(sampled, batch).items():
-                result.logprobs[rows[position]] = entry
+            sequences = [output.sequences[row] for row in rows]
+            samples = self._sample(rows, sequences, logits, result.errors)
+        samples, prompt_chunks = to_host(samples, prompt_chunks)
+        for sample in samples:
+            collect_samples(result, sample)
         for chunk in prompt_chunks:
-            _collect_prompt(result, host.order[chunk.row], chunk)
+            collect_prompt(result, host.order[chunk.row], chunk)
         return result
+
+    def _sample(
+        self,
+        rows: list[int],
+        sequences: list[TokenSequence],
+        logits: torch.Tensor,
+        errors: dict[int, RowError],
+    ) -> list[RowSamples]:
+        """Sample all rows at once; should that raise, each by itself, so that it costs the
+        offender alone. Raises where every row fails: then the fault is not a row's."""
+        try:
+            batch = self._sampler.prepare(sequences)
+            return [RowSamples(rows, batch, self._sampler(logits, batch))]
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception:
+            if len(rows) == 1:
+                logger.exception("sampling %s failed", sequences[0])
+                errors[rows[0]] = RowError(StepFailedError.code, "its row raised in the sampler")
+                return []
+            alone = [
+                self._sample([row], [sequence], row_logits[None], errors)
+                for row, sequence, row_logits in zip(rows, sequences, logits, strict=True)
+            ]
+            samples = list(chain.from_iterable(alone))
+            if not samples:
+                raise
+            return samples
 
     @torch.inference_mode()
     def run_largest_step(self) -> None:
@@ -156,13 +179,12 @@ class ModelRunner:
         if not copies:
             return
         cache = self._kv_cache
-        pairs = torch.tensor(copies, dtype=torch.int64).T.contiguous()
+        sources, destinations = to_device(copies, torch.int64, cache.device).T.contiguous()
         if cache.device.type == "cpu":
-            cache[:, :, pairs[1]] = cache[:, :, pairs[0]]
+            cache[:, :, destinations] = cache[:, :, sources]
             return
         from ..kernels.copy_blocks import copy_blocks
 
-        sources, destinations = pairs.pin_memory().to(cache.device, non_blocking=True)
         copy_blocks(cache, sources, destinations)
 
     def _metadata(self, host: HostStep, step: DeviceStep) -> AttentionMetadata:
@@ -218,8 +240,10 @@ class ModelRunner:
             start = int(host.starts[row])
             count = min(int(host.lengths[row]), sequence.num_prompt_tokens - 1 - start)
             first = int(host.query_start_loc[row])
-            targets = torch.tensor(sequence.token_ids[start + 1 : start + 1 + max(count, 0)])
-            targets = targets.to(hidden.device, torch.int64)
+            if count <= 0:
+                continue
+            ids = sequence.token_ids[start + 1 : start + 1 + count]
+            targets = to_device(ids, torch.int64, hidden.device)
             size = max(1, PROMPT_LOGIT_ELEMENTS // self._model.spec.vocab_size)
             for begin in range(0, count, size):
                 end = min(begin + size, count)
@@ -227,53 +251,3 @@ class ModelRunner:
                 logprobs = compute_logprobs(logits, targets[begin:end], num_top)
                 chunks.append(PromptChunk(row, num_top, logprobs))
         return chunks
-
-
-def _to_host(
-    sampled: SamplerOutput | None, chunks: list[PromptChunk]
-) -> tuple[SamplerOutput | None, list[PromptChunk]]:
-    """Bring a step's results to the host: all copies are queued, then waited for once."""
-    device = None
-
-    def pull(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal device
-        if tensor.device.type == "cpu":
-            return tensor
-        device = tensor.device
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True)
-
-    def pull_all(tensors: LogprobTensors) -> LogprobTensors:
-        return LogprobTensors(*map(pull, tensors))
-
-    if sampled is not None:
-        logprobs = None if sampled.logprobs is None else pull_all(sampled.logprobs)
-        sampled = SamplerOutput(pull(sampled.token_ids), pull(sampled.finite), logprobs)
-    chunks = [chunk._replace(logprobs=pull_all(chunk.logprobs)) for chunk in chunks]
-    if device is not None:
-        torch.cuda.current_stream(device).synchronize()
-    return sampled, chunks
-
-
-def _non_finite() -> RowError:
-    return RowError(NonFiniteLogitsError.code, "the model's logits are not finite")
-
-
-def _collect_samples(result: ModelRunnerOutput, rows: list[int], sampled: SamplerOutput) -> None:
-    samples = zip(rows, sampled.token_ids.tolist(), sampled.finite.tolist(), strict=True)
-    for row, token_id, finite in samples:
-        if finite:
-            result.token_ids[row] = token_id
-        else:
-            result.errors[row] = _non_finite()
-
-
-def _collect_prompt(result: ModelRunnerOutput, row: int, chunk: PromptChunk) -> None:
-    if chunk.logprobs.logprobs.isnan().any():
-        result.errors[row] = _non_finite()
-        result.token_ids[row] = None
-        return
-    entries: list[TokenLogprobs] = to_token_logprobs(
-        chunk.logprobs, [chunk.num_top] * len(chunk.logprobs.token_ids)
-    )
-    result.prompt_logprobs.setdefault(row, []).extend(entries)

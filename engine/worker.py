@@ -9,7 +9,7 @@ import torch
 
 from .causal_lm import CausalLM
 from .config import EngineConfig
-from .errors import DeviceMemoryError
+from .errors import ConfigurationError, DeviceMemoryError
 from .kv_cache import allocate_kv_cache, cpu_cache_memory, num_blocks_from_memory
 from .loader import load_model
 from .model_runner import ModelRunner
@@ -73,7 +73,13 @@ class Worker:
         device = self._model.device
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        self._make_runner(1).run_largest_step()
+        try:
+            self._make_runner(1).run_largest_step()
+        except torch.OutOfMemoryError as error:
+            raise ConfigurationError(
+                f"a step of {self._config.max_num_batched_tokens} tokens does not fit the memory "
+                f"of {device} beside the model: lower --max-num-batched-tokens or --max-num-seqs"
+            ) from error
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.empty_cache()

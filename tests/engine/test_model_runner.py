@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from quire.engine.errors import NonFiniteLogitsError
-from quire.engine.outputs import BlockCopy
+from quire.engine.outputs import BlockCopy, RowError
+from quire.engine.sampling_metadata import SamplingBatch
+from quire.engine.sequence import Sequence
 
 from .models import FAMILIES, generate, logprobs, save_model
 from .worker_driver import Driver, make_config, make_sequence
@@ -139,6 +141,39 @@ def test_a_row_with_nan_fails_alone_and_its_blocks_poison_nobody(
     for sequence in (canary, *heirs):
         prompt = sequence.token_ids[: sequence.num_prompt_tokens]
         assert sequence.token_ids[len(prompt) :] == generate(model, prompt, 30)
+
+
+def test_a_row_that_raises_in_the_sampler_fails_alone(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = llama
+    driver = Driver.start(make_config(folder, max_num_batched_tokens=64))
+    prompts = make_prompts([3, 4, 5])
+    first, offender, last = (make_sequence(prompt, 6, logprobs=0) for prompt in prompts)
+    sampler = driver.worker._runner._sampler
+    prepare = sampler.prepare
+
+    def fail_with_offender(sequences: list[Sequence]) -> SamplingBatch:
+        if offender in sequences:
+            raise KeyError("no such mask")
+        return prepare(sequences)
+
+    monkeypatch.setattr(sampler, "prepare", fail_with_offender)
+    output, result = driver.step([first, offender, last])
+    row = output.sequences.index(offender)
+    assert result.errors == {row: RowError("step_failed", "its row raised in the sampler")}
+    assert result.token_ids[row] is None
+    assert sorted(result.logprobs) == sorted({0, 1, 2} - {row})
+    driver.run([first, last])
+    for sequence, prompt in ((first, prompts[0]), (last, prompts[2])):
+        assert sequence.token_ids[len(prompt) :] == generate(model, prompt, 6)
+
+    def fail(_: list[Sequence]) -> SamplingBatch:
+        raise KeyError("not a row's fault")
+
+    monkeypatch.setattr(sampler, "prepare", fail)
+    with pytest.raises(KeyError):
+        driver.step([make_sequence([5, 6], 2), make_sequence([5, 6], 2)])
 
 
 def test_a_step_without_rows_applies_releases(llama: tuple[Path, PreTrainedModel]) -> None:
