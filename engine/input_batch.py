@@ -91,7 +91,6 @@ class InputBatch:
         device: torch.device,
     ) -> None:
         self._block_size = block_size
-        self._device = device
         self._rows: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         # A last sampled token may own a slot without being fed back, hence one more.
@@ -104,6 +103,9 @@ class InputBatch:
         self._seq_lens = PersistentBuffer(max_num_seqs, torch.int32, device)
         self._logit_indices = PersistentBuffer(max_num_seqs, torch.int64, device)
         self._block_table = PersistentBuffer(max_num_seqs * max_blocks, torch.int32, device)
+        self._uploaded: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def apply(self, output: SchedulerOutput) -> set[int]:
         """Bring rows and tables up to date; the seq_ids whose tables changed or are new."""
@@ -126,6 +128,8 @@ class InputBatch:
 
     def prepare(self, output: SchedulerOutput, changed: set[int]) -> tuple[HostStep, DeviceStep]:
         """Lay out the step that `apply` was just called for."""
+        if self._uploaded is not None:  # the last step's copies still read the host buffers
+            self._uploaded.synchronize()
         counts = np.array(output.num_new_tokens, dtype=np.int64)
         order = np.argsort(counts > 1, kind="stable")
         counts = counts[order]
@@ -170,16 +174,21 @@ class InputBatch:
             seq_lens=self._seq_lens.array[:num_seqs],
             stale_slots=self._stale_slots(table, starts, stops, is_changed),
         )
-        device = DeviceStep(
+        return host, self._upload(num_tokens, num_seqs, width, len(sampling_rows))
+
+    def _upload(self, num_tokens: int, num_seqs: int, width: int, num_logits: int) -> DeviceStep:
+        step = DeviceStep(
             input_ids=self._input_ids.upload(num_tokens),
             positions=self._positions.upload(num_tokens),
             slot_mapping=self._slots.upload(num_tokens),
             block_table=self._block_table.upload(num_seqs * width).view(num_seqs, width),
             query_start_loc=self._query_start_loc.upload(num_seqs + 1),
             seq_lens=self._seq_lens.upload(num_seqs),
-            logit_indices=self._logit_indices.upload(len(sampling_rows)),
+            logit_indices=self._logit_indices.upload(num_logits),
         )
-        return host, device
+        if self._uploaded is not None:
+            self._uploaded.record()
+        return step
 
     def _fill_input_ids(
         self,
