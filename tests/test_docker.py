@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import yaml
@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine.config import EngineInfo
 from quire.engine.errors import QuireError
-from quire.engine.outputs import Timings
+from quire.engine.outputs import FinishReason, Timings
 from quire.server.metrics import Metrics, RequestRecord
 from quire.server.settings import Settings, load_settings
 
@@ -256,8 +256,10 @@ def test_every_queried_metric_is_exported_with_its_labels(query: str) -> None:
         assert set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector)) <= labels, selector
     for grouping in re.findall(r"by \((.*?)\)", query):
         assert set(grouping.split(", ")) <= labels, grouping
-    for reason in re.findall(r'reason="(\w+)"', query):
+    for reason in re.findall(r'\breason="(\w+)"', query):
         assert reason in {error.code for error in _descendants(QuireError)}
+    for reason in re.findall(r'\bfinished_reason="(\w+)"', query):
+        assert reason in get_args(FinishReason)
 
 
 def _descendants(kind: type[QuireError]) -> Iterator[type[QuireError]]:

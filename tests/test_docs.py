@@ -296,6 +296,11 @@ def test_limits_are_those_of_the_settings() -> None:
     assert checked > 5
 
 
+def test_alerts_are_listed_with_what_to_do() -> None:
+    alerts = re.findall(r"alert: (\w+)", (ROOT / "configs/prometheus/alerts.yml").read_text())
+    assert re.findall(r"^\| (Quire\w+) \|", OPERATIONS, re.M) == alerts
+
+
 def test_listed_metrics_are_exported() -> None:
     exported = exported_samples()
     names = re.findall(r"`(quire:\w+|http_\w+)`", OPERATIONS)
