@@ -1,8 +1,8 @@
 """Reading a JSON body strictly.
 
 Refused with 400: anything but UTF-8, `NaN`, `Infinity`, numbers beyond a double, duplicate keys,
-lone surrogates, nesting deeper than MAX_NESTING, more than MAX_VALUES values, and any top level
-but an object. A content type
+lone surrogates, nesting deeper than MAX_NESTING, more than MAX_VALUES values or MAX_MEMBERS members
+of objects, and any top level but an object. A content type
 other than JSON is 415.
 """
 
@@ -21,6 +21,8 @@ from ..engine.errors import InvalidRequestError
 MAX_NESTING = 64
 MAX_VALUES = 1_000_000
 """Most commas in a body: parsing so many numbers takes the interpreter lock for 70 ms."""
+MAX_MEMBERS = 50_000
+"""Most members of all objects together: each costs microseconds of validation, on the loop."""
 _LARGE_BODY = 64 * 1024  # above it, parsing would be felt by other requests' streams
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -40,10 +42,19 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     """Parse strictly; raises InvalidRequestError."""
     if body.count(b",") > MAX_VALUES:
         raise InvalidRequestError(f"the body has more than {MAX_VALUES} values")
+    num_members = 0
+
+    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal num_members
+        num_members += len(pairs)
+        if num_members > MAX_MEMBERS:
+            raise InvalidRequestError(f"the body has more than {MAX_MEMBERS} members of objects")
+        return _unique_keys(pairs)
+
     try:
         value = json.loads(
             body.decode("utf-8"),
-            object_pairs_hook=_unique_keys,
+            object_pairs_hook=to_object,
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )

@@ -25,7 +25,8 @@ from .unsupported import refuse_unsupported
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 1024  # characters
-MAX_MESSAGES = 10_000
+MAX_MESSAGES = 4096
+MAX_DETOKENIZE = 262_144
 MAX_LABEL_LENGTH = 128  # of cache_salt, user and request_id, in characters
 
 
@@ -191,7 +192,7 @@ class TokenizeChatBody(ChatFields):
 
 class DetokenizeBody(_Strict):
     model: str | None = None
-    tokens: TokenIds
+    tokens: Annotated[list[int], Field(max_length=MAX_DETOKENIZE, fail_fast=True)]
     skip_special_tokens: bool | None = None
 
 
@@ -232,8 +233,8 @@ def _path(loc: tuple[int | str, ...]) -> str:
 def _unknown(body: BaseModel, prefix: tuple[int | str, ...] = ()) -> Iterator[str]:
     for name in body.model_extra or ():
         yield _path((*prefix, name))
-    for name in type(body).model_fields:
-        value = getattr(body, name)
+    for name in body.model_fields_set:
+        value = getattr(body, name, None)
         if isinstance(value, BaseModel):
             yield from _unknown(value, (*prefix, name))
         elif isinstance(value, list) and value and isinstance(value[0], BaseModel):

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from quire.engine.outputs import RowError
-from quire.server.body import MAX_NESTING, MAX_VALUES
+from quire.server.body import MAX_MEMBERS, MAX_NESTING, MAX_VALUES
 
 from .conftest import MODEL, MakeClient
 from .fakes import FakeEngineClient, Script, ids, say
@@ -67,10 +67,10 @@ BAD = [
     *(Bad("25", COMPLETIONS, {"stop_token_ids": value}, "stop_token_ids")
       for value in ([258], [-1], [1] * 1000)),
     Bad("25", COMPLETIONS, {"stop_token_ids": ["x"] * 200_000}, "stop_token_ids[0]"),
-    Bad("23", COMPLETIONS, {"logit_bias": dict.fromkeys(map(str, range(50_000)), "x")},
+    Bad("23", COMPLETIONS, {"logit_bias": dict.fromkeys(map(str, range(40_000)), "x")},
         "logit_bias"),
     Bad("30", CHAT, {"messages": [3] * 100_000}, "messages[0]"),
-    Bad("30", CHAT, {"messages": HI["messages"] * 10_001}, "messages"),
+    Bad("30", CHAT, {"messages": HI["messages"] * 4097}, "messages"),
     Bad("25", COMPLETIONS, {"bad_words": ["x"]}, "bad_words"),
     Bad("25", COMPLETIONS, {"allowed_token_ids": []}, "allowed_token_ids"),
     *(Bad("26", COMPLETIONS, {"seed": value}, "seed") for value in (2**64, -(2**64))),
@@ -157,6 +157,7 @@ BAD_JSON = {
     "07-objects": b'{"a":' * DEEP + b"1" + b"}" * DEEP,
     "07-just-over": b'{"a":' * (MAX_NESTING + 1) + b"1" + b"}" * (MAX_NESTING + 1),
     "07-values": b'{"prompt": [' + b"1," * (MAX_VALUES + 1) + b"1]}",
+    "07-members": json.dumps(dict.fromkeys(map(str, range(MAX_MEMBERS + 1)), 1)).encode(),
     "08-list": b"[]",
     "08-null": b"null",
     "08-string": b'"x"',
