@@ -40,6 +40,11 @@ def require_last_contiguous(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} needs a contiguous last dimension, not strides {tensor.stride()}")
 
 
+def interpreting() -> bool:
+    """Whether Triton's interpreter was switched on, so that kernels run on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 def require_launchable(**tensors: torch.Tensor | None) -> None:
     """Raise ValueError unless all tensors share one device that Triton can run on.
 
@@ -49,7 +54,7 @@ def require_launchable(**tensors: torch.Tensor | None) -> None:
     first = next(iter(devices.values()))
     if any(device != first for device in devices.values()):
         raise ValueError(f"tensors lie on different devices: {devices}")
-    if first.type != "cuda" and not triton.knobs.runtime.interpret:
+    if first.type != "cuda" and not interpreting():
         raise ValueError(f"Triton kernels need CUDA tensors, not {first}; see kernels/reference.py")
 
 

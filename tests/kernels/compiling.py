@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from quire.kernels import tuning
+from quire.kernels import checks, tuning
 
 OPTIONS = ("num_warps", "num_stages")
 
@@ -105,7 +105,7 @@ def compile_launch(launch: Callable[[], object], arch: int) -> list[Compiled]:
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(triton.knobs.runtime, "interpret", True),
+        mock.patch.object(checks, "interpreting", lambda: True),
         mock.patch.object(tuning, "compute_capability", lambda device: arch),
     ):
         launch()

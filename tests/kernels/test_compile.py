@@ -55,3 +55,8 @@ def test_table_in_the_docs_is_current() -> None:
 
     written = DOCS.read_text().split("<!-- resources -->")[1]
     assert facts(written) == facts(table())
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
+    with pytest.raises(ValueError, match="CUDA"):
+        LAUNCHES["copy blocks"]()
