@@ -146,6 +146,8 @@ def _die_with_parent() -> None:
 
 def _prepare_process(launch: wire.Launch) -> None:
     os.dup2(2, 1)
+    if launch.log_format == "json":
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are no JSON
     # A terminal's Ctrl-C reaches the whole process group; the client decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from itertools import count
+from typing import Any
 
 from quire.engine.config import EngineConfig, EngineInfo
 from quire.engine.errors import InvalidRequestError, ModelLoadError
@@ -24,11 +25,11 @@ forgotten. SLOW: 20 ms a step. STAMPED: tokens carry their step's time, as Timin
 _ids = count()
 
 
-def make_request(first_token: int = 100, max_tokens: int = 5, n: int = 1) -> Request:
+def make_request(first_token: int = 100, max_tokens: int = 5, n: int = 1, **params: Any) -> Request:
     return Request(
         request_id=f"request-{next(_ids)}",
         prompt_token_ids=(first_token, 1, 2),
-        sampling_params=SamplingParams(max_tokens=max_tokens, n=n),
+        sampling_params=SamplingParams(max_tokens=max_tokens, n=n, **params),
         arrival_time=time.monotonic(),
     )
 

@@ -46,7 +46,12 @@ class Server:
             assert line, f"the server ended: {self.log}"
             if line.startswith("{"):
                 self.log.append(json.loads(line))
-        self.http = httpx.Client(base_url=self.log[-1]["address"], timeout=20)
+        address = self.log[-1]["address"]
+        if address.startswith("unix:"):
+            transport = httpx.HTTPTransport(uds=address.removeprefix("unix:"))
+            self.http = httpx.Client(base_url="http://quire", timeout=20, transport=transport)
+        else:
+            self.http = httpx.Client(base_url=address, timeout=20)
 
     @property
     def engine(self) -> psutil.Process:
@@ -130,8 +135,10 @@ def test_kill_drain_and_clean_exit() -> None:
         assert not engine.is_running()
 
 
-def test_second_interrupt_exits_hard() -> None:
-    with serving() as server, server.stream(SLOW, 1000):
+def test_second_interrupt_exits_hard(tmp_path: Path) -> None:
+    """Also what serves on a unix socket."""
+    path = str(tmp_path / "quire.sock")
+    with serving("--uds", path) as server, server.stream(SLOW, 1000):
         engine = server.engine
         server.process.send_signal(signal.SIGINT)
         while server.http.get("/ready").status_code == 200:
