@@ -22,7 +22,7 @@ from quire.engine.errors import QuireError, StartupError
 from quire.server import protocol
 from quire.server.cli import build_parser
 from quire.server.errors import answer_of
-from quire.server.settings import Settings
+from quire.server.settings import Settings, load_settings
 from quire.server.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
 
 from .server.conftest import make_app
@@ -250,7 +250,7 @@ async def test_examples_of_the_readme_are_accepted() -> None:
     )
     bodies.append({str(item.arg): ast.literal_eval(item.value) for item in call.keywords})
     assert len(bodies) == 2
-    async with _client(served_model_name=("demo",)) as client:
+    async with _client(served_model_name=load_settings().served_names) as client:
         for body in bodies:
             response = await client.post(PATHS["H"], json=body)
             assert response.status_code == 200, response.text
