@@ -1,6 +1,6 @@
 """Tile shapes by head_dim, dtype and rows: a table, so that nothing is tuned at run time.
 
-The figures of `benchmarks/gpu.py --sweep` decide these lines; docs/kernels.md says which.
+The sweeps of `benchmarks/gpu.py` decide these lines; docs/kernels.md says what was measured.
 """
 
 import functools

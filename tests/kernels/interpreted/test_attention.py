@@ -87,7 +87,7 @@ def decode_error(
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize("block_size", [16, 64])
 def test_extend_heads_and_blocks(heads: tuple[int, int, int], block_size: int) -> None:
     assert extend_error([19, 1, 5], [19, 40, 37], heads, block_size) < 1e-6
 
@@ -130,7 +130,7 @@ def test_extend_leaves_rows_outside_alone() -> None:
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize("block_size", [16, 64])
 def test_decode_heads_and_blocks(heads: tuple[int, int, int], block_size: int) -> None:
     assert decode_error([70, 0, 1, 33], heads, block_size) < 1e-6
 
