@@ -211,7 +211,7 @@ async def test_close_ends_a_hung_engine(client: ProcessEngineClient) -> None:
 
 
 @pytest.mark.parametrize("first_token", [100, HANG], ids=["idle", "hung"])
-def test_engine_dies_with_its_parent(first_token: int) -> None:
+def test_engine_dies_with_its_parent(first_token: int, tmp_path: Path) -> None:
     """The parent is killed, so that none of its own clean-up can run."""
     script = f"""
         import asyncio, fakes
@@ -231,7 +231,7 @@ def test_engine_dies_with_its_parent(first_token: int) -> None:
     """
     with subprocess.Popen(
         [sys.executable, "-P", "-c", textwrap.dedent(script)],
-        env={**os.environ, "PYTHONPATH": FAKES},
+        env={**os.environ, "PYTHONPATH": FAKES, "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
     ) as parent:
         assert parent.stdout is not None

@@ -135,8 +135,9 @@ def test_kill_drain_and_clean_exit() -> None:
         assert not engine.is_running()
 
 
-def test_second_interrupt_exits_hard(tmp_path: Path) -> None:
+def test_second_interrupt_exits_hard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what serves on a unix socket."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # nobody is left to remove the engine's folder
     path = str(tmp_path / "quire.sock")
     with serving("--uds", path) as server, server.stream(SLOW, 1000):
         engine = server.engine
