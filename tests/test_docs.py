@@ -33,8 +33,11 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 API = (ROOT / "docs/api.md").read_text(encoding="utf-8")
 PATHS = {"C": "/v1/completions", "H": "/v1/chat/completions"}
-BODIES = {"C": {"prompt": "a"}, "H": {"messages": [{"role": "user", "content": "a"}]}}
-MODELS = {"C": protocol.CompletionBody, "H": protocol.ChatBody}
+BODIES: dict[str, dict[str, Any]] = {
+    "C": {"prompt": "a"},
+    "H": {"messages": [{"role": "user", "content": "a"}]},
+}
+MODELS: dict[str, type[BaseModel]] = {"C": protocol.CompletionBody, "H": protocol.ChatBody}
 
 
 def _tables(text: str) -> Iterator[list[dict[str, str]]]:
@@ -93,7 +96,7 @@ async def test_every_endpoint_is_listed_and_asks_for_its_key() -> None:
     routes = {
         (method, route.path.replace(":path", ""))
         for route in _routes(_app().routes)
-        for method in route.methods
+        for method in route.methods or ()
     }
     assert set(listed) == routes
     keys = {"api_key": ("client-key",), "admin_api_key": "admin-key"}
@@ -229,8 +232,10 @@ def test_links_and_flags_lead_somewhere(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert "://" in target or (path.parent / target).exists(), target
-    serve = next(action for action in build_parser()._actions if action.dest == "command")
-    known = set(serve.choices["serve"]._option_string_actions)  # type: ignore[index, call-overload, union-attr]
+    (commands,) = (
+        action.choices for action in build_parser()._actions if isinstance(action.choices, dict)
+    )
+    known = set(commands["serve"]._option_string_actions)
     shown = re.findall(r"(?:quire serve|ARGS=)[^\n`]*", text)
     flags = {flag for line in shown for flag in re.findall(r"--[a-z][a-z-]+", line)}
     flags |= set(re.findall(r"`(--[a-z][a-z-]+)`", text)) - {"--profile", "--scale"}
