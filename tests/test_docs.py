@@ -18,8 +18,17 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from quire.engine import errors as tree
+from quire.engine import sampling_params
 from quire.engine.errors import QuireError, StartupError
-from quire.server import protocol
+from quire.server import (
+    body,
+    http_protocol,
+    logprobs,
+    preparation,
+    protocol,
+    sampling,
+    streaming,
+)
 from quire.server.cli import build_parser
 from quire.server.errors import answer_of
 from quire.server.settings import Settings, load_settings
@@ -189,6 +198,29 @@ async def test_unsupported_fields_are_refused_by_name(where: str) -> None:
             assert response.status_code == 200, (name, text)
 
 
+def test_stated_bounds_are_those_of_the_code() -> None:
+    text = " ".join(API.split()).replace(",", "")
+    for bound, phrase in (
+        (body.MAX_NESTING, "at most {} levels deep"),
+        (body.MAX_VALUES, "at most {} values"),
+        (body.MAX_MEMBERS, "{} members of objects"),
+        (protocol.MAX_MESSAGES, "1 to {} |"),
+        (protocol.MAX_DETOKENIZE, "at most {} |"),
+        (protocol.MAX_STOP_STRINGS, "up to {} each"),
+        (protocol.MAX_STOP_LENGTH, "of 1 to {} characters; the text ends"),
+        (protocol.MAX_LABEL_LENGTH, "same salt; 1 to {} characters"),
+        (sampling_params.MAX_LOGIT_BIAS, "to 100; at most {} |"),
+        (sampling_params.MAX_STOP_TOKEN_IDS, "at most {} ids of the vocabulary"),
+        (preparation.MAX_PROMPT_LOGPROBS, "together at most {} entries"),
+        (http_protocol.MAX_HEADERS, "more than {} headers"),
+        (http_protocol.MAX_HEADER_BYTES // 1024, "headers over {} KiB"),
+        (round(streaming.WRITE_TIMEOUT), "reads nothing for {} seconds"),
+        (round(logprobs.LOWEST), "minus infinity is written {}"),
+        (sampling.COMPLETION_MAX_TOKENS, "default: {} (C)"),
+    ):
+        assert phrase.format(bound) in text, phrase.format(bound)
+
+
 def test_every_error_is_listed_with_its_answer() -> None:
     listed = {
         (row["status"], _code(row["type"]), _code(row["code"]))
@@ -246,7 +278,7 @@ def test_links_and_flags_lead_somewhere(path: Path) -> None:
 
 async def test_examples_of_the_readme_are_accepted() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    bodies = [json.loads(body) for body in re.findall(r"-d '(\{.*?\})'", text, re.S)]
+    bodies = [json.loads(text) for text in re.findall(r"-d '(\{.*?\})'", text, re.S)]
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.S)
     (call,) = (
         node
@@ -256,8 +288,8 @@ async def test_examples_of_the_readme_are_accepted() -> None:
     bodies.append({str(item.arg): ast.literal_eval(item.value) for item in call.keywords})
     assert len(bodies) == 2
     async with _client(served_model_name=load_settings().served_names) as client:
-        for body in bodies:
-            response = await client.post(PATHS["H"], json=body)
+        for fields in bodies:
+            response = await client.post(PATHS["H"], json=fields)
             assert response.status_code == 200, response.text
 
 
