@@ -164,7 +164,7 @@ def test_only_the_process_boundary_needs_messaging(path: Path) -> None:
 
 @pytest.mark.parametrize("path", _modules("server"), ids=lambda path: path.stem)
 def test_server_never_reaches_the_kernels(path: Path) -> None:
-    assert "quire.kernels" not in _roots(path)
+    assert not _roots(path) & {"quire.kernels", "torch", "triton"}
 
 
 def test_policy_imports_no_torch() -> None:
