@@ -202,15 +202,21 @@ Body = TypeVar("Body", bound=BaseModel)
 def validate(model: type[Body], fields: dict[str, Any], *, strict: bool) -> tuple[Body, list[str]]:
     """The typed body and its unknown fields. Raises InvalidRequestError naming the parameter:
     on a wrong type, on a feature that is known but not there, on an unknown field if `strict`."""
-    fields = refuse_unsupported(fields)
+    return check_types(model, refuse_unsupported(fields), strict=strict)
+
+
+def check_types(
+    model: type[Body], fields: dict[str, Any], *, strict: bool, within: tuple[int | str, ...] = ()
+) -> tuple[Body, list[str]]:
+    """As `validate`, of fields of which all are served. `within` is the path that leads to them."""
     try:
         body = model.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        param = _path(first["loc"])
+        param = _path((*within, *first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         raise InvalidRequestError(f"{param}: {message}", param) from error
-    ignored = list(_unknown(body))
+    ignored = list(_unknown(body, within))
     if ignored and strict:
         raise InvalidRequestError(f"unknown field {ignored[0]}", ignored[0])
     return body, ignored

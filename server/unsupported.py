@@ -5,6 +5,7 @@ A value that asks for nothing (`"response_format": {"type": "text"}`) is accepte
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..engine.errors import InvalidRequestError
@@ -41,11 +42,13 @@ _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
 """Field → its values that ask for nothing; null always does."""
 
 
-def refuse_unsupported(fields: dict[str, Any]) -> dict[str, Any]:
+def refuse_unsupported(
+    fields: dict[str, Any], asks_for_nothing: Mapping[str, tuple[Any, ...]] = _ASKS_FOR_NOTHING
+) -> dict[str, Any]:
     """`fields` without those above. Raises InvalidRequestError where one asks for something."""
-    for name in fields.keys() & _ASKS_FOR_NOTHING.keys():
+    for name in fields.keys() & asks_for_nothing.keys():
         value = fields[name]
-        harmless = (None, *_ASKS_FOR_NOTHING[name])
+        harmless = (None, *asks_for_nothing[name])
         if not any(type(value) is type(other) and value == other for other in harmless):
             raise InvalidRequestError(f"{name} is not supported by this server", name)
-    return {name: value for name, value in fields.items() if name not in _ASKS_FOR_NOTHING}
+    return {name: value for name, value in fields.items() if name not in asks_for_nothing}
