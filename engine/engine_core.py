@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from .block_manager import BlockManager
 from .config import EngineConfig, EngineInfo
 from .errors import ConfigurationError, DeviceMemoryError
+from .grammar import read_tokenizer_json
 from .outputs import EngineStats, SequenceOutput, StepOutput
 from .request import Request
 from .scheduler import Scheduler
+from .structured_output import StructuredOutput
 from .worker_protocol import WorkerProtocol
+
+COMPILE_WAIT_SECONDS = 0.05
+"""An engine that has nothing else to do looks this often for requests that came meanwhile."""
 
 logger = logging.getLogger("quire.engine")
 
@@ -43,6 +49,9 @@ class EngineCore:
         )
         if config.scheduling_policy not in ("fcfs", "priority"):
             raise ConfigurationError(f"unknown scheduling policy {config.scheduling_policy!r}")
+        self._structured = StructuredOutput(
+            loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)
+        )
         self._scheduler = Scheduler(
             BlockManager(
                 num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
@@ -51,6 +60,7 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             eos_token_ids=loaded.eos_token_ids,
             policy=config.scheduling_policy,
+            is_ready=self._structured.is_ready,
         )
 
     @property
@@ -69,7 +79,9 @@ class EngineCore:
             max_model_len=info.max_model_len,
             capacity_tokens=info.kv_capacity_tokens,
         )
+        self._structured.check(request)
         self._scheduler.add_request(request)
+        self._structured.add(request)
 
     def abort_request(self, request_id: str, choice: int | None = None) -> None:
         self._scheduler.abort_request(request_id, choice)
@@ -78,6 +90,9 @@ class EngineCore:
         """One schedule → execute → update. A step that the device has no memory for is given up
         and its load reduced; the next call tries again."""
         scheduled = self._scheduler.schedule()
+        if not scheduled.sequences:
+            self._structured.wait_compiled(COMPILE_WAIT_SECONDS)
+        scheduled = scheduled._replace(token_masks=self._structured.start(scheduled))
         outputs: list[SequenceOutput]
         try:
             result = self._worker.execute(scheduled)
@@ -87,6 +102,7 @@ class EngineCore:
             outputs = []
         else:
             outputs = self._scheduler.update_from_output(scheduled, result)
+            self._structured.forget_finished(outputs)
         return StepOutput(outputs, self._scheduler.stats())
 
     def stats(self) -> EngineStats:

@@ -13,6 +13,7 @@ QuireError
 │   ├── QueueTimeoutError               deadline passed while it waited               → 503
 │   ├── RequestTimeoutError             deadline passed while it ran                  → 504
 │   ├── NonFiniteLogitsError            NaN or infinity in its logits                 → 500
+│   ├── GrammarError                    its grammar led nowhere, or failed            → 500
 │   ├── StepFailedError                 its row raised in the sampler or a mask       → 500
 │   └── DeviceMemoryError               out of memory even when alone                 → 503
 ├── EngineError                         the engine process is not serving
@@ -99,6 +100,10 @@ class NonFiniteLogitsError(RequestFailedError):
     code = "non_finite_logits"
 
 
+class GrammarError(RequestFailedError):
+    code = "grammar_failed"
+
+
 class StepFailedError(RequestFailedError):
     code = "step_failed"
 
@@ -146,6 +151,7 @@ _IN_FLIGHT: dict[str, type[QuireError]] = {
         QueueTimeoutError,
         RequestTimeoutError,
         NonFiniteLogitsError,
+        GrammarError,
         StepFailedError,
         DeviceMemoryError,
         EngineDeadError,

@@ -29,6 +29,7 @@ from .step_results import PromptChunk, RowSamples, collect_prompt, collect_sampl
 
 if TYPE_CHECKING:
     from ..kernels.decode_schedule import DecodeWorkspace
+    from .structured_output import TokenMasks
 
 logger = logging.getLogger("quire.engine")
 
@@ -92,10 +93,14 @@ class ModelRunner:
             logits = self._model.logits(hidden[step.logit_indices])
             rows = [host.order[row] for row in host.sampling_rows]
             sequences = [output.sequences[row] for row in rows]
-            samples = self._sample(rows, sequences, logits, result.errors)
+            samples = self._sample(rows, sequences, logits, result.errors, output.token_masks)
         samples, prompt_chunks = to_host(samples, prompt_chunks)
         for sample in samples:
             collect_samples(result, sample)
+        if output.token_masks is not None:
+            for row, error in output.token_masks.errors.items():
+                result.errors[row] = error
+                result.token_ids[row] = None
         for chunk in prompt_chunks:
             collect_prompt(result, host.order[chunk.row], chunk)
         return result
@@ -106,12 +111,17 @@ class ModelRunner:
         sequences: list[TokenSequence],
         logits: torch.Tensor,
         errors: dict[int, RowError],
+        masks: TokenMasks | None,
     ) -> list[RowSamples]:
         """Sample all rows at once; should that raise, each by itself, so that it costs the
         offender alone. Raises where every row fails: then the fault is not a row's."""
         try:
-            batch = self._sampler.prepare(sequences)
-            return [RowSamples(rows, batch, self._sampler(logits, batch))]
+            constrained = [at for at, row in enumerate(rows) if masks and row in masks.rows]
+            batch = self._sampler.prepare(sequences, constrained_rows=constrained)
+            bitmask = None
+            if masks and constrained:
+                bitmask = _bitmask(masks, rows, constrained, logits.device)
+            return [RowSamples(rows, batch, self._sampler(logits, batch, bitmask))]
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception:
@@ -120,7 +130,7 @@ class ModelRunner:
                 errors[rows[0]] = RowError(StepFailedError.code, "its row raised in the sampler")
                 return []
             alone = [
-                self._sample([row], [sequence], row_logits[None], errors)
+                self._sample([row], [sequence], row_logits[None], errors, masks)
                 for row, sequence, row_logits in zip(rows, sequences, logits, strict=True)
             ]
             samples = list(chain.from_iterable(alone))
@@ -251,3 +261,18 @@ class ModelRunner:
                 logprobs = compute_logprobs(logits, targets[begin:end], num_top)
                 chunks.append(PromptChunk(row, num_top, logprobs))
         return chunks
+
+
+def _bitmask(
+    masks: TokenMasks, rows: list[int], constrained: list[int], device: torch.device
+) -> torch.Tensor:
+    """`[R, W]` int32 on the device, once the masks are filled. Row i belongs to
+    `SchedulerOutput.sequences[rows[i]]`, and is undefined unless i is one of `constrained`."""
+    filled = torch.from_numpy(masks.wait()[[masks.rows[rows[at]] for at in constrained]])
+    if device.type == "cuda":
+        filled = filled.pin_memory()
+    compact = filled.to(device, non_blocking=True)
+    if len(constrained) == len(rows):
+        return compact
+    bitmask = compact.new_empty((len(rows), compact.shape[1]))
+    return bitmask.index_copy_(0, to_device(constrained, torch.int64, device), compact)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from .sequence import Sequence
+    from .structured_output import TokenMasks
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -45,6 +46,8 @@ class SchedulerOutput(NamedTuple):
     table_changes: list[TableChange]
     released: list[int]
     """seq_ids whose rows the worker may drop: finished, aborted or preempted since the last."""
+    token_masks: TokenMasks | None = None
+    """What constrained rows may sample, if any sample in this step."""
 
 
 class TokenLogprobs(NamedTuple):

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import ContextLengthError, InvalidRequestError, PoolTooSmallError
 from .sampling_params import SamplingParams
+
+GrammarKind = Literal["json", "regex", "choice", "grammar", "structural_tag"]
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSpec:
+    """What an answer must match. `text` is a JSON schema, a regular expression, a JSON list of
+    strings, a Lark or GBNF grammar, or the JSON of structural tags (grammar.py)."""
+
+    kind: GrammarKind
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +28,7 @@ class Request:
     echoed). Times are `time.monotonic()` seconds, which all processes of a machine share.
     `queue_deadline` bounds the wait for the first step, `deadline` the whole request. Lower
     `priority` goes first. Requests share cached blocks only with requests of the same
-    `cache_salt`.
+    `cache_salt`. Every choice matches the `grammar`, unless its tokens run out before its end.
     """
 
     request_id: str
@@ -27,6 +39,7 @@ class Request:
     deadline: float | None = None
     priority: int = 0
     cache_salt: str | None = None
+    grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:

@@ -40,7 +40,7 @@ class RequestTable:
         params = request.sampling_params
         seed = random.getrandbits(63) if params.seed is None else params.seed
         stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
+        if not params.ignore_eos or request.grammar is not None:  # a grammar's end is the end
             stop_ids |= self._eos_token_ids
         order = next(self._arrivals)
         priority = request.priority if self._policy == "priority" else 0

@@ -311,6 +311,8 @@ class PlanMaker:
         rows = []
         for index, row in enumerate(working):
             sequence = sequences[row]
+            if sequence.request.grammar is not None:
+                continue  # its bitmask says when it may end
             min_tokens = sequence.request.sampling_params.min_tokens
             # An end token outside the vocabulary (a tokenizer's own) cannot be drawn.
             stop_ids = tuple(t for t in sequence.stop_ids if t < self._vocab_size)

@@ -34,6 +34,7 @@ from .sequence import Rank, Sequence, SequenceStatus
 from .waiting_queue import WaitingQueue
 
 Clock = Callable[[], float]
+IsReady = Callable[[Request], bool]
 
 
 class _Admission(NamedTuple):
@@ -62,13 +63,16 @@ class Scheduler:
         eos_token_ids: tuple[int, ...] = (),
         policy: SchedulingPolicy = "fcfs",
         clock: Clock = time.monotonic,
+        is_ready: IsReady = lambda request: True,
     ) -> None:
+        """`is_ready` says whether a waiting request may start; others pass it meanwhile."""
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue()
         self._clock = clock
+        self._is_ready = is_ready
         self._requests = RequestTable(policy, eos_token_ids)
         self._budget = max_num_batched_tokens
         self._released: list[int] = []
@@ -229,8 +233,12 @@ class Scheduler:
             insort(self.running, sibling, key=_rank)
 
     def _schedule_waiting(self, output: SchedulerOutput, budget: int) -> int:
+        not_ready: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.peek()
+            if not self._is_ready(sequence.request):
+                not_ready.append(self.waiting.pop())
+                continue
             admission = self._admit(sequence, budget)
             if admission is None:
                 break
@@ -242,6 +250,8 @@ class Scheduler:
             output.num_computed_starts.append(admission.num_matched)
             output.num_new_tokens.append(admission.num_new)
             budget -= admission.num_new
+        for sequence in not_ready:
+            self.waiting.push(sequence)
         return budget
 
     def _admit(self, sequence: Sequence, budget: int) -> _Admission | None:

@@ -39,6 +39,7 @@ ANSWERS: dict[type[QuireError], Answer] = {
     tree.QueueTimeoutError: Answer(503, "timeout_error"),
     tree.RequestTimeoutError: Answer(504, "timeout_error"),
     tree.NonFiniteLogitsError: Answer(500, "internal_error"),
+    tree.GrammarError: Answer(500, "internal_error"),
     tree.StepFailedError: Answer(500, "internal_error"),
     tree.DeviceMemoryError: Answer(503, "overloaded_error"),
     tree.EngineDeadError: Answer(500, "internal_error"),
