@@ -11,16 +11,22 @@ from fastapi.responses import JSONResponse, Response
 
 from .answers import Envelope, ignored_header, refusals_counted, stream_of
 from .body import read_json_object
+from .chat_prompt import offered_tools
 from .errors import client_left
-from .generation import Finished, Generation, Job, collect
+from .generation import Delta, Finished, Generation, Job, collect
 from .limits import Ticket
 from .logprobs import LogprobFormat
+from .message_events import MessageBuilder, delta_of, joined
+from .message_parser import MessageParser
 from .preparation import prepare_chat, response_id
 from .protocol import ChatBody, validate
 from .state import ServerState, state_of
 from .streaming import run_until_disconnect
 
 router = APIRouter()
+
+PROMPT_END_TOKENS = 16
+"""So many tokens of a prompt tell whether its template opened the reasoning."""
 
 
 @router.post("/v1/chat/completions", response_model=None)
@@ -63,6 +69,7 @@ class Chat:
         self.ticket = ticket
         self.generation = Generation(state, job, ticket, log_id)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        self._state = state
         self._body = body
         self._envelope = Envelope(state, answer_id, kind, body, self.generation)
         self._logprobs = LogprobFormat(
@@ -74,6 +81,17 @@ class Chat:
         """Raises QuireError where the conversation is refused. Whoever runs it closes `ticket`."""
         job, ticket = await prepare_chat(state, body)
         return cls(state, body, job, ticket, answer_id, log_id)
+
+    def _new_parser(self) -> MessageParser:
+        body = self._body
+        prompt = self.generation.prompt_token_ids(0)
+        return self._state.message_format.parser(
+            [tool["function"]["name"] for tool in offered_tools(body)],
+            prompt_end="".join(map(self._state.tokenizer.token_text, prompt[-PROMPT_END_TOKENS:])),
+            continued=body.messages[-1].content if body.continue_final_message else None,
+            show_reasoning=body.include_reasoning is not False,
+            parallel_calls=body.parallel_tool_calls is not False,
+        )
 
     def whole(self, answers: list[Finished]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -89,11 +107,13 @@ class Chat:
         return answer
 
     def _choice(self, index: int, finished: Finished) -> dict[str, Any]:
+        parser, builder = self._new_parser(), MessageBuilder()
+        builder.add(parser.feed(finished.text) + parser.finish())
         choice: dict[str, Any] = {
             "index": index,
-            "message": {"role": "assistant", "content": finished.text, "refusal": None},
+            "message": builder.message(),
             "logprobs": None,
-            "finish_reason": finished.finish_reason,
+            "finish_reason": parser.finish_reason(finished.finish_reason),
             "stop_reason": finished.stop_reason,
         }
         if self._body.logprobs:
@@ -116,7 +136,7 @@ class Chat:
     async def choices(self) -> AsyncGenerator[dict[str, Any], None]:
         """What stands in `choices` of a stream's chunks. Each choice begins with its role and
         ends with a finish_reason. Raises QuireError."""
-        body = self._body
+        parsers = [self._new_parser() for _ in range(self.job.n)]
         begun = False
         async with aclosing(self.generation.deltas()) as deltas:
             async for delta in deltas:
@@ -124,18 +144,38 @@ class Chat:
                     begun = True
                     for index in range(self.job.n):
                         yield self._role_choice(index)
-                choice: dict[str, Any] = {
-                    "index": delta.choice,
-                    "delta": {"content": delta.text} if delta.text else {},
-                    "logprobs": None,
-                    "finish_reason": delta.finish_reason,
-                    "stop_reason": delta.stop_reason,
-                }
-                if body.logprobs:
-                    choice["logprobs"] = self._logprobs.chat(delta.logprobs, body.top_logprobs or 0)
-                if body.return_token_ids:
-                    choice["token_ids"] = delta.token_ids
-                yield choice
+                for choice in self._pieces(parsers[delta.choice], delta):
+                    yield choice
+
+    def _pieces(self, parser: MessageParser, delta: Delta) -> list[dict[str, Any]]:
+        """One for each event of what the delta makes certain. The last has what belongs to the
+        delta's tokens; where there is no event, it comes alone if anything was asked for."""
+        body = self._body
+        events = parser.feed(delta.text)
+        if delta.finish_reason is not None:
+            events = joined(events + parser.finish())
+        changes = [delta_of(event) for event in events]
+        if not changes and (delta.finish_reason or body.logprobs or body.return_token_ids):
+            changes = [{}]
+        pieces: list[dict[str, Any]] = [
+            {
+                "index": delta.choice,
+                "delta": change,
+                "logprobs": None,
+                "finish_reason": None,
+                "stop_reason": None,
+            }
+            for change in changes
+        ]
+        if pieces:
+            last = pieces[-1]
+            last["finish_reason"] = parser.finish_reason(delta.finish_reason)
+            last["stop_reason"] = delta.stop_reason
+            if body.logprobs:
+                last["logprobs"] = self._logprobs.chat(delta.logprobs, body.top_logprobs or 0)
+            if body.return_token_ids:
+                last["token_ids"] = delta.token_ids
+        return pieces
 
     def _role_choice(self, index: int) -> dict[str, Any]:
         choice: dict[str, Any] = {

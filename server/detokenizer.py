@@ -28,6 +28,7 @@ class Detokenizer:
     __slots__ = (
         "_encoder",
         "_held",
+        "_hidden",
         "_include_stop",
         "_longest",
         "_pending",
@@ -43,15 +44,18 @@ class Detokenizer:
         encoder: Encoder,
         *,
         skip_special_tokens: bool = True,
+        hidden: frozenset[int] = frozenset(),
         stops: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
         context: Sequence[int] = (),
     ) -> None:
-        """Stop strings do not count in the text of the first `min_tokens` tokens. `context` is
-        the prompt's tail, for tokenizers that write a word differently at the very start."""
+        """Tokens of `hidden` have no text. Stop strings do not count in the text of the first
+        `min_tokens` tokens. `context` is the prompt's tail, for tokenizers that write a word
+        differently at the very start."""
         self._encoder = encoder
         self._skip_special = skip_special_tokens
+        self._hidden = hidden
         self._stream = DecodeStream(list(context), skip_special_tokens=skip_special_tokens)
         self._unchecked = min_tokens
         self._pending: list[int] = []
@@ -95,6 +99,8 @@ class Detokenizer:
         return text
 
     def _step(self, token_id: int) -> str:
+        if token_id in self._hidden:
+            return ""
         pending = self._pending
         pending.append(token_id)
         try:

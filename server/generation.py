@@ -37,6 +37,8 @@ class Job:
     stops: Sequence[str]
     include_stop: bool
     skip_special_tokens: bool
+    shown_tokens: Sequence[str]
+    """Control tokens that are text nevertheless: whoever reads the text looks for them."""
     deadline: float | None
 
 
@@ -93,9 +95,13 @@ class Generation:
         context: Sequence[int] = ()
         if not tokenizer.byte_level:
             context = request.prompt_token_ids[-CONTEXT_TOKENS:]
+        skip, hidden = job.skip_special_tokens, frozenset[int]()
+        if skip and job.shown_tokens:
+            skip, hidden = tokenizer.skipped_but(job.shown_tokens)
         detokenizer = Detokenizer(
             tokenizer.backend,
-            skip_special_tokens=job.skip_special_tokens,
+            skip_special_tokens=skip,
+            hidden=hidden,
             stops=job.stops,
             include_stop=job.include_stop,
             min_tokens=request.sampling_params.min_tokens,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import msgspec
 from starlette.requests import Request as HttpRequest
 
 from ..engine.errors import (
@@ -17,12 +17,14 @@ from ..engine.errors import (
 )
 from ..engine.request import Request
 from ..engine.sampling_params import SamplingParams
+from .chat_prompt import check_chat, encode_chat, offered_tools
 from .generation import Job
 from .limits import Ticket
 from .middleware import is_sane_request_id
-from .protocol import ChatBody, ChatFields, CompletionBody, GenerationBody
+from .protocol import ChatBody, CompletionBody, GenerationBody
 from .sampling import COMPLETION_MAX_TOKENS, check_limits, resolve, with_max_tokens
 from .state import ServerState
+from .streaming import encode_json
 
 MAX_PROMPT_LOGPROBS = 1_000_000
 """Most entries (prompt tokens × (k + 1)) of prompt log-probabilities in one answer."""
@@ -88,62 +90,22 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
     )
     params.check_vocabulary(info.vocab_size)
     check_chat(state, body)
+    tools = offered_tools(body)
     characters = sum(len(message.content or "") for message in body.messages)
+    characters += len(encode_json(tools))
     ticket = state.admission.admit(width, characters)
     try:
         state.check_ready()
         token_ids = await encode_chat(state, body, body.add_special_tokens, info.max_model_len)
         fields = body if max_tokens is None else body.model_copy(update={"max_tokens": max_tokens})
         job = _job(state, fields, params, [token_ids], arrival, param, None)
+        shown = state.message_format.control_tokens(with_tools=bool(tools))
+        job = replace(job, shown_tokens=shown)
         ticket.tokenised(len(job.requests[0].prompt_token_ids))
     except BaseException:
         ticket.close()
         raise
     return job, ticket
-
-
-def check_chat(state: ServerState, body: ChatFields) -> None:
-    """Raises InvalidRequestError for fields that contradict each other or are not allowed."""
-    if body.chat_template is not None and not state.settings.trust_request_chat_template:
-        raise InvalidRequestError(
-            "a chat_template in a request is not accepted by this server", "chat_template"
-        )
-    if body.continue_final_message:
-        if body.add_generation_prompt:
-            raise InvalidRequestError(
-                "continue_final_message and add_generation_prompt exclude each other",
-                "continue_final_message",
-            )
-        if body.messages[-1].role != "assistant" or not body.messages[-1].content:
-            raise InvalidRequestError(
-                "continue_final_message needs text of the assistant as the last message",
-                "continue_final_message",
-            )
-    for index, message in enumerate(body.messages):
-        if message.content is None and not (message.role == "assistant" and message.tool_calls):
-            raise InvalidRequestError(
-                f"messages[{index}]: content is missing", f"messages[{index}].content"
-            )
-
-
-async def encode_chat(
-    state: ServerState, body: ChatFields, add_special_tokens: bool | None, max_tokens: int | None
-) -> list[int]:
-    """The token ids of a chat. Raises InvalidRequestError."""
-    if body.add_generation_prompt is None:
-        add_generation_prompt = not body.continue_final_message
-    else:
-        add_generation_prompt = body.add_generation_prompt
-    return await state.tokenizer.encode_chat(
-        [_template_message(message) for message in body.messages],
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=bool(body.continue_final_message),
-        add_special_tokens=bool(add_special_tokens),
-        documents=body.documents,
-        template=body.chat_template,
-        template_kwargs=body.chat_template_kwargs,
-        max_tokens=max_tokens,
-    )
 
 
 def response_id(prefix: str, request: HttpRequest, body: GenerationBody) -> str:
@@ -252,6 +214,7 @@ def _job(
         stops=body.stop,
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
+        shown_tokens=(),
         deadline=deadline,
     )
 
@@ -267,26 +230,3 @@ def _check_prompt_logprobs(requests: Sequence[Request]) -> None:
             f"{MAX_PROMPT_LOGPROBS}",
             "prompt_logprobs",
         )
-
-
-def _template_message(message: Any) -> dict[str, Any]:
-    """The message as chat templates read it; arguments of tool calls as objects."""
-    fields: dict[str, Any] = message.model_dump(exclude_none=True)
-    for name in message.model_extra or ():
-        fields.pop(name, None)
-    fields.setdefault("content", "")
-    reasoning = fields.pop("reasoning", None)
-    if reasoning is not None:
-        fields.setdefault("reasoning_content", reasoning)
-    for call in fields.get("tool_calls", ()):
-        call["function"]["arguments"] = _arguments(call["function"]["arguments"])
-    return fields
-
-
-def _arguments(text: str) -> Any:
-    try:
-        return msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise InvalidRequestError(
-            "the arguments of a tool call are not JSON", "messages"
-        ) from error

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,6 +22,8 @@ from pydantic import (
 
 from ..engine.errors import InvalidRequestError
 from ..engine.sampling_params import MAX_LOGIT_BIAS
+from .tool_choice import MAX_TOOLS, check_parameters, check_tool_choice, check_unique
+from .tool_parsers import TOOL_NAME
 from .unsupported import refuse_unsupported
 
 MAX_STOP_STRINGS = 4
@@ -77,6 +80,8 @@ def _check_bias(value: Any) -> Any:
 
 # Without fail-fast, a million wrong items would make a million error reports.
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
+ToolName = Annotated[str, Field(pattern=f"^(?:{TOOL_NAME.pattern})$")]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Label = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_LENGTH)]
 Prompt = Annotated[Any, PlainValidator(_check_prompt)]
 Content = Annotated[Any, PlainValidator(_check_content)]
@@ -140,7 +145,7 @@ class CompletionBody(GenerationBody):
 
 
 class ToolCallFunction(_Strict):
-    name: str
+    name: ToolName
     arguments: str = "{}"
 
 
@@ -160,10 +165,30 @@ class Message(_Strict):
     tool_call_id: str | None = None
 
 
+class FunctionDefinition(_Strict):
+    name: ToolName
+    description: str | None = None
+    parameters: Annotated[Any, PlainValidator(check_parameters)] = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+Tools = Annotated[
+    list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True), AfterValidator(check_unique)
+]
+
+
 class ChatFields(_Strict):
     """What a chat template is rendered from."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    tools: Tools | None = None
+    tool_choice: Annotated[Any, PlainValidator(check_tool_choice)] = None
+    reasoning_effort: ReasoningEffort | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
@@ -175,6 +200,8 @@ class ChatBody(ChatFields, GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
 
 class TokenizeBody(_Strict):

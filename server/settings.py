@@ -29,6 +29,10 @@ def _option(group: str, help: str, default: Any = None, **constraints: Any) -> A
     return Field(default, description=help, json_schema_extra={"group": group}, **constraints)
 
 
+ToolCallParser = Literal[
+    "auto", "none", "hermes", "llama3_json", "pythonic", "mistral", "deepseek_v3"
+]
+ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1"]
 NameList = Annotated[tuple[str, ...], NoDecode]
 """Repeatable as a flag, comma-separated in the environment, a list in YAML."""
 
@@ -81,6 +85,12 @@ class Settings(BaseSettings):
     tensor_parallel_size: int = _option("Model", "Number of GPUs; only 1 works today.", 1)
     num_threads: int | None = _option("Model", "CPU threads of the engine.", ge=1)
     chat_template: str | None = _option("Model", "Jinja chat template: a file or the text itself.")
+    tool_call_parser: ToolCallParser = _option(
+        "Model", "Format of tool calls; auto: by the chat template.", "auto"
+    )
+    reasoning_parser: ReasoningParser = _option(
+        "Model", "Format of reasoning; auto: by the chat template.", "auto"
+    )
     trust_request_chat_template: bool = _option(
         "Model", "Accept a chat_template inside a request.", False
     )

@@ -12,6 +12,7 @@ from ..engine.client import EngineClient
 from ..engine.errors import EngineNotReadyError, ModelNotFoundError
 from .auth import Keys
 from .limits import Admission
+from .message_parser import MessageFormat
 from .metrics import Metrics
 from .settings import Settings
 from .tokenizer import Tokenizer
@@ -38,6 +39,7 @@ class ServerState:
         self.metrics = metrics
         self.version = version
         self.generation_defaults = generation_defaults
+        self.message_format = MessageFormat.of(settings, tokenizer.chat_template)
         self.keys = Keys(settings)
         self.admission = Admission(settings, engine)
         self.created = int(time.time())

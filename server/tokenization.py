@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from ..engine.errors import InvalidRequestError
 from .answers import ignored_header
 from .body import read_json_object
-from .preparation import check_chat, encode_chat
+from .chat_prompt import check_chat, encode_chat
 from .protocol import DetokenizeBody, TokenizeBody, TokenizeChatBody, validate
 from .state import state_of
 

@@ -27,6 +27,7 @@ from ..engine.errors import (
     ModelLoadError,
     UnsupportedModelError,
 )
+from .template_calls import reads_text, with_objects
 
 _RESERVED = frozenset(
     (
@@ -96,6 +97,7 @@ class Tokenizer:
         self._special = re.compile("|".join(map(re.escape, spellings))) if spellings else None
         self._template = chat_template if chat_template is not None else _template_of(hf)
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
+        self._reads_text_arguments = lru_cache(maxsize=16)(self._probe_arguments)
         self.byte_level = '"ByteLevel"' in str(self.backend.decoder.__getstate__())
 
     @classmethod
@@ -115,6 +117,29 @@ class Tokenizer:
             raise ModelLoadError(f"cannot load the tokenizer of {model}: {reason}") from error
         return cls(hf, None if chat_template is None else _read_template(chat_template))
 
+    @property
+    def chat_template(self) -> str | None:
+        return self._template
+
+    async def template_variables(self, template: str | None = None) -> frozenset[str]:
+        """What `template`, or else the model's own, reads. Raises InvalidRequestError."""
+        template = template if template is not None else self._template
+        if template is None:
+            raise InvalidRequestError("the model has no chat template", "messages")
+        return await self._in_thread(_template_variables, template)
+
+    def skipped_but(self, shown: Sequence[str]) -> tuple[bool, frozenset[int]]:
+        """How to skip all control tokens but these: whether as the library skips them, and where
+        it would skip one of these, the ids to hide instead."""
+        special = {
+            token.content: token_id
+            for token_id, token in self.backend.get_added_tokens_decoder().items()
+            if token.special
+        }
+        if special.keys().isdisjoint(shown):
+            return True, frozenset()
+        return False, frozenset(id for text, id in special.items() if text not in shown)
+
     async def encode(
         self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None
     ) -> list[int]:
@@ -131,19 +156,18 @@ class Tokenizer:
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
         documents: list[dict[str, Any]] | None = None,
+        tools: list[dict[str, Any]] | None = None,
         template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
     ) -> list[int]:
         """Render the chat template and encode it. What clients wrote is encoded as plain text,
-        though it spell a control token. Raises InvalidRequestError, ContextLengthError."""
+        though it spell a control token. The arguments of calls in `messages` are JSON texts.
+        Raises InvalidRequestError, ContextLengthError."""
         self._check_length(
             sum(len(message.get("content") or "") for message in messages), max_tokens
         )
-        template = template if template is not None else self._template
-        if template is None:
-            raise InvalidRequestError("the model has no chat template", "messages")
-        known = await self._in_thread(_template_variables, template)
+        known = await self.template_variables(template)
         kwargs = dict(template_kwargs or {})
         for name in kwargs:
             if name in _RESERVED or name not in known:
@@ -151,13 +175,15 @@ class Tokenizer:
                     f"chat_template_kwargs: the chat template has no setting {name[:64]!r}",
                     "chat_template_kwargs",
                 )
+        if tools and "tools" not in known:
+            raise InvalidRequestError("the chat template reads no tools", "tools")
         if documents is not None and "documents" not in known:
             raise InvalidRequestError("the chat template reads no documents", "documents")
         return await self._in_thread(
             self._render_and_encode,
-            template,
+            template if template is not None else self._template,
             [dict(message) for message in messages],
-            {**kwargs, "documents": documents},
+            {**kwargs, "documents": documents, "tools": tools},
             add_generation_prompt,
             continue_final_message,
             add_special_tokens,
@@ -211,6 +237,8 @@ class Tokenizer:
         add_special_tokens: bool,
         max_tokens: int | None,
     ) -> list[int]:
+        if not self._reads_text_arguments(template):
+            messages = with_objects(messages)
         hidden = _Hidden(self._special)
         messages, kwargs = hidden.hide(messages), hidden.hide(kwargs)
         if "developer" not in template:
@@ -237,6 +265,13 @@ class Tokenizer:
             encoder = self._plain if is_client_text else self.backend
             token_ids += _encode(encoder, piece, add_special_tokens and not token_ids)
         return token_ids
+
+    def _probe_arguments(self, template: str) -> bool:
+        def render(messages: list[dict[str, Any]]) -> str:
+            text = self._hf.apply_chat_template(messages, tokenize=False, chat_template=template)
+            return str(text)
+
+        return reads_text(render, _TEMPLATE_ERRORS)
 
     def _token_bytes(self, token_id: int) -> bytes:
         added = self.backend.get_added_tokens_decoder().get(token_id)

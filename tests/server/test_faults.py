@@ -78,8 +78,7 @@ BAD = [
     Bad("27", COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
     *(Bad("29", CHAT, {name: value}, name) for name, value in {
         "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"},
-        "tools": [TOOL], "tool_choice": "required", "reasoning_effort": "high", "suffix": "x",
-        "use_beam_search": True, "logits_processors": ["x"], "modalities": ["audio"],
+        "tool_choice": "required", "reasoning_effort": "huge", "suffix": "x", "use_beam_search": True, "logits_processors": ["x"], "modalities": ["audio"],
     }.items()),
     *(Bad("30", COMPLETIONS, {"prompt": value}, "prompt")
       for value in ("", [], [""], [[]], ["a", ""])),
@@ -93,7 +92,22 @@ BAD = [
     Bad("35", CHAT, {"messages": [{"role": "user", "content": "a" * 5_000_000}]}, "prompt",
         "context_length_exceeded"),
     Bad("36", COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options"),
-    Bad("37", CHAT, {"tools": [{"a": 1}]}, "tools"),
+    Bad("37", CHAT, {"tools": [{"a": 1}]}, "tools[0].type"),
+    Bad("37", CHAT, {"tools": "f"}, "tools"),
+    Bad("37", CHAT, {"tools": [TOOL] * 1025}, "tools"),
+    Bad("37", CHAT, {"tools": [TOOL, TOOL]}, "tools"),
+    *(Bad("37", CHAT, {"tools": [{"type": "function", "function": {"name": "f", **fields}}]},
+          f"tools[0].function.{next(iter(fields))}")
+      for fields in ({"name": ""}, {"name": "a b"}, {"name": "x" * 129}, {"parameters": []},
+                     {"parameters": {"type": "array"}}, {"parameters": {"properties": []}},
+                     {"description": 1}, {"strict": "yes"})),
+    *(Bad("37", CHAT, {"tools": [TOOL], "tool_choice": value}, "tool_choice")
+      for value in ("any", 1, {}, {"type": "function"}, {"type": "function", "function": {}},
+                    {"type": "function", "function": {"name": "g"}})),
+    Bad("37", CHAT, {"tools": [TOOL], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    *(Bad("37", CHAT, {"messages": [{"role": "assistant", "tool_calls": [
+          {"id": "1", "function": {"name": "f", "arguments": arguments}}]}]}, "messages")
+      for arguments in ("{", "[]", "1", "null", '{"a": ' * 50_000)),
     Bad("37", CHAT, {"tool_choice": {"type": "function", "function": {"name": "g"}}},
         "tool_choice"),
     Bad("38", CHAT, {"chat_template": "{{ messages }}"}, "chat_template"),

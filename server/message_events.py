@@ -1,0 +1,103 @@
+"""What an assistant's message is made of, piece by piece, and how pieces add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class ContentText(NamedTuple):
+    text: str
+
+
+class ReasoningText(NamedTuple):
+    text: str
+
+
+class ToolCallStart(NamedTuple):
+    """The first event of a message's call, counted from 0."""
+
+    call: int
+    id: str
+    name: str
+
+
+class ToolCallArguments(NamedTuple):
+    """More of the JSON text of a call's arguments."""
+
+    call: int
+    text: str
+
+
+Event = ContentText | ReasoningText | ToolCallStart | ToolCallArguments
+
+
+def joined(events: Iterable[Event]) -> list[Event]:
+    """The same with neighbours of one kind made one."""
+    result: list[Event] = []
+    for event in events:
+        last = result[-1] if result else None
+        if isinstance(event, ToolCallArguments):
+            if isinstance(last, ToolCallArguments) and last.call == event.call:
+                result[-1] = ToolCallArguments(event.call, last.text + event.text)
+                continue
+        elif isinstance(event, ContentText) and isinstance(last, ContentText):
+            result[-1] = ContentText(last.text + event.text)
+            continue
+        elif isinstance(event, ReasoningText) and isinstance(last, ReasoningText):
+            result[-1] = ReasoningText(last.text + event.text)
+            continue
+        result.append(event)
+    return result
+
+
+def delta_of(event: Event) -> dict[str, Any]:
+    """The `delta` of a stream's chunk, in OpenAI's shape."""
+    match event:
+        case ContentText(text):
+            return {"content": text}
+        case ReasoningText(text):
+            return {"reasoning": text, "reasoning_content": text}
+        case ToolCallStart(call, id, name):
+            function = {"name": name, "arguments": ""}
+            first = {"index": call, "id": id, "type": "function", "function": function}
+            return {"tool_calls": [first]}
+        case ToolCallArguments(call, text):
+            return {"tool_calls": [{"index": call, "function": {"arguments": text}}]}
+
+
+@dataclass(slots=True)
+class MessageBuilder:
+    """The whole message of a list of events."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, events: Iterable[Event]) -> None:
+        for event in events:
+            match event:
+                case ContentText(text):
+                    self.content += text
+                case ReasoningText(text):
+                    self.reasoning += text
+                case ToolCallStart(_, id, name):
+                    function = {"name": name, "arguments": ""}
+                    self.calls.append({"id": id, "type": "function", "function": function})
+                case ToolCallArguments(call, text):
+                    self.calls[call]["function"]["arguments"] += text
+
+    def message(self) -> dict[str, Any]:
+        """In OpenAI's shape; `content` is null beside calls or reasoning where there is none."""
+        alone = not self.calls and not self.reasoning
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": self.content if self.content or alone else None,
+            "refusal": None,
+        }
+        if self.reasoning:
+            message["reasoning"] = message["reasoning_content"] = self.reasoning
+        if self.calls:
+            message["tool_calls"] = self.calls
+        return message

@@ -1,0 +1,133 @@
+"""A model's answer as a message: its reasoning, its content, its tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from .message_events import ContentText, Event, ReasoningText, ToolCallStart, joined
+from .reasoning import (
+    CLOSE,
+    OPEN,
+    ReasoningParser,
+    ReasoningStyle,
+    detect_reasoning,
+    starts_inside,
+)
+from .settings import Settings
+from .tool_formats import TOOL_PARSERS, detect_tool_parser
+from .tool_parsers import ToolParser
+
+
+class MessageParser:
+    """One choice's text to events. What `feed` and `finish` return adds up to the same message,
+    however the text is cut."""
+
+    def __init__(
+        self,
+        tools: ToolParser | None = None,
+        reasoning: ReasoningParser | None = None,
+        *,
+        show_reasoning: bool = True,
+        max_calls: int | None = None,
+    ) -> None:
+        self._tools = tools
+        self._reasoning = reasoning
+        self._show_reasoning = show_reasoning
+        self._max_calls = max_calls
+        self._has_calls = False
+
+    def feed(self, text: str) -> list[Event]:
+        events: list[Event] = [ContentText(text)] if text else []
+        if self._reasoning is not None:
+            events = self._reasoning.feed(text)
+        return self._shown(self._read_calls(events))
+
+    def finish(self) -> list[Event]:
+        events = self._reasoning.finish() if self._reasoning is not None else []
+        events = self._read_calls(events)
+        if self._tools is not None:
+            events += self._tools.finish()
+        return self._shown(events)
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """The engine's, but for an end after calls."""
+        return "tool_calls" if reason == "stop" and self._has_calls else reason
+
+    def _read_calls(self, events: Iterable[Event]) -> list[Event]:
+        if self._tools is None:
+            return list(events)
+        read: list[Event] = []
+        for event in events:
+            read += self._tools.feed(event.text) if isinstance(event, ContentText) else [event]
+        return read
+
+    def _shown(self, events: Iterable[Event]) -> list[Event]:
+        shown: list[Event] = []
+        for event in events:
+            if isinstance(event, ContentText):
+                shown.append(event)
+            elif isinstance(event, ReasoningText):
+                shown += [event] if self._show_reasoning else []
+            elif self._max_calls is None or event.call < self._max_calls:
+                self._has_calls |= isinstance(event, ToolCallStart)
+                shown.append(event)
+        return joined(shown)
+
+
+class MessageFormat:
+    """How the served model writes reasoning and tool calls; made once."""
+
+    def __init__(
+        self, tool_parser: type[ToolParser] | None, reasoning: ReasoningStyle | None
+    ) -> None:
+        self.tool_parser = tool_parser
+        self.reasoning: ReasoningStyle | None = reasoning
+
+    @classmethod
+    def of(cls, settings: Settings, chat_template: str | None) -> MessageFormat:
+        """By the flags, and where those say auto, by the model's chat template."""
+        template = chat_template or ""
+        name: str | None = settings.tool_call_parser
+        if name == "auto":
+            name = detect_tool_parser(template)
+        style = settings.reasoning_parser
+        reasoning: ReasoningStyle | None
+        if style == "auto":
+            reasoning = detect_reasoning(template)
+        else:
+            reasoning = None if style == "none" else style
+        return cls(TOOL_PARSERS.get(name or ""), reasoning)
+
+    def control_tokens(self, *, with_tools: bool) -> tuple[str, ...]:
+        """What a parser must see although the vocabulary may call it a control token."""
+        tags = () if self.reasoning is None else (OPEN, CLOSE)
+        if not with_tools or self.tool_parser is None:
+            return tags
+        return tags + self.tool_parser.control_tokens
+
+    def parser(
+        self,
+        tool_names: Collection[str],
+        *,
+        prompt_end: str,
+        continued: str | None,
+        show_reasoning: bool,
+        parallel_calls: bool,
+    ) -> MessageParser:
+        """For one choice. No call is looked for where `tool_names` is empty; see `starts_inside`
+        for `prompt_end` and `continued`."""
+        reasoning = None
+        if self.reasoning is not None:
+            opened = starts_inside(self.reasoning, prompt_end, continued)
+            # What continues a finished beginning of an answer is past its reasoning.
+            if opened or continued is None:
+                reasoning = ReasoningParser(opened=opened)
+        tools = None
+        if tool_names and self.tool_parser is not None:
+            tools = self.tool_parser(tool_names)
+        return MessageParser(
+            tools,
+            reasoning,
+            show_reasoning=show_reasoning,
+            max_calls=None if parallel_calls else 1,
+        )

@@ -1,0 +1,123 @@
+"""The model's reasoning, `<think>…</think>` before its answer, told apart from the answer."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import Literal
+
+from .message_events import ContentText, Event, ReasoningText
+
+OPEN, CLOSE = "<think>", "</think>"
+MAX_HELD_SPACE = 64
+"""Most characters of white space that wait for what follows them."""
+
+ReasoningStyle = Literal["qwen3", "deepseek_r1"]
+"""How an answer begins where the prompt says nothing: qwen3 with text, or with the opening tag;
+deepseek_r1 inside the reasoning, with the opening tag or without."""
+
+
+class _State(Enum):
+    START = auto()
+    OPENED = auto()  # newlines behind the opening tag
+    INSIDE = auto()
+    AFTER = auto()  # newlines behind the closing tag
+    CONTENT = auto()
+
+
+class ReasoningParser:
+    """Text to events; newlines between tags, reasoning and answer are dropped.
+
+    `opened` is True where the text begins inside the reasoning.
+    """
+
+    def __init__(self, *, opened: bool) -> None:
+        self._opened = opened
+        self._state = _State.START
+        self._held = ""
+
+    def feed(self, text: str) -> list[Event]:
+        self._held += text
+        events: list[Event] = []
+        if self._state is _State.START:
+            self._at_start()
+        if self._state is _State.OPENED:
+            self._skip_newlines(_State.INSIDE)
+        if self._state is _State.INSIDE:
+            events += self._inside()
+        if self._state is _State.AFTER:
+            self._skip_newlines(_State.CONTENT)
+        if self._state is _State.CONTENT and self._held:
+            events.append(ContentText(self._held))
+            self._held = ""
+        return events
+
+    def finish(self) -> list[Event]:
+        rest, self._held = self._held, ""
+        if not rest:
+            return []
+        inside = self._state in (_State.OPENED, _State.INSIDE)
+        inside |= self._state is _State.START and self._opened
+        return [ReasoningText(rest) if inside else ContentText(rest)]
+
+    def _at_start(self) -> None:
+        begun = self._held.lstrip()
+        if begun.startswith(OPEN):
+            self._state, self._held = _State.OPENED, begun[len(OPEN) :]
+        elif not OPEN.startswith(begun):
+            self._state = _State.OPENED if self._opened else _State.CONTENT
+
+    def _skip_newlines(self, following: _State) -> None:
+        self._held = self._held.lstrip("\r\n")
+        if self._held:
+            self._state = following
+
+    def _inside(self) -> list[Event]:
+        at = self._held.find(CLOSE)
+        if at >= 0:
+            keep = before_space(self._held, at)
+            reasoning = self._held[:keep]
+            self._state, self._held = _State.AFTER, self._held[at + len(CLOSE) :]
+        else:
+            keep = undecided_tail(self._held, (CLOSE,))
+            reasoning, self._held = self._held[:keep], self._held[keep:]
+        return [ReasoningText(reasoning)] if reasoning else []
+
+
+def before_space(text: str, end: int) -> int:
+    """Where the white space before `end` begins; of a very long one, its last part."""
+    start = max(0, end - MAX_HELD_SPACE)
+    return start + len(text[start:end].rstrip())
+
+
+def undecided_tail(text: str, tags: tuple[str, ...], start: int = 0) -> int:
+    """Where the end of `text` begins that may turn out to be a tag of `tags`, or the space before
+    one. A tag begins at `start` or later."""
+    end = len(text)
+    longest = max(map(len, tags)) - 1
+    for length in range(min(longest, end - start), 0, -1):
+        tail = text[end - length :]
+        if any(tag.startswith(tail) for tag in tags):
+            return before_space(text, end - length)
+    return before_space(text, end)
+
+
+def detect_reasoning(template: str) -> ReasoningStyle | None:
+    """The style of a model by its chat template; None where that knows no reasoning."""
+    if OPEN in template:
+        return "qwen3"
+    # A template that only takes reasoning away from earlier turns leaves it to the model to begin.
+    return "deepseek_r1" if CLOSE in template else None
+
+
+def starts_inside(style: ReasoningStyle, prompt_end: str, continued: str | None = None) -> bool:
+    """Whether an answer begins inside the reasoning.
+
+    `prompt_end` is the text of the prompt's last tokens, `continued` the beginning of the answer
+    where the prompt holds that.
+    """
+    if continued is not None:
+        return continued.rfind(OPEN) > continued.rfind(CLOSE)
+    prompt_end = prompt_end.rstrip()
+    if prompt_end.endswith(OPEN):
+        return True
+    return style == "deepseek_r1" and not prompt_end.endswith(CLOSE)
