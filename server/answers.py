@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Request
 
 from ..engine.errors import QuireError
+from .errors import error_body
 from .generation import Generation
 from .limits import Ticket
 from .protocol import GenerationBody
@@ -44,11 +45,12 @@ def stream_of(
     deadline: float | None,
     headers: dict[str, str],
 ) -> EventStream:
+    request_id = request.state.request_id
     return EventStream(
         events,
-        on_failure=on_failure,
+        on_failure=lambda error: [*on_failure(), event(error_body(error, request_id))],
         on_close=ticket.close,
-        request_id=request.state.request_id,
+        request_id=request_id,
         deadline=deadline,
         keepalive=state_of(request).settings.sse_keepalive_interval,
         headers=headers,

@@ -1,7 +1,8 @@
 """Errors to HTTP, once: the exception tree of engine/errors.py and OpenAI's error body.
 
 Every answer of 4xx and 5xx has the body `{"error": {"message", "type", "param", "code"}}`. A
-stream that has begun carries the same body in a `data:` event instead.
+stream that has begun carries the same body in a `data:` event instead. Under /v1/messages, errors
+have Anthropic's shape, `{"type": "error", "error": {"type", "message"}}`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
 from ..engine import errors as tree
 from ..engine.errors import InvalidRequestError, OverloadedError, QuireError
@@ -55,6 +57,10 @@ _OF_HTTP = {
     415: ("invalid_request_error", "unsupported_media_type"),
 }
 
+ANTHROPIC_PATH = "/v1/messages"
+_OF_ANTHROPIC = {"body_too_large": "request_too_large", "internal_error": "api_error"}
+"""Code or type here → type there, where they differ."""
+
 
 def answer_of(error: BaseException) -> Answer:
     """Status and `type` of an error; whatever is not in the table is 500 `internal_error`."""
@@ -74,8 +80,13 @@ def error_body(error: BaseException, request_id: str = "") -> dict[str, Any]:
     return _body(message, answer_of(error).type, param, code)
 
 
-def error_response(error: BaseException, request_id: str = "") -> JSONResponse:
-    """The whole answer: status, body, Retry-After on 429 and 503, the challenge on 401."""
+def error_response(
+    error: BaseException, request_id: str = "", scope: Scope | None = None
+) -> JSONResponse:
+    """The whole answer: status, body, Retry-After on 429 and 503, the challenge on 401.
+
+    `scope` is the request's; its path decides the shape.
+    """
     status = answer_of(error).status
     headers = {}
     if isinstance(error, OverloadedError):
@@ -84,13 +95,27 @@ def error_response(error: BaseException, request_id: str = "") -> JSONResponse:
         headers["Retry-After"] = str(RESTART_RETRY_AFTER)
     elif status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error_body(error, request_id), status, headers)
+    return JSONResponse(_shaped(error_body(error, request_id), scope), status, headers)
 
 
-def http_error_response(status: int, message: str) -> JSONResponse:
+def http_error_response(status: int, message: str, scope: Scope | None = None) -> JSONResponse:
     """An answer that stems from HTTP itself: 404, 405, 413, 415."""
     kind, code = _OF_HTTP.get(status, ("invalid_request_error", "invalid_request"))
-    return JSONResponse(_body(message, kind, None, code), status)
+    return JSONResponse(_shaped(_body(message, kind, None, code), scope), status)
+
+
+def anthropic_error_body(body: dict[str, Any]) -> dict[str, Any]:
+    """The same error in Anthropic's shape, with Anthropic's types."""
+    error = body["error"]
+    kind = _OF_ANTHROPIC.get(error["code"], _OF_ANTHROPIC.get(error["type"], error["type"]))
+    return {"type": "error", "error": {"type": kind, "message": error["message"]}}
+
+
+def _shaped(body: dict[str, Any], scope: Scope | None) -> dict[str, Any]:
+    path = "" if scope is None else scope["path"].removeprefix(scope.get("root_path", ""))
+    if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
+        return anthropic_error_body(body)
+    return body
 
 
 def client_left() -> Response:
@@ -109,11 +134,11 @@ def install_handlers(app: FastAPI) -> None:
         request_id = request.state.request_id
         if answer_of(error).status == 500:
             log.warning("request_failed", request_id=request_id, error=repr(error))
-        return error_response(error, request_id)
+        return error_response(error, request_id, request.scope)
 
     async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        response = http_error_response(error.status_code, str(error.detail))
+        response = http_error_response(error.status_code, str(error.detail), request.scope)
         response.headers.update(error.headers or {})
         return response
 
@@ -121,11 +146,12 @@ def install_handlers(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:])
-        return error_response(InvalidRequestError(f"{param}: {first['msg']}", param))
+        refusal = InvalidRequestError(f"{param}: {first['msg']}", param)
+        return error_response(refusal, scope=request.scope)
 
     async def on_anything(request: Request, error: Exception) -> JSONResponse:
         request_id = request.state.request_id
-        response = error_response(error, request_id)
+        response = error_response(error, request_id, request.scope)
         # This one answer is made outside of the middleware that sets the header.
         response.headers["x-request-id"] = request_id
         return response

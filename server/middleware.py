@@ -59,7 +59,7 @@ class BodyLimitMiddleware:
         message = f"the body is larger than {self.max_bytes} bytes"
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self.max_bytes:
-            response = http_error_response(413, message)
+            response = http_error_response(413, message, scope)
             response.headers["connection"] = "close"
             return await response(scope, receive, send)
         received = 0

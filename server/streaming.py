@@ -14,11 +14,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..engine.errors import QuireError, RequestTimeoutError
-from .errors import answer_of, error_body, error_response
+from .errors import answer_of, error_response
 
 log = structlog.get_logger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": keep-alive\n\n"
 WRITE_TIMEOUT = 30.0
 """Seconds that one event may wait for a reader that does not read; then the request is aborted.
 What piles up meanwhile is bounded by the transport's buffer and the request's own max_tokens."""
@@ -64,21 +65,24 @@ class EventStream(Response):
 
     The status is held back until the first event, or until it is time for the first keep-alive
     comment: a request that fails at once gets its real status. Afterwards a failure becomes the
-    events of `on_failure`, an error event and `[DONE]`, for clients take a stream that is merely
-    cut for a success. `events` is closed, whatever happens; that aborts what the engine still does.
+    events of `on_failure`, for clients take a stream that is merely cut for a success. `end` closes
+    the stream in either case, and `comment` is what keeps it alive. `events` is closed, whatever
+    happens; that aborts what the engine still does.
     """
 
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
         *,
-        on_failure: Callable[[], list[bytes]],
+        on_failure: Callable[[Exception], list[bytes]],
         on_close: Callable[[], None],
         request_id: str,
         deadline: float | None,
         keepalive: float,
         headers: dict[str, str],
         write_timeout: float = WRITE_TIMEOUT,
+        end: bytes = DONE,
+        comment: bytes = COMMENT,
     ) -> None:
         super().__init__(status_code=200, headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
@@ -91,13 +95,15 @@ class EventStream(Response):
         self._deadline = deadline
         self._keepalive = keepalive
         self._write_timeout = write_timeout
+        self._end = end
+        self._comment = comment
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = _Writer(send, self)
         writing = asyncio.create_task(self._write(writer, scope, receive, send))
         others = [
             asyncio.create_task(disconnected(receive)),
-            asyncio.create_task(writer.watch(self._keepalive, self._write_timeout)),
+            asyncio.create_task(writer.watch(self._keepalive, self._write_timeout, self._comment)),
         ]
         try:
             await asyncio.wait({writing, *others}, return_when=asyncio.FIRST_COMPLETED)
@@ -119,22 +125,24 @@ class EventStream(Response):
         except Exception as error:
             failure = error
         if failure is not None:
-            self._log(failure)
+            log_failure(failure, self._request_id)
             if not writer.started:
                 writer.hold()
-                await error_response(failure, self._request_id)(scope, receive, send)
+                await error_response(failure, self._request_id, scope)(scope, receive, send)
                 return
-            for chunk in self._on_failure():
+            for chunk in self._on_failure(failure):
                 await writer.send(chunk)
-            await writer.send(event(error_body(failure, self._request_id)))
-        await writer.send(DONE)
+        if self._end:
+            await writer.send(self._end)
         await writer.end()
 
-    def _log(self, failure: Exception) -> None:
-        if not isinstance(failure, QuireError):
-            log.exception("stream_failed", request_id=self._request_id, exc_info=failure)
-        elif answer_of(failure).status == 500:
-            log.warning("request_failed", request_id=self._request_id, error=repr(failure))
+
+def log_failure(failure: Exception, request_id: str) -> None:
+    """Of what runs on after its status was sent."""
+    if not isinstance(failure, QuireError):
+        log.exception("stream_failed", request_id=request_id, exc_info=failure)
+    elif answer_of(failure).status == 500:
+        log.warning("request_failed", request_id=request_id, error=repr(failure))
 
 
 class _Writer:
@@ -173,8 +181,8 @@ class _Writer:
             }
         )
 
-    async def watch(self, keepalive: float, write_timeout: float) -> None:
-        """Send a comment after `keepalive` seconds of silence (0: never); return when one write
+    async def watch(self, keepalive: float, write_timeout: float, comment: bytes) -> None:
+        """Send `comment` after `keepalive` seconds of silence (0: never); return when one write
         has waited `write_timeout` seconds."""
         tick = min(keepalive or write_timeout, write_timeout) / 2
         while True:
@@ -183,7 +191,7 @@ class _Writer:
             if self._sending and silent >= write_timeout:
                 return
             if keepalive and not self._sending and silent >= keepalive:
-                await self.send(b": keep-alive\n\n")
+                await self.send(comment)
 
 
 async def _cancel(*tasks: Awaitable[Any]) -> None:

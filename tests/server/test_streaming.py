@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from quire.engine.errors import QueueFullError, StepFailedError
+from quire.server.errors import error_body
 from quire.server.streaming import DONE, EventStream, event, run_until_disconnect
 
 
@@ -61,12 +62,12 @@ async def answer(peer: Peer, events: Events, **options: Any) -> None:
     defaults: dict[str, Any] = {"deadline": None, "keepalive": 0.0, "headers": {}}
     stream = EventStream(
         events.run(),
-        on_failure=lambda: [event("terminal")],
+        on_failure=lambda error: [event("terminal"), event(error_body(error))],
         on_close=events.note_close,
         request_id="r",
         **{**defaults, **options},
     )
-    await asyncio.wait_for(stream({"type": "http"}, peer.receive, peer.send), 5)
+    await asyncio.wait_for(stream({"type": "http", "path": "/"}, peer.receive, peer.send), 5)
     assert events.closings == 1
 
 
