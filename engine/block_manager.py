@@ -122,7 +122,7 @@ class BlockManager:
         num_held = len(table) + len(match.blocks)
         num_missing = -(-(computed + num_new_tokens) // size) - num_held
         tail = computed // size
-        copy_on_write = tail < len(table) and pool.ref_counts[table[tail]] > 1
+        copy_on_write = tail < len(table) and self._is_shared(table[tail])
         revived = [block for block in match.blocks if pool.ref_counts[block] == 0]
         num_taken = len(revived) + max(num_missing, 0) + copy_on_write
         successor = match.successor
@@ -148,6 +148,12 @@ class BlockManager:
             sequence.commit_at = computed + 1
         return copies
 
+    def _is_shared(self, block: int) -> bool:
+        """Held by another sequence. The references of this step's copies do not count: the step
+        reads their sources before it writes."""
+        count = self.pool.ref_counts[block]
+        return count > 1 and count - self._copy_sources.count(block) > 1
+
     def _copy_on_write(self, sequence: Sequence, position: int) -> BlockCopy:
         """Replace the shared block at `position` of the table; its reference passes to the copy."""
         source = sequence.block_table[position]
@@ -164,13 +170,14 @@ class BlockManager:
         return BlockCopy(source, destination)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """`child` continues from what `parent` has computed, sharing all of its blocks."""
+        """`child` continues from what `parent` has computed, sharing all of its blocks. Behind
+        that, their tokens may differ."""
         assert not child.block_table
         for block in parent.block_table:
             self.pool.share(block)
         self.blocks_shared += len(parent.block_table)
         child.block_table = list(parent.block_table)
-        child.block_hashes = list(parent.block_hashes)
+        child.block_hashes = parent.block_hashes[: parent.num_computed_tokens // self.block_size]
         child.num_computed_tokens = parent.num_computed_tokens
         child.commit_at = parent.commit_at
 

@@ -77,7 +77,8 @@ class EngineCore:
         request.check_fits(
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
-            capacity_tokens=info.kv_capacity_tokens,
+            block_size=info.block_size,
+            num_blocks=info.num_blocks,
         )
         self._structured.check(request)
         self._scheduler.add_request(request)

@@ -45,11 +45,14 @@ class Request:
         if not self.prompt_token_ids:
             raise InvalidRequestError("the prompt is empty", "prompt")
 
-    def check_fits(self, *, vocab_size: int, max_model_len: int, capacity_tokens: int) -> None:
+    def check_fits(
+        self, *, vocab_size: int, max_model_len: int, block_size: int, num_blocks: int
+    ) -> None:
         """Raise where the request can never run.
 
-        `capacity_tokens` is the whole KV pool in tokens. Checked with the full max_tokens, since
-        preemption frees other sequences' blocks but never one's own.
+        `num_blocks` is the whole KV pool. Checked with the full max_tokens, since preemption frees
+        other sequences' blocks but never one's own. Beams share the full blocks of the prompt; in
+        the worst case nothing else.
         """
         prompt = self.prompt_token_ids
         if min(prompt) < 0 or max(prompt) >= vocab_size:
@@ -58,6 +61,8 @@ class Request:
             )
         params = self.sampling_params
         params.check_vocabulary(vocab_size)
+        if params.beam_width is not None and self.grammar is not None:
+            raise InvalidRequestError("beam search cannot follow a grammar", "use_beam_search")
         total = len(prompt) + params.max_tokens
         # The last sampled token is never fed back, so it needs no slot.
         if total > max_model_len or len(prompt) >= max_model_len + (params.max_tokens == 0):
@@ -66,9 +71,12 @@ class Request:
                 f"the context of {max_model_len} tokens",
                 "max_tokens" if len(prompt) < max_model_len else "prompt",
             )
-        if total - (params.max_tokens > 0) > capacity_tokens:
+        shared = len(prompt) // block_size
+        own = -(-(total - (params.max_tokens > 0)) // block_size) - shared
+        if shared + (params.beam_width or 1) * own > num_blocks:
+            beams = "" if params.beam_width is None else f" and {params.beam_width} beams"
             raise PoolTooSmallError(
-                f"prompt and max_tokens need {total} tokens of KV cache, the pool holds "
-                f"{capacity_tokens}",
+                f"prompt and max_tokens{beams} need more KV cache for {total} tokens than the "
+                f"pool's {num_blocks * block_size}",
                 "max_tokens",
             )

@@ -34,7 +34,8 @@ class RequestTable:
         self._arrivals = count()
 
     def add(self, request: Request) -> list[Sequence]:
-        """The request's n sequences, in order of choice, none of them scheduled yet."""
+        """The request's n sequences (a beam search's width), in order of choice, none of them
+        scheduled yet."""
         if request.request_id in self._sequences:
             raise InvalidRequestError("a request with this id is running", "request_id")
         params = request.sampling_params
@@ -46,7 +47,7 @@ class RequestTable:
         priority = request.priority if self._policy == "priority" else 0
         sequences = [
             Sequence(request, choice, _wrap(seed + choice), Rank(priority, order, choice), stop_ids)
-            for choice in range(params.n)
+            for choice in range(params.beam_width or params.n)
         ]
         self._sequences[request.request_id] = list(sequences)
         for time, queued in ((request.queue_deadline, True), (request.deadline, False)):

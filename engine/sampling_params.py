@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import InvalidRequestError
 
 GREEDY_TEMPERATURE = 1e-5  # below this a division by it only makes infinities: treated as 0
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
+MAX_LENGTH_PENALTY = 10
 
 
 def _require(ok: bool, message: str, param: str) -> None:
@@ -27,6 +29,12 @@ class SamplingParams:
     request. `top_k` 0 is off. `logprobs` k gives the chosen token's log-probability and the k
     best; None gives none. `prompt_logprobs` likewise for the prompt. Log-probabilities are those
     of the model, before temperature, penalties and bias.
+
+    `beam_width` w makes it a beam search over w beams, which answers the n best; it draws nothing,
+    so temperature is 0 and nothing else shapes the logits. A finished continuation of `length`
+    tokens scores its sum of log-probabilities / length ** `length_penalty`. `early_stopping` True
+    ends with w finished ones, False once the best live beam would score less if it ended now,
+    "never" once it would even if it ended at its best length (transformers' meanings).
     """
 
     max_tokens: int
@@ -46,6 +54,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 0, "max_tokens must be at least 0", "max_tokens")
@@ -78,6 +89,27 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             _require(count is None or count >= 0, f"{name} must be at least 0", name)
+        if self.beam_width is not None:
+            self._check_beam_search(self.beam_width)
+
+    def _check_beam_search(self, width: int) -> None:
+        _require(1 <= self.n <= width, "beam search answers at most its width", "n")
+        _require(self.max_tokens >= 1, "beam search needs max_tokens of at least 1", "max_tokens")
+        _require(
+            abs(self.length_penalty) <= MAX_LENGTH_PENALTY,
+            f"length_penalty must be from -{MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}",
+            "length_penalty",
+        )
+        neutral: dict[str, object] = {
+            "temperature": 0.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "logit_bias": (),
+            "allowed_token_ids": None,
+        }
+        for name, value in neutral.items():
+            _require(getattr(self, name) == value, f"{name} cannot be used with beam search", name)
 
     def _check_token_lists(self) -> None:
         _require(
@@ -101,7 +133,10 @@ class SamplingParams:
         )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise InvalidRequestError where a token id lies outside [0, vocab_size)."""
+        """Raise InvalidRequestError where a token id lies outside [0, vocab_size), or where the
+        vocabulary is too small to go on with `beam_width` tokens that do not stop."""
+        width = 0 if self.beam_width is None else self.beam_width + len(self.stop_token_ids)
+        _require(2 * width <= vocab_size, "too many beams for the vocabulary", "n")
         lists = {
             "logit_bias": [token_id for token_id, _ in self.logit_bias],
             "stop_token_ids": self.stop_token_ids,

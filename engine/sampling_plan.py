@@ -172,12 +172,13 @@ class PlanMaker:
             if not plain[sequence.seq_id] or row in must_work
         ]
         params = [sequence.request.sampling_params for sequence in sequences]
-        logprob_rows = tuple(row for row, p in enumerate(params) if p.logprobs is not None)
+        num_top = [sequence.num_logprobs for sequence in sequences]
+        logprob_rows = tuple(row for row, count in enumerate(num_top) if count is not None)
         some = 0 < len(logprob_rows) < len(sequences)
         plan = SamplingPlan(
             len(sequences),
             logprob_rows=logprob_rows,
-            num_top=tuple(p.logprobs for p in params if p.logprobs is not None),
+            num_top=tuple(count for count in num_top if count is not None),
             logprob_index=self._rows(logprob_rows) if some else None,
         )
         if not working:

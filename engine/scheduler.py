@@ -13,9 +13,10 @@ from bisect import insort
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .beam_search import BeamSearch
 from .block_manager import NO_MATCH, BlockManager
 from .config import SchedulingPolicy
-from .errors import DeviceMemoryError
+from .errors import DeviceMemoryError, InvalidRequestError
 from .outputs import (
     BlockCopy,
     EngineStats,
@@ -25,12 +26,11 @@ from .outputs import (
     SchedulerOutput,
     SequenceOutput,
     TableChange,
-    Timings,
-    TokenLogprobs,
 )
 from .request import Request
 from .request_table import RequestTable
 from .sequence import Rank, Sequence, SequenceStatus
+from .sequence_outputs import ended_output, take_prompt_logprobs, token_output
 from .waiting_queue import WaitingQueue
 
 Clock = Callable[[], float]
@@ -76,6 +76,7 @@ class Scheduler:
         self._requests = RequestTable(policy, eos_token_ids)
         self._budget = max_num_batched_tokens
         self._released: list[int] = []
+        self._beams = BeamSearch(block_manager, self.running, self.waiting, self._released)
         self._outputs: list[SequenceOutput] = []
         self._step = 0
         self._step_tokens = 0
@@ -85,22 +86,32 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self.waiting or self._outputs)
+        return bool(self.running or self.waiting or self._outputs or self._beams)
 
     # -- requests ---------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
         """Queue a request's sequences. Its limits have been checked (`Request.check_fits`)."""
-        first, *others = self._requests.add(request)
+        width = request.sampling_params.beam_width
+        if width is not None and width > self.max_num_seqs:
+            raise InvalidRequestError(f"more than {self.max_num_seqs} beams", "n")
+        first, *others = sequences = self._requests.add(request)
+        if width is not None:
+            self._beams.add(sequences)
+            return
         self.waiting.push(first)
         if first.num_prompt_tokens > 1:
             first.held_forks = others
+            first.fork_at = first.num_prompt_tokens - 1
         else:
             for sequence in others:  # nothing is computed before the last token: nothing to share
                 self.waiting.push(sequence)
 
     def abort_request(self, request_id: str, choice: int | None = None) -> None:
-        """End a request's sequences, or the one of `choice`; unknown ids are ignored."""
+        """End a request's sequences, or the one of `choice`; unknown ids are ignored.
+
+        The choices of a beam search end together.
+        """
         for sequence in self._requests.find(request_id):
             if choice is None or sequence.choice == choice:
                 self._end(sequence, "abort")
@@ -117,18 +128,13 @@ class Scheduler:
         poisoned: bool = False,
     ) -> None:
         """The only way a sequence ends before its own last token; its blocks go back here."""
-        self._outputs.append(
-            SequenceOutput(
-                sequence.request.request_id,
-                sequence.choice,
-                [],
-                finish_reason=reason,
-                error=error,
-                num_cached_tokens=sequence.num_cached_tokens,
-                timings=self._timings(sequence),
-            )
-        )
-        self._release(sequence, poisoned=poisoned)
+        if sequence.status is SequenceStatus.FINISHED:  # with another beam of its request
+            return
+        now = self._clock()
+        for member in self._beams.remove(sequence):
+            if member.choice < member.request.sampling_params.n:
+                self._outputs.append(ended_output(member, reason, error, now))
+            self._release(member, poisoned=poisoned)
 
     def _release(self, sequence: Sequence, *, poisoned: bool = False) -> None:
         """Take a sequence out of every collection and give its blocks back."""
@@ -137,14 +143,15 @@ class Scheduler:
         if sequence.held_forks:  # the next sibling computes the prompt in its place
             heir, *others = sequence.held_forks
             heir.held_forks, sequence.held_forks = others, []
+            heir.fork_at = sequence.fork_at
             self.waiting.push(heir)
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
             self._released.append(sequence.seq_id)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
         elif siblings and sequence in siblings[0].held_forks:
             siblings[0].held_forks.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
         self.block_manager.free(sequence, poisoned=poisoned)
         sequence.status = SequenceStatus.FINISHED
 
@@ -161,9 +168,10 @@ class Scheduler:
         if self._preemptions == preemptions:
             budget = self._schedule_waiting(output, budget)
         self.block_manager.end_step()
-        released, self._released = self._released, []
+        output.released.extend(self._released)
+        self._released.clear()
         self._step_tokens = self._budget - budget
-        return output._replace(total_tokens=self._step_tokens, released=released)
+        return output._replace(total_tokens=self._step_tokens)
 
     def _schedule_running(self, output: SchedulerOutput, budget: int) -> int:
         """Every running sequence gets at least one token, while the budget lasts: what an older
@@ -175,12 +183,12 @@ class Scheduler:
             sequence = running[i]
             computed = sequence.num_computed_tokens
             num_new = len(sequence.token_ids) - computed
-            if num_new > 1:
-                if sequence.held_forks:
-                    num_new -= 1  # the last prompt token is computed by each sibling itself
+            if num_new != 1 or sequence.held_forks:
+                num_new = self._fork_or_limit(sequence)
+                if num_new == 0:  # a beam that waits for the others
+                    i += 1
+                    continue
                 num_new = min(num_new, max(budget - (len(running) - i - 1), 1))
-            elif sequence.held_forks:
-                self._fork(sequence)
             table = sequence.block_table
             fits = computed + num_new <= len(table) * size
             if not (fits and ref_counts[table[computed // size]] == 1) and not self._allocate(
@@ -193,6 +201,15 @@ class Scheduler:
             budget -= num_new
             i += 1
         return budget
+
+    def _fork_or_limit(self, sequence: Sequence) -> int:
+        """The tokens that a running sequence may compute next; where siblings share them, no
+        more than those, and once they are computed the siblings are forked off."""
+        if sequence.held_forks:
+            if sequence.num_computed_tokens < sequence.fork_at:
+                return sequence.fork_at - sequence.num_computed_tokens
+            self._fork(sequence)
+        return len(sequence.token_ids) - sequence.num_computed_tokens
 
     def _allocate(self, sequence: Sequence, num_new: int, output: SchedulerOutput) -> bool:
         """Get slots, preempting from the end as needed; False if `sequence` itself had to go."""
@@ -216,14 +233,19 @@ class Scheduler:
         sequence.num_preemptions += 1
         self._preemptions += 1
         self._released.append(sequence.seq_id)
-        self.waiting.push(sequence)
+        group = self._beams.group_of(sequence)
+        if group is None:
+            self.waiting.push(sequence)
+        else:
+            group.preempted = True  # it waits with the others, from the end of this step on
 
     def _fork(self, parent: Sequence) -> None:
-        """Let the siblings share the prompt's blocks; those beyond max_num_seqs queue instead and
-        find the prompt by its hash."""
+        """Let the siblings share what is computed; those beyond max_num_seqs queue instead and
+        find the prompt by its hash. (Beams have their seats reserved.)"""
         siblings, parent.held_forks = parent.held_forks, []
+        is_beam = self._beams.group_of(parent) is not None
         for sibling in siblings:
-            if len(self.running) >= self.max_num_seqs:
+            if not is_beam and self._num_seats_free() <= 0:
                 self.waiting.push(sibling)
                 continue
             self.block_manager.fork(parent, sibling)
@@ -232,13 +254,19 @@ class Scheduler:
             sibling.num_cached_tokens = parent.num_cached_tokens
             insort(self.running, sibling, key=_rank)
 
+    def _num_seats_free(self) -> int:
+        return self.max_num_seqs - len(self.running) - self._beams.seats_reserved()
+
     def _schedule_waiting(self, output: SchedulerOutput, budget: int) -> int:
         not_ready: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+        while self.waiting and budget > 0 and (seats := self._num_seats_free()) > 0:
             sequence = self.waiting.peek()
             if not self._is_ready(sequence.request):
                 not_ready.append(self.waiting.pop())
                 continue
+            group = self._beams.group_of(sequence)
+            if group is not None and group.width > seats:
+                break
             admission = self._admit(sequence, budget)
             if admission is None:
                 break
@@ -257,11 +285,10 @@ class Scheduler:
     def _admit(self, sequence: Sequence, budget: int) -> _Admission | None:
         """Match the prefix and take the first step's slots; None if the pool cannot give them.
 
-        At least one token is left to compute; where siblings wait to fork, the prompt's last one
-        is theirs, so one before it.
+        At least one token is left to compute, before the point where siblings wait to fork.
         """
         manager = self.block_manager
-        target = len(sequence.token_ids) - bool(sequence.held_forks)
+        target = sequence.fork_at if sequence.held_forks else len(sequence.token_ids)
         match = NO_MATCH
         if not sequence.wants_prompt_logprobs:
             match = manager.match_prefix(sequence, target - 1)
@@ -305,6 +332,8 @@ class Scheduler:
             self._budget = min(self._budget * 2, self.max_num_batched_tokens)
         now = self._clock()
         outputs = self._outputs
+        if self._beams:
+            result = self._beams.take(output, result)
         for row, (sequence, start, num_new, token_id) in enumerate(
             zip(
                 output.sequences,
@@ -321,7 +350,7 @@ class Scheduler:
             if computed >= sequence.commit_at:
                 self.block_manager.commit_full_blocks(sequence)
             if row in result.prompt_logprobs:
-                self._take_prompt_logprobs(sequence, start, result.prompt_logprobs[row])
+                take_prompt_logprobs(sequence, start, result.prompt_logprobs[row])
             if token_id is None:
                 continue
             sequence.token_ids.append(token_id)
@@ -334,60 +363,24 @@ class Scheduler:
                 request_id = sequence.request.request_id
                 outputs.append(SequenceOutput(request_id, sequence.choice, [token_id]))
             else:
-                outputs.append(self._full_output(sequence, result.logprobs.get(row), now))
+                final = token_output(sequence, result.logprobs.get(row), now)
+                outputs.append(final)
+                if final.finish_reason:
+                    self._release(sequence)
+        if self._beams:
+            self._advance_beams(now)
         self._outputs = []
         return outputs
 
-    def _full_output(
-        self, sequence: Sequence, logprobs: TokenLogprobs | None, now: float
-    ) -> SequenceOutput:
-        """The output of a token that is a sequence's first or last, or has logprobs."""
-        token_id = sequence.token_ids[-1]
-        reason: FinishReason | None = None
-        if token_id in sequence.stop_ids:
-            reason = "stop"
-        elif len(sequence.token_ids) >= sequence.stop_at:
-            reason = "length"
-        wanted = len(sequence.token_ids) <= sequence.stop_at  # max_tokens 0 only wants the prompt
-        explicit = token_id in sequence.request.sampling_params.stop_token_ids
-        first = sequence.first_token_time is None
-        if first:
-            sequence.first_token_time = now
-        output = SequenceOutput(
-            sequence.request.request_id,
-            sequence.choice,
-            [token_id] if wanted else [],
-            logprobs=[logprobs] if logprobs and wanted else None,
-            prompt_logprobs=(
-                sequence.prompt_logprobs
-                if first
-                and sequence.choice == 0
-                and sequence.request.sampling_params.prompt_logprobs is not None
-                else None
-            ),
-            finish_reason="length" if not wanted else reason,
-            stop_reason=token_id if reason == "stop" and explicit and wanted else None,
-            num_cached_tokens=sequence.num_cached_tokens if first or reason else None,
-            timings=self._timings(sequence) if reason else None,
-        )
-        if reason:
-            self._release(sequence)
-        return output
-
-    def _take_prompt_logprobs(
-        self, sequence: Sequence, start: int, entries: list[TokenLogprobs]
-    ) -> None:
-        """Entries belong to positions start + 1 …; a recompute brings known ones again."""
-        known = len(sequence.prompt_logprobs) - (start + 1)
-        sequence.prompt_logprobs.extend(entries[known:])
-
-    def _timings(self, sequence: Sequence) -> Timings:
-        return Timings(
-            sequence.request.arrival_time,
-            sequence.scheduled_time,
-            sequence.first_token_time,
-            self._clock(),
-        )
+    def _advance_beams(self, now: float) -> None:
+        for group in self._beams.advance(now):
+            first = group.sequences[0]
+            if group.error is not None:
+                self._fail(first, group.error, poisoned=True)
+                continue
+            self._outputs.extend(group.outputs(now))
+            for member in self._beams.remove(first):
+                self._release(member)
 
     def stats(self) -> EngineStats:
         pool = self.block_manager.pool

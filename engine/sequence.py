@@ -51,9 +51,11 @@ class Sequence:
         "choice",
         "commit_at",
         "first_token_time",
+        "fork_at",
         "held_forks",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_logprobs",
         "num_preemptions",
         "num_prompt_tokens",
         "prompt_logprobs",
@@ -90,11 +92,17 @@ class Sequence:
         """Prompt tokens found in the prefix index at first admission; None before it."""
         self.num_preemptions = 0
         self.held_forks: list[Sequence] = []
-        """Siblings to be forked off once all but the prompt's last token is computed."""
+        """Siblings to be forked off once `fork_at` tokens are computed."""
+        self.fork_at = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.commit_at = 1
         """num_computed_tokens from which on the block manager has something to index."""
+        self.num_logprobs = params.logprobs
+        """Alternatives to be sampled with their log-probabilities; None for no log-probability.
+        Beam search goes on with as many as its width, none of which may be a stop token."""
+        if params.beam_width is not None:
+            self.num_logprobs = max(params.logprobs or 0, params.beam_width + len(stop_ids))
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         """One entry a prompt position, as far as computed; the first has no predecessor."""
         self.scheduled_time: float | None = None

@@ -17,6 +17,9 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._members)
 
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence.seq_id in self._members
+
     def push(self, sequence: Sequence) -> None:
         self._members[sequence.seq_id] = sequence
         heappush(self._heap, (sequence.rank, sequence))

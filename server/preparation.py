@@ -199,7 +199,8 @@ def _job(
         request.check_fits(
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
-            capacity_tokens=info.kv_capacity_tokens,
+            block_size=info.block_size,
+            num_blocks=info.num_blocks,
         )
         requests.append(request)
     _check_prompt_logprobs(requests)
