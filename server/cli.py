@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..engine.errors import StartupError
+from . import bench
 from .settings import GROUPS, Settings, load_settings
 
 _NOTHING = (None, "", ())
@@ -17,9 +18,11 @@ _NOTHING = (None, "", ())
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 after a clean stop, 1 where the server cannot start, 2 for a wrong command line."""
-    arguments = vars(build_parser().parse_args(argv))
-    del arguments["command"]
+    """0 after a clean end, 1 where a server or a benchmark fails, 2 for a wrong command line."""
+    parsed = build_parser().parse_args(argv)
+    arguments = vars(parsed)
+    if arguments.pop("command") == "bench":
+        return bench.run(parsed)
     try:
         settings = load_settings(**arguments)
         # Not before the flags are known to be right: these imports take a second.
@@ -51,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    bench.add_parser(commands)
     fields = Settings.model_fields
     serve.add_argument("model", nargs="?", metavar="MODEL", help=fields["model"].description)
     serve.add_argument("--config", metavar="FILE", help=fields["config"].description)
