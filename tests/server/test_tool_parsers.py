@@ -1,0 +1,572 @@
+"""Every format, cut in every way: the pieces add up to the message of the whole text."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire.server.json_scanner import JsonScanner
+from quire.server.message_events import (
+    ContentText,
+    Event,
+    MessageBuilder,
+    ReasoningText,
+    ToolCallArguments,
+    ToolCallStart,
+    joined,
+)
+from quire.server.message_parser import MessageParser
+from quire.server.reasoning import ReasoningParser, detect_reasoning, starts_inside
+from quire.server.settings import Settings
+from quire.server.tool_formats import TOOL_PARSERS, detect_tool_parser
+
+TOOLS = ("f", "get_weather")
+Calls = list[tuple[str, Any]]
+
+
+class Sample(NamedTuple):
+    format: str
+    text: str
+    content: str | None
+    calls: Calls
+
+
+def hermes(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+WEATHER = '{"city": "Zürich", "days": [1, 2.5e3], "hourly": false}'
+NASTY = r'{"a": "</tool_call> \" } ] \\", "b": "\u00e9\ud83c\udf89", "c\"": {"d": [{}, [], null]}}'
+D = {
+    "begin": "<｜tool▁calls▁begin｜>",
+    "end": "<｜tool▁calls▁end｜>",
+    "call": "<｜tool▁call▁begin｜>",
+    "call_end": "<｜tool▁call▁end｜>",
+    "sep": "<｜tool▁sep｜>",
+}
+V3 = "{call}function{sep}f\n```json\n%s\n```{call_end}".format(**D)
+V31 = "{call}f{sep}%s{call_end}".format(**D)
+
+SAMPLES = [
+    # -- text that is no call
+    *(
+        Sample(name, text, text, [])
+        for name in TOOL_PARSERS
+        for text in (
+            "",
+            "Just text.",
+            "  spaces \n\n around \n",
+            "a < b, <tool, [TOOL], [1, 2], {x}, f(a=1) and <| or <｜ and `{}`",
+            '{"answer": {"name": "get_weather"}} and [1, [2]]',
+            '{"name": "Bob", "parameters": {}}',
+            "see [the docs](http://x/[y]) or [f] or [f](x)",
+        )
+    ),
+    # -- Hermes
+    Sample("hermes", hermes("get_weather", WEATHER), None, [("get_weather", WEATHER)]),
+    Sample("hermes", hermes("f", NASTY), None, [("f", NASTY)]),
+    Sample("hermes", "Sure.\n" + hermes("f", "{}") + "\n", "Sure.", [("f", "{}")]),
+    Sample("hermes", hermes("f", "{}") + "\n So.", "\n So.", [("f", "{}")]),
+    Sample(
+        "hermes",
+        hermes("f", '{"a": 1}') + "\n" + hermes("unknown", '{"a": 2}'),
+        None,
+        [("f", '{"a": 1}'), ("unknown", '{"a": 2}')],
+    ),
+    Sample(
+        "hermes",
+        '<tool_call>{"arguments": {"a": 1}, "id": 7, "name": "f"}</tool_call>',
+        None,
+        [("f", '{"a": 1}')],
+    ),
+    Sample(
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>',
+        None,
+        [("f", '{"a": 1}')],
+    ),
+    Sample("hermes", '<tool_call>{"name": "f"}</tool_call>', None, [("f", "{}")]),
+    Sample("hermes", '<tool_call>{"name": "f", "arguments": null}', None, [("f", "{}")]),
+    Sample(
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": {}}\n{"name": "f", "arguments": {"b": 2}}'
+        "</tool_call>",
+        None,
+        [("f", "{}"), ("f", '{"b": 2}')],
+    ),
+    Sample(
+        "hermes",
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1}\n</tool_call>',  # a brace forgotten
+        None,
+        [("f", '{"a": 1}')],
+    ),
+    Sample(
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": {"code": "a\n\tb"}}</tool_call>',  # raw controls
+        None,
+        [("f", '{"code": "a\\n\\tb"}')],
+    ),
+    *(
+        Sample("hermes", text, text, [])
+        for text in (
+            "<tool_call>oops</tool_call>",
+            "<tool_call>\n{'name': 'f', 'arguments': {}}\n</tool_call>",
+            '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
+            '<tool_call>{"name": "f", "arguments": "[1]"}</tool_call>',
+            '<tool_call>{"name": "f", "arguments": "{} {}"}</tool_call>',
+            '<tool_call>{"name": "a b", "arguments": {}}</tool_call>',
+            '<tool_call>{"name": 1, "arguments": {}}</tool_call>',
+            '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>',
+            '<tool_call>{"arguments": {}}</tool_call>',
+            "<tool_call>",
+            '<tool_call>{"name": "f", "arg',
+        )
+    ),
+    Sample(
+        "hermes",
+        "<tool_call>x</tool_call>" + hermes("f", "{}"),
+        "<tool_call>x</tool_call>",
+        [("f", "{}")],
+    ),
+    # What broke after its arguments had begun to stream.
+    Sample(
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": {"a": tru}}</tool_call>' + hermes("f", "{}"),
+        "}}</tool_call>",
+        [("f", '{"a": tru'), ("f", "{}")],
+    ),
+    # -- Llama 3
+    Sample(
+        "llama3_json",
+        '{"name": "get_weather", "parameters": ' + WEATHER + "}",
+        None,
+        [("get_weather", WEATHER)],
+    ),
+    Sample(
+        "llama3_json",
+        'I call {"type": "function", "name": "f", "parameters": ' + NASTY + "} now",
+        "I call now",
+        [("f", NASTY)],
+    ),
+    Sample(
+        "llama3_json",
+        '{"type": "function", "function": "f", "parameters": {}}; '
+        '{"name": "f", "arguments": {"a": 1}}',
+        None,
+        [("f", "{}"), ("f", '{"a": 1}')],
+    ),
+    Sample(
+        "llama3_json",
+        '<|python_tag|>{"name": "other", "parameters": {"q": "x"}}',
+        None,
+        [("other", '{"q": "x"}')],
+    ),
+    *(
+        Sample("llama3_json", text, text, [])
+        for text in (
+            '<|python_tag|>print("hi")',
+            '{"name": "f"}',
+            '{"parameters": {}, "name": "f"}',
+            '{"name": "f", "extra": 1, "parameters": {}}',
+        )
+    ),
+    # -- Pythonic
+    Sample(
+        "pythonic",
+        '[get_weather(city="O\'Hare ]), \\"x\\"", days=[1, (2, 3)], m={\'k\': -1.5, "t": true})]',
+        None,
+        [
+            (
+                "get_weather",
+                '{"city": "O\'Hare ]), \\"x\\"", "days": [1, [2, 3]], "m": {"k": -1.5, "t": true}}',
+            )
+        ],
+    ),
+    Sample("pythonic", "[f(), f(a=None),]", None, [("f", "{}"), ("f", '{"a": null}')]),
+    Sample(
+        "pythonic",
+        '<|python_start|>[other(a="""x"y\nz""", b=\'é\')]<|python_end|>',
+        None,
+        [("other", '{"a": "x\\"y\\nz", "b": "é"}')],
+    ),
+    Sample("pythonic", "Well: [f(a=1)] then", "Well: then", [("f", '{"a": 1}')]),
+    *(
+        Sample("pythonic", text, text, [])
+        for text in (
+            "[f(1)]",
+            "[f(a=g())]",
+            "[f(a=x)]",
+            "[f(**{})]",
+            "[f(a=1, a=2)]",
+            "[f(a=b'x')]",
+            "[f(a=1e999)]",
+            "[f(a='\\ud800')]",
+            "[f(a=__import__('os').system('true'))]",
+            "[f(a=1 # )\n)]",
+            "[other()]",
+            "[f(a=1) oops]",
+            "[f(a='",
+            "<|python_start|>f()",
+        )
+    ),
+    # -- Mistral
+    Sample(
+        "mistral",
+        '[TOOL_CALLS][{"name": "f", "arguments": ' + NASTY + '}, {"name": "g", "arguments": {}, '
+        '"id": "abcdefghi"}]',
+        None,
+        [("f", NASTY), ("g", "{}")],
+    ),
+    Sample(
+        "mistral",
+        'Hm. [TOOL_CALLS]f{"a": "]"}[TOOL_CALLS]g[CALL_ID]abc123DEF[ARGS]{"b": 1}',
+        "Hm.",
+        [("f", '{"a": "]"}'), ("g", '{"b": 1}')],
+    ),
+    *(
+        Sample("mistral", text, text, [])
+        for text in ("[TOOL_CALLS]", "[TOOL_CALLS] no call", "[TOOL_CALLS][]", "[TOOL_CALLS]f[1]")
+    ),
+    # -- DeepSeek
+    Sample(
+        "deepseek_v3",
+        "Hi" + D["begin"] + V3 % NASTY + "\n" + V3 % "{}" + D["end"],
+        "Hi",
+        [("f", NASTY), ("f", "{}")],
+    ),
+    Sample(
+        "deepseek_v3", D["begin"] + V31 % '{"a": "```"}' + D["end"], None, [("f", '{"a": "```"}')]
+    ),
+    *(
+        Sample("deepseek_v3", text, text, [])
+        for text in (D["begin"] + "x", D["begin"] + D["call"] + "f" + D["sep"] + "x")
+    ),
+]
+
+
+def read(parser: MessageParser, pieces: list[str]) -> tuple[str | None, Calls]:
+    """The message of a text in pieces; checks the order of events on the way."""
+    events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
+    begun = 0
+    for event in events:
+        if isinstance(event, ToolCallStart):
+            assert event.call == begun
+            begun += 1
+        elif isinstance(event, ToolCallArguments):
+            assert event.call == begun - 1 and event.text
+        else:
+            assert event.text
+    builder = MessageBuilder()
+    builder.add(events)
+    message = builder.message()
+    calls = message.get("tool_calls", [])
+    assert len({call["id"] for call in calls}) == len(calls) == begun
+    functions = [call["function"] for call in calls]
+    return message["content"], [(each["name"], each["arguments"]) for each in functions]
+
+
+def parse(format: str, *pieces: str) -> tuple[str | None, Calls]:
+    return read(MessageParser(TOOL_PARSERS[format](TOOLS)), list(pieces))
+
+
+def cut(text: str, rng: random.Random) -> list[str]:
+    places = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(8)))
+    return [text[start:end] for start, end in zip([0, *places], [*places, None], strict=True)]
+
+
+def same_however_cut(format: str, text: str, rng: random.Random, times: int) -> None:
+    whole = parse(format, text)
+    assert parse(format, *text) == whole
+    for _ in range(times):
+        assert parse(format, *cut(text, rng)) == whole
+
+
+@pytest.mark.parametrize(
+    "sample", SAMPLES, ids=lambda sample: f"{sample.format}-{sample.text[:40]}"
+)
+def test_samples(sample: Sample) -> None:
+    expected = (sample.content, sample.calls)
+    assert parse(sample.format, sample.text) == expected
+    same_however_cut(sample.format, sample.text, random.Random(sample.text), 10)
+
+
+@pytest.mark.parametrize(
+    "sample", SAMPLES, ids=lambda sample: f"{sample.format}-{sample.text[:40]}"
+)
+def test_samples_that_break_off_anywhere(sample: Sample) -> None:
+    rng = random.Random(sample.text)
+    calls = sample.calls
+    for length in range(len(sample.text)):
+        text = sample.text[:length]
+        same_however_cut(sample.format, text, rng, 1)
+        content, begun = parse(sample.format, text)
+        if not begun:
+            assert (content or "") == text
+        for (name, arguments), (full_name, full) in zip(begun, calls, strict=False):
+            assert name == full_name and full.startswith(arguments)
+
+
+FRAGMENTS = st.sampled_from(
+    [
+        *(marker for parser in TOOL_PARSERS.values() for marker in parser.markers),
+        *(token for parser in TOOL_PARSERS.values() for token in parser.control_tokens),
+        '{"name": "f", "arguments": ', '{"name": "f", "parameters": ', '"name"', "f", "f(", "a=1",
+        "{}", "}", "{", "[", "]", "(", ")", ",", ";", ":", '"', "'", "\\", "\n", " ", "```json\n",
+        "```", '{"a": "b"}', "null", "1", "é🎉", "<think>", "</think>", "text", "function",
+    ]
+)  # fmt: skip
+
+
+@settings(max_examples=500)
+@given(st.sampled_from(sorted(TOOL_PARSERS)), st.lists(FRAGMENTS, max_size=14), st.randoms())
+def test_any_text_reads_the_same_however_cut(
+    format: str, fragments: list[str], rng: random.Random
+) -> None:
+    text = "".join(fragments)
+    same_however_cut(format, text, rng, 3)
+    content, calls = parse(format, text)
+    if not calls:
+        assert (content or "") == text
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=12,
+)  # fmt: skip
+OBJECTS = st.dictionaries(st.text(max_size=5), JSON, max_size=4)
+
+
+@given(OBJECTS, st.booleans(), st.sampled_from([None, 1]), st.randoms())
+def test_any_arguments_come_out_as_they_are(
+    arguments: dict[str, Any], ascii: bool, indent: int | None, rng: random.Random
+) -> None:
+    text = json.dumps(arguments, ensure_ascii=ascii, indent=indent)
+    assert parse("hermes", *cut(hermes("f", text), rng)) == (None, [("f", text)])
+    assert parse("mistral", *cut(f"[TOOL_CALLS]f{text}", rng)) == (None, [("f", text)])
+    assert parse("deepseek_v3", *cut(D["begin"] + V3 % text + D["end"], rng)) == (
+        None,
+        [("f", text)],
+    )
+    assert parse("llama3_json", *cut(f'{{"name": "f", "parameters": {text}}}', rng)) == (
+        None,
+        [("f", text)],
+    )
+
+
+@given(st.dictionaries(st.from_regex(r"k[a-z_]{0,5}", fullmatch=True), JSON), st.randoms())
+def test_any_python_literals_are_read(arguments: dict[str, Any], rng: random.Random) -> None:
+    text = "[f(" + ", ".join(f"{name}={value!r}" for name, value in arguments.items()) + ")]"
+    content, [(name, read_back)] = parse("pythonic", *cut(text, rng))
+    assert (content, name) == (None, "f")
+    assert json.loads(read_back) == arguments
+
+
+def test_nothing_is_held_back_for_longer_than_needed() -> None:
+    parser = TOOL_PARSERS["hermes"](TOOLS)
+    assert parser.feed("Hello") == [ContentText("Hello")]
+    assert parser.feed(" <tool") == []
+    assert parser.feed("box>") == [ContentText(" <toolbox>")]
+    assert parser.feed('\n<tool_call>{"name": "f", "arguments": ') == []
+    start, arguments = parser.feed('{"a')
+    assert isinstance(start, ToolCallStart) and start.name == "f"
+    assert arguments == ToolCallArguments(0, '{"a')
+    for piece in ('": "x', "</tool", "_call>", " y\\", 'n"', ', "b": tr'):
+        assert joined(parser.feed(piece)) == [ToolCallArguments(0, piece)]
+    parser = TOOL_PARSERS["llama3_json"](TOOLS)
+    assert parser.feed('{"na') == []
+    assert parser.feed('mes": ["x') == [ContentText('{"names": ["x')]
+    parser = TOOL_PARSERS["pythonic"](TOOLS)
+    assert parser.feed("[get_weather") == []
+    assert parser.feed("s, ") == [ContentText("[get_weathers,")]
+
+
+@pytest.mark.parametrize(
+    ("format", "text"),
+    [
+        ("pythonic", "[f(" * 20_000),
+        ("pythonic", "[f(a=" + "-" * 60_000 + "1)]"),
+        ("pythonic", "[f(a=" + "(" * 30_000 + ")" * 30_000 + ")]"),
+        ("llama3_json", '{"name": "f", "parameters": ' * 3_000),
+        ("llama3_json", '{"type": ' * 8_000),
+        ("hermes", '<tool_call>{"a": ["' * 4_000),
+        ("hermes", "<tool_call>" + " " * 60_000),
+        ("hermes", "\n" * 60_000),
+        ("mistral", "[TOOL_CALLS]" * 5_000),
+        ("deepseek_v3", (D["begin"] + D["call"]) * 2_000),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_hostile_text_takes_linear_time(format: str, text: str) -> None:
+    pieces = [text[at : at + 4] for at in range(0, len(text), 4)]
+    began = time.process_time()
+    content, calls = parse(format, *pieces)
+    assert time.process_time() - began < 5
+    assert calls or content == text
+
+
+# -- JSON ------------------------------------------------------------------------------------
+
+
+def scan(pieces: list[str]) -> tuple[bool, str]:
+    """Whether the value ended, and what was taken."""
+    scanner, taken = JsonScanner(), ""
+    for piece in pieces:
+        at = 0
+        at, shown = scanner.feed(piece, at)
+        taken += shown
+        if at < len(piece):
+            break
+    return scanner.done, taken
+
+
+@given(st.text('{}[]":,0129.eE+-trufalsn \\"/\t\x01', max_size=20), st.randoms())
+def test_the_scanner_agrees_with_the_standard_library(text: str, rng: random.Random) -> None:
+    text = "[" + text
+    whole = scan([text])
+    assert scan(list(text)) == scan(cut(text, rng)) == whole
+    decoder = json.JSONDecoder(strict=False, parse_constant=lambda name: json.loads("?"))
+    try:
+        value, end = decoder.raw_decode(text)
+    except json.JSONDecodeError:
+        assert not whole[0]
+    else:
+        assert whole[0]
+        assert json.loads(whole[1]) == value
+        assert len(whole[1]) >= end
+
+
+@given(JSON.filter(lambda value: isinstance(value, (str, list, dict))), st.randoms())
+def test_the_scanner_passes_every_value(value: Any, rng: random.Random) -> None:
+    text = json.dumps(value)
+    assert scan([*cut(text, rng), " more"]) == (True, text)
+
+
+# -- reasoning -------------------------------------------------------------------------------
+
+
+def reason(pieces: list[str], *, opened: bool = False) -> tuple[str, str]:
+    parser = ReasoningParser(opened=opened)
+    events: list[Event] = [event for piece in pieces for event in parser.feed(piece)]
+    events += parser.finish()
+    texts = {ReasoningText: "", ContentText: ""}
+    for event in events:
+        assert isinstance(event, ReasoningText | ContentText) and event.text
+        texts[type(event)] += event.text
+    return texts[ReasoningText], texts[ContentText]
+
+
+REASONING = [
+    ("<think>\nwhy\n</think>\n\nso", False, "why", "so"),
+    ("\n<think>why</think>so</think>", False, "why", "so</think>"),
+    ("<think>\n\n</think>\n\n so", False, "", " so"),
+    ("so <think>why</think>", False, "", "so <think>why</think>"),
+    ("<thin", False, "", "<thin"),
+    (" so", False, "", " so"),
+    ("<think>wh < y </thin", False, "wh < y </thin", ""),
+    ("why</think>so", True, "why", "so"),
+    ("\n<think>\nwhy</think>so", True, "why", "so"),
+    ("</think>so", True, "", "so"),
+    ("why \n", True, "why \n", ""),
+    ("<th", True, "<th", ""),
+    ("", True, "", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "opened", "reasoning", "content"), REASONING)
+def test_reasoning(text: str, opened: bool, reasoning: str, content: str) -> None:
+    assert reason([text], opened=opened) == (reasoning, content)
+    assert reason(list(text), opened=opened) == (reasoning, content)
+
+
+@given(
+    st.lists(
+        st.sampled_from(["<think>", "</think>", "\n", " ", "a", "<", "</", "th"]), max_size=12
+    ),
+    st.booleans(),
+    st.randoms(),
+)
+def test_reasoning_is_the_same_however_cut(
+    fragments: list[str], opened: bool, rng: random.Random
+) -> None:
+    text = "".join(fragments)
+    whole = reason([text], opened=opened)
+    assert reason(list(text), opened=opened) == reason(cut(text, rng), opened=opened) == whole
+
+
+def test_long_space_is_not_held() -> None:
+    parser = ReasoningParser(opened=True)
+    told = "".join(str(event[0]) for event in parser.feed("why" + " " * 1000))
+    assert len(told) > 900
+    assert reason(["why" + " " * 1000 + "</think>"], opened=True) == reason(
+        [*("why" + " " * 1000 + "</think>")], opened=True
+    )
+
+
+def test_calls_are_looked_for_behind_the_reasoning_only() -> None:
+    text = "<think>" + hermes("f", "{}") + "</think>\n\nOk.\n" + hermes("f", '{"a": 1}')
+    for pieces in ([text], list(text)):
+        parser = MessageParser(TOOL_PARSERS["hermes"](TOOLS), ReasoningParser(opened=False))
+        assert read(parser, pieces) == ("Ok.", [("f", '{"a": 1}')])
+
+
+def test_what_was_not_asked_for_is_left_out() -> None:
+    parser = MessageParser(
+        TOOL_PARSERS["hermes"](TOOLS),
+        ReasoningParser(opened=True),
+        show_reasoning=False,
+        max_calls=1,
+    )
+    events = parser.feed("why</think>" + hermes("f", "{}") + hermes("f", '{"a": 1}'))
+    events += parser.finish()
+    assert [type(event) for event in events] == [ToolCallStart, ToolCallArguments]
+    assert parser.finish_reason("stop") == "tool_calls"
+    assert parser.finish_reason("length") == "length"
+    assert parser.finish_reason(None) is None
+
+
+# -- choosing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "tools", "reasoning"),
+    [
+        ("{{ x }}", None, None),
+        ("<tool_call>", "hermes", None),
+        ("<tool_call><function=x><parameter=", None, None),
+        ("<tool_call> <think> </think>", "hermes", "qwen3"),
+        ("[AVAILABLE_TOOLS] [TOOL_CALLS]", "mistral", None),
+        ("<｜tool▁calls▁begin｜> content.split('</think>')[-1]", "deepseek_v3", "deepseek_r1"),
+        ("<|python_start|> <|python_tag|>", "pythonic", None),
+        ("<|python_tag|>", "llama3_json", None),
+        ("<|start_header_id|> '{\"name\": ' '\"parameters\": '", "llama3_json", None),
+        ("'{\"name\": ' '\"parameters\": '", None, None),
+    ],
+)
+def test_the_template_tells_the_format(
+    template: str, tools: str | None, reasoning: str | None
+) -> None:
+    assert detect_tool_parser(template) == tools
+    assert detect_reasoning(template) == reasoning
+
+
+def test_the_flag_knows_every_parser() -> None:
+    annotation = Settings.model_fields["tool_call_parser"].annotation
+    assert set(TOOL_PARSERS) | {"auto", "none"} == set(annotation.__args__)  # type: ignore[union-attr]
+
+
+def test_where_reasoning_begins() -> None:
+    assert starts_inside("qwen3", "<|im_start|>assistant\n<think>\n")
+    assert not starts_inside("qwen3", "<|im_start|>assistant\n")
+    assert not starts_inside("qwen3", "say <think><|im_end|>\n<|im_start|>assistant\n")
+    assert starts_inside("deepseek_r1", "<｜Assistant｜>")
+    assert not starts_inside("deepseek_r1", "<think>\n\n</think>\n\n")
+    assert starts_inside("qwen3", "", continued="<think>\nso far")
+    assert not starts_inside("deepseek_r1", "", continued="<think>why</think>so far")
