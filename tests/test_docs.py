@@ -35,7 +35,7 @@ from quire.server.settings import Settings, load_settings
 from quire.server.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
 
 from .server.conftest import make_app
-from .server.fakes import FakeEngineClient, byte_tokenizer
+from .server.fakes import CHAT_TEMPLATE, FakeEngineClient, byte_tokenizer
 from .test_docker import exported_samples
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,11 @@ UNSUPPORTED = _table("field", "for", "asks for nothing")
 
 @cache
 def _app(**settings: Any) -> FastAPI:
-    return make_app(FakeEngineClient(), byte_tokenizer(), **settings)
+    """A chat template that reads tools, and a format for their calls."""
+    tokenizer = byte_tokenizer(
+        CHAT_TEMPLATE + "{% for tool in tools or [] %}{{ tool }}{% endfor %}"
+    )
+    return make_app(FakeEngineClient(), tokenizer, **{"tool_call_parser": "hermes", **settings})
 
 
 def _client(**settings: Any) -> httpx.AsyncClient:
