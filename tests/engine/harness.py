@@ -12,7 +12,7 @@ from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.scheduler import Scheduler
 
-from .paged_fake import NextToken, PagedFakeWorker, chain, next_token
+from .paged_fake import NextToken, PagedFakeWorker, chain, logprobs, next_token
 
 _ids = count()
 
@@ -39,6 +39,39 @@ def expected_tokens(prompt: list[int], choice: int, num_tokens: int) -> list[int
         tokens.append(history % 97 + 3)
         history = chain(history, tokens[-1])
     return tokens
+
+
+def expected_beams(
+    prompt: list[int], params: SamplingParams, stop_ids: tuple[int, ...] = ()
+) -> list[list[int]]:
+    """What a beam search over PagedFakeWorker's model answers: every continuation of every beam is
+    looked at, and beams are plain lists of tokens."""
+    width = params.beam_width
+    assert width is not None
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    finished: list[tuple[float, list[int]]] = []
+    for length in range(1, params.max_tokens + 1):
+        ranked = sorted(
+            (
+                (score + logprob, [*tokens, token])
+                for score, tokens in beams
+                for token, logprob in logprobs(prompt + tokens).items()
+                if length > params.min_tokens or token not in stop_ids
+            ),
+            reverse=True,
+        )
+        ends = [tokens[-1] in stop_ids or length == params.max_tokens for _, tokens in ranked]
+        new = [item for item, end in zip(ranked[:width], ends, strict=False) if end]
+        finished += [(score / length**params.length_penalty, tokens) for score, tokens in new]
+        finished = sorted(finished, reverse=True)[:width]
+        beams = [item for item, end in zip(ranked, ends, strict=True) if not end][:width]
+        if len(finished) == width and beams:
+            reach = params.max_tokens if params.early_stopping == "never" else length
+            reach = length if params.length_penalty <= 0 else reach
+            hope = beams[0][0] / reach**params.length_penalty
+            if params.early_stopping is True or hope <= finished[-1][0]:
+                break
+    return [tokens for _, tokens in finished[: params.n]]
 
 
 class Harness:

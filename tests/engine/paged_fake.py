@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from quire.engine.outputs import ModelRunnerOutput, RowError, SchedulerOutput
+from quire.engine.outputs import ModelRunnerOutput, RowError, SchedulerOutput, TokenLogprobs
 from quire.engine.sequence import Sequence
 
 NextToken = Callable[[Sequence], int]
@@ -24,6 +24,16 @@ def next_token(sequence: Sequence) -> int:
     for token_id in sequence.token_ids:
         history = chain(history, token_id)
     return history % 97 + 3  # 0 to 2 are left to tests, as stop tokens
+
+
+def logprobs(token_ids: list[int]) -> dict[int, float]:
+    """The model's log-probabilities after these tokens, of a vocabulary of 16; likeliest first.
+    They are hashes, and no two are equal."""
+    history = 0
+    for token_id in token_ids:
+        history = chain(history, token_id)
+    made = {token: -(hash((history, token)) % 10_007) / 1_000 - token / 1e6 for token in range(16)}
+    return dict(sorted(made.items(), key=lambda item: -item[1]))
 
 
 class PagedFakeWorker:
@@ -52,6 +62,7 @@ class PagedFakeWorker:
             self._write(sequence, start, num_new)
         token_ids: list[int | None] = []
         errors: dict[int, RowError] = {}
+        top: dict[int, TokenLogprobs] = {}
         for row, (sequence, start, num_new) in enumerate(rows):
             self._read_back(sequence, start + num_new)
             complete = start + num_new == len(sequence.token_ids)
@@ -59,8 +70,12 @@ class PagedFakeWorker:
             if complete and error is not None:
                 errors[row] = error
             token_ids.append(self.sample(sequence) if complete and error is None else None)
+            if complete and sequence.num_logprobs is not None:
+                best = list(logprobs(sequence.token_ids).items())[: sequence.num_logprobs]
+                ids, values = [token for token, _ in best], [value for _, value in best]
+                top[row] = TokenLogprobs(ids[0], values[0], 1, ids, values)
         self.num_tokens += output.total_tokens
-        return ModelRunnerOutput(token_ids, {}, {}, errors)
+        return ModelRunnerOutput(token_ids, top, {}, errors)
 
     def _update_tables(self, output: SchedulerOutput) -> None:
         """Keep tables by the declared changes alone: an undeclared one shows as a difference."""

@@ -6,16 +6,19 @@ The model is not a second implementation: the fake worker's K/V read-back, `chec
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from quire.engine.request import Request
 
-from .harness import Harness, expected_tokens
+from .harness import Harness, expected_beams, expected_tokens
 
 STEM = list(range(200, 300))
 MAX_OUTPUT = 12
+EOS = 2  # never sampled by the fake worker, but one of its beams' candidates
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -24,7 +27,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.harness = Harness(
-            num_blocks=12, budget=40, max_num_seqs=5, policy="priority", check=False
+            num_blocks=12,
+            budget=40,
+            max_num_seqs=5,
+            policy="priority",
+            eos_token_ids=(EOS,),
+            check=False,
         )
         self.requests: dict[str, Request] = {}
 
@@ -47,6 +55,30 @@ class SchedulerMachine(RuleBasedStateMachine):
     ) -> None:
         request = self.harness.add(
             STEM[:shared] + tail, max_tokens, n=n, priority=priority, cache_salt=salt
+        )
+        self.requests[request.request_id] = request
+
+    @rule(
+        shared=st.integers(0, 70),
+        tail=st.lists(st.integers(10, 12), min_size=1, max_size=20),
+        max_tokens=st.integers(1, MAX_OUTPUT),
+        width=st.integers(1, 3),
+        early_stopping=st.sampled_from([True, False, "never"]),
+        length_penalty=st.sampled_from([-1.0, 0.0, 1.0]),
+        priority=st.integers(0, 1),
+        data=st.data(),
+    )
+    def add_search(
+        self,
+        shared: int,
+        tail: list[int],
+        width: int,
+        data: st.DataObject,
+        **fields: Any,
+    ) -> None:
+        n = data.draw(st.integers(1, width))
+        request = self.harness.add(
+            STEM[:shared] + tail, n=n, beam_width=width, temperature=0.0, **fields
         )
         self.requests[request.request_id] = request
 
@@ -93,12 +125,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.harness.assert_all_free()
         for request_id, request in self.requests.items():
             prompt = list(request.prompt_token_ids)
-            for choice in range(request.sampling_params.n):
+            params = request.sampling_params
+            beams = expected_beams(prompt, params, (EOS,)) if params.beam_width else None
+            for choice in range(params.n):
                 final = self.harness.finals[request_id, choice]
                 tokens = self.harness.tokens[request_id, choice]
-                want = expected_tokens(prompt, choice, request.sampling_params.max_tokens)
+                if beams is None:
+                    want = expected_tokens(prompt, choice, params.max_tokens)
+                else:
+                    want = beams[choice]
                 assert tokens == want[: len(tokens)]
-                if final.finish_reason == "length":
+                if final.finish_reason in ("length", "stop"):
                     assert tokens == want
 
 
