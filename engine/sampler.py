@@ -1,8 +1,8 @@
 """Draws one token for every row of a batch, on the device, without waiting for it.
 
 Per row, in this order: the model's log-probabilities are read; masks (structured output,
-allowed tokens, min_tokens), logit bias, repetition, frequency and presence penalties; then the
-argmax, or temperature, top_k, top_p, min_p and a draw.
+allowed tokens, min_tokens, bad words), logit bias, repetition, frequency and presence penalties;
+then the argmax, or temperature, top_k, top_p, min_p and a draw.
 
 A draw is an exponential race: the token with the largest p_i / E_i, E_i ~ Exp(1), wins with
 probability p_i / Σp (the Gumbel-max trick without the logarithm); the E are a hash of seed,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .device_copy import to_device
-from .sampling_plan import MinTokensRow, PenaltyRows, PlanMaker, SamplingPlan
+from .sampling_plan import PenaltyRows, PlanMaker, SamplingPlan
 from .sequence import Sequence as TokenSequence
 from .token_history import TokenHistory
 
@@ -19,7 +19,7 @@ class SamplingBatch(NamedTuple):
 
     plan: SamplingPlan
     positions: Tensor | None  # [R] int64, where a row is drawn or penalised
-    suppressed: Tensor | None  # [N] int64 flat indices of end tokens below min_tokens
+    suppressed: Tensor | None  # [N] int64 flat indices of what min_tokens and bad_words forbid
     history: Tensor | None  # [P, L] int32 tokens of the penalised rows, stale past the position
 
 
@@ -37,7 +37,7 @@ class SamplingBatchBuilder:
         self._sequences: list[TokenSequence] = []
         self._constrained: tuple[int, ...] = ()
         self._plan = SamplingPlan(num_rows=0)
-        self._suppressed_rows: list[MinTokensRow] = []
+        self._suppressed_tokens: list[tuple[int, Iterable[int]]] = []
         self._suppressed: Tensor | None = None
         self._slots: list[int] = []
         self._slot_index: Tensor | None = None
@@ -51,7 +51,7 @@ class SamplingBatchBuilder:
         """The batch whose row i samples `sequences[i]` at index `positions[i]` of its tokens.
 
         Positions default to the sequences' lengths; tokens before them must be known if the row
-        has penalties. `constrained_rows` are those whose `token_bitmask` counts.
+        has penalties or bad words. `constrained_rows` are those whose `token_bitmask` counts.
         """
         constrained = tuple(constrained_rows)
         # Sequences compare by identity: this is a scan of pointers.
@@ -87,18 +87,27 @@ class SamplingBatchBuilder:
             self._sequences = []
 
     def _suppress(self, plan: SamplingPlan, positions: Sequence[int]) -> Tensor | None:
-        """Flat indices of the end tokens of rows that are still below min_tokens."""
-        active = [row for row in plan.min_tokens if positions[row.batch_row] < row.end_position]
-        if not active:
+        """Flat indices of the end tokens of rows that are still below min_tokens, and of the
+        tokens that would complete a bad word."""
+        tokens: list[tuple[int, Iterable[int]]] = [
+            (row.working_row, row.stop_ids)
+            for row in plan.min_tokens
+            if positions[row.batch_row] < row.end_position
+        ]
+        for bad in plan.bad_words:
+            forbidden = bad.forbidden(positions[bad.batch_row])
+            if forbidden:
+                tokens.append((bad.working_row, forbidden))
+        if not tokens:
             return None
-        if active != self._suppressed_rows or self._suppressed is None:
+        if tokens != self._suppressed_tokens or self._suppressed is None:
             indices = [
-                row.working_row * self.vocab_size + token_id
-                for row in active
-                for token_id in row.stop_ids
+                working_row * self.vocab_size + token_id
+                for working_row, token_ids in tokens
+                for token_id in token_ids
             ]
             self._suppressed = to_device(indices, torch.int64, self.device)
-            self._suppressed_rows = active
+            self._suppressed_tokens = tokens
         return self._suppressed
 
     def _record(self, rows: PenaltyRows | None, positions: Sequence[int]) -> Tensor | None:

@@ -11,6 +11,8 @@ from .errors import InvalidRequestError
 GREEDY_TEMPERATURE = 1e-5  # below this a division by it only makes infinities: treated as 0
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_TOKENS = 256
 MAX_LENGTH_PENALTY = 10
 
 
@@ -26,7 +28,8 @@ class SamplingParams:
     Stop *strings* are not here: they are decided where text exists, in the HTTP process.
 
     `n` counts the sequences to fork (best_of, where it is larger). `seed` None draws one per
-    request. `top_k` 0 is off. `logprobs` k gives the chosen token's log-probability and the k
+    request. The last token of each of `bad_words` is forbidden while the output ends with those
+    before it. `top_k` 0 is off. `logprobs` k gives the chosen token's log-probability and the k
     best; None gives none. `prompt_logprobs` likewise for the prompt. Log-probabilities are those
     of the model, before temperature, penalties and bias.
 
@@ -48,6 +51,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
@@ -107,6 +111,7 @@ class SamplingParams:
             "repetition_penalty": 1.0,
             "logit_bias": (),
             "allowed_token_ids": None,
+            "bad_words": (),
         }
         for name, value in neutral.items():
             _require(getattr(self, name) == value, f"{name} cannot be used with beam search", name)
@@ -132,6 +137,13 @@ class SamplingParams:
             "allowed_token_ids",
         )
 
+        _require(
+            len(self.bad_words) <= MAX_BAD_WORDS
+            and all(1 <= len(word) <= MAX_BAD_WORD_TOKENS for word in self.bad_words),
+            f"bad_words may be {MAX_BAD_WORDS} sequences of 1 to {MAX_BAD_WORD_TOKENS} tokens",
+            "bad_words",
+        )
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise InvalidRequestError where a token id lies outside [0, vocab_size), or where the
         vocabulary is too small to go on with `beam_width` tokens that do not stop."""
@@ -141,6 +153,7 @@ class SamplingParams:
             "logit_bias": [token_id for token_id, _ in self.logit_bias],
             "stop_token_ids": self.stop_token_ids,
             "allowed_token_ids": self.allowed_token_ids or (),
+            "bad_words": [token_id for word in self.bad_words for token_id in word],
         }
         for name, token_ids in lists.items():
             for token_id in token_ids:

@@ -98,6 +98,26 @@ class MinTokensRow(NamedTuple):
     stop_ids: tuple[int, ...]
 
 
+class BadWordsRow(NamedTuple):
+    """A row whose output may not go on to one of its request's bad words."""
+
+    batch_row: int
+    working_row: int
+    sequence: TokenSequence
+
+    def forbidden(self, position: int) -> set[int]:
+        """The tokens that may not stand at `position` of the sequence."""
+        start = self.sequence.num_prompt_tokens
+        words = self.sequence.request.sampling_params.bad_words
+        longest = max(map(len, words)) - 1
+        before = tuple(self.sequence.token_ids[max(start, position - longest) : position])
+        return {
+            word[-1]
+            for word in words
+            if len(word) <= len(before) + 1 and before[len(before) - len(word) + 1 :] == word[:-1]
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingPlan:
     """The part that stays while the same sequences sample."""
@@ -111,6 +131,7 @@ class SamplingPlan:
     penalties: PenaltyRows | None = None
     constrained: ConstrainedRows | None = None
     min_tokens: tuple[MinTokensRow, ...] = ()
+    bad_words: tuple[BadWordsRow, ...] = ()
     logprob_rows: tuple[int, ...] = ()
     num_top: tuple[int, ...] = ()
     logprob_index: Tensor | None = None
@@ -120,7 +141,7 @@ class SamplingPlan:
     def shaped(self) -> bool:
         """Whether anything but drawing changes a working row's logits."""
         parts = (self.bias, self.masks, self.penalties, self.constrained)
-        return bool(self.min_tokens) or any(part is not None for part in parts)
+        return bool(self.min_tokens or self.bad_words) or any(part is not None for part in parts)
 
 
 def _is_plain(params: SamplingParams) -> bool:
@@ -129,6 +150,7 @@ def _is_plain(params: SamplingParams) -> bool:
         params.greedy
         and not params.logit_bias
         and params.allowed_token_ids is None
+        and not params.bad_words
         and params.min_tokens == 0
         and not _has_penalties(params)
     )
@@ -192,6 +214,11 @@ class PlanMaker:
             penalties=self._penalties(sequences, working),
             constrained=self._constrained_rows(working, constrained),
             min_tokens=self._min_tokens(sequences, working),
+            bad_words=tuple(
+                BadWordsRow(row, index, sequences[row])
+                for index, row in enumerate(working)
+                if params[row].bad_words
+            ),
         )
 
     def _rows(self, rows: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import (
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -52,7 +53,7 @@ def sample(
 
 
 def softmax_after_filters(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-    """Probabilities [V], float64, of a row [V] of the model's logits; one-hot where greedy."""
+    """Probabilities [V], float64, of a row [V] of the model's logits; one-hot where greedy, NaN where nothing is left."""
     params = sequence.request.sampling_params
     prompt_length = sequence.num_prompt_tokens
     tokens = torch.tensor([sequence.token_ids])
@@ -63,12 +64,20 @@ def softmax_after_filters(logits: torch.Tensor, sequence: Sequence) -> torch.Ten
         scores[:, forbidden] = -torch.inf
     if sequence.num_output_tokens < params.min_tokens:
         scores[:, list(sequence.stop_ids)] = -torch.inf
+    if params.bad_words:
+        # It counts the prompt as well, and asks for a token before a word; here is one of no word.
+        output = torch.tensor([[scores.shape[1], *sequence.token_ids[prompt_length:]]])
+        scores = NoBadWordsLogitsProcessor([list(word) for word in params.bad_words])(
+            output, scores
+        )
     for token_id, value in params.logit_bias:
         scores[0, token_id] += value
     if params.repetition_penalty != 1.0:
         scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(tokens, scores)
     counts = torch.bincount(tokens[0, prompt_length:], minlength=scores.shape[1])
     scores = scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    if params.greedy and scores.isneginf().all():
+        return torch.full_like(scores[0], torch.nan)
     if params.greedy:
         return torch.nn.functional.one_hot(scores[0].argmax(), scores.shape[1]).double()
     scores = TemperatureLogitsWarper(params.temperature)(tokens, scores)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quire.engine.errors import InvalidRequestError
 from quire.engine.sampler import Sampler, collect_logprobs
 from quire.engine.sequence import Sequence
 
@@ -48,6 +49,9 @@ PARAMETERS: list[dict[str, Any]] = [
     {"allowed_token_ids": (4,), "top_p": 0.5},
     {"min_tokens": 10, "temperature": 0.0},
     {"min_tokens": 10, "top_p": 0.9},
+    {"bad_words": ((EOS,), (5, 7, EOS - 1)), "temperature": 0.0},
+    {"bad_words": ((EOS,), (7, 40), (5, 7, 41), (9, 5, 7, 42), (7, 7, 30, 5, 7, 43)), "top_k": 9},
+    {"bad_words": tuple((7, token) for token in range(90)), "min_tokens": 6},
 ]
 
 
@@ -85,7 +89,7 @@ def sampling_parameters(draw: st.DrawFn) -> dict[str, Any]:
         st.fixed_dictionaries(
             {
                 "prompt": st.lists(tokens, min_size=1, max_size=12),
-                "output": st.lists(tokens, max_size=12),
+                "output": st.lists(tokens | st.integers(0, 3), max_size=12),
                 "own_seed": st.integers(-(2**63), 2**63 - 1),
                 "temperature": st.sampled_from([0.0, 0.2, 1.0, 1.7]),
                 "top_k": st.sampled_from([0, 1, 2, 30, 96, 200]),
@@ -96,6 +100,9 @@ def sampling_parameters(draw: st.DrawFn) -> dict[str, Any]:
                 "frequency_penalty": st.sampled_from([-0.3, 0.0, 0.6]),
                 "min_tokens": st.sampled_from([0, 6]),
                 "logit_bias": st.sampled_from([(), ((3, 5.0), (4, -100.0))]),
+                "bad_words": st.lists(
+                    st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple), max_size=6
+                ).map(tuple),
                 "allowed_token_ids": st.one_of(
                     st.none(), st.lists(tokens, min_size=2, max_size=9, unique=True).map(tuple)
                 ),
@@ -205,6 +212,30 @@ def test_min_tokens_ends_at_its_position() -> None:
         first.token_ids.append(tokens[0])
         second.token_ids.append(tokens[1])
     assert drawn == [[4, 9], [4, EOS], [EOS, EOS], [EOS, EOS]]
+
+
+def test_a_bad_word_is_forbidden_where_it_would_be_completed() -> None:
+    """The prompt is no part of it; tokens of one word may complete another."""
+    sampler = Sampler(VOCAB, CPU)
+    logits = torch.zeros(1, VOCAB)
+    logits[0, :8] = torch.arange(8, 0, -1)  # 0 is the likeliest, then 1, …
+    sequence = make_sequence(
+        prompt=(5, 0), temperature=0.0, bad_words=((0, 0), (0, 1, 2), (2, 0, 1, 0), (1, 1))
+    )
+    for _ in range(8):
+        sequence.token_ids.append(int(sample(logits, [sequence], sampler).token_ids))
+    assert sequence.token_ids[2:] == [0, 1, 0, 1, 0, 1, 0, 1]
+    sequence = make_sequence(prompt=(5, 0), temperature=0.0, bad_words=((0, 0), (1, 0), (0, 1)))
+    for _ in range(6):
+        sequence.token_ids.append(int(sample(logits, [sequence], sampler).token_ids))
+    assert sequence.token_ids[2:] == [0, 2, 0, 2, 0, 2]
+
+
+@pytest.mark.parametrize("words", [((),), ((1,) * 257,), ((1,),) * 257])
+def test_too_many_bad_words_are_refused(words: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        make_sequence(bad_words=words)
+    assert refused.value.param == "bad_words"
 
 
 def test_penalties_follow_a_sequence_through_changes_of_the_batch() -> None:
