@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Protocol
 
@@ -43,11 +44,28 @@ class EngineObserver(Protocol):
 
 
 class _Stream:
-    __slots__ = ("open_choices", "queue")
+    """What came for one request and was not read yet; a queue of one reader.
+
+    `asyncio.Queue` does the same for many readers, at several times the cost of a token.
+    """
+
+    __slots__ = ("_waiting", "items", "open_choices")
 
     def __init__(self, n: int) -> None:
-        self.queue: asyncio.Queue[SequenceOutput | QuireError] = asyncio.Queue()
+        self.items: deque[SequenceOutput | QuireError] = deque()
         self.open_choices = set(range(n))
+        self._waiting: asyncio.Future[None] | None = None
+
+    def put(self, item: SequenceOutput | QuireError) -> None:
+        self.items.append(item)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def wait(self) -> None:
+        """Until there are items."""
+        while not self.items:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
 
 
 class StreamTable:
@@ -81,7 +99,9 @@ class StreamTable:
         waiting_for = set(stream.open_choices)
         try:
             while waiting_for:
-                item = await stream.queue.get()
+                if not stream.items:
+                    await stream.wait()
+                item = stream.items.popleft()
                 if isinstance(item, QuireError):
                     raise item
                 if item.finish_reason is not None:
@@ -100,14 +120,14 @@ class StreamTable:
                 continue
             if output.finish_reason is not None:
                 stream.open_choices.discard(output.choice)
-            stream.queue.put_nowait(output)
+            stream.put(output)
 
     def reject(self, request_id: str, error: QuireError) -> None:
         """The engine refused the request: `generate` raises `error`."""
         stream = self._streams.get(request_id)
         if stream is not None:
             stream.open_choices.clear()
-            stream.queue.put_nowait(error)
+            stream.put(error)
 
     def fail_all(self, error: QuireError) -> None:
         """End every open choice with finish_reason "error"."""

@@ -10,6 +10,7 @@ import asyncio
 from typing import Any
 
 import h11
+from h11._writers import ChunkedWriter
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -24,6 +25,23 @@ MIN_BODY_BYTES = 16 * 1024
 """A body must bring this much in each span of BODY_SECONDS, or end."""
 
 
+class _Connection(h11.Connection):
+    """h11, with a short cut for what a stream sends most: a part of a chunked body.
+
+    Its state machine would find that nothing changes, and take a fifth of a streamed token's time.
+    """
+
+    def send(self, event: Any) -> Any:
+        if (
+            type(event) is h11.Data
+            and event.data
+            and self.our_state is h11.SEND_BODY
+            and type(self._writer) is ChunkedWriter
+        ):
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data)
+        return super().send(event)
+
+
 class GuardedH11Protocol(H11Protocol):
     """Closes connections that send their request too slowly."""
 
@@ -32,6 +50,7 @@ class GuardedH11Protocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = _Connection(h11.SERVER, MAX_HEADER_BYTES)
         self._timer: asyncio.TimerHandle | None = None
         self._timed_state: object = None
         self._body_bytes = 0

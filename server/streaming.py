@@ -15,14 +15,15 @@ from starlette.types import Receive, Scope, Send
 
 from ..engine.errors import QuireError, RequestTimeoutError
 from .errors import answer_of, error_response
+from .outbox import Outbox, Sink, Source
 
 log = structlog.get_logger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"
 WRITE_TIMEOUT = 30.0
-"""Seconds that one event may wait for a reader that does not read; then the request is aborted.
-What piles up meanwhile is bounded by the transport's buffer and the request's own max_tokens."""
+"""Seconds that one write may wait for a reader that does not read; then the request is aborted."""
+
 
 _Result = TypeVar("_Result")
 encode_json = msgspec.json.Encoder().encode
@@ -57,17 +58,120 @@ async def run_until_disconnect(
             return None
         raise RequestTimeoutError("the request took longer than its timeout")
     finally:
-        await _cancel(working, gone)
+        await cancel(working, gone)
 
 
-class EventStream(Response):
-    """An SSE answer.
+async def produce(
+    events: AsyncGenerator[bytes, None],
+    sink: Sink,
+    *,
+    on_failure: Callable[[Exception], list[bytes]],
+    request_id: str,
+    deadline: float | None,
+    end: bytes = DONE,
+) -> None:
+    """Run `events` to their end and close them; then comes `end`.
+
+    A failure becomes the events of `on_failure`, for clients take a stream that is merely cut for
+    a success. `deadline` is in `time.monotonic()` seconds.
+    """
+    failure: Exception | None = None
+    begun = False
+    try:
+        left = None if deadline is None else deadline - time.monotonic()
+        async with asyncio.timeout(left), aclosing(events):
+            async for chunk in events:
+                begun = True
+                sink.put(chunk)
+                if sink.full:
+                    await sink.room()
+    except TimeoutError:
+        failure = RequestTimeoutError("the request took longer than its timeout")
+    except Exception as error:
+        failure = error
+    bug: Exception | None = None
+    try:
+        if failure is not None:
+            log_failure(failure, request_id)
+            if not begun:
+                sink.early_failure = failure
+            for chunk in on_failure(failure):
+                sink.put(chunk)
+        if end:
+            sink.put(end)
+    except Exception as error:
+        log_failure(error, request_id)
+        bug = error
+    finally:
+        sink.end(bug)
+
+
+def log_failure(failure: Exception, request_id: str) -> None:
+    """Of what runs on after its status was sent."""
+    if not isinstance(failure, QuireError):
+        log.exception("stream_failed", request_id=request_id, exc_info=failure)
+    elif answer_of(failure).status == 500:
+        log.warning("request_failed", request_id=request_id, error=repr(failure))
+
+
+class SseResponse(Response):
+    """The connection's side of a stream.
 
     The status is held back until the first event, or until it is time for the first keep-alive
-    comment: a request that fails at once gets its real status. Afterwards a failure becomes the
-    events of `on_failure`, for clients take a stream that is merely cut for a success. `end` closes
-    the stream in either case, and `comment` is what keeps it alive. `events` is closed, whatever
-    happens; that aborts what the engine still does.
+    comment: a request that fails at once gets its real status.
+    """
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        keepalive: float,
+        headers: dict[str, str],
+        write_timeout: float = WRITE_TIMEOUT,
+        comment: bytes = COMMENT,
+    ) -> None:
+        super().__init__(status_code=200, headers=headers, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"  # nginx would gather events otherwise
+        self._request_id = request_id
+        self._keepalive = keepalive
+        self._write_timeout = write_timeout
+        self._comment = comment
+
+    async def send_from(self, source: Source, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the end, until the client leaves, or until it stops reading."""
+        writer = _Writer(send, self)
+        writing = asyncio.create_task(self._write(writer, source, scope, receive, send))
+        others = [
+            asyncio.create_task(disconnected(receive)),
+            asyncio.create_task(writer.watch(self._keepalive, self._write_timeout, self._comment)),
+        ]
+        try:
+            await asyncio.wait({writing, *others}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                await writing
+        finally:
+            await cancel(writing, *others)
+
+    async def _write(
+        self, writer: _Writer, source: Source, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        while batch := await source.take():
+            if source.early_failure is not None and not writer.started:
+                writer.hold()
+                response = error_response(source.early_failure, self._request_id, scope)
+                return await response(scope, receive, send)
+            await writer.send(batch)
+        await writer.end()
+
+
+class EventStream(SseResponse):
+    """An SSE answer that lives as long as its connection.
+
+    A failure after the status was sent becomes the events of `on_failure`, and `end` closes the
+    stream in either case. `comment` is what keeps it alive. `events` is closed, whatever happens;
+    that aborts what the engine still does.
     """
 
     def __init__(
@@ -84,65 +188,36 @@ class EventStream(Response):
         end: bytes = DONE,
         comment: bytes = COMMENT,
     ) -> None:
-        super().__init__(status_code=200, headers=headers, media_type="text/event-stream")
-        del self.headers["content-length"]
-        self.headers["cache-control"] = "no-cache"
-        self.headers["x-accel-buffering"] = "no"  # nginx would gather events otherwise
+        super().__init__(
+            request_id=request_id,
+            keepalive=keepalive,
+            headers=headers,
+            write_timeout=write_timeout,
+            comment=comment,
+        )
         self._events = events
         self._on_failure = on_failure
         self._on_close = on_close
-        self._request_id = request_id
         self._deadline = deadline
-        self._keepalive = keepalive
-        self._write_timeout = write_timeout
         self._end = end
-        self._comment = comment
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writer = _Writer(send, self)
-        writing = asyncio.create_task(self._write(writer, scope, receive, send))
-        others = [
-            asyncio.create_task(disconnected(receive)),
-            asyncio.create_task(writer.watch(self._keepalive, self._write_timeout, self._comment)),
-        ]
+        outbox = Outbox()
+        producing = asyncio.create_task(
+            produce(
+                self._events,
+                outbox,
+                on_failure=self._on_failure,
+                request_id=self._request_id,
+                deadline=self._deadline,
+                end=self._end,
+            )
+        )
         try:
-            await asyncio.wait({writing, *others}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                await writing
+            await self.send_from(outbox, scope, receive, send)
         finally:
-            await _cancel(writing, *others)
+            await cancel(producing)
             self._on_close()
-
-    async def _write(self, writer: _Writer, scope: Scope, receive: Receive, send: Send) -> None:
-        failure: Exception | None = None
-        try:
-            left = None if self._deadline is None else self._deadline - time.monotonic()
-            async with asyncio.timeout(left), aclosing(self._events) as events:
-                async for chunk in events:
-                    await writer.send(chunk)
-        except TimeoutError:
-            failure = RequestTimeoutError("the request took longer than its timeout")
-        except Exception as error:
-            failure = error
-        if failure is not None:
-            log_failure(failure, self._request_id)
-            if not writer.started:
-                writer.hold()
-                await error_response(failure, self._request_id, scope)(scope, receive, send)
-                return
-            for chunk in self._on_failure(failure):
-                await writer.send(chunk)
-        if self._end:
-            await writer.send(self._end)
-        await writer.end()
-
-
-def log_failure(failure: Exception, request_id: str) -> None:
-    """Of what runs on after its status was sent."""
-    if not isinstance(failure, QuireError):
-        log.exception("stream_failed", request_id=request_id, exc_info=failure)
-    elif answer_of(failure).status == 500:
-        log.warning("request_failed", request_id=request_id, error=repr(failure))
 
 
 class _Writer:
@@ -194,7 +269,7 @@ class _Writer:
                 await self.send(comment)
 
 
-async def _cancel(*tasks: Awaitable[Any]) -> None:
+async def cancel(*tasks: Awaitable[Any]) -> None:
     """Cancel and wait, so that no generator is still running when this returns."""
     for task in tasks:
         assert isinstance(task, asyncio.Task)
