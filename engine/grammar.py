@@ -22,12 +22,12 @@ _WHITESPACE = r"(\n {0,32}| )?"
 """Between the tokens of JSON: nothing, a space, or a line break and its indentation. Never more,
 lest a model write whitespace until its tokens are used up."""
 
-_JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": False}
+JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": False}
 """Not lenient: a keyword that cannot be enforced is refused, not skipped."""
 
 
 class GrammarCompileError(ValueError):
-    """The grammar is wrong, too complex, or nothing fits it; the message is one line."""
+    """The grammar is wrong, too complex, or met by nothing; the message is one line."""
 
 
 def is_available() -> bool:
@@ -87,20 +87,19 @@ def compile_grammar(tokenizer: LLTokenizer, spec: GrammarSpec) -> LLMatcher:
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if not matcher.is_error():
         matcher.compute_bitmask()
-    if matcher.is_error():
-        raise GrammarCompileError(_one_line(matcher.get_error()))
-    if matcher.is_stopped() and not matcher.is_accepting():
-        raise GrammarCompileError("nothing that could be written fits it")
+    failure = matcher_failure(matcher)
+    if failure is not None:
+        raise GrammarCompileError(failure)
     return matcher
 
 
 def matcher_failure(matcher: LLMatcher) -> str | None:
     """Why a matcher cannot go on, in one line; None where it can, or is at its end."""
-    if matcher.is_error():
-        return _one_line(matcher.get_error())
-    if matcher.is_stopped() and not matcher.is_accepting():
-        return "no token continues the grammar"
-    return None
+    error = matcher.get_error()
+    dead_end = not error and matcher.is_stopped() and not matcher.is_accepting()
+    if dead_end or error.startswith("NoExtension"):
+        return "nothing can continue it"
+    return _one_line(error) or None
 
 
 def _translate(spec: GrammarSpec) -> str:
@@ -109,7 +108,7 @@ def _translate(spec: GrammarSpec) -> str:
 
     match spec.kind:
         case "json":
-            return LLMatcher.grammar_from_json_schema(spec.text, overrides=_JSON_OPTIONS)
+            return LLMatcher.grammar_from_json_schema(spec.text, overrides=JSON_OPTIONS)
         case "regex":
             return LLMatcher.grammar_from_regex(spec.text)
         case "choice":
@@ -133,7 +132,7 @@ def _tags_to_lark(tags: Mapping[str, Any]) -> str:
         bodies = []
         for structure in tags["structures"]:
             if structure["begin"].startswith(trigger):
-                schema = {**structure["schema"], "x-guidance": _JSON_OPTIONS}
+                schema = {**structure["schema"], "x-guidance": JSON_OPTIONS}
                 rest = _literal(structure["begin"][len(trigger) :])
                 bodies.append(f"{rest} %json {json.dumps(schema)} {_literal(structure['end'])}")
         rules.append(f"tag_{number}: trigger_{number} ({' | '.join(bodies)})")

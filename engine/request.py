@@ -44,6 +44,8 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
             raise InvalidRequestError("the prompt is empty", "prompt")
+        if self.grammar is not None and self.sampling_params.beam_width is not None:
+            raise InvalidRequestError("a grammar cannot be used with beam search", "use_beam_search")
 
     def check_fits(
         self, *, vocab_size: int, max_model_len: int, block_size: int, num_blocks: int

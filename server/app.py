@@ -43,6 +43,7 @@ def create_app(
             yield
         finally:
             state.begin_drain()
+            state.grammar_check.close()
             await engine.close()
 
     app = FastAPI(

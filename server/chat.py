@@ -84,6 +84,8 @@ class Chat:
 
     def _new_parser(self) -> MessageParser:
         body = self._body
+        if self.job.requests[0].grammar is not None:  # all of it is content, whatever it spells
+            return MessageParser(None, None, show_reasoning=True, max_calls=None)
         prompt = self.generation.prompt_token_ids(0)
         return self._state.message_format.parser(
             [tool["function"]["name"] for tool in offered_tools(body)],

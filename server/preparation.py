@@ -15,7 +15,7 @@ from ..engine.errors import (
     QueueTimeoutError,
     RequestTimeoutError,
 )
-from ..engine.request import Request
+from ..engine.request import GrammarSpec, Request
 from ..engine.sampling_params import SamplingParams
 from .chat_prompt import check_chat, encode_chat, offered_tools
 from .generation import Job
@@ -25,6 +25,7 @@ from .protocol import ChatBody, CompletionBody, GenerationBody
 from .sampling import COMPLETION_MAX_TOKENS, check_limits, resolve, with_max_tokens
 from .state import ServerState
 from .streaming import encode_json
+from .structured import read_constraint, try_out
 
 MAX_PROMPT_LOGPROBS = 1_000_000
 """Most entries (prompt tokens × (k + 1)) of prompt log-probabilities in one answer."""
@@ -48,11 +49,13 @@ async def prepare_completion(state: ServerState, body: CompletionBody) -> tuple[
         prompt_logprobs=body.prompt_logprobs if body.prompt_logprobs is not None else echoed,
     )
     params.check_vocabulary(info.vocab_size)
+    constraint = read_constraint(body)
     characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
     tokens = sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
     ticket = state.admission.admit(len(prompts) * width, characters, tokens)
     try:
         state.check_ready()
+        grammar = await try_out(state, constraint)
         add_special = body.add_special_tokens is not False
         token_ids = [
             await state.tokenizer.encode(
@@ -62,7 +65,9 @@ async def prepare_completion(state: ServerState, body: CompletionBody) -> tuple[
             else prompt
             for prompt in prompts
         ]
-        job = _job(state, body, params, token_ids, arrival, "max_tokens", COMPLETION_MAX_TOKENS)
+        job = _job(
+            state, body, params, token_ids, arrival, "max_tokens", COMPLETION_MAX_TOKENS, grammar
+        )
         ticket.tokenised(sum(len(request.prompt_token_ids) for request in job.requests))
     except BaseException:
         ticket.close()
@@ -91,14 +96,21 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
     params.check_vocabulary(info.vocab_size)
     check_chat(state, body)
     tools = offered_tools(body)
+    constraint = read_constraint(body)
+    if constraint is not None and tools:
+        raise InvalidRequestError(
+            f"{constraint.param}: an answer that must have a structure cannot call tools",
+            constraint.param,
+        )
     characters = sum(len(message.content or "") for message in body.messages)
     characters += len(encode_json(tools))
     ticket = state.admission.admit(width, characters)
     try:
         state.check_ready()
+        grammar = await try_out(state, constraint)
         token_ids = await encode_chat(state, body, body.add_special_tokens, info.max_model_len)
         fields = body if max_tokens is None else body.model_copy(update={"max_tokens": max_tokens})
-        job = _job(state, fields, params, [token_ids], arrival, param, None)
+        job = _job(state, fields, params, [token_ids], arrival, param, None, grammar)
         shown = state.message_format.control_tokens(with_tools=bool(tools))
         job = replace(job, shown_tokens=shown)
         ticket.tokenised(len(job.requests[0].prompt_token_ids))
@@ -167,6 +179,7 @@ def _job(
     arrival: float,
     max_tokens_param: str,
     default_max_tokens: int | None,
+    grammar: GrammarSpec | None,
 ) -> Job:
     settings, info = state.settings, state.engine.info
     seconds = [limit for limit in (settings.request_timeout, body.timeout) if limit is not None]
@@ -195,6 +208,7 @@ def _job(
             deadline=deadline,
             priority=body.priority or 0,
             cache_salt=body.cache_salt,
+            grammar=grammar,
         )
         request.check_fits(
             vocab_size=info.vocab_size,

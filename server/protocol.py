@@ -122,6 +122,8 @@ class GenerationBody(_Strict):
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     add_special_tokens: bool | None = None
     skip_special_tokens: bool | None = None

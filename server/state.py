@@ -11,6 +11,7 @@ from starlette.requests import Request
 from ..engine.client import EngineClient
 from ..engine.errors import EngineNotReadyError, ModelNotFoundError
 from .auth import Keys
+from .grammar_check import GrammarCheck
 from .limits import Admission
 from .message_parser import MessageFormat
 from .metrics import Metrics
@@ -40,6 +41,7 @@ class ServerState:
         self.version = version
         self.generation_defaults = generation_defaults
         self.message_format = MessageFormat.of(settings, tokenizer.chat_template)
+        self.grammar_check = GrammarCheck()
         self.keys = Keys(settings)
         self.admission = Admission(settings, engine)
         self.created = int(time.time())

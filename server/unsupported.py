@@ -1,6 +1,6 @@
 """Fields of the API that quire knows and does not serve yet: refused by name, never ignored.
 
-A value that asks for nothing (`"response_format": {"type": "text"}`) is accepted and dropped.
+A value that asks for nothing (`"use_beam_search": false`) is accepted and dropped.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from typing import Any
 from ..engine.errors import InvalidRequestError
 
 _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),

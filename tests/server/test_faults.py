@@ -77,7 +77,7 @@ BAD = [
     Bad("27", COMPLETIONS, {"presence_penalty": 3}, "presence_penalty"),
     Bad("27", COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
     *(Bad("29", CHAT, {name: value}, name) for name, value in {
-        "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"},
+        "response_format": {"type": "yaml"}, "structured_outputs": {"regex": ""},
         "tool_choice": "required", "reasoning_effort": "huge", "suffix": "x", "use_beam_search": True, "logits_processors": ["x"], "modalities": ["audio"],
     }.items()),
     *(Bad("30", COMPLETIONS, {"prompt": value}, "prompt")
@@ -118,7 +118,7 @@ BAD = [
       for url in ("file:///etc/passwd", "http://169.254.169.254/")),
     Bad("40", COMPLETIONS, {"prompt_embeds": "AAAA"}, "prompt_embeds"),
     Bad("41", CHAT, {"response_format": {"type": "json_schema", "json_schema": {
-        "name": "x", "schema": {"$ref": "http://example.invalid/"}}}}, "response_format"),
+        "name": "x", "schema": {"$ref": "http://example.invalid/"}}}}, "response_format.json_schema.schema"),
     *(Bad("44", COMPLETIONS, {"cache_salt": value}, "cache_salt")
       for value in ("", 3, "x" * 2**20)),
     Bad("-", COMPLETIONS, {"request_id": "a\r\nb"}, "request_id"),
