@@ -53,7 +53,8 @@ def sample(
 
 
 def softmax_after_filters(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-    """Probabilities [V], float64, of a row [V] of the model's logits; one-hot where greedy, NaN where nothing is left."""
+    """Probabilities [V], float64, of a row [V] of the model's logits; one-hot where greedy, NaN
+    where nothing is left."""
     params = sequence.request.sampling_params
     prompt_length = sequence.num_prompt_tokens
     tokens = torch.tensor([sequence.token_ids])
