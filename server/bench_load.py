@@ -92,7 +92,7 @@ class LoadGenerator:
             duration_s=seconds,
             peak_concurrency=peak,
             client=load,
-            server={name: after[name] - before[name] for name in after.keys() & before.keys()},
+            server={name: after[name] - before[name] for name in after if name in before},
         )
 
     async def send(self, request: BenchRequest, run_begin: float) -> RequestRecord:
@@ -167,7 +167,7 @@ def parse_counters(text: str) -> dict[str, float]:
     pattern = rf"^\w+:({names})_total(?:\{{.*\}})? (\S+)"
     for name, value in re.findall(pattern, text, re.M):
         found[name] = found.get(name, 0.0) + float(value)
-    return found
+    return {name: found[name] for name in COUNTERS if name in found}
 
 
 def _refusal(answer: HttpAnswer) -> RequestError:
