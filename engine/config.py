@@ -21,7 +21,8 @@ class EngineConfig:
 
     Sizes are in tokens unless the name says otherwise. `None` means "derive it": from the model
     (`max_model_len`), by profiling (`num_blocks`), or from the device (`kv_cache_memory_bytes`,
-    used on the CPU where there is no device memory to take a share of).
+    used on the CPU where there is no device memory to take a share of). Without a `seed`, requests
+    that bring none draw theirs at random.
     """
 
     model: str
@@ -29,7 +30,7 @@ class EngineConfig:
     device: Device = "auto"
     load_format: LoadFormat = "auto"
     trust_remote_code: bool = False
-    seed: int = 0
+    seed: int | None = None
     enforce_eager: bool = False
     max_model_len: int | None = None
     block_size: int = 16

@@ -60,6 +60,7 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             eos_token_ids=loaded.eos_token_ids,
             policy=config.scheduling_policy,
+            seed=config.seed,
             is_ready=self._structured.is_ready,
         )
 

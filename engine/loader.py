@@ -102,7 +102,7 @@ def _build_dummy(
     """The real shape with the family's own random initialisation, made on the device."""
     devices = [] if device.type == "cpu" else [device.index or 0]
     with torch.random.fork_rng(devices=devices), device:
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed or 0)
         return _auto_class(hf_config, config).from_config(
             hf_config,
             dtype=dtype,

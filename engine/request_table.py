@@ -26,8 +26,12 @@ class _Deadline(NamedTuple):
 class RequestTable:
     """Makes a request's sequences and finds them again; has no part in scheduling."""
 
-    def __init__(self, policy: SchedulingPolicy, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, policy: SchedulingPolicy, eos_token_ids: tuple[int, ...], seed: int | None
+    ) -> None:
+        """`seed` makes the seeds of requests without one repeat from start to start."""
         self._policy = policy
+        self._random = random.Random(seed)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[str, list[Sequence]] = {}
         self._deadlines: list[_Deadline] = []
@@ -39,7 +43,7 @@ class RequestTable:
         if request.request_id in self._sequences:
             raise InvalidRequestError("a request with this id is running", "request_id")
         params = request.sampling_params
-        seed = random.getrandbits(63) if params.seed is None else params.seed
+        seed = self._random.getrandbits(63) if params.seed is None else params.seed
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos or request.grammar is not None:  # a grammar's end is the end
             stop_ids |= self._eos_token_ids

@@ -62,6 +62,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         eos_token_ids: tuple[int, ...] = (),
         policy: SchedulingPolicy = "fcfs",
+        seed: int | None = None,
         clock: Clock = time.monotonic,
         is_ready: IsReady = lambda request: True,
     ) -> None:
@@ -73,7 +74,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self._clock = clock
         self._is_ready = is_ready
-        self._requests = RequestTable(policy, eos_token_ids)
+        self._requests = RequestTable(policy, eos_token_ids, seed)
         self._budget = max_num_batched_tokens
         self._released: list[int] = []
         self._beams = BeamSearch(block_manager, self.running, self.waiting, self._released)

@@ -46,7 +46,7 @@ class Worker:
         config, model = self._config, self._model
         spec = model.spec
         if model.device.type == "cuda":
-            memory = self._cuda_cache_memory()
+            memory = config.kv_cache_memory_bytes or self._cuda_cache_memory()
         else:
             memory = cpu_cache_memory(config, spec, model.dtype, self._max_model_len)
         num_blocks = num_blocks_from_memory(memory, config, spec, model.dtype, self._max_model_len)

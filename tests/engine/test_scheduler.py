@@ -259,3 +259,15 @@ def test_a_request_id_in_use_is_refused() -> None:
         harness.add(prompt(4), request_id="same")
     harness.run()
     harness.add(prompt(4), request_id="same")
+
+
+def test_the_engines_seed_makes_unseeded_requests_repeat() -> None:
+    def seeds(seed: int | None) -> list[int]:
+        harness = Harness(seed=seed)
+        for _ in range(3):
+            harness.add(prompt(4))
+        harness.step()
+        return [sequence.seed for sequence in harness.scheduler.running]
+
+    assert seeds(7) == seeds(7) and len(set(seeds(7))) == 3
+    assert seeds(None) != seeds(None)
