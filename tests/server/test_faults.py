@@ -77,7 +77,6 @@ BAD = [
     Bad("27", COMPLETIONS, {"presence_penalty": 3}, "presence_penalty"),
     Bad("27", COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
     *(Bad("29", CHAT, {name: value}, name) for name, value in {
-        "response_format": {"type": "yaml"}, "structured_outputs": {"regex": ""},
         "tool_choice": "required", "reasoning_effort": "huge", "suffix": "x", "use_beam_search": True, "logits_processors": ["x"], "modalities": ["audio"],
     }.items()),
     *(Bad("30", COMPLETIONS, {"prompt": value}, "prompt")
@@ -116,6 +115,7 @@ BAD = [
     *(Bad("39", CHAT, {"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": url}}]}]}, "messages[0].content")
       for url in ("file:///etc/passwd", "http://169.254.169.254/")),
+    Bad("29", CHAT, {"response_format": {"type": "yaml"}}, "response_format.type"),
     Bad("40", COMPLETIONS, {"prompt_embeds": "AAAA"}, "prompt_embeds"),
     Bad("41", CHAT, {"response_format": {"type": "json_schema", "json_schema": {
         "name": "x", "schema": {"$ref": "http://example.invalid/"}}}}, "response_format.json_schema.schema"),
