@@ -98,7 +98,7 @@ def run_workload(core: EngineCore, workload: Workload) -> RunResult:
             if output.error is not None:
                 raise error_from_code(output.error.code, output.error.message)
             output_tokens += len(output.token_ids)
-            if output.choice == 0:
+            if output.choice == 0 and output.finish_reason is not None:  # each output tells it
                 cached_tokens += output.num_cached_tokens or 0
         peak = max(peak, step.stats.kv_usage)
         now = time.perf_counter()
