@@ -17,8 +17,10 @@ from ..engine.errors import (
 )
 from ..engine.request import GrammarSpec, Request
 from ..engine.sampling_params import SamplingParams
+from .bad_words import encode_bad_words
 from .chat_prompt import check_chat, encode_chat, offered_tools
 from .generation import Job
+from .infill import encode_infill, infill_tokens
 from .limits import Ticket
 from .middleware import is_sane_request_id
 from .protocol import ChatBody, CompletionBody, GenerationBody
@@ -50,19 +52,19 @@ async def prepare_completion(state: ServerState, body: CompletionBody) -> tuple[
     )
     params.check_vocabulary(info.vocab_size)
     constraint = read_constraint(body)
-    characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    if body.suffix:
+        params = _with_infill_ends(state, body, params)
+    characters = sum(
+        len(prompt) + len(body.suffix or "") for prompt in prompts if isinstance(prompt, str)
+    )
     tokens = sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
     ticket = state.admission.admit(len(prompts) * width, characters, tokens)
     try:
         state.check_ready()
         grammar = await try_out(state, constraint)
-        add_special = body.add_special_tokens is not False
+        params = await _with_bad_words(state, body, params)
         token_ids = [
-            await state.tokenizer.encode(
-                prompt, add_special_tokens=add_special, max_tokens=info.max_model_len
-            )
-            if isinstance(prompt, str)
-            else prompt
+            await _encode_prompt(state, body, prompt) if isinstance(prompt, str) else prompt
             for prompt in prompts
         ]
         job = _job(
@@ -108,6 +110,7 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
     try:
         state.check_ready()
         grammar = await try_out(state, constraint)
+        params = await _with_bad_words(state, body, params)
         token_ids = await encode_chat(state, body, body.add_special_tokens, info.max_model_len)
         fields = body if max_tokens is None else body.model_copy(update={"max_tokens": max_tokens})
         job = _job(state, fields, params, [token_ids], arrival, param, None, grammar)
@@ -149,6 +152,41 @@ def _prompts(prompt: Any, state: ServerState) -> list[str] | list[list[int]]:
     return list(prompts)
 
 
+async def _encode_prompt(state: ServerState, body: CompletionBody, prompt: str) -> list[int]:
+    add_special = body.add_special_tokens is not False
+    most = state.engine.info.max_model_len
+    if not body.suffix:
+        return await state.tokenizer.encode(prompt, add_special_tokens=add_special, max_tokens=most)
+    return await encode_infill(
+        state.tokenizer, prompt, body.suffix, add_special_tokens=add_special, max_tokens=most
+    )
+
+
+def _with_infill_ends(
+    state: ServerState, body: CompletionBody, params: SamplingParams
+) -> SamplingParams:
+    """`params`, which stop where the middle is complete. Raises InvalidRequestError where `suffix`
+    cannot be served."""
+    ends = infill_tokens(state.tokenizer).ends
+    if not isinstance(body.prompt, str) and not all(isinstance(item, str) for item in body.prompt):
+        raise InvalidRequestError("suffix needs a prompt of text, not of token ids", "suffix")
+    if body.echo:
+        raise InvalidRequestError("suffix and echo exclude each other", "suffix")
+    if body.truncate_prompt_tokens is not None:
+        raise InvalidRequestError("suffix and truncate_prompt_tokens exclude each other", "suffix")
+    if body.ignore_eos:
+        return params
+    return replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
+
+
+async def _with_bad_words(
+    state: ServerState, body: GenerationBody, params: SamplingParams
+) -> SamplingParams:
+    if not body.bad_words:
+        return params
+    return replace(params, bad_words=await encode_bad_words(state.tokenizer, body.bad_words))
+
+
 def _check_max_tokens(value: int | None, param: str, *, allow_zero: bool = False) -> None:
     if value is not None and value < (0 if allow_zero else 1):
         raise InvalidRequestError(f"{param} must be at least 1", param)
@@ -156,7 +194,7 @@ def _check_max_tokens(value: int | None, param: str, *, allow_zero: bool = False
 
 def _wanted_logprobs(asked: int | None, width: int, body: GenerationBody) -> int | None:
     """best_of ranks by log-probability, so it needs that of the chosen tokens in any case."""
-    if asked is None and width > (body.n or 1):
+    if asked is None and width > (body.n or 1) and not body.use_beam_search:
         return 0
     return asked
 

@@ -28,6 +28,8 @@ from .unsupported import refuse_unsupported
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 1024  # characters
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LENGTH = 256  # characters
 MAX_MESSAGES = 4096
 MAX_DETOKENIZE = 262_144
 MAX_LABEL_LENGTH = 128  # of cache_salt, user and request_id, in characters
@@ -56,6 +58,18 @@ def _check_stop(value: Any) -> list[str]:
     if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
         raise ValueError(f"each string must have 1 to {MAX_STOP_LENGTH} characters")
     return stops
+
+
+def _check_bad_words(value: Any) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not set(map(type, value)) <= {str}:
+        raise ValueError("must be a list of strings")
+    if len(value) > MAX_BAD_WORDS:
+        raise ValueError(f"has more than {MAX_BAD_WORDS} strings")
+    if not all(word.strip(" ") and len(word) <= MAX_BAD_WORD_LENGTH for word in value):
+        raise ValueError(f"each string must have 1 to {MAX_BAD_WORD_LENGTH} characters, not spaces")
+    return value
 
 
 def _check_content(value: Any) -> str | None:
@@ -116,6 +130,10 @@ class GenerationBody(_Strict):
     repetition_penalty: float | None = None
     logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_check_bias)] = None
     allowed_token_ids: TokenIds | None = None
+    bad_words: Annotated[list[str], PlainValidator(_check_bad_words)] = []
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     seed: int | None = None
     ignore_eos: bool | None = None
     stop: Annotated[list[str], PlainValidator(_check_stop)] = []
@@ -142,6 +160,7 @@ class GenerationBody(_Strict):
 
 class CompletionBody(GenerationBody):
     prompt: Prompt
+    suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = None
 

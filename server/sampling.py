@@ -17,6 +17,7 @@ from .settings import Settings
 
 _FROM_CONFIG = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 _TOP_K_OFF = (-1, 0)
+_DRAWS_NOTHING = {"temperature": (0, 1), "top_p": (1,), "top_k": _TOP_K_OFF, "min_p": (0,)}
 COMPLETION_MAX_TOKENS = 16
 
 
@@ -74,6 +75,12 @@ def check_limits(
         raise InvalidRequestError(
             f"{num_prompts} prompts of {width} choices are more than {most} sequences", "n"
         )
+    if body.use_beam_search:
+        _check_beam_search(body)
+    elif body.length_penalty not in (None, 1.0):
+        raise InvalidRequestError("length_penalty needs use_beam_search", "length_penalty")
+    elif body.early_stopping:
+        raise InvalidRequestError("early_stopping needs use_beam_search", "early_stopping")
     if body.stream:
         if width > n:
             raise InvalidRequestError("best_of above n cannot be streamed", "best_of")
@@ -88,6 +95,21 @@ def check_limits(
     return width
 
 
+def _check_beam_search(body: GenerationBody) -> None:
+    """Raises InvalidRequestError where it would not do what is asked beside it. (What else shapes
+    the logits is refused by SamplingParams.)"""
+    if body.stream:
+        raise InvalidRequestError("a beam search cannot be streamed", "use_beam_search")
+    if body.stop:
+        raise InvalidRequestError("beam search knows no stop strings; use stop_token_ids", "stop")
+    for name, harmless in _DRAWS_NOTHING.items():
+        value = getattr(body, name)
+        if value is not None and value not in harmless:
+            raise InvalidRequestError(
+                f"{name} cannot be used with beam search, which draws nothing", name
+            )
+
+
 def resolve(
     body: GenerationBody,
     defaults: dict[str, Any],
@@ -96,10 +118,15 @@ def resolve(
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
-    """All but max_tokens (1 stands in its place, see `with_max_tokens`).
+    """All but max_tokens (1 stands in its place, see `with_max_tokens`) and bad_words.
+
+    A beam search takes none of the model's defaults: it draws nothing.
 
     Raises InvalidRequestError naming the parameter.
     """
+
+    searching = bool(body.use_beam_search)
+    defaults = {} if searching else defaults
 
     def pick(name: str, default: Any) -> Any:
         value = getattr(body, name)
@@ -108,8 +135,8 @@ def resolve(
     top_k = pick("top_k", 0)
     return SamplingParams(
         max_tokens=1,
-        n=width,
-        temperature=float(pick("temperature", 1.0)),
+        n=body.n or 1 if searching else width,
+        temperature=0.0 if searching else float(pick("temperature", 1.0)),
         top_p=float(pick("top_p", 1.0)),
         top_k=0 if top_k in _TOP_K_OFF else top_k,
         min_p=float(pick("min_p", 0.0)),
@@ -123,6 +150,9 @@ def resolve(
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        beam_width=width if searching else None,
+        length_penalty=1.0 if body.length_penalty is None else body.length_penalty,
+        early_stopping=body.early_stopping or False,
     )
 
 
@@ -153,8 +183,10 @@ def with_max_tokens(
             f"of {info.max_model_len} tokens",
             param if room > 0 else "prompt",
         )
-    # The last token needs no slot in the KV cache.
-    pool_room = max(1, info.kv_capacity_tokens - num_prompt_tokens + 1)
+    # Beams share the prompt's full blocks; the last token needs no slot in the KV cache.
+    shared = num_prompt_tokens // info.block_size
+    own = (info.num_blocks - shared) // (params.beam_width or 1)
+    pool_room = max(1, (shared + own) * info.block_size - num_prompt_tokens + 1)
     limit = min(room, pool_room, room if default is None else default)
     return replace(params, max_tokens=limit if asked is None else asked, min_tokens=min_tokens)
 

@@ -1,6 +1,6 @@
 """Fields of the API that quire knows and does not serve yet: refused by name, never ignored.
 
-A value that asks for nothing (`"use_beam_search": false`) is accepted and dropped.
+A value that asks for nothing (`"modalities": ["text"]`) is accepted and dropped.
 """
 
 from __future__ import annotations
@@ -19,11 +19,6 @@ _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "thinking_token_budget": (),
-    "suffix": ("",),
-    "use_beam_search": (False,),
-    "length_penalty": (1.0,),
-    "early_stopping": (False,),
-    "bad_words": ([],),
     "logits_processors": ([],),
     "prompt_embeds": (),
     "mm_processor_kwargs": (),
