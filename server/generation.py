@@ -83,6 +83,7 @@ class Generation:
         self.prompt_logprobs: list[list[TokenLogprobs | None] | None]
         self.prompt_logprobs = [None] * len(job.requests)
         self._cached_tokens = [0] * len(job.requests)
+        self._prompts_counted = [False] * len(job.requests)
         self._timings: list[Timings | None] = [None] * len(job.requests)
         self.choices = [
             [self._new_choice(position, number) for number in range(request.sampling_params.n)]
@@ -190,6 +191,8 @@ class Generation:
         """Add a step's output to its choice."""
         if output.num_cached_tokens is not None:
             self._cached_tokens[position] = output.num_cached_tokens
+        if not self._prompts_counted[position]:
+            self._count_prompt(position)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs[position] = output.prompt_logprobs
         if output.timings is not None:
@@ -229,11 +232,18 @@ class Generation:
 
     def _count(self, choice: Choice, output: SequenceOutput, num_tokens: int) -> None:
         choice.num_tokens += num_tokens
+        self._state.metrics.tokens_generated(num_tokens)
         choice.pending_ids += output.token_ids[:num_tokens]
         if output.logprobs is not None:
             entries = output.logprobs[:num_tokens]
             choice.pending_logprobs += entries
             choice.logprob_sum += sum(entry.logprob for entry in entries)
+
+    def _count_prompt(self, position: int) -> None:
+        self._prompts_counted[position] = True
+        self._state.metrics.prompt_read(
+            len(self._job.requests[position].prompt_token_ids), self._cached_tokens[position]
+        )
 
     def _observe_latency(self, choice: Choice, output: SequenceOutput) -> None:
         if not output.token_ids:
@@ -248,10 +258,11 @@ class Generation:
     def _record(self) -> None:
         for position, request in enumerate(self._job.requests):
             group = self.choices[position]
+            if not self._prompts_counted[position]:
+                self._count_prompt(position)
             reasons: list[FinishReason] = [choice.finish_reason or "abort" for choice in group]
             record = RequestRecord(
                 prompt_tokens=len(request.prompt_token_ids),
-                cached_tokens=self._cached_tokens[position],
                 max_tokens=request.sampling_params.max_tokens,
                 finish_reasons=tuple(reasons),
                 generation_tokens=tuple(choice.num_tokens for choice in group),

@@ -57,7 +57,6 @@ class RequestRecord:
     """
 
     prompt_tokens: int
-    cached_tokens: int
     max_tokens: int
     finish_reasons: tuple[FinishReason, ...]
     generation_tokens: tuple[int, ...]
@@ -110,9 +109,10 @@ class Metrics:
         )
         self._restarts = self._counter("engine_restarts", "Times the engine was restarted.")
 
-        self._prompt = self._counter("prompt_tokens", "Prompt tokens of ended requests.")
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens, as requests are begun.")
         self._cached = self._counter("prompt_tokens_cached", "Of those, the cached ones.")
-        self._generated = self._counter("generation_tokens", "Output tokens of ended requests.")
+        self._generated = self._counter("generation_tokens", "Output tokens, as they come.")
+        self._new_tokens = 0
         self._success = Counter(
             f"{prefix}:request_success",
             "Ended choices by their reason.",
@@ -244,6 +244,15 @@ class Metrics:
         """`reason` is the `code` of an error in engine/errors.py."""
         self._rejections.labels(**self._labels, reason=reason).inc()
 
+    def prompt_read(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """Count a prompt, once: with its first output, or where it ends without one."""
+        self._prompt.inc(prompt_tokens)
+        self._cached.inc(cached_tokens)
+
+    def tokens_generated(self, count: int) -> None:
+        """Called for every output of a sequence, so it only adds; `render` moves the sum."""
+        self._new_tokens += count
+
     def first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)
 
@@ -251,11 +260,8 @@ class Metrics:
         self._itl.observe(seconds)
 
     def request_finished(self, record: RequestRecord) -> None:
-        """Count an ended request, whatever its end."""
+        """Count an ended request, whatever its end. Its tokens were counted as they came."""
         generated = sum(record.generation_tokens)
-        self._prompt.inc(record.prompt_tokens)
-        self._cached.inc(record.cached_tokens)
-        self._generated.inc(generated)
         for reason in record.finish_reasons:
             self._success.labels(**self._labels, finished_reason=reason).inc()
         self._n.observe(len(record.finish_reasons))
@@ -290,6 +296,8 @@ class Metrics:
 
     def render(self) -> tuple[bytes, str]:
         """The page in Prometheus' text format and its content type."""
+        self._generated.inc(self._new_tokens)
+        self._new_tokens = 0
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
 

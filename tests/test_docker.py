@@ -220,7 +220,7 @@ def exported_samples() -> dict[str, set[str]]:
     metrics.request_rejected("queue_full")
     metrics.request_finished(
         RequestRecord(
-            prompt_tokens=1, cached_tokens=0, max_tokens=1, finish_reasons=("stop",),
+            prompt_tokens=1, max_tokens=1, finish_reasons=("stop",),
             generation_tokens=(1,), timings=Timings(0.0, 0.0, 0.0, 0.0),
         )
     )  # fmt: skip

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine.config import EngineInfo
 from quire.engine.outputs import EngineStats, Timings
 from quire.server.metrics import Metrics, RequestRecord
+
+from .fakes import FakeEngineClient, Script, ids
 
 INFO = EngineInfo(
     model="m",
@@ -25,6 +30,7 @@ INFO = EngineInfo(
     eos_token_ids=(0,),
 )
 OF_MODEL = {"model_name": "m", "engine": "0"}
+TINY = frozenset({"model_name": "tiny", "engine": "0"}.items())
 
 
 def read(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -53,7 +59,6 @@ def stats(step: int, **fields: int) -> EngineStats:
 def record(**fields: object) -> RequestRecord:
     defaults: dict[str, object] = {
         "prompt_tokens": 10,
-        "cached_tokens": 4,
         "max_tokens": 30,
         "finish_reasons": ("stop", "length"),
         "generation_tokens": (11, 21),
@@ -164,9 +169,6 @@ def test_gauges_and_step_sizes(metrics: Metrics) -> None:
 
 def test_finished_request(metrics: Metrics) -> None:
     metrics.request_finished(record())
-    assert value(metrics, "prompt_tokens_total") == 10
-    assert value(metrics, "prompt_tokens_cached_total") == 4
-    assert value(metrics, "generation_tokens_total") == 32
     for reason in ("stop", "length"):
         assert value(metrics, "request_success_total", finished_reason=reason) == 1
     for reason in ("abort", "error"):
@@ -184,6 +186,51 @@ def test_finished_request(metrics: Metrics) -> None:
         "request_prompt_tokens": 10,
     }
     assert {name: value(metrics, f"{name}_sum") for name in sums} == sums
+
+
+def test_tokens_are_counted_as_they_come(metrics: Metrics) -> None:
+    metrics.prompt_read(10, 4)
+    for count in (1, 0, 3):
+        metrics.tokens_generated(count)
+    for _ in range(2):  # a second look counts nothing twice
+        assert value(metrics, "prompt_tokens_total") == 10
+        assert value(metrics, "prompt_tokens_cached_total") == 4
+        assert value(metrics, "generation_tokens_total") == 4
+    metrics.tokens_generated(5)
+    metrics.request_finished(record())
+    assert value(metrics, "generation_tokens_total") == 9
+
+
+async def test_a_request_counts_its_tokens_before_it_ends(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    metrics = client.app.state.quire.metrics  # type: ignore[attr-defined]
+
+    def totals() -> list[float]:
+        names = ("prompt_tokens", "prompt_tokens_cached", "generation_tokens")
+        return [read(metrics)[f"quire:{name}_total", TINY] for name in names]
+
+    engine.scripts = lambda request, choice: Script(ids("abcd"), delay=0.02)
+    fields = {"model": "tiny", "prompt": ["ab", "abc"], "n": 2, "max_tokens": 50}
+    answering = asyncio.create_task(client.post("/v1/completions", json=fields))
+    assert totals() == [0, 0, 0]
+    seen = set()
+    while not answering.done():
+        await asyncio.sleep(0.005)
+        seen.add(totals()[2])
+    assert len(seen) > 3, seen
+    usage = answering.result().json()["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert totals() == [usage["prompt_tokens"], cached, usage["completion_tokens"]] == [5, 6, 20]
+    # One that ends before its first output has had its prompt counted, too.
+    engine.ready = False
+    assert (await client.post("/v1/completions", json=fields)).status_code == 503
+    assert totals() == [5, 6, 20]  # refused, not begun
+    engine.ready, engine.hold = True, asyncio.Event()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await client.post("/v1/completions", json=fields)
+    assert totals() == [10, 6, 20]
 
 
 def test_request_that_never_ran(metrics: Metrics) -> None:
