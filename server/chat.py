@@ -11,22 +11,19 @@ from fastapi.responses import JSONResponse, Response
 
 from .answers import Envelope, ignored_header, refusals_counted, stream_of
 from .body import read_json_object
-from .chat_prompt import offered_tools
+from .chat_prompt import offered_tools, unenforced
 from .errors import client_left
 from .generation import Delta, Finished, Generation, Job, collect
 from .limits import Ticket
 from .logprobs import LogprobFormat
 from .message_events import MessageBuilder, delta_of, joined
-from .message_parser import MessageParser
+from .message_parser import MessageParser, prompt_end
 from .preparation import prepare_chat, response_id
 from .protocol import ChatBody, validate
 from .state import ServerState, state_of
 from .streaming import run_until_disconnect
 
 router = APIRouter()
-
-PROMPT_END_TOKENS = 16
-"""So many tokens of a prompt tell whether its template opened the reasoning."""
 
 
 @router.post("/v1/chat/completions", response_model=None)
@@ -36,6 +33,7 @@ async def create_chat_completion(request: Request) -> Response:
     with refusals_counted(state):
         fields = await read_json_object(request)
         body, ignored = validate(ChatBody, fields, strict=state.settings.strict)
+        ignored += unenforced(body)
         state.check_model(body.model)
         answer_id = response_id("chatcmpl", request, body)
         chat = await Chat.start(state, body, answer_id, request.state.request_id)
@@ -84,12 +82,13 @@ class Chat:
 
     def _new_parser(self) -> MessageParser:
         body = self._body
-        if self.job.requests[0].grammar is not None:  # all of it is content, whatever it spells
-            return MessageParser(None, None, show_reasoning=True, max_calls=None)
+        tools = offered_tools(body)
+        if self.job.requests[0].grammar is not None and not tools:
+            return MessageParser()  # all of it is content, whatever it spells
         prompt = self.generation.prompt_token_ids(0)
         return self._state.message_format.parser(
-            [tool["function"]["name"] for tool in offered_tools(body)],
-            prompt_end="".join(map(self._state.tokenizer.token_text, prompt[-PROMPT_END_TOKENS:])),
+            [tool["function"]["name"] for tool in tools],
+            prompt_end=prompt_end(self._state.tokenizer, prompt),
             continued=body.messages[-1].content if body.continue_final_message else None,
             show_reasoning=body.include_reasoning is not False,
             parallel_calls=body.parallel_tool_calls is not False,

@@ -46,11 +46,7 @@ def _check_tools(state: ServerState, body: ChatFields) -> None:
         raise InvalidRequestError("tool_choice is required, but there are no tools", "tool_choice")
     if isinstance(choice, NamedTool) and choice.name not in names:
         raise InvalidRequestError(f"no tool has the name {choice.name[:128]!r}", "tool_choice")
-    if choice == "required" or isinstance(choice, NamedTool):
-        raise InvalidRequestError(
-            "tool_choice can be none or auto; this server cannot force a call", "tool_choice"
-        )
-    if offered_tools(body) and state.message_format.tool_parser is None:
+    if offered_tools(body) and state.message_format.tool_format is None:
         raise InvalidRequestError(
             "how this model writes tool calls is not known; see --tool-call-parser", "tools"
         )
@@ -68,6 +64,19 @@ def offered_tools(body: ChatFields) -> list[dict[str, Any]]:
         function["parameters"] = tool.function.parameters or {"type": "object", "properties": {}}
         tools.append({"type": "function", "function": function})
     return tools
+
+
+def forces_call(body: ChatFields) -> bool:
+    return body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
+
+
+def unenforced(body: ChatFields) -> list[str]:
+    """Fields that ask for arguments by a schema, where nothing makes the model keep to it."""
+    return [
+        f"tools[{index}].function.strict"
+        for index, tool in enumerate(body.tools or ())
+        if tool.function.strict and not forces_call(body)
+    ]
 
 
 async def encode_chat(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from .message_events import ContentText, Event, ReasoningText, ToolCallStart, joined
 from .reasoning import (
@@ -14,8 +14,11 @@ from .reasoning import (
     starts_inside,
 )
 from .settings import Settings
+from .tokenizer import Tokenizer
 from .tool_formats import TOOL_PARSERS, detect_tool_parser
 from .tool_parsers import ToolParser
+
+_END_TOKENS = 16
 
 
 class MessageParser:
@@ -74,13 +77,17 @@ class MessageParser:
         return joined(shown)
 
 
+def prompt_end(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
+    """As much text of the prompt's end as tells whether its template opened the reasoning."""
+    return "".join(map(tokenizer.token_text, prompt[-_END_TOKENS:]))
+
+
 class MessageFormat:
     """How the served model writes reasoning and tool calls; made once."""
 
-    def __init__(
-        self, tool_parser: type[ToolParser] | None, reasoning: ReasoningStyle | None
-    ) -> None:
-        self.tool_parser = tool_parser
+    def __init__(self, tool_format: str | None, reasoning: ReasoningStyle | None) -> None:
+        self.tool_format = tool_format
+        """A name of TOOL_PARSERS."""
         self.reasoning: ReasoningStyle | None = reasoning
 
     @classmethod
@@ -96,14 +103,14 @@ class MessageFormat:
             reasoning = detect_reasoning(template)
         else:
             reasoning = None if style == "none" else style
-        return cls(TOOL_PARSERS.get(name or ""), reasoning)
+        return cls(None if name == "none" else name, reasoning)
 
     def control_tokens(self, *, with_tools: bool) -> tuple[str, ...]:
         """What a parser must see although the vocabulary may call it a control token."""
         tags = () if self.reasoning is None else (OPEN, CLOSE)
-        if not with_tools or self.tool_parser is None:
+        if not with_tools or self.tool_format is None:
             return tags
-        return tags + self.tool_parser.control_tokens
+        return tags + TOOL_PARSERS[self.tool_format].control_tokens
 
     def parser(
         self,
@@ -123,8 +130,8 @@ class MessageFormat:
             if opened or continued is None:
                 reasoning = ReasoningParser(opened=opened)
         tools = None
-        if tool_names and self.tool_parser is not None:
-            tools = self.tool_parser(tool_names)
+        if tool_names and self.tool_format is not None:
+            tools = TOOL_PARSERS[self.tool_format](tool_names)
         return MessageParser(
             tools,
             reasoning,

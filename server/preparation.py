@@ -19,6 +19,7 @@ from ..engine.request import GrammarSpec, Request
 from ..engine.sampling_params import SamplingParams
 from .bad_words import encode_bad_words
 from .chat_prompt import check_chat, encode_chat, offered_tools
+from .forced_calls import forced_call
 from .generation import Job
 from .infill import encode_infill, infill_tokens
 from .limits import Ticket
@@ -109,9 +110,9 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
     ticket = state.admission.admit(width, characters)
     try:
         state.check_ready()
-        grammar = await try_out(state, constraint)
         params = await _with_bad_words(state, body, params)
         token_ids = await encode_chat(state, body, body.add_special_tokens, info.max_model_len)
+        grammar = await try_out(state, constraint or forced_call(state, body, token_ids))
         fields = body if max_tokens is None else body.model_copy(update={"max_tokens": max_tokens})
         job = _job(state, fields, params, [token_ids], arrival, param, None, grammar)
         shown = state.message_format.control_tokens(with_tools=bool(tools))

@@ -121,6 +121,15 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         return self._template
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The control tokens."""
+        return {
+            token.content: token_id
+            for token_id, token in self.backend.get_added_tokens_decoder().items()
+            if token.special
+        }
+
     async def template_variables(self, template: str | None = None) -> frozenset[str]:
         """What `template`, or else the model's own, reads. Raises InvalidRequestError."""
         template = template if template is not None else self._template
@@ -131,11 +140,7 @@ class Tokenizer:
     def skipped_but(self, shown: Sequence[str]) -> tuple[bool, frozenset[int]]:
         """How to skip all control tokens but these: whether as the library skips them, and where
         it would skip one of these, the ids to hide instead."""
-        special = {
-            token.content: token_id
-            for token_id, token in self.backend.get_added_tokens_decoder().items()
-            if token.special
-        }
+        special = self.special_ids
         if special.keys().isdisjoint(shown):
             return True, frozenset()
         return False, frozenset(id for text, id in special.items() if text not in shown)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,13 +42,15 @@ IM_START, IM_END = 256, 257
 VOCAB_SIZE = 258
 
 
-def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
-    """One token for each byte, and the two control tokens of ChatML."""
+def byte_tokenizer(
+    chat_template: str | None = CHAT_TEMPLATE, special: Sequence[str] = ()
+) -> Tokenizer:
+    """One token for each byte, the two control tokens of ChatML, and more of them."""
     encoder = Encoder(models.BPE(vocab=BYTE_VOCABULARY, merges=[]))
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoder.decoder = decoders.ByteLevel()
     encoder.add_special_tokens(
-        [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)]
+        [AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>", *special)]
     )
     hf = transformers.PreTrainedTokenizerFast(tokenizer_object=encoder, eos_token="<|im_end|>")
     hf.chat_template = chat_template
@@ -94,6 +96,7 @@ class FakeEngineClient:
     """See `EngineClient`; `scripts` decides what (request, choice) does."""
 
     scripts: Scripts = field(default_factory=lambda: say("Hello, world"))
+    vocab_size: int = VOCAB_SIZE
     max_model_len: int = 512
     max_num_seqs: int = 64
     num_blocks: int = 64
@@ -117,7 +120,7 @@ class FakeEngineClient:
             device="cpu",
             dtype="float32",
             num_parameters=1,
-            vocab_size=VOCAB_SIZE,
+            vocab_size=self.vocab_size,
             max_model_len=self.max_model_len,
             block_size=16,
             num_blocks=self.num_blocks,
