@@ -13,13 +13,26 @@ from typing import NamedTuple
 from ..engine.errors import InvalidRequestError
 from .tokenizer import Tokenizer
 
+
+class _Names(NamedTuple):
+    prefix: str
+    suffix: str
+    middle: str
+    ends: tuple[str, ...] = ()
+
+
 _FAMILIES = (
-    # Qwen2.5-Coder, CodeGemma; the latter ends with a token of its own
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", ("<|endoftext|>", "<|file_separator|>")),
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", ("<|endoftext|>",)),  # StarCoder, Granite
-    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>", ("<|endoftext|>",)),  # SantaCoder
-    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", ()),  # noqa: RUF001 - DeepSeek-Coder
-    ("▁<PRE>", "▁<SUF>", "▁<MID>", ("▁<EOT>",)),  # CodeLlama
+    # Qwen2.5-Coder, CodeGemma; the latter ends with a token of its own.
+    _Names(
+        "<|fim_prefix|>",
+        "<|fim_suffix|>",
+        "<|fim_middle|>",
+        ("<|endoftext|>", "<|file_separator|>"),
+    ),
+    _Names("<fim_prefix>", "<fim_suffix>", "<fim_middle>", ("<|endoftext|>",)),  # StarCoder
+    _Names("<fim-prefix>", "<fim-suffix>", "<fim-middle>", ("<|endoftext|>",)),  # SantaCoder
+    _Names("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
+    _Names("▁<PRE>", "▁<SUF>", "▁<MID>", ("▁<EOT>",)),  # CodeLlama
 )
 _NO_SPACE = "\u263a"
 """SentencePiece puts a space before a text's first word. Behind this character there is none."""
@@ -36,11 +49,10 @@ class InfillTokens(NamedTuple):
 def infill_tokens(tokenizer: Tokenizer) -> InfillTokens:
     """Raises InvalidRequestError where the tokenizer has none."""
     find = tokenizer.backend.token_to_id
-    for *names, end_names in _FAMILIES:
-        marks = [find(str(name)) for name in names]
-        if None not in marks:
-            prefix, suffix, middle = marks
-            ends = tuple(end for name in end_names if (end := find(name)) is not None)
+    for names in _FAMILIES:
+        prefix, suffix, middle = find(names.prefix), find(names.suffix), find(names.middle)
+        if prefix is not None and suffix is not None and middle is not None:
+            ends = tuple(end for name in names.ends if (end := find(name)) is not None)
             return InfillTokens(prefix, suffix, middle, ends)
     raise InvalidRequestError("the model has no tokens to fill in the middle with", "suffix")
 
