@@ -77,14 +77,12 @@ def paged_attention(
     load and change nothing here.
     """
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
-    cache = attn_metadata.kv_cache[layer_idx]
     attend = attend_on_cpu if query.device.type == "cpu" else attend_on_cuda
     output = attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        cache[0],
-        cache[1],
+        attn_metadata.kv_cache[layer_idx],
         attn_metadata,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
@@ -98,8 +96,7 @@ def attend_on_cuda(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: torch.Tensor,
     metadata: AttentionMetadata,
     *,
     scale: float,
@@ -112,6 +109,7 @@ def attend_on_cuda(
     from ..kernels.paged_attention_extend import paged_attention_extend
     from ..kernels.reshape_and_cache import reshape_and_cache
 
+    key_cache, value_cache = cache
     reshape_and_cache(key, value, key_cache, value_cache, metadata.slot_mapping)
     output = query.new_empty(query.shape)
     decodes = metadata.num_decodes

@@ -20,21 +20,26 @@ if TYPE_CHECKING:
 
     from .attention import AttentionMetadata
 
-QUERY_TILE = 256
-GROUP_TOKENS = 32_768  # gathered at once: 32 MiB each of K and V at 4 KV heads of 64, float32
+MIN_QUERY_TILE, MAX_QUERY_TILE = 64, 256
+GROUP_BYTES = 2 << 20
+"""Of K gathered at once, as much of V: both are read again while the core still caches them."""
+_MASKED = float("-inf")
 
 
 class DecodeGroup(NamedTuple):
     """Sequences with one new token, gathered together and padded to the longest.
 
-    rows `[g]` of the batch; cache_rows `[g * num_kv_heads * num_blocks]` of the cache seen as
-    `[num_blocks * num_kv_heads, block_size * head_dim]`; mask `[g, 1, 1, keys]`, True attends.
+    rows of the batch, a slice where they follow each other; cache_rows as `Scratch.gather` wants
+    them; keys [key_start, key_stop) of the num_keys gathered are attended to; mask
+    `[g, 1, 1, keys]` is added to the scores, None where every row sees all of them.
     """
 
-    rows: torch.Tensor
+    rows: torch.Tensor | slice
     cache_rows: torch.Tensor
     num_keys: int
-    mask: torch.Tensor
+    key_start: int
+    key_stop: int
+    mask: torch.Tensor | None
 
 
 class QueryTile(NamedTuple):
@@ -62,26 +67,49 @@ class WindowPlan(NamedTuple):
 
 
 class Scratch:
-    """Memory for gathered K and V that outlives a step: fresh pages each time would cost more
-    than the gather itself. Grows to the largest gather seen."""
+    """Memory that outlives a step, since fresh pages each time would cost more than what is
+    written to them. Grows to the largest need seen."""
 
     def __init__(self) -> None:
-        self._buffers: list[torch.Tensor | None] = [None, None]
+        self._gathered: torch.Tensor | None = None
+        self._masks: dict[int | None, torch.Tensor] = {}
 
-    def gather(self, index: int, cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Copy `cache[rows]` into buffer `index`, 0 or 1; valid until its next gather."""
+    def gather(self, cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Copy `cache[rows]` of a 2-D cache; valid until the next gather."""
         numel = rows.shape[0] * cache.shape[1]
-        buffer = self._buffers[index]
-        if buffer is None or buffer.numel() < numel:
-            self._buffers[index] = buffer = cache.new_empty(numel)
-        out = buffer[:numel].view(rows.shape[0], cache.shape[1])
+        if self._gathered is None or self._gathered.numel() < numel:
+            self._gathered = cache.new_empty(numel)
+        out = self._gathered[:numel].view(rows.shape[0], cache.shape[1])
         return torch.index_select(cache, 0, rows, out=out)
+
+    def causal_mask(
+        self, num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """`[num_queries, num_keys]` to add to scores: query i is the key at place
+        num_keys - num_queries + i, and sees itself and the window - 1 before it.
+
+        Whether a query sees a key depends on their distance alone, so that every mask is a part
+        of one matrix.
+        """
+        known = self._masks.get(window)
+        if known is None or known.shape[1] - MAX_QUERY_TILE < num_keys - num_queries:
+            width = MAX_QUERY_TILE + max(2 * (num_keys - num_queries), MAX_QUERY_TILE)
+            position = torch.arange(width - MAX_QUERY_TILE, width)[:, None]
+            key = torch.arange(width)
+            hidden = key > position
+            if window is not None:
+                hidden |= key <= position - window
+            known = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, _MASKED)
+            self._masks[window] = known
+        stop = known.shape[1] - MAX_QUERY_TILE + num_queries
+        return known[:num_queries, stop - num_keys : stop]
 
 
 @dataclass(frozen=True, slots=True)
 class CpuPlan:
-    """windows: a plan for each distinct window of the model. write_rows `[T * num_kv_heads]`: where
-    this step's K and V go in a cache seen as `[num_blocks * num_kv_heads * block_size, head_dim]`.
+    """windows: a plan for each distinct window of the model. write_rows
+    `[2 * T * num_kv_heads]`: where this step's K, then its V, go in a layer's cache seen as
+    `[2 * num_blocks * num_kv_heads * block_size, head_dim]`.
     """
 
     windows: dict[int | None, WindowPlan]
@@ -91,35 +119,38 @@ class CpuPlan:
 
 def build_cpu_plan(
     *,
+    kv_cache: torch.Tensor,
     slot_mapping: NDArray[np.int64],
     block_table: NDArray[np.int32],
     query_start_loc: NDArray[np.int32],
     seq_lens: NDArray[np.int32],
     num_decodes: int,
-    num_kv_heads: int,
-    block_size: int,
     windows: frozenset[int | None],
     scratch: Scratch,
 ) -> CpuPlan:
     """Shapes as in AttentionMetadata, on the host."""
-    heads = np.arange(num_kv_heads)
+    _, _, num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
     blocks, offsets = np.divmod(slot_mapping, block_size)
-    write_rows = (blocks[:, None] * num_kv_heads + heads) * block_size + offsets[:, None]
-    layout = _Layout(block_table, query_start_loc, seq_lens, num_decodes, heads, block_size)
+    write_rows = (blocks[:, None] * num_kv_heads + np.arange(num_kv_heads)) * block_size
+    write_rows = (write_rows + offsets[:, None]).reshape(-1)
+    write_rows = np.concatenate((write_rows, write_rows + num_blocks * num_kv_heads * block_size))
+    layout = _Layout(kv_cache, block_table, query_start_loc, seq_lens, num_decodes, scratch)
     return CpuPlan(
-        {window: layout.plan(window) for window in windows},
-        torch.from_numpy(write_rows.reshape(-1)),
-        scratch,
+        {window: layout.plan(window) for window in windows}, torch.from_numpy(write_rows), scratch
     )
 
 
 class _Layout(NamedTuple):
+    kv_cache: torch.Tensor
     block_table: NDArray[np.int32]
     query_start_loc: NDArray[np.int32]
     seq_lens: NDArray[np.int32]
     num_decodes: int
-    heads: NDArray[np.int64]
-    block_size: int
+    scratch: Scratch
+
+    @property
+    def block_size(self) -> int:
+        return self.kv_cache.shape[4]
 
     def plan(self, window: int | None) -> WindowPlan:
         return WindowPlan(
@@ -128,9 +159,12 @@ class _Layout(NamedTuple):
         )
 
     def _cache_rows(self, blocks: NDArray[np.int32]) -> torch.Tensor:
-        """Block ids `[..., n]` → flat cache rows ordered `[..., num_kv_heads, n]`."""
-        rows = blocks[..., None, :].astype(np.int64) * len(self.heads) + self.heads[:, None]
-        return torch.from_numpy(rows.reshape(-1))
+        """Block ids `[..., n]` → rows `[2, ..., num_kv_heads, n]`, flat: those of K, then of V,
+        in a layer's cache seen as `[2 * num_blocks * num_kv_heads, block_size * head_dim]`."""
+        num_blocks, num_kv_heads = self.kv_cache.shape[2:4]
+        heads = np.arange(num_kv_heads)[:, None]
+        keys = (blocks[..., None, :].astype(np.int64) * num_kv_heads + heads).reshape(-1)
+        return torch.from_numpy(np.concatenate((keys, keys + num_blocks * num_kv_heads)))
 
     def _decodes(self, window: int | None) -> list[DecodeGroup]:
         if self.num_decodes == 0:
@@ -139,24 +173,38 @@ class _Layout(NamedTuple):
         start = np.maximum(stop - window, 0) if window is not None else np.zeros_like(stop)
         first_block = start // self.block_size
         num_blocks = -(-stop // self.block_size) - first_block
-        groups = []
+        block_bytes = self.kv_cache[0, 0, 0].nbytes
         order = np.argsort(num_blocks, kind="stable")
-        for rows in _split_by_length(order, num_blocks[order], GROUP_TOKENS // self.block_size):
+        groups = []
+        for rows in _split_by_length(order, num_blocks[order], GROUP_BYTES // block_bytes):
             widest = int(num_blocks[rows].max())
             column = first_block[rows, None] + np.minimum(
                 np.arange(widest), num_blocks[rows, None] - 1
             )
-            keys = first_block[rows, None] * self.block_size + np.arange(widest * self.block_size)
-            mask = (keys >= start[rows, None]) & (keys < stop[rows, None])
+            origin = first_block[rows] * self.block_size
+            begin, end = start[rows] - origin, stop[rows] - origin
+            low, high = int(begin.min()), int(end.max())
             groups.append(
                 DecodeGroup(
-                    torch.from_numpy(rows),
+                    _as_index(rows),
                     self._cache_rows(self.block_table[rows[:, None], column]),
                     widest * self.block_size,
-                    torch.from_numpy(mask)[:, None, None, :],
+                    low,
+                    high,
+                    self._decode_mask(begin - low, end - low, high - low),
                 )
             )
         return groups
+
+    def _decode_mask(
+        self, begin: NDArray[np.int64], end: NDArray[np.int64], num_keys: int
+    ) -> torch.Tensor | None:
+        if begin.max() == 0 and end.min() == num_keys:
+            return None
+        key = np.arange(num_keys)
+        hidden = torch.from_numpy((key < begin[:, None]) | (key >= end[:, None]))
+        mask = torch.zeros(hidden.shape, dtype=self.kv_cache.dtype)
+        return mask.masked_fill_(hidden, _MASKED)[:, None, None, :]
 
     def _chunk(self, row: int, window: int | None) -> Chunk:
         start, stop = int(self.query_start_loc[row]), int(self.query_start_loc[row + 1])
@@ -170,18 +218,24 @@ class _Layout(NamedTuple):
             last_block = -(-length // self.block_size)
             cache_rows = self._cache_rows(self.block_table[row, first_block:last_block])
         tiles = []
-        for tile in range(start, stop, QUERY_TILE):
-            end = min(tile + QUERY_TILE, stop)
-            position = torch.arange(tile, end) - start + context
-            low = 0 if window is None else max(int(position[0]) + 1 - window, 0)
-            key = torch.arange(max(low, origin), context + end - start)
-            mask = key <= position[:, None]
-            if window is not None:
-                mask &= key > position[:, None] - window
-            tiles.append(
-                QueryTile(tile, end, int(key[0]) - origin, context + end - start - origin, mask)
-            )
+        tile = start
+        while tile < stop:
+            position = tile - start + context
+            # Half of a tile's own square is computed in vain, which counts where little is before.
+            size = min(max(position // 4, MIN_QUERY_TILE), MAX_QUERY_TILE, stop - tile)
+            low = origin if window is None else max(position + 1 - window, origin)
+            high = position + size
+            mask = self.scratch.causal_mask(size, high - low, window, self.kv_cache.dtype)
+            tiles.append(QueryTile(tile, tile + size, low - origin, high - origin, mask))
+            tile += size
         return Chunk(start, stop, cache_rows, tiles)
+
+
+def _as_index(rows: NDArray[np.int64]) -> torch.Tensor | slice:
+    first = int(rows[0])
+    if np.array_equal(rows, np.arange(first, first + len(rows))):
+        return slice(first, first + len(rows))
+    return torch.from_numpy(rows)
 
 
 def _split_by_length(
@@ -204,8 +258,7 @@ def attend_on_cpu(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: torch.Tensor,
     metadata: AttentionMetadata,
     *,
     scale: float,
@@ -215,30 +268,31 @@ def attend_on_cpu(
 ) -> torch.Tensor:
     """query `[T, num_heads, head_dim]`, key and value `[T, num_kv_heads, head_dim]` → like query.
 
-    The caches are one layer's `[num_blocks, num_kv_heads, block_size, head_dim]`, contiguous.
+    The cache is one layer's `[2, num_blocks, num_kv_heads, block_size, head_dim]`, contiguous.
     """
     plan = metadata.cpu_plan
     assert plan is not None
-    _, num_kv_heads, block_size, head_dim = key_cache.shape
-    for cache, new in ((key_cache, key), (value_cache, value)):
-        cache.view(-1, head_dim).index_copy_(0, plan.write_rows, new.reshape(-1, head_dim))
-    key_rows = key_cache.view(-1, block_size * head_dim)
-    value_rows = value_cache.view(-1, block_size * head_dim)
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    _, _, num_kv_heads, block_size, head_dim = cache.shape
+    new = torch.stack((key, value)).view(-1, head_dim)
+    cache.view(-1, head_dim).index_copy_(0, plan.write_rows, new)
+    cache = cache.view(-1, block_size * head_dim)
     decodes, chunks = plan.windows[window]
-    for rows, cache_rows, num_keys, mask in decodes:
-        shape = (rows.shape[0], num_kv_heads, num_keys, head_dim)
-        keys = plan.scratch.gather(0, key_rows, cache_rows).view(shape)
-        values = plan.scratch.gather(1, value_rows, cache_rows).view(shape)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for rows, cache_rows, num_keys, key_start, key_stop, mask in decodes:
+        gathered = plan.scratch.gather(cache, cache_rows)
+        keys, values = gathered.view(2, -1, num_kv_heads, num_keys, head_dim)[
+            :, :, :, key_start:key_stop
+        ]
         attended = _attend(query[rows].unsqueeze(2), keys, values, mask, scale, softcap, sinks)
+        if rows == slice(0, len(query)):  # all there is, and in order
+            return attended.squeeze(2)
         output[rows] = attended.squeeze(2)
     for start, stop, chunk_rows, tiles in chunks:
         if chunk_rows is None:
             keys, values = (new[start:stop].transpose(0, 1)[None] for new in (key, value))
         else:
-            shape = (1, num_kv_heads, -1, head_dim)
-            keys = plan.scratch.gather(0, key_rows, chunk_rows).view(shape)
-            values = plan.scratch.gather(1, value_rows, chunk_rows).view(shape)
+            gathered = plan.scratch.gather(cache, chunk_rows)
+            keys, values = gathered.view(2, 1, num_kv_heads, -1, head_dim)
         for tile in tiles:
             visible = slice(tile.key_start, tile.key_stop)
             attended = _attend(
@@ -258,7 +312,7 @@ def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -275,7 +329,8 @@ def _attend(
     scores = (packed @ key.transpose(-1, -2)).float().view(batch, heads, length, num_keys) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, float("-inf"))
+    if mask is not None:
+        scores = scores + mask
     if sinks is not None:
         sink = sinks.float().view(1, heads, 1, 1).expand(batch, heads, length, 1)
         scores = torch.cat((scores, sink), dim=-1)

@@ -8,6 +8,8 @@ through, so that whatever a family does to its logits (soft cap, scale) happens 
 from __future__ import annotations
 
 import copy
+import logging
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,10 @@ from transformers import AttentionInterface
 from .attention import IMPLEMENTATION, AttentionMetadata, register_attention
 from .cpu_linear import pack_linears
 from .errors import UnsupportedModelError
+from .merged_linear import merge_siblings
 from .model_spec import ModelSpec
+
+logger = logging.getLogger("quire.engine")
 
 _PROBE = "quire_probe"
 _HARMLESS_ARGUMENTS = frozenset(
@@ -75,10 +80,13 @@ class CausalLM:
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        if self.device.type == "cpu":
-            pack_linears(model)
         self._body = model.base_model
         body_output = self._probe(model)
+        merged = Counter(merge_siblings(self._body, lambda: self._probe(model)))
+        for names, count in merged.items():
+            logger.info("%d times merged: %s", count, ", ".join(names))
+        if self.device.type == "cpu":
+            pack_linears(model)
         head = copy.copy(model)
         head._modules = dict(model._modules)
         head._modules[model.base_model_prefix] = _Passthrough(type(body_output))
@@ -114,7 +122,7 @@ class CausalLM:
         if model.base_model is model or model.base_model_prefix not in model._modules:
             self._refuse("its body and its language-model head cannot be told apart")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _probe(self, model: Any) -> Any:
         """Run three tokens and check every attention call; the body's output."""
         calls: list[LayerCall] = []

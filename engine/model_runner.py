@@ -221,13 +221,12 @@ class ModelRunner:
 
     def _cpu_plan(self, host: HostStep) -> CpuPlan:
         return build_cpu_plan(
+            kv_cache=self._kv_cache,
             slot_mapping=host.slot_mapping,
             block_table=host.block_table,
             query_start_loc=host.query_start_loc,
             seq_lens=host.seq_lens,
             num_decodes=host.num_decodes,
-            num_kv_heads=self._model.spec.num_kv_heads,
-            block_size=self._block_size,
             windows=self._windows,
             scratch=self._scratch,
         )

@@ -46,19 +46,19 @@ class Batch:
         self.block_size = block_size
 
     def metadata(self, window: int | None) -> AttentionMetadata:
+        kv_cache = self.caches[None].clone()
         plan = build_cpu_plan(
+            kv_cache=kv_cache,
             slot_mapping=self.slot_mapping.numpy(),
             block_table=self.table.numpy(),
             query_start_loc=self.query_start_loc.numpy(),
             seq_lens=self.seq_lens.numpy(),
             num_decodes=self.num_decodes,
-            num_kv_heads=KV_HEADS,
-            block_size=self.block_size,
             windows=frozenset({window}),
             scratch=Scratch(),
         )
         return AttentionMetadata(
-            kv_cache=self.caches[None].clone(),
+            kv_cache=kv_cache,
             slot_mapping=self.slot_mapping,
             block_table=self.table,
             query_start_loc=self.query_start_loc,
@@ -128,7 +128,7 @@ def test_backends_agree_with_the_reference(
     }
     metadata = batch.metadata(window)
     caches = metadata.kv_cache[0]
-    output = attend(batch.query, batch.key, batch.value, caches[0], caches[1], metadata, **options)
+    output = attend(batch.query, batch.key, batch.value, caches, metadata, **options)
     expected, expected_caches = batch.expected(**options)
     assert torch.equal(caches, expected_caches)
     torch.testing.assert_close(output, expected, atol=2e-6, rtol=1e-5)
@@ -138,21 +138,23 @@ def test_backends_agree_with_the_reference(
 def test_groups_of_decodes_bound_their_padding(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Every row is in one group, no group is wider than twice its shortest, and none but a
     single row's is over the limit."""
-    monkeypatch.setattr(attention_cpu, "GROUP_TOKENS", limit)
+    token_bytes = KV_HEADS * HEAD_DIM * 4
+    monkeypatch.setattr(attention_cpu, "GROUP_BYTES", limit * token_bytes)
     lengths = [1, 1000, 16, 17, 500, 90, 100, 3, 700, 31]
     batch = Batch([1] * len(lengths), lengths, 16)
     plan = batch.metadata(None).cpu_plan
     assert plan is not None
     groups = plan.windows[None].decodes
-    assert sorted(row for group in groups for row in group.rows.tolist()) == list(range(10))
-    for group in groups:
-        blocks = [-(-lengths[row] // 16) for row in group.rows.tolist()]
+    members = [torch.arange(10)[group.rows].tolist() for group in groups]
+    assert sorted(row for rows in members for row in rows) == list(range(10))
+    for group, rows in zip(groups, members, strict=True):
+        blocks = [-(-lengths[row] // 16) for row in rows]
         assert group.num_keys == max(blocks) * 16 and max(blocks) <= 2 * min(blocks)
         assert len(blocks) == 1 or len(blocks) * group.num_keys <= max(limit, 16)
     options: dict[str, Any] = {"scale": 0.3, "window": None, "softcap": None, "sinks": None}
     metadata = batch.metadata(None)
     output = attend_on_cpu(
-        batch.query, batch.key, batch.value, *metadata.kv_cache[0], metadata, **options
+        batch.query, batch.key, batch.value, metadata.kv_cache[0], metadata, **options
     )
     torch.testing.assert_close(output, batch.expected(**options)[0], atol=2e-6, rtol=1e-5)
 
