@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
+from transformers.models.llama import LlamaConfig
 
-from quire.engine import structured_output
+from quire.engine import grammar, structured_output
 from quire.engine.config import EngineConfig
 from quire.engine.engine_core import EngineCore
 from quire.engine.errors import GrammarError, InvalidRequestError, error_from_code
@@ -31,7 +32,7 @@ from quire.engine.sequence import Rank, Sequence
 from quire.engine.structured_output import StructuredOutput
 from quire.engine.worker import Worker
 
-from .models import COMMON, LlamaConfig, build_model
+from .models import COMMON, build_model
 
 DEMO = Path(__file__).resolve().parents[2] / "configs/demo"
 VOCAB_SIZE = 1600  # padded beyond the tokenizer's 1536, as vocabularies are
@@ -327,7 +328,7 @@ def test_others_go_on_while_a_grammar_is_compiled(
     core: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    original = structured_output.compile_grammar
+    original = grammar.compile_grammar
 
     def slow(tokenizer: Any, spec: GrammarSpec) -> Any:
         release.wait(20)
@@ -394,7 +395,7 @@ def sequences_of(request: Request) -> list[Sequence]:
 
 
 def token(text: str) -> int:
-    return int(TOKENIZER.token_to_id(text))
+    return TOKENIZER.get_vocab()[text]
 
 
 def test_forks_have_matchers_of_their_own_and_a_new_one_catches_up() -> None:
