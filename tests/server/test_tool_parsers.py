@@ -188,6 +188,7 @@ SAMPLES = [
             )
         ],
     ),
+    Sample("pythonic", r"[f(a='it\'s )')]", None, [("f", '{"a": "it\'s )"}')]),
     Sample("pythonic", "[f(), f(a=None),]", None, [("f", "{}"), ("f", '{"a": null}')]),
     Sample(
         "pythonic",
