@@ -72,6 +72,18 @@ def _check_bad_words(value: Any) -> list[str]:
     return value
 
 
+def _check_early_stopping(value: Any) -> Any:
+    if value is None or isinstance(value, bool) or value == "never":
+        return value
+    raise ValueError('must be true, false or "never"')
+
+
+def _check_no_suffix(value: Any) -> Any:
+    if value not in (None, ""):
+        raise ValueError("a chat has none; /v1/completions fills in the middle")
+    return value
+
+
 def _check_content(value: Any) -> str | None:
     """Text, or text parts joined by newlines; nothing else is fetched or shown to the model."""
     if value is None or isinstance(value, str):
@@ -133,7 +145,9 @@ class GenerationBody(_Strict):
     bad_words: Annotated[list[str], PlainValidator(_check_bad_words)] = []
     use_beam_search: bool | None = None
     length_penalty: float | None = None
-    early_stopping: bool | Literal["never"] | None = None
+    early_stopping: Annotated[
+        bool | Literal["never"] | None, PlainValidator(_check_early_stopping)
+    ] = None
     seed: int | None = None
     ignore_eos: bool | None = None
     stop: Annotated[list[str], PlainValidator(_check_stop)] = []
@@ -218,6 +232,7 @@ class ChatFields(_Strict):
 
 
 class ChatBody(ChatFields, GenerationBody):
+    suffix: Annotated[str | None, PlainValidator(_check_no_suffix)] = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

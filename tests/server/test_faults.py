@@ -71,14 +71,31 @@ BAD = [
         "logit_bias"),
     Bad("30", CHAT, {"messages": [3] * 100_000}, "messages[0]"),
     Bad("30", CHAT, {"messages": HI["messages"] * 4097}, "messages"),
-    Bad("25", COMPLETIONS, {"bad_words": ["x"]}, "bad_words"),
+    *(Bad("25", COMPLETIONS, {"bad_words": value}, "bad_words")
+      for value in ("x", [""], [" "], [1], ["x"] * 129, ["x" * 257], ["\u20ac" * 100])),
     Bad("25", COMPLETIONS, {"allowed_token_ids": []}, "allowed_token_ids"),
     *(Bad("26", COMPLETIONS, {"seed": value}, "seed") for value in (2**64, -(2**64))),
     Bad("27", COMPLETIONS, {"presence_penalty": 3}, "presence_penalty"),
     Bad("27", COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
     *(Bad("29", CHAT, {name: value}, name) for name, value in {
-        "tool_choice": "required", "reasoning_effort": "huge", "suffix": "x", "use_beam_search": True, "logits_processors": ["x"], "modalities": ["audio"],
+        "tool_choice": "required", "reasoning_effort": "huge", "suffix": "x", "logits_processors": ["x"], "modalities": ["audio"],
     }.items()),
+    Bad("29", COMPLETIONS, {"suffix": "x"}, "suffix"),
+    Bad("29", COMPLETIONS, {"suffix": 1}, "suffix"),
+    *(Bad("29", path, {"length_penalty": 2}, "length_penalty") for path in (COMPLETIONS, CHAT)),
+    Bad("29", COMPLETIONS, {"early_stopping": True}, "early_stopping"),
+    *(Bad("29", path, {"use_beam_search": True, **fields}, next(iter(fields)))
+      for path in (COMPLETIONS, CHAT)
+      for fields in (
+        {"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"stop": "x"},
+        {"presence_penalty": 1}, {"repetition_penalty": 1.1}, {"frequency_penalty": 1},
+        {"logit_bias": {"1": 1}}, {"allowed_token_ids": [1]}, {"bad_words": ["x"]},
+        {"length_penalty": 11}, {"early_stopping": "always"}, {"n": 65},
+    )),
+    Bad("29", COMPLETIONS, {"use_beam_search": True, "stream": True}, "use_beam_search"),
+    Bad("29", COMPLETIONS, {"use_beam_search": True, "echo": True, "max_tokens": 0}, "max_tokens"),
+    Bad("29", COMPLETIONS, {"use_beam_search": True, "response_format": {"type": "json_object"}},
+        "use_beam_search"),
     *(Bad("30", COMPLETIONS, {"prompt": value}, "prompt")
       for value in ("", [], [""], [[]], ["a", ""])),
     Bad("30", CHAT, {"messages": []}, "messages"),
