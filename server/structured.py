@@ -58,8 +58,9 @@ def read_constraint(body: GenerationBody) -> Constraint | None:
         if found is not None:
             _refuse("structured_outputs", "response_format asks for a structure already")
         found = _structured_outputs(body.structured_outputs)
-    if found is not None and body.allowed_token_ids is not None:
-        _refuse("allowed_token_ids", f"{found.param} decides which tokens are allowed")
+    for name in ("allowed_token_ids", "bad_words"):
+        if found is not None and getattr(body, name):
+            _refuse(name, f"{found.param} decides which tokens are allowed")
     return found
 
 

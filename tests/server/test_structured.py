@@ -125,6 +125,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("extra kind", outputs(regex="a", whitespace_pattern=" "), "structured_outputs"),
     ("both parameters", {**outputs(regex="a"), **schema({})}, "structured_outputs"),
     ("with tokens", {**outputs(regex="a"), "allowed_token_ids": [5]}, "allowed_token_ids"),
+    ("with bad words", {**outputs(regex="a"), "bad_words": ["b"]}, "bad_words"),
     ("too deep", schema(nested(100)), ""),
     ("too deep in text", outputs(json=json.dumps(nested(500))), "structured_outputs.json"),
     ("far too deep", outputs(json='{"items":' * 5000 + "{}" + "}" * 5000), "structured_outputs"),
