@@ -4,7 +4,9 @@ QuireError
 ├── InvalidRequestError                 the client's mistake; names the parameter     → 400
 │   ├── ContextLengthError              prompt (+ max_tokens) over the context        → 400
 │   ├── PoolTooSmallError               can never fit the KV pool                     → 400
-│   └── ModelNotFoundError              not a served name                             → 404
+│   ├── ModelNotFoundError              not a served name                             → 404
+│   ├── StreamNotFoundError             no such resumable stream, or not this key's   → 404
+│   └── StreamGoneError                 it was dropped, or what was asked of it       → 410
 ├── AuthenticationError                 key missing or wrong                          → 401
 ├── OverloadedError                     refused on arrival; carries `retry_after`
 │   ├── QueueFullError                                                                → 429
@@ -62,6 +64,14 @@ class PoolTooSmallError(InvalidRequestError):
 
 class ModelNotFoundError(InvalidRequestError):
     code = "model_not_found"
+
+
+class StreamNotFoundError(InvalidRequestError):
+    code = "stream_not_found"
+
+
+class StreamGoneError(InvalidRequestError):
+    code = "stream_gone"
 
 
 class AuthenticationError(QuireError):

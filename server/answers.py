@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 from fastapi import Request
 
@@ -14,8 +14,9 @@ from .errors import error_body
 from .generation import Generation
 from .limits import Ticket
 from .protocol import GenerationBody
+from .resumption import ResumableStream, asks_to_resume
 from .state import ServerState, state_of
-from .streaming import EventStream, encode_json, event
+from .streaming import EventStream, SseResponse, encode_json, event
 
 _MOST_IGNORED = 20
 
@@ -37,6 +38,13 @@ def ignored_header(ignored: list[str]) -> dict[str, str]:
     return {"x-quire-ignored-params": ", ".join(ignored[:_MOST_IGNORED])}
 
 
+class _Options(TypedDict):
+    on_failure: Callable[[Exception], list[bytes]]
+    on_close: Callable[[], None]
+    request_id: str
+    deadline: float | None
+
+
 def stream_of(
     request: Request,
     events: AsyncGenerator[bytes, None],
@@ -44,16 +52,35 @@ def stream_of(
     ticket: Ticket,
     deadline: float | None,
     headers: dict[str, str],
-) -> EventStream:
+) -> SseResponse:
+    """The answer that streams `events`; resumable where the request asks for it by its header.
+
+    Raises QuireError; the ticket is given back then.
+    """
+    state = state_of(request)
     request_id = request.state.request_id
-    return EventStream(
-        events,
-        on_failure=lambda error: [*on_failure(), event(error_body(error, request_id))],
-        on_close=ticket.close,
+    keepalive = state.settings.sse_keepalive_interval
+    options: _Options = {
+        "on_failure": lambda error: [*on_failure(), event(error_body(error, request_id))],
+        "on_close": ticket.close,
+        "request_id": request_id,
+        "deadline": deadline,
+    }
+    try:
+        if not asks_to_resume(request, state.settings.stream_resume_ttl):
+            return EventStream(events, keepalive=keepalive, headers=headers, **options)
+        stream = state.streams.open(state.keys.owner(request), events, **options)
+    except BaseException:
+        ticket.close()
+        raise
+    return ResumableStream(
+        state.streams,
+        stream,
+        0,
         request_id=request_id,
-        deadline=deadline,
-        keepalive=state_of(request).settings.sse_keepalive_interval,
+        keepalive=keepalive,
         headers=headers,
+        opened=True,
     )
 
 

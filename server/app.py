@@ -20,6 +20,7 @@ from .middleware import BodyLimitMiddleware, HttpMetricsMiddleware, RequestIdMid
 from .sampling import load_generation_defaults
 from .settings import Settings
 from .state import ServerState
+from .streams import router as streams_router
 from .tokenizer import Tokenizer
 
 
@@ -44,6 +45,7 @@ def create_app(
         finally:
             state.begin_drain()
             state.grammar_check.close()
+            await state.streams.close()
             await engine.close()
 
     app = FastAPI(
@@ -61,6 +63,7 @@ def create_app(
     keyed = APIRouter(dependencies=[Depends(require_client_key)])
     for router in (completions.router, chat.router, tokenization.router, _documentation()):
         keyed.include_router(router)
+    keyed.include_router(streams_router)
     for router in (operations.public, operations.router, keyed):
         app.include_router(router)
     # The last one added is the outermost.
@@ -69,9 +72,15 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
-            expose_headers=["x-request-id", "x-quire-ignored-params"],
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=[
+                "Authorization",
+                "Content-Type",
+                "X-Request-ID",
+                "X-Quire-Resumable",
+                "Last-Event-ID",
+            ],
+            expose_headers=["x-request-id", "x-quire-ignored-params", "x-quire-stream-id"],
         )
     app.add_middleware(HttpMetricsMiddleware, metrics=metrics)
     app.add_middleware(RequestIdMiddleware)

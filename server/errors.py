@@ -35,6 +35,8 @@ class Answer(NamedTuple):
 ANSWERS: dict[type[QuireError], Answer] = {
     tree.InvalidRequestError: Answer(400, "invalid_request_error"),
     tree.ModelNotFoundError: Answer(404, "not_found_error"),
+    tree.StreamNotFoundError: Answer(404, "not_found_error"),
+    tree.StreamGoneError: Answer(410, "not_found_error"),
     tree.AuthenticationError: Answer(401, "authentication_error"),
     tree.QueueFullError: Answer(429, "rate_limit_error"),
     tree.ShuttingDownError: Answer(503, "overloaded_error"),

@@ -72,6 +72,9 @@ class Settings(BaseSettings):
     sse_keepalive_interval: float = _option(
         "Server", "Seconds of silence before a stream sends a comment; 0 is off.", 15.0, ge=0
     )
+    stream_resume_ttl: float = _option(
+        "Server", "Seconds that a resumable stream waits for its client; 0 is off.", 60.0, ge=0
+    )
 
     dtype: DType = _option("Model", "Type of weights and KV cache.", "auto")
     device: Device = _option("Model", "Where to run.", "auto")

@@ -15,6 +15,7 @@ from .grammar_check import GrammarCheck
 from .limits import Admission
 from .message_parser import MessageFormat
 from .metrics import Metrics
+from .resumption import StreamRegistry
 from .settings import Settings
 from .tokenizer import Tokenizer
 
@@ -44,6 +45,7 @@ class ServerState:
         self.grammar_check = GrammarCheck()
         self.keys = Keys(settings)
         self.admission = Admission(settings, engine)
+        self.streams = StreamRegistry(settings.stream_resume_ttl)
         self.created = int(time.time())
 
     @property

@@ -139,8 +139,11 @@ class SseResponse(Response):
         self._write_timeout = write_timeout
         self._comment = comment
 
-    async def send_from(self, source: Source, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the end, until the client leaves, or until it stops reading."""
+    async def send_from(self, source: Source, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Send until the end, until the client leaves, or until it stops reading.
+
+        False where it left before there was an answer.
+        """
         writer = _Writer(send, self)
         writing = asyncio.create_task(self._write(writer, source, scope, receive, send))
         others = [
@@ -153,6 +156,7 @@ class SseResponse(Response):
                 await writing
         finally:
             await cancel(writing, *others)
+        return writer.started
 
     async def _write(
         self, writer: _Writer, source: Source, scope: Scope, receive: Receive, send: Send
