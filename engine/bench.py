@@ -29,6 +29,7 @@ from .errors import ConfigurationError, QuireError
 def run_throughput(arguments: argparse.Namespace) -> int:
     """`bench throughput`: warm up, time, and once more under the profiler where asked for."""
     _check_range_ratio(arguments.random_range_ratio)
+    check_writable(arguments.profile, arguments.output_json)
     core = _make_core(arguments)
     lengths = uniform_lengths(
         arguments.num_prompts,
@@ -65,6 +66,7 @@ def run_throughput(arguments: argparse.Namespace) -> int:
 
 def run_latency(arguments: argparse.Namespace) -> int:
     """`bench latency`: one batch again and again, each time with other prompts."""
+    check_writable(arguments.output_json)
     core = _make_core(arguments)
     lengths = ((arguments.input_len, arguments.output_len),) * arguments.batch_size
     results = []
@@ -165,6 +167,13 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Raises ConfigurationError before a run, rather than after it, where a result has no place."""
+    for path in paths:
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ConfigurationError(f"cannot write {path}: there is no such folder, or it is one")
 
 
 def _check_range_ratio(ratio: float) -> None:

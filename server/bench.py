@@ -14,7 +14,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import h11
 import msgspec
 import uvloop
 
@@ -27,8 +26,8 @@ from .bench_dataset import (
     arrival_times,
     build_workload,
 )
-from .bench_http import ConnectionLost, HttpClient
-from .bench_load import LoadGenerator
+from .bench_http import HttpClient
+from .bench_load import LoadGenerator, ask
 from .bench_plot import write_plot
 from .bench_report import BenchResult, RunRecords, RunReport, summarise, table, warnings
 
@@ -62,12 +61,14 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The exit code: 0, or 1 where it failed, which is said in one line."""
+    """The exit code: 0, 1 where it failed, which is said in one line, 130 for an interrupt."""
     try:
         return int(arguments.run(arguments))
     except QuireError as error:
         print(f"quire: {error.message}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
@@ -232,10 +233,7 @@ async def _vocab_size(client: HttpClient, arguments: argparse.Namespace) -> int 
 
 async def _get(client: HttpClient, path: str) -> dict[str, Any] | None:
     """The JSON object there; None where the server has none."""
-    try:
-        answer = await client.request("GET", path)
-    except (OSError, ConnectionLost, h11.RemoteProtocolError) as error:
-        raise StartupError(f"the server does not answer: {error}") from error
+    answer = await ask(client, path)
     if answer.status in (401, 403):
         raise StartupError("the server wants another key: set OPENAI_API_KEY")
     try:

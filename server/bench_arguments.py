@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import get_args
 
-from ..engine.bench import positive_int
+from ..engine.bench import check_writable, positive_int
 from ..engine.errors import ConfigurationError
 from .bench_dataset import DEFAULT_LENGTHS, DatasetName, Endpoint
 from .bench_plot import check_plot_path
@@ -81,6 +81,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     refuse(not 0 <= a.random_range_ratio < 1, "--random-range-ratio must be from 0 to below 1")
     if a.plot:
         check_plot_path(a.plot)
+    check_writable(a.plot, a.result_filename)
     input_len, output_len = DEFAULT_LENGTHS.get(name, (32, 16))  # a trace's warm-up
     a.random_input_len = a.random_input_len or input_len
     a.random_output_len = a.random_output_len or output_len

@@ -41,10 +41,12 @@ class HttpClient:
         url = urlsplit(base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError(f"not an http or https URL: {base_url!r}")
+        if "@" in url.netloc:
+            raise ValueError("a URL with a password in it would be saved with the result")
         self._host, self._path = url.hostname, url.path.rstrip("/")
         self._ssl = ssl.create_default_context() if url.scheme == "https" else None
         self._port = url.port or (443 if self._ssl else 80)
-        self._headers = [("host", url.netloc.rpartition("@")[2]), *headers.items()]
+        self._headers = [("host", url.netloc), *headers.items()]
         self._idle: list[_Connection] = []
 
     async def request(

@@ -19,7 +19,8 @@ from .bench_report import ClientLoad, RunRecords
 from .bench_stream import RequestError, RequestRecord, StreamReader, error_of
 
 COUNTERS = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits")
-_LAG_PERIOD = 0.05
+_LAG_PERIOD = 0.05  # seconds
+_ASK_TIMEOUT = 30.0
 
 
 class LoadGenerator:
@@ -138,13 +139,21 @@ class LoadGenerator:
 
     async def _counters(self) -> dict[str, float]:
         """The server's counters of what it did, under vLLM's names; none where it has no such."""
-        try:
-            answer = await self._client.request("GET", "/metrics")
-        except (OSError, ConnectionLost, h11.RemoteProtocolError) as error:
-            raise StartupError(f"the server does not answer: {error}") from error
+        answer = await ask(self._client, "/metrics")
         return (
             parse_counters(answer.body.decode("utf-8", "replace")) if answer.status == 200 else {}
         )
+
+
+async def ask(client: HttpClient, path: str) -> HttpAnswer:
+    """GET what the server tells of itself. Raises StartupError where it does not answer."""
+    try:
+        async with asyncio.timeout(_ASK_TIMEOUT):
+            return await client.request("GET", path)
+    except TimeoutError as error:
+        raise StartupError(f"the server did not answer within {_ASK_TIMEOUT:g} s") from error
+    except (OSError, ConnectionLost, h11.RemoteProtocolError) as error:
+        raise StartupError(f"the server does not answer: {error}") from error
 
 
 class _LagMonitor:

@@ -15,7 +15,7 @@ from ..engine.errors import ConfigurationError
 from .bench_report import METRICS, BenchResult, RunRecords, RunReport, table, values_ms
 
 WIDTH, HEIGHT = 460, 320  # of one panel
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 56, 48
+LEFT, RIGHT, TOP, BOTTOM = 76, 16, 56, 48
 COLUMNS = 2
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 """Okabe and Ito's, told apart by colour-blind readers too."""
