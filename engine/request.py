@@ -45,7 +45,7 @@ class Request:
         if not self.prompt_token_ids:
             raise InvalidRequestError("the prompt is empty", "prompt")
         if self.grammar is not None and self.sampling_params.beam_width is not None:
-            raise InvalidRequestError("a grammar cannot be used with beam search", "use_beam_search")
+            raise InvalidRequestError("beam search cannot follow a grammar", "use_beam_search")
 
     def check_fits(
         self, *, vocab_size: int, max_model_len: int, block_size: int, num_blocks: int
@@ -63,8 +63,6 @@ class Request:
             )
         params = self.sampling_params
         params.check_vocabulary(vocab_size)
-        if params.beam_width is not None and self.grammar is not None:
-            raise InvalidRequestError("beam search cannot follow a grammar", "use_beam_search")
         total = len(prompt) + params.max_tokens
         # The last sampled token is never fed back, so it needs no slot.
         if total > max_model_len or len(prompt) >= max_model_len + (params.max_tokens == 0):

@@ -11,14 +11,13 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable
-from typing import NamedTuple
 
+from .admission import Admission
 from .beam_search import BeamSearch
-from .block_manager import NO_MATCH, BlockManager
+from .block_manager import BlockManager
 from .config import SchedulingPolicy
 from .errors import DeviceMemoryError, InvalidRequestError
 from .outputs import (
-    BlockCopy,
     EngineStats,
     FinishReason,
     ModelRunnerOutput,
@@ -35,12 +34,6 @@ from .waiting_queue import WaitingQueue
 
 Clock = Callable[[], float]
 IsReady = Callable[[Request], bool]
-
-
-class _Admission(NamedTuple):
-    num_matched: int
-    num_new: int
-    copies: list[BlockCopy]
 
 
 def _rank(sequence: Sequence) -> Rank:
@@ -74,6 +67,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self._clock = clock
         self._is_ready = is_ready
+        self._admission = Admission(block_manager, clock)
         self._requests = RequestTable(policy, eos_token_ids, seed)
         self._budget = max_num_batched_tokens
         self._released: list[int] = []
@@ -81,8 +75,6 @@ class Scheduler:
         self._outputs: list[SequenceOutput] = []
         self._step = 0
         self._step_tokens = 0
-        self._prefix_queries = 0
-        self._prefix_hits = 0
         self._preemptions = 0
 
     @property
@@ -268,45 +260,20 @@ class Scheduler:
             group = self._beams.group_of(sequence)
             if group is not None and group.width > seats:
                 break
-            admission = self._admit(sequence, budget)
-            if admission is None:
+            admitted = self._admission.admit(sequence, budget)
+            if admitted is None:
                 break
             self.waiting.pop()
             sequence.status = SequenceStatus.RUNNING
             insort(self.running, sequence, key=_rank)
-            output.block_copies.extend(admission.copies)
+            output.block_copies.extend(admitted.copies)
             output.sequences.append(sequence)
-            output.num_computed_starts.append(admission.num_matched)
-            output.num_new_tokens.append(admission.num_new)
-            budget -= admission.num_new
+            output.num_computed_starts.append(admitted.num_matched)
+            output.num_new_tokens.append(admitted.num_new)
+            budget -= admitted.num_new
         for sequence in not_ready:
             self.waiting.push(sequence)
         return budget
-
-    def _admit(self, sequence: Sequence, budget: int) -> _Admission | None:
-        """Match the prefix and take the first step's slots; None if the pool cannot give them.
-
-        At least one token is left to compute, before the point where siblings wait to fork.
-        """
-        manager = self.block_manager
-        target = sequence.fork_at if sequence.held_forks else len(sequence.token_ids)
-        match = NO_MATCH
-        if not sequence.wants_prompt_logprobs:
-            match = manager.match_prefix(sequence, target - 1)
-        num_new = min(target - match.num_tokens, budget)
-        copies = manager.allocate_slots(sequence, num_new, match)
-        if copies is None and match.successor is not None:
-            match = match.whole_blocks()
-            num_new = min(target - match.num_tokens, budget)
-            copies = manager.allocate_slots(sequence, num_new, match)
-        if copies is None:
-            return None
-        if sequence.num_cached_tokens is None:
-            sequence.scheduled_time = self._clock()
-            sequence.num_cached_tokens = match.num_tokens
-            self._prefix_queries += sequence.num_prompt_tokens
-            self._prefix_hits += match.num_tokens
-        return _Admission(match.num_tokens, num_new, copies)
 
     def reduce_load(self) -> None:
         """The last step ran out of device memory: have less in the next one.
@@ -393,8 +360,8 @@ class Scheduler:
             num_free_blocks=pool.num_free,
             num_cached_blocks=pool.num_cached,
             step_tokens=self._step_tokens,
-            prefix_queries=self._prefix_queries,
-            prefix_hits=self._prefix_hits,
+            prefix_queries=self._admission.prefix_queries,
+            prefix_hits=self._admission.prefix_hits,
             preemptions=self._preemptions,
             blocks_copied=self.block_manager.blocks_copied,
             blocks_shared=self.block_manager.blocks_shared,
