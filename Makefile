@@ -6,7 +6,7 @@ CONSTRAINTS := configs/constraints.txt
 # Installed is what this stamp is newer than; nothing is reinstalled while it is.
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint types bench clean
+.PHONY: setup serve test lint types fuzz bench clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,9 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+fuzz: $(STAMP)
+	QUIRE_FUZZ_EXAMPLES=2000 $(BIN)/pytest tests/server/test_fuzz.py --timeout=0
 
 bench: $(STAMP)
 	$(BIN)/python -P benchmarks/memory.py

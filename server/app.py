@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version as package_version
+from importlib.resources import files
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from ..engine.client import EngineClient
@@ -17,6 +17,7 @@ from .auth import require_client_key
 from .errors import install_handlers
 from .metrics import Metrics
 from .middleware import BodyLimitMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
+from .openapi import openapi_document
 from .sampling import load_generation_defaults
 from .settings import Settings
 from .state import ServerState
@@ -92,11 +93,11 @@ def _documentation() -> APIRouter:
 
     @router.get("/openapi.json")
     async def openapi(request: Request) -> JSONResponse:
-        return JSONResponse(request.app.openapi())
+        return JSONResponse(openapi_document(request.app))
 
     @router.get("/docs")
     async def docs(request: Request) -> HTMLResponse:
-        root = request.scope.get("root_path", "").rstrip("/")
-        return get_swagger_ui_html(openapi_url=f"{root}/openapi.json", title="quire")
+        # Our own page, since FastAPI's loads its scripts from the internet.
+        return HTMLResponse(files("quire.server").joinpath("docs.html").read_text("utf-8"))
 
     return router

@@ -19,7 +19,6 @@ from pydantic import (
     PlainValidator,
     ValidationError,
 )
-
 from ..engine.errors import InvalidRequestError
 from ..engine.sampling_params import MAX_LOGIT_BIAS
 from .tool_choice import MAX_TOOLS, check_parameters, check_tool_choice, check_unique
@@ -104,13 +103,27 @@ def _check_bias(value: Any) -> Any:
     return value
 
 
+class TextPart(BaseModel):
+    """A part of a message's content, in the description of the API."""
+
+    type: Literal["text"]
+    text: str
+
+
 # Without fail-fast, a million wrong items would make a million error reports.
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 ToolName = Annotated[str, Field(pattern=f"^(?:{TOOL_NAME.pattern})$")]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Label = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_LENGTH)]
-Prompt = Annotated[Any, PlainValidator(_check_prompt)]
-Content = Annotated[Any, PlainValidator(_check_content)]
+Prompt = Annotated[
+    Any,
+    PlainValidator(
+        _check_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+    ),
+]
+Content = Annotated[
+    Any, PlainValidator(_check_content, json_schema_input_type=str | list[TextPart] | None)
+]
 
 
 class _Strict(BaseModel):
@@ -150,7 +163,9 @@ class GenerationBody(_Strict):
     ] = None
     seed: int | None = None
     ignore_eos: bool | None = None
-    stop: Annotated[list[str], PlainValidator(_check_stop)] = []
+    stop: Annotated[
+        list[str], PlainValidator(_check_stop, json_schema_input_type=str | list[str] | None)
+    ] = []
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = None

@@ -1,0 +1,141 @@
+"""Requests made up from /openapi.json: no 5xx, no hang, answers as described, nothing left behind.
+
+`QUIRE_FUZZ_EXAMPLES` says how many for each operation; `make fuzz` asks for many more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from typing import Any
+
+import httpx
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, Phase, settings
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from quire.server.openapi import BODIES, PUBLIC, openapi_document
+
+from .conftest import make_app
+from .fakes import FakeEngineClient, byte_tokenizer, say
+
+EXAMPLES = int(os.environ.get("QUIRE_FUZZ_EXAMPLES", "25"))
+SECONDS = 5.0
+"""Far above what any answer of the fake engine takes."""
+
+
+def _app(**options: Any) -> tuple[FastAPI, FakeEngineClient]:
+    engine = FakeEngineClient(scripts=say("Hello, world"))
+    return make_app(engine, byte_tokenizer(), **options), engine
+
+
+APP, ENGINE = _app(stream_resume_ttl=0.05)
+schema = schemathesis.openapi.from_dict(openapi_document(APP))
+
+
+ANSWERED: Counter[tuple[str, int]] = Counter()
+
+
+def _thin_out(case: schemathesis.Case) -> None:
+    """Of many fields made up at once one is always wrong; a few have a chance of all being right.
+    And a made-up model is never served."""
+    body = case.body
+    if case.path not in BODIES or not isinstance(body, dict):
+        return
+    body.pop("model", None)
+    required = {"prompt", "messages", "tokens"}
+    optional = [name for name in body if name not in required]
+    for name in optional[len(str(body)) % 4 :]:
+        del body[name]
+    if isinstance(body.get("messages"), list):
+        for message in body["messages"]:
+            if isinstance(message, dict):
+                message.pop("tool_calls", None)
+
+
+@schema.parametrize()
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+    derandomize="QUIRE_FUZZ_EXAMPLES" not in os.environ,
+    database=None,
+)
+def test_made_up_requests(case: schemathesis.Case) -> None:
+    async def call() -> httpx.Response:
+        transport = httpx.ASGITransport(app=APP)  # an exception that escapes is raised here
+        async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+            request = case.as_transport_kwargs(base_url="http://quire")
+            request.pop("cookies", None)
+            if "data" in request:
+                request["content"] = request.pop("data")
+            async with asyncio.timeout(SECONDS):
+                response = await client.request(**request)
+        await APP.state.quire.streams.close()
+        return response
+
+    _thin_out(case)
+    response = asyncio.run(call())
+    ANSWERED[case.operation.label, response.status_code] += 1
+    assert response.status_code < 500 or case.path in ("/ready",), response.text
+    case.validate_response(
+        response,
+        checks=[status_code_conformance, content_type_conformance, response_schema_conformance],
+    )
+    if response.headers.get("content-type", "").startswith("text/event-stream"):
+        assert response.text.endswith("data: [DONE]\n\n")
+    admission = APP.state.quire.admission
+    left = (admission.num_queued, admission.num_running, admission.queued_tokens)
+    assert left == (0, 0, 0)
+    assert not ENGINE.running
+    assert len(APP.state.quire.streams) == 0
+
+
+def test_the_fuzzing_reached_answers() -> None:
+    """Not all that was made up was refused."""
+    for path in BODIES:
+        assert ANSWERED[f"POST {path}", 200] > 0, ANSWERED
+
+
+# --- the document itself
+
+
+async def test_the_document_says_which_paths_ask_for_a_key() -> None:
+    app, _ = _app(api_key=("one",), admin_api_key="two")
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+        for path, operations in openapi_document(app)["paths"].items():
+            for method, operation in operations.items():
+                answer = await client.request(method, path.replace("{", "").replace("}", ""))
+                assert (
+                    (answer.status_code == 401) == ("security" in operation) == (path not in PUBLIC)
+                ), path
+
+
+def test_bodies_and_streams_are_described() -> None:
+    document = openapi_document(APP)
+    schemas = document["components"]["schemas"]
+    for path, models in BODIES.items():
+        operation = document["paths"][path]["post"]
+        body = operation["requestBody"]["content"]["application/json"]["schema"]
+        names = [part["$ref"].rsplit("/", 1)[1] for part in body.get("anyOf", [body])]
+        assert names == [model.__name__ for model in models]
+        for name, model in zip(names, models, strict=True):
+            assert set(schemas[name]["properties"]) == set(model.model_fields)
+        assert {"400", "401", "404", "413", "415", "500", "503"} <= set(operation["responses"])
+        streams = "stream" in models[0].model_fields
+        assert ("text/event-stream" in operation["responses"]["200"]["content"]) == streams
+        assert ("429" in operation["responses"]) == streams
+
+
+async def test_the_page_loads_nothing_from_elsewhere(client: httpx.AsyncClient) -> None:
+    page = (await client.get("/docs")).text
+    assert "://" not in page
+    assert "openapi.json" in page
