@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from ..engine.client import EngineClient
-from . import chat, completions, operations, tokenization
+from . import chat, completions, embeddings, messages, operations, responses, tokenization
 from .auth import require_client_key
 from .errors import install_handlers
 from .metrics import Metrics
@@ -45,6 +45,7 @@ def create_app(
             yield
         finally:
             state.begin_drain()
+            await state.responses.close()
             state.grammar_check.close()
             await state.streams.close()
             await engine.close()
@@ -62,8 +63,9 @@ def create_app(
     app.state.quire = state
     install_handlers(app)
     keyed = APIRouter(dependencies=[Depends(require_client_key)])
-    for router in (completions.router, chat.router, tokenization.router, _documentation()):
-        keyed.include_router(router)
+    for endpoints in (completions, chat, responses, messages, embeddings, tokenization):
+        keyed.include_router(endpoints.router)
+    keyed.include_router(_documentation())
     keyed.include_router(streams_router)
     for router in (operations.public, operations.router, keyed):
         app.include_router(router)
@@ -78,6 +80,8 @@ def create_app(
                 "Authorization",
                 "Content-Type",
                 "X-Request-ID",
+                "X-API-Key",
+                "Anthropic-Version",
                 "X-Quire-Resumable",
                 "Last-Event-ID",
             ],

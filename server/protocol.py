@@ -19,6 +19,7 @@ from pydantic import (
     PlainValidator,
     ValidationError,
 )
+
 from ..engine.errors import InvalidRequestError
 from ..engine.sampling_params import MAX_LOGIT_BIAS
 from .tool_choice import MAX_TOOLS, check_parameters, check_tool_choice, check_unique
@@ -291,7 +292,7 @@ def check_types(
         body = model.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        param = _path((*within, *first["loc"]))
+        param = path_of((*within, *first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         raise InvalidRequestError(f"{param}: {message}", param) from error
     ignored = list(_unknown(body, within))
@@ -303,7 +304,8 @@ def check_types(
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_\-]{1,64}")
 
 
-def _path(loc: tuple[int | str, ...]) -> str:
+def path_of(loc: tuple[int | str, ...]) -> str:
+    """The name of a field for a person; strange keys of clients are not repeated."""
     text = ""
     for part in loc:
         if isinstance(part, int):
@@ -316,7 +318,7 @@ def _path(loc: tuple[int | str, ...]) -> str:
 
 def _unknown(body: BaseModel, prefix: tuple[int | str, ...] = ()) -> Iterator[str]:
     for name in body.model_extra or ():
-        yield _path((*prefix, name))
+        yield path_of((*prefix, name))
     for name in body.model_fields_set:
         value = getattr(body, name, None)
         if isinstance(value, BaseModel):

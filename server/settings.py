@@ -138,6 +138,15 @@ class Settings(BaseSettings):
     max_n: int = _option("Limits", "Largest n and best_of.", 128, ge=1)
     max_prompts_per_request: int = _option("Limits", "Most prompts in one request.", 256, ge=1)
     max_body_bytes: ByteSize = _option("Limits", "Largest request body.", "16MiB", gt=0)
+    max_stored_responses: int = _option(
+        "Limits", "Most stored answers of /v1/responses; 0 stores none.", 1024, ge=0
+    )
+    max_stored_response_bytes: ByteSize = _option(
+        "Limits", "JSON of the stored responses in all.", "64MiB", gt=0
+    )
+    stored_response_ttl: float = _option(
+        "Limits", "Seconds that a response stays stored.", 3600.0, gt=0
+    )
     strict: bool = _option("Limits", "Refuse unknown request fields instead of naming them.", False)
 
     log_level: Literal["debug", "info", "warning", "error"] = _option(
@@ -156,7 +165,9 @@ class Settings(BaseSettings):
     def _split_commas(cls, value: Any) -> Any:
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
-    @field_validator("max_body_bytes", "kv_cache_memory", mode="before")
+    @field_validator(
+        "max_body_bytes", "max_stored_response_bytes", "kv_cache_memory", mode="before"
+    )
     @classmethod
     def _refuse_bool(cls, value: Any) -> Any:
         if isinstance(value, bool):

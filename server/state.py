@@ -15,6 +15,7 @@ from .grammar_check import GrammarCheck
 from .limits import Admission
 from .message_parser import MessageFormat
 from .metrics import Metrics
+from .responses_store import ResponseStore
 from .resumption import StreamRegistry
 from .settings import Settings
 from .tokenizer import Tokenizer
@@ -45,6 +46,7 @@ class ServerState:
         self.grammar_check = GrammarCheck()
         self.keys = Keys(settings)
         self.admission = Admission(settings, engine)
+        self.responses = ResponseStore(settings)
         self.streams = StreamRegistry(settings.stream_resume_ttl)
         self.created = int(time.time())
 

@@ -24,14 +24,17 @@ from quire.server import (
     body,
     http_protocol,
     logprobs,
+    messages_body,
     preparation,
     protocol,
+    responses_body,
     sampling,
     streaming,
 )
 from quire.server.cli import build_parser
 from quire.server.errors import answer_of
 from quire.server.settings import Settings, load_settings
+from quire.server.translation import PASSED_ON, ConversationBody
 from quire.server.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
 
 from .server.conftest import make_app
@@ -101,6 +104,26 @@ async def _post(where: str, **fields: Any) -> httpx.Response:
 # -- docs/api.md -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("path", "model", "refused"),
+    [
+        ("/v1/responses", responses_body.ResponseBody, responses_body.ASKS_FOR_NOTHING),
+        ("/v1/messages", messages_body.MessagesBody, messages_body.ASKS_FOR_NOTHING),
+    ],
+)
+def test_fields_of_other_apis_are_listed(
+    path: str, model: type[BaseModel], refused: dict[str, Any]
+) -> None:
+    listed = {_code(row[f"field of {path}"]) for row in _table(f"field of {path}", "meaning")}
+    assert listed == model.model_fields.keys() - set(PASSED_ON)
+    assert set(PASSED_ON) == ConversationBody.model_fields.keys()
+    named = re.search(r"^Both take the chat's (.*?) too\.$", API, re.M | re.S)
+    assert named and set(re.findall(r"`(\w+)`", named[1])) == set(PASSED_ON)
+    section = API.split(f"| field of {path} |")[1]
+    sentence = re.search(r"^Refused are (.*?),\s+but\s+for", section, re.M | re.S)
+    assert sentence and set(re.findall(r"`(\w+)`", sentence[1])) == refused.keys()
+
+
 async def test_every_endpoint_is_listed_and_asks_for_its_key() -> None:
     listed = {}
     for row in _table("endpoint", "key", "what it does"):
@@ -121,7 +144,8 @@ async def test_every_endpoint_is_listed_and_asks_for_its_key() -> None:
             assert (refused.status_code == 401) == (key != "none"), path
             headers = {"authorization": f"Bearer {opened_by[key]}"} if opened_by[key] else {}
             opened = await locked.request(method, url, json={}, headers=headers)
-            expected = (404,) if "{stream_id}" in path else (200, 400)
+            unknown = "{stream_id}" in path or "{response_id}" in path
+            expected = (404,) if unknown else (200, 400)
             assert opened.status_code in expected, path
             without = await bare.request(method, url, json={})
             assert (without.status_code == 401) == (key == "admin"), path

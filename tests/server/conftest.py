@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI
 
 from quire.server.app import create_app
@@ -54,3 +57,21 @@ async def make_client(engine: FakeEngineClient, tokenizer: Tokenizer) -> AsyncIt
 @pytest.fixture
 def client(make_client: MakeClient) -> httpx.AsyncClient:
     return make_client()
+
+
+@pytest.fixture
+def served(engine: FakeEngineClient, tokenizer: Tokenizer) -> Iterator[str]:
+    """The base URL of a real uvicorn around the application."""
+    app = make_app(engine, tokenizer, api_key=("secret",), sse_keepalive_interval=0.05)
+    config = uvicorn.Config(app, port=0, log_level="error", http="h11", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(10)
+    assert engine.started and engine.closed

@@ -40,6 +40,8 @@ async def test_every_route_but_the_open_ones_asks_for_a_key(make_client: MakeCli
         {"Authorization": "one"},
         {"Authorization": "Basic one"},
         {"Authorization": "Bearer wrong", "Host": "quire/health"},
+        {"x-api-key": "wrong"},
+        {"x-api-key": ""},
     ]
     for method, path in routes(client):
         for headers in bad:
@@ -47,7 +49,11 @@ async def test_every_route_but_the_open_ones_asks_for_a_key(make_client: MakeCli
             if path in OPEN:
                 assert response.status_code == 200, path
             else:
-                assert_shape(response, 401, "invalid_api_key", None)
+                if path.startswith("/v1/messages"):
+                    assert response.status_code == 401
+                    assert response.json()["error"]["type"] == "authentication_error"
+                else:
+                    assert_shape(response, 401, "invalid_api_key", None)
                 assert response.headers["www-authenticate"] == "Bearer"
 
 
@@ -56,8 +62,10 @@ async def test_keys_open_what_they_are_for(make_client: MakeClient, key: str) ->
     client = make_client(**KEYS)
     for method, path in routes(client):
         response = await ask(client, method, path, Authorization=f"Bearer {key}")
+        other = await ask(client, method, path, **{"x-api-key": key})
         refused = path in ADMIN and key != "boss"
         assert (response.status_code == 401) == refused, path
+        assert (other.status_code == 401) == refused, path
 
 
 async def test_without_keys_all_but_the_admin_calls_is_open(make_client: MakeClient) -> None:

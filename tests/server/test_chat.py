@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,13 +8,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from quire.engine.outputs import RowError
-from quire.server.tokenizer import Tokenizer
 
-from .conftest import MODEL, make_app
+from .conftest import MODEL
 from .fakes import IM_END, IM_START, FakeEngineClient, Script, ids, say
 from .test_completions import stream
 
@@ -129,24 +126,6 @@ async def test_template_settings_and_continuation(
     assert list(engine.requests[1].prompt_token_ids)[-4:] == ids("Once")
     await chat(client, add_generation_prompt=False)
     assert list(engine.requests[2].prompt_token_ids)[-2:] == [IM_END, *ids("\n")]
-
-
-@pytest.fixture
-def served(engine: FakeEngineClient, tokenizer: Tokenizer) -> Iterator[str]:
-    """The base URL of a real uvicorn around the application."""
-    app = make_app(engine, tokenizer, api_key=("secret",), sse_keepalive_interval=0.05)
-    config = uvicorn.Config(app, port=0, log_level="error", http="h11", ws="none")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    deadline = time.monotonic() + 10
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(10)
-    assert engine.started and engine.closed
 
 
 @pytest.fixture
