@@ -19,6 +19,7 @@ from .attention_cpu import CpuPlan, attend_on_cpu
 
 if TYPE_CHECKING:
     from ..kernels.decode_schedule import DecodeWorkspace
+    from .flat_decoder import FlatLayer
 
 IMPLEMENTATION = "quire_paged"
 
@@ -90,6 +91,28 @@ def paged_attention(
         sinks=s_aux,
     )
     return output[None], None
+
+
+def attend_flat(
+    metadata: AttentionMetadata,
+    layer: FlatLayer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> torch.Tensor:
+    """The same for a flat body, which has no heads' axis to move. Shapes as in `Attend`."""
+    attend = attend_on_cpu if query.device.type == "cpu" else attend_on_cuda
+    return attend(
+        query,
+        key,
+        value,
+        metadata.kv_cache[layer.layer_idx],
+        metadata,
+        scale=layer.scale,
+        window=layer.window,
+        softcap=None,
+        sinks=None,
+    )
 
 
 def attend_on_cuda(

@@ -10,17 +10,19 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from .attention import IMPLEMENTATION, AttentionMetadata, register_attention
+from .attention import IMPLEMENTATION, AttentionMetadata, attend_flat, register_attention
 from .cpu_linear import pack_linears
 from .errors import UnsupportedModelError
+from .flat_decoder import FlatDecoder, FlatLayer, flatten
 from .merged_linear import merge_siblings
-from .model_spec import ModelSpec
+from .model_spec import ModelSpec, one_line
 
 logger = logging.getLogger("quire.engine")
 
@@ -42,7 +44,7 @@ _HARMLESS_ARGUMENTS = frozenset(
 
 
 class LayerCall(NamedTuple):
-    """How one layer called the attention function."""
+    """How one layer called the attention function; plain is without soft cap and sinks."""
 
     layer_idx: int
     num_heads: int
@@ -50,6 +52,8 @@ class LayerCall(NamedTuple):
     key_dim: int
     value_dim: int
     window: int | None
+    scale: float | None
+    is_plain: bool
     obstacle: str | None
 
 
@@ -81,12 +85,13 @@ class CausalLM:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self._body = model.base_model
-        body_output = self._probe(model)
+        body_output, calls = self._probe(model)
         merged = Counter(merge_siblings(self._body, lambda: self._probe(model)))
         for names, count in merged.items():
             logger.info("%d times merged: %s", count, ", ".join(names))
         if self.device.type == "cpu":
             pack_linears(model)
+        self._flat = self._flatten(body_output.last_hidden_state[0], calls)
         head = copy.copy(model)
         head._modules = dict(model._modules)
         head._modules[model.base_model_prefix] = _Passthrough(type(body_output))
@@ -97,6 +102,8 @@ class CausalLM:
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
         """input_ids and positions `[T]` int64 → hidden states `[T, hidden_size]`."""
+        if self._flat is not None:
+            return self._flat(input_ids, positions, partial(attend_flat, metadata))
         output = self._body(
             input_ids=input_ids[None],
             position_ids=positions[None],
@@ -123,14 +130,17 @@ class CausalLM:
             self._refuse("its body and its language-model head cannot be told apart")
 
     @torch.no_grad()
-    def _probe(self, model: Any) -> Any:
-        """Run three tokens and check every attention call; the body's output."""
+    def _probe(self, model: Any) -> tuple[Any, list[LayerCall]]:
+        """Run three tokens and check every attention call; the body's output, and the calls."""
         calls: list[LayerCall] = []
         model.set_attn_implementation(_PROBE)
         try:
-            tokens = torch.arange(3, device=model.device)[None]
+            tokens, positions = self._probe_input()
             output = self._body(
-                input_ids=tokens, position_ids=tokens, use_cache=False, attn_metadata=calls
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                attn_metadata=calls,
             )
         except UnsupportedModelError as error:
             self._refuse(error.message)
@@ -139,7 +149,42 @@ class CausalLM:
         self._check_calls(calls)
         if not isinstance(getattr(output, "last_hidden_state", None), torch.Tensor):
             self._refuse("its body returns no last_hidden_state")
-        return output
+        return output, calls
+
+    def _probe_input(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and positions `[3]`, one of them far, where a rotation would show."""
+        positions = torch.tensor([0, 1, self.spec.max_position - 1], device=self.device)
+        return torch.arange(3, device=self.device), positions
+
+    @torch.no_grad()
+    def _flatten(self, expected: torch.Tensor, calls: list[LayerCall]) -> FlatDecoder | None:
+        """The body as one function, if that calls attention as the model does and gives the
+        hidden states that the model gave for the probe."""
+        flat = flatten(self._body, self.spec.head_dim, self.spec.windows)
+        if flat is None:
+            return None
+        flat_calls = []
+
+        def attend(
+            layer: FlatLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        ) -> torch.Tensor:
+            shape = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.head_dim)
+            call = LayerCall(layer.layer_idx, *shape, layer.window, layer.scale, True, None)
+            flat_calls.append(call)
+            return _mix(query, key, value)
+
+        try:
+            hidden = flat(*self._probe_input(), attend)
+        except (RuntimeError, TypeError) as error:  # shapes or a rotary embedding of its own kind
+            logger.info("the body is not flattened: %s", one_line(error))
+            return None
+        tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+        difference = (hidden - expected).abs().max() / expected.abs().max()
+        if flat_calls != calls or not difference <= tolerance:
+            logger.info("the body is not flattened: it differs by %.1g", difference)
+            return None
+        logger.info("the body is flattened")
+        return flat
 
     @torch.inference_mode()
     def _check_head(self, hidden: torch.Tensor) -> None:
@@ -192,7 +237,7 @@ def _probe_attention(
     s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Record the call instead of attending. query `[1, heads, T, head_dim]`."""
+    """Record the call and mix instead of attending. query `[1, heads, T, head_dim]`."""
     if attn_metadata is None:
         raise UnsupportedModelError("keyword arguments do not reach its attention function")
     unknown = sorted(
@@ -218,8 +263,18 @@ def _probe_attention(
             key.shape[-1],
             value.shape[-1],
             sliding_window,
+            scaling,
+            softcap is None and s_aux is None,
             obstacle,
         )
     )
-    shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-    return query.new_zeros(shape), None
+    if query.shape[-1] != value.shape[-1]:  # is refused, as all heads must be alike
+        return query.new_zeros((*query.shape[:-1], value.shape[-1])).transpose(1, 2), None
+    heads = (part[0].transpose(0, 1) for part in (query, key, value))
+    return _mix(*heads)[None], None
+
+
+def _mix(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """In place of attention, so that what a layer gives depends on all three. `[T, heads, D]`."""
+    group = query.shape[1] // key.shape[1]
+    return query + (key + value).repeat_interleave(group, dim=1)
