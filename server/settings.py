@@ -82,7 +82,7 @@ class Settings(BaseSettings):
         "Model", "Context length in tokens. Default: the model's.", ge=2
     )
     load_format: LoadFormat = _option("Model", "dummy fills the shape with random weights.", "auto")
-    seed: int = _option("Model", "Seed of dummy weights and of requests without one.", 0)
+    seed: int | None = _option("Model", "Seed of dummy weights and of requests without one.", None)
     enforce_eager: bool = _option("Model", "Never capture CUDA graphs or compile.", False)
     trust_remote_code: bool = _option("Model", "Run code found in the model's folder.", False)
     tensor_parallel_size: int = _option("Model", "Number of GPUs; only 1 works today.", 1)
