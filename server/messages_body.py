@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from .protocol import MAX_MESSAGES, ChatBody, check_types
+from ..engine.errors import InvalidRequestError
+from .protocol import MAX_MESSAGES, ChatBody, check_types, path_of
 from .translation import (
+    Content,
     ConversationBody,
     Fields,
     Path,
@@ -76,14 +78,14 @@ class CacheControl(Fields):
 
 class MessageParam(Fields):
     role: Literal["user", "assistant"]
-    content: Any
+    content: Content
 
 
 class CountTokensBody(ConversationBody):
     messages: Annotated[
         list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     ]
-    system: Any = None
+    system: Content = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
@@ -92,7 +94,7 @@ class CountTokensBody(ConversationBody):
 
 
 class MessagesBody(CountTokensBody):
-    max_tokens: int
+    max_tokens: Annotated[int, Field(ge=1)]
     stop_sequences: Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     metadata: Metadata | None = None
@@ -207,6 +209,9 @@ class _Reader:
         where = (*where, "content")
         transcript = self.transcript
         blocks = self._blocks(message.content, where, BLOCKS[message.role])
+        if not blocks:
+            param = path_of(where)
+            raise InvalidRequestError(f"{param}: has no block", param)
         for index, block in enumerate(blocks):
             match block:
                 case TextBlock():

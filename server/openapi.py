@@ -13,11 +13,19 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from .embeddings import EmbeddingBody
+from .errors import ANTHROPIC_PATH
+from .messages_body import CountTokensBody, MessagesBody
 from .protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, TokenizeChatBody
+from .responses_body import ResponseBody
 
 BODIES: dict[str, tuple[type[BaseModel], ...]] = {
     "/v1/completions": (CompletionBody,),
     "/v1/chat/completions": (ChatBody,),
+    "/v1/responses": (ResponseBody,),
+    "/v1/messages": (MessagesBody,),
+    "/v1/messages/count_tokens": (CountTokensBody,),
+    "/v1/embeddings": (EmbeddingBody,),
     "/tokenize": (TokenizeBody, TokenizeChatBody),
     "/detokenize": (DetokenizeBody,),
 }
@@ -42,6 +50,18 @@ _ERROR = {
         }
     },
 }
+_ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
 _REASONS = {
     400: "The body or a parameter is wrong; `param` names it",
     401: "The API key is missing or wrong",
@@ -62,6 +82,8 @@ _OF_PATHS: dict[str, tuple[int, ...]] = {
     "/tokenizer_info": (503,),
     "/v1/models/{name}": (404,),
     "/v1/streams/{stream_id}": (400, 404, 410),
+    "/v1/responses/{response_id}": (400, 404),
+    "/v1/responses/{response_id}/cancel": (400, 404),
     "/v1/prefix_cache/reset": (503,),
 }
 _GENERATION = {
@@ -82,6 +104,21 @@ _ANSWERS: dict[str, dict[str, Any]] = {
         "required": ["prompt"],
         "properties": {"prompt": {"type": "string"}},
     },
+    "/v1/responses": {
+        "type": "object",
+        "required": ["id", "object", "status", "output", "usage"],
+        "properties": {"output": {"type": "array", "items": {"type": "object"}}},
+    },
+    "/v1/messages": {
+        "type": "object",
+        "required": ["id", "type", "role", "content", "stop_reason", "usage"],
+        "properties": {"content": {"type": "array", "items": {"type": "object"}}},
+    },
+    "/v1/messages/count_tokens": {
+        "type": "object",
+        "required": ["input_tokens"],
+        "properties": {"input_tokens": {"type": "integer"}},
+    },
 }
 
 
@@ -90,7 +127,7 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
     document = copy.deepcopy(app.openapi())
     components = document.setdefault("components", {})
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    schemas = {"Error": _ERROR}
+    schemas = {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}
     _, models = models_json_schema(
         [(model, "validation") for bodies in BODIES.values() for model in bodies],
         ref_template="#/components/schemas/{model}",
@@ -133,8 +170,9 @@ def _describe(path: str, operation: dict[str, Any]) -> None:
         responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     if path == "/health":
         responses["503"] = {**responses["200"], "description": "The engine makes no progress"}
+    shape = "AnthropicError" if path.startswith(ANTHROPIC_PATH) else "Error"
     for status in sorted(errors):
         responses[str(status)] = {
             "description": _REASONS[status],
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+            "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape}"}}},
         }

@@ -10,6 +10,7 @@ from pydantic import Field, PlainValidator
 from ..engine.errors import InvalidRequestError
 from .protocol import ChatBody, Label, check_types
 from .translation import (
+    Content,
     ConversationBody,
     Fields,
     Path,
@@ -86,7 +87,7 @@ class TextOptions(Fields):
 
 
 class ResponseBody(ConversationBody):
-    input: Annotated[Any, PlainValidator(_check_input)]
+    input: Annotated[Content, PlainValidator(_check_input)]
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: Any = None

@@ -10,9 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 from ..engine.errors import EngineDeadError, InvalidRequestError
 from .protocol import ChatBody, path_of, validate
@@ -27,6 +27,13 @@ PASSED_ON = (
 
 Path = tuple[int | str, ...]
 """Where a field stands: names and indices."""
+
+
+Content = Annotated[
+    Any,
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
+]
+"""Text or typed parts, told apart where they are read."""
 
 
 class Fields(BaseModel):
