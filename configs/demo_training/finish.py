@@ -22,7 +22,15 @@ def fill_card(log: dict[str, object], weights: Path) -> str:
     if not isinstance(scores, dict) or not scores:
         raise SystemExit("training_log.json has no evaluation: run evaluate.py first")
     rows = "\n".join(f"| {name} | {100 * share:.1f}% |" for name, share in scores.items())
+    config = json.loads((weights.parent / "config.json").read_text())
     values = {
+        "ARCHITECTURE": (
+            f"`{config['architectures'][0]}`: {config['num_hidden_layers']} layers, hidden size "
+            f"{config['hidden_size']}, {config['num_attention_heads']} query and "
+            f"{config['num_key_value_heads']} key/value heads of {config['head_dim']}, "
+            f"feed-forward {config['intermediate_size']}, tied embeddings"
+        ),
+        "BUDGET": f"{log['seconds']:.0f}",
         "PARAMETERS": f"{log['parameters']:,}",
         "BYTES": f"{weights.stat().st_size:,}",
         "SHA256": str(log["sha256"]),
