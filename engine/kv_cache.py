@@ -6,6 +6,7 @@ contiguous, which is what the attention kernels read.
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import torch
@@ -31,12 +32,16 @@ def allocate_kv_cache(
     """Zeroed, so that a slot never written holds no NaN. Raises ConfigurationError where the
     device has no room."""
     shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+    size = num_blocks * block_bytes(spec, block_size, dtype)
     try:
+        if device.type == "cpu":
+            # Anonymous pages are zero and take memory only once they are written; torch.zeros
+            # would write them all.
+            return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
         return torch.zeros(shape, dtype=dtype, device=device)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        size = _gib(num_blocks * block_bytes(spec, block_size, dtype))
+    except (torch.OutOfMemoryError, RuntimeError, OSError) as error:
         raise ConfigurationError(
-            f"a KV cache of {num_blocks} blocks ({size}) does not fit the memory of {device}"
+            f"a KV cache of {num_blocks} blocks ({_gib(size)}) does not fit the memory of {device}"
         ) from error
 
 
