@@ -78,8 +78,11 @@ BAD = [
     Bad("27", COMPLETIONS, {"presence_penalty": 3}, "presence_penalty"),
     Bad("27", COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
     *(Bad("29", CHAT, {name: value}, name) for name, value in {
-        "tool_choice": "required", "reasoning_effort": "huge", "suffix": "x", "logits_processors": ["x"], "modalities": ["audio"],
+        "tool_choice": "required", "reasoning_effort": "huge", "suffix": "x",
+        "logits_processors": ["x"], "modalities": ["audio"],
     }.items()),
+    Bad("29", CHAT, {"response_format": {"type": "yaml"}}, "response_format.type"),
+    Bad("29", CHAT, {"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
     Bad("29", COMPLETIONS, {"suffix": "x"}, "suffix"),
     Bad("29", COMPLETIONS, {"suffix": 1}, "suffix"),
     *(Bad("29", path, {"length_penalty": 2}, "length_penalty") for path in (COMPLETIONS, CHAT)),
@@ -135,7 +138,8 @@ BAD = [
     Bad("29", CHAT, {"response_format": {"type": "yaml"}}, "response_format.type"),
     Bad("40", COMPLETIONS, {"prompt_embeds": "AAAA"}, "prompt_embeds"),
     Bad("41", CHAT, {"response_format": {"type": "json_schema", "json_schema": {
-        "name": "x", "schema": {"$ref": "http://example.invalid/"}}}}, "response_format.json_schema.schema"),
+        "name": "x", "schema": {"$ref": "http://example.invalid/"}}}},
+        "response_format.json_schema.schema"),
     *(Bad("44", COMPLETIONS, {"cache_salt": value}, "cache_salt")
       for value in ("", 3, "x" * 2**20)),
     Bad("-", COMPLETIONS, {"request_id": "a\r\nb"}, "request_id"),
