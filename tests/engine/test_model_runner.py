@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,10 +154,10 @@ def test_a_row_that_raises_in_the_sampler_fails_alone(
     sampler = driver.worker._runner._sampler
     prepare = sampler.prepare
 
-    def fail_with_offender(sequences: list[Sequence]) -> SamplingBatch:
+    def fail_with_offender(sequences: list[Sequence], **options: Any) -> SamplingBatch:
         if offender in sequences:
             raise KeyError("no such mask")
-        return prepare(sequences)
+        return prepare(sequences, **options)
 
     monkeypatch.setattr(sampler, "prepare", fail_with_offender)
     output, result = driver.step([first, offender, last])
@@ -168,7 +169,7 @@ def test_a_row_that_raises_in_the_sampler_fails_alone(
     for sequence, prompt in ((first, prompts[0]), (last, prompts[2])):
         assert sequence.token_ids[len(prompt) :] == generate(model, prompt, 6)
 
-    def fail(_: list[Sequence]) -> SamplingBatch:
+    def fail(_: list[Sequence], **__: Any) -> SamplingBatch:
         raise KeyError("not a row's fault")
 
     monkeypatch.setattr(sampler, "prepare", fail)
