@@ -317,7 +317,7 @@ class Scheduler:
             computed = sequence.num_computed_tokens = start + num_new
             if computed >= sequence.commit_at:
                 self.block_manager.commit_full_blocks(sequence)
-            if row in result.prompt_logprobs:
+            if result.prompt_logprobs and row in result.prompt_logprobs:
                 take_prompt_logprobs(sequence, start, result.prompt_logprobs[row])
             if token_id is None:
                 continue
