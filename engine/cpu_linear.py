@@ -13,9 +13,11 @@ from torch import nn
 
 _ROWS_HINT = 16  # the layout that was best or within 5% of it from 1 to 1024 rows
 
+_PACKED_TYPES = (torch.float32, torch.bfloat16)
+
 
 class PackedLinear(nn.Module):
-    """y = x Wᵀ + b, float32; x `[..., in_features]` → `[..., out_features]`."""
+    """y = x Wᵀ + b, float32 or bfloat16; x `[..., in_features]` → `[..., out_features]`."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -37,11 +39,11 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace every plain float32 nn.Linear below `model`; the dense weight is let go, unless it
-    is tied to an embedding. Does nothing where torch was built without oneDNN."""
+    """Replace every plain nn.Linear in float32 or bfloat16 below `model`; the dense weight is let
+    go, unless it is tied to an embedding. Does nothing where torch was built without oneDNN."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child.weight.dtype == torch.float32:
+            if type(child) is nn.Linear and child.weight.dtype in _PACKED_TYPES:
                 setattr(module, name, PackedLinear(child))

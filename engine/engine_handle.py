@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Mapping
 
 import msgspec
 import zmq
@@ -16,6 +17,19 @@ from . import wire
 
 STOP_GRACE_SECONDS = 2.0
 STACK_DUMP_SECONDS = 0.5
+
+
+def engine_environment(parent: Mapping[str, str], num_threads: int | None) -> dict[str, str]:
+    """The environment of the engine: its parent's, and how OpenMP's threads wait where that does
+    not say. Read by the runtime when torch is imported, so it cannot be set later."""
+    environment = dict(parent)
+    # Threads that spin for long between parallel regions starve the HTTP process; those that sleep
+    # at once take 50 to 150 us to wake, in each of a step's hundred regions.
+    if environment.setdefault("OMP_WAIT_POLICY", "passive").lower() == "passive":
+        environment.setdefault("GOMP_SPINCOUNT", "1000")  # some microseconds; GNU's OpenMP
+    if num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
+    return environment
 
 
 class EngineHandle:
@@ -28,11 +42,7 @@ class EngineHandle:
     @classmethod
     async def launch(cls, launch: wire.Launch) -> EngineHandle:
         """Start the process and say hello; it answers Ready or StartFailed, or exits."""
-        environment = dict(os.environ)
-        # Threads that spin between parallel regions starve the HTTP process.
-        environment.setdefault("OMP_WAIT_POLICY", "passive")
-        if launch.config.num_threads is not None:
-            environment["OMP_NUM_THREADS"] = str(launch.config.num_threads)
+        environment = engine_environment(os.environ, launch.config.num_threads)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "quire.engine.engine_process"),
             stdin=asyncio.subprocess.PIPE,

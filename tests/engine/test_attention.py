@@ -159,6 +159,41 @@ def test_groups_of_decodes_bound_their_padding(monkeypatch: pytest.MonkeyPatch, 
     torch.testing.assert_close(output, batch.expected(**options)[0], atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("batch_name", sorted(BATCHES))
+def test_sixteen_bits_give_the_same_within_their_rounding(
+    batch_name: str, window: int | None
+) -> None:
+    batch = Batch(*BATCHES[batch_name], 16)
+    options: dict[str, Any] = {"scale": 0.3, "window": window, "softcap": None, "sinks": None}
+    batch.query, batch.key, batch.value, batch.caches = (
+        tensor.bfloat16().float() for tensor in (batch.query, batch.key, batch.value, batch.caches)
+    )
+    expected, _ = batch.expected(**options)
+    batch.query, batch.key, batch.value, batch.caches = (
+        tensor.bfloat16() for tensor in (batch.query, batch.key, batch.value, batch.caches)
+    )
+    metadata = batch.metadata(window)
+    output = attend_on_cpu(
+        batch.query, batch.key, batch.value, metadata.kv_cache[0], metadata, **options
+    )
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, atol=4e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_causal_masks_of_any_size_are_parts_of_one(window: int | None) -> None:
+    scratch = Scratch()
+    for queries, keys in [(3, 3), (64, 700), (256, 256), (1, 300), (256, 2000), (2, 9)]:
+        mask = scratch.causal_mask(queries, keys, window, torch.float32)
+        position = torch.arange(keys - queries, keys)[:, None]
+        key = torch.arange(keys)
+        sees = key <= position
+        if window is not None:
+            sees &= key > position - window
+        assert torch.equal(mask == 0, sees) and torch.equal(mask == -torch.inf, ~sees)
+
+
 def test_transformers_builds_no_mask_for_it() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 

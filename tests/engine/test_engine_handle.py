@@ -1,0 +1,28 @@
+"""The environment that the engine process starts with."""
+
+from __future__ import annotations
+
+import pytest
+
+from quire.engine.engine_handle import engine_environment
+
+
+def test_threads_hardly_spin() -> None:
+    assert engine_environment({"A": "b"}, 3) == {
+        "A": "b",
+        "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "1000",
+        "OMP_NUM_THREADS": "3",
+    }
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"OMP_WAIT_POLICY": "active"},
+        {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"},
+        {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7", "OMP_NUM_THREADS": "2"},
+    ],
+)
+def test_what_the_environment_says_stays(own: dict[str, str]) -> None:
+    assert engine_environment(own, None) == own
