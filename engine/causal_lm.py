@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from .attention import IMPLEMENTATION, AttentionMetadata, attend_flat, register_attention
-from .cpu_linear import pack_linears
+from .cpu_linear import leave_files, pack_linears
 from .errors import UnsupportedModelError
 from .flat_decoder import FlatDecoder, FlatLayer, flatten
 from .merged_linear import merge_siblings
@@ -91,6 +91,7 @@ class CausalLM:
             logger.info("%d times merged: %s", count, ", ".join(names))
         if self.device.type == "cpu":
             pack_linears(model)
+            leave_files(model)
         self._flat = self._flatten(body_output.last_hidden_state[0], calls)
         head = copy.copy(model)
         head._modules = dict(model._modules)

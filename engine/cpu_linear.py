@@ -47,3 +47,10 @@ def pack_linears(model: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child.weight.dtype in _PACKED_TYPES:
                 setattr(module, name, PackedLinear(child))
+
+
+def leave_files(model: nn.Module) -> None:
+    """Copy what is left of the weights into memory of their own. As parts of a mapped file they
+    would keep all of it resident, though most of it has been packed."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()

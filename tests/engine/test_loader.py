@@ -187,6 +187,15 @@ def check_one_line(folder: Path, match: str) -> None:
     assert str(folder) in caught.value.message
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_no_weight_file_stays_mapped(family: str, tmp_path: Path) -> None:
+    save_model(family, tmp_path)
+    model = load_model(make_config(tmp_path))
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert model.num_parameters > 0
+
+
 def test_a_cut_weight_file_is_an_error(llama: Path) -> None:
     weights = llama / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
