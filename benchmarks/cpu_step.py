@@ -1,6 +1,8 @@
 """How long a step takes on the CPU: decodes at several batch sizes, and a prefill.
 
-    python -P benchmarks/cpu_step.py [--threads 1] [--dtype bfloat16] [--quantization int8]
+    python -P benchmarks/cpu_step.py [--threads 1] [--dtype bfloat16]
+
+The engine process has OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=1000: set them here too.
 
 The engine without HTTP: a 30M-parameter Qwen3 shape with random weights. A decode step has a
 context of about 300 tokens in every row; the prefill is one prompt of 256 tokens. The figure is
@@ -74,13 +76,12 @@ class Bench:
 
     def decode(self, batch: int, context: int, steps: int) -> list[float]:
         """Times of decode steps of `batch` rows around `context` tokens."""
-        before = self.core.stats().num_waiting
         for _ in range(batch):
             self.add(context - steps // 2, steps + 8)
         while True:  # until all rows decode
             self.core.step()
             stats = self.core.stats()
-            if stats.num_waiting == before and stats.num_running == batch:
+            if stats.num_waiting == 0 and stats.num_running == batch:
                 break
         self.core.step()
         times = self.steps(steps)
@@ -97,7 +98,6 @@ class Bench:
 
 
 def make_core(arguments: argparse.Namespace) -> EngineCore:
-    options = {"quantization": arguments.quantization} if arguments.quantization else {}
     with tempfile.TemporaryDirectory() as name:
         SHAPE.save_pretrained(Path(name))
         config = EngineConfig(
@@ -107,7 +107,6 @@ def make_core(arguments: argparse.Namespace) -> EngineCore:
             dtype=arguments.dtype,
             num_blocks=8192,
             num_threads=arguments.threads,
-            **options,
         )
         return EngineCore(config, Worker(config))
 
@@ -116,7 +115,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantization")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--steps", type=int, default=60)
