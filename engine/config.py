@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .errors import ConfigurationError
 
@@ -54,6 +54,10 @@ class EngineConfig:
             MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE and size & (size - 1) == 0,
             f"block_size must be a power of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}, "
             f"not {size}",
+        )
+        require(
+            self.scheduling_policy in get_args(SchedulingPolicy),
+            f"unknown scheduling policy {self.scheduling_policy!r}",
         )
         require(self.max_num_seqs >= 1, "max_num_seqs must be at least 1")
         require(self.max_num_batched_tokens >= 1, "max_num_batched_tokens must be at least 1")

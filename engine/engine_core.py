@@ -7,7 +7,7 @@ from functools import partial
 
 from .block_manager import BlockManager
 from .config import EngineConfig, EngineInfo
-from .errors import ConfigurationError, DeviceMemoryError
+from .errors import DeviceMemoryError
 from .grammar import read_tokenizer_json
 from .outputs import EngineStats, SequenceOutput, StepOutput
 from .request import Request
@@ -47,8 +47,6 @@ class EngineCore:
             max_logprobs=config.max_logprobs,
             eos_token_ids=loaded.eos_token_ids,
         )
-        if config.scheduling_policy not in ("fcfs", "priority"):
-            raise ConfigurationError(f"unknown scheduling policy {config.scheduling_policy!r}")
         self._structured = StructuredOutput(
             loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)
         )
