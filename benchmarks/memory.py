@@ -49,7 +49,7 @@ def run_step(scheduler: Scheduler) -> SchedulerOutput:
             strict=True,
         )
     ]
-    scheduler.update_from_output(scheduled, ModelRunnerOutput(token_ids, {}, {}, {}))
+    scheduler.update_from_output(scheduled, ModelRunnerOutput(token_ids, {}, {}, {}, {}))
     return scheduled
 
 

@@ -46,7 +46,7 @@ def measure(num_seqs: int) -> tuple[list[float], list[float]]:
         scheduled = scheduler.schedule()
         middle = time.perf_counter()
         token_ids: list[int | None] = [5] * len(scheduled.sequences)
-        result = ModelRunnerOutput(token_ids, {}, {}, {})
+        result = ModelRunnerOutput(token_ids, {}, {}, {}, {})
         sampled = time.perf_counter()
         scheduler.update_from_output(scheduled, result)
         schedule.append(middle - begin)

@@ -35,7 +35,7 @@ class Admission:
         manager = self._block_manager
         target = sequence.fork_at if sequence.held_forks else len(sequence.token_ids)
         match = NO_MATCH
-        if not sequence.wants_prompt_logprobs:
+        if not sequence.needs_whole_prompt:
             match = manager.match_prefix(sequence, target - 1)
         num_new = min(target - match.num_tokens, budget)
         copies = manager.allocate_slots(sequence, num_new, match)

@@ -25,7 +25,8 @@ class HostStep(NamedTuple):
     """One step on the host. Batch row i is `SchedulerOutput.sequences[order[i]]`.
 
     Rows with one new token come first (`num_decodes`). `sampling_rows` are the batch rows that
-    reach their sequence's last token, ascending. `stale_slots` are slots that this step leaves
+    reach their sequence's last token, ascending; rows that are pooled stand in `pooled_rows` and
+    sample nothing. `stale_slots` are slots that this step leaves
     unwritten in blocks it is the first to write to.
     """
 
@@ -36,6 +37,7 @@ class HostStep(NamedTuple):
     num_decodes: int
     max_query_len: int
     sampling_rows: NDArray[np.int64]
+    pooled_rows: list[int]
     slot_mapping: NDArray[np.int64]
     block_table: NDArray[np.int32]
     query_start_loc: NDArray[np.int32]
@@ -154,6 +156,8 @@ class InputBatch:
         slots += offsets
 
         ends = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
+        pooled_rows = [row for row, sequence in enumerate(sequences) if sequence.pooling]
+        ends[pooled_rows] = 0
         sampling_rows = np.nonzero(stops == ends)[0]
         self._logit_indices.array[: len(sampling_rows)] = loc[sampling_rows + 1] - 1
         width = -(-int(stops.max()) // self._block_size)
@@ -168,6 +172,7 @@ class InputBatch:
             num_decodes=num_decodes,
             max_query_len=int(counts.max()),
             sampling_rows=sampling_rows,
+            pooled_rows=pooled_rows,
             slot_mapping=slots,
             block_table=table,
             query_start_loc=loc[: num_seqs + 1],

@@ -20,12 +20,20 @@ from .errors import StepFailedError
 from .input_batch import DeviceStep, HostStep, InputBatch
 from .logprobs import compute_logprobs
 from .outputs import BlockCopy, ModelRunnerOutput, RowError, SchedulerOutput
+from .pooling import Pooler
 from .request import Request
 from .sampler import Sampler
 from .sampling_params import SamplingParams
 from .sequence import Rank
 from .sequence import Sequence as TokenSequence
-from .step_results import PromptChunk, RowSamples, collect_prompt, collect_samples, to_host
+from .step_results import (
+    PromptChunk,
+    RowSamples,
+    collect_embedding,
+    collect_prompt,
+    collect_samples,
+    to_host,
+)
 
 if TYPE_CHECKING:
     from ..kernels.decode_schedule import DecodeWorkspace
@@ -56,6 +64,7 @@ class ModelRunner:
             device=model.device,
         )
         self._sampler = Sampler(spec.vocab_size, model.device)
+        self._pooler = Pooler()
         self._windows = frozenset(spec.windows)
         self._scratch = Scratch()
         self._workspaces: dict[int | None, DecodeWorkspace] = {}
@@ -80,21 +89,24 @@ class ModelRunner:
         """Run one step; results are parallel to `output.sequences`. One synchronisation."""
         changed = self._batch.apply(output)
         self._sampler.forget(output.released)
+        self._pooler.forget(output.released)
         self._copy_blocks(output.block_copies)
         if not output.sequences:
-            return ModelRunnerOutput([], {}, {}, {})
+            return ModelRunnerOutput([], {}, {}, {}, {})
         host, step = self._batch.prepare(output, changed)
         metadata = self._metadata(host, step)
         hidden = self._forward(step, metadata)
         prompt_chunks = self._prompt_logprobs(host, hidden)
-        result = ModelRunnerOutput([None] * len(output.sequences), {}, {}, {})
+        result = ModelRunnerOutput([None] * len(output.sequences), {}, {}, {}, {})
         samples: list[RowSamples] = []
         if len(host.sampling_rows):
             logits = self._model.logits(hidden[step.logit_indices])
             rows = [host.order[row] for row in host.sampling_rows]
             sequences = [output.sequences[row] for row in rows]
             samples = self._sample(rows, sequences, logits, result.errors, output.token_masks)
-        samples, prompt_chunks = to_host(samples, prompt_chunks)
+        # Last, since a step that runs out of memory before its end is tried again.
+        pooled = self._pooler(host, hidden) if host.pooled_rows else []
+        samples, prompt_chunks, pooled = to_host(samples, prompt_chunks, pooled)
         for sample in samples:
             collect_samples(result, sample)
         if output.token_masks is not None:
@@ -103,6 +115,8 @@ class ModelRunner:
                 result.token_ids[row] = None
         for chunk in prompt_chunks:
             collect_prompt(result, host.order[chunk.row], chunk)
+        for vector in pooled:
+            collect_embedding(result, host.order[vector.row], vector)
         return result
 
     def _sample(

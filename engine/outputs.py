@@ -73,13 +73,15 @@ class ModelRunnerOutput(NamedTuple):
     `token_ids[i]` is None where the row did not reach its sequence's end or failed. `logprobs`
     and `errors` are keyed by row. `prompt_logprobs[i]` holds the entries for the prompt tokens at
     positions start+1 … start+n of the row's chunk (the position after each computed one), as far
-    as they are prompt.
+    as they are prompt. `embeddings[i]` is the pooled vector of a row that reached its prompt's end,
+    as little-endian float32.
     """
 
     token_ids: list[int | None]
     logprobs: dict[int, TokenLogprobs]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     errors: dict[int, RowError]
+    embeddings: dict[int, bytes]
 
 
 class Timings(NamedTuple):
@@ -97,6 +99,7 @@ class SequenceOutput(NamedTuple):
     `logprobs` is parallel to `token_ids` where asked for. `prompt_logprobs` comes once, with the
     first output of choice 0; its first entry (position 0) is None. `stop_reason` is the stop token
     id that ended it, None for end-of-sequence. `error` is set with finish_reason "error".
+    `embedding` is the only output of a request with pooling: little-endian float32.
     """
 
     request_id: str
@@ -109,6 +112,7 @@ class SequenceOutput(NamedTuple):
     error: RowError | None = None
     num_cached_tokens: int | None = None
     timings: Timings | None = None
+    embedding: bytes | None = None
 
 
 class EngineStats(NamedTuple):

@@ -9,6 +9,9 @@ from .errors import ContextLengthError, InvalidRequestError, PoolTooSmallError
 from .sampling_params import SamplingParams
 
 GrammarKind = Literal["json", "regex", "choice", "grammar", "structural_tag"]
+Pooling = Literal["last", "mean", "weightedmean", "max"]
+"""How a prompt's hidden states become one vector: the last one, their mean, their mean weighted by
+position (the first counts once, the n-th n times), or their maxima."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class Request:
     `queue_deadline` bounds the wait for the first step, `deadline` the whole request. Lower
     `priority` goes first. Requests share cached blocks only with requests of the same
     `cache_salt`. Every choice matches the `grammar`, unless its tokens run out before its end.
+    With `pooling` the prompt is computed for its embedding and nothing is generated.
     """
 
     request_id: str
@@ -40,12 +44,17 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     grammar: GrammarSpec | None = None
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
             raise InvalidRequestError("the prompt is empty", "prompt")
         if self.grammar is not None and self.sampling_params.beam_width is not None:
             raise InvalidRequestError("beam search cannot follow a grammar", "use_beam_search")
+        if self.pooling is not None:
+            nothing = SamplingParams(max_tokens=0)
+            if self.sampling_params != nothing or self.grammar is not None:
+                raise InvalidRequestError("an embedding samples nothing", "sampling_params")
 
     def check_fits(
         self, *, vocab_size: int, max_model_len: int, block_size: int, num_blocks: int

@@ -29,7 +29,7 @@ from .outputs import (
 from .request import Request
 from .request_table import RequestTable
 from .sequence import Rank, Sequence, SequenceStatus
-from .sequence_outputs import ended_output, take_prompt_logprobs, token_output
+from .sequence_outputs import embedding_output, ended_output, take_prompt_logprobs, token_output
 from .waiting_queue import WaitingQueue
 
 Clock = Callable[[], float]
@@ -319,6 +319,9 @@ class Scheduler:
                 self.block_manager.commit_full_blocks(sequence)
             if result.prompt_logprobs and row in result.prompt_logprobs:
                 take_prompt_logprobs(sequence, start, result.prompt_logprobs[row])
+            if result.embeddings and row in result.embeddings:
+                outputs.append(embedding_output(sequence, result.embeddings[row], now))
+                self._release(sequence)
             if token_id is None:
                 continue
             sequence.token_ids.append(token_id)

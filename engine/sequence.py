@@ -58,6 +58,7 @@ class Sequence:
         "num_logprobs",
         "num_preemptions",
         "num_prompt_tokens",
+        "pooling",
         "prompt_logprobs",
         "rank",
         "request",
@@ -103,6 +104,7 @@ class Sequence:
         Beam search goes on with as many as its width, none of which may be a stop token."""
         if params.beam_width is not None:
             self.num_logprobs = max(params.logprobs or 0, params.beam_width + len(stop_ids))
+        self.pooling = request.pooling
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         """One entry a prompt position, as far as computed; the first has no predecessor."""
         self.scheduled_time: float | None = None
@@ -113,8 +115,11 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Asked for and not complete, so that no prompt token may come from the cache."""
+    def needs_whole_prompt(self) -> bool:
+        """Log-probabilities of the prompt are asked for and not complete, or all of its hidden
+        states are pooled: no prompt token may come from the cache."""
+        if self.pooling is not None:
+            return self.pooling != "last"
         return (
             self.request.sampling_params.prompt_logprobs is not None
             and len(self.prompt_logprobs) < self.num_prompt_tokens

@@ -31,6 +31,12 @@ def token_output(sequence: Sequence, logprobs: TokenLogprobs | None, now: float)
     )
 
 
+def embedding_output(sequence: Sequence, embedding: bytes, now: float) -> SequenceOutput:
+    """The only output of a sequence whose prompt is pooled."""
+    ended = ended_output(sequence, "stop", None, now)
+    return ended._replace(embedding=embedding)
+
+
 def ended_output(
     sequence: Sequence, reason: FinishReason, error: RowError | None, now: float
 ) -> SequenceOutput:

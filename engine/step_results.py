@@ -9,6 +9,7 @@ import torch
 from .errors import NonFiniteLogitsError
 from .logprobs import LogprobTensors, to_token_logprobs
 from .outputs import ModelRunnerOutput, RowError
+from .pooling import PooledRow
 from .sampler import SamplerOutput, collect_logprobs
 from .sampling_metadata import SamplingBatch
 
@@ -30,8 +31,8 @@ class RowSamples(NamedTuple):
 
 
 def to_host(
-    samples: list[RowSamples], chunks: list[PromptChunk]
-) -> tuple[list[RowSamples], list[PromptChunk]]:
+    samples: list[RowSamples], chunks: list[PromptChunk], pooled: list[PooledRow]
+) -> tuple[list[RowSamples], list[PromptChunk], list[PooledRow]]:
     """Bring a step's results to the host: all copies are queued, then waited for once."""
     device = None
 
@@ -53,13 +54,14 @@ def to_host(
         output = SamplerOutput(pull(token_ids), pull(finite), logprobs)
         pulled.append(sample._replace(output=output))
     chunks = [chunk._replace(logprobs=pull_all(chunk.logprobs)) for chunk in chunks]
+    pooled = [row._replace(vector=pull(row.vector)) for row in pooled]
     if device is not None:
         torch.cuda.current_stream(device).synchronize()
-    return pulled, chunks
+    return pulled, chunks, pooled
 
 
-def _non_finite() -> RowError:
-    return RowError(NonFiniteLogitsError.code, "the model's logits are not finite")
+def _non_finite(what: str = "logits") -> RowError:
+    return RowError(NonFiniteLogitsError.code, f"the model's {what} are not finite")
 
 
 def collect_samples(result: ModelRunnerOutput, sample: RowSamples) -> None:
@@ -81,3 +83,10 @@ def collect_prompt(result: ModelRunnerOutput, row: int, chunk: PromptChunk) -> N
         return
     entries = to_token_logprobs(chunk.logprobs, [chunk.num_top] * len(chunk.logprobs.token_ids))
     result.prompt_logprobs.setdefault(row, []).extend(entries)
+
+
+def collect_embedding(result: ModelRunnerOutput, row: int, pooled: PooledRow) -> None:
+    if pooled.vector.isfinite().all():
+        result.embeddings[row] = pooled.vector.numpy().astype("<f4").tobytes()
+    else:
+        result.errors[row] = _non_finite("hidden states")

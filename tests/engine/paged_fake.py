@@ -75,7 +75,7 @@ class PagedFakeWorker:
                 ids, values = [token for token, _ in best], [value for _, value in best]
                 top[row] = TokenLogprobs(ids[0], values[0], 1, ids, values)
         self.num_tokens += output.total_tokens
-        return ModelRunnerOutput(token_ids, top, {}, errors)
+        return ModelRunnerOutput(token_ids, top, {}, errors, {})
 
     def _update_tables(self, output: SchedulerOutput) -> None:
         """Keep tables by the declared changes alone: an undeclared one shows as a difference."""
