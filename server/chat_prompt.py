@@ -88,7 +88,7 @@ async def encode_chat(
     else:
         add_generation_prompt = body.add_generation_prompt
     return await state.tokenizer.encode_chat(
-        [_template_message(message) for message in body.messages],
+        [_template_message(message, state) for message in body.messages],
         add_generation_prompt=add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
         add_special_tokens=bool(add_special_tokens),
@@ -118,7 +118,7 @@ async def _template_settings(state: ServerState, body: ChatFields) -> dict[str, 
     return {**understood, **settings}
 
 
-def _template_message(message: Message) -> dict[str, Any]:
+def _template_message(message: Message, state: ServerState) -> dict[str, Any]:
     """The message as chat templates read it. Raises InvalidRequestError."""
     fields: dict[str, Any] = message.model_dump(exclude_none=True)
     for name in message.model_extra or ():
@@ -127,6 +127,11 @@ def _template_message(message: Message) -> dict[str, Any]:
     reasoning = fields.pop("reasoning", None)
     if reasoning is not None:
         fields.setdefault("reasoning_content", reasoning)
+    if state.message_format.is_harmony and "reasoning_content" in fields:
+        # gpt-oss's template has its own name for it, and refuses it beside content and calls.
+        thinking = fields.pop("reasoning_content")
+        if not (fields["content"] and fields.get("tool_calls")):
+            fields["thinking"] = thinking
     for call in fields.get("tool_calls", ()):
         parse_arguments(call["function"]["arguments"])
     return fields

@@ -13,6 +13,7 @@ from ..engine.errors import InvalidRequestError
 from ..engine.grammar import JSON_OPTIONS
 from ..engine.request import GrammarSpec
 from .chat_prompt import forces_call, offered_tools
+from .harmony import ANALYSIS, ASSISTANT, CHANNEL, CONSTRAIN, END, FUNCTIONS, MESSAGE
 from .message_parser import prompt_end
 from .protocol import ChatBody
 from .reasoning import CLOSE, OPEN, starts_inside
@@ -55,7 +56,21 @@ def _shape(parser: str, template: str) -> _Shape | None:
                     begin, f"{call}function{sep}", "\n```json\n", f"\n```{call_end}", "\n", end
                 )
             return _Shape(begin, call, sep, call_end, "", end)
+        case "openai":
+            before, between = f"{CHANNEL}commentary to={FUNCTIONS}", f" {CONSTRAIN}json{MESSAGE}"
+            return _Shape("", before, between, "", "", "")
     return None
+
+
+class _Reasoning(NamedTuple):
+    """What may come before the calls."""
+
+    rule: str = ""
+    """Nothing, `reasoning`, or `(opening reasoning)?`."""
+    opening: str = OPEN
+    closing: str = CLOSE
+    after: str = r"/\n{0,2}/"
+    """Lark for what stands between it and the calls."""
 
 
 def forced_call(state: ServerState, body: ChatBody, prompt: list[int]) -> Constraint | None:
@@ -74,7 +89,11 @@ def forced_call(state: ServerState, body: ChatBody, prompt: list[int]) -> Constr
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool["name"] == choice.name]
     many = choice == "required" and body.parallel_tool_calls is not False
-    reasoning = _reasoning(state, body, prompt)
+    if state.message_format.is_harmony:
+        many = False  # a call ends the answer
+        shape, reasoning = _in_harmony(state, body, prompt, shape)
+    else:
+        reasoning = _reasoning(state, body, prompt)
     text = _grammar(shape, tools, many, reasoning, state.tokenizer.special_ids)
     if len(text.encode()) > MAX_GRAMMAR_BYTES:
         raise InvalidRequestError(
@@ -84,22 +103,33 @@ def forced_call(state: ServerState, body: ChatBody, prompt: list[int]) -> Constr
     return Constraint(GrammarSpec("grammar", text), "tool_choice")
 
 
-def _reasoning(state: ServerState, body: ChatBody, prompt: list[int]) -> str:
-    """The rule's name of what may come before the calls, "" for nothing."""
+def _reasoning(state: ServerState, body: ChatBody, prompt: list[int]) -> _Reasoning:
     style = state.message_format.reasoning
     if style is None:
-        return ""
+        return _Reasoning()
     continued = body.messages[-1].content if body.continue_final_message else None
     if starts_inside(style, prompt_end(state.tokenizer, prompt), continued):
-        return "reasoning"
-    return "" if continued is not None else "(opening reasoning)?"
+        return _Reasoning("reasoning")
+    return _Reasoning("" if continued is not None else "(opening reasoning)?")
+
+
+def _in_harmony(
+    state: ServerState, body: ChatBody, prompt: list[int], shape: _Shape
+) -> tuple[_Shape, _Reasoning]:
+    """A message of analysis, if any, and one to a function; first the end of a message that the
+    answer continues."""
+    if body.continue_final_message:
+        return shape._replace(first=END + ASSISTANT), _Reasoning()
+    inside = prompt_end(state.tokenizer, prompt).endswith(ANALYSIS)
+    rule = "reasoning" if inside else "(opening reasoning)?"
+    return shape, _Reasoning(rule, ANALYSIS, END, _literal(ASSISTANT, state.tokenizer.special_ids))
 
 
 def _grammar(
     shape: _Shape,
     tools: list[dict[str, Any]],
     many: bool,
-    reasoning: str,
+    reasoning: _Reasoning,
     special_ids: dict[str, int],
 ) -> str:
     def literal(text: str) -> str:
@@ -107,19 +137,19 @@ def _grammar(
 
     calls = f"call ({literal(shape.separator)} call)*" if many else "call"
     rules = [
-        f"start: {reasoning} {literal(shape.first)} {calls} {literal(shape.last)}",
+        f"start: {reasoning.rule} {literal(shape.first)} {calls} {literal(shape.last)}",
         "call: " + " | ".join(f"call_{number}" for number in range(len(tools))),
     ]
     for number, tool in enumerate(tools):
         schema = json.dumps({**tool["parameters"], "type": "object", "x-guidance": JSON_OPTIONS})
         before = literal(shape.before + tool["name"] + shape.between)
         rules.append(f"call_{number}: {before} %json {schema} {literal(shape.after)}")
-    if reasoning:
-        lazy = "" if CLOSE in special_ids else "[lazy]"  # a control token is never text
+    if reasoning.rule:
+        lazy = "" if reasoning.closing in special_ids else "[lazy]"  # a control token is never text
         rules += [
-            f"opening: {literal(OPEN)}",
-            r"reasoning: thoughts /\n{0,2}/",
-            rf"thoughts{lazy}: /(.|\n)*/ {literal(CLOSE)}",
+            f"opening: {literal(reasoning.opening)}",
+            f"reasoning: thoughts {reasoning.after}",
+            rf"thoughts{lazy}: /(.|\n)*/ {literal(reasoning.closing)}",
         ]
     return "\n".join(rules) + "\n"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+from ..engine.errors import ConfigurationError
+from .harmony import ASSISTANT, CONTROL_TOKENS, FINAL, HarmonyParser
 from .message_events import ContentText, Event, ReasoningText, ToolCallStart, joined
 from .reasoning import (
     CLOSE,
@@ -16,7 +18,7 @@ from .reasoning import (
 from .settings import Settings
 from .tokenizer import Tokenizer
 from .tool_formats import TOOL_PARSERS, detect_tool_parser
-from .tool_parsers import ToolParser
+from .tool_parsers import AnswerParser
 
 _END_TOKENS = 16
 
@@ -27,7 +29,7 @@ class MessageParser:
 
     def __init__(
         self,
-        tools: ToolParser | None = None,
+        tools: AnswerParser | None = None,
         reasoning: ReasoningParser | None = None,
         *,
         show_reasoning: bool = True,
@@ -92,21 +94,40 @@ class MessageFormat:
 
     @classmethod
     def of(cls, settings: Settings, chat_template: str | None) -> MessageFormat:
-        """By the flags, and where those say auto, by the model's chat template."""
+        """By the flags, and where those say auto, by the model's chat template. Raises
+        ConfigurationError."""
         template = chat_template or ""
         name: str | None = settings.tool_call_parser
         if name == "auto":
             name = detect_tool_parser(template)
+        elif name == "harmony":
+            name = "openai"
         style = settings.reasoning_parser
         reasoning: ReasoningStyle | None
         if style == "auto":
             reasoning = detect_reasoning(template)
+        elif style == "harmony":
+            reasoning = "openai_gptoss"
         else:
             reasoning = None if style == "none" else style
-        return cls(None if name == "none" else name, reasoning)
+        format = cls(None if name == "none" else name, reasoning)
+        if format.is_harmony and not (
+            format.tool_format in ("openai", None) and reasoning in ("openai_gptoss", None)
+        ):
+            raise ConfigurationError(
+                f"harmony is one format of reasoning and calls: tool_call_parser {name} and "
+                f"reasoning_parser {reasoning} do not go together"
+            )
+        return format
+
+    @property
+    def is_harmony(self) -> bool:
+        return self.tool_format == "openai" or self.reasoning == "openai_gptoss"
 
     def control_tokens(self, *, with_tools: bool) -> tuple[str, ...]:
         """What a parser must see although the vocabulary may call it a control token."""
+        if self.is_harmony:
+            return CONTROL_TOKENS
         tags = () if self.reasoning is None else (OPEN, CLOSE)
         if not with_tools or self.tool_format is None:
             return tags
@@ -124,13 +145,19 @@ class MessageFormat:
         """For one choice. No call is looked for where `tool_names` is empty; see `starts_inside`
         for `prompt_end` and `continued`."""
         reasoning = None
-        if self.reasoning is not None:
+        tools: AnswerParser | None = None
+        if self.is_harmony:
+            tools = HarmonyParser(
+                tool_names,
+                prompt_end=prompt_end if continued is None else ASSISTANT + FINAL,
+                reasons=self.reasoning is not None,
+            )
+        elif self.reasoning is not None:
             opened = starts_inside(self.reasoning, prompt_end, continued)
             # What continues a finished beginning of an answer is past its reasoning.
             if opened or continued is None:
                 reasoning = ReasoningParser(opened=opened)
-        tools = None
-        if tool_names and self.tool_format is not None:
+        if tools is None and tool_names and self.tool_format is not None:
             tools = TOOL_PARSERS[self.tool_format](tool_names)
         return MessageParser(
             tools,

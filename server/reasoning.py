@@ -11,9 +11,10 @@ OPEN, CLOSE = "<think>", "</think>"
 MAX_HELD_SPACE = 64
 """Most characters of white space that wait for what follows them."""
 
-ReasoningStyle = Literal["qwen3", "deepseek_r1"]
+ReasoningStyle = Literal["qwen3", "deepseek_r1", "openai_gptoss"]
 """How an answer begins where the prompt says nothing: qwen3 with text, or with the opening tag;
-deepseek_r1 inside the reasoning, with the opening tag or without."""
+deepseek_r1 inside the reasoning, with the opening tag or without. openai_gptoss has no such tags
+but channels (harmony.py)."""
 
 
 class _State(Enum):
@@ -103,6 +104,8 @@ def undecided_tail(text: str, tags: tuple[str, ...], start: int = 0) -> int:
 
 def detect_reasoning(template: str) -> ReasoningStyle | None:
     """The style of a model by its chat template; None where that knows no reasoning."""
+    if "<|channel|>" in template:
+        return "openai_gptoss"
     if OPEN in template:
         return "qwen3"
     # A template that only takes reasoning away from earlier turns leaves it to the model to begin.

@@ -30,9 +30,18 @@ def _option(group: str, help: str, default: Any = None, **constraints: Any) -> A
 
 
 ToolCallParser = Literal[
-    "auto", "none", "hermes", "llama3_json", "pythonic", "mistral", "deepseek_v3"
+    "auto",
+    "none",
+    "hermes",
+    "llama3_json",
+    "pythonic",
+    "mistral",
+    "deepseek_v3",
+    "openai",
+    "harmony",
 ]
-ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1"]
+ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "openai_gptoss", "harmony"]
+"""`harmony` is another name of openai and openai_gptoss, which are vLLM's."""
 NameList = Annotated[tuple[str, ...], NoDecode]
 """Repeatable as a flag, comma-separated in the environment, a list in YAML."""
 

@@ -8,7 +8,8 @@ import secrets
 import string
 import warnings
 
-from .tool_parsers import JsonCalls, Malformed, Steps, ToolParser
+from .harmony import CHANNEL, HarmonyParser
+from .tool_parsers import AnswerParser, JsonCalls, Malformed, Steps, ToolParser
 
 
 class HermesParser(JsonCalls):
@@ -233,17 +234,20 @@ class _JsonNames(ast.NodeTransformer):
         return ast.Constant(self._VALUES[node.id]) if node.id in self._VALUES else node
 
 
-TOOL_PARSERS: dict[str, type[ToolParser]] = {
+TOOL_PARSERS: dict[str, type[AnswerParser]] = {
     "hermes": HermesParser,
     "llama3_json": Llama3JsonParser,
     "pythonic": PythonicParser,
     "mistral": MistralParser,
     "deepseek_v3": DeepSeekV3Parser,
+    "openai": HarmonyParser,
 }
 
 
 def detect_tool_parser(template: str) -> str | None:
     """The name of the format that a model's chat template speaks of, None for none of these."""
+    if CHANNEL in template:
+        return "openai"
     if "<tool_call>" in template and "<function=" not in template:  # the latter is Qwen3-Coder's
         return "hermes"
     for name, sign in (

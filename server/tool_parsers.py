@@ -33,11 +33,11 @@ class Malformed(Exception):
     """The text is no call; the position stands before the character that shows it."""
 
 
-class ToolParser(ABC):
+class AnswerParser(ABC):
     """Text of one message to events. `tool_names` are those that the request offers."""
 
     markers: ClassVar[tuple[str, ...]]
-    """What may begin calls."""
+    """What may begin something that is no text."""
     control_tokens: ClassVar[tuple[str, ...]] = ()
     """What must be seen in the text although the vocabulary may call it a control token."""
 
@@ -70,43 +70,13 @@ class ToolParser(ABC):
         return self._take_events()
 
     @abstractmethod
-    def _calls(self, marker: str) -> Steps[None]:
-        """Read the calls behind `marker`. Raises Malformed."""
+    def _parse(self) -> Steps[None]:
+        """Read all of it."""
 
     def new_id(self) -> str:
         return f"call_{secrets.token_hex(12)}"
 
     # -- the parts of a message ---------------------------------------------------------------
-
-    def _parse(self) -> Steps[None]:
-        while marker := (yield from self._content()):
-            try:
-                yield from self._calls(marker)
-            except Malformed:
-                continue  # what is not told in events is content
-
-    def _content(self) -> Steps[str]:
-        """Tell the text up to a marker, less the space before it. Returns the marker, "" at the
-        end."""
-        while True:
-            if found := self._pattern.search(self._text, self._at):
-                self._tell(before_space(self._text, found.start()))
-                self._at = found.end()
-                return found[0]
-            if self._ended:
-                if not (self._after_call and self._text[self._mark :].isspace()):
-                    self._tell(len(self._text))
-                return ""
-            keep = undecided_tail(self._text, self.markers, self._at)
-            self._tell(keep)
-            self._at = max(self._at, keep)
-            yield
-
-    def _tell(self, end: int) -> None:
-        if end > self._mark:
-            self._events.append(ContentText(self._text[self._mark : end]))
-            self._mark = end
-            self._after_call = False
 
     def _begin_call(self, name: str) -> None:
         if not TOOL_NAME.fullmatch(name):
@@ -195,6 +165,44 @@ class ToolParser(ABC):
             raise Malformed
         value: str = json.loads((yield from self._json()))
         return value
+
+
+class ToolParser(AnswerParser):
+    """Parsers of calls amid content."""
+
+    @abstractmethod
+    def _calls(self, marker: str) -> Steps[None]:
+        """Read the calls behind `marker`. Raises Malformed."""
+
+    def _parse(self) -> Steps[None]:
+        while marker := (yield from self._content()):
+            try:
+                yield from self._calls(marker)
+            except Malformed:
+                continue  # what is not told in events is content
+
+    def _content(self) -> Steps[str]:
+        """Tell the text up to a marker, less the space before it. Returns the marker, "" at the
+        end."""
+        while True:
+            if found := self._pattern.search(self._text, self._at):
+                self._tell(before_space(self._text, found.start()))
+                self._at = found.end()
+                return found[0]
+            if self._ended:
+                if not (self._after_call and self._text[self._mark :].isspace()):
+                    self._tell(len(self._text))
+                return ""
+            keep = undecided_tail(self._text, self.markers, self._at)
+            self._tell(keep)
+            self._at = max(self._at, keep)
+            yield
+
+    def _tell(self, end: int) -> None:
+        if end > self._mark:
+            self._events.append(ContentText(self._text[self._mark : end]))
+            self._mark = end
+            self._after_call = False
 
 
 class JsonCalls(ToolParser):
