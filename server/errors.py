@@ -62,6 +62,10 @@ _OF_HTTP = {
 ANTHROPIC_PATH = "/v1/messages"
 _OF_ANTHROPIC = {"body_too_large": "request_too_large", "internal_error": "api_error"}
 """Code or type here → type there, where they differ."""
+_DETAILS_OF_ANTHROPIC = {
+    "thread": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+}
+"""The refused field → what tells Anthropic's clients to do without it."""
 
 
 def answer_of(error: BaseException) -> Answer:
@@ -110,7 +114,10 @@ def anthropic_error_body(body: dict[str, Any]) -> dict[str, Any]:
     """The same error in Anthropic's shape, with Anthropic's types."""
     error = body["error"]
     kind = _OF_ANTHROPIC.get(error["code"], _OF_ANTHROPIC.get(error["type"], error["type"]))
-    return {"type": "error", "error": {"type": kind, "message": error["message"]}}
+    shaped: dict[str, Any] = {"type": kind, "message": error["message"]}
+    if error["param"] in _DETAILS_OF_ANTHROPIC:
+        shaped["details"] = _DETAILS_OF_ANTHROPIC[error["param"]]
+    return {"type": "error", "error": shaped}
 
 
 def _shaped(body: dict[str, Any], scope: Scope | None) -> dict[str, Any]:

@@ -38,12 +38,14 @@ NAMES = {
 """What fields of the chat are called here."""
 
 ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
+    "compaction": (),
     "container": (),
     "context_management": (),
     "diagnostics": (),
     "mcp_servers": ([],),
     "prefill": (),
     "speed": ("standard",),
+    "thread": (),
 }
 """Fields of the API that are refused, and the values that ask for nothing."""
 

@@ -252,6 +252,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"output_config": {"effort": "max"}}, "output_config.effort"),
     ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
     ({"container": "c"}, "container"),
+    ({"compaction": {"type": "enabled"}}, "compaction"),
     ({"service_tier": "fast"}, "service_tier"),
 ]  # fmt: skip
 
@@ -265,6 +266,17 @@ async def test_bad_fields_are_named(
     assert engine.requests == []
     state = client.app.state.quire  # type: ignore[attr-defined]
     assert state.admission.num_queued == state.admission.num_running == 0
+
+
+async def test_a_thread_is_refused_so_that_clients_go_on_without(client: httpx.AsyncClient) -> None:
+    response = await client.post(PATH, json={**HI, "thread": {"type": "create"}})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["message"] == "thread is not supported by this server"
+    assert error["details"] == {
+        "error_code": "thread_unsupported_request",
+        "unsupported": ["thread"],
+    }
 
 
 @pytest.mark.parametrize("path", [PATH, COUNT])
