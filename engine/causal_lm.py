@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from .attention import IMPLEMENTATION, AttentionMetadata, attend_flat, register_attention
 from .cpu_linear import leave_files, pack_linears
 from .errors import UnsupportedModelError
-from .flat_decoder import FlatDecoder, FlatLayer, flatten
+from .flat_decoder import FlatDecoder, FlatLayer, TorchOps, flatten
 from .merged_linear import merge_siblings
 from .model_spec import ModelSpec, one_line
 
@@ -104,7 +104,7 @@ class CausalLM:
     ) -> torch.Tensor:
         """input_ids and positions `[T]` int64 → hidden states `[T, hidden_size]`."""
         if self._flat is not None:
-            return self._flat(input_ids, positions, partial(attend_flat, metadata))
+            return self._flat(input_ids, positions, TorchOps(partial(attend_flat, metadata)))
         output = self._body(
             input_ids=input_ids[None],
             position_ids=positions[None],
@@ -175,7 +175,7 @@ class CausalLM:
             return _mix(query, key, value)
 
         try:
-            hidden = flat(*self._probe_input(), attend)
+            hidden = flat(*self._probe_input(), TorchOps(attend))
         except (RuntimeError, TypeError) as error:  # shapes or a rotary embedding of its own kind
             logger.info("the body is not flattened: %s", one_line(error))
             return None

@@ -17,7 +17,7 @@ it gives what the model's own forward gives.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +57,58 @@ class FlatLayer(NamedTuple):
     down: Product
 
 
+class Rotation(NamedTuple):
+    """Rotary factors of the step, `[T, head_dim]`: head x becomes x * cos + roll(x) * sin, where
+    roll moves it by half and sin's first half is negated, which is rotate_half(x) * sin."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class BodyOps(Protocol):
+    """What a flat body does between its products."""
+
+    def add_norm(self, x: torch.Tensor, update: torch.Tensor | None, norm: Norm) -> torch.Tensor:
+        """x `[T, hidden_size]` += update, in place → x, normed."""
+
+    def attend(self, layer: FlatLayer, qkv: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        """qkv `[T, (num_heads + 2 * num_kv_heads) * head_dim]`: norm and rotate Q and K, store K
+        and V, attend → `[T, num_heads * head_dim]`."""
+
+    def activate(self, layer: FlatLayer, gate_up: torch.Tensor) -> torch.Tensor:
+        """`[T, 2 * n]` → act(first half) * second half `[T, n]`."""
+
+
 Attend = Callable[[FlatLayer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """A layer's attention: query `[T, num_heads, head_dim]`, key and value `[T, num_kv_heads,
 head_dim]` → like query."""
+
+
+class TorchOps(NamedTuple):
+    """BodyOps in plain torch over any attention."""
+
+    attention: Attend
+
+    def add_norm(self, x: torch.Tensor, update: torch.Tensor | None, norm: Norm) -> torch.Tensor:
+        if update is not None:
+            x += update
+        return norm(x)
+
+    def attend(self, layer: FlatLayer, qkv: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        heads = layer.num_heads + layer.num_kv_heads
+        qkv = qkv.view(len(qkv), -1, layer.head_dim)
+        qk = qkv[:, :heads]
+        if layer.qk_norm is not None:
+            weight, eps = layer.qk_norm
+            qk = F.rms_norm(qk, weight.shape[-1:], None, eps).mul_(weight)
+        cos, sin = (part[:, None] for part in rotation)
+        qk = torch.addcmul(qk * cos, qk.roll(layer.head_dim // 2, -1), sin)
+        query, key = qk[:, : layer.num_heads], qk[:, layer.num_heads :]
+        return self.attention(layer, query, key, qkv[:, heads:]).reshape(len(qkv), -1)
+
+    def activate(self, layer: FlatLayer, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return layer.activation(gate) * up
 
 
 class FlatDecoder:
@@ -74,28 +123,20 @@ class FlatDecoder:
         self._norm = norm
 
     def __call__(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend
+        self, input_ids: torch.Tensor, positions: torch.Tensor, ops: BodyOps
     ) -> torch.Tensor:
         """input_ids and positions `[T]` → hidden states `[T, hidden_size]`."""
         x = F.embedding(input_ids, self._embedding.weight)
-        cos, sin = (part[0, :, None] for part in self._rotary(x[None], positions[None]))
+        cos, sin = (part[0] for part in self._rotary(x[None], positions[None]))
         half = cos.shape[-1] // 2
-        # rotate_half(x) * sin is x, rolled by half, times sin with its first half negated
-        sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        rotation = Rotation(cos, torch.cat((-sin[:, :half], sin[:, half:]), dim=-1))
+        update = None
         for layer in self._layers:
-            heads = layer.num_heads + layer.num_kv_heads
-            qkv = layer.qkv(layer.input_norm(x)).view(len(x), -1, layer.head_dim)
-            qk = qkv[:, :heads]
-            if layer.qk_norm is not None:
-                weight, eps = layer.qk_norm
-                qk = F.rms_norm(qk, weight.shape[-1:], None, eps).mul_(weight)
-            qk = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
-            query, key = qk[:, : layer.num_heads], qk[:, layer.num_heads :]
-            attended = attend(layer, query, key, qkv[:, heads:])
-            x += layer.output(attended.reshape(len(x), -1))
-            gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, dim=-1)
-            x += layer.down(layer.activation(gate) * up)
-        return self._norm(x)
+            qkv = layer.qkv(ops.add_norm(x, update, layer.input_norm))
+            update = layer.output(ops.attend(layer, qkv, rotation))
+            gate_up = layer.gate_up(ops.add_norm(x, update, layer.mlp_norm))
+            update = layer.down(ops.activate(layer, gate_up))
+        return ops.add_norm(x, update, self._norm)
 
 
 def flatten(body: Any, head_dim: int, windows: tuple[int | None, ...]) -> FlatDecoder | None:
