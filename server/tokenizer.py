@@ -217,6 +217,10 @@ class Tokenizer:
             "special_tokens": {
                 name: str(token) for name, token in self._hf.special_tokens_map.items()
             },
+            # These three at the top, as in a tokenizer_config.json: lm-eval reads them there.
+            "eos_token": self._hf.eos_token,
+            "bos_token": self._hf.bos_token,
+            "pad_token": self._hf.pad_token,
             "eos_token_id": self._hf.eos_token_id,
             "bos_token_id": self._hf.bos_token_id,
         }

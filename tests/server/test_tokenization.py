@@ -58,6 +58,7 @@ async def test_tokenizer_info(client: httpx.AsyncClient) -> None:
     info = (await client.get("/tokenizer_info")).json()
     assert info["vocab_size"] == VOCAB_SIZE
     assert info["eos_token_id"] == IM_END
+    assert (info["eos_token"], info["bos_token"], info["pad_token"]) == ("<|im_end|>", None, None)
     assert "<|im_start|>" in info["chat_template"]
 
 
