@@ -134,7 +134,7 @@ class ModelRunner:
             batch = self._sampler.prepare(sequences, constrained_rows=constrained)
             bitmask = None
             if masks and constrained:
-                bitmask = _bitmask(masks, rows, constrained, logits.device)
+                bitmask = _bitmask(masks, [rows[at] for at in constrained], logits.device)
             return [RowSamples(rows, batch, self._sampler(logits, batch, bitmask))]
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
@@ -276,16 +276,10 @@ class ModelRunner:
         return chunks
 
 
-def _bitmask(
-    masks: TokenMasks, rows: list[int], constrained: list[int], device: torch.device
-) -> torch.Tensor:
-    """`[R, W]` int32 on the device, once the masks are filled. Row i belongs to
-    `SchedulerOutput.sequences[rows[i]]`, and is undefined unless i is one of `constrained`."""
-    filled = torch.from_numpy(masks.wait()[[masks.rows[rows[at]] for at in constrained]])
+def _bitmask(masks: TokenMasks, rows: list[int], device: torch.device) -> torch.Tensor:
+    """`[C, W]` int32 on the device, once the masks of these rows of the scheduler's output are
+    filled."""
+    filled = torch.from_numpy(masks.wait()[[masks.rows[row] for row in rows]])
     if device.type == "cuda":
         filled = filled.pin_memory()
-    compact = filled.to(device, non_blocking=True)
-    if len(constrained) == len(rows):
-        return compact
-    bitmask = compact.new_empty((len(rows), compact.shape[1]))
-    return bitmask.index_copy_(0, to_device(constrained, torch.int64, device), compact)
+    return filled.to(device, non_blocking=True)

@@ -61,6 +61,9 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._builder = SamplingBatchBuilder(vocab_size, device)
         self._token_ids = torch.arange(vocab_size, device=device)
+        bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)
+        self._bias_of_byte = torch.where(bits & 1 == 1, 0.0, -torch.inf)
+        """[256, 8]: what eight bits of a token bitmask add to their tokens' logits."""
 
     def prepare(
         self,
@@ -81,8 +84,8 @@ class Sampler:
     ) -> SamplerOutput:
         """Sample from `logits` [R, V] of any float type, which are left as they are.
 
-        `token_bitmask` [R, ceil(V / 32)] int32: bit i % 32 of word i // 32 allows token i; only
-        the batch's constrained rows are read.
+        `token_bitmask` [C, ceil(V / 32)] int32 of the batch's constrained rows, in order: bit
+        i % 32 of word i // 32 allows token i.
         """
         plan = batch.plan
         if logits.shape != (plan.num_rows, len(self._token_ids)):
@@ -92,7 +95,7 @@ class Sampler:
         if (token_bitmask is None) != (plan.constrained is None):
             raise ValueError("a token bitmask and constrained rows need one another")
         # The maximum is NaN where a row holds one, +inf likewise, -inf if there is nothing else.
-        best, token_ids = logits.max(dim=1)
+        best, token_ids = _best(logits)
         finite = best.isfinite()
         if plan.working_rows is not None:
             rows = plan.working_rows
@@ -101,7 +104,7 @@ class Sampler:
             best = best if every_row else best.index_select(0, rows)
             if plan.shaped:
                 x = self._shape(x, batch, token_bitmask)
-                best, shaped_ids = x.max(dim=1)
+                best, shaped_ids = _best(x)
                 token_ids.index_copy_(0, rows, shaped_ids)
                 finite = finite.index_copy(0, rows, best.isfinite()) & finite
             for group in plan.groups:
@@ -129,8 +132,11 @@ class Sampler:
         x = flat[:-1].view(num_rows, vocab_size)
         x.copy_(logits)
         if plan.constrained is not None and token_bitmask is not None:
-            mask = _unpack_forbidden(token_bitmask[plan.constrained.batch_rows], vocab_size)
-            _forbid(x, plan.constrained.working_rows, mask)
+            bias = self._bias(token_bitmask)[:, :vocab_size]
+            if len(bias) == num_rows:
+                x.add_(bias)
+            else:
+                x.index_add_(0, plan.constrained, bias)
         if plan.masks is not None:
             _forbid(x, plan.masks.working_rows, plan.masks.forbidden)
         if batch.suppressed is not None:
@@ -140,6 +146,15 @@ class Sampler:
         if plan.penalties is not None:
             _penalise(flat, vocab_size, plan.penalties, batch)
         return x
+
+    def _bias(self, bitmask: Tensor) -> Tensor:
+        """Of an int32 bitmask [C, W]: 0 or -inf for each of its tokens, [C, 32 W] float32.
+
+        A lookup for each byte: on a CPU several times faster than shifting, and adding is faster
+        than filling where a mask says, which branches at each token.
+        """
+        octets = bitmask.contiguous().view(torch.uint8).flatten().to(torch.int32)
+        return self._bias_of_byte.index_select(0, octets).view(len(bitmask), -1)
 
     def _draw(self, x: Tensor, best: Tensor, group: DrawGroup, batch: SamplingBatch) -> Tensor:
         """Token ids [G] of a group, from the working logits [W, V] and their maxima [W]."""
@@ -178,6 +193,15 @@ class Sampler:
             dropped |= relative < group.log_min_p
         winner = _race(relative.masked_fill_(dropped, -torch.inf), keys, token_ids)
         return token_ids.gather(1, winner.unsqueeze(1)).squeeze(1)
+
+
+def _best(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Maxima [R] of rows [R, V] and the first ids [R] that have them; NaN is a row's maximum."""
+    if x.device.type != "cpu":
+        return x.max(dim=1)
+    # NumPy's argmax is vectorised, torch's on the CPU is not: 15 times at 32,000 tokens.
+    token_ids = torch.from_numpy(x.to(torch.float32).numpy().argmax(axis=1))
+    return x.gather(1, token_ids.unsqueeze(1)).squeeze(1), token_ids
 
 
 def _race(relative: Tensor, keys: Tensor, token_ids: Tensor) -> Tensor:
@@ -232,13 +256,6 @@ def _covering_key(keys: Tensor, mass: Tensor, target: Tensor) -> Tensor:
 
 def _forbid(x: Tensor, rows: Tensor, forbidden: Tensor) -> None:
     x.index_copy_(0, rows, x.index_select(0, rows).masked_fill_(forbidden, -torch.inf))
-
-
-def _unpack_forbidden(bitmask: Tensor, vocab_size: int) -> Tensor:
-    """[C, ceil(V / 32)] int32 of allowed tokens as [C, V] bool of forbidden ones."""
-    shifts = torch.arange(32, dtype=torch.int32, device=bitmask.device)
-    bits = (bitmask.unsqueeze(2) >> shifts) & 1
-    return bits.flatten(1)[:, :vocab_size] == 0
 
 
 def _penalise(flat: Tensor, vocab_size: int, rows: PenaltyRows, batch: SamplingBatch) -> None:

@@ -51,7 +51,7 @@ class SamplingBatchBuilder:
         """The batch whose row i samples `sequences[i]` at index `positions[i]` of its tokens.
 
         Positions default to the sequences' lengths; tokens before them must be known if the row
-        has penalties or bad words. `constrained_rows` are those whose `token_bitmask` counts.
+        has penalties or bad words. `constrained_rows`, ascending, have a token bitmask.
         """
         constrained = tuple(constrained_rows)
         # Sequences compare by identity: this is a scan of pointers.

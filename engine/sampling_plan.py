@@ -82,13 +82,6 @@ class RowMasks(NamedTuple):
     forbidden: Tensor  # [M, V] bool
 
 
-class ConstrainedRows(NamedTuple):
-    """The working rows of the rows [C] whose token bitmask counts."""
-
-    working_rows: Tensor
-    batch_rows: Tensor
-
-
 class MinTokensRow(NamedTuple):
     """A row that may not end before its token at index `end_position`."""
 
@@ -129,7 +122,8 @@ class SamplingPlan:
     bias: Entries | None = None
     masks: RowMasks | None = None
     penalties: PenaltyRows | None = None
-    constrained: ConstrainedRows | None = None
+    constrained: Tensor | None = None
+    """[C] int64 working rows that have a token bitmask, in the batch's order."""
     min_tokens: tuple[MinTokensRow, ...] = ()
     bad_words: tuple[BadWordsRow, ...] = ()
     logprob_rows: tuple[int, ...] = ()
@@ -323,15 +317,11 @@ class PlanMaker:
             self._column([p.frequency_penalty for p in params], torch.float32),
         )
 
-    def _constrained_rows(
-        self, working: list[int], constrained: tuple[int, ...]
-    ) -> ConstrainedRows | None:
+    def _constrained_rows(self, working: list[int], constrained: tuple[int, ...]) -> Tensor | None:
         if not constrained:
             return None
         index_of = {row: index for index, row in enumerate(working)}
-        return ConstrainedRows(
-            self._rows([index_of[row] for row in constrained]), self._rows(constrained)
-        )
+        return self._rows([index_of[row] for row in constrained])
 
     def _min_tokens(
         self, sequences: Sequence[TokenSequence], working: list[int]

@@ -2,7 +2,7 @@
 
     request comes ─▶ its grammar is compiled in a thread; it waits in the queue until then
     step:  schedule ─▶ start ──▶ execute: forward ──▶ wait for the bitmask ─▶ sample ─▶ update
-                         └─ threads: read the last token, fill the row ──┘
+                         └─ a thread: read the last tokens, fill the rows ┘
 
 A matcher follows the output of one choice. It reads what it has not read yet, so a fork (made
 before the first output token), a preemption (which keeps the tokens) and a step that was given up
@@ -14,6 +14,7 @@ bar an end token as long as the grammar lets anything else follow, and no longer
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -29,14 +30,13 @@ from .outputs import RowError, SchedulerOutput, SequenceOutput
 from .request import GrammarSpec, Request
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
     from .sequence import Sequence as TokenSequence
 
-NUM_THREADS = 4
 MAX_CACHED_GRAMMARS = 64
-ROWS_PER_TASK = 8
-"""A row takes some 10 µs to 1 ms: fewer of them are not worth another thread."""
+NUM_THREADS = min(4, os.cpu_count() or 1)
+"""Threads of llguidance that fill rows, some 10 µs to 1 ms each, without Python's lock."""
 
 
 @dataclass(slots=True)
@@ -60,8 +60,7 @@ class _Constrained:
 class _Row(NamedTuple):
     """One row to fill: tokens to read first, end tokens to bar while there are others."""
 
-    row: int
-    bits: NDArray[np.int32]
+    row: int  # in SchedulerOutput.sequences
     matcher: LLMatcher
     token_ids: list[int]
     barred: frozenset[int]
@@ -75,15 +74,15 @@ class TokenMasks:
         """Index in `SchedulerOutput.sequences` → row of the bitmask."""
         self.errors: dict[int, RowError] = {}
         """By index in `SchedulerOutput.sequences`; complete after `wait`."""
-        self.tasks: list[Future[None]] = []
-        self._bitmask = bitmask
+        self.filling: Future[None] | None = None
+        self.bitmask = bitmask
 
     def wait(self) -> NDArray[np.int32]:
         """[C, W] once all are filled: bit i % 32 of word i // 32 allows token i. A row with an
         error allows everything."""
-        for task in self.tasks:
-            task.result()
-        return self._bitmask
+        if self.filling is not None:
+            self.filling.result()
+        return self.bitmask
 
 
 class StructuredOutput:
@@ -104,9 +103,10 @@ class StructuredOutput:
         self._cache: OrderedDict[GrammarSpec, Future[LLMatcher]] = OrderedDict()
         self._requests: dict[str, _Constrained] = {}
         self._masks: TokenMasks | None = None
-        # Its only thread loads the tokenizer, too. Rows have others: no step waits for a grammar.
+        self._executor: LLExecutor | None = None
+        # Its thread loads the tokenizer, too. Rows have another: no step waits for a grammar.
         self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
-        self._fillers = ThreadPoolExecutor(NUM_THREADS, "grammar-rows")
+        self._filler = ThreadPoolExecutor(1, "grammar-rows")
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -194,18 +194,17 @@ class StructuredOutput:
         bitmask = np.full((len(indices), self._width), -1, np.int32)
         masks = TokenMasks({index: row for row, index in enumerate(indices)}, bitmask)
         rows: list[_Row] = []
-        for index, bits in zip(indices, bitmask, strict=True):
+        for index in indices:
             try:
-                rows.append(self._row(index, bits, output.sequences[index]))
+                rows.append(self._row(index, output.sequences[index]))
             except Exception as error:  # whatever reading the tokenizer or the grammar raised
                 masks.errors[index] = _row_error(error)
-        size = max(ROWS_PER_TASK, -(-len(rows) // NUM_THREADS))
-        for at in range(0, len(rows), size):
-            masks.tasks.append(self._fillers.submit(self._fill, masks, rows[at : at + size]))
+        if rows:
+            masks.filling = self._filler.submit(self._fill, masks, rows)
         self._masks = masks
         return masks
 
-    def _row(self, index: int, bits: NDArray[np.int32], sequence: TokenSequence) -> _Row:
+    def _row(self, index: int, sequence: TokenSequence) -> _Row:
         constrained = self._requests[sequence.request.request_id]
         matcher = constrained.matchers.get(sequence.choice)
         if matcher is None:
@@ -219,45 +218,60 @@ class StructuredOutput:
             barred = frozenset(self._eos_token_ids) - frozenset(params.stop_token_ids)
         if sequence.num_output_tokens < params.min_tokens:
             barred = sequence.stop_ids
-        return _Row(index, bits, matcher.llguidance, new, barred)
+        return _Row(index, matcher.llguidance, new, barred)
 
     def _fill(self, masks: TokenMasks, rows: list[_Row]) -> None:
+        try:
+            self._fill_rows(masks, rows)
+        except Exception as error:  # of no row in particular
+            masks.errors.update((row.row, _row_error(error)) for row in rows)
+        for index in masks.errors:
+            masks.bitmask[masks.rows[index]] = -1
+
+    def _fill_rows(self, masks: TokenMasks, rows: list[_Row]) -> None:
+        from llguidance import LLExecutor
+
+        if self._executor is None:
+            self._executor = LLExecutor(NUM_THREADS)
         for row in rows:
-            try:
-                self._fill_row(row)
-            except Exception as error:
-                row.bits.fill(-1)
-                masks.errors[row.row] = _row_error(error)
+            if row.token_ids:
+                row.matcher.consume_tokens(row.token_ids)  # a failure shows in the matcher's state
+        bitmask = masks.bitmask
+        self._executor.unsafe_compute_mask_ptr(
+            [(row.matcher, masks.rows[row.row]) for row in rows],
+            bitmask.ctypes.data,
+            bitmask.strides[0],
+            len(bitmask),
+        )
+        _clear_from(bitmask, self._vocab_size)
+        for row in rows:
+            bits = bitmask[masks.rows[row.row]]
+            if row.barred:
+                self._bar(bits, row.barred)
+            reason = matcher_failure(row.matcher)
+            if reason is None and not bits.any():
+                reason = "no token continues it"
+            if reason is not None:
+                message = f"the grammar cannot be followed further: {reason}"
+                masks.errors[row.row] = RowError(GrammarError.code, message)
 
-    def _fill_row(self, row: _Row) -> None:
-        matcher, bits = row.matcher, row.bits
-        if row.token_ids:
-            matcher.consume_tokens(row.token_ids)
-        matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-        reason = matcher_failure(matcher)
-        if reason is not None:
-            raise GrammarError(f"the grammar cannot be followed further: {reason}")
-        _clear_from(bits, self._vocab_size)
-        if row.barred:
-            others = bits.copy()
-            for token_id in row.barred:
-                if token_id < self._vocab_size:
-                    others[token_id >> 5] &= ~np.left_shift(np.int32(1), token_id & 31)
-            if others.any():
-                bits[:] = others
-        if not bits.any():
-            raise GrammarError("the grammar cannot be followed further: no token continues it")
+    def _bar(self, bits: NDArray[np.int32], token_ids: frozenset[int]) -> None:
+        """Forbid these tokens in a row unless nothing else is allowed."""
+        others = bits.copy()
+        for token_id in token_ids:
+            if token_id < self._vocab_size:
+                others[token_id >> 5] &= ~np.left_shift(np.int32(1), token_id & 31)
+        if others.any():
+            bits[:] = others
 
 
-def _clear_from(bits: NDArray[np.int32], end: int) -> None:
+def _clear_from(bitmask: NDArray[np.int32], end: int) -> None:
     """Forbid ids ≥ `end`, which a tokenizer that is larger than the model's vocabulary has."""
     word, bit = divmod(end, 32)
-    if word < len(bits):
-        bits[word] &= np.int32((1 << bit) - 1) if bit < 32 else -1
-        bits[word + 1 :] = 0
+    if word < bitmask.shape[1]:
+        bitmask[:, word] &= np.int32((1 << bit) - 1)
+        bitmask[:, word + 1 :] = 0
 
 
 def _row_error(error: Exception) -> RowError:
-    if isinstance(error, GrammarError):
-        return RowError(error.code, error.message)
     return RowError(GrammarError.code, f"the grammar cannot be followed: {error}"[:500])

@@ -297,7 +297,7 @@ def test_bitmask_constrains_only_its_rows() -> None:
     sequences = [make_sequence(own_seed=i, temperature=0.0 if i == 0 else 1.0) for i in range(4)]
     sampler = Sampler(vocab, CPU)
     batch = sampler.prepare(sequences, constrained_rows=[0, 1, 2])
-    tokens = sampler(logits, batch, bitmask).token_ids
+    tokens = sampler(logits, batch, bitmask[:3]).token_ids
     free = sampler(logits, sampler.prepare(sequences)).token_ids
     assert int(tokens[0]) == max(allowed[0], key=lambda token_id: float(logits[0, token_id]))
     assert int(tokens[1]) == 63

@@ -298,8 +298,8 @@ def test_a_matcher_that_fails_ends_its_choice_alone(
     failing = "victim"
     original = StructuredOutput._row
 
-    def row(self: StructuredOutput, index: int, bits: Any, sequence: Sequence) -> Any:
-        result = original(self, index, bits, sequence)
+    def row(self: StructuredOutput, index: int, sequence: Sequence) -> Any:
+        result = original(self, index, sequence)
         if sequence.choice == 1 and sequence.request.request_id == failing:
             # As if a token had been sampled that was not allowed.
             return result._replace(token_ids=result.token_ids and [END_OF_TEXT])
@@ -312,6 +312,21 @@ def test_a_matcher_that_fails_ends_its_choice_alone(
     assert reasons.pop((failing, 1)) == "error"
     assert set(reasons.values()) == {"stop"}
     assert len(answers[failing, 1].token_ids) == 1
+
+
+def test_a_failure_of_no_row_in_particular_costs_constrained_rows_alone(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(matcher: Any) -> str:
+        raise RuntimeError("borrowed")
+
+    monkeypatch.setattr(structured_output, "matcher_failure", fail)
+    requests = [make_request("c", OTHERS["regex"][0]), make_request("f", None, max_tokens=4)]
+    answers = run(core, requests)
+    final = answers["c", 0].final
+    assert final is not None and final.error is not None
+    assert final.error.code == "grammar_failed" and "borrowed" in final.error.message
+    assert len(answers["f", 0].token_ids) == 4
 
 
 def test_an_abort_while_the_grammar_is_compiled(folder: Path) -> None:
