@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any
 
 import httpx
+import pytest
 import schemathesis
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, settings
@@ -139,6 +140,25 @@ def test_bodies_and_streams_are_described() -> None:
         streams = "stream" in models[0].model_fields
         assert ("text/event-stream" in operation["responses"]["200"]["content"]) == streams
         assert ("429" in operation["responses"]) == streams
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/responses", {"input": "a"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9}),
+    ],
+)
+async def test_events_are_as_described(path: str, body: dict[str, Any]) -> None:
+    transport = httpx.ASGITransport(app=APP)
+    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+        response = await client.post(path, json={**body, "stream": True})
+    assert response.status_code == 200
+    schema[path]["POST"].Case(body=body).validate_response(
+        response, checks=[content_type_conformance, response_schema_conformance]
+    )
 
 
 async def test_the_page_loads_nothing_from_elsewhere(client: httpx.AsyncClient) -> None:
