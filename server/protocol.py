@@ -26,7 +26,7 @@ from .tool_choice import MAX_TOOLS, check_parameters, check_tool_choice, check_u
 from .tool_parsers import TOOL_NAME
 from .unsupported import refuse_unsupported
 
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024  # characters
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_LENGTH = 256  # characters

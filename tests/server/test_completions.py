@@ -78,7 +78,8 @@ async def test_a_stop_string_ends_the_text_and_aborts_the_choice(
     client: httpx.AsyncClient, engine: FakeEngineClient, chunk: int, include: bool
 ) -> None:
     engine.scripts = say("one STOP two, and more to come", chunk=chunk, delay=0.001)
-    fields = {"prompt": "p", "max_tokens": 99, "stop": ["ST0P", "STOP"]}
+    stops = ["ST0P", "STOP", *(f"{number} stops" for number in range(14))]
+    fields = {"prompt": "p", "max_tokens": 99, "stop": stops}
     fields["include_stop_str_in_output"] = include
     answer = await complete(client, **fields)
     [choice] = answer["choices"]

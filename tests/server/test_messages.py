@@ -241,7 +241,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 3}, "temperature"),
     ({"top_k": -5}, "top_k"),
     ({"stop_sequences": [""]}, "stop_sequences"),
-    ({"stop_sequences": list("abcde")}, "stop_sequences"),
+    ({"stop_sequences": ["a"] * 17}, "stop_sequences"),
     ({"stream": 1}, "stream"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
     ({"tools": [{**TOOL, "name": "a b"}]}, "tools[0].name"),
