@@ -272,6 +272,7 @@ class BeamSearch:
         child.token_ids = list(parent.token_ids)
         self._block_manager.fork(parent, child)
         child.status = SequenceStatus.RUNNING
+        child.rank = parent.rank._replace(choice=child.choice)
         insort(self._running, child, key=attrgetter("rank"))
         return child
 

@@ -10,7 +10,7 @@ from .errors import ConfigurationError
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
-SchedulingPolicy = Literal["fcfs", "priority"]
+SchedulingPolicy = Literal["fcfs", "priority", "fair"]
 
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 128
 

@@ -32,6 +32,7 @@ class Request:
     `queue_deadline` bounds the wait for the first step, `deadline` the whole request. Lower
     `priority` goes first. Requests share cached blocks only with requests of the same
     `cache_salt`. Every choice matches the `grammar`, unless its tokens run out before its end.
+    `user` is whom the policy "fair" counts it for; None is a user too.
     With `pooling` the prompt is computed for its embedding and nothing is generated.
     """
 
@@ -45,6 +46,7 @@ class Request:
     cache_salt: str | None = None
     grammar: GrammarSpec | None = None
     pooling: Pooling | None = None
+    user: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:

@@ -17,6 +17,7 @@ from .beam_search import BeamSearch
 from .block_manager import BlockManager
 from .config import SchedulingPolicy
 from .errors import DeviceMemoryError, InvalidRequestError
+from .fair_queue import FairQueue
 from .outputs import (
     EngineStats,
     FinishReason,
@@ -64,7 +65,8 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Sequence] = []
-        self.waiting = WaitingQueue()
+        self._fair = FairQueue() if policy == "fair" else None
+        self.waiting = WaitingQueue() if self._fair is None else self._fair
         self._clock = clock
         self._is_ready = is_ready
         self._admission = Admission(block_manager, clock)
@@ -156,6 +158,8 @@ class Scheduler:
             self._fail(sequence, error)
         self._step += 1
         output = SchedulerOutput(self._step, [], [], [], 0, [], [], [])
+        if self._fair is not None and self._may_preempt():
+            self._fair.rank(self.running)
         preemptions = self._preemptions
         budget = self._schedule_running(output, self._budget)
         if self._preemptions == preemptions:
@@ -194,6 +198,12 @@ class Scheduler:
             budget -= num_new
             i += 1
         return budget
+
+    def _may_preempt(self) -> bool:
+        """Whether a step could want more blocks than there are: of each row one for its tokens'
+        remainder and one for a copy, and those that the budget fills."""
+        most = 2 * self.max_num_seqs + self._budget // self.block_manager.block_size
+        return self.block_manager.pool.num_free < most
 
     def _fork_or_limit(self, sequence: Sequence) -> int:
         """The tokens that a running sequence may compute next; where siblings share them, no
@@ -242,6 +252,7 @@ class Scheduler:
                 self.waiting.push(sibling)
                 continue
             self.block_manager.fork(parent, sibling)
+            sibling.rank = parent.rank._replace(choice=sibling.choice)
             sibling.status = SequenceStatus.RUNNING
             sibling.scheduled_time = parent.scheduled_time
             sibling.num_cached_tokens = parent.num_cached_tokens
@@ -260,10 +271,13 @@ class Scheduler:
             group = self._beams.group_of(sequence)
             if group is not None and group.width > seats:
                 break
+            is_first = sequence.num_cached_tokens is None
             admitted = self._admission.admit(sequence, budget)
             if admitted is None:
                 break
             self.waiting.pop()
+            if self._fair is not None and is_first:
+                self._fair.charge_prompt(sequence)
             sequence.status = SequenceStatus.RUNNING
             insort(self.running, sequence, key=_rank)
             output.block_copies.extend(admitted.copies)
@@ -298,6 +312,8 @@ class Scheduler:
         """Advance what was computed, append what was sampled, end what is complete."""
         if self._budget < self.max_num_batched_tokens:
             self._budget = min(self._budget * 2, self.max_num_batched_tokens)
+        if self._fair is not None:
+            self._fair.charge_outputs(output.sequences, result.token_ids)
         now = self._clock()
         outputs = self._outputs
         if self._beams:

@@ -18,7 +18,7 @@ from .limits import Ticket
 from .logprobs import LogprobFormat
 from .message_events import MessageBuilder, delta_of, joined
 from .message_parser import MessageParser, prompt_end
-from .preparation import prepare_chat, response_id
+from .preparation import asked_by, prepare_chat, response_id
 from .protocol import ChatBody, validate
 from .state import ServerState, state_of
 from .streaming import run_until_disconnect
@@ -36,7 +36,8 @@ async def create_chat_completion(request: Request) -> Response:
         ignored += unenforced(body)
         state.check_model(body.model)
         answer_id = response_id("chatcmpl", request, body)
-        chat = await Chat.start(state, body, answer_id, request.state.request_id)
+        owner = state.keys.owner(request)
+        chat = await Chat.start(state, body, answer_id, request.state.request_id, owner)
     headers = ignored_header(ignored)
     job, ticket = chat.job, chat.ticket
     if body.stream:
@@ -75,9 +76,13 @@ class Chat:
         )
 
     @classmethod
-    async def start(cls, state: ServerState, body: ChatBody, answer_id: str, log_id: str) -> Chat:
-        """Raises QuireError where the conversation is refused. Whoever runs it closes `ticket`."""
+    async def start(
+        cls, state: ServerState, body: ChatBody, answer_id: str, log_id: str, owner: bytes
+    ) -> Chat:
+        """Raises QuireError where the conversation is refused. Whoever runs it closes `ticket`.
+        `owner` is that of the request's API key."""
         job, ticket = await prepare_chat(state, body)
+        job = asked_by(job, owner, body.user)
         return cls(state, body, job, ticket, answer_id, log_id)
 
     def _new_parser(self) -> MessageParser:

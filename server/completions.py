@@ -15,7 +15,7 @@ from .body import read_json_object
 from .errors import client_left
 from .generation import Delta, Finished, Generation, collect
 from .logprobs import LogprobFormat
-from .preparation import prepare_completion, response_id
+from .preparation import asked_by, prepare_completion, response_id
 from .protocol import CompletionBody, validate
 from .state import ServerState, state_of
 from .streaming import run_until_disconnect
@@ -33,6 +33,7 @@ async def create_completion(request: Request) -> Response:
         state.check_model(body.model)
         answer_id = response_id("cmpl", request, body)
         job, ticket = await prepare_completion(state, body)
+    job = asked_by(job, state.keys.owner(request), body.user)
     generation = Generation(state, job, ticket, request.state.request_id)
     writer = _CompletionWriter(state, body, generation, answer_id)
     headers = ignored_header(ignored)

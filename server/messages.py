@@ -35,7 +35,8 @@ async def create_message(request: Request) -> Response:
         state.check_model(body.model)
         message_id = f"msg_{uuid.uuid4().hex}"
         with renamed(names_of(body)):
-            chat = await Chat.start(state, chat_body, message_id, request_id)
+            owner = state.keys.owner(request)
+            chat = await Chat.start(state, chat_body, message_id, request_id, owner)
     writer = MessageWriter(message_id, state.model_name)
     headers = ignored_header(ignored)
     if body.stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from itertools import takewhile
@@ -183,6 +184,13 @@ def check_body(
     return body, chat_body(fields, names_of(body)), ignored + reader.ignored
 
 
+def _user(metadata: Metadata | None) -> str | None:
+    """A label as short as a chat's, of whatever length the API takes here."""
+    if metadata is None or not metadata.user_id:
+        return None
+    return hashlib.sha256(metadata.user_id.encode()).hexdigest()
+
+
 def names_of(body: CountTokensBody) -> dict[str, str]:
     """NAMES for this body: what decides about the effort is the field to name."""
     disabled = body.thinking is not None and body.thinking.type == "disabled"
@@ -252,7 +260,11 @@ class _Reader:
 def _generation_fields(body: CountTokensBody) -> dict[str, Any]:
     if not isinstance(body, MessagesBody):
         return {}
-    return {"max_tokens": body.max_tokens, "stop": body.stop_sequences or body.stop}
+    return {
+        "max_tokens": body.max_tokens,
+        "stop": body.stop_sequences or body.stop,
+        "user": _user(body.metadata),
+    }
 
 
 def _thinking_fields(body: CountTokensBody) -> dict[str, Any]:

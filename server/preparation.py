@@ -124,6 +124,12 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
     return job, ticket
 
 
+def asked_by(job: Job, owner: bytes, user: str | None) -> Job:
+    """The job, counted for `user` of the API key's `owner`."""
+    account = f"{owner.hex()[:16]}:{user or ''}"
+    return replace(job, requests=[replace(each, user=account) for each in job.requests])
+
+
 def response_id(prefix: str, request: HttpRequest, body: GenerationBody) -> str:
     """`prefix-` and the request's id; one from the body wins and is echoed in the header too.
 

@@ -21,7 +21,7 @@ def make_request(prompt: list[int], max_tokens: int = 4, **fields: Any) -> Reque
     """Fields of Request are taken by name, the rest go to SamplingParams."""
     own = {
         name: fields.pop(name)
-        for name in ("request_id", "queue_deadline", "deadline", "priority", "cache_salt")
+        for name in ("request_id", "queue_deadline", "deadline", "priority", "cache_salt", "user")
         if name in fields
     }
     own.setdefault("request_id", f"r{next(_ids)}")

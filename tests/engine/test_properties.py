@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from quire.engine.config import SchedulingPolicy
 from quire.engine.request import Request
 
 from .harness import Harness, expected_beams, expected_tokens
@@ -24,13 +25,15 @@ EOS = 2  # never sampled by the fake worker, but one of its beams' candidates
 class SchedulerMachine(RuleBasedStateMachine):
     """A pool so small that sharing, copying, eviction and preemption all happen within a run."""
 
+    policy: SchedulingPolicy = "priority"
+
     def __init__(self) -> None:
         super().__init__()
         self.harness = Harness(
             num_blocks=12,
             budget=40,
             max_num_seqs=5,
-            policy="priority",
+            policy=self.policy,
             eos_token_ids=(EOS,),
             check=False,
         )
@@ -54,7 +57,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         salt: str | None,
     ) -> None:
         request = self.harness.add(
-            STEM[:shared] + tail, max_tokens, n=n, priority=priority, cache_salt=salt
+            STEM[:shared] + tail,
+            max_tokens,
+            n=n,
+            priority=priority,
+            cache_salt=salt,
+            user=f"u{priority}",
         )
         self.requests[request.request_id] = request
 
@@ -77,6 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         **fields: Any,
     ) -> None:
         n = data.draw(st.integers(1, width))
+        fields["user"] = f"u{fields['priority']}"
         request = self.harness.add(
             STEM[:shared] + tail, n=n, beam_width=width, temperature=0.0, **fields
         )
@@ -139,6 +148,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert tokens == want
 
 
+class FairSchedulerMachine(SchedulerMachine):
+    policy = "fair"
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
     max_examples=400,
@@ -147,3 +160,6 @@ TestScheduler.settings = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+TestFairScheduler = FairSchedulerMachine.TestCase
+TestFairScheduler.settings = settings(TestScheduler.settings, max_examples=150)

@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from .conftest import MakeClient
+from .conftest import MODEL, MakeClient
 from .fakes import FakeEngineClient
 from .test_faults import assert_shape
 
@@ -91,3 +91,35 @@ async def test_the_admin_key_resets_the_prefix_cache(
     response = await ask(client, "POST", "/v1/prefix_cache/reset", Authorization="Bearer boss")
     assert response.json() == {"status": "ok"}
     assert engine.resets == 1
+
+
+async def test_requests_count_for_their_user_within_their_key(
+    make_client: MakeClient, engine: FakeEngineClient
+) -> None:
+    client = make_client(api_key=("one", "two"), scheduling_policy="fair")
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"model": MODEL, "prompt": "hi"},
+        "/v1/chat/completions": chat,
+        "/v1/responses": {"model": MODEL, "input": "hi"},
+    }
+
+    async def account(path: str, key: str, fields: dict[str, Any]) -> str:
+        headers = {"authorization": f"Bearer {key}"}
+        response = await client.post(path, json=fields, headers=headers)
+        assert response.status_code == 200, response.text
+        user = engine.requests[-1].user
+        assert user is not None and key not in user
+        return user
+
+    seen = set()
+    for user in (None, "u1", "u2"):
+        for key in ("one", "two"):
+            [same] = {await account(path, key, {**bodies[path], "user": user}) for path in bodies}
+            seen.add(same)
+    assert len(seen) == 6
+    message = {**chat, "max_tokens": 4, "metadata": {"user_id": "u" * 500}}
+    first = await account("/v1/messages", "one", message)
+    assert first == await account("/v1/messages", "one", message)
+    message["metadata"] = {"user_id": "u" * 499}
+    assert first != await account("/v1/messages", "one", message)
