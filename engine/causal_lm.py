@@ -76,8 +76,10 @@ class CausalLM:
     UnsupportedModelError naming the reason.
     """
 
-    def __init__(self, model: Any, spec: ModelSpec) -> None:
+    def __init__(self, model: Any, spec: ModelSpec, *, can_generate: bool = True) -> None:
+        """`can_generate` is False where the head's weights are made up: logits mean nothing."""
         self.spec = spec
+        self.can_generate = can_generate
         register_attention()
         AttentionInterface.register(_PROBE, _probe_attention)
         self._check_class(model)

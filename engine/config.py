@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from .embedding_spec import NO_LAYOUT, EmbeddingSpec
 from .errors import ConfigurationError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -43,6 +44,7 @@ class EngineConfig:
     scheduling_policy: SchedulingPolicy = "fcfs"
     max_logprobs: int = 20
     num_threads: int | None = None
+    pooling: PoolingChoice = "auto"
 
     def __post_init__(self) -> None:
         def require(ok: bool, message: str) -> None:
@@ -74,7 +76,11 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What the engine reports once it is ready; the HTTP side validates requests against it."""
+    """What the engine reports once it is ready; the HTTP side validates requests against it.
+
+    `embedding` is how it makes embeddings, or why it makes none; without `can_generate` it makes
+    nothing else, since its weights have no language-model head.
+    """
 
     model: str
     architecture: str
@@ -89,6 +95,8 @@ class EngineInfo:
     max_num_seqs: int
     max_logprobs: int
     eos_token_ids: tuple[int, ...]
+    embedding: EmbeddingSpec | str = NO_LAYOUT
+    can_generate: bool = True
 
     @property
     def kv_capacity_tokens(self) -> int:

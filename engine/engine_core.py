@@ -46,6 +46,8 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_logprobs=config.max_logprobs,
             eos_token_ids=loaded.eos_token_ids,
+            embedding=loaded.embedding,
+            can_generate=loaded.can_generate,
         )
         self._structured = StructuredOutput(
             loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)
@@ -78,6 +80,7 @@ class EngineCore:
             max_model_len=info.max_model_len,
             block_size=info.block_size,
             num_blocks=info.num_blocks,
+            can_generate=info.can_generate,
         )
         self._structured.check(request)
         self._scheduler.add_request(request)

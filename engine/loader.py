@@ -9,6 +9,7 @@ import torch
 from .attention import IMPLEMENTATION, register_attention
 from .causal_lm import CausalLM
 from .config import EngineConfig
+from .embedding_spec import EmbeddingSpec
 from .errors import ConfigurationError, ModelLoadError, QuireError, UnsupportedModelError
 from .model_spec import ModelSpec, one_line, read_hf_config, spec_from_hf_config
 
@@ -48,11 +49,13 @@ def load_model(config: EngineConfig) -> CausalLM:
     device = resolve_device(config)
     dtype = resolve_dtype(config, spec, device)
     register_attention()
+    can_generate = True
     try:
         if config.load_format == "dummy":
             model = _build_dummy(hf_config, config, dtype, device)
         else:
-            model = _load_weights(hf_config, config, dtype).to(device)
+            model, can_generate = _load_weights(hf_config, spec, config, dtype)
+            model = model.to(device)
     except QuireError:
         raise
     except torch.OutOfMemoryError as error:
@@ -61,7 +64,7 @@ def load_model(config: EngineConfig) -> CausalLM:
         raise ModelLoadError(f"cannot load {config.model!r}: {one_line(error)}") from error
     model.eval().requires_grad_(False)
     _fix_rope(model, max_model_len, spec)
-    return CausalLM(model, spec)
+    return CausalLM(model, spec, can_generate=can_generate)
 
 
 def _auto_class(hf_config: Any, config: EngineConfig) -> Any:
@@ -75,8 +78,11 @@ def _auto_class(hf_config: Any, config: EngineConfig) -> Any:
     return AutoModelForCausalLM
 
 
-def _load_weights(hf_config: Any, config: EngineConfig, dtype: torch.dtype) -> Any:
-    """On the CPU; transformers builds on the meta device and shows a progress bar."""
+def _load_weights(
+    hf_config: Any, spec: ModelSpec, config: EngineConfig, dtype: torch.dtype
+) -> tuple[Any, bool]:
+    """The model on the CPU, and whether its head was in the weights, which only embeddings can do
+    without. transformers builds on the meta device and shows a progress bar."""
     model, report = _auto_class(hf_config, config).from_pretrained(
         config.model,
         config=hf_config,
@@ -86,14 +92,19 @@ def _load_weights(hf_config: Any, config: EngineConfig, dtype: torch.dtype) -> A
         attn_implementation=IMPLEMENTATION,
         output_loading_info=True,
     )
+    has_head = True
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         names = sorted(str(name) for name in report.get(kind) or ())
+        if kind == "missing_keys" and isinstance(spec.embedding, EmbeddingSpec):
+            body = f"{model.base_model_prefix}."
+            has_head = all(name.startswith(body) for name in names)
+            names = [name for name in names if name.startswith(body)]
         if names:
             raise ModelLoadError(
                 f"cannot load {config.model!r}: {len(names)} {kind.replace('_', ' ')}, "
                 f"the first {names[0]}"
             )
-    return model
+    return model, has_head
 
 
 def _build_dummy(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import EngineConfig
+from .embedding_spec import NO_LAYOUT, EmbeddingSpec, read_embedding
 from .errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -18,7 +19,8 @@ class ModelSpec:
 
     `windows[i]` is how many of the latest tokens layer i attends to, itself included; None is all.
     `max_position` is the longest context in tokens that the positional encoding covers, rope
-    scaling included. `dtype` is the checkpoint's, as a torch name without the prefix.
+    scaling included. `dtype` is the checkpoint's, as a torch name without the prefix. `embedding`
+    is how embeddings are made, or why none are.
     """
 
     architecture: str
@@ -31,6 +33,7 @@ class ModelSpec:
     windows: tuple[int | None, ...]
     eos_token_ids: tuple[int, ...]
     dtype: str
+    embedding: EmbeddingSpec | str = NO_LAYOUT
 
     def kv_bytes_per_token(self, element_size: int) -> int:
         """Bytes of K and V over all layers; `element_size` in bytes."""
@@ -101,6 +104,7 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
             dtype=str(getattr(hf_config, "dtype", None) or text.dtype or "float32").removeprefix(
                 "torch."
             ),
+            embedding=read_embedding(hf_config, config),
         )
     except AttributeError as error:
         raise UnsupportedModelError(
@@ -116,6 +120,8 @@ def _refuse_unsupported(hf_config: Any, text: Any, architecture: str) -> None:
         text, "add_cross_attention", False
     ):
         refuse("encoder-decoder models and cross attention are not supported")
+    if getattr(text, "is_causal", True) is False:
+        refuse("its tokens attend to later ones")
     quantization = getattr(hf_config, "quantization_config", None)
     if quantization is not None:
         method = (

@@ -59,7 +59,13 @@ class Request:
                 raise InvalidRequestError("an embedding samples nothing", "sampling_params")
 
     def check_fits(
-        self, *, vocab_size: int, max_model_len: int, block_size: int, num_blocks: int
+        self,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        block_size: int,
+        num_blocks: int,
+        can_generate: bool = True,
     ) -> None:
         """Raise where the request can never run.
 
@@ -67,6 +73,11 @@ class Request:
         other sequences' blocks but never one's own. Beams share the full blocks of the prompt; in
         the worst case nothing else.
         """
+        if self.pooling is None and not can_generate:
+            raise InvalidRequestError(
+                "the model's weights have no language-model head: it makes embeddings alone",
+                "model",
+            )
         prompt = self.prompt_token_ids
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise InvalidRequestError(
@@ -86,8 +97,9 @@ class Request:
         own = -(-(total - (params.max_tokens > 0)) // block_size) - shared
         if shared + (params.beam_width or 1) * own > num_blocks:
             beams = "" if params.beam_width is None else f" and {params.beam_width} beams"
+            what = f"prompt and max_tokens{beams} need" if params.max_tokens else "prompt needs"
             raise PoolTooSmallError(
-                f"prompt and max_tokens{beams} need more KV cache for {total} tokens than the "
-                f"pool's {num_blocks * block_size}",
-                "max_tokens",
+                f"{what} more KV cache for {total} tokens than the pool's "
+                f"{num_blocks * block_size}",
+                "max_tokens" if params.max_tokens else "prompt",
             )

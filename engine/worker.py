@@ -40,6 +40,8 @@ class Worker:
             max_model_len=self._max_model_len,
             kv_bytes_per_token=spec.kv_bytes_per_token(model.dtype.itemsize),
             eos_token_ids=spec.eos_token_ids,
+            embedding=spec.embedding,
+            can_generate=model.can_generate,
         )
 
     def profile(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from .embedding_spec import EmbeddingSpec
 from .outputs import ModelRunnerOutput, SchedulerOutput
 
 
@@ -13,7 +14,8 @@ class WorkerInfo:
     """Facts about the loaded model, known before its KV cache is sized.
 
     `max_model_len` is resolved (the configured one, else the model's own), in tokens.
-    `kv_bytes_per_token` covers K and V of all layers.
+    `kv_bytes_per_token` covers K and V of all layers. `embedding` and `can_generate` are those of
+    EngineInfo.
     """
 
     architecture: str
@@ -24,6 +26,8 @@ class WorkerInfo:
     max_model_len: int
     kv_bytes_per_token: int
     eos_token_ids: tuple[int, ...]
+    embedding: EmbeddingSpec | str
+    can_generate: bool
 
 
 class WorkerProtocol(Protocol):

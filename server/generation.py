@@ -82,6 +82,7 @@ class Generation:
         self._log_id = log_id
         self.prompt_logprobs: list[list[TokenLogprobs | None] | None]
         self.prompt_logprobs = [None] * len(job.requests)
+        self.embeddings: list[bytes | None] = [None] * len(job.requests)
         self._cached_tokens = [0] * len(job.requests)
         self._prompts_counted = [False] * len(job.requests)
         self._timings: list[Timings | None] = [None] * len(job.requests)
@@ -195,6 +196,8 @@ class Generation:
             self._count_prompt(position)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs[position] = output.prompt_logprobs
+        if output.embedding is not None:
+            self.embeddings[position] = output.embedding
         if output.timings is not None:
             self._timings[position] = output.timings
         choice = self.choices[position][output.choice]

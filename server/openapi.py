@@ -93,6 +93,7 @@ _OF_PATHS: dict[str, tuple[int, ...]] = {
     "/v1/responses/{response_id}": (400, 404),
     "/v1/responses/{response_id}/cancel": (400, 404),
     "/v1/prefix_cache/reset": (503,),
+    "/v1/embeddings": (429, 504),
 }
 _GENERATION = {
     "type": "object",
@@ -102,6 +103,11 @@ _GENERATION = {
 _ANSWERS: dict[str, dict[str, Any]] = {
     "/v1/completions": _GENERATION,
     "/v1/chat/completions": _GENERATION,
+    "/v1/embeddings": {
+        "type": "object",
+        "required": ["object", "data", "model", "usage"],
+        "properties": {"data": {"type": "array", "items": {"type": "object"}}},
+    },
     "/tokenize": {
         "type": "object",
         "required": ["count", "max_model_len", "tokens", "token_strs"],

@@ -15,7 +15,7 @@ from ..engine.errors import (
     QueueTimeoutError,
     RequestTimeoutError,
 )
-from ..engine.request import GrammarSpec, Request
+from ..engine.request import GrammarSpec, Pooling, Request
 from ..engine.sampling_params import SamplingParams
 from .bad_words import encode_bad_words
 from .chat_prompt import check_chat, encode_chat, offered_tools
@@ -37,7 +37,7 @@ MAX_PROMPT_LOGPROBS = 1_000_000
 async def prepare_completion(state: ServerState, body: CompletionBody) -> tuple[Job, Ticket]:
     """Raises QuireError; the ticket is given back then."""
     arrival = time.monotonic()
-    prompts = _prompts(body.prompt, state)
+    prompts = prompts_of(body.prompt, state)
     info = state.engine.info
     width = check_limits(body, len(prompts), info, state.settings)
     if body.stream and body.echo and body.logprobs is not None:
@@ -68,7 +68,7 @@ async def prepare_completion(state: ServerState, body: CompletionBody) -> tuple[
             await _encode_prompt(state, body, prompt) if isinstance(prompt, str) else prompt
             for prompt in prompts
         ]
-        job = _job(
+        job = make_job(
             state, body, params, token_ids, arrival, "max_tokens", COMPLETION_MAX_TOKENS, grammar
         )
         ticket.tokenised(sum(len(request.prompt_token_ids) for request in job.requests))
@@ -114,7 +114,7 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
         token_ids = await encode_chat(state, body, body.add_special_tokens, info.max_model_len)
         grammar = await try_out(state, constraint or forced_call(state, body, token_ids))
         fields = body if max_tokens is None else body.model_copy(update={"max_tokens": max_tokens})
-        job = _job(state, fields, params, [token_ids], arrival, param, None, grammar)
+        job = make_job(state, fields, params, [token_ids], arrival, param, None, grammar)
         shown = state.message_format.control_tokens(with_tools=bool(tools))
         job = replace(job, shown_tokens=shown)
         ticket.tokenised(len(job.requests[0].prompt_token_ids))
@@ -144,7 +144,8 @@ def response_id(prefix: str, request: HttpRequest, body: GenerationBody) -> str:
     return f"{prefix}-{request.state.request_id}"
 
 
-def _prompts(prompt: Any, state: ServerState) -> list[str] | list[list[int]]:
+def prompts_of(prompt: Any, state: ServerState) -> list[str] | list[list[int]]:
+    """The prompts of a `prompt` of either kind, one or several. Raises InvalidRequestError."""
     if isinstance(prompt, str):
         prompts: Any = [prompt]
     elif prompt and isinstance(prompt[0], int):
@@ -216,7 +217,7 @@ def _truncate(token_ids: list[int], limit: int | None, max_model_len: int) -> li
     return token_ids[-(max_model_len - 1 if limit == -1 else limit) :]
 
 
-def _job(
+def make_job(
     state: ServerState,
     body: GenerationBody,
     params: SamplingParams,
@@ -225,7 +226,9 @@ def _job(
     max_tokens_param: str,
     default_max_tokens: int | None,
     grammar: GrammarSpec | None,
+    pooling: Pooling | None = None,
 ) -> Job:
+    """A request for each of `prompts`, known to fit. Raises QuireError."""
     settings, info = state.settings, state.engine.info
     seconds = [limit for limit in (settings.request_timeout, body.timeout) if limit is not None]
     deadline = arrival + min(seconds) if seconds else None
@@ -254,12 +257,14 @@ def _job(
             priority=body.priority or 0,
             cache_salt=body.cache_salt,
             grammar=grammar,
+            pooling=pooling,
         )
         request.check_fits(
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
             block_size=info.block_size,
             num_blocks=info.num_blocks,
+            can_generate=info.can_generate,
         )
         requests.append(request)
     _check_prompt_logprobs(requests)

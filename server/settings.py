@@ -16,7 +16,14 @@ from pydantic_settings import (
 )
 from yaml import YAMLError
 
-from ..engine.config import Device, DType, EngineConfig, LoadFormat, SchedulingPolicy
+from ..engine.config import (
+    Device,
+    DType,
+    EngineConfig,
+    LoadFormat,
+    PoolingChoice,
+    SchedulingPolicy,
+)
 from ..engine.errors import ConfigurationError
 
 DEMO_MODEL_NAME = "quire-demo"
@@ -108,6 +115,9 @@ class Settings(BaseSettings):
     )
     generation_config: str = _option(
         "Model", "Defaults of sampling: auto (the model's), none, or a folder.", "auto"
+    )
+    pooling: PoolingChoice = _option(
+        "Model", "Pooling of embeddings: auto (as the folder says), last or mean token.", "auto"
     )
 
     gpu_memory_utilization: float = _option(
@@ -256,6 +266,7 @@ class Settings(BaseSettings):
             scheduling_policy=self.scheduling_policy,
             max_logprobs=self.max_logprobs,
             num_threads=self.num_threads,
+            pooling=self.pooling,
         )
 
 

@@ -146,10 +146,24 @@ class Tokenizer:
         return False, frozenset(id for text, id in special.items() if text not in shown)
 
     async def encode(
-        self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool,
+        max_tokens: int | None = None,
+        keep_first: int | None = None,
     ) -> list[int]:
         """Token ids of a prompt, control tokens read. Raises ContextLengthError without
-        tokenising where the text cannot fit into `max_tokens` tokens."""
+        tokenising where the text cannot fit into `max_tokens` tokens.
+
+        `keep_first` n drops the end of a text of more than n tokens, but not the special tokens
+        that are added behind it. Raises InvalidRequestError where those alone are more.
+        """
+        if keep_first is not None:
+            text = text[: keep_first * self.longest_token]
+            return await self._in_thread(
+                _encode_first, self.backend, text, add_special_tokens, keep_first
+            )
         self._check_length(len(text), max_tokens)
         return await self._in_thread(_encode, self.backend, text, add_special_tokens)
 
@@ -339,6 +353,19 @@ def _encode(encoder: Encoder, text: str, add_special_tokens: bool) -> list[int]:
     # The batch call gives up the interpreter lock while it works; `encode` was seen to hold it.
     [encoding] = encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)
     ids: list[int] = encoding.ids
+    return ids
+
+
+def _encode_first(encoder: Encoder, text: str, add_special_tokens: bool, count: int) -> list[int]:
+    room = count - (encoder.num_special_tokens_to_add(False) if add_special_tokens else 0)
+    if room < 1:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens of {count} leaves no room beside the special tokens",
+            "truncate_prompt_tokens",
+        )
+    [encoding] = encoder.encode_batch([text], add_special_tokens=False)
+    encoding.truncate(room)
+    ids: list[int] = encoder.post_process(encoding, None, add_special_tokens).ids
     return ids
 
 

@@ -32,6 +32,7 @@ from quire.server import (
     streaming,
 )
 from quire.server.cli import build_parser
+from quire.server.embeddings import EmbeddingBody
 from quire.server.errors import answer_of
 from quire.server.settings import Settings, load_settings
 from quire.server.translation import PASSED_ON, ConversationBody
@@ -122,6 +123,12 @@ def test_fields_of_other_apis_are_listed(
     section = API.split(f"| field of {path} |")[1]
     sentence = re.search(r"^Refused are (.*?),\s+but\s+for", section, re.M | re.S)
     assert sentence and set(re.findall(r"`(\w+)`", sentence[1])) == refused.keys()
+
+
+def test_fields_of_embeddings_are_listed() -> None:
+    rows = _table("field of /v1/embeddings", "meaning")
+    listed = [_code(row["field of /v1/embeddings"]) for row in rows]
+    assert sorted(listed) == sorted(EmbeddingBody.model_fields)
 
 
 async def test_every_endpoint_is_listed_and_asks_for_its_key() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quire.engine import attention
+from quire.engine.embedding_spec import NO_LAYOUT
 from quire.engine.errors import ConfigurationError, DeviceMemoryError
 from quire.engine.worker import Worker, default_num_threads
 from quire.engine.worker_protocol import WorkerInfo, WorkerProtocol
@@ -45,6 +46,8 @@ def test_load_and_profile_report_what_is_there(gemma2: tuple[Path, Any]) -> None
         max_model_len=MAX_POSITION,
         kv_bytes_per_token=2 * 2 * 2 * 16 * 4,
         eos_token_ids=(2,),
+        embedding=NO_LAYOUT,
+        can_generate=True,
     )
     assert worker.profile() == 8 * MAX_POSITION // 16
 

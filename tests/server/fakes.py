@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Encoder
 
 from quire.engine.client import EngineHealth
 from quire.engine.config import EngineInfo
+from quire.engine.embedding_spec import NO_LAYOUT, EmbeddingSpec
 from quire.engine.errors import EngineNotReadyError
 from quire.engine.outputs import (
     EngineStats,
@@ -100,6 +102,8 @@ class FakeEngineClient:
     max_model_len: int = 512
     max_num_seqs: int = 64
     num_blocks: int = 64
+    embedding: EmbeddingSpec | str = NO_LAYOUT
+    """Where there is a spec, a prompt's vector is its tokens' first ones, and zeros."""
     ready: bool = True
     alive: bool = True
     hold: asyncio.Event | None = None
@@ -128,6 +132,7 @@ class FakeEngineClient:
             max_num_seqs=self.max_num_seqs,
             max_logprobs=20,
             eos_token_ids=(IM_END,),
+            embedding=self.embedding,
         )
 
     async def start(self) -> None:
@@ -185,11 +190,30 @@ class FakeEngineClient:
             if any(key[0] == request.request_id for key in self.running):
                 self.abort(request.request_id)
 
+    def _embed(self, request: Request) -> SequenceOutput:
+        assert isinstance(self.embedding, EmbeddingSpec)
+        assert request.pooling == self.embedding.pooling
+        vector = np.zeros(self.embedding.size, dtype="<f4")
+        prompt = request.prompt_token_ids[: len(vector)]
+        vector[: len(prompt)] = prompt
+        return SequenceOutput(
+            request.request_id,
+            0,
+            [],
+            finish_reason="stop",
+            num_cached_tokens=0,
+            embedding=vector.tobytes(),
+        )
+
     async def _run(
         self, request: Request, choice: int, outputs: asyncio.Queue[SequenceOutput]
     ) -> None:
         if self.hold is not None:
             await self.hold.wait()
+        if request.pooling is not None:
+            self.running.discard((request.request_id, choice))
+            outputs.put_nowait(self._embed(request))
+            return
         params = request.sampling_params
         script = self.scripts(request, choice)
         tokens, finish = list(script.tokens), script.finish
