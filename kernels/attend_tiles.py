@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from .fp8 import widen
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)
 """Start of the running maximum: finite, so that rows which see nothing yet give no NaN."""
@@ -79,6 +81,8 @@ def attend_tiles(
             key = tl.load(key_ptrs)
             value = tl.load(value_ptrs)
 
+        key = widen(key, query.dtype)
+        value = widen(value, query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if SOFTCAP > 0:  # c·tanh(x / c), tanh x = 1 - 2 / (e^2x + 1), bounded where it is 1
             power = tl.minimum(scores * (scale * 2 * LOG2E / SOFTCAP), 64.0)
@@ -98,3 +102,32 @@ def attend_tiles(
         acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
         row_max = new_max
     return acc, row_max, row_sum
+
+
+@triton.jit
+def finish_rows(acc, row_max, row_sum, value_scale):
+    """The rows' results, and the log2 of their softmax denominators: −∞ where nothing was seen."""
+    seen = row_sum > 0
+    row_sum = tl.where(seen, row_sum, 1.0)
+    acc = acc / row_sum[:, None]
+    if value_scale is not None:
+        acc *= value_scale
+    return acc, tl.where(seen, row_max + tl.log2(row_sum), float("-inf"))
+
+
+@triton.jit
+def store_partial(
+    partials_ptr,
+    log_sums_ptr,
+    line,
+    live,
+    acc,
+    log_sum,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """Leave the rows' results and log2-sums at these lines of the scratch, for the merge."""
+    dim = tl.arange(0, DIM_PAD)
+    mask = live[:, None] & (dim < HEAD_DIM)[None, :]
+    tl.store(partials_ptr + line[:, None] * HEAD_DIM + dim[None, :], acc, mask=mask)
+    tl.store(log_sums_ptr + line, log_sum, mask=live)

@@ -4,6 +4,7 @@ import torch
 import triton
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CACHE_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
 
 
 def require(condition: bool, message: str) -> None:
@@ -64,7 +65,7 @@ def check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor) -> tuple[int
     Returns num_kv_heads, block_size, head_dim. Both must be contiguous, of one shape and dtype,
     with a head_dim of 16 to 256 in multiples of 8 and a power-of-two block_size of 16 to 256.
     """
-    require_dtype("key_cache", key_cache, *FLOAT_DTYPES)
+    require_dtype("key_cache", key_cache, *CACHE_DTYPES)
     require_dtype("value_cache", value_cache, key_cache.dtype)
     require_shape("key_cache", key_cache, None, None, None, None)
     require_shape("value_cache", value_cache, *key_cache.shape)
@@ -93,7 +94,8 @@ def check_attention(
 ) -> tuple[int, int, int]:
     """Check what both attention kernels share; returns num_kv_heads, block_size, head_dim."""
     num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
-    require_dtype("query", query, key_cache.dtype)
+    stored_wide = key_cache.dtype in FLOAT_DTYPES
+    require_dtype("query", query, *((key_cache.dtype,) if stored_wide else FLOAT_DTYPES))
     require_shape("query", query, None, None, head_dim)
     require_last_contiguous("query", query)
     num_heads = query.shape[1]

@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 
 from .checks import (
-    FLOAT_DTYPES,
+    CACHE_DTYPES,
     require_contiguous,
     require_dtype,
     require_launchable,
     require_shape,
 )
+from .fp8 import bits_view
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, destinations: tor
     copies run at once: no destination may also be a source, or stand twice. ValueError on
     shapes, dtypes or devices that do not fit.
     """
-    require_dtype("kv_cache", kv_cache, *FLOAT_DTYPES)
+    require_dtype("kv_cache", kv_cache, *CACHE_DTYPES)
     require_shape("kv_cache", kv_cache, None, 2, None, None, None, None)
     require_contiguous("kv_cache", kv_cache)
     num_pairs = sources.shape[0]
@@ -58,7 +59,7 @@ def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, destinations: tor
     elements = num_kv_heads * block_size * head_dim
     chunk = min(8192 // kv_cache.element_size() * 2, triton.next_power_of_2(elements))
     _copy_blocks_kernel[(num_pairs, num_layers * 2, triton.cdiv(elements, chunk))](
-        kv_cache,
+        bits_view(kv_cache),
         sources,
         destinations,
         num_blocks,

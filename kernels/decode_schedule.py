@@ -14,6 +14,7 @@ in the workspace and the last one to arrive merges them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -21,6 +22,9 @@ import triton.language as tl
 
 from .checks import require, require_contiguous, require_dtype, require_launchable, require_shape
 from .tuning import TileConfig, decode_config
+
+if TYPE_CHECKING:
+    from .cascade import CascadeWorkspace
 
 PROGRAMS_PER_SM = 4
 MIN_CHUNK = 256
@@ -44,6 +48,7 @@ class DecodeWorkspace:
     config: TileConfig
     slots: int
     """Upper bound of extra splits a kv head: PROGRAMS_PER_SM * SMs / num_kv_heads."""
+    num_sms: int
     min_chunk: int
     items: torch.Tensor
     """`[5, max_num_seqs + slots]` int32, see the module's text."""
@@ -91,6 +96,7 @@ class DecodeWorkspace:
             window=window,
             config=config or decode_config(head_dim, dtype, rows),
             slots=slots,
+            num_sms=num_sms,
             min_chunk=min_chunk,
             items=torch.full((5, items), -1, dtype=torch.int32, device=device),
             partials=torch.empty(items, num_kv_heads, rows, head_dim, device=device),
@@ -99,10 +105,13 @@ class DecodeWorkspace:
         )
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_items"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "num_items"], do_not_specialize_on_alignment=["seq_lens_ptr"]
+)
 def _build_decode_schedule_kernel(
     items_ptr,
     seq_lens_ptr,
+    prefix_lens_ptr,
     num_seqs,
     num_items,
     items_stride,
@@ -118,6 +127,8 @@ def _build_decode_schedule_kernel(
     first_key = tl.zeros_like(lengths)
     if WINDOW > 0:
         first_key = tl.maximum(lengths - QUERY_LEN + 1 - WINDOW, 0) // TILE * TILE
+    if prefix_lens_ptr is not None:  # folded for whole groups by cascade_prefixes
+        first_key = tl.load(prefix_lens_ptr + seq, mask=seq < num_seqs, other=0)
     total = tl.sum((lengths - first_key).to(tl.int64), 0)
     chunk = tl.maximum(tl.cdiv(total, SLOTS), MIN_CHUNK).to(tl.int32)
     chunk = tl.cdiv(chunk, TILE) * TILE
@@ -139,11 +150,14 @@ def _build_decode_schedule_kernel(
         tl.store(target + 4 * items_stride, splits, mask=live)
 
 
-def build_decode_schedule(seq_lens: torch.Tensor, workspace: DecodeWorkspace) -> None:
+def build_decode_schedule(
+    seq_lens: torch.Tensor, workspace: DecodeWorkspace, *, cascade: CascadeWorkspace | None = None
+) -> None:
     """Write the work list of these lengths `[num_seqs]` int32 into `workspace.items`.
 
     Once a step and workspace, before the layers' `paged_attention_decode` with the same
-    seq_lens. Nothing is read back by the host. ValueError on more than max_num_seqs rows.
+    seq_lens and `cascade`, whose shared prefixes are left out of the list. Nothing is read back
+    by the host. ValueError on more than max_num_seqs rows.
     """
     num_seqs = seq_lens.shape[0]
     require_dtype("seq_lens", seq_lens, torch.int32)
@@ -154,10 +168,10 @@ def build_decode_schedule(seq_lens: torch.Tensor, workspace: DecodeWorkspace) ->
         0 < num_seqs <= workspace.max_num_seqs,
         f"{num_seqs} sequences do not fit a workspace for {workspace.max_num_seqs}",
     )
-    seqs_pad = max(16, triton.next_power_of_2(num_seqs))
     _build_decode_schedule_kernel[(1,)](
         workspace.items,
         seq_lens,
+        None if cascade is None else cascade.prefix_lens,
         num_seqs,
         num_seqs + workspace.slots,
         workspace.items.stride(0),
@@ -166,6 +180,6 @@ def build_decode_schedule(seq_lens: torch.Tensor, workspace: DecodeWorkspace) ->
         TILE=workspace.config.block_n,
         WINDOW=workspace.window or 0,
         QUERY_LEN=workspace.query_len,
-        SEQS_PAD=seqs_pad,
+        SEQS_PAD=max(16, triton.next_power_of_2(workspace.max_num_seqs)),
         num_warps=4,
     )

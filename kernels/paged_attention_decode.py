@@ -13,20 +13,25 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend_tiles import LOG2E, LOWEST, attend_tiles
+from .attend_tiles import LOG2E, LOWEST, attend_tiles, finish_rows, store_partial
+from .cascade import CascadeWorkspace, attend_prefixes
 from .checks import check_attention, require, require_launchable
 from .decode_schedule import DecodeWorkspace, build_decode_schedule
+from .fp8 import as_operand, check_scales, load_scales, readable_view
 
 __all__ = ["DecodeWorkspace", "build_decode_schedule", "paged_attention_decode"]
 
 
 @triton.jit
-def _merge_partials(
+def _fold_partials(
+    acc,
+    row_max,
+    row_sum,
     partials_ptr,
     log_sums_ptr,
     kv_head,
-    first_item,
-    splits,
+    first,
+    count,
     NUM_KV_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_PAD: tl.constexpr,
@@ -34,20 +39,17 @@ def _merge_partials(
     DIM_PAD: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """Σ 2^(s_i − max) · o_i / Σ 2^(s_i − max) over a sequence's splits, MERGE at a time.
+    """Fold partial results [first, first + count), MERGE at a time: o_i weighs 2^(log_sum_i).
 
     Loads go past L1, which may hold what another SM has since overwritten.
     """
     row = tl.arange(0, ROWS_PAD)
     dim = tl.arange(0, DIM_PAD)
-    acc = tl.zeros([ROWS_PAD, DIM_PAD], dtype=tl.float32)
-    row_max = tl.full([ROWS_PAD], LOWEST, dtype=tl.float32)
-    row_sum = tl.zeros([ROWS_PAD], dtype=tl.float32)
-    for start in range(0, splits, MERGE):
+    for start in range(0, count, MERGE):
         split = start + tl.arange(0, MERGE)
-        item = ((first_item + split).to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS
+        item = ((first + split).to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS
         line = item[:, None] + row[None, :]
-        live = (split < splits)[:, None] & (row < ROWS)[None, :]
+        live = (split < count)[:, None] & (row < ROWS)[None, :]
         log_sum = tl.load(log_sums_ptr + line, mask=live, other=float("-inf"), cache_modifier=".cg")
         partial = tl.load(
             partials_ptr + line[:, :, None] * HEAD_DIM + dim[None, None, :],
@@ -61,10 +63,38 @@ def _merge_partials(
         acc = acc * rescale[:, None] + tl.sum(partial * weight[:, :, None], 0)
         row_sum = row_sum * rescale + tl.sum(weight, 0)
         row_max = new_max
-    return acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    return acc, row_max, row_sum
 
 
 @triton.jit
+def _store_rows(
+    out_ptr,
+    rows,
+    seq,
+    kv_head,
+    stride_t,
+    stride_h,
+    QUERY_LEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """Write a sequence's rows (token · group + head) `[any power of two, DIM_PAD]` of a kv head."""
+    row = tl.arange(0, rows.shape[0])
+    dim = tl.arange(0, DIM_PAD)
+    token = (seq * QUERY_LEN + row // GROUP).to(tl.int64)
+    line = token * stride_t + (kv_head * GROUP + row % GROUP) * stride_h
+    tl.store(
+        out_ptr + line[:, None] + dim[None, :],
+        rows.to(out_ptr.dtype.element_ty),
+        mask=(row < QUERY_LEN * GROUP)[:, None] & (dim < HEAD_DIM)[None, :],
+    )
+
+
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr"],
+)
 def _paged_attention_decode_kernel(
     out_ptr,
     query_ptr,
@@ -73,10 +103,14 @@ def _paged_attention_decode_kernel(
     block_table_ptr,
     seq_lens_ptr,
     sinks_ptr,
+    kv_scales_ptr,
     items_ptr,
     partials_ptr,
     log_sums_ptr,
     arrived_ptr,
+    prefixes_ptr,
+    prefix_partials_ptr,
+    prefix_log_sums_ptr,
     scale,
     query_stride_t,
     query_stride_h,
@@ -84,6 +118,7 @@ def _paged_attention_decode_kernel(
     out_stride_h,
     table_stride,
     items_stride,
+    prefixes_stride,
     HAS_SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -100,6 +135,7 @@ def _paged_attention_decode_kernel(
     PREFETCH: tl.constexpr,
 ):
     ROWS: tl.constexpr = QUERY_LEN * GROUP
+    CASCADE: tl.constexpr = prefixes_ptr is not None
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     seq = tl.load(items_ptr + item)
@@ -109,17 +145,23 @@ def _paged_attention_decode_kernel(
     end = tl.load(items_ptr + 2 * items_stride + item)
     first_item = tl.load(items_ptr + 3 * items_stride + item)
     splits = tl.load(items_ptr + 4 * items_stride + item)
+    prefix_splits = 0
+    if CASCADE:
+        prefix_splits = tl.load(prefixes_ptr + 2 * prefixes_stride + seq)
 
     row = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, DIM_PAD)
     token = (seq * QUERY_LEN + row // GROUP).to(tl.int64)
     head = kv_head * GROUP + row % GROUP
-    mask = (row < ROWS)[:, None] & (dim < HEAD_DIM)[None, :]
     query = tl.load(
         query_ptr + (token * query_stride_t + head * query_stride_h)[:, None] + dim[None, :],
-        mask=mask,
+        mask=(row < ROWS)[:, None] & (dim < HEAD_DIM)[None, :],
         other=0.0,
     )
+    query = as_operand(query, key_cache_ptr)
+    key_scale, value_scale = load_scales(kv_scales_ptr, kv_head, NUM_KV_HEADS)
+    if key_scale is not None:
+        scale *= key_scale
     positions = tl.load(seq_lens_ptr + seq) - QUERY_LEN + row // GROUP
     acc = tl.zeros([BLOCK_M, DIM_PAD], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
@@ -134,38 +176,34 @@ def _paged_attention_decode_kernel(
         positions, begin, end, end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS, BLOCK_SIZE,
         HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
     )  # fmt: skip
-    seen = row_sum > 0
-    row_sum = tl.where(seen, row_sum, 1.0)
-    acc = acc / row_sum[:, None]
-    if splits == 1:
-        tl.store(
-            out_ptr + (token * out_stride_t + head * out_stride_h)[:, None] + dim[None, :],
-            acc.to(out_ptr.dtype.element_ty),
-            mask=mask,
-        )
-    else:
-        line = (item.to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS + row
-        tl.store(partials_ptr + line[:, None] * HEAD_DIM + dim[None, :], acc, mask=mask)
-        log_sum = tl.where(seen, row_max + tl.log2(row_sum), float("-inf"))
-        tl.store(log_sums_ptr + line, log_sum, mask=row < ROWS)
-        tl.debug_barrier()  # every warp's stores stand before the release of the counter
-        arrived_ptr += seq * NUM_KV_HEADS + kv_head
-        before = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")
-        if before == splits - 1:
-            merged = _merge_partials(
-                partials_ptr, log_sums_ptr, kv_head, first_item, splits, NUM_KV_HEADS, ROWS,
-                ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,
+    acc, log_sum = finish_rows(acc, row_max, row_sum, value_scale)
+    if splits + prefix_splits == 1:
+        _store_rows(out_ptr, acc, seq, kv_head, out_stride_t, out_stride_h, QUERY_LEN, GROUP,
+                    HEAD_DIM, DIM_PAD)  # fmt: skip
+        return
+    line = (item.to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS + row
+    store_partial(partials_ptr, log_sums_ptr, line, row < ROWS, acc, log_sum, HEAD_DIM, DIM_PAD)
+    tl.debug_barrier()  # every warp's stores stand before the release of the counter
+    arrived_ptr += seq * NUM_KV_HEADS + kv_head
+    before = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")
+    if before == splits - 1:
+        merged = tl.zeros([ROWS_PAD, DIM_PAD], dtype=tl.float32)
+        merged_max = tl.full([ROWS_PAD], LOWEST, dtype=tl.float32)
+        merged_sum = tl.zeros([ROWS_PAD], dtype=tl.float32)
+        merged, merged_max, merged_sum = _fold_partials(
+            merged, merged_max, merged_sum, partials_ptr, log_sums_ptr, kv_head, first_item,
+            splits, NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,
+        )  # fmt: skip
+        if CASCADE:
+            merged, merged_max, merged_sum = _fold_partials(
+                merged, merged_max, merged_sum, prefix_partials_ptr, prefix_log_sums_ptr, kv_head,
+                tl.load(prefixes_ptr + prefixes_stride + seq), prefix_splits,
+                NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,
             )  # fmt: skip
-            out_row = tl.arange(0, ROWS_PAD)
-            out_token = (seq * QUERY_LEN + out_row // GROUP).to(tl.int64)
-            out_head = kv_head * GROUP + out_row % GROUP
-            out_line = out_token * out_stride_t + out_head * out_stride_h
-            tl.store(
-                out_ptr + out_line[:, None] + dim[None, :],
-                merged.to(out_ptr.dtype.element_ty),
-                mask=(out_row < ROWS)[:, None] & (dim < HEAD_DIM)[None, :],
-            )
-            tl.store(arrived_ptr, 0)  # ready for the next launch
+        merged, _ = finish_rows(merged, merged_max, merged_sum, None)
+        _store_rows(out_ptr, merged, seq, kv_head, out_stride_t, out_stride_h, QUERY_LEN, GROUP,
+                    HEAD_DIM, DIM_PAD)  # fmt: skip
+        tl.store(arrived_ptr, 0)  # ready for the next launch
 
 
 def paged_attention_decode(
@@ -181,13 +219,17 @@ def paged_attention_decode(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    kv_scales: torch.Tensor | None = None,
+    cascade: CascadeWorkspace | None = None,
 ) -> torch.Tensor:
     """Attention of `workspace.query_len` tokens a sequence, as `paged_attention_extend` defines it.
 
     query `[num_seqs * query_len, num_heads, head_dim]`; seq_lens `[num_seqs]` int32 count the
     query tokens; rows of length 0 are padding and get zeros. The caller has run
-    `build_decode_schedule(seq_lens, workspace)` in this step. Valid inside a CUDA graph for any
-    lengths. ValueError on shapes, dtypes, devices or layouts that do not fit.
+    `build_decode_schedule(seq_lens, workspace, cascade=cascade)` in this step. With `cascade`, a
+    launch before folds the prefixes that its groups share, once a group; not for windows. Valid
+    in a CUDA graph for any lengths and groups. kv_scales as in extend. ValueError on shapes,
+    dtypes, devices or layouts that do not fit.
     """
     out = torch.empty_like(query) if out is None else out
     num_kv_heads, block_size, head_dim = check_attention(
@@ -202,6 +244,7 @@ def paged_attention_decode(
         sinks=sinks,
         out=out,
     )
+    check_scales(kv_scales, key_cache, num_kv_heads)
     num_seqs, num_heads = seq_lens.shape[0], query.shape[1]
     have = (num_heads, num_kv_heads, head_dim, window)
     want = (workspace.num_heads, workspace.num_kv_heads, workspace.head_dim, workspace.window)
@@ -214,32 +257,31 @@ def paged_attention_decode(
         num_seqs <= workspace.max_num_seqs,
         f"{num_seqs} sequences do not fit a workspace for {workspace.max_num_seqs}",
     )
-    require_launchable(query=query, workspace=workspace.items)
+    require_launchable(query=query, workspace=workspace.items, kv_scales=kv_scales)
     if num_seqs == 0:
         return out
+    if cascade is not None:
+        require(num_seqs <= len(cascade.members), "cascade is for fewer sequences")
+        require(cascade.cost.query_len == workspace.query_len, "cascade has another query_len")
+        require_launchable(query=query, cascade=cascade.plan)
+        attend_prefixes(
+            query, key_cache, value_cache, block_table, scale=scale, cascade=cascade,
+            softcap=softcap, kv_scales=kv_scales,
+        )  # fmt: skip
     group = num_heads // num_kv_heads
     rows_pad = triton.next_power_of_2(workspace.query_len * group)
     dim_pad = triton.next_power_of_2(head_dim)
     config = workspace.config
     _paged_attention_decode_kernel[(num_kv_heads, num_seqs + workspace.slots)](
-        out,
-        query,
-        key_cache,
-        value_cache,
-        block_table,
-        seq_lens,
-        sinks,
-        workspace.items,
-        workspace.partials,
-        workspace.log_sums,
+        out, query, readable_view(key_cache), readable_view(value_cache), block_table, seq_lens,
+        sinks, kv_scales, workspace.items, workspace.partials, workspace.log_sums,
         workspace.arrived,
-        scale,
-        query.stride(0),
-        query.stride(1),
-        out.stride(0),
-        out.stride(1),
-        block_table.stride(0),
-        workspace.items.stride(0),
+        None if cascade is None else cascade.prefixes,
+        None if cascade is None else cascade.partials,
+        None if cascade is None else cascade.log_sums,
+        scale, query.stride(0), query.stride(1), out.stride(0), out.stride(1),
+        block_table.stride(0), workspace.items.stride(0),
+        0 if cascade is None else cascade.prefixes.stride(0),
         HAS_SINKS=sinks is not None,
         WINDOW=window or 0,
         SOFTCAP=softcap or 0.0,
@@ -256,5 +298,5 @@ def paged_attention_decode(
         PREFETCH=config.prefetch,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )
+    )  # fmt: skip
     return out

@@ -21,7 +21,12 @@ from .checks import (
     require_launchable,
     require_shape,
 )
+from .fp8 import as_operand, check_scales, load_scales, readable_view
 from .tuning import TileConfig, extend_config
+
+# Metadata whose address or stride changes from step to step must not make Triton compile anew.
+UNSPECIALIZED = ["num_seqs", "table_stride"]
+UNALIGNED = ["block_table_ptr", "query_start_loc_ptr", "seq_lens_ptr"]
 
 
 @triton.jit
@@ -41,7 +46,7 @@ def _find_sequence(query_start_loc_ptr, tile, num_seqs, GROUP: tl.constexpr, BLO
     return low, tl.load(query_start_loc_ptr + low) * GROUP // BLOCK_M + low
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _paged_attention_extend_kernel(
     out_ptr,
     query_ptr,
@@ -51,6 +56,7 @@ def _paged_attention_extend_kernel(
     query_start_loc_ptr,
     seq_lens_ptr,
     sinks_ptr,
+    kv_scales_ptr,
     num_seqs,
     scale,
     query_stride_t,
@@ -91,6 +97,10 @@ def _paged_attention_extend_kernel(
         mask=mask,
         other=0.0,
     )
+    query = as_operand(query, key_cache_ptr)
+    key_scale, value_scale = load_scales(kv_scales_ptr, kv_head, NUM_KV_HEADS)
+    if key_scale is not None:
+        scale *= key_scale
     acc = tl.zeros([BLOCK_M, DIM_PAD], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -125,6 +135,8 @@ def _paged_attention_extend_kernel(
         BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
     )  # fmt: skip
     acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    if value_scale is not None:
+        acc *= value_scale
     tl.store(
         out_ptr + (packed * out_stride_t + head * out_stride_h)[:, None] + dim[None, :],
         acc.to(out_ptr.dtype.element_ty),
@@ -147,6 +159,7 @@ def paged_attention_extend(
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: TileConfig | None = None,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of packed queries `[num_tokens, num_heads, head_dim]` over their blocks.
 
@@ -155,6 +168,7 @@ def paged_attention_extend(
     window, position - j < window. key_cache, value_cache: one layer's `[num_blocks, num_kv_heads,
     block_size, head_dim]`; block_table `[num_seqs, max_blocks]` int32. softcap c replaces a score
     x by c·tanh(x / c); sinks `[num_heads]` add one logit a head to the softmax's denominator.
+    A float8_e4m3fn cache times kv_scales (`[2, num_kv_heads]` float32, default 1) is K and V.
     Rows before query_start_loc[0] and past query_start_loc[-1] are left as they are in `out`.
     max_query_len bounds every query_len and only picks the tile; `config` overrides that choice.
     ValueError on shapes, dtypes, devices or layouts that do not fit.
@@ -172,11 +186,12 @@ def paged_attention_extend(
         sinks=sinks,
         out=out,
     )
+    check_scales(kv_scales, key_cache, num_kv_heads)
     num_seqs = seq_lens.shape[0]
     require_dtype("query_start_loc", query_start_loc, torch.int32)
     require_shape("query_start_loc", query_start_loc, num_seqs + 1)
     require_contiguous("query_start_loc", query_start_loc)
-    require_launchable(query=query, query_start_loc=query_start_loc)
+    require_launchable(query=query, query_start_loc=query_start_loc, kv_scales=kv_scales)
     require(max_query_len > 0, f"max_query_len must be positive, not {max_query_len}")
     num_tokens, num_heads, _ = query.shape
     if num_tokens == 0 or num_seqs == 0:
@@ -188,12 +203,13 @@ def paged_attention_extend(
     _paged_attention_extend_kernel[(num_kv_heads, num_tiles)](
         out,
         query,
-        key_cache,
-        value_cache,
+        readable_view(key_cache),
+        readable_view(value_cache),
         block_table,
         query_start_loc,
         seq_lens,
         sinks,
+        kv_scales,
         num_seqs,
         scale,
         query.stride(0),

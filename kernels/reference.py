@@ -6,9 +6,25 @@ float64, which is how tests get a reference that is more exact than what they ch
 
 import torch
 
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _bits(cache: torch.Tensor) -> torch.Tensor:
+    """A float8 cache's bytes, which torch can index on every device; any other cache itself."""
+    return cache.view(torch.uint8) if cache.dtype == E4M3 else cache
+
+
+def _stored(x: torch.Tensor, cache: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """`x` as `_bits(cache)` holds it: float8 saturates, and is over its kv head's scale."""
+    if cache.dtype != E4M3:
+        return x.to(cache.dtype)
+    x = x.float() if scale is None else x.float() / scale[:, None]
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).view(torch.uint8)
 
 
 def reshape_and_cache(
@@ -17,23 +33,27 @@ def reshape_and_cache(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    *,
+    kv_scales: torch.Tensor | None = None,
 ) -> None:
     """Write K and V `[num_tokens, num_kv_heads, head_dim]` to their slots of one layer's caches.
 
     `slot_mapping` `[num_tokens]` int64 holds block_id * block_size + offset; rows with a negative
-    slot are padding and are skipped.
+    slot are padding and are skipped. A float8_e4m3fn cache saturates, and holds K / kv_scales[0]
+    and V / kv_scales[1] (`[2, num_kv_heads]` float32, default 1).
     """
     block_size = key_cache.shape[2]
     real = slot_mapping >= 0
     slots = slot_mapping[real]
     blocks, offsets = slots // block_size, slots % block_size
-    key_cache[blocks, :, offsets] = key[real].to(key_cache.dtype)
-    value_cache[blocks, :, offsets] = value[real].to(value_cache.dtype)
+    scales = (None, None) if kv_scales is None else kv_scales
+    for x, cache, scale in zip((key, value), (key_cache, value_cache), scales, strict=True):
+        _bits(cache)[blocks, :, offsets] = _stored(x[real], cache, scale)
 
 
 def gather_blocks(cache: torch.Tensor, block_ids: torch.Tensor, length: int) -> torch.Tensor:
     """The first `length` tokens of a sequence, `[num_kv_heads, length, head_dim]`."""
-    blocks = cache[block_ids.long()]
+    blocks = _bits(cache)[block_ids.long()].view(cache.dtype)
     return blocks.transpose(0, 1).flatten(1, 2)[:, :length]
 
 
@@ -51,6 +71,7 @@ def paged_attention_extend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of packed queries over their sequences' cached blocks.
 
@@ -59,7 +80,8 @@ def paged_attention_extend(
     seq_lens[s] - query_len[s] + i and sees key j iff j <= position and, with a window,
     position - j < window. softcap c replaces a score x by c·tanh(x / c); sinks `[num_heads]` add
     one logit a head to the softmax's denominator alone. Rows before query_start_loc[0]
-    and past query_start_loc[-1] are left as they are in `out`.
+    and past query_start_loc[-1] are left as they are in `out`. A float8_e4m3fn cache times
+    kv_scales (`[2, num_kv_heads]` float32, default 1) is K and V.
     """
     out = torch.empty_like(query) if out is None else out
     num_kv_heads, block_size = key_cache.shape[1:3]
@@ -68,9 +90,13 @@ def paged_attention_extend(
     for index, length in enumerate(lengths):
         rows = slice(starts[index], starts[index + 1])
         block_ids = block_table[index, : (length + block_size - 1) // block_size]
-        keys = _wide(gather_blocks(key_cache, block_ids, length))
-        values = _wide(gather_blocks(value_cache, block_ids, length))
         queries = _wide(query[rows]).reshape(-1, num_kv_heads, group, query.shape[2])
+        keys, values = (
+            _wide(gather_blocks(cache, block_ids, length)).to(queries.dtype)
+            for cache in (key_cache, value_cache)
+        )
+        if kv_scales is not None:
+            keys, values = keys * kv_scales[0, :, None, None], values * kv_scales[1, :, None, None]
         scores = torch.einsum("qkgd,knd->kgqn", queries, keys) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -104,11 +130,14 @@ def paged_attention_decode(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    kv_scales: torch.Tensor | None = None,
+    cascade: object = None,
 ) -> torch.Tensor:
     """`paged_attention_extend` for the same number of query tokens, usually 1, in each sequence.
 
     query `[num_seqs * query_len, num_heads, head_dim]`; seq_lens count the query tokens. A
-    sequence of length 0 is padding and gets zeros. `workspace` is the kernel's, unused here.
+    sequence of length 0 is padding and gets zeros. `workspace` and `cascade` are the kernel's,
+    unused here.
     """
     num_seqs = seq_lens.shape[0]
     query_len = query.shape[0] // max(num_seqs, 1)
@@ -126,6 +155,7 @@ def paged_attention_decode(
         softcap=softcap,
         sinks=sinks,
         out=out,
+        kv_scales=kv_scales,
     )
 
 
@@ -135,7 +165,8 @@ def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, destinations: tor
     kv_cache `[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]`; sources and
     destinations `[n]` int64 block ids; no destination may also be a source or stand twice.
     """
-    kv_cache[:, :, destinations] = kv_cache[:, :, sources]
+    bits = _bits(kv_cache)
+    bits[:, :, destinations] = bits[:, :, sources]
 
 
 def rms_norm(
@@ -187,13 +218,14 @@ def rope_and_cache(
     key_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     out: torch.Tensor | None = None,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Optional RMSNorm of each Q and K head, rotary embedding of both, K and V to their slots.
 
     query `[num_tokens, num_heads, head_dim]`, key and value `[num_tokens, num_kv_heads,
     head_dim]`; cos and sin `[num_tokens, rotary_dim]` in the half-rotation layout of Hugging Face
     (second half equal to the first; RoFormer, arXiv 2104.09864). Returns the rotated queries;
-    `slot_mapping` as in `reshape_and_cache`.
+    `slot_mapping` and kv_scales as in `reshape_and_cache`.
     """
     rotary_dim = cos.shape[-1]
 
@@ -208,5 +240,7 @@ def rope_and_cache(
         return torch.cat([turned, passed], dim=-1)
 
     rotated = rotate(query, query_weight).to(query.dtype)
-    reshape_and_cache(rotate(key, key_weight), value, key_cache, value_cache, slot_mapping)
+    reshape_and_cache(
+        rotate(key, key_weight), value, key_cache, value_cache, slot_mapping, kv_scales=kv_scales
+    )
     return rotated if out is None else out.copy_(rotated)

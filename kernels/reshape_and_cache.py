@@ -17,6 +17,7 @@ from .checks import (
     require_launchable,
     require_shape,
 )
+from .fp8 import bits_view, check_scales, load_scales, store_as
 
 
 @triton.jit
@@ -26,6 +27,7 @@ def _reshape_and_cache_kernel(
     key_cache_ptr,
     value_cache_ptr,
     slot_mapping_ptr,
+    kv_scales_ptr,
     key_stride_t,
     key_stride_h,
     key_stride_d,
@@ -55,8 +57,9 @@ def _reshape_and_cache_kernel(
     )
     first = block * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + offset * HEAD_DIM
     target = first + head * (BLOCK_SIZE * HEAD_DIM) + dim
-    tl.store(key_cache_ptr + target, key.to(key_cache_ptr.dtype.element_ty), mask=mask)
-    tl.store(value_cache_ptr + target, value.to(value_cache_ptr.dtype.element_ty), mask=mask)
+    key_scale, value_scale = load_scales(kv_scales_ptr, head, NUM_KV_HEADS)
+    store_as(key_cache_ptr + target, key, key_scale, mask)
+    store_as(value_cache_ptr + target, value, value_scale, mask)
 
 
 def reshape_and_cache(
@@ -65,15 +68,20 @@ def reshape_and_cache(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    *,
+    kv_scales: torch.Tensor | None = None,
 ) -> None:
     """Write K and V `[num_tokens, num_kv_heads, head_dim]`, of any strides, to their slots.
 
     key_cache and value_cache are one layer's `[num_blocks, num_kv_heads, block_size, head_dim]`;
     slot_mapping `[num_tokens]` int64 holds block_id * block_size + offset, negative for padding
-    rows, which are skipped. Values are converted to the cache's dtype. ValueError on shapes,
-    dtypes or devices that do not fit; slots past the cache are the caller's error, unchecked.
+    rows, which are skipped. Values are converted to the cache's dtype; a float8_e4m3fn cache
+    saturates and holds K / kv_scales[0], V / kv_scales[1] (`[2, num_kv_heads]` float32, default
+    1). ValueError on shapes, dtypes or devices that do not fit; slots past the cache are the
+    caller's error, unchecked.
     """
     num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
+    check_scales(kv_scales, key_cache, num_kv_heads)
     num_tokens = slot_mapping.shape[0]
     require_shape("key", key, num_tokens, num_kv_heads, head_dim)
     require_shape("value", value, num_tokens, num_kv_heads, head_dim)
@@ -87,6 +95,7 @@ def reshape_and_cache(
         key_cache=key_cache,
         value_cache=value_cache,
         slot_mapping=slot_mapping,
+        kv_scales=kv_scales,
     )
     if num_tokens == 0:
         return
@@ -95,9 +104,10 @@ def reshape_and_cache(
     _reshape_and_cache_kernel[(num_tokens, triton.cdiv(num_kv_heads, heads))](
         key,
         value,
-        key_cache,
-        value_cache,
+        bits_view(key_cache),
+        bits_view(value_cache),
         slot_mapping,
+        kv_scales,
         *key.stride(),
         *value.stride(),
         NUM_KV_HEADS=num_kv_heads,

@@ -23,6 +23,7 @@ from .checks import (
     require_launchable,
     require_shape,
 )
+from .fp8 import bits_view, check_scales, load_scales, store_as
 
 
 @triton.jit
@@ -35,6 +36,7 @@ def _rotate_heads(
     source_lines,
     target_lines,
     real,
+    scale,
     eps,
     NORM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -42,7 +44,7 @@ def _rotate_heads(
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
 ):
-    """Norm and rotate HEADS heads whose first elements are at these lines."""
+    """Norm and rotate HEADS heads whose first elements are at these lines; `scale` is float8's."""
     HALF: tl.constexpr = ROTARY_DIM // 2
     REST: tl.constexpr = HEAD_DIM - ROTARY_DIM
     dim = tl.arange(0, HALF_PAD)[None, :]
@@ -70,11 +72,10 @@ def _rotate_heads(
             rest *= factor * weight.to(tl.float32)
     cos = tl.load(cos_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
-    element = target_ptr.dtype.element_ty
-    tl.store(target + dim, (first * cos - second * sin).to(element), mask=mask)
-    tl.store(target + HALF + dim, (second * cos + first * sin).to(element), mask=mask)
+    store_as(target + dim, first * cos - second * sin, scale, mask)
+    store_as(target + HALF + dim, second * cos + first * sin, scale, mask)
     if REST > 0:
-        tl.store(target + rest_dim, rest.to(element), mask=rest_mask)
+        store_as(target + rest_dim, rest, scale, rest_mask)
 
 
 @triton.jit
@@ -90,6 +91,7 @@ def _rope_and_cache_kernel(
     sin_ptr,
     query_weight_ptr,
     key_weight_ptr,
+    kv_scales_ptr,
     eps,
     query_stride_t,
     query_stride_h,
@@ -126,7 +128,7 @@ def _rope_and_cache_kernel(
             out_ptr, query_ptr, query_weight_ptr, cos_ptr, sin_ptr,
             token * query_stride_t + head * query_stride_h,
             token * out_stride_t + head * out_stride_h,
-            head < NUM_HEADS, eps, NORM_QUERY, HEAD_DIM, ROTARY_DIM, HALF_PAD, REST_PAD,
+            head < NUM_HEADS, None, eps, NORM_QUERY, HEAD_DIM, ROTARY_DIM, HALF_PAD, REST_PAD,
         )  # fmt: skip
         return
     slot = tl.load(slot_mapping_ptr + token)
@@ -134,22 +136,23 @@ def _rope_and_cache_kernel(
         return
     first_slot = (slot // BLOCK_SIZE) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM)
     first_slot += (slot % BLOCK_SIZE) * HEAD_DIM
+    kv_head = (part - QUERY_PARTS) % KV_PARTS * HEADS + in_part
+    key_scale, value_scale = load_scales(kv_scales_ptr, kv_head[:, None], NUM_KV_HEADS)
     if part < QUERY_PARTS + KV_PARTS:
-        head = (part - QUERY_PARTS) * HEADS + in_part
         _rotate_heads(
             key_cache_ptr, key_ptr, key_weight_ptr, cos_ptr, sin_ptr,
-            token * key_stride_t + head * key_stride_h,
-            first_slot + head * (BLOCK_SIZE * HEAD_DIM),
-            head < NUM_KV_HEADS, eps, NORM_KEY, HEAD_DIM, ROTARY_DIM, HALF_PAD, REST_PAD,
+            token * key_stride_t + kv_head * key_stride_h,
+            first_slot + kv_head * (BLOCK_SIZE * HEAD_DIM),
+            kv_head < NUM_KV_HEADS, key_scale, eps, NORM_KEY, HEAD_DIM, ROTARY_DIM, HALF_PAD,
+            REST_PAD,
         )  # fmt: skip
     else:
-        value_head = ((part - QUERY_PARTS - KV_PARTS) * HEADS + in_part)[:, None]
+        value_head = kv_head[:, None]
         dim = tl.arange(0, DIM_PAD)[None, :]
         mask = (value_head < NUM_KV_HEADS) & (dim < HEAD_DIM)
         source = value_ptr + token * value_stride_t + value_head * value_stride_h + dim
         target = value_cache_ptr + first_slot + value_head * (BLOCK_SIZE * HEAD_DIM) + dim
-        value = tl.load(source, mask=mask)
-        tl.store(target, value.to(value_cache_ptr.dtype.element_ty), mask=mask)
+        store_as(target, tl.load(source, mask=mask), value_scale, mask)
 
 
 def rope_and_cache(
@@ -166,6 +169,7 @@ def rope_and_cache(
     key_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     out: torch.Tensor | None = None,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Optional RMSNorm of each Q and K head, rotary embedding of both, K and V to their slots.
 
@@ -173,10 +177,11 @@ def rope_and_cache(
     head_dim]`, last dimension contiguous; cos and sin `[num_tokens, rotary_dim]` in the
     half-rotation layout of Hugging Face (second half equal to the first; RoFormer, arXiv
     2104.09864). Returns the rotated queries, which may be written over `query` by `out=query`;
-    slot_mapping `[num_tokens]` int64, negative for rows whose K and V are skipped. ValueError on
-    shapes, dtypes or devices that do not fit.
+    slot_mapping `[num_tokens]` int64, negative for rows whose K and V are skipped; kv_scales as in
+    `reshape_and_cache`. ValueError on shapes, dtypes or devices that do not fit.
     """
     num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
+    check_scales(kv_scales, key_cache, num_kv_heads)
     out = torch.empty_like(query) if out is None else out
     num_tokens, rotary_dim = cos.shape
     require_shape("query", query, num_tokens, None, head_dim)
@@ -207,7 +212,7 @@ def rope_and_cache(
     require_launchable(
         query=query, key=key, value=value, key_cache=key_cache, value_cache=value_cache,
         slot_mapping=slot_mapping, cos=cos, sin=sin, query_weight=query_weight,
-        key_weight=key_weight, out=out,
+        key_weight=key_weight, out=out, kv_scales=kv_scales,
     )  # fmt: skip
     if num_tokens == 0:
         return out
@@ -215,8 +220,8 @@ def rope_and_cache(
     heads = min(triton.next_power_of_2(num_kv_heads), max(1, 1024 // dim_pad))
     parts = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
     _rope_and_cache_kernel[(num_tokens, parts)](
-        out, query, key, value, key_cache, value_cache, slot_mapping, cos, sin,
-        query_weight, key_weight, eps,
+        out, query, key, value, bits_view(key_cache), bits_view(value_cache), slot_mapping, cos,
+        sin, query_weight, key_weight, kv_scales, eps,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1),
         value.stride(0), value.stride(1), out.stride(0), out.stride(1),
         cos.stride(0), sin.stride(0),

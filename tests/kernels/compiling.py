@@ -37,7 +37,7 @@ def _canonical(value: object) -> str:
 
     if isinstance(value, torch.Tensor):
         names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
-        names["int64"] = "i64"
+        names |= {"int64": "i64", "uint8": "u8", "float8_e4m3fn": "fp8e4nv", "float64": "fp64"}
         return "*" + names[str(value.dtype).removeprefix("torch.")]
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -64,8 +64,10 @@ def _source(function: JITFunction, values: dict[str, Any]) -> ASTSource:
             constants[key] = value
             continue
         signature[param.name] = _canonical(value)
-        number = 0 if isinstance(value, torch.Tensor) else value
-        if isinstance(number, int) and number % 16 == 0 and not param.do_not_specialize:
+        tensor = isinstance(value, torch.Tensor)
+        aligned = 0 if tensor else value
+        fixed = param.do_not_specialize_on_alignment if tensor else param.do_not_specialize
+        if isinstance(aligned, int) and aligned % 16 == 0 and not fixed:
             attributes[key] = [["tt.divisibility", 16]]
     return ASTSource(function, signature, constants, attributes)
 

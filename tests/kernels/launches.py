@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import torch
 from compiling import Compiled, compile_launch
-from paged import paged_inputs
+from paged import PagedInputs, paged_inputs
 
+from quire.kernels.cascade import CascadeWorkspace
 from quire.kernels.copy_blocks import copy_blocks
 from quire.kernels.paged_attention_decode import (
     DecodeWorkspace,
@@ -24,37 +25,49 @@ from quire.kernels.silu_and_mul import silu_and_mul
 
 SHARED_LIMITS = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one program may have, by compute capability."""
-BF16 = torch.bfloat16
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+Heads = tuple[int, int, int]
 
 
-def extend(heads: tuple[int, int, int], block_size: int) -> None:
+def _inputs(
+    query_lens: list[int], seq_lens: list[int], heads: Heads, block_size: int, cache: torch.dtype
+) -> tuple[PagedInputs, tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
+    """bf16 queries, caches of dtype `cache`, and scales for float8."""
     inputs = paged_inputs(
-        [200], [400], num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2],
+        query_lens, seq_lens, num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2],
         block_size=block_size, dtype=BF16,
     )  # fmt: skip
+    scales = torch.ones(2, heads[1]) if cache == E4M3 else None
+    return inputs, (inputs.key_cache.to(cache), inputs.value_cache.to(cache)), scales
+
+
+def extend(heads: Heads, block_size: int, cache: torch.dtype = BF16) -> None:
+    inputs, caches, scales = _inputs([200], [400], heads, block_size, cache)
     paged_attention_extend(
-        inputs.query, inputs.key_cache, inputs.value_cache, inputs.block_table,
-        inputs.query_start_loc, inputs.seq_lens, scale=inputs.scale, max_query_len=200,
+        inputs.query, *caches, inputs.block_table, inputs.query_start_loc, inputs.seq_lens,
+        scale=inputs.scale, max_query_len=200, kv_scales=scales,
     )  # fmt: skip
 
 
-def decode(heads: tuple[int, int, int], block_size: int) -> None:
-    inputs = paged_inputs(
-        [1, 1], [400, 20], num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2],
-        block_size=block_size, dtype=BF16,
-    )  # fmt: skip
-    workspace = DecodeWorkspace.allocate(2, *heads, dtype=BF16, device="cpu")
-    build_decode_schedule(inputs.seq_lens, workspace)
+def decode(
+    heads: Heads, block_size: int, cache: torch.dtype = BF16, *, cascade: bool = False
+) -> None:
+    inputs, caches, scales = _inputs([1, 1], [400, 20], heads, block_size, cache)
+    workspace = DecodeWorkspace.allocate(64, *heads, dtype=BF16, device="cpu")
+    groups = None
+    if cascade:
+        groups = CascadeWorkspace.allocate(workspace, dtype=BF16, cache_dtype=cache)
+    build_decode_schedule(inputs.seq_lens, workspace, cascade=groups)
     paged_attention_decode(
-        inputs.query, inputs.key_cache, inputs.value_cache, inputs.block_table, inputs.seq_lens,
-        scale=inputs.scale, workspace=workspace,
+        inputs.query, *caches, inputs.block_table, inputs.seq_lens, scale=inputs.scale,
+        workspace=workspace, kv_scales=scales, cascade=groups,
     )  # fmt: skip
 
 
-def write(rope: bool) -> None:
+def write(rope: bool, cache: torch.dtype = BF16) -> None:
     packed = torch.zeros(3, 48, 128, dtype=BF16)
     query, key, value = packed.split([32, 8, 8], dim=1)
-    caches = torch.zeros(2, 4, 8, 16, 128, dtype=BF16)
+    caches = torch.zeros(2, 4, 8, 16, 128, dtype=cache)
     slots = torch.zeros(3, dtype=torch.int64)
     if rope:
         cos, weight = torch.zeros(3, 128, dtype=BF16), torch.zeros(128, dtype=BF16)
@@ -85,8 +98,20 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "decode 32/8 heads, dim 128, block 16": lambda: decode((32, 8, 128), 16),
     "decode 32/8 heads, dim 128, block 64": lambda: decode((32, 8, 128), 64),
     "decode 14/2 heads, dim 64, block 16": lambda: decode((14, 2, 64), 16),
+    "decode 16/8 heads, dim 128, block 16": lambda: decode((16, 8, 128), 16),
+    "extend 32/8 heads, dim 128, block 16, fp8": lambda: extend((32, 8, 128), 16, E4M3),
+    "extend 14/2 heads, dim 64, block 16, fp8": lambda: extend((14, 2, 64), 16, E4M3),
+    "decode 32/8 heads, dim 128, block 16, fp8": lambda: decode((32, 8, 128), 16, E4M3),
+    "decode 32/8 heads, dim 128, block 64, fp8": lambda: decode((32, 8, 128), 64, E4M3),
+    "decode 14/2 heads, dim 64, block 16, fp8": lambda: decode((14, 2, 64), 16, E4M3),
+    "cascade 32/8 heads, dim 128, block 16": lambda: decode((32, 8, 128), 16, cascade=True),
+    "cascade 32/8 heads, dim 128, block 16, fp8": lambda: decode(
+        (32, 8, 128), 16, E4M3, cascade=True
+    ),
     "write K and V": lambda: write(False),
+    "write K and V, fp8": lambda: write(False, E4M3),
     "norm, rope and write": lambda: write(True),
+    "norm, rope and write, fp8": lambda: write(True, E4M3),
     "copy blocks": copy,
     "fused add and RMSNorm, 4096": lambda: rows("norm"),
     "silu and mul, 2048": lambda: rows("silu"),
@@ -99,12 +124,14 @@ def compiled(name: str, arch: int) -> list[Compiled]:
 
 
 def table() -> str:
-    """Registers, spills and shared memory of every launch's last kernel, as Markdown."""
+    """Registers, spills and shared memory of every launch's main kernel, as Markdown."""
     lines = ["| launch (bf16) | GPU | registers | spills (B) | shared memory (B) |"]
     lines.append("|---|---|---|---|---|")
     for arch in SHARED_LIMITS:
         for name in LAUNCHES:
-            _, registers, spills, shared, _ = compiled(name, arch)[-1]
+            # A cascade's own kernel comes before the decode kernel that merges.
+            last = -2 if name.startswith("cascade") else -1
+            _, registers, spills, shared, _ = compiled(name, arch)[last]
             lines.append(f"| {name} | `sm_{arch}` | {registers} | {spills} | {shared} |")
     return "\n".join(lines)
 

@@ -1,0 +1,276 @@
+"""Prefixes that a group of sequences shares, attended once for the whole group.
+
+A decode step reads K and V of a shared prefix once a sequence, though its blocks are the same.
+Here the query rows of all members are packed into tiles and read the shared blocks once a tile;
+`paged_attention_decode` then attends each one's own keys and merges both by their log2-sums:
+
+    grid (kv head, item)     item = (members of one tile, keys of one split), listed by the host
+
+    rows   member 0: token · group + head | member 1: … | …       BLOCK_M = 128, padded at its end
+    keys   full tiles, no mask: all members stand behind the prefix
+    out    one partial result a member, split and row, at the member's first entry + split
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .attend_tiles import LOWEST, attend_tiles, finish_rows, store_partial
+from .checks import require
+from .decode_schedule import DecodeWorkspace
+from .fp8 import as_operand, load_scales, readable_view
+from .prefix_groups import CascadeCost, PrefixGroup
+from .tuning import TileConfig, extend_config
+
+
+@dataclass(frozen=True)
+class CascadeWorkspace:
+    """The groups of a step and the scratch of their partial results, for one DecodeWorkspace.
+
+    Addresses and sizes are fixed, so a CUDA graph that was captured with it serves any groups,
+    also none.
+    """
+
+    cost: CascadeCost
+    """What `find_prefix_groups` needs to know of this layer's shape."""
+    config: TileConfig
+    tile: int
+    """Prefixes are multiples of this: of the tiles of both kernels."""
+    prefixes: torch.Tensor
+    """`[3, max_num_seqs]` int32: each row's shared prefix, its first partial, their number."""
+    members: torch.Tensor
+    """`[max_num_seqs]` int32 rows of the batch, group after group."""
+    items: torch.Tensor
+    """`[5, max_items]` int32: first of `members`, how many (0: no work), first key, end, split."""
+    plan: torch.Tensor
+    """The three tables above, one after the other."""
+    partials: torch.Tensor
+    """`[max_entries, num_kv_heads, query_len * group, head_dim]` float32."""
+    log_sums: torch.Tensor
+    """log2 of each partial's softmax denominator, `[…, query_len * group]` float32."""
+
+    @classmethod
+    def allocate(
+        cls,
+        workspace: DecodeWorkspace,
+        *,
+        dtype: torch.dtype,
+        cache_dtype: torch.dtype | None = None,
+        config: TileConfig | None = None,
+    ) -> CascadeWorkspace:
+        """For queries of `dtype` and a cache of `cache_dtype` (default: the same).
+
+        ValueError for a window, which may leave the prefix behind, and where the query rows of
+        one sequence fill more than a tile.
+        """
+        require(workspace.window is None, "sequences behind a window cannot share its prefix")
+        device, num_seqs = workspace.items.device, workspace.max_num_seqs
+        rows = workspace.query_len * (workspace.num_heads // workspace.num_kv_heads)
+        config = config or extend_config(workspace.head_dim, dtype, rows * num_seqs, device)
+        cost = CascadeCost(
+            workspace.num_heads,
+            workspace.num_kv_heads,
+            workspace.head_dim,
+            cache_bytes=(cache_dtype or dtype).itemsize,
+            query_len=workspace.query_len,
+            block_m=config.block_m,
+            programs=2 * workspace.num_sms,
+        )
+        require(cost.members_per_tile > 0, f"{rows} rows do not fit a tile of {config.block_m}")
+        # Either every tile has one split, or they have `programs` / num_kv_heads in all.
+        most = cost.programs // workspace.num_kv_heads
+        sizes = [3 * num_seqs, num_seqs, 5 * max(num_seqs, most)]
+        plan = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        prefixes, members, items = torch.split(plan, sizes)
+        entries = max(num_seqs, cost.members_per_tile * most)
+        shape = (entries, workspace.num_kv_heads, rows, workspace.head_dim)
+        return cls(
+            cost=cost,
+            config=config,
+            tile=max(config.block_n, workspace.config.block_n),
+            prefixes=prefixes.view(3, num_seqs),
+            members=members,
+            items=items.view(5, -1),
+            plan=plan,
+            partials=torch.empty(shape, device=device),
+            log_sums=torch.empty(shape[:-1], device=device),
+        )
+
+    @property
+    def prefix_lens(self) -> torch.Tensor:
+        """`[max_num_seqs]` int32 tokens that each row of the batch shares; 0 where none."""
+        return self.prefixes[0]
+
+    def set_groups(self, groups: Sequence[PrefixGroup]) -> None:
+        """Serve these disjoint groups until told otherwise; one copy that the host does not await.
+
+        ValueError on a row out of range or in two groups, or a length that is not a multiple of
+        `tile`. That members have the same blocks up to `length`, and every one of their query
+        tokens behind it, is the caller's promise.
+        """
+        num_seqs, max_items = len(self.members), self.items.shape[1]
+        rows = [row for group in groups for row in group.members]
+        require(len(set(rows)) == len(rows), "a row stands in two prefix groups")
+        require(all(0 <= row < num_seqs for row in rows), f"rows must be below {num_seqs}: {rows}")
+        prefixes = [[0] * num_seqs for _ in range(3)]
+        items: list[tuple[int, int, int, int, int]] = []
+        tiles = sum(self.cost.num_tiles(len(group.members)) for group in groups)
+        first_member = entry = 0
+        for members, length in groups:
+            require(
+                length > 0 and length % self.tile == 0,
+                f"a prefix must be a multiple of {self.tile} tokens, not {length}",
+            )
+            chunk = -(-length // self.cost.num_splits(tiles, length))
+            chunk = -(-chunk // self.tile) * self.tile
+            begins = range(0, length, chunk)
+            for row in members:
+                prefixes[0][row], prefixes[1][row], prefixes[2][row] = length, entry, len(begins)
+                entry += len(begins)
+            end_member = first_member + len(members)
+            items += [
+                (first, min(self.cost.members_per_tile, end_member - first), begin,
+                 min(begin + chunk, length), split)
+                for first in range(first_member, end_member, self.cost.members_per_tile)
+                for split, begin in enumerate(begins)
+            ]  # fmt: skip
+            first_member = end_member
+        padding = [0] * (max_items - len(items))
+        columns = zip(*items, strict=True) if items else [()] * 5
+        host = torch.tensor(
+            [*prefixes[0], *prefixes[1], *prefixes[2], *rows, *[0] * (num_seqs - len(rows)),
+             *(value for column in columns for value in (*column, *padding))],
+            dtype=torch.int32,
+        )  # fmt: skip
+        if self.plan.device.type == "cuda":
+            host = host.pin_memory()
+        self.plan.copy_(host, non_blocking=True)
+
+
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["block_table_ptr"])
+def _attend_prefixes_kernel(
+    query_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    block_table_ptr,
+    kv_scales_ptr,
+    prefixes_ptr,
+    members_ptr,
+    items_ptr,
+    partials_ptr,
+    log_sums_ptr,
+    scale,
+    query_stride_t,
+    query_stride_h,
+    table_stride,
+    prefixes_stride,
+    items_stride,
+    SOFTCAP: tl.constexpr,
+    QUERY_LEN: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    ROWS: tl.constexpr = QUERY_LEN * GROUP
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    count = tl.load(items_ptr + items_stride + item)
+    if count == 0:
+        return
+    first_member = tl.load(items_ptr + item)
+    begin = tl.load(items_ptr + 2 * items_stride + item)
+    end = tl.load(items_ptr + 3 * items_stride + item)
+    split = tl.load(items_ptr + 4 * items_stride + item)
+
+    packed = tl.arange(0, BLOCK_M)
+    row = packed % ROWS
+    live = packed // ROWS < count
+    seq = tl.load(members_ptr + first_member + packed // ROWS, mask=live, other=0)
+    token = (seq * QUERY_LEN + row // GROUP).to(tl.int64)
+    head = kv_head * GROUP + row % GROUP
+    dim = tl.arange(0, DIM_PAD)[None, :]
+    query = tl.load(
+        query_ptr + (token * query_stride_t + head * query_stride_h)[:, None] + dim,
+        mask=live[:, None] & (dim < HEAD_DIM),
+        other=0.0,
+    )
+    query = as_operand(query, key_cache_ptr)
+    key_scale, value_scale = load_scales(kv_scales_ptr, kv_head, NUM_KV_HEADS)
+    if key_scale is not None:
+        scale *= key_scale
+    table_ptr = block_table_ptr + tl.load(members_ptr + first_member).to(tl.int64) * table_stride
+    acc = tl.zeros([BLOCK_M, DIM_PAD], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc, row_max, row_sum = attend_tiles(
+        acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
+        packed, begin, end, end, scale, False, 0, SOFTCAP, NUM_KV_HEADS, BLOCK_SIZE,
+        HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
+    )  # fmt: skip
+    acc, log_sum = finish_rows(acc, row_max, row_sum, value_scale)
+    entry = tl.load(prefixes_ptr + prefixes_stride + seq, mask=live, other=0) + split
+    line = (entry.to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS + row
+    store_partial(partials_ptr, log_sums_ptr, line, live, acc, log_sum, HEAD_DIM, DIM_PAD)
+
+
+def attend_prefixes(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    scale: float,
+    cascade: CascadeWorkspace,
+    softcap: float | None,
+    kv_scales: torch.Tensor | None,
+) -> None:
+    """Leave in `cascade` every member's partial results over its shared prefix.
+
+    A part of `paged_attention_decode`, which has checked the arguments that it hands on.
+    """
+    _, num_kv_heads, block_size, head_dim = key_cache.shape
+    cost, config = cascade.cost, cascade.config
+    have = (query.shape[1], num_kv_heads, head_dim)
+    want = (cost.num_heads, cost.num_kv_heads, cost.head_dim)
+    require(have == want, f"(heads, kv heads, head_dim) {have}, but cascade has {want}")
+    _attend_prefixes_kernel[(num_kv_heads, cascade.items.shape[1])](
+        query,
+        readable_view(key_cache),
+        readable_view(value_cache),
+        block_table,
+        kv_scales,
+        cascade.prefixes,
+        cascade.members,
+        cascade.items,
+        cascade.partials,
+        cascade.log_sums,
+        scale,
+        query.stride(0),
+        query.stride(1),
+        block_table.stride(0),
+        cascade.prefixes.stride(0),
+        cascade.items.stride(0),
+        SOFTCAP=softcap or 0.0,
+        QUERY_LEN=cost.query_len,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=query.shape[1] // num_kv_heads,
+        BLOCK_SIZE=block_size,
+        HEAD_DIM=head_dim,
+        DIM_PAD=triton.next_power_of_2(head_dim),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        PREFETCH=config.prefetch,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
