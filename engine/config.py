@@ -12,6 +12,7 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority", "fair"]
+PoolingChoice = Literal["auto", "last", "mean"]
 
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 128
 
