@@ -80,11 +80,7 @@ class _CompletionWriter:
         prompt_entries = self._generation.prompt_logprobs[finished.position]
         logprobs = None
         if body.logprobs is not None:
-            entries: list[TokenLogprobs | None] = list(finished.logprobs)
-            token_ids = list(finished.token_ids)
-            if body.echo:
-                entries = [*(prompt_entries or ()), *entries]
-                token_ids = [*prompt_ids, *token_ids]
+            token_ids, entries = self._tokens(finished, finished.position)
             logprobs = self._logprobs.completion(entries, token_ids, body.logprobs, 0)
         choice: dict[str, Any] = {
             "index": index,
@@ -113,26 +109,37 @@ class _CompletionWriter:
         offsets: dict[int, int] = {}
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
-                echo = ""
                 position = delta.choice // self._width
                 first = delta.choice not in offsets
-                if first and self._body.echo:
-                    echo = await self._echo(position)
-                start = offsets.setdefault(delta.choice, len(echo))
-                choice = self._chunk(delta, echo, start)
+                echo = await self._echo(position) if first and self._body.echo else ""
+                choice = self._chunk(delta, echo)
                 if first and self._body.return_token_ids:
                     choice["prompt_token_ids"] = list(self._generation.prompt_token_ids(position))
-                offsets[delta.choice] = start + self._length(delta)
+                start = offsets.setdefault(delta.choice, 0)
+                if self._body.logprobs is not None:
+                    token_ids, entries = self._tokens(delta, position if first else None)
+                    choice["logprobs"] = self._logprobs.completion(
+                        entries, token_ids, self._body.logprobs, start
+                    )
+                    length = sum(map(len, map(self._state.tokenizer.token_text, token_ids)))
+                    offsets[delta.choice] = start + length
                 yield envelope.chunk(choice)
         if envelope.include_usage:
             yield envelope.usage_chunk()
 
-    def _length(self, delta: Delta) -> int:
-        if self._body.logprobs is None:
-            return 0
-        return sum(len(self._state.tokenizer.token_text(token)) for token in delta.token_ids)
+    def _tokens(
+        self, part: Finished | Delta, position: int | None
+    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """A part's tokens and their entries, behind those of the prompt at `position` where that
+        is echoed. A prompt's entries come with its first choice's first token, so they are there
+        before any of its text."""
+        if not self._body.echo or position is None:
+            return part.token_ids, [*part.logprobs]
+        generation = self._generation
+        token_ids = [*generation.prompt_token_ids(position), *part.token_ids]
+        return token_ids, [*(generation.prompt_logprobs[position] or ()), *part.logprobs]
 
-    def _chunk(self, delta: Delta, echo: str, start: int) -> dict[str, Any]:
+    def _chunk(self, delta: Delta, echo: str) -> dict[str, Any]:
         body = self._body
         choice: dict[str, Any] = {
             "index": delta.choice,
@@ -141,10 +148,6 @@ class _CompletionWriter:
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
-        if body.logprobs is not None:
-            choice["logprobs"] = self._logprobs.completion(
-                delta.logprobs, delta.token_ids, body.logprobs, start
-            )
         if body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         return choice

@@ -40,8 +40,6 @@ async def prepare_completion(state: ServerState, body: CompletionBody) -> tuple[
     prompts = prompts_of(body.prompt, state)
     info = state.engine.info
     width = check_limits(body, len(prompts), info, state.settings)
-    if body.stream and body.echo and body.logprobs is not None:
-        raise InvalidRequestError("echo with logprobs cannot be streamed", "echo")
     echoed = body.logprobs if body.echo else None
     _check_max_tokens(body.max_tokens, "max_tokens", allow_zero=bool(body.echo))
     params = resolve(

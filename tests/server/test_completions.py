@@ -109,6 +109,43 @@ async def test_echo_with_logprobs_and_no_new_token(
     assert engine.requests[0].sampling_params.max_tokens == 0
 
 
+@pytest.mark.parametrize("max_tokens", [0, 9])
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("as_ids", [False, True])
+async def test_echo_with_logprobs_streams_the_same(
+    client: httpx.AsyncClient, engine: FakeEngineClient, max_tokens: int, chunk: int, as_ids: bool
+) -> None:
+    engine.scripts = lambda request, choice: (
+        Script(ids(f" é{choice} wörld")[:max_tokens], chunk=chunk, logprob=-choice - 0.25)
+        if max_tokens
+        else Script([], finish="length")
+    )
+    fields = {
+        "prompt": ["héy", "two prompts"],
+        "n": 2,
+        "echo": True,
+        "logprobs": 2,
+        "max_tokens": max_tokens,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": as_ids,
+    }
+    whole = (await complete(client, **fields))["choices"]
+    assert len(whole) == 4 and whole[1]["text"].startswith("héy")
+    added: list[dict[str, Any]] = [{} for _ in whole]
+    for chunk_ in await stream(client, "/v1/completions", **fields):
+        [choice] = chunk_["choices"]
+        so_far = added[choice["index"]]
+        if not so_far:
+            so_far.update(choice)
+            continue
+        so_far["text"] += choice["text"]
+        so_far["token_ids"] += choice["token_ids"]
+        for name, values in choice["logprobs"].items():
+            so_far["logprobs"][name] += values
+        so_far["finish_reason"] = choice["finish_reason"]
+    assert added == whole
+
+
 async def test_best_of_ranks_by_mean_logprob(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:

@@ -145,7 +145,6 @@ BAD = [
     Bad("-", COMPLETIONS, {"request_id": "a\r\nb"}, "request_id"),
     Bad("-", COMPLETIONS, {"timeout": 0}, "timeout"),
     Bad("-", COMPLETIONS, {"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
-    Bad("-", COMPLETIONS, {"echo": True, "logprobs": 1, "stream": True}, "echo"),
     Bad("-", CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
     Bad("-", CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
     Bad("-", CHAT, {"continue_final_message": True}, "continue_final_message"),
