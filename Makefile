@@ -6,7 +6,13 @@ CONSTRAINTS := configs/constraints.txt
 # Installed is what this stamp is newer than; nothing is reinstalled while it is.
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint types fuzz bench clean
+# Clients that cannot share .venv; npm writes the lock file into its folder when it has installed.
+CLIENTS := tests/clients
+CLIENTS_VENV := .venv-clients
+CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
+NODE_STAMP := $(CLIENTS)/node_modules/.package-lock.json
+
+.PHONY: setup serve test clients lint types fuzz bench clean
 
 setup: $(STAMP)
 
@@ -23,6 +29,26 @@ serve: $(STAMP)
 test: lint types
 	$(BIN)/pytest
 
+# Every client of docs/api.md against a running server. The first half runs with the test extra, the
+# second with the clients' own packages, whose warnings are theirs. LiteLLM is told not to ask GitHub.
+clients: $(STAMP) $(CLIENTS_STAMP) $(NODE_STAMP)
+	PATH="$(CURDIR)/$(CLIENTS_VENV)/bin:$$PATH" \
+		$(BIN)/pytest $(CLIENTS) $(CLIENTS)/check_node.py $(CLIENTS)/check_lm_eval.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" LITELLM_LOCAL_MODEL_COST_MAP=True \
+		$(CLIENTS_VENV)/bin/pytest -W default \
+		$(CLIENTS)/check_openai_2.py $(CLIENTS)/check_langchain.py $(CLIENTS)/check_litellm.py
+
+$(CLIENTS_STAMP): $(CLIENTS)/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/pip install --quiet --upgrade pip
+	$(CLIENTS_VENV)/bin/pip install --quiet --requirement $<
+	touch $@
+
+$(NODE_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
+	@command -v node && command -v npm || { echo "make clients needs Node.js 20 or newer"; exit 1; }
+	npm ci --prefix $(CLIENTS)
+	touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -38,4 +64,4 @@ bench: $(STAMP)
 	$(BIN)/python -P benchmarks/scheduling.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -20,7 +20,7 @@ import pytest
 
 MODEL = "quire-demo"
 KEY = "clients-key"
-START_TIMEOUT = 120.0
+START_TIMEOUT = 200.0
 """Seconds until the server must be ready, on a busy machine."""
 
 
