@@ -20,7 +20,7 @@ from .body import read_json_object
 from .errors import client_left
 from .generation import Generation, Job, collect
 from .limits import Ticket
-from .preparation import make_job, prompts_of
+from .preparation import asked_by, make_job, prompts_of
 from .protocol import GenerationBody, Label, Prompt, check_types
 from .state import ServerState, state_of
 from .streaming import encode_json, run_until_disconnect
@@ -53,6 +53,7 @@ async def create_embedding(request: Request) -> Response:
         body, ignored = check_types(EmbeddingBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
         spec, job, ticket = await _prepare(state, body)
+    job = asked_by(job, state.keys.owner(request), body.user)
     generation = Generation(state, job, ticket, request.state.request_id)
     with ticket:
         answers = await run_until_disconnect(
@@ -122,7 +123,7 @@ async def _answer(
     state: ServerState, body: EmbeddingBody, spec: EmbeddingSpec, generation: Generation
 ) -> bytes:
     """The answer's JSON. Others have their turn after each vector, which may take a millisecond."""
-    entries = []
+    parts = [b'{"object":"list","data":[']
     for index, data in enumerate(generation.embeddings):
         assert data is not None  # `collect` has seen to it
         vector = np.frombuffer(data, dtype="<f4")[: body.dimensions]
@@ -131,9 +132,10 @@ async def _answer(
         embedding: list[float] | str = vector.tolist()
         if body.encoding_format == "base64":
             embedding = base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        entries.append(encode_json({"object": "embedding", "index": index, "embedding": embedding}))
+        entry = encode_json({"object": "embedding", "index": index, "embedding": embedding})
+        parts += [b"," * (index > 0), entry]
         await asyncio.sleep(0)
     num_tokens = generation.num_prompt_tokens
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
     tail = encode_json({"model": state.model_name, "usage": usage})
-    return b'{"object":"list","data":[' + b",".join(entries) + b"]," + tail[1:]
+    return b"".join([*parts, b"],", tail[1:]])

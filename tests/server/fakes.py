@@ -104,6 +104,7 @@ class FakeEngineClient:
     num_blocks: int = 64
     embedding: EmbeddingSpec | str = NO_LAYOUT
     """Where there is a spec, a prompt's vector is its tokens' first ones, and zeros."""
+    can_generate: bool = True
     ready: bool = True
     alive: bool = True
     hold: asyncio.Event | None = None
@@ -133,6 +134,7 @@ class FakeEngineClient:
             max_logprobs=20,
             eos_token_ids=(IM_END,),
             embedding=self.embedding,
+            can_generate=self.can_generate,
         )
 
     async def start(self) -> None:

@@ -251,8 +251,10 @@ async def test_the_fields_reach_the_engine(
     fields = {"input": "a", "priority": 3, "cache_salt": "s", "timeout": 9.0, "user": "u"}
     assert (await client.post(PATH, json={**fields, "input": ["a", "b"]})).status_code == 200
     assert (await client.post(PATH, json={**fields, "input": [7]})).status_code == 200
-    first, second, third = embedder.requests
-    assert [request.prompt_token_ids for request in embedder.requests] == [
+    assert (await client.post(PATH, json={**fields, "user": "v"})).status_code == 200
+    first, second, third, other = embedder.requests
+    assert first.user == second.user == third.user != other.user
+    assert [request.prompt_token_ids for request in (first, second, third)] == [
         tuple(ids("q: a")),
         tuple(ids("q: b")),
         (7,),
@@ -355,6 +357,25 @@ async def test_inputs_over_the_pool_are_refused(
     response = await client.post(PATH, json={"input": "a" * 33})
     assert_shape(response, 400, "kv_pool_too_small", "input")
     assert "input needs more KV cache" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/completions", {"prompt": "a", "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/responses", {"input": "a"}),
+    ],
+)
+async def test_weights_without_a_head_generate_nothing(
+    client: httpx.AsyncClient, embedder: FakeEngineClient, path: str, fields: dict[str, Any]
+) -> None:
+    embedder.can_generate = False
+    response = await client.post(path, json=fields)
+    assert_shape(response, 400, "invalid_value", "model")
+    assert "no language-model head" in response.json()["error"]["message"]
+    assert (await client.post(PATH, json={"input": "a"})).status_code == 200
 
 
 async def test_the_rest_of_the_rules_hold(
