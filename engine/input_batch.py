@@ -7,6 +7,8 @@ into buffers whose addresses never change (a CUDA graph reads them in place).
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence as Sizes
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,6 +50,8 @@ class HostStep(NamedTuple):
 class DeviceStep(NamedTuple):
     """The step's tensors on the device, views of persistent buffers: valid until the next step.
 
+    Where decode-only steps are padded, S and T are the padded size: see `InputBatch.pad_decodes`.
+
     input_ids, positions, slot_mapping `[T]` int64; block_table `[S, max_blocks]`, query_start_loc
     `[S + 1]`, seq_lens `[S]` int32; logit_indices `[R]` int64, the last token of each sampling row.
     """
@@ -69,6 +73,10 @@ class PersistentBuffer:
         self._host = torch.zeros(capacity, dtype=dtype, pin_memory=pinned)
         self._device = self._host.to(device) if pinned else self._host
         self.array: NDArray[Any] = self._host.numpy()
+
+    def on_device(self, count: int) -> torch.Tensor:
+        """The first `count` elements, always at the same address."""
+        return self._device[:count]
 
     def upload(self, count: int) -> torch.Tensor:
         """Send the first `count` elements without waiting for the copy."""
@@ -96,7 +104,7 @@ class InputBatch:
         self._rows: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         # A last sampled token may own a slot without being fed back, hence one more.
-        max_blocks = max_model_len // block_size + 1
+        max_blocks = self._max_blocks = max_model_len // block_size + 1
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._input_ids = PersistentBuffer(max_num_tokens, torch.int64, device)
         self._positions = PersistentBuffer(max_num_tokens, torch.int64, device)
@@ -105,9 +113,33 @@ class InputBatch:
         self._seq_lens = PersistentBuffer(max_num_seqs, torch.int32, device)
         self._logit_indices = PersistentBuffer(max_num_seqs, torch.int64, device)
         self._block_table = PersistentBuffer(max_num_seqs * max_blocks, torch.int32, device)
+        self._padded_sizes: Sizes[int] = ()
+        self._padded_table = torch.empty(0, max_blocks, dtype=torch.int32, device=device)
         self._uploaded: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def pad_decodes(self, sizes: Sizes[int]) -> None:
+        """From now on give steps in which every row has one token the next larger of these
+        (ascending) sizes, if there is one, and tables of one stride: so all steps of a size read
+        the tensors of `static_step(size)`. A padded row has length 0 and slot −1."""
+        largest = max(sizes, default=0)
+        self._padded_sizes = sizes
+        self._padded_table = self._padded_table.new_zeros((largest, self._max_blocks))
+        self._slots.array[:largest] = -1  # static steps are run once before there is any
+        self._slots.upload(largest)
+
+    def static_step(self, size: int) -> DeviceStep:
+        """The tensors of every padded step of `size` rows; as they are now, all rows sample."""
+        return DeviceStep(
+            input_ids=self._input_ids.on_device(size),
+            positions=self._positions.on_device(size),
+            slot_mapping=self._slots.on_device(size),
+            block_table=self._padded_table[:size],
+            query_start_loc=self._query_start_loc.on_device(size + 1),
+            seq_lens=self._seq_lens.on_device(size),
+            logit_indices=self._logit_indices.on_device(size),
+        )
 
     def apply(self, output: SchedulerOutput) -> set[int]:
         """Bring rows and tables up to date; the seq_ids whose tables changed or are new."""
@@ -182,11 +214,19 @@ class InputBatch:
         return host, self._upload(num_tokens, num_seqs, width, len(sampling_rows))
 
     def _upload(self, num_tokens: int, num_seqs: int, width: int, num_logits: int) -> DeviceStep:
+        table = self._block_table.upload(num_seqs * width).view(num_seqs, width)
+        if num_tokens == num_seqs and num_seqs <= max(self._padded_sizes, default=0):
+            size = self._padded_sizes[bisect_left(self._padded_sizes, num_seqs)]
+            self._input_ids.array[num_seqs:size] = 0
+            self._slots.array[num_seqs:size] = -1
+            self._seq_lens.array[num_seqs:size] = 0
+            self._padded_table[:num_seqs, :width] = table
+            table, num_tokens, num_seqs = self._padded_table[:size], size, size
         step = DeviceStep(
             input_ids=self._input_ids.upload(num_tokens),
             positions=self._positions.upload(num_tokens),
             slot_mapping=self._slots.upload(num_tokens),
-            block_table=self._block_table.upload(num_seqs * width).view(num_seqs, width),
+            block_table=table,
             query_start_loc=self._query_start_loc.upload(num_seqs + 1),
             seq_lens=self._seq_lens.upload(num_seqs),
             logit_indices=self._logit_indices.upload(num_logits),

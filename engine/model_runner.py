@@ -15,6 +15,7 @@ from .attention import AttentionMetadata
 from .attention_cpu import CpuPlan, Scratch, build_cpu_plan
 from .causal_lm import CausalLM
 from .config import EngineConfig
+from .decode_graphs import Capture, DecodeGraphs, ModelOutput, NotCapturableError
 from .device_copy import to_device
 from .errors import StepFailedError
 from .input_batch import DeviceStep, HostStep, InputBatch
@@ -65,6 +66,7 @@ class ModelRunner:
         )
         self._sampler = Sampler(spec.vocab_size, model.device)
         self._pooler = Pooler()
+        self._graphs: DecodeGraphs | None = None
         self._windows = frozenset(spec.windows)
         self._scratch = Scratch()
         self._workspaces: dict[int | None, DecodeWorkspace] = {}
@@ -94,13 +96,11 @@ class ModelRunner:
         if not output.sequences:
             return ModelRunnerOutput([], {}, {}, {}, {})
         host, step = self._batch.prepare(output, changed)
-        metadata = self._metadata(host, step)
-        hidden = self._forward(step, metadata)
+        hidden, logits = self._run_model(host, step)
         prompt_chunks = self._prompt_logprobs(host, hidden)
         result = ModelRunnerOutput([None] * len(output.sequences), {}, {}, {}, {})
         samples: list[RowSamples] = []
         if len(host.sampling_rows):
-            logits = self._model.logits(hidden[step.logit_indices])
             rows = [host.order[row] for row in host.sampling_rows]
             sequences = [output.sequences[row] for row in rows]
             samples = self._sample(rows, sequences, logits, result.errors, output.token_masks)
@@ -195,9 +195,59 @@ class ModelRunner:
         batch = sampler.prepare(sequences)
         sampler(self._model.logits(hidden[step.logit_indices]), batch)
 
+    def capture_graphs(self, capture: Capture, sizes: Sequence[int]) -> None:
+        """From now on replay graphs of these sizes (ascending) in decode-only steps, unless the
+        model waits for the device within a step."""
+        self._batch.pad_decodes(sizes)
+        graphs = DecodeGraphs(self._decode, self._batch.static_step, capture)
+        try:
+            graphs.capture(sizes)
+        except NotCapturableError as error:
+            logger.warning("decode steps run without CUDA graphs: %s", error)
+            self._batch.pad_decodes([])
+        else:
+            self._graphs = graphs
+
+    def _run_model(self, host: HostStep, step: DeviceStep) -> ModelOutput:
+        """Hidden states of all tokens, logits of the sampling rows."""
+        size = len(step.seq_lens)
+        if self._graphs is not None and host.max_query_len == 1 and size in self._graphs:
+            hidden, logits = self._graphs.replay(size)
+            num_sampling = len(host.sampling_rows)
+            if num_sampling == len(host.order):
+                return ModelOutput(hidden, logits[:num_sampling])
+            return ModelOutput(hidden, logits[step.logit_indices])
+        hidden = self._forward(step, self._metadata(host, step))
+        if not len(host.sampling_rows):
+            return ModelOutput(hidden, hidden.new_empty(0))
+        return ModelOutput(hidden, self._model.logits(hidden[step.logit_indices]))
+
+    def _decode(self, step: DeviceStep) -> ModelOutput:
+        """A CUDA step in which every row has one token: what a graph captures. It reads nothing
+        but the tensors of `step`, the cache and the workspaces."""
+        self._schedule_decodes(step.seq_lens)
+        metadata = AttentionMetadata(
+            kv_cache=self._kv_cache,
+            slot_mapping=step.slot_mapping,
+            block_table=step.block_table,
+            query_start_loc=step.query_start_loc,
+            seq_lens=step.seq_lens,
+            num_decodes=len(step.seq_lens),
+            max_query_len=1,
+            workspaces=self._workspaces,
+        )
+        hidden = self._forward(step, metadata)
+        return ModelOutput(hidden, self._model.logits(hidden))
+
     def _forward(self, step: DeviceStep, metadata: AttentionMetadata) -> torch.Tensor:
         """Hidden states `[T, hidden_size]`; reads nothing but the tensors in its arguments."""
         return self._model.forward(step.input_ids, step.positions, metadata)
+
+    def _schedule_decodes(self, seq_lens: torch.Tensor) -> None:
+        from ..kernels.decode_schedule import build_decode_schedule
+
+        for workspace in self._workspaces.values():
+            build_decode_schedule(seq_lens, workspace)
 
     def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         if not copies:
@@ -217,10 +267,7 @@ class ModelRunner:
             self._clear(host.stale_slots)
             cpu_plan = self._cpu_plan(host)
         elif host.num_decodes:
-            from ..kernels.decode_schedule import build_decode_schedule
-
-            for workspace in self._workspaces.values():
-                build_decode_schedule(step.seq_lens[: host.num_decodes], workspace)
+            self._schedule_decodes(step.seq_lens[: host.num_decodes])
         return AttentionMetadata(
             kv_cache=self._kv_cache,
             slot_mapping=step.slot_mapping,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import torch
 
 from .causal_lm import CausalLM
 from .config import EngineConfig
+from .decode_graphs import CudaCapture, graph_sizes
 from .errors import ConfigurationError, DeviceMemoryError
 from .kv_cache import allocate_kv_cache, cpu_cache_memory, num_blocks_from_memory
 from .loader import load_model
 from .model_runner import ModelRunner
+from .model_spec import one_line
 from .outputs import ModelRunnerOutput, SchedulerOutput
 from .worker_protocol import WorkerInfo
 
@@ -53,7 +56,15 @@ class Worker:
             memory = cpu_cache_memory(config, spec, model.dtype, self._max_model_len)
         num_blocks = num_blocks_from_memory(memory, config, spec, model.dtype, self._max_model_len)
         self._runner = self._make_runner(num_blocks)
+        if self._graph_sizes:
+            self._capture(self._runner, self._graph_sizes)
         return num_blocks
+
+    @property
+    def _graph_sizes(self) -> list[int]:
+        if self._model.device.type != "cuda" or self._config.enforce_eager:
+            return []
+        return graph_sizes(self._config.max_num_seqs)
 
     def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
         try:
@@ -69,9 +80,33 @@ class Worker:
         )
         return ModelRunner(model, self._config, kv_cache, self._max_model_len)
 
+    def _capture(self, runner: ModelRunner, sizes: list[int]) -> None:
+        try:
+            runner.capture_graphs(CudaCapture(self._model.device), sizes)
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"the CUDA graphs of decode steps cannot be captured ({one_line(error)}): lower "
+                "--gpu-memory-utilization if memory ran out, else use --enforce-eager"
+            ) from error
+
+    def _graph_memory(self) -> int:
+        """Bytes that all graphs will take: the largest one, with the pool that they share, and for
+        each other as much as the second largest takes beside it."""
+        sizes = self._graph_sizes
+        if not sizes:
+            return 0
+        first, both = (self._memory_of_graphs(sizes[-count:]) for count in (1, 2))
+        return first + (len(sizes) - 1) * max(both - first, 0)
+
+    def _memory_of_graphs(self, sizes: list[int]) -> int:
+        runner = self._make_runner(1)
+        before = _free_memory(self._model.device)
+        self._capture(runner, sizes)
+        return before - _free_memory(self._model.device)
+
     def _cuda_cache_memory(self) -> int:
         """Bytes left within gpu_memory_utilization once the largest step has its room: what torch
-        held at the peak of such a step, and what others (context, libraries) hold."""
+        held at the peak of such a step, what others (context, libraries) hold, and the graphs."""
         device = self._model.device
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -84,10 +119,18 @@ class Worker:
             ) from error
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(device)
+        graphs = self._graph_memory()
+        free, total = _free_memory(device), torch.cuda.mem_get_info(device)[1]
         others = total - free - torch.cuda.memory_reserved(device)
-        return int(total * self._config.gpu_memory_utilization) - peak - others
+        return int(total * self._config.gpu_memory_utilization) - peak - others - graphs
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that the driver could give, once torch has given back what nobody holds."""
+    gc.collect()  # a runner and its graphs hold each other
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def default_num_threads() -> int | None:

@@ -45,8 +45,9 @@ def make_output(
     )
 
 
-def check(batch: InputBatch, output: SchedulerOutput) -> None:
-    """Run the step's preparation and compare every field with one made token by token."""
+def check(batch: InputBatch, output: SchedulerOutput, sizes: dict[int, int]) -> None:
+    """Run the step's preparation and compare every field with one made token by token. `sizes`
+    says to how many rows each number of them is padded."""
     host, device = batch.prepare(output, batch.apply(output))
     columns = (output.sequences, output.num_computed_starts, output.num_new_tokens)
     rows = list(zip(*columns, strict=True))
@@ -63,11 +64,16 @@ def check(batch: InputBatch, output: SchedulerOutput) -> None:
         loc.append(len(ids))
         if start + length == len(sequence.token_ids):
             logits.append(len(ids) - 1)
-    assert device.input_ids.tolist() == ids
-    assert device.positions.tolist() == positions
-    assert device.slot_mapping.tolist() == slots
-    assert device.query_start_loc.tolist() == loc
-    assert device.seq_lens.tolist() == [start + length for _, start, length in rows]
+    size = sizes.get(len(rows), len(rows)) if host.max_query_len == 1 else len(rows)
+    padding = size - len(rows)
+    assert device.input_ids.tolist() == ids + [0] * padding
+    assert device.positions[: len(ids)].tolist() == positions
+    assert device.slot_mapping.tolist() == slots + [-1] * padding
+    assert device.query_start_loc[: len(loc)].tolist() == loc
+    assert device.seq_lens.tolist() == [start + n for _, start, n in rows] + [0] * padding
+    if padding:
+        for mine, static in zip(device, batch.static_step(len(device.seq_lens)), strict=True):
+            assert mine.data_ptr() == static.data_ptr() and mine.stride() == static.stride()
     assert device.logit_indices.tolist() == logits
     assert [loc[row + 1] - 1 for row in host.sampling_rows] == logits
     for row, (sequence, start, length) in enumerate(rows):
@@ -77,14 +83,19 @@ def check(batch: InputBatch, output: SchedulerOutput) -> None:
     assert host.max_query_len == max(length for _, _, length in rows)
 
 
-def test_random_steps_match_a_plain_loop() -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_random_steps_match_a_plain_loop(padded: bool) -> None:
     """Arrivals, growth, re-written tables, releases and returns, with few rows to spare."""
     rng = random.Random(3)
     batch = make_batch()
+    sizes = {}
+    if padded:
+        sizes = {1: 2, 2: 2, 3: 5, 4: 5, 5: 5, 6: 6}
+        batch.pad_decodes([2, 5])
     running: list[Sequence] = []
     known: set[int] = set()
     waiting: list[Sequence] = []
-    seen = {"mixed": 0, "returned": 0, "rewritten": 0, "left out": 0}
+    seen = {"mixed": 0, "returned": 0, "rewritten": 0, "left out": 0, "padded": 0}
     for _ in range(300):
         released = []
         for sequence in list(running):
@@ -128,7 +139,8 @@ def test_random_steps_match_a_plain_loop() -> None:
             batch.apply(output)
             continue
         seen["mixed"] += 1 in output.num_new_tokens and max(output.num_new_tokens) > 1
-        check(batch, output)
+        seen["padded"] += max(output.num_new_tokens) == 1
+        check(batch, output, sizes)
         for sequence, length in rows:
             sequence.num_computed_tokens += length
             if sequence.num_computed_tokens == len(sequence.token_ids):

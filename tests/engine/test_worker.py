@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from quire.engine import attention
 from quire.engine.embedding_spec import NO_LAYOUT
 from quire.engine.errors import ConfigurationError, DeviceMemoryError
 from quire.engine.worker import Worker, default_num_threads
 from quire.engine.worker_protocol import WorkerInfo, WorkerProtocol
-from quire.kernels import reference
 
+from .cuda_on_cpu import give_workspaces, use_references
 from .models import MAX_POSITION, generate, save_model
 from .worker_driver import Driver, make_config, make_sequence
 
@@ -96,17 +95,11 @@ def test_out_of_memory_is_reported_and_the_step_can_be_tried_again(
 def test_the_cuda_path_passes_its_kernels_the_right_rows(
     gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the plain references in the kernels' place, on the CPU, to the reference's tokens."""
-    from quire.kernels import paged_attention_decode, paged_attention_extend, reshape_and_cache
-
-    for module in (paged_attention_decode, paged_attention_extend, reshape_and_cache):
-        name = module.__name__.rpartition(".")[2]
-        monkeypatch.setattr(module, name, getattr(reference, name))
-    monkeypatch.setattr(attention, "attend_on_cpu", attention.attend_on_cuda)
+    use_references(monkeypatch)
     folder, model = gemma2
     driver = Driver.start(make_config(folder))
     runner = driver.worker._runner
-    runner._workspaces = dict.fromkeys(runner._windows)  # type: ignore[arg-type]
+    give_workspaces(runner)
     before = runner._kv_cache.clone()
     runner.run_largest_step()
     assert torch.equal(runner._kv_cache, before)
