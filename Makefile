@@ -33,7 +33,7 @@ test: lint types
 # second with the clients' own packages, whose warnings are theirs. LiteLLM is told not to ask GitHub.
 clients: $(STAMP) $(CLIENTS_STAMP) $(NODE_STAMP)
 	PATH="$(CURDIR)/$(CLIENTS_VENV)/bin:$$PATH" \
-		$(BIN)/pytest $(CLIENTS) $(CLIENTS)/check_node.py $(CLIENTS)/check_lm_eval.py
+		$(BIN)/pytest $(CLIENTS)/test_*.py $(CLIENTS)/check_node.py $(CLIENTS)/check_lm_eval.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" LITELLM_LOCAL_MODEL_COST_MAP=True \
 		$(CLIENTS_VENV)/bin/pytest -W default \
 		$(CLIENTS)/check_openai_2.py $(CLIENTS)/check_langchain.py $(CLIENTS)/check_litellm.py
