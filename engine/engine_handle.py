@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -35,9 +36,12 @@ def engine_environment(parent: Mapping[str, str], num_threads: int | None) -> di
 class EngineHandle:
     """A started process and the socket to it; made by `launch`, ended by `stop`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, socket_path: Path
+    ) -> None:
         self._process = process
         self._socket = socket
+        self._socket_path = socket_path
 
     @classmethod
     async def launch(cls, launch: wire.Launch) -> EngineHandle:
@@ -55,7 +59,7 @@ class EngineHandle:
         socket.set(zmq.RCVHWM, 0)
         socket.set(zmq.LINGER, 0)
         socket.connect(launch.address)
-        handle = cls(process, socket)
+        handle = cls(process, socket, Path(launch.address.removeprefix("ipc://")))
         handle.send(wire.Hello())
         return handle
 
@@ -78,6 +82,13 @@ class EngineHandle:
 
     async def receive(self) -> wire.FromEngine:
         return wire.decode_from_engine(await self._socket.recv())
+
+    def hide_socket(self) -> None:
+        """Remove its name and its folder, once the one connection there is stands: no stranger
+        finds it then, and nothing is left behind where this process is killed."""
+        with contextlib.suppress(FileNotFoundError):  # someone tidied up before
+            self._socket_path.unlink()
+            self._socket_path.parent.rmdir()
 
     def ask_to_end(self) -> None:
         """Close its stdin: it ends after the step that it is in."""

@@ -159,30 +159,30 @@ class ProcessEngineClient:
     async def _supervise(self) -> None:
         failures = 0
         loop = asyncio.get_running_loop()
-        with tempfile.TemporaryDirectory(prefix="quire-") as folder:  # mode 0700
-            try:
-                while True:
-                    ready_at = await self._run_engine(Path(folder) / f"engine{self._restarts}")
-                    served = ready_at is not None and loop.time() - ready_at > STABLE_SECONDS
-                    failures = 1 if served else failures + 1
-                    if self._info is None or failures > self._max_restarts:
-                        break
-                    self._restarts += 1
-                    if self._state is not State.STALLED:
-                        self._state = State.RESTARTING
-                    if self._observer is not None:
-                        self._observer.engine_restarted()
-                    delay = min(FIRST_DELAY_SECONDS * 2 ** (failures - 1), MAX_DELAY_SECONDS)
-                    logger.warning("restarting the engine in %.1f s", delay)
-                    await asyncio.sleep(delay)
-            except Exception as error:
-                logger.exception("the engine's supervisor failed")
-                self._start_error = StartupError(f"the engine's supervisor failed: {error}")
-            finally:
-                if self._state is not State.CLOSED:
-                    self._state = State.FAILED
-                    logger.error("the engine is given up")
-                self._settled.set()
+        try:
+            while True:
+                with tempfile.TemporaryDirectory(prefix="quire-") as folder:  # mode 0700
+                    ready_at = await self._run_engine(Path(folder) / "engine")
+                served = ready_at is not None and loop.time() - ready_at > STABLE_SECONDS
+                failures = 1 if served else failures + 1
+                if self._info is None or failures > self._max_restarts:
+                    break
+                self._restarts += 1
+                if self._state is not State.STALLED:
+                    self._state = State.RESTARTING
+                if self._observer is not None:
+                    self._observer.engine_restarted()
+                delay = min(FIRST_DELAY_SECONDS * 2 ** (failures - 1), MAX_DELAY_SECONDS)
+                logger.warning("restarting the engine in %.1f s", delay)
+                await asyncio.sleep(delay)
+        except Exception as error:
+            logger.exception("the engine's supervisor failed")
+            self._start_error = StartupError(f"the engine's supervisor failed: {error}")
+        finally:
+            if self._state is not State.CLOSED:
+                self._state = State.FAILED
+                logger.error("the engine is given up")
+            self._settled.set()
 
     async def _run_engine(self, socket_path: Path) -> float | None:
         """Run one engine process to its end; the loop time at which it was ready, if ever."""
@@ -270,6 +270,7 @@ class ProcessEngineClient:
                 if not done.done():
                     done.set_result(None)
             case wire.Ready(info):
+                engine.hide_socket()
                 self._info = info
                 self._ready_at = asyncio.get_running_loop().time()
                 self._state = State.READY

@@ -45,6 +45,11 @@ class _Options(TypedDict):
     deadline: float | None
 
 
+class _Pace(TypedDict):
+    keepalive: float
+    write_timeout: float
+
+
 def stream_of(
     request: Request,
     events: AsyncGenerator[bytes, None],
@@ -59,7 +64,10 @@ def stream_of(
     """
     state = state_of(request)
     request_id = request.state.request_id
-    keepalive = state.settings.sse_keepalive_interval
+    pace: _Pace = {
+        "keepalive": state.settings.sse_keepalive_interval,
+        "write_timeout": state.settings.stream_stall_timeout,
+    }
     options: _Options = {
         "on_failure": lambda error: [*on_failure(), event(error_body(error, request_id))],
         "on_close": ticket.close,
@@ -68,7 +76,7 @@ def stream_of(
     }
     try:
         if not asks_to_resume(request, state.settings.stream_resume_ttl):
-            return EventStream(events, keepalive=keepalive, headers=headers, **options)
+            return EventStream(events, headers=headers, **pace, **options)
         stream = state.streams.open(state.keys.owner(request), events, **options)
     except BaseException:
         ticket.close()
@@ -78,8 +86,8 @@ def stream_of(
         stream,
         0,
         request_id=request_id,
-        keepalive=keepalive,
         headers=headers,
+        **pace,
         opened=True,
     )
 

@@ -95,10 +95,12 @@ def create_app(
 def _documentation() -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
+    @router.head("/openapi.json")
     @router.get("/openapi.json")
     async def openapi(request: Request) -> JSONResponse:
         return JSONResponse(openapi_document(request.app))
 
+    @router.head("/docs")
     @router.get("/docs")
     async def docs(request: Request) -> HTMLResponse:
         # Our own page, since FastAPI's loads its scripts from the internet.

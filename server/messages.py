@@ -47,6 +47,7 @@ async def create_message(request: Request) -> Response:
             request_id=request_id,
             deadline=chat.job.deadline,
             keepalive=state.settings.sse_keepalive_interval,
+            write_timeout=state.settings.stream_stall_timeout,
             headers=headers,
             end=b"",
             comment=sse(PING),

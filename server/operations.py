@@ -20,11 +20,13 @@ _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>quire</ti
 <a href="metrics">metrics</a></p></html>"""
 
 
+@public.head("/", include_in_schema=False)
 @public.get("/", include_in_schema=False)
 async def page() -> HTMLResponse:
     return HTMLResponse(_PAGE)
 
 
+@public.head("/health", response_model=None, include_in_schema=False)
 @public.get("/health", response_model=None)
 async def health(request: Request) -> Response:
     """Liveness: 200 while the engine makes progress, also while it loads and drains."""
@@ -34,6 +36,7 @@ async def health(request: Request) -> Response:
     return JSONResponse(answer, 200 if engine.alive else 503)
 
 
+@public.head("/ready", response_model=None, include_in_schema=False)
 @public.get("/ready", response_model=None)
 async def ready(request: Request) -> Response:
     """Readiness: 200 while new requests are accepted."""

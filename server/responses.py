@@ -50,6 +50,7 @@ async def create_response(request: Request) -> Response:
             request_id=request.state.request_id,
             deadline=deadline,
             keepalive=state.settings.sse_keepalive_interval,
+            write_timeout=state.settings.stream_stall_timeout,
             headers=headers,
             end=b"",
         )

@@ -312,12 +312,18 @@ class ResumableStream(SseResponse):
         *,
         request_id: str,
         keepalive: float,
+        write_timeout: float,
         headers: dict[str, str],
         opened: bool = False,
     ) -> None:
         """`opened` by this very request: nobody else knows the id yet."""
         headers = {**headers, "x-quire-stream-id": stream.id}
-        super().__init__(request_id=request_id, keepalive=keepalive, headers=headers)
+        super().__init__(
+            request_id=request_id,
+            keepalive=keepalive,
+            write_timeout=write_timeout,
+            headers=headers,
+        )
         self._registry = registry
         self._opened = opened
         self._reader = registry.attach(stream, position)

@@ -88,6 +88,12 @@ class Settings(BaseSettings):
     sse_keepalive_interval: float = _option(
         "Server", "Seconds of silence before a stream sends a comment; 0 is off.", 15.0, ge=0
     )
+    stream_stall_timeout: float = _option(
+        "Server",
+        "Seconds that a stream's reader may read nothing before its request is aborted.",
+        30.0,
+        gt=0,
+    )
     stream_resume_ttl: float = _option(
         "Server", "Seconds that a resumable stream waits for its client; 0 is off.", 60.0, ge=0
     )
@@ -191,6 +197,17 @@ class Settings(BaseSettings):
     def _refuse_bool(cls, value: Any) -> Any:
         if isinstance(value, bool):
             raise ValueError("must be a size, such as 16MiB")
+        return value
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _explain_service_links(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("tcp://"):
+            raise ValueError(
+                f"{value} is no port. Kubernetes sets QUIRE_PORT so in pods beside a Service named "
+                "quire: set enableServiceLinks: false in the pod's spec, give --port, or name the "
+                "Service otherwise"
+            )
         return value
 
     @field_validator("tensor_parallel_size")

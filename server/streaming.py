@@ -21,9 +21,6 @@ log = structlog.get_logger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"
-WRITE_TIMEOUT = 30.0
-"""Seconds that one write may wait for a reader that does not read; then the request is aborted."""
-
 
 _Result = TypeVar("_Result")
 encode_json = msgspec.json.Encoder().encode
@@ -127,9 +124,11 @@ class SseResponse(Response):
         request_id: str,
         keepalive: float,
         headers: dict[str, str],
-        write_timeout: float = WRITE_TIMEOUT,
+        write_timeout: float,
         comment: bytes = COMMENT,
     ) -> None:
+        """`write_timeout` is how long one write may wait for a reader that does not read, in
+        seconds; then the request is aborted."""
         super().__init__(status_code=200, headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
@@ -188,7 +187,7 @@ class EventStream(SseResponse):
         deadline: float | None,
         keepalive: float,
         headers: dict[str, str],
-        write_timeout: float = WRITE_TIMEOUT,
+        write_timeout: float,
         end: bytes = DONE,
         comment: bytes = COMMENT,
     ) -> None:

@@ -28,6 +28,7 @@ async def resume_stream(request: Request, stream_id: str) -> Response:
         position,
         request_id=request.state.request_id,
         keepalive=state.settings.sse_keepalive_interval,
+        write_timeout=state.settings.stream_stall_timeout,
         headers={},
     )
 

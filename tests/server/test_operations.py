@@ -26,6 +26,16 @@ async def test_health_follows_the_engine(
     assert (response.status_code, response.json()["status"]) == (503, "failing")
 
 
+async def test_pages_and_probes_answer_head(make_client: MakeClient) -> None:
+    client = make_client(api_key=("key",))
+    key = {"authorization": "Bearer key"}
+    for path, status in (("/", 200), ("/health", 200), ("/ready", 200), ("/docs", 401)):
+        assert (await client.head(path)).status_code == status
+    for path in ("/docs", "/openapi.json"):
+        assert (await client.head(path, headers=key)).status_code == 200
+    assert (await client.head("/v1/models", headers=key)).status_code == 405
+
+
 async def test_the_debug_view_shows_that_every_block_is_back(client: httpx.AsyncClient) -> None:
     await client.post(COMPLETIONS, json=PROMPT)
     debug = (await client.get("/debug/engine")).json()

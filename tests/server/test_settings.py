@@ -53,6 +53,10 @@ def test_lists_from_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     "flags, message",
     [
         ({"port": "70000"}, "port: "),
+        (
+            {"port": "tcp://10.0.0.7:8000"},
+            "port: .*Kubernetes .*enableServiceLinks",
+        ),
         ({"max_num_seqs": "0"}, "max_num_seqs: "),
         ({"gpu_memory_utilization": "0"}, "gpu_memory_utilization: "),
         ({"kv_cache_memory": "2 parsecs"}, "kv_cache_memory: "),

@@ -9,7 +9,9 @@ import pytest
 
 from quire.engine.errors import QueueFullError, StepFailedError
 from quire.server.errors import error_body
-from quire.server.streaming import DONE, EventStream, event, run_until_disconnect
+from quire.server.streaming import DONE, EventStream, encode_json, event, run_until_disconnect
+
+from .conftest import MODEL, MakeClient
 
 
 class Peer:
@@ -59,7 +61,12 @@ class Events:
 
 
 async def answer(peer: Peer, events: Events, **options: Any) -> None:
-    defaults: dict[str, Any] = {"deadline": None, "keepalive": 0.0, "headers": {}}
+    defaults: dict[str, Any] = {
+        "deadline": None,
+        "keepalive": 0.0,
+        "write_timeout": 30.0,
+        "headers": {},
+    }
     stream = EventStream(
         events.run(),
         on_failure=lambda error: [event("terminal"), event(error_body(error))],
@@ -147,3 +154,31 @@ async def test_work_runs_until_the_client_leaves(end: str) -> None:
     result = await run_until_disconnect(peer.receive, work(), None)
     assert result == (7 if end == "result" else None)
     assert cancelled == (end == "gone")
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}),
+        ("/v1/responses", {"input": "hi"}),
+    ],
+)
+async def test_how_long_a_reader_may_read_nothing_is_a_setting(
+    make_client: MakeClient, path: str, fields: dict[str, Any], resumable: bool
+) -> None:
+    app = make_client(stream_stall_timeout=0.1).app  # type: ignore[attr-defined]
+    body = encode_json({"model": MODEL, "stream": True, **fields})
+    headers = [(b"content-type", b"application/json"), (b"x-quire-resumable", b"%d" % resumable)]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers,
+             "query_string": b"", "client": ("here", 1), "server": ("there", 1)}  # fmt: skip
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+    peer = Peer(read=False)
+
+    async def receive() -> Any:
+        return next(messages, None) or await peer.receive()
+
+    await asyncio.wait_for(app(scope, receive, peer.send), 5)
+    assert len(peer.sent) == 2
