@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from .sequence import Sequence as TokenSequence
 
 MAX_CACHED_GRAMMARS = 64
-NUM_THREADS = min(4, os.cpu_count() or 1)
-"""Threads of llguidance that fill rows, some 10 µs to 1 ms each, without Python's lock."""
+NUM_THREADS = min(4, max(1, (os.cpu_count() or 1) // 4))
+"""Threads of llguidance that fill rows, some 10 µs to 1 ms each, without Python's lock. They spin
+for a moment when they have nothing to do: few, where the model runs on the same cores."""
 
 
 @dataclass(slots=True)
@@ -245,11 +246,12 @@ class StructuredOutput:
         )
         _clear_from(bitmask, self._vocab_size)
         for row in rows:
-            bits = bitmask[masks.rows[row.row]]
             if row.barred:
-                self._bar(bits, row.barred)
+                self._bar(bitmask[masks.rows[row.row]], row.barred)
+        empty = ~bitmask.any(axis=1)
+        for row in rows:
             reason = matcher_failure(row.matcher)
-            if reason is None and not bits.any():
+            if reason is None and empty[masks.rows[row.row]]:
                 reason = "no token continues it"
             if reason is not None:
                 message = f"the grammar cannot be followed further: {reason}"
