@@ -293,6 +293,27 @@ def test_every_flag_is_listed_with_its_default() -> None:
             assert listed[name] == f"`{default}`", name
 
 
+def test_clients_are_listed_with_the_versions_that_make_clients_runs() -> None:
+    pins = {
+        name: dict(re.findall(r"^([\w-]+)(?:\[\w+\])?==(\S+)$", (ROOT / name).read_text(), re.M))
+        for name in ("configs/constraints.txt", "tests/clients/requirements.txt")
+    }
+    ours, theirs = pins.values()
+    node = json.loads((ROOT / "tests/clients/package.json").read_text(encoding="utf-8"))
+    assert {
+        row["client"]: row["version"] for row in _table("client", "version", "what is asked")
+    } == {
+        "`openai` (Python)": ours["openai"],
+        "`openai` (Python, 2 series)": theirs["openai"],
+        "`openai` (Node)": node["dependencies"]["openai"],
+        "`anthropic` (Python)": ours["anthropic"],
+        **{f"`{name}`": theirs[name] for name in ("langchain-openai", "litellm", "lm_eval")},
+    }
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    checks = list((ROOT / "tests/clients").glob("check_*.py"))
+    assert checks and all(f"$(CLIENTS)/{path.name}" in makefile for path in checks)
+
+
 # -- all documents ---------------------------------------------------------------------------
 
 
