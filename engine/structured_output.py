@@ -248,10 +248,10 @@ class StructuredOutput:
         for row in rows:
             if row.barred:
                 self._bar(bitmask[masks.rows[row.row]], row.barred)
-        empty = ~bitmask.any(axis=1)
+        is_open: NDArray[np.bool_] = (bitmask != 0).any(axis=1)
         for row in rows:
             reason = matcher_failure(row.matcher)
-            if reason is None and empty[masks.rows[row.row]]:
+            if reason is None and not is_open[masks.rows[row.row]]:
                 reason = "no token continues it"
             if reason is not None:
                 message = f"the grammar cannot be followed further: {reason}"
