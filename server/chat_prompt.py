@@ -87,13 +87,17 @@ async def encode_chat(
         add_generation_prompt = not body.continue_final_message
     else:
         add_generation_prompt = body.add_generation_prompt
+    tools = offered_tools(body)
+    if state.message_format.is_harmony:
+        for tool in tools:  # gpt-oss's template fails without
+            tool["function"].setdefault("description", "")
     return await state.tokenizer.encode_chat(
         [_template_message(message, state) for message in body.messages],
         add_generation_prompt=add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
         add_special_tokens=bool(add_special_tokens),
         documents=body.documents,
-        tools=offered_tools(body) or None,
+        tools=tools or None,
         template=body.chat_template,
         template_kwargs=await _template_settings(state, body),
         max_tokens=max_tokens,

@@ -224,7 +224,9 @@ TEMPLATE = """
   {{- "Reasoning: " + reasoning_effort }}
 {%- endmacro -%}
 {{- "<|start|>system<|message|>" + system() + "<|end|>" }}
-{%- if tools %}{{ "<|start|>developer<|message|>" + tools|tojson + "<|end|>" }}{% endif %}
+{%- if tools %}
+  {{- "<|start|>developer<|message|>" + tools|tojson + tools[0].function.description + "<|end|>" }}
+{%- endif %}
 {%- for message in messages -%}
   {%- if message.tool_calls %}
     {%- if message.content and message.thinking %}{{ raise_exception("both") }}{% endif %}
