@@ -7,7 +7,7 @@ cache is found by `module.layer_idx`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,9 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from .attention_cpu import CpuPlan, attend_on_cpu
-
 if TYPE_CHECKING:
     from ..kernels.decode_schedule import DecodeWorkspace
+    from .attention_cpu import CpuPlan
     from .flat_decoder import FlatLayer
 
 IMPLEMENTATION = "quire_paged"
@@ -36,7 +35,7 @@ class AttentionMetadata:
     num_decodes      sequences with one new token; they are the first rows of every tensor
     max_query_len    most new tokens of any sequence
     workspaces       CUDA: the decode kernel's scratch by window, its schedule built for the step
-    cpu_plan         CPU: index tensors of the step, shared by all layers
+    cpu_plan         CPU: the step's tiles, shared by all layers
     """
 
     kv_cache: torch.Tensor
@@ -78,8 +77,7 @@ def paged_attention(
     load and change nothing here.
     """
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
-    attend = attend_on_cpu if query.device.type == "cpu" else attend_on_cuda
-    output = attend(
+    output = _backend(query.device)(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -93,6 +91,14 @@ def paged_attention(
     return output[None], None
 
 
+def _backend(device: torch.device) -> Callable[..., torch.Tensor]:
+    if device.type != "cpu":
+        return attend_on_cuda
+    from .attention_cpu import attend_on_cpu
+
+    return attend_on_cpu
+
+
 def attend_flat(
     metadata: AttentionMetadata,
     layer: FlatLayer,
@@ -101,8 +107,7 @@ def attend_flat(
     value: torch.Tensor,
 ) -> torch.Tensor:
     """The same for a flat body, which has no heads' axis to move. Shapes as in `Attend`."""
-    attend = attend_on_cpu if query.device.type == "cpu" else attend_on_cuda
-    return attend(
+    return _backend(query.device)(
         query,
         key,
         value,

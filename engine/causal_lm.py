@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from .attention import IMPLEMENTATION, AttentionMetadata, attend_flat, register_attention
 from .cpu_linear import leave_files, pack_linears
 from .errors import UnsupportedModelError
-from .flat_decoder import FlatDecoder, FlatLayer, TorchOps, flatten
+from .flat_decoder import BodyOps, FlatDecoder, FlatLayer, TorchOps, flatten
 from .merged_linear import merge_siblings
 from .model_spec import ModelSpec, one_line
 
@@ -106,7 +106,7 @@ class CausalLM:
     ) -> torch.Tensor:
         """input_ids and positions `[T]` int64 → hidden states `[T, hidden_size]`."""
         if self._flat is not None:
-            return self._flat(input_ids, positions, TorchOps(partial(attend_flat, metadata)))
+            return self._flat(input_ids, positions, self._body_ops(metadata))
         output = self._body(
             input_ids=input_ids[None],
             position_ids=positions[None],
@@ -115,6 +115,13 @@ class CausalLM:
         )
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]
+
+    def _body_ops(self, metadata: AttentionMetadata) -> BodyOps:
+        if self.device.type != "cpu":
+            return TorchOps(partial(attend_flat, metadata))
+        from .attention_cpu import CpuOps
+
+        return CpuOps(metadata)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `[R, hidden_size]` → logits `[R, vocab_size]` of the model's dtype."""

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import SiLUActivation
 
 from .merged_linear import LinearColumn, MergedLinear
 
@@ -54,6 +55,7 @@ class FlatLayer(NamedTuple):
     mlp_norm: Norm
     gate_up: Product
     activation: Product
+    is_silu: bool
     down: Product
 
 
@@ -203,6 +205,7 @@ def _flat_layer(layer: Any, head_dim: int, window: int | None) -> FlatLayer | No
         mlp_norm=mlp_norm,
         gate_up=gate_up.linear.forward,
         activation=mlp.act_fn.forward,
+        is_silu=isinstance(mlp.act_fn, nn.SiLU | SiLUActivation),
         down=mlp.down_proj.forward,
     )
 

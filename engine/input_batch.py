@@ -28,8 +28,7 @@ class HostStep(NamedTuple):
 
     Rows with one new token come first (`num_decodes`). `sampling_rows` are the batch rows that
     reach their sequence's last token, ascending; rows that are pooled stand in `pooled_rows` and
-    sample nothing. `stale_slots` are slots that this step leaves
-    unwritten in blocks it is the first to write to.
+    sample nothing.
     """
 
     order: list[int]
@@ -44,7 +43,6 @@ class HostStep(NamedTuple):
     block_table: NDArray[np.int32]
     query_start_loc: NDArray[np.int32]
     seq_lens: NDArray[np.int32]
-    stale_slots: NDArray[np.int64]
 
 
 class DeviceStep(NamedTuple):
@@ -141,26 +139,22 @@ class InputBatch:
             logit_indices=self._logit_indices.on_device(size),
         )
 
-    def apply(self, output: SchedulerOutput) -> set[int]:
-        """Bring rows and tables up to date; the seq_ids whose tables changed or are new."""
+    def apply(self, output: SchedulerOutput) -> None:
+        """Bring rows and tables up to date."""
         for seq_id in output.released:
             row = self._rows.pop(seq_id, None)
             if row is not None:
                 self._free_rows.append(row)
-        changed: set[int] = set()
         for sequence, start in output.table_changes:
             row = self._rows.get(sequence.seq_id)
             if row is not None:  # otherwise it is new, or left out of this step
                 self._table[row, start : len(sequence.block_table)] = sequence.block_table[start:]
-                changed.add(sequence.seq_id)
         for sequence in output.sequences:
             if sequence.seq_id not in self._rows:
                 row = self._rows[sequence.seq_id] = self._free_rows.pop()
                 self._table[row, : len(sequence.block_table)] = sequence.block_table
-                changed.add(sequence.seq_id)
-        return changed
 
-    def prepare(self, output: SchedulerOutput, changed: set[int]) -> tuple[HostStep, DeviceStep]:
+    def prepare(self, output: SchedulerOutput) -> tuple[HostStep, DeviceStep]:
         """Lay out the step that `apply` was just called for."""
         if self._uploaded is not None:  # the last step's copies still read the host buffers
             self._uploaded.synchronize()
@@ -195,7 +189,6 @@ class InputBatch:
         width = -(-int(stops.max()) // self._block_size)
         table = self._block_table.array[: num_seqs * width].reshape(num_seqs, width)
         np.take(self._table[:, :width], rows, axis=0, out=table)
-        is_changed = np.array([sequence.seq_id in changed for sequence in sequences])
         host = HostStep(
             order=picked,
             sequences=sequences,
@@ -209,7 +202,6 @@ class InputBatch:
             block_table=table,
             query_start_loc=loc[: num_seqs + 1],
             seq_lens=self._seq_lens.array[:num_seqs],
-            stale_slots=self._stale_slots(table, starts, stops, is_changed),
         )
         return host, self._upload(num_tokens, num_seqs, width, len(sampling_rows))
 
@@ -257,21 +249,3 @@ class InputBatch:
         ids[num_decodes:num_tokens] = np.fromiter(
             chain.from_iterable(tail), dtype=np.int64, count=num_tokens - num_decodes
         )
-
-    def _stale_slots(
-        self,
-        table: NDArray[np.int32],
-        starts: NDArray[np.int64],
-        stops: NDArray[np.int64],
-        is_changed: NDArray[np.bool_],
-    ) -> NDArray[np.int64]:
-        """The rest of each last block that this step is the first to write to, or that was
-        handed over with a copy: another sequence's values may stand there."""
-        size = self._block_size
-        last = (stops - 1) // size
-        rest = -stops % size
-        fresh = np.nonzero(((starts <= last * size) | is_changed) & (rest > 0))[0]
-        rest = rest[fresh]
-        first = table[fresh, last[fresh]].astype(np.int64) * size + stops[fresh] % size
-        before = np.cumsum(rest) - rest
-        return np.repeat(first - before, rest) + np.arange(int(rest.sum()))

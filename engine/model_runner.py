@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .attention import AttentionMetadata
-from .attention_cpu import CpuPlan, Scratch, build_cpu_plan
 from .causal_lm import CausalLM
 from .config import EngineConfig
 from .decode_graphs import Capture, DecodeGraphs, ModelOutput, NotCapturableError
@@ -68,7 +66,7 @@ class ModelRunner:
         self._pooler = Pooler()
         self._graphs: DecodeGraphs | None = None
         self._windows = frozenset(spec.windows)
-        self._scratch = Scratch()
+        self._group = spec.num_attention_heads // spec.num_kv_heads
         self._workspaces: dict[int | None, DecodeWorkspace] = {}
         if model.device.type == "cuda":
             from ..kernels.decode_schedule import DecodeWorkspace
@@ -89,13 +87,13 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """Run one step; results are parallel to `output.sequences`. One synchronisation."""
-        changed = self._batch.apply(output)
+        self._batch.apply(output)
         self._sampler.forget(output.released)
         self._pooler.forget(output.released)
         self._copy_blocks(output.block_copies)
         if not output.sequences:
             return ModelRunnerOutput([], {}, {}, {}, {})
-        host, step = self._batch.prepare(output, changed)
+        host, step = self._batch.prepare(output)
         hidden, logits = self._run_model(host, step)
         prompt_chunks = self._prompt_logprobs(host, hidden)
         result = ModelRunnerOutput([None] * len(output.sequences), {}, {}, {}, {})
@@ -264,8 +262,9 @@ class ModelRunner:
     def _metadata(self, host: HostStep, step: DeviceStep) -> AttentionMetadata:
         cpu_plan = None
         if self._kv_cache.device.type == "cpu":
-            self._clear(host.stale_slots)
-            cpu_plan = self._cpu_plan(host)
+            from .attention_cpu import build_cpu_plan
+
+            cpu_plan = build_cpu_plan(host.query_start_loc, host.seq_lens, self._group)
         elif host.num_decodes:
             self._schedule_decodes(step.seq_lens[: host.num_decodes])
         return AttentionMetadata(
@@ -279,25 +278,6 @@ class ModelRunner:
             workspaces=self._workspaces,
             cpu_plan=cpu_plan,
         )
-
-    def _cpu_plan(self, host: HostStep) -> CpuPlan:
-        return build_cpu_plan(
-            kv_cache=self._kv_cache,
-            slot_mapping=host.slot_mapping,
-            block_table=host.block_table,
-            query_start_loc=host.query_start_loc,
-            seq_lens=host.seq_lens,
-            num_decodes=host.num_decodes,
-            windows=self._windows,
-            scratch=self._scratch,
-        )
-
-    def _clear(self, slots: np.ndarray) -> None:
-        """Zero slots that attention gathers and masks: a stale NaN would pass the mask, since a
-        weight of 0 times NaN is NaN. (The CUDA kernels do not load masked slots.)"""
-        if len(slots):
-            blocks, offsets = map(torch.from_numpy, np.divmod(slots, self._block_size))
-            self._kv_cache[:, :, blocks, :, offsets] = 0
 
     def _prompt_logprobs(self, host: HostStep, hidden: torch.Tensor) -> list[PromptChunk]:
         """For rows that ask: the log-probability of each prompt token that follows a computed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 import torch
 
@@ -48,7 +47,8 @@ def make_output(
 def check(batch: InputBatch, output: SchedulerOutput, sizes: dict[int, int]) -> None:
     """Run the step's preparation and compare every field with one made token by token. `sizes`
     says to how many rows each number of them is padded."""
-    host, device = batch.prepare(output, batch.apply(output))
+    batch.apply(output)
+    host, device = batch.prepare(output)
     columns = (output.sequences, output.num_computed_starts, output.num_new_tokens)
     rows = list(zip(*columns, strict=True))
     rows = [row for row in rows if row[2] == 1] + [row for row in rows if row[2] > 1]
@@ -149,28 +149,3 @@ def test_random_steps_match_a_plain_loop(padded: bool) -> None:
                 else:
                     sequence.num_computed_tokens -= 1
     assert min(seen.values()) > 5, seen
-
-
-@pytest.mark.parametrize(
-    ("computed", "length", "is_new", "expected"),
-    [
-        (0, 5, True, range(5, 16)),  # a fresh block, partly filled
-        (0, 20, True, range(20, 32)),  # the first is filled, the second is not
-        (0, 32, True, range(0)),
-        (5, 1, False, range(0)),  # its own block, already cleared
-        (5, 1, True, range(6, 16)),  # handed over with a copy
-        (16, 1, False, range(17, 32)),  # the first token of a block
-        (15, 1, False, range(0)),
-    ],
-)
-def test_stale_slots_are_what_a_step_leaves_unwritten(
-    computed: int, length: int, is_new: bool, expected: range
-) -> None:
-    sequence = make_sequence(list(range(64)), 4)
-    sequence.block_table = [0, 1]
-    sequence.num_computed_tokens = computed
-    batch = make_batch()
-    output = make_output([(sequence, length)])
-    changed = batch.apply(output)
-    host, _ = batch.prepare(output, changed if is_new else set())
-    assert np.array_equal(host.stale_slots, np.array(expected))

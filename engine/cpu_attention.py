@@ -1,0 +1,281 @@
+"""Attention on the CPU over paged K and V, compiled by Numba: reads them where they lie.
+
+A tile is some queries of one sequence times the heads that share a KV head; its keys go by in tiles
+too, with the softmax carried along ("FlashAttention", arXiv 2205.14135):
+
+    queries of a tile × its heads   [rows, head_dim]   ─┐  scores [rows, KEYS] ─ softmax ─┐
+    KEYS keys of one KV head        [KEYS, head_dim]   ─┘                                 ├─ sums
+    their values                    [KEYS, head_dim]   ───────────────────────────────────┘
+
+Threads take tiles as they get free, longest first: one of them may have lost its core to the HTTP
+process.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from .cpu_numbers import (
+    FAST,
+    PANEL_COLUMNS,
+    PANEL_ROWS,
+    PARALLEL,
+    exp,
+    fetch_add,
+    multiply_add,
+    store,
+    to_float,
+)
+
+KEYS = 64
+TILE_ROWS = 48
+FEW_ROWS = 8
+"""Up to so many rows, each score is a dot product over head_dim; with more, it pays to transpose
+the keys, so that a vector holds scores of several keys."""
+
+
+@njit(**PARALLEL)
+def attend(
+    query,
+    cache,
+    block_table,
+    starts,
+    seq_lens,
+    tiles,
+    tile_queries,
+    scale,
+    window,
+    softcap,
+    sinks,
+    has_sinks,
+    num_threads,
+    out,
+):
+    """query `[T, heads, D]` → out, like it. starts `[S + 1]`: rows of query by sequence;
+    seq_lens `[S]`: keys of each, its queries being the last; tiles `[n, 2]`: (sequence, its first
+    query), of tile_queries each; window and softcap are 0 where there is none, sinks `[heads]`.
+    """
+    counter = np.zeros(1, dtype=np.int64)
+    for _ in prange(num_threads):
+        _attend_tiles(
+            counter,
+            query,
+            cache,
+            block_table,
+            starts,
+            seq_lens,
+            tiles,
+            tile_queries,
+            scale,
+            window,
+            softcap,
+            sinks,
+            has_sinks,
+            out,
+        )
+
+
+@njit(**FAST)
+def _attend_tiles(
+    counter,
+    query,
+    cache,
+    block_table,
+    starts,
+    seq_lens,
+    tiles,
+    tile_queries,
+    scale,
+    window,
+    softcap,
+    sinks,
+    has_sinks,
+    out,
+):
+    """One thread's share: tiles times KV heads, by a counter in common."""
+    heads, head_dim = query.shape[1], query.shape[2]
+    kv_heads = cache.shape[2]
+    group = heads // kv_heads
+    rows = _round_up(group * tile_queries, PANEL_ROWS)
+    width = _round_up(head_dim, PANEL_COLUMNS)
+    packed = np.zeros((rows, head_dim), dtype=np.float32)
+    sums = np.zeros((rows, width), dtype=np.float32)
+    maxima = np.empty(rows, dtype=np.float32)
+    totals = np.empty(rows, dtype=np.float32)
+    scores = np.zeros((rows, KEYS), dtype=np.float32)
+    keys = np.zeros((head_dim, KEYS), dtype=np.float32)
+    values = np.zeros((KEYS, width), dtype=np.float32)
+    while True:
+        item = fetch_add(counter, np.int64(1))
+        if item >= len(tiles) * kv_heads:
+            break
+        tile, kv_head = divmod(item, np.int64(kv_heads))
+        sequence, first = tiles[tile, 0], tiles[tile, 1]
+        begin = starts[sequence] + first
+        left = starts[sequence + 1] - begin
+        count = min(np.int64(tile_queries), left)
+        for row in range(count * group):
+            line, head = query[begin + row // group, kv_head * group + row % group], row % group
+            for dim in range(head_dim):
+                packed[row, dim] = to_float(line[dim]) * scale
+                sums[row, dim] = np.float32(0)
+            maxima[row] = sinks[kv_head * group + head] if has_sinks else np.float32(-np.inf)
+            totals[row] = np.float32(1) if has_sinks else np.float32(0)
+        _attend_tile(
+            packed,
+            count * group,
+            cache,
+            kv_head,
+            block_table[sequence],
+            seq_lens[sequence] - left,
+            group,
+            window,
+            softcap,
+            sums,
+            maxima,
+            totals,
+            scores,
+            keys,
+            values,
+        )
+        for row in range(count * group):
+            # No keys, no output: a row that only pads a batch.
+            inverse = np.float32(1) / totals[row] if totals[row] != 0 else np.float32(0)
+            target = out[begin + row // group]
+            for dim in range(head_dim):
+                store(target, kv_head * group + row % group, dim, sums[row, dim] * inverse)
+
+
+@njit(**FAST)
+def _round_up(number, multiple):
+    return -(-number // multiple) * multiple
+
+
+@njit(**FAST)
+def _clear(line, begin, end):
+    for index in range(begin, end):
+        line[index] = np.float32(0)
+
+
+@njit(**FAST)
+def _attend_tile(
+    packed,
+    rows,
+    cache,
+    kv_head,
+    blocks,
+    position,
+    group,
+    window,
+    softcap,
+    sums,
+    maxima,
+    totals,
+    scores,
+    keys,
+    values,
+):
+    """The first `rows` of packed, whose first query stands at `position`, against the keys that
+    they see."""
+    stop = position + rows // group
+    low = max(position + 1 - window, 0) if window > 0 else 0
+    for origin in range(low, stop, KEYS):
+        count = min(KEYS, stop - origin)
+        if rows <= FEW_ROWS:
+            _scores_of_few(packed, rows, cache, kv_head, blocks, origin, count, scores)
+        else:
+            _load_tile(cache, kv_head, blocks, origin, count, keys, values)
+            for row in range(rows):
+                _clear(scores[row], 0, KEYS)
+            _add_product(packed, keys, packed.shape[1], rows, scores)
+        for row in range(rows):
+            place = position + row // group
+            begin = max(place + 1 - window - origin, 0) if window > 0 else 0
+            end = max(min(place + 1 - origin, count), begin)
+            line = scores[row]
+            if begin < end:
+                _soften(row, begin, end, softcap, line, sums, maxima, totals)
+            _clear(line, 0, begin)
+            _clear(line, end, count)
+        if rows <= FEW_ROWS:
+            _sum_values_of_few(rows, cache, kv_head, blocks, origin, count, scores, sums)
+        else:
+            _add_product(scores, values, count, rows, sums)
+
+
+@njit(**FAST)
+def _scores_of_few(packed, rows, cache, kv_head, blocks, origin, count, scores):
+    for key in range(count):
+        block, offset = divmod(origin + key, cache.shape[3])
+        line = cache[0, blocks[block], kv_head, offset]
+        for row in range(rows):
+            total = np.float32(0)
+            for dim in range(len(line)):
+                total += packed[row, dim] * to_float(line[dim])
+            scores[row, key] = total
+
+
+@njit(**FAST)
+def _sum_values_of_few(rows, cache, kv_head, blocks, origin, count, weights, sums):
+    for key in range(count):
+        block, offset = divmod(origin + key, cache.shape[3])
+        line = cache[1, blocks[block], kv_head, offset]
+        for row in range(rows):
+            weight = weights[row, key]
+            for dim in range(len(line)):
+                sums[row, dim] += weight * to_float(line[dim])
+
+
+@njit(**FAST)
+def _load_tile(cache, kv_head, blocks, origin, count, keys, values):
+    """Keys transposed; what is beyond `count` is not read."""
+    for key in range(count):
+        block, offset = divmod(origin + key, cache.shape[3])
+        line = cache[0, blocks[block], kv_head, offset]
+        value = cache[1, blocks[block], kv_head, offset]
+        for dim in range(len(line)):
+            keys[dim, key] = to_float(line[dim])
+            values[key, dim] = to_float(value[dim])
+
+
+@njit(**FAST)
+def _add_product(left, right, depth, rows, out):
+    """out[:rows] += left[:rows, :depth] @ right[:depth]; whole panels, rows rounded up to them."""
+    for column in range(0, out.shape[1], PANEL_COLUMNS):
+        for row in range(0, rows, PANEL_ROWS):
+            multiply_add(left, right, depth, out, row, column)
+
+
+@njit(**{**FAST, "fastmath": {"nnan", "nsz", "reassoc"}})
+def _greatest(numbers):
+    """Of float32 numbers. Only a maximum that may overlook a NaN becomes vector instructions; the
+    sum over the exponentials still turns into one."""
+    greatest = np.float32(-np.inf)
+    for index in range(len(numbers)):
+        greatest = max(greatest, numbers[index])
+    return greatest
+
+
+@njit(**FAST)
+def _soften(row, begin, end, softcap, scores, sums, maxima, totals):
+    """Scores [begin, end) → weights, relative to the greatest score so far."""
+    if softcap > 0:
+        for key in range(begin, end):
+            # tanh(x) = 1 - 2 / (e^2x + 1)
+            power = exp(np.float32(2) * scores[key] / softcap)
+            scores[key] = softcap * (np.float32(1) - np.float32(2) / (power + np.float32(1)))
+    visible = scores[begin:end]
+    greatest = max(maxima[row], _greatest(visible))
+    total = np.float32(0)
+    for key in range(len(visible)):
+        visible[key] = exp(visible[key] - greatest)
+        total += visible[key]
+    if greatest > maxima[row]:
+        shrink = exp(maxima[row] - greatest)
+        totals[row] *= shrink
+        for dim in range(sums.shape[1]):
+            sums[row, dim] *= shrink
+        maxima[row] = greatest
+    totals[row] += total
