@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -36,6 +37,7 @@ from .step_results import (
 
 if TYPE_CHECKING:
     from ..kernels.decode_schedule import DecodeWorkspace
+    from .attention_cpu import CpuPlan
     from .structured_output import TokenMasks
 
 logger = logging.getLogger("quire.engine")
@@ -156,6 +158,27 @@ class ModelRunner:
         for measuring its memory. Writes nothing to the cache and reads its block 0."""
         num_tokens, device = self._config.max_num_batched_tokens, self._model.device
         num_seqs = min(self._config.max_num_seqs, num_tokens)
+        hidden, step = self._run_blank_step(num_tokens, num_seqs)
+        params = SamplingParams(max_tokens=1, top_p=0.9, logprobs=0)
+        request = Request(
+            request_id="", prompt_token_ids=(0,), sampling_params=params, arrival_time=0.0
+        )
+        sampler = Sampler(self._model.spec.vocab_size, device)
+        sequences = [
+            TokenSequence(request, index, index, Rank(0, index, 0), frozenset())
+            for index in range(num_seqs)
+        ]
+        batch = sampler.prepare(sequences)
+        sampler(self._model.logits(hidden[step.logit_indices]), batch)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run two tokens, which on the CPU compiles what this machine has not compiled before."""
+        self._run_blank_step(2, 1)
+
+    def _run_blank_step(self, num_tokens: int, num_seqs: int) -> tuple[torch.Tensor, DeviceStep]:
+        """Hidden states of a step that writes nothing to the cache and reads its first blocks."""
+        device = self._model.device
         lengths = torch.full((num_seqs,), num_tokens // num_seqs, dtype=torch.int32)
         lengths[: num_tokens % num_seqs] += 1
         loc = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -179,19 +202,9 @@ class ModelRunner:
             num_decodes=0,
             max_query_len=max(2, int(lengths.max())),
             workspaces=self._workspaces,
+            cpu_plan=self._cpu_plan(loc.numpy(), lengths.numpy()),
         )
-        hidden = self._forward(step, metadata)
-        params = SamplingParams(max_tokens=1, top_p=0.9, logprobs=0)
-        request = Request(
-            request_id="", prompt_token_ids=(0,), sampling_params=params, arrival_time=0.0
-        )
-        sampler = Sampler(self._model.spec.vocab_size, device)
-        sequences = [
-            TokenSequence(request, index, index, Rank(0, index, 0), frozenset())
-            for index in range(num_seqs)
-        ]
-        batch = sampler.prepare(sequences)
-        sampler(self._model.logits(hidden[step.logit_indices]), batch)
+        return self._forward(step, metadata), step
 
     def capture_graphs(self, capture: Capture, sizes: Sequence[int]) -> None:
         """From now on replay graphs of these sizes (ascending) in decode-only steps, unless the
@@ -260,12 +273,7 @@ class ModelRunner:
         copy_blocks(cache, sources, destinations)
 
     def _metadata(self, host: HostStep, step: DeviceStep) -> AttentionMetadata:
-        cpu_plan = None
-        if self._kv_cache.device.type == "cpu":
-            from .attention_cpu import build_cpu_plan
-
-            cpu_plan = build_cpu_plan(host.query_start_loc, host.seq_lens, self._group)
-        elif host.num_decodes:
+        if host.num_decodes and self._workspaces:
             self._schedule_decodes(step.seq_lens[: host.num_decodes])
         return AttentionMetadata(
             kv_cache=self._kv_cache,
@@ -276,8 +284,15 @@ class ModelRunner:
             num_decodes=host.num_decodes,
             max_query_len=host.max_query_len,
             workspaces=self._workspaces,
-            cpu_plan=cpu_plan,
+            cpu_plan=self._cpu_plan(host.query_start_loc, host.seq_lens),
         )
+
+    def _cpu_plan(self, query_start_loc: np.ndarray, seq_lens: np.ndarray) -> CpuPlan | None:
+        if self._kv_cache.device.type != "cpu":
+            return None
+        from .attention_cpu import build_cpu_plan
+
+        return build_cpu_plan(query_start_loc, seq_lens, self._group)
 
     def _prompt_logprobs(self, host: HostStep, hidden: torch.Tensor) -> list[PromptChunk]:
         """For rows that ask: the log-probability of each prompt token that follows a computed

@@ -58,6 +58,8 @@ class Worker:
         self._runner = self._make_runner(num_blocks)
         if self._graph_sizes:
             self._capture(self._runner, self._graph_sizes)
+        if model.device.type == "cpu":
+            self._runner.warm_up()
         return num_blocks
 
     @property
