@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from quire.engine import attention
+from quire.engine.attention import attend_flat
+from quire.engine.causal_lm import CausalLM
 from quire.engine.decode_graphs import Run
+from quire.engine.flat_decoder import TorchOps
 from quire.engine.model_runner import ModelRunner
 from quire.kernels import (
     decode_schedule,
@@ -21,7 +26,10 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, name, getattr(reference, name))
     monkeypatch.setattr(decode_schedule, "build_decode_schedule", lambda seq_lens, workspace: None)
-    monkeypatch.setattr(attention, "attend_on_cpu", attention.attend_on_cuda)
+    monkeypatch.setattr(attention, "_backend", lambda device: attention.attend_on_cuda)
+    monkeypatch.setattr(
+        CausalLM, "_body_ops", lambda _, metadata: TorchOps(partial(attend_flat, metadata))
+    )
 
 
 def give_workspaces(runner: ModelRunner) -> None:
