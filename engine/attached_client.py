@@ -7,6 +7,7 @@ import logging
 
 from .engine_handle import EngineLink
 from .errors import EngineDeadError
+from .outputs import EngineStats
 from .remote_client import EngineStatus, RemoteEngineClient, State
 from .streams import EngineObserver
 
@@ -14,7 +15,10 @@ logger = logging.getLogger("quire.engine.client")
 
 
 class AttachedEngineClient(RemoteEngineClient):
-    """See `EngineClient`. `name` is unique among all clients that the engine ever has."""
+    """See `EngineClient`. `name` is unique among all clients that the engine ever has.
+
+    The observer is told when the engine is ready, and no more: its steps are the supervisor's.
+    """
 
     def __init__(self, name: bytes, *, observer: EngineObserver | None = None) -> None:
         super().__init__(observer)
@@ -51,6 +55,9 @@ class AttachedEngineClient(RemoteEngineClient):
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+    def _observe(self, stats: EngineStats) -> None:
+        self._stats = stats
 
     async def _read(self, engine: EngineLink) -> None:
         try:

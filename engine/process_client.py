@@ -85,8 +85,8 @@ class ProcessEngineClient(RemoteEngineClient):
 
     @property
     def status(self) -> EngineStatus:
-        ready = self._state is State.READY and self._engine is not None
-        return EngineStatus(self._state, self._restarts, self._engine.address if ready else None)
+        engine = self._engine if self._state is State.READY else None
+        return EngineStatus(self._state, self._restarts, engine.address if engine else None)
 
     def client_gone(self, name: bytes) -> None:
         """Another client has died: the engine ends its requests."""
