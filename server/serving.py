@@ -195,13 +195,13 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             app = await asyncio.to_thread(build_app, settings, engine, metrics)
             front = _ThisProcess(settings, app, listener)
         serving = asyncio.create_task(front.run())
-        loading = asyncio.gather(engine.wait_ready(), front.wait_up())
+        loading = asyncio.create_task(_ready(engine, front))
         stopping = asyncio.create_task(stop.wait())
         try:
             started: set[asyncio.Future[Any]] = {serving, loading, stopping}
             await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
-                info, _ = loading.result()
+                info = loading.result()
                 gc.collect()
                 gc.freeze()
                 announce(settings, info, listener, time.monotonic() - began)
@@ -215,6 +215,12 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             await serving
     finally:
         await engine.close()
+
+
+async def _ready(engine: ProcessEngineClient, front: Front) -> EngineInfo:
+    info = await engine.wait_ready()
+    await front.wait_up()
+    return info
 
 
 def _stop_on_signals() -> asyncio.Event:

@@ -104,8 +104,8 @@ async def _answer(app: ASGIApp, link: Link[_Message, _Message]) -> None:
         await app(scope, receive, send)
     except ConnectionError:
         pass  # the other worker, or its client, has left
-    except Exception:
-        log.exception("forwarded_request_failed")
+    except Exception as error:
+        log.exception("forwarded_request_failed", exc_info=error)
     finally:
         link.close()
 

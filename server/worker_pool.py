@@ -204,7 +204,7 @@ class WorkerPool:
                 )
             failures = 1 if time.monotonic() - began > STABLE_SECONDS else failures + 1
             delay = min(FIRST_DELAY_SECONDS * 2 ** (failures - 1), MAX_DELAY_SECONDS)
-            log.error("http_worker_died", worker=index, code=code, restart_in=delay)
+            log.error("worker_died", worker=index, code=code, restart_in=delay)
             self._metrics.http_worker_restarted()
             if await self._stops_within(delay):
                 return
