@@ -56,7 +56,9 @@ LAST_ANSWERS_SECONDS = 5
 END_SECONDS = LAST_ANSWERS_SECONDS + 3
 """A worker that was told to stop is killed after this."""
 SAMPLES_SECONDS = 1.0
-"""Each worker's counts are taken in this often, and waited for as long when they are asked for."""
+"""Each worker's counts are taken in this often."""
+ANSWER_SECONDS = 3.0
+"""A worker that does not say its counts within this time stands in the page with its last ones."""
 
 log = structlog.get_logger(__name__)
 
@@ -81,7 +83,7 @@ class _Worker:
         self._waiting.append(done)
         self.link.send(AskSamples())
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(done, SAMPLES_SECONDS)
+            await asyncio.wait_for(done, ANSWER_SECONDS)
 
     def take_samples(self, samples: list[Sample]) -> None:
         self.samples = samples
@@ -160,8 +162,9 @@ class WorkerPool:
             finally:
                 self.stop()
                 await asyncio.wait(tasks)
-            for task in tasks:
-                task.result()
+            for error in [task.exception() for task in tasks]:
+                if error is not None:
+                    raise error
 
     async def wait_up(self) -> None:
         await self._up.wait()
