@@ -59,7 +59,8 @@ class ProcessEngineClient(RemoteEngineClient):
         self._core = core
 
         self.on_status: Callable[[EngineStatus], None] | None = None
-        """Called with each change; for whoever passes it on to other clients of the engine."""
+        """Called with each change, for whoever passes it on to other clients of the engine. Set it
+        before `start`: the engine's socket keeps its name then, for them to connect to."""
         self._engine: EngineHandle | None = None
         self._heard = False
         """Progress was seen since the watchdog last looked."""
