@@ -33,15 +33,40 @@ def engine_environment(parent: Mapping[str, str], num_threads: int | None) -> di
     return environment
 
 
-class EngineHandle:
+class EngineLink:
+    """The socket to an engine that listens at `address`, or will; says hello at once.
+
+    `name` is its ZeroMQ identity; without one the engine makes one up.
+    """
+
+    def __init__(self, address: str, name: bytes | None = None) -> None:
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        if name is not None:
+            self._socket.set(zmq.IDENTITY, name)
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.connect(address)
+        self.send(wire.Hello())
+
+    def send(self, message: wire.ToEngine) -> None:
+        """Never blocks: the socket has no high-water mark."""
+        self._socket.send(wire.encode(message))
+
+    async def receive(self) -> wire.FromEngine:
+        return wire.decode_from_engine(await self._socket.recv())
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class EngineHandle(EngineLink):
     """A started process and the socket to it; made by `launch`, ended by `stop`."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, socket_path: Path
-    ) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
+        super().__init__(address)
+        self.address = address
         self._process = process
-        self._socket = socket
-        self._socket_path = socket_path
 
     @classmethod
     async def launch(cls, launch: wire.Launch) -> EngineHandle:
@@ -54,14 +79,7 @@ class EngineHandle:
         )
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(launch) + b"\n")
-        socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-        socket.set(zmq.SNDHWM, 0)
-        socket.set(zmq.RCVHWM, 0)
-        socket.set(zmq.LINGER, 0)
-        socket.connect(launch.address)
-        handle = cls(process, socket, Path(launch.address.removeprefix("ipc://")))
-        handle.send(wire.Hello())
-        return handle
+        return cls(process, launch.address)
 
     @property
     def pid(self) -> int:
@@ -76,19 +94,13 @@ class EngineHandle:
         """Until the process has ended."""
         await self._process.wait()
 
-    def send(self, message: wire.ToEngine) -> None:
-        """Never blocks: the socket has no high-water mark."""
-        self._socket.send(wire.encode(message))
-
-    async def receive(self) -> wire.FromEngine:
-        return wire.decode_from_engine(await self._socket.recv())
-
     def hide_socket(self) -> None:
         """Remove its name and its folder, once the one connection there is stands: no stranger
         finds it then, and nothing is left behind where this process is killed."""
+        path = Path(self.address.removeprefix("ipc://"))
         with contextlib.suppress(FileNotFoundError):  # someone tidied up before
-            self._socket_path.unlink()
-            self._socket_path.parent.rmdir()
+            path.unlink()
+            path.parent.rmdir()
 
     def ask_to_end(self) -> None:
         """Close its stdin: it ends after the step that it is in."""
@@ -111,4 +123,4 @@ class EngineHandle:
         except TimeoutError:
             self._process.kill()
             await self._process.wait()
-        self._socket.close()
+        self.close()

@@ -1,6 +1,6 @@
-"""The engine's own process: `python -P -m quire.engine.engine_process`, started by its client.
+"""The engine's own process: `python -P -m quire.engine.engine_process`, started by a client.
 
-It lives as long as its stdin is open: the client closes it to stop the engine, the kernel closes
+It lives as long as its stdin is open: that client closes it to stop the engine, the kernel closes
 it if the client dies. SIGUSR1 dumps every thread's stack to stderr. (-P, because with the
 repository's root on sys.path transformers would take the folder `kernels` for a package.)
 """
@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 import zmq
@@ -24,7 +25,7 @@ import zmq
 from . import wire
 from .config import EngineConfig
 from .errors import QuireError, StartupError
-from .outputs import StepOutput
+from .outputs import SequenceOutput, StepOutput
 from .streams import EngineCoreProtocol
 
 PR_SET_PDEATHSIG = 1
@@ -40,12 +41,21 @@ def build_core(config: EngineConfig) -> EngineCoreProtocol:
     return EngineCore(config, Worker(config))
 
 
+class _OpenRequest(NamedTuple):
+    client: bytes
+    open_choices: set[int]
+
+
 class EngineServer:
-    """Steps one core for one client. `socket` is a bound ROUTER."""
+    """Steps one core for its clients. `socket` is a bound ROUTER."""
 
     def __init__(self, socket: zmq.SyncSocket) -> None:
         self._socket = socket
-        self._client: bytes | None = None
+        self._clients: list[bytes] = []
+        self._gone: set[bytes] = set()
+        """Clients that are dead, though messages of theirs may still be waiting."""
+        self._open: dict[str, _OpenRequest] = {}
+        self._greeting: wire.FromEngine | None = None
         self._stdin = sys.stdin.fileno()
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
@@ -53,19 +63,21 @@ class EngineServer:
 
     def run(self, core: EngineCoreProtocol) -> None:
         """Serve until stdin closes. Whatever `step()` raises ends the process."""
-        self._answer_hello(wire.Ready(core.info))
+        self._greeting = wire.Ready(core.info)
         heartbeat_ms = int(wire.HEARTBEAT_SECONDS * 1000)
         while self._poll(0 if core.has_work else heartbeat_ms):
-            for message in self._receive_all():
-                self._handle(core, message)
+            for client, message in self._receive_all():
+                self._handle(core, client, message)
             if core.has_work:
                 self._send_step(core.step())
             else:
-                self._send(wire.Heartbeat(core.stats()))
+                heartbeat = wire.encode(wire.Heartbeat(core.stats(), len(self._open)))
+                for client in self._clients:
+                    self._send(client, heartbeat)
 
     def report_failure(self, error: StartupError) -> None:
-        """Tell the client why the start failed, and wait until it has heard."""
-        self._answer_hello(wire.StartFailed(error.code, error.message))
+        """Tell the clients why the start failed, until they end this process."""
+        self._greeting = wire.StartFailed(error.code, error.message)
         while self._poll(None):
             self._receive_all()
 
@@ -75,14 +87,9 @@ class EngineServer:
         # Nothing is ever written to stdin, so readable means closed.
         return self._stdin not in ready
 
-    def _answer_hello(self, message: wire.FromEngine) -> None:
-        while self._client is None and self._poll(None):
-            self._receive_all()
-        self._send(message)
-
-    def _receive_all(self) -> list[wire.ToEngine]:
+    def _receive_all(self) -> list[tuple[bytes, wire.ToEngine]]:
         """All that arrived, in order; what cannot be read is logged and dropped."""
-        messages: list[wire.ToEngine] = []
+        messages: list[tuple[bytes, wire.ToEngine]] = []
         while True:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -97,13 +104,20 @@ class EngineServer:
                 logger.warning("dropped a malformed message: %s", error)
                 continue
             if isinstance(message, wire.Hello):
-                self._client = sender
-            elif sender != self._client:
+                self._greet(sender)
+            elif sender not in self._clients:
                 logger.warning("dropped a message from a stranger")
             else:
-                messages.append(message)
+                messages.append((sender, message))
 
-    def _handle(self, core: EngineCoreProtocol, message: wire.ToEngine) -> None:
+    def _greet(self, client: bytes) -> None:
+        if client in self._gone or client in self._clients:
+            return
+        self._clients.append(client)
+        assert self._greeting is not None
+        self._send(client, wire.encode(self._greeting))
+
+    def _handle(self, core: EngineCoreProtocol, client: bytes, message: wire.ToEngine) -> None:
         match message:
             case wire.Add(request):
                 try:
@@ -111,19 +125,43 @@ class EngineServer:
                 except QuireError as error:
                     param = getattr(error, "param", None)
                     rejected = wire.Rejected(request.request_id, error.code, error.message, param)
-                    self._send(rejected)
+                    self._send(client, wire.encode(rejected))
+                else:
+                    choices = set(range(request.sampling_params.n))
+                    self._open[request.request_id] = _OpenRequest(client, choices)
             case wire.Abort(request_id, choice):
                 core.abort_request(request_id, choice)
             case wire.ResetPrefixCache():
                 core.reset_prefix_cache()
-                self._send(wire.PrefixCacheReset())
+                self._send(client, wire.encode(wire.PrefixCacheReset()))
+            case wire.ClientGone(dead):
+                self._forget(core, dead)
+
+    def _forget(self, core: EngineCoreProtocol, client: bytes) -> None:
+        self._gone.add(client)
+        if client in self._clients:
+            self._clients.remove(client)
+        for request_id in [key for key, entry in self._open.items() if entry.client == client]:
+            del self._open[request_id]
+            core.abort_request(request_id)
 
     def _send_step(self, step: StepOutput) -> None:
-        self._send(wire.Step(step.outputs, step.stats))
+        """To each client the outputs of its requests, in one message."""
+        shares: dict[bytes, list[SequenceOutput]] = {client: [] for client in self._clients}
+        for output in step.outputs:
+            request = self._open.get(output.request_id)
+            if request is None:  # its client is gone
+                continue
+            shares[request.client].append(output)
+            if output.finish_reason is not None:
+                request.open_choices.discard(output.choice)
+                if not request.open_choices:
+                    del self._open[output.request_id]
+        for client, outputs in shares.items():
+            self._send(client, wire.encode(wire.Step(outputs, step.stats)))
 
-    def _send(self, message: wire.FromEngine) -> None:
-        if self._client is not None:
-            self._socket.send_multipart([self._client, wire.encode(message)])
+    def _send(self, client: bytes, message: bytes) -> None:
+        self._socket.send_multipart([client, message])
 
 
 def _bind(address: str) -> zmq.SyncSocket:
@@ -138,7 +176,7 @@ def _bind(address: str) -> zmq.SyncSocket:
     return socket
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """SIGKILL when the parent dies, even in the middle of a hung step (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -189,7 +227,7 @@ def _load_core_factory(path: str) -> Callable[[EngineConfig], EngineCoreProtocol
 
 def main() -> int:
     """Exit code 0 when told to stop, 1 after a crash or a failed start."""
-    _die_with_parent()
+    die_with_parent()
     line = sys.stdin.buffer.readline()
     if not line:
         return 0

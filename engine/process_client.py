@@ -11,29 +11,17 @@ A crash ends the open streams with `engine_dead`; the HTTP process lives on.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import enum
 import logging
 import tempfile
-from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from pathlib import Path
 
 from . import wire
-from .client import EngineHealth
 from .config import EngineConfig, EngineInfo
 from .engine_handle import EngineHandle
-from .errors import (
-    EngineDeadError,
-    EngineNotReadyError,
-    InvalidRequestError,
-    QuireError,
-    StartupError,
-    error_from_code,
-)
-from .outputs import EngineStats, SequenceOutput
-from .request import Request
-from .streams import EngineObserver, StreamTable
+from .errors import EngineDeadError, StartupError
+from .remote_client import EngineStatus, RemoteEngineClient, State
+from .streams import EngineObserver
 
 REAL_CORE = "quire.engine.engine_process:build_core"
 STABLE_SECONDS = 60.0
@@ -43,16 +31,7 @@ FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 30.0
 logger = logging.getLogger("quire.engine.client")
 
 
-class State(enum.Enum):
-    STARTING = "the engine is starting"
-    READY = "ready"
-    STALLED = "no step finishes; the engine is being restarted"
-    RESTARTING = "the engine is restarting"
-    FAILED = "the engine has failed too often and was given up"
-    CLOSED = "the engine is stopped"
-
-
-class ProcessEngineClient:
+class ProcessEngineClient(RemoteEngineClient):
     """See `EngineClient`. Use it on the one event loop that `start` ran on.
 
     `stall_timeout` is in seconds: with work waiting, or silence while idle, for longer than this
@@ -71,37 +50,28 @@ class ProcessEngineClient:
         log_format: wire.LogFormat = "console",
         core: str = REAL_CORE,
     ) -> None:
+        super().__init__(observer)
         self._config = config
-        self._observer = observer
         self._stall_timeout = stall_timeout
         self._max_restarts = max_restarts
         self._log_level: str = log_level
         self._log_format: wire.LogFormat = log_format
         self._core = core
 
-        self._streams = StreamTable(self._submit, self.abort)
-        self._state = State.STARTING
-        self._restarts = 0
-        self._info: EngineInfo | None = None
-        self._stats: EngineStats | None = None
-        self._resets: deque[asyncio.Future[None]] = deque()
+        self.on_status: Callable[[EngineStatus], None] | None = None
+        """Called with each change, for whoever passes it on to other clients of the engine. Set it
+        before `start`: the engine's socket keeps its name then, for them to connect to."""
+        self._engine: EngineHandle | None = None
         self._heard = False
         """Progress was seen since the watchdog last looked."""
         self._settled = asyncio.Event()
         """The first start succeeded or failed."""
         self._start_error: StartupError | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._engine: EngineHandle | None = None
         self._ready_at: float | None = None
         """Loop time at which this life of the engine began to serve."""
 
     # --- EngineClient
-
-    @property
-    def info(self) -> EngineInfo:
-        if self._info is None:
-            raise EngineNotReadyError(self._state.value)
-        return self._info
 
     async def start(self) -> None:
         if self._supervisor is None:
@@ -114,31 +84,15 @@ class ProcessEngineClient:
             raise self._start_error
         return self.info
 
-    async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput, None]:
-        self._require_ready()
-        async with contextlib.aclosing(self._streams.generate(request)) as outputs:
-            async for output in outputs:
-                yield output
+    @property
+    def status(self) -> EngineStatus:
+        engine = self._engine if self._state is State.READY else None
+        return EngineStatus(self._state, self._restarts, engine.address if engine else None)
 
-    def abort(self, request_id: str, choice: int | None = None) -> None:
+    def client_gone(self, name: bytes) -> None:
+        """Another client has died: the engine ends its requests."""
         if self._state is State.READY:
-            self._send(wire.Abort(request_id, choice))
-
-    def stats(self) -> EngineStats | None:
-        return self._stats
-
-    def health(self) -> EngineHealth:
-        state = self._state
-        alive = state not in (State.STALLED, State.FAILED, State.CLOSED)
-        return EngineHealth(alive, state is State.READY, state.value, self._restarts)
-
-    async def reset_prefix_cache(self) -> None:
-        """Raises EngineNotReadyError, or EngineDeadError if the engine dies meanwhile."""
-        self._require_ready()
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._resets.append(done)
-        self._send(wire.ResetPrefixCache())
-        await done
+            self._send(wire.ClientGone(name))
 
     @property
     def engine_pid(self) -> int | None:
@@ -149,6 +103,7 @@ class ProcessEngineClient:
         supervisor = self._supervisor
         if self._state is not State.FAILED:
             self._state = State.CLOSED
+        self._tell()
         self._fail_open(EngineDeadError("the engine was stopped"))
         if supervisor is not None and not supervisor.done():
             supervisor.cancel()
@@ -170,6 +125,7 @@ class ProcessEngineClient:
                 self._restarts += 1
                 if self._state is not State.STALLED:
                     self._state = State.RESTARTING
+                self._tell()
                 if self._observer is not None:
                     self._observer.engine_restarted()
                 delay = min(FIRST_DELAY_SECONDS * 2 ** (failures - 1), MAX_DELAY_SECONDS)
@@ -181,6 +137,7 @@ class ProcessEngineClient:
         finally:
             if self._state is not State.CLOSED:
                 self._state = State.FAILED
+                self._tell()
                 logger.error("the engine is given up")
             self._settled.set()
 
@@ -218,6 +175,7 @@ class ProcessEngineClient:
     async def _engine_ended(self, engine: EngineHandle) -> None:
         if self._state is State.READY:
             self._state = State.RESTARTING
+        self._tell()
         self._fail_open(EngineDeadError("the engine died while it served the request"))
         await engine.stop()
         if self._state is State.CLOSED:
@@ -242,66 +200,33 @@ class ProcessEngineClient:
             self._heard = False
         logger.error("no sign of life from the engine for %.1f s: its stacks follow", silence)
         self._state = State.STALLED
+        self._tell()
         await engine.dump_and_kill()
 
     # --- messages
 
     async def _read(self, engine: EngineHandle) -> None:
         while True:
-            self._handle(engine, await engine.receive())
+            message = await engine.receive()
+            self._handle(message)
+            match message:
+                case wire.Step():
+                    self._heard = True
+                case wire.Heartbeat(_, num_open):
+                    # An idle engine with a request open has lost it, and that is a stall too.
+                    lost = num_open or self._streams.num_unfinished
+                    self._heard = self._heard or not lost
+                case wire.Ready():
+                    if self.on_status is None:
+                        engine.hide_socket()
+                    self._ready_at = asyncio.get_running_loop().time()
+                    self._settled.set()
+                    self._tell()
+                case wire.StartFailed(_, text):
+                    logger.error("the engine cannot start: %s", text)
+                    self._start_error = StartupError(text)
+                    engine.ask_to_end()
 
-    def _handle(self, engine: EngineHandle, message: wire.FromEngine) -> None:
-        match message:
-            case wire.Step(outputs, stats):
-                self._streams.deliver(outputs)
-                self._heard = True
-                self._observe(stats)
-            case wire.Heartbeat(stats):
-                # An idle engine with a request open has lost it, and that is a stall too.
-                self._heard = self._heard or not self._streams.num_unfinished
-                self._observe(stats)
-            case wire.Rejected(request_id, code, text, param):
-                error = error_from_code(code, text)
-                if isinstance(error, InvalidRequestError):
-                    error.param = param
-                self._streams.reject(request_id, error)
-            case wire.PrefixCacheReset():
-                done = self._resets.popleft()
-                if not done.done():
-                    done.set_result(None)
-            case wire.Ready(info):
-                engine.hide_socket()
-                self._info = info
-                self._ready_at = asyncio.get_running_loop().time()
-                self._state = State.READY
-                self._settled.set()
-                if self._observer is not None:
-                    self._observer.engine_ready(info)
-            case wire.StartFailed(code, text):
-                logger.error("the engine cannot start: %s", text)
-                self._start_error = StartupError(text)
-                engine.ask_to_end()
-
-    def _observe(self, stats: EngineStats) -> None:
-        self._stats = stats
-        if self._observer is not None:
-            self._observer.observe_step(stats)
-
-    def _submit(self, request: Request) -> None:
-        self._send(wire.Add(request))
-
-    def _send(self, message: wire.ToEngine) -> None:
-        if self._engine is None:
-            raise EngineNotReadyError(self._state.value)
-        self._engine.send(message)
-
-    def _require_ready(self) -> None:
-        if self._state is not State.READY:
-            raise EngineNotReadyError(self._state.value)
-
-    def _fail_open(self, error: QuireError) -> None:
-        self._streams.fail_all(error)
-        while self._resets:
-            done = self._resets.popleft()
-            if not done.done():
-                done.set_exception(error)
+    def _tell(self) -> None:
+        if self.on_status is not None:
+            self.on_status(self.status)

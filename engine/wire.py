@@ -1,11 +1,12 @@
-"""Messages between the engine process and its client: msgspec's msgpack, never pickle.
+"""Messages between the engine process and its clients: msgspec's msgpack, never pickle.
 
-    client → engine   Hello · Add · Abort · ResetPrefixCache
+    client → engine   Hello · Add · Abort · ResetPrefixCache · ClientGone
     engine → client   Ready | StartFailed, then Step · Rejected · Heartbeat · PrefixCacheReset
 
-The engine binds a ROUTER on a unix socket in a folder that only its user may enter; the client
-connects a DEALER. `Launch` alone goes another way: as a line of JSON on the engine's stdin, which
-then stays open for as long as the client lives.
+The engine binds a ROUTER on a unix socket in a folder that only its user may enter; each client
+connects a DEALER. All clients are told of every step, each with the outputs of its own requests.
+`Launch` alone goes another way: as a line of JSON on the engine's stdin, which then stays open for
+as long as the client lives that started the engine.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Launch(msgspec.Struct):
 
 
 class Hello(msgspec.Struct, tag=True):
-    """The sender is the client from now on."""
+    """The sender is a client from now on; answered by Ready or StartFailed."""
 
 
 class Add(msgspec.Struct, tag=True):
@@ -53,6 +54,13 @@ class Abort(msgspec.Struct, tag=True):
 
 class ResetPrefixCache(msgspec.Struct, tag=True):
     """Answered by PrefixCacheReset, in order."""
+
+
+class ClientGone(msgspec.Struct, tag=True):
+    """The client of this ZeroMQ identity has died: its requests are aborted, and what is still
+    read of it is dropped."""
+
+    client: bytes
 
 
 class Ready(msgspec.Struct, tag=True):
@@ -81,16 +89,17 @@ class Rejected(msgspec.Struct, tag=True):
 
 
 class Heartbeat(msgspec.Struct, tag=True):
-    """Idle and well."""
+    """Idle and well, unless `num_open` requests that should be running are not."""
 
     stats: EngineStats
+    num_open: int
 
 
 class PrefixCacheReset(msgspec.Struct, tag=True):
     pass
 
 
-ToEngine = Hello | Add | Abort | ResetPrefixCache
+ToEngine = Hello | Add | Abort | ResetPrefixCache | ClientGone
 FromEngine = Ready | StartFailed | Step | Rejected | Heartbeat | PrefixCacheReset
 
 _encoder = msgspec.msgpack.Encoder()

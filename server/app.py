@@ -20,13 +20,18 @@ from .middleware import BodyLimitMiddleware, HttpMetricsMiddleware, RequestIdMid
 from .openapi import openapi_document
 from .sampling import load_generation_defaults
 from .settings import Settings
+from .siblings import Siblings
 from .state import ServerState
 from .streams import router as streams_router
 from .tokenizer import Tokenizer
 
 
 def create_app(
-    settings: Settings, engine: EngineClient, tokenizer: Tokenizer, metrics: Metrics
+    settings: Settings,
+    engine: EngineClient,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    siblings: Siblings | None = None,
 ) -> FastAPI:
     """The ASGI application; `app.state.quire` is its ServerState.
 
@@ -36,7 +41,9 @@ def create_app(
     """
     version = package_version("quire")
     defaults = load_generation_defaults(settings.generation_config, settings.model_path)
-    state = ServerState(settings, engine, tokenizer, metrics, version, defaults)
+    state = ServerState(
+        settings, engine, tokenizer, metrics, version, defaults, siblings or Siblings()
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

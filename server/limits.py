@@ -8,25 +8,56 @@ from ..engine.client import EngineClient
 from ..engine.errors import QueueFullError, ShuttingDownError
 from .settings import Settings
 
+LOAD_FIELDS = 3
+"""Numbers that each process counts: queued, running, queued tokens."""
 CHARACTERS_PER_TOKEN = 4
 """Guess of a prompt's tokens before it is tokenised; the true count replaces it then."""
 
 
+def no_loads(processes: int) -> memoryview[int]:
+    """What `processes` count that have nothing to do."""
+    return memoryview(bytearray(processes * LOAD_FIELDS * 8)).cast("q")
+
+
 class Admission:
     """Counts the requests between arrival and first token ("queued") and after it ("running").
+
+    All HTTP workers count in one memory, `loads`, each in its own three numbers and at its `index`;
+    the limits hold for their sums. Only requests that arrive at two of them in the same moment may
+    both take the last place.
 
     As many requests as the engine takes into one step are not a queue, so the limit on requests
     is `max_num_seqs` less those that run, plus `max_num_queued_reqs`. The limit on tokens always
     lets one request through, since otherwise a long prompt could never be served.
     """
 
-    def __init__(self, settings: Settings, engine: EngineClient) -> None:
+    def __init__(
+        self, settings: Settings, engine: EngineClient, index: int, loads: memoryview[int]
+    ) -> None:
         self._settings = settings
         self._engine = engine
         self.draining = False
-        self.num_queued = 0
-        self.num_running = 0
-        self.queued_tokens = 0
+        self._loads = loads
+        self._own = index * LOAD_FIELDS
+
+    @property
+    def num_queued(self) -> int:
+        return sum(self._loads[0::LOAD_FIELDS])
+
+    @property
+    def num_running(self) -> int:
+        return sum(self._loads[1::LOAD_FIELDS])
+
+    @property
+    def queued_tokens(self) -> int:
+        return sum(self._loads[2::LOAD_FIELDS])
+
+    def count(self, queued: int, running: int, tokens: int) -> None:
+        """Add to what this process counts; all may be negative."""
+        loads, own = self._loads, self._own
+        loads[own] += queued
+        loads[own + 1] += running
+        loads[own + 2] += tokens
 
     def admit(self, num_sequences: int, num_characters: int, num_tokens: int = 0) -> Ticket:
         """Charge a request whose prompts have so many characters and token ids.
@@ -67,26 +98,23 @@ class Ticket:
         self._sequences = sequences
         self._tokens = tokens
         self._running = False
-        admission.num_queued += sequences
-        admission.queued_tokens += tokens
+        admission.count(sequences, 0, tokens)
 
     def tokenised(self, tokens: int) -> None:
         """The prompts' true number of tokens is known."""
-        self._admission.queued_tokens += tokens - self._tokens
+        self._admission.count(0, 0, tokens - self._tokens)
         self._tokens = tokens
 
     def started(self) -> None:
         """The first token came. Idempotent."""
         if not self._running:
             self._running = True
-            self._admission.num_queued -= self._sequences
-            self._admission.queued_tokens -= self._tokens
-            self._admission.num_running += self._sequences
+            self._admission.count(-self._sequences, self._sequences, -self._tokens)
 
     def close(self) -> None:
         """Idempotent."""
         self.started()
-        self._admission.num_running -= self._sequences
+        self._admission.count(0, -self._sequences, 0)
         self._sequences = 0
 
     def __enter__(self) -> Ticket:

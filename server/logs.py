@@ -7,7 +7,7 @@ import sys
 from typing import Literal
 
 import structlog
-from structlog.types import Processor
+from structlog.types import EventDict, Processor
 
 LogFormat = Literal["console", "json"]
 
@@ -19,10 +19,18 @@ def resolve_format(log_format: Literal["auto", "console", "json"]) -> LogFormat:
     return log_format
 
 
-def configure_logging(level: str, log_format: LogFormat) -> None:
-    """Key=value lines or JSON objects, from `level` on. Replaces what was configured before."""
+def configure_logging(level: str, log_format: LogFormat, worker: int | None = None) -> None:
+    """Key=value lines or JSON objects, from `level` on. Replaces what was configured before.
+
+    Each entry names the HTTP worker that writes it, if there are several.
+    """
+
+    def add_worker(logger: object, name: str, entry: EventDict) -> EventDict:
+        return entry if worker is None else {**entry, "worker": worker}
+
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        add_worker,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.PositionalArgumentsFormatter(),

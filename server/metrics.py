@@ -1,7 +1,7 @@
 """Prometheus metrics under vLLM's names, so that dashboards and autoscalers made for it work.
 
-One private registry in one process. Label values come from the server alone (served names, route
-templates, error codes), never from a client.
+One private registry in each process that serves HTTP; `metrics_sum` adds those of several. Label
+values come from the server alone (served names, route templates, error codes), never from a client.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from prometheus_client.utils import floatToGoString
 
 from ..engine.config import EngineInfo
 from ..engine.outputs import EngineStats, FinishReason, Timings
+from .metrics_sum import Sample, Sum, Totals, samples_of
 
 TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5),
@@ -108,6 +109,9 @@ class Metrics:
             "iteration_tokens_total", "Tokens computed by a step.", ITERATION_BUCKETS
         )
         self._restarts = self._counter("engine_restarts", "Times the engine was restarted.")
+        self._worker_restarts = self._counter(
+            "http_worker_restarts", "Times an HTTP worker was restarted."
+        )
 
         self._prompt = self._counter("prompt_tokens", "Prompt tokens, as requests are begun.")
         self._cached = self._counter("prompt_tokens_cached", "Of those, the cached ones.")
@@ -226,6 +230,9 @@ class Metrics:
         self._waiting.set(0)
         self._kv_usage.set(0)
 
+    def http_worker_restarted(self) -> None:
+        self._worker_restarts.inc()
+
     def observe_step(self, stats: EngineStats) -> None:
         """Take in the snapshot after a step."""
         last = self._last_stats
@@ -294,11 +301,19 @@ class Metrics:
         self._http_requests.labels(handler=handler, method=method, status=str(status)).inc()
         self._http_duration.labels(handler=handler, method=method).observe(seconds)
 
-    def render(self) -> tuple[bytes, str]:
-        """The page in Prometheus' text format and its content type."""
+    def samples(self) -> list[Sample]:
+        """All that this process counted, for another one's page."""
+        self._count_new_tokens()
+        return samples_of(self._registry.collect())
+
+    def render(self, others: Totals | None = None) -> tuple[bytes, str]:
+        """The page in Prometheus' text format, with what `others` counted, and its content type."""
+        self._count_new_tokens()
+        return generate_latest(Sum(self._registry, others or {})), CONTENT_TYPE_PLAIN_0_0_4
+
+    def _count_new_tokens(self) -> None:
         self._generated.inc(self._new_tokens)
         self._new_tokens = 0
-        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
 def _one_two_five(largest: int) -> Iterator[int]:

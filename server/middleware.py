@@ -84,8 +84,8 @@ class HttpMetricsMiddleware:
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+        if scope["type"] != "http" or "forwarded" in scope.get("state", ()):
+            return await self.app(scope, receive, send)  # whoever forwarded it counts it
         status = 500
         started = time.monotonic()
 

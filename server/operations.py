@@ -50,7 +50,7 @@ async def ready(request: Request) -> Response:
 @public.get("/metrics", response_model=None)
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    content, media_type = state_of(request).metrics.render()
+    content, media_type = await state_of(request).render_metrics()
     return Response(content, media_type=media_type)
 
 

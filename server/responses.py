@@ -36,6 +36,9 @@ async def create_response(request: Request) -> Response:
         fields = await read_json_object(request)
         body, ignored = check_body(fields, strict=state.settings.strict)
         state.check_model(body.model)
+        previous = body.previous_response_id or ""
+        if (answer := state.siblings.forward(request, previous)) is not None:
+            return answer
         job = await _Job.start(state, request, body)
     headers = ignored_header(ignored + job.ignored)
     if body.background:
@@ -64,12 +67,16 @@ async def get_response(request: Request, response_id: str) -> Response:
     """A stored response, or one that runs in the background."""
     if request.query_params.get("stream", "false") != "false":
         raise InvalidRequestError("stream: a stored response cannot be streamed", "stream")
+    if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
+        return answer
     return JSONResponse(_found(request, response_id).response)
 
 
 @router.post("/v1/responses/{response_id}/cancel", response_model=None)
 async def cancel_response(request: Request, response_id: str) -> Response:
     """End a response that runs in the background; one that ended stays as it is."""
+    if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
+        return answer
     response = _found(request, response_id).response
     if not response["background"]:
         raise InvalidRequestError(
@@ -82,6 +89,8 @@ async def cancel_response(request: Request, response_id: str) -> Response:
 @router.delete("/v1/responses/{response_id}", response_model=None)
 async def delete_response(request: Request, response_id: str) -> Response:
     """Forget a stored response; one that runs in the background ends."""
+    if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
+        return answer
     _found(request, response_id)
     await state_of(request).responses.remove(_key(request, response_id))
     return JSONResponse({"id": response_id, "object": "response", "deleted": True})
@@ -122,7 +131,7 @@ class _Job:
     @classmethod
     async def start(cls, state: ServerState, request: Request, body: ResponseBody) -> _Job:
         """Raises QuireError where the response is refused."""
-        key = _key(request, f"resp_{uuid.uuid4().hex}")
+        key = _key(request, f"resp_{uuid.uuid4().hex}{state.siblings.suffix}")
         store = _is_stored(state, body)
         previous = _previous(request, body.previous_response_id)
         chat_body, ignored = chat_of(body, previous, strict=state.settings.strict)

@@ -45,7 +45,7 @@ class EventLog:
     """
 
     def __init__(self, registry: StreamRegistry, owner: bytes) -> None:
-        self.id = secrets.token_hex(16)
+        self.id = secrets.token_hex(16) + registry.id_suffix
         self.owner = owner
         self.early_failure: Exception | None = None
         self.ended = False
@@ -209,8 +209,9 @@ def asks_to_resume(request: Request, ttl: float) -> bool:
 class StreamRegistry:
     """All logs. One that nobody has read for `ttl` seconds is aborted and forgotten."""
 
-    def __init__(self, ttl: float) -> None:
+    def __init__(self, ttl: float, id_suffix: str = "") -> None:
         self.ttl = ttl
+        self.id_suffix = id_suffix
         self.total_bytes = 0
         self._logs: dict[str, EventLog] = {}
         self._idle: OrderedDict[str, EventLog] = OrderedDict()

@@ -14,26 +14,29 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 import uvicorn
 import uvloop
 
+from ..engine.client import EngineClient
 from ..engine.config import EngineInfo
 from ..engine.errors import ConfigurationError
 from ..engine.process_client import ProcessEngineClient
 from .logs import resolve_format
 from .metrics import Metrics
 from .settings import Settings
+from .worker_pool import LAST_ANSWERS_SECONDS, WorkerPool
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from .siblings import Siblings
+    from .state import ServerState
+
 KEEP_ALIVE_SECONDS = 75
 """Above the idle time of the usual load balancers, which must be the ones to close."""
-LAST_ANSWERS_SECONDS = 5
-"""After the drain, what remains has this long to send its error event."""
 BACKLOG = 2048
 
 log = structlog.get_logger(__name__)
@@ -128,6 +131,49 @@ class _Server(uvicorn.Server):
         yield
 
 
+class Front(Protocol):
+    """What serves HTTP, once it runs: this process, or several."""
+
+    async def run(self) -> None:
+        """Serve until `stop`. Raises StartupError where it cannot."""
+
+    async def wait_up(self) -> None:
+        """Until connections are accepted."""
+
+    def begin_drain(self) -> None: ...
+
+    @property
+    def num_unfinished(self) -> int:
+        """Choices that clients still wait for."""
+
+    def stop(self) -> None: ...
+
+
+class _ThisProcess:
+    """See `Front`."""
+
+    def __init__(self, settings: Settings, app: FastAPI, listener: socket.socket) -> None:
+        self._server = uvicorn_server(settings, app)
+        self._listener = listener
+        self._state: ServerState = app.state.quire
+
+    async def run(self) -> None:
+        await self._server.serve(sockets=[self._listener])
+
+    async def wait_up(self) -> None:
+        """It accepts long before the engine is ready."""
+
+    def begin_drain(self) -> None:
+        self._state.begin_drain()
+
+    @property
+    def num_unfinished(self) -> int:
+        return self._state.admission.num_queued + self._state.admission.num_running
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+
+
 async def _serve(settings: Settings, listener: socket.socket) -> None:
     began = time.monotonic()
     stop = _stop_on_signals()
@@ -141,14 +187,19 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     )
     await engine.start()
     try:
-        # In a thread, since the engine's own start goes on meanwhile.
-        app = await asyncio.to_thread(_build_app, settings, engine, metrics)
-        server = _Server(_uvicorn_config(settings, app))
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        loading = asyncio.create_task(engine.wait_ready())
+        front: Front
+        if settings.http_workers > 1:
+            front = WorkerPool(settings, listener, engine, metrics)
+        else:
+            # In a thread, since the engine's own start goes on meanwhile.
+            app = await asyncio.to_thread(build_app, settings, engine, metrics)
+            front = _ThisProcess(settings, app, listener)
+        serving = asyncio.create_task(front.run())
+        loading = asyncio.create_task(_ready(engine, front))
         stopping = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait({serving, loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            started: set[asyncio.Future[Any]] = {serving, loading, stopping}
+            await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 info = loading.result()
                 gc.collect()
@@ -156,14 +207,20 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
                 announce(settings, info, listener, time.monotonic() - began)
                 await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if stop.is_set():
-                await drain(app, engine, settings.shutdown_timeout)
+                await drain(front, engine, settings.shutdown_timeout)
         finally:
-            server.should_exit = True
-            await serving
+            front.stop()
             loading.cancel()
             stopping.cancel()
+            await serving
     finally:
         await engine.close()
+
+
+async def _ready(engine: ProcessEngineClient, front: Front) -> EngineInfo:
+    info = await engine.wait_ready()
+    await front.wait_up()
+    return info
 
 
 def _stop_on_signals() -> asyncio.Event:
@@ -181,7 +238,13 @@ def _stop_on_signals() -> asyncio.Event:
     return stop
 
 
-def _build_app(settings: Settings, engine: ProcessEngineClient, metrics: Metrics) -> FastAPI:
+def build_app(
+    settings: Settings,
+    engine: EngineClient,
+    metrics: Metrics,
+    siblings: Siblings | None = None,
+) -> FastAPI:
+    """The application with its tokenizer. Raises StartupError."""
     from .app import create_app
     from .tokenizer import Tokenizer
 
@@ -190,13 +253,14 @@ def _build_app(settings: Settings, engine: ProcessEngineClient, metrics: Metrics
         trust_remote_code=settings.trust_remote_code,
         chat_template=settings.chat_template,
     )
-    return create_app(settings, engine, tokenizer, metrics)
+    return create_app(settings, engine, tokenizer, metrics, siblings)
 
 
-def _uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+def uvicorn_server(settings: Settings, app: FastAPI) -> uvicorn.Server:
+    """An HTTP server under our own limits."""
     from .http_protocol import MAX_HEADER_BYTES, GuardedH11Protocol, HeaderCountMiddleware
 
-    return uvicorn.Config(
+    config = uvicorn.Config(
         HeaderCountMiddleware(app),
         http=GuardedH11Protocol,
         ws="none",
@@ -210,17 +274,17 @@ def _uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
         ssl_keyfile=settings.ssl_keyfile,
         ssl_certfile=settings.ssl_certfile,
     )
+    return _Server(config)
 
 
-async def drain(app: FastAPI, engine: ProcessEngineClient, timeout: float) -> None:
+async def drain(front: Front, engine: ProcessEngineClient, timeout: float) -> None:
     """Refuse new requests, let those in flight end, and after `timeout` seconds fail the rest."""
-    admission = app.state.quire.admission
-    app.state.quire.begin_drain()
-    log.info("draining", requests=admission.num_queued + admission.num_running, timeout=timeout)
+    front.begin_drain()
+    log.info("draining", requests=front.num_unfinished, timeout=timeout)
     deadline = time.monotonic() + timeout
-    while admission.num_queued + admission.num_running and time.monotonic() < deadline:
+    while front.num_unfinished and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
-    log.info("stopping", unfinished=admission.num_queued + admission.num_running)
+    log.info("stopping", unfinished=front.num_unfinished)
     await engine.close()
 
 

@@ -71,6 +71,9 @@ class Settings(BaseSettings):
     host: str = _option("Server", "Address to listen on.", "127.0.0.1")
     port: int = _option("Server", "Port to listen on; 0 takes any free one.", 8000, ge=0, le=65535)
     uds: str | None = _option("Server", "Listen on this unix socket instead of host and port.")
+    http_workers: int = _option(
+        "Server", "HTTP processes that share the port and the engine.", 1, ge=1, le=64
+    )
     api_key: NameList = _option(
         "Server", "Key that clients must send as a Bearer token; repeatable.", ()
     )

@@ -18,6 +18,7 @@ from .metrics import Metrics
 from .responses_store import ResponseStore
 from .resumption import StreamRegistry
 from .settings import Settings
+from .siblings import Siblings
 from .tokenizer import Tokenizer
 
 
@@ -35,6 +36,7 @@ class ServerState:
         metrics: Metrics,
         version: str,
         generation_defaults: dict[str, Any],
+        siblings: Siblings,
     ) -> None:
         self.settings = settings
         self.engine = engine
@@ -45,10 +47,15 @@ class ServerState:
         self.message_format = MessageFormat.of(settings, tokenizer.chat_template)
         self.grammar_check = GrammarCheck()
         self.keys = Keys(settings)
-        self.admission = Admission(settings, engine)
+        self.siblings = siblings
+        self.admission = Admission(settings, engine, siblings.index, siblings.loads)
         self.responses = ResponseStore(settings)
-        self.streams = StreamRegistry(settings.stream_resume_ttl)
+        self.streams = StreamRegistry(settings.stream_resume_ttl, siblings.suffix)
         self.created = int(time.time())
+
+    async def render_metrics(self) -> tuple[bytes, str]:
+        """See `Metrics.render`; an HTTP worker puts the page of all workers in its place."""
+        return self.metrics.render()
 
     @property
     def model_name(self) -> str:

@@ -18,6 +18,8 @@ async def resume_stream(request: Request, stream_id: str) -> Response:
     204 where the client has seen the end.
     """
     state = state_of(request)
+    if (answer := state.siblings.forward(request, stream_id)) is not None:
+        return answer
     stream = state.streams.find(stream_id, state.keys.owner(request))
     position = stream.position_after(request.headers.get("last-event-id"))
     if stream.ended and position == stream.end_number:
@@ -37,6 +39,8 @@ async def resume_stream(request: Request, stream_id: str) -> Response:
 async def drop_stream(request: Request, stream_id: str) -> Response:
     """Abort the stream, if it runs, and forget it."""
     state = state_of(request)
+    if (answer := state.siblings.forward(request, stream_id)) is not None:
+        return answer
     stream = state.streams.find(stream_id, state.keys.owner(request))
     state.streams.drop(stream, "its client deleted it")
     return JSONResponse({"id": stream_id, "object": "stream.deleted", "deleted": True})

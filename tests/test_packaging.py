@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("server", "engine", "kernels")
 WEB = {"fastapi", "uvicorn", "starlette", "prometheus_client", "pydantic", "pydantic_settings"}
 IPC = {"zmq", "msgspec"}
-IPC_MODULES = {"wire", "engine_handle", "engine_process", "process_client"}
+IPC_MODULES = {
+    *("wire", "engine_handle", "engine_process", "process_client", "remote_client"),
+    "attached_client",
+}
 POLICY = (
     *("errors", "config", "sampling_params", "request", "outputs", "sequence", "waiting_queue"),
     *("prefix_index", "block_pool", "block_manager", "scheduler", "client"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -136,6 +137,20 @@ class FakeCore:
 
 def build_core(config: EngineConfig) -> FakeCore:
     return FakeCore(config)
+
+
+class SlowChatCore(FakeCore):
+    """The demo model's conversations begin with HANG's number: here they are SLOW."""
+
+    def add_request(self, request: Request) -> None:
+        first, *rest = request.prompt_token_ids
+        if first == HANG:
+            request = replace(request, prompt_token_ids=(SLOW, *rest))
+        super().add_request(request)
+
+
+def build_slow_chat_core(config: EngineConfig) -> FakeCore:
+    return SlowChatCore(config)
 
 
 def build_broken_core(config: EngineConfig) -> FakeCore:

@@ -213,7 +213,7 @@ def test_wrong_settings_are_one_line(
     assert error.startswith(f"quire: {message}") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", ["--tool-call-parsers", "--http-workers", "--max-model", "--nope"])
+@pytest.mark.parametrize("flag", ["--tool-call-parsers", "--http-worker", "--max-model", "--nope"])
 def test_unknown_flags_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main(["serve", f"{flag}=1"])

@@ -90,6 +90,7 @@ VLLM_NAMES = {
     "kv_blocks_copied": "counter",
     "kv_blocks_shared": "counter",
     "engine_restarts": "counter",
+    "http_worker_restarts": "counter",
     "time_to_first_token_seconds": "histogram",
     "inter_token_latency_seconds": "histogram",
     "request_time_per_output_token_seconds": "histogram",
