@@ -159,17 +159,19 @@ class ModelRunner:
         num_tokens, device = self._config.max_num_batched_tokens, self._model.device
         num_seqs = min(self._config.max_num_seqs, num_tokens)
         hidden, step = self._run_blank_step(num_tokens, num_seqs)
-        params = SamplingParams(max_tokens=1, top_p=0.9, logprobs=0)
-        request = Request(
-            request_id="", prompt_token_ids=(0,), sampling_params=params, arrival_time=0.0
-        )
-        sampler = Sampler(self._model.spec.vocab_size, device)
-        sequences = [
-            TokenSequence(request, index, index, Rank(0, index, 0), frozenset())
-            for index in range(num_seqs)
-        ]
-        batch = sampler.prepare(sequences)
-        sampler(self._model.logits(hidden[step.logit_indices]), batch)
+        logits = self._model.logits(hidden[step.logit_indices])
+        # The logits as they are, then a copy that is shaped: of another dtype for the kernel.
+        for bias in ((), ((0, 1.0),)):
+            params = SamplingParams(max_tokens=1, top_p=0.9, logprobs=0, logit_bias=bias)
+            request = Request(
+                request_id="", prompt_token_ids=(0,), sampling_params=params, arrival_time=0.0
+            )
+            sampler = Sampler(self._model.spec.vocab_size, device)
+            sequences = [
+                TokenSequence(request, index, index, Rank(0, index, 0), frozenset())
+                for index in range(num_seqs)
+            ]
+            sampler(logits, sampler.prepare(sequences))
 
     @torch.inference_mode()
     def warm_up(self) -> None:

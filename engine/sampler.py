@@ -159,7 +159,21 @@ class Sampler:
     def _draw(self, x: Tensor, best: Tensor, group: DrawGroup, batch: SamplingBatch) -> Tensor:
         """Token ids [G] of a group, from the working logits [W, V] and their maxima [W]."""
         assert batch.positions is not None
-        keys = stream_keys(group.seeds, batch.positions.index_select(0, group.batch_rows))
+        positions = batch.positions.index_select(0, group.batch_rows)
+        if _has_kernel(x.device):
+            from ..kernels.sample_tokens import sample_tokens
+
+            return sample_tokens(
+                x,
+                rows=group.working_rows,
+                seeds=group.seeds,
+                positions=positions,
+                temperature=group.temperature,
+                top_k=group.top_k,
+                top_p=group.top_p,
+                log_min_p=group.log_min_p,
+            )
+        keys = stream_keys(group.seeds, positions)
         rows = max(1, _DRAW_ELEMENTS[x.device.type] // x.shape[1])
         draw = self._draw_candidates if group.num_candidates else self._draw_vocabulary
         pieces = []
@@ -193,6 +207,11 @@ class Sampler:
             dropped |= relative < group.log_min_p
         winner = _race(relative.masked_fill_(dropped, -torch.inf), keys, token_ids)
         return token_ids.gather(1, winner.unsqueeze(1)).squeeze(1)
+
+
+def _has_kernel(device: torch.device) -> bool:
+    """Whether kernels/sample_tokens.py draws: the same tokens in one launch."""
+    return device.type == "cuda"
 
 
 def _best(x: Tensor) -> tuple[Tensor, Tensor]:

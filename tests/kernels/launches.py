@@ -21,6 +21,7 @@ from quire.kernels.paged_attention_extend import paged_attention_extend
 from quire.kernels.reshape_and_cache import reshape_and_cache
 from quire.kernels.rms_norm import fused_add_rms_norm
 from quire.kernels.rope_and_cache import rope_and_cache
+from quire.kernels.sample_tokens import sample_tokens
 from quire.kernels.silu_and_mul import silu_and_mul
 
 SHARED_LIMITS = {80: 166_912, 90: 232_448}
@@ -91,6 +92,15 @@ def rows(kind: str) -> None:
         silu_and_mul(x)
 
 
+def sample() -> None:
+    """Qwen3's vocabulary, every filter."""
+    ids, column = torch.ones(4, dtype=torch.int64), torch.ones(4, 1)
+    sample_tokens(
+        torch.zeros(4, 151_936, dtype=BF16), rows=ids, seeds=ids, positions=ids,
+        temperature=column, top_k=ids, top_p=column.double(), log_min_p=column,
+    )  # fmt: skip
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "extend 32/8 heads, dim 128, block 16": lambda: extend((32, 8, 128), 16),
     "extend 32/8 heads, dim 128, block 64": lambda: extend((32, 8, 128), 64),
@@ -115,6 +125,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "copy blocks": copy,
     "fused add and RMSNorm, 4096": lambda: rows("norm"),
     "silu and mul, 2048": lambda: rows("silu"),
+    "sample tokens, 151936": sample,
 }
 
 

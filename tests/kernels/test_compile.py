@@ -63,6 +63,15 @@ def test_moves_of_cache_rows_are_16_bytes_wide(name: str) -> None:
     assert ("st.global.v2.b32" in ptx) if "fp8" in name else WIDE_STORE.search(ptx)
 
 
+@pytest.mark.parametrize("arch", SHARED_LIMITS)
+def test_draws_divide_and_exponentiate_as_torch_does(arch: int) -> None:
+    """IEEE division and libdevice's exp; Triton's approximations only choose the bins: one division
+    for each of three passes, the exp of their edges."""
+    ptx = compiled("sample tokens, 151936", arch)[-1].ptx
+    assert ptx.count("div.full.f32") <= 3 < ptx.count("div.rn.f32")
+    assert ptx.count("ex2.approx.f32") <= 4 < ptx.count("ex2.approx.ftz.f32")
+
+
 def test_table_in_the_docs_is_current() -> None:
     """The compiler that made the table must make it again, give or take 8 registers; another may
     lay out its tiles differently: within a quarter of the shared memory."""

@@ -1,11 +1,14 @@
 """Helpers of tests/kernels on the path, and the same random inputs every time."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise pytest.UsageError("these tests run under Triton's interpreter: set TRITON_INTERPRET=1")
 sys.path.append(str(Path(__file__).parents[1]))
 
 

@@ -1,0 +1,186 @@
+"""Temperature, top_k, top_p, min_p and the draw, without a sort: one program a row.
+
+The same tokens as the sampler of the engine draws in torch, by the same arithmetic: a draw is an
+exponential race (the largest exp(logit) / E wins, E a hash of seed, position and token id), a
+share of the mass is a sum of integers 2^40 · exp, and comparisons are exact. So nothing depends
+on the order of a reduction, and the passes over a row may be laid out as they are fast:
+
+    maximum       all logits
+    histogram     counts of (maximum − logit) / temperature in 2048 bins; where top_k or the mass
+                  that is missing for top_p is reached, the rest of the row is out
+    candidates    the token ids up to there, in their order (a few thousand, mostly k)
+    top_k, top_p  the least logit that is in, to the bit, by a search of 16 ways over candidates
+    race          over what is left
+
+Where the candidates are more than CAPACITY (a flat distribution), the last two read the row.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import (
+    FLOAT_DTYPES,
+    require,
+    require_contiguous,
+    require_dtype,
+    require_last_contiguous,
+    require_launchable,
+    require_shape,
+)
+from .sampling_passes import (
+    LAST_ID,
+    cut_to_mass,
+    cut_to_top_k,
+    histogram,
+    kept_mass,
+    last_bin,
+    list_candidates,
+    maximum,
+    race,
+    stream_key,
+)
+
+MAX_EXACT_TOP_K = 1024
+"""Up to here top_k keeps just k tokens, of equal logits the lower ids; beyond, equals stay."""
+CAPACITY = 16384
+BLOCK = 4096
+SEARCH_BLOCK = 512
+NUM_WARPS = 16
+
+
+@triton.jit(do_not_specialize=["has_top_k", "has_top_p", "has_min_p"])
+def _sample_tokens_kernel(
+    out_ptr,
+    logits_ptr,
+    rows_ptr,
+    seeds_ptr,
+    positions_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    log_min_p_ptr,
+    candidates_ptr,
+    logits_stride,
+    has_top_k,
+    has_top_p,
+    has_min_p,
+    VOCAB: tl.constexpr,
+    MAX_EXACT_TOP_K: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEARCH_BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0)
+    logits_ptr += tl.load(rows_ptr + index) * logits_stride
+    list_ptr = candidates_ptr + index.to(tl.int64) * CAPACITY
+    temperature = tl.load(temperature_ptr + index)
+    top_k = tl.load(top_k_ptr + index, mask=has_top_k > 0, other=VOCAB)
+    top_p = tl.load(top_p_ptr + index, mask=has_top_p > 0, other=2.0)
+    log_min_p = tl.load(log_min_p_ptr + index, mask=has_min_p > 0, other=float("-inf"))
+    filters_k = top_k < VOCAB
+    exact = filters_k & (top_k <= MAX_EXACT_TOP_K)
+
+    best = maximum(logits_ptr, VOCAB, BLOCK)
+    listed = tl.full([], 0, dtype=tl.int32)
+    count = tl.full([], VOCAB, dtype=tl.int32)
+    # Nothing is cut: the least key, which no float has, and the greatest id.
+    cut = (
+        tl.full([], -LAST_ID - 1, dtype=tl.int32),
+        tl.full([], LAST_ID, dtype=tl.int32),
+        tl.full([], float("-inf"), dtype=tl.float32),
+        exact,
+    )
+    if filters_k | (top_p < 1.0):
+        counts = histogram(logits_ptr, best, temperature, VOCAB, BLOCK)
+        last = last_bin(counts, top_k, (1.0 - top_p).to(tl.float32), filters_k)
+        size, mass = list_candidates(
+            logits_ptr, list_ptr, best, temperature, last, VOCAB, CAPACITY, BLOCK
+        )
+        listed = (size <= CAPACITY).to(tl.int32)
+        count = tl.where(listed > 0, size, VOCAB)
+        row = (logits_ptr, list_ptr, listed, count, best, temperature)
+        if filters_k:
+            cut = cut_to_top_k(row, cut, top_k, SEARCH_BLOCK)
+            if top_p < 1.0:
+                mass = kept_mass(row, cut, SEARCH_BLOCK)
+        if top_p < 1.0:
+            target = tl.maximum(tl.ceil(mass.to(tl.float64) * top_p).to(tl.int64), 1)
+            cut = cut_to_mass(row, cut, target, SEARCH_BLOCK)
+    row = (logits_ptr, list_ptr, listed, count, best, temperature)
+    stream = stream_key(tl.load(seeds_ptr + index), tl.load(positions_ptr + index))
+    winner = race(row, cut, log_min_p, stream, BLOCK)
+    tl.store(out_ptr + index, winner.to(tl.int64))
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    *,
+    rows: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    log_min_p: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Draw a token id `[G]` int64 from each of the G `rows` of `logits` `[R, V]` of any float type.
+
+    Of each of the G, `[G]` or `[G, 1]`: rows, seeds and positions (int64), the latter two the name
+    of its stream of random numbers; logits are divided by temperature (float32, above 0); top_k
+    (int64; V or more is off) and top_p (float64; 1 or more is off) filter in this order, then
+    tokens below max + log_min_p (float32; -inf is off) are dropped. Up to MAX_EXACT_TOP_K, top_k
+    breaks ties by the lower id, and top_p goes through equal logits by id; otherwise equal logits
+    stay or go together. A row without a finite logit, or with +inf or NaN, gives some id of the
+    vocabulary. ValueError on shapes, dtypes, devices or layouts that do not fit.
+    """
+    require_shape("logits", logits, None, None)
+    require_dtype("logits", logits, *FLOAT_DTYPES)
+    require_last_contiguous("logits", logits)
+    vocab_size, count = logits.shape[1], rows.numel()
+    require(0 < vocab_size < 2**30, f"a vocabulary of {vocab_size} tokens")
+    columns = {
+        "rows": (rows, torch.int64),
+        "seeds": (seeds, torch.int64),
+        "positions": (positions, torch.int64),
+        "temperature": (temperature, torch.float32),
+        "top_k": (top_k, torch.int64),
+        "top_p": (top_p, torch.float64),
+        "log_min_p": (log_min_p, torch.float32),
+    }
+    for name, (column, dtype) in columns.items():
+        if column is not None:
+            require_dtype(name, column, dtype)
+            require(column.numel() == count, f"{name} has {column.numel()} values, not {count}")
+            require_contiguous(name, column)
+    require_launchable(logits=logits, **{name: column for name, (column, _) in columns.items()})
+    out = torch.empty(count, dtype=torch.int64, device=logits.device)
+    if count == 0:
+        return out
+    capacity = min(CAPACITY, vocab_size)
+    width = triton.next_power_of_2(vocab_size)
+    # What is left out is not read; another pointer of its dtype saves a compilation.
+    _sample_tokens_kernel[(count,)](
+        out,
+        logits,
+        rows,
+        seeds,
+        positions,
+        temperature,
+        seeds if top_k is None else top_k,
+        seeds.view(torch.float64) if top_p is None else top_p,
+        temperature if log_min_p is None else log_min_p,
+        torch.empty(count, capacity, dtype=torch.int32, device=logits.device),
+        logits.stride(0),
+        int(top_k is not None),
+        int(top_p is not None),
+        int(log_min_p is not None),
+        VOCAB=vocab_size,
+        MAX_EXACT_TOP_K=MAX_EXACT_TOP_K,
+        CAPACITY=capacity,
+        BLOCK=min(BLOCK, width),
+        SEARCH_BLOCK=min(SEARCH_BLOCK, width),
+        num_warps=NUM_WARPS,
+    )
+    return out
