@@ -1,10 +1,12 @@
-"""Checks, times and tunes the Triton kernels on one GPU, in one go, within a time budget.
+"""Checks, times and tunes the kernels and the engine on one GPU, in one go, within a time budget.
 
-    PYTHONPATH=tests/types python benchmarks/gpu.py --budget 480 --out results
+    PYTHONPATH=tests/types python benchmarks/gpu.py --budget 580 --out results
 
-Each phase runs in a process of its own and writes every record at once to results.jsonl, so that
-neither a crash (a CUDA error spoils a process for good) nor the clock loses what was measured: a
-phase that dies goes on after the case that killed it. Exit code 1 if any check failed.
+In this order: every kernel against its oracle, times of every kernel, the engine (gpu_engine.py,
+with the limits that were just measured), tile sweeps. Needs torch, triton and transformers. Each
+phase runs in a process of its own and writes every record at once, so that neither a crash (a CUDA
+error spoils a process for good) nor the clock loses what was measured: a phase that dies goes on
+after the case that killed it. Writes results.json and summary.txt; exit code 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from gpu_workloads import table
+
 ROOT = Path(__file__).parents[1]
 SPOILED = 3
+ENGINE = "engine"
 PHASES = {  # phase: (module, function, share of what is left of the budget when it starts)
-    "checks": ("gpu_checks", "cases", 0.35),
-    "times": ("gpu_times", "cases", 0.5),
+    "checks": ("gpu_checks", "cases", 0.3),
+    "times": ("gpu_times", "cases", 0.35),
+    ENGINE: ("gpu_engine", "main", 0.8),
     "sweep-decode": ("gpu_sweep", "decode_cases", 0.5),
     "sweep-extend": ("gpu_sweep", "extend_cases", 1.0),
 }
@@ -103,6 +109,29 @@ def drive_phase(phase: str, seconds: float, path: Path) -> str:
             return "out of time after a crash"
 
 
+def drive_engine(seconds: float, out: Path, records: list[Record]) -> str:
+    """gpu_engine.py, which keeps its own budget and writes each part at once; how it ended."""
+    script = Path(__file__).with_name("gpu_engine.py")
+    command = [sys.executable, str(script), "--out", str(out)]
+    command += ["--budget", str(max(10.0, seconds - 15))]
+    found = {record["name"]: record for record in records}
+    if "gb_s" in found.get("limit copy", {}) and "tflop_s" in found.get("limit matmul", {}):
+        bandwidth, compute = found["limit copy"]["gb_s"] / 1e3, found["limit matmul"]["tflop_s"]
+        command += ["--limits", str(bandwidth), str(compute)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'types'}"}
+    try:
+        code = subprocess.run(command, env=environment, timeout=seconds + 15).returncode
+    except subprocess.TimeoutExpired:
+        return "stopped by the clock in a part"
+    return "complete" if code == 0 else f"exit code {code}"
+
+
+def engine_results(out: Path) -> Record:
+    path = out / "gpu_engine.json"
+    results: Record = json.loads(path.read_text())["results"] if path.exists() else {}
+    return results
+
+
 def device_facts() -> Record:
     code = (
         "import json, torch, triton; p = torch.cuda.get_device_properties(0);"
@@ -139,8 +168,14 @@ def _line(record: Record, limits: dict[str, Record]) -> str:
     )
 
 
-def report(records: list[Record], endings: dict[str, str], facts: Record, seconds: float) -> str:
-    """Under 100 lines: checks in pairs of columns, all times, the best five of each sweep."""
+def report(
+    records: list[Record],
+    endings: dict[str, str],
+    facts: Record,
+    seconds: float,
+    engine: Record,
+) -> str:
+    """What failed, all times, the engine's parts, the best five of each sweep."""
     limits = {record["name"]: record for record in records if record["name"].startswith("limit")}
     lines = [json.dumps(facts), f"{seconds:.0f} s; phases: {endings}"]
     checks = [record for record in records if record["phase"] == "checks"]
@@ -151,6 +186,9 @@ def report(records: list[Record], endings: dict[str, str], facts: Record, second
     lines += [f"  closest to its limit: {_line(record, limits)}" for record in worst[:2]]
     lines.append("times (share of the device's copy bandwidth, or of its 8192³ matmul):")
     lines += [_line(record, limits) for record in records if record["phase"] == "times"]
+    if engine:
+        lines.append("engine (tokens/s, share of the computed ceiling):")
+        lines.append(table({"quire": engine}))
     groups: dict[str, list[Record]] = {}
     for record in records:
         if record["phase"].startswith("sweep") and "us" in record:
@@ -176,7 +214,7 @@ def _is_setting(word: str) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=480, help="seconds for everything")
+    parser.add_argument("--budget", type=float, default=580, help="seconds for everything")
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--only", choices=PHASES, nargs="*", help="phases to run; default all")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
@@ -187,23 +225,34 @@ def main() -> int:
     if arguments.phase:
         return run_phase(arguments.phase, arguments.start, arguments.deadline, path)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    begun = time.time()
     facts = device_facts()
+    if "error" in facts:
+        print(f"no CUDA device can be used: {facts['error'].splitlines()[-1]}", file=sys.stderr)
+        return 1
+    for name in ("results.jsonl", "gpu_engine.json"):  # of an earlier run
+        (arguments.out / name).unlink(missing_ok=True)
+    begun = time.time()
     endings: dict[str, str] = {}
     for phase in arguments.only or PHASES:
         left = arguments.budget - (time.time() - begun)
         share = 1.0 if arguments.only and len(arguments.only) == 1 else PHASES[phase][2]
-        endings[phase] = drive_phase(phase, max(10.0, left * share), path)
-    records = read_records(path)
-    summary = report(records, endings, facts, time.time() - begun)
+        seconds = max(10.0, left * share)
+        if phase == ENGINE:
+            endings[phase] = drive_engine(seconds, arguments.out, read_records(path))
+        else:
+            endings[phase] = drive_phase(phase, seconds, path)
+    records, engine = read_records(path), engine_results(arguments.out)
+    summary = report(records, endings, facts, time.time() - begun, engine)
     (arguments.out / "summary.txt").write_text(summary + "\n")
     (arguments.out / "results.json").write_text(
-        json.dumps({"facts": facts, "phases": endings, "records": records}, indent=1)
+        json.dumps(
+            {"facts": facts, "phases": endings, "records": records, "engine": engine}, indent=1
+        )
     )
     print(summary)
     checks = [record for record in records if record["phase"] == "checks"]
     failed = any(not record.get("ok") and "skipped" not in record for record in checks)
+    failed |= any("error" in part or part.get("ok") is False for part in engine.values())
     return 1 if failed or not checks and not arguments.only else 0
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
-from gpu_common import DEVICE, Case, Record, relative_error
+from gpu_common import DEVICE, Case, Record, capture, make_sequence, relative_error
 
+from quire.engine import sampler as sampler_module
+from quire.engine.sampler import Sampler
 from quire.kernels import reference
+from quire.kernels.cascade import CascadeWorkspace
 from quire.kernels.copy_blocks import copy_blocks
 from quire.kernels.paged_attention_decode import (
     DecodeWorkspace,
@@ -17,17 +21,25 @@ from quire.kernels.paged_attention_decode import (
     paged_attention_decode,
 )
 from quire.kernels.paged_attention_extend import paged_attention_extend
+from quire.kernels.prefix_groups import PrefixGroup
 from quire.kernels.reshape_and_cache import reshape_and_cache
 from quire.kernels.rms_norm import fused_add_rms_norm, rms_norm
 from quire.kernels.rope_and_cache import rope_and_cache
 from quire.kernels.silu_and_mul import silu_and_mul
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
-from paged import PagedInputs, paged_inputs  # noqa: E402
+from paged import PagedInputs, paged_inputs, share_prefixes  # noqa: E402
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+FILTERS: list[dict[str, float]] = [
+    {}, {"min_p": 0.05}, {"top_k": 1}, {"top_k": 20, "top_p": 0.95}, {"top_k": 1024, "top_p": 0.5},
+    {"top_k": 40, "min_p": 0.1}, {"top_k": 5000}, {"top_k": 3000, "top_p": 0.8}, {"top_p": 0.9},
+    {"top_p": 0.999}, {"top_p": 1e-6},
+]  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+E4M3 = torch.float8_e4m3fn
 NAN = float("nan")
+Caches = tuple[torch.Tensor, torch.Tensor]
 
 
 def _verdict(dtype: torch.dtype, *errors: float, **facts: object) -> Record:
@@ -45,8 +57,20 @@ def _sinks(num_heads: int, wanted: bool) -> torch.Tensor | None:
     return torch.randn(num_heads, device=DEVICE) if wanted else None
 
 
-def _wide(inputs: PagedInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return inputs.query.double(), inputs.key_cache.double(), inputs.value_cache.double()
+def _stored(inputs: PagedInputs, fp8: bool) -> tuple[Caches, Caches, torch.Tensor | None]:
+    """The caches as the kernel reads them, as the oracle does, and their scales.
+
+    Of float8 both read the same bytes: what rounding costs is not the kernel's.
+    """
+    caches = (inputs.key_cache, inputs.value_cache)
+    if not fp8:
+        return caches, (caches[0].double(), caches[1].double()), None
+    scales = torch.rand(2, inputs.key_cache.shape[1], device=DEVICE) * 0.02 + 0.005
+    key, value = (
+        (cache.float() / scale[:, None, None]).clamp(-448, 448).to(E4M3)
+        for cache, scale in zip(caches, scales, strict=True)
+    )
+    return (key, value), (key, value), scales
 
 
 def check_extend(
@@ -58,6 +82,7 @@ def check_extend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: bool = False,
+    fp8: bool = False,
 ) -> Record:
     num_heads, num_kv_heads, head_dim = heads
     inputs = paged_inputs(
@@ -65,13 +90,13 @@ def check_extend(
         block_size=block_size, dtype=dtype, device=DEVICE, seed=_seed(),
     )  # fmt: skip
     tables = (inputs.block_table, inputs.query_start_loc, inputs.seq_lens)
+    caches, wide, scales = _stored(inputs, fp8)
     options = {
         "scale": inputs.scale, "max_query_len": max(query_lens), "window": window,
-        "softcap": softcap, "sinks": _sinks(num_heads, sinks),
+        "softcap": softcap, "sinks": _sinks(num_heads, sinks), "kv_scales": scales,
     }  # fmt: skip
-    expected = reference.paged_attention_extend(*_wide(inputs), *tables, **options)
+    expected = reference.paged_attention_extend(inputs.query.double(), *wide, *tables, **options)
     out = torch.full_like(inputs.query, NAN)
-    caches = (inputs.key_cache, inputs.value_cache)
     paged_attention_extend(inputs.query, *caches, *tables, **options, out=out)
     return _verdict(dtype, relative_error(out, expected))
 
@@ -86,6 +111,7 @@ def check_decode(
     softcap: float | None = None,
     sinks: bool = False,
     min_chunk: int = 256,
+    fp8: bool = False,
 ) -> Record:
     """Eagerly twice, which proves the arrival counters; then a graph replayed on other lengths."""
     num_heads, num_kv_heads, head_dim = heads
@@ -97,13 +123,13 @@ def check_decode(
         len(seq_lens) + 3, num_heads, num_kv_heads, head_dim, dtype=dtype, device=DEVICE,
         window=window, query_len=query_len, min_chunk=min_chunk,
     )  # fmt: skip
+    caches, wide, scales = _stored(inputs, fp8)
     options = {
         "scale": inputs.scale, "window": window, "softcap": softcap,
-        "sinks": _sinks(num_heads, sinks),
+        "sinks": _sinks(num_heads, sinks), "kv_scales": scales,
     }  # fmt: skip
     lengths = inputs.seq_lens.clone()
     out = torch.full_like(inputs.query, NAN)
-    caches = (inputs.key_cache, inputs.value_cache)
 
     def launch() -> None:
         build_decode_schedule(lengths, workspace)
@@ -114,7 +140,7 @@ def check_decode(
 
     def error() -> float:
         expected = reference.paged_attention_decode(
-            *_wide(inputs), inputs.block_table, lengths, **options
+            inputs.query.double(), *wide, inputs.block_table, lengths, **options
         )
         found = relative_error(out, expected)
         out.fill_(NAN)
@@ -126,17 +152,91 @@ def check_decode(
     for _ in range(2):
         launch()
         errors.append(error())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
+    replay = capture(launch)
     for divisor in (1, 3):
         lengths.copy_(torch.where(inputs.seq_lens > 8, inputs.seq_lens // divisor, inputs.seq_lens))
         lengths.clamp_(max=inputs.seq_lens)
-        graph.replay()
+        replay()
         errors.append(error())
     leftover = int(workspace.arrived.abs().sum())
     record = _verdict(dtype, *errors, errors=errors, leftover=leftover)
     return record | {"ok": record["ok"] and leftover == 0}
+
+
+def check_cascade(
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    groups: list[PrefixGroup],
+    seq_lens: list[int],
+    fp8: bool = False,
+) -> Record:
+    """Shared prefixes against the oracle, which knows of none: eagerly, then by one graph that is
+    replayed with all groups, with the first alone, with none."""
+    num_heads, num_kv_heads, head_dim = heads
+    inputs = paged_inputs(
+        [1] * len(seq_lens), seq_lens, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        head_dim=head_dim, block_size=16, dtype=dtype, device=DEVICE, seed=_seed(),
+    )  # fmt: skip
+    share_prefixes(inputs, groups, 16)
+    caches, wide, scales = _stored(inputs, fp8)
+    workspace = DecodeWorkspace.allocate(len(seq_lens) + 2, *heads, dtype=dtype, device=DEVICE)
+    cascade = CascadeWorkspace.allocate(workspace, dtype=dtype, cache_dtype=caches[0].dtype)
+    tables = (inputs.block_table, inputs.seq_lens)
+    options = {"scale": inputs.scale, "kv_scales": scales}
+    expected = reference.paged_attention_decode(
+        inputs.query.double(), *wide, *tables, **options
+    )  # fmt: skip
+    out = torch.full_like(inputs.query, NAN)
+
+    def launch() -> None:
+        build_decode_schedule(inputs.seq_lens, workspace, cascade=cascade)
+        paged_attention_decode(
+            inputs.query, *caches, *tables, **options, workspace=workspace, cascade=cascade,
+            out=out,
+        )  # fmt: skip
+
+    def error() -> float:
+        found = relative_error(out, expected)
+        for tensor in (out, workspace.partials, cascade.partials, cascade.log_sums):
+            tensor.fill_(NAN)
+        return found
+
+    cascade.set_groups(groups)
+    launch()
+    errors = [error()]
+    replay = capture(launch)
+    for served in (groups, groups[:1], []):
+        cascade.set_groups(served)
+        replay()
+        errors.append(error())
+    return _verdict(dtype, *errors, errors=errors)
+
+
+def check_sampling(dtype: torch.dtype, vocab_size: int, rows: int) -> Record:
+    """Every filter at several spreads of the logits: the tokens of the sampler's torch path.
+
+    `error_norm` is the share of rows with another token. Both paths call the same functions; where
+    a compiler rounds one of them otherwise, about one row in a million may differ.
+    """
+    device = torch.device(DEVICE)
+    differ = drawn = 0
+    for spread, temperature in ((0.3, 1.0), (3.0, 0.6), (2.0, 1.7)):
+        sequences = [
+            make_sequence(index, FILTERS[index % len(FILTERS)] | {"temperature": temperature})
+            for index in range(rows)
+        ]
+        logits = (torch.randn(rows, vocab_size, device=DEVICE) * spread).to(dtype)
+        logits[:, ::7] = logits[:, 3:4]  # ties
+        sampler = Sampler(vocab_size, device)
+        batch = sampler.prepare(sequences)
+        tokens = []
+        for kernel in (False, True):
+            with mock.patch.object(sampler_module, "_has_kernel", lambda _, kernel=kernel: kernel):
+                tokens.append(sampler(logits, batch).token_ids)
+        differ += int((tokens[0] != tokens[1]).sum())
+        drawn += rows
+    error = differ / drawn
+    return {"error_norm": error, "limit": 1e-3, "ok": error <= 1e-3, "rows": drawn}
 
 
 def check_far_blocks() -> Record:
@@ -179,6 +279,31 @@ def check_far_blocks() -> Record:
     errors = (relative_error(out, expected), relative_error(last, expected[-1:]))
     record = _verdict(query.dtype, *errors, copied=copied)
     return record | {"ok": record["ok"] and copied}
+
+
+def check_fp8_write(dtype: torch.dtype, heads: tuple[int, int, int]) -> Record:
+    """Bytes as torch converts them; K of the rotation may round to the next number."""
+    num_heads, num_kv_heads, head_dim = heads
+    slots = torch.randperm(9 * 16, device=DEVICE)[:77]
+    slots[::5] = -1
+    query = torch.randn(77, num_heads, head_dim, device=DEVICE).to(dtype)
+    key, value = (torch.randn(2, 77, num_kv_heads, head_dim, device=DEVICE) * 40).to(dtype)
+    angles = torch.randn(77, head_dim // 2, device=DEVICE).repeat(1, 2)
+    scales = torch.rand(2, num_kv_heads, device=DEVICE) + 0.05  # some saturate
+    shape = (2, 2, 9, num_kv_heads, 16, head_dim)
+    found, wanted = (torch.zeros(shape, device=DEVICE).to(E4M3) for _ in range(2))
+    rotary = (angles.cos(), angles.sin())
+    reshape_and_cache(key, value, *found[0], slots, kv_scales=scales)
+    reference.reshape_and_cache(key, value, *wanted[0], slots, kv_scales=scales)
+    rope_and_cache(query, key, value, *found[1], slots, *rotary, kv_scales=scales)
+    reference.rope_and_cache(query, key, value, *wanted[1], slots, *rotary, kv_scales=scales)
+    rotated, expected = found[1, 0].float(), wanted[1, 0].float()
+    near = bool(((rotated - expected).abs() <= expected.abs() / 7).all())
+    differ = float((rotated != expected).float().mean())
+    bytes_equal = torch.equal(found[0].view(torch.uint8), wanted[0].view(torch.uint8))
+    values_equal = torch.equal(found[1, 1].view(torch.uint8), wanted[1, 1].view(torch.uint8))
+    exact = bytes_equal and values_equal and near
+    return {"error_norm": differ, "limit": 0.02, "ok": exact and differ <= 0.02, "exact": exact}
 
 
 def check_write(dtype: torch.dtype, heads: tuple[int, int, int], block_size: int) -> Record:
@@ -258,7 +383,18 @@ def cases() -> list[Case]:
             **every, min_chunk=32)  # fmt: skip
         add(f"{tag} decode q4 window d128", check_decode, dtype, llama, 32,
             [300, 4, 0, 2049, 64], query_len=4, window=500, min_chunk=128)  # fmt: skip
+        tile_groups = [PrefixGroup((0, 2, 3, 5, 6), 512), PrefixGroup((7, 1), 128)]
+        members = [700, 170, 549, 1200, 0, 640, 513, 333]
         if dtype == torch.bfloat16:
+            add(f"{tag} fp8 write", check_fp8_write, dtype, llama)
+            for heads, name in ((llama, "llama"), (qwen, "g7 d64")):
+                add(f"{tag} fp8 extend {name}", check_extend, dtype, heads, 16, queries, contexts,
+                    fp8=True)  # fmt: skip
+                add(f"{tag} fp8 decode {name}", check_decode, dtype, heads, 16, lens, fp8=True)
+                add(f"{tag} cascade {name}", check_cascade, dtype, heads, tile_groups, members)
+            add(f"{tag} fp8 cascade llama", check_cascade, dtype, llama, tile_groups, members,
+                fp8=True)  # fmt: skip
+            add(f"{tag} sampling 151936", check_sampling, dtype, 151_936, 256)
             add("far blocks", check_far_blocks)
             add(f"{tag} decode long", check_decode, dtype, llama, 64, [20000, 5])
             add(f"{tag} decode 70 rows", check_decode, dtype, llama, 16, list(range(0, 700, 10)))
@@ -268,6 +404,11 @@ def cases() -> list[Case]:
             add(f"{tag} decode mqa16 sinks", check_decode, dtype, (16, 1, 128), 128, lens,
                 sinks=True)  # fmt: skip
             add(f"{tag} rows odd", check_rows, dtype, 7, 1000)
+            add(f"{tag} sampling 1001", check_sampling, dtype, 1001, 64)
+        else:
+            add(f"{tag} fp8 decode g7 d64", check_decode, dtype, qwen, 16, lens, fp8=True)
+            add(f"{tag} cascade llama", check_cascade, dtype, llama, tile_groups, members)
+            add(f"{tag} sampling 128256", check_sampling, dtype, 128_256, 64)
         add(f"{tag} extend d256 b16", check_extend, dtype, (8, 4, 256), 16, queries, contexts)
         add(f"{tag} decode d256 b16", check_decode, dtype, (8, 4, 256), 16, lens)
         add(f"{tag} write d80 b64", check_write, dtype, (7, 7, 80), 64)

@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from quire.engine.request import Request
+from quire.engine.sampling_params import SamplingParams
+from quire.engine.sequence import Rank, Sequence
+
 Record = dict[str, Any]
 DEVICE = "cuda"
 
@@ -53,6 +57,14 @@ def time_graph(calls: list[Callable[[], object]], replays: int = 9) -> float:
     return statistics.median(times) / len(calls)
 
 
+def capture(launch: Callable[[], None]) -> Callable[[], None]:
+    """`launch` as a CUDA graph: what replays it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    return graph.replay
+
+
 @dataclass(frozen=True)
 class PagedBatch:
     """Random caches `[num_layers, 2, …]` and the tables of sequences over shuffled blocks."""
@@ -73,31 +85,47 @@ class PagedBatch:
 
 
 @functools.lru_cache(maxsize=1)
-def paged_batch(shape: Shape, block_size: int, lengths: tuple[int, ...]) -> PagedBatch:
-    """bf16; as many layers as it takes to read 256 MB before a layer comes again, at most 64."""
+def paged_batch(
+    shape: Shape,
+    block_size: int,
+    lengths: tuple[int, ...],
+    *,
+    shared: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> PagedBatch:
+    """Caches of `dtype`: as many layers as it takes to read 256 MB before a layer comes again, at
+    most 64. All sequences have their first `shared` tokens, whole blocks, in common."""
+    common = shared // block_size
     needed = [-(-length // block_size) for length in lengths]
-    num_blocks = sum(needed)
-    token_bytes = 2 * 2 * shape.num_kv_heads * shape.head_dim
+    num_blocks = common + sum(count - common for count in needed)
+    token_bytes = 2 * dtype.itemsize * shape.num_kv_heads * shape.head_dim
     layer_bytes = num_blocks * block_size * token_bytes
     num_layers = max(2, min(64, -(-256_000_000 // layer_bytes)))
-    kv_cache = torch.empty(
-        num_layers,
-        2,
-        num_blocks,
-        shape.num_kv_heads,
-        block_size,
-        shape.head_dim,
-        dtype=torch.bfloat16,
-        device=DEVICE,
-    ).normal_()
+    size = (2, num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
+    kv_cache = torch.empty(num_layers, *size, dtype=dtype, device=DEVICE)
+    for layer in kv_cache:  # torch draws no float8
+        layer.copy_(torch.randn(size, dtype=torch.bfloat16, device=DEVICE))
     order = torch.randperm(num_blocks, device=DEVICE, dtype=torch.int32)
     table = torch.zeros(len(lengths), max(needed), dtype=torch.int32, device=DEVICE)
-    first = 0
+    first = common
     for row, count in enumerate(needed):
-        table[row, :count] = order[first : first + count]
-        first += count
+        table[row, :common] = order[:common]
+        table[row, common:count] = order[first : first + count - common]
+        first += count - common
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     return PagedBatch(kv_cache, table, seq_lens, sum(lengths) * token_bytes)
+
+
+def make_sequence(index: int, params: dict[str, float]) -> Sequence:
+    """A sequence to sample, with a seed of its own."""
+    request = Request(
+        request_id=str(index),
+        prompt_token_ids=(1, 2, 3),
+        sampling_params=SamplingParams(max_tokens=64, **params),  # type: ignore[arg-type]
+        arrival_time=0.0,
+    )
+    seed = int(torch.randint(2**62, (1,)))
+    return Sequence(request, 0, seed, Rank(0, index, 0), frozenset())
 
 
 def mixed_lengths(count: int, low: int, high: int, seed: int = 0) -> tuple[int, ...]:

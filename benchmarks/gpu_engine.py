@@ -1,26 +1,43 @@
 """The whole engine on a bare GPU box: checked against Hugging Face, then timed.
 
-    PYTHONPATH=tests/types python -P benchmarks/gpu_engine.py --budget 300 --out DIR
+    PYTHONPATH=tests/types python benchmarks/gpu_engine.py --budget 300 --out DIR
 
-Needs torch, triton and transformers, no network and no HTTP package. Real shapes with random
-weights, token-id prompts, fixed lengths. Parts run in order of how much they tell; what the
-budget does not reach is reported as skipped. Writes DIR/gpu_engine.json and prints a table.
+Needs torch, triton and transformers, no network and no HTTP package. The workloads are those of
+gpu_workloads.py, beside their computed ceiling; transformers' own `generate_batch` runs in the same
+process. Parts run in order of how much they tell; what the budget does not reach is reported as
+skipped. Writes DIR/gpu_engine.json and prints a table. `--shapes tiny --no-checks` tries the
+script on a CPU. Exit code 1 if a part failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from gpu_workloads import (
+    MAX_BATCHED_TOKENS,
+    MAX_MODEL_LEN,
+    MAX_SEQS,
+    SHAPES,
+    Bench,
+    Limits,
+    Report,
+    Result,
+    sizes_of,
+    table,
+    write_config,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
@@ -31,21 +48,6 @@ from quire.engine.engine_core import EngineCore
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.worker import Worker
-
-COPY_BANDWIDTH, MATMUL_FLOPS = 4.3e12, 790e12  # H200, measured; replaced by --limits
-
-SHAPES: dict[str, Any] = {
-    "qwen3-0.6b": lambda: Qwen3Config(
-        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6,
-        max_position_embeddings=40960, tie_word_embeddings=True, dtype="bfloat16",
-    ),
-    "llama-3.1-8b": lambda: LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
-        rms_norm_eps=1e-5, tie_word_embeddings=False, dtype="bfloat16",
-    ),
-}  # fmt: skip
 
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 4, "vocab_size": 1000, "initializer_range": 0.2,
@@ -71,12 +73,11 @@ CHECKED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make_request(name: str, prompt: list[int], max_tokens: int, **params: Any) -> Request:
-    values: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True} | params
+def make_request(name: str, prompt: list[int], max_tokens: int) -> Request:
     return Request(
         request_id=name,
         prompt_token_ids=tuple(prompt),
-        sampling_params=SamplingParams(max_tokens=max_tokens, **values),
+        sampling_params=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
         arrival_time=time.monotonic(),
     )
 
@@ -88,7 +89,8 @@ def make_core(folder: Path, **config: Any) -> EngineCore:
 
 def free_memory() -> None:
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 # -- correctness ---------------------------------------------------------------------------------
@@ -138,242 +140,151 @@ def check_family(name: str) -> dict[str, Any]:
             results[label] = f"{equal}/{len(want)}"
             del core
             free_memory()
-    results["pass"] = all(value == f"{len(want)}/{len(want)}" for value in results.values())
+    results["ok"] = all(value == f"{len(want)}/{len(want)}" for value in results.values())
     return results
-
-
-# -- the computed ceiling (docs/kernels.md) ------------------------------------------------------
-
-
-def shape_numbers(config: Any) -> tuple[float, float, int]:
-    """Weight bytes read a step, KV bytes a token, and attention FLOPs a (query, key) pair."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = config.hidden_size * head_dim * 2
-    attention *= config.num_attention_heads + config.num_key_value_heads
-    layer = attention + 3 * config.hidden_size * config.intermediate_size
-    weights = 2.0 * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size)
-    kv = 4.0 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    return weights, kv, 4 * config.num_hidden_layers * config.num_attention_heads * head_dim
-
-
-def decode_seconds(config: Any, batch: int, context: float) -> float:
-    weights, kv, pair = shape_numbers(config)
-    memory = (weights + batch * context * kv) / COPY_BANDWIDTH
-    return max(memory, batch * (weights + pair * context) / MATMUL_FLOPS)
-
-
-def prefill_seconds(config: Any, tokens: int) -> float:
-    weights, _, pair = shape_numbers(config)
-    body = weights - 2.0 * config.vocab_size * config.hidden_size
-    return (body * tokens + pair * tokens * tokens / 2) / MATMUL_FLOPS
 
 
 # -- timing --------------------------------------------------------------------------------------
 
 
-def random_prompt(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(1000, 100000) for _ in range(length)]
+class QuireEngine:
+    """`gpu_workloads.Engine` over the engine without a process around it."""
+
+    def __init__(self, folder: Path, **config: Any) -> None:
+        self._core = make_core(folder, load_format="dummy", **config)
+        self.kv_tokens = self._core.info.kv_capacity_tokens
+        self.kv_bytes_per_element = 1 if config.get("kv_cache_dtype") == "fp8" else 2
+
+    def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
+        self._core.add_request(make_request(name, prompt, max_tokens))
+
+    def step(self) -> Mapping[str, int]:
+        counts: Counter[str] = Counter()
+        for output in self._core.step().outputs:
+            if output.error is not None:
+                raise RuntimeError(f"{output.request_id}: {output.error.message}")
+            counts[output.request_id] += len(output.token_ids)
+        return counts
+
+    def has_work(self) -> bool:
+        return self._core.has_work
+
+    def abort(self, names: list[str]) -> None:
+        for name in names:
+            self._core.abort_request(name)
 
 
-def run_all(core: EngineCore) -> tuple[float, int]:
-    """Seconds and tokens until the queue is empty."""
-    torch.cuda.synchronize()
-    begin, tokens = time.perf_counter(), 0
-    while core.has_work:
-        tokens += sum(len(output.token_ids) for output in core.step().outputs)
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin, tokens
-
-
-def offline(core: EngineCore, config: Any) -> dict[str, Any]:
-    """256 requests, lengths uniform 100-1024 in and out."""
-    rng = random.Random(0)
-    lengths = [(rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(256)]
-    for i, (prompt, output) in enumerate(lengths):
-        core.add_request(make_request(f"offline-{i}", random_prompt(rng, prompt), output))
-    seconds, tokens = run_all(core)
-    mean_context = sum(p + o / 2 for p, o in lengths) / len(lengths)
-    batch = sum(o for _, o in lengths) / max(o for _, o in lengths)  # average running
-    ideal = sum(prefill_seconds(config, p) for p, _ in lengths)
-    ideal += tokens / batch * decode_seconds(config, int(batch), mean_context)
-    return {"tokens_per_s": tokens / seconds, "seconds": seconds, "ceiling": tokens / ideal}
-
-
-def decode(core: EngineCore, config: Any, batch: int, context: int, steps: int) -> dict[str, Any]:
-    """Steady decode: prompts of `context` tokens, their own each, then `steps` steps of all."""
-    rng = random.Random(batch)
-    for i in range(batch):
-        prompt = random_prompt(rng, context)
-        core.add_request(make_request(f"decode-{batch}-{context}-{i}", prompt, 4 * steps + 64))
-    while core.stats().num_waiting or core.stats().step_tokens != batch:
-        core.step()
-    for _ in range(8):
-        core.step()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(steps):
-        core.step()
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - begin) / steps
-    for i in range(batch):
-        core.abort_request(f"decode-{batch}-{context}-{i}")
-    run_all(core)
-    ideal = decode_seconds(config, batch, context + steps / 2)
-    return {
-        "tokens_per_s": batch / seconds,
-        "step_ms": seconds * 1e3,
-        "ceiling": batch / ideal,
-        "share": ideal / seconds,
-    }
-
-
-def prefill(core: EngineCore, config: Any, tokens: int) -> dict[str, Any]:
-    rng = random.Random(tokens)
-    best = float("inf")
-    for i in range(4):
-        core.add_request(make_request(f"prefill-{i}", random_prompt(rng, tokens), 1))
-        best = min(best, run_all(core)[0])
-    ideal = prefill_seconds(config, tokens)
-    return {"tokens_per_s": tokens / best, "ceiling": tokens / ideal, "share": ideal / best}
-
-
-def shared_prefix(core: EngineCore) -> dict[str, Any]:
-    """64 sequences over one 4k prefix: seconds a decode step."""
-    rng = random.Random(3)
-    common = random_prompt(rng, 4096)
-    for i in range(64):
-        prompt = common + random_prompt(rng, 32)
-        core.add_request(make_request(f"shared-{i}", prompt, 300))
-        core.step()
-    while core.stats().num_waiting or core.stats().step_tokens != 64:
-        core.step()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(50):
-        core.step()
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - begin) / 50
-    for i in range(64):
-        core.abort_request(f"shared-{i}")
-    run_all(core)
-    return {"step_ms": seconds * 1e3, "tokens_per_s": 64 / seconds}
-
-
-def generate_batch(folder: Path, config: Any, num_requests: int) -> dict[str, Any]:
-    """transformers' own continuous batching on the same shape, lengths as in `offline`."""
-    from transformers import GenerationConfig
-
-    rng = random.Random(0)
-    lengths = [(rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(num_requests)]
-    prompts = [random_prompt(rng, prompt) for prompt, _ in lengths]
-    mean_output = sum(output for _, output in lengths) // num_requests
+def generate_batch(folder: Path, shape: str) -> Result:
+    """transformers' own continuous batching on the requests of `Bench.offline`, each with the mean
+    output: it takes one length for all."""
+    sizes, rng = sizes_of(shape), random.Random(0)
+    lengths = [
+        (rng.randint(*sizes.lengths), rng.randint(*sizes.lengths)) for _ in range(sizes.requests)
+    ]
+    rng, ids = random.Random(1), range(10, SHAPES[shape]["vocab_size"])
+    prompts = [rng.choices(ids, k=prompt) for prompt, _ in lengths]
+    mean = round(sum(output for _, output in lengths) / len(lengths))
     with torch.device("cuda"):
+        config = AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     model.set_attn_implementation("paged|sdpa")
     generation = GenerationConfig(
-        max_new_tokens=mean_output, do_sample=False, eos_token_id=-1, pad_token_id=0
+        max_new_tokens=mean, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
     torch.cuda.synchronize()
     begin = time.perf_counter()
     outputs = model.generate_batch(inputs=prompts, generation_config=generation, progress_bar=False)
     seconds = time.perf_counter() - begin
     tokens = sum(len(output.generated_tokens) for output in outputs.values())
-    return {"tokens_per_s": tokens / seconds, "seconds": seconds, "requests": num_requests}
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
 
 
-class Report:
-    """Runs parts while the budget lasts; a part that raises is recorded and the next one runs."""
+class ShapeTimes:
+    """One shape's engines, one after another: each holds most of the device's memory."""
 
-    def __init__(self, budget: float, out: Path) -> None:
-        self.deadline = time.monotonic() + budget
-        self.out = out
-        self.results: dict[str, Any] = {}
+    def __init__(
+        self, report: Report, shape: str, limits: Limits, folder: Path, config: dict[str, Any]
+    ) -> None:
+        self._report, self._shape, self._limits = report, shape, limits
+        self._folder, self._config = folder, config
 
-    def run(self, name: str, part: Callable[[], dict[str, Any]], need: float = 5.0) -> None:
-        if time.monotonic() + need > self.deadline:
-            self.results[name] = {"skipped": "out of budget"}
-        else:
-            begin = time.monotonic()
-            try:
-                self.results[name] = part()
-            except Exception as error:
-                self.results[name] = {"error": f"{type(error).__name__}: {error}"[:600]}
-            self.results[name]["took_s"] = round(time.monotonic() - begin, 1)
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "gpu_engine.json").write_text(json.dumps(self.results, indent=1))
-        print(name, self.results[name], flush=True)
+    def with_engine(self, label: str, **config: Any) -> Bench | None:
+        """From nothing to a first token; None where that failed or was skipped."""
+        found: list[Bench] = []
+        missing = config.keys() - {field.name for field in fields(EngineConfig)}
 
-
-def time_shape(report: Report, shape: str, block_size: int, options: dict[str, Any]) -> None:
-    config = SHAPES[shape]()
-    label = f"{shape} b{block_size}"
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        config.save_pretrained(folder)
-        cores: list[EngineCore] = []
-
-        def start() -> dict[str, Any]:
+        def part() -> Result:
+            if missing:
+                return {"skipped": f"this engine has no {', '.join(missing)}"}
             begin = time.perf_counter()
-            cores.append(
-                make_core(
-                    folder,
-                    load_format="dummy",
-                    block_size=block_size,
-                    max_model_len=16384,
-                    max_num_batched_tokens=8192,
-                    max_num_seqs=256,
-                    **options,
-                )  # fmt: skip
-            )
-            core = cores[0]
-            core.add_request(make_request("first", [1000] * 10, 2))
-            run_all(core)
-            return {"start_s": time.perf_counter() - begin, "num_blocks": core.info.num_blocks}
+            engine = QuireEngine(self._folder, **self._config | config)
+            bench = Bench(engine, self._shape, self._limits)
+            bench.first_token()
+            found.append(bench)
+            return {
+                "first_token_s": time.perf_counter() - begin,
+                "kv_tokens": engine.kv_tokens,
+            }
 
-        report.run(f"{label} start", start, 30)
-        if cores:
-            core = cores[0]
-            report.run(f"{label} decode 1x1k", lambda: decode(core, config, 1, 1024, 100))
-            report.run(f"{label} decode 32x1k", lambda: decode(core, config, 32, 1024, 60))
-            report.run(f"{label} decode 256x1k", lambda: decode(core, config, 256, 1024, 40), 15)
-            report.run(f"{label} prefill 8k", lambda: prefill(core, config, 8192))
-            report.run(f"{label} offline 256", lambda: offline(core, config), 25)
-            report.run(f"{label} decode 32x8k", lambda: decode(core, config, 32, 8192, 40), 15)
-            report.run(f"{label} shared prefix", lambda: shared_prefix(core), 15)
-            del core
-        cores.clear()
+        self._report.run(f"{label} start", part, 40)
+        return found[0] if found else None
+
+    def run(self) -> None:
+        report, shape = self._report, self._shape
+        if bench := self.with_engine(shape):
+            bench.run_all(report, shape)
+        bench = None
         free_memory()
-        if block_size == 16:
-            report.run(f"{label} generate_batch", lambda: generate_batch(folder, config, 64), 45)
-            free_memory()
+        if not torch.cuda.is_available():
+            return
+        report.run(f"{shape} generate_batch", lambda: generate_batch(self._folder, shape), 60)
+        free_memory()
+        if bench := self.with_engine(f"{shape} no cascade", disable_cascade_attn=True):
+            report.run(f"{shape} no cascade shared prefix", bench.shared_prefix, 15)
+        bench = None
+        free_memory()
+        if bench := self.with_engine(f"{shape} fp8", kv_cache_dtype="fp8"):
+            bench.run_fp8(report, shape)
+        bench = None
+        free_memory()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def device_facts() -> Result:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"engine": "quire", "device": device, "torch": torch.__version__}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=float, default=300.0, help="seconds for everything")
-    parser.add_argument("--out", type=Path, default=Path("gpu_engine_out"))
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--block-sizes", type=int, nargs="*", default=[16])
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES)[:2])
+    parser.add_argument("--limits", type=float, nargs=2, metavar=("TB/s", "TFLOP/s"))
+    parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--no-checks", action="store_true")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
-    report = Report(arguments.budget, arguments.out)
+    limits = Limits(*(value * 1e12 for value in arguments.limits or (4.3, 790)))
+    report = Report(arguments.budget, arguments.out / "gpu_engine.json", device_facts())
     if not arguments.no_checks:
         for name in CHECKED:
             report.run(f"check {name}", lambda name=name: check_family(name), 20)
-    for block_size in arguments.block_sizes:
-        for shape in arguments.shapes:
-            time_shape(report, shape, block_size, {"enforce_eager": arguments.enforce_eager})
-    print(f"{'part':34} {'tokens/s':>10} {'ceiling':>10} {'share':>7} {'step ms':>8}")
-    for name, result in report.results.items():
-        if "tokens_per_s" in result:
-            share = result["tokens_per_s"] / result["ceiling"] if "ceiling" in result else 0.0
-            print(
-                f"{name:34} {result['tokens_per_s']:10.0f} {result.get('ceiling', 0):10.0f} "
-                f"{share:7.1%} {result.get('step_ms', 0):8.2f}"
-            )
+    for shape in arguments.shapes:
+        config = {
+            "block_size": arguments.block_size,
+            "enforce_eager": arguments.enforce_eager,
+            "max_model_len": min(MAX_MODEL_LEN, SHAPES[shape]["max_position_embeddings"]),
+            "max_num_batched_tokens": MAX_BATCHED_TOKENS,
+            "max_num_seqs": MAX_SEQS,
+            "dtype": "bfloat16",
+        }
+        with tempfile.TemporaryDirectory() as name:
+            write_config(shape, Path(name))
+            ShapeTimes(report, shape, limits, Path(name), config).run()
+    print(table({"quire": report.results}))
+    return int(report.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,15 @@ import functools
 import itertools
 
 from gpu_common import LLAMA_8B, QWEN_06B, Case
-from gpu_times import time_decode, time_extend
+from gpu_times import (
+    BF16,
+    E4M3,
+    SAMPLED,
+    time_decode,
+    time_extend,
+    time_sampling,
+    time_shared,
+)
 
 from quire.kernels.tuning import TileConfig
 
@@ -40,9 +48,46 @@ def decode_cases() -> list[Case]:
             found.append(Case(f"decode 1x{length} b16 c{per_sm} chunk{chunk}", call))
     add_tiles(tiles[:7], "64x4096 b64", LLAMA_8B, 64, (4096,) * 64)
     add_tiles(tiles[:7], "qwen 256x1024 b16", QWEN_06B, 16, (1024,) * 256)
+    fp8 = functools.partial(time_decode, dtype=E4M3)
+    for tile in tiles[:7]:
+        call = functools.partial(fp8, LLAMA_8B, 16, (4096,) * 64, tile)
+        found.append(Case(f"decode fp8 64x4096 b16 {_tag(tile)}", call))
+    found += _cascade_cases() + _sampling_cases()
     add_tiles(tiles[14:], "64x4096 b16", LLAMA_8B, 16, (4096,) * 64)
     add_tiles(tiles[7:14], "64x4096 b64", LLAMA_8B, 64, (4096,) * 64)
     return found
+
+
+def _cascade_cases() -> list[Case]:
+    tiles = [
+        TileConfig(block_m, block_n, num_warps, num_stages)
+        for (block_m, num_warps), block_n, num_stages in itertools.product(
+            ((128, 8), (64, 4)), (64, 128, 32), (3, 2)
+        )
+    ]
+    return [
+        Case(
+            f"shared cascade 64x4096+128 {_tag(tile)}",
+            functools.partial(time_shared, LLAMA_8B, 64, 4096, 128, True, BF16, tile),
+        )
+        for tile in tiles
+    ]
+
+
+def _sampling_cases() -> list[Case]:
+    """One row, whose program has a multiprocessor of its own, and a full batch."""
+    return [
+        Case(
+            f"sample top_p {rows}x151936 n{block} s{search} w{warps}",
+            functools.partial(
+                time_sampling, 151_936, rows, SAMPLED["top_p"], True, (block, search, warps)
+            ),
+        )
+        for rows in (256, 1)
+        for (block, warps), search in itertools.product(
+            ((4096, 16), (4096, 8), (8192, 16), (8192, 32), (2048, 8)), (512, 1024)
+        )
+    ]
 
 
 def extend_cases() -> list[Case]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from unittest import mock
 
 import torch
 from gpu_common import (
@@ -13,12 +15,16 @@ from gpu_common import (
     PagedBatch,
     Record,
     Shape,
+    make_sequence,
     mixed_lengths,
     paged_batch,
     time_graph,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from quire.engine import sampler
+from quire.kernels import sample_tokens
+from quire.kernels.cascade import CascadeWorkspace
 from quire.kernels.copy_blocks import copy_blocks
 from quire.kernels.decode_schedule import MIN_CHUNK, PROGRAMS_PER_SM
 from quire.kernels.paged_attention_decode import (
@@ -27,13 +33,17 @@ from quire.kernels.paged_attention_decode import (
     paged_attention_decode,
 )
 from quire.kernels.paged_attention_extend import paged_attention_extend
+from quire.kernels.prefix_groups import PrefixGroup
 from quire.kernels.reshape_and_cache import reshape_and_cache
 from quire.kernels.rms_norm import fused_add_rms_norm, rms_norm
 from quire.kernels.rope_and_cache import rope_and_cache
 from quire.kernels.silu_and_mul import silu_and_mul
 from quire.kernels.tuning import TileConfig
 
-BF16 = torch.bfloat16
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+SAMPLED: dict[str, dict[str, float]] = {
+    "whole": {}, "top_k+p": {"top_k": 50, "top_p": 0.95}, "top_p": {"top_p": 0.95},
+}  # fmt: skip
 
 
 def _figures(seconds: float, *, num_bytes: float = 0, flops: float = 0) -> Record:
@@ -72,9 +82,10 @@ def time_decode(
     config: TileConfig | None = None,
     programs_per_sm: int = PROGRAMS_PER_SM,
     min_chunk: int = MIN_CHUNK,
+    dtype: torch.dtype = BF16,
 ) -> Record:
     """One layer's decode attention, with a schedule built once for all."""
-    batch = paged_batch(shape, block_size, lengths)
+    batch = paged_batch(shape, block_size, lengths, dtype=dtype)
     workspace = DecodeWorkspace.allocate(
         len(lengths), shape.num_heads, shape.num_kv_heads, shape.head_dim, dtype=BF16,
         device=DEVICE, config=config, programs_per_sm=programs_per_sm, min_chunk=min_chunk,
@@ -90,6 +101,65 @@ def time_decode(
         )  # fmt: skip
 
     return _figures(time_graph(_over_layers(batch, call)), num_bytes=batch.kv_bytes)
+
+
+def time_shared(
+    shape: Shape,
+    members: int,
+    prefix: int,
+    own: int,
+    cascade: bool,
+    dtype: torch.dtype = BF16,
+    config: TileConfig | None = None,
+) -> Record:
+    """One layer's decode attention of sequences behind a common prefix. Bytes are those that must
+    be read: the prefix once, and what each has of its own."""
+    batch = paged_batch(shape, 16, (prefix + own,) * members, shared=prefix, dtype=dtype)
+    workspace = DecodeWorkspace.allocate(
+        members, shape.num_heads, shape.num_kv_heads, shape.head_dim, dtype=BF16, device=DEVICE
+    )
+    groups = None
+    if cascade:
+        groups = CascadeWorkspace.allocate(
+            workspace, dtype=BF16, cache_dtype=dtype, config=config
+        )  # fmt: skip
+        groups.set_groups([PrefixGroup(tuple(range(members)), prefix)])
+    query = torch.randn(members, shape.num_heads, shape.head_dim, device=DEVICE).to(BF16)
+    out = torch.empty_like(query)
+    build_decode_schedule(batch.seq_lens, workspace, cascade=groups)
+
+    def call(layer: int) -> None:
+        paged_attention_decode(
+            query, *batch.layer(layer), batch.block_table, batch.seq_lens,
+            scale=shape.head_dim**-0.5, workspace=workspace, cascade=groups, out=out,
+        )  # fmt: skip
+
+    needed = batch.kv_bytes * (prefix + members * own) // (members * (prefix + own))
+    return _figures(time_graph(_over_layers(batch, call)), num_bytes=needed)
+
+
+def time_sampling(
+    vocab_size: int,
+    rows: int,
+    params: dict[str, float],
+    kernel: bool = True,
+    tile: tuple[int, int, int] | None = None,
+) -> Record:
+    """A call of the sampler, its argmax included, on bf16 logits; bytes: one reading of them.
+
+    tile: BLOCK, SEARCH_BLOCK and NUM_WARPS of the kernel.
+    """
+    names = ("BLOCK", "SEARCH_BLOCK", "NUM_WARPS")
+    with contextlib.ExitStack() as stack:
+        for name, value in zip(names, tile or (), strict=False):
+            stack.enter_context(mock.patch.object(sample_tokens, name, value))
+        stack.enter_context(mock.patch.object(sampler, "_has_kernel", lambda device: kernel))
+        count = max(2, min(16, int(2e8 // (rows * vocab_size * 2))))
+        logits = torch.randn(count, rows, vocab_size, device=DEVICE, dtype=BF16).mul_(2.5)
+        drawer = sampler.Sampler(vocab_size, logits.device)
+        batch = drawer.prepare([make_sequence(index, params) for index in range(rows)])
+        calls = [functools.partial(drawer, logits[index], batch) for index in range(count)]
+        return _figures(time_graph(calls), num_bytes=rows * vocab_size * 2)
 
 
 def _over_layers(batch: PagedBatch, call: object) -> list[functools.partial[None]]:
@@ -131,8 +201,9 @@ def time_extend(
     length: int,
     count: int = 1,
     config: TileConfig | None = None,
+    dtype: torch.dtype = BF16,
 ) -> Record:
-    batch = paged_batch(shape, block_size, (length,) * count)
+    batch = paged_batch(shape, block_size, (length,) * count, dtype=dtype)
     query = torch.randn(count * query_len, shape.num_heads, shape.head_dim, device=DEVICE).to(BF16)
     starts = torch.arange(count + 1, dtype=torch.int32, device=DEVICE) * query_len
     out = torch.empty_like(query)
@@ -238,6 +309,23 @@ def cases() -> list[Case]:
         add(f"decode llama 32x1600 b{block_size}", time_decode, LLAMA_8B, block_size, middle)
         add(f"decode llama 1x8192 b{block_size}", time_decode, LLAMA_8B, block_size, (8192,))
         add(f"extend llama 8k b{block_size}", time_extend, LLAMA_8B, block_size, 8192, 8192)
+    add("decode llama fp8 64x4096 b16", functools.partial(time_decode, dtype=E4M3), LLAMA_8B, 16,
+        big)  # fmt: skip
+    add("decode llama fp8 1x8192 b16", functools.partial(time_decode, dtype=E4M3), LLAMA_8B, 16,
+        (8192,))  # fmt: skip
+    add("extend llama fp8 8k b16", functools.partial(time_extend, dtype=E4M3), LLAMA_8B, 16, 8192,
+        8192)  # fmt: skip
+    for name, cascade, dtype in (
+        ("cascade", True, BF16), ("no cascade", False, BF16), ("cascade fp8", True, E4M3),
+    ):  # fmt: skip
+        add(f"shared {name} 64x4096+128", time_shared, LLAMA_8B, 64, 4096, 128, cascade, dtype)
+    for rows in (1, 32, 256):
+        for name, params in SAMPLED.items():
+            add(f"sample {name} {rows}x151936", time_sampling, 151_936, rows, params)
+    add("sample torch top_k+p 256x151936", time_sampling, 151_936, 256, SAMPLED["top_k+p"], False)
+    add("sample torch top_p 256x151936", time_sampling, 151_936, 256, SAMPLED["top_p"], False)
+    add("shared cascade 8x1024+128", time_shared, LLAMA_8B, 8, 1024, 128, True)
+    add("shared no cascade 8x1024+128", time_shared, LLAMA_8B, 8, 1024, 128, False)
     add("sdpa flash decode 64x4096", time_sdpa_decode, LLAMA_8B, 64, 4096)
     add("sdpa flash decode 1x8192", time_sdpa_decode, LLAMA_8B, 1, 8192)
     add("sdpa flash extend 8k", time_sdpa_extend, LLAMA_8B, 8192, SDPBackend.FLASH_ATTENTION)

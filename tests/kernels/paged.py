@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from quire.kernels.prefix_groups import PrefixGroup
+
 
 @dataclass(frozen=True)
 class PagedInputs:
@@ -57,6 +59,17 @@ def paged_inputs(
         torch.tensor(seq_lens, dtype=torch.int32, device=device),
         head_dim**-0.5,
     )
+
+
+def share_prefixes(inputs: PagedInputs, groups: list[PrefixGroup], block_size: int) -> None:
+    """Let members' tables name their first member's blocks; their own become NaN."""
+    for members, length in groups:
+        blocks = length // block_size
+        first = inputs.block_table[members[0], :blocks]
+        for row in members[1:]:
+            own = inputs.block_table[row, :blocks].long()
+            inputs.key_cache[own] = inputs.value_cache[own] = float("nan")
+            inputs.block_table[row, :blocks] = first
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

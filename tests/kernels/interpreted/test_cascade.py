@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from paged import PagedInputs, paged_inputs, relative_error
+from paged import paged_inputs, relative_error, share_prefixes
 
 from quire.kernels import reference
 from quire.kernels.cascade import CascadeWorkspace
@@ -19,17 +19,6 @@ from quire.kernels.tuning import TileConfig
 
 NAN = float("nan")
 TILE = TileConfig(16, 16, 4, 1)
-
-
-def share(inputs: PagedInputs, groups: list[PrefixGroup], block_size: int) -> None:
-    """Let members' tables name their first member's blocks; their own become NaN."""
-    for members, length in groups:
-        blocks = length // block_size
-        first = inputs.block_table[members[0], :blocks]
-        for row in members[1:]:
-            own = inputs.block_table[row, :blocks].long()
-            inputs.key_cache[own] = inputs.value_cache[own] = NAN
-            inputs.block_table[row, :blocks] = first
 
 
 def cascade_error(
@@ -48,7 +37,7 @@ def cascade_error(
         [query_len] * len(seq_lens), seq_lens, num_heads=heads[0], num_kv_heads=heads[1],
         head_dim=heads[2], block_size=block_size, dtype=dtype,
     )  # fmt: skip
-    share(inputs, groups, block_size)
+    share_prefixes(inputs, groups, block_size)
     caches = (inputs.key_cache, inputs.value_cache)
     if scales is not None:
         caches = tuple(cache.to(torch.float8_e4m3fn) for cache in caches)  # type: ignore[assignment]
@@ -146,7 +135,7 @@ def test_found_groups_are_served() -> None:
         [1] * 6, [600, 530, 20, 700, 640, 577], num_heads=8, num_kv_heads=2, head_dim=32,
         block_size=32,
     )  # fmt: skip
-    share(inputs, [PrefixGroup((0, 1, 3, 4, 5), 512)], 32)
+    share_prefixes(inputs, [PrefixGroup((0, 1, 3, 4, 5), 512)], 32)
     workspace = DecodeWorkspace.allocate(6, *heads, dtype=torch.float32, device="cpu")
     cascade = CascadeWorkspace.allocate(workspace, dtype=torch.float32)
     tables, lens = inputs.block_table.tolist(), inputs.seq_lens.tolist()

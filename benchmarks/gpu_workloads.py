@@ -1,0 +1,332 @@
+"""Workloads of the engine benchmarks on a GPU, the same for quire and for vLLM.
+
+    python benchmarks/gpu_workloads.py A.json B.json     # two results beside each other
+
+Real shapes with random weights, prompts of token ids, fixed lengths, greedy. An engine is what
+`Engine` says; beside each time stands the ceiling that memory and compute set (docs/kernels.md).
+The standard library alone, so that it runs in either engine's environment.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+Result = dict[str, Any]
+MAX_MODEL_LEN, MAX_BATCHED_TOKENS, MAX_SEQS = 16384, 8192, 256
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936,
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 40960, "tie_word_embeddings": True,
+        "rope_theta": 1000000.0,
+    },
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+        "rope_theta": 500000.0,
+    },
+    "tiny": {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 2048,
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+"""`config.json` of each; "tiny" is for trying the scripts without a GPU."""
+
+
+class Limits(NamedTuple):
+    """What a device reaches: bytes/s of a copy, FLOP/s of a matmul."""
+
+    bandwidth: float = 4.3e12
+    flops: float = 790e12
+
+
+class Engine(Protocol):
+    """One engine with the limits above; `step` says how many new tokens each request has."""
+
+    kv_tokens: int
+    """Tokens whose K and V fit at once."""
+    kv_bytes_per_element: int
+
+    def add(self, name: str, prompt: list[int], max_tokens: int) -> None: ...
+    def step(self) -> Mapping[str, int]: ...
+    def has_work(self) -> bool: ...
+    def abort(self, names: list[str]) -> None: ...
+
+
+class Sizes(NamedTuple):
+    """The workloads of a shape: those of docs/benchmarking.md, or what a CPU can try."""
+
+    requests: int = 256
+    lengths: tuple[int, int] = (100, 1024)
+    contexts: tuple[int, int] = (1024, 8192)
+    batches: tuple[int, ...] = (1, 32, 256)
+    steps: int = 50
+    prefix: int = 4096
+    members: int = 64
+
+
+TINY_SIZES = Sizes(6, (4, 12), (32, 64), (1, 3), 4, 600, 5)
+
+
+def sizes_of(shape: str) -> Sizes:
+    return TINY_SIZES if shape == "tiny" else Sizes()
+
+
+def write_config(shape: str, folder: Path) -> None:
+    """A model folder without weights or tokenizer."""
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(SHAPES[shape] | ids))
+
+
+# -- the computed ceiling ------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    """Weight bytes read a step (bf16), those of the body, KV bytes a token, and attention FLOPs
+    a pair of query and key."""
+
+    weights: float
+    body: float
+    kv: float
+    pair: float
+
+
+def cost_of(shape: str, kv_bytes_per_element: int = 2) -> Cost:
+    config = SHAPES[shape]
+    layers, hidden, head_dim = (
+        config[key] for key in ("num_hidden_layers", "hidden_size", "head_dim")
+    )
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    layer = 2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * config["intermediate_size"]
+    body = 2.0 * layers * layer
+    return Cost(
+        body + 2.0 * config["vocab_size"] * hidden,
+        body,
+        2.0 * kv_bytes_per_element * layers * kv_heads * head_dim,
+        4.0 * layers * heads * head_dim,
+    )
+
+
+def decode_seconds(cost: Cost, batch: float, context: float, limits: Limits) -> float:
+    """A decode step's least time: all weights and all K and V read, or all products computed."""
+    memory = (cost.weights + batch * context * cost.kv) / limits.bandwidth
+    return max(memory, batch * (cost.weights + cost.pair * context) / limits.flops)
+
+
+def prefill_seconds(cost: Cost, tokens: int, limits: Limits) -> float:
+    return (cost.body * tokens + cost.pair * tokens * tokens / 2) / limits.flops
+
+
+def offline_seconds(cost: Cost, lengths: list[tuple[int, int]], limits: Limits) -> float:
+    """All prompts, then the outputs: at the k-th step those requests run that have k tokens left,
+    each with its prompt and k tokens of context."""
+    total = sum(prefill_seconds(cost, prompt, limits) for prompt, _ in lengths)
+    for step in range(max(output for _, output in lengths)):
+        contexts = [prompt + step for prompt, output in lengths if output > step]
+        mean = sum(contexts) / len(contexts)
+        total += decode_seconds(cost, len(contexts), mean, limits)
+    return total
+
+
+# -- the workloads -------------------------------------------------------------------------------
+
+
+class Bench:
+    """Workloads on one engine of one shape."""
+
+    def __init__(self, engine: Engine, shape: str, limits: Limits) -> None:
+        self.engine, self.limits = engine, limits
+        self.cost = cost_of(shape, engine.kv_bytes_per_element)
+        self.sizes = sizes_of(shape)
+        self._ids = range(10, SHAPES[shape]["vocab_size"])
+        self._runs = 0
+
+    def _prompts(self, seed: int, lengths: list[int]) -> list[list[int]]:
+        rng = random.Random(seed)
+        return [rng.choices(self._ids, k=length) for length in lengths]
+
+    def _add(self, prompts: list[list[int]], max_tokens: list[int]) -> list[str]:
+        self._runs += 1
+        names = [f"{self._runs}-{index}" for index in range(len(prompts))]
+        for name, prompt, count in zip(names, prompts, max_tokens, strict=True):
+            self.engine.add(name, prompt, count)
+        return names
+
+    def _drain(self) -> int:
+        tokens = 0
+        while self.engine.has_work():
+            tokens += sum(self.engine.step().values())
+        return tokens
+
+    def offline(self) -> Result:
+        """All requests at once, lengths uniform, until none is left."""
+        rng = random.Random(0)
+        low, high = self.sizes.lengths
+        lengths = [
+            (rng.randint(low, high), rng.randint(low, high)) for _ in range(self.sizes.requests)
+        ]
+        prompts = self._prompts(1, [prompt for prompt, _ in lengths])
+        begin = time.perf_counter()
+        self._add(prompts, [output for _, output in lengths])
+        tokens = self._drain()
+        seconds = time.perf_counter() - begin
+        if tokens != sum(output for _, output in lengths):
+            raise RuntimeError(f"{tokens} tokens instead of the ones that were asked for")
+        return self._figures(tokens, seconds, offline_seconds(self.cost, lengths, self.limits))
+
+    def _figures(self, tokens: int, seconds: float, ideal: float) -> Result:
+        return {
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+            "ceiling": tokens / ideal,
+            "share": ideal / seconds,
+        }
+
+    def decode(self, batch: int, context: int) -> Result:
+        """Steady decode of `batch` sequences, each behind `context` tokens of its own."""
+        return self._decode(self._prompts(2 + batch + context, [context] * batch))
+
+    def shared_prefix(self) -> Result:
+        """Steady decode behind one common prefix; the ceiling reads it once."""
+        members, prefix = self.sizes.members, self.sizes.prefix
+        common = self._prompts(3, [prefix])[0]
+        own = self._prompts(4, [32] * members)
+        self._add([common], [1])  # its blocks are found by all others
+        self._drain()
+        return self._decode([common + rest for rest in own], shared=prefix)
+
+    def _decode(self, prompts: list[list[int]], shared: int = 0) -> Result:
+        steps, batch, context = self.sizes.steps, len(prompts), len(prompts[0])
+        # The first to decode waits for the last one's prefill; twice the room for other budgets.
+        longest = steps + 32 + 2 * -(-batch * context // MAX_BATCHED_TOKENS) + batch
+        needed = shared + batch * (context - shared + longest)
+        if needed > self.engine.kv_tokens:
+            return {"skipped": f"{needed} tokens of K and V, {self.engine.kv_tokens} fit"}
+        counts = dict.fromkeys(self._add(prompts, [longest] * batch), 0)
+        while min(counts.values()) < 8:
+            for name, count in self.engine.step().items():
+                counts[name] += count
+        begin, tokens = time.perf_counter(), 0
+        while tokens < steps * batch:
+            tokens += sum(self.engine.step().values())
+        seconds = time.perf_counter() - begin
+        self.engine.abort(list(counts))
+        self._drain()
+        own = context + 8 + steps / 2 - shared + shared / batch
+        ideal = decode_seconds(self.cost, batch, own, self.limits) * tokens / batch
+        return self._figures(tokens, seconds, ideal) | {"step_ms": seconds * batch / tokens * 1e3}
+
+    def prefill(self) -> Result:
+        """One long prompt and one token; the best of four prompts."""
+        tokens = self.sizes.contexts[-1]
+        best = float("inf")
+        for seed in range(4):
+            prompts = self._prompts(5 + seed, [tokens])
+            begin = time.perf_counter()
+            self._add(prompts, [1])
+            self._drain()
+            best = min(best, time.perf_counter() - begin)
+        return self._figures(tokens, best, prefill_seconds(self.cost, tokens, self.limits))
+
+    def first_token(self) -> None:
+        self._add(self._prompts(9, [10]), [1])
+        self._drain()
+
+    def run_all(self, report: Report, label: str) -> None:
+        """The most telling first."""
+        sizes = self.sizes
+        short, long = sizes.contexts
+        for batch in sizes.batches:
+            name = f"{label} decode {batch}x{short}"
+            report.run(name, lambda batch=batch: self.decode(batch, short), 15)
+        report.run(f"{label} offline {sizes.requests}", self.offline, 30)
+        report.run(f"{label} prefill {long}", self.prefill)
+        name = f"{label} shared prefix {sizes.members}x{sizes.prefix}"
+        report.run(name, self.shared_prefix, 15)
+        for batch in sizes.batches:
+            name = f"{label} decode {batch}x{long}"
+            report.run(name, lambda batch=batch: self.decode(batch, long), 20)
+
+    def run_fp8(self, report: Report, label: str) -> None:
+        """What a float8 cache is for: twice the tokens, half the reads."""
+        context = self.sizes.contexts[-1]
+        batch = self.sizes.batches[1]
+        report.run(f"{label} fp8 decode {batch}x{context}", lambda: self.decode(batch, context), 20)
+        report.run(f"{label} fp8 offline {self.sizes.requests}", self.offline, 30)
+
+
+class Report:
+    """Runs parts while the budget lasts, each written at once; one that raises is recorded, and
+    the next one runs."""
+
+    def __init__(self, budget: float, path: Path, facts: Result) -> None:
+        self.deadline = time.monotonic() + budget
+        self.path, self.facts = path, facts
+        self.results: dict[str, Result] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def run(self, name: str, part: Callable[[], Result], need: float = 5.0) -> None:
+        """`need`: seconds below which it is not begun."""
+        begin = time.monotonic()
+        if begin + need > self.deadline:
+            self.results[name] = {"skipped": "out of budget"}
+        else:
+            try:
+                self.results[name] = part()
+            except Exception as error:
+                self.results[name] = {"error": f"{type(error).__name__}: {error}"[:600]}
+            self.results[name]["took_s"] = round(time.monotonic() - begin, 1)
+        self.path.write_text(json.dumps({"facts": self.facts, "results": self.results}, indent=1))
+        print(name, self.results[name], flush=True)
+
+    @property
+    def failed(self) -> bool:
+        return any("error" in r or r.get("ok") is False for r in self.results.values())
+
+
+def table(runs: Mapping[str, Mapping[str, Result]]) -> str:
+    """Results of one or more engines by part: tokens/s, share of the ceiling, and of two engines
+    the ratio of the first to the second."""
+    names = list(dict.fromkeys(name for results in runs.values() for name in results))
+    lines = [f"{'part':44}" + "".join(f"{run[:20]:>20}{'share':>8}" for run in runs)]
+    for name in names:
+        line, rates = f"{name[:44]:44}", []
+        for results in runs.values():
+            result = results.get(name, {})
+            rate = result.get("tokens_per_s")
+            rates.append(rate)
+            why = next((key for key in ("error", "skipped") if key in result), "")
+            shown = why if rate is None else f"{rate:,.0f}"
+            if rate is None and "first_token_s" in result:
+                shown = f"{result['first_token_s']:.1f} s"
+            share = f"{result['share']:.1%}" if "share" in result else ""
+            line += f"{shown:>20}{share:>8}"
+        if len(rates) == 2 and all(rates):
+            line += f"{rates[0] / rates[1]:8.2f}×"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    runs = {}
+    for path in sys.argv[1:]:
+        content = json.loads(Path(path).read_text())
+        runs[content["facts"]["engine"]] = content["results"]
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""vLLM on the workloads of gpu_engine.py, where it is installed; the same parts, the same JSON.
+
+    python benchmarks/vllm_gpu.py --budget 300 --out DIR
+    python benchmarks/gpu_workloads.py DIR/gpu_engine.json DIR/vllm_gpu.json
+
+Random weights (`load_format="dummy"`), prompts of token ids, no detokenising; its core runs in a
+process of its own, as it does by default (VLLM_ENABLE_V1_MULTIPROCESSING=0 has it in this one, as
+quire's core is in gpu_engine.py). `--shapes tiny` tries the script on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpu_workloads import (
+    MAX_BATCHED_TOKENS,
+    MAX_MODEL_LEN,
+    MAX_SEQS,
+    SHAPES,
+    Bench,
+    Limits,
+    Report,
+    Result,
+    table,
+    write_config,
+)
+
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # read when vLLM is imported
+
+
+class VllmEngine:
+    """`gpu_workloads.Engine` over vLLM's offline class."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        from vllm import LLM
+
+        self._llm = LLM(model=str(folder), load_format="dummy", skip_tokenizer_init=True, **options)
+        self._engine = self._llm.llm_engine
+        cache = self._engine.vllm_config.cache_config
+        self.kv_tokens = cache.num_gpu_blocks * cache.block_size
+        self.kv_bytes_per_element = 1 if cache.cache_dtype.startswith("fp8") else 2
+
+    def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+    def step(self) -> Mapping[str, int]:
+        return {
+            output.request_id: len(output.outputs[0].token_ids) for output in self._engine.step()
+        }
+
+    def has_work(self) -> bool:
+        return bool(self._engine.has_unfinished_requests())
+
+    def abort(self, names: list[str]) -> None:
+        self._engine.abort_request(names)
+
+    def close(self) -> None:
+        self._engine.engine_core.shutdown()
+        del self._engine, self._llm
+        gc.collect()
+
+
+def facts() -> Result:
+    import torch
+    import vllm
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {"engine": f"vllm {vllm.__version__}", "device": device, "torch": torch.__version__}
+
+
+def time_shape(report: Report, shape: str, limits: Limits, options: dict[str, Any]) -> None:
+    engines: list[VllmEngine] = []
+
+    def start(folder: Path, label: str, **more: Any) -> Bench | None:
+        def part() -> Result:
+            begin = time.perf_counter()
+            engines.append(VllmEngine(folder, **options, **more))
+            Bench(engines[-1], shape, limits).first_token()
+            return {
+                "first_token_s": time.perf_counter() - begin,
+                "kv_tokens": engines[-1].kv_tokens,
+            }
+
+        report.run(f"{label} start", part, 40)
+        return Bench(engines[-1], shape, limits) if engines else None
+
+    def stop() -> None:
+        while engines:
+            engines.pop().close()
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_config(shape, folder)
+        if bench := start(folder, shape):
+            bench.run_all(report, shape)
+        stop()
+        if shape != "tiny":
+            if bench := start(folder, f"{shape} fp8", kv_cache_dtype="fp8"):
+                bench.run_fp8(report, shape)
+            stop()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds for everything")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES)[:2])
+    parser.add_argument("--limits", type=float, nargs=2, metavar=("TB/s", "TFLOP/s"))
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--enforce-eager", action="store_true")
+    arguments = parser.parse_args()
+    limits = Limits(*(value * 1e12 for value in arguments.limits or (4.3, 790)))
+    report = Report(arguments.budget, arguments.out / "vllm_gpu.json", facts())
+    for shape in arguments.shapes:
+        length = min(MAX_MODEL_LEN, SHAPES[shape]["max_position_embeddings"])
+        options = {
+            "max_model_len": length,
+            "max_num_batched_tokens": MAX_BATCHED_TOKENS,
+            "max_num_seqs": MAX_SEQS,
+            "gpu_memory_utilization": arguments.gpu_memory_utilization,
+            "enforce_eager": arguments.enforce_eager,
+            "enable_prefix_caching": True,
+            "dtype": "bfloat16",
+        }
+        time_shape(report, shape, limits, options)
+    print(table({report.facts["engine"]: report.results}))
+    return int(report.failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
