@@ -80,7 +80,11 @@ class VllmEngine:
 
 def facts() -> Result:
     import torch
-    import vllm
+
+    try:
+        import vllm
+    except ImportError as error:
+        raise SystemExit(f"vLLM cannot be imported here: {error}") from error
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     return {"engine": f"vllm {vllm.__version__}", "device": device, "torch": torch.__version__}

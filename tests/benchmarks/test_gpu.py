@@ -1,0 +1,210 @@
+"""The GPU benchmarks as far as a machine without a GPU can tell: ceilings, workloads, reports, and
+that every script comes to the point where it asks for its device."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+import gpu  # noqa: E402
+from gpu_workloads import (  # noqa: E402
+    SHAPES,
+    Bench,
+    Limits,
+    Report,
+    Result,
+    cost_of,
+    decode_seconds,
+    offline_seconds,
+    prefill_seconds,
+    table,
+)
+
+LIMITS = Limits()
+
+
+class FakeEngine:
+    """One token a request and step; a prompt takes a step for each `chunk` tokens."""
+
+    def __init__(self, kv_tokens: int = 10**6, lost: int = 0) -> None:
+        self.kv_tokens, self.kv_bytes_per_element = kv_tokens, 2
+        self.waiting: dict[str, int] = {}
+        self.left: dict[str, int] = {}
+        self.prompts: dict[str, list[int]] = {}
+        self.lost = lost
+
+    def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
+        assert name not in self.prompts
+        self.prompts[name] = prompt
+        self.waiting[name], self.left[name] = len(prompt), max_tokens - self.lost
+
+    def step(self) -> Mapping[str, int]:
+        if self.waiting:
+            del self.waiting[next(iter(self.waiting))]
+        ready = [name for name in self.left if name not in self.waiting]
+        for name in ready:
+            self.left[name] -= 1
+        self.left = {name: left for name, left in self.left.items() if left > 0}
+        return dict.fromkeys(ready, 1)
+
+    def has_work(self) -> bool:
+        return bool(self.left)
+
+    def abort(self, names: list[str]) -> None:
+        for name in names:
+            del self.left[name]
+
+
+@pytest.mark.parametrize(
+    "shape,batch,context,tokens_per_s",
+    [
+        ("qwen3-0.6b", 1, 1024, 3284),
+        ("qwen3-0.6b", 256, 1024, 35218),
+        ("llama-3.1-8b", 32, 1024, 7128),
+        ("llama-3.1-8b", 32, 8192, 2787),
+    ],
+)
+def test_ceiling_of_decoding(shape: str, batch: int, context: int, tokens_per_s: float) -> None:
+    """Worked out by hand from weights, K and V, and 4.3 TB/s."""
+    found = batch / decode_seconds(cost_of(shape), batch, context, LIMITS)
+    assert found == pytest.approx(tokens_per_s, rel=0.005)
+
+
+def test_ceilings_of_prefill_and_of_a_whole_workload() -> None:
+    cost = cost_of("llama-3.1-8b")
+    assert 8192 / prefill_seconds(cost, 8192, LIMITS) == pytest.approx(49_000, rel=0.005)
+    two = offline_seconds(cost, [(100, 3), (200, 1)], LIMITS)
+    steps = [(2, 150.0), (1, 101.0), (1, 102.0)]
+    decodes = sum(decode_seconds(cost, batch, context, LIMITS) for batch, context in steps)
+    prefills = sum(prefill_seconds(cost, length, LIMITS) for length in (100, 200))
+    assert two == pytest.approx(prefills + decodes)
+    fp8 = cost_of("llama-3.1-8b", 1)
+    assert fp8.kv == cost.kv / 2 and fp8._replace(kv=cost.kv) == cost
+
+
+def test_every_workload_runs(tmp_path: Path) -> None:
+    report = Report(100, tmp_path / "new" / "out.json", {"engine": "fake"})
+    engine = FakeEngine()
+    bench = Bench(engine, "tiny", LIMITS)
+    bench.first_token()
+    bench.run_all(report, "tiny")
+    bench.run_fp8(report, "tiny")
+    assert not engine.left and not report.failed
+    assert len(report.results) == 9
+    written = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert written == {"facts": {"engine": "fake"}, "results": report.results}
+    for name, result in report.results.items():
+        rate = result["tokens"] / result["seconds"]
+        assert result["tokens_per_s"] == pytest.approx(rate), name
+        assert result["share"] == pytest.approx(rate / result["ceiling"]), name
+    assert report.results["tiny decode 3x64"]["tokens"] == 12
+    assert all(0 <= token < 2048 for prompt in engine.prompts.values() for token in prompt)
+    shared = [prompt for prompt in engine.prompts.values() if len(prompt) == 632]
+    assert len(shared) == 5 and len({tuple(prompt[:600]) for prompt in shared}) == 1
+
+
+def test_what_does_not_fit_is_skipped_and_what_is_lost_is_said() -> None:
+    assert "fit" in Bench(FakeEngine(kv_tokens=100), "tiny", LIMITS).decode(3, 64)["skipped"]
+    with pytest.raises(RuntimeError, match="tokens instead"):
+        Bench(FakeEngine(lost=1), "tiny", LIMITS).offline()
+
+
+def test_a_report_keeps_its_budget_and_goes_on_after_a_failure(tmp_path: Path) -> None:
+    report = Report(50, tmp_path / "out.json", {})
+
+    def broken() -> Result:
+        raise ValueError("no")
+
+    report.run("a", lambda: {"ok": True})
+    assert not report.failed
+    report.run("b", broken)
+    report.run("c", dict, need=60)
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert results["b"]["error"] == "ValueError: no" and report.failed
+    assert results["c"] == {"skipped": "out of budget"}
+
+
+def test_two_engines_beside_each_other() -> None:
+    lines = table(
+        {
+            "quire": {"a": {"tokens_per_s": 300.0, "share": 0.5}, "b": {"error": "x"}},
+            "vllm": {"a": {"tokens_per_s": 200.0}, "start": {"first_token_s": 9.5}},
+        }
+    ).splitlines()
+    assert lines[1].split() == ["a", "300", "50.0%", "200", "1.50×"]
+    assert lines[2].split() == ["b", "error"]
+    assert lines[3].split() == ["start", "9.5", "s"]
+
+
+def test_summary_of_a_run() -> None:
+    times = {"phase": "times", "us": 10.0}
+    records = [
+        {"phase": "checks", "name": "good", "ok": True, "error_norm": 1e-4, "limit": 1e-2},
+        {"phase": "checks", "name": "bad", "ok": False, "error_norm": 0.5, "limit": 1e-2},
+        times | {"name": "limit copy", "gb_s": 4000.0},
+        times | {"name": "decode", "gb_s": 3000.0},
+        {"phase": "sweep-decode", "name": "decode 1x8 m16 n64", "us": 7.0},
+        {"phase": "sweep-decode", "name": "decode 1x8 m16 n32", "us": 5.0},
+    ]
+    text = gpu.report(records, {"checks": "complete"}, {}, 1.0, {"a": {"tokens_per_s": 5.0}})
+    assert "checks: 1 of 2 pass" in text and "FAIL 5.0e-01" in text
+    assert "3000.0 GB/s  75%" in text
+    assert "sweep decode 1x8 (2), µs: m16 n32 5.0; m16 n64 7.0" in text
+    assert "engine" in text
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent / "tests" / "types")}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        cwd=BENCHMARKS,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("script", ["gpu.py", "gpu_engine.py", "vllm_gpu.py"])
+def test_scripts_say_what_they_take(script: str) -> None:
+    done = run(script, "--help")
+    assert done.returncode == 0 and "--budget" in done.stdout, done.stderr
+
+
+def test_no_device_is_an_error_of_one_line(tmp_path: Path) -> None:
+    done = run("gpu.py", "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("no CUDA device can be used") and not done.stdout
+
+
+def test_cases_are_made_where_no_http_package_is() -> None:
+    code = """
+import sys
+for name in ("fastapi", "pydantic", "uvicorn", "zmq", "msgspec", "structlog", "prometheus_client"):
+    sys.modules[name] = None
+import gpu_checks, gpu_engine, gpu_sweep, gpu_times
+for cases in (gpu_checks.cases, gpu_times.cases, gpu_sweep.decode_cases, gpu_sweep.extend_cases):
+    names = [case.name for case in cases()]
+    assert len(set(names)) == len(names) > 20, sorted(names)
+print("fine")
+"""
+    done = run("-c", code)
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_shapes_are_models(tmp_path: Path) -> None:
+    from gpu_workloads import write_config
+    from transformers import AutoConfig
+
+    for shape, values in SHAPES.items():
+        write_config(shape, tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert all(getattr(config, key) == value for key, value in values.items()
+                   if key not in ("rope_theta", "model_type")), shape  # fmt: skip
