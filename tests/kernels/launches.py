@@ -4,6 +4,7 @@ Run this file to print the table.
 """
 
 import functools
+import re
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,8 @@ from quire.kernels.silu_and_mul import silu_and_mul
 
 SHARED_LIMITS = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one program may have, by compute capability."""
+COPY_SIZE = re.compile(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], (0x[0-9a-f]+)")
+LOAD = re.compile(r"ld\.global(?:\.\w+::\w+|\.\w+::\w+::\w+|\.cg)*(?:\.v(\d))?\.b(\d+)")
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 Heads = tuple[int, int, int]
 
@@ -134,16 +137,36 @@ def compiled(name: str, arch: int) -> list[Compiled]:
     return compile_launch(LAUNCHES[name], arch)
 
 
+def dots(ptx: str) -> str:
+    """The instruction of its matrix products."""
+    names = ("wgmma.mma_async", "mma.sync")
+    return next((name.partition(".m")[0] for name in names if name in ptx), "")
+
+
+def widest_load(ptx: str) -> int:
+    """Bytes that a thread reads from global memory at a time, at most."""
+    copies = [int(size, 0) for size in COPY_SIZE.findall(ptx)]
+    loads = [
+        int(count or 1) * int(bits) // 8 for count, bits in LOAD.findall(ptx)
+    ]  # fmt: skip
+    return max(copies + loads)
+
+
 def table() -> str:
-    """Registers, spills and shared memory of every launch's main kernel, as Markdown."""
-    lines = ["| launch (bf16) | GPU | registers | spills (B) | shared memory (B) |"]
-    lines.append("|---|---|---|---|---|")
+    """What every launch's main kernel takes and uses, as Markdown."""
+    lines = [
+        "| launch (bf16) | GPU | registers | spills (B) | shared memory (B) | dots | loads (B) |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
     for arch in SHARED_LIMITS:
         for name in LAUNCHES:
             # A cascade's own kernel comes before the decode kernel that merges.
             last = -2 if name.startswith("cascade") else -1
-            _, registers, spills, shared, _ = compiled(name, arch)[last]
-            lines.append(f"| {name} | `sm_{arch}` | {registers} | {spills} | {shared} |")
+            _, registers, spills, shared, ptx = compiled(name, arch)[last]
+            lines.append(
+                f"| {name} | `sm_{arch}` | {registers} | {spills} | {shared} | {dots(ptx)} "
+                f"| {widest_load(ptx)} |"
+            )
     return "\n".join(lines)
 
 
