@@ -1,4 +1,4 @@
-"""The inner loop that both attention kernels share: online softmax over tiles of paged K and V."""
+"""What the attention kernels share: online softmax over tiles of paged K and V, partial results."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import triton
@@ -131,3 +131,82 @@ def store_partial(
     mask = live[:, None] & (dim < HEAD_DIM)[None, :]
     tl.store(partials_ptr + line[:, None] * HEAD_DIM + dim[None, :], acc, mask=mask)
     tl.store(log_sums_ptr + line, log_sum, mask=live)
+
+
+@triton.jit
+def _fold_partials(
+    acc,
+    row_max,
+    row_sum,
+    partials_ptr,
+    log_sums_ptr,
+    kv_head,
+    first,
+    count,
+    NUM_KV_HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    MERGE: tl.constexpr,
+):
+    """Fold partial results [first, first + count), MERGE at a time: o_i weighs 2^(log_sum_i).
+
+    Loads go past L1, which may hold what another SM has since overwritten.
+    """
+    row = tl.arange(0, ROWS_PAD)
+    dim = tl.arange(0, DIM_PAD)
+    for start in range(0, count, MERGE):
+        split = start + tl.arange(0, MERGE)
+        item = ((first + split).to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS
+        line = item[:, None] + row[None, :]
+        live = (split < count)[:, None] & (row < ROWS)[None, :]
+        log_sum = tl.load(log_sums_ptr + line, mask=live, other=float("-inf"), cache_modifier=".cg")
+        partial = tl.load(
+            partials_ptr + line[:, :, None] * HEAD_DIM + dim[None, None, :],
+            mask=live[:, :, None] & (dim < HEAD_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_max = tl.maximum(row_max, tl.max(log_sum, 0))
+        weight = tl.exp2(log_sum - new_max[None, :])
+        rescale = tl.exp2(row_max - new_max)
+        acc = acc * rescale[:, None] + tl.sum(partial * weight[:, :, None], 0)
+        row_sum = row_sum * rescale + tl.sum(weight, 0)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def merge_partials(
+    partials_ptr,
+    log_sums_ptr,
+    first,
+    count,
+    prefix_partials_ptr,
+    prefix_log_sums_ptr,
+    first_prefix,
+    prefix_count,
+    kv_head,
+    NUM_KV_HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    MERGE: tl.constexpr,
+):
+    """A sequence's rows from its partial results, and from those of its prefix's group."""
+    acc = tl.zeros([ROWS_PAD, DIM_PAD], dtype=tl.float32)
+    row_max = tl.full([ROWS_PAD], LOWEST, dtype=tl.float32)
+    row_sum = tl.zeros([ROWS_PAD], dtype=tl.float32)
+    acc, row_max, row_sum = _fold_partials(
+        acc, row_max, row_sum, partials_ptr, log_sums_ptr, kv_head, first, count,
+        NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,
+    )  # fmt: skip
+    if prefix_partials_ptr is not None:
+        acc, row_max, row_sum = _fold_partials(
+            acc, row_max, row_sum, prefix_partials_ptr, prefix_log_sums_ptr, kv_head,
+            first_prefix, prefix_count, NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,
+        )  # fmt: skip
+    acc, _ = finish_rows(acc, row_max, row_sum, None)
+    return acc

@@ -13,57 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend_tiles import LOG2E, LOWEST, attend_tiles, finish_rows, store_partial
+from .attend_tiles import LOG2E, LOWEST, attend_tiles, finish_rows, merge_partials, store_partial
 from .cascade import CascadeWorkspace, attend_prefixes
 from .checks import check_attention, require, require_launchable
 from .decode_schedule import DecodeWorkspace, build_decode_schedule
 from .fp8 import as_operand, check_scales, load_scales, readable_view
 
 __all__ = ["DecodeWorkspace", "build_decode_schedule", "paged_attention_decode"]
-
-
-@triton.jit
-def _fold_partials(
-    acc,
-    row_max,
-    row_sum,
-    partials_ptr,
-    log_sums_ptr,
-    kv_head,
-    first,
-    count,
-    NUM_KV_HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    ROWS_PAD: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    MERGE: tl.constexpr,
-):
-    """Fold partial results [first, first + count), MERGE at a time: o_i weighs 2^(log_sum_i).
-
-    Loads go past L1, which may hold what another SM has since overwritten.
-    """
-    row = tl.arange(0, ROWS_PAD)
-    dim = tl.arange(0, DIM_PAD)
-    for start in range(0, count, MERGE):
-        split = start + tl.arange(0, MERGE)
-        item = ((first + split).to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS
-        line = item[:, None] + row[None, :]
-        live = (split < count)[:, None] & (row < ROWS)[None, :]
-        log_sum = tl.load(log_sums_ptr + line, mask=live, other=float("-inf"), cache_modifier=".cg")
-        partial = tl.load(
-            partials_ptr + line[:, :, None] * HEAD_DIM + dim[None, None, :],
-            mask=live[:, :, None] & (dim < HEAD_DIM)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_max = tl.maximum(row_max, tl.max(log_sum, 0))
-        weight = tl.exp2(log_sum - new_max[None, :])
-        rescale = tl.exp2(row_max - new_max)
-        acc = acc * rescale[:, None] + tl.sum(partial * weight[:, :, None], 0)
-        row_sum = row_sum * rescale + tl.sum(weight, 0)
-        row_max = new_max
-    return acc, row_max, row_sum
 
 
 @triton.jit
@@ -187,23 +143,45 @@ def _paged_attention_decode_kernel(
     arrived_ptr += seq * NUM_KV_HEADS + kv_head
     before = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")
     if before == splits - 1:
-        merged = tl.zeros([ROWS_PAD, DIM_PAD], dtype=tl.float32)
-        merged_max = tl.full([ROWS_PAD], LOWEST, dtype=tl.float32)
-        merged_sum = tl.zeros([ROWS_PAD], dtype=tl.float32)
-        merged, merged_max, merged_sum = _fold_partials(
-            merged, merged_max, merged_sum, partials_ptr, log_sums_ptr, kv_head, first_item,
-            splits, NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,
-        )  # fmt: skip
+        first_prefix = 0
         if CASCADE:
-            merged, merged_max, merged_sum = _fold_partials(
-                merged, merged_max, merged_sum, prefix_partials_ptr, prefix_log_sums_ptr, kv_head,
-                tl.load(prefixes_ptr + prefixes_stride + seq), prefix_splits,
-                NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,
-            )  # fmt: skip
-        merged, _ = finish_rows(merged, merged_max, merged_sum, None)
+            first_prefix = tl.load(prefixes_ptr + prefixes_stride + seq)
+        merged = merge_partials(
+            partials_ptr, log_sums_ptr, first_item, splits, prefix_partials_ptr,
+            prefix_log_sums_ptr, first_prefix, prefix_splits, kv_head, NUM_KV_HEADS, ROWS,
+            ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,
+        )  # fmt: skip
         _store_rows(out_ptr, merged, seq, kv_head, out_stride_t, out_stride_h, QUERY_LEN, GROUP,
                     HEAD_DIM, DIM_PAD)  # fmt: skip
         tl.store(arrived_ptr, 0)  # ready for the next launch
+
+
+def _check_workspaces(
+    query: torch.Tensor,
+    num_seqs: int,
+    num_kv_heads: int,
+    window: int | None,
+    workspace: DecodeWorkspace,
+    cascade: CascadeWorkspace | None,
+) -> None:
+    """Raise ValueError unless the scratch was made for such a launch."""
+    _, num_heads, head_dim = query.shape
+    have = (num_heads, num_kv_heads, head_dim, window)
+    want = (workspace.num_heads, workspace.num_kv_heads, workspace.head_dim, workspace.window)
+    require(have == want, f"(heads, kv heads, head_dim, window) {have}, but workspace has {want}")
+    require(
+        query.shape[0] == num_seqs * workspace.query_len,
+        f"{query.shape[0]} query rows are not {num_seqs} sequences of {workspace.query_len}",
+    )
+    require(
+        num_seqs <= workspace.max_num_seqs,
+        f"{num_seqs} sequences do not fit a workspace for {workspace.max_num_seqs}",
+    )
+    require_launchable(query=query, workspace=workspace.items)
+    if cascade is not None:
+        require(num_seqs <= len(cascade.members), "cascade is for fewer sequences")
+        require(cascade.cost.query_len == workspace.query_len, "cascade has another query_len")
+        require_launchable(query=query, cascade=cascade.plan)
 
 
 def paged_attention_decode(
@@ -246,24 +224,11 @@ def paged_attention_decode(
     )
     check_scales(kv_scales, key_cache, num_kv_heads)
     num_seqs, num_heads = seq_lens.shape[0], query.shape[1]
-    have = (num_heads, num_kv_heads, head_dim, window)
-    want = (workspace.num_heads, workspace.num_kv_heads, workspace.head_dim, workspace.window)
-    require(have == want, f"(heads, kv heads, head_dim, window) {have}, but workspace has {want}")
-    require(
-        query.shape[0] == num_seqs * workspace.query_len,
-        f"{query.shape[0]} query rows are not {num_seqs} sequences of {workspace.query_len}",
-    )
-    require(
-        num_seqs <= workspace.max_num_seqs,
-        f"{num_seqs} sequences do not fit a workspace for {workspace.max_num_seqs}",
-    )
-    require_launchable(query=query, workspace=workspace.items, kv_scales=kv_scales)
+    require_launchable(query=query, kv_scales=kv_scales)
+    _check_workspaces(query, num_seqs, num_kv_heads, window, workspace, cascade)
     if num_seqs == 0:
         return out
     if cascade is not None:
-        require(num_seqs <= len(cascade.members), "cascade is for fewer sequences")
-        require(cascade.cost.query_len == workspace.query_len, "cascade has another query_len")
-        require_launchable(query=query, cascade=cascade.plan)
         attend_prefixes(
             query, key_cache, value_cache, block_table, scale=scale, cascade=cascade,
             softcap=softcap, kv_scales=kv_scales,
