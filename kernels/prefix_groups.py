@@ -7,7 +7,7 @@ by its size: what its members no longer read, against what the two-step attentio
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,11 +83,11 @@ def find_prefix_groups(
 ) -> list[PrefixGroup]:
     """Disjoint groups of rows whose leading blocks are the same, with the most bytes saved.
 
-    Row i's table is block_tables[i], of which its context_lens[i] tokens (new ones included) use
-    a part; rows of length 0 are padding. A group's length is a multiple of `tile`, the keys of
-    the kernels' tiles, and ends before every member's first query token. Empty where the groups
-    together would not save `launch_bytes`. Costs nothing beyond one look at each table where no
-    `min_members` rows share `min_tokens` tokens.
+    Row i's table is block_tables[i], a list or an int32 array, of which its context_lens[i] tokens
+    (new ones included) use a part; rows of length 0 are padding. A group's length is a multiple of
+    `tile`, the keys of the kernels' tiles, and ends before every member's first query token. Empty
+    where the groups together would not save `launch_bytes`. Costs nothing beyond one look at each
+    table where no `min_members` rows share `min_tokens` tokens.
     """
     if cost.members_per_tile == 0:
         return []
@@ -125,7 +125,9 @@ def find_prefix_groups(
 
 
 def _as_bytes(table: Sequence[int]) -> bytes:
-    return array("i", table).tobytes()
+    """Of int32s; an array of such has them already."""
+    tobytes: Callable[[], bytes] | None = getattr(table, "tobytes", None)
+    return array("i", table).tobytes() if tobytes is None else tobytes()
 
 
 def _shared_runs(tables: list[bytes]) -> Iterator[tuple[int, int, int]]:
