@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from quire.engine import attention, attention_cuda
+from quire.engine import attention, attention_cuda, loader, worker
 from quire.engine.attention_cuda import CudaOps, attend_on_cuda
 from quire.engine.causal_lm import CausalLM
 from quire.engine.decode_graphs import Run
@@ -16,6 +17,13 @@ def use_cuda_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only Triton's interpreter runs the kernels that this calls."""
     monkeypatch.setattr(attention, "_backend", lambda device: attend_on_cuda)
     monkeypatch.setattr(CausalLM, "_body_ops", lambda _, metadata: CudaOps(metadata))
+    resolve = loader.resolve_kv_cache_dtype
+    for module in (loader, worker):
+        monkeypatch.setattr(
+            module,
+            "resolve_kv_cache_dtype",
+            lambda config, dtype, device: resolve(config, dtype, torch.device("cuda")),
+        )
 
 
 def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
