@@ -87,7 +87,8 @@ class EngineInfo:
     """What the engine reports once it is ready; the HTTP side validates requests against it.
 
     `embedding` is how it makes embeddings, or why it makes none; without `can_generate` it makes
-    nothing else, since its weights have no language-model head.
+    nothing else, since its weights have no language-model head. `kv_cache_dtype` is None where it
+    is `dtype`.
     """
 
     model: str
@@ -105,6 +106,7 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     embedding: EmbeddingSpec | str = NO_LAYOUT
     can_generate: bool = True
+    kv_cache_dtype: str | None = None
 
     @property
     def kv_capacity_tokens(self) -> int:

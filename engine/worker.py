@@ -51,6 +51,11 @@ class Worker:
             eos_token_ids=spec.eos_token_ids,
             embedding=spec.embedding,
             can_generate=model.can_generate,
+            kv_cache_dtype=(
+                None
+                if self._cache_dtype == model.dtype
+                else str(self._cache_dtype).removeprefix("torch.")
+            ),
         )
 
     def profile(self) -> int:

@@ -134,8 +134,11 @@ def _shared_runs(tables: list[bytes]) -> Iterator[tuple[int, int, int]]:
     """Runs [left, right) of sorted tables and the number of leading blocks that all of a run
     share, each run after the ones inside of it: the LCP intervals of a suffix array."""
     open_runs = [(0, 0)]
+    depth = 0
     for right in range(1, len(tables) + 1):
-        depth = _shared_blocks(tables[right - 1], tables[right]) if right < len(tables) else 0
+        depth = (
+            _shared_blocks(tables[right - 1], tables[right], depth) if right < len(tables) else 0
+        )
         left = right - 1
         while open_runs[-1][0] > depth:
             blocks, left = open_runs.pop()
@@ -144,10 +147,15 @@ def _shared_runs(tables: list[bytes]) -> Iterator[tuple[int, int, int]]:
             open_runs.append((depth, left))
 
 
-def _shared_blocks(one: bytes, other: bytes) -> int:
-    """Length of the common beginning of two tables, by bisection."""
+def _shared_blocks(one: bytes, other: bytes, guess: int) -> int:
+    """Length of the common beginning of two tables, by bisection; at once where it is `guess`, as
+    it is for most of a group."""
     size = array("i").itemsize
     low, high = 0, min(len(one), len(other)) // size
+    if guess <= high and one[: guess * size] == other[: guess * size]:
+        low, end = guess, (guess + 1) * size
+        if one[low * size : end] != other[low * size : end]:
+            return low
     while low < high:
         middle = (low + high + 1) // 2
         if one[low * size : middle * size] == other[low * size : middle * size]:

@@ -153,6 +153,12 @@ def test_shared_prefixes(
     served = [sorted(len(group.members) for group in step) for step in groups]
     assert {(3, 3), (2, 3), (2, 2), (2,)} <= {tuple(step) for step in served}
     assert capture.num_replays > 2 or not graphs
+    shared = driver.worker._runner._shared_prefixes
+    assert shared is not None
+    ((members, length),) = [step for step in groups if step][-1]
+    expected = torch.zeros(8, dtype=torch.int32)
+    expected[list(members)] = length
+    assert torch.equal(shared.workspace.prefix_lens, expected)
 
 
 def read_twice(driver: Driver, prompt: list[int]) -> torch.Tensor:
@@ -176,25 +182,21 @@ def read_twice(driver: Driver, prompt: list[int]) -> torch.Tensor:
     return found_logprobs(driver, parent)
 
 
-@pytest.mark.parametrize(
-    "model,with_scales", [("llama", False), ("gpt_oss", True)], indirect=["model"]
-)
-def test_a_float8_cache(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_scales: bool
+@pytest.mark.parametrize("model", ["llama", "gpt_oss"], indirect=True)
+def test_a_float8_cache_with_scales(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against plain attention over a cache of the same kind, dequantised; beside exact attention
     it must show, and not by much."""
     prompt = make_prompt(18)
-    if with_scales:
-        write_scales(tmp_path, model)
+    write_scales(tmp_path, model)
     found = []
     for begin in (start, start_references):
         with monkeypatch.context() as patch:
             driver = begin(tmp_path, patch, kv_cache_dtype="fp8")
             assert driver.worker._runner._kv_cache.dtype == torch.float8_e4m3fn
             found.append(read_twice(driver, prompt))
-            scales = driver.worker._runner._kv_scales
-            assert (scales is not None) == with_scales
+            assert driver.worker._runner._kv_scales is not None
     exact = logprobs(model, prompt)
     wanted = torch.stack([exact[i, token] for i, token in enumerate(prompt[1:])])
     torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
