@@ -83,7 +83,7 @@ def check(driver: Driver, sequence: Sequence, model: PreTrainedModel) -> None:
     torch.testing.assert_close(found, torch.stack(wanted)[-len(found) :], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", sorted(MODELS), indirect=True)
+@pytest.mark.parametrize("model", ["gpt_oss", "llama-gelu", "qwen3"], indirect=True)
 def test_chunks_and_decodes(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,9 +124,7 @@ def share(driver: Driver, parent: Sequence, max_tokens: list[int]) -> list[Seque
     return found
 
 
-@pytest.mark.parametrize(
-    "model,graphs", [("qwen3", False), ("qwen3", True), ("gpt_oss", True)], indirect=["model"]
-)
+@pytest.mark.parametrize("model,graphs", [("qwen3", True), ("gpt_oss", False)], indirect=["model"])
 def test_shared_prefixes(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool
 ) -> None:
