@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AttentionInterface
 
 if TYPE_CHECKING:
+    from ..kernels.cascade import CascadeWorkspace
     from ..kernels.decode_schedule import DecodeWorkspace
     from .attention_cpu import CpuPlan
-    from .flat_decoder import FlatLayer
 
 IMPLEMENTATION = "quire_paged"
 
@@ -35,6 +35,8 @@ class AttentionMetadata:
     num_decodes      sequences with one new token; they are the first rows of every tensor
     max_query_len    most new tokens of any sequence
     workspaces       CUDA: the decode kernel's scratch by window, its schedule built for the step
+    kv_scales        [num_layers, 2, num_kv_heads] float32: a float8 cache times them is K and V
+    cascade          CUDA: the prefixes that decodes share, where reading them once saves time
     cpu_plan         CPU: the step's tiles, shared by all layers
     """
 
@@ -46,7 +48,12 @@ class AttentionMetadata:
     num_decodes: int
     max_query_len: int
     workspaces: Mapping[int | None, DecodeWorkspace]
+    kv_scales: torch.Tensor | None = None
+    cascade: CascadeWorkspace | None = None
     cpu_plan: CpuPlan | None = None
+
+    def scales_of(self, layer_idx: int) -> torch.Tensor | None:
+        return None if self.kv_scales is None else self.kv_scales[layer_idx]
 
 
 def register_attention() -> None:
@@ -77,6 +84,8 @@ def paged_attention(
     load and change nothing here.
     """
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
+    kv_scales = attn_metadata.scales_of(layer_idx)
+    options = {} if kv_scales is None else {"kv_scales": kv_scales}  # which the CPU never has
     output = _backend(query.device)(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -87,88 +96,16 @@ def paged_attention(
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
+        **options,
     )
     return output[None], None
 
 
 def _backend(device: torch.device) -> Callable[..., torch.Tensor]:
     if device.type != "cpu":
+        from .attention_cuda import attend_on_cuda
+
         return attend_on_cuda
     from .attention_cpu import attend_on_cpu
 
     return attend_on_cpu
-
-
-def attend_flat(
-    metadata: AttentionMetadata,
-    layer: FlatLayer,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-) -> torch.Tensor:
-    """The same for a flat body, which has no heads' axis to move. Shapes as in `Attend`."""
-    return _backend(query.device)(
-        query,
-        key,
-        value,
-        metadata.kv_cache[layer.layer_idx],
-        metadata,
-        scale=layer.scale,
-        window=layer.window,
-        softcap=None,
-        sinks=None,
-    )
-
-
-def attend_on_cuda(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Two launches at most: decode rows, then rows with more tokens."""
-    from ..kernels.paged_attention_decode import paged_attention_decode
-    from ..kernels.paged_attention_extend import paged_attention_extend
-    from ..kernels.reshape_and_cache import reshape_and_cache
-
-    key_cache, value_cache = cache
-    reshape_and_cache(key, value, key_cache, value_cache, metadata.slot_mapping)
-    output = query.new_empty(query.shape)
-    decodes = metadata.num_decodes
-    if decodes > 0:
-        paged_attention_decode(
-            query[:decodes],
-            key_cache,
-            value_cache,
-            metadata.block_table[:decodes],
-            metadata.seq_lens[:decodes],
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            workspace=metadata.workspaces[window],
-            out=output[:decodes],
-        )
-    if metadata.max_query_len > 1:
-        # query_start_loc of the remaining rows still counts from the whole batch's first token.
-        paged_attention_extend(
-            query,
-            key_cache,
-            value_cache,
-            metadata.block_table[decodes:],
-            metadata.query_start_loc[decodes:],
-            metadata.seq_lens[decodes:],
-            scale=scale,
-            max_query_len=metadata.max_query_len,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            out=output,
-        )
-    return output

@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from .attention import IMPLEMENTATION, AttentionMetadata, attend_flat, register_attention
+from .attention import IMPLEMENTATION, AttentionMetadata, register_attention
 from .cpu_linear import leave_files, pack_linears
 from .errors import UnsupportedModelError
 from .flat_decoder import BodyOps, FlatDecoder, FlatLayer, TorchOps, flatten
@@ -118,7 +117,9 @@ class CausalLM:
 
     def _body_ops(self, metadata: AttentionMetadata) -> BodyOps:
         if self.device.type != "cpu":
-            return TorchOps(partial(attend_flat, metadata))
+            from .attention_cuda import CudaOps
+
+            return CudaOps(metadata)
         from .attention_cpu import CpuOps
 
         return CpuOps(metadata)

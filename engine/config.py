@@ -12,6 +12,7 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority", "fair"]
+KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 PoolingChoice = Literal["auto", "last", "mean"]
 
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 128
@@ -35,11 +36,13 @@ class EngineConfig:
     seed: int | None = None
     enforce_eager: bool = False
     max_model_len: int | None = None
+    kv_cache_dtype: KVCacheDType = "auto"
     block_size: int = 16
     num_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
+    disable_cascade_attn: bool = False
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     scheduling_policy: SchedulingPolicy = "fcfs"
@@ -62,6 +65,10 @@ class EngineConfig:
             self.scheduling_policy in get_args(SchedulingPolicy),
             f"unknown scheduling policy {self.scheduling_policy!r}",
         )
+        require(
+            self.kv_cache_dtype in get_args(KVCacheDType),
+            f"unknown KV cache dtype {self.kv_cache_dtype!r}",
+        )
         require(self.max_num_seqs >= 1, "max_num_seqs must be at least 1")
         require(self.max_num_batched_tokens >= 1, "max_num_batched_tokens must be at least 1")
         require(
@@ -80,7 +87,8 @@ class EngineInfo:
     """What the engine reports once it is ready; the HTTP side validates requests against it.
 
     `embedding` is how it makes embeddings, or why it makes none; without `can_generate` it makes
-    nothing else, since its weights have no language-model head.
+    nothing else, since its weights have no language-model head. `kv_cache_dtype` is None where it
+    is `dtype`.
     """
 
     model: str
@@ -98,6 +106,7 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     embedding: EmbeddingSpec | str = NO_LAYOUT
     can_generate: bool = True
+    kv_cache_dtype: str | None = None
 
     @property
     def kv_capacity_tokens(self) -> int:

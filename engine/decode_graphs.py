@@ -13,7 +13,7 @@ step's output stands there until the next replay, and steps run in the order of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,45 +83,49 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        forward: Callable[[DeviceStep], ModelOutput],
+        forward: Callable[[DeviceStep, bool], ModelOutput],
         static_step: Callable[[int], DeviceStep],
         capture: Capture,
     ) -> None:
-        """`forward` reads nothing but the tensors of its step; `static_step(size)` are the tensors
-        from which every step of `size` rows is run."""
+        """`forward` reads nothing but tensors at fixed addresses, those of its step among them, and
+        is told whether rows share prefixes; `static_step(size)` are the tensors from which every
+        step of `size` rows is run."""
         self._forward = forward
         self._static_step = static_step
         self._capture = capture
-        self._replays: dict[int, Run] = {}
+        self._replays: dict[tuple[int, bool], Run] = {}
         self._outputs: ModelOutput | None = None
 
     @torch.inference_mode()
-    def capture(self, sizes: Sequence[int]) -> None:
-        """Largest first, so that the others fit the memory that it took."""
+    def capture(self, sizes: Sequence[int], shared_sizes: Collection[int] = ()) -> None:
+        """Largest first, so that the others fit the memory that it took; those of `shared_sizes`
+        once more for steps whose rows share prefixes."""
         for size in tqdm(sorted(sizes, reverse=True), "capturing decode graphs", unit="graph"):
             step = self._static_step(size)
             if self._outputs is None:
-                self._outputs = ModelOutput(*map(torch.empty_like, self._forward(step)))
-            self._replays[size] = self._capture(self._run_of(step, self._outputs.hidden.shape[0]))
+                self._outputs = ModelOutput(*map(torch.empty_like, self._forward(step, False)))
+            capacity = self._outputs.hidden.shape[0]
+            for shared in (False, True) if size in shared_sizes else (False,):
+                self._replays[size, shared] = self._capture(self._run_of(step, shared, capacity))
 
-    def __contains__(self, size: int) -> bool:
-        return size in self._replays
+    def __contains__(self, size_and_shared: tuple[int, bool]) -> bool:
+        return size_and_shared in self._replays
 
-    def _run_of(self, step: DeviceStep, capacity: int) -> Run:
+    def _run_of(self, step: DeviceStep, shared: bool, capacity: int) -> Run:
         size = len(step.seq_lens)
         if size > capacity:
             raise ValueError(f"{size} rows after a first graph of {capacity}")
 
         def run() -> None:
             assert self._outputs is not None
-            for buffer, tensor in zip(self._outputs, self._forward(step), strict=True):
+            for buffer, tensor in zip(self._outputs, self._forward(step, shared), strict=True):
                 buffer[:size].copy_(tensor)
 
         return run
 
-    def replay(self, size: int) -> ModelOutput:
+    def replay(self, size: int, shared: bool) -> ModelOutput:
         """Run the static step of `size` rows; its output is valid until the next replay."""
         assert self._outputs is not None
-        self._replays[size]()
+        self._replays[size, shared]()
         hidden, logits = self._outputs
         return ModelOutput(hidden[:size], logits[:size])

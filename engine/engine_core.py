@@ -48,6 +48,7 @@ class EngineCore:
             eos_token_ids=loaded.eos_token_ids,
             embedding=loaded.embedding,
             can_generate=loaded.can_generate,
+            kv_cache_dtype=loaded.kv_cache_dtype,
         )
         self._structured = StructuredOutput(
             loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)

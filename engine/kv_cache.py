@@ -38,7 +38,7 @@ def allocate_kv_cache(
             # Anonymous pages are zero and take memory only once they are written; torch.zeros
             # would write them all.
             return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(size, dtype=torch.uint8, device=device).view(dtype).view(shape)
     except (torch.OutOfMemoryError, RuntimeError, OSError) as error:
         raise ConfigurationError(
             f"a KV cache of {num_blocks} blocks ({_gib(size)}) does not fit the memory of {device}"

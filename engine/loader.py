@@ -36,6 +36,19 @@ def resolve_dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -
     return dtype
 
 
+def resolve_kv_cache_dtype(
+    config: EngineConfig, dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """ "auto" is the model's `dtype`. Raises ConfigurationError for float8 on the CPU."""
+    if config.kv_cache_dtype == "auto":
+        return dtype
+    if device.type == "cpu":
+        raise ConfigurationError(
+            f"a KV cache of dtype {config.kv_cache_dtype} needs a GPU: on the CPU it is the model's"
+        )
+    return torch.float8_e4m3fn
+
+
 def load_model(config: EngineConfig) -> CausalLM:
     """Load `config.model` (or random weights of its shape, with load_format "dummy").
 
@@ -48,6 +61,7 @@ def load_model(config: EngineConfig) -> CausalLM:
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device = resolve_device(config)
     dtype = resolve_dtype(config, spec, device)
+    resolve_kv_cache_dtype(config, dtype, device)  # refused before the weights are read
     register_attention()
     can_generate = True
     try:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..kernels.prefix_groups import MIN_MEMBERS
 from .attention import AttentionMetadata
 from .causal_lm import CausalLM
 from .config import EngineConfig
@@ -36,8 +37,10 @@ from .step_results import (
 )
 
 if TYPE_CHECKING:
+    from ..kernels.cascade import CascadeWorkspace
     from ..kernels.decode_schedule import DecodeWorkspace
     from .attention_cpu import CpuPlan
+    from .attention_cuda import SharedPrefixes
     from .structured_output import TokenMasks
 
 logger = logging.getLogger("quire.engine")
@@ -50,12 +53,19 @@ class ModelRunner:
     """Runs steps over one model and one KV cache; keeps what persists between steps."""
 
     def __init__(
-        self, model: CausalLM, config: EngineConfig, kv_cache: torch.Tensor, max_model_len: int
+        self,
+        model: CausalLM,
+        config: EngineConfig,
+        kv_cache: torch.Tensor,
+        max_model_len: int,
+        kv_scales: torch.Tensor | None = None,
     ) -> None:
+        """`kv_scales` are those of AttentionMetadata, for a float8 cache."""
         spec = model.spec
         self._model = model
         self._config = config
         self._kv_cache = kv_cache
+        self._kv_scales = kv_scales
         self._block_size = config.block_size
         self._batch = InputBatch(
             max_num_seqs=config.max_num_seqs,
@@ -70,21 +80,21 @@ class ModelRunner:
         self._windows = frozenset(spec.windows)
         self._group = spec.num_attention_heads // spec.num_kv_heads
         self._workspaces: dict[int | None, DecodeWorkspace] = {}
+        self._shared_prefixes: SharedPrefixes | None = None
         if model.device.type == "cuda":
-            from ..kernels.decode_schedule import DecodeWorkspace
+            self._allocate_workspaces()
 
-            self._workspaces = {
-                window: DecodeWorkspace.allocate(
-                    config.max_num_seqs,
-                    spec.num_attention_heads,
-                    spec.num_kv_heads,
-                    spec.head_dim,
-                    dtype=model.dtype,
-                    device=model.device,
-                    window=window,
-                )
-                for window in self._windows
-            }
+    def _allocate_workspaces(self) -> None:
+        from .attention_cuda import SharedPrefixes, allocate_workspaces
+
+        config, model = self._config, self._model
+        self._workspaces = allocate_workspaces(
+            model.spec, self._windows, config.max_num_seqs, model.dtype, model.device
+        )
+        if not config.disable_cascade_attn:
+            self._shared_prefixes = SharedPrefixes.allocate(
+                self._workspaces, self._block_size, model.dtype, self._kv_cache.dtype
+            )
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
@@ -204,6 +214,7 @@ class ModelRunner:
             num_decodes=0,
             max_query_len=max(2, int(lengths.max())),
             workspaces=self._workspaces,
+            kv_scales=self._kv_scales,
             cpu_plan=self._cpu_plan(loc.numpy(), lengths.numpy()),
         )
         return self._forward(step, metadata), step
@@ -214,7 +225,8 @@ class ModelRunner:
         self._batch.pad_decodes(sizes)
         graphs = DecodeGraphs(self._decode, self._batch.static_step, capture)
         try:
-            graphs.capture(sizes)
+            shares = self._shared_prefixes is not None
+            graphs.capture(sizes, [size for size in sizes if shares and size >= MIN_MEMBERS])
         except NotCapturableError as error:
             logger.warning("decode steps run without CUDA graphs: %s", error)
             self._batch.pad_decodes([])
@@ -223,22 +235,30 @@ class ModelRunner:
 
     def _run_model(self, host: HostStep, step: DeviceStep) -> ModelOutput:
         """Hidden states of all tokens, logits of the sampling rows."""
-        size = len(step.seq_lens)
-        if self._graphs is not None and host.max_query_len == 1 and size in self._graphs:
-            hidden, logits = self._graphs.replay(size)
+        size, cascade = len(step.seq_lens), self._find_shared_prefixes(host)
+        kind = (size, cascade is not None)
+        if self._graphs is not None and host.max_query_len == 1 and kind in self._graphs:
+            hidden, logits = self._graphs.replay(*kind)
             num_sampling = len(host.sampling_rows)
             if num_sampling == len(host.order):
                 return ModelOutput(hidden, logits[:num_sampling])
             return ModelOutput(hidden, logits[step.logit_indices])
-        hidden = self._forward(step, self._metadata(host, step))
+        hidden = self._forward(step, self._metadata(host, step, cascade))
         if not len(host.sampling_rows):
             return ModelOutput(hidden, hidden.new_empty(0))
         return ModelOutput(hidden, self._model.logits(hidden[step.logit_indices]))
 
-    def _decode(self, step: DeviceStep) -> ModelOutput:
+    def _find_shared_prefixes(self, host: HostStep) -> CascadeWorkspace | None:
+        return None if self._shared_prefixes is None else self._shared_prefixes.find(host)
+
+    def _decode(self, step: DeviceStep, shared: bool) -> ModelOutput:
         """A CUDA step in which every row has one token: what a graph captures. It reads nothing
         but the tensors of `step`, the cache and the workspaces."""
-        self._schedule_decodes(step.seq_lens)
+        cascade = None
+        if shared:
+            assert self._shared_prefixes is not None
+            cascade = self._shared_prefixes.workspace
+        self._schedule_decodes(step.seq_lens, cascade)
         metadata = AttentionMetadata(
             kv_cache=self._kv_cache,
             slot_mapping=step.slot_mapping,
@@ -248,6 +268,8 @@ class ModelRunner:
             num_decodes=len(step.seq_lens),
             max_query_len=1,
             workspaces=self._workspaces,
+            kv_scales=self._kv_scales,
+            cascade=cascade,
         )
         hidden = self._forward(step, metadata)
         return ModelOutput(hidden, self._model.logits(hidden))
@@ -256,27 +278,28 @@ class ModelRunner:
         """Hidden states `[T, hidden_size]`; reads nothing but the tensors in its arguments."""
         return self._model.forward(step.input_ids, step.positions, metadata)
 
-    def _schedule_decodes(self, seq_lens: torch.Tensor) -> None:
-        from ..kernels.decode_schedule import build_decode_schedule
+    def _schedule_decodes(self, seq_lens: torch.Tensor, cascade: CascadeWorkspace | None) -> None:
+        from .attention_cuda import schedule_decodes
 
-        for workspace in self._workspaces.values():
-            build_decode_schedule(seq_lens, workspace)
+        schedule_decodes(seq_lens, self._workspaces, cascade)
 
     def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         if not copies:
             return
         cache = self._kv_cache
         sources, destinations = to_device(copies, torch.int64, cache.device).T.contiguous()
-        if cache.device.type == "cpu":
+        if not self._workspaces:  # on the CPU
             cache[:, :, destinations] = cache[:, :, sources]
             return
         from ..kernels.copy_blocks import copy_blocks
 
         copy_blocks(cache, sources, destinations)
 
-    def _metadata(self, host: HostStep, step: DeviceStep) -> AttentionMetadata:
+    def _metadata(
+        self, host: HostStep, step: DeviceStep, cascade: CascadeWorkspace | None
+    ) -> AttentionMetadata:
         if host.num_decodes and self._workspaces:
-            self._schedule_decodes(step.seq_lens[: host.num_decodes])
+            self._schedule_decodes(step.seq_lens[: host.num_decodes], cascade)
         return AttentionMetadata(
             kv_cache=self._kv_cache,
             slot_mapping=step.slot_mapping,
@@ -286,6 +309,8 @@ class ModelRunner:
             num_decodes=host.num_decodes,
             max_query_len=host.max_query_len,
             workspaces=self._workspaces,
+            kv_scales=self._kv_scales,
+            cascade=cascade,
             cpu_plan=self._cpu_plan(host.query_start_loc, host.seq_lens),
         )
 

@@ -13,7 +13,8 @@ from .config import EngineConfig
 from .decode_graphs import CudaCapture, graph_sizes
 from .errors import ConfigurationError, DeviceMemoryError
 from .kv_cache import allocate_kv_cache, cpu_cache_memory, num_blocks_from_memory
-from .loader import load_model
+from .kv_scales import read_kv_scales
+from .loader import load_model, resolve_kv_cache_dtype
 from .model_runner import ModelRunner
 from .model_spec import one_line
 from .outputs import ModelRunnerOutput, SchedulerOutput
@@ -33,6 +34,11 @@ class Worker:
             torch.set_num_threads(num_threads)
         self._model: CausalLM = load_model(config)
         model, spec = self._model, self._model.spec
+        self._cache_dtype = resolve_kv_cache_dtype(config, model.dtype, model.device)
+        self._kv_scales: torch.Tensor | None = None
+        if self._cache_dtype == torch.float8_e4m3fn and config.load_format != "dummy":
+            scales = read_kv_scales(config.model, spec)
+            self._kv_scales = None if scales is None else scales.to(model.device)
         self._max_model_len = spec.resolve_max_model_len(config.max_model_len)
         return WorkerInfo(
             architecture=spec.architecture,
@@ -41,10 +47,15 @@ class Worker:
             num_parameters=model.num_parameters,
             vocab_size=spec.vocab_size,
             max_model_len=self._max_model_len,
-            kv_bytes_per_token=spec.kv_bytes_per_token(model.dtype.itemsize),
+            kv_bytes_per_token=spec.kv_bytes_per_token(self._cache_dtype.itemsize),
             eos_token_ids=spec.eos_token_ids,
             embedding=spec.embedding,
             can_generate=model.can_generate,
+            kv_cache_dtype=(
+                None
+                if self._cache_dtype == model.dtype
+                else str(self._cache_dtype).removeprefix("torch.")
+            ),
         )
 
     def profile(self) -> int:
@@ -53,8 +64,10 @@ class Worker:
         if model.device.type == "cuda":
             memory = config.kv_cache_memory_bytes or self._cuda_cache_memory()
         else:
-            memory = cpu_cache_memory(config, spec, model.dtype, self._max_model_len)
-        num_blocks = num_blocks_from_memory(memory, config, spec, model.dtype, self._max_model_len)
+            memory = cpu_cache_memory(config, spec, self._cache_dtype, self._max_model_len)
+        num_blocks = num_blocks_from_memory(
+            memory, config, spec, self._cache_dtype, self._max_model_len
+        )
         self._runner = self._make_runner(num_blocks)
         if self._graph_sizes:
             self._capture(self._runner, self._graph_sizes)
@@ -78,9 +91,9 @@ class Worker:
     def _make_runner(self, num_blocks: int) -> ModelRunner:
         model = self._model
         kv_cache = allocate_kv_cache(
-            model.spec, num_blocks, self._config.block_size, model.dtype, model.device
+            model.spec, num_blocks, self._config.block_size, self._cache_dtype, model.device
         )
-        return ModelRunner(model, self._config, kv_cache, self._max_model_len)
+        return ModelRunner(model, self._config, kv_cache, self._max_model_len, self._kv_scales)
 
     def _capture(self, runner: ModelRunner, sizes: list[int]) -> None:
         try:

@@ -14,8 +14,8 @@ class WorkerInfo:
     """Facts about the loaded model, known before its KV cache is sized.
 
     `max_model_len` is resolved (the configured one, else the model's own), in tokens.
-    `kv_bytes_per_token` covers K and V of all layers. `embedding` and `can_generate` are those of
-    EngineInfo.
+    `kv_bytes_per_token` covers K and V of all layers. The fields with a default are those of
+    EngineInfo, and so are `embedding` and `can_generate`.
     """
 
     architecture: str
@@ -28,6 +28,7 @@ class WorkerInfo:
     eos_token_ids: tuple[int, ...]
     embedding: EmbeddingSpec | str
     can_generate: bool
+    kv_cache_dtype: str | None = None
 
 
 class WorkerProtocol(Protocol):

@@ -7,7 +7,7 @@ by its size: what its members no longer read, against what the two-step attentio
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,11 +83,11 @@ def find_prefix_groups(
 ) -> list[PrefixGroup]:
     """Disjoint groups of rows whose leading blocks are the same, with the most bytes saved.
 
-    Row i's table is block_tables[i], of which its context_lens[i] tokens (new ones included) use
-    a part; rows of length 0 are padding. A group's length is a multiple of `tile`, the keys of
-    the kernels' tiles, and ends before every member's first query token. Empty where the groups
-    together would not save `launch_bytes`. Costs nothing beyond one look at each table where no
-    `min_members` rows share `min_tokens` tokens.
+    Row i's table is block_tables[i], a list or an int32 array, of which its context_lens[i] tokens
+    (new ones included) use a part; rows of length 0 are padding. A group's length is a multiple of
+    `tile`, the keys of the kernels' tiles, and ends before every member's first query token. Empty
+    where the groups together would not save `launch_bytes`. Costs nothing beyond one look at each
+    table where no `min_members` rows share `min_tokens` tokens.
     """
     if cost.members_per_tile == 0:
         return []
@@ -125,15 +125,20 @@ def find_prefix_groups(
 
 
 def _as_bytes(table: Sequence[int]) -> bytes:
-    return array("i", table).tobytes()
+    """Of int32s; an array of such has them already."""
+    tobytes: Callable[[], bytes] | None = getattr(table, "tobytes", None)
+    return array("i", table).tobytes() if tobytes is None else tobytes()
 
 
 def _shared_runs(tables: list[bytes]) -> Iterator[tuple[int, int, int]]:
     """Runs [left, right) of sorted tables and the number of leading blocks that all of a run
     share, each run after the ones inside of it: the LCP intervals of a suffix array."""
     open_runs = [(0, 0)]
+    depth = 0
     for right in range(1, len(tables) + 1):
-        depth = _shared_blocks(tables[right - 1], tables[right]) if right < len(tables) else 0
+        depth = (
+            _shared_blocks(tables[right - 1], tables[right], depth) if right < len(tables) else 0
+        )
         left = right - 1
         while open_runs[-1][0] > depth:
             blocks, left = open_runs.pop()
@@ -142,10 +147,15 @@ def _shared_runs(tables: list[bytes]) -> Iterator[tuple[int, int, int]]:
             open_runs.append((depth, left))
 
 
-def _shared_blocks(one: bytes, other: bytes) -> int:
-    """Length of the common beginning of two tables, by bisection."""
+def _shared_blocks(one: bytes, other: bytes, guess: int) -> int:
+    """Length of the common beginning of two tables, by bisection; at once where it is `guess`, as
+    it is for most of a group."""
     size = array("i").itemsize
     low, high = 0, min(len(one), len(other)) // size
+    if guess <= high and one[: guess * size] == other[: guess * size]:
+        low, end = guess, (guess + 1) * size
+        if one[low * size : end] != other[low * size : end]:
+            return low
     while low < high:
         middle = (low + high + 1) // 2
         if one[low * size : middle * size] == other[low * size : middle * size]:

@@ -217,6 +217,7 @@ def rope_and_cache(
     query_weight: torch.Tensor | None = None,
     key_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    rotary_dim: int | None = None,
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -224,9 +225,12 @@ def rope_and_cache(
 
     query `[num_tokens, num_heads, head_dim]`, key and value `[num_tokens, num_kv_heads,
     head_dim]`; cos and sin `[num_tokens, rotary_dim]` in the half-rotation layout of Hugging Face
-    (second half equal to the first; RoFormer, arXiv 2104.09864). Returns the rotated queries;
-    `slot_mapping` and kv_scales as in `reshape_and_cache`.
+    (second half equal to the first; RoFormer, arXiv 2104.09864), or, where `rotary_dim` is given,
+    their first halves alone. Returns the rotated queries; `slot_mapping` and kv_scales as in
+    `reshape_and_cache`.
     """
+    if rotary_dim is not None and cos.shape[-1] < rotary_dim:
+        cos, sin = (torch.cat([half, half], dim=-1) for half in (cos, sin))
     rotary_dim = cos.shape[-1]
 
     def rotate(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

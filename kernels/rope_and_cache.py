@@ -168,6 +168,7 @@ def rope_and_cache(
     query_weight: torch.Tensor | None = None,
     key_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    rotary_dim: int | None = None,
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -176,14 +177,16 @@ def rope_and_cache(
     query `[num_tokens, num_heads, head_dim]`, key and value `[num_tokens, num_kv_heads,
     head_dim]`, last dimension contiguous; cos and sin `[num_tokens, rotary_dim]` in the
     half-rotation layout of Hugging Face (second half equal to the first; RoFormer, arXiv
-    2104.09864). Returns the rotated queries, which may be written over `query` by `out=query`;
-    slot_mapping `[num_tokens]` int64, negative for rows whose K and V are skipped; kv_scales as in
-    `reshape_and_cache`. ValueError on shapes, dtypes or devices that do not fit.
+    2104.09864), or, where `rotary_dim` is given, their first halves alone. Returns the rotated
+    queries, which may be written over `query` by `out=query`; slot_mapping `[num_tokens]` int64,
+    negative for rows whose K and V are skipped; kv_scales as in `reshape_and_cache`. ValueError on
+    shapes, dtypes or devices that do not fit.
     """
     num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
     check_scales(kv_scales, key_cache, num_kv_heads)
     out = torch.empty_like(query) if out is None else out
-    num_tokens, rotary_dim = cos.shape
+    num_tokens, width = cos.shape
+    rotary_dim = width if rotary_dim is None else rotary_dim
     require_shape("query", query, num_tokens, None, head_dim)
     num_heads = query.shape[1]
     require_shape("out", out, num_tokens, num_heads, head_dim)
@@ -194,12 +197,16 @@ def rope_and_cache(
     for name, tensor in (("key", key), ("value", value)):
         require_shape(name, tensor, num_tokens, num_kv_heads, head_dim)
     for name, tensor in (("cos", cos), ("sin", sin)):
-        require_shape(name, tensor, num_tokens, rotary_dim)
+        require_shape(name, tensor, num_tokens, width)
         require_dtype(name, tensor, *FLOAT_DTYPES)
         require_last_contiguous(name, tensor)
     require(
         0 < rotary_dim <= head_dim and rotary_dim % 2 == 0,
         f"rotary_dim must be even and at most head_dim, not {rotary_dim}",
+    )
+    require(
+        width in (rotary_dim, rotary_dim // 2),
+        f"cos and sin have {width} columns for {rotary_dim} rotated dimensions",
     )
     for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
         if weight is not None:

@@ -213,7 +213,7 @@ class Metrics:
             **self._labels,
             "block_size": str(info.block_size),
             "num_gpu_blocks": str(info.num_blocks),
-            "cache_dtype": info.dtype,
+            "cache_dtype": info.kv_cache_dtype or info.dtype,
         }
         Gauge(
             f"{self._prefix}:cache_config_info",

@@ -20,6 +20,7 @@ from ..engine.config import (
     Device,
     DType,
     EngineConfig,
+    KVCacheDType,
     LoadFormat,
     PoolingChoice,
     SchedulingPolicy,
@@ -135,11 +136,17 @@ class Settings(BaseSettings):
     kv_cache_memory: ByteSize | None = _option(
         "KV cache", "Size of the KV cache, such as 2GiB. Default: what the device leaves free."
     )
+    kv_cache_dtype: KVCacheDType = _option(
+        "KV cache", "Type of the KV cache: auto (the model's), fp8 or fp8_e4m3 (GPU).", "auto"
+    )
     block_size: int = _option("KV cache", "Tokens in a block: 16, 32, 64 or 128.", 16)
     num_gpu_blocks_override: int | None = _option(
         "KV cache", "Number of blocks, instead of measuring.", ge=1
     )
     enable_prefix_caching: bool = _option("KV cache", "Share blocks of equal prefixes.", True)
+    disable_cascade_attn: bool = _option(
+        "KV cache", "Have each sequence read a shared prefix by itself (GPU).", False
+    )
 
     max_num_seqs: int = _option("Scheduling", "Most sequences in a step.", 256, ge=1)
     max_num_batched_tokens: int = _option("Scheduling", "Most tokens in a step.", 8192, ge=1)
@@ -276,11 +283,13 @@ class Settings(BaseSettings):
             seed=self.seed,
             enforce_eager=self.enforce_eager,
             max_model_len=self.max_model_len,
+            kv_cache_dtype=self.kv_cache_dtype,
             block_size=self.block_size,
             num_blocks=self.num_gpu_blocks_override,
             gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_memory_bytes=None if memory is None else int(memory),
             enable_prefix_caching=self.enable_prefix_caching,
+            disable_cascade_attn=self.disable_cascade_attn,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             scheduling_policy=self.scheduling_policy,

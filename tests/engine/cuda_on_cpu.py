@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
+import torch
 
-from quire.engine import attention
-from quire.engine.attention import attend_flat
+from quire.engine import attention, attention_cuda, loader, worker
+from quire.engine.attention_cuda import CudaOps, attend_on_cuda
 from quire.engine.causal_lm import CausalLM
 from quire.engine.decode_graphs import Run
-from quire.engine.flat_decoder import TorchOps
 from quire.engine.model_runner import ModelRunner
-from quire.kernels import (
-    decode_schedule,
-    paged_attention_decode,
-    paged_attention_extend,
-    reference,
-    reshape_and_cache,
-)
+from quire.kernels import copy_blocks, reference
+
+
+def use_cuda_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only Triton's interpreter runs the kernels that this calls."""
+    monkeypatch.setattr(attention, "_backend", lambda device: attend_on_cuda)
+    monkeypatch.setattr(CausalLM, "_body_ops", lambda _, metadata: CudaOps(metadata))
+    resolve = loader.resolve_kv_cache_dtype
+    for module in (loader, worker):
+        monkeypatch.setattr(
+            module,
+            "resolve_kv_cache_dtype",
+            lambda config, dtype, device: resolve(config, dtype, torch.device("cuda")),
+        )
 
 
 def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (paged_attention_decode, paged_attention_extend, reshape_and_cache):
-        name = module.__name__.rpartition(".")[2]
-        monkeypatch.setattr(module, name, getattr(reference, name))
-    monkeypatch.setattr(decode_schedule, "build_decode_schedule", lambda seq_lens, workspace: None)
-    monkeypatch.setattr(attention, "_backend", lambda device: attention.attend_on_cuda)
+    """The same with a plain reference for each kernel."""
+    use_cuda_path(monkeypatch)
+    for name in vars(reference):
+        if hasattr(attention_cuda, name) and not name.startswith("_") and name != "torch":
+            monkeypatch.setattr(attention_cuda, name, getattr(reference, name))
+    monkeypatch.setattr(copy_blocks, "copy_blocks", reference.copy_blocks)
     monkeypatch.setattr(
-        CausalLM, "_body_ops", lambda _, metadata: TorchOps(partial(attend_flat, metadata))
+        attention_cuda, "build_decode_schedule", lambda seq_lens, workspace, cascade: None
     )
 
 

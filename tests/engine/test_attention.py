@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from quire.engine import attention
-from quire.engine.attention import AttentionMetadata, attend_on_cuda
+from quire.engine.attention import AttentionMetadata
 from quire.engine.attention_cpu import attend_on_cpu, build_cpu_plan
+from quire.engine.attention_cuda import attend_on_cuda
 from quire.kernels import reference
+
+from .cuda_on_cpu import use_references
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16
 
@@ -91,11 +94,7 @@ BATCHES = {
 @pytest.fixture
 def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand the plain references in for the Triton kernels, so that the calls are checked."""
-    from quire.kernels import paged_attention_decode, paged_attention_extend, reshape_and_cache
-
-    for module in (paged_attention_decode, paged_attention_extend, reshape_and_cache):
-        name = module.__name__.rpartition(".")[2]
-        monkeypatch.setattr(module, name, getattr(reference, name))
+    use_references(monkeypatch)
 
 
 @pytest.mark.usefixtures("reference_kernels")

@@ -105,6 +105,28 @@ def test_more_rows_than_the_largest_graph_run_without(
     assert capture.num_replays == 0
 
 
+def test_shared_prefixes_have_graphs_of_their_own_from_four_rows_on(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_references(monkeypatch)
+    runner = Driver.start(make_config(llama[0])).worker._runner
+    runner._allocate_workspaces()
+    runner.capture_graphs(RerunCapture(), SIZES)
+    graphs = runner._graphs
+    assert graphs is not None and all((size, False) in graphs for size in SIZES)
+    assert [size for size in SIZES if (size, True) in graphs] == [4, 8]
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_cascades_can_be_disabled(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch, disabled: bool
+) -> None:
+    use_references(monkeypatch)
+    runner = Driver.start(make_config(llama[0], disable_cascade_attn=disabled)).worker._runner
+    runner._allocate_workspaces()
+    assert (runner._shared_prefixes is None) == disabled
+
+
 def test_a_model_that_waits_for_the_device_runs_without(
     llama: tuple[Path, PreTrainedModel],
     monkeypatch: pytest.MonkeyPatch,

@@ -47,6 +47,15 @@ def test_the_tensor_has_the_size_that_was_counted() -> None:
     assert not cache.any()
 
 
+def test_float8_takes_a_quarter_of_float32() -> None:
+    def blocks(dtype: torch.dtype) -> int:
+        return num_blocks_from_memory(10 * BLOCK, config(), SPEC, dtype, 128)
+
+    assert blocks(torch.float8_e4m3fn) == 2 * blocks(torch.bfloat16) == 4 * blocks(torch.float32)
+    cache = allocate_kv_cache(SPEC, 5, 16, torch.float8_e4m3fn, torch.device("cpu"))
+    assert cache.nbytes == 5 * BLOCK // 4 and not cache.float().any()
+
+
 def test_blocks_fill_the_memory() -> None:
     def blocks(memory: int, **values: Any) -> int:
         return num_blocks_from_memory(memory, config(**values), SPEC, torch.float32, 128)

@@ -58,6 +58,26 @@ def test_a_cache_for_less_than_one_sequence_stops_the_start(gemma2: tuple[Path, 
         worker.profile()
 
 
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3"])
+def test_float8_caches_need_a_gpu(gemma2: tuple[Path, Any], dtype: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{dtype} needs a GPU"):
+        Worker(make_config(gemma2[0], kv_cache_dtype=dtype)).load()
+
+
+def test_unknown_cache_dtypes_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="'fp8_e5m2'"):
+        make_config(Path("none"), kv_cache_dtype="fp8_e5m2")
+
+
+def test_the_dtype_of_a_float8_cache_is_reported(
+    gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_references(monkeypatch)
+    info = Worker(make_config(gemma2[0], kv_cache_dtype="fp8")).load()
+    assert (info.dtype, info.kv_cache_dtype) == ("float32", "float8_e4m3fn")
+    assert info.kv_bytes_per_token == 2 * 2 * 2 * 16
+
+
 def test_threads_are_set_deliberately(
     gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from quire.kernels.prefix_groups import (
@@ -66,6 +67,12 @@ def test_short_or_few_or_young_prefixes_are_left_alone(
     found = find(tables(shares), length)
     assert found == ([PrefixGroup(tuple(range(64)), 512)] if length == 513 else [])
     assert length != 513 or find(tables(shares), 512) == []
+
+
+def test_arrays_are_tables_too() -> None:
+    block_tables = tables((8, 100), (5, 60), (3, 400))
+    found = find(np.array(block_tables, dtype=np.int32))  # type: ignore[arg-type]
+    assert found == find(block_tables) and len(found) == 2
 
 
 def test_a_saving_below_a_launch_is_none() -> None:

@@ -124,6 +124,7 @@ def test_every_setting_has_a_flag() -> None:
         "tool_call_parser": "hermes",
         "reasoning_parser": "qwen3",
         "pooling": "mean",
+        "kv_cache_dtype": "fp8_e4m3",
         "log_level": "debug",
         "log_format": "json",
         "metrics_prefix": "vllm",

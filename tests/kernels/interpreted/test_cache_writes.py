@@ -69,3 +69,8 @@ def test_rope_and_cache(dtype: torch.dtype, rotary: int, dim: int, norm: bool) -
     assert relative_error(out, wide) < TOLERANCES[dtype]
     assert relative_error(found, expected) < TOLERANCES[dtype]
     assert torch.equal(found[1].double(), expected[1])
+    halves = (angles[:, rotary // 2 :].cos(), angles[:, rotary // 2 :].sin())
+    rope_and_cache(
+        query, key, value, *found, slots, *halves, **weights, rotary_dim=rotary, out=query
+    )
+    assert torch.equal(query, out)

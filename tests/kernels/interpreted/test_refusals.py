@@ -128,6 +128,8 @@ def test_cache_writes_refuse() -> None:
             rope_and_cache(torch.zeros(3, 4, 32), *good, wrong_cos, cos)
     with pytest.raises(ValueError):
         rope_and_cache(torch.zeros(3, 4, 32), *good, cos, cos, key_weight=torch.zeros(16))
+    with pytest.raises(ValueError, match="rotated dimensions"):
+        rope_and_cache(torch.zeros(3, 4, 32), *good, cos[:, :8], cos[:, :8], rotary_dim=32)
 
 
 def test_copies_and_rows_refuse() -> None:
