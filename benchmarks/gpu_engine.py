@@ -70,6 +70,13 @@ CHECKED: dict[str, Any] = {
     ),
 }  # fmt: skip
 
+MODES: dict[str, dict[str, Any]] = {
+    "ahead": {"async_scheduling": True},
+    "graphs": {"async_scheduling": False},
+    "eager": {"enforce_eager": True, "async_scheduling": False},
+}
+"""How steps run: graphs and one step ahead (the default), graphs alone, neither."""
+
 
 def make_request(name: str, prompt: list[int], max_tokens: int, **params: Any) -> Request:
     values: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True} | params
@@ -95,7 +102,8 @@ def free_memory() -> None:
 
 
 def check_family(name: str) -> dict[str, Any]:
-    """Greedy tokens in fp32 against `generate`, chunked and batched, graphs on and off."""
+    """In every mode, chunked and batched: greedy tokens in fp32 against `generate`, and seeded
+    ones against those of the first mode."""
     torch.manual_seed(0)
     rng = random.Random(1)
     config = CHECKED[name]()
@@ -115,31 +123,37 @@ def check_family(name: str) -> dict[str, Any]:
             )  # fmt: skip
         want.append(out[0, len(prompt) :].tolist())
     results: dict[str, Any] = {}
+    drawn: list[list[int]] | None = None
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
-        for label, options in {
-            "graphs": {},
-            "eager": {"enforce_eager": True},
-            "blocks of 64": {"block_size": 64},
-        }.items():
+        for label, options in {**MODES, "blocks of 64": {"block_size": 64}}.items():
             core = make_core(
                 Path(folder), dtype="float32", num_blocks=512, max_num_seqs=16,
                 max_num_batched_tokens=256, max_model_len=512, **options,
             )  # fmt: skip
-            got: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-            for i, prompt in enumerate(prompts):
-                core.add_request(make_request(str(i), prompt, 40))
-            while core.has_work:
-                for output in core.step().outputs:
-                    assert output.error is None, output.error
-                    got[output.request_id] += output.token_ids
-            equal = sum(got[str(i)] == tokens for i, tokens in enumerate(want))
-            results[label] = f"{equal}/{len(want)}"
+            greedy = complete_all(core, prompts)
+            seeded = complete_all(core, prompts, temperature=0.8, top_p=0.9, seed=5)
+            drawn = drawn or seeded
+            pairs = [*zip(greedy, want, strict=True), *zip(seeded, drawn, strict=True)]
+            results[label] = f"{sum(got == wanted for got, wanted in pairs)}/{len(pairs)}"
             del core
             free_memory()
-    results["pass"] = all(value == f"{len(want)}/{len(want)}" for value in results.values())
+    everything = f"{2 * len(want)}/{2 * len(want)}"
+    results["pass"] = all(value == everything for value in results.values())
     return results
+
+
+def complete_all(core: EngineCore, prompts: list[list[int]], **params: Any) -> list[list[int]]:
+    """40 tokens after each prompt, all at once."""
+    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    for name, prompt in zip(tokens, prompts, strict=True):
+        core.add_request(make_request(name, prompt, 40, **params))
+    while core.has_work:
+        for output in core.step().outputs:
+            assert output.error is None, output.error
+            tokens[output.request_id] += output.token_ids
+    return list(tokens.values())
 
 
 # -- the computed ceiling (docs/kernels.md) ------------------------------------------------------
@@ -304,9 +318,10 @@ class Report:
         print(name, self.results[name], flush=True)
 
 
-def time_shape(report: Report, shape: str, block_size: int, options: dict[str, Any]) -> None:
+def time_shape(report: Report, shape: str, block_size: int, mode: str, *, all_parts: bool) -> None:
+    """Start and decode in this mode; the other parts where `all_parts`."""
     config = SHAPES[shape]()
-    label = f"{shape} b{block_size}"
+    label = f"{shape} b{block_size} {mode}"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config.save_pretrained(folder)
@@ -322,7 +337,7 @@ def time_shape(report: Report, shape: str, block_size: int, options: dict[str, A
                     max_model_len=16384,
                     max_num_batched_tokens=8192,
                     max_num_seqs=256,
-                    **options,
+                    **MODES[mode],
                 )  # fmt: skip
             )
             core = cores[0]
@@ -336,14 +351,15 @@ def time_shape(report: Report, shape: str, block_size: int, options: dict[str, A
             report.run(f"{label} decode 1x1k", lambda: decode(core, config, 1, 1024, 100))
             report.run(f"{label} decode 32x1k", lambda: decode(core, config, 32, 1024, 60))
             report.run(f"{label} decode 256x1k", lambda: decode(core, config, 256, 1024, 40), 15)
-            report.run(f"{label} prefill 8k", lambda: prefill(core, config, 8192))
             report.run(f"{label} offline 256", lambda: offline(core, config), 25)
-            report.run(f"{label} decode 32x8k", lambda: decode(core, config, 32, 8192, 40), 15)
-            report.run(f"{label} shared prefix", lambda: shared_prefix(core), 15)
+            if all_parts:
+                report.run(f"{label} prefill 8k", lambda: prefill(core, config, 8192))
+                report.run(f"{label} decode 32x8k", lambda: decode(core, config, 32, 8192, 40), 15)
+                report.run(f"{label} shared prefix", lambda: shared_prefix(core), 15)
             del core
         cores.clear()
         free_memory()
-        if block_size == 16:
+        if block_size == 16 and all_parts:
             report.run(f"{label} generate_batch", lambda: generate_batch(folder, config, 64), 45)
             free_memory()
 
@@ -354,7 +370,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu_engine_out"))
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--block-sizes", type=int, nargs="*", default=[16])
-    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument(
+        "--modes", nargs="+", default=list(MODES), choices=list(MODES),
+        help="the first is timed in all parts, the others where they differ",
+    )  # fmt: skip
     parser.add_argument("--no-checks", action="store_true")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -364,7 +383,9 @@ def main() -> None:
             report.run(f"check {name}", lambda name=name: check_family(name), 20)
     for block_size in arguments.block_sizes:
         for shape in arguments.shapes:
-            time_shape(report, shape, block_size, {"enforce_eager": arguments.enforce_eager})
+            for mode in arguments.modes:
+                all_parts = mode == arguments.modes[0]
+                time_shape(report, shape, block_size, mode, all_parts=all_parts)
     print(f"{'part':34} {'tokens/s':>10} {'ceiling':>10} {'share':>7} {'step ms':>8}")
     for name, result in report.results.items():
         if "tokens_per_s" in result:

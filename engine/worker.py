@@ -16,8 +16,8 @@ from .kv_cache import allocate_kv_cache, cpu_cache_memory, num_blocks_from_memor
 from .loader import load_model
 from .model_runner import ModelRunner
 from .model_spec import one_line
-from .outputs import ModelRunnerOutput, SchedulerOutput
-from .worker_protocol import WorkerInfo
+from .outputs import SchedulerOutput
+from .worker_protocol import Results, WorkerInfo
 
 
 class Worker:
@@ -68,9 +68,9 @@ class Worker:
             return []
         return graph_sizes(self._config.max_num_seqs)
 
-    def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
+    def launch(self, scheduler_output: SchedulerOutput) -> Results:
         try:
-            return self._runner.execute(scheduler_output)
+            return self._runner.launch(scheduler_output)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise DeviceMemoryError("the device ran out of memory in a step") from error

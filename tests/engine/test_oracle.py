@@ -14,12 +14,14 @@ import torch
 from transformers import PreTrainedModel
 
 from quire.engine.config import EngineConfig
+from quire.engine.decode_graphs import graph_sizes
 from quire.engine.engine_core import EngineCore
 from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request
 from quire.engine.worker import Worker
 
 from . import models
+from .cuda_on_cpu import RerunCapture, give_workspaces, use_references
 from .harness import make_request
 
 
@@ -37,7 +39,8 @@ class Engine:
             "num_threads": 1,
         }
         self.config = EngineConfig(**values | config)
-        self.core = EngineCore(self.config, Worker(self.config))
+        self.worker = Worker(self.config)
+        self.core = EngineCore(self.config, self.worker)
         self.outputs: dict[tuple[str, int], list[SequenceOutput]] = defaultdict(list)
 
     def add(self, prompt: list[int], max_tokens: int, **fields: Any) -> Request:
@@ -105,6 +108,7 @@ MODES: dict[str, dict[str, Any]] = {
     "preempted-uncached": {"num_blocks": 14, "enable_prefix_caching": False},
     "blocks-of-64": {"block_size": 64, "num_blocks": 64},
     "chunked-blocks-of-64": {"block_size": 64, "num_blocks": 64, "max_num_batched_tokens": 16},
+    "preempted-ahead": {"async_scheduling": True, "num_blocks": 14, "max_num_batched_tokens": 64},
 }
 
 
@@ -122,6 +126,24 @@ def test_greedy_tokens_equal_generate(family: tuple[Path, Reference], mode: str)
     stats = engine.core.stats()
     assert (stats.preemptions > 0) == mode.startswith("preempted")
     assert (stats.prefix_hits > 0) == engine.config.enable_prefix_caching
+
+
+def test_graphs_of_decodes_ahead_of_their_results(
+    family: tuple[Path, Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, with stand-ins for kernels and graphs: static inputs, fed back on the device."""
+    folder, reference = family
+    use_references(monkeypatch)
+    engine = Engine(folder, async_scheduling=True, max_num_seqs=11)
+    capture, runner = RerunCapture(), engine.worker._runner
+    give_workspaces(runner)
+    runner.capture_graphs(capture, graph_sizes(11))
+    wanted = [(prompt, 6 + i % 20) for i, prompt in enumerate(prompts(16))]
+    requests = [engine.add(prompt, max_tokens) for prompt, max_tokens in wanted]
+    engine.run()
+    for request, (prompt, max_tokens) in zip(requests, wanted, strict=True):
+        assert engine.tokens(request) == reference.complete(prompt, max_tokens)
+    assert capture.num_replays > 15
 
 
 def test_greedy_forks_equal_generate(family: tuple[Path, Reference]) -> None:
@@ -182,10 +204,13 @@ def test_a_seeded_sample_is_the_same_alone_and_in_a_batch(llama: Path) -> None:
         Engine(llama).complete(prompt, 20, seed=i, **sampling)
         for i, prompt in enumerate(all_prompts)
     ]
-    engine = Engine(llama, max_num_batched_tokens=48)
-    requests = [engine.add(prompt, 20, seed=i, **sampling) for i, prompt in enumerate(all_prompts)]
-    engine.run()
-    assert [engine.tokens(request) for request in requests] == alone
+    for ahead in (False, True):
+        engine = Engine(llama, max_num_batched_tokens=48, async_scheduling=ahead)
+        requests = [
+            engine.add(prompt, 20, seed=i, **sampling) for i, prompt in enumerate(all_prompts)
+        ]
+        engine.run()
+        assert [engine.tokens(request) for request in requests] == alone
     assert len({tuple(tokens) for tokens in alone}) > 8
 
 
