@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -36,13 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("quire.engine")
 
 
-class LastSamples(NamedTuple):
-    """What a step sampled, on the device; `samples` are rows of `sequences`."""
-
-    sequences: list[TokenSequence]
-    samples: list[RowSamples]
-
-
 class ModelRunner:
     """Runs steps over one model and one KV cache; keeps what persists between steps."""
 
@@ -63,7 +56,7 @@ class ModelRunner:
         )
         self._sampler = Sampler(spec.vocab_size, model.device)
         self._pooler = Pooler()
-        self._last = LastSamples([], [])
+        self._last_samples: list[RowSamples] = []
         self._graphs: DecodeGraphs | None = None
         self._windows = frozenset(spec.windows)
         self._group = spec.num_attention_heads // spec.num_kv_heads
@@ -107,35 +100,35 @@ class ModelRunner:
         if len(host.sampling_rows):
             rows = [host.order[row] for row in host.sampling_rows]
             sequences = [output.sequences[row] for row in rows]
-            samples = self._sample(rows, sequences, logits, errors, masks)
+            last_ids = step.input_ids[step.logit_indices]
+            samples = self._sample(rows, sequences, logits, last_ids, errors, masks)
         # Last, since a step that runs out of memory before its end is tried again.
         pooled = self._pooler(host, hidden) if host.pooled_rows else []
-        self._last = LastSamples(output.sequences, samples)
+        self._last_samples = samples
         mask_errors = masks.errors if masks is not None else {}
         return StepResults(len(host.order), samples, chunks, pooled, errors, mask_errors)
 
     def _feed_back(self, host: HostStep, input_ids: torch.Tensor) -> None:
         """Put what the last step sampled where this step's tokens are unknown to the host. A row
         that failed there keeps token 0: its results will be dropped."""
+        last = self._last_samples
         sampled = {
-            self._last.sequences[row].seq_id: index
-            for index, row in enumerate(chain.from_iterable(s.rows for s in self._last.samples))
+            sequence.seq_id: index
+            for index, sequence in enumerate(chain.from_iterable(s.sequences for s in last))
         }
-        pairs = [
-            (row, sampled[seq_id])
-            for row in host.unknown_rows
-            if (seq_id := host.sequences[row].seq_id) in sampled
-        ]
-        if pairs:
-            rows, sources = to_device(pairs, torch.int64, input_ids.device).T
-            token_ids = torch.cat([sample.output.token_ids for sample in self._last.samples])
-            input_ids.index_copy_(0, rows, token_ids.index_select(0, sources))
+        rows = [row for row in host.unknown_rows if host.sequences[row].seq_id in sampled]
+        if rows:
+            sources = [sampled[host.sequences[row].seq_id] for row in rows]
+            to, source = to_device([rows, sources], torch.int64, input_ids.device)
+            token_ids = torch.cat([sample.output.token_ids for sample in last])
+            input_ids.index_copy_(0, to, token_ids.index_select(0, source))
 
     def _sample(
         self,
         rows: list[int],
         sequences: list[TokenSequence],
         logits: torch.Tensor,
+        last_ids: torch.Tensor,
         errors: dict[int, RowError],
         masks: TokenMasks | None,
     ) -> list[RowSamples]:
@@ -143,11 +136,13 @@ class ModelRunner:
         offender alone. Raises where every row fails: then the fault is not a row's."""
         try:
             constrained = [at for at, row in enumerate(rows) if masks and row in masks.rows]
-            batch = self._sampler.prepare(sequences, constrained_rows=constrained)
+            batch = self._sampler.prepare(
+                sequences, constrained_rows=constrained, last_token_ids=last_ids
+            )
             bitmask = None
             if masks and constrained:
                 bitmask = _bitmask(masks, [rows[at] for at in constrained], logits.device)
-            return [RowSamples(rows, batch, self._sampler(logits, batch, bitmask))]
+            return [RowSamples(rows, sequences, batch, self._sampler(logits, batch, bitmask))]
         except Exception as error:
             if _is_fault_of_device(error):
                 raise
@@ -156,8 +151,10 @@ class ModelRunner:
                 errors[rows[0]] = RowError(StepFailedError.code, "its row raised in the sampler")
                 return []
             alone = [
-                self._sample([row], [sequence], row_logits[None], errors, masks)
-                for row, sequence, row_logits in zip(rows, sequences, logits, strict=True)
+                self._sample(
+                    [row], [sequences[at]], logits[at, None], last_ids[at, None], errors, masks
+                )
+                for at, row in enumerate(rows)
             ]
             samples = list(chain.from_iterable(alone))
             if not samples:

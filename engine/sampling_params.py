@@ -178,4 +178,4 @@ class SamplingParams:
     @property
     def reads_tokens(self) -> bool:
         """Whether sampling a token takes, on the host, the tokens before it."""
-        return self.has_penalties or bool(self.bad_words) or self.beam_width is not None
+        return bool(self.bad_words) or self.beam_width is not None

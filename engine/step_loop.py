@@ -10,8 +10,8 @@ A sequence that turns out to have ended has then been scheduled once too often; 
 brought is dropped. Its blocks go back at once: steps run in the order of their launch, so whoever
 gets them writes later. Blocks are indexed for sharing when results say that they are computed.
 
-Where a token must be known before the next can be sampled (grammars, penalties, bad words, beams),
-or siblings are about to fork, all wait for it.
+Where the host must know a token before the next can be sampled (grammars, bad words, beams), or
+siblings are about to fork, all wait for it. Penalties read the history that the device keeps.
 """
 
 from __future__ import annotations

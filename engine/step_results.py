@@ -14,12 +14,14 @@ from .pooling import PooledRow
 from .prompt_logprobs import PromptChunk
 from .sampler import SamplerOutput, collect_logprobs
 from .sampling_metadata import SamplingBatch
+from .sequence import Sequence
 
 
 class RowSamples(NamedTuple):
     """What was sampled for these rows of the scheduler's output."""
 
     rows: list[int]
+    sequences: list[Sequence]
     batch: SamplingBatch
     output: SamplerOutput
 

@@ -136,8 +136,6 @@ def test_preempted_in_flight_the_token_stays() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"frequency_penalty": 0.5},
-        {"repetition_penalty": 1.2},
         {"bad_words": ((4, 5),)},
         {"beam_width": 2, "temperature": 0.0},
     ],
