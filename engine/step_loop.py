@@ -71,13 +71,12 @@ class StepLoop:
             outputs += self._bring_in()
             self._scheduler.reduce_load()
             return outputs
-        if self._run_ahead and scheduled.sequences:
+        stays = self._run_ahead and bool(scheduled.sequences)
+        if stays:
             _mark_in_flight(scheduled)
-            outputs += self._bring_in()
-            self._in_flight = _Launched(scheduled, results)
-            return outputs
         outputs += self._bring_in()
-        return outputs + self._scheduler.update_from_output(scheduled, results())
+        self._in_flight = _Launched(scheduled, results)
+        return outputs if stays else outputs + self._bring_in()
 
     def _needs_results(self) -> bool:
         """Whether the step in flight must come to its end before the next can be scheduled."""
