@@ -119,8 +119,9 @@ class SamplingBatchBuilder:
         device_positions: Tensor | None,
         last_token_ids: Tensor | None,
     ) -> Tensor | None:
-        if rows is None or device_positions is None:
+        if rows is None:
             return None
+        assert device_positions is not None
         lengths = [positions[row] for row in rows.batch_rows]
         known = lengths if last_token_ids is None else [length - 1 for length in lengths]
         slots = self.history.record(rows.sequences, known)
