@@ -97,7 +97,7 @@ def free_memory() -> None:
 
 
 def check_family(name: str) -> dict[str, Any]:
-    """Greedy tokens in fp32 against `generate`, chunked and batched, graphs on and off."""
+    """Greedy tokens in fp32 against `generate`, chunked and batched, graphs and running ahead on and off."""
     torch.manual_seed(0)
     rng = random.Random(1)
     config = CHECKED[name]()
@@ -121,8 +121,9 @@ def check_family(name: str) -> dict[str, Any]:
         model.save_pretrained(folder)
         del model
         for label, options in {
-            "graphs": {},
-            "eager": {"enforce_eager": True},
+            "graphs, one step ahead": {},
+            "graphs": {"async_scheduling": False},
+            "eager": {"async_scheduling": False, "enforce_eager": True},
             "blocks of 64": {"block_size": 64},
         }.items():
             core = make_core(
@@ -241,6 +242,10 @@ class ShapeTimes:
         free_memory()
         if bench := self.with_engine(f"{shape} no cascade", disable_cascade_attn=True):
             report.run(f"{shape} no cascade shared prefix", bench.shared_prefix, 15)
+        bench = None
+        free_memory()
+        if bench := self.with_engine(f"{shape} not ahead", async_scheduling=False):
+            report.run(f"{shape} not ahead offline", bench.offline, 30)
         bench = None
         free_memory()
         if bench := self.with_engine(f"{shape} fp8", kv_cache_dtype="fp8"):

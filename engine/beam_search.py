@@ -220,7 +220,7 @@ class BeamSearch:
         token_ids, errors = list(result.token_ids), dict(result.errors)
         for row, sequence in enumerate(output.sequences):
             group = self.group_of(sequence)
-            if group is None:
+            if group is None or sequence.status is SequenceStatus.FINISHED:
                 continue
             if row in errors:
                 group.error = errors.pop(row)

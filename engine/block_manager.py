@@ -111,14 +111,14 @@ class BlockManager:
     def allocate_slots(
         self, sequence: Sequence, num_new_tokens: int, match: PrefixMatch = NO_MATCH
     ) -> list[BlockCopy] | None:
-        """Make room for `num_new_tokens` behind the computed ones (and behind `match`, for a
+        """Make room for `num_new_tokens` behind those computed or in flight (behind `match`, for a
         sequence that holds no blocks yet, whose `num_computed_tokens` it sets).
 
         Returns the copies that the step must do first; None if the pool cannot give the blocks.
         """
         size, pool = self.block_size, self.pool
         table = sequence.block_table
-        computed = sequence.num_computed_tokens or match.num_tokens
+        computed = sequence.num_computed_tokens + sequence.num_in_flight or match.num_tokens
         num_held = len(table) + len(match.blocks)
         num_missing = -(-(computed + num_new_tokens) // size) - num_held
         tail = computed // size
@@ -184,7 +184,8 @@ class BlockManager:
     def free(self, sequence: Sequence, *, poisoned: bool = False) -> None:
         """Give all blocks back, tail first, so that prefixes outlive tails in the cache.
 
-        `poisoned` K/V (from a row whose logits were not finite) becomes unfindable as well.
+        `poisoned` K/V (from a row whose logits were not finite) becomes unfindable as well. Steps
+        in flight may still write to the blocks: whoever gets them does so in a later step.
         """
         pool, table = self.pool, sequence.block_table
         for block in reversed(table):
@@ -194,7 +195,7 @@ class BlockManager:
                 pool.index.freeze(block, sequence)
             pool.release(block)
         table.clear()
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_in_flight = 0
         sequence.commit_at = 1
 
     def end_step(self) -> None:
@@ -233,7 +234,8 @@ class BlockManager:
             table = sequence.block_table
             assert len(set(table)) == len(table), f"{sequence} holds a block twice"
             assert sequence.num_computed_tokens <= len(sequence.token_ids), sequence
-            assert sequence.num_computed_tokens <= len(table) * self.block_size, sequence
+            scheduled = sequence.num_computed_tokens + sequence.num_in_flight
+            assert scheduled <= len(table) * self.block_size, sequence
             for block in table:
                 expected[block] += 1
         self.pool.check_integrity(expected)

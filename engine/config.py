@@ -24,7 +24,8 @@ class EngineConfig:
 
     Sizes are in tokens unless the name says otherwise. `None` means "derive it": from the model
     (`max_model_len`), by profiling (`num_blocks`), or from the device (`kv_cache_memory_bytes`,
-    used on the CPU where there is no device memory to take a share of). Without a `seed`, requests
+    used on the CPU where there is no device memory to take a share of; `async_scheduling`, to
+    launch a step before the last one's results are known: on CUDA). Without a `seed`, requests
     that bring none draw theirs at random.
     """
 
@@ -46,6 +47,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     scheduling_policy: SchedulingPolicy = "fcfs"
+    async_scheduling: bool | None = None
     max_logprobs: int = 20
     num_threads: int | None = None
     pooling: PoolingChoice = "auto"

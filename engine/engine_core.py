@@ -1,35 +1,31 @@
-"""The engine without a process around it: schedule, execute, update."""
+"""The engine without a process around it: requests in, steps, outputs."""
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 
 from .block_manager import BlockManager
 from .config import EngineConfig, EngineInfo
-from .errors import DeviceMemoryError
 from .grammar import read_tokenizer_json
-from .outputs import EngineStats, SequenceOutput, StepOutput
+from .outputs import EngineStats, SchedulerOutput, StepOutput
 from .request import Request
 from .scheduler import Scheduler
+from .step_loop import StepLoop
 from .structured_output import StructuredOutput
 from .worker_protocol import WorkerProtocol
 
 COMPILE_WAIT_SECONDS = 0.05
 """An engine that has nothing else to do looks this often for requests that came meanwhile."""
 
-logger = logging.getLogger("quire.engine")
-
 
 class EngineCore:
-    """Owns a worker and a scheduler, which meet only in `step`.
+    """Owns a worker and a scheduler, which meet only in the step loop.
 
     Not thread-safe: whoever steps it also adds and aborts. Raises StartupError from the
     constructor where the model cannot be served.
     """
 
     def __init__(self, config: EngineConfig, worker: WorkerProtocol) -> None:
-        self._worker = worker
         loaded = worker.load()
         num_blocks = worker.profile()
         self._info = EngineInfo(
@@ -64,6 +60,10 @@ class EngineCore:
             seed=config.seed,
             is_ready=self._structured.is_ready,
         )
+        run_ahead = config.async_scheduling
+        if run_ahead is None:
+            run_ahead = loaded.device.startswith("cuda")
+        self._loop = StepLoop(self._scheduler, worker, run_ahead=run_ahead, prepare=self._add_masks)
 
     @property
     def info(self) -> EngineInfo:
@@ -71,7 +71,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._loop.has_work
 
     def add_request(self, request: Request) -> None:
         """Queue it. Raises InvalidRequestError where it can never run here."""
@@ -91,23 +91,16 @@ class EngineCore:
         self._scheduler.abort_request(request_id, choice)
 
     def step(self) -> StepOutput:
-        """One schedule → execute → update. A step that the device has no memory for is given up
-        and its load reduced; the next call tries again."""
-        scheduled = self._scheduler.schedule()
-        if not scheduled.sequences:
+        """One schedule → launch → update, see `StepLoop.step`."""
+        outputs = self._loop.step()
+        self._structured.forget_finished(outputs)
+        stats = self._scheduler.stats()
+        if not (outputs or stats.step_tokens):
             self._structured.wait_compiled(COMPILE_WAIT_SECONDS)
-        scheduled = scheduled._replace(token_masks=self._structured.start(scheduled))
-        outputs: list[SequenceOutput]
-        try:
-            result = self._worker.execute(scheduled)
-        except DeviceMemoryError as error:
-            logger.warning("step %d: %s; trying again with less", scheduled.step, error.message)
-            self._scheduler.reduce_load()
-            outputs = []
-        else:
-            outputs = self._scheduler.update_from_output(scheduled, result)
-            self._structured.forget_finished(outputs)
-        return StepOutput(outputs, self._scheduler.stats())
+        return StepOutput(outputs, stats)
+
+    def _add_masks(self, scheduled: SchedulerOutput) -> SchedulerOutput:
+        return scheduled._replace(token_masks=self._structured.start(scheduled))
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats()

@@ -19,7 +19,7 @@ from heapq import heappop, heappush, heapreplace
 from itertools import count
 from operator import attrgetter
 
-from .sequence import Rank, Sequence
+from .sequence import Rank, Sequence, SequenceStatus
 from .waiting_queue import WaitingQueue
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1, 2
@@ -103,10 +103,11 @@ class FairQueue(WaitingQueue):
     def charge_outputs(
         self, sequences: Iterable[Sequence], token_ids: Iterable[int | None]
     ) -> None:
-        """For the tokens that a step's rows generated; None for rows that did not."""
+        """For the tokens that a step's rows generated; None for rows that did not. Rows that have
+        ended since the step was launched get none."""
         accounts = self._accounts
         for sequence, token_id in zip(sequences, token_ids, strict=True):
-            if token_id is not None:
+            if token_id is not None and sequence.status is not SequenceStatus.FINISHED:
                 account = accounts.get(sequence.request.user) or self._account(sequence)
                 account.service += OUTPUT_WEIGHT
 

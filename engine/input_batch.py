@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .outputs import SchedulerOutput
+from .sequence import UNKNOWN_TOKEN
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,7 +29,7 @@ class HostStep(NamedTuple):
 
     Rows with one new token come first (`num_decodes`). `sampling_rows` are the batch rows that
     reach their sequence's last token, ascending; rows that are pooled stand in `pooled_rows` and
-    sample nothing.
+    sample nothing. The token of `unknown_rows` is still being sampled: their input id is 0.
     """
 
     order: list[int]
@@ -39,6 +40,7 @@ class HostStep(NamedTuple):
     max_query_len: int
     sampling_rows: NDArray[np.int64]
     pooled_rows: list[int]
+    unknown_rows: list[int]
     slot_mapping: NDArray[np.int64]
     block_table: NDArray[np.int32]
     query_start_loc: NDArray[np.int32]
@@ -168,7 +170,9 @@ class InputBatch:
         num_seqs, num_tokens = len(sequences), output.total_tokens
         num_decodes = int(np.count_nonzero(counts == 1))
 
-        self._fill_input_ids(sequences, starts.tolist(), stops.tolist(), num_decodes, num_tokens)
+        unknown_rows = self._fill_input_ids(
+            sequences, starts.tolist(), stops.tolist(), num_decodes, num_tokens
+        )
         loc = self._query_start_loc.array
         np.cumsum(counts, out=loc[1 : num_seqs + 1])
         self._seq_lens.array[:num_seqs] = stops
@@ -198,6 +202,7 @@ class InputBatch:
             max_query_len=int(counts.max()),
             sampling_rows=sampling_rows,
             pooled_rows=pooled_rows,
+            unknown_rows=unknown_rows,
             slot_mapping=slots,
             block_table=table,
             query_start_loc=loc[: num_seqs + 1],
@@ -234,7 +239,8 @@ class InputBatch:
         stops: list[int],
         num_decodes: int,
         num_tokens: int,
-    ) -> None:
+    ) -> list[int]:
+        """Returns the rows whose token is unknown; only those with one new token can be."""
         ids = self._input_ids.array
         ids[:num_decodes] = [
             sequence.token_ids[start]
@@ -249,3 +255,6 @@ class InputBatch:
         ids[num_decodes:num_tokens] = np.fromiter(
             chain.from_iterable(tail), dtype=np.int64, count=num_tokens - num_decodes
         )
+        unknown = np.nonzero(ids[:num_decodes] == UNKNOWN_TOKEN)[0]
+        ids[unknown] = 0
+        return unknown.tolist()

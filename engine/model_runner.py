@@ -19,22 +19,15 @@ from .decode_graphs import Capture, DecodeGraphs, ModelOutput, NotCapturableErro
 from .device_copy import to_device
 from .errors import StepFailedError
 from .input_batch import DeviceStep, HostStep, InputBatch
-from .logprobs import compute_logprobs
-from .outputs import BlockCopy, ModelRunnerOutput, RowError, SchedulerOutput
+from .outputs import BlockCopy, RowError, SchedulerOutput
 from .pooling import Pooler
+from .prompt_logprobs import prompt_logprobs
 from .request import Request
 from .sampler import Sampler
 from .sampling_params import SamplingParams
 from .sequence import Rank
 from .sequence import Sequence as TokenSequence
-from .step_results import (
-    PromptChunk,
-    RowSamples,
-    collect_embedding,
-    collect_prompt,
-    collect_samples,
-    to_host,
-)
+from .step_results import RowSamples, StepResults
 
 if TYPE_CHECKING:
     from ..kernels.cascade import CascadeWorkspace
@@ -44,9 +37,6 @@ if TYPE_CHECKING:
     from .structured_output import TokenMasks
 
 logger = logging.getLogger("quire.engine")
-
-PROMPT_LOGIT_ELEMENTS = 1 << 25
-"""Logits of prompt tokens are made at most so many at a time: 128 MiB in float32."""
 
 
 class ModelRunner:
@@ -76,6 +66,7 @@ class ModelRunner:
         )
         self._sampler = Sampler(spec.vocab_size, model.device)
         self._pooler = Pooler()
+        self._last_samples: list[RowSamples] = []
         self._graphs: DecodeGraphs | None = None
         self._windows = frozenset(spec.windows)
         self._group = spec.num_attention_heads // spec.num_kv_heads
@@ -97,43 +88,57 @@ class ModelRunner:
             )
 
     @torch.inference_mode()
-    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        """Run one step; results are parallel to `output.sequences`. One synchronisation."""
+    def launch(self, output: SchedulerOutput) -> StepResults:
+        """Begin a step; the device is waited for when its results are called for."""
         self._batch.apply(output)
         self._sampler.forget(output.released)
         self._pooler.forget(output.released)
-        self._copy_blocks(output.block_copies)
+        try:
+            self._copy_blocks(output.block_copies)
+        except torch.OutOfMemoryError as error:  # no later step would make up for them
+            raise RuntimeError("out of device memory for the copies of blocks") from error
         if not output.sequences:
-            return ModelRunnerOutput([], {}, {}, {}, {})
+            return StepResults(0, [], [], [], {}, {})
         host, step = self._batch.prepare(output)
+        if host.unknown_rows:
+            self._feed_back(host, step.input_ids)
         hidden, logits = self._run_model(host, step)
-        prompt_chunks = self._prompt_logprobs(host, hidden)
-        result = ModelRunnerOutput([None] * len(output.sequences), {}, {}, {}, {})
+        chunks = prompt_logprobs(self._model, host, hidden)
+        errors: dict[int, RowError] = {}
         samples: list[RowSamples] = []
+        masks = output.token_masks
         if len(host.sampling_rows):
             rows = [host.order[row] for row in host.sampling_rows]
             sequences = [output.sequences[row] for row in rows]
-            samples = self._sample(rows, sequences, logits, result.errors, output.token_masks)
+            last_ids = step.input_ids[step.logit_indices]
+            samples = self._sample(rows, sequences, logits, last_ids, errors, masks)
         # Last, since a step that runs out of memory before its end is tried again.
         pooled = self._pooler(host, hidden) if host.pooled_rows else []
-        samples, prompt_chunks, pooled = to_host(samples, prompt_chunks, pooled)
-        for sample in samples:
-            collect_samples(result, sample)
-        if output.token_masks is not None:
-            for row, error in output.token_masks.errors.items():
-                result.errors[row] = error
-                result.token_ids[row] = None
-        for chunk in prompt_chunks:
-            collect_prompt(result, host.order[chunk.row], chunk)
-        for vector in pooled:
-            collect_embedding(result, host.order[vector.row], vector)
-        return result
+        self._last_samples = samples
+        mask_errors = masks.errors if masks is not None else {}
+        return StepResults(len(host.order), samples, chunks, pooled, errors, mask_errors)
+
+    def _feed_back(self, host: HostStep, input_ids: torch.Tensor) -> None:
+        """Put what the last step sampled where this step's tokens are unknown to the host. A row
+        that failed there keeps token 0: its results will be dropped."""
+        last = self._last_samples
+        sampled = {
+            sequence.seq_id: index
+            for index, sequence in enumerate(chain.from_iterable(s.sequences for s in last))
+        }
+        rows = [row for row in host.unknown_rows if host.sequences[row].seq_id in sampled]
+        if rows:
+            sources = [sampled[host.sequences[row].seq_id] for row in rows]
+            to, source = to_device([rows, sources], torch.int64, input_ids.device)
+            token_ids = torch.cat([sample.output.token_ids for sample in last])
+            input_ids.index_copy_(0, to, token_ids.index_select(0, source))
 
     def _sample(
         self,
         rows: list[int],
         sequences: list[TokenSequence],
         logits: torch.Tensor,
+        last_ids: torch.Tensor,
         errors: dict[int, RowError],
         masks: TokenMasks | None,
     ) -> list[RowSamples]:
@@ -141,21 +146,25 @@ class ModelRunner:
         offender alone. Raises where every row fails: then the fault is not a row's."""
         try:
             constrained = [at for at, row in enumerate(rows) if masks and row in masks.rows]
-            batch = self._sampler.prepare(sequences, constrained_rows=constrained)
+            batch = self._sampler.prepare(
+                sequences, constrained_rows=constrained, last_token_ids=last_ids
+            )
             bitmask = None
             if masks and constrained:
                 bitmask = _bitmask(masks, [rows[at] for at in constrained], logits.device)
-            return [RowSamples(rows, batch, self._sampler(logits, batch, bitmask))]
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception:
+            return [RowSamples(rows, sequences, batch, self._sampler(logits, batch, bitmask))]
+        except Exception as error:
+            if _is_fault_of_device(error):
+                raise
             if len(rows) == 1:
                 logger.exception("sampling %s failed", sequences[0])
                 errors[rows[0]] = RowError(StepFailedError.code, "its row raised in the sampler")
                 return []
             alone = [
-                self._sample([row], [sequence], row_logits[None], errors, masks)
-                for row, sequence, row_logits in zip(rows, sequences, logits, strict=True)
+                self._sample(
+                    [row], [sequences[at]], logits[at, None], last_ids[at, None], errors, masks
+                )
+                for at, row in enumerate(rows)
             ]
             samples = list(chain.from_iterable(alone))
             if not samples:
@@ -321,28 +330,12 @@ class ModelRunner:
 
         return build_cpu_plan(query_start_loc, seq_lens, self._group)
 
-    def _prompt_logprobs(self, host: HostStep, hidden: torch.Tensor) -> list[PromptChunk]:
-        """For rows that ask: the log-probability of each prompt token that follows a computed
-        one. Memory is bounded by working through the positions in slices."""
-        chunks = []
-        for row, sequence in enumerate(host.sequences):
-            num_top = sequence.request.sampling_params.prompt_logprobs
-            if num_top is None or sequence.choice != 0:
-                continue
-            start = int(host.starts[row])
-            count = min(int(host.lengths[row]), sequence.num_prompt_tokens - 1 - start)
-            first = int(host.query_start_loc[row])
-            if count <= 0:
-                continue
-            ids = sequence.token_ids[start + 1 : start + 1 + count]
-            targets = to_device(ids, torch.int64, hidden.device)
-            size = max(1, PROMPT_LOGIT_ELEMENTS // self._model.spec.vocab_size)
-            for begin in range(0, count, size):
-                end = min(begin + size, count)
-                logits = self._model.logits(hidden[first + begin : first + end])
-                logprobs = compute_logprobs(logits, targets[begin:end], num_top)
-                chunks.append(PromptChunk(row, num_top, logprobs))
-        return chunks
+
+def _is_fault_of_device(error: Exception) -> bool:
+    """Whether it says nothing about the rows: torch has types for most such errors, Triton and the
+    libraries below raise RuntimeErrors that name CUDA."""
+    types = (torch.OutOfMemoryError, torch.AcceleratorError)
+    return isinstance(error, types) or (isinstance(error, RuntimeError) and "CUDA" in str(error))
 
 
 def _bitmask(masks: TokenMasks, rows: list[int], device: torch.device) -> torch.Tensor:

@@ -21,7 +21,8 @@ from .request import Pooling
 
 
 class PooledRow(NamedTuple):
-    """The embedding `[hidden_size]`, float32, of a batch row that reached its prompt's end."""
+    """The embedding `[hidden_size]`, float32, of a row of the scheduler's output that reached its
+    prompt's end."""
 
     row: int
     vector: torch.Tensor
@@ -56,7 +57,9 @@ class Pooler:
                 value = _join(self._partial[sequence.seq_id], value, pooling)
             partial[sequence.seq_id] = value
             if start + length == sequence.num_prompt_tokens:
-                complete.append(PooledRow(row, value / _weight(start + length, pooling)))
+                complete.append(
+                    PooledRow(host.order[row], value / _weight(start + length, pooling))
+                )
         self._partial.update(partial)
         return complete
 

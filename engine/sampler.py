@@ -70,9 +70,10 @@ class Sampler:
         sequences: Sequence[TokenSequence],
         positions: Sequence[int] | None = None,
         constrained_rows: Sequence[int] = (),
+        last_token_ids: Tensor | None = None,
     ) -> SamplingBatch:
         """See `SamplingBatchBuilder.build`; nearly free while the same sequences sample."""
-        return self._builder.build(sequences, positions, constrained_rows)
+        return self._builder.build(sequences, positions, constrained_rows, last_token_ids)
 
     def forget(self, seq_ids: Iterable[int]) -> None:
         """Drop what is kept for sequences that finished or were preempted."""

@@ -47,11 +47,13 @@ class SamplingBatchBuilder:
         sequences: Sequence[TokenSequence],
         positions: Sequence[int] | None = None,
         constrained_rows: Sequence[int] = (),
+        last_token_ids: Tensor | None = None,
     ) -> SamplingBatch:
         """The batch whose row i samples `sequences[i]` at index `positions[i]` of its tokens.
 
-        Positions default to the sequences' lengths; tokens before them must be known if the row
-        has penalties or bad words. `constrained_rows`, ascending, have a token bitmask.
+        Positions default to the sequences' lengths. Rows with bad words read the tokens before
+        them; so do rows with penalties, but take the last from `last_token_ids` [R], if given: the
+        host need not know it. `constrained_rows`, ascending, have a token bitmask.
         """
         constrained = tuple(constrained_rows)
         # Sequences compare by identity: this is a scan of pointers.
@@ -73,7 +75,7 @@ class SamplingBatchBuilder:
             plan,
             device_positions,
             self._suppress(plan, positions),
-            self._record(plan.penalties, positions),
+            self._record(plan.penalties, positions, device_positions, last_token_ids),
         )
 
     def forget(self, seq_ids: Iterable[int]) -> None:
@@ -110,12 +112,25 @@ class SamplingBatchBuilder:
             self._suppressed_tokens = tokens
         return self._suppressed
 
-    def _record(self, rows: PenaltyRows | None, positions: Sequence[int]) -> Tensor | None:
+    def _record(
+        self,
+        rows: PenaltyRows | None,
+        positions: Sequence[int],
+        device_positions: Tensor | None,
+        last_token_ids: Tensor | None,
+    ) -> Tensor | None:
         if rows is None:
             return None
+        assert device_positions is not None
         lengths = [positions[row] for row in rows.batch_rows]
-        slots = self.history.record(rows.sequences, lengths)
+        known = lengths if last_token_ids is None else [length - 1 for length in lengths]
+        slots = self.history.record(rows.sequences, known)
         if slots != self._slots or self._slot_index is None:
             self._slots = slots
             self._slot_index = to_device(slots, torch.int64, self.device)
-        return self.history.tokens[:, : max(lengths)].index_select(0, self._slot_index)
+        tokens = self.history.tokens
+        if last_token_ids is not None:
+            last = last_token_ids.index_select(0, rows.batch_index)
+            ends = device_positions.index_select(0, rows.batch_index) - 1
+            tokens[self._slot_index, ends] = last.to(tokens.dtype)
+        return tokens[:, : max(lengths)].index_select(0, self._slot_index)

@@ -166,3 +166,16 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether sampling a token takes, on the host, the tokens before it."""
+        return bool(self.bad_words) or self.beam_width is not None

@@ -146,15 +146,7 @@ def _is_plain(params: SamplingParams) -> bool:
         and params.allowed_token_ids is None
         and not params.bad_words
         and params.min_tokens == 0
-        and not _has_penalties(params)
-    )
-
-
-def _has_penalties(params: SamplingParams) -> bool:
-    return (
-        params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
+        and not params.has_penalties
     )
 
 
@@ -299,7 +291,7 @@ class PlanMaker:
         indices = [
             index
             for index, row in enumerate(working)
-            if _has_penalties(sequences[row].request.sampling_params)
+            if sequences[row].request.sampling_params.has_penalties
         ]
         if not indices:
             return None

@@ -72,6 +72,7 @@ class Scheduler:
         self._admission = Admission(block_manager, clock)
         self._requests = RequestTable(policy, eos_token_ids, seed)
         self._budget = max_num_batched_tokens
+        self._ran_out = False  # the last step found too little device memory
         self._released: list[int] = []
         self._beams = BeamSearch(block_manager, self.running, self.waiting, self._released)
         self._outputs: list[SequenceOutput] = []
@@ -162,7 +163,7 @@ class Scheduler:
             self._fair.rank(self.running)
         preemptions = self._preemptions
         budget = self._schedule_running(output, self._budget)
-        if self._preemptions == preemptions:
+        if self._preemptions == preemptions and not (self._ran_out and self.running):
             budget = self._schedule_waiting(output, budget)
         self.block_manager.end_step()
         output.released.extend(self._released)
@@ -178,11 +179,11 @@ class Scheduler:
         i = 0
         while i < len(running) and budget > 0:
             sequence = running[i]
-            computed = sequence.num_computed_tokens
+            computed = sequence.num_computed_tokens + sequence.num_in_flight
             num_new = len(sequence.token_ids) - computed
             if num_new != 1 or sequence.held_forks:
                 num_new = self._fork_or_limit(sequence)
-                if num_new == 0:  # a beam that waits for the others
+                if num_new == 0:  # a beam that waits for the others, or its last step is in flight
                     i += 1
                     continue
                 num_new = min(num_new, max(budget - (len(running) - i - 1), 1))
@@ -212,7 +213,7 @@ class Scheduler:
             if sequence.num_computed_tokens < sequence.fork_at:
                 return sequence.fork_at - sequence.num_computed_tokens
             self._fork(sequence)
-        return len(sequence.token_ids) - sequence.num_computed_tokens
+        return len(sequence.token_ids) - sequence.num_computed_tokens - sequence.num_in_flight
 
     def _allocate(self, sequence: Sequence, num_new: int, output: SchedulerOutput) -> bool:
         """Get slots, preempting from the end as needed; False if `sequence` itself had to go."""
@@ -223,7 +224,8 @@ class Scheduler:
             if victim is sequence:
                 return False
         if copies:  # the copy replaced the block that held the first new token
-            start = sequence.num_computed_tokens // self.block_manager.block_size
+            computed = sequence.num_computed_tokens + sequence.num_in_flight
+            start = computed // self.block_manager.block_size
             output.block_copies.extend(copies)
         output.table_changes.append(TableChange(sequence, start))
         return True
@@ -290,11 +292,11 @@ class Scheduler:
         return budget
 
     def reduce_load(self) -> None:
-        """The last step ran out of device memory: have less in the next one.
+        """The last step ran out of device memory, and none is in flight: have less in the next.
 
-        Halves the budget and preempts the youngest; a sequence that fails alone under the
-        smallest budget ends with DeviceMemoryError. The budget doubles again with every step
-        that succeeds.
+        Halves the budget and preempts the youngest, and admits nobody to the next step; so a
+        sequence comes to run alone, and ends with DeviceMemoryError if it fails then under the
+        smallest budget. The budget doubles again with every step that succeeds.
         """
         smallest = self.block_manager.block_size
         if len(self.running) > 1:
@@ -303,6 +305,7 @@ class Scheduler:
             error = RowError(DeviceMemoryError.code, "out of device memory, even when run alone")
             self._fail(self.running[0], error)
         self._budget = max(min(self._budget, self._step_tokens) // 2, smallest)
+        self._ran_out = True
 
     # -- update -----------------------------------------------------------------------------
 
@@ -314,6 +317,7 @@ class Scheduler:
             self._budget = min(self._budget * 2, self.max_num_batched_tokens)
         if self._fair is not None:
             self._fair.charge_outputs(output.sequences, result.token_ids)
+        self._ran_out = False
         now = self._clock()
         outputs = self._outputs
         if self._beams:
@@ -327,12 +331,18 @@ class Scheduler:
                 strict=True,
             )
         ):
+            if sequence.status is SequenceStatus.FINISHED:
+                continue  # it ended while the step was in flight
             if result.errors and row in result.errors:
                 self._fail(sequence, result.errors[row], poisoned=True)
                 continue
-            computed = sequence.num_computed_tokens = start + num_new
-            if computed >= sequence.commit_at:
-                self.block_manager.commit_full_blocks(sequence)
+            end = start + num_new
+            if sequence.status is SequenceStatus.RUNNING:  # else preempted: its tokens stay
+                sequence.num_computed_tokens = end
+                if sequence.num_in_flight:
+                    sequence.num_in_flight -= num_new
+                if end >= sequence.commit_at:
+                    self.block_manager.commit_full_blocks(sequence)
             if result.prompt_logprobs and row in result.prompt_logprobs:
                 take_prompt_logprobs(sequence, start, result.prompt_logprobs[row])
             if result.embeddings and row in result.embeddings:
@@ -340,17 +350,20 @@ class Scheduler:
                 self._release(sequence)
             if token_id is None:
                 continue
-            sequence.token_ids.append(token_id)
+            if end < len(sequence.token_ids):  # it stands as unknown
+                sequence.token_ids[end] = token_id
+            else:
+                sequence.token_ids.append(token_id)
             if (
                 sequence.first_token_time is not None
                 and token_id not in sequence.stop_ids
-                and len(sequence.token_ids) < sequence.stop_at
+                and end + 1 < sequence.stop_at
                 and not (result.logprobs and row in result.logprobs)
             ):
                 request_id = sequence.request.request_id
                 outputs.append(SequenceOutput(request_id, sequence.choice, [token_id]))
             else:
-                final = token_output(sequence, result.logprobs.get(row), now)
+                final = token_output(sequence, end + 1, result.logprobs.get(row), now)
                 outputs.append(final)
                 if final.finish_reason:
                     self._release(sequence)

@@ -9,6 +9,10 @@ from typing import NamedTuple
 from .outputs import TokenLogprobs
 from .request import Request
 
+UNKNOWN_TOKEN = -1
+"""Stands at the end of `token_ids` for a token that is sampled by a step whose results are not
+here yet; the device knows it."""
+
 _seq_ids = count()
 
 
@@ -39,10 +43,12 @@ class Sequence:
       K/V in the blocks of `block_table`, in order, and never more than `len(token_ids)`.
     - `block_hashes[i]` is the chained hash of the i-th full block of tokens; it outlives a
       preemption, since it depends on tokens alone.
+    - `num_in_flight` tokens behind them are being computed by steps that were launched and whose
+      results are not here yet; the token that they sample, if they do, is UNKNOWN_TOKEN.
     - There are no phases: a sequence is caught up when one token is left to compute; then its
       step samples the next one.
 
-    Only scheduler and block manager write it; the worker reads.
+    Only the scheduler, its step loop and block manager write it; the worker reads.
     """
 
     __slots__ = (
@@ -55,12 +61,14 @@ class Sequence:
         "held_forks",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_in_flight",
         "num_logprobs",
         "num_preemptions",
         "num_prompt_tokens",
         "pooling",
         "prompt_logprobs",
         "rank",
+        "reads_tokens",
         "request",
         "scheduled_time",
         "seed",
@@ -89,6 +97,7 @@ class Sequence:
         self.stop_at = self.num_prompt_tokens + params.max_tokens
         """Length at which the sequence ends with finish_reason "length"."""
         self.num_computed_tokens = 0
+        self.num_in_flight = 0
         self.num_cached_tokens: int | None = None
         """Prompt tokens found in the prefix index at first admission; None before it."""
         self.num_preemptions = 0
@@ -105,6 +114,8 @@ class Sequence:
         if params.beam_width is not None:
             self.num_logprobs = max(params.logprobs or 0, params.beam_width + len(stop_ids))
         self.pooling = request.pooling
+        self.reads_tokens = request.grammar is not None or params.reads_tokens
+        """The next token cannot be sampled before the host knows the last."""
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         """One entry a prompt position, as far as computed; the first has no predecessor."""
         self.scheduled_time: float | None = None

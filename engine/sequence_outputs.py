@@ -6,15 +6,18 @@ from .outputs import FinishReason, RowError, SequenceOutput, Timings, TokenLogpr
 from .sequence import Sequence
 
 
-def token_output(sequence: Sequence, logprobs: TokenLogprobs | None, now: float) -> SequenceOutput:
-    """The output of the last token of `sequence`, which is its first or last or has `logprobs`."""
-    token_id = sequence.token_ids[-1]
+def token_output(
+    sequence: Sequence, length: int, logprobs: TokenLogprobs | None, now: float
+) -> SequenceOutput:
+    """The output of the last of the sequence's first `length` tokens, which is the first or the
+    last of its output or has `logprobs`."""
+    token_id = sequence.token_ids[length - 1]
     reason: FinishReason | None = None
     if token_id in sequence.stop_ids:
         reason = "stop"
-    elif len(sequence.token_ids) >= sequence.stop_at:
+    elif length >= sequence.stop_at:
         reason = "length"
-    wanted = len(sequence.token_ids) <= sequence.stop_at  # max_tokens 0 only wants the prompt
+    wanted = length <= sequence.stop_at  # max_tokens 0 only wants the prompt
     first = sequence.first_token_time is None
     if first:
         sequence.first_token_time = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,61 +11,89 @@ from .errors import NonFiniteLogitsError
 from .logprobs import LogprobTensors, to_token_logprobs
 from .outputs import ModelRunnerOutput, RowError
 from .pooling import PooledRow
+from .prompt_logprobs import PromptChunk
 from .sampler import SamplerOutput, collect_logprobs
 from .sampling_metadata import SamplingBatch
-
-
-class PromptChunk(NamedTuple):
-    """Prompt log-probabilities of one row: `num_top` alternatives at each of its positions."""
-
-    row: int
-    num_top: int
-    logprobs: LogprobTensors
+from .sequence import Sequence
 
 
 class RowSamples(NamedTuple):
     """What was sampled for these rows of the scheduler's output."""
 
     rows: list[int]
+    sequences: list[Sequence]
     batch: SamplingBatch
     output: SamplerOutput
 
 
-def to_host(
-    samples: list[RowSamples], chunks: list[PromptChunk], pooled: list[PooledRow]
-) -> tuple[list[RowSamples], list[PromptChunk], list[PooledRow]]:
-    """Bring a step's results to the host: all copies are queued, then waited for once."""
-    device = None
+class StepResults:
+    """The results of a launched step: on their way to the host at once, made plain when called
+    for. `errors` are those known already; `mask_errors` those that filling its masks found."""
 
-    def pull(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal device
+    def __init__(
+        self,
+        num_rows: int,
+        samples: list[RowSamples],
+        chunks: list[PromptChunk],
+        pooled: list[PooledRow],
+        errors: dict[int, RowError],
+        mask_errors: Mapping[int, RowError],
+    ) -> None:
+        """All copies are queued here, and waited for once, in the call."""
+        self._num_rows = num_rows
+        self._errors = errors
+        self._mask_errors = mask_errors
+        self._arrived: torch.cuda.Event | None = None
+        self._samples = [
+            sample._replace(
+                output=SamplerOutput(
+                    self._pull(sample.output.token_ids),
+                    self._pull(sample.output.finite),
+                    self._pull_all(sample.output.logprobs),
+                )
+            )
+            for sample in samples
+        ]
+        self._chunks = [
+            chunk._replace(logprobs=LogprobTensors(*map(self._pull, chunk.logprobs)))
+            for chunk in chunks
+        ]
+        self._pooled = [row._replace(vector=self._pull(row.vector)) for row in pooled]
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def _pull(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type == "cpu":
             return tensor
-        device = tensor.device
+        if self._arrived is None:
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return pinned.copy_(tensor, non_blocking=True)
 
-    def pull_all(tensors: LogprobTensors) -> LogprobTensors:
-        return LogprobTensors(*map(pull, tensors))
+    def _pull_all(self, tensors: LogprobTensors | None) -> LogprobTensors | None:
+        return None if tensors is None else LogprobTensors(*map(self._pull, tensors))
 
-    pulled = []
-    for sample in samples:
-        token_ids, finite, logprobs = sample.output
-        logprobs = None if logprobs is None else pull_all(logprobs)
-        output = SamplerOutput(pull(token_ids), pull(finite), logprobs)
-        pulled.append(sample._replace(output=output))
-    chunks = [chunk._replace(logprobs=pull_all(chunk.logprobs)) for chunk in chunks]
-    pooled = [row._replace(vector=pull(row.vector)) for row in pooled]
-    if device is not None:
-        torch.cuda.current_stream(device).synchronize()
-    return pulled, chunks, pooled
+    def __call__(self) -> ModelRunnerOutput:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        result = ModelRunnerOutput([None] * self._num_rows, {}, {}, self._errors, {})
+        for sample in self._samples:
+            _collect_samples(result, sample)
+        for row, error in self._mask_errors.items():
+            result.errors[row] = error
+            result.token_ids[row] = None
+        for chunk in self._chunks:
+            _collect_prompt(result, chunk)
+        for vector in self._pooled:
+            _collect_embedding(result, vector)
+        return result
 
 
 def _non_finite(what: str = "logits") -> RowError:
     return RowError(NonFiniteLogitsError.code, f"the model's {what} are not finite")
 
 
-def collect_samples(result: ModelRunnerOutput, sample: RowSamples) -> None:
+def _collect_samples(result: ModelRunnerOutput, sample: RowSamples) -> None:
     token_ids, finite = sample.output.token_ids.tolist(), sample.output.finite.tolist()
     for row, token_id, is_finite in zip(sample.rows, token_ids, finite, strict=True):
         if is_finite:
@@ -75,7 +104,8 @@ def collect_samples(result: ModelRunnerOutput, sample: RowSamples) -> None:
         result.logprobs[sample.rows[index]] = entry
 
 
-def collect_prompt(result: ModelRunnerOutput, row: int, chunk: PromptChunk) -> None:
+def _collect_prompt(result: ModelRunnerOutput, chunk: PromptChunk) -> None:
+    row = chunk.row
     if chunk.logprobs.logprobs.isnan().any():
         result.errors[row] = _non_finite()
         result.token_ids[row] = None
@@ -85,8 +115,8 @@ def collect_prompt(result: ModelRunnerOutput, row: int, chunk: PromptChunk) -> N
     result.prompt_logprobs.setdefault(row, []).extend(entries)
 
 
-def collect_embedding(result: ModelRunnerOutput, row: int, pooled: PooledRow) -> None:
+def _collect_embedding(result: ModelRunnerOutput, pooled: PooledRow) -> None:
     if pooled.vector.isfinite().all():
-        result.embeddings[row] = pooled.vector.numpy().astype("<f4").tobytes()
+        result.embeddings[pooled.row] = pooled.vector.numpy().astype("<f4").tobytes()
     else:
-        result.errors[row] = _non_finite("hidden states")
+        result.errors[pooled.row] = _non_finite("hidden states")

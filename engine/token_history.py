@@ -16,7 +16,8 @@ class TokenHistory:
     """One row of tokens per sequence; a step appends what is new and copies nothing else.
 
     A sequence gets a slot when it is first recorded and gives it back with `forget`. Its row is
-    written from its own `token_ids`, so forks and preempted sequences need no special care.
+    written from its own `token_ids`, so forks and preempted sequences need no special care; the
+    last token, which the host may not know yet, is put behind them by whoever has it on the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,12 +33,13 @@ class TokenHistory:
         return len(self._slots)
 
     def record(self, sequences: Sequence[TokenSequence], lengths: Sequence[int]) -> list[int]:
-        """Bring the rows up to `lengths` tokens; return the sequences' slots."""
+        """Bring the rows up to `lengths` tokens, with room for one more; the sequences' slots."""
         missing = sum(sequence.seq_id not in self._slots for sequence in sequences)
-        self._reserve(missing, max(lengths))
+        self._reserve(missing, max(lengths) + 1)
         capacity = self.tokens.shape[1]
         indices: list[int] = []
         values: list[int] = []
+        recorded: dict[int, int] = {}
         for sequence, length in zip(sequences, lengths, strict=True):
             seq_id = sequence.seq_id
             if seq_id not in self._slots:
@@ -48,10 +50,11 @@ class TokenHistory:
                 base = self._slots[seq_id] * capacity
                 indices.extend(range(base + start, base + length))
                 values.extend(sequence.token_ids[start:length])
-                self._lengths[seq_id] = length
+                recorded[seq_id] = length
         if indices:
             updates = to_device([indices, values], torch.int64, self.tokens.device)
             self.tokens.view(-1).scatter_(0, updates[0], updates[1].to(torch.int32))
+        self._lengths.update(recorded)  # last: a step that runs out of memory is tried again
         return [self._slots[sequence.seq_id] for sequence in sequences]
 
     def forget(self, seq_ids: Iterable[int]) -> None:

@@ -17,8 +17,8 @@ from .kv_scales import read_kv_scales
 from .loader import load_model, resolve_kv_cache_dtype
 from .model_runner import ModelRunner
 from .model_spec import one_line
-from .outputs import ModelRunnerOutput, SchedulerOutput
-from .worker_protocol import WorkerInfo
+from .outputs import SchedulerOutput
+from .worker_protocol import Results, WorkerInfo
 
 
 class Worker:
@@ -81,9 +81,9 @@ class Worker:
             return []
         return graph_sizes(self._config.max_num_seqs)
 
-    def execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
+    def launch(self, scheduler_output: SchedulerOutput) -> Results:
         try:
-            return self._runner.execute(scheduler_output)
+            return self._runner.launch(scheduler_output)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise DeviceMemoryError("the device ran out of memory in a step") from error

@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     )
     load_format: LoadFormat = _option("Model", "dummy fills the shape with random weights.", "auto")
     seed: int | None = _option("Model", "Seed of dummy weights and of requests without one.", None)
-    enforce_eager: bool = _option("Model", "Never capture CUDA graphs or compile.", False)
+    enforce_eager: bool = _option("Model", "Capture no CUDA graphs of decode steps.", False)
     trust_remote_code: bool = _option("Model", "Run code found in the model's folder.", False)
     tensor_parallel_size: int = _option("Model", "Number of GPUs; only 1 works today.", 1)
     num_threads: int | None = _option("Model", "CPU threads of the engine.", ge=1)
@@ -152,6 +152,9 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = _option("Scheduling", "Most tokens in a step.", 8192, ge=1)
     scheduling_policy: SchedulingPolicy = _option(
         "Scheduling", "Order of waiting requests.", "fcfs"
+    )
+    async_scheduling: bool | None = _option(
+        "Scheduling", "Launch a step before the last one's results are known. Default: on CUDA."
     )
     max_num_queued_reqs: int | None = _option(
         "Scheduling", "Waiting requests beyond which new ones get 429.", 1024, ge=0
@@ -293,6 +296,7 @@ class Settings(BaseSettings):
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             scheduling_policy=self.scheduling_policy,
+            async_scheduling=self.async_scheduling,
             max_logprobs=self.max_logprobs,
             num_threads=self.num_threads,
             pooling=self.pooling,

@@ -7,10 +7,11 @@ from itertools import count
 from typing import Any
 
 from quire.engine.block_manager import BlockManager
-from quire.engine.outputs import SequenceOutput
+from quire.engine.outputs import SchedulerOutput, SequenceOutput
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.scheduler import Scheduler
+from quire.engine.step_loop import StepLoop
 
 from .paged_fake import NextToken, PagedFakeWorker, chain, logprobs, next_token
 
@@ -84,6 +85,7 @@ class Harness:
         sample: NextToken = next_token,
         prefix_caching: bool = True,
         check: bool = True,
+        run_ahead: bool = False,
         **scheduler_fields: Any,
     ) -> None:
         self.time = 0.0
@@ -97,6 +99,9 @@ class Harness:
             **scheduler_fields,
         )
         self.worker = PagedFakeWorker(num_blocks, block_size, sample)
+        self.loop = StepLoop(
+            self.scheduler, self.worker, run_ahead=run_ahead, prepare=self._check_budget
+        )
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.finals: dict[tuple[str, int], SequenceOutput] = {}
 
@@ -106,9 +111,7 @@ class Harness:
         return request
 
     def step(self) -> list[SequenceOutput]:
-        scheduled = self.scheduler.schedule()
-        assert scheduled.total_tokens <= self.scheduler.max_num_batched_tokens
-        outputs = self.scheduler.update_from_output(scheduled, self.worker.execute(scheduled))
+        outputs = self.loop.step()
         for output in outputs:
             key = (output.request_id, output.choice)
             assert key not in self.finals, f"{key} goes on after its end"
@@ -121,10 +124,14 @@ class Harness:
 
     def run(self, max_steps: int = 10_000) -> None:
         for _ in range(max_steps):
-            if not self.scheduler.has_work:
+            if not self.loop.has_work:
                 return
             self.step()
         raise AssertionError("work is left: something waits for ever")
+
+    def _check_budget(self, scheduled: SchedulerOutput) -> SchedulerOutput:
+        assert scheduled.total_tokens <= self.scheduler.max_num_batched_tokens
+        return scheduled
 
     def check_integrity(self) -> None:
         scheduler = self.scheduler

@@ -6,10 +6,13 @@ whole context through the block table: one wrong share, missed copy or early reu
 
 from __future__ import annotations
 
+import copy as copying
 from collections.abc import Callable
 
+from quire.engine.errors import DeviceMemoryError
 from quire.engine.outputs import ModelRunnerOutput, RowError, SchedulerOutput, TokenLogprobs
-from quire.engine.sequence import Sequence
+from quire.engine.sequence import UNKNOWN_TOKEN, Sequence
+from quire.engine.worker_protocol import Results
 
 NextToken = Callable[[Sequence], int]
 
@@ -46,13 +49,25 @@ class PagedFakeWorker:
         self.tables: dict[int, list[int]] = {}
         self.num_tokens = 0
         self._slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self._sampled: dict[int, int] = {}
+        self.num_fed_back = 0
+        self.runs_out_of_memory: Callable[[SchedulerOutput], bool] = lambda output: False
+
+    def launch(self, output: SchedulerOutput) -> Results:
+        """As on a device, a step runs in the order of its launch, with the tables that it had then;
+        only its results may be asked for later."""
+        result = self.execute(output)
+        return lambda: result
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         self._update_tables(output)
+        output = output._replace(sequences=[self._known(one) for one in output.sequences])
         assert len({copy.destination for copy in output.block_copies}) == len(output.block_copies)
         sources = [list(self._slots[copy.source]) for copy in output.block_copies]
         for copy, content in zip(output.block_copies, sources, strict=True):
             self._slots[copy.destination] = content
+        if self.runs_out_of_memory(output):
+            raise DeviceMemoryError("the device ran out of memory in a step")
         rows = list(
             zip(output.sequences, output.num_computed_starts, output.num_new_tokens, strict=True)
         )
@@ -75,7 +90,19 @@ class PagedFakeWorker:
                 ids, values = [token for token, _ in best], [value for _, value in best]
                 top[row] = TokenLogprobs(ids[0], values[0], 1, ids, values)
         self.num_tokens += output.total_tokens
+        pairs = zip(output.sequences, token_ids, strict=True)
+        self._sampled = {one.seq_id: token for one, token in pairs if token is not None}
         return ModelRunnerOutput(token_ids, top, {}, errors, {})
+
+    def _known(self, sequence: Sequence) -> Sequence:
+        """The sequence with the token that the last step sampled for it; a failed row's is 0."""
+        assert UNKNOWN_TOKEN not in sequence.token_ids[:-1]
+        if sequence.token_ids[-1] != UNKNOWN_TOKEN:
+            return sequence
+        self.num_fed_back += 1
+        known = copying.copy(sequence)
+        known.token_ids = [*sequence.token_ids[:-1], self._sampled.get(sequence.seq_id, 0)]
+        return known
 
     def _update_tables(self, output: SchedulerOutput) -> None:
         """Keep tables by the declared changes alone: an undeclared one shows as a difference."""

@@ -121,6 +121,7 @@ MODES: dict[str, dict[str, Any]] = {
     "blocks-of-64": {"block_size": 64, "num_blocks": 64},
     "chunked": {"max_num_batched_tokens": 16},
     "preempted": {"num_blocks": 22, "max_num_batched_tokens": 64},
+    "preempted-ahead": {"num_blocks": 22, "async_scheduling": True},
     "preempted-uncached": {"num_blocks": 22, "enable_prefix_caching": False},
 }
 

@@ -177,6 +177,40 @@ def test_a_row_that_raises_in_the_sampler_fails_alone(
         driver.step([make_sequence([5, 6], 2), make_sequence([5, 6], 2)])
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    ],
+)
+def test_a_fault_of_the_device_in_the_sampler_is_no_rows(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    driver = Driver.start(make_config(llama[0]))
+
+    def fail(*_: Any, **__: Any) -> SamplingBatch:
+        raise fault
+
+    monkeypatch.setattr(driver.worker._runner._sampler, "prepare", fail)
+    with pytest.raises(type(fault)):
+        driver.step([make_sequence([5, 6, 7], 2)])
+
+
+def test_without_memory_for_copies_the_engine_stops(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tried again, the step would have no copies, and read what stood there before."""
+    driver = Driver.start(make_config(llama[0]))
+
+    def fail(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(driver.worker._runner, "_copy_blocks", fail)
+    with pytest.raises(RuntimeError, match="for the copies of blocks"):
+        driver.step([make_sequence([5, 6, 7], 2)])
+
+
 def test_a_step_without_rows_applies_releases(llama: tuple[Path, PreTrainedModel]) -> None:
     driver = Driver.start(make_config(llama[0], max_num_seqs=1))
     first, second = (make_sequence([5, 6, 7], 2) for _ in range(2))

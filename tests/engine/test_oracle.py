@@ -14,12 +14,16 @@ import torch
 from transformers import PreTrainedModel
 
 from quire.engine.config import EngineConfig
+from quire.engine.decode_graphs import graph_sizes
 from quire.engine.engine_core import EngineCore
+from quire.engine.input_batch import HostStep
+from quire.engine.model_runner import ModelRunner
 from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request
 from quire.engine.worker import Worker
 
 from . import models
+from .cuda_on_cpu import RerunCapture, give_workspaces, use_references
 from .harness import make_request
 
 
@@ -37,7 +41,8 @@ class Engine:
             "num_threads": 1,
         }
         self.config = EngineConfig(**values | config)
-        self.core = EngineCore(self.config, Worker(self.config))
+        self.worker = Worker(self.config)
+        self.core = EngineCore(self.config, self.worker)
         self.outputs: dict[tuple[str, int], list[SequenceOutput]] = defaultdict(list)
 
     def add(self, prompt: list[int], max_tokens: int, **fields: Any) -> Request:
@@ -105,6 +110,7 @@ MODES: dict[str, dict[str, Any]] = {
     "preempted-uncached": {"num_blocks": 14, "enable_prefix_caching": False},
     "blocks-of-64": {"block_size": 64, "num_blocks": 64},
     "chunked-blocks-of-64": {"block_size": 64, "num_blocks": 64, "max_num_batched_tokens": 16},
+    "preempted-ahead": {"async_scheduling": True, "num_blocks": 14, "max_num_batched_tokens": 64},
 }
 
 
@@ -124,10 +130,34 @@ def test_greedy_tokens_equal_generate(family: tuple[Path, Reference], mode: str)
     assert (stats.prefix_hits > 0) == engine.config.enable_prefix_caching
 
 
+def capture_graphs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> RerunCapture:
+    """As on CUDA, with stand-ins for kernels and graphs."""
+    use_references(monkeypatch)
+    capture, runner = RerunCapture(), engine.worker._runner
+    give_workspaces(runner)
+    runner.capture_graphs(capture, graph_sizes(engine.config.max_num_seqs))
+    return capture
+
+
+def test_graphs_of_decodes_ahead_of_their_results(
+    family: tuple[Path, Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the last step sampled is fed back into static inputs, on the device."""
+    folder, reference = family
+    engine = Engine(folder, async_scheduling=True, max_num_seqs=11)
+    capture = capture_graphs(engine, monkeypatch)
+    wanted = [(prompt, 6 + i % 20) for i, prompt in enumerate(prompts(16))]
+    requests = [engine.add(prompt, max_tokens) for prompt, max_tokens in wanted]
+    engine.run()
+    for request, (prompt, max_tokens) in zip(requests, wanted, strict=True):
+        assert engine.tokens(request) == reference.complete(prompt, max_tokens)
+    assert capture.num_replays > 15
+
+
 def test_greedy_forks_equal_generate(family: tuple[Path, Reference]) -> None:
     folder, reference = family
-    for num_blocks in (64, 12):  # the second forces preemption among the forks
-        engine = Engine(folder, num_blocks=num_blocks)
+    for num_blocks, ahead in ((64, False), (12, False), (12, True)):  # 12: forks are preempted
+        engine = Engine(folder, num_blocks=num_blocks, async_scheduling=ahead)
         prompt = prompts(2, longest=60)[1]
         request = engine.add(prompt, 40, n=4)
         engine.run()
@@ -182,10 +212,13 @@ def test_a_seeded_sample_is_the_same_alone_and_in_a_batch(llama: Path) -> None:
         Engine(llama).complete(prompt, 20, seed=i, **sampling)
         for i, prompt in enumerate(all_prompts)
     ]
-    engine = Engine(llama, max_num_batched_tokens=48)
-    requests = [engine.add(prompt, 20, seed=i, **sampling) for i, prompt in enumerate(all_prompts)]
-    engine.run()
-    assert [engine.tokens(request) for request in requests] == alone
+    for ahead in (False, True):
+        engine = Engine(llama, max_num_batched_tokens=48, async_scheduling=ahead)
+        requests = [
+            engine.add(prompt, 20, seed=i, **sampling) for i, prompt in enumerate(all_prompts)
+        ]
+        engine.run()
+        assert [engine.tokens(request) for request in requests] == alone
     assert len({tuple(tokens) for tokens in alone}) > 8
 
 
@@ -199,3 +232,82 @@ def test_choices_of_a_seed_differ_and_repeat(llama: Path) -> None:
         runs.append([engine.tokens(request, choice) for choice in range(4)])
     assert runs[0] == runs[1]
     assert len({tuple(tokens) for tokens in runs[0]}) == 4
+
+
+STOPS = tuple(range(20, 60))
+AHEAD: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"frequency_penalty": 0.7, "presence_penalty": 0.5},
+    {"repetition_penalty": 0.8, "temperature": 0.9, "seed": 3, "n": 3},
+    {"stop_token_ids": STOPS},
+    {"stop_token_ids": STOPS, "min_tokens": 9, "frequency_penalty": 0.4},
+    {"logit_bias": ((7, 3.0), (9, 2.0)), "temperature": 1.0, "seed": 5},
+    {"allowed_token_ids": tuple(range(60, 90)), "repetition_penalty": 1.5},
+    {"logprobs": 3, "prompt_logprobs": 2},
+    {"logprobs": 2, "n": 2, "temperature": 0.7, "seed": 1, "presence_penalty": 1.0},
+    {"max_tokens": 0, "prompt_logprobs": 1},
+    {"max_tokens": 1},
+]
+"""Kinds of requests whose next step can be launched before the last one's results are known …"""
+WAITING: list[dict[str, Any]] = [
+    {"bad_words": tuple((token,) for token in range(3, 40)), "repetition_penalty": 1.2},
+    {"bad_words": tuple((a, b) for a in range(3, 19) for b in range(3, 19))},
+    {"beam_width": 3, "n": 2, "logprobs": 1},
+]
+"""… and those whose tokens the host needs before."""
+
+
+def summary(engine: Engine, request: Request) -> list[Any]:
+    """All that a client is told, but for times and how its outputs were cut into steps."""
+    told: list[Any] = []
+    for choice in range(request.sampling_params.n):
+        outputs = engine.outputs[request.request_id, choice]
+        final = outputs[-1]
+        told += [engine.tokens(request, choice), final.finish_reason, final.stop_reason]
+        for entries in (
+            (o.logprobs or [] for o in outputs),
+            (o.prompt_logprobs or [] for o in outputs),
+        ):
+            for entry in (entry for group in entries for entry in group if entry is not None):
+                told += [entry.token_id, entry.rank, entry.top_token_ids]
+                told += [pytest.approx(value, abs=1e-4) for value in entry.top_logprobs]
+    return told
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("kinds", [AHEAD, AHEAD + WAITING], ids=["ahead", "waiting-too"])
+def test_every_kind_of_request_is_the_same_one_step_ahead(
+    llama: Path, kinds: list[dict[str, Any]], graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunked, preempted and in company, against each alone and one step at a time."""
+    fed_back = 0
+    original = ModelRunner._feed_back
+
+    def feed_back(runner: ModelRunner, host: HostStep, input_ids: torch.Tensor) -> None:
+        nonlocal fed_back
+        fed_back += len(host.unknown_rows)
+        original(runner, host, input_ids)
+
+    monkeypatch.setattr(ModelRunner, "_feed_back", feed_back)
+    calm = Engine(llama, async_scheduling=False)
+    engine = Engine(
+        llama, async_scheduling=True, num_blocks=20, max_num_seqs=12, max_num_batched_tokens=40
+    )
+    wanted = [
+        (prompt, {"max_tokens": 12 + 2 * i} | kind)
+        for i, (prompt, kind) in enumerate(zip(prompts(len(kinds)), kinds, strict=True))
+    ]
+    alone = []
+    for prompt, fields in wanted:
+        alone.append(calm.add(prompt, **fields))
+        calm.run()
+    assert fed_back == 0
+    capture = capture_graphs(engine, monkeypatch) if graphs else None
+    together = [engine.add(prompt, **fields) for prompt, fields in wanted]
+    engine.run()
+    for request, other in zip(together, alone, strict=True):
+        assert summary(engine, request) == summary(calm, other), request.sampling_params
+    assert engine.core.stats().preemptions > 0
+    assert fed_back > 100
+    assert capture is None or capture.num_replays > 10

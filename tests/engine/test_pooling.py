@@ -115,12 +115,13 @@ def test_alone(
         assert_close(engine.vector(request_id), vector)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("budget", [16, 64])
 def test_among_generating_requests(
-    folder: Path, expected: dict[Pooling, list[torch.Tensor]], budget: int
+    folder: Path, expected: dict[Pooling, list[torch.Tensor]], budget: int, ahead: bool
 ) -> None:
     """All poolings at once, and the tokens of their company are those without it."""
-    engine = Engine(folder, max_num_batched_tokens=budget, max_num_seqs=6)
+    engine = Engine(folder, max_num_batched_tokens=budget, max_num_seqs=6, async_scheduling=ahead)
     prompts = make_prompts()
     reference = save_model("qwen3", folder)
     company = [engine.generate(prompt, 9) for prompt in prompts]

@@ -26,6 +26,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     """A pool so small that sharing, copying, eviction and preemption all happen within a run."""
 
     policy: SchedulingPolicy = "priority"
+    run_ahead = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,6 +37,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             policy=self.policy,
             eos_token_ids=(EOS,),
             check=False,
+            run_ahead=self.run_ahead,
         )
         self.requests: dict[str, Request] = {}
 
@@ -91,7 +93,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.requests[request.request_id] = request
 
-    @precondition(lambda self: self.harness.scheduler.has_work)
+    @precondition(lambda self: self.harness.loop.has_work)
     @rule(times=st.integers(1, 6))
     def step(self, times: int) -> None:
         before = self.harness.scheduler.stats()
@@ -112,13 +114,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), choice=st.integers(0, 2))
     def abort_any(self, data: st.DataObject, choice: int) -> None:
-        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        request_id = data.draw(st.sampled_from(list(self.requests)))
         self.harness.scheduler.abort_request(request_id, choice)
 
     @precondition(lambda self: self.harness.scheduler.running)
     @rule()
     def run_out_of_memory(self) -> None:
-        self.harness.scheduler.reduce_load()
+        self.harness.worker.runs_out_of_memory = lambda _: True
+        self.harness.step()
+        self.harness.worker.runs_out_of_memory = lambda _: False
 
     @rule()
     def forget_cache(self) -> None:
@@ -148,6 +152,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert tokens == want
 
 
+class RunAheadMachine(SchedulerMachine):
+    """Steps are launched before the last one's results are known, as on CUDA."""
+
+    run_ahead = True
+
+
 class FairSchedulerMachine(SchedulerMachine):
     policy = "fair"
 
@@ -160,6 +170,9 @@ TestScheduler.settings = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+TestRunAhead = RunAheadMachine.TestCase
+TestRunAhead.settings = settings(TestScheduler.settings, max_examples=250)
 
 TestFairScheduler = FairSchedulerMachine.TestCase
 TestFairScheduler.settings = settings(TestScheduler.settings, max_examples=150)

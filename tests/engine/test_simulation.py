@@ -1,15 +1,16 @@
-"""Ten thousand seeded requests of every kind through a small pool: nothing lost, nothing leaked,
+"""Thousands of seeded requests of every kind through a small pool: nothing lost, nothing leaked,
 and every token as if its request had run alone."""
 
 from __future__ import annotations
 
 import random
 
+import pytest
+
 from quire.engine.request import Request
 
 from .harness import Harness, expected_tokens
 
-NUM_REQUESTS = 10_000
 STEM = [random.Random(5).randrange(50, 5000) for _ in range(120)]
 
 
@@ -19,14 +20,22 @@ def random_prompt(rng: random.Random) -> list[int]:
     return shared + [rng.randrange(50, 60) for _ in range(rng.randrange(1, 30))]
 
 
-def test_ten_thousand_requests() -> None:
+@pytest.mark.parametrize(("num_requests", "run_ahead"), [(10_000, False), (4_000, True)])
+def test_thousands_of_requests(num_requests: int, run_ahead: bool) -> None:
     rng = random.Random(2024)
-    harness = Harness(num_blocks=20, budget=128, max_num_seqs=12, policy="priority", check=False)
+    harness = Harness(
+        num_blocks=20,
+        budget=128,
+        max_num_seqs=12,
+        policy="priority",
+        check=False,
+        run_ahead=run_ahead,
+    )
     requests: dict[str, Request] = {}
     step = 0
-    while len(requests) < NUM_REQUESTS or harness.scheduler.has_work:
+    while len(requests) < num_requests or harness.loop.has_work:
         for _ in range(rng.randrange(8)):
-            if len(requests) == NUM_REQUESTS or len(harness.scheduler.waiting) > 40:
+            if len(requests) == num_requests or len(harness.scheduler.waiting) > 40:
                 break
             request = harness.add(
                 random_prompt(rng),
@@ -35,6 +44,8 @@ def test_ten_thousand_requests() -> None:
                 priority=rng.randrange(3),
                 cache_salt=rng.choice([None, None, "salt"]),
                 deadline=harness.time + 30 if rng.random() < 0.02 else None,
+                stop_token_ids=tuple(rng.sample(range(3, 100), rng.choice([0, 0, 4]))),
+                bad_words=rng.choice([()] * 60 + [((4, 5),)]),
             )
             requests[request.request_id] = request
         if rng.random() < 0.2 and harness.scheduler.running:
@@ -50,14 +61,17 @@ def test_ten_thousand_requests() -> None:
     harness.assert_all_free()
     stats = harness.scheduler.stats()
     assert stats.preemptions > 100 and stats.blocks_copied > 1000 and stats.prefix_hits > 10_000
+    assert (harness.worker.num_fed_back > 5000) == run_ahead
     reasons = {final.finish_reason for final in harness.finals.values()}
-    assert reasons == {"length", "abort", "error"}
+    assert reasons == {"length", "stop", "abort", "error"}
     for request in requests.values():
         for choice in range(request.sampling_params.n):
             final = harness.finals[request.request_id, choice]
             tokens = harness.tokens[request.request_id, choice]
-            want = expected_tokens(
-                list(request.prompt_token_ids), choice, request.sampling_params.max_tokens
-            )
+            params = request.sampling_params
+            want = expected_tokens(list(request.prompt_token_ids), choice, params.max_tokens)
+            stops = [i for i, token in enumerate(want) if token in params.stop_token_ids]
+            want = want[: stops[0] + 1] if stops else want
             assert tokens == want[: len(tokens)]
-            assert (final.finish_reason == "length") == (len(tokens) == len(want))
+            ended = final.finish_reason == ("stop" if stops else "length")
+            assert ended == (len(tokens) == len(want))

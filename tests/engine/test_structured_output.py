@@ -234,11 +234,14 @@ def test_neighbours_do_not_matter(core: EngineCore) -> None:
         assert run(core, [request])[key].token_ids == together[key].token_ids
 
 
-def test_a_preempted_sequence_goes_on_where_it_was(folder: Path, core: EngineCore) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_preempted_sequence_goes_on_where_it_was(
+    folder: Path, core: EngineCore, ahead: bool
+) -> None:
     spec = json_spec({"type": "array", "items": INTEGER, "minItems": 12, "maxItems": 20})
     requests = [make_request(str(i), spec, seed=i, n=3) for i in range(3)]
     calm = run(core, requests)
-    small = make_core(folder, num_blocks=14, max_model_len=200)
+    small = make_core(folder, num_blocks=14, max_model_len=200, async_scheduling=ahead)
     stormy = run(small, requests)
     assert small.stats().preemptions > 5
     for key, answer in calm.items():

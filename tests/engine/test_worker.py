@@ -106,9 +106,9 @@ def test_out_of_memory_is_reported_and_the_step_can_be_tried_again(
     output = driver.schedule([sequence])
     monkeypatch.setattr(runner, "_forward", fail)
     with pytest.raises(DeviceMemoryError):
-        driver.worker.execute(output)
+        driver.worker.launch(output)
     monkeypatch.setattr(runner, "_forward", forward)
-    result = driver.worker.execute(output)
+    result = driver.worker.launch(output)()
     assert [*sequence.token_ids[4:], *result.token_ids] == generate(model, [5, 6, 7, 8], 2)
 
 

@@ -89,7 +89,7 @@ class Driver:
 
     def step(self, running: list[Sequence]) -> tuple[SchedulerOutput, ModelRunnerOutput]:
         output = self.schedule(running)
-        result = self.worker.execute(output)
+        result = self.worker.launch(output)()
         for row, sequence in enumerate(output.sequences):
             sequence.num_computed_tokens += output.num_new_tokens[row]
             token_id = result.token_ids[row]

@@ -1,0 +1,107 @@
+"""Schedule, launch, update: one step at a time, or one ahead of its results.
+
+    one at a time      schedule 1 · launch 1 · update 1 · schedule 2 · launch 2 · update 2
+    one ahead          schedule 1 · launch 1 · schedule 2 · launch 2 · update 1 · schedule 3 · …
+                                    └─ the device runs 1 ─┘          └─ the device runs 2 ─┘
+
+Ahead, the device need not wait for the host, which schedules a sequence's next token while the
+last one is being sampled: that stands as UNKNOWN_TOKEN, and the worker feeds it back on the device.
+A sequence that turns out to have ended has then been scheduled once too often; what that step
+brought is dropped. Its blocks go back at once: steps run in the order of their launch, so whoever
+gets them writes later. Blocks are indexed for sharing when results say that they are computed.
+
+Where the host must know a token before the next can be sampled (grammars, bad words, beams), or
+siblings are about to fork, all wait for it. Penalties read the history that the device keeps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .errors import DeviceMemoryError
+from .outputs import SchedulerOutput, SequenceOutput
+from .scheduler import Scheduler
+from .sequence import UNKNOWN_TOKEN
+from .worker_protocol import Launcher, Results
+
+logger = logging.getLogger("quire.engine")
+
+
+class _Launched(NamedTuple):
+    scheduled: SchedulerOutput
+    results: Results
+
+
+class StepLoop:
+    """Scheduler and worker meet here only."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        worker: Launcher,
+        *,
+        run_ahead: bool,
+        prepare: Callable[[SchedulerOutput], SchedulerOutput] = lambda scheduled: scheduled,
+    ) -> None:
+        """`prepare` adds what the worker needs beside the schedule."""
+        self._scheduler = scheduler
+        self._worker = worker
+        self._run_ahead = run_ahead
+        self._prepare = prepare
+        self._in_flight: _Launched | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work or self._in_flight is not None
+
+    def step(self) -> list[SequenceOutput]:
+        """Launch a step, and bring in the results of the last one, or of this one too where it
+        must not stay in flight. A step that the device has no memory for is given up and its load
+        reduced; the next call tries again."""
+        outputs: list[SequenceOutput] = []
+        if self._in_flight is not None and self._needs_results():
+            outputs += self._bring_in()
+        scheduled = self._prepare(self._scheduler.schedule())
+        try:
+            results = self._worker.launch(scheduled)
+        except DeviceMemoryError as error:
+            logger.warning("step %d: %s; trying again with less", scheduled.step, error.message)
+            outputs += self._bring_in()
+            self._scheduler.reduce_load()
+            return outputs
+        stays = self._run_ahead and bool(scheduled.sequences)
+        if stays:
+            _mark_in_flight(scheduled)
+        outputs += self._bring_in()
+        self._in_flight = _Launched(scheduled, results)
+        return outputs if stays else outputs + self._bring_in()
+
+    def _needs_results(self) -> bool:
+        """Whether the step in flight must come to its end before the next can be scheduled."""
+        return any(one.reads_tokens or one.held_forks for one in self._scheduler.running)
+
+    def _bring_in(self) -> list[SequenceOutput]:
+        """The results of the step in flight, if there is one."""
+        if self._in_flight is None:
+            return []
+        (scheduled, results), self._in_flight = self._in_flight, None
+        return self._scheduler.update_from_output(scheduled, results())
+
+
+def _mark_in_flight(scheduled: SchedulerOutput) -> None:
+    """A token that the step samples stands as UNKNOWN_TOKEN until its results are here, unless it
+    will be its sequence's last one for its length, or is needed before another can be sampled."""
+    rows = zip(
+        scheduled.sequences, scheduled.num_computed_starts, scheduled.num_new_tokens, strict=True
+    )
+    for sequence, start, num_new in rows:
+        sequence.num_in_flight += num_new
+        end = start + num_new
+        if (
+            end == len(sequence.token_ids)
+            and end + 1 < sequence.stop_at
+            and not (sequence.reads_tokens or sequence.pooling)
+        ):
+            sequence.token_ids.append(UNKNOWN_TOKEN)
