@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..engine.errors import StartupError
-from . import bench
 from .settings import GROUPS, Settings, load_settings
 
 _NOTHING = (None, "", ())
@@ -19,9 +18,12 @@ _NOTHING = (None, "", ())
 
 def main(argv: list[str] | None = None) -> int:
     """0 after a clean end, 1 where a server or a benchmark fails, 2 for a wrong command line."""
-    parsed = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parsed = build_parser(serve_only=argv[:1] == ["serve"]).parse_args(argv)
     arguments = vars(parsed)
     if arguments.pop("command") == "bench":
+        from . import bench
+
         return bench.run(parsed)
     try:
         settings = load_settings(**arguments)
@@ -37,8 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """One flag for each field of Settings, under its group's heading."""
+def build_parser(*, serve_only: bool = False) -> argparse.ArgumentParser:
+    """One flag for each field of Settings, under its group's heading.
+
+    `serve_only` leaves out `bench`, whose imports would keep a server from starting its engine.
+    """
     parser = argparse.ArgumentParser(
         prog="quire", description="An OpenAI-compatible inference server.", allow_abbrev=False
     )
@@ -54,7 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    bench.add_parser(commands)
+    if not serve_only:
+        from . import bench
+
+        bench.add_parser(commands)
     fields = Settings.model_fields
     serve.add_argument("model", nargs="?", metavar="MODEL", help=fields["model"].description)
     serve.add_argument("--config", metavar="FILE", help=fields["config"].description)

@@ -15,6 +15,7 @@ import socket
 import sys
 from collections import deque
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -26,7 +27,6 @@ from .metrics import Metrics
 from .serving import build_app, uvicorn_server
 from .settings import Settings
 from .siblings import Siblings
-from .state import ServerState
 from .worker_link import (
     AskPage,
     AskSamples,
@@ -42,6 +42,9 @@ from .worker_link import (
     ToWorker,
     Up,
 )
+
+if TYPE_CHECKING:
+    from .state import ServerState
 
 Pages = deque[asyncio.Future[tuple[bytes, str]]]
 

@@ -27,6 +27,7 @@ from ..engine.process_client import ProcessEngineClient
 from .logs import resolve_format
 from .metrics import Metrics
 from .settings import Settings
+from .torch_free import import_transformers
 from .worker_pool import LAST_ANSWERS_SECONDS, WorkerPool
 
 if TYPE_CHECKING:
@@ -245,6 +246,8 @@ def build_app(
     siblings: Siblings | None = None,
 ) -> FastAPI:
     """The application with its tokenizer. Raises StartupError."""
+    if not settings.trust_remote_code:  # the model's own tokenizer may well use torch
+        import_transformers()
     from .app import create_app
     from .tokenizer import Tokenizer
 

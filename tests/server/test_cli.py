@@ -83,9 +83,10 @@ class Server:
 @contextlib.contextmanager
 def launch(*flags: str, core: str = "build_core") -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-P", "-c", LAUNCHER, f"fakes:{core}", "serve", str(MODEL)]
+    path = [str(ROOT / "tests" / "engine"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with subprocess.Popen(
         [*command, "--port", "0", "--log-format", "json", "--served-model-name", "fake", *flags],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests" / "engine")},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
