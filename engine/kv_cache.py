@@ -37,7 +37,9 @@ def allocate_kv_cache(
         if device.type == "cpu":
             # Anonymous pages are zero and take memory only once they are written; torch.zeros
             # would write them all.
-            return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+            memory = mmap.mmap(-1, size)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(memory, dtype=dtype).view(shape)
         return torch.zeros(shape, dtype=dtype, device=device)
     except (torch.OutOfMemoryError, RuntimeError, OSError) as error:
         raise ConfigurationError(
