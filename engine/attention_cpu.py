@@ -1,4 +1,4 @@
-"""Attention and a flat body's other operations on the CPU: cut a step into tiles, call the kernels.
+"""Attention on the CPU: cut a step into tiles, call the kernels.
 
 Importing this loads Numba: only a worker on the CPU does.
 """
@@ -6,26 +6,20 @@ Importing this loads Numba: only a worker on the CPU does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
 import torch
 
 from . import cpu_attention, cpu_kernels
-from .cpu_numbers import as_array
+from .cpu_numbers import as_array, thread_count
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .attention import AttentionMetadata
-    from .flat_decoder import FlatLayer, Norm, Rotation
 
-# The first is torch's own pool of threads, where the system has GNU's OpenMP.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-
-ALONE = 2048
-"""Keys and new tokens of a step up to which waking a second thread costs more than it gains."""
 _NO_SINKS = np.zeros(1, dtype=np.float32)
 
 
@@ -52,11 +46,8 @@ def build_cpu_plan(
     ) * size
     work = np.minimum(counts[sequences] - firsts, size) * seq_lens[sequences]
     order = np.argsort(-work, kind="stable")
-    is_small = int(seq_lens.sum()) + int(query_start_loc[-1]) <= ALONE
-    most = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    return CpuPlan(
-        np.stack((sequences, firsts), axis=1)[order].astype(np.int64), size, 1 if is_small else most
-    )
+    tiles = np.stack((sequences, firsts), axis=1)[order].astype(np.int64)
+    return CpuPlan(tiles, size, thread_count())
 
 
 def attend_on_cpu(
@@ -75,31 +66,14 @@ def attend_on_cpu(
 
     The cache is one layer's `[2, num_blocks, num_kv_heads, block_size, head_dim]`, contiguous.
     """
-    numba.set_num_threads(_plan(metadata).num_threads)
-    stored = as_array(cache)
+    plan, stored = metadata.cpu_plan, as_array(cache)
+    assert plan is not None
+    numba.set_num_threads(plan.num_threads)
     cpu_kernels.store_kv(as_array(key), as_array(value), metadata.slot_mapping.numpy(), stored)
-    return _attend(query, stored, metadata, scale, window, softcap, sinks)
-
-
-def _plan(metadata: AttentionMetadata) -> CpuPlan:
-    assert metadata.cpu_plan is not None
-    return metadata.cpu_plan
-
-
-def _attend(
-    query: torch.Tensor,
-    cache: NDArray[Any],
-    metadata: AttentionMetadata,
-    scale: float,
-    window: int | None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    plan = _plan(metadata)
     output = torch.empty(query.shape, dtype=query.dtype)
     cpu_attention.attend(
         as_array(query),
-        cache,
+        stored,
         metadata.block_table.numpy(),
         metadata.query_start_loc.numpy(),
         metadata.seq_lens.numpy(),
@@ -114,50 +88,3 @@ def _attend(
         as_array(output),
     )
     return output
-
-
-class CpuOps(NamedTuple):
-    """BodyOps of one step over `metadata`, each a single pass."""
-
-    metadata: AttentionMetadata
-
-    def add_norm(self, x: torch.Tensor, update: torch.Tensor | None, norm: Norm) -> torch.Tensor:
-        numba.set_num_threads(_plan(self.metadata).num_threads)
-        output = torch.empty_like(x)
-        rows = as_array(x)
-        has_update = update is not None
-        cpu_kernels.add_norm(
-            rows,
-            rows if update is None else as_array(update),
-            has_update,
-            as_array(norm.weight),
-            np.float32(norm.eps),
-            as_array(output),
-        )
-        return output
-
-    def attend(self, layer: FlatLayer, qkv: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        cache = as_array(self.metadata.kv_cache[layer.layer_idx])
-        query = qkv.new_empty(len(qkv), layer.num_heads, layer.head_dim)
-        heads = as_array(qkv.view(len(qkv), -1, layer.head_dim))
-        cpu_kernels.rotate_and_store(
-            heads,
-            heads[0] if layer.qk_norm is None else as_array(layer.qk_norm.weight),
-            layer.qk_norm is not None,
-            np.float32(0.0 if layer.qk_norm is None else layer.qk_norm.eps),
-            as_array(rotation.cos),
-            as_array(rotation.sin),
-            self.metadata.slot_mapping.numpy(),
-            cache,
-            as_array(query),
-        )
-        attended = _attend(query, cache, self.metadata, layer.scale, layer.window)
-        return attended.view(len(qkv), -1)
-
-    def activate(self, layer: FlatLayer, gate_up: torch.Tensor) -> torch.Tensor:
-        if not layer.is_silu:
-            gate, up = gate_up.chunk(2, dim=-1)
-            return layer.activation(gate) * up
-        output = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-        cpu_kernels.silu_and_mul(as_array(gate_up), as_array(output))
-        return output

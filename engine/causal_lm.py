@@ -10,18 +10,20 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
 from .attention import IMPLEMENTATION, AttentionMetadata, register_attention
-from .cpu_linear import leave_files, pack_linears
 from .errors import UnsupportedModelError
-from .flat_decoder import BodyOps, FlatDecoder, FlatLayer, TorchOps, flatten
+from .flat_decoder import FlatDecoder, FlatLayer, TorchOps, flatten
 from .merged_linear import merge_siblings
 from .model_spec import ModelSpec, one_line
+
+if TYPE_CHECKING:
+    from .cpu_decoder import CpuDecoder
 
 logger = logging.getLogger("quire.engine")
 
@@ -90,22 +92,42 @@ class CausalLM:
         merged = Counter(merge_siblings(self._body, lambda: self._probe(model)))
         for names, count in merged.items():
             logger.info("%d times merged: %s", count, ", ".join(names))
+        hidden = body_output.last_hidden_state[0]
+        self._flat = self._flatten(hidden, calls)
+        self._head = copy.copy(model)
+        self._head._modules = dict(model._modules)
+        self._head._modules[model.base_model_prefix] = _Passthrough(type(body_output))
+        self._compiled: CpuDecoder | None = None
         if self.device.type == "cpu":
-            pack_linears(model)
-            leave_files(model)
-        self._flat = self._flatten(body_output.last_hidden_state[0], calls)
-        head = copy.copy(model)
-        head._modules = dict(model._modules)
-        head._modules[model.base_model_prefix] = _Passthrough(type(body_output))
-        self._head = head
-        self._check_head(body_output.last_hidden_state[0])
+            self._prepare_cpu()
+        self._check_head(hidden)
+
+    def _prepare_cpu(self) -> None:
+        """Weights in the layouts that are fastest; a flat body is compiled or not used."""
+        from .cpu_decoder import CpuDecoder, can_compile
+        from .cpu_linear import leave_files, pack_linears
+
+        leave_files(self._body)
+        leave_files(self._head)
+        if self._flat is not None and can_compile(self._flat):
+            self._compiled = CpuDecoder(self._flat)
+            self._body = None
+            logger.info("the body is compiled")
+        else:
+            pack_linears(self._body)
+        self._flat = None
+        pack_linears(self._head)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
         """input_ids and positions `[T]` int64 → hidden states `[T, hidden_size]`."""
+        if self._compiled is not None:
+            return self._compiled(input_ids, positions, metadata)
         if self._flat is not None:
-            return self._flat(input_ids, positions, self._body_ops(metadata))
+            from .attention_cuda import CudaOps
+
+            return self._flat(input_ids, positions, CudaOps(metadata))
         output = self._body(
             input_ids=input_ids[None],
             position_ids=positions[None],
@@ -114,15 +136,6 @@ class CausalLM:
         )
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]
-
-    def _body_ops(self, metadata: AttentionMetadata) -> BodyOps:
-        if self.device.type != "cpu":
-            from .attention_cuda import CudaOps
-
-            return CudaOps(metadata)
-        from .attention_cpu import CpuOps
-
-        return CpuOps(metadata)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `[R, hidden_size]` → logits `[R, vocab_size]` of the model's dtype."""

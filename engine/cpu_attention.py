@@ -7,6 +7,9 @@ too, with the softmax carried along ("FlashAttention", arXiv 2205.14135):
     KEYS keys of one KV head        [KEYS, head_dim]   ─┘                                 ├─ sums
     their values                    [KEYS, head_dim]   ───────────────────────────────────┘
 
+A block's keys lie transposed, `[head_dim, block_size]`, so that a vector holds the scores of
+several keys at once; its values `[block_size, head_dim]`.
+
 Threads take tiles as they get free, longest first: one of them may have lost its core to the HTTP
 process.
 """
@@ -19,21 +22,22 @@ from numba import njit, prange
 
 from .cpu_numbers import (
     FAST,
+    LANES,
     PANEL_COLUMNS,
     PANEL_ROWS,
     PARALLEL,
+    copy_lanes,
     exp,
     fetch_add,
     multiply_add,
+    prefetch,
     store,
     to_float,
 )
 
 KEYS = 64
 TILE_ROWS = 48
-FEW_ROWS = 8
-"""Up to so many rows, each score is a dot product over head_dim; with more, it pays to transpose
-the keys, so that a vector holds scores of several keys."""
+"""Rows of a tile in prefill."""
 
 
 @njit(**PARALLEL)
@@ -57,10 +61,10 @@ def attend(
     seq_lens `[S]`: keys of each, its queries being the last; tiles `[n, 2]`: (sequence, its first
     query), of tile_queries each; window and softcap are 0 where there is none, sinks `[heads]`.
     """
-    counter = np.zeros(1, dtype=np.int64)
+    counters = np.zeros(1, dtype=np.int64)
     for _ in prange(num_threads):
-        _attend_tiles(
-            counter,
+        _attend_items(
+            counters,
             query,
             cache,
             block_table,
@@ -78,8 +82,8 @@ def attend(
 
 
 @njit(**FAST)
-def _attend_tiles(
-    counter,
+def _attend_items(
+    counters,
     query,
     cache,
     block_table,
@@ -94,58 +98,103 @@ def _attend_tiles(
     has_sinks,
     out,
 ):
-    """One thread's share: tiles times KV heads, by a counter in common."""
-    heads, head_dim = query.shape[1], query.shape[2]
+    """One thread's share."""
     kv_heads = cache.shape[2]
-    group = heads // kv_heads
-    rows = _round_up(group * tile_queries, PANEL_ROWS)
-    width = _round_up(head_dim, PANEL_COLUMNS)
-    packed = np.zeros((rows, head_dim), dtype=np.float32)
-    sums = np.zeros((rows, width), dtype=np.float32)
-    maxima = np.empty(rows, dtype=np.float32)
-    totals = np.empty(rows, dtype=np.float32)
-    scores = np.zeros((rows, KEYS), dtype=np.float32)
-    keys = np.zeros((head_dim, KEYS), dtype=np.float32)
-    values = np.zeros((KEYS, width), dtype=np.float32)
-    while True:
-        item = fetch_add(counter, np.int64(1))
-        if item >= len(tiles) * kv_heads:
-            break
-        tile, kv_head = divmod(item, np.int64(kv_heads))
-        sequence, first = tiles[tile, 0], tiles[tile, 1]
-        begin = starts[sequence] + first
-        left = starts[sequence + 1] - begin
-        count = min(np.int64(tile_queries), left)
-        for row in range(count * group):
-            line, head = query[begin + row // group, kv_head * group + row % group], row % group
-            for dim in range(head_dim):
-                packed[row, dim] = to_float(line[dim]) * scale
-                sums[row, dim] = np.float32(0)
-            maxima[row] = sinks[kv_head * group + head] if has_sinks else np.float32(-np.inf)
-            totals[row] = np.float32(1) if has_sinks else np.float32(0)
-        _attend_tile(
-            packed,
-            count * group,
+    scratch = make_scratch(query.shape[1] // kv_heads * tile_queries, query.shape[2])
+    item = fetch_add(counters, 0, 1)
+    while item < len(tiles) * kv_heads:
+        attend_item(
+            item,
+            query,
             cache,
-            kv_head,
-            block_table[sequence],
-            seq_lens[sequence] - left,
-            group,
+            block_table,
+            starts,
+            seq_lens,
+            tiles,
+            tile_queries,
+            scale,
             window,
             softcap,
-            sums,
-            maxima,
-            totals,
-            scores,
-            keys,
-            values,
+            sinks,
+            has_sinks,
+            out,
+            scratch,
         )
-        for row in range(count * group):
-            # No keys, no output: a row that only pads a batch.
-            inverse = np.float32(1) / totals[row] if totals[row] != 0 else np.float32(0)
-            target = out[begin + row // group]
-            for dim in range(head_dim):
-                store(target, kv_head * group + row % group, dim, sums[row, dim] * inverse)
+        item = fetch_add(counters, 0, 1)
+
+
+@njit(**FAST)
+def make_scratch(rows, head_dim):
+    """What a thread needs to attend with tiles of so many rows; see `_attend_tile`."""
+    rows, width = _round_up(rows, PANEL_ROWS), _round_up(head_dim, PANEL_COLUMNS)
+    return (
+        np.zeros((rows, head_dim), dtype=np.float32),
+        np.zeros((rows, width), dtype=np.float32),
+        np.empty(rows, dtype=np.float32),
+        np.empty(rows, dtype=np.float32),
+        np.zeros((rows, KEYS), dtype=np.float32),
+        np.zeros((head_dim, KEYS), dtype=np.float32),
+        np.zeros((KEYS, width), dtype=np.float32),
+    )
+
+
+@njit(**FAST)
+def attend_item(
+    item,
+    query,
+    cache,
+    block_table,
+    starts,
+    seq_lens,
+    tiles,
+    tile_queries,
+    scale,
+    window,
+    softcap,
+    sinks,
+    has_sinks,
+    out,
+    scratch,
+):
+    """Tile item // kv_heads for KV head item % kv_heads; arguments as of `attend`."""
+    packed, sums, maxima, totals, scores, keys, values = scratch
+    kv_heads, head_dim = cache.shape[2], query.shape[2]
+    group = query.shape[1] // kv_heads
+    tile, kv_head = divmod(item, np.int64(kv_heads))
+    sequence, first = tiles[tile, 0], tiles[tile, 1]
+    begin = starts[sequence] + first
+    left = starts[sequence + 1] - begin
+    count = min(np.int64(tile_queries), left)
+    for row in range(count * group):
+        line, head = query[begin + row // group, kv_head * group + row % group], row % group
+        for dim in range(head_dim):
+            packed[row, dim] = to_float(line[dim]) * scale
+            sums[row, dim] = np.float32(0)
+        maxima[row] = sinks[kv_head * group + head] if has_sinks else np.float32(-np.inf)
+        totals[row] = np.float32(1) if has_sinks else np.float32(0)
+    _attend_tile(
+        packed,
+        count * group,
+        cache,
+        kv_head,
+        block_table[sequence],
+        seq_lens[sequence] - left,
+        group,
+        window,
+        softcap,
+        sums,
+        maxima,
+        totals,
+        scores,
+        keys,
+        values,
+    )
+    for row in range(count * group):
+        # No keys, no output: a row that only pads a batch.
+        inverse = np.float32(1) / totals[row] if totals[row] != 0 else np.float32(0)
+        target = out[begin + row // group]
+        for dim in range(head_dim):
+            store(target, kv_head * group + row % group, dim, sums[row, dim] * inverse)
 
 
 @njit(**FAST)
@@ -181,15 +230,12 @@ def _attend_tile(
     they see."""
     stop = position + rows // group
     low = max(position + 1 - window, 0) if window > 0 else 0
-    for origin in range(low, stop, KEYS):
+    for origin in range(low // KEYS * KEYS, stop, KEYS):
         count = min(KEYS, stop - origin)
-        if rows <= FEW_ROWS:
-            _scores_of_few(packed, rows, cache, kv_head, blocks, origin, count, scores)
-        else:
-            _load_tile(cache, kv_head, blocks, origin, count, keys, values)
-            for row in range(rows):
-                _clear(scores[row], 0, KEYS)
-            _add_product(packed, keys, packed.shape[1], rows, scores)
+        _load_tile(cache, kv_head, blocks, origin, count, keys, values)
+        for row in range(rows):
+            _clear(scores[row], 0, KEYS)
+        _add_product(packed, keys, packed.shape[1], rows, scores)
         for row in range(rows):
             place = position + row // group
             begin = max(place + 1 - window - origin, 0) if window > 0 else 0
@@ -197,55 +243,43 @@ def _attend_tile(
             line = scores[row]
             if begin < end:
                 _soften(row, begin, end, softcap, line, sums, maxima, totals)
-            _clear(line, 0, begin)
-            _clear(line, end, count)
-        if rows <= FEW_ROWS:
-            _sum_values_of_few(rows, cache, kv_head, blocks, origin, count, scores, sums)
-        else:
-            _add_product(scores, values, count, rows, sums)
-
-
-@njit(**FAST)
-def _scores_of_few(packed, rows, cache, kv_head, blocks, origin, count, scores):
-    for key in range(count):
-        block, offset = divmod(origin + key, cache.shape[3])
-        line = cache[0, blocks[block], kv_head, offset]
-        for row in range(rows):
-            total = np.float32(0)
-            for dim in range(len(line)):
-                total += packed[row, dim] * to_float(line[dim])
-            scores[row, key] = total
-
-
-@njit(**FAST)
-def _sum_values_of_few(rows, cache, kv_head, blocks, origin, count, weights, sums):
-    for key in range(count):
-        block, offset = divmod(origin + key, cache.shape[3])
-        line = cache[1, blocks[block], kv_head, offset]
-        for row in range(rows):
-            weight = weights[row, key]
-            for dim in range(len(line)):
-                sums[row, dim] += weight * to_float(line[dim])
+            _clear(line, 0, min(begin, KEYS))
+            _clear(line, end, KEYS)
+        _add_product(scores, values, count, rows, sums)
 
 
 @njit(**FAST)
 def _load_tile(cache, kv_head, blocks, origin, count, keys, values):
-    """Keys transposed; what is beyond `count` is not read."""
-    for key in range(count):
-        block, offset = divmod(origin + key, cache.shape[3])
-        line = cache[0, blocks[block], kv_head, offset]
-        value = cache[1, blocks[block], kv_head, offset]
-        for dim in range(len(line)):
-            keys[dim, key] = to_float(line[dim])
-            values[key, dim] = to_float(value[dim])
+    """Keys and values from `origin`, a multiple of KEYS; values beyond `count` are not read. Of
+    the next tile, asks memory for the same places, if it has them."""
+    kv_heads, block_size, head_dim = cache.shape[2:]
+    whole, half = head_dim // LANES * LANES, cache[0].size
+    for at in range(0, count, min(block_size, KEYS)):
+        block, offset = divmod(origin + at, block_size)
+        place = (blocks[block] * kv_heads + kv_head) * block_size * head_dim
+        next_block = min((origin + at + KEYS) // block_size, len(blocks) - 1)
+        next_place = (blocks[next_block] * kv_heads + kv_head) * block_size * head_dim
+        for dim in range(head_dim):
+            for lane in range(0, min(block_size, KEYS), LANES):
+                line = dim * block_size + offset + lane
+                prefetch(cache, next_place + line)
+                copy_lanes(cache, place + line, keys, dim * KEYS + at + lane)
+        for key in range(min(block_size, count - at)):
+            line, to = half + (offset + key) * head_dim, (at + key) * values.shape[1]
+            for dim in range(0, whole, LANES):
+                prefetch(cache, next_place + line + dim)
+                copy_lanes(cache, place + line + dim, values, to + dim)
+            for dim in range(whole, head_dim):
+                values[at + key, dim] = to_float(
+                    cache[1, blocks[block], kv_head, offset + key, dim]
+                )
 
 
 @njit(**FAST)
 def _add_product(left, right, depth, rows, out):
-    """out[:rows] += left[:rows, :depth] @ right[:depth]; whole panels, rows rounded up to them."""
+    """out[:rows] += left[:rows, :depth] @ right[:depth]."""
     for column in range(0, out.shape[1], PANEL_COLUMNS):
-        for row in range(0, rows, PANEL_ROWS):
-            multiply_add(left, right, depth, out, row, column)
+        multiply_add(left, 0, 0, right, 0, column, depth, out, 0, rows)
 
 
 @njit(**{**FAST, "fastmath": {"nnan", "nsz", "reassoc"}})

@@ -1,51 +1,81 @@
-"""Linear layers on the CPU with weights in oneDNN's own layout.
+"""Linear layers on the CPU with packed weights, as `cpu_products` multiplies them.
 
-`F.linear` in float32 goes to MKL, which packs the weight anew in every call. Packed once, the same
-product took 0.35 to 0.45 times as long from 4 rows on, and as long for one (AMD EPYC, one thread,
-torch 2.13). oneDNN also sums in an order that does not depend on the number of rows: a row's
-product is the same whatever else is in the batch.
+`F.linear` in float32 goes to MKL, which packs the weight anew in every call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-_ROWS_HINT = 16  # the layout that was best or within 5% of it from 1 to 1024 rows
+from .cpu_numbers import FLOATS, PANEL_COLUMNS, PANEL_ROWS, as_array, thread_count
+from .cpu_products import run_product
 
-_PACKED_TYPES = (torch.float32, torch.bfloat16)
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def pack(linears: Sequence[nn.Linear], parts: int = 1) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Panels `[linears, panels, in_features, PANEL_COLUMNS]` and biases `[linears, panels *
+    PANEL_COLUMNS]` of layers of one shape; panels of the `parts` of their columns take turns.
+
+    Takes the weights over: those of the layers are emptied.
+    """
+    first = linears[0]
+    columns, depth = first.out_features // parts, first.in_features
+    panels = -(-columns // PANEL_COLUMNS)
+    weights = first.weight.new_zeros(len(linears), panels, parts, depth, PANEL_COLUMNS)
+    bias = torch.zeros(len(linears), panels, parts, PANEL_COLUMNS)
+    padding = panels * PANEL_COLUMNS - columns
+    for layer, linear in enumerate(linears):
+        rows = F.pad(linear.weight.detach().view(parts, columns, depth), (0, 0, 0, padding))
+        weights[layer] = rows.view(parts, panels, PANEL_COLUMNS, depth).permute(1, 0, 3, 2)
+        if linear.bias is not None:
+            row = F.pad(linear.bias.detach().float().view(parts, columns), (0, padding))
+            bias[layer] = row.view(parts, panels, PANEL_COLUMNS).transpose(0, 1)
+        linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+    return as_array(weights.flatten(1, 2)), bias.flatten(1).numpy()
 
 
 class PackedLinear(nn.Module):
-    """y = x Wᵀ + b, float32 or bfloat16; x `[..., in_features]` → `[..., out_features]`."""
+    """y = x Wᵀ + b; x `[..., in_features]` → `[..., out_features]`, like it."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS_HINT)
+        self._dtype = linear.weight.dtype
+        panels, bias = pack([linear])
+        self._panels, self._bias = panels[0], bias[0]
 
     @property
     def weight(self) -> torch.Tensor:
         """A dense copy `[out_features, in_features]`, for code that looks at it."""
-        dense: torch.Tensor = self._packed.to_dense()
-        return dense
+        panels = torch.from_numpy(self._panels).view(self._dtype)
+        return panels.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            input, self._packed, self.bias, "none", [], ""
-        )
-        return output
+        rows = input.reshape(-1, self.in_features)
+        x = F.pad(rows.float(), (0, 0, 0, -len(rows) % PANEL_ROWS))
+        out = torch.empty(len(rows), self.out_features)
+        num_threads = thread_count()
+        numba.set_num_threads(num_threads)
+        arrays = (self._panels, self._bias, x.numpy(), len(rows), out.numpy(), num_threads)
+        run_product(*arrays)
+        return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace every plain nn.Linear in float32 or bfloat16 below `model`; the dense weight is let
-    go, unless it is tied to an embedding. Does nothing where torch was built without oneDNN."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return
+    """Replace every plain nn.Linear below `model`; the dense weight is let go, unless it is tied
+    to an embedding."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child.weight.dtype in _PACKED_TYPES:
+            if type(child) is nn.Linear and child.weight.dtype in FLOATS:
                 setattr(module, name, PackedLinear(child))
 
 

@@ -7,8 +7,11 @@ bits, bfloat16 as uint16 and float16 as int16 (`as_array`), and all arithmetic i
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from llvmlite import binding, ir
@@ -16,11 +19,31 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+# Numba compiles anew where a function's own file has changed, not one that it calls. Importing
+# this comes before the first kernel.
+_SOURCES = sorted(Path(__file__).parent.glob("cpu_*.py"))
+_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
+numba.config.CACHE_DIR = str(
+    Path(numba.config.CACHE_DIR or Path(__file__).parent / "__pycache__") / f"numba-{_DIGEST}"
+)
+
+# The first is torch's own pool of threads, where the system has GNU's OpenMP. Numba sets its size
+# when it first uses it.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+numba.config.NUMBA_NUM_THREADS = torch.get_num_threads()
+
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+FLOATS = {torch.float32, *_BITS}
 
 # Sums may be reordered and fused, but nothing is assumed about NaN and infinity: a NaN in a
 # sequence's cache must come out as one.
-FAST = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True, "cache": True}
+# Division by zero does not raise, which would keep loops from becoming vector instructions.
+FAST = {
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+    "error_model": "numpy",
+    "nogil": True,
+    "cache": True,
+}
 
 
 # Loops over prange alone become parallel. Their bodies are functions of their own, which Numba's
@@ -39,6 +62,11 @@ def as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     bits = _BITS.get(tensor.dtype)
     tensor = tensor.contiguous()
     return (tensor if bits is None else tensor.view(bits)).numpy()
+
+
+def thread_count() -> int:
+    """Threads for a kernel: torch's number, which may have been lowered since this was imported."""
+    return min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
 
 
 @intrinsic
@@ -76,75 +104,190 @@ def _half_from_float(typing_context, number):
 
 
 @intrinsic
-def fetch_add(typing_context, counter, amount):
-    """Add to `counter[0]` (int64), atomically; what stood there before."""
+def fetch_add(typing_context, counters, index, amount):
+    """Add to `counters[index]` (int64), atomically; what stood there before. What was written
+    before it is seen by whoever reads the sum with `load`."""
 
     def generate(context, builder, signature, arguments):
-        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
-        return builder.atomic_rmw("add", array.data, arguments[1], "monotonic")
+        place = _counter(context, builder, signature, arguments)
+        return builder.atomic_rmw("add", place, arguments[2], "acq_rel")
 
-    return types.int64(counter, types.int64), generate
+    return types.int64(counters, types.int64, types.int64), generate
 
 
 @intrinsic
-def multiply_add(typing_context, left, right, depth, out, row, column):
-    """The panel of `out` at (row, column) += left[row : row + PANEL_ROWS, :depth] @
-    right[:depth, column : column + PANEL_COLUMNS]; float32, contiguous.
-
-    All its sums stay in registers while the depth goes by: 230 GFLOP/s on one core where a loop
-    that LLVM made vectors of reached 90 (AMD EPYC with AVX-512).
-    """
+def load(typing_context, counters, index):
+    """`counters[index]` (int64) as other threads have left it."""
 
     def generate(context, builder, signature, arguments):
-        left, right, depth, out, row, column = arguments
-        vector, index = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
-        arrays = [
-            cgutils.create_struct_proxy(array_type)(context, builder, array)
-            for array_type, array in zip(
-                (signature.args[0], signature.args[1], signature.args[3]),
-                (left, right, out),
-                strict=True,
-            )
-        ]
-        left, right, out = arrays
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{LANES}f32"
-        )
+        place = _counter(context, builder, signature, arguments)
+        return builder.load_atomic(place, "acquire", align=8)
 
-        def address(array, row, column):
-            width = builder.extract_value(array.shape, 1)
-            return builder.gep(array.data, [builder.add(builder.mul(row, width), column)])
+    return types.int64(counters, types.int64), generate
 
-        def vector_address(array, row, column):
-            return builder.bitcast(address(array, row, column), vector.as_pointer())
 
-        def plus(number, constant):
-            return builder.add(number, ir.Constant(index, constant))
+def _counter(context, builder, signature, arguments):
+    array = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
+    return builder.gep(array.data, [arguments[1]])
 
-        places = [
-            (vector_address(out, plus(row, at), plus(column, LANES * part)), at, part)
-            for at in range(PANEL_ROWS)
-            for part in range(PANEL_VECTORS)
-        ]
-        sums = [cgutils.alloca_once(builder, vector) for _ in places]
-        for (place, _, _), total in zip(places, sums, strict=True):
-            builder.store(builder.load(place, align=4), total)
-        with cgutils.for_range(builder, depth, intp=index) as loop:
-            parts = [
-                builder.load(vector_address(right, loop.index, plus(column, LANES * part)), align=4)
-                for part in range(PANEL_VECTORS)
-            ]
-            for (_, at, part), total in zip(places, sums, strict=True):
-                if part == 0:
-                    number = builder.load(address(left, plus(row, at), loop.index))
-                    factor = _broadcast(builder, number, vector)
-                product = builder.call(fma, [factor, parts[part], builder.load(total)])
-                builder.store(product, total)
-        for (place, _, _), total in zip(places, sums, strict=True):
-            builder.store(builder.load(total), place, align=4)
+
+@intrinsic
+def yield_core(typing_context):
+    """Let another thread that waits for this core have it (sched_yield)."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.IntType(32), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
         return context.get_dummy_value()
 
-    return types.void(left, right, types.int64, out, types.int64, types.int64), generate
+    return types.void(), generate
+
+
+def _make_multiply_add(num_rows):
+    @intrinsic
+    def multiply_add(
+        typing_context, left, left_row, left_column, right, right_row, right_column, depth, out, row
+    ):
+        """As `multiply_add` below, for num_rows rows."""
+
+        def generate(context, builder, signature, arguments):
+            left, left_row, left_column, right, right_row, right_column, depth, out, row = arguments
+            left, right, out = (
+                cgutils.create_struct_proxy(signature.args[at])(context, builder, arguments[at])
+                for at in (0, 3, 7)
+            )
+            right_type = signature.args[3].dtype
+            floats, index = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
+            lanes = ir.VectorType(context.get_value_type(right_type), LANES)
+            fma = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fma.v{LANES}f32"
+            )
+
+            def address(array, row, column, kind=None):
+                width = builder.extract_value(array.shape, 1)
+                place = builder.gep(array.data, [builder.add(builder.mul(row, width), column)])
+                return place if kind is None else builder.bitcast(place, kind.as_pointer())
+
+            def plus(number, constant):
+                return builder.add(number, ir.Constant(index, constant))
+
+            panel = [(at, part) for at in range(num_rows) for part in range(PANEL_VECTORS)]
+            places = [
+                address(out, plus(row, at), plus(right_column, LANES * part), floats)
+                for at, part in panel
+            ]
+            sums = [cgutils.alloca_once(builder, floats) for _ in panel]
+            for place, total in zip(places, sums, strict=True):
+                builder.store(builder.load(place, align=4), total)
+            with cgutils.for_range(builder, depth, intp=index) as loop:
+                right_place = builder.add(right_row, loop.index)
+                parts = []
+                for part in range(PANEL_VECTORS):
+                    place = address(right, right_place, plus(right_column, LANES * part), lanes)
+                    loaded = builder.load(place, align=2)
+                    parts.append(_vector_to_float(builder, right_type, loaded, floats))
+                for (at, part), total in zip(panel, sums, strict=True):
+                    if part == 0:
+                        column = builder.add(left_column, loop.index)
+                        number = builder.load(address(left, plus(left_row, at), column))
+                        factor = _broadcast(builder, number, floats)
+                    product = builder.call(fma, [factor, parts[part], builder.load(total)])
+                    builder.store(product, total)
+            for place, total in zip(places, sums, strict=True):
+                builder.store(builder.load(total), place, align=4)
+            return context.get_dummy_value()
+
+        integer = types.int64
+        numbers = (left, integer, integer, right, integer, integer, integer, out, integer)
+        return types.void(*numbers), generate
+
+    return multiply_add
+
+
+_multiply_add_1 = _make_multiply_add(1)
+_multiply_add_2 = _make_multiply_add(2)
+_multiply_add_3 = _make_multiply_add(3)
+_multiply_add_4 = _make_multiply_add(4)
+_multiply_add_6 = _make_multiply_add(PANEL_ROWS)
+
+
+@njit(**FAST)
+def multiply_add(
+    left, left_row, left_column, right, right_row, right_column, depth, out, row, rows
+):
+    """out[row : row + rows, right_column : right_column + PANEL_COLUMNS] +=
+    left[left_row : left_row + rows, left_column : left_column + depth] @
+    right[right_row : right_row + depth, right_column : right_column + PANEL_COLUMNS].
+
+    Contiguous; left and out float32, right as `to_float` reads it. Rows are rounded up to
+    PANEL_ROWS, and must be there. All sums of so many rows stay in registers while the depth goes
+    by: 230 GFLOP/s on one core where a loop that LLVM made vectors of reached 90 (AMD EPYC with
+    AVX-512).
+    """
+    for begin in range(0, np.int64(rows), PANEL_ROWS):
+        few = np.int64(rows) - begin
+        at, to = np.int64(left_row) + begin, row + begin
+        if few > 4:
+            _multiply_add_6(left, at, left_column, right, right_row, right_column, depth, out, to)
+        elif few == 4:
+            _multiply_add_4(left, at, left_column, right, right_row, right_column, depth, out, to)
+        elif few == 3:
+            _multiply_add_3(left, at, left_column, right, right_row, right_column, depth, out, to)
+        elif few == 2:
+            _multiply_add_2(left, at, left_column, right, right_row, right_column, depth, out, to)
+        else:
+            _multiply_add_1(left, at, left_column, right, right_row, right_column, depth, out, to)
+
+
+@intrinsic
+def prefetch(typing_context, numbers, at):
+    """Ask for the cache line of an element, counted in memory's order."""
+
+    def generate(context, builder, signature, arguments):
+        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
+        integer, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), pointer)
+        builder.call(function, [place, *(ir.Constant(integer, number) for number in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(numbers, types.int64), generate
+
+
+@intrinsic
+def copy_lanes(typing_context, numbers, at, out, to):
+    """LANES elements of contiguous arrays, counted in memory's order from `at` and `to`; of any
+    type to float32. Slices would cost more than the copying."""
+
+    def generate(context, builder, signature, arguments):
+        numbers, at, out, to = arguments
+        number_type = signature.args[0].dtype
+        lanes = ir.VectorType(context.get_value_type(number_type), LANES)
+        floats = ir.VectorType(ir.FloatType(), LANES)
+        numbers, out = (
+            cgutils.create_struct_proxy(signature.args[place])(context, builder, arguments[place])
+            for place in (0, 2)
+        )
+        source = builder.bitcast(builder.gep(numbers.data, [at]), lanes.as_pointer())
+        target = builder.bitcast(builder.gep(out.data, [to]), floats.as_pointer())
+        loaded = _vector_to_float(builder, number_type, builder.load(source, align=2), floats)
+        builder.store(loaded, target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(numbers, types.int64, out, types.int64), generate
+
+
+def _vector_to_float(builder, number_type, vector, floats):
+    """As `to_float`."""
+    if number_type == types.float32:
+        return vector
+    if number_type == types.int16:
+        halves = ir.VectorType(ir.HalfType(), LANES)
+        return builder.fpext(builder.bitcast(vector, halves), floats)
+    words = ir.VectorType(ir.IntType(32), LANES)
+    shift = ir.Constant(words, [16] * LANES)
+    return builder.bitcast(builder.shl(builder.zext(vector, words), shift), floats)
 
 
 def _broadcast(builder, number, vector):
@@ -209,8 +352,8 @@ def exp(x):
         y = np.float32(-126)
     if y > np.float32(126):
         y = np.float32(126)
-    n = np.floor(y + np.float32(0.5))
-    f = y - n
+    n = np.int32(np.int32(y + np.float32(126.5)) - np.int32(126))
+    f = y - np.float32(n)
     power = np.float32(1.5403530e-4)
     power = power * f + np.float32(1.3333558e-3)
     power = power * f + np.float32(9.6181291e-3)
@@ -218,5 +361,4 @@ def exp(x):
     power = power * f + np.float32(2.4022651e-1)
     power = power * f + np.float32(6.9314718e-1)
     power = power * f + np.float32(1)
-    exponent = np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23)
-    return power * _float_from_bits(exponent)
+    return power * _float_from_bits(np.uint32(n + np.int32(127)) << np.uint32(23))

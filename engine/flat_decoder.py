@@ -26,8 +26,6 @@ from transformers.activations import SiLUActivation
 
 from .merged_linear import LinearColumn, MergedLinear
 
-Product = Callable[[torch.Tensor], torch.Tensor]
-
 
 class Norm(NamedTuple):
     """RMSNorm; weight broadcasts to what is normed, over its last dimension."""
@@ -49,14 +47,14 @@ class FlatLayer(NamedTuple):
     scale: float
     window: int | None
     input_norm: Norm
-    qkv: Product
+    qkv: nn.Linear
     qk_norm: Norm | None
-    output: Product
+    output: nn.Linear
     mlp_norm: Norm
-    gate_up: Product
-    activation: Product
+    gate_up: nn.Linear
+    activation: Callable[[torch.Tensor], torch.Tensor]
     is_silu: bool
-    down: Product
+    down: nn.Linear
 
 
 class Rotation(NamedTuple):
@@ -113,32 +111,34 @@ class TorchOps(NamedTuple):
         return layer.activation(gate) * up
 
 
-class FlatDecoder:
+class FlatDecoder(NamedTuple):
     """Made by `flatten`."""
 
-    def __init__(
-        self, embedding: nn.Embedding, rotary: nn.Module, layers: list[FlatLayer], norm: Norm
-    ) -> None:
-        self._embedding = embedding
-        self._rotary = rotary
-        self._layers = layers
-        self._norm = norm
+    embedding: nn.Embedding
+    rotary: nn.Module
+    layers: list[FlatLayer]
+    norm: Norm
 
     def __call__(
         self, input_ids: torch.Tensor, positions: torch.Tensor, ops: BodyOps
     ) -> torch.Tensor:
         """input_ids and positions `[T]` → hidden states `[T, hidden_size]`."""
-        x = F.embedding(input_ids, self._embedding.weight)
-        cos, sin = (part[0] for part in self._rotary(x[None], positions[None]))
-        half = cos.shape[-1] // 2
-        rotation = Rotation(cos, torch.cat((-sin[:, :half], sin[:, half:]), dim=-1))
+        x = F.embedding(input_ids, self.embedding.weight)
+        rotation = rotary_factors(self.rotary, x, positions)
         update = None
-        for layer in self._layers:
+        for layer in self.layers:
             qkv = layer.qkv(ops.add_norm(x, update, layer.input_norm))
             update = layer.output(ops.attend(layer, qkv, rotation))
             gate_up = layer.gate_up(ops.add_norm(x, update, layer.mlp_norm))
             update = layer.down(ops.activate(layer, gate_up))
-        return ops.add_norm(x, update, self._norm)
+        return ops.add_norm(x, update, self.norm)
+
+
+def rotary_factors(rotary: nn.Module, x: torch.Tensor, positions: torch.Tensor) -> Rotation:
+    """Of positions `[T]`, in the type of x, by the model's own rotary embedding."""
+    cos, sin = (part[0] for part in rotary(x[None], positions[None]))
+    half = cos.shape[-1] // 2
+    return Rotation(cos, torch.cat((-sin[:, :half], sin[:, half:]), dim=-1))
 
 
 def flatten(body: Any, head_dim: int, windows: tuple[int | None, ...]) -> FlatDecoder | None:
@@ -199,14 +199,14 @@ def _flat_layer(layer: Any, head_dim: int, window: int | None) -> FlatLayer | No
         scale=scale,
         window=window,
         input_norm=input_norm,
-        qkv=qkv.linear.forward,
+        qkv=qkv.linear,
         qk_norm=qk_norm,
-        output=attention.o_proj.forward,
+        output=attention.o_proj,
         mlp_norm=mlp_norm,
-        gate_up=gate_up.linear.forward,
+        gate_up=gate_up.linear,
         activation=mlp.act_fn.forward,
         is_silu=isinstance(mlp.act_fn, nn.SiLU | SiLUActivation),
-        down=mlp.down_proj.forward,
+        down=mlp.down_proj,
     )
 
 

@@ -225,7 +225,14 @@ def _best(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _race(relative: Tensor, keys: Tensor, token_ids: Tensor) -> Tensor:
-    """Winners [R]: argmax over N of exp(relative [R, N]) / Exp(1)."""
+    """Winners [R]: argmax over N of exp(relative [R, N]) / Exp(1); token ids [N] or [R, N]."""
+    if relative.device.type == "cpu":
+        from .cpu_sampling import race
+
+        winners = torch.empty(len(relative), dtype=torch.int64)
+        ids = token_ids.view(-1, relative.shape[1])
+        race(relative.numpy(), keys.numpy(), ids.numpy(), winners.numpy())
+        return winners
     return relative.exp().div_(exponential(keys, token_ids)).argmax(dim=1)
 
 

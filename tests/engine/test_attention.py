@@ -97,6 +97,18 @@ def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     use_references(monkeypatch)
 
 
+def transpose_keys(caches: torch.Tensor) -> None:
+    """`[2, blocks, kv_heads, block_size, head_dim]`, in place: as the CPU has them."""
+    shape = caches.shape[1:]
+    caches[0] = caches[0].transpose(-1, -2).clone().reshape(shape)
+
+
+def transpose_back(caches: torch.Tensor) -> torch.Tensor:
+    *rest, block_size, head_dim = caches.shape[1:]
+    keys = caches[0].reshape(*rest, head_dim, block_size).transpose(-1, -2)
+    return torch.stack((keys, caches[1]))
+
+
 @pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
@@ -121,8 +133,12 @@ def test_backends_agree_with_the_reference(
     }
     metadata = batch.metadata(window)
     caches = metadata.kv_cache[0]
+    if attend is attend_on_cpu:
+        transpose_keys(caches)
     output = attend(batch.query, batch.key, batch.value, caches, metadata, **options)
     expected, expected_caches = batch.expected(**options)
+    if attend is attend_on_cpu:
+        caches = transpose_back(caches)
     assert torch.equal(caches, expected_caches)
     torch.testing.assert_close(output, expected, atol=2e-6, rtol=1e-5)
 
@@ -154,8 +170,7 @@ def test_a_row_that_pads_the_batch_writes_and_attends_to_nothing() -> None:
         batch.query, batch.key, batch.value, metadata.kv_cache[0], metadata, **options
     )
     assert not output[1].any() and output[0].isfinite().all()
-    changed = (metadata.kv_cache[0] != before).any(-1).sum()
-    assert changed == 2 * KV_HEADS
+    assert (metadata.kv_cache[0] != before).sum() == 2 * KV_HEADS * HEAD_DIM
 
 
 def test_what_lies_beyond_a_sequence_is_not_read_and_a_nan_within_it_shows() -> None:
@@ -167,9 +182,11 @@ def test_what_lies_beyond_a_sequence_is_not_read_and_a_nan_within_it_shows() -> 
         batch.caches[:, batch.table[row, position // 16], :, position % 16 :] = torch.nan
     within = batch.table[0, 0]
     metadata = batch.metadata(None)
+    transpose_keys(metadata.kv_cache[0])
     arguments = (batch.query, batch.key, batch.value, metadata.kv_cache[0], metadata)
     torch.testing.assert_close(attend_on_cpu(*arguments, **options), expected, atol=2e-6, rtol=1e-5)
-    metadata.kv_cache[0, 0, within, :, 3] = torch.nan
+    transposed = metadata.kv_cache[0, 0, within].view(KV_HEADS, HEAD_DIM, 16)
+    transposed[:, :, 3] = torch.nan
     output = attend_on_cpu(*arguments, **options)
     assert output[0].isnan().all() and output[1:].isfinite().all()
 
@@ -190,6 +207,7 @@ def test_sixteen_bits_give_the_same_within_their_rounding(
         tensor.to(dtype) for tensor in (batch.query, batch.key, batch.value, batch.caches)
     )
     metadata = batch.metadata(window)
+    transpose_keys(metadata.kv_cache[0])
     output = attend_on_cpu(
         batch.query, batch.key, batch.value, metadata.kv_cache[0], metadata, **options
     )

@@ -2,56 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numba import njit
+from torch import nn
 
 from quire.engine.attention import AttentionMetadata
-from quire.engine.attention_cpu import CpuOps, build_cpu_plan
+from quire.engine.attention_cpu import build_cpu_plan
+from quire.engine.counter_rng import exponential
+from quire.engine.cpu_decoder import CpuDecoder, can_compile
+from quire.engine.cpu_linear import PackedLinear
 from quire.engine.cpu_numbers import (
     PANEL_COLUMNS,
     PANEL_ROWS,
     as_array,
     exp,
     fetch_add,
+    load,
     multiply_add,
     store,
     to_float,
 )
-from quire.engine.flat_decoder import FlatLayer, Norm, Rotation, TorchOps
+from quire.engine.cpu_sampling import race
+from quire.engine.flat_decoder import FlatDecoder, FlatLayer, Norm, TorchOps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-HEADS, KV_HEADS = 6, 2
-
-
-def identity(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-def make_layer(head_dim: int, qk_norm: Norm | None, *, is_silu: bool = True) -> FlatLayer:
-    norm = Norm(torch.ones(1), 1e-6)
-    activation = torch.nn.functional.silu if is_silu else torch.nn.functional.gelu
-    return FlatLayer(
-        layer_idx=0,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=head_dim,
-        scale=0.3,
-        window=None,
-        input_norm=norm,
-        qkv=identity,
-        qk_norm=qk_norm,
-        output=identity,
-        mlp_norm=norm,
-        gate_up=identity,
-        activation=activation,
-        is_silu=is_silu,
-        down=identity,
-    )
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+HEADS, KV_HEADS, HIDDEN = 6, 2, 50
 
 
 def make_metadata(slots: list[int], head_dim: int, dtype: torch.dtype) -> AttentionMetadata:
@@ -60,9 +42,9 @@ def make_metadata(slots: list[int], head_dim: int, dtype: torch.dtype) -> Attent
     loc = torch.arange(tokens + 1, dtype=torch.int32)
     seq_lens = torch.tensor([slot >= 0 for slot in slots], dtype=torch.int32)
     return AttentionMetadata(
-        kv_cache=torch.zeros(1, 2, 8, KV_HEADS, 4, head_dim, dtype=dtype),
+        kv_cache=torch.zeros(1, 2, 8, KV_HEADS, 16, head_dim, dtype=dtype),
         slot_mapping=torch.tensor(slots),
-        block_table=torch.tensor(slots, dtype=torch.int32)[:, None] // 4,
+        block_table=torch.tensor(slots, dtype=torch.int32)[:, None] // 16,
         query_start_loc=loc,
         seq_lens=seq_lens,
         num_decodes=tokens,
@@ -134,88 +116,159 @@ def test_the_exponential_is_as_exact_as_it_says() -> None:
 
 def test_a_panel_of_a_product() -> None:
     @njit
-    def apply(left, right, depth, out):  # type: ignore[no-untyped-def]
-        multiply_add(left, right, depth, out, PANEL_ROWS, PANEL_COLUMNS)
+    def apply(left, right, out, rows):  # type: ignore[no-untyped-def]
+        multiply_add(left, 2, 1, right, 3, PANEL_COLUMNS, 7, out, 4, rows)
 
     rng = np.random.default_rng(0)
-    left = rng.standard_normal((2 * PANEL_ROWS, 9), dtype=np.float32)
-    right = rng.standard_normal((8, 3 * PANEL_COLUMNS), dtype=np.float32)
-    out = np.ones((2 * PANEL_ROWS, 3 * PANEL_COLUMNS), dtype=np.float32)
-    expected = out.copy()
-    rows, columns = slice(PANEL_ROWS, None), slice(PANEL_COLUMNS, 2 * PANEL_COLUMNS)
-    expected[rows, columns] += left[rows, :7] @ right[:7, columns]
-    apply(left, right, 7, out)
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    left = rng.standard_normal((2 + 3 * PANEL_ROWS, 9), dtype=np.float32)
+    right = rng.standard_normal((10, 3 * PANEL_COLUMNS), dtype=np.float32)
+    for rows in range(1, 2 * PANEL_ROWS + 1):
+        out = np.ones((4 + 3 * PANEL_ROWS, 3 * PANEL_COLUMNS), dtype=np.float32)
+        apply(left, right, out, rows)
+        columns = slice(PANEL_COLUMNS, 2 * PANEL_COLUMNS)
+        product = left[2 : 2 + rows, 1:8] @ right[3:, columns]
+        np.testing.assert_allclose(out[4 : 4 + rows, columns], 1 + product, rtol=1e-5, atol=1e-5)
+        assert (out[:4] == 1).all() and (out[:, :PANEL_COLUMNS] == 1).all()
+        assert (out[4 + -(-rows // PANEL_ROWS) * PANEL_ROWS :] == 1).all()
 
 
 def test_a_counter_gives_every_number_once() -> None:
-    counter = np.zeros(1, dtype=np.int64)
+    counter = np.zeros(2, dtype=np.int64)
 
     @njit
     def take(counter):  # type: ignore[no-untyped-def]
-        return fetch_add(counter, np.int64(2))
+        return fetch_add(counter, 1, 2), load(counter, 1)
 
-    assert [take(counter) for _ in range(3)] == [0, 2, 4] and counter[0] == 6
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 70])
-def test_add_norm(tokens: int, dtype: torch.dtype) -> None:
-    x, update = torch.randn(2, tokens, 50).to(dtype)
-    norm = Norm(torch.randn(50).to(dtype), 1e-5)
-    ops = CpuOps(make_metadata([0], 4, dtype))
-    exact = Norm(norm.weight.float(), norm.eps)
-    for this_update in (None, update):
-        expected_x = x.float() if this_update is None else x.float() + update.float()
-        actual = ops.add_norm(x, this_update, norm)
-        assert_close(x, expected_x)
-        assert_close(actual, exact(x.float()))
+    assert [take(counter) for _ in range(3)] == [(0, 2), (2, 4), (4, 6)]
+    assert counter.tolist() == [0, 6]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("is_silu", [True, False])
-def test_activate(is_silu: bool, dtype: torch.dtype) -> None:
-    gate_up = (torch.randn(5, 66) * 4).to(dtype)
-    gate_up[0, :4] = torch.tensor([-90.0, 90.0, 0.0, torch.nan])
-    layer = make_layer(4, None, is_silu=is_silu)
-    actual = CpuOps(make_metadata([0], 4, dtype)).activate(layer, gate_up)
-    expected = layer.activation(gate_up[:, :33].float()) * gate_up[:, 33:].float()
-    assert actual[0, 3].isnan() and expected[0, 3].isnan()
-    actual[0, 3] = expected[0, 3] = 0
-    assert_close(actual, expected)
+@pytest.mark.parametrize("rows", [1, 5, 13, 200])
+@pytest.mark.parametrize(("depth", "columns"), [(20, 40), (1100, 7)])
+@torch.no_grad()
+def test_packed_products(depth: int, columns: int, rows: int, dtype: torch.dtype) -> None:
+    """More rows than an item has, more depth than is read at a time, a last panel not full."""
+    linear = nn.Linear(depth, columns, dtype=dtype)
+    weight, bias = linear.weight.detach().clone(), linear.bias.detach()
+    x = torch.randn(2, rows, depth).to(dtype)
+    packed = PackedLinear(linear)
+    assert torch.equal(packed.weight, weight) and linear.weight.numel() == 0
+    actual = packed(x)
+    assert actual.dtype == dtype
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    assert_close(actual, expected.float())
+    alone = torch.stack([packed(x[1, row]) for row in range(rows)])
+    assert torch.equal(alone, actual[1])
+
+
+@pytest.mark.parametrize("tokens", [300, 32000])
+def test_the_race_is_that_of_plain_torch(tokens: int) -> None:
+    rows = 40
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
+    relative = -3 * torch.rand(rows, tokens, generator=generator)
+    relative[::2] *= 30
+    relative[3, 5:] = -torch.inf
+    ids = torch.randperm(tokens, generator=generator)[None].repeat(rows, 1)
+    for token_ids in (torch.arange(tokens)[None], ids):
+        winners = np.empty(rows, np.int64)
+        race(relative.numpy(), keys.numpy(), token_ids.numpy(), winners)
+        expected = (relative.exp() / exponential(keys, token_ids)).argmax(dim=1)
+        assert winners.tolist() == expected.tolist()
+    assert winners[3] < 5 and len(set(winners.tolist())) > rows // 2
+    race(np.full((1, 9), -np.inf, np.float32), keys.numpy(), ids[:1, :9].numpy(), winners[:1])
+    assert winners[0] == 0
+
+
+class Rotary(nn.Module):
+    """Random angles by position."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.angles = torch.rand(99, head_dim // 2).repeat(1, 2) * 6
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        angles = self.angles[positions]
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def make_layer(head_dim: int, has_norm: bool, dtype: torch.dtype) -> FlatLayer:
+    def norm(*shape: int) -> Norm:
+        return Norm(1 + torch.randn(shape).to(dtype) / 4, 1e-6)
+
+    def linear(columns: int, rows: int) -> nn.Linear:
+        return nn.Linear(columns, rows, bias=has_norm, dtype=dtype)
+
+    return FlatLayer(
+        layer_idx=0,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=head_dim,
+        scale=0.3,
+        window=None,
+        input_norm=norm(HIDDEN),
+        qkv=linear(HIDDEN, (HEADS + 2 * KV_HEADS) * head_dim),
+        qk_norm=norm(HEADS + KV_HEADS, head_dim) if has_norm else None,
+        output=linear(HEADS * head_dim, HIDDEN),
+        mlp_norm=norm(HIDDEN),
+        gate_up=linear(HIDDEN, 2 * 70),
+        activation=F.silu,
+        is_silu=True,
+        down=linear(70, HIDDEN),
+    )
+
+
+def exact(value: Any) -> Any:
+    """The same weights in float32."""
+    if isinstance(value, Norm):
+        return Norm(value.weight.float(), value.eps)
+    return copy.deepcopy(value).float() if isinstance(value, nn.Linear) else value
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_norm", [True, False])
 @pytest.mark.parametrize("head_dim", [4, 20, 64, 96])
-def test_rotation_and_attention_are_those_of_plain_torch(
+@torch.no_grad()
+def test_a_compiled_body_is_that_of_plain_torch(
     head_dim: int, has_norm: bool, dtype: torch.dtype
 ) -> None:
-    slots = [4, 0, -1, 28, 8]  # the first token of its sequence stands in the first slot of a block
-    qkv = torch.randn(len(slots), (HEADS + 2 * KV_HEADS) * head_dim).to(dtype)
-    angles = torch.rand(len(slots), head_dim // 2).repeat(1, 2) * 6
-    sin = angles.sin()
-    sin[:, : head_dim // 2] *= -1
-    rotation = Rotation(angles.cos().to(dtype), sin.to(dtype))
-    weight = torch.randn(HEADS + KV_HEADS, head_dim).to(dtype)
-    metadata = make_metadata(slots, head_dim, dtype)
-    layer = make_layer(head_dim, Norm(weight, 1e-6) if has_norm else None)
-    actual = CpuOps(metadata).attend(layer, qkv, rotation)
-
+    slots = [16, 0, -1, 112, 32]  # the first token of its sequence, in the first slot of a block
+    layer = make_layer(head_dim, has_norm, dtype)
+    embedding = nn.Embedding(9, HIDDEN, dtype=dtype)
+    flat = FlatDecoder(embedding, Rotary(head_dim), [layer], make_layer(4, True, dtype).mlp_norm)
+    exact_flat = flat._replace(
+        embedding=copy.deepcopy(embedding).float(),
+        layers=[FlatLayer(*(exact(value) for value in layer))],
+        norm=exact(flat.norm),
+    )
     seen: list[torch.Tensor] = []
 
     def attention(_: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
         seen.extend((key, value))
         return value.repeat_interleave(HEADS // KV_HEADS, dim=1)  # each token sees itself alone
 
-    exact = make_layer(head_dim, Norm(weight.float(), 1e-6) if has_norm else None)
-    exact_rotation = Rotation(*(part.float() for part in rotation))
-    expected = TorchOps(attention).attend(exact, qkv.float(), exact_rotation)
+    ids, positions = torch.tensor([3, 8, 0, 5, 5]), torch.tensor([0, 7, 1, 98, 3])
+    expected = exact_flat(ids, positions, TorchOps(attention))
+    metadata = make_metadata(slots, head_dim, dtype)
+    assert can_compile(flat)
+    actual = CpuDecoder(flat)(ids, positions, metadata)
+    assert actual.dtype == dtype and layer.qkv.weight.numel() == 0
     written = [row for row, slot in enumerate(slots) if slot >= 0]
     assert_close(actual[written], expected[written])
-    cache = metadata.kv_cache[0].transpose(2, 3).reshape(2, 32, KV_HEADS, head_dim)
-    scale = max(1.0, float(seen[0].abs().max()))
-    for half, part in zip(cache, seen, strict=True):
-        assert_close(half[[slots[row] for row in written]] / scale, part[written] / scale)
-    untouched = [slot for slot in range(32) if slot not in slots]
-    assert not cache[:, untouched].any()
+    keys, values = metadata.kv_cache[0]
+    keys = keys.reshape(8, KV_HEADS, head_dim, 16).transpose(-1, -2)
+    for half, part in zip((keys, values), seen, strict=True):
+        by_slot = half.transpose(1, 2).reshape(128, KV_HEADS, head_dim)
+        scale = max(1.0, float(part.abs().max()))
+        assert_close(by_slot[[slots[row] for row in written]] / scale, part[written] / scale)
+        untouched = [slot for slot in range(128) if slot not in slots]
+        assert not by_slot[untouched].any()
+
+
+def test_other_activations_and_layers_that_differ_are_not_compiled() -> None:
+    layer, other = make_layer(4, True, torch.float32), make_layer(4, False, torch.float32)
+    flat = FlatDecoder(nn.Embedding(2, HIDDEN), Rotary(4), [layer, layer], layer.mlp_norm)
+    assert can_compile(flat)
+    assert not can_compile(flat._replace(layers=[layer, other]))
+    assert not can_compile(flat._replace(layers=[layer._replace(is_silu=False)]))

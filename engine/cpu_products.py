@@ -1,0 +1,92 @@
+"""Products with packed weights on the CPU, compiled by Numba.
+
+W `[out_features, in_features]` lies as panels `[panels, in_features, PANEL_COLUMNS]`, of some
+columns of Wᵀ each, with a bias `[panels * PANEL_COLUMNS]`: a product goes through one from its
+first number to its last. Each sum runs over in_features in one order, so that a row comes out the
+same whatever else is in the batch.
+
+An item is a panel times some rows. What is padded, columns of the last panel and rows up to a
+multiple of PANEL_ROWS, is computed and left out; x must have those rows.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from .cpu_numbers import FAST, PANEL_COLUMNS, PANEL_ROWS, PARALLEL, exp, fetch_add, multiply_add
+
+ROWS = 16 * PANEL_ROWS
+"""Rows of an item: what a panel's weights are read for at a time."""
+DEPTH = 1024
+"""Of a panel, read for all rows of an item before the next: it stays in the second-level cache."""
+
+
+@njit(**PARALLEL)
+def run_product(panels, bias, x, tokens, out, num_threads):
+    """out[:tokens] `[., out_features]` = x Wᵀ + b; x and out float32."""
+    counters = np.zeros(1, dtype=np.int64)
+    for _ in prange(num_threads):
+        _take_items(panels, bias, x, tokens, out, counters)
+
+
+@njit(**FAST)
+def _take_items(panels, bias, x, tokens, out, counters):
+    """One thread's share."""
+    tile = np.empty((ROWS, PANEL_COLUMNS), dtype=np.float32)
+    items = len(panels) * -(-tokens // ROWS)
+    item = fetch_add(counters, 0, 1)
+    while item < items:
+        multiply(item, panels, bias, x, tokens, tile, out, False)
+        item = fetch_add(counters, 0, 1)
+
+
+@njit(**FAST)
+def multiply(item, panels, bias, x, tokens, tile, out, adds):
+    """The item's panel of x Wᵀ + b for its rows, to `out` or added to it."""
+    chunk, panel = divmod(item, np.int64(len(panels)))
+    first, left, rows, columns = _extent(chunk, panel, tokens, out)
+    _fill_tile(tile, panels, bias, panel, x, first, rows)
+    for row in range(rows):
+        for column in range(columns):
+            if adds:
+                out[first + row, left + column] += tile[row, column]
+            else:
+                out[first + row, left + column] = tile[row, column]
+
+
+@njit(**FAST)
+def multiply_gated(item, panels, bias, x, tokens, tiles, out):
+    """The item's panel of silu(gate) * up for its rows."""
+    chunk, pair = divmod(item, np.int64(len(panels) // 2))
+    first, left, rows, columns = _extent(chunk, pair, tokens, out)
+    gate, up = tiles[0], tiles[1]
+    _fill_tile(gate, panels, bias, 2 * pair, x, first, rows)
+    _fill_tile(up, panels, bias, 2 * pair + 1, x, first, rows)
+    for row in range(rows):
+        for column in range(columns):
+            number = gate[row, column]
+            number = number / (np.float32(1) + exp(-number)) * up[row, column]
+            out[first + row, left + column] = number
+
+
+@njit(**FAST)
+def _extent(chunk, panel, tokens, out):
+    """First row and column of an item, and how many. Unsigned: of signed indices Numba looks
+    whether they count from the end, which keeps LLVM from making vectors."""
+    first, left = np.uint64(chunk * ROWS), np.uint64(panel * PANEL_COLUMNS)
+    rows = min(np.uint64(ROWS), np.uint64(tokens) - first)
+    return first, left, rows, min(np.uint64(PANEL_COLUMNS), np.uint64(out.shape[1]) - left)
+
+
+@njit(**FAST)
+def _fill_tile(tile, panels, bias, panel, x, first, rows):
+    """tile[:rows] = x[first : first + rows] Wᵀ + b for the columns of one panel."""
+    weights = panels[panel]
+    for row in range(rows):
+        for column in range(PANEL_COLUMNS):
+            tile[row, column] = bias[panel * PANEL_COLUMNS + column]
+    for begin in range(0, len(weights), DEPTH):
+        depth = min(DEPTH, len(weights) - begin)
+        multiply_add(x, first, begin, weights, begin, 0, depth, tile, 0, rows)
