@@ -22,6 +22,7 @@ from numba import njit, prange
 
 from .cpu_numbers import (
     FAST,
+    INLINED,
     LANES,
     PANEL_COLUMNS,
     PANEL_ROWS,
@@ -31,6 +32,7 @@ from .cpu_numbers import (
     fetch_add,
     multiply_add,
     prefetch,
+    stay_apart,
     store,
     to_float,
 )
@@ -157,6 +159,7 @@ def attend_item(
     scratch,
 ):
     """Tile item // kv_heads for KV head item % kv_heads; arguments as of `attend`."""
+    stay_apart()
     packed, sums, maxima, totals, scores, keys, values = scratch
     kv_heads, head_dim = cache.shape[2], query.shape[2]
     group = query.shape[1] // kv_heads
@@ -197,18 +200,18 @@ def attend_item(
             store(target, kv_head * group + row % group, dim, sums[row, dim] * inverse)
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def _round_up(number, multiple):
     return -(-number // multiple) * multiple
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def _clear(line, begin, end):
     for index in range(begin, end):
         line[index] = np.float32(0)
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def _attend_tile(
     packed,
     rows,
@@ -248,7 +251,7 @@ def _attend_tile(
         _add_product(scores, values, count, rows, sums)
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def _load_tile(cache, kv_head, blocks, origin, count, keys, values):
     """Keys and values from `origin`, a multiple of KEYS; values beyond `count` are not read. Of
     the next tile, asks memory for the same places, if it has them."""
@@ -275,7 +278,7 @@ def _load_tile(cache, kv_head, blocks, origin, count, keys, values):
                 )
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def _add_product(left, right, depth, rows, out):
     """out[:rows] += left[:rows, :depth] @ right[:depth]."""
     for column in range(0, out.shape[1], PANEL_COLUMNS):

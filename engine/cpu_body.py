@@ -24,6 +24,7 @@ from .cpu_attention import attend_item, make_scratch
 from .cpu_kernels import norm_row, rotate_and_store_row
 from .cpu_numbers import (
     FAST,
+    INLINED,
     PANEL_COLUMNS,
     PARALLEL,
     fetch_add,
@@ -105,7 +106,7 @@ def run_body(layers, cache, step, activations, num_threads):
         _run_phases(layers, cache, step, activations, items, counters)
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def _count_items(layers, step, kv_heads):
     """Of each phase of a layer."""
     tokens = len(step.slots)
@@ -147,7 +148,7 @@ def _run_phases(layers, cache, step, activations, items, counters):
                 yield_core()
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def _run_item(kind, item, layers, layer, cache, step, activations, scratch, tiles):
     x, normed, qkv, query, attended, gated = activations
     tokens, epsilons = len(step.slots), layers.epsilons[layer]

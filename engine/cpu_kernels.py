@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from .cpu_numbers import FAST, PARALLEL, store, to_float
+from .cpu_numbers import FAST, INLINED, PARALLEL, stay_apart, store, to_float
 
 
 @njit(**FAST)
@@ -28,6 +28,7 @@ def rotate_and_store_row(qkv, weights, eps, cos, sin, slot, cache, query):
     weights `[heads + kv_heads, D]` of the norms of Q and K, which eps < 0 leaves out; cos and sin
     `[D]` as in Rotation; float32 but for the cache.
     """
+    stay_apart()
     heads, kv_heads = len(query), cache.shape[2]
     block, offset = divmod(slot, np.int64(cache.shape[3]))
     for head in range(heads):
@@ -40,7 +41,7 @@ def rotate_and_store_row(qkv, weights, eps, cos, sin, slot, cache, query):
         store_token(key, qkv[heads + kv_heads + head], cache, block, head, offset)
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def _rotate(source, weight, eps, cos, sin, out):
     """out may be source. Indices are unsigned: of signed ones Numba looks whether they count from
     the end, which keeps LLVM from making vectors."""
@@ -68,7 +69,7 @@ def _store_kv(key, value, slot, cache):
         store_token(key[head], value[head], cache, block, head, offset)
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def store_token(key, value, cache, block, head, offset):
     """key and value `[D]`, of one head, to their block: the keys of a block lie transposed."""
     keys = cache[0, block, head].reshape(cache.shape[4], cache.shape[3])

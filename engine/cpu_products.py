@@ -15,7 +15,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from .cpu_numbers import FAST, PANEL_COLUMNS, PANEL_ROWS, PARALLEL, exp, fetch_add, multiply_add
+from .cpu_numbers import (
+    FAST,
+    INLINED,
+    PANEL_COLUMNS,
+    PANEL_ROWS,
+    PARALLEL,
+    exp,
+    fetch_add,
+    multiply_add,
+    stay_apart,
+)
 
 ROWS = 16 * PANEL_ROWS
 """Rows of an item: what a panel's weights are read for at a time."""
@@ -45,6 +55,7 @@ def _take_items(panels, bias, x, tokens, out, counters):
 @njit(**FAST)
 def multiply(item, panels, bias, x, tokens, tile, out, adds):
     """The item's panel of x Wᵀ + b for its rows, to `out` or added to it."""
+    stay_apart()
     chunk, panel = divmod(item, np.int64(len(panels)))
     first, left, rows, columns = _extent(chunk, panel, tokens, out)
     _fill_tile(tile, panels, bias, panel, x, first, rows)
@@ -59,6 +70,7 @@ def multiply(item, panels, bias, x, tokens, tile, out, adds):
 @njit(**FAST)
 def multiply_gated(item, panels, bias, x, tokens, tiles, out):
     """The item's panel of silu(gate) * up for its rows."""
+    stay_apart()
     chunk, pair = divmod(item, np.int64(len(panels) // 2))
     first, left, rows, columns = _extent(chunk, pair, tokens, out)
     gate, up = tiles[0], tiles[1]
@@ -71,7 +83,7 @@ def multiply_gated(item, panels, bias, x, tokens, tiles, out):
             out[first + row, left + column] = number
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def _extent(chunk, panel, tokens, out):
     """First row and column of an item, and how many. Unsigned: of signed indices Numba looks
     whether they count from the end, which keeps LLVM from making vectors."""
@@ -80,7 +92,7 @@ def _extent(chunk, panel, tokens, out):
     return first, left, rows, min(np.uint64(PANEL_COLUMNS), np.uint64(out.shape[1]) - left)
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def _fill_tile(tile, panels, bias, panel, x, first, rows):
     """tile[:rows] = x[first : first + rows] Wᵀ + b for the columns of one panel."""
     weights = panels[panel]

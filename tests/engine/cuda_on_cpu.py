@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quire.engine import attention, attention_cuda, loader, worker
-from quire.engine.attention_cuda import CudaOps, attend_on_cuda
+from quire.engine.attention_cuda import attend_on_cuda
 from quire.engine.causal_lm import CausalLM
 from quire.engine.decode_graphs import Run
 from quire.engine.model_runner import ModelRunner
