@@ -97,7 +97,7 @@ def free_memory() -> None:
 
 
 def check_family(name: str) -> dict[str, Any]:
-    """Greedy tokens in fp32 against `generate`, chunked and batched, graphs and running ahead on and off."""
+    """Greedy tokens in fp32 against `generate`: chunked, batched, with graphs or ahead or not."""
     torch.manual_seed(0)
     rng = random.Random(1)
     config = CHECKED[name]()

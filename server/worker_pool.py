@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections import deque
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,9 @@ class _Worker:
         self.up = False
         self.samples: list[Sample] = []
         self._process = process
-        self._waiting: list[asyncio.Future[None]] = []
-        """For the next samples."""
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        """One for each question, in the order of the answers: an earlier question's answer may lack
+        what was counted before a later one."""
 
     async def ask_samples(self) -> None:
         """Have `samples` be what it has counted until now, unless it does not answer."""
@@ -87,13 +89,12 @@ class _Worker:
 
     def take_samples(self, samples: list[Sample]) -> None:
         self.samples = samples
-        self._release()
+        self._answer()
 
-    def _release(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for done in waiting:
-            if not done.done():
-                done.set_result(None)
+    def _answer(self) -> None:
+        done = self._waiting.popleft()
+        if not done.done():
+            done.set_result(None)
 
     def stop(self) -> None:
         """Let it send its last answers, if it has any."""
@@ -115,7 +116,8 @@ class _Worker:
             return await self._process.wait()
         finally:
             self.link.close()
-            self._release()
+            while self._waiting:
+                self._answer()
 
 
 class WorkerPool:
