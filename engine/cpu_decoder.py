@@ -30,7 +30,8 @@ class CpuDecoder:
     def __init__(self, flat: FlatDecoder) -> None:
         """Takes the weights of the layers over: theirs are emptied."""
         self._embedding, self._rotary = flat.embedding, flat.rotary
-        self._norm = Norm(flat.norm.weight.float(), flat.norm.eps)
+        # A copy, as a part of a mapped file would keep all of it resident.
+        self._norm = Norm(flat.norm.weight.float().clone(), flat.norm.eps)
         self._layers = _pack_layers(flat.layers)
         first = flat.layers[0]
         self._widths = (first.num_heads, first.num_kv_heads, first.head_dim)

@@ -156,7 +156,8 @@ def test_prometheus_reads_the_metrics(server: Server) -> None:
 def test_a_client_that_goes_away_gives_its_blocks_back(server: Server) -> None:
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 3000, "ignore_eos": True}
     with server.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # held, as httpx closes the response when it goes
+        next(lines)
         assert server.stats()["num_running"] == 1
     server.wait_idle()
     with pytest.raises(httpx.ReadTimeout):  # no stream: it is the handler that must notice

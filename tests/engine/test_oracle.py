@@ -130,9 +130,8 @@ def test_greedy_tokens_equal_generate(family: tuple[Path, Reference], mode: str)
     assert (stats.prefix_hits > 0) == engine.config.enable_prefix_caching
 
 
-def capture_graphs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> RerunCapture:
-    """As on CUDA, with stand-ins for kernels and graphs."""
-    use_references(monkeypatch)
+def capture_graphs(engine: Engine) -> RerunCapture:
+    """As on CUDA, with stand-ins for graphs, and those for kernels in use since it was made."""
     capture, runner = RerunCapture(), engine.worker._runner
     give_workspaces(runner)
     runner.capture_graphs(capture, graph_sizes(engine.config.max_num_seqs))
@@ -144,8 +143,9 @@ def test_graphs_of_decodes_ahead_of_their_results(
 ) -> None:
     """What the last step sampled is fed back into static inputs, on the device."""
     folder, reference = family
+    use_references(monkeypatch)
     engine = Engine(folder, async_scheduling=True, max_num_seqs=11)
-    capture = capture_graphs(engine, monkeypatch)
+    capture = capture_graphs(engine)
     wanted = [(prompt, 6 + i % 20) for i, prompt in enumerate(prompts(16))]
     requests = [engine.add(prompt, max_tokens) for prompt, max_tokens in wanted]
     engine.run()
@@ -291,6 +291,8 @@ def test_every_kind_of_request_is_the_same_one_step_ahead(
 
     monkeypatch.setattr(ModelRunner, "_feed_back", feed_back)
     calm = Engine(llama, async_scheduling=False)
+    if graphs:
+        use_references(monkeypatch)
     engine = Engine(
         llama, async_scheduling=True, num_blocks=20, max_num_seqs=12, max_num_batched_tokens=40
     )
@@ -303,7 +305,7 @@ def test_every_kind_of_request_is_the_same_one_step_ahead(
         alone.append(calm.add(prompt, **fields))
         calm.run()
     assert fed_back == 0
-    capture = capture_graphs(engine, monkeypatch) if graphs else None
+    capture = capture_graphs(engine) if graphs else None
     together = [engine.add(prompt, **fields) for prompt, fields in wanted]
     engine.run()
     for request, other in zip(together, alone, strict=True):
