@@ -2,7 +2,7 @@
 
     python -P benchmarks/cpu_step.py [--threads 1] [--dtype bfloat16]
 
-The engine process has OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=1000: set them here too.
+The engine process has OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=10000: set them here too.
 
 The engine without HTTP: a 30M-parameter Qwen3 shape with random weights. A decode step has a
 context of about 300 tokens in every row; the prefill is one prompt of 256 tokens. The figure is

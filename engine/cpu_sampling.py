@@ -21,24 +21,26 @@ _UNIT = np.float32((1.0 - 2.0**-24) * 2.0**-63)
 
 
 @njit(**PARALLEL)
-def race(relative, keys, token_ids, winners):
-    """winners `[R]`: argmax over N of exp(relative `[R, N]`) / E, where E is `counter_rng.
-    exponential(keys [R], token_ids)`, token_ids `[1, N]` or `[R, N]`; 0 where all weigh nothing."""
-    for row in prange(len(relative)):
+def race(logits, rows, tops, temperatures, keys, token_ids, winners):
+    """winners `[G]`: argmax over N of exp(l) / E, where l = (logits `[W, N]`[rows `[G]`] - tops
+    `[G]`) / temperatures `[G]` and E is `counter_rng.exponential(keys [G], token_ids)`, token_ids
+    `[1, N]` or `[G, N]`; 0 where all weigh nothing."""
+    for row in prange(len(rows)):
         ids = token_ids[np.uint64(row) % np.uint64(len(token_ids))]
-        winners[row] = _race(relative[row], np.uint64(keys[row]), ids)
+        line = logits[rows[row]]
+        winners[row] = _race(line, tops[row], temperatures[row], np.uint64(keys[row]), ids)
 
 
 @njit(**FAST)
-def _race(relative, key, token_ids):
+def _race(logits, top, temperature, key, token_ids):
     weights = np.empty(_CHUNK, dtype=np.float32)
     uniforms = np.empty(_CHUNK, dtype=np.float32)
     winner, best = np.int64(0), np.float32(0)
-    for begin in range(0, len(relative), _CHUNK):
+    for begin in range(0, len(logits), _CHUNK):
         start = np.uint64(begin)
-        count = min(np.uint64(_CHUNK), np.uint64(len(relative)) - start)
+        count = min(np.uint64(_CHUNK), np.uint64(len(logits)) - start)
         for index in range(count):
-            logit = relative[start + index]
+            logit = (logits[start + index] - top) / temperature
             weights[index] = exp(logit) if logit > np.float32(-87) else np.float32(0)
             uniforms[index] = _uniform(key, token_ids[start + index])
         for index in range(count):

@@ -25,9 +25,12 @@ def engine_environment(parent: Mapping[str, str], num_threads: int | None) -> di
     not say. Read by the runtime when torch is imported, so it cannot be set later."""
     environment = dict(parent)
     # Threads that spin for long between parallel regions starve the HTTP process; those that sleep
-    # at once take 50 to 150 us to wake, in each of a step's hundred regions.
+    # at once take 50 to 150 us to wake in each region.
     if environment.setdefault("OMP_WAIT_POLICY", "passive").lower() == "passive":
-        environment.setdefault("GOMP_SPINCOUNT", "1000")  # some microseconds; GNU's OpenMP
+        environment.setdefault("GOMP_SPINCOUNT", "10000")  # some 100 us; GNU's OpenMP
+    # What a step has freed is kept for the next one: the system would have to clear it again.
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(64 << 20))
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     return environment

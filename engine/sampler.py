@@ -175,6 +175,11 @@ class Sampler:
                 log_min_p=group.log_min_p,
             )
         keys = stream_keys(group.seeds, positions)
+        if x.device.type == "cpu" and not group.is_filtered:
+            best = best.index_select(0, group.working_rows)
+            return _race_on_cpu(
+                x, group.working_rows, best, group.temperature, keys, self._token_ids
+            )
         rows = max(1, _DRAW_ELEMENTS[x.device.type] // x.shape[1])
         draw = self._draw_candidates if group.num_candidates else self._draw_vocabulary
         pieces = []
@@ -227,13 +232,28 @@ def _best(x: Tensor) -> tuple[Tensor, Tensor]:
 def _race(relative: Tensor, keys: Tensor, token_ids: Tensor) -> Tensor:
     """Winners [R]: argmax over N of exp(relative [R, N]) / Exp(1); token ids [N] or [R, N]."""
     if relative.device.type == "cpu":
-        from .cpu_sampling import race
-
-        winners = torch.empty(len(relative), dtype=torch.int64)
-        ids = token_ids.view(-1, relative.shape[1])
-        race(relative.numpy(), keys.numpy(), ids.numpy(), winners.numpy())
-        return winners
+        rows, tops = torch.arange(len(relative)), torch.zeros(len(relative))
+        return _race_on_cpu(relative, rows, tops, torch.ones(len(relative)), keys, token_ids)
     return relative.exp().div_(exponential(keys, token_ids)).argmax(dim=1)
+
+
+def _race_on_cpu(
+    logits: Tensor, rows: Tensor, tops: Tensor, temperatures: Tensor, keys: Tensor, ids: Tensor
+) -> Tensor:
+    """Winners [G], see `cpu_sampling.race`; token ids [N] or [G, N]."""
+    from .cpu_sampling import race
+
+    winners = torch.empty(len(rows), dtype=torch.int64)
+    race(
+        logits.to(torch.float32).numpy(),
+        rows.numpy(),
+        tops.to(torch.float32).numpy(),
+        temperatures.flatten().numpy(),
+        keys.numpy(),
+        ids.view(-1, logits.shape[1]).numpy(),
+        winners.numpy(),
+    )
+    return winners
 
 
 def _masses(relative: Tensor) -> Tensor:

@@ -37,6 +37,11 @@ class DrawGroup(NamedTuple):
     top_p: Tensor | None  # float64, 2 where off
     log_min_p: Tensor | None  # float32, -inf where off
 
+    @property
+    def is_filtered(self) -> bool:
+        """Whether not all of the vocabulary may be drawn."""
+        return not (self.top_k is self.top_p is self.log_min_p is None)
+
     def slice(self, start: int, stop: int) -> DrawGroup:
         """Rows [start, stop) of the group, as views."""
 

@@ -171,14 +171,19 @@ def test_the_race_is_that_of_plain_torch(tokens: int) -> None:
     relative[::2] *= 30
     relative[3, 5:] = -torch.inf
     ids = torch.randperm(tokens, generator=generator)[None].repeat(rows, 1)
+    order = torch.randperm(rows, generator=generator)
+    tops, temperatures = torch.randn(rows), 0.5 + torch.rand(rows)
+    logits = (relative * temperatures[:, None] + tops[:, None])[order.argsort()]
+    arrays = [part.numpy() for part in (logits, order, tops, temperatures, keys)]
+    winners = np.empty(rows, np.int64)
     for token_ids in (torch.arange(tokens)[None], ids):
-        winners = np.empty(rows, np.int64)
-        race(relative.numpy(), keys.numpy(), token_ids.numpy(), winners)
+        race(*arrays, token_ids.numpy(), winners)
         expected = (relative.exp() / exponential(keys, token_ids)).argmax(dim=1)
         assert winners.tolist() == expected.tolist()
     assert winners[3] < 5 and len(set(winners.tolist())) > rows // 2
-    race(np.full((1, 9), -np.inf, np.float32), keys.numpy(), ids[:1, :9].numpy(), winners[:1])
-    assert winners[0] == 0
+    logits.fill_(-torch.inf)
+    race(*arrays, ids.numpy(), winners)
+    assert not winners.any()
 
 
 class Rotary(nn.Module):

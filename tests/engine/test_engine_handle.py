@@ -7,22 +7,26 @@ import pytest
 from quire.engine.engine_handle import engine_environment
 
 
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
+
+
 def test_threads_hardly_spin() -> None:
     assert engine_environment({"A": "b"}, 3) == {
         "A": "b",
         "OMP_WAIT_POLICY": "passive",
-        "GOMP_SPINCOUNT": "1000",
+        "GOMP_SPINCOUNT": "10000",
         "OMP_NUM_THREADS": "3",
+        **MEMORY,
     }
 
 
 @pytest.mark.parametrize(
     "own",
     [
-        {"OMP_WAIT_POLICY": "active"},
+        {"OMP_WAIT_POLICY": "active", "MALLOC_TRIM_THRESHOLD_": "1"},
         {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"},
         {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7", "OMP_NUM_THREADS": "2"},
     ],
 )
 def test_what_the_environment_says_stays(own: dict[str, str]) -> None:
-    assert engine_environment(own, None) == own
+    assert engine_environment(own, None) == MEMORY | own
