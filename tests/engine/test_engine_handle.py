@@ -6,7 +6,6 @@ import pytest
 
 from quire.engine.engine_handle import engine_environment
 
-
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 
 
