@@ -26,8 +26,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 serve: $(STAMP)
 	$(BIN)/quire serve $(MODEL) $(ARGS)
 
+# Files go to two processes, so that each keeps the servers that its tests share.
 test: lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # Every client of docs/api.md against a running server. The first half runs with the test extra, the
 # second with the clients' own packages, whose warnings are theirs. LiteLLM is told not to ask GitHub.

@@ -8,6 +8,7 @@ bits, bfloat16 as uint16 and float16 as int16 (`as_array`), and all arithmetic i
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ _SOURCES = [
     for name in ("attention", "body", "kernels", "numbers", "products", "sampling")
 ]
 _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
-numba.config.CACHE_DIR = str(
-    Path(numba.config.CACHE_DIR or Path(__file__).parent / "__pycache__") / f"numba-{_DIGEST}"
-)
+_HERE = Path(__file__).parent
+_CACHE = _HERE / "__pycache__" if os.access(_HERE, os.W_OK) else Path.home() / ".cache" / "quire"
+numba.config.CACHE_DIR = str(Path(numba.config.CACHE_DIR or _CACHE) / f"numba-{_DIGEST}")
 
 # The first is torch's own pool of threads, where the system has GNU's OpenMP. Numba sets its size
 # when it first uses it.
@@ -67,6 +68,11 @@ def as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     bits = _BITS.get(tensor.dtype)
     tensor = tensor.contiguous()
     return (tensor if bits is None else tensor.view(bits)).numpy()
+
+
+def is_compiled() -> bool:
+    """Whether kernels have been compiled in this installation, for some type."""
+    return Path(numba.config.CACHE_DIR).exists()
 
 
 def thread_count() -> int:

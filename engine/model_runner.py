@@ -195,6 +195,10 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Run two tokens, which on the CPU compiles what this machine has not compiled before."""
+        from .cpu_numbers import is_compiled
+
+        if not is_compiled():
+            logger.info("compiling for this processor, once: takes some half a minute")
         self._run_blank_step(2, 1)
 
     def _run_blank_step(self, num_tokens: int, num_seqs: int) -> tuple[torch.Tensor, DeviceStep]:
