@@ -38,7 +38,11 @@ def build_cpu_plan(
 ) -> CpuPlan:
     """Arrays as in AttentionMetadata, on the host; `group` heads share a KV head."""
     counts = np.diff(query_start_loc)
-    size = max(1, cpu_attention.TILE_ROWS // group) if counts.max() > 1 else 1
+    if counts.max() == 1:
+        tiles = np.zeros((len(counts), 2), dtype=np.int64)
+        tiles[:, 0] = np.argsort(-seq_lens, kind="stable")
+        return CpuPlan(tiles, 1, thread_count())
+    size = max(1, cpu_attention.TILE_ROWS // group)
     tiles_of = -(-counts // size)
     sequences = np.repeat(np.arange(len(counts)), tiles_of)
     firsts = (

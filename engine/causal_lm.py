@@ -98,6 +98,7 @@ class CausalLM:
         self._head._modules = dict(model._modules)
         self._head._modules[model.base_model_prefix] = _Passthrough(type(body_output))
         self._compiled: CpuDecoder | None = None
+        self._product: nn.Module | None = None
         if self.device.type == "cpu":
             self._prepare_cpu()
         self._check_head(hidden)
@@ -139,6 +140,9 @@ class CausalLM:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `[R, hidden_size]` → logits `[R, vocab_size]` of the model's dtype."""
+        if self._product is not None:
+            product: torch.Tensor = self._product(hidden)
+            return product
         logits: torch.Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits
         return logits[0]
 
@@ -221,6 +225,9 @@ class CausalLM:
         expected = (hidden.shape[0], self.spec.vocab_size)
         if logits.shape != expected:
             self._refuse(f"its logits are {tuple(logits.shape)}, not {expected}")
+        product = self._head.get_output_embeddings()
+        if isinstance(product, nn.Module) and torch.equal(product(hidden), logits):
+            self._product = product  # nothing comes after it: transformers' way there takes 0.4 ms
 
     def _check_calls(self, calls: list[LayerCall]) -> None:
         spec = self.spec

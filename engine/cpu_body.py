@@ -5,6 +5,8 @@ A layer is eight phases, each cut into items that threads take as they get free:
     norm ─ Q, K, V ─ rotate, store ─ attend ─ output product, += x ─
     norm ─ gate, up, SiLU·mul ─ down product, += x
 
+and the last norm is a phase of its own.
+
 A phase begins when all items of the one before are done, which threads see from a counter. So a
 small step pays for no wake-ups between its layers, and a thread that has lost its core, to the
 HTTP process, say, holds up nobody unless it has taken an item.
@@ -48,9 +50,10 @@ class Layers(NamedTuple):
     """The weights of all layers, stacked, as `cpu_products` has them. For gate and up, panel 2i is
     the i-th of gate, 2i + 1 of up.
 
-    Norms `[num_layers, hidden_size]`; qk_norm `[num_layers, heads + kv_heads, head_dim]`; epsilons
-    `[num_layers, 3]` of the first norm, of Q's and K's (-1: they have none), of the second; scales
-    and windows (0: none) `[num_layers]`. Flat, since Numba's parallel loops take no nested tuples.
+    Norms `[num_layers, hidden_size]`, the body's last one following those of the layers' inputs;
+    qk_norm `[num_layers, heads + kv_heads, head_dim]`; epsilons `[num_layers + 1, 3]` of the input's
+    norm, of Q's and K's (-1: they have none), of the second; scales and windows (0: none)
+    `[num_layers]`. Flat, since Numba's parallel loops take no nested tuples.
     """
 
     input_norm: Any
@@ -70,12 +73,13 @@ class Layers(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where each token stands: cos and sin `[T, head_dim]` as in Rotation; slots `[T]`; the rest as
-    `cpu_attention.attend` takes it."""
+    """Where each token stands: its slot `[T]`; its row `[T]` of cos and sin `[., head_dim]`, which
+    are as in Rotation; the rest as `cpu_attention.attend` takes it."""
 
+    slots: Any
+    rotations: Any
     cos: Any
     sin: Any
-    slots: Any
     block_table: Any
     starts: Any
     seq_lens: Any
@@ -84,8 +88,8 @@ class Step(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """float32, rows rounded up to PANEL_ROWS: x `[., hidden_size]` (in: embeddings; out: hidden
-    states before the last norm), normed like x, qkv `[., heads + 2 kv_heads, head_dim]`, query and
+    """float32, of all tokens and maybe more: x `[., hidden_size]` (in: embeddings), normed
+    like x (out: hidden states), qkv `[., heads + 2 kv_heads, head_dim]`, query and
     attended `[., heads, head_dim]`, gated `[., intermediate_size]`."""
 
     x: Any
@@ -100,7 +104,7 @@ class Activations(NamedTuple):
 def run_body(layers, cache, step, activations, num_threads):
     """cache `[num_layers, 2, blocks, kv_heads, block_size, head_dim]`; changes it and
     activations."""
-    counters = np.zeros(len(layers.scales) * PHASES * 2 * LINE, dtype=np.int64)
+    counters = np.zeros((len(layers.scales) * PHASES + 1) * 2 * LINE, dtype=np.int64)
     items = _count_items(layers, step, cache.shape[3])
     for _ in prange(num_threads):
         _run_phases(layers, cache, step, activations, items, counters)
@@ -131,15 +135,13 @@ def _run_phases(layers, cache, step, activations, items, counters):
     heads, head_dim = activations.query.shape[1], activations.query.shape[2]
     scratch = make_scratch(heads // cache.shape[3] * step.tile_queries, head_dim)
     tiles = np.empty((2, ROWS, PANEL_COLUMNS), dtype=np.float32)
-    for phase in range(len(layers.scales) * PHASES):
+    for phase in range(len(layers.scales) * PHASES + 1):
         layer, kind = divmod(phase, PHASES)
         taken, done = 2 * LINE * phase, 2 * LINE * phase + LINE
         while load(counters, taken) < items[kind]:
             item = fetch_add(counters, taken, 1)
             if item < items[kind]:
-                _run_item(
-                    kind, item, layers, layer, cache[layer], step, activations, scratch, tiles
-                )
+                _run_item(kind, item, layers, layer, cache, step, activations, scratch, tiles)
                 fetch_add(counters, done, 1)
         spins = 0
         while load(counters, done) < items[kind]:
@@ -163,21 +165,22 @@ def _run_item(kind, item, layers, layer, cache, step, activations, scratch, tile
         )
     elif kind == 2:
         for row in range(first, last):
+            rotation = step.rotations[row]
             rotate_and_store_row(
                 qkv[row],
                 layers.qk_norm[layer],
                 epsilons[1],
-                step.cos[row],
-                step.sin[row],
+                step.cos[rotation],
+                step.sin[rotation],
                 step.slots[row],
-                cache,
+                cache[layer],
                 query[row],
             )
     elif kind == 3:
         attend_item(
             item,
             query,
-            cache,
+            cache[layer],
             step.block_table,
             step.starts,
             step.seq_lens,

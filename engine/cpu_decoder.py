@@ -12,11 +12,12 @@ import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .cpu_body import Activations, Layers, Step, run_body
 from .cpu_linear import pack
-from .cpu_numbers import FLOATS, PANEL_ROWS, as_array
-from .flat_decoder import FlatDecoder, FlatLayer, Norm, rotary_factors
+from .cpu_numbers import FLOATS, as_array
+from .flat_decoder import FlatDecoder, FlatLayer, Norm, Rotation, rotary_factors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,15 +25,17 @@ if TYPE_CHECKING:
     from .attention import AttentionMetadata
 
 
+_STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
 class CpuDecoder:
     """A flat body whose layers run as one compiled function, `cpu_body.run_body`."""
 
     def __init__(self, flat: FlatDecoder) -> None:
         """Takes the weights of the layers over: theirs are emptied."""
-        self._embedding, self._rotary = flat.embedding, flat.rotary
-        # A copy, as a part of a mapped file would keep all of it resident.
-        self._norm = Norm(flat.norm.weight.float().clone(), flat.norm.eps)
-        self._layers = _pack_layers(flat.layers)
+        self._embedding = flat.embedding
+        self._rotations = _Rotations(flat.rotary)
+        self._layers = _pack_layers(flat.layers, flat.norm)
         first = flat.layers[0]
         self._widths = (first.num_heads, first.num_kv_heads, first.head_dim)
         self._intermediate_size: int = first.down.in_features
@@ -41,17 +44,18 @@ class CpuDecoder:
     def __call__(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """input_ids and positions `[T]` → hidden states `[T, hidden_size]`."""
-        x = F.embedding(input_ids, self._embedding.weight).float()
-        rotation = rotary_factors(self._rotary, x, positions)
+        """input_ids and positions `[T]` → hidden states `[T, hidden_size]`, until the next call."""
+        x = F.embedding(input_ids, self._embedding.weight)
+        rotation, rows = self._rotations(positions)
         plan = metadata.cpu_plan
         assert plan is not None
         activations = self._scratch(x)
-        activations.x[: len(x)] = x.numpy()
+        torch.from_numpy(activations.x[: len(x)]).copy_(x)
         step = Step(
+            slots=metadata.slot_mapping.numpy(),
+            rotations=rows.numpy(),
             cos=rotation.cos.numpy(),
             sin=rotation.sin.numpy(),
-            slots=metadata.slot_mapping.numpy(),
             block_table=metadata.block_table.numpy(),
             starts=metadata.query_start_loc.numpy(),
             seq_lens=metadata.seq_lens.numpy(),
@@ -60,13 +64,12 @@ class CpuDecoder:
         )
         numba.set_num_threads(plan.num_threads)
         run_body(self._layers, as_array(metadata.kv_cache), step, activations, plan.num_threads)
-        hidden = torch.from_numpy(activations.x[: len(x)])
-        return self._norm(hidden).to(self._embedding.weight.dtype)
+        return torch.from_numpy(activations.normed[: len(x)]).to(x.dtype)
 
     def _scratch(self, x: torch.Tensor) -> Activations:
         """Kept from step to step: fresh memory would be cleared by the system at each one."""
-        if self._activations is None or len(self._activations.x) < len(x) + PANEL_ROWS:
-            rows, hidden_size = 2 * len(x) + PANEL_ROWS, x.shape[1]
+        if self._activations is None or len(self._activations.x) < len(x):
+            rows, hidden_size = 2 * len(x), x.shape[1]
             heads, kv_heads, head_dim = self._widths
             shapes = (
                 (rows, hidden_size),
@@ -78,6 +81,29 @@ class CpuDecoder:
             )
             self._activations = Activations(*(np.zeros(shape, np.float32) for shape in shapes))
         return self._activations
+
+
+class _Rotations:
+    """Rotary factors by position, which are computed but once: a call of the model's own module
+    takes as long as two layers of a small one. Not where they depend on the positions around."""
+
+    def __init__(self, rotary: nn.Module) -> None:
+        self._rotary = rotary
+        rope_type = getattr(rotary, "rope_type", None)
+        self._is_static = rope_type in _STATIC_ROPE_TYPES
+        self._table = Rotation(torch.empty(0), torch.empty(0))
+
+    def __call__(self, positions: torch.Tensor) -> tuple[Rotation, torch.Tensor]:
+        """Factors `[., head_dim]`, and which of them the positions `[T]` have, `[T]`."""
+        if not self._is_static:
+            return self._compute(positions), torch.arange(len(positions))
+        longest = int(positions.max()) + 1
+        if longest > len(self._table.cos):
+            self._table = self._compute(torch.arange(max(longest, 1024, 2 * len(self._table.cos))))
+        return self._table, positions
+
+    def _compute(self, positions: torch.Tensor) -> Rotation:
+        return rotary_factors(self._rotary, torch.empty(1), positions)
 
 
 def can_compile(flat: FlatDecoder) -> bool:
@@ -93,8 +119,8 @@ def can_compile(flat: FlatDecoder) -> bool:
     )
 
 
-def _pack_layers(layers: Sequence[FlatLayer]) -> Layers:
-    def stack(norms: list[Norm]) -> NDArray[np.float32]:
+def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm) -> Layers:
+    def stack(norms: Sequence[Norm]) -> NDArray[np.float32]:
         return torch.stack([norm.weight.float() for norm in norms]).numpy()
 
     first = layers[0]
@@ -104,12 +130,13 @@ def _pack_layers(layers: Sequence[FlatLayer]) -> Layers:
         (layer.input_norm.eps, qk_norm.eps, layer.mlp_norm.eps)
         for layer, qk_norm in zip(layers, qk_norms, strict=True)
     ]
+    epsilons.append((last_norm.eps, 0.0, 0.0))
     qkv, qkv_bias = pack([layer.qkv for layer in layers])
     output, output_bias = pack([layer.output for layer in layers])
     gate_up, gate_up_bias = pack([layer.gate_up for layer in layers], parts=2)
     down, down_bias = pack([layer.down for layer in layers])
     return Layers(
-        input_norm=stack([layer.input_norm for layer in layers]),
+        input_norm=stack([*(layer.input_norm for layer in layers), last_norm]),
         qkv=qkv,
         qkv_bias=qkv_bias,
         qk_norm=stack(qk_norms),
