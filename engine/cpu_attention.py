@@ -25,6 +25,7 @@ from .cpu_numbers import (
     INLINED,
     LANES,
     PANEL_COLUMNS,
+    PANEL_ROWS,
     PARALLEL,
     copy_lanes,
     exp,
@@ -127,7 +128,7 @@ def _attend_items(
 @njit(**FAST)
 def make_scratch(rows, head_dim):
     """What a thread needs to attend with tiles of so many rows; see `_attend_tile`."""
-    width = _round_up(head_dim, PANEL_COLUMNS)
+    rows, width = _round_up(rows, PANEL_ROWS), _round_up(head_dim, PANEL_COLUMNS)
     return (
         np.zeros((rows, head_dim), dtype=np.float32),
         np.zeros((rows, width), dtype=np.float32),
@@ -281,7 +282,7 @@ def _load_tile(cache, kv_head, blocks, origin, count, keys, values):
 def _add_product(left, right, depth, rows, out):
     """out[:rows] += left[:rows, :depth] @ right[:depth]."""
     for column in range(0, out.shape[1], PANEL_COLUMNS):
-        multiply_add(left, 0, 0, right, 0, column, depth, out, 0, column, rows)
+        multiply_add(left, 0, 0, right, 0, column, depth, out, 0, rows)
 
 
 @njit(**{**FAST, "fastmath": {"nnan", "nsz", "reassoc"}})

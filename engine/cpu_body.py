@@ -88,9 +88,9 @@ class Step(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """float32, of all tokens and maybe more: x `[., hidden_size]` (in: embeddings), normed
-    like x (out: hidden states), qkv `[., heads + 2 kv_heads, head_dim]`, query and
-    attended `[., heads, head_dim]`, gated `[., intermediate_size]`."""
+    """float32, rows rounded up to PANEL_ROWS: x `[., hidden_size]` (in: embeddings), normed like x
+    (out: hidden states), qkv `[., heads + 2 kv_heads, head_dim]`, query and attended `[., heads,
+    head_dim]`, gated `[., intermediate_size]`."""
 
     x: Any
     normed: Any

@@ -16,7 +16,7 @@ from torch import nn
 
 from .cpu_body import Activations, Layers, Step, run_body
 from .cpu_linear import pack
-from .cpu_numbers import FLOATS, as_array
+from .cpu_numbers import FLOATS, PANEL_ROWS, as_array
 from .flat_decoder import FlatDecoder, FlatLayer, Norm, Rotation, rotary_factors
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ class CpuDecoder:
 
     def _scratch(self, x: torch.Tensor) -> Activations:
         """Kept from step to step: fresh memory would be cleared by the system at each one."""
-        if self._activations is None or len(self._activations.x) < len(x):
-            rows, hidden_size = 2 * len(x), x.shape[1]
+        if self._activations is None or len(self._activations.x) < len(x) + PANEL_ROWS:
+            rows, hidden_size = 2 * len(x) + PANEL_ROWS, x.shape[1]
             heads, kv_heads, head_dim = self._widths
             shapes = (
                 (rows, hidden_size),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cpu_numbers import FLOATS, PANEL_COLUMNS, as_array, thread_count
+from .cpu_numbers import FLOATS, PANEL_COLUMNS, PANEL_ROWS, as_array, thread_count
 from .cpu_products import run_product
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.reshape(-1, self.in_features)
-        x = rows.float().contiguous()
+        x = F.pad(rows.float(), (0, 0, 0, -len(rows) % PANEL_ROWS))
         out = torch.empty(len(rows), self.out_features)
         num_threads = thread_count()
         numba.set_num_threads(num_threads)

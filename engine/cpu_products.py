@@ -5,8 +5,8 @@ columns of Wᵀ each, with a bias `[panels * PANEL_COLUMNS]`: a product goes thr
 first number to its last. Each sum runs over in_features in one order, so that a row comes out the
 same whatever else is in the batch.
 
-An item is a panel times some rows. Sums go straight to where they belong, unless the panel is the
-last and has columns that are but padding.
+An item is a panel times some rows. What is padded, columns of the last panel and rows up to a
+multiple of PANEL_ROWS, is computed and left out; x must have those rows.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -27,9 +27,9 @@ from .cpu_numbers import (
     stay_apart,
 )
 
-ROWS = 98 // PANEL_ROWS * PANEL_ROWS
+ROWS = 16 * PANEL_ROWS
 """Rows of an item: what a panel's weights are read for at a time."""
-DEPTH = 128
+DEPTH = 1024
 """Of a panel, read for all rows of an item before the next: it stays in the second-level cache."""
 
 
@@ -58,16 +58,12 @@ def multiply(item, panels, bias, x, tokens, tile, out, adds):
     stay_apart()
     chunk, panel = divmod(item, np.int64(len(panels)))
     first, left, rows, columns = _extent(chunk, panel, tokens, out)
-    direct = columns == PANEL_COLUMNS
-    target, top, edge = (out, first, left) if direct else (tile, np.uint64(0), np.uint64(0))
-    if not direct and adds:
-        for row in range(rows):
-            for column in range(columns):
-                tile[row, column] = out[first + row, left + column]
-    _multiply(panels[panel], bias, panel, x, first, rows, target, top, edge, adds)
-    if not direct:
-        for row in range(rows):
-            for column in range(columns):
+    _fill_tile(tile, panels, bias, panel, x, first, rows)
+    for row in range(rows):
+        for column in range(columns):
+            if adds:
+                out[first + row, left + column] += tile[row, column]
+            else:
                 out[first + row, left + column] = tile[row, column]
 
 
@@ -78,9 +74,8 @@ def multiply_gated(item, panels, bias, x, tokens, tiles, out):
     chunk, pair = divmod(item, np.int64(len(panels) // 2))
     first, left, rows, columns = _extent(chunk, pair, tokens, out)
     gate, up = tiles[0], tiles[1]
-    zero = np.uint64(0)
-    _multiply(panels[2 * pair], bias, 2 * pair, x, first, rows, gate, zero, zero, False)
-    _multiply(panels[2 * pair + 1], bias, 2 * pair + 1, x, first, rows, up, zero, zero, False)
+    _fill_tile(gate, panels, bias, 2 * pair, x, first, rows)
+    _fill_tile(up, panels, bias, 2 * pair + 1, x, first, rows)
     for row in range(rows):
         for column in range(columns):
             number = gate[row, column]
@@ -98,16 +93,12 @@ def _extent(chunk, panel, tokens, out):
 
 
 @njit(**INLINED)
-def _multiply(weights, bias, panel, x, first, rows, out, top, edge, adds):
-    """out[top : top + rows, edge : edge + PANEL_COLUMNS] = x[first : first + rows] Wᵀ + b for the
-    columns of one panel, or added to it."""
+def _fill_tile(tile, panels, bias, panel, x, first, rows):
+    """tile[:rows] = x[first : first + rows] Wᵀ + b for the columns of one panel."""
+    weights = panels[panel]
     for row in range(rows):
-        for column in range(np.uint64(PANEL_COLUMNS)):
-            number = bias[np.uint64(panel * PANEL_COLUMNS) + column]
-            if adds:
-                number += out[top + row, edge + column]
-            out[top + row, edge + column] = number
-    to = (out, np.int64(top), np.int64(edge))
+        for column in range(PANEL_COLUMNS):
+            tile[row, column] = bias[panel * PANEL_COLUMNS + column]
     for begin in range(0, len(weights), DEPTH):
         depth = min(DEPTH, len(weights) - begin)
-        multiply_add(x, np.int64(first), begin, weights, begin, 0, depth, *to, np.int64(rows))
+        multiply_add(x, first, begin, weights, begin, 0, depth, tile, 0, rows)
