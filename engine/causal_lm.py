@@ -124,7 +124,7 @@ class CausalLM:
     ) -> torch.Tensor:
         """input_ids and positions `[T]` int64 → hidden states `[T, hidden_size]`."""
         if self._compiled is not None:
-            return self._compiled(input_ids, positions, metadata)
+            return self._compiled(input_ids, positions, input_ids[:0], metadata)[0]
         if self._flat is not None:
             from .attention_cuda import CudaOps
 
@@ -137,6 +137,19 @@ class CausalLM:
         )
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]
+
+    def forward_to_logits(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        logit_indices: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, and the `logits` of the tokens at logit_indices `[R]`."""
+        if self._compiled is not None and self._compiled.has_head:
+            return self._compiled(input_ids, positions, logit_indices, metadata)
+        hidden = self.forward(input_ids, positions, metadata)
+        return hidden, self.logits(hidden[logit_indices])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `[R, hidden_size]` → logits `[R, vocab_size]` of the model's dtype."""
@@ -225,9 +238,18 @@ class CausalLM:
         expected = (hidden.shape[0], self.spec.vocab_size)
         if logits.shape != expected:
             self._refuse(f"its logits are {tuple(logits.shape)}, not {expected}")
-        product = self._head.get_output_embeddings()
+        product = getattr(self._head, "lm_head", None)  # transformers' own name for it
         if isinstance(product, nn.Module) and torch.equal(product(hidden), logits):
-            self._product = product  # nothing comes after it: transformers' way there takes 0.4 ms
+            self._product = product
+            self._join_head(product)
+
+    def _join_head(self, product: nn.Module) -> None:
+        if self._compiled is None:
+            return
+        from .cpu_linear import PackedLinear
+
+        if isinstance(product, PackedLinear):
+            self._compiled.append_head(product)
 
     def _check_calls(self, calls: list[LayerCall]) -> None:
         spec = self.spec

@@ -1,11 +1,11 @@
-"""All layers of a Llama-shaped body on the CPU in one parallel region, compiled by Numba.
+"""A step of a Llama-shaped model on the CPU in one parallel region, compiled by Numba.
 
 A layer is eight phases, each cut into items that threads take as they get free:
 
     norm ─ Q, K, V ─ rotate, store ─ attend ─ output product, += x ─
     norm ─ gate, up, SiLU·mul ─ down product, += x
 
-and the last norm is a phase of its own.
+and after the layers come the last norm, the rows whose logits are wanted, and the head's product.
 
 A phase begins when all items of the one before are done, which threads see from a counter. So a
 small step pays for no wake-ups between its layers, and a thread that has lost its core, to the
@@ -31,12 +31,15 @@ from .cpu_numbers import (
     PARALLEL,
     fetch_add,
     load,
+    to_float,
     yield_core,
 )
 from .cpu_products import ROWS, multiply, multiply_gated
 
 PHASES = 8
-"""Of a layer."""
+"""Of a layer; its first one serves for the last norm."""
+PICK, HEAD = PHASES, PHASES + 1
+"""The phases after that."""
 FEW = 32
 """Rows of an item of the phases that make no product; as many tokens as share cache lines of
 their transposed keys, or more."""
@@ -51,8 +54,8 @@ class Layers(NamedTuple):
     the i-th of gate, 2i + 1 of up.
 
     Norms `[num_layers, hidden_size]`, the body's last one following those of the layers' inputs;
-    qk_norm `[num_layers, heads + kv_heads, head_dim]`; epsilons `[num_layers + 1, 3]` of the input's
-    norm, of Q's and K's (-1: they have none), of the second; scales and windows (0: none)
+    qk_norm `[num_layers, heads + kv_heads, head_dim]`; epsilons `[num_layers + 1, 3]` of the
+    input's norm, of Q's and K's (-1: they have none), of the second; scales and windows (0: none)
     `[num_layers]`. Flat, since Numba's parallel loops take no nested tuples.
     """
 
@@ -72,10 +75,22 @@ class Layers(NamedTuple):
     windows: Any
 
 
-class Step(NamedTuple):
-    """Where each token stands: its slot `[T]`; its row `[T]` of cos and sin `[., head_dim]`, which
-    are as in Rotation; the rest as `cpu_attention.attend` takes it."""
+class Ends(NamedTuple):
+    """What a model begins and ends with: embedding `[vocab_size, hidden_size]`; the head as
+    `cpu_products` has it, with no panels where it is not a plain product."""
 
+    embedding: Any
+    head: Any
+    head_bias: Any
+
+
+class Step(NamedTuple):
+    """Which token, and where it stands: its slot `[T]`; its row `[T]` of cos and sin `[.,
+    head_dim]`, which are as in Rotation; which tokens need logits `[R]`; the rest as
+    `cpu_attention.attend` takes it."""
+
+    input_ids: Any
+    picks: Any
     slots: Any
     rotations: Any
     cos: Any
@@ -88,9 +103,10 @@ class Step(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """float32, rows rounded up to PANEL_ROWS: x `[., hidden_size]` (in: embeddings), normed like x
-    (out: hidden states), qkv `[., heads + 2 kv_heads, head_dim]`, query and attended `[., heads,
-    head_dim]`, gated `[., intermediate_size]`."""
+    """float32, rows rounded up to PANEL_ROWS: x `[., hidden_size]`, normed like x (out: hidden
+    states), qkv `[., heads + 2 kv_heads, head_dim]`, query and attended `[., heads, head_dim]`,
+    gated `[., intermediate_size]`; of the picks, picked `[., hidden_size]` and logits `[R,
+    vocab_size]` (out)."""
 
     x: Any
     normed: Any
@@ -98,22 +114,24 @@ class Activations(NamedTuple):
     query: Any
     attended: Any
     gated: Any
+    picked: Any
+    logits: Any
 
 
 @njit(**PARALLEL)
-def run_body(layers, cache, step, activations, num_threads):
+def run_model(ends, layers, cache, step, activations, num_threads):
     """cache `[num_layers, 2, blocks, kv_heads, block_size, head_dim]`; changes it and
     activations."""
-    counters = np.zeros((len(layers.scales) * PHASES + 1) * 2 * LINE, dtype=np.int64)
-    items = _count_items(layers, step, cache.shape[3])
+    counters = np.zeros((len(layers.scales) * PHASES + 3) * 2 * LINE, dtype=np.int64)
+    items = _count_items(ends, layers, step, cache.shape[3])
     for _ in prange(num_threads):
-        _run_phases(layers, cache, step, activations, items, counters)
+        _run_phases(ends, layers, cache, step, activations, items, counters)
 
 
 @njit(**INLINED)
-def _count_items(layers, step, kv_heads):
-    """Of each phase of a layer."""
-    tokens = len(step.slots)
+def _count_items(ends, layers, step, kv_heads):
+    """Of each kind of phase."""
+    tokens, picks = len(step.slots), len(step.picks)
     of_rows, chunks = -(-tokens // FEW), -(-tokens // ROWS)
     return np.array(
         [
@@ -125,23 +143,33 @@ def _count_items(layers, step, kv_heads):
             of_rows,
             layers.gate_up.shape[1] // 2 * chunks,
             layers.down.shape[1] * chunks,
+            -(-picks // FEW),
+            len(ends.head) * -(-picks // ROWS),
         ]
     )
 
 
 @njit(**FAST)
-def _run_phases(layers, cache, step, activations, items, counters):
+def _run_phases(ends, layers, cache, step, activations, items, counters):
     """One thread's share."""
     heads, head_dim = activations.query.shape[1], activations.query.shape[2]
     scratch = make_scratch(heads // cache.shape[3] * step.tile_queries, head_dim)
     tiles = np.empty((2, ROWS, PANEL_COLUMNS), dtype=np.float32)
-    for phase in range(len(layers.scales) * PHASES + 1):
+    last = len(layers.scales) * PHASES
+    for phase in range(last + 3):
         layer, kind = divmod(phase, PHASES)
+        if phase > last:
+            kind = PICK + phase - last - 1
         taken, done = 2 * LINE * phase, 2 * LINE * phase + LINE
         while load(counters, taken) < items[kind]:
             item = fetch_add(counters, taken, 1)
             if item < items[kind]:
-                _run_item(kind, item, layers, layer, cache, step, activations, scratch, tiles)
+                if kind < PHASES:
+                    _run_item(
+                        kind, item, ends, layers, layer, cache, step, activations, scratch, tiles
+                    )
+                else:
+                    _run_last_item(kind, item, ends, step, activations, tiles)
                 fetch_add(counters, done, 1)
         spins = 0
         while load(counters, done) < items[kind]:
@@ -151,12 +179,14 @@ def _run_phases(layers, cache, step, activations, items, counters):
 
 
 @njit(**INLINED)
-def _run_item(kind, item, layers, layer, cache, step, activations, scratch, tiles):
-    x, normed, qkv, query, attended, gated = activations
+def _run_item(kind, item, ends, layers, layer, cache, step, activations, scratch, tiles):
+    x, normed, qkv, query, attended, gated, _, _ = activations
     tokens, epsilons = len(step.slots), layers.epsilons[layer]
     first, last = item * FEW, min(item * FEW + FEW, tokens)
     if kind == 0:
         for row in range(first, last):
+            if layer == 0:
+                _embed(ends.embedding[step.input_ids[row]], x[row])
             norm_row(x[row], layers.input_norm[layer], epsilons[0], normed[row])
     elif kind == 1:
         out = qkv.reshape(len(qkv), qkv.shape[1] * qkv.shape[2])
@@ -210,3 +240,19 @@ def _run_item(kind, item, layers, layer, cache, step, activations, scratch, tile
         multiply(
             item, layers.down[layer], layers.down_bias[layer], gated, tokens, tiles[0], x, True
         )
+
+
+@njit(**INLINED)
+def _run_last_item(kind, item, ends, step, activations, tiles):
+    if kind == PICK:
+        for row in range(item * FEW, min(item * FEW + FEW, len(step.picks))):
+            activations.picked[row] = activations.normed[step.picks[row]]
+    else:
+        picks, picked, logits = len(step.picks), activations.picked, activations.logits
+        multiply(item, ends.head, ends.head_bias, picked, picks, tiles[0], logits, False)
+
+
+@njit(**INLINED)
+def _embed(embedding, x):
+    for dim in range(len(x)):
+        x[dim] = to_float(embedding[dim])

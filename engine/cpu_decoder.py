@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .cpu_body import Activations, Layers, Step, run_body
-from .cpu_linear import pack
-from .cpu_numbers import FLOATS, PANEL_ROWS, as_array
+from .cpu_body import Activations, Ends, Layers, Step, run_model
+from .cpu_linear import PackedLinear, pack
+from .cpu_numbers import FLOATS, PANEL_COLUMNS, PANEL_ROWS, as_array
 from .flat_decoder import FlatDecoder, FlatLayer, Norm, Rotation, rotary_factors
 
 if TYPE_CHECKING:
@@ -29,29 +28,48 @@ _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class CpuDecoder:
-    """A flat body whose layers run as one compiled function, `cpu_body.run_body`."""
+    """A model with a flat body that runs as one compiled function, `cpu_body.run_model`."""
 
     def __init__(self, flat: FlatDecoder) -> None:
         """Takes the weights of the layers over: theirs are emptied."""
-        self._embedding = flat.embedding
         self._rotations = _Rotations(flat.rotary)
         self._layers = _pack_layers(flat.layers, flat.norm)
         first = flat.layers[0]
         self._widths = (first.num_heads, first.num_kv_heads, first.head_dim)
         self._intermediate_size: int = first.down.in_features
+        self._dtype = flat.embedding.weight.dtype
+        embedding = as_array(flat.embedding.weight.detach())
+        no_panels = np.empty((0, embedding.shape[1], PANEL_COLUMNS), embedding.dtype)
+        self._ends = Ends(embedding, no_panels, np.empty(0, np.float32))
+        self._vocab_size = 0
         self._activations: Activations | None = None
 
+    @property
+    def has_head(self) -> bool:
+        return self._vocab_size > 0
+
+    def append_head(self, head: PackedLinear) -> None:
+        """Of the same type as the layers; from now on calls return logits."""
+        self._ends = self._ends._replace(head=head.panels, head_bias=head.bias)
+        self._vocab_size = head.out_features
+
     def __call__(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        """input_ids and positions `[T]` → hidden states `[T, hidden_size]`, until the next call."""
-        x = F.embedding(input_ids, self._embedding.weight)
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        logit_indices: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids and positions `[T]`, logit_indices `[R]` → hidden states `[T, hidden_size]`,
+        and logits `[R, vocab_size]` if it has a head; valid until the next call."""
         rotation, rows = self._rotations(positions)
         plan = metadata.cpu_plan
         assert plan is not None
-        activations = self._scratch(x)
-        torch.from_numpy(activations.x[: len(x)]).copy_(x)
+        num_tokens, num_logits = len(input_ids), len(logit_indices)
+        activations = self._scratch(num_tokens, num_logits)
         step = Step(
+            input_ids=input_ids.numpy(),
+            picks=logit_indices.numpy(),
             slots=metadata.slot_mapping.numpy(),
             rotations=rows.numpy(),
             cos=rotation.cos.numpy(),
@@ -63,13 +81,20 @@ class CpuDecoder:
             tile_queries=plan.tile_queries,
         )
         numba.set_num_threads(plan.num_threads)
-        run_body(self._layers, as_array(metadata.kv_cache), step, activations, plan.num_threads)
-        return torch.from_numpy(activations.normed[: len(x)]).to(x.dtype)
+        cache = as_array(metadata.kv_cache)
+        run_model(self._ends, self._layers, cache, step, activations, plan.num_threads)
+        hidden = torch.from_numpy(activations.normed[:num_tokens])
+        logits = torch.from_numpy(activations.logits[:num_logits])
+        return hidden.to(self._dtype), logits.to(self._dtype)
 
-    def _scratch(self, x: torch.Tensor) -> Activations:
+    def _scratch(self, num_tokens: int, num_logits: int) -> Activations:
         """Kept from step to step: fresh memory would be cleared by the system at each one."""
-        if self._activations is None or len(self._activations.x) < len(x) + PANEL_ROWS:
-            rows, hidden_size = 2 * len(x) + PANEL_ROWS, x.shape[1]
+        kept = self._activations
+        rows, picks = num_tokens + PANEL_ROWS, num_logits + PANEL_ROWS
+        if kept is None or len(kept.x) < rows or len(kept.picked) < picks:
+            if kept is not None:
+                rows, picks = max(2 * rows, len(kept.x)), max(2 * picks, len(kept.picked))
+            hidden_size = self._ends.embedding.shape[1]
             heads, kv_heads, head_dim = self._widths
             shapes = (
                 (rows, hidden_size),
@@ -78,8 +103,11 @@ class CpuDecoder:
                 (rows, heads, head_dim),
                 (rows, heads, head_dim),
                 (rows, self._intermediate_size),
+                (picks, hidden_size),
+                (picks, self._vocab_size),
             )
             self._activations = Activations(*(np.zeros(shape, np.float32) for shape in shapes))
+        assert self._activations is not None
         return self._activations
 
 

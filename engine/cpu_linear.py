@@ -51,12 +51,12 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._dtype = linear.weight.dtype
         panels, bias = pack([linear])
-        self._panels, self._bias = panels[0], bias[0]
+        self.panels, self.bias = panels[0], bias[0]
 
     @property
     def weight(self) -> torch.Tensor:
         """A dense copy `[out_features, in_features]`, for code that looks at it."""
-        panels = torch.from_numpy(self._panels).view(self._dtype)
+        panels = torch.from_numpy(self.panels).view(self._dtype)
         return panels.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ class PackedLinear(nn.Module):
         out = torch.empty(len(rows), self.out_features)
         num_threads = thread_count()
         numba.set_num_threads(num_threads)
-        arrays = (self._panels, self._bias, x.numpy(), len(rows), out.numpy(), num_threads)
+        arrays = (self.panels, self.bias, x.numpy(), len(rows), out.numpy(), num_threads)
         run_product(*arrays)
         return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
 

@@ -256,10 +256,15 @@ class ModelRunner:
             if num_sampling == len(host.order):
                 return ModelOutput(hidden, logits[:num_sampling])
             return ModelOutput(hidden, logits[step.logit_indices])
-        hidden = self._forward(step, self._metadata(host, step, cascade))
+        metadata = self._metadata(host, step, cascade)
         if not len(host.sampling_rows):
+            hidden = self._forward(step, metadata)
             return ModelOutput(hidden, hidden.new_empty(0))
-        return ModelOutput(hidden, self._model.logits(hidden[step.logit_indices]))
+        return ModelOutput(
+            *self._model.forward_to_logits(
+                step.input_ids, step.positions, step.logit_indices, metadata
+            )
+        )
 
     def _find_shared_prefixes(self, host: HostStep) -> CascadeWorkspace | None:
         return None if self._shared_prefixes is None else self._shared_prefixes.find(host)
