@@ -21,14 +21,25 @@ _UNIT = np.float32((1.0 - 2.0**-24) * 2.0**-63)
 
 
 @njit(**PARALLEL)
-def race(logits, rows, tops, temperatures, keys, token_ids, winners):
-    """winners `[G]`: argmax over N of exp(l) / E, where l = (logits `[W, N]`[rows `[G]`] - tops
-    `[G]`) / temperatures `[G]` and E is `counter_rng.exponential(keys [G], token_ids)`, token_ids
-    `[1, N]` or `[G, N]`; 0 where all weigh nothing."""
-    for row in prange(len(rows)):
+def race(relative, keys, token_ids, winners):
+    """winners `[R]`: argmax over N of exp(relative `[R, N]`) / E, where E is
+    `counter_rng.exponential(keys [R], token_ids)`, token_ids `[1, N]` or `[R, N]`; 0 where all
+    weigh nothing."""
+    top, temperature = np.float32(0), np.float32(1)
+    for row in prange(len(relative)):
         ids = token_ids[np.uint64(row) % np.uint64(len(token_ids))]
-        line = logits[rows[row]]
-        winners[row] = _race(line, tops[row], temperatures[row], np.uint64(keys[row]), ids)
+        winners[row] = _race(relative[row], top, temperature, np.uint64(keys[row]), ids)
+
+
+@njit(**PARALLEL)
+def draw(logits, rows, tops, temperatures, seeds, positions, batch_rows, token_ids, winners):
+    """winners `[G]` of the race over rows `[G]` of logits `[W, N]`, whose maxima are tops `[W]`:
+    relative is (logits - top) / temperatures `[G, 1]`. The keys are those that
+    `counter_rng.stream_keys` makes of seeds `[G]` and positions `[R]`[batch_rows `[G]`]."""
+    for row in prange(len(rows)):
+        key = _stream_key(np.uint64(seeds[row]), np.uint64(positions[batch_rows[row]]))
+        line, top = logits[rows[row]], tops[rows[row]]
+        winners[row] = _race(line, top, temperatures[row, 0], key, token_ids[0])
 
 
 @njit(**FAST)
@@ -43,6 +54,11 @@ def _race(logits, top, temperature, key, token_ids):
             logit = (logits[start + index] - top) / temperature
             weights[index] = exp(logit) if logit > np.float32(-87) else np.float32(0)
             uniforms[index] = _uniform(key, token_ids[start + index])
+        hopeful = np.int32(0)  # counted without a branch, so with vectors: of most chunks no token is
+        for index in range(count):
+            hopeful += np.int32(uniforms[index] * best < weights[index])
+        if hopeful == 0:
+            continue
         for index in range(count):
             weight, uniform = weights[index], uniforms[index]
             if uniform * best < weight:
@@ -53,10 +69,20 @@ def _race(logits, top, temperature, key, token_ids):
 
 
 @njit(**FAST)
-def _uniform(key, token_id):
-    """As `counter_rng.exponential` has it: SplitMix64's hash, 63 bits, within (0, 1)."""
-    state = (np.uint64(token_id) + np.uint64(1)) * _GAMMA + key
+def _mix(state):
+    """SplitMix64's finaliser."""
     state = (state ^ (state >> np.uint64(30))) * _MULTIPLIER_1
     state = (state ^ (state >> np.uint64(27))) * _MULTIPLIER_2
-    state = (state ^ (state >> np.uint64(31))) & _MASK
+    return state ^ (state >> np.uint64(31))
+
+
+@njit(**FAST)
+def _stream_key(seed, position):
+    return _mix(_mix(seed + _GAMMA) + (position + np.uint64(1)) * _GAMMA)
+
+
+@njit(**FAST)
+def _uniform(key, token_id):
+    """As `counter_rng.exponential` has it: SplitMix64's hash, 63 bits, within (0, 1)."""
+    state = _mix((np.uint64(token_id) + np.uint64(1)) * _GAMMA + key) & _MASK
     return (np.float32(np.int64(state)) + np.float32(0.5)) * _UNIT

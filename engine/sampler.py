@@ -160,6 +160,8 @@ class Sampler:
     def _draw(self, x: Tensor, best: Tensor, group: DrawGroup, batch: SamplingBatch) -> Tensor:
         """Token ids [G] of a group, from the working logits [W, V] and their maxima [W]."""
         assert batch.positions is not None
+        if x.device.type == "cpu" and not group.is_filtered:
+            return self._draw_on_cpu(x, best, group, batch.positions)
         positions = batch.positions.index_select(0, group.batch_rows)
         if _has_kernel(x.device):
             from ..kernels.sample_tokens import sample_tokens
@@ -175,11 +177,6 @@ class Sampler:
                 log_min_p=group.log_min_p,
             )
         keys = stream_keys(group.seeds, positions)
-        if x.device.type == "cpu" and not group.is_filtered:
-            best = best.index_select(0, group.working_rows)
-            return _race_on_cpu(
-                x, group.working_rows, best, group.temperature, keys, self._token_ids
-            )
         rows = max(1, _DRAW_ELEMENTS[x.device.type] // x.shape[1])
         draw = self._draw_candidates if group.num_candidates else self._draw_vocabulary
         pieces = []
@@ -189,6 +186,24 @@ class Sampler:
             top = best.index_select(0, piece.working_rows).to(torch.float32).unsqueeze(1)
             pieces.append(draw(logits, top, keys[start : start + rows], piece))
         return torch.cat(pieces)
+
+    def _draw_on_cpu(self, x: Tensor, best: Tensor, group: DrawGroup, positions: Tensor) -> Tensor:
+        """`_draw` from all tokens, see `cpu_sampling.draw`; positions [R] of the batch's rows."""
+        from .cpu_sampling import draw
+
+        winners = torch.empty(len(group.seeds), dtype=torch.int64)
+        draw(
+            x.to(torch.float32).numpy(),
+            group.working_rows.numpy(),
+            best.to(torch.float32).numpy(),
+            group.temperature.numpy(),
+            group.seeds.numpy(),
+            positions.numpy(),
+            group.batch_rows.numpy(),
+            self._token_ids[None].numpy(),
+            winners.numpy(),
+        )
+        return winners
 
     def _draw_vocabulary(self, x: Tensor, top: Tensor, keys: Tensor, group: DrawGroup) -> Tensor:
         """Draw from all tokens of `x` [G, V] (overwritten), whose maxima are `top` [G, 1]."""
@@ -231,28 +246,13 @@ def _best(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _race(relative: Tensor, keys: Tensor, token_ids: Tensor) -> Tensor:
     """Winners [R]: argmax over N of exp(relative [R, N]) / Exp(1); token ids [N] or [R, N]."""
-    if relative.device.type == "cpu":
-        rows, tops = torch.arange(len(relative)), torch.zeros(len(relative))
-        return _race_on_cpu(relative, rows, tops, torch.ones(len(relative)), keys, token_ids)
-    return relative.exp().div_(exponential(keys, token_ids)).argmax(dim=1)
-
-
-def _race_on_cpu(
-    logits: Tensor, rows: Tensor, tops: Tensor, temperatures: Tensor, keys: Tensor, ids: Tensor
-) -> Tensor:
-    """Winners [G], see `cpu_sampling.race`; token ids [N] or [G, N]."""
+    if relative.device.type != "cpu":
+        return relative.exp().div_(exponential(keys, token_ids)).argmax(dim=1)
     from .cpu_sampling import race
 
-    winners = torch.empty(len(rows), dtype=torch.int64)
-    race(
-        logits.to(torch.float32).numpy(),
-        rows.numpy(),
-        tops.to(torch.float32).numpy(),
-        temperatures.flatten().numpy(),
-        keys.numpy(),
-        ids.view(-1, logits.shape[1]).numpy(),
-        winners.numpy(),
-    )
+    winners = torch.empty(len(relative), dtype=torch.int64)
+    ids = token_ids.view(-1, relative.shape[1])
+    race(relative.numpy(), keys.numpy(), ids.numpy(), winners.numpy())
     return winners
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from quire.engine.attention import AttentionMetadata
 from quire.engine.attention_cpu import build_cpu_plan
-from quire.engine.counter_rng import exponential
+from quire.engine.counter_rng import exponential, stream_keys
 from quire.engine.cpu_decoder import CpuDecoder, can_compile
 from quire.engine.cpu_linear import PackedLinear
 from quire.engine.cpu_numbers import (
@@ -28,7 +28,7 @@ from quire.engine.cpu_numbers import (
     store,
     to_float,
 )
-from quire.engine.cpu_sampling import race
+from quire.engine.cpu_sampling import draw, race
 from quire.engine.flat_decoder import FlatDecoder, FlatLayer, Norm, TorchOps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -171,19 +171,32 @@ def test_the_race_is_that_of_plain_torch(tokens: int) -> None:
     relative[::2] *= 30
     relative[3, 5:] = -torch.inf
     ids = torch.randperm(tokens, generator=generator)[None].repeat(rows, 1)
-    order = torch.randperm(rows, generator=generator)
-    tops, temperatures = torch.randn(rows), 0.5 + torch.rand(rows)
-    logits = (relative * temperatures[:, None] + tops[:, None])[order.argsort()]
-    arrays = [part.numpy() for part in (logits, order, tops, temperatures, keys)]
     winners = np.empty(rows, np.int64)
     for token_ids in (torch.arange(tokens)[None], ids):
-        race(*arrays, token_ids.numpy(), winners)
+        race(relative.numpy(), keys.numpy(), token_ids.numpy(), winners)
         expected = (relative.exp() / exponential(keys, token_ids)).argmax(dim=1)
         assert winners.tolist() == expected.tolist()
     assert winners[3] < 5 and len(set(winners.tolist())) > rows // 2
-    logits.fill_(-torch.inf)
-    race(*arrays, ids.numpy(), winners)
+    race(relative.fill_(-torch.inf).numpy(), keys.numpy(), ids.numpy(), winners)
     assert not winners.any()
+
+
+def test_a_draw_is_the_race_of_its_rows() -> None:
+    rows, tokens = 9, 3000
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(rows, tokens, generator=generator)
+    working_rows, batch_rows = torch.tensor([7, 0, 3]), torch.tensor([11, 2, 5])
+    seeds = torch.randint(-(2**63), 2**63 - 1, (3,), generator=generator)
+    positions = torch.arange(20, 32)
+    temperatures = torch.tensor([[0.5], [1.0], [2.0]])
+    tops = logits.max(dim=1).values
+    token_ids, winners = torch.arange(tokens)[None], np.empty(3, np.int64)
+    parts = (logits, working_rows, tops, temperatures, seeds, positions, batch_rows, token_ids)
+    draw(*(part.numpy() for part in parts), winners)
+    relative = (logits[working_rows] - tops[working_rows, None]) / temperatures
+    keys = stream_keys(seeds, positions[batch_rows])
+    expected = (relative.exp() / exponential(keys, token_ids)).argmax(dim=1)
+    assert winners.tolist() == expected.tolist()
 
 
 class Rotary(nn.Module):
