@@ -202,9 +202,10 @@ def test_a_draw_is_the_race_of_its_rows() -> None:
 class Rotary(nn.Module):
     """Random angles by position."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, rope_type: str = "default") -> None:
         super().__init__()
-        self.angles = torch.rand(99, head_dim // 2).repeat(1, 2) * 6
+        self.rope_type = rope_type
+        self.angles = torch.rand(1024, head_dim // 2).repeat(1, 2) * 6
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         angles = self.angles[positions]
@@ -254,7 +255,8 @@ def test_a_compiled_body_is_that_of_plain_torch(
     slots = [16, 0, -1, 112, 32]  # the first token of its sequence, in the first slot of a block
     layer = make_layer(head_dim, has_norm, dtype)
     embedding = nn.Embedding(9, HIDDEN, dtype=dtype)
-    flat = FlatDecoder(embedding, Rotary(head_dim), [layer], make_layer(4, True, dtype).mlp_norm)
+    rotary = Rotary(head_dim, "default" if has_norm else "dynamic")
+    flat = FlatDecoder(embedding, rotary, [layer], make_layer(4, True, dtype).mlp_norm)
     exact_flat = flat._replace(
         embedding=copy.deepcopy(embedding).float(),
         layers=[FlatLayer(*(exact(value) for value in layer))],
@@ -270,10 +272,16 @@ def test_a_compiled_body_is_that_of_plain_torch(
     expected = exact_flat(ids, positions, TorchOps(attention))
     metadata = make_metadata(slots, head_dim, dtype)
     assert can_compile(flat)
-    actual = CpuDecoder(flat)(ids, positions, metadata)
-    assert actual.dtype == dtype and layer.qkv.weight.numel() == 0
+    decoder = CpuDecoder(flat)
+    picks, head = torch.tensor([3, 0]), nn.Linear(HIDDEN, 45, dtype=dtype)
+    _, no_logits = decoder(ids, positions, picks[:0], metadata)
+    decoder.append_head(PackedLinear(copy.deepcopy(head)))
+    actual, logits = decoder(ids, positions, picks, metadata)
+    assert actual.dtype == logits.dtype == dtype and layer.qkv.weight.numel() == 0
+    assert no_logits.numel() == 0
     written = [row for row, slot in enumerate(slots) if slot >= 0]
     assert_close(actual[written], expected[written])
+    assert_close(logits, exact(head)(expected[picks]))
     keys, values = metadata.kv_cache[0]
     keys = keys.reshape(8, KV_HEADS, head_dim, 16).transpose(-1, -2)
     for half, part in zip((keys, values), seen, strict=True):
