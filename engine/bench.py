@@ -143,7 +143,7 @@ def _add_engine_arguments(parser: argparse.ArgumentParser, model: str | None) ->
     engine.add_argument("--num-gpu-blocks-override", type=positive_int)
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     engine.add_argument("--max-num-seqs", type=positive_int, default=256)
-    engine.add_argument("--max-num-batched-tokens", type=positive_int, default=8192)
+    engine.add_argument("--max-num-batched-tokens", type=positive_int)
     engine.add_argument("--num-threads", type=positive_int)
     engine.add_argument("--enforce-eager", action="store_true")
     engine.add_argument(

@@ -24,9 +24,9 @@ class EngineConfig:
 
     Sizes are in tokens unless the name says otherwise. `None` means "derive it": from the model
     (`max_model_len`), by profiling (`num_blocks`), or from the device (`kv_cache_memory_bytes`,
-    used on the CPU where there is no device memory to take a share of; `async_scheduling`, to
-    launch a step before the last one's results are known: on CUDA). Without a `seed`, requests
-    that bring none draw theirs at random.
+    used on the CPU where there is no device memory to take a share of; `max_num_batched_tokens`,
+    see `token_budget`; `async_scheduling`, to launch a step before the last one's results are
+    known: on CUDA). Without a `seed`, requests that bring none draw theirs at random.
     """
 
     model: str
@@ -45,7 +45,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     disable_cascade_attn: bool = False
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: int | None = None
     scheduling_policy: SchedulingPolicy = "fcfs"
     async_scheduling: bool | None = None
     max_logprobs: int = 20
@@ -72,7 +72,10 @@ class EngineConfig:
             f"unknown KV cache dtype {self.kv_cache_dtype!r}",
         )
         require(self.max_num_seqs >= 1, "max_num_seqs must be at least 1")
-        require(self.max_num_batched_tokens >= 1, "max_num_batched_tokens must be at least 1")
+        require(
+            self.max_num_batched_tokens is None or self.max_num_batched_tokens >= 1,
+            "max_num_batched_tokens must be at least 1",
+        )
         require(
             self.max_model_len is None or self.max_model_len >= 2,
             "max_model_len must be at least 2",
@@ -82,6 +85,13 @@ class EngineConfig:
             0.0 < self.gpu_memory_utilization <= 1.0,
             "gpu_memory_utilization must be above 0 and at most 1",
         )
+
+    def token_budget(self, device: str) -> int:
+        """Most tokens in a step on a device of this type. A GPU wants many to work on at once; a
+        CPU is busy with a few hundred, and with more only lets all others wait."""
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        return max(512, 2 * self.max_num_seqs) if device == "cpu" else 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,7 +54,9 @@ def _race(logits, top, temperature, key, token_ids):
             logit = (logits[start + index] - top) / temperature
             weights[index] = exp(logit) if logit > np.float32(-87) else np.float32(0)
             uniforms[index] = _uniform(key, token_ids[start + index])
-        hopeful = np.int32(0)  # counted without a branch, so with vectors: of most chunks no token is
+        hopeful = np.int32(
+            0
+        )  # counted without a branch, so with vectors: of most chunks no token is
         for index in range(count):
             hopeful += np.int32(uniforms[index] * best < weights[index])
         if hopeful == 0:

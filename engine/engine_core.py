@@ -54,7 +54,7 @@ class EngineCore:
                 num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
             ),
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=config.token_budget(loaded.device.partition(":")[0]),
             eos_token_ids=loaded.eos_token_ids,
             policy=config.scheduling_policy,
             seed=config.seed,

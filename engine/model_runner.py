@@ -59,7 +59,7 @@ class ModelRunner:
         self._block_size = config.block_size
         self._batch = InputBatch(
             max_num_seqs=config.max_num_seqs,
-            max_num_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
+            max_num_tokens=max(config.token_budget(model.device.type), config.max_num_seqs),
             max_model_len=max_model_len,
             block_size=config.block_size,
             device=model.device,
@@ -173,9 +173,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_largest_step(self) -> None:
-        """A step of max_num_batched_tokens tokens in as many sequences as may be, all sampling;
+        """A step of as many tokens as one may have, in as many sequences as may be, all sampling;
         for measuring its memory. Writes nothing to the cache and reads its block 0."""
-        num_tokens, device = self._config.max_num_batched_tokens, self._model.device
+        device = self._model.device
+        num_tokens = self._config.token_budget(device.type)
         num_seqs = min(self._config.max_num_seqs, num_tokens)
         hidden, step = self._run_blank_step(num_tokens, num_seqs)
         logits = self._model.logits(hidden[step.logit_indices])

@@ -134,8 +134,9 @@ class Worker:
             self._make_runner(1).run_largest_step()
         except torch.OutOfMemoryError as error:
             raise ConfigurationError(
-                f"a step of {self._config.max_num_batched_tokens} tokens does not fit the memory "
-                f"of {device} beside the model: lower --max-num-batched-tokens or --max-num-seqs"
+                f"a step of {self._config.token_budget(device.type)} tokens does not fit the "
+                f"memory of {device} beside the model: lower --max-num-batched-tokens or "
+                "--max-num-seqs"
             ) from error
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)

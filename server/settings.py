@@ -149,7 +149,11 @@ class Settings(BaseSettings):
     )
 
     max_num_seqs: int = _option("Scheduling", "Most sequences in a step.", 256, ge=1)
-    max_num_batched_tokens: int = _option("Scheduling", "Most tokens in a step.", 8192, ge=1)
+    max_num_batched_tokens: int | None = _option(
+        "Scheduling",
+        "Most tokens in a step. Default: 8192, on the CPU 512 or twice --max-num-seqs.",
+        ge=1,
+    )
     scheduling_policy: SchedulingPolicy = _option(
         "Scheduling", "Order of waiting requests.", "fcfs"
     )

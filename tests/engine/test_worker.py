@@ -98,16 +98,16 @@ def test_out_of_memory_is_reported_and_the_step_can_be_tried_again(
     sequence = make_sequence([5, 6, 7, 8], 6)
     driver.step([sequence])
     runner = driver.worker._runner
-    forward = runner._forward
+    run_model = runner._run_model
 
     def fail(*_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     output = driver.schedule([sequence])
-    monkeypatch.setattr(runner, "_forward", fail)
+    monkeypatch.setattr(runner, "_run_model", fail)
     with pytest.raises(DeviceMemoryError):
         driver.worker.launch(output)
-    monkeypatch.setattr(runner, "_forward", forward)
+    monkeypatch.setattr(runner, "_run_model", run_model)
     result = driver.worker.launch(output)()
     assert [*sequence.token_ids[4:], *result.token_ids] == generate(model, [5, 6, 7, 8], 2)
 
