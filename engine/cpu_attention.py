@@ -8,7 +8,9 @@ too, with the softmax carried along ("FlashAttention", arXiv 2205.14135):
     their values                    [KEYS, head_dim]   ───────────────────────────────────┘
 
 A block's keys lie transposed, `[head_dim, block_size]`, so that a vector holds the scores of
-several keys at once; its values `[block_size, head_dim]`.
+several keys at once; its values `[block_size, head_dim]`. A tile of many rows copies the keys and
+values of its blocks together, one of a few rows, a decode's, reads them in their blocks: to copy
+them took longer than to multiply.
 
 Threads take tiles as they get free, longest first: one of them may have lost its core to the HTTP
 process.
@@ -24,22 +26,29 @@ from .cpu_numbers import (
     FAST,
     INLINED,
     LANES,
-    PANEL_COLUMNS,
-    PANEL_ROWS,
     PARALLEL,
-    copy_lanes,
     exp,
     fetch_add,
-    multiply_add,
-    prefetch,
     stay_apart,
     store,
     to_float,
+)
+from .cpu_panels import (
+    PANEL_COLUMNS,
+    PANEL_ROWS,
+    WIDE_COLUMNS,
+    WIDE_VECTORS,
+    copy_lanes,
+    multiply_add,
+    multiply_few,
+    prefetch,
 )
 
 KEYS = 64
 TILE_ROWS = 48
 """Rows of a tile in prefill."""
+FEW_ROWS = 8
+"""Most rows of a tile that does not copy."""
 
 
 @njit(**PARALLEL)
@@ -137,6 +146,7 @@ def make_scratch(rows, head_dim):
         np.zeros((rows, KEYS), dtype=np.float32),
         np.zeros((head_dim, KEYS), dtype=np.float32),
         np.zeros((KEYS, width), dtype=np.float32),
+        np.zeros(WIDE_VECTORS, dtype=np.int64),
     )
 
 
@@ -160,7 +170,7 @@ def attend_item(
 ):
     """Tile item // kv_heads for KV head item % kv_heads; arguments as of `attend`."""
     stay_apart()
-    packed, sums, maxima, totals, scores, keys, values = scratch
+    packed, sums, maxima, totals, scores, keys, values, places = scratch
     kv_heads, head_dim = cache.shape[2], query.shape[2]
     group = query.shape[1] // kv_heads
     tile, kv_head = divmod(item, np.int64(kv_heads))
@@ -191,6 +201,7 @@ def attend_item(
         scores,
         keys,
         values,
+        places,
     )
     for row in range(count * group):
         # No keys, no output: a row that only pads a batch.
@@ -228,17 +239,22 @@ def _attend_tile(
     scores,
     keys,
     values,
+    places,
 ):
     """The first `rows` of packed, whose first query stands at `position`, against the keys that
     they see."""
+    in_place = rows <= FEW_ROWS and packed.shape[1] % WIDE_COLUMNS == 0
     stop = position + rows // group
     low = max(position + 1 - window, 0) if window > 0 else 0
     for origin in range(low // KEYS * KEYS, stop, KEYS):
         count = min(KEYS, stop - origin)
-        _load_tile(cache, kv_head, blocks, origin, count, keys, values)
         for row in range(rows):
             _clear(scores[row], 0, KEYS)
-        _add_product(packed, keys, packed.shape[1], rows, scores)
+        if in_place:
+            _add_scores(packed, rows, cache, kv_head, blocks, origin, count, places, scores)
+        else:
+            _load_tile(cache, kv_head, blocks, origin, count, keys, values)
+            _add_product(packed, keys, packed.shape[1], rows, scores)
         for row in range(rows):
             place = position + row // group
             begin = max(place + 1 - window - origin, 0) if window > 0 else 0
@@ -248,7 +264,38 @@ def _attend_tile(
                 _soften(row, begin, end, softcap, line, sums, maxima, totals)
             _clear(line, 0, min(begin, KEYS))
             _clear(line, end, KEYS)
-        _add_product(scores, values, count, rows, sums)
+        if in_place:
+            _add_values(scores, rows, cache, kv_head, blocks, origin, count, places, sums)
+        else:
+            _add_product(scores, values, count, rows, sums)
+
+
+@njit(**INLINED)
+def _add_scores(packed, rows, cache, kv_head, blocks, origin, count, places, scores):
+    """scores[:rows, :count], and some beyond, += packed @ the keys from `origin`."""
+    kv_heads, block_size, head_dim = cache.shape[2:]
+    last = (origin + count - 1) // block_size
+    for at in range(0, count, WIDE_COLUMNS):
+        for part in range(WIDE_VECTORS):
+            block, offset = divmod(origin + at + part * LANES, block_size)
+            line = (blocks[min(block, last)] * kv_heads + kv_head) * head_dim
+            places[part] = line * block_size + offset
+        multiply_few(packed, 0, cache, places, block_size, head_dim, scores, at, rows)
+
+
+@njit(**INLINED)
+def _add_values(scores, rows, cache, kv_head, blocks, origin, count, places, sums):
+    """sums[:rows] += scores[:rows, :count] @ the values from `origin`."""
+    kv_heads, block_size, head_dim = cache.shape[2:]
+    size = min(block_size, KEYS)
+    for at in range(0, count, size):
+        block, offset = divmod(origin + at, block_size)
+        line = (blocks[block] * kv_heads + kv_head) * block_size + offset
+        for column in range(0, head_dim, WIDE_COLUMNS):
+            for part in range(WIDE_VECTORS):
+                places[part] = cache[0].size + line * head_dim + column + part * LANES
+            depth = min(size, count - at)
+            multiply_few(scores, at, cache, places, head_dim, depth, sums, column, rows)
 
 
 @njit(**INLINED)

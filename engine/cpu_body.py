@@ -24,16 +24,8 @@ from numba import njit, prange
 
 from .cpu_attention import attend_item, make_scratch
 from .cpu_kernels import norm_row, rotate_and_store_row
-from .cpu_numbers import (
-    FAST,
-    INLINED,
-    PANEL_COLUMNS,
-    PARALLEL,
-    fetch_add,
-    load,
-    to_float,
-    yield_core,
-)
+from .cpu_numbers import FAST, INLINED, PARALLEL, fetch_add, load, to_float, yield_core
+from .cpu_panels import PANEL_COLUMNS
 from .cpu_products import ROWS, multiply, multiply_gated
 
 PHASES = 8

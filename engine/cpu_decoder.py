@@ -15,7 +15,8 @@ from torch import nn
 
 from .cpu_body import Activations, Ends, Layers, Step, run_model
 from .cpu_linear import PackedLinear, pack
-from .cpu_numbers import FLOATS, PANEL_COLUMNS, PANEL_ROWS, as_array
+from .cpu_numbers import FLOATS, as_array
+from .cpu_panels import PANEL_COLUMNS, PANEL_ROWS
 from .flat_decoder import FlatDecoder, FlatLayer, Norm, Rotation, rotary_factors
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cpu_numbers import FLOATS, PANEL_COLUMNS, PANEL_ROWS, as_array, thread_count
+from .cpu_numbers import FLOATS, as_array, thread_count
+from .cpu_panels import PANEL_COLUMNS, PANEL_ROWS
 from .cpu_products import run_product
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from numba.extending import intrinsic, overload
 # this comes before the first kernel.
 _SOURCES = [
     Path(__file__).with_name(f"cpu_{name}.py")
-    for name in ("attention", "body", "kernels", "numbers", "products", "sampling")
+    for name in ("attention", "body", "kernels", "numbers", "panels", "products", "sampling")
 ]
 _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 _HERE = Path(__file__).parent
@@ -58,9 +58,6 @@ _OTHERS = ["comprehension", "fusion", "inplace_binop", "numpy", "reduction", "se
 PARALLEL = {**FAST, "parallel": {"prange": True} | dict.fromkeys(_OTHERS, False)}
 
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
-PANEL_ROWS, PANEL_VECTORS = 6, 2
-PANEL_COLUMNS = PANEL_VECTORS * LANES
-"""The panel of a product that `multiply_add` keeps in registers."""
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -163,161 +160,6 @@ def stay_apart(typing_context):
         return context.get_dummy_value()
 
     return types.void(), generate
-
-
-def _make_multiply_add(num_rows):
-    @intrinsic
-    def multiply_add(
-        typing_context, left, left_row, left_column, right, right_row, right_column, depth, out, row
-    ):
-        """As `multiply_add` below, for num_rows rows."""
-
-        def generate(context, builder, signature, arguments):
-            left, left_row, left_column, right, right_row, right_column, depth, out, row = arguments
-            left, right, out = (
-                cgutils.create_struct_proxy(signature.args[at])(context, builder, arguments[at])
-                for at in (0, 3, 7)
-            )
-            right_type = signature.args[3].dtype
-            floats, index = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
-            lanes = ir.VectorType(context.get_value_type(right_type), LANES)
-            fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fma.v{LANES}f32"
-            )
-
-            def address(array, row, column, kind=None):
-                width = builder.extract_value(array.shape, 1)
-                place = builder.gep(array.data, [builder.add(builder.mul(row, width), column)])
-                return place if kind is None else builder.bitcast(place, kind.as_pointer())
-
-            def plus(number, constant):
-                return builder.add(number, ir.Constant(index, constant))
-
-            panel = [(at, part) for at in range(num_rows) for part in range(PANEL_VECTORS)]
-            places = [
-                address(out, plus(row, at), plus(right_column, LANES * part), floats)
-                for at, part in panel
-            ]
-            sums = [cgutils.alloca_once(builder, floats) for _ in panel]
-            for place, total in zip(places, sums, strict=True):
-                builder.store(builder.load(place, align=4), total)
-            with cgutils.for_range(builder, depth, intp=index) as loop:
-                right_place = builder.add(right_row, loop.index)
-                parts = []
-                for part in range(PANEL_VECTORS):
-                    place = address(right, right_place, plus(right_column, LANES * part), lanes)
-                    loaded = builder.load(place, align=2)
-                    parts.append(_vector_to_float(builder, right_type, loaded, floats))
-                for (at, part), total in zip(panel, sums, strict=True):
-                    if part == 0:
-                        column = builder.add(left_column, loop.index)
-                        number = builder.load(address(left, plus(left_row, at), column))
-                        factor = _broadcast(builder, number, floats)
-                    product = builder.call(fma, [factor, parts[part], builder.load(total)])
-                    builder.store(product, total)
-            for place, total in zip(places, sums, strict=True):
-                builder.store(builder.load(total), place, align=4)
-            return context.get_dummy_value()
-
-        integer = types.int64
-        numbers = (left, integer, integer, right, integer, integer, integer, out, integer)
-        return types.void(*numbers), generate
-
-    return multiply_add
-
-
-_multiply_add_1 = _make_multiply_add(1)
-_multiply_add_2 = _make_multiply_add(2)
-_multiply_add_3 = _make_multiply_add(3)
-_multiply_add_4 = _make_multiply_add(4)
-_multiply_add_6 = _make_multiply_add(PANEL_ROWS)
-
-
-@njit(**FAST)
-def multiply_add(
-    left, left_row, left_column, right, right_row, right_column, depth, out, row, rows
-):
-    """out[row : row + rows, right_column : right_column + PANEL_COLUMNS] +=
-    left[left_row : left_row + rows, left_column : left_column + depth] @
-    right[right_row : right_row + depth, right_column : right_column + PANEL_COLUMNS].
-
-    Contiguous; left and out float32, right as `to_float` reads it. Rows are rounded up to
-    PANEL_ROWS, and must be there. All sums of so many rows stay in registers while the depth goes
-    by: 230 GFLOP/s on one core where a loop that LLVM made vectors of reached 90 (AMD EPYC with
-    AVX-512).
-    """
-    stay_apart()
-    for begin in range(0, np.int64(rows), PANEL_ROWS):
-        few = np.int64(rows) - begin
-        at, to = np.int64(left_row) + begin, row + begin
-        if few > 4:
-            _multiply_add_6(left, at, left_column, right, right_row, right_column, depth, out, to)
-        elif few == 4:
-            _multiply_add_4(left, at, left_column, right, right_row, right_column, depth, out, to)
-        elif few == 3:
-            _multiply_add_3(left, at, left_column, right, right_row, right_column, depth, out, to)
-        elif few == 2:
-            _multiply_add_2(left, at, left_column, right, right_row, right_column, depth, out, to)
-        else:
-            _multiply_add_1(left, at, left_column, right, right_row, right_column, depth, out, to)
-
-
-@intrinsic
-def prefetch(typing_context, numbers, at):
-    """Ask for the cache line of an element, counted in memory's order."""
-
-    def generate(context, builder, signature, arguments):
-        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
-        integer, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), pointer)
-        builder.call(function, [place, *(ir.Constant(integer, number) for number in (0, 2, 1))])
-        return context.get_dummy_value()
-
-    return types.void(numbers, types.int64), generate
-
-
-@intrinsic
-def copy_lanes(typing_context, numbers, at, out, to):
-    """LANES elements of contiguous arrays, counted in memory's order from `at` and `to`; of any
-    type to float32. Slices would cost more than the copying."""
-
-    def generate(context, builder, signature, arguments):
-        numbers, at, out, to = arguments
-        number_type = signature.args[0].dtype
-        lanes = ir.VectorType(context.get_value_type(number_type), LANES)
-        floats = ir.VectorType(ir.FloatType(), LANES)
-        numbers, out = (
-            cgutils.create_struct_proxy(signature.args[place])(context, builder, arguments[place])
-            for place in (0, 2)
-        )
-        source = builder.bitcast(builder.gep(numbers.data, [at]), lanes.as_pointer())
-        target = builder.bitcast(builder.gep(out.data, [to]), floats.as_pointer())
-        loaded = _vector_to_float(builder, number_type, builder.load(source, align=2), floats)
-        builder.store(loaded, target, align=4)
-        return context.get_dummy_value()
-
-    return types.void(numbers, types.int64, out, types.int64), generate
-
-
-def _vector_to_float(builder, number_type, vector, floats):
-    """As `to_float`."""
-    if number_type == types.float32:
-        return vector
-    if number_type == types.int16:
-        halves = ir.VectorType(ir.HalfType(), LANES)
-        return builder.fpext(builder.bitcast(vector, halves), floats)
-    words = ir.VectorType(ir.IntType(32), LANES)
-    shift = ir.Constant(words, [16] * LANES)
-    return builder.bitcast(builder.shl(builder.zext(vector, words), shift), floats)
-
-
-def _broadcast(builder, number, vector):
-    undefined = ir.Constant(vector, ir.Undefined)
-    first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
-    places = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-    return builder.shuffle_vector(first, undefined, places)
 
 
 def to_float(number):

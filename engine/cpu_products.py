@@ -15,17 +15,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from .cpu_numbers import (
-    FAST,
-    INLINED,
-    PANEL_COLUMNS,
-    PANEL_ROWS,
-    PARALLEL,
-    exp,
-    fetch_add,
-    multiply_add,
-    stay_apart,
-)
+from .cpu_numbers import FAST, INLINED, PARALLEL, exp, fetch_add, stay_apart
+from .cpu_panels import PANEL_COLUMNS, PANEL_ROWS, multiply_add
 
 ROWS = 16 * PANEL_ROWS
 """Rows of an item: what a panel's weights are read for at a time."""

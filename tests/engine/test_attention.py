@@ -16,13 +16,15 @@ from quire.kernels import reference
 
 from .cuda_on_cpu import use_references
 
-HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16
+HEADS, KV_HEADS = 6, 2
 
 
 class Batch:
     """Random sequences over shuffled blocks; what this step does not write is already cached."""
 
-    def __init__(self, query_lens: list[int], seq_lens: list[int], block_size: int) -> None:
+    def __init__(
+        self, query_lens: list[int], seq_lens: list[int], block_size: int, head_dim: int
+    ) -> None:
         generator = torch.Generator().manual_seed(sum(seq_lens))
 
         def randn(*shape: int) -> torch.Tensor:
@@ -37,10 +39,10 @@ class Batch:
             positions = torch.arange(length - new, length)
             slots.append(table[row, positions // block_size] * block_size + positions % block_size)
         tokens = sum(query_lens)
-        self.query, self.sinks = randn(tokens, HEADS, HEAD_DIM), randn(HEADS)
+        self.query, self.sinks = randn(tokens, HEADS, head_dim), randn(HEADS)
         # As transformers hands them over: views of [heads, tokens, head_dim].
-        self.key, self.value = randn(2, KV_HEADS, tokens, HEAD_DIM).transpose(1, 2)
-        self.caches = randn(2, sum(blocks) + 2, KV_HEADS, block_size, HEAD_DIM)
+        self.key, self.value = randn(2, KV_HEADS, tokens, head_dim).transpose(1, 2)
+        self.caches = randn(2, sum(blocks) + 2, KV_HEADS, block_size, head_dim)
         self.slot_mapping = torch.cat(slots).long()
         self.table = table
         self.query_start_loc = torch.tensor([0, *query_lens]).cumsum(0).int()
@@ -113,18 +115,19 @@ def transpose_back(caches: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 24, 1000])
-@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize(("block_size", "head_dim"), [(16, 64), (64, 16), (128, 128)])
 @pytest.mark.parametrize("batch_name", sorted(BATCHES))
 @pytest.mark.parametrize("attend", [attend_on_cpu, attend_on_cuda])
 def test_backends_agree_with_the_reference(
     attend: Any,
     batch_name: str,
     block_size: int,
+    head_dim: int,
     window: int | None,
     with_sinks: bool,
     softcap: float | None,
 ) -> None:
-    batch = Batch(*BATCHES[batch_name], block_size)
+    batch = Batch(*BATCHES[batch_name], block_size, head_dim)
     options = {
         "scale": 0.3,
         "window": window,
@@ -161,7 +164,7 @@ def test_tiles_cover_every_query_once_and_the_longest_come_first() -> None:
 
 
 def test_a_row_that_pads_the_batch_writes_and_attends_to_nothing() -> None:
-    batch = Batch([1, 1], [40, 5], 16)
+    batch = Batch([1, 1], [40, 5], 16, 16)
     batch.seq_lens[1], batch.slot_mapping[1] = 0, -1
     metadata = batch.metadata(None)
     before = metadata.kv_cache[0].clone()
@@ -170,7 +173,7 @@ def test_a_row_that_pads_the_batch_writes_and_attends_to_nothing() -> None:
         batch.query, batch.key, batch.value, metadata.kv_cache[0], metadata, **options
     )
     assert not output[1].any() and output[0].isfinite().all()
-    assert (metadata.kv_cache[0] != before).sum() == 2 * KV_HEADS * HEAD_DIM
+    assert (metadata.kv_cache[0] != before).sum() == 2 * KV_HEADS * 16
 
 
 def test_what_lies_beyond_a_sequence_is_not_read_and_a_nan_within_it_shows() -> None:
@@ -185,7 +188,7 @@ def test_what_lies_beyond_a_sequence_is_not_read_and_a_nan_within_it_shows() -> 
     transpose_keys(metadata.kv_cache[0])
     arguments = (batch.query, batch.key, batch.value, metadata.kv_cache[0], metadata)
     torch.testing.assert_close(attend_on_cpu(*arguments, **options), expected, atol=2e-6, rtol=1e-5)
-    transposed = metadata.kv_cache[0, 0, within].view(KV_HEADS, HEAD_DIM, 16)
+    transposed = metadata.kv_cache[0, 0, within].view(KV_HEADS, head_dim, 16)
     transposed[:, :, 3] = torch.nan
     output = attend_on_cpu(*arguments, **options)
     assert output[0].isnan().all() and output[1:].isfinite().all()

@@ -17,16 +17,14 @@ from quire.engine.attention_cpu import build_cpu_plan
 from quire.engine.counter_rng import exponential, stream_keys
 from quire.engine.cpu_decoder import CpuDecoder, can_compile
 from quire.engine.cpu_linear import PackedLinear
-from quire.engine.cpu_numbers import (
+from quire.engine.cpu_numbers import LANES, as_array, exp, fetch_add, load, store, to_float
+from quire.engine.cpu_panels import (
     PANEL_COLUMNS,
     PANEL_ROWS,
-    as_array,
-    exp,
-    fetch_add,
-    load,
+    WIDE_COLUMNS,
+    WIDE_VECTORS,
     multiply_add,
-    store,
-    to_float,
+    multiply_few,
 )
 from quire.engine.cpu_sampling import draw, race
 from quire.engine.flat_decoder import FlatDecoder, FlatLayer, Norm, TorchOps
@@ -130,6 +128,27 @@ def test_a_panel_of_a_product() -> None:
         np.testing.assert_allclose(out[4 : 4 + rows, columns], 1 + product, rtol=1e-5, atol=1e-5)
         assert (out[:4] == 1).all() and (out[:, :PANEL_COLUMNS] == 1).all()
         assert (out[4 + -(-rows // PANEL_ROWS) * PANEL_ROWS :] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_panel_of_scattered_vectors(dtype: torch.dtype) -> None:
+    @njit
+    def apply(left, right, places, out, rows):  # type: ignore[no-untyped-def]
+        multiply_few(left, 2, right, places, 20, 5, out, 3, rows)
+
+    rng = np.random.default_rng(0)
+    left = rng.standard_normal((9, 8), dtype=np.float32)
+    right = torch.randn(2, 3, 200).to(dtype)
+    places = rng.permutation(500)[:WIDE_VECTORS]
+    lines = [right.flatten()[place : place + 100].view(5, 20)[:, :LANES] for place in places]
+    for rows in range(1, 10):
+        out = np.ones((9, WIDE_COLUMNS + 5), dtype=np.float32)
+        apply(left, as_array(right), places, out, rows)
+        expected = 1 + left[:rows, 2:7] @ torch.cat(lines, dim=1).float().numpy()
+        inside = (slice(rows), slice(3, 3 + WIDE_COLUMNS))
+        np.testing.assert_allclose(out[inside], expected, rtol=1e-5, atol=1e-5)
+        out[inside] = 1
+        assert (out == 1).all()
 
 
 def test_a_counter_gives_every_number_once() -> None:
