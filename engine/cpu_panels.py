@@ -1,4 +1,4 @@
-"""Panels: products that keep all sums in vector registers, and what feeds them, for Numba.
+"""Panels: products that keep all sums in vector registers, and what feeds them.
 
 Written as LLVM's own instructions, since of loops LLVM makes no such thing: on one core (AMD EPYC
 with AVX-512) 230 GFLOP/s where the loop reached 90.
