@@ -15,11 +15,14 @@ class PackedStep(NamedTuple):
     reach: int
     block_size: int
 
-    def run(self, prepare: Callable[..., None]) -> list[torch.Tensor]:
+    def launch(self, prepare: Callable[..., None]) -> None:
+        prepare(*self.tensors, num_seqs=self.num_seqs, reach=self.reach, block_size=self.block_size)
+
+    def run(self, prepare: Callable[..., None]) -> tuple[torch.Tensor, ...]:
         """What `prepare` makes of copies of the tensors."""
-        tensors = [tensor.clone() for tensor in self.tensors]
-        prepare(*tensors, num_seqs=self.num_seqs, reach=self.reach, block_size=self.block_size)
-        return tensors
+        copy = self._replace(tensors=tuple(tensor.clone() for tensor in self.tensors))
+        copy.launch(prepare)
+        return copy.tensors
 
 
 def packed_step(
