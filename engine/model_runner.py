@@ -103,8 +103,9 @@ class ModelRunner:
         chunks = prompt_logprobs(self._model, host, hidden)
         errors: dict[int, RowError] = {}
         samples: list[RowSamples] = []
-        masks = output.token_masks
+        masks = None
         if len(host.sampling_rows):
+            masks = output.before_sampling()
             rows = [host.order[row] for row in host.sampling_rows]
             sequences = [output.sequences[row] for row in rows]
             last_ids = step.input_ids[step.logit_indices]

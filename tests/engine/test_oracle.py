@@ -248,11 +248,11 @@ AHEAD: list[dict[str, Any]] = [
     {"logprobs": 2, "n": 2, "temperature": 0.7, "seed": 1, "presence_penalty": 1.0},
     {"max_tokens": 0, "prompt_logprobs": 1},
     {"max_tokens": 1},
+    {"bad_words": tuple((token,) for token in range(3, 40)), "repetition_penalty": 1.2},
+    {"bad_words": tuple((a, b) for a in range(3, 19) for b in range(3, 19))},
 ]
 """Kinds of requests whose next step can be launched before the last one's results are known …"""
 WAITING: list[dict[str, Any]] = [
-    {"bad_words": tuple((token,) for token in range(3, 40)), "repetition_penalty": 1.2},
-    {"bad_words": tuple((a, b) for a in range(3, 19) for b in range(3, 19))},
     {"beam_width": 3, "n": 2, "logprobs": 1},
 ]
 """… and those whose tokens the host needs before."""
