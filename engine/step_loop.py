@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .errors import DeviceMemoryError
 from .outputs import SchedulerOutput, SequenceOutput
 from .scheduler import Scheduler
-from .sequence import UNKNOWN_TOKEN, SequenceStatus
+from .sequence import UNKNOWN_TOKEN
 from .worker_protocol import Launcher, Results
 
 if TYPE_CHECKING:
@@ -124,8 +124,6 @@ def _mark_in_flight(scheduled: SchedulerOutput) -> None:
         scheduled.sequences, scheduled.num_computed_starts, scheduled.num_new_tokens, strict=True
     )
     for sequence, start, num_new in rows:
-        if sequence.status is SequenceStatus.FINISHED:
-            continue  # while the step was launched
         sequence.num_in_flight += num_new
         end = start + num_new
         if (

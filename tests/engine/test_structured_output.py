@@ -28,7 +28,7 @@ from quire.engine.grammar import GrammarCompileError, compile_grammar, make_toke
 from quire.engine.outputs import SchedulerOutput, SequenceOutput
 from quire.engine.request import GrammarSpec, Request
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.sequence import Rank, Sequence
+from quire.engine.sequence import Rank, Sequence, SequenceStatus
 from quire.engine.structured_output import StructuredOutput
 from quire.engine.worker import Worker
 
@@ -479,6 +479,8 @@ def test_only_constrained_rows_that_sample_have_a_mask() -> None:
     assert masks.wait().shape == (1, VOCAB_SIZE // 32)
     chunk = output._replace(num_computed_starts=[0, 0], num_new_tokens=[1, 5])
     assert structured.start(chunk) is None
+    constrained.status = SequenceStatus.FINISHED  # by results that came during the launch
+    assert structured.start(output) is None
 
 
 def test_ids_beyond_the_logits_are_never_allowed() -> None:
