@@ -22,12 +22,14 @@ from quire.kernels.paged_attention_decode import (
 )
 from quire.kernels.paged_attention_extend import paged_attention_extend
 from quire.kernels.prefix_groups import PrefixGroup
+from quire.kernels.prepare_inputs import prepare_inputs
 from quire.kernels.reshape_and_cache import reshape_and_cache
 from quire.kernels.rms_norm import fused_add_rms_norm, rms_norm
 from quire.kernels.rope_and_cache import rope_and_cache
 from quire.kernels.silu_and_mul import silu_and_mul
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
+from packed import packed_step  # noqa: E402
 from paged import PagedInputs, paged_inputs, share_prefixes  # noqa: E402
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -239,6 +241,23 @@ def check_sampling(dtype: torch.dtype, vocab_size: int, rows: int) -> Record:
     return {"error_norm": error, "limit": 1e-3, "ok": error <= 1e-3, "rows": drawn}
 
 
+def check_inputs(
+    starts: list[int], lengths: list[int], padding: int = 0, changed: float = 0.5
+) -> Record:
+    """A step's inputs, bit by bit: `error_norm` is the share of numbers that differ."""
+    differ = count = 0
+    for block_size in (16, 64):
+        step = packed_step(
+            starts, lengths, block_size=block_size, padding=padding, changed=changed,
+            device=DEVICE, seed=_seed(),
+        )  # fmt: skip
+        pairs = zip(step.run(prepare_inputs), step.run(reference.prepare_inputs), strict=True)
+        for found, expected in pairs:
+            differ += int((found != expected).sum())
+            count += found.numel()
+    return {"error_norm": differ / count, "limit": 0.0, "ok": differ == 0}
+
+
 def check_far_blocks() -> Record:
     """Blocks whose element offsets pass 2³¹: write, extend, decode and copy."""
     num_heads, num_kv_heads, head_dim, block_size = 32, 8, 128, 16
@@ -368,6 +387,10 @@ def cases() -> list[Case]:
     lens = [300, 0, 1, 17, 2049, 64, 1000]
     queries, contexts = [37, 1, 300, 64, 129], [37, 50, 300, 1000, 1153]
     llama, qwen = (32, 8, 128), (14, 2, 64)
+    decodes = list(range(0, 2560, 10))
+    add("inputs decodes", check_inputs, decodes, [1] * 256)
+    add("inputs decodes, padded", check_inputs, decodes[:9], [1] * 9, padding=7, changed=0.1)
+    add("inputs mixed", check_inputs, [99, 40_000, 0, 500, 3], [1, 1, 8192, 300, 1025])
     for dtype in DTYPES:
         tag = str(dtype).removeprefix("torch.")
         add(f"{tag} write", check_write, dtype, llama, 16)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -34,11 +36,15 @@ from quire.kernels.paged_attention_decode import (
 )
 from quire.kernels.paged_attention_extend import paged_attention_extend
 from quire.kernels.prefix_groups import PrefixGroup
+from quire.kernels.prepare_inputs import prepare_inputs
 from quire.kernels.reshape_and_cache import reshape_and_cache
 from quire.kernels.rms_norm import fused_add_rms_norm, rms_norm
 from quire.kernels.rope_and_cache import rope_and_cache
 from quire.kernels.silu_and_mul import silu_and_mul
 from quire.kernels.tuning import TileConfig
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
+from packed import packed_step  # noqa: E402
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 SAMPLED: dict[str, dict[str, float]] = {
@@ -170,6 +176,12 @@ def time_schedule(num_seqs: int, length: int) -> Record:
     workspace = DecodeWorkspace.allocate(num_seqs, 32, 8, 128, dtype=BF16, device=DEVICE)
     seq_lens = torch.full((num_seqs,), length, dtype=torch.int32, device=DEVICE)
     return _figures(time_graph([lambda: build_decode_schedule(seq_lens, workspace)] * 50))
+
+
+def time_inputs(starts: list[int], lengths: list[int], changed: float) -> Record:
+    """The kernel alone, without the copy of what it unpacks; `changed` rows have new blocks."""
+    step = packed_step(starts, lengths, changed=changed, device=DEVICE)
+    return _figures(time_graph([lambda: step.launch(prepare_inputs)] * 50))
 
 
 def time_sdpa_decode(shape: Shape, count: int, length: int) -> Record:
@@ -342,6 +354,9 @@ def cases() -> list[Case]:
     add("extend qwen 8k b16", time_extend, QWEN_06B, 16, 8192, 8192)
     add("schedule 1x8192", time_schedule, 1, 8192)
     add("schedule 256x1024", time_schedule, 256, 1024)
+    add("inputs 256x1024", time_inputs, [1023] * 256, [1] * 256, 1 / 16)
+    add("inputs 8k beside 255", time_inputs, [1023] * 255 + [0], [1] * 255 + [8192], 1 / 16)
+    add("inputs 8x131072", time_inputs, [131_071] * 8, [1] * 8, 1 / 16)
     for num_tokens in (1, 256, 4096, 16384):
         add(f"write llama {num_tokens} tokens", time_write, LLAMA_8B, num_tokens, False)
         add(f"rope+write llama {num_tokens} tokens", time_write, LLAMA_8B, num_tokens, True)

@@ -222,7 +222,7 @@ class SharedPrefixes:
         they save less than the launch costs."""
         decodes, workspace = host.num_decodes, self.workspace
         groups = find_prefix_groups(
-            list(host.block_table[:decodes]),
+            list(host.tables[host.rows[:decodes]]),
             host.seq_lens[:decodes].tolist(),
             self._block_size,
             workspace.cost,

@@ -7,7 +7,7 @@ from functools import partial
 from .block_manager import BlockManager
 from .config import EngineConfig, EngineInfo
 from .grammar import read_tokenizer_json
-from .outputs import EngineStats, SchedulerOutput, StepOutput
+from .outputs import EngineStats, StepOutput
 from .request import Request
 from .scheduler import Scheduler
 from .step_loop import StepLoop
@@ -63,7 +63,9 @@ class EngineCore:
         run_ahead = config.async_scheduling
         if run_ahead is None:
             run_ahead = loaded.device.startswith("cuda")
-        self._loop = StepLoop(self._scheduler, worker, run_ahead=run_ahead, prepare=self._add_masks)
+        self._loop = StepLoop(
+            self._scheduler, worker, run_ahead=run_ahead, start_masks=self._structured.start
+        )
 
     @property
     def info(self) -> EngineInfo:
@@ -98,9 +100,6 @@ class EngineCore:
         if not (outputs or stats.step_tokens):
             self._structured.wait_compiled(COMPILE_WAIT_SECONDS)
         return StepOutput(outputs, stats)
-
-    def _add_masks(self, scheduled: SchedulerOutput) -> SchedulerOutput:
-        return scheduled._replace(token_masks=self._structured.start(scheduled))
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats()

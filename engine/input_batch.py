@@ -1,8 +1,8 @@
 """The packed inputs of a step, from rows that persist between steps.
 
-A sequence keeps a row while it runs; only what changed of its block table is written. Everything
-per token is computed with numpy vectors; what the device needs goes over in one copy per field,
-into buffers whose addresses never change (a CUDA graph reads them in place).
+A sequence keeps a row while it runs; only what changed of its block table is written. The
+numbers of each token are computed by numpy on the CPU, and by the device itself on CUDA
+(`device_inputs`): into tensors whose addresses never change, for a CUDA graph reads them in place.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence as Sizes
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class HostStep(NamedTuple):
 
     Rows with one new token come first (`num_decodes`). `sampling_rows` are the batch rows that
     reach their sequence's last token, ascending; rows that are pooled stand in `pooled_rows` and
-    sample nothing. The token of `unknown_rows` is still being sampled: their input id is 0.
+    sample nothing. Row i's block table is `tables[rows[i]]`, of which no row uses more columns.
     """
 
     order: list[int]
@@ -40,17 +40,16 @@ class HostStep(NamedTuple):
     max_query_len: int
     sampling_rows: NDArray[np.int64]
     pooled_rows: list[int]
-    unknown_rows: list[int]
-    slot_mapping: NDArray[np.int64]
-    block_table: NDArray[np.int32]
     query_start_loc: NDArray[np.int32]
     seq_lens: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    tables: NDArray[np.int32]
 
 
 class DeviceStep(NamedTuple):
     """The step's tensors on the device, views of persistent buffers: valid until the next step.
 
-    Where decode-only steps are padded, S and T are the padded size: see `InputBatch.pad_decodes`.
+    Where decode-only steps are padded, S and T are the padded size: see `StepInputs.pad_decodes`.
 
     input_ids, positions, slot_mapping `[T]` int64; block_table `[S, max_blocks]`, query_start_loc
     `[S + 1]`, seq_lens `[S]` int32; logit_indices `[R]` int64, the last token of each sampling row.
@@ -64,29 +63,127 @@ class DeviceStep(NamedTuple):
     seq_lens: torch.Tensor
     logit_indices: torch.Tensor
 
+    @classmethod
+    def allocate(
+        cls, num_tokens: int, num_seqs: int, max_blocks: int, device: torch.device
+    ) -> DeviceStep:
+        """Buffers for steps of at most so many tokens and rows; all zero."""
 
-class PersistentBuffer:
-    """A host array and its copy on the device, of fixed capacity; on the CPU they are one."""
+        def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
 
-    def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        pinned = device.type == "cuda"
-        self._host = torch.zeros(capacity, dtype=dtype, pin_memory=pinned)
-        self._device = self._host.to(device) if pinned else self._host
-        self.array: NDArray[Any] = self._host.numpy()
+        return cls(
+            input_ids=zeros(torch.int64, num_tokens),
+            positions=zeros(torch.int64, num_tokens),
+            slot_mapping=zeros(torch.int64, num_tokens),
+            block_table=zeros(torch.int32, num_seqs, max_blocks),
+            query_start_loc=zeros(torch.int32, num_seqs + 1),
+            seq_lens=zeros(torch.int32, num_seqs),
+            logit_indices=zeros(torch.int64, num_seqs),
+        )
 
-    def on_device(self, count: int) -> torch.Tensor:
-        """The first `count` elements, always at the same address."""
-        return self._device[:count]
+    def narrow(self, num_tokens: int, num_seqs: int, num_logits: int) -> DeviceStep:
+        """The beginnings of buffers, as a step of this size has them."""
+        return DeviceStep(
+            self.input_ids[:num_tokens],
+            self.positions[:num_tokens],
+            self.slot_mapping[:num_tokens],
+            self.block_table[:num_seqs],
+            self.query_start_loc[: num_seqs + 1],
+            self.seq_lens[:num_seqs],
+            self.logit_indices[:num_logits],
+        )
 
-    def upload(self, count: int) -> torch.Tensor:
-        """Send the first `count` elements without waiting for the copy."""
-        if self._device is self._host:
-            return self._host[:count]
-        return self._device[:count].copy_(self._host[:count], non_blocking=True)
+
+class StepInputs(Protocol):
+    """Where a step's tensors are made: on the host, or on the device."""
+
+    def pad_decodes(self, sizes: Sizes[int]) -> None:
+        """From now on give steps in which every row has one token the next larger of these
+        (ascending) sizes, if there is one: so all steps of a size read the tensors of
+        `static_step(size)`. A padded row has length 0 and slot −1."""
+
+    def static_step(self, size: int) -> DeviceStep:
+        """The tensors of every padded step of `size` rows; as they are now, all rows sample."""
+
+    def change_table(self, row: int, start: int) -> None:
+        """From column `start` on, a row of `HostStep.tables` is not what it was."""
+
+    def write(
+        self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
+    ) -> DeviceStep:
+        """The step's tensors. A negative id −1 − i stands for `sampled[i]`, on the device; only
+        rows with one new token have such."""
+
+
+def padded_size(host: HostStep, sizes: Sizes[int]) -> int | None:
+    """The size that the step is padded to, if it is: see `StepInputs.pad_decodes`."""
+    num_seqs = len(host.order)
+    if host.max_query_len > 1 or num_seqs > max(sizes, default=0):
+        return None
+    return sizes[bisect_left(sizes, num_seqs)]
+
+
+class HostInputs:
+    """StepInputs on the CPU, whose memory is the device's."""
+
+    def __init__(
+        self, max_num_seqs: int, max_num_tokens: int, max_blocks: int, block_size: int
+    ) -> None:
+        self._block_size = block_size
+        self._buffers = DeviceStep.allocate(
+            max_num_tokens, max_num_seqs, max_blocks, torch.device("cpu")
+        )
+        self._table = torch.zeros(max_num_seqs * max_blocks, dtype=torch.int32)
+        self._sizes: Sizes[int] = ()
+
+    def pad_decodes(self, sizes: Sizes[int]) -> None:
+        self._sizes = sizes
+        self._buffers.slot_mapping[: max(sizes, default=0)] = -1  # they run once before any step
+
+    def static_step(self, size: int) -> DeviceStep:
+        return self._buffers.narrow(size, size, size)
+
+    def change_table(self, row: int, start: int) -> None:
+        """Tables are read in full."""
+
+    def write(
+        self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
+    ) -> DeviceStep:
+        num_tokens, num_seqs = len(token_ids), len(host.order)
+        ids, positions, slots, _, loc, seq_lens, logit_indices = (
+            tensor.numpy() for tensor in self._buffers
+        )
+        ids[:num_tokens] = token_ids
+        unknown = np.nonzero(token_ids[: host.num_decodes] < 0)[0]
+        ids[unknown] = sampled.numpy()[-1 - token_ids[unknown]]
+        loc[: num_seqs + 1] = host.query_start_loc
+        seq_lens[:num_seqs] = host.seq_lens
+        positions, slots = positions[:num_tokens], slots[:num_tokens]
+        positions[:] = np.arange(num_tokens) + np.repeat(host.starts - loc[:num_seqs], host.lengths)
+        blocks, offsets = np.divmod(positions, self._block_size)
+        slots[:] = host.tables[np.repeat(host.rows, host.lengths), blocks]
+        slots *= self._block_size
+        slots += offsets
+        num_logits = len(host.sampling_rows)
+        logit_indices[:num_logits] = loc[host.sampling_rows + 1] - 1
+        width = host.tables.shape[1]
+        table = self._table[: num_seqs * width].view(num_seqs, width)
+        np.take(host.tables, host.rows, axis=0, out=table.numpy())
+        size = padded_size(host, self._sizes)
+        if size is None:
+            step = self._buffers.narrow(num_tokens, num_seqs, num_logits)
+            return step._replace(block_table=table)
+        step = self._buffers.narrow(size, size, num_logits)
+        step.input_ids[num_seqs:] = 0
+        step.slot_mapping[num_seqs:] = -1
+        step.seq_lens[num_seqs:] = 0
+        step.block_table[:num_seqs, :width] = table
+        return step
 
 
 class InputBatch:
-    """Rows of running sequences and the buffers of a step.
+    """Rows of running sequences, and each step's layout.
 
     At most `max_num_seqs` sequences have a row; a step has at most `max_num_tokens` tokens.
     """
@@ -104,42 +201,17 @@ class InputBatch:
         self._rows: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         # A last sampled token may own a slot without being fed back, hence one more.
-        max_blocks = self._max_blocks = max_model_len // block_size + 1
+        max_blocks = max_model_len // block_size + 1
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
-        self._input_ids = PersistentBuffer(max_num_tokens, torch.int64, device)
-        self._positions = PersistentBuffer(max_num_tokens, torch.int64, device)
-        self._slots = PersistentBuffer(max_num_tokens, torch.int64, device)
-        self._query_start_loc = PersistentBuffer(max_num_seqs + 1, torch.int32, device)
-        self._seq_lens = PersistentBuffer(max_num_seqs, torch.int32, device)
-        self._logit_indices = PersistentBuffer(max_num_seqs, torch.int64, device)
-        self._block_table = PersistentBuffer(max_num_seqs * max_blocks, torch.int32, device)
-        self._padded_sizes: Sizes[int] = ()
-        self._padded_table = torch.empty(0, max_blocks, dtype=torch.int32, device=device)
-        self._uploaded: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._sampled = torch.zeros(1, dtype=torch.int64, device=device)
+        self._sampled_of: list[Sequence] = []
+        self.inputs: StepInputs
+        if _has_kernel(device):
+            from .device_inputs import DeviceInputs
 
-    def pad_decodes(self, sizes: Sizes[int]) -> None:
-        """From now on give steps in which every row has one token the next larger of these
-        (ascending) sizes, if there is one, and tables of one stride: so all steps of a size read
-        the tensors of `static_step(size)`. A padded row has length 0 and slot −1."""
-        largest = max(sizes, default=0)
-        self._padded_sizes = sizes
-        self._padded_table = self._padded_table.new_zeros((largest, self._max_blocks))
-        self._slots.array[:largest] = -1  # static steps are run once before there is any
-        self._slots.upload(largest)
-
-    def static_step(self, size: int) -> DeviceStep:
-        """The tensors of every padded step of `size` rows; as they are now, all rows sample."""
-        return DeviceStep(
-            input_ids=self._input_ids.on_device(size),
-            positions=self._positions.on_device(size),
-            slot_mapping=self._slots.on_device(size),
-            block_table=self._padded_table[:size],
-            query_start_loc=self._query_start_loc.on_device(size + 1),
-            seq_lens=self._seq_lens.on_device(size),
-            logit_indices=self._logit_indices.on_device(size),
-        )
+            self.inputs = DeviceInputs(max_num_seqs, max_num_tokens, max_blocks, block_size, device)
+        else:
+            self.inputs = HostInputs(max_num_seqs, max_num_tokens, max_blocks, block_size)
 
     def apply(self, output: SchedulerOutput) -> None:
         """Bring rows and tables up to date."""
@@ -150,16 +222,23 @@ class InputBatch:
         for sequence, start in output.table_changes:
             row = self._rows.get(sequence.seq_id)
             if row is not None:  # otherwise it is new, or left out of this step
-                self._table[row, start : len(sequence.block_table)] = sequence.block_table[start:]
+                self._write_table(row, sequence, start)
         for sequence in output.sequences:
             if sequence.seq_id not in self._rows:
                 row = self._rows[sequence.seq_id] = self._free_rows.pop()
-                self._table[row, : len(sequence.block_table)] = sequence.block_table
+                self._write_table(row, sequence, 0)
+
+    def _write_table(self, row: int, sequence: Sequence, start: int) -> None:
+        self._table[row, start : len(sequence.block_table)] = sequence.block_table[start:]
+        self.inputs.change_table(row, start)
+
+    def keep_samples(self, sequences: list[Sequence], token_ids: torch.Tensor) -> None:
+        """What a step sampled, token_ids `[R]` int64 on the device: in the next step it may be
+        the token that the host does not know yet."""
+        self._sampled_of, self._sampled = sequences, token_ids
 
     def prepare(self, output: SchedulerOutput) -> tuple[HostStep, DeviceStep]:
         """Lay out the step that `apply` was just called for."""
-        if self._uploaded is not None:  # the last step's copies still read the host buffers
-            self._uploaded.synchronize()
         counts = np.array(output.num_new_tokens, dtype=np.int64)
         order = np.argsort(counts > 1, kind="stable")
         counts = counts[order]
@@ -167,94 +246,59 @@ class InputBatch:
         sequences = [output.sequences[index] for index in picked]
         starts = np.array(output.num_computed_starts, dtype=np.int64)[order]
         stops = starts + counts
-        num_seqs, num_tokens = len(sequences), output.total_tokens
-        num_decodes = int(np.count_nonzero(counts == 1))
-
-        unknown_rows = self._fill_input_ids(
-            sequences, starts.tolist(), stops.tolist(), num_decodes, num_tokens
-        )
-        loc = self._query_start_loc.array
-        np.cumsum(counts, out=loc[1 : num_seqs + 1])
-        self._seq_lens.array[:num_seqs] = stops
-        rows = np.array([self._rows[sequence.seq_id] for sequence in sequences])
-        positions = self._positions.array[:num_tokens]
-        slots = self._slots.array[:num_tokens]
-        positions[:] = np.arange(num_tokens) + np.repeat(starts - loc[:num_seqs], counts)
-        blocks, offsets = np.divmod(positions, self._block_size)
-        slots[:] = self._table[np.repeat(rows, counts), blocks]
-        slots *= self._block_size
-        slots += offsets
-
+        loc = np.zeros(len(sequences) + 1, dtype=np.int32)
+        np.cumsum(counts, out=loc[1:])
         ends = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
         pooled_rows = [row for row, sequence in enumerate(sequences) if sequence.pooling]
         ends[pooled_rows] = 0
-        sampling_rows = np.nonzero(stops == ends)[0]
-        self._logit_indices.array[: len(sampling_rows)] = loc[sampling_rows + 1] - 1
         width = -(-int(stops.max()) // self._block_size)
-        table = self._block_table.array[: num_seqs * width].reshape(num_seqs, width)
-        np.take(self._table[:, :width], rows, axis=0, out=table)
         host = HostStep(
             order=picked,
             sequences=sequences,
             starts=starts,
             lengths=counts,
-            num_decodes=num_decodes,
+            num_decodes=int(np.count_nonzero(counts == 1)),
             max_query_len=int(counts.max()),
-            sampling_rows=sampling_rows,
+            sampling_rows=np.nonzero(stops == ends)[0],
             pooled_rows=pooled_rows,
-            unknown_rows=unknown_rows,
-            slot_mapping=slots,
-            block_table=table,
-            query_start_loc=loc[: num_seqs + 1],
-            seq_lens=self._seq_lens.array[:num_seqs],
+            query_start_loc=loc,
+            seq_lens=stops.astype(np.int32),
+            rows=np.array([self._rows[sequence.seq_id] for sequence in sequences]),
+            tables=self._table[:, :width],
         )
-        return host, self._upload(num_tokens, num_seqs, width, len(sampling_rows))
+        return host, self.inputs.write(host, self._token_ids(host), self._sampled)
 
-    def _upload(self, num_tokens: int, num_seqs: int, width: int, num_logits: int) -> DeviceStep:
-        table = self._block_table.upload(num_seqs * width).view(num_seqs, width)
-        if num_tokens == num_seqs and num_seqs <= max(self._padded_sizes, default=0):
-            size = self._padded_sizes[bisect_left(self._padded_sizes, num_seqs)]
-            self._input_ids.array[num_seqs:size] = 0
-            self._slots.array[num_seqs:size] = -1
-            self._seq_lens.array[num_seqs:size] = 0
-            self._padded_table[:num_seqs, :width] = table
-            table, num_tokens, num_seqs = self._padded_table[:size], size, size
-        step = DeviceStep(
-            input_ids=self._input_ids.upload(num_tokens),
-            positions=self._positions.upload(num_tokens),
-            slot_mapping=self._slots.upload(num_tokens),
-            block_table=table,
-            query_start_loc=self._query_start_loc.upload(num_seqs + 1),
-            seq_lens=self._seq_lens.upload(num_seqs),
-            logit_indices=self._logit_indices.upload(num_logits),
-        )
-        if self._uploaded is not None:
-            self._uploaded.record()
-        return step
-
-    def _fill_input_ids(
-        self,
-        sequences: list[Sequence],
-        starts: list[int],
-        stops: list[int],
-        num_decodes: int,
-        num_tokens: int,
-    ) -> list[int]:
-        """Returns the rows whose token is unknown; only those with one new token can be."""
-        ids = self._input_ids.array
-        ids[:num_decodes] = [
+    def _token_ids(self, host: HostStep) -> NDArray[np.int64]:
+        """The ids of the step's tokens, in the batch's order; those that the host does not know as
+        `StepInputs.write` wants them."""
+        starts, stops = host.starts.tolist(), (host.starts + host.lengths).tolist()
+        decodes = host.num_decodes
+        ids = np.empty(int(host.query_start_loc[-1]), dtype=np.int64)
+        ids[:decodes] = [
             sequence.token_ids[start]
-            for sequence, start in zip(sequences[:num_decodes], starts, strict=False)
+            for sequence, start in zip(host.sequences[:decodes], starts, strict=False)
         ]
         tail = (
             sequence.token_ids[start:stop]
             for sequence, start, stop in zip(
-                sequences[num_decodes:], starts[num_decodes:], stops[num_decodes:], strict=True
+                host.sequences[decodes:], starts[decodes:], stops[decodes:], strict=True
             )
         )
-        ids[num_decodes:num_tokens] = np.fromiter(
-            chain.from_iterable(tail), dtype=np.int64, count=num_tokens - num_decodes
+        ids[decodes:] = np.fromiter(
+            chain.from_iterable(tail), dtype=np.int64, count=len(ids) - decodes
         )
-        unknown = np.nonzero(ids[:num_decodes] == UNKNOWN_TOKEN)[0]
-        ids[unknown] = 0
-        return unknown.tolist()
+        unknown = np.nonzero(ids[:decodes] == UNKNOWN_TOKEN)[0].tolist()
+        if unknown:
+            ids[unknown] = self._places_in_samples([host.sequences[row] for row in unknown])
+        return ids
+
+    def _places_in_samples(self, sequences: list[Sequence]) -> list[int]:
+        """−1 − i for the sequence whose token is the i-th of the last step's. A row that failed
+        there gets id 0: its results will be dropped."""
+        places = {sequence.seq_id: -1 - i for i, sequence in enumerate(self._sampled_of)}
+        return [places.get(sequence.seq_id, 0) for sequence in sequences]
+
+
+def _has_kernel(device: torch.device) -> bool:
+    """Whether kernels/prepare_inputs.py makes the step's tensors."""
+    return device.type == "cuda"

@@ -66,7 +66,6 @@ class ModelRunner:
         )
         self._sampler = Sampler(spec.vocab_size, model.device)
         self._pooler = Pooler()
-        self._last_samples: list[RowSamples] = []
         self._graphs: DecodeGraphs | None = None
         self._windows = frozenset(spec.windows)
         self._group = spec.num_attention_heads // spec.num_kv_heads
@@ -100,38 +99,23 @@ class ModelRunner:
         if not output.sequences:
             return StepResults(0, [], [], [], {}, {})
         host, step = self._batch.prepare(output)
-        if host.unknown_rows:
-            self._feed_back(host, step.input_ids)
         hidden, logits = self._run_model(host, step)
         chunks = prompt_logprobs(self._model, host, hidden)
         errors: dict[int, RowError] = {}
         samples: list[RowSamples] = []
-        masks = output.token_masks
+        masks = None
         if len(host.sampling_rows):
+            masks = output.before_sampling()
             rows = [host.order[row] for row in host.sampling_rows]
             sequences = [output.sequences[row] for row in rows]
             last_ids = step.input_ids[step.logit_indices]
             samples = self._sample(rows, sequences, logits, last_ids, errors, masks)
         # Last, since a step that runs out of memory before its end is tried again.
         pooled = self._pooler(host, hidden) if host.pooled_rows else []
-        self._last_samples = samples
+        if samples:
+            self._batch.keep_samples(*_joined(samples))
         mask_errors = masks.errors if masks is not None else {}
         return StepResults(len(host.order), samples, chunks, pooled, errors, mask_errors)
-
-    def _feed_back(self, host: HostStep, input_ids: torch.Tensor) -> None:
-        """Put what the last step sampled where this step's tokens are unknown to the host. A row
-        that failed there keeps token 0: its results will be dropped."""
-        last = self._last_samples
-        sampled = {
-            sequence.seq_id: index
-            for index, sequence in enumerate(chain.from_iterable(s.sequences for s in last))
-        }
-        rows = [row for row in host.unknown_rows if host.sequences[row].seq_id in sampled]
-        if rows:
-            sources = [sampled[host.sequences[row].seq_id] for row in rows]
-            to, source = to_device([rows, sources], torch.int64, input_ids.device)
-            token_ids = torch.cat([sample.output.token_ids for sample in last])
-            input_ids.index_copy_(0, to, token_ids.index_select(0, source))
 
     def _sample(
         self,
@@ -236,14 +220,15 @@ class ModelRunner:
     def capture_graphs(self, capture: Capture, sizes: Sequence[int]) -> None:
         """From now on replay graphs of these sizes (ascending) in decode-only steps, unless the
         model waits for the device within a step."""
-        self._batch.pad_decodes(sizes)
-        graphs = DecodeGraphs(self._decode, self._batch.static_step, capture)
+        inputs = self._batch.inputs
+        inputs.pad_decodes(sizes)
+        graphs = DecodeGraphs(self._decode, inputs.static_step, capture)
         try:
             shares = self._shared_prefixes is not None
             graphs.capture(sizes, [size for size in sizes if shares and size >= MIN_MEMBERS])
         except NotCapturableError as error:
             logger.warning("decode steps run without CUDA graphs: %s", error)
-            self._batch.pad_decodes([])
+            inputs.pad_decodes([])
         else:
             self._graphs = graphs
 
@@ -339,6 +324,14 @@ class ModelRunner:
         from .attention_cpu import build_cpu_plan
 
         return build_cpu_plan(query_start_loc, seq_lens, self._group)
+
+
+def _joined(samples: list[RowSamples]) -> tuple[list[TokenSequence], torch.Tensor]:
+    """Whose tokens were sampled, and which; several where rows were sampled one by one."""
+    if len(samples) == 1:
+        return samples[0].sequences, samples[0].output.token_ids
+    sequences = [sequence for sample in samples for sequence in sample.sequences]
+    return sequences, torch.cat([sample.output.token_ids for sample in samples])
 
 
 def _is_fault_of_device(error: Exception) -> bool:

@@ -5,6 +5,7 @@ NamedTuples, because a few hundred are made every step and msgspec sends them as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -46,8 +47,9 @@ class SchedulerOutput(NamedTuple):
     table_changes: list[TableChange]
     released: list[int]
     """seq_ids whose rows the worker may drop: finished, aborted or preempted since the last."""
-    token_masks: TokenMasks | None = None
-    """What constrained rows may sample, if any sample in this step."""
+    before_sampling: Callable[[], TokenMasks | None] = lambda: None
+    """Called once the forward is under way, before any row is sampled: what constrained rows may
+    sample. It brings in the last step's results where a row's sampling reads its tokens."""
 
 
 class TokenLogprobs(NamedTuple):

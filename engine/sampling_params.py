@@ -174,8 +174,3 @@ class SamplingParams:
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
         )
-
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether sampling a token takes, on the host, the tokens before it."""
-        return bool(self.bad_words) or self.beam_width is not None

@@ -211,7 +211,7 @@ class Scheduler:
         more than those, and once they are computed the siblings are forked off."""
         if sequence.held_forks:
             if sequence.num_computed_tokens < sequence.fork_at:
-                return sequence.fork_at - sequence.num_computed_tokens
+                return sequence.fork_at - sequence.num_computed_tokens - sequence.num_in_flight
             self._fork(sequence)
         return len(sequence.token_ids) - sequence.num_computed_tokens - sequence.num_in_flight
 

@@ -59,6 +59,7 @@ class Sequence:
         "first_token_time",
         "fork_at",
         "held_forks",
+        "is_beam",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_in_flight",
@@ -114,8 +115,10 @@ class Sequence:
         if params.beam_width is not None:
             self.num_logprobs = max(params.logprobs or 0, params.beam_width + len(stop_ids))
         self.pooling = request.pooling
-        self.reads_tokens = request.grammar is not None or params.reads_tokens
+        self.reads_tokens = request.grammar is not None or bool(params.bad_words)
         """The next token cannot be sampled before the host knows the last."""
+        self.is_beam = params.beam_width is not None
+        """The next token cannot even be computed before the host knows the last."""
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         """One entry a prompt position, as far as computed; the first has no predecessor."""
         self.scheduled_time: float | None = None

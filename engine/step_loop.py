@@ -10,21 +10,32 @@ A sequence that turns out to have ended has then been scheduled once too often; 
 brought is dropped. Its blocks go back at once: steps run in the order of their launch, so whoever
 gets them writes later. Blocks are indexed for sharing when results say that they are computed.
 
-Where the host must know a token before the next can be sampled (grammars, bad words, beams), or
-siblings are about to fork, all wait for it. Penalties read the history that the device keeps.
+Where a row's sampling reads its tokens (grammars, bad words), the last results come in between the
+launch of the forward, which needs no more than the device knows, and that of the sampling:
+
+    schedule 2 · launch 2's forward · update 1 · masks of 2 · launch 2's sampling · schedule 3 · …
+
+So nobody waits a step for anybody; the device waits only where the masks take longer than its
+forward. (A row that is left out of every other step instead would get half as many tokens, and one
+that all wait for would cost each step what the host does meanwhile.) Siblings that are about to
+fork sit out until their prompt's results are in. Beams alone are waited for by all: the tokens that
+they go on with are the host's choice. Penalties read the history that the device keeps.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import DeviceMemoryError
 from .outputs import SchedulerOutput, SequenceOutput
 from .scheduler import Scheduler
 from .sequence import UNKNOWN_TOKEN
 from .worker_protocol import Launcher, Results
+
+if TYPE_CHECKING:
+    from .structured_output import TokenMasks
 
 logger = logging.getLogger("quire.engine")
 
@@ -43,13 +54,13 @@ class StepLoop:
         worker: Launcher,
         *,
         run_ahead: bool,
-        prepare: Callable[[SchedulerOutput], SchedulerOutput] = lambda scheduled: scheduled,
+        start_masks: Callable[[SchedulerOutput], TokenMasks | None] = lambda scheduled: None,
     ) -> None:
-        """`prepare` adds what the worker needs beside the schedule."""
+        """`start_masks` begins to fill the masks of a step's rows, from what they sampled."""
         self._scheduler = scheduler
         self._worker = worker
         self._run_ahead = run_ahead
-        self._prepare = prepare
+        self._start_masks = start_masks
         self._in_flight: _Launched | None = None
 
     @property
@@ -63,7 +74,8 @@ class StepLoop:
         outputs: list[SequenceOutput] = []
         if self._in_flight is not None and self._needs_results():
             outputs += self._bring_in()
-        scheduled = self._prepare(self._scheduler.schedule())
+        scheduled = self._scheduler.schedule()
+        scheduled = scheduled._replace(before_sampling=self._before_sampling(scheduled, outputs))
         try:
             results = self._worker.launch(scheduled)
         except DeviceMemoryError as error:
@@ -78,9 +90,24 @@ class StepLoop:
         self._in_flight = _Launched(scheduled, results)
         return outputs if stays else outputs + self._bring_in()
 
+    def _before_sampling(
+        self, scheduled: SchedulerOutput, outputs: list[SequenceOutput]
+    ) -> Callable[[], TokenMasks | None]:
+        """Masks are begun at once where their rows' tokens are known, beside the forward."""
+        reads = self._in_flight and any(one.reads_tokens for one in scheduled.sequences)
+        if not reads:
+            masks = self._start_masks(scheduled)
+            return lambda: masks
+
+        def bring_in_first() -> TokenMasks | None:
+            outputs.extend(self._bring_in())
+            return self._start_masks(scheduled)
+
+        return bring_in_first
+
     def _needs_results(self) -> bool:
         """Whether the step in flight must come to its end before the next can be scheduled."""
-        return any(one.reads_tokens or one.held_forks for one in self._scheduler.running)
+        return any(one.is_beam for one in self._scheduler.running)
 
     def _bring_in(self) -> list[SequenceOutput]:
         """The results of the step in flight, if there is one."""
@@ -92,7 +119,7 @@ class StepLoop:
 
 def _mark_in_flight(scheduled: SchedulerOutput) -> None:
     """A token that the step samples stands as UNKNOWN_TOKEN until its results are here, unless it
-    will be its sequence's last one for its length, or is needed before another can be sampled."""
+    will be its sequence's last one for its length, or a beam's."""
     rows = zip(
         scheduled.sequences, scheduled.num_computed_starts, scheduled.num_new_tokens, strict=True
     )
@@ -102,6 +129,6 @@ def _mark_in_flight(scheduled: SchedulerOutput) -> None:
         if (
             end == len(sequence.token_ids)
             and end + 1 < sequence.stop_at
-            and not (sequence.reads_tokens or sequence.pooling)
+            and not (sequence.is_beam or sequence.pooling)
         ):
             sequence.token_ids.append(UNKNOWN_TOKEN)

@@ -3,6 +3,8 @@
     request comes ─▶ its grammar is compiled in a thread; it waits in the queue until then
     step:  schedule ─▶ start ──▶ execute: forward ──▶ wait for the bitmask ─▶ sample ─▶ update
                          └─ a thread: read the last tokens, fill the rows ┘
+    ahead of the last step's results:
+           schedule ─▶ launch the forward ─▶ last results ─▶ start ─▶ wait ─▶ launch the sampling
 
 A matcher follows the output of one choice. It reads what it has not read yet, so a fork (made
 before the first output token), a preemption (which keeps the tokens) and a step that was given up
@@ -28,6 +30,7 @@ from .errors import GrammarError, InvalidRequestError
 from .grammar import compile_grammar, is_available, make_tokenizer, matcher_failure
 from .outputs import RowError, SchedulerOutput, SequenceOutput
 from .request import GrammarSpec, Request
+from .sequence import SequenceStatus
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -187,6 +190,7 @@ class StructuredOutput:
             index
             for index, sequence in enumerate(output.sequences)
             if sequence.request.grammar is not None
+            and sequence.status is not SequenceStatus.FINISHED  # while this step was launched
             and output.num_computed_starts[index] + output.num_new_tokens[index]
             == len(sequence.token_ids)
         ]

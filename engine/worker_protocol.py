@@ -41,7 +41,9 @@ class Launcher(Protocol):
 
     def launch(self, scheduler_output: SchedulerOutput) -> Results:
         """Begin a step; another may be launched before its results are asked for. A row whose
-        token is UNKNOWN_TOKEN takes what the step before sampled for its sequence.
+        token is UNKNOWN_TOKEN takes what the step before sampled for its sequence. If a row
+        samples, `before_sampling` is called once, in which the results of the step before may be
+        asked for and sequences may end; of these nothing but the tokens may be read from then on.
 
         Raises DeviceMemoryError where the device ran out; then nothing was sampled and the step
         may be tried again with fewer rows. Whatever else it or the results raise is a fault of the

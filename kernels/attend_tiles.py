@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .fp8 import widen
+from .fp8 import as_operand, widen
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)
@@ -12,10 +12,109 @@ LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
+def _line_of(token, head, stride_t, stride_h):
+    return token.to(tl.int64) * stride_t + head * stride_h
+
+
+@triton.jit
+def load_query(
+    query_ptr,
+    key_cache_ptr,
+    token,
+    head,
+    live,
+    stride_t,
+    stride_h,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """Rows of queries by token and head, as operand of products with what the cache holds; 0
+    where they are not `live`."""
+    dim = tl.arange(0, DIM_PAD)
+    rows = tl.load(
+        query_ptr + _line_of(token, head, stride_t, stride_h)[:, None] + dim[None, :],
+        mask=live[:, None] & (dim < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    return as_operand(rows, key_cache_ptr)
+
+
+@triton.jit
+def store_rows(
+    out_ptr,
+    rows,
+    token,
+    head,
+    live,
+    stride_t,
+    stride_h,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """Write rows of results to their tokens and heads."""
+    dim = tl.arange(0, DIM_PAD)
+    tl.store(
+        out_ptr + _line_of(token, head, stride_t, stride_h)[:, None] + dim[None, :],
+        rows.to(out_ptr.dtype.element_ty),
+        mask=live[:, None] & (dim < HEAD_DIM)[None, :],
+    )
+
+
+@triton.jit
+def start_rows(BLOCK_M: tl.constexpr, DIM_PAD: tl.constexpr):
+    """(acc, row_max, row_sum) of rows that have seen nothing."""
+    acc = tl.zeros([BLOCK_M, DIM_PAD], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
+    return acc, row_max, tl.zeros([BLOCK_M], dtype=tl.float32)
+
+
+@triton.jit
 def _block_ids(table_ptr, start, end, in_tile, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The block of a tile at `start`, or of each of its keys where it spans several; 0 past end."""
     key = start if BLOCK_N <= BLOCK_SIZE else start + in_tile
     return tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=0)
+
+
+@triton.jit
+def _load_tile(
+    key_cache_ptr,
+    value_cache_ptr,
+    block,
+    kv_head,
+    start,
+    kv_end,
+    MASKED: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """K and V of keys [start, start + BLOCK_N), which lie in `block`, one or one for each; 0 from
+    kv_end on where MASKED."""
+    dim = tl.arange(0, DIM_PAD)[None, :]
+    in_tile = tl.arange(0, BLOCK_N)
+    first = (block.to(tl.int64) * NUM_KV_HEADS + kv_head) * (BLOCK_SIZE * HEAD_DIM)
+    if BLOCK_N <= BLOCK_SIZE:  # a contiguous tile behind one scalar
+        first += (start % BLOCK_SIZE) * HEAD_DIM
+        in_block = in_tile[:, None] * HEAD_DIM + dim
+        key_ptrs = key_cache_ptr + first + in_block
+        value_ptrs = value_cache_ptr + first + in_block
+    else:
+        offsets = first[:, None] + ((in_tile % BLOCK_SIZE)[:, None] * HEAD_DIM + dim)
+        key_ptrs = key_cache_ptr + offsets
+        value_ptrs = value_cache_ptr + offsets
+    if MASKED:
+        loaded = (start + in_tile < kv_end)[:, None] & (dim < HEAD_DIM)
+        key = tl.load(key_ptrs, mask=loaded, other=0.0)
+        value = tl.load(value_ptrs, mask=loaded, other=0.0)
+    elif HEAD_DIM != DIM_PAD:
+        key = tl.load(key_ptrs, mask=dim < HEAD_DIM, other=0.0)
+        value = tl.load(value_ptrs, mask=dim < HEAD_DIM, other=0.0)
+    else:
+        key = tl.load(key_ptrs)
+        value = tl.load(value_ptrs)
+    return key, value
 
 
 @triton.jit
@@ -49,7 +148,6 @@ def attend_tiles(
     position, or WINDOW and more before it (FlashAttention-2's recurrence, arXiv 2307.08691).
     PREFETCH reads block ids one tile ahead, so that no load of the pipeline waits for another.
     """
-    dim = tl.arange(0, DIM_PAD)[None, :]
     in_tile = tl.arange(0, BLOCK_N)
     ahead = _block_ids(table_ptr, begin, end, in_tile, BLOCK_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
@@ -60,27 +158,10 @@ def attend_tiles(
             ahead = _block_ids(table_ptr, start + BLOCK_N, end, in_tile, BLOCK_SIZE, BLOCK_N)
         else:
             block = _block_ids(table_ptr, start, end, in_tile, BLOCK_SIZE, BLOCK_N)
-        first = (block.to(tl.int64) * NUM_KV_HEADS + kv_head) * (BLOCK_SIZE * HEAD_DIM)
-        if BLOCK_N <= BLOCK_SIZE:  # a contiguous tile behind one scalar
-            first += (start % BLOCK_SIZE) * HEAD_DIM
-            in_block = in_tile[:, None] * HEAD_DIM + dim
-            key_ptrs = key_cache_ptr + first + in_block
-            value_ptrs = value_cache_ptr + first + in_block
-        else:
-            offsets = first[:, None] + ((in_tile % BLOCK_SIZE)[:, None] * HEAD_DIM + dim)
-            key_ptrs = key_cache_ptr + offsets
-            value_ptrs = value_cache_ptr + offsets
-        if MASKED:
-            loaded = (keys < kv_end)[:, None] & (dim < HEAD_DIM)
-            key = tl.load(key_ptrs, mask=loaded, other=0.0)
-            value = tl.load(value_ptrs, mask=loaded, other=0.0)
-        elif HEAD_DIM != DIM_PAD:
-            key = tl.load(key_ptrs, mask=dim < HEAD_DIM, other=0.0)
-            value = tl.load(value_ptrs, mask=dim < HEAD_DIM, other=0.0)
-        else:
-            key = tl.load(key_ptrs)
-            value = tl.load(value_ptrs)
-
+        key, value = _load_tile(
+            key_cache_ptr, value_cache_ptr, block, kv_head, start, kv_end, MASKED, NUM_KV_HEADS,
+            BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N,
+        )  # fmt: skip
         key = widen(key, query.dtype)
         value = widen(value, query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
@@ -196,9 +277,7 @@ def merge_partials(
     MERGE: tl.constexpr,
 ):
     """A sequence's rows from its partial results, and from those of its prefix's group."""
-    acc = tl.zeros([ROWS_PAD, DIM_PAD], dtype=tl.float32)
-    row_max = tl.full([ROWS_PAD], LOWEST, dtype=tl.float32)
-    row_sum = tl.zeros([ROWS_PAD], dtype=tl.float32)
+    acc, row_max, row_sum = start_rows(ROWS_PAD, DIM_PAD)
     acc, row_max, row_sum = _fold_partials(
         acc, row_max, row_sum, partials_ptr, log_sums_ptr, kv_head, first, count,
         NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,

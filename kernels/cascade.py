@@ -21,10 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend_tiles import LOWEST, attend_tiles, finish_rows, store_partial
+from .attend_tiles import attend_tiles, finish_rows, load_query, start_rows, store_partial
 from .checks import require
 from .decode_schedule import DecodeWorkspace
-from .fp8 import as_operand, load_scales, readable_view
+from .fp8 import load_scales, readable_view
 from .prefix_groups import CascadeCost, PrefixGroup
 from .tuning import TileConfig, extend_config
 
@@ -197,22 +197,15 @@ def _attend_prefixes_kernel(
     row = packed % ROWS
     live = packed // ROWS < count
     seq = tl.load(members_ptr + first_member + packed // ROWS, mask=live, other=0)
-    token = (seq * QUERY_LEN + row // GROUP).to(tl.int64)
+    token = seq * QUERY_LEN + row // GROUP
     head = kv_head * GROUP + row % GROUP
-    dim = tl.arange(0, DIM_PAD)[None, :]
-    query = tl.load(
-        query_ptr + (token * query_stride_t + head * query_stride_h)[:, None] + dim,
-        mask=live[:, None] & (dim < HEAD_DIM),
-        other=0.0,
-    )
-    query = as_operand(query, key_cache_ptr)
+    query = load_query(query_ptr, key_cache_ptr, token, head, live, query_stride_t, query_stride_h,
+                       HEAD_DIM, DIM_PAD)  # fmt: skip
     key_scale, value_scale = load_scales(kv_scales_ptr, kv_head, NUM_KV_HEADS)
     if key_scale is not None:
         scale *= key_scale
     table_ptr = block_table_ptr + tl.load(members_ptr + first_member).to(tl.int64) * table_stride
-    acc = tl.zeros([BLOCK_M, DIM_PAD], dtype=tl.float32)
-    row_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc, row_max, row_sum = start_rows(BLOCK_M, DIM_PAD)
     acc, row_max, row_sum = attend_tiles(
         acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
         packed, begin, end, end, scale, False, 0, SOFTCAP, NUM_KV_HEADS, BLOCK_SIZE,

@@ -13,38 +13,23 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend_tiles import LOG2E, LOWEST, attend_tiles, finish_rows, merge_partials, store_partial
+from .attend_tiles import (
+    LOG2E,
+    LOWEST,
+    attend_tiles,
+    finish_rows,
+    load_query,
+    merge_partials,
+    start_rows,
+    store_partial,
+    store_rows,
+)
 from .cascade import CascadeWorkspace, attend_prefixes
 from .checks import check_attention, require, require_launchable
 from .decode_schedule import DecodeWorkspace, build_decode_schedule
-from .fp8 import as_operand, check_scales, load_scales, readable_view
+from .fp8 import check_scales, load_scales, readable_view
 
 __all__ = ["DecodeWorkspace", "build_decode_schedule", "paged_attention_decode"]
-
-
-@triton.jit
-def _store_rows(
-    out_ptr,
-    rows,
-    seq,
-    kv_head,
-    stride_t,
-    stride_h,
-    QUERY_LEN: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-):
-    """Write a sequence's rows (token · group + head) `[any power of two, DIM_PAD]` of a kv head."""
-    row = tl.arange(0, rows.shape[0])
-    dim = tl.arange(0, DIM_PAD)
-    token = (seq * QUERY_LEN + row // GROUP).to(tl.int64)
-    line = token * stride_t + (kv_head * GROUP + row % GROUP) * stride_h
-    tl.store(
-        out_ptr + line[:, None] + dim[None, :],
-        rows.to(out_ptr.dtype.element_ty),
-        mask=(row < QUERY_LEN * GROUP)[:, None] & (dim < HEAD_DIM)[None, :],
-    )
 
 
 @triton.jit(
@@ -106,22 +91,15 @@ def _paged_attention_decode_kernel(
         prefix_splits = tl.load(prefixes_ptr + 2 * prefixes_stride + seq)
 
     row = tl.arange(0, BLOCK_M)
-    dim = tl.arange(0, DIM_PAD)
-    token = (seq * QUERY_LEN + row // GROUP).to(tl.int64)
+    token = seq * QUERY_LEN + row // GROUP
     head = kv_head * GROUP + row % GROUP
-    query = tl.load(
-        query_ptr + (token * query_stride_t + head * query_stride_h)[:, None] + dim[None, :],
-        mask=(row < ROWS)[:, None] & (dim < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    query = as_operand(query, key_cache_ptr)
+    query = load_query(query_ptr, key_cache_ptr, token, head, row < ROWS, query_stride_t,
+                       query_stride_h, HEAD_DIM, DIM_PAD)  # fmt: skip
     key_scale, value_scale = load_scales(kv_scales_ptr, kv_head, NUM_KV_HEADS)
     if key_scale is not None:
         scale *= key_scale
     positions = tl.load(seq_lens_ptr + seq) - QUERY_LEN + row // GROUP
-    acc = tl.zeros([BLOCK_M, DIM_PAD], dtype=tl.float32)
-    row_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc, row_max, row_sum = start_rows(BLOCK_M, DIM_PAD)
     if HAS_SINKS and item == first_item:  # counted once, whatever the number of splits
         sink = tl.load(sinks_ptr + head, mask=row < ROWS, other=0.0).to(tl.float32)
         row_max = tl.maximum(sink * LOG2E, LOWEST)
@@ -134,8 +112,8 @@ def _paged_attention_decode_kernel(
     )  # fmt: skip
     acc, log_sum = finish_rows(acc, row_max, row_sum, value_scale)
     if splits + prefix_splits == 1:
-        _store_rows(out_ptr, acc, seq, kv_head, out_stride_t, out_stride_h, QUERY_LEN, GROUP,
-                    HEAD_DIM, DIM_PAD)  # fmt: skip
+        store_rows(out_ptr, acc, token, head, row < ROWS, out_stride_t, out_stride_h, HEAD_DIM,
+                   DIM_PAD)  # fmt: skip
         return
     line = (item.to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS + row
     store_partial(partials_ptr, log_sums_ptr, line, row < ROWS, acc, log_sum, HEAD_DIM, DIM_PAD)
@@ -151,8 +129,11 @@ def _paged_attention_decode_kernel(
             prefix_log_sums_ptr, first_prefix, prefix_splits, kv_head, NUM_KV_HEADS, ROWS,
             ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,
         )  # fmt: skip
-        _store_rows(out_ptr, merged, seq, kv_head, out_stride_t, out_stride_h, QUERY_LEN, GROUP,
-                    HEAD_DIM, DIM_PAD)  # fmt: skip
+        few = tl.arange(0, ROWS_PAD)
+        store_rows(
+            out_ptr, merged, seq * QUERY_LEN + few // GROUP, kv_head * GROUP + few % GROUP,
+            few < ROWS, out_stride_t, out_stride_h, HEAD_DIM, DIM_PAD,
+        )  # fmt: skip
         tl.store(arrived_ptr, 0)  # ready for the next launch
 
 
@@ -211,17 +192,9 @@ def paged_attention_decode(
     """
     out = torch.empty_like(query) if out is None else out
     num_kv_heads, block_size, head_dim = check_attention(
-        query,
-        key_cache,
-        value_cache,
-        block_table,
-        seq_lens,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        out=out,
-    )
+        query, key_cache, value_cache, block_table, seq_lens, scale=scale, window=window,
+        softcap=softcap, sinks=sinks, out=out,
+    )  # fmt: skip
     check_scales(kv_scales, key_cache, num_kv_heads)
     num_seqs, num_heads = seq_lens.shape[0], query.shape[1]
     require_launchable(query=query, kv_scales=kv_scales)

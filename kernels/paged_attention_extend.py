@@ -12,7 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend_tiles import LOG2E, LOWEST, attend_tiles
+from .attend_tiles import (
+    LOG2E,
+    LOWEST,
+    attend_tiles,
+    finish_rows,
+    load_query,
+    start_rows,
+    store_rows,
+)
 from .checks import (
     check_attention,
     require,
@@ -21,7 +29,7 @@ from .checks import (
     require_launchable,
     require_shape,
 )
-from .fp8 import as_operand, check_scales, load_scales, readable_view
+from .fp8 import check_scales, load_scales, readable_view
 from .tuning import TileConfig, extend_config
 
 # Metadata whose address or stride changes from step to step must not make Triton compile anew.
@@ -89,21 +97,13 @@ def _paged_attention_extend_kernel(
     row = first_row + tl.arange(0, BLOCK_M)
     token = row // GROUP
     head = kv_head * GROUP + row % GROUP
-    dim = tl.arange(0, DIM_PAD)
-    mask = (token < query_len)[:, None] & (dim < HEAD_DIM)[None, :]
-    packed = (query_start + token).to(tl.int64)
-    query = tl.load(
-        query_ptr + (packed * query_stride_t + head * query_stride_h)[:, None] + dim[None, :],
-        mask=mask,
-        other=0.0,
-    )
-    query = as_operand(query, key_cache_ptr)
+    live = token < query_len
+    query = load_query(query_ptr, key_cache_ptr, query_start + token, head, live, query_stride_t,
+                       query_stride_h, HEAD_DIM, DIM_PAD)  # fmt: skip
     key_scale, value_scale = load_scales(kv_scales_ptr, kv_head, NUM_KV_HEADS)
     if key_scale is not None:
         scale *= key_scale
-    acc = tl.zeros([BLOCK_M, DIM_PAD], dtype=tl.float32)
-    row_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc, row_max, row_sum = start_rows(BLOCK_M, DIM_PAD)
     if HAS_SINKS:
         row_max = tl.maximum(tl.load(sinks_ptr + head).to(tl.float32) * LOG2E, LOWEST)
         row_sum += 1.0
@@ -134,14 +134,9 @@ def _paged_attention_extend_kernel(
         positions, full_end, kv_end, kv_end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS,
         BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
     )  # fmt: skip
-    acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
-    if value_scale is not None:
-        acc *= value_scale
-    tl.store(
-        out_ptr + (packed * out_stride_t + head * out_stride_h)[:, None] + dim[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=mask,
-    )
+    acc, _ = finish_rows(acc, row_max, row_sum, value_scale)
+    store_rows(out_ptr, acc, query_start + token, head, live, out_stride_t, out_stride_h, HEAD_DIM,
+               DIM_PAD)  # fmt: skip
 
 
 def paged_attention_extend(
@@ -175,17 +170,9 @@ def paged_attention_extend(
     """
     out = torch.empty_like(query) if out is None else out
     num_kv_heads, block_size, head_dim = check_attention(
-        query,
-        key_cache,
-        value_cache,
-        block_table,
-        seq_lens,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        out=out,
-    )
+        query, key_cache, value_cache, block_table, seq_lens, scale=scale, window=window,
+        softcap=softcap, sinks=sinks, out=out,
+    )  # fmt: skip
     check_scales(kv_scales, key_cache, num_kv_heads)
     num_seqs = seq_lens.shape[0]
     require_dtype("query_start_loc", query_start_loc, torch.int32)
@@ -201,22 +188,9 @@ def paged_attention_extend(
     config = config or extend_config(head_dim, query.dtype, rows, query.device)
     num_tiles = num_tokens * group // config.block_m + num_seqs
     _paged_attention_extend_kernel[(num_kv_heads, num_tiles)](
-        out,
-        query,
-        readable_view(key_cache),
-        readable_view(value_cache),
-        block_table,
-        query_start_loc,
-        seq_lens,
-        sinks,
-        kv_scales,
-        num_seqs,
-        scale,
-        query.stride(0),
-        query.stride(1),
-        out.stride(0),
-        out.stride(1),
-        block_table.stride(0),
+        out, query, readable_view(key_cache), readable_view(value_cache), block_table,
+        query_start_loc, seq_lens, sinks, kv_scales, num_seqs, scale, query.stride(0),
+        query.stride(1), out.stride(0), out.stride(1), block_table.stride(0),
         HAS_SINKS=sinks is not None,
         WINDOW=window or 0,
         SOFTCAP=softcap or 0.0,
@@ -230,5 +204,5 @@ def paged_attention_extend(
         PREFETCH=config.prefetch,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )
+    )  # fmt: skip
     return out

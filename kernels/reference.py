@@ -248,3 +248,47 @@ def rope_and_cache(
         rotate(key, key_weight), value, key_cache, value_cache, slot_mapping, kv_scales=kv_scales
     )
     return rotated if out is None else out.copy_(rotated)
+
+
+def prepare_inputs(
+    packed: torch.Tensor,
+    sampled: torch.Tensor,
+    table: torch.Tensor,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    logit_indices: torch.Tensor,
+    *,
+    num_seqs: int,
+    reach: int,
+    block_size: int,
+) -> None:
+    """A step's inputs from one packed upload and what the device keeps; the arguments are those of
+    the kernel, whose file says what `packed` holds. `reach` is unused here."""
+    query_start_loc[0] = 0
+    records = packed[: num_seqs * 8].view(num_seqs, 8).tolist()
+    for index, (row, start, length, first, token, known, blocks, sample) in enumerate(records):
+        end = start + length
+        used = -(-end // block_size)
+        table[row, known:used] = packed[blocks : blocks + max(used - known, 0)]
+        block_table[index, :used] = table[row, :used]
+        own = slice(first, first + length)
+        positions[own] = torch.arange(start, end, device=positions.device)
+        held = table[row, positions[own] // block_size].long()
+        slot_mapping[own] = held * block_size + positions[own] % block_size
+        if length > 1:
+            input_ids[own] = packed[token : token + length].long()
+        else:
+            input_ids[own] = token if token >= 0 else sampled[-1 - token]
+        query_start_loc[index + 1] = first + length
+        seq_lens[index] = end
+        if sample >= 0:
+            logit_indices[sample] = first + length - 1
+    if len(seq_lens) > num_seqs:
+        input_ids[num_seqs:] = positions[num_seqs:] = 0
+        slot_mapping[num_seqs:] = -1
+        query_start_loc[num_seqs + 1 :] = num_seqs
+        seq_lens[num_seqs:] = 0

@@ -155,6 +155,46 @@ def _rope_and_cache_kernel(
         store_as(target, tl.load(source, mask=mask), value_scale, mask)
 
 
+def _check_rotation(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rotary_dim: int,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Raise ValueError unless heads, weights and rotation fit one another."""
+    num_tokens, width = cos.shape
+    head_dim = key.shape[-1]
+    require_shape("query", query, num_tokens, None, head_dim)
+    require_shape("out", out, *query.shape)
+    require_dtype("out", out, query.dtype)
+    require_shape("value", value, *key.shape)
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
+        require_dtype(name, tensor, *FLOAT_DTYPES)
+        require_last_contiguous(name, tensor)
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        require_shape(name, tensor, num_tokens, width)
+        require_dtype(name, tensor, *FLOAT_DTYPES)
+        require_last_contiguous(name, tensor)
+    require(
+        0 < rotary_dim <= head_dim and rotary_dim % 2 == 0,
+        f"rotary_dim must be even and at most head_dim, not {rotary_dim}",
+    )
+    require(
+        width in (rotary_dim, rotary_dim // 2),
+        f"cos and sin have {width} columns for {rotary_dim} rotated dimensions",
+    )
+    for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
+        if weight is not None:
+            require_shape(name, weight, head_dim)
+            require_dtype(name, weight, *FLOAT_DTYPES)
+            require_contiguous(name, weight)
+
+
 def rope_and_cache(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -187,32 +227,8 @@ def rope_and_cache(
     out = torch.empty_like(query) if out is None else out
     num_tokens, width = cos.shape
     rotary_dim = width if rotary_dim is None else rotary_dim
-    require_shape("query", query, num_tokens, None, head_dim)
-    num_heads = query.shape[1]
-    require_shape("out", out, num_tokens, num_heads, head_dim)
-    require_dtype("out", out, query.dtype)
-    for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
-        require_dtype(name, tensor, *FLOAT_DTYPES)
-        require_last_contiguous(name, tensor)
-    for name, tensor in (("key", key), ("value", value)):
-        require_shape(name, tensor, num_tokens, num_kv_heads, head_dim)
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        require_shape(name, tensor, num_tokens, width)
-        require_dtype(name, tensor, *FLOAT_DTYPES)
-        require_last_contiguous(name, tensor)
-    require(
-        0 < rotary_dim <= head_dim and rotary_dim % 2 == 0,
-        f"rotary_dim must be even and at most head_dim, not {rotary_dim}",
-    )
-    require(
-        width in (rotary_dim, rotary_dim // 2),
-        f"cos and sin have {width} columns for {rotary_dim} rotated dimensions",
-    )
-    for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
-        if weight is not None:
-            require_shape(name, weight, head_dim)
-            require_dtype(name, weight, *FLOAT_DTYPES)
-            require_contiguous(name, weight)
+    require_shape("key", key, num_tokens, num_kv_heads, head_dim)
+    _check_rotation(query, key, value, cos, sin, rotary_dim, query_weight, key_weight, out)
     require_shape("slot_mapping", slot_mapping, num_tokens)
     require_dtype("slot_mapping", slot_mapping, torch.int64)
     require_contiguous("slot_mapping", slot_mapping)
@@ -223,6 +239,7 @@ def rope_and_cache(
     )  # fmt: skip
     if num_tokens == 0:
         return out
+    num_heads = query.shape[1]
     dim_pad = triton.next_power_of_2(head_dim)
     heads = min(triton.next_power_of_2(num_kv_heads), max(1, 1024 // dim_pad))
     parts = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)

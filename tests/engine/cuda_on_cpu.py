@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quire.engine import attention, attention_cuda, loader, worker
+from quire.engine import attention, attention_cuda, device_inputs, input_batch, loader, worker
 from quire.engine.attention_cuda import attend_on_cuda
 from quire.engine.causal_lm import CausalLM
 from quire.engine.decode_graphs import Run
@@ -17,6 +17,7 @@ def use_cuda_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only Triton's interpreter runs the kernels that this calls."""
     monkeypatch.setattr(attention, "_backend", lambda device: attend_on_cuda)
     monkeypatch.setattr(CausalLM, "_prepare_cpu", lambda _: None)
+    monkeypatch.setattr(input_batch, "_has_kernel", lambda device: True)
     resolve = loader.resolve_kv_cache_dtype
     for module in (loader, worker):
         monkeypatch.setattr(
@@ -33,6 +34,7 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
         if hasattr(attention_cuda, name) and not name.startswith("_") and name != "torch":
             monkeypatch.setattr(attention_cuda, name, getattr(reference, name))
     monkeypatch.setattr(copy_blocks, "copy_blocks", reference.copy_blocks)
+    monkeypatch.setattr(device_inputs, "prepare_inputs", reference.prepare_inputs)
     monkeypatch.setattr(
         attention_cuda, "build_decode_schedule", lambda seq_lens, workspace, cascade: None
     )

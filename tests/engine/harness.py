@@ -11,6 +11,7 @@ from quire.engine.outputs import SchedulerOutput, SequenceOutput
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.scheduler import Scheduler
+from quire.engine.sequence import UNKNOWN_TOKEN
 from quire.engine.step_loop import StepLoop
 
 from .paged_fake import NextToken, PagedFakeWorker, chain, logprobs, next_token
@@ -100,7 +101,7 @@ class Harness:
         )
         self.worker = PagedFakeWorker(num_blocks, block_size, sample)
         self.loop = StepLoop(
-            self.scheduler, self.worker, run_ahead=run_ahead, prepare=self._check_budget
+            self.scheduler, self.worker, run_ahead=run_ahead, start_masks=self._check_step
         )
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.finals: dict[tuple[str, int], SequenceOutput] = {}
@@ -129,9 +130,10 @@ class Harness:
             self.step()
         raise AssertionError("work is left: something waits for ever")
 
-    def _check_budget(self, scheduled: SchedulerOutput) -> SchedulerOutput:
+    def _check_step(self, scheduled: SchedulerOutput) -> None:
         assert scheduled.total_tokens <= self.scheduler.max_num_batched_tokens
-        return scheduled
+        for sequence in scheduled.sequences:
+            assert not (sequence.reads_tokens and UNKNOWN_TOKEN in sequence.token_ids)
 
     def check_integrity(self) -> None:
         scheduler = self.scheduler

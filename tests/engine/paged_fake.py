@@ -75,11 +75,13 @@ class PagedFakeWorker:
         assert sum(num_new for _, _, num_new in rows) == output.total_tokens
         for sequence, start, num_new in rows:  # all write before any reads, as kernels do
             self._write(sequence, start, num_new)
+        for sequence, start, num_new in rows:
+            self._read_back(sequence, start + num_new)
+        output.before_sampling()
         token_ids: list[int | None] = []
         errors: dict[int, RowError] = {}
         top: dict[int, TokenLogprobs] = {}
         for row, (sequence, start, num_new) in enumerate(rows):
-            self._read_back(sequence, start + num_new)
             complete = start + num_new == len(sequence.token_ids)
             error = self.errors.get(sequence.request.request_id)
             if complete and error is not None:

@@ -2,62 +2,51 @@
 
 from __future__ import annotations
 
-import random
+from itertools import islice
 
 import pytest
 import torch
 
+from quire.engine import device_inputs, input_batch
 from quire.engine.input_batch import InputBatch
-from quire.engine.outputs import SchedulerOutput, TableChange
-from quire.engine.sequence import Sequence
+from quire.kernels import reference
 
-from .worker_driver import make_sequence
+from .random_steps import BLOCK_SIZE, BUDGET, MAX_NUM_SEQS, RandomSteps, Step
 
-BLOCK_SIZE = 16
 MAX_LEN = 160
 
 
-def make_batch(max_num_seqs: int = 6) -> InputBatch:
+@pytest.fixture(params=["host", "device"])
+def batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> InputBatch:
+    """As the CPU prepares steps, and as CUDA does, with the kernel's reference."""
+    monkeypatch.setattr(input_batch, "_has_kernel", lambda device: request.param == "device")
+    monkeypatch.setattr(device_inputs, "prepare_inputs", reference.prepare_inputs)
     return InputBatch(
-        max_num_seqs=max_num_seqs,
-        max_num_tokens=64,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_tokens=BUDGET,
         max_model_len=MAX_LEN,
         block_size=BLOCK_SIZE,
         device=torch.device("cpu"),
     )
 
 
-def make_output(
-    rows: list[tuple[Sequence, int]],
-    changes: list[TableChange] | None = None,
-    released: list[int] | None = None,
-) -> SchedulerOutput:
-    return SchedulerOutput(
-        step=0,
-        sequences=[sequence for sequence, _ in rows],
-        num_computed_starts=[sequence.num_computed_tokens for sequence, _ in rows],
-        num_new_tokens=[length for _, length in rows],
-        total_tokens=sum(length for _, length in rows),
-        block_copies=[],
-        table_changes=changes or [],
-        released=released or [],
-    )
-
-
-def check(batch: InputBatch, output: SchedulerOutput, sizes: dict[int, int]) -> None:
-    """Run the step's preparation and compare every field with one made token by token. `sizes`
-    says to how many rows each number of them is padded."""
-    batch.apply(output)
-    host, device = batch.prepare(output)
-    columns = (output.sequences, output.num_computed_starts, output.num_new_tokens)
+def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
+    """Compare every field of the prepared step with one made token by token. `sizes` says to how
+    many rows each number of them is padded."""
+    prepared = step.give(batch)
+    if prepared is None:
+        return
+    host, device = prepared
+    output = step.output
+    columns = (output.sequences, output.num_computed_starts, output.num_new_tokens, step.token_ids)
     rows = list(zip(*columns, strict=True))
     rows = [row for row in rows if row[2] == 1] + [row for row in rows if row[2] > 1]
     assert [output.sequences[index] for index in host.order] == [row[0] for row in rows]
     assert host.sequences == [row[0] for row in rows]
     ids, positions, slots, loc, logits = [], [], [], [0], []
-    for sequence, start, length in rows:
+    for sequence, start, length, token_ids in rows:
+        ids += token_ids
         for position in range(start, start + length):
-            ids.append(sequence.token_ids[position])
             positions.append(position)
             block = sequence.block_table[position // BLOCK_SIZE]
             slots.append(block * BLOCK_SIZE + position % BLOCK_SIZE)
@@ -70,82 +59,30 @@ def check(batch: InputBatch, output: SchedulerOutput, sizes: dict[int, int]) -> 
     assert device.positions[: len(ids)].tolist() == positions
     assert device.slot_mapping.tolist() == slots + [-1] * padding
     assert device.query_start_loc[: len(loc)].tolist() == loc
-    assert device.seq_lens.tolist() == [start + n for _, start, n in rows] + [0] * padding
+    assert device.seq_lens.tolist() == [row[1] + row[2] for row in rows] + [0] * padding
     if padding:
-        for mine, static in zip(device, batch.static_step(len(device.seq_lens)), strict=True):
+        static_step = batch.inputs.static_step(len(device.seq_lens))
+        for mine, static in zip(device, static_step, strict=True):
             assert mine.data_ptr() == static.data_ptr() and mine.stride() == static.stride()
     assert device.logit_indices.tolist() == logits
     assert [loc[row + 1] - 1 for row in host.sampling_rows] == logits
-    for row, (sequence, start, length) in enumerate(rows):
+    for row, (sequence, start, length, _) in enumerate(rows):
         used = -(-(start + length) // BLOCK_SIZE)
-        assert device.block_table[row, :used].tolist() == sequence.block_table[:used]
-    assert host.num_decodes == sum(length == 1 for _, _, length in rows)
-    assert host.max_query_len == max(length for _, _, length in rows)
+        blocks = sequence.block_table[:used]
+        assert device.block_table[row, :used].tolist() == blocks
+        assert host.tables[host.rows[row], :used].tolist() == blocks
+    assert host.num_decodes == sum(row[2] == 1 for row in rows)
+    assert host.max_query_len == max(row[2] for row in rows)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_random_steps_match_a_plain_loop(padded: bool) -> None:
-    """Arrivals, growth, re-written tables, releases and returns, with few rows to spare."""
-    rng = random.Random(3)
-    batch = make_batch()
+def test_random_steps_match_a_plain_loop(batch: InputBatch, padded: bool) -> None:
     sizes = {}
     if padded:
         sizes = {1: 2, 2: 2, 3: 5, 4: 5, 5: 5, 6: 6}
-        batch.pad_decodes([2, 5])
-    running: list[Sequence] = []
-    known: set[int] = set()
-    waiting: list[Sequence] = []
-    seen = {"mixed": 0, "returned": 0, "rewritten": 0, "left out": 0, "padded": 0}
-    for _ in range(300):
-        released = []
-        for sequence in list(running):
-            if rng.random() < 0.1:
-                running.remove(sequence)
-                released.append(sequence.seq_id)
-                known.discard(sequence.seq_id)
-                sequence.num_computed_tokens = 0
-                sequence.block_table = []
-                if len(sequence.token_ids) < MAX_LEN - 20:
-                    waiting.append(sequence)
-        while len(running) < 6 and rng.random() < 0.5:
-            if waiting and rng.random() < 0.5:
-                running.append(waiting.pop())
-                seen["returned"] += running[-1].seq_id in released
-            else:
-                prompt = [rng.randrange(128) for _ in range(rng.randint(1, 70))]
-                running.append(make_sequence(prompt, 8))
-        rows, changes, left = [], [], 64
-        for sequence in running:
-            left_to_do = len(sequence.token_ids) - sequence.num_computed_tokens
-            length = min(left, rng.randint(1, left_to_do) if left_to_do > 1 else 1)
-            if length == 0 or rng.random() < 0.1:
-                seen["left out"] += 1
-                continue
-            left -= length
-            held = len(sequence.block_table)
-            first = held
-            if held and rng.random() < 0.1:  # copy on write of the tail
-                first = held - 1
-                sequence.block_table.pop()
-                seen["rewritten"] += 1
-            while len(sequence.block_table) * BLOCK_SIZE < sequence.num_computed_tokens + length:
-                sequence.block_table.append(rng.randrange(1000))
-            if sequence.seq_id in known and len(sequence.block_table) > first:
-                changes.append(TableChange(sequence, first))
-            known.add(sequence.seq_id)
-            rows.append((sequence, length))
-        output = make_output(rows, changes, released)
-        if not rows:
-            batch.apply(output)
-            continue
-        seen["mixed"] += 1 in output.num_new_tokens and max(output.num_new_tokens) > 1
-        seen["padded"] += max(output.num_new_tokens) == 1
-        check(batch, output, sizes)
-        for sequence, length in rows:
-            sequence.num_computed_tokens += length
-            if sequence.num_computed_tokens == len(sequence.token_ids):
-                if len(sequence.token_ids) < MAX_LEN - 1:
-                    sequence.token_ids.append(rng.randrange(128))
-                else:
-                    sequence.num_computed_tokens -= 1
-    assert min(seen.values()) > 5, seen
+        batch.inputs.pad_decodes([2, 5])
+        assert batch.inputs.static_step(5).slot_mapping.tolist() == [-1] * 5
+    steps = RandomSteps(3, MAX_LEN)
+    for step in islice(steps, 500):
+        check(batch, step, sizes)
+    assert len(steps.seen) == 9 and min(steps.seen.values()) > 5, steps.seen

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from quire.engine.config import EngineConfig
 from quire.engine.decode_graphs import graph_sizes
 from quire.engine.engine_core import EngineCore
-from quire.engine.input_batch import HostStep
-from quire.engine.model_runner import ModelRunner
+from quire.engine.input_batch import InputBatch
 from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request
+from quire.engine.sequence import Sequence
 from quire.engine.worker import Worker
 
 from . import models
@@ -248,11 +248,11 @@ AHEAD: list[dict[str, Any]] = [
     {"logprobs": 2, "n": 2, "temperature": 0.7, "seed": 1, "presence_penalty": 1.0},
     {"max_tokens": 0, "prompt_logprobs": 1},
     {"max_tokens": 1},
+    {"bad_words": tuple((token,) for token in range(3, 40)), "repetition_penalty": 1.2},
+    {"bad_words": tuple((a, b) for a in range(3, 19) for b in range(3, 19))},
 ]
 """Kinds of requests whose next step can be launched before the last one's results are known …"""
 WAITING: list[dict[str, Any]] = [
-    {"bad_words": tuple((token,) for token in range(3, 40)), "repetition_penalty": 1.2},
-    {"bad_words": tuple((a, b) for a in range(3, 19) for b in range(3, 19))},
     {"beam_width": 3, "n": 2, "logprobs": 1},
 ]
 """… and those whose tokens the host needs before."""
@@ -282,14 +282,14 @@ def test_every_kind_of_request_is_the_same_one_step_ahead(
 ) -> None:
     """Chunked, preempted and in company, against each alone and one step at a time."""
     fed_back = 0
-    original = ModelRunner._feed_back
+    original = InputBatch._places_in_samples
 
-    def feed_back(runner: ModelRunner, host: HostStep, input_ids: torch.Tensor) -> None:
+    def places(batch: InputBatch, sequences: list[Sequence]) -> list[int]:
         nonlocal fed_back
-        fed_back += len(host.unknown_rows)
-        original(runner, host, input_ids)
+        fed_back += len(sequences)
+        return original(batch, sequences)
 
-    monkeypatch.setattr(ModelRunner, "_feed_back", feed_back)
+    monkeypatch.setattr(InputBatch, "_places_in_samples", places)
     calm = Engine(llama, async_scheduling=False)
     if graphs:
         use_references(monkeypatch)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from quire.engine.errors import DeviceMemoryError
 from quire.engine.outputs import RowError, SchedulerOutput
 from quire.engine.sequence import UNKNOWN_TOKEN
 from quire.engine.worker_protocol import Results
@@ -133,18 +134,53 @@ def test_preempted_in_flight_the_token_stays() -> None:
     harness.assert_all_free()
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"bad_words": ((4, 5),)},
-        {"beam_width": 2, "temperature": 0.0},
-    ],
-)
-def test_who_needs_the_last_token_waits_for_it(fields: dict[str, Any]) -> None:
-    """So do those beside it, as long as it runs."""
+def test_whose_sampling_reads_its_tokens_gets_one_each_step() -> None:
+    """The last results are in before it is sampled (which the harness checks), not before its
+    forward: nobody misses a step, ends a step late or is run past a stop more than once."""
+    harness = make_harness()
+    made = launches(harness)
+    plain = harness.add(OTHER, max_tokens=9)
+    want = expected_tokens(PROMPT, 0, 9)
+    reads = harness.add(PROMPT, max_tokens=9, bad_words=((4, 5),))
+    stops = harness.add(PROMPT, max_tokens=9, bad_words=((4, 5),), stop_token_ids=(want[3],))
+    harness.run()
+    assert harness.tokens[plain.request_id, 0] == expected_tokens(OTHER, 0, 9)
+    assert harness.tokens[reads.request_id, 0] == want
+    assert harness.tokens[stops.request_id, 0] == want[:4]
+    assert [len(rows) for rows in made] == [3] * 5 + [2] * 4 + [0]
+    assert harness.worker.num_fed_back == 8 + 8 + 4
+    harness.assert_all_free()
+
+
+@pytest.mark.parametrize("fails_at", range(1, 8))
+def test_out_of_memory_with_results_brought_in_meanwhile(fails_at: int) -> None:
+    """The step fails when the last one's results are in already, once a sequence's last."""
+    harness = make_harness()
+    want = expected_tokens(PROMPT, 0, 9)
+    plain = harness.add(OTHER, max_tokens=9)
+    stops = harness.add(PROMPT, max_tokens=9, bad_words=((4, 5),), stop_token_ids=(want[3],))
+    launch = harness.worker.launch
+    left = iter(range(fails_at, -1, -1))
+
+    def fail_late(output: SchedulerOutput) -> Results:
+        if next(left, -1) == 0:
+            output.before_sampling()
+            raise DeviceMemoryError("the device ran out of memory in a step")
+        return launch(output)
+
+    harness.worker.launch = fail_late  # type: ignore[method-assign]
+    harness.run()
+    assert harness.tokens[plain.request_id, 0] == expected_tokens(OTHER, 0, 9)
+    assert harness.tokens[stops.request_id, 0] == want[:4]
+    assert next(left, None) is None
+    harness.assert_all_free()
+
+
+def test_beams_are_waited_for() -> None:
+    """By those beside them, too, as long as they run."""
     harness = make_harness()
     plain = harness.add(OTHER, max_tokens=12)
-    request = harness.add(PROMPT, max_tokens=4, **fields)
+    request = harness.add(PROMPT, max_tokens=4, beam_width=2, temperature=0.0)
     while (request.request_id, 0) not in harness.finals:
         assert harness.worker.num_fed_back == 0
         harness.step()

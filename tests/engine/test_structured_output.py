@@ -28,7 +28,7 @@ from quire.engine.grammar import GrammarCompileError, compile_grammar, make_toke
 from quire.engine.outputs import SchedulerOutput, SequenceOutput
 from quire.engine.request import GrammarSpec, Request
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.sequence import Rank, Sequence
+from quire.engine.sequence import Rank, Sequence, SequenceStatus
 from quire.engine.structured_output import StructuredOutput
 from quire.engine.worker import Worker
 
@@ -249,6 +249,35 @@ def test_a_preempted_sequence_goes_on_where_it_was(
         assert answer.token_ids == stormy[key].token_ids
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_one_step_ahead_nobody_waits(folder: Path, temperature: float) -> None:
+    """Plain requests, constrained ones, bad words and a grammar that ends early, one step ahead:
+    the same tokens, in as many steps but for those that an end is noticed late in."""
+    specs = [None, json_spec(SCHEMAS[20]), None, json_spec(SCHEMAS[0]), json_spec(SCHEMAS[15])]
+    requests = [
+        make_request(str(i), spec, max_tokens=40, temperature=temperature, n=1 + i % 2)
+        for i, spec in enumerate(specs)
+    ]
+    words = tuple((token,) for token in range(300, 550))
+    requests.append(make_request("words", None, max_tokens=40, bad_words=words))
+    answers, steps = [], []
+    for ahead in (False, True):
+        core = make_core(folder, max_num_seqs=16, async_scheduling=ahead)
+        run(core, requests)  # compiles the grammars
+        core.reset_prefix_cache()
+        before = core.stats().step
+        answers.append(run(core, requests))
+        steps.append(core.stats().step - before)
+    assert answers[0].keys() == answers[1].keys() and len(answers[0]) == 8
+    for key, answer in answers[0].items():
+        assert (answer.token_ids, answer.reason) == (
+            answers[1][key].token_ids,
+            answers[1][key].reason,
+        )
+    assert {answer.reason for answer in answers[0].values()} == {"stop", "length"}
+    assert 40 <= steps[0] <= steps[1] <= steps[0] + 2
+
+
 def test_a_grammars_end_is_the_end(core: EngineCore) -> None:
     spec = GrammarSpec("regex", "(ab)+")
     cases: dict[str, dict[str, Any]] = {
@@ -450,6 +479,8 @@ def test_only_constrained_rows_that_sample_have_a_mask() -> None:
     assert masks.wait().shape == (1, VOCAB_SIZE // 32)
     chunk = output._replace(num_computed_starts=[0, 0], num_new_tokens=[1, 5])
     assert structured.start(chunk) is None
+    constrained.status = SequenceStatus.FINISHED  # by results that came during the launch
+    assert structured.start(output) is None
 
 
 def test_ids_beyond_the_logits_are_never_allowed() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from compiling import Compiled, compile_launch
+from packed import packed_step
 from paged import PagedInputs, paged_inputs
 
 from quire.kernels.cascade import CascadeWorkspace
@@ -19,6 +20,7 @@ from quire.kernels.paged_attention_decode import (
     paged_attention_decode,
 )
 from quire.kernels.paged_attention_extend import paged_attention_extend
+from quire.kernels.prepare_inputs import prepare_inputs
 from quire.kernels.reshape_and_cache import reshape_and_cache
 from quire.kernels.rms_norm import fused_add_rms_norm
 from quire.kernels.rope_and_cache import rope_and_cache
@@ -104,6 +106,10 @@ def sample() -> None:
     )  # fmt: skip
 
 
+def prepare() -> None:
+    packed_step([4000, 0], [1, 300]).run(prepare_inputs)
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "extend 32/8 heads, dim 128, block 16": lambda: extend((32, 8, 128), 16),
     "extend 32/8 heads, dim 128, block 64": lambda: extend((32, 8, 128), 64),
@@ -126,6 +132,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "norm, rope and write": lambda: write(True),
     "norm, rope and write, fp8": lambda: write(True, E4M3),
     "copy blocks": copy,
+    "prepare inputs": prepare,
     "fused add and RMSNorm, 4096": lambda: rows("norm"),
     "silu and mul, 2048": lambda: rows("silu"),
     "sample tokens, 151936": sample,

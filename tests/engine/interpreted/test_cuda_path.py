@@ -212,17 +212,24 @@ def write_scales(folder: Path, model: PreTrainedModel) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3"])
+@pytest.mark.parametrize("kv_cache_dtype,ahead", [("auto", True), ("fp8_e4m3", False)])
 def test_the_scheduler_s_own_sharing_makes_groups(
     model: PreTrainedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     kv_cache_dtype: str,
+    ahead: bool,
 ) -> None:
-    """Forks and a prefix hit through the whole engine, an embedding beside them."""
+    """Forks and a prefix hit through the whole engine, an embedding beside them; one step ahead,
+    the kernel that prepares a step reads the last one's tokens where they were sampled."""
     groups = recorded_groups(monkeypatch)
     use_cuda_path(monkeypatch)
-    config = make_config(tmp_path, kv_cache_dtype=kv_cache_dtype, max_num_batched_tokens=64)
+    config = make_config(
+        tmp_path,
+        kv_cache_dtype=kv_cache_dtype,
+        max_num_batched_tokens=64,
+        async_scheduling=ahead,
+    )
     worker = Worker(config)
     core = EngineCore(config, worker)
     worker._runner._allocate_workspaces()

@@ -35,6 +35,11 @@ def test_attention(fp8: bool) -> None:
         assert record["ok"], record
 
 
+def test_inputs() -> None:
+    assert gpu_checks.check_inputs([70, 3, 0], [1, 1, 40])["ok"]
+    assert gpu_checks.check_inputs([70, 3], [1, 1], padding=2)["ok"]
+
+
 def test_sampling() -> None:
     assert gpu_checks.check_sampling(torch.float32, 600, 11)["ok"]
 

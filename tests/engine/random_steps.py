@@ -1,0 +1,174 @@
+"""Random steps as a scheduler could make them, with the ids that each must compute."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from quire.engine.input_batch import DeviceStep, HostStep, InputBatch
+from quire.engine.outputs import SchedulerOutput, TableChange
+from quire.engine.sequence import UNKNOWN_TOKEN, Sequence
+
+from .worker_driver import make_sequence
+
+MAX_NUM_SEQS, BLOCK_SIZE = 6, 16
+BUDGET = 64
+
+
+class Step(NamedTuple):
+    output: SchedulerOutput
+    token_ids: list[list[int]]
+    """Of each row, what an unknown token stands for included."""
+    sampled: list[Sequence]
+    sampled_ids: torch.Tensor
+    """What the step samples, in any order; of a row that fails nothing."""
+
+    def give(self, batch: InputBatch) -> tuple[HostStep, DeviceStep] | None:
+        """Prepare it; None where it has no rows."""
+        batch.apply(self.output)
+        if not self.output.sequences:
+            return None
+        prepared = batch.prepare(self.output)
+        batch.keep_samples(self.sampled, self.sampled_ids)
+        return prepared
+
+
+def make_output(
+    rows: list[tuple[Sequence, int]],
+    changes: list[TableChange] | None = None,
+    released: list[int] | None = None,
+) -> SchedulerOutput:
+    return SchedulerOutput(
+        step=0,
+        sequences=[sequence for sequence, _ in rows],
+        num_computed_starts=[sequence.num_computed_tokens for sequence, _ in rows],
+        num_new_tokens=[length for _, length in rows],
+        total_tokens=sum(length for _, length in rows),
+        block_copies=[],
+        table_changes=changes or [],
+        released=released or [],
+    )
+
+
+class RandomSteps:
+    """Arrivals, growth, forks, copies on write, releases and returns, with few rows to spare, some
+    of it one step ahead of the tokens. `seen` counts what happened."""
+
+    def __init__(self, seed: int, max_len: int, budget: int = BUDGET) -> None:
+        self.seen: Counter[str] = Counter()
+        self._rng = random.Random(seed)
+        self._max_len, self._budget = max_len, budget
+        self._running: list[Sequence] = []
+        self._waiting: list[Sequence] = []
+        self._known: set[int] = set()
+        self._sampled: dict[Sequence, int] = {}
+        """What the unknown tokens are."""
+
+    def __iter__(self) -> Iterator[Step]:
+        while True:
+            released = self._release()
+            self._admit(released)
+            rows, changes = self._schedule()
+            output = make_output(rows, changes, released)
+            lengths = output.num_new_tokens
+            self.seen["mixed"] += 1 in lengths and max(lengths) > 1
+            self.seen["decodes"] += bool(lengths) and max(lengths) == 1
+            self.seen["empty"] += not lengths
+            samples = {
+                sequence: self._rng.randrange(128)
+                for sequence, length in rows
+                if sequence.num_computed_tokens + length == len(sequence.token_ids)
+            }
+            failed = [sequence for sequence in samples if self._rng.random() < 0.02]
+            self.seen["failed"] += len(failed)
+            kept = [sequence for sequence in samples if sequence not in failed]
+            self._rng.shuffle(kept)
+            ids = [self._ids(sequence, length) for sequence, length in rows]
+            yield Step(output, ids, kept, torch.tensor([samples[s] for s in kept]).long())
+            self._advance(rows, samples, set(failed))
+
+    def _release(self) -> list[int]:
+        released = []
+        for sequence in list(self._running):
+            full = len(sequence.token_ids) >= self._max_len
+            if full or self._rng.random() < 0.1:
+                self._running.remove(sequence)
+                released.append(sequence.seq_id)
+                self._known.discard(sequence.seq_id)
+                sequence.num_computed_tokens = 0
+                sequence.block_table = []
+                if len(sequence.token_ids) < self._max_len - 20:
+                    self._waiting.append(sequence)
+        return released
+
+    def _admit(self, released: list[int]) -> None:
+        rng = self._rng
+        while len(self._running) < MAX_NUM_SEQS and rng.random() < 0.5:
+            ready = [s for s in self._waiting if s.token_ids[-1] != UNKNOWN_TOKEN]
+            parents = [s for s in self._running if s.num_computed_tokens]
+            if ready and rng.random() < 0.5:
+                self._waiting.remove(ready[-1])
+                self._running.append(ready[-1])
+                self.seen["returned"] += ready[-1].seq_id in released
+            elif parents and rng.random() < 0.3:
+                parent = rng.choice(parents)
+                computed = parent.num_computed_tokens
+                child = make_sequence([*parent.token_ids[:computed], rng.randrange(128)], 8)
+                child.block_table, child.num_computed_tokens = list(parent.block_table), computed
+                self._running.append(child)
+                self.seen["forked"] += 1
+            else:
+                prompt = [rng.randrange(128) for _ in range(rng.randint(1, self._max_len // 2))]
+                self._running.append(make_sequence(prompt, 8))
+
+    def _schedule(self) -> tuple[list[tuple[Sequence, int]], list[TableChange]]:
+        rng = self._rng
+        rows, changes, left = [], [], self._budget
+        for sequence in self._running if rng.random() < 0.95 else []:
+            computed = sequence.num_computed_tokens
+            to_do = len(sequence.token_ids) - computed
+            length = min(left, rng.randint(1, to_do) if to_do > 1 else 1)
+            if length == 0 or rng.random() < 0.1:
+                self.seen["left out"] += 1
+                continue
+            left -= length
+            first = held = len(sequence.block_table)
+            tail = computed // BLOCK_SIZE
+            if tail < held and rng.random() < 0.1:
+                first = tail
+                sequence.block_table[tail] = rng.randrange(1000)
+                self.seen["copied on write"] += 1
+            while len(sequence.block_table) * BLOCK_SIZE < computed + length:
+                sequence.block_table.append(rng.randrange(1000))
+            if sequence.seq_id in self._known and len(sequence.block_table) > first:
+                changes.append(TableChange(sequence, first))
+            self._known.add(sequence.seq_id)
+            rows.append((sequence, length))
+        rng.shuffle(rows)
+        return rows, changes
+
+    def _ids(self, sequence: Sequence, length: int) -> list[int]:
+        start = sequence.num_computed_tokens
+        ids = sequence.token_ids[start : start + length]
+        if ids[-1] == UNKNOWN_TOKEN:
+            self.seen["unknown"] += 1
+            ids[-1] = self._sampled[sequence]
+        return ids
+
+    def _advance(
+        self, rows: list[tuple[Sequence, int]], samples: dict[Sequence, int], failed: set[Sequence]
+    ) -> None:
+        """The last step's tokens arrive, this one's are on their way, or there as well."""
+        for sequence, token_id in self._sampled.items():
+            if sequence.token_ids[-1] == UNKNOWN_TOKEN:
+                sequence.token_ids[-1] = token_id
+        self._sampled = samples | dict.fromkeys(failed, 0)
+        ahead = self._rng.random() < 0.7
+        for sequence, length in rows:
+            sequence.num_computed_tokens += length
+            if sequence in samples:
+                sequence.token_ids.append(UNKNOWN_TOKEN if ahead else self._sampled[sequence])

@@ -1,0 +1,92 @@
+"""A step's inputs against the oracle, bit by bit, tables and padding included."""
+
+import random
+
+import pytest
+import torch
+from packed import PackedStep, packed_step
+
+from quire.kernels import reference
+from quire.kernels.prepare_inputs import PART, prepare_inputs
+
+
+def check(step: PackedStep) -> None:
+    for found, wanted in zip(
+        step.run(prepare_inputs), step.run(reference.prepare_inputs), strict=True
+    ):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_random_mixed_steps(block_size: int) -> None:
+    rng = random.Random(0)
+    for seed in range(60):
+        lengths = [1] * rng.randrange(5)
+        lengths += [rng.randint(2, 90) for _ in range(rng.randrange(0 if lengths else 1, 4))]
+        starts = [rng.choice([0, 15, 16, rng.randrange(500)]) for _ in lengths]
+        padding = rng.randrange(3) if lengths.count(1) == len(lengths) else 0
+        changed = rng.choice([0.0, 0.5, 1.0])
+        check(
+            packed_step(
+                starts, lengths, block_size=block_size, padding=padding, changed=changed, seed=seed
+            )
+        )
+
+
+@pytest.mark.parametrize("changed", [0.0, 1.0])
+def test_rows_of_several_programs(changed: float) -> None:
+    """New tokens, and columns, to the last of a program's part and one beyond."""
+    lengths = [1, 1, PART, PART + 1, 2 * PART + 7]
+    starts = [16 * PART - 1, 16 * PART, 3, 40 * PART, 0]
+    check(packed_step(starts, lengths, changed=changed))
+
+
+def test_a_step_of_nothing_but_padding() -> None:
+    step = packed_step([], [], padding=3)
+    check(step)
+    _, _, _, ids, positions, slots, *_, seq_lens, _ = step.run(prepare_inputs)
+    assert [ids.tolist(), positions.tolist(), slots.tolist()] == [[0] * 3, [0] * 3, [-1] * 3]
+    assert seq_lens.tolist() == [0] * 3
+
+
+def test_blocks_past_32_bits_of_slots() -> None:
+    """A block id times the block's size passes 2³¹."""
+    step = packed_step([100], [3], block_size=256, changed=1.0)
+    blocks = step.tensors[0][-1:]
+    blocks[:] = 2**27 - 1
+    slots = step.run(prepare_inputs)[5]
+    assert slots.tolist() == [(2**27 - 1) * 256 + 100 + i for i in range(3)]
+    check(step)
+
+
+@pytest.mark.parametrize(
+    "argument,change",
+    [
+        (0, lambda x: x.long()),
+        (0, lambda x: x[:15]),
+        (1, lambda x: x.int()),
+        (2, lambda x: x[:, :-1]),
+        (2, lambda x: x.long()),
+        (3, lambda x: x[:-1]),
+        (4, lambda x: x.int()),
+        (5, lambda x: x.int()),
+        (6, lambda x: x[:-1]),
+        (7, lambda x: x[:-1]),
+        (8, lambda x: x[:1]),
+        (9, lambda x: x.int()),
+        (9, lambda x: x.to("meta")),
+    ],
+)
+def test_refusals(argument: int, change: object) -> None:
+    step = packed_step([5, 0], [1, 4])
+    tensors = list(step.tensors)
+    tensors[argument] = change(tensors[argument])  # type: ignore[operator]
+    with pytest.raises(ValueError):
+        step._replace(tensors=tuple(tensors)).run(prepare_inputs)
+
+
+def test_mixed_steps_are_not_padded() -> None:
+    """A row too many for the tokens: the launch would write behind them."""
+    step = packed_step([5, 0], [1, 4])
+    with pytest.raises(ValueError, match="padded"):
+        step._replace(num_seqs=1).run(prepare_inputs)

@@ -1,0 +1,86 @@
+"""Random steps as `prepare_inputs` is given them; what it must write holds −7."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from quire.kernels.prepare_inputs import FIELDS
+
+
+class PackedStep(NamedTuple):
+    tensors: tuple[torch.Tensor, ...]
+    """The arguments of `prepare_inputs`, in order."""
+    num_seqs: int
+    reach: int
+    block_size: int
+
+    def launch(self, prepare: Callable[..., None]) -> None:
+        prepare(*self.tensors, num_seqs=self.num_seqs, reach=self.reach, block_size=self.block_size)
+
+    def run(self, prepare: Callable[..., None]) -> tuple[torch.Tensor, ...]:
+        """What `prepare` makes of copies of the tensors."""
+        copy = self._replace(tensors=tuple(tensor.clone() for tensor in self.tensors))
+        copy.launch(prepare)
+        return copy.tensors
+
+
+def packed_step(
+    starts: list[int],
+    lengths: list[int],
+    *,
+    block_size: int = 16,
+    padding: int = 0,
+    changed: float = 0.5,
+    device: str = "cpu",
+    seed: int = 0,
+) -> PackedStep:
+    """Rows of these new tokens behind so many old ones, those with one first. A share `changed` of
+    the rows has columns of its table that the device does not know; half of the tokens that may be
+    are unknown to the host, and half of the rows sample."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(max(high, 1), shape, generator=generator)
+
+    num_seqs, num_tokens, decodes = len(starts), sum(lengths) + padding, lengths.count(1)
+    used = [-(-(a + b) // block_size) for a, b in zip(starts, lengths, strict=True)]
+    max_blocks = max(used, default=1) + 3
+    rows = torch.randperm(num_seqs + 3, generator=generator)[:num_seqs].tolist()
+    ids = draw(50_000, sum(lengths[decodes:])).tolist()
+    blocks: list[int] = []
+    records, first, num_samples = [], 0, 0
+    for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        is_changed = float(torch.rand(1, generator=generator)) < changed
+        known = int(draw(used[i])) if is_changed else used[i]
+        token = num_seqs * FIELDS + first - decodes
+        if length == 1:
+            token = int(draw(50_000)) if int(draw(2)) else -1 - int(draw(num_seqs))
+        samples = bool(draw(2))
+        at = num_seqs * FIELDS + len(ids) + len(blocks)
+        sample = num_samples if samples else -1
+        records.append([rows[i], start, length, first, token, known, at, sample])
+        blocks += draw(2**27, used[i] - known).tolist()
+        first, num_samples = first + length, num_samples + samples
+    flat = [number for record in records for number in record]
+    size = num_seqs + padding
+
+    def unwritten(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.full(shape, -7, dtype=dtype)
+
+    tensors = (
+        torch.tensor([*flat, *ids, *blocks], dtype=torch.int32),
+        draw(50_000, max(num_seqs, 1)),
+        draw(2**27, num_seqs + 3, max_blocks).int(),
+        *(unwritten(torch.int64, num_tokens) for _ in range(3)),
+        unwritten(torch.int32, size, max_blocks),
+        unwritten(torch.int32, size + 1),
+        unwritten(torch.int32, size),
+        unwritten(torch.int64, max(num_seqs, 1)),
+    )
+    return PackedStep(
+        tuple(tensor.to(device) for tensor in tensors),
+        num_seqs,
+        max([*lengths, *used], default=0),
+        block_size,
+    )
