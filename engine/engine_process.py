@@ -151,18 +151,22 @@ class EngineServer:
 
     def _send_step(self, step: StepOutput) -> None:
         """To each client the outputs of its requests, in one message."""
-        shares: dict[bytes, list[SequenceOutput]] = {client: [] for client in self._clients}
-        for output in step.outputs:
-            request = self._open.get(output.request_id)
-            if request is None:  # its client is gone
-                continue
-            shares[request.client].append(output)
-            if output.finish_reason is not None:
-                request.open_choices.discard(output.choice)
-                if not request.open_choices:
-                    del self._open[output.request_id]
+        if len(self._clients) > 1 or self._gone:
+            shares: dict[bytes, list[SequenceOutput]] = {client: [] for client in self._clients}
+            for output in step.outputs:
+                request = self._open.get(output.request_id)
+                if request is not None:  # else its client is gone
+                    shares[request.client].append(output)
+        else:
+            shares = dict.fromkeys(self._clients, step.outputs)
         for client, outputs in shares.items():
             self._send(client, wire.encode(wire.Step(outputs, step.stats)))
+        for output in step.outputs:
+            if output.finish_reason is not None and output.request_id in self._open:
+                choices = self._open[output.request_id].open_choices
+                choices.discard(output.choice)
+                if not choices:
+                    del self._open[output.request_id]
 
     def _send(self, client: bytes, message: bytes) -> None:
         self._socket.send_multipart([client, message])

@@ -28,8 +28,10 @@ class HostStep(NamedTuple):
     """One step on the host. Batch row i is `SchedulerOutput.sequences[order[i]]`.
 
     Rows with one new token come first (`num_decodes`). `sampling_rows` are the batch rows that
-    reach their sequence's last token, ascending; rows that are pooled stand in `pooled_rows` and
-    sample nothing. The token of `unknown_rows` is still being sampled: their input id is 0.
+    reach their sequence's last token, ascending, to sample the ones at `sampled_positions`; rows
+    that are pooled stand in `pooled_rows` and sample nothing. `any_scored` says whether a request
+    asks for its prompt's log-probabilities. The token of `unknown_rows` is still being sampled:
+    their input id is 0.
     """
 
     order: list[int]
@@ -39,7 +41,9 @@ class HostStep(NamedTuple):
     num_decodes: int
     max_query_len: int
     sampling_rows: NDArray[np.int64]
+    sampled_positions: list[int]
     pooled_rows: list[int]
+    any_scored: bool
     unknown_rows: list[int]
     slot_mapping: NDArray[np.int64]
     block_table: NDArray[np.int32]
@@ -63,6 +67,15 @@ class DeviceStep(NamedTuple):
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     logit_indices: torch.Tensor
+
+
+class _Batch(NamedTuple):
+    """What is the same in every step of the same sequences. `rows` are parallel to them."""
+
+    sequences: list[Sequence]
+    rows: NDArray[np.int64]
+    any_pooled: bool
+    any_scored: bool
 
 
 class PersistentBuffer:
@@ -103,6 +116,7 @@ class InputBatch:
         self._block_size = block_size
         self._rows: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._batch = _Batch([], np.empty(0, dtype=np.int64), False, False)
         # A last sampled token may own a slot without being fed back, hence one more.
         max_blocks = self._max_blocks = max_model_len // block_size + 1
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
@@ -151,24 +165,39 @@ class InputBatch:
             row = self._rows.get(sequence.seq_id)
             if row is not None:  # otherwise it is new, or left out of this step
                 self._table[row, start : len(sequence.block_table)] = sequence.block_table[start:]
-        for sequence in output.sequences:
+        # Sequences compare by identity: this is a scan of pointers.
+        if output.released or output.sequences != self._batch.sequences:
+            self._batch = self._find_rows(output.sequences)
+
+    def _find_rows(self, sequences: list[Sequence]) -> _Batch:
+        """New sequences get a row."""
+        for sequence in sequences:
             if sequence.seq_id not in self._rows:
                 row = self._rows[sequence.seq_id] = self._free_rows.pop()
                 self._table[row, : len(sequence.block_table)] = sequence.block_table
+        return _Batch(
+            sequences,
+            np.array([self._rows[sequence.seq_id] for sequence in sequences], dtype=np.int64),
+            any(one.pooling is not None for one in sequences),
+            any(one.request.sampling_params.prompt_logprobs is not None for one in sequences),
+        )
 
     def prepare(self, output: SchedulerOutput) -> tuple[HostStep, DeviceStep]:
         """Lay out the step that `apply` was just called for."""
         if self._uploaded is not None:  # the last step's copies still read the host buffers
             self._uploaded.synchronize()
-        counts = np.array(output.num_new_tokens, dtype=np.int64)
-        order = np.argsort(counts > 1, kind="stable")
-        counts = counts[order]
-        picked = order.tolist()
-        sequences = [output.sequences[index] for index in picked]
-        starts = np.array(output.num_computed_starts, dtype=np.int64)[order]
-        stops = starts + counts
+        sequences, rows = output.sequences, self._batch.rows
         num_seqs, num_tokens = len(sequences), output.total_tokens
-        num_decodes = int(np.count_nonzero(counts == 1))
+        counts = np.array(output.num_new_tokens, dtype=np.int64)
+        starts = np.array(output.num_computed_starts, dtype=np.int64)
+        picked, num_decodes = list(range(num_seqs)), num_seqs
+        if num_tokens > num_seqs:
+            order = np.argsort(counts > 1, kind="stable")
+            counts, starts, rows = counts[order], starts[order], rows[order]
+            picked = order.tolist()
+            sequences = [sequences[index] for index in picked]
+            num_decodes = int(np.count_nonzero(counts == 1))
+        stops = starts + counts
 
         unknown_rows = self._fill_input_ids(
             sequences, starts.tolist(), stops.tolist(), num_decodes, num_tokens
@@ -176,7 +205,6 @@ class InputBatch:
         loc = self._query_start_loc.array
         np.cumsum(counts, out=loc[1 : num_seqs + 1])
         self._seq_lens.array[:num_seqs] = stops
-        rows = np.array([self._rows[sequence.seq_id] for sequence in sequences])
         positions = self._positions.array[:num_tokens]
         slots = self._slots.array[:num_tokens]
         positions[:] = np.arange(num_tokens) + np.repeat(starts - loc[:num_seqs], counts)
@@ -185,8 +213,10 @@ class InputBatch:
         slots *= self._block_size
         slots += offsets
 
+        pooled_rows = []
+        if self._batch.any_pooled:
+            pooled_rows = [row for row, sequence in enumerate(sequences) if sequence.pooling]
         ends = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
-        pooled_rows = [row for row, sequence in enumerate(sequences) if sequence.pooling]
         ends[pooled_rows] = 0
         sampling_rows = np.nonzero(stops == ends)[0]
         self._logit_indices.array[: len(sampling_rows)] = loc[sampling_rows + 1] - 1
@@ -201,7 +231,9 @@ class InputBatch:
             num_decodes=num_decodes,
             max_query_len=int(counts.max()),
             sampling_rows=sampling_rows,
+            sampled_positions=ends[sampling_rows].tolist(),
             pooled_rows=pooled_rows,
+            any_scored=self._batch.any_scored,
             unknown_rows=unknown_rows,
             slot_mapping=slots,
             block_table=table,
