@@ -179,10 +179,11 @@ def main() -> None:
         server.wait(30)
     micros = result.http_cpu / result.chunks * 1e6
     steps = result.chunks / (options.streams * options.n)
+    engine = result.engine_cpu / steps * 1e3
     print(
         f"{options.kind}, {options.streams} streams, n = {options.n}: {result.chunks} chunks at "
         f"{result.chunks / result.wall:,.0f}/s; HTTP {micros:.1f} µs of CPU a chunk = "
-        f"{1e6 / micros:,.0f} chunks/s a core; engine {result.engine_cpu / steps * 1e3:.2f} ms a step"
+        f"{1e6 / micros:,.0f} chunks/s a core; engine {engine:.2f} ms a step"
     )
 
 

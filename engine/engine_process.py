@@ -25,6 +25,7 @@ import zmq
 from . import wire
 from .config import EngineConfig
 from .errors import QuireError, StartupError
+from .heap import settle
 from .outputs import SequenceOutput, StepOutput
 from .streams import EngineCoreProtocol
 
@@ -38,11 +39,25 @@ def build_core(config: EngineConfig) -> EngineCoreProtocol:
     # These imports make a million objects that stay: walking them again and again takes a tenth of
     # the imports' time, or more.
     gc.disable()
+    if not config.trust_remote_code:  # the model's own code may well use it
+        _leave_triton_out(config)
     from .engine_core import EngineCore
     from .worker import Worker
 
     gc.enable()
     return EngineCore(config, Worker(config))
+
+
+def _leave_triton_out(config: EngineConfig) -> None:
+    """On the CPU be as where triton is not installed, as it is not with torch's build for CPUs.
+
+    transformers imports torch._dynamo, and that triton where it finds it: 70 MB. None in
+    sys.modules is Python's own way to say that a module is not there.
+    """
+    import torch
+
+    if config.device == "cpu" or not torch.cuda.is_available():
+        sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
 
 
 class _OpenRequest(NamedTuple):
@@ -247,9 +262,7 @@ def main() -> int:
     except StartupError as error:
         server.report_failure(error)
         return 1
-    # What loading left behind is walked by no later collection.
-    gc.collect()
-    gc.freeze()
+    settle()
     try:
         server.run(core)
     except Exception:
