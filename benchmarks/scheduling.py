@@ -1,6 +1,6 @@
 """CPU time of the host in a decode step, by part and by the number of running sequences.
 
-    python benchmarks/scheduling.py [--plot FILE.svg] [--profile 256]
+    python benchmarks/scheduling.py [--run-ahead] [--plot FILE.svg] [--profile 256]
 
 All that an engine process does but the model (scripted_worker.py): schedule; launch, which lays out
 the inputs and tells the sampler what it needs; results and update; send, which makes the client's
@@ -41,13 +41,14 @@ Times = dict[str, list[float]]
 class Host:
     """An engine process's core and socket, without the process."""
 
-    def __init__(self, num_seqs: int) -> None:
+    def __init__(self, num_seqs: int, run_ahead: bool) -> None:
         config = EngineConfig(
             model=str(DEMO),
             block_size=BLOCK_SIZE,
             max_num_seqs=num_seqs,
             max_num_batched_tokens=num_seqs * PROMPT,
             num_blocks=max(num_seqs * 20, 300),
+            async_scheduling=run_ahead,
         )
         self.times: Times = {part: [] for part in PARTS}
         worker = ScriptedWorker(config, 0.0)
@@ -90,9 +91,9 @@ class Host:
             self.times["step"].append(time.thread_time() - begin)
 
 
-def measure(num_seqs: int) -> dict[str, float]:
+def measure(num_seqs: int, run_ahead: bool = False) -> dict[str, float]:
     """CPU microseconds of a step's parts, where the whole was fastest."""
-    host = Host(num_seqs)
+    host = Host(num_seqs, run_ahead)
     gc.collect()
     gc.freeze()
     host.run(WARM_UP + STEPS)
@@ -102,9 +103,9 @@ def measure(num_seqs: int) -> dict[str, float]:
     return {part: statistics.mean(times[best]) * 1e6 for part, times in host.times.items()}
 
 
-def profile(num_seqs: int) -> None:
+def profile(num_seqs: int, run_ahead: bool) -> None:
     """Where the time goes, by function; the profiler makes calls dearer than they are."""
-    host = Host(num_seqs)
+    host = Host(num_seqs, run_ahead)
     gc.collect()
     gc.freeze()
     host.run(WARM_UP)
@@ -119,13 +120,14 @@ def profile(num_seqs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=(16, 64, 256, 512, 1024))
+    parser.add_argument("--run-ahead", action="store_true", help="steps one ahead, as on a GPU")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--profile", type=int, metavar="SEQUENCES")
     options = parser.parse_args()
     if options.profile:
-        return profile(options.profile)
+        return profile(options.profile, options.run_ahead)
     print(f"{'running':>7} | " + " | ".join(f"{part:>8}" for part in PARTS) + "   µs")
-    measured = {num_seqs: measure(num_seqs) for num_seqs in options.sizes}
+    measured = {num_seqs: measure(num_seqs, options.run_ahead) for num_seqs in options.sizes}
     for num_seqs, parts in measured.items():
         print(f"{num_seqs:7} | " + " | ".join(f"{parts[part]:8.0f}" for part in PARTS))
     if options.plot:

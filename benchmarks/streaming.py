@@ -4,7 +4,8 @@
 
 This process is the client, the others are `quire serve`'s own; in the engine process a script takes
 the model's place (scripted_worker.py) and gives each stream one token every streams / rate seconds,
-or as fast as it can with --rate 0. The figures are CPU times between the 50th chunk of the mean
+or as fast as it can with --rate 0 (where the engine is ahead of what is sent, so that only the HTTP
+processes' figure means something). The figures are CPU times between the 50th chunk of the mean
 stream and the 50th before its end, of the HTTP processes a chunk and of the engine process a step
 (one token for every choice): wall time would measure who else is on the machine.
 """
@@ -39,7 +40,7 @@ def _prompt(kind: str, stream: int) -> dict[str, object]:
     return {"prompt": [65 + stream % 1000] * 16}
 
 
-def serve(port: int, http_workers: int, profile: str | None) -> None:
+def serve(options: argparse.Namespace) -> None:
     """The server process; ends with SIGTERM."""
     from quire.server import serving
     from quire.server.settings import load_settings
@@ -48,8 +49,9 @@ def serve(port: int, http_workers: int, profile: str | None) -> None:
         serving.ProcessEngineClient, core="scripted_worker:build_core"
     )
     settings = load_settings(
-        port=port,
-        http_workers=http_workers,
+        **({"model": options.model} if options.model else {}),
+        port=options.serve,
+        http_workers=options.http_workers,
         generation_config="none",
         max_num_seqs=4096,
         max_num_batched_tokens=16384,
@@ -58,12 +60,12 @@ def serve(port: int, http_workers: int, profile: str | None) -> None:
         max_n=4096,
     )
     profiler = cProfile.Profile(time.process_time)
-    if profile:
+    if options.profile:
         profiler.enable()
     serving.serve(settings)
-    if profile:
+    if options.profile:
         profiler.disable()
-        profiler.dump_stats(profile)
+        profiler.dump_stats(options.profile)
 
 
 class Processes:
@@ -153,10 +155,11 @@ def main() -> None:
     parser.add_argument("--http-workers", type=int, default=1)
     parser.add_argument("--resumable", action="store_true")
     parser.add_argument("--profile", help="write a cProfile of the one HTTP process here")
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help="whose tokenizer and shape are taken; default: the demo")
+    parser.add_argument("--serve", type=int, metavar="PORT", help="only serve, for another client")
     options = parser.parse_args()
     if options.serve:
-        return serve(options.serve, options.http_workers, options.profile)
+        return serve(options)
     period = options.streams * options.n / options.rate if options.rate else 0.0
     environment = {
         **os.environ,
@@ -165,10 +168,7 @@ def main() -> None:
         "OMP_NUM_THREADS": "1",
     }
     port = _free_port()
-    command = [sys.executable, "-P", __file__, "--serve", str(port)]
-    command += ["--http-workers", str(options.http_workers)]
-    if options.profile:
-        command += ["--profile", options.profile]
+    command = [sys.executable, "-P", __file__, *sys.argv[1:], "--serve", str(port)]
     server = subprocess.Popen(command, env=environment)
     try:
         for _ in _ready(port, server):

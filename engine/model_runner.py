@@ -275,7 +275,10 @@ class ModelRunner:
         hidden = self._forward(step, self._metadata(host, step, cascade))
         if not len(host.sampling_rows):
             return ModelOutput(hidden, hidden.new_empty(0))
-        return ModelOutput(hidden, self._model.logits(hidden[step.logit_indices]))
+        picked = hidden
+        if len(host.sampling_rows) < len(hidden):
+            picked = hidden[step.logit_indices]
+        return ModelOutput(hidden, self._model.logits(picked))
 
     def _find_shared_prefixes(self, host: HostStep) -> CascadeWorkspace | None:
         return None if self._shared_prefixes is None else self._shared_prefixes.find(host)
