@@ -135,8 +135,12 @@ def main() -> None:
             Series(part, [(num_seqs, parts[part]) for num_seqs, parts in measured.items()])
             for part in PARTS
         ]
-        panel = Panel("Host time of a decode step", "running sequences", "µs of CPU", series)
-        options.plot.write_text(render_svg([panel]), encoding="utf-8")
+        each = [(num_seqs, parts["step"] / num_seqs) for num_seqs, parts in measured.items()]
+        panels = [
+            Panel("Host time of a decode step", "running sequences", "µs of CPU", series),
+            Panel("For each sequence", "running sequences", "µs of CPU", [Series("step", each)]),
+        ]
+        options.plot.write_text(render_svg(panels), encoding="utf-8")
 
 
 if __name__ == "__main__":
