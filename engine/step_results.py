@@ -97,7 +97,7 @@ def _non_finite(what: str = "logits") -> RowError:
 def _collect_samples(result: ModelRunnerOutput, sample: RowSamples) -> None:
     for row, token_id in zip(sample.rows, sample.output.token_ids.tolist(), strict=True):
         result.token_ids[row] = token_id
-    for index in np.flatnonzero(~sample.output.finite.numpy()):
+    for index in np.flatnonzero(~sample.output.finite.numpy()).tolist():
         row = sample.rows[index]
         result.token_ids[row] = None
         result.errors[row] = _non_finite()
