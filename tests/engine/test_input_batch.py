@@ -64,6 +64,7 @@ def check(batch: InputBatch, output: SchedulerOutput, sizes: dict[int, int]) -> 
         loc.append(len(ids))
         if start + length == len(sequence.token_ids):
             logits.append(len(ids) - 1)
+    assert [host.seq_lens[row] for row in host.sampling_rows] == host.sampled_positions
     size = sizes.get(len(rows), len(rows)) if host.max_query_len == 1 else len(rows)
     padding = size - len(rows)
     assert device.input_ids.tolist() == ids + [0] * padding
@@ -149,3 +150,18 @@ def test_random_steps_match_a_plain_loop(padded: bool) -> None:
                 else:
                     sequence.num_computed_tokens -= 1
     assert min(seen.values()) > 5, seen
+
+
+def test_the_same_sequences_again_after_one_gave_its_row_back() -> None:
+    """What is kept from step to step knows of it."""
+    batch = make_batch()
+    first, second = make_sequence(list(range(40)), 1), make_sequence(list(range(40)), 1)
+    first.block_table, second.block_table = [1, 2, 3], [4, 5, 6]
+    output = make_output([(first, 20), (second, 20)])
+    check(batch, output, {})
+    check(batch, output, {})
+    second.block_table = [9, 8, 7]
+    check(batch, make_output([(first, 20), (second, 20)], released=[second.seq_id]), {})
+    first.block_table[1] = 10
+    changes = [TableChange(first, 1)]
+    check(batch, make_output([(first, 20), (second, 20)], changes), {})
