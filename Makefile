@@ -65,7 +65,7 @@ fuzz: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -P benchmarks/memory.py
-	$(BIN)/python -P benchmarks/scheduling.py
+	$(BIN)/python benchmarks/scheduling.py
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,68 +1,146 @@
-"""Host time of scheduler and block manager in a decode step, without a model.
+"""CPU time of the host in a decode step, by part and by the number of running sequences.
 
-    python -P benchmarks/scheduling.py
+    python benchmarks/scheduling.py [--run-ahead] [--plot FILE.svg] [--profile 256]
 
-Every sequence decodes one token a step; all cross a block boundary in the same step, where full
-blocks are hashed and indexed, so the mean (which includes it) is the honest figure.
+All that an engine process does but the model (scripted_worker.py): schedule; launch, which lays out
+the inputs and tells the sampler what it needs; results and update; send, which makes the client's
+message and gives it to ZeroMQ. Every sequence decodes one token a step, sampled. All cross a block
+boundary in the same step, where full blocks are hashed and indexed: so the figures are means over
+as many steps as a block has tokens, of the ten such spans the fastest. CPU time of the thread.
 """
 
 from __future__ import annotations
 
+import argparse
+import cProfile
 import gc
+import pstats
 import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from quire.engine.block_manager import BlockManager
-from quire.engine.outputs import ModelRunnerOutput
+import zmq
+from scripted_worker import ScriptedWorker
+
+from quire.engine import engine_process, wire
+from quire.engine.config import EngineConfig
+from quire.engine.engine_core import EngineCore
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.scheduler import Scheduler
+from quire.server.bench_plot import Panel, Series, render_svg
 
-BLOCK_SIZE, PROMPT, STEPS, WARM_UP = 16, 40, 320, 32
+BLOCK_SIZE, PROMPT, STEPS, WARM_UP = 16, 40, 160, 32
+PARTS = ("schedule", "launch", "results", "update", "send", "step")
+DEMO = Path(__file__).parents[1] / "configs" / "demo"
+
+Times = dict[str, list[float]]
 
 
-def measure(num_seqs: int) -> tuple[list[float], list[float]]:
-    """Seconds of each step's schedule, and of its update."""
-    scheduler = Scheduler(
-        BlockManager(num_seqs * 32, BLOCK_SIZE),
-        max_num_seqs=num_seqs,
-        max_num_batched_tokens=num_seqs * PROMPT,
-    )
-    for i in range(num_seqs):
-        scheduler.add_request(
-            Request(
-                request_id=str(i),
-                prompt_token_ids=tuple(range(i * 7, i * 7 + PROMPT)),
-                sampling_params=SamplingParams(max_tokens=STEPS + WARM_UP + 2),
+class Host:
+    """An engine process's core and socket, without the process."""
+
+    def __init__(self, num_seqs: int, run_ahead: bool) -> None:
+        config = EngineConfig(
+            model=str(DEMO),
+            block_size=BLOCK_SIZE,
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=num_seqs * PROMPT,
+            num_blocks=max(num_seqs * 20, 300),
+            async_scheduling=run_ahead,
+        )
+        self.times: Times = {part: [] for part in PARTS}
+        worker = ScriptedWorker(config, 0.0)
+        self._core = EngineCore(config, worker)
+        self._server = engine_process.EngineServer(zmq.Context.instance().socket(zmq.ROUTER))
+        self._server._clients.append(b"client")
+        for i in range(num_seqs):
+            request = Request(
+                request_id=f"cmpl-{i:032}",
+                prompt_token_ids=tuple((i * 7 + j) % 1500 for j in range(PROMPT)),
+                sampling_params=SamplingParams(max_tokens=STEPS + WARM_UP + 2, ignore_eos=True),
                 arrival_time=0.0,
             )
-        )
+            self._server._handle(self._core, b"client", wire.Add(request))
+        scheduler, launch = self._core._scheduler, worker.launch
+        self._time(scheduler, "schedule", "schedule")
+        self._time(scheduler, "update_from_output", "update")
+        self._time(self._server, "_send_step", "send")
+        timed_launch = self._timed(launch, "launch")
+        worker.launch = lambda output: self._timed(timed_launch(output), "results")  # type: ignore
+
+    def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        times = self.times[part]
+
+        def call(*args: Any) -> Any:
+            begin = time.thread_time()
+            result = function(*args)
+            times.append(time.thread_time() - begin)
+            return result
+
+        return call
+
+    def _time(self, owner: object, name: str, part: str) -> None:
+        setattr(owner, name, self._timed(getattr(owner, name), part))
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            begin = time.thread_time()
+            self._server._send_step(self._core.step())
+            self.times["step"].append(time.thread_time() - begin)
+
+
+def measure(num_seqs: int, run_ahead: bool = False) -> dict[str, float]:
+    """CPU microseconds of a step's parts, where the whole was fastest."""
+    host = Host(num_seqs, run_ahead)
     gc.collect()
     gc.freeze()
-    schedule: list[float] = []
-    update: list[float] = []
-    for _ in range(STEPS + WARM_UP):
-        begin = time.perf_counter()
-        scheduled = scheduler.schedule()
-        middle = time.perf_counter()
-        token_ids: list[int | None] = [5] * len(scheduled.sequences)
-        result = ModelRunnerOutput(token_ids, {}, {}, {}, {})
-        sampled = time.perf_counter()
-        scheduler.update_from_output(scheduled, result)
-        schedule.append(middle - begin)
-        update.append(time.perf_counter() - sampled)
-    return schedule[WARM_UP:], update[WARM_UP:]
+    host.run(WARM_UP + STEPS)
+    gc.unfreeze()
+    spans = [slice(at, at + BLOCK_SIZE) for at in range(WARM_UP, WARM_UP + STEPS, BLOCK_SIZE)]
+    best = min(spans, key=lambda span: sum(host.times["step"][span]))
+    return {part: statistics.mean(times[best]) * 1e6 for part, times in host.times.items()}
+
+
+def profile(num_seqs: int, run_ahead: bool) -> None:
+    """Where the time goes, by function; the profiler makes calls dearer than they are."""
+    host = Host(num_seqs, run_ahead)
+    gc.collect()
+    gc.freeze()
+    host.run(WARM_UP)
+    profiler = cProfile.Profile(time.thread_time)
+    profiler.enable()
+    host.run(STEPS)
+    profiler.disable()
+    print(f"{STEPS} steps")
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(40)
 
 
 def main() -> None:
-    print("running | schedule µs (median) | update µs (median) | both µs (mean)")
-    for num_seqs in (16, 64, 256, 512, 1024):
-        schedule, update = measure(num_seqs)
-        both = statistics.mean(schedule) + statistics.mean(update)
-        print(
-            f"{num_seqs:7} | {statistics.median(schedule) * 1e6:20.0f} "
-            f"| {statistics.median(update) * 1e6:18.0f} | {both * 1e6:14.0f}"
-        )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=(16, 64, 256, 512, 1024))
+    parser.add_argument("--run-ahead", action="store_true", help="steps one ahead, as on a GPU")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--profile", type=int, metavar="SEQUENCES")
+    options = parser.parse_args()
+    if options.profile:
+        return profile(options.profile, options.run_ahead)
+    print(f"{'running':>7} | " + " | ".join(f"{part:>8}" for part in PARTS) + "   µs")
+    measured = {num_seqs: measure(num_seqs, options.run_ahead) for num_seqs in options.sizes}
+    for num_seqs, parts in measured.items():
+        print(f"{num_seqs:7} | " + " | ".join(f"{parts[part]:8.0f}" for part in PARTS))
+    if options.plot:
+        series = [
+            Series(part, [(num_seqs, parts[part]) for num_seqs, parts in measured.items()])
+            for part in PARTS
+        ]
+        each = [(num_seqs, parts["step"] / num_seqs) for num_seqs, parts in measured.items()]
+        panels = [
+            Panel("Host time of a decode step", "running sequences", "µs of CPU", series),
+            Panel("For each sequence", "running sequences", "µs of CPU", [Series("step", each)]),
+        ]
+        options.plot.write_text(render_svg(panels), encoding="utf-8")
 
 
 if __name__ == "__main__":

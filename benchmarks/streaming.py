@@ -1,11 +1,13 @@
-"""What a streamed chunk costs the HTTP process: real sockets, real engine link, scripted tokens.
+"""What streaming costs the host: real sockets, the real engine without its model.
 
-    python -P benchmarks/streaming.py [--rate 20000] [--streams 64] [--profile out.prof]
+    python benchmarks/streaming.py [--rate 20000] [--streams 64] [--http-workers 2]
 
-Three processes: this one is the client; the server is `quire serve`'s own code; its engine process
-steps a script that gives each stream one token every streams / rate seconds (as fast as it can
-with --rate 0). The figure is the server's CPU time per chunk between the 50th chunk of the mean
-stream and the 50th before its end: wall time would measure who else is on the machine.
+This process is the client, the others are `quire serve`'s own; in the engine process a script takes
+the model's place (scripted_worker.py) and gives each stream one token every streams / rate seconds,
+or as fast as it can with --rate 0 (where the engine is ahead of what is sent, so that only the HTTP
+processes' figure means something). The figures are CPU times between the 50th chunk of the mean
+stream and the 50th before its end, of the HTTP processes a chunk and of the engine process a step
+(one token for every choice): wall time would measure who else is on the machine.
 """
 
 from __future__ import annotations
@@ -25,139 +27,81 @@ from typing import NamedTuple
 
 import msgspec
 import psutil
-import tokenizers
-
-from quire.engine.config import EngineConfig, EngineInfo
-from quire.engine.outputs import EngineStats, SequenceOutput, StepOutput, Timings
-from quire.engine.request import Request
 
 EDGE = 50
 """Chunks of a stream that do not count, at either end."""
-TEXT = "A server that streams: it says one word after another, until all has been said. "
-BODIES = {
-    "completions": {"prompt": [65], "ignore_eos": True},
-    "chat": {"messages": [{"role": "user", "content": "a"}], "ignore_eos": True},
-}
+PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
 
-class ScriptedCore:
-    """One token a step for every choice, around and around the tokens of a text."""
-
-    def __init__(self, seconds_per_step: float, token_ids: list[int]) -> None:
-        self._period = seconds_per_step
-        self._token_ids = token_ids
-        self._next = time.monotonic()
-        self._left: dict[str, tuple[Request, int]] = {}
-        self._step = 0
-
-    @property
-    def info(self) -> EngineInfo:
-        return EngineInfo(
-            model="script",
-            architecture="Script",
-            device="cpu",
-            dtype="float32",
-            num_parameters=1,
-            vocab_size=max(self._token_ids) + 1,
-            max_model_len=100_000,
-            block_size=16,
-            num_blocks=1_000_000,
-            kv_bytes_per_token=1,
-            max_num_seqs=4096,
-            max_logprobs=20,
-            eos_token_ids=(0,),
-        )
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self._left)
-
-    def add_request(self, request: Request) -> None:
-        self._left[request.request_id] = (request, request.sampling_params.max_tokens)
-
-    def abort_request(self, request_id: str, choice: int | None = None) -> None:
-        self._left.pop(request_id, None)
-
-    def reset_prefix_cache(self) -> None:
-        pass
-
-    def step(self) -> StepOutput:
-        self._next = max(self._next + self._period, time.monotonic() - self._period)
-        time.sleep(max(0.0, self._next - time.monotonic()))
-        self._step += 1
-        outputs = []
-        token_ids = self._token_ids
-        for request, left in list(self._left.values()):
-            last = left == 1
-            arrival = request.arrival_time
-            for choice in range(request.sampling_params.n):
-                outputs.append(
-                    SequenceOutput(
-                        request.request_id,
-                        choice,
-                        [token_ids[(self._step + choice) % len(token_ids)]],
-                        finish_reason="length" if last else None,
-                        num_cached_tokens=0 if self._step == 1 else None,
-                        timings=Timings(arrival, arrival, arrival, time.monotonic())
-                        if last
-                        else None,
-                    )
-                )
-            self._left[request.request_id] = (request, left - 1)
-            if last:
-                del self._left[request.request_id]
-        return StepOutput(outputs, self.stats())
-
-    def stats(self) -> EngineStats:
-        zero = dict.fromkeys(EngineStats._fields, 0)
-        return EngineStats(**{**zero, "step": self._step, "num_blocks": 1, "num_free_blocks": 1})
+def _prompt(kind: str, stream: int) -> dict[str, object]:
+    """Another one for each stream, lest they share their blocks."""
+    if kind == "chat":
+        return {"messages": [{"role": "user", "content": str(stream)}]}
+    return {"prompt": [65 + stream % 1000] * 16}
 
 
-def build_core(config: EngineConfig) -> ScriptedCore:
-    """For the engine process, as "streaming:build_core"."""
-    encoder = tokenizers.Tokenizer.from_file(str(Path(config.model) / "tokenizer.json"))
-    return ScriptedCore(float(os.environ["SECONDS_PER_STEP"]), encoder.encode(TEXT).ids)
-
-
-def serve(port: int, profile: str | None) -> None:
+def serve(options: argparse.Namespace) -> None:
     """The server process; ends with SIGTERM."""
     from quire.server import serving
     from quire.server.settings import load_settings
 
     serving.ProcessEngineClient = partial(  # type: ignore[misc,assignment]
-        serving.ProcessEngineClient, core="streaming:build_core"
+        serving.ProcessEngineClient, core="scripted_worker:build_core"
     )
     settings = load_settings(
-        port=port, generation_config="none", max_num_seqs=4096, log_level="warning", max_n=4096
+        **({"model": options.model} if options.model else {}),
+        port=options.serve,
+        http_workers=options.http_workers,
+        generation_config="none",
+        max_num_seqs=4096,
+        max_num_batched_tokens=16384,
+        num_gpu_blocks_override=50_000,
+        log_level="warning",
+        max_n=4096,
     )
     profiler = cProfile.Profile(time.process_time)
-    if profile:
+    if options.profile:
         profiler.enable()
     serving.serve(settings)
-    if profile:
+    if options.profile:
         profiler.disable()
-        profiler.dump_stats(profile)
+        profiler.dump_stats(options.profile)
+
+
+class Processes:
+    """The server's processes, told apart: one engine, the rest HTTP."""
+
+    def __init__(self, main: int) -> None:
+        process = psutil.Process(main)
+        self.engine, self.http = [], [process]
+        for child in process.children():
+            is_engine = "quire.engine.engine_process" in child.cmdline()
+            (self.engine if is_engine else self.http).append(child)
+
+    @staticmethod
+    def cpu(processes: list[psutil.Process]) -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 class Result(NamedTuple):
     chunks: int
-    cpu: float
+    http_cpu: float
+    engine_cpu: float
     wall: float
 
 
-def measure(
-    port: int, server: psutil.Process, kind: str, streams: int, n: int, tokens: int, resumable: bool
-) -> Result:
+def measure(port: int, processes: Processes, options: argparse.Namespace) -> Result:
     """Read all streams to their end in one thread; returns what lay between the edges."""
-    path = "/v1/chat/completions" if kind == "chat" else "/v1/completions"
-    body = msgspec.json.encode({**BODIES[kind], "stream": True, "n": n, "max_tokens": tokens})
-    extra = "x-quire-resumable: 1\r\n" if resumable else ""
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n{extra}"
-        f"content-length: {len(body)}\r\n\r\n"
-    )
+    streams, n, tokens = options.streams, options.n, options.tokens
+    extra = "x-quire-resumable: 1\r\n" if options.resumable else ""
+    fields = {"ignore_eos": True, "stream": True, "n": n, "max_tokens": tokens}
     selector = selectors.DefaultSelector()
-    for _ in range(streams):
+    for stream in range(streams):
+        body = msgspec.json.encode({**_prompt(options.kind, stream), **fields})
+        head = (
+            f"POST {PATHS[options.kind]} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json"
+            f"\r\n{extra}content-length: {len(body)}\r\n\r\n"
+        )
         connection = socket.create_connection(("127.0.0.1", port))
         connection.sendall(head.encode() + body)
         selector.register(connection, selectors.EVENT_READ)
@@ -173,8 +117,8 @@ def measure(
                 selector.unregister(key.fileobj)
                 key.fileobj.close()  # type: ignore[union-attr]
         if seen >= (begin, end, sys.maxsize)[len(marks)]:
-            times = server.cpu_times()
-            marks.append(Result(seen, times.user + times.system, time.perf_counter()))
+            cpu = (processes.cpu(processes.http), processes.cpu(processes.engine))
+            marks.append(Result(seen, *cpu, time.perf_counter()))
     assert seen >= tokens * streams * n, f"{seen} chunks are too few"
     first, last = marks
     return Result(*(after - before for after, before in zip(last, first, strict=True)))
@@ -207,13 +151,15 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--n", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=2000)
-    parser.add_argument("--kind", choices=BODIES, default="chat")
+    parser.add_argument("--kind", choices=PATHS, default="chat")
+    parser.add_argument("--http-workers", type=int, default=1)
     parser.add_argument("--resumable", action="store_true")
-    parser.add_argument("--profile", help="write a cProfile of the server here")
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", help="write a cProfile of the one HTTP process here")
+    parser.add_argument("--model", help="whose tokenizer and shape are taken; default: the demo")
+    parser.add_argument("--serve", type=int, metavar="PORT", help="only serve, for another client")
     options = parser.parse_args()
     if options.serve:
-        return serve(options.serve, options.profile)
+        return serve(options)
     period = options.streams * options.n / options.rate if options.rate else 0.0
     environment = {
         **os.environ,
@@ -222,30 +168,22 @@ def main() -> None:
         "OMP_NUM_THREADS": "1",
     }
     port = _free_port()
-    command = [sys.executable, "-P", __file__, "--serve", str(port)]
-    if options.profile:
-        command += ["--profile", options.profile]
+    command = [sys.executable, "-P", __file__, *sys.argv[1:], "--serve", str(port)]
     server = subprocess.Popen(command, env=environment)
     try:
         for _ in _ready(port, server):
             time.sleep(0.1)
-        result = measure(
-            port,
-            psutil.Process(server.pid),
-            options.kind,
-            options.streams,
-            options.n,
-            options.tokens,
-            options.resumable,
-        )
+        result = measure(port, Processes(server.pid), options)
     finally:
         server.terminate()
         server.wait(30)
-    micros = result.cpu / result.chunks * 1e6
+    micros = result.http_cpu / result.chunks * 1e6
+    steps = result.chunks / (options.streams * options.n)
+    engine = result.engine_cpu / steps * 1e3
     print(
         f"{options.kind}, {options.streams} streams, n = {options.n}: {result.chunks} chunks at "
-        f"{result.chunks / result.wall:,.0f}/s; CPU {micros:.1f} µs a chunk = "
-        f"{1e6 / micros:,.0f} chunks/s a core"
+        f"{result.chunks / result.wall:,.0f}/s; HTTP {micros:.1f} µs of CPU a chunk = "
+        f"{1e6 / micros:,.0f} chunks/s a core; engine {engine:.2f} ms a step"
     )
 
 

@@ -37,11 +37,11 @@ def build_cpu_plan(
     query_start_loc: NDArray[np.int32], seq_lens: NDArray[np.int32], group: int
 ) -> CpuPlan:
     """Arrays as in AttentionMetadata, on the host; `group` heads share a KV head."""
-    counts = np.diff(query_start_loc)
-    if counts.max() == 1:
-        tiles = np.zeros((len(counts), 2), dtype=np.int64)
+    if query_start_loc[-1] == len(seq_lens):  # one token a row: a tile each
+        tiles = np.zeros((len(seq_lens), 2), dtype=np.int64)
         tiles[:, 0] = np.argsort(-seq_lens, kind="stable")
         return CpuPlan(tiles, 1, thread_count())
+    counts = np.diff(query_start_loc)
     size = max(1, cpu_attention.TILE_ROWS // group)
     tiles_of = -(-counts // size)
     sequences = np.repeat(np.arange(len(counts)), tiles_of)

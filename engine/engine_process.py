@@ -25,6 +25,7 @@ import zmq
 from . import wire
 from .config import EngineConfig
 from .errors import QuireError, StartupError
+from .heap import settle
 from .outputs import SequenceOutput, StepOutput
 from .streams import EngineCoreProtocol
 
@@ -38,11 +39,25 @@ def build_core(config: EngineConfig) -> EngineCoreProtocol:
     # These imports make a million objects that stay: walking them again and again takes a tenth of
     # the imports' time, or more.
     gc.disable()
+    if not config.trust_remote_code:  # the model's own code may well use it
+        _leave_triton_out(config)
     from .engine_core import EngineCore
     from .worker import Worker
 
     gc.enable()
     return EngineCore(config, Worker(config))
+
+
+def _leave_triton_out(config: EngineConfig) -> None:
+    """On the CPU be as where triton is not installed, as it is not with torch's build for CPUs.
+
+    transformers imports torch._dynamo, and that triton where it finds it: 70 MB. None in
+    sys.modules is Python's own way to say that a module is not there.
+    """
+    import torch
+
+    if config.device == "cpu" or not torch.cuda.is_available():
+        sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
 
 
 class _OpenRequest(NamedTuple):
@@ -151,18 +166,22 @@ class EngineServer:
 
     def _send_step(self, step: StepOutput) -> None:
         """To each client the outputs of its requests, in one message."""
-        shares: dict[bytes, list[SequenceOutput]] = {client: [] for client in self._clients}
-        for output in step.outputs:
-            request = self._open.get(output.request_id)
-            if request is None:  # its client is gone
-                continue
-            shares[request.client].append(output)
-            if output.finish_reason is not None:
-                request.open_choices.discard(output.choice)
-                if not request.open_choices:
-                    del self._open[output.request_id]
+        if len(self._clients) > 1 or self._gone:
+            shares: dict[bytes, list[SequenceOutput]] = {client: [] for client in self._clients}
+            for output in step.outputs:
+                request = self._open.get(output.request_id)
+                if request is not None:  # else its client is gone
+                    shares[request.client].append(output)
+        else:
+            shares = dict.fromkeys(self._clients, step.outputs)
         for client, outputs in shares.items():
             self._send(client, wire.encode(wire.Step(outputs, step.stats)))
+        for output in step.outputs:
+            if output.finish_reason is not None and output.request_id in self._open:
+                choices = self._open[output.request_id].open_choices
+                choices.discard(output.choice)
+                if not choices:
+                    del self._open[output.request_id]
 
     def _send(self, client: bytes, message: bytes) -> None:
         self._socket.send_multipart([client, message])
@@ -243,9 +262,7 @@ def main() -> int:
     except StartupError as error:
         server.report_failure(error)
         return 1
-    # What loading left behind is walked by no later collection.
-    gc.collect()
-    gc.freeze()
+    settle()
     try:
         server.run(core)
     except Exception:

@@ -28,8 +28,10 @@ class HostStep(NamedTuple):
     """One step on the host. Batch row i is `SchedulerOutput.sequences[order[i]]`.
 
     Rows with one new token come first (`num_decodes`). `sampling_rows` are the batch rows that
-    reach their sequence's last token, ascending; rows that are pooled stand in `pooled_rows` and
-    sample nothing. Row i's block table is `tables[rows[i]]`, of which no row uses more columns.
+    reach their sequence's last token, ascending, to sample the ones at `sampled_positions`; rows
+    that are pooled stand in `pooled_rows` and sample nothing. `any_scored` says whether a request
+    asks for its prompt's log-probabilities. Row i's block table is `tables[rows[i]]`, of which no
+    row uses more columns.
     """
 
     order: list[int]
@@ -39,7 +41,9 @@ class HostStep(NamedTuple):
     num_decodes: int
     max_query_len: int
     sampling_rows: NDArray[np.int64]
+    sampled_positions: list[int]
     pooled_rows: list[int]
+    any_scored: bool
     query_start_loc: NDArray[np.int32]
     seq_lens: NDArray[np.int32]
     rows: NDArray[np.int64]
@@ -182,6 +186,15 @@ class HostInputs:
         return step
 
 
+class _Batch(NamedTuple):
+    """What is the same in every step of the same sequences. `rows` are parallel to them."""
+
+    sequences: list[Sequence]
+    rows: NDArray[np.int64]
+    any_pooled: bool
+    any_scored: bool
+
+
 class InputBatch:
     """Rows of running sequences, and each step's layout.
 
@@ -200,6 +213,7 @@ class InputBatch:
         self._block_size = block_size
         self._rows: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._batch = _Batch([], np.empty(0, dtype=np.int64), False, False)
         # A last sampled token may own a slot without being fed back, hence one more.
         max_blocks = max_model_len // block_size + 1
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
@@ -223,10 +237,22 @@ class InputBatch:
             row = self._rows.get(sequence.seq_id)
             if row is not None:  # otherwise it is new, or left out of this step
                 self._write_table(row, sequence, start)
-        for sequence in output.sequences:
+        # Sequences compare by identity: this is a scan of pointers.
+        if output.released or output.sequences != self._batch.sequences:
+            self._batch = self._find_rows(output.sequences)
+
+    def _find_rows(self, sequences: list[Sequence]) -> _Batch:
+        """New sequences get a row."""
+        for sequence in sequences:
             if sequence.seq_id not in self._rows:
                 row = self._rows[sequence.seq_id] = self._free_rows.pop()
                 self._write_table(row, sequence, 0)
+        return _Batch(
+            sequences,
+            np.array([self._rows[sequence.seq_id] for sequence in sequences], dtype=np.int64),
+            any(one.pooling is not None for one in sequences),
+            any(one.request.sampling_params.prompt_logprobs is not None for one in sequences),
+        )
 
     def _write_table(self, row: int, sequence: Sequence, start: int) -> None:
         self._table[row, start : len(sequence.block_table)] = sequence.block_table[start:]
@@ -239,31 +265,41 @@ class InputBatch:
 
     def prepare(self, output: SchedulerOutput) -> tuple[HostStep, DeviceStep]:
         """Lay out the step that `apply` was just called for."""
+        sequences, rows = output.sequences, self._batch.rows
+        num_seqs = len(sequences)
         counts = np.array(output.num_new_tokens, dtype=np.int64)
-        order = np.argsort(counts > 1, kind="stable")
-        counts = counts[order]
-        picked = order.tolist()
-        sequences = [output.sequences[index] for index in picked]
-        starts = np.array(output.num_computed_starts, dtype=np.int64)[order]
+        starts = np.array(output.num_computed_starts, dtype=np.int64)
+        picked, num_decodes = list(range(num_seqs)), num_seqs
+        if output.total_tokens > num_seqs:
+            order = np.argsort(counts > 1, kind="stable")
+            counts, starts, rows = counts[order], starts[order], rows[order]
+            picked = order.tolist()
+            sequences = [sequences[index] for index in picked]
+            num_decodes = int(np.count_nonzero(counts == 1))
         stops = starts + counts
-        loc = np.zeros(len(sequences) + 1, dtype=np.int32)
+        loc = np.zeros(num_seqs + 1, dtype=np.int32)
         np.cumsum(counts, out=loc[1:])
+        pooled_rows = []
+        if self._batch.any_pooled:
+            pooled_rows = [row for row, sequence in enumerate(sequences) if sequence.pooling]
         ends = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
-        pooled_rows = [row for row, sequence in enumerate(sequences) if sequence.pooling]
         ends[pooled_rows] = 0
+        sampling_rows = np.nonzero(stops == ends)[0]
         width = -(-int(stops.max()) // self._block_size)
         host = HostStep(
             order=picked,
             sequences=sequences,
             starts=starts,
             lengths=counts,
-            num_decodes=int(np.count_nonzero(counts == 1)),
+            num_decodes=num_decodes,
             max_query_len=int(counts.max()),
-            sampling_rows=np.nonzero(stops == ends)[0],
+            sampling_rows=sampling_rows,
+            sampled_positions=ends[sampling_rows].tolist(),
             pooled_rows=pooled_rows,
+            any_scored=self._batch.any_scored,
             query_start_loc=loc,
             seq_lens=stops.astype(np.int32),
-            rows=np.array([self._rows[sequence.seq_id] for sequence in sequences]),
+            rows=rows,
             tables=self._table[:, :width],
         )
         return host, self.inputs.write(host, self._token_ids(host), self._sampled)

@@ -100,16 +100,20 @@ class ModelRunner:
             return StepResults(0, [], [], [], {}, {})
         host, step = self._batch.prepare(output)
         hidden, logits = self._run_model(host, step)
-        chunks = prompt_logprobs(self._model, host, hidden)
+        chunks = prompt_logprobs(self._model, host, hidden) if host.any_scored else []
         errors: dict[int, RowError] = {}
         samples: list[RowSamples] = []
         masks = None
         if len(host.sampling_rows):
             masks = output.before_sampling()
-            rows = [host.order[row] for row in host.sampling_rows]
-            sequences = [output.sequences[row] for row in rows]
-            last_ids = step.input_ids[step.logit_indices]
-            samples = self._sample(rows, sequences, logits, last_ids, errors, masks)
+            rows, sequences, last_ids = host.order, host.sequences, step.input_ids
+            if len(host.sampling_rows) < len(step.input_ids):
+                picks = host.sampling_rows.tolist()
+                rows = [host.order[row] for row in picks]
+                sequences = [host.sequences[row] for row in picks]
+                last_ids = last_ids[step.logit_indices]
+            places = host.sampled_positions
+            samples = self._sample(rows, sequences, places, logits, last_ids, errors, masks)
         # Last, since a step that runs out of memory before its end is tried again.
         pooled = self._pooler(host, hidden) if host.pooled_rows else []
         if samples:
@@ -121,6 +125,7 @@ class ModelRunner:
         self,
         rows: list[int],
         sequences: list[TokenSequence],
+        positions: list[int],
         logits: torch.Tensor,
         last_ids: torch.Tensor,
         errors: dict[int, RowError],
@@ -129,9 +134,14 @@ class ModelRunner:
         """Sample all rows at once; should that raise, each by itself, so that it costs the
         offender alone. Raises where every row fails: then the fault is not a row's."""
         try:
-            constrained = [at for at, row in enumerate(rows) if masks and row in masks.rows]
+            constrained = []
+            if masks:
+                constrained = [at for at, row in enumerate(rows) if row in masks.rows]
             batch = self._sampler.prepare(
-                sequences, constrained_rows=constrained, last_token_ids=last_ids
+                sequences,
+                positions=positions,
+                constrained_rows=constrained,
+                last_token_ids=last_ids,
             )
             bitmask = None
             if masks and constrained:
@@ -146,7 +156,13 @@ class ModelRunner:
                 return []
             alone = [
                 self._sample(
-                    [row], [sequences[at]], logits[at, None], last_ids[at, None], errors, masks
+                    [row],
+                    [sequences[at]],
+                    [positions[at]],
+                    logits[at, None],
+                    last_ids[at, None],
+                    errors,
+                    masks,
                 )
                 for at, row in enumerate(rows)
             ]

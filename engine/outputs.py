@@ -117,6 +117,15 @@ class SequenceOutput(NamedTuple):
     embedding: bytes | None = None
 
 
+def one_token(request_id: str, choice: int, token_id: int) -> SequenceOutput:
+    """The output of almost every sequence and step: made without the defaults' detour, which
+    takes longer than the rest of its update."""
+    return tuple.__new__(SequenceOutput, (request_id, choice, [token_id], *_NOTHING_ELSE))
+
+
+_NOTHING_ELSE = (None,) * (len(SequenceOutput._fields) - 3)
+
+
 class EngineStats(NamedTuple):
     """A snapshot after a step. Counters run since the engine's start; the rest are gauges."""
 

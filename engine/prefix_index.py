@@ -93,8 +93,14 @@ class PrefixIndex:
 
     def add_full(self, block: int, parent: bytes, own_hash: bytes, token_ids: list[int]) -> None:
         """Index a full block, unless another already stands for the same content."""
-        self.forget(block)
-        if own_hash not in self._by_hash:
+        entry = self._entries.get(block)
+        if own_hash in self._by_hash:
+            self.forget(block)
+        elif entry is not None and entry.owner is not None:  # it stands where it belongs
+            entry.token_ids, entry.hash, entry.owner = token_ids, own_hash, None
+            self._by_hash[own_hash] = block
+        else:
+            self.forget(block)
             self._by_hash[own_hash] = block
             self._insert(block, _Entry(parent, token_ids, own_hash))
 

@@ -81,6 +81,8 @@ class SamplingBatchBuilder:
     def forget(self, seq_ids: Iterable[int]) -> None:
         """Drop what is kept for sequences that left the batch; unknown ids are ignored."""
         seq_ids = list(seq_ids)
+        if not seq_ids:
+            return
         self.history.forget(seq_ids)
         for seq_id in seq_ids:
             self._maker.forget(seq_id)

@@ -26,6 +26,7 @@ from .outputs import (
     SchedulerOutput,
     SequenceOutput,
     TableChange,
+    one_token,
 )
 from .request import Request
 from .request_table import RequestTable
@@ -176,6 +177,7 @@ class Scheduler:
         one's chunk may take is bounded by what the younger ones' decodes need."""
         running, size = self.running, self.block_manager.block_size
         ref_counts = self.block_manager.pool.ref_counts
+        rows, starts, counts = output.sequences, output.num_computed_starts, output.num_new_tokens
         i = 0
         while i < len(running) and budget > 0:
             sequence = running[i]
@@ -193,9 +195,9 @@ class Scheduler:
                 sequence, num_new, output
             ):
                 break  # it was the last to run, and is preempted now
-            output.sequences.append(sequence)
-            output.num_computed_starts.append(computed)
-            output.num_new_tokens.append(num_new)
+            rows.append(sequence)
+            starts.append(computed)
+            counts.append(num_new)
             budget -= num_new
             i += 1
         return budget
@@ -322,6 +324,9 @@ class Scheduler:
         outputs = self._outputs
         if self._beams:
             result = self._beams.take(output, result)
+        # Looking a member up in an enumeration takes as long as the rest of a row's bookkeeping.
+        running, finished = SequenceStatus.RUNNING, SequenceStatus.FINISHED
+        errors, logprobs = result.errors, result.logprobs
         for row, (sequence, start, num_new, token_id) in enumerate(
             zip(
                 output.sequences,
@@ -331,13 +336,13 @@ class Scheduler:
                 strict=True,
             )
         ):
-            if sequence.status is SequenceStatus.FINISHED:
+            if sequence.status is finished:
                 continue  # it ended while the step was in flight
-            if result.errors and row in result.errors:
-                self._fail(sequence, result.errors[row], poisoned=True)
+            if errors and row in errors:
+                self._fail(sequence, errors[row], poisoned=True)
                 continue
             end = start + num_new
-            if sequence.status is SequenceStatus.RUNNING:  # else preempted: its tokens stay
+            if sequence.status is running:  # else preempted: its tokens stay
                 sequence.num_computed_tokens = end
                 if sequence.num_in_flight:
                     sequence.num_in_flight -= num_new
@@ -358,12 +363,11 @@ class Scheduler:
                 sequence.first_token_time is not None
                 and token_id not in sequence.stop_ids
                 and end + 1 < sequence.stop_at
-                and not (result.logprobs and row in result.logprobs)
+                and not (logprobs and row in logprobs)
             ):
-                request_id = sequence.request.request_id
-                outputs.append(SequenceOutput(request_id, sequence.choice, [token_id]))
+                outputs.append(one_token(sequence.request.request_id, sequence.choice, token_id))
             else:
-                final = token_output(sequence, end + 1, result.logprobs.get(row), now)
+                final = token_output(sequence, end + 1, logprobs.get(row), now)
                 outputs.append(final)
                 if final.finish_reason:
                     self._release(sequence)

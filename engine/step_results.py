@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .errors import NonFiniteLogitsError
@@ -94,12 +95,12 @@ def _non_finite(what: str = "logits") -> RowError:
 
 
 def _collect_samples(result: ModelRunnerOutput, sample: RowSamples) -> None:
-    token_ids, finite = sample.output.token_ids.tolist(), sample.output.finite.tolist()
-    for row, token_id, is_finite in zip(sample.rows, token_ids, finite, strict=True):
-        if is_finite:
-            result.token_ids[row] = token_id
-        else:
-            result.errors[row] = _non_finite()
+    for row, token_id in zip(sample.rows, sample.output.token_ids.tolist(), strict=True):
+        result.token_ids[row] = token_id
+    for index in np.flatnonzero(~sample.output.finite.numpy()).tolist():
+        row = sample.rows[index]
+        result.token_ids[row] = None
+        result.errors[row] = _non_finite()
     for index, entry in collect_logprobs(sample.output, sample.batch).items():
         result.logprobs[sample.rows[index]] = entry
 

@@ -7,7 +7,6 @@ supervises. It ends when the main process says so, or ends itself.
 from __future__ import annotations
 
 import asyncio
-import gc
 import mmap
 import os
 import signal
@@ -22,6 +21,7 @@ import uvloop
 from ..engine.attached_client import AttachedEngineClient
 from ..engine.engine_process import die_with_parent
 from ..engine.errors import StartupError
+from ..engine.heap import settle
 from .logs import configure_logging, resolve_format
 from .metrics import Metrics
 from .serving import build_app, uvicorn_server
@@ -96,8 +96,7 @@ async def _run(end: socket.socket) -> int:
     broken = asyncio.create_task(engine.broken.wait())
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
-    gc.collect()
-    gc.freeze()
+    settle()
     link.send(Up())
     await asyncio.wait({serving, obeying, broken}, return_when=asyncio.FIRST_COMPLETED)
     for task in (serving, obeying):

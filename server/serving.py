@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import gc
 import os
 import signal
 import socket
@@ -23,6 +22,7 @@ import uvloop
 from ..engine.client import EngineClient
 from ..engine.config import EngineInfo
 from ..engine.errors import ConfigurationError
+from ..engine.heap import settle
 from ..engine.process_client import ProcessEngineClient
 from .logs import resolve_format
 from .metrics import Metrics
@@ -203,8 +203,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 info = loading.result()
-                gc.collect()
-                gc.freeze()
+                settle()
                 announce(settings, info, listener, time.monotonic() - began)
                 await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if stop.is_set():

@@ -9,9 +9,11 @@ import torch
 
 from quire.engine import device_inputs, input_batch
 from quire.engine.input_batch import InputBatch
+from quire.engine.outputs import TableChange
 from quire.kernels import reference
 
-from .random_steps import BLOCK_SIZE, BUDGET, MAX_NUM_SEQS, RandomSteps, Step
+from .random_steps import BLOCK_SIZE, BUDGET, MAX_NUM_SEQS, RandomSteps, Step, make_output
+from .worker_driver import make_sequence
 
 MAX_LEN = 160
 
@@ -53,6 +55,7 @@ def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
         loc.append(len(ids))
         if start + length == len(sequence.token_ids):
             logits.append(len(ids) - 1)
+    assert [host.seq_lens[row] for row in host.sampling_rows] == host.sampled_positions
     size = sizes.get(len(rows), len(rows)) if host.max_query_len == 1 else len(rows)
     padding = size - len(rows)
     assert device.input_ids.tolist() == ids + [0] * padding
@@ -86,3 +89,21 @@ def test_random_steps_match_a_plain_loop(batch: InputBatch, padded: bool) -> Non
     for step in islice(steps, 500):
         check(batch, step, sizes)
     assert len(steps.seen) == 9 and min(steps.seen.values()) > 5, steps.seen
+
+
+def test_the_same_sequences_again_after_one_gave_its_row_back(batch: InputBatch) -> None:
+    """What is kept from step to step knows of it."""
+    first, second = make_sequence(list(range(40)), 1), make_sequence(list(range(40)), 1)
+    first.block_table, second.block_table = [1, 2, 3], [4, 5, 6]
+
+    def check_step(released: list[int], changes: list[TableChange]) -> None:
+        output = make_output([(first, 20), (second, 20)], changes, released)
+        token_ids = [list(range(20))] * 2
+        check(batch, Step(output, token_ids, [], torch.zeros(0, dtype=torch.int64)), {})
+
+    check_step([], [])
+    check_step([], [])
+    second.block_table = [9, 8, 7]
+    check_step([second.seq_id], [])
+    first.block_table[1] = 10
+    check_step([], [TableChange(first, 1)])

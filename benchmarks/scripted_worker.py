@@ -1,0 +1,97 @@
+"""The engine with a script for a model: the rest of it is what `quire serve` runs.
+
+Scheduler, step loop, model runner, the inputs of a step, what the sampler is told, results and
+messages are the real ones. The model hands its input through and the sampler looks up which token
+follows which, so that what a step takes is the host's time, or SECONDS_PER_STEP.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+
+from quire.engine import worker
+from quire.engine.config import EngineConfig
+from quire.engine.engine_core import EngineCore
+from quire.engine.model_spec import read_hf_config, spec_from_hf_config
+from quire.engine.outputs import ModelRunnerOutput, SchedulerOutput
+from quire.engine.sampler import Sampler, SamplerOutput
+from quire.engine.sampling_metadata import SamplingBatch
+from quire.engine.worker_protocol import Results, WorkerInfo
+
+TEXT = "A server that streams: it says one word after another, until all has been said. "
+
+
+class ScriptedModel:
+    """In the place of a CausalLM: the hidden state and the logits of a token are its id."""
+
+    device, dtype, num_parameters, can_generate = torch.device("cpu"), torch.float32, 1, True
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.spec = spec_from_hf_config(read_hf_config(config), config)
+
+    def forward(self, input_ids: torch.Tensor, *_: Any) -> torch.Tensor:
+        return input_ids[:, None]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+class ScriptedSampler(Sampler):
+    """Goes around and around the tokens of a text."""
+
+    def __init__(self, vocab_size: int, script: list[int]) -> None:
+        super().__init__(vocab_size, torch.device("cpu"))
+        tokens = torch.tensor(script)
+        self._next = tokens[torch.arange(vocab_size) % len(script)]
+        self._next[tokens] = tokens.roll(-1)
+
+    def __call__(
+        self, logits: torch.Tensor, batch: SamplingBatch, token_bitmask: torch.Tensor | None = None
+    ) -> SamplerOutput:
+        token_ids = self._next[logits[:, 0]]
+        return SamplerOutput(token_ids, torch.ones(len(token_ids), dtype=torch.bool), None)
+
+
+class ScriptedWorker(worker.Worker):
+    """A step ends no sooner than `period` seconds after the last one."""
+
+    def __init__(self, config: EngineConfig, period: float) -> None:
+        super().__init__(config)
+        self._period = period
+        self._next = 0.0
+
+    def load(self) -> WorkerInfo:
+        worker.load_model = ScriptedModel  # type: ignore[assignment]
+        return super().load()
+
+    def profile(self) -> int:
+        num_blocks = super().profile()
+        encoder = tokenizers.Tokenizer.from_file(str(Path(self._config.model) / "tokenizer.json"))
+        script = list(dict.fromkeys(encoder.encode(TEXT, add_special_tokens=False).ids))
+        vocab_size = self._model.spec.vocab_size
+        self._runner._sampler = ScriptedSampler(vocab_size, script)
+        return num_blocks
+
+    def launch(self, scheduler_output: SchedulerOutput) -> Results:
+        results = super().launch(scheduler_output)
+        if not self._period:
+            return results
+
+        def wait() -> ModelRunnerOutput:
+            now = time.monotonic()
+            self._next = max(self._next + self._period, now)
+            time.sleep(self._next - now)
+            return results()
+
+        return wait
+
+
+def build_core(config: EngineConfig) -> EngineCore:
+    """For the engine process, as "scripted_worker:build_core"."""
+    return EngineCore(config, ScriptedWorker(config, float(os.environ["SECONDS_PER_STEP"])))

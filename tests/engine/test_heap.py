@@ -1,0 +1,43 @@
+"""What an engine's process keeps of its start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SETTLES = """
+import gc, psutil
+from quire.engine.heap import settle
+
+freed, kept = [], []
+for _ in range(400):  # what is kept stands between the pages that are freed
+    freed.append(bytearray(100_000))
+    kept.append(bytearray(10_000))
+freed.clear()
+before = psutil.Process().memory_info().rss
+settle()
+assert before - psutil.Process().memory_info().rss > 20_000_000, before
+assert gc.get_freeze_count() > 1000
+"""
+
+NO_TRITON = """
+from quire.engine.config import EngineConfig
+from quire.engine.engine_process import _leave_triton_out
+
+_leave_triton_out(EngineConfig(model="", device="cpu"))
+from torch.utils._triton import has_triton_package
+
+assert not has_triton_package()
+"""
+
+
+def _run(script: str) -> None:
+    subprocess.run([sys.executable, "-P", "-c", script], check=True, timeout=60)
+
+
+def test_what_loading_freed_goes_back_to_the_system() -> None:
+    _run(SETTLES)
+
+
+def test_an_engine_on_the_cpu_is_without_triton() -> None:
+    _run(NO_TRITON)
