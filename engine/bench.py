@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .bench_workload import RunResult, Workload, run_workload, uniform_lengths, write_profile
-from .config import Device, DType, EngineConfig, KVCacheDType, LoadFormat
+from .config import Device, DType, EngineConfig, KVCacheDType, LoadFormat, Quantization
 from .engine_core import EngineCore
 from .errors import ConfigurationError, QuireError
 
@@ -137,6 +137,7 @@ def _add_engine_arguments(parser: argparse.ArgumentParser, model: str | None) ->
         help="dummy fills the shape with random weights",
     )
     engine.add_argument("--max-model-len", type=positive_int)
+    engine.add_argument("--quantization", choices=get_args(Quantization))
     engine.add_argument("--kv-cache-dtype", choices=get_args(KVCacheDType), default="auto")
     engine.add_argument("--disable-cascade-attn", action="store_true")
     engine.add_argument("--block-size", type=positive_int, default=16)
@@ -195,6 +196,7 @@ def _make_core(arguments: argparse.Namespace) -> EngineCore:
         seed=arguments.seed,
         enforce_eager=arguments.enforce_eager,
         max_model_len=arguments.max_model_len,
+        quantization=arguments.quantization,
         kv_cache_dtype=arguments.kv_cache_dtype,
         disable_cascade_attn=arguments.disable_cascade_attn,
         block_size=arguments.block_size,

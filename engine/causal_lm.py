@@ -77,8 +77,11 @@ class CausalLM:
     UnsupportedModelError naming the reason.
     """
 
-    def __init__(self, model: Any, spec: ModelSpec, *, can_generate: bool = True) -> None:
-        """`can_generate` is False where the head's weights are made up: logits mean nothing."""
+    def __init__(
+        self, model: Any, spec: ModelSpec, *, can_generate: bool = True, int8: bool = False
+    ) -> None:
+        """`can_generate` is False where the head's weights are made up: logits mean nothing.
+        `int8` weights, of linear layers, are for the CPU alone."""
         self.spec = spec
         self.can_generate = can_generate
         register_attention()
@@ -100,10 +103,10 @@ class CausalLM:
         self._compiled: CpuDecoder | None = None
         self._product: nn.Module | None = None
         if self.device.type == "cpu":
-            self._prepare_cpu()
+            self._prepare_cpu(int8)
         self._check_head(hidden)
 
-    def _prepare_cpu(self) -> None:
+    def _prepare_cpu(self, int8: bool) -> None:
         """Weights in the layouts that are fastest; a flat body is compiled or not used."""
         from .cpu_decoder import CpuDecoder, can_compile
         from .cpu_linear import leave_files, pack_linears
@@ -111,13 +114,13 @@ class CausalLM:
         leave_files(self._body)
         leave_files(self._head)
         if self._flat is not None and can_compile(self._flat):
-            self._compiled = CpuDecoder(self._flat)
+            self._compiled = CpuDecoder(self._flat, int8=int8)
             self._body = None
             logger.info("the body is compiled")
         else:
-            pack_linears(self._body)
+            pack_linears(self._body, int8=int8)
         self._flat = None
-        pack_linears(self._head)
+        pack_linears(self._head, int8=int8)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata

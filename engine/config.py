@@ -12,6 +12,7 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority", "fair"]
+Quantization = Literal["int8"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 PoolingChoice = Literal["auto", "last", "mean"]
 
@@ -37,6 +38,7 @@ class EngineConfig:
     seed: int | None = None
     enforce_eager: bool = False
     max_model_len: int | None = None
+    quantization: Quantization | None = None
     kv_cache_dtype: KVCacheDType = "auto"
     block_size: int = 16
     num_blocks: int | None = None
@@ -66,6 +68,10 @@ class EngineConfig:
         require(
             self.scheduling_policy in get_args(SchedulingPolicy),
             f"unknown scheduling policy {self.scheduling_policy!r}",
+        )
+        require(
+            self.quantization in (None, *get_args(Quantization)),
+            f"unknown quantization {self.quantization!r}",
         )
         require(
             self.kv_cache_dtype in get_args(KVCacheDType),

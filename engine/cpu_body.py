@@ -53,15 +53,15 @@ class Layers(NamedTuple):
 
     input_norm: Any
     qkv: Any
-    qkv_bias: Any
+    qkv_affine: Any
     qk_norm: Any
     output: Any
-    output_bias: Any
+    output_affine: Any
     mlp_norm: Any
     gate_up: Any
-    gate_up_bias: Any
+    gate_up_affine: Any
     down: Any
-    down_bias: Any
+    down_affine: Any
     epsilons: Any
     scales: Any
     windows: Any
@@ -73,7 +73,7 @@ class Ends(NamedTuple):
 
     embedding: Any
     head: Any
-    head_bias: Any
+    head_affine: Any
 
 
 class Step(NamedTuple):
@@ -183,7 +183,7 @@ def _run_item(kind, item, ends, layers, layer, cache, step, activations, scratch
     elif kind == 1:
         out = qkv.reshape(len(qkv), qkv.shape[1] * qkv.shape[2])
         multiply(
-            item, layers.qkv[layer], layers.qkv_bias[layer], normed, tokens, tiles[0], out, False
+            item, layers.qkv[layer], layers.qkv_affine[layer], normed, tokens, tiles[0], out, False
         )
     elif kind == 2:
         for row in range(first, last):
@@ -219,18 +219,18 @@ def _run_item(kind, item, ends, layers, layer, cache, step, activations, scratch
     elif kind == 4:
         rows = attended.reshape(len(attended), attended.shape[1] * attended.shape[2])
         multiply(
-            item, layers.output[layer], layers.output_bias[layer], rows, tokens, tiles[0], x, True
+            item, layers.output[layer], layers.output_affine[layer], rows, tokens, tiles[0], x, True
         )
     elif kind == 5:
         for row in range(first, last):
             norm_row(x[row], layers.mlp_norm[layer], epsilons[2], normed[row])
     elif kind == 6:
         multiply_gated(
-            item, layers.gate_up[layer], layers.gate_up_bias[layer], normed, tokens, tiles, gated
+            item, layers.gate_up[layer], layers.gate_up_affine[layer], normed, tokens, tiles, gated
         )
     else:
         multiply(
-            item, layers.down[layer], layers.down_bias[layer], gated, tokens, tiles[0], x, True
+            item, layers.down[layer], layers.down_affine[layer], gated, tokens, tiles[0], x, True
         )
 
 
@@ -241,7 +241,7 @@ def _run_last_item(kind, item, ends, step, activations, tiles):
             activations.picked[row] = activations.normed[step.picks[row]]
     else:
         picks, picked, logits = len(step.picks), activations.picked, activations.logits
-        multiply(item, ends.head, ends.head_bias, picked, picks, tiles[0], logits, False)
+        multiply(item, ends.head, ends.head_affine, picked, picks, tiles[0], logits, False)
 
 
 @njit(**INLINED)

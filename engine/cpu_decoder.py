@@ -31,17 +31,17 @@ _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class CpuDecoder:
     """A model with a flat body that runs as one compiled function, `cpu_body.run_model`."""
 
-    def __init__(self, flat: FlatDecoder) -> None:
-        """Takes the weights of the layers over: theirs are emptied."""
+    def __init__(self, flat: FlatDecoder, *, int8: bool = False) -> None:
+        """Takes the weights of the layers over: theirs are emptied. `int8` as in `pack`."""
         self._rotations = _Rotations(flat.rotary)
-        self._layers = _pack_layers(flat.layers, flat.norm)
+        self._layers = _pack_layers(flat.layers, flat.norm, int8)
         first = flat.layers[0]
         self._widths = (first.num_heads, first.num_kv_heads, first.head_dim)
         self._intermediate_size: int = first.down.in_features
         self._dtype = flat.embedding.weight.dtype
         embedding = as_array(flat.embedding.weight.detach())
         no_panels = np.empty((0, embedding.shape[1], PANEL_COLUMNS), embedding.dtype)
-        self._ends = Ends(embedding, no_panels, np.empty(0, np.float32))
+        self._ends = Ends(embedding, no_panels, np.empty((2, 0), np.float32))
         self._vocab_size = 0
         self._activations: Activations | None = None
 
@@ -51,7 +51,7 @@ class CpuDecoder:
 
     def append_head(self, head: PackedLinear) -> None:
         """Of the same type as the layers; from now on calls return logits."""
-        self._ends = self._ends._replace(head=head.panels, head_bias=head.bias)
+        self._ends = self._ends._replace(head=head.panels, head_affine=head.affine)
         self._vocab_size = head.out_features
 
     def __call__(
@@ -148,7 +148,7 @@ def can_compile(flat: FlatDecoder) -> bool:
     )
 
 
-def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm) -> Layers:
+def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm, int8: bool) -> Layers:
     def stack(norms: Sequence[Norm]) -> NDArray[np.float32]:
         return torch.stack([norm.weight.float() for norm in norms]).numpy()
 
@@ -160,22 +160,22 @@ def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm) -> Layers:
         for layer, qk_norm in zip(layers, qk_norms, strict=True)
     ]
     epsilons.append((last_norm.eps, 0.0, 0.0))
-    qkv, qkv_bias = pack([layer.qkv for layer in layers])
-    output, output_bias = pack([layer.output for layer in layers])
-    gate_up, gate_up_bias = pack([layer.gate_up for layer in layers], parts=2)
-    down, down_bias = pack([layer.down for layer in layers])
+    qkv, qkv_affine = pack([layer.qkv for layer in layers], int8=int8)
+    output, output_affine = pack([layer.output for layer in layers], int8=int8)
+    gate_up, gate_up_affine = pack([layer.gate_up for layer in layers], 2, int8=int8)
+    down, down_affine = pack([layer.down for layer in layers], int8=int8)
     return Layers(
         input_norm=stack([*(layer.input_norm for layer in layers), last_norm]),
         qkv=qkv,
-        qkv_bias=qkv_bias,
+        qkv_affine=qkv_affine,
         qk_norm=stack(qk_norms),
         output=output,
-        output_bias=output_bias,
+        output_affine=output_affine,
         mlp_norm=stack([layer.mlp_norm for layer in layers]),
         gate_up=gate_up,
-        gate_up_bias=gate_up_bias,
+        gate_up_affine=gate_up_affine,
         down=down,
-        down_bias=down_bias,
+        down_affine=down_affine,
         epsilons=np.array(epsilons, np.float32),
         scales=np.array([layer.scale for layer in layers], np.float32),
         windows=np.array([layer.window or 0 for layer in layers], np.int64),

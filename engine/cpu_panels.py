@@ -115,7 +115,7 @@ def multiply_add(
     left[left_row : left_row + rows, left_column : left_column + depth] @
     right[right_row : right_row + depth, right_column : right_column + PANEL_COLUMNS].
 
-    Contiguous; left and out float32, right as `to_float` reads it. Rows are rounded up to
+    Contiguous; left and out float32, right as `to_float` reads it, or int8. Rows are rounded up to
     PANEL_ROWS, and must be there.
     """
     stay_apart()
@@ -225,13 +225,15 @@ def _arrays(context, builder, signature, arguments, places):
 
 
 def _vector_to_float(builder, number_type, vector):
-    """As `to_float`."""
+    """As `to_float`; int8, too."""
     if number_type == types.float32:
         return vector
     if number_type == types.int16:
         halves = ir.VectorType(ir.HalfType(), LANES)
         return builder.fpext(builder.bitcast(vector, halves), _FLOATS)
     words = ir.VectorType(ir.IntType(32), LANES)
+    if number_type == types.int8:
+        return builder.sitofp(builder.sext(vector, words), _FLOATS)
     shift = ir.Constant(words, [16] * LANES)
     return builder.bitcast(builder.shl(builder.zext(vector, words), shift), _FLOATS)
 

@@ -1,9 +1,9 @@
 """Products with packed weights on the CPU, compiled by Numba.
 
 W `[out_features, in_features]` lies as panels `[panels, in_features, PANEL_COLUMNS]`, of some
-columns of Wᵀ each, with a bias `[panels * PANEL_COLUMNS]`: a product goes through one from its
-first number to its last. Each sum runs over in_features in one order, so that a row comes out the
-same whatever else is in the batch.
+columns of Wᵀ each: a product goes through one from its first number to its last. With them go scale
+and bias of each column, `[2, panels * PANEL_COLUMNS]`; scales are 1 but for int8 panels. Each sum
+runs over in_features in one order, so that a row comes out the same whatever else is in the batch.
 
 An item is a panel times some rows. What is padded, columns of the last panel and rows up to a
 multiple of PANEL_ROWS, is computed and left out; x must have those rows.
@@ -25,53 +25,56 @@ DEPTH = 1024
 
 
 @njit(**PARALLEL)
-def run_product(panels, bias, x, tokens, out, num_threads):
+def run_product(panels, affine, x, tokens, out, num_threads):
     """out[:tokens] `[., out_features]` = x Wᵀ + b; x and out float32."""
     counters = np.zeros(1, dtype=np.int64)
     for _ in prange(num_threads):
-        _take_items(panels, bias, x, tokens, out, counters)
+        _take_items(panels, affine, x, tokens, out, counters)
 
 
 @njit(**FAST)
-def _take_items(panels, bias, x, tokens, out, counters):
+def _take_items(panels, affine, x, tokens, out, counters):
     """One thread's share."""
     tile = np.empty((ROWS, PANEL_COLUMNS), dtype=np.float32)
     items = len(panels) * -(-tokens // ROWS)
     item = fetch_add(counters, 0, 1)
     while item < items:
-        multiply(item, panels, bias, x, tokens, tile, out, False)
+        multiply(item, panels, affine, x, tokens, tile, out, False)
         item = fetch_add(counters, 0, 1)
 
 
 @njit(**FAST)
-def multiply(item, panels, bias, x, tokens, tile, out, adds):
+def multiply(item, panels, affine, x, tokens, tile, out, adds):
     """The item's panel of x Wᵀ + b for its rows, to `out` or added to it."""
     stay_apart()
     chunk, panel = divmod(item, np.int64(len(panels)))
     first, left, rows, columns = _extent(chunk, panel, tokens, out)
-    _fill_tile(tile, panels, bias, panel, x, first, rows)
+    _fill_tile(tile, panels[panel], x, first, rows)
+    scale, bias = _columns_of(affine, panel)
     for row in range(rows):
         for column in range(columns):
+            number = tile[row, column] * scale[column] + bias[column]
             if adds:
-                out[first + row, left + column] += tile[row, column]
-            else:
-                out[first + row, left + column] = tile[row, column]
+                number += out[first + row, left + column]
+            out[first + row, left + column] = number
 
 
 @njit(**FAST)
-def multiply_gated(item, panels, bias, x, tokens, tiles, out):
+def multiply_gated(item, panels, affine, x, tokens, tiles, out):
     """The item's panel of silu(gate) * up for its rows."""
     stay_apart()
     chunk, pair = divmod(item, np.int64(len(panels) // 2))
     first, left, rows, columns = _extent(chunk, pair, tokens, out)
     gate, up = tiles[0], tiles[1]
-    _fill_tile(gate, panels, bias, 2 * pair, x, first, rows)
-    _fill_tile(up, panels, bias, 2 * pair + 1, x, first, rows)
+    _fill_tile(gate, panels[2 * pair], x, first, rows)
+    _fill_tile(up, panels[2 * pair + 1], x, first, rows)
+    gate_scale, gate_bias = _columns_of(affine, 2 * pair)
+    up_scale, up_bias = _columns_of(affine, 2 * pair + 1)
     for row in range(rows):
         for column in range(columns):
-            number = gate[row, column]
-            number = number / (np.float32(1) + exp(-number)) * up[row, column]
-            out[first + row, left + column] = number
+            number = gate[row, column] * gate_scale[column] + gate_bias[column]
+            factor = up[row, column] * up_scale[column] + up_bias[column]
+            out[first + row, left + column] = number / (np.float32(1) + exp(-number)) * factor
 
 
 @njit(**INLINED)
@@ -84,12 +87,18 @@ def _extent(chunk, panel, tokens, out):
 
 
 @njit(**INLINED)
-def _fill_tile(tile, panels, bias, panel, x, first, rows):
-    """tile[:rows] = x[first : first + rows] Wᵀ + b for the columns of one panel."""
-    weights = panels[panel]
+def _columns_of(affine, panel):
+    """Scale and bias of its columns."""
+    begin = panel * PANEL_COLUMNS
+    return affine[0, begin : begin + PANEL_COLUMNS], affine[1, begin : begin + PANEL_COLUMNS]
+
+
+@njit(**INLINED)
+def _fill_tile(tile, weights, x, first, rows):
+    """tile[:rows] = x[first : first + rows] Wᵀ for the columns of one panel, without scales."""
     for row in range(rows):
         for column in range(PANEL_COLUMNS):
-            tile[row, column] = bias[panel * PANEL_COLUMNS + column]
+            tile[row, column] = np.float32(0)
     for begin in range(0, len(weights), DEPTH):
         depth = min(DEPTH, len(weights) - begin)
         multiply_add(x, first, begin, weights, begin, 0, depth, tile, 0, rows)

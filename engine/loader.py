@@ -62,6 +62,8 @@ def load_model(config: EngineConfig) -> CausalLM:
     device = resolve_device(config)
     dtype = resolve_dtype(config, spec, device)
     resolve_kv_cache_dtype(config, dtype, device)  # refused before the weights are read
+    if config.quantization is not None and device.type != "cpu":
+        raise ConfigurationError(f"quantization {config.quantization} is for the CPU alone")
     register_attention()
     can_generate = True
     try:
@@ -78,7 +80,7 @@ def load_model(config: EngineConfig) -> CausalLM:
         raise ModelLoadError(f"cannot load {config.model!r}: {one_line(error)}") from error
     model.eval().requires_grad_(False)
     _fix_rope(model, max_model_len, spec)
-    return CausalLM(model, spec, can_generate=can_generate)
+    return CausalLM(model, spec, can_generate=can_generate, int8=config.quantization == "int8")
 
 
 def _auto_class(hf_config: Any, config: EngineConfig) -> Any:

@@ -23,6 +23,7 @@ from ..engine.config import (
     KVCacheDType,
     LoadFormat,
     PoolingChoice,
+    Quantization,
     SchedulingPolicy,
 )
 from ..engine.errors import ConfigurationError
@@ -103,6 +104,9 @@ class Settings(BaseSettings):
     )
 
     dtype: DType = _option("Model", "Type of weights and KV cache.", "auto")
+    quantization: Quantization | None = _option(
+        "Model", "int8: round the weights of linear layers to 8 bits (CPU)."
+    )
     device: Device = _option("Model", "Where to run.", "auto")
     max_model_len: int | None = _option(
         "Model", "Context length in tokens. Default: the model's.", ge=2
@@ -290,6 +294,7 @@ class Settings(BaseSettings):
             seed=self.seed,
             enforce_eager=self.enforce_eager,
             max_model_len=self.max_model_len,
+            quantization=self.quantization,
             kv_cache_dtype=self.kv_cache_dtype,
             block_size=self.block_size,
             num_blocks=self.num_gpu_blocks_override,

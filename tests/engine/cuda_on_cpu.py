@@ -16,7 +16,7 @@ from quire.kernels import copy_blocks, reference
 def use_cuda_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only Triton's interpreter runs the kernels that this calls."""
     monkeypatch.setattr(attention, "_backend", lambda device: attend_on_cuda)
-    monkeypatch.setattr(CausalLM, "_prepare_cpu", lambda _: None)
+    monkeypatch.setattr(CausalLM, "_prepare_cpu", lambda *_: None)
     monkeypatch.setattr(input_batch, "_has_kernel", lambda device: True)
     resolve = loader.resolve_kv_cache_dtype
     for module in (loader, worker):

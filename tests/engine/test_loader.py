@@ -19,6 +19,8 @@ from transformers.models.mamba import MambaConfig
 from transformers.models.phi3 import Phi3Config
 from transformers.models.t5 import T5Config
 
+from quire.engine import loader
+from quire.engine.config import EngineConfig
 from quire.engine.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from quire.engine.loader import load_model
 from quire.engine.model_spec import read_spec
@@ -300,3 +302,13 @@ def test_a_family_without_this_transformers_is_refused(tmp_path: Path) -> None:
     ViTConfig(hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="ViT"):
         load_model(make_config(tmp_path))
+
+
+def test_a_quantization_is_refused_where_it_does_not_work(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigurationError, match="unknown quantization"):
+        EngineConfig(model=str(llama), quantization="int4")  # type: ignore[arg-type]
+    monkeypatch.setattr(loader, "resolve_device", lambda _: torch.device("cuda"))
+    with pytest.raises(ConfigurationError, match="int8 is for the CPU"):
+        load_model(EngineConfig(model=str(llama), quantization="int8"))

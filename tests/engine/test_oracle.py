@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quire.engine.config import EngineConfig
 from quire.engine.decode_graphs import graph_sizes
@@ -313,3 +314,18 @@ def test_every_kind_of_request_is_the_same_one_step_ahead(
     assert engine.core.stats().preemptions > 0
     assert fed_back > 100
     assert capture is None or capture.num_replays > 10
+
+
+def test_weights_of_eight_bits_are_those_of_a_model_that_is_rounded(llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                steps = module.weight.abs().amax(dim=1, keepdim=True) / 127
+                module.weight.copy_((module.weight / steps).round() * steps)
+    reference, engine = Reference(model.eval()), Engine(llama, quantization="int8")
+    exact = Engine(llama)
+    added = prompts(4)
+    expected = [reference.complete(prompt, 24) for prompt in added]
+    assert [engine.complete(prompt, 24) for prompt in added] == expected
+    assert [exact.complete(prompt, 24) for prompt in added] != expected

@@ -125,6 +125,7 @@ def test_every_setting_has_a_flag() -> None:
         "reasoning_parser": "qwen3",
         "pooling": "mean",
         "kv_cache_dtype": "fp8_e4m3",
+        "quantization": "int8",
         "log_level": "debug",
         "log_format": "json",
         "metrics_prefix": "vllm",
