@@ -23,7 +23,7 @@ import numpy as np
 from numba import njit, prange
 
 from .cpu_attention import attend_item, make_scratch
-from .cpu_kernels import norm_row, rotate_and_store_row
+from .cpu_kernels import norm_row, rotate_and_store
 from .cpu_numbers import FAST, INLINED, PARALLEL, fetch_add, load, to_float, yield_core
 from .cpu_panels import PANEL_COLUMNS
 from .cpu_products import ROWS, multiply, multiply_gated
@@ -186,18 +186,19 @@ def _run_item(kind, item, ends, layers, layer, cache, step, activations, scratch
             item, layers.qkv[layer], layers.qkv_affine[layer], normed, tokens, tiles[0], out, False
         )
     elif kind == 2:
-        for row in range(first, last):
-            rotation = step.rotations[row]
-            rotate_and_store_row(
-                qkv[row],
-                layers.qk_norm[layer],
-                epsilons[1],
-                step.cos[rotation],
-                step.sin[rotation],
-                step.slots[row],
-                cache[layer],
-                query[row],
-            )
+        rotate_and_store(
+            first,
+            last,
+            qkv,
+            layers.qk_norm[layer],
+            epsilons[1],
+            step.cos,
+            step.sin,
+            step.rotations,
+            step.slots,
+            cache[layer],
+            query,
+        )
     elif kind == 3:
         attend_item(
             item,

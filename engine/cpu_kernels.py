@@ -21,24 +21,31 @@ def norm_row(x, weight, eps, out):
 
 
 @njit(**FAST)
-def rotate_and_store_row(qkv, weights, eps, cos, sin, slot, cache, query):
-    """One token's qkv `[heads + 2 * kv_heads, D]` → normed and rotated Q in query `[heads, D]`, K
-    and V in their slot (negative: nowhere) of cache `[2, blocks, kv_heads, block_size, D]`.
+def rotate_and_store(first, last, qkv, weights, eps, cos, sin, rotations, slots, cache, query):
+    """Of tokens [first, last), qkv `[., heads + 2 * kv_heads, D]` → normed and rotated Q in query
+    `[., heads, D]`, K and V in their slots `[.]` (negative: nowhere) of cache `[2, blocks,
+    kv_heads, block_size, D]`.
 
     weights `[heads + kv_heads, D]` of the norms of Q and K, which eps < 0 leaves out; cos and sin
-    `[D]` as in Rotation; float32 but for the cache.
+    `[., D]` as in Rotation, of which a token has row rotations `[.]`; float32 but for the cache.
     """
     stay_apart()
-    heads, kv_heads = len(query), cache.shape[2]
-    block, offset = divmod(slot, np.int64(cache.shape[3]))
-    for head in range(heads):
-        _rotate(qkv[head], weights[head], eps, cos, sin, query[head])
-    if slot < 0:
-        return
+    heads, kv_heads, block_size = query.shape[1], cache.shape[2], np.int64(cache.shape[3])
+    for row in range(first, last):
+        at = rotations[row]
+        for head in range(heads):
+            _rotate(qkv[row, head], weights[head], eps, cos[at], sin[at], query[row, head])
+    # A token's key goes to a column of its block, whose cache lines the next tokens' share: those
+    # of one head are still near then, those of all heads may be more than the first cache holds.
     for head in range(kv_heads):
-        key = qkv[heads + head]
-        _rotate(key, weights[heads + head], eps, cos, sin, key)
-        store_token(key, qkv[heads + kv_heads + head], cache, block, head, offset)
+        weight = weights[heads + head]
+        for row in range(first, last):
+            if slots[row] < 0:
+                continue
+            at, key = rotations[row], qkv[row, heads + head]
+            _rotate(key, weight, eps, cos[at], sin[at], key)
+            block, offset = divmod(slots[row], block_size)
+            store_token(key, qkv[row, heads + kv_heads + head], cache, block, head, offset)
 
 
 @njit(**INLINED)

@@ -47,7 +47,7 @@ def _take_items(panels, affine, x, tokens, out, counters):
 def multiply(item, panels, affine, x, tokens, tile, out, adds):
     """The item's panel of x Wᵀ + b for its rows, to `out` or added to it."""
     stay_apart()
-    chunk, panel = divmod(item, np.int64(len(panels)))
+    panel, chunk = divmod(item, _chunks(tokens))
     first, left, rows, columns = _extent(chunk, panel, tokens, out)
     _fill_tile(tile, panels[panel], x, first, rows)
     scale, bias = _columns_of(affine, panel)
@@ -63,7 +63,7 @@ def multiply(item, panels, affine, x, tokens, tile, out, adds):
 def multiply_gated(item, panels, affine, x, tokens, tiles, out):
     """The item's panel of silu(gate) * up for its rows."""
     stay_apart()
-    chunk, pair = divmod(item, np.int64(len(panels) // 2))
+    pair, chunk = divmod(item, _chunks(tokens))
     first, left, rows, columns = _extent(chunk, pair, tokens, out)
     gate, up = tiles[0], tiles[1]
     _fill_tile(gate, panels[2 * pair], x, first, rows)
@@ -75,6 +75,12 @@ def multiply_gated(item, panels, affine, x, tokens, tiles, out):
             number = gate[row, column] * gate_scale[column] + gate_bias[column]
             factor = up[row, column] * up_scale[column] + up_bias[column]
             out[first + row, left + column] = number / (np.float32(1) + exp(-number)) * factor
+
+
+@njit(**INLINED)
+def _chunks(tokens):
+    """Items of one panel; they follow each other, so that its weights come from memory once."""
+    return np.int64(-(-tokens // ROWS))
 
 
 @njit(**INLINED)

@@ -27,20 +27,26 @@ def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
 
 
 def allocate_kv_cache(
-    spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    commit: bool = False,
 ) -> torch.Tensor:
-    """Zeroed, so that a slot never written holds no NaN. Raises ConfigurationError where the
-    device has no room."""
+    """Zeroed, so that a slot never written holds no NaN. Main memory is taken as it is first
+    written, or now, to `commit` it. Raises ConfigurationError where the device has no room."""
     shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
     size = num_blocks * block_bytes(spec, block_size, dtype)
     try:
         if device.type == "cpu":
-            # Anonymous pages are zero and take memory only once they are written; torch.zeros
-            # would write them all. Large ones: taking 4 KiB at a time is a fifth of a prefill.
+            # Anonymous pages are zero, and take memory once they are written. Large ones: to take
+            # it by 4 KiB is a fifth of a prefill.
             pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 pages.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(pages, dtype=dtype).view(shape)
+            cache = torch.frombuffer(pages, dtype=dtype).view(shape)
+            return cache.zero_() if commit else cache
         return torch.zeros(size, dtype=torch.uint8, device=device).view(dtype).view(shape)
     except (torch.OutOfMemoryError, RuntimeError, OSError) as error:
         raise ConfigurationError(

@@ -91,7 +91,12 @@ class Worker:
     def _make_runner(self, num_blocks: int) -> ModelRunner:
         model = self._model
         kv_cache = allocate_kv_cache(
-            model.spec, num_blocks, self._config.block_size, self._cache_dtype, model.device
+            model.spec,
+            num_blocks,
+            self._config.block_size,
+            self._cache_dtype,
+            model.device,
+            commit=self._config.kv_cache_memory_bytes is not None,
         )
         return ModelRunner(model, self._config, kv_cache, self._max_model_len, self._kv_scales)
 
