@@ -1,4 +1,4 @@
-"""A flat body on the CPU: its layers packed, and run as one compiled function.
+"""A model with a flat body on the CPU: its weights packed, a step one compiled function.
 
 Importing this loads Numba: only a worker on the CPU does.
 """
@@ -50,7 +50,8 @@ class CpuDecoder:
         return self._vocab_size > 0
 
     def append_head(self, head: PackedLinear) -> None:
-        """Of the same type as the layers; from now on calls return logits."""
+        """From now on calls return logits."""
+        self._activations = None
         self._ends = self._ends._replace(head=head.panels, head_affine=head.affine)
         self._vocab_size = head.out_features
 
@@ -94,7 +95,8 @@ class CpuDecoder:
         rows, picks = num_tokens + PANEL_ROWS, num_logits + PANEL_ROWS
         if kept is None or len(kept.x) < rows or len(kept.picked) < picks:
             if kept is not None:
-                rows, picks = max(2 * rows, len(kept.x)), max(2 * picks, len(kept.picked))
+                # By little for the logits: with a large vocabulary they are most of it.
+                rows, picks = max(2 * rows, len(kept.x)), max(picks + 16, len(kept.picked))
             hidden_size = self._ends.embedding.shape[1]
             heads, kv_heads, head_dim = self._widths
             shapes = (
