@@ -83,13 +83,19 @@ def cpu_cache_memory(
 ) -> int:
     """Bytes for the cache in main memory: `config.kv_cache_memory_bytes`, or by default room for
     max_num_seqs sequences of typical length (at least one of full length), as far as that stays
-    within a share of what is available. The system commits the pages as they are first used."""
-    if config.kv_cache_memory_bytes is not None:
-        return config.kv_cache_memory_bytes
+    within a share of what is available. Raises ConfigurationError where more is asked for than is
+    available: to take that would have the system kill the process."""
+    available, asked = available_memory(), config.kv_cache_memory_bytes
+    if asked is not None:
+        if available is not None and asked > available:
+            raise ConfigurationError(
+                f"--kv-cache-memory is {_gib(asked)}, but beside the model only "
+                f"{_gib(available)} of memory are available"
+            )
+        return asked
     tokens = max(max_model_len, config.max_num_seqs * min(max_model_len, TYPICAL_TOKENS))
     blocks = -(-tokens // config.block_size)
     wanted = blocks * block_bytes(spec, config.block_size, dtype)
-    available = available_memory()
     return wanted if available is None else min(wanted, int(available * CPU_MEMORY_SHARE))
 
 

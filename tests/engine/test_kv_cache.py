@@ -93,6 +93,9 @@ def test_cpu_default_is_for_typical_sequences_within_a_share(
     assert memory(kv_cache_memory_bytes=12345) == 12345
     monkeypatch.setattr(kv_cache, "available_memory", lambda: 1_000_000)
     assert memory(max_num_seqs=8) == 400_000
+    assert memory(kv_cache_memory_bytes=1_000_000) == 1_000_000
+    with pytest.raises(ConfigurationError, match="--kv-cache-memory is 0.00 GiB, but beside"):
+        memory(kv_cache_memory_bytes=1_000_001)
     monkeypatch.setattr(kv_cache, "available_memory", lambda: None)
     assert memory(max_num_seqs=8) == 8 * 1024 // 16 * BLOCK
 
