@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from .cpu_attention import attend_item, make_scratch
+from .cpu_attention import Batch, Scoring, attend_item, make_scratch
 from .cpu_kernels import norm_row, rotate_and_store
 from .cpu_numbers import FAST, INLINED, PARALLEL, fetch_add, load, to_float, yield_core
 from .cpu_panels import PANEL_COLUMNS
@@ -78,8 +78,8 @@ class Ends(NamedTuple):
 
 class Step(NamedTuple):
     """Which token, and where it stands: its slot `[T]`; its row `[T]` of cos and sin `[.,
-    head_dim]`, which are as in Rotation; which tokens need logits `[R]`; the rest as
-    `cpu_attention.attend` takes it."""
+    head_dim]`, which are as in Rotation; which tokens need logits `[R]`; the rest as in
+    `cpu_attention.Batch`."""
 
     input_ids: Any
     picks: Any
@@ -91,14 +91,15 @@ class Step(NamedTuple):
     starts: Any
     seq_lens: Any
     tiles: Any
+    members: Any
     tile_queries: int
 
 
 class Activations(NamedTuple):
-    """float32, rows rounded up to PANEL_ROWS: x `[., hidden_size]`, normed like x (out: hidden
-    states), qkv `[., heads + 2 kv_heads, head_dim]`, query and attended `[., heads, head_dim]`,
-    gated `[., intermediate_size]`; of the picks, picked `[., hidden_size]` and logits `[R,
-    vocab_size]` (out)."""
+    """float32: x `[., hidden_size]`, normed like x (out: hidden states), qkv `[., heads + 2
+    kv_heads, head_dim]`, query and attended `[., heads, head_dim]`, gated `[.,
+    intermediate_size]`; of the picks, picked `[., hidden_size]` and logits `[., vocab_size]`
+    (out)."""
 
     x: Any
     normed: Any
@@ -200,23 +201,17 @@ def _run_item(kind, item, ends, layers, layer, cache, step, activations, scratch
             query,
         )
     elif kind == 3:
-        attend_item(
-            item,
-            query,
-            cache[layer],
+        batch = Batch(
             step.block_table,
             step.starts,
             step.seq_lens,
             step.tiles,
+            step.members,
             step.tile_queries,
-            layers.scales[layer],
-            layers.windows[layer],
-            np.float32(0),
-            layers.scales,
-            False,
-            attended,
-            scratch,
         )
+        scale, window = layers.scales[layer], layers.windows[layer]
+        scoring = Scoring(scale, window, np.float32(0), layers.scales, False)
+        attend_item(item, query, cache[layer], batch, scoring, attended, scratch)
     elif kind == 4:
         rows = attended.reshape(len(attended), attended.shape[1] * attended.shape[2])
         multiply(

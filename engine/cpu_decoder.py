@@ -16,7 +16,7 @@ from torch import nn
 from .cpu_body import Activations, Ends, Layers, Step, run_model
 from .cpu_linear import PackedLinear, pack
 from .cpu_numbers import FLOATS, as_array
-from .cpu_panels import PANEL_COLUMNS, PANEL_ROWS
+from .cpu_panels import PANEL_COLUMNS
 from .flat_decoder import FlatDecoder, FlatLayer, Norm, Rotation, rotary_factors
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class CpuDecoder:
             starts=metadata.query_start_loc.numpy(),
             seq_lens=metadata.seq_lens.numpy(),
             tiles=plan.tiles,
+            members=plan.members,
             tile_queries=plan.tile_queries,
         )
         numba.set_num_threads(plan.num_threads)
@@ -92,7 +93,7 @@ class CpuDecoder:
     def _scratch(self, num_tokens: int, num_logits: int) -> Activations:
         """Kept from step to step: fresh memory would be cleared by the system at each one."""
         kept = self._activations
-        rows, picks = num_tokens + PANEL_ROWS, num_logits + PANEL_ROWS
+        rows, picks = num_tokens, num_logits
         if kept is None or len(kept.x) < rows or len(kept.picked) < picks:
             if kept is not None:
                 # By little for the logits: with a large vocabulary they are most of it.

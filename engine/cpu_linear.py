@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cpu_numbers import FLOATS, as_array, thread_count
-from .cpu_panels import PANEL_COLUMNS, PANEL_ROWS
+from .cpu_panels import PANEL_COLUMNS
 from .cpu_products import run_product
 
 if TYPE_CHECKING:
@@ -82,11 +82,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.reshape(-1, self.in_features)
-        x = F.pad(rows.float(), (0, 0, 0, -len(rows) % PANEL_ROWS))
         out = torch.empty(len(rows), self.out_features)
         num_threads = thread_count()
         numba.set_num_threads(num_threads)
-        arrays = (self.panels, self.affine, x.numpy(), len(rows), out.numpy(), num_threads)
+        arrays = (
+            self.panels,
+            self.affine,
+            as_array(rows.float()),
+            len(rows),
+            out.numpy(),
+            num_threads,
+        )
         run_product(*arrays)
         return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
 

@@ -24,7 +24,17 @@ from numba.extending import intrinsic, overload
 # this comes before the first kernel.
 _SOURCES = [
     Path(__file__).with_name(f"cpu_{name}.py")
-    for name in ("attention", "body", "kernels", "numbers", "panels", "products", "sampling")
+    for name in (
+        "attention",
+        "body",
+        "kernels",
+        "numbers",
+        "panels",
+        "products",
+        "sampling",
+        "softmax",
+        "vectors",
+    )
 ]
 _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 _HERE = Path(__file__).parent
@@ -204,6 +214,22 @@ def _store(array, row, column, number):
     return put
 
 
+LOG2_E = np.float32(1.4426950408889634)
+EXP_TERMS = tuple(
+    np.float32(term)
+    for term in (
+        1.5403530e-4,
+        1.3333558e-3,
+        9.6181291e-3,
+        5.5504109e-2,
+        2.4022651e-1,
+        6.9314718e-1,
+        1,
+    )
+)
+"""Of 2^f's Taylor polynomial, the highest power first."""
+
+
 @njit(**FAST)
 def exp(x):
     """e^x in float32, within 3e-7 of it for |x| < 1 and 4e-6 for |x| < 86, where the rounding of y
@@ -212,18 +238,18 @@ def exp(x):
     2^y with y = n + f, |f| <= 1/2: n goes into the exponent's bits, 2^f is a Taylor polynomial.
     Written out, since only without a call does the loop around it become vector instructions.
     """
-    y = x * np.float32(1.4426950408889634)
+    y = x * LOG2_E
     if y < np.float32(-126):
         y = np.float32(-126)
     if y > np.float32(126):
         y = np.float32(126)
     n = np.int32(np.int32(y + np.float32(126.5)) - np.int32(126))
     f = y - np.float32(n)
-    power = np.float32(1.5403530e-4)
-    power = power * f + np.float32(1.3333558e-3)
-    power = power * f + np.float32(9.6181291e-3)
-    power = power * f + np.float32(5.5504109e-2)
-    power = power * f + np.float32(2.4022651e-1)
-    power = power * f + np.float32(6.9314718e-1)
-    power = power * f + np.float32(1)
+    power = EXP_TERMS[0]
+    power = power * f + EXP_TERMS[1]
+    power = power * f + EXP_TERMS[2]
+    power = power * f + EXP_TERMS[3]
+    power = power * f + EXP_TERMS[4]
+    power = power * f + EXP_TERMS[5]
+    power = power * f + EXP_TERMS[6]
     return power * _float_from_bits(np.uint32(n + np.int32(127)) << np.uint32(23))

@@ -5,8 +5,7 @@ columns of Wᵀ each: a product goes through one from its first number to its la
 and bias of each column, `[2, panels * PANEL_COLUMNS]`; scales are 1 but for int8 panels. Each sum
 runs over in_features in one order, so that a row comes out the same whatever else is in the batch.
 
-An item is a panel times some rows. What is padded, columns of the last panel and rows up to a
-multiple of PANEL_ROWS, is computed and left out; x must have those rows.
+An item is a panel times some rows. What pads the last panel is computed and left out.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -107,4 +106,5 @@ def _fill_tile(tile, weights, x, first, rows):
             tile[row, column] = np.float32(0)
     for begin in range(0, len(weights), DEPTH):
         depth = min(DEPTH, len(weights) - begin)
-        multiply_add(x, first, begin, weights, begin, 0, depth, tile, 0, rows)
+        place = begin * PANEL_COLUMNS
+        multiply_add(x, first, begin, weights, place, PANEL_COLUMNS, depth, tile, 0, 0, rows)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -32,7 +31,7 @@ from .step_results import RowSamples, StepResults
 if TYPE_CHECKING:
     from ..kernels.cascade import CascadeWorkspace
     from ..kernels.decode_schedule import DecodeWorkspace
-    from .attention_cpu import CpuPlan
+    from .attention_cpu import CpuPlan, CpuPlanner
     from .attention_cuda import SharedPrefixes
     from .structured_output import TokenMasks
 
@@ -68,11 +67,13 @@ class ModelRunner:
         self._pooler = Pooler()
         self._graphs: DecodeGraphs | None = None
         self._windows = frozenset(spec.windows)
-        self._group = spec.num_attention_heads // spec.num_kv_heads
         self._workspaces: dict[int | None, DecodeWorkspace] = {}
         self._shared_prefixes: SharedPrefixes | None = None
+        self._cpu_planner: CpuPlanner | None = None
         if model.device.type == "cuda":
             self._allocate_workspaces()
+        elif model.device.type == "cpu":
+            self._cpu_planner = self._make_cpu_planner()
 
     def _allocate_workspaces(self) -> None:
         from .attention_cuda import SharedPrefixes, allocate_workspaces
@@ -85,6 +86,13 @@ class ModelRunner:
             self._shared_prefixes = SharedPrefixes.allocate(
                 self._workspaces, self._block_size, model.dtype, self._kv_cache.dtype
             )
+
+    def _make_cpu_planner(self) -> CpuPlanner:
+        from .attention_cpu import CpuPlanner
+
+        shares = None in self._windows and not self._config.disable_cascade_attn
+        heads = self._model.spec.num_attention_heads
+        return CpuPlanner(heads, self._kv_cache, shares=shares)
 
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> StepResults:
@@ -219,6 +227,7 @@ class ModelRunner:
             seq_lens=lengths.to(device),
             logit_indices=(loc[1:] - 1).to(device, torch.int64),
         )
+        planner = self._cpu_planner
         metadata = AttentionMetadata(
             kv_cache=self._kv_cache,
             slot_mapping=step.slot_mapping,
@@ -229,7 +238,7 @@ class ModelRunner:
             max_query_len=max(2, int(lengths.max())),
             workspaces=self._workspaces,
             kv_scales=self._kv_scales,
-            cpu_plan=self._cpu_plan(loc.numpy(), lengths.numpy()),
+            cpu_plan=None if planner is None else planner.plan(loc.numpy(), lengths.numpy()),
         )
         return self._forward(step, metadata), step
 
@@ -331,15 +340,14 @@ class ModelRunner:
             workspaces=self._workspaces,
             kv_scales=self._kv_scales,
             cascade=cascade,
-            cpu_plan=self._cpu_plan(host.query_start_loc, host.seq_lens),
+            cpu_plan=self._cpu_plan(host),
         )
 
-    def _cpu_plan(self, query_start_loc: np.ndarray, seq_lens: np.ndarray) -> CpuPlan | None:
-        if self._kv_cache.device.type != "cpu":
+    def _cpu_plan(self, host: HostStep) -> CpuPlan | None:
+        if self._cpu_planner is None:
             return None
-        from .attention_cpu import build_cpu_plan
-
-        return build_cpu_plan(query_start_loc, seq_lens, self._group)
+        tables = host.tables[host.rows[: host.num_decodes]]
+        return self._cpu_planner.plan(host.query_start_loc, host.seq_lens, tables)
 
 
 def _joined(samples: list[RowSamples]) -> tuple[list[TokenSequence], torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 MIN_PREFIX_TOKENS = 512
 MIN_MEMBERS = 4
@@ -28,9 +28,25 @@ class PrefixGroup(NamedTuple):
     length: int
 
 
+class GroupCost(Protocol):
+    """What a group saves, with tiles of rows that read a prefix once."""
+
+    @property
+    def query_len(self) -> int: ...
+
+    @property
+    def members_per_tile(self) -> int:
+        """0 where not even one member's rows fit a tile: no groups."""
+        ...
+
+    def saved_bytes(self, members: int, length: int) -> float:
+        """Bytes of memory traffic a layer that a group saves, launches aside; below 0: a loss."""
+        ...
+
+
 @dataclass(frozen=True)
 class CascadeCost:
-    """One layer's attention as the cost of a group sees it; see `saved_bytes`."""
+    """One layer's attention on a GPU as the cost of a group sees it; see `saved_bytes`."""
 
     num_heads: int
     num_kv_heads: int
@@ -45,7 +61,6 @@ class CascadeCost:
 
     @property
     def members_per_tile(self) -> int:
-        """0 where not even one member's rows fit a tile: no cascade."""
         return self.block_m // (self.query_len * (self.num_heads // self.num_kv_heads))
 
     def num_tiles(self, members: int) -> int:
@@ -56,9 +71,7 @@ class CascadeCost:
         return max(1, min(self.programs // (tiles * self.num_kv_heads), length // MIN_CHUNK))
 
     def saved_bytes(self, members: int, length: int) -> float:
-        """Bytes of memory traffic a layer that a group saves, launches aside; below 0: a loss.
-
-        Apart, `members` each read `length` tokens of K and V. Together every tile of rows reads
+        """Apart, `members` each read `length` tokens of K and V. Together every tile of rows reads
         them, or is bound by its products, and every member writes and reads one float32 result a
         head and split.
         """
@@ -74,7 +87,7 @@ def find_prefix_groups(
     block_tables: Sequence[Sequence[int]],
     context_lens: Sequence[int],
     block_size: int,
-    cost: CascadeCost,
+    cost: GroupCost,
     *,
     tile: int = 64,
     min_tokens: int = MIN_PREFIX_TOKENS,

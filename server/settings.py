@@ -149,7 +149,7 @@ class Settings(BaseSettings):
     )
     enable_prefix_caching: bool = _option("KV cache", "Share blocks of equal prefixes.", True)
     disable_cascade_attn: bool = _option(
-        "KV cache", "Have each sequence read a shared prefix by itself (GPU).", False
+        "KV cache", "Have each decode read a prefix that it shares by itself.", False
     )
 
     max_num_seqs: int = _option("Scheduling", "Most sequences in a step.", 256, ge=1)

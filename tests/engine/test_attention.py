@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from quire.engine import attention
 from quire.engine.attention import AttentionMetadata
-from quire.engine.attention_cpu import attend_on_cpu, build_cpu_plan
+from quire.engine.attention_cpu import CpuPlan, CpuPlanner, attend_on_cpu
 from quire.engine.attention_cuda import attend_on_cuda
 from quire.kernels import reference
 
@@ -53,9 +54,6 @@ class Batch:
 
     def metadata(self, window: int | None) -> AttentionMetadata:
         kv_cache = self.caches[None].clone()
-        plan = build_cpu_plan(
-            self.query_start_loc.numpy(), self.seq_lens.numpy(), HEADS // KV_HEADS
-        )
         return AttentionMetadata(
             kv_cache=kv_cache,
             slot_mapping=self.slot_mapping,
@@ -65,7 +63,14 @@ class Batch:
             num_decodes=self.num_decodes,
             max_query_len=self.max_query_len,
             workspaces={window: None},  # type: ignore[dict-item]
-            cpu_plan=plan,
+            cpu_plan=self.cpu_plan(shares=True),
+        )
+
+    def cpu_plan(self, *, shares: bool) -> CpuPlan:
+        return CpuPlanner(HEADS, self.caches[None], shares=shares).plan(
+            self.query_start_loc.numpy(),
+            self.seq_lens.numpy(),
+            self.table[: self.num_decodes].numpy(),
         )
 
     def expected(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,18 +154,58 @@ def test_backends_agree_with_the_reference(
 def test_tiles_cover_every_query_once_and_the_longest_come_first() -> None:
     query_lens, seq_lens = [1, 1, 7, 270, 16, 3], [40, 5, 7, 290, 16, 130]
     loc = np.cumsum([0, *query_lens]).astype(np.int32)
-    plan = build_cpu_plan(loc, np.array(seq_lens, dtype=np.int32), 3)
+    planner = CpuPlanner(3, torch.empty(1, 2, 1, 1, 16, 64))
+    plan = planner.plan(loc, np.array(seq_lens, dtype=np.int32))
     assert plan.tile_queries == 16
+    assert (plan.tiles[:, 1] - plan.tiles[:, 0] == 1).all() and not plan.tiles[:, 2].any()
+    members = plan.members[plan.tiles[:, 0]]
     queries = [
         loc[sequence] + query
-        for sequence, first in plan.tiles
+        for sequence, first in members
         for query in range(first, min(first + plan.tile_queries, query_lens[sequence]))
     ]
     assert sorted(queries) == list(range(loc[-1]))
     work = [
-        min(query_lens[sequence] - first, 16) * seq_lens[sequence] for sequence, first in plan.tiles
+        min(query_lens[sequence] - first, 16) * seq_lens[sequence] for sequence, first in members
     ]
     assert work == sorted(work, reverse=True)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize(("block_size", "head_dim"), [(16, 64), (64, 16), (128, 128)])
+@pytest.mark.parametrize("prefill", [(), (40,)])
+def test_decodes_that_read_a_prefix_once_give_the_same_bits(
+    block_size: int,
+    head_dim: int,
+    prefill: tuple[int, ...],
+    window: int | None,
+    with_sinks: bool,
+    softcap: float | None,
+) -> None:
+    seq_lens = [300, 400, 40, 257, 300, 290, 700]
+    batch = Batch([*(1 for _ in seq_lens), *prefill], [*seq_lens, *prefill], block_size, head_dim)
+    batch.table[[1, 4], : 256 // block_size] = batch.table[0, : 256 // block_size]
+    batch.table[[3, 6], : 256 // block_size] = batch.table[5, : 256 // block_size]
+    metadata = batch.metadata(window)
+    transpose_keys(metadata.kv_cache[0])
+    alone = replace(metadata, cpu_plan=batch.cpu_plan(shares=False))
+    options = {
+        "scale": 0.3,
+        "window": window,
+        "softcap": softcap,
+        "sinks": batch.sinks if with_sinks else None,
+    }
+    outputs = [
+        attend_on_cpu(batch.query, batch.key, batch.value, each.kv_cache[0], each, **options)
+        for each in (metadata, alone)
+    ]
+    plan = metadata.cpu_plan
+    assert plan is not None and sorted(plan.tiles[plan.tiles[:, 2] > 0, 2]) == [256, 256]
+    assert torch.equal(*outputs)
+    expected, _ = batch.expected(**options)
+    torch.testing.assert_close(outputs[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_row_that_pads_the_batch_writes_and_attends_to_nothing() -> None:

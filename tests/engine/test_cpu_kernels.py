@@ -13,20 +13,19 @@ from numba import njit
 from torch import nn
 
 from quire.engine.attention import AttentionMetadata
-from quire.engine.attention_cpu import build_cpu_plan
+from quire.engine.attention_cpu import CpuPlanner
 from quire.engine.counter_rng import exponential, stream_keys
 from quire.engine.cpu_decoder import CpuDecoder, can_compile
 from quire.engine.cpu_linear import PackedLinear
-from quire.engine.cpu_numbers import LANES, as_array, exp, fetch_add, load, store, to_float
+from quire.engine.cpu_numbers import LANES, as_array, exp, store, to_float
 from quire.engine.cpu_panels import (
     PANEL_COLUMNS,
     PANEL_ROWS,
-    WIDE_COLUMNS,
-    WIDE_VECTORS,
+    PANEL_VECTORS,
     multiply_add,
-    multiply_few,
 )
 from quire.engine.cpu_sampling import draw, race
+from quire.engine.cpu_softmax import KEYS, weigh
 from quire.engine.flat_decoder import FlatDecoder, FlatLayer, Norm, TorchOps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,8 +38,9 @@ def make_metadata(slots: list[int], head_dim: int, dtype: torch.dtype) -> Attent
     tokens = len(slots)
     loc = torch.arange(tokens + 1, dtype=torch.int32)
     seq_lens = torch.tensor([slot >= 0 for slot in slots], dtype=torch.int32)
+    kv_cache = torch.zeros(1, 2, 8, KV_HEADS, 16, head_dim, dtype=dtype)
     return AttentionMetadata(
-        kv_cache=torch.zeros(1, 2, 8, KV_HEADS, 16, head_dim, dtype=dtype),
+        kv_cache=kv_cache,
         slot_mapping=torch.tensor(slots),
         block_table=torch.tensor(slots, dtype=torch.int32)[:, None] // 16,
         query_start_loc=loc,
@@ -48,7 +48,7 @@ def make_metadata(slots: list[int], head_dim: int, dtype: torch.dtype) -> Attent
         num_decodes=tokens,
         max_query_len=1,
         workspaces={},
-        cpu_plan=build_cpu_plan(loc.numpy(), seq_lens.numpy(), HEADS // KV_HEADS),
+        cpu_plan=CpuPlanner(HEADS, kv_cache).plan(loc.numpy(), seq_lens.numpy()),
     )
 
 
@@ -115,51 +115,94 @@ def test_the_exponential_is_as_exact_as_it_says() -> None:
 def test_a_panel_of_a_product() -> None:
     @njit
     def apply(left, right, out, rows):  # type: ignore[no-untyped-def]
-        multiply_add(left, 2, 1, right, 3, PANEL_COLUMNS, 7, out, 4, rows)
+        stride = 3 * PANEL_COLUMNS
+        multiply_add(left, 2, 1, right, 4 * PANEL_COLUMNS, stride, 7, out, 4, 3, rows)
 
     rng = np.random.default_rng(0)
-    left = rng.standard_normal((2 + 3 * PANEL_ROWS, 9), dtype=np.float32)
+    left = rng.standard_normal((2 + 2 * PANEL_ROWS, 9), dtype=np.float32)
     right = rng.standard_normal((10, 3 * PANEL_COLUMNS), dtype=np.float32)
     for rows in range(1, 2 * PANEL_ROWS + 1):
         out = np.ones((4 + 3 * PANEL_ROWS, 3 * PANEL_COLUMNS), dtype=np.float32)
         apply(left, right, out, rows)
-        columns = slice(PANEL_COLUMNS, 2 * PANEL_COLUMNS)
-        product = left[2 : 2 + rows, 1:8] @ right[3:, columns]
-        np.testing.assert_allclose(out[4 : 4 + rows, columns], 1 + product, rtol=1e-5, atol=1e-5)
-        assert (out[:4] == 1).all() and (out[:, :PANEL_COLUMNS] == 1).all()
-        assert (out[4 + -(-rows // PANEL_ROWS) * PANEL_ROWS :] == 1).all()
+        product = left[2 : 2 + rows, 1:8] @ right[1:8, PANEL_COLUMNS : 2 * PANEL_COLUMNS]
+        inside = (slice(4, 4 + rows), slice(3, 3 + PANEL_COLUMNS))
+        np.testing.assert_allclose(out[inside], 1 + product, rtol=1e-5, atol=1e-5)
+        out[inside] = 1
+        assert (out == 1).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_panel_of_scattered_vectors(dtype: torch.dtype) -> None:
     @njit
     def apply(left, right, places, out, rows):  # type: ignore[no-untyped-def]
-        multiply_few(left, 2, right, places, 20, 5, out, 3, rows)
+        multiply_add(left, 0, 2, right, places, 20, 5, out, 0, 3, rows)
 
     rng = np.random.default_rng(0)
     left = rng.standard_normal((9, 8), dtype=np.float32)
     right = torch.randn(2, 3, 200).to(dtype)
-    places = rng.permutation(500)[:WIDE_VECTORS]
+    places = rng.permutation(500)[:PANEL_VECTORS]
     lines = [right.flatten()[place : place + 100].view(5, 20)[:, :LANES] for place in places]
     for rows in range(1, 10):
-        out = np.ones((9, WIDE_COLUMNS + 5), dtype=np.float32)
+        out = np.ones((9, PANEL_COLUMNS + 5), dtype=np.float32)
         apply(left, as_array(right), places, out, rows)
         expected = 1 + left[:rows, 2:7] @ torch.cat(lines, dim=1).float().numpy()
-        inside = (slice(rows), slice(3, 3 + WIDE_COLUMNS))
+        inside = (slice(rows), slice(3, 3 + PANEL_COLUMNS))
         np.testing.assert_allclose(out[inside], expected, rtol=1e-5, atol=1e-5)
         out[inside] = 1
         assert (out == 1).all()
 
 
-def test_a_counter_gives_every_number_once() -> None:
-    counter = np.zeros(2, dtype=np.int64)
-
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_panel_of_scattered_rows(dtype: torch.dtype) -> None:
     @njit
-    def take(counter):  # type: ignore[no-untyped-def]
-        return fetch_add(counter, 1, 2), load(counter, 1)
+    def apply(left, right, lines, out, rows):  # type: ignore[no-untyped-def]
+        multiply_add(left, 0, 2, right, 11, lines, 5, out, 0, 3, rows)
 
-    assert [take(counter) for _ in range(3)] == [(0, 2), (2, 4), (4, 6)]
-    assert counter.tolist() == [0, 6]
+    rng = np.random.default_rng(0)
+    left = rng.standard_normal((9, 8), dtype=np.float32)
+    right = torch.randn(2, 3, 200).to(dtype)
+    lines = rng.permutation(1100)[:5]
+    picked = torch.stack([right.flatten()[11 + line :][:PANEL_COLUMNS] for line in lines])
+    for rows in range(1, 10):
+        out = np.ones((9, PANEL_COLUMNS + 5), dtype=np.float32)
+        apply(left, as_array(right), lines, out, rows)
+        expected = 1 + left[:rows, 2:7] @ picked.float().numpy()
+        inside = (slice(rows), slice(3, 3 + PANEL_COLUMNS))
+        np.testing.assert_allclose(out[inside], expected, rtol=1e-5, atol=1e-5)
+        out[inside] = 1
+        assert (out == 1).all()
+
+
+def test_weights_of_the_softmax() -> None:
+    @njit
+    def apply(scores, begin, end, least):  # type: ignore[no-untyped-def]
+        return weigh(scores, 1, begin, end, least)
+
+    rng = np.random.default_rng(0)
+    for begin, end in [(0, KEYS), (0, 1), (3, 40), (KEYS - 1, KEYS), (5, 5), (0, -3)]:
+        for least in (-np.inf, 0.5, 90.0):
+            scores = rng.normal(0, 10, (3, KEYS)).astype(np.float32)
+            before = scores.copy()
+            greatest, total = apply(scores, begin, end, np.float32(least))
+            seen = before[1, begin : max(begin, end)]
+            assert greatest == max([least, *seen])
+            expected = np.zeros(KEYS)
+            expected[begin : max(begin, end)] = np.exp(seen.astype(np.float64) - greatest)
+            np.testing.assert_allclose(scores[1], expected, rtol=2e-5, atol=1e-37)
+            assert not scores[1, :begin].any() and not scores[1, max(begin, end) :].any()
+            np.testing.assert_allclose(total, expected.sum(), rtol=2e-5, atol=1e-37)
+            assert np.array_equal(scores[[0, 2]], before[[0, 2]])
+
+
+def test_a_score_that_is_no_number_comes_out_of_the_softmax_if_it_is_seen() -> None:
+    @njit
+    def apply(scores, begin):  # type: ignore[no-untyped-def]
+        return weigh(scores, 0, begin, KEYS, np.float32(-np.inf))
+
+    scores = np.zeros((1, KEYS), dtype=np.float32)
+    scores[0, 7] = np.nan
+    assert apply(scores.copy(), 8) == (0.0, KEYS - 8)
+    assert np.isnan(apply(scores, 7)[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from quire.engine.attention_cpu import CpuPlan, CpuPlanner
 from quire.engine.config import EngineConfig
 from quire.engine.decode_graphs import graph_sizes
 from quire.engine.engine_core import EngineCore
@@ -165,6 +166,33 @@ def test_greedy_forks_equal_generate(family: tuple[Path, Reference]) -> None:
         for choice in range(4):
             assert engine.tokens(request, choice) == reference.complete(prompt, 40)
     assert engine.core.stats().blocks_copied > 0
+
+
+def test_decodes_that_read_their_prefix_once_equal_generate(
+    family: tuple[Path, Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, reference = family
+    shared = []
+    plan = CpuPlanner.plan
+
+    def keep(planner: CpuPlanner, *arguments: Any) -> CpuPlan:
+        made = plan(planner, *arguments)
+        shared.append(int(made.tiles[:, 2].max(initial=0)))
+        return made
+
+    monkeypatch.setattr(CpuPlanner, "plan", keep)
+    rng = random.Random(1)
+    stem = [rng.randrange(3, models.VOCAB_SIZE) for _ in range(140)]
+    wanted = [stem + [3 + i] * (i + 1) for i in range(6)]
+    for disabled in (False, True):
+        engine = Engine(folder, disable_cascade_attn=disabled)
+        requests = [engine.add(prompt, 30) for prompt in wanted]
+        shared.clear()
+        engine.run()
+        for request, prompt in zip(requests, wanted, strict=True):
+            assert engine.tokens(request) == reference.complete(prompt, 30)
+        has_full_layers = None in engine.worker._runner._windows
+        assert max(shared) == (128 if has_full_layers and not disabled else 0)
 
 
 def test_logprobs_equal_the_reference(family: tuple[Path, Reference]) -> None:

@@ -1,0 +1,110 @@
+"""Vectors of LANES numbers in LLVM's own instructions, for kernels that Numba would not make fast.
+
+Every function here builds instructions with llvmlite; arrays are contiguous, and an element's place
+in one is counted in memory's order.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from .cpu_numbers import EXP_TERMS, LANES, LOG2_E
+
+FLOATS = ir.VectorType(ir.FloatType(), LANES)
+WORDS = ir.VectorType(ir.IntType(32), LANES)
+INDEX = ir.IntType(64)
+
+
+def arrays_of(context, builder, signature, arguments, places):
+    """The arguments at `places` as arrays: their data and shape."""
+    return [
+        cgutils.create_struct_proxy(signature.args[at])(context, builder, arguments[at])
+        for at in places
+    ]
+
+
+def index(number):
+    return ir.Constant(INDEX, number)
+
+
+def plus(builder, number, constant):
+    return builder.add(number, index(constant))
+
+
+def place_of(builder, array, row, column):
+    """Of an element of a `[., n]` array."""
+    return builder.add(builder.mul(row, builder.extract_value(array.shape, 1)), column)
+
+
+def pointer_to(builder, array, place):
+    """To the LANES numbers from `place` on."""
+    pointer = builder.gep(array.data, [place])
+    vector = ir.VectorType(array.data.type.pointee, LANES)
+    return builder.bitcast(pointer, vector.as_pointer())
+
+
+def to_floats(builder, number_type, vector):
+    """As `cpu_numbers.to_float`; int8, too."""
+    if number_type == types.float32:
+        return vector
+    if number_type == types.int16:
+        halves = ir.VectorType(ir.HalfType(), LANES)
+        return builder.fpext(builder.bitcast(vector, halves), FLOATS)
+    if number_type == types.int8:
+        return builder.sitofp(builder.sext(vector, WORDS), FLOATS)
+    return builder.bitcast(builder.shl(builder.zext(vector, WORDS), words(16)), FLOATS)
+
+
+def broadcast(builder, number):
+    """A float or an int32 in all lanes."""
+    undefined = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+    first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, undefined, words(0))
+
+
+def words(number):
+    return ir.Constant(WORDS, [number] * LANES)
+
+
+def floats(number):
+    return ir.Constant(FLOATS, [float(number)] * LANES)
+
+
+def fused(builder, left, right, addend):
+    """left * right + addend."""
+    name, kind = f"llvm.fma.v{LANES}f32", ir.FunctionType(FLOATS, [FLOATS] * 3)
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, kind, name), [left, right, addend]
+    )
+
+
+def greater(builder, left, right):
+    """The greater of each lane; right's where one is NaN."""
+    return builder.select(builder.fcmp_ordered(">", left, right), left, right)
+
+
+def across(builder, combine, vector):
+    """All lanes combined, in every lane of the result."""
+    half = LANES // 2
+    while half:
+        turned = ir.Constant(WORDS, [lane ^ half for lane in range(LANES)])
+        vector = combine(vector, builder.shuffle_vector(vector, vector, turned))
+        half //= 2
+    return vector
+
+
+def exponential(builder, x):
+    """As `cpu_numbers.exp`."""
+    y = builder.fmul(x, floats(LOG2_E))
+    y = builder.select(builder.fcmp_ordered("<", y, floats(-126)), floats(-126), y)
+    y = builder.select(builder.fcmp_ordered(">", y, floats(126)), floats(126), y)
+    n = builder.sub(builder.fptosi(builder.fadd(y, floats(126.5)), WORDS), words(126))
+    f = builder.fsub(y, builder.sitofp(n, FLOATS))
+    power = floats(EXP_TERMS[0])
+    for term in EXP_TERMS[1:]:
+        power = fused(builder, power, f, floats(term))
+    scale = builder.shl(builder.add(n, words(127)), words(23))
+    return builder.fmul(power, builder.bitcast(scale, FLOATS))
