@@ -190,25 +190,34 @@ class ModelRunner:
         logits = self._model.logits(hidden[step.logit_indices])
         # The logits as they are, then a copy that is shaped: of another dtype for the kernel.
         for bias in ((), ((0, 1.0),)):
-            params = SamplingParams(max_tokens=1, top_p=0.9, logprobs=0, logit_bias=bias)
-            request = Request(
-                request_id="", prompt_token_ids=(0,), sampling_params=params, arrival_time=0.0
+            self._sample_blank(
+                logits, SamplingParams(max_tokens=1, top_p=0.9, logprobs=0, logit_bias=bias)
             )
-            sampler = Sampler(self._model.spec.vocab_size, device)
-            sequences = [
-                TokenSequence(request, index, index, Rank(0, index, 0), frozenset())
-                for index in range(num_seqs)
-            ]
-            sampler(logits, sampler.prepare(sequences))
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run two tokens, which on the CPU compiles what this machine has not compiled before."""
+        """Run two tokens and draw from blank logits, of all tokens and of the likeliest, which on
+        the CPU compiles what this machine has not compiled before."""
         from .cpu_numbers import is_compiled
 
         if not is_compiled():
             logger.info("compiling for this processor, once: takes some half a minute")
         self._run_blank_step(2, 1)
+        logits = torch.zeros(1, self._model.spec.vocab_size, dtype=self._model.dtype)
+        for top_p in (1.0, 0.5):
+            self._sample_blank(logits, SamplingParams(max_tokens=1, top_p=top_p))
+
+    def _sample_blank(self, logits: torch.Tensor, params: SamplingParams) -> None:
+        """One token for each of these rows."""
+        request = Request(
+            request_id="", prompt_token_ids=(0,), sampling_params=params, arrival_time=0.0
+        )
+        sampler = Sampler(self._model.spec.vocab_size, logits.device)
+        sequences = [
+            TokenSequence(request, index, index, Rank(0, index, 0), frozenset())
+            for index in range(len(logits))
+        ]
+        sampler(logits, sampler.prepare(sequences))
 
     def _run_blank_step(self, num_tokens: int, num_seqs: int) -> tuple[torch.Tensor, DeviceStep]:
         """Hidden states of a step that writes nothing to the cache and reads its first blocks."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from quire.engine import cpu_sampling
 from quire.engine.errors import NonFiniteLogitsError
 from quire.engine.outputs import BlockCopy, RowError
 from quire.engine.sampling_metadata import SamplingBatch
@@ -216,3 +218,34 @@ def test_a_step_without_rows_applies_releases(llama: tuple[Path, PreTrainedModel
     first, second = (make_sequence([5, 6, 7], 2) for _ in range(2))
     driver.run([first])
     assert driver.run([second]) == [first.token_ids[3:]]
+
+
+def test_the_start_compiles_what_draws_need(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[tuple[str, str]] = set()
+
+    def recorded(name: str) -> Any:
+        kernel = getattr(cpu_sampling, name)
+
+        def call(*arguments: Any) -> None:
+            seen.add((name, str([numba.typeof(argument) for argument in arguments])))
+            kernel(*arguments)
+
+        return call
+
+    for name in ("draw", "race"):
+        monkeypatch.setattr(cpu_sampling, name, recorded(name))
+    driver = Driver.start(make_config(llama[0]))
+    compiled = set(seen)
+    assert {name for name, _ in compiled} == {"draw", "race"}
+    shapes: list[dict[str, Any]] = [
+        {},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"min_p": 0.1},
+        {"logit_bias": ((3, 1.0),)},
+        {"top_k": 3, "top_p": 0.5, "presence_penalty": 1.0},
+    ]
+    driver.run([make_sequence([5, 6], 3, temperature=0.8, seed=1, **shape) for shape in shapes])
+    assert seen == compiled
