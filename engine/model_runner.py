@@ -194,6 +194,19 @@ class ModelRunner:
             sampler(logits, sampler.prepare(sequences))
 
     @torch.inference_mode()
+    def compile_kernels(self) -> None:
+        """Launch what a step on CUDA may launch, sampling aside, so that no request waits for its
+        compilation: decodes, prefills of short and of long rows, a copy of a block to itself."""
+        inputs = self._batch.inputs
+        inputs.pad_decodes([1])
+        for shared in {False, self._shared_prefixes is not None}:
+            self._decode(inputs.static_step(1), shared)
+        inputs.pad_decodes([])
+        for num_tokens in (2, 256):
+            self._run_blank_step(num_tokens, 1)
+        self._copy_blocks([BlockCopy(0, 0)])
+
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Run two tokens, which on the CPU compiles what this machine has not compiled before."""
         from .cpu_numbers import is_compiled
