@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -181,8 +181,8 @@ class ModelRunner:
         hidden, step = self._run_blank_step(num_tokens, num_seqs)
         logits = self._model.logits(hidden[step.logit_indices])
         # The logits as they are, then a copy that is shaped: of another dtype for the kernel.
-        for bias in ((), ((0, 1.0),)):
-            params = SamplingParams(max_tokens=1, top_p=0.9, logprobs=0, logit_bias=bias)
+        for bias, top_p in product(((), ((0, 1.0),)), (1.0, 0.9)):
+            params = SamplingParams(max_tokens=1, top_p=top_p, logprobs=0, logit_bias=bias)
             request = Request(
                 request_id="", prompt_token_ids=(0,), sampling_params=params, arrival_time=0.0
             )
