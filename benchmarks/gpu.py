@@ -22,10 +22,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from gpu_workloads import table
+from gpu_targets import target_table
+from gpu_workloads import SPOILED, table
 
 ROOT = Path(__file__).parents[1]
-SPOILED = 3
 ENGINE = "engine"
 PHASES = {  # phase: (module, function, share of what is left of the budget when it starts)
     "checks": ("gpu_checks", "cases", 0.3),
@@ -110,20 +110,37 @@ def drive_phase(phase: str, seconds: float, path: Path) -> str:
 
 
 def drive_engine(seconds: float, out: Path, records: list[Record]) -> str:
-    """gpu_engine.py, which keeps its own budget and writes each part at once; how it ended."""
-    script = Path(__file__).with_name("gpu_engine.py")
+    """gpu_engine.py, which keeps its own budget and writes each part at once, again behind each
+    stage that spoiled or killed it; how it ended."""
+    script, end = Path(__file__).with_name("gpu_engine.py"), time.time() + seconds
     command = [sys.executable, str(script), "--out", str(out)]
-    command += ["--budget", str(max(10.0, seconds - 15))]
     found = {record["name"]: record for record in records}
     if "gb_s" in found.get("limit copy", {}) and "tflop_s" in found.get("limit matmul", {}):
         bandwidth, compute = found["limit copy"]["gb_s"] / 1e3, found["limit matmul"]["tflop_s"]
         command += ["--limits", str(bandwidth), str(compute)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'types'}"}
-    try:
-        code = subprocess.run(command, env=environment, timeout=seconds + 15).returncode
-    except subprocess.TimeoutExpired:
-        return "stopped by the clock in a part"
-    return "complete" if code == 0 else f"exit code {code}"
+    crashes: list[str] = []
+    while True:
+        left = end - time.time()
+        budget = ["--budget", str(max(10.0, left - 15))]
+        resume = ["--resume"] if crashes else []
+        begun = _stages_begun(out)
+        try:
+            code = subprocess.run(
+                command + budget + resume, env=environment, timeout=max(20.0, left + 15)
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return "; ".join([*crashes, "stopped by the clock in a part"])
+        if code in (0, 1) and _stages_begun(out) > begun:
+            return "; ".join(crashes) or "complete"
+        crashes.append(f"exit code {code} in stage {_stages_begun(out)}")
+        if _stages_begun(out) == begun or time.time() > end - 30:
+            return "; ".join(crashes)
+
+
+def _stages_begun(out: Path) -> int:
+    path = out / "gpu_engine.json"
+    return int(json.loads(path.read_text())["stages"]) if path.exists() else 0
 
 
 def engine_results(out: Path) -> Record:
@@ -189,6 +206,8 @@ def report(
     if engine:
         lines.append("engine (tokens/s, share of the computed ceiling):")
         lines.append(table({"quire": engine}))
+    lines.append("targets:")
+    lines.append(target_table({record["name"]: record for record in records} | engine, {}))
     groups: dict[str, list[Record]] = {}
     for record in records:
         if record["phase"].startswith("sweep") and "us" in record:

@@ -92,9 +92,11 @@ def paged_batch(
     *,
     shared: int = 0,
     dtype: torch.dtype = torch.bfloat16,
+    in_order: bool = False,
 ) -> PagedBatch:
     """Caches of `dtype`: as many layers as it takes to read 256 MB before a layer comes again, at
-    most 64. All sequences have their first `shared` tokens, whole blocks, in common."""
+    most 64. All sequences have their first `shared` tokens, whole blocks, in common. Blocks lie
+    anywhere, or `in_order`."""
     common = shared // block_size
     needed = [-(-length // block_size) for length in lengths]
     num_blocks = common + sum(count - common for count in needed)
@@ -106,6 +108,8 @@ def paged_batch(
     for layer in kv_cache:  # torch draws no float8
         layer.copy_(torch.randn(size, dtype=torch.bfloat16, device=DEVICE))
     order = torch.randperm(num_blocks, device=DEVICE, dtype=torch.int32)
+    if in_order:
+        order = order.sort().values
     table = torch.zeros(len(lengths), max(needed), dtype=torch.int32, device=DEVICE)
     first = common
     for row, count in enumerate(needed):

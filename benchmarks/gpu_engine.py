@@ -5,20 +5,22 @@
 Needs torch, triton and transformers, no network and no HTTP package. The workloads are those of
 gpu_workloads.py, beside their computed ceiling; transformers' own `generate_batch` runs in the same
 process. Parts run in order of how much they tell; what the budget does not reach is reported as
-skipped. Writes DIR/gpu_engine.json and prints a table. `--shapes tiny --no-checks` tries the
-script on a CPU. Exit code 1 if a part failed.
+skipped. Writes DIR/gpu_engine.json after each part and prints a table. `--shapes tiny --no-checks`
+tries the script on a CPU. Exit code 1 if a part failed, 3 if one spoiled the process (a CUDA error
+does): `--resume` goes on with what comes after it.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,16 @@ CHECKED: dict[str, Any] = {
         num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256, sliding_window=100,
     ),
 }  # fmt: skip
+
+
+def process_age() -> float:
+    """Seconds since this process began (proc(5): starttime, in clock ticks since boot)."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    begun = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - begun
+
+
+IMPORTS_S = process_age()
 
 
 def make_request(name: str, prompt: list[int], max_tokens: int) -> Request:
@@ -177,7 +189,7 @@ class QuireEngine:
 
 def generate_batch(folder: Path, shape: str) -> Result:
     """transformers' own continuous batching on the requests of `Bench.offline`, each with the mean
-    output: it takes one length for all."""
+    output: it takes one length for all. Its second run is timed, over kernels that are loaded."""
     sizes, rng = sizes_of(shape), random.Random(0)
     lengths = [
         (rng.randint(*sizes.lengths), rng.randint(*sizes.lengths)) for _ in range(sizes.requests)
@@ -192,6 +204,8 @@ def generate_batch(folder: Path, shape: str) -> Result:
     generation = GenerationConfig(
         max_new_tokens=mean, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
+    short = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    model.generate_batch(inputs=prompts[:8], generation_config=short, progress_bar=False)
     torch.cuda.synchronize()
     begin = time.perf_counter()
     outputs = model.generate_batch(inputs=prompts, generation_config=generation, progress_bar=False)
@@ -224,6 +238,7 @@ class ShapeTimes:
             found.append(bench)
             return {
                 "first_token_s": time.perf_counter() - begin,
+                "imports_s": IMPORTS_S,
                 "kv_tokens": engine.kv_tokens,
             }
 
@@ -231,15 +246,14 @@ class ShapeTimes:
         return found[0] if found else None
 
     def run(self) -> None:
-        report, shape = self._report, self._shape
-        if bench := self.with_engine(shape):
-            bench.run_all(report, shape)
+        if bench := self.with_engine(self._shape):
+            bench.run_all(self._report, self._shape)
         bench = None
         free_memory()
-        if not torch.cuda.is_available():
-            return
-        report.run(f"{shape} generate_batch", lambda: generate_batch(self._folder, shape), 60)
-        free_memory()
+
+    def run_comparisons(self) -> None:
+        """What the engine's ways of its own are worth: each part again without one of them."""
+        report, shape = self._report, self._shape
         if bench := self.with_engine(f"{shape} no cascade", disable_cascade_attn=True):
             report.run(f"{shape} no cascade shared prefix", bench.shared_prefix, 15)
         bench = None
@@ -252,6 +266,20 @@ class ShapeTimes:
             bench.run_fp8(report, shape)
         bench = None
         free_memory()
+
+    def run_transformers(self) -> None:
+        name = f"{self._shape} generate_batch"
+        self._report.run(name, lambda: generate_batch(self._folder, self._shape), 60)
+        free_memory()
+
+
+def device_lives() -> bool:
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def device_facts() -> Result:
@@ -268,27 +296,48 @@ def main() -> int:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--no-checks", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="behind the stage begun last in DIR")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     limits = Limits(*(value * 1e12 for value in arguments.limits or (4.3, 790)))
-    report = Report(arguments.budget, arguments.out / "gpu_engine.json", device_facts())
-    if not arguments.no_checks:
-        for name in CHECKED:
-            report.run(f"check {name}", lambda name=name: check_family(name), 20)
-    for shape in arguments.shapes:
-        config = {
-            "block_size": arguments.block_size,
-            "enforce_eager": arguments.enforce_eager,
-            "max_model_len": min(MAX_MODEL_LEN, SHAPES[shape]["max_position_embeddings"]),
-            "max_num_batched_tokens": MAX_BATCHED_TOKENS,
-            "max_num_seqs": MAX_SEQS,
-            "dtype": "bfloat16",
-        }
-        with tempfile.TemporaryDirectory() as name:
-            write_config(shape, Path(name))
-            ShapeTimes(report, shape, limits, Path(name), config).run()
+    report = Report(
+        arguments.budget, arguments.out / "gpu_engine.json", device_facts(),
+        resume=arguments.resume, device_lives=device_lives,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        times = []
+        for shape in arguments.shapes:
+            config = {
+                "block_size": arguments.block_size,
+                "enforce_eager": arguments.enforce_eager,
+                "max_model_len": min(MAX_MODEL_LEN, SHAPES[shape]["max_position_embeddings"]),
+                "max_num_batched_tokens": MAX_BATCHED_TOKENS,
+                "max_num_seqs": MAX_SEQS,
+                "dtype": "bfloat16",
+            }
+            (path := Path(folder, shape)).mkdir()
+            write_config(shape, path)
+            times.append(ShapeTimes(report, shape, limits, path, config))
+        for stage in stages(report, times, checks=not arguments.no_checks)[report.stages :]:
+            report.begin_stage()
+            stage()
     print(table({"quire": report.results}))
     return int(report.failed)
+
+
+def stages(report: Report, times: list[ShapeTimes], checks: bool) -> list[Callable[[], None]]:
+    """The most telling first: whether it is right (by both ways through a model), how fast it is,
+    then the other families, and what each part of it is worth."""
+
+    def check(name: str) -> Callable[[], None]:
+        return lambda: report.run(f"check {name}", lambda: check_family(name), 20)
+
+    first, *others = [check(name) for name in CHECKED] if checks else [lambda: None]
+    found = [first, *others[-1:], *(one.run for one in times), *others[:-1]]
+    if torch.cuda.is_available():
+        found += [one.run_comparisons for one in reversed(times)]
+        found += [one.run_transformers for one in times]
+    return found
 
 
 if __name__ == "__main__":

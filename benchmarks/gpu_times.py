@@ -214,8 +214,9 @@ def time_extend(
     count: int = 1,
     config: TileConfig | None = None,
     dtype: torch.dtype = BF16,
+    in_order: bool = False,
 ) -> Record:
-    batch = paged_batch(shape, block_size, (length,) * count, dtype=dtype)
+    batch = paged_batch(shape, block_size, (length,) * count, dtype=dtype, in_order=in_order)
     query = torch.randn(count * query_len, shape.num_heads, shape.head_dim, device=DEVICE).to(BF16)
     starts = torch.arange(count + 1, dtype=torch.int32, device=DEVICE) * query_len
     out = torch.empty_like(query)
@@ -321,12 +322,15 @@ def cases() -> list[Case]:
         add(f"decode llama 32x1600 b{block_size}", time_decode, LLAMA_8B, block_size, middle)
         add(f"decode llama 1x8192 b{block_size}", time_decode, LLAMA_8B, block_size, (8192,))
         add(f"extend llama 8k b{block_size}", time_extend, LLAMA_8B, block_size, 8192, 8192)
+    add("extend llama 8k in order b128", functools.partial(time_extend, in_order=True), LLAMA_8B,
+        128, 8192, 8192)  # fmt: skip
     add("decode llama fp8 64x4096 b16", functools.partial(time_decode, dtype=E4M3), LLAMA_8B, 16,
         big)  # fmt: skip
     add("decode llama fp8 1x8192 b16", functools.partial(time_decode, dtype=E4M3), LLAMA_8B, 16,
         (8192,))  # fmt: skip
     add("extend llama fp8 8k b16", functools.partial(time_extend, dtype=E4M3), LLAMA_8B, 16, 8192,
         8192)  # fmt: skip
+    add("write llama 4096 tokens", time_write, LLAMA_8B, 4096, False)
     for name, cascade, dtype in (
         ("cascade", True, BF16), ("no cascade", False, BF16), ("cascade fp8", True, E4M3),
     ):  # fmt: skip
@@ -358,7 +362,8 @@ def cases() -> list[Case]:
     add("inputs 8k beside 255", time_inputs, [1023] * 255 + [0], [1] * 255 + [8192], 1 / 16)
     add("inputs 8x131072", time_inputs, [131_071] * 8, [1] * 8, 1 / 16)
     for num_tokens in (1, 256, 4096, 16384):
-        add(f"write llama {num_tokens} tokens", time_write, LLAMA_8B, num_tokens, False)
+        if num_tokens != 4096:
+            add(f"write llama {num_tokens} tokens", time_write, LLAMA_8B, num_tokens, False)
         add(f"rope+write llama {num_tokens} tokens", time_write, LLAMA_8B, num_tokens, True)
     for pairs in (1, 16, 128):
         add(f"copy_blocks {pairs} pairs b16", time_copy_blocks, LLAMA_8B, pairs, 16)

@@ -268,18 +268,44 @@ class Bench:
         report.run(f"{label} fp8 offline {self.sizes.requests}", self.offline, 30)
 
 
+SPOILED = 3
+"""Exit code where a part left a device with which this process can do no more."""
+
+
 class Report:
     """Runs parts while the budget lasts, each written at once; one that raises is recorded, and
-    the next one runs."""
+    the next one runs, if `device_lives`. `results` begin with those that stand in `path` already,
+    if wanted; `stages` is for the caller, to know on resuming which of its own were begun."""
 
-    def __init__(self, budget: float, path: Path, facts: Result) -> None:
+    def __init__(
+        self,
+        budget: float,
+        path: Path,
+        facts: Result,
+        *,
+        resume: bool = False,
+        device_lives: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.deadline = time.monotonic() + budget
-        self.path, self.facts = path, facts
+        self.path, self.facts, self._device_lives = path, facts, device_lives
         self.results: dict[str, Result] = {}
+        self.stages = 0
+        if resume and path.exists():
+            content = json.loads(path.read_text())
+            self.results, self.stages = content["results"], content["stages"]
         path.parent.mkdir(parents=True, exist_ok=True)
 
+    def begin_stage(self) -> None:
+        self.stages += 1
+        self._write()
+
+    def _write(self) -> None:
+        content = {"facts": self.facts, "stages": self.stages, "results": self.results}
+        self.path.write_text(json.dumps(content, indent=1))
+
     def run(self, name: str, part: Callable[[], Result], need: float = 5.0) -> None:
-        """`need`: seconds below which it is not begun."""
+        """`need`: seconds below which it is not begun. SystemExit(SPOILED) after an error of the
+        device that spoils this process."""
         begin = time.monotonic()
         if begin + need > self.deadline:
             self.results[name] = {"skipped": "out of budget"}
@@ -289,8 +315,10 @@ class Report:
             except Exception as error:
                 self.results[name] = {"error": f"{type(error).__name__}: {error}"[:600]}
             self.results[name]["took_s"] = round(time.monotonic() - begin, 1)
-        self.path.write_text(json.dumps({"facts": self.facts, "results": self.results}, indent=1))
+        self._write()
         print(name, self.results[name], flush=True)
+        if "error" in self.results[name] and not self._device_lives():
+            raise SystemExit(SPOILED)
 
     @property
     def failed(self) -> bool:

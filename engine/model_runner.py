@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, product
 from typing import TYPE_CHECKING
 
 import torch
@@ -189,10 +189,23 @@ class ModelRunner:
         hidden, step = self._run_blank_step(num_tokens, num_seqs)
         logits = self._model.logits(hidden[step.logit_indices])
         # The logits as they are, then a copy that is shaped: of another dtype for the kernel.
-        for bias in ((), ((0, 1.0),)):
+        for bias, top_p in product(((), ((0, 1.0),)), (1.0, 0.9)):
             self._sample_blank(
-                logits, SamplingParams(max_tokens=1, top_p=0.9, logprobs=0, logit_bias=bias)
+                logits, SamplingParams(max_tokens=1, top_p=top_p, logprobs=0, logit_bias=bias)
             )
+
+    @torch.inference_mode()
+    def compile_kernels(self) -> None:
+        """Launch what a step on CUDA may launch, sampling aside, so that no request waits for its
+        compilation: decodes, prefills of short and of long rows, a copy of a block to itself."""
+        inputs = self._batch.inputs
+        inputs.pad_decodes([1])
+        for shared in {False, self._shared_prefixes is not None}:
+            self._decode(inputs.static_step(1), shared)
+        inputs.pad_decodes([])
+        for num_tokens in (2, 256):
+            self._run_blank_step(num_tokens, 1)
+        self._copy_blocks([BlockCopy(0, 0)])
 
     @torch.inference_mode()
     def warm_up(self) -> None:

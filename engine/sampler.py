@@ -168,6 +168,7 @@ class Sampler:
 
             return sample_tokens(
                 x,
+                best,
                 rows=group.working_rows,
                 seeds=group.seeds,
                 positions=positions,
@@ -231,7 +232,7 @@ class Sampler:
 
 
 def _has_kernel(device: torch.device) -> bool:
-    """Whether kernels/sample_tokens.py draws: the same tokens in one launch."""
+    """Whether kernels/sample_tokens.py draws: the same tokens in one launch or two."""
     return device.type == "cuda"
 
 

@@ -11,7 +11,7 @@ import torch
 from .causal_lm import CausalLM
 from .config import EngineConfig
 from .decode_graphs import CudaCapture, graph_sizes
-from .errors import ConfigurationError, DeviceMemoryError
+from .errors import ConfigurationError, DeviceMemoryError, UnsupportedModelError
 from .kv_cache import allocate_kv_cache, cpu_cache_memory, num_blocks_from_memory
 from .kv_scales import read_kv_scales
 from .loader import load_model, resolve_kv_cache_dtype
@@ -62,7 +62,8 @@ class Worker:
         config, model = self._config, self._model
         spec = model.spec
         if model.device.type == "cuda":
-            memory = config.kv_cache_memory_bytes or self._cuda_cache_memory()
+            peak = self._peak_memory()
+            memory = config.kv_cache_memory_bytes or self._cuda_cache_memory(peak)
         else:
             memory = cpu_cache_memory(config, spec, self._cache_dtype, self._max_model_len)
         num_blocks = num_blocks_from_memory(
@@ -124,22 +125,35 @@ class Worker:
         self._capture(runner, sizes)
         return before - _free_memory(self._model.device)
 
-    def _cuda_cache_memory(self) -> int:
-        """Bytes left within gpu_memory_utilization once the largest step has its room: what torch
-        held at the peak of such a step, what others (context, libraries) hold, and the graphs."""
-        device = self._model.device
+    def _peak_memory(self) -> int:
+        """Bytes that torch holds at the peak of the largest step. Every kernel of a step has been
+        compiled and launched then."""
+        from triton.errors import TritonError
+
+        device, spec = self._model.device, self._model.spec
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            self._make_runner(1).run_largest_step()
+            runner = self._make_runner(1)
+            runner.compile_kernels()
+            runner.run_largest_step()
         except torch.OutOfMemoryError as error:
             raise ConfigurationError(
                 f"a step of {self._config.token_budget(device.type)} tokens does not fit the "
                 f"memory of {device} beside the model: lower --max-num-batched-tokens or "
                 "--max-num-seqs"
             ) from error
+        except (ValueError, TritonError) as error:  # a launcher refuses, a tile does not fit
+            raise UnsupportedModelError(
+                f"{spec.architecture}: its kernels do not run on {device}: {one_line(error)}"
+            ) from error
         torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device)
+
+    def _cuda_cache_memory(self, peak: int) -> int:
+        """Bytes left within gpu_memory_utilization once the largest step has its room: what torch
+        held at its `peak`, what others (context, libraries) hold, and the graphs."""
+        device = self._model.device
         graphs = self._graph_memory()
         free, total = _free_memory(device), torch.cuda.mem_get_info(device)[1]
         others = total - free - torch.cuda.memory_reserved(device)

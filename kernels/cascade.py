@@ -24,7 +24,7 @@ import triton.language as tl
 from .attend_tiles import attend_tiles, finish_rows, load_query, start_rows, store_partial
 from .checks import require
 from .decode_schedule import DecodeWorkspace
-from .fp8 import load_scales, readable_view
+from .fp8 import load_scale, readable_view
 from .prefix_groups import CascadeCost, PrefixGroup
 from .tuning import TileConfig, extend_config
 
@@ -201,7 +201,8 @@ def _attend_prefixes_kernel(
     head = kv_head * GROUP + row % GROUP
     query = load_query(query_ptr, key_cache_ptr, token, head, live, query_stride_t, query_stride_h,
                        HEAD_DIM, DIM_PAD)  # fmt: skip
-    key_scale, value_scale = load_scales(kv_scales_ptr, kv_head, NUM_KV_HEADS)
+    key_scale = load_scale(kv_scales_ptr, 0, kv_head, NUM_KV_HEADS)
+    value_scale = load_scale(kv_scales_ptr, 1, kv_head, NUM_KV_HEADS)
     if key_scale is not None:
         scale *= key_scale
     table_ptr = block_table_ptr + tl.load(members_ptr + first_member).to(tl.int64) * table_stride

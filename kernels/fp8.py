@@ -32,15 +32,14 @@ def to_e4m3(x):
 
 
 @triton.jit
-def load_scales(kv_scales_ptr, head, NUM_KV_HEADS: tl.constexpr):
-    """K's and V's scales of these kv heads; None where there are none."""
+def load_scale(kv_scales_ptr, row: tl.constexpr, head, NUM_KV_HEADS: tl.constexpr):
+    """K's (row 0) or V's (row 1) scale of these kv heads; None where there are none, which
+    Triton 3.6 takes from a bare return alone."""
     if kv_scales_ptr is None:
-        return None, None
+        return
     else:
-        mask = head < NUM_KV_HEADS
-        key_scale = tl.load(kv_scales_ptr + head, mask=mask, other=1.0)
-        value_scale = tl.load(kv_scales_ptr + NUM_KV_HEADS + head, mask=mask, other=1.0)
-        return key_scale, value_scale
+        scales_ptr = kv_scales_ptr + row * NUM_KV_HEADS + head
+        return tl.load(scales_ptr, mask=head < NUM_KV_HEADS, other=1.0)
 
 
 @triton.jit

@@ -27,9 +27,13 @@ from .attend_tiles import (
 from .cascade import CascadeWorkspace, attend_prefixes
 from .checks import check_attention, require, require_launchable
 from .decode_schedule import DecodeWorkspace, build_decode_schedule
-from .fp8 import check_scales, load_scales, readable_view
+from .fp8 import check_scales, load_scale, readable_view
 
 __all__ = ["DecodeWorkspace", "build_decode_schedule", "paged_attention_decode"]
+
+MAX_REGISTERS = {4: 168}
+"""A thread's, by warps: what three programs a multiprocessor leave. Told nothing, ptxas aims at
+128, for a fourth that shared memory has no room for, and spills."""
 
 
 @triton.jit(
@@ -95,7 +99,8 @@ def _paged_attention_decode_kernel(
     head = kv_head * GROUP + row % GROUP
     query = load_query(query_ptr, key_cache_ptr, token, head, row < ROWS, query_stride_t,
                        query_stride_h, HEAD_DIM, DIM_PAD)  # fmt: skip
-    key_scale, value_scale = load_scales(kv_scales_ptr, kv_head, NUM_KV_HEADS)
+    key_scale = load_scale(kv_scales_ptr, 0, kv_head, NUM_KV_HEADS)
+    value_scale = load_scale(kv_scales_ptr, 1, kv_head, NUM_KV_HEADS)
     if key_scale is not None:
         scale *= key_scale
     positions = tl.load(seq_lens_ptr + seq) - QUERY_LEN + row // GROUP
@@ -236,5 +241,6 @@ def paged_attention_decode(
         PREFETCH=config.prefetch,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=MAX_REGISTERS.get(config.num_warps),
     )  # fmt: skip
     return out

@@ -29,7 +29,7 @@ from .checks import (
     require_launchable,
     require_shape,
 )
-from .fp8 import check_scales, load_scales, readable_view
+from .fp8 import check_scales, load_scale, readable_view
 from .tuning import TileConfig, extend_config
 
 # Metadata whose address or stride changes from step to step must not make Triton compile anew.
@@ -100,7 +100,8 @@ def _paged_attention_extend_kernel(
     live = token < query_len
     query = load_query(query_ptr, key_cache_ptr, query_start + token, head, live, query_stride_t,
                        query_stride_h, HEAD_DIM, DIM_PAD)  # fmt: skip
-    key_scale, value_scale = load_scales(kv_scales_ptr, kv_head, NUM_KV_HEADS)
+    key_scale = load_scale(kv_scales_ptr, 0, kv_head, NUM_KV_HEADS)
+    value_scale = load_scale(kv_scales_ptr, 1, kv_head, NUM_KV_HEADS)
     if key_scale is not None:
         scale *= key_scale
     acc, row_max, row_sum = start_rows(BLOCK_M, DIM_PAD)

@@ -17,7 +17,7 @@ from .checks import (
     require_launchable,
     require_shape,
 )
-from .fp8 import bits_view, check_scales, load_scales, store_as
+from .fp8 import bits_view, check_scales, load_scale, store_as
 
 
 @triton.jit
@@ -57,7 +57,8 @@ def _reshape_and_cache_kernel(
     )
     first = block * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + offset * HEAD_DIM
     target = first + head * (BLOCK_SIZE * HEAD_DIM) + dim
-    key_scale, value_scale = load_scales(kv_scales_ptr, head, NUM_KV_HEADS)
+    key_scale = load_scale(kv_scales_ptr, 0, head, NUM_KV_HEADS)
+    value_scale = load_scale(kv_scales_ptr, 1, head, NUM_KV_HEADS)
     store_as(key_cache_ptr + target, key, key_scale, mask)
     store_as(value_cache_ptr + target, value, value_scale, mask)
 

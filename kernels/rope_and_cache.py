@@ -23,7 +23,7 @@ from .checks import (
     require_launchable,
     require_shape,
 )
-from .fp8 import bits_view, check_scales, load_scales, store_as
+from .fp8 import bits_view, check_scales, load_scale, store_as
 
 
 @triton.jit
@@ -137,7 +137,8 @@ def _rope_and_cache_kernel(
     first_slot = (slot // BLOCK_SIZE) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM)
     first_slot += (slot % BLOCK_SIZE) * HEAD_DIM
     kv_head = (part - QUERY_PARTS) % KV_PARTS * HEADS + in_part
-    key_scale, value_scale = load_scales(kv_scales_ptr, kv_head[:, None], NUM_KV_HEADS)
+    key_scale = load_scale(kv_scales_ptr, 0, kv_head[:, None], NUM_KV_HEADS)
+    value_scale = load_scale(kv_scales_ptr, 1, kv_head[:, None], NUM_KV_HEADS)
     if part < QUERY_PARTS + KV_PARTS:
         _rotate_heads(
             key_cache_ptr, key_ptr, key_weight_ptr, cos_ptr, sin_ptr,

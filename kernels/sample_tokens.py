@@ -1,18 +1,19 @@
-"""Temperature, top_k, top_p, min_p and the draw, without a sort: one program a row.
+"""Temperature, top_k, top_p, min_p and the draw, without a sort.
 
 The same tokens as the sampler of the engine draws in torch, by the same arithmetic: a draw is an
 exponential race (the largest exp(logit) / E wins, E a hash of seed, position and token id), a
 share of the mass is a sum of integers 2^40 · exp, and comparisons are exact. So nothing depends
 on the order of a reduction, and the passes over a row may be laid out as they are fast:
 
-    maximum       all logits
     histogram     counts of (maximum − logit) / temperature in 2048 bins; where top_k or the mass
                   that is missing for top_p is reached, the rest of the row is out
     candidates    the token ids up to there, in their order (a few thousand, mostly k)
     top_k, top_p  the least logit that is in, to the bit, by a search of 16 ways over candidates
     race          over what is left
 
-Where the candidates are more than CAPACITY (a flat distribution), the last two read the row.
+One program a row. Where the candidates are more than CAPACITY (a flat distribution), the last two
+read the row. Without top_k and top_p nothing but the race is left: a program then has PIECE tokens
+of a row, and a second launch takes the best of its pieces.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -33,11 +34,11 @@ from .sampling_passes import (
     LAST_ID,
     cut_to_mass,
     cut_to_top_k,
+    first_of_best,
     histogram,
     kept_mass,
     last_bin,
     list_candidates,
-    maximum,
     race,
     stream_key,
 )
@@ -48,12 +49,79 @@ CAPACITY = 16384
 BLOCK = 4096
 SEARCH_BLOCK = 512
 NUM_WARPS = 16
+PIECE, PIECE_BLOCK = 4096, 1024
+
+
+@triton.jit
+def _load_best(best_ptr, row):
+    """A row's maximum, as float32 and no negative zero; 0 for NaN, whose row has no winner."""
+    best = tl.load(best_ptr + row).to(tl.float32) + 0.0
+    return tl.where(best == best, best, 0.0)
+
+
+@triton.jit
+def _no_cut():
+    """The least key, which no float has, and the greatest id."""
+    return (
+        tl.full([], -LAST_ID - 1, dtype=tl.int32),
+        tl.full([], LAST_ID, dtype=tl.int32),
+        tl.full([], float("-inf"), dtype=tl.float32),
+        tl.full([], 0, dtype=tl.int1),
+    )
+
+
+@triton.jit(do_not_specialize=["has_min_p"])
+def _race_pieces_kernel(
+    values_ptr,
+    winners_ptr,
+    logits_ptr,
+    best_ptr,
+    rows_ptr,
+    seeds_ptr,
+    positions_ptr,
+    temperature_ptr,
+    log_min_p_ptr,
+    logits_stride,
+    has_min_p,
+    VOCAB: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0)
+    piece = tl.program_id(1)
+    source = tl.load(rows_ptr + index)
+    logits_ptr += source * logits_stride
+    log_min_p = tl.load(log_min_p_ptr + index, mask=has_min_p > 0, other=float("-inf"))
+    best = _load_best(best_ptr, source)
+    count = tl.full([], VOCAB, dtype=tl.int32)
+    unlisted = tl.full([], 0, dtype=tl.int32)
+    # No list: what stands for it is not read.
+    row = (logits_ptr, winners_ptr, unlisted, count, best, tl.load(temperature_ptr + index))
+    stream = stream_key(tl.load(seeds_ptr + index), tl.load(positions_ptr + index))
+    begin = piece * PIECE
+    end = tl.minimum(begin + PIECE, VOCAB)
+    value, winner = race(row, _no_cut(), log_min_p, stream, begin, end, BLOCK)
+    place = index * tl.num_programs(1) + piece
+    tl.store(values_ptr + place, value)
+    tl.store(winners_ptr + place, winner)
+
+
+@triton.jit
+def _best_piece_kernel(out_ptr, values_ptr, winners_ptr, PIECES: tl.constexpr, PAD: tl.constexpr):
+    index = tl.program_id(0)
+    piece = tl.arange(0, PAD)
+    place = index * PIECES + piece
+    values = tl.load(values_ptr + place, mask=piece < PIECES, other=-2.0)
+    winners = tl.load(winners_ptr + place, mask=piece < PIECES, other=0)
+    _, winner = first_of_best(values, winners)
+    tl.store(out_ptr + index, winner.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["has_top_k", "has_top_p", "has_min_p"])
 def _sample_tokens_kernel(
     out_ptr,
     logits_ptr,
+    best_ptr,
     rows_ptr,
     seeds_ptr,
     positions_ptr,
@@ -73,7 +141,8 @@ def _sample_tokens_kernel(
     SEARCH_BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0)
-    logits_ptr += tl.load(rows_ptr + index) * logits_stride
+    source = tl.load(rows_ptr + index)
+    logits_ptr += source * logits_stride
     list_ptr = candidates_ptr + index.to(tl.int64) * CAPACITY
     temperature = tl.load(temperature_ptr + index)
     top_k = tl.load(top_k_ptr + index, mask=has_top_k > 0, other=VOCAB)
@@ -82,16 +151,11 @@ def _sample_tokens_kernel(
     filters_k = top_k < VOCAB
     exact = filters_k & (top_k <= MAX_EXACT_TOP_K)
 
-    best = maximum(logits_ptr, VOCAB, BLOCK)
+    best = _load_best(best_ptr, source)
     listed = tl.full([], 0, dtype=tl.int32)
     count = tl.full([], VOCAB, dtype=tl.int32)
-    # Nothing is cut: the least key, which no float has, and the greatest id.
-    cut = (
-        tl.full([], -LAST_ID - 1, dtype=tl.int32),
-        tl.full([], LAST_ID, dtype=tl.int32),
-        tl.full([], float("-inf"), dtype=tl.float32),
-        exact,
-    )
+    key, last_id, relative, _ = _no_cut()
+    cut = (key, last_id, relative, exact)
     if filters_k | (top_p < 1.0):
         counts = histogram(logits_ptr, best, temperature, VOCAB, BLOCK)
         last = last_bin(counts, top_k, (1.0 - top_p).to(tl.float32), filters_k)
@@ -110,12 +174,13 @@ def _sample_tokens_kernel(
             cut = cut_to_mass(row, cut, target, SEARCH_BLOCK)
     row = (logits_ptr, list_ptr, listed, count, best, temperature)
     stream = stream_key(tl.load(seeds_ptr + index), tl.load(positions_ptr + index))
-    winner = race(row, cut, log_min_p, stream, BLOCK)
+    _, winner = race(row, cut, log_min_p, stream, 0, count, BLOCK)
     tl.store(out_ptr + index, winner.to(tl.int64))
 
 
 def sample_tokens(
     logits: torch.Tensor,
+    best: torch.Tensor,
     *,
     rows: torch.Tensor,
     seeds: torch.Tensor,
@@ -125,7 +190,8 @@ def sample_tokens(
     top_p: torch.Tensor | None = None,
     log_min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Draw a token id `[G]` int64 from each of the G `rows` of `logits` `[R, V]` of any float type.
+    """Draw a token id `[G]` int64 from each of the G `rows` of `logits` `[R, V]` of any float type,
+    whose maxima are `best` `[R]`.
 
     Of each of the G, `[G]` or `[G, 1]`: rows, seeds and positions (int64), the latter two the name
     of its stream of random numbers; logits are divided by temperature (float32, above 0); top_k
@@ -138,6 +204,9 @@ def sample_tokens(
     require_shape("logits", logits, None, None)
     require_dtype("logits", logits, *FLOAT_DTYPES)
     require_last_contiguous("logits", logits)
+    require_dtype("best", best, logits.dtype)
+    require_shape("best", best, logits.shape[0])
+    require_contiguous("best", best)
     vocab_size, count = logits.shape[1], rows.numel()
     require(0 < vocab_size < 2**30, f"a vocabulary of {vocab_size} tokens")
     columns = {
@@ -154,16 +223,32 @@ def sample_tokens(
             require_dtype(name, column, dtype)
             require(column.numel() == count, f"{name} has {column.numel()} values, not {count}")
             require_contiguous(name, column)
-    require_launchable(logits=logits, **{name: column for name, (column, _) in columns.items()})
+    tensors = {name: column for name, (column, _) in columns.items()}
+    require_launchable(logits=logits, best=best, **tensors)
     out = torch.empty(count, dtype=torch.int64, device=logits.device)
     if count == 0:
         return out
-    capacity = min(CAPACITY, vocab_size)
     width = triton.next_power_of_2(vocab_size)
     # What is left out is not read; another pointer of its dtype saves a compilation.
+    if top_k is None and top_p is None:
+        pieces = triton.cdiv(vocab_size, PIECE)
+        values = torch.empty(count, pieces, dtype=torch.float32, device=logits.device)
+        winners = torch.empty(count, pieces, dtype=torch.int32, device=logits.device)
+        _race_pieces_kernel[(count, pieces)](
+            values, winners, logits, best, rows, seeds, positions, temperature,
+            temperature if log_min_p is None else log_min_p, logits.stride(0),
+            int(log_min_p is not None),
+            VOCAB=vocab_size, PIECE=PIECE, BLOCK=min(PIECE_BLOCK, width), num_warps=4,
+            maxnreg=80,  # told nothing, ptxas aims at 64 and spills
+        )  # fmt: skip
+        pad = triton.next_power_of_2(pieces)
+        _best_piece_kernel[(count,)](out, values, winners, PIECES=pieces, PAD=pad, num_warps=1)
+        return out
+    capacity = min(CAPACITY, vocab_size)
     _sample_tokens_kernel[(count,)](
         out,
         logits,
+        best,
         rows,
         seeds,
         positions,

@@ -103,15 +103,6 @@ def _load(logits_ptr, ids, mask):
 
 
 @triton.jit
-def maximum(logits_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    maxima = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
-    for start in range(0, VOCAB, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        maxima = tl.maximum(maxima, _load(logits_ptr, ids, ids < VOCAB))
-    return tl.max(maxima, 0)
-
-
-@triton.jit
 def _bin(x, best, per_unit):
     """Which of the bins; only has to grow as x falls."""
     distance = (best - x) * per_unit
@@ -283,11 +274,12 @@ def cut_to_mass(row, cut, target, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def race(row, cut, log_min_p, stream, BLOCK: tl.constexpr):
-    """The id that wins exp(relative) / E; of equals the lowest, 0 where there is nothing."""
+def race(row, cut, log_min_p, stream, begin, end, BLOCK: tl.constexpr):
+    """The most that exp(relative) / E comes to over tokens [begin, end) of a row, and the id that
+    has it; of equals the lowest; −1 and 0 where there is nothing."""
     values = tl.full([BLOCK], -1.0, dtype=tl.float32)
     winners = tl.zeros([BLOCK], dtype=tl.int32)
-    for start in range(0, row[3], BLOCK):
+    for start in range(begin, end, BLOCK):
         ids, mask, x, relative = _tokens(row, start, BLOCK)
         live = mask & _kept(x, ids, relative, cut) & (relative >= log_min_p)
         if tl.max(live.to(tl.int32), 0) > 0:
@@ -295,4 +287,11 @@ def race(row, cut, log_min_p, stream, BLOCK: tl.constexpr):
             better = live & (value > values)
             values = tl.where(better, value, values)
             winners = tl.where(better, ids, winners)
-    return tl.min(tl.where(values == tl.max(values, 0), winners, LAST_ID), 0)
+    return first_of_best(values, winners)
+
+
+@triton.jit
+def first_of_best(values, ids):
+    """The largest value, and the lowest id that has it."""
+    best = tl.max(values, 0)
+    return best, tl.min(tl.where(values == best, ids, LAST_ID), 0)

@@ -15,6 +15,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 import gpu  # noqa: E402
+import gpu_targets  # noqa: E402
 from gpu_workloads import (  # noqa: E402
     SHAPES,
     Bench,
@@ -100,7 +101,7 @@ def test_every_workload_runs(tmp_path: Path) -> None:
     assert not engine.left and not report.failed
     assert len(report.results) == 9
     written = json.loads((tmp_path / "new" / "out.json").read_text())
-    assert written == {"facts": {"engine": "fake"}, "results": report.results}
+    assert written == {"facts": {"engine": "fake"}, "stages": 0, "results": report.results}
     for name, result in report.results.items():
         rate = result["tokens"] / result["seconds"]
         assert result["tokens_per_s"] == pytest.approx(rate), name
@@ -130,6 +131,86 @@ def test_a_report_keeps_its_budget_and_goes_on_after_a_failure(tmp_path: Path) -
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert results["b"]["error"] == "ValueError: no" and report.failed
     assert results["c"] == {"skipped": "out of budget"}
+
+
+def test_a_spoiled_process_is_left_and_its_report_resumed(tmp_path: Path) -> None:
+    def broken() -> Result:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    path = tmp_path / "out.json"
+    report = Report(50, path, {}, device_lives=lambda: False)
+    report.begin_stage()
+    report.run("a", lambda: {"ok": True})
+    with pytest.raises(SystemExit) as caught:
+        report.run("b", broken)
+    assert caught.value.code == gpu.SPOILED
+    resumed = Report(50, path, {}, resume=True)
+    assert resumed.stages == 1 and list(resumed.results) == ["a", "b"] and resumed.failed
+    assert not Report(50, path, {}).results
+
+
+@pytest.mark.parametrize("dies_in", [0, 1, 2])
+def test_the_engine_s_stages_go_on_after_a_crash(
+    dies_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In stage 0 nothing is begun: there is nothing to go on with."""
+    path = tmp_path / "gpu_engine.json"
+    commands: list[list[str]] = []
+
+    def fake_run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        crashes = len(commands) == 1
+        stages = dies_in if crashes else 3
+        if stages:
+            path.write_text(json.dumps({"facts": {}, "stages": stages, "results": {}}))
+        return subprocess.CompletedProcess(command, -11 if crashes else 0)
+
+    monkeypatch.setattr(subprocess, "run", fake_run)
+    ending = gpu.drive_engine(100, tmp_path, [])
+    assert ending == f"exit code -11 in stage {dies_in}"
+    assert ["--resume" in command for command in commands] == (
+        [False, True] if dies_in else [False]
+    )
+
+
+def test_targets_name_parts_that_are_measured(tmp_path: Path) -> None:
+    report = Report(100, tmp_path / "out.json", {})
+    for shape in (gpu_targets.QWEN, gpu_targets.LLAMA):
+        Bench(FakeEngine(10**8), shape, LIMITS).run_all(report, shape)
+    known = set(report.results) | {f"{gpu_targets.LLAMA} start"}
+    known |= {f"{gpu_targets.LLAMA} no cascade shared prefix"}
+    kernels = run("-c", "import gpu_times; [print(case.name) for case in gpu_times.cases()]")
+    known |= set(kernels.stdout.splitlines())
+    for target in gpu_targets.TARGETS:
+        assert target.name in known and target.other in known | {"", "vllm"}, target
+
+
+def test_outcomes_beside_targets_and_predictions() -> None:
+    llama = gpu_targets.LLAMA
+    results: dict[str, Result] = {
+        "limit copy": {"gb_s": 4000.0},
+        "decode llama 64x4096 b16": {"gb_s": 3700.0},
+        "extend llama 8k b16": {"tflop_s": 300.0},
+        f"{llama} offline 256": {"tokens_per_s": 11_000.0, "share": 0.81},
+        f"{llama} start": {"first_token_s": 40.0, "imports_s": 9.0},
+    }
+    vllm: dict[str, Result] = {f"{llama} offline 256": {"tokens_per_s": 10_000.0}}
+    lines = {line[:36].strip(): line[36:].split() for line in
+             gpu_targets.target_table(results, vllm).splitlines()}  # fmt: skip
+    assert lines["decode attention, 1 GB"] == ["90%", "90%", "92%", "met"]
+    assert lines["extend 8k, paged"] == ["330", "TF/s", "330", "TF/s", "300", "TF/s", "missed"]
+    assert lines["offline, 8B, over vLLM"] == ["1.05×", "1.10×", "met"]
+    assert lines["start to first token, 8B"] == ["60", "s", "45", "s", "49", "s", "met"]
+    assert lines["offline, 0.6B"] == ["70%", "78%"]
+
+
+def test_predictions_stand_in_the_docs() -> None:
+    docs = (BENCHMARKS.parent / "docs" / "benchmarking.md").read_text()
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]]
+            for line in docs.splitlines() if line.count("|") == 6}  # fmt: skip
+    for target in gpu_targets.TARGETS:
+        shown = [gpu_targets.shown(target, value) for value in (target.target, target.predicted)]
+        assert rows[target.work] == shown
 
 
 def test_two_engines_beside_each_other() -> None:

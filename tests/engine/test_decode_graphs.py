@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from quire.engine.decode_graphs import NotCapturableError, Run, graph_sizes
+from quire.engine.decode_graphs import CudaCapture, NotCapturableError, Run, graph_sizes
 
 from .cuda_on_cpu import RerunCapture, give_workspaces, use_references
 from .models import FAMILIES, generate, logprobs, save_model
@@ -142,3 +144,44 @@ def test_a_model_that_waits_for_the_device_runs_without(
     assert "decode steps run without CUDA graphs: called a synchronizing" in caplog.text
     prompt = make_prompts([7])[0]
     assert driver.run([make_sequence(prompt, 5)]) == [generate(model, prompt, 5)]
+
+
+class FakeCuda:
+    """What of torch.cuda a capture calls, recorded; `syncs` has a run wait for the device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.mode, self.syncs = "default", False
+        for name in ("graph_pool_handle", "current_stream", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
+        for name in ("Stream", "stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, partial(self.record, name))
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.set_mode)
+
+    def record(self, name: str, *_: Any, **__: Any) -> MagicMock:
+        self.calls.append(name)
+        return MagicMock()
+
+    def set_mode(self, mode: str) -> None:
+        self.mode = mode
+
+    def run(self) -> None:
+        self.calls.append(f"run {self.mode}")
+        if self.syncs and self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+
+def test_a_capture_warms_up_then_looks_for_waits_then_records(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All on one stream: cuBLAS keeps a workspace for each."""
+    cuda = FakeCuda(monkeypatch)
+    capture = CudaCapture(torch.device("cuda"))
+    one = ["stream", "run default", "run error", "graph", "run default"]
+    for _ in range(2):
+        capture(cuda.run)
+    assert cuda.calls == ["Stream", *one, *one]
+    cuda.syncs = True
+    with pytest.raises(NotCapturableError, match="synchronizing"):
+        capture(cuda.run)
+    assert cuda.mode == "default" and "graph" not in cuda.calls[11:]

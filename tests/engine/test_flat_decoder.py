@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from quire.engine.causal_lm import CausalLM
 from quire.engine.loader import load_model
 
-from .models import FAMILIES, generate, save_model
+from .models import COMMON, FAMILIES, generate, save_model
 from .worker_driver import Driver, make_config, make_sequence
 
 FLAT = {"llama", "mistral", "qwen2", "qwen3"}
@@ -36,6 +37,16 @@ def test_the_rounding_of_bfloat16_is_no_difference(family: str, tmp_path: Path) 
     save_model(family, tmp_path)
     model = load_model(make_config(tmp_path, dtype="bfloat16"))
     assert is_flat(model) and model.dtype == torch.bfloat16
+
+
+def test_nor_is_it_over_eighty_layers(tmp_path: Path) -> None:
+    """Which make 5% of it."""
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 80}
+    sizes |= {"num_attention_heads": 8}
+    config = LlamaConfig(**COMMON | sizes | {"initializer_range": 0.1})
+    config.save_pretrained(tmp_path)
+    options = make_config(tmp_path, dtype="bfloat16", load_format="dummy", seed=0)
+    assert is_flat(load_model(options))
 
 
 def test_other_norms_are_noticed(

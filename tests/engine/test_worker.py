@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from quire.engine.embedding_spec import NO_LAYOUT
-from quire.engine.errors import ConfigurationError, DeviceMemoryError
+from quire.engine.errors import ConfigurationError, DeviceMemoryError, UnsupportedModelError
+from quire.engine.model_runner import ModelRunner
 from quire.engine.worker import Worker, default_num_threads
 from quire.engine.worker_protocol import WorkerInfo, WorkerProtocol
 
@@ -120,10 +121,35 @@ def test_the_cuda_path_passes_its_kernels_the_right_rows(
     driver = Driver.start(make_config(folder))
     runner = driver.worker._runner
     give_workspaces(runner)
-    before = runner._kv_cache.clone()
+    before = runner._kv_cache.normal_().clone()
+    runner.compile_kernels()
     runner.run_largest_step()
     assert torch.equal(runner._kv_cache, before)
     prompts = [[5, 6, 7], list(range(3, 40)), [9]]
     outputs = driver.run([make_sequence(prompt, 6) for prompt in prompts])
     assert outputs == [generate(model, prompt, 6) for prompt in prompts]
     assert driver.mixed_steps > 0
+
+
+def test_a_kernel_that_does_not_run_stops_the_start(
+    gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a launcher refuses, and what Triton cannot compile, or launch for want of resources."""
+    from triton.runtime.errors import OutOfResources
+
+    worker = Driver.start(make_config(gemma2[0])).worker
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    errors = [
+        (ValueError("head_dim must be\n16 to 256"), UnsupportedModelError, "must be 16 to 256"),
+        (OutOfResources(300_000, 232_448, "shared memory"), UnsupportedModelError, "232448"),
+        (torch.OutOfMemoryError("CUDA out of memory"), ConfigurationError, "does not fit"),
+    ]
+    for raised, expected, message in errors:
+
+        def fail(*_: Any, raised: Exception = raised) -> None:
+            raise raised
+
+        monkeypatch.setattr(ModelRunner, "compile_kernels", fail)
+        with pytest.raises(expected, match=message):
+            worker._peak_memory()

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from quire.kernels import checks, tuning
 
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Compiled(NamedTuple):

@@ -97,12 +97,14 @@ def rows(kind: str) -> None:
         silu_and_mul(x)
 
 
-def sample() -> None:
-    """Qwen3's vocabulary, every filter."""
+def sample(filtered: bool) -> None:
+    """Qwen3's vocabulary, every filter or none."""
     ids, column = torch.ones(4, dtype=torch.int64), torch.ones(4, 1)
+    logits = torch.zeros(4, 151_936, dtype=BF16)
+    filters = {"top_k": ids, "top_p": column.double(), "log_min_p": column} if filtered else {}
     sample_tokens(
-        torch.zeros(4, 151_936, dtype=BF16), rows=ids, seeds=ids, positions=ids,
-        temperature=column, top_k=ids, top_p=column.double(), log_min_p=column,
+        logits, logits[:, 0].contiguous(), rows=ids, seeds=ids, positions=ids, temperature=column,
+        **filters,
     )  # fmt: skip
 
 
@@ -135,7 +137,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "prepare inputs": prepare,
     "fused add and RMSNorm, 4096": lambda: rows("norm"),
     "silu and mul, 2048": lambda: rows("silu"),
-    "sample tokens, 151936": sample,
+    "sample tokens, 151936": lambda: sample(True),
+    "sample tokens unfiltered, 151936": lambda: sample(False),
 }
 
 
@@ -167,8 +170,8 @@ def table() -> str:
     lines.append("|---|---|---|---|---|---|---|")
     for arch in SHARED_LIMITS:
         for name in LAUNCHES:
-            # A cascade's own kernel comes before the decode kernel that merges.
-            last = -2 if name.startswith("cascade") else -1
+            # A cascade's own kernel, and a draw's pieces, come before the kernel that merges.
+            last = -2 if name.startswith("cascade") or "unfiltered" in name else -1
             _, registers, spills, shared, ptx = compiled(name, arch)[last]
             lines.append(
                 f"| {name} | `sm_{arch}` | {registers} | {spills} | {shared} | {dots(ptx)} "

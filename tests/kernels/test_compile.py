@@ -4,6 +4,7 @@ No spills and 16-byte moves where the KV cache is read or written, tensor cores 
 matmuls, and shared memory within the device's limit; the same figures stand in docs/kernels.md.
 """
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from launches import (  # noqa: E402
 )
 
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
+KERNELS = Path(__file__).parents[2] / "kernels"
 WIDE_STORE = re.compile(r"st\.global[\w.:]*\.v4\.b32")
 
 
@@ -72,15 +74,18 @@ def test_moves_of_cache_rows_are_16_bytes_wide(name: str) -> None:
 def test_draws_divide_and_exponentiate_as_torch_does(arch: int) -> None:
     """Logits 16 bytes at a time; IEEE division and libdevice's exp; Triton's approximations only
     choose the bins: one division for each of three passes, the exp of their edges."""
+    pieces = compiled("sample tokens unfiltered, 151936", arch)[0].ptx
+    assert "div.rn.f32" in pieces and "div.full.f32" not in pieces
+    assert "ex2.approx.f32" not in pieces and "ex2.approx.ftz.f32" in pieces
     ptx = compiled("sample tokens, 151936", arch)[-1].ptx
-    assert widest_load(ptx) == 16
+    assert widest_load(ptx) == widest_load(pieces) == 16
     assert ptx.count("div.full.f32") <= 3 < ptx.count("div.rn.f32")
     assert ptx.count("ex2.approx.f32") <= 4 < ptx.count("ex2.approx.ftz.f32")
 
 
 def test_table_in_the_docs_is_current() -> None:
     """The compiler that made the table must make it again, give or take 8 registers; another may
-    lay out its tiles differently: within a quarter of the shared memory."""
+    lay out its tiles differently: in at most a quarter more of shared memory."""
 
     def facts(text: str) -> dict[tuple[str, str], list[str]]:
         rows = [line.strip("|").split("|") for line in text.splitlines() if "`" in line]
@@ -95,9 +100,23 @@ def test_table_in_the_docs_is_current() -> None:
     for launch, (registers, spills, shared, *instructions) in have.items():
         was = want[launch]
         assert [spills, *instructions] == [was[1], *was[3:]], launch
-        slack = 0 if same_compiler else int(was[2]) / 4
-        assert abs(int(shared) - int(was[2])) <= slack, launch
-        assert not same_compiler or abs(int(registers) - int(was[0])) <= 8, launch
+        assert int(shared) <= int(was[2]) * (1 if same_compiler else 1.25), launch
+        same = shared == was[2] and abs(int(registers) - int(was[0])) <= 8
+        assert same or not same_compiler, launch
+
+
+def test_none_is_returned_by_bare_returns_alone() -> None:
+    """Triton 3.6 compiles no `return None`, nor a tuple that holds it; 3.7 does."""
+    for path in KERNELS.glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            if not any("triton.jit" in ast.unparse(one) for one in function.decorator_list):
+                continue
+            for node in ast.walk(function):
+                if isinstance(node, ast.Return) and node.value is not None:
+                    parts = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+                    assert not any(ast.unparse(part) == "None" for part in parts), function.name
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter() -> None:

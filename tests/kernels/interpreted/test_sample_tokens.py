@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from quire.engine import sampler as sampler_module
 from quire.engine import sampling_plan
@@ -19,6 +21,7 @@ from quire.engine.sampler import Sampler
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Rank, Sequence
 from quire.kernels import sample_tokens as module
+from quire.kernels import sampling_passes
 from quire.kernels.sample_tokens import sample_tokens
 
 CPU = torch.device("cpu")
@@ -29,9 +32,17 @@ VOCAB = 450
 def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two or more blocks a pass over the row, the last one not full; the least that shows it."""
     monkeypatch.setattr(module, "BLOCK", 256)
+    monkeypatch.setattr(module, "PIECE", 256)
+    monkeypatch.setattr(module, "PIECE_BLOCK", 128)
     monkeypatch.setattr(module, "SEARCH_BLOCK", 512)
     monkeypatch.setattr(module, "MAX_EXACT_TOP_K", 64)
     monkeypatch.setattr(sampling_plan, "MAX_CANDIDATES", 64)
+
+
+@triton.jit
+def constant(key: Any, ids: Any) -> Any:
+    """Every token's E alike."""
+    return ids.to(tl.float32) * 0.0 + 1.0
 
 
 def sequence(seed: int, **params: Any) -> Sequence:
@@ -115,6 +126,21 @@ def test_ties_and_masked_tokens() -> None:
     assert set(found.tolist()) <= {77, 402}
 
 
+def test_equals_in_several_pieces_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowest id of those that win alike, wherever they stand; a piece with no token in it."""
+    monkeypatch.setattr(sampling_passes, "_exponential", constant)
+    logits = torch.zeros(3, 700)
+    logits[0, [600, 300]], logits[1, 5], logits[2, 699] = 9.0, 9.0, 9.0
+    ids = torch.arange(3)
+    best = logits.max(dim=1).values
+    column = torch.full((3,), 1.0)
+    found = sample_tokens(
+        logits, best, rows=ids, seeds=ids, positions=ids, temperature=column,
+        log_min_p=-column,
+    )  # fmt: skip
+    assert found.tolist() == [300, 5, 699]
+
+
 def test_more_candidates_than_the_list_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CAPACITY", 16)
     monkeypatch.setattr(module, "SEARCH_BLOCK", 256)
@@ -134,16 +160,17 @@ def test_rows_without_a_winner_stay_in_the_vocabulary() -> None:
         "temperature": torch.ones(4),
     }
     for top_p in (None, torch.full((4, 1), 0.9, dtype=torch.float64)):
-        found = sample_tokens(logits, **options, top_p=top_p)
+        best = logits.max(dim=1).values
+        found = sample_tokens(logits, best, **options, top_p=top_p)
         alone = sample_tokens(
-            logits, **{name: column[3:] for name, column in options.items()},
+            logits, best, **{name: column[3:] for name, column in options.items()},
             top_p=None if top_p is None else top_p[3:],
         )  # fmt: skip
         assert ((found >= 0) & (found < VOCAB)).all() and found[3] == alone[0]
 
 
 def test_refusals() -> None:
-    logits, ids = torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64)
+    logits, best, ids = torch.zeros(2, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
     good: dict[str, Any] = {
         "rows": ids, "seeds": ids, "positions": ids, "temperature": torch.ones(2),
     }  # fmt: skip
@@ -156,7 +183,8 @@ def test_refusals() -> None:
         {"rows": ids[:1]},
     ):
         with pytest.raises(ValueError):
-            sample_tokens(logits, **good | change)
-    with pytest.raises(ValueError):
-        sample_tokens(logits.T, **good)
-    assert sample_tokens(logits, **{name: x[:0] for name, x in good.items()}).shape == (0,)
+            sample_tokens(logits, best, **good | change)
+    for wrong in ((logits.T, best), (logits, best[:1]), (logits, best.half())):
+        with pytest.raises(ValueError):
+            sample_tokens(*wrong, **good)
+    assert sample_tokens(logits, best, **{name: x[:0] for name, x in good.items()}).shape == (0,)
