@@ -12,7 +12,9 @@ CLIENTS_VENV := .venv-clients
 CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 NODE_STAMP := $(CLIENTS)/node_modules/.package-lock.json
 
-.PHONY: setup serve test clients lint types fuzz bench clean
+OLDEST_TRITON := build/oldest-triton
+
+.PHONY: setup serve test clients oldest-triton lint types fuzz bench clean
 
 setup: $(STAMP)
 
@@ -52,6 +54,12 @@ $(NODE_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
 	@command -v node && command -v npm || { echo "make clients needs Node.js 20 or newer"; exit 1; }
 	npm ci --prefix $(CLIENTS)
 	touch $@
+
+# The kernels compiled by the oldest Triton of pyproject.toml, whose compiler refuses what later ones
+# take; .venv has the newest.
+oldest-triton: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) 'triton==3.6.*'
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/pytest tests/kernels/test_compile.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check
