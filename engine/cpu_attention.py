@@ -33,6 +33,7 @@ from .cpu_numbers import (
     PARALLEL,
     exp,
     fetch_add,
+    prefetch,
     stay_apart,
     store,
     to_float,
@@ -40,6 +41,8 @@ from .cpu_numbers import (
 from .cpu_panels import PANEL_COLUMNS, PANEL_VECTORS, multiply_add
 from .cpu_softmax import KEYS, weigh
 
+PREFETCHED = 256
+"""Numbers of a block's keys, and of its values, that are asked for ahead."""
 TILE_ROWS = 48
 """Rows of a tile in prefill, or of decodes that share a prefix."""
 
@@ -191,6 +194,7 @@ def _attend_keys(
         low = max(position + 1 - window, 0) // KEYS * KEYS
     for origin in range(low, stop, KEYS):
         count = min(KEYS, stop - origin)
+        _prefetch_keys(cache, kv_head, blocks, origin + KEYS, min(KEYS, stop - origin - KEYS))
         _add_scores(packed, rows, cache, kv_head, blocks, origin, count, places, scores)
         for row in range(rows):
             place = position + row // group
@@ -207,6 +211,19 @@ def _attend_keys(
                 maxima[row] = greatest
             totals[row] += total
         _add_values(scores, rows, cache, kv_head, blocks, origin, count, places, sums)
+
+
+@njit(**INLINED)
+def _prefetch_keys(cache, kv_head, blocks, origin, count):
+    """Ask for the beginnings of the blocks of `count` keys from `origin` and of their values. What
+    follows them the processor then sees coming; a block's beginning it cannot guess."""
+    kv_heads, block_size, head_dim = cache.shape[2:]
+    for key in range(origin, origin + count, min(block_size, KEYS)):
+        block, offset = divmod(key, block_size)
+        begin = (blocks[block] * kv_heads + kv_head) * block_size * head_dim
+        for line in range(0, min(PREFETCHED, block_size * head_dim), LANES):
+            prefetch(cache, begin + offset + line)
+            prefetch(cache, cache[0].size + begin + offset * head_dim + line)
 
 
 @njit(**INLINED)

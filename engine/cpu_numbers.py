@@ -144,6 +144,23 @@ def load(typing_context, counters, index):
     return types.int64(counters, types.int64), generate
 
 
+@intrinsic
+def prefetch(typing_context, numbers, at):
+    """Ask memory for the cache line of an element, counted in memory's order."""
+
+    def generate(context, builder, signature, arguments):
+        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
+        integer, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), pointer)
+        # To be read, and kept in the second-level cache, as data.
+        builder.call(function, [place, *(ir.Constant(integer, number) for number in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(numbers, types.int64), generate
+
+
 def _counter(context, builder, signature, arguments):
     array = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
     return builder.gep(array.data, [arguments[1]])
