@@ -28,11 +28,12 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 serve: $(STAMP)
 	$(BIN)/quire serve $(MODEL) $(ARGS)
 
-# Files go to two processes, so that each keeps the servers that its tests share. Generated requests are
-# many tests of one name, of which these would run one.
+# Files go to two processes, so that each keeps the servers that its tests share; as collected, since
+# else those of one long test come last, when one process has nothing left. Generated requests are many
+# tests of one name, of which these would run one.
 FUZZ := tests/server/test_fuzz.py
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --ignore $(FUZZ)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore $(FUZZ)
 	$(BIN)/pytest $(FUZZ)
 
 # Every client of docs/api.md against a running server. The first half runs with the test extra, the
