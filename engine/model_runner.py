@@ -362,13 +362,13 @@ class ModelRunner:
             workspaces=self._workspaces,
             kv_scales=self._kv_scales,
             cascade=cascade,
-            cpu_plan=self._cpu_plan(host),
+            cpu_plan=self._cpu_plan(host, step),
         )
 
-    def _cpu_plan(self, host: HostStep) -> CpuPlan | None:
+    def _cpu_plan(self, host: HostStep, step: DeviceStep) -> CpuPlan | None:
         if self._cpu_planner is None:
             return None
-        tables = host.tables[host.rows[: host.num_decodes]]
+        tables = step.block_table[: host.num_decodes].numpy()
         return self._cpu_planner.plan(host.query_start_loc, host.seq_lens, tables)
 
 
