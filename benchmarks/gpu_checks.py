@@ -13,20 +13,20 @@ from gpu_common import DEVICE, Case, Record, capture, make_sequence, relative_er
 from quire.engine import sampler as sampler_module
 from quire.engine.sampler import Sampler
 from quire.kernels import reference
-from quire.kernels.cascade import CascadeWorkspace
-from quire.kernels.copy_blocks import copy_blocks
-from quire.kernels.paged_attention_decode import (
+from quire.kernels.cuda.attention.cascade import CascadeWorkspace
+from quire.kernels.cuda.attention.paged_attention_decode import (
     DecodeWorkspace,
     build_decode_schedule,
     paged_attention_decode,
 )
-from quire.kernels.paged_attention_extend import paged_attention_extend
+from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
+from quire.kernels.cuda.copy_blocks import copy_blocks
+from quire.kernels.cuda.prepare_inputs import prepare_inputs
+from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
+from quire.kernels.cuda.rms_norm import fused_add_rms_norm, rms_norm
+from quire.kernels.cuda.rope_and_cache import rope_and_cache
+from quire.kernels.cuda.silu_and_mul import silu_and_mul
 from quire.kernels.prefix_groups import PrefixGroup
-from quire.kernels.prepare_inputs import prepare_inputs
-from quire.kernels.reshape_and_cache import reshape_and_cache
-from quire.kernels.rms_norm import fused_add_rms_norm, rms_norm
-from quire.kernels.rope_and_cache import rope_and_cache
-from quire.kernels.silu_and_mul import silu_and_mul
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
 from packed import packed_step  # noqa: E402

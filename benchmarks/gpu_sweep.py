@@ -1,4 +1,4 @@
-"""Tile shapes tried one after another, so that kernels/tuning.py can hold the best of them."""
+"""Tile shapes tried one after another, so that kernels/cuda/tuning.py can hold the best of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpu_times import (
     time_shared,
 )
 
-from quire.kernels.tuning import TileConfig
+from quire.kernels.cuda.tuning import TileConfig
 
 
 def _tag(config: TileConfig) -> str:

@@ -25,23 +25,23 @@ from gpu_common import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quire.engine import sampler
-from quire.kernels import sample_tokens
-from quire.kernels.cascade import CascadeWorkspace
-from quire.kernels.copy_blocks import copy_blocks
-from quire.kernels.decode_schedule import MIN_CHUNK, PROGRAMS_PER_SM
-from quire.kernels.paged_attention_decode import (
+from quire.kernels.cuda import sample_tokens
+from quire.kernels.cuda.attention.cascade import CascadeWorkspace
+from quire.kernels.cuda.attention.decode_schedule import MIN_CHUNK, PROGRAMS_PER_SM
+from quire.kernels.cuda.attention.paged_attention_decode import (
     DecodeWorkspace,
     build_decode_schedule,
     paged_attention_decode,
 )
-from quire.kernels.paged_attention_extend import paged_attention_extend
+from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
+from quire.kernels.cuda.copy_blocks import copy_blocks
+from quire.kernels.cuda.prepare_inputs import prepare_inputs
+from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
+from quire.kernels.cuda.rms_norm import fused_add_rms_norm, rms_norm
+from quire.kernels.cuda.rope_and_cache import rope_and_cache
+from quire.kernels.cuda.silu_and_mul import silu_and_mul
+from quire.kernels.cuda.tuning import TileConfig
 from quire.kernels.prefix_groups import PrefixGroup
-from quire.kernels.prepare_inputs import prepare_inputs
-from quire.kernels.reshape_and_cache import reshape_and_cache
-from quire.kernels.rms_norm import fused_add_rms_norm, rms_norm
-from quire.kernels.rope_and_cache import rope_and_cache
-from quire.kernels.silu_and_mul import silu_and_mul
-from quire.kernels.tuning import TileConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
 from packed import packed_step  # noqa: E402

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 if TYPE_CHECKING:
-    from ..kernels.cascade import CascadeWorkspace
-    from ..kernels.decode_schedule import DecodeWorkspace
+    from ..kernels.cuda.attention.cascade import CascadeWorkspace
+    from ..kernels.cuda.attention.decode_schedule import DecodeWorkspace
     from .attention_cpu import CpuPlan
 
 IMPLEMENTATION = "quire_paged"

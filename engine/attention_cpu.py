@@ -12,10 +12,11 @@ import numba
 import numpy as np
 import torch
 
+from ..kernels.cpu import attention as cpu_attention
+from ..kernels.cpu import norms as cpu_kernels
+from ..kernels.cpu.numbers import as_array, thread_count
+from ..kernels.cpu.softmax import KEYS
 from ..kernels.prefix_groups import find_prefix_groups
-from . import cpu_attention, cpu_kernels
-from .cpu_numbers import as_array, thread_count
-from .cpu_softmax import KEYS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..kernels.cascade import CascadeWorkspace
-from ..kernels.decode_schedule import DecodeWorkspace, build_decode_schedule
-from ..kernels.paged_attention_decode import paged_attention_decode
-from ..kernels.paged_attention_extend import paged_attention_extend
+from ..kernels.cuda.attention.cascade import CascadeWorkspace
+from ..kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
+from ..kernels.cuda.attention.paged_attention_decode import paged_attention_decode
+from ..kernels.cuda.attention.paged_attention_extend import paged_attention_extend
+from ..kernels.cuda.reshape_and_cache import reshape_and_cache
+from ..kernels.cuda.rms_norm import fused_add_rms_norm, rms_norm
+from ..kernels.cuda.rope_and_cache import rope_and_cache
+from ..kernels.cuda.silu_and_mul import silu_and_mul
 from ..kernels.prefix_groups import PrefixGroup, find_prefix_groups
-from ..kernels.reshape_and_cache import reshape_and_cache
-from ..kernels.rms_norm import fused_add_rms_norm, rms_norm
-from ..kernels.rope_and_cache import rope_and_cache
-from ..kernels.silu_and_mul import silu_and_mul
 
 if TYPE_CHECKING:
     from .attention import AttentionMetadata

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from .cpu_body import Activations, Ends, Layers, Step, run_model
+from ..kernels.cpu.body import Activations, Ends, Layers, Step, run_model
+from ..kernels.cpu.numbers import FLOATS, as_array
+from ..kernels.cpu.panels import PANEL_COLUMNS
 from .cpu_linear import PackedLinear, pack
-from .cpu_numbers import FLOATS, as_array
-from .cpu_panels import PANEL_COLUMNS
 from .flat_decoder import FlatDecoder, FlatLayer, Norm, Rotation, rotary_factors
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cpu_numbers import FLOATS, as_array, thread_count
-from .cpu_panels import PANEL_COLUMNS
-from .cpu_products import run_product
+from ..kernels.cpu.numbers import FLOATS, as_array, thread_count
+from ..kernels.cpu.panels import PANEL_COLUMNS
+from ..kernels.cpu.products import run_product
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..kernels.prepare_inputs import FIELDS, Record, prepare_inputs
+from ..kernels.cuda.prepare_inputs import FIELDS, Record, prepare_inputs
 from .input_batch import DeviceStep, HostStep, padded_size
 
 if TYPE_CHECKING:

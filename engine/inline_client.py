@@ -16,12 +16,7 @@ from functools import partial
 
 from .client import EngineHealth
 from .config import EngineConfig, EngineInfo
-from .errors import (
-    EngineDeadError,
-    EngineNotReadyError,
-    QuireError,
-    StartupError,
-)
+from .errors import EngineDeadError, EngineNotReadyError, QuireError, StartupError
 from .outputs import EngineStats, SequenceOutput, StepOutput
 from .request import Request
 from .streams import EngineCoreProtocol, EngineObserver, StreamTable

@@ -336,5 +336,5 @@ class InputBatch:
 
 
 def _has_kernel(device: torch.device) -> bool:
-    """Whether kernels/prepare_inputs.py makes the step's tensors."""
+    """Whether kernels/cuda/prepare_inputs.py makes the step's tensors."""
     return device.type == "cuda"

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ..kernels.device_copy import to_device
 from ..kernels.prefix_groups import MIN_MEMBERS
 from .attention import AttentionMetadata
 from .causal_lm import CausalLM
 from .config import EngineConfig
 from .decode_graphs import Capture, DecodeGraphs, ModelOutput, NotCapturableError
-from .device_copy import to_device
 from .errors import StepFailedError
 from .input_batch import DeviceStep, HostStep, InputBatch
 from .outputs import BlockCopy, RowError, SchedulerOutput
@@ -29,8 +29,8 @@ from .sequence import Sequence as TokenSequence
 from .step_results import RowSamples, StepResults
 
 if TYPE_CHECKING:
-    from ..kernels.cascade import CascadeWorkspace
-    from ..kernels.decode_schedule import DecodeWorkspace
+    from ..kernels.cuda.attention.cascade import CascadeWorkspace
+    from ..kernels.cuda.attention.decode_schedule import DecodeWorkspace
     from .attention_cpu import CpuPlan, CpuPlanner
     from .attention_cuda import SharedPrefixes
     from .structured_output import TokenMasks
@@ -211,7 +211,7 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Run two tokens and draw from blank logits, of all tokens and of the likeliest, which on
         the CPU compiles what this machine has not compiled before."""
-        from .cpu_numbers import is_compiled
+        from ..kernels.cpu.numbers import is_compiled
 
         if not is_compiled():
             logger.info("compiling for this processor, once: takes some half a minute")
@@ -342,7 +342,7 @@ class ModelRunner:
         if not self._workspaces:  # on the CPU
             cache[:, :, destinations] = cache[:, :, sources]
             return
-        from ..kernels.copy_blocks import copy_blocks
+        from ..kernels.cuda.copy_blocks import copy_blocks
 
         copy_blocks(cache, sources, destinations)
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels.device_copy import to_device
 from .causal_lm import CausalLM
-from .device_copy import to_device
 from .input_batch import HostStep
 from .logprobs import LogprobTensors, compute_logprobs
 

@@ -164,7 +164,7 @@ class Sampler:
             return self._draw_on_cpu(x, best, group, batch.positions)
         positions = batch.positions.index_select(0, group.batch_rows)
         if _has_kernel(x.device):
-            from ..kernels.sample_tokens import sample_tokens
+            from ..kernels.cuda.sample_tokens import sample_tokens
 
             return sample_tokens(
                 x,
@@ -190,7 +190,7 @@ class Sampler:
 
     def _draw_on_cpu(self, x: Tensor, best: Tensor, group: DrawGroup, positions: Tensor) -> Tensor:
         """`_draw` from all tokens, see `cpu_sampling.draw`; positions [R] of the batch's rows."""
-        from .cpu_sampling import draw
+        from ..kernels.cpu.sampling import draw
 
         winners = torch.empty(len(group.seeds), dtype=torch.int64)
         draw(
@@ -232,7 +232,7 @@ class Sampler:
 
 
 def _has_kernel(device: torch.device) -> bool:
-    """Whether kernels/sample_tokens.py draws: the same tokens in one launch or two."""
+    """Whether kernels/cuda/sample_tokens.py draws: the same tokens in one launch or two."""
     return device.type == "cuda"
 
 
@@ -249,7 +249,7 @@ def _race(relative: Tensor, keys: Tensor, token_ids: Tensor) -> Tensor:
     """Winners [R]: argmax over N of exp(relative [R, N]) / Exp(1); token ids [N] or [R, N]."""
     if relative.device.type != "cpu":
         return relative.exp().div_(exponential(keys, token_ids)).argmax(dim=1)
-    from .cpu_sampling import race
+    from ..kernels.cpu.sampling import race
 
     winners = torch.empty(len(relative), dtype=torch.int64)
     ids = token_ids.view(-1, relative.shape[1])

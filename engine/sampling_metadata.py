@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .device_copy import to_device
+from ..kernels.device_copy import to_device
 from .sampling_plan import PenaltyRows, PlanMaker, SamplingPlan
 from .sequence import Sequence as TokenSequence
 from .token_history import TokenHistory

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .device_copy import to_device
+from ..kernels.device_copy import to_device
 from .sampling_params import SamplingParams
 from .sequence import Sequence as TokenSequence
 

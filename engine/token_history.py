@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from .device_copy import to_device
+from ..kernels.device_copy import to_device
 from .sequence import Sequence as TokenSequence
 
 _INITIAL_SLOTS, _INITIAL_CAPACITY = 8, 256

@@ -20,12 +20,7 @@ import uvloop
 from ..engine.bench import add_latency_arguments, add_throughput_arguments
 from ..engine.errors import ConfigurationError, QuireError, StartupError
 from .bench_arguments import add_serve_arguments, check_arguments
-from .bench_dataset import (
-    DatasetOptions,
-    Workload,
-    arrival_times,
-    build_workload,
-)
+from .bench_dataset import DatasetOptions, Workload, arrival_times, build_workload
 from .bench_http import HttpClient
 from .bench_load import LoadGenerator, ask
 from .bench_plot import write_plot

@@ -7,14 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from ..engine.errors import ConfigurationError
 from .harmony import ASSISTANT, CONTROL_TOKENS, FINAL, HarmonyParser
 from .message_events import ContentText, Event, ReasoningText, ToolCallStart, joined
-from .reasoning import (
-    CLOSE,
-    OPEN,
-    ReasoningParser,
-    ReasoningStyle,
-    detect_reasoning,
-    starts_inside,
-)
+from .reasoning import CLOSE, OPEN, ReasoningParser, ReasoningStyle, detect_reasoning, starts_inside
 from .settings import Settings
 from .tokenizer import Tokenizer
 from .tool_formats import TOOL_PARSERS, detect_tool_parser

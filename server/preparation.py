@@ -10,11 +10,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from ..engine.errors import (
-    InvalidRequestError,
-    QueueTimeoutError,
-    RequestTimeoutError,
-)
+from ..engine.errors import InvalidRequestError, QueueTimeoutError, RequestTimeoutError
 from ..engine.request import GrammarSpec, Pooling, Request
 from ..engine.sampling_params import SamplingParams
 from .bad_words import encode_bad_words

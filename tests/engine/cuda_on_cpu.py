@@ -10,7 +10,8 @@ from quire.engine.attention_cuda import attend_on_cuda
 from quire.engine.causal_lm import CausalLM
 from quire.engine.decode_graphs import Run
 from quire.engine.model_runner import ModelRunner
-from quire.kernels import copy_blocks, reference
+from quire.kernels import reference
+from quire.kernels.cuda import copy_blocks
 
 
 def use_cuda_path(monkeypatch: pytest.MonkeyPatch) -> None:

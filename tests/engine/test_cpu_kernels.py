@@ -17,16 +17,11 @@ from quire.engine.attention_cpu import CpuPlanner
 from quire.engine.counter_rng import exponential, stream_keys
 from quire.engine.cpu_decoder import CpuDecoder, can_compile
 from quire.engine.cpu_linear import PackedLinear
-from quire.engine.cpu_numbers import LANES, as_array, exp, store, to_float
-from quire.engine.cpu_panels import (
-    PANEL_COLUMNS,
-    PANEL_ROWS,
-    PANEL_VECTORS,
-    multiply_add,
-)
-from quire.engine.cpu_sampling import draw, race
-from quire.engine.cpu_softmax import KEYS, weigh
 from quire.engine.flat_decoder import FlatDecoder, FlatLayer, Norm, TorchOps
+from quire.kernels.cpu.numbers import LANES, as_array, exp, store, to_float
+from quire.kernels.cpu.panels import PANEL_COLUMNS, PANEL_ROWS, PANEL_VECTORS, multiply_add
+from quire.kernels.cpu.sampling import draw, race
+from quire.kernels.cpu.softmax import KEYS, weigh
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}

@@ -10,11 +10,7 @@ from pathlib import Path
 import pytest
 
 from quire.engine.config import EngineConfig, EngineInfo
-from quire.engine.errors import (
-    EngineNotReadyError,
-    InvalidRequestError,
-    StartupError,
-)
+from quire.engine.errors import EngineNotReadyError, InvalidRequestError, StartupError
 from quire.engine.inline_client import InlineEngineClient
 from quire.engine.outputs import EngineStats, SequenceOutput
 from quire.engine.process_client import ProcessEngineClient

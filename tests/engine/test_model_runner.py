@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from quire.engine import cpu_sampling
 from quire.engine.errors import NonFiniteLogitsError
 from quire.engine.outputs import BlockCopy, RowError
 from quire.engine.sampling_metadata import SamplingBatch
 from quire.engine.sequence import Sequence
+from quire.kernels.cpu import sampling as cpu_sampling
 
 from .models import FAMILIES, generate, logprobs, save_model
 from .worker_driver import Driver, make_config, make_sequence

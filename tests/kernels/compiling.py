@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from quire.kernels import checks, tuning
+from quire.kernels import checks
+from quire.kernels.cuda import tuning
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 

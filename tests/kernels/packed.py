@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from quire.kernels.prepare_inputs import FIELDS
+from quire.kernels.cuda.prepare_inputs import FIELDS
 
 
 class PackedStep(NamedTuple):

@@ -6,12 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from quire.kernels.prefix_groups import (
-    LAUNCH_BYTES,
-    CascadeCost,
-    PrefixGroup,
-    find_prefix_groups,
-)
+from quire.kernels.prefix_groups import LAUNCH_BYTES, CascadeCost, PrefixGroup, find_prefix_groups
 
 LLAMA_8B = CascadeCost(num_heads=32, num_kv_heads=8, head_dim=128)
 BLOCK = 16

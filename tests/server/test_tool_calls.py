@@ -20,15 +20,7 @@ from quire.server.template_calls import reads_text
 from quire.server.tokenizer import Tokenizer
 
 from .conftest import MODEL, MakeClient, make_app
-from .fakes import (
-    CHAT_TEMPLATE,
-    IM_END,
-    FakeEngineClient,
-    Script,
-    byte_tokenizer,
-    ids,
-    say,
-)
+from .fakes import CHAT_TEMPLATE, IM_END, FakeEngineClient, Script, byte_tokenizer, ids, say
 from .test_completions import stream
 
 HI: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}

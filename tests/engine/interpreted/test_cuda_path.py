@@ -22,7 +22,7 @@ from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Sequence
 from quire.engine.worker import Worker
-from quire.kernels import decode_schedule
+from quire.kernels.cuda.attention import decode_schedule
 from quire.kernels.prefix_groups import PrefixGroup, find_prefix_groups
 
 from ..cuda_on_cpu import RerunCapture, give_workspaces, use_cuda_path, use_references

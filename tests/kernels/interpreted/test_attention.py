@@ -10,13 +10,13 @@ import torch
 from paged import PagedInputs, paged_inputs, relative_error
 
 from quire.kernels import reference
-from quire.kernels.paged_attention_decode import (
+from quire.kernels.cuda.attention.paged_attention_decode import (
     DecodeWorkspace,
     build_decode_schedule,
     paged_attention_decode,
 )
-from quire.kernels.paged_attention_extend import paged_attention_extend
-from quire.kernels.tuning import TileConfig
+from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
+from quire.kernels.cuda.tuning import TileConfig
 
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3}
 NAN = float("nan")

@@ -6,9 +6,9 @@ import torch
 from paged import relative_error
 
 from quire.kernels import reference
-from quire.kernels.copy_blocks import copy_blocks
-from quire.kernels.reshape_and_cache import reshape_and_cache
-from quire.kernels.rope_and_cache import rope_and_cache
+from quire.kernels.cuda.copy_blocks import copy_blocks
+from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
+from quire.kernels.cuda.rope_and_cache import rope_and_cache
 
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 SLOTS = [3, -1, 17, 40, -7, 39, 0]

@@ -8,14 +8,14 @@ import torch
 from paged import paged_inputs, relative_error, share_prefixes
 
 from quire.kernels import reference
-from quire.kernels.cascade import CascadeWorkspace
-from quire.kernels.paged_attention_decode import (
+from quire.kernels.cuda.attention.cascade import CascadeWorkspace
+from quire.kernels.cuda.attention.paged_attention_decode import (
     DecodeWorkspace,
     build_decode_schedule,
     paged_attention_decode,
 )
+from quire.kernels.cuda.tuning import TileConfig
 from quire.kernels.prefix_groups import PrefixGroup, find_prefix_groups
-from quire.kernels.tuning import TileConfig
 
 NAN = float("nan")
 TILE = TileConfig(16, 16, 4, 1)

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from quire.kernels.paged_attention_decode import DecodeWorkspace, build_decode_schedule
+from quire.kernels.cuda.attention.paged_attention_decode import (
+    DecodeWorkspace,
+    build_decode_schedule,
+)
 
 
 def schedule(

@@ -13,15 +13,15 @@ import torch
 from paged import PagedInputs, paged_inputs, relative_error
 
 from quire.kernels import reference
-from quire.kernels.copy_blocks import copy_blocks
-from quire.kernels.paged_attention_decode import (
+from quire.kernels.cuda.attention.paged_attention_decode import (
     DecodeWorkspace,
     build_decode_schedule,
     paged_attention_decode,
 )
-from quire.kernels.paged_attention_extend import paged_attention_extend
-from quire.kernels.reshape_and_cache import reshape_and_cache
-from quire.kernels.rope_and_cache import rope_and_cache
+from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
+from quire.kernels.cuda.copy_blocks import copy_blocks
+from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
+from quire.kernels.cuda.rope_and_cache import rope_and_cache
 
 E4M3 = torch.float8_e4m3fn
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3}

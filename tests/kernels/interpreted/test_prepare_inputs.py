@@ -7,7 +7,7 @@ import torch
 from packed import PackedStep, packed_step
 
 from quire.kernels import reference
-from quire.kernels.prepare_inputs import PART, prepare_inputs
+from quire.kernels.cuda.prepare_inputs import PART, prepare_inputs
 
 
 def check(step: PackedStep) -> None:

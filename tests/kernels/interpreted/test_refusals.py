@@ -6,17 +6,17 @@ import pytest
 import torch
 from paged import PagedInputs, paged_inputs
 
-from quire.kernels.copy_blocks import copy_blocks
-from quire.kernels.paged_attention_decode import (
+from quire.kernels.cuda.attention.paged_attention_decode import (
     DecodeWorkspace,
     build_decode_schedule,
     paged_attention_decode,
 )
-from quire.kernels.paged_attention_extend import paged_attention_extend
-from quire.kernels.reshape_and_cache import reshape_and_cache
-from quire.kernels.rms_norm import fused_add_rms_norm, rms_norm
-from quire.kernels.rope_and_cache import rope_and_cache
-from quire.kernels.silu_and_mul import silu_and_mul
+from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
+from quire.kernels.cuda.copy_blocks import copy_blocks
+from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
+from quire.kernels.cuda.rms_norm import fused_add_rms_norm, rms_norm
+from quire.kernels.cuda.rope_and_cache import rope_and_cache
+from quire.kernels.cuda.silu_and_mul import silu_and_mul
 
 META = torch.device("meta")
 

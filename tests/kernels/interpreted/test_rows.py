@@ -5,8 +5,8 @@ import torch
 from paged import relative_error
 
 from quire.kernels import reference
-from quire.kernels.rms_norm import fused_add_rms_norm, rms_norm
-from quire.kernels.silu_and_mul import silu_and_mul
+from quire.kernels.cuda.rms_norm import fused_add_rms_norm, rms_norm
+from quire.kernels.cuda.silu_and_mul import silu_and_mul
 
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 

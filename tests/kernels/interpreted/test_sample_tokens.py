@@ -20,9 +20,9 @@ from quire.engine.request import Request
 from quire.engine.sampler import Sampler
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Rank, Sequence
-from quire.kernels import sample_tokens as module
-from quire.kernels import sampling_passes
-from quire.kernels.sample_tokens import sample_tokens
+from quire.kernels.cuda import sample_tokens as module
+from quire.kernels.cuda import sampling_passes
+from quire.kernels.cuda.sample_tokens import sample_tokens
 
 CPU = torch.device("cpu")
 VOCAB = 450

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import (
+from ..checks import (
     require,
     require_contiguous,
     require_dtype,

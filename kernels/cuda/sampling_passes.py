@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .checks import interpreting
+from ..checks import interpreting
 
 NUM_BINS = tl.constexpr(2048)
 LINEAR_BINS = tl.constexpr(1024)  # 64 a unit, up to 16; then 128 an octave

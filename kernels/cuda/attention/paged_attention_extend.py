@@ -12,6 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
+from ...checks import (
+    check_attention,
+    require,
+    require_contiguous,
+    require_dtype,
+    require_launchable,
+    require_shape,
+)
+from ..fp8 import check_scales, load_scale, readable_view
+from ..tuning import TileConfig, extend_config
 from .attend_tiles import (
     LOG2E,
     LOWEST,
@@ -21,16 +31,6 @@ from .attend_tiles import (
     start_rows,
     store_rows,
 )
-from .checks import (
-    check_attention,
-    require,
-    require_contiguous,
-    require_dtype,
-    require_launchable,
-    require_shape,
-)
-from .fp8 import check_scales, load_scale, readable_view
-from .tuning import TileConfig, extend_config
 
 # Metadata whose address or stride changes from step to step must not make Triton compile anew.
 UNSPECIALIZED = ["num_seqs", "table_stride"]

@@ -14,8 +14,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from .cpu_numbers import FAST, INLINED, PARALLEL, exp, fetch_add, stay_apart
-from .cpu_panels import PANEL_COLUMNS, PANEL_ROWS, multiply_add
+from .numbers import FAST, INLINED, PARALLEL, exp, fetch_add, stay_apart
+from .panels import PANEL_COLUMNS, PANEL_ROWS, multiply_add
 
 ROWS = 16 * PANEL_ROWS
 """Rows of an item: what a panel's weights are read for at a time."""

@@ -21,12 +21,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ...checks import require
+from ...prefix_groups import CascadeCost, PrefixGroup
+from ..fp8 import load_scale, readable_view
+from ..tuning import TileConfig, extend_config
 from .attend_tiles import attend_tiles, finish_rows, load_query, start_rows, store_partial
-from .checks import require
 from .decode_schedule import DecodeWorkspace
-from .fp8 import load_scale, readable_view
-from .prefix_groups import CascadeCost, PrefixGroup
-from .tuning import TileConfig, extend_config
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from .cpu_numbers import (
+from .numbers import (
     FAST,
     INLINED,
     LANES,
@@ -38,8 +38,8 @@ from .cpu_numbers import (
     store,
     to_float,
 )
-from .cpu_panels import PANEL_COLUMNS, PANEL_VECTORS, multiply_add
-from .cpu_softmax import KEYS, weigh
+from .panels import PANEL_COLUMNS, PANEL_VECTORS, multiply_add
+from .softmax import KEYS, weigh
 
 PREFETCHED = 256
 """Numbers of a block's keys, and of its values, that are asked for ahead."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from .cpu_numbers import FAST, INLINED, PARALLEL, stay_apart, store, to_float
+from .numbers import FAST, INLINED, PARALLEL, stay_apart, store, to_float
 
 
 @njit(**FAST)

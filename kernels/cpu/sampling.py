@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from .cpu_numbers import FAST, PARALLEL, exp
+from .numbers import FAST, PARALLEL, exp
 
 _CHUNK = 256
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)

@@ -22,22 +22,9 @@ from numba.extending import intrinsic, overload
 
 # Numba compiles anew where a function's own file has changed, not one that it calls. Importing
 # this comes before the first kernel.
-_SOURCES = [
-    Path(__file__).with_name(f"cpu_{name}.py")
-    for name in (
-        "attention",
-        "body",
-        "kernels",
-        "numbers",
-        "panels",
-        "products",
-        "sampling",
-        "softmax",
-        "vectors",
-    )
-]
-_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 _HERE = Path(__file__).parent
+_SOURCES = sorted(_HERE.glob("*.py"))
+_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 _CACHE = _HERE / "__pycache__" if os.access(_HERE, os.W_OK) else Path.home() / ".cache" / "quire"
 numba.config.CACHE_DIR = str(Path(numba.config.CACHE_DIR or _CACHE) / f"numba-{_DIGEST}")
 

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..checks import require, require_contiguous, require_dtype, require_shape
 from . import tuning
-from .checks import require, require_contiguous, require_dtype, require_shape
 
 E4M3 = torch.float8_e4m3fn
 

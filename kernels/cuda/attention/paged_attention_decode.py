@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...checks import check_attention, require, require_launchable
+from ..fp8 import check_scales, load_scale, readable_view
 from .attend_tiles import (
     LOG2E,
     LOWEST,
@@ -25,9 +27,7 @@ from .attend_tiles import (
     store_rows,
 )
 from .cascade import CascadeWorkspace, attend_prefixes
-from .checks import check_attention, require, require_launchable
 from .decode_schedule import DecodeWorkspace, build_decode_schedule
-from .fp8 import check_scales, load_scale, readable_view
 
 __all__ = ["DecodeWorkspace", "build_decode_schedule", "paged_attention_decode"]
 

@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import require, require_contiguous, require_dtype, require_launchable, require_shape
-from .tuning import TileConfig, decode_config
+from ...checks import require, require_contiguous, require_dtype, require_launchable, require_shape
+from ..tuning import TileConfig, decode_config
 
 if TYPE_CHECKING:
     from .cascade import CascadeWorkspace

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .fp8 import as_operand, widen
+from ..fp8 import as_operand, widen
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)

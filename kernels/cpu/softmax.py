@@ -9,8 +9,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .cpu_numbers import LANES
-from .cpu_vectors import (
+from .numbers import LANES
+from .vectors import (
     WORDS,
     across,
     arrays_of,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import (
+from ..checks import (
     CACHE_DTYPES,
     require_contiguous,
     require_dtype,

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from .cpu_attention import Batch, Scoring, attend_item, make_scratch
-from .cpu_kernels import norm_row, rotate_and_store
-from .cpu_numbers import FAST, INLINED, PARALLEL, fetch_add, load, to_float, yield_core
-from .cpu_panels import PANEL_COLUMNS
-from .cpu_products import ROWS, multiply, multiply_gated
+from .attention import Batch, Scoring, attend_item, make_scratch
+from .norms import norm_row, rotate_and_store
+from .numbers import FAST, INLINED, PARALLEL, fetch_add, load, to_float, yield_core
+from .panels import PANEL_COLUMNS
+from .products import ROWS, multiply, multiply_gated
 
 PHASES = 8
 """Of a layer; its first one serves for the last norm."""

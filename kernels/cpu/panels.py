@@ -12,8 +12,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .cpu_numbers import FAST, LANES, stay_apart
-from .cpu_vectors import (
+from .numbers import FAST, LANES, stay_apart
+from .vectors import (
     FLOATS,
     INDEX,
     arrays_of,

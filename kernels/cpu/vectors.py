@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .cpu_numbers import EXP_TERMS, LANES, LOG2_E
+from .numbers import EXP_TERMS, LANES, LOG2_E
 
 FLOATS = ir.VectorType(ir.FloatType(), LANES)
 WORDS = ir.VectorType(ir.IntType(32), LANES)

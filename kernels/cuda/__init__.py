@@ -1,0 +1,1 @@
+"""The Triton kernels that a step launches, one operation a file."""
