@@ -23,10 +23,10 @@ import torch
 from transformers.models.qwen3 import Qwen3Config
 
 from quire.engine.config import EngineConfig
-from quire.engine.engine_core import EngineCore
+from quire.engine.core.engine_core import EngineCore
 from quire.engine.request import Request
+from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.worker import Worker
 
 CONTEXT, PREFILL = 300, 256
 SHAPE = Qwen3Config(

@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 from gpu_common import DEVICE, Case, Record, capture, make_sequence, relative_error
 
-from quire.engine import sampler as sampler_module
-from quire.engine.sampler import Sampler
+from quire.engine.sampling import sampler as sampler_module
+from quire.engine.sampling.sampler import Sampler
 from quire.kernels import reference
 from quire.kernels.cuda.attention.cascade import CascadeWorkspace
 from quire.kernels.cuda.attention.paged_attention_decode import (

@@ -46,10 +46,10 @@ from transformers.models.mistral import MistralConfig
 from transformers.models.qwen3 import Qwen3Config
 
 from quire.engine.config import EngineConfig
-from quire.engine.engine_core import EngineCore
+from quire.engine.core.engine_core import EngineCore
 from quire.engine.request import Request
+from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.worker import Worker
 
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 4, "vocab_size": 1000, "initializer_range": 0.2,

@@ -24,7 +24,7 @@ from gpu_common import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quire.engine import sampler
+from quire.engine.sampling import sampler
 from quire.kernels.cuda import sample_tokens
 from quire.kernels.cuda.attention.cascade import CascadeWorkspace
 from quire.kernels.cuda.attention.decode_schedule import MIN_CHUNK, PROGRAMS_PER_SM

@@ -13,11 +13,11 @@ import math
 import random
 from collections.abc import Iterator
 
-from quire.engine.block_manager import BlockManager
+from quire.engine.cache.block_manager import BlockManager
 from quire.engine.outputs import ModelRunnerOutput, SchedulerOutput
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.scheduler import Scheduler
+from quire.engine.scheduling.scheduler import Scheduler
 
 MEAN_INPUT, MEAN_OUTPUT, SIGMA = 200, 180, 0.8
 MAX_MODEL_LEN = 4096

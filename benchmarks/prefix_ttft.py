@@ -18,10 +18,10 @@ from pathlib import Path
 from transformers.models.qwen3 import Qwen3Config
 
 from quire.engine.config import EngineConfig
-from quire.engine.engine_core import EngineCore
+from quire.engine.core.engine_core import EngineCore
 from quire.engine.request import Request
+from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.worker import Worker
 
 PROMPT, SUFFIX, PAIRS = 2048, 16, 9
 SHAPE = Qwen3Config(

@@ -24,9 +24,9 @@ from typing import Any
 import zmq
 from scripted_worker import ScriptedWorker
 
-from quire.engine import engine_process, wire
 from quire.engine.config import EngineConfig
-from quire.engine.engine_core import EngineCore
+from quire.engine.core.engine_core import EngineCore
+from quire.engine.process import engine_process, wire
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.server.bench_plot import Panel, Series, render_svg

@@ -15,13 +15,13 @@ from typing import Any
 import tokenizers
 import torch
 
-from quire.engine import worker
 from quire.engine.config import EngineConfig
-from quire.engine.engine_core import EngineCore
-from quire.engine.model_spec import read_hf_config, spec_from_hf_config
+from quire.engine.core.engine_core import EngineCore
+from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
 from quire.engine.outputs import ModelRunnerOutput, SchedulerOutput
-from quire.engine.sampler import Sampler, SamplerOutput
-from quire.engine.sampling_metadata import SamplingBatch
+from quire.engine.runner import worker
+from quire.engine.sampling.batch import SamplingBatch
+from quire.engine.sampling.sampler import Sampler, SamplerOutput
 from quire.engine.worker_protocol import Results, WorkerInfo
 
 TEXT = "A server that streams: it says one word after another, until all has been said. "

@@ -75,7 +75,7 @@ class Processes:
         process = psutil.Process(main)
         self.engine, self.http = [], [process]
         for child in process.children():
-            is_engine = "quire.engine.engine_process" in child.cmdline()
+            is_engine = "quire.engine.process.engine_process" in child.cmdline()
             (self.engine if is_engine else self.http).append(child)
 
     @staticmethod

@@ -27,10 +27,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3 import Qwen3Config
 
 from quire.engine.config import EngineConfig
-from quire.engine.engine_core import EngineCore
+from quire.engine.core.engine_core import EngineCore
 from quire.engine.request import GrammarSpec, Request
+from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.worker import Worker
 
 BATCH, CONTEXT, STEPS = 16, 300, 24
 END = "<|endoftext|>"

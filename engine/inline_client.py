@@ -18,8 +18,8 @@ from .client import EngineHealth
 from .config import EngineConfig, EngineInfo
 from .errors import EngineDeadError, EngineNotReadyError, QuireError, StartupError
 from .outputs import EngineStats, SequenceOutput, StepOutput
+from .process.streams import EngineCoreProtocol, EngineObserver, StreamTable
 from .request import Request
-from .streams import EngineCoreProtocol, EngineObserver, StreamTable
 
 logger = logging.getLogger("quire.engine.client")
 

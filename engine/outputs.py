@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from .grammar.masks import TokenMasks
     from .sequence import Sequence
-    from .structured_output import TokenMasks
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from ..engine.bench import add_latency_arguments, add_throughput_arguments
+from ..engine.bench.__main__ import add_latency_arguments, add_throughput_arguments
 from ..engine.errors import ConfigurationError, QuireError, StartupError
 from .bench_arguments import add_serve_arguments, check_arguments
 from .bench_dataset import DatasetOptions, Workload, arrival_times, build_workload

@@ -10,7 +10,7 @@ import re
 from typing import Any, NamedTuple
 
 from ..engine.errors import InvalidRequestError
-from ..engine.grammar import JSON_OPTIONS
+from ..engine.grammar.compile import JSON_OPTIONS
 from ..engine.request import GrammarSpec
 from .chat_prompt import forces_call, offered_tools
 from .harmony import ANALYSIS, ASSISTANT, CHANNEL, CONSTRAIN, END, FUNCTIONS, MESSAGE

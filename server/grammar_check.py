@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..engine.errors import InvalidRequestError
-from ..engine.grammar import GrammarCompileError, compile_grammar, make_tokenizer
+from ..engine.grammar.compile import GrammarCompileError, compile_grammar, make_tokenizer
 from ..engine.request import GrammarSpec
 
 Message = dict[str, Any]

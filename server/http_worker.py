@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from ..engine.attached_client import AttachedEngineClient
-from ..engine.engine_process import die_with_parent
 from ..engine.errors import StartupError
-from ..engine.heap import settle
+from ..engine.process.attached_client import AttachedEngineClient
+from ..engine.process.engine_process import die_with_parent
+from ..engine.process.heap import settle
 from .logs import configure_logging, resolve_format
 from .metrics import Metrics
 from .serving import build_app, uvicorn_server

@@ -22,8 +22,8 @@ import uvloop
 from ..engine.client import EngineClient
 from ..engine.config import EngineInfo
 from ..engine.errors import ConfigurationError
-from ..engine.heap import settle
-from ..engine.process_client import ProcessEngineClient
+from ..engine.process.heap import settle
+from ..engine.process.process_client import ProcessEngineClient
 from .logs import resolve_format
 from .metrics import Metrics
 from .settings import Settings

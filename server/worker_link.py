@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from ..engine.remote_client import EngineStatus
+from ..engine.process.remote_client import EngineStatus
 from .metrics_sum import Sample
 
 _LENGTH_BYTES = 4

@@ -25,13 +25,13 @@ from typing import Any
 import structlog
 
 from ..engine.errors import StartupError
-from ..engine.process_client import (
+from ..engine.process.process_client import (
     FIRST_DELAY_SECONDS,
     MAX_DELAY_SECONDS,
     STABLE_SECONDS,
     ProcessEngineClient,
 )
-from ..engine.remote_client import EngineStatus
+from ..engine.process.remote_client import EngineStatus
 from .limits import LOAD_FIELDS, no_loads
 from .metrics import Metrics
 from .metrics_sum import Sample, Totals, add

@@ -95,7 +95,7 @@ def test_unpacked_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Pat
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     code = (
-        "import pathlib, quire.server.settings as settings, quire.engine.scheduler as scheduler\n"
+        "import pathlib, quire.server.settings as settings, quire.engine.scheduling.scheduler as scheduler\n"
         "print(settings.__file__, scheduler.__file__, settings.load_settings().model_path)"
     )
     output = _python(["-P", "-c", code], tmp_path, {"PYTHONPATH": str(tmp_path)})

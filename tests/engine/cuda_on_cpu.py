@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quire.engine import attention, attention_cuda, device_inputs, input_batch, loader, worker
-from quire.engine.attention_cuda import attend_on_cuda
-from quire.engine.causal_lm import CausalLM
-from quire.engine.decode_graphs import Run
-from quire.engine.model_runner import ModelRunner
+from quire.engine.attention.interface import interface as attention
+from quire.engine.devices.cuda import attention as attention_cuda
+from quire.engine.devices.cuda import inputs as device_inputs
+from quire.engine.devices.cuda.attention import attend_on_cuda
+from quire.engine.devices.cuda.decode_graphs import Run
+from quire.engine.model import loader
+from quire.engine.model.causal_lm import CausalLM
+from quire.engine.runner import input_batch, worker
+from quire.engine.runner.model_runner import ModelRunner
 from quire.kernels import reference
 from quire.kernels.cuda import copy_blocks
 

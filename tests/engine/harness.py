@@ -6,13 +6,13 @@ from collections import defaultdict
 from itertools import count
 from typing import Any
 
-from quire.engine.block_manager import BlockManager
+from quire.engine.cache.block_manager import BlockManager
+from quire.engine.core.step_loop import StepLoop
 from quire.engine.outputs import SchedulerOutput, SequenceOutput
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.scheduler import Scheduler
+from quire.engine.scheduling.scheduler import Scheduler
 from quire.engine.sequence import UNKNOWN_TOKEN
-from quire.engine.step_loop import StepLoop
 
 from .paged_fake import NextToken, PagedFakeWorker, chain, logprobs, next_token
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from quire.engine.input_batch import DeviceStep, HostStep, InputBatch
 from quire.engine.outputs import SchedulerOutput, TableChange
+from quire.engine.runner.input_batch import DeviceStep, HostStep, InputBatch
 from quire.engine.sequence import UNKNOWN_TOKEN, Sequence
 
 from .worker_driver import make_sequence

@@ -15,9 +15,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from quire.engine.counter_rng import exponential, stream_keys
 from quire.engine.request import Request
-from quire.engine.sampler import Sampler, SamplerOutput
+from quire.engine.sampling.counter_rng import exponential, stream_keys
+from quire.engine.sampling.sampler import Sampler, SamplerOutput
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Rank, Sequence
 

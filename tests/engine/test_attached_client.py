@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from quire.engine import wire
-from quire.engine.attached_client import AttachedEngineClient
 from quire.engine.config import EngineConfig
 from quire.engine.errors import EngineNotReadyError, InvalidRequestError
-from quire.engine.process_client import ProcessEngineClient
-from quire.engine.remote_client import EngineStatus
+from quire.engine.process import wire
+from quire.engine.process.attached_client import AttachedEngineClient
+from quire.engine.process.process_client import ProcessEngineClient
+from quire.engine.process.remote_client import EngineStatus
 
 from . import fakes
 from .fakes import EXIT, LOSE, SLOW, expected_tokens, make_request

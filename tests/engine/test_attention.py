@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from quire.engine import attention
-from quire.engine.attention import AttentionMetadata
-from quire.engine.attention_cpu import CpuPlan, CpuPlanner, attend_on_cpu
-from quire.engine.attention_cuda import attend_on_cuda
+from quire.engine.attention.interface import interface as attention
+from quire.engine.attention.interface.interface import AttentionMetadata
+from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner, attend_on_cpu
+from quire.engine.devices.cuda.attention import attend_on_cuda
 from quire.kernels import reference
 
 from .cuda_on_cpu import use_references

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from quire.engine.bench import main
-from quire.engine.bench_workload import Workload, run_workload, uniform_lengths
-from quire.engine.engine_core import EngineCore
+from quire.engine.bench.__main__ import main
+from quire.engine.bench.workload import Workload, run_workload, uniform_lengths
+from quire.engine.core.engine_core import EngineCore
 from quire.engine.errors import ContextLengthError
-from quire.engine.worker import Worker
+from quire.engine.runner.worker import Worker
 
 from .models import save_model
 from .worker_driver import make_config

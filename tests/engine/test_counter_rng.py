@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from quire.engine.counter_rng import exponential, stream_keys
+from quire.engine.sampling.counter_rng import exponential, stream_keys
 
 MASK = 2**64 - 1
 GAMMA = 0x9E3779B97F4A7C15

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from numba import njit
 from torch import nn
 
-from quire.engine.attention import AttentionMetadata
-from quire.engine.attention_cpu import CpuPlanner
-from quire.engine.counter_rng import exponential, stream_keys
-from quire.engine.cpu_decoder import CpuDecoder, can_compile
-from quire.engine.cpu_linear import PackedLinear
-from quire.engine.flat_decoder import FlatDecoder, FlatLayer, Norm, TorchOps
+from quire.engine.attention.interface.interface import AttentionMetadata
+from quire.engine.body.flat_decoder import FlatDecoder, FlatLayer, Norm, TorchOps
+from quire.engine.devices.cpu.attention import CpuPlanner
+from quire.engine.devices.cpu.decoder import CpuDecoder, can_compile
+from quire.engine.devices.cpu.packed_linear import PackedLinear
+from quire.engine.sampling.counter_rng import exponential, stream_keys
 from quire.kernels.cpu.numbers import LANES, as_array, exp, store, to_float
 from quire.kernels.cpu.panels import PANEL_COLUMNS, PANEL_ROWS, PANEL_VECTORS, multiply_add
 from quire.kernels.cpu.sampling import draw, race

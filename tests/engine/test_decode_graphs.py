@@ -11,7 +11,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from quire.engine.decode_graphs import CudaCapture, NotCapturableError, Run, graph_sizes
+from quire.engine.devices.cuda.decode_graphs import (
+    CudaCapture,
+    NotCapturableError,
+    Run,
+    graph_sizes,
+)
 
 from .cuda_on_cpu import RerunCapture, give_workspaces, use_references
 from .models import FAMILIES, generate, logprobs, save_model

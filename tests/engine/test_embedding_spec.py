@@ -12,8 +12,8 @@ from transformers import AutoModel
 
 from quire.engine.embedding_spec import NO_LAYOUT, EmbeddingSpec
 from quire.engine.errors import InvalidRequestError, ModelLoadError, UnsupportedModelError
-from quire.engine.loader import load_model
-from quire.engine.model_spec import read_spec
+from quire.engine.model.loader import load_model
+from quire.engine.model.model_spec import read_spec
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 

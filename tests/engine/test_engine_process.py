@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from quire.engine.config import EngineConfig
-from quire.engine.engine_process import JsonFormatter, build_core
 from quire.engine.inline_client import InlineEngineClient
-from quire.engine.process_client import ProcessEngineClient
+from quire.engine.process.engine_process import JsonFormatter, build_core
+from quire.engine.process.process_client import ProcessEngineClient
 
 from .fakes import make_request
 from .models import save_model

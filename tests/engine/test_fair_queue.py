@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from quire.engine import fair_queue
 from quire.engine.config import SchedulingPolicy
-from quire.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue
 from quire.engine.outputs import SequenceOutput
-from quire.engine.request_table import RequestTable
+from quire.engine.scheduling import fair_queue
+from quire.engine.scheduling.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue
+from quire.engine.scheduling.request_table import RequestTable
 
 from .harness import Harness, make_request
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers.models.llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from quire.engine.causal_lm import CausalLM
-from quire.engine.loader import load_model
+from quire.engine.model.causal_lm import CausalLM
+from quire.engine.model.loader import load_model
 
 from .models import COMMON, FAMILIES, generate, save_model
 from .worker_driver import Driver, make_config, make_sequence

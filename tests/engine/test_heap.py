@@ -7,7 +7,7 @@ import sys
 
 SETTLES = """
 import gc, psutil
-from quire.engine.heap import settle
+from quire.engine.process.heap import settle
 
 freed, kept = [], []
 for _ in range(400):  # what is kept stands between the pages that are freed
@@ -22,7 +22,7 @@ assert gc.get_freeze_count() > 1000
 
 NO_TRITON = """
 from quire.engine.config import EngineConfig
-from quire.engine.engine_process import _leave_triton_out
+from quire.engine.process.engine_process import _leave_triton_out
 
 _leave_triton_out(EngineConfig(model="", device="cpu"))
 from torch.utils._triton import has_triton_package

@@ -13,7 +13,7 @@ from quire.engine.config import EngineConfig, EngineInfo
 from quire.engine.errors import EngineNotReadyError, InvalidRequestError, StartupError
 from quire.engine.inline_client import InlineEngineClient
 from quire.engine.outputs import EngineStats, SequenceOutput
-from quire.engine.process_client import ProcessEngineClient
+from quire.engine.process.process_client import ProcessEngineClient
 from quire.engine.request import Request
 
 from . import fakes

@@ -7,9 +7,10 @@ from itertools import islice
 import pytest
 import torch
 
-from quire.engine import device_inputs, input_batch
-from quire.engine.input_batch import InputBatch
+from quire.engine.devices.cuda import inputs as device_inputs
 from quire.engine.outputs import TableChange
+from quire.engine.runner import input_batch
+from quire.engine.runner.input_batch import InputBatch
 from quire.kernels import reference
 
 from .random_steps import BLOCK_SIZE, BUDGET, MAX_NUM_SEQS, RandomSteps, Step, make_output

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from quire.engine import kv_cache
 from quire.engine.errors import ConfigurationError
-from quire.engine.kv_cache import (
+from quire.engine.model.model_spec import ModelSpec
+from quire.engine.runner import kv_cache
+from quire.engine.runner.kv_cache import (
     allocate_kv_cache,
     available_memory,
     block_bytes,
     cpu_cache_memory,
     num_blocks_from_memory,
 )
-from quire.engine.model_spec import ModelSpec
 
 from .worker_driver import make_config
 

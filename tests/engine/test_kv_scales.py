@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quire.engine.errors import ModelLoadError
-from quire.engine.kv_scales import read_kv_scales
-from quire.engine.loader import load_model
+from quire.engine.model.kv_scales import read_kv_scales
+from quire.engine.model.loader import load_model
 
 from .models import save_model
 from .worker_driver import make_config

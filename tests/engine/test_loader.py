@@ -19,11 +19,11 @@ from transformers.models.mamba import MambaConfig
 from transformers.models.phi3 import Phi3Config
 from transformers.models.t5 import T5Config
 
-from quire.engine import loader
 from quire.engine.config import EngineConfig
 from quire.engine.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
-from quire.engine.loader import load_model
-from quire.engine.model_spec import read_spec
+from quire.engine.model import loader
+from quire.engine.model.loader import load_model
+from quire.engine.model.model_spec import read_spec
 
 from .models import COMMON, FAMILIES, WINDOW, build_model, generate, logprobs, save_model
 from .worker_driver import Driver, make_config, make_sequence

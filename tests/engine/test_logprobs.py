@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quire.engine import logprobs as module
-from quire.engine.logprobs import compute_logprobs, to_token_logprobs
-from quire.engine.sampler import Sampler, collect_logprobs
+from quire.engine.sampling import logprobs as module
+from quire.engine.sampling.logprobs import compute_logprobs, to_token_logprobs
+from quire.engine.sampling.sampler import Sampler, collect_logprobs
 
 from .sampling_rows import CPU, make_sequence
 

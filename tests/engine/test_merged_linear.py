@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from quire.engine.loader import load_model
-from quire.engine.merged_linear import LinearColumn, MergedLinear, merge_siblings
+from quire.engine.body.merged_linear import LinearColumn, MergedLinear, merge_siblings
+from quire.engine.model.loader import load_model
 
 from .models import FAMILIES, save_model
 from .worker_driver import make_config

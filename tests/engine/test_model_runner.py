@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from quire.engine.errors import NonFiniteLogitsError
 from quire.engine.outputs import BlockCopy, RowError
-from quire.engine.sampling_metadata import SamplingBatch
+from quire.engine.sampling.batch import SamplingBatch
 from quire.engine.sequence import Sequence
 from quire.kernels.cpu import sampling as cpu_sampling
 

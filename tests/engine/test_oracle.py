@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quire.engine.attention_cpu import CpuPlan, CpuPlanner
 from quire.engine.config import EngineConfig
-from quire.engine.decode_graphs import graph_sizes
-from quire.engine.engine_core import EngineCore
-from quire.engine.input_batch import InputBatch
+from quire.engine.core.engine_core import EngineCore
+from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
+from quire.engine.devices.cuda.decode_graphs import graph_sizes
 from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request
+from quire.engine.runner.input_batch import InputBatch
+from quire.engine.runner.worker import Worker
 from quire.engine.sequence import Sequence
-from quire.engine.worker import Worker
 
 from . import models
 from .cuda_on_cpu import RerunCapture, give_workspaces, use_references

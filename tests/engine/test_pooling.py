@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from quire.engine import pooling as pooling_module
-from quire.engine.engine_core import EngineCore
+from quire.engine.core.engine_core import EngineCore
 from quire.engine.errors import InvalidRequestError, NonFiniteLogitsError
 from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Pooling, Request
+from quire.engine.runner import pooling as pooling_module
+from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.worker import Worker
 
 from .models import VOCAB_SIZE, generate, save_model
 from .worker_driver import make_config

@@ -18,12 +18,12 @@ import psutil
 import pytest
 import zmq
 
-from quire.engine import wire
 from quire.engine.config import EngineConfig
-from quire.engine.engine_handle import EngineHandle
 from quire.engine.errors import EngineNotReadyError
 from quire.engine.outputs import SequenceOutput
-from quire.engine.process_client import ProcessEngineClient
+from quire.engine.process import wire
+from quire.engine.process.engine_handle import EngineHandle
+from quire.engine.process.process_client import ProcessEngineClient
 
 from . import fakes
 from .fakes import CRASH, EXIT, HANG, LOSE, SLOW, expected_tokens, make_request
@@ -222,7 +222,7 @@ def test_engine_dies_with_its_parent(first_token: int, tmp_path: Path) -> None:
     script = f"""
         import asyncio, fakes
         from quire.engine.config import EngineConfig
-        from quire.engine.process_client import ProcessEngineClient
+        from quire.engine.process.process_client import ProcessEngineClient
 
         async def main():
             client = ProcessEngineClient(EngineConfig(model="fake"), core="fakes:build_core")
@@ -252,9 +252,12 @@ def test_engine_dies_with_its_parent(first_token: int, tmp_path: Path) -> None:
 
 
 def test_engine_process_imports_no_torch_before_its_core() -> None:
-    code = "import sys, quire.engine.process_client, quire.engine.engine_process as e; " + (
-        "print([m for m in ('torch', 'pydantic', 'fastapi', 'prometheus_client', 'uvicorn') "
-        "if m in sys.modules])"
+    code = (
+        "import sys, quire.engine.process.process_client, quire.engine.process.engine_process as e; "
+        + (
+            "print([m for m in ('torch', 'pydantic', 'fastapi', 'prometheus_client', 'uvicorn') "
+            "if m in sys.modules])"
+        )
     )
     result = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quire.engine.errors import InvalidRequestError
-from quire.engine.sampler import Sampler, collect_logprobs
+from quire.engine.sampling.sampler import Sampler, collect_logprobs
 from quire.engine.sequence import Sequence
 
 from .sampling_rows import CPU, EOS, expected_token, make_sequence, sample, softmax_after_filters

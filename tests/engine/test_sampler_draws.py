@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from quire.engine.sampler import Sampler
+from quire.engine.sampling.sampler import Sampler
 from quire.engine.sequence import Sequence
 
 from .sampling_rows import CPU, make_sequence, softmax_after_filters

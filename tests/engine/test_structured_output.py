@@ -20,17 +20,22 @@ import torch
 from tokenizers import Tokenizer
 from transformers.models.llama import LlamaConfig
 
-from quire.engine import grammar, structured_output
 from quire.engine.config import EngineConfig
-from quire.engine.engine_core import EngineCore
+from quire.engine.core.engine_core import EngineCore
 from quire.engine.errors import GrammarError, InvalidRequestError, error_from_code
-from quire.engine.grammar import GrammarCompileError, compile_grammar, make_tokenizer
+from quire.engine.grammar.compile import compile as grammar
+from quire.engine.grammar.compile import masks as structured_output
+from quire.engine.grammar.compile.compile import (
+    GrammarCompileError,
+    compile_grammar,
+    make_tokenizer,
+)
+from quire.engine.grammar.compile.masks import StructuredOutput
 from quire.engine.outputs import SchedulerOutput, SequenceOutput
 from quire.engine.request import GrammarSpec, Request
+from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Rank, Sequence, SequenceStatus
-from quire.engine.structured_output import StructuredOutput
-from quire.engine.worker import Worker
 
 from .models import COMMON, build_model
 
@@ -409,7 +414,7 @@ def test_an_engine_that_cannot_constrain_says_so(
 
 
 def test_the_engine_imports_without_llguidance(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['llguidance'] = None; import quire.engine.engine_core"
+    code = "import sys; sys.modules['llguidance'] = None; import quire.engine.core.engine_core"
     subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, check=True)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
+from quire.engine.sampling.token_history import TokenHistory
 from quire.engine.sequence import Sequence
-from quire.engine.token_history import TokenHistory
 
 from .sampling_rows import CPU, make_sequence
 

@@ -12,8 +12,8 @@ import torch
 
 from quire.engine.embedding_spec import NO_LAYOUT
 from quire.engine.errors import ConfigurationError, DeviceMemoryError, UnsupportedModelError
-from quire.engine.model_runner import ModelRunner
-from quire.engine.worker import Worker, default_num_threads
+from quire.engine.runner.model_runner import ModelRunner
+from quire.engine.runner.worker import Worker, default_num_threads
 from quire.engine.worker_protocol import WorkerInfo, WorkerProtocol
 
 from .cuda_on_cpu import give_workspaces, use_references

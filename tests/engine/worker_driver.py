@@ -16,9 +16,9 @@ from quire.engine.outputs import (
     TokenLogprobs,
 )
 from quire.engine.request import Request
+from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Rank, Sequence
-from quire.engine.worker import Worker
 
 _ids = count()
 

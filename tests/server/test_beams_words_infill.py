@@ -15,9 +15,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as Encoder
 
 from quire.engine.config import EngineConfig, EngineInfo
-from quire.engine.engine_core import EngineCore
+from quire.engine.core.engine_core import EngineCore
 from quire.engine.inline_client import InlineEngineClient
-from quire.engine.worker import Worker
+from quire.engine.runner.worker import Worker
 from quire.server.bad_words import encode_bad_words
 from quire.server.infill import encode_infill, infill_tokens
 from quire.server.tokenizer import Tokenizer

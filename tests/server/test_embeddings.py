@@ -21,10 +21,10 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.models.qwen3 import Qwen3Config
 
 from quire.engine.config import EngineConfig
+from quire.engine.core.engine_core import EngineCore
 from quire.engine.embedding_spec import NO_LAYOUT, EmbeddingSpec
-from quire.engine.engine_core import EngineCore
 from quire.engine.inline_client import InlineEngineClient
-from quire.engine.worker import Worker
+from quire.engine.runner.worker import Worker
 from quire.server.app import create_app
 from quire.server.metrics import Metrics
 from quire.server.settings import Settings

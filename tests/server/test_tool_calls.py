@@ -11,7 +11,7 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
-from quire.engine.grammar import compile_grammar, make_tokenizer
+from quire.engine.grammar.compile.compile import compile_grammar, make_tokenizer
 from quire.engine.request import GrammarSpec
 from quire.server.message_events import MessageBuilder
 from quire.server.message_parser import MessageFormat, MessageParser

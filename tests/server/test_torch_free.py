@@ -15,7 +15,7 @@ from .test_cli import MODEL, Server, launch, serving
 
 BUILD = """
 import asyncio, sys
-from quire.engine.process_client import ProcessEngineClient
+from quire.engine.process.process_client import ProcessEngineClient
 from quire.server.metrics import Metrics
 from quire.server.serving import build_app
 from quire.server.settings import load_settings

@@ -7,8 +7,8 @@ from itertools import islice
 import pytest
 import torch
 
-from quire.engine import input_batch
-from quire.engine.input_batch import DeviceStep, HostStep, InputBatch
+from quire.engine.runner import input_batch
+from quire.engine.runner.input_batch import DeviceStep, HostStep, InputBatch
 
 from ..random_steps import BLOCK_SIZE, MAX_NUM_SEQS, RandomSteps
 

@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.engine import sampler as sampler_module
-from quire.engine import sampling_plan
 from quire.engine.request import Request
-from quire.engine.sampler import Sampler
+from quire.engine.sampling import plan as sampling_plan
+from quire.engine.sampling import sampler as sampler_module
+from quire.engine.sampling.sampler import Sampler
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Rank, Sequence
 from quire.kernels.cuda import sample_tokens as module

@@ -1,0 +1,1 @@
+"""The engine alone, timed in process: `python -m quire.engine.bench`."""

@@ -1,0 +1,137 @@
+"""A workload of the engine alone, run and measured: random prompts, outputs of fixed lengths."""
+
+from __future__ import annotations
+
+import cProfile
+import pstats
+import random
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.engine_core import EngineCore
+from ..errors import error_from_code
+from ..request import Request
+from ..sampling_params import SamplingParams
+
+PROFILE_ROWS = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """One workload from its first step to its last; times in seconds unless named otherwise.
+
+    Tokens are those that the engine reported: prompts as given, outputs of all n choices.
+    """
+
+    elapsed_s: float
+    num_requests: int
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    requests_per_s: float
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    num_steps: int
+    step_ms_median: float
+    step_ms_p99: float
+    preemptions: int
+    peak_kv_usage: float
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """(prompt length, output length) of each request, in tokens, and how they are sampled."""
+
+    lengths: tuple[tuple[int, int], ...]
+    n: int
+    temperature: float
+    seed: int
+
+    def requests(self, vocab_size: int) -> list[Request]:
+        rng = random.Random(self.seed)
+        return [
+            Request(
+                request_id=f"bench-{index}",
+                prompt_token_ids=tuple(rng.choices(range(vocab_size), k=prompt)),
+                sampling_params=SamplingParams(
+                    max_tokens=output,
+                    n=self.n,
+                    temperature=self.temperature,
+                    seed=self.seed + index,
+                    ignore_eos=True,
+                ),
+                arrival_time=time.monotonic(),
+            )
+            for index, (prompt, output) in enumerate(self.lengths)
+        ]
+
+
+def uniform_lengths(
+    count: int, prompt: int, output: int, range_ratio: float, seed: int
+) -> tuple[tuple[int, int], ...]:
+    """`count` pairs, each length uniform in [length · (1 − ratio), length · (1 + ratio)]."""
+    rng = random.Random(seed)
+
+    def draw(length: int) -> int:
+        return max(
+            1, rng.randint(round(length * (1 - range_ratio)), round(length * (1 + range_ratio)))
+        )
+
+    return tuple((draw(prompt), draw(output)) for _ in range(count))
+
+
+def run_workload(core: EngineCore, workload: Workload) -> RunResult:
+    """Queue all requests, step until none is left. Raises the error of the first that fails."""
+    requests = workload.requests(core.info.vocab_size)
+    preemptions = core.stats().preemptions
+    for request in requests:
+        core.add_request(request)
+    output_tokens = cached_tokens = 0
+    peak = 0.0
+    steps: list[float] = []
+    begin = last = time.perf_counter()
+    while core.has_work:
+        step = core.step()
+        for output in step.outputs:
+            if output.error is not None:
+                raise error_from_code(output.error.code, output.error.message)
+            output_tokens += len(output.token_ids)
+            if output.choice == 0 and output.finish_reason is not None:  # each output tells it
+                cached_tokens += output.num_cached_tokens or 0
+        peak = max(peak, step.stats.kv_usage)
+        now = time.perf_counter()
+        steps.append(now - last)
+        last = now
+    elapsed = last - begin
+    prompt_tokens = sum(prompt for prompt, _ in workload.lengths)
+    steps.sort()
+    return RunResult(
+        elapsed_s=elapsed,
+        num_requests=len(requests),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        cached_tokens=cached_tokens,
+        requests_per_s=len(requests) / elapsed,
+        output_tokens_per_s=output_tokens / elapsed,
+        total_tokens_per_s=(prompt_tokens + output_tokens) / elapsed,
+        num_steps=len(steps),
+        step_ms_median=statistics.median(steps) * 1e3,
+        step_ms_p99=steps[min(len(steps) - 1, int(0.99 * len(steps)))] * 1e3,
+        preemptions=core.stats().preemptions - preemptions,
+        peak_kv_usage=peak,
+    )
+
+
+def write_profile(profile: cProfile.Profile, result: RunResult, path: Path) -> None:
+    """Host time by function, by cumulative and by own time. Divide by the steps in the first line;
+    on a GPU, waiting for the device shows where the host synchronises."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(
+            f"{result.num_steps} steps in {result.elapsed_s:.3f} s with the profiler on, "
+            f"median {result.step_ms_median:.3f} ms a step\n\n"
+        )
+        stats = pstats.Stats(profile, stream=file)
+        for order in ("cumulative", "tottime"):
+            stats.sort_stats(order).print_stats(PROFILE_ROWS)

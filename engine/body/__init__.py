@@ -1,0 +1,1 @@
+"""The body of a Llama-shaped model, flattened into one function."""

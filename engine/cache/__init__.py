@@ -1,0 +1,1 @@
+"""Block tables over one pool of KV blocks: allocation, prefix sharing, copy-on-write."""

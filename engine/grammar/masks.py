@@ -1,0 +1,283 @@
+"""Which tokens each constrained sequence may sample next.
+
+    request comes ─▶ its grammar is compiled in a thread; it waits in the queue until then
+    step:  schedule ─▶ start ──▶ execute: forward ──▶ wait for the bitmask ─▶ sample ─▶ update
+                         └─ a thread: read the last tokens, fill the rows ┘
+    ahead of the last step's results:
+           schedule ─▶ launch the forward ─▶ last results ─▶ start ─▶ wait ─▶ launch the sampling
+
+A matcher follows the output of one choice. It reads what it has not read yet, so a fork (made
+before the first output token), a preemption (which keeps the tokens) and a step that was given up
+need no case of their own, and a matcher that is made anew catches up by itself.
+
+A grammar's end is the answer's end: then only end-of-sequence is allowed. min_tokens and ignore_eos
+bar an end token as long as the grammar lets anything else follow, and no longer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import GrammarError, InvalidRequestError
+from ..outputs import RowError, SchedulerOutput, SequenceOutput
+from ..request import GrammarSpec, Request
+from ..sequence import SequenceStatus
+from .compile import compile_grammar, is_available, make_tokenizer, matcher_failure
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
+
+    from ..sequence import Sequence as TokenSequence
+
+MAX_CACHED_GRAMMARS = 64
+NUM_THREADS = min(4, max(1, (os.cpu_count() or 1) // 4))
+"""Threads of llguidance that fill rows, some 10 µs to 1 ms each, without Python's lock. They spin
+for a moment when they have nothing to do: few, where the model runs on the same cores."""
+
+
+@dataclass(slots=True)
+class _Matcher:
+    """Follows the output of one choice: has read `num_read` of its tokens, or will have by the end
+    of the task that was given them."""
+
+    llguidance: LLMatcher
+    num_read: int = 0
+
+
+@dataclass(slots=True)
+class _Constrained:
+    """An unfinished request: its grammar, and a matcher for each choice that has sampled."""
+
+    compiled: Future[LLMatcher]
+    num_unfinished: int
+    matchers: dict[int, _Matcher] = field(default_factory=dict)
+
+
+class _Row(NamedTuple):
+    """One row to fill: tokens to read first, end tokens to bar while there are others."""
+
+    row: int  # in SchedulerOutput.sequences
+    matcher: LLMatcher
+    token_ids: list[int]
+    barred: frozenset[int]
+
+
+class TokenMasks:
+    """The bitmask of a step, being filled."""
+
+    def __init__(self, rows: dict[int, int], bitmask: NDArray[np.int32]) -> None:
+        self.rows = rows
+        """Index in `SchedulerOutput.sequences` → row of the bitmask."""
+        self.errors: dict[int, RowError] = {}
+        """By index in `SchedulerOutput.sequences`; complete after `wait`."""
+        self.filling: Future[None] | None = None
+        self.bitmask = bitmask
+
+    def wait(self) -> NDArray[np.int32]:
+        """[C, W] once all are filled: bit i % 32 of word i // 32 allows token i. A row with an
+        error allows everything."""
+        if self.filling is not None:
+            self.filling.result()
+        return self.bitmask
+
+
+class StructuredOutput:
+    """Owns the grammars and matchers of an engine. One thread calls it.
+
+    `vocab_size` is the logits' width. `read_tokenizer` gives the text of the model's
+    tokenizer.json; it is called in a thread, when the first constrained request comes.
+    """
+
+    def __init__(
+        self, vocab_size: int, eos_token_ids: Sequence[int], read_tokenizer: Callable[[], str]
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = [token for token in eos_token_ids if token < vocab_size]
+        self._read_tokenizer = read_tokenizer
+        self._tokenizer: LLTokenizer | None = None
+        self._width = -(-vocab_size // 32)
+        self._cache: OrderedDict[GrammarSpec, Future[LLMatcher]] = OrderedDict()
+        self._requests: dict[str, _Constrained] = {}
+        self._masks: TokenMasks | None = None
+        self._executor: LLExecutor | None = None
+        # Its thread loads the tokenizer, too. Rows have another: no step waits for a grammar.
+        self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
+        self._filler = ThreadPoolExecutor(1, "grammar-rows")
+
+    # -- requests ---------------------------------------------------------------------------
+
+    def check(self, request: Request) -> None:
+        """Raises InvalidRequestError where it has a grammar and this engine can follow none."""
+        if request.grammar is None:
+            return
+        if not is_available():
+            raise InvalidRequestError("structured outputs need llguidance in the engine")
+        if not self._eos_token_ids:
+            raise InvalidRequestError(
+                "structured outputs need a model with an end-of-sequence token"
+            )
+
+    def add(self, request: Request) -> None:
+        """Begin to compile its grammar, if it has one."""
+        if request.grammar is not None:
+            self._requests[request.request_id] = _Constrained(
+                self._compiled(request.grammar), request.sampling_params.n
+            )
+
+    def is_ready(self, request: Request) -> bool:
+        """Whether its grammar, if it has one, is compiled (or has failed, which its rows tell)."""
+        constrained = self._requests.get(request.request_id)
+        return constrained is None or constrained.compiled.done()
+
+    def wait_compiled(self, timeout: float) -> None:
+        """Until some grammar that is being compiled is ready, or `timeout` seconds passed."""
+        pending = [
+            constrained.compiled
+            for constrained in self._requests.values()
+            if not constrained.compiled.done()
+        ]
+        if pending:
+            wait(pending, timeout, return_when=FIRST_COMPLETED)
+
+    def forget_finished(self, outputs: list[SequenceOutput]) -> None:
+        """Drop what belongs to choices that have ended."""
+        if not self._requests:
+            return
+        for output in outputs:
+            constrained = self._requests.get(output.request_id)
+            if constrained is not None and output.finish_reason is not None:
+                constrained.matchers.pop(output.choice, None)
+                constrained.num_unfinished -= 1
+                if constrained.num_unfinished == 0:
+                    del self._requests[output.request_id]
+
+    def _compiled(self, spec: GrammarSpec) -> Future[LLMatcher]:
+        if spec not in self._cache:
+            self._cache[spec] = self._compiler.submit(self._compile, spec)
+        self._cache.move_to_end(spec)
+        if len(self._cache) > MAX_CACHED_GRAMMARS:
+            self._cache.popitem(last=False)
+        return self._cache[spec]
+
+    def _compile(self, spec: GrammarSpec) -> LLMatcher:
+        if self._tokenizer is None:
+            tokenizer = make_tokenizer(
+                self._read_tokenizer(), self._vocab_size, self._eos_token_ids
+            )
+            self._width = -(-tokenizer.vocab_size // 32)
+            self._tokenizer = tokenizer
+        return compile_grammar(self._tokenizer, spec)
+
+    # -- steps ------------------------------------------------------------------------------
+
+    def start(self, output: SchedulerOutput) -> TokenMasks | None:
+        """Begin to fill the bitmask of the constrained rows that sample in this step; None if
+        there are none."""
+        if self._masks is not None:  # where the step was given up, its tasks may still run
+            self._masks.wait()
+            self._masks = None
+        if not self._requests:
+            return None
+        indices = [
+            index
+            for index, sequence in enumerate(output.sequences)
+            if sequence.request.grammar is not None
+            and sequence.status is not SequenceStatus.FINISHED  # while this step was launched
+            and output.num_computed_starts[index] + output.num_new_tokens[index]
+            == len(sequence.token_ids)
+        ]
+        if not indices:
+            return None
+        bitmask = np.full((len(indices), self._width), -1, np.int32)
+        masks = TokenMasks({index: row for row, index in enumerate(indices)}, bitmask)
+        rows: list[_Row] = []
+        for index in indices:
+            try:
+                rows.append(self._row(index, output.sequences[index]))
+            except Exception as error:  # whatever reading the tokenizer or the grammar raised
+                masks.errors[index] = _row_error(error)
+        if rows:
+            masks.filling = self._filler.submit(self._fill, masks, rows)
+        self._masks = masks
+        return masks
+
+    def _row(self, index: int, sequence: TokenSequence) -> _Row:
+        constrained = self._requests[sequence.request.request_id]
+        matcher = constrained.matchers.get(sequence.choice)
+        if matcher is None:
+            matcher = _Matcher(constrained.compiled.result().deep_copy())
+            constrained.matchers[sequence.choice] = matcher
+        new = sequence.token_ids[sequence.num_prompt_tokens + matcher.num_read :]
+        matcher.num_read += len(new)
+        params = sequence.request.sampling_params
+        barred: frozenset[int] = frozenset()
+        if params.ignore_eos:
+            barred = frozenset(self._eos_token_ids) - frozenset(params.stop_token_ids)
+        if sequence.num_output_tokens < params.min_tokens:
+            barred = sequence.stop_ids
+        return _Row(index, matcher.llguidance, new, barred)
+
+    def _fill(self, masks: TokenMasks, rows: list[_Row]) -> None:
+        try:
+            self._fill_rows(masks, rows)
+        except Exception as error:  # of no row in particular
+            masks.errors.update((row.row, _row_error(error)) for row in rows)
+        for index in masks.errors:
+            masks.bitmask[masks.rows[index]] = -1
+
+    def _fill_rows(self, masks: TokenMasks, rows: list[_Row]) -> None:
+        from llguidance import LLExecutor
+
+        if self._executor is None:
+            self._executor = LLExecutor(NUM_THREADS)
+        for row in rows:
+            if row.token_ids:
+                row.matcher.consume_tokens(row.token_ids)  # a failure shows in the matcher's state
+        bitmask = masks.bitmask
+        self._executor.unsafe_compute_mask_ptr(
+            [(row.matcher, masks.rows[row.row]) for row in rows],
+            bitmask.ctypes.data,
+            bitmask.strides[0],
+            len(bitmask),
+        )
+        _clear_from(bitmask, self._vocab_size)
+        for row in rows:
+            if row.barred:
+                self._bar(bitmask[masks.rows[row.row]], row.barred)
+        is_open: NDArray[np.bool_] = (bitmask != 0).any(axis=1)
+        for row in rows:
+            reason = matcher_failure(row.matcher)
+            if reason is None and not is_open[masks.rows[row.row]]:
+                reason = "no token continues it"
+            if reason is not None:
+                message = f"the grammar cannot be followed further: {reason}"
+                masks.errors[row.row] = RowError(GrammarError.code, message)
+
+    def _bar(self, bits: NDArray[np.int32], token_ids: frozenset[int]) -> None:
+        """Forbid these tokens in a row unless nothing else is allowed."""
+        others = bits.copy()
+        for token_id in token_ids:
+            if token_id < self._vocab_size:
+                others[token_id >> 5] &= ~np.left_shift(np.int32(1), token_id & 31)
+        if others.any():
+            bits[:] = others
+
+
+def _clear_from(bitmask: NDArray[np.int32], end: int) -> None:
+    """Forbid ids ≥ `end`, which a tokenizer that is larger than the model's vocabulary has."""
+    word, bit = divmod(end, 32)
+    if word < bitmask.shape[1]:
+        bitmask[:, word] &= np.int32((1 << bit) - 1)
+        bitmask[:, word + 1 :] = 0
+
+
+def _row_error(error: Exception) -> RowError:
+    return RowError(GrammarError.code, f"the grammar cannot be followed: {error}"[:500])

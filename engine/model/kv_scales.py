@@ -1,0 +1,61 @@
+"""Scales of a float8 KV cache, as checkpoints that were calibrated for one carry them.
+
+A layer has one number for K and one for V, or one for each KV head; the cache holds K and V over
+them. They are tensors beside the layer's weights, under the names of the field's tools:
+
+    model.layers.3.self_attn.k_scale    …self_attn.attn.k_scale    …self_attn.k_proj.k_scale
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import torch
+
+from ..errors import ModelLoadError
+from .model_spec import ModelSpec
+
+logger = logging.getLogger("quire.engine")
+
+_NAME = re.compile(r"\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_scale$")
+
+
+def read_kv_scales(model: str, spec: ModelSpec) -> torch.Tensor | None:
+    """`[num_layers, 2, num_kv_heads]` float32 of a folder or a hub id, 1 where a layer has none;
+    None where no layer has. Raises ModelLoadError on a scale that cannot be one."""
+    from safetensors import safe_open
+
+    scales = torch.ones(spec.num_layers, 2, spec.num_kv_heads)
+    found = 0
+    for file in _weight_files(model):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
+                match = _NAME.search(name)
+                if match is None or int(match[1]) >= spec.num_layers:
+                    continue
+                scale = tensors.get_tensor(name).float().flatten()
+                if (
+                    len(scale) not in (1, spec.num_kv_heads)
+                    or not ((scale > 0) & scale.isfinite()).all()
+                ):
+                    raise ModelLoadError(f"{name} of {model!r} is no scale of a KV cache")
+                scales[int(match[1]), "kv".index(match[2])] = scale
+                found += 1
+    logger.info("%d of %d scales of the float8 KV cache found", found, 2 * spec.num_layers)
+    return scales if found else None
+
+
+def _weight_files(model: str) -> list[str]:
+    """The safetensors that may hold scales: those that an index names for them, or the only one."""
+    from transformers.utils import cached_file
+
+    try:
+        index = cached_file(model, "model.safetensors.index.json")
+    except OSError:  # the weights are not split
+        return [str(cached_file(model, "model.safetensors"))]
+    weight_map: dict[str, str] = json.loads(Path(str(index)).read_text("utf-8"))["weight_map"]
+    names = sorted({file for name, file in weight_map.items() if _NAME.search(name)})
+    return [str(cached_file(model, name)) for name in names]

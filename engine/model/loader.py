@@ -1,0 +1,165 @@
+"""From a folder or a hub id to a model on its device, ready to attend through the paged cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..attention.interface import IMPLEMENTATION, register_attention
+from ..config import EngineConfig
+from ..embedding_spec import EmbeddingSpec
+from ..errors import ConfigurationError, ModelLoadError, QuireError, UnsupportedModelError
+from .causal_lm import CausalLM
+from .model_spec import ModelSpec, one_line, read_hf_config, spec_from_hf_config
+
+
+def resolve_device(config: EngineConfig) -> torch.device:
+    """Raises ConfigurationError where a GPU is asked for and there is none."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("device is cuda, but torch sees no GPU")
+    return torch.device(config.device)
+
+
+def resolve_dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """ "auto" is the checkpoint's own dtype on a GPU and float32 on the CPU."""
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else spec.dtype  # type: ignore[assignment]
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise UnsupportedModelError(
+            f"{spec.architecture}: dtype {name} is not supported, choose one with --dtype"
+        )
+    return dtype
+
+
+def resolve_kv_cache_dtype(
+    config: EngineConfig, dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """ "auto" is the model's `dtype`. Raises ConfigurationError for float8 on the CPU."""
+    if config.kv_cache_dtype == "auto":
+        return dtype
+    if device.type == "cpu":
+        raise ConfigurationError(
+            f"a KV cache of dtype {config.kv_cache_dtype} needs a GPU: on the CPU it is the model's"
+        )
+    return torch.float8_e4m3fn
+
+
+def load_model(config: EngineConfig) -> CausalLM:
+    """Load `config.model` (or random weights of its shape, with load_format "dummy").
+
+    Only safetensors are read: no pickle, and no code in the folder unless trust_remote_code.
+    Raises ModelLoadError where files are missing, cut or do not match, UnsupportedModelError
+    where the model cannot work here, ConfigurationError where the device has no room.
+    """
+    hf_config = read_hf_config(config)
+    spec = spec_from_hf_config(hf_config, config)
+    max_model_len = spec.resolve_max_model_len(config.max_model_len)
+    device = resolve_device(config)
+    dtype = resolve_dtype(config, spec, device)
+    resolve_kv_cache_dtype(config, dtype, device)  # refused before the weights are read
+    if config.quantization is not None and device.type != "cpu":
+        raise ConfigurationError(f"quantization {config.quantization} is for the CPU alone")
+    register_attention()
+    can_generate = True
+    try:
+        if config.load_format == "dummy":
+            model = _build_dummy(hf_config, config, dtype, device)
+        else:
+            model, can_generate = _load_weights(hf_config, spec, config, dtype)
+            model = model.to(device)
+    except QuireError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ConfigurationError(f"{config.model!r} does not fit the memory of {device}") from error
+    except Exception as error:  # whatever a broken file makes safetensors, json or the hub raise
+        raise ModelLoadError(f"cannot load {config.model!r}: {one_line(error)}") from error
+    model.eval().requires_grad_(False)
+    _fix_rope(model, max_model_len, spec)
+    return CausalLM(model, spec, can_generate=can_generate, int8=config.quantization == "int8")
+
+
+def _auto_class(hf_config: Any, config: EngineConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    remote = config.trust_remote_code and hasattr(hf_config, "auto_map")
+    if type(hf_config) not in AutoModelForCausalLM._model_mapping and not remote:
+        raise UnsupportedModelError(
+            f"{type(hf_config).__name__} has no causal language model in this transformers"
+        )
+    return AutoModelForCausalLM
+
+
+def _load_weights(
+    hf_config: Any, spec: ModelSpec, config: EngineConfig, dtype: torch.dtype
+) -> tuple[Any, bool]:
+    """The model on the CPU, and whether its head was in the weights, which only embeddings can do
+    without. transformers builds on the meta device and shows a progress bar."""
+    model, report = _auto_class(hf_config, config).from_pretrained(
+        config.model,
+        config=hf_config,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=IMPLEMENTATION,
+        output_loading_info=True,
+    )
+    has_head = True
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        names = sorted(str(name) for name in report.get(kind) or ())
+        if kind == "missing_keys" and isinstance(spec.embedding, EmbeddingSpec):
+            body = f"{model.base_model_prefix}."
+            has_head = all(name.startswith(body) for name in names)
+            names = [name for name in names if name.startswith(body)]
+        if names:
+            raise ModelLoadError(
+                f"cannot load {config.model!r}: {len(names)} {kind.replace('_', ' ')}, "
+                f"the first {names[0]}"
+            )
+    return model, has_head
+
+
+def _build_dummy(
+    hf_config: Any, config: EngineConfig, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """The real shape with the family's own random initialisation, made on the device."""
+    devices = [] if device.type == "cpu" else [device.index or 0]
+    with torch.random.fork_rng(devices=devices), device:
+        torch.manual_seed(config.seed or 0)
+        return _auto_class(hf_config, config).from_config(
+            hf_config,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=IMPLEMENTATION,
+        )
+
+
+def _fix_rope(model: Any, max_model_len: int, spec: ModelSpec) -> None:
+    """Make rotary frequencies independent of the batch.
+
+    transformers switches longrope between its short and long factors by the longest position in
+    a forward, so that a row would change with its neighbours. Here the context that is served
+    decides, once: up to the original length it is the same, beyond it the long factors hold for
+    short sequences too. "dynamic" never leaves its unscaled range, which the spec ends there.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for module in model.modules():
+        rope_type = getattr(module, "rope_type", None)
+        kinds = set(rope_type.values()) if isinstance(rope_type, dict) else {rope_type}
+        if not kinds & {"longrope", "dynamic"}:
+            continue
+        if not isinstance(rope_type, str):
+            raise UnsupportedModelError(
+                f"{spec.architecture}: {', '.join(sorted(map(str, kinds)))} rope per layer type"
+            )
+        if rope_type == "longrope":
+            frequencies, module.attention_scaling = ROPE_INIT_FUNCTIONS[rope_type](
+                module.config, module.inv_freq.device, seq_len=max_model_len
+            )
+            module.inv_freq.copy_(frequencies)
+        module.rope_type = "default"  # read by the update in forward alone

@@ -1,0 +1,186 @@
+"""What a model's configuration says, read without building the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import EngineConfig
+from ..embedding_spec import NO_LAYOUT, EmbeddingSpec, read_embedding
+from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError
+
+SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Shape and limits of a causal language model.
+
+    `windows[i]` is how many of the latest tokens layer i attends to, itself included; None is all.
+    `max_position` is the longest context in tokens that the positional encoding covers, rope
+    scaling included. `dtype` is the checkpoint's, as a torch name without the prefix. `embedding`
+    is how embeddings are made, or why none are.
+    """
+
+    architecture: str
+    num_layers: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    windows: tuple[int | None, ...]
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    embedding: EmbeddingSpec | str = NO_LAYOUT
+
+    def kv_bytes_per_token(self, element_size: int) -> int:
+        """Bytes of K and V over all layers; `element_size` in bytes."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_size
+
+    def resolve_max_model_len(self, requested: int | None) -> int:
+        """The context to serve. Raises ConfigurationError where more is asked than encoded."""
+        if requested is None:
+            return self.max_position
+        if requested > self.max_position:
+            raise ConfigurationError(
+                f"max_model_len {requested} is over the {self.max_position} positions that "
+                f"{self.architecture} encodes"
+            )
+        return requested
+
+
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """An error's type and message on one line, cut to `limit` characters, for a person."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
+def read_hf_config(config: EngineConfig) -> Any:
+    """The transformers configuration of `config.model`, a folder or a hub id.
+
+    Code in the folder (`auto_map`) runs only with `trust_remote_code`. Raises ModelLoadError.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # whatever a broken file makes json, hub or validation raise
+        if not config.trust_remote_code and "trust_remote_code" in str(error):
+            raise ModelLoadError(
+                f"{config.model!r} needs code of its own to be executed; --trust-remote-code does"
+            ) from error
+        raise ModelLoadError(
+            f"cannot read the configuration of {config.model!r}: {one_line(error)}"
+        ) from error
+
+
+def read_spec(config: EngineConfig) -> ModelSpec:
+    """Read `config.json` and `generation_config.json`. Raises ModelLoadError or
+    UnsupportedModelError; no weight is touched."""
+    return spec_from_hf_config(read_hf_config(config), config)
+
+
+def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
+    text = hf_config.get_text_config(decoder=True)
+    architecture = (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
+    _refuse_unsupported(hf_config, text, architecture)
+    if getattr(text, "is_heterogeneous", False):
+        raise UnsupportedModelError(f"{architecture}: its layers differ in shape")
+    try:
+        heads: int = text.num_attention_heads
+        num_layers: int = text.num_hidden_layers
+        return ModelSpec(
+            architecture=architecture,
+            num_layers=num_layers,
+            num_attention_heads=heads,
+            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            vocab_size=text.vocab_size,
+            max_position=_max_position(text),
+            windows=_windows(text, num_layers, architecture),
+            eos_token_ids=_eos_token_ids(text, config),
+            dtype=str(getattr(hf_config, "dtype", None) or text.dtype or "float32").removeprefix(
+                "torch."
+            ),
+            embedding=read_embedding(hf_config, config),
+        )
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{architecture}: its configuration is not a causal language model's ({error})"
+        ) from error
+
+
+def _refuse_unsupported(hf_config: Any, text: Any, architecture: str) -> None:
+    def refuse(reason: str) -> None:
+        raise UnsupportedModelError(f"{architecture}: {reason}")
+
+    if getattr(hf_config, "is_encoder_decoder", False) or getattr(
+        text, "add_cross_attention", False
+    ):
+        refuse("encoder-decoder models and cross attention are not supported")
+    if getattr(text, "is_causal", True) is False:
+        refuse("its tokens attend to later ones")
+    quantization = getattr(hf_config, "quantization_config", None)
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method")
+            if isinstance(quantization, dict)
+            else getattr(quantization, "quant_method", None)
+        )
+        refuse(f"quantised checkpoints ({method}) are not supported")
+    odd = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES)
+    if odd:
+        refuse(f"layers of type {', '.join(odd)} are not supported")
+
+
+def _windows(text: Any, num_layers: int, architecture: str) -> tuple[int | None, ...]:
+    window: int | None = getattr(text, "sliding_window", None)
+    layer_types = getattr(text, "layer_types", None)
+    if layer_types is None:
+        return (window,) * num_layers
+    if len(layer_types) < num_layers:
+        raise UnsupportedModelError(
+            f"{architecture}: {len(layer_types)} layer types for {num_layers} layers"
+        )
+    return tuple(
+        window if kind == "sliding_attention" else None for kind in layer_types[:num_layers]
+    )
+
+
+def _max_position(text: Any) -> int:
+    """max_position_embeddings, stretched where a rope scaling says so.
+
+    llama3 and longrope state the stretched length themselves, and so do configurations with one
+    rope per layer type (Gemma-3). "dynamic" re-scales as the longest row of a batch grows, which
+    would make a row depend on its neighbours: it is served up to its unscaled length.
+    """
+    positions: int = text.max_position_embeddings
+    rope = getattr(text, "rope_parameters", None) or {}
+    factor = rope.get("factor")
+    if factor is None:
+        return positions
+    if rope.get("rope_type") == "yarn":
+        original = rope.get("original_max_position_embeddings") or positions
+        return max(positions, int(original * factor))
+    return int(positions * factor) if rope.get("rope_type") == "linear" else positions
+
+
+def _eos_token_ids(text: Any, config: EngineConfig) -> tuple[int, ...]:
+    """Ids that end a sequence: the union of generation_config.json and config.json."""
+    from transformers import GenerationConfig
+
+    found: set[int] = set()
+    sources = [text]
+    try:
+        sources.append(GenerationConfig.from_pretrained(config.model))
+    except OSError as error:  # the file is optional, but where it stands it must be readable
+        if (Path(config.model) / "generation_config.json").exists():
+            raise ModelLoadError(
+                f"cannot read generation_config.json of {config.model!r}: {one_line(error)}"
+            ) from error
+    for source in sources:
+        eos = getattr(source, "eos_token_id", None)
+        found.update(eos if isinstance(eos, list | tuple) else () if eos is None else (eos,))
+    return tuple(sorted(found))

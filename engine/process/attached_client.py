@@ -1,0 +1,68 @@
+"""EngineClient over an engine process that another process supervises, and tells about."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from ..errors import EngineDeadError
+from ..outputs import EngineStats
+from .engine_handle import EngineLink
+from .remote_client import EngineStatus, RemoteEngineClient, State
+from .streams import EngineObserver
+
+logger = logging.getLogger("quire.engine.client")
+
+
+class AttachedEngineClient(RemoteEngineClient):
+    """See `EngineClient`. `name` is unique among all clients that the engine ever has.
+
+    The observer is told when the engine is ready, and no more: its steps are the supervisor's.
+    """
+
+    def __init__(self, name: bytes, *, observer: EngineObserver | None = None) -> None:
+        super().__init__(observer)
+        self._name = name
+        self._reader: asyncio.Task[None] | None = None
+        self.broken = asyncio.Event()
+        """By a bug of ours: nothing is heard of the engine any more."""
+
+    def follow(self, status: EngineStatus) -> None:
+        """Take in what the supervisor says, in its order; between two addresses it says None.
+
+        READY is only what has answered at its address.
+        """
+        self._restarts = status.restarts
+        if status.address is None:
+            self._detach(status.state)
+        elif self._engine is None:
+            self._engine = EngineLink(status.address, self._name)
+            self._reader = asyncio.create_task(self._read(self._engine), name="engine reader")
+
+    async def start(self) -> None:
+        """Whoever supervises the engine starts it."""
+
+    async def close(self) -> None:
+        self._detach(State.CLOSED)
+
+    def _detach(self, state: State) -> None:
+        self._state = state
+        how = "was stopped" if state is State.CLOSED else "died while it served the request"
+        self._fail_open(EngineDeadError(f"the engine {how}"))
+        if self._reader is not None:
+            self._reader.cancel()
+            self._reader = None
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def _observe(self, stats: EngineStats) -> None:
+        self._stats = stats
+
+    async def _read(self, engine: EngineLink) -> None:
+        try:
+            while True:
+                self._handle(await engine.receive())
+        except Exception:
+            logger.exception("the engine's client failed")
+            self.broken.set()

@@ -1,0 +1,129 @@
+"""What every client of an engine process does, whoever supervises that process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+from collections import deque
+from collections.abc import AsyncGenerator
+from typing import NamedTuple
+
+from ..client import EngineHealth
+from ..config import EngineInfo
+from ..errors import EngineNotReadyError, InvalidRequestError, QuireError, error_from_code
+from ..outputs import EngineStats, SequenceOutput
+from ..request import Request
+from . import wire
+from .engine_handle import EngineLink
+from .streams import EngineObserver, StreamTable
+
+
+class State(enum.Enum):
+    STARTING = "the engine is starting"
+    READY = "ready"
+    STALLED = "no step finishes; the engine is being restarted"
+    RESTARTING = "the engine is restarting"
+    FAILED = "the engine has failed too often and was given up"
+    CLOSED = "the engine is stopped"
+
+
+class EngineStatus(NamedTuple):
+    """What the supervisor of an engine tells other clients of it. `address` is where the engine
+    listens, None while there is none that is ready."""
+
+    state: State
+    restarts: int
+    address: str | None
+
+
+class RemoteEngineClient:
+    """See `EngineClient`; subclasses set `_engine` and `_state`. For one event loop."""
+
+    def __init__(self, observer: EngineObserver | None) -> None:
+        self._observer = observer
+        self._engine: EngineLink | None = None
+        self._streams = StreamTable(self._submit, self.abort)
+        self._state = State.STARTING
+        self._restarts = 0
+        self._info: EngineInfo | None = None
+        self._stats: EngineStats | None = None
+        self._resets: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise EngineNotReadyError(self._state.value)
+        return self._info
+
+    async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput, None]:
+        self._require_ready()
+        async with contextlib.aclosing(self._streams.generate(request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        if self._state is State.READY:
+            self._send(wire.Abort(request_id, choice))
+
+    def stats(self) -> EngineStats | None:
+        return self._stats
+
+    def health(self) -> EngineHealth:
+        state = self._state
+        alive = state not in (State.STALLED, State.FAILED, State.CLOSED)
+        return EngineHealth(alive, state is State.READY, state.value, self._restarts)
+
+    async def reset_prefix_cache(self) -> None:
+        """Raises EngineNotReadyError, or EngineDeadError if the engine dies meanwhile."""
+        self._require_ready()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._resets.append(done)
+        self._send(wire.ResetPrefixCache())
+        await done
+
+    def _handle(self, message: wire.FromEngine) -> None:
+        match message:
+            case wire.Step(outputs, stats):
+                self._streams.deliver(outputs)
+                self._observe(stats)
+            case wire.Heartbeat(stats):
+                self._observe(stats)
+            case wire.Rejected(request_id, code, text, param):
+                error = error_from_code(code, text)
+                if isinstance(error, InvalidRequestError):
+                    error.param = param
+                self._streams.reject(request_id, error)
+            case wire.PrefixCacheReset():
+                done = self._resets.popleft()
+                if not done.done():
+                    done.set_result(None)
+            case wire.Ready(info):
+                self._info = info
+                self._state = State.READY
+                if self._observer is not None:
+                    self._observer.engine_ready(info)
+
+    def _observe(self, stats: EngineStats) -> None:
+        self._stats = stats
+        if self._observer is not None:
+            self._observer.observe_step(stats)
+
+    def _submit(self, request: Request) -> None:
+        self._send(wire.Add(request))
+
+    def _send(self, message: wire.ToEngine) -> None:
+        if self._engine is None:
+            raise EngineNotReadyError(self._state.value)
+        self._engine.send(message)
+
+    def _require_ready(self) -> None:
+        if self._state is not State.READY:
+            raise EngineNotReadyError(self._state.value)
+
+    def _fail_open(self, error: QuireError) -> None:
+        self._streams.fail_all(error)
+        while self._resets:
+            done = self._resets.popleft()
+            if not done.done():
+                done.set_exception(error)

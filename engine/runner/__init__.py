@@ -1,0 +1,1 @@
+"""The worker: one model, one KV cache, one step at a time."""

@@ -1,0 +1,87 @@
+"""Embeddings: the final hidden states of a prompt, pooled into one vector over its chunks.
+
+    last           h[N]
+    mean           Σ h[i] / N
+    weightedmean   Σ i · h[i] / Σ i        (SGPT, arXiv 2202.08904)
+    max            max h[i], by component
+
+h[1] … h[N] are what the language-model head would get, sums are float32. These are the poolings of
+sentence-transformers that a causal model can serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from ..request import Pooling
+from .input_batch import HostStep
+
+
+class PooledRow(NamedTuple):
+    """The embedding `[hidden_size]`, float32, of a row of the scheduler's output that reached its
+    prompt's end."""
+
+    row: int
+    vector: torch.Tensor
+
+
+class Pooler:
+    """Keeps what the chunks of unfinished prompts have come to, by sequence."""
+
+    def __init__(self) -> None:
+        self._partial: dict[int, torch.Tensor] = {}
+
+    def forget(self, seq_ids: Iterable[int]) -> None:
+        """These sequences ended or were preempted, and would begin anew."""
+        for seq_id in seq_ids:
+            self._partial.pop(seq_id, None)
+
+    def __call__(self, host: HostStep, hidden: torch.Tensor) -> list[PooledRow]:
+        """Take in a step's hidden states `[T, hidden_size]`; the rows that are complete.
+
+        Keeps nothing of a step in which it raises: that is tried again.
+        """
+        partial: dict[int, torch.Tensor] = {}
+        complete = []
+        for row in host.pooled_rows:
+            sequence = host.sequences[row]
+            pooling = sequence.pooling
+            assert pooling is not None
+            start, length = int(host.starts[row]), int(host.lengths[row])
+            first = int(host.query_start_loc[row])
+            value = _pool(hidden[first : first + length], start, pooling)
+            if start > 0 and pooling != "last":
+                value = _join(self._partial[sequence.seq_id], value, pooling)
+            partial[sequence.seq_id] = value
+            if start + length == sequence.num_prompt_tokens:
+                complete.append(
+                    PooledRow(host.order[row], value / _weight(start + length, pooling))
+                )
+        self._partial.update(partial)
+        return complete
+
+
+def _pool(hidden: torch.Tensor, start: int, pooling: Pooling) -> torch.Tensor:
+    """Of the hidden states `[n, hidden_size]` at positions start …, as float32."""
+    if pooling == "last":
+        return hidden[-1].to(torch.float32, copy=True)  # a view would keep the whole step's alive
+    if pooling == "max":
+        return hidden.amax(0).float()
+    if pooling == "mean":
+        return hidden.sum(0, dtype=torch.float32)
+    weights = torch.arange(start + 1, start + 1 + len(hidden), device=hidden.device)
+    return weights.float() @ hidden.float()
+
+
+def _join(before: torch.Tensor, chunk: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    return torch.maximum(before, chunk) if pooling == "max" else before + chunk
+
+
+def _weight(num_tokens: int, pooling: Pooling) -> float:
+    """Of all positions together, by which their sum is divided."""
+    if pooling == "mean":
+        return num_tokens
+    return num_tokens * (num_tokens + 1) / 2 if pooling == "weightedmean" else 1.0
