@@ -29,7 +29,7 @@ from quire.engine.core.engine_core import EngineCore
 from quire.engine.process import engine_process, wire
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
-from quire.server.bench_plot import Panel, Series, render_svg
+from quire.server.bench.plot import Panel, Series, render_svg
 
 BLOCK_SIZE, PROMPT, STEPS, WARM_UP = 16, 40, 160, 32
 PARTS = ("schedule", "launch", "results", "update", "send", "step")

@@ -42,7 +42,7 @@ def _prompt(kind: str, stream: int) -> dict[str, object]:
 
 def serve(options: argparse.Namespace) -> None:
     """The server process; ends with SIGTERM."""
-    from quire.server import serving
+    from quire.server.serving import main as serving
     from quire.server.settings import load_settings
 
     serving.ProcessEngineClient = partial(  # type: ignore[misc,assignment]

@@ -22,14 +22,14 @@ def main(argv: list[str] | None = None) -> int:
     parsed = build_parser(serve_only=argv[:1] == ["serve"]).parse_args(argv)
     arguments = vars(parsed)
     if arguments.pop("command") == "bench":
-        from . import bench
+        from .bench import command as bench
 
         return bench.run(parsed)
     try:
         settings = load_settings(**arguments)
         # Not before the flags are known to be right: these imports take a second.
         from .logs import configure_logging, resolve_format
-        from .serving import serve
+        from .serving.main import serve
 
         configure_logging(settings.log_level, resolve_format(settings.log_format))
         serve(settings)
@@ -60,7 +60,7 @@ def build_parser(*, serve_only: bool = False) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     if not serve_only:
-        from . import bench
+        from .bench import command as bench
 
         bench.add_parser(commands)
     fields = Settings.model_fields

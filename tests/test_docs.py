@@ -20,22 +20,16 @@ from pydantic import BaseModel
 from quire.engine import errors as tree
 from quire.engine import sampling_params
 from quire.engine.errors import QuireError, StartupError
-from quire.server import (
-    body,
-    http_protocol,
-    logprobs,
-    messages_body,
-    preparation,
-    protocol,
-    responses_body,
-    sampling,
-)
+from quire.server.api import logprobs
+from quire.server.api.embeddings import EmbeddingBody
+from quire.server.api.translation import PASSED_ON, ConversationBody
 from quire.server.cli import build_parser
-from quire.server.embeddings import EmbeddingBody
+from quire.server.dialects import messages_body, responses_body
 from quire.server.errors import answer_of
+from quire.server.http import body, http_protocol
+from quire.server.requests import preparation, protocol, sampling
+from quire.server.requests.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
 from quire.server.settings import Settings, load_settings
-from quire.server.translation import PASSED_ON, ConversationBody
-from quire.server.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
 
 from .server.conftest import make_app
 from .server.fakes import CHAT_TEMPLATE, FakeEngineClient, byte_tokenizer

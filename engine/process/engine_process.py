@@ -1,4 +1,6 @@
-"""The engine's own process: `python -P -m quire.engine.process.engine_process`, started by a client.
+"""The engine's own process.
+
+A client starts it as `python -P -m quire.engine.process.engine_process`.
 
 It lives as long as its stdin is open: that client closes it to stop the engine, the kernel closes
 it if the client dies. SIGUSR1 dumps every thread's stack to stderr. (-P, because with the

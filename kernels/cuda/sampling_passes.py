@@ -57,7 +57,8 @@ def _mix(state):
 
 @triton.jit
 def stream_key(seed, position):
-    """The key of a row's random numbers, from two int64: engine/sampling/counter_rng.py's, bit by bit."""
+    """The key of a row's random numbers, from two int64. Bit for bit that of the engine's
+    counter_rng."""
     seed = seed.to(tl.uint64, bitcast=True)
     position = position.to(tl.uint64, bitcast=True)
     return _mix(_mix(seed + _GAMMA) + (position + 1) * _GAMMA)
@@ -65,7 +66,8 @@ def stream_key(seed, position):
 
 @triton.jit
 def _exponential(key, ids):
-    """E ~ Exp(1) of each token id in the stream `key`: engine/sampling/counter_rng.py's, bit by bit."""
+    """E ~ Exp(1) of each token id in the stream `key`. Bit for bit that of the engine's
+    counter_rng."""
     bits = _mix((ids.to(tl.uint64) + 1) * _GAMMA + key) & _INT63_MAX
     negative_u = (bits.to(tl.int64).to(tl.float32) + 0.5) * _NEGATIVE_UNIT
     return -_log1p(negative_u)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quire.engine.attention.interface import interface as attention
+from quire.engine.attention import interface as attention
 from quire.engine.devices.cuda import attention as attention_cuda
 from quire.engine.devices.cuda import inputs as device_inputs
 from quire.engine.devices.cuda.attention import attend_on_cuda

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from quire.engine.attention.interface import interface as attention
-from quire.engine.attention.interface.interface import AttentionMetadata
+from quire.engine.attention import interface as attention
+from quire.engine.attention.interface import AttentionMetadata
 from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner, attend_on_cpu
 from quire.engine.devices.cuda.attention import attend_on_cuda
 from quire.kernels import reference

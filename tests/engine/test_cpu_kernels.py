@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numba import njit
 from torch import nn
 
-from quire.engine.attention.interface.interface import AttentionMetadata
+from quire.engine.attention.interface import AttentionMetadata
 from quire.engine.body.flat_decoder import FlatDecoder, FlatLayer, Norm, TorchOps
 from quire.engine.devices.cpu.attention import CpuPlanner
 from quire.engine.devices.cpu.decoder import CpuDecoder, can_compile

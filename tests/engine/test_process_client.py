@@ -253,11 +253,9 @@ def test_engine_dies_with_its_parent(first_token: int, tmp_path: Path) -> None:
 
 def test_engine_process_imports_no_torch_before_its_core() -> None:
     code = (
-        "import sys, quire.engine.process.process_client, quire.engine.process.engine_process as e; "
-        + (
-            "print([m for m in ('torch', 'pydantic', 'fastapi', 'prometheus_client', 'uvicorn') "
-            "if m in sys.modules])"
-        )
+        "import sys, quire.engine.process.process_client, quire.engine.process.engine_process\n"
+        "print([m for m in ('torch', 'pydantic', 'fastapi', 'prometheus_client', 'uvicorn') "
+        "if m in sys.modules])"
     )
     result = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True

@@ -23,14 +23,14 @@ from transformers.models.llama import LlamaConfig
 from quire.engine.config import EngineConfig
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.errors import GrammarError, InvalidRequestError, error_from_code
-from quire.engine.grammar.compile import compile as grammar
-from quire.engine.grammar.compile import masks as structured_output
-from quire.engine.grammar.compile.compile import (
+from quire.engine.grammar import compile as grammar
+from quire.engine.grammar import masks as structured_output
+from quire.engine.grammar.compile import (
     GrammarCompileError,
     compile_grammar,
     make_tokenizer,
 )
-from quire.engine.grammar.compile.masks import StructuredOutput
+from quire.engine.grammar.masks import StructuredOutput
 from quire.engine.outputs import SchedulerOutput, SequenceOutput
 from quire.engine.request import GrammarSpec, Request
 from quire.engine.runner.worker import Worker

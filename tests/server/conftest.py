@@ -10,10 +10,10 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from quire.server.app import create_app
 from quire.server.metrics import Metrics
+from quire.server.serving.app import create_app
 from quire.server.settings import Settings
-from quire.server.tokenizer import Tokenizer
+from quire.server.text.tokenizer import Tokenizer
 
 from .fakes import FakeEngineClient, byte_tokenizer
 

@@ -25,7 +25,7 @@ from quire.engine.outputs import (
     TokenLogprobs,
 )
 from quire.engine.request import Request
-from quire.server.tokenizer import Tokenizer
+from quire.server.text.tokenizer import Tokenizer
 
 BYTE_VOCABULARY = {
     character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))

@@ -18,9 +18,9 @@ from quire.engine.config import EngineConfig, EngineInfo
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.inline_client import InlineEngineClient
 from quire.engine.runner.worker import Worker
-from quire.server.bad_words import encode_bad_words
-from quire.server.infill import encode_infill, infill_tokens
-from quire.server.tokenizer import Tokenizer
+from quire.server.text.bad_words import encode_bad_words
+from quire.server.text.infill import encode_infill, infill_tokens
+from quire.server.text.tokenizer import Tokenizer
 
 from ..engine import models as tiny
 from .conftest import MakeClient, make_app

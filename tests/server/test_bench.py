@@ -16,11 +16,11 @@ import pytest
 
 from quire.engine.errors import ConfigurationError, StartupError
 from quire.server import cli
-from quire.server.bench import measure
-from quire.server.bench_arguments import check_arguments
-from quire.server.bench_load import parse_counters
-from quire.server.bench_plot import render_svg, run_panels, ticks
-from quire.server.bench_report import BenchResult, RunRecords, RunReport
+from quire.server.bench.arguments import check_arguments
+from quire.server.bench.command import measure
+from quire.server.bench.load import parse_counters
+from quire.server.bench.plot import render_svg, run_panels, ticks
+from quire.server.bench.report import BenchResult, RunRecords, RunReport
 
 from .fake_openai import Answer, FakeServer, fake_server
 

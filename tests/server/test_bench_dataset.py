@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from quire.engine.errors import ConfigurationError
-from quire.server.bench_dataset import DatasetOptions, arrival_times, build_workload
+from quire.server.bench.dataset import DatasetOptions, arrival_times, build_workload
 
 OPTIONS = DatasetOptions(
     name="random",

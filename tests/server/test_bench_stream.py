@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quire.server.bench_report import (
+from quire.server.bench.report import (
     ClientLoad,
     RunRecords,
     RunReport,
@@ -16,7 +16,7 @@ from quire.server.bench_report import (
     values_ms,
     warnings,
 )
-from quire.server.bench_stream import RequestError, RequestRecord, StreamReader
+from quire.server.bench.stream import RequestError, RequestRecord, StreamReader
 
 BEGIN = 100.0
 DONE = b"data: [DONE]\n\n"

@@ -21,7 +21,7 @@ import pytest
 
 from quire.engine.errors import ConfigurationError
 from quire.server import cli
-from quire.server.serving import listening
+from quire.server.serving.main import listening
 from quire.server.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,8 @@ SLOW = 5  # of tests/engine/fakes.py: 20 ms a step
 LAUNCHER = """
 import sys
 from functools import partial
-from quire.server import cli, serving
+from quire.server import cli
+from quire.server.serving import main as serving
 serving.ProcessEngineClient = partial(serving.ProcessEngineClient, core=sys.argv[1])
 sys.exit(cli.main(sys.argv[2:]))
 """

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Encoder
 from tokenizers import decoders, models
 
-from quire.server.detokenizer import MAX_PENDING, Detokenizer
+from quire.server.text.detokenizer import MAX_PENDING, Detokenizer
 
 from .fakes import IM_END, VOCAB_SIZE, byte_tokenizer, ids
 

@@ -25,10 +25,10 @@ from quire.engine.core.engine_core import EngineCore
 from quire.engine.embedding_spec import NO_LAYOUT, EmbeddingSpec
 from quire.engine.inline_client import InlineEngineClient
 from quire.engine.runner.worker import Worker
-from quire.server.app import create_app
 from quire.server.metrics import Metrics
+from quire.server.serving.app import create_app
 from quire.server.settings import Settings
-from quire.server.tokenizer import Tokenizer
+from quire.server.text.tokenizer import Tokenizer
 
 from ..engine.models import COMMON, build_model
 from ..engine.sentence_transformers_layout import add_layout, edit_json

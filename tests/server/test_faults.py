@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from quire.engine.outputs import RowError
-from quire.server.body import MAX_MEMBERS, MAX_NESTING, MAX_VALUES
+from quire.server.http.body import MAX_MEMBERS, MAX_NESTING, MAX_VALUES
 
 from .conftest import MODEL, MakeClient
 from .fakes import FakeEngineClient, Script, ids, say

@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from quire.engine.embedding_spec import EmbeddingSpec
-from quire.server.openapi import BODIES, PUBLIC, openapi_document
+from quire.server.serving.openapi import BODIES, PUBLIC, openapi_document
 
 from .conftest import make_app
 from .fakes import FakeEngineClient, byte_tokenizer, say

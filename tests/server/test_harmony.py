@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.engine.errors import ConfigurationError
-from quire.server.harmony import ASSISTANT, CONTROL_TOKENS, FINAL, MAX_HEADER, HarmonyParser
-from quire.server.message_events import MessageBuilder, ToolCallArguments, ToolCallStart
-from quire.server.message_parser import MessageFormat, MessageParser
+from quire.server.parsing.harmony import ASSISTANT, CONTROL_TOKENS, FINAL, MAX_HEADER, HarmonyParser
+from quire.server.parsing.message_events import MessageBuilder, ToolCallArguments, ToolCallStart
+from quire.server.parsing.message_parser import MessageFormat, MessageParser
 from quire.server.settings import load_settings
-from quire.server.tokenizer import Tokenizer
+from quire.server.text.tokenizer import Tokenizer
 
 from .conftest import make_app
 from .fakes import FakeEngineClient, Script, byte_tokenizer

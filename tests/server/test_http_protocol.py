@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 from starlette.types import Message, Receive, Scope, Send
 
-from quire.server.http_protocol import (
+from quire.server.http.http_protocol import (
     MAX_HEADER_BYTES,
     MIN_BODY_BYTES,
     GuardedH11Protocol,

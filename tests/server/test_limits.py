@@ -5,7 +5,7 @@ import asyncio
 import httpx
 import pytest
 
-from quire.server.tokenizer import Tokenizer
+from quire.server.text.tokenizer import Tokenizer
 
 from .conftest import MODEL, MakeClient
 from .fakes import FakeEngineClient

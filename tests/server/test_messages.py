@@ -11,7 +11,7 @@ from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from quire.engine.outputs import RowError
-from quire.server.tokenizer import Tokenizer
+from quire.server.text.tokenizer import Tokenizer
 
 from .conftest import MODEL, MakeClient
 from .fakes import FakeEngineClient, Script, ids, say

@@ -12,9 +12,9 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from quire.engine.outputs import RowError
-from quire.server.responses_store import ResponseStore
+from quire.server.http.responses_store import ResponseStore
 from quire.server.settings import Settings
-from quire.server.tokenizer import Tokenizer
+from quire.server.text.tokenizer import Tokenizer
 
 from .conftest import MODEL, MakeClient
 from .fakes import FakeEngineClient, Script, ids, say

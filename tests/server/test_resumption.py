@@ -13,8 +13,8 @@ import pytest
 
 from quire.engine.errors import InvalidRequestError, QueueFullError, StreamGoneError
 from quire.engine.outputs import RowError
-from quire.server import resumption
-from quire.server.resumption import EventLog, StreamRegistry
+from quire.server.http import resumption
+from quire.server.http.resumption import EventLog, StreamRegistry
 
 from .conftest import MODEL, MakeClient
 from .fakes import FakeEngineClient, Script, ids, say

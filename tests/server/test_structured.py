@@ -14,7 +14,7 @@ import pytest
 
 from quire.engine.outputs import RowError
 from quire.engine.request import GrammarSpec
-from quire.server.grammar_check import GrammarCheck
+from quire.server.text.grammar_check import GrammarCheck
 
 from .conftest import MakeClient
 from .fakes import FakeEngineClient, Script, byte_tokenizer, ids, say

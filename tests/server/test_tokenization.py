@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from quire.engine.errors import ConfigurationError, InvalidRequestError, ModelLoadError
-from quire.server.tokenizer import Tokenizer
+from quire.server.text.tokenizer import Tokenizer
 
 from .conftest import MakeClient
 from .fakes import IM_END, IM_START, VOCAB_SIZE, byte_tokenizer, ids

@@ -11,13 +11,13 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
-from quire.engine.grammar.compile.compile import compile_grammar, make_tokenizer
+from quire.engine.grammar.compile import compile_grammar, make_tokenizer
 from quire.engine.request import GrammarSpec
-from quire.server.message_events import MessageBuilder
-from quire.server.message_parser import MessageFormat, MessageParser
+from quire.server.parsing.message_events import MessageBuilder
+from quire.server.parsing.message_parser import MessageFormat, MessageParser
 from quire.server.settings import load_settings
-from quire.server.template_calls import reads_text
-from quire.server.tokenizer import Tokenizer
+from quire.server.text.template_calls import reads_text
+from quire.server.text.tokenizer import Tokenizer
 
 from .conftest import MODEL, MakeClient, make_app
 from .fakes import CHAT_TEMPLATE, IM_END, FakeEngineClient, Script, byte_tokenizer, ids, say

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.server.json_scanner import JsonScanner
-from quire.server.message_events import (
+from quire.server.parsing.json_scanner import JsonScanner
+from quire.server.parsing.message_events import (
     ContentText,
     Event,
     MessageBuilder,
@@ -21,10 +21,10 @@ from quire.server.message_events import (
     ToolCallStart,
     joined,
 )
-from quire.server.message_parser import MessageParser
-from quire.server.reasoning import ReasoningParser, detect_reasoning, starts_inside
+from quire.server.parsing.message_parser import MessageParser
+from quire.server.parsing.reasoning import ReasoningParser, detect_reasoning, starts_inside
+from quire.server.parsing.tool_formats import TOOL_PARSERS, detect_tool_parser
 from quire.server.settings import Settings
-from quire.server.tool_formats import TOOL_PARSERS, detect_tool_parser
 
 TOOLS = ("f", "get_weather")
 Calls = list[tuple[str, Any]]

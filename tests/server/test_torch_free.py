@@ -17,7 +17,7 @@ BUILD = """
 import asyncio, sys
 from quire.engine.process.process_client import ProcessEngineClient
 from quire.server.metrics import Metrics
-from quire.server.serving import build_app
+from quire.server.serving.main import build_app
 from quire.server.settings import load_settings
 
 settings = load_settings(**{flags!r})
@@ -86,6 +86,6 @@ def test_workers_map_no_torch() -> None:
         server = Server(process)
         server.http.close()
         main = psutil.Process(process.pid)
-        workers = [c for c in main.children() if "quire.server.http_worker" in c.cmdline()]
+        workers = [c for c in main.children() if "quire.server.serving.http_worker" in c.cmdline()]
         assert len(workers) == 2
         assert not any(map(maps_torch, [main, *workers]))

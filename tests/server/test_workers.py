@@ -17,7 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine.errors import QueueFullError
-from quire.server.limits import Admission, no_loads
+from quire.server.http.limits import Admission, no_loads
 from quire.server.settings import load_settings
 
 from .fakes import FakeEngineClient
@@ -90,7 +90,7 @@ def total(client: httpx.Client, name: str, *labels: str) -> float:
 
 def workers_of(server: Server) -> list[psutil.Process]:
     children = psutil.Process(server.process.pid).children()
-    return [child for child in children if "quire.server.http_worker" in child.cmdline()]
+    return [child for child in children if "quire.server.serving.http_worker" in child.cmdline()]
 
 
 def until(condition: Any, seconds: float = 20.0) -> None:

@@ -1,0 +1,140 @@
+"""What completions and chat completions write alike: ids, usage, chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypedDict
+
+from fastapi import Request
+
+from ...engine.errors import QuireError
+from ..errors import error_body
+from ..http.limits import Ticket
+from ..http.resumption import ResumableStream, asks_to_resume
+from ..http.streaming import EventStream, SseResponse, encode_json, event
+from ..requests.generation import Generation
+from ..requests.protocol import GenerationBody
+from ..requests.state import ServerState, state_of
+
+_MOST_IGNORED = 20
+
+
+@contextmanager
+def refusals_counted(state: ServerState) -> Iterator[None]:
+    """Around all that comes before the engine: a refusal is counted by its code."""
+    try:
+        yield
+    except QuireError as error:
+        state.metrics.request_rejected(error.code)
+        raise
+
+
+def ignored_header(ignored: list[str]) -> dict[str, str]:
+    """The header that names fields which were accepted and mean nothing here."""
+    if not ignored:
+        return {}
+    return {"x-quire-ignored-params": ", ".join(ignored[:_MOST_IGNORED])}
+
+
+class _Options(TypedDict):
+    on_failure: Callable[[Exception], list[bytes]]
+    on_close: Callable[[], None]
+    request_id: str
+    deadline: float | None
+
+
+class _Pace(TypedDict):
+    keepalive: float
+    write_timeout: float
+
+
+def stream_of(
+    request: Request,
+    events: AsyncGenerator[bytes, None],
+    on_failure: Callable[[], list[bytes]],
+    ticket: Ticket,
+    deadline: float | None,
+    headers: dict[str, str],
+) -> SseResponse:
+    """The answer that streams `events`; resumable where the request asks for it by its header.
+
+    Raises QuireError; the ticket is given back then.
+    """
+    state = state_of(request)
+    request_id = request.state.request_id
+    pace: _Pace = {
+        "keepalive": state.settings.sse_keepalive_interval,
+        "write_timeout": state.settings.stream_stall_timeout,
+    }
+    options: _Options = {
+        "on_failure": lambda error: [*on_failure(), event(error_body(error, request_id))],
+        "on_close": ticket.close,
+        "request_id": request_id,
+        "deadline": deadline,
+    }
+    try:
+        if not asks_to_resume(request, state.settings.stream_resume_ttl):
+            return EventStream(events, headers=headers, **pace, **options)
+        stream = state.streams.open(state.keys.owner(request), events, **options)
+    except BaseException:
+        ticket.close()
+        raise
+    return ResumableStream(
+        state.streams,
+        stream,
+        0,
+        request_id=request_id,
+        headers=headers,
+        **pace,
+        opened=True,
+    )
+
+
+class Envelope:
+    """The fields around `choices`, encoded once for all chunks of a stream."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        answer_id: str,
+        kind: str,
+        body: GenerationBody,
+        generation: Generation,
+    ) -> None:
+        self._generation = generation
+        self._fields = {
+            "id": answer_id,
+            "object": kind,
+            "created": int(time.time()),
+            "model": state.model_name,
+            "system_fingerprint": state.fingerprint(),
+        }
+        options = body.stream_options
+        self.include_usage = bool(options and options.include_usage)
+        self._continuous = self.include_usage and bool(options and options.continuous_usage_stats)
+        # {"id": …, "choices":[ CHOICE ],"usage":…}
+        self._head = b"data: " + encode_json(self._fields)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if self.include_usage else b"]}\n\n"
+        self._finished: set[int] = set()
+
+    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._fields, "choices": choices, "usage": self._generation.usage()}
+
+    def chunk(self, choice: dict[str, Any]) -> bytes:
+        """The event of one choice's chunk."""
+        if choice["finish_reason"] is not None:
+            self._finished.add(choice["index"])
+        tail = self._tail
+        if self._continuous:
+            tail = b'],"usage":' + encode_json(self._generation.usage()) + b"}\n\n"
+        return self._head + encode_json(choice) + tail
+
+    def usage_chunk(self) -> bytes:
+        return event({**self._fields, "choices": [], "usage": self._generation.usage()})
+
+    def unfinished(self) -> list[int]:
+        """Indices of the choices without a terminal chunk."""
+        indices = (choice.index for group in self._generation.choices for choice in group)
+        return [index for index in indices if index not in self._finished]

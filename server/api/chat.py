@@ -1,0 +1,210 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from ..errors import client_left
+from ..http.body import read_json_object
+from ..http.limits import Ticket
+from ..http.streaming import run_until_disconnect
+from ..parsing.message_events import MessageBuilder, delta_of, joined
+from ..parsing.message_parser import MessageParser, prompt_end
+from ..requests.chat_prompt import offered_tools, unenforced
+from ..requests.generation import Delta, Finished, Generation, Job, collect
+from ..requests.preparation import asked_by, prepare_chat, response_id
+from ..requests.protocol import ChatBody, validate
+from ..requests.state import ServerState, state_of
+from .answers import Envelope, ignored_header, refusals_counted, stream_of
+from .logprobs import LogprobFormat
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", response_model=None)
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation."""
+    state = state_of(request)
+    with refusals_counted(state):
+        fields = await read_json_object(request)
+        body, ignored = validate(ChatBody, fields, strict=state.settings.strict)
+        ignored += unenforced(body)
+        state.check_model(body.model)
+        answer_id = response_id("chatcmpl", request, body)
+        owner = state.keys.owner(request)
+        chat = await Chat.start(state, body, answer_id, request.state.request_id, owner)
+    headers = ignored_header(ignored)
+    job, ticket = chat.job, chat.ticket
+    if body.stream:
+        return stream_of(request, chat.events(), chat.failure, ticket, job.deadline, headers)
+    with ticket:
+        answers = await run_until_disconnect(
+            request.receive, collect(chat.generation, job.n), job.deadline
+        )
+    if answers is None:
+        return client_left()
+    return JSONResponse(chat.whole(answers[0]), headers=headers)
+
+
+class Chat:
+    """One admitted conversation and its answer: whole, in events, or in `choices`, on top of which
+    the other APIs of conversations are written."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        body: ChatBody,
+        job: Job,
+        ticket: Ticket,
+        answer_id: str,
+        log_id: str,
+    ) -> None:
+        self.job = job
+        self.ticket = ticket
+        self.generation = Generation(state, job, ticket, log_id)
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        self._state = state
+        self._body = body
+        self._envelope = Envelope(state, answer_id, kind, body, self.generation)
+        self._logprobs = LogprobFormat(
+            state.tokenizer, as_ids=bool(body.return_tokens_as_token_ids)
+        )
+
+    @classmethod
+    async def start(
+        cls, state: ServerState, body: ChatBody, answer_id: str, log_id: str, owner: bytes
+    ) -> Chat:
+        """Raises QuireError where the conversation is refused. Whoever runs it closes `ticket`.
+        `owner` is that of the request's API key."""
+        job, ticket = await prepare_chat(state, body)
+        job = asked_by(job, owner, body.user)
+        return cls(state, body, job, ticket, answer_id, log_id)
+
+    def _new_parser(self) -> MessageParser:
+        body = self._body
+        tools = offered_tools(body)
+        if self.job.requests[0].grammar is not None and not tools:
+            return MessageParser()  # all of it is content, whatever it spells
+        prompt = self.generation.prompt_token_ids(0)
+        return self._state.message_format.parser(
+            [tool["function"]["name"] for tool in tools],
+            prompt_end=prompt_end(self._state.tokenizer, prompt),
+            continued=body.messages[-1].content if body.continue_final_message else None,
+            show_reasoning=body.include_reasoning is not False,
+            parallel_calls=body.parallel_tool_calls is not False,
+        )
+
+    def whole(self, answers: list[Finished]) -> dict[str, Any]:
+        """The answer in one piece."""
+        body = self._body
+        answer = self._envelope.whole(
+            [self._choice(index, finished) for index, finished in enumerate(answers)]
+        )
+        if body.prompt_logprobs is not None:
+            entries = self.generation.prompt_logprobs[0] or ()
+            answer["prompt_logprobs"] = self._logprobs.prompt(entries)
+        if body.return_token_ids:
+            answer["prompt_token_ids"] = list(self.generation.prompt_token_ids(0))
+        return answer
+
+    def _choice(self, index: int, finished: Finished) -> dict[str, Any]:
+        parser, builder = self._new_parser(), MessageBuilder()
+        builder.add(parser.feed(finished.text) + parser.finish())
+        choice: dict[str, Any] = {
+            "index": index,
+            "message": builder.message(),
+            "logprobs": None,
+            "finish_reason": parser.finish_reason(finished.finish_reason),
+            "stop_reason": finished.stop_reason,
+        }
+        if self._body.logprobs:
+            choice["logprobs"] = self._logprobs.chat(
+                finished.logprobs, self._body.top_logprobs or 0
+            )
+        if self._body.return_token_ids:
+            choice["token_ids"] = finished.token_ids
+        return choice
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The chunks of a stream, but for its end."""
+        envelope = self._envelope
+        async with aclosing(self.choices()) as choices:
+            async for choice in choices:
+                yield envelope.chunk(choice)
+        if envelope.include_usage:
+            yield envelope.usage_chunk()
+
+    async def choices(self) -> AsyncGenerator[dict[str, Any], None]:
+        """What stands in `choices` of a stream's chunks. Each choice begins with its role and
+        ends with a finish_reason. Raises QuireError."""
+        parsers = [self._new_parser() for _ in range(self.job.n)]
+        begun = False
+        async with aclosing(self.generation.deltas()) as deltas:
+            async for delta in deltas:
+                if not begun:
+                    begun = True
+                    for index in range(self.job.n):
+                        yield self._role_choice(index)
+                for choice in self._pieces(parsers[delta.choice], delta):
+                    yield choice
+
+    def _pieces(self, parser: MessageParser, delta: Delta) -> list[dict[str, Any]]:
+        """One for each event of what the delta makes certain. The last has what belongs to the
+        delta's tokens; where there is no event, it comes alone if anything was asked for."""
+        body = self._body
+        events = parser.feed(delta.text)
+        if delta.finish_reason is not None:
+            events = joined(events + parser.finish())
+        changes = [delta_of(event) for event in events]
+        if not changes and (delta.finish_reason or body.logprobs or body.return_token_ids):
+            changes = [{}]
+        pieces: list[dict[str, Any]] = [
+            {
+                "index": delta.choice,
+                "delta": change,
+                "logprobs": None,
+                "finish_reason": None,
+                "stop_reason": None,
+            }
+            for change in changes
+        ]
+        if pieces:
+            last = pieces[-1]
+            last["finish_reason"] = parser.finish_reason(delta.finish_reason)
+            last["stop_reason"] = delta.stop_reason
+            if body.logprobs:
+                last["logprobs"] = self._logprobs.chat(delta.logprobs, body.top_logprobs or 0)
+            if body.return_token_ids:
+                last["token_ids"] = delta.token_ids
+        return pieces
+
+    def _role_choice(self, index: int) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+        if self._body.return_token_ids:
+            choice["prompt_token_ids"] = list(self.generation.prompt_token_ids(0))
+        return choice
+
+    def failure(self) -> list[bytes]:
+        """Terminal chunks of the choices that had none."""
+        return [
+            self._envelope.chunk(
+                {
+                    "index": index,
+                    "delta": {},
+                    "logprobs": None,
+                    "finish_reason": "error",
+                    "stop_reason": None,
+                }
+            )
+            for index in self._envelope.unfinished()
+        ]

@@ -1,0 +1,168 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from ...engine.outputs import TokenLogprobs
+from ..errors import client_left
+from ..http.body import read_json_object
+from ..http.streaming import run_until_disconnect
+from ..requests.generation import Delta, Finished, Generation, collect
+from ..requests.preparation import asked_by, prepare_completion, response_id
+from ..requests.protocol import CompletionBody, validate
+from ..requests.state import ServerState, state_of
+from .answers import Envelope, ignored_header, refusals_counted, stream_of
+from .logprobs import LogprobFormat
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", response_model=None)
+async def create_completion(request: Request) -> Response:
+    """Continue one or more prompts."""
+    state = state_of(request)
+    with refusals_counted(state):
+        fields = await read_json_object(request)
+        body, ignored = validate(CompletionBody, fields, strict=state.settings.strict)
+        state.check_model(body.model)
+        answer_id = response_id("cmpl", request, body)
+        job, ticket = await prepare_completion(state, body)
+    job = asked_by(job, state.keys.owner(request), body.user)
+    generation = Generation(state, job, ticket, request.state.request_id)
+    writer = _CompletionWriter(state, body, generation, answer_id)
+    headers = ignored_header(ignored)
+    if body.stream:
+        return stream_of(request, writer.events(), writer.failure, ticket, job.deadline, headers)
+    with ticket:
+        answers = await run_until_disconnect(
+            request.receive, collect(generation, job.n), job.deadline
+        )
+    if answers is None:
+        return client_left()
+    return JSONResponse(await writer.whole(answers), headers=headers)
+
+
+class _CompletionWriter:
+    """Writes one request's answer, whole or in chunks."""
+
+    def __init__(
+        self, state: ServerState, body: CompletionBody, generation: Generation, answer_id: str
+    ) -> None:
+        self._state = state
+        self._body = body
+        self._generation = generation
+        self._envelope = Envelope(state, answer_id, "text_completion", body, generation)
+        self._logprobs = LogprobFormat(
+            state.tokenizer, as_ids=bool(body.return_tokens_as_token_ids)
+        )
+        self._width = body.n or 1
+
+    async def whole(self, answers: list[list[Finished]]) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices: list[dict[str, Any]] = []
+        for position, group in enumerate(answers):
+            prompt_ids = self._generation.prompt_token_ids(position)
+            echo = await self._echo(position) if self._body.echo else ""
+            for finished in group:
+                choices.append(self._choice(len(choices), finished, prompt_ids, echo))
+        return self._envelope.whole(choices)
+
+    def _choice(
+        self, index: int, finished: Finished, prompt_ids: tuple[int, ...], echo: str
+    ) -> dict[str, Any]:
+        body = self._body
+        prompt_entries = self._generation.prompt_logprobs[finished.position]
+        logprobs = None
+        if body.logprobs is not None:
+            token_ids, entries = self._tokens(finished, finished.position)
+            logprobs = self._logprobs.completion(entries, token_ids, body.logprobs, 0)
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": echo + finished.text,
+            "logprobs": logprobs,
+            "finish_reason": finished.finish_reason,
+            "stop_reason": finished.stop_reason,
+        }
+        if body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = self._logprobs.prompt(prompt_entries or ())
+        if body.return_token_ids:
+            choice["prompt_token_ids"] = list(prompt_ids)
+            choice["token_ids"] = finished.token_ids
+        return choice
+
+    async def _echo(self, position: int) -> str:
+        return await self._state.tokenizer.decode(
+            self._generation.prompt_token_ids(position),
+            skip_special_tokens=self._body.skip_special_tokens is not False,
+        )
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The chunks of a stream, but for its end."""
+        envelope = self._envelope
+        # Offset of each choice's next token in its text; a choice that is missing has no chunk yet.
+        offsets: dict[int, int] = {}
+        async with aclosing(self._generation.deltas()) as deltas:
+            async for delta in deltas:
+                position = delta.choice // self._width
+                first = delta.choice not in offsets
+                echo = await self._echo(position) if first and self._body.echo else ""
+                choice = self._chunk(delta, echo)
+                if first and self._body.return_token_ids:
+                    choice["prompt_token_ids"] = list(self._generation.prompt_token_ids(position))
+                start = offsets.setdefault(delta.choice, 0)
+                if self._body.logprobs is not None:
+                    token_ids, entries = self._tokens(delta, position if first else None)
+                    choice["logprobs"] = self._logprobs.completion(
+                        entries, token_ids, self._body.logprobs, start
+                    )
+                    length = sum(map(len, map(self._state.tokenizer.token_text, token_ids)))
+                    offsets[delta.choice] = start + length
+                yield envelope.chunk(choice)
+        if envelope.include_usage:
+            yield envelope.usage_chunk()
+
+    def _tokens(
+        self, part: Finished | Delta, position: int | None
+    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """A part's tokens and their entries, behind those of the prompt at `position` where that
+        is echoed. A prompt's entries come with its first choice's first token, so they are there
+        before any of its text."""
+        if not self._body.echo or position is None:
+            return part.token_ids, [*part.logprobs]
+        generation = self._generation
+        token_ids = [*generation.prompt_token_ids(position), *part.token_ids]
+        return token_ids, [*(generation.prompt_logprobs[position] or ()), *part.logprobs]
+
+    def _chunk(self, delta: Delta, echo: str) -> dict[str, Any]:
+        body = self._body
+        choice: dict[str, Any] = {
+            "index": delta.choice,
+            "text": echo + delta.text,
+            "logprobs": None,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return choice
+
+    def failure(self) -> list[bytes]:
+        """Terminal chunks of the choices that had none."""
+        return [
+            self._envelope.chunk(
+                {
+                    "index": index,
+                    "text": "",
+                    "logprobs": None,
+                    "finish_reason": "error",
+                    "stop_reason": None,
+                }
+            )
+            for index in self._envelope.unfinished()
+        ]

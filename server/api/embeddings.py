@@ -1,0 +1,141 @@
+"""POST /v1/embeddings: vectors of models whose folder says how their hidden states are pooled."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from typing import Annotated, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import Field
+
+from ...engine.embedding_spec import EmbeddingSpec
+from ...engine.errors import ContextLengthError, InvalidRequestError
+from ...engine.sampling_params import SamplingParams
+from ..errors import client_left
+from ..http.body import read_json_object
+from ..http.limits import Ticket
+from ..http.streaming import encode_json, run_until_disconnect
+from ..requests.generation import Generation, Job, collect
+from ..requests.preparation import asked_by, make_job, prompts_of
+from ..requests.protocol import GenerationBody, Label, Prompt, check_types
+from ..requests.state import ServerState, state_of
+from .answers import ignored_header, refusals_counted
+from .translation import Fields, renamed
+
+MAX_DIMENSIONS = 65_536
+
+router = APIRouter()
+
+
+class EmbeddingBody(Fields):
+    model: str | None = None
+    input: Prompt
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Label | None = None
+    user: Label | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
+
+
+@router.post("/v1/embeddings", response_model=None)
+async def create_embedding(request: Request) -> Response:
+    """A vector for each input."""
+    state = state_of(request)
+    with refusals_counted(state), renamed({"prompt": "input"}):
+        fields = await read_json_object(request)
+        body, ignored = check_types(EmbeddingBody, fields, strict=state.settings.strict)
+        state.check_model(body.model)
+        spec, job, ticket = await _prepare(state, body)
+    job = asked_by(job, state.keys.owner(request), body.user)
+    generation = Generation(state, job, ticket, request.state.request_id)
+    with ticket:
+        answers = await run_until_disconnect(
+            request.receive, collect(generation, job.n), job.deadline
+        )
+    if answers is None:
+        return client_left()
+    content = await _answer(state, body, spec, generation)
+    return Response(content, media_type="application/json", headers=ignored_header(ignored))
+
+
+async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSpec, Job, Ticket]:
+    """Raises QuireError; the ticket is given back then."""
+    arrival = time.monotonic()
+    inputs = prompts_of(body.input, state)
+    info = state.engine.info
+    spec = info.embedding
+    if isinstance(spec, str):
+        raise InvalidRequestError(
+            f"the model {state.model_name!r} makes no embeddings: {spec}", "model"
+        )
+    spec.check_dimensions(body.dimensions)
+    keep_first = body.truncate_prompt_tokens
+    if keep_first == -1:
+        keep_first = info.max_model_len
+    if keep_first is not None and not 1 <= keep_first <= info.max_model_len:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens must be -1 or from 1 to {info.max_model_len}",
+            "truncate_prompt_tokens",
+        )
+    characters = sum(len(item) for item in inputs if isinstance(item, str))
+    tokens = sum(len(item) for item in inputs if not isinstance(item, str))
+    ticket = state.admission.admit(len(inputs), characters, tokens)
+    try:
+        state.check_ready()
+        prompts = []
+        for item in inputs:
+            if isinstance(item, str):
+                item = await state.tokenizer.encode(
+                    spec.prompt + item,
+                    add_special_tokens=body.add_special_tokens is not False,
+                    max_tokens=info.max_model_len,
+                    keep_first=keep_first,
+                )
+            prompts.append(item[:keep_first])
+        longest = max(map(len, prompts))
+        if longest > info.max_model_len:
+            raise ContextLengthError(
+                f"the input of {longest} tokens exceeds the context of {info.max_model_len} tokens",
+                "input",
+            )
+        fields = GenerationBody(
+            max_tokens=0, priority=body.priority, cache_salt=body.cache_salt, timeout=body.timeout
+        )
+        params = SamplingParams(max_tokens=0)
+        job = make_job(
+            state, fields, params, prompts, arrival, "max_tokens", None, None, spec.pooling
+        )
+        ticket.tokenised(sum(map(len, prompts)))
+    except BaseException:
+        ticket.close()
+        raise
+    return spec, job, ticket
+
+
+async def _answer(
+    state: ServerState, body: EmbeddingBody, spec: EmbeddingSpec, generation: Generation
+) -> bytes:
+    """The answer's JSON. Others have their turn after each vector, which may take a millisecond."""
+    parts = [b'{"object":"list","data":[']
+    for index, data in enumerate(generation.embeddings):
+        assert data is not None  # `collect` has seen to it
+        vector = np.frombuffer(data, dtype="<f4")[: body.dimensions]
+        if spec.normalize:
+            vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+        embedding: list[float] | str = vector.tolist()
+        if body.encoding_format == "base64":
+            embedding = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        entry = encode_json({"object": "embedding", "index": index, "embedding": embedding})
+        parts += [b"," * (index > 0), entry]
+        await asyncio.sleep(0)
+    num_tokens = generation.num_prompt_tokens
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    tail = encode_json({"model": state.model_name, "usage": usage})
+    return b"".join([*parts, b"],", tail[1:]])

@@ -1,0 +1,106 @@
+"""Log-probabilities in the three shapes of the API."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...engine.outputs import TokenLogprobs
+from ..text.tokenizer import Tokenizer
+
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON has not."""
+
+
+class LogprobFormat:
+    """Writes entries of one request. `as_ids` spells tokens "token_id:17"."""
+
+    def __init__(self, tokenizer: Tokenizer, *, as_ids: bool) -> None:
+        self._tokenizer = tokenizer
+        self._as_ids = as_ids
+
+    def chat(self, entries: Sequence[TokenLogprobs], top: int) -> dict[str, Any]:
+        """`choices[].logprobs` of a chat completion."""
+        content = []
+        for entry in entries:
+            alternatives = zip(entry.top_token_ids[:top], entry.top_logprobs[:top], strict=True)
+            content.append(
+                {
+                    **self._chat_token(entry.token_id, entry.logprob),
+                    "top_logprobs": [self._chat_token(*pair) for pair in alternatives],
+                }
+            )
+        return {"content": content, "refusal": None}
+
+    def completion(
+        self,
+        entries: Sequence[TokenLogprobs | None],
+        token_ids: Sequence[int],
+        top: int,
+        start: int,
+    ) -> dict[str, Any]:
+        """`choices[].logprobs` of a completion. `start` is the offset of the first token in the
+        choice's text. An entry is None for a prompt's first token."""
+        tokens = [self._name(token_id) for token_id in token_ids]
+        offsets = []
+        for token_id in token_ids:
+            offsets.append(start)
+            start += len(self._tokenizer.token_text(token_id))
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry and _finite(entry.logprob) for entry in entries],
+            "top_logprobs": [entry and self._alternatives(entry, top) for entry in entries],
+            "text_offset": offsets,
+        }
+
+    def prompt(self, entries: Sequence[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
+        """`prompt_logprobs`: for each position a map of token id → logprob, rank, text."""
+        return [entry and self._by_id(entry) for entry in entries]
+
+    def _chat_token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        name = self._as_ids and f"token_id:{token_id}"
+        return {
+            "token": name or self._tokenizer.token_text(token_id),
+            "logprob": _finite(logprob),
+            "bytes": list(self._tokenizer.token_bytes(token_id)),
+        }
+
+    def _name(self, token_id: int) -> str:
+        """The token in a completion's lists, where cut characters are told apart by their bytes."""
+        if self._as_ids:
+            return f"token_id:{token_id}"
+        raw = self._tokenizer.token_bytes(token_id)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def _alternatives(self, entry: TokenLogprobs, top: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for token_id, logprob in zip(
+            entry.top_token_ids[:top], entry.top_logprobs[:top], strict=True
+        ):
+            found.setdefault(self._name(token_id), _finite(logprob))
+        found.setdefault(self._name(entry.token_id), _finite(entry.logprob))
+        return found
+
+    def _by_id(self, entry: TokenLogprobs) -> dict[str, Any]:
+        ranked = {
+            token_id: (logprob, rank)
+            for rank, (token_id, logprob) in enumerate(
+                zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1
+            )
+        }
+        ranked[entry.token_id] = (entry.logprob, entry.rank)
+        return {
+            str(token_id): {
+                "logprob": _finite(logprob),
+                "rank": rank,
+                "decoded_token": self._tokenizer.token_text(token_id),
+            }
+            for token_id, (logprob, rank) in ranked.items()
+        }
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST)

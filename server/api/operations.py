@@ -1,0 +1,115 @@
+"""What operators and tools ask: health, readiness, metrics, version, models, the admin calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+from ...engine.errors import EngineNotReadyError, ModelNotFoundError, ShuttingDownError
+from ..http.auth import require_admin_key, require_client_key, require_debug_key
+from ..requests.state import ServerState, state_of
+
+public = APIRouter()
+router = APIRouter(dependencies=[Depends(require_client_key)])
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>quire</title>
+<h1>quire</h1><p>An OpenAI-compatible inference server.
+<a href="docs">API</a> · <a href="v1/models">models</a> · <a href="health">health</a> ·
+<a href="metrics">metrics</a></p></html>"""
+
+
+@public.head("/", include_in_schema=False)
+@public.get("/", include_in_schema=False)
+async def page() -> HTMLResponse:
+    return HTMLResponse(_PAGE)
+
+
+@public.head("/health", response_model=None, include_in_schema=False)
+@public.get("/health", response_model=None)
+async def health(request: Request) -> Response:
+    """Liveness: 200 while the engine makes progress, also while it loads and drains."""
+    state = state_of(request)
+    engine = state.engine.health()
+    answer = {"status": "ok" if engine.alive else "failing", "reason": engine.reason}
+    return JSONResponse(answer, 200 if engine.alive else 503)
+
+
+@public.head("/ready", response_model=None, include_in_schema=False)
+@public.get("/ready", response_model=None)
+async def ready(request: Request) -> Response:
+    """Readiness: 200 while new requests are accepted."""
+    state = state_of(request)
+    if state.draining:
+        raise ShuttingDownError("the server is shutting down", state.settings.shutdown_timeout)
+    state.check_ready()
+    return JSONResponse({"status": "ready"})
+
+
+@public.get("/metrics", response_model=None)
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    content, media_type = await state_of(request).render_metrics()
+    return Response(content, media_type=media_type)
+
+
+@public.get("/version")
+async def version(request: Request) -> dict[str, str]:
+    return {"version": state_of(request).version}
+
+
+def _card(state: ServerState, name: str) -> dict[str, Any]:
+    try:
+        max_model_len: int | None = state.engine.info.max_model_len
+    except EngineNotReadyError:  # before the first start the names are known, the length is not
+        max_model_len = None
+    return {
+        "id": name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "quire",
+        "root": state.settings.model or name,
+        "parent": None,
+        "max_model_len": max_model_len,
+    }
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    state = state_of(request)
+    return {"object": "list", "data": [_card(state, name) for name in state.settings.served_names]}
+
+
+@router.get("/v1/models/{name:path}")
+async def get_model(request: Request, name: str) -> dict[str, Any]:
+    state = state_of(request)
+    if name not in state.settings.served_names:
+        raise ModelNotFoundError(f"the model {ascii(name[:128])} is not served here", "model")
+    return _card(state, name)
+
+
+@public.post("/v1/prefix_cache/reset", dependencies=[Depends(require_admin_key)])
+async def reset_prefix_cache(request: Request) -> dict[str, str]:
+    """Forget every cached block that no sequence holds. Asks for the admin key."""
+    state = state_of(request)
+    state.check_ready()
+    await state.engine.reset_prefix_cache()
+    return {"status": "ok"}
+
+
+@public.get("/debug/engine", dependencies=[Depends(require_debug_key)])
+async def debug_engine(request: Request) -> dict[str, Any]:
+    """The engine's latest snapshot, its health and what the queue limits count."""
+    state = state_of(request)
+    stats, admission = state.engine.stats(), state.admission
+    return {
+        "stats": None if stats is None else {**stats._asdict(), "kv_usage": stats.kv_usage},
+        "health": state.engine.health()._asdict(),
+        "admission": {
+            "num_queued": admission.num_queued,
+            "num_running": admission.num_running,
+            "queued_tokens": admission.queued_tokens,
+            "draining": admission.draining,
+        },
+    }

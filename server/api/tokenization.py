@@ -1,0 +1,72 @@
+"""POST /tokenize and /detokenize, GET /tokenizer_info: the tokenizer as the endpoints use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from ...engine.errors import InvalidRequestError
+from ..http.body import read_json_object
+from ..requests.chat_prompt import check_chat, encode_chat
+from ..requests.protocol import DetokenizeBody, TokenizeBody, TokenizeChatBody, validate
+from ..requests.state import state_of
+from .answers import ignored_header
+
+router = APIRouter()
+
+
+@router.post("/tokenize", response_model=None)
+async def tokenize(request: Request) -> Response:
+    """Token ids of a `prompt`, or of `messages` rendered by the chat template."""
+    state = state_of(request)
+    fields = await read_json_object(request)
+    strict, limit = state.settings.strict, state.engine.info.max_model_len
+    if ("prompt" in fields) == ("messages" in fields):
+        raise InvalidRequestError("give either prompt or messages", "prompt")
+    if "prompt" in fields:
+        text, ignored = validate(TokenizeBody, fields, strict=strict)
+        state.check_model(text.model)
+        return_strings = text.return_token_strs
+        token_ids = await state.tokenizer.encode(
+            text.prompt, add_special_tokens=text.add_special_tokens is not False, max_tokens=limit
+        )
+    else:
+        chat, ignored = validate(TokenizeChatBody, fields, strict=strict)
+        state.check_model(chat.model)
+        return_strings = chat.return_token_strs
+        check_chat(state, chat)
+        token_ids = await encode_chat(state, chat, chat.add_special_tokens, limit)
+    answer: dict[str, Any] = {
+        "count": len(token_ids),
+        "max_model_len": limit,
+        "tokens": token_ids,
+        "token_strs": None,
+    }
+    if return_strings:
+        answer["token_strs"] = [state.tokenizer.token_text(token_id) for token_id in token_ids]
+    return JSONResponse(answer, headers=ignored_header(ignored))
+
+
+@router.post("/detokenize", response_model=None)
+async def detokenize(request: Request) -> Response:
+    """The text of token ids, control tokens included unless asked otherwise."""
+    state = state_of(request)
+    fields = await read_json_object(request)
+    body, ignored = validate(DetokenizeBody, fields, strict=state.settings.strict)
+    state.check_model(body.model)
+    vocab_size = state.engine.info.vocab_size
+    if body.tokens and not (min(body.tokens) >= 0 and max(body.tokens) < vocab_size):
+        raise InvalidRequestError(
+            f"tokens: an id is outside the vocabulary of {vocab_size}", "tokens"
+        )
+    text = await state.tokenizer.decode(
+        body.tokens, skip_special_tokens=bool(body.skip_special_tokens)
+    )
+    return JSONResponse({"prompt": text}, headers=ignored_header(ignored))
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> dict[str, Any]:
+    return state_of(request).tokenizer.info()

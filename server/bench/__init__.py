@@ -1,0 +1,1 @@
+"""`quire bench`: a client that measures any OpenAI-compatible server."""

@@ -1,0 +1,209 @@
+"""What a benchmark asks: prompts, lengths and arrivals, all decided by one seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+import numpy as np
+
+from ...engine.errors import ConfigurationError
+
+DatasetName = Literal["random", "lognormal", "shared-prefix", "n-sampling", "trace"]
+Endpoint = Literal["/v1/completions", "/v1/chat/completions"]
+
+DEFAULT_LENGTHS: dict[str, tuple[int, int]] = {
+    "random": (1024, 128),
+    "lognormal": (200, 180),
+    "shared-prefix": (128, 128),
+    "n-sampling": (256, 128),
+}
+"""Prompt and output tokens; for shared-prefix, those after the prefix."""
+LOGNORMAL_SIGMA = 1.0
+LOGNORMAL_CUT = 8.0  # times the mean: one request of 100,000 tokens would decide a whole run
+
+WORDS = (
+    *("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child"),
+    *(
+        "world",
+        "school",
+        "state",
+        "family",
+        "student",
+        "group",
+        "country",
+        "problem",
+        "hand",
+        "part",
+    ),
+    *(
+        "place",
+        "case",
+        "week",
+        "company",
+        "system",
+        "program",
+        "question",
+        "work",
+        "number",
+        "night",
+    ),
+    *("point", "home", "water", "room", "mother", "area", "money", "story", "fact", "month"),
+    *("lot", "right", "study", "book", "eye", "job", "word", "business", "issue", "side"),
+    *("kind", "head", "house", "service", "friend", "father", "power", "hour", "game", "line"),
+    *("end", "member", "law", "car", "city", "name", "team", "minute", "idea", "body"),
+    *("back", "parent", "face", "level", "office", "door", "health", "person", "art", "war"),
+    *(
+        "history",
+        "party",
+        "result",
+        "change",
+        "morning",
+        "reason",
+        "research",
+        "girl",
+        "guy",
+        "moment",
+    ),
+    *("air", "teacher", "force"),
+)
+"""Common words, a token each in most vocabularies."""
+
+
+class BenchRequest(NamedTuple):
+    """One request before it is sent: the prompt, and the output tokens of each choice."""
+
+    prompt: str | list[int]
+    output_len: int
+
+
+class Workload(NamedTuple):
+    """`arrivals` are a trace's own, in seconds from its first; None leaves them to the rate."""
+
+    requests: list[BenchRequest]
+    arrivals: list[float] | None
+
+
+class DatasetOptions(NamedTuple):
+    """`vocab_size` None makes prompts of random words, else of random token ids."""
+
+    name: DatasetName
+    num_prompts: int
+    input_len: int
+    output_len: int
+    range_ratio: float
+    prefix_len: int
+    trace_file: Path | None
+    vocab_size: int | None
+    seed: int
+
+
+def build_workload(options: DatasetOptions) -> Workload:
+    """The same options give the same workload. Raises ConfigurationError for a bad trace."""
+    rng = np.random.default_rng(options.seed)
+    if options.name == "trace":
+        return _read_trace(options, rng)
+    inputs = _lengths(options, options.input_len, rng)
+    outputs = _lengths(options, options.output_len, rng)
+    # The prefix has a generator of its own: it stays when the number of prompts changes.
+    prefix_rng = np.random.default_rng([options.seed, 1])
+    prefix = _tokens(options.vocab_size, options.prefix_len, prefix_rng)
+    requests = [
+        BenchRequest(_join(prefix, _tokens(options.vocab_size, length, rng)), output)
+        for length, output in zip(inputs, outputs, strict=True)
+    ]
+    return Workload(requests, None)
+
+
+def arrival_times(count: int, rate: float, burstiness: float, seed: int) -> list[float]:
+    """Seconds after the start: the first at 0, then gaps of a gamma distribution with mean 1/rate
+    and shape `burstiness` (1: exponential, a Poisson process; below 1: in bursts). An infinite
+    rate sends all at once."""
+    if math.isinf(rate):
+        return [0.0] * count
+    rng = np.random.default_rng([seed, 2])
+    gaps = rng.gamma(burstiness, 1.0 / (rate * burstiness), count)
+    gaps[0] = 0.0
+    return [float(time) for time in np.cumsum(gaps)]
+
+
+def _lengths(options: DatasetOptions, mean: int, rng: np.random.Generator) -> list[int]:
+    count = options.num_prompts
+    if options.name == "lognormal":
+        # The mean of a lognormal distribution is exp(mu + sigma²/2).
+        mu = math.log(mean) - LOGNORMAL_SIGMA**2 / 2
+        drawn = rng.lognormal(mu, LOGNORMAL_SIGMA, count)
+        return [int(length) for length in np.clip(np.rint(drawn), 1, LOGNORMAL_CUT * mean)]
+    ratio = options.range_ratio
+    low, high = max(1, round(mean * (1 - ratio))), round(mean * (1 + ratio))
+    return [int(length) for length in rng.integers(low, high, count, endpoint=True)]
+
+
+def _tokens(vocab_size: int | None, length: int, rng: np.random.Generator) -> str | list[int]:
+    if vocab_size is not None:
+        drawn: list[int] = rng.integers(0, vocab_size, length).tolist()
+        return drawn
+    return " ".join(WORDS[index] for index in rng.integers(0, len(WORDS), length))
+
+
+def _join(prefix: str | list[int], rest: str | list[int]) -> str | list[int]:
+    if isinstance(prefix, str) and isinstance(rest, str):
+        return f"{prefix} {rest}" if prefix else rest
+    assert isinstance(prefix, list) and isinstance(rest, list)
+    return prefix + rest
+
+
+class _TraceLine(msgspec.Struct, forbid_unknown_fields=True):
+    output_len: int
+    prompt: str | list[int] | None = None
+    prompt_len: int | None = None
+    arrival: float | None = None
+
+
+def _read_trace(options: DatasetOptions, rng: np.random.Generator) -> Workload:
+    path = options.trace_file
+    assert path is not None
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the trace {path}: {error.strerror}") from error
+    entries: list[_TraceLine] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip() and len(entries) < options.num_prompts:
+            entries.append(_parse_line(line, f"{path}:{number}"))
+    if not entries:
+        raise ConfigurationError(f"the trace {path} is empty")
+    requests = [
+        BenchRequest(
+            _tokens(options.vocab_size, entry.prompt_len or 1, rng)
+            if entry.prompt is None
+            else entry.prompt,
+            entry.output_len,
+        )
+        for entry in entries
+    ]
+    return Workload(requests, _trace_arrivals([entry.arrival for entry in entries], path))
+
+
+def _parse_line(line: bytes, where: str) -> _TraceLine:
+    try:
+        entry = msgspec.json.decode(line, type=_TraceLine)
+    except msgspec.DecodeError as error:
+        raise ConfigurationError(f"{where}: {error}") from error
+    if (entry.prompt is None) == (entry.prompt_len is None):
+        raise ConfigurationError(f"{where}: give either prompt or prompt_len")
+    if entry.output_len < 1 or (entry.prompt_len is not None and entry.prompt_len < 1):
+        raise ConfigurationError(f"{where}: lengths must be at least 1")
+    return entry
+
+
+def _trace_arrivals(arrivals: Sequence[float | None], path: Path) -> list[float] | None:
+    given = [arrival for arrival in arrivals if arrival is not None]
+    if not given:
+        return None
+    if len(given) < len(arrivals) or sorted(given) != given:
+        raise ConfigurationError(f"{path}: every line needs an arrival, in order, or none does")
+    return [arrival - given[0] for arrival in given]

@@ -1,0 +1,241 @@
+"""From the records of a run to numbers, their JSON and their table. Definitions:
+docs/benchmarking.md."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from .stream import RequestRecord
+
+METRICS = {
+    "ttft": "Time to first token",
+    "tpot": "Time per output token",
+    "itl": "Inter-token latency",
+    "e2e": "End-to-end latency",
+}
+
+
+class Distribution(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds. `percentiles` are keyed "p50", interpolated linearly."""
+
+    count: int
+    mean: float
+    percentiles: dict[str, float]
+
+
+class Goodput(msgspec.Struct, frozen=True, kw_only=True):
+    """Completed requests a second that kept every bound of `slo_ms`."""
+
+    slo_ms: dict[str, float]
+    good_requests: int
+    requests_per_s: float
+
+
+class ClientLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """How busy this client was: with much of either, it has measured itself too."""
+
+    cpu_share: float
+    max_lag_ms: float
+
+
+class RunReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One run. Tokens are the server's own counts; rates are over `duration_s`, from the first
+    request sent to the last answer ended, and count completed requests only."""
+
+    request_rate: float | Literal["inf"]
+    seed: int
+    num_requests: int
+    completed: int
+    errors: dict[str, int]
+    error_examples: dict[str, str]
+    duration_s: float
+    peak_concurrency: int
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int | None
+    wrong_lengths: int
+    requests_per_s: float
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    latency_ms: dict[str, Distribution | None]
+    goodput: Goodput | None
+    client: ClientLoad
+    server: dict[str, float]
+    requests: list[RequestRecord] | None = None
+
+
+class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The file that --save-result writes. `options` holds every flag, defaults resolved."""
+
+    date: str
+    command: list[str]
+    versions: dict[str, str]
+    base_url: str
+    endpoint: str
+    model: str
+    options: dict[str, Any]
+    runs: list[RunReport]
+
+
+class RunRecords(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run leaves: a record for each request, and what was seen around them."""
+
+    records: list[RequestRecord]
+    duration_s: float
+    peak_concurrency: int
+    client: ClientLoad
+    server: dict[str, float]
+
+
+def values_ms(records: list[RequestRecord], metric: str) -> list[float]:
+    """The metric of every completed request that has it; of "itl", every gap."""
+    completed = [record for record in records if record.error is None]
+    if metric == "itl":
+        return [gap * 1e3 for record in completed for gap in record.itls]
+    found = (getattr(record, metric) for record in completed)
+    return [value * 1e3 for value in found if value is not None]
+
+
+def summarise(
+    run: RunRecords,
+    *,
+    request_rate: float,
+    seed: int,
+    percentiles: list[float],
+    slo_ms: dict[str, float],
+    fixed_lengths: bool,
+    detailed: bool,
+) -> RunReport:
+    """`fixed_lengths`: count the answers that are not as long as was asked."""
+    completed = [record for record in run.records if record.error is None]
+    prompt_tokens = sum(record.prompt_tokens for record in completed)
+    output_tokens = sum(record.output_tokens for record in completed)
+    cached = [record.cached_tokens for record in completed if record.cached_tokens is not None]
+    errors = Counter(record.error for record in run.records if record.error is not None)
+    wrong = [
+        record
+        for record in completed
+        if record.output_tokens != record.requested_output_tokens * record.num_choices
+    ]
+    seconds = run.duration_s
+    return RunReport(
+        request_rate="inf" if math.isinf(request_rate) else request_rate,
+        seed=seed,
+        num_requests=len(run.records),
+        completed=len(completed),
+        errors=dict(errors),
+        error_examples={
+            record.error: record.error_message or ""
+            for record in reversed(run.records)
+            if record.error is not None
+        },
+        duration_s=seconds,
+        peak_concurrency=run.peak_concurrency,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        cached_tokens=sum(cached) if cached else None,
+        wrong_lengths=len(wrong) if fixed_lengths else 0,
+        requests_per_s=len(completed) / seconds,
+        output_tokens_per_s=output_tokens / seconds,
+        total_tokens_per_s=(prompt_tokens + output_tokens) / seconds,
+        latency_ms={
+            name: _distribution(values_ms(completed, name), percentiles) for name in METRICS
+        },
+        goodput=_goodput(completed, slo_ms, seconds) if slo_ms else None,
+        client=run.client,
+        server=run.server,
+        requests=run.records if detailed else None,
+    )
+
+
+def _distribution(values: list[float], percentiles: list[float]) -> Distribution | None:
+    if not values:
+        return None
+    return Distribution(
+        count=len(values),
+        mean=float(np.mean(values)),
+        percentiles={f"p{p:g}": float(np.percentile(values, p)) for p in percentiles},
+    )
+
+
+def _goodput(completed: list[RequestRecord], slo_ms: dict[str, float], seconds: float) -> Goodput:
+    def keeps(record: RequestRecord) -> bool:
+        # A metric that an answer of one token does not have cannot be missed.
+        values = ((getattr(record, name), bound) for name, bound in slo_ms.items())
+        return all(value is None or value * 1e3 <= bound for value, bound in values)
+
+    good = sum(keeps(record) for record in completed)
+    return Goodput(slo_ms=slo_ms, good_requests=good, requests_per_s=good / seconds)
+
+
+# -- the table -------------------------------------------------------------------------------
+
+
+def table(report: RunReport) -> str:
+    """What is printed after a run."""
+    rate = report.request_rate
+    rows: list[tuple[str, str]] = [
+        ("Request rate offered (1/s)", rate if isinstance(rate, str) else f"{rate:g}"),
+        ("Completed requests", f"{report.completed} of {report.num_requests}"),
+        *((f"  failed: {kind}", str(count)) for kind, count in report.errors.items()),
+        ("Duration (s)", f"{report.duration_s:.2f}"),
+        ("Most requests at once", str(report.peak_concurrency)),
+        ("Prompt tokens", str(report.prompt_tokens)),
+        ("  found in the prefix cache", _share(report.cached_tokens, report.prompt_tokens)),
+        ("Output tokens", str(report.output_tokens)),
+        ("Requests/s", f"{report.requests_per_s:.3f}"),
+        ("Output tokens/s", f"{report.output_tokens_per_s:.1f}"),
+        ("Total tokens/s", f"{report.total_tokens_per_s:.1f}"),
+    ]
+    if report.goodput is not None:
+        bounds = ", ".join(
+            f"{name} ≤ {bound:g} ms" for name, bound in report.goodput.slo_ms.items()
+        )
+        rows.append((f"Goodput (requests/s; {bounds})", f"{report.goodput.requests_per_s:.3f}"))
+    rows += [(f"Server: {name}", f"{value:g}") for name, value in report.server.items()]
+    lines = [f"{name:<52} {value:>26}" for name, value in rows]
+    return "\n".join([*lines, "", *_latency_lines(report)])
+
+
+def _latency_lines(report: RunReport) -> list[str]:
+    found = [distribution for distribution in report.latency_ms.values() if distribution]
+    names = ["mean", *(found[0].percentiles if found else ())]
+    lines = [f"{'Latency (ms)':<30}" + "".join(f"{name:>12}" for name in names)]
+    for metric, title in METRICS.items():
+        distribution = report.latency_ms[metric]
+        values = (
+            ["–"] * len(names)
+            if distribution is None
+            else [f"{v:.2f}" for v in (distribution.mean, *distribution.percentiles.values())]
+        )
+        label = f"{title} ({'E2E' if metric == 'e2e' else metric.upper()})"
+        lines.append(f"{label:<30}" + "".join(f"{value:>12}" for value in values))
+    return lines
+
+
+def _share(part: int | None, whole: int) -> str:
+    return "not reported" if part is None else f"{part} ({part / max(1, whole):.1%})"
+
+
+def warnings(report: RunReport) -> list[str]:
+    """What a reader must know before trusting the numbers."""
+    found = [
+        f"{count} requests failed with {kind}: {report.error_examples[kind]}"
+        for kind, count in report.errors.items()
+    ]
+    if report.wrong_lengths:
+        found.append(
+            f"{report.wrong_lengths} answers are not as long as asked: the server does not keep to "
+            "ignore_eos, so that lengths differ between servers"
+        )
+    if report.client.cpu_share > 0.8 or report.client.max_lag_ms > 100:
+        found.append(
+            f"this client used {report.client.cpu_share:.0%} of a core and was once "
+            f"{report.client.max_lag_ms:.0f} ms late: it has measured itself too"
+        )
+    return found

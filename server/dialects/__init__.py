@@ -1,0 +1,1 @@
+"""Other APIs of conversations, written as chats: OpenAI's Responses, Anthropic's Messages."""

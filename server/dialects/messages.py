@@ -1,0 +1,85 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API of conversations."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from ..api.answers import ignored_header, refusals_counted
+from ..api.chat import Chat
+from ..api.translation import renamed, sse
+from ..errors import anthropic_error_body, client_left, error_body
+from ..http.body import read_json_object
+from ..http.streaming import EventStream, run_until_disconnect
+from ..requests.chat_prompt import check_chat, encode_chat
+from ..requests.state import state_of
+from .messages_body import CountTokensBody, MessagesBody, check_body, names_of
+from .messages_events import PING, MessageWriter
+
+router = APIRouter()
+
+
+@router.post("/v1/messages", response_model=None)
+async def create_message(request: Request) -> Response:
+    """Answer a conversation: whole, or as a stream of typed events."""
+    state = state_of(request)
+    request_id = request.state.request_id
+    with refusals_counted(state):
+        fields = await read_json_object(request)
+        body, chat_body, ignored = check_body(MessagesBody, fields, strict=state.settings.strict)
+        state.check_model(body.model)
+        message_id = f"msg_{uuid.uuid4().hex}"
+        with renamed(names_of(body)):
+            owner = state.keys.owner(request)
+            chat = await Chat.start(state, chat_body, message_id, request_id, owner)
+    writer = MessageWriter(message_id, state.model_name)
+    headers = ignored_header(ignored)
+    if body.stream:
+        return EventStream(
+            _stream(writer, chat),
+            on_failure=lambda error: [sse(anthropic_error_body(error_body(error, request_id)))],
+            on_close=chat.ticket.close,
+            request_id=request_id,
+            deadline=chat.job.deadline,
+            keepalive=state.settings.sse_keepalive_interval,
+            write_timeout=state.settings.stream_stall_timeout,
+            headers=headers,
+            end=b"",
+            comment=sse(PING),
+        )
+    with chat.ticket:
+        message = await run_until_disconnect(
+            request.receive, _collect(writer, chat), chat.job.deadline
+        )
+    return client_left() if message is None else JSONResponse(message, headers=headers)
+
+
+@router.post("/v1/messages/count_tokens", response_model=None)
+async def count_tokens(request: Request) -> Response:
+    """The number of tokens that a conversation has as a prompt."""
+    state = state_of(request)
+    fields = await read_json_object(request)
+    body, chat, ignored = check_body(CountTokensBody, fields, strict=state.settings.strict)
+    state.check_model(body.model)
+    with renamed(names_of(body)):
+        check_chat(state, chat)
+        token_ids = await encode_chat(state, chat, None, state.engine.info.max_model_len)
+    return JSONResponse({"input_tokens": len(token_ids)}, headers=ignored_header(ignored))
+
+
+async def _stream(writer: MessageWriter, chat: Chat) -> AsyncGenerator[bytes, None]:
+    async with aclosing(writer.events(chat)) as events:
+        async for event in events:
+            yield sse(event)
+
+
+async def _collect(writer: MessageWriter, chat: Chat) -> dict[str, Any]:
+    async with aclosing(writer.events(chat)) as events:
+        async for _ in events:
+            pass
+    return writer.message

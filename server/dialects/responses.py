@@ -1,0 +1,216 @@
+"""POST /v1/responses, and what can be asked of a response later."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from ...engine.errors import InvalidRequestError, RequestTimeoutError
+from ..api.answers import ignored_header, refusals_counted
+from ..api.chat import Chat
+from ..api.translation import Event, renamed, sse
+from ..errors import client_left
+from ..http.body import read_json_object
+from ..http.responses_store import Key, Running, Stored
+from ..http.streaming import EventStream, log_failure, run_until_disconnect
+from ..requests.state import ServerState, state_of
+from .responses_body import NAMES, ResponseBody, chat_of, check_body, items_of
+from .responses_events import ResponseWriter
+
+router = APIRouter()
+
+
+@router.post("/v1/responses", response_model=None)
+async def create_response(request: Request) -> Response:
+    """Answer a conversation: whole, as a stream of typed events, or in the background."""
+    state = state_of(request)
+    with refusals_counted(state):
+        fields = await read_json_object(request)
+        body, ignored = check_body(fields, strict=state.settings.strict)
+        state.check_model(body.model)
+        previous = body.previous_response_id or ""
+        if (answer := state.siblings.forward(request, previous)) is not None:
+            return answer
+        job = await _Job.start(state, request, body)
+    headers = ignored_header(ignored + job.ignored)
+    if body.background:
+        state.responses.run(job.key, job.writer.response, job.run_in_background())
+        return JSONResponse(job.writer.response, headers=headers)
+    ticket, deadline = job.chat.ticket, job.chat.job.deadline
+    if body.stream:
+        return EventStream(
+            job.stream(),
+            on_failure=lambda error: [sse(event) for event in job.fail(error)],
+            on_close=ticket.close,
+            request_id=request.state.request_id,
+            deadline=deadline,
+            keepalive=state.settings.sse_keepalive_interval,
+            write_timeout=state.settings.stream_stall_timeout,
+            headers=headers,
+            end=b"",
+        )
+    with ticket:
+        response = await run_until_disconnect(request.receive, job.collect(), deadline)
+    return client_left() if response is None else JSONResponse(response, headers=headers)
+
+
+@router.get("/v1/responses/{response_id}", response_model=None)
+async def get_response(request: Request, response_id: str) -> Response:
+    """A stored response, or one that runs in the background."""
+    if request.query_params.get("stream", "false") != "false":
+        raise InvalidRequestError("stream: a stored response cannot be streamed", "stream")
+    if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
+        return answer
+    return JSONResponse(_found(request, response_id).response)
+
+
+@router.post("/v1/responses/{response_id}/cancel", response_model=None)
+async def cancel_response(request: Request, response_id: str) -> Response:
+    """End a response that runs in the background; one that ended stays as it is."""
+    if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
+        return answer
+    response = _found(request, response_id).response
+    if not response["background"]:
+        raise InvalidRequestError(
+            "only a response that was created with background can be cancelled", "response_id"
+        )
+    await state_of(request).responses.cancel(_key(request, response_id))
+    return JSONResponse(response)
+
+
+@router.delete("/v1/responses/{response_id}", response_model=None)
+async def delete_response(request: Request, response_id: str) -> Response:
+    """Forget a stored response; one that runs in the background ends."""
+    if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
+        return answer
+    _found(request, response_id)
+    await state_of(request).responses.remove(_key(request, response_id))
+    return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+
+def _key(request: Request, response_id: str) -> Key:
+    return state_of(request).keys.owner(request), response_id
+
+
+def _found(request: Request, response_id: str) -> Stored | Running:
+    found = state_of(request).responses.find(_key(request, response_id))
+    if found is None:
+        raise HTTPException(404, f"there is no response {ascii(response_id[:64])}")
+    return found
+
+
+class _Job:
+    """One admitted response on its way."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        key: Key,
+        chat: Chat,
+        writer: ResponseWriter,
+        items: list[dict[str, Any]],
+        ignored: list[str],
+        request_id: str,
+    ) -> None:
+        self.key = key
+        self.chat = chat
+        self.writer = writer
+        self.ignored = ignored
+        self._state = state
+        self._items = items
+        self._request_id = request_id
+
+    @classmethod
+    async def start(cls, state: ServerState, request: Request, body: ResponseBody) -> _Job:
+        """Raises QuireError where the response is refused."""
+        key = _key(request, f"resp_{uuid.uuid4().hex}{state.siblings.suffix}")
+        store = _is_stored(state, body)
+        previous = _previous(request, body.previous_response_id)
+        chat_body, ignored = chat_of(body, previous, strict=state.settings.strict)
+        with renamed(NAMES):
+            chat = await Chat.start(state, chat_body, key[1], request.state.request_id, key[0])
+        writer = ResponseWriter(key[1], state.model_name, body, store=store)
+        items = [*previous, *items_of(body)]
+        return cls(state, key, chat, writer, items, ignored, request.state.request_id)
+
+    async def _events(self) -> AsyncGenerator[Event, None]:
+        """All events; the response is stored before the last one is told."""
+        async with aclosing(self.writer.events(self.chat)) as events:
+            async for event in events:
+                if self.writer.ended:
+                    self._store()
+                yield event
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self._events()) as events:
+            async for event in events:
+                yield sse(event)
+
+    async def collect(self) -> dict[str, Any]:
+        async with aclosing(self._events()) as events:
+            async for _ in events:
+                pass
+        return self.writer.response
+
+    def fail(self, error: Exception) -> list[Event]:
+        """The last events of a response that failed."""
+        events = list(self.writer.fail(error, self._request_id))
+        self._store()
+        return events
+
+    async def run_in_background(self) -> None:
+        """Run to an end, whatever it is, and store it."""
+        deadline = self.chat.job.deadline
+        left = None if deadline is None else deadline - time.monotonic()
+        try:
+            async with asyncio.timeout(left):
+                await self.collect()
+        except asyncio.CancelledError:
+            self.writer.cancel()
+            self._store()
+        except TimeoutError:
+            self.fail(RequestTimeoutError("the request took longer than its timeout"))
+        except Exception as error:
+            log_failure(error, self._request_id)
+            self.fail(error)
+        finally:
+            self.chat.ticket.close()
+
+    def _store(self) -> None:
+        response = self.writer.response
+        if response["store"]:
+            self._state.responses.add(self.key, response, self._items + response["output"])
+
+
+def _is_stored(state: ServerState, body: ResponseBody) -> bool:
+    """Raises InvalidRequestError where the request asks for what this server does not keep."""
+    if not state.responses.enabled and (body.store or body.background):
+        name = "background" if body.background else "store"
+        raise InvalidRequestError(f"{name}: this server stores no responses", name)
+    if body.background and body.store is False:
+        raise InvalidRequestError("background needs store", "background")
+    if body.background and body.stream:
+        raise InvalidRequestError("background cannot be streamed", "background")
+    return state.responses.enabled and body.store is not False
+
+
+def _previous(request: Request, response_id: str | None) -> list[dict[str, Any]]:
+    """The items of the conversation that goes on. Raises InvalidRequestError."""
+    if response_id is None:
+        return []
+    found = state_of(request).responses.find(_key(request, response_id))
+    param = "previous_response_id"
+    if found is None:
+        raise InvalidRequestError(f"{param}: there is no response {ascii(response_id[:64])}", param)
+    if isinstance(found, Running) or found.response["status"] not in ("completed", "incomplete"):
+        status = found.response["status"]
+        raise InvalidRequestError(f"{param}: that response is {status}", param)
+    return found.items

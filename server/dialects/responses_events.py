@@ -1,0 +1,207 @@
+"""The answer of POST /v1/responses, written from a chat's choices: its object and its events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+from ..api.chat import Chat
+from ..api.translation import BlockWriter, Event, Piece
+from ..errors import error_body
+from .responses_body import ResponseBody
+
+_EVENTS_OF = {
+    "text": "response.output_text",
+    "reasoning": "response.reasoning_text",
+    "call": "response.function_call_arguments",
+}
+
+
+class ResponseWriter(BlockWriter):
+    """Makes `response`, the object, as the chat goes on, and the events that tell of it.
+
+    The object's output grows by whole items; it is always what GET answers.
+    """
+
+    def __init__(self, response_id: str, model: str, body: ResponseBody, *, store: bool) -> None:
+        super().__init__()
+        self.response = _new_response(response_id, model, body, store=store)
+        self.ended = False
+        self._show_logprobs = bool(body.include or body.top_logprobs)
+        self._sequence_number = 0
+        self._kind = ""
+        self._item: dict[str, Any] = {}
+        self._texts: list[str] = []
+        self._logprobs: list[dict[str, Any]] = []
+
+    async def events(self, chat: Chat) -> AsyncGenerator[Event, None]:
+        """Run `chat` and tell of it, from the first event to the last. Raises QuireError."""
+        params = chat.job.requests[0].sampling_params
+        self.response.update(
+            status="in_progress", temperature=params.temperature, top_p=params.top_p
+        )
+        finish_reason = None
+        begun = False
+        async with aclosing(chat.choices()) as choices:
+            async for choice in choices:
+                if not begun:
+                    begun = True
+                    yield self._event("response.created", response=self.response)
+                    yield self._event("response.in_progress", response=self.response)
+                for event in self.feed(choice):
+                    yield event
+                finish_reason = choice["finish_reason"] or finish_reason
+        self.response["usage"] = _usage(chat.generation.usage())
+        status = "incomplete" if finish_reason == "length" else "completed"
+        for event in self._finish(status):
+            yield event
+
+    def _finish(self, status: str) -> Iterator[Event]:
+        response = self.response
+        if self._open is None and not response["output"]:  # clients look for a message
+            self._open = ("text", 0)
+            yield from self.open_block(Piece("text", ""))
+        yield from self.close(status)
+        if status == "incomplete":
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+        yield self._end(status)
+
+    def fail(self, error: Exception, request_id: str) -> Iterator[Event]:
+        """The last events of a response that failed."""
+        body = error_body(error, request_id)["error"]
+        message = f"{body['code']}: {body['message']}"
+        self.response["error"] = {"code": "server_error", "message": message}
+        yield from self.close("incomplete")
+        yield self._end("failed")
+
+    def cancel(self) -> None:
+        """The response was cancelled; there are no events that tell of it."""
+        self._end("cancelled")
+
+    def _end(self, status: str) -> Event:
+        self.response["status"] = status
+        self.response["completed_at"] = int(time.time()) if status == "completed" else None
+        self.ended = True
+        return self._event(f"response.{status}", response=self.response)
+
+    def open_block(self, first: Piece) -> Iterator[Event]:
+        self._texts, self._logprobs = [], []
+        self._item = _new_item(first)
+        self._kind = first.kind
+        yield self._event("response.output_item.added", item=self._item)
+        if first.kind != "call":
+            yield self._event("response.content_part.added", content=True, part=self._part())
+
+    def extend_block(self, piece: Piece) -> Iterator[Event]:
+        self._texts.append(piece.text)
+        fields: dict[str, Any] = {"delta": piece.text}
+        if piece.kind == "text":
+            fields["logprobs"] = list(piece.logprobs)
+            self._logprobs += piece.logprobs
+        name = f"{_EVENTS_OF[piece.kind]}.delta"
+        yield self._event(name, content=piece.kind != "call", **fields)
+
+    def close_block(self, status: str) -> Iterator[Event]:
+        item, part = self._item, self._part()
+        if self._kind == "call":
+            item["arguments"] = "".join(self._texts)
+            fields = {"arguments": item["arguments"], "name": item["name"]}
+            yield self._event(f"{_EVENTS_OF['call']}.done", **fields)
+        else:
+            fields = {"text": part["text"]}
+            if self._kind == "text":
+                fields["logprobs"] = self._logprobs
+            yield self._event(f"{_EVENTS_OF[self._kind]}.done", content=True, **fields)
+            yield self._event("response.content_part.done", content=True, part=part)
+            item["content"] = [part]
+        item["status"] = status
+        yield self._event("response.output_item.done", item=item)
+        self.response["output"].append(item)
+
+    def _part(self) -> dict[str, Any]:
+        text = "".join(self._texts)
+        if self._kind == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        part = {"type": "output_text", "text": text, "annotations": []}
+        return {**part, "logprobs": self._logprobs} if self._show_logprobs else part
+
+    def _event(self, kind: str, *, content: bool = False, **fields: Any) -> Event:
+        """An event with its number, and with the place that it is about: the open item, or its
+        `content`."""
+        event: Event = {"type": kind, "sequence_number": self._sequence_number}
+        self._sequence_number += 1
+        if "response" not in fields:
+            event["output_index"] = len(self.response["output"])
+        if content:
+            event["content_index"] = 0
+        if not fields.keys() & {"response", "item"}:
+            event["item_id"] = self._item["id"]
+        return {**event, **fields}
+
+
+def _new_item(first: Piece) -> dict[str, Any]:
+    number = uuid.uuid4().hex
+    match first.kind:
+        case "text":
+            item = {"id": f"msg_{number}", "type": "message", "role": "assistant", "content": []}
+        case "reasoning":
+            item = {"id": f"rs_{number}", "type": "reasoning", "summary": [], "content": []}
+        case "call":
+            item = {"id": f"fc_{number}", "type": "function_call", "arguments": ""}
+            item |= {"call_id": first.id, "name": first.name}
+    return {**item, "status": "in_progress"}
+
+
+def _new_response(
+    response_id: str, model: str, body: ResponseBody, *, store: bool
+) -> dict[str, Any]:
+    reasoning, text = body.reasoning, body.text
+    text_format = text.format if text is not None else None
+    tool = {"type": "function", "description": None, "parameters": None, "strict": None}
+    return {
+        "id": response_id,
+        "object": "response",
+        "created_at": int(time.time()),
+        "completed_at": None,
+        "status": "queued",
+        "background": bool(body.background),
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": None,
+        "metadata": body.metadata or {},
+        "model": model,
+        "output": [],
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {"effort": reasoning.effort if reasoning else None, "summary": None},
+        "safety_identifier": body.safety_identifier,
+        "service_tier": "default",
+        "store": store,
+        "temperature": body.temperature,
+        "text": {"format": text_format or {"type": "text"}, "verbosity": "medium"},
+        "tool_choice": body.tool_choice or "auto",
+        "tools": [{**tool, **given} for given in body.tools or ()],
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": body.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": body.user,
+    }
+
+
+def _usage(usage: dict[str, Any]) -> dict[str, Any]:
+    details = usage.get("completion_tokens_details") or {}
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": usage["prompt_tokens"],
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": details.get("reasoning_tokens", 0)},
+        "total_tokens": usage["total_tokens"],
+    }

@@ -1,0 +1,1 @@
+"""The connection: bounds, parsing, admission, streams; knows no model."""

@@ -1,0 +1,129 @@
+"""The queue limits: what may wait, charged on arrival, before templating and tokenising."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from ...engine.client import EngineClient
+from ...engine.errors import QueueFullError, ShuttingDownError
+from ..settings import Settings
+
+LOAD_FIELDS = 3
+"""Numbers that each process counts: queued, running, queued tokens."""
+CHARACTERS_PER_TOKEN = 4
+"""Guess of a prompt's tokens before it is tokenised; the true count replaces it then."""
+
+
+def no_loads(processes: int) -> memoryview[int]:
+    """What `processes` count that have nothing to do."""
+    return memoryview(bytearray(processes * LOAD_FIELDS * 8)).cast("q")
+
+
+class Admission:
+    """Counts the requests between arrival and first token ("queued") and after it ("running").
+
+    All HTTP workers count in one memory, `loads`, each in its own three numbers and at its `index`;
+    the limits hold for their sums. Only requests that arrive at two of them in the same moment may
+    both take the last place.
+
+    As many requests as the engine takes into one step are not a queue, so the limit on requests
+    is `max_num_seqs` less those that run, plus `max_num_queued_reqs`. The limit on tokens always
+    lets one request through, since otherwise a long prompt could never be served.
+    """
+
+    def __init__(
+        self, settings: Settings, engine: EngineClient, index: int, loads: memoryview[int]
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self.draining = False
+        self._loads = loads
+        self._own = index * LOAD_FIELDS
+
+    @property
+    def num_queued(self) -> int:
+        return sum(self._loads[0::LOAD_FIELDS])
+
+    @property
+    def num_running(self) -> int:
+        return sum(self._loads[1::LOAD_FIELDS])
+
+    @property
+    def queued_tokens(self) -> int:
+        return sum(self._loads[2::LOAD_FIELDS])
+
+    def count(self, queued: int, running: int, tokens: int) -> None:
+        """Add to what this process counts; all may be negative."""
+        loads, own = self._loads, self._own
+        loads[own] += queued
+        loads[own + 1] += running
+        loads[own + 2] += tokens
+
+    def admit(self, num_sequences: int, num_characters: int, num_tokens: int = 0) -> Ticket:
+        """Charge a request whose prompts have so many characters and token ids.
+
+        Raises QueueFullError, ShuttingDownError; nothing is charged then.
+        """
+        if self.draining:
+            raise ShuttingDownError("the server is shutting down", self._settings.shutdown_timeout)
+        settings = self._settings
+        tokens = num_tokens + -(-num_characters // CHARACTERS_PER_TOKEN)
+        if settings.max_num_queued_reqs is not None:
+            free_seats = max(0, settings.max_num_seqs - self.num_running)
+            stats = self._engine.stats()
+            waiting = stats.num_waiting if stats is not None else 0
+            allowed = settings.max_num_queued_reqs + free_seats
+            idle = not (self.num_queued or self.num_running)
+            too_many = self.num_queued + num_sequences > allowed and not idle
+            if too_many or waiting > settings.max_num_queued_reqs:
+                raise QueueFullError(
+                    f"{max(self.num_queued, waiting)} requests are waiting, at most "
+                    f"{settings.max_num_queued_reqs} may"
+                )
+        limit = settings.max_num_queued_tokens
+        if limit is not None and self.num_queued and self.queued_tokens + tokens > limit:
+            raise QueueFullError(
+                f"{self.queued_tokens} prompt tokens are waiting, at most {limit} may"
+            )
+        return Ticket(self, num_sequences, tokens)
+
+
+class Ticket:
+    """One request's share of the queue; a context manager that gives it back."""
+
+    __slots__ = ("_admission", "_running", "_sequences", "_tokens")
+
+    def __init__(self, admission: Admission, sequences: int, tokens: int) -> None:
+        self._admission = admission
+        self._sequences = sequences
+        self._tokens = tokens
+        self._running = False
+        admission.count(sequences, 0, tokens)
+
+    def tokenised(self, tokens: int) -> None:
+        """The prompts' true number of tokens is known."""
+        self._admission.count(0, 0, tokens - self._tokens)
+        self._tokens = tokens
+
+    def started(self) -> None:
+        """The first token came. Idempotent."""
+        if not self._running:
+            self._running = True
+            self._admission.count(-self._sequences, self._sequences, -self._tokens)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.started()
+        self._admission.count(0, -self._sequences, 0)
+        self._sequences = 0
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

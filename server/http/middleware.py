@@ -1,0 +1,102 @@
+"""Pure ASGI layers around every route: the request id, the body limit, the HTTP metrics."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import http_error_response
+from ..metrics import Metrics
+
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+
+
+def is_sane_request_id(value: str) -> bool:
+    """1 to 128 letters, digits and `._:-`: safe in a header and in a line of a log."""
+    return _SANE_REQUEST_ID.fullmatch(value) is not None
+
+
+class RequestIdMiddleware:
+    """Sets `request.state.request_id` and the header x-request-id of the answer.
+
+    A client's own id is honoured where it is sane and replaced where not. It is echoed and
+    logged, never a key: ids inside the engine are made here and unique.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        state = scope.setdefault("state", {})
+        asked = Headers(scope=scope).get("x-request-id", "")
+        state["request_id"] = asked if is_sane_request_id(asked) else uuid.uuid4().hex
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = state["request_id"]
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+class BodyLimitMiddleware:
+    """Answers 413 where Content-Length or the bytes received (chunked bodies) pass the limit."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        message = f"the body is larger than {self.max_bytes} bytes"
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self.max_bytes:
+            response = http_error_response(413, message, scope)
+            response.headers["connection"] = "close"
+            return await response(scope, receive, send)
+        received = 0
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            part = await receive()
+            if part["type"] == "http.request":
+                received += len(part.get("body", b""))
+                if received > self.max_bytes:
+                    raise HTTPException(413, message, {"connection": "close"})
+            return part
+
+        await self.app(scope, limited_receive, send)
+
+
+class HttpMetricsMiddleware:
+    """Counts requests by the template of their route, never by the client's path."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or "forwarded" in scope.get("state", ()):
+            return await self.app(scope, receive, send)  # whoever forwarded it counts it
+        status = 500
+        started = time.monotonic()
+
+        async def send_noting_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_noting_status)
+        finally:
+            handler = getattr(scope.get("route"), "path", "unmatched")
+            self.metrics.http_request(handler, scope["method"], status, time.monotonic() - started)

@@ -1,0 +1,156 @@
+"""What lives in one of several HTTP workers, reached through any of them.
+
+A stored response and a resumable stream live in the worker that made them, whose number ends their
+id. Asked for one of another worker, a worker has that one answer, over its private unix socket: the
+request goes over as an ASGI scope and body, the answer comes back as ASGI messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import structlog
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...engine.errors import EngineNotReadyError
+from ..errors import error_response
+from .limits import LOAD_FIELDS, no_loads
+from .streaming import cancel, disconnected
+from .worker_link import Link
+
+SHARED_SCOPE = (
+    *("type", "method", "path", "raw_path", "query_string", "root_path", "headers"),
+    *("http_version", "scheme", "client", "server"),
+)
+
+log = structlog.get_logger(__name__)
+
+_Message = dict[str, Any]
+
+
+class Siblings:
+    """A worker's place among `count`; by default, that of the only one.
+
+    `loads` is the memory in which all workers count (see `limits`), `folder` holds their sockets.
+    """
+
+    def __init__(
+        self,
+        index: int = 0,
+        loads: memoryview[int] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.index = index
+        self.loads = no_loads(1) if loads is None else loads
+        self._folder = folder
+        self._server: asyncio.Server | None = None
+
+    @property
+    def suffix(self) -> str:
+        """What ends the ids that this worker gives."""
+        return "" if self._folder is None else f"w{self.index}"
+
+    def forward(self, request: Request, thing_id: str) -> Response | None:
+        """The answer of the worker that owns `thing_id`; None where that is this one, or nobody."""
+        match = re.fullmatch(r".*w(\d{1,3})", thing_id)
+        if self._folder is None or match is None:
+            return None
+        owner = int(match[1])
+        if owner == self.index or owner >= len(self.loads) // LOAD_FIELDS:
+            return None
+        return _Forwarded(request, self._folder / str(owner))
+
+    async def listen(self, app: ASGIApp) -> None:
+        """Answer for the others, with `app`."""
+        assert self._folder is not None
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await _answer(app, Link(reader, writer, _Message))
+
+        path = self._folder / str(self.index)
+        path.unlink(missing_ok=True)  # of an earlier life
+        self._server = await asyncio.start_unix_server(serve, path)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+
+async def _answer(app: ASGIApp, link: Link[_Message, _Message]) -> None:
+    call = await link.receive()
+    if call is None:
+        return
+    body: bytes | None = call["body"]
+
+    async def receive() -> Message:
+        nonlocal body
+        if body is not None:
+            message, body = {"type": "http.request", "body": body, "more_body": False}, None
+            return message
+        await link.receive()  # nothing more is sent: this is the end
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        link.send(dict(message))
+        await link.drain()
+
+    scope = {**call["scope"], "asgi": {"version": "3.0"}, "state": {"forwarded": True}}
+    try:
+        await app(scope, receive, send)
+    except ConnectionError:
+        pass  # the other worker, or its client, has left
+    except Exception as error:
+        log.exception("forwarded_request_failed", exc_info=error)
+    finally:
+        link.close()
+
+
+class _Forwarded(Response):
+    """What another worker answers to `request`; 503 where that worker is not there."""
+
+    def __init__(self, request: Request, path: Path) -> None:
+        super().__init__()
+        self._request = request
+        self._path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call: _Message = {"scope": {key: scope[key] for key in SHARED_SCOPE if key in scope}}
+        request_id = self._request.state.request_id.encode()
+        headers = [pair for pair in scope["headers"] if pair[0] != b"x-request-id"]
+        call["scope"]["headers"] = [*headers, (b"x-request-id", request_id)]
+        call["body"] = await self._request.body()
+        try:
+            link: Link[_Message, _Message] = await Link.to_path(self._path, _Message)
+        except OSError:
+            error = EngineNotReadyError("the HTTP worker that holds it is restarting")
+            await error_response(error, scope=scope)(scope, receive, send)
+            return
+        link.send(call)
+        relaying = asyncio.create_task(self._relay(link, send))
+        gone = asyncio.create_task(disconnected(receive))
+        try:
+            await asyncio.wait({relaying, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if relaying.done():
+                relaying.result()
+        finally:
+            await cancel(relaying, gone)
+            link.close()
+
+    async def _relay(self, link: Link[_Message, _Message], send: Send) -> None:
+        more = True
+        while more:
+            message = await link.receive()
+            if message is None:
+                raise ConnectionError("the HTTP worker that holds it ended in mid-answer")
+            if message["type"] == "http.response.start":
+                # The owner's word counts: an id in the body wins over the header's.
+                for name, value in message["headers"]:
+                    if name == b"x-request-id":
+                        self._request.state.request_id = value.decode()
+            await send(message)
+            more = message["type"] == "http.response.start" or message.get("more_body", False)

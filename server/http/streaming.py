@@ -1,0 +1,280 @@
+"""Server-sent events, and clients that leave: disconnects, deadlines, readers that stop reading."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ...engine.errors import QuireError, RequestTimeoutError
+from ..errors import answer_of, error_response
+from .outbox import Outbox, Sink, Source
+
+log = structlog.get_logger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+COMMENT = b": keep-alive\n\n"
+
+_Result = TypeVar("_Result")
+encode_json = msgspec.json.Encoder().encode
+
+
+def event(data: Any) -> bytes:
+    """One `data:` event of a JSON value."""
+    return b"data: " + encode_json(data) + b"\n\n"
+
+
+async def disconnected(receive: Receive) -> None:
+    """Returns once the client is gone; the body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def run_until_disconnect(
+    receive: Receive, work: Coroutine[Any, Any, _Result], deadline: float | None
+) -> _Result | None:
+    """The result of `work`, or None where the client left first; `work` is cancelled then.
+
+    `deadline` is in `time.monotonic()` seconds. Raises RequestTimeoutError when it passes.
+    """
+    timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+    working = asyncio.create_task(work)
+    gone = asyncio.create_task(disconnected(receive))
+    try:
+        await asyncio.wait({working, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        if gone.done():
+            return None
+        raise RequestTimeoutError("the request took longer than its timeout")
+    finally:
+        await cancel(working, gone)
+
+
+async def produce(
+    events: AsyncGenerator[bytes, None],
+    sink: Sink,
+    *,
+    on_failure: Callable[[Exception], list[bytes]],
+    request_id: str,
+    deadline: float | None,
+    end: bytes = DONE,
+) -> None:
+    """Run `events` to their end and close them; then comes `end`.
+
+    A failure becomes the events of `on_failure`, for clients take a stream that is merely cut for
+    a success. `deadline` is in `time.monotonic()` seconds.
+    """
+    failure: Exception | None = None
+    begun = False
+    try:
+        left = None if deadline is None else deadline - time.monotonic()
+        async with asyncio.timeout(left), aclosing(events):
+            async for chunk in events:
+                begun = True
+                sink.put(chunk)
+                if sink.full:
+                    await sink.room()
+    except TimeoutError:
+        failure = RequestTimeoutError("the request took longer than its timeout")
+    except Exception as error:
+        failure = error
+    bug: Exception | None = None
+    try:
+        if failure is not None:
+            log_failure(failure, request_id)
+            if not begun:
+                sink.early_failure = failure
+            for chunk in on_failure(failure):
+                sink.put(chunk)
+        if end:
+            sink.put(end)
+    except Exception as error:
+        log_failure(error, request_id)
+        bug = error
+    finally:
+        sink.end(bug)
+
+
+def log_failure(failure: Exception, request_id: str) -> None:
+    """Of what runs on after its status was sent."""
+    if not isinstance(failure, QuireError):
+        log.exception("stream_failed", request_id=request_id, exc_info=failure)
+    elif answer_of(failure).status == 500:
+        log.warning("request_failed", request_id=request_id, error=repr(failure))
+
+
+class SseResponse(Response):
+    """The connection's side of a stream.
+
+    The status is held back until the first event, or until it is time for the first keep-alive
+    comment: a request that fails at once gets its real status.
+    """
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        keepalive: float,
+        headers: dict[str, str],
+        write_timeout: float,
+        comment: bytes = COMMENT,
+    ) -> None:
+        """`write_timeout` is how long one write may wait for a reader that does not read, in
+        seconds; then the request is aborted."""
+        super().__init__(status_code=200, headers=headers, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"  # nginx would gather events otherwise
+        self._request_id = request_id
+        self._keepalive = keepalive
+        self._write_timeout = write_timeout
+        self._comment = comment
+
+    async def send_from(self, source: Source, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Send until the end, until the client leaves, or until it stops reading.
+
+        False where it left before there was an answer.
+        """
+        writer = _Writer(send, self)
+        writing = asyncio.create_task(self._write(writer, source, scope, receive, send))
+        others = [
+            asyncio.create_task(disconnected(receive)),
+            asyncio.create_task(writer.watch(self._keepalive, self._write_timeout, self._comment)),
+        ]
+        try:
+            await asyncio.wait({writing, *others}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                await writing
+        finally:
+            await cancel(writing, *others)
+        return writer.started
+
+    async def _write(
+        self, writer: _Writer, source: Source, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        while batch := await source.take():
+            if source.early_failure is not None and not writer.started:
+                writer.hold()
+                response = error_response(source.early_failure, self._request_id, scope)
+                return await response(scope, receive, send)
+            await writer.send(batch)
+        await writer.end()
+
+
+class EventStream(SseResponse):
+    """An SSE answer that lives as long as its connection.
+
+    A failure after the status was sent becomes the events of `on_failure`, and `end` closes the
+    stream in either case. `comment` is what keeps it alive. `events` is closed, whatever happens;
+    that aborts what the engine still does.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        on_failure: Callable[[Exception], list[bytes]],
+        on_close: Callable[[], None],
+        request_id: str,
+        deadline: float | None,
+        keepalive: float,
+        headers: dict[str, str],
+        write_timeout: float,
+        end: bytes = DONE,
+        comment: bytes = COMMENT,
+    ) -> None:
+        super().__init__(
+            request_id=request_id,
+            keepalive=keepalive,
+            headers=headers,
+            write_timeout=write_timeout,
+            comment=comment,
+        )
+        self._events = events
+        self._on_failure = on_failure
+        self._on_close = on_close
+        self._deadline = deadline
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        outbox = Outbox()
+        producing = asyncio.create_task(
+            produce(
+                self._events,
+                outbox,
+                on_failure=self._on_failure,
+                request_id=self._request_id,
+                deadline=self._deadline,
+                end=self._end,
+            )
+        )
+        try:
+            await self.send_from(outbox, scope, receive, send)
+        finally:
+            await cancel(producing)
+            self._on_close()
+
+
+class _Writer:
+    """Sends the parts of one streamed answer and knows when it last did."""
+
+    def __init__(self, send: Send, response: Response) -> None:
+        self._send = send
+        self._response = response
+        self._last = time.monotonic()
+        self._sending = False
+        self.started = False
+
+    async def send(self, chunk: bytes) -> None:
+        if not self.started:
+            await self._start()
+        self._sending, self._last = True, time.monotonic()
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._sending = False
+
+    def hold(self) -> None:
+        """No comments from here on."""
+        self.started = self._sending = True
+
+    async def end(self) -> None:
+        self.hold()
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _start(self) -> None:
+        self.started = True
+        response = self._response
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": response.status_code,
+                "headers": response.raw_headers,
+            }
+        )
+
+    async def watch(self, keepalive: float, write_timeout: float, comment: bytes) -> None:
+        """Send `comment` after `keepalive` seconds of silence (0: never); return when one write
+        has waited `write_timeout` seconds."""
+        tick = min(keepalive or write_timeout, write_timeout) / 2
+        while True:
+            await asyncio.sleep(tick)
+            silent = time.monotonic() - self._last
+            if self._sending and silent >= write_timeout:
+                return
+            if keepalive and not self._sending and silent >= keepalive:
+                await self.send(comment)
+
+
+async def cancel(*tasks: Awaitable[Any]) -> None:
+    """Cancel and wait, so that no generator is still running when this returns."""
+    for task in tasks:
+        assert isinstance(task, asyncio.Task)
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,1 @@
+"""A model's text as a message: reasoning, content, tool calls."""

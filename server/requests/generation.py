@@ -1,0 +1,330 @@
+"""One HTTP request on its way through the engine: tokens in, text of each choice out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import structlog
+
+from ...engine.errors import EngineDeadError, error_from_code
+from ...engine.outputs import FinishReason, SequenceOutput, Timings, TokenLogprobs
+from ...engine.request import Request
+from ..http.limits import Ticket
+from ..metrics import RequestRecord
+from ..text.detokenizer import Detokenizer
+from .state import ServerState
+
+log = structlog.get_logger(__name__)
+
+CONTEXT_TOKENS = 4
+"""Prompt tokens that a detokenizer sees, where the tokenizer is not byte-level."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is asked of the engine: one request for each prompt, and what to do with the text.
+
+    `n` choices of each prompt are answered; the engine makes `sampling_params.n` (best_of).
+    """
+
+    requests: Sequence[Request]
+    n: int
+    stops: Sequence[str]
+    include_stop: bool
+    skip_special_tokens: bool
+    shown_tokens: Sequence[str]
+    """Control tokens that are text nevertheless: whoever reads the text looks for them."""
+    deadline: float | None
+
+
+class Delta(NamedTuple):
+    """What became certain of one choice. `token_ids` and `logprobs` belong to `text`."""
+
+    choice: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice as it grows. `index` counts over all prompts, `number` within its own."""
+
+    index: int
+    number: int
+    detokenizer: Detokenizer
+    num_tokens: int = 0
+    logprob_sum: float = 0.0
+    finish_reason: FinishReason | None = None
+    pending_ids: list[int] = field(default_factory=list)
+    pending_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    last_token_time: float | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.logprob_sum / max(1, self.num_tokens)
+
+
+class Generation:
+    """Runs a job. Closing the iterator of `deltas` early aborts what still runs."""
+
+    def __init__(self, state: ServerState, job: Job, ticket: Ticket, log_id: str) -> None:
+        self._state = state
+        self._job = job
+        self._ticket = ticket
+        self._log_id = log_id
+        self.prompt_logprobs: list[list[TokenLogprobs | None] | None]
+        self.prompt_logprobs = [None] * len(job.requests)
+        self.embeddings: list[bytes | None] = [None] * len(job.requests)
+        self._cached_tokens = [0] * len(job.requests)
+        self._prompts_counted = [False] * len(job.requests)
+        self._timings: list[Timings | None] = [None] * len(job.requests)
+        self.choices = [
+            [self._new_choice(position, number) for number in range(request.sampling_params.n)]
+            for position, request in enumerate(job.requests)
+        ]
+
+    def _new_choice(self, position: int, number: int) -> Choice:
+        job, tokenizer = self._job, self._state.tokenizer
+        request = job.requests[position]
+        context: Sequence[int] = ()
+        if not tokenizer.byte_level:
+            context = request.prompt_token_ids[-CONTEXT_TOKENS:]
+        skip, hidden = job.skip_special_tokens, frozenset[int]()
+        if skip and job.shown_tokens:
+            skip, hidden = tokenizer.skipped_but(job.shown_tokens)
+        detokenizer = Detokenizer(
+            tokenizer.backend,
+            skip_special_tokens=skip,
+            hidden=hidden,
+            stops=job.stops,
+            include_stop=job.include_stop,
+            min_tokens=request.sampling_params.min_tokens,
+            context=context,
+        )
+        return Choice(position * request.sampling_params.n + number, number, detokenizer)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(request.prompt_token_ids) for request in self._job.requests)
+
+    def prompt_token_ids(self, position: int) -> tuple[int, ...]:
+        return self._job.requests[position].prompt_token_ids
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far. Every sequence counts, those that best_of drops too."""
+        prompt = self.num_prompt_tokens
+        completion = sum(choice.num_tokens for group in self.choices for choice in group)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
+        }
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Deltas of all choices as they come; the last of each has a finish_reason.
+
+        Raises the QuireError with which a sequence failed; the others are aborted then.
+        """
+        requests = self._job.requests
+        try:
+            async with aclosing(self._outputs()) as outputs:
+                async for position, output in outputs:
+                    self._ticket.started()
+                    if output.error is not None:
+                        self.choices[position][output.choice].finish_reason = "error"
+                        raise error_from_code(output.error.code, output.error.message)
+                    delta = self._take(position, output)
+                    if delta is not None:
+                        yield delta
+            if any(choice.finish_reason is None for group in self.choices for choice in group):
+                raise EngineDeadError("the engine ended the request without a reason")
+        finally:
+            for position, group in enumerate(self.choices):
+                if any(choice.finish_reason is None for choice in group):
+                    self._state.engine.abort(requests[position].request_id)
+            self._ticket.close()
+            self._record()
+
+    async def _outputs(self) -> AsyncGenerator[tuple[int, SequenceOutput], None]:
+        """(position of the prompt, output) of all requests, in the order of their coming."""
+        requests = self._job.requests
+        if len(requests) == 1:
+            async with aclosing(_generator(self._state.engine.generate(requests[0]))) as outputs:
+                async for output in outputs:
+                    yield 0, output
+            return
+        # Unbounded, as the engine client's own is: max_tokens bounds both.
+        queue: asyncio.Queue[tuple[int, SequenceOutput] | None] = asyncio.Queue()
+
+        async def pump(position: int, request: Request) -> None:
+            async with aclosing(_generator(self._state.engine.generate(request))) as outputs:
+                async for output in outputs:
+                    queue.put_nowait((position, output))
+
+        async def pump_all() -> None:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for position, request in enumerate(requests):
+                        group.create_task(pump(position, request))
+            except ExceptionGroup as failures:
+                raise failures.exceptions[0] from None
+
+        pumps = asyncio.create_task(pump_all())
+        pumps.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while (item := await queue.get()) is not None:
+                yield item
+            await pumps
+        finally:
+            pumps.cancel()
+            await asyncio.wait({pumps})
+
+    def _take(self, position: int, output: SequenceOutput) -> Delta | None:
+        """Add a step's output to its choice."""
+        if output.num_cached_tokens is not None:
+            self._cached_tokens[position] = output.num_cached_tokens
+        if not self._prompts_counted[position]:
+            self._count_prompt(position)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs[position] = output.prompt_logprobs
+        if output.embedding is not None:
+            self.embeddings[position] = output.embedding
+        if output.timings is not None:
+            self._timings[position] = output.timings
+        choice = self.choices[position][output.choice]
+        if choice.finish_reason is not None:  # ended by a stop string; this is the abort's echo
+            return None
+        self._observe_latency(choice, output)
+        detokenizer = choice.detokenizer
+        shown = output.token_ids
+        if output.finish_reason == "stop" and not self._job.include_stop:
+            shown = shown[:-1]  # the token that ended it is no text
+        text, num_read = detokenizer.feed(shown)
+        if num_read == len(shown):
+            num_read = len(output.token_ids)
+        self._count(choice, output, num_read)
+        stop_reason: int | str | None = None
+        if detokenizer.stop is None and output.finish_reason is not None:
+            text += detokenizer.finish()
+            choice.finish_reason, stop_reason = output.finish_reason, output.stop_reason
+        if detokenizer.stop is not None:
+            choice.finish_reason, stop_reason = "stop", detokenizer.stop
+            if output.finish_reason is None:
+                self._state.engine.abort(output.request_id, output.choice)
+        if not text and choice.finish_reason is None:
+            return None
+        delta = Delta(
+            choice.index,
+            text,
+            choice.pending_ids,
+            choice.pending_logprobs,
+            choice.finish_reason,
+            stop_reason,
+        )
+        choice.pending_ids, choice.pending_logprobs = [], []
+        return delta
+
+    def _count(self, choice: Choice, output: SequenceOutput, num_tokens: int) -> None:
+        choice.num_tokens += num_tokens
+        self._state.metrics.tokens_generated(num_tokens)
+        choice.pending_ids += output.token_ids[:num_tokens]
+        if output.logprobs is not None:
+            entries = output.logprobs[:num_tokens]
+            choice.pending_logprobs += entries
+            choice.logprob_sum += sum(entry.logprob for entry in entries)
+
+    def _count_prompt(self, position: int) -> None:
+        self._prompts_counted[position] = True
+        self._state.metrics.prompt_read(
+            len(self._job.requests[position].prompt_token_ids), self._cached_tokens[position]
+        )
+
+    def _observe_latency(self, choice: Choice, output: SequenceOutput) -> None:
+        if not output.token_ids:
+            return
+        now = time.monotonic()
+        if choice.last_token_time is not None:
+            self._state.metrics.inter_token(now - choice.last_token_time)
+        elif choice.number == 0:
+            self._state.metrics.first_token(now - self._job.requests[0].arrival_time)
+        choice.last_token_time = now
+
+    def _record(self) -> None:
+        for position, request in enumerate(self._job.requests):
+            group = self.choices[position]
+            if not self._prompts_counted[position]:
+                self._count_prompt(position)
+            reasons: list[FinishReason] = [choice.finish_reason or "abort" for choice in group]
+            record = RequestRecord(
+                prompt_tokens=len(request.prompt_token_ids),
+                max_tokens=request.sampling_params.max_tokens,
+                finish_reasons=tuple(reasons),
+                generation_tokens=tuple(choice.num_tokens for choice in group),
+                timings=self._timings[position],
+            )
+            self._state.metrics.request_finished(record)
+            if self._state.settings.enable_log_requests:
+                log.info(
+                    "request_finished",
+                    request_id=self._log_id,
+                    engine_request_id=request.request_id,
+                    prompt_tokens=record.prompt_tokens,
+                    generation_tokens=record.generation_tokens,
+                    finish_reasons=reasons,
+                    seconds=round(time.monotonic() - request.arrival_time, 4),
+                )
+
+
+def _generator(outputs: AsyncIterator[SequenceOutput]) -> AsyncGenerator[SequenceOutput, None]:
+    """EngineClient promises that closing its iterator aborts, so it is one that can be closed."""
+    return cast("AsyncGenerator[SequenceOutput, None]", outputs)
+
+
+class Finished(NamedTuple):
+    """A choice at its end, for an answer that is not streamed."""
+
+    choice: Choice
+    position: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+
+
+async def collect(generation: Generation, n: int) -> list[list[Finished]]:
+    """Run to the end; for each prompt its best `n` choices by the mean log-probability of their
+    tokens where there are more, else all in order."""
+    parts: dict[int, list[Delta]] = {}
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            parts.setdefault(delta.choice, []).append(delta)
+    answers = []
+    for position, group in enumerate(generation.choices):
+        chosen = group
+        if len(group) > n:
+            chosen = sorted(group, key=lambda choice: -choice.mean_logprob)[:n]
+        answers.append([_finished(choice, position, parts[choice.index]) for choice in chosen])
+    return answers
+
+
+def _finished(choice: Choice, position: int, deltas: list[Delta]) -> Finished:
+    assert choice.finish_reason is not None  # `deltas` has seen to it
+    return Finished(
+        choice,
+        position,
+        "".join(delta.text for delta in deltas),
+        [token_id for delta in deltas for token_id in delta.token_ids],
+        [entry for delta in deltas for entry in delta.logprobs],
+        choice.finish_reason,
+        deltas[-1].stop_reason,
+    )

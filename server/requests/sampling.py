@@ -1,0 +1,200 @@
+"""A body's sampling parameters, resolved: request → generation_config.json → table of docs/api."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from ...engine.config import EngineInfo
+from ...engine.errors import ConfigurationError, ContextLengthError, InvalidRequestError
+from ...engine.sampling_params import SamplingParams
+from ..settings import Settings
+from .protocol import GenerationBody
+
+_FROM_CONFIG = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+_TOP_K_OFF = (-1, 0)
+_DRAWS_NOTHING = {"temperature": (0, 1), "top_p": (1,), "top_k": _TOP_K_OFF, "min_p": (0,)}
+COMPLETION_MAX_TOKENS = 16
+
+
+def load_generation_defaults(source: str, model: str) -> dict[str, Any]:
+    """Sampling parameters of a generation_config.json.
+
+    `source` is "auto" (the model's, if it has one), "none", or a folder or file. Raises
+    ConfigurationError where it names none or one that cannot be read.
+    """
+    if source == "none":
+        return {}
+    try:
+        if source == "auto":
+            found = cached_file(
+                model, "generation_config.json", _raise_exceptions_for_missing_entries=False
+            )
+            if found is None:
+                return {}  # many models have none
+            path = Path(found)
+        else:
+            path = Path(source)
+            path = path / "generation_config.json" if path.is_dir() else path
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"generation_config: {error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"generation_config: {source} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"generation_config: {source} is not a JSON object")
+    defaults = {name: config[name] for name in _FROM_CONFIG if config.get(name) is not None}
+    try:
+        SamplingParams(
+            max_tokens=defaults.get("max_new_tokens", 1),
+            **{name: value for name, value in defaults.items() if name != "max_new_tokens"},
+        )
+    except (InvalidRequestError, TypeError) as error:
+        raise ConfigurationError(f"generation_config: {error}") from error
+    return defaults
+
+
+def check_limits(
+    body: GenerationBody, num_prompts: int, info: EngineInfo, settings: Settings
+) -> int:
+    """The number of sequences for each prompt (best_of, else n). Raises InvalidRequestError."""
+    n = 1 if body.n is None else body.n
+    width = n if body.best_of is None else body.best_of
+    most = min(settings.max_n, info.max_num_seqs)
+    for name, value in (("n", n), ("best_of", width)):
+        if not 1 <= value <= most:
+            raise InvalidRequestError(f"{name} must be from 1 to {most}", name)
+    if width < n:
+        raise InvalidRequestError("best_of must be at least n", "best_of")
+    most = max(settings.max_n, settings.max_prompts_per_request)
+    if width * num_prompts > most:
+        raise InvalidRequestError(
+            f"{num_prompts} prompts of {width} choices are more than {most} sequences", "n"
+        )
+    if body.use_beam_search:
+        _check_beam_search(body)
+    elif body.length_penalty not in (None, 1.0):
+        raise InvalidRequestError("length_penalty needs use_beam_search", "length_penalty")
+    elif body.early_stopping:
+        raise InvalidRequestError("early_stopping needs use_beam_search", "early_stopping")
+    if body.stream:
+        if width > n:
+            raise InvalidRequestError("best_of above n cannot be streamed", "best_of")
+        if body.prompt_logprobs is not None:
+            raise InvalidRequestError("prompt_logprobs cannot be streamed", "prompt_logprobs")
+    elif body.stream_options is not None:
+        raise InvalidRequestError("stream_options needs stream", "stream_options")
+    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        count = getattr(body, name, None)
+        if type(count) is int and not 0 <= count <= info.max_logprobs:
+            raise InvalidRequestError(f"{name} must be from 0 to {info.max_logprobs}", name)
+    return width
+
+
+def _check_beam_search(body: GenerationBody) -> None:
+    """Raises InvalidRequestError where it would not do what is asked beside it. (What else shapes
+    the logits is refused by SamplingParams.)"""
+    if body.stream:
+        raise InvalidRequestError("a beam search cannot be streamed", "use_beam_search")
+    if body.stop:
+        raise InvalidRequestError("beam search knows no stop strings; use stop_token_ids", "stop")
+    for name, harmless in _DRAWS_NOTHING.items():
+        value = getattr(body, name)
+        if value is not None and value not in harmless:
+            raise InvalidRequestError(
+                f"{name} cannot be used with beam search, which draws nothing", name
+            )
+
+
+def resolve(
+    body: GenerationBody,
+    defaults: dict[str, Any],
+    *,
+    width: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    """All but max_tokens (1 stands in its place, see `with_max_tokens`) and bad_words.
+
+    A beam search takes none of the model's defaults: it draws nothing.
+
+    Raises InvalidRequestError naming the parameter.
+    """
+
+    searching = bool(body.use_beam_search)
+    defaults = {} if searching else defaults
+
+    def pick(name: str, default: Any) -> Any:
+        value = getattr(body, name)
+        return defaults.get(name, default) if value is None else value
+
+    top_k = pick("top_k", 0)
+    return SamplingParams(
+        max_tokens=1,
+        n=body.n or 1 if searching else width,
+        temperature=0.0 if searching else float(pick("temperature", 1.0)),
+        top_p=float(pick("top_p", 1.0)),
+        top_k=0 if top_k in _TOP_K_OFF else top_k,
+        min_p=float(pick("min_p", 0.0)),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=float(pick("repetition_penalty", 1.0)),
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
+        seed=body.seed,
+        ignore_eos=bool(body.ignore_eos),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        beam_width=width if searching else None,
+        length_penalty=1.0 if body.length_penalty is None else body.length_penalty,
+        early_stopping=body.early_stopping or False,
+    )
+
+
+def with_max_tokens(
+    params: SamplingParams,
+    asked: int | None,
+    default: int | None,
+    *,
+    min_tokens: int,
+    num_prompt_tokens: int,
+    info: EngineInfo,
+    param: str = "max_tokens",
+) -> SamplingParams:
+    """`params` for one prompt. What was asked for explicitly is never cut; a default is.
+
+    `default` None means the rest of the context. Raises ContextLengthError, InvalidRequestError.
+    """
+    room = info.max_model_len - num_prompt_tokens
+    if asked is None and room < 1:
+        raise ContextLengthError(
+            f"the prompt of {num_prompt_tokens} tokens fills the context of "
+            f"{info.max_model_len} tokens",
+            "prompt",
+        )
+    if asked is not None and asked > room:
+        raise ContextLengthError(
+            f"the prompt of {num_prompt_tokens} tokens and {param} of {asked} exceed the context "
+            f"of {info.max_model_len} tokens",
+            param if room > 0 else "prompt",
+        )
+    # Beams share the prompt's full blocks; the last token needs no slot in the KV cache.
+    shared = num_prompt_tokens // info.block_size
+    own = (info.num_blocks - shared) // (params.beam_width or 1)
+    pool_room = max(1, (shared + own) * info.block_size - num_prompt_tokens + 1)
+    limit = min(room, pool_room, room if default is None else default)
+    return replace(params, max_tokens=limit if asked is None else asked, min_tokens=min_tokens)
+
+
+def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    entries = []
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 20):
+            raise InvalidRequestError(f"logit_bias: {key[:32]!r} is no token id", "logit_bias")
+        entries.append((int(key), value))
+    return tuple(entries)

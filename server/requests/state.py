@@ -1,0 +1,93 @@
+"""What the endpoints share: one object in `app.state.quire`."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+from starlette.requests import Request
+
+from ...engine.client import EngineClient
+from ...engine.errors import EngineNotReadyError, ModelNotFoundError
+from ..http.auth import Keys
+from ..http.limits import Admission
+from ..http.responses_store import ResponseStore
+from ..http.resumption import StreamRegistry
+from ..http.siblings import Siblings
+from ..metrics import Metrics
+from ..parsing.message_parser import MessageFormat
+from ..settings import Settings
+from ..text.grammar_check import GrammarCheck
+from ..text.tokenizer import Tokenizer
+
+
+class ServerState:
+    """Made once by `create_app`.
+
+    `generation_defaults` are the sampling parameters of the model's generation_config.json.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        version: str,
+        generation_defaults: dict[str, Any],
+        siblings: Siblings,
+    ) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self.version = version
+        self.generation_defaults = generation_defaults
+        self.message_format = MessageFormat.of(settings, tokenizer.chat_template)
+        self.grammar_check = GrammarCheck()
+        self.keys = Keys(settings)
+        self.siblings = siblings
+        self.admission = Admission(settings, engine, siblings.index, siblings.loads)
+        self.responses = ResponseStore(settings)
+        self.streams = StreamRegistry(settings.stream_resume_ttl, siblings.suffix)
+        self.created = int(time.time())
+
+    async def render_metrics(self) -> tuple[bytes, str]:
+        """See `Metrics.render`; an HTTP worker puts the page of all workers in its place."""
+        return self.metrics.render()
+
+    @property
+    def model_name(self) -> str:
+        """The name that answers carry."""
+        return self.settings.served_names[0]
+
+    @property
+    def draining(self) -> bool:
+        return self.admission.draining
+
+    def begin_drain(self) -> None:
+        """Refuse new requests with 503 and turn /ready to 503; those in flight go on."""
+        self.admission.draining = True
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotFoundError unless `name` is served (or left out)."""
+        if name is not None and name not in self.settings.served_names:
+            raise ModelNotFoundError(f"the model {name[:128]!r} is not served here", "model")
+
+    def check_ready(self) -> None:
+        """Raises EngineNotReadyError while the engine loads, restarts or has given up."""
+        health = self.engine.health()
+        if not health.ready:
+            raise EngineNotReadyError(f"the engine is not ready: {health.reason}")
+
+    def fingerprint(self) -> str:
+        """`system_fingerprint`: changes with what may change the tokens of a seed."""
+        info = self.engine.info
+        parts = (self.version, info.model, info.dtype, info.device)
+        return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def state_of(request: Request) -> ServerState:
+    state: ServerState = request.app.state.quire
+    return state

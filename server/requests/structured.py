@@ -1,0 +1,202 @@
+"""`response_format` and `structured_outputs`: what an answer must look like, as a GrammarSpec.
+
+Everything is bounded here, before a grammar is tried (grammar_check.py); nesting is bounded for
+every body (body.py). Nothing that a schema refers to is ever fetched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple, NoReturn
+
+from ...engine.errors import InvalidRequestError
+from ...engine.request import GrammarSpec
+from ..http.body import parse_json_object
+from ..http.streaming import encode_json
+from .protocol import GenerationBody
+from .state import ServerState
+
+MAX_GRAMMAR_BYTES = 64 * 1024
+"""Of a schema, a grammar, all choices, or all structural tags."""
+MAX_REGEX_BYTES = 8 * 1024
+MAX_CHOICES = 1024
+"""Strings of a choice, or values of an enum."""
+MAX_TAGS = 64
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_KINDS = ("json", "regex", "choice", "grammar")
+
+
+class Constraint(NamedTuple):
+    """A grammar and the parameter that asked for it."""
+
+    spec: GrammarSpec
+    param: str
+
+
+async def try_out(state: ServerState, constraint: Constraint | None) -> GrammarSpec | None:
+    """Its grammar, which compiles. Raises InvalidRequestError naming the parameter, soon."""
+    if constraint is None:
+        return None
+    info = state.engine.info
+    await state.grammar_check.check(
+        constraint.spec,
+        constraint.param,
+        read_tokenizer=state.tokenizer.backend.to_str,
+        vocab_size=info.vocab_size,
+        eos_token_ids=info.eos_token_ids,
+    )
+    return constraint.spec
+
+
+def read_constraint(body: GenerationBody) -> Constraint | None:
+    """What a body asks for, within bounds. Raises InvalidRequestError naming the parameter."""
+    found = None
+    if body.response_format is not None:
+        found = _response_format(body.response_format)
+    if body.structured_outputs is not None:
+        if found is not None:
+            _refuse("structured_outputs", "response_format asks for a structure already")
+        found = _structured_outputs(body.structured_outputs)
+    for name in ("allowed_token_ids", "bad_words"):
+        if found is not None and getattr(body, name):
+            _refuse(name, f"{found.param} decides which tokens are allowed")
+    return found
+
+
+def _response_format(fields: dict[str, Any]) -> Constraint | None:
+    param = "response_format"
+    match fields.get("type"):
+        case "text":
+            _only(fields, param, "type")
+            return None
+        case "json_object":
+            _only(fields, param, "type")
+            return Constraint(GrammarSpec("json", '{"type":"object"}'), param)
+        case "json_schema":
+            _only(fields, param, "type", "json_schema")
+            return _json_schema(fields.get("json_schema"), f"{param}.json_schema")
+        case "structural_tag":
+            _only(fields, param, "type", "triggers", "structures")
+            return Constraint(_structural_tag(fields, param), param)
+    _refuse(f"{param}.type", "must be text, json_object, json_schema or structural_tag")
+
+
+def _json_schema(fields: Any, param: str) -> Constraint:
+    if not isinstance(fields, dict):
+        _refuse(param, "must be an object with name and schema")
+    _only(fields, param, "name", "description", "schema", "strict")
+    name = fields.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        _refuse(f"{param}.name", "must be 1 to 64 letters, digits, _ and -")
+    if not isinstance(fields.get("description"), str | None):
+        _refuse(f"{param}.description", "must be a string")
+    if not isinstance(fields.get("strict"), bool | None):
+        _refuse(f"{param}.strict", "must be true or false")
+    return Constraint(_schema(fields.get("schema"), f"{param}.schema"), f"{param}.schema")
+
+
+def _structured_outputs(fields: dict[str, Any]) -> Constraint:
+    param = "structured_outputs"
+    _only(fields, param, *_KINDS)
+    given = [kind for kind in _KINDS if fields.get(kind) is not None]
+    if len(given) != 1:
+        _refuse(param, f"needs exactly one of {', '.join(_KINDS)}")
+    [kind] = given
+    value = fields[kind]
+    param = f"{param}.{kind}"
+    match kind:
+        case "json":
+            if isinstance(value, str):
+                value = _parse(value, param)
+            spec = _schema(value, param)
+        case "regex":
+            spec = GrammarSpec("regex", _text(value, param, MAX_REGEX_BYTES))
+        case "grammar":
+            spec = GrammarSpec("grammar", _text(value, param, MAX_GRAMMAR_BYTES))
+        case _:
+            if not isinstance(value, list) or not 0 < len(value) <= MAX_CHOICES:
+                _refuse(param, f"must be a list of 1 to {MAX_CHOICES} strings")
+            if not all(isinstance(choice, str) and choice for choice in value):
+                _refuse(param, "must be a list of strings, none empty")
+            spec = GrammarSpec("choice", _encode(value, param))
+    return Constraint(spec, param)
+
+
+def _structural_tag(fields: dict[str, Any], param: str) -> GrammarSpec:
+    triggers, structures = fields.get("triggers"), fields.get("structures")
+    for name, value in (("triggers", triggers), ("structures", structures)):
+        if not isinstance(value, list) or not 0 < len(value) <= MAX_TAGS:
+            _refuse(f"{param}.{name}", f"must be a list of 1 to {MAX_TAGS}")
+    for index, trigger in enumerate(triggers or ()):
+        _text(trigger, f"{param}.triggers[{index}]", MAX_REGEX_BYTES)
+    for index, structure in enumerate(structures or ()):
+        path = f"{param}.structures[{index}]"
+        if not isinstance(structure, dict):
+            _refuse(path, "must be an object with begin, schema and end")
+        _only(structure, path, "begin", "schema", "end")
+        begin = _text(structure.get("begin"), f"{path}.begin", MAX_REGEX_BYTES)
+        if not isinstance(structure.get("end"), str):
+            _refuse(f"{path}.end", "must be a string")
+        _schema(structure.get("schema"), f"{path}.schema")
+        if sum(begin.startswith(trigger) for trigger in triggers or ()) != 1:
+            _refuse(f"{path}.begin", "must begin with one of the triggers, and with one only")
+    for index, trigger in enumerate(triggers or ()):
+        if not any(structure["begin"].startswith(trigger) for structure in structures or ()):
+            _refuse(f"{param}.triggers[{index}]", "no structure begins with it")
+    return GrammarSpec(
+        "structural_tag", _encode({"triggers": triggers, "structures": structures}, param)
+    )
+
+
+def _schema(value: Any, param: str) -> GrammarSpec:
+    if not isinstance(value, dict):
+        _refuse(param, "must be a JSON schema, as an object")
+    text = _encode(value, param)
+    for keyword in _enums(value):
+        if len(keyword) > MAX_CHOICES:
+            _refuse(param, f"an enum has more than {MAX_CHOICES} values")
+    return GrammarSpec("json", text)
+
+
+def _enums(value: Any) -> Iterator[list[Any]]:
+    if isinstance(value, dict):
+        if isinstance(value.get("enum"), list):
+            yield value["enum"]
+        for item in value.values():
+            yield from _enums(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _enums(item)
+
+
+def _parse(text: str, param: str) -> dict[str, Any]:
+    try:
+        return parse_json_object(_text(text, param, MAX_GRAMMAR_BYTES).encode())
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{param}: {error.message}", param) from error
+
+
+def _encode(value: Any, param: str) -> str:
+    data = encode_json(value)
+    if len(data) > MAX_GRAMMAR_BYTES:
+        _refuse(param, f"is longer than {MAX_GRAMMAR_BYTES} bytes")
+    return data.decode()
+
+
+def _text(value: Any, param: str, most: int) -> str:
+    if not isinstance(value, str) or not value:
+        _refuse(param, "must be a string, not empty")
+    if len(value) > most or len(value.encode()) > most:
+        _refuse(param, f"is longer than {most} bytes")
+    return value
+
+
+def _only(fields: dict[str, Any], param: str, *names: str) -> None:
+    for name in fields.keys() - set(names):
+        shown = name if _NAME.fullmatch(name) else "?"
+        _refuse(f"{param}.{shown}", "is not known here")
+
+
+def _refuse(param: str, reason: str) -> NoReturn:
+    raise InvalidRequestError(f"{param}: {reason}", param)

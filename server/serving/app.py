@@ -1,0 +1,117 @@
+"""The application: every route, every layer around them, and the engine's life inside of it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version as package_version
+from importlib.resources import files
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse
+
+from ...engine.client import EngineClient
+from ..api import chat, completions, embeddings, operations, tokenization
+from ..api.stored_streams import router as streams_router
+from ..dialects import messages, responses
+from ..errors import install_handlers
+from ..http.auth import require_client_key
+from ..http.middleware import BodyLimitMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
+from ..http.siblings import Siblings
+from ..metrics import Metrics
+from ..requests.sampling import load_generation_defaults
+from ..requests.state import ServerState
+from ..settings import Settings
+from ..text.tokenizer import Tokenizer
+from .openapi import openapi_document
+
+
+def create_app(
+    settings: Settings,
+    engine: EngineClient,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    siblings: Siblings | None = None,
+) -> FastAPI:
+    """The ASGI application; `app.state.quire` is its ServerState.
+
+    Its lifespan starts the engine and closes it. Whoever runs the server calls
+    `app.state.quire.begin_drain()` when it is told to stop, since the lifespan only ends after the
+    last answer. Raises ConfigurationError for a bad generation_config.
+    """
+    version = package_version("quire")
+    defaults = load_generation_defaults(settings.generation_config, settings.model_path)
+    state = ServerState(
+        settings, engine, tokenizer, metrics, version, defaults, siblings or Siblings()
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        try:
+            yield
+        finally:
+            state.begin_drain()
+            await state.responses.close()
+            state.grammar_check.close()
+            await state.streams.close()
+            await engine.close()
+
+    app = FastAPI(
+        title="quire",
+        version=version,
+        lifespan=lifespan,
+        root_path=settings.root_path,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    app.state.quire = state
+    install_handlers(app)
+    keyed = APIRouter(dependencies=[Depends(require_client_key)])
+    for endpoints in (completions, chat, responses, messages, embeddings, tokenization):
+        keyed.include_router(endpoints.router)
+    keyed.include_router(_documentation())
+    keyed.include_router(streams_router)
+    for router in (operations.public, operations.router, keyed):
+        app.include_router(router)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimitMiddleware, max_bytes=int(settings.max_body_bytes))
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=[
+                "Authorization",
+                "Content-Type",
+                "X-Request-ID",
+                "X-API-Key",
+                "Anthropic-Version",
+                "X-Quire-Resumable",
+                "Last-Event-ID",
+            ],
+            expose_headers=["x-request-id", "x-quire-ignored-params", "x-quire-stream-id"],
+        )
+    app.add_middleware(HttpMetricsMiddleware, metrics=metrics)
+    app.add_middleware(RequestIdMiddleware)
+    return app
+
+
+def _documentation() -> APIRouter:
+    router = APIRouter(include_in_schema=False)
+
+    @router.head("/openapi.json")
+    @router.get("/openapi.json")
+    async def openapi(request: Request) -> JSONResponse:
+        return JSONResponse(openapi_document(request.app))
+
+    @router.head("/docs")
+    @router.get("/docs")
+    async def docs(request: Request) -> HTMLResponse:
+        # Our own page, since FastAPI's loads its scripts from the internet.
+        return HTMLResponse(files("quire.server.web").joinpath("docs.html").read_text("utf-8"))
+
+    return router

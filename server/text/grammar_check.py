@@ -1,0 +1,165 @@
+"""Compiling grammars on trial, in a process that can be killed.
+
+A few schemas compile for ever inside of llguidance (`multipleOf: 99999999`), and no thread that
+does so can be stopped. So each grammar that the server has not seen is compiled first by a child:
+`python -P -m quire.server.text.grammar_check`, which gets the model's tokens and builds exactly
+what the engine will build. A timer of the kernel ends the child where a grammar takes too long; the next one
+starts another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import resource
+import signal
+import subprocess
+import sys
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ...engine.errors import InvalidRequestError
+from ...engine.grammar.compile import GrammarCompileError, compile_grammar, make_tokenizer
+from ...engine.request import GrammarSpec
+
+Message = dict[str, Any]
+
+COMPILE_SECONDS = 0.7
+START_SECONDS = 60
+MEMORY_BYTES = 4 * 2**30
+"""Address space of the child."""
+MAX_REMEMBERED = 256
+
+
+class GrammarCheck:
+    """The child, started when it is first needed, and what it said of the last grammars."""
+
+    def __init__(self) -> None:
+        self._verdicts: OrderedDict[GrammarSpec, str | None] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, "grammar-check")
+        self._child: subprocess.Popen[bytes] | None = None
+        self._end_child: Callable[[], object] = lambda: None
+
+    async def check(
+        self,
+        spec: GrammarSpec,
+        param: str,
+        *,
+        read_tokenizer: Callable[[], str],
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        """Raises InvalidRequestError, naming `param`, where the engine could not follow `spec`.
+
+        `read_tokenizer` gives the text of the tokenizer.json; the rest is the engine's EngineInfo.
+        """
+        if spec not in self._verdicts:
+
+            def start() -> Message:
+                return {
+                    "tokenizer": read_tokenizer(),
+                    "vocab_size": vocab_size,
+                    "eos_token_ids": list(eos_token_ids),
+                }
+
+            verdict, settled = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._ask, spec, start
+            )
+            if not settled:
+                raise InvalidRequestError(f"{param}: {verdict}", param)
+            self._verdicts[spec] = verdict
+            if len(self._verdicts) > MAX_REMEMBERED:
+                self._verdicts.popitem(last=False)
+        self._verdicts.move_to_end(spec)
+        if (reason := self._verdicts[spec]) is not None:
+            raise InvalidRequestError(f"{param}: {reason}", param)
+
+    def close(self) -> None:
+        """End the child; another one is started should a grammar still come."""
+        if (child := self._child) is not None:
+            child.kill()
+        self._thread.submit(self._forget_child).result()
+
+    def _ask(self, spec: GrammarSpec, start: Callable[[], Message]) -> tuple[str | None, bool]:
+        """What is wrong with `spec` (None: nothing), and whether that will stay so."""
+        if self._child is None:
+            self._child = _start_child()
+            # Also when this object is forgotten, or the interpreter exits.
+            self._end_child = weakref.finalize(self, _stop, self._child)
+            error = _exchange(self._child, start())
+            if error is not None:
+                self._forget_child()
+                return error or "the model's tokenizer cannot be constrained", False
+        error = _exchange(self._child, {"kind": spec.kind, "text": spec.text})
+        if error == "":
+            self._forget_child()
+            return f"the grammar takes more than {COMPILE_SECONDS} s to compile", False
+        return error, True
+
+    def _forget_child(self) -> None:
+        self._end_child()
+        self._child = None
+
+
+def _start_child() -> subprocess.Popen[bytes]:
+    """It lives as long as its stdin is open, so never longer than its parent."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "quire.server.text.grammar_check"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    assert child.stdin is not None and child.stdout is not None
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    with contextlib.suppress(BrokenPipeError):  # what it had not read is flushed
+        child.stdin.close()
+
+
+def _exchange(child: subprocess.Popen[bytes], message: Message) -> str | None:
+    """The child's answer: None for well, or an error; "" where it died of the message."""
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        child.stdin.write(json.dumps(message).encode() + b"\n")
+        child.stdin.flush()
+    except BrokenPipeError:
+        return ""
+    line = child.stdout.readline()
+    if not line:
+        return ""
+    answer: str | None = json.loads(line)
+    return answer
+
+
+def main() -> None:
+    """Answer every line of stdin with a line: null, or what is wrong with the grammar."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    tokenizer: Any = None
+    for line in sys.stdin.buffer:
+        message = json.loads(line)
+        error = None
+        seconds = START_SECONDS if tokenizer is None else COMPILE_SECONDS
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            if tokenizer is None:
+                tokenizer = make_tokenizer(
+                    message["tokenizer"], message["vocab_size"], message["eos_token_ids"]
+                )
+            else:
+                compile_grammar(tokenizer, GrammarSpec(message["kind"], message["text"]))
+        except GrammarCompileError as reason:
+            error = str(reason) or "it cannot be compiled"
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(error), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Tool calls of earlier turns, as chat templates read them: arguments as objects or as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from ...engine.errors import InvalidRequestError
+
+_PROBE_CALL = {"id": "probe0000", "type": "function"}  # some templates want nine characters
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """The arguments of a call; an empty text is none. Raises InvalidRequestError."""
+    try:
+        arguments = msgspec.json.decode(text or "{}")
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise InvalidRequestError(
+            "the arguments of a tool call are not JSON", "messages"
+        ) from error
+    if not isinstance(arguments, dict):
+        raise InvalidRequestError("the arguments of a tool call are not a JSON object", "messages")
+    return arguments
+
+
+def with_objects(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same messages, the arguments of calls as objects. Raises InvalidRequestError."""
+    return [
+        {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {
+        **call,
+        "function": {**function, "arguments": parse_arguments(function["arguments"])},
+    }
+
+
+def reads_text(render: Callable[[list[dict[str, Any]]], str], errors: tuple[Any, ...]) -> bool:
+    """Whether a chat template wants arguments as JSON text: given an object it raises one of
+    `errors`, or writes it as Python would, while text comes out right."""
+    try:
+        if "{'probe': 1}" not in render(_probe({"probe": 1})):
+            return False
+    except errors:
+        pass
+    try:
+        return '{"probe": 1}' in render(_probe('{"probe": 1}'))
+    except errors:
+        return False
+
+
+def _probe(arguments: Any) -> list[dict[str, Any]]:
+    call = {**_PROBE_CALL, "function": {"name": "probe", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "probe"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
