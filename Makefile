@@ -60,7 +60,7 @@ $(NODE_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
 # take; .venv has the newest.
 oldest-triton: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) 'triton==3.6.*'
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/pytest tests/kernels/test_compile.py
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/pytest tests/kernels/cuda/test_compile.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -3,8 +3,8 @@
 A few schemas compile for ever inside of llguidance (`multipleOf: 99999999`), and no thread that
 does so can be stopped. So each grammar that the server has not seen is compiled first by a child:
 `python -P -m quire.server.text.grammar_check`, which gets the model's tokens and builds exactly
-what the engine will build. A timer of the kernel ends the child where a grammar takes too long; the next one
-starts another.
+what the engine will build. A timer of the kernel ends the child where a grammar takes too long; the
+next one starts another.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from quire.engine.runner.worker import Worker
 from quire.engine.sequence import Sequence
 
 from . import models
-from .cuda_on_cpu import RerunCapture, give_workspaces, use_references
+from .devices.cuda_on_cpu import RerunCapture, give_workspaces, use_references
 from .harness import make_request
 
 

@@ -1,0 +1,98 @@
+"""The flat body: which families have it, and that it is taken only where it gives the same."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+
+from quire.engine.model.causal_lm import CausalLM
+from quire.engine.model.loader import load_model
+
+from ..models import COMMON, FAMILIES, generate, save_model
+from ..worker_driver import Driver, make_config, make_sequence
+
+FLAT = {"llama", "mistral", "qwen2", "qwen3"}
+
+
+def is_flat(model: CausalLM) -> bool:
+    """On the CPU, a flat body is compiled."""
+    return model._compiled is not None
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_which_families_are_flat(family: str, tmp_path: Path) -> None:
+    save_model(family, tmp_path)
+    assert is_flat(load_model(make_config(tmp_path))) == (family in FLAT)
+
+
+@pytest.mark.parametrize("family", sorted(FLAT))
+def test_the_rounding_of_bfloat16_is_no_difference(family: str, tmp_path: Path) -> None:
+    save_model(family, tmp_path)
+    model = load_model(make_config(tmp_path, dtype="bfloat16"))
+    assert is_flat(model) and model.dtype == torch.bfloat16
+
+
+def test_nor_is_it_over_eighty_layers(tmp_path: Path) -> None:
+    """Which make 5% of it."""
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 80}
+    sizes |= {"num_attention_heads": 8}
+    config = LlamaConfig(**COMMON | sizes | {"initializer_range": 0.1})
+    config.save_pretrained(tmp_path)
+    options = make_config(tmp_path, dtype="bfloat16", load_format="dummy", seed=0)
+    assert is_flat(load_model(options))
+
+
+def test_other_norms_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model with Llama's modules that computes something else keeps its own forward."""
+    reference = save_model("llama", tmp_path)
+    original = LlamaRMSNorm.forward
+
+    def shifted(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return original(self, hidden) * 1.01
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", shifted)
+    check_not_flat(tmp_path, reference, caplog, "differs by 0.0")
+
+
+def test_other_residuals_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = save_model("llama", tmp_path)
+    original = LlamaDecoderLayer.forward
+
+    def scaled(self: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return 0.9 * original(self, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", scaled)
+    check_not_flat(tmp_path, reference, caplog, "differs by")
+
+
+def check_not_flat(
+    folder: Path, reference: Any, caplog: pytest.LogCaptureFixture, message: str
+) -> None:
+    with caplog.at_level(logging.INFO, logger="quire.engine"):
+        driver = Driver.start(make_config(folder))
+    assert f"the body is not flattened: it {message}" in caplog.text
+    prompt = [5, 6, 7, 8, 9]
+    assert driver.run([make_sequence(prompt, 8)]) == [generate(reference, prompt, 8)]
+
+
+def test_a_module_more_is_another_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model("llama", tmp_path)
+    original = LlamaDecoderLayer.__init__
+
+    def with_one_more(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.adapter = nn.Identity()
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", with_one_more)
+    assert not is_flat(load_model(make_config(tmp_path)))

@@ -1,0 +1,270 @@
+"""The runner's CUDA path with its Triton kernels against plain torch, on small random models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+from transformers.models.llama import LlamaConfig
+
+from quire.engine.core.engine_core import EngineCore
+from quire.engine.devices.cuda import attention as attention_cuda
+from quire.engine.outputs import BlockCopy
+from quire.engine.request import Request
+from quire.engine.runner.worker import Worker
+from quire.engine.sampling_params import SamplingParams
+from quire.engine.sequence import Sequence
+from quire.kernels.cuda.attention import decode_schedule
+from quire.kernels.prefix_groups import PrefixGroup, find_prefix_groups
+
+from ...models import COMMON, FAMILIES, build_model, generate, logprobs
+from ...worker_driver import Driver, make_config, make_sequence
+from ..cuda_on_cpu import RerunCapture, give_workspaces, use_cuda_path, use_references
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**COMMON, head_dim=16),
+    "llama-gelu": lambda: LlamaConfig(**COMMON, head_dim=16, hidden_act="gelu"),
+    "qwen3": FAMILIES["qwen3"],
+    "gpt_oss": FAMILIES["gpt_oss"],  # not flat: windows beside full layers, and sinks
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs a launch's programs one after another."""
+    monkeypatch.setattr(decode_schedule, "DEFAULT_NUM_SMS", 2)
+
+
+@pytest.fixture(params=["qwen3"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel:
+    built = build_model(MODELS[request.param]())
+    built.save_pretrained(tmp_path)
+    return built
+
+
+def start(folder: Path, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Driver:
+    use_cuda_path(monkeypatch)
+    driver = Driver.start(make_config(folder, **config))
+    driver.worker._runner._allocate_workspaces()
+    return driver
+
+
+def start_references(folder: Path, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Driver:
+    use_references(monkeypatch)
+    driver = Driver.start(make_config(folder, **config))
+    give_workspaces(driver.worker._runner)
+    return driver
+
+
+def make_prompt(length: int, seed: int = 7) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 128, (length,), generator=generator).tolist()
+
+
+def found_logprobs(driver: Driver, sequence: Sequence) -> torch.Tensor:
+    """Of each token after the first, given those before it."""
+    entries = driver.prompt_logprobs[sequence.seq_id] + driver.logprobs[sequence.seq_id]
+    return torch.tensor([entry.logprob for entry in entries])
+
+
+def check(driver: Driver, sequence: Sequence, model: PreTrainedModel) -> None:
+    """Its log-probabilities are those of transformers."""
+    expected = logprobs(model, sequence.token_ids)
+    wanted = [expected[i, token] for i, token in enumerate(sequence.token_ids[1:])]
+    found = found_logprobs(driver, sequence)
+    torch.testing.assert_close(found, torch.stack(wanted)[-len(found) :], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["gpt_oss", "llama-gelu", "qwen3"], indirect=True)
+def test_chunks_and_decodes(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = start(tmp_path, monkeypatch)
+    sequences = [
+        make_sequence(make_prompt(length), 3, logprobs=0, prompt_logprobs=0)
+        for length in (1, 17, 21)
+    ]
+    driver.run(sequences)
+    for sequence in sequences:
+        check(driver, sequence, model)
+    assert driver.mixed_steps > 1
+
+
+def recorded_groups(monkeypatch: pytest.MonkeyPatch) -> list[list[PrefixGroup]]:
+    """Have tiny groups served, and return those of each step as they come."""
+    found: list[list[PrefixGroup]] = []
+    find = partial(find_prefix_groups, min_tokens=16, min_members=2, launch_bytes=0)
+
+    def record(*args: Any, **options: Any) -> list[PrefixGroup]:
+        found.append(find(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(attention_cuda, "find_prefix_groups", record)
+    return found
+
+
+def share(driver: Driver, parent: Sequence, max_tokens: list[int]) -> list[Sequence]:
+    """Sequences that find all full blocks of `parent`'s prompt in the prefix cache."""
+    blocks = (parent.num_prompt_tokens - 1) // driver.block_size
+    found = []
+    for seed, length in enumerate(max_tokens):
+        shared = list(parent.token_ids[: blocks * driver.block_size])
+        sequence = make_sequence(shared + make_prompt(3, seed), length, logprobs=0)
+        sequence.block_table = parent.block_table[:blocks]
+        sequence.num_computed_tokens = len(shared)
+        found.append(sequence)
+    return found
+
+
+@pytest.mark.parametrize("model,graphs", [("qwen3", True), ("gpt_oss", False)], indirect=["model"])
+def test_shared_prefixes(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    """Two groups that come and go, beside a row that shares nothing; tables differ in order."""
+    groups = recorded_groups(monkeypatch)
+    driver = start(tmp_path, monkeypatch, max_num_batched_tokens=48)
+    capture = RerunCapture()
+    if graphs:
+        driver.worker._runner.capture_graphs(capture, [4, 8])
+    parents = [make_sequence(make_prompt(length, length), 6, logprobs=0) for length in (35, 20)]
+    for parent in parents:
+        driver.step([parent])
+    alone = make_sequence(make_prompt(5), 3, logprobs=0)
+    first, second = share(driver, parents[0], [2, 4]), share(driver, parents[1], [5, 3])
+    sequences = [parents[1], first[0], alone, parents[0], *second, first[1]]
+    for sequence in sequences:
+        while sequence.num_computed_tokens < len(sequence.token_ids) - 1:
+            driver.step([sequence])
+    # Shared blocks must outlive the first that gives them back.
+    monkeypatch.setattr(driver, "release", lambda ended: driver.released.append(ended.seq_id))
+    driver.run(sequences)
+    for sequence in sequences:
+        check(driver, sequence, model)
+    served = [sorted(len(group.members) for group in step) for step in groups]
+    assert {(3, 3), (2, 3), (2, 2), (2,)} <= {tuple(step) for step in served}
+    assert capture.num_replays > 2 or not graphs
+    shared = driver.worker._runner._shared_prefixes
+    assert shared is not None
+    ((members, length),) = [step for step in groups if step][-1]
+    expected = torch.zeros(8, dtype=torch.int32)
+    expected[list(members)] = length
+    assert torch.equal(shared.workspace.prefix_lens, expected)
+
+
+def read_twice(driver: Driver, prompt: list[int]) -> torch.Tensor:
+    """Log-probabilities of a sequence and of one that forks from it within a block."""
+    parent = make_sequence(prompt, 4, logprobs=0, prompt_logprobs=0)
+    driver.run([parent])
+    blocks, offset = divmod(len(prompt) - 1, driver.block_size)
+    child = make_sequence(prompt, 4, logprobs=0)
+    again = make_sequence(prompt, 2)
+    while again.num_computed_tokens < len(prompt):
+        driver.step([again])
+    copy = driver.free_blocks.pop(0)
+    assert offset > 0 and copy not in again.block_table
+    driver.copies = [BlockCopy(again.block_table[blocks], copy)]
+    child.block_table = [*again.block_table[:blocks], copy]
+    child.num_computed_tokens = len(prompt) - 1
+    driver.run([child])
+    assert child.token_ids == parent.token_ids
+    found = found_logprobs(driver, child)
+    torch.testing.assert_close(found, found_logprobs(driver, parent)[-4:], atol=1e-5, rtol=1e-5)
+    return found_logprobs(driver, parent)
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt_oss"], indirect=True)
+def test_a_float8_cache_with_scales(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against plain attention over a cache of the same kind, dequantised; beside exact attention
+    it must show, and not by much."""
+    prompt = make_prompt(18)
+    write_scales(tmp_path, model)
+    found = []
+    for begin in (start, start_references):
+        with monkeypatch.context() as patch:
+            driver = begin(tmp_path, patch, kv_cache_dtype="fp8")
+            assert driver.worker._runner._kv_cache.dtype == torch.float8_e4m3fn
+            found.append(read_twice(driver, prompt))
+            assert driver.worker._runner._kv_scales is not None
+    exact = logprobs(model, prompt)
+    wanted = torch.stack([exact[i, token] for i, token in enumerate(prompt[1:])])
+    torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
+    error = (found[0][: len(wanted)] - wanted).abs().mean()
+    assert 1e-4 < error < 0.3
+
+
+def write_scales(folder: Path, model: PreTrainedModel) -> None:
+    """Into the folder's weights, as a calibrated checkpoint has them."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for layer in range(model.config.num_hidden_layers):
+        for name, scale in (("k", 0.02), ("v", 0.01)):
+            tensors[f"model.layers.{layer}.self_attn.{name}_scale"] = torch.tensor(scale)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kv_cache_dtype,ahead", [("auto", True), ("fp8_e4m3", False)])
+def test_the_scheduler_s_own_sharing_makes_groups(
+    model: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kv_cache_dtype: str,
+    ahead: bool,
+) -> None:
+    """Forks and a prefix hit through the whole engine, an embedding beside them; one step ahead,
+    the kernel that prepares a step reads the last one's tokens where they were sampled."""
+    groups = recorded_groups(monkeypatch)
+    use_cuda_path(monkeypatch)
+    config = make_config(
+        tmp_path,
+        kv_cache_dtype=kv_cache_dtype,
+        max_num_batched_tokens=64,
+        async_scheduling=ahead,
+    )
+    worker = Worker(config)
+    core = EngineCore(config, worker)
+    worker._runner._allocate_workspaces()
+    prompt = make_prompt(20)
+    params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True, n=3)
+    last = [*prompt[:18], 9, 8]
+    for name, ids, how, pooling in (
+        ("fork", prompt, params, None),
+        ("hit", last, replace(params, n=1), None),
+        ("vector", prompt, SamplingParams(max_tokens=0), "last"),
+    ):
+        core.add_request(
+            Request(
+                request_id=name,
+                prompt_token_ids=tuple(ids),
+                sampling_params=how,
+                arrival_time=0.0,
+                pooling=pooling,  # type: ignore[arg-type]
+            )
+        )
+    outputs: dict[tuple[str, int], list[int]] = {}
+    vectors = []
+    while core.has_work:
+        for output in core.step().outputs:
+            outputs.setdefault((output.request_id, output.choice), []).extend(output.token_ids)
+            vectors += [output.embedding] if output.embedding is not None else []
+    assert max(len(group.members) for step in groups for group in step) >= 3
+    with torch.no_grad():
+        states = model.base_model(torch.tensor([prompt])).last_hidden_state[0]
+    vector = torch.from_numpy(np.frombuffer(vectors[0], "<f4").copy())
+    assert outputs["fork", 0] == outputs["fork", 1] == outputs["fork", 2]
+    if kv_cache_dtype == "auto":
+        assert outputs["fork", 0] == generate(model, prompt, 3)
+        assert outputs["hit", 0] == generate(model, last, 3)
+        torch.testing.assert_close(vector, states[-1], rtol=1e-5, atol=1e-5)
+    else:
+        error = (vector - states[-1]).norm() / states[-1].norm()
+        assert 1e-4 < error < 0.1

@@ -1,0 +1,192 @@
+"""Graphs of decode steps without CUDA: padding, static inputs, stale rows, the choice of a size."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from quire.engine.devices.cuda.decode_graphs import (
+    CudaCapture,
+    NotCapturableError,
+    Run,
+    graph_sizes,
+)
+
+from ..models import FAMILIES, generate, logprobs, save_model
+from ..worker_driver import Driver, make_config, make_sequence
+from .cuda_on_cpu import RerunCapture, give_workspaces, use_references
+
+SIZES = [1, 2, 4, 8]
+PROMPT_LENGTHS = [1, 5, 16, 17, 40, 61]
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, PreTrainedModel]:
+    return tmp_path, save_model(request.param, tmp_path)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[Path, PreTrainedModel]:
+    return tmp_path, save_model("llama", tmp_path)
+
+
+def start(folder: Path, capture: Any, sizes: list[int] = SIZES, **config: Any) -> Driver:
+    driver = Driver.start(make_config(folder, **config))
+    runner = driver.worker._runner
+    give_workspaces(runner)
+    before = runner._kv_cache.clone()
+    runner.capture_graphs(capture, sizes)
+    assert torch.equal(runner._kv_cache, before)
+    return driver
+
+
+def make_prompts(lengths: list[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in lengths]
+
+
+def test_the_ladder_ends_with_the_largest_step() -> None:
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(3) == [1, 2, 3]
+    assert graph_sizes(16) == [1, 2, 4, 8, 16]
+    assert graph_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert len(graph_sizes(256)) == 35
+    assert graph_sizes(1000) == graph_sizes(256)
+
+
+def test_replayed_steps_give_the_reference_tokens(
+    family: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows end one by one, so that every size is used, and rows beyond it are stale."""
+    use_references(monkeypatch)
+    folder, model = family
+    capture = RerunCapture()
+    driver = start(folder, capture)
+    prompts = make_prompts(PROMPT_LENGTHS)
+    lengths = [4 + 3 * i for i in range(len(prompts))]
+    outputs = driver.run(
+        [make_sequence(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
+    )
+    for prompt, length, output in zip(prompts, lengths, outputs, strict=True):
+        assert output == generate(model, prompt, length)
+    assert 10 < capture.num_replays < driver.steps
+    assert driver.worker._runner._kv_cache[:, :, 0].count_nonzero() == 0  # nothing strays there
+
+
+def test_a_replayed_row_need_not_sample(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that advances by single tokens beside decoding rows, with log-probabilities."""
+    use_references(monkeypatch)
+    folder, model = llama
+    capture = RerunCapture()
+    driver = start(folder, capture, max_num_batched_tokens=3)
+    sequences = [
+        make_sequence(prompt, 12, logprobs=0, prompt_logprobs=0) for prompt in make_prompts([2, 9])
+    ]
+    driver.run(sequences)
+    assert capture.num_replays > 8
+    for sequence in sequences:
+        expected = logprobs(model, sequence.token_ids)
+        got = driver.prompt_logprobs[sequence.seq_id] + driver.logprobs[sequence.seq_id]
+        want = [expected[i, token].item() for i, token in enumerate(sequence.token_ids[1:])]
+        assert [entry.logprob for entry in got] == pytest.approx(want, abs=1e-4)
+
+
+def test_more_rows_than_the_largest_graph_run_without(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_references(monkeypatch)
+    folder, model = llama
+    capture = RerunCapture()
+    driver = start(folder, capture, sizes=[1, 2], max_num_batched_tokens=64)
+    prompts = make_prompts([3, 4, 5])
+    outputs = driver.run([make_sequence(prompt, 5) for prompt in prompts])
+    assert outputs == [generate(model, prompt, 5) for prompt in prompts]
+    assert capture.num_replays == 0
+
+
+def test_shared_prefixes_have_graphs_of_their_own_from_four_rows_on(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_references(monkeypatch)
+    runner = Driver.start(make_config(llama[0])).worker._runner
+    runner._allocate_workspaces()
+    runner.capture_graphs(RerunCapture(), SIZES)
+    graphs = runner._graphs
+    assert graphs is not None and all((size, False) in graphs for size in SIZES)
+    assert [size for size in SIZES if (size, True) in graphs] == [4, 8]
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_cascades_can_be_disabled(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch, disabled: bool
+) -> None:
+    use_references(monkeypatch)
+    runner = Driver.start(make_config(llama[0], disable_cascade_attn=disabled)).worker._runner
+    runner._allocate_workspaces()
+    assert (runner._shared_prefixes is None) == disabled
+
+
+def test_a_model_that_waits_for_the_device_runs_without(
+    llama: tuple[Path, PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    use_references(monkeypatch)
+
+    def refuse(_: Run) -> Run:
+        raise NotCapturableError("called a synchronizing operation")
+
+    folder, model = llama
+    driver = start(folder, refuse)
+    assert "decode steps run without CUDA graphs: called a synchronizing" in caplog.text
+    prompt = make_prompts([7])[0]
+    assert driver.run([make_sequence(prompt, 5)]) == [generate(model, prompt, 5)]
+
+
+class FakeCuda:
+    """What of torch.cuda a capture calls, recorded; `syncs` has a run wait for the device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.mode, self.syncs = "default", False
+        for name in ("graph_pool_handle", "current_stream", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
+        for name in ("Stream", "stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, partial(self.record, name))
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.set_mode)
+
+    def record(self, name: str, *_: Any, **__: Any) -> MagicMock:
+        self.calls.append(name)
+        return MagicMock()
+
+    def set_mode(self, mode: str) -> None:
+        self.mode = mode
+
+    def run(self) -> None:
+        self.calls.append(f"run {self.mode}")
+        if self.syncs and self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+
+def test_a_capture_warms_up_then_looks_for_waits_then_records(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All on one stream: cuBLAS keeps a workspace for each."""
+    cuda = FakeCuda(monkeypatch)
+    capture = CudaCapture(torch.device("cuda"))
+    one = ["stream", "run default", "run error", "graph", "run default"]
+    for _ in range(2):
+        capture(cuda.run)
+    assert cuda.calls == ["Stream", *one, *one]
+    cuda.syncs = True
+    with pytest.raises(NotCapturableError, match="synchronizing"):
+        capture(cuda.run)
+    assert cuda.mode == "default" and "graph" not in cuda.calls[11:]

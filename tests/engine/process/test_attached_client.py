@@ -1,0 +1,135 @@
+"""Several clients of one engine process, of which one supervises it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from quire.engine.config import EngineConfig
+from quire.engine.errors import EngineNotReadyError, InvalidRequestError
+from quire.engine.process import wire
+from quire.engine.process.attached_client import AttachedEngineClient
+from quire.engine.process.process_client import ProcessEngineClient
+from quire.engine.process.remote_client import EngineStatus
+
+from .. import fakes
+from ..fakes import EXIT, LOSE, SLOW, expected_tokens, make_request
+from ..test_inline_client import Observer, collect, tokens_of
+from .test_process_client import assert_engine_dead, until_ready
+
+
+async def ready(*clients: AttachedEngineClient) -> None:
+    async with asyncio.timeout(20):
+        while not all(client.health().ready for client in clients):
+            await asyncio.sleep(0.01)
+
+
+class Trio:
+    """The supervisor, and two clients that it tells."""
+
+    def __init__(self) -> None:
+        self.watched = Observer()
+        self.told = Observer()
+        self.main = ProcessEngineClient(
+            EngineConfig(model="fake"),
+            core="fakes:build_core",
+            observer=self.watched,
+            stall_timeout=1.0,
+        )
+        self.one = AttachedEngineClient(b"one-0", observer=self.told)
+        self.two = AttachedEngineClient(b"two-0")
+        self.main.on_status = self._tell
+
+    def _tell(self, status: EngineStatus) -> None:
+        self.one.follow(status)
+        self.two.follow(status)
+
+    async def settle(self) -> None:
+        await until_ready(self.main)
+        await ready(self.one, self.two)
+
+
+@pytest.fixture
+async def trio(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Trio]:
+    monkeypatch.setenv("PYTHONPATH", str(Path(fakes.__file__).parent))
+    trio = Trio()
+    with pytest.raises(EngineNotReadyError, match="starting"):
+        await collect(trio.one, make_request())
+    await trio.main.start()
+    await trio.settle()
+    yield trio
+    await trio.main.close()
+    for client in (trio.one, trio.two):
+        assert client.health() == trio.main.health()
+        await client.close()
+
+
+async def test_each_gets_its_own_outputs_and_all_get_the_stats(trio: Trio) -> None:
+    assert trio.one.info == trio.two.info == trio.main.info
+    requests = [make_request(100 * i, max_tokens=20, n=2) for i in range(1, 10)]
+    clients = [(trio.main, trio.one, trio.two)[i % 3] for i in range(len(requests))]
+    outputs = await asyncio.gather(*map(collect, clients, requests))
+    for request, answer in zip(requests, outputs, strict=True):
+        for choice in range(2):
+            assert tokens_of(answer, choice) == expected_tokens(request, choice)
+    async with asyncio.timeout(2):
+        while not trio.main.stats() == trio.one.stats() == trio.two.stats():
+            await asyncio.sleep(0.01)
+    assert len(trio.told.infos) == 1 and trio.watched.stats and not trio.told.stats
+
+
+async def test_refusals_and_resets_reach_who_asked(trio: Trio) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        await collect(trio.two, make_request(max_tokens=60_000))
+    assert caught.value.param == "max_tokens"
+    await asyncio.gather(*(client.reset_prefix_cache() for client in (trio.one, trio.two)))
+
+
+async def test_a_client_that_died_has_its_requests_aborted(trio: Trio) -> None:
+    mine = asyncio.create_task(collect(trio.one, make_request(SLOW, max_tokens=100)))
+    lost = [
+        asyncio.create_task(collect(trio.two, make_request(SLOW, max_tokens=10_000, n=2)))
+        for _ in range(3)
+    ]
+    await asyncio.sleep(0.2)
+    stats = trio.one.stats()
+    assert stats is not None and stats.num_running == 7
+    trio.main.client_gone(b"two-0")
+    await asyncio.sleep(0.2)
+    stats = trio.one.stats()
+    assert stats is not None and stats.num_running == 1
+    # What it still sends is dropped, a second hello too.
+    for _ in range(2):
+        late = asyncio.create_task(collect(trio.two, make_request(SLOW, max_tokens=5)))
+        lost.append(late)
+        assert trio.two._engine is not None
+        trio.two._engine.send(wire.Hello())
+    assert len(tokens_of(await mine)) == 100
+    assert not any(task.done() for task in lost)
+    for task in lost:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    # Nothing of it is left that the watchdog could take for a stall.
+    await asyncio.sleep(1.5)
+    assert trio.main.health().restarts == 0
+
+
+@pytest.mark.parametrize("fault", [EXIT, LOSE])
+async def test_all_follow_a_restart(trio: Trio, fault: int) -> None:
+    bystander = asyncio.create_task(collect(trio.two, make_request(SLOW, max_tokens=10_000)))
+    await asyncio.sleep(0.1)
+    if fault == LOSE:
+        bystander.cancel()
+    outputs = await collect(trio.one, make_request(fault))
+    assert_engine_dead(outputs)
+    if fault == EXIT:
+        assert_engine_dead(await bystander)
+    await trio.settle()
+    assert trio.one.health().restarts == trio.main.health().restarts == 1
+    request = make_request()
+    assert tokens_of(await collect(trio.two, request)) == expected_tokens(request)

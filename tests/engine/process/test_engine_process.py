@@ -1,0 +1,56 @@
+"""The real engine core behind both clients, and the process's own log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from pathlib import Path
+
+from quire.engine.config import EngineConfig
+from quire.engine.inline_client import InlineEngineClient
+from quire.engine.process.engine_process import JsonFormatter, build_core
+from quire.engine.process.process_client import ProcessEngineClient
+
+from ..fakes import make_request
+from ..models import save_model
+from ..test_inline_client import collect, tokens_of
+
+
+async def test_real_engine_says_the_same_in_a_process_and_inline(tmp_path: Path) -> None:
+    save_model("qwen3", tmp_path)
+    config = EngineConfig(
+        model=str(tmp_path),
+        dtype="float32",
+        device="cpu",
+        kv_cache_memory_bytes=2**22,
+        num_threads=1,
+    )
+    answers = []
+    for client in (ProcessEngineClient(config), InlineEngineClient(config, build_core)):
+        await client.start()
+        info = await client.wait_ready()
+        requests = [
+            make_request(first, max_tokens=8, n=2, seed=first, ignore_eos=True)
+            for first in (3, 4, 5)
+        ]
+        outputs = await asyncio.gather(*(collect(client, request) for request in requests))
+        await client.close()
+        answers.append((info, [[tokens_of(o, choice) for choice in range(2)] for o in outputs]))
+    assert answers[0] == answers[1]
+    assert all(len(tokens) == 8 for request in answers[0][1] for tokens in request)
+
+
+def test_json_log_is_one_object_a_line() -> None:
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        record = logging.LogRecord(
+            "quire.engine", logging.ERROR, "x.py", 1, "%s\nfailed", ("it",), sys.exc_info()
+        )
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    entry = json.loads(line)
+    assert (entry["level"], entry["event"], entry["source"]) == ("error", "it\nfailed", "engine")
+    assert "ValueError: two" in entry["exception"]

@@ -1,0 +1,263 @@
+"""Faults that only an engine in a process of its own can have, and survive."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+
+from quire.engine.config import EngineConfig
+from quire.engine.errors import EngineNotReadyError
+from quire.engine.outputs import SequenceOutput
+from quire.engine.process import wire
+from quire.engine.process.engine_handle import EngineHandle
+from quire.engine.process.process_client import ProcessEngineClient
+
+from .. import fakes
+from ..fakes import CRASH, EXIT, HANG, LOSE, SLOW, expected_tokens, make_request
+from ..test_inline_client import Observer, collect, tokens_of
+
+FAKES = str(Path(fakes.__file__).parent)
+
+
+@pytest.fixture
+def observer() -> Observer:
+    return Observer()
+
+
+@contextlib.asynccontextmanager
+async def running(observer: Observer | None = None) -> AsyncIterator[ProcessEngineClient]:
+    client = ProcessEngineClient(
+        EngineConfig(model="fake"),
+        core="fakes:build_core",
+        observer=observer,
+        stall_timeout=1.0,
+        max_restarts=2,
+    )
+    await client.start()
+    await client.wait_ready()
+    yield client
+    await client.close()
+
+
+@pytest.fixture(autouse=True)
+def importable_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", FAKES)
+
+
+@pytest.fixture
+async def client(observer: Observer) -> AsyncIterator[ProcessEngineClient]:
+    async with running(observer) as client:
+        yield client
+
+
+async def until_ready(client: ProcessEngineClient) -> None:
+    async with asyncio.timeout(20):
+        while not client.health().ready:
+            await asyncio.sleep(0.01)
+
+
+def assert_engine_dead(outputs: list[SequenceOutput]) -> None:
+    error = outputs[-1].error
+    assert outputs[-1].finish_reason == "error"
+    assert error is not None and error.code == "engine_dead"
+
+
+async def test_engine_killed_in_mid_stream(client: ProcessEngineClient, observer: Observer) -> None:
+    streams = [
+        asyncio.create_task(collect(client, make_request(SLOW, max_tokens=10_000)))
+        for _ in range(5)
+    ]
+    await asyncio.sleep(0.2)
+    pid = client.engine_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    for outputs in await asyncio.gather(*streams):
+        assert len(tokens_of(outputs)) > 1
+        assert_engine_dead(outputs)
+    print(f"told after {time.monotonic() - killed:.3f} s")
+    assert time.monotonic() - killed < 1.0
+    health = client.health()
+    assert (health.alive, health.ready) == (True, False)
+    with pytest.raises(EngineNotReadyError):
+        await collect(client, make_request())
+    await until_ready(client)
+    print(f"ready again after {time.monotonic() - killed:.3f} s")
+    assert client.health().restarts == observer.restarts == 1
+    request = make_request()
+    assert tokens_of(await collect(client, request)) == expected_tokens(request)
+
+
+@pytest.mark.parametrize("fault", [CRASH, EXIT])
+async def test_engine_that_ends_by_itself(client: ProcessEngineClient, fault: int) -> None:
+    assert_engine_dead(await collect(client, make_request(fault)))
+    await until_ready(client)
+    request = make_request()
+    assert tokens_of(await collect(client, request)) == expected_tokens(request)
+
+
+async def test_repeated_failures_end_it_for_good(client: ProcessEngineClient) -> None:
+    for _ in range(2):
+        assert_engine_dead(await collect(client, make_request(EXIT)))
+        await until_ready(client)
+    assert_engine_dead(await collect(client, make_request(EXIT)))
+    async with asyncio.timeout(5):
+        while client.health().alive:
+            await asyncio.sleep(0.01)
+    health = client.health()
+    assert not health.ready and "given up" in health.reason and health.restarts == 2
+    with pytest.raises(EngineNotReadyError, match="given up"):
+        await collect(client, make_request())
+
+
+@pytest.mark.parametrize("fault", [HANG, LOSE])
+async def test_stalled_engine_is_restarted(capfd: pytest.CaptureFixture[str], fault: int) -> None:
+    # Started here and not in a fixture: pytest gives each phase a stderr of its own.
+    async with running() as client:
+        stream = asyncio.create_task(collect(client, make_request(fault)))
+        alive = True
+        async with asyncio.timeout(10):
+            while not stream.done():
+                alive = alive and client.health().alive
+                await asyncio.sleep(0.01)
+        assert_engine_dead(await stream)
+        assert not alive
+        await until_ready(client)
+        health = client.health()
+        assert health.alive and health.restarts == 1
+        request = make_request()
+        assert tokens_of(await collect(client, request)) == expected_tokens(request)
+    dump = capfd.readouterr().err
+    assert "Current thread" in dump
+    assert ("fakes.py" in dump) == (fault == HANG)
+
+
+async def test_long_idle_and_a_blocked_loop_are_no_stall(client: ProcessEngineClient) -> None:
+    await asyncio.sleep(1.5)
+    time.sleep(1.5)  # on purpose: this blocks the event loop
+    await asyncio.sleep(0.6)
+    assert client.health().ready and client.health().restarts == 0
+
+
+async def test_reset_fails_when_the_engine_dies(client: ProcessEngineClient) -> None:
+    pid = client.engine_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    reset = asyncio.create_task(client.reset_prefix_cache())
+    await asyncio.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(Exception, match="died"):
+        await reset
+
+
+async def test_random_bytes_on_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EngineHandle, "hide_socket", lambda self: None)
+    async with running() as client:
+        await _send_random_bytes(client)
+
+
+async def _send_random_bytes(client: ProcessEngineClient) -> None:
+    engine = client._engine
+    assert engine is not None
+    rng = random.Random(0)
+    request = make_request(SLOW, max_tokens=100)
+    stream = asyncio.create_task(collect(client, request))
+    genuine = wire.encode(wire.Add(make_request()))
+    for _ in range(200):
+        engine._socket.send(rng.randbytes(rng.randrange(200)))
+        garbled = bytearray(genuine)
+        garbled[rng.randrange(len(garbled))] = rng.randrange(256)
+        engine._socket.send(bytes(garbled))
+        engine._socket.send_multipart([b"", genuine])
+    stranger = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+    stranger.connect(engine._socket.get(zmq.LAST_ENDPOINT))
+    stranger.send(wire.encode(wire.Abort(request.request_id, None)))
+    path = engine._socket.get(zmq.LAST_ENDPOINT).decode().rstrip("\0").removeprefix("ipc://")
+    _, writer = await asyncio.open_unix_connection(path)
+    writer.write(rng.randbytes(100_000))
+    await asyncio.sleep(0.2)
+    writer.close()
+    stranger.close(linger=0)
+    assert Path(path).parent.stat().st_mode & 0o777 == 0o700
+    assert tokens_of(await stream) == expected_tokens(request)
+    assert client.health().ready and client.health().restarts == 0
+
+
+async def test_close_leaves_nothing_behind(client: ProcessEngineClient) -> None:
+    engine, pid = client._engine, client.engine_pid
+    assert engine is not None and pid is not None
+    path = engine._socket.get(zmq.LAST_ENDPOINT).decode().rstrip("\0").removeprefix("ipc://")
+    assert not Path(path).parent.exists()  # gone since the engine was ready
+    start = time.monotonic()
+    await client.close()
+    assert time.monotonic() - start < 1.0  # it ended when asked, nobody had to kill it
+    assert not psutil.pid_exists(pid)
+
+
+async def test_close_ends_a_hung_engine(client: ProcessEngineClient) -> None:
+    pid = client.engine_pid
+    stream = asyncio.create_task(collect(client, make_request(HANG)))
+    await asyncio.sleep(0.1)
+    await client.close()
+    assert_engine_dead(await stream)
+    assert pid is not None and not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize("first_token", [100, HANG], ids=["idle", "hung"])
+def test_engine_dies_with_its_parent(first_token: int, tmp_path: Path) -> None:
+    """The parent is killed, so that none of its own clean-up can run."""
+    script = f"""
+        import asyncio, fakes
+        from quire.engine.config import EngineConfig
+        from quire.engine.process.process_client import ProcessEngineClient
+
+        async def main():
+            client = ProcessEngineClient(EngineConfig(model="fake"), core="fakes:build_core")
+            await client.start()
+            await client.wait_ready()
+            print(client.engine_pid, flush=True)
+            async for _ in client.generate(fakes.make_request({first_token})):
+                pass
+            await asyncio.sleep(60)
+
+        asyncio.run(main())
+    """
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", textwrap.dedent(script)],
+        env={**os.environ, "PYTHONPATH": FAKES, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+    ) as parent:
+        assert parent.stdout is not None
+        engine = psutil.Process(int(parent.stdout.readline()))
+        time.sleep(0.3)
+        assert engine.is_running()
+        parent.kill()
+    deadline = time.monotonic() + 5
+    while engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the engine outlived its parent"
+        time.sleep(0.02)
+
+
+def test_engine_process_imports_no_torch_before_its_core() -> None:
+    code = (
+        "import sys, quire.engine.process.process_client, quire.engine.process.engine_process\n"
+        "print([m for m in ('torch', 'pydantic', 'fastapi', 'prometheus_client', 'uvicorn') "
+        "if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

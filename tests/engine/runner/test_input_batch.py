@@ -1,0 +1,110 @@
+"""Packed inputs, against a plain loop over tokens."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+
+from quire.engine.devices.cuda import inputs as device_inputs
+from quire.engine.outputs import TableChange
+from quire.engine.runner import input_batch
+from quire.engine.runner.input_batch import InputBatch
+from quire.kernels import reference
+
+from ..random_steps import BLOCK_SIZE, BUDGET, MAX_NUM_SEQS, RandomSteps, Step, make_output
+from ..worker_driver import make_sequence
+
+MAX_LEN = 160
+
+
+@pytest.fixture(params=["host", "device"])
+def batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> InputBatch:
+    """As the CPU prepares steps, and as CUDA does, with the kernel's reference."""
+    monkeypatch.setattr(input_batch, "_has_kernel", lambda device: request.param == "device")
+    monkeypatch.setattr(device_inputs, "prepare_inputs", reference.prepare_inputs)
+    return InputBatch(
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_tokens=BUDGET,
+        max_model_len=MAX_LEN,
+        block_size=BLOCK_SIZE,
+        device=torch.device("cpu"),
+    )
+
+
+def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
+    """Compare every field of the prepared step with one made token by token. `sizes` says to how
+    many rows each number of them is padded."""
+    prepared = step.give(batch)
+    if prepared is None:
+        return
+    host, device = prepared
+    output = step.output
+    columns = (output.sequences, output.num_computed_starts, output.num_new_tokens, step.token_ids)
+    rows = list(zip(*columns, strict=True))
+    rows = [row for row in rows if row[2] == 1] + [row for row in rows if row[2] > 1]
+    assert [output.sequences[index] for index in host.order] == [row[0] for row in rows]
+    assert host.sequences == [row[0] for row in rows]
+    ids, positions, slots, loc, logits = [], [], [], [0], []
+    for sequence, start, length, token_ids in rows:
+        ids += token_ids
+        for position in range(start, start + length):
+            positions.append(position)
+            block = sequence.block_table[position // BLOCK_SIZE]
+            slots.append(block * BLOCK_SIZE + position % BLOCK_SIZE)
+        loc.append(len(ids))
+        if start + length == len(sequence.token_ids):
+            logits.append(len(ids) - 1)
+    assert [host.seq_lens[row] for row in host.sampling_rows] == host.sampled_positions
+    size = sizes.get(len(rows), len(rows)) if host.max_query_len == 1 else len(rows)
+    padding = size - len(rows)
+    assert device.input_ids.tolist() == ids + [0] * padding
+    assert device.positions[: len(ids)].tolist() == positions
+    assert device.slot_mapping.tolist() == slots + [-1] * padding
+    assert device.query_start_loc[: len(loc)].tolist() == loc
+    assert device.seq_lens.tolist() == [row[1] + row[2] for row in rows] + [0] * padding
+    if padding:
+        static_step = batch.inputs.static_step(len(device.seq_lens))
+        for mine, static in zip(device, static_step, strict=True):
+            assert mine.data_ptr() == static.data_ptr() and mine.stride() == static.stride()
+    assert device.logit_indices.tolist() == logits
+    assert [loc[row + 1] - 1 for row in host.sampling_rows] == logits
+    for row, (sequence, start, length, _) in enumerate(rows):
+        used = -(-(start + length) // BLOCK_SIZE)
+        blocks = sequence.block_table[:used]
+        assert device.block_table[row, :used].tolist() == blocks
+        assert host.tables[host.rows[row], :used].tolist() == blocks
+    assert host.num_decodes == sum(row[2] == 1 for row in rows)
+    assert host.max_query_len == max(row[2] for row in rows)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_random_steps_match_a_plain_loop(batch: InputBatch, padded: bool) -> None:
+    sizes = {}
+    if padded:
+        sizes = {1: 2, 2: 2, 3: 5, 4: 5, 5: 5, 6: 6}
+        batch.inputs.pad_decodes([2, 5])
+        assert batch.inputs.static_step(5).slot_mapping.tolist() == [-1] * 5
+    steps = RandomSteps(3, MAX_LEN)
+    for step in islice(steps, 500):
+        check(batch, step, sizes)
+    assert len(steps.seen) == 9 and min(steps.seen.values()) > 5, steps.seen
+
+
+def test_the_same_sequences_again_after_one_gave_its_row_back(batch: InputBatch) -> None:
+    """What is kept from step to step knows of it."""
+    first, second = make_sequence(list(range(40)), 1), make_sequence(list(range(40)), 1)
+    first.block_table, second.block_table = [1, 2, 3], [4, 5, 6]
+
+    def check_step(released: list[int], changes: list[TableChange]) -> None:
+        output = make_output([(first, 20), (second, 20)], changes, released)
+        token_ids = [list(range(20))] * 2
+        check(batch, Step(output, token_ids, [], torch.zeros(0, dtype=torch.int64)), {})
+
+    check_step([], [])
+    check_step([], [])
+    second.block_table = [9, 8, 7]
+    check_step([second.seq_id], [])
+    first.block_table[1] = 10
+    check_step([], [TableChange(first, 1)])

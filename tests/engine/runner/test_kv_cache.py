@@ -1,0 +1,110 @@
+"""Sizing of the KV cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quire.engine.errors import ConfigurationError
+from quire.engine.model.model_spec import ModelSpec
+from quire.engine.runner import kv_cache
+from quire.engine.runner.kv_cache import (
+    allocate_kv_cache,
+    available_memory,
+    block_bytes,
+    cpu_cache_memory,
+    num_blocks_from_memory,
+)
+
+from ..worker_driver import make_config
+
+SPEC = ModelSpec(
+    architecture="Test",
+    num_layers=3,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=128,
+    max_position=1024,
+    windows=(None,) * 3,
+    eos_token_ids=(2,),
+    dtype="float32",
+)
+BLOCK = 16 * 2 * 3 * 2 * 8 * 4  # slots, K and V, layers, heads, head_dim, bytes
+
+
+def config(**values: Any) -> Any:
+    return make_config(Path("none"), **{"num_blocks": None} | values)
+
+
+def test_the_tensor_has_the_size_that_was_counted() -> None:
+    cache = allocate_kv_cache(SPEC, 5, 16, torch.float32, torch.device("cpu"))
+    assert cache.shape == (3, 2, 5, 2, 16, 8)
+    assert cache.nbytes == 5 * block_bytes(SPEC, 16, torch.float32) == 5 * BLOCK
+    assert not cache.any()
+
+
+def test_float8_takes_a_quarter_of_float32() -> None:
+    def blocks(dtype: torch.dtype) -> int:
+        return num_blocks_from_memory(10 * BLOCK, config(), SPEC, dtype, 128)
+
+    assert blocks(torch.float8_e4m3fn) == 2 * blocks(torch.bfloat16) == 4 * blocks(torch.float32)
+    cache = allocate_kv_cache(SPEC, 5, 16, torch.float8_e4m3fn, torch.device("cpu"))
+    assert cache.nbytes == 5 * BLOCK // 4 and not cache.float().any()
+
+
+def test_blocks_fill_the_memory() -> None:
+    def blocks(memory: int, **values: Any) -> int:
+        return num_blocks_from_memory(memory, config(**values), SPEC, torch.float32, 128)
+
+    assert blocks(10 * BLOCK) == 10
+    assert blocks(11 * BLOCK - 1) == 10
+    assert blocks(8 * BLOCK) == 8
+    assert blocks(0, num_blocks=9) == 9
+
+
+@pytest.mark.parametrize("memory", [7 * BLOCK, 0, -5])
+def test_a_cache_too_small_for_one_sequence_is_refused_in_one_line(memory: int) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        num_blocks_from_memory(memory, config(), SPEC, torch.float32, 128)
+    message = caught.value.message
+    assert "\n" not in message
+    assert ("--max-model-len 112 " in message) == (memory > 0)
+
+
+def test_the_last_token_needs_no_slot() -> None:
+    assert num_blocks_from_memory(8 * BLOCK, config(), SPEC, torch.float32, 129) == 8
+    with pytest.raises(ConfigurationError):
+        num_blocks_from_memory(8 * BLOCK, config(), SPEC, torch.float32, 130)
+
+
+def test_cpu_default_is_for_typical_sequences_within_a_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def memory(**values: Any) -> int:
+        return cpu_cache_memory(config(**values), SPEC, torch.float32, 1024)
+
+    monkeypatch.setattr(kv_cache, "available_memory", lambda: 10**12)
+    assert memory(max_num_seqs=8) == 8 * 1024 // 16 * BLOCK
+    assert cpu_cache_memory(config(max_num_seqs=1), SPEC, torch.float32, 9000) == 563 * BLOCK
+    assert memory(kv_cache_memory_bytes=12345) == 12345
+    monkeypatch.setattr(kv_cache, "available_memory", lambda: 1_000_000)
+    assert memory(max_num_seqs=8) == 400_000
+    assert memory(kv_cache_memory_bytes=1_000_000) == 1_000_000
+    with pytest.raises(ConfigurationError, match="--kv-cache-memory is 0.00 GiB, but beside"):
+        memory(kv_cache_memory_bytes=1_000_001)
+    monkeypatch.setattr(kv_cache, "available_memory", lambda: None)
+    assert memory(max_num_seqs=8) == 8 * 1024 // 16 * BLOCK
+
+
+def test_available_memory_is_a_plausible_size() -> None:
+    available = available_memory()
+    assert available is None or 2**20 < available < 2**50
+
+
+def test_a_cache_that_no_device_holds_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="does not fit"):
+        allocate_kv_cache(SPEC, 2**45, 16, torch.float32, torch.device("cpu"))

@@ -1,0 +1,155 @@
+"""The worker as the engine sees it, and the CUDA path of the runner as far as a CPU shows it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quire.engine.embedding_spec import NO_LAYOUT
+from quire.engine.errors import ConfigurationError, DeviceMemoryError, UnsupportedModelError
+from quire.engine.runner.model_runner import ModelRunner
+from quire.engine.runner.worker import Worker, default_num_threads
+from quire.engine.worker_protocol import WorkerInfo, WorkerProtocol
+
+from ..devices.cuda_on_cpu import give_workspaces, use_references
+from ..models import MAX_POSITION, generate, save_model
+from ..worker_driver import Driver, make_config, make_sequence
+
+
+@pytest.fixture(scope="module")
+def gemma2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("gemma2")
+    return folder, save_model("gemma2", folder)
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_load_and_profile_report_what_is_there(gemma2: tuple[Path, Any]) -> None:
+    folder, model = gemma2
+    worker: WorkerProtocol = Worker(make_config(folder, max_model_len=None, num_blocks=None))
+    assert worker.load() == WorkerInfo(
+        architecture="Gemma2ForCausalLM",
+        device="cpu",
+        dtype="float32",
+        num_parameters=model.num_parameters(),
+        vocab_size=128,
+        max_model_len=MAX_POSITION,
+        kv_bytes_per_token=2 * 2 * 2 * 16 * 4,
+        eos_token_ids=(2,),
+        embedding=NO_LAYOUT,
+        can_generate=True,
+    )
+    assert worker.profile() == 8 * MAX_POSITION // 16
+
+
+def test_a_cache_for_less_than_one_sequence_stops_the_start(gemma2: tuple[Path, Any]) -> None:
+    worker = Worker(make_config(gemma2[0], num_blocks=None, kv_cache_memory_bytes=2**15))
+    worker.load()
+    with pytest.raises(ConfigurationError, match="--max-model-len 64"):
+        worker.profile()
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3"])
+def test_float8_caches_need_a_gpu(gemma2: tuple[Path, Any], dtype: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{dtype} needs a GPU"):
+        Worker(make_config(gemma2[0], kv_cache_dtype=dtype)).load()
+
+
+def test_unknown_cache_dtypes_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="'fp8_e5m2'"):
+        make_config(Path("none"), kv_cache_dtype="fp8_e5m2")
+
+
+def test_the_dtype_of_a_float8_cache_is_reported(
+    gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_references(monkeypatch)
+    info = Worker(make_config(gemma2[0], kv_cache_dtype="fp8")).load()
+    assert (info.dtype, info.kv_cache_dtype) == ("float32", "float8_e4m3fn")
+    assert info.kv_bytes_per_token == 2 * 2 * 2 * 16
+
+
+def test_threads_are_set_deliberately(
+    gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Worker(make_config(gemma2[0], num_threads=2)).load()
+    assert torch.get_num_threads() == 2
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = default_num_threads()
+    assert cores is None or 1 <= cores <= len(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert default_num_threads() is None
+
+
+def test_out_of_memory_is_reported_and_the_step_can_be_tried_again(
+    gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = gemma2
+    driver = Driver.start(make_config(folder))
+    sequence = make_sequence([5, 6, 7, 8], 6)
+    driver.step([sequence])
+    runner = driver.worker._runner
+    run_model = runner._run_model
+
+    def fail(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    output = driver.schedule([sequence])
+    monkeypatch.setattr(runner, "_run_model", fail)
+    with pytest.raises(DeviceMemoryError):
+        driver.worker.launch(output)
+    monkeypatch.setattr(runner, "_run_model", run_model)
+    result = driver.worker.launch(output)()
+    assert [*sequence.token_ids[4:], *result.token_ids] == generate(model, [5, 6, 7, 8], 2)
+
+
+def test_the_cuda_path_passes_its_kernels_the_right_rows(
+    gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_references(monkeypatch)
+    folder, model = gemma2
+    driver = Driver.start(make_config(folder))
+    runner = driver.worker._runner
+    give_workspaces(runner)
+    before = runner._kv_cache.normal_().clone()
+    runner.compile_kernels()
+    runner.run_largest_step()
+    assert torch.equal(runner._kv_cache, before)
+    prompts = [[5, 6, 7], list(range(3, 40)), [9]]
+    outputs = driver.run([make_sequence(prompt, 6) for prompt in prompts])
+    assert outputs == [generate(model, prompt, 6) for prompt in prompts]
+    assert driver.mixed_steps > 0
+
+
+def test_a_kernel_that_does_not_run_stops_the_start(
+    gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a launcher refuses, and what Triton cannot compile, or launch for want of resources."""
+    from triton.runtime.errors import OutOfResources
+
+    worker = Driver.start(make_config(gemma2[0])).worker
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    errors = [
+        (ValueError("head_dim must be\n16 to 256"), UnsupportedModelError, "must be 16 to 256"),
+        (OutOfResources(300_000, 232_448, "shared memory"), UnsupportedModelError, "232448"),
+        (torch.OutOfMemoryError("CUDA out of memory"), ConfigurationError, "does not fit"),
+    ]
+    for raised, expected, message in errors:
+
+        def fail(*_: Any, raised: Exception = raised) -> None:
+            raise raised
+
+        monkeypatch.setattr(ModelRunner, "compile_kernels", fail)
+        with pytest.raises(expected, match=message):
+            worker._peak_memory()

@@ -1,0 +1,55 @@
+"""What benchmarks/gpu.py checks on a GPU, here on the CPU and small: that the checks can pass."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[4] / "benchmarks"))
+import gpu_checks  # noqa: E402
+
+from quire.kernels.prefix_groups import PrefixGroup  # noqa: E402
+
+F16, HEADS = torch.float16, (4, 2, 32)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_again(launch: Callable[[], None]) -> Callable[[], None]:
+        return launch
+
+    monkeypatch.setattr(gpu_checks, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_checks, "capture", run_again)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_attention(fp8: bool) -> None:
+    groups, members = [PrefixGroup((0, 2), 128)], [140, 5, 150]
+    for record in (
+        gpu_checks.check_extend(F16, HEADS, 16, [19, 1], [19, 40], fp8=fp8),
+        gpu_checks.check_decode(F16, HEADS, 16, [70, 0, 1], fp8=fp8),
+        gpu_checks.check_cascade(F16, HEADS, groups, members, fp8=fp8),
+    ):
+        assert record["ok"], record
+
+
+def test_inputs() -> None:
+    assert gpu_checks.check_inputs([70, 3, 0], [1, 1, 40])["ok"]
+    assert gpu_checks.check_inputs([70, 3], [1, 1], padding=2)["ok"]
+
+
+def test_sampling() -> None:
+    assert gpu_checks.check_sampling(torch.float32, 600, 11)["ok"]
+
+
+def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu_checks.paged_attention_extend
+
+    def wrong(*arguments: torch.Tensor, out: torch.Tensor, **options: object) -> None:
+        right(*arguments, **options, out=out)  # type: ignore[arg-type]
+        out[3] *= 1.1
+
+    monkeypatch.setattr(gpu_checks, "paged_attention_extend", wrong)
+    assert not gpu_checks.check_extend(F16, HEADS, 16, [19, 1], [19, 40])["ok"]

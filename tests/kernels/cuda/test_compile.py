@@ -1,0 +1,124 @@
+"""What Triton makes of each kernel for sm_80 and sm_90, on a machine with no GPU.
+
+No spills and 16-byte moves where the KV cache is read or written, tensor cores where there are
+matmuls, and shared memory within the device's limit; the same figures stand in docs/kernels.md.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+sys.path.append(str(Path(__file__).parents[1]))
+from launches import (  # noqa: E402
+    COPY_SIZE,
+    LAUNCHES,
+    SHARED_LIMITS,
+    compiled,
+    table,
+    widest_load,
+)
+
+DOCS = Path(__file__).parents[3] / "docs" / "kernels.md"
+KERNELS = Path(__file__).parents[3] / "kernels"
+WIDE_STORE = re.compile(r"st\.global[\w.:]*\.v4\.b32")
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMITS)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_resources(name: str, arch: int) -> None:
+    for kernel in compiled(name, arch):
+        assert kernel.spills == 0, kernel[:4]
+        assert kernel.registers <= 255
+        assert kernel.shared <= SHARED_LIMITS[arch]
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMITS)
+@pytest.mark.parametrize(
+    "name", [name for name in LAUNCHES if name.startswith(("extend", "decode", "cascade"))]
+)
+def test_attention_reads_16_bytes_at_a_time_into_tensor_cores(name: str, arch: int) -> None:
+    """Of float8, `mma.sync` takes V from 8-byte copies: its rows' swizzle is half as wide."""
+    for kernel in compiled(name, arch):
+        if kernel.name == "_build_decode_schedule_kernel":
+            continue
+        wgmma = "wgmma.mma_async" in kernel.ptx
+        assert wgmma == (arch == 90 and "decode" not in kernel.name)
+        assert wgmma or "mma.sync" in kernel.ptx
+        sizes = COPY_SIZE.findall(kernel.ptx)
+        narrow = "fp8" in name and not wgmma
+        assert sizes and set(sizes) == ({"0x10", "0x8"} if narrow else {"0x10"}), sizes
+
+
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if name.endswith("fp8")])
+def test_float8_is_widened_by_the_device_where_it_can(name: str) -> None:
+    """Two numbers an instruction on sm_90, bits on sm_80; writes are bits on both."""
+    for kernel in compiled(name, 90):
+        attends = "attention" in kernel.name or "prefixes" in kernel.name
+        assert ("cvt.rn.f16x2.e4m3x2" in kernel.ptx) == attends
+    assert "e4m3" not in compiled(name, 80)[-1].ptx
+
+
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if "write" in name or "copy" in name])
+def test_moves_of_cache_rows_are_16_bytes_wide(name: str) -> None:
+    """As float8 a thread's 16 bytes of K or V become 8."""
+    ptx = compiled(name, 90)[-1].ptx
+    assert widest_load(ptx) == 16
+    assert ("st.global.v2.b32" in ptx) if "fp8" in name else WIDE_STORE.search(ptx)
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMITS)
+def test_draws_divide_and_exponentiate_as_torch_does(arch: int) -> None:
+    """Logits 16 bytes at a time; IEEE division and libdevice's exp; Triton's approximations only
+    choose the bins: one division for each of three passes, the exp of their edges."""
+    pieces = compiled("sample tokens unfiltered, 151936", arch)[0].ptx
+    assert "div.rn.f32" in pieces and "div.full.f32" not in pieces
+    assert "ex2.approx.f32" not in pieces and "ex2.approx.ftz.f32" in pieces
+    ptx = compiled("sample tokens, 151936", arch)[-1].ptx
+    assert widest_load(ptx) == widest_load(pieces) == 16
+    assert ptx.count("div.full.f32") <= 3 < ptx.count("div.rn.f32")
+    assert ptx.count("ex2.approx.f32") <= 4 < ptx.count("ex2.approx.ftz.f32")
+
+
+def test_table_in_the_docs_is_current() -> None:
+    """The compiler that made the table must make it again, give or take 8 registers; another may
+    lay out its tiles differently: in at most a quarter more of shared memory."""
+
+    def facts(text: str) -> dict[tuple[str, str], list[str]]:
+        rows = [line.strip("|").split("|") for line in text.splitlines() if "`" in line]
+        return {
+            (row[0].strip(), row[1].strip()): [cell.strip() for cell in row[2:]] for row in rows
+        }
+
+    before, written = DOCS.read_text().split("<!-- resources -->")[:2]
+    same_compiler = f"(triton {triton.__version__})" in before
+    have, want = facts(table()), facts(written)
+    assert have.keys() == want.keys()
+    for launch, (registers, spills, shared, *instructions) in have.items():
+        was = want[launch]
+        assert [spills, *instructions] == [was[1], *was[3:]], launch
+        assert int(shared) <= int(was[2]) * (1 if same_compiler else 1.25), launch
+        same = shared == was[2] and abs(int(registers) - int(was[0])) <= 8
+        assert same or not same_compiler, launch
+
+
+def test_none_is_returned_by_bare_returns_alone() -> None:
+    """Triton 3.6 compiles no `return None`, nor a tuple that holds it; 3.7 does."""
+    for path in KERNELS.glob("cuda/**/*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            if not any("triton.jit" in ast.unparse(one) for one in function.decorator_list):
+                continue
+            for node in ast.walk(function):
+                if isinstance(node, ast.Return) and node.value is not None:
+                    parts = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+                    assert not any(ast.unparse(part) == "None" for part in parts), function.name
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
+    with pytest.raises(ValueError, match="CUDA"):
+        LAUNCHES["copy blocks"]()

@@ -1,0 +1,579 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from quire.engine.outputs import RowError
+from quire.server.http.responses_store import ResponseStore
+from quire.server.settings import Settings
+from quire.server.text.tokenizer import Tokenizer
+
+from ..conftest import MODEL, MakeClient
+from ..fakes import FakeEngineClient, Script, ids, say
+from ..test_faults import assert_shape
+
+PATH = "/v1/responses"
+HI: dict[str, Any] = {"model": MODEL, "input": "hi"}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "name": "weather",
+    "description": "Tells the weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    "strict": False,
+}
+ARGUMENTS = '{"city": "Zürich 🎉"}'
+CALL = f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
+EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+
+
+async def create(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
+    response = await client.post(PATH, json={**HI, **fields})
+    assert response.status_code == 200, response.text
+    Response.model_validate(response.json())
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The events of a stream, each valid to the SDK, in order and under its name."""
+    events = []
+    for block in text.strip().split("\n\n"):
+        if block.startswith(":"):
+            continue
+        name, data = block.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        assert event["sequence_number"] == len(events)
+        EVENTS.validate_python(event)
+        events.append(event)
+    return events
+
+
+async def stream(client: httpx.AsyncClient, **fields: Any) -> list[dict[str, Any]]:
+    response = await client.post(PATH, json={**HI, "stream": True, **fields})
+    assert response.status_code == 200, response.text
+    return events_of(response.text)
+
+
+def prompt_text(engine: FakeEngineClient, tokenizer: Tokenizer) -> str:
+    return b"".join(map(tokenizer.token_bytes, engine.requests[-1].prompt_token_ids)).decode()
+
+
+def anonymous(value: Any) -> Any:
+    """A response without ids and times, and without what the SDK adds."""
+    if isinstance(value, dict):
+        ids = ("id", "item_id", "call_id", "created_at", "completed_at")
+        added = ("parsed", "parsed_arguments")
+        return {key: anonymous(item) for key, item in value.items() if key not in ids + added}
+    return [anonymous(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture
+async def sdk(served: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(
+        base_url=f"{served}/v1", api_key="secret", max_retries=0
+    ) as client:
+        yield client
+
+
+async def test_an_answer(
+    client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
+) -> None:
+    answer = await create(
+        client, instructions="Be brief", max_output_tokens=20, temperature=0.5, top_p=0.9,
+        metadata={"a": "b"}, user="u", seed=3, stop=["!"],
+    )  # fmt: skip
+    [item] = answer["output"]
+    assert item["content"] == [{"type": "output_text", "text": "Hello, world", "annotations": []}]
+    assert (answer["status"], answer["error"], answer["incomplete_details"]) == (
+        "completed", None, None
+    )  # fmt: skip
+    assert (answer["metadata"], answer["user"], answer["instructions"]) == (
+        {"a": "b"}, "u", "Be brief"
+    )  # fmt: skip
+    params = engine.requests[0].sampling_params
+    assert (params.max_tokens, params.temperature, params.top_p, params.seed) == (20, 0.5, 0.9, 3)
+    usage = answer["usage"]
+    assert usage["input_tokens"] == len(engine.requests[0].prompt_token_ids)
+    assert usage["input_tokens_details"]["cached_tokens"] == 3
+    assert usage["output_tokens"] == len("Hello, world") + 1
+    assert prompt_text(engine, tokenizer) == (
+        "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+async def test_resolved_defaults_are_told(client: httpx.AsyncClient) -> None:
+    answer = await create(client)
+    assert (answer["temperature"], answer["top_p"], answer["store"]) == (1.0, 1.0, True)
+
+
+async def test_items_become_one_conversation(
+    client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
+) -> None:
+    engine.max_model_len = 2048
+    items = [
+        {"role": "developer", "content": "D"},
+        {"role": "user", "content": [{"type": "input_text", "text": "a"},
+                                     {"type": "input_text", "text": "b"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [],
+         "content": [{"type": "reasoning_text", "text": "R"}]},
+        {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed",
+         "content": [{"type": "output_text", "text": "c", "annotations": []}]},
+        {"type": "function_call", "call_id": "1", "name": "weather", "arguments": "{}"},
+        {"type": "function_call", "call_id": "2", "name": "weather", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "rain"},
+        {"type": "function_call_output", "call_id": "2",
+         "output": [{"type": "input_text", "text": "sun"}]},
+        {"role": "assistant", "content": "x"},
+        {"role": "assistant", "content": "y"},
+    ]  # fmt: skip
+    await create(client, input=items)
+    text = prompt_text(engine, tokenizer).replace("<|im_start|>", "")
+    call = '<tool_call>{"name": "weather", "arguments": '
+    turns = text.split("<|im_end|>\n")
+    assert turns[:2] == ["system\nD", "user\na\nb"]
+    assert turns[2].startswith("assistant\nc") and turns[2].count(call) == 2
+    assert turns[3:] == ["tool\nrain", "tool\nsun", "assistant\nx", "assistant\ny", "assistant\n"]
+
+
+async def test_calls_text_and_reasoning_are_items(
+    client: httpx.AsyncClient, make_client: MakeClient, engine: FakeEngineClient
+) -> None:
+    engine.scripts = say(f"<think>why</think>Let me see.\n{CALL}\n{CALL}")
+    client = make_client(reasoning_parser="qwen3", tool_call_parser="hermes")
+    answer = await create(client, tools=[TOOL], tool_choice="auto")
+    reasoning, message, first, second = answer["output"]
+    assert reasoning["content"] == [{"type": "reasoning_text", "text": "why"}]
+    assert message["content"][0]["text"] == "Let me see."
+    assert first["call_id"] != second["call_id"]
+    for call in (first, second):
+        assert (call["name"], call["arguments"]) == ("weather", ARGUMENTS)
+    assert answer["tools"] == [TOOL]
+    assert (answer["tool_choice"], answer["status"]) == ("auto", "completed")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [say("Hello, 🎉"), say(f"<think>why</think>So:\n{CALL}\n{CALL}"), say(""), say("x" * 600)],
+)
+async def test_a_stream_adds_up_to_the_whole_answer(
+    make_client: MakeClient, engine: FakeEngineClient, script: Any
+) -> None:
+    client = make_client(reasoning_parser="qwen3", tool_call_parser="hermes")
+    engine.scripts = script
+    whole = await create(client, tools=[TOOL])
+    events = await stream(client, tools=[TOOL])
+    assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
+    last = events[-1]
+    assert last["type"] == f"response.{last['response']['status']}"
+    assert anonymous(last["response"]) == anonymous(whole)
+    for index, item in enumerate(last["response"]["output"]):
+        of_item = [event for event in events if event.get("output_index") == index]
+        assert of_item[0]["type"] == "response.output_item.added"
+        assert of_item[0]["item"]["status"] == "in_progress"
+        assert of_item[-1]["type"] == "response.output_item.done"
+        assert of_item[-1]["item"] == item
+        deltas = "".join(event["delta"] for event in of_item if "delta" in event)
+        if item["type"] == "function_call":
+            assert deltas == item["arguments"]
+        else:
+            assert deltas == item["content"][0]["text"]
+            kinds = [event["type"] for event in of_item]
+            assert kinds[1] == "response.content_part.added"
+            assert kinds[-2] == "response.content_part.done"
+        ids = {event["item_id"] for event in of_item if "item_id" in event}
+        assert ids <= {item["id"]}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_cut_answer_is_incomplete(
+    client: httpx.AsyncClient, engine: FakeEngineClient, streamed: bool
+) -> None:
+    fields = {"max_output_tokens": 3}
+    if streamed:
+        answer = (await stream(client, **fields))[-1]["response"]
+    else:
+        answer = await create(client, **fields)
+    assert answer["status"] == "incomplete"
+    assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert answer["output"][0]["status"] == "incomplete"
+    assert answer["output"][0]["content"][0]["text"] == "Hel"
+
+
+async def test_logprobs(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+    engine.scripts = say("é<")
+    fields = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    answer = await create(client, **fields)
+    entries = answer["output"][0]["content"][0]["logprobs"]
+    assert [entry["bytes"] for entry in entries] == [
+        [0xC3], [0xA9], [ord("<")], list(b"<|im_end|>")
+    ]  # fmt: skip
+    assert len(entries[0]["top_logprobs"]) == 2
+    events = await stream(client, **fields)
+    streamed = [entry for event in events if event["type"] == "response.output_text.delta"
+                for entry in event["logprobs"]]  # fmt: skip
+    assert streamed == entries
+    assert "logprobs" not in (await create(client))["output"][0]["content"][0]
+
+
+async def test_formats_and_effort_reach_the_chat(
+    client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
+) -> None:
+    schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    text = {"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}
+    answer = await create(client, text=text)
+    assert answer["text"]["format"] == text["format"]
+    assert engine.requests[-1].grammar is not None
+    await create(client, text={"format": {"type": "json_object"}})
+    assert engine.requests[-1].grammar is not None
+    await create(client, text={"format": {"type": "text"}}, reasoning={"effort": "none"})
+    assert engine.requests[-1].grammar is None
+    assert prompt_text(engine, tokenizer).endswith("<think></think>")
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"input": None}, "input"),
+    ({"input": []}, "input"),
+    ({"input": 3}, "input"),
+    ({"input": ["x"]}, "input"),
+    ({"input": [{"role": "wizard", "content": "x"}]}, "input[0].role"),
+    ({"input": [{"role": "user"}]}, "input[0].content"),
+    ({"input": [{"role": "user", "content": 3}]}, "input[0].content"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "file:///x"}]}]},
+     "input[0].content[0].type"),
+    ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]},
+     "input[0].content[0].text"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+    ({"input": [{"type": ["x"]}]}, "input[0].type"),
+    ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]},
+     "input[0].encrypted_content"),
+    ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{"}]},
+     "input"),
+    ({"instructions": 3}, "instructions"),
+    ({"max_output_tokens": 0}, "max_output_tokens"),
+    ({"max_output_tokens": "3"}, "max_output_tokens"),
+    ({"temperature": 3}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"seed": 1.5}, "seed"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}},
+     "stream_options.include_obfuscation"),
+    ({"stream_options": {}}, "stream_options"),
+    ({"background": True, "stream": True}, "background"),
+    ({"background": True, "store": False}, "background"),
+    ({"previous_response_id": "resp_none"}, "previous_response_id"),
+    ({"metadata": {"a": 1}}, "metadata"),
+    ({"metadata": dict.fromkeys(map(str, range(17)), "x")}, "metadata"),
+    ({"user": ""}, "user"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+    ({"tools": [{**TOOL, "parameters": {"type": "array"}}]}, "tools[0].parameters"),
+    ({"tools": [TOOL], "tool_choice": {"type": "file_search"}}, "tool_choice.type"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
+    ({"text": {"verbosity": "low"}}, "text.verbosity"),
+    ({"text": {"format": {"type": "grammar"}}}, "text.format"),
+    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": 3}}}},
+     "text.format"),
+    ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
+    ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
+    ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
+    ({"top_logprobs": 21}, "top_logprobs"),
+    ({"truncation": "auto"}, "truncation"),
+    ({"service_tier": "flex"}, "service_tier"),
+    ({"conversation": "conv_1"}, "conversation"),
+    ({"prompt": {"id": "pmpt_1"}}, "prompt"),
+    ({"max_tool_calls": 3}, "max_tool_calls"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD, ids=lambda value: str(value)[:60])
+async def test_bad_fields_are_named(
+    client: httpx.AsyncClient, engine: FakeEngineClient, fields: dict[str, Any], param: str
+) -> None:
+    response = await client.post(PATH, json={**HI, **fields})
+    assert_shape(response, 400, "invalid_value", param)
+    message = response.json()["error"]["message"]
+    assert not any(name in message for name in ("messages", "completion", "response_format"))
+    assert engine.requests == []
+    state = client.app.state.quire  # type: ignore[attr-defined]
+    assert state.admission.num_queued == state.admission.num_running == 0
+
+
+async def test_unknown_fields_and_long_input(
+    make_client: MakeClient, engine: FakeEngineClient
+) -> None:
+    items = [{"role": "user", "content": "hi", "colour": 1}]
+    fields = {**HI, "input": items, "tools": [{**TOOL, "x": 1}], "mood": 1}
+    response = await make_client().post(PATH, json=fields)
+    assert response.status_code == 200
+    named = set(response.headers["x-quire-ignored-params"].split(", "))
+    assert named == {"mood", "tools[0].x", "input[0].colour"}
+    response = await make_client(strict=True).post(PATH, json={**HI, "input": items})
+    assert_shape(response, 400, "invalid_value", "input[0].colour")
+    response = await make_client().post(PATH, json={**HI, "input": "x" * 600})
+    assert_shape(response, 400, "context_length_exceeded", "input")
+    response = await make_client().post(PATH, json={**HI, "max_output_tokens": 600})
+    assert_shape(response, 400, "context_length_exceeded", "max_output_tokens")
+    response = await make_client().post(PATH, json={**HI, "model": "other"})
+    assert_shape(response, 404, "model_not_found", "model")
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1])
+async def test_a_failure_is_a_status_or_the_last_event(
+    make_client: MakeClient, engine: FakeEngineClient, delay: float
+) -> None:
+    client = make_client(sse_keepalive_interval=0.05)
+    engine.scripts = lambda request, choice: Script(
+        ids("ab"), finish="error", error=RowError("non_finite_logits", "NaN"), delay=delay
+    )
+    response = await client.post(PATH, json=HI)
+    assert_shape(response, 500, "non_finite_logits", None)
+    response = await client.post(PATH, json={**HI, "stream": True})
+    events = events_of(response.text)
+    assert events[-1]["type"] == "response.failed"
+    failed = events[-1]["response"]
+    assert failed["error"] == {"code": "server_error", "message": "non_finite_logits: NaN"}
+    assert failed["output"][0]["status"] == "incomplete"
+    again = (await client.get(f"{PATH}/{failed['id']}")).json()
+    assert again == failed
+    follow = {**HI, "previous_response_id": failed["id"]}
+    assert_shape(await client.post(PATH, json=follow), 400, "invalid_value", "previous_response_id")
+
+
+async def test_a_failure_before_the_first_event_has_its_status(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    engine.scripts = lambda request, choice: Script(
+        [], finish="error", error=RowError("queue_timeout", "late")
+    )
+    response = await client.post(PATH, json={**HI, "stream": True})
+    assert_shape(response, 503, "queue_timeout", None)
+
+
+async def test_a_stored_response_goes_on(
+    client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
+) -> None:
+    engine.max_model_len = 2048
+    engine.scripts = say(f"Let me see.\n{CALL}")
+    first = await create(client, instructions="I", tools=[TOOL])
+    assert (await client.get(f"{PATH}/{first['id']}")).json() == first
+    engine.scripts = say("It rains.")
+    call_id = first["output"][1]["call_id"]
+    output = {"type": "function_call_output", "call_id": call_id, "output": "rain"}
+    second = await create(client, input=[output], previous_response_id=first["id"])
+    assert second["previous_response_id"] == first["id"]
+    text = prompt_text(engine, tokenizer)
+    assert "system" not in text  # instructions are those of one response
+    assert '"weather"' in text and "<|im_start|>tool\nrain" in text
+    third = await create(client, input="and now?", previous_response_id=second["id"])
+    text = prompt_text(engine, tokenizer)
+    for part in ("user\nhi", "Let me see.", "tool\nrain", "assistant\nIt rains.", "and now?"):
+        assert text.count(part) == 1, part
+    assert third["status"] == "completed"
+
+
+async def test_what_is_not_stored_is_not_found(
+    make_client: MakeClient, engine: FakeEngineClient
+) -> None:
+    client = make_client()
+    answer = await create(client, store=False)
+    assert answer["store"] is False
+    assert_shape(await client.get(f"{PATH}/{answer['id']}"), 404, "not_found", None)
+    answer = await create(client)
+    response = await client.delete(f"{PATH}/{answer['id']}")
+    assert response.json() == {"id": answer["id"], "object": "response", "deleted": True}
+    for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel")):
+        response = await client.request(method, f"{PATH}/{answer['id']}{path}")
+        assert_shape(response, 404, "not_found", None)
+    client = make_client(max_stored_responses=0)
+    assert (await create(client))["store"] is False
+    for name in ("store", "background"):
+        response = await client.post(PATH, json={**HI, name: True})
+        assert_shape(response, 400, "invalid_value", name)
+
+
+async def test_each_key_has_its_own_responses(make_client: MakeClient) -> None:
+    client = make_client(api_key=("one", "two"), admin_api_key="boss")
+    keys = [{"Authorization": "Bearer one"}, {"Authorization": "Bearer two"},
+            {"Authorization": "Bearer boss"}]  # fmt: skip
+    answer = (await client.post(PATH, json=HI, headers=keys[0])).json()
+    url = f"{PATH}/{answer['id']}"
+    follow = {**HI, "previous_response_id": answer["id"]}
+    for headers in keys[1:]:
+        assert_shape(await client.get(url, headers=headers), 404, "not_found", None)
+        assert_shape(await client.delete(url, headers=headers), 404, "not_found", None)
+        response = await client.post(PATH, json=follow, headers=headers)
+        assert_shape(response, 400, "invalid_value", "previous_response_id")
+    assert (await client.get(url, headers={"x-api-key": "one"})).json() == answer
+
+
+async def until(client: httpx.AsyncClient, response_id: str, *statuses: str) -> dict[str, Any]:
+    async with asyncio.timeout(3):
+        while True:
+            response: dict[str, Any] = (await client.get(f"{PATH}/{response_id}")).json()
+            if response["status"] in statuses:
+                Response.model_validate(response)
+                return response
+            await asyncio.sleep(0.005)
+
+
+async def test_in_the_background(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+    engine.hold = asyncio.Event()
+    queued = await create(client, background=True)
+    assert (queued["status"], queued["background"]) == ("queued", True)
+    running = await until(client, queued["id"], "in_progress")
+    assert running["output"] == []
+    follow = {**HI, "previous_response_id": queued["id"]}
+    assert_shape(await client.post(PATH, json=follow), 400, "invalid_value", "previous_response_id")
+    engine.hold.set()
+    done = await until(client, queued["id"], "completed")
+    assert done["output"][0]["content"][0]["text"] == "Hello, world"
+    assert (await client.post(f"{PATH}/{queued['id']}/cancel")).json() == done
+    state = client.app.state.quire  # type: ignore[attr-defined]
+    assert state.admission.num_queued == state.admission.num_running == 0
+
+
+async def test_cancelling_aborts(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+    engine.scripts = say("x" * 300, delay=0.01)
+    first = await create(client, background=True)
+    second = await create(client, background=True)
+    await until(client, first["id"], "in_progress")
+    response = await client.post(f"{PATH}/{first['id']}/cancel")
+    assert response.json()["status"] == "cancelled"
+    Response.model_validate(response.json())
+    assert (await client.get(f"{PATH}/{first['id']}")).json() == response.json()
+    assert (await client.delete(f"{PATH}/{second['id']}")).status_code == 200
+    assert_shape(await client.get(f"{PATH}/{second['id']}"), 404, "not_found", None)
+    assert not engine.running
+    whole = await create(client, max_output_tokens=1)
+    response = await client.post(f"{PATH}/{whole['id']}/cancel")
+    assert_shape(response, 400, "invalid_value", "response_id")
+    state = client.app.state.quire  # type: ignore[attr-defined]
+    assert state.admission.num_queued == state.admission.num_running == 0
+
+
+async def test_failures_in_the_background(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    engine.scripts = lambda request, choice: Script(
+        ids("ab"), finish="error", error=RowError("step_failed", "why")
+    )
+    answer = await create(client, background=True)
+    failed = await until(client, answer["id"], "failed")
+    assert failed["error"]["message"] == "step_failed: why"
+    engine.scripts = say("x", delay=5)
+    answer = await create(client, background=True, timeout=0.05)
+    failed = await until(client, answer["id"], "failed")
+    assert failed["error"]["message"].startswith("request_timeout")
+    assert not engine.running
+    engine.ready = False
+    assert_shape(await client.post(PATH, json={**HI, "background": True}), 503,
+                 "engine_not_ready", None)  # fmt: skip
+
+
+async def test_stopping_the_server_cancels(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    engine.scripts = say("x" * 300, delay=0.01)
+    answer = await create(client, background=True)
+    await until(client, answer["id"], "in_progress")
+    await client.app.state.quire.responses.close()  # type: ignore[attr-defined]
+    assert not engine.running
+    assert (await client.get(f"{PATH}/{answer['id']}")).json()["status"] == "cancelled"
+
+
+async def test_a_stored_response_is_not_streamed(client: httpx.AsyncClient) -> None:
+    answer = await create(client)
+    response = await client.get(f"{PATH}/{answer['id']}?stream=true")
+    assert_shape(response, 400, "invalid_value", "stream")
+
+
+def test_the_store_is_bounded() -> None:
+    now = 0.0
+    settings = Settings(
+        max_stored_responses=3, max_stored_response_bytes=1000, stored_response_ttl=10
+    )
+    store = ResponseStore(settings, clock=lambda: now)
+
+    def add(name: str, size: int = 10) -> None:
+        store.add((b"", name), {"text": "x" * size}, [])
+
+    def found() -> str:
+        return "".join(name for name in "abcdefgh" if store.find((b"", name)))
+
+    for name in "abcd":
+        add(name)
+    assert found() == "bcd"
+    add("e", 900)
+    assert found() == "cde"
+    add("f", 500)
+    assert found() == "f"
+    add("g", 2000)  # alone over the bound: the others stay
+    assert found() == "f"
+    now = 9.0
+    add("h")
+    now = 10.5
+    assert found() == "h"
+    now = 20.0
+    assert found() == ""
+    assert (len(store), store.num_bytes) == (0, 0)
+
+
+async def test_the_sdk(sdk: openai.AsyncOpenAI, engine: FakeEngineClient) -> None:
+    whole = await sdk.responses.create(**HI)
+    assert whole.output_text == "Hello, world"
+    assert (await sdk.responses.retrieve(whole.id)).output_text == "Hello, world"
+    more = await sdk.responses.create(**{**HI, "previous_response_id": whole.id})
+    await sdk.responses.delete(whole.id)
+    with pytest.raises(openai.NotFoundError):
+        await sdk.responses.retrieve(whole.id)
+    assert (await sdk.responses.retrieve(more.id)).status == "completed"
+    engine.scripts = say("x" * 300, delay=0.01)
+    running = await sdk.responses.create(**HI, background=True)
+    assert (await sdk.responses.cancel(running.id)).status == "cancelled"
+    with pytest.raises(openai.BadRequestError) as bad:
+        await sdk.responses.create(**HI, truncation="auto")
+    assert bad.value.param == "truncation"
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.08])
+async def test_the_sdk_accumulates_a_stream(
+    sdk: openai.AsyncOpenAI, engine: FakeEngineClient, delay: float
+) -> None:
+    engine.scripts = say(f"Let me see.\n{CALL}", delay=delay, chunk=40)
+    whole = await sdk.responses.create(**HI, tools=[TOOL])  # type: ignore[list-item]
+    snapshots = []
+    async with sdk.responses.stream(**HI, tools=[TOOL]) as events:  # type: ignore[list-item]
+        async for event in events:
+            if event.type in (
+                "response.output_text.delta",
+                "response.function_call_arguments.delta",
+            ):
+                snapshots.append(event.snapshot)
+        final = await events.get_final_response()
+    assert snapshots[-1] == ARGUMENTS
+    assert final.output_text == whole.output_text == "Let me see."
+    streamed = anonymous(final.to_dict(mode="json")["output"])
+    assert streamed == anonymous(whole.to_dict(mode="json")["output"])
+    assert final.usage == whole.usage
+
+
+async def test_leaving_a_stream_aborts(sdk: openai.AsyncOpenAI, engine: FakeEngineClient) -> None:
+    engine.scripts = say("x" * 300, delay=0.01)
+    async with await sdk.responses.create(**HI, stream=True) as events:
+        async for event in events:
+            if event.type == "response.output_text.delta":
+                break
+    async with asyncio.timeout(3):
+        while engine.running:
+            await asyncio.sleep(0.01)
+    assert engine.aborted

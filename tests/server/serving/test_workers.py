@@ -1,0 +1,355 @@
+"""Several HTTP processes before one engine: `quire serve --http-workers 2`, with a fake core."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from quire.engine.errors import QueueFullError
+from quire.server.http.limits import Admission, no_loads
+from quire.server.settings import load_settings
+
+from ..fakes import FakeEngineClient
+from ..test_cli import SLOW, Server, assert_error_and_done, launch
+
+WORKERS = 2
+RESUMABLE = {"x-quire-resumable": "1"}
+TWO = ("--http-workers", str(WORKERS))
+
+
+@contextlib.contextmanager
+def serving(*flags: str) -> Iterator[Server]:
+    with launch(*TWO, *flags, core="build_slow_chat_core") as process:
+        server = Server(process)
+        with server.http:
+            yield server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving("--shutdown-timeout", "1") as server:
+        yield server
+
+
+def completion(first_token: int = 100, max_tokens: int = 3) -> dict[str, Any]:
+    prompt = [first_token, 1, 2]
+    return {"model": "fake", "prompt": prompt, "max_tokens": max_tokens, "stream": True}
+
+
+def worker_of(client: httpx.Client) -> int:
+    """Which worker has the one connection of `client`."""
+    answer = client.post("/v1/completions", json=completion(), headers=RESUMABLE)
+    assert answer.status_code == 200 and "[DONE]" in answer.text
+    return int(answer.headers["x-quire-stream-id"].rpartition("w")[2])
+
+
+@contextlib.contextmanager
+def connections(server: Server) -> Iterator[list[httpx.Client]]:
+    """A connection to each worker, in their order, once all accept some and are ready."""
+    found: dict[int, httpx.Client] = {}
+    deadline = time.monotonic() + 60
+    with contextlib.ExitStack() as stack:
+        while len(found) < WORKERS:
+            assert time.monotonic() < deadline, f"only the workers {list(found)} are ready"
+            client = httpx.Client(base_url=server.http.base_url, timeout=20)
+            if (
+                client.get("/ready").status_code == 200
+                and (index := worker_of(client)) not in found
+            ):
+                found[index] = client
+                stack.callback(client.close)
+            else:
+                client.close()
+                time.sleep(0.01)
+        yield [found[index] for index in range(WORKERS)]
+
+
+def samples(client: httpx.Client) -> dict[frozenset[str], float]:
+    """By their names and the values of their labels."""
+    return {
+        frozenset((sample.name, *sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(client.get("/metrics").text)
+        for sample in family.samples
+    }
+
+
+def total(client: httpx.Client, name: str, *labels: str) -> float:
+    return sum(value for key, value in samples(client).items() if key >= {name, *labels})
+
+
+def workers_of(server: Server) -> list[psutil.Process]:
+    children = psutil.Process(server.process.pid).children()
+    return [child for child in children if "quire.server.serving.http_worker" in child.cmdline()]
+
+
+def until(condition: Any, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def running(server: Server) -> int:
+    count: int = server.http.get("/debug/engine").json()["stats"]["num_running"]
+    return count
+
+
+def test_each_worker_has_the_metrics_of_all(server: Server) -> None:
+    with connections(server) as clients:
+        time.sleep(0.2)  # all steps are counted
+        before = samples(clients[0])
+        for client in [*clients, clients[1]]:
+            worker_of(client)
+        sent = "http_requests_total", "200", "/v1/completions", "POST"
+        # Counted once the answer is sent.
+        until(lambda: total(clients[0], *sent) >= before.get(frozenset(sent), 0.0) + 3, 5.0)
+        pages = [samples(client) for client in clients]
+        for page in pages:
+            deltas = {key: value - before.get(key, 0.0) for key, value in page.items()}
+            for expected, *key in (
+                (3, *sent),
+                (9, "quire:generation_tokens_total", "0", "fake"),
+                (3, "quire:time_to_first_token_seconds_count", "0", "fake"),
+                (3, "quire:request_success_total", "0", "fake", "length"),
+            ):
+                assert deltas[frozenset(key)] == expected, key
+        (info,) = [value for key, value in page.items() if "quire:cache_config_info" in key]
+        assert info == 1.0
+        steps = "quire:iteration_tokens_total_count", "0", "fake"
+        # Counted once, though both workers hear of each.
+        until(lambda: total(clients[0], steps[0]) == before[frozenset(steps)] + 9, 5.0)
+        text = clients[0].get("/metrics").text
+    names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(names) == len(set(names))
+
+
+def test_probes_and_models_are_the_same_from_each(server: Server) -> None:
+    with connections(server) as clients:
+        for path in ("/health", "/ready", "/v1/models", "/debug/engine"):
+            first, second = (client.get(path) for client in clients)
+            assert first.status_code == second.status_code == 200
+            answers = [first.json(), second.json()]
+            for answer in answers:
+                answer.pop("stats", None)
+            assert answers[0] == answers[1]
+
+
+def respond(client: httpx.Client, **fields: Any) -> dict[str, Any]:
+    body = {"model": "fake", "input": "hi", "max_output_tokens": 4, **fields}
+    answer = client.post("/v1/responses", json=body)
+    assert answer.status_code == 200, answer.text
+    response: dict[str, Any] = answer.json()
+    return response
+
+
+def test_a_response_is_found_through_the_other_worker(server: Server) -> None:
+    with connections(server) as (zero, one):
+        made = respond(zero)
+        assert made["id"].endswith("w0")
+        counter = ("http_requests_total", "/v1/responses/{response_id}", "200")
+        seen = total(one, *counter)
+        got = one.get(f"/v1/responses/{made['id']}", headers={"x-request-id": "mine"})
+        assert got.status_code == 200 and got.json() == made
+        assert got.headers["x-request-id"] == "mine"
+        until(lambda: total(one, *counter) > seen, 5.0)  # counted once the answer is sent
+        assert total(one, *counter) == seen + 1
+
+        onward = respond(one, previous_response_id=made["id"])
+        assert onward["previous_response_id"] == made["id"] and onward["id"].endswith("w0")
+        body = {"input": "on", "previous_response_id": onward["id"], "max_output_tokens": 4}
+        streamed = one.post("/v1/responses", json={**body, "stream": True})
+        assert "event: response.incomplete" in streamed.text
+
+        slow = respond(one, background=True, max_output_tokens=5000)
+        assert slow["status"] in ("queued", "in_progress") and slow["id"].endswith("w1")
+        cancelled = zero.post(f"/v1/responses/{slow['id']}/cancel")
+        assert cancelled.json()["status"] == "cancelled"
+        assert zero.delete(f"/v1/responses/{slow['id']}").json()["deleted"]
+        for client, missing in itertools.product((zero, one), (slow["id"], "resp_w0", "resp_w7")):
+            assert client.get(f"/v1/responses/{missing}").status_code == 404
+        until(lambda: running(server) == 0)
+
+
+def test_a_stream_goes_on_through_the_other_worker(server: Server) -> None:
+    with connections(server) as (zero, one):
+        events: list[str] = []
+        body = completion(SLOW, 60)
+        with zero.stream("POST", "/v1/completions", json=body, headers=RESUMABLE) as begun:
+            for line in begun.iter_lines():
+                events += [line.removeprefix("id: ")] if line.startswith("id: ") else []
+                if len(events) == 5:
+                    break
+        stream_id = begun.headers["x-quire-stream-id"]
+        assert stream_id.endswith("w0")
+        rest = one.get(f"/v1/streams/{stream_id}", headers={"last-event-id": events[-1]})
+        assert rest.status_code == 200 and rest.headers["x-quire-stream-id"] == stream_id
+        lines = rest.text.splitlines()
+        events += [line.removeprefix("id: ") for line in lines if line.startswith("id: ")]
+        assert events == [f"{stream_id}-{number}" for number in range(len(events))]
+        assert "data: [DONE]" in lines and len(events) >= 60
+        assert one.delete(f"/v1/streams/{stream_id}").json()["deleted"]
+        assert one.get(f"/v1/streams/{stream_id}").status_code == 410
+
+
+def test_a_client_that_leaves_a_forwarded_request_ends_it(server: Server) -> None:
+    with connections(server) as (zero, one):
+        made = respond(zero)
+        body = {"input": "on", "previous_response_id": made["id"], "stream": True}
+        with one.stream("POST", "/v1/responses", json=body) as response:
+            next(response.iter_lines())
+            assert running(server) == 1
+        until(lambda: running(server) == 0, 2.0)
+
+
+def test_a_killed_engine_ends_the_streams_of_both_and_comes_back(server: Server) -> None:
+    with connections(server) as clients, contextlib.ExitStack() as stack:
+        streams = []
+        for client in clients:
+            stream = client.stream("POST", "/v1/completions", json=completion(SLOW, 1000))
+            lines = stack.enter_context(stream).iter_lines()
+            streams.append(lines)
+            next(lines)
+        children = psutil.Process(server.process.pid).children()
+        (engine,) = [child for child in children if child not in workers_of(server)]
+        engine.kill()
+        for lines in streams:
+            events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+            assert_error_and_done(events, "engine_dead")
+    with connections(server) as clients:
+        for client in clients:
+            assert client.get("/ready").status_code == 200
+        assert total(clients[1], "quire:engine_restarts_total") == 1
+
+
+def test_a_killed_worker_takes_only_its_own_requests_and_comes_back(server: Server) -> None:
+    with connections(server) as clients, contextlib.ExitStack() as stack:
+        time.sleep(1.5)  # what it counted is known to the main process
+        before = total(clients[0], "quire:request_success_total")
+        streams = []
+        for client in clients:
+            stream = client.stream("POST", "/v1/completions", json=completion(SLOW, 150))
+            lines = stack.enter_context(stream).iter_lines()
+            streams.append(lines)
+            next(lines)
+        assert running(server) == 2
+        workers = workers_of(server)
+        workers[0].kill()
+        until(lambda: any_survivor(server) == 1, 2.0)  # aborted in the engine, and only that one
+        ends = []
+        for lines in streams:
+            try:
+                ends.append([line for line in lines if line][-1])
+            except httpx.RemoteProtocolError as error:
+                ends.append(str(error))
+        assert sum(end == "data: [DONE]" for end in ends) == 1, ends
+    with connections(server) as (fresh, _):
+        assert total(fresh, "quire:http_worker_restarts_total") == 1
+        assert total(fresh, "quire:request_success_total") > before
+        loads = fresh.get("/debug/engine").json()["admission"]
+        assert (loads["num_queued"], loads["num_running"], loads["queued_tokens"]) == (0, 0, 0)
+
+
+def any_survivor(server: Server) -> int:
+    """Running sequences, asked over a new connection: the old one may have died."""
+    with httpx.Client(base_url=server.http.base_url) as client:
+        try:
+            count: int = client.get("/debug/engine").json()["stats"]["num_running"]
+        except httpx.TransportError:
+            return -1
+        return count
+
+
+def test_a_drain_ends_all_workers_and_the_exit_code_is_0(server: Server) -> None:
+    """The last test of this server."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    with connections(server) as clients, contextlib.ExitStack() as stack:
+        streams = []
+        for client, max_tokens in zip(clients, (1000, 20), strict=True):
+            body = completion(SLOW, max_tokens)
+            lines = stack.enter_context(client.stream("POST", "/v1/completions", json=body))
+            streams.append(lines.iter_lines())
+            next(streams[-1])
+        others = [
+            stack.enter_context(httpx.Client(base_url=server.http.base_url)) for _ in "123456"
+        ]
+        for other in others:
+            assert other.get("/ready").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        for worker in workers_of(server):
+            worker.terminate()  # as a service manager does; only the main process decides
+        for other in others:
+            until(lambda other=other: other.get("/ready").status_code == 503, 1.0)
+            refused = other.post("/v1/completions", json={"model": "fake", "prompt": "x"})
+            assert refused.json()["error"]["code"] == "shutting_down"
+        long, short = (
+            [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+            for lines in streams
+        )
+        assert json.loads(short[-2])["choices"][0]["finish_reason"] == "length"
+        assert_error_and_done(long, "engine_dead")
+    assert server.process.wait(timeout=10) == 0
+    assert not [child for child in children if child.is_running()]
+
+
+def test_all_end_with_the_main_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which serves on a unix socket here."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # nobody is left to remove the folders
+    with serving("--uds", str(tmp_path / "quire.sock")) as server:
+        with server.stream(100, 3) as events:
+            assert list(events)[-1] == "[DONE]"
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        assert len(children) == WORKERS + 1
+        server.process.kill()
+        dead = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        until(lambda: all(not c.is_running() or c.status() in dead for c in children), 5.0)
+
+
+@pytest.mark.parametrize(
+    "core, flags, message",
+    [
+        ("build_broken_core", (), "quire: the weights are broken"),
+        ("build_core", ("--generation-config", "/no/such"), "quire: generation_config"),
+    ],
+)
+def test_a_failed_start_is_one_line(core: str, flags: tuple[str, ...], message: str) -> None:
+    with launch(*TWO, *flags, core=core) as process:
+        _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in stderr
+
+
+def test_queue_limits_hold_for_the_sum_of_all_workers() -> None:
+    settings = load_settings(max_num_seqs=1, max_num_queued_reqs=2, max_num_queued_tokens=50)
+    loads = no_loads(2)
+    zero, one = (Admission(settings, FakeEngineClient(), index, loads) for index in range(2))
+    first, second = zero.admit(1, 0, 10), one.admit(2, 0, 10)
+    for admission in (zero, one):
+        with pytest.raises(QueueFullError, match="3 requests are waiting"):
+            admission.admit(1, 0)
+        assert (admission.num_queued, admission.queued_tokens) == (3, 20)
+    second.close()
+    with pytest.raises(QueueFullError, match="10 prompt tokens are waiting"):
+        one.admit(1, 0, 41)
+    first.started()
+    assert (one.num_queued, one.num_running, one.queued_tokens) == (0, 1, 0)
+    first.close()
+    assert list(loads) == [0] * 6
+
+
+def test_settings_reach_a_worker_as_they_are() -> None:
+    settings = load_settings(
+        api_key=("a", "b"), max_body_bytes="2MiB", ssl_keyfile="k", ssl_certfile="c", max_n=7
+    )
+    assert load_settings(**settings.model_dump(mode="json", exclude={"config"})) == settings
