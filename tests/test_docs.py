@@ -345,17 +345,50 @@ async def test_examples_of_the_readme_are_accepted() -> None:
             assert response.status_code == 200, response.text
 
 
-def test_architecture_names_every_module_once() -> None:
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_are_named_exist(path: Path) -> None:
+    folders = "server|engine|kernels|tests|configs|benchmarks|docs"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", path.read_text(encoding="utf-8")):
+        assert (ROOT / name).is_file(), name
+
+
+# -- rooms -----------------------------------------------------------------------------------
+
+ROOMS = sorted(
+    str(path.parent.relative_to(ROOT))
+    for package in ("server", "engine", "kernels")
+    for path in (ROOT / package).rglob("__init__.py")
+)
+
+
+def test_the_architecture_is_read_in_one_go() -> None:
+    assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_every_room_has_its_row_in_the_architecture() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    named = re.findall(r"^\| `((?:server|engine|kernels)/\w+\.py)` \|", text, re.M)
-    modules = {
-        str(path.relative_to(ROOT))
-        for package in ("server", "engine", "kernels")
-        for path in (ROOT / package).glob("*.py")
-        if path.name != "__init__.py"
-    }
-    assert len(named) == len(set(named))
-    assert set(named) == modules
+    (rows,) = (table for table in _tables(text) if "room" in table[0])
+    assert sorted(_code(row["room"]) for row in rows) == ROOMS
+    for row in rows:
+        assert row["what it is"] and row["may import"], row
+        if row["begin at"]:
+            assert (ROOT / _code(row["room"]) / _code(row["begin at"])).is_file(), row
+        else:
+            assert not _modules(_code(row["room"])), row
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_it_is_and_names_its_files(room: str) -> None:
+    docstring = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text("utf-8"))) or ""
+    unnamed = [name for name in _modules(room) if not re.search(rf"\b{name}\b", docstring)]
+    assert docstring and not unnamed
+
+
+def _modules(room: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / room).glob("*.py") if path.stem != "__init__")
+
+
+# -- docs/operations.md and CHANGELOG.md -----------------------------------------------------
 
 
 def test_changelog_tells_of_this_version() -> None:
@@ -363,8 +396,6 @@ def test_changelog_tells_of_this_version() -> None:
     newest = re.search(r"^## \[(\d[^\]]*)\]", changelog, re.M)
     assert newest and newest[1] == version("quire")
 
-
-# -- docs/operations.md ----------------------------------------------------------------------
 
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
 
