@@ -26,7 +26,8 @@ SCANNED = ("server", "engine", "kernels")
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 """Names of the standard library that its manual describes."""
 PUBLIC_MODULES = {
-    *("fastapi.exceptions", "fastapi.middleware.cors", "fastapi.responses", "jinja2.meta"),
+    *("fastapi.exceptions", "fastapi.middleware.cors", "fastapi.responses", "fastapi.security"),
+    *("jinja2.meta", "pydantic.config"),
     *("msgspec.json", "numba.extending", "numpy.typing", "prometheus_client.core"),
     *("prometheus_client.exposition", "prometheus_client.registry", "pydantic.fields"),
     *("pydantic.json_schema", "starlette.datastructures", "starlette.exceptions"),
