@@ -22,7 +22,7 @@ from pydantic import (
 
 from ...engine.errors import InvalidRequestError
 from ...engine.sampling_params import MAX_LOGIT_BIAS
-from ..parsing.tool_parsers import TOOL_NAME
+from ..parsing.answer_parser import TOOL_NAME
 from .tool_choice import MAX_TOOLS, check_parameters, check_tool_choice, check_unique
 from .unsupported import refuse_unsupported
 
