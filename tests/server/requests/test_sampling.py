@@ -97,7 +97,7 @@ async def test_truncation_keeps_the_end(
 async def test_too_many_prompt_logprobs(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quire.server.requests.preparation.MAX_PROMPT_LOGPROBS", 100)
+    monkeypatch.setattr("quire.server.requests.job.MAX_PROMPT_LOGPROBS", 100)
     fields = {**PROMPT, "prompt": ["x" * 20, "y" * 20], "prompt_logprobs": 2}
     response = await client.post(COMPLETIONS, json=fields)
     assert_shape(response, 400, "invalid_value", "prompt_logprobs")
