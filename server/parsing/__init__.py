@@ -7,7 +7,7 @@ Reading order:
 
     message_events   the events, and how they add up to a message
     json_scanner     where a JSON value ends, and whether it is valid so far
-    reasoning        `<think>…</think>` told apart from the answer
+    reasoning        `<think>…</think>` separated from the answer
     answer_parser    the base of the parsers of tool calls: begin here, it explains how they work
     tool_parsers     calls amid content, and calls written as JSON objects
     harmony          gpt-oss's format, in which reasoning and calls are both messages

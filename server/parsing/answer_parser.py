@@ -105,7 +105,7 @@ class AnswerParser(ABC):
     # -- the parts of a message ---------------------------------------------------------------
 
     def _begin_call(self, name: str) -> None:
-        """Emit the start of a call, after its markup. Raises Malformed for a bad name."""
+        """Emit the start of a call and settle its markup. Raises Malformed for a bad name."""
         if not TOOL_NAME.fullmatch(name):
             raise Malformed
         self._events.append(ToolCallStart(self._num_calls, self.new_id(), name))
@@ -114,13 +114,13 @@ class AnswerParser(ABC):
         self._after_call = False
 
     def _emit_arguments(self, text: str) -> None:
-        """Emit more of the last call's arguments, and settle what was read for them."""
+        """Emit more of the last call's arguments and settle the text that was read."""
         if text:
             self._events.append(ToolCallArguments(self._num_calls - 1, text))
         self._mark = self._at
 
     def _end_call(self) -> None:
-        """Mark the last call as complete, and what was read as its markup."""
+        """Mark the last call as complete and settle its markup."""
         self._mark = self._at
         self._after_call = True
 

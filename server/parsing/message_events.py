@@ -96,10 +96,10 @@ class MessageBuilder:
     def message(self) -> dict[str, Any]:
         """Return the message in OpenAI's shape. An empty `content` is null if there are calls or
         reasoning."""
-        alone = not self.calls and not self.reasoning
+        only_content = not self.calls and not self.reasoning
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": self.content if self.content or alone else None,
+            "content": self.content if self.content or only_content else None,
             "refusal": None,
         }
         if self.reasoning:

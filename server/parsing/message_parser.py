@@ -2,7 +2,7 @@
 
     text ─▶ ReasoningParser ─▶ parser of calls, fed with the content ─▶ hidden events dropped
 
-Harmony has one parser for both, which takes the place of the second.
+Harmony has a single parser for reasoning and calls, in the place of the second.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class MessageParser:
         return "tool_calls" if reason == "stop" and self._has_calls else reason
 
     def _read_calls(self, events: Iterable[Event]) -> list[Event]:
-        """Replace content by what the parser of calls makes of it."""
+        """Pass content through the parser of calls, if there is one."""
         if self._tools is None:
             return list(events)
         read: list[Event] = []

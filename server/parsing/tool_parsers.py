@@ -73,11 +73,7 @@ class JsonCalls(ToolParser):
         arguments: str | None = None
         while True:
             # 1. Read a key.
-            yield from self._skip_space()
-            key = yield from self._string()
-            yield from self._skip_space()
-            yield from self._expect(":")
-            yield from self._skip_space()
+            key = yield from self._key()
             # 2. Read its value. Arguments are streamed if the name is known by now; otherwise they
             #    are kept for step 4, since an event of arguments needs a call that has begun.
             if key in ("name", "function") and name is None:
@@ -114,9 +110,18 @@ class JsonCalls(ToolParser):
             self._emit_arguments(arguments or "{}")
         self._end_call()
 
+    def _key(self) -> Reader[str]:
+        """Read the key of a member, up to the beginning of its value. Raises Malformed."""
+        yield from self._skip_space()
+        key = yield from self._string()
+        yield from self._skip_space()
+        yield from self._expect(":")
+        yield from self._skip_space()
+        return key
+
     def _buffered_arguments(self) -> Reader[str]:
-        """Read arguments that cannot be streamed: an object, one as a JSON text in a string, or
-        null for none. Returns the object's text. Raises Malformed."""
+        """Read arguments that cannot be streamed: an object, the JSON text of one in a string, or
+        null for no arguments. Returns the text of the object. Raises Malformed."""
         first = yield from self._peek()
         text = yield from self._json()
         if first == '"':

@@ -106,7 +106,7 @@ def forced_call(
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool["name"] == choice.name]
     many = choice == "required" and body.parallel_tool_calls is not False
-    # 2. Find out what may come before the calls.
+    # 2. Determine the reasoning that may come before the calls.
     end = prompt_end(tokenizer, prompt)
     if message_format.is_harmony:
         many = False  # a call ends the answer

@@ -150,8 +150,8 @@ class Generation:
             self._record()
 
     def _take(self, position: int, output: SequenceOutput) -> Delta | None:
-        """Add a step's output to its choice. Returns what it makes certain, or None."""
-        # 1. Note what concerns the prompt and the whole request.
+        """Add a step's output to its choice. Returns the delta that it makes certain, or None."""
+        # 1. Store the values that belong to the prompt.
         if output.num_cached_tokens is not None:
             self._cached_tokens[position] = output.num_cached_tokens
         if not self._prompts_counted[position]:

@@ -17,7 +17,7 @@ async def merged_outputs(
 ) -> AsyncGenerator[tuple[int, SequenceOutput], None]:
     """Run all requests at once, and yield pairs of a request's position and one of its outputs.
 
-    The first error of a request ends the others. Closing the iterator aborts what still runs.
+    The first error of a request ends the others. Closing the iterator aborts those that still run.
     """
     # 1. One request, the usual case, needs no tasks.
     if len(requests) == 1:

@@ -43,7 +43,7 @@ MAX_DETOKENIZE = 262_144
 
 
 class StreamOptions(Fields):
-    """What a stream reports beside the text."""
+    """Options of a streamed answer."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None

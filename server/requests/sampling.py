@@ -73,16 +73,17 @@ def check_limits(
     # 1. The number of sequences, of a prompt and in all.
     n = 1 if body.n is None else body.n
     width = n if body.best_of is None else body.best_of
-    most = min(settings.max_n, info.max_num_seqs)
+    max_width = min(settings.max_n, info.max_num_seqs)
     for name, value in (("n", n), ("best_of", width)):
-        if not 1 <= value <= most:
-            raise InvalidRequestError(f"{name} must be from 1 to {most}", name)
+        if not 1 <= value <= max_width:
+            raise InvalidRequestError(f"{name} must be from 1 to {max_width}", name)
     if width < n:
         raise InvalidRequestError("best_of must be at least n", "best_of")
-    most = max(settings.max_n, settings.max_prompts_per_request)
-    if width * num_prompts > most:
+    max_sequences = max(settings.max_n, settings.max_prompts_per_request)
+    if width * num_prompts > max_sequences:
         raise InvalidRequestError(
-            f"{num_prompts} prompts with {width} choices exceed the maximum of {most} sequences",
+            f"{num_prompts} prompts with {width} choices exceed the maximum of {max_sequences} "
+            "sequences",
             "n",
         )
     # 2. Beam search, and parameters that only it has.

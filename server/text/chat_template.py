@@ -104,7 +104,7 @@ class TemplateRenderer:
             for message in fields:
                 if message["role"] == "developer":
                     message["role"] = "system"
-        # 4. Render, and put back what was hidden.
+        # 4. Render, and put the hidden spellings back.
         try:
             text = self._hf.apply_chat_template(
                 fields, tokenize=False, chat_template=template, **settings

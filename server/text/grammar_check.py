@@ -84,13 +84,13 @@ class GrammarCheck:
             raise InvalidRequestError(f"{param}: {reason}", param)
 
     def close(self) -> None:
-        """End the child. Another one is started if a grammar still comes."""
+        """End the child. Another one is started if another grammar comes."""
         if (child := self._child) is not None:
             child.kill()
         self._thread.submit(self._forget_child).result()
 
     def _ask(self, spec: GrammarSpec, start: Callable[[], Message]) -> tuple[str | None, bool]:
-        """Return what is wrong with `spec`, or None, and whether that verdict is final."""
+        """Return the reason to refuse `spec`, or None, and whether that verdict is final."""
         if self._child is None:
             self._child = _start_child()
             # The child also ends when this object is collected or the interpreter exits.
@@ -146,8 +146,8 @@ def _exchange(child: subprocess.Popen[bytes], message: Message) -> str | None:
 
 
 def main() -> None:
-    """Answer every line of stdin, the tokenizer and then grammars, with a line: null, or what is
-    wrong with it."""
+    """Answer every line of stdin, the tokenizer and then grammars, with a line: null, or the reason
+    why it was refused."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     tokenizer: Any = None

@@ -258,7 +258,7 @@ def _encode_first(encoder: Encoder, text: str, add_special_tokens: bool, count: 
     room = count - (encoder.num_special_tokens_to_add(False) if add_special_tokens else 0)
     if room < 1:
         raise InvalidRequestError(
-            f"truncate_prompt_tokens of {count} leaves no room beside the special tokens",
+            f"truncate_prompt_tokens of {count} leaves no room for text next to the special tokens",
             "truncate_prompt_tokens",
         )
     [encoding] = encoder.encode_batch([text], add_special_tokens=False)
