@@ -132,17 +132,12 @@ def _tags_to_lark(tags: Mapping[str, Any]) -> str:
         bodies = []
         for structure in tags["structures"]:
             if structure["begin"].startswith(trigger):
+                schema = {**structure["schema"], "x-guidance": JSON_OPTIONS}
                 rest = _literal(structure["begin"][len(trigger) :])
-                schema = schema_text(structure["schema"])
-                bodies.append(f"{rest} %json {schema} {_literal(structure['end'])}")
+                bodies.append(f"{rest} %json {json.dumps(schema)} {_literal(structure['end'])}")
         rules.append(f"tag_{number}: trigger_{number} ({' | '.join(bodies)})")
         rules.append(rf"trigger_{number}[lazy]: /(.|\n)*/ {_literal(trigger)}")
     return "\n".join(rules)
-
-
-def schema_text(schema: Mapping[str, Any]) -> str:
-    """Return a JSON schema, with JSON_OPTIONS, as it follows `%json` in a Lark grammar."""
-    return json.dumps({**schema, "x-guidance": JSON_OPTIONS})
 
 
 def _literal(text: str) -> str:

@@ -87,7 +87,8 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
     arrival = time.monotonic()
     info = state.engine.info
     # 1. Check the parameters.
-    params, max_tokens_param = _chat_params(state, body)
+    width = check_limits(body, 1, info, state.settings)
+    params, max_tokens_param = _chat_params(state, body, width)
     check_chat(state, body)
     tools = offered_tools(body)
     constraint = read_constraint(body)
@@ -99,7 +100,7 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
     # 2. Claim a place. Text counts by its characters until it is tokenised.
     characters = sum(len(message.content or "") for message in body.messages)
     characters += len(encode_json(tools))
-    ticket = state.admission.admit(params.beam_width or params.n, characters)
+    ticket = state.admission.admit(width, characters)
     try:
         state.check_ready()
         # 3. Tokenise, compile the grammar, and build the job. Whether a forced call may begin with
@@ -122,11 +123,9 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
     return job, ticket
 
 
-def _chat_params(state: ServerState, body: ChatBody) -> tuple[SamplingParams, str]:
+def _chat_params(state: ServerState, body: ChatBody, width: int) -> tuple[SamplingParams, str]:
     """Return a chat's sampling parameters, and the name of the field that holds its max_tokens.
     Raises InvalidRequestError."""
-    info = state.engine.info
-    width = check_limits(body, 1, info, state.settings)
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     _check_max_tokens(getattr(body, name), name)
     if body.top_logprobs is not None and not body.logprobs:
@@ -139,7 +138,7 @@ def _chat_params(state: ServerState, body: ChatBody) -> tuple[SamplingParams, st
         logprobs=_wanted_logprobs(wanted, width, body),
         prompt_logprobs=body.prompt_logprobs,
     )
-    params.check_vocabulary(info.vocab_size)
+    params.check_vocabulary(state.engine.info.vocab_size)
     return params, name
 
 

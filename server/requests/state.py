@@ -22,6 +22,10 @@ from ..settings import Settings
 from ..text.grammar_check import GrammarCheck
 from ..text.tokenizer import Tokenizer
 
+RenderMetrics = Callable[[], Awaitable[tuple[bytes, str]]]
+"""Returns the page of `/metrics` and its content type: `Metrics.render`, or in one of several HTTP
+workers the page of all of them."""
+
 
 class ServerState:
     """Everything that an endpoint needs to serve a request. `create_app` makes it once.
@@ -53,9 +57,7 @@ class ServerState:
         self.responses = ResponseStore(settings)
         self.streams = StreamRegistry(settings.stream_resume_ttl, siblings.suffix)
         self.created = int(time.time())
-        self.render_metrics: Callable[[], Awaitable[tuple[bytes, str]]] = self._render_own_metrics
-        """Returns the page of metrics, and its media type. If there are several HTTP workers, each
-        of them replaces it by a function that returns the page of all."""
+        self.render_metrics: RenderMetrics = self._render_own_metrics
 
     async def _render_own_metrics(self) -> tuple[bytes, str]:
         return self.metrics.render()
