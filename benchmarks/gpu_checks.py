@@ -14,11 +14,8 @@ from quire.engine.sampling import sampler as sampler_module
 from quire.engine.sampling.sampler import Sampler
 from quire.kernels import reference
 from quire.kernels.cuda.attention.cascade import CascadeWorkspace
-from quire.kernels.cuda.attention.paged_attention_decode import (
-    DecodeWorkspace,
-    build_decode_schedule,
-    paged_attention_decode,
-)
+from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
+from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
 from quire.kernels.cuda.copy_blocks import copy_blocks
 from quire.kernels.cuda.prepare_inputs import prepare_inputs
@@ -191,7 +188,7 @@ def check_cascade(
     out = torch.full_like(inputs.query, NAN)
 
     def launch() -> None:
-        build_decode_schedule(inputs.seq_lens, workspace, cascade=cascade)
+        build_decode_schedule(inputs.seq_lens, workspace, prefix_lens=cascade.prefix_lens)
         paged_attention_decode(
             inputs.query, *caches, *tables, **options, workspace=workspace, cascade=cascade,
             out=out,

@@ -27,12 +27,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from quire.engine.sampling import sampler
 from quire.kernels.cuda import sample_tokens
 from quire.kernels.cuda.attention.cascade import CascadeWorkspace
-from quire.kernels.cuda.attention.decode_schedule import MIN_CHUNK, PROGRAMS_PER_SM
-from quire.kernels.cuda.attention.paged_attention_decode import (
+from quire.kernels.cuda.attention.decode_schedule import (
+    MIN_CHUNK,
+    PROGRAMS_PER_SM,
     DecodeWorkspace,
     build_decode_schedule,
-    paged_attention_decode,
 )
+from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
 from quire.kernels.cuda.copy_blocks import copy_blocks
 from quire.kernels.cuda.prepare_inputs import prepare_inputs
@@ -132,7 +133,9 @@ def time_shared(
         groups.set_groups([PrefixGroup(tuple(range(members)), prefix)])
     query = torch.randn(members, shape.num_heads, shape.head_dim, device=DEVICE).to(BF16)
     out = torch.empty_like(query)
-    build_decode_schedule(batch.seq_lens, workspace, cascade=groups)
+    build_decode_schedule(
+        batch.seq_lens, workspace, prefix_lens=None if groups is None else groups.prefix_lens
+    )
 
     def call(layer: int) -> None:
         paged_attention_decode(

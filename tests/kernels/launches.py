@@ -13,11 +13,8 @@ from packed import packed_step
 from paged import PagedInputs, paged_inputs
 
 from quire.kernels.cuda.attention.cascade import CascadeWorkspace
-from quire.kernels.cuda.attention.paged_attention_decode import (
-    DecodeWorkspace,
-    build_decode_schedule,
-    paged_attention_decode,
-)
+from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
+from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
 from quire.kernels.cuda.copy_blocks import copy_blocks
 from quire.kernels.cuda.prepare_inputs import prepare_inputs
@@ -63,7 +60,9 @@ def decode(
     groups = None
     if cascade:
         groups = CascadeWorkspace.allocate(workspace, dtype=BF16, cache_dtype=cache)
-    build_decode_schedule(inputs.seq_lens, workspace, cascade=groups)
+    build_decode_schedule(
+        inputs.seq_lens, workspace, prefix_lens=None if groups is None else groups.prefix_lens
+    )
     paged_attention_decode(
         inputs.query, *caches, inputs.block_table, inputs.seq_lens, scale=inputs.scale,
         workspace=workspace, kv_scales=scales, cascade=groups,

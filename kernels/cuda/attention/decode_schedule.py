@@ -14,7 +14,6 @@ in the workspace and the last one to arrive merges them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -22,9 +21,6 @@ import triton.language as tl
 
 from ...checks import require, require_contiguous, require_dtype, require_launchable, require_shape
 from ..tuning import TileConfig, decode_config
-
-if TYPE_CHECKING:
-    from .cascade import CascadeWorkspace
 
 PROGRAMS_PER_SM = 4
 MIN_CHUNK = 256
@@ -151,27 +147,32 @@ def _build_decode_schedule_kernel(
 
 
 def build_decode_schedule(
-    seq_lens: torch.Tensor, workspace: DecodeWorkspace, *, cascade: CascadeWorkspace | None = None
+    seq_lens: torch.Tensor, workspace: DecodeWorkspace, prefix_lens: torch.Tensor | None = None
 ) -> None:
-    """Write the work list of these lengths `[num_seqs]` int32 into `workspace.items`.
+    """Write the work list for these sequence lengths `[num_seqs]` int32 into `workspace.items`.
 
-    Once a step and workspace, before the layers' `paged_attention_decode` with the same
-    seq_lens and `cascade`, whose shared prefixes are left out of the list. Nothing is read back
-    by the host. ValueError on more than max_num_seqs rows.
+    Call it once per step and workspace, before any layer's `paged_attention_decode` with the same
+    seq_lens. prefix_lens `[max_num_seqs]` int32 leaves each row's first prefix_lens[i] keys (a
+    multiple of the tile) out of the list, because `attend_prefixes` folds them for a whole group:
+    pass `CascadeWorkspace.prefix_lens` exactly when the layers get that cascade. The host reads
+    nothing back. Raises ValueError on more than max_num_seqs rows.
     """
     num_seqs = seq_lens.shape[0]
     require_dtype("seq_lens", seq_lens, torch.int32)
     require_shape("seq_lens", seq_lens, None)
     require_contiguous("seq_lens", seq_lens)
-    require_launchable(seq_lens=seq_lens, workspace=workspace.items)
+    require_launchable(seq_lens=seq_lens, workspace=workspace.items, prefix_lens=prefix_lens)
     require(
         0 < num_seqs <= workspace.max_num_seqs,
         f"{num_seqs} sequences do not fit a workspace for {workspace.max_num_seqs}",
     )
+    if prefix_lens is not None:
+        require_dtype("prefix_lens", prefix_lens, torch.int32)
+        require(num_seqs <= len(prefix_lens), "prefix_lens is for fewer sequences")
     _build_decode_schedule_kernel[(1,)](
         workspace.items,
         seq_lens,
-        None if cascade is None else cascade.prefix_lens,
+        prefix_lens,
         num_seqs,
         num_seqs + workspace.slots,
         workspace.items.stride(0),

@@ -27,9 +27,7 @@ from .attend_tiles import (
     store_rows,
 )
 from .cascade import CascadeWorkspace, attend_prefixes
-from .decode_schedule import DecodeWorkspace, build_decode_schedule
-
-__all__ = ["DecodeWorkspace", "build_decode_schedule", "paged_attention_decode"]
+from .decode_schedule import DecodeWorkspace
 
 MAX_REGISTERS = {4: 168}
 """A thread's, by warps: what three programs a multiprocessor leave. Told nothing, ptxas aims at

@@ -9,11 +9,8 @@ from paged import paged_inputs, relative_error, share_prefixes
 
 from quire.kernels import reference
 from quire.kernels.cuda.attention.cascade import CascadeWorkspace
-from quire.kernels.cuda.attention.paged_attention_decode import (
-    DecodeWorkspace,
-    build_decode_schedule,
-    paged_attention_decode,
-)
+from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
+from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.tuning import TileConfig
 from quire.kernels.prefix_groups import PrefixGroup, find_prefix_groups
 
@@ -60,7 +57,7 @@ def cascade_error(
         cascade.partials.fill_(NAN)
         cascade.log_sums.fill_(NAN)
         cascade.set_groups(served)
-        build_decode_schedule(inputs.seq_lens, workspace, cascade=cascade)
+        build_decode_schedule(inputs.seq_lens, workspace, prefix_lens=cascade.prefix_lens)
         out = torch.full_like(inputs.query, NAN)
         paged_attention_decode(
             inputs.query, *caches, *rest, **options, workspace=workspace, cascade=cascade, out=out
@@ -144,7 +141,7 @@ def test_found_groups_are_served() -> None:
     groups = find_prefix_groups(tables, lens, 32, cascade.cost, **options, launch_bytes=0)
     assert groups == [PrefixGroup((0, 1, 3, 4, 5), 512)]
     cascade.set_groups(groups)
-    build_decode_schedule(inputs.seq_lens, workspace, cascade=cascade)
+    build_decode_schedule(inputs.seq_lens, workspace, prefix_lens=cascade.prefix_lens)
     rest = (inputs.block_table, inputs.seq_lens)
     caches = (inputs.key_cache, inputs.value_cache)
     found = paged_attention_decode(

@@ -3,10 +3,7 @@
 import pytest
 import torch
 
-from quire.kernels.cuda.attention.paged_attention_decode import (
-    DecodeWorkspace,
-    build_decode_schedule,
-)
+from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
 
 
 def schedule(

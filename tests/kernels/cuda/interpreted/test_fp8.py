@@ -13,11 +13,8 @@ import torch
 from paged import PagedInputs, paged_inputs, relative_error
 
 from quire.kernels import reference
-from quire.kernels.cuda.attention.paged_attention_decode import (
-    DecodeWorkspace,
-    build_decode_schedule,
-    paged_attention_decode,
-)
+from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
+from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
 from quire.kernels.cuda.copy_blocks import copy_blocks
 from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
