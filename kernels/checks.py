@@ -96,10 +96,7 @@ def check_attention(
     sinks: torch.Tensor | None,
     out: torch.Tensor,
 ) -> tuple[int, int, int]:
-    """Check the arguments that both attention kernels take.
-
-    Returns (num_kv_heads, block_size, head_dim). Raises ValueError if something does not fit.
-    """
+    """Check what both attention kernels take; return (num_kv_heads, block_size, head_dim)."""
     num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
     stored_wide = key_cache.dtype in FLOAT_DTYPES
     require_dtype("query", query, *((key_cache.dtype,) if stored_wide else FLOAT_DTYPES))

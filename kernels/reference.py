@@ -81,7 +81,7 @@ def paged_attention_extend(
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # over 50 lines: half are its parameters and what they mean
     """Compute causal attention of packed queries over their sequences' cached blocks.
 
         out = softmax(scale · Q·Kᵀ, masked) · V

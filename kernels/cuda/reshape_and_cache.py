@@ -73,7 +73,7 @@ def reshape_and_cache(
     slot_mapping: torch.Tensor,
     *,
     kv_scales: torch.Tensor | None = None,
-) -> None:
+) -> None:  # over 50 lines: parameters, their checks, and the kernel's arguments one per line
     """Write K and V `[num_tokens, num_kv_heads, head_dim]`, of any strides, to their slots.
 
     key_cache and value_cache are one layer's `[num_blocks, num_kv_heads, block_size, head_dim]`.
