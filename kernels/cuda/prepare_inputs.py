@@ -177,8 +177,8 @@ def prepare_inputs(
 
     If S is greater than num_seqs, every row has one token, T equals S, and the rows from num_seqs
     on are padding: length 0, slot −1, id and position 0. `reach` is the maximum number of new
-    tokens or table columns of any row. Raises ValueError on shapes, dtypes or devices that do not fit; the
-    contents of `packed` are not checked.
+    tokens or table columns of any row. Raises ValueError on shapes, dtypes or devices that do not
+    fit; the contents of `packed` are not checked.
     """
     size, num_tokens = seq_lens.shape[0], input_ids.shape[0]
     for name, tensor, dtype, length in (
