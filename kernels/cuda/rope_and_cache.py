@@ -28,6 +28,7 @@ from ..checks import (
 from .fp8 import bits_view, check_scales, load_scale, store_as
 
 
+# Over 50 lines: 15 parameters.
 @triton.jit
 def _rotate_heads(
     target_ptr,

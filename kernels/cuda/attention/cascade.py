@@ -244,8 +244,7 @@ def attend_prefixes(
 ) -> None:
     """Store in `cascade` the partial results of every member over its shared prefix.
 
-    `paged_attention_decode` calls this and has checked the arguments that both share. Raises
-    ValueError if the cascade is for another shape.
+    A step of `paged_attention_decode`, which has checked the arguments that both share.
     """
     _, num_kv_heads, block_size, head_dim = key_cache.shape
     cost, config = cascade.cost, cascade.config
