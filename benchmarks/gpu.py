@@ -206,7 +206,7 @@ def report(
     seconds: float,
     engine: Record,
 ) -> str:
-    """Format a summary: failed checks, all times, the engine's parts, the best five of each sweep."""
+    """Format failed checks, all times, the engine's parts and the best five of each sweep."""
     limits = {record["name"]: record for record in records if record["name"].startswith("limit")}
     lines = [json.dumps(facts), f"{seconds:.0f} s; phases: {endings}"]
     checks = [record for record in records if record["phase"] == "checks"]

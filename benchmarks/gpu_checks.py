@@ -1,4 +1,4 @@
-"""Every kernel against its float64 oracle on the GPU, with outputs and scratch full of NaN."""
+"""Check every kernel on the GPU against its float64 oracle; outputs and scratch start as NaN."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from packed import packed_step  # noqa: E402
 from paged import PagedInputs, paged_inputs, share_prefixes  # noqa: E402
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Maximum relative error by dtype, in the Frobenius norm."""
 FILTERS: list[dict[str, float]] = [
     {}, {"min_p": 0.05}, {"top_k": 1}, {"top_k": 20, "top_p": 0.95}, {"top_k": 1024, "top_p": 0.5},
     {"top_k": 40, "min_p": 0.1}, {"top_k": 5000}, {"top_k": 3000, "top_p": 0.8}, {"top_p": 0.9},
@@ -42,6 +43,7 @@ Caches = tuple[torch.Tensor, torch.Tensor]
 
 
 def _verdict(dtype: torch.dtype, *errors: float, **facts: object) -> Record:
+    """Return the largest error, NaN if any is, and whether it is within the tolerance."""
     error = max(errors) if all(error == error for error in errors) else NAN
     return {"error_norm": error, "limit": TOLERANCES[dtype], "ok": error <= TOLERANCES[dtype]} | {
         name: str(fact) for name, fact in facts.items()
@@ -57,9 +59,9 @@ def _sinks(num_heads: int, wanted: bool) -> torch.Tensor | None:
 
 
 def _stored(inputs: PagedInputs, fp8: bool) -> tuple[Caches, Caches, torch.Tensor | None]:
-    """The caches as the kernel reads them, as the oracle does, and their scales.
+    """Return the caches that the kernel reads, those that the oracle reads, and their scales.
 
-    Of float8 both read the same bytes: what rounding costs is not the kernel's.
+    With float8 both read the same bytes, since the error of rounding is not the kernel's.
     """
     caches = (inputs.key_cache, inputs.value_cache)
     if not fp8:
@@ -83,6 +85,7 @@ def check_extend(
     sinks: bool = False,
     fp8: bool = False,
 ) -> Record:
+    """Check paged_attention_extend on sequences of these lengths."""
     num_heads, num_kv_heads, head_dim = heads
     inputs = paged_inputs(
         query_lens, seq_lens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
@@ -111,8 +114,11 @@ def check_decode(
     sinks: bool = False,
     min_chunk: int = 256,
     fp8: bool = False,
-) -> Record:
-    """Eagerly twice, which proves the arrival counters; then a graph replayed on other lengths."""
+) -> Record:  # over 50 lines: eager launches and graph replays share all of their inputs
+    """Check paged_attention_decode twice eagerly and in a CUDA graph replayed on other lengths.
+
+    The second eager launch shows that the first one left the arrival counters at 0.
+    """
     num_heads, num_kv_heads, head_dim = heads
     inputs = paged_inputs(
         [query_len] * len(seq_lens), seq_lens, num_heads=num_heads, num_kv_heads=num_kv_heads,
@@ -169,8 +175,10 @@ def check_cascade(
     seq_lens: list[int],
     fp8: bool = False,
 ) -> Record:
-    """Shared prefixes against the oracle, which knows of none: eagerly, then by one graph that is
-    replayed with all groups, with the first alone, with none."""
+    """Check shared prefixes against the oracle, which reads each row's own table.
+
+    They run eagerly, then in one graph that is replayed with all groups, the first one, and none.
+    """
     num_heads, num_kv_heads, head_dim = heads
     inputs = paged_inputs(
         [1] * len(seq_lens), seq_lens, num_heads=num_heads, num_kv_heads=num_kv_heads,
@@ -212,10 +220,10 @@ def check_cascade(
 
 
 def check_sampling(dtype: torch.dtype, vocab_size: int, rows: int) -> Record:
-    """Every filter at several spreads of the logits: the tokens of the sampler's torch path.
+    """Check draws with every filter, at several spreads of the logits, against the torch sampler.
 
-    `error_norm` is the share of rows with another token. Both paths call the same functions; where
-    a compiler rounds one of them otherwise, about one row in a million may differ.
+    `error_norm` is the share of rows with another token. Both paths call the same functions; if a
+    compiler rounds one of them differently, about one row in a million may differ.
     """
     device = torch.device(DEVICE)
     differ = drawn = 0
@@ -241,7 +249,7 @@ def check_sampling(dtype: torch.dtype, vocab_size: int, rows: int) -> Record:
 def check_inputs(
     starts: list[int], lengths: list[int], padding: int = 0, changed: float = 0.5
 ) -> Record:
-    """A step's inputs, bit by bit: `error_norm` is the share of numbers that differ."""
+    """Check prepare_inputs bit by bit; `error_norm` is the share of numbers that differ."""
     differ = count = 0
     for block_size in (16, 64):
         step = packed_step(
@@ -256,7 +264,7 @@ def check_inputs(
 
 
 def check_far_blocks() -> Record:
-    """Blocks whose element offsets pass 2³¹: write, extend, decode and copy."""
+    """Check write, extend, decode and copy on blocks whose element offsets exceed 2³¹."""
     num_heads, num_kv_heads, head_dim, block_size = 32, 8, 128, 16
     num_blocks = 2**31 // (num_kv_heads * block_size * head_dim) + 16
     shape = (1, 2, num_blocks, num_kv_heads, block_size, head_dim)
@@ -298,7 +306,10 @@ def check_far_blocks() -> Record:
 
 
 def check_fp8_write(dtype: torch.dtype, heads: tuple[int, int, int]) -> Record:
-    """Bytes as torch converts them; K of the rotation may round to the next number."""
+    """Check that float8 writes store the bytes that torch converts to.
+
+    Rotated K may round to the neighbouring number.
+    """
     num_heads, num_kv_heads, head_dim = heads
     slots = torch.randperm(9 * 16, device=DEVICE)[:77]
     slots[::5] = -1
@@ -323,7 +334,7 @@ def check_fp8_write(dtype: torch.dtype, heads: tuple[int, int, int]) -> Record:
 
 
 def check_write(dtype: torch.dtype, heads: tuple[int, int, int], block_size: int) -> Record:
-    """reshape_and_cache, rope_and_cache and copy_blocks over strided rows and padding slots."""
+    """Check the cache writes and copy_blocks with strided rows and padding slots."""
     num_heads, num_kv_heads, head_dim = heads
     num_tokens, num_blocks = 77, 9
     slots = torch.randperm(num_blocks * block_size, device=DEVICE)[:num_tokens]
@@ -356,7 +367,7 @@ def check_write(dtype: torch.dtype, heads: tuple[int, int, int], block_size: int
 
 
 def check_rows(dtype: torch.dtype, num_rows: int, size: int) -> Record:
-    """Both norms, both weight conventions, and the gated activation."""
+    """Check both norms with both weight conventions, and the gated activation."""
     x, residual = torch.randn(2, num_rows, size, device=DEVICE).to(dtype)
     weight = torch.randn(size, device=DEVICE).to(dtype)
     errors = []
@@ -374,8 +385,8 @@ def check_rows(dtype: torch.dtype, num_rows: int, size: int) -> Record:
     return _verdict(dtype, *errors)
 
 
-def cases() -> list[Case]:
-    """The plainest first; half-precision types before float32."""
+def cases() -> list[Case]:  # over 50 lines: it is a list
+    """Return the cases, the simplest first and half-precision dtypes before float32."""
     found: list[Case] = []
 
     def add(name: str, function: object, *args: object, **options: object) -> None:

@@ -91,7 +91,7 @@ def _sampling_cases() -> list[Case]:
 
 
 def extend_cases() -> list[Case]:
-    """Return cases of tiles on an 8k prompt at blocks of 16, 64 and 128, and on 16 short prompts."""
+    """Return cases of tiles on an 8k prompt at blocks of 16, 64 and 128, and 16 prompts of 512."""
     found = []
     tiles = [
         TileConfig(block_m, block_n, num_warps, num_stages, prefetch)

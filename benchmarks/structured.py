@@ -4,9 +4,9 @@
 
 The engine runs without HTTP on the CPU, with a 30M-parameter Qwen3 shape, random weights, contexts
 of about 300 tokens and a byte-level BPE tokenizer trained on the standard library's sources.
-Answers are endless arrays of records (strings, numbers, enums, nested lists), each with its own seed, so
-that the sequences are in different states. Batches of both kinds alternate on one engine; the
-figure of a batch is its median step, and the result is the median ratio of neighbouring batches.
+Answers are endless arrays of records (strings, numbers, enums, nested lists), each with its own
+seed, so that the sequences are in different states. Batches of both kinds alternate on one engine;
+the figure of a batch is its median step, the result is the median ratio of neighbouring batches.
 The CPU time of all threads, masks included, is reported beside the wall time: it is what a step
 costs when every core is busy.
 """
