@@ -8,7 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from gpu_common import DEVICE, Case, Record, capture, make_sequence, relative_error
+from gpu_common import DEVICE, Case, Record, capture, make_sequence
 
 from quire.engine.sampling import sampler as sampler_module
 from quire.engine.sampling.sampler import Sampler
@@ -27,7 +27,7 @@ from quire.kernels.prefix_groups import PrefixGroup
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
 from packed import packed_step  # noqa: E402
-from paged import PagedInputs, paged_inputs, share_prefixes  # noqa: E402
+from paged import PagedInputs, paged_inputs, relative_error, share_prefixes  # noqa: E402
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Maximum relative error by dtype, in the Frobenius norm."""

@@ -143,9 +143,3 @@ def mixed_lengths(count: int, low: int, high: int, seed: int = 0) -> tuple[int, 
     """Return `count` uniform random lengths, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(low, high + 1, (count,), generator=generator).tolist())
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return ‖actual − expected‖ / ‖expected‖ (Frobenius); NaN if either tensor has a NaN."""
-    difference = (actual.double() - expected.double()).norm()
-    return float(difference / expected.double().norm().clamp_min(1e-30))

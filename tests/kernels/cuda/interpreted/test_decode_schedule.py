@@ -1,4 +1,4 @@
-"""The work list covers every key once, within its static size, for any lengths."""
+"""Test that the work list covers every key once, within its static size, for any lengths."""
 
 import pytest
 import torch

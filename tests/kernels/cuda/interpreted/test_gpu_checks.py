@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py checks on a GPU, here on the CPU and small: that the checks can pass."""
+"""Run small versions of the checks of benchmarks/gpu.py on the CPU, to test the checks."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Launchers refuse by name what does not fit, before anything is launched."""
+"""Test that launchers refuse arguments that do not fit, by name and before any launch."""
 
 from typing import Any
 
