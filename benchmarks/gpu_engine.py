@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_shapes import SHAPES, Limits, write_config
 from gpu_workloads import (
-    SHAPES,
     Bench,
-    Limits,
     Report,
     Result,
     add_arguments,
@@ -37,7 +36,6 @@ from gpu_workloads import (
     limits_of,
     sizes_of,
     table,
-    write_config,
 )
 from small_engine import make_core, make_request
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig

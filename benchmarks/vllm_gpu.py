@@ -20,16 +20,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpu_shapes import Limits, write_config
 from gpu_workloads import (
     Bench,
-    Limits,
     Report,
     Result,
     add_arguments,
     engine_options,
     limits_of,
     table,
-    write_config,
 )
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # read when vLLM is imported

@@ -18,18 +18,16 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 import gpu  # noqa: E402
 import gpu_targets  # noqa: E402
-from gpu_workloads import (  # noqa: E402
+from gpu_shapes import (  # noqa: E402
     SHAPES,
-    Bench,
     Limits,
-    Report,
-    Result,
     cost_of,
     decode_seconds,
     offline_seconds,
     prefill_seconds,
-    table,
+    write_config,
 )
+from gpu_workloads import Bench, Report, Result, table  # noqa: E402
 
 LIMITS = Limits()
 
@@ -283,7 +281,6 @@ print("fine")
 
 
 def test_shapes_are_models(tmp_path: Path) -> None:
-    from gpu_workloads import write_config
     from transformers import AutoConfig
 
     for shape, values in SHAPES.items():
