@@ -32,12 +32,15 @@ LAST_ID = tl.constexpr(0x7FFFFFFF)
 _INTERPRETED = tl.constexpr(interpreting())
 _WAYS = tl.constexpr(16)
 """Limits per round of `_covering_key`'s search."""
+# SplitMix64's constants (Steele, Lea and Flood, 2014); see the engine's counter_rng.
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = tl.constexpr(0x94D049BB133111EB)
 _INT63_MAX = tl.constexpr(2**63 - 1)
 _NEGATIVE_UNIT = tl.constexpr(-(1.0 - 2.0**-24) * 2.0**-63)
+"""The factor that maps 63 random bits to −u, with u inside (0, 1)."""
 _MASS_UNIT = tl.constexpr(2.0**40)
+"""The mass of a token whose logit is the maximum."""
 
 
 @triton.jit
