@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
+from ..errors import one_line
 from ..request import GrammarSpec
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def make_tokenizer(
         return LLTokenizer(tokenizer_json, n_vocab=size, eos_token=list(eos_token_ids))
     except ValueError as error:
         raise GrammarCompileError(
-            f"this model's tokenizer cannot be constrained: {_one_line(str(error))}"
+            f"this model's tokenizer cannot be constrained: {one_line(str(error))}"
         ) from error
 
 
@@ -82,7 +83,7 @@ def compile_grammar(tokenizer: LLTokenizer, spec: GrammarSpec) -> LLMatcher:
     try:
         grammar = _translate(spec)
     except ValueError as error:
-        raise GrammarCompileError(_one_line(str(error))) from error
+        raise GrammarCompileError(one_line(str(error))) from error
     limits = LLParserLimits(verbose_errors=False)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if not matcher.is_error():
@@ -99,7 +100,7 @@ def matcher_failure(matcher: LLMatcher) -> str | None:
     dead_end = not error and matcher.is_stopped() and not matcher.is_accepting()
     if dead_end or error.startswith("NoExtension"):
         return "nothing can continue it"
-    return _one_line(error) or None
+    return one_line(error) or None
 
 
 def _translate(spec: GrammarSpec) -> str:
@@ -142,7 +143,3 @@ def _tags_to_lark(tags: Mapping[str, Any]) -> str:
 
 def _literal(text: str) -> str:
     return json.dumps(text) if text else ""
-
-
-def _one_line(text: str, limit: int = 400) -> str:
-    return " ".join(text.split())[:limit]
