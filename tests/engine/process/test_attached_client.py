@@ -17,8 +17,8 @@ from quire.engine.process.process_client import ProcessEngineClient
 from quire.engine.process.remote_client import EngineStatus
 
 from .. import fakes
+from ..clients import Observer, collect, tokens_of
 from ..fakes import EXIT, LOSE, SLOW, expected_tokens, make_request
-from ..test_inline_client import Observer, collect, tokens_of
 from .test_process_client import assert_engine_dead, until_ready
 
 

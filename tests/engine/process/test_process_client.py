@@ -26,8 +26,8 @@ from quire.engine.process.engine_handle import EngineHandle
 from quire.engine.process.process_client import ProcessEngineClient
 
 from .. import fakes
+from ..clients import Observer, collect, tokens_of
 from ..fakes import CRASH, EXIT, HANG, LOSE, SLOW, expected_tokens, make_request
-from ..test_inline_client import Observer, collect, tokens_of
 
 FAKES = str(Path(fakes.__file__).parent)
 
@@ -63,6 +63,11 @@ async def client(observer: Observer) -> AsyncIterator[ProcessEngineClient]:
         yield client
 
 
+def pid_of(client: ProcessEngineClient) -> int:
+    assert client._engine is not None
+    return client._engine.pid
+
+
 async def until_ready(client: ProcessEngineClient) -> None:
     async with asyncio.timeout(20):
         while not client.health().ready:
@@ -81,8 +86,7 @@ async def test_engine_killed_in_mid_stream(client: ProcessEngineClient, observer
         for _ in range(5)
     ]
     await asyncio.sleep(0.2)
-    pid = client.engine_pid
-    assert pid is not None
+    pid = pid_of(client)
     os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
     for outputs in await asyncio.gather(*streams):
@@ -153,8 +157,7 @@ async def test_long_idle_and_a_blocked_loop_are_no_stall(client: ProcessEngineCl
 
 
 async def test_reset_fails_when_the_engine_dies(client: ProcessEngineClient) -> None:
-    pid = client.engine_pid
-    assert pid is not None
+    pid = pid_of(client)
     os.kill(pid, signal.SIGSTOP)
     reset = asyncio.create_task(client.reset_prefix_cache())
     await asyncio.sleep(0.05)
@@ -197,8 +200,8 @@ async def _send_random_bytes(client: ProcessEngineClient) -> None:
 
 
 async def test_close_leaves_nothing_behind(client: ProcessEngineClient) -> None:
-    engine, pid = client._engine, client.engine_pid
-    assert engine is not None and pid is not None
+    engine, pid = client._engine, pid_of(client)
+    assert engine is not None
     path = engine._socket.get(zmq.LAST_ENDPOINT).decode().rstrip("\0").removeprefix("ipc://")
     assert not Path(path).parent.exists()  # gone since the engine was ready
     start = time.monotonic()
@@ -208,12 +211,12 @@ async def test_close_leaves_nothing_behind(client: ProcessEngineClient) -> None:
 
 
 async def test_close_ends_a_hung_engine(client: ProcessEngineClient) -> None:
-    pid = client.engine_pid
+    pid = pid_of(client)
     stream = asyncio.create_task(collect(client, make_request(HANG)))
     await asyncio.sleep(0.1)
     await client.close()
     assert_engine_dead(await stream)
-    assert pid is not None and not psutil.pid_exists(pid)
+    assert not psutil.pid_exists(pid)
 
 
 @pytest.mark.parametrize("first_token", [100, HANG], ids=["idle", "hung"])
@@ -228,7 +231,7 @@ def test_engine_dies_with_its_parent(first_token: int, tmp_path: Path) -> None:
             client = ProcessEngineClient(EngineConfig(model="fake"), core="fakes:build_core")
             await client.start()
             await client.wait_ready()
-            print(client.engine_pid, flush=True)
+            print(client._engine.pid, flush=True)
             async for _ in client.generate(fakes.make_request({first_token})):
                 pass
             await asyncio.sleep(60)

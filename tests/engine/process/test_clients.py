@@ -1,4 +1,4 @@
-"""What every EngineClient does, proved for the inline one and for the process."""
+"""What every EngineClient does, tested with the engine in a thread and in a process."""
 
 from __future__ import annotations
 
@@ -9,33 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from quire.engine.config import EngineConfig, EngineInfo
+from quire.engine.config import EngineConfig
 from quire.engine.errors import EngineNotReadyError, InvalidRequestError, StartupError
-from quire.engine.inline_client import InlineEngineClient
-from quire.engine.outputs import EngineStats, SequenceOutput
 from quire.engine.process.process_client import ProcessEngineClient
-from quire.engine.request import Request
 
-from . import fakes
-from .fakes import CRASH, SLOW, STAMPED, expected_tokens, make_request
+from .. import fakes
+from ..clients import Observer, collect, tokens_of
+from ..fakes import CRASH, SLOW, STAMPED, expected_tokens, make_request
+from ..inline_client import InlineEngineClient
 
 Client = InlineEngineClient | ProcessEngineClient
-
-
-class Observer:
-    def __init__(self) -> None:
-        self.infos: list[EngineInfo] = []
-        self.stats: list[EngineStats] = []
-        self.restarts = 0
-
-    def engine_ready(self, info: EngineInfo) -> None:
-        self.infos.append(info)
-
-    def engine_restarted(self) -> None:
-        self.restarts += 1
-
-    def observe_step(self, stats: EngineStats) -> None:
-        self.stats.append(stats)
 
 
 def build(kind: str, model: str = "fake", observer: Observer | None = None) -> Client:
@@ -63,14 +46,6 @@ async def client(kind: str, observer: Observer) -> AsyncIterator[Client]:
     await client.wait_ready()
     yield client
     await client.close()
-
-
-async def collect(client: Client, request: Request) -> list[SequenceOutput]:
-    return [output async for output in client.generate(request)]
-
-
-def tokens_of(outputs: list[SequenceOutput], choice: int = 0) -> list[int]:
-    return [token for output in outputs if output.choice == choice for token in output.token_ids]
 
 
 async def test_streams_tokens_in_order(client: Client) -> None:
