@@ -10,7 +10,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
-from importlib.metadata import entry_points, packages_distributions
+from importlib.metadata import distributions, packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -111,9 +111,14 @@ def test_unpacked_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Pat
     assert Path(output.split()[-1]).is_dir()
 
 
-def test_console_script_is_importable() -> None:
-    (script,) = entry_points(group="console_scripts", name="quire")
-    assert callable(script.load())
+def test_console_script_of_the_wheel_runs(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    (installed,) = distributions(path=[str(tmp_path)])
+    (script,) = installed.entry_points.select(group="console_scripts", name="quire")
+    code = f"from {script.module} import {script.attr} as main; main()"
+    output = _python(["-P", "-c", code, "--version"], tmp_path, {"PYTHONPATH": str(tmp_path)})
+    assert output == f"quire {installed.version}\n"
 
 
 # -- names -----------------------------------------------------------------------------------
