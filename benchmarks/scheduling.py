@@ -3,11 +3,11 @@
     python benchmarks/scheduling.py [--run-ahead] [--plot FILE.svg] [--profile 256]
 
 This runs all that an engine process does, except for the model (see scripted_worker.py): schedule;
-launch, which lays out the inputs and plans the sampling; results and update; and send, which
-encodes the client's message and passes it to ZeroMQ. Every sequence samples one token per step. All
-sequences cross a block boundary in the same step, and then their full blocks are hashed and
-indexed. So the figures are means over spans of as many steps as a block has tokens, from the
-fastest of ten such spans. They are CPU times of the engine's thread.
+launch (the verbs forward and sample), which lays out the inputs and plans the sampling; results and
+update; and send, which encodes the client's message and passes it to ZeroMQ. Every sequence samples
+one token per step. All sequences cross a block boundary in the same step, and then their full
+blocks are hashed and indexed. So the figures are means over spans of as many steps as a block has
+tokens, from the fastest of ten such spans. They are CPU times of the engine's thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 from scripted_worker import ScriptedWorker
@@ -30,6 +30,8 @@ from quire.engine.core.engine_core import EngineCore
 from quire.engine.process import engine_process, wire
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
+from quire.engine.step import SamplingConstraints, SchedulerOutput
+from quire.engine.worker_protocol import Forward, Results
 from quire.server.bench.plot import Panel, Series, render_svg
 
 BLOCK_SIZE, PROMPT, STEPS, WARM_UP = 16, 40, 160, 32
@@ -37,6 +39,14 @@ PARTS = ("schedule", "launch", "results", "update", "send", "step")
 DEMO = Path(__file__).parents[1] / "configs" / "demo"
 
 Times = dict[str, list[float]]
+
+
+class _TimedSample(NamedTuple):
+    host: Host
+    step: Forward
+
+    def sample(self, constraints: SamplingConstraints) -> Results:
+        return self.host.sample(self.step, constraints)
 
 
 class Host:
@@ -64,12 +74,26 @@ class Host:
                 arrival_time=0.0,
             )
             self._server._handle(self._core, b"client", wire.Add(request))
-        scheduler, launch = self._core._scheduler, worker.launch
+        scheduler = self._core._scheduler
         self._time(scheduler, "schedule", "schedule")
         self._time(scheduler, "update_from_output", "update")
         self._time(self._server, "_send_step", "send")
-        timed_launch = self._timed(launch, "launch")
-        worker.launch = lambda output: self._timed(timed_launch(output), "results")  # type: ignore
+        launches, begin = self.times["launch"], worker.forward
+
+        def forward(output: SchedulerOutput) -> Forward:
+            started = time.thread_time()
+            step = begin(output)
+            launches.append(time.thread_time() - started)
+            return _TimedSample(self, step)
+
+        worker.forward = forward  # type: ignore[method-assign]
+
+    def sample(self, step: Forward, constraints: SamplingConstraints) -> Results:
+        """The second half of a launch; its results are timed when they are asked for."""
+        started = time.thread_time()
+        results = step.sample(constraints)
+        self.times["launch"][-1] += time.thread_time() - started
+        return self._timed(results, "results")
 
     def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         """Return the function, with its times recorded under `part`."""

@@ -8,8 +8,9 @@ They import only each other and the standard library. From a request inwards:
     request          a client's request, and whether it can ever run
     config           the engine's configuration, and what it reports when it is ready
     embedding_spec   how a model makes embeddings
-    outputs          what passes between scheduler, worker and client
+    outputs          what the engine reports to its clients
     sequence         one stream of tokens with its blocks; a request forks into n of them
+    step             what passes between scheduler and worker in one step
     worker_protocol  the seam between the engine's loop and the device
     client           the engine's interface to the HTTP process
 
