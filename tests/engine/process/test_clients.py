@@ -81,11 +81,11 @@ async def test_latency_from_step_to_item(client: Client) -> None:
         delays.append(time.monotonic() - output.timings.finished)
     delays.sort()
     print(f"step to item: p50 {delays[100] * 1e3:.3f} ms, p99 {delays[198] * 1e3:.3f} ms")
-    # Far above what is usual; a poll interval or Nagle-like delay on the way would still show.
+    # Far above the usual delay, but a poll interval or a delay like Nagle's would exceed it.
     assert delays[100] < 0.02
 
 
-async def test_refusal_raises_with_its_parameter(client: Client) -> None:
+async def test_a_refusal_raises_with_its_parameter(client: Client) -> None:
     with pytest.raises(InvalidRequestError, match="too many tokens") as caught:
         await collect(client, make_request(max_tokens=60_000))
     assert caught.value.param == "max_tokens"
@@ -148,7 +148,7 @@ async def test_resets_the_prefix_cache(client: Client) -> None:
     await client.reset_prefix_cache()
     await collect(client, make_request())
     stats = client.stats()
-    assert stats is not None and stats.preemptions == 1  # where the fake counts resets
+    assert stats is not None and stats.preemptions == 1  # the fake counts its resets there
 
 
 async def test_reports_to_its_observer(client: Client, observer: Observer) -> None:

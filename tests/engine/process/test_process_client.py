@@ -1,4 +1,4 @@
-"""Faults that only an engine in a process of its own can have, and survive."""
+"""Faults that only an engine in its own process can have, and how the client survives them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ async def test_engine_killed_in_mid_stream(client: ProcessEngineClient, observer
     for outputs in await asyncio.gather(*streams):
         assert len(tokens_of(outputs)) > 1
         assert_engine_dead(outputs)
-    print(f"told after {time.monotonic() - killed:.3f} s")
+    print(f"reported after {time.monotonic() - killed:.3f} s")
     assert time.monotonic() - killed < 1.0
     health = client.health()
     assert (health.alive, health.ready) == (True, False)
@@ -129,7 +129,7 @@ async def test_repeated_failures_end_it_for_good(client: ProcessEngineClient) ->
 
 @pytest.mark.parametrize("fault", [HANG, LOSE])
 async def test_stalled_engine_is_restarted(capfd: pytest.CaptureFixture[str], fault: int) -> None:
-    # Started here and not in a fixture: pytest gives each phase a stderr of its own.
+    # Started here and not in a fixture, because pytest gives each phase another stderr.
     async with running() as client:
         stream = asyncio.create_task(collect(client, make_request(fault)))
         alive = True
@@ -203,10 +203,10 @@ async def test_close_leaves_nothing_behind(client: ProcessEngineClient) -> None:
     engine, pid = client._engine, pid_of(client)
     assert engine is not None
     path = engine._socket.get(zmq.LAST_ENDPOINT).decode().rstrip("\0").removeprefix("ipc://")
-    assert not Path(path).parent.exists()  # gone since the engine was ready
+    assert not Path(path).parent.exists()  # removed when the engine became ready
     start = time.monotonic()
     await client.close()
-    assert time.monotonic() - start < 1.0  # it ended when asked, nobody had to kill it
+    assert time.monotonic() - start < 1.0  # it ended when asked, and was not killed
     assert not psutil.pid_exists(pid)
 
 
@@ -221,7 +221,7 @@ async def test_close_ends_a_hung_engine(client: ProcessEngineClient) -> None:
 
 @pytest.mark.parametrize("first_token", [100, HANG], ids=["idle", "hung"])
 def test_engine_dies_with_its_parent(first_token: int, tmp_path: Path) -> None:
-    """The parent is killed, so that none of its own clean-up can run."""
+    """Kill the parent, so that none of its own clean-up can run."""
     script = f"""
         import asyncio, fakes
         from quire.engine.config import EngineConfig
