@@ -1,11 +1,10 @@
-"""Measure what a shared prompt saves: time to first token of a second request and of the first.
+"""What a shared prompt saves: the second request's time to first token against the first's.
 
     python -P benchmarks/prefix_ttft.py
 
-The engine runs without HTTP on the CPU: a 30M-parameter Qwen3 shape with random weights in float32.
-Each pair of requests has a fresh 2,048-token prompt, of which the second request changes the last
-16 tokens. The figure is the median ratio of the pairs, so that it tolerates a machine whose speed
-drifts.
+The engine alone, on the CPU: a 30M-parameter Qwen3 shape with random weights in float32. Each
+pair has a fresh 2,048-token prompt; the second request differs in its last 16 tokens. The figure
+is the median of the pairs' ratios, so that it survives a machine whose speed drifts.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ SHAPE = Qwen3Config(
 
 
 def time_to_first_token(core: EngineCore, name: str, prompt: list[int]) -> float:
-    """Return the seconds that one token after this prompt takes."""
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     begin = time.perf_counter()
     core.add_request(

@@ -1,14 +1,13 @@
-"""Compare a step of 16 constrained sequences with a step of 16 free ones.
+"""What a step of 16 constrained sequences costs beside one of 16 free ones.
 
     python -P benchmarks/structured.py [--vocab 32000 1536] [--threads 1] [--greedy]
 
-The engine runs without HTTP on the CPU: a 30M-parameter Qwen3 shape with random weights, contexts
-of about 300 tokens, and a byte-level BPE tokenizer trained on the standard library's sources. The
-answers are endless arrays of records (strings, numbers, enums, nested lists). Each has its own
-seed, so that the sequences are in different states of the grammar. Both kinds of batch take turns
-on one engine. The figure of a turn is its median step, and the result is the median ratio of
-neighbouring turns. Beside wall time, the CPU time of all threads is reported, including those that
-fill masks: that is what a step costs when every core is busy.
+The engine without HTTP on the CPU: a 30M-parameter Qwen3 shape with random weights, contexts of
+about 300 tokens; a byte-level BPE tokenizer trained on the standard library's sources. Answers are
+endless arrays of records (strings, numbers, enums, nested lists), a seed each, so the sequences
+stand in different states. Both kinds of batch run in turns on one engine; a turn's figure is its
+median step, the result the median ratio of neighbouring turns. Beside wall time stands the CPU time
+of all threads, masks included, which is what a step costs where every core is busy.
 """
 
 from __future__ import annotations
@@ -60,7 +59,6 @@ SCHEMA = {
 
 
 def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a tokenizer on the standard library's sources."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,7 +75,6 @@ def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def make_core(vocab_size: int, threads: int | None) -> EngineCore:
-    """Build an engine of random weights."""
     shape = Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=384,
@@ -100,8 +97,6 @@ def make_core(vocab_size: int, threads: int | None) -> EngineCore:
 
 
 class Bench:
-    """Runs turns of constrained or free batches on one engine."""
-
     def __init__(self, core: EngineCore, temperature: float) -> None:
         self.core = core
         self.temperature = temperature
@@ -113,10 +108,7 @@ class Bench:
         ]
 
     def turn(self, grammar: GrammarSpec | None) -> tuple[float, float]:
-        """Return the median wall and CPU milliseconds of a batch's decode steps.
-
-        The prompts are cached from the second turn on.
-        """
+        """Median wall and CPU milliseconds of a batch's decode steps; its prompts are cached."""
         self.turns += 1
         for number, prompt in enumerate(self.prompts):
             self.core.add_request(
@@ -149,7 +141,6 @@ class Bench:
 
 
 def measure(vocab_size: int, temperature: float, turns: int, threads: int | None) -> None:
-    """Measure and print the ratios for one vocabulary."""
     bench = Bench(make_core(vocab_size, threads), temperature)
     grammar = GrammarSpec("json", json.dumps(SCHEMA))
     pairs = [(bench.turn(grammar), bench.turn(None)) for _ in range(turns + 1)][1:]
