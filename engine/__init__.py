@@ -16,7 +16,7 @@ They import only each other and the standard library. From a request inwards:
 
 The rooms, in reading order:
 
-    core             START HERE: one step is schedule, launch, update
+    core             START HERE: one step is schedule, forward, sample, update
     scheduling       which sequences run in a step, and how many tokens of each
     cache            which KV blocks they get: sharing, copy-on-write
     grammar          which tokens a constrained sequence may sample
@@ -28,5 +28,5 @@ The rooms, in reading order:
     process          the engine in its own process, and its clients
     bench            measuring the engine without HTTP
 
-What each room may import stands in its own docstring; tests/test_packaging.py enforces it.
+What each room may import stands in its own docstring; tests/test_rooms.py enforces it.
 """

@@ -7,8 +7,10 @@ while the device computes the forward pass.
 
 Reading order:
 
-    compile   from a request's grammar and a tokenizer.json to a matcher of llguidance
-    masks     the matchers of all requests, and the bitmask of each step
+    compile      from a request's grammar and a tokenizer.json to a matcher of llguidance
+    masks        the matchers of all requests, and the bitmask of each step
+    bad_words    the tokens that would complete a bad word
+    constraints  both as a step's SamplingConstraints, worked out while the forward runs
 
 It may import the words of the engine (the modules directly in `engine`), and numpy. llguidance is
 imported only when the first constrained request comes.
