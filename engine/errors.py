@@ -171,6 +171,12 @@ _IN_FLIGHT: dict[str, type[QuireError]] = {
 }
 
 
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """Return an error's type and message on one line, cut to `limit` characters, for a person."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
 def error_from_code(code: str, message: str) -> QuireError:
     """Rebuild an error that crossed the process boundary as (code, message)."""
     return _IN_FLIGHT.get(code, QuireError)(message)

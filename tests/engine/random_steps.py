@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
+from quire.engine.devices.steps import DeviceStep, HostStep
 from quire.engine.outputs import SchedulerOutput, TableChange
-from quire.engine.runner.input_batch import DeviceStep, HostStep, InputBatch
+from quire.engine.runner.input_batch import InputBatch
 from quire.engine.sequence import UNKNOWN_TOKEN, Sequence
 
 from .worker_driver import make_sequence

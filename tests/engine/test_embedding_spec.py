@@ -12,14 +12,13 @@ from transformers import AutoModel
 
 from quire.engine.embedding_spec import NO_LAYOUT, EmbeddingSpec
 from quire.engine.errors import InvalidRequestError, ModelLoadError, UnsupportedModelError
-from quire.engine.model.loader import load_model
-from quire.engine.model.model_spec import read_spec
+from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 
 from .models import FAMILIES, build_model
 from .sentence_transformers_layout import add_layout, edit_json
-from .worker_driver import make_config
+from .worker_driver import load, make_config
 
 
 @pytest.fixture
@@ -29,7 +28,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(folder: Path, **config: Any) -> EmbeddingSpec | str:
-    return read_spec(make_config(folder, **config)).embedding
+    values = make_config(folder, **config)
+    return spec_from_hf_config(read_hf_config(values), values).embedding
 
 
 @pytest.mark.parametrize("newest", [False, True])
@@ -160,15 +160,15 @@ def test_weights_of_the_body_alone(tmp_path: Path, family: str, can_generate: bo
     model.base_model.save_pretrained(tmp_path)
     if not can_generate:  # whoever makes no embeddings either is of no use
         with pytest.raises(ModelLoadError, match=r"1 missing keys, the first lm_head\.weight"):
-            load_model(make_config(tmp_path))
+            load(tmp_path)
     add_layout(tmp_path, "lasttoken")
-    loaded = load_model(make_config(tmp_path))
+    loaded = load(tmp_path)
     assert loaded.can_generate == can_generate
     reference = AutoModel.from_pretrained(tmp_path)
     torch.testing.assert_close(reference.embed_tokens.weight, model.base_model.embed_tokens.weight)
     edit_json(tmp_path / "config.json", num_hidden_layers=3, layer_types=None)
     with pytest.raises(ModelLoadError, match=r"missing keys, the first model\.layers\.2"):
-        load_model(make_config(tmp_path))
+        load(tmp_path)
 
 
 def test_a_model_without_head_generates_nothing() -> None:

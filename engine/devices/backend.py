@@ -1,0 +1,173 @@
+"""The protocols that a device implements. One Backend is chosen at load (choose.py); nothing
+outside this room asks what device it runs on.
+
+    Backend    made once: what the device supports, its memory, its way to run a model
+    Planner    made for one KV cache: how each step attends
+    Graphs     decode steps that were captured, if the device can do that
+    Rehearsal  what a backend sees of the model runner while the worker starts
+"""
+
+from __future__ import annotations
+
+from collections import abc
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..attention.metadata import AttentionPlan
+from ..body.body import Body
+from ..body.flat_decoder import FlatDecoder
+from ..config import EngineConfig
+from ..outputs import BlockCopy
+from ..sampling.sampler import Sampler
+from .steps import DeviceStep, GraphKey, HostStep, ModelOutput, StepInputs
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Planner(Protocol):
+    """Plans how each step over one KV cache attends."""
+
+    def find_shared(self, host: HostStep) -> bool:
+        """Whether the step should read prefixes that its decodes share once for all of them, which
+        takes a plan, and a graph, of another kind. Called once a step."""
+
+    def plan(
+        self,
+        query_start_loc: NDArray[np.int32],
+        seq_lens: NDArray[np.int32],
+        num_decodes: int,
+        step: DeviceStep,
+        *,
+        shared: bool = False,
+    ) -> AttentionPlan:
+        """Plan a step, whose layout on the host is that of AttentionMetadata. `shared` is what
+        `find_shared` has said."""
+
+
+class Graphs(Protocol):
+    """Captured decode steps: every row has one token."""
+
+    def __contains__(self, key: object) -> bool:
+        """Whether there is a graph for this GraphKey."""
+
+    def replay(self, key: GraphKey) -> ModelOutput:
+        """Run a step of this kind on the static tensors; its output, with logits for every row, is
+        valid until the next replay."""
+
+
+class Rehearsal(Protocol):
+    """A model runner before its first request. Its blank steps write nothing to the KV cache and
+    read its first blocks."""
+
+    @property
+    def inputs(self) -> StepInputs: ...
+
+    @property
+    def planner(self) -> Planner: ...
+
+    def run_prompts(self, num_tokens: int, num_seqs: int) -> object:
+        """Run a blank step of sequences that begin, without logits."""
+
+    def run_decodes(self, step: DeviceStep, plan: AttentionPlan) -> ModelOutput:
+        """Run a step in which every row has one token, with logits for each. It reads no tensors
+        but those of the step, the plan and the cache, so that it can be captured."""
+
+    def run_largest_step(self) -> None:
+        """Run a blank step as large as a step may be, and sample all its rows."""
+
+    def sample_blank(self, top_p: float) -> None:
+        """Draw a token from logits that are all zero."""
+
+    def copy_blocks(self, copies: abc.Sequence[BlockCopy]) -> None: ...
+
+
+class CacheDemand(NamedTuple):
+    """What the size of a KV cache depends on, besides the device's memory."""
+
+    config: EngineConfig
+    architecture: str
+    block_bytes: int
+    max_model_len: int
+
+
+StartRehearsal = abc.Callable[[int], Rehearsal]
+"""Makes a model runner with a KV cache of so many blocks."""
+
+
+class Backend(Protocol):
+    """One kind of device."""
+
+    device: torch.device
+
+    # -- what it supports ------------------------------------------------------------------------
+
+    def default_dtype(self, checkpoint: str) -> str:
+        """Return the dtype of models if none is asked for; `checkpoint` is that of the weights."""
+
+    def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
+        """Return the KV cache's dtype. Raises ConfigurationError on one that is unsupported."""
+
+    def check_quantization(self, config: EngineConfig) -> None:
+        """Raise ConfigurationError if the device has no kernels for quantised weights."""
+
+    def token_budget(self, config: EngineConfig) -> int:
+        """Return the maximum number of tokens in a step."""
+
+    @property
+    def random_devices(self) -> list[int]:
+        """Device indices whose random state `torch.random.fork_rng` has to keep."""
+
+    # -- the model -------------------------------------------------------------------------------
+
+    def make_body(
+        self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
+    ) -> Body:
+        """Choose how the body runs. `flat` is the same body, flattened, if it can be.
+
+        May take over the weights, and replace the linear layers of `body` and `head` in place, with
+        `int8` by quantised ones.
+        """
+
+    def make_sampler(self, vocab_size: int) -> Sampler: ...
+
+    # -- the KV cache ----------------------------------------------------------------------------
+
+    def cache_memory(self, demand: CacheDemand, start: StartRehearsal) -> int:
+        """Return the bytes that the KV cache may take. Raises ConfigurationError if a step does
+        not fit the device, UnsupportedModelError if its kernels cannot run the model."""
+
+    def allocate_kv_cache(
+        self, shape: tuple[int, ...], dtype: torch.dtype, *, commit: bool
+    ) -> torch.Tensor:
+        """Allocate a zeroed cache, so that a slot never written holds no NaN. `commit` takes its
+        memory now even if the system would give it later."""
+
+    def copy_blocks(self, kv_cache: torch.Tensor, copies: abc.Sequence[BlockCopy]) -> None:
+        """Copy whole blocks, over all layers, K and V; at least one."""
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def make_inputs(
+        self, max_num_seqs: int, max_num_tokens: int, max_blocks: int, block_size: int
+    ) -> StepInputs: ...
+
+    def make_planner(
+        self,
+        config: EngineConfig,
+        kv_cache: torch.Tensor,
+        num_heads: int,
+        windows: abc.Set[int | None],
+        dtype: torch.dtype,
+    ) -> Planner:
+        """Make the planner of one KV cache, for queries of `num_heads` and `dtype`."""
+
+    def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
+        """Compile or capture what steps will need, so that no request waits for it. Called once,
+        with the runner that will serve; returns the graphs of its decode steps, if any."""
+
+    def release_memory(self) -> None:
+        """Give back the memory that torch keeps in reserve, after a step ran out of it."""
