@@ -17,8 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..errors import one_line
-
 logger = logging.getLogger("quire.engine")
 
 
@@ -100,7 +98,7 @@ def merge_siblings(body: nn.Module, run: Callable[[], object]) -> list[tuple[str
     try:
         run()
     except RuntimeError as error:  # such as a view across rows
-        logger.info("projections are not merged: %s", one_line(error))
+        logger.info("projections are not merged: %s", error)
         for siblings in groups:
             _unmerge(siblings)
         return []

@@ -1,10 +1,10 @@
 """The protocols that a device implements. One Backend is chosen at load (choose.py); nothing
 outside this room asks what device it runs on.
 
-    Backend    made once: what the device supports, its memory, its way to run a model
-    Planner    made for one KV cache: how each step attends
-    Graphs     decode steps that were captured, if the device can do that
-    Rehearsal  what a backend sees of the model runner while the worker starts
+    Backend    is made once: it knows what the device supports, its memory, how it runs a model
+    Planner    is made for one KV cache, and plans how each step attends
+    Graphs     are captured decode steps, if the device can capture any
+    Rehearsal  is the model runner as a backend sees it while the worker starts
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ class Planner(Protocol):
     """Plans how each step over one KV cache attends."""
 
     def find_shared(self, host: HostStep) -> bool:
-        """Whether the step should read prefixes that its decodes share once for all of them, which
-        takes a plan, and a graph, of another kind. Called once a step."""
+        """Decide whether this step reads the prefixes that its decodes share once for all of them,
+        which takes a plan, or a graph, of another kind.
+
+        Called once a step, since it may send what it finds to the device.
+        """
 
     def plan(
         self,
@@ -44,8 +47,8 @@ class Planner(Protocol):
         *,
         shared: bool = False,
     ) -> AttentionPlan:
-        """Plan a step, whose layout on the host is that of AttentionMetadata. `shared` is what
-        `find_shared` has said."""
+        """Plan a step. query_start_loc and seq_lens are those of AttentionMetadata, on the host;
+        `shared` is the result of `find_shared`."""
 
 
 class Graphs(Protocol):
@@ -64,29 +67,32 @@ class Rehearsal(Protocol):
     read its first blocks."""
 
     @property
-    def inputs(self) -> StepInputs: ...
+    def inputs(self) -> StepInputs:
+        """The runner's, made by the backend."""
 
     @property
-    def planner(self) -> Planner: ...
+    def planner(self) -> Planner:
+        """The runner's, made by the backend."""
 
     def run_prompts(self, num_tokens: int, num_seqs: int) -> object:
-        """Run a blank step of sequences that begin, without logits."""
+        """Run a blank step that begins so many sequences, without logits."""
 
     def run_decodes(self, step: DeviceStep, plan: AttentionPlan) -> ModelOutput:
         """Run a step in which every row has one token, with logits for each. It reads no tensors
         but those of the step, the plan and the cache, so that it can be captured."""
 
     def run_largest_step(self) -> None:
-        """Run a blank step as large as a step may be, and sample all its rows."""
+        """Run the largest blank step that is allowed, and sample all its rows."""
 
     def sample_blank(self, top_p: float) -> None:
         """Draw a token from logits that are all zero."""
 
-    def copy_blocks(self, copies: abc.Sequence[BlockCopy]) -> None: ...
+    def copy_blocks(self, copies: abc.Sequence[BlockCopy]) -> None:
+        """Copy blocks of the runner's cache."""
 
 
 class CacheDemand(NamedTuple):
-    """What the size of a KV cache depends on, besides the device's memory."""
+    """The facts on which the size of a KV cache depends, besides the device's memory."""
 
     config: EngineConfig
     architecture: str
@@ -95,7 +101,7 @@ class CacheDemand(NamedTuple):
 
 
 StartRehearsal = abc.Callable[[int], Rehearsal]
-"""Makes a model runner with a KV cache of so many blocks."""
+"""Makes a model runner with a KV cache of this many blocks."""
 
 
 class Backend(Protocol):
@@ -132,7 +138,8 @@ class Backend(Protocol):
         `int8` by quantised ones.
         """
 
-    def make_sampler(self, vocab_size: int) -> Sampler: ...
+    def make_sampler(self, vocab_size: int) -> Sampler:
+        """Make a sampler that draws in the device's own way."""
 
     # -- the KV cache ----------------------------------------------------------------------------
 
@@ -153,7 +160,8 @@ class Backend(Protocol):
 
     def make_inputs(
         self, max_num_seqs: int, max_num_tokens: int, max_blocks: int, block_size: int
-    ) -> StepInputs: ...
+    ) -> StepInputs:
+        """Make what lays out steps of at most this many rows, tokens, and blocks a row."""
 
     def make_planner(
         self,

@@ -1,4 +1,4 @@
-"""One step's layout: what the host knows of it (HostStep), and its tensors (DeviceStep)."""
+"""One step's layout: on the host (HostStep), and as tensors on the device (DeviceStep)."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class CausalLM:
 
     @torch.inference_mode()
     def _check_head(self, hidden: torch.Tensor) -> nn.Module | None:
-        """Try the head. Returns its linear layer if that alone gives the same logits."""
+        """Try the head. Returns its linear layer if that gives the same logits by itself."""
         spec = self.spec
         try:
             logits = self._whole_head(hidden)

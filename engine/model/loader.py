@@ -1,4 +1,4 @@
-"""From a folder or a hub id to a model on its device, ready to attend through the paged cache."""
+"""Loads a model from a folder or a hub id onto its device, ready to attend through the cache."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class LayerCall(NamedTuple):
 
 
 class ProbeResult(NamedTuple):
-    """What the model's body returned for the probe's tokens, and the calls of its layers."""
+    """The output of the model's body for the probe's tokens, and the calls of its layers."""
 
     output: Any
     calls: list[LayerCall]
@@ -216,7 +216,8 @@ def _probe_attention(
 def _obstacle(
     module: nn.Module, attention_mask: torch.Tensor | None, others: dict[str, Any]
 ) -> str | None:
-    """Return what a layer wants of its attention that quire's attention does not do, if any."""
+    """Name the thing that a layer asks of its attention and quire's attention does not do, if
+    there is one."""
     if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
         return "attends to later tokens"
     if attention_mask is not None:

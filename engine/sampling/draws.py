@@ -1,4 +1,4 @@
-"""Argmax and draws over rows of logits: what a device does its own way, and plain torch's way.
+"""Argmax and draws over rows of logits: the parts of sampling that differ by device.
 
 A draw is an exponential race: the token with the largest p_i / E_i, E_i ~ Exp(1), wins with
 probability p_i / Σp (the Gumbel-max trick without the logarithm). The E are a hash of seed,
@@ -129,7 +129,7 @@ def _covering_key(keys: Tensor, mass: Tensor, target: Tensor) -> Tensor:
         histogram.scatter_add_(1, digits.bitwise_and_(size - 1), inside)
         reached = histogram.cumsum(dim=1)
         digit = (reached < target).sum(dim=1, keepdim=True).clamp_(max=size - 1)
-        # What is left to reach within this digit's keys.
+        # The rest of the target, to be reached within this digit's keys.
         target = target - (reached.gather(1, digit) - histogram.gather(1, digit))
         prefix = (prefix << width) | digit
     return prefix

@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from quire.engine.devices.cpu.draws import CpuDraws
 from quire.engine.request import Request
 from quire.engine.sampling.counter_rng import exponential, stream_keys
 from quire.engine.sampling.sampler import Sampler, SamplerOutput
@@ -45,10 +46,15 @@ def make_sequence(
     return sequence
 
 
+def make_sampler(vocab_size: int) -> Sampler:
+    """As it is on the CPU."""
+    return Sampler(vocab_size, CPU, CpuDraws(vocab_size))
+
+
 def sample(
     logits: torch.Tensor, sequences: list[Sequence], sampler: Sampler | None = None
 ) -> SamplerOutput:
-    sampler = sampler or Sampler(logits.shape[1], CPU)
+    sampler = sampler or make_sampler(logits.shape[1])
     return sampler(logits, sampler.prepare(sequences))
 
 

@@ -155,7 +155,8 @@ class CpuPlanner:
             tiles = np.append(tiles, [tile], axis=0)
             members = np.append(members, np.stack((rows, np.zeros_like(rows)), axis=1), axis=0)
             work = np.append(work, seq_lens[rows].sum())
-        # 4. Threads take tiles in this order: the longest first, so that none comes last alone.
+        # 4. Threads take tiles in this order: the longest first, so that no thread is left with a
+        # long one at the end.
         order = np.argsort(-work, kind="stable")
         return CpuPlan(tiles[order], members.astype(np.int64), size, num_threads)
 

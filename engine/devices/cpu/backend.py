@@ -115,4 +115,4 @@ class CpuBackend:
         return None
 
     def release_memory(self) -> None:
-        """Do nothing: torch keeps no reserve of main memory."""
+        """Do nothing: torch keeps no main memory in reserve."""

@@ -1,4 +1,4 @@
-"""Attention on CUDA: plan a step, then attend in every layer with at most two launches.
+"""Attention on CUDA: plan a step, then attend in every layer with two or three launches at most.
 
 Everything that changes from step to step is in tensors at fixed addresses, so that a CUDA graph
 can capture all of it. Importing this loads Triton.
@@ -143,8 +143,11 @@ class CudaPlanner:
         return self.plan_decodes(step.seq_lens[:num_decodes], shared=shared)
 
     def plan_decodes(self, seq_lens: torch.Tensor, *, shared: bool) -> CudaPlan:
-        """Plan the decode rows of these lengths `[num_decodes]`, on the device: their schedules,
-        which say what program of the decode kernel reads which keys. The other rows need none."""
+        """Plan decode rows of these lengths `[num_decodes]`, on the device.
+
+        This builds the decode kernel's schedules, which assign keys to programs. Rows with more
+        tokens need none.
+        """
         cascade = None
         if shared:
             assert self.shared_prefixes is not None

@@ -23,7 +23,7 @@ FindGroups = Callable[..., list[PrefixGroup]]
 class SharedPrefixes:
     """Decides in each step which rows have their common beginning read once.
 
-    It looks at the block tables alone: rows share a prefix if their first blocks are the same,
+    It looks only at the block tables: rows share a prefix if their first blocks are the same,
     whatever made the scheduler share them (the prefix cache, a fork, a beam).
     """
 
