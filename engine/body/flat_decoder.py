@@ -1,14 +1,15 @@
 """This is Llama: the body of a decoder-only transformer, flattened into one function.
 
-The architecture is that of arXiv 2302.13971. Each layer adds two updates to the residual stream x:
+The architecture is that of arXiv 2302.13971: RMSNorm (arXiv 1910.07467) before each part of a
+layer, rotary positions (RoPE, arXiv 2104.09864), and a SwiGLU MLP (arXiv 2002.05202). Each layer
+adds two updates to the residual stream x:
 
-    x += O · attend(rope(Q h), rope(K h), V h)      h = rms_norm(x)     (RMSNorm: arXiv 1910.07467,
-    x += D · (silu(G h) * U h)                      h = rms_norm(x)      RoPE: arXiv 2104.09864,
-                                                                         SwiGLU: arXiv 2002.05202)
+    h = rms_norm(x);    x += O · attend(rope(Q h), rope(K h), V h)
+    h = rms_norm(x);    x += D · (silu(G h) * U h)
 
 with x = E[ids] before the first layer, and rms_norm(x) after the last. Q, K and V are one product
-here, and so are G and U. Mistral, Qwen2 and Qwen3 have this shape too: sliding windows, biases and
-norms of Q and K are options of a layer.
+here (`qkv`), and so are G and U (`gate_up`). Mistral, Qwen2 and Qwen3 have this shape too: sliding
+windows, biases and norms of Q and K are options of a layer.
 
 The weights are a transformers model's own (flatten.py reads them). A decode step of a small model
 spends a third of its time between the products: in module calls, and in norms, rotations and
@@ -74,16 +75,12 @@ class FlatLayer(NamedTuple):
         Every update is added to x together with the norm that follows it. So the layer begins by
         adding `update`, the MLP's of the layer before, and returns its own MLP's.
         """
-        # Attention.
-        h = ops.add_norm(x, update, self.input_norm)
-        qkv = self.qkv(h)
-        attended = ops.attend(self, qkv, rotation)
-        update = self.output(attended)
-        # MLP.
-        h = ops.add_norm(x, update, self.mlp_norm)
-        gate_up = self.gate_up(h)
-        activated = ops.activate(self, gate_up)
-        down: torch.Tensor = self.down(activated)
+        # Attention: RMSNorm, projections, RoPE and the attention itself, output projection.
+        qkv = self.qkv(ops.add_norm(x, update, self.input_norm))
+        update = self.output(ops.attend(self, qkv, rotation))
+        # MLP: RMSNorm, projections, SwiGLU, down projection.
+        gate_up = self.gate_up(ops.add_norm(x, update, self.mlp_norm))
+        down: torch.Tensor = self.down(ops.activate(self, gate_up))
         return down
 
 

@@ -47,7 +47,7 @@ def make_sequence(
 
 
 def make_sampler(vocab_size: int) -> Sampler:
-    """As it is on the CPU."""
+    """Make a sampler as a worker on the CPU has it."""
     return Sampler(vocab_size, CPU, CpuDraws(vocab_size))
 
 

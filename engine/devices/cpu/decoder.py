@@ -1,6 +1,6 @@
 """A flat body on the CPU: its weights are packed, and a step is one compiled function.
 
-Importing this loads Numba: only a worker on the CPU does.
+Importing this loads Numba.
 """
 
 from __future__ import annotations

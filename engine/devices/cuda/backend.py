@@ -49,7 +49,7 @@ class CudaBackend:
         find_groups: FindGroups = find_prefix_groups,
     ) -> None:
         """`find_groups` decides which rows read a shared prefix once."""
-        self.device = device or torch.device("cuda")
+        self.device = device or torch.device("cuda", 0)
         self._kernels = kernels
         self._find_groups = find_groups
 
@@ -68,7 +68,7 @@ class CudaBackend:
 
     @property
     def random_devices(self) -> list[int]:
-        return [self.device.index or 0]
+        return [self.device.index]
 
     def make_body(
         self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool

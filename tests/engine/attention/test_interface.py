@@ -21,7 +21,7 @@ HEADS, KV_HEADS = 6, 2
 
 
 class Batch:
-    """Random sequences over shuffled blocks; what this step does not write is already cached."""
+    """Random sequences over shuffled blocks. Tokens before this step's are already cached."""
 
     def __init__(
         self, query_lens: list[int], seq_lens: list[int], block_size: int, head_dim: int
@@ -73,7 +73,7 @@ class Batch:
         )
 
     def expected(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The attended values, and the caches after the write."""
+        """Return the attended values, and the caches after the write."""
         key_cache, value_cache = self.caches.clone()
         reference.reshape_and_cache(self.key, self.value, key_cache, value_cache, self.slot_mapping)
         output = reference.paged_attention_extend(
@@ -98,7 +98,7 @@ BATCHES = {
 
 
 def attend(batch: Batch, metadata: AttentionMetadata, **options: Any) -> torch.Tensor:
-    """As a layer does with the metadata's plan."""
+    """Attend as a layer does, through the metadata's plan."""
     return metadata.plan.attend(
         batch.query,
         batch.key,
@@ -111,7 +111,7 @@ def attend(batch: Batch, metadata: AttentionMetadata, **options: Any) -> torch.T
 
 
 def transpose_keys(caches: torch.Tensor) -> None:
-    """`[2, blocks, kv_heads, block_size, head_dim]`, in place: as the CPU has them."""
+    """Store keys as the CPU does, in place. `[2, blocks, kv_heads, block_size, head_dim]`."""
     shape = caches.shape[1:]
     caches[0] = caches[0].transpose(-1, -2).clone().reshape(shape)
 

@@ -1,4 +1,4 @@
-"""The flat body: which families have it, and that it is taken only where it gives the same."""
+"""The flat body: which families have one, and that it is used only if it gives the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAT = {"llama", "mistral", "qwen2", "qwen3"}
 
 
 def is_flat(model: CausalLM) -> bool:
-    """On the CPU, a flat body is compiled."""
+    """Whether its body was flattened: on the CPU, a flat body is compiled."""
     return isinstance(model._body, CpuDecoder)
 
 
@@ -40,7 +40,7 @@ def test_the_rounding_of_bfloat16_is_no_difference(family: str, tmp_path: Path) 
 
 
 def test_nor_is_it_over_eighty_layers(tmp_path: Path) -> None:
-    """Which make 5% of it."""
+    """Eighty layers add up to a difference of 5%."""
     sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 80}
     sizes |= {"num_attention_heads": 8}
     config = LlamaConfig(**COMMON | sizes | {"initializer_range": 0.1})

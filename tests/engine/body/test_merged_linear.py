@@ -1,4 +1,4 @@
-"""Merged projections: what is found, what is left alone, and that the products stay the same."""
+"""Merged projections: which are found, which are left as they are, and their results."""
 
 from __future__ import annotations
 

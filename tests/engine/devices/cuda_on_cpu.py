@@ -19,7 +19,7 @@ from quire.kernels.prefix_groups import find_prefix_groups
 
 
 def _no_schedule(*_: Any, **__: Any) -> None:
-    """Stands in for build_decode_schedule: the reference of decoding reads no schedule."""
+    """Stand in for build_decode_schedule: the reference of decoding reads no schedule."""
 
 
 REFERENCES = Kernels(
@@ -79,5 +79,5 @@ class CudaOnCpuBackend(CudaBackend):
 
 
 def interpreted(**options: Any) -> CudaOnCpuBackend:
-    """The Triton kernels, which only Triton's interpreter runs here."""
+    """Return a backend with the Triton kernels, which only Triton's interpreter runs here."""
     return CudaOnCpuBackend(TRITON, **options)

@@ -62,7 +62,7 @@ def test_the_ladder_ends_with_the_largest_step() -> None:
 def test_replayed_steps_give_the_reference_tokens(
     family: tuple[Path, PreTrainedModel],
 ) -> None:
-    """Rows end one by one, so that every size is used, and rows beyond it are stale."""
+    """Rows end one by one, so that every size is used, with stale rows beyond it."""
     folder, model = family
     backend = CudaOnCpuBackend(sizes=SIZES)
     driver = start(folder, backend)
@@ -80,7 +80,7 @@ def test_replayed_steps_give_the_reference_tokens(
 def test_a_replayed_row_need_not_sample(
     llama: tuple[Path, PreTrainedModel],
 ) -> None:
-    """A prompt that advances by single tokens beside decoding rows, with log-probabilities."""
+    """A prompt advances by single tokens beside decoding rows, with log-probabilities."""
     folder, model = llama
     backend = CudaOnCpuBackend(sizes=SIZES)
     driver = start(folder, backend, max_num_batched_tokens=3)
@@ -147,7 +147,7 @@ def test_a_capture_that_breaks_stops_the_start(llama: tuple[Path, PreTrainedMode
 
 
 class FakeCuda:
-    """What of torch.cuda a capture calls, recorded; `syncs` has a run wait for the device."""
+    """Records the calls of a capture to torch.cuda. With `syncs`, a run waits for the device."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
@@ -174,7 +174,7 @@ class FakeCuda:
 def test_a_capture_warms_up_then_looks_for_waits_then_records(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All on one stream: cuBLAS keeps a workspace for each."""
+    """It does all of this on one stream, because cuBLAS keeps a workspace for each."""
     cuda = FakeCuda(monkeypatch)
     capture = CudaCapture(torch.device("cuda"))
     one = ["stream", "run default", "run error", "graph", "run default"]

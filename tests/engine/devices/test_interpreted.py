@@ -1,6 +1,6 @@
-"""Run tests/engine/interpreted: the runner's CUDA path, its kernels under Triton's interpreter.
+"""Run tests/engine/devices/interpreted: the CUDA path, with its kernels under Triton's interpreter.
 
-In a process of their own, as in tests/kernels.
+It takes a process of its own, as in tests/kernels.
 """
 
 import os

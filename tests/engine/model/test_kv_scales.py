@@ -25,7 +25,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def add(folder: Path, **tensors: torch.Tensor) -> torch.Tensor | None:
-    """Into the only file; the scales that are read then. `k0` stands for layer 0's K."""
+    """Add tensors to the only file and return the scales that are read from it then. `k0` stands
+    for layer 0's K."""
     spec = load(folder).spec
     file = folder / "model.safetensors"
     names = {name: LAYER.format(name[1]) + f"{name[0]}_scale" for name in tensors}

@@ -1,4 +1,4 @@
-"""What the loader reads, refuses and derives."""
+"""The loader: what it reads, refuses and derives."""
 
 from __future__ import annotations
 

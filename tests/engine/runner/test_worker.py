@@ -1,4 +1,4 @@
-"""The worker as the engine sees it, and the CUDA path of the runner as far as a CPU shows it."""
+"""The worker as the engine sees it, and the runner's CUDA path as far as a CPU can show it."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_the_cuda_path_passes_its_kernels_the_right_rows(gemma2: tuple[Path, Any
 
 
 def test_a_kernel_that_does_not_run_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a launcher refuses, and what Triton cannot compile, or launch for want of resources."""
+    """A launcher refuses it, or Triton cannot compile it, or there are too few resources for it."""
     from triton.runtime.errors import OutOfResources
 
     for name in ("empty_cache", "reset_peak_memory_stats"):

@@ -70,7 +70,7 @@ def rows(count: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
 
 
 def kept(logits: torch.Tensor, sequence: Sequence, draws: int = 3000) -> set[int]:
-    """The tokens that a row can draw, found by drawing at many positions."""
+    """Find the tokens that a row can draw, by drawing with many seeds."""
     sampler = make_sampler(len(logits))
     sequences = [make_sequence(own_seed=s) for s in range(draws)]
     for other in sequences:
@@ -225,7 +225,7 @@ def test_min_tokens_ends_at_its_position() -> None:
 
 
 def test_a_bad_word_is_forbidden_where_it_would_be_completed() -> None:
-    """The prompt is no part of it; tokens of one word may complete another."""
+    """Words are looked for in the output only; tokens of one word may complete another."""
     sampler = make_sampler(VOCAB)
     logits = torch.zeros(1, VOCAB)
     logits[0, :8] = torch.arange(8, 0, -1)  # 0 is the likeliest, then 1, …
@@ -249,7 +249,8 @@ def test_too_many_bad_words_are_refused(words: tuple[tuple[int, ...], ...]) -> N
 
 
 def test_penalties_follow_a_sequence_through_changes_of_the_batch() -> None:
-    """Joins, leaves, growth of the history, and a preemption in between: same as from scratch."""
+    """Rows join and leave, the history grows, one is preempted: the result is that of a new
+    sampler."""
     sampler = make_sampler(VOCAB)
     generator = torch.Generator().manual_seed(1)
     sequences = [
@@ -381,7 +382,7 @@ def test_ties() -> None:
 
 
 def test_top_p_at_the_exact_boundary() -> None:
-    """Masses 1/2, 1/4, 1/4: half is reached by the first alone, 3/4 needs its equal, too."""
+    """Masses 1/2, 1/4, 1/4: the first reaches half by itself, 3/4 takes the equal ones, too."""
     logits = torch.full((VOCAB,), -torch.inf)
     logits[[3, 1, 2]] = torch.tensor([0.5, 0.25, 0.25]).log()
     assert kept(logits, make_sequence(top_p=0.5, top_k=50)) == {3}

@@ -1,4 +1,4 @@
-"""What is drawn follows the distribution that the filters leave, and is reproducible."""
+"""Draws follow the distribution that the filters leave, and are reproducible."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DRAWS = 20_000
 
 
 def draw_many(logits: torch.Tensor, params: dict[str, Any], axis: str) -> torch.Tensor:
-    """DRAWS samples from one row of logits, each of another seed, or another position."""
+    """Draw DRAWS times from one row of logits, each time with another seed or position."""
     sampler = make_sampler(VOCAB)
     sequences: list[Sequence] = []
     positions = [3] * DRAWS
@@ -57,7 +57,7 @@ def test_frequencies_match_the_filtered_softmax(params: dict[str, Any], axis: st
 
 
 def test_flat_vocabulary_of_usual_size() -> None:
-    """152k equal tokens: the race must resolve probabilities far below float32's step at 1."""
+    """With 152k equal tokens, the race must resolve probabilities far below float32's step at 1."""
     vocab = 151_936
     sampler = make_sampler(vocab)
     sequences = [make_sequence(own_seed=i) for i in range(400)]

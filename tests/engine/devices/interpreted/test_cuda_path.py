@@ -39,7 +39,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @pytest.fixture(autouse=True)
 def _small_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter runs a launch's programs one after another."""
+    """Plan for few programs, because the interpreter runs them one after another."""
     monkeypatch.setattr(decode_schedule, "DEFAULT_NUM_SMS", 2)
 
 
@@ -60,13 +60,13 @@ def make_prompt(length: int, seed: int = 7) -> list[int]:
 
 
 def found_logprobs(driver: Driver, sequence: Sequence) -> torch.Tensor:
-    """Of each token after the first, given those before it."""
+    """Return the log-probability of each token after the first, given those before it."""
     entries = driver.prompt_logprobs[sequence.seq_id] + driver.logprobs[sequence.seq_id]
     return torch.tensor([entry.logprob for entry in entries])
 
 
 def check(driver: Driver, sequence: Sequence, model: PreTrainedModel) -> None:
-    """Its log-probabilities are those of transformers."""
+    """Check that its log-probabilities are those of transformers."""
     expected = logprobs(model, sequence.token_ids)
     wanted = [expected[i, token] for i, token in enumerate(sequence.token_ids[1:])]
     found = found_logprobs(driver, sequence)
@@ -87,7 +87,7 @@ def test_chunks_and_decodes(model: PreTrainedModel, tmp_path: Path) -> None:
 
 
 class RecordedGroups:
-    """Has tiny groups served, and keeps those of each step."""
+    """Finds groups however small they are, and keeps those of each step."""
 
     def __init__(self) -> None:
         self.steps: list[list[PrefixGroup]] = []
@@ -99,7 +99,7 @@ class RecordedGroups:
 
 
 def share(driver: Driver, parent: Sequence, max_tokens: list[int]) -> list[Sequence]:
-    """Sequences that find all full blocks of `parent`'s prompt in the prefix cache."""
+    """Make sequences that find all full blocks of `parent`'s prompt in the prefix cache."""
     blocks = (parent.num_prompt_tokens - 1) // driver.block_size
     found = []
     for seed, length in enumerate(max_tokens):
@@ -115,7 +115,7 @@ def share(driver: Driver, parent: Sequence, max_tokens: list[int]) -> list[Seque
 def test_shared_prefixes(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool
 ) -> None:
-    """Two groups that come and go, beside a row that shares nothing; tables differ in order."""
+    """Two groups come and go beside a row that shares nothing; their members are not neighbours."""
     groups = RecordedGroups()
     backend = interpreted(find_groups=groups, sizes=[4, 8] if graphs else [])
     driver = start(tmp_path, backend, max_num_batched_tokens=48)
@@ -146,7 +146,8 @@ def test_shared_prefixes(
 
 
 def read_twice(driver: Driver, prompt: list[int]) -> torch.Tensor:
-    """Log-probabilities of a sequence and of one that forks from it within a block."""
+    """Return a sequence's log-probabilities; those of one that forks from it within a block must be
+    the same."""
     parent = make_sequence(prompt, 4, logprobs=0, prompt_logprobs=0)
     driver.run([parent])
     blocks, offset = divmod(len(prompt) - 1, driver.block_size)
@@ -168,8 +169,8 @@ def read_twice(driver: Driver, prompt: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("model", ["llama", "gpt_oss"], indirect=True)
 def test_a_float8_cache_with_scales(model: PreTrainedModel, tmp_path: Path) -> None:
-    """Against plain attention over a cache of the same kind, dequantised; beside exact attention
-    it must show, and not by much."""
+    """It gives what plain attention gives over the same cache, dequantised. Against exact attention
+    the rounding must show, but not by much."""
     prompt = make_prompt(18)
     write_scales(tmp_path, model)
     found = []
@@ -186,7 +187,7 @@ def test_a_float8_cache_with_scales(model: PreTrainedModel, tmp_path: Path) -> N
 
 
 def write_scales(folder: Path, model: PreTrainedModel) -> None:
-    """Into the folder's weights, as a calibrated checkpoint has them."""
+    """Add scales to the folder's weights, as a calibrated checkpoint has them."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for layer in range(model.config.num_hidden_layers):
@@ -199,8 +200,8 @@ def write_scales(folder: Path, model: PreTrainedModel) -> None:
 def test_the_scheduler_s_own_sharing_makes_groups(
     model: PreTrainedModel, tmp_path: Path, kv_cache_dtype: str, ahead: bool
 ) -> None:
-    """Forks and a prefix hit through the whole engine, an embedding beside them; one step ahead,
-    the kernel that prepares a step reads the last one's tokens where they were sampled."""
+    """Forks and a prefix hit run through the whole engine, with an embedding beside them. One step
+    ahead, the kernel that prepares a step reads the last one's tokens where they were sampled."""
     groups = RecordedGroups()
     config = make_config(
         tmp_path,

@@ -1,4 +1,4 @@
-"""Steps prepared by the kernel, against those of the CPU's numpy path: every tensor, bit by bit."""
+"""Steps prepared by the kernel equal those of the CPU's numpy path, bit by bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_batch(max_len: int, budget: int, backend: Backend) -> InputBatch:
 
 
 def compare(host: HostStep, found: DeviceStep, wanted: DeviceStep) -> None:
-    """What was found may be padded."""
+    """Check every tensor of a step, which may be padded, against that of the CPU."""
     num_seqs, num_tokens = len(host.order), int(host.query_start_loc[-1])
     padding = len(found.seq_lens) - num_seqs
     assert len(found.input_ids) == num_tokens + padding
@@ -53,7 +53,7 @@ def compare(host: HostStep, found: DeviceStep, wanted: DeviceStep) -> None:
 def test_random_steps_are_those_of_the_cpu(
     max_len: int, budget: int, num_steps: int, sizes: tuple[int, ...]
 ) -> None:
-    """Prompts and tables of several programs each in the long ones."""
+    """In the long ones, a prompt or a table takes several programs."""
     host_batch = make_batch(max_len, budget, CpuBackend())
     device_batch = make_batch(max_len, budget, interpreted())
     assert isinstance(device_batch.inputs, DeviceInputs)
