@@ -13,6 +13,7 @@ import torch
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Rank, Sequence
+from quire.engine.step import SequenceSpec
 
 Record = dict[str, Any]
 DEVICE = "cuda"
@@ -120,7 +121,7 @@ def paged_batch(
     return PagedBatch(kv_cache, table, seq_lens, sum(lengths) * token_bytes)
 
 
-def make_sequence(index: int, params: dict[str, float]) -> Sequence:
+def make_sequence(index: int, params: dict[str, float]) -> SequenceSpec:
     """A sequence to sample, with a seed of its own."""
     request = Request(
         request_id=str(index),
@@ -129,7 +130,7 @@ def make_sequence(index: int, params: dict[str, float]) -> Sequence:
         arrival_time=0.0,
     )
     seed = int(torch.randint(2**62, (1,)))
-    return Sequence(request, 0, seed, Rank(0, index, 0), frozenset())
+    return Sequence(request, 0, seed, Rank(0, index, 0), frozenset()).spec()
 
 
 def mixed_lengths(count: int, low: int, high: int, seed: int = 0) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -19,7 +20,9 @@ def _has_own_memory(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device(
+    values: Sequence[Any] | NDArray[Any], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Return a tensor of (nested) `values` on `device`."""
     # Twice as fast as torch.tensor.
     return upload(torch.from_numpy(np.asarray(values)).to(dtype), device)

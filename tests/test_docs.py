@@ -407,7 +407,7 @@ def test_every_log_event_is_listed_with_its_fields() -> None:
         for name, its_fields in zip(names, fields, strict=True):
             listed[name] = set(its_fields.split(", "))
     logged: dict[str, set[str]] = {}
-    for path in (ROOT / "server").glob("*.py"):
+    for path in (ROOT / "server").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue

@@ -7,6 +7,7 @@ from functools import partial
 from ..cache.block_manager import BlockManager
 from ..config import EngineConfig, EngineInfo
 from ..grammar.compile import read_tokenizer_json
+from ..grammar.constraints import start_constraints
 from ..grammar.masks import StructuredOutput
 from ..outputs import EngineStats, StepOutput
 from ..request import Request
@@ -64,7 +65,10 @@ class EngineCore:
         if run_ahead is None:
             run_ahead = loaded.device.startswith("cuda")
         self._loop = StepLoop(
-            self._scheduler, worker, run_ahead=run_ahead, start_masks=self._structured.start
+            self._scheduler,
+            worker,
+            partial(start_constraints, self._structured),
+            run_ahead=run_ahead,
         )
 
     @property

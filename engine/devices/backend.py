@@ -20,8 +20,8 @@ from ..attention.metadata import AttentionPlan
 from ..body.body import Body
 from ..body.flat_decoder import FlatDecoder
 from ..config import EngineConfig
-from ..outputs import BlockCopy
 from ..sampling.sampler import Sampler
+from ..step import BlockCopy
 from .steps import DeviceStep, GraphKey, HostStep, ModelOutput, StepInputs
 
 if TYPE_CHECKING:

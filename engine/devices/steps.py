@@ -10,21 +10,21 @@ import torch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..sequence import Sequence
+    from ..step import SequenceSpec
 
 
 class HostStep(NamedTuple):
-    """One step on the host. Batch row i is `SchedulerOutput.sequences[order[i]]`.
+    """One step on the host. Batch row i is row `order[i]` of the plan.
 
     Rows with one new token come first (`num_decodes`). `sampling_rows` are the batch rows that
-    reach their sequence's last token, ascending; they sample the tokens at `sampled_positions`.
-    Rows that are pooled are listed in `pooled_rows` and sample nothing. `any_scored` says whether
-    a request asks for its prompt's log-probabilities. Row i's block table is `tables[rows[i]]`;
-    `tables` is no wider than the longest row needs.
+    sample, ascending, and `sampled_positions` the positions of their new tokens; `pooled_rows` are
+    those whose hidden states are pooled. `any_scored` says whether a request asks for its prompt's
+    log-probabilities. Row i's block table is `tables[rows[i]]`; `tables` is no wider than the
+    longest row needs.
     """
 
     order: list[int]
-    sequences: list[Sequence]
+    sequences: list[SequenceSpec]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     num_decodes: int

@@ -10,14 +10,13 @@ import torch
 from ..config import EngineConfig
 from ..devices.backend import Backend, CacheDemand
 from ..devices.choose import choose_backend
-from ..errors import DeviceMemoryError
 from ..model.causal_lm import CausalLM
 from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model
-from ..outputs import SchedulerOutput
-from ..worker_protocol import Results, WorkerInfo
+from ..step import SchedulerOutput
+from ..worker_protocol import WorkerInfo
 from .kv_cache import allocate_kv_cache, block_bytes, num_blocks_from_memory
-from .model_runner import ModelRunner
+from .model_runner import ModelRunner, StepForward
 
 
 class Worker:
@@ -70,12 +69,8 @@ class Worker:
         self._runner.prepare()
         return num_blocks
 
-    def launch(self, scheduler_output: SchedulerOutput) -> Results:
-        try:
-            return self._runner.launch(scheduler_output)
-        except torch.OutOfMemoryError as error:
-            self._backend.release_memory()
-            raise DeviceMemoryError("the device ran out of memory in a step") from error
+    def forward(self, scheduler_output: SchedulerOutput) -> StepForward:
+        return self._runner.forward(scheduler_output)
 
     def _make_runner(self, num_blocks: int) -> ModelRunner:
         config, model = self._config, self._model

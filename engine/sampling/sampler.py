@@ -8,13 +8,14 @@ are applied; then comes the argmax, or temperature, top_k, top_p, min_p and a dr
 from __future__ import annotations
 
 from collections import abc
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..outputs import TokenLogprobs
-from ..sequence import Sequence
+from ..step import SequenceSpec
 from .batch import SamplingBatch, SamplingBatchBuilder
 from .draws import DrawOps, TorchDraws
 from .logprobs import LogprobTensors, compute_logprobs, to_token_logprobs
@@ -59,14 +60,15 @@ class Sampler:
 
     def prepare(
         self,
-        sequences: abc.Sequence[Sequence],
+        sequences: abc.Sequence[SequenceSpec],
         positions: abc.Sequence[int] | None = None,
         constrained_rows: abc.Sequence[int] = (),
+        banned: abc.Mapping[int, abc.Sequence[int]] = MappingProxyType({}),
         last_token_ids: Tensor | None = None,
     ) -> SamplingBatch:
         """Build the step's batch: see `SamplingBatchBuilder.build`. It costs next to nothing while
         the same sequences sample."""
-        return self._builder.build(sequences, positions, constrained_rows, last_token_ids)
+        return self._builder.build(sequences, positions, constrained_rows, banned, last_token_ids)
 
     def forget(self, seq_ids: abc.Iterable[int]) -> None:
         """Drop what is kept for sequences that finished or were preempted."""

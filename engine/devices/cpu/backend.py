@@ -18,8 +18,8 @@ from ...body.body import Body, HfBody
 from ...body.flat_decoder import FlatDecoder
 from ...config import EngineConfig
 from ...errors import ConfigurationError
-from ...outputs import BlockCopy
 from ...sampling.sampler import Sampler
+from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
 from .attention import CpuPlanner
 from .decoder import CpuDecoder, can_compile

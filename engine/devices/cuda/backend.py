@@ -19,8 +19,8 @@ from ...body.body import Body, FlatBody, HfBody
 from ...body.flat_decoder import FlatDecoder
 from ...config import EngineConfig
 from ...errors import ConfigurationError, UnsupportedModelError, one_line
-from ...outputs import BlockCopy
 from ...sampling.sampler import Sampler
+from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
 from ..steps import DeviceStep, ModelOutput
 from .attention import CudaPlanner, allocate_workspaces

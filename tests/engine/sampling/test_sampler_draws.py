@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from quire.engine.sequence import Sequence
+from quire.engine.step import SequenceSpec
 
 from ..sampling_rows import make_sampler, make_sequence, softmax_after_filters
 
@@ -19,7 +19,7 @@ DRAWS = 20_000
 def draw_many(logits: torch.Tensor, params: dict[str, Any], axis: str) -> torch.Tensor:
     """Draw DRAWS times from one row of logits, each time with another seed or position."""
     sampler = make_sampler(VOCAB)
-    sequences: list[Sequence] = []
+    sequences: list[SequenceSpec] = []
     positions = [3] * DRAWS
     if axis == "seeds":
         sequences = [make_sequence(own_seed=i, **params) for i in range(DRAWS)]

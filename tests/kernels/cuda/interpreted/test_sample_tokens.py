@@ -20,6 +20,7 @@ from quire.engine.sampling import plan as sampling_plan
 from quire.engine.sampling.sampler import Sampler
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Rank, Sequence
+from quire.engine.step import SequenceSpec
 from quire.kernels.cuda import sample_tokens as module
 from quire.kernels.cuda import sampling_passes
 from quire.kernels.cuda.sample_tokens import sample_tokens
@@ -45,14 +46,14 @@ def constant(key: Any, ids: Any) -> Any:
     return ids.to(tl.float32) * 0.0 + 1.0
 
 
-def sequence(seed: int, **params: Any) -> Sequence:
+def sequence(seed: int, **params: Any) -> SequenceSpec:
     request = Request(
         request_id="r",
         prompt_token_ids=(1, 2, 3),
         sampling_params=SamplingParams(max_tokens=64, **params),
         arrival_time=0.0,
     )
-    return Sequence(request, 0, seed, Rank(0, 0, 0), frozenset())
+    return Sequence(request, 0, seed, Rank(0, 0, 0), frozenset()).spec()
 
 
 def check(logits: torch.Tensor, rows: list[dict[str, Any]]) -> torch.Tensor:
