@@ -39,6 +39,12 @@ class ScriptedModel:
     def forward(self, input_ids: torch.Tensor, *_: Any) -> torch.Tensor:
         return input_ids[:, None]
 
+    def forward_to_logits(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, logit_indices: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.forward(input_ids)
+        return hidden, hidden[logit_indices]
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
 

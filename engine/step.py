@@ -102,14 +102,14 @@ class SamplingConstraints(NamedTuple):
 
     mask_rows: list[int]
     """Rows of the SchedulerOutput that have a token bitmask, ascending."""
-    bitmask: bytes | memoryview
+    bitmask: memoryview
     """int32 `[len(mask_rows), words]` in the machine's byte order: bit i % 32 of word i // 32
     allows token i."""
     banned: dict[int, list[int]]
     """Tokens that a row must not sample, by row: those that would complete a bad word."""
 
 
-NO_CONSTRAINTS = SamplingConstraints([], b"", {})
+NO_CONSTRAINTS = SamplingConstraints([], memoryview(b""), {})
 
 
 class ModelRunnerOutput(NamedTuple):

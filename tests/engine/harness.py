@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import fields
 from itertools import count
 from typing import Any
 
@@ -19,18 +20,16 @@ from quire.engine.step import UNKNOWN_TOKEN
 from .paged_fake import NextToken, PagedFakeWorker, chain, logprobs, next_token
 
 _ids = count()
+OWN_FIELDS = {one.name for one in fields(Request)} - {"sampling_params", "prompt_token_ids"}
 
 
-def make_request(prompt: list[int], max_tokens: int = 4, **fields: Any) -> Request:
+def make_request(prompt: list[int], max_tokens: int = 4, **options: Any) -> Request:
     """Fields of Request are taken by name, the rest go to SamplingParams."""
-    own = {
-        name: fields.pop(name)
-        for name in ("request_id", "queue_deadline", "deadline", "priority", "cache_salt", "user")
-        if name in fields
-    }
+    own = {name: options.pop(name) for name in OWN_FIELDS & options.keys()}
     own.setdefault("request_id", f"r{next(_ids)}")
-    params = SamplingParams(max_tokens=max_tokens, **fields)
-    return Request(prompt_token_ids=tuple(prompt), sampling_params=params, arrival_time=0.0, **own)
+    own.setdefault("arrival_time", 0.0)
+    params = SamplingParams(max_tokens=max_tokens, **options)
+    return Request(prompt_token_ids=tuple(prompt), sampling_params=params, **own)
 
 
 def expected_tokens(prompt: list[int], choice: int, num_tokens: int) -> list[int]:
