@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import abc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +27,6 @@ from .pending_results import PendingResults
 from .pooling import Pooler
 from .prompt_logprobs import PromptChunk, prompt_logprobs
 from .row_sampling import RowSamples, SamplingRows, sample_rows
-
-logger = logging.getLogger("quire.engine")
 
 
 class ModelRunner:
