@@ -16,14 +16,15 @@ from ..worker_protocol import WorkerProtocol
 from .step_loop import StepLoop
 
 COMPILE_WAIT_SECONDS = 0.05
-"""An engine that has nothing else to do looks this often for requests that came meanwhile."""
+"""Seconds for which an engine with nothing else to do waits for grammars that are being compiled,
+before it looks for new requests again."""
 
 
 class EngineCore:
     """Owns a worker and a scheduler, which meet only in the step loop.
 
-    Not thread-safe: whoever steps it also adds and aborts. Raises StartupError from the
-    constructor where the model cannot be served.
+    It is not thread-safe: the thread that steps it also adds and aborts. The constructor raises
+    StartupError if the model cannot be served.
     """
 
     def __init__(self, config: EngineConfig, worker: WorkerProtocol) -> None:
@@ -80,7 +81,7 @@ class EngineCore:
         return self._loop.has_work
 
     def add_request(self, request: Request) -> None:
-        """Queue it. Raises InvalidRequestError where it can never run here."""
+        """Queue a request. Raises InvalidRequestError if it can never run here."""
         info = self._info
         request.check_fits(
             vocab_size=info.vocab_size,
@@ -97,7 +98,7 @@ class EngineCore:
         self._scheduler.abort_request(request_id, choice)
 
     def step(self) -> StepOutput:
-        """One schedule → launch → update, see `StepLoop.step`."""
+        """Run one step (see `StepLoop.step`) and return its outputs."""
         outputs = self._loop.step()
         self._structured.forget_finished(outputs)
         stats = self._scheduler.stats()
@@ -109,5 +110,5 @@ class EngineCore:
         return self._scheduler.stats()
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached block that no sequence holds."""
+        """Forget the content of every cached block that no sequence holds."""
         self._scheduler.block_manager.pool.forget_free()

@@ -69,6 +69,7 @@ class Scheduler:
         )
         self._launched: dict[int, list[Sequence]] = {}
         """The sequences of the rows of each step whose results have not arrived, by step."""
+        self._last_rows: tuple[list[Sequence], list[int]] = ([], [])
         self._budget = max_num_batched_tokens
         self._ran_out = False
         """Whether the last step found too little device memory."""
@@ -171,7 +172,7 @@ class Scheduler:
         self._launched[self._step] = draft.rows
         return SchedulerOutput(
             step=self._step,
-            seq_ids=[sequence.seq_id for sequence in draft.rows],
+            seq_ids=self._seq_ids(draft.rows),
             num_computed_starts=draft.starts,
             num_new_tokens=draft.counts,
             token_ids=draft.token_ids,
@@ -182,6 +183,14 @@ class Scheduler:
             table_changes=draft.table_changes,
             released=self._roster.take_released(),
         )
+
+    def _seq_ids(self, rows: list[Sequence]) -> list[int]:
+        """Return the seq_ids of a step's rows, which are most often those of the step before."""
+        last_rows, seq_ids = self._last_rows
+        if rows != last_rows:  # sequences compare by identity: this is a scan of pointers
+            seq_ids = [sequence.seq_id for sequence in rows]
+            self._last_rows = rows, seq_ids
+        return seq_ids
 
     def rows_that_read(self, output: SchedulerOutput) -> list[tuple[int, Sequence]]:
         """Return the rows of a plan that sample, and whose sampling depends on the tokens sampled

@@ -89,7 +89,7 @@ async def _run(end: socket.socket) -> int:
         link.send(AskPage())
         return await page
 
-    state.render_metrics = page_of_all  # type: ignore[method-assign]
+    state.render_metrics = page_of_all
     server = uvicorn_server(settings, app)
     listener = socket.socket(fileno=setup.listener)
     await siblings.listen(app)
