@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import EngineConfig
-from ..embedding_spec import NO_LAYOUT, EmbeddingSpec, read_embedding
+from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
 from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, one_line
+from .embedding_layout import read_embedding
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 

@@ -1,4 +1,4 @@
-"""The interpreted tests run in a process of their own: see test_interpreted.py."""
+"""Leave the interpreted tests to the process that interpreting.py starts for them."""
 
 import os
 

@@ -154,8 +154,9 @@ class CudaPlanner:
             cascade = self.shared_prefixes.workspace
         if len(seq_lens):
             for window, workspace in self._workspaces.items():
+                groups = cascade if window is None else None
                 self._kernels.build_decode_schedule(
-                    seq_lens, workspace, cascade=cascade if window is None else None
+                    seq_lens, workspace, prefix_lens=None if groups is None else groups.prefix_lens
                 )
         return CudaPlan(self._kernels, self._workspaces, cascade)
 
