@@ -377,6 +377,16 @@ def test_every_room_has_its_row_in_the_architecture() -> None:
             assert not _modules(_code(row["room"])), row
 
 
+def test_the_architecture_names_what_a_backend_implements() -> None:
+    tree = ast.parse((ROOT / "engine/devices/backend.py").read_text(encoding="utf-8"))
+    (backend,) = (
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Backend"
+    )
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("## A third device")[1]
+    methods = [node.name for node in backend.body if isinstance(node, ast.FunctionDef)]
+    assert methods and not [name for name in methods if f"`{name}`" not in text]
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_says_what_it_is_and_names_its_files(room: str) -> None:
     docstring = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text("utf-8"))) or ""

@@ -7,7 +7,8 @@ order of a floating-point sum.
 
 Reading order:
 
-    sampler        masks, bias, penalties, temperature, top-k, top-p, min-p, and the draw
+    sampler        masks, bias and penalties of the rows' logits, then the draw
+    draws          temperature, top-k, top-p, min-p and the race; in torch, or a device's own
     plan           which of these operations each row needs, with their parameters as tensors
     batch          the plan of a step, with what changes from step to step
     token_history  the tokens of penalised sequences, kept on the device
