@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import EngineConfig
+from ..config import EngineConfig, WorkerInfo
 from ..devices.cuda.decode_graphs import CudaCapture, graph_sizes
 from ..errors import ConfigurationError, DeviceMemoryError, UnsupportedModelError
 from ..model.causal_lm import CausalLM
@@ -16,7 +16,7 @@ from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model, resolve_kv_cache_dtype
 from ..model.model_spec import one_line
 from ..outputs import SchedulerOutput
-from ..worker_protocol import Results, WorkerInfo
+from ..worker_protocol import Results
 from .kv_cache import allocate_kv_cache, cpu_cache_memory, num_blocks_from_memory
 from .model_runner import ModelRunner
 

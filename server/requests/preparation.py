@@ -253,13 +253,7 @@ def make_job(
             grammar=grammar,
             pooling=pooling,
         )
-        request.check_fits(
-            vocab_size=info.vocab_size,
-            max_model_len=info.max_model_len,
-            block_size=info.block_size,
-            num_blocks=info.num_blocks,
-            can_generate=info.can_generate,
-        )
+        request.check_fits(info)
         requests.append(request)
     _check_prompt_logprobs(requests)
     now = time.monotonic()

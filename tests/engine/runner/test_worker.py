@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from quire.engine.config import WorkerInfo
 from quire.engine.embedding_spec import NO_LAYOUT
 from quire.engine.errors import ConfigurationError, DeviceMemoryError, UnsupportedModelError
 from quire.engine.runner.model_runner import ModelRunner
 from quire.engine.runner.worker import Worker, default_num_threads
-from quire.engine.worker_protocol import WorkerInfo, WorkerProtocol
+from quire.engine.worker_protocol import WorkerProtocol
 
 from ..devices.cuda_on_cpu import give_workspaces, use_references
 from ..models import MAX_POSITION, generate, save_model
