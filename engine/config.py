@@ -182,8 +182,8 @@ class EngineConfig:
         "KV cache",
         "Size of the KV cache, such as 2GiB. Default: what the device leaves free.",
         None,
-        details="It replaces the default (CPU) or `--gpu-memory-utilization`. In main memory, a given size is allocated "
-        "when the engine starts, and the default size as it is first written.",
+        details="On a GPU a given size replaces `--gpu-memory-utilization`. In main memory a given "
+        "size is allocated when the engine starts, the default size as it is first written.",
         name="kv_cache_memory",
         is_size=True,
     )

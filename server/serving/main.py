@@ -245,14 +245,15 @@ def build_app(
     siblings: Siblings | None = None,
 ) -> FastAPI:
     """The application with its tokenizer. Raises StartupError."""
-    if not settings.trust_remote_code:  # the model's own tokenizer may well use torch
+    trust_remote_code = settings.engine_config().trust_remote_code
+    if not trust_remote_code:  # the model's own tokenizer may well use torch
         import_transformers()
     from ..text.tokenizer import Tokenizer
     from .app import create_app
 
     tokenizer = Tokenizer.load(
         settings.model_path,
-        trust_remote_code=settings.trust_remote_code,
+        trust_remote_code=trust_remote_code,
         chat_template=settings.chat_template,
     )
     return create_app(settings, engine, tokenizer, metrics, siblings)
