@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import get_args
 
-from ...engine.bench.__main__ import check_writable, positive_int
+from ...engine.bench.arguments import check_writable, positive_int
 from ...engine.errors import ConfigurationError
 from .dataset import DEFAULT_LENGTHS, DatasetName, Endpoint
 from .plot import check_plot_path

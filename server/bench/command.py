@@ -17,7 +17,8 @@ from typing import Any
 import msgspec
 import uvloop
 
-from ...engine.bench.__main__ import add_latency_arguments, add_throughput_arguments
+from ...engine.bench.arguments import add_latency_arguments, add_throughput_arguments
+from ...engine.bench.commands import run_latency, run_throughput
 from ...engine.errors import ConfigurationError, QuireError, StartupError
 from .arguments import add_serve_arguments, check_arguments
 from .dataset import DatasetOptions, Workload, arrival_times, build_workload
@@ -49,10 +50,12 @@ def add_parser(commands: Any) -> None:
         "throughput", help="many requests at once, the engine alone", allow_abbrev=False
     )
     add_throughput_arguments(throughput, demo)
+    throughput.set_defaults(run=run_throughput)
     latency = kinds.add_parser(
         "latency", help="one batch, repeated, the engine alone", allow_abbrev=False
     )
     add_latency_arguments(latency, demo)
+    latency.set_defaults(run=run_latency)
 
 
 def run(arguments: argparse.Namespace) -> int:
