@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
@@ -20,12 +20,15 @@ from pydantic.fields import FieldInfo
 from ..engine.errors import StartupError
 from .settings import GROUPS, Settings, load_settings
 
+if TYPE_CHECKING:
+    from .serving.main import MakeClient
 
-def main(argv: list[str] | None = None) -> int:
+
+def main(argv: list[str] | None = None, make_client: MakeClient | None = None) -> int:
     """Run a command and return its exit code.
 
     The code is 0 after a clean end, 1 if a server or a benchmark fails, and 2 for a wrong command
-    line.
+    line. `make_client` makes the server's engine client in place of ProcessEngineClient.
     """
     argv = sys.argv[1:] if argv is None else argv
     parsed = build_parser(serve_only=argv[:1] == ["serve"]).parse_args(argv)
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         from .serving.main import serve
 
         configure_logging(settings.log_level, resolve_format(settings.log_format))
-        serve(settings)
+        serve(settings, make_client)
     except StartupError as error:
         print(f"quire: {error.message}", file=sys.stderr)
         return 1

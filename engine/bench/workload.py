@@ -1,4 +1,4 @@
-"""A workload for the engine alone, and its measurement: random prompts, outputs of fixed lengths."""
+"""A workload for the engine alone and its measurement: random prompts, outputs of fixed length."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The (prompt length, output length) of each request, in tokens, and the sampling parameters."""
+    """The (prompt, output) lengths of each request in tokens, and the sampling parameters."""
 
     lengths: tuple[tuple[int, int], ...]
     n: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -20,6 +21,10 @@ from ..parsing.message_parser import MessageFormat
 from ..settings import Settings
 from ..text.grammar_check import GrammarCheck
 from ..text.tokenizer import Tokenizer
+
+RenderMetrics = Callable[[], Awaitable[tuple[bytes, str]]]
+"""Returns the page of `/metrics` and its content type: `Metrics.render`, or in one of several HTTP
+workers the page of all of them."""
 
 
 class ServerState:
@@ -52,9 +57,9 @@ class ServerState:
         self.responses = ResponseStore(settings)
         self.streams = StreamRegistry(settings.stream_resume_ttl, siblings.suffix)
         self.created = int(time.time())
+        self.render_metrics: RenderMetrics = self._render_own_metrics
 
-    async def render_metrics(self) -> tuple[bytes, str]:
-        """See `Metrics.render`; an HTTP worker puts the page of all workers in its place."""
+    async def _render_own_metrics(self) -> tuple[bytes, str]:
         return self.metrics.render()
 
     @property
