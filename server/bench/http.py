@@ -78,7 +78,9 @@ class HttpClient:
                         sink(data, time.perf_counter())
                     return HttpAnswer(response.status, b"")
             except aiohttp.ClientConnectorError as error:
-                raise RequestError("connection_failed", str(error)) from error
+                where = f"cannot connect to {error.host}:{error.port}"
+                reason = error.os_error.strerror or error.os_error
+                raise RequestError("connection_failed", f"{where}: {reason}") from error
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
                 # The server may have closed an idle connection while we wrote to it.
                 if connection.reused and not connection.answered:

@@ -47,6 +47,9 @@ async def measure(arguments: argparse.Namespace) -> tuple[BenchResult, RunRecord
             timeout=a.request_timeout,
             max_concurrency=a.max_concurrency,
         )
+        print(
+            f"{model} at {a.base_url}, {a.endpoint}: {a.num_prompts} requests, {a.dataset_name}\n"
+        )
         await _warm_up(generator, options, a.num_warmups)
         runs: list[RunReport] = []
         for index, rate in enumerate(a.sweep or [a.request_rate or math.inf]):
