@@ -1,4 +1,4 @@
-"""One log for everything: structlog and the standard library's loggers, to stderr."""
+"""Configures one log for everything: structlog and the standard library's loggers, to stderr."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ LogFormat = Literal["console", "json"]
 
 
 def resolve_format(log_format: Literal["auto", "console", "json"]) -> LogFormat:
-    """`auto` is console on a terminal and JSON elsewhere."""
+    """Return the format of the log: `auto` is console on a terminal and JSON elsewhere."""
     if log_format == "auto":
         return "console" if sys.stderr.isatty() else "json"
     return log_format
 
 
 def configure_logging(level: str, log_format: LogFormat, worker: int | None = None) -> None:
-    """Key=value lines or JSON objects, from `level` on. Replaces what was configured before.
+    """Log entries of at least `level` as key=value lines or JSON objects.
 
-    Each entry names the HTTP worker that writes it, if there are several.
+    Replaces any earlier configuration. Entries carry the number of the HTTP `worker`, if given.
     """
 
     def add_worker(logger: object, name: str, entry: EventDict) -> EventDict:
@@ -62,5 +62,5 @@ def configure_logging(level: str, log_format: LogFormat, worker: int | None = No
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error"):
-        # Its own start and stop messages say nothing that ours do not.
+        # uvicorn's messages about starting and stopping repeat our own.
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.root.level))
