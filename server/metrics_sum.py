@@ -69,6 +69,7 @@ class Sum(Collector):
         self._others = others
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the families for one page."""
         by_family: dict[str, list[Sample]] = {}
         for key, value in self._others.items():
             by_family.setdefault(key.family, []).append(Sample(key, value))

@@ -279,6 +279,7 @@ class Settings(_EngineSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources of settings, the strongest first. Raises ConfigurationError."""
         path = init_settings().get("config") or env_settings().get("config")
         if path is None:
             return init_settings, env_settings
@@ -301,6 +302,7 @@ class Settings(_EngineSettings):
 
     @property
     def is_demo(self) -> bool:
+        """Whether the built-in demo model is served."""
         return self.model is None
 
     @property

@@ -62,7 +62,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("Requests").add_argument
+    group = parser.add_argument_group("Requests")
+    data = group.add_argument
     data(
         "--dataset-name",
         choices=get_args(DatasetName),
@@ -70,6 +71,37 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         help="Kind of prompts. (default: random)",
     )
     data("--num-prompts", type=positive_int, default=100, metavar="N", help="(default: 100)")
+    _add_length_arguments(group)
+    data(
+        "--n",
+        type=positive_int,
+        metavar="N",
+        help="Choices per request. (default: 1; for n-sampling 8)",
+    )
+    data(
+        "--trace-file",
+        type=Path,
+        metavar="FILE",
+        help="JSONL for trace: prompt or prompt_len, output_len, arrival.",
+    )
+    data(
+        "--vocab-size",
+        type=positive_int,
+        metavar="N",
+        help="Prompts are token ids below this. Default: what the server reports.",
+    )
+    data("--temperature", type=float, metavar="T", help="Default: 0, or 1 if n > 1.")
+    data(
+        "--seed",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="Decides prompts, lengths and arrivals. (default: 0)",
+    )
+
+
+def _add_length_arguments(group: argparse._ArgumentGroup) -> None:
+    data = group.add_argument
     data(
         "--random-input-len",
         type=positive_int,
@@ -95,35 +127,9 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         help="Tokens of the prefix of shared-prefix. (default: 2048)",
     )
     data(
-        "--n",
-        type=positive_int,
-        metavar="N",
-        help="Choices per request. (default: 1; for n-sampling 8)",
-    )
-    data(
-        "--trace-file",
-        type=Path,
-        metavar="FILE",
-        help="JSONL for trace: prompt or prompt_len, output_len, arrival.",
-    )
-    data(
-        "--vocab-size",
-        type=positive_int,
-        metavar="N",
-        help="Prompts are token ids below this. Default: what the server reports.",
-    )
-    data(
         "--ignore-eos",
         action=argparse.BooleanOptionalAction,
         help="Make answers as long as asked for. (default: on, off for trace)",
-    )
-    data("--temperature", type=float, metavar="T", help="Default: 0, or 1 if n > 1.")
-    data(
-        "--seed",
-        type=_count,
-        default=0,
-        metavar="N",
-        help="Decides prompts, lengths and arrivals. (default: 0)",
     )
 
 

@@ -37,12 +37,12 @@ def add_parser(commands: Any) -> None:
     add_serve_arguments(serve)
     serve.set_defaults(run=run_serve)
     throughput = kinds.add_parser(
-        "throughput", help="many requests at once, the engine alone", allow_abbrev=False
+        "throughput", help="many requests at once, in the engine alone", allow_abbrev=False
     )
     add_throughput_arguments(throughput, demo)
     throughput.set_defaults(run=run_throughput)
     latency = kinds.add_parser(
-        "latency", help="one batch, repeated, the engine alone", allow_abbrev=False
+        "latency", help="one batch, repeated, in the engine alone", allow_abbrev=False
     )
     add_latency_arguments(latency, demo)
     latency.set_defaults(run=run_latency)

@@ -130,11 +130,6 @@ def summarise(
     output_tokens = sum(record.output_tokens for record in completed)
     cached = [record.cached_tokens for record in completed if record.cached_tokens is not None]
     errors = Counter(record.error for record in run.records if record.error is not None)
-    wrong = [
-        record
-        for record in completed
-        if record.output_tokens != record.requested_output_tokens * record.num_choices
-    ]
     seconds = run.duration_s
     return RunReport(
         request_rate="inf" if math.isinf(request_rate) else request_rate,
@@ -152,7 +147,7 @@ def summarise(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         cached_tokens=sum(cached) if cached else None,
-        wrong_lengths=len(wrong) if fixed_lengths else 0,
+        wrong_lengths=_wrong_lengths(completed) if fixed_lengths else 0,
         requests_per_s=len(completed) / seconds,
         output_tokens_per_s=output_tokens / seconds,
         total_tokens_per_s=(prompt_tokens + output_tokens) / seconds,
@@ -163,6 +158,13 @@ def summarise(
         client=run.client,
         server=run.server,
         requests=run.records if detailed else None,
+    )
+
+
+def _wrong_lengths(completed: list[RequestRecord]) -> int:
+    return sum(
+        record.output_tokens != record.requested_output_tokens * record.num_choices
+        for record in completed
     )
 
 

@@ -95,17 +95,21 @@ class WorkerPool:
                     raise error
 
     async def wait_up(self) -> None:
+        """Return once every worker accepts connections."""
         await self._up.wait()
 
     def begin_drain(self) -> None:
+        """Tell all workers, and those started from now on, to refuse new requests."""
         self._draining = True
         self._send(worker_link.Drain())
 
     @property
     def num_unfinished(self) -> int:
+        """The number of choices that clients of all workers still wait for."""
         return sum(self._loads[0::LOAD_FIELDS]) + sum(self._loads[1::LOAD_FIELDS])
 
     def stop(self) -> None:
+        """Tell all workers to end, and start no more."""
         if not self._stopping.is_set():
             self._stopping.set()
             for worker in self._workers.values():
