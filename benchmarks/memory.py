@@ -14,10 +14,10 @@ import random
 from collections.abc import Iterator
 
 from quire.engine.cache.block_manager import BlockManager
-from quire.engine.outputs import ModelRunnerOutput, SchedulerOutput
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.scheduling.scheduler import Scheduler
+from quire.engine.step import ModelRunnerOutput, SchedulerOutput
 
 MEAN_INPUT, MEAN_OUTPUT, SIGMA = 200, 180, 0.8
 MAX_MODEL_LEN = 4096
@@ -40,15 +40,9 @@ def make_scheduler(block_size: int, num_blocks: int, max_num_seqs: int) -> Sched
 def run_step(scheduler: Scheduler) -> SchedulerOutput:
     """Every row that reaches its sequence's end samples token 1."""
     scheduled = scheduler.schedule()
-    token_ids: list[int | None] = [
-        1 if start + num_new == len(sequence.token_ids) else None
-        for sequence, start, num_new in zip(
-            scheduled.sequences,
-            scheduled.num_computed_starts,
-            scheduled.num_new_tokens,
-            strict=True,
-        )
-    ]
+    partial = set(scheduled.partial_rows)
+    rows = range(len(scheduled.seq_ids))
+    token_ids = [None if row in partial else 1 for row in rows]
     scheduler.update_from_output(scheduled, ModelRunnerOutput(token_ids, {}, {}, {}, {}))
     return scheduled
 

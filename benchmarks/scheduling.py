@@ -2,11 +2,12 @@
 
     python benchmarks/scheduling.py [--run-ahead] [--plot FILE.svg] [--profile 256]
 
-All that an engine process does but the model (scripted_worker.py): schedule; launch, which lays out
-the inputs and tells the sampler what it needs; results and update; send, which makes the client's
-message and gives it to ZeroMQ. Every sequence decodes one token a step, sampled. All cross a block
-boundary in the same step, where full blocks are hashed and indexed: so the figures are means over
-as many steps as a block has tokens, of the ten such spans the fastest. CPU time of the thread.
+It is all that an engine process does but the model (scripted_worker.py): schedule; launch (the
+verbs forward and sample), which lays out the inputs and prepares the sampler; results and update;
+send, which makes the client's message and gives it to ZeroMQ. Every sequence decodes one token a
+step, sampled. All cross a block boundary in the same step, in which full blocks are hashed and
+indexed, so the figures are means over as many steps as a block has tokens. They are of the fastest
+of ten such spans, in CPU time of the thread.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 from scripted_worker import ScriptedWorker
@@ -29,6 +30,8 @@ from quire.engine.core.engine_core import EngineCore
 from quire.engine.process import engine_process, wire
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
+from quire.engine.step import SamplingConstraints, SchedulerOutput
+from quire.engine.worker_protocol import Forward, Results
 from quire.server.bench.plot import Panel, Series, render_svg
 
 BLOCK_SIZE, PROMPT, STEPS, WARM_UP = 16, 40, 160, 32
@@ -36,6 +39,14 @@ PARTS = ("schedule", "launch", "results", "update", "send", "step")
 DEMO = Path(__file__).parents[1] / "configs" / "demo"
 
 Times = dict[str, list[float]]
+
+
+class _TimedSample(NamedTuple):
+    host: Host
+    step: Forward
+
+    def sample(self, constraints: SamplingConstraints) -> Results:
+        return self.host.sample(self.step, constraints)
 
 
 class Host:
@@ -63,12 +74,26 @@ class Host:
                 arrival_time=0.0,
             )
             self._server._handle(self._core, b"client", wire.Add(request))
-        scheduler, launch = self._core._scheduler, worker.launch
+        scheduler = self._core._scheduler
         self._time(scheduler, "schedule", "schedule")
         self._time(scheduler, "update_from_output", "update")
         self._time(self._server, "_send_step", "send")
-        timed_launch = self._timed(launch, "launch")
-        worker.launch = lambda output: self._timed(timed_launch(output), "results")  # type: ignore
+        launches, begin = self.times["launch"], worker.forward
+
+        def forward(output: SchedulerOutput) -> Forward:
+            started = time.thread_time()
+            step = begin(output)
+            launches.append(time.thread_time() - started)
+            return _TimedSample(self, step)
+
+        worker.forward = forward  # type: ignore[method-assign]
+
+    def sample(self, step: Forward, constraints: SamplingConstraints) -> Results:
+        """The second half of a launch; its results are timed when they are asked for."""
+        started = time.thread_time()
+        results = step.sample(constraints)
+        self.times["launch"][-1] += time.thread_time() - started
+        return self._timed(results, "results")
 
     def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         times = self.times[part]

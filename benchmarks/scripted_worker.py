@@ -18,11 +18,11 @@ import torch
 from quire.engine.config import EngineConfig, WorkerInfo
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
-from quire.engine.outputs import ModelRunnerOutput, SchedulerOutput
 from quire.engine.runner import worker
 from quire.engine.sampling.batch import SamplingBatch
 from quire.engine.sampling.sampler import Sampler, SamplerOutput
-from quire.engine.worker_protocol import Results
+from quire.engine.step import ModelRunnerOutput, SamplingConstraints, SchedulerOutput
+from quire.engine.worker_protocol import Forward, Results
 
 TEXT = "A server that streams: it says one word after another, until all has been said. "
 
@@ -37,6 +37,12 @@ class ScriptedModel:
 
     def forward(self, input_ids: torch.Tensor, *_: Any) -> torch.Tensor:
         return input_ids[:, None]
+
+    def forward_to_logits(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, logit_indices: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.forward(input_ids)
+        return hidden, hidden[logit_indices]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
@@ -78,15 +84,29 @@ class ScriptedWorker(worker.Worker):
         self._runner._sampler = ScriptedSampler(vocab_size, script)
         return num_blocks
 
-    def launch(self, scheduler_output: SchedulerOutput) -> Results:
-        results = super().launch(scheduler_output)
-        if not self._period:
-            return results
+    def forward(self, scheduler_output: SchedulerOutput) -> Forward:
+        step = super().forward(scheduler_output)
+        return _Slowed(self, step) if self._period else step
+
+    def wait(self) -> None:
+        """Return once the step's time is over."""
+        now = time.monotonic()
+        self._next = max(self._next + self._period, now)
+        time.sleep(self._next - now)
+
+
+class _Slowed:
+    """A step whose results come no sooner than `ScriptedWorker.wait` returns."""
+
+    def __init__(self, worker: ScriptedWorker, step: Forward) -> None:
+        self._worker = worker
+        self._step = step
+
+    def sample(self, constraints: SamplingConstraints) -> Results:
+        results = self._step.sample(constraints)
 
         def wait() -> ModelRunnerOutput:
-            now = time.monotonic()
-            self._next = max(self._next + self._period, now)
-            time.sleep(self._next - now)
+            self._worker.wait()
             return results()
 
         return wait

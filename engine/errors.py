@@ -171,6 +171,20 @@ _IN_FLIGHT: dict[str, type[QuireError]] = {
 }
 
 
+MAX_LINE = 400
+"""Characters that `one_line` keeps."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """Return a message, or an error's type and message, as one line for a person to read.
+
+    Each run of whitespace becomes one space, and what exceeds MAX_LINE characters is cut off.
+    """
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_LINE else text[:MAX_LINE] + " …"
+
+
 def error_from_code(code: str, message: str) -> QuireError:
     """Rebuild an error that crossed the process boundary as (code, message)."""
     return _IN_FLIGHT.get(code, QuireError)(message)

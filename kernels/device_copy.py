@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
-def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device(
+    values: Sequence[Any] | NDArray[Any], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """A tensor of (nested) `values` on `device`.
 
     A copy from pageable memory blocks the host until the stream has caught up, one from pinned

@@ -28,7 +28,7 @@ from quire.server.dialects import messages_body, responses_body
 from quire.server.errors import answer_of
 from quire.server.flags_table import updated
 from quire.server.http import body, http_protocol
-from quire.server.requests import preparation, protocol, sampling
+from quire.server.requests import field_types, job, protocol, sampling
 from quire.server.requests.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
 from quire.server.settings import Settings, load_settings
 
@@ -236,15 +236,15 @@ def test_stated_bounds_are_those_of_the_code() -> None:
         (body.MAX_MEMBERS, "{} members of objects"),
         (protocol.MAX_MESSAGES, "1 to {} |"),
         (protocol.MAX_DETOKENIZE, "at most {} |"),
-        (protocol.MAX_STOP_STRINGS, "up to {} each"),
-        (protocol.MAX_STOP_LENGTH, "of 1 to {} characters; the text ends"),
-        (protocol.MAX_BAD_WORDS, "at most {} strings of 1 to"),
-        (protocol.MAX_BAD_WORD_LENGTH, "strings of 1 to {} characters"),
+        (field_types.MAX_STOP_STRINGS, "up to {} each"),
+        (field_types.MAX_STOP_LENGTH, "of 1 to {} characters; the text ends"),
+        (field_types.MAX_BAD_WORDS, "at most {} strings of 1 to"),
+        (field_types.MAX_BAD_WORD_LENGTH, "strings of 1 to {} characters"),
         (sampling_params.MAX_LENGTH_PENALTY, "1.0; -10 to {}; needs"),
-        (protocol.MAX_LABEL_LENGTH, "same salt; 1 to {} characters"),
+        (field_types.MAX_LABEL_LENGTH, "same salt; 1 to {} characters"),
         (sampling_params.MAX_LOGIT_BIAS, "to 100; at most {} |"),
         (sampling_params.MAX_STOP_TOKEN_IDS, "at most {} ids of the vocabulary"),
-        (preparation.MAX_PROMPT_LOGPROBS, "together at most {} entries"),
+        (job.MAX_PROMPT_LOGPROBS, "together at most {} entries"),
         (http_protocol.MAX_HEADERS, "more than {} headers"),
         (http_protocol.MAX_HEADER_BYTES // 1024, "headers over {} KiB"),
         (round(logprobs.LOWEST), "minus infinity is written {}"),
@@ -412,7 +412,7 @@ def test_every_log_event_is_listed_with_its_fields() -> None:
         for name, its_fields in zip(names, fields, strict=True):
             listed[name] = set(its_fields.split(", "))
     logged: dict[str, set[str]] = {}
-    for path in (ROOT / "server").glob("*.py"):
+    for path in (ROOT / "server").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..outputs import BlockCopy
 from ..sequence import Sequence
+from ..step import BlockCopy
 from .block_pool import BlockPool
 from .prefix_index import Successor, hash_block, root_hash
 

@@ -8,34 +8,31 @@ numbers of each token are computed by numpy on the CPU, and by the device itself
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from collections.abc import Sequence as Sizes
-from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from ..outputs import SchedulerOutput
-from ..sequence import UNKNOWN_TOKEN
+from ..step import UNKNOWN_TOKEN, SchedulerOutput, SequenceSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..sequence import Sequence
-
 
 class HostStep(NamedTuple):
-    """One step on the host. Batch row i is `SchedulerOutput.sequences[order[i]]`.
+    """One step on the host. Batch row i is row `order[i]` of the plan.
 
     Rows with one new token come first (`num_decodes`). `sampling_rows` are the batch rows that
-    reach their sequence's last token, ascending, to sample the ones at `sampled_positions`; rows
-    that are pooled stand in `pooled_rows` and sample nothing. `any_scored` says whether a request
+    sample, ascending, and `sampled_positions` the positions of their new tokens; `pooled_rows` are
+    those whose hidden states are pooled. `any_scored` says whether a request
     asks for its prompt's log-probabilities. Row i's block table is `tables[rows[i]]`, of which no
     row uses more columns.
     """
 
     order: list[int]
-    sequences: list[Sequence]
+    sequences: list[SequenceSpec]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     num_decodes: int
@@ -189,7 +186,8 @@ class HostInputs:
 class _Batch(NamedTuple):
     """What is the same in every step of the same sequences. `rows` are parallel to them."""
 
-    sequences: list[Sequence]
+    seq_ids: list[int]
+    sequences: list[SequenceSpec]
     rows: NDArray[np.int64]
     any_pooled: bool
     any_scored: bool
@@ -212,13 +210,14 @@ class InputBatch:
     ) -> None:
         self._block_size = block_size
         self._rows: dict[int, int] = {}
+        self._specs: dict[int, SequenceSpec] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._batch = _Batch([], np.empty(0, dtype=np.int64), False, False)
+        self._batch = _Batch([], [], np.empty(0, dtype=np.int64), False, False)
         # A last sampled token may own a slot without being fed back, hence one more.
         max_blocks = max_model_len // block_size + 1
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._sampled = torch.zeros(1, dtype=torch.int64, device=device)
-        self._sampled_of: list[Sequence] = []
+        self._sampled_of: list[int] = []
         self.inputs: StepInputs
         if _has_kernel(device):
             from ..devices.cuda.inputs import DeviceInputs
@@ -228,73 +227,84 @@ class InputBatch:
             self.inputs = HostInputs(max_num_seqs, max_num_tokens, max_blocks, block_size)
 
     def apply(self, output: SchedulerOutput) -> None:
-        """Bring rows and tables up to date."""
+        """Bring rows and tables up to date with a plan."""
         for seq_id in output.released:
-            row = self._rows.pop(seq_id, None)
-            if row is not None:
-                self._free_rows.append(row)
-        for sequence, start in output.table_changes:
-            row = self._rows.get(sequence.seq_id)
-            if row is not None:  # otherwise it is new, or left out of this step
-                self._write_table(row, sequence, start)
-        # Sequences compare by identity: this is a scan of pointers.
-        if output.released or output.sequences != self._batch.sequences:
-            self._batch = self._find_rows(output.sequences)
+            del self._specs[seq_id]
+            self._free_rows.append(self._rows.pop(seq_id))
+        for spec in output.new_sequences:
+            self._specs[spec.seq_id] = spec
+            self._rows[spec.seq_id] = row = self._free_rows.pop()
+            self._write_table(row, 0, spec.block_table)
+        for seq_id, start, block_ids in output.table_changes:
+            self._write_table(self._rows[seq_id], start, block_ids)
+        if output.released or output.seq_ids != self._batch.seq_ids:
+            sequences = [self._specs[seq_id] for seq_id in output.seq_ids]
+            self._batch = _Batch(
+                output.seq_ids,
+                sequences,
+                np.array([self._rows[seq_id] for seq_id in output.seq_ids], dtype=np.int64),
+                any(one.pooling is not None for one in sequences),
+                any(one.num_prompt_logprobs is not None for one in sequences),
+            )
 
-    def _find_rows(self, sequences: list[Sequence]) -> _Batch:
-        """New sequences get a row."""
-        for sequence in sequences:
-            if sequence.seq_id not in self._rows:
-                row = self._rows[sequence.seq_id] = self._free_rows.pop()
-                self._write_table(row, sequence, 0)
-        return _Batch(
-            sequences,
-            np.array([self._rows[sequence.seq_id] for sequence in sequences], dtype=np.int64),
-            any(one.pooling is not None for one in sequences),
-            any(one.request.sampling_params.prompt_logprobs is not None for one in sequences),
-        )
-
-    def _write_table(self, row: int, sequence: Sequence, start: int) -> None:
-        self._table[row, start : len(sequence.block_table)] = sequence.block_table[start:]
+    def _write_table(self, row: int, start: int, block_ids: list[int]) -> None:
+        self._table[row, start : start + len(block_ids)] = block_ids
         self.inputs.change_table(row, start)
 
-    def keep_samples(self, sequences: list[Sequence], token_ids: torch.Tensor) -> None:
-        """What a step sampled, token_ids `[R]` int64 on the device: in the next step it may be
-        the token that the host does not know yet."""
-        self._sampled_of, self._sampled = sequences, token_ids
+    def keep_samples(self, seq_ids: list[int], token_ids: torch.Tensor) -> None:
+        """Remember the tokens that a step sampled, `[R]` int64 on the device, for these sequences.
+
+        The next step may have to compute one that the host does not know yet.
+        """
+        self._sampled_of, self._sampled = seq_ids, token_ids
 
     def prepare(self, output: SchedulerOutput) -> tuple[HostStep, DeviceStep]:
         """Lay out the step that `apply` was just called for."""
-        sequences, rows = output.sequences, self._batch.rows
+        # 1. The plan's rows as arrays.
+        sequences, rows = self._batch.sequences, self._batch.rows
         num_seqs = len(sequences)
         counts = np.array(output.num_new_tokens, dtype=np.int64)
         starts = np.array(output.num_computed_starts, dtype=np.int64)
-        picked, num_decodes = list(range(num_seqs)), num_seqs
+        token_ids = np.array(output.token_ids, dtype=np.int64)
+        samples = np.ones(num_seqs, dtype=np.bool_)
+        samples[output.partial_rows] = False
+        # 2. Rows with one token first, since the attention kernels treat them apart.
+        order, num_decodes = list(range(num_seqs)), num_seqs
         if output.total_tokens > num_seqs:
-            order = np.argsort(counts > 1, kind="stable")
-            counts, starts, rows = counts[order], starts[order], rows[order]
-            picked = order.tolist()
-            sequences = [sequences[index] for index in picked]
+            picks = np.argsort(counts > 1, kind="stable")
+            token_ids = _reorder(token_ids, counts, picks)
+            counts, starts, rows, samples = (
+                counts[picks],
+                starts[picks],
+                rows[picks],
+                samples[picks],
+            )
+            order = picks.tolist()
+            sequences = [sequences[index] for index in order]
             num_decodes = int(np.count_nonzero(counts == 1))
+        # 3. Which rows sample, which are pooled.
+        pooled_rows = []
+        if self._batch.any_pooled:
+            pooled_rows = [row for row, one in enumerate(sequences) if one.pooling is not None]
+            samples[pooled_rows] = False
+        sampling_rows = np.nonzero(samples)[0]
+        # 4. Tokens that the host does not know yet: −1 − i for the i-th of the last step's samples.
+        unknown = np.nonzero(token_ids[:num_decodes] == UNKNOWN_TOKEN)[0].tolist()
+        if unknown:
+            token_ids[unknown] = self._places_in_samples(sequences[row].seq_id for row in unknown)
         stops = starts + counts
         loc = np.zeros(num_seqs + 1, dtype=np.int32)
         np.cumsum(counts, out=loc[1:])
-        pooled_rows = []
-        if self._batch.any_pooled:
-            pooled_rows = [row for row, sequence in enumerate(sequences) if sequence.pooling]
-        ends = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
-        ends[pooled_rows] = 0
-        sampling_rows = np.nonzero(stops == ends)[0]
         width = -(-int(stops.max()) // self._block_size)
         host = HostStep(
-            order=picked,
+            order=order,
             sequences=sequences,
             starts=starts,
             lengths=counts,
             num_decodes=num_decodes,
             max_query_len=int(counts.max()),
             sampling_rows=sampling_rows,
-            sampled_positions=ends[sampling_rows].tolist(),
+            sampled_positions=stops[sampling_rows].tolist(),
             pooled_rows=pooled_rows,
             any_scored=self._batch.any_scored,
             query_start_loc=loc,
@@ -302,37 +312,27 @@ class InputBatch:
             rows=rows,
             tables=self._table[:, :width],
         )
-        return host, self.inputs.write(host, self._token_ids(host), self._sampled)
+        return host, self.inputs.write(host, token_ids, self._sampled)
 
-    def _token_ids(self, host: HostStep) -> NDArray[np.int64]:
-        """The ids of the step's tokens, in the batch's order; those that the host does not know as
-        `StepInputs.write` wants them."""
-        starts, stops = host.starts.tolist(), (host.starts + host.lengths).tolist()
-        decodes = host.num_decodes
-        ids = np.empty(int(host.query_start_loc[-1]), dtype=np.int64)
-        ids[:decodes] = [
-            sequence.token_ids[start]
-            for sequence, start in zip(host.sequences[:decodes], starts, strict=False)
-        ]
-        tail = (
-            sequence.token_ids[start:stop]
-            for sequence, start, stop in zip(
-                host.sequences[decodes:], starts[decodes:], stops[decodes:], strict=True
-            )
-        )
-        ids[decodes:] = np.fromiter(
-            chain.from_iterable(tail), dtype=np.int64, count=len(ids) - decodes
-        )
-        unknown = np.nonzero(ids[:decodes] == UNKNOWN_TOKEN)[0].tolist()
-        if unknown:
-            ids[unknown] = self._places_in_samples([host.sequences[row] for row in unknown])
-        return ids
+    def _places_in_samples(self, seq_ids: Iterable[int]) -> list[int]:
+        """Return −1 − i for the sequence whose token is the i-th of the last step's samples.
 
-    def _places_in_samples(self, sequences: list[Sequence]) -> list[int]:
-        """−1 − i for the sequence whose token is the i-th of the last step's. A row that failed
-        there gets id 0: its results will be dropped."""
-        places = {sequence.seq_id: -1 - i for i, sequence in enumerate(self._sampled_of)}
-        return [places.get(sequence.seq_id, 0) for sequence in sequences]
+        A sequence whose row failed there gets token 0: its results will be dropped.
+        """
+        places = {seq_id: -1 - i for i, seq_id in enumerate(self._sampled_of)}
+        return [places.get(seq_id, 0) for seq_id in seq_ids]
+
+
+def _reorder(
+    token_ids: NDArray[np.int64], counts: NDArray[np.int64], picks: NDArray[np.intp]
+) -> NDArray[np.int64]:
+    """Return the tokens of the rows `picks`, one row after the other; counts[i] of the given tokens
+    belong to row i."""
+    firsts = np.cumsum(counts) - counts
+    counts, firsts = counts[picks], firsts[picks]
+    shifts = firsts - (np.cumsum(counts) - counts)
+    reordered: NDArray[np.int64] = token_ids[np.arange(len(token_ids)) + np.repeat(shifts, counts)]
+    return reordered
 
 
 def _has_kernel(device: torch.device) -> bool:

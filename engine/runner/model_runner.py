@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from itertools import chain, product
-from typing import TYPE_CHECKING
+from collections import abc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +17,25 @@ from ...kernels.prefix_groups import MIN_MEMBERS
 from ..attention.interface import AttentionMetadata
 from ..config import EngineConfig
 from ..devices.cuda.decode_graphs import Capture, DecodeGraphs, ModelOutput, NotCapturableError
-from ..errors import StepFailedError
+from ..errors import DeviceMemoryError
 from ..model.causal_lm import CausalLM
-from ..outputs import BlockCopy, RowError, SchedulerOutput
+from ..outputs import RowError
 from ..request import Request
 from ..sampling.sampler import Sampler
 from ..sampling_params import SamplingParams
-from ..sequence import Rank
-from ..sequence import Sequence as TokenSequence
+from ..sequence import Rank, Sequence
+from ..step import BlockCopy, SamplingConstraints, SchedulerOutput
 from .input_batch import DeviceStep, HostStep, InputBatch
+from .pending_results import PendingResults
 from .pooling import Pooler
-from .prompt_logprobs import prompt_logprobs
-from .step_results import RowSamples, StepResults
+from .prompt_logprobs import PromptChunk, prompt_logprobs
+from .row_sampling import RowSamples, SamplingRows, sample_rows
 
 if TYPE_CHECKING:
     from ...kernels.cuda.attention.cascade import CascadeWorkspace
     from ...kernels.cuda.attention.decode_schedule import DecodeWorkspace
     from ..devices.cpu.attention import CpuPlan, CpuPlanner
     from ..devices.cuda.attention import SharedPrefixes
-    from ..grammar.masks import TokenMasks
 
 logger = logging.getLogger("quire.engine")
 
@@ -95,8 +97,8 @@ class ModelRunner:
         return CpuPlanner(heads, self._kv_cache, shares=shares)
 
     @torch.inference_mode()
-    def launch(self, output: SchedulerOutput) -> StepResults:
-        """Begin a step; the device is waited for when its results are called for."""
+    def forward(self, output: SchedulerOutput) -> StepForward:
+        """Begin a step: block copies, then the forward. Nothing here waits for a GPU."""
         self._batch.apply(output)
         self._sampler.forget(output.released)
         self._pooler.forget(output.released)
@@ -104,80 +106,29 @@ class ModelRunner:
             self._copy_blocks(output.block_copies)
         except torch.OutOfMemoryError as error:  # no later step would make up for them
             raise RuntimeError("out of device memory for the copies of blocks") from error
-        if not output.sequences:
-            return StepResults(0, [], [], [], {}, {})
+        if not output.seq_ids:
+            return StepForward(self, None)
         host, step = self._batch.prepare(output)
-        hidden, logits = self._run_model(host, step)
-        chunks = prompt_logprobs(self._model, host, hidden) if host.any_scored else []
+        with _memory_errors_named():
+            hidden, logits = self._run_model(host, step)
+            chunks = prompt_logprobs(self._model, host, hidden) if host.any_scored else []
+        return StepForward(self, _Computed(host, step, hidden, logits, chunks))
+
+    @torch.inference_mode()
+    def sample(self, computed: _Computed, constraints: SamplingConstraints) -> PendingResults:
+        """Sample the rows of a step whose forward has begun, and pool those to be pooled."""
+        host, step, hidden, logits, chunks = computed
         errors: dict[int, RowError] = {}
         samples: list[RowSamples] = []
-        masks = None
-        if len(host.sampling_rows):
-            masks = output.before_sampling()
-            rows, sequences, last_ids = host.order, host.sequences, step.input_ids
-            if len(host.sampling_rows) < len(step.input_ids):
-                picks = host.sampling_rows.tolist()
-                rows = [host.order[row] for row in picks]
-                sequences = [host.sequences[row] for row in picks]
-                last_ids = last_ids[step.logit_indices]
-            places = host.sampled_positions
-            samples = self._sample(rows, sequences, places, logits, last_ids, errors, masks)
-        # Last, since a step that runs out of memory before its end is tried again.
-        pooled = self._pooler(host, hidden) if host.pooled_rows else []
+        with _memory_errors_named():
+            if len(host.sampling_rows):
+                rows = _sampling_rows(host, step, logits)
+                samples = sample_rows(self._sampler, rows, constraints, errors)
+            # Last, since a step that runs out of memory before its end is tried again.
+            pooled = self._pooler(host, hidden) if host.pooled_rows else []
         if samples:
             self._batch.keep_samples(*_joined(samples))
-        mask_errors = masks.errors if masks is not None else {}
-        return StepResults(len(host.order), samples, chunks, pooled, errors, mask_errors)
-
-    def _sample(
-        self,
-        rows: list[int],
-        sequences: list[TokenSequence],
-        positions: list[int],
-        logits: torch.Tensor,
-        last_ids: torch.Tensor,
-        errors: dict[int, RowError],
-        masks: TokenMasks | None,
-    ) -> list[RowSamples]:
-        """Sample all rows at once; should that raise, each by itself, so that it costs the
-        offender alone. Raises where every row fails: then the fault is not a row's."""
-        try:
-            constrained = []
-            if masks:
-                constrained = [at for at, row in enumerate(rows) if row in masks.rows]
-            batch = self._sampler.prepare(
-                sequences,
-                positions=positions,
-                constrained_rows=constrained,
-                last_token_ids=last_ids,
-            )
-            bitmask = None
-            if masks and constrained:
-                bitmask = _bitmask(masks, [rows[at] for at in constrained], logits.device)
-            return [RowSamples(rows, sequences, batch, self._sampler(logits, batch, bitmask))]
-        except Exception as error:
-            if _is_fault_of_device(error):
-                raise
-            if len(rows) == 1:
-                logger.exception("sampling %s failed", sequences[0])
-                errors[rows[0]] = RowError(StepFailedError.code, "its row raised in the sampler")
-                return []
-            alone = [
-                self._sample(
-                    [row],
-                    [sequences[at]],
-                    [positions[at]],
-                    logits[at, None],
-                    last_ids[at, None],
-                    errors,
-                    masks,
-                )
-                for at, row in enumerate(rows)
-            ]
-            samples = list(chain.from_iterable(alone))
-            if not samples:
-                raise
-            return samples
+        return PendingResults(len(host.order), samples, chunks, pooled, errors)
 
     @torch.inference_mode()
     def run_largest_step(self) -> None:
@@ -227,7 +178,7 @@ class ModelRunner:
         )
         sampler = Sampler(self._model.spec.vocab_size, logits.device)
         sequences = [
-            TokenSequence(request, index, index, Rank(0, index, 0), frozenset())
+            Sequence(request, index, index, Rank(0, index, 0), frozenset()).spec()
             for index in range(len(logits))
         ]
         sampler(logits, sampler.prepare(sequences))
@@ -264,7 +215,7 @@ class ModelRunner:
         )
         return self._forward(step, metadata), step
 
-    def capture_graphs(self, capture: Capture, sizes: Sequence[int]) -> None:
+    def capture_graphs(self, capture: Capture, sizes: abc.Sequence[int]) -> None:
         """From now on replay graphs of these sizes (ascending) in decode-only steps, unless the
         model waits for the device within a step."""
         inputs = self._batch.inputs
@@ -334,7 +285,7 @@ class ModelRunner:
 
         schedule_decodes(seq_lens, self._workspaces, cascade)
 
-    def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+    def _copy_blocks(self, copies: abc.Sequence[BlockCopy]) -> None:
         if not copies:
             return
         cache = self._kv_cache
@@ -372,25 +323,53 @@ class ModelRunner:
         return self._cpu_planner.plan(host.query_start_loc, host.seq_lens, tables)
 
 
-def _joined(samples: list[RowSamples]) -> tuple[list[TokenSequence], torch.Tensor]:
-    """Whose tokens were sampled, and which; several where rows were sampled one by one."""
+class _Computed(NamedTuple):
+    """A step whose forward has begun: hidden states of all tokens, logits of the sampling rows."""
+
+    host: HostStep
+    step: DeviceStep
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    chunks: list[PromptChunk]
+
+
+class StepForward:
+    """Implements `Forward` of worker_protocol.py for one step, which may have no rows."""
+
+    def __init__(self, runner: ModelRunner, computed: _Computed | None) -> None:
+        self._runner = runner
+        self._computed = computed
+
+    def sample(self, constraints: SamplingConstraints) -> PendingResults:
+        if self._computed is None:
+            return PendingResults(0, [], [], [], {})
+        return self._runner.sample(self._computed, constraints)
+
+
+def _sampling_rows(host: HostStep, step: DeviceStep, logits: torch.Tensor) -> SamplingRows:
+    rows, sequences, last_ids = host.order, host.sequences, step.input_ids
+    if len(host.sampling_rows) < len(step.input_ids):
+        picks = host.sampling_rows.tolist()
+        rows = [host.order[row] for row in picks]
+        sequences = [host.sequences[row] for row in picks]
+        last_ids = last_ids[step.logit_indices]
+    return SamplingRows(rows, sequences, host.sampled_positions, logits, last_ids)
+
+
+def _joined(samples: list[RowSamples]) -> tuple[list[int], torch.Tensor]:
+    """Return the sequences that were sampled, and their tokens. There are several `samples` if rows
+    were sampled one by one."""
+    seq_ids = [sequence.seq_id for sample in samples for sequence in sample.sequences]
     if len(samples) == 1:
-        return samples[0].sequences, samples[0].output.token_ids
-    sequences = [sequence for sample in samples for sequence in sample.sequences]
-    return sequences, torch.cat([sample.output.token_ids for sample in samples])
+        return seq_ids, samples[0].output.token_ids
+    return seq_ids, torch.cat([sample.output.token_ids for sample in samples])
 
 
-def _is_fault_of_device(error: Exception) -> bool:
-    """Whether it says nothing about the rows: torch has types for most such errors, Triton and the
-    libraries below raise RuntimeErrors that name CUDA."""
-    types = (torch.OutOfMemoryError, torch.AcceleratorError)
-    return isinstance(error, types) or (isinstance(error, RuntimeError) and "CUDA" in str(error))
-
-
-def _bitmask(masks: TokenMasks, rows: list[int], device: torch.device) -> torch.Tensor:
-    """`[C, W]` int32 on the device, once the masks of these rows of the scheduler's output are
-    filled."""
-    filled = torch.from_numpy(masks.wait()[[masks.rows[row] for row in rows]])
-    if device.type == "cuda":
-        filled = filled.pin_memory()
-    return filled.to(device, non_blocking=True)
+@contextmanager
+def _memory_errors_named() -> Iterator[None]:
+    """Turn torch's error for a device without memory into a DeviceMemoryError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise DeviceMemoryError("the device ran out of memory in a step") from error

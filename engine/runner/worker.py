@@ -10,15 +10,14 @@ import torch
 
 from ..config import EngineConfig, WorkerInfo
 from ..devices.cuda.decode_graphs import CudaCapture, graph_sizes
-from ..errors import ConfigurationError, DeviceMemoryError, UnsupportedModelError
+from ..errors import ConfigurationError, UnsupportedModelError
 from ..model.causal_lm import CausalLM
 from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model, resolve_kv_cache_dtype
 from ..model.model_spec import one_line
-from ..outputs import SchedulerOutput
-from ..worker_protocol import Results
+from ..step import SchedulerOutput
 from .kv_cache import allocate_kv_cache, cpu_cache_memory, num_blocks_from_memory
-from .model_runner import ModelRunner
+from .model_runner import ModelRunner, StepForward
 
 
 class Worker:
@@ -82,12 +81,8 @@ class Worker:
             return []
         return graph_sizes(self._config.max_num_seqs)
 
-    def launch(self, scheduler_output: SchedulerOutput) -> Results:
-        try:
-            return self._runner.launch(scheduler_output)
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise DeviceMemoryError("the device ran out of memory in a step") from error
+    def forward(self, scheduler_output: SchedulerOutput) -> StepForward:
+        return self._runner.forward(scheduler_output)
 
     def _make_runner(self, num_blocks: int) -> ModelRunner:
         model = self._model

@@ -13,14 +13,15 @@ reduction, hence on the batch's size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..outputs import TokenLogprobs
-from ..sequence import Sequence as TokenSequence
+from ..step import SequenceSpec
 from .batch import SamplingBatch, SamplingBatchBuilder
 from .counter_rng import exponential, stream_keys
 from .logprobs import LogprobTensors, compute_logprobs, to_token_logprobs
@@ -67,13 +68,14 @@ class Sampler:
 
     def prepare(
         self,
-        sequences: Sequence[TokenSequence],
+        sequences: Sequence[SequenceSpec],
         positions: Sequence[int] | None = None,
         constrained_rows: Sequence[int] = (),
+        banned: Mapping[int, Sequence[int]] = MappingProxyType({}),
         last_token_ids: Tensor | None = None,
     ) -> SamplingBatch:
         """See `SamplingBatchBuilder.build`; nearly free while the same sequences sample."""
-        return self._builder.build(sequences, positions, constrained_rows, last_token_ids)
+        return self._builder.build(sequences, positions, constrained_rows, banned, last_token_ids)
 
     def forget(self, seq_ids: Iterable[int]) -> None:
         """Drop what is kept for sequences that finished or were preempted."""

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic import WithJsonSchema
 
 from ...engine.errors import EngineDeadError, InvalidRequestError
 from ..http.streaming import encode_json
+from ..requests.field_types import Fields
 from ..requests.protocol import ChatBody, path_of, validate
 
 PASSED_ON = (
@@ -34,12 +35,6 @@ Content = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
 ]
 """Text or typed parts, told apart where they are read."""
-
-
-class Fields(BaseModel):
-    """A strict body; fields that it does not know are kept and reported by `check_types`."""
-
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
 class ConversationBody(Fields):

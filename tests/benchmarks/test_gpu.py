@@ -1,5 +1,7 @@
-"""The GPU benchmarks as far as a machine without a GPU can tell: ceilings, workloads, reports, and
-that every script comes to the point where it asks for its device."""
+"""Test the GPU benchmarks as far as they run without a GPU.
+
+These are the ceilings, workloads and reports, and every script up to where it needs its device.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +18,22 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 import gpu  # noqa: E402
 import gpu_targets  # noqa: E402
-from gpu_workloads import (  # noqa: E402
+from gpu_shapes import (  # noqa: E402
     SHAPES,
-    Bench,
     Limits,
-    Report,
-    Result,
     cost_of,
     decode_seconds,
     offline_seconds,
     prefill_seconds,
-    table,
+    write_config,
 )
+from gpu_workloads import Bench, Report, Result, table  # noqa: E402
 
 LIMITS = Limits()
 
 
 class FakeEngine:
-    """One token a request and step; a prompt takes a step for each `chunk` tokens."""
+    """An engine that prefills one prompt per step and gives each other request one token."""
 
     def __init__(self, kv_tokens: int = 10**6, lost: int = 0) -> None:
         self.kv_tokens, self.kv_bytes_per_element = kv_tokens, 2
@@ -74,7 +74,7 @@ class FakeEngine:
     ],
 )
 def test_ceiling_of_decoding(shape: str, batch: int, context: int, tokens_per_s: float) -> None:
-    """Worked out by hand from weights, K and V, and 4.3 TB/s."""
+    """The expected figures were worked out by hand from weights, K and V, and 4.3 TB/s."""
     found = batch / decode_seconds(cost_of(shape), batch, context, LIMITS)
     assert found == pytest.approx(tokens_per_s, rel=0.005)
 
@@ -153,7 +153,7 @@ def test_a_spoiled_process_is_left_and_its_report_resumed(tmp_path: Path) -> Non
 def test_the_engine_s_stages_go_on_after_a_crash(
     dies_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In stage 0 nothing is begun: there is nothing to go on with."""
+    """A crash in stage 0, before anything has begun, leaves nothing to continue with."""
     path = tmp_path / "gpu_engine.json"
     commands: list[list[str]] = []
 
@@ -281,7 +281,6 @@ print("fine")
 
 
 def test_shapes_are_models(tmp_path: Path) -> None:
-    from gpu_workloads import write_config
     from transformers import AutoConfig
 
     for shape, values in SHAPES.items():

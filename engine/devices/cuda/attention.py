@@ -182,7 +182,10 @@ def schedule_decodes(
 ) -> None:
     """Once a step, before its layers: which program of the decode kernel reads which keys."""
     for window, workspace in workspaces.items():
-        build_decode_schedule(seq_lens, workspace, cascade=cascade if window is None else None)
+        groups = cascade if window is None else None
+        build_decode_schedule(
+            seq_lens, workspace, prefix_lens=None if groups is None else groups.prefix_lens
+        )
 
 
 class SharedPrefixes:

@@ -41,7 +41,7 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copy_blocks, "copy_blocks", reference.copy_blocks)
     monkeypatch.setattr(device_inputs, "prepare_inputs", reference.prepare_inputs)
     monkeypatch.setattr(
-        attention_cuda, "build_decode_schedule", lambda seq_lens, workspace, cascade: None
+        attention_cuda, "build_decode_schedule", lambda seq_lens, workspace, prefix_lens: None
     )
 
 

@@ -26,8 +26,9 @@ from quire.engine.errors import GrammarError, InvalidRequestError, error_from_co
 from quire.engine.grammar import compile as grammar
 from quire.engine.grammar import masks as structured_output
 from quire.engine.grammar.compile import GrammarCompileError, compile_grammar, make_tokenizer
+from quire.engine.grammar.constraints import NOTHING_PENDING, start_constraints
 from quire.engine.grammar.masks import StructuredOutput
-from quire.engine.outputs import SchedulerOutput, SequenceOutput
+from quire.engine.outputs import SequenceOutput
 from quire.engine.request import GrammarSpec, Request
 from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
@@ -417,10 +418,8 @@ def test_the_engine_imports_without_llguidance(tmp_path: Path) -> None:
 # -- matchers, without an engine -------------------------------------------------------------
 
 
-def step_of(*sequences: Sequence) -> SchedulerOutput:
-    lengths = [len(sequence.token_ids) for sequence in sequences]
-    starts = [length - 1 for length in lengths]
-    return SchedulerOutput(1, list(sequences), starts, [1] * len(starts), 0, [], [], [])
+def step_of(*sequences: Sequence) -> list[tuple[int, Sequence]]:
+    return list(enumerate(sequences))
 
 
 def allowed(bits: Any) -> set[int]:
@@ -469,19 +468,17 @@ def test_forks_have_matchers_of_their_own_and_a_new_one_catches_up() -> None:
     assert masks is not None and allowed(masks.wait()[0]) == {EOS, END_OF_TEXT}
 
 
-def test_only_constrained_rows_that_sample_have_a_mask() -> None:
+def test_only_constrained_rows_that_go_on_have_a_mask() -> None:
     request = make_request("r", OTHERS["regex"][0])
     structured = make_structured(request)
     [constrained] = sequences_of(request)
-    [plain] = sequences_of(make_request("p", None))
-    output = step_of(plain, constrained)
-    masks = structured.start(output)
-    assert masks is not None and masks.rows == {1: 0}
-    assert masks.wait().shape == (1, VOCAB_SIZE // 32)
-    chunk = output._replace(num_computed_starts=[0, 0], num_new_tokens=[1, 5])
-    assert structured.start(chunk) is None
-    constrained.status = SequenceStatus.FINISHED  # by results that came during the launch
-    assert structured.start(output) is None
+    [plain] = sequences_of(make_request("p", None, bad_words=((4, 5),)))
+    pending = start_constraints(structured, step_of(plain, constrained))
+    constraints = pending.wait()
+    assert constraints.mask_rows == [1] and not pending.errors
+    assert len(constraints.bitmask) == VOCAB_SIZE // 8
+    constrained.status = SequenceStatus.FINISHED  # by results that came during the forward
+    assert start_constraints(structured, step_of(plain, constrained)) is NOTHING_PENDING
 
 
 def test_ids_beyond_the_logits_are_never_allowed() -> None:

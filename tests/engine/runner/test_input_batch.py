@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from quire.engine.devices.cuda import inputs as device_inputs
-from quire.engine.outputs import TableChange
 from quire.engine.runner import input_batch
 from quire.engine.runner.input_batch import InputBatch
+from quire.engine.sequence import Sequence
+from quire.engine.step import TableChange
 from quire.kernels import reference
 
 from ..random_steps import BLOCK_SIZE, BUDGET, MAX_NUM_SEQS, RandomSteps, Step, make_output
@@ -41,11 +42,11 @@ def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
         return
     host, device = prepared
     output = step.output
-    columns = (output.sequences, output.num_computed_starts, output.num_new_tokens, step.token_ids)
+    columns = (step.rows, output.num_computed_starts, output.num_new_tokens, step.token_ids)
     rows = list(zip(*columns, strict=True))
     rows = [row for row in rows if row[2] == 1] + [row for row in rows if row[2] > 1]
-    assert [output.sequences[index] for index in host.order] == [row[0] for row in rows]
-    assert host.sequences == [row[0] for row in rows]
+    assert [step.rows[index] for index in host.order] == [row[0] for row in rows]
+    assert [spec.seq_id for spec in host.sequences] == [row[0].seq_id for row in rows]
     ids, positions, slots, loc, logits = [], [], [], [0], []
     for sequence, start, length, token_ids in rows:
         ids += token_ids
@@ -97,14 +98,15 @@ def test_the_same_sequences_again_after_one_gave_its_row_back(batch: InputBatch)
     first, second = make_sequence(list(range(40)), 1), make_sequence(list(range(40)), 1)
     first.block_table, second.block_table = [1, 2, 3], [4, 5, 6]
 
-    def check_step(released: list[int], changes: list[TableChange]) -> None:
-        output = make_output([(first, 20), (second, 20)], changes, released)
+    def check_step(new: list[Sequence], released: list[int], changes: list[TableChange]) -> None:
+        output = make_output([(first, 20), (second, 20)], new, changes, released)
         token_ids = [list(range(20))] * 2
-        check(batch, Step(output, token_ids, [], torch.zeros(0, dtype=torch.int64)), {})
+        nothing = torch.zeros(0, dtype=torch.int64)
+        check(batch, Step(output, [first, second], token_ids, [], nothing), {})
 
-    check_step([], [])
-    check_step([], [])
+    check_step([first, second], [], [])
+    check_step([], [], [])
     second.block_table = [9, 8, 7]
-    check_step([second.seq_id], [])
+    check_step([second], [second.seq_id], [])
     first.block_table[1] = 10
-    check_step([], [TableChange(first, 1)])
+    check_step([], [], [TableChange(first.seq_id, 1, first.block_table[1:])])

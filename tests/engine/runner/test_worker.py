@@ -108,9 +108,9 @@ def test_out_of_memory_is_reported_and_the_step_can_be_tried_again(
     output = driver.schedule([sequence])
     monkeypatch.setattr(runner, "_run_model", fail)
     with pytest.raises(DeviceMemoryError):
-        driver.worker.launch(output)
+        driver.launch(output)
     monkeypatch.setattr(runner, "_run_model", run_model)
-    result = driver.worker.launch(output)()
+    result = driver.launch(output)
     assert [*sequence.token_ids[4:], *result.token_ids] == generate(model, [5, 6, 7, 8], 2)
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quire.engine.errors import InvalidRequestError
 from quire.engine.sampling.sampler import Sampler, collect_logprobs
-from quire.engine.sequence import Sequence
+from quire.engine.step import SequenceSpec
 
 from ..sampling_rows import CPU, EOS, expected_token, make_sequence, sample, softmax_after_filters
 
@@ -59,12 +59,11 @@ def rows(count: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randn(count, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def kept(logits: torch.Tensor, sequence: Sequence, draws: int = 3000) -> set[int]:
+def kept(logits: torch.Tensor, sequence: SequenceSpec, draws: int = 3000) -> set[int]:
     """The tokens that a row can draw, found by drawing at many positions."""
     sampler = Sampler(len(logits), CPU)
-    sequences = [make_sequence(own_seed=s) for s in range(draws)]
-    for other in sequences:
-        other.request = sequence.request
+    params = sequence.sampling_params
+    sequences = [make_sequence(own_seed=s)._replace(sampling_params=params) for s in range(draws)]
     return set(sample(logits.expand(draws, -1), sequences, sampler).token_ids.tolist())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quire.engine.sampling.sampler import Sampler
-from quire.engine.sequence import Sequence
+from quire.engine.step import SequenceSpec
 
 from ..sampling_rows import CPU, make_sequence, softmax_after_filters
 
@@ -20,7 +20,7 @@ DRAWS = 20_000
 def draw_many(logits: torch.Tensor, params: dict[str, Any], axis: str) -> torch.Tensor:
     """DRAWS samples from one row of logits, each of another seed, or another position."""
     sampler = Sampler(VOCAB, CPU)
-    sequences: list[Sequence] = []
+    sequences: list[SequenceSpec] = []
     positions = [3] * DRAWS
     if axis == "seeds":
         sequences = [make_sequence(own_seed=i, **params) for i in range(DRAWS)]

@@ -17,11 +17,11 @@ from transformers.models.llama import LlamaConfig
 
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.devices.cuda import attention as attention_cuda
-from quire.engine.outputs import BlockCopy
 from quire.engine.request import Request
 from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Sequence
+from quire.engine.step import BlockCopy
 from quire.kernels.cuda.attention import decode_schedule
 from quire.kernels.prefix_groups import PrefixGroup, find_prefix_groups
 
