@@ -1,13 +1,13 @@
-"""CPU time of the host in a decode step, by part and by the number of running sequences.
+"""Measure the host's CPU time for a decode step, by part and by the number of running sequences.
 
     python benchmarks/scheduling.py [--run-ahead] [--plot FILE.svg] [--profile 256]
 
-It is all that an engine process does but the model (scripted_worker.py): schedule; launch (the
-verbs forward and sample), which lays out the inputs and prepares the sampler; results and update;
-send, which makes the client's message and gives it to ZeroMQ. Every sequence decodes one token a
-step, sampled. All cross a block boundary in the same step, in which full blocks are hashed and
-indexed, so the figures are means over as many steps as a block has tokens. They are of the fastest
-of ten such spans, in CPU time of the thread.
+This runs all that an engine process does, except for the model (see scripted_worker.py): schedule;
+launch (the verbs forward and sample), which lays out the inputs and plans the sampling; results and
+update; and send, which encodes the client's message and passes it to ZeroMQ. Every sequence samples
+one token per step. All sequences cross a block boundary in the same step, and then their full
+blocks are hashed and indexed. So the figures are means over spans of as many steps as a block has
+tokens, from the fastest of ten such spans. They are CPU times of the engine's thread.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _TimedSample(NamedTuple):
 
 
 class Host:
-    """An engine process's core and socket, without the process."""
+    """The core and the socket of an engine process, without the process."""
 
     def __init__(self, num_seqs: int, run_ahead: bool) -> None:
         config = EngineConfig(
@@ -96,6 +96,7 @@ class Host:
         return self._timed(results, "results")
 
     def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        """Return the function, with its times recorded under `part`."""
         times = self.times[part]
 
         def call(*args: Any) -> Any:
@@ -110,6 +111,7 @@ class Host:
         setattr(owner, name, self._timed(getattr(owner, name), part))
 
     def run(self, steps: int) -> None:
+        """Run and time this many steps."""
         for _ in range(steps):
             begin = time.thread_time()
             self._server._send_step(self._core.step())
@@ -117,7 +119,7 @@ class Host:
 
 
 def measure(num_seqs: int, run_ahead: bool = False) -> dict[str, float]:
-    """CPU microseconds of a step's parts, where the whole was fastest."""
+    """Return the mean CPU microseconds of a step's parts, in the span with the fastest steps."""
     host = Host(num_seqs, run_ahead)
     gc.collect()
     gc.freeze()
@@ -129,7 +131,7 @@ def measure(num_seqs: int, run_ahead: bool = False) -> dict[str, float]:
 
 
 def profile(num_seqs: int, run_ahead: bool) -> None:
-    """Where the time goes, by function; the profiler makes calls dearer than they are."""
+    """Print the time by function. The profiler makes calls look more expensive than they are."""
     host = Host(num_seqs, run_ahead)
     gc.collect()
     gc.freeze()
@@ -145,7 +147,9 @@ def profile(num_seqs: int, run_ahead: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=(16, 64, 256, 512, 1024))
-    parser.add_argument("--run-ahead", action="store_true", help="steps one ahead, as on a GPU")
+    parser.add_argument(
+        "--run-ahead", action="store_true", help="launch steps one ahead, as on a GPU"
+    )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--profile", type=int, metavar="SEQUENCES")
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""The engine with a script for a model: the rest of it is what `quire serve` runs.
+"""The engine with a script in place of the model; the rest of it is what `quire serve` runs.
 
-Scheduler, step loop, model runner, the inputs of a step, what the sampler is told, results and
-messages are the real ones. The model hands its input through and the sampler looks up which token
-follows which, so that what a step takes is the host's time, or SECONDS_PER_STEP.
+Scheduler, step loop, model runner, the inputs of a step, the sampler's plan, results and messages
+are the real ones. The model returns its input, and the sampler looks up which token follows which.
+So a step takes only the host's time, or SECONDS_PER_STEP if that is longer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEXT = "A server that streams: it says one word after another, until all has bee
 
 
 class ScriptedModel:
-    """In the place of a CausalLM: the hidden state and the logits of a token are its id."""
+    """Stands in for a CausalLM: the hidden state and the logits of a token are its id."""
 
     device, dtype, num_parameters, can_generate = torch.device("cpu"), torch.float32, 1, True
 
@@ -49,7 +49,7 @@ class ScriptedModel:
 
 
 class ScriptedSampler(Sampler):
-    """Goes around and around the tokens of a text."""
+    """Samples the tokens of a text, over and over."""
 
     def __init__(self, vocab_size: int, script: list[int]) -> None:
         super().__init__(vocab_size, torch.device("cpu"))
@@ -65,7 +65,7 @@ class ScriptedSampler(Sampler):
 
 
 class ScriptedWorker(worker.Worker):
-    """A step ends no sooner than `period` seconds after the last one."""
+    """A worker whose steps end at least `period` seconds after one another."""
 
     def __init__(self, config: EngineConfig, period: float) -> None:
         super().__init__(config)
@@ -113,5 +113,5 @@ class _Slowed:
 
 
 def build_core(config: EngineConfig) -> EngineCore:
-    """For the engine process, as "scripted_worker:build_core"."""
+    """Build the core; the engine process is told "scripted_worker:build_core"."""
     return EngineCore(config, ScriptedWorker(config, float(os.environ["SECONDS_PER_STEP"])))

@@ -1,4 +1,4 @@
-"""What a client asked: immutable, tokenised, with its limits checked."""
+"""A client's request to the engine: immutable and tokenised."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .sampling_params import SamplingParams
 
 GrammarKind = Literal["json", "regex", "choice", "grammar", "structural_tag"]
 Pooling = Literal["last", "mean", "weightedmean", "max"]
-"""How a prompt's hidden states become one vector: the last one, their mean, their mean weighted by
-position (the first counts once, the n-th n times), or their maxima."""
+"""How a prompt's hidden states become one vector: the last state, their mean, their mean weighted
+by position (state n, counted from 1, has weight n), or the maximum of each component."""
 
 
 class Capacity(Protocol):
@@ -34,8 +34,12 @@ class Capacity(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:
-    """What an answer must match. `text` is a JSON schema, a regular expression, a JSON list of
-    strings, a Lark or GBNF grammar, or the JSON of structural tags (grammar.py)."""
+    """The grammar that an answer must match.
+
+    By `kind`, `text` is a JSON schema ("json"), a regular expression, a JSON list of strings
+    ("choice"), a Lark or GBNF grammar, or the JSON of structural tags (see
+    `_tags_to_lark` in grammar/compile.py).
+    """
 
     kind: GrammarKind
     text: str
@@ -43,15 +47,15 @@ class GrammarSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt and how to continue it.
+    """A prompt, and how to continue it.
 
-    `request_id` is unique within the engine (the HTTP side makes it; a client's own id is only
-    echoed). Times are `time.monotonic()` seconds, which all processes of a machine share.
-    `queue_deadline` bounds the wait for the first step, `deadline` the whole request. Lower
-    `priority` goes first. Requests share cached blocks only with requests of the same
-    `cache_salt`. Every choice matches the `grammar`, unless its tokens run out before its end.
-    `user` is whom the policy "fair" counts it for; None is a user too.
-    With `pooling` the prompt is computed for its embedding and nothing is generated.
+    `request_id` is unique within the engine; the HTTP process makes it, since a client's own id
+    need not be. Times are in seconds of `time.monotonic()`, which all processes of a machine share.
+    `queue_deadline` bounds the wait for the first step, `deadline` the whole request. A lower
+    `priority` goes first. Requests share cached blocks only with requests of the same `cache_salt`.
+    Every choice matches `grammar`, unless it reaches max_tokens before the grammar's end. The
+    policy "fair" charges the request to `user`; all requests with None count as one user.
+    If `pooling` is set, the prompt is computed for its embedding and nothing is generated.
     """
 
     request_id: str
@@ -87,7 +91,7 @@ class Request:
         vocab_size, num_blocks = capacity.vocab_size, capacity.num_blocks
         if self.pooling is None and not capacity.can_generate:
             raise InvalidRequestError(
-                "the model's weights have no language-model head: it makes embeddings alone",
+                "the model's weights have no language-model head: it only makes embeddings",
                 "model",
             )
         prompt = self.prompt_token_ids
@@ -98,7 +102,7 @@ class Request:
         params = self.sampling_params
         params.check_vocabulary(vocab_size)
         total = len(prompt) + params.max_tokens
-        # The last sampled token is never fed back, so it needs no slot.
+        # The last sampled token is never fed back, so it needs no slot in the cache.
         if total > max_model_len or len(prompt) >= max_model_len + (params.max_tokens == 0):
             raise ContextLengthError(
                 f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed "

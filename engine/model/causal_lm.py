@@ -19,8 +19,8 @@ from transformers import AttentionInterface
 from ..attention.interface import IMPLEMENTATION, AttentionMetadata, register_attention
 from ..body.flat_decoder import FlatDecoder, FlatLayer, TorchOps, flatten
 from ..body.merged_linear import merge_siblings
-from ..errors import UnsupportedModelError
-from .model_spec import ModelSpec, one_line
+from ..errors import UnsupportedModelError, one_line
+from .model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from ..devices.cpu.decoder import CpuDecoder

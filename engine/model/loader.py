@@ -9,9 +9,15 @@ import torch
 from ..attention.interface import IMPLEMENTATION, register_attention
 from ..config import EngineConfig
 from ..embedding_spec import EmbeddingSpec
-from ..errors import ConfigurationError, ModelLoadError, QuireError, UnsupportedModelError
+from ..errors import (
+    ConfigurationError,
+    ModelLoadError,
+    QuireError,
+    UnsupportedModelError,
+    one_line,
+)
 from .causal_lm import CausalLM
-from .model_spec import ModelSpec, one_line, read_hf_config, spec_from_hf_config
+from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
 
 
 def resolve_device(config: EngineConfig) -> torch.device:

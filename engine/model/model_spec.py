@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import EngineConfig
-from ..embedding_spec import NO_LAYOUT, EmbeddingSpec, read_embedding
-from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError
+from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
+from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, one_line
+from .embedding_layout import read_embedding
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -49,12 +50,6 @@ class ModelSpec:
                 f"{self.architecture} encodes"
             )
         return requested
-
-
-def one_line(error: BaseException, limit: int = 400) -> str:
-    """An error's type and message on one line, cut to `limit` characters, for a person."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= limit else text[:limit] + " …"
 
 
 def read_hf_config(config: EngineConfig) -> Any:

@@ -10,11 +10,10 @@ import torch
 
 from ..config import EngineConfig, WorkerInfo
 from ..devices.cuda.decode_graphs import CudaCapture, graph_sizes
-from ..errors import ConfigurationError, UnsupportedModelError
+from ..errors import ConfigurationError, UnsupportedModelError, one_line
 from ..model.causal_lm import CausalLM
 from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model, resolve_kv_cache_dtype
-from ..model.model_spec import one_line
 from ..step import SchedulerOutput
 from .kv_cache import allocate_kv_cache, cpu_cache_memory, num_blocks_from_memory
 from .model_runner import ModelRunner, StepForward

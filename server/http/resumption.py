@@ -23,8 +23,8 @@ from ...engine.errors import (
     StreamGoneError,
     StreamNotFoundError,
 )
+from ...engine.process.signals import Signal
 from ..errors import error_body
-from .outbox import Signal
 from .streaming import DONE, SseResponse, event, produce
 
 MAX_STREAMS = 1024

@@ -15,7 +15,7 @@ import re
 from typing import Any, NamedTuple
 
 from ...engine.errors import InvalidRequestError
-from ...engine.grammar.compile import JSON_OPTIONS
+from ...engine.grammar.compile import with_json_options
 from ...engine.request import GrammarSpec
 from ..parsing.harmony import ANALYSIS, ASSISTANT, CHANNEL, CONSTRAIN, END, FUNCTIONS, MESSAGE
 from ..parsing.message_parser import MessageFormat, prompt_end
@@ -167,7 +167,7 @@ def _grammar(
         "call: " + " | ".join(f"call_{number}" for number in range(len(tools))),
     ]
     for number, tool in enumerate(tools):
-        schema = json.dumps({**tool["parameters"], "type": "object", "x-guidance": JSON_OPTIONS})
+        schema = json.dumps(with_json_options({**tool["parameters"], "type": "object"}))
         before = literal(shape.before + tool["name"] + shape.between)
         rules.append(f"call_{number}: {before} %json {schema} {literal(shape.after)}")
     if reasoning.rule:

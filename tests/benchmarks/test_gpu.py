@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -253,10 +254,38 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("script", ["gpu.py", "gpu_engine.py", "vllm_gpu.py"])
-def test_scripts_say_what_they_take(script: str) -> None:
-    done = run(script, "--help")
-    assert done.returncode == 0 and "--budget" in done.stdout, done.stderr
+def flags_of(words: Iterable[str]) -> set[str]:
+    return {flag for word in words for flag in re.findall(r"--[a-z][a-z-]*", word)}
+
+
+def test_the_engine_benchmark_takes_the_flags_that_it_is_started_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def crash(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        (tmp_path / "gpu_engine.json").write_text('{"stages": 1, "results": {}}')
+        return subprocess.CompletedProcess(command, 3)
+
+    limits = [{"name": "limit copy", "gb_s": 4e3}, {"name": "limit matmul", "tflop_s": 700.0}]
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", crash)
+        ending = gpu.drive_engine(1000.0, tmp_path, limits)
+    assert ending == "exit code 3 in stage 1; exit code 3 in stage 1"
+    first, second = (flags_of(command) for command in commands)
+    assert first == {"--out", "--limits", "--budget"} and second == first | {"--resume"}
+    done = run("gpu_engine.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert second <= flags_of([done.stdout])
+
+
+def test_the_vllm_benchmark_imports_without_vllm_and_takes_the_same_flags() -> None:
+    code = "import sys; sys.modules['vllm'] = None; import vllm_gpu; vllm_gpu.main()"
+    done = run("-c", code, "-h")
+    assert done.returncode == 0, done.stderr
+    shared = {"--budget", "--out", "--shapes", "--limits", "--enforce-eager"}
+    assert shared <= flags_of([done.stdout]) & flags_of([run("gpu_engine.py", "-h").stdout])
 
 
 def test_no_device_is_an_error_of_one_line(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from ...model.model_spec import one_line
+from ...errors import one_line
 from ...runner.input_batch import DeviceStep
 
 MAX_GRAPH_SIZE = 256

@@ -115,7 +115,7 @@ def test_throughput_times_profiles_and_saves(
     table = profile.read_text()
     assert "steps in" in table.splitlines()[0]
     assert "Ordered by: cumulative time" in table and "Ordered by: internal time" in table
-    assert "(schedule)" in table and "(launch)" in table
+    assert "(schedule)" in table and "(forward)" in table
 
 
 def test_latency_is_the_median_of_its_repetitions(
