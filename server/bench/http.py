@@ -36,17 +36,18 @@ class HttpClient:
 
     def __init__(self, base_url: str, headers: dict[str, str]) -> None:
         url = urlsplit(base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
+        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
             raise ValueError(f"not an http or https URL: {base_url!r}")
         if "@" in url.netloc:
             raise ValueError("a URL with a password in it would be saved with the result")
-        url.port  # noqa: B018 (raises ValueError for a port that is no port)
         self._base = base_url.rstrip("/")
         trace = aiohttp.TraceConfig()
         trace.on_connection_reuseconn.append(_mark_reused)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             headers=headers,
+            # A compressed stream would arrive in other pieces, at a cost to both sides.
+            skip_auto_headers=("Accept-Encoding",),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),
             trace_configs=[trace],

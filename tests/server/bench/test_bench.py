@@ -207,6 +207,7 @@ async def test_the_key_is_sent_and_not_saved(monkeypatch: pytest.MonkeyPatch) ->
         result, _ = await bench(server, "--num-prompts", "1")
     assert all("authorization: bearer secret-key" in head.lower() for head in server.heads)
     assert b"secret-key" not in msgspec.json.encode(result)
+    assert not any("accept-encoding" in head.lower() for head in server.heads)
 
 
 async def test_base_url_may_end_like_those_of_openai_clients() -> None:
@@ -344,7 +345,7 @@ def test_values_out_of_bounds_are_refused(flags: str) -> None:
 
 
 def test_bad_urls_are_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for url in ("localhost:8000", "ftp://a", "http://", "http://user:word@host"):
+    for url in ("localhost:8000", "ftp://a", "http://", "http://user:word@host", "http://a:99999"):
         assert cli.main(["bench", "serve", "--base-url", url]) == 1
         assert capsys.readouterr().err.startswith("quire: --base-url: ")
 
