@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
-from unittest import mock
 
 import torch
 from gpu_attention_checks import (
@@ -20,7 +19,7 @@ from gpu_attention_checks import (
 )
 from gpu_common import DEVICE, Case, Record, make_sequence
 
-from quire.engine.sampling import sampler as sampler_module
+from quire.engine.devices.cuda.draws import CudaDraws
 from quire.engine.sampling.sampler import Sampler
 from quire.kernels import reference
 from quire.kernels.cuda.copy_blocks import copy_blocks
@@ -58,12 +57,10 @@ def check_sampling(dtype: torch.dtype, vocab_size: int, rows: int) -> Record:
         ]
         logits = (torch.randn(rows, vocab_size, device=DEVICE) * spread).to(dtype)
         logits[:, ::7] = logits[:, 3:4]  # ties
-        sampler = Sampler(vocab_size, device)
-        batch = sampler.prepare(sequences)
         tokens = []
-        for kernel in (False, True):
-            with mock.patch.object(sampler_module, "_has_kernel", lambda _, kernel=kernel: kernel):
-                tokens.append(sampler(logits, batch).token_ids)
+        for draws in (None, CudaDraws()):
+            sampler = Sampler(vocab_size, device, draws)
+            tokens.append(sampler(logits, sampler.prepare(sequences)).token_ids)
         differ += int((tokens[0] != tokens[1]).sum())
         drawn += rows
     error = differ / drawn

@@ -24,7 +24,8 @@ from gpu_common import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quire.engine.sampling import sampler
+from quire.engine.devices.cuda.draws import CudaDraws
+from quire.engine.sampling.sampler import Sampler
 from quire.kernels.cuda import sample_tokens
 from quire.kernels.cuda.attention.cascade import CascadeWorkspace
 from quire.kernels.cuda.attention.decode_schedule import (
@@ -171,10 +172,9 @@ def time_sampling(
     with contextlib.ExitStack() as stack:
         for name, value in zip(names, tile or (), strict=False):
             stack.enter_context(mock.patch.object(sample_tokens, name, value))
-        stack.enter_context(mock.patch.object(sampler, "_has_kernel", lambda device: kernel))
         count = max(2, min(16, int(2e8 // (rows * vocab_size * 2))))
         logits = torch.randn(count, rows, vocab_size, device=DEVICE, dtype=BF16).mul_(2.5)
-        drawer = sampler.Sampler(vocab_size, logits.device)
+        drawer = Sampler(vocab_size, logits.device, CudaDraws() if kernel else None)
         batch = drawer.prepare([make_sequence(index, params) for index in range(rows)])
         calls = [functools.partial(drawer, logits[index], batch) for index in range(count)]
         return _figures(time_graph(calls), num_bytes=rows * vocab_size * 2)

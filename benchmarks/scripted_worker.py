@@ -17,6 +17,7 @@ import torch
 
 from quire.engine.config import EngineConfig, WorkerInfo
 from quire.engine.core.engine_core import EngineCore
+from quire.engine.devices.backend import Backend
 from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
 from quire.engine.runner import worker
 from quire.engine.sampling.batch import SamplingBatch
@@ -32,7 +33,7 @@ class ScriptedModel:
 
     device, dtype, num_parameters, can_generate = torch.device("cpu"), torch.float32, 1, True
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, _: Backend) -> None:
         self.spec = spec_from_hf_config(read_hf_config(config), config)
 
     def forward(self, input_ids: torch.Tensor, *_: Any) -> torch.Tensor:

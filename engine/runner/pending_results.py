@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ...kernels.device_copy import Downloads
 from ..errors import NonFiniteLogitsError
 from ..outputs import RowError
 from ..sampling.logprobs import LogprobTensors, to_token_logprobs
@@ -32,7 +33,7 @@ class PendingResults:
     ) -> None:
         self._num_rows = num_rows
         self._errors = errors
-        self._arrived: torch.cuda.Event | None = None
+        self._downloads = Downloads()
         self._samples = [
             sample._replace(
                 output=SamplerOutput(
@@ -48,24 +49,16 @@ class PendingResults:
             for chunk in chunks
         ]
         self._pooled = [row._replace(vector=self._pull(row.vector)) for row in pooled]
-        if self._arrived is not None:
-            self._arrived.record()
+        self._downloads.end()
 
     def _pull(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type == "cpu":
-            return tensor
-        if self._arrived is None:
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True)
+        return self._downloads.add(tensor)
 
     def _pull_all(self, tensors: LogprobTensors | None) -> LogprobTensors | None:
         return None if tensors is None else LogprobTensors(*map(self._pull, tensors))
 
     def __call__(self) -> ModelRunnerOutput:
-        """Wait for all copies at once and return the results."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self._downloads.end()
         result = ModelRunnerOutput([None] * self._num_rows, {}, {}, self._errors, {})
         for sample in self._samples:
             _collect_samples(result, sample)

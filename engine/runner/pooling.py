@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..devices.steps import HostStep
 from ..request import Pooling
-from .input_batch import HostStep
 
 
 class PooledRow(NamedTuple):

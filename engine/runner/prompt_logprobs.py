@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 
 from ...kernels.device_copy import to_device
+from ..devices.steps import HostStep
 from ..model.causal_lm import CausalLM
 from ..sampling.logprobs import LogprobTensors, compute_logprobs
-from .input_batch import HostStep
 
 PROMPT_LOGIT_ELEMENTS = 1 << 25
 """Maximum number of prompt logits computed at a time: 128 MiB in float32."""

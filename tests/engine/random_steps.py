@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from quire.engine.runner.input_batch import DeviceStep, HostStep, InputBatch
+from quire.engine.devices.steps import DeviceStep, HostStep
+from quire.engine.runner.input_batch import InputBatch
 from quire.engine.sequence import Sequence
 from quire.engine.step import UNKNOWN_TOKEN, SchedulerOutput, TableChange
 

@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from quire.engine.devices.cpu.draws import CpuDraws
 from quire.engine.grammar.bad_words import banned_tokens
 from quire.engine.request import Request
 from quire.engine.sampling.counter_rng import exponential, stream_keys
@@ -48,10 +49,15 @@ def make_sequence(
     return sequence
 
 
+def make_sampler(vocab_size: int) -> Sampler:
+    """Make a sampler as a worker on the CPU has it."""
+    return Sampler(vocab_size, CPU, CpuDraws(vocab_size))
+
+
 def sample(
     logits: torch.Tensor, sequences: list[SequenceSpec], sampler: Sampler | None = None
 ) -> SamplerOutput:
-    sampler = sampler or Sampler(logits.shape[1], CPU)
+    sampler = sampler or make_sampler(logits.shape[1])
     banned = {
         row: banned_tokens(words, sequence.token_ids, sequence.num_prompt_tokens)
         for row, sequence in enumerate(sequences)

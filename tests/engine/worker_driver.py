@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from quire.engine.config import EngineConfig
+from quire.engine.devices.backend import Backend
+from quire.engine.devices.choose import choose_backend
 from quire.engine.grammar.bad_words import banned_tokens
+from quire.engine.model.causal_lm import CausalLM
+from quire.engine.model.loader import load_model
 from quire.engine.outputs import TokenLogprobs
 from quire.engine.request import Request
 from quire.engine.runner.worker import Worker
@@ -36,6 +40,12 @@ def make_config(folder: Path, **overrides: Any) -> EngineConfig:
         "num_threads": 1,
     }
     return EngineConfig(**values | overrides)
+
+
+def load(folder: Path, **overrides: Any) -> CausalLM:
+    """The model in `folder`, as a worker loads it."""
+    config = make_config(folder, **overrides)
+    return load_model(config, choose_backend(config))
 
 
 def make_sequence(prompt: list[int], max_tokens: int, **params: Any) -> Sequence:
@@ -70,8 +80,8 @@ class Driver:
         self.mixed_steps = 0
 
     @classmethod
-    def start(cls, config: EngineConfig) -> Driver:
-        worker = Worker(config)
+    def start(cls, config: EngineConfig, backend: Backend | None = None) -> Driver:
+        worker = Worker(config, backend)
         worker.load()
         return cls(worker, config, worker.profile())
 

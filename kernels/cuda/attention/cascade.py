@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ...checks import require
+from ...device_copy import upload_into
 from ...prefix_groups import CascadeCost, PrefixGroup
 from ..fp8 import load_scale, readable_view
 from ..tuning import TileConfig, extend_config
@@ -155,9 +156,7 @@ class CascadeWorkspace:
              *(value for column in columns for value in (*column, *padding))],
             dtype=torch.int32,
         )  # fmt: skip
-        if self.plan.device.type == "cuda":
-            host = host.pin_memory()
-        self.plan.copy_(host, non_blocking=True)
+        upload_into(self.plan, host)
 
 
 # Over 50 lines: 26 parameters.

@@ -1,4 +1,4 @@
-"""Run the CUDA path of the runner with its kernels under Triton's interpreter."""
+"""Run the CUDA path, with its kernels under Triton's interpreter."""
 
 from pathlib import Path
 

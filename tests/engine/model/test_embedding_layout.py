@@ -13,12 +13,11 @@ from transformers import AutoModel
 from quire.engine.embedding_spec import NO_LAYOUT, EmbeddingSpec
 from quire.engine.errors import ModelLoadError, UnsupportedModelError
 from quire.engine.model.embedding_layout import read_embedding
-from quire.engine.model.loader import load_model
 from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
 
 from ..models import FAMILIES, build_model
 from ..sentence_transformers_layout import add_layout, edit_json
-from ..worker_driver import make_config
+from ..worker_driver import load, make_config
 
 
 @pytest.fixture
@@ -141,12 +140,12 @@ def test_weights_of_only_the_body(tmp_path: Path, family: str, can_generate: boo
     model.base_model.save_pretrained(tmp_path)
     if not can_generate:  # a model that makes no embeddings either is useless
         with pytest.raises(ModelLoadError, match=r"1 missing keys, the first lm_head\.weight"):
-            load_model(make_config(tmp_path))
+            load(tmp_path)
     add_layout(tmp_path, "lasttoken")
-    loaded = load_model(make_config(tmp_path))
+    loaded = load(tmp_path)
     assert loaded.can_generate == can_generate
     reference = AutoModel.from_pretrained(tmp_path)
     torch.testing.assert_close(reference.embed_tokens.weight, model.base_model.embed_tokens.weight)
     edit_json(tmp_path / "config.json", num_hidden_layers=3, layer_types=None)
     with pytest.raises(ModelLoadError, match=r"missing keys, the first model\.layers\.2"):
-        load_model(make_config(tmp_path))
+        load(tmp_path)

@@ -7,31 +7,34 @@ from itertools import islice
 import pytest
 import torch
 
-from quire.engine.devices.cuda import inputs as device_inputs
-from quire.engine.runner import input_batch
+from quire.engine.devices.backend import Backend
+from quire.engine.devices.cpu.backend import CpuBackend
+from quire.engine.devices.cuda.inputs import DeviceInputs
 from quire.engine.runner.input_batch import InputBatch
 from quire.engine.sequence import Sequence
 from quire.engine.step import TableChange
-from quire.kernels import reference
 
+from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..random_steps import BLOCK_SIZE, BUDGET, MAX_NUM_SEQS, RandomSteps, Step, make_output
 from ..worker_driver import make_sequence
 
 MAX_LEN = 160
 
 
-@pytest.fixture(params=["host", "device"])
-def batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> InputBatch:
-    """As the CPU prepares steps, and as CUDA does, with the kernel's reference."""
-    monkeypatch.setattr(input_batch, "_has_kernel", lambda device: request.param == "device")
-    monkeypatch.setattr(device_inputs, "prepare_inputs", reference.prepare_inputs)
+def make_batch(backend: Backend) -> InputBatch:
     return InputBatch(
         max_num_seqs=MAX_NUM_SEQS,
         max_num_tokens=BUDGET,
         max_model_len=MAX_LEN,
         block_size=BLOCK_SIZE,
-        device=torch.device("cpu"),
+        backend=backend,
     )
+
+
+@pytest.fixture(params=[CpuBackend, CudaOnCpuBackend])
+def batch(request: pytest.FixtureRequest) -> InputBatch:
+    """As the CPU prepares steps, and as CUDA does, with the kernel's reference."""
+    return make_batch(request.param())
 
 
 def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
@@ -66,6 +69,7 @@ def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
     assert device.query_start_loc[: len(loc)].tolist() == loc
     assert device.seq_lens.tolist() == [row[1] + row[2] for row in rows] + [0] * padding
     if padding:
+        assert isinstance(batch.inputs, DeviceInputs)
         static_step = batch.inputs.static_step(len(device.seq_lens))
         for mine, static in zip(device, static_step, strict=True):
             assert mine.data_ptr() == static.data_ptr() and mine.stride() == static.stride()
@@ -80,13 +84,19 @@ def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
     assert host.max_query_len == max(row[2] for row in rows)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_random_steps_match_a_plain_loop(batch: InputBatch, padded: bool) -> None:
-    sizes = {}
-    if padded:
-        sizes = {1: 2, 2: 2, 3: 5, 4: 5, 5: 5, 6: 6}
-        batch.inputs.pad_decodes([2, 5])
-        assert batch.inputs.static_step(5).slot_mapping.tolist() == [-1] * 5
+def test_random_steps_match_a_plain_loop(batch: InputBatch) -> None:
+    check_random_steps(batch, {})
+
+
+def test_decodes_are_padded_to_the_next_size() -> None:
+    batch = make_batch(CudaOnCpuBackend())
+    assert isinstance(batch.inputs, DeviceInputs)
+    batch.inputs.pad_decodes([2, 5])
+    assert batch.inputs.static_step(5).slot_mapping.tolist() == [-1] * 5
+    check_random_steps(batch, {1: 2, 2: 2, 3: 5, 4: 5, 5: 5, 6: 6})
+
+
+def check_random_steps(batch: InputBatch, sizes: dict[int, int]) -> None:
     steps = RandomSteps(3, MAX_LEN)
     for step in islice(steps, 500):
         check(batch, step, sizes)

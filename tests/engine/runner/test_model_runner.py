@@ -208,7 +208,7 @@ def test_without_memory_for_copies_the_engine_stops(
     def fail(*_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(driver.worker._runner, "_copy_blocks", fail)
+    monkeypatch.setattr(driver.worker._runner, "copy_blocks", fail)
     with pytest.raises(RuntimeError, match="for the copies of blocks"):
         driver.step([make_sequence([5, 6, 7], 2)])
 

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from quire.engine.devices.cuda.draws import CudaDraws
 from quire.engine.request import Request
 from quire.engine.sampling import plan as sampling_plan
-from quire.engine.sampling import sampler as sampler_module
 from quire.engine.sampling.sampler import Sampler
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Rank, Sequence
@@ -61,13 +61,9 @@ def check(logits: torch.Tensor, rows: list[dict[str, Any]]) -> torch.Tensor:
     rng = random.Random(len(rows))
     sequences = [sequence(rng.randrange(-(2**63), 2**63), **params) for params in rows]
     positions = [rng.randrange(3, 5000) for _ in rows]
-    sampler = Sampler(logits.shape[1], CPU)
-    batch = sampler.prepare(sequences, positions)
-    expected = sampler(logits, batch)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler_module, "_has_kernel", lambda device: True)
-        patch.delattr(sampler_module, "stream_keys")  # the torch path would raise
-        found = sampler(logits, batch)
+    plain, with_kernel = (Sampler(logits.shape[1], CPU, draws) for draws in (None, CudaDraws()))
+    batch = plain.prepare(sequences, positions)
+    expected, found = plain(logits, batch), with_kernel(logits, batch)
     assert found.token_ids.tolist() == expected.token_ids.tolist()
     return found.token_ids
 
