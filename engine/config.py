@@ -28,7 +28,7 @@ FlagGroup = Literal["Model", "KV cache", "Scheduling", "Limits"]
 
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 128
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ class EngineFlag:
 def _flag(
     group: FlagGroup,
     help: str,
-    default: T,
+    default: _T,
     *,
     details: str = "",
     name: str | None = None,
@@ -100,7 +100,7 @@ def _flag(
     gt: float | None = None,
     le: float | None = None,
     is_size: bool = False,
-) -> T:
+) -> _T:
     """Declare a field of `EngineConfig` as a flag; see `EngineFlag`. `name` is the field's own name
     unless given. The bounds are named as in pydantic: `ge` is at least, `gt` above, `le` at most.
     """
@@ -114,7 +114,7 @@ def _flag(
         "le": le,
         "is_size": is_size,
     }
-    declaration: T = field(default=default, metadata=declared)
+    declaration: _T = field(default=default, metadata=declared)
     return declaration
 
 

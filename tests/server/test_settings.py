@@ -112,7 +112,7 @@ def test_every_flag_of_the_engine_is_a_setting_with_the_same_bounds() -> None:
 
 
 def test_engine_defaults_agree() -> None:
-    """A default stated twice must not differ."""
+    """The defaults of the settings are those of EngineConfig."""
     assert load_settings(model="m").engine_config() == EngineConfig(model="m")
 
 
