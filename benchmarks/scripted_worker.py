@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 import torch
 
-from quire.engine.config import EngineConfig
+from quire.engine.config import EngineConfig, WorkerInfo
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.devices.backend import Backend
 from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
@@ -23,7 +23,7 @@ from quire.engine.runner import worker
 from quire.engine.sampling.batch import SamplingBatch
 from quire.engine.sampling.sampler import Sampler, SamplerOutput
 from quire.engine.step import ModelRunnerOutput, SamplingConstraints, SchedulerOutput
-from quire.engine.worker_protocol import Forward, Results, WorkerInfo
+from quire.engine.worker_protocol import Forward, Results
 
 TEXT = "A server that streams: it says one word after another, until all has been said. "
 

@@ -43,12 +43,10 @@ def _prompt(kind: str, stream: int) -> dict[str, object]:
 
 def serve(options: argparse.Namespace) -> None:
     """Run the server process, until SIGTERM ends it."""
+    from quire.engine.process.process_client import ProcessEngineClient
     from quire.server.serving import main as serving
     from quire.server.settings import load_settings
 
-    serving.ProcessEngineClient = partial(  # type: ignore[misc,assignment]
-        serving.ProcessEngineClient, core="scripted_worker:build_core"
-    )
     settings = load_settings(
         **({"model": options.model} if options.model else {}),
         port=options.serve,
@@ -63,7 +61,7 @@ def serve(options: argparse.Namespace) -> None:
     profiler = cProfile.Profile(time.process_time)
     if options.profile:
         profiler.enable()
-    serving.serve(settings)
+    serving.serve(settings, partial(ProcessEngineClient, core="scripted_worker:build_core"))
     if options.profile:
         profiler.disable()
         profiler.dump_stats(options.profile)

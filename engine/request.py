@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from .errors import ContextLengthError, InvalidRequestError, PoolTooSmallError
 from .sampling_params import SamplingParams
@@ -12,6 +12,24 @@ GrammarKind = Literal["json", "regex", "choice", "grammar", "structural_tag"]
 Pooling = Literal["last", "mean", "weightedmean", "max"]
 """How a prompt's hidden states become one vector: the last state, their mean, their mean weighted
 by position (state n, counted from 1, has weight n), or the maximum of each component."""
+
+
+class Capacity(Protocol):
+    """The facts about an engine that decide whether a request can ever run; EngineInfo has them.
+
+    `num_blocks` is the size of the whole KV pool.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def can_generate(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +80,16 @@ class Request:
             if self.sampling_params != nothing or self.grammar is not None:
                 raise InvalidRequestError("an embedding samples nothing", "sampling_params")
 
-    def check_fits(
-        self,
-        *,
-        vocab_size: int,
-        max_model_len: int,
-        block_size: int,
-        num_blocks: int,
-        can_generate: bool = True,
-    ) -> None:
-        """Raise InvalidRequestError if the request can never run.
+    def check_fits(self, capacity: Capacity) -> None:
+        """Raise InvalidRequestError if an engine of this capacity can never run the request.
 
-        `num_blocks` is the size of the whole KV pool. The check counts the full max_tokens, because
-        preemption frees the blocks of other sequences but never a sequence's own. In the worst case
-        beams share the full blocks of the prompt and nothing else.
+        The check counts the full max_tokens, because preemption frees the blocks of other sequences
+        but never a sequence's own. Beams share the full blocks of the prompt and, in the worst
+        case, nothing else.
         """
-        if self.pooling is None and not can_generate:
+        max_model_len, block_size = capacity.max_model_len, capacity.block_size
+        vocab_size, num_blocks = capacity.vocab_size, capacity.num_blocks
+        if self.pooling is None and not capacity.can_generate:
             raise InvalidRequestError(
                 "the model's weights have no language-model head: it only makes embeddings",
                 "model",

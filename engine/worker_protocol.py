@@ -3,34 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
-from .embedding_spec import EmbeddingSpec
+from .config import WorkerInfo
 from .step import ModelRunnerOutput, SamplingConstraints, SchedulerOutput
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerInfo:
-    """Facts about the loaded model, known before its KV cache is sized.
-
-    `max_model_len` is resolved (the configured one, else the model's own), in tokens.
-    `kv_bytes_per_token` covers K and V of all layers. The fields with a default are those of
-    EngineInfo, and so are `embedding` and `can_generate`.
-    """
-
-    architecture: str
-    device: str
-    dtype: str
-    num_parameters: int
-    vocab_size: int
-    max_model_len: int
-    kv_bytes_per_token: int
-    eos_token_ids: tuple[int, ...]
-    embedding: EmbeddingSpec | str
-    can_generate: bool
-    kv_cache_dtype: str | None = None
-
 
 Results = Callable[[], ModelRunnerOutput]
 """Waits for a step to end and returns its results. Called once for each step, in order."""

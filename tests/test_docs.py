@@ -26,6 +26,7 @@ from quire.server.api.translation import PASSED_ON, ConversationBody
 from quire.server.cli import build_parser
 from quire.server.dialects import messages_body, responses_body
 from quire.server.errors import answer_of
+from quire.server.flags_table import updated
 from quire.server.http import body, http_protocol
 from quire.server.requests import field_types, job, protocol, sampling
 from quire.server.requests.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
@@ -285,6 +286,10 @@ def test_every_flag_is_listed_with_its_default() -> None:
             assert listed[name] == "–", name
         else:
             assert listed[name] == f"`{default}`", name
+
+
+def test_table_of_flags_is_up_to_date() -> None:
+    assert updated(API) == API, "run `make docs`"
 
 
 def test_clients_are_listed_with_the_versions_that_make_clients_runs() -> None:

@@ -30,24 +30,7 @@ class EngineCore:
     def __init__(self, config: EngineConfig, worker: WorkerProtocol) -> None:
         loaded = worker.load()
         num_blocks = worker.profile()
-        self._info = EngineInfo(
-            model=config.model,
-            architecture=loaded.architecture,
-            device=loaded.device,
-            dtype=loaded.dtype,
-            num_parameters=loaded.num_parameters,
-            vocab_size=loaded.vocab_size,
-            max_model_len=loaded.max_model_len,
-            block_size=config.block_size,
-            num_blocks=num_blocks,
-            kv_bytes_per_token=loaded.kv_bytes_per_token,
-            max_num_seqs=config.max_num_seqs,
-            max_logprobs=config.max_logprobs,
-            eos_token_ids=loaded.eos_token_ids,
-            embedding=loaded.embedding,
-            can_generate=loaded.can_generate,
-            kv_cache_dtype=loaded.kv_cache_dtype,
-        )
+        self._info = EngineInfo.of(config, loaded, num_blocks)
         self._structured = StructuredOutput(
             loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)
         )
@@ -82,14 +65,7 @@ class EngineCore:
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequestError if it can never run here."""
-        info = self._info
-        request.check_fits(
-            vocab_size=info.vocab_size,
-            max_model_len=info.max_model_len,
-            block_size=info.block_size,
-            num_blocks=info.num_blocks,
-            can_generate=info.can_generate,
-        )
+        request.check_fits(self._info)
         self._structured.check(request)
         self._scheduler.add_request(request)
         self._structured.add(request)

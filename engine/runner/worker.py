@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 
-from ..config import EngineConfig
+from ..config import EngineConfig, WorkerInfo
 from ..devices.backend import Backend, CacheDemand
 from ..devices.choose import choose_backend
 from ..model.causal_lm import CausalLM
 from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model
 from ..step import SchedulerOutput
-from ..worker_protocol import WorkerInfo
 from .kv_cache import allocate_kv_cache, block_bytes, num_blocks_from_memory
 from .model_runner import ModelRunner, StepForward
 

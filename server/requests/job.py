@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...engine.config import EngineInfo
 from ...engine.errors import InvalidRequestError, QueueTimeoutError, RequestTimeoutError
 from ...engine.request import GrammarSpec, Pooling, Request
 from ...engine.sampling_params import SamplingParams
@@ -92,7 +91,7 @@ def make_job(
             grammar=parts.grammar,
             pooling=parts.pooling,
         )
-        _check_fits(request, info)
+        request.check_fits(info)
         requests.append(request)
     _check_prompt_logprobs(requests)
     deadlines.check()
@@ -141,16 +140,6 @@ def _truncate(token_ids: list[int], limit: int | None, max_model_len: int) -> li
             "truncate_prompt_tokens must be -1 or at least 1", "truncate_prompt_tokens"
         )
     return token_ids[-(max_model_len - 1 if limit == -1 else limit) :]
-
-
-def _check_fits(request: Request, info: EngineInfo) -> None:
-    request.check_fits(
-        vocab_size=info.vocab_size,
-        max_model_len=info.max_model_len,
-        block_size=info.block_size,
-        num_blocks=info.num_blocks,
-        can_generate=info.can_generate,
-    )
 
 
 def _check_prompt_logprobs(requests: Sequence[Request]) -> None:

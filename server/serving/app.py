@@ -1,4 +1,4 @@
-"""The application: every route, every layer around them, and the engine's life inside of it."""
+"""The application: its routes, its middleware, and the lifespan that runs the engine."""
 
 from __future__ import annotations
 
@@ -34,34 +34,21 @@ def create_app(
     metrics: Metrics,
     siblings: Siblings | None = None,
 ) -> FastAPI:
-    """The ASGI application; `app.state.quire` is its ServerState.
+    """Return the ASGI application; `app.state.quire` is its ServerState.
 
-    Its lifespan starts the engine and closes it. Whoever runs the server calls
-    `app.state.quire.begin_drain()` when it is told to stop, since the lifespan only ends after the
-    last answer. Raises ConfigurationError for a bad generation_config.
+    Its lifespan starts the engine and closes it. The caller must call
+    `app.state.quire.begin_drain()` when the server is told to stop, since the lifespan ends only
+    after the last answer. Raises ConfigurationError for a bad generation_config.
     """
     version = package_version("quire")
     defaults = load_generation_defaults(settings.generation_config, settings.model_path)
     state = ServerState(
         settings, engine, tokenizer, metrics, version, defaults, siblings or Siblings()
     )
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await engine.start()
-        try:
-            yield
-        finally:
-            state.begin_drain()
-            await state.responses.close()
-            state.grammar_check.close()
-            await state.streams.close()
-            await engine.close()
-
     app = FastAPI(
         title="quire",
         version=version,
-        lifespan=lifespan,
+        lifespan=_lifespan,
         root_path=settings.root_path,
         docs_url=None,
         redoc_url=None,
@@ -77,7 +64,26 @@ def create_app(
     keyed.include_router(streams_router)
     for router in (operations.public, operations.router, keyed):
         app.include_router(router)
-    # The last one added is the outermost.
+    _add_middleware(app, settings, metrics)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: ServerState = app.state.quire
+    await state.engine.start()
+    try:
+        yield
+    finally:
+        state.begin_drain()
+        await state.responses.close()
+        state.grammar_check.close()
+        await state.streams.close()
+        await state.engine.close()
+
+
+def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+    # The middleware added last is the outermost.
     app.add_middleware(BodyLimitMiddleware, max_bytes=int(settings.max_body_bytes))
     if settings.allowed_origins:
         app.add_middleware(
@@ -97,7 +103,6 @@ def create_app(
         )
     app.add_middleware(HttpMetricsMiddleware, metrics=metrics)
     app.add_middleware(RequestIdMiddleware)
-    return app
 
 
 def _documentation() -> APIRouter:
@@ -111,7 +116,7 @@ def _documentation() -> APIRouter:
     @router.head("/docs")
     @router.get("/docs")
     async def docs(request: Request) -> HTMLResponse:
-        # Our own page, since FastAPI's loads its scripts from the internet.
+        # A page of our own: FastAPI's loads its scripts from the internet.
         return HTMLResponse(files("quire.server.web").joinpath("docs.html").read_text("utf-8"))
 
     return router

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from quire.engine.sampling_params import SamplingParams
 
 
 def test_a_model_without_head_generates_nothing() -> None:
-    fits = {"vocab_size": 128, "max_model_len": 64, "block_size": 16, "num_blocks": 4}
+    engine = SimpleNamespace(
+        vocab_size=128, max_model_len=64, block_size=16, num_blocks=4, can_generate=False
+    )
     fields: dict[str, Any] = {"request_id": "r", "prompt_token_ids": (1,), "arrival_time": 0.0}
     embedding = Request(**fields, sampling_params=SamplingParams(max_tokens=0), pooling="last")
-    embedding.check_fits(**fits, can_generate=False)
+    embedding.check_fits(engine)
     generation = Request(**fields, sampling_params=SamplingParams(max_tokens=1))
     with pytest.raises(InvalidRequestError, match="language-model head"):
-        generation.check_fits(**fits, can_generate=False)
+        generation.check_fits(engine)

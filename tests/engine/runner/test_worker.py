@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from quire.engine.config import WorkerInfo
 from quire.engine.devices.backend import CacheDemand, Rehearsal
 from quire.engine.devices.cuda.backend import CudaBackend, compile_kernels
 from quire.engine.embedding_spec import NO_LAYOUT
 from quire.engine.errors import ConfigurationError, DeviceMemoryError, UnsupportedModelError
 from quire.engine.runner.worker import Worker, default_num_threads
-from quire.engine.worker_protocol import WorkerInfo, WorkerProtocol
+from quire.engine.worker_protocol import WorkerProtocol
 
 from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..models import MAX_POSITION, generate, save_model

@@ -17,7 +17,7 @@ BUILD = """
 import asyncio, sys
 from quire.engine.process.process_client import ProcessEngineClient
 from quire.server.metrics import Metrics
-from quire.server.serving.main import build_app
+from quire.server.serving.http_server import build_app
 from quire.server.settings import load_settings
 
 settings = load_settings(**{flags!r})
