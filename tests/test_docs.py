@@ -32,6 +32,7 @@ from quire.server.requests import field_types, job, protocol, sampling
 from quire.server.requests.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
 from quire.server.settings import Settings, load_settings
 
+from . import test_rooms
 from .server.conftest import make_app
 from .server.fakes import CHAT_TEMPLATE, FakeEngineClient, byte_tokenizer
 from .test_docker import exported_samples
@@ -376,10 +377,27 @@ def test_every_room_has_its_row_in_the_architecture() -> None:
     assert sorted(_code(row["room"]) for row in rows) == ROOMS
     for row in rows:
         assert row["what it is"] and row["may import"], row
+        room = _code(row["room"]).replace("/", ".")
+        assert _may_import(row) == test_rooms.RULES[room] - {room}, row
         if row["begin at"]:
             assert (ROOT / _code(row["room"]) / _code(row["begin at"])).is_file(), row
         else:
             assert not _modules(_code(row["room"])), row
+
+
+def _may_import(row: dict[str, str]) -> set[str]:
+    """The rooms of a row's last cell; see the paragraph over the table."""
+    top = _code(row["room"]).split("/")[0]
+    rooms: set[str] = set()
+    for item in re.split("; lazily |, ", row["may import"]):
+        name = item.removesuffix(" and its")
+        if name in ("words", "ground"):
+            rooms |= {"engine"} if name == "words" else {"engine", "server"}
+        elif name != "nothing":
+            is_path = "/" in name or name == "kernels"
+            rooms.add(room := name.replace("/", ".") if is_path else f"{top}.{name}")
+            rooms |= test_rooms.RULES[room] if name != item else set()
+    return rooms
 
 
 def test_the_architecture_names_what_a_backend_implements() -> None:

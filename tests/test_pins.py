@@ -358,6 +358,13 @@ def _prometheus_float() -> None:
     assert floatToGoString(0.5) == "0.5"
 
 
+def _argument_group() -> None:
+    import argparse
+
+    group = argparse.ArgumentParser().add_argument_group("title")
+    assert type(group) is argparse._ArgumentGroup
+
+
 CHECKS: dict[str, Callable[[], Any]] = {
     "h11._writers.ChunkedWriter": _h11_writer,
     "h11.Connection._writer": _h11_writer,
@@ -379,6 +386,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "prometheus_client.metrics_core.Metric": _prometheus_metric,
     "prometheus_client.samples.Sample": _prometheus_sample,
     "prometheus_client.utils.floatToGoString": _prometheus_float,
+    "argparse._ArgumentGroup": _argument_group,
 }
 
 
