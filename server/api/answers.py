@@ -13,11 +13,16 @@ from ...engine.errors import QuireError
 from ..errors import error_body
 from ..http.limits import Ticket
 from ..http.resumption import ResumableStream, asks_to_resume
+from ..http.route_docs import OBJECTS, STRING, json_object
 from ..http.streaming import EventStream, SseResponse, encode_json, event
 from ..requests.generation import Generation
 from ..requests.protocol import GenerationBody
 from ..requests.state import ServerState, state_of
 
+GENERATION = json_object("id", "object", "created", "model", "choices", "usage", choices=OBJECTS)
+"""The schema of a completion and of a chat completion."""
+DELETED = json_object("id", "object", "deleted", id=STRING)
+"""The schema of the answer to a DELETE."""
 _MOST_IGNORED = 20
 
 

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.limits import Ticket
+from ..http.route_docs import GENERATION_ERRORS, answers, errors, json_body
 from ..http.streaming import run_until_disconnect
 from ..parsing.message_events import MessageBuilder, delta_of, joined
 from ..parsing.message_parser import MessageParser, prompt_end
@@ -20,13 +21,18 @@ from ..requests.generation import Delta, Finished, Generation, Job, collect
 from ..requests.preparation import asked_by, prepare_chat, response_id
 from ..requests.protocol import ChatBody, validate
 from ..requests.state import ServerState, state_of
-from .answers import Envelope, ignored_header, refusals_counted, stream_of
+from .answers import GENERATION, Envelope, ignored_header, refusals_counted, stream_of
 from .logprobs import LogprobFormat
 
-router = APIRouter()
+router = APIRouter(tags=["completions"])
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post(
+    "/v1/chat/completions",
+    response_model=None,
+    openapi_extra=json_body(ChatBody),
+    responses={**answers(GENERATION, stream=True), **errors(*GENERATION_ERRORS)},
+)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
     state = state_of(request)

@@ -12,18 +12,24 @@ from fastapi.responses import JSONResponse, Response
 from ...engine.outputs import TokenLogprobs
 from ..errors import client_left
 from ..http.body import read_json_object
+from ..http.route_docs import GENERATION_ERRORS, answers, errors, json_body
 from ..http.streaming import run_until_disconnect
 from ..requests.generation import Delta, Finished, Generation, collect
 from ..requests.preparation import asked_by, prepare_completion, response_id
 from ..requests.protocol import CompletionBody, validate
 from ..requests.state import ServerState, state_of
-from .answers import Envelope, ignored_header, refusals_counted, stream_of
+from .answers import GENERATION, Envelope, ignored_header, refusals_counted, stream_of
 from .logprobs import LogprobFormat
 
-router = APIRouter()
+router = APIRouter(tags=["completions"])
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    openapi_extra=json_body(CompletionBody),
+    responses={**answers(GENERATION, stream=True), **errors(*GENERATION_ERRORS)},
+)
 async def create_completion(request: Request) -> Response:
     """Continue one or more prompts."""
     state = state_of(request)

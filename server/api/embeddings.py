@@ -18,6 +18,14 @@ from ...engine.sampling_params import SamplingParams
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.limits import Ticket
+from ..http.route_docs import (
+    GENERATION_ERRORS,
+    OBJECTS,
+    answers,
+    errors,
+    json_body,
+    json_object,
+)
 from ..http.streaming import encode_json, run_until_disconnect
 from ..requests.generation import Generation, Job, collect
 from ..requests.preparation import asked_by, make_job, prompts_of
@@ -28,7 +36,7 @@ from .translation import Fields, renamed
 
 MAX_DIMENSIONS = 65_536
 
-router = APIRouter()
+router = APIRouter(tags=["embeddings"])
 
 
 class EmbeddingBody(Fields):
@@ -44,7 +52,15 @@ class EmbeddingBody(Fields):
     timeout: Annotated[float, Field(gt=0)] | None = None
 
 
-@router.post("/v1/embeddings", response_model=None)
+@router.post(
+    "/v1/embeddings",
+    response_model=None,
+    openapi_extra=json_body(EmbeddingBody),
+    responses={
+        **answers(json_object("object", "data", "model", "usage", data=OBJECTS)),
+        **errors(*GENERATION_ERRORS),
+    },
+)
 async def create_embedding(request: Request) -> Response:
     """A vector for each input."""
     state = state_of(request)

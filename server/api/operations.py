@@ -9,10 +9,15 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from ...engine.errors import EngineNotReadyError, ModelNotFoundError, ShuttingDownError
 from ..http.auth import require_admin_key, require_client_key, require_debug_key
+from ..http.route_docs import STRING, answers, errors, json_object
 from ..requests.state import ServerState, state_of
 
-public = APIRouter()
-router = APIRouter(dependencies=[Depends(require_client_key)])
+public = APIRouter(tags=["operations"])
+router = APIRouter(
+    tags=["models"], dependencies=[Depends(require_client_key)], responses=errors(401)
+)
+
+_HEALTH = json_object("status", "reason", status=STRING, reason=STRING)
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>quire</title>
 <h1>quire</h1><p>An OpenAI-compatible inference server.
@@ -27,7 +32,14 @@ async def page() -> HTMLResponse:
 
 
 @public.head("/health", response_model=None, include_in_schema=False)
-@public.get("/health", response_model=None)
+@public.get(
+    "/health",
+    response_model=None,
+    responses={
+        **answers(_HEALTH),
+        503: {**answers(_HEALTH)[200], "description": "The engine makes no progress"},
+    },
+)
 async def health(request: Request) -> Response:
     """Liveness: 200 while the engine makes progress, also while it loads and drains."""
     state = state_of(request)
@@ -37,7 +49,7 @@ async def health(request: Request) -> Response:
 
 
 @public.head("/ready", response_model=None, include_in_schema=False)
-@public.get("/ready", response_model=None)
+@public.get("/ready", response_model=None, responses=errors(503))
 async def ready(request: Request) -> Response:
     """Readiness: 200 while new requests are accepted."""
     state = state_of(request)
@@ -47,7 +59,12 @@ async def ready(request: Request) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@public.get("/metrics", response_model=None)
+@public.get(
+    "/metrics",
+    response_model=None,
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": STRING}}}},
+)
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     content, media_type = await state_of(request).render_metrics()
@@ -56,6 +73,7 @@ async def metrics(request: Request) -> Response:
 
 @public.get("/version")
 async def version(request: Request) -> dict[str, str]:
+    """The version of quire."""
     return {"version": state_of(request).version}
 
 
@@ -77,19 +95,25 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
+    """The models that are served, under each of their names."""
     state = state_of(request)
     return {"object": "list", "data": [_card(state, name) for name in state.settings.served_names]}
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses=errors(404))
 async def get_model(request: Request, name: str) -> dict[str, Any]:
+    """The served model of this name."""
     state = state_of(request)
     if name not in state.settings.served_names:
         raise ModelNotFoundError(f"the model {ascii(name[:128])} is not served here", "model")
     return _card(state, name)
 
 
-@public.post("/v1/prefix_cache/reset", dependencies=[Depends(require_admin_key)])
+@public.post(
+    "/v1/prefix_cache/reset",
+    dependencies=[Depends(require_admin_key)],
+    responses=errors(401, 503),
+)
 async def reset_prefix_cache(request: Request) -> dict[str, str]:
     """Forget every cached block that no sequence holds. Asks for the admin key."""
     state = state_of(request)
@@ -98,7 +122,7 @@ async def reset_prefix_cache(request: Request) -> dict[str, str]:
     return {"status": "ok"}
 
 
-@public.get("/debug/engine", dependencies=[Depends(require_debug_key)])
+@public.get("/debug/engine", dependencies=[Depends(require_debug_key)], responses=errors(401))
 async def debug_engine(request: Request) -> dict[str, Any]:
     """The engine's latest snapshot, its health and what the queue limits count."""
     state = state_of(request)

@@ -9,15 +9,31 @@ from fastapi.responses import JSONResponse, Response
 
 from ...engine.errors import InvalidRequestError
 from ..http.body import read_json_object
+from ..http.route_docs import (
+    BODY_ERRORS,
+    INTEGERS,
+    STRING,
+    answers,
+    errors,
+    json_body,
+    json_object,
+)
 from ..requests.chat_prompt import check_chat, encode_chat
 from ..requests.protocol import DetokenizeBody, TokenizeBody, TokenizeChatBody, validate
 from ..requests.state import state_of
 from .answers import ignored_header
 
-router = APIRouter()
+router = APIRouter(tags=["tokenizer"])
+
+_TOKENS = json_object("count", "max_model_len", "tokens", "token_strs", tokens=INTEGERS)
 
 
-@router.post("/tokenize", response_model=None)
+@router.post(
+    "/tokenize",
+    response_model=None,
+    openapi_extra=json_body(TokenizeBody, TokenizeChatBody),
+    responses={**answers(_TOKENS), **errors(*BODY_ERRORS)},
+)
 async def tokenize(request: Request) -> Response:
     """Token ids of a `prompt`, or of `messages` rendered by the chat template."""
     state = state_of(request)
@@ -49,7 +65,12 @@ async def tokenize(request: Request) -> Response:
     return JSONResponse(answer, headers=ignored_header(ignored))
 
 
-@router.post("/detokenize", response_model=None)
+@router.post(
+    "/detokenize",
+    response_model=None,
+    openapi_extra=json_body(DetokenizeBody),
+    responses={**answers(json_object("prompt", prompt=STRING)), **errors(*BODY_ERRORS)},
+)
 async def detokenize(request: Request) -> Response:
     """The text of token ids, control tokens included unless asked otherwise."""
     state = state_of(request)
@@ -67,6 +88,7 @@ async def detokenize(request: Request) -> Response:
     return JSONResponse({"prompt": text}, headers=ignored_header(ignored))
 
 
-@router.get("/tokenizer_info")
+@router.get("/tokenizer_info", responses=errors(503))
 async def tokenizer_info(request: Request) -> dict[str, Any]:
+    """The tokenizer's class, vocabulary size, chat template and special tokens."""
     return state_of(request).tokenizer.info()

@@ -15,16 +15,37 @@ from ..api.chat import Chat
 from ..api.translation import renamed, sse
 from ..errors import anthropic_error_body, client_left, error_body
 from ..http.body import read_json_object
+from ..http.route_docs import (
+    BODY_ERRORS,
+    GENERATION_ERRORS,
+    INTEGER,
+    OBJECTS,
+    AnthropicError,
+    answers,
+    errors,
+    json_body,
+    json_object,
+)
 from ..http.streaming import EventStream, run_until_disconnect
 from ..requests.chat_prompt import check_chat, encode_chat
 from ..requests.state import state_of
 from .messages_body import CountTokensBody, MessagesBody, check_body, names_of
 from .messages_events import PING, MessageWriter
 
-router = APIRouter()
+router = APIRouter(tags=["messages"], responses=errors(401, 500, model=AnthropicError))
+
+_MESSAGE = json_object("id", "type", "role", "content", "stop_reason", "usage", content=OBJECTS)
 
 
-@router.post("/v1/messages", response_model=None)
+@router.post(
+    "/v1/messages",
+    response_model=None,
+    openapi_extra=json_body(MessagesBody),
+    responses={
+        **answers(_MESSAGE, stream=True),
+        **errors(*GENERATION_ERRORS, model=AnthropicError),
+    },
+)
 async def create_message(request: Request) -> Response:
     """Answer a conversation: whole, or as a stream of typed events."""
     state = state_of(request)
@@ -59,7 +80,15 @@ async def create_message(request: Request) -> Response:
     return client_left() if message is None else JSONResponse(message, headers=headers)
 
 
-@router.post("/v1/messages/count_tokens", response_model=None)
+@router.post(
+    "/v1/messages/count_tokens",
+    response_model=None,
+    openapi_extra=json_body(CountTokensBody),
+    responses={
+        **answers(json_object("input_tokens", input_tokens=INTEGER)),
+        **errors(*BODY_ERRORS, model=AnthropicError),
+    },
+)
 async def count_tokens(request: Request) -> Response:
     """The number of tokens that a conversation has as a prompt."""
     state = state_of(request)

@@ -14,21 +14,36 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from ...engine.errors import InvalidRequestError, RequestTimeoutError
-from ..api.answers import ignored_header, refusals_counted
+from ..api.answers import DELETED, ignored_header, refusals_counted
 from ..api.chat import Chat
 from ..api.translation import Event, renamed, sse
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.responses_store import Key, Running, Stored
+from ..http.route_docs import (
+    GENERATION_ERRORS,
+    OBJECTS,
+    answers,
+    errors,
+    json_body,
+    json_object,
+)
 from ..http.streaming import EventStream, log_failure, run_until_disconnect
 from ..requests.state import ServerState, state_of
 from .responses_body import NAMES, ResponseBody, chat_of, check_body, items_of
 from .responses_events import ResponseWriter
 
-router = APIRouter()
+router = APIRouter(tags=["responses"])
+
+_RESPONSE = json_object("id", "object", "status", "output", "usage", output=OBJECTS)
 
 
-@router.post("/v1/responses", response_model=None)
+@router.post(
+    "/v1/responses",
+    response_model=None,
+    openapi_extra=json_body(ResponseBody),
+    responses={**answers(_RESPONSE, stream=True), **errors(*GENERATION_ERRORS)},
+)
 async def create_response(request: Request) -> Response:
     """Answer a conversation: whole, as a stream of typed events, or in the background."""
     state = state_of(request)
@@ -62,7 +77,11 @@ async def create_response(request: Request) -> Response:
     return client_left() if response is None else JSONResponse(response, headers=headers)
 
 
-@router.get("/v1/responses/{response_id}", response_model=None)
+@router.get(
+    "/v1/responses/{response_id}",
+    response_model=None,
+    responses={**answers(_RESPONSE), **errors(400, 404)},
+)
 async def get_response(request: Request, response_id: str) -> Response:
     """A stored response, or one that runs in the background."""
     if request.query_params.get("stream", "false") != "false":
@@ -72,7 +91,11 @@ async def get_response(request: Request, response_id: str) -> Response:
     return JSONResponse(_found(request, response_id).response)
 
 
-@router.post("/v1/responses/{response_id}/cancel", response_model=None)
+@router.post(
+    "/v1/responses/{response_id}/cancel",
+    response_model=None,
+    responses={**answers(_RESPONSE), **errors(400, 404)},
+)
 async def cancel_response(request: Request, response_id: str) -> Response:
     """End a response that runs in the background; one that ended stays as it is."""
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
@@ -86,7 +109,11 @@ async def cancel_response(request: Request, response_id: str) -> Response:
     return JSONResponse(response)
 
 
-@router.delete("/v1/responses/{response_id}", response_model=None)
+@router.delete(
+    "/v1/responses/{response_id}",
+    response_model=None,
+    responses={**answers(DELETED), **errors(400, 404)},
+)
 async def delete_response(request: Request, response_id: str) -> Response:
     """Forget a stored response; one that runs in the background ends."""
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:

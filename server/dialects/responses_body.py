@@ -71,7 +71,7 @@ def _check_metadata(value: Any) -> dict[str, str] | None:
     return value
 
 
-class StreamOptions(Fields):
+class ResponseStreamOptions(Fields):
     include_obfuscation: Literal[False] | None = None
 
 
@@ -92,7 +92,7 @@ class ResponseBody(ConversationBody):
     previous_response_id: str | None = None
     max_output_tokens: Any = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     background: bool | None = None
     store: bool | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None

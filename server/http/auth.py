@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Callable
 
-from starlette.requests import Request
+from fastapi.security import HTTPBearer
+from starlette.requests import HTTPConnection
 
 from ...engine.errors import AuthenticationError
 from ..settings import Settings
@@ -25,21 +27,21 @@ class Keys:
         self._admin = [_digest(settings.admin_api_key)] if settings.admin_api_key else []
         self._client = [_digest(key) for key in settings.api_key]
 
-    def check_client(self, request: Request) -> None:
+    def check_client(self, request: HTTPConnection) -> None:
         """Raises AuthenticationError unless a client's or the admin key came, or none is set."""
         if self._client:
             _check(request, self._client + self._admin)
 
-    def check_admin(self, request: Request) -> None:
+    def check_admin(self, request: HTTPConnection) -> None:
         """Raises AuthenticationError unless the admin key came; always where none is set."""
         _check(request, self._admin)
 
-    def check_debug(self, request: Request) -> None:
+    def check_debug(self, request: HTTPConnection) -> None:
         """As `check_admin`, but open where the server has no keys at all."""
         if self._admin or self._client:
             _check(request, self._admin)
 
-    def owner(self, request: Request) -> bytes:
+    def owner(self, request: HTTPConnection) -> bytes:
         """Tells the holders of different keys apart: the digest of the key that let `request` in,
         or nothing where the server has none."""
         if not self._client:
@@ -52,7 +54,7 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _check(request: Request, accepted: list[bytes]) -> None:
+def _check(request: HTTPConnection, accepted: list[bytes]) -> None:
     # Every key is compared, so that the time does not tell which one came close.
     matches = [
         hmac.compare_digest(sent, digest)
@@ -63,7 +65,7 @@ def _check(request: Request, accepted: list[bytes]) -> None:
         raise AuthenticationError("the API key is missing or wrong")
 
 
-def _sent(request: Request) -> list[str]:
+def _sent(request: HTTPConnection) -> list[str]:
     """The keys that came, at most two."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     keys = [key.strip()] if scheme.lower() == "bearer" else []
@@ -72,13 +74,17 @@ def _sent(request: Request) -> list[str]:
     return keys
 
 
-async def require_client_key(request: Request) -> None:
-    request.app.state.quire.keys.check_client(request)
+class KeyRequired(HTTPBearer):
+    """A dependency of routes that runs `check`; FastAPI documents it as a bearer token."""
+
+    def __init__(self, check: Callable[[Keys, HTTPConnection], None]) -> None:
+        super().__init__(scheme_name="key", auto_error=False)
+        self._check = check
+
+    async def __call__(self, request: HTTPConnection) -> None:
+        self._check(request.app.state.quire.keys, request)
 
 
-async def require_admin_key(request: Request) -> None:
-    request.app.state.quire.keys.check_admin(request)
-
-
-async def require_debug_key(request: Request) -> None:
-    request.app.state.quire.keys.check_debug(request)
+require_client_key = KeyRequired(Keys.check_client)
+require_admin_key = KeyRequired(Keys.check_admin)
+require_debug_key = KeyRequired(Keys.check_debug)

@@ -15,6 +15,7 @@ import pytest
 import schemathesis
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, settings
+from pydantic import BaseModel
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
@@ -22,12 +23,33 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from quire.engine.embedding_spec import EmbeddingSpec
-from quire.server.serving.openapi import BODIES, PUBLIC, openapi_document
+from quire.server.api.embeddings import EmbeddingBody
+from quire.server.dialects.messages_body import CountTokensBody, MessagesBody
+from quire.server.dialects.responses_body import ResponseBody
+from quire.server.requests.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    TokenizeChatBody,
+)
+from quire.server.serving.openapi import openapi_document
 
 from .conftest import make_app
 from .fakes import FakeEngineClient, byte_tokenizer, say
 
 EXAMPLES = int(os.environ.get("QUIRE_FUZZ_EXAMPLES", "25"))
+BODIES: dict[str, tuple[type[BaseModel], ...]] = {
+    "/v1/completions": (CompletionBody,),
+    "/v1/chat/completions": (ChatBody,),
+    "/v1/responses": (ResponseBody,),
+    "/v1/messages": (MessagesBody,),
+    "/v1/messages/count_tokens": (CountTokensBody,),
+    "/v1/embeddings": (EmbeddingBody,),
+    "/tokenize": (TokenizeBody, TokenizeChatBody),
+    "/detokenize": (DetokenizeBody,),
+}
+PUBLIC = {"/health", "/ready", "/metrics", "/version"}
 LAST_EVENTS = {
     "/v1/responses": ("event: response.completed", "event: response.incomplete"),
     "/v1/messages": ("event: message_stop",),
@@ -131,6 +153,12 @@ async def test_the_document_says_which_paths_ask_for_a_key() -> None:
 def test_bodies_and_streams_are_described() -> None:
     document = openapi_document(APP)
     schemas = document["components"]["schemas"]
+    assert {
+        path
+        for path, operations in document["paths"].items()
+        for operation in operations.values()
+        if "requestBody" in operation
+    } == BODIES.keys()
     for path, models in BODIES.items():
         operation = document["paths"][path]["post"]
         body = operation["requestBody"]["content"]["application/json"]["schema"]
