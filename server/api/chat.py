@@ -13,7 +13,7 @@ from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.limits import Ticket
 from ..http.route_docs import GENERATION_ERRORS, answers, errors, json_body
-from ..http.streaming import run_until_disconnect
+from ..http.sse import run_until_disconnect
 from ..parsing.message_events import MessageBuilder, delta_of, joined
 from ..parsing.message_parser import MessageParser, prompt_end
 from ..requests.chat_prompt import offered_tools, unenforced

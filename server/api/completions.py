@@ -13,7 +13,7 @@ from ...engine.outputs import TokenLogprobs
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.route_docs import GENERATION_ERRORS, answers, errors, json_body
-from ..http.streaming import run_until_disconnect
+from ..http.sse import run_until_disconnect
 from ..requests.generation import Delta, Finished, Generation, collect
 from ..requests.preparation import asked_by, prepare_completion, response_id
 from ..requests.protocol import CompletionBody, validate

@@ -26,7 +26,7 @@ from ..http.route_docs import (
     json_body,
     json_object,
 )
-from ..http.streaming import encode_json, run_until_disconnect
+from ..http.sse import encode_json, run_until_disconnect
 from ..requests.generation import Generation, Job, collect
 from ..requests.preparation import asked_by, make_job, prompts_of
 from ..requests.protocol import GenerationBody, Label, Prompt, check_types

@@ -26,7 +26,7 @@ from ..http.route_docs import (
     json_body,
     json_object,
 )
-from ..http.streaming import EventStream, run_until_disconnect
+from ..http.sse import EventStream, run_until_disconnect
 from ..requests.chat_prompt import check_chat, encode_chat
 from ..requests.state import state_of
 from .messages_body import CountTokensBody, MessagesBody, check_body, names_of

@@ -28,7 +28,7 @@ from ..http.route_docs import (
     json_body,
     json_object,
 )
-from ..http.streaming import EventStream, log_failure, run_until_disconnect
+from ..http.sse import EventStream, log_failure, run_until_disconnect
 from ..requests.state import ServerState, state_of
 from .responses_body import NAMES, ResponseBody, chat_of, check_body, items_of
 from .responses_events import ResponseWriter

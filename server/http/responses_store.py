@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..settings import Settings
-from .streaming import encode_json
+from .sse import encode_json
 
 Key = tuple[bytes, str]
 """Whose it is (see `Keys.owner`), and its id."""

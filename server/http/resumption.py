@@ -25,7 +25,7 @@ from ...engine.errors import (
 )
 from ..errors import error_body
 from .outbox import Signal
-from .streaming import DONE, SseResponse, event, produce
+from .sse import DONE, SseResponse, event, produce
 
 MAX_STREAMS = 1024
 MAX_EVENTS = 32_768

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ...engine.errors import EngineNotReadyError
 from ..errors import error_response
 from .limits import LOAD_FIELDS, no_loads
-from .streaming import cancel, disconnected
+from .sse import cancel, disconnected
 from .worker_link import Link
 
 SHARED_SCOPE = (

@@ -9,7 +9,7 @@ import pytest
 
 from quire.engine.errors import QueueFullError, StepFailedError
 from quire.server.errors import error_body
-from quire.server.http.streaming import DONE, EventStream, encode_json, event, run_until_disconnect
+from quire.server.http.sse import DONE, EventStream, encode_json, event, run_until_disconnect
 
 from ..conftest import MODEL, MakeClient
 
