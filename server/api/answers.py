@@ -14,7 +14,8 @@ from ..errors import error_body
 from ..http.limits import Ticket
 from ..http.resumption import ResumableStream, asks_to_resume
 from ..http.route_docs import OBJECTS, STRING, json_object
-from ..http.sse import EventStream, SseResponse, encode_json, event
+from ..http.sse import EventStream, SseResponse, event
+from ..json_text import encode_json
 from ..requests.generation import Generation
 from ..requests.protocol import GenerationBody
 from ..requests.state import ServerState, state_of

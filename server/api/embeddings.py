@@ -26,7 +26,8 @@ from ..http.route_docs import (
     json_body,
     json_object,
 )
-from ..http.sse import encode_json, run_until_disconnect
+from ..http.sse import run_until_disconnect
+from ..json_text import encode_json
 from ..requests.generation import Generation, Job, collect
 from ..requests.preparation import asked_by, make_job, prompts_of
 from ..requests.protocol import GenerationBody, Label, Prompt, check_types

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 from ...engine.errors import EngineDeadError, InvalidRequestError
-from ..http.sse import encode_json
+from ..json_text import encode_json
 from ..requests.protocol import ChatBody, path_of, validate
 
 PASSED_ON = (

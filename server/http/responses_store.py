@@ -13,8 +13,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from ..json_text import encode_json
 from ..settings import Settings
-from .sse import encode_json
 
 Key = tuple[bytes, str]
 """Whose it is (see `Keys.owner`), and its id."""

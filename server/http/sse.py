@@ -8,13 +8,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-import msgspec
 import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ...engine.errors import QuireError, RequestTimeoutError
 from ..errors import answer_of, error_response
+from ..json_text import encode_json
 from .outbox import Outbox, Sink, Source
 
 log = structlog.get_logger(__name__)
@@ -23,7 +23,6 @@ DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"
 
 _Result = TypeVar("_Result")
-encode_json = msgspec.json.Encoder().encode
 
 
 def event(data: Any) -> bytes:

@@ -15,7 +15,7 @@ from ...engine.request import GrammarSpec, Pooling, Request
 from ...engine.sampling_params import SamplingParams
 from ..http.limits import Ticket
 from ..http.middleware import is_sane_request_id
-from ..http.sse import encode_json
+from ..json_text import encode_json
 from ..text.bad_words import encode_bad_words
 from ..text.infill import encode_infill, infill_tokens
 from .chat_prompt import check_chat, encode_chat, offered_tools

@@ -9,7 +9,8 @@ import pytest
 
 from quire.engine.errors import QueueFullError, StepFailedError
 from quire.server.errors import error_body
-from quire.server.http.sse import DONE, EventStream, encode_json, event, run_until_disconnect
+from quire.server.http.sse import DONE, EventStream, event, run_until_disconnect
+from quire.server.json_text import encode_json
 
 from ..conftest import MODEL, MakeClient
 
