@@ -103,7 +103,7 @@ async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSp
         )
     characters = sum(len(item) for item in inputs if isinstance(item, str))
     tokens = sum(len(item) for item in inputs if not isinstance(item, str))
-    ticket = state.admission.admit(len(inputs), characters, tokens)
+    ticket = state.in_flight.admit(len(inputs), characters, tokens)
     try:
         state.check_ready()
         prompts = []

@@ -126,14 +126,14 @@ async def reset_prefix_cache(request: Request) -> dict[str, str]:
 async def debug_engine(request: Request) -> dict[str, Any]:
     """The engine's latest snapshot, its health and what the queue limits count."""
     state = state_of(request)
-    stats, admission = state.engine.stats(), state.admission
+    stats, in_flight = state.engine.stats(), state.in_flight
     return {
         "stats": None if stats is None else {**stats._asdict(), "kv_usage": stats.kv_usage},
         "health": state.engine.health()._asdict(),
         "admission": {
-            "num_queued": admission.num_queued,
-            "num_running": admission.num_running,
-            "queued_tokens": admission.queued_tokens,
-            "draining": admission.draining,
+            "num_queued": in_flight.num_queued,
+            "num_running": in_flight.num_running,
+            "queued_tokens": in_flight.queued_tokens,
+            "draining": in_flight.draining,
         },
     }

@@ -54,16 +54,16 @@ async def create_response(request: Request) -> Response:
         previous = body.previous_response_id or ""
         if (answer := state.siblings.forward(request, previous)) is not None:
             return answer
-        job = await _Job.start(state, request, body)
-    headers = ignored_header(ignored + job.ignored)
+        run = await _ResponseRun.start(state, request, body)
+    headers = ignored_header(ignored + run.ignored)
     if body.background:
-        state.responses.run(job.key, job.writer.response, job.run_in_background())
-        return JSONResponse(job.writer.response, headers=headers)
-    ticket, deadline = job.chat.ticket, job.chat.job.deadline
+        state.responses.run(run.key, run.writer.response, run.run_in_background())
+        return JSONResponse(run.writer.response, headers=headers)
+    ticket, deadline = run.chat.ticket, run.chat.job.deadline
     if body.stream:
         return EventStream(
-            job.stream(),
-            on_failure=lambda error: [sse(event) for event in job.fail(error)],
+            run.stream(),
+            on_failure=lambda error: [sse(event) for event in run.fail(error)],
             on_close=ticket.close,
             request_id=request.state.request_id,
             deadline=deadline,
@@ -73,7 +73,7 @@ async def create_response(request: Request) -> Response:
             end=b"",
         )
     with ticket:
-        response = await run_until_disconnect(request.receive, job.collect(), deadline)
+        response = await run_until_disconnect(request.receive, run.collect(), deadline)
     return client_left() if response is None else JSONResponse(response, headers=headers)
 
 
@@ -134,7 +134,7 @@ def _found(request: Request, response_id: str) -> Stored | Running:
     return found
 
 
-class _Job:
+class _ResponseRun:
     """One admitted response on its way."""
 
     def __init__(
@@ -156,7 +156,7 @@ class _Job:
         self._request_id = request_id
 
     @classmethod
-    async def start(cls, state: ServerState, request: Request, body: ResponseBody) -> _Job:
+    async def start(cls, state: ServerState, request: Request, body: ResponseBody) -> _ResponseRun:
         """Raises QuireError where the response is refused."""
         key = _key(request, f"resp_{uuid.uuid4().hex}{state.siblings.suffix}")
         store = _is_stored(state, body)

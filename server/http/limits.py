@@ -19,7 +19,7 @@ def no_loads(processes: int) -> memoryview[int]:
     return memoryview(bytearray(processes * LOAD_FIELDS * 8)).cast("q")
 
 
-class Admission:
+class InFlight:
     """Counts the requests between arrival and first token ("queued") and after it ("running").
 
     All HTTP workers count in one memory, `loads`, each in its own three numbers and at its `index`;
@@ -91,30 +91,30 @@ class Admission:
 class Ticket:
     """One request's share of the queue; a context manager that gives it back."""
 
-    __slots__ = ("_admission", "_running", "_sequences", "_tokens")
+    __slots__ = ("_in_flight", "_running", "_sequences", "_tokens")
 
-    def __init__(self, admission: Admission, sequences: int, tokens: int) -> None:
-        self._admission = admission
+    def __init__(self, in_flight: InFlight, sequences: int, tokens: int) -> None:
+        self._in_flight = in_flight
         self._sequences = sequences
         self._tokens = tokens
         self._running = False
-        admission.count(sequences, 0, tokens)
+        in_flight.count(sequences, 0, tokens)
 
     def tokenised(self, tokens: int) -> None:
         """The prompts' true number of tokens is known."""
-        self._admission.count(0, 0, tokens - self._tokens)
+        self._in_flight.count(0, 0, tokens - self._tokens)
         self._tokens = tokens
 
     def started(self) -> None:
         """The first token came. Idempotent."""
         if not self._running:
             self._running = True
-            self._admission.count(-self._sequences, self._sequences, -self._tokens)
+            self._in_flight.count(-self._sequences, self._sequences, -self._tokens)
 
     def close(self) -> None:
         """Idempotent."""
         self.started()
-        self._admission.count(0, -self._sequences, 0)
+        self._in_flight.count(0, -self._sequences, 0)
         self._sequences = 0
 
     def __enter__(self) -> Ticket:

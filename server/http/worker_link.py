@@ -1,6 +1,6 @@
 """What the main process and its HTTP workers say to each other, over one socket pair each.
 
-    main → worker   Setup, then Engine · AskSamples · Page · Drain · Stop
+    main → worker   Setup, then EngineUpdate · AskSamples · Page · Drain · Stop
     worker → main   Up | Failed, then Samples · AskPage
 
 The end of the link is the end of the other side. Frames are msgpack behind their length.
@@ -34,7 +34,7 @@ class Setup(msgspec.Struct, tag=True):
     loads: int
 
 
-class Engine(msgspec.Struct, tag=True):
+class EngineUpdate(msgspec.Struct, tag=True):
     status: EngineStatus
 
 
@@ -75,7 +75,7 @@ class AskPage(msgspec.Struct, tag=True):
     """Answered by Page, in order."""
 
 
-ToWorker = Setup | Engine | AskSamples | Page | Drain | Stop
+ToWorker = Setup | EngineUpdate | AskSamples | Page | Drain | Stop
 ToMain = Up | Failed | Samples | AskPage
 
 _In = TypeVar("_In")

@@ -53,7 +53,7 @@ async def prepare_completion(state: ServerState, body: CompletionBody) -> tuple[
         len(prompt) + len(body.suffix or "") for prompt in prompts if isinstance(prompt, str)
     )
     tokens = sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
-    ticket = state.admission.admit(len(prompts) * width, characters, tokens)
+    ticket = state.in_flight.admit(len(prompts) * width, characters, tokens)
     try:
         state.check_ready()
         grammar = await try_out(state, constraint)
@@ -101,7 +101,7 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
         )
     characters = sum(len(message.content or "") for message in body.messages)
     characters += len(encode_json(tools))
-    ticket = state.admission.admit(width, characters)
+    ticket = state.in_flight.admit(width, characters)
     try:
         state.check_ready()
         params = await _with_bad_words(state, body, params)

@@ -29,7 +29,7 @@ from ..http.worker_link import (
     AskPage,
     AskSamples,
     Drain,
-    Engine,
+    EngineUpdate,
     Failed,
     Link,
     Page,
@@ -122,7 +122,7 @@ async def _obey(
     """Do what the main process says, until it says to stop."""
     while (message := await link.receive()) is not None:
         match message:
-            case Engine(status):
+            case EngineUpdate(status):
                 engine.follow(status)
             case AskSamples():
                 link.send(Samples(metrics.samples()))

@@ -37,7 +37,7 @@ from ..http.worker_link import (
     AskPage,
     AskSamples,
     Drain,
-    Engine,
+    EngineUpdate,
     Failed,
     Link,
     Page,
@@ -253,7 +253,7 @@ class WorkerPool:
                 loads=descriptors[1],
             )
         )
-        link.send(Engine(self._engine.status))
+        link.send(EngineUpdate(self._engine.status))
         if self._draining:
             link.send(Drain())
         return _Worker(process, link, name)
@@ -301,7 +301,7 @@ class WorkerPool:
             worker.link.send(message)
 
     def _tell_engine(self, status: EngineStatus) -> None:
-        self._send(Engine(status))
+        self._send(EngineUpdate(status))
 
     async def _ask_samples(self) -> None:
         asked = [worker.ask_samples() for worker in self._workers.values() if worker.up]

@@ -122,8 +122,8 @@ def test_made_up_requests(case: schemathesis.Case) -> None:
     if response.headers.get("content-type", "").startswith("text/event-stream"):
         last = response.text.strip().split("\n\n")[-1]
         assert last.split("\n")[0] in LAST_EVENTS.get(case.path, ("data: [DONE]",))
-    admission = APP.state.quire.admission
-    left = (admission.num_queued, admission.num_running, admission.queued_tokens)
+    in_flight = APP.state.quire.in_flight
+    left = (in_flight.num_queued, in_flight.num_running, in_flight.queued_tokens)
     assert left == (0, 0, 0)
     assert not ENGINE.running
     assert len(APP.state.quire.streams) == 0

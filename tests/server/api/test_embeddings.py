@@ -391,8 +391,8 @@ async def test_the_rest_of_the_rules_hold(
     assert_shape(await strict.post(PATH, json=fields), 400, "invalid_value", "mood")
     embedder.ready = False
     assert (await client.post(PATH, json={"input": "a"})).status_code == 503
-    admission = client.app.state.quire.admission  # type: ignore[attr-defined]
-    assert (admission.num_queued, admission.num_running, admission.queued_tokens) == (0, 0, 0)
+    in_flight = client.app.state.quire.in_flight  # type: ignore[attr-defined]
+    assert (in_flight.num_queued, in_flight.num_running, in_flight.queued_tokens) == (0, 0, 0)
 
 
 async def test_a_deadline_ends_it(client: httpx.AsyncClient, embedder: FakeEngineClient) -> None:

@@ -265,7 +265,7 @@ async def test_bad_fields_are_named(
     assert_refused(response, 400, "invalid_request_error", name)
     assert engine.requests == []
     state = client.app.state.quire  # type: ignore[attr-defined]
-    assert state.admission.num_queued == state.admission.num_running == 0
+    assert state.in_flight.num_queued == state.in_flight.num_running == 0
 
 
 async def test_a_thread_is_refused_so_that_clients_go_on_without(client: httpx.AsyncClient) -> None:

@@ -305,7 +305,7 @@ async def test_bad_fields_are_named(
     assert not any(name in message for name in ("messages", "completion", "response_format"))
     assert engine.requests == []
     state = client.app.state.quire  # type: ignore[attr-defined]
-    assert state.admission.num_queued == state.admission.num_running == 0
+    assert state.in_flight.num_queued == state.in_flight.num_running == 0
 
 
 async def test_unknown_fields_and_long_input(
@@ -439,7 +439,7 @@ async def test_in_the_background(client: httpx.AsyncClient, engine: FakeEngineCl
     assert done["output"][0]["content"][0]["text"] == "Hello, world"
     assert (await client.post(f"{PATH}/{queued['id']}/cancel")).json() == done
     state = client.app.state.quire  # type: ignore[attr-defined]
-    assert state.admission.num_queued == state.admission.num_running == 0
+    assert state.in_flight.num_queued == state.in_flight.num_running == 0
 
 
 async def test_cancelling_aborts(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
@@ -458,7 +458,7 @@ async def test_cancelling_aborts(client: httpx.AsyncClient, engine: FakeEngineCl
     response = await client.post(f"{PATH}/{whole['id']}/cancel")
     assert_shape(response, 400, "invalid_value", "response_id")
     state = client.app.state.quire  # type: ignore[attr-defined]
-    assert state.admission.num_queued == state.admission.num_running == 0
+    assert state.in_flight.num_queued == state.in_flight.num_running == 0
 
 
 async def test_failures_in_the_background(

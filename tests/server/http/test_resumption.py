@@ -158,8 +158,8 @@ async def test_it_runs_on_without_a_reader_until_its_time_is_up(
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "stream_not_found")
     registry = registry_of(client)
     assert (len(registry), registry.total_bytes) == (0, 0)
-    admission = client.app.state.quire.admission  # type: ignore[attr-defined]
-    assert admission.num_queued == admission.num_running == 0
+    in_flight = client.app.state.quire.in_flight  # type: ignore[attr-defined]
+    assert in_flight.num_queued == in_flight.num_running == 0
 
 
 async def test_without_the_header_leaving_aborts_and_events_have_no_id(
@@ -250,8 +250,8 @@ async def test_the_header_is_refused_where_it_means_nothing(
         answer = await client.post(CHAT, json=HI, headers={"x-quire-resumable": value})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "x-quire-resumable"
-        admission = client.app.state.quire.admission  # type: ignore[attr-defined]
-        assert admission.num_queued == admission.num_running == 0
+        in_flight = client.app.state.quire.in_flight  # type: ignore[attr-defined]
+        assert in_flight.num_queued == in_flight.num_running == 0
     assert engine.requests == []
 
 
