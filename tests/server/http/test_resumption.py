@@ -13,8 +13,9 @@ import pytest
 
 from quire.engine.errors import InvalidRequestError, QueueFullError, StreamGoneError
 from quire.engine.outputs import RowError
-from quire.server.http import resumption
-from quire.server.http.resumption import EventLog, StreamRegistry
+from quire.server.http import event_log, resumption
+from quire.server.http.event_log import EventLog
+from quire.server.http.resumption import StreamRegistry
 
 from ..conftest import MODEL, MakeClient
 from ..fakes import FakeEngineClient, Script, ids, say
@@ -308,7 +309,7 @@ async def settle(log: EventLog) -> None:
 
 
 async def test_old_events_that_were_read_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resumption, "MAX_EVENTS", 10)
+    monkeypatch.setattr(event_log, "MAX_EVENTS", 10)
     registry = StreamRegistry(60)
     log = open_log(registry, 100)
     reader = registry.attach(log, 0)
@@ -329,7 +330,7 @@ async def test_old_events_that_were_read_make_room(monkeypatch: pytest.MonkeyPat
 async def test_a_slow_reader_holds_the_producer_and_none_ends_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(resumption, "MAX_BYTES", 2000)
+    monkeypatch.setattr(event_log, "MAX_BYTES", 2000)
     registry = StreamRegistry(60)
     log = open_log(registry, 100, size=100)
     reader = registry.attach(log, 0)
