@@ -1,10 +1,10 @@
-"""API keys. Which key a route asks for is decided by the route, never by a path or a Host header.
+"""API keys. Each route declares the key it needs; paths and Host headers never decide it.
 
-Open without a key: /, /health, /ready, /version and /metrics (probes and scrapers carry none, and
-they tell nothing of a request's content). Everything else asks for a client's or the admin key
-once one is configured; admin routes ask for the admin key and are refused where there is none.
-The debug view asks for the admin key, or is open where no key at all is configured. A key comes as
-`Authorization: Bearer KEY`, or as `x-api-key: KEY`, which Anthropic's clients send.
+/, /health, /ready, /version and /metrics need no key: probes and scrapers send none, and these
+routes reveal nothing of any request's content. All other routes need a client's key or the admin
+key if client keys are configured. Admin routes need the admin key and are refused if none is
+configured. The debug view needs the admin key unless no keys are configured at all. A key is sent
+as `Authorization: Bearer KEY`, or as `x-api-key: KEY` by Anthropic's clients.
 """
 
 from __future__ import annotations
@@ -21,29 +21,34 @@ from ..settings import Settings
 
 
 class Keys:
-    """Digests of the configured keys, compared in constant time whatever the length sent."""
+    """The configured keys as digests, so that comparing takes the same time for any length."""
 
     def __init__(self, settings: Settings) -> None:
         self._admin = [_digest(settings.admin_api_key)] if settings.admin_api_key else []
         self._client = [_digest(key) for key in settings.api_key]
 
     def check_client(self, request: HTTPConnection) -> None:
-        """Raises AuthenticationError unless a client's or the admin key came, or none is set."""
+        """Raise AuthenticationError unless the request has a client's or the admin key.
+
+        Accept every request if no client keys are configured.
+        """
         if self._client:
             _check(request, self._client + self._admin)
 
     def check_admin(self, request: HTTPConnection) -> None:
-        """Raises AuthenticationError unless the admin key came; always where none is set."""
+        """Raise AuthenticationError unless the request has the admin key."""
         _check(request, self._admin)
 
     def check_debug(self, request: HTTPConnection) -> None:
-        """As `check_admin`, but open where the server has no keys at all."""
+        """Like `check_admin`, but accept every request if no keys are configured at all."""
         if self._admin or self._client:
             _check(request, self._admin)
 
     def owner(self, request: HTTPConnection) -> bytes:
-        """Tells the holders of different keys apart: the digest of the key that let `request` in,
-        or nothing where the server has none."""
+        """Return the digest of the key that `request` was accepted for, to identify its holder.
+
+        Empty if no client keys are configured.
+        """
         if not self._client:
             return b""
         accepted = (*self._client, *self._admin)
@@ -55,7 +60,7 @@ def _digest(key: str) -> bytes:
 
 
 def _check(request: HTTPConnection, accepted: list[bytes]) -> None:
-    # Every key is compared, so that the time does not tell which one came close.
+    # Compare with every key, so that the time does not reveal which one came close.
     matches = [
         hmac.compare_digest(sent, digest)
         for sent in map(_digest, _sent(request))
@@ -66,7 +71,7 @@ def _check(request: HTTPConnection, accepted: list[bytes]) -> None:
 
 
 def _sent(request: HTTPConnection) -> list[str]:
-    """The keys that came, at most two."""
+    """Return the keys in the headers of `request`, at most two."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     keys = [key.strip()] if scheme.lower() == "bearer" else []
     if "x-api-key" in request.headers:
@@ -75,7 +80,7 @@ def _sent(request: HTTPConnection) -> list[str]:
 
 
 class KeyRequired(HTTPBearer):
-    """A dependency of routes that runs `check`; FastAPI documents it as a bearer token."""
+    """A route dependency that runs `check`; FastAPI documents it as a bearer token."""
 
     def __init__(self, check: Callable[[Keys, HTTPConnection], None]) -> None:
         super().__init__(scheme_name="key", auto_error=False)
