@@ -16,9 +16,10 @@ from ..http.resumption import ResumableStream, asks_to_resume
 from ..http.route_docs import OBJECTS, STRING, json_object
 from ..http.sse import EventStream, SseResponse, event
 from ..json_text import encode_json
+from ..metrics import Metrics
 from ..requests.generation import Generation
 from ..requests.protocol import GenerationBody
-from ..requests.state import ServerState, state_of
+from ..requests.state import state_of
 
 GENERATION = json_object("id", "object", "created", "model", "choices", "usage", choices=OBJECTS)
 """The schema of a completion and of a chat completion."""
@@ -28,12 +29,12 @@ _MOST_IGNORED = 20
 
 
 @contextmanager
-def refusals_counted(state: ServerState) -> Iterator[None]:
+def refusals_counted(metrics: Metrics) -> Iterator[None]:
     """Around all that comes before the engine: a refusal is counted by its code."""
     try:
         yield
     except QuireError as error:
-        state.metrics.request_rejected(error.code)
+        metrics.request_rejected(error.code)
         raise
 
 
@@ -103,19 +104,21 @@ class Envelope:
 
     def __init__(
         self,
-        state: ServerState,
         answer_id: str,
         kind: str,
         body: GenerationBody,
         generation: Generation,
+        *,
+        model: str,
+        fingerprint: str,
     ) -> None:
         self._generation = generation
         self._fields = {
             "id": answer_id,
             "object": kind,
             "created": int(time.time()),
-            "model": state.model_name,
-            "system_fingerprint": state.fingerprint(),
+            "model": model,
+            "system_fingerprint": fingerprint,
         }
         options = body.stream_options
         self.include_usage = bool(options and options.include_usage)

@@ -36,7 +36,7 @@ router = APIRouter(tags=["completions"])
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
     state = state_of(request)
-    with refusals_counted(state):
+    with refusals_counted(state.metrics):
         fields = await read_json_object(request)
         body, ignored = validate(ChatBody, fields, strict=state.settings.strict)
         ignored += unenforced(body)
@@ -76,7 +76,14 @@ class Chat:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._state = state
         self._body = body
-        self._envelope = Envelope(state, answer_id, kind, body, self.generation)
+        self._envelope = Envelope(
+            answer_id,
+            kind,
+            body,
+            self.generation,
+            model=state.model_name,
+            fingerprint=state.fingerprint(),
+        )
         self._logprobs = LogprobFormat(
             state.tokenizer, as_ids=bool(body.return_tokens_as_token_ids)
         )

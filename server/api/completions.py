@@ -17,7 +17,8 @@ from ..http.sse import run_until_disconnect
 from ..requests.generation import Delta, Finished, Generation, collect
 from ..requests.preparation import asked_by, prepare_completion, response_id
 from ..requests.protocol import CompletionBody, validate
-from ..requests.state import ServerState, state_of
+from ..requests.state import state_of
+from ..text.tokenizer import Tokenizer
 from .answers import GENERATION, Envelope, ignored_header, refusals_counted, stream_of
 from .logprobs import LogprobFormat
 
@@ -33,7 +34,7 @@ router = APIRouter(tags=["completions"])
 async def create_completion(request: Request) -> Response:
     """Continue one or more prompts."""
     state = state_of(request)
-    with refusals_counted(state):
+    with refusals_counted(state.metrics):
         fields = await read_json_object(request)
         body, ignored = validate(CompletionBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
@@ -41,7 +42,15 @@ async def create_completion(request: Request) -> Response:
         job, ticket = await prepare_completion(state, body)
     job = asked_by(job, state.keys.owner(request), body.user)
     generation = Generation(state, job, ticket, request.state.request_id)
-    writer = _CompletionWriter(state, body, generation, answer_id)
+    envelope = Envelope(
+        answer_id,
+        "text_completion",
+        body,
+        generation,
+        model=state.model_name,
+        fingerprint=state.fingerprint(),
+    )
+    writer = _CompletionWriter(envelope, body, generation, state.tokenizer)
     headers = ignored_header(ignored)
     if body.stream:
         return stream_of(request, writer.events(), writer.failure, ticket, job.deadline, headers)
@@ -58,15 +67,17 @@ class _CompletionWriter:
     """Writes one request's answer, whole or in chunks."""
 
     def __init__(
-        self, state: ServerState, body: CompletionBody, generation: Generation, answer_id: str
+        self,
+        envelope: Envelope,
+        body: CompletionBody,
+        generation: Generation,
+        tokenizer: Tokenizer,
     ) -> None:
-        self._state = state
+        self._envelope = envelope
         self._body = body
         self._generation = generation
-        self._envelope = Envelope(state, answer_id, "text_completion", body, generation)
-        self._logprobs = LogprobFormat(
-            state.tokenizer, as_ids=bool(body.return_tokens_as_token_ids)
-        )
+        self._tokenizer = tokenizer
+        self._logprobs = LogprobFormat(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._width = body.n or 1
 
     async def whole(self, answers: list[list[Finished]]) -> dict[str, Any]:
@@ -103,7 +114,7 @@ class _CompletionWriter:
         return choice
 
     async def _echo(self, position: int) -> str:
-        return await self._state.tokenizer.decode(
+        return await self._tokenizer.decode(
             self._generation.prompt_token_ids(position),
             skip_special_tokens=self._body.skip_special_tokens is not False,
         )
@@ -127,7 +138,7 @@ class _CompletionWriter:
                     choice["logprobs"] = self._logprobs.completion(
                         entries, token_ids, self._body.logprobs, start
                     )
-                    length = sum(map(len, map(self._state.tokenizer.token_text, token_ids)))
+                    length = sum(map(len, map(self._tokenizer.token_text, token_ids)))
                     offsets[delta.choice] = start + length
                 yield envelope.chunk(choice)
         if envelope.include_usage:

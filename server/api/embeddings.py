@@ -65,7 +65,7 @@ class EmbeddingBody(Fields):
 async def create_embedding(request: Request) -> Response:
     """A vector for each input."""
     state = state_of(request)
-    with refusals_counted(state), renamed({"prompt": "input"}):
+    with refusals_counted(state.metrics), renamed({"prompt": "input"}):
         fields = await read_json_object(request)
         body, ignored = check_types(EmbeddingBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
@@ -78,7 +78,7 @@ async def create_embedding(request: Request) -> Response:
         )
     if answers is None:
         return client_left()
-    content = await _answer(state, body, spec, generation)
+    content = await _answer(body, spec, generation, state.model_name)
     return Response(content, media_type="application/json", headers=ignored_header(ignored))
 
 
@@ -137,7 +137,7 @@ async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSp
 
 
 async def _answer(
-    state: ServerState, body: EmbeddingBody, spec: EmbeddingSpec, generation: Generation
+    body: EmbeddingBody, spec: EmbeddingSpec, generation: Generation, model: str
 ) -> bytes:
     """The answer's JSON. Others have their turn after each vector, which may take a millisecond."""
     parts = [b'{"object":"list","data":[']
@@ -154,5 +154,5 @@ async def _answer(
         await asyncio.sleep(0)
     num_tokens = generation.num_prompt_tokens
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    tail = encode_json({"model": state.model_name, "usage": usage})
+    tail = encode_json({"model": model, "usage": usage})
     return b"".join([*parts, b"],", tail[1:]])

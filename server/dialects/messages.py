@@ -50,7 +50,7 @@ async def create_message(request: Request) -> Response:
     """Answer a conversation: whole, or as a stream of typed events."""
     state = state_of(request)
     request_id = request.state.request_id
-    with refusals_counted(state):
+    with refusals_counted(state.metrics):
         fields = await read_json_object(request)
         body, chat_body, ignored = check_body(MessagesBody, fields, strict=state.settings.strict)
         state.check_model(body.model)

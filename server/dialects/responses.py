@@ -19,7 +19,7 @@ from ..api.chat import Chat
 from ..api.translation import Event, renamed, sse
 from ..errors import client_left
 from ..http.body import read_json_object
-from ..http.responses_store import Key, Running, Stored
+from ..http.responses_store import Key, ResponseStore, Running, Stored
 from ..http.route_docs import (
     GENERATION_ERRORS,
     OBJECTS,
@@ -47,7 +47,7 @@ _RESPONSE = json_object("id", "object", "status", "output", "usage", output=OBJE
 async def create_response(request: Request) -> Response:
     """Answer a conversation: whole, as a stream of typed events, or in the background."""
     state = state_of(request)
-    with refusals_counted(state):
+    with refusals_counted(state.metrics):
         fields = await read_json_object(request)
         body, ignored = check_body(fields, strict=state.settings.strict)
         state.check_model(body.model)
@@ -139,7 +139,7 @@ class _ResponseRun:
 
     def __init__(
         self,
-        state: ServerState,
+        responses: ResponseStore,
         key: Key,
         chat: Chat,
         writer: ResponseWriter,
@@ -151,7 +151,7 @@ class _ResponseRun:
         self.chat = chat
         self.writer = writer
         self.ignored = ignored
-        self._state = state
+        self._responses = responses
         self._items = items
         self._request_id = request_id
 
@@ -159,14 +159,14 @@ class _ResponseRun:
     async def start(cls, state: ServerState, request: Request, body: ResponseBody) -> _ResponseRun:
         """Raises QuireError where the response is refused."""
         key = _key(request, f"resp_{uuid.uuid4().hex}{state.siblings.suffix}")
-        store = _is_stored(state, body)
+        store = _is_stored(body, enabled=state.responses.enabled)
         previous = _previous(request, body.previous_response_id)
         chat_body, ignored = chat_of(body, previous, strict=state.settings.strict)
         with renamed(NAMES):
             chat = await Chat.start(state, chat_body, key[1], request.state.request_id, key[0])
         writer = ResponseWriter(key[1], state.model_name, body, store=store)
         items = [*previous, *items_of(body)]
-        return cls(state, key, chat, writer, items, ignored, request.state.request_id)
+        return cls(state.responses, key, chat, writer, items, ignored, request.state.request_id)
 
     async def _events(self) -> AsyncGenerator[Event, None]:
         """All events; the response is stored before the last one is told."""
@@ -214,19 +214,19 @@ class _ResponseRun:
     def _store(self) -> None:
         response = self.writer.response
         if response["store"]:
-            self._state.responses.add(self.key, response, self._items + response["output"])
+            self._responses.add(self.key, response, self._items + response["output"])
 
 
-def _is_stored(state: ServerState, body: ResponseBody) -> bool:
+def _is_stored(body: ResponseBody, *, enabled: bool) -> bool:
     """Raises InvalidRequestError where the request asks for what this server does not keep."""
-    if not state.responses.enabled and (body.store or body.background):
+    if not enabled and (body.store or body.background):
         name = "background" if body.background else "store"
         raise InvalidRequestError(f"{name}: this server stores no responses", name)
     if body.background and body.store is False:
         raise InvalidRequestError("background needs store", "background")
     if body.background and body.stream:
         raise InvalidRequestError("background cannot be streamed", "background")
-    return state.responses.enabled and body.store is not False
+    return enabled and body.store is not False
 
 
 def _previous(request: Request, response_id: str | None) -> list[dict[str, Any]]:
