@@ -93,14 +93,7 @@ async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSp
             f"the model {state.model_name!r} makes no embeddings: {spec}", "model"
         )
     spec.check_dimensions(body.dimensions)
-    keep_first = body.truncate_prompt_tokens
-    if keep_first == -1:
-        keep_first = info.max_model_len
-    if keep_first is not None and not 1 <= keep_first <= info.max_model_len:
-        raise InvalidRequestError(
-            f"truncate_prompt_tokens must be -1 or from 1 to {info.max_model_len}",
-            "truncate_prompt_tokens",
-        )
+    keep_first = _tokens_to_keep(body.truncate_prompt_tokens, info.max_model_len)
     characters = sum(len(item) for item in inputs if isinstance(item, str))
     tokens = sum(len(item) for item in inputs if not isinstance(item, str))
     ticket = state.in_flight.admit(len(inputs), characters, tokens)
@@ -134,6 +127,20 @@ async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSp
         ticket.close()
         raise
     return spec, job, ticket
+
+
+def _tokens_to_keep(truncate_prompt_tokens: int | None, max_model_len: int) -> int | None:
+    """Return how many tokens of each input to keep; None for all. Raises InvalidRequestError."""
+    if truncate_prompt_tokens is None:
+        return None
+    if truncate_prompt_tokens == -1:
+        return max_model_len
+    if not 1 <= truncate_prompt_tokens <= max_model_len:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens must be -1 or from 1 to {max_model_len}",
+            "truncate_prompt_tokens",
+        )
+    return truncate_prompt_tokens
 
 
 async def _answer(

@@ -1,4 +1,4 @@
-"""The application: every route, every layer around them, and the engine's life inside of it."""
+"""The application: all routes, the middleware around them, and the lifetime of the engine."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def create_app(
     metrics: Metrics,
     siblings: Siblings | None = None,
 ) -> FastAPI:
-    """The ASGI application; `app.state.quire` is its ServerState.
+    """Make the ASGI application; `app.state.quire` is its ServerState.
 
-    Its lifespan starts the engine and closes it. Whoever runs the server calls
-    `app.state.quire.begin_drain()` when it is told to stop, since the lifespan only ends after the
+    Its lifespan starts the engine and closes it. The caller has to run
+    `app.state.quire.begin_drain()` when it is told to stop, since the lifespan ends only after the
     last answer. Raises ConfigurationError for a bad generation_config.
     """
     version = package_version("quire")
@@ -72,6 +72,12 @@ def create_app(
     )
     app.state.quire = state
     install_handlers(app)
+    _add_routes(app)
+    _add_middleware(app, settings, metrics)
+    return app
+
+
+def _add_routes(app: FastAPI) -> None:
     keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
     for endpoints in (completions, chat, responses, messages, embeddings, tokenization):
         keyed.include_router(endpoints.router)
@@ -79,7 +85,10 @@ def create_app(
     keyed.include_router(streams_router)
     for router in (operations.public, operations.router, keyed):
         app.include_router(router)
-    # The last one added is the outermost.
+
+
+def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+    """Wrap the routes; the middleware that is added last is the outermost."""
     app.add_middleware(BodyLimitMiddleware, max_bytes=int(settings.max_body_bytes))
     if settings.allowed_origins:
         app.add_middleware(
@@ -99,10 +108,10 @@ def create_app(
         )
     app.add_middleware(HttpMetricsMiddleware, metrics=metrics)
     app.add_middleware(RequestIdMiddleware)
-    return app
 
 
 def _documentation() -> APIRouter:
+    """Make the routes of the OpenAPI document and of the page that shows it."""
     router = APIRouter(include_in_schema=False)
 
     @router.head("/openapi.json")
@@ -113,7 +122,7 @@ def _documentation() -> APIRouter:
     @router.head("/docs")
     @router.get("/docs")
     async def docs(request: Request) -> HTMLResponse:
-        # Our own page, since FastAPI's loads its scripts from the internet.
+        # FastAPI's own page would load its scripts from the internet.
         return HTMLResponse(files("quire.server.web").joinpath("docs.html").read_text("utf-8"))
 
     return router
