@@ -32,7 +32,7 @@ router = APIRouter(tags=["completions"])
     responses={**answers(GENERATION, stream=True), **errors(*GENERATION_ERRORS)},
 )
 async def create_completion(request: Request) -> Response:
-    """Continue one or more prompts."""
+    """Continue one or more prompts, whole or as a stream."""
     state = state_of(request)
     with refusals_counted(state.metrics):
         fields = await read_json_object(request)
@@ -64,7 +64,7 @@ async def create_completion(request: Request) -> Response:
 
 
 class _CompletionWriter:
-    """Writes one request's answer, whole or in chunks."""
+    """Writes the answer to one request, whole or in chunks."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class _CompletionWriter:
         self._width = body.n or 1
 
     async def whole(self, answers: list[list[Finished]]) -> dict[str, Any]:
-        """The answer in one piece."""
+        """Return the answer in one piece."""
         choices: list[dict[str, Any]] = []
         for position, group in enumerate(answers):
             prompt_ids = self._generation.prompt_token_ids(position)
@@ -120,9 +120,9 @@ class _CompletionWriter:
         )
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The chunks of a stream, but for its end."""
+        """Yield the events of a stream, except its end."""
         envelope = self._envelope
-        # Offset of each choice's next token in its text; a choice that is missing has no chunk yet.
+        # Offset of each choice's next token in its text. A choice without a chunk is missing here.
         offsets: dict[int, int] = {}
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
@@ -147,9 +147,11 @@ class _CompletionWriter:
     def _tokens(
         self, part: Finished | Delta, position: int | None
     ) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """A part's tokens and their entries, behind those of the prompt at `position` where that
-        is echoed. A prompt's entries come with its first choice's first token, so they are there
-        before any of its text."""
+        """Return a part's token ids and their log-probabilities.
+
+        If the prompt at `position` is echoed, its tokens come first. (Its log-probabilities have
+        arrived by then: they come with the first token of its first choice.)
+        """
         if not self._body.echo or position is None:
             return part.token_ids, [*part.logprobs]
         generation = self._generation
@@ -170,7 +172,7 @@ class _CompletionWriter:
         return choice
 
     def failure(self) -> list[bytes]:
-        """Terminal chunks of the choices that had none."""
+        """Return terminal chunks for the choices that have none yet."""
         return [
             self._envelope.chunk(
                 {

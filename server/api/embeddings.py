@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: vectors of models whose folder says how their hidden states are pooled."""
+"""POST /v1/embeddings, for models whose folder says how their hidden states are pooled."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from .answers import ignored_header, refusals_counted
 from .translation import Fields, renamed
 
 MAX_DIMENSIONS = 65_536
+"""Maximum of `dimensions` that the type check accepts; the model's own bound is smaller."""
 
 router = APIRouter(tags=["embeddings"])
 
@@ -63,7 +64,7 @@ class EmbeddingBody(Fields):
     },
 )
 async def create_embedding(request: Request) -> Response:
-    """A vector for each input."""
+    """Return a vector for each input."""
     state = state_of(request)
     with refusals_counted(state.metrics), renamed({"prompt": "input"}):
         fields = await read_json_object(request)
@@ -83,14 +84,14 @@ async def create_embedding(request: Request) -> Response:
 
 
 async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSpec, Job, Ticket]:
-    """Raises QuireError; the ticket is given back then."""
+    """Admit and tokenise the inputs. Raises QuireError, and then closes the ticket."""
     arrival = time.monotonic()
     inputs = prompts_of(body.input, state)
     info = state.engine.info
     spec = info.embedding
     if isinstance(spec, str):
         raise InvalidRequestError(
-            f"the model {state.model_name!r} makes no embeddings: {spec}", "model"
+            f"the model {state.model_name!r} does not produce embeddings: {spec}", "model"
         )
     spec.check_dimensions(body.dimensions)
     keep_first = _tokens_to_keep(body.truncate_prompt_tokens, info.max_model_len)
@@ -146,10 +147,10 @@ def _tokens_to_keep(truncate_prompt_tokens: int | None, max_model_len: int) -> i
 async def _answer(
     body: EmbeddingBody, spec: EmbeddingSpec, generation: Generation, model: str
 ) -> bytes:
-    """The answer's JSON. Others have their turn after each vector, which may take a millisecond."""
+    """Return the answer's JSON, yielding to other tasks after each vector (up to a millisecond)."""
     parts = [b'{"object":"list","data":[']
     for index, data in enumerate(generation.embeddings):
-        assert data is not None  # `collect` has seen to it
+        assert data is not None  # `collect` raises if one is missing
         vector = np.frombuffer(data, dtype="<f4")[: body.dimensions]
         if spec.normalize:
             vector = vector / max(float(np.linalg.norm(vector)), 1e-12)

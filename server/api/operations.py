@@ -1,4 +1,4 @@
-"""What operators and tools ask: health, readiness, metrics, version, models, the admin calls."""
+"""The endpoints for operators and tools: health, metrics, version, models, admin calls."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def page() -> HTMLResponse:
     },
 )
 async def health(request: Request) -> Response:
-    """Liveness: 200 while the engine makes progress, also while it loads and drains."""
+    """Liveness: 200 while the engine makes progress, also while it loads or drains."""
     state = state_of(request)
     engine = state.engine.health()
     answer = {"status": "ok" if engine.alive else "failing", "reason": engine.reason}
@@ -51,7 +51,7 @@ async def health(request: Request) -> Response:
 @public.head("/ready", response_model=None, include_in_schema=False)
 @public.get("/ready", response_model=None, responses=errors(503))
 async def ready(request: Request) -> Response:
-    """Readiness: 200 while new requests are accepted."""
+    """Readiness: 200 while the server accepts new requests."""
     state = state_of(request)
     if state.draining:
         raise ShuttingDownError("the server is shutting down", state.settings.shutdown_timeout)
@@ -66,21 +66,21 @@ async def ready(request: Request) -> Response:
     responses={200: {"content": {"text/plain": {"schema": STRING}}}},
 )
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
+    """Return the metrics in Prometheus' text format."""
     content, media_type = await state_of(request).render_metrics()
     return Response(content, media_type=media_type)
 
 
 @public.get("/version")
 async def version(request: Request) -> dict[str, str]:
-    """The version of quire."""
+    """Return the version of quire."""
     return {"version": state_of(request).version}
 
 
 def _card(state: ServerState, name: str) -> dict[str, Any]:
     try:
         max_model_len: int | None = state.engine.info.max_model_len
-    except EngineNotReadyError:  # before the first start the names are known, the length is not
+    except EngineNotReadyError:  # before the first start the context length is unknown
         max_model_len = None
     return {
         "id": name,
@@ -95,14 +95,14 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """The models that are served, under each of their names."""
+    """List the served model under each of its names."""
     state = state_of(request)
     return {"object": "list", "data": [_card(state, name) for name in state.settings.served_names]}
 
 
 @router.get("/v1/models/{name:path}", responses=errors(404))
 async def get_model(request: Request, name: str) -> dict[str, Any]:
-    """The served model of this name."""
+    """Describe the model that is served under this name."""
     state = state_of(request)
     if name not in state.settings.served_names:
         raise ModelNotFoundError(f"the model {ascii(name[:128])} is not served here", "model")
@@ -115,7 +115,7 @@ async def get_model(request: Request, name: str) -> dict[str, Any]:
     responses=errors(401, 503),
 )
 async def reset_prefix_cache(request: Request) -> dict[str, str]:
-    """Forget every cached block that no sequence holds. Asks for the admin key."""
+    """Forget every cached block that no sequence holds. Needs the admin key."""
     state = state_of(request)
     state.check_ready()
     await state.engine.reset_prefix_cache()
@@ -124,7 +124,7 @@ async def reset_prefix_cache(request: Request) -> dict[str, str]:
 
 @public.get("/debug/engine", dependencies=[Depends(require_debug_key)], responses=errors(401))
 async def debug_engine(request: Request) -> dict[str, Any]:
-    """The engine's latest snapshot, its health and what the queue limits count."""
+    """Return the engine's latest counters, its health, and the counters of the queue limits."""
     state = state_of(request)
     stats, in_flight = state.engine.stats(), state.in_flight
     return {

@@ -1,4 +1,4 @@
-"""GET and DELETE /v1/streams/{stream_id}: the rest of a stream that was asked to be resumable."""
+"""GET and DELETE /v1/streams/{stream_id}: continue a resumable stream, or drop it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def resume_stream(
     responses={**answers(DELETED), **errors(400, 404, 410)},
 )
 async def drop_stream(request: Request, stream_id: str) -> Response:
-    """Abort the stream, if it runs, and forget it."""
+    """Abort the stream if it is still running, and forget it."""
     state = state_of(request)
     if (answer := state.siblings.forward(request, stream_id)) is not None:
         return answer

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, GET /tokenizer_info: the tokenizer as the endpoints use it."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info: the tokenizer of the other endpoints."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _TOKENS = json_object("count", "max_model_len", "tokens", "token_strs", tokens=I
     responses={**answers(_TOKENS), **errors(*BODY_ERRORS)},
 )
 async def tokenize(request: Request) -> Response:
-    """Token ids of a `prompt`, or of `messages` rendered by the chat template."""
+    """Return the token ids of a `prompt`, or of `messages` rendered by the chat template."""
     state = state_of(request)
     fields = await read_json_object(request)
     strict, limit = state.settings.strict, state.engine.info.max_model_len
     if ("prompt" in fields) == ("messages" in fields):
-        raise InvalidRequestError("give either prompt or messages", "prompt")
+        raise InvalidRequestError("prompt: give either prompt or messages", "prompt")
     if "prompt" in fields:
         text, ignored = validate(TokenizeBody, fields, strict=strict)
         state.check_model(text.model)
@@ -72,7 +72,7 @@ async def tokenize(request: Request) -> Response:
     responses={**answers(json_object("prompt", prompt=STRING)), **errors(*BODY_ERRORS)},
 )
 async def detokenize(request: Request) -> Response:
-    """The text of token ids, control tokens included unless asked otherwise."""
+    """Return the text of token ids, including control tokens unless asked otherwise."""
     state = state_of(request)
     fields = await read_json_object(request)
     body, ignored = validate(DetokenizeBody, fields, strict=state.settings.strict)
@@ -90,5 +90,5 @@ async def detokenize(request: Request) -> Response:
 
 @router.get("/tokenizer_info", responses=errors(503))
 async def tokenizer_info(request: Request) -> dict[str, Any]:
-    """The tokenizer's class, vocabulary size, chat template and special tokens."""
+    """Return the tokenizer's class, vocabulary size, chat template and special tokens."""
     return state_of(request).tokenizer.info()

@@ -1,4 +1,4 @@
-"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API of conversations."""
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's chat API."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _MESSAGE = json_object("id", "type", "role", "content", "stop_reason", "usage", 
     },
 )
 async def create_message(request: Request) -> Response:
-    """Answer a conversation: whole, or as a stream of typed events."""
+    """Answer a conversation, whole or as a stream of typed events."""
     state = state_of(request)
     request_id = request.state.request_id
     with refusals_counted(state.metrics):
@@ -90,7 +90,7 @@ async def create_message(request: Request) -> Response:
     },
 )
 async def count_tokens(request: Request) -> Response:
-    """The number of tokens that a conversation has as a prompt."""
+    """Count the tokens of a conversation as a prompt."""
     state = state_of(request)
     fields = await read_json_object(request)
     body, chat, ignored = check_body(CountTokensBody, fields, strict=state.settings.strict)

@@ -1,4 +1,4 @@
-"""POST /v1/responses, and what can be asked of a response later."""
+"""POST /v1/responses, and the endpoints of stored responses."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _RESPONSE = json_object("id", "object", "status", "output", "usage", output=OBJE
     responses={**answers(_RESPONSE, stream=True), **errors(*GENERATION_ERRORS)},
 )
 async def create_response(request: Request) -> Response:
-    """Answer a conversation: whole, as a stream of typed events, or in the background."""
+    """Answer a conversation, whole, as a stream of typed events, or in the background."""
     state = state_of(request)
     with refusals_counted(state.metrics):
         fields = await read_json_object(request)
@@ -83,7 +83,7 @@ async def create_response(request: Request) -> Response:
     responses={**answers(_RESPONSE), **errors(400, 404)},
 )
 async def get_response(request: Request, response_id: str) -> Response:
-    """A stored response, or one that runs in the background."""
+    """Return a stored response, or one that runs in the background."""
     if request.query_params.get("stream", "false") != "false":
         raise InvalidRequestError("stream: a stored response cannot be streamed", "stream")
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
@@ -97,13 +97,13 @@ async def get_response(request: Request, response_id: str) -> Response:
     responses={**answers(_RESPONSE), **errors(400, 404)},
 )
 async def cancel_response(request: Request, response_id: str) -> Response:
-    """End a response that runs in the background; one that ended stays as it is."""
+    """Cancel a response that runs in the background; one that has ended stays as it is."""
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
         return answer
     response = _found(request, response_id).response
     if not response["background"]:
         raise InvalidRequestError(
-            "only a response that was created with background can be cancelled", "response_id"
+            "only a response that was created with `background` can be cancelled", "response_id"
         )
     await state_of(request).responses.cancel(_key(request, response_id))
     return JSONResponse(response)
@@ -115,7 +115,7 @@ async def cancel_response(request: Request, response_id: str) -> Response:
     responses={**answers(DELETED), **errors(400, 404)},
 )
 async def delete_response(request: Request, response_id: str) -> Response:
-    """Forget a stored response; one that runs in the background ends."""
+    """Forget a response; if it runs in the background, cancel it."""
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
         return answer
     _found(request, response_id)
@@ -135,7 +135,7 @@ def _found(request: Request, response_id: str) -> Stored | Running:
 
 
 class _ResponseRun:
-    """One admitted response on its way."""
+    """One admitted response while it is generated."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class _ResponseRun:
 
     @classmethod
     async def start(cls, state: ServerState, request: Request, body: ResponseBody) -> _ResponseRun:
-        """Raises QuireError where the response is refused."""
+        """Admit the response. Raises QuireError if it is refused."""
         key = _key(request, f"resp_{uuid.uuid4().hex}{state.siblings.suffix}")
         store = _is_stored(body, enabled=state.responses.enabled)
         previous = _previous(request, body.previous_response_id)
@@ -169,7 +169,7 @@ class _ResponseRun:
         return cls(state.responses, key, chat, writer, items, ignored, request.state.request_id)
 
     async def _events(self) -> AsyncGenerator[Event, None]:
-        """All events; the response is stored before the last one is told."""
+        """Yield all events, storing the response before the last one."""
         async with aclosing(self.writer.events(self.chat)) as events:
             async for event in events:
                 if self.writer.ended:
@@ -177,24 +177,26 @@ class _ResponseRun:
                 yield event
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
+        """Run to the end and yield all events, encoded. Raises QuireError."""
         async with aclosing(self._events()) as events:
             async for event in events:
                 yield sse(event)
 
     async def collect(self) -> dict[str, Any]:
+        """Run to the end and return the response. Raises QuireError."""
         async with aclosing(self._events()) as events:
             async for _ in events:
                 pass
         return self.writer.response
 
     def fail(self, error: Exception) -> list[Event]:
-        """The last events of a response that failed."""
+        """End the response as failed, store it, and return its last events."""
         events = list(self.writer.fail(error, self._request_id))
         self._store()
         return events
 
     async def run_in_background(self) -> None:
-        """Run to an end, whatever it is, and store it."""
+        """Run to the end and store the response, whether it completes, fails or is cancelled."""
         deadline = self.chat.job.deadline
         left = None if deadline is None else deadline - time.monotonic()
         try:
@@ -218,19 +220,22 @@ class _ResponseRun:
 
 
 def _is_stored(body: ResponseBody, *, enabled: bool) -> bool:
-    """Raises InvalidRequestError where the request asks for what this server does not keep."""
+    """Decide whether the response will be stored; `enabled` is whether the server stores any.
+
+    Raises InvalidRequestError for combinations of fields that cannot be served.
+    """
     if not enabled and (body.store or body.background):
         name = "background" if body.background else "store"
-        raise InvalidRequestError(f"{name}: this server stores no responses", name)
+        raise InvalidRequestError(f"{name}: this server does not store responses", name)
     if body.background and body.store is False:
-        raise InvalidRequestError("background needs store", "background")
+        raise InvalidRequestError("background: needs store", "background")
     if body.background and body.stream:
-        raise InvalidRequestError("background cannot be streamed", "background")
+        raise InvalidRequestError("background: cannot be combined with stream", "background")
     return enabled and body.store is not False
 
 
 def _previous(request: Request, response_id: str | None) -> list[dict[str, Any]]:
-    """The items of the conversation that goes on. Raises InvalidRequestError."""
+    """Return the items of the conversation to continue. Raises InvalidRequestError."""
     if response_id is None:
         return []
     found = state_of(request).responses.find(_key(request, response_id))

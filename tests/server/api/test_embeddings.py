@@ -302,7 +302,7 @@ async def test_other_models_say_why_they_make_none(
     fields = {"model": MODEL, "input": value, "encoding_format": "base64", "dimensions": 8}
     response = await client.post(PATH, json=fields)
     assert_shape(response, 400, "invalid_value", "model")
-    assert response.json()["error"]["message"].endswith(f"makes no embeddings: {reason}")
+    assert response.json()["error"]["message"].endswith(f"does not produce embeddings: {reason}")
 
 
 @pytest.mark.parametrize(
