@@ -20,7 +20,16 @@ from quire.server.text.template_calls import reads_text
 from quire.server.text.tokenizer import Tokenizer
 
 from ..conftest import MODEL, MakeClient, make_app
-from ..fakes import CHAT_TEMPLATE, IM_END, FakeEngineClient, Script, byte_tokenizer, ids, say
+from ..fakes import (
+    CHAT_TEMPLATE,
+    IM_END,
+    FakeEngineClient,
+    Script,
+    byte_tokenizer,
+    ids,
+    prompt_text,
+    say,
+)
 from .test_completions import stream
 
 HI: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -46,10 +55,6 @@ async def refused(client: httpx.AsyncClient, **fields: Any) -> tuple[str, str]:
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     return error["param"], error["message"]
-
-
-def prompt_text(engine: FakeEngineClient, tokenizer: Tokenizer) -> str:
-    return b"".join(map(tokenizer.token_bytes, engine.requests[-1].prompt_token_ids)).decode()
 
 
 @pytest.fixture
