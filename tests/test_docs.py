@@ -364,6 +364,21 @@ def test_changelog_tells_of_this_version() -> None:
     assert newest and newest[1] == version("quire")
 
 
+# -- docs/faults.md --------------------------------------------------------------------------
+
+
+def test_faults_name_tests_that_exist() -> None:
+    tests = {
+        name: path.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)\(", path.read_text("utf-8"), re.M)
+    }
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/faults.md").read_text("utf-8")))
+    assert len(named) > 50
+    assert named <= tests.keys()
+    assert {name for name, file in tests.items() if file == "test_faults.py"} <= named
+
+
 # -- docs/operations.md ----------------------------------------------------------------------
 
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
@@ -407,7 +422,7 @@ def test_every_log_event_is_listed_with_its_fields() -> None:
         for name, its_fields in zip(names, fields, strict=True):
             listed[name] = set(its_fields.split(", "))
     logged: dict[str, set[str]] = {}
-    for path in (ROOT / "server").glob("*.py"):
+    for path in (ROOT / "server").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue

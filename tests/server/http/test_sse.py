@@ -114,7 +114,7 @@ async def test_a_disconnect_closes_the_events_at_once() -> None:
     assert events.closed_at - started < 1
 
 
-async def test_row_46_a_reader_that_stops_reading_is_dropped() -> None:
+async def test_a_reader_that_stops_reading_is_dropped() -> None:
     peer, events = Peer(read=False), Events(count=1000)
     await answer(peer, events, write_timeout=0.1)
     assert events.closed_at is not None
