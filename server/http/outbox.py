@@ -11,7 +11,7 @@ rest of its output waits unformatted, limited by max_tokens."""
 
 
 class Signal:
-    """Wakes the one task that is waiting for it; does nothing if there is none."""
+    """Wakes the one task that waits for it."""
 
     __slots__ = ("_waiting",)
 

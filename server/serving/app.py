@@ -1,4 +1,4 @@
-"""The application: all routes, the middleware around them, and the lifetime of the engine."""
+"""The application: its routes, its middleware, and the lifespan that runs the engine."""
 
 from __future__ import annotations
 
@@ -35,34 +35,21 @@ def create_app(
     metrics: Metrics,
     siblings: Siblings | None = None,
 ) -> FastAPI:
-    """Make the ASGI application; `app.state.quire` is its ServerState.
+    """Return the ASGI application; `app.state.quire` is its ServerState.
 
-    Its lifespan starts the engine and closes it. The caller has to run
-    `app.state.quire.begin_drain()` when it is told to stop, since the lifespan ends only after the
-    last answer. Raises ConfigurationError for a bad generation_config.
+    Its lifespan starts the engine and closes it. The caller must call
+    `app.state.quire.begin_drain()` when the server is told to stop, since the lifespan ends only
+    after the last answer. Raises ConfigurationError for a bad generation_config.
     """
     version = package_version("quire")
     defaults = load_generation_defaults(settings.generation_config, settings.model_path)
     state = ServerState(
         settings, engine, tokenizer, metrics, version, defaults, siblings or Siblings()
     )
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await engine.start()
-        try:
-            yield
-        finally:
-            state.begin_drain()
-            await state.responses.close()
-            state.grammar_check.close()
-            await state.streams.close()
-            await engine.close()
-
     app = FastAPI(
         title="quire",
         version=version,
-        lifespan=lifespan,
+        lifespan=_lifespan,
         root_path=settings.root_path,
         docs_url=None,
         redoc_url=None,
@@ -72,12 +59,6 @@ def create_app(
     )
     app.state.quire = state
     install_handlers(app)
-    _add_routes(app)
-    _add_middleware(app, settings, metrics)
-    return app
-
-
-def _add_routes(app: FastAPI) -> None:
     keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
     for endpoints in (completions, chat, responses, messages, embeddings, tokenization):
         keyed.include_router(endpoints.router)
@@ -85,10 +66,26 @@ def _add_routes(app: FastAPI) -> None:
     keyed.include_router(streams_router)
     for router in (operations.public, operations.router, keyed):
         app.include_router(router)
+    _add_middleware(app, settings, metrics)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: ServerState = app.state.quire
+    await state.engine.start()
+    try:
+        yield
+    finally:
+        state.begin_drain()
+        await state.responses.close()
+        state.grammar_check.close()
+        await state.streams.close()
+        await state.engine.close()
 
 
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
-    """Wrap the routes; the middleware that is added last is the outermost."""
+    # The middleware added last is the outermost.
     app.add_middleware(BodyLimitMiddleware, max_bytes=int(settings.max_body_bytes))
     if settings.allowed_origins:
         app.add_middleware(
@@ -111,7 +108,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
 
 
 def _documentation() -> APIRouter:
-    """Make the routes of the OpenAPI document and of the page that shows it."""
+    """Return the routes of the OpenAPI document and of the page that shows it."""
     router = APIRouter(include_in_schema=False)
 
     @router.head("/openapi.json")
@@ -122,7 +119,7 @@ def _documentation() -> APIRouter:
     @router.head("/docs")
     @router.get("/docs")
     async def docs(request: Request) -> HTMLResponse:
-        # FastAPI's own page would load its scripts from the internet.
+        # A page of our own: FastAPI's loads its scripts from the internet.
         return HTMLResponse(files("quire.server.web").joinpath("docs.html").read_text("utf-8"))
 
     return router
