@@ -1,6 +1,6 @@
-"""Requests made up from /openapi.json: no 5xx, no hang, answers as described, nothing left behind.
+"""Requests generated from /openapi.json: no 5xx, no hang, answers as documented, no leftovers.
 
-`QUIRE_FUZZ_EXAMPLES` says how many for each operation; `make fuzz` asks for many more.
+`QUIRE_FUZZ_EXAMPLES` is the number per operation; `make fuzz` sets a much larger one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ LAST_EVENTS = {
     "/v1/messages": ("event: message_stop",),
 }
 SECONDS = 5.0
-"""Far above what any answer of the fake engine takes."""
+"""A limit per request, far above the time that the fake engine needs."""
 
 
 def _app(**options: Any) -> tuple[FastAPI, FakeEngineClient]:
@@ -72,13 +72,15 @@ ANSWERED: Counter[tuple[str, int]] = Counter()
 
 
 def _thin_out(case: schemathesis.Case) -> None:
-    """Of many fields made up at once one is always wrong; a few have a chance of all being right.
-    And a made-up model is never served."""
+    """Keep only a few fields: among many generated ones, at least one is always wrong.
+
+    Drop the model, too, since a generated name is never served.
+    """
     body = case.body
     if case.path not in BODIES or not isinstance(body, dict):
         return
     body.pop("model", None)
-    body.pop("timeout", None)  # 504 is the right answer to a made-up deadline
+    body.pop("timeout", None)  # 504 would be the right answer to a generated deadline
     required = {"prompt", "messages", "tokens", "input", "max_tokens"}
     optional = [name for name in body if name not in required]
     for name in optional[len(str(body)) % 4 :]:
@@ -130,7 +132,7 @@ def test_made_up_requests(case: schemathesis.Case) -> None:
 
 
 def test_the_fuzzing_reached_answers() -> None:
-    """Not all that was made up was refused."""
+    """Some generated requests must have been accepted."""
     for path in BODIES:
         assert ANSWERED[f"POST {path}", 200] > 0, ANSWERED
 

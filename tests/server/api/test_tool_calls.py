@@ -408,7 +408,7 @@ CONTROL_TOKENS = ("[TOOL_CALLS]", "[ARGS]", "<tool_call>", "</tool_call>", BEGIN
 
 
 def accepts(tokenizer: Tokenizer, spec: GrammarSpec, text: str) -> bool:
-    """Whether the engine's matcher lets a model write `text` and end there."""
+    """Decide whether the engine's matcher lets a model write `text` and end there."""
     vocabulary = make_tokenizer(tokenizer.backend.to_str(), tokenizer.vocab_size, [IM_END])
     matcher = compile_grammar(vocabulary, spec)
     token_ids = tokenizer.backend.encode(text).ids
@@ -522,7 +522,7 @@ async def test_calls_that_cannot_be_forced_are_refused(
     assert param == "tool_choice"
     big = {"type": "object", "description": "x" * 70_000}
     tool = {"type": "function", "function": {"name": "f", "parameters": big}}
-    # In the prompt it would be too long as well; what is too long for a grammar is named first.
+    # It is too long for the prompt as well, but the grammar's error comes first.
     engine.max_model_len = engine.num_blocks = 100_000
     param, message = await refused(client, tools=[tool], tool_choice="required")
     assert param == "tool_choice" and "65536 bytes" in message

@@ -36,7 +36,7 @@ create, stream, events_of = API.create, API.stream, API.events_of
 
 
 def anonymous(value: Any) -> Any:
-    """A response without ids and times, and without what the SDK adds."""
+    """Remove ids and times from a response, and what the SDK adds."""
     if isinstance(value, dict):
         ids = ("id", "item_id", "call_id", "created_at", "completed_at")
         added = ("parsed", "parsed_arguments")
@@ -482,7 +482,7 @@ def test_the_store_is_bounded() -> None:
     assert found() == "cde"
     add("f", 500)
     assert found() == "f"
-    add("g", 2000)  # alone over the bound: the others stay
+    add("g", 2000)  # too large by itself: the others stay
     assert found() == "f"
     now = 9.0
     add("h")

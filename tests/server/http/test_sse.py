@@ -16,7 +16,7 @@ from ..conftest import MODEL, MakeClient
 
 
 class Peer:
-    """The other end of an ASGI connection."""
+    """The client's end of an ASGI connection."""
 
     def __init__(self, *, read: bool = True) -> None:
         self.sent: list[Any] = []
@@ -38,7 +38,7 @@ class Peer:
 
 
 class Events:
-    """A stream of events that notes how it ended."""
+    """A stream of events that records how it ended."""
 
     def __init__(
         self, *, delay: float = 0.0, error: Exception | None = None, count: int = 3
