@@ -47,7 +47,7 @@ TEXTS = ["a", "the cat sat on the mat", "the cat sat on the mat, and slept " * 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model like Qwen3-Embedding: weights without head and prefix, a tokenizer that ends texts."""
+    """A model like Qwen3-Embedding: no head, no prefix, and a tokenizer that ends texts."""
     path = tmp_path_factory.mktemp("embedding")
     config = Qwen3Config(**COMMON | {"vocab_size": 258}, head_dim=16, tie_word_embeddings=True)
     build_model(config).base_model.save_pretrained(path)
