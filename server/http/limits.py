@@ -42,14 +42,17 @@ class InFlight:
 
     @property
     def num_queued(self) -> int:
+        """Sequences of all workers that wait for their first token."""
         return sum(self._loads[0::LOAD_FIELDS])
 
     @property
     def num_running(self) -> int:
+        """Sequences of all workers that have had their first token."""
         return sum(self._loads[1::LOAD_FIELDS])
 
     @property
     def queued_tokens(self) -> int:
+        """Prompt tokens of the queued requests of all workers, estimated or counted."""
         return sum(self._loads[2::LOAD_FIELDS])
 
     def count(self, queued: int, running: int, tokens: int) -> None:

@@ -66,7 +66,7 @@ class Outbox:
 
     @property
     def full(self) -> bool:
-        """Whether the producer should wait for `room` before it puts anything more."""
+        """See `Sink`."""
         return self._size > MAX_UNSENT_BYTES
 
     async def room(self) -> None:
@@ -97,12 +97,15 @@ class Sink(Protocol):
 
     early_failure: Exception | None
 
-    def put(self, event: bytes) -> None: ...
+    def put(self, event: bytes) -> None:
+        """Add an event. Never blocks; see `full`."""
 
     @property
-    def full(self) -> bool: ...
+    def full(self) -> bool:
+        """Whether the producer should wait for `room` before it puts anything more."""
 
-    async def room(self) -> None: ...
+    async def room(self) -> None:
+        """Wait until the sink is no longer full."""
 
     def end(self, bug: Exception | None) -> None:
         """End the stream; `bug` is an unforeseen exception of the producer, if there was one."""

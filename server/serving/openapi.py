@@ -1,4 +1,4 @@
-"""The OpenAPI document: FastAPI's, with the schemas of bodies that the routes read themselves.
+"""The OpenAPI document: FastAPI's, completed by the schemas of bodies and errors.
 
 Each route documents itself in its decorator; see http/route_docs.py.
 """
@@ -10,16 +10,13 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from ..http.route_docs import body_schemas
+from ..http.route_docs import schemas_by_name
 
 
 def openapi_document(app: FastAPI) -> dict[str, Any]:
     """Return the whole document of `app`."""
     document = copy.deepcopy(app.openapi())
-    schemas = document["components"]["schemas"] | body_schemas()
-    for unused in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(unused, None)
-    document["components"]["schemas"] = dict(sorted(schemas.items()))
+    document["components"]["schemas"] = schemas_by_name()
     for operations in document["paths"].values():
         for operation in operations.values():
             # FastAPI adds its own 422 for invalid parameters; this server answers 400.
