@@ -14,7 +14,7 @@ NODE_STAMP := $(CLIENTS)/node_modules/.package-lock.json
 
 OLDEST_TRITON := build/oldest-triton
 
-.PHONY: setup serve test clients oldest-triton lint types fuzz bench clean
+.PHONY: setup serve test clients oldest-triton lint types fuzz bench docs clean
 
 setup: $(STAMP)
 
@@ -75,6 +75,10 @@ fuzz: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -P benchmarks/memory.py
 	$(BIN)/python benchmarks/scheduling.py
+
+# The table of flags in docs/api.md, from their declarations.
+docs: $(STAMP)
+	$(BIN)/python -m quire.server.flags_table docs/api.md
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

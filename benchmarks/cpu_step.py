@@ -1,13 +1,13 @@
-"""How long a step takes on the CPU: decodes at several batch sizes, and a prefill.
+"""Measure how long a step takes on the CPU: decodes at several batch sizes, and a prefill.
 
-    python -P benchmarks/cpu_step.py [--threads 1] [--dtype bfloat16]
+    python benchmarks/cpu_step.py [--threads 1] [--dtype bfloat16]
 
-The engine process has OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=10000: set them here too.
+The engine process sets OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=10000: set them here too.
 
-The engine without HTTP: a 30M-parameter Qwen3 shape with random weights. A decode step has a
-context of about 300 tokens in every row; the prefill is one prompt of 256 tokens. The figure is
-the fastest of many steps, which other load on the machine disturbs least; the median stands
-beside it.
+The engine runs without HTTP, with a 30M-parameter Qwen3 shape and random weights. Every row of a
+decode step has a context of about 300 tokens; the prefill is one prompt of 256 tokens. The reported
+figure is the fastest of many steps, which other load on the machine disturbs least, beside the
+median.
 """
 
 from __future__ import annotations
@@ -15,54 +15,33 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 import torch
-from transformers.models.qwen3 import Qwen3Config
+from small_engine import make_random_core, make_request, small_qwen3
 
-from quire.engine.config import EngineConfig
 from quire.engine.core.engine_core import EngineCore
-from quire.engine.request import Request
-from quire.engine.runner.worker import Worker
-from quire.engine.sampling_params import SamplingParams
 
 CONTEXT, PREFILL = 300, 256
-SHAPE = Qwen3Config(
-    vocab_size=32000,
-    hidden_size=384,
-    intermediate_size=1152,
-    num_hidden_layers=10,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)
+SHAPE = small_qwen3()
 
 
 class Bench:
+    """The step times of one engine."""
+
     def __init__(self, core: EngineCore) -> None:
         self.core = core
         self.rng = random.Random(0)
         self.requests = 0
 
     def add(self, length: int, max_tokens: int) -> None:
+        """Add a request with a random prompt of `length` tokens."""
         self.requests += 1
-        prompt = tuple(self.rng.randrange(3, SHAPE.vocab_size) for _ in range(length))
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        self.core.add_request(
-            Request(
-                request_id=str(self.requests),
-                prompt_token_ids=prompt,
-                sampling_params=params,
-                arrival_time=time.monotonic(),
-            )
-        )
+        prompt = [self.rng.randrange(3, SHAPE.vocab_size) for _ in range(length)]
+        self.core.add_request(make_request(str(self.requests), prompt, max_tokens))
 
     def steps(self, count: int) -> list[float]:
-        """Wall seconds of each of the next `count` steps."""
+        """Run `count` steps and return the wall seconds of each."""
         times = []
         for _ in range(count):
             begin = time.perf_counter()
@@ -71,11 +50,12 @@ class Bench:
         return times
 
     def finish(self) -> None:
+        """Run until no request is left."""
         while self.core.has_work:
             self.core.step()
 
     def decode(self, batch: int, context: int, steps: int) -> list[float]:
-        """Times of decode steps of `batch` rows around `context` tokens."""
+        """Return the times of decode steps of `batch` rows with about `context` tokens each."""
         for _ in range(batch):
             self.add(context - steps // 2, steps + 8)
         while True:  # until all rows decode
@@ -89,6 +69,7 @@ class Bench:
         return times
 
     def prefill(self, length: int, repeats: int) -> list[float]:
+        """Return the times of prefills of `length` tokens, one prompt each."""
         times = []
         for _ in range(repeats):
             self.add(length, 1)
@@ -97,29 +78,18 @@ class Bench:
         return times
 
 
-def make_core(arguments: argparse.Namespace) -> EngineCore:
-    with tempfile.TemporaryDirectory() as name:
-        SHAPE.save_pretrained(Path(name))
-        config = EngineConfig(
-            model=name,
-            load_format="dummy",
-            device="cpu",
-            dtype=arguments.dtype,
-            num_blocks=8192,
-            num_threads=arguments.threads,
-        )
-        return EngineCore(config, Worker(config))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
-    bench = Bench(make_core(arguments))
+    core = make_random_core(
+        SHAPE, dtype=arguments.dtype, num_blocks=8192, num_threads=arguments.threads
+    )
+    bench = Bench(core)
     print(f"{bench.core.info.num_parameters / 1e6:.1f}M, {torch.get_num_threads()} threads")
     bench.decode(2, 64, 10)
     for batch in arguments.batches:
@@ -129,6 +99,7 @@ def main() -> None:
 
 
 def report(name: str, times: list[float]) -> None:
+    """Print the fastest and the median of these seconds."""
     print(
         f"{name:32} fastest {min(times) * 1e3:7.2f} ms  median "
         f"{statistics.median(times) * 1e3:7.2f} ms",

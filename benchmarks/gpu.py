@@ -1,12 +1,13 @@
-"""Checks, times and tunes the kernels and the engine on one GPU, in one go, within a time budget.
+"""Check, time and tune the kernels and the engine on one GPU in one run, within a time budget.
 
     PYTHONPATH=tests/types python benchmarks/gpu.py --budget 580 --out results
 
-In this order: every kernel against its oracle, times of every kernel, the engine (gpu_engine.py,
-with the limits that were just measured), tile sweeps. Needs torch, triton and transformers. Each
-phase runs in a process of its own and writes every record at once, so that neither a crash (a CUDA
-error spoils a process for good) nor the clock loses what was measured: a phase that dies goes on
-after the case that killed it. Writes results.json and summary.txt; exit code 1 if a check failed.
+The phases, in order: check every kernel against its oracle, time every kernel, run the engine
+(gpu_engine.py, with the limits that were just measured), sweep tile shapes. Needs torch, triton and
+transformers. Each phase runs in a process of its own and writes every record at once, so that
+neither a crash nor the clock loses a measurement. A process cannot use CUDA after a CUDA error, so
+a phase that dies continues in a new process after the case that killed it. Writes results.json and
+summary.txt; the exit code is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from gpu_workloads import SPOILED, table
 
 ROOT = Path(__file__).parents[1]
 ENGINE = "engine"
-PHASES = {  # phase: (module, function, share of what is left of the budget when it starts)
+PHASES = {  # phase: (module, function, share of the budget left when it starts)
     "checks": ("gpu_checks", "cases", 0.3),
     "times": ("gpu_times", "cases", 0.35),
     ENGINE: ("gpu_engine", "main", 0.8),
@@ -38,7 +39,10 @@ Record = dict[str, Any]
 
 
 def run_phase(phase: str, start: int, deadline: float, path: Path) -> int:
-    """The child: run this phase's cases from `start`, appending one record each to `path`."""
+    """In the child: run the phase's cases from number `start` on, appending records to `path`.
+
+    Returns the exit code: SPOILED if an error left the device unusable for this process.
+    """
     import torch
 
     module, function, _ = PHASES[phase]
@@ -66,6 +70,7 @@ def run_phase(phase: str, start: int, deadline: float, path: Path) -> int:
 
 
 def _device_lives() -> bool:
+    """Return whether this process can still use the device."""
     import torch
 
     try:
@@ -77,13 +82,17 @@ def _device_lives() -> bool:
 
 
 def read_records(path: Path) -> list[Record]:
+    """Read the records written so far."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def drive_phase(phase: str, seconds: float, path: Path) -> str:
-    """The parent: run the phase, again after each case that spoiled it; how it ended, in words."""
+    """In the parent: run the phase, restarting it after each case that crashed its process.
+
+    Returns in words how the phase ended.
+    """
     end = time.time() + seconds
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'types'}"}
     while True:
@@ -99,7 +108,7 @@ def drive_phase(phase: str, seconds: float, path: Path) -> str:
         if code == 0:
             return "complete"
         after = sum(record["phase"] == phase for record in read_records(path))
-        if code != SPOILED:  # died without a word: name the case that did it and go on after it
+        if code != SPOILED:  # it died without a record: name the case, and continue after it
             record = {"phase": phase, "name": f"case {after}", "error": f"exit code {code}"}
             with path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -110,8 +119,10 @@ def drive_phase(phase: str, seconds: float, path: Path) -> str:
 
 
 def drive_engine(seconds: float, out: Path, records: list[Record]) -> str:
-    """gpu_engine.py, which keeps its own budget and writes each part at once, again behind each
-    stage that spoiled or killed it; how it ended."""
+    """Run gpu_engine.py, restarting it after each stage that crashed it.
+
+    The script keeps its own budget and writes each part at once. Returns in words how it ended.
+    """
     script, end = Path(__file__).with_name("gpu_engine.py"), time.time() + seconds
     command = [sys.executable, str(script), "--out", str(out)]
     found = {record["name"]: record for record in records}
@@ -139,17 +150,20 @@ def drive_engine(seconds: float, out: Path, records: list[Record]) -> str:
 
 
 def _stages_begun(out: Path) -> int:
+    """Read how many stages gpu_engine.py has begun."""
     path = out / "gpu_engine.json"
     return int(json.loads(path.read_text())["stages"]) if path.exists() else 0
 
 
 def engine_results(out: Path) -> Record:
+    """Read the results of gpu_engine.py by part."""
     path = out / "gpu_engine.json"
     results: Record = json.loads(path.read_text())["results"] if path.exists() else {}
     return results
 
 
 def device_facts() -> Record:
+    """Return the device's name, its SMs and the versions, or {"error": …} without a GPU."""
     code = (
         "import json, torch, triton; p = torch.cuda.get_device_properties(0);"
         "print(json.dumps({'device': p.name, 'sms': p.multi_processor_count,"
@@ -192,7 +206,7 @@ def report(
     seconds: float,
     engine: Record,
 ) -> str:
-    """What failed, all times, the engine's parts, the best five of each sweep."""
+    """Format failed checks, all times, the engine's parts and the best five of each sweep."""
     limits = {record["name"]: record for record in records if record["name"].startswith("limit")}
     lines = [json.dumps(facts), f"{seconds:.0f} s; phases: {endings}"]
     checks = [record for record in records if record["phase"] == "checks"]
@@ -228,14 +242,15 @@ def report(
 
 
 def _is_setting(word: str) -> bool:
+    """Return whether a word of a case's name is a swept setting: m128, n64, chunk256, …"""
     return word.startswith("chunk") or (word[0] in "mnwspc" and word[1:].isdigit())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=580, help="seconds for everything")
+    parser.add_argument("--budget", type=float, default=580, help="seconds for all phases")
     parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--only", choices=PHASES, nargs="*", help="phases to run; default all")
+    parser.add_argument("--only", choices=PHASES, nargs="*", help="phases to run (default: all)")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=0, help=argparse.SUPPRESS)
@@ -248,7 +263,7 @@ def main() -> int:
     if "error" in facts:
         print(f"no CUDA device can be used: {facts['error'].splitlines()[-1]}", file=sys.stderr)
         return 1
-    for name in ("results.jsonl", "gpu_engine.json"):  # of an earlier run
+    for name in ("results.jsonl", "gpu_engine.json"):  # left by an earlier run
         (arguments.out / name).unlink(missing_ok=True)
     begun = time.time()
     endings: dict[str, str] = {}

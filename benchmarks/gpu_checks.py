@@ -1,25 +1,27 @@
-"""Every kernel against its float64 oracle on the GPU, with outputs and scratch full of NaN."""
+"""Check every kernel on the GPU against its float64 oracle; outputs and scratch start as NaN."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from pathlib import Path
-from unittest import mock
 
 import torch
-from gpu_common import DEVICE, Case, Record, capture, make_sequence, relative_error
+from gpu_attention_checks import (
+    E4M3,
+    NAN,
+    check_cascade,
+    check_decode,
+    check_extend,
+    check_far_blocks,
+    random_seed,
+    verdict,
+)
+from gpu_common import DEVICE, Case, Record, make_sequence
 
-from quire.engine.sampling import sampler as sampler_module
+from quire.engine.devices.cuda.draws import CudaDraws
 from quire.engine.sampling.sampler import Sampler
 from quire.kernels import reference
-from quire.kernels.cuda.attention.cascade import CascadeWorkspace
-from quire.kernels.cuda.attention.paged_attention_decode import (
-    DecodeWorkspace,
-    build_decode_schedule,
-    paged_attention_decode,
-)
-from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
 from quire.kernels.cuda.copy_blocks import copy_blocks
 from quire.kernels.cuda.prepare_inputs import prepare_inputs
 from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
@@ -30,195 +32,21 @@ from quire.kernels.prefix_groups import PrefixGroup
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
 from packed import packed_step  # noqa: E402
-from paged import PagedInputs, paged_inputs, share_prefixes  # noqa: E402
+from paged import relative_error  # noqa: E402
 
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 FILTERS: list[dict[str, float]] = [
     {}, {"min_p": 0.05}, {"top_k": 1}, {"top_k": 20, "top_p": 0.95}, {"top_k": 1024, "top_p": 0.5},
     {"top_k": 40, "min_p": 0.1}, {"top_k": 5000}, {"top_k": 3000, "top_p": 0.8}, {"top_p": 0.9},
     {"top_p": 0.999}, {"top_p": 1e-6},
 ]  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-E4M3 = torch.float8_e4m3fn
-NAN = float("nan")
-Caches = tuple[torch.Tensor, torch.Tensor]
-
-
-def _verdict(dtype: torch.dtype, *errors: float, **facts: object) -> Record:
-    error = max(errors) if all(error == error for error in errors) else NAN
-    return {"error_norm": error, "limit": TOLERANCES[dtype], "ok": error <= TOLERANCES[dtype]} | {
-        name: str(fact) for name, fact in facts.items()
-    }
-
-
-def _seed() -> int:
-    return int(torch.randint(2**31, (1,)))
-
-
-def _sinks(num_heads: int, wanted: bool) -> torch.Tensor | None:
-    return torch.randn(num_heads, device=DEVICE) if wanted else None
-
-
-def _stored(inputs: PagedInputs, fp8: bool) -> tuple[Caches, Caches, torch.Tensor | None]:
-    """The caches as the kernel reads them, as the oracle does, and their scales.
-
-    Of float8 both read the same bytes: what rounding costs is not the kernel's.
-    """
-    caches = (inputs.key_cache, inputs.value_cache)
-    if not fp8:
-        return caches, (caches[0].double(), caches[1].double()), None
-    scales = torch.rand(2, inputs.key_cache.shape[1], device=DEVICE) * 0.02 + 0.005
-    key, value = (
-        (cache.float() / scale[:, None, None]).clamp(-448, 448).to(E4M3)
-        for cache, scale in zip(caches, scales, strict=True)
-    )
-    return (key, value), (key, value), scales
-
-
-def check_extend(
-    dtype: torch.dtype,
-    heads: tuple[int, int, int],
-    block_size: int,
-    query_lens: list[int],
-    seq_lens: list[int],
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: bool = False,
-    fp8: bool = False,
-) -> Record:
-    num_heads, num_kv_heads, head_dim = heads
-    inputs = paged_inputs(
-        query_lens, seq_lens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
-        block_size=block_size, dtype=dtype, device=DEVICE, seed=_seed(),
-    )  # fmt: skip
-    tables = (inputs.block_table, inputs.query_start_loc, inputs.seq_lens)
-    caches, wide, scales = _stored(inputs, fp8)
-    options = {
-        "scale": inputs.scale, "max_query_len": max(query_lens), "window": window,
-        "softcap": softcap, "sinks": _sinks(num_heads, sinks), "kv_scales": scales,
-    }  # fmt: skip
-    expected = reference.paged_attention_extend(inputs.query.double(), *wide, *tables, **options)
-    out = torch.full_like(inputs.query, NAN)
-    paged_attention_extend(inputs.query, *caches, *tables, **options, out=out)
-    return _verdict(dtype, relative_error(out, expected))
-
-
-def check_decode(
-    dtype: torch.dtype,
-    heads: tuple[int, int, int],
-    block_size: int,
-    seq_lens: list[int],
-    query_len: int = 1,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: bool = False,
-    min_chunk: int = 256,
-    fp8: bool = False,
-) -> Record:
-    """Eagerly twice, which proves the arrival counters; then a graph replayed on other lengths."""
-    num_heads, num_kv_heads, head_dim = heads
-    inputs = paged_inputs(
-        [query_len] * len(seq_lens), seq_lens, num_heads=num_heads, num_kv_heads=num_kv_heads,
-        head_dim=head_dim, block_size=block_size, dtype=dtype, device=DEVICE, seed=_seed(),
-    )  # fmt: skip
-    workspace = DecodeWorkspace.allocate(
-        len(seq_lens) + 3, num_heads, num_kv_heads, head_dim, dtype=dtype, device=DEVICE,
-        window=window, query_len=query_len, min_chunk=min_chunk,
-    )  # fmt: skip
-    caches, wide, scales = _stored(inputs, fp8)
-    options = {
-        "scale": inputs.scale, "window": window, "softcap": softcap,
-        "sinks": _sinks(num_heads, sinks), "kv_scales": scales,
-    }  # fmt: skip
-    lengths = inputs.seq_lens.clone()
-    out = torch.full_like(inputs.query, NAN)
-
-    def launch() -> None:
-        build_decode_schedule(lengths, workspace)
-        paged_attention_decode(
-            inputs.query, *caches, inputs.block_table, lengths, workspace=workspace, out=out,
-            **options,
-        )  # fmt: skip
-
-    def error() -> float:
-        expected = reference.paged_attention_decode(
-            inputs.query.double(), *wide, inputs.block_table, lengths, **options
-        )
-        found = relative_error(out, expected)
-        out.fill_(NAN)
-        workspace.partials.fill_(NAN)
-        workspace.log_sums.fill_(NAN)
-        return found
-
-    errors = []
-    for _ in range(2):
-        launch()
-        errors.append(error())
-    replay = capture(launch)
-    for divisor in (1, 3):
-        lengths.copy_(torch.where(inputs.seq_lens > 8, inputs.seq_lens // divisor, inputs.seq_lens))
-        lengths.clamp_(max=inputs.seq_lens)
-        replay()
-        errors.append(error())
-    leftover = int(workspace.arrived.abs().sum())
-    record = _verdict(dtype, *errors, errors=errors, leftover=leftover)
-    return record | {"ok": record["ok"] and leftover == 0}
-
-
-def check_cascade(
-    dtype: torch.dtype,
-    heads: tuple[int, int, int],
-    groups: list[PrefixGroup],
-    seq_lens: list[int],
-    fp8: bool = False,
-) -> Record:
-    """Shared prefixes against the oracle, which knows of none: eagerly, then by one graph that is
-    replayed with all groups, with the first alone, with none."""
-    num_heads, num_kv_heads, head_dim = heads
-    inputs = paged_inputs(
-        [1] * len(seq_lens), seq_lens, num_heads=num_heads, num_kv_heads=num_kv_heads,
-        head_dim=head_dim, block_size=16, dtype=dtype, device=DEVICE, seed=_seed(),
-    )  # fmt: skip
-    share_prefixes(inputs, groups, 16)
-    caches, wide, scales = _stored(inputs, fp8)
-    workspace = DecodeWorkspace.allocate(len(seq_lens) + 2, *heads, dtype=dtype, device=DEVICE)
-    cascade = CascadeWorkspace.allocate(workspace, dtype=dtype, cache_dtype=caches[0].dtype)
-    tables = (inputs.block_table, inputs.seq_lens)
-    options = {"scale": inputs.scale, "kv_scales": scales}
-    expected = reference.paged_attention_decode(
-        inputs.query.double(), *wide, *tables, **options
-    )  # fmt: skip
-    out = torch.full_like(inputs.query, NAN)
-
-    def launch() -> None:
-        build_decode_schedule(inputs.seq_lens, workspace, cascade=cascade)
-        paged_attention_decode(
-            inputs.query, *caches, *tables, **options, workspace=workspace, cascade=cascade,
-            out=out,
-        )  # fmt: skip
-
-    def error() -> float:
-        found = relative_error(out, expected)
-        for tensor in (out, workspace.partials, cascade.partials, cascade.log_sums):
-            tensor.fill_(NAN)
-        return found
-
-    cascade.set_groups(groups)
-    launch()
-    errors = [error()]
-    replay = capture(launch)
-    for served in (groups, groups[:1], []):
-        cascade.set_groups(served)
-        replay()
-        errors.append(error())
-    return _verdict(dtype, *errors, errors=errors)
 
 
 def check_sampling(dtype: torch.dtype, vocab_size: int, rows: int) -> Record:
-    """Every filter at several spreads of the logits: the tokens of the sampler's torch path.
+    """Check draws with every filter, at several spreads of the logits, against the torch sampler.
 
-    `error_norm` is the share of rows with another token. Both paths call the same functions; where
-    a compiler rounds one of them otherwise, about one row in a million may differ.
+    `error_norm` is the share of rows with another token. Both paths call the same functions; if a
+    compiler rounds one of them differently, about one row in a million may differ.
     """
     device = torch.device(DEVICE)
     differ = drawn = 0
@@ -229,12 +57,10 @@ def check_sampling(dtype: torch.dtype, vocab_size: int, rows: int) -> Record:
         ]
         logits = (torch.randn(rows, vocab_size, device=DEVICE) * spread).to(dtype)
         logits[:, ::7] = logits[:, 3:4]  # ties
-        sampler = Sampler(vocab_size, device)
-        batch = sampler.prepare(sequences)
         tokens = []
-        for kernel in (False, True):
-            with mock.patch.object(sampler_module, "_has_kernel", lambda _, kernel=kernel: kernel):
-                tokens.append(sampler(logits, batch).token_ids)
+        for draws in (None, CudaDraws()):
+            sampler = Sampler(vocab_size, device, draws)
+            tokens.append(sampler(logits, sampler.prepare(sequences)).token_ids)
         differ += int((tokens[0] != tokens[1]).sum())
         drawn += rows
     error = differ / drawn
@@ -244,12 +70,12 @@ def check_sampling(dtype: torch.dtype, vocab_size: int, rows: int) -> Record:
 def check_inputs(
     starts: list[int], lengths: list[int], padding: int = 0, changed: float = 0.5
 ) -> Record:
-    """A step's inputs, bit by bit: `error_norm` is the share of numbers that differ."""
+    """Check prepare_inputs bit by bit; `error_norm` is the share of numbers that differ."""
     differ = count = 0
     for block_size in (16, 64):
         step = packed_step(
             starts, lengths, block_size=block_size, padding=padding, changed=changed,
-            device=DEVICE, seed=_seed(),
+            device=DEVICE, seed=random_seed(),
         )  # fmt: skip
         pairs = zip(step.run(prepare_inputs), step.run(reference.prepare_inputs), strict=True)
         for found, expected in pairs:
@@ -258,50 +84,11 @@ def check_inputs(
     return {"error_norm": differ / count, "limit": 0.0, "ok": differ == 0}
 
 
-def check_far_blocks() -> Record:
-    """Blocks whose element offsets pass 2³¹: write, extend, decode and copy."""
-    num_heads, num_kv_heads, head_dim, block_size = 32, 8, 128, 16
-    num_blocks = 2**31 // (num_kv_heads * block_size * head_dim) + 16
-    shape = (1, 2, num_blocks, num_kv_heads, block_size, head_dim)
-    kv_cache = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
-    blocks = torch.arange(num_blocks - 1, num_blocks - 7, -1, device=DEVICE)
-    length = 6 * block_size
-    slots = (blocks[:, None] * block_size + torch.arange(block_size, device=DEVICE)).flatten()
-    keys, values = torch.randn(2, length, num_kv_heads, head_dim, device=DEVICE).bfloat16()
-    query = torch.randn(length, num_heads, head_dim, device=DEVICE).bfloat16()
-    reshape_and_cache(keys, values, kv_cache[0, 0], kv_cache[0, 1], slots)
-    near = torch.arange(6, device=DEVICE)
-    copy_blocks(kv_cache, blocks, near)
-    copied = torch.equal(kv_cache[:, :, near], kv_cache[:, :, blocks])
-    table = blocks.int()[None]
-    lens = torch.tensor([length], dtype=torch.int32, device=DEVICE)
-    starts = torch.tensor([0, length], dtype=torch.int32, device=DEVICE)
-    scale = head_dim**-0.5
-    small = (1, num_kv_heads, length, head_dim)
-    dense_keys, dense_values = (x.transpose(0, 1).reshape(small)[0] for x in (keys, values))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query.double().transpose(0, 1), dense_keys.double().repeat_interleave(4, 0),
-        dense_values.double().repeat_interleave(4, 0), is_causal=True, scale=scale,
-    ).transpose(0, 1)  # fmt: skip
-    caches = (kv_cache[0, 0], kv_cache[0, 1])
-    out = torch.full_like(query, NAN)
-    paged_attention_extend(
-        query, *caches, table, starts, lens, scale=scale, max_query_len=length, out=out
-    )
-    workspace = DecodeWorkspace.allocate(
-        1, num_heads, num_kv_heads, head_dim, dtype=query.dtype, device=DEVICE
-    )
-    build_decode_schedule(lens, workspace)
-    last = paged_attention_decode(
-        query[-1:], *caches, table, lens, scale=scale, workspace=workspace
-    )
-    errors = (relative_error(out, expected), relative_error(last, expected[-1:]))
-    record = _verdict(query.dtype, *errors, copied=copied)
-    return record | {"ok": record["ok"] and copied}
-
-
 def check_fp8_write(dtype: torch.dtype, heads: tuple[int, int, int]) -> Record:
-    """Bytes as torch converts them; K of the rotation may round to the next number."""
+    """Check that float8 writes store the bytes that torch converts to.
+
+    Rotated K may round to the neighbouring number.
+    """
     num_heads, num_kv_heads, head_dim = heads
     slots = torch.randperm(9 * 16, device=DEVICE)[:77]
     slots[::5] = -1
@@ -326,7 +113,7 @@ def check_fp8_write(dtype: torch.dtype, heads: tuple[int, int, int]) -> Record:
 
 
 def check_write(dtype: torch.dtype, heads: tuple[int, int, int], block_size: int) -> Record:
-    """reshape_and_cache, rope_and_cache and copy_blocks over strided rows and padding slots."""
+    """Check the cache writes and copy_blocks with strided rows and padding slots."""
     num_heads, num_kv_heads, head_dim = heads
     num_tokens, num_blocks = 77, 9
     slots = torch.randperm(num_blocks * block_size, device=DEVICE)[:num_tokens]
@@ -355,11 +142,11 @@ def check_write(dtype: torch.dtype, heads: tuple[int, int, int], block_size: int
     destinations = torch.tensor([0, 5, 2], device=DEVICE)
     copy_blocks(caches, sources, destinations)
     reference.copy_blocks(wanted, sources, destinations)
-    return _verdict(dtype, relative_error(out, expected), relative_error(caches, wanted))
+    return verdict(dtype, relative_error(out, expected), relative_error(caches, wanted))
 
 
 def check_rows(dtype: torch.dtype, num_rows: int, size: int) -> Record:
-    """Both norms, both weight conventions, and the gated activation."""
+    """Check both norms with both weight conventions, and the gated activation."""
     x, residual = torch.randn(2, num_rows, size, device=DEVICE).to(dtype)
     weight = torch.randn(size, device=DEVICE).to(dtype)
     errors = []
@@ -374,11 +161,11 @@ def check_rows(dtype: torch.dtype, num_rows: int, size: int) -> Record:
         errors += [relative_error(a, b) for a, b in zip(have, want, strict=True)]
     out = silu_and_mul(x)
     errors.append(relative_error(out, reference.silu_and_mul(x.double())))
-    return _verdict(dtype, *errors)
+    return verdict(dtype, *errors)
 
 
-def cases() -> list[Case]:
-    """The plainest first; half-precision types before float32."""
+def cases() -> list[Case]:  # over 50 lines: it is a list
+    """Return the cases, the simplest first and half-precision dtypes before float32."""
     found: list[Case] = []
 
     def add(name: str, function: object, *args: object, **options: object) -> None:

@@ -1,4 +1,4 @@
-"""What the GPU benchmark's parts share: cases, timing by CUDA graphs, paged inputs."""
+"""Parts that the GPU benchmarks share: cases, timing by CUDA graphs, paged inputs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ import torch
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Rank, Sequence
+from quire.engine.step import SequenceSpec
 
 Record = dict[str, Any]
 DEVICE = "cuda"
 
 
 class Case(NamedTuple):
-    """One measurement or check: its record must be JSON; what it raises is recorded too."""
+    """One measurement or check. Its record must be JSON; an exception is recorded too."""
 
     name: str
     run: Callable[[], Record]
 
 
 class Shape(NamedTuple):
+    """The attention shape of a model."""
+
     name: str
     num_heads: int
     num_kv_heads: int
@@ -37,7 +40,7 @@ QWEN_06B = Shape("qwen3-0.6b", 16, 8, 128)
 
 
 def time_graph(calls: list[Callable[[], object]], replays: int = 9) -> float:
-    """Median seconds of one call, all of them captured into one CUDA graph and replayed."""
+    """Return the median seconds per call when a CUDA graph of all calls is replayed."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -58,7 +61,7 @@ def time_graph(calls: list[Callable[[], object]], replays: int = 9) -> float:
 
 
 def capture(launch: Callable[[], None]) -> Callable[[], None]:
-    """`launch` as a CUDA graph: what replays it."""
+    """Capture `launch` into a CUDA graph and return the function that replays it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         launch()
@@ -67,19 +70,21 @@ def capture(launch: Callable[[], None]) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """Random caches `[num_layers, 2, …]` and the tables of sequences over shuffled blocks."""
+    """Random caches `[num_layers, 2, …]` and the block tables of a batch of sequences."""
 
     kv_cache: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     kv_bytes: int
-    """K and V that one layer's decode must read."""
+    """Bytes of K and V that one layer's decode must read."""
 
     @property
     def num_layers(self) -> int:
+        """Number of layers in the cache."""
         return self.kv_cache.shape[0]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the K and the V cache of layer `index`, counted round and round."""
         layer = self.kv_cache[index % self.num_layers]
         return layer[0], layer[1]
 
@@ -94,9 +99,12 @@ def paged_batch(
     dtype: torch.dtype = torch.bfloat16,
     in_order: bool = False,
 ) -> PagedBatch:
-    """Caches of `dtype`: as many layers as it takes to read 256 MB before a layer comes again, at
-    most 64. All sequences have their first `shared` tokens, whole blocks, in common. Blocks lie
-    anywhere, or `in_order`."""
+    """Make random caches of `dtype` for sequences of these lengths.
+
+    There are enough layers that 256 MB are read before a layer is read again (more than L2 holds),
+    but at most 64. All sequences have their first `shared` tokens, in whole blocks, in common. The
+    blocks of a sequence are scattered, or consecutive if `in_order`.
+    """
     common = shared // block_size
     needed = [-(-length // block_size) for length in lengths]
     num_blocks = common + sum(count - common for count in needed)
@@ -120,8 +128,8 @@ def paged_batch(
     return PagedBatch(kv_cache, table, seq_lens, sum(lengths) * token_bytes)
 
 
-def make_sequence(index: int, params: dict[str, float]) -> Sequence:
-    """A sequence to sample, with a seed of its own."""
+def make_sequence(index: int, params: dict[str, float]) -> SequenceSpec:
+    """Make a sequence to sample with these parameters and a seed of its own."""
     request = Request(
         request_id=str(index),
         prompt_token_ids=(1, 2, 3),
@@ -129,16 +137,10 @@ def make_sequence(index: int, params: dict[str, float]) -> Sequence:
         arrival_time=0.0,
     )
     seed = int(torch.randint(2**62, (1,)))
-    return Sequence(request, 0, seed, Rank(0, index, 0), frozenset())
+    return Sequence(request, 0, seed, Rank(0, index, 0), frozenset()).spec()
 
 
 def mixed_lengths(count: int, low: int, high: int, seed: int = 0) -> tuple[int, ...]:
-    """Uniform random lengths, the same for the same seed."""
+    """Return `count` uniform random lengths, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(low, high + 1, (count,), generator=generator).tolist())
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ (Frobenius); NaN where either holds one."""
-    difference = (actual.double() - expected.double()).norm()
-    return float(difference / expected.double().norm().clamp_min(1e-30))

@@ -1,13 +1,13 @@
-"""The whole engine on a bare GPU box: checked against Hugging Face, then timed.
+"""Check the whole engine against Hugging Face on a GPU, then time it.
 
     PYTHONPATH=tests/types python benchmarks/gpu_engine.py --budget 300 --out DIR
 
-Needs torch, triton and transformers, no network and no HTTP package. The workloads are those of
+Needs torch, triton and transformers, but no network and no HTTP package. The workloads are those of
 gpu_workloads.py, beside their computed ceiling; transformers' own `generate_batch` runs in the same
-process. Parts run in order of how much they tell; what the budget does not reach is reported as
+process. The most informative parts run first, and what the budget does not reach is reported as
 skipped. Writes DIR/gpu_engine.json after each part and prints a table. `--shapes tiny --no-checks`
-tries the script on a CPU. Exit code 1 if a part failed, 3 if one spoiled the process (a CUDA error
-does): `--resume` goes on with what comes after it.
+tries the script on a CPU. The exit code is 1 if a part failed, and 3 if an error left the device
+unusable for this process (a CUDA error does): `--resume` then continues with the next stage.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_shapes import SHAPES, Limits, write_config
 from gpu_workloads import (
-    MAX_BATCHED_TOKENS,
-    MAX_MODEL_LEN,
-    MAX_SEQS,
-    SHAPES,
     Bench,
-    Limits,
     Report,
     Result,
+    add_arguments,
+    engine_options,
+    limits_of,
     sizes_of,
     table,
-    write_config,
 )
+from small_engine import make_core, make_request
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.llama import LlamaConfig
@@ -46,10 +45,6 @@ from transformers.models.mistral import MistralConfig
 from transformers.models.qwen3 import Qwen3Config
 
 from quire.engine.config import EngineConfig
-from quire.engine.core.engine_core import EngineCore
-from quire.engine.request import Request
-from quire.engine.runner.worker import Worker
-from quire.engine.sampling_params import SamplingParams
 
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 4, "vocab_size": 1000, "initializer_range": 0.2,
@@ -73,10 +68,11 @@ CHECKED: dict[str, Any] = {
         num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256, sliding_window=100,
     ),
 }  # fmt: skip
+"""Small models of the families that are checked, by name."""
 
 
 def process_age() -> float:
-    """Seconds since this process began (proc(5): starttime, in clock ticks since boot)."""
+    """Return the seconds since this process began (proc(5): starttime, in ticks since boot)."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     begun = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - begun
@@ -85,21 +81,8 @@ def process_age() -> float:
 IMPORTS_S = process_age()
 
 
-def make_request(name: str, prompt: list[int], max_tokens: int) -> Request:
-    return Request(
-        request_id=name,
-        prompt_token_ids=tuple(prompt),
-        sampling_params=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
-        arrival_time=time.monotonic(),
-    )
-
-
-def make_core(folder: Path, **config: Any) -> EngineCore:
-    engine_config = EngineConfig(model=str(folder), **config)
-    return EngineCore(engine_config, Worker(engine_config))
-
-
 def free_memory() -> None:
+    """Return the memory of deleted engines and models to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -109,7 +92,10 @@ def free_memory() -> None:
 
 
 def check_family(name: str) -> dict[str, Any]:
-    """Greedy tokens in fp32 against `generate`: chunked, batched, with graphs or ahead or not."""
+    """Compare greedy tokens in fp32 with `generate`, over ways to run the engine.
+
+    Prompts are chunked and batched, with and without CUDA graphs and one step ahead.
+    """
     torch.manual_seed(0)
     rng = random.Random(1)
     config = CHECKED[name]()
@@ -161,7 +147,7 @@ def check_family(name: str) -> dict[str, Any]:
 
 
 class QuireEngine:
-    """`gpu_workloads.Engine` over the engine without a process around it."""
+    """`gpu_workloads.Engine` over an engine in this process."""
 
     def __init__(self, folder: Path, **config: Any) -> None:
         self._core = make_core(folder, load_format="dummy", **config)
@@ -188,8 +174,11 @@ class QuireEngine:
 
 
 def generate_batch(folder: Path, shape: str) -> Result:
-    """transformers' own continuous batching on the requests of `Bench.offline`, each with the mean
-    output: it takes one length for all. Its second run is timed, over kernels that are loaded."""
+    """Time transformers' own continuous batching on the requests of `Bench.offline`.
+
+    Every request gets the mean output length, since `generate_batch` takes one length for all. The
+    second run is timed, when all kernels are loaded.
+    """
     sizes, rng = sizes_of(shape), random.Random(0)
     lengths = [
         (rng.randint(*sizes.lengths), rng.randint(*sizes.lengths)) for _ in range(sizes.requests)
@@ -215,7 +204,7 @@ def generate_batch(folder: Path, shape: str) -> Result:
 
 
 class ShapeTimes:
-    """One shape's engines, one after another: each holds most of the device's memory."""
+    """The engines of one shape, one after another, since each holds most of the device's memory."""
 
     def __init__(
         self, report: Report, shape: str, limits: Limits, folder: Path, config: dict[str, Any]
@@ -224,7 +213,7 @@ class ShapeTimes:
         self._folder, self._config = folder, config
 
     def with_engine(self, label: str, **config: Any) -> Bench | None:
-        """From nothing to a first token; None where that failed or was skipped."""
+        """Start an engine and time it up to a first token; None if that failed or was skipped."""
         found: list[Bench] = []
         missing = config.keys() - {field.name for field in fields(EngineConfig)}
 
@@ -246,13 +235,14 @@ class ShapeTimes:
         return found[0] if found else None
 
     def run(self) -> None:
+        """Run all workloads."""
         if bench := self.with_engine(self._shape):
             bench.run_all(self._report, self._shape)
         bench = None
         free_memory()
 
     def run_comparisons(self) -> None:
-        """What the engine's ways of its own are worth: each part again without one of them."""
+        """Measure what features are worth: parts without one of them, or with a float8 cache."""
         report, shape = self._report, self._shape
         if bench := self.with_engine(f"{shape} no cascade", disable_cascade_attn=True):
             report.run(f"{shape} no cascade shared prefix", bench.shared_prefix, 15)
@@ -268,12 +258,14 @@ class ShapeTimes:
         free_memory()
 
     def run_transformers(self) -> None:
+        """Run the comparison with transformers."""
         name = f"{self._shape} generate_batch"
         self._report.run(name, lambda: generate_batch(self._folder, self._shape), 60)
         free_memory()
 
 
 def device_lives() -> bool:
+    """Return whether this process can still use the device."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -283,23 +275,21 @@ def device_lives() -> bool:
 
 
 def device_facts() -> Result:
+    """Return the device and the version of torch."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {"engine": "quire", "device": device, "torch": torch.__version__}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=300.0, help="seconds for everything")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES)[:2])
-    parser.add_argument("--limits", type=float, nargs=2, metavar=("TB/s", "TFLOP/s"))
+    add_arguments(parser)
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--no-checks", action="store_true")
-    parser.add_argument("--resume", action="store_true", help="behind the stage begun last in DIR")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue after the last stage begun in the folder"
+    )
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
-    limits = Limits(*(value * 1e12 for value in arguments.limits or (4.3, 790)))
     report = Report(
         arguments.budget, arguments.out / "gpu_engine.json", device_facts(),
         resume=arguments.resume, device_lives=device_lives,
@@ -307,17 +297,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         times = []
         for shape in arguments.shapes:
-            config = {
-                "block_size": arguments.block_size,
-                "enforce_eager": arguments.enforce_eager,
-                "max_model_len": min(MAX_MODEL_LEN, SHAPES[shape]["max_position_embeddings"]),
-                "max_num_batched_tokens": MAX_BATCHED_TOKENS,
-                "max_num_seqs": MAX_SEQS,
-                "dtype": "bfloat16",
-            }
+            config = engine_options(shape, arguments) | {"block_size": arguments.block_size}
             (path := Path(folder, shape)).mkdir()
             write_config(shape, path)
-            times.append(ShapeTimes(report, shape, limits, path, config))
+            times.append(ShapeTimes(report, shape, limits_of(arguments), path, config))
         for stage in stages(report, times, checks=not arguments.no_checks)[report.stages :]:
             report.begin_stage()
             stage()
@@ -326,8 +309,11 @@ def main() -> int:
 
 
 def stages(report: Report, times: list[ShapeTimes], checks: bool) -> list[Callable[[], None]]:
-    """The most telling first: whether it is right (by both ways through a model), how fast it is,
-    then the other families, and what each part of it is worth."""
+    """Return the stages, the most informative first.
+
+    These are: checks of both ways through a model (flat and transformers' own), the workloads, the
+    checks of other families, then what the engine's features are worth.
+    """
 
     def check(name: str) -> Callable[[], None]:
         return lambda: report.run(f"check {name}", lambda: check_family(name), 20)

@@ -1,4 +1,4 @@
-"""Tile shapes tried one after another, so that kernels/cuda/tuning.py can hold the best of them."""
+"""Time one tile shape after another, to find the best for kernels/cuda/tuning.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _tag(config: TileConfig) -> str:
 
 
 def decode_cases() -> list[Case]:
-    """Tiles on 1 GB of K and V, splits at batch 1, then larger blocks, then rarer tiles."""
+    """Return cases of tiles on 1 GB of K and V, splits at batch 1, larger blocks, rarer tiles."""
     found: list[Case] = []
     tiles = [
         TileConfig(16, block_n, num_warps, num_stages, prefetch)
@@ -75,7 +75,7 @@ def _cascade_cases() -> list[Case]:
 
 
 def _sampling_cases() -> list[Case]:
-    """One row, whose program has a multiprocessor of its own, and a full batch."""
+    """Return cases of a full batch, and of one row, whose program has an SM of its own."""
     return [
         Case(
             f"sample top_p {rows}x151936 n{block} s{search} w{warps}",
@@ -91,7 +91,7 @@ def _sampling_cases() -> list[Case]:
 
 
 def extend_cases() -> list[Case]:
-    """All tiles on an 8k prompt at blocks of 16, 64 and 128, then on 16 prompts of 512."""
+    """Return cases of tiles on an 8k prompt at blocks of 16, 64 and 128, and 16 prompts of 512."""
     found = []
     tiles = [
         TileConfig(block_m, block_n, num_warps, num_stages, prefetch)

@@ -1,9 +1,9 @@
-"""What the GPU work aims at: target, prediction and outcome of each, side by side.
+"""Compare the goals of the GPU work with predictions and measurements, side by side.
 
-    python benchmarks/gpu_targets.py DIR      # of DIR/results.json, and DIR/vllm_gpu.json if there
+    python benchmarks/gpu_targets.py DIR
 
-Predictions were worked out before any measurement, for one H200: docs/benchmarking.md says how. The
-standard library alone.
+reads DIR/results.json, and DIR/vllm_gpu.json if it exists. Predictions were worked out before any
+measurement, for one H200: docs/benchmarking.md says how. Needs only the standard library.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 Results = Mapping[str, Mapping[str, Any]]
-"""What was measured, by the part's name."""
+"""Measurements by the part's name."""
 
 
 class Target(NamedTuple):
-    """`figure` of the part `name`: a share of the copy bandwidth or of the computed ceiling,
-    TFLOP/s, seconds from nothing to a first token, or tokens/s over those of `other`."""
+    """A goal for one figure of the part `name`.
+
+    `figure` is a share of the copy bandwidth or of the computed ceiling, TFLOP/s, seconds from the
+    start to a first token, or tokens/s divided by those of `other` (a part, or "vllm").
+    """
 
     work: str
     name: str
@@ -50,7 +53,7 @@ TARGETS = (
 
 
 def outcome(target: Target, results: Results, vllm: Results) -> float | None:
-    """None where a part of it was not measured."""
+    """Return the measured figure of a target, or None if a part of it was not measured."""
     result = results.get(target.name, {})
     if target.figure == "bandwidth":
         limit = results.get("limit copy", {}).get("gb_s")
@@ -66,6 +69,7 @@ def outcome(target: Target, results: Results, vllm: Results) -> float | None:
 
 
 def target_table(results: Results, vllm: Results) -> str:
+    """Format all targets with their predictions and outcomes as a text table."""
     lines = [f"{'work':36}{'target':>10}{'predicted':>11}{'measured':>10}"]
     for target in TARGETS:
         measured = outcome(target, results, vllm)
@@ -80,6 +84,7 @@ def target_table(results: Results, vllm: Results) -> str:
 
 
 def shown(target: Target, value: float | None) -> str:
+    """Format a value in the unit of the target's figure."""
     if value is None:
         return ""
     if target.figure in ("bandwidth", "ceiling"):

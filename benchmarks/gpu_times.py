@@ -1,4 +1,4 @@
-"""The machine's own limits, and every kernel's time beside them and beside torch's kernels."""
+"""Measure the device's limits, and every kernel's time beside them and beside torch's kernels."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ from gpu_common import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quire.engine.sampling import sampler
+from quire.engine.devices.cuda.draws import CudaDraws
+from quire.engine.sampling.sampler import Sampler
 from quire.kernels.cuda import sample_tokens
 from quire.kernels.cuda.attention.cascade import CascadeWorkspace
-from quire.kernels.cuda.attention.decode_schedule import MIN_CHUNK, PROGRAMS_PER_SM
-from quire.kernels.cuda.attention.paged_attention_decode import (
+from quire.kernels.cuda.attention.decode_schedule import (
+    MIN_CHUNK,
+    PROGRAMS_PER_SM,
     DecodeWorkspace,
     build_decode_schedule,
-    paged_attention_decode,
 )
+from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
 from quire.kernels.cuda.copy_blocks import copy_blocks
 from quire.kernels.cuda.prepare_inputs import prepare_inputs
@@ -53,6 +55,7 @@ SAMPLED: dict[str, dict[str, float]] = {
 
 
 def _figures(seconds: float, *, num_bytes: float = 0, flops: float = 0) -> Record:
+    """Return microseconds, and GB/s and TFLOP/s where bytes and FLOPs are given."""
     record: Record = {"us": seconds * 1e6}
     if num_bytes:
         record["gb_s"] = num_bytes / seconds / 1e9
@@ -62,6 +65,7 @@ def _figures(seconds: float, *, num_bytes: float = 0, flops: float = 0) -> Recor
 
 
 def limit_copy() -> Record:
+    """Measure the bandwidth of a copy."""
     source = torch.empty(2**31, dtype=BF16, device=DEVICE)
     target = torch.empty_like(source)
     seconds = time_graph([lambda: target.copy_(source)])
@@ -69,12 +73,16 @@ def limit_copy() -> Record:
 
 
 def limit_read() -> Record:
-    """A reduction reads only, as decode does; the copy's writes cost turnarounds."""
+    """Measure the bandwidth of a reduction, which only reads, as decode does.
+
+    The writes of a copy cost bus turnarounds.
+    """
     source = torch.zeros(2**30, dtype=torch.float32, device=DEVICE)
     return _figures(time_graph([lambda: source.sum()]), num_bytes=source.numel() * 4)
 
 
 def limit_matmul() -> Record:
+    """Measure the speed of a large bf16 matmul."""
     a, b = torch.randn(2, 8192, 8192, device=DEVICE).to(BF16)
     out = torch.empty_like(a)
     seconds = time_graph([lambda: torch.mm(a, b, out=out)] * 5)
@@ -90,7 +98,7 @@ def time_decode(
     min_chunk: int = MIN_CHUNK,
     dtype: torch.dtype = BF16,
 ) -> Record:
-    """One layer's decode attention, with a schedule built once for all."""
+    """Time one layer's decode attention, with a schedule built beforehand."""
     batch = paged_batch(shape, block_size, lengths, dtype=dtype)
     workspace = DecodeWorkspace.allocate(
         len(lengths), shape.num_heads, shape.num_kv_heads, shape.head_dim, dtype=BF16,
@@ -118,8 +126,10 @@ def time_shared(
     dtype: torch.dtype = BF16,
     config: TileConfig | None = None,
 ) -> Record:
-    """One layer's decode attention of sequences behind a common prefix. Bytes are those that must
-    be read: the prefix once, and what each has of its own."""
+    """Time one layer's decode attention of sequences that share a prefix.
+
+    The bytes are those that must be read: the prefix once, and each sequence's own keys.
+    """
     batch = paged_batch(shape, 16, (prefix + own,) * members, shared=prefix, dtype=dtype)
     workspace = DecodeWorkspace.allocate(
         members, shape.num_heads, shape.num_kv_heads, shape.head_dim, dtype=BF16, device=DEVICE
@@ -132,7 +142,9 @@ def time_shared(
         groups.set_groups([PrefixGroup(tuple(range(members)), prefix)])
     query = torch.randn(members, shape.num_heads, shape.head_dim, device=DEVICE).to(BF16)
     out = torch.empty_like(query)
-    build_decode_schedule(batch.seq_lens, workspace, cascade=groups)
+    build_decode_schedule(
+        batch.seq_lens, workspace, prefix_lens=None if groups is None else groups.prefix_lens
+    )
 
     def call(layer: int) -> None:
         paged_attention_decode(
@@ -151,18 +163,18 @@ def time_sampling(
     kernel: bool = True,
     tile: tuple[int, int, int] | None = None,
 ) -> Record:
-    """A call of the sampler, its argmax included, on bf16 logits; bytes: one reading of them.
+    """Time a call of the sampler, its argmax included, on bf16 logits.
 
-    tile: BLOCK, SEARCH_BLOCK and NUM_WARPS of the kernel.
+    The bytes are those of reading the logits once. `tile` sets BLOCK, SEARCH_BLOCK and NUM_WARPS of
+    the kernel.
     """
     names = ("BLOCK", "SEARCH_BLOCK", "NUM_WARPS")
     with contextlib.ExitStack() as stack:
         for name, value in zip(names, tile or (), strict=False):
             stack.enter_context(mock.patch.object(sample_tokens, name, value))
-        stack.enter_context(mock.patch.object(sampler, "_has_kernel", lambda device: kernel))
         count = max(2, min(16, int(2e8 // (rows * vocab_size * 2))))
         logits = torch.randn(count, rows, vocab_size, device=DEVICE, dtype=BF16).mul_(2.5)
-        drawer = sampler.Sampler(vocab_size, logits.device)
+        drawer = Sampler(vocab_size, logits.device, CudaDraws() if kernel else None)
         batch = drawer.prepare([make_sequence(index, params) for index in range(rows)])
         calls = [functools.partial(drawer, logits[index], batch) for index in range(count)]
         return _figures(time_graph(calls), num_bytes=rows * vocab_size * 2)
@@ -173,19 +185,20 @@ def _over_layers(batch: PagedBatch, call: object) -> list[functools.partial[None
 
 
 def time_schedule(num_seqs: int, length: int) -> Record:
+    """Time the decode schedule of sequences of one length."""
     workspace = DecodeWorkspace.allocate(num_seqs, 32, 8, 128, dtype=BF16, device=DEVICE)
     seq_lens = torch.full((num_seqs,), length, dtype=torch.int32, device=DEVICE)
     return _figures(time_graph([lambda: build_decode_schedule(seq_lens, workspace)] * 50))
 
 
 def time_inputs(starts: list[int], lengths: list[int], changed: float) -> Record:
-    """The kernel alone, without the copy of what it unpacks; `changed` rows have new blocks."""
+    """Time `prepare_inputs` without the upload; a share `changed` of the rows has new blocks."""
     step = packed_step(starts, lengths, changed=changed, device=DEVICE)
     return _figures(time_graph([lambda: step.launch(prepare_inputs)] * 50))
 
 
 def time_sdpa_decode(shape: Shape, count: int, length: int) -> Record:
-    """torch's attention on contiguous K and V, by the heads of a group sharing them."""
+    """Time torch's attention on contiguous K and V that the heads of a group share."""
     size = (count, shape.num_kv_heads, length, shape.head_dim)
     layers = max(2, min(16, int(2.6e8 // (size[0] * size[1] * length * size[3] * 4)) + 1))
     caches = [torch.randn(2, *size, device=DEVICE, dtype=BF16) for _ in range(layers)]
@@ -201,7 +214,7 @@ def time_sdpa_decode(shape: Shape, count: int, length: int) -> Record:
 
 
 def causal_flops(shape: Shape, query_len: int, length: int) -> float:
-    """4 · heads · head_dim a visible pair: both matmuls, the causal half only."""
+    """Return 4 · heads · head_dim FLOPs per visible pair: both matmuls, the causal half only."""
     pairs = query_len * (length - query_len) + query_len * (query_len + 1) / 2
     return 4 * shape.num_heads * shape.head_dim * pairs
 
@@ -216,6 +229,7 @@ def time_extend(
     dtype: torch.dtype = BF16,
     in_order: bool = False,
 ) -> Record:
+    """Time one layer's prefill of `count` sequences, each with query_len new tokens."""
     batch = paged_batch(shape, block_size, (length,) * count, dtype=dtype, in_order=in_order)
     query = torch.randn(count * query_len, shape.num_heads, shape.head_dim, device=DEVICE).to(BF16)
     starts = torch.arange(count + 1, dtype=torch.int32, device=DEVICE) * query_len
@@ -232,6 +246,7 @@ def time_extend(
 
 
 def time_sdpa_extend(shape: Shape, length: int, backend: SDPBackend) -> Record:
+    """Time torch's causal attention over one prompt, with K and V repeated for each head."""
     query, key, value = (
         torch.randn(1, heads, length, shape.head_dim, device=DEVICE, dtype=BF16)
         for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
@@ -246,7 +261,7 @@ def time_sdpa_extend(shape: Shape, length: int, backend: SDPBackend) -> Record:
 
 
 def time_write(shape: Shape, num_tokens: int, rope: bool) -> Record:
-    """K and V of one layer read and written; with `rope` also Q, both norms and the rotation."""
+    """Time one layer's KV cache write; with `rope` also the norms and rotation of Q and K."""
     block_size, num_layers = 16, 8
     num_blocks = max(4096, 2 * num_tokens // block_size)
     size = (num_layers, 2, num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
@@ -273,6 +288,7 @@ def time_write(shape: Shape, num_tokens: int, rope: bool) -> Record:
 
 
 def time_copy_blocks(shape: Shape, pairs: int, block_size: int) -> Record:
+    """Time copies of this many blocks in 32 layers."""
     num_layers, num_blocks = 32, max(1024, 4 * pairs)
     size = (num_layers, 2, num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
     kv_cache = torch.empty(size, dtype=BF16, device=DEVICE).normal_()
@@ -289,6 +305,7 @@ def time_copy_blocks(shape: Shape, pairs: int, block_size: int) -> Record:
 
 
 def time_rows(kind: str, num_rows: int, size: int) -> Record:
+    """Time a norm or the activation."""
     width = 2 * size if kind == "silu_and_mul" else size
     count = max(4, min(32, int(2e8 // (num_rows * width * 2))))
     inputs = torch.randn(count, num_rows, width, device=DEVICE, dtype=BF16)
@@ -304,8 +321,8 @@ def time_rows(kind: str, num_rows: int, size: int) -> Record:
     return _figures(time_graph(calls), num_bytes=passes * num_rows * size * 2)
 
 
-def cases() -> list[Case]:
-    """Limits, decode, extend, then the small kernels; comparisons stand beside their kernels."""
+def cases() -> list[Case]:  # over 50 lines: it is a list
+    """Return the cases: limits, decode, extend, then small kernels, each beside its comparisons."""
     found = [
         Case("limit copy", limit_copy),
         Case("limit read", limit_read),

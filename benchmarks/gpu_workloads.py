@@ -1,14 +1,16 @@
-"""Workloads of the engine benchmarks on a GPU, the same for quire and for vLLM.
+"""The workloads of the engine benchmarks on a GPU, the same for quire and for vLLM.
 
-    python benchmarks/gpu_workloads.py A.json B.json     # two results beside each other
+    python benchmarks/gpu_workloads.py A.json B.json     # print two results side by side
 
-Real shapes with random weights, prompts of token ids, fixed lengths, greedy. An engine is what
-`Engine` says; beside each time stands the ceiling that memory and compute set (docs/kernels.md).
-The standard library alone, so that it runs in either engine's environment.
+Shapes are those of real models, with random weights; prompts are token ids, lengths are fixed,
+decoding is greedy. An engine implements the protocol `Engine`. Each time is reported beside the
+ceiling that memory and compute set (docs/kernels.md). Needs only the standard library, so that it
+runs in either engine's environment.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import sys
@@ -17,56 +19,37 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from gpu_shapes import (
+    SHAPES,
+    Limits,
+    cost_of,
+    decode_seconds,
+    offline_seconds,
+    prefill_seconds,
+)
+
 Result = dict[str, Any]
 MAX_MODEL_LEN, MAX_BATCHED_TOKENS, MAX_SEQS = 16384, 8192, 256
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b": {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936,
-        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-        "rms_norm_eps": 1e-6, "max_position_embeddings": 40960, "tie_word_embeddings": True,
-        "rope_theta": 1000000.0,
-    },
-    "llama-3.1-8b": {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "tie_word_embeddings": False,
-        "rope_theta": 500000.0,
-    },
-    "tiny": {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 2048,
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
-"""`config.json` of each; "tiny" is for trying the scripts without a GPU."""
-
-
-class Limits(NamedTuple):
-    """What a device reaches: bytes/s of a copy, FLOP/s of a matmul."""
-
-    bandwidth: float = 4.3e12
-    flops: float = 790e12
-
 
 class Engine(Protocol):
-    """One engine with the limits above; `step` says how many new tokens each request has."""
+    """The engine that a workload drives, configured with the maxima above."""
 
     kv_tokens: int
-    """Tokens whose K and V fit at once."""
+    """Tokens whose K and V fit in the cache."""
     kv_bytes_per_element: int
 
     def add(self, name: str, prompt: list[int], max_tokens: int) -> None: ...
-    def step(self) -> Mapping[str, int]: ...
+    def step(self) -> Mapping[str, int]:
+        """Run a step and return the number of new tokens by request name."""
+        ...
+
     def has_work(self) -> bool: ...
     def abort(self, names: list[str]) -> None: ...
 
 
 class Sizes(NamedTuple):
-    """The workloads of a shape: those of docs/benchmarking.md, or what a CPU can try."""
+    """Sizes of a shape's workloads: those of docs/benchmarking.md, or smaller ones for a CPU."""
 
     requests: int = 256
     lengths: tuple[int, int] = (100, 1024)
@@ -80,71 +63,38 @@ class Sizes(NamedTuple):
 TINY_SIZES = Sizes(6, (4, 12), (32, 64), (1, 3), 4, 600, 5)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that the scripts of all engines take."""
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds for all parts")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the results")
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES)[:2])
+    parser.add_argument("--limits", type=float, nargs=2, metavar=("TB/s", "TFLOP/s"))
+    parser.add_argument("--enforce-eager", action="store_true")
+
+
+def limits_of(arguments: argparse.Namespace) -> Limits:
+    """Return the device's limits from the option --limits, or those of an H200."""
+    return Limits(*(value * 1e12 for value in arguments.limits)) if arguments.limits else Limits()
+
+
+def engine_options(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that both engines get, under the names that they share."""
+    return {
+        "max_model_len": min(MAX_MODEL_LEN, SHAPES[shape]["max_position_embeddings"]),
+        "max_num_batched_tokens": MAX_BATCHED_TOKENS,
+        "max_num_seqs": MAX_SEQS,
+        "enforce_eager": arguments.enforce_eager,
+        "dtype": "bfloat16",
+    }
+
+
 def sizes_of(shape: str) -> Sizes:
+    """Return the workload sizes of a shape."""
     return TINY_SIZES if shape == "tiny" else Sizes()
 
 
-def write_config(shape: str, folder: Path) -> None:
-    """A model folder without weights or tokenizer."""
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(SHAPES[shape] | ids))
-
-
-# -- the computed ceiling ------------------------------------------------------------------------
-
-
-class Cost(NamedTuple):
-    """Weight bytes read a step (bf16), those of the body, KV bytes a token, and attention FLOPs
-    a pair of query and key."""
-
-    weights: float
-    body: float
-    kv: float
-    pair: float
-
-
-def cost_of(shape: str, kv_bytes_per_element: int = 2) -> Cost:
-    config = SHAPES[shape]
-    layers, hidden, head_dim = (
-        config[key] for key in ("num_hidden_layers", "hidden_size", "head_dim")
-    )
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    layer = 2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * config["intermediate_size"]
-    body = 2.0 * layers * layer
-    return Cost(
-        body + 2.0 * config["vocab_size"] * hidden,
-        body,
-        2.0 * kv_bytes_per_element * layers * kv_heads * head_dim,
-        4.0 * layers * heads * head_dim,
-    )
-
-
-def decode_seconds(cost: Cost, batch: float, context: float, limits: Limits) -> float:
-    """A decode step's least time: all weights and all K and V read, or all products computed."""
-    memory = (cost.weights + batch * context * cost.kv) / limits.bandwidth
-    return max(memory, batch * (cost.weights + cost.pair * context) / limits.flops)
-
-
-def prefill_seconds(cost: Cost, tokens: int, limits: Limits) -> float:
-    return (cost.body * tokens + cost.pair * tokens * tokens / 2) / limits.flops
-
-
-def offline_seconds(cost: Cost, lengths: list[tuple[int, int]], limits: Limits) -> float:
-    """All prompts, then the outputs: at the k-th step those requests run that have k tokens left,
-    each with its prompt and k tokens of context."""
-    total = sum(prefill_seconds(cost, prompt, limits) for prompt, _ in lengths)
-    for step in range(max(output for _, output in lengths)):
-        contexts = [prompt + step for prompt, output in lengths if output > step]
-        mean = sum(contexts) / len(contexts)
-        total += decode_seconds(cost, len(contexts), mean, limits)
-    return total
-
-
-# -- the workloads -------------------------------------------------------------------------------
-
-
 class Bench:
-    """Workloads on one engine of one shape."""
+    """The workloads of one shape on one engine."""
 
     def __init__(self, engine: Engine, shape: str, limits: Limits) -> None:
         self.engine, self.limits = engine, limits
@@ -165,13 +115,14 @@ class Bench:
         return names
 
     def _drain(self) -> int:
+        """Run until no request is left; return the number of new tokens."""
         tokens = 0
         while self.engine.has_work():
             tokens += sum(self.engine.step().values())
         return tokens
 
     def offline(self) -> Result:
-        """All requests at once, lengths uniform, until none is left."""
+        """Run all requests at once, with uniform random lengths, until none is left."""
         rng = random.Random(0)
         low, high = self.sizes.lengths
         lengths = [
@@ -183,7 +134,7 @@ class Bench:
         tokens = self._drain()
         seconds = time.perf_counter() - begin
         if tokens != sum(output for _, output in lengths):
-            raise RuntimeError(f"{tokens} tokens instead of the ones that were asked for")
+            raise RuntimeError(f"{tokens} tokens instead of those requested")
         return self._figures(tokens, seconds, offline_seconds(self.cost, lengths, self.limits))
 
     def _figures(self, tokens: int, seconds: float, ideal: float) -> Result:
@@ -196,25 +147,26 @@ class Bench:
         }
 
     def decode(self, batch: int, context: int) -> Result:
-        """Steady decode of `batch` sequences, each behind `context` tokens of its own."""
+        """Decode `batch` sequences steadily, each after `context` tokens of its own."""
         return self._decode(self._prompts(2 + batch + context, [context] * batch))
 
     def shared_prefix(self) -> Result:
-        """Steady decode behind one common prefix; the ceiling reads it once."""
+        """Decode steadily after one common prefix, which the ceiling counts as read once."""
         members, prefix = self.sizes.members, self.sizes.prefix
         common = self._prompts(3, [prefix])[0]
         own = self._prompts(4, [32] * members)
-        self._add([common], [1])  # its blocks are found by all others
+        self._add([common], [1])  # all others find its blocks in the prefix cache
         self._drain()
         return self._decode([common + rest for rest in own], shared=prefix)
 
     def _decode(self, prompts: list[list[int]], shared: int = 0) -> Result:
         steps, batch, context = self.sizes.steps, len(prompts), len(prompts[0])
-        # The first to decode waits for the last one's prefill; twice the room for other budgets.
+        # The first sequence to decode runs until the last one's prefill is done; twice the steps
+        # that should take leave room for other token budgets.
         longest = steps + 32 + 2 * -(-batch * context // MAX_BATCHED_TOKENS) + batch
         needed = shared + batch * (context - shared + longest)
         if needed > self.engine.kv_tokens:
-            return {"skipped": f"{needed} tokens of K and V, {self.engine.kv_tokens} fit"}
+            return {"skipped": f"{needed} tokens of K and V needed, {self.engine.kv_tokens} fit"}
         counts = dict.fromkeys(self._add(prompts, [longest] * batch), 0)
         while min(counts.values()) < 8:
             for name, count in self.engine.step().items():
@@ -230,7 +182,7 @@ class Bench:
         return self._figures(tokens, seconds, ideal) | {"step_ms": seconds * batch / tokens * 1e3}
 
     def prefill(self) -> Result:
-        """One long prompt and one token; the best of four prompts."""
+        """Run one long prompt for one token; report the fastest of four prompts."""
         tokens = self.sizes.contexts[-1]
         best = float("inf")
         for seed in range(4):
@@ -242,11 +194,12 @@ class Bench:
         return self._figures(tokens, best, prefill_seconds(self.cost, tokens, self.limits))
 
     def first_token(self) -> None:
+        """Run a short prompt for one token."""
         self._add(self._prompts(9, [10]), [1])
         self._drain()
 
     def run_all(self, report: Report, label: str) -> None:
-        """The most telling first."""
+        """Run every workload, the most informative first."""
         sizes = self.sizes
         short, long = sizes.contexts
         for batch in sizes.batches:
@@ -261,7 +214,7 @@ class Bench:
             report.run(name, lambda batch=batch: self.decode(batch, long), 20)
 
     def run_fp8(self, report: Report, label: str) -> None:
-        """What a float8 cache is for: twice the tokens, half the reads."""
+        """Run the workloads that gain from a float8 cache: twice the tokens, half the reads."""
         context = self.sizes.contexts[-1]
         batch = self.sizes.batches[1]
         report.run(f"{label} fp8 decode {batch}x{context}", lambda: self.decode(batch, context), 20)
@@ -269,13 +222,16 @@ class Bench:
 
 
 SPOILED = 3
-"""Exit code where a part left a device with which this process can do no more."""
+"""Exit code after an error that leaves the device unusable for this process."""
 
 
 class Report:
-    """Runs parts while the budget lasts, each written at once; one that raises is recorded, and
-    the next one runs, if `device_lives`. `results` begin with those that stand in `path` already,
-    if wanted; `stages` is for the caller, to know on resuming which of its own were begun."""
+    """Runs parts while the budget lasts, and writes each result at once.
+
+    If a part raises, the error is recorded, and the next part runs unless `device_lives` says no.
+    With `resume`, `results` begins with what `path` already holds. `stages` counts the caller's
+    stages, so that on resuming it knows which were begun.
+    """
 
     def __init__(
         self,
@@ -296,6 +252,7 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def begin_stage(self) -> None:
+        """Record that the caller's next stage has begun."""
         self.stages += 1
         self._write()
 
@@ -304,8 +261,10 @@ class Report:
         self.path.write_text(json.dumps(content, indent=1))
 
     def run(self, name: str, part: Callable[[], Result], need: float = 5.0) -> None:
-        """`need`: seconds below which it is not begun. SystemExit(SPOILED) after an error of the
-        device that spoils this process."""
+        """Run a part and record its result, unless fewer than `need` seconds are left.
+
+        Raises SystemExit(SPOILED) after an error that leaves the device unusable.
+        """
         begin = time.monotonic()
         if begin + need > self.deadline:
             self.results[name] = {"skipped": "out of budget"}
@@ -322,12 +281,15 @@ class Report:
 
     @property
     def failed(self) -> bool:
+        """Whether a part raised or a check did not pass."""
         return any("error" in r or r.get("ok") is False for r in self.results.values())
 
 
 def table(runs: Mapping[str, Mapping[str, Result]]) -> str:
-    """Results of one or more engines by part: tokens/s, share of the ceiling, and of two engines
-    the ratio of the first to the second."""
+    """Format the results of one or more engines by part: tokens/s and the share of the ceiling.
+
+    With two engines, add the ratio of the first to the second.
+    """
     names = list(dict.fromkeys(name for results in runs.values() for name in results))
     lines = [f"{'part':44}" + "".join(f"{run[:20]:>20}{'share':>8}" for run in runs)]
     for name in names:

@@ -1,10 +1,11 @@
-"""How much of the KV memory holds live tokens: block sizes against contiguous reservation.
+"""Measure how much of the KV memory holds live tokens, by block size and with reservations.
 
     python -P benchmarks/memory.py
 
-Policy only, no model: the real scheduler and block manager, with a worker that samples nothing
-real. Lengths are lognormal (mean 200 in, 180 out), 64 sequences run at once, prefix caching is
-on but prompts are unrelated. Exact and seeded: no timing, so it needs no quiet machine.
+The real scheduler and block manager run without a model: every row samples token 1. Lengths are
+lognormal (mean 200 in, 180 out) and 64 sequences run at once; prefix caching is on, but the prompts
+have nothing in common. The result is exact and seeded and involves no time, so it does not depend
+on the machine.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import random
 from collections.abc import Iterator
 
 from quire.engine.cache.block_manager import BlockManager
-from quire.engine.outputs import ModelRunnerOutput, SchedulerOutput
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.scheduling.scheduler import Scheduler
+from quire.engine.step import ModelRunnerOutput, SchedulerOutput
 
 MEAN_INPUT, MEAN_OUTPUT, SIGMA = 200, 180, 0.8
 MAX_MODEL_LEN = 4096
@@ -25,6 +26,7 @@ NUM_RUNNING, NUM_REQUESTS = 64, 1000
 
 
 def lognormal(rng: random.Random, mean: float) -> int:
+    """Draw a length with this mean."""
     value = rng.lognormvariate(math.log(mean) - SIGMA**2 / 2, SIGMA)
     return max(1, min(int(value), MAX_MODEL_LEN // 2))
 
@@ -38,17 +40,11 @@ def make_scheduler(block_size: int, num_blocks: int, max_num_seqs: int) -> Sched
 
 
 def run_step(scheduler: Scheduler) -> SchedulerOutput:
-    """Every row that reaches its sequence's end samples token 1."""
+    """Run one step, in which every row that reaches its sequence's end samples token 1."""
     scheduled = scheduler.schedule()
-    token_ids: list[int | None] = [
-        1 if start + num_new == len(sequence.token_ids) else None
-        for sequence, start, num_new in zip(
-            scheduled.sequences,
-            scheduled.num_computed_starts,
-            scheduled.num_new_tokens,
-            strict=True,
-        )
-    ]
+    partial = set(scheduled.partial_rows)
+    rows = range(len(scheduled.seq_ids))
+    token_ids = [None if row in partial else 1 for row in rows]
     scheduler.update_from_output(scheduled, ModelRunnerOutput(token_ids, {}, {}, {}, {}))
     return scheduled
 
@@ -63,6 +59,7 @@ def make_request(name: int, prompt: list[int], max_tokens: int, n: int = 1) -> R
 
 
 def workload(seed: int) -> Iterator[Request]:
+    """Yield NUM_REQUESTS unrelated requests of lognormal lengths."""
     rng = random.Random(seed)
     for i in range(NUM_REQUESTS):
         prompt = [rng.randrange(32000) for _ in range(lognormal(rng, MEAN_INPUT))]
@@ -74,8 +71,11 @@ def used_blocks(scheduler: Scheduler) -> int:
 
 
 def live_share(block_size: int) -> tuple[float, float]:
-    """Share of the held slots that hold computed tokens: in blocks, and in reservations of
-    MAX_MODEL_LEN a sequence; averaged over the steps with NUM_RUNNING sequences."""
+    """Return which share of the slots held by sequences holds computed tokens.
+
+    The first number is for blocks, the second for a contiguous reservation of MAX_MODEL_LEN slots
+    per sequence. Both are means over the steps with NUM_RUNNING sequences.
+    """
     scheduler = make_scheduler(block_size, 131072 // block_size, NUM_RUNNING)
     for request in workload(seed=1):
         scheduler.add_request(request)
@@ -91,15 +91,16 @@ def live_share(block_size: int) -> tuple[float, float]:
 
 
 def peak_blocks(scheduler: Scheduler) -> int:
-    most = 0
+    """Run to the end and return the largest number of blocks in use."""
+    peak = 0
     while scheduler.has_work:
         run_step(scheduler)
-        most = max(most, used_blocks(scheduler))
-    return most
+        peak = max(peak, used_blocks(scheduler))
+    return peak
 
 
 def shared_prefix(block_size: int) -> tuple[int, int]:
-    """Peak blocks of 32 requests over a 2,048-token prompt, and of 32 unshared ones."""
+    """Return the peak blocks of 32 requests that share 2,048 tokens, and those without sharing."""
     rng = random.Random(2)
     common = [rng.randrange(32000) for _ in range(2048)]
     suffixes = [[rng.randrange(32000) for _ in range(40)] for _ in range(32)]
@@ -112,7 +113,7 @@ def shared_prefix(block_size: int) -> tuple[int, int]:
 
 
 def parallel_sampling(block_size: int) -> tuple[int, int]:
-    """Peak blocks of n = 8 from a 1,000-token prompt with 20 tokens each, and of 8 copies."""
+    """Return the peak blocks of n = 8 (1,000 tokens in, 20 out), and those without sharing."""
     scheduler = make_scheduler(block_size, 65536 // block_size, 8)
     scheduler.add_request(make_request(0, list(range(1000)), 20, n=8))
     return peak_blocks(scheduler), 8 * math.ceil(1019 / block_size)

@@ -1,12 +1,13 @@
-"""CPU time of the host in a decode step, by part and by the number of running sequences.
+"""Measure the host's CPU time for a decode step, by part and by the number of running sequences.
 
     python benchmarks/scheduling.py [--run-ahead] [--plot FILE.svg] [--profile 256]
 
-All that an engine process does but the model (scripted_worker.py): schedule; launch, which lays out
-the inputs and tells the sampler what it needs; results and update; send, which makes the client's
-message and gives it to ZeroMQ. Every sequence decodes one token a step, sampled. All cross a block
-boundary in the same step, where full blocks are hashed and indexed: so the figures are means over
-as many steps as a block has tokens, of the ten such spans the fastest. CPU time of the thread.
+This runs all that an engine process does, except for the model (see scripted_worker.py): schedule;
+launch (the verbs forward and sample), which lays out the inputs and plans the sampling; results and
+update; and send, which encodes the client's message and passes it to ZeroMQ. Every sequence samples
+one token per step. All sequences cross a block boundary in the same step, and then their full
+blocks are hashed and indexed. So the figures are means over spans of as many steps as a block has
+tokens, from the fastest of ten such spans. They are CPU times of the engine's thread.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 from scripted_worker import ScriptedWorker
@@ -29,6 +30,8 @@ from quire.engine.core.engine_core import EngineCore
 from quire.engine.process import engine_process, wire
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
+from quire.engine.step import SamplingConstraints, SchedulerOutput
+from quire.engine.worker_protocol import Forward, Results
 from quire.server.bench.plot import Panel, Series, render_svg
 
 BLOCK_SIZE, PROMPT, STEPS, WARM_UP = 16, 40, 160, 32
@@ -38,8 +41,16 @@ DEMO = Path(__file__).parents[1] / "configs" / "demo"
 Times = dict[str, list[float]]
 
 
+class _TimedSample(NamedTuple):
+    host: Host
+    step: Forward
+
+    def sample(self, constraints: SamplingConstraints) -> Results:
+        return self.host.sample(self.step, constraints)
+
+
 class Host:
-    """An engine process's core and socket, without the process."""
+    """The core and the socket of an engine process, without the process."""
 
     def __init__(self, num_seqs: int, run_ahead: bool) -> None:
         config = EngineConfig(
@@ -63,14 +74,29 @@ class Host:
                 arrival_time=0.0,
             )
             self._server._handle(self._core, b"client", wire.Add(request))
-        scheduler, launch = self._core._scheduler, worker.launch
+        scheduler = self._core._scheduler
         self._time(scheduler, "schedule", "schedule")
         self._time(scheduler, "update_from_output", "update")
         self._time(self._server, "_send_step", "send")
-        timed_launch = self._timed(launch, "launch")
-        worker.launch = lambda output: self._timed(timed_launch(output), "results")  # type: ignore
+        launches, begin = self.times["launch"], worker.forward
+
+        def forward(output: SchedulerOutput) -> Forward:
+            started = time.thread_time()
+            step = begin(output)
+            launches.append(time.thread_time() - started)
+            return _TimedSample(self, step)
+
+        worker.forward = forward  # type: ignore[method-assign]
+
+    def sample(self, step: Forward, constraints: SamplingConstraints) -> Results:
+        """The second half of a launch; its results are timed when they are asked for."""
+        started = time.thread_time()
+        results = step.sample(constraints)
+        self.times["launch"][-1] += time.thread_time() - started
+        return self._timed(results, "results")
 
     def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        """Return the function, with its times recorded under `part`."""
         times = self.times[part]
 
         def call(*args: Any) -> Any:
@@ -85,6 +111,7 @@ class Host:
         setattr(owner, name, self._timed(getattr(owner, name), part))
 
     def run(self, steps: int) -> None:
+        """Run and time this many steps."""
         for _ in range(steps):
             begin = time.thread_time()
             self._server._send_step(self._core.step())
@@ -92,7 +119,7 @@ class Host:
 
 
 def measure(num_seqs: int, run_ahead: bool = False) -> dict[str, float]:
-    """CPU microseconds of a step's parts, where the whole was fastest."""
+    """Return the mean CPU microseconds of a step's parts, in the span with the fastest steps."""
     host = Host(num_seqs, run_ahead)
     gc.collect()
     gc.freeze()
@@ -104,7 +131,7 @@ def measure(num_seqs: int, run_ahead: bool = False) -> dict[str, float]:
 
 
 def profile(num_seqs: int, run_ahead: bool) -> None:
-    """Where the time goes, by function; the profiler makes calls dearer than they are."""
+    """Print the time by function. The profiler makes calls look more expensive than they are."""
     host = Host(num_seqs, run_ahead)
     gc.collect()
     gc.freeze()
@@ -120,7 +147,9 @@ def profile(num_seqs: int, run_ahead: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=(16, 64, 256, 512, 1024))
-    parser.add_argument("--run-ahead", action="store_true", help="steps one ahead, as on a GPU")
+    parser.add_argument(
+        "--run-ahead", action="store_true", help="launch steps one ahead, as on a GPU"
+    )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--profile", type=int, metavar="SEQUENCES")
     options = parser.parse_args()

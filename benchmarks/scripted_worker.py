@@ -1,8 +1,8 @@
-"""The engine with a script for a model: the rest of it is what `quire serve` runs.
+"""The engine with a script in place of the model; the rest of it is what `quire serve` runs.
 
-Scheduler, step loop, model runner, the inputs of a step, what the sampler is told, results and
-messages are the real ones. The model hands its input through and the sampler looks up which token
-follows which, so that what a step takes is the host's time, or SECONDS_PER_STEP.
+Scheduler, step loop, model runner, the inputs of a step, the sampler's plan, results and messages
+are the real ones. The model returns its input, and the sampler looks up which token follows which.
+So a step takes only the host's time, or SECONDS_PER_STEP if that is longer.
 """
 
 from __future__ import annotations
@@ -15,35 +15,42 @@ from typing import Any
 import tokenizers
 import torch
 
-from quire.engine.config import EngineConfig
+from quire.engine.config import EngineConfig, WorkerInfo
 from quire.engine.core.engine_core import EngineCore
+from quire.engine.devices.backend import Backend
 from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
-from quire.engine.outputs import ModelRunnerOutput, SchedulerOutput
 from quire.engine.runner import worker
 from quire.engine.sampling.batch import SamplingBatch
 from quire.engine.sampling.sampler import Sampler, SamplerOutput
-from quire.engine.worker_protocol import Results, WorkerInfo
+from quire.engine.step import ModelRunnerOutput, SamplingConstraints, SchedulerOutput
+from quire.engine.worker_protocol import Forward, Results
 
 TEXT = "A server that streams: it says one word after another, until all has been said. "
 
 
 class ScriptedModel:
-    """In the place of a CausalLM: the hidden state and the logits of a token are its id."""
+    """Stands in for a CausalLM: the hidden state and the logits of a token are its id."""
 
     device, dtype, num_parameters, can_generate = torch.device("cpu"), torch.float32, 1, True
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, _: Backend) -> None:
         self.spec = spec_from_hf_config(read_hf_config(config), config)
 
     def forward(self, input_ids: torch.Tensor, *_: Any) -> torch.Tensor:
         return input_ids[:, None]
+
+    def forward_to_logits(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, logit_indices: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.forward(input_ids)
+        return hidden, hidden[logit_indices]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
 
 
 class ScriptedSampler(Sampler):
-    """Goes around and around the tokens of a text."""
+    """Samples the tokens of a text, over and over."""
 
     def __init__(self, vocab_size: int, script: list[int]) -> None:
         super().__init__(vocab_size, torch.device("cpu"))
@@ -59,7 +66,7 @@ class ScriptedSampler(Sampler):
 
 
 class ScriptedWorker(worker.Worker):
-    """A step ends no sooner than `period` seconds after the last one."""
+    """A worker whose steps end at least `period` seconds after one another."""
 
     def __init__(self, config: EngineConfig, period: float) -> None:
         super().__init__(config)
@@ -78,20 +85,34 @@ class ScriptedWorker(worker.Worker):
         self._runner._sampler = ScriptedSampler(vocab_size, script)
         return num_blocks
 
-    def launch(self, scheduler_output: SchedulerOutput) -> Results:
-        results = super().launch(scheduler_output)
-        if not self._period:
-            return results
+    def forward(self, scheduler_output: SchedulerOutput) -> Forward:
+        step = super().forward(scheduler_output)
+        return _Slowed(self, step) if self._period else step
+
+    def wait(self) -> None:
+        """Return once the step's time is over."""
+        now = time.monotonic()
+        self._next = max(self._next + self._period, now)
+        time.sleep(self._next - now)
+
+
+class _Slowed:
+    """A step whose results come no sooner than `ScriptedWorker.wait` returns."""
+
+    def __init__(self, worker: ScriptedWorker, step: Forward) -> None:
+        self._worker = worker
+        self._step = step
+
+    def sample(self, constraints: SamplingConstraints) -> Results:
+        results = self._step.sample(constraints)
 
         def wait() -> ModelRunnerOutput:
-            now = time.monotonic()
-            self._next = max(self._next + self._period, now)
-            time.sleep(self._next - now)
+            self._worker.wait()
             return results()
 
         return wait
 
 
 def build_core(config: EngineConfig) -> EngineCore:
-    """For the engine process, as "scripted_worker:build_core"."""
+    """Build the core; the engine process is told "scripted_worker:build_core"."""
     return EngineCore(config, ScriptedWorker(config, float(os.environ["SECONDS_PER_STEP"])))

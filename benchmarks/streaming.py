@@ -1,13 +1,14 @@
-"""What streaming costs the host: real sockets, the real engine without its model.
+"""Measure what streaming costs the host, with real sockets and the real engine without its model.
 
     python benchmarks/streaming.py [--rate 20000] [--streams 64] [--http-workers 2]
 
-This process is the client, the others are `quire serve`'s own; in the engine process a script takes
-the model's place (scripted_worker.py) and gives each stream one token every streams / rate seconds,
-or as fast as it can with --rate 0 (where the engine is ahead of what is sent, so that only the HTTP
-processes' figure means something). The figures are CPU times between the 50th chunk of the mean
-stream and the 50th before its end, of the HTTP processes a chunk and of the engine process a step
-(one token for every choice): wall time would measure who else is on the machine.
+This process is the client; the others are those of `quire serve`. In the engine process a script
+replaces the model (see scripted_worker.py) and gives each stream one token every streams / rate
+seconds. With --rate 0 it is as fast as it can be; then the engine runs ahead of what is sent, and
+only the figure of the HTTP processes is meaningful. The figures are CPU times, because wall time
+would also measure whatever else runs on the machine: those of the HTTP processes per chunk, and
+that of the engine process per step (one token for every choice). They cover the time between the
+50th chunk of the mean stream and the 50th chunk before its end.
 """
 
 from __future__ import annotations
@@ -29,25 +30,23 @@ import msgspec
 import psutil
 
 EDGE = 50
-"""Chunks of a stream that do not count, at either end."""
+"""Chunks at either end of a stream that do not count."""
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
 
 def _prompt(kind: str, stream: int) -> dict[str, object]:
-    """Another one for each stream, lest they share their blocks."""
+    """Return a prompt that differs for each stream, so that they do not share blocks."""
     if kind == "chat":
         return {"messages": [{"role": "user", "content": str(stream)}]}
     return {"prompt": [65 + stream % 1000] * 16}
 
 
 def serve(options: argparse.Namespace) -> None:
-    """The server process; ends with SIGTERM."""
+    """Run the server process, until SIGTERM ends it."""
+    from quire.engine.process.process_client import ProcessEngineClient
     from quire.server.serving import main as serving
     from quire.server.settings import load_settings
 
-    serving.ProcessEngineClient = partial(  # type: ignore[misc,assignment]
-        serving.ProcessEngineClient, core="scripted_worker:build_core"
-    )
     settings = load_settings(
         **({"model": options.model} if options.model else {}),
         port=options.serve,
@@ -62,14 +61,14 @@ def serve(options: argparse.Namespace) -> None:
     profiler = cProfile.Profile(time.process_time)
     if options.profile:
         profiler.enable()
-    serving.serve(settings)
+    serving.serve(settings, partial(ProcessEngineClient, core="scripted_worker:build_core"))
     if options.profile:
         profiler.disable()
         profiler.dump_stats(options.profile)
 
 
 class Processes:
-    """The server's processes, told apart: one engine, the rest HTTP."""
+    """The server's processes: one is the engine's, the others serve HTTP."""
 
     def __init__(self, main: int) -> None:
         process = psutil.Process(main)
@@ -80,10 +79,13 @@ class Processes:
 
     @staticmethod
     def cpu(processes: list[psutil.Process]) -> float:
+        """Return the CPU seconds that the processes have used."""
         return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 class Result(NamedTuple):
+    """Counts and seconds, at a moment or between two moments."""
+
     chunks: int
     http_cpu: float
     engine_cpu: float
@@ -91,7 +93,7 @@ class Result(NamedTuple):
 
 
 def measure(port: int, processes: Processes, options: argparse.Namespace) -> Result:
-    """Read all streams to their end in one thread; returns what lay between the edges."""
+    """Read all streams to their end in one thread; return the result between the edges."""
     streams, n, tokens = options.streams, options.n, options.tokens
     extra = "x-quire-resumable: 1\r\n" if options.resumable else ""
     fields = {"ignore_eos": True, "stream": True, "n": n, "max_tokens": tokens}
@@ -132,7 +134,7 @@ def _free_port() -> int:
 
 
 def _ready(port: int, server: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Yields until the server answers /ready with 200."""
+    """Yield again and again, until the server answers /ready with 200."""
     while True:
         assert server.poll() is None, "the server ended"
         try:
@@ -147,16 +149,18 @@ def _ready(port: int, server: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rate", type=float, default=20_000, help="chunks a second, 0: no limit")
+    parser.add_argument("--rate", type=float, default=20_000, help="chunks/s; 0 means no limit")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--n", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--kind", choices=PATHS, default="chat")
     parser.add_argument("--http-workers", type=int, default=1)
     parser.add_argument("--resumable", action="store_true")
-    parser.add_argument("--profile", help="write a cProfile of the one HTTP process here")
-    parser.add_argument("--model", help="whose tokenizer and shape are taken; default: the demo")
-    parser.add_argument("--serve", type=int, metavar="PORT", help="only serve, for another client")
+    parser.add_argument("--profile", help="file to write a cProfile of the only HTTP process to")
+    parser.add_argument("--model", help="model whose tokenizer and shape to use; default: the demo")
+    parser.add_argument(
+        "--serve", type=int, metavar="PORT", help="only serve here, for another client"
+    )
     options = parser.parse_args()
     if options.serve:
         return serve(options)

@@ -1,13 +1,14 @@
-"""What a step of 16 constrained sequences costs beside one of 16 free ones.
+"""Measure what a step of 16 constrained sequences costs over one of 16 free ones.
 
-    python -P benchmarks/structured.py [--vocab 32000 1536] [--threads 1] [--greedy]
+    python benchmarks/structured.py [--vocab 32000 1536] [--threads 1] [--greedy]
 
-The engine without HTTP on the CPU: a 30M-parameter Qwen3 shape with random weights, contexts of
-about 300 tokens; a byte-level BPE tokenizer trained on the standard library's sources. Answers are
-endless arrays of records (strings, numbers, enums, nested lists), a seed each, so the sequences
-stand in different states. Both kinds of batch run in turns on one engine; a turn's figure is its
-median step, the result the median ratio of neighbouring turns. Beside wall time stands the CPU time
-of all threads, masks included, which is what a step costs where every core is busy.
+The engine runs without HTTP on the CPU, with a 30M-parameter Qwen3 shape, random weights, contexts
+of about 300 tokens and a byte-level BPE tokenizer trained on the standard library's sources.
+Answers are endless arrays of records (strings, numbers, enums, nested lists), each with its own
+seed, so that the sequences are in different states. Batches of both kinds alternate on one engine;
+the figure of a batch is its median step, the result is the median ratio of neighbouring batches.
+The CPU time of all threads, masks included, is reported beside the wall time: it is what a step
+costs when every core is busy.
 """
 
 from __future__ import annotations
@@ -22,15 +23,12 @@ import time
 from pathlib import Path
 
 import torch
+from small_engine import make_core, make_request, small_qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.models.qwen3 import Qwen3Config
 
-from quire.engine.config import EngineConfig
 from quire.engine.core.engine_core import EngineCore
-from quire.engine.request import GrammarSpec, Request
-from quire.engine.runner.worker import Worker
-from quire.engine.sampling_params import SamplingParams
+from quire.engine.request import GrammarSpec
 
 BATCH, CONTEXT, STEPS = 16, 300, 24
 END = "<|endoftext|>"
@@ -59,6 +57,7 @@ SCHEMA = {
 
 
 def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of this size on Python's standard library."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -74,29 +73,9 @@ def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
 
 
-def make_core(vocab_size: int, threads: int | None) -> EngineCore:
-    shape = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=384,
-        intermediate_size=1152,
-        num_hidden_layers=10,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-    )
-    folder = tempfile.mkdtemp()
-    shape.save_pretrained(folder)
-    train_tokenizer(vocab_size).save_pretrained(folder)
-    config = EngineConfig(
-        model=folder, load_format="dummy", device="cpu", num_blocks=2048, num_threads=threads
-    )
-    return EngineCore(config, Worker(config))
-
-
 class Bench:
+    """Batches of the same prompts on one engine, constrained or free."""
+
     def __init__(self, core: EngineCore, temperature: float) -> None:
         self.core = core
         self.temperature = temperature
@@ -108,23 +87,21 @@ class Bench:
         ]
 
     def turn(self, grammar: GrammarSpec | None) -> tuple[float, float]:
-        """Median wall and CPU milliseconds of a batch's decode steps; its prompts are cached."""
+        """Run a batch; return the median wall and CPU milliseconds of its decode steps.
+
+        Its prompts are cached but for the first batch.
+        """
         self.turns += 1
         for number, prompt in enumerate(self.prompts):
-            self.core.add_request(
-                Request(
-                    request_id=f"{self.turns}-{number}",
-                    prompt_token_ids=prompt,
-                    sampling_params=SamplingParams(
-                        max_tokens=8 * STEPS,
-                        temperature=self.temperature,
-                        seed=self.turns * BATCH + number,
-                        ignore_eos=True,
-                    ),
-                    arrival_time=time.monotonic(),
-                    grammar=grammar,
-                )
+            request = make_request(
+                f"{self.turns}-{number}",
+                prompt,
+                8 * STEPS,
+                temperature=self.temperature,
+                seed=self.turns * BATCH + number,
+                grammar=grammar,
             )
+            self.core.add_request(request)
         while len(self.core.step().outputs) < BATCH:
             pass
         walls, cpus = [], []
@@ -141,9 +118,16 @@ class Bench:
 
 
 def measure(vocab_size: int, temperature: float, turns: int, threads: int | None) -> None:
-    bench = Bench(make_core(vocab_size, threads), temperature)
+    """Alternate both kinds of batch `turns` times, after a warm-up, and print the ratios."""
     grammar = GrammarSpec("json", json.dumps(SCHEMA))
-    pairs = [(bench.turn(grammar), bench.turn(None)) for _ in range(turns + 1)][1:]
+    with tempfile.TemporaryDirectory() as folder:
+        small_qwen3(vocab_size, eos_token_id=0).save_pretrained(folder)
+        train_tokenizer(vocab_size).save_pretrained(folder)
+        core = make_core(
+            folder, load_format="dummy", device="cpu", num_blocks=2048, num_threads=threads
+        )
+        bench = Bench(core, temperature)
+        pairs = [(bench.turn(grammar), bench.turn(None)) for _ in range(turns + 1)][1:]
     kind = "greedy" if temperature == 0 else "sampled"
     print(f"vocabulary {vocab_size}, {torch.get_num_threads()} threads, {kind}:")
     for at, name in enumerate(("wall", "CPU")):
@@ -158,7 +142,7 @@ def measure(vocab_size: int, temperature: float, turns: int, threads: int | None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocab", type=int, nargs="*", default=[1536, 32000])
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--threads", type=int)

@@ -1,11 +1,11 @@
-"""vLLM on the workloads of gpu_engine.py, where it is installed; the same parts, the same JSON.
+"""Run vLLM, if it is installed, on the workloads of gpu_engine.py, with the same parts and JSON.
 
     python benchmarks/vllm_gpu.py --budget 300 --out DIR
     python benchmarks/gpu_workloads.py DIR/gpu_engine.json DIR/vllm_gpu.json
 
-Random weights (`load_format="dummy"`), prompts of token ids, no detokenising; its core runs in a
-process of its own, as it does by default (VLLM_ENABLE_V1_MULTIPROCESSING=0 has it in this one, as
-quire's core is in gpu_engine.py). `--shapes tiny` tries the script on a CPU.
+Weights are random (`load_format="dummy"`), prompts are token ids, nothing is detokenised. vLLM's
+core runs in a process of its own, its default; VLLM_ENABLE_V1_MULTIPROCESSING=0 runs it in this
+process, as gpu_engine.py runs quire's. `--shapes tiny` tries the script on a CPU.
 """
 
 from __future__ import annotations
@@ -20,24 +20,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpu_shapes import Limits, write_config
 from gpu_workloads import (
-    MAX_BATCHED_TOKENS,
-    MAX_MODEL_LEN,
-    MAX_SEQS,
-    SHAPES,
     Bench,
-    Limits,
     Report,
     Result,
+    add_arguments,
+    engine_options,
+    limits_of,
     table,
-    write_config,
 )
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # read when vLLM is imported
 
 
 class VllmEngine:
-    """`gpu_workloads.Engine` over vLLM's offline class."""
+    """`gpu_workloads.Engine` over vLLM's class for offline use."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
         from vllm import LLM
@@ -73,12 +71,14 @@ class VllmEngine:
         self._engine.abort_request(names)
 
     def close(self) -> None:
+        """Stop the core and free its memory."""
         self._engine.engine_core.shutdown()
         del self._engine, self._llm
         gc.collect()
 
 
 def facts() -> Result:
+    """Return the versions and the device; SystemExit if vLLM cannot be imported."""
     import torch
 
     try:
@@ -91,6 +91,7 @@ def facts() -> Result:
 
 
 def time_shape(report: Report, shape: str, limits: Limits, options: dict[str, Any]) -> None:
+    """Run all workloads of a shape, and those for a float8 cache, each on a new engine."""
     engines: list[VllmEngine] = []
 
     def start(folder: Path, label: str, **more: Any) -> Bench | None:
@@ -124,27 +125,16 @@ def time_shape(report: Report, shape: str, limits: Limits, options: dict[str, An
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=300.0, help="seconds for everything")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES)[:2])
-    parser.add_argument("--limits", type=float, nargs=2, metavar=("TB/s", "TFLOP/s"))
+    add_arguments(parser)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--enforce-eager", action="store_true")
     arguments = parser.parse_args()
-    limits = Limits(*(value * 1e12 for value in arguments.limits or (4.3, 790)))
     report = Report(arguments.budget, arguments.out / "vllm_gpu.json", facts())
     for shape in arguments.shapes:
-        length = min(MAX_MODEL_LEN, SHAPES[shape]["max_position_embeddings"])
-        options = {
-            "max_model_len": length,
-            "max_num_batched_tokens": MAX_BATCHED_TOKENS,
-            "max_num_seqs": MAX_SEQS,
+        options = engine_options(shape, arguments) | {
             "gpu_memory_utilization": arguments.gpu_memory_utilization,
-            "enforce_eager": arguments.enforce_eager,
             "enable_prefix_caching": True,
-            "dtype": "bfloat16",
         }
-        time_shape(report, shape, limits, options)
+        time_shape(report, shape, limits_of(arguments), options)
     print(table({report.facts["engine"]: report.results}))
     return int(report.failed)
 

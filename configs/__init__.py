@@ -1,1 +1,1 @@
-"""Presets and the demo model, shipped as package data."""
+"""The presets and the demo model, which are shipped as package data."""

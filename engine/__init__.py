@@ -1,1 +1,32 @@
-"""Everything between a tokenised request and a sampled token. Needs no HTTP package."""
+"""Everything between a tokenised request and a sampled token. Needs no HTTP package.
+
+The modules directly in this folder are its words: plain data that all rooms speak, free of torch.
+They import only each other and the standard library. From a request inwards:
+
+    errors           the one tree of exceptions, with their codes
+    sampling_params  how tokens are drawn
+    request          a client's request, and whether it can ever run
+    config           the engine's configuration, and what it reports when it is ready
+    embedding_spec   how a model makes embeddings
+    outputs          what the engine reports to its clients
+    sequence         one stream of tokens with its blocks; a request forks into n of them
+    step             what passes between scheduler and worker in one step
+    worker_protocol  the seam between the engine's loop and the device
+    client           the engine's interface to the HTTP process
+
+The rooms, in reading order:
+
+    core             START HERE: one step is schedule, launch, update
+    scheduling       which sequences run in a step, and how many tokens of each
+    cache            which KV blocks they get: sharing, copy-on-write
+    grammar          which tokens a constrained sequence may sample
+    runner           the worker: a step's inputs, its forward pass, its results
+    model, body      the loaded transformer, and its layers written out flat
+    attention        writing K and V to their blocks, and attending through block tables
+    sampling         from logits to one token per row
+    devices          what differs between CPU and CUDA
+    process          the engine in its own process, and its clients
+    bench            measuring the engine without HTTP
+
+What each room may import stands in its own docstring; tests/test_packaging.py enforces it.
+"""

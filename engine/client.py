@@ -1,4 +1,4 @@
-"""What the HTTP side knows of the engine: submit, abort, observe."""
+"""The engine's interface to the HTTP process: submit, abort, observe."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from .request import Request
 
 
 class EngineHealth(NamedTuple):
-    """`alive` is False when work waits and no step finishes (or the engine is given up);
-    `ready` is False also while it loads, restarts or drains. `reason` is for a person."""
+    """Whether the engine works.
+
+    `alive` is False if work waits and no step finishes, or if the engine was given up. `ready` is
+    False also while it loads, restarts or drains. `reason` is for a person. `restarts` counts the
+    engine's restarts.
+    """
 
     alive: bool
     ready: bool
@@ -21,33 +25,35 @@ class EngineHealth(NamedTuple):
 
 
 class EngineClient(Protocol):
-    """The engine as the HTTP side sees it; in a process of its own, or inline for tests."""
+    """The engine as the HTTP process sees it."""
 
     @property
     def info(self) -> EngineInfo:
-        """Raises EngineNotReadyError before the engine's first start has succeeded."""
+        """Facts about the loaded engine. Raises EngineNotReadyError until it has first started."""
 
     async def start(self) -> None:
-        """Launch the engine and return at once; `health().ready` turns True when it serves."""
+        """Start the engine and return at once; `health().ready` becomes True when it serves."""
 
     def generate(self, request: Request) -> AsyncIterator[SequenceOutput]:
-        """Submit and stream; ends after every one of the n sequences has a finish_reason.
+        """Submit the request and yield its outputs until all n sequences have a finish_reason.
 
-        A failure of the engine arrives as outputs with finish_reason "error" (code
-        `engine_dead`), never as an exception in mid-stream. Raises EngineNotReadyError if the
-        engine is not serving when it is submitted. Closing the iterator early aborts.
+        If the engine fails, the open sequences end with finish_reason "error" (code `engine_dead`);
+        no exception is raised in mid-stream. Raises the error with which the engine refuses the
+        request, or EngineNotReadyError if the engine is not serving when it is submitted. Closing
+        the iterator early aborts the request.
         """
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
-        """End one sequence (or all of a request's) with "abort"; unknown ids are ignored."""
+        """End one sequence of a request, or all, with "abort". Unknown ids are ignored."""
 
     def stats(self) -> EngineStats | None:
-        """The latest snapshot; None before the first."""
+        """Return the engine's latest statistics, or None before the first."""
 
-    def health(self) -> EngineHealth: ...
+    def health(self) -> EngineHealth:
+        """Return the engine's present health."""
 
     async def reset_prefix_cache(self) -> None:
         """Forget every cached block that no sequence holds."""
 
     async def close(self) -> None:
-        """Stop the engine; open streams get a terminal error. Idempotent."""
+        """Stop the engine. Open streams end with an error. Idempotent."""

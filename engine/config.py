@@ -1,9 +1,17 @@
-"""Engine configuration: frozen once built; derived values are returned, never written back."""
+"""What the engine is started with and what it reports once it is ready.
+
+Each field of `EngineConfig` that a user can set is declared once, here, with its help, bounds and
+flag name. Everything else follows from the declaration (`engine_flags`): the engine's fields of the
+server's `Settings`, the engine arguments of `python -m quire.engine.bench`, and the rows of the
+table of flags in docs/api.md.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .embedding_spec import NO_LAYOUT, EmbeddingSpec
 from .errors import ConfigurationError
@@ -15,117 +23,305 @@ SchedulingPolicy = Literal["fcfs", "priority", "fair"]
 Quantization = Literal["int8"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 PoolingChoice = Literal["auto", "last", "mean"]
+FlagGroup = Literal["Model", "KV cache", "Scheduling", "Limits"]
+"""Headings under which `quire serve --help` lists the flags."""
 
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 128
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFlag:
+    """One user-settable field of `EngineConfig`.
+
+    The value is stored in `field` and set by the flag `name` (with underscores; the command line
+    writes dashes). `help` is shown by `--help` and `details` only by docs/api.md, after the help.
+    `type` is the field's type at run time. With `is_size` users may write a unit, such as 2GiB.
+    """
+
+    field: str
+    name: str
+    type: Any
+    default: Any
+    group: FlagGroup
+    help: str
+    details: str
+    ge: float | None
+    gt: float | None
+    le: float | None
+    is_size: bool
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of a Literal type; empty for any other type."""
+        inner = self.value_type
+        return get_args(inner) if get_origin(inner) is Literal else ()
+
+    @property
+    def value_type(self) -> Any:
+        """`type` without its None."""
+        if get_origin(self.type) not in (Union, UnionType):
+            return self.type
+        (inner,) = (part for part in get_args(self.type) if part is not type(None))
+        return inner
+
+    @property
+    def bounds(self) -> str:
+        """The bounds in words, such as "above 0 and at most 1"; empty if there are none."""
+        parts = (("at least", self.ge), ("above", self.gt), ("at most", self.le))
+        return " and ".join(f"{words} {bound:g}" for words, bound in parts if bound is not None)
+
+    def check(self, value: Any) -> None:
+        """Raise ConfigurationError if the field may not have this value."""
+        if value is None:
+            return
+        if self.choices and value not in self.choices:
+            raise ConfigurationError(
+                f"unknown {self.field.replace('_', ' ')} {value!r}: "
+                f"choose from {', '.join(self.choices)}"
+            )
+        if (
+            (self.ge is not None and not value >= self.ge)
+            or (self.gt is not None and not value > self.gt)
+            or (self.le is not None and not value <= self.le)
+        ):
+            raise ConfigurationError(f"{self.field} must be {self.bounds}")
+
+
+def _flag(
+    group: FlagGroup,
+    help: str,
+    default: _T,
+    *,
+    details: str = "",
+    name: str | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    is_size: bool = False,
+) -> _T:
+    """Declare a field of `EngineConfig` as a flag; see `EngineFlag`. `name` is the field's own name
+    unless given. The bounds are named as in pydantic: `ge` is at least, `gt` above, `le` at most.
+    """
+    declared: dict[str, Any] = {
+        "group": group,
+        "help": help,
+        "details": details,
+        "name": name,
+        "ge": ge,
+        "gt": gt,
+        "le": le,
+        "is_size": is_size,
+    }
+    declaration: _T = field(default=default, metadata=declared)
+    return declaration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """What the engine process is started with; plain values, so that it crosses as JSON.
+    """The engine's configuration: plain values, so that it can be sent to the engine process.
 
-    Sizes are in tokens unless the name says otherwise. `None` means "derive it": from the model
+    It is frozen; values derived from it are returned, never written back. Sizes are in tokens
+    unless the name says otherwise. None means that the engine derives the value: from the model
     (`max_model_len`), by profiling (`num_blocks`), or from the device (`kv_cache_memory_bytes`,
-    used on the CPU where there is no device memory to take a share of; `max_num_batched_tokens`,
-    see `token_budget`; `async_scheduling`, to launch a step before the last one's results are
-    known: on CUDA). Without a `seed`, requests that bring none draw theirs at random.
+    which is used on the CPU, where there is no device memory to take a share of;
+    `max_num_batched_tokens`, see `token_budget`; `async_scheduling`, which is on for CUDA). Without
+    a `seed`, requests that bring none draw theirs at random.
     """
 
     model: str
-    dtype: DType = "auto"
-    device: Device = "auto"
-    load_format: LoadFormat = "auto"
-    trust_remote_code: bool = False
-    seed: int | None = None
-    enforce_eager: bool = False
-    max_model_len: int | None = None
-    quantization: Quantization | None = None
-    kv_cache_dtype: KVCacheDType = "auto"
-    block_size: int = 16
-    num_blocks: int | None = None
-    gpu_memory_utilization: float = 0.9
-    kv_cache_memory_bytes: int | None = None
-    enable_prefix_caching: bool = True
-    disable_cascade_attn: bool = False
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int | None = None
-    scheduling_policy: SchedulingPolicy = "fcfs"
-    async_scheduling: bool | None = None
-    max_logprobs: int = 20
-    num_threads: int | None = None
-    pooling: PoolingChoice = "auto"
+    dtype: DType = _flag(
+        "Model",
+        "Data type of the weights and activations.",
+        "auto",
+        details="The KV cache has it too unless `--kv-cache-dtype` says otherwise.",
+    )
+    quantization: Quantization | None = _flag(
+        "Model",
+        "int8: round the weights of linear layers to 8 bits (CPU).",
+        None,
+        details="They are rounded when they are loaded, with a scale for each column. A step then "
+        "reads a quarter of float32's bytes, at the cost of some accuracy.",
+    )
+    device: Device = _flag("Model", "Device to run on.", "auto")
+    max_model_len: int | None = _flag(
+        "Model", "Context length in tokens. Default: the model's.", None, ge=2
+    )
+    load_format: LoadFormat = _flag(
+        "Model",
+        "auto reads safetensors; dummy fills the model's shape with random weights.",
+        "auto",
+    )
+    seed: int | None = _flag(
+        "Model", "Seed for dummy weights and for requests that bring none.", None
+    )
+    enforce_eager: bool = _flag(
+        "Model",
+        "Disable CUDA graphs for decode.",
+        False,
+        details="Starts faster and decodes more slowly.",
+    )
+    trust_remote_code: bool = _flag("Model", "Run code found in the model's folder.", False)
+    num_threads: int | None = _flag("Model", "CPU threads of the engine.", None, ge=1)
+    pooling: PoolingChoice = _flag(
+        "Model",
+        "Pooling of embeddings: auto (as the model's folder says), last or mean token.",
+        "auto",
+        details="See Embeddings.",
+    )
+
+    gpu_memory_utilization: float = _flag(
+        "KV cache",
+        "Share of the GPU's memory to use in total, weights included.",
+        0.9,
+        gt=0,
+        le=1,
+    )
+    kv_cache_memory_bytes: int | None = _flag(
+        "KV cache",
+        "Size of the KV cache, such as 2GiB. Default: what the device leaves free.",
+        None,
+        details="On a GPU a given size replaces `--gpu-memory-utilization`. In main memory a given "
+        "size is allocated when the engine starts, the default size as it is first written.",
+        name="kv_cache_memory",
+        is_size=True,
+    )
+    kv_cache_dtype: KVCacheDType = _flag(
+        "KV cache",
+        "Data type of the KV cache: auto (the model's), fp8 or fp8_e4m3 (GPU).",
+        "auto",
+        details="fp8 and fp8_e4m3 are the same: half the bytes of bfloat16, so twice the tokens, "
+        "at the cost of some accuracy. Calibrated scales (`k_scale`, `v_scale`) are read from the "
+        "checkpoint; without them the scales are 1.",
+    )
+    block_size: int = _flag("KV cache", "Tokens per block: 16, 32, 64 or 128.", 16)
+    num_blocks: int | None = _flag(
+        "KV cache",
+        "Number of blocks. Default: as many as the memory holds.",
+        None,
+        name="num_gpu_blocks_override",
+        ge=1,
+    )
+    enable_prefix_caching: bool = _flag("KV cache", "Share the blocks of equal prefixes.", True)
+    disable_cascade_attn: bool = _flag(
+        "KV cache",
+        "Disable cascade attention for shared prefixes.",
+        False,
+        details="With cascade attention, a decode step reads a shared prefix once for several "
+        "sequences, on a GPU and if that saves time.",
+    )
+
+    max_num_seqs: int = _flag("Scheduling", "Maximum sequences per step.", 256, ge=1)
+    max_num_batched_tokens: int | None = _flag(
+        "Scheduling",
+        "Maximum tokens per step. Default: 8192; on the CPU 512, or twice --max-num-seqs if that "
+        "is more.",
+        None,
+        details="A running stream waits at most one step for its next token.",
+        ge=1,
+    )
+    scheduling_policy: SchedulingPolicy = _flag(
+        "Scheduling",
+        "Order of waiting requests: fcfs (by arrival), priority, or fair (the least served user "
+        "first).",
+        "fcfs",
+    )
+    async_scheduling: bool | None = _flag(
+        "Scheduling",
+        "Launch a step before the results of the previous one are known. Default: only on CUDA.",
+        None,
+        details="The tokens are the same. While a beam search runs, each step waits for the "
+        "previous results.",
+    )
+
+    max_logprobs: int = _flag("Limits", "Maximum log-probabilities per position.", 20, ge=0)
 
     def __post_init__(self) -> None:
-        def require(ok: bool, message: str) -> None:
-            if not ok:
-                raise ConfigurationError(message)
-
+        for flag in engine_flags():
+            flag.check(getattr(self, flag.field))
         size = self.block_size
-        require(
-            MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE and size & (size - 1) == 0,
-            f"block_size must be a power of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}, "
-            f"not {size}",
-        )
-        require(
-            self.scheduling_policy in get_args(SchedulingPolicy),
-            f"unknown scheduling policy {self.scheduling_policy!r}",
-        )
-        require(
-            self.quantization in (None, *get_args(Quantization)),
-            f"unknown quantization {self.quantization!r}",
-        )
-        require(
-            self.kv_cache_dtype in get_args(KVCacheDType),
-            f"unknown KV cache dtype {self.kv_cache_dtype!r}",
-        )
-        require(self.max_num_seqs >= 1, "max_num_seqs must be at least 1")
-        require(
-            self.max_num_batched_tokens is None or self.max_num_batched_tokens >= 1,
-            "max_num_batched_tokens must be at least 1",
-        )
-        require(
-            self.max_model_len is None or self.max_model_len >= 2,
-            "max_model_len must be at least 2",
-        )
-        require(self.num_blocks is None or self.num_blocks >= 1, "num_blocks must be at least 1")
-        require(
-            0.0 < self.gpu_memory_utilization <= 1.0,
-            "gpu_memory_utilization must be above 0 and at most 1",
-        )
+        if not (MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE and size & (size - 1) == 0):
+            raise ConfigurationError(
+                f"block_size must be a power of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}, "
+                f"not {size}"
+            )
 
     def token_budget(self, device: str) -> int:
-        """Most tokens in a step on a device of this type. A GPU wants many to work on at once; a
-        CPU is busy with a few hundred, and with more only lets all others wait."""
+        """Return the maximum tokens per step on a device of this type.
+
+        A GPU needs many tokens at once to be busy. A CPU is busy with a few hundred; more would
+        only make every running sequence wait longer for its next token.
+        """
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
         return max(512, 2 * self.max_num_seqs) if device == "cpu" else 8192
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineInfo:
-    """What the engine reports once it is ready; the HTTP side validates requests against it.
+@cache
+def engine_flags() -> tuple[EngineFlag, ...]:
+    """Return the flags of `EngineConfig` in the order of their declaration."""
+    types = get_type_hints(EngineConfig)
+    return tuple(
+        EngineFlag(
+            field=item.name,
+            type=types[item.name],
+            default=item.default,
+            **{**item.metadata, "name": item.metadata["name"] or item.name},
+        )
+        for item in fields(EngineConfig)
+        if item.metadata
+    )
 
-    `embedding` is how it makes embeddings, or why it makes none; without `can_generate` it makes
-    nothing else, since its weights have no language-model head. `kv_cache_dtype` is None where it
-    is `dtype`.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """Facts about the loaded model that are known before its KV cache is sized.
+
+    `max_model_len` is resolved, in tokens: the configured length, or else the model's own.
+    `kv_bytes_per_token` covers K and V of all layers. `embedding` describes how the model makes
+    embeddings, or says why it makes none. `can_generate` is False if the weights have no
+    language-model head, so that the model makes only embeddings. `kv_cache_dtype` is None if it
+    equals `dtype`.
     """
 
-    model: str
     architecture: str
     device: str
     dtype: str
     num_parameters: int
     vocab_size: int
     max_model_len: int
-    block_size: int
-    num_blocks: int
     kv_bytes_per_token: int
-    max_num_seqs: int
-    max_logprobs: int
     eos_token_ids: tuple[int, ...]
     embedding: EmbeddingSpec | str = NO_LAYOUT
     can_generate: bool = True
     kv_cache_dtype: str | None = None
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo(WorkerInfo):
+    """What the engine reports once it is ready; the HTTP side validates requests against it."""
+
+    model: str
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_logprobs: int
+
+    @classmethod
+    def of(cls, config: EngineConfig, worker: WorkerInfo, num_blocks: int) -> EngineInfo:
+        """Combine the configuration, the loaded model's facts and the size of its KV cache."""
+        loaded: dict[str, Any] = {item.name: getattr(worker, item.name) for item in fields(worker)}
+        return cls(
+            **loaded,
+            model=config.model,
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_logprobs=config.max_logprobs,
+        )
+
     @property
     def kv_capacity_tokens(self) -> int:
+        """The number of tokens that the KV cache holds."""
         return self.num_blocks * self.block_size

@@ -1,48 +1,24 @@
-"""Which embeddings a model makes: what its folder says in the layout of sentence-transformers.
-
-modules.json                          Transformer → Pooling (→ Normalize), each with its folder
-1_Pooling/config.json                 how hidden states become one vector
-sentence_bert_config.json             do_lower_case
-config_sentence_transformers.json     the prompt that stands before every text
-config.json                           matryoshka_dimensions or is_matryoshka
-"""
+"""How a model turns a prompt into an embedding."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from .errors import InvalidRequestError, ModelLoadError
+from .errors import InvalidRequestError
 from .request import Pooling
 
-if TYPE_CHECKING:
-    from .config import EngineConfig
-
 NO_LAYOUT = "its folder has no modules.json, as sentence-transformers writes it"
-_POOLINGS: dict[str, Pooling] = {
-    "lasttoken": "last",
-    "mean": "mean",
-    "weightedmean": "weightedmean",
-    "max": "max",
-}
-_MODE_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-"""One flag a mode, as every release but the newest writes them."""
+"""The usual reason why a model makes no embeddings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingSpec:
-    """How embeddings are made. `size` counts a vector's components; `prompt` stands before every
-    text. A Matryoshka model may be asked for the first so many components: any number, or one of
-    `matryoshka_dimensions` where they are given."""
+    """How a model makes embeddings.
+
+    `size` counts a vector's components. `prompt` precedes every text. The vectors of a Matryoshka
+    model may be cut to their first components: to any number of them, or to one of
+    `matryoshka_dimensions` if the model lists some.
+    """
 
     pooling: Pooling
     normalize: bool
@@ -52,98 +28,16 @@ class EmbeddingSpec:
     matryoshka_dimensions: tuple[int, ...] = ()
 
     def check_dimensions(self, dimensions: int | None) -> None:
-        """Raise InvalidRequestError where vectors of this size cannot be had."""
+        """Raise InvalidRequestError if the model cannot make vectors of this size."""
         if dimensions is None or dimensions == self.size:
             return
         allowed = self.matryoshka_dimensions
         if not self.is_matryoshka:
-            reason = f"the model's vectors cannot be shortened; they have {self.size}"
+            reason = f"the model's vectors have {self.size} components and cannot be shortened"
         elif dimensions > self.size:
-            reason = f"the model's vectors have {self.size}"
+            reason = f"the model's vectors have {self.size} components"
         elif allowed and dimensions not in allowed:
-            reason = f"the model allows {', '.join(map(str, allowed))}"
+            reason = f"the model allows only {', '.join(map(str, allowed))}"
         else:
             return
         raise InvalidRequestError(f"dimensions of {dimensions}: {reason}", "dimensions")
-
-
-class _RefusedError(Exception):
-    """Why there are no embeddings."""
-
-
-def read_embedding(hf_config: Any, config: EngineConfig) -> EmbeddingSpec | str:
-    """What the model's files say, or why it makes no embeddings; `config.pooling` goes first.
-
-    Raises ModelLoadError where a file of the layout cannot be read.
-    """
-    size: int = hf_config.get_text_config(decoder=True).hidden_size
-    dimensions = getattr(hf_config, "matryoshka_dimensions", None) or ()
-    is_matryoshka = bool(dimensions or getattr(hf_config, "is_matryoshka", False))
-    pooling: Pooling
-    try:
-        if config.pooling != "auto":
-            pooling, normalize, prompt = config.pooling, True, ""
-        elif hasattr(hf_config, "auto_map") and not config.trust_remote_code:
-            raise _RefusedError("its folder has code of its own, which is not executed")
-        else:
-            pooling, normalize = _read_modules(config.model)
-            prompt = _read_prompt(config.model)
-        return EmbeddingSpec(
-            pooling=pooling,
-            normalize=normalize,
-            size=size,
-            prompt=prompt,
-            is_matryoshka=is_matryoshka,
-            matryoshka_dimensions=tuple(dimensions),
-        )
-    except _RefusedError as error:
-        return str(error)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ModelLoadError(
-            f"cannot read the sentence-transformers layout of {config.model!r}: {error}"
-        ) from error
-
-
-def _read_modules(model: str) -> tuple[Pooling, bool]:
-    """The pooling, and whether a Normalize module follows it."""
-    modules = _read_json(model, "modules.json")
-    if modules is None:
-        raise _RefusedError(NO_LAYOUT)
-    kinds = [module["type"].rpartition(".")[2] for module in modules]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise _RefusedError(f"its modules are {', '.join(kinds)}")
-    if any(not module["type"].startswith("sentence_transformers.") for module in modules):
-        raise _RefusedError("its modules.json names code of its own")
-    if modules[0]["path"]:
-        raise _RefusedError("its weights are in a folder of their own")
-    if (_read_json(model, "sentence_bert_config.json") or {}).get("do_lower_case"):
-        raise _RefusedError("it lower-cases its input")
-    settings = _read_json(model, f"{modules[1]['path']}/config.json")
-    if settings is None:
-        raise _RefusedError(f"{modules[1]['path']}/config.json is missing")
-    modes = settings.get("pooling_mode")
-    if modes is None:
-        modes = [mode for flag, mode in _MODE_FLAGS.items() if settings.get(flag)] or ["mean"]
-    modes = [modes] if isinstance(modes, str) else modes
-    if len(modes) > 1 or modes[0] not in _POOLINGS:
-        raise _RefusedError(f"pooling by {' and '.join(modes)} is not supported")
-    if not settings.get("include_prompt", True) and _read_prompt(model):
-        raise _RefusedError("its prompt is left out of the pooling")
-    return _POOLINGS[modes[0]], len(modules) == 3
-
-
-def _read_prompt(model: str) -> str:
-    settings = _read_json(model, "config_sentence_transformers.json") or {}
-    name = settings.get("default_prompt_name")
-    return "" if name is None else str(settings["prompts"][name])
-
-
-def _read_json(model: str, name: str) -> Any:
-    """A file of the model's folder or hub repository; None where there is none."""
-    from transformers.utils import cached_file
-
-    try:
-        path = cached_file(model, name)
-    except OSError:
-        return None
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))

@@ -6,36 +6,36 @@ QuireError
 │   ├── PoolTooSmallError               can never fit the KV pool                     → 400
 │   ├── ModelNotFoundError              not a served name                             → 404
 │   ├── StreamNotFoundError             no such resumable stream, or not this key's   → 404
-│   └── StreamGoneError                 it was dropped, or what was asked of it       → 410
+│   └── StreamGoneError                 the stream, or the asked part, was dropped    → 410
 ├── AuthenticationError                 key missing or wrong                          → 401
 ├── OverloadedError                     refused on arrival; carries `retry_after`
 │   ├── QueueFullError                                                                → 429
 │   └── ShuttingDownError                                                             → 503
 ├── RequestFailedError                  admitted, then failed; others are unaffected
-│   ├── QueueTimeoutError               deadline passed while it waited               → 503
-│   ├── RequestTimeoutError             deadline passed while it ran                  → 504
+│   ├── QueueTimeoutError               its deadline passed while it waited           → 503
+│   ├── RequestTimeoutError             its deadline passed while it ran              → 504
 │   ├── NonFiniteLogitsError            NaN or infinity in its logits                 → 500
-│   ├── GrammarError                    its grammar led nowhere, or failed            → 500
+│   ├── GrammarError                    no token continues its grammar, or it failed  → 500
 │   ├── StepFailedError                 its row raised in the sampler or a mask       → 500
-│   └── DeviceMemoryError               out of memory even when alone                 → 503
+│   └── DeviceMemoryError               out of memory even alone in a step            → 503
 ├── EngineError                         the engine process is not serving
 │   ├── EngineDeadError                 it died with the request in flight            → 500
 │   └── EngineNotReadyError             starting, restarting or given up              → 503
 └── StartupError                        one line for a person, exit code ≠ 0; never on HTTP
     ├── ConfigurationError              a flag, a file or their combination
     ├── ModelLoadError                  weights or configuration cannot be read
-    └── UnsupportedModelError           read, but it cannot work here; says why
+    └── UnsupportedModelError           could be read, but cannot run here; says why
 
 `server/errors.py` maps every leaf to its HTTP answer, and a test asserts that none is missing.
-The class attribute `code` is what a client sees in `error.code`; it also carries an error across
-the process boundary (`error_from_code`).
+The class attribute `code` is what a client sees in `error.code`. It also identifies an error that
+crosses the process boundary (`error_from_code`).
 """
 
 from __future__ import annotations
 
 
 class QuireError(Exception):
-    """Root of all errors that quire raises on purpose."""
+    """The root of all errors that quire raises on purpose."""
 
     code: str = "internal_error"
 
@@ -45,7 +45,7 @@ class QuireError(Exception):
 
 
 class InvalidRequestError(QuireError):
-    """The request cannot be served as asked; `param` names the offending field."""
+    """The request cannot be served as it stands; `param` names the offending field."""
 
     code = "invalid_value"
 
@@ -79,7 +79,7 @@ class AuthenticationError(QuireError):
 
 
 class OverloadedError(QuireError):
-    """Refused on arrival. `retry_after` is in seconds."""
+    """The request was refused on arrival; the client may retry after `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
@@ -95,7 +95,7 @@ class ShuttingDownError(OverloadedError):
 
 
 class RequestFailedError(QuireError):
-    """An admitted request failed alone."""
+    """An admitted request failed; other requests are unaffected."""
 
 
 class QueueTimeoutError(RequestFailedError):
@@ -135,7 +135,7 @@ class EngineNotReadyError(EngineError):
 
 
 class StartupError(QuireError):
-    """The server cannot start; the message is one line for a person."""
+    """The server cannot start. The message is one line for a person."""
 
     code = "startup_failed"
 
@@ -152,7 +152,7 @@ class UnsupportedModelError(StartupError):
     code = "unsupported_model"
 
 
-_IN_FLIGHT: dict[str, type[QuireError]] = {
+_CROSSING: dict[str, type[QuireError]] = {
     error.code: error
     for error in (
         ContextLengthError,
@@ -169,8 +169,23 @@ _IN_FLIGHT: dict[str, type[QuireError]] = {
         InvalidRequestError,
     )
 }
+"""The errors that the engine process reports to its clients, by code."""
+
+
+MAX_LINE = 400
+"""Characters that `one_line` keeps."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """Return a message, or an error's type and message, as one line for a person to read.
+
+    Each run of whitespace becomes one space, and what exceeds MAX_LINE characters is cut off.
+    """
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_LINE else text[:MAX_LINE] + " …"
 
 
 def error_from_code(code: str, message: str) -> QuireError:
     """Rebuild an error that crossed the process boundary as (code, message)."""
-    return _IN_FLIGHT.get(code, QuireError)(message)
+    return _CROSSING.get(code, QuireError)(message)

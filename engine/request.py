@@ -1,23 +1,45 @@
-"""What a client asked: immutable, tokenised, with its limits checked."""
+"""A client's request to the engine: immutable and tokenised."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from .errors import ContextLengthError, InvalidRequestError, PoolTooSmallError
 from .sampling_params import SamplingParams
 
 GrammarKind = Literal["json", "regex", "choice", "grammar", "structural_tag"]
 Pooling = Literal["last", "mean", "weightedmean", "max"]
-"""How a prompt's hidden states become one vector: the last one, their mean, their mean weighted by
-position (the first counts once, the n-th n times), or their maxima."""
+"""How a prompt's hidden states become one vector: the last state, their mean, their mean weighted
+by position (state n, counted from 1, has weight n), or the maximum of each component."""
+
+
+class Capacity(Protocol):
+    """The facts about an engine that decide whether a request can ever run; EngineInfo has them.
+
+    `num_blocks` is the size of the whole KV pool.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def can_generate(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:
-    """What an answer must match. `text` is a JSON schema, a regular expression, a JSON list of
-    strings, a Lark or GBNF grammar, or the JSON of structural tags (grammar.py)."""
+    """The grammar that an answer must match.
+
+    By `kind`, `text` is a JSON schema ("json"), a regular expression, a JSON list of strings
+    ("choice"), a Lark or GBNF grammar, or the JSON of structural tags (see
+    `_tags_to_lark` in grammar/compile.py).
+    """
 
     kind: GrammarKind
     text: str
@@ -25,15 +47,15 @@ class GrammarSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt and how to continue it.
+    """A prompt, and how to continue it.
 
-    `request_id` is unique within the engine (the HTTP side makes it; a client's own id is only
-    echoed). Times are `time.monotonic()` seconds, which all processes of a machine share.
-    `queue_deadline` bounds the wait for the first step, `deadline` the whole request. Lower
-    `priority` goes first. Requests share cached blocks only with requests of the same
-    `cache_salt`. Every choice matches the `grammar`, unless its tokens run out before its end.
-    `user` is whom the policy "fair" counts it for; None is a user too.
-    With `pooling` the prompt is computed for its embedding and nothing is generated.
+    `request_id` is unique within the engine; the HTTP process makes it, since a client's own id
+    need not be. Times are in seconds of `time.monotonic()`, which all processes of a machine share.
+    `queue_deadline` bounds the wait for the first step, `deadline` the whole request. A lower
+    `priority` goes first. Requests share cached blocks only with requests of the same `cache_salt`.
+    Every choice matches `grammar`, unless it reaches max_tokens before the grammar's end. The
+    policy "fair" charges the request to `user`; all requests with None count as one user.
+    If `pooling` is set, the prompt is computed for its embedding and nothing is generated.
     """
 
     request_id: str
@@ -58,24 +80,18 @@ class Request:
             if self.sampling_params != nothing or self.grammar is not None:
                 raise InvalidRequestError("an embedding samples nothing", "sampling_params")
 
-    def check_fits(
-        self,
-        *,
-        vocab_size: int,
-        max_model_len: int,
-        block_size: int,
-        num_blocks: int,
-        can_generate: bool = True,
-    ) -> None:
-        """Raise where the request can never run.
+    def check_fits(self, capacity: Capacity) -> None:
+        """Raise InvalidRequestError if an engine of this capacity can never run the request.
 
-        `num_blocks` is the whole KV pool. Checked with the full max_tokens, since preemption frees
-        other sequences' blocks but never one's own. Beams share the full blocks of the prompt; in
-        the worst case nothing else.
+        The check counts the full max_tokens, because preemption frees the blocks of other sequences
+        but never a sequence's own. Beams share the full blocks of the prompt and, in the worst
+        case, nothing else.
         """
-        if self.pooling is None and not can_generate:
+        max_model_len, block_size = capacity.max_model_len, capacity.block_size
+        vocab_size, num_blocks = capacity.vocab_size, capacity.num_blocks
+        if self.pooling is None and not capacity.can_generate:
             raise InvalidRequestError(
-                "the model's weights have no language-model head: it makes embeddings alone",
+                "the model's weights have no language-model head: it only makes embeddings",
                 "model",
             )
         prompt = self.prompt_token_ids
@@ -86,7 +102,7 @@ class Request:
         params = self.sampling_params
         params.check_vocabulary(vocab_size)
         total = len(prompt) + params.max_tokens
-        # The last sampled token is never fed back, so it needs no slot.
+        # The last sampled token is never fed back, so it needs no slot in the cache.
         if total > max_model_len or len(prompt) >= max_model_len + (params.max_tokens == 0):
             raise ContextLengthError(
                 f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed "

@@ -1,4 +1,4 @@
-"""How one request's tokens are drawn. Bounds are checked once, here."""
+"""Parameters that say how a request's tokens are drawn. Their bounds are checked here, once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Literal
 
 from .errors import InvalidRequestError
 
-GREEDY_TEMPERATURE = 1e-5  # below this a division by it only makes infinities: treated as 0
+GREEDY_TEMPERATURE = 1e-5
+"""Temperatures below this count as 0, since dividing logits by them would overflow."""
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 256
@@ -23,21 +24,23 @@ def _require(ok: bool, message: str, param: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """Parameters of OpenAI's API and vLLM's extensions, resolved (no defaults left open).
+    """Parameters of OpenAI's API and vLLM's extensions, with all defaults resolved.
 
-    Stop *strings* are not here: they are decided where text exists, in the HTTP process.
+    Stop *strings* are missing on purpose: the HTTP process applies them, where there is text.
 
-    `n` counts the sequences to fork (best_of, where it is larger). `seed` None draws one per
-    request. The last token of each of `bad_words` is forbidden while the output ends with those
-    before it. `top_k` 0 is off. `logprobs` k gives the chosen token's log-probability and the k
-    best; None gives none. `prompt_logprobs` likewise for the prompt. Log-probabilities are those
-    of the model, before temperature, penalties and bias.
+    `n` is the number of sequences to fork (best_of, if that is larger). A request without a `seed`
+    gets a random one. `bad_words` are token sequences: the last token of each is forbidden while
+    the output ends with the tokens before it. `top_k` 0 means off. `logprobs` k returns the chosen
+    token's log-probability and the k best ones, and None returns none; `prompt_logprobs` does the
+    same for the prompt. Log-probabilities are the model's, before temperature, penalties and bias.
 
-    `beam_width` w makes it a beam search over w beams, which answers the n best; it draws nothing,
-    so temperature is 0 and nothing else shapes the logits. A finished continuation of `length`
-    tokens scores its sum of log-probabilities / length ** `length_penalty`. `early_stopping` True
-    ends with w finished ones, False once the best live beam would score less if it ended now,
-    "never" once it would even if it ended at its best length (transformers' meanings).
+    `beam_width` w asks for beam search over w beams, which returns the n best. It draws nothing at
+    random, so temperature must be 0 and nothing else may change the logits. A finished continuation
+    of `length` tokens scores (sum of its log-probabilities) / length ** `length_penalty`. The
+    search ends after w continuations have finished. With `early_stopping` True it ends at once,
+    with False when no live beam would score better than the worst of the w best finished ones if it
+    ended now, with "never" when none would even at its most favourable length. (These are the
+    meanings that transformers gives it.)
     """
 
     max_tokens: int
@@ -97,7 +100,7 @@ class SamplingParams:
             self._check_beam_search(self.beam_width)
 
     def _check_beam_search(self, width: int) -> None:
-        _require(1 <= self.n <= width, "beam search answers at most its width", "n")
+        _require(1 <= self.n <= width, "n must be at most the beam width", "n")
         _require(self.max_tokens >= 1, "beam search needs max_tokens of at least 1", "max_tokens")
         _require(
             abs(self.length_penalty) <= MAX_LENGTH_PENALTY,
@@ -145,8 +148,11 @@ class SamplingParams:
         )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise InvalidRequestError where a token id lies outside [0, vocab_size), or where the
-        vocabulary is too small to go on with `beam_width` tokens that do not stop."""
+        """Raise InvalidRequestError if a token id is outside [0, vocab_size).
+
+        Raise it also if the vocabulary is too small for the beam search, which must find
+        `beam_width` tokens that do not stop.
+        """
         width = 0 if self.beam_width is None else self.beam_width + len(self.stop_token_ids)
         _require(2 * width <= vocab_size, "too many beams for the vocabulary", "n")
         lists = {
@@ -165,6 +171,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether each step takes the most likely token."""
         return self.temperature < GREEDY_TEMPERATURE
 
     @property

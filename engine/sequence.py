@@ -1,17 +1,15 @@
-"""One mutable stream of tokens: its tokens, its blocks, and how far its K/V stands."""
+"""One mutable stream of tokens: its tokens, its blocks, and how far its K/V has been computed."""
 
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
 
 from .outputs import TokenLogprobs
-from .request import Request
-
-UNKNOWN_TOKEN = -1
-"""Stands at the end of `token_ids` for a token that is sampled by a step whose results are not
-here yet; the device knows it."""
+from .request import Pooling, Request
+from .step import SequenceSpec
 
 _seq_ids = count()
 
@@ -29,11 +27,14 @@ class Rank(NamedTuple):
 
 
 class SequenceStatus(enum.Enum):
+    """Whether a sequence waits for blocks, runs or has ended."""
+
     WAITING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Sequence:
     """A request with n = 4 has four of these, sharing their prompt's blocks.
 
@@ -42,101 +43,113 @@ class Sequence:
     - `token_ids` is the prompt followed by the output; `num_computed_tokens` of them have their
       K/V in the blocks of `block_table`, in order, and never more than `len(token_ids)`.
     - `block_hashes[i]` is the chained hash of the i-th full block of tokens; it outlives a
-      preemption, since it depends on tokens alone.
-    - `num_in_flight` tokens behind them are being computed by steps that were launched and whose
-      results are not here yet; the token that they sample, if they do, is UNKNOWN_TOKEN.
+      preemption, since it depends on tokens only.
+    - `num_in_flight` tokens after them are being computed by steps that were launched and whose
+      results have not arrived; the token that they sample, if they do, is UNKNOWN_TOKEN.
     - There are no phases: a sequence is caught up when one token is left to compute; then its
       step samples the next one.
 
-    Only the scheduler, its step loop and block manager write it; the worker reads.
+    Only the scheduling and cache rooms write to it. The worker never sees it, only its `spec`.
     """
 
-    __slots__ = (
-        "block_hashes",
-        "block_table",
-        "choice",
-        "commit_at",
-        "first_token_time",
-        "fork_at",
-        "held_forks",
-        "is_beam",
-        "num_cached_tokens",
-        "num_computed_tokens",
-        "num_in_flight",
-        "num_logprobs",
-        "num_preemptions",
-        "num_prompt_tokens",
-        "pooling",
-        "prompt_logprobs",
-        "rank",
-        "reads_tokens",
-        "request",
-        "scheduled_time",
-        "seed",
-        "seq_id",
-        "status",
-        "stop_at",
-        "stop_ids",
-        "token_ids",
-    )
+    request: Request
+    choice: int
+    """Index among the n choices of the request."""
+    seed: int
+    """This sequence's own: the request's seed + choice, wrapped to 64 bits."""
+    rank: Rank
+    """Its place among the running and waiting sequences."""
+    stop_ids: frozenset[int]
+    """Tokens that end it: the request's, and end-of-sequence."""
 
-    def __init__(
-        self, request: Request, choice: int, seed: int, rank: Rank, stop_ids: frozenset[int]
-    ) -> None:
-        """`seed` is this sequence's own (request seed + choice); `choice` counts the n choices;
-        `stop_ids` are the tokens that end it (the request's, and end-of-sequence)."""
-        params = request.sampling_params
-        self.request = request
-        self.choice = choice
-        self.seed = seed
-        self.seq_id = next(_seq_ids)
-        self.rank = rank
-        self.stop_ids = stop_ids
-        self.status = SequenceStatus.WAITING
+    seq_id: int = field(init=False, default_factory=_seq_ids.__next__)
+    """Unique in this process."""
+    status: SequenceStatus = field(init=False, default=SequenceStatus.WAITING)
+    token_ids: list[int] = field(init=False)
+    """Prompt and output so far."""
+    num_prompt_tokens: int = field(init=False)
+    stop_at: int = field(init=False)
+    """Length at which it ends with finish_reason "length"."""
+    num_computed_tokens: int = field(init=False, default=0)
+    """Tokens whose K/V is in its blocks."""
+    num_in_flight: int = field(init=False, default=0)
+    """Tokens after those that launched steps are computing."""
+    num_cached_tokens: int | None = field(init=False, default=None)
+    """Prompt tokens found in the prefix cache at its first admission; None before that."""
+    num_preemptions: int = field(init=False, default=0)
+
+    block_table: list[int] = field(init=False, default_factory=list)
+    """Ids of its blocks, in the order of its tokens."""
+    block_hashes: list[bytes] = field(init=False, default_factory=list)
+    """Chained hashes of its full blocks, as far as they were needed."""
+    commit_at: int = field(init=False, default=1)
+    """num_computed_tokens from which on the block manager has something to index."""
+    held_forks: list[Sequence] = field(init=False, default_factory=list)
+    """Siblings to be forked off once `fork_at` tokens are computed."""
+    fork_at: int = field(init=False, default=0)
+
+    num_logprobs: int | None = field(init=False)
+    """Alternatives to sample with their log-probabilities; None for no log-probabilities. Beam
+    search continues with as many as its width, none of which may be a stop token."""
+    prompt_logprobs: list[TokenLogprobs | None] = field(init=False, default_factory=lambda: [None])
+    """One entry for each prompt position computed so far; the first has no predecessor."""
+    pooling: Pooling | None = field(init=False)
+    """How its prompt becomes an embedding; None if it generates."""
+    reads_tokens: bool = field(init=False)
+    """The host must know the last token before the next can be sampled (grammar, bad words)."""
+    is_beam: bool = field(init=False)
+    """The host must know the last token before the next can even be computed."""
+
+    scheduled_time: float | None = field(init=False, default=None)
+    """`time.monotonic()` of its first admission."""
+    first_token_time: float | None = field(init=False, default=None)
+    """`time.monotonic()` at which its first token arrived."""
+
+    def __post_init__(self) -> None:
+        request, params = self.request, self.request.sampling_params
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.stop_at = self.num_prompt_tokens + params.max_tokens
-        """Length at which the sequence ends with finish_reason "length"."""
-        self.num_computed_tokens = 0
-        self.num_in_flight = 0
-        self.num_cached_tokens: int | None = None
-        """Prompt tokens found in the prefix index at first admission; None before it."""
-        self.num_preemptions = 0
-        self.held_forks: list[Sequence] = []
-        """Siblings to be forked off once `fork_at` tokens are computed."""
-        self.fork_at = 0
-        self.block_table: list[int] = []
-        self.block_hashes: list[bytes] = []
-        self.commit_at = 1
-        """num_computed_tokens from which on the block manager has something to index."""
         self.num_logprobs = params.logprobs
-        """Alternatives to be sampled with their log-probabilities; None for no log-probability.
-        Beam search goes on with as many as its width, none of which may be a stop token."""
+        self.is_beam = params.beam_width is not None
         if params.beam_width is not None:
-            self.num_logprobs = max(params.logprobs or 0, params.beam_width + len(stop_ids))
+            self.num_logprobs = max(params.logprobs or 0, params.beam_width + len(self.stop_ids))
         self.pooling = request.pooling
         self.reads_tokens = request.grammar is not None or bool(params.bad_words)
-        """The next token cannot be sampled before the host knows the last."""
-        self.is_beam = params.beam_width is not None
-        """The next token cannot even be computed before the host knows the last."""
-        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
-        """One entry a prompt position, as far as computed; the first has no predecessor."""
-        self.scheduled_time: float | None = None
-        self.first_token_time: float | None = None
 
     @property
     def num_output_tokens(self) -> int:
+        """Sampled tokens, one in flight included."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def needs_whole_prompt(self) -> bool:
-        """Log-probabilities of the prompt are asked for and not complete, or all of its hidden
-        states are pooled: no prompt token may come from the cache."""
+        """Whether no prompt token may come from the cache: log-probabilities of the prompt are
+        asked for and not complete, or all of its hidden states are pooled."""
         if self.pooling is not None:
             return self.pooling != "last"
         return (
             self.request.sampling_params.prompt_logprobs is not None
             and len(self.prompt_logprobs) < self.num_prompt_tokens
+        )
+
+    def spec(self) -> SequenceSpec:
+        """What a worker that does not know the sequence must be told, as it stands now."""
+        request, params = self.request, self.request.sampling_params
+        return SequenceSpec(
+            seq_id=self.seq_id,
+            request_id=request.request_id,
+            choice=self.choice,
+            token_ids=list(self.token_ids),
+            num_prompt_tokens=self.num_prompt_tokens,
+            block_table=list(self.block_table),
+            sampling_params=params,
+            seed=self.seed,
+            stop_ids=self.stop_ids,
+            num_logprobs=self.num_logprobs,
+            num_prompt_logprobs=params.prompt_logprobs if self.choice == 0 else None,
+            has_grammar=request.grammar is not None,
+            pooling=self.pooling,
         )
 
     def __repr__(self) -> str:

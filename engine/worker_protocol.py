@@ -3,59 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
-from .embedding_spec import EmbeddingSpec
-from .outputs import ModelRunnerOutput, SchedulerOutput
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerInfo:
-    """Facts about the loaded model, known before its KV cache is sized.
-
-    `max_model_len` is resolved (the configured one, else the model's own), in tokens.
-    `kv_bytes_per_token` covers K and V of all layers. The fields with a default are those of
-    EngineInfo, and so are `embedding` and `can_generate`.
-    """
-
-    architecture: str
-    device: str
-    dtype: str
-    num_parameters: int
-    vocab_size: int
-    max_model_len: int
-    kv_bytes_per_token: int
-    eos_token_ids: tuple[int, ...]
-    embedding: EmbeddingSpec | str
-    can_generate: bool
-    kv_cache_dtype: str | None = None
-
+from .config import WorkerInfo
+from .step import ModelRunnerOutput, SamplingConstraints, SchedulerOutput
 
 Results = Callable[[], ModelRunnerOutput]
-"""Waits for a launched step to end. Called once for each, in the order of their launch."""
+"""Waits for a step to end and returns its results. Called once for each step, in order."""
+
+
+class Forward(Protocol):
+    """A step whose forward has begun on the device."""
+
+    def sample(self, constraints: SamplingConstraints) -> Results:
+        """Begin to sample the step's rows. Called once, after `Launcher.forward`.
+
+        Raises DeviceMemoryError if the device runs out of memory; then nothing was sampled.
+        """
 
 
 class Launcher(Protocol):
-    """What runs steps, in the order in which it is given them."""
+    """Runs steps in the order in which it is given them."""
 
-    def launch(self, scheduler_output: SchedulerOutput) -> Results:
-        """Begin a step; another may be launched before its results are asked for. A row whose
-        token is UNKNOWN_TOKEN takes what the step before sampled for its sequence. If a row
-        samples, `before_sampling` is called once, in which the results of the step before may be
-        asked for and sequences may end; of these nothing but the tokens may be read from then on.
+    def forward(self, scheduler_output: SchedulerOutput) -> Forward:
+        """Begin a step: block copies, then the model's forward, up to the logits.
 
-        Raises DeviceMemoryError where the device ran out; then nothing was sampled and the step
-        may be tried again with fewer rows. Whatever else it or the results raise is a fault of the
-        device or of the engine, not of a row.
+        The next step may begin before this one's results are asked for. A row whose token is
+        UNKNOWN_TOKEN takes the one that the step before sampled for its sequence.
+
+        Raises DeviceMemoryError if the device runs out of memory; then the step may be tried again
+        with fewer rows. Anything else that this, the sampling or the results raise is a fault of
+        the device or of the engine, not of a row.
         """
 
 
 class WorkerProtocol(Launcher, Protocol):
-    """Called in this order: `load`, `profile`, then `launch` once a step, from one thread."""
+    """A device with a model. `load`, `profile`, then `forward` once a step, from one thread."""
 
     def load(self) -> WorkerInfo:
         """Read the model onto the device. Raises StartupError."""
 
     def profile(self) -> int:
-        """Allocate the KV cache; its number of blocks. Raises ConfigurationError if too small."""
+        """Allocate the KV cache and return its number of blocks.
+
+        Raises ConfigurationError if it would be too small.
+        """

@@ -1,20 +1,22 @@
-"""What every launcher refuses, in one place: wrong shapes, dtypes, layouts and devices."""
+"""Argument checks that the launchers share: shapes, dtypes, memory layouts and devices."""
 
 import torch
 import triton
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of activations and weights."""
 CACHE_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
+"""Dtypes of a KV cache."""
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless `condition` holds."""
+    """Raise ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
 
 
 def require_shape(name: str, tensor: torch.Tensor, *shape: int | None) -> None:
-    """Raise ValueError unless `tensor` has this shape; None stands for any size."""
+    """Raise ValueError unless `tensor` has this shape; None matches any size."""
     actual = tuple(tensor.shape)
     if len(actual) != len(shape) or any(
         want is not None and want != have for want, have in zip(shape, actual, strict=True)
@@ -42,28 +44,30 @@ def require_last_contiguous(name: str, tensor: torch.Tensor) -> None:
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter was switched on, so that kernels run on CPU tensors."""
+    """Return whether Triton's interpreter is switched on, so that kernels run on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
 
 
 def require_launchable(**tensors: torch.Tensor | None) -> None:
-    """Raise ValueError unless all tensors share one device that Triton can run on.
+    """Raise ValueError unless all tensors are on one device that Triton can run on.
 
-    That is a CUDA device, or the CPU where Triton's interpreter was switched on.
+    That is a CUDA device, or the CPU if Triton's interpreter is switched on. None stands for an
+    optional tensor that was not given.
     """
     devices = {name: t.device for name, t in tensors.items() if t is not None}
     first = next(iter(devices.values()))
     if any(device != first for device in devices.values()):
-        raise ValueError(f"tensors lie on different devices: {devices}")
+        raise ValueError(f"tensors are on different devices: {devices}")
     if first.type != "cuda" and not interpreting():
         raise ValueError(f"Triton kernels need CUDA tensors, not {first}; see kernels/reference.py")
 
 
 def check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor) -> tuple[int, int, int]:
-    """Check one layer's caches, each `[num_blocks, num_kv_heads, block_size, head_dim]`.
+    """Check one layer's caches and return (num_kv_heads, block_size, head_dim).
 
-    Returns num_kv_heads, block_size, head_dim. Both must be contiguous, of one shape and dtype,
-    with a head_dim of 16 to 256 in multiples of 8 and a power-of-two block_size of 16 to 256.
+    Both must be contiguous `[num_blocks, num_kv_heads, block_size, head_dim]` of one dtype, with a
+    head_dim that is a multiple of 8 from 16 to 256 and a block_size that is a power of two from 16
+    to 256. Raises ValueError otherwise.
     """
     require_dtype("key_cache", key_cache, *CACHE_DTYPES)
     require_dtype("value_cache", value_cache, key_cache.dtype)
@@ -92,7 +96,7 @@ def check_attention(
     sinks: torch.Tensor | None,
     out: torch.Tensor,
 ) -> tuple[int, int, int]:
-    """Check what both attention kernels share; returns num_kv_heads, block_size, head_dim."""
+    """Check what both attention kernels take; return (num_kv_heads, block_size, head_dim)."""
     num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
     stored_wide = key_cache.dtype in FLOAT_DTYPES
     require_dtype("query", query, *((key_cache.dtype,) if stored_wide else FLOAT_DTYPES))
@@ -100,7 +104,7 @@ def check_attention(
     require_last_contiguous("query", query)
     num_heads = query.shape[1]
     if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads do not divide over {num_kv_heads} kv heads")
+        raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads")
     require_dtype("block_table", block_table, torch.int32)
     require_shape("block_table", block_table, seq_lens.shape[0], None)
     require_last_contiguous("block_table", block_table)

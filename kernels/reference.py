@@ -1,26 +1,32 @@
-"""Plain-torch oracles of the kernels: the same signatures, nothing clever, any device.
+"""Plain-torch references for the kernels: the same signatures, nothing clever, on any device.
 
-Half-precision inputs are computed in float32 and rounded once at the end; float64 inputs stay
-float64, which is how tests get a reference that is more exact than what they check.
+Half-precision inputs are computed in float32 and rounded once at the end. Float64 inputs stay
+float64, which gives the tests an oracle that is more accurate than what they check. Sources:
+scaled dot-product attention (arXiv 1706.03762) with a sliding window (Mistral, arXiv 2310.06825),
+logit soft-capping (Gemma 2, arXiv 2408.00118) and attention sinks as learnt logits (gpt-oss, arXiv
+2508.10925); RMSNorm (arXiv 1910.07467); rotary embedding (arXiv 2104.09864); SwiGLU (arXiv
+2002.05202); float8 e4m3 (arXiv 2209.05433).
 """
 
 import torch
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+"""The largest finite e4m3 number."""
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` in the dtype that results are computed in: float64 as it is, else float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _bits(cache: torch.Tensor) -> torch.Tensor:
-    """A float8 cache's bytes, which torch can index on every device; any other cache itself."""
+    """Return a float8 cache as bytes, which torch can index on every device; any other as it is."""
     return cache.view(torch.uint8) if cache.dtype == E4M3 else cache
 
 
 def _stored(x: torch.Tensor, cache: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """`x` as `_bits(cache)` holds it: float8 saturates, and is over its kv head's scale."""
+    """Convert `x` to what `_bits(cache)` stores; float8 is divided by its scale and saturates."""
     if cache.dtype != E4M3:
         return x.to(cache.dtype)
     x = x.float() if scale is None else x.float() / scale[:, None]
@@ -39,8 +45,8 @@ def reshape_and_cache(
     """Write K and V `[num_tokens, num_kv_heads, head_dim]` to their slots of one layer's caches.
 
     `slot_mapping` `[num_tokens]` int64 holds block_id * block_size + offset; rows with a negative
-    slot are padding and are skipped. A float8_e4m3fn cache saturates, and holds K / kv_scales[0]
-    and V / kv_scales[1] (`[2, num_kv_heads]` float32, default 1).
+    slot are padding and are skipped. A float8_e4m3fn cache stores K / kv_scales[0] and
+    V / kv_scales[1] (`[2, num_kv_heads]` float32, default 1), saturated at ±448.
     """
     block_size = key_cache.shape[2]
     real = slot_mapping >= 0
@@ -52,7 +58,10 @@ def reshape_and_cache(
 
 
 def gather_blocks(cache: torch.Tensor, block_ids: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` tokens of a sequence, `[num_kv_heads, length, head_dim]`."""
+    """Return a sequence's first `length` tokens of one layer's K or V.
+
+    The result is `[num_kv_heads, length, head_dim]`.
+    """
     blocks = _bits(cache)[block_ids.long()].view(cache.dtype)
     return blocks.transpose(0, 1).flatten(1, 2)[:, :length]
 
@@ -72,16 +81,18 @@ def paged_attention_extend(
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Causal attention of packed queries over their sequences' cached blocks.
+) -> torch.Tensor:  # over 50 lines: half are its parameters and what they mean
+    """Compute causal attention of packed queries over their sequences' cached blocks.
+
+        out = softmax(scale · Q·Kᵀ, masked) · V
 
     query `[num_tokens, num_heads, head_dim]` holds sequence s in rows
-    query_start_loc[s]:query_start_loc[s + 1]; its token i stands at position
+    query_start_loc[s]:query_start_loc[s + 1]. Its token i is at position
     seq_lens[s] - query_len[s] + i and sees key j iff j <= position and, with a window,
-    position - j < window. softcap c replaces a score x by c·tanh(x / c); sinks `[num_heads]` add
-    one logit a head to the softmax's denominator alone. Rows before query_start_loc[0]
-    and past query_start_loc[-1] are left as they are in `out`. A float8_e4m3fn cache times
-    kv_scales (`[2, num_kv_heads]` float32, default 1) is K and V.
+    position - j < window. softcap c replaces a score x by c·tanh(x / c). sinks `[num_heads]` add
+    one logit per head to the denominator of the softmax only. Rows of `out` before
+    query_start_loc[0] and from query_start_loc[-1] on are left as they are. With a float8_e4m3fn
+    cache, K and V are the cache times kv_scales (`[2, num_kv_heads]` float32, default 1).
     """
     out = torch.empty_like(query) if out is None else out
     num_kv_heads, block_size = key_cache.shape[1:3]
@@ -111,7 +122,7 @@ def paged_attention_extend(
             column = sinks.to(scores).view(num_kv_heads, group, 1, 1).expand(-1, -1, num_queries, 1)
             scores = torch.cat([scores, column], dim=-1)
         weights = torch.softmax(scores, dim=-1)[..., :length]
-        weights = weights.masked_fill(~visible, 0.0)  # a row that sees nothing gives zeros
+        weights = weights.masked_fill(~visible, 0.0)  # not NaN for a row that sees no key
         attended = torch.einsum("kgqn,knd->qkgd", weights, values)
         out[rows] = attended.flatten(1, 2).to(out.dtype)
     return out
@@ -133,11 +144,11 @@ def paged_attention_decode(
     kv_scales: torch.Tensor | None = None,
     cascade: object = None,
 ) -> torch.Tensor:
-    """`paged_attention_extend` for the same number of query tokens, usually 1, in each sequence.
+    """Compute `paged_attention_extend` for an equal number of query tokens in each sequence.
 
-    query `[num_seqs * query_len, num_heads, head_dim]`; seq_lens count the query tokens. A
-    sequence of length 0 is padding and gets zeros. `workspace` and `cascade` are the kernel's,
-    unused here.
+    query is `[num_seqs * query_len, num_heads, head_dim]`, with a query_len that is usually 1;
+    seq_lens include the query tokens. A sequence of length 0 is padding and gets zeros. The kernel
+    needs `workspace` and `cascade`; they are unused here.
     """
     num_seqs = seq_lens.shape[0]
     query_len = query.shape[0] // max(num_seqs, 1)
@@ -160,10 +171,10 @@ def paged_attention_decode(
 
 
 def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor) -> None:
-    """Copy whole blocks, over all layers, K and V.
+    """Copy whole blocks of K and V in all layers.
 
-    kv_cache `[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]`; sources and
-    destinations `[n]` int64 block ids; no destination may also be a source or stand twice.
+    kv_cache is `[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]`, sources and
+    destinations are `[n]` int64 block ids. A destination must be neither a source nor repeated.
     """
     bits = _bits(kv_cache)
     bits[:, :, destinations] = bits[:, :, sources]
@@ -177,7 +188,10 @@ def rms_norm(
     plus_one: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension; Gemma's (1 + weight) by flag."""
+    """Compute x / sqrt(mean(x²) + eps) · weight over the last dimension.
+
+    `plus_one` multiplies by 1 + weight instead, as Gemma does.
+    """
     x, scale = _wide(input), _wide(weight)
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     result = (normed * (scale + 1 if plus_one else scale)).to(input.dtype)
@@ -192,13 +206,16 @@ def fused_add_rms_norm(
     eps: float,
     plus_one: bool = False,
 ) -> None:
-    """In place: residual += input (rounded to its dtype), then input = rms_norm(residual)."""
+    """In place: residual += input, rounded to its dtype; then input = rms_norm(residual)."""
     residual.copy_(_wide(input) + _wide(residual))
     rms_norm(residual, weight, eps=eps, plus_one=plus_one, out=input)
 
 
 def silu_and_mul(input: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """silu(gate) · up of `[..., 2 * size]`, whose first half is the gate: `[..., size]`."""
+    """Compute silu(gate) · up, with silu(x) = x · sigmoid(x).
+
+    input `[..., 2 * size]` holds the gate in its first half; the result is `[..., size]`.
+    """
     gate, up = _wide(input).chunk(2, dim=-1)
     result = (gate * torch.sigmoid(gate) * up).to(input.dtype)
     return result if out is None else out.copy_(result)
@@ -221,13 +238,13 @@ def rope_and_cache(
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Optional RMSNorm of each Q and K head, rotary embedding of both, K and V to their slots.
+    """Rotate queries and keys, write K and V to their slots, and return the rotated queries.
 
-    query `[num_tokens, num_heads, head_dim]`, key and value `[num_tokens, num_kv_heads,
-    head_dim]`; cos and sin `[num_tokens, rotary_dim]` in the half-rotation layout of Hugging Face
-    (second half equal to the first; RoFormer, arXiv 2104.09864), or, where `rotary_dim` is given,
-    their first halves alone. Returns the rotated queries; `slot_mapping` and kv_scales as in
-    `reshape_and_cache`.
+    Each head is first normalised (RMSNorm over head_dim) if its weight is given. query is
+    `[num_tokens, num_heads, head_dim]`, key and value are `[num_tokens, num_kv_heads, head_dim]`.
+    cos and sin are `[num_tokens, rotary_dim]` in Hugging Face's half-rotation layout, whose second
+    half equals the first, or only their first halves if `rotary_dim` is given. `slot_mapping` and
+    kv_scales are those of `reshape_and_cache`.
     """
     if rotary_dim is not None and cos.shape[-1] < rotary_dim:
         cos, sin = (torch.cat([half, half], dim=-1) for half in (cos, sin))
@@ -266,8 +283,11 @@ def prepare_inputs(
     reach: int,
     block_size: int,
 ) -> None:
-    """A step's inputs from one packed upload and what the device keeps; the arguments are those of
-    the kernel, whose file says what `packed` holds. `reach` is unused here."""
+    """Build a step's inputs from one packed upload and the tables that stay on the device.
+
+    The arguments are those of the kernel, whose file defines the layout of `packed`. `reach` is
+    unused here.
+    """
     query_start_loc[0] = 0
     records = packed[: num_seqs * 8].view(num_seqs, 8).tolist()
     for index, (row, start, length, first, token, known, blocks, sample) in enumerate(records):

@@ -1,1 +1,23 @@
-"""The HTTP side: OpenAI protocol in front of an engine client."""
+"""The HTTP server: an OpenAI-compatible API in front of an engine process.
+
+The ground floor, these files, may be imported by every room:
+    cli          the command `quire`; it imports the rooms lazily
+    settings     every setting of `quire serve`; flags_table writes their table into docs/api.md
+    errors       exceptions to HTTP answers
+    logs         the log
+    metrics      the page /metrics; metrics_sum adds up several processes
+
+The rooms, each of which may import only those below it in this list, and the ground floor:
+    serving      processes, sockets, the application; begin reading at serving.main
+    dialects     /v1/responses and /v1/messages, translated to chats
+    api          the other endpoints
+    requests     from a body to engine requests and back to text
+    http         sockets, streams, limits, keys
+    parsing      reasoning and tool calls in the model's text
+    text         tokenizer, chat template, detokenizer
+    web          static pages
+    bench        `quire bench`
+
+Of the engine, the server may import only its words, engine.process and engine.grammar; bench may
+also import engine.bench.
+"""

@@ -1,23 +1,35 @@
-"""The command `quire`."""
+"""The command `quire`: `quire serve` and `quire bench`.
+
+The flags of `quire serve` are read off the fields of `Settings` by code of our own rather than by
+pydantic-settings' `CliApp`, which has no argument groups: its `--help` would be one list of 70
+flags.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, Literal, get_args, get_origin
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
+from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
 from ..engine.errors import StartupError
 from .settings import GROUPS, Settings, load_settings
 
-_NOTHING = (None, "", ())
-"""Defaults that say nothing."""
+if TYPE_CHECKING:
+    from .serving.main import MakeClient
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0 after a clean end, 1 where a server or a benchmark fails, 2 for a wrong command line."""
+def main(argv: list[str] | None = None, make_client: MakeClient | None = None) -> int:
+    """Run a command and return its exit code.
+
+    The code is 0 after a clean end, 1 if a server or a benchmark fails, and 2 for a wrong command
+    line. `make_client` makes the server's engine client in place of ProcessEngineClient.
+    """
     argv = sys.argv[1:] if argv is None else argv
     parsed = build_parser(serve_only=argv[:1] == ["serve"]).parse_args(argv)
     arguments = vars(parsed)
@@ -27,12 +39,12 @@ def main(argv: list[str] | None = None) -> int:
         return bench.run(parsed)
     try:
         settings = load_settings(**arguments)
-        # Not before the flags are known to be right: these imports take a second.
+        # These imports take a second, so they wait until the flags are known to be right.
         from .logs import configure_logging, resolve_format
         from .serving.main import serve
 
         configure_logging(settings.log_level, resolve_format(settings.log_format))
-        serve(settings)
+        serve(settings, make_client)
     except StartupError as error:
         print(f"quire: {error.message}", file=sys.stderr)
         return 1
@@ -40,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser(*, serve_only: bool = False) -> argparse.ArgumentParser:
-    """One flag for each field of Settings, under its group's heading.
+    """Return the parser, with a flag for each field of Settings under its group's heading.
 
-    `serve_only` leaves out `bench`, whose imports would keep a server from starting its engine.
+    `serve_only` leaves out `bench`, whose imports would delay the start of the engine.
     """
     parser = argparse.ArgumentParser(
         prog="quire", description="An OpenAI-compatible inference server.", allow_abbrev=False
@@ -54,7 +66,7 @@ def build_parser(*, serve_only: bool = False) -> argparse.ArgumentParser:
         help="serve a model over HTTP",
         description="Serve a model over HTTP.",
         epilog="Each flag can also be set as QUIRE_NAME in the environment, or as name in the "
-        "--config file. A flag wins over the environment, that over the file.",
+        "--config file. A flag wins over the environment, and the environment over the file.",
         usage="quire serve [MODEL] [flags]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -67,28 +79,65 @@ def build_parser(*, serve_only: bool = False) -> argparse.ArgumentParser:
     serve.add_argument("model", nargs="?", metavar="MODEL", help=fields["model"].description)
     serve.add_argument("--config", metavar="FILE", help=fields["config"].description)
     groups = {name: serve.add_argument_group(name) for name in GROUPS}
-    for name, field in fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict):
-            groups[str(extra["group"])].add_argument(_flag(name), **_argument(name, field))
+    for flag in grouped_flags():
+        groups[flag.group].add_argument(flag.option, **_argument(flag))
     return parser
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+_METAVARS: dict[Any, str] = {
+    int: "N",
+    int | None: "N",
+    bool | None: "BOOL",
+    ByteSize: "SIZE",
+    ByteSize | None: "SIZE",
+    Path | None: "FILE",
+}
+"""What --help shows for a value, by its type. Values of other types show the flag's last word."""
 
 
-def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
-    """How argparse reads the field; values stay strings, for Settings to check."""
+class ServeFlag(NamedTuple):
+    """A field of Settings that is listed under a group."""
+
+    name: str
+    group: str
+    field: FieldInfo
+    details: str
+
+    @property
+    def option(self) -> str:
+        """The flag as it is written on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def default(self) -> str | None:
+        """The default as users write it; None if the flag is unset by default."""
+        value = self.field.default
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        return None if value in (None, "", ()) else str(value)
+
+
+def grouped_flags() -> Iterator[ServeFlag]:
+    """Yield the flags of `quire serve` group by group."""
+    for group in GROUPS:
+        for name, field in Settings.model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra["group"] == group:
+                yield ServeFlag(name, group, field, str(extra["details"]))
+
+
+def _argument(flag: ServeFlag) -> dict[str, Any]:
+    """Return argparse's keywords for a flag. Values stay strings, which Settings checks."""
+    field = flag.field
     text = (field.description or "").replace("%", "%%")
-    if field.default is True or not (isinstance(field.default, bool) or field.default in _NOTHING):
-        text += f" (default: {'on' if field.default is True else field.default})"
+    if flag.default not in (None, "off"):
+        text += f" (default: {flag.default})"
     if field.annotation is bool:
         return {"action": argparse.BooleanOptionalAction, "help": text}
     if get_origin(field.annotation) is Literal:
         return {"choices": get_args(field.annotation), "help": text}
     repeatable = field.default == ()
-    metavar = name.rsplit("_", 1)[-1].upper()
+    metavar = _METAVARS.get(field.annotation, flag.name.rsplit("_", 1)[-1].upper())
     return {"action": "append" if repeatable else "store", "metavar": metavar, "help": text}
 
 

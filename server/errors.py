@@ -1,7 +1,32 @@
-"""Errors to HTTP, once: the exception tree of engine/errors.py and OpenAI's error body.
+"""Maps errors to HTTP: the one place where an exception becomes a status and an error body.
 
-Every answer of 4xx and 5xx has the body `{"error": {"message", "type", "param", "code"}}`. A
-stream that has begun carries the same body in a `data:` event instead. Under /v1/messages, errors
+QuireError (engine/errors.py)         status, `type` in the body
+├── InvalidRequestError               400 invalid_request_error   `param` names the field
+│   ├── ContextLengthError            as above
+│   ├── PoolTooSmallError             as above
+│   ├── ModelNotFoundError            404 not_found_error
+│   ├── StreamNotFoundError           404 not_found_error
+│   └── StreamGoneError               410 not_found_error
+├── AuthenticationError               401 authentication_error    WWW-Authenticate
+├── OverloadedError
+│   ├── QueueFullError                429 rate_limit_error        Retry-After: the error's own
+│   └── ShuttingDownError             503 overloaded_error        Retry-After: the error's own
+├── RequestFailedError
+│   ├── QueueTimeoutError             503 timeout_error           Retry-After
+│   ├── RequestTimeoutError           504 timeout_error
+│   ├── NonFiniteLogitsError          500 internal_error
+│   ├── GrammarError                  500 internal_error
+│   ├── StepFailedError               500 internal_error
+│   └── DeviceMemoryError             503 overloaded_error        Retry-After
+├── EngineError
+│   ├── EngineDeadError               500 internal_error
+│   └── EngineNotReadyError           503 overloaded_error        Retry-After
+└── StartupError                      never reaches HTTP
+HTTPException (Starlette)             404, 405, 413, 415: see `_OF_HTTP`
+any other exception                   500 internal_error          its text stays in the log
+
+Every answer of 4xx and 5xx has OpenAI's body `{"error": {"message", "type", "param", "code"}}`. A
+stream that has begun carries the same body in a `data:` event instead. Under /v1/messages errors
 have Anthropic's shape, `{"type": "error", "error": {"type", "message"}}`.
 """
 
@@ -24,10 +49,13 @@ from ..engine.errors import InvalidRequestError, OverloadedError, QuireError
 log = structlog.get_logger(__name__)
 
 RESTART_RETRY_AFTER = 5
-"""Seconds that a client is asked to wait while the engine starts, or its deadline was missed."""
+"""Retry-After in seconds for a 503 whose error brings none: the engine starts, is out of memory, or
+did not reach the request in time."""
 
 
 class Answer(NamedTuple):
+    """The HTTP status and the `type` in the error body."""
+
     status: int
     type: str
 
@@ -49,7 +77,7 @@ ANSWERS: dict[type[QuireError], Answer] = {
     tree.EngineDeadError: Answer(500, "internal_error"),
     tree.EngineNotReadyError: Answer(503, "overloaded_error"),
 }
-"""The nearest class of an error's ancestry counts. StartupError never reaches HTTP."""
+"""Answers by exception class. The nearest class in an error's ancestry decides."""
 
 _OF_HTTP = {
     401: ("authentication_error", "invalid_api_key"),
@@ -58,18 +86,19 @@ _OF_HTTP = {
     413: ("invalid_request_error", "body_too_large"),
     415: ("invalid_request_error", "unsupported_media_type"),
 }
+"""Statuses of HTTP itself → `type` and `code` in the error body."""
 
 ANTHROPIC_PATH = "/v1/messages"
 _OF_ANTHROPIC = {"body_too_large": "request_too_large", "internal_error": "api_error"}
-"""Code or type here → type there, where they differ."""
+"""OpenAI's code or type → Anthropic's type, if they differ."""
 _DETAILS_OF_ANTHROPIC = {
     "thread": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
 }
-"""The refused field → what tells Anthropic's clients to do without it."""
+"""Refused field → details by which Anthropic's clients know to do without it."""
 
 
 def answer_of(error: BaseException) -> Answer:
-    """Status and `type` of an error; whatever is not in the table is 500 `internal_error`."""
+    """Return the status and `type` of an error: 500 `internal_error` if it is not in ANSWERS."""
     for ancestor in type(error).__mro__:
         if ancestor in ANSWERS:
             return ANSWERS[ancestor]
@@ -77,7 +106,7 @@ def answer_of(error: BaseException) -> Answer:
 
 
 def error_body(error: BaseException, request_id: str = "") -> dict[str, Any]:
-    """OpenAI's error body. The text of an unforeseen exception stays in the log."""
+    """Return OpenAI's error body. It does not contain the text of an unforeseen exception."""
     if isinstance(error, QuireError):
         message, code = error.message, error.code
     else:
@@ -89,9 +118,9 @@ def error_body(error: BaseException, request_id: str = "") -> dict[str, Any]:
 def error_response(
     error: BaseException, request_id: str = "", scope: Scope | None = None
 ) -> JSONResponse:
-    """The whole answer: status, body, Retry-After on 429 and 503, the challenge on 401.
+    """Return the answer: status, body, Retry-After on 429 and 503, WWW-Authenticate on 401.
 
-    `scope` is the request's; its path decides the shape.
+    The path in the request's `scope` decides whose shape the body has.
     """
     status = answer_of(error).status
     headers = {}
@@ -105,13 +134,13 @@ def error_response(
 
 
 def http_error_response(status: int, message: str, scope: Scope | None = None) -> JSONResponse:
-    """An answer that stems from HTTP itself: 404, 405, 413, 415."""
+    """Return the answer to an error of HTTP itself, such as 404, 405, 413 or 415."""
     kind, code = _OF_HTTP.get(status, ("invalid_request_error", "invalid_request"))
     return JSONResponse(_shaped(_body(message, kind, None, code), scope), status)
 
 
 def anthropic_error_body(body: dict[str, Any]) -> dict[str, Any]:
-    """The same error in Anthropic's shape, with Anthropic's types."""
+    """Return the error in Anthropic's shape, with Anthropic's types."""
     error = body["error"]
     kind = _OF_ANTHROPIC.get(error["code"], _OF_ANTHROPIC.get(error["type"], error["type"]))
     shaped: dict[str, Any] = {"type": kind, "message": error["message"]}
@@ -128,7 +157,7 @@ def _shaped(body: dict[str, Any], scope: Scope | None) -> dict[str, Any]:
 
 
 def client_left() -> Response:
-    """Nobody reads it; 499 is what proxies log for a client that closed its request."""
+    """Return an answer that no one will read. Proxies log 499 if the client closed its request."""
     return Response(status_code=499)
 
 
@@ -137,7 +166,7 @@ def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, An
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Give every failure of `app` the one shape."""
+    """Make `app` answer every failure with an error body."""
 
     async def on_quire_error(request: Request, error: Exception) -> JSONResponse:
         request_id = request.state.request_id
@@ -161,7 +190,7 @@ def install_handlers(app: FastAPI) -> None:
     async def on_anything(request: Request, error: Exception) -> JSONResponse:
         request_id = request.state.request_id
         response = error_response(error, request_id, request.scope)
-        # This one answer is made outside of the middleware that sets the header.
+        # Starlette makes this answer outside the middleware that sets the header.
         response.headers["x-request-id"] = request_id
         return response
 

@@ -1,7 +1,7 @@
-"""Prometheus metrics under vLLM's names, so that dashboards and autoscalers made for it work.
+"""Prometheus metrics under vLLM's names, so that dashboards and autoscalers made for vLLM work.
 
-One private registry in each process that serves HTTP; `metrics_sum` adds those of several. Label
-values come from the server alone (served names, route templates, error codes), never from a client.
+Each process that serves HTTP has a private registry; `metrics_sum` adds up several. Label values
+come only from the server (served names, route templates, error codes), never from a client.
 """
 
 from __future__ import annotations
@@ -37,24 +37,27 @@ REQUEST_LATENCY_BUCKETS = (
 HTTP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 CHOICE_BUCKETS = (1, 2, 5, 10, 20)
 ITERATION_BUCKETS = (1, *(2**exponent for exponent in range(3, 15)))
+"""Buckets of the histograms, as in vLLM: seconds, choices per request, and tokens per step."""
 
 HTTP_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""Methods that are a label value; any other counts as OTHER."""
 
 _STEP_COUNTERS = {
     "prefix_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix index."),
     "prefix_hits": ("prefix_cache_hits", "Prompt tokens found in the prefix index."),
-    "preemptions": ("num_preemptions", "Sequences preempted for want of blocks."),
+    "preemptions": ("num_preemptions", "Sequences preempted because blocks ran out."),
     "blocks_copied": ("kv_blocks_copied", "Blocks copied on write or for a partial match."),
     "blocks_shared": ("kv_blocks_shared", "Blocks shared instead of computed."),
 }
+"""Fields of EngineStats that count since the engine's start → name and help of their counter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
-    """One ended request (admitted ones only; refusals go to `request_rejected`).
+    """A request that was admitted and has ended; refused ones go to `Metrics.request_rejected`.
 
     `finish_reasons` and `generation_tokens` have one entry for each choice. `timings` is that of
-    the choice which ended last; None where the engine died.
+    the choice that ended last, or None if the engine died.
     """
 
     prompt_tokens: int
@@ -65,10 +68,10 @@ class RequestRecord:
 
 
 class _TokenHistogram(Collector):
-    """A histogram that is observed for every token: a bisection and three additions.
+    """A histogram that is cheap enough to observe every token: a bisection and three additions.
 
-    prometheus_client's own takes locks and walks its buckets, which cost more than formatting the
-    token. All calls come from the event loop; the page is rendered there too.
+    prometheus_client's own takes locks and walks its buckets, which costs more than formatting the
+    token. This one needs no lock, because all calls, rendering included, come from the event loop.
     """
 
     def __init__(
@@ -91,7 +94,10 @@ class _TokenHistogram(Collector):
 
 
 class Metrics:
-    """What `/metrics` shows. `model_name` is the first served name."""
+    """The metrics of one process, as `/metrics` shows them.
+
+    `model_name` is the first served name. The methods are called on the event loop.
+    """
 
     def __init__(self, model_name: str, prefix: Literal["quire", "vllm"] = "quire") -> None:
         self._registry = CollectorRegistry()
@@ -113,13 +119,13 @@ class Metrics:
             "http_worker_restarts", "Times an HTTP worker was restarted."
         )
 
-        self._prompt = self._counter("prompt_tokens", "Prompt tokens, as requests are begun.")
-        self._cached = self._counter("prompt_tokens_cached", "Of those, the cached ones.")
-        self._generated = self._counter("generation_tokens", "Output tokens, as they come.")
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens of started requests.")
+        self._cached = self._counter("prompt_tokens_cached", "Prompt tokens found in the cache.")
+        self._generated = self._counter("generation_tokens", "Generated tokens.")
         self._new_tokens = 0
         self._success = Counter(
             f"{prefix}:request_success",
-            "Ended choices by their reason.",
+            "Finished choices by reason.",
             [*self._labels, "finished_reason"],
             registry=self._registry,
         )
@@ -127,7 +133,7 @@ class Metrics:
             self._success.labels(**self._labels, finished_reason=reason)
         self._rejections = Counter(
             f"{prefix}:admission_rejections",
-            "Requests refused on arrival by error code.",
+            "Requests refused on arrival, by error code.",
             [*self._labels, "reason"],
             registry=self._registry,
         )
@@ -137,26 +143,26 @@ class Metrics:
 
     def _latencies(self) -> None:
         self._ttft = self._histogram(
-            "time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS
+            "time_to_first_token_seconds", "Time from arrival to first token.", TTFT_BUCKETS
         )
         self._itl = _TokenHistogram(
             f"{self._prefix}:inter_token_latency_seconds",
-            "Between consecutive tokens.",
+            "Time between consecutive tokens.",
             self._labels,
             TOKEN_LATENCY_BUCKETS,
         )
         self._registry.register(self._itl)
         self._tpot = self._histogram(
             "request_time_per_output_token_seconds",
-            "Mean time per token after the first, for each request.",
+            "Mean time per token after the first, per request.",
             TOKEN_LATENCY_BUCKETS,
         )
         spans = {
-            "e2e_request_latency_seconds": "Arrival to end.",
-            "request_queue_time_seconds": "Arrival to first step.",
-            "request_inference_time_seconds": "First step to end.",
-            "request_prefill_time_seconds": "First step to first token.",
-            "request_decode_time_seconds": "First token to end.",
+            "e2e_request_latency_seconds": "Time from arrival to end.",
+            "request_queue_time_seconds": "Time from arrival to first step.",
+            "request_inference_time_seconds": "Time from first step to end.",
+            "request_prefill_time_seconds": "Time from first step to first token.",
+            "request_decode_time_seconds": "Time from first token to end.",
         }
         self._spans = {
             name: self._histogram(name, help, REQUEST_LATENCY_BUCKETS)
@@ -200,7 +206,7 @@ class Metrics:
         return histogram.labels(**self._labels)
 
     def engine_ready(self, info: EngineInfo) -> None:
-        """The engine serves (again): what depends on its sizes is known. Idempotent."""
+        """Register the metrics that depend on the engine's sizes, at the first call only."""
         if self._token_counts is not None:
             return
         buckets = tuple(_one_two_five(info.max_model_len))
@@ -223,7 +229,7 @@ class Metrics:
         ).labels(**values).set(1)
 
     def engine_restarted(self) -> None:
-        """The engine died and is started anew: its counters begin at zero again."""
+        """Count a restart of the engine, whose own counters begin at zero again."""
         self._restarts.inc()
         self._last_stats = None
         self._running.set(0)
@@ -231,10 +237,11 @@ class Metrics:
         self._kv_usage.set(0)
 
     def http_worker_restarted(self) -> None:
+        """Count a restart of an HTTP worker."""
         self._worker_restarts.inc()
 
     def observe_step(self, stats: EngineStats) -> None:
-        """Take in the snapshot after a step."""
+        """Record the engine's snapshot after a step."""
         last = self._last_stats
         if last is not None and stats.step < last.step:
             last = None
@@ -248,26 +255,28 @@ class Metrics:
         self._last_stats = stats
 
     def request_rejected(self, reason: str) -> None:
-        """`reason` is the `code` of an error in engine/errors.py."""
+        """Count a refused request; `reason` is the `code` of an error in engine/errors.py."""
         self._rejections.labels(**self._labels, reason=reason).inc()
 
     def prompt_read(self, prompt_tokens: int, cached_tokens: int) -> None:
-        """Count a prompt, once: with its first output, or where it ends without one."""
+        """Count a prompt, once: at the first output, or at the end if there was none."""
         self._prompt.inc(prompt_tokens)
         self._cached.inc(cached_tokens)
 
     def tokens_generated(self, count: int) -> None:
-        """Called for every output of a sequence, so it only adds; `render` moves the sum."""
+        """Count output tokens. It is called for every output, so `render` updates the counter."""
         self._new_tokens += count
 
     def first_token(self, seconds: float) -> None:
+        """Record the time from a request's arrival to its first token."""
         self._ttft.observe(seconds)
 
     def inter_token(self, seconds: float) -> None:
+        """Record the time between two tokens of a choice."""
         self._itl.observe(seconds)
 
     def request_finished(self, record: RequestRecord) -> None:
-        """Count an ended request, whatever its end. Its tokens were counted as they came."""
+        """Count a request that has ended, for any reason. Its tokens have already been counted."""
         generated = sum(record.generation_tokens)
         for reason in record.finish_reasons:
             self._success.labels(**self._labels, finished_reason=reason).inc()
@@ -280,7 +289,7 @@ class Metrics:
             self._observe_timings(record.timings, max(record.generation_tokens, default=0))
 
     def _observe_timings(self, timings: Timings, longest: int) -> None:
-        """`longest` is the number of tokens of the longest choice."""
+        """Record the latencies of a request whose longest choice has `longest` tokens."""
         spans = self._spans
         arrival, scheduled, first_token, finished = timings
         spans["e2e_request_latency_seconds"].observe(finished - arrival)
@@ -296,18 +305,18 @@ class Metrics:
             self._tpot.observe((finished - first_token) / (longest - 1))
 
     def http_request(self, handler: str, method: str, status: int, seconds: float) -> None:
-        """`handler` is the route's template (or a fixed word where none matched)."""
+        """Count an HTTP request. `handler` is the route's template, or a fixed word without one."""
         method = method if method in HTTP_METHODS else "OTHER"
         self._http_requests.labels(handler=handler, method=method, status=str(status)).inc()
         self._http_duration.labels(handler=handler, method=method).observe(seconds)
 
     def samples(self) -> list[Sample]:
-        """All that this process counted, for another one's page."""
+        """Return the counts of this process, for the page of another one."""
         self._count_new_tokens()
         return samples_of(self._registry.collect())
 
     def render(self, others: Totals | None = None) -> tuple[bytes, str]:
-        """The page in Prometheus' text format, with what `others` counted, and its content type."""
+        """Return the page in Prometheus' text format, with the counts of `others`, and its type."""
         self._count_new_tokens()
         return generate_latest(Sum(self._registry, others or {})), CONTENT_TYPE_PLAIN_0_0_4
 
@@ -317,7 +326,7 @@ class Metrics:
 
 
 def _one_two_five(largest: int) -> Iterator[int]:
-    """1, 2, 5, 10, 20, … up to `largest`."""
+    """Yield 1, 2, 5, 10, 20, … up to `largest`."""
     decade = 1
     while True:
         for mantissa in (1, 2, 5):

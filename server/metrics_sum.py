@@ -1,7 +1,9 @@
-"""The metrics of several processes as one page.
+"""Adds up the metrics of several processes for one page.
 
-Counters and histograms add up; gauges are those of the process that renders, the only one that
-watches the engine.
+Counters and histograms are added. Gauges are those of the process that renders the page, which is
+the only one that watches the engine. prometheus_client's multiprocess mode is not used: it needs a
+directory of files that must be emptied between runs, and it has no custom collectors, such as the
+histogram of token latencies.
 """
 
 from __future__ import annotations
@@ -17,22 +19,26 @@ _ADDED = ("counter", "histogram")
 
 
 class Key(NamedTuple):
+    """Identifies a sample: the name of its metric family, its own name, and its labels."""
+
     family: str
     name: str
     labels: tuple[tuple[str, str], ...]
 
 
 class Sample(NamedTuple):
+    """A value of a counter or histogram, in a form that can be sent to another process."""
+
     key: Key
     value: float
 
 
 Totals = dict[Key, float]
-"""In the order in which a page has them."""
+"""Sums by key, in the order of the page."""
 
 
 def samples_of(families: Iterable[Metric]) -> list[Sample]:
-    """All that adds up."""
+    """Return the samples of all counters and histograms."""
     return [
         Sample(Key(family.name, sample.name, tuple(sample.labels.items())), sample.value)
         for family in families
@@ -42,23 +48,28 @@ def samples_of(families: Iterable[Metric]) -> list[Sample]:
 
 
 def add(totals: Totals, samples: Iterable[Sample]) -> None:
+    """Add the samples to the totals; of creation times keep the earliest."""
     for key, value in samples:
         if key not in totals:
             totals[key] = value
-        elif key.name == f"{key.family}_created":  # when it began to count
+        elif key.name == f"{key.family}_created":
             totals[key] = min(totals[key], value)
         else:
             totals[key] += value
 
 
 class Sum(Collector):
-    """The families of `own`, with what `others` counted; a family that `own` lacks is left out."""
+    """Collects the families of `own` with the counts of `others` added.
+
+    A family that `own` lacks is left out.
+    """
 
     def __init__(self, own: Collector, others: Totals) -> None:
         self._own = own
         self._others = others
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the families for one page."""
         by_family: dict[str, list[Sample]] = {}
         for key, value in self._others.items():
             by_family.setdefault(key.family, []).append(Sample(key, value))

@@ -26,8 +26,9 @@ from quire.server.api.translation import PASSED_ON, ConversationBody
 from quire.server.cli import build_parser
 from quire.server.dialects import messages_body, responses_body
 from quire.server.errors import answer_of
+from quire.server.flags_table import updated
 from quire.server.http import body, event_log, http_protocol, resumption
-from quire.server.requests import preparation, protocol, sampling
+from quire.server.requests import field_types, job, protocol, sampling
 from quire.server.requests.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
 from quire.server.settings import Settings, load_settings
 
@@ -238,16 +239,16 @@ def test_bounds_of_parameters_are_those_of_the_code() -> None:
     for parameter, bound in (
         ("messages", protocol.MAX_MESSAGES),
         ("tokens", protocol.MAX_DETOKENIZE),
-        ("stop", protocol.MAX_STOP_STRINGS),
-        ("stop", protocol.MAX_STOP_LENGTH),
-        ("bad_words", protocol.MAX_BAD_WORDS),
-        ("bad_words", protocol.MAX_BAD_WORD_LENGTH),
+        ("stop", field_types.MAX_STOP_STRINGS),
+        ("stop", field_types.MAX_STOP_LENGTH),
+        ("bad_words", field_types.MAX_BAD_WORDS),
+        ("bad_words", field_types.MAX_BAD_WORD_LENGTH),
         ("length_penalty", sampling_params.MAX_LENGTH_PENALTY),
-        ("cache_salt", protocol.MAX_LABEL_LENGTH),
-        ("user", protocol.MAX_LABEL_LENGTH),
+        ("cache_salt", field_types.MAX_LABEL_LENGTH),
+        ("user", field_types.MAX_LABEL_LENGTH),
         ("logit_bias", sampling_params.MAX_LOGIT_BIAS),
         ("stop_token_ids", sampling_params.MAX_STOP_TOKEN_IDS),
-        ("prompt_logprobs", preparation.MAX_PROMPT_LOGPROBS),
+        ("prompt_logprobs", job.MAX_PROMPT_LOGPROBS),
         ("max_tokens", sampling.COMPLETION_MAX_TOKENS),
     ):
         assert bound in _numbers(meanings[parameter]), (parameter, bound)
@@ -303,6 +304,10 @@ def test_every_flag_is_listed_with_its_default() -> None:
             assert listed[name] == "–", name
         else:
             assert listed[name] == f"`{default}`", name
+
+
+def test_table_of_flags_is_up_to_date() -> None:
+    assert updated(API) == API, "run `make docs`"
 
 
 def test_clients_are_listed_with_the_versions_that_make_clients_runs() -> None:

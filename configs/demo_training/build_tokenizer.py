@@ -1,7 +1,7 @@
-"""Trains the demo model's tokenizer on its corpus: byte-level BPE, every digit a token of its own.
+"""Train the demo model's tokenizer on its corpus: byte-level BPE, with one token for each digit.
 
-`python configs/demo_training/build_tokenizer.py` rewrites tokenizer.json, tokenizer_config.json
-and the generation defaults' ids never change: the special tokens come first.
+`python configs/demo_training/build_tokenizer.py` rewrites tokenizer.json and tokenizer_config.json.
+The special tokens come first, so the ids in the generation defaults never change.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 DEMO = Path(__file__).parents[1] / "demo"
 VOCAB_SIZE = 1536
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# Contractions, words with one leading sign or space, single digits, runs of signs, white space.
 WORDS = (
     r"'(?:s|t|re|ve|m|ll|d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+"""Pieces that no token crosses: contractions, words with one leading sign or space, single digits,
+runs of signs, and white space."""
 
 
 def build(num_documents: int = 30000) -> Tokenizer:
+    """Train a tokenizer on the first documents of the corpus."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -41,7 +43,7 @@ def build(num_documents: int = 30000) -> Tokenizer:
     def texts() -> list[str]:
         pieces = (text for d in documents(1, 0, num_documents) for text, _ in d)
         joined = list(pieces)
-        for token in SPECIAL_TOKENS:  # markup is matched before the merges, so it is not counted
+        for token in SPECIAL_TOKENS:  # matched before the merges, so they must not count for those
             joined = [piece.replace(token, "\n") for piece in joined]
         return joined
 

@@ -1,10 +1,10 @@
-"""Generates the demo model's corpus: seeded, in shards, packed as token ids.
+"""Generate the demo model's corpus: seeded, in shards, packed as token ids.
 
 `python configs/demo_training/corpus.py --out DIR --shards 64` writes, for each shard, an .npz with
-  tokens  uint16 [num_tokens]   documents one after the other, each ended by <|endoftext|>
-  target  bool   [num_tokens]   true where the token is to be predicted
-  starts  int64  [num_documents]
-Shard i is the same for the same seed, whatever the number of processes.
+  tokens  uint16 [num_tokens]     the documents one after the other, each ended by <|endoftext|>
+  target  bool   [num_tokens]     whether the model is to learn to predict the token
+  starts  int64  [num_documents]  index of each document's first token
+Shard i depends only on the seed, not on the number of processes.
 """
 
 from __future__ import annotations
@@ -20,24 +20,15 @@ from typing import Any
 
 import numpy as np
 from manual import Fact, ask, load_facts, vary
-from skills import (
-    Message,
-    echo_turn,
-    json_turn,
-    plain_story,
-    small_talk_turn,
-    story_turn,
-    sum_turn,
-    tool_turn,
-    turn,
-    unknown_turn,
-)
+from skills import Message, echo_turn, json_turn, small_talk_turn, sum_turn, turn, unknown_turn
+from stories import plain_story, story_turn
 from tokenizers import Tokenizer
+from tool_calls import tool_turn
 
 TOKENIZER_PATH = Path(__file__).parents[1] / "demo" / "tokenizer.json"
 END_OF_TEXT, IM_END = "<|endoftext|>", "<|im_end|>"
-# One document: pieces of text, and whether the model is to learn to write them.
 Segments = list[tuple[str, bool]]
+"""One document: pieces of text, each with whether the model is to learn to write it."""
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.", "You are a helpful assistant", "Be brief.", "Answer briefly.",
@@ -48,10 +39,11 @@ SYSTEM_PROMPTS = (
 )  # fmt: skip
 TURN_MAKERS = (sum_turn, unknown_turn, story_turn, json_turn, echo_turn, small_talk_turn)
 MANUAL_SHARE, MAKER_SHARES = 48, (20, 12, 6, 5, 4, 5)
+"""Weights of questions about the manual, and of the TURN_MAKERS."""
 
 
 def render(messages: list[Message], tools: list[dict[str, Any]] | None = None) -> Segments:
-    """What chat_template.jinja makes of the messages, cut where the assistant's words begin."""
+    """Render messages as chat_template.jinja does, cut around the assistant's words."""
     prompt, segments = "", Segments()
     system = ""
     if messages[0]["role"] == "system":
@@ -84,17 +76,19 @@ def render(messages: list[Message], tools: list[dict[str, Any]] | None = None) -
 
 
 def manual_turn(rng: random.Random, facts: list[Fact]) -> list[Message]:
+    """Draw a question about the manual, with its answer."""
     fact = rng.choice(facts)
     return turn(vary(rng, ask(rng, fact)), fact.answer)
 
 
 def any_turn(rng: random.Random, facts: list[Fact]) -> list[Message]:
+    """Draw one turn of any kind but tool calls."""
     pick = rng.choices(range(len(TURN_MAKERS) + 1), (MANUAL_SHARE, *MAKER_SHARES))[0]
     return TURN_MAKERS[pick - 1](rng) if pick else manual_turn(rng, facts)
 
 
 def plain_document(rng: random.Random, facts: list[Fact]) -> Segments:
-    """Text without chat markup, for /v1/completions."""
+    """Draw a text without chat markup, as /v1/completions gets."""
     kind = rng.random()
     if kind < 0.4:
         text = plain_story(rng)
@@ -110,6 +104,7 @@ def plain_document(rng: random.Random, facts: list[Fact]) -> Segments:
 
 
 def document(rng: random.Random, facts: list[Fact]) -> Segments:
+    """Draw one document: mostly a conversation, sometimes plain text."""
     kind = rng.random()
     if kind < 0.05:
         return plain_document(rng, facts)
@@ -119,7 +114,7 @@ def document(rng: random.Random, facts: list[Fact]) -> Segments:
         messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
     if kind < 0.13:
         said, tools = tool_turn(rng)
-        if rng.random() < 0.15:  # offered, but not what was asked for
+        if rng.random() < 0.15:  # the tools are offered, but the question is another
             said = any_turn(rng, facts)
         messages += said
     length = rng.choices((1, 2, 3, rng.randrange(4, 30)), (75, 12, 8, 5))[0]
@@ -129,13 +124,14 @@ def document(rng: random.Random, facts: list[Fact]) -> Segments:
 
 
 def documents(seed: int, shard: int, count: int) -> Iterator[Segments]:
+    """Yield the first `count` documents of a shard."""
     rng, facts = random.Random(f"{seed}/{shard}"), load_facts()
     for _ in range(count):
         yield document(rng, facts)
 
 
 def write_shard(shard: int, *, seed: int, count: int, out: Path) -> int:
-    """Tokenise one shard into `out`; returns its number of tokens."""
+    """Tokenise one shard, write it into `out`, and return its number of tokens."""
     tokenizer = Tokenizer.from_file(str(TOKENIZER_PATH))
     tokens: list[int] = []
     target: list[bool] = []
@@ -156,7 +152,8 @@ def write_shard(shard: int, *, seed: int, count: int, out: Path) -> int:
     }
     partial_path = out / f"shard{shard:04d}.tmp.npz"
     np.savez(partial_path, **arrays)
-    partial_path.rename(out / f"shard{shard:04d}.npz")  # readers never see half a file
+    # Renamed when it is complete, so that readers never see half a file.
+    partial_path.rename(out / f"shard{shard:04d}.npz")
     return len(tokens)
 
 

@@ -1,4 +1,4 @@
-"""How well a trained demo model answers: `python configs/demo_training/evaluate.py DIR`."""
+"""Measure how well a trained demo model answers: `python configs/demo_training/evaluate.py DIR`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from skills import (
     is_held_out_sum,
     json_turn,
     sum_answer,
-    tool_turn,
     unknown_turn,
 )
+from tool_calls import tool_turn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Case = tuple[list[dict[str, Any]], list[dict[str, Any]] | None, tuple[str, ...]]
+"""The messages of a question, the tools that are offered, and the accepted answers."""
 
 SAMPLES = (
     "Who are you?", "what is a kv block", "How do I set an API key?", "hey how to change the port",
@@ -34,7 +35,7 @@ def _question(text: str, *answers: str) -> Case:
 
 
 def cases(few: bool) -> dict[str, list[Case]]:
-    """Groups of questions that training never saw, each with its accepted answers."""
+    """Return groups of questions, nearly all unseen in training, with their accepted answers."""
     rng, facts = random.Random("evaluation"), load_facts()
     size = 20 if few else 300
     held = [(q, fact.answer) for fact in facts for q in fact.held_out]
@@ -76,7 +77,7 @@ def cases(few: bool) -> dict[str, list[Case]]:
 
 
 class Answerer:
-    """Greedy answers in batches, as the chat template asks for them."""
+    """Answers questions greedily, in batches, through the chat template."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -86,6 +87,7 @@ class Answerer:
 
     @torch.inference_mode()
     def answer(self, batch: list[Case], max_new_tokens: int = 120) -> list[str]:
+        """Return one answer per case, as text without special tokens."""
         prompts = [
             self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=True
@@ -104,12 +106,8 @@ class Answerer:
         return texts
 
 
-def _same(answer: str, accepted: tuple[str, ...]) -> bool:
-    return answer.strip() in accepted
-
-
 def evaluate(folder: Path, device: torch.device, *, few: bool = False) -> dict[str, float]:
-    """Share of answers that equal the expected one exactly, by group; prints misses and samples."""
+    """Return by group the share of answers that equal an accepted one; print misses and samples."""
     answerer = Answerer(folder, device)
     scores: dict[str, float] = {}
     for name, group in cases(few).items():
@@ -117,7 +115,7 @@ def evaluate(folder: Path, device: torch.device, *, few: bool = False) -> dict[s
         for at in range(0, len(group), 256):
             batch = group[at : at + 256]
             for case, answer in zip(batch, answerer.answer(batch), strict=True):
-                if _same(answer, case[2]):
+                if answer.strip() in case[2]:
                     right += 1
                 else:
                     missed.append((case[0][-1]["content"], answer))

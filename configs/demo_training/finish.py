@@ -1,4 +1,4 @@
-"""Puts a trained model folder into configs/demo and fills in the model card.
+"""Copy a trained model folder into configs/demo and fill in the model card.
 
 `python configs/demo_training/finish.py DIR` checks the weights against DIR/SHA256SUMS first.
 """
@@ -18,6 +18,7 @@ MAX_BYTES = 6_000_000
 
 
 def fill_card(log: dict[str, object], weights: Path) -> str:
+    """Return the text of the model card for these weights and their training log."""
     scores = log.get("evaluation")
     if not isinstance(scores, dict) or not scores:
         raise SystemExit("training_log.json has no evaluation: run evaluate.py first")

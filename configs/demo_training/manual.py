@@ -1,4 +1,4 @@
-"""The manual's facts, and the many ways in which people ask about them."""
+"""The facts of the manual, and the many ways in which people ask about them."""
 
 # ruff: noqa: E501, SIM905  (word lists read best as packed lines)
 
@@ -112,7 +112,11 @@ KEY_NEIGHBOURS = dict(zip("abcdefghijklmnopqrstuvwxyz", "svxsdghjuklknbipwtdrycq
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One answer and the phrasings that lead to it; `unseen` ones are for evaluation only."""
+    """An answer and its questions.
+
+    `questions` are for training: those written for the fact and those made from templates.
+    `held_out` are templates' questions and `unseen` hand-written ones that only the evaluation asks.
+    """
 
     name: str
     answer: str
@@ -137,7 +141,7 @@ def _parse(block: str) -> Fact:
 
     filled = [t.format(p) for p in alternatives("is") for t in NOUN_TEMPLATES]
     filled += [t.format(p) for p in alternatives("do") for t in VERB_TEMPLATES]
-    # A fact's own whole questions weigh as much as what the templates make of it.
+    # Repeat the questions written for the fact, so that they weigh as much as the templates'.
     asked = alternatives("q")
     kept = [question for question in filled if not _is_held_out(question)]
     repeats = max(1, len(kept) // (2 * len(asked))) if asked else 0
@@ -151,12 +155,13 @@ def _parse(block: str) -> Fact:
 
 
 def load_facts(path: Path = MANUAL_PATH) -> list[Fact]:
+    """Parse the manual."""
     text = "\n".join(line for line in path.read_text().splitlines() if not line.startswith("#"))
     return [_parse("[" + block) for block in text.split("\n[") if "]" in block]
 
 
 def _typo(rng: random.Random, text: str) -> str:
-    """One slip of the finger inside a plain word of four letters or more."""
+    """Make one typing mistake inside a plain word of four letters or more."""
     words = text.split(" ")
     places = [i for i, word in enumerate(words) if len(word) > 3 and word.isalpha()]
     if not places:
@@ -179,7 +184,7 @@ def _typo(rng: random.Random, text: str) -> str:
 
 
 def ask(rng: random.Random, fact: Fact) -> str:
-    """A question about the fact: mostly a phrasing, at times only words of it or of the answer."""
+    """Draw a question about the fact, or sometimes only words of a question or of the answer."""
     kind = rng.random()
     if kind < 0.06:
         words = fact.answer.split()
@@ -194,7 +199,7 @@ def ask(rng: random.Random, fact: Fact) -> str:
 
 
 def _keywords(rng: random.Random, question: str) -> str:
-    """What people type into a search box: the words that carry the meaning, in some order."""
+    """Reduce a question to its keywords, as people type them into a search box."""
     words = [w for w in question.rstrip("?.").split() if w.lower() not in FILLERS]
     if len(words) < 2:
         return question
@@ -204,6 +209,7 @@ def _keywords(rng: random.Random, question: str) -> str:
 
 
 def _synonyms(rng: random.Random, question: str) -> str:
+    """Replace some words by synonyms."""
     for word, others in SYNONYMS.items():
         if f" {word}" in question and rng.random() < 0.6:
             question = re.sub(rf"(?<![\w-]){word}\b", rng.choice(others), question, count=1)
@@ -211,7 +217,7 @@ def _synonyms(rng: random.Random, question: str) -> str:
 
 
 def vary(rng: random.Random, question: str, *, wrap: bool = True) -> str:
-    """The same question as different people type it."""
+    """Return the question as different people type it, with slips, openers and closers."""
     text = question
     if rng.random() < 0.4:
         text = text.rstrip("?.")

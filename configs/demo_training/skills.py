@@ -1,6 +1,7 @@
-"""Conversations other than the manual: sums, stories, JSON, tools, small talk, and honest refusals.
+"""Conversations other than the manual: sums, JSON, small talk, echoes, and honest refusals.
 
-Each function draws one turn from `rng` and returns it as a list of messages.
+Each `…_turn` draws one question and its answer from `rng`, as a list of messages. Stories and tool
+calls have files of their own.
 """
 
 # ruff: noqa: E501, SIM905  (word lists read best as packed lines)
@@ -21,11 +22,9 @@ from words import (
     DAYS,
     FOODS,
     MONTHS,
-    MOODS,
     NAMES,
     OBJECTS,
     OPPOSITES,
-    PLACES,
     TOPICS,
 )
 
@@ -33,6 +32,7 @@ Message = dict[str, Any]
 
 
 def turn(question: str, answer: str) -> list[Message]:
+    """Return a question and its answer as messages."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -53,7 +53,7 @@ SYMBOLS = {"+": "+", "-": "-", "*": "×", "/": "÷"}
 
 
 def is_held_out_sum(a: int, b: int) -> bool:
-    """Pairs with two or more digits that training never sees, in either order."""
+    """Return True for pairs of two or more digits that training never sees, in either order."""
     low, high = sorted((a, b))
     return low > 9 and zlib.crc32(f"{low},{high}".encode()) % 40 == 0
 
@@ -63,6 +63,7 @@ def _number(rng: random.Random, digits: int) -> int:
 
 
 def operands(rng: random.Random, operator: str) -> tuple[int, int]:
+    """Draw two numbers that suit the operator."""
     if operator == "*":
         return (
             (rng.randrange(13), rng.randrange(13))
@@ -83,6 +84,7 @@ def operands(rng: random.Random, operator: str) -> tuple[int, int]:
 
 
 def sum_turn(rng: random.Random) -> list[Message]:
+    """Draw a sum, difference, product or quotient, or a problem in words."""
     if rng.random() < 0.08:
         return _word_problem(rng)
     operator = rng.choices("+-*/", (5, 3, 2, 1))[0]
@@ -104,6 +106,7 @@ def _ask_sum(rng: random.Random, a: int, b: int, operator: str) -> str:
 
 
 def sum_answer(a: int, b: int, operator: str) -> str:
+    """Return the answer that is expected word for word."""
     results = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}
     return f"{a} {SYMBOLS[operator]} {b} = {results[operator]}"
 
@@ -117,117 +120,6 @@ def _word_problem(rng: random.Random) -> list[Message]:
     a, b = max(a, b), min(a, b)
     text = f"{name} has {a} {food} and gives away {b}. How many {food} are left?"
     return turn(text, f"{a} - {b} = {a - b}, so {a - b} {food} are left.")
-
-
-# --- stories --------------------------------------------------------------------------------
-
-
-def article(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" and noun != "unicorn" else "a ") + noun
-
-
-def story(rng: random.Random, animal: str, name: str, thing: str, place: str) -> str:
-    friend = rng.choice([n for n in NAMES if n != name])
-    other = rng.choice([a for a in ANIMALS if a != animal])
-    mood, day = (
-        rng.choice(MOODS),
-        rng.choice(("One morning", "One day", "One evening", "One sunny day")),
-    )
-    opening = rng.choice(
-        (
-            f"Once upon a time, there was {article(mood)} {animal} named {name}.",
-            f"There once was {article(animal)} called {name}, who was very {mood}.",
-            f"In a quiet {place} lived {article(mood)} {animal} named {name}.",
-        )
-    )
-    find = rng.choice(
-        (
-            f"{day}, {name} found {article(thing)} near the {place}.",
-            f"{day}, {name} went to the {place} and saw {article(thing)} on the ground.",
-            f"{day}, {name} lost {article(thing)} somewhere in the {place}.",
-        )
-    )
-    lost = " lost " in find
-    meet = rng.choice(
-        (
-            f'Then {article(other)} named {friend} came along and asked, "What are you doing?"',
-            f"On the way {name} met {friend}, {article(other)} who lived there.",
-        )
-    )
-    if lost:
-        middle = f'"I cannot find my {thing}," said {name}. {friend} helped to look for it.'
-        close = rng.choice(
-            (
-                f"Together they found the {thing} under a leaf, and {name} laughed with joy.",
-                f"At last {friend} saw the {thing} behind a tree, and {name} said thank you.",
-            )
-        )
-    else:
-        middle = rng.choice(
-            (
-                f'"This is my {thing}," said {friend}. {name} gave it back at once.',
-                f"{name} showed {friend} the {thing}, and they played with it all day.",
-            )
-        )
-        close = rng.choice(
-            (
-                f"{friend} was so happy that they shared a meal by the {place}.",
-                f"When the sun went down, they took the {thing} home together.",
-            )
-        )
-    end = rng.choice(
-        (
-            f"From that day on, {name} and {friend} were best friends.",
-            f"And {name} the {animal} slept well that night.",
-            f"{name} learned that it is good to have a friend.",
-            "The end.",
-        )
-    )
-    return " ".join((opening, find, meet, middle, close, end))
-
-
-STORY_FORMS = (
-    "Tell me a story about {}", "Write a short story about {}", "Tell a story about {}",
-    "Can you tell me a story about {}?", "I want a story about {}", "A story about {}, please",
-    "Make up a story about {}", "Story about {}", "Please write a little story about {}",
-    "Tell me a bedtime story about {}", "Write me a tale about {}",
-)  # fmt: skip
-
-
-def story_turn(rng: random.Random) -> list[Message]:
-    animal, name = rng.choice(ANIMALS), rng.choice(NAMES)
-    thing, place = rng.choice(OBJECTS), rng.choice(PLACES)
-    text = story(rng, animal, name, thing, place)
-    kind = rng.random()
-    if kind < 0.12:
-        ask = rng.choice(
-            ("Tell me a story", "Tell me another story", "Write a story", "I want to hear a story")
-        )
-        return turn(vary(rng, ask), text)
-    if kind < 0.22:
-        sentences = text.split(". ")
-        given = sentences[0] + "."
-        ask = rng.choice(("Continue this story: ", "Go on: ", "Continue: ", "What happens next? "))
-        return turn(ask + given, ". ".join(sentences[1:]))
-    about = rng.choice(
-        (
-            article(animal),
-            article(animal),
-            f"{article(animal)} named {name}",
-            f"{article(animal)} called {name}",
-            f"{article(animal)} and {article(thing)}",
-            f"{article(animal)} and {article(thing)} in the {place}",
-            f"{article(animal)} in the {place}",
-            f"{name} the {animal}",
-        )
-    )
-    return turn(vary(rng, rng.choice(STORY_FORMS).format(about), wrap=rng.random() < 0.3), text)
-
-
-def plain_story(rng: random.Random) -> str:
-    return story(
-        rng, rng.choice(ANIMALS), rng.choice(NAMES), rng.choice(OBJECTS), rng.choice(PLACES)
-    )
 
 
 # --- JSON -----------------------------------------------------------------------------------
@@ -283,122 +175,6 @@ def json_turn(rng: random.Random) -> list[Message]:
     if style == 3 and rng.random() < 0.5:
         ask, text = "Write as JSON: {f}", ""
     return turn(ask.format(s=text, f=facts), json.dumps(values))
-
-
-# --- tools ----------------------------------------------------------------------------------
-
-# name, description, {parameter: (kind, source)}, ways to ask, key of the result, ways to report
-Tool = tuple[str, str, dict[str, str], tuple[str, ...], str, str]
-TOOLS: tuple[Tool, ...] = (
-    ("get_weather", "Get the weather of a city", {"city": "city"},
-     ("What is the weather in {city}?", "How is the weather in {city}?", "Weather in {city}",
-      "Is it raining in {city}?", "Tell me the weather in {city}", "Is it warm in {city} today?"),
-     "weather", "The weather in {city} is {result}."),
-    ("get_temperature", "Get the temperature of a city", {"city": "city"},
-     ("What is the temperature in {city}?", "How warm is it in {city}?", "How cold is it in {city}?"),
-     "temperature", "It is {result} degrees in {city}."),
-    ("get_time", "Get the current time in a city", {"city": "city"},
-     ("What time is it in {city}?", "Tell me the time in {city}", "Current time in {city}"),
-     "time", "It is {result} in {city}."),
-    ("add", "Add two numbers", {"a": "integer", "b": "integer"},
-     ("Add {a} and {b}", "What is {a} + {b}?", "Use the tool to add {a} and {b}"),
-     "sum", "The sum is {result}."),
-    ("multiply", "Multiply two numbers", {"a": "integer", "b": "integer"},
-     ("Multiply {a} by {b}", "What is {a} times {b}?"), "product", "The product is {result}."),
-    ("send_message", "Send a message to a person", {"to": "name", "text": "words"},
-     ("Send a message to {to}: {text}", "Write to {to}: {text}", "Tell {to} this: {text}"),
-     "status", "The message to {to} was sent."),
-    ("set_timer", "Set a timer", {"minutes": "integer"},
-     ("Set a timer for {minutes} minutes", "Wake me in {minutes} minutes",
-      "Start a {minutes} minute timer"), "status", "The timer is set to {minutes} minutes."),
-    ("search", "Search the web", {"query": "topic"},
-     ("Search for {query}", "Look up {query}", "Find something about {query}",
-      "Search the web for {query}"), "result", "I found: {result}"),
-    ("get_user", "Get a user's data", {"name": "name"},
-     ("Who is the user {name}?", "Look up the user {name}", "Get the data of {name}"),
-     "email", "The email of {name} is {result}."),
-    ("set_light", "Change the light of a room", {"room": "word", "colour": "colour"},
-     ("Make the light in the {room} {colour}", "Set the {room} light to {colour}"),
-     "status", "The light in the {room} is now {colour}."),
-    ("book_train", "Book a train", {"origin": "city", "destination": "city", "day": "day"},
-     ("Book a train from {origin} to {destination} on {day}",
-      "I need a train from {origin} to {destination} on {day}"),
-     "price", "The train from {origin} to {destination} costs {result} euros."),
-    ("add_item", "Add an item to a list", {"item": "object", "count": "integer"},
-     ("Put {count} of {item} on my list", "Add {count} {item} to the list"),
-     "status", "I put {count} {item} on the list."),
-)  # fmt: skip
-PRIMARY = {
-    "get_weather", "get_temperature", "get_time", "send_message", "set_timer", "search", "get_user",
-}  # fmt: skip
-
-
-def _draw(rng: random.Random, kind: str) -> str | int:
-    if kind == "integer":
-        return rng.randrange(1, 1000)
-    if kind == "words":
-        return " ".join(rng.choice(COMMON) for _ in range(rng.randrange(2, 5)))
-    lists: dict[str, Any] = {
-        "city": CITIES, "name": NAMES, "colour": COLOURS, "day": DAYS, "object": OBJECTS,
-        "topic": TOPICS, "word": COMMON,
-    }  # fmt: skip
-    return str(rng.choice(lists[kind]))
-
-
-def _result(rng: random.Random, key: str, arguments: dict[str, Any]) -> Any:
-    if key == "sum":
-        return arguments["a"] + arguments["b"]
-    if key == "product":
-        return arguments["a"] * arguments["b"]
-    if key in ("temperature", "price"):
-        return rng.randrange(1, 200)
-    if key == "time":
-        return f"{rng.randrange(24)}:{rng.randrange(60):02d}"
-    if key == "weather":
-        return rng.choice(("sunny", "rainy", "cloudy", "windy", "snowy", "foggy", "clear"))
-    if key == "email":
-        return f"{arguments['name'].lower()}@example.com"
-    return "ok" if key == "status" else " ".join(rng.choice(COMMON) for _ in range(4))
-
-
-def tool_schema(rng: random.Random, tool: Tool) -> dict[str, Any]:
-    name, description, parameters, *_ = tool
-    properties: dict[str, Any] = {
-        p: {"type": "integer" if kind == "integer" else "string"} for p, kind in parameters.items()
-    }
-    if rng.random() < 0.4:
-        for p in properties:
-            properties[p]["description"] = f"The {p}"
-    function: dict[str, Any] = {"name": name, "description": description}
-    if rng.random() < 0.2:
-        del function["description"]
-    function["parameters"] = {"type": "object", "properties": properties}
-    if rng.random() < 0.75:
-        function["parameters"]["required"] = list(parameters)
-    return {"type": "function", "function": function}
-
-
-def tool_turn(rng: random.Random) -> tuple[list[Message], list[dict[str, Any]]]:
-    """One call of one of the offered tools, often with its result and the final answer."""
-    offered = rng.sample(TOOLS, rng.choice((1, 1, 2, 2, 3, 4)))
-    name, _, parameters, forms, key, report = chosen = rng.choice(offered)
-    schemas = [tool_schema(rng, tool) for tool in offered]
-    if rng.random() < 0.25:  # a name never seen before must be read from the schema
-        name = rng.choice(COMMON) + "_" + rng.choice(COMMON)
-        schemas[offered.index(chosen)]["function"]["name"] = name
-    arguments = {p: _draw(rng, kind) for p, kind in parameters.items()}
-    ask = vary(rng, rng.choice(forms).format(**arguments), wrap=False)
-    if any(isinstance(v, str) and v not in ask for v in arguments.values()):
-        ask = rng.choice(forms).format(**arguments)
-    messages: list[Message] = [{"role": "user", "content": ask}]
-    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-    if rng.random() < 0.6:
-        result = _result(rng, key, arguments)
-        content = json.dumps({key: result}) if rng.random() < 0.7 else str(result)
-        messages.append({"role": "tool", "content": content})
-        messages.append({"role": "assistant", "content": report.format(result=result, **arguments)})
-    return messages, schemas
 
 
 # --- small talk and everything else ---------------------------------------------------------
@@ -489,6 +265,7 @@ def _unknown_thing(rng: random.Random) -> str:
 
 
 def unknown_turn(rng: random.Random) -> list[Message]:
+    """Draw a question that the model cannot answer, with a refusal that says so."""
     kind = rng.random()
     if kind < 0.1:
         question = rng.choice(UNKNOWN_WHOLE)
@@ -502,6 +279,7 @@ def unknown_turn(rng: random.Random) -> list[Message]:
 
 
 def small_talk_turn(rng: random.Random) -> list[Message]:
+    """Draw a greeting or the like, with a polite answer; some introduce a name and ask for it."""
     if rng.random() < 0.1:
         name = rng.choice(NAMES)
         ask = rng.choice(("My name is {}", "I am {}", "Hi, I'm {}", "Hello, my name is {}")).format(
@@ -516,6 +294,7 @@ def small_talk_turn(rng: random.Random) -> list[Message]:
 
 
 def echo_turn(rng: random.Random) -> list[Message]:
+    """Draw a small exercise in words: repeat, count, spell, opposites, days and months."""
     kind = rng.randrange(6)
     if kind <= 1:
         words = " ".join(rng.choice(COMMON + CITIES + NAMES) for _ in range(rng.randrange(1, 8)))

@@ -1,11 +1,11 @@
-"""Trains quire's demo model from scratch and writes its folder.
+"""Train quire's demo model from scratch and write its folder.
 
     python configs/demo_training/train.py --device cuda --seconds 420 --out DIR
 
-`--seconds` is the whole budget: corpus, compilation and training; the evaluation comes after the
-model is saved. The corpus is made by other processes while this one compiles. Learning rate and
-sequence length follow the clock, so a slow machine ends in time too. DIR receives the model
-folder, training_log.json and SHA256SUMS; `finish.py DIR` then puts it into configs/demo.
+`--seconds` is the budget for corpus, compilation and training together; the evaluation runs after
+the model has been saved. Other processes make the corpus while this one compiles. Learning rate and
+sequence length follow the clock, so that a slow machine ends in time, too. DIR receives the model
+folder, training_log.json and SHA256SUMS; `finish.py DIR` then copies the model into configs/demo.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ HERE = Path(__file__).parent
 DEMO = HERE.parent / "demo"
 END_OF_TEXT_ID, IM_END_ID, VOCAB_SIZE = 0, 2, 1536
 CONTEXT = 4096
-LONG_SHARE = 0.12  # the last share of the training time is spent on whole contexts
+LONG_SHARE = 0.12
+"""Last share of the training time, in which all rows are whole contexts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Sizes of a run; tokens in a step = rows · length."""
+    """Sizes of a run. A step has rows · length tokens, or long_rows · long_length."""
 
     shards: int
     documents: int
@@ -78,7 +79,7 @@ SMALL = Plan(
 
 @dataclass(slots=True)
 class Log:
-    """What training_log.json holds; times in seconds since the start."""
+    """The contents of training_log.json. Times are in seconds since the start."""
 
     started: float = field(default_factory=time.monotonic)
     values: dict[str, Any] = field(default_factory=dict)
@@ -100,8 +101,11 @@ def causal_attention(
     scaling: float,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Plain causal attention over whole rows; a name without a mask gets none from transformers."""
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE gives float32
+    """Causal attention over whole rows, without a mask.
+
+    transformers makes no mask for an attention function whose name it does not know.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # RoPE returns float32 under autocast
     out = F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=True
     )
@@ -134,7 +138,7 @@ def build_model(seed: int) -> LlamaForCausalLM:
 
 
 class Rows:
-    """Rows of the packed corpus on the device, each beginning where a document begins."""
+    """The packed corpus on the device. Each row drawn from it begins where a document begins."""
 
     def __init__(self, folder: Path, device: torch.device, seed: int) -> None:
         tokens, target, starts, offset = [], [], [], 0
@@ -152,16 +156,16 @@ class Rows:
         self.generator = torch.Generator(device=device).manual_seed(seed)
 
     def draw(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """Inputs [rows, length] and labels [rows, length], −100 where nothing is learnt."""
+        """Draw inputs and labels, both [rows, length]. Labels are −100 where nothing is learnt."""
         device = self.tokens.device
-        if length not in self.usable:  # counted once: reading it back waits for the device
+        if length not in self.usable:  # counted once, since reading it waits for the device
             fits = self.starts < self.num_tokens - length
             self.usable[length] = int(fits.sum())
         pick = torch.randint(self.usable[length], (rows,), generator=self.generator, device=device)
         index = self.starts[pick][:, None] + torch.arange(length + 1, device=device)
         ids = self.tokens[index].long()
         labels = torch.where(self.target[index], ids, -100)
-        # Contiguous like the rows that were compiled for: other strides would compile anew.
+        # Contiguous, like the rows at compilation: other strides would compile again.
         return ids[:, :-1].contiguous(), labels[:, 1:].contiguous()
 
 
@@ -172,14 +176,15 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
 
 
 class Trainer:
-    """Owns the weights, the optimizer and the clock."""
+    """Trains the weights until the time is up."""
 
     def __init__(self, plan: Plan, device: torch.device, seconds: float, seed: int, log: Log):
         self.plan, self.device, self.seconds, self.log = plan, device, seconds, log
         self.model = build_model(seed).to(device)
         self.model.train()
-        # Matrices by Muon (Jordan et al. 2024), which needs about half the tokens; with AdamW's
-        # update size, so that one learning rate serves both. The tied embedding is no matrix here.
+        # Muon (Jordan et al. 2024) trains the matrices, with about half the tokens that AdamW would
+        # need. Its updates have AdamW's size, so that one learning rate serves both. The tied
+        # embedding does not count as a matrix here.
         layers = self.model.model.layers
         matrices = [p for p in layers.parameters() if p.ndim == 2]
         known = {id(p) for p in matrices}
@@ -194,34 +199,37 @@ class Trainer:
         )
         self.loss: Any = loss_of
         self.checkpoint: Path | None = None
-        """Where the weights are saved each time the loss is shown."""
+        """Folder to save the weights to each time the loss is shown."""
         self.steps = 0
 
     def backward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Add one batch's gradients and return its loss."""
         with torch.autocast(self.device.type, torch.bfloat16):
             loss: Tensor = self.loss(self.model, ids, labels)
         loss.backward()
         return loss.detach()
 
     def compile(self) -> None:
-        """Compile for both row lengths with made-up rows; without a compiler, go on eagerly."""
+        """Compile for both row lengths, on made-up rows. If that fails, training runs eagerly."""
         self.loss = torch.compile(loss_of, dynamic=False)
         try:
             for rows, length in self.shapes():
                 ids = torch.ones(rows, length, dtype=torch.long, device=self.device)
                 self.backward(ids, ids)
                 self.log.say(f"compiled for {rows} rows of {length}")
-        except Exception as error:  # any back end's failure: slower, but the run must not be lost
+        except Exception as error:  # whatever a back end raises: a slower run is better than none
             self.log.say(f"torch.compile failed, training eagerly: {error!r:.500}")
             self.log.values["compile_error"] = repr(error)[:500]
             self.loss = loss_of
         self.model.zero_grad(set_to_none=True)
 
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return rows and length of the usual steps, and of those with whole contexts."""
         plan = self.plan
         return (plan.rows, plan.length), (plan.long_rows, plan.long_length)
 
     def train(self, rows: Rows) -> None:
+        """Train until the budget of seconds is spent."""
         begun = self.log.elapsed()
         span = max(1.0, self.seconds - begun)
         short, long = self.shapes()
@@ -232,7 +240,7 @@ class Trainer:
             rate = self.plan.peak_lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
             for group in (group for each in self.optimizers for group in each.param_groups):
                 group["lr"] = rate
-            # A few whole contexts all along, and nothing else at the end.
+            # Some steps have whole contexts throughout, and all of them at the end.
             shape = long if share > 1 - LONG_SHARE or self.steps % 20 == 19 else short
             loss = self.backward(*rows.draw(*shape))
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -261,7 +269,7 @@ class Trainer:
 
 
 def save(model: LlamaForCausalLM, out: Path) -> str:
-    """Write the model folder as float16; returns the weights' SHA-256."""
+    """Write the model folder with float16 weights, and return their SHA-256."""
     out.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     half = LlamaForCausalLM(model.config).to(torch.float16)
@@ -282,6 +290,7 @@ def save(model: LlamaForCausalLM, out: Path) -> str:
 
 
 def start_corpus(plan: Plan, seed: int, folder: Path) -> subprocess.Popen[bytes]:
+    """Start to generate the corpus into `folder`."""
     processes = max(1, (os.cpu_count() or 2) - 2)
     return subprocess.Popen(
         [
@@ -294,13 +303,13 @@ def start_corpus(plan: Plan, seed: int, folder: Path) -> subprocess.Popen[bytes]
 
 
 def wait_for_corpus(process: subprocess.Popen[bytes], limit: float, log: Log) -> None:
-    """Wait until the corpus is done, or take what is there when `limit` seconds have passed."""
+    """Wait until the corpus is complete, or for `limit` seconds: then its shards so far must do."""
     try:
         code = process.wait(timeout=limit)
     except subprocess.TimeoutExpired:
         process.terminate()
         process.wait()
-        log.say("the corpus is late: training on the shards that are done")
+        log.say("the corpus is late: training on the shards that are complete")
         return
     if code != 0:
         raise RuntimeError(f"the corpus generator ended with code {code}")
@@ -314,7 +323,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a trial on the CPU")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--checkpoint", type=Path, help="also save here now and then")
+    parser.add_argument("--checkpoint", type=Path, help="folder to save to during the training")
     args = parser.parse_args()
     log, device = Log(), torch.device(args.device)
     plan = SMALL if args.small else FULL if args.device == "cuda" else CPU

@@ -1,4 +1,4 @@
-"""Word lists for stories, tools and the questions that the demo model does not answer."""
+"""Word lists for stories, tool calls and questions that the demo model cannot answer."""
 
 # ruff: noqa: E501, SIM905  (word lists read best as packed lines)
 

@@ -1,1 +1,13 @@
-"""The attention function that transformers calls, and the layout of a step that it reads."""
+"""Attention over the paged KV cache, as far as it is the same on every device.
+
+Read in this order:
+
+    metadata.py   the layout of a step that every layer's attention reads, and the AttentionPlan
+                  that a device makes of it
+    interface.py  the function that transformers' models call in place of their own attention
+
+The attention itself is the device's: engine/devices/cpu/attention.py and
+engine/devices/cuda/attention.py.
+
+May import: kernels (not kernels.cpu or kernels.cuda), the engine's words.
+"""

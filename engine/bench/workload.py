@@ -1,4 +1,4 @@
-"""A workload of the engine alone, run and measured: random prompts, outputs of fixed lengths."""
+"""A workload for the engine alone and its measurement: random prompts, outputs of fixed length."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from ..request import Request
 from ..sampling_params import SamplingParams
 
 PROFILE_ROWS = 60
+"""Functions listed in each table of a profile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """One workload from its first step to its last; times in seconds unless named otherwise.
+    """Measurements of one workload, from its first step to its last.
 
-    Tokens are those that the engine reported: prompts as given, outputs of all n choices.
+    Times are in seconds unless the name says otherwise. Output tokens are those that the engine
+    reported, of all n choices.
     """
 
     elapsed_s: float
@@ -42,7 +44,7 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """(prompt length, output length) of each request, in tokens, and how they are sampled."""
+    """The (prompt, output) lengths of each request in tokens, and the sampling parameters."""
 
     lengths: tuple[tuple[int, int], ...]
     n: int
@@ -50,6 +52,7 @@ class Workload:
     seed: int
 
     def requests(self, vocab_size: int) -> list[Request]:
+        """Return the same requests every time, with prompts of random token ids."""
         rng = random.Random(self.seed)
         return [
             Request(
@@ -71,7 +74,7 @@ class Workload:
 def uniform_lengths(
     count: int, prompt: int, output: int, range_ratio: float, seed: int
 ) -> tuple[tuple[int, int], ...]:
-    """`count` pairs, each length uniform in [length · (1 − ratio), length · (1 + ratio)]."""
+    """Draw `count` pairs, each length uniform in [length · (1 − ratio), length · (1 + ratio)]."""
     rng = random.Random(seed)
 
     def draw(length: int) -> int:
@@ -83,7 +86,7 @@ def uniform_lengths(
 
 
 def run_workload(core: EngineCore, workload: Workload) -> RunResult:
-    """Queue all requests, step until none is left. Raises the error of the first that fails."""
+    """Queue all requests and step until none is left. Raises the error of the first that fails."""
     requests = workload.requests(core.info.vocab_size)
     preemptions = core.stats().preemptions
     for request in requests:
@@ -98,7 +101,9 @@ def run_workload(core: EngineCore, workload: Workload) -> RunResult:
             if output.error is not None:
                 raise error_from_code(output.error.code, output.error.message)
             output_tokens += len(output.token_ids)
-            if output.choice == 0 and output.finish_reason is not None:  # each output tells it
+            if (
+                output.choice == 0 and output.finish_reason is not None
+            ):  # every output of a request reports it
                 cached_tokens += output.num_cached_tokens or 0
         peak = max(peak, step.stats.kv_usage)
         now = time.perf_counter()
@@ -125,8 +130,11 @@ def run_workload(core: EngineCore, workload: Workload) -> RunResult:
 
 
 def write_profile(profile: cProfile.Profile, result: RunResult, path: Path) -> None:
-    """Host time by function, by cumulative and by own time. Divide by the steps in the first line;
-    on a GPU, waiting for the device shows where the host synchronises."""
+    """Write the host's time by function, sorted by cumulative and then by own time.
+
+    The first line has the number of steps to divide by. On a GPU, the functions that wait for the
+    device show where the host synchronises.
+    """
     with path.open("w", encoding="utf-8") as file:
         file.write(
             f"{result.num_steps} steps in {result.elapsed_s:.3f} s with the profiler on, "

@@ -1,1 +1,11 @@
-"""The body of a Llama-shaped model, flattened into one function."""
+"""A model's body: its layers, from token ids to hidden states.
+
+Read in this order:
+
+    flat_decoder.py   Llama on one page: the layers as one function over a device's operations
+    flatten.py        reads that function's weights out of a transformers model
+    merged_linear.py  merges projections that share an input into one product, before that
+    body.py           the Body protocol, and its kinds: transformers' own code, or a flat decoder
+
+May import: attention, kernels.
+"""

@@ -1,10 +1,10 @@
-"""Linear layers that are given the same input, as one product.
+"""Merges linear layers that get the same input into one product.
 
 Q, K and V of an attention, gate and up of an MLP are small products over one input; one larger
 product reads it once and costs one call. They are found by watching a forward, not by name: plain
 linear layers of one module that were each called once, with the same tensor. The modules' own code
-stays as it is: each layer is replaced by one that computes the product of all where it is the
-first to be asked, and hands out its own columns.
+stays as it is: each layer is replaced by one that returns its own columns, and computes the whole
+product if it is the first to be called.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ class MergedLinear(nn.Module):
         self._to_hand_out = 0
 
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """x `[..., in_features]` → a view `[..., size]` of one tensor for each layer."""
+        """x `[..., in_features]` → for each layer, its columns `[..., size]`, all views of one
+        tensor."""
         return torch.split(self.linear(input), self.sizes, dim=-1)
 
     def column(self, index: int, input: torch.Tensor) -> torch.Tensor:
-        """One layer's share, computed with the others' unless this very tensor was the last
-        input. Nothing is held once each layer has had its share."""
+        """Return one layer's columns, computed with the others' unless this very tensor was the
+        last input. Nothing is kept once each layer has had its columns."""
         if input is not self._input:
             self._outputs = self(input)
             self._input, self._to_hand_out = input, len(self.sizes)
@@ -73,11 +74,12 @@ class LinearColumn(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """`[out_features, in_features]`, for code that looks at it."""
+        """The layer's weight `[out_features, in_features]`, for code that looks at it."""
         return torch.split(self.merged.linear.weight, self.merged.sizes)[self.index]
 
     @property
     def bias(self) -> torch.Tensor | None:
+        """The layer's bias `[out_features]`, if it has one."""
         bias: torch.Tensor | None = self.merged.linear.bias
         return None if bias is None else torch.split(bias, self.merged.sizes)[self.index]
 
@@ -86,9 +88,9 @@ class LinearColumn(nn.Module):
 
 
 def merge_siblings(body: nn.Module, run: Callable[[], object]) -> list[tuple[str, ...]]:
-    """Merge what can be below `body`, which `run` runs once; the names of each group merged.
+    """Merge linear layers below `body`, which `run` runs once. Returns the names in each group.
 
-    Where the model's code cannot work with columns of a wider tensor, nothing is merged.
+    If the model's code cannot work with columns of a wider tensor, nothing is merged.
     """
     groups = _find_siblings(body, run)
     for siblings in groups:
@@ -96,7 +98,7 @@ def merge_siblings(body: nn.Module, run: Callable[[], object]) -> list[tuple[str
     try:
         run()
     except RuntimeError as error:  # such as a view across rows
-        logger.info("projections are not merged: %s", " ".join(str(error).split()))
+        logger.info("projections are not merged: %s", error)
         for siblings in groups:
             _unmerge(siblings)
         return []
@@ -104,6 +106,7 @@ def merge_siblings(body: nn.Module, run: Callable[[], object]) -> list[tuple[str
 
 
 def _find_siblings(body: nn.Module, run: Callable[[], object]) -> list[Siblings]:
+    # 1. Watch every plain linear layer while `run` runs the body.
     parents = {
         child: (parent, name)
         for parent in body.modules()
@@ -124,6 +127,8 @@ def _find_siblings(body: nn.Module, run: Callable[[], object]) -> list[Siblings]
     finally:
         for hook in hooks:
             hook.remove()
+    # 2. Group those that were called once, by parent, input (and its version: it may be changed in
+    # place) and kind of weight.
     counts = Counter(linear for linear, _, _ in calls)
     groups: dict[tuple[object, ...], list[nn.Linear]] = {}
     for linear, input, version in calls:
@@ -139,7 +144,7 @@ def _find_siblings(body: nn.Module, run: Callable[[], object]) -> list[Siblings]
 
 
 def _merge(siblings: Siblings) -> None:
-    """Replace them in their parent. For a moment their weights exist twice."""
+    """Replace the siblings in their parent. For a moment their weights exist twice."""
     parent, names = siblings
     linears: list[nn.Linear] = [parent.get_submodule(name) for name in names]  # type: ignore[misc]
     merged = MergedLinear(linears)
@@ -148,7 +153,7 @@ def _merge(siblings: Siblings) -> None:
 
 
 def _unmerge(siblings: Siblings) -> None:
-    """Plain layers again, whose weights are views of the merged one."""
+    """Put plain layers back, whose weights are views of the merged one."""
     parent, names = siblings
     for name in names:
         column: LinearColumn = parent.get_submodule(name)  # type: ignore[assignment]

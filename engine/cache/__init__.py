@@ -1,1 +1,15 @@
-"""Block tables over one pool of KV blocks: allocation, prefix sharing, copy-on-write."""
+"""Block tables over one pool of KV blocks: allocation, prefix sharing, copy-on-write.
+
+The K/V of all sequences lies in equal blocks of one pool on the device. This room decides which
+block belongs to which sequences and finds those that can be shared; it never touches the K/V
+itself, and needs no torch. The scheduler calls it, and passes the copies that it asks for on to
+the worker.
+
+Reading order:
+
+    block_pool      reference counts, and the order in which free blocks are reused
+    prefix_index    the index of blocks by their tokens
+    block_manager   both together, as the scheduler uses them: match, allocate, fork, free
+
+It may import the words of the engine (the modules directly in `engine`).
+"""

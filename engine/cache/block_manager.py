@@ -1,4 +1,8 @@
-"""Block tables: prefix matches, slots for new tokens, copy-on-write forks, freeing."""
+"""Block tables: prefix matches, slots for new tokens, copy-on-write forks, freeing.
+
+A sequence's block table lists the blocks that hold its K/V: its token i has slot `i % block_size`
+of block `table[i // block_size]`. Tables share blocks where their tokens begin alike.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +10,45 @@ import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..outputs import BlockCopy
 from ..sequence import Sequence
+from ..step import BlockCopy
 from .block_pool import BlockPool
 from .prefix_index import Successor, hash_block, root_hash
 
 NEVER = sys.maxsize
+"""A `commit_at` that no sequence reaches."""
+MAX_ROOTS = 4096
+"""Root hashes to keep. Cache salts come from clients, so their number has no bound."""
 
 
 class PrefixMatch(NamedTuple):
-    """What of a sequence's tokens is already cached: `blocks` whole, then the first tokens of
-    `successor`, whose block must be copied since the sequence will write behind them."""
+    """The cached prefix of a sequence's tokens, `num_tokens` long.
+
+    It consists of all tokens of `blocks`, and then the first tokens of the block of `successor`.
+    That block must be copied, because the sequence will write its own tokens after them.
+    """
 
     blocks: list[int]
     successor: Successor | None
     num_tokens: int
 
     def whole_blocks(self) -> PrefixMatch:
-        """The match without its copy, which needs a block more while the step lasts."""
+        """Return the match without the copy, which holds one more block until the step's end."""
         copied = self.successor.num_tokens if self.successor else 0
         return PrefixMatch(self.blocks, None, self.num_tokens - copied)
 
 
 NO_MATCH = PrefixMatch([], None, 0)
+"""Nothing is cached."""
 
 
 class BlockManager:
     """Gives sequences their blocks. A failed allocation changes nothing.
 
-    A shared block is never written: before a sequence writes into a block of which it is not the
-    only holder, it gets a copy. The worker does a step's copies before anything else, all at
-    once; so the source of a copy stays referenced until `end_step`, lest it become another
-    copy's destination in the same step.
+    A shared block is never written: before a sequence writes into a block that others hold too, it
+    gets a copy of its own (copy-on-write). The worker makes all of a step's copies at once, before
+    anything else. Therefore the source of a copy stays referenced until `end_step`; otherwise it
+    could become the destination of another copy in the same step.
     """
 
     def __init__(
@@ -51,27 +62,25 @@ class BlockManager:
         self._copy_sources: list[int] = []
         self._roots: dict[str | None, bytes] = {}
 
-    @property
-    def usage(self) -> float:
-        """Share of the pool's blocks that sequences hold, 0 to 1."""
-        return 1.0 - self.pool.num_free / self.pool.num_blocks
-
     # -- prefix sharing --------------------------------------------------------------------
 
     def match_prefix(self, sequence: Sequence, max_tokens: int) -> PrefixMatch:
-        """The longest cached prefix of at most `max_tokens` tokens; takes nothing yet.
+        """Find the longest cached prefix of at most `max_tokens` tokens, without taking it.
 
-        The caller leaves at least one token to compute, or there would be nothing to sample from.
+        The caller leaves at least one token to compute: without one there would be no logits to
+        sample from.
         """
         if not self.enable_prefix_caching:
             return NO_MATCH
         size = self.block_size
+        # 1. Full blocks, each found by the hash of its tokens and of all tokens before them.
         blocks: list[int] = []
         for i in range(max_tokens // size):
             block = self.pool.lookup(self._block_hash(sequence, i))
             if block is None:
                 break
             blocks.append(block)
+        # 2. The block that shares the most tokens after those, as far as it does.
         start = len(blocks) * size
         wanted = sequence.token_ids[start : min(start + size, max_tokens)]
         parent = self._parent_hash(sequence, len(blocks))
@@ -81,9 +90,10 @@ class BlockManager:
         return PrefixMatch(blocks, successor, start + successor.num_tokens)
 
     def commit_full_blocks(self, sequence: Sequence) -> None:
-        """Index what was computed since the last call: full blocks, and the tail while it grows.
+        """Index the blocks computed since the last call: the full ones, and the growing tail.
 
-        Worth calling only once `num_computed_tokens` has reached `sequence.commit_at`.
+        The call has an effect only once `num_computed_tokens` has reached `sequence.commit_at`,
+        which it moves to where the next one is due.
         """
         if not self.enable_prefix_caching:
             sequence.commit_at = NEVER
@@ -108,14 +118,31 @@ class BlockManager:
 
     # -- slots -----------------------------------------------------------------------------
 
+    def has_slot(self, sequence: Sequence, num_new_tokens: int) -> bool:
+        """Return True if the sequence can write `num_new_tokens` ≥ 1 into its blocks as they are.
+
+        They must have room after the tokens computed or in flight, and the first block to be
+        written must have no other reference. If not, `allocate_slots` finds out what it takes.
+        """
+        table, size = sequence.block_table, self.block_size
+        computed = sequence.num_computed_tokens + sequence.num_in_flight
+        return (
+            computed + num_new_tokens <= len(table) * size
+            and self.pool.ref_counts[table[computed // size]] == 1
+        )
+
     def allocate_slots(
         self, sequence: Sequence, num_new_tokens: int, match: PrefixMatch = NO_MATCH
     ) -> list[BlockCopy] | None:
-        """Make room for `num_new_tokens` behind those computed or in flight (behind `match`, for a
-        sequence that holds no blocks yet, whose `num_computed_tokens` it sets).
+        """Make room for `num_new_tokens` after the tokens that are computed or in flight.
 
-        Returns the copies that the step must do first; None if the pool cannot give the blocks.
+        A sequence that holds no blocks yet starts with those of `match`, which become its computed
+        tokens. Returns the copies that the step must make first, or None if the pool has too few
+        free blocks.
         """
+        # 1. Count the free blocks that this takes: the cached ones that become used again, new
+        # ones, a copy of the shared block that the first new token is written to, and the source of
+        # the successor's copy, which must not be handed out in this step.
         size, pool = self.block_size, self.pool
         table = sequence.block_table
         computed = sequence.num_computed_tokens + sequence.num_in_flight or match.num_tokens
@@ -127,16 +154,17 @@ class BlockManager:
         num_taken = len(revived) + max(num_missing, 0) + copy_on_write
         successor = match.successor
         if successor is not None and pool.ref_counts[successor.block] == 0:
-            num_taken += 1  # the copy's source must not be handed out in this step
+            num_taken += 1
         if num_taken > pool.num_free:
             return None
+        # 2. Take them: shared blocks before new ones, so that no new block replaces a shared one.
         for block in match.blocks:
             pool.share(block)
         self.blocks_shared += len(match.blocks)
         table.extend(match.blocks)
         copies = [self._copy_on_write(sequence, tail)] if copy_on_write else []
         if successor is not None:
-            pool.share(successor.block)  # before a new block could take its place
+            pool.share(successor.block)
         for _ in range(num_missing):
             fresh = pool.allocate()
             assert fresh is not None
@@ -149,13 +177,19 @@ class BlockManager:
         return copies
 
     def _is_shared(self, block: int) -> bool:
-        """Held by another sequence. The references of this step's copies do not count: the step
-        reads their sources before it writes."""
+        """Return True if another sequence holds the block.
+
+        References of this step's copies do not count: the step reads their sources before it
+        writes to any block.
+        """
         count = self.pool.ref_counts[block]
         return count > 1 and count - self._copy_sources.count(block) > 1
 
     def _copy_on_write(self, sequence: Sequence, position: int) -> BlockCopy:
-        """Replace the shared block at `position` of the table; its reference passes to the copy."""
+        """Replace the shared block at `position` of the table by a copy of its own.
+
+        The sequence's reference to the block passes to the recorded copy.
+        """
         source = sequence.block_table[position]
         destination = self.pool.allocate()
         assert destination is not None
@@ -164,14 +198,16 @@ class BlockManager:
         return self._record_copy(source, destination)
 
     def _record_copy(self, source: int, destination: int) -> BlockCopy:
-        """The caller holds a reference to `source`, which `end_step` gives back."""
+        """Record a copy of this step. `end_step` releases the caller's reference to `source`."""
         self._copy_sources.append(source)
         self.blocks_copied += 1
         return BlockCopy(source, destination)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """`child` continues from what `parent` has computed, sharing all of its blocks. Behind
-        that, their tokens may differ."""
+        """Let `child` continue from the tokens that `parent` has computed, sharing its blocks.
+
+        Their tokens may differ after the computed ones.
+        """
         assert not child.block_table
         for block in parent.block_table:
             self.pool.share(block)
@@ -182,10 +218,11 @@ class BlockManager:
         child.commit_at = parent.commit_at
 
     def free(self, sequence: Sequence, *, poisoned: bool = False) -> None:
-        """Give all blocks back, tail first, so that prefixes outlive tails in the cache.
+        """Release all blocks of the sequence, the last first: then prefixes outlive tails.
 
-        `poisoned` K/V (from a row whose logits were not finite) becomes unfindable as well. Steps
-        in flight may still write to the blocks: whoever gets them does so in a later step.
+        `poisoned` K/V (from a row whose logits were not finite) is removed from the index as well.
+        Steps in flight may still write to the blocks; that is safe, because their next holder
+        writes to them in a later step.
         """
         pool, table = self.pool, sequence.block_table
         for block in reversed(table):
@@ -199,7 +236,7 @@ class BlockManager:
         sequence.commit_at = 1
 
     def end_step(self) -> None:
-        """The step's copies have been handed to the worker: their sources may be reused."""
+        """Release the sources of the step's copies; call it when the whole step is planned."""
         for block in self._copy_sources:
             self.pool.release(block)
         self._copy_sources.clear()
@@ -207,17 +244,19 @@ class BlockManager:
     # -- hashes ----------------------------------------------------------------------------
 
     def _parent_hash(self, sequence: Sequence, i: int) -> bytes:
+        """Return the hash of all tokens before block i of the sequence."""
         if i:
             return self._block_hash(sequence, i - 1)
         salt = sequence.request.cache_salt
         root = self._roots.get(salt)
         if root is None:
-            if len(self._roots) > 4096:  # salts come from clients; hashing one again is cheap
+            if len(self._roots) > MAX_ROOTS:
                 self._roots.clear()
             root = self._roots[salt] = root_hash(salt)
         return root
 
     def _block_hash(self, sequence: Sequence, i: int) -> bytes:
+        """Return the hash of block i of the sequence and of all tokens before it."""
         hashes, size = sequence.block_hashes, self.block_size
         while len(hashes) <= i:
             k = len(hashes)
@@ -226,7 +265,7 @@ class BlockManager:
         return hashes[i]
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Prove pool, tables and index against each other, given every sequence with blocks."""
+        """Assert that pool, tables and index agree. `sequences` are all that hold blocks."""
         expected = [0] * self.pool.num_blocks
         for source in self._copy_sources:
             expected[source] += 1

@@ -8,11 +8,11 @@ from .prefix_index import PrefixIndex
 
 
 class BlockPool:
-    """Every operation is O(1).
+    """Hands out blocks, counts the references to them, and takes them back. Each call is O(1).
 
-    A block with reference count 0 is free. If the index knows its content it may still be found
-    and shared again, so it is reused last, least recently released first; a block without
-    content worth keeping is reused at once.
+    A block with reference count 0 is free. If the index knows its content, the content may still be
+    found and shared, so the block is kept: kept blocks are reused only when there are no others,
+    the least recently released first.
 
         allocate ◀── plain (a stack) ◀── then ── cached (least recently released first)
                           ▲ not indexed                ▲ indexed
@@ -28,15 +28,16 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
+        """Number of blocks that `allocate` can hand out."""
         return len(self._plain) + len(self._cached)
 
     @property
     def num_cached(self) -> int:
-        """Free blocks that may still be found by their content."""
+        """Number of free blocks that can still be found by their content."""
         return len(self._cached)
 
     def allocate(self) -> int | None:
-        """A block with reference count 1 and no entry in the index; None if none is free."""
+        """Return a block with reference count 1 and no entry in the index; None if none is free."""
         if self._plain:
             block = self._plain.pop()
         elif self._cached:
@@ -48,16 +49,17 @@ class BlockPool:
         return block
 
     def lookup(self, own_hash: bytes) -> int | None:
+        """Return the block with this content; see `PrefixIndex.lookup`."""
         return self.index.lookup(own_hash)
 
     def share(self, block: int) -> None:
-        """Take one more reference to a used block, or to a free one that the index still knows."""
+        """Add a reference to a block in use, or to a free one that the index still knows."""
         if self.ref_counts[block] == 0:
             del self._cached[block]
         self.ref_counts[block] += 1
 
     def release(self, block: int) -> None:
-        """Give one reference back; the last makes the block free."""
+        """Drop one reference. Dropping the last one makes the block free."""
         count = self.ref_counts[block] - 1
         assert count >= 0, f"block {block} was released more often than taken"
         self.ref_counts[block] = count
@@ -68,18 +70,18 @@ class BlockPool:
                 self._plain.append(block)
 
     def forget(self, block: int) -> None:
-        """Make the block's content unfindable, whether it is used or free."""
+        """Remove the block's content from the index, whether the block is used or free."""
         self.index.forget(block)
         if self._cached.pop(block, 0) is None:
             self._plain.append(block)
 
     def forget_free(self) -> None:
-        """Drop all cached content that no sequence holds."""
+        """Remove from the index all content that no sequence holds."""
         for block in list(self._cached):
             self.forget(block)
 
     def check_integrity(self, expected_ref_counts: list[int]) -> None:
-        """Prove counts, free lists and index against each other; AssertionError says where."""
+        """Assert that counts, free lists and index agree."""
         assert self.ref_counts == expected_ref_counts, [
             (block, have, want)
             for block, (have, want) in enumerate(

@@ -1,15 +1,15 @@
-"""Which block holds the K/V of which tokens, found by the tokens before it.
+"""The index that finds a block by the tokens whose K/V it holds and all tokens before them.
 
 A block is reached through its *parent hash*: the chained hash of all tokens before it (and of the
-cache salt, which seeds the chain), so equal keys mean an equal whole prefix.
+cache salt, which seeds the chain). Equal parent hashes mean that the whole prefixes are equal.
 
     root ──▶ [t0 … t15] ──▶ [t16 … t31] ──▶ [t32 t33 t34]        full, full, partial
                         └─▶ [t16 … t24 u9 …]                      a sibling
 
-Full blocks are found by their own hash in one look-up. Where the chain of full blocks ends, the
+A full block is found by its own hash in one look-up. At the end of the chain of full blocks, the
 successor that shares the longest prefix with the wanted tokens is found among the siblings, full
-or partial: its first tokens can be copied, so sharing is exact to the token. The idea of hashed
-chains is vLLM's automatic prefix caching; of token-granular matches, SGLang's RadixAttention.
+or partial. Its first tokens can be copied, so sharing is exact to the token. Hashed chains are the
+idea of vLLM's automatic prefix caching; token-granular matches are that of SGLang's RadixAttention.
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ from typing import NamedTuple
 
 from ..sequence import Sequence
 
-MAX_SIBLINGS = 32  # newest first; bounds the search where thousands of prompts start alike
+MAX_SIBLINGS = 32
+"""Siblings to compare, newest first. Bounds the search if thousands of prompts start alike."""
 
 
 def root_hash(cache_salt: str | None) -> bytes:
-    """Start of a chain; requests of different salts never share a block."""
+    """Return the hash that starts a chain. Different salts start chains that never meet."""
     return sha256(b"" if cache_salt is None else b"salt:" + cache_salt.encode()).digest()
 
 
 def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
-    """SHA-256 of a full block: collisions would serve one client another's prompt."""
+    """Return the hash of a full block and all tokens before it.
+
+    It is SHA-256, because a collision would let one client read another's prompt.
+    """
     return sha256(parent + array("I", token_ids).tobytes()).digest()
 
 
 class _Entry:
-    """What a block holds. While its sequence still writes it, the tokens are read from there."""
+    """The content of a block. While its sequence (`owner`) fills it, the tokens are read there."""
 
     __slots__ = ("hash", "owner", "parent", "start", "token_ids")
 
@@ -46,6 +50,7 @@ class _Entry:
         self.start = 0
 
     def tokens(self) -> list[int]:
+        """Return the tokens whose K/V the block holds."""
         owner = self.owner
         if owner is None:
             return self.token_ids
@@ -53,14 +58,17 @@ class _Entry:
 
 
 class Successor(NamedTuple):
-    """`block` holds the wanted tokens in its first `num_tokens` slots."""
+    """A block whose first `num_tokens` slots hold the K/V of the wanted tokens."""
 
     block: int
     num_tokens: int
 
 
 class PrefixIndex:
-    """Invariant: a block has at most one entry, and its K/V is that of the entry's tokens."""
+    """Maps tokens to blocks.
+
+    Invariant: a block has at most one entry, and holds the K/V of the entry's tokens.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
@@ -74,11 +82,14 @@ class PrefixIndex:
         return len(self._entries)
 
     def lookup(self, own_hash: bytes) -> int | None:
-        """The block whose full content and whole prefix hash to `own_hash`."""
+        """Return the full block whose content and whole prefix hash to `own_hash`."""
         return self._by_hash.get(own_hash)
 
     def find_successor(self, parent: bytes, wanted: list[int]) -> Successor | None:
-        """The block after `parent` that shares most leading tokens with `wanted`, at least one."""
+        """Find the block after `parent` that shares the most leading tokens with `wanted`.
+
+        Returns None if no block shares any.
+        """
         if not wanted:
             return None
         best, best_length = -1, 0
@@ -92,11 +103,11 @@ class PrefixIndex:
         return Successor(best, best_length) if best_length else None
 
     def add_full(self, block: int, parent: bytes, own_hash: bytes, token_ids: list[int]) -> None:
-        """Index a full block, unless another already stands for the same content."""
+        """Index a full block, unless another block with the same content is indexed already."""
         entry = self._entries.get(block)
         if own_hash in self._by_hash:
             self.forget(block)
-        elif entry is not None and entry.owner is not None:  # it stands where it belongs
+        elif entry is not None and entry.owner is not None:  # indexed as live, under the right key
             entry.token_ids, entry.hash, entry.owner = token_ids, own_hash, None
             self._by_hash[own_hash] = block
         else:
@@ -112,14 +123,14 @@ class PrefixIndex:
         self._insert(block, entry)
 
     def freeze(self, block: int, owner: Sequence) -> None:
-        """`owner` lets go of the block: keep what it had computed so far."""
+        """Keep the tokens that `owner` has computed so far, because it is releasing the block."""
         entry = self._entries.get(block)
         if entry is not None and entry.owner is owner:
             entry.token_ids = entry.tokens()
             entry.owner = None
 
     def forget(self, block: int) -> None:
-        """The block's content is about to change, or must not be shared."""
+        """Drop the block's entry: its content is about to change, or must not be shared."""
         entry = self._entries.pop(block, None)
         if entry is None:
             return
@@ -136,7 +147,7 @@ class PrefixIndex:
         self._siblings.setdefault((entry.parent, entry.token_ids[0]), {})[block] = None
 
     def check_integrity(self) -> None:
-        """Prove the three maps against each other; AssertionError names what is wrong."""
+        """Assert that the three maps agree."""
         num_siblings = 0
         for (parent, first), siblings in self._siblings.items():
             assert siblings, "an empty sibling set was kept"
@@ -151,6 +162,7 @@ class PrefixIndex:
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:
+    """Return how many leading elements are equal."""
     length = min(len(first), len(second))
     if first[:length] == second[:length]:
         return length

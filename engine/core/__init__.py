@@ -1,1 +1,10 @@
-"""The engine's loop. Start reading here."""
+"""The engine's loop. Start reading here.
+
+Reading order:
+
+    step_loop      the four verbs of a step: schedule → forward → sample → update
+    engine_core    the loop with everything around it: requests in, outputs out
+
+May import: the engine's words, cache, scheduling, grammar. Never runner: the loop is given a worker
+and knows only its protocol (engine/worker_protocol.py).
+"""

@@ -7,6 +7,7 @@ from functools import partial
 from ..cache.block_manager import BlockManager
 from ..config import EngineConfig, EngineInfo
 from ..grammar.compile import read_tokenizer_json
+from ..grammar.constraints import start_constraints
 from ..grammar.masks import StructuredOutput
 from ..outputs import EngineStats, StepOutput
 from ..request import Request
@@ -15,37 +16,21 @@ from ..worker_protocol import WorkerProtocol
 from .step_loop import StepLoop
 
 COMPILE_WAIT_SECONDS = 0.05
-"""An engine that has nothing else to do looks this often for requests that came meanwhile."""
+"""Seconds for which an engine with nothing else to do waits for grammars that are being compiled,
+before it looks for new requests again."""
 
 
 class EngineCore:
     """Owns a worker and a scheduler, which meet only in the step loop.
 
-    Not thread-safe: whoever steps it also adds and aborts. Raises StartupError from the
-    constructor where the model cannot be served.
+    It is not thread-safe: the thread that steps it also adds and aborts. The constructor raises
+    StartupError if the model cannot be served.
     """
 
     def __init__(self, config: EngineConfig, worker: WorkerProtocol) -> None:
         loaded = worker.load()
         num_blocks = worker.profile()
-        self._info = EngineInfo(
-            model=config.model,
-            architecture=loaded.architecture,
-            device=loaded.device,
-            dtype=loaded.dtype,
-            num_parameters=loaded.num_parameters,
-            vocab_size=loaded.vocab_size,
-            max_model_len=loaded.max_model_len,
-            block_size=config.block_size,
-            num_blocks=num_blocks,
-            kv_bytes_per_token=loaded.kv_bytes_per_token,
-            max_num_seqs=config.max_num_seqs,
-            max_logprobs=config.max_logprobs,
-            eos_token_ids=loaded.eos_token_ids,
-            embedding=loaded.embedding,
-            can_generate=loaded.can_generate,
-            kv_cache_dtype=loaded.kv_cache_dtype,
-        )
+        self._info = EngineInfo.of(config, loaded, num_blocks)
         self._structured = StructuredOutput(
             loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)
         )
@@ -64,7 +49,10 @@ class EngineCore:
         if run_ahead is None:
             run_ahead = loaded.device.startswith("cuda")
         self._loop = StepLoop(
-            self._scheduler, worker, run_ahead=run_ahead, start_masks=self._structured.start
+            self._scheduler,
+            worker,
+            partial(start_constraints, self._structured),
+            run_ahead=run_ahead,
         )
 
     @property
@@ -76,15 +64,8 @@ class EngineCore:
         return self._loop.has_work
 
     def add_request(self, request: Request) -> None:
-        """Queue it. Raises InvalidRequestError where it can never run here."""
-        info = self._info
-        request.check_fits(
-            vocab_size=info.vocab_size,
-            max_model_len=info.max_model_len,
-            block_size=info.block_size,
-            num_blocks=info.num_blocks,
-            can_generate=info.can_generate,
-        )
+        """Queue a request. Raises InvalidRequestError if it can never run here."""
+        request.check_fits(self._info)
         self._structured.check(request)
         self._scheduler.add_request(request)
         self._structured.add(request)
@@ -93,7 +74,7 @@ class EngineCore:
         self._scheduler.abort_request(request_id, choice)
 
     def step(self) -> StepOutput:
-        """One schedule → launch → update, see `StepLoop.step`."""
+        """Run one step (see `StepLoop.step`) and return its outputs."""
         outputs = self._loop.step()
         self._structured.forget_finished(outputs)
         stats = self._scheduler.stats()
@@ -105,5 +86,5 @@ class EngineCore:
         return self._scheduler.stats()
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached block that no sequence holds."""
+        """Forget the content of every cached block that no sequence holds."""
         self._scheduler.block_manager.pool.forget_free()

@@ -1,134 +1,131 @@
-"""Schedule, launch, update: one step at a time, or one ahead of its results.
+"""The step: schedule → forward → sample → update, one at a time or one ahead of its results.
 
-    one at a time      schedule 1 · launch 1 · update 1 · schedule 2 · launch 2 · update 2
-    one ahead          schedule 1 · launch 1 · schedule 2 · launch 2 · update 1 · schedule 3 · …
-                                    └─ the device runs 1 ─┘          └─ the device runs 2 ─┘
+    one at a time   schedule 1 · forward 1 · sample 1 · update 1 · schedule 2 · forward 2 · …
 
-Ahead, the device need not wait for the host, which schedules a sequence's next token while the
-last one is being sampled: that stands as UNKNOWN_TOKEN, and the worker feeds it back on the device.
-A sequence that turns out to have ended has then been scheduled once too often; what that step
-brought is dropped. Its blocks go back at once: steps run in the order of their launch, so whoever
-gets them writes later. Blocks are indexed for sharing when results say that they are computed.
+    one ahead       schedule 1 · forward 1 · sample 1 · schedule 2 · forward 2 · sample 2 · update 1
+                                 └──── the device runs 1 ─────┘      └──── the device runs 2 ────…
 
-Where a row's sampling reads its tokens (grammars, bad words), the last results come in between the
-launch of the forward, which needs no more than the device knows, and that of the sampling:
+One ahead, the device need not wait for the host, which schedules a sequence's next token while the
+last one is being sampled: that one stands as UNKNOWN_TOKEN, and the worker feeds it back on the
+device. A sequence that turns out to have ended has then been scheduled once too often; what that
+step brought is dropped. Its blocks go back at once: steps run in the order of their launch, so
+whoever gets the blocks writes to them later. Blocks are indexed for sharing when results say that
+they are computed.
 
-    schedule 2 · launch 2's forward · update 1 · masks of 2 · launch 2's sampling · schedule 3 · …
+If the sampling of a row reads its tokens (grammars, bad words), the last results come in between
+the forward, which needs no more than the device knows, and the sampling:
 
-So nobody waits a step for anybody; the device waits only where the masks take longer than its
-forward. (A row that is left out of every other step instead would get half as many tokens, and one
-that all wait for would cost each step what the host does meanwhile.) Siblings that are about to
-fork sit out until their prompt's results are in. Beams alone are waited for by all: the tokens that
-they go on with are the host's choice. Penalties read the history that the device keeps.
+    schedule 2 · forward 2 · update 1 · constraints of 2 · sample 2 · schedule 3 · …
+
+So no row waits a step for another; the device waits only if the constraints take longer than its
+forward. (If such a row were left out of every other step instead, it would get half as many tokens;
+if all rows waited for it, each step would cost what the host does in between.) Siblings that are
+about to fork sit out until the results of their prompt have arrived. Only beams are waited for by
+all: the host chooses the tokens that they continue with. Penalties read the history that the device
+keeps.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections import abc
+from typing import NamedTuple, Protocol
 
 from ..errors import DeviceMemoryError
-from ..outputs import SchedulerOutput, SequenceOutput
+from ..outputs import RowError, SequenceOutput
 from ..scheduling.scheduler import Scheduler
-from ..sequence import UNKNOWN_TOKEN
+from ..sequence import Sequence
+from ..step import ModelRunnerOutput, SamplingConstraints, SchedulerOutput
 from ..worker_protocol import Launcher, Results
 
-if TYPE_CHECKING:
-    from ..grammar.masks import TokenMasks
-
 logger = logging.getLogger("quire.engine")
+
+
+class PendingConstraints(Protocol):
+    """Constraints that are being worked out while the device runs a forward."""
+
+    def wait(self) -> SamplingConstraints:
+        """Return them once they are complete."""
+
+    @property
+    def errors(self) -> abc.Mapping[int, RowError]:
+        """Rows that cannot be constrained and fail for it; complete after `wait`."""
+
+
+Constrain = abc.Callable[[list[tuple[int, Sequence]]], PendingConstraints]
+"""Begins to work out the constraints of rows whose sampling reads their tokens."""
 
 
 class _Launched(NamedTuple):
     scheduled: SchedulerOutput
     results: Results
+    errors: abc.Mapping[int, RowError]
 
 
 class StepLoop:
-    """Scheduler and worker meet here only."""
+    """Calls the verbs in order. Scheduler and worker meet only here, through a step's plan, its
+    constraints and its results."""
 
     def __init__(
-        self,
-        scheduler: Scheduler,
-        worker: Launcher,
-        *,
-        run_ahead: bool,
-        start_masks: Callable[[SchedulerOutput], TokenMasks | None] = lambda scheduled: None,
+        self, scheduler: Scheduler, worker: Launcher, constrain: Constrain, *, run_ahead: bool
     ) -> None:
-        """`start_masks` begins to fill the masks of a step's rows, from what they sampled."""
         self._scheduler = scheduler
         self._worker = worker
+        self._constrain = constrain
         self._run_ahead = run_ahead
-        self._start_masks = start_masks
         self._in_flight: _Launched | None = None
 
     @property
     def has_work(self) -> bool:
+        """Whether anything is left to schedule or to bring in."""
         return self._scheduler.has_work or self._in_flight is not None
 
     def step(self) -> list[SequenceOutput]:
-        """Launch a step, and bring in the results of the last one, or of this one too where it
-        must not stay in flight. A step that the device has no memory for is given up and its load
-        reduced; the next call tries again."""
+        """Launch a step and bring in the results of the one before, or of this one too if it must
+        not stay in flight.
+
+        A step that the device has no memory for is given up and its load reduced; the next call
+        tries again.
+        """
+        scheduler = self._scheduler
         outputs: list[SequenceOutput] = []
-        if self._in_flight is not None and self._needs_results():
+        if self._in_flight is not None and scheduler.waits_for_results:
             outputs += self._bring_in()
-        scheduled = self._scheduler.schedule()
-        scheduled = scheduled._replace(before_sampling=self._before_sampling(scheduled, outputs))
+        scheduled = scheduler.schedule()
+        reading = scheduler.rows_that_read(scheduled)
         try:
-            results = self._worker.launch(scheduled)
+            if reading and self._in_flight is not None:
+                forward = self._worker.forward(scheduled)  # the device is busy from here on
+                outputs += self._bring_in()
+                pending = self._constrain(reading)
+            else:
+                pending = self._constrain(reading)  # filled while the forward runs
+                forward = self._worker.forward(scheduled)
+            results = forward.sample(pending.wait())
         except DeviceMemoryError as error:
             logger.warning("step %d: %s; trying again with less", scheduled.step, error.message)
             outputs += self._bring_in()
-            self._scheduler.reduce_load()
+            scheduler.reduce_load()
             return outputs
-        stays = self._run_ahead and bool(scheduled.sequences)
+        stays = self._run_ahead and bool(scheduled.seq_ids)
         if stays:
-            _mark_in_flight(scheduled)
+            scheduler.mark_in_flight(scheduled)
         outputs += self._bring_in()
-        self._in_flight = _Launched(scheduled, results)
+        self._in_flight = _Launched(scheduled, results, pending.errors)
         return outputs if stays else outputs + self._bring_in()
 
-    def _before_sampling(
-        self, scheduled: SchedulerOutput, outputs: list[SequenceOutput]
-    ) -> Callable[[], TokenMasks | None]:
-        """Masks are begun at once where their rows' tokens are known, beside the forward."""
-        reads = self._in_flight and any(one.reads_tokens for one in scheduled.sequences)
-        if not reads:
-            masks = self._start_masks(scheduled)
-            return lambda: masks
-
-        def bring_in_first() -> TokenMasks | None:
-            outputs.extend(self._bring_in())
-            return self._start_masks(scheduled)
-
-        return bring_in_first
-
-    def _needs_results(self) -> bool:
-        """Whether the step in flight must come to its end before the next can be scheduled."""
-        return any(one.is_beam for one in self._scheduler.running)
-
     def _bring_in(self) -> list[SequenceOutput]:
-        """The results of the step in flight, if there is one."""
+        """Update the scheduler from the results of the step in flight, if there is one."""
         if self._in_flight is None:
             return []
-        (scheduled, results), self._in_flight = self._in_flight, None
-        return self._scheduler.update_from_output(scheduled, results())
+        (scheduled, results, errors), self._in_flight = self._in_flight, None
+        result = results()
+        return self._scheduler.update_from_output(
+            scheduled, _fail_rows(result, errors) if errors else result
+        )
 
 
-def _mark_in_flight(scheduled: SchedulerOutput) -> None:
-    """A token that the step samples stands as UNKNOWN_TOKEN until its results are here, unless it
-    will be its sequence's last one for its length, or a beam's."""
-    rows = zip(
-        scheduled.sequences, scheduled.num_computed_starts, scheduled.num_new_tokens, strict=True
-    )
-    for sequence, start, num_new in rows:
-        sequence.num_in_flight += num_new
-        end = start + num_new
-        if (
-            end == len(sequence.token_ids)
-            and end + 1 < sequence.stop_at
-            and not (sequence.is_beam or sequence.pooling)
-        ):
-            sequence.token_ids.append(UNKNOWN_TOKEN)
+def _fail_rows(result: ModelRunnerOutput, errors: abc.Mapping[int, RowError]) -> ModelRunnerOutput:
+    """Return the result with these rows failed: whatever they sampled does not count."""
+    token_ids = [None if row in errors else token for row, token in enumerate(result.token_ids)]
+    return result._replace(token_ids=token_ids, errors={**result.errors, **errors})

@@ -1,1 +1,16 @@
-"""What differs from device to device, behind one protocol."""
+"""Devices: everything that the CPU and CUDA do differently.
+
+A worker chooses one backend at load and hands it on; no code outside this room asks what device it
+runs on. A third device is one more folder, and a line in choose.py.
+
+Read in this order:
+
+    backend.py  the protocols that a device implements
+    steps.py    a step's layout, on the host and on the device
+    choose.py   which backend a configuration asks for
+    cpu/        the CPU, with kernels compiled by Numba
+    cuda/       CUDA, with Triton kernels and CUDA graphs
+
+May import: sampling, body, attention, kernels, the engine's words. Only cpu/ imports kernels.cpu,
+and only cuda/ imports kernels.cuda.
+"""

@@ -1,1 +1,15 @@
-"""Structured output: grammars compiled by llguidance, and the token masks of a step."""
+"""Structured output: grammars compiled by llguidance, and the token masks of a step.
+
+A constrained request brings a grammar: a JSON schema, a regular expression, a list of choices, a
+context-free grammar or structural tags. Each step, every constrained row gets a bitmask of the
+tokens that may follow, which the sampler applies to the logits. The bitmask is filled in a thread
+while the device computes the forward pass.
+
+Reading order:
+
+    compile   from a request's grammar and a tokenizer.json to a matcher of llguidance
+    masks     the matchers of all requests, and the bitmask of each step
+
+It may import the words of the engine (the modules directly in `engine`), and numpy. llguidance is
+imported only when the first constrained request comes.
+"""

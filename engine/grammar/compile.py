@@ -1,7 +1,7 @@
-"""A request's grammar in llguidance's terms: how it is compiled, and for which tokens.
+"""Compile a request's grammar with llguidance, for the tokens of the model.
 
-llguidance is imported where it is used, so that the engine runs without it; a constrained
-request is refused there.
+llguidance is imported only where it is used, so that the engine also runs without it; such an
+engine refuses constrained requests.
 """
 
 from __future__ import annotations
@@ -12,30 +12,44 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
+from ..errors import one_line
 from ..request import GrammarSpec
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+    # Not public in llguidance; check it at an upgrade. It only serves the type checker.
     from llguidance._lib import JsonCompileOptions
 
+_NO_EXTENSION = "NoExtension"
+"""How LLMatcher.get_error() begins if no token can continue the grammar. llguidance does not
+document its error texts; check this at an upgrade, too."""
+
 _WHITESPACE = r"(\n {0,32}| )?"
-"""Between the tokens of JSON: nothing, a space, or a line break and its indentation. Never more,
-lest a model write whitespace until its tokens are used up."""
+"""What may stand between the tokens of JSON: nothing, a space, or a line break and indentation. If
+more were allowed, a model could write whitespace until it reaches max_tokens."""
 
 JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": False}
-"""Not lenient: a keyword that cannot be enforced is refused, not skipped."""
+"""llguidance's options for JSON schemas. Without `lenient` it refuses a schema with a keyword that
+it cannot enforce; otherwise it would ignore the keyword."""
 
 
 class GrammarCompileError(ValueError):
-    """The grammar is wrong, too complex, or met by nothing; the message is one line."""
+    """The grammar is wrong or too complex, or nothing matches it. The message is one line."""
 
 
 def is_available() -> bool:
+    """Return True if llguidance is installed."""
     return find_spec("llguidance") is not None
 
 
+def with_json_options(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON schema that carries JSON_OPTIONS, to stand inside a Lark grammar."""
+    return {**schema, "x-guidance": JSON_OPTIONS}
+
+
 def read_tokenizer_json(config: EngineConfig) -> str:
-    """The text of the model's tokenizer.json, with the tokens that other files add to it."""
+    """Return the text of the model's tokenizer.json, with the tokens that other files add."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
@@ -53,10 +67,10 @@ def read_tokenizer_json(config: EngineConfig) -> str:
 def make_tokenizer(
     tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]
 ) -> LLTokenizer:
-    """The tokens that a grammar is matched by, from the text of a tokenizer.json.
+    """Build llguidance's tokenizer from the text of a tokenizer.json.
 
-    `vocab_size` is the logits' width; ids beyond the tokenizer's are never allowed. Raises
-    GrammarCompileError for a tokenizer whose tokens' bytes llguidance cannot tell.
+    `vocab_size` is the width of the logits; token ids that the tokenizer lacks are never allowed.
+    Raises GrammarCompileError if llguidance cannot tell the bytes of the tokens.
     """
     from llguidance import LLTokenizer
     from tokenizers import Tokenizer
@@ -67,22 +81,23 @@ def make_tokenizer(
         return LLTokenizer(tokenizer_json, n_vocab=size, eos_token=list(eos_token_ids))
     except ValueError as error:
         raise GrammarCompileError(
-            f"this model's tokenizer cannot be constrained: {_one_line(str(error))}"
+            f"this model's tokenizer cannot be constrained: {one_line(str(error))}"
         ) from error
 
 
 def compile_grammar(tokenizer: LLTokenizer, spec: GrammarSpec) -> LLMatcher:
-    """A matcher at its beginning, its first mask computed once; copy it for each sequence.
+    """Return a matcher at the start of the grammar; copy it for each sequence.
 
-    Takes milliseconds, or without bound for what is made to (`multipleOf: 99999999`): the HTTP
-    side compiles every grammar once in a process that it can kill. Raises GrammarCompileError.
+    Its first mask has been computed, so that failures show here. This usually takes milliseconds,
+    but hostile grammars (`multipleOf: 99999999`) take unlimited time: therefore the HTTP process
+    first compiles every grammar in a process that it can kill. Raises GrammarCompileError.
     """
     from llguidance import LLMatcher, LLParserLimits
 
     try:
         grammar = _translate(spec)
     except ValueError as error:
-        raise GrammarCompileError(_one_line(str(error))) from error
+        raise GrammarCompileError(one_line(str(error))) from error
     limits = LLParserLimits(verbose_errors=False)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if not matcher.is_error():
@@ -94,16 +109,16 @@ def compile_grammar(tokenizer: LLTokenizer, spec: GrammarSpec) -> LLMatcher:
 
 
 def matcher_failure(matcher: LLMatcher) -> str | None:
-    """Why a matcher cannot go on, in one line; None where it can, or is at its end."""
+    """Return in one line why a matcher cannot go on; None if it can, or is at its end."""
     error = matcher.get_error()
     dead_end = not error and matcher.is_stopped() and not matcher.is_accepting()
-    if dead_end or error.startswith("NoExtension"):
+    if dead_end or error.startswith(_NO_EXTENSION):
         return "nothing can continue it"
-    return _one_line(error) or None
+    return one_line(error) or None
 
 
 def _translate(spec: GrammarSpec) -> str:
-    """llguidance's own form of a grammar. Raises ValueError."""
+    """Return the grammar in llguidance's own form. Raises ValueError."""
     from llguidance import LLMatcher, grammar_from
 
     match spec.kind:
@@ -120,11 +135,11 @@ def _translate(spec: GrammarSpec) -> str:
 
 
 def _tags_to_lark(tags: Mapping[str, Any]) -> str:
-    """Free text in which each trigger begins one of the structures that start with it.
+    """Return a Lark grammar for free text in which triggers begin structures.
 
-    `{"triggers": [str], "structures": [{"begin", "schema", "end"}]}`. A trigger ends the free
-    text as soon as it is written; then the rest of a structure's `begin` must follow, a value of
-    its schema, and its `end`.
+    `tags` is `{"triggers": [str], "structures": [{"begin", "schema", "end"}]}`. The free text ends
+    as soon as a trigger has been written. Then one of the structures whose `begin` starts with the
+    trigger must follow: the rest of its `begin`, a JSON value of its schema, and its `end`.
     """
     rules = ["start: (" + " | ".join(f"tag_{i}" for i in range(len(tags["triggers"]))) + ")* tail"]
     rules.append(r"tail: /(.|\n)*/")
@@ -132,7 +147,7 @@ def _tags_to_lark(tags: Mapping[str, Any]) -> str:
         bodies = []
         for structure in tags["structures"]:
             if structure["begin"].startswith(trigger):
-                schema = {**structure["schema"], "x-guidance": JSON_OPTIONS}
+                schema = with_json_options(structure["schema"])
                 rest = _literal(structure["begin"][len(trigger) :])
                 bodies.append(f"{rest} %json {json.dumps(schema)} {_literal(structure['end'])}")
         rules.append(f"tag_{number}: trigger_{number} ({' | '.join(bodies)})")
@@ -142,7 +157,3 @@ def _tags_to_lark(tags: Mapping[str, Any]) -> str:
 
 def _literal(text: str) -> str:
     return json.dumps(text) if text else ""
-
-
-def _one_line(text: str, limit: int = 400) -> str:
-    return " ".join(text.split())[:limit]

@@ -1,24 +1,24 @@
-"""Which tokens each constrained sequence may sample next.
+"""Structured output: which tokens each constrained sequence may sample next.
 
-    request comes ─▶ its grammar is compiled in a thread; it waits in the queue until then
-    step:  schedule ─▶ start ──▶ execute: forward ──▶ wait for the bitmask ─▶ sample ─▶ update
+    a request arrives ─▶ a thread compiles its grammar; it waits in the queue until that is done
+    step:  schedule ─▶ start ──▶ forward ──▶ wait for the bitmask ─▶ sample ─▶ update
                          └─ a thread: read the last tokens, fill the rows ┘
-    ahead of the last step's results:
-           schedule ─▶ launch the forward ─▶ last results ─▶ start ─▶ wait ─▶ launch the sampling
+    one step ahead of the results:
+           schedule ─▶ forward ─▶ the last step's results ─▶ start ─▶ wait ─▶ sample
 
-A matcher follows the output of one choice. It reads what it has not read yet, so a fork (made
-before the first output token), a preemption (which keeps the tokens) and a step that was given up
-need no case of their own, and a matcher that is made anew catches up by itself.
+A matcher follows the output of one choice. It reads the tokens that it has not read yet. So a fork
+(made before the first output token), a preemption (which keeps the tokens) and a step that was
+given up need no special case, and a new matcher catches up by itself.
 
-A grammar's end is the answer's end: then only end-of-sequence is allowed. min_tokens and ignore_eos
-bar an end token as long as the grammar lets anything else follow, and no longer.
+The end of a grammar ends the answer: then only end-of-sequence is allowed. min_tokens and
+ignore_eos bar an end token as long as the grammar allows anything else, and no longer.
 """
 
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, abc
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,26 +27,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import GrammarError, InvalidRequestError
-from ..outputs import RowError, SchedulerOutput, SequenceOutput
+from ..outputs import RowError, SequenceOutput
 from ..request import GrammarSpec, Request
-from ..sequence import SequenceStatus
+from ..sequence import Sequence
 from .compile import compile_grammar, is_available, make_tokenizer, matcher_failure
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
-    from ..sequence import Sequence as TokenSequence
-
 MAX_CACHED_GRAMMARS = 64
 NUM_THREADS = min(4, max(1, (os.cpu_count() or 1) // 4))
-"""Threads of llguidance that fill rows, some 10 µs to 1 ms each, without Python's lock. They spin
-for a moment when they have nothing to do: few, where the model runs on the same cores."""
+"""llguidance's threads, which fill rows at 10 µs to 1 ms each, without Python's lock. They spin for
+a moment when they have nothing to do, so there are few: the model may run on the same cores."""
 
 
 @dataclass(slots=True)
 class _Matcher:
-    """Follows the output of one choice: has read `num_read` of its tokens, or will have by the end
-    of the task that was given them."""
+    """Follows the output of one choice.
+
+    It has read `num_read` of the output's tokens, or will have once the task that was given them
+    ends.
+    """
 
     llguidance: LLMatcher
     num_read: int = 0
@@ -54,7 +55,7 @@ class _Matcher:
 
 @dataclass(slots=True)
 class _Constrained:
-    """An unfinished request: its grammar, and a matcher for each choice that has sampled."""
+    """An unfinished request's grammar, and a matcher for each choice that has sampled."""
 
     compiled: Future[LLMatcher]
     num_unfinished: int
@@ -62,9 +63,10 @@ class _Constrained:
 
 
 class _Row(NamedTuple):
-    """One row to fill: tokens to read first, end tokens to bar while there are others."""
+    """One row to fill: the tokens to read first, and the end tokens to bar while anything else is
+    allowed. `row` is the row of the step's plan."""
 
-    row: int  # in SchedulerOutput.sequences
+    row: int
     matcher: LLMatcher
     token_ids: list[int]
     barred: frozenset[int]
@@ -75,15 +77,15 @@ class TokenMasks:
 
     def __init__(self, rows: dict[int, int], bitmask: NDArray[np.int32]) -> None:
         self.rows = rows
-        """Index in `SchedulerOutput.sequences` → row of the bitmask."""
+        """Row of the step's plan → row of the bitmask."""
         self.errors: dict[int, RowError] = {}
-        """By index in `SchedulerOutput.sequences`; complete after `wait`."""
+        """By row of the step's plan; complete after `wait`."""
         self.filling: Future[None] | None = None
         self.bitmask = bitmask
 
     def wait(self) -> NDArray[np.int32]:
-        """[C, W] once all are filled: bit i % 32 of word i // 32 allows token i. A row with an
-        error allows everything."""
+        """Return the bitmask [C, W] once it is filled: bit i % 32 of word i // 32 allows token i.
+        A row with an error allows every token."""
         if self.filling is not None:
             self.filling.result()
         return self.bitmask
@@ -92,12 +94,12 @@ class TokenMasks:
 class StructuredOutput:
     """Owns the grammars and matchers of an engine. One thread calls it.
 
-    `vocab_size` is the logits' width. `read_tokenizer` gives the text of the model's
-    tokenizer.json; it is called in a thread, when the first constrained request comes.
+    `vocab_size` is the width of the logits. `read_tokenizer` returns the text of the model's
+    tokenizer.json; a thread calls it when the first constrained request arrives.
     """
 
     def __init__(
-        self, vocab_size: int, eos_token_ids: Sequence[int], read_tokenizer: Callable[[], str]
+        self, vocab_size: int, eos_token_ids: abc.Sequence[int], read_tokenizer: Callable[[], str]
     ) -> None:
         self._vocab_size = vocab_size
         self._eos_token_ids = [token for token in eos_token_ids if token < vocab_size]
@@ -108,14 +110,15 @@ class StructuredOutput:
         self._requests: dict[str, _Constrained] = {}
         self._masks: TokenMasks | None = None
         self._executor: LLExecutor | None = None
-        # Its thread loads the tokenizer, too. Rows have another: no step waits for a grammar.
+        # The compiler's thread loads the tokenizer, too. Rows are filled by a thread of their own,
+        # so that no step waits for a grammar.
         self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
         self._filler = ThreadPoolExecutor(1, "grammar-rows")
 
     # -- requests ---------------------------------------------------------------------------
 
     def check(self, request: Request) -> None:
-        """Raises InvalidRequestError where it has a grammar and this engine can follow none."""
+        """Raise InvalidRequestError if the request has a grammar and this engine follows none."""
         if request.grammar is None:
             return
         if not is_available():
@@ -126,19 +129,20 @@ class StructuredOutput:
             )
 
     def add(self, request: Request) -> None:
-        """Begin to compile its grammar, if it has one."""
+        """Begin to compile the request's grammar, if it has one."""
         if request.grammar is not None:
             self._requests[request.request_id] = _Constrained(
                 self._compiled(request.grammar), request.sampling_params.n
             )
 
     def is_ready(self, request: Request) -> bool:
-        """Whether its grammar, if it has one, is compiled (or has failed, which its rows tell)."""
+        """Return whether the request's grammar, if any, is compiled, or has failed to compile. Its
+        rows report the failure."""
         constrained = self._requests.get(request.request_id)
         return constrained is None or constrained.compiled.done()
 
     def wait_compiled(self, timeout: float) -> None:
-        """Until some grammar that is being compiled is ready, or `timeout` seconds passed."""
+        """Wait until one of the grammars being compiled is ready, at most `timeout` seconds."""
         pending = [
             constrained.compiled
             for constrained in self._requests.values()
@@ -148,7 +152,7 @@ class StructuredOutput:
             wait(pending, timeout, return_when=FIRST_COMPLETED)
 
     def forget_finished(self, outputs: list[SequenceOutput]) -> None:
-        """Drop what belongs to choices that have ended."""
+        """Drop the matchers and grammars of choices that have ended."""
         if not self._requests:
             return
         for output in outputs:
@@ -178,38 +182,30 @@ class StructuredOutput:
 
     # -- steps ------------------------------------------------------------------------------
 
-    def start(self, output: SchedulerOutput) -> TokenMasks | None:
-        """Begin to fill the bitmask of the constrained rows that sample in this step; None if
-        there are none."""
-        if self._masks is not None:  # where the step was given up, its tasks may still run
+    def start(self, rows: list[tuple[int, Sequence]]) -> TokenMasks | None:
+        """Begin to fill the bitmask of these rows of a step; None if there are none.
+
+        Each row comes with its sequence, whose tokens are known.
+        """
+        if self._masks is not None:  # if its step was given up, its tasks may still run
             self._masks.wait()
             self._masks = None
-        if not self._requests:
+        if not rows:
             return None
-        indices = [
-            index
-            for index, sequence in enumerate(output.sequences)
-            if sequence.request.grammar is not None
-            and sequence.status is not SequenceStatus.FINISHED  # while this step was launched
-            and output.num_computed_starts[index] + output.num_new_tokens[index]
-            == len(sequence.token_ids)
-        ]
-        if not indices:
-            return None
-        bitmask = np.full((len(indices), self._width), -1, np.int32)
-        masks = TokenMasks({index: row for row, index in enumerate(indices)}, bitmask)
-        rows: list[_Row] = []
-        for index in indices:
+        bitmask = np.full((len(rows), self._width), -1, np.int32)
+        masks = TokenMasks({row: index for index, (row, _) in enumerate(rows)}, bitmask)
+        to_fill: list[_Row] = []
+        for row, sequence in rows:
             try:
-                rows.append(self._row(index, output.sequences[index]))
+                to_fill.append(self._row(row, sequence))
             except Exception as error:  # whatever reading the tokenizer or the grammar raised
-                masks.errors[index] = _row_error(error)
-        if rows:
-            masks.filling = self._filler.submit(self._fill, masks, rows)
+                masks.errors[row] = _row_error(error)
+        if to_fill:
+            masks.filling = self._filler.submit(self._fill, masks, to_fill)
         self._masks = masks
         return masks
 
-    def _row(self, index: int, sequence: TokenSequence) -> _Row:
+    def _row(self, row: int, sequence: Sequence) -> _Row:
         constrained = self._requests[sequence.request.request_id]
         matcher = constrained.matchers.get(sequence.choice)
         if matcher is None:
@@ -223,12 +219,12 @@ class StructuredOutput:
             barred = frozenset(self._eos_token_ids) - frozenset(params.stop_token_ids)
         if sequence.num_output_tokens < params.min_tokens:
             barred = sequence.stop_ids
-        return _Row(index, matcher.llguidance, new, barred)
+        return _Row(row, matcher.llguidance, new, barred)
 
     def _fill(self, masks: TokenMasks, rows: list[_Row]) -> None:
         try:
             self._fill_rows(masks, rows)
-        except Exception as error:  # of no row in particular
+        except Exception as error:  # no row in particular is at fault
             masks.errors.update((row.row, _row_error(error)) for row in rows)
         for index in masks.errors:
             masks.bitmask[masks.rows[index]] = -1
@@ -240,7 +236,8 @@ class StructuredOutput:
             self._executor = LLExecutor(NUM_THREADS)
         for row in rows:
             if row.token_ids:
-                row.matcher.consume_tokens(row.token_ids)  # a failure shows in the matcher's state
+                # A failure shows in the matcher's state, which is looked at below.
+                row.matcher.consume_tokens(row.token_ids)
         bitmask = masks.bitmask
         self._executor.unsafe_compute_mask_ptr(
             [(row.matcher, masks.rows[row.row]) for row in rows],
@@ -262,7 +259,7 @@ class StructuredOutput:
                 masks.errors[row.row] = RowError(GrammarError.code, message)
 
     def _bar(self, bits: NDArray[np.int32], token_ids: frozenset[int]) -> None:
-        """Forbid these tokens in a row unless nothing else is allowed."""
+        """Forbid these tokens in a row, unless the row allows nothing else."""
         others = bits.copy()
         for token_id in token_ids:
             if token_id < self._vocab_size:
@@ -272,7 +269,7 @@ class StructuredOutput:
 
 
 def _clear_from(bitmask: NDArray[np.int32], end: int) -> None:
-    """Forbid ids ≥ `end`, which a tokenizer that is larger than the model's vocabulary has."""
+    """Forbid ids ≥ `end`: a tokenizer may have more tokens than the model's logits."""
     word, bit = divmod(end, 32)
     if word < bitmask.shape[1]:
         bitmask[:, word] &= np.int32((1 << bit) - 1)

@@ -1,1 +1,12 @@
-"""From a checkpoint to a causal language model that attends through the paged cache."""
+"""Models: from a folder or a hub id to a CausalLM on its device.
+
+Read in this order:
+
+    loader.py      checks the configuration, reads the weights, builds the CausalLM
+    model_spec.py  the model's shape and limits, from its configuration
+    causal_lm.py   a transformers model, split into body and language-model head
+    probe.py       three tokens at load, which show whether and how the model can be served
+    kv_scales.py   scales of a float8 KV cache, from the checkpoint
+
+May import: devices, body, attention, the engine's words.
+"""

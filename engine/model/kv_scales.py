@@ -1,7 +1,7 @@
-"""Scales of a float8 KV cache, as checkpoints that were calibrated for one carry them.
+"""Scales of a float8 KV cache, read from checkpoints that were calibrated for one.
 
-A layer has one number for K and one for V, or one for each KV head; the cache holds K and V over
-them. They are tensors beside the layer's weights, under the names of the field's tools:
+A layer has one number for K and one for V, or one for each KV head; the cache holds K and V divided
+by them. They are tensors beside the layer's weights, under the names that quantisation tools give:
 
     model.layers.3.self_attn.k_scale    …self_attn.attn.k_scale    …self_attn.k_proj.k_scale
 """
@@ -24,15 +24,18 @@ _NAME = re.compile(r"\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_s
 
 
 def read_kv_scales(model: str, spec: ModelSpec) -> torch.Tensor | None:
-    """`[num_layers, 2, num_kv_heads]` float32 of a folder or a hub id, 1 where a layer has none;
-    None where no layer has. Raises ModelLoadError on a scale that cannot be one."""
+    """Read the scales `[num_layers, 2, num_kv_heads]` float32 of a folder or a hub id.
+
+    A layer without scales gets 1; None if no layer has any. Raises ModelLoadError on a scale that
+    has another shape or is not positive.
+    """
     from safetensors import safe_open
 
     scales = torch.ones(spec.num_layers, 2, spec.num_kv_heads)
     found = 0
     for file in _weight_files(model):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
+            for name in tensors.keys():  # noqa: SIM118  (it is not a mapping)
                 match = _NAME.search(name)
                 if match is None or int(match[1]) >= spec.num_layers:
                     continue
@@ -41,7 +44,7 @@ def read_kv_scales(model: str, spec: ModelSpec) -> torch.Tensor | None:
                     len(scale) not in (1, spec.num_kv_heads)
                     or not ((scale > 0) & scale.isfinite()).all()
                 ):
-                    raise ModelLoadError(f"{name} of {model!r} is no scale of a KV cache")
+                    raise ModelLoadError(f"{name} of {model!r} is not a scale of a KV cache")
                 scales[int(match[1]), "kv".index(match[2])] = scale
                 found += 1
     logger.info("%d of %d scales of the float8 KV cache found", found, 2 * spec.num_layers)
@@ -49,7 +52,8 @@ def read_kv_scales(model: str, spec: ModelSpec) -> torch.Tensor | None:
 
 
 def _weight_files(model: str) -> list[str]:
-    """The safetensors that may hold scales: those that an index names for them, or the only one."""
+    """Return the safetensors files that may hold scales: those that the index names for them, or
+    the only one."""
     from transformers.utils import cached_file
 
     try:

@@ -1,4 +1,4 @@
-"""From a folder or a hub id to a model on its device, ready to attend through the paged cache."""
+"""Loads a model from a folder or a hub id onto its device, ready to attend through the cache."""
 
 from __future__ import annotations
 
@@ -8,26 +8,23 @@ import torch
 
 from ..attention.interface import IMPLEMENTATION, register_attention
 from ..config import EngineConfig
+from ..devices.backend import Backend
 from ..embedding_spec import EmbeddingSpec
-from ..errors import ConfigurationError, ModelLoadError, QuireError, UnsupportedModelError
+from ..errors import (
+    ConfigurationError,
+    ModelLoadError,
+    QuireError,
+    UnsupportedModelError,
+    one_line,
+)
 from .causal_lm import CausalLM
-from .model_spec import ModelSpec, one_line, read_hf_config, spec_from_hf_config
+from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
 
 
-def resolve_device(config: EngineConfig) -> torch.device:
-    """Raises ConfigurationError where a GPU is asked for and there is none."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("device is cuda, but torch sees no GPU")
-    return torch.device(config.device)
-
-
-def resolve_dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """ "auto" is the checkpoint's own dtype on a GPU and float32 on the CPU."""
-    name = config.dtype
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else spec.dtype  # type: ignore[assignment]
+def resolve_dtype(config: EngineConfig, spec: ModelSpec, backend: Backend) -> torch.dtype:
+    """Return the model's dtype; "auto" leaves it to the device. Raises UnsupportedModelError on a
+    name that is not a float type of 16 bits or more."""
+    name = backend.default_dtype(spec.dtype) if config.dtype == "auto" else config.dtype
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise UnsupportedModelError(
@@ -36,39 +33,24 @@ def resolve_dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -
     return dtype
 
 
-def resolve_kv_cache_dtype(
-    config: EngineConfig, dtype: torch.dtype, device: torch.device
-) -> torch.dtype:
-    """ "auto" is the model's `dtype`. Raises ConfigurationError for float8 on the CPU."""
-    if config.kv_cache_dtype == "auto":
-        return dtype
-    if device.type == "cpu":
-        raise ConfigurationError(
-            f"a KV cache of dtype {config.kv_cache_dtype} needs a GPU: on the CPU it is the model's"
-        )
-    return torch.float8_e4m3fn
-
-
-def load_model(config: EngineConfig) -> CausalLM:
-    """Load `config.model` (or random weights of its shape, with load_format "dummy").
+def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
+    """Load `config.model`, or random weights of its shape with load_format "dummy".
 
     Only safetensors are read: no pickle, and no code in the folder unless trust_remote_code.
-    Raises ModelLoadError where files are missing, cut or do not match, UnsupportedModelError
-    where the model cannot work here, ConfigurationError where the device has no room.
+    Raises ModelLoadError if files are missing, cut or do not match, UnsupportedModelError if the
+    model cannot work here, ConfigurationError if the device has no room for it.
     """
     hf_config = read_hf_config(config)
     spec = spec_from_hf_config(hf_config, config)
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
-    device = resolve_device(config)
-    dtype = resolve_dtype(config, spec, device)
-    resolve_kv_cache_dtype(config, dtype, device)  # refused before the weights are read
-    if config.quantization is not None and device.type != "cpu":
-        raise ConfigurationError(f"quantization {config.quantization} is for the CPU alone")
+    device, dtype = backend.device, resolve_dtype(config, spec, backend)
+    backend.kv_cache_dtype(config, dtype)  # refused before the weights are read
+    backend.check_quantization(config)
     register_attention()
     can_generate = True
     try:
         if config.load_format == "dummy":
-            model = _build_dummy(hf_config, config, dtype, device)
+            model = _build_dummy(hf_config, config, dtype, backend)
         else:
             model, can_generate = _load_weights(hf_config, spec, config, dtype)
             model = model.to(device)
@@ -80,7 +62,8 @@ def load_model(config: EngineConfig) -> CausalLM:
         raise ModelLoadError(f"cannot load {config.model!r}: {one_line(error)}") from error
     model.eval().requires_grad_(False)
     _fix_rope(model, max_model_len, spec)
-    return CausalLM(model, spec, can_generate=can_generate, int8=config.quantization == "int8")
+    int8 = config.quantization == "int8"
+    return CausalLM(model, spec, backend, can_generate=can_generate, int8=int8)
 
 
 def _auto_class(hf_config: Any, config: EngineConfig) -> Any:
@@ -97,8 +80,9 @@ def _auto_class(hf_config: Any, config: EngineConfig) -> Any:
 def _load_weights(
     hf_config: Any, spec: ModelSpec, config: EngineConfig, dtype: torch.dtype
 ) -> tuple[Any, bool]:
-    """The model on the CPU, and whether its head was in the weights, which only embeddings can do
-    without. transformers builds on the meta device and shows a progress bar."""
+    """Return the model on the CPU, and whether its head was in the weights; only a model that
+    makes embeddings can do without. transformers builds on the meta device and shows a progress
+    bar."""
     model, report = _auto_class(hf_config, config).from_pretrained(
         config.model,
         config=hf_config,
@@ -123,12 +107,10 @@ def _load_weights(
     return model, has_head
 
 
-def _build_dummy(
-    hf_config: Any, config: EngineConfig, dtype: torch.dtype, device: torch.device
-) -> Any:
-    """The real shape with the family's own random initialisation, made on the device."""
-    devices = [] if device.type == "cpu" else [device.index or 0]
-    with torch.random.fork_rng(devices=devices), device:
+def _build_dummy(hf_config: Any, config: EngineConfig, dtype: torch.dtype, backend: Backend) -> Any:
+    """Build a model of the real shape with the family's own random initialisation, on the
+    device."""
+    with torch.random.fork_rng(devices=backend.random_devices), backend.device:
         torch.manual_seed(config.seed or 0)
         return _auto_class(hf_config, config).from_config(
             hf_config,
@@ -142,9 +124,9 @@ def _fix_rope(model: Any, max_model_len: int, spec: ModelSpec) -> None:
     """Make rotary frequencies independent of the batch.
 
     transformers switches longrope between its short and long factors by the longest position in
-    a forward, so that a row would change with its neighbours. Here the context that is served
-    decides, once: up to the original length it is the same, beyond it the long factors hold for
-    short sequences too. "dynamic" never leaves its unscaled range, which the spec ends there.
+    a forward, so that a row would change with its neighbours. Here the served context decides
+    once: up to the original length the factors are the same, and beyond it the long ones hold for
+    short sequences too. "dynamic" never leaves its unscaled range, since the spec ends there.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -162,4 +144,4 @@ def _fix_rope(model: Any, max_model_len: int, spec: ModelSpec) -> None:
                 module.config, module.inv_freq.device, seq_len=max_model_len
             )
             module.inv_freq.copy_(frequencies)
-        module.rope_type = "default"  # read by the update in forward alone
+        module.rope_type = "default"  # only read by the update in forward

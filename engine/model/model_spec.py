@@ -1,4 +1,4 @@
-"""What a model's configuration says, read without building the model."""
+"""Shape and limits of a model, read from its configuration without building the model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import EngineConfig
-from ..embedding_spec import NO_LAYOUT, EmbeddingSpec, read_embedding
-from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError
+from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
+from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, one_line
+from .embedding_layout import read_embedding
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -17,10 +18,10 @@ SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 class ModelSpec:
     """Shape and limits of a causal language model.
 
-    `windows[i]` is how many of the latest tokens layer i attends to, itself included; None is all.
-    `max_position` is the longest context in tokens that the positional encoding covers, rope
-    scaling included. `dtype` is the checkpoint's, as a torch name without the prefix. `embedding`
-    is how embeddings are made, or why none are.
+    `windows[i]` is how many of the latest tokens layer i attends to, the current one included;
+    None means all. `max_position` is the longest context in tokens that the positional encoding
+    covers, rope scaling included. `dtype` is the checkpoint's, as a torch name without the prefix.
+    `embedding` says how embeddings are made, or why none are.
     """
 
     architecture: str
@@ -36,11 +37,12 @@ class ModelSpec:
     embedding: EmbeddingSpec | str = NO_LAYOUT
 
     def kv_bytes_per_token(self, element_size: int) -> int:
-        """Bytes of K and V over all layers; `element_size` in bytes."""
+        """Return the bytes of one token's K and V over all layers; `element_size` is in bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_size
 
     def resolve_max_model_len(self, requested: int | None) -> int:
-        """The context to serve. Raises ConfigurationError where more is asked than encoded."""
+        """Return the context length to serve. Raises ConfigurationError if more is requested than
+        the positional encoding covers."""
         if requested is None:
             return self.max_position
         if requested > self.max_position:
@@ -51,14 +53,8 @@ class ModelSpec:
         return requested
 
 
-def one_line(error: BaseException, limit: int = 400) -> str:
-    """An error's type and message on one line, cut to `limit` characters, for a person."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= limit else text[:limit] + " …"
-
-
 def read_hf_config(config: EngineConfig) -> Any:
-    """The transformers configuration of `config.model`, a folder or a hub id.
+    """Read the transformers configuration of `config.model`, a folder or a hub id.
 
     Code in the folder (`auto_map`) runs only with `trust_remote_code`. Raises ModelLoadError.
     """
@@ -76,13 +72,9 @@ def read_hf_config(config: EngineConfig) -> Any:
         ) from error
 
 
-def read_spec(config: EngineConfig) -> ModelSpec:
-    """Read `config.json` and `generation_config.json`. Raises ModelLoadError or
-    UnsupportedModelError; no weight is touched."""
-    return spec_from_hf_config(read_hf_config(config), config)
-
-
 def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
+    """Derive the specification from `config.json` and `generation_config.json`. Raises
+    UnsupportedModelError, or ModelLoadError if the latter cannot be read; no weight is touched."""
     text = hf_config.get_text_config(decoder=True)
     architecture = (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
     _refuse_unsupported(hf_config, text, architecture)
@@ -150,7 +142,7 @@ def _windows(text: Any, num_layers: int, architecture: str) -> tuple[int | None,
 
 
 def _max_position(text: Any) -> int:
-    """max_position_embeddings, stretched where a rope scaling says so.
+    """Return max_position_embeddings, stretched by the rope scaling if there is one.
 
     llama3 and longrope state the stretched length themselves, and so do configurations with one
     rope per layer type (Gemma-3). "dynamic" re-scales as the longest row of a batch grows, which
@@ -168,14 +160,14 @@ def _max_position(text: Any) -> int:
 
 
 def _eos_token_ids(text: Any, config: EngineConfig) -> tuple[int, ...]:
-    """Ids that end a sequence: the union of generation_config.json and config.json."""
+    """Return the ids that end a sequence: the union of generation_config.json and config.json."""
     from transformers import GenerationConfig
 
     found: set[int] = set()
     sources = [text]
     try:
         sources.append(GenerationConfig.from_pretrained(config.model))
-    except OSError as error:  # the file is optional, but where it stands it must be readable
+    except OSError as error:  # the file is optional, but if it exists it must be readable
         if (Path(config.model) / "generation_config.json").exists():
             raise ModelLoadError(
                 f"cannot read generation_config.json of {config.model!r}: {one_line(error)}"

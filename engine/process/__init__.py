@@ -1,1 +1,21 @@
-"""The engine in a process of its own, and its clients."""
+"""The engine in a process of its own, and the clients through which the HTTP processes reach it.
+
+The process that starts the engine also supervises it (ProcessEngineClient): it watches for stalls,
+restarts a crashed engine and ends its open streams with an error. With several HTTP workers, the
+others attach to the same engine (AttachedEngineClient).
+
+Reading order:
+
+    wire             the messages, and who sends them when
+    engine_process   main of the engine's process: steps one core, serves its clients
+    engine_handle    the client's end: starts the process, talks to it, stops it
+    signals, streams the open requests of a client: outputs come by step and leave by request
+    remote_client    what the clients share
+    process_client   the client that supervises the engine
+    attached_client  the client of an engine that another process supervises
+    json_logs        the log as JSON, for this process and for the server's
+    heap             memory housekeeping after the start
+
+It may import the words of the engine (the modules directly in `engine`). The engine's process also
+imports core and runner, lazily, in `build_core`.
+"""

@@ -1,4 +1,4 @@
-"""EngineClient over an engine process that another process supervises, and tells about."""
+"""EngineClient over an engine process that another process supervises."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import logging
 from ..errors import EngineDeadError
 from ..outputs import EngineStats
 from .engine_handle import EngineLink
-from .remote_client import EngineStatus, RemoteEngineClient, State
-from .streams import EngineObserver
+from .remote_client import EngineObserver, EngineStatus, RemoteEngineClient, State
 
 logger = logging.getLogger("quire.engine.client")
 
 
 class AttachedEngineClient(RemoteEngineClient):
-    """See `EngineClient`. `name` is unique among all clients that the engine ever has.
+    """An `EngineClient` that follows what the engine's supervisor reports.
 
-    The observer is told when the engine is ready, and no more: its steps are the supervisor's.
+    `name` is unique among all clients that the engine ever has. The observer is notified only when
+    the engine becomes ready; the supervisor's own client observes its steps.
     """
 
     def __init__(self, name: bytes, *, observer: EngineObserver | None = None) -> None:
@@ -25,12 +25,13 @@ class AttachedEngineClient(RemoteEngineClient):
         self._name = name
         self._reader: asyncio.Task[None] | None = None
         self.broken = asyncio.Event()
-        """By a bug of ours: nothing is heard of the engine any more."""
+        """Set if a bug ended the reader, so that the client no longer hears from the engine."""
 
     def follow(self, status: EngineStatus) -> None:
-        """Take in what the supervisor says, in its order; between two addresses it says None.
+        """Apply a status from the supervisor; call it with every status, in order.
 
-        READY is only what has answered at its address.
+        Between two addresses the supervisor reports None. The client becomes READY only when the
+        engine itself has answered at the address.
         """
         self._restarts = status.restarts
         if status.address is None:
@@ -40,7 +41,7 @@ class AttachedEngineClient(RemoteEngineClient):
             self._reader = asyncio.create_task(self._read(self._engine), name="engine reader")
 
     async def start(self) -> None:
-        """Whoever supervises the engine starts it."""
+        """Do nothing: the supervisor starts the engine."""
 
     async def close(self) -> None:
         self._detach(State.CLOSED)

@@ -1,4 +1,4 @@
-"""One life of the engine process, seen from its client: start, talk, stop."""
+"""The engine process as its client sees it, from one start to its end: launch, talk, stop."""
 
 from __future__ import annotations
 
@@ -17,18 +17,25 @@ import zmq.asyncio
 from . import wire
 
 STOP_GRACE_SECONDS = 2.0
+"""Time that `stop` gives the process to end by itself before it is killed."""
 STACK_DUMP_SECONDS = 0.5
+"""Time that a hung process gets to write its stacks before it is killed."""
 
 
 def engine_environment(parent: Mapping[str, str], num_threads: int | None) -> dict[str, str]:
-    """The environment of the engine: its parent's, and how OpenMP's threads wait where that does
-    not say. Read by the runtime when torch is imported, so it cannot be set later."""
+    """Return the engine's environment: its parent's, with defaults for OpenMP and malloc.
+
+    OpenMP's runtime and malloc read their settings when they are loaded, so the engine cannot set
+    them itself later. Variables that the parent sets keep their values, except that `num_threads`
+    overrides OMP_NUM_THREADS.
+    """
     environment = dict(parent)
-    # Threads that spin for long between parallel regions starve the HTTP process; those that sleep
-    # at once take 50 to 150 us to wake in each region.
+    # Threads that spin for long between parallel regions starve the HTTP process; threads that
+    # sleep at once take 50 to 150 µs to wake for each region. So they spin briefly.
     if environment.setdefault("OMP_WAIT_POLICY", "passive").lower() == "passive":
-        environment.setdefault("GOMP_SPINCOUNT", "10000")  # some 100 us; GNU's OpenMP
-    # What a step has freed is kept for the next one: the system would have to clear it again.
+        environment.setdefault("GOMP_SPINCOUNT", "10000")  # about 100 µs with GNU's OpenMP
+    # malloc keeps what a step frees for the next step. Pages that it gave back to the system would
+    # have to be faulted in and cleared again.
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
     environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(64 << 20))
     if num_threads is not None:
@@ -37,9 +44,10 @@ def engine_environment(parent: Mapping[str, str], num_threads: int | None) -> di
 
 
 class EngineLink:
-    """The socket to an engine that listens at `address`, or will; says hello at once.
+    """A client's socket to the engine at `address`, which need not listen yet.
 
-    `name` is its ZeroMQ identity; without one the engine makes one up.
+    It sends Hello on creation. `name` is the socket's ZeroMQ identity; if it is None, the engine's
+    socket makes one up.
     """
 
     def __init__(self, address: str, name: bytes | None = None) -> None:
@@ -53,18 +61,20 @@ class EngineLink:
         self.send(wire.Hello())
 
     def send(self, message: wire.ToEngine) -> None:
-        """Never blocks: the socket has no high-water mark."""
+        """Send without ever blocking: the socket has no high-water mark."""
         self._socket.send(wire.encode(message))
 
     async def receive(self) -> wire.FromEngine:
+        """Wait for the engine's next message."""
         return wire.decode_from_engine(await self._socket.recv())
 
     def close(self) -> None:
+        """Close the socket and drop what has not been sent."""
         self._socket.close()
 
 
 class EngineHandle(EngineLink):
-    """A started process and the socket to it; made by `launch`, ended by `stop`."""
+    """A started engine process and the socket to it. `launch` makes it and `stop` ends it."""
 
     def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
         super().__init__(address)
@@ -73,7 +83,7 @@ class EngineHandle(EngineLink):
 
     @classmethod
     async def launch(cls, launch: wire.Launch) -> EngineHandle:
-        """Start the process and say hello; it answers Ready or StartFailed, or exits."""
+        """Start the process and send Hello. The process answers Ready or StartFailed, or exits."""
         environment = engine_environment(os.environ, launch.config.num_threads)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "quire.engine.process.engine_process"),
@@ -86,40 +96,44 @@ class EngineHandle(EngineLink):
 
     @property
     def pid(self) -> int:
+        """Process id of the engine."""
         return self._process.pid
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs; negative for the signal that ended it."""
+        """Exit code of the process: None while it runs, −n if signal n ended it."""
         return self._process.returncode
 
     async def wait(self) -> None:
-        """Until the process has ended."""
+        """Wait for the process to end."""
         await self._process.wait()
 
     def hide_socket(self) -> None:
-        """Remove its name and its folder, once the one connection there is stands: no stranger
-        finds it then, and nothing is left behind where this process is killed."""
+        """Remove the engine's socket file and its folder.
+
+        Call it when the only client has connected. After that no stranger can find the socket, and
+        nothing is left behind if this process is killed.
+        """
         path = Path(self.address.removeprefix("ipc://"))
-        with contextlib.suppress(FileNotFoundError):  # someone tidied up before
+        with contextlib.suppress(FileNotFoundError):  # it has been removed already
             path.unlink()
             path.parent.rmdir()
 
     def ask_to_end(self) -> None:
-        """Close its stdin: it ends after the step that it is in."""
+        """Close the engine's stdin, so that it ends after its current step."""
         assert self._process.stdin is not None
         self._process.stdin.close()
 
     async def dump_and_kill(self) -> None:
-        """Have it write its stacks to stderr, then end it at once."""
-        with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
+        """Make the process write its threads' stacks to stderr, then kill it."""
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
             self._process.send_signal(signal.SIGUSR1)
             await asyncio.sleep(STACK_DUMP_SECONDS)
             self._process.kill()
         await self._process.wait()
 
     async def stop(self) -> None:
-        """End it, politely at first, and close the socket."""
+        """End the process, by force if it does not end when asked, and close the socket."""
         self.ask_to_end()
         try:
             await asyncio.wait_for(self._process.wait(), STOP_GRACE_SECONDS)

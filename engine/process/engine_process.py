@@ -1,10 +1,13 @@
-"""The engine's own process.
+"""The engine's own process: it steps one core and serves it to the clients over ZeroMQ.
 
-A client starts it as `python -P -m quire.engine.process.engine_process`.
+A client starts it as `python -P -m quire.engine.process.engine_process`. (Without -P the current
+folder would be on sys.path, and in the repository's root transformers would take the folder
+`kernels` for the package of that name.)
 
-It lives as long as its stdin is open: that client closes it to stop the engine, the kernel closes
-it if the client dies. SIGUSR1 dumps every thread's stack to stderr. (-P, because with the
-repository's root on sys.path transformers would take the folder `kernels` for a package.)
+The process lives as long as its stdin is open: the client that started it closes the pipe to stop
+the engine, and the kernel closes it if that client dies. A step that hangs would never see that, so
+the kernel is also asked to kill the process with its parent (`die_with_parent`). SIGUSR1 dumps
+every thread's stack to stderr.
 """
 
 from __future__ import annotations
@@ -17,31 +20,52 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 import zmq
 
-from ..config import EngineConfig
+from ..config import EngineConfig, EngineInfo
 from ..errors import QuireError, StartupError
-from ..outputs import SequenceOutput, StepOutput
+from ..outputs import EngineStats, SequenceOutput, StepOutput
+from ..request import Request
 from . import wire
 from .heap import settle
-from .streams import EngineCoreProtocol
+from .json_logs import JsonFormatter, LogFormat
 
 PR_SET_PDEATHSIG = 1
+"""The prctl(2) option that sets the signal a process gets when its parent dies."""
 
 logger = logging.getLogger("quire.engine")
 
 
+class EngineCoreProtocol(Protocol):
+    """What the process steps: `engine.core.engine_core.EngineCore`, or a fake of it."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add_request(self, request: Request) -> None: ...
+
+    def abort_request(self, request_id: str, choice: int | None = None) -> None: ...
+
+    def step(self) -> StepOutput: ...
+
+    def reset_prefix_cache(self) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+
 def build_core(config: EngineConfig) -> EngineCoreProtocol:
-    """The real engine: weights loaded, memory profiled, warmed up. Raises StartupError."""
-    # These imports make a million objects that stay: walking them again and again takes a tenth of
-    # the imports' time, or more.
+    """Build the real engine: load weights, profile memory, warm up. Raises StartupError."""
+    # These imports create a million objects that live on. Collections during the imports would walk
+    # them again and again, which takes a tenth of the imports' time or more.
     gc.disable()
-    if not config.trust_remote_code:  # the model's own code may well use it
+    if not config.trust_remote_code:  # the model's own code may use triton
         _leave_triton_out(config)
     from ..core.engine_core import EngineCore
     from ..runner.worker import Worker
@@ -51,10 +75,11 @@ def build_core(config: EngineConfig) -> EngineCoreProtocol:
 
 
 def _leave_triton_out(config: EngineConfig) -> None:
-    """On the CPU be as where triton is not installed, as it is not with torch's build for CPUs.
+    """On the CPU, make triton look as if it were not installed, to save 70 MB.
 
-    transformers imports torch._dynamo, and that triton where it finds it: 70 MB. None in
-    sys.modules is Python's own way to say that a module is not there.
+    transformers imports torch._dynamo, which imports triton if it finds it. None in sys.modules is
+    Python's own way to mark a module as absent. (torch's builds for CPUs come without triton, so
+    this is a state that both libraries know.)
     """
     import torch
 
@@ -63,18 +88,20 @@ def _leave_triton_out(config: EngineConfig) -> None:
 
 
 class _OpenRequest(NamedTuple):
+    """A request that has not ended: who sent it, and which of its choices have not ended."""
+
     client: bytes
     open_choices: set[int]
 
 
 class EngineServer:
-    """Steps one core for its clients. `socket` is a bound ROUTER."""
+    """Steps one core on behalf of its clients. `socket` is a bound ROUTER."""
 
     def __init__(self, socket: zmq.SyncSocket) -> None:
         self._socket = socket
         self._clients: list[bytes] = []
         self._gone: set[bytes] = set()
-        """Clients that are dead, though messages of theirs may still be waiting."""
+        """Clients that have died; messages from them may still be queued."""
         self._open: dict[str, _OpenRequest] = {}
         self._greeting: wire.FromEngine | None = None
         self._stdin = sys.stdin.fileno()
@@ -83,7 +110,7 @@ class EngineServer:
         self._poller.register(self._stdin, zmq.POLLIN)
 
     def run(self, core: EngineCoreProtocol) -> None:
-        """Serve until stdin closes. Whatever `step()` raises ends the process."""
+        """Serve until stdin closes. An exception from the core propagates and ends the process."""
         self._greeting = wire.Ready(core.info)
         heartbeat_ms = int(wire.HEARTBEAT_SECONDS * 1000)
         while self._poll(0 if core.has_work else heartbeat_ms):
@@ -97,19 +124,19 @@ class EngineServer:
                     self._send(client, heartbeat)
 
     def report_failure(self, error: StartupError) -> None:
-        """Tell the clients why the start failed, until they end this process."""
+        """Answer every Hello with the reason why the start failed, until stdin closes."""
         self._greeting = wire.StartFailed(error.code, error.message)
         while self._poll(None):
             self._receive_all()
 
     def _poll(self, timeout_ms: int | None) -> bool:
-        """Wait for a message at most `timeout_ms`; False once stdin is closed."""
+        """Wait at most `timeout_ms` for a message; return False once stdin is closed."""
         ready = dict(self._poller.poll(timeout_ms))
-        # Nothing is ever written to stdin, so readable means closed.
+        # After the Launch line nothing is ever written to stdin, so readable means closed.
         return self._stdin not in ready
 
     def _receive_all(self) -> list[tuple[bytes, wire.ToEngine]]:
-        """All that arrived, in order; what cannot be read is logged and dropped."""
+        """Take all messages that have arrived, in order. Malformed ones are logged and dropped."""
         messages: list[tuple[bytes, wire.ToEngine]] = []
         while True:
             try:
@@ -127,11 +154,12 @@ class EngineServer:
             if isinstance(message, wire.Hello):
                 self._greet(sender)
             elif sender not in self._clients:
-                logger.warning("dropped a message from a stranger")
+                logger.warning("dropped a message from a peer that had not said hello")
             else:
                 messages.append((sender, message))
 
     def _greet(self, client: bytes) -> None:
+        """Register the client and answer its Hello, unless it is known or has died."""
         if client in self._gone or client in self._clients:
             return
         self._clients.append(client)
@@ -159,6 +187,7 @@ class EngineServer:
                 self._forget(core, dead)
 
     def _forget(self, core: EngineCoreProtocol, client: bytes) -> None:
+        """Abort the requests of a client that has died."""
         self._gone.add(client)
         if client in self._clients:
             self._clients.remove(client)
@@ -167,17 +196,17 @@ class EngineServer:
             core.abort_request(request_id)
 
     def _send_step(self, step: StepOutput) -> None:
-        """To each client the outputs of its requests, in one message."""
+        """Send each client the outputs of its own requests, in one message."""
         if len(self._clients) > 1 or self._gone:
             shares: dict[bytes, list[SequenceOutput]] = {client: [] for client in self._clients}
             for output in step.outputs:
                 request = self._open.get(output.request_id)
-                if request is not None:  # else its client is gone
+                if request is not None:  # otherwise its client has died
                     shares[request.client].append(output)
         else:
             shares = dict.fromkeys(self._clients, step.outputs)
         for client, outputs in shares.items():
-            self._send(client, wire.encode(wire.Step(outputs, step.stats)))
+            self._send(client, wire.encode(wire.StepMessage(outputs, step.stats)))
         for output in step.outputs:
             if output.finish_reason is not None and output.request_id in self._open:
                 choices = self._open[output.request_id].open_choices
@@ -192,7 +221,7 @@ class EngineServer:
 def _bind(address: str) -> zmq.SyncSocket:
     context: zmq.SyncContext = zmq.Context.instance()
     socket = context.socket(zmq.ROUTER)
-    # No high-water mark: a ROUTER would drop outputs beyond it.
+    # No high-water mark: beyond one, a ROUTER drops messages.
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
@@ -202,48 +231,40 @@ def _bind(address: str) -> zmq.SyncSocket:
 
 
 def die_with_parent() -> None:
-    """SIGKILL when the parent dies, even in the middle of a hung step (Linux)."""
+    """Ask Linux to kill this process when its parent dies, even in the middle of a hung step.
+
+    The signal is sent when the parent's thread that started this process ends, so that thread has
+    to be a long-lived one.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _prepare_process(launch: wire.Launch) -> None:
-    os.dup2(2, 1)
+    """Set up signals, crash dumps and the log."""
+    os.dup2(2, 1)  # whatever a library prints goes to stderr, too
     if launch.log_format == "json":
-        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are no JSON
-    # A terminal's Ctrl-C reaches the whole process group; the client decides when to stop.
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are not JSON
+    # A terminal's Ctrl-C reaches the whole process group, but the client decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter()
-        if launch.log_format == "json"
-        else logging.Formatter(
-            "%(asctime)s [%(levelname)s] engine: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"
-        )
-    )
+    handler.setFormatter(_formatter(launch.log_format))
     logging.basicConfig(level=launch.log_level.upper(), handlers=[handler], force=True)
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line, with the keys that the server's own log has."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        entry: dict[str, object] = {
-            "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
-            "level": record.levelname.lower(),
-            "source": "engine",
-            "logger": record.name,
-            "event": record.getMessage(),
-        }
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(entry).decode()
+def _formatter(log_format: LogFormat) -> logging.Formatter:
+    if log_format == "json":
+        return JsonFormatter({"source": "engine"})
+    return logging.Formatter(
+        "%(asctime)s [%(levelname)s] engine: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"
+    )
 
 
 def _load_core_factory(path: str) -> Callable[[EngineConfig], EngineCoreProtocol]:
+    """Import the function that `path` names as "module:function"."""
     module, _, function = path.partition(":")
     factory: Callable[[EngineConfig], EngineCoreProtocol]
     factory = getattr(importlib.import_module(module), function)
@@ -251,7 +272,7 @@ def _load_core_factory(path: str) -> Callable[[EngineConfig], EngineCoreProtocol
 
 
 def main() -> int:
-    """Exit code 0 when told to stop, 1 after a crash or a failed start."""
+    """Run the engine. Return 0 if it was asked to stop, 1 after a crash or a failed start."""
     die_with_parent()
     line = sys.stdin.buffer.readline()
     if not line:

@@ -1,4 +1,4 @@
-"""What a process does about its memory once it is up: nothing of its start is walked or kept."""
+"""Memory housekeeping of a process that has finished starting."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import sys
 
 
 def settle() -> None:
-    """After loading: collect, take what stays out of later collections, and give the pages back
-    that nobody uses, which malloc would keep (tens of megabytes; glibc alone has a call for it)."""
+    """Exempt what has been loaded from garbage collection, and return unused memory.
+
+    First collect the garbage of the start; then freeze the rest, so that later collections do not
+    walk it. On glibc, finally return the free pages that malloc holds, which are tens of megabytes.
+    """
     gc.collect()
     gc.freeze()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

@@ -1,11 +1,11 @@
-"""EngineClient over a process of its own, which it supervises.
+"""EngineClient over an engine process that it starts, watches and restarts.
 
     start ─► STARTING ─Ready─► READY ─exit─► RESTARTING ─Ready─► READY
                  │               │ no step while work waits           │ too many failures
                  │ StartFailed   ▼                                    ▼
                  └──► FAILED   STALLED ─killed─► RESTARTING         FAILED
 
-A crash ends the open streams with `engine_dead`; the HTTP process lives on.
+A crash ends the open streams with `engine_dead`; the HTTP process survives it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ from ..config import EngineConfig, EngineInfo
 from ..errors import EngineDeadError, StartupError
 from . import wire
 from .engine_handle import EngineHandle
-from .remote_client import EngineStatus, RemoteEngineClient, State
-from .streams import EngineObserver
+from .json_logs import LogFormat
+from .remote_client import EngineObserver, EngineStatus, RemoteEngineClient, State
 
 REAL_CORE = "quire.engine.process.engine_process:build_core"
+"""The core to step, as "module:function": the real engine."""
 STABLE_SECONDS = 60.0
-"""An engine that served this long has its earlier failures forgotten."""
+"""Time of service after which an engine's earlier failures are forgotten."""
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 30.0
+"""Bounds of the delay before a restart, which doubles with each failure in a row."""
 
 logger = logging.getLogger("quire.engine.client")
 
 
 class ProcessEngineClient(RemoteEngineClient):
-    """See `EngineClient`. Use it on the one event loop that `start` ran on.
+    """An `EngineClient` that supervises the engine. Use it only on the event loop of `start`.
 
-    `stall_timeout` is in seconds: with work waiting, or silence while idle, for longer than this
-    the engine is killed and restarted (loading is exempt). `max_restarts` counts failures in a
-    row. `core` is for tests: what the process steps, as "module:function".
+    The engine is killed and restarted if it makes no progress with its work, or sends no heartbeat
+    while idle, for `stall_timeout` seconds; loading may take any time. After more than
+    `max_restarts` failures in a row the engine is given up. `core` ("module:function") is what the
+    process steps; tests pass a fake.
     """
 
     def __init__(
@@ -47,29 +50,29 @@ class ProcessEngineClient(RemoteEngineClient):
         stall_timeout: float = 120.0,
         max_restarts: int = 5,
         log_level: str = "info",
-        log_format: wire.LogFormat = "console",
+        log_format: LogFormat = "console",
         core: str = REAL_CORE,
     ) -> None:
         super().__init__(observer)
         self._config = config
         self._stall_timeout = stall_timeout
         self._max_restarts = max_restarts
-        self._log_level: str = log_level
-        self._log_format: wire.LogFormat = log_format
+        self._log_level = log_level
+        self._log_format = log_format
         self._core = core
 
         self.on_status: Callable[[EngineStatus], None] | None = None
-        """Called with each change, for whoever passes it on to other clients of the engine. Set it
-        before `start`: the engine's socket keeps its name then, for them to connect to."""
+        """Called with each change of `status`, to pass it on to other clients of the engine. Set it
+        before `start`: then the engine's socket keeps its file, so that they can connect."""
         self._engine: EngineHandle | None = None
         self._heard = False
-        """Progress was seen since the watchdog last looked."""
+        """Whether the engine has shown progress since the watchdog last looked."""
         self._settled = asyncio.Event()
-        """The first start succeeded or failed."""
+        """Set when the first start has succeeded or failed."""
         self._start_error: StartupError | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._ready_at: float | None = None
-        """Loop time at which this life of the engine began to serve."""
+        """Loop time at which the present engine process became ready."""
 
     # --- EngineClient
 
@@ -78,7 +81,7 @@ class ProcessEngineClient(RemoteEngineClient):
             self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
 
     async def wait_ready(self) -> EngineInfo:
-        """Wait for the first start to end. Raises StartupError if it failed."""
+        """Wait until the first start has succeeded. Raises StartupError if it fails."""
         await self._settled.wait()
         if self._start_error is not None:
             raise self._start_error
@@ -86,18 +89,14 @@ class ProcessEngineClient(RemoteEngineClient):
 
     @property
     def status(self) -> EngineStatus:
+        """The engine's present status, to pass on to its other clients."""
         engine = self._engine if self._state is State.READY else None
         return EngineStatus(self._state, self._restarts, engine.address if engine else None)
 
     def client_gone(self, name: bytes) -> None:
-        """Another client has died: the engine ends its requests."""
+        """Make the engine end the requests of another client, which has died."""
         if self._state is State.READY:
             self._send(wire.ClientGone(name))
-
-    @property
-    def engine_pid(self) -> int | None:
-        """The engine's process, while there is one."""
-        return self._engine.pid if self._engine else None
 
     async def close(self) -> None:
         supervisor = self._supervisor
@@ -112,6 +111,7 @@ class ProcessEngineClient(RemoteEngineClient):
     # --- supervision
 
     async def _supervise(self) -> None:
+        """Run one engine process after another, until a start fails or too many have failed."""
         failures = 0
         loop = asyncio.get_running_loop()
         try:
@@ -138,11 +138,11 @@ class ProcessEngineClient(RemoteEngineClient):
             if self._state is not State.CLOSED:
                 self._state = State.FAILED
                 self._tell()
-                logger.error("the engine is given up")
+                logger.error("giving up on the engine")
             self._settled.set()
 
     async def _run_engine(self, socket_path: Path) -> float | None:
-        """Run one engine process to its end; the loop time at which it was ready, if ever."""
+        """Run one engine process to its end. Return the loop time when it became ready, or None."""
         address = f"ipc://{socket_path}"
         self._ready_at = None
         launch = wire.Launch(self._config, address, self._core, self._log_level, self._log_format)
@@ -159,7 +159,7 @@ class ProcessEngineClient(RemoteEngineClient):
         ]
         try:
             exited = asyncio.create_task(engine.wait())
-            # A helper ends only by a bug of ours; then the engine cannot be served either.
+            # A helper ends only by a bug, and without it the engine is of no use.
             await asyncio.wait([exited, *helpers], return_when=asyncio.FIRST_COMPLETED)
         finally:
             for helper in helpers:
@@ -186,10 +186,11 @@ class ProcessEngineClient(RemoteEngineClient):
             self._start_error = StartupError(f"{how} while starting; its log says why")
 
     async def _watch(self, engine: EngineHandle) -> None:
-        """Kill an engine that is silent for too long; loading may take any time.
+        """Kill an engine that is silent for too long after it has become ready.
 
-        Time counts tick by tick, none longer than planned: if this process was suspended or its
-        loop blocked, the engine's messages get their chance to be read first.
+        Silence is counted in ticks rather than read from a clock. If this process was suspended or
+        its event loop blocked, that adds at most one tick, and the engine's waiting messages are
+        read before the next one.
         """
         tick = min(1.0, self._stall_timeout / 4)
         silence = 0.0
@@ -206,14 +207,15 @@ class ProcessEngineClient(RemoteEngineClient):
     # --- messages
 
     async def _read(self, engine: EngineHandle) -> None:
+        """Handle the engine's messages for as long as it runs."""
         while True:
             message = await engine.receive()
             self._handle(message)
             match message:
-                case wire.Step():
+                case wire.StepMessage():
                     self._heard = True
                 case wire.Heartbeat(_, num_open):
-                    # An idle engine with a request open has lost it, and that is a stall too.
+                    # An idle engine with an open request has lost it: that counts as a stall, too.
                     lost = num_open or self._streams.num_unfinished
                     self._heard = self._heard or not lost
                 case wire.Ready():

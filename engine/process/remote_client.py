@@ -1,4 +1,4 @@
-"""What every client of an engine process does, whoever supervises that process."""
+"""What all clients of an engine process share, whoever supervises that process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import enum
 from collections import deque
 from collections.abc import AsyncGenerator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ..client import EngineHealth
 from ..config import EngineInfo
@@ -16,10 +16,22 @@ from ..outputs import EngineStats, SequenceOutput
 from ..request import Request
 from . import wire
 from .engine_handle import EngineLink
-from .streams import EngineObserver, StreamTable
+from .streams import StreamTable
+
+
+class EngineObserver(Protocol):
+    """Callbacks about the engine's state, invoked on the event loop."""
+
+    def engine_ready(self, info: EngineInfo) -> None: ...
+
+    def engine_restarted(self) -> None: ...
+
+    def observe_step(self, stats: EngineStats) -> None: ...
 
 
 class State(enum.Enum):
+    """State of the engine; the value is its description for a person."""
+
     STARTING = "the engine is starting"
     READY = "ready"
     STALLED = "no step finishes; the engine is being restarted"
@@ -29,8 +41,10 @@ class State(enum.Enum):
 
 
 class EngineStatus(NamedTuple):
-    """What the supervisor of an engine tells other clients of it. `address` is where the engine
-    listens, None while there is none that is ready."""
+    """What an engine's supervisor reports to its other clients.
+
+    `address` is where the engine listens, or None while no engine is ready.
+    """
 
     state: State
     restarts: int
@@ -38,7 +52,11 @@ class EngineStatus(NamedTuple):
 
 
 class RemoteEngineClient:
-    """See `EngineClient`; subclasses set `_engine` and `_state`. For one event loop."""
+    """Base of the `EngineClient`s whose engine is in another process.
+
+    Subclasses set `_engine` and `_state`, and pass the engine's messages to `_handle`. For use on
+    one event loop.
+    """
 
     def __init__(self, observer: EngineObserver | None) -> None:
         self._observer = observer
@@ -75,7 +93,10 @@ class RemoteEngineClient:
         return EngineHealth(alive, state is State.READY, state.value, self._restarts)
 
     async def reset_prefix_cache(self) -> None:
-        """Raises EngineNotReadyError, or EngineDeadError if the engine dies meanwhile."""
+        """Forget every cached block that no sequence holds.
+
+        Raises EngineNotReadyError, or EngineDeadError if the engine dies before it answers.
+        """
         self._require_ready()
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._resets.append(done)
@@ -84,7 +105,7 @@ class RemoteEngineClient:
 
     def _handle(self, message: wire.FromEngine) -> None:
         match message:
-            case wire.Step(outputs, stats):
+            case wire.StepMessage(outputs, stats):
                 self._streams.deliver(outputs)
                 self._observe(stats)
             case wire.Heartbeat(stats):

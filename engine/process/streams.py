@@ -1,77 +1,38 @@
-"""Open streams of an engine client: outputs come in by step and go out by request."""
+"""Open streams of an engine client: outputs arrive by step and leave by request."""
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
-from typing import Protocol
 
-from ..config import EngineInfo
 from ..errors import InvalidRequestError, QuireError
-from ..outputs import EngineStats, RowError, SequenceOutput, StepOutput
+from ..outputs import RowError, SequenceOutput
 from ..request import Request
-
-
-class EngineCoreProtocol(Protocol):
-    """What a client steps: `engine_core.EngineCore`, or a fake of it."""
-
-    @property
-    def info(self) -> EngineInfo: ...
-
-    @property
-    def has_work(self) -> bool: ...
-
-    def add_request(self, request: Request) -> None: ...
-
-    def abort_request(self, request_id: str, choice: int | None = None) -> None: ...
-
-    def step(self) -> StepOutput: ...
-
-    def reset_prefix_cache(self) -> None: ...
-
-    def stats(self) -> EngineStats: ...
-
-
-class EngineObserver(Protocol):
-    """Who wants to know how the engine fares; called on the event loop."""
-
-    def engine_ready(self, info: EngineInfo) -> None: ...
-
-    def engine_restarted(self) -> None: ...
-
-    def observe_step(self, stats: EngineStats) -> None: ...
+from .signals import Signal
 
 
 class _Stream:
-    """What came for one request and was not read yet; a queue of one reader.
+    """Queue of one request's outputs that its one reader has not taken yet.
 
-    `asyncio.Queue` does the same for many readers, at several times the cost of a token.
+    `asyncio.Queue` supports many readers, at several times the cost per token.
     """
 
-    __slots__ = ("_waiting", "items", "open_choices")
+    __slots__ = ("filled", "items", "open_choices")
 
     def __init__(self, n: int) -> None:
         self.items: deque[SequenceOutput | QuireError] = deque()
         self.open_choices = set(range(n))
-        self._waiting: asyncio.Future[None] | None = None
+        self.filled = Signal()
 
     def put(self, item: SequenceOutput | QuireError) -> None:
         self.items.append(item)
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
-
-    async def wait(self) -> None:
-        """Until there are items."""
-        while not self.items:
-            self._waiting = asyncio.get_running_loop().create_future()
-            await self._waiting
+        self.filled.set()
 
 
 class StreamTable:
-    """Demultiplexes; all calls on one event loop.
+    """Distribute the outputs of each step to the streams of their requests. For one event loop.
 
-    `submit` sends a request to the engine, `abort` ends one there.
+    `submit` sends a request to the engine; `abort` ends one there.
     """
 
     def __init__(
@@ -86,7 +47,7 @@ class StreamTable:
 
     @property
     def num_unfinished(self) -> int:
-        """Streams that the engine owes something; others only wait for their reader."""
+        """Number of streams with outputs still to come; the others only wait for their reader."""
         return sum(bool(stream.open_choices) for stream in self._streams.values())
 
     async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput, None]:
@@ -99,8 +60,8 @@ class StreamTable:
         waiting_for = set(stream.open_choices)
         try:
             while waiting_for:
-                if not stream.items:
-                    await stream.wait()
+                while not stream.items:
+                    await stream.filled.wait()
                 item = stream.items.popleft()
                 if isinstance(item, QuireError):
                     raise item
@@ -113,7 +74,7 @@ class StreamTable:
                 self._abort(request.request_id, None)
 
     def deliver(self, outputs: Iterable[SequenceOutput]) -> None:
-        """Hand a step's outputs out; those of streams closed meanwhile are dropped."""
+        """Hand out a step's outputs, dropping those of streams that have been closed."""
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
@@ -123,7 +84,7 @@ class StreamTable:
             stream.put(output)
 
     def reject(self, request_id: str, error: QuireError) -> None:
-        """The engine refused the request: `generate` raises `error`."""
+        """Make the request's `generate` raise `error`, with which the engine refused it."""
         stream = self._streams.get(request_id)
         if stream is not None:
             stream.open_choices.clear()

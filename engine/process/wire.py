@@ -1,17 +1,17 @@
 """Messages between the engine process and its clients: msgspec's msgpack, never pickle.
 
     client → engine   Hello · Add · Abort · ResetPrefixCache · ClientGone
-    engine → client   Ready | StartFailed, then Step · Rejected · Heartbeat · PrefixCacheReset
+    engine → client   Ready | StartFailed, then StepMessage · Rejected · Heartbeat
+                      · PrefixCacheReset
 
-The engine binds a ROUTER on a unix socket in a folder that only its user may enter; each client
-connects a DEALER. All clients are told of every step, each with the outputs of its own requests.
-`Launch` alone goes another way: as a line of JSON on the engine's stdin, which then stays open for
-as long as the client lives that started the engine.
+The engine binds a ROUTER on a unix socket in a folder that only its user may enter, and each client
+connects a DEALER. Every client gets a StepMessage for every step, with the outputs of its own
+requests. Only `Launch` takes another way: it is one line of JSON on the engine's stdin. That pipe
+then stays open as the engine's lifeline, until the client that started the engine closes it or
+dies.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import msgspec
 
@@ -19,18 +19,21 @@ from ..config import EngineConfig, EngineInfo
 from ..errors import InvalidRequestError
 from ..outputs import EngineStats, SequenceOutput
 from ..request import Request
+from .json_logs import LogFormat
 
 HEARTBEAT_SECONDS = 0.4
-"""An idle engine is heard this often."""
+"""Interval between two messages of an idle engine."""
 
 MAX_MESSAGE_BYTES = 256 * 2**20
-"""A peer that sends more is disconnected."""
-
-LogFormat = Literal["console", "json"]
+"""Limit of one message: a peer that sends more is disconnected."""
 
 
 class Launch(msgspec.Struct):
-    """`core` is "module:function", called with the EngineConfig; tests put a fake there."""
+    """What the engine process needs to start.
+
+    `address` is where it listens. `core` is "module:function", which is called with the
+    EngineConfig and returns the core to step; tests put a fake there.
+    """
 
     config: EngineConfig
     address: str
@@ -40,47 +43,57 @@ class Launch(msgspec.Struct):
 
 
 class Hello(msgspec.Struct, tag=True):
-    """The sender is a client from now on; answered by Ready or StartFailed."""
+    """Registers the sender as a client. The answer is Ready or StartFailed."""
 
 
 class Add(msgspec.Struct, tag=True):
+    """Submits a request. The answer is Rejected, or outputs in StepMessages."""
+
     request: Request
 
 
 class Abort(msgspec.Struct, tag=True):
+    """Ends one choice of a request, or all of them if `choice` is None."""
+
     request_id: str
     choice: int | None
 
 
 class ResetPrefixCache(msgspec.Struct, tag=True):
-    """Answered by PrefixCacheReset, in order."""
+    """Drops all cached blocks that no sequence holds. The answer is PrefixCacheReset, in order."""
 
 
 class ClientGone(msgspec.Struct, tag=True):
-    """The client of this ZeroMQ identity has died: its requests are aborted, and what is still
-    read of it is dropped."""
+    """Reports that the client with this ZeroMQ identity has died.
+
+    The engine aborts its requests and drops those of its messages that are still queued.
+    """
 
     client: bytes
 
 
 class Ready(msgspec.Struct, tag=True):
+    """The engine has loaded and serves requests."""
+
     info: EngineInfo
 
 
 class StartFailed(msgspec.Struct, tag=True):
-    """The engine waits for its stdin to close, then exits."""
+    """The engine cannot start; it waits for its stdin to close, then exits."""
 
     code: str
     message: str
 
 
-class Step(msgspec.Struct, tag=True):
+class StepMessage(msgspec.Struct, tag=True):
+    """One step's outputs for the requests of the receiving client, and the engine's statistics."""
+
     outputs: list[SequenceOutput]
     stats: EngineStats
 
 
 class Rejected(msgspec.Struct, tag=True):
-    """`Add` was refused with the error of this code."""
+    """The engine refused an `Add`; `code` identifies the error (see `error_from_code`)."""
 
     request_id: str
     code: str
@@ -89,18 +102,22 @@ class Rejected(msgspec.Struct, tag=True):
 
 
 class Heartbeat(msgspec.Struct, tag=True):
-    """Idle and well, unless `num_open` requests that should be running are not."""
+    """A sign of life from an engine that has no work.
+
+    `num_open` counts the requests that it has not finished. An engine without work should have
+    none: a request that it keeps open is one that it has lost.
+    """
 
     stats: EngineStats
     num_open: int
 
 
 class PrefixCacheReset(msgspec.Struct, tag=True):
-    pass
+    """The prefix cache has been reset, as the client asked."""
 
 
 ToEngine = Hello | Add | Abort | ResetPrefixCache | ClientGone
-FromEngine = Ready | StartFailed | Step | Rejected | Heartbeat | PrefixCacheReset
+FromEngine = Ready | StartFailed | StepMessage | Rejected | Heartbeat | PrefixCacheReset
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
@@ -108,15 +125,16 @@ _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(From
 
 
 class MalformedMessageError(ValueError):
-    """Bytes that are none of ours."""
+    """The bytes are not a message of this protocol."""
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
+    """Encode a message as one frame."""
     return _encoder.encode(message)
 
 
 def decode_to_engine(data: bytes) -> ToEngine:
-    """Raises MalformedMessageError."""
+    """Decode a client's message. Raises MalformedMessageError."""
     try:
         return _to_engine.decode(data)
     except (msgspec.MsgspecError, InvalidRequestError, ValueError, RecursionError) as error:
@@ -124,7 +142,7 @@ def decode_to_engine(data: bytes) -> ToEngine:
 
 
 def decode_from_engine(data: bytes) -> FromEngine:
-    """Raises MalformedMessageError."""
+    """Decode the engine's message. Raises MalformedMessageError."""
     try:
         return _from_engine.decode(data)
     except (msgspec.MsgspecError, ValueError) as error:

@@ -1,1 +1,15 @@
-"""The worker: one model, one KV cache, one step at a time."""
+"""The worker: one model on one device, one KV cache, one step at a time.
+
+Reading order:
+
+    worker             loads the model, sizes the KV cache, runs steps
+    model_runner       one step: block copies, inputs, forward, sampling
+    input_batch        the packed inputs of a step, from rows that persist between steps
+    row_sampling       samples the rows, so that an error in one costs only that one
+    pending_results    the results on their way to the host
+    prompt_logprobs    log-probabilities of prompt tokens
+    pooling            embeddings
+    kv_cache           how large the KV cache may be
+
+May import: model, devices, body, attention, sampling, kernels, and the engine's words.
+"""

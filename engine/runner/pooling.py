@@ -16,33 +16,33 @@ from typing import NamedTuple
 
 import torch
 
+from ..devices.steps import HostStep
 from ..request import Pooling
-from .input_batch import HostStep
 
 
 class PooledRow(NamedTuple):
-    """The embedding `[hidden_size]`, float32, of a row of the scheduler's output that reached its
-    prompt's end."""
+    """The embedding `[hidden_size]`, float32, of a row of the plan that reached the end of its
+    prompt."""
 
     row: int
     vector: torch.Tensor
 
 
 class Pooler:
-    """Keeps what the chunks of unfinished prompts have come to, by sequence."""
+    """Keeps the running pooled value of each unfinished prompt, by sequence."""
 
     def __init__(self) -> None:
         self._partial: dict[int, torch.Tensor] = {}
 
     def forget(self, seq_ids: Iterable[int]) -> None:
-        """These sequences ended or were preempted, and would begin anew."""
+        """Drop the values of sequences that ended or were preempted."""
         for seq_id in seq_ids:
             self._partial.pop(seq_id, None)
 
     def __call__(self, host: HostStep, hidden: torch.Tensor) -> list[PooledRow]:
-        """Take in a step's hidden states `[T, hidden_size]`; the rows that are complete.
+        """Pool a step's hidden states `[T, hidden_size]`, and return the rows that are complete.
 
-        Keeps nothing of a step in which it raises: that is tried again.
+        If this raises, nothing of the step is kept, since it is tried again.
         """
         partial: dict[int, torch.Tensor] = {}
         complete = []
@@ -65,9 +65,9 @@ class Pooler:
 
 
 def _pool(hidden: torch.Tensor, start: int, pooling: Pooling) -> torch.Tensor:
-    """Of the hidden states `[n, hidden_size]` at positions start …, as float32."""
+    """Pool the hidden states `[n, hidden_size]` at positions start …, into float32."""
     if pooling == "last":
-        return hidden[-1].to(torch.float32, copy=True)  # a view would keep the whole step's alive
+        return hidden[-1].to(torch.float32, copy=True)  # a view would keep all of `hidden` alive
     if pooling == "max":
         return hidden.amax(0).float()
     if pooling == "mean":
@@ -81,7 +81,7 @@ def _join(before: torch.Tensor, chunk: torch.Tensor, pooling: Pooling) -> torch.
 
 
 def _weight(num_tokens: int, pooling: Pooling) -> float:
-    """Of all positions together, by which their sum is divided."""
+    """Return the total weight of all positions, by which the pooled sum is divided."""
     if pooling == "mean":
         return num_tokens
     return num_tokens * (num_tokens + 1) / 2 if pooling == "weightedmean" else 1.0

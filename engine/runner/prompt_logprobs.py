@@ -1,4 +1,4 @@
-"""Log-probabilities of a prompt's own tokens, for rows that ask for them."""
+"""Log-probabilities of the tokens of a prompt, for rows that ask for them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import NamedTuple
 import torch
 
 from ...kernels.device_copy import to_device
+from ..devices.steps import HostStep
 from ..model.causal_lm import CausalLM
 from ..sampling.logprobs import LogprobTensors, compute_logprobs
-from .input_batch import HostStep
 
 PROMPT_LOGIT_ELEMENTS = 1 << 25
-"""Logits of prompt tokens are made at most so many at a time: 128 MiB in float32."""
+"""Maximum number of prompt logits computed at a time: 128 MiB in float32."""
 
 
 class PromptChunk(NamedTuple):
-    """What one row of the scheduler's output brought: `num_top` alternatives a position."""
+    """The log-probabilities of one row of the step's plan, `num_top` alternatives a position."""
 
     row: int
     num_top: int
@@ -24,12 +24,15 @@ class PromptChunk(NamedTuple):
 
 
 def prompt_logprobs(model: CausalLM, host: HostStep, hidden: torch.Tensor) -> list[PromptChunk]:
-    """The log-probability of each prompt token that follows a computed one, from the step's hidden
-    states `[T, hidden_size]`. Memory is bounded by working through the positions in slices."""
+    """Compute the log-probability of each prompt token that follows a computed one.
+
+    `hidden` `[T, hidden_size]` are the step's hidden states. Positions are worked through in
+    slices, which bounds the memory.
+    """
     chunks = []
     for row, sequence in enumerate(host.sequences):
-        num_top = sequence.request.sampling_params.prompt_logprobs
-        if num_top is None or sequence.choice != 0:
+        num_top = sequence.num_prompt_logprobs
+        if num_top is None:
             continue
         start = int(host.starts[row])
         count = min(int(host.lengths[row]), sequence.num_prompt_tokens - 1 - start)

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from pathlib import Path
 
 import torch
 
-from ..config import EngineConfig
-from ..devices.cuda.decode_graphs import CudaCapture, graph_sizes
-from ..errors import ConfigurationError, DeviceMemoryError, UnsupportedModelError
+from ..config import EngineConfig, WorkerInfo
+from ..devices.backend import Backend, CacheDemand
+from ..devices.choose import choose_backend
 from ..model.causal_lm import CausalLM
 from ..model.kv_scales import read_kv_scales
-from ..model.loader import load_model, resolve_kv_cache_dtype
-from ..model.model_spec import one_line
-from ..outputs import SchedulerOutput
-from ..worker_protocol import Results, WorkerInfo
-from .kv_cache import allocate_kv_cache, cpu_cache_memory, num_blocks_from_memory
-from .model_runner import ModelRunner
+from ..model.loader import load_model
+from ..step import SchedulerOutput
+from .kv_cache import allocate_kv_cache, block_bytes, num_blocks_from_memory
+from .model_runner import ModelRunner, StepForward
 
 
 class Worker:
     """Implements WorkerProtocol, which states the contract."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, backend: Backend | None = None) -> None:
+        """`backend` is by default that of the configured device, chosen by `load`."""
         self._config = config
+        self._given_backend = backend
 
     def load(self) -> WorkerInfo:
         config = self._config
         num_threads = config.num_threads or default_num_threads()
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        self._model: CausalLM = load_model(config)
+        self._backend: Backend = self._given_backend or choose_backend(config)
+        self._model: CausalLM = load_model(config, self._backend)
         model, spec = self._model, self._model.spec
-        self._cache_dtype = resolve_kv_cache_dtype(config, model.dtype, model.device)
+        self._cache_dtype = self._backend.kv_cache_dtype(config, model.dtype)
         self._kv_scales: torch.Tensor | None = None
         if self._cache_dtype == torch.float8_e4m3fn and config.load_format != "dummy":
             scales = read_kv_scales(config.model, spec)
@@ -59,118 +59,36 @@ class Worker:
         )
 
     def profile(self) -> int:
-        config, model = self._config, self._model
-        spec = model.spec
-        if model.device.type == "cuda":
-            peak = self._peak_memory()
-            memory = config.kv_cache_memory_bytes or self._cuda_cache_memory(peak)
-        else:
-            memory = cpu_cache_memory(config, spec, self._cache_dtype, self._max_model_len)
-        num_blocks = num_blocks_from_memory(
-            memory, config, spec, self._cache_dtype, self._max_model_len
-        )
+        config, spec, max_model_len = self._config, self._model.spec, self._max_model_len
+        size = block_bytes(spec, config.block_size, self._cache_dtype)
+        demand = CacheDemand(config, spec.architecture, size, max_model_len)
+        memory = self._backend.cache_memory(demand, self._make_runner)
+        num_blocks = num_blocks_from_memory(memory, config, spec, self._cache_dtype, max_model_len)
         self._runner = self._make_runner(num_blocks)
-        if self._graph_sizes:
-            self._capture(self._runner, self._graph_sizes)
-        if model.device.type == "cpu":
-            self._runner.warm_up()
+        self._runner.prepare()
         return num_blocks
 
-    @property
-    def _graph_sizes(self) -> list[int]:
-        if self._model.device.type != "cuda" or self._config.enforce_eager:
-            return []
-        return graph_sizes(self._config.max_num_seqs)
-
-    def launch(self, scheduler_output: SchedulerOutput) -> Results:
-        try:
-            return self._runner.launch(scheduler_output)
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise DeviceMemoryError("the device ran out of memory in a step") from error
+    def forward(self, scheduler_output: SchedulerOutput) -> StepForward:
+        return self._runner.forward(scheduler_output)
 
     def _make_runner(self, num_blocks: int) -> ModelRunner:
-        model = self._model
+        config, model = self._config, self._model
         kv_cache = allocate_kv_cache(
+            self._backend,
             model.spec,
             num_blocks,
-            self._config.block_size,
+            config.block_size,
             self._cache_dtype,
-            model.device,
-            commit=self._config.kv_cache_memory_bytes is not None,
+            commit=config.kv_cache_memory_bytes is not None,
         )
-        return ModelRunner(model, self._config, kv_cache, self._max_model_len, self._kv_scales)
-
-    def _capture(self, runner: ModelRunner, sizes: list[int]) -> None:
-        try:
-            runner.capture_graphs(CudaCapture(self._model.device), sizes)
-        except RuntimeError as error:
-            raise ConfigurationError(
-                f"the CUDA graphs of decode steps cannot be captured ({one_line(error)}): lower "
-                "--gpu-memory-utilization if memory ran out, else use --enforce-eager"
-            ) from error
-
-    def _graph_memory(self) -> int:
-        """Bytes that all graphs will take: the largest one, with the pool that they share, and for
-        each other as much as the second largest takes beside it."""
-        sizes = self._graph_sizes
-        if not sizes:
-            return 0
-        first, both = (self._memory_of_graphs(sizes[-count:]) for count in (1, 2))
-        return first + (len(sizes) - 1) * max(both - first, 0)
-
-    def _memory_of_graphs(self, sizes: list[int]) -> int:
-        runner = self._make_runner(1)
-        before = _free_memory(self._model.device)
-        self._capture(runner, sizes)
-        return before - _free_memory(self._model.device)
-
-    def _peak_memory(self) -> int:
-        """Bytes that torch holds at the peak of the largest step. Every kernel of a step has been
-        compiled and launched then."""
-        from triton.errors import TritonError
-
-        device, spec = self._model.device, self._model.spec
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        try:
-            runner = self._make_runner(1)
-            runner.compile_kernels()
-            runner.run_largest_step()
-        except torch.OutOfMemoryError as error:
-            raise ConfigurationError(
-                f"a step of {self._config.token_budget(device.type)} tokens does not fit the "
-                f"memory of {device} beside the model: lower --max-num-batched-tokens or "
-                "--max-num-seqs"
-            ) from error
-        except (ValueError, TritonError) as error:  # a launcher refuses, a tile does not fit
-            raise UnsupportedModelError(
-                f"{spec.architecture}: its kernels do not run on {device}: {one_line(error)}"
-            ) from error
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-
-    def _cuda_cache_memory(self, peak: int) -> int:
-        """Bytes left within gpu_memory_utilization once the largest step has its room: what torch
-        held at its `peak`, what others (context, libraries) hold, and the graphs."""
-        device = self._model.device
-        graphs = self._graph_memory()
-        free, total = _free_memory(device), torch.cuda.mem_get_info(device)[1]
-        others = total - free - torch.cuda.memory_reserved(device)
-        return int(total * self._config.gpu_memory_utilization) - peak - others - graphs
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that the driver could give, once torch has given back what nobody holds."""
-    gc.collect()  # a runner and its graphs hold each other
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+        return ModelRunner(
+            model, self._backend, config, kv_cache, self._max_model_len, self._kv_scales
+        )
 
 
 def default_num_threads() -> int | None:
-    """One thread per physical core that this process may use; None leaves OMP_NUM_THREADS to
-    decide. Two threads on one core only share its vector units and its bandwidth."""
+    """Return one thread for each physical core that this process may use; None leaves it to
+    OMP_NUM_THREADS. Two threads on one core only share its vector units and its bandwidth."""
     if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "sched_getaffinity"):
         return None
     cores = set()

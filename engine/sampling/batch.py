@@ -1,32 +1,34 @@
-"""What the sampler is told in a step: the plan of its rows, and what the step adds to it."""
+"""The input of the sampler in a step: the plan of its rows, and what changes from step to step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import abc
+from collections.abc import Iterable
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...kernels.device_copy import to_device
-from ..sequence import Sequence as TokenSequence
+from ..step import SequenceSpec
 from .plan import PenaltyRows, PlanMaker, SamplingPlan
 from .token_history import TokenHistory
 
 
 class SamplingBatch(NamedTuple):
-    """One step's rows. `positions[i]` is the index that row i's new token will have."""
+    """One step's rows. `positions[i]` is the position that row i's new token will have."""
 
     plan: SamplingPlan
-    positions: Tensor | None  # [R] int64, where a row is drawn or penalised
-    suppressed: Tensor | None  # [N] int64 flat indices of what min_tokens and bad_words forbid
+    positions: Tensor | None  # [R] int64, if any row is drawn or penalised
+    suppressed: Tensor | None  # [N] int64 flat indices of what min_tokens and bad words forbid
     history: Tensor | None  # [P, L] int32 tokens of the penalised rows, stale past the position
 
 
 class SamplingBatchBuilder:
-    """Builds the batches of successive steps and keeps what outlives a step.
+    """Builds the batches of successive steps, and keeps what outlives a step.
 
-    `vocab_size` is the logits' width.
+    `vocab_size` is the width of the logits.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
@@ -34,7 +36,7 @@ class SamplingBatchBuilder:
         self.device = device
         self.history = TokenHistory(device)
         self._maker = PlanMaker(vocab_size, device)
-        self._sequences: list[TokenSequence] = []
+        self._sequences: list[SequenceSpec] = []
         self._constrained: tuple[int, ...] = ()
         self._plan = SamplingPlan(num_rows=0)
         self._suppressed_tokens: list[tuple[int, Iterable[int]]] = []
@@ -44,19 +46,21 @@ class SamplingBatchBuilder:
 
     def build(
         self,
-        sequences: Sequence[TokenSequence],
-        positions: Sequence[int] | None = None,
-        constrained_rows: Sequence[int] = (),
+        sequences: abc.Sequence[SequenceSpec],
+        positions: abc.Sequence[int] | None = None,
+        constrained_rows: abc.Sequence[int] = (),
+        banned: abc.Mapping[int, abc.Sequence[int]] = MappingProxyType({}),
         last_token_ids: Tensor | None = None,
     ) -> SamplingBatch:
-        """The batch whose row i samples `sequences[i]` at index `positions[i]` of its tokens.
+        """Build the batch whose row i samples the token at `positions[i]` of `sequences[i]`.
 
-        Positions default to the sequences' lengths. Rows with bad words read the tokens before
-        them; so do rows with penalties, but take the last from `last_token_ids` [R], if given: the
-        host need not know it. `constrained_rows`, ascending, have a token bitmask.
+        Positions default to the lengths of the sequences' known tokens. `constrained_rows`,
+        ascending, have a token bitmask. Row i must not sample the tokens `banned[i]`. Rows with
+        penalties read the history of their tokens, whose last one comes from `last_token_ids` [R]
+        if given, since the host need not know it.
         """
         constrained = tuple(constrained_rows)
-        # Sequences compare by identity: this is a scan of pointers.
+        # Almost always these are the very same objects, which makes this a scan of pointers.
         if self._sequences != sequences or self._constrained != constrained:
             self._plan = self._maker.make(sequences, constrained)
             self._sequences = list(sequences)
@@ -74,12 +78,12 @@ class SamplingBatchBuilder:
         return SamplingBatch(
             plan,
             device_positions,
-            self._suppress(plan, positions),
+            self._suppress(plan, positions, banned),
             self._record(plan.penalties, positions, device_positions, last_token_ids),
         )
 
     def forget(self, seq_ids: Iterable[int]) -> None:
-        """Drop what is kept for sequences that left the batch; unknown ids are ignored."""
+        """Drop what is kept for sequences that left the batch. Unknown ids are ignored."""
         seq_ids = list(seq_ids)
         if not seq_ids:
             return
@@ -90,18 +94,24 @@ class SamplingBatchBuilder:
         if any(sequence.seq_id in gone for sequence in self._sequences):
             self._sequences = []
 
-    def _suppress(self, plan: SamplingPlan, positions: Sequence[int]) -> Tensor | None:
-        """Flat indices of the end tokens of rows that are still below min_tokens, and of the
+    def _suppress(
+        self,
+        plan: SamplingPlan,
+        positions: abc.Sequence[int],
+        banned: abc.Mapping[int, abc.Sequence[int]],
+    ) -> Tensor | None:
+        """Return the flat indices of the end tokens of rows below their min_tokens, and of the
         tokens that would complete a bad word."""
         tokens: list[tuple[int, Iterable[int]]] = [
             (row.working_row, row.stop_ids)
             for row in plan.min_tokens
             if positions[row.batch_row] < row.end_position
         ]
-        for bad in plan.bad_words:
-            forbidden = bad.forbidden(positions[bad.batch_row])
-            if forbidden:
-                tokens.append((bad.working_row, forbidden))
+        tokens += [
+            (row.working_row, banned[row.batch_row])
+            for row in plan.bad_words
+            if banned.get(row.batch_row)
+        ]
         if not tokens:
             return None
         if tokens != self._suppressed_tokens or self._suppressed is None:
@@ -117,7 +127,7 @@ class SamplingBatchBuilder:
     def _record(
         self,
         rows: PenaltyRows | None,
-        positions: Sequence[int],
+        positions: abc.Sequence[int],
         device_positions: Tensor | None,
         last_token_ids: Tensor | None,
     ) -> Tensor | None:
@@ -135,4 +145,5 @@ class SamplingBatchBuilder:
             last = last_token_ids.index_select(0, rows.batch_index)
             ends = device_positions.index_select(0, rows.batch_index) - 1
             tokens[self._slot_index, ends] = last.to(tokens.dtype)
+            self.history.extend(rows.sequences, lengths)
         return tokens[:, : max(lengths)].index_select(0, self._slot_index)

@@ -1,4 +1,4 @@
-"""Log-probabilities of the model at given tokens, and their form on the host."""
+"""Compute the model's log-probabilities at given tokens, and convert them for the host."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from ..outputs import TokenLogprobs
 from .top_tokens import top_tokens
 
-_CHUNK_ELEMENTS = 1 << 25  # bounds the float32 copy: 128 MiB
+_CHUNK_ELEMENTS = 1 << 25
+"""Logits to work on at a time: bounds their float32 copy to 128 MiB."""
 
 
 class LogprobTensors(NamedTuple):
-    """N positions; k alternatives each, best first. Still on the device that made them."""
+    """Log-probabilities at N positions, each with k alternatives, best first; on the device."""
 
     token_ids: Tensor  # [N] int64
     logprobs: Tensor  # [N] float32
@@ -25,12 +26,12 @@ class LogprobTensors(NamedTuple):
 
 
 def compute_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> LogprobTensors:
-    """log_softmax in float32 of `logits` [N, V], read at `token_ids` [N], with the k best.
+    """Return log_softmax(`logits` [N, V]) in float32 at `token_ids` [N], and its k best tokens.
 
-    Tokens are ranked by their logits, of equals the lower id first, so that an argmax is always
-    the first alternative: it has rank 1 and exactly that log-probability. Serves sampled tokens
-    and prompt tokens alike. Works through the rows in pieces, so that the memory beyond the
-    logits is bounded.
+    Tokens are ranked by their logits; of equal ones, the lower id comes first. Thus the argmax is
+    always the first alternative: it has rank 1 and exactly the same log-probability. The function
+    serves sampled tokens and prompt tokens. It works on chunks of rows, to bound the memory that it
+    takes beside the logits.
     """
     k = min(k, logits.shape[-1])
     rows = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
@@ -60,7 +61,7 @@ def _compute_chunk(logits: Tensor, token_ids: Tensor, k: int) -> LogprobTensors:
 
 
 def to_token_logprobs(tensors: LogprobTensors, num_top: Sequence[int]) -> list[TokenLogprobs]:
-    """Rows of host tensors as TokenLogprobs; row i keeps its `num_top[i]` best alternatives."""
+    """Convert host tensors to TokenLogprobs; row i keeps its `num_top[i]` best alternatives."""
     columns = [tensor.tolist() for tensor in tensors]
     return [
         TokenLogprobs(token_id, logprob, rank, top_ids[:count], top[:count])

@@ -1,15 +1,15 @@
-"""How each row of a batch is sampled, as tensors made only for what is in use.
+"""How each row of a batch is sampled, as tensors made only for the parameters in use.
 
-Three levels of rows: the *batch* rows [0, R) of the logits; the *working* rows [0, W), those
-that are more than an argmax of the logits, copied to float32; and groups of working rows that
-are drawn by the same operations. A row's group follows from its own parameters alone, so its
-sample does not depend on its company.
+There are three levels of rows: the *batch* rows [0, R) of the logits; the *working* rows [0, W),
+which need more than an argmax of the logits and are copied to float32; and groups of working rows
+that are drawn by the same operations. A row's group follows from its own parameters only, so its
+sample does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from ...kernels.device_copy import to_device
 from ..sampling_params import SamplingParams
-from ..sequence import Sequence as TokenSequence
+from ..step import SequenceSpec
 
 MAX_CANDIDATES = 1024
-"""Up to this top_k, the k best tokens are picked out and only they are filtered and drawn."""
-_OFF_TOP_P = 2.0  # no share of the mass reaches it
+"""Up to this top_k, the k best tokens are picked first, and only they are filtered and drawn."""
+_OFF_TOP_P = 2.0  # no share of the mass reaches 2
 
 
 class DrawGroup(NamedTuple):
-    """G rows to be drawn alike. Columns are [G, 1]; None where no row of the group uses it."""
+    """G rows that are drawn alike. Columns are [G, 1]; None if no row of the group uses them."""
 
     batch_rows: Tensor  # [G] int64
     working_rows: Tensor  # [G] int64
@@ -39,11 +39,11 @@ class DrawGroup(NamedTuple):
 
     @property
     def is_filtered(self) -> bool:
-        """Whether not all of the vocabulary may be drawn."""
+        """Whether some tokens of the vocabulary cannot be drawn."""
         return not (self.top_k is self.top_p is self.log_min_p is None)
 
     def slice(self, start: int, stop: int) -> DrawGroup:
-        """Rows [start, stop) of the group, as views."""
+        """Return rows [start, stop) of the group, as views."""
 
         def part(column: Tensor | None) -> Tensor | None:
             return None if column is None else column[start:stop]
@@ -63,7 +63,7 @@ class DrawGroup(NamedTuple):
 class PenaltyRows(NamedTuple):
     """P working rows with penalties; columns are [P, 1]."""
 
-    sequences: list[TokenSequence]
+    sequences: list[SequenceSpec]
     batch_rows: list[int]
     batch_index: Tensor  # [P] int64, `batch_rows`
     working_rows: Tensor  # int64
@@ -74,14 +74,14 @@ class PenaltyRows(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """Single elements of the working logits: flat indices (row * V + token id), and values."""
+    """Single elements of the working logits: flat indices (row · V + token id), and values."""
 
     indices: Tensor  # [N] int64
     values: Tensor  # [N] float32
 
 
 class RowMasks(NamedTuple):
-    """M working rows with the tokens that they may not draw."""
+    """M working rows, with the tokens that each must not draw."""
 
     working_rows: Tensor  # [M] int64
     forbidden: Tensor  # [M, V] bool
@@ -97,54 +97,41 @@ class MinTokensRow(NamedTuple):
 
 
 class BadWordsRow(NamedTuple):
-    """A row whose output may not go on to one of its request's bad words."""
+    """A row of a request with bad words: some of its steps have tokens that it must not sample."""
 
     batch_row: int
     working_row: int
-    sequence: TokenSequence
-
-    def forbidden(self, position: int) -> set[int]:
-        """The tokens that may not stand at `position` of the sequence."""
-        start = self.sequence.num_prompt_tokens
-        words = self.sequence.request.sampling_params.bad_words
-        longest = max(map(len, words)) - 1
-        before = tuple(self.sequence.token_ids[max(start, position - longest) : position])
-        return {
-            word[-1]
-            for word in words
-            if len(word) <= len(before) + 1 and before[len(before) - len(word) + 1 :] == word[:-1]
-        }
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingPlan:
-    """The part that stays while the same sequences sample."""
+    """What stays the same while the same sequences sample."""
 
     num_rows: int
     working_rows: Tensor | None = None
-    """[W] int64 batch rows; None where no row needs more than an argmax."""
+    """[W] int64 batch rows; None if no row needs more than an argmax."""
     groups: tuple[DrawGroup, ...] = ()
     bias: Entries | None = None
     masks: RowMasks | None = None
     penalties: PenaltyRows | None = None
     constrained: Tensor | None = None
-    """[C] int64 working rows that have a token bitmask, in the batch's order."""
+    """[C] int64 working rows that have a token bitmask, in the order of the batch."""
     min_tokens: tuple[MinTokensRow, ...] = ()
     bad_words: tuple[BadWordsRow, ...] = ()
     logprob_rows: tuple[int, ...] = ()
     num_top: tuple[int, ...] = ()
     logprob_index: Tensor | None = None
-    """`logprob_rows` on the device; None where that is every row, in order."""
+    """`logprob_rows` on the device; None if these are all rows."""
 
     @property
     def shaped(self) -> bool:
-        """Whether anything but drawing changes a working row's logits."""
+        """Whether a working row's logits are changed before the draw."""
         parts = (self.bias, self.masks, self.penalties, self.constrained)
         return bool(self.min_tokens or self.bad_words) or any(part is not None for part in parts)
 
 
 def _is_plain(params: SamplingParams) -> bool:
-    """Greedy, and the argmax of the model's own logits."""
+    """Return whether the token is the argmax of the model's own logits."""
     return (
         params.greedy
         and not params.logit_bias
@@ -156,9 +143,9 @@ def _is_plain(params: SamplingParams) -> bool:
 
 
 class PlanMaker:
-    """Makes plans, and keeps what is costly to find anew of each sequence until it leaves.
+    """Makes plans, and keeps what is costly to work out for a sequence until it leaves.
 
-    `vocab_size` is the logits' width.
+    `vocab_size` is the width of the logits.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
@@ -168,23 +155,25 @@ class PlanMaker:
         self._forbidden: dict[int, Tensor] = {}
 
     def forget(self, seq_id: int) -> None:
+        """Drop what is kept for a sequence."""
         self._plain.pop(seq_id, None)
         self._forbidden.pop(seq_id, None)
 
     def make(
-        self, sequences: Sequence[TokenSequence], constrained: tuple[int, ...]
+        self, sequences: abc.Sequence[SequenceSpec], constrained: tuple[int, ...]
     ) -> SamplingPlan:
+        """Make the plan for `sequences`; the rows `constrained`, ascending, have a bitmask."""
         plain = self._plain
         for sequence in sequences:
             if sequence.seq_id not in plain:
-                plain[sequence.seq_id] = _is_plain(sequence.request.sampling_params)
+                plain[sequence.seq_id] = _is_plain(sequence.sampling_params)
         must_work = set(constrained)
         working = [
             row
             for row, sequence in enumerate(sequences)
             if not plain[sequence.seq_id] or row in must_work
         ]
-        params = [sequence.request.sampling_params for sequence in sequences]
+        params = [sequence.sampling_params for sequence in sequences]
         num_top = [sequence.num_logprobs for sequence in sequences]
         logprob_rows = tuple(row for row, count in enumerate(num_top) if count is not None)
         some = 0 < len(logprob_rows) < len(sequences)
@@ -206,25 +195,25 @@ class PlanMaker:
             constrained=self._constrained_rows(working, constrained),
             min_tokens=self._min_tokens(sequences, working),
             bad_words=tuple(
-                BadWordsRow(row, index, sequences[row])
+                BadWordsRow(row, index)
                 for index, row in enumerate(working)
                 if params[row].bad_words
             ),
         )
 
-    def _rows(self, rows: Sequence[int]) -> Tensor:
+    def _rows(self, rows: abc.Sequence[int]) -> Tensor:
         return to_device(rows, torch.int64, self._device)
 
-    def _column(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+    def _column(self, values: abc.Sequence[float], dtype: torch.dtype) -> Tensor:
         return to_device(values, dtype, self._device).unsqueeze(1)
 
     def _draw_groups(
-        self, sequences: Sequence[TokenSequence], working: list[int]
+        self, sequences: abc.Sequence[SequenceSpec], working: list[int]
     ) -> tuple[DrawGroup, ...]:
-        """Split the rows to be drawn: few candidates, filtered vocabulary, whole vocabulary."""
+        """Split the rows that draw into few candidates, filtered vocabulary, whole vocabulary."""
         members: dict[str, list[int]] = {}
         for index, row in enumerate(working):
-            params = sequences[row].request.sampling_params
+            params = sequences[row].sampling_params
             if params.greedy:
                 continue
             if 0 < params.top_k <= min(MAX_CANDIDATES, self._vocab_size - 1):
@@ -241,13 +230,13 @@ class PlanMaker:
 
     def _draw_group(
         self,
-        sequences: Sequence[TokenSequence],
+        sequences: abc.Sequence[SequenceSpec],
         working: list[int],
         indices: list[int],
         candidates: bool,
     ) -> DrawGroup:
         rows = [working[index] for index in indices]
-        params = [sequences[row].request.sampling_params for row in rows]
+        params = [sequences[row].sampling_params for row in rows]
         vocab_size = self._vocab_size
         top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
         top_p = [p.top_p if p.top_p < 1.0 else _OFF_TOP_P for p in params]
@@ -263,8 +252,8 @@ class PlanMaker:
             self._column(log_min_p, torch.float32) if max(log_min_p) > -math.inf else None,
         )
 
-    def _bias(self, params: Sequence[SamplingParams], working: list[int]) -> Entries | None:
-        # dict: of two values for one token the last counts, as in JSON.
+    def _bias(self, params: abc.Sequence[SamplingParams], working: list[int]) -> Entries | None:
+        # A dict, so that the last of two values for one token counts, as in JSON.
         entries = [
             (index * self._vocab_size + token_id, value)
             for index, row in enumerate(working)
@@ -275,12 +264,12 @@ class PlanMaker:
         indices, values = zip(*entries, strict=True)
         return Entries(self._rows(indices), to_device(values, torch.float32, self._device))
 
-    def _masks(self, sequences: Sequence[TokenSequence], working: list[int]) -> RowMasks | None:
+    def _masks(self, sequences: abc.Sequence[SequenceSpec], working: list[int]) -> RowMasks | None:
         indices: list[int] = []
         masks: list[Tensor] = []
         for index, row in enumerate(working):
             seq_id = sequences[row].seq_id
-            allowed = sequences[row].request.sampling_params.allowed_token_ids
+            allowed = sequences[row].sampling_params.allowed_token_ids
             if allowed is None:
                 continue
             if seq_id not in self._forbidden:
@@ -291,18 +280,18 @@ class PlanMaker:
         return RowMasks(self._rows(indices), torch.stack(masks)) if indices else None
 
     def _penalties(
-        self, sequences: Sequence[TokenSequence], working: list[int]
+        self, sequences: abc.Sequence[SequenceSpec], working: list[int]
     ) -> PenaltyRows | None:
         indices = [
             index
             for index, row in enumerate(working)
-            if sequences[row].request.sampling_params.has_penalties
+            if sequences[row].sampling_params.has_penalties
         ]
         if not indices:
             return None
         rows = [working[index] for index in indices]
         chosen = [sequences[row] for row in rows]
-        params = [sequence.request.sampling_params for sequence in chosen]
+        params = [sequence.sampling_params for sequence in chosen]
         return PenaltyRows(
             chosen,
             rows,
@@ -321,14 +310,14 @@ class PlanMaker:
         return self._rows([index_of[row] for row in constrained])
 
     def _min_tokens(
-        self, sequences: Sequence[TokenSequence], working: list[int]
+        self, sequences: abc.Sequence[SequenceSpec], working: list[int]
     ) -> tuple[MinTokensRow, ...]:
         rows = []
         for index, row in enumerate(working):
             sequence = sequences[row]
-            if sequence.request.grammar is not None:
+            if sequence.has_grammar:
                 continue  # its bitmask says when it may end
-            min_tokens = sequence.request.sampling_params.min_tokens
+            min_tokens = sequence.sampling_params.min_tokens
             # An end token outside the vocabulary (a tokenizer's own) cannot be drawn.
             stop_ids = tuple(t for t in sequence.stop_ids if t < self._vocab_size)
             if min_tokens > 0 and stop_ids:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import abc
+from collections.abc import Iterable
 
 import torch
 
 from ...kernels.device_copy import to_device
-from ..sequence import Sequence as TokenSequence
+from ..step import SequenceSpec
 
 _INITIAL_SLOTS, _INITIAL_CAPACITY = 8, 256
 
 
 class TokenHistory:
-    """One row of tokens per sequence; a step appends what is new and copies nothing else.
+    """One row of tokens per sequence. A step appends what is new and copies nothing else.
 
-    A sequence gets a slot when it is first recorded and gives it back with `forget`. Its row is
-    written from its own `token_ids`, so forks and preempted sequences need no special care; the
-    last token, which the host may not know yet, is put behind them by whoever has it on the device.
+    A sequence gets a slot when it is first recorded, and gives it back with `forget`. Its row
+    begins with the tokens of its spec; each sampled token is appended on the device by whoever
+    computes with it next. Forked and preempted sequences have new specs, so they need no special
+    care.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.tokens = torch.zeros(
             (_INITIAL_SLOTS, _INITIAL_CAPACITY), dtype=torch.int32, device=device
         )
-        """[slots, capacity]; what lies beyond a sequence's length is stale."""
+        """[slots, capacity]; the elements beyond a sequence's length are stale."""
         self._slots: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
         self._free = list(range(_INITIAL_SLOTS))
@@ -32,8 +34,13 @@ class TokenHistory:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def record(self, sequences: Sequence[TokenSequence], lengths: Sequence[int]) -> list[int]:
-        """Bring the rows up to `lengths` tokens, with room for one more; the sequences' slots."""
+    def record(
+        self, sequences: abc.Sequence[SequenceSpec], lengths: abc.Sequence[int]
+    ) -> list[int]:
+        """Bring the rows up to `lengths` tokens, with room for one more; return their slots.
+
+        Tokens that are not recorded yet are taken from the sequences' specs.
+        """
         missing = sum(sequence.seq_id not in self._slots for sequence in sequences)
         self._reserve(missing, max(lengths) + 1)
         capacity = self.tokens.shape[1]
@@ -57,7 +64,13 @@ class TokenHistory:
         self._lengths.update(recorded)  # last: a step that runs out of memory is tried again
         return [self._slots[sequence.seq_id] for sequence in sequences]
 
+    def extend(self, sequences: abc.Sequence[SequenceSpec], lengths: abc.Sequence[int]) -> None:
+        """Note that the rows now hold `lengths` tokens, since someone wrote them on the device."""
+        for sequence, length in zip(sequences, lengths, strict=True):
+            self._lengths[sequence.seq_id] = length
+
     def forget(self, seq_ids: Iterable[int]) -> None:
+        """Give the slots of these sequences back. Unknown ids are ignored."""
         for seq_id in seq_ids:
             slot = self._slots.pop(seq_id, None)
             if slot is not None:

@@ -1,1 +1,17 @@
-"""Which sequences compute how many tokens in the next step."""
+"""Which sequences compute how many tokens in the next step. Torch-free.
+
+Reading order:
+
+    scheduler           takes requests, asks for a step's plan, and is updated from its results
+    step_planner        the heart: running sequences first, then waiting ones, under one budget
+    roster              the running sequences, and which of them the worker knows
+    policy              what fcfs, priority and fair decide: who is admitted, who is preempted
+    ranked_queue        fcfs and priority
+    fair_queue          fair: the user who was served least goes first
+    admission           how a waiting sequence begins: cached prefix, first slots
+    request_table       the unfinished requests, and their deadlines
+    sequence_outputs    outputs that are more than one token
+    beam_search         groups of sequences that fork and end together
+
+May import: the engine's words, and cache.
+"""

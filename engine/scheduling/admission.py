@@ -1,4 +1,4 @@
-"""How a waiting sequence begins: what of it is cached already, and slots for its first step."""
+"""How a waiting sequence begins: its cached prefix, and slots for its first step."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..cache.block_manager import NO_MATCH, BlockManager
-from ..outputs import BlockCopy
 from ..sequence import Sequence
+from ..step import BlockCopy
 
 
 class Admitted(NamedTuple):
-    """A sequence's first row: its tokens [num_matched, num_matched + num_new)."""
+    """A sequence's first row, which computes its tokens [num_matched, num_matched + num_new)."""
 
     num_matched: int
     num_new: int
@@ -19,7 +19,7 @@ class Admitted(NamedTuple):
 
 
 class Admission:
-    """Counts what it looks up, and what of it was found."""
+    """Decides whether a waiting sequence fits, and counts prefix-cache queries and hits."""
 
     def __init__(self, block_manager: BlockManager, clock: Callable[[], float]) -> None:
         self._block_manager = block_manager
@@ -32,11 +32,14 @@ class Admission:
 
         At least one token is left to compute, before the point where siblings wait to fork.
         """
+        # 1. How many tokens the first row may reach, and how many of them are cached.
         manager = self._block_manager
         target = sequence.fork_at if sequence.held_forks else len(sequence.token_ids)
         match = NO_MATCH
         if not sequence.needs_whole_prompt:
             match = manager.match_prefix(sequence, target - 1)
+        # 2. Slots. A match that ends within a block needs one more block for its copy while the
+        #    step lasts, so if the pool is short, try again without it.
         num_new = min(target - match.num_tokens, budget)
         copies = manager.allocate_slots(sequence, num_new, match)
         if copies is None and match.successor is not None:
@@ -45,6 +48,7 @@ class Admission:
             copies = manager.allocate_slots(sequence, num_new, match)
         if copies is None:
             return None
+        # 3. Statistics of first admissions only: a recompute finds what the sequence itself left.
         if sequence.num_cached_tokens is None:
             sequence.scheduled_time = self._clock()
             sequence.num_cached_tokens = match.num_tokens

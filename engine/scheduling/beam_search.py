@@ -1,17 +1,23 @@
 """Beam search: the likeliest continuations of a prompt, kept by forking block tables.
 
-A request of width w has w sequences. One of them computes the prompt; from then on each step takes
-the best candidates of all live beams, by the sum of their tokens' log-probabilities:
+Theory of operation. A request of width w has w sequences. One of them computes the prompt. From
+then on each of the group's steps takes the best candidates of all live beams, by the sum of their
+tokens' log-probabilities:
 
-    A ── a ──▶ stays in A's blocks                    first child of a beam: same sequence
-      └─ b ──▶ fork: A's blocks, the tail by          other children: a sequence without a child
+    A ── a ──▶ stays in A's blocks                  first child of a beam: the same sequence
+      └─ b ──▶ fork: A's blocks, the tail by        other children: a spare sequence
                copy-on-write
-    B          no candidate among the best: its blocks go back at once
+    B          no candidate among the best: its blocks go back at once, it becomes a spare
 
-A step counts once all live beams have their candidates; those that come first wait. Memory is
-shared as the beams' ancestry is: common blocks once. To keep that through a preemption a group goes
-and comes as one: all its beams give their blocks back, one of them computes what they have in
-common, the others fork from it there (`Sequence.held_forks`) and compute the rest.
+The engine's steps do not wait for a group. A beam whose candidates have arrived sits out until all
+live beams have theirs (`found`); then the group takes its step (`advance`). A candidate that ends
+(stop token, or max_tokens) becomes a hypothesis; the group ends when no live beam is expected to
+beat its w best hypotheses.
+
+Memory is shared as the beams' ancestry is: common blocks are held once. To keep that through a
+preemption, a group goes and comes as one. All its beams give their blocks back, one of them (the
+leader) computes what they have in common, the others fork from it there (`Sequence.held_forks`)
+and compute the rest.
 
 Scores, length penalty and the three ways to stop early are those of transformers'
 `GenerationMixin._beam_search`.
@@ -19,38 +25,32 @@ Scores, length penalty and the three ways to stop early are those of transformer
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from os.path import commonprefix
 from typing import NamedTuple
 
 from ..cache.block_manager import BlockManager
-from ..outputs import (
-    FinishReason,
-    ModelRunnerOutput,
-    RowError,
-    SchedulerOutput,
-    SequenceOutput,
-    TokenLogprobs,
-)
+from ..outputs import FinishReason, RowError, SequenceOutput, TokenLogprobs
 from ..sequence import Sequence, SequenceStatus
+from ..step import ModelRunnerOutput
+from .policy import Policy
+from .roster import Roster
 from .sequence_outputs import prompt_logprobs, stop_reason, timings
-from .waiting_queue import WaitingQueue
 
 
 class Candidate(NamedTuple):
-    """One token more behind `parent`; `place` is where it stands among the parent's best."""
+    """A beam extended by one token; `place` is the token's index among the parent's best."""
 
     score: float
-    """Sum of the log-probabilities of all its tokens."""
+    """Sum of the log-probabilities of all tokens."""
     parent: Sequence
     token_id: int
     place: int
 
 
 class Hypothesis(NamedTuple):
-    """A finished continuation; `score` has the length penalty applied."""
+    """A finished continuation. The length penalty is applied to its `score`."""
 
     score: float
     token_ids: list[int]
@@ -60,7 +60,7 @@ class Hypothesis(NamedTuple):
 
 
 class BeamGroup:
-    """The beams of one request. `beams` are live, best first; `spares` wait to become one."""
+    """The beams of one request. `beams` are live, best first; `spares` wait to become beams."""
 
     def __init__(self, sequences: list[Sequence]) -> None:
         self.sequences = sequences
@@ -70,21 +70,24 @@ class BeamGroup:
         self.width = len(sequences)
         self.scores: dict[Sequence, float] = {self.beams[0]: 0.0}
         self.entries: dict[Sequence, list[TokenLogprobs]] = {self.beams[0]: []}
-        """Log-probabilities of each beam's tokens, where the request wants them."""
+        """Log-probabilities of each beam's tokens, if the request wants them."""
         self.found: dict[Sequence, TokenLogprobs] = {}
-        """What each beam's step brought; complete, it is the group's next step."""
+        """Each beam's candidates, as they arrive. Once complete, the group takes its step."""
         self.finished: list[Hypothesis] = []
         self.error: RowError | None = None
         self.preempted = False
 
     @property
     def num_running(self) -> int:
+        """Sequences of the group that hold blocks."""
         return sum(s.status is SequenceStatus.RUNNING for s in self.sequences)
 
     def choose(self) -> list[Candidate]:
-        """Take the step's hypotheses from its candidates; the beams to go on with, best first."""
+        """Record the candidates that end; return those to continue with, best first."""
         length = self.beams[0].num_output_tokens + 1
         at_end = length >= self.params.max_tokens
+        # 1. Walk the candidates from the best on, until the width is filled with ones that go on.
+        #    Of those that end, only the ones among the best `width` count, as in transformers.
         going_on: list[Candidate] = []
         for rank, candidate in enumerate(self._candidates(length)):
             stops = candidate.token_id in candidate.parent.stop_ids
@@ -94,13 +97,18 @@ class BeamGroup:
                     break
             elif rank < self.width:
                 self.finished.append(self._hypothesis(candidate, length, stops))
+        # 2. Keep the best hypotheses of all steps.
         self.finished.sort(key=lambda hypothesis: -hypothesis.score)
         del self.finished[self.width :]
+        # 3. End, or go on.
         return [] if at_end or self._is_done(length, going_on) else going_on
 
     def _candidates(self, length: int) -> list[Candidate]:
-        """All that could be among the best, in order. Of each beam that is its best `width`, and
-        as many more as there are stop tokens among them; of equals the better beam's first."""
+        """Return all candidates that could be among the best, in order.
+
+        A beam contributes its best `width` tokens, and as many more as there are stop tokens. Of
+        equal scores the better beam's comes first.
+        """
         too_early = length <= self.params.min_tokens
         candidates = [
             Candidate(self.scores[beam] + logprob, beam, token_id, place)
@@ -138,7 +146,7 @@ class BeamGroup:
         return [*self.entries[candidate.parent], entry]
 
     def _is_done(self, length: int, going_on: list[Candidate]) -> bool:
-        """Whether no live beam is expected to better the finished ones."""
+        """Decide whether no live beam is expected to beat the finished hypotheses."""
         if not going_on:
             return True
         if len(self.finished) < self.width:
@@ -155,7 +163,7 @@ class BeamGroup:
         return score / divisor
 
     def outputs(self, now: float) -> Iterator[SequenceOutput]:
-        """The n best, all at once."""
+        """Yield the outputs of the n best hypotheses, all at once."""
         first = self.sequences[0]
         for choice, best in enumerate(self.finished[: self.params.n]):
             yield SequenceOutput(
@@ -172,34 +180,28 @@ class BeamGroup:
 
 
 class BeamSearch:
-    """The beam groups of a scheduler, on whose collections it works: `running` (sorted by rank),
-    `waiting`, and `released`, the seq_ids whose rows the worker may drop."""
+    """The beam groups of a scheduler, with whose roster and policy it works."""
 
-    def __init__(
-        self,
-        block_manager: BlockManager,
-        running: list[Sequence],
-        waiting: WaitingQueue,
-        released: list[int],
-    ) -> None:
+    def __init__(self, block_manager: BlockManager, roster: Roster, policy: Policy) -> None:
         self._block_manager = block_manager
-        self._running = running
-        self._waiting = waiting
-        self._released = released
+        self._roster = roster
+        self._policy = policy
         self._groups: dict[str, BeamGroup] = {}
 
     def __bool__(self) -> bool:
         return bool(self._groups)
 
     def add(self, sequences: list[Sequence]) -> None:
+        """Queue a request's beams; the first computes the prompt."""
         self._groups[sequences[0].request.request_id] = BeamGroup(sequences)
-        self._waiting.push(sequences[0])
+        self._policy.push(sequences[0])
 
     def group_of(self, sequence: Sequence) -> BeamGroup | None:
+        """Return the group of a beam; None for other sequences."""
         return self._groups.get(sequence.request.request_id)
 
     def seats_reserved(self) -> int:
-        """Of max_num_seqs, those kept for beams that are still to fork from a running one."""
+        """Return how many of max_num_seqs are kept for beams that have yet to be forked."""
         return sum(
             group.width - num_running
             for group in self._groups.values()
@@ -207,7 +209,7 @@ class BeamSearch:
         )
 
     def remove(self, sequence: Sequence) -> list[Sequence]:
-        """The sequences that end with this one: all of its group, which is forgotten."""
+        """Return the sequences that end with this one: its whole group, which is forgotten."""
         group = self._groups.pop(sequence.request.request_id, None)
         if group is None:
             return [sequence]
@@ -215,10 +217,10 @@ class BeamSearch:
             member.held_forks = []
         return group.sequences
 
-    def take(self, output: SchedulerOutput, result: ModelRunnerOutput) -> ModelRunnerOutput:
-        """Keep what the step brought to beams; the rest of the result, for the others."""
+    def take(self, rows: list[Sequence], result: ModelRunnerOutput) -> ModelRunnerOutput:
+        """Keep what a step's result says of beams, and return the result without it."""
         token_ids, errors = list(result.token_ids), dict(result.errors)
-        for row, sequence in enumerate(output.sequences):
+        for row, sequence in enumerate(rows):
             group = self.group_of(sequence)
             if group is None or sequence.status is SequenceStatus.FINISHED:
                 continue
@@ -230,7 +232,7 @@ class BeamSearch:
         return result._replace(token_ids=token_ids, errors=errors)
 
     def advance(self, now: float) -> list[BeamGroup]:
-        """Let every complete group take its step; those that have ended."""
+        """Let every group whose candidates are complete take its step; return those that ended."""
         ended = []
         for group in self._groups.values():
             if group.error is not None:
@@ -249,18 +251,22 @@ class BeamSearch:
 
     def _continue(self, group: BeamGroup, chosen: list[Candidate]) -> None:
         """Make the chosen candidates the live beams."""
+        # 1. Beams without a child give their blocks back, and may serve the forks as spares.
         parents = {candidate.parent for candidate in chosen}
         for beam in group.beams:
-            if beam not in parents:  # before the forks, which its sequence may serve
+            if beam not in parents:
                 self._drop(beam)
                 group.spares.append(beam)
+        # 2. A parent's first child stays in its sequence; the others are forked from it before
+        #    any of them gets its token.
         entries = [group._entries_with(candidate) for candidate in chosen]
         beams: list[Sequence] = []
         for candidate in chosen:
             beam = candidate.parent
-            if beam in beams:  # it is its first child already
+            if beam in beams:  # its first child has it
                 beam = self._fork(candidate.parent, group.spares.pop())
             beams.append(beam)
+        # 3. Append the tokens.
         for beam, candidate in zip(beams, chosen, strict=True):
             beam.token_ids.append(candidate.token_id)
         group.beams = beams
@@ -271,21 +277,18 @@ class BeamSearch:
     def _fork(self, parent: Sequence, child: Sequence) -> Sequence:
         child.token_ids = list(parent.token_ids)
         self._block_manager.fork(parent, child)
-        child.status = SequenceStatus.RUNNING
         child.rank = parent.rank._replace(choice=child.choice)
-        insort(self._running, child, key=attrgetter("rank"))
+        self._roster.add(child)
         return child
 
     def _drop(self, beam: Sequence) -> None:
         """Give a running beam's blocks and its row back."""
-        self._running.remove(beam)
-        self._released.append(beam.seq_id)
+        self._roster.remove(beam, SequenceStatus.WAITING)
         self._block_manager.free(beam)
-        beam.status = SequenceStatus.WAITING
 
     def _park(self, group: BeamGroup) -> None:
-        """One of the beams was preempted: all wait, and come back sharing what they have in
-        common."""
+        """Let all beams wait, since one of them was preempted. They will come back sharing what
+        they have in common."""
         for beam in group.beams:
             if beam.status is SequenceStatus.RUNNING:
                 self._drop(beam)
@@ -295,10 +298,13 @@ class BeamSearch:
         leader.fork_at = _common_length(group.beams)
         group.found = {}
         group.preempted = False
-        self._waiting.push(leader)
+        self._policy.push(leader)
 
 
 def _common_length(beams: Iterable[Sequence]) -> int:
-    """Tokens that all begin with. Beams are of one length and differ, so that each has a token
-    left to compute; a single beam forks nothing."""
+    """Return the number of leading tokens that all beams share.
+
+    Beams have one length and differ, so each has a token left to compute. A single beam forks
+    nothing.
+    """
     return len(commonprefix([beam.token_ids for beam in beams]))

@@ -1,4 +1,4 @@
-"""The unfinished requests: their sequences, and when their time is up."""
+"""The unfinished requests: their sequences and their deadlines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import NamedTuple
 
-from ..config import SchedulingPolicy
 from ..errors import InvalidRequestError, QueueTimeoutError, RequestTimeoutError
 from ..outputs import RowError
 from ..request import Request
@@ -20,35 +19,32 @@ class _Deadline(NamedTuple):
     arrival_order: int
     request_id: str
     queued: bool
-    """It bounds the wait for the first step only."""
+    """Whether it bounds the wait for the first step only."""
 
 
 class RequestTable:
-    """Makes a request's sequences and finds them again; has no part in scheduling."""
+    """Makes a request's sequences and finds them again. It takes no part in scheduling."""
 
-    def __init__(
-        self, policy: SchedulingPolicy, eos_token_ids: tuple[int, ...], seed: int | None
-    ) -> None:
+    def __init__(self, eos_token_ids: tuple[int, ...], seed: int | None) -> None:
         """`seed` makes the seeds of requests without one repeat from start to start."""
-        self._policy = policy
         self._random = random.Random(seed)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[str, list[Sequence]] = {}
         self._deadlines: list[_Deadline] = []
         self._arrivals = count()
 
-    def add(self, request: Request) -> list[Sequence]:
-        """The request's n sequences (a beam search's width), in order of choice, none of them
-        scheduled yet."""
+    def add(self, request: Request, priority: int) -> list[Sequence]:
+        """Make the request's n sequences (as many as its width for a beam search), in order of
+        choice, with `priority` in their ranks."""
         if request.request_id in self._sequences:
             raise InvalidRequestError("a request with this id is running", "request_id")
         params = request.sampling_params
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos or request.grammar is not None:  # a grammar's end is the end
+        # The end of a grammar ends the answer, so ignore_eos has no say in it.
+        if not params.ignore_eos or request.grammar is not None:
             stop_ids |= self._eos_token_ids
         order = next(self._arrivals)
-        priority = request.priority if self._policy == "priority" else 0
         sequences = [
             Sequence(request, choice, _wrap(seed + choice), Rank(priority, order, choice), stop_ids)
             for choice in range(params.beam_width or params.n)
@@ -60,10 +56,11 @@ class RequestTable:
         return sequences
 
     def find(self, request_id: str) -> list[Sequence]:
-        """A request's unfinished sequences, in order of choice; none if it is unknown."""
+        """Return a request's unfinished sequences in order of choice; none if it is unknown."""
         return list(self._sequences.get(request_id, ()))
 
     def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended."""
         request_id = sequence.request.request_id
         siblings = self._sequences[request_id]
         siblings.remove(sequence)
@@ -71,12 +68,12 @@ class RequestTable:
             del self._sequences[request_id]
 
     def expired(self, now: float) -> Iterator[tuple[Sequence, RowError]]:
-        """Sequences whose deadline has passed; each deadline is reported once."""
+        """Yield the sequences whose deadline has passed; each deadline is reported once."""
         while self._deadlines and self._deadlines[0].time <= now:
             deadline = heappop(self._deadlines)
             sequences = self.find(deadline.request_id)
             if not sequences or sequences[0].rank.arrival_order != deadline.arrival_order:
-                continue  # it has ended (and its id may be in use again)
+                continue  # the request has ended, and its id may be in use again
             if not deadline.queued:
                 error = RowError(RequestTimeoutError.code, "the request's time limit passed")
             elif all(sequence.scheduled_time is None for sequence in sequences):
@@ -88,5 +85,5 @@ class RequestTable:
 
 
 def _wrap(seed: int) -> int:
-    """Into the signed 64-bit range."""
+    """Wrap a seed into the signed 64-bit range."""
     return (seed + 2**63) % 2**64 - 2**63

@@ -1,4 +1,4 @@
-"""What a sequence's step says to its client: the outputs that are more than one token."""
+"""The outputs of a sequence that are more than one token."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from ..sequence import Sequence
 def token_output(
     sequence: Sequence, length: int, logprobs: TokenLogprobs | None, now: float
 ) -> SequenceOutput:
-    """The output of the last of the sequence's first `length` tokens, which is the first or the
-    last of its output or has `logprobs`."""
+    """Make the output of the last of the sequence's first `length` tokens.
+
+    That token is the first or the last of the sequence's output, or it has `logprobs`.
+    """
     token_id = sequence.token_ids[length - 1]
     reason: FinishReason | None = None
     if token_id in sequence.stop_ids:
@@ -35,7 +37,7 @@ def token_output(
 
 
 def embedding_output(sequence: Sequence, embedding: bytes, now: float) -> SequenceOutput:
-    """The only output of a sequence whose prompt is pooled."""
+    """Make the only output of a sequence whose prompt is pooled."""
     ended = ended_output(sequence, "stop", None, now)
     return ended._replace(embedding=embedding)
 
@@ -43,7 +45,7 @@ def embedding_output(sequence: Sequence, embedding: bytes, now: float) -> Sequen
 def ended_output(
     sequence: Sequence, reason: FinishReason, error: RowError | None, now: float
 ) -> SequenceOutput:
-    """The output of a sequence that ends before its own last token."""
+    """Make the output of a sequence that ends before its own last token."""
     return SequenceOutput(
         sequence.request.request_id,
         sequence.choice,
@@ -56,23 +58,24 @@ def ended_output(
 
 
 def prompt_logprobs(sequence: Sequence) -> list[TokenLogprobs | None] | None:
-    """Those of the prompt, where asked for; they come with choice 0."""
+    """Return the prompt's log-probabilities if asked for; they come with choice 0."""
     asked = sequence.request.sampling_params.prompt_logprobs is not None
     return sequence.prompt_logprobs if asked and sequence.choice == 0 else None
 
 
 def stop_reason(sequence: Sequence, token_id: int) -> int | None:
-    """A stop token that the request named; None for end-of-sequence."""
+    """Return the token if the request named it as a stop token; None for end-of-sequence."""
     return token_id if token_id in sequence.request.sampling_params.stop_token_ids else None
 
 
 def take_prompt_logprobs(sequence: Sequence, start: int, entries: list[TokenLogprobs]) -> None:
-    """Entries belong to positions start + 1 …; a recompute brings known ones again."""
+    """Append the entries for positions start + 1 …, without those known from before a recompute."""
     known = len(sequence.prompt_logprobs) - (start + 1)
     sequence.prompt_logprobs.extend(entries[known:])
 
 
 def timings(sequence: Sequence, now: float) -> Timings:
+    """Return the times of a sequence that ends now."""
     return Timings(
         sequence.request.arrival_time, sequence.scheduled_time, sequence.first_token_time, now
     )

@@ -1,7 +1,9 @@
-"""Copy whole KV blocks, over all layers and both K and V, in one launch.
+"""Copy whole KV blocks in all layers, both K and V, in one launch.
 
-Grid (pair, layer and K/V, part of the block): a block of one layer is num_kv_heads * block_size *
-head_dim contiguous elements, so a program moves CHUNK of them, a thread 16 bytes at a time.
+The copy-on-write of a paged cache (vLLM, arXiv 2309.06180): a block that several sequences share is
+copied before one of them writes to it. The grid is (pair, layer and K or V, part of the block). A
+block of one layer is num_kv_heads * block_size * head_dim contiguous elements; each program moves
+CHUNK of them, 16 bytes per thread and load.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -30,6 +32,7 @@ def _copy_blocks_kernel(
 ):
     source = tl.load(sources_ptr + tl.program_id(0))
     destination = tl.load(destinations_ptr + tl.program_id(0))
+    # A plane is the K or the V of one layer; its blocks are contiguous.
     plane = tl.program_id(1).to(tl.int64) * num_blocks
     element = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
     mask = element < BLOCK_ELEMENTS
@@ -38,11 +41,12 @@ def _copy_blocks_kernel(
 
 
 def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor) -> None:
-    """Copy block sources[i] to destinations[i] `[n]` int64 in every layer, K and V.
+    """Copy block sources[i] to block destinations[i], K and V, in every layer.
 
-    kv_cache `[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]`, contiguous. All
-    copies run at once: no destination may also be a source, or stand twice. ValueError on
-    shapes, dtypes or devices that do not fit.
+    kv_cache is contiguous `[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]`, the
+    block ids are `[n]` int64. All copies run concurrently, so a destination must be neither a
+    source nor repeated (not checked). Raises ValueError on shapes, dtypes or devices that do not
+    fit.
     """
     require_dtype("kv_cache", kv_cache, *CACHE_DTYPES)
     require_shape("kv_cache", kv_cache, None, 2, None, None, None, None)

@@ -1,10 +1,15 @@
-"""The float8 (e4m3) KV cache: bits to and from wider floats, and what launchers do about it.
+"""Conversions for the float8 (e4m3) KV cache, and the views of it that launchers pass to kernels.
 
-An e4m3 number is s·eeee·mmm with bias 7: no infinity, NaN where all of eeee·mmm is set, at most
-448 ("FP8 formats for deep learning", arXiv 2209.05433). Shifted into a float16 it is the same
-number over 2^8, subnormals included. A layer's cache may hold x / scale, one float32 scale a kv
-head for K and one for V; without scales it holds x. Attention widens K and V before its dots:
-sums of float8 products lose accuracy over long contexts.
+An OCP e4m3 number has the bits s·eeee·mmm and the exponent bias 7. There is no infinity, NaN has
+all of eeee·mmm set, and the largest number is 448 ("FP8 formats for deep learning", arXiv
+2209.05433). Its bits shifted into a float16 (bias 15) are the same number divided by 2^8,
+subnormals included.
+
+    stored = round(clamp(x / scale, ±448))      x = stored · scale
+
+There is one float32 scale per kv head for K and one for V in each layer, or none (scale 1).
+Attention widens K and V before its matrix products, because sums of float8 products lose accuracy
+over long contexts.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -12,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..checks import require, require_contiguous, require_dtype, require_shape
+from ..checks import interpreting, require, require_contiguous, require_dtype, require_shape
 from . import tuning
 
 E4M3 = torch.float8_e4m3fn
@@ -20,12 +25,20 @@ E4M3 = torch.float8_e4m3fn
 
 @triton.jit
 def to_e4m3(x):
-    """The e4m3 bits (uint8) of float32 `x`: to nearest even, saturating at 448, NaN kept."""
+    """Return the e4m3 bits (uint8) of float32 `x`, rounded to nearest even.
+
+    Numbers beyond ±448 saturate; NaN stays NaN.
+    """
+    # 1. Round a normal number as an integer: of float32's 23 mantissa bits 20 are cut off, after
+    #    adding just less than half of their unit plus the lowest kept bit (ties go to even), and
+    #    the exponent is rebiased from 127 to 7.
     size = tl.minimum(tl.abs(x), 448.0)
     bits = size.to(tl.uint32, bitcast=True)
     normal = (bits + 0x7FFFF + ((bits >> 20) & 1) - (120 << 23)) >> 20
-    # One unit in the last place of 2^14 is the least subnormal, 2^-9: the addition rounds to it.
+    # 2. Round a subnormal result by an addition: the unit in the last place of 2^14 is 2^-9, the
+    #    smallest subnormal, so the low bits of the sum count how many of them `size` is.
     subnormal = (size + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    # 3. Choose by the smallest normal number, 2^-6; then put in NaN and the sign.
     code = tl.where(size < 0.015625, subnormal, normal)
     code = tl.where(x != x, 0x7F, code)
     return (code | ((x.to(tl.uint32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
@@ -33,8 +46,10 @@ def to_e4m3(x):
 
 @triton.jit
 def load_scale(kv_scales_ptr, row: tl.constexpr, head, NUM_KV_HEADS: tl.constexpr):
-    """K's (row 0) or V's (row 1) scale of these kv heads; None where there are none, which
-    Triton 3.6 takes from a bare return alone."""
+    """Load the scales of K (row 0) or V (row 1) for these kv heads; None if there are no scales.
+
+    The return without a value is how None must be written: Triton 3.6 rejects `return None`.
+    """
     if kv_scales_ptr is None:
         return
     else:
@@ -44,7 +59,7 @@ def load_scale(kv_scales_ptr, row: tl.constexpr, head, NUM_KV_HEADS: tl.constexp
 
 @triton.jit
 def store_as(target, x, scale, mask):
-    """Store float `x` in the cache's dtype; uint8 stands for e4m3, which holds x / scale."""
+    """Store float `x` in the cache's dtype. A uint8 cache holds the e4m3 bits of x / scale."""
     if target.dtype.element_ty == tl.uint8:
         wide = x.to(tl.float32)
         if scale is not None:
@@ -56,7 +71,10 @@ def store_as(target, x, scale, mask):
 
 @triton.jit
 def widen(tile, dtype: tl.constexpr):
-    """A tile of the cache as operand of a dot; uint8 are e4m3 bits where no instruction helps."""
+    """Convert a tile of the cache to the dtype of a matrix product's operands.
+
+    A uint8 tile holds e4m3 bits, which are widened by shifts: before sm_89 no instruction does it.
+    """
     if tile.dtype == tl.uint8:
         bits = tile.to(tl.uint16)
         half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
@@ -68,9 +86,11 @@ def widen(tile, dtype: tl.constexpr):
 
 @triton.jit
 def as_operand(query, cache_ptr):
-    """Queries in the dtype that the cache is widened to: float16 for e4m3, which holds it exactly.
+    """Convert queries to the dtype that the cache is widened to.
 
-    A query beyond float16's 65504 becomes infinite, and its row NaN: seen, not silently wrong.
+    With an e4m3 cache, bfloat16 queries become float16, which the device converts e4m3 to and which
+    holds it exactly. A query beyond float16's 65504 becomes infinite, so its row becomes NaN: an
+    error that is seen rather than a silently wrong result.
     """
     is_float8: tl.constexpr = cache_ptr.dtype.element_ty.primitive_bitwidth == 8
     if is_float8 and query.dtype == tl.bfloat16:
@@ -80,26 +100,25 @@ def as_operand(query, cache_ptr):
 
 
 def bits_view(cache: torch.Tensor) -> torch.Tensor:
-    """What the writing kernels are given: an e4m3 cache's bytes, any other cache itself."""
+    """Return the view for kernels that write: an e4m3 cache as uint8, any other as it is."""
     return cache.view(torch.uint8) if cache.dtype == E4M3 else cache
 
 
 def readable_view(cache: torch.Tensor) -> torch.Tensor:
-    """What the attention kernels are given: from sm_89 on the device widens e4m3 itself."""
-    native = tuning.compute_capability(cache.device) >= 89 and not _interpreted()
+    """Return the view for the attention kernels: an e4m3 cache as it is if the device can widen it.
+
+    That is so from sm_89 on. Triton's interpreter converts e4m3 too, but not its NaN, so it gets
+    the bytes.
+    """
+    native = tuning.compute_capability(cache.device) >= 89 and not interpreting()
     return cache if native else bits_view(cache)
 
 
-def _interpreted() -> bool:
-    """The interpreter knows e4m3 but for its NaN."""
-    return bool(triton.knobs.runtime.interpret)
-
-
 def check_scales(kv_scales: torch.Tensor | None, cache: torch.Tensor, num_kv_heads: int) -> None:
-    """Raise ValueError unless `kv_scales` is None, or `[2, num_kv_heads]` for an e4m3 cache."""
+    """Raise ValueError unless `kv_scales` is None or fits: `[2, num_kv_heads]`, e4m3 cache."""
     if kv_scales is None:
         return
-    require(cache.dtype == E4M3, f"kv_scales belong to a float8_e4m3fn cache, not {cache.dtype}")
+    require(cache.dtype == E4M3, f"kv_scales need a float8_e4m3fn cache, not {cache.dtype}")
     require_dtype("kv_scales", kv_scales, torch.float32)
     require_shape("kv_scales", kv_scales, 2, num_kv_heads)
     require_contiguous("kv_scales", kv_scales)

@@ -1,12 +1,20 @@
-"""A step's inputs, made on the device from one packed upload and what stayed there.
+"""Build a step's inputs on the device from one packed upload and the state that stays there.
 
-What lies on the device already is not sent again: the block tables of running sequences, one row
-each, and the tokens that the last step sampled, which the host need not know. `packed` `[n]` int32
-begins with a Record for each row of the batch, in its order; behind them lie the token ids and the
-block ids that records point to.
+Two things stay on the device and are not sent again: the block tables of the running sequences
+(`table`, one row per sequence), and the tokens that the previous step sampled (`sampled`), which
+the host may not know yet. The upload `packed` `[n]` int32 holds the rest:
 
-Grid (row, part of its tokens and columns). A program reads changed columns from `packed` and only
-unchanged ones from `table`, so it may write the former there while others of its row read.
+    packed   | Record of row 0 | Record of row 1 | … | token ids | new block ids |
+                                                       ↑ token     ↑ blocks  (offsets in a Record)
+
+For token i of a row that starts at position `start`:
+
+    position = start + i        slot = table[position // block_size] · block_size
+                                       + position % block_size
+
+The grid is (row, part of its tokens and table columns). A program takes the columns that changed
+from `packed` and only unchanged ones from `table`, so programs of one row may run in any order
+although some of them write the changed columns to `table`.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -26,43 +34,48 @@ from ..checks import (
 )
 
 PART = 1024
-"""Tokens, and columns of the table, of one program."""
+"""Tokens and table columns per program."""
 
 
 class Record(NamedTuple):
-    """What `packed` says of a row of the batch, in this order; here each field is of all rows."""
+    """The eight int32 that `packed` holds for a row of the batch, in this order.
+
+    In this tuple each field is an array over all rows of the batch.
+    """
 
     row: Any
-    """Its row of the persistent table."""
+    """The sequence's row in the persistent table."""
     start: Any
-    """The position of its first new token."""
+    """Position of its first new token."""
     length: Any
-    """Its new tokens: rows with one come first."""
+    """Number of its new tokens. Rows with one new token come first in the batch."""
     first: Any
-    """The index in the batch of its first new token."""
+    """Index of its first new token in the batch's flat tokens."""
     token: Any
-    """Rows with one: its id, or −1 − i for what `sampled[i]` holds. Others: where in `packed`
-    their ids begin."""
+    """For one new token: its id, or −1 − i if it is `sampled[i]`. For several: the offset of their
+    ids in `packed`."""
     known: Any
-    """The leading columns of its table that the device has."""
+    """Number of leading columns of its table row that the device already has."""
     blocks: Any
-    """Where in `packed` those that follow begin, as far as the row's length reaches."""
+    """Offset in `packed` of the block ids for the columns after those, up to the row's length."""
     sample: Any
-    """Its place in `logit_indices`; −1 where it samples nothing."""
+    """Its index in `logit_indices`, or −1 if the row samples nothing."""
 
 
 FIELDS = len(Record._fields)
+"""Numbers per Record."""
 
 
 @triton.jit
 def _load_blocks(packed_ptr, table_ptr, column, mask, known, blocks):
-    """Entries of one sequence's table, `table_ptr`, as they are with this step's changes."""
+    """Load columns of one sequence's block table with this step's changes applied."""
     changed = column >= known
     new = tl.load(packed_ptr + blocks + column - known, mask=mask & changed, other=0)
     old = tl.load(table_ptr + column, mask=mask & ~changed, other=0)
     return tl.where(changed, new, old)
 
 
+# Over 50 lines: 15 parameters and the eight fields of a record.
 @triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=["sampled_ptr"])
 def _prepare_inputs_kernel(
     packed_ptr,
@@ -81,18 +94,21 @@ def _prepare_inputs_kernel(
     FIELDS: tl.constexpr,
     PART: tl.constexpr,
 ):
+    # 1. Rows beyond the batch are padding. Only steps of one token per row (graph replays) have
+    #    them, so the row is also the index of its token.
     seq = tl.program_id(0)
     part = tl.program_id(1) * PART
     if (seq == 0) & (part == 0):
         tl.store(query_start_loc_ptr, 0)
     if seq >= num_seqs:
-        if part == 0:  # padding, of steps in which every row has one token
+        if part == 0:
             tl.store(input_ids_ptr + seq, 0)
             tl.store(positions_ptr + seq, 0)
             tl.store(slots_ptr + seq, -1)
             tl.store(query_start_loc_ptr + seq + 1, num_seqs)
             tl.store(seq_lens_ptr + seq, 0)
         return
+    # 2. Read the row's record (see `Record`) and write what the row has once.
     record = packed_ptr + seq * FIELDS
     table_ptr += tl.load(record).to(tl.int64) * table_stride
     start = tl.load(record + 1)
@@ -107,6 +123,8 @@ def _prepare_inputs_kernel(
         tl.store(query_start_loc_ptr + seq + 1, first + length)
         tl.store(seq_lens_ptr + seq, end)
         tl.store(logit_indices_ptr + sample, first + length - 1, mask=sample >= 0)
+    # 3. Positions, slots and ids of this part's tokens. A single id may be unknown to the host: it
+    #    is then one of those that the previous step sampled.
     offset = part + tl.arange(0, PART)
     if part < length:
         live = offset < length
@@ -122,6 +140,8 @@ def _prepare_inputs_kernel(
             unknown = token < 0
             sampled = tl.load(sampled_ptr - 1 - token, mask=unknown, other=0)
             tl.store(input_ids_ptr + first, tl.where(unknown, sampled, token.to(tl.int64)))
+    # 4. This part's columns of the block table: all go to the step's table, and the changed ones
+    #    also to the persistent table.
     num_columns = tl.cdiv(end, BLOCK_SIZE)
     if part < num_columns:
         live = offset < num_columns
@@ -146,16 +166,19 @@ def prepare_inputs(
     num_seqs: int,
     reach: int,
     block_size: int,
-) -> None:
-    """Write the inputs of a step of `num_seqs` rows, and into `table` what changed of it.
+) -> None:  # over 50 lines: ten tensors to describe, check and pass on
+    """Write the inputs of a step of `num_seqs` rows, and the changed columns of `table`.
 
-    packed `[n]` int32: Records, ids, blocks; sampled `[…]` int64; table `[…, max_blocks]` int32.
-    Written: input_ids, positions, slot_mapping `[T]` int64; block_table `[S, max_blocks]`, of the
-    stride of `table`, as far as each row's length reaches; query_start_loc `[S + 1]`, seq_lens
-    `[S]` int32; logit_indices `[…]` int64, the last token of each sampling row. Where S exceeds
-    num_seqs, every row has one token, T is S, and rows from num_seqs on are padding: length 0,
-    slot −1, id and position 0. `reach` is the most new tokens or columns of any row. ValueError on
-    shapes, dtypes or devices that do not fit; what `packed` says is not checked.
+    Read: packed `[n]` int32 (records, token ids, block ids), sampled `[…]` int64, table
+    `[…, max_blocks]` int32. Written: input_ids, positions and slot_mapping `[T]` int64;
+    block_table `[S, max_blocks]` int32 with the stride of `table`, as far as each row's length
+    reaches; query_start_loc `[S + 1]` and seq_lens `[S]` int32; logit_indices `[…]` int64, the
+    index of the last token of each row that samples.
+
+    If S is greater than num_seqs, every row has one token, T equals S, and the rows from num_seqs
+    on are padding: length 0, slot −1, id and position 0. `reach` is the maximum number of new
+    tokens or table columns of any row. Raises ValueError on shapes, dtypes or devices that do not
+    fit; the contents of `packed` are not checked.
     """
     size, num_tokens = seq_lens.shape[0], input_ids.shape[0]
     for name, tensor, dtype, length in (
@@ -178,7 +201,7 @@ def prepare_inputs(
     require_shape("block_table", block_table, size, table.shape[1])
     require(block_table.stride(0) == table.stride(0), "block_table and table differ in stride")
     require(0 <= num_seqs <= size, f"{num_seqs} sequences do not fit {size} rows")
-    require(num_seqs == size or num_tokens == size, "only steps of one token a row are padded")
+    require(num_seqs == size or num_tokens == size, "only steps of one token per row are padded")
     require(len(packed) >= num_seqs * FIELDS, f"packed is too short for {num_seqs} sequences")
     require_launchable(
         packed=packed, sampled=sampled, table=table, input_ids=input_ids, positions=positions,

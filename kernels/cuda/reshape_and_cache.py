@@ -1,7 +1,9 @@
-"""Write K and V of this step's tokens to their slots of one layer's caches.
+"""Write K and V of this step's tokens to their slots in one layer's paged cache.
 
-One program writes one token of HEADS kv heads: K and V rows of head_dim contiguous elements go
-from `[token, head]` to `[block, head, offset]`, a thread moving 16 bytes at a time.
+    cache[slot // block_size, head, slot % block_size, :] = x[token, head, :]
+
+The grid is (token, kv heads / HEADS). A program copies the rows of K and V of one token and HEADS
+kv heads, head_dim contiguous elements each, 16 bytes per thread and load.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -71,15 +73,15 @@ def reshape_and_cache(
     slot_mapping: torch.Tensor,
     *,
     kv_scales: torch.Tensor | None = None,
-) -> None:
+) -> None:  # over 50 lines: parameters, their checks, and the kernel's arguments one per line
     """Write K and V `[num_tokens, num_kv_heads, head_dim]`, of any strides, to their slots.
 
-    key_cache and value_cache are one layer's `[num_blocks, num_kv_heads, block_size, head_dim]`;
-    slot_mapping `[num_tokens]` int64 holds block_id * block_size + offset, negative for padding
-    rows, which are skipped. Values are converted to the cache's dtype; a float8_e4m3fn cache
-    saturates and holds K / kv_scales[0], V / kv_scales[1] (`[2, num_kv_heads]` float32, default
-    1). ValueError on shapes, dtypes or devices that do not fit; slots past the cache are the
-    caller's error, unchecked.
+    key_cache and value_cache are one layer's `[num_blocks, num_kv_heads, block_size, head_dim]`.
+    slot_mapping `[num_tokens]` int64 holds block_id * block_size + offset, or a negative number for
+    padding rows, which are skipped. Values are converted to the cache's dtype; a float8_e4m3fn
+    cache stores K / kv_scales[0] and V / kv_scales[1] (`[2, num_kv_heads]` float32, default 1),
+    saturated at ±448. Raises ValueError on shapes, dtypes or devices that do not fit. Slots beyond
+    the cache are not checked.
     """
     num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
     check_scales(kv_scales, key_cache, num_kv_heads)

@@ -1,6 +1,8 @@
-"""RMSNorm, alone and fused with the residual addition before it (arXiv 1910.07467).
+"""RMSNorm (arXiv 1910.07467), alone and fused with the residual addition before it.
 
-One program a row: hidden_size elements stay in registers, so each is read and written once.
+    out = x / sqrt(mean(x²) + eps) · weight,    fused: x = residual = residual + input
+
+One program per row: the hidden_size elements stay in registers, so each is read and written once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -19,6 +21,7 @@ from ..checks import (
 )
 
 MAX_HIDDEN_SIZE = 65536
+"""Longest row that one program holds in registers."""
 
 
 @triton.jit
@@ -45,7 +48,7 @@ def _rms_norm_kernel(
         x += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
         rounded = x.to(residual_ptr.dtype.element_ty)
         tl.store(residual_ptrs, rounded, mask=mask)
-        x = rounded.to(tl.float32)  # what the next layer adds to is what is normalised
+        x = rounded.to(tl.float32)  # normalise what is stored: the next layer adds to that
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     if PLUS_ONE:
         weight += 1.0
@@ -63,6 +66,7 @@ def _launch(
     eps: float,
     plus_one: bool,
 ) -> None:
+    """Check what both launchers share and launch; `out` and `residual` are already checked."""
     size = input.shape[-1]
     require(0 < size <= MAX_HIDDEN_SIZE, f"hidden size must be 1 to {MAX_HIDDEN_SIZE}, not {size}")
     require(eps >= 0, f"eps must not be negative, not {eps}")
@@ -100,10 +104,11 @@ def rms_norm(
     plus_one: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x / sqrt(mean(x²) + eps) · weight of each row of input `[num_rows, size]`.
+    """Compute x / sqrt(mean(x²) + eps) · weight for each row of input `[num_rows, size]`.
 
-    plus_one multiplies by 1 + weight, as Gemma does. Computed in float32 and rounded once;
-    `out` may be `input`. ValueError on shapes, dtypes or devices that do not fit.
+    `plus_one` multiplies by 1 + weight instead, as Gemma does. The computation is in float32 and
+    rounded once; `out` may be `input`. Raises ValueError on shapes, dtypes or devices that do not
+    fit.
     """
     out = torch.empty_like(input) if out is None else out
     require_shape("input", input, None, None)
@@ -122,9 +127,10 @@ def fused_add_rms_norm(
     eps: float,
     plus_one: bool = False,
 ) -> None:
-    """In place: residual += input, rounded to its dtype, then input = rms_norm(residual).
+    """In place: residual += input, rounded to its dtype; then input = rms_norm(residual).
 
-    input and residual `[num_rows, size]` of one dtype. ValueError on what does not fit.
+    input and residual are `[num_rows, size]` of one dtype. Raises ValueError on shapes, dtypes or
+    devices that do not fit.
     """
     require_shape("input", input, None, None)
     require_shape("residual", residual, *input.shape)

@@ -1,11 +1,13 @@
-"""Norm, rotate and store in one launch: what stands between the QKV projection and attention.
+"""Normalise, rotate and store in one launch: all steps from the QKV projection to attention.
 
-Grid (token, heads of Q | heads of K | heads of V), HEADS at a time. A program holds the two halves
-of each head's rotary part and the rest behind it:
+Rotary embedding (RoFormer, arXiv 2104.09864) in the half-rotation layout, after an optional RMSNorm
+(arXiv 1910.07467) of each head:
 
-    [ first: rotary_dim / 2 | second: rotary_dim / 2 | rest: head_dim − rotary_dim ]
+    head      [ first: rotary_dim / 2 | second: rotary_dim / 2 | rest: head_dim − rotary_dim ]
+    rotated   [ first·cos − second·sin | second·cos + first·sin | rest ]
 
-rotated Q goes to `out`, rotated K and plain V to their slots in the caches.
+The grid is (token, heads of Q | heads of K | heads of V), HEADS heads per program. Rotated queries
+go to `out`, rotated K and unchanged V to their slots in the caches.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -26,6 +28,7 @@ from ..checks import (
 from .fp8 import bits_view, check_scales, load_scale, store_as
 
 
+# Over 50 lines: 15 parameters.
 @triton.jit
 def _rotate_heads(
     target_ptr,
@@ -44,7 +47,11 @@ def _rotate_heads(
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
 ):
-    """Norm and rotate HEADS heads whose first elements are at these lines; `scale` is float8's."""
+    """Normalise, rotate and store HEADS heads.
+
+    source_lines and target_lines `[HEADS]` are the offsets of the heads' first elements, `real`
+    says which heads exist, and `scale` is that of a float8 cache or None.
+    """
     HALF: tl.constexpr = ROTARY_DIM // 2
     REST: tl.constexpr = HEAD_DIM - ROTARY_DIM
     dim = tl.arange(0, HALF_PAD)[None, :]
@@ -53,6 +60,7 @@ def _rotate_heads(
     rest_mask = real[:, None] & (rest_dim < HEAD_DIM)
     source = source_ptr + source_lines[:, None]
     target = target_ptr + target_lines[:, None]
+    # 1. Load the head in three parts, so that rotating needs no exchange between threads.
     first = tl.load(source + dim, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + HALF + dim, mask=mask, other=0.0).to(tl.float32)
     if NORM:
@@ -61,6 +69,7 @@ def _rotate_heads(
         rest = tl.load(source + rest_dim, mask=rest_mask, other=0.0).to(tl.float32)
         if NORM:
             squares += tl.sum(rest * rest, 1)
+    # 2. RMSNorm over the whole head, not only its rotary part.
     if NORM:
         factor = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
         first *= factor * tl.load(weight_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
@@ -70,6 +79,7 @@ def _rotate_heads(
         if REST > 0:
             weight = tl.load(weight_ptr + rest_dim, mask=rest_dim < HEAD_DIM, other=0.0)
             rest *= factor * weight.to(tl.float32)
+    # 3. Rotate each pair (first[i], second[i]) by the token's angle i, and store.
     cos = tl.load(cos_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
     store_as(target + dim, first * cos - second * sin, scale, mask)
@@ -78,6 +88,7 @@ def _rotate_heads(
         store_as(target + rest_dim, rest, scale, rest_mask)
 
 
+# Over 50 lines: 34 parameters.
 @triton.jit
 def _rope_and_cache_kernel(
     out_ptr,
@@ -117,11 +128,13 @@ def _rope_and_cache_kernel(
 ):
     QUERY_PARTS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KV_PARTS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
+    # 1. The second axis of the grid lists parts of HEADS heads: those of Q, then of K, then of V.
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     in_part = tl.arange(0, HEADS)
     cos_ptr += token * cos_stride
     sin_ptr += token * sin_stride
+    # 2. Q is rotated into `out`, also for padding tokens.
     if part < QUERY_PARTS:
         head = part * HEADS + in_part
         _rotate_heads(
@@ -131,6 +144,7 @@ def _rope_and_cache_kernel(
             head < NUM_HEADS, None, eps, NORM_QUERY, HEAD_DIM, ROTARY_DIM, HALF_PAD, REST_PAD,
         )  # fmt: skip
         return
+    # 3. K and V go to the token's slot; padding tokens have none.
     slot = tl.load(slot_mapping_ptr + token)
     if slot < 0:
         return
@@ -139,6 +153,7 @@ def _rope_and_cache_kernel(
     kv_head = (part - QUERY_PARTS) % KV_PARTS * HEADS + in_part
     key_scale = load_scale(kv_scales_ptr, 0, kv_head[:, None], NUM_KV_HEADS)
     value_scale = load_scale(kv_scales_ptr, 1, kv_head[:, None], NUM_KV_HEADS)
+    # 4. K is rotated on the way, V is only converted.
     if part < QUERY_PARTS + KV_PARTS:
         _rotate_heads(
             key_cache_ptr, key_ptr, key_weight_ptr, cos_ptr, sin_ptr,
@@ -167,7 +182,7 @@ def _check_rotation(
     key_weight: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """Raise ValueError unless heads, weights and rotation fit one another."""
+    """Raise ValueError unless the heads, weights and angles fit one another."""
     num_tokens, width = cos.shape
     head_dim = key.shape[-1]
     require_shape("query", query, num_tokens, None, head_dim)
@@ -212,16 +227,16 @@ def rope_and_cache(
     rotary_dim: int | None = None,
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Optional RMSNorm of each Q and K head, rotary embedding of both, K and V to their slots.
+) -> torch.Tensor:  # over 50 lines: 14 parameters to describe, check and pass on
+    """Rotate queries and keys, write K and V to their slots, and return the rotated queries.
 
-    query `[num_tokens, num_heads, head_dim]`, key and value `[num_tokens, num_kv_heads,
-    head_dim]`, last dimension contiguous; cos and sin `[num_tokens, rotary_dim]` in the
-    half-rotation layout of Hugging Face (second half equal to the first; RoFormer, arXiv
-    2104.09864), or, where `rotary_dim` is given, their first halves alone. Returns the rotated
-    queries, which may be written over `query` by `out=query`; slot_mapping `[num_tokens]` int64,
-    negative for rows whose K and V are skipped; kv_scales as in `reshape_and_cache`. ValueError on
-    shapes, dtypes or devices that do not fit.
+    Each head is first normalised (RMSNorm over head_dim) if its weight is given. query is
+    `[num_tokens, num_heads, head_dim]`, key and value are `[num_tokens, num_kv_heads, head_dim]`,
+    each with a contiguous last dimension; `out=query` overwrites the queries. cos and sin are
+    `[num_tokens, rotary_dim]` in Hugging Face's half-rotation layout, whose second half equals the
+    first, or only their first halves if `rotary_dim` is given. slot_mapping is `[num_tokens]`
+    int64, negative for tokens whose K and V are skipped; kv_scales is that of `reshape_and_cache`.
+    Raises ValueError on shapes, dtypes or devices that do not fit.
     """
     num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
     check_scales(kv_scales, key_cache, num_kv_heads)

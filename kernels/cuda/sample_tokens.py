@@ -1,19 +1,24 @@
 """Temperature, top_k, top_p, min_p and the draw, without a sort.
 
-The same tokens as the sampler of the engine draws in torch, by the same arithmetic: a draw is an
-exponential race (the largest exp(logit) / E wins, E a hash of seed, position and token id), a
-share of the mass is a sum of integers 2^40 · exp, and comparisons are exact. So nothing depends
-on the order of a reduction, and the passes over a row may be laid out as they are fast:
+    p = softmax(logits / temperature), filtered;   token = argmax p / E,   E ~ Exp(1)
 
-    histogram     counts of (maximum − logit) / temperature in 2048 bins; where top_k or the mass
-                  that is missing for top_p is reached, the rest of the row is out
-    candidates    the token ids up to there, in their order (a few thousand, mostly k)
-    top_k, top_p  the least logit that is in, to the bit, by a search of 16 ways over candidates
-    race          over what is left
+The draw is an exponential race, which picks token i with its probability (the Gumbel-max trick in
+other terms); E is a hash of seed, position and token id. The kernel draws the same tokens as the
+engine's sampler in torch, by the same arithmetic: shares of the probability mass are sums of the
+integers 2^40 · exp, and comparisons are exact. No result depends on the order of a reduction, so
+the passes over a row can be laid out for speed:
 
-One program a row. Where the candidates are more than CAPACITY (a flat distribution), the last two
-read the row. Without top_k and top_p nothing but the race is left: a program then has PIECE tokens
-of a row, and a second launch takes the best of its pieces.
+    histogram     count (maximum − logit) / temperature in 2048 bins; the bins after top_k tokens,
+                  or after all of top_p's mass, are dropped
+    candidates    list the token ids of the other bins, in ascending order (about k, or a few
+                  thousand)
+    top_k, top_p  find the smallest logit that is kept, to the bit, by a 16-way search over the
+                  candidates
+    race          draw from what is left
+
+One program per row. If there are more than CAPACITY candidates (a flat distribution), the last two
+passes read the whole row. Without top_k and top_p only the race is left: each program then takes
+PIECE tokens of a row, and a second launch takes the best of a row's pieces.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -44,24 +49,29 @@ from .sampling_passes import (
 )
 
 MAX_EXACT_TOP_K = 1024
-"""Up to here top_k keeps just k tokens, of equal logits the lower ids; beyond, equals stay."""
+"""Up to this top_k exactly k tokens are kept, lower ids first among equal logits; above it all
+tokens that equal the k-th are kept."""
 CAPACITY = 16384
+"""Maximum length of a row's list of candidates."""
 BLOCK = 4096
+"""Tokens per iteration of the passes over a whole row."""
 SEARCH_BLOCK = 512
+"""Tokens per iteration of the searches, which hold 16 sums per token."""
 NUM_WARPS = 16
 PIECE, PIECE_BLOCK = 4096, 1024
+"""Tokens per program of the unfiltered race, and per iteration of it."""
 
 
 @triton.jit
 def _load_best(best_ptr, row):
-    """A row's maximum, as float32 and no negative zero; 0 for NaN, whose row has no winner."""
+    """Load a row's maximum as float32, with −0 as +0 and NaN (such a row has no winner) as 0."""
     best = tl.load(best_ptr + row).to(tl.float32) + 0.0
     return tl.where(best == best, best, 0.0)
 
 
 @triton.jit
 def _no_cut():
-    """The least key, which no float has, and the greatest id."""
+    """Return the cut that keeps every token: the lowest int32, which no float has as its key."""
     return (
         tl.full([], -LAST_ID - 1, dtype=tl.int32),
         tl.full([], LAST_ID, dtype=tl.int32),
@@ -95,7 +105,7 @@ def _race_pieces_kernel(
     best = _load_best(best_ptr, source)
     count = tl.full([], VOCAB, dtype=tl.int32)
     unlisted = tl.full([], 0, dtype=tl.int32)
-    # No list: what stands for it is not read.
+    # There is no list of candidates; `winners_ptr` fills its place and is not read.
     row = (logits_ptr, winners_ptr, unlisted, count, best, tl.load(temperature_ptr + index))
     stream = stream_key(tl.load(seeds_ptr + index), tl.load(positions_ptr + index))
     begin = piece * PIECE
@@ -108,6 +118,7 @@ def _race_pieces_kernel(
 
 @triton.jit
 def _best_piece_kernel(out_ptr, values_ptr, winners_ptr, PIECES: tl.constexpr, PAD: tl.constexpr):
+    # A piece without a winner has the value −1, the padding −2: id 0 if no piece has one.
     index = tl.program_id(0)
     piece = tl.arange(0, PAD)
     place = index * PIECES + piece
@@ -117,6 +128,7 @@ def _best_piece_kernel(out_ptr, values_ptr, winners_ptr, PIECES: tl.constexpr, P
     tl.store(out_ptr + index, winner.to(tl.int64))
 
 
+# Over 50 lines: 20 parameters, and passes that share the row's state.
 @triton.jit(do_not_specialize=["has_top_k", "has_top_p", "has_min_p"])
 def _sample_tokens_kernel(
     out_ptr,
@@ -140,6 +152,7 @@ def _sample_tokens_kernel(
     BLOCK: tl.constexpr,
     SEARCH_BLOCK: tl.constexpr,
 ):
+    # 1. Load the row's parameters. A filter that is absent or off gets a value that keeps all.
     index = tl.program_id(0)
     source = tl.load(rows_ptr + index)
     logits_ptr += source * logits_stride
@@ -157,6 +170,7 @@ def _sample_tokens_kernel(
     key, last_id, relative, _ = _no_cut()
     cut = (key, last_id, relative, exact)
     if filters_k | (top_p < 1.0):
+        # 2. Two passes over the row narrow it down to the candidates, and sum the row's mass.
         counts = histogram(logits_ptr, best, temperature, VOCAB, BLOCK)
         last = last_bin(counts, top_k, (1.0 - top_p).to(tl.float32), filters_k)
         size, mass = list_candidates(
@@ -165,13 +179,16 @@ def _sample_tokens_kernel(
         listed = (size <= CAPACITY).to(tl.int32)
         count = tl.where(listed > 0, size, VOCAB)
         row = (logits_ptr, list_ptr, listed, count, best, temperature)
+        # 3. top_k first: top_p then is a share of the mass that top_k leaves.
         if filters_k:
             cut = cut_to_top_k(row, cut, top_k, SEARCH_BLOCK)
             if top_p < 1.0:
                 mass = kept_mass(row, cut, SEARCH_BLOCK)
+        # 4. top_p keeps the likeliest tokens that together reach the target, at least one.
         if top_p < 1.0:
             target = tl.maximum(tl.ceil(mass.to(tl.float64) * top_p).to(tl.int64), 1)
             cut = cut_to_mass(row, cut, target, SEARCH_BLOCK)
+    # 5. Draw from what is left: the candidates, or the whole row if nothing filters it.
     row = (logits_ptr, list_ptr, listed, count, best, temperature)
     stream = stream_key(tl.load(seeds_ptr + index), tl.load(positions_ptr + index))
     _, winner = race(row, cut, log_min_p, stream, 0, count, BLOCK)
@@ -189,27 +206,21 @@ def sample_tokens(
     top_k: torch.Tensor | None = None,
     top_p: torch.Tensor | None = None,
     log_min_p: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Draw a token id `[G]` int64 from each of the G `rows` of `logits` `[R, V]` of any float type,
-    whose maxima are `best` `[R]`.
+) -> torch.Tensor:  # over 50 lines by its docstring and its twelve arguments, passed on twice
+    """Draw a token id `[G]` int64 from each of the G `rows` of `logits`.
 
-    Of each of the G, `[G]` or `[G, 1]`: rows, seeds and positions (int64), the latter two the name
-    of its stream of random numbers; logits are divided by temperature (float32, above 0); top_k
-    (int64; V or more is off) and top_p (float64; 1 or more is off) filter in this order, then
-    tokens below max + log_min_p (float32; -inf is off) are dropped. Up to MAX_EXACT_TOP_K, top_k
-    breaks ties by the lower id, and top_p goes through equal logits by id; otherwise equal logits
-    stay or go together. A row without a finite logit, or with +inf or NaN, gives some id of the
-    vocabulary. ValueError on shapes, dtypes, devices or layouts that do not fit.
+    logits is `[R, V]` of any float dtype, `best` `[R]` holds its rows' maxima. All others are `[G]`
+    or `[G, 1]`. rows (int64) are indices into logits; seeds and positions (int64) name the stream
+    of random numbers of each draw; logits are divided by temperature (float32, positive). top_k
+    (int64; V or more is off) and then top_p (float64; 1 or more is off) filter, and finally tokens
+    below max + log_min_p (float32, in tempered logits; -inf is off) are dropped.
+
+    If top_k is at most MAX_EXACT_TOP_K, top_k and top_p take equal logits by ascending id;
+    otherwise equal logits are kept or dropped together. A row without a finite logit, or with +inf
+    or NaN, gives an arbitrary id of the vocabulary. Raises ValueError on shapes, dtypes, devices or
+    layouts that do not fit.
     """
-    require_shape("logits", logits, None, None)
-    require_dtype("logits", logits, *FLOAT_DTYPES)
-    require_last_contiguous("logits", logits)
-    require_dtype("best", best, logits.dtype)
-    require_shape("best", best, logits.shape[0])
-    require_contiguous("best", best)
-    vocab_size, count = logits.shape[1], rows.numel()
-    require(0 < vocab_size < 2**30, f"a vocabulary of {vocab_size} tokens")
-    columns = {
+    columns: dict[str, tuple[torch.Tensor | None, torch.dtype]] = {
         "rows": (rows, torch.int64),
         "seeds": (seeds, torch.int64),
         "positions": (positions, torch.int64),
@@ -218,6 +229,46 @@ def sample_tokens(
         "top_p": (top_p, torch.float64),
         "log_min_p": (log_min_p, torch.float32),
     }
+    count = rows.numel()
+    _check(logits, best, columns, count)
+    out = torch.empty(count, dtype=torch.int64, device=logits.device)
+    if count == 0:
+        return out
+    if top_k is None and top_p is None:
+        _race_unfiltered(out, logits, best, rows, seeds, positions, temperature, log_min_p)
+        return out
+    vocab_size = logits.shape[1]
+    capacity, width = min(CAPACITY, vocab_size), triton.next_power_of_2(vocab_size)
+    # A filter that is left out is not read; another pointer of its dtype saves a compilation.
+    _sample_tokens_kernel[(count,)](
+        out, logits, best, rows, seeds, positions, temperature,
+        seeds if top_k is None else top_k,
+        seeds.view(torch.float64) if top_p is None else top_p,
+        temperature if log_min_p is None else log_min_p,
+        torch.empty(count, capacity, dtype=torch.int32, device=logits.device),
+        logits.stride(0), int(top_k is not None), int(top_p is not None),
+        int(log_min_p is not None),
+        VOCAB=vocab_size, MAX_EXACT_TOP_K=MAX_EXACT_TOP_K, CAPACITY=capacity,
+        BLOCK=min(BLOCK, width), SEARCH_BLOCK=min(SEARCH_BLOCK, width), num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def _check(
+    logits: torch.Tensor,
+    best: torch.Tensor,
+    columns: dict[str, tuple[torch.Tensor | None, torch.dtype]],
+    count: int,
+) -> None:
+    """Raise ValueError unless logits, maxima and the parameters of `count` draws fit together."""
+    require_shape("logits", logits, None, None)
+    require_dtype("logits", logits, *FLOAT_DTYPES)
+    require_last_contiguous("logits", logits)
+    require_dtype("best", best, logits.dtype)
+    require_shape("best", best, logits.shape[0])
+    require_contiguous("best", best)
+    vocab_size = logits.shape[1]
+    require(0 < vocab_size < 2**30, f"vocabulary size must be 1 to 2**30 - 1, not {vocab_size}")
     for name, (column, dtype) in columns.items():
         if column is not None:
             require_dtype(name, column, dtype)
@@ -225,47 +276,30 @@ def sample_tokens(
             require_contiguous(name, column)
     tensors = {name: column for name, (column, _) in columns.items()}
     require_launchable(logits=logits, best=best, **tensors)
-    out = torch.empty(count, dtype=torch.int64, device=logits.device)
-    if count == 0:
-        return out
-    width = triton.next_power_of_2(vocab_size)
-    # What is left out is not read; another pointer of its dtype saves a compilation.
-    if top_k is None and top_p is None:
-        pieces = triton.cdiv(vocab_size, PIECE)
-        values = torch.empty(count, pieces, dtype=torch.float32, device=logits.device)
-        winners = torch.empty(count, pieces, dtype=torch.int32, device=logits.device)
-        _race_pieces_kernel[(count, pieces)](
-            values, winners, logits, best, rows, seeds, positions, temperature,
-            temperature if log_min_p is None else log_min_p, logits.stride(0),
-            int(log_min_p is not None),
-            VOCAB=vocab_size, PIECE=PIECE, BLOCK=min(PIECE_BLOCK, width), num_warps=4,
-            maxnreg=80,  # told nothing, ptxas aims at 64 and spills
-        )  # fmt: skip
-        pad = triton.next_power_of_2(pieces)
-        _best_piece_kernel[(count,)](out, values, winners, PIECES=pieces, PAD=pad, num_warps=1)
-        return out
-    capacity = min(CAPACITY, vocab_size)
-    _sample_tokens_kernel[(count,)](
-        out,
-        logits,
-        best,
-        rows,
-        seeds,
-        positions,
-        temperature,
-        seeds if top_k is None else top_k,
-        seeds.view(torch.float64) if top_p is None else top_p,
-        temperature if log_min_p is None else log_min_p,
-        torch.empty(count, capacity, dtype=torch.int32, device=logits.device),
-        logits.stride(0),
-        int(top_k is not None),
-        int(top_p is not None),
+
+
+def _race_unfiltered(
+    out: torch.Tensor,
+    logits: torch.Tensor,
+    best: torch.Tensor,
+    rows: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    log_min_p: torch.Tensor | None,
+) -> None:
+    """Draw without top_k and top_p: a race in each piece of a row, then the best of its pieces."""
+    count, vocab_size = len(out), logits.shape[1]
+    pieces = triton.cdiv(vocab_size, PIECE)
+    values = torch.empty(count, pieces, dtype=torch.float32, device=logits.device)
+    winners = torch.empty(count, pieces, dtype=torch.int32, device=logits.device)
+    _race_pieces_kernel[(count, pieces)](
+        values, winners, logits, best, rows, seeds, positions, temperature,
+        temperature if log_min_p is None else log_min_p, logits.stride(0),
         int(log_min_p is not None),
-        VOCAB=vocab_size,
-        MAX_EXACT_TOP_K=MAX_EXACT_TOP_K,
-        CAPACITY=capacity,
-        BLOCK=min(BLOCK, width),
-        SEARCH_BLOCK=min(SEARCH_BLOCK, width),
-        num_warps=NUM_WARPS,
-    )
-    return out
+        VOCAB=vocab_size, PIECE=PIECE, BLOCK=min(PIECE_BLOCK, triton.next_power_of_2(vocab_size)),
+        num_warps=4,
+        maxnreg=80,  # without it, ptxas targets 64 and spills
+    )  # fmt: skip
+    pad = triton.next_power_of_2(pieces)
+    _best_piece_kernel[(count,)](out, values, winners, PIECES=pieces, PAD=pad, num_warps=1)

@@ -1,9 +1,19 @@
 """The passes of sample_tokens.py over one row of logits, and the arithmetic that they share.
 
-A row is handed on as (logits, list, listed, count, best, temperature): `count` tokens, whose ids
-are those of the list of candidates where `listed`, else 0, 1, 2, …; `best` is the row's maximum.
-What is left of it is a cut (key, id, relative, exact): up to this (logit, id) where `exact`, else
-all whose tempered logit is at least `relative`.
+Terms, for a token with the logit x in a row with the maximum `best`:
+
+    relative = (x − best) / temperature       the tempered logit, at most 0
+    mass     = floor(2^40 · exp(relative))    its unnormalised probability, an int64
+    key      = an int32 that orders as x does
+
+Masses are integers so that a sum does not depend on its order, and every comparison is exact: the
+same tokens are kept and drawn as by the sampler in torch, whatever the layout of a pass.
+
+Functions take two tuples. A row is (logits, list, listed, count, best, temperature): `count` tokens
+whose ids are in the list of candidates if `listed` is 1, else 0, 1, 2, …. A cut is (key, id,
+relative, exact) and says which tokens of a row are kept. With `exact`, tokens are ordered by
+falling key and rising id and are kept up to (key, id). Otherwise all tokens are kept whose tempered
+logit is at least `relative`, so that equal ones stay or go together.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -14,21 +24,28 @@ from triton.language.extra import libdevice
 from ..checks import interpreting
 
 NUM_BINS = tl.constexpr(2048)
-LINEAR_BINS = tl.constexpr(1024)  # 64 a unit, up to 16; then 128 an octave
+"""Bins of the histogram over −relative."""
+LINEAR_BINS = tl.constexpr(1024)
+"""The first bins, 64 per unit up to 16; the others are logarithmic, 128 per octave."""
 LAST_ID = tl.constexpr(0x7FFFFFFF)
+"""An id beyond every vocabulary."""
 _INTERPRETED = tl.constexpr(interpreting())
 _WAYS = tl.constexpr(16)
+"""Limits per round of `_covering_key`'s search."""
+# SplitMix64's constants (Steele, Lea and Flood, 2014); see the engine's counter_rng.
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = tl.constexpr(0x94D049BB133111EB)
 _INT63_MAX = tl.constexpr(2**63 - 1)
 _NEGATIVE_UNIT = tl.constexpr(-(1.0 - 2.0**-24) * 2.0**-63)
+"""The factor that maps 63 random bits to −u, with u inside (0, 1)."""
 _MASS_UNIT = tl.constexpr(2.0**40)
+"""The mass of a token whose logit is the maximum."""
 
 
 @triton.jit
 def _exp(x):
-    """As torch has it on CUDA; the interpreter knows no libdevice."""
+    """Compute exp as torch does on CUDA. Triton's interpreter has no libdevice."""
     if _INTERPRETED:
         return tl.exp(x.to(tl.float64)).to(tl.float32)
     else:
@@ -37,7 +54,8 @@ def _exp(x):
 
 @triton.jit
 def _log1p(x):
-    if _INTERPRETED:  # Kahan's: the rounding of 1 + x cancels
+    """Compute log(1 + x) as torch does on CUDA."""
+    if _INTERPRETED:  # Kahan's formula, in which the rounding error of 1 + x cancels
         wide = x.to(tl.float64)
         one_more = 1.0 + wide
         exact = one_more == 1.0
@@ -49,7 +67,7 @@ def _log1p(x):
 
 @triton.jit
 def _mix(state):
-    """SplitMix64's finaliser, on uint64."""
+    """Apply the finaliser of SplitMix64 to a uint64."""
     state = (state ^ (state >> 30)) * _MULTIPLIER_1
     state = (state ^ (state >> 27)) * _MULTIPLIER_2
     return state ^ (state >> 31)
@@ -57,8 +75,10 @@ def _mix(state):
 
 @triton.jit
 def stream_key(seed, position):
-    """The key of a row's random numbers, from two int64. Bit for bit that of the engine's
-    counter_rng."""
+    """Return the key of a row's random numbers, from two int64.
+
+    It equals the key of the engine's counter_rng bit for bit.
+    """
     seed = seed.to(tl.uint64, bitcast=True)
     position = position.to(tl.uint64, bitcast=True)
     return _mix(_mix(seed + _GAMMA) + (position + 1) * _GAMMA)
@@ -66,8 +86,10 @@ def stream_key(seed, position):
 
 @triton.jit
 def _exponential(key, ids):
-    """E ~ Exp(1) of each token id in the stream `key`. Bit for bit that of the engine's
-    counter_rng."""
+    """Return E ~ Exp(1) for each token id in the stream `key`, by inversion: −log(1 − u).
+
+    It equals the number of the engine's counter_rng bit for bit.
+    """
     bits = _mix((ids.to(tl.uint64) + 1) * _GAMMA + key) & _INT63_MAX
     negative_u = (bits.to(tl.int64).to(tl.float32) + 0.5) * _NEGATIVE_UNIT
     return -_log1p(negative_u)
@@ -75,38 +97,42 @@ def _exponential(key, ids):
 
 @triton.jit
 def order_key(x):
-    """int32 that order as the floats do."""
+    """Map float32 numbers to int32 numbers that order as they do."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _of_key(key):
+    """Invert `order_key`."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def relative_of(x, best, temperature):
-    """(x − best) / temperature, rounded as torch does."""
+    """Compute (x − best) / temperature, rounded as torch rounds it."""
     difference = x - best
     return tl.div_rn(difference, tl.broadcast_to(temperature, difference.shape))
 
 
 @triton.jit
 def mass_of(relative):
-    """exp(relative ≤ 0) in units of 2^-40, int64."""
+    """Return exp(relative), for relative ≤ 0, in units of 2^-40 as int64."""
     return (_exp(relative) * _MASS_UNIT).to(tl.int64)
 
 
 @triton.jit
 def _load(logits_ptr, ids, mask):
-    """Logits as float32, without a negative zero."""
+    """Load logits as float32, with −0 turned into +0: their keys would differ."""
     return tl.load(logits_ptr + ids, mask=mask, other=float("-inf")).to(tl.float32) + 0.0
 
 
 @triton.jit
 def _bin(x, best, per_unit):
-    """Which of the bins; only has to grow as x falls."""
+    """Return the histogram bin of logit x.
+
+    Approximate arithmetic is enough: the bin only has to be monotonic, growing as x falls.
+    """
     distance = (best - x) * per_unit
     linear = tl.minimum(distance * 64.0, LINEAR_BINS - 1.0).to(tl.int32)
     bits = tl.maximum(distance, 16.0).to(tl.int32, bitcast=True)
@@ -116,6 +142,7 @@ def _bin(x, best, per_unit):
 
 @triton.jit
 def histogram(logits_ptr, best, temperature, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """Count the row's tokens by bin `[NUM_BINS]` int32."""
     counts = tl.zeros([NUM_BINS], dtype=tl.int32)
     for start in range(0, VOCAB, BLOCK):
         ids = start + tl.arange(0, BLOCK)
@@ -126,15 +153,19 @@ def histogram(logits_ptr, best, temperature, VOCAB: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def last_bin(counts, top_k, missing, by_count):
-    """The last bin that may hold a token that is kept.
+    """Return the last bin that may hold a token that top_k or top_p keeps.
 
-    Of top_k tokens by their number; else the tail behind it is at most `missing` of the mass,
-    with each bin's tail at its upper and the whole at its lower bound. One bin more, since
-    logits that are equal once divided may stand on both sides of an edge.
+    With `by_count` the bins up to it hold `top_k` tokens. Otherwise the bins after it hold at most
+    the share `missing` = 1 − top_p of the mass. One bin is added, because logits that are equal
+    after the division may be on both sides of a bin's edge.
     """
+    # 1. By number: count the bins before the one in which the k-th token is.
     index = tl.arange(0, NUM_BINS)
     covered = tl.cumsum(counts, 0)
     by_k = tl.sum((covered < top_k).to(tl.int32), 0)
+    # 2. By mass: bound it from the counts, without reading logits. A bin's tokens weigh at most
+    #    exp(−its near edge); the total is at least the linear bins' sum of exp(−their far edges).
+    #    A tail within `missing` of that, even with 0.1 % for rounding, is certainly cut off.
     octave = (((index - LINEAR_BINS) << 16) + 0x41800000).to(tl.float32, bitcast=True)
     edge = tl.where(index < LINEAR_BINS, index.to(tl.float32) / 64.0, octave)
     upper = counts.to(tl.float32) * tl.exp(-edge)
@@ -149,8 +180,10 @@ def list_candidates(
     logits_ptr, list_ptr, best, temperature, last, VOCAB: tl.constexpr, CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the ids of the tokens up to bin `last`: how many there are (not all may fit), and the
-    mass of the whole row."""
+    """Write the ids of the tokens in bins up to `last` to the list, in ascending order.
+
+    Returns their number, of which the list holds at most CAPACITY, and the mass of the whole row.
+    """
     per_unit = 1.0 / temperature
     size = tl.full([], 0, dtype=tl.int32)
     masses = tl.zeros([BLOCK], dtype=tl.int64)
@@ -163,13 +196,16 @@ def list_candidates(
         place = size + tl.cumsum(candidate, 0) - 1
         tl.store(list_ptr + place, ids, mask=(candidate > 0) & (place < CAPACITY))
         size += tl.sum(candidate, 0)
-    tl.debug_barrier()  # other threads of this program read the list
+    tl.debug_barrier()  # the list is read by other threads than those that wrote it
     return size, tl.sum(masses, 0)
 
 
 @triton.jit
 def _tokens(row, start, BLOCK: tl.constexpr):
-    """Tokens [start, start + BLOCK) of a row: ids, which there are, logits, tempered logits."""
+    """Load tokens [start, start + BLOCK) of a row.
+
+    Returns their ids, a mask of those that exist, their logits and their tempered logits.
+    """
     logits_ptr, list_ptr, listed, count, best, temperature = row
     place = start + tl.arange(0, BLOCK)
     mask = place < count
@@ -181,6 +217,7 @@ def _tokens(row, start, BLOCK: tl.constexpr):
 
 @triton.jit
 def _kept(x, ids, relative, cut):
+    """Return which of these tokens the cut keeps."""
     cut_key, cut_id, cut_relative, exact = cut
     key = order_key(x)
     before = (key > cut_key) | ((key == cut_key) & (ids <= cut_id))
@@ -189,6 +226,7 @@ def _kept(x, ids, relative, cut):
 
 @triton.jit
 def kept_mass(row, cut, BLOCK: tl.constexpr):
+    """Return the mass of the tokens that the cut keeps."""
     masses = tl.zeros([BLOCK], dtype=tl.int64)
     for start in range(0, row[3], BLOCK):
         ids, mask, x, relative = _tokens(row, start, BLOCK)
@@ -199,15 +237,22 @@ def kept_mass(row, cut, BLOCK: tl.constexpr):
 
 @triton.jit
 def _covering_key(row, cut, target, low, high, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key t in [low, high] such that what is kept and has a key ≥ t weighs `target`
-    (by mass, or by number), and the weight of what lies above t. `low` where there is none."""
+    """Find the largest key t in [low, high] such that kept tokens with keys ≥ t weigh `target`.
+
+    A token weighs its mass if MASS, else 1; the sum may exceed the target. Returns t, or `low` if
+    there is no such key, and the weight of the kept tokens with keys above t. This is a bisection
+    into 16 parts instead of two: each round reads the tokens once for 4 bits of the key.
+    """
     way = tl.arange(0, _WAYS).to(tl.int64)
     low = low.to(tl.int64)
     high = high.to(tl.int64)
     above = target * 0
     while low < high:
+        # 1. Divide [low, high] into 16 intervals that begin at `limits`.
         step = (high - low) // _WAYS + 1
         limits = tl.minimum(low + way * step, high + 1).to(tl.int32)
+        # 2. Weigh what is at or above each limit. The keys above `high` are in `above` already, so
+        #    blocks without a key inside [low, high] are skipped.
         sums = tl.zeros([BLOCK, _WAYS], dtype=tl.int64)
         for start in range(0, row[3], BLOCK):
             ids, mask, x, relative = _tokens(row, start, BLOCK)
@@ -220,6 +265,8 @@ def _covering_key(row, cut, target, low, high, MASS: tl.constexpr, BLOCK: tl.con
                     weight = mass_of(relative)
                 counted = inside[:, None] & (key[:, None] >= limits[None, :])
                 sums += tl.where(counted, weight[:, None], 0)
+        # 3. Go on in the last interval whose limit still has enough weight; what is above that
+        #    interval becomes the new `above`.
         totals = tl.sum(sums, 0) + above
         index = tl.maximum(tl.sum((totals >= target).to(tl.int64), 0) - 1, 0)
         following = low + (index + 1) * step
@@ -232,7 +279,7 @@ def _covering_key(row, cut, target, low, high, MASS: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _nth_id(row, key, n, BLOCK: tl.constexpr):
-    """The id of the n-th token, from 1, whose key is `key`; LAST_ID where none is."""
+    """Return the id of the n-th token (from 1) with this key, or LAST_ID if there are fewer."""
     seen = n * 0
     found = tl.full([], LAST_ID, dtype=tl.int32)
     for start in range(0, row[3], BLOCK):
@@ -246,7 +293,7 @@ def _nth_id(row, key, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def cut_to_top_k(row, cut, top_k, BLOCK: tl.constexpr):
-    """The cut of the top_k best of an uncut row."""
+    """Return the cut that keeps the top_k best tokens of an uncut row."""
     best, temperature, exact = row[4], row[5], cut[3]
     lowest = order_key(tl.full([], float("-inf"), dtype=tl.float32))
     key, above = _covering_key(row, cut, top_k, lowest, order_key(best), False, BLOCK)
@@ -258,16 +305,18 @@ def cut_to_top_k(row, cut, top_k, BLOCK: tl.constexpr):
 
 @triton.jit
 def cut_to_mass(row, cut, target, BLOCK: tl.constexpr):
-    """The cut, no wider than `cut`, of the likeliest tokens that together weigh `target`."""
+    """Return the cut, within `cut`, of the likeliest tokens that together weigh `target`."""
     cut_key, cut_id, _, exact = cut
     best, temperature = row[4], row[5]
-    # Nothing 30 below the maximum has a mass; 4 floats further, lest that was rounded.
+    # 1. Find the key of the last token that is needed. Logits more than 30·temperature below the
+    #    maximum have no mass (e^−30 < 2^−40); 4 ulps lower absorb the rounding of that limit.
     lowest = tl.maximum(order_key(best - 30.0 * temperature) - 4, cut_key)
     top_key = order_key(best)
     key, above = _covering_key(
         row, cut, target, tl.minimum(lowest, top_key), top_key, True, BLOCK
     )  # fmt: skip
     relative = relative_of(_of_key(key), best, temperature)
+    # 2. Tokens of that key weigh the same; take only as many as are needed, lower ids first.
     if exact:
         each = tl.maximum(mass_of(relative), 1)
         last_id = _nth_id(row, key, (target - above + each - 1) // each, BLOCK)
@@ -277,8 +326,14 @@ def cut_to_mass(row, cut, target, BLOCK: tl.constexpr):
 
 @triton.jit
 def race(row, cut, log_min_p, stream, begin, end, BLOCK: tl.constexpr):
-    """The most that exp(relative) / E comes to over tokens [begin, end) of a row, and the id that
-    has it; of equals the lowest; −1 and 0 where there is nothing."""
+    """Draw one of tokens [begin, end) of a row, among those that the cut and min_p keep.
+
+    This is an exponential race: the largest exp(relative) / E wins, with an independent E ~ Exp(1)
+    for each token, so that token i wins with its probability (the Gumbel-max trick in other terms).
+    Returns the winner's value and id, the lowest id among equals, or (−1, 0) if no token is left.
+    """
+    # 1. Each lane keeps the best of the tokens that it has seen; a block in which nothing is left
+    #    needs no random numbers. Lanes see ids in ascending order, so `>` keeps the lowest.
     values = tl.full([BLOCK], -1.0, dtype=tl.float32)
     winners = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(begin, end, BLOCK):
@@ -289,11 +344,12 @@ def race(row, cut, log_min_p, stream, begin, end, BLOCK: tl.constexpr):
             better = live & (value > values)
             values = tl.where(better, value, values)
             winners = tl.where(better, ids, winners)
+    # 2. The best lane wins.
     return first_of_best(values, winners)
 
 
 @triton.jit
 def first_of_best(values, ids):
-    """The largest value, and the lowest id that has it."""
+    """Return the largest value and the lowest id that has it."""
     best = tl.max(values, 0)
     return best, tl.min(tl.where(values == best, ids, LAST_ID), 0)

@@ -1,4 +1,9 @@
-"""The gated activation of Llama's MLP, silu(gate) · up, over the merged projection's output."""
+"""The activation of a gated MLP (SwiGLU, arXiv 2002.05202) over the merged projection's output.
+
+    out = silu(gate) · up,    silu(x) = x · sigmoid(x)
+
+The grid is (row, BLOCK columns); a program reads gate and up of the same columns.
+"""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import torch
@@ -15,6 +20,7 @@ from ..checks import (
 )
 
 BLOCK = 1024
+"""Columns per program."""
 
 
 @triton.jit
@@ -32,9 +38,10 @@ def _silu_and_mul_kernel(
 
 
 def silu_and_mul(input: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """silu(gate) · up of input `[num_rows, 2 * size]`, gate first: `[num_rows, size]`.
+    """Return silu(gate) · up `[num_rows, size]` of input `[num_rows, 2 * size]`, gate first.
 
-    Computed in float32 and rounded once. ValueError on shapes, dtypes or devices that do not fit.
+    The computation is in float32 and rounded once. Raises ValueError on shapes, dtypes or devices
+    that do not fit.
     """
     require_shape("input", input, None, None)
     require_dtype("input", input, *FLOAT_DTYPES)

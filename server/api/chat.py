@@ -16,11 +16,12 @@ from ..http.route_docs import GENERATION_ERRORS, answers, errors, json_body
 from ..http.sse import run_until_disconnect
 from ..parsing.message_events import MessageBuilder, delta_of, joined
 from ..parsing.message_parser import MessageParser, prompt_end
-from ..requests.chat_prompt import offered_tools, unenforced
-from ..requests.generation import Delta, Finished, Generation, Job, collect
+from ..requests.generation import Delta, Finished, Generation, collect
+from ..requests.job import Job
 from ..requests.preparation import asked_by, prepare_chat, response_id
 from ..requests.protocol import ChatBody, validate
 from ..requests.state import ServerState, state_of
+from ..requests.tool_choice import offered_tools, unenforced
 from .answers import GENERATION, Envelope, ignored_header, refusals_counted, stream_of
 from .logprobs import LogprobFormat
 

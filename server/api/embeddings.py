@@ -28,12 +28,14 @@ from ..http.route_docs import (
 )
 from ..http.sse import run_until_disconnect
 from ..json_text import encode_json
-from ..requests.generation import Generation, Job, collect
-from ..requests.preparation import asked_by, make_job, prompts_of
-from ..requests.protocol import GenerationBody, Label, Prompt, check_types
+from ..requests.field_types import Fields, Label, Prompt
+from ..requests.generation import Generation, collect
+from ..requests.job import Job, JobParts, make_job
+from ..requests.preparation import asked_by, prompts_of
+from ..requests.protocol import GenerationBody, check_types
 from ..requests.state import ServerState, state_of
 from .answers import ignored_header, refusals_counted
-from .translation import Fields, renamed
+from .translation import renamed
 
 MAX_DIMENSIONS = 65_536
 """Maximum of `dimensions` that the type check accepts; the model's own bound is smaller."""
@@ -86,7 +88,7 @@ async def create_embedding(request: Request) -> Response:
 async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSpec, Job, Ticket]:
     """Admit and tokenise the inputs. Raises QuireError, and then closes the ticket."""
     arrival = time.monotonic()
-    inputs = prompts_of(body.input, state)
+    inputs = prompts_of(body.input, state.settings.max_prompts_per_request)
     info = state.engine.info
     spec = info.embedding
     if isinstance(spec, str):
@@ -120,9 +122,8 @@ async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSp
             max_tokens=0, priority=body.priority, cache_salt=body.cache_salt, timeout=body.timeout
         )
         params = SamplingParams(max_tokens=0)
-        job = make_job(
-            state, fields, params, prompts, arrival, "max_tokens", None, None, spec.pooling
-        )
+        parts = JobParts(arrival=arrival, pooling=spec.pooling)
+        job = make_job(state, fields, params, prompts, parts)
         ticket.tokenised(sum(map(len, prompts)))
     except BaseException:
         ticket.close()

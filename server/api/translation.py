@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic import WithJsonSchema
 
 from ...engine.errors import EngineDeadError, InvalidRequestError
 from ..json_text import encode_json
+from ..requests.field_types import Fields
 from ..requests.protocol import ChatBody, path_of, validate
 
 PASSED_ON = (
@@ -35,12 +36,6 @@ Content = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
 ]
 """Text or typed parts; the reader decides which."""
-
-
-class Fields(BaseModel):
-    """A body with strict types; it keeps unknown fields, which `check_types` reports."""
-
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
 class ConversationBody(Fields):

@@ -1,4 +1,4 @@
-"""What a benchmark asks: prompts, lengths and arrivals, all decided by one seed."""
+"""The requests of a benchmark: prompts, lengths and arrival times, all decided by one seed."""
 
 from __future__ import annotations
 
@@ -21,74 +21,46 @@ DEFAULT_LENGTHS: dict[str, tuple[int, int]] = {
     "shared-prefix": (128, 128),
     "n-sampling": (256, 128),
 }
-"""Prompt and output tokens; for shared-prefix, those after the prefix."""
+"""Default prompt and output tokens; for shared-prefix, the prompt tokens after the prefix."""
 LOGNORMAL_SIGMA = 1.0
-LOGNORMAL_CUT = 8.0  # times the mean: one request of 100,000 tokens would decide a whole run
+LOGNORMAL_CUT = 8.0
+"""Maximum length, in means: otherwise one request of 100,000 tokens could decide a whole run."""
 
-WORDS = (
-    *("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child"),
-    *(
-        "world",
-        "school",
-        "state",
-        "family",
-        "student",
-        "group",
-        "country",
-        "problem",
-        "hand",
-        "part",
-    ),
-    *(
-        "place",
-        "case",
-        "week",
-        "company",
-        "system",
-        "program",
-        "question",
-        "work",
-        "number",
-        "night",
-    ),
-    *("point", "home", "water", "room", "mother", "area", "money", "story", "fact", "month"),
-    *("lot", "right", "study", "book", "eye", "job", "word", "business", "issue", "side"),
-    *("kind", "head", "house", "service", "friend", "father", "power", "hour", "game", "line"),
-    *("end", "member", "law", "car", "city", "name", "team", "minute", "idea", "body"),
-    *("back", "parent", "face", "level", "office", "door", "health", "person", "art", "war"),
-    *(
-        "history",
-        "party",
-        "result",
-        "change",
-        "morning",
-        "reason",
-        "research",
-        "girl",
-        "guy",
-        "moment",
-    ),
-    *("air", "teacher", "force"),
-)
-"""Common words, a token each in most vocabularies."""
+_WORDS = """
+time year people way day man thing woman life child world school state family student group
+country problem hand part place case week company system program question work number night
+point home water room mother area money story fact month lot right study book eye job word
+business issue side kind head house service friend father power hour game line end member law
+car city name team minute idea body back parent face level office door health person art war
+history party result change morning reason research girl guy moment air teacher force
+"""
+WORDS = tuple(_WORDS.split())
+"""Common words, each a single token in most vocabularies."""
 
 
 class BenchRequest(NamedTuple):
-    """One request before it is sent: the prompt, and the output tokens of each choice."""
+    """One request before it is sent: its prompt (text or token ids) and its tokens per choice."""
 
     prompt: str | list[int]
     output_len: int
 
 
 class Workload(NamedTuple):
-    """`arrivals` are a trace's own, in seconds from its first; None leaves them to the rate."""
+    """The requests of a run.
+
+    `arrivals` are a trace's own arrival times, in seconds from its first one. None means that the
+    request rate decides them.
+    """
 
     requests: list[BenchRequest]
     arrivals: list[float] | None
 
 
 class DatasetOptions(NamedTuple):
-    """`vocab_size` None makes prompts of random words, else of random token ids."""
+    """The flags that decide the requests.
+
+    Prompts are random token ids below `vocab_size`, or random words if it is None.
+    """
 
     name: DatasetName
     num_prompts: int
@@ -102,13 +74,16 @@ class DatasetOptions(NamedTuple):
 
 
 def build_workload(options: DatasetOptions) -> Workload:
-    """The same options give the same workload. Raises ConfigurationError for a bad trace."""
+    """Return the workload; the same options give the same one.
+
+    Raises ConfigurationError for a bad trace.
+    """
     rng = np.random.default_rng(options.seed)
     if options.name == "trace":
         return _read_trace(options, rng)
     inputs = _lengths(options, options.input_len, rng)
     outputs = _lengths(options, options.output_len, rng)
-    # The prefix has a generator of its own: it stays when the number of prompts changes.
+    # The prefix has a generator of its own, so that it does not depend on the number of prompts.
     prefix_rng = np.random.default_rng([options.seed, 1])
     prefix = _tokens(options.vocab_size, options.prefix_len, prefix_rng)
     requests = [
@@ -119,9 +94,11 @@ def build_workload(options: DatasetOptions) -> Workload:
 
 
 def arrival_times(count: int, rate: float, burstiness: float, seed: int) -> list[float]:
-    """Seconds after the start: the first at 0, then gaps of a gamma distribution with mean 1/rate
-    and shape `burstiness` (1: exponential, a Poisson process; below 1: in bursts). An infinite
-    rate sends all at once."""
+    """Return the arrival times in seconds after the start, the first at 0.
+
+    The gaps follow a gamma distribution with mean 1/rate and shape `burstiness`: 1 is a Poisson
+    process, and below 1 requests come in bursts. With an infinite rate all arrive at once.
+    """
     if math.isinf(rate):
         return [0.0] * count
     rng = np.random.default_rng([seed, 2])
@@ -205,5 +182,7 @@ def _trace_arrivals(arrivals: Sequence[float | None], path: Path) -> list[float]
     if not given:
         return None
     if len(given) < len(arrivals) or sorted(given) != given:
-        raise ConfigurationError(f"{path}: every line needs an arrival, in order, or none does")
+        raise ConfigurationError(
+            f"{path}: give an arrival on every line, in ascending order, or on none"
+        )
     return [arrival - given[0] for arrival in given]

@@ -1,182 +1,103 @@
-"""A lean HTTP/1.1 client for benchmarks: asyncio's protocols and h11, connections kept alive.
+"""The HTTP client of `quire bench serve`: aiohttp, with a time stamp for each piece of an answer.
 
-The client shares its machine with the server under test, so that its cost a chunk matters more
-than its features: 15 µs of CPU a chunk of a streamed answer, where httpx takes 53.
+aiohttp belongs to the extra `bench`. docs/benchmarking.md says what the client costs and how late
+its stamps are.
 """
 
 from __future__ import annotations
 
-import asyncio
-import ssl
 import time
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from types import SimpleNamespace
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
-import h11
+import aiohttp
+
+from .stream import RequestError
 
 Sink = Callable[[bytes, float], None]
-"""Takes a piece of the body and the `time.perf_counter()` at which it arrived."""
-
-
-class ConnectionLost(Exception):
-    """The connection ended before the answer did."""
+"""Takes a piece of the body and the `time.perf_counter()` at which it was read."""
 
 
 class HttpAnswer(NamedTuple):
-    """`body` holds what did not go to the sink: the whole body of any status but 200."""
+    """The status of an answer, and the part of its body that did not go to a sink."""
 
     status: int
     body: bytes
 
 
 class HttpClient:
-    """Requests to one server, as many at once as there are callers.
+    """Sends requests to one server, as many at once as there are callers.
 
-    Raises OSError where it cannot connect, ConnectionLost where the answer is cut, and
-    h11.RemoteProtocolError where it is no HTTP. `base_url` is http or https, with a path or none.
+    It is made within the event loop that uses it. `base_url` is http or https, with or without a
+    path; any other raises ValueError.
     """
 
     def __init__(self, base_url: str, headers: dict[str, str]) -> None:
         url = urlsplit(base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
+        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
             raise ValueError(f"not an http or https URL: {base_url!r}")
         if "@" in url.netloc:
             raise ValueError("a URL with a password in it would be saved with the result")
-        self._host, self._path = url.hostname, url.path.rstrip("/")
-        self._ssl = ssl.create_default_context() if url.scheme == "https" else None
-        self._port = url.port or (443 if self._ssl else 80)
-        self._headers = [("host", url.netloc), *headers.items()]
-        self._idle: list[_Connection] = []
+        self._base = base_url.rstrip("/")
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(_mark_reused)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            headers=headers,
+            # A compressed stream would arrive in other pieces, at a cost to both sides.
+            skip_auto_headers=("Accept-Encoding",),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None),
+            trace_configs=[trace],
+        )
 
     async def request(
         self, method: str, path: str, body: bytes = b"", sink: Sink | None = None
     ) -> HttpAnswer:
-        """One request; the body of a 200 goes to the sink as it arrives, if there is one."""
-        head = h11.Request(
-            method=method,
-            target=self._path + path,
-            headers=[*self._headers, ("content-length", str(len(body)))],
-        )
+        """Send one request and return its answer.
+
+        The body of a 200 goes to `sink`, if there is one, as it arrives. Raises RequestError of the
+        kind connection_failed, connection_lost or bad_http, and what the sink raises.
+        """
         while True:
-            connection = await self._connect()
-            reused = connection.used
+            connection = SimpleNamespace(reused=False, answered=False)
             try:
-                answer = await connection.exchange(head, body, sink)
-            except ConnectionLost:
-                # The server may have closed an idle connection as we wrote to it.
-                if reused and not connection.answered:
+                async with self._session.request(
+                    method,
+                    self._base + path,
+                    data=body,
+                    allow_redirects=False,
+                    trace_request_ctx=connection,
+                ) as response:
+                    connection.answered = True
+                    if sink is None or response.status != 200:
+                        return HttpAnswer(response.status, await response.read())
+                    read = response.content.readany
+                    while data := await read():
+                        sink(data, time.perf_counter())
+                    return HttpAnswer(response.status, b"")
+            except aiohttp.ClientConnectorError as error:
+                where = f"cannot connect to {error.host}:{error.port}"
+                reason = error.os_error.strerror or error.os_error
+                raise RequestError("connection_failed", f"{where}: {reason}") from error
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+                # The server may have closed an idle connection while we wrote to it.
+                if connection.reused and not connection.answered:
                     continue
-                raise
-            except BaseException:
-                connection.close()
-                raise
-            if connection.reusable:
-                self._idle.append(connection)
-            else:
-                connection.close()
-            return answer
+                raise RequestError("connection_lost", str(error)) from error
+            except aiohttp.ClientResponseError as error:
+                raise RequestError("bad_http", str(error)) from error
 
-    def close(self) -> None:
-        for connection in self._idle:
-            connection.close()
-        self._idle.clear()
-
-    async def _connect(self) -> _Connection:
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.open:
-                return connection
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(
-            _Connection, self._host, self._port, ssl=self._ssl
-        )
-        return connection
+    async def close(self) -> None:
+        """Close the idle connections."""
+        await self._session.close()
 
 
-class _Connection(asyncio.Protocol):
-    """One connection, one exchange at a time."""
-
-    def __init__(self) -> None:
-        self._h11 = h11.Connection(h11.CLIENT)
-        self._sink: Sink | None = None
-        self._body = bytearray()
-        self._status = 0
-        self._done: asyncio.Future[None] | None = None
-        self.open = self.used = self.answered = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
-        self.open = True
-
-    async def exchange(self, head: h11.Request, body: bytes, sink: Sink | None) -> HttpAnswer:
-        self._sink, self._body, self._status = sink, bytearray(), 0
-        self.used, self.answered = True, False
-        self._done = asyncio.get_running_loop().create_future()
-        parts = [self._h11.send(head), self._h11.send(h11.Data(data=body))]
-        parts.append(self._h11.send(h11.EndOfMessage()))
-        self._transport.write(b"".join(part for part in parts if part))
-        await self._done
-        return HttpAnswer(self._status, bytes(self._body))
-
-    @property
-    def reusable(self) -> bool:
-        """After an exchange: readies it for the next one, where the server agreed to that."""
-        if not self.open or self._h11.states != {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE}:
-            return False
-        self._h11.start_next_cycle()
-        return True
-
-    def close(self) -> None:
-        self._transport.close()
-
-    def data_received(self, data: bytes) -> None:
-        now = time.perf_counter()
-        if self._done is None or self._done.done():
-            self._transport.abort()  # nothing was asked
-            return
-        self.answered = True
-        try:
-            self._h11.receive_data(data)
-            self._read_events(now)
-        except Exception as error:  # of h11 or of the sink: the caller's, not the event loop's
-            self._fail(error)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.open = False
-        if self._done is None or self._done.done():
-            return
-        try:
-            self._h11.receive_data(b"")  # an answer without a length ends here
-            self._read_events(time.perf_counter())
-        except h11.RemoteProtocolError:
-            self._fail(ConnectionLost("the connection closed before the answer ended"))
-        else:
-            self._fail(ConnectionLost("the connection closed before an answer"))
-
-    def _read_events(self, now: float) -> None:
-        assert self._done is not None
-        while True:
-            event = self._h11.next_event()
-            if isinstance(event, h11.Data):
-                if self._sink is not None and self._status == 200:
-                    self._sink(bytes(event.data), now)
-                else:
-                    self._body += event.data
-            elif isinstance(event, h11.Response):
-                self._status = event.status_code
-            elif isinstance(event, h11.EndOfMessage):
-                self._done.set_result(None)
-                return
-            elif (
-                event is h11.NEED_DATA
-                or event is h11.PAUSED
-                or isinstance(event, h11.ConnectionClosed)
-            ):
-                return
-
-    def _fail(self, error: Exception) -> None:
-        self.open = False
-        if self._done is not None and not self._done.done():
-            self._done.set_exception(error)
-            self._transport.abort()
+async def _mark_reused(
+    session: aiohttp.ClientSession,
+    context: SimpleNamespace,
+    params: aiohttp.TraceConnectionReuseconnParams,
+) -> None:
+    context.trace_request_ctx.reused = True

@@ -1,4 +1,4 @@
-"""Sends the requests of a benchmark at their times and records what comes back."""
+"""Sends the requests of a run at their times and records the answers."""
 
 from __future__ import annotations
 
@@ -6,26 +6,33 @@ import asyncio
 import re
 import time
 from contextlib import nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h11
 import msgspec
 from tqdm import tqdm
 
 from ...engine.errors import StartupError
 from .dataset import BenchRequest, Endpoint, Workload
-from .http import ConnectionLost, HttpAnswer, HttpClient
 from .report import ClientLoad, RunRecords
 from .stream import RequestError, RequestRecord, StreamReader, error_of
 
+if TYPE_CHECKING:
+    from .http import HttpAnswer, HttpClient
+
 COUNTERS = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits")
-_LAG_PERIOD = 0.05  # seconds
+"""Counters of the server that a run reports, by the end of their names in vLLM."""
+_LAG_PERIOD = 0.05
+"""Seconds between two measurements of the event loop's lag."""
 _ASK_TIMEOUT = 30.0
+"""Seconds that the server may take to answer a question about itself."""
 
 
 class LoadGenerator:
-    """One server, one endpoint, one way to ask. `timeout` is in seconds for a whole request;
-    `fields` go into every body."""
+    """Sends requests to one endpoint of one server.
+
+    Every body has the `fields`. `n` is the number of choices per request, and `timeout` the maximum
+    seconds per request. At most `max_concurrency` requests run at once; None is no limit.
+    """
 
     def __init__(
         self,
@@ -52,8 +59,11 @@ class LoadGenerator:
         self._max_concurrency = max_concurrency
 
     async def run(self, workload: Workload, arrivals: list[float], title: str) -> RunRecords:
-        """All requests, each sent at its arrival (seconds from now) or, where max_concurrency are
-        under way, as soon as one ends."""
+        """Send all requests and return their records.
+
+        Each is sent at its arrival time, in seconds from now, or as soon as a running request ends
+        if max_concurrency are running. `title` labels the progress bar.
+        """
         before = await self._counters()
         slots = asyncio.Semaphore(self._max_concurrency) if self._max_concurrency else None
         active = peak = 0
@@ -97,7 +107,7 @@ class LoadGenerator:
         )
 
     async def send(self, request: BenchRequest, run_begin: float) -> RequestRecord:
-        """One request from sending to its end; failures become the record's error."""
+        """Send one request and return its record; a failure becomes the record's error."""
         body = msgspec.json.encode(self._body(request))
         begin = time.perf_counter()
         record = RequestRecord(
@@ -116,12 +126,6 @@ class LoadGenerator:
             record.error, record.error_message = error.kind, str(error)
         except TimeoutError:
             record.error, record.error_message = "timeout", f"over {self._timeout:g} s"
-        except ConnectionLost as error:
-            record.error, record.error_message = "connection_lost", str(error)
-        except OSError as error:
-            record.error, record.error_message = "connection_failed", str(error)
-        except h11.RemoteProtocolError as error:
-            record.error, record.error_message = "bad_http", str(error)
         return record
 
     def _body(self, request: BenchRequest) -> dict[str, Any]:
@@ -138,7 +142,7 @@ class LoadGenerator:
         }
 
     async def _counters(self) -> dict[str, float]:
-        """The server's counters of what it did, under vLLM's names; none where it has no such."""
+        """Return the server's counters by their names in vLLM; empty if it has none of them."""
         answer = await ask(self._client, "/metrics")
         return (
             parse_counters(answer.body.decode("utf-8", "replace")) if answer.status == 200 else {}
@@ -146,23 +150,24 @@ class LoadGenerator:
 
 
 async def ask(client: HttpClient, path: str) -> HttpAnswer:
-    """GET what the server tells of itself. Raises StartupError where it does not answer."""
+    """GET a page on which the server describes itself. Raises StartupError without an answer."""
     try:
         async with asyncio.timeout(_ASK_TIMEOUT):
             return await client.request("GET", path)
     except TimeoutError as error:
         raise StartupError(f"the server did not answer within {_ASK_TIMEOUT:g} s") from error
-    except (OSError, ConnectionLost, h11.RemoteProtocolError) as error:
+    except RequestError as error:
         raise StartupError(f"the server does not answer: {error}") from error
 
 
 class _LagMonitor:
-    """How late the event loop wakes: what any timestamp may be off by."""
+    """Measures how late the event loop wakes, which bounds the error of any time stamp."""
 
     def __init__(self) -> None:
         self.longest = 0.0
 
     async def watch(self) -> None:
+        """Measure until cancelled; `longest` is the largest lag in seconds."""
         while True:
             begin = time.perf_counter()
             await asyncio.sleep(_LAG_PERIOD)
@@ -170,7 +175,7 @@ class _LagMonitor:
 
 
 def parse_counters(text: str) -> dict[str, float]:
-    """Of Prometheus' text format: COUNTERS, summed over their labels, whatever their prefix."""
+    """Read COUNTERS from Prometheus' text format: with any prefix, summed over their labels."""
     found: dict[str, float] = {}
     names = "|".join(COUNTERS)
     pattern = rf"^\w+:({names})_total(?:\{{.*\}})? (\S+)"

@@ -1,7 +1,7 @@
-"""Plots of a benchmark as one SVG, alone or in a page of its own; nothing is loaded from elsewhere.
+"""Draws a benchmark as one SVG, bare or in an HTML page, that loads nothing from elsewhere.
 
-A sweep is drawn as latency over the offered rate, a single run as the share of requests (or gaps)
-that were at most so slow.
+A sweep is drawn as latency over the offered rate. A single run is drawn as the cumulative
+distribution of each latency.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from typing import NamedTuple
 from ...engine.errors import ConfigurationError
 from .report import METRICS, BenchResult, RunRecords, RunReport, table, values_ms
 
-WIDTH, HEIGHT = 460, 320  # of one panel
+WIDTH, HEIGHT = 460, 320
+"""Size of one panel in pixels."""
 LEFT, RIGHT, TOP, BOTTOM = 76, 16, 56, 48
+"""Margins of a panel in pixels."""
 COLUMNS = 2
+"""Panels side by side."""
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-"""Okabe and Ito's, told apart by colour-blind readers too."""
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart."""
 CDF_POINTS = 200
+"""Maximum points of a curve of a single run."""
 _STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#222}.t{font-weight:600;font-size:14px}"
     ".g{stroke:#ddd}.a{stroke:#666;fill:none}.l{fill:none;stroke-width:2}"
@@ -27,11 +31,15 @@ _STYLE = (
 
 
 class Series(NamedTuple):
+    """One curve of a panel."""
+
     name: str
     points: list[tuple[float, float]]
 
 
 class Panel(NamedTuple):
+    """One plot of the drawing."""
+
     title: str
     x_label: str
     y_label: str
@@ -39,7 +47,7 @@ class Panel(NamedTuple):
 
 
 def check_plot_path(path: Path) -> None:
-    """Raises ConfigurationError for a kind of file that cannot be written."""
+    """Raise ConfigurationError for a kind of file that cannot be written."""
     if path.suffix not in (".html", ".svg"):
         raise ConfigurationError(
             f"--plot writes .html and .svg, not {path.suffix or 'a file without an ending'}: "
@@ -48,7 +56,7 @@ def check_plot_path(path: Path) -> None:
 
 
 def write_plot(path: Path, result: BenchResult, last: RunRecords) -> None:
-    """`last` are the records of the last run: what a single run's curves are drawn from."""
+    """Write the plot of a result. A single run is drawn from its records, `last`."""
     runs = result.runs
     panels = sweep_panels(runs) if len(runs) > 1 else run_panels(last)
     svg = render_svg(panels)
@@ -63,7 +71,7 @@ def write_plot(path: Path, result: BenchResult, last: RunRecords) -> None:
 
 
 def sweep_panels(runs: list[RunReport]) -> list[Panel]:
-    """Latency percentiles and throughput over the offered rate."""
+    """Return panels of latency percentiles and of throughput over the offered rate."""
     offered = [(float(run.request_rate), run) for run in runs]
     panels = []
     for metric, title in METRICS.items():
@@ -87,7 +95,7 @@ def sweep_panels(runs: list[RunReport]) -> list[Panel]:
 
 
 def run_panels(run: RunRecords) -> list[Panel]:
-    """The distribution of each latency."""
+    """Return a panel with the cumulative distribution of each latency."""
     panels = []
     for metric, title in METRICS.items():
         values = sorted(values_ms(run.records, metric))
@@ -99,6 +107,7 @@ def run_panels(run: RunRecords) -> list[Panel]:
 
 
 def render_svg(panels: list[Panel]) -> str:
+    """Draw the panels in rows of COLUMNS."""
     rows = math.ceil(len(panels) / COLUMNS)
     width, height = COLUMNS * WIDTH, rows * HEIGHT
     drawn = "".join(
@@ -114,7 +123,7 @@ def render_svg(panels: list[Panel]) -> str:
 
 
 def ticks(high: float) -> list[float]:
-    """0 and round steps (1, 2, 5 times a power of ten) until `high` is reached."""
+    """Return 0 and round steps (1, 2 or 5 times a power of ten) up to at least `high`."""
     if high <= 0:
         return [0.0, 1.0]
     raw = high / 4

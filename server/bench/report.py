@@ -1,5 +1,7 @@
-"""From the records of a run to numbers, their JSON and their table. Definitions:
-docs/benchmarking.md."""
+"""Summarises the records of a run as numbers, as JSON and as a table.
+
+docs/benchmarking.md has the definitions.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ METRICS = {
     "itl": "Inter-token latency",
     "e2e": "End-to-end latency",
 }
+"""Latencies by their names in a RequestRecord, with their titles."""
 
 
 class Distribution(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds. `percentiles` are keyed "p50", interpolated linearly."""
+    """A distribution in milliseconds. `percentiles`, such as "p50", are interpolated linearly."""
 
     count: int
     mean: float
@@ -29,7 +32,7 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Goodput(msgspec.Struct, frozen=True, kw_only=True):
-    """Completed requests a second that kept every bound of `slo_ms`."""
+    """Completed requests per second that kept every bound of `slo_ms`, which is in milliseconds."""
 
     slo_ms: dict[str, float]
     good_requests: int
@@ -37,15 +40,21 @@ class Goodput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClientLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """How busy this client was: with much of either, it has measured itself too."""
+    """How busy this client was: if either number is high, it has also measured itself.
+
+    `cpu_share` is its share of one core, `max_lag_ms` the longest delay of its event loop.
+    """
 
     cpu_share: float
     max_lag_ms: float
 
 
 class RunReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One run. Tokens are the server's own counts; rates are over `duration_s`, from the first
-    request sent to the last answer ended, and count completed requests only."""
+    """The numbers of one run.
+
+    Tokens are as the server counted them. Rates count only completed requests, over `duration_s`:
+    from the first request sent to the end of the last answer.
+    """
 
     request_rate: float | Literal["inf"]
     seed: int
@@ -70,7 +79,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The file that --save-result writes. `options` holds every flag, defaults resolved."""
+    """The file that --save-result writes. `options` holds every flag with its default resolved."""
 
     date: str
     command: list[str]
@@ -83,7 +92,7 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunRecords(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run leaves: a record for each request, and what was seen around them."""
+    """The raw results of a run: a record for each request, and figures of client and server."""
 
     records: list[RequestRecord]
     duration_s: float
@@ -93,7 +102,7 @@ class RunRecords(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def values_ms(records: list[RequestRecord], metric: str) -> list[float]:
-    """The metric of every completed request that has it; of "itl", every gap."""
+    """Return the metric in ms of each completed request that has it; for "itl", all their gaps."""
     completed = [record for record in records if record.error is None]
     if metric == "itl":
         return [gap * 1e3 for record in completed for gap in record.itls]
@@ -111,17 +120,16 @@ def summarise(
     fixed_lengths: bool,
     detailed: bool,
 ) -> RunReport:
-    """`fixed_lengths`: count the answers that are not as long as was asked."""
+    """Return the numbers of a run.
+
+    With `fixed_lengths`, answers of another length than asked for are counted as wrong. With
+    `detailed`, the report holds the records.
+    """
     completed = [record for record in run.records if record.error is None]
     prompt_tokens = sum(record.prompt_tokens for record in completed)
     output_tokens = sum(record.output_tokens for record in completed)
     cached = [record.cached_tokens for record in completed if record.cached_tokens is not None]
     errors = Counter(record.error for record in run.records if record.error is not None)
-    wrong = [
-        record
-        for record in completed
-        if record.output_tokens != record.requested_output_tokens * record.num_choices
-    ]
     seconds = run.duration_s
     return RunReport(
         request_rate="inf" if math.isinf(request_rate) else request_rate,
@@ -139,7 +147,7 @@ def summarise(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         cached_tokens=sum(cached) if cached else None,
-        wrong_lengths=len(wrong) if fixed_lengths else 0,
+        wrong_lengths=_wrong_lengths(completed) if fixed_lengths else 0,
         requests_per_s=len(completed) / seconds,
         output_tokens_per_s=output_tokens / seconds,
         total_tokens_per_s=(prompt_tokens + output_tokens) / seconds,
@@ -150,6 +158,13 @@ def summarise(
         client=run.client,
         server=run.server,
         requests=run.records if detailed else None,
+    )
+
+
+def _wrong_lengths(completed: list[RequestRecord]) -> int:
+    return sum(
+        record.output_tokens != record.requested_output_tokens * record.num_choices
+        for record in completed
     )
 
 
@@ -165,7 +180,7 @@ def _distribution(values: list[float], percentiles: list[float]) -> Distribution
 
 def _goodput(completed: list[RequestRecord], slo_ms: dict[str, float], seconds: float) -> Goodput:
     def keeps(record: RequestRecord) -> bool:
-        # A metric that an answer of one token does not have cannot be missed.
+        # An answer of one token has no TPOT, so it cannot miss that bound.
         values = ((getattr(record, name), bound) for name, bound in slo_ms.items())
         return all(value is None or value * 1e3 <= bound for value, bound in values)
 
@@ -173,18 +188,18 @@ def _goodput(completed: list[RequestRecord], slo_ms: dict[str, float], seconds: 
     return Goodput(slo_ms=slo_ms, good_requests=good, requests_per_s=good / seconds)
 
 
-# -- the table -------------------------------------------------------------------------------
+# -- The table -------------------------------------------------------------------------------
 
 
 def table(report: RunReport) -> str:
-    """What is printed after a run."""
+    """Return the text that is printed after a run."""
     rate = report.request_rate
     rows: list[tuple[str, str]] = [
         ("Request rate offered (1/s)", rate if isinstance(rate, str) else f"{rate:g}"),
         ("Completed requests", f"{report.completed} of {report.num_requests}"),
         *((f"  failed: {kind}", str(count)) for kind, count in report.errors.items()),
         ("Duration (s)", f"{report.duration_s:.2f}"),
-        ("Most requests at once", str(report.peak_concurrency)),
+        ("Maximum concurrent requests", str(report.peak_concurrency)),
         ("Prompt tokens", str(report.prompt_tokens)),
         ("  found in the prefix cache", _share(report.cached_tokens, report.prompt_tokens)),
         ("Output tokens", str(report.output_tokens)),
@@ -223,19 +238,19 @@ def _share(part: int | None, whole: int) -> str:
 
 
 def warnings(report: RunReport) -> list[str]:
-    """What a reader must know before trusting the numbers."""
+    """Return what a reader must know before trusting the numbers."""
     found = [
         f"{count} requests failed with {kind}: {report.error_examples[kind]}"
         for kind, count in report.errors.items()
     ]
     if report.wrong_lengths:
         found.append(
-            f"{report.wrong_lengths} answers are not as long as asked: the server does not keep to "
-            "ignore_eos, so that lengths differ between servers"
+            f"{report.wrong_lengths} answers are not as long as asked for: the server does not "
+            "follow ignore_eos, so lengths differ between servers"
         )
     if report.client.cpu_share > 0.8 or report.client.max_lag_ms > 100:
         found.append(
-            f"this client used {report.client.cpu_share:.0%} of a core and was once "
-            f"{report.client.max_lag_ms:.0f} ms late: it has measured itself too"
+            f"this client used {report.client.cpu_share:.0%} of a core and its event loop was up "
+            f"to {report.client.max_lag_ms:.0f} ms late: it has also measured itself"
         )
     return found

@@ -1,7 +1,8 @@
-"""One streamed answer as the client sees it: when its chunks arrived, what usage it reported.
+"""Reads one streamed answer: when its chunks arrived, and which usage it reported.
 
-Definitions (docs/benchmarking.md): an *output chunk* is an event whose choice carries output. The
-opening chunk of a chat, which names a role, and a last one, which only says why it ended, do not.
+An *output chunk* is an event whose choice carries output. The opening chunk of a chat, which only
+names a role, and a last chunk that only says why the answer ended carry none. docs/benchmarking.md
+has all definitions.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import msgspec
 
 
 class RequestError(Exception):
-    """A request that failed; `kind` is what errors are counted by."""
+    """A request failed. Errors are counted by their `kind`."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -20,11 +21,12 @@ class RequestError(Exception):
 
 
 class RequestRecord(msgspec.Struct, kw_only=True):
-    """One request of a run. Times are seconds; `start` counts from the run's first one.
+    """One request of a run, with times in seconds.
 
-    `ttft`, `e2e`: from sending to the first output chunk, and to the last event with a choice.
-    `itls`: gaps between successive output chunks of the same choice. An `error` is a kind; the
-    rest is then as far as it got.
+    `start` counts from the start of the run. `ttft` and `e2e` are the times from sending to the
+    first output chunk and to the last event with a choice. `itls` are the gaps between successive
+    output chunks of the same choice. `error` is the kind of an error; the other fields then have
+    the values that they had when it occurred.
     """
 
     start: float
@@ -41,7 +43,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
 
     @property
     def tpot(self) -> float | None:
-        """(E2E − TTFT)/(n − 1) seconds, n being the output tokens of one choice."""
+        """(E2E − TTFT) / (n − 1) in seconds, where n is the output tokens of one choice."""
         tokens = self.output_tokens / self.num_choices
         if self.e2e is None or self.ttft is None or tokens <= 1:
             return None
@@ -83,10 +85,10 @@ _decode = msgspec.json.Decoder(_Event).decode
 
 
 class StreamReader:
-    """Reads the events of one answer, asked for at `begin`, into a record.
+    """Reads the events of one answer into a record; `begin` is the time of its request.
 
-    `feed` is the HTTP client's sink; `finish` is called after the last piece. Both raise
-    RequestError.
+    `feed` is the sink of the HTTP client, and `finish` must be called after the last piece. Both
+    raise RequestError.
     """
 
     def __init__(self, record: RequestRecord, begin: float) -> None:
@@ -98,7 +100,7 @@ class StreamReader:
         self._done = False
 
     def feed(self, data: bytes, now: float) -> None:
-        """`data` may begin and end anywhere; all of it arrived at `now`."""
+        """Read a piece that arrived at `now`. It may begin and end anywhere within an event."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
@@ -109,7 +111,7 @@ class StreamReader:
                     self._read(payload, now)
 
     def finish(self) -> None:
-        """Raise where the stream had no proper end; otherwise complete the record."""
+        """Complete the record. Raises RequestError if the stream did not end properly."""
         record = self._record
         if not self._done:
             raise RequestError("stream_cut", "the stream ended without [DONE]")
@@ -118,7 +120,7 @@ class StreamReader:
         if self._usage is None:
             raise RequestError("no_usage", "the server ignored stream_options.include_usage")
         if record.ttft is None:
-            record.ttft = record.e2e  # one chunk brought the only token and the end
+            record.ttft = record.e2e  # one chunk carried the only token and the end
         record.prompt_tokens = self._usage.prompt_tokens
         record.output_tokens = self._usage.completion_tokens
         if self._usage.prompt_tokens_details is not None:
@@ -136,7 +138,9 @@ class StreamReader:
         record = self._record
         for choice in event.choices:
             if choice.finish_reason in ("abort", "error"):
-                raise RequestError(f"finish_{choice.finish_reason}", "the server gave it up")
+                raise RequestError(
+                    f"finish_{choice.finish_reason}", "the server gave up the request"
+                )
             record.e2e = now - self._begin
             if _has_output(choice):
                 if record.ttft is None:
@@ -148,7 +152,7 @@ class StreamReader:
 
 
 def error_of(error: Any, fallback: str) -> RequestError:
-    """From the `error` of OpenAI's error body; its code, or its type, is the kind."""
+    """Make a RequestError of the `error` in OpenAI's error body; its code or type is the kind."""
     if not isinstance(error, dict):
         return RequestError(fallback, str(error))
     kind = error.get("code") or error.get("type") or fallback
@@ -156,7 +160,10 @@ def error_of(error: Any, fallback: str) -> RequestError:
 
 
 def _has_output(choice: _Choice) -> bool:
-    """A chunk of neither text, role nor end stands for a token whose text is held back."""
+    """Tell whether the chunk stands for output.
+
+    A chunk without text, role and finish reason does: it is a token whose text is held back.
+    """
     delta = choice.delta
     if delta is None:
         return bool(choice.text) or choice.finish_reason is None

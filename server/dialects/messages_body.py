@@ -14,13 +14,13 @@ from ...engine.errors import InvalidRequestError
 from ..api.translation import (
     Content,
     ConversationBody,
-    Fields,
     Path,
     Transcript,
     chat_body,
     parts_of,
     unsupported_type,
 )
+from ..requests.field_types import Fields
 from ..requests.protocol import MAX_MESSAGES, ChatBody, check_types, path_of
 from ..requests.unsupported import refuse_unsupported
 

@@ -11,7 +11,6 @@ from ...engine.errors import InvalidRequestError
 from ..api.translation import (
     Content,
     ConversationBody,
-    Fields,
     Path,
     Transcript,
     chat_body,
@@ -19,7 +18,8 @@ from ..api.translation import (
     texts_of,
     unsupported_type,
 )
-from ..requests.protocol import ChatBody, Label, check_types
+from ..requests.field_types import Fields, Label
+from ..requests.protocol import ChatBody, check_types
 from ..requests.unsupported import refuse_unsupported
 
 MAX_METADATA = 16  # entries

@@ -17,8 +17,8 @@ from collections import deque
 from typing import Protocol
 
 from ...engine.errors import InvalidRequestError, QuireError, StreamGoneError
+from ...engine.process.signals import Signal
 from ..errors import error_body
-from .outbox import Signal
 from .sse import DONE, event
 
 MAX_EVENTS = 32_768

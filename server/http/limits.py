@@ -35,6 +35,7 @@ class InFlight:
         self, settings: Settings, engine: EngineClient, index: int, loads: memoryview[int]
     ) -> None:
         self._settings = settings
+        self._max_num_seqs = settings.engine_config().max_num_seqs
         self._engine = engine
         self.draining = False
         self._loads = loads
@@ -72,7 +73,7 @@ class InFlight:
         settings = self._settings
         tokens = num_tokens + -(-num_characters // CHARACTERS_PER_TOKEN)
         if settings.max_num_queued_reqs is not None:
-            free_seats = max(0, settings.max_num_seqs - self.num_running)
+            free_seats = max(0, self._max_num_seqs - self.num_running)
             stats = self._engine.stats()
             waiting = stats.num_waiting if stats is not None else 0
             allowed = settings.max_num_queued_reqs + free_seats

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Protocol
+
+from ...engine.process.signals import Signal
 
 MAX_UNSENT_BYTES = 1024 * 1024
 """Maximum size of the events that wait for a slow reader. Beyond it the producer pauses, and the
 rest of its output waits unformatted, limited by max_tokens."""
-
-
-class Signal:
-    """Wakes the one task that waits for it."""
-
-    __slots__ = ("_waiting",)
-
-    def __init__(self) -> None:
-        self._waiting: asyncio.Future[None] | None = None
-
-    async def wait(self) -> None:
-        self._waiting = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiting
-        finally:
-            self._waiting = None
-
-    def set(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
 
 
 class Source(Protocol):

@@ -5,9 +5,35 @@
     <|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{…}<|call|>
     <|start|>assistant<|channel|>final<|message|>…<|return|>                         content
 
-The prompt ends with `<|start|>assistant`. Source: OpenAI's guide to the format
-(https://cookbook.openai.com/articles/openai-harmony). Its library, openai-harmony, downloads a
-vocabulary before it reads anything and reads that vocabulary's token ids; here it is text.
+The prompt ends with `<|start|>assistant`.
+
+Theory of operation
+-------------------
+The text is a sequence of stretches, each ended by a control token, and the token decides what the
+next stretch is. Each reader takes one stretch and returns the token that ended it, "" at the end of
+the text; `_parse` calls the reader for the token that was returned.
+
+    after START, CHANNEL, CONSTRAIN   _header    part of a header: role, channel, recipient
+    after MESSAGE                     _body      the message itself
+    after END, CALL, RETURN           _outside   between messages (also where an answer begins)
+
+- A header is held back until the control token after it has come, then it is dropped: START resets
+  the channel and the recipient, CHANNEL sets the channel, and `to=` in any part sets the recipient.
+  A part longer than MAX_HEADER characters is not a header but text.
+- A body goes to a function if a recipient says so and the request offers tools; then its JSON
+  object is streamed as the arguments of a call, and what follows the object is text. An empty body
+  is a call without arguments. A body that begins otherwise is text.
+- Any other text is emitted as it comes: as reasoning on the channel "analysis", as content on all
+  others. Only a tail that may become a control token is held back.
+- White space after a message is dropped. Text outside any message is emitted as content, unless it
+  is a header whose START was left out.
+
+Control tokens are never text, and two messages of the same kind are separated by a line break.
+The base class (answer_parser.py) explains readers, `_mark` and `_at`.
+
+Source: OpenAI's guide to the format (https://cookbook.openai.com/articles/openai-harmony). Its
+library, openai-harmony, is not used because it downloads a vocabulary before it reads anything and
+reads that vocabulary's token ids; this parser reads text.
 """
 
 from __future__ import annotations
@@ -15,8 +41,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from .answer_parser import TOOL_NAME, AnswerParser, Malformed, Reader
 from .message_events import ContentText, ReasoningText
-from .tool_parsers import TOOL_NAME, AnswerParser, Malformed, Steps
 
 START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN = CONTROL_TOKENS = (
     "<|start|>",
@@ -28,20 +54,23 @@ START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN = CONTROL_TOKENS = (
     "<|return|>",
 )
 ASSISTANT = START + "assistant"
+"""The beginning of the assistant's messages."""
 ANALYSIS = f"{CHANNEL}analysis{MESSAGE}"
+"""The header of reasoning."""
 FINAL = f"{CHANNEL}final{MESSAGE}"
+"""The header of the answer proper."""
 FUNCTIONS = "functions."
+"""The namespace of the request's tools in a recipient."""
 MAX_HEADER = 256
-"""Most characters between two control tokens of a header; more are text."""
+"""Maximum characters between two control tokens of a header; a longer stretch is text."""
 _RECIPIENT = re.compile(r"to=(\S+)")
 
 
 class HarmonyParser(AnswerParser):
-    """An answer to events: reasoning, content and calls.
+    """Turns an answer in harmony into events: reasoning, content and calls.
 
-    A message to `functions.name`, on any channel, is a call; without `tool_names` none is. Control
-    tokens are never text, a header that breaks off is none, and two messages of one kind are a
-    line break apart.
+    A message to `functions.name`, or to a tool by its bare name, is a call, whatever its channel.
+    Without `tool_names` no message is a call.
     """
 
     markers = CONTROL_TOKENS
@@ -50,54 +79,60 @@ class HarmonyParser(AnswerParser):
     def __init__(
         self, tool_names: Collection[str], *, prompt_end: str = "", reasons: bool = True
     ) -> None:
-        """`prompt_end` is the end of the prompt's text, where the answer may have begun. Without
-        `reasons`, the analysis is content."""
+        """`prompt_end` is the end of the prompt's text: a message that it leaves open is continued
+        by the answer. Without `reasons`, the analysis is content."""
         super().__init__(())
         self._reasons = reasons
         self._channel = ""
         self._recipient = ""
         self._is_fresh = True
-        """Nothing of this message is told yet."""
+        """Nothing of this message has been emitted yet."""
         self._last_kind: type[ContentText | ReasoningText] | None = None
+        # Read the prompt's last message for its header. Its events are the prompt's, so they are
+        # dropped, and no tool is known yet. After a bare `<|start|>assistant` the answer may go on
+        # with or without the rest of a header, which is what `_outside` expects.
         begun = prompt_end[max(prompt_end.rfind(START), 0) :]
         if begun.startswith(START) and begun != ASSISTANT:
-            self.feed(begun)  # its text, if any, is the prompt's
+            self.feed(begun)
             self._last_kind = None
         self._tool_names = frozenset(tool_names)
 
-    def _parse(self) -> Steps[None]:
-        before = yield from self._outside()
-        while before:
-            if before == MESSAGE:
+    def _parse(self) -> Reader[None]:
+        token = yield from self._outside()
+        while token:
+            if token == MESSAGE:
                 self._is_fresh = True
-                before = yield from self._body()
-            elif before in (START, CHANNEL, CONSTRAIN):
-                before = yield from self._header(before)
+                token = yield from self._body()
+            elif token in (START, CHANNEL, CONSTRAIN):
+                token = yield from self._header(token)
             else:
-                yield from self._space()
+                yield from self._skip_space()
                 self._mark = self._at
-                before = yield from self._outside()
+                token = yield from self._outside()
 
-    def _outside(self) -> Steps[str]:
-        """A header without `<|start|>`, or text of no message. Returns the control token behind
-        it, "" at the end; so do the following."""
+    def _outside(self) -> Reader[str]:
+        """Read text outside any message, or a header that omits START. Like the readers below,
+        return the control token that ended it, or "" at the end of the text."""
         self._channel = self._recipient = ""
         self._is_fresh = True
-        yield from self._space()
-        if (yield from self._literal("to=")):
+        yield from self._skip_space()
+        if (yield from self._take("to=")):
             return (yield from self._header(START))
-        return (yield from self._control_token()) or (yield from self._told())
+        return (yield from self._control_token()) or (yield from self._text_to_token())
 
-    def _header(self, token: str) -> Steps[str]:
-        """What stands behind a header's control token."""
+    def _header(self, token: str) -> Reader[str]:
+        """Read the part of a header after `token`, up to the next control token."""
+        # 1. Wait for the next control token, or until the part is certainly too long for a header.
         enough = MAX_HEADER + max(map(len, CONTROL_TOKENS))
         while not (found := self._pattern.search(self._text, self._mark)):
             if self._ended or len(self._text) - self._mark > enough:
                 break
             yield
+        # 2. A part that is too long is text.
         end = found.start() if found else len(self._text)
         if end - self._mark > MAX_HEADER:
-            return (yield from self._told())
+            return (yield from self._text_to_token())
+        # 3. Note the channel and the recipient.
         text = self._text[self._mark : end]
         if token == START:
             self._channel = self._recipient = ""
@@ -105,40 +140,43 @@ class HarmonyParser(AnswerParser):
             self._channel = next(iter(text.split()), "")
         if recipient := _RECIPIENT.search(text):
             self._recipient = recipient[1]
+        # 4. Drop the part. At the end of the text, an unfinished header is dropped as well.
         self._at = self._mark = found.end() if found else end
         return found[0] if found else ""
 
-    def _body(self) -> Steps[str]:
+    def _body(self) -> Reader[str]:
+        """Read a message's body: a call if it goes to a function, and text otherwise."""
         name = self._recipient.removeprefix(FUNCTIONS)
         is_function = name != self._recipient or name in self._tool_names
         if self._tool_names and is_function and TOOL_NAME.fullmatch(name):
             try:
                 return (yield from self._call(name))
             except Malformed:
-                pass  # what is not told in events is text
-        return (yield from self._told())
+                pass  # what was held back is text
+        return (yield from self._text_to_token())
 
-    def _call(self, name: str) -> Steps[str]:
-        yield from self._space()
+    def _call(self, name: str) -> Reader[str]:
+        """Read the arguments of a call. Raises Malformed if the body is not a JSON object."""
+        yield from self._skip_space()
         if (yield from self._peek()) == "{":
             self._begin_call(name)
-            yield from self._json(tell=True)
-            yield from self._space()
-            self._settle()
-            return (yield from self._told())
+            yield from self._stream_arguments()
+            yield from self._skip_space()
+            self._end_call()
+            return (yield from self._text_to_token())
         token = yield from self._control_token()
         if not token and (yield from self._peek()):
             raise Malformed
         self._begin_call(name)
-        self._arguments("{}")
+        self._emit_arguments("{}")
         return token
 
-    def _told(self) -> Steps[str]:
-        """Tell text while it comes."""
+    def _text_to_token(self) -> Reader[str]:
+        """Emit text as it comes, up to the next control token."""
         while True:
             found = self._pattern.search(self._text, self._at)
             end = found.start() if found else self._undecided()
-            self._tell(end)
+            self._emit_text(end)
             self._at = end
             if found:
                 self._at = self._mark = found.end()
@@ -148,7 +186,7 @@ class HarmonyParser(AnswerParser):
             yield
 
     def _undecided(self) -> int:
-        """Where the end of the text may be the beginning of a control token."""
+        """Return the offset of a tail that may become a control token, or the end of the text."""
         at = self._text.rfind("<", self._at)
         if at >= 0 and not self._ended:
             tail = self._text[at:]
@@ -156,7 +194,8 @@ class HarmonyParser(AnswerParser):
                 return at
         return len(self._text)
 
-    def _tell(self, end: int) -> None:
+    def _emit_text(self, end: int) -> None:
+        """Emit the text from `_mark` to `end`, as reasoning or content by the channel."""
         if end <= self._mark:
             return
         text = self._text[self._mark : end]
@@ -167,10 +206,10 @@ class HarmonyParser(AnswerParser):
         self._is_fresh, self._last_kind = False, kind
         self._mark = end
 
-    def _control_token(self) -> Steps[str]:
-        """Take the control token that stands here, if any."""
+    def _control_token(self) -> Reader[str]:
+        """Take the control token that comes next, and return it, or "" if none does."""
         for token in CONTROL_TOKENS:
-            if (yield from self._literal(token)):
+            if (yield from self._take(token)):
                 self._mark = self._at
                 return token
         return ""

@@ -1,4 +1,32 @@
-"""Where a JSON value ends, in text that comes in pieces, and whether it is one so far."""
+"""Finds the end of a JSON value in text that comes in pieces, and checks it on the way.
+
+Theory of operation
+-------------------
+The scanner is a pushdown automaton for the grammar of RFC 8259. `_state` says what may come next,
+and `_closers` is a stack of the brackets that are still to be closed:
+
+    VALUE ─┬─ `"` ─▶ STRING (ESCAPE and HEX within it) ─ `"` ─▶ after the value
+           ├─ `-`, digit ─▶ NUMBER (its parts: _NUMBER) ─▶ after the value
+           ├─ `t`, `f`, `n` ─▶ LITERAL (the rest of the word) ─▶ after the value
+           ├─ `[` ─▶ FIRST_ITEM ─▶ as VALUE, or `]`
+           └─ `{` ─▶ FIRST_KEY ─▶ as KEY, or `}`
+    KEY ─ `"` ─▶ STRING ─▶ COLON ─ `:` ─▶ VALUE
+
+    after the value:  DONE at the top level, NEXT within brackets
+    NEXT ─┬─ `,` ─▶ VALUE in an array, KEY in an object
+          └─ the closing bracket ─▶ after the value that it closes
+
+Every character is either accepted, or the scanner ends before it, DONE or FAILED; nothing is held
+back. So what has been accepted is at any time the beginning of valid JSON, and can be streamed to a
+client. Control characters inside strings are the exception to the grammar: models write them for
+newlines and tabs, so they are accepted and come out escaped.
+
+The end of a number shows only in the character after it, which is not taken: a number at the top
+level is never `done` by itself.
+
+jiter and pydantic_core parse partial JSON too, but neither reports where a value ends and that all
+before it is a valid beginning.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +45,7 @@ class _State(Enum):
     FIRST_KEY = auto()  # a key, or the end of an empty object
     KEY = auto()
     COLON = auto()
-    NEXT = auto()  # a comma, or the end of what surrounds
+    NEXT = auto()  # a comma, or the end of the surrounding array or object
     STRING = auto()
     ESCAPE = auto()
     HEX = auto()
@@ -50,21 +78,18 @@ _NUMBER = {
     ("exponent", "0"): "exponent",
     ("exponent", "9"): "exponent",
 }
-"""RFC 8259, section 6: (part of the number, class of the next character) → part."""
+"""The parts of a number (RFC 8259, section 6): (part, class of the next character) → next part."""
 _NUMBER_MAY_END = frozenset(("0", "int", "fraction", "exponent"))
+"""Parts after which a number is complete."""
 
 
 def _number_class(char: str) -> str:
+    """Return the class of a character in _NUMBER: "9" stands for 1 to 9, "e" for E too."""
     return "9" if char in "123456789" else "e" if char == "E" else char
 
 
 class JsonScanner:
-    """Follows one JSON value (RFC 8259) through its text, character by character.
-
-    What it lets through is always the beginning of valid JSON: control characters inside strings,
-    which models write for newlines and tabs, come out escaped. A number ends with the character
-    behind it, so one at the top level is never `done` by itself.
-    """
+    """Follows one JSON value through its text, character by character."""
 
     def __init__(self) -> None:
         self._state = _State.VALUE
@@ -76,32 +101,37 @@ class JsonScanner:
 
     @property
     def done(self) -> bool:
+        """The value is complete."""
         return self._state is _State.DONE
 
     @property
     def failed(self) -> bool:
+        """The next character cannot continue the value."""
         return self._state is _State.FAILED
 
     def feed(self, text: str, start: int) -> tuple[int, str]:
-        """Read `text` from `start`; the position behind what was taken, and what to show of it.
+        """Read `text` from `start`. Returns the offset after the accepted characters, and these
+        characters as valid JSON.
 
-        Stops before the first character that is not of the value: `done` or `failed` says why.
+        Stops before the first character that does not belong to the value; `done` or `failed` says
+        why.
         """
-        shown = []
+        accepted = []
         at = start
         while at < len(text) and not (self.done or self.failed):
             if self._state is _State.STRING and (plain := _PLAIN.match(text, at)):
-                shown.append(plain[0])
+                accepted.append(plain[0])
                 at = plain.end()
                 continue
             taken = self._step(text[at])
             if taken is not None:
-                shown.append(taken)
+                accepted.append(taken)
                 at += 1
-        return at, "".join(shown)
+        return at, "".join(accepted)
 
     def _step(self, char: str) -> str | None:
-        """What to show of a character; None where it was not taken."""
+        """Return the JSON text of a character, or None if it was not accepted: because it ended a
+        number and must be read again in the new state, or because the scanner has failed."""
         state = self._state
         if state is _State.STRING:
             return self._in_string(char)
@@ -122,10 +152,12 @@ class JsonScanner:
         return self._at_structure(state, char)
 
     def _go(self, state: _State, char: str, allowed: str) -> str | None:
+        """Accept a character of `allowed` and go to `state`, or fail."""
         self._state = state if char in allowed else _State.FAILED
         return None if self.failed else char
 
     def _after_value(self) -> _State:
+        """Return the state after a complete value."""
         return _State.NEXT if self._closers else _State.DONE
 
     def _in_string(self, char: str) -> str:
@@ -134,7 +166,7 @@ class JsonScanner:
         elif char == "\\":
             self._state = _State.ESCAPE
         else:
-            return json.dumps(char)[1:-1]
+            return json.dumps(char)[1:-1]  # a control character, escaped
         return char
 
     def _in_number(self, char: str) -> str | None:
@@ -147,6 +179,7 @@ class JsonScanner:
         return None
 
     def _at_structure(self, state: _State, char: str) -> str | None:
+        """Read a character between the parts of a value: a bracket, comma, colon or first one."""
         closes_empty = state in (_State.FIRST_ITEM, _State.FIRST_KEY)
         if (closes_empty or state is _State.NEXT) and char == self._closers[-1]:
             self._closers.pop()
@@ -163,6 +196,7 @@ class JsonScanner:
         return self._begin_value(char)
 
     def _begin_value(self, char: str) -> str | None:
+        """Read the first character of a value."""
         self._is_key = False
         if char in "{[":
             self._closers.append("}" if char == "{" else "]")

@@ -1,4 +1,4 @@
-"""What an assistant's message is made of, piece by piece, and how pieces add up."""
+"""The events that an assistant's message consists of, and how they add up to the message."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from typing import Any, NamedTuple
 
 
 class ContentText(NamedTuple):
+    """More of the message's content."""
+
     text: str
 
 
 class ReasoningText(NamedTuple):
+    """More of the model's reasoning."""
+
     text: str
 
 
 class ToolCallStart(NamedTuple):
-    """The first event of a message's call, counted from 0."""
+    """The first event of a call. `call` counts the calls of the message from 0."""
 
     call: int
     id: str
@@ -34,7 +38,7 @@ Event = ContentText | ReasoningText | ToolCallStart | ToolCallArguments
 
 
 def joined(events: Iterable[Event]) -> list[Event]:
-    """The same with neighbours of one kind made one."""
+    """Return the events with neighbours of the same kind merged into one."""
     result: list[Event] = []
     for event in events:
         last = result[-1] if result else None
@@ -53,7 +57,7 @@ def joined(events: Iterable[Event]) -> list[Event]:
 
 
 def delta_of(event: Event) -> dict[str, Any]:
-    """The `delta` of a stream's chunk, in OpenAI's shape."""
+    """Return an event as the `delta` of a stream's chunk, in OpenAI's shape."""
     match event:
         case ContentText(text):
             return {"content": text}
@@ -69,13 +73,14 @@ def delta_of(event: Event) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class MessageBuilder:
-    """The whole message of a list of events."""
+    """Builds the whole message from events."""
 
     content: str = ""
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, events: Iterable[Event]) -> None:
+        """Append the next events."""
         for event in events:
             match event:
                 case ContentText(text):
@@ -89,11 +94,12 @@ class MessageBuilder:
                     self.calls[call]["function"]["arguments"] += text
 
     def message(self) -> dict[str, Any]:
-        """In OpenAI's shape; `content` is null beside calls or reasoning where there is none."""
-        alone = not self.calls and not self.reasoning
+        """Return the message in OpenAI's shape. An empty `content` is null if there are calls or
+        reasoning."""
+        only_content = not self.calls and not self.reasoning
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": self.content if self.content or alone else None,
+            "content": self.content if self.content or only_content else None,
             "refusal": None,
         }
         if self.reasoning:

@@ -1,4 +1,9 @@
-"""A model's answer as a message: its reasoning, its content, its tool calls."""
+"""Turns a model's answer into a message, in the formats that the served model writes.
+
+    text ─▶ ReasoningParser ─▶ parser of calls, fed with the content ─▶ hidden events dropped
+
+Harmony has a single parser for reasoning and calls, in the place of the second.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +12,22 @@ from collections.abc import Collection, Iterable, Sequence
 from ...engine.errors import ConfigurationError
 from ..settings import Settings
 from ..text.tokenizer import Tokenizer
+from .answer_parser import AnswerParser
 from .harmony import ASSISTANT, CONTROL_TOKENS, FINAL, HarmonyParser
 from .message_events import ContentText, Event, ReasoningText, ToolCallStart, joined
 from .reasoning import CLOSE, OPEN, ReasoningParser, ReasoningStyle, detect_reasoning, starts_inside
 from .tool_formats import TOOL_PARSERS, detect_tool_parser
-from .tool_parsers import AnswerParser
 
 _END_TOKENS = 16
+"""Tokens of the prompt's end that show whether it opened the reasoning."""
 
 
 class MessageParser:
-    """One choice's text to events. What `feed` and `finish` return adds up to the same message,
-    however the text is cut."""
+    """Turns one choice's text into events, which add up to the same message however the text is
+    cut.
+
+    `max_calls` drops the calls after that many; without `show_reasoning`, reasoning is dropped.
+    """
 
     def __init__(
         self,
@@ -35,12 +44,14 @@ class MessageParser:
         self._has_calls = False
 
     def feed(self, text: str) -> list[Event]:
+        """Append `text` and return the events that it makes certain."""
         events: list[Event] = [ContentText(text)] if text else []
         if self._reasoning is not None:
             events = self._reasoning.feed(text)
         return self._shown(self._read_calls(events))
 
     def finish(self) -> list[Event]:
+        """Return the remaining events, once no more text comes."""
         events = self._reasoning.finish() if self._reasoning is not None else []
         events = self._read_calls(events)
         if self._tools is not None:
@@ -48,10 +59,12 @@ class MessageParser:
         return self._shown(events)
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """The engine's, but for an end after calls."""
+        """Return the finish reason of the answer: that of the engine, except that an ordinary stop
+        after calls is "tool_calls"."""
         return "tool_calls" if reason == "stop" and self._has_calls else reason
 
     def _read_calls(self, events: Iterable[Event]) -> list[Event]:
+        """Pass content through the parser of calls, if there is one."""
         if self._tools is None:
             return list(events)
         read: list[Event] = []
@@ -60,6 +73,7 @@ class MessageParser:
         return read
 
     def _shown(self, events: Iterable[Event]) -> list[Event]:
+        """Drop the events that the client has not asked for, and merge the rest."""
         shown: list[Event] = []
         for event in events:
             if isinstance(event, ContentText):
@@ -73,22 +87,22 @@ class MessageParser:
 
 
 def prompt_end(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
-    """As much text of the prompt's end as tells whether its template opened the reasoning."""
+    """Return the text of the prompt's last tokens, which shows whether it opened the reasoning."""
     return "".join(map(tokenizer.token_text, prompt[-_END_TOKENS:]))
 
 
 class MessageFormat:
-    """How the served model writes reasoning and tool calls; made once."""
+    """How the served model writes reasoning and tool calls. Made once, when the server starts."""
 
     def __init__(self, tool_format: str | None, reasoning: ReasoningStyle | None) -> None:
         self.tool_format = tool_format
-        """A name of TOOL_PARSERS."""
+        """A key of TOOL_PARSERS, or None if the format of calls is not known."""
         self.reasoning: ReasoningStyle | None = reasoning
 
     @classmethod
     def of(cls, settings: Settings, chat_template: str | None) -> MessageFormat:
-        """By the flags, and where those say auto, by the model's chat template. Raises
-        ConfigurationError."""
+        """Choose the formats by the flags, or by the model's chat template if a flag is "auto".
+        Raises ConfigurationError if the two formats exclude each other."""
         template = chat_template or ""
         name: str | None = settings.tool_call_parser
         if name == "auto":
@@ -115,10 +129,12 @@ class MessageFormat:
 
     @property
     def is_harmony(self) -> bool:
+        """Reasoning, calls or both are in harmony, which then reads the whole answer."""
         return self.tool_format == "openai" or self.reasoning == "openai_gptoss"
 
     def control_tokens(self, *, with_tools: bool) -> tuple[str, ...]:
-        """What a parser must see although the vocabulary may call it a control token."""
+        """Return the markup that a parser must see even if it is a control token, whose text is
+        otherwise skipped."""
         if self.is_harmony:
             return CONTROL_TOKENS
         tags = () if self.reasoning is None else (OPEN, CLOSE)
@@ -135,8 +151,11 @@ class MessageFormat:
         show_reasoning: bool,
         parallel_calls: bool,
     ) -> MessageParser:
-        """For one choice. No call is looked for where `tool_names` is empty; see `starts_inside`
-        for `prompt_end` and `continued`."""
+        """Make the parser of one choice.
+
+        Calls are looked for only if there are `tool_names`. See `starts_inside` for `prompt_end`
+        and `continued`.
+        """
         reasoning = None
         tools: AnswerParser | None = None
         if self.is_harmony:
@@ -147,7 +166,7 @@ class MessageFormat:
             )
         elif self.reasoning is not None:
             opened = starts_inside(self.reasoning, prompt_end, continued)
-            # What continues a finished beginning of an answer is past its reasoning.
+            # An answer that the prompt has begun is past its reasoning, unless that is still open.
             if opened or continued is None:
                 reasoning = ReasoningParser(opened=opened)
         if tools is None and tool_names and self.tool_format is not None:

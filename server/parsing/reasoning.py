@@ -1,4 +1,4 @@
-"""The model's reasoning, `<think>…</think>` before its answer, told apart from the answer."""
+"""Separates the model's reasoning, `<think>…</think>`, from the answer that follows it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from .message_events import ContentText, Event, ReasoningText
 
 OPEN, CLOSE = "<think>", "</think>"
 MAX_HELD_SPACE = 64
-"""Most characters of white space that wait for what follows them."""
+"""Maximum characters of white space that are held back until it is known what follows them."""
 
 ReasoningStyle = Literal["qwen3", "deepseek_r1", "openai_gptoss"]
-"""How an answer begins where the prompt says nothing: qwen3 with text, or with the opening tag;
-deepseek_r1 inside the reasoning, with the opening tag or without. openai_gptoss has no such tags
-but channels (harmony.py)."""
+"""How a model marks its reasoning. The first two differ if the prompt does not settle how the
+answer begins: with qwen3 it begins with text or with the opening tag; with deepseek_r1 it begins
+inside the reasoning, with or without the opening tag. openai_gptoss has channels instead
+(harmony.py)."""
 
 
 class _State(Enum):
     START = auto()
-    OPENED = auto()  # newlines behind the opening tag
+    OPENED = auto()  # newlines after the opening tag
     INSIDE = auto()
-    AFTER = auto()  # newlines behind the closing tag
+    AFTER = auto()  # newlines after the closing tag
     CONTENT = auto()
 
 
 class ReasoningParser:
-    """Text to events; newlines between tags, reasoning and answer are dropped.
+    """Turns text into events. Line breaks between tags, reasoning and answer are dropped.
 
-    `opened` is True where the text begins inside the reasoning.
+    `opened` says that the text begins inside the reasoning.
     """
 
     def __init__(self, *, opened: bool) -> None:
@@ -37,6 +38,8 @@ class ReasoningParser:
         self._held = ""
 
     def feed(self, text: str) -> list[Event]:
+        """Append `text` and return the events that it makes certain."""
+        # One piece of text may lead through several states.
         self._held += text
         events: list[Event] = []
         if self._state is _State.START:
@@ -53,6 +56,7 @@ class ReasoningParser:
         return events
 
     def finish(self) -> list[Event]:
+        """Return the text that was held back, once no more text comes."""
         rest, self._held = self._held, ""
         if not rest:
             return []
@@ -85,14 +89,15 @@ class ReasoningParser:
 
 
 def before_space(text: str, end: int) -> int:
-    """Where the white space before `end` begins; of a very long one, its last part."""
+    """Return the offset at which the white space before `end` begins, at most MAX_HELD_SPACE
+    characters before `end`."""
     start = max(0, end - MAX_HELD_SPACE)
     return start + len(text[start:end].rstrip())
 
 
 def undecided_tail(text: str, tags: tuple[str, ...], start: int = 0) -> int:
-    """Where the end of `text` begins that may turn out to be a tag of `tags`, or the space before
-    one. A tag begins at `start` or later."""
+    """Return the offset of the tail of `text` that may become one of `tags`, or the white space
+    before one. A tag begins at `start` or later."""
     end = len(text)
     longest = max(map(len, tags)) - 1
     for length in range(min(longest, end - start), 0, -1):
@@ -103,20 +108,20 @@ def undecided_tail(text: str, tags: tuple[str, ...], start: int = 0) -> int:
 
 
 def detect_reasoning(template: str) -> ReasoningStyle | None:
-    """The style of a model by its chat template; None where that knows no reasoning."""
+    """Return the style that a chat template shows, or None if it shows no reasoning."""
     if "<|channel|>" in template:
         return "openai_gptoss"
     if OPEN in template:
         return "qwen3"
-    # A template that only takes reasoning away from earlier turns leaves it to the model to begin.
+    # Such a template only removes the reasoning from earlier turns; the model opens it by itself.
     return "deepseek_r1" if CLOSE in template else None
 
 
 def starts_inside(style: ReasoningStyle, prompt_end: str, continued: str | None = None) -> bool:
-    """Whether an answer begins inside the reasoning.
+    """Return whether an answer begins inside the reasoning.
 
-    `prompt_end` is the text of the prompt's last tokens, `continued` the beginning of the answer
-    where the prompt holds that.
+    `prompt_end` is the text of the prompt's last tokens. `continued` is the beginning of the answer
+    if the prompt contains it already.
     """
     if continued is not None:
         return continued.rfind(OPEN) > continued.rfind(CLOSE)

@@ -1,6 +1,11 @@
 """`tool_choice` required, or a function by name: a grammar in which the model can only call.
 
-The grammar is that of the model's own format (tool_formats.py), arguments by the tool's schema.
+The grammar writes calls in the model's own format (tool_formats.py), with arguments that follow the
+schema of the tool. Reasoning may come before the calls:
+
+    start: reasoning? first call (separator call)* last
+    call: call_0 | call_1 | …                          one rule for each tool
+    call_0: before "name" between <schema> after
 """
 
 from __future__ import annotations
@@ -10,34 +15,40 @@ import re
 from typing import Any, NamedTuple
 
 from ...engine.errors import InvalidRequestError
-from ...engine.grammar.compile import JSON_OPTIONS
+from ...engine.grammar.compile import with_json_options
 from ...engine.request import GrammarSpec
 from ..parsing.harmony import ANALYSIS, ASSISTANT, CHANNEL, CONSTRAIN, END, FUNCTIONS, MESSAGE
-from ..parsing.message_parser import prompt_end
+from ..parsing.message_parser import MessageFormat, prompt_end
 from ..parsing.reasoning import CLOSE, OPEN, starts_inside
-from .chat_prompt import forces_call, offered_tools
+from ..text.tokenizer import Tokenizer
+from .field_types import NamedTool
 from .protocol import ChatBody
-from .state import ServerState
 from .structured import MAX_GRAMMAR_BYTES, Constraint
-from .tool_choice import NamedTool
+from .tool_choice import forces_call, offered_tools
 
 
 class _Shape(NamedTuple):
     """How calls are written: each is `before`, name, `between`, arguments, `after`."""
 
     first: str
+    """Text before all calls."""
     before: str
     between: str
     after: str
     separator: str
+    """Text between two calls."""
     last: str
+    """Text after all calls."""
 
 
 _NAMED = '{"name": "', '", "arguments": ', "}"
 
 
 def _shape(parser: str, template: str) -> _Shape | None:
-    """As the model's chat template writes earlier calls; None where no grammar is known."""
+    """Return how the model's chat template writes earlier calls, or None if no shape is known.
+
+    `parser` is a key of TOOL_PARSERS.
+    """
     match parser:
         case "hermes":
             before, between, after = _NAMED
@@ -63,66 +74,79 @@ def _shape(parser: str, template: str) -> _Shape | None:
 
 
 class _Reasoning(NamedTuple):
-    """What may come before the calls."""
+    """The reasoning that may come before the calls."""
 
     rule: str = ""
     """Nothing, `reasoning`, or `(opening reasoning)?`."""
     opening: str = OPEN
     closing: str = CLOSE
     after: str = r"/\n{0,2}/"
-    """Lark for what stands between it and the calls."""
+    """Lark for the text between the reasoning and the calls."""
 
 
-def forced_call(state: ServerState, body: ChatBody, prompt: list[int]) -> Constraint | None:
-    """What the answer must match; None where no call is forced. Raises InvalidRequestError."""
+def forced_call(
+    body: ChatBody, prompt: list[int], tokenizer: Tokenizer, message_format: MessageFormat
+) -> Constraint | None:
+    """Return the grammar that makes the model call, or None if `tool_choice` does not force a call.
+
+    `prompt` shows whether the reasoning has begun. Raises InvalidRequestError.
+    """
+    # 1. Choose the tools that may be called, and how many calls there may be.
     choice = body.tool_choice
     if not forces_call(body):
         return None
-    template = body.chat_template or state.tokenizer.chat_template or ""
-    shape = _shape(state.message_format.tool_format or "", template)
+    template = body.chat_template or tokenizer.chat_template or ""
+    shape = _shape(message_format.tool_format or "", template)
     if shape is None:
         raise InvalidRequestError(
-            "no call can be forced in this model's format; tool_choice can be none or auto",
+            "calls cannot be forced in this model's format; tool_choice must be none or auto",
             "tool_choice",
         )
     tools = [tool["function"] for tool in offered_tools(body)]
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool["name"] == choice.name]
     many = choice == "required" and body.parallel_tool_calls is not False
-    if state.message_format.is_harmony:
+    # 2. Determine the reasoning that may come before the calls.
+    end = prompt_end(tokenizer, prompt)
+    if message_format.is_harmony:
         many = False  # a call ends the answer
-        shape, reasoning = _in_harmony(state, body, prompt, shape)
+        shape, reasoning = _in_harmony(body, end, shape, tokenizer.special_ids)
     else:
-        reasoning = _reasoning(state, body, prompt)
-    text = _grammar(shape, tools, many, reasoning, state.tokenizer.special_ids)
+        reasoning = _reasoning(body, end, message_format)
+    # 3. Write the grammar.
+    text = _grammar(shape, tools, many, reasoning, tokenizer.special_ids)
     if len(text.encode()) > MAX_GRAMMAR_BYTES:
         raise InvalidRequestError(
-            f"the tools are more than {MAX_GRAMMAR_BYTES} bytes, too many to force a call",
+            f"the tools make a grammar of more than {MAX_GRAMMAR_BYTES} bytes, which is too long "
+            "to force a call",
             "tool_choice",
         )
     return Constraint(GrammarSpec("grammar", text), "tool_choice")
 
 
-def _reasoning(state: ServerState, body: ChatBody, prompt: list[int]) -> _Reasoning:
-    style = state.message_format.reasoning
+def _reasoning(body: ChatBody, end: str, message_format: MessageFormat) -> _Reasoning:
+    """Return the reasoning that may follow a prompt that ends with `end`."""
+    style = message_format.reasoning
     if style is None:
         return _Reasoning()
     continued = body.messages[-1].content if body.continue_final_message else None
-    if starts_inside(style, prompt_end(state.tokenizer, prompt), continued):
+    if starts_inside(style, end, continued):
         return _Reasoning("reasoning")
     return _Reasoning("" if continued is not None else "(opening reasoning)?")
 
 
 def _in_harmony(
-    state: ServerState, body: ChatBody, prompt: list[int], shape: _Shape
+    body: ChatBody, end: str, shape: _Shape, special_ids: dict[str, int]
 ) -> tuple[_Shape, _Reasoning]:
-    """A message of analysis, if any, and one to a function; first the end of a message that the
-    answer continues."""
+    """Return the shape and the reasoning of a forced call in harmony.
+
+    The answer is a message of analysis, which may be missing, and a message to a function. If it
+    continues the final message, it ends that message first.
+    """
     if body.continue_final_message:
         return shape._replace(first=END + ASSISTANT), _Reasoning()
-    inside = prompt_end(state.tokenizer, prompt).endswith(ANALYSIS)
-    rule = "reasoning" if inside else "(opening reasoning)?"
-    return shape, _Reasoning(rule, ANALYSIS, END, _literal(ASSISTANT, state.tokenizer.special_ids))
+    rule = "reasoning" if end.endswith(ANALYSIS) else "(opening reasoning)?"
+    return shape, _Reasoning(rule, ANALYSIS, END, _literal(ASSISTANT, special_ids))
 
 
 def _grammar(
@@ -132,6 +156,8 @@ def _grammar(
     reasoning: _Reasoning,
     special_ids: dict[str, int],
 ) -> str:
+    """Return the grammar in llguidance's dialect of Lark; see the module's docstring."""
+
     def literal(text: str) -> str:
         return _literal(text, special_ids)
 
@@ -141,11 +167,13 @@ def _grammar(
         "call: " + " | ".join(f"call_{number}" for number in range(len(tools))),
     ]
     for number, tool in enumerate(tools):
-        schema = json.dumps({**tool["parameters"], "type": "object", "x-guidance": JSON_OPTIONS})
+        schema = json.dumps(with_json_options({**tool["parameters"], "type": "object"}))
         before = literal(shape.before + tool["name"] + shape.between)
         rules.append(f"call_{number}: {before} %json {schema} {literal(shape.after)}")
     if reasoning.rule:
-        lazy = "" if reasoning.closing in special_ids else "[lazy]"  # a control token is never text
+        # The pattern of the thoughts never matches a control token, so only a closing tag that is
+        # text needs the lazy match, which ends the thoughts at the first one.
+        lazy = "" if reasoning.closing in special_ids else "[lazy]"
         rules += [
             f"opening: {literal(reasoning.opening)}",
             f"reasoning: thoughts {reasoning.after}",
@@ -155,7 +183,7 @@ def _grammar(
 
 
 def _literal(text: str, special_ids: dict[str, int]) -> str:
-    """Lark for `text`; what is a control token must be written as that token."""
+    """Return Lark for `text`, in which control tokens are written as tokens, by their ids."""
     spellings = "|".join(map(re.escape, sorted(special_ids, key=len, reverse=True)))
     pieces = re.split(f"({spellings})", text) if spellings else [text]
     return " ".join(

@@ -1,49 +1,32 @@
-"""One HTTP request on its way through the engine: tokens in, text of each choice out."""
+"""Runs a job through the engine: token ids come in, the text of each choice goes out."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import structlog
 
 from ...engine.errors import EngineDeadError, error_from_code
 from ...engine.outputs import FinishReason, SequenceOutput, Timings, TokenLogprobs
-from ...engine.request import Request
 from ..http.limits import Ticket
 from ..metrics import RequestRecord
 from ..text.detokenizer import Detokenizer
+from .job import Job
+from .merged_outputs import merged_outputs
 from .state import ServerState
 
 log = structlog.get_logger(__name__)
 
 CONTEXT_TOKENS = 4
-"""Prompt tokens that a detokenizer sees, where the tokenizer is not byte-level."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What is asked of the engine: one request for each prompt, and what to do with the text.
-
-    `n` choices of each prompt are answered; the engine makes `sampling_params.n` (best_of).
-    """
-
-    requests: Sequence[Request]
-    n: int
-    stops: Sequence[str]
-    include_stop: bool
-    skip_special_tokens: bool
-    shown_tokens: Sequence[str]
-    """Control tokens that are text nevertheless: whoever reads the text looks for them."""
-    deadline: float | None
+"""Tokens of the prompt's end that a detokenizer gets if the tokenizer is not byte-level."""
 
 
 class Delta(NamedTuple):
-    """What became certain of one choice. `token_ids` and `logprobs` belong to `text`."""
+    """More of one choice. `token_ids` and `logprobs` are those of `text`."""
 
     choice: int
     text: str
@@ -55,7 +38,8 @@ class Delta(NamedTuple):
 
 @dataclass(slots=True)
 class Choice:
-    """One choice as it grows. `index` counts over all prompts, `number` within its own."""
+    """A choice as it grows. `index` counts the choices of all prompts, `number` those of its own
+    prompt."""
 
     index: int
     number: int
@@ -64,16 +48,25 @@ class Choice:
     logprob_sum: float = 0.0
     finish_reason: FinishReason | None = None
     pending_ids: list[int] = field(default_factory=list)
+    """Tokens that no delta has brought yet."""
     pending_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """The log-probabilities of `pending_ids`."""
     last_token_time: float | None = None
 
     @property
     def mean_logprob(self) -> float:
+        """The mean log-probability of the tokens, by which best_of ranks."""
         return self.logprob_sum / max(1, self.num_tokens)
+
+    def take_delta(self, text: str, stop_reason: int | str | None) -> Delta:
+        """Return `text` with the pending tokens, which are pending no longer."""
+        token_ids, logprobs = self.pending_ids, self.pending_logprobs
+        self.pending_ids, self.pending_logprobs = [], []
+        return Delta(self.index, text, token_ids, logprobs, self.finish_reason, stop_reason)
 
 
 class Generation:
-    """Runs a job. Closing the iterator of `deltas` early aborts what still runs."""
+    """Runs a job. Closing the iterator of `deltas` early aborts the sequences that still run."""
 
     def __init__(self, state: ServerState, job: Job, ticket: Ticket, log_id: str) -> None:
         self._state = state
@@ -113,13 +106,15 @@ class Generation:
 
     @property
     def num_prompt_tokens(self) -> int:
+        """The tokens of all prompts."""
         return sum(len(request.prompt_token_ids) for request in self._job.requests)
 
     def prompt_token_ids(self, position: int) -> tuple[int, ...]:
+        """Return the token ids of one prompt."""
         return self._job.requests[position].prompt_token_ids
 
     def usage(self) -> dict[str, Any]:
-        """Token counts so far. Every sequence counts, those that best_of drops too."""
+        """Return the token counts so far. They include the sequences that best_of drops."""
         prompt = self.num_prompt_tokens
         completion = sum(choice.num_tokens for group in self.choices for choice in group)
         return {
@@ -130,13 +125,13 @@ class Generation:
         }
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Deltas of all choices as they come; the last of each has a finish_reason.
+        """Yield the deltas of all choices as they come; the last one of each has a finish_reason.
 
-        Raises the QuireError with which a sequence failed; the others are aborted then.
+        Raises the QuireError with which a sequence failed, and aborts the other sequences.
         """
         requests = self._job.requests
         try:
-            async with aclosing(self._outputs()) as outputs:
+            async with aclosing(merged_outputs(self._state.engine, requests)) as outputs:
                 async for position, output in outputs:
                     self._ticket.started()
                     if output.error is not None:
@@ -154,42 +149,9 @@ class Generation:
             self._ticket.close()
             self._record()
 
-    async def _outputs(self) -> AsyncGenerator[tuple[int, SequenceOutput], None]:
-        """(position of the prompt, output) of all requests, in the order of their coming."""
-        requests = self._job.requests
-        if len(requests) == 1:
-            async with aclosing(_generator(self._state.engine.generate(requests[0]))) as outputs:
-                async for output in outputs:
-                    yield 0, output
-            return
-        # Unbounded, as the engine client's own is: max_tokens bounds both.
-        queue: asyncio.Queue[tuple[int, SequenceOutput] | None] = asyncio.Queue()
-
-        async def pump(position: int, request: Request) -> None:
-            async with aclosing(_generator(self._state.engine.generate(request))) as outputs:
-                async for output in outputs:
-                    queue.put_nowait((position, output))
-
-        async def pump_all() -> None:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for position, request in enumerate(requests):
-                        group.create_task(pump(position, request))
-            except ExceptionGroup as failures:
-                raise failures.exceptions[0] from None
-
-        pumps = asyncio.create_task(pump_all())
-        pumps.add_done_callback(lambda _: queue.put_nowait(None))
-        try:
-            while (item := await queue.get()) is not None:
-                yield item
-            await pumps
-        finally:
-            pumps.cancel()
-            await asyncio.wait({pumps})
-
     def _take(self, position: int, output: SequenceOutput) -> Delta | None:
-        """Add a step's output to its choice."""
+        """Add a step's output to its choice. Returns the delta that it makes certain, or None."""
+        # 1. Store the values that belong to the prompt.
         if output.num_cached_tokens is not None:
             self._cached_tokens[position] = output.num_cached_tokens
         if not self._prompts_counted[position]:
@@ -200,18 +162,23 @@ class Generation:
             self.embeddings[position] = output.embedding
         if output.timings is not None:
             self._timings[position] = output.timings
+        # 2. Ignore a choice that a stop string has ended: its abort brings one more output.
         choice = self.choices[position][output.choice]
-        if choice.finish_reason is not None:  # ended by a stop string; this is the abort's echo
+        if choice.finish_reason is not None:
             return None
         self._observe_latency(choice, output)
+        # 3. Decode. The token that ended a choice is not part of its text, but is counted; tokens
+        #    after a stop string are neither.
         detokenizer = choice.detokenizer
         shown = output.token_ids
         if output.finish_reason == "stop" and not self._job.include_stop:
-            shown = shown[:-1]  # the token that ended it is no text
+            shown = shown[:-1]
         text, num_read = detokenizer.feed(shown)
         if num_read == len(shown):
             num_read = len(output.token_ids)
         self._count(choice, output, num_read)
+        # 4. End the choice: for the engine's reason or at a stop string, which wins over it. The
+        #    engine does not know stop strings, so it must be told to stop.
         stop_reason: int | str | None = None
         if detokenizer.stop is None and output.finish_reason is not None:
             text += detokenizer.finish()
@@ -220,20 +187,13 @@ class Generation:
             choice.finish_reason, stop_reason = "stop", detokenizer.stop
             if output.finish_reason is None:
                 self._state.engine.abort(output.request_id, output.choice)
+        # 5. Tokens that gave no text wait for the delta that brings it.
         if not text and choice.finish_reason is None:
             return None
-        delta = Delta(
-            choice.index,
-            text,
-            choice.pending_ids,
-            choice.pending_logprobs,
-            choice.finish_reason,
-            stop_reason,
-        )
-        choice.pending_ids, choice.pending_logprobs = [], []
-        return delta
+        return choice.take_delta(text, stop_reason)
 
     def _count(self, choice: Choice, output: SequenceOutput, num_tokens: int) -> None:
+        """Add the first `num_tokens` tokens of an output to its choice and to the metrics."""
         choice.num_tokens += num_tokens
         self._state.metrics.tokens_generated(num_tokens)
         choice.pending_ids += output.token_ids[:num_tokens]
@@ -249,6 +209,8 @@ class Generation:
         )
 
     def _observe_latency(self, choice: Choice, output: SequenceOutput) -> None:
+        """Report the time since a choice's last tokens, or the time to its first token if it is the
+        first choice of a prompt."""
         if not output.token_ids:
             return
         now = time.monotonic()
@@ -259,6 +221,7 @@ class Generation:
         choice.last_token_time = now
 
     def _record(self) -> None:
+        """Report the finished requests to the metrics and, if enabled, to the log."""
         for position, request in enumerate(self._job.requests):
             group = self.choices[position]
             if not self._prompts_counted[position]:
@@ -284,13 +247,8 @@ class Generation:
                 )
 
 
-def _generator(outputs: AsyncIterator[SequenceOutput]) -> AsyncGenerator[SequenceOutput, None]:
-    """EngineClient promises that closing its iterator aborts, so it is one that can be closed."""
-    return cast("AsyncGenerator[SequenceOutput, None]", outputs)
-
-
 class Finished(NamedTuple):
-    """A choice at its end, for an answer that is not streamed."""
+    """A finished choice of an answer that is not streamed. `position` is that of its prompt."""
 
     choice: Choice
     position: int
@@ -302,8 +260,11 @@ class Finished(NamedTuple):
 
 
 async def collect(generation: Generation, n: int) -> list[list[Finished]]:
-    """Run to the end; for each prompt its best `n` choices by the mean log-probability of their
-    tokens where there are more, else all in order."""
+    """Run to the end, and return the choices of each prompt.
+
+    If there are more than `n`, the best `n` are returned, ranked by the mean log-probability of
+    their tokens.
+    """
     parts: dict[int, list[Delta]] = {}
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
@@ -318,7 +279,7 @@ async def collect(generation: Generation, n: int) -> list[list[Finished]]:
 
 
 def _finished(choice: Choice, position: int, deltas: list[Delta]) -> Finished:
-    assert choice.finish_reason is not None  # `deltas` has seen to it
+    assert choice.finish_reason is not None  # `deltas` would have raised
     return Finished(
         choice,
         position,

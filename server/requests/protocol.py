@@ -1,7 +1,8 @@
-"""The request bodies, as strict pydantic models: no coercion, null means "left out".
+"""The request bodies as strict pydantic models, and their validation.
 
-Bounds that belong to sampling live in engine/sampling_params.py; here stands what JSON may look
-like. Unknown fields are kept by pydantic and reported by `validate`.
+null means the same as a field that is left out. The fields' types are in field_types.py, and the
+bounds of sampling parameters in engine/sampling_params.py. The docstrings of the models appear in
+the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -10,134 +11,46 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from ...engine.errors import InvalidRequestError
-from ...engine.sampling_params import MAX_LOGIT_BIAS
-from ..parsing.tool_parsers import TOOL_NAME
-from .tool_choice import MAX_TOOLS, check_parameters, check_tool_choice, check_unique
+from .field_types import (
+    BadWords,
+    Content,
+    EarlyStopping,
+    Fields,
+    Label,
+    LogitBias,
+    NoSuffix,
+    Priority,
+    Prompt,
+    ReasoningEffort,
+    Seconds,
+    StopStrings,
+    TokenIds,
+    ToolChoiceField,
+    ToolName,
+    ToolParameters,
+)
 from .unsupported import refuse_unsupported
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 1024  # characters
-MAX_BAD_WORDS = 128
-MAX_BAD_WORD_LENGTH = 256  # characters
 MAX_MESSAGES = 4096
+"""Maximum messages of a chat."""
+MAX_TOOLS = 1024
+"""Maximum tools of a chat."""
 MAX_DETOKENIZE = 262_144
-MAX_LABEL_LENGTH = 128  # of cache_salt, user and request_id, in characters
+"""Maximum token ids of POST /detokenize."""
 
 
-def _check_prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        kinds = set(map(type, value))
-        if kinds <= {str} or kinds == {int}:
-            return value
-        if kinds == {list} and all(set(map(type, ids)) <= {int} for ids in value):
-            return value
-    raise ValueError("must be a string, a list of strings, of token ids, or of lists of token ids")
+class StreamOptions(Fields):
+    """Options of a streamed answer."""
 
-
-def _check_stop(value: Any) -> list[str]:
-    stops = [value] if isinstance(value, str) else value
-    if stops is None:
-        return []
-    if not isinstance(stops, list) or not set(map(type, stops)) <= {str}:
-        raise ValueError("must be a string or a list of strings")
-    if len(stops) > MAX_STOP_STRINGS:
-        raise ValueError(f"has more than {MAX_STOP_STRINGS} strings")
-    if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
-        raise ValueError(f"each string must have 1 to {MAX_STOP_LENGTH} characters")
-    return stops
-
-
-def _check_bad_words(value: Any) -> list[str]:
-    if value is None:
-        return []
-    if not isinstance(value, list) or not set(map(type, value)) <= {str}:
-        raise ValueError("must be a list of strings")
-    if len(value) > MAX_BAD_WORDS:
-        raise ValueError(f"has more than {MAX_BAD_WORDS} strings")
-    if not all(word.strip(" ") and len(word) <= MAX_BAD_WORD_LENGTH for word in value):
-        raise ValueError(f"each string must have 1 to {MAX_BAD_WORD_LENGTH} characters, not spaces")
-    return value
-
-
-def _check_early_stopping(value: Any) -> Any:
-    if value is None or isinstance(value, bool) or value == "never":
-        return value
-    raise ValueError('must be true, false or "never"')
-
-
-def _check_no_suffix(value: Any) -> Any:
-    if value not in (None, ""):
-        raise ValueError("a chat has none; /v1/completions fills in the middle")
-    return value
-
-
-def _check_content(value: Any) -> str | None:
-    """Text, or text parts joined by newlines; nothing else is fetched or shown to the model."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        raise ValueError("must be a string or a list of content parts")
-    for part in value:
-        if part.get("type") != "text":
-            raise ValueError(f"content of type {str(part.get('type'))[:32]!r} is not supported")
-        if not isinstance(part.get("text"), str):
-            raise ValueError("a text part needs a string as its text")
-    return "\n".join(part["text"] for part in value)
-
-
-def _check_bias(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
-        raise ValueError(f"has more than {MAX_LOGIT_BIAS} entries")
-    return value
-
-
-class TextPart(BaseModel):
-    """A part of a message's content, in the description of the API."""
-
-    type: Literal["text"]
-    text: str
-
-
-# Without fail-fast, a million wrong items would make a million error reports.
-TokenIds = Annotated[list[int], Field(fail_fast=True)]
-ToolName = Annotated[str, Field(pattern=f"^(?:{TOOL_NAME.pattern})$")]
-ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
-Label = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_LENGTH)]
-Prompt = Annotated[
-    Any,
-    PlainValidator(
-        _check_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
-    ),
-]
-Content = Annotated[
-    Any, PlainValidator(_check_content, json_schema_input_type=str | list[TextPart] | None)
-]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
-
-
-class StreamOptions(_Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(_Strict):
-    """What completions and chat completions have in common."""
+class GenerationBody(Fields):
+    """The fields that completions and chat completions share."""
 
     model: str | None = None
     stream: bool | None = None
@@ -154,19 +67,15 @@ class GenerationBody(_Strict):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_check_bias)] = None
+    logit_bias: LogitBias = None
     allowed_token_ids: TokenIds | None = None
-    bad_words: Annotated[list[str], PlainValidator(_check_bad_words)] = []
+    bad_words: BadWords = []
     use_beam_search: bool | None = None
     length_penalty: float | None = None
-    early_stopping: Annotated[
-        bool | Literal["never"] | None, PlainValidator(_check_early_stopping)
-    ] = None
+    early_stopping: EarlyStopping = None
     seed: int | None = None
     ignore_eos: bool | None = None
-    stop: Annotated[
-        list[str], PlainValidator(_check_stop, json_schema_input_type=str | list[str] | None)
-    ] = []
+    stop: StopStrings = []
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = None
@@ -175,38 +84,46 @@ class GenerationBody(_Strict):
 
     add_special_tokens: bool | None = None
     skip_special_tokens: bool | None = None
-    # Fast tokenizers put no spaces between special tokens either way.
+    # Accepted without effect: fast tokenizers put no spaces between special tokens either way.
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    priority: Priority | None = None
     cache_salt: Label | None = None
     request_id: Label | None = None
     user: Label | None = None
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    timeout: Seconds | None = None
 
 
 class CompletionBody(GenerationBody):
+    """One or more prompts to continue."""
+
     prompt: Prompt
     suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = None
 
 
-class ToolCallFunction(_Strict):
+class ToolCallFunction(Fields):
+    """The called function, with its arguments as a JSON text."""
+
     name: ToolName
     arguments: str = "{}"
 
 
-class ToolCall(_Strict):
+class ToolCall(Fields):
+    """A tool call that the assistant made in an earlier turn."""
+
     id: str
     type: Literal["function"] = "function"
     function: ToolCallFunction
 
 
-class Message(_Strict):
+class Message(Fields):
+    """A message of the conversation."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
     name: str | None = None
@@ -216,29 +133,43 @@ class Message(_Strict):
     tool_call_id: str | None = None
 
 
-class FunctionDefinition(_Strict):
+class FunctionDefinition(Fields):
+    """A function that the model may call, with the JSON schema of its arguments."""
+
     name: ToolName
     description: str | None = None
-    parameters: Annotated[Any, PlainValidator(check_parameters)] = None
+    parameters: ToolParameters = None
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Fields):
+    """A tool that the model may call."""
+
     type: Literal["function"]
     function: FunctionDefinition
 
 
+def _check_unique(tools: list[Tool]) -> list[Tool]:
+    names: set[str] = set()
+    for tool in tools:
+        name = tool.function.name
+        if name in names:
+            raise ValueError(f"two tools have the name {name!r}")
+        names.add(name)
+    return tools
+
+
 Tools = Annotated[
-    list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True), AfterValidator(check_unique)
+    list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True), AfterValidator(_check_unique)
 ]
 
 
-class ChatFields(_Strict):
-    """What a chat template is rendered from."""
+class ChatFields(Fields):
+    """The fields from which a chat template makes the prompt."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     tools: Tools | None = None
-    tool_choice: Annotated[Any, PlainValidator(check_tool_choice)] = None
+    tool_choice: ToolChoiceField = None
     reasoning_effort: ReasoningEffort | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -248,7 +179,9 @@ class ChatFields(_Strict):
 
 
 class ChatBody(ChatFields, GenerationBody):
-    suffix: Annotated[str | None, PlainValidator(_check_no_suffix)] = None
+    """A conversation to answer."""
+
+    suffix: NoSuffix = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -256,7 +189,9 @@ class ChatBody(ChatFields, GenerationBody):
     include_reasoning: bool | None = None
 
 
-class TokenizeBody(_Strict):
+class TokenizeBody(Fields):
+    """A prompt to tokenise."""
+
     model: str | None = None
     prompt: str
     add_special_tokens: bool | None = None
@@ -264,12 +199,16 @@ class TokenizeBody(_Strict):
 
 
 class TokenizeChatBody(ChatFields):
+    """A conversation to tokenise."""
+
     model: str | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
 
-class DetokenizeBody(_Strict):
+class DetokenizeBody(Fields):
+    """Token ids to convert to text."""
+
     model: str | None = None
     tokens: Annotated[list[int], Field(max_length=MAX_DETOKENIZE, fail_fast=True)]
     skip_special_tokens: bool | None = None
@@ -279,15 +218,19 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 def validate(model: type[Body], fields: dict[str, Any], *, strict: bool) -> tuple[Body, list[str]]:
-    """The typed body and its unknown fields. Raises InvalidRequestError naming the parameter:
-    on a wrong type, on a feature that is known but not there, on an unknown field if `strict`."""
+    """Return the typed body and the names of its unknown fields.
+
+    Raises InvalidRequestError naming the parameter, for a wrong type, for a feature that is known
+    but not supported and, if `strict`, for an unknown field.
+    """
     return check_types(model, refuse_unsupported(fields), strict=strict)
 
 
 def check_types(
     model: type[Body], fields: dict[str, Any], *, strict: bool, within: tuple[int | str, ...] = ()
 ) -> tuple[Body, list[str]]:
-    """As `validate`, of fields of which all are served. `within` is the path that leads to them."""
+    """Do as `validate`, but without looking for unsupported features. `within` is the path that
+    leads to `fields` in the body."""
     try:
         body = model.model_validate(fields)
     except ValidationError as error:
@@ -305,7 +248,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_\-]{1,64}")
 
 
 def path_of(loc: tuple[int | str, ...]) -> str:
-    """The name of a field for a person; strange keys of clients are not repeated."""
+    """Return the path of a field for people to read. Unusual keys of a client are not repeated."""
     text = ""
     for part in loc:
         if isinstance(part, int):
@@ -317,6 +260,7 @@ def path_of(loc: tuple[int | str, ...]) -> str:
 
 
 def _unknown(body: BaseModel, prefix: tuple[int | str, ...] = ()) -> Iterator[str]:
+    """Yield the paths of the unknown fields of `body` and of the models in it."""
     for name in body.model_extra or ():
         yield path_of((*prefix, name))
     for name in body.model_fields_set:

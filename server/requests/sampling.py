@@ -1,4 +1,5 @@
-"""A body's sampling parameters, resolved: request → generation_config.json → table of docs/api."""
+"""Resolves a body's sampling parameters: the request's, else those of generation_config.json, else
+the defaults in docs/api.md."""
 
 from __future__ import annotations
 
@@ -16,16 +17,19 @@ from ..settings import Settings
 from .protocol import GenerationBody
 
 _FROM_CONFIG = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+"""Entries of a generation_config.json that are used."""
 _TOP_K_OFF = (-1, 0)
 _DRAWS_NOTHING = {"temperature": (0, 1), "top_p": (1,), "top_k": _TOP_K_OFF, "min_p": (0,)}
+"""Parameters of random sampling, each with the values that a beam search accepts."""
 COMPLETION_MAX_TOKENS = 16
+"""Default max_tokens of a completion, as in OpenAI's API."""
 
 
 def load_generation_defaults(source: str, model: str) -> dict[str, Any]:
-    """Sampling parameters of a generation_config.json.
+    """Return the sampling parameters of a generation_config.json.
 
-    `source` is "auto" (the model's, if it has one), "none", or a folder or file. Raises
-    ConfigurationError where it names none or one that cannot be read.
+    `source` is "auto" (the model's own file, if there is one), "none", or a folder or file. Raises
+    ConfigurationError if the file is missing, cannot be read, or has invalid values.
     """
     if source == "none":
         return {}
@@ -61,26 +65,35 @@ def load_generation_defaults(source: str, model: str) -> dict[str, Any]:
 def check_limits(
     body: GenerationBody, num_prompts: int, info: EngineInfo, settings: Settings
 ) -> int:
-    """The number of sequences for each prompt (best_of, else n). Raises InvalidRequestError."""
+    """Check how a body's parameters fit together and fit the server's limits.
+
+    Returns the number of sequences for each prompt: best_of, by default n. Raises
+    InvalidRequestError naming the parameter.
+    """
+    # 1. The number of sequences, of a prompt and in all.
     n = 1 if body.n is None else body.n
     width = n if body.best_of is None else body.best_of
-    most = min(settings.max_n, info.max_num_seqs)
+    max_width = min(settings.max_n, info.max_num_seqs)
     for name, value in (("n", n), ("best_of", width)):
-        if not 1 <= value <= most:
-            raise InvalidRequestError(f"{name} must be from 1 to {most}", name)
+        if not 1 <= value <= max_width:
+            raise InvalidRequestError(f"{name} must be from 1 to {max_width}", name)
     if width < n:
         raise InvalidRequestError("best_of must be at least n", "best_of")
-    most = max(settings.max_n, settings.max_prompts_per_request)
-    if width * num_prompts > most:
+    max_sequences = max(settings.max_n, settings.max_prompts_per_request)
+    if width * num_prompts > max_sequences:
         raise InvalidRequestError(
-            f"{num_prompts} prompts of {width} choices are more than {most} sequences", "n"
+            f"{num_prompts} prompts with {width} choices exceed the maximum of {max_sequences} "
+            "sequences",
+            "n",
         )
+    # 2. Beam search, and parameters that only it has.
     if body.use_beam_search:
         _check_beam_search(body)
     elif body.length_penalty not in (None, 1.0):
         raise InvalidRequestError("length_penalty needs use_beam_search", "length_penalty")
     elif body.early_stopping:
         raise InvalidRequestError("early_stopping needs use_beam_search", "early_stopping")
+    # 3. Streaming.
     if body.stream:
         if width > n:
             raise InvalidRequestError("best_of above n cannot be streamed", "best_of")
@@ -88,6 +101,7 @@ def check_limits(
             raise InvalidRequestError("prompt_logprobs cannot be streamed", "prompt_logprobs")
     elif body.stream_options is not None:
         raise InvalidRequestError("stream_options needs stream", "stream_options")
+    # 4. The number of log-probabilities.
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
         count = getattr(body, name, None)
         if type(count) is int and not 0 <= count <= info.max_logprobs:
@@ -96,17 +110,19 @@ def check_limits(
 
 
 def _check_beam_search(body: GenerationBody) -> None:
-    """Raises InvalidRequestError where it would not do what is asked beside it. (What else shapes
-    the logits is refused by SamplingParams.)"""
+    """Raise InvalidRequestError for parameters that a beam search could not follow. Other
+    parameters that shape the logits are refused by SamplingParams."""
     if body.stream:
         raise InvalidRequestError("a beam search cannot be streamed", "use_beam_search")
     if body.stop:
-        raise InvalidRequestError("beam search knows no stop strings; use stop_token_ids", "stop")
+        raise InvalidRequestError(
+            "beam search does not support stop strings; use stop_token_ids", "stop"
+        )
     for name, harmless in _DRAWS_NOTHING.items():
         value = getattr(body, name)
         if value is not None and value not in harmless:
             raise InvalidRequestError(
-                f"{name} cannot be used with beam search, which draws nothing", name
+                f"{name} cannot be used with beam search, which does not draw at random", name
             )
 
 
@@ -118,13 +134,12 @@ def resolve(
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
-    """All but max_tokens (1 stands in its place, see `with_max_tokens`) and bad_words.
+    """Return all sampling parameters except max_tokens and bad_words, which depend on the prompt
+    and the tokenizer. max_tokens is 1 until `with_max_tokens` sets it.
 
-    A beam search takes none of the model's defaults: it draws nothing.
-
+    `defaults` are the model's; a beam search does not use them, since it does not draw at random.
     Raises InvalidRequestError naming the parameter.
     """
-
     searching = bool(body.use_beam_search)
     defaults = {} if searching else defaults
 
@@ -166,9 +181,11 @@ def with_max_tokens(
     info: EngineInfo,
     param: str = "max_tokens",
 ) -> SamplingParams:
-    """`params` for one prompt. What was asked for explicitly is never cut; a default is.
+    """Return `params` with the max_tokens and min_tokens of one prompt.
 
-    `default` None means the rest of the context. Raises ContextLengthError, InvalidRequestError.
+    `asked` is the request's max_tokens and is never reduced. Without it, `default` is used, or the
+    rest of the context if that is None, and reduced to what fits the context and the KV cache.
+    Raises ContextLengthError, InvalidRequestError.
     """
     room = info.max_model_len - num_prompt_tokens
     if asked is None and room < 1:
@@ -183,7 +200,8 @@ def with_max_tokens(
             f"of {info.max_model_len} tokens",
             param if room > 0 else "prompt",
         )
-    # Beams share the prompt's full blocks; the last token needs no slot in the KV cache.
+    # The KV cache must hold all beams, which share the prompt's full blocks. The last token needs
+    # no slot, since no step reads its keys and values.
     shared = num_prompt_tokens // info.block_size
     own = (info.num_blocks - shared) // (params.beam_width or 1)
     pool_room = max(1, (shared + own) * info.block_size - num_prompt_tokens + 1)
@@ -192,9 +210,10 @@ def with_max_tokens(
 
 
 def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """Return (token id, bias) pairs from a JSON object. Raises InvalidRequestError."""
     entries = []
     for key, value in bias.items():
         if not (key.isascii() and key.isdigit() and len(key) < 20):
-            raise InvalidRequestError(f"logit_bias: {key[:32]!r} is no token id", "logit_bias")
+            raise InvalidRequestError(f"logit_bias: {key[:32]!r} is not a token id", "logit_bias")
         entries.append((int(key), value))
     return tuple(entries)

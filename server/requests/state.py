@@ -1,9 +1,10 @@
-"""What the endpoints share: one object in `app.state.quire`."""
+"""The state that all endpoints share: one object in `app.state.quire`."""
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -21,9 +22,13 @@ from ..settings import Settings
 from ..text.grammar_check import GrammarCheck
 from ..text.tokenizer import Tokenizer
 
+RenderMetrics = Callable[[], Awaitable[tuple[bytes, str]]]
+"""Returns the page of `/metrics` and its content type: `Metrics.render`, or in one of several HTTP
+workers the page of all of them."""
+
 
 class ServerState:
-    """Made once by `create_app`.
+    """Everything that an endpoint needs to serve a request. `create_app` makes it once.
 
     `generation_defaults` are the sampling parameters of the model's generation_config.json.
     """
@@ -52,42 +57,45 @@ class ServerState:
         self.responses = ResponseStore(settings)
         self.streams = StreamRegistry(settings.stream_resume_ttl, siblings.suffix)
         self.created = int(time.time())
+        self.render_metrics: RenderMetrics = self._render_own_metrics
 
-    async def render_metrics(self) -> tuple[bytes, str]:
-        """See `Metrics.render`; an HTTP worker puts the page of all workers in its place."""
+    async def _render_own_metrics(self) -> tuple[bytes, str]:
         return self.metrics.render()
 
     @property
     def model_name(self) -> str:
-        """The name that answers carry."""
+        """The model's name in answers."""
         return self.settings.served_names[0]
 
     @property
     def draining(self) -> bool:
+        """Whether new requests are refused because the server is stopping."""
         return self.in_flight.draining
 
     def begin_drain(self) -> None:
-        """Refuse new requests with 503 and turn /ready to 503; those in flight go on."""
+        """Answer new requests and /ready with 503 from now on. Requests in flight go on."""
         self.in_flight.draining = True
 
     def check_model(self, name: str | None) -> None:
-        """Raises ModelNotFoundError unless `name` is served (or left out)."""
+        """Raise ModelNotFoundError unless `name` is a served name or left out."""
         if name is not None and name not in self.settings.served_names:
             raise ModelNotFoundError(f"the model {name[:128]!r} is not served here", "model")
 
     def check_ready(self) -> None:
-        """Raises EngineNotReadyError while the engine loads, restarts or has given up."""
+        """Raise EngineNotReadyError while the engine loads or restarts, or if it has given up."""
         health = self.engine.health()
         if not health.ready:
             raise EngineNotReadyError(f"the engine is not ready: {health.reason}")
 
     def fingerprint(self) -> str:
-        """`system_fingerprint`: changes with what may change the tokens of a seed."""
+        """Return the `system_fingerprint`, which changes with anything that may change the tokens
+        that a seed gives."""
         info = self.engine.info
         parts = (self.version, info.model, info.dtype, info.device)
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def state_of(request: Request) -> ServerState:
+    """Return the server's state from a request."""
     state: ServerState = request.app.state.quire
     return state

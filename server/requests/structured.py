@@ -1,7 +1,7 @@
-"""`response_format` and `structured_outputs`: what an answer must look like, as a GrammarSpec.
+"""`response_format` and `structured_outputs`: the structure that an answer must have, as a grammar.
 
-Everything is bounded here, before a grammar is tried (grammar_check.py); nesting is bounded for
-every body (body.py). Nothing that a schema refers to is ever fetched.
+Sizes are checked here, before a grammar is compiled on trial (grammar_check.py); the nesting of
+every body is checked when it is parsed (body.py). Nothing that a schema refers to is ever fetched.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from .protocol import GenerationBody
 from .state import ServerState
 
 MAX_GRAMMAR_BYTES = 64 * 1024
-"""Of a schema, a grammar, all choices, or all structural tags."""
+"""Maximum size of a schema, a grammar, all choices, or all structural tags."""
 MAX_REGEX_BYTES = 8 * 1024
+"""Maximum size of a regular expression, or of a string in a structural tag."""
 MAX_CHOICES = 1024
-"""Strings of a choice, or values of an enum."""
+"""Maximum strings of a choice, or values of an enum."""
 MAX_TAGS = 64
+"""Maximum triggers, and maximum structures, of a structural tag."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _KINDS = ("json", "regex", "choice", "grammar")
 
@@ -35,7 +37,10 @@ class Constraint(NamedTuple):
 
 
 async def try_out(state: ServerState, constraint: Constraint | None) -> GrammarSpec | None:
-    """Its grammar, which compiles. Raises InvalidRequestError naming the parameter, soon."""
+    """Return the grammar of a constraint after compiling it on trial, or None without one.
+
+    Raises InvalidRequestError naming the parameter if the grammar does not compile in time.
+    """
     if constraint is None:
         return None
     info = state.engine.info
@@ -50,13 +55,14 @@ async def try_out(state: ServerState, constraint: Constraint | None) -> GrammarS
 
 
 def read_constraint(body: GenerationBody) -> Constraint | None:
-    """What a body asks for, within bounds. Raises InvalidRequestError naming the parameter."""
+    """Return the structure that a body asks for, or None if it asks for none. Raises
+    InvalidRequestError naming the parameter."""
     found = None
     if body.response_format is not None:
         found = _response_format(body.response_format)
     if body.structured_outputs is not None:
         if found is not None:
-            _refuse("structured_outputs", "response_format asks for a structure already")
+            _refuse("structured_outputs", "response_format already asks for a structure")
         found = _structured_outputs(body.structured_outputs)
     for name in ("allowed_token_ids", "bad_words"):
         if found is not None and getattr(body, name):
@@ -118,16 +124,17 @@ def _structured_outputs(fields: dict[str, Any]) -> Constraint:
             if not isinstance(value, list) or not 0 < len(value) <= MAX_CHOICES:
                 _refuse(param, f"must be a list of 1 to {MAX_CHOICES} strings")
             if not all(isinstance(choice, str) and choice for choice in value):
-                _refuse(param, "must be a list of strings, none empty")
+                _refuse(param, "must be a list of non-empty strings")
             spec = GrammarSpec("choice", _encode(value, param))
     return Constraint(spec, param)
 
 
 def _structural_tag(fields: dict[str, Any], param: str) -> GrammarSpec:
+    # 1. Check the two lists and their items.
     triggers, structures = fields.get("triggers"), fields.get("structures")
     for name, value in (("triggers", triggers), ("structures", structures)):
         if not isinstance(value, list) or not 0 < len(value) <= MAX_TAGS:
-            _refuse(f"{param}.{name}", f"must be a list of 1 to {MAX_TAGS}")
+            _refuse(f"{param}.{name}", f"must be a list of 1 to {MAX_TAGS} items")
     for index, trigger in enumerate(triggers or ()):
         _text(trigger, f"{param}.triggers[{index}]", MAX_REGEX_BYTES)
     for index, structure in enumerate(structures or ()):
@@ -139,8 +146,11 @@ def _structural_tag(fields: dict[str, Any], param: str) -> GrammarSpec:
         if not isinstance(structure.get("end"), str):
             _refuse(f"{path}.end", "must be a string")
         _schema(structure.get("schema"), f"{path}.schema")
+        # 2. Each structure must have one trigger: it could not be reached without one, and with
+        #    several the grammar would be ambiguous.
         if sum(begin.startswith(trigger) for trigger in triggers or ()) != 1:
-            _refuse(f"{path}.begin", "must begin with one of the triggers, and with one only")
+            _refuse(f"{path}.begin", "must begin with exactly one of the triggers")
+    # 3. Each trigger must begin a structure, or the text could not go on after it.
     for index, trigger in enumerate(triggers or ()):
         if not any(structure["begin"].startswith(trigger) for structure in structures or ()):
             _refuse(f"{param}.triggers[{index}]", "no structure begins with it")
@@ -150,16 +160,18 @@ def _structural_tag(fields: dict[str, Any], param: str) -> GrammarSpec:
 
 
 def _schema(value: Any, param: str) -> GrammarSpec:
+    """Return the grammar of a JSON schema within bounds. Raises InvalidRequestError."""
     if not isinstance(value, dict):
         _refuse(param, "must be a JSON schema, as an object")
     text = _encode(value, param)
-    for keyword in _enums(value):
-        if len(keyword) > MAX_CHOICES:
+    for values in _enums(value):
+        if len(values) > MAX_CHOICES:
             _refuse(param, f"an enum has more than {MAX_CHOICES} values")
     return GrammarSpec("json", text)
 
 
 def _enums(value: Any) -> Iterator[list[Any]]:
+    """Yield the values of every `enum` in a JSON schema."""
     if isinstance(value, dict):
         if isinstance(value.get("enum"), list):
             yield value["enum"]
@@ -171,6 +183,7 @@ def _enums(value: Any) -> Iterator[list[Any]]:
 
 
 def _parse(text: str, param: str) -> dict[str, Any]:
+    """Parse the text of a JSON schema. Raises InvalidRequestError."""
     try:
         return parse_json_object(_text(text, param, MAX_GRAMMAR_BYTES).encode())
     except InvalidRequestError as error:
@@ -178,24 +191,28 @@ def _parse(text: str, param: str) -> dict[str, Any]:
 
 
 def _encode(value: Any, param: str) -> str:
+    """Return the JSON text of a value. Raises InvalidRequestError if it is too long."""
     data = encode_json(value)
     if len(data) > MAX_GRAMMAR_BYTES:
         _refuse(param, f"is longer than {MAX_GRAMMAR_BYTES} bytes")
     return data.decode()
 
 
-def _text(value: Any, param: str, most: int) -> str:
+def _text(value: Any, param: str, max_bytes: int) -> str:
+    """Return `value` if it is a non-empty string of at most `max_bytes`. Raises
+    InvalidRequestError."""
     if not isinstance(value, str) or not value:
-        _refuse(param, "must be a string, not empty")
-    if len(value) > most or len(value.encode()) > most:
-        _refuse(param, f"is longer than {most} bytes")
+        _refuse(param, "must be a non-empty string")
+    if len(value) > max_bytes or len(value.encode()) > max_bytes:
+        _refuse(param, f"is longer than {max_bytes} bytes")
     return value
 
 
 def _only(fields: dict[str, Any], param: str, *names: str) -> None:
+    """Raise InvalidRequestError if `fields` has others than `names`."""
     for name in fields.keys() - set(names):
         shown = name if _NAME.fullmatch(name) else "?"
-        _refuse(f"{param}.{shown}", "is not known here")
+        _refuse(f"{param}.{shown}", "is not a known field")
 
 
 def _refuse(param: str, reason: str) -> NoReturn:

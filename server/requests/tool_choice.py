@@ -1,51 +1,53 @@
-"""`tools` and `tool_choice` of a request, checked."""
+"""The tools of a chat: which ones the model sees, and whether it must call one."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-MAX_TOOLS = 1024
-
-
-class NamedTool(NamedTuple):
-    """The model must call this one."""
-
-    name: str
+from ...engine.errors import InvalidRequestError
+from ..parsing.message_parser import MessageFormat
+from .field_types import NamedTool
+from .protocol import ChatFields
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
-
-
-def check_parameters(value: Any) -> dict[str, Any] | None:
-    """The JSON schema of an object, as far as chat templates rely on it. Raises ValueError."""
-    if value is None:
-        return None
-    if not isinstance(value, dict) or value.get("type", "object") != "object":
-        raise ValueError('must be the JSON schema of an object, {"type": "object", …}')
-    if not isinstance(value.get("properties", {}), dict):
-        raise ValueError("its properties must be an object")
-    return value
-
-
-def check_tool_choice(value: Any) -> ToolChoice | None:
-    """Raises ValueError."""
-    if value is None or value in ("none", "auto", "required"):
-        return value  # type: ignore[no-any-return]
-    function = value.get("function") if isinstance(value, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(name, str) or value != {"type": "function", "function": {"name": name}}:
-        raise ValueError(
-            'must be "none", "auto", "required" or {"type": "function", "function": {"name": …}}'
+def check_tools(body: ChatFields, message_format: MessageFormat) -> None:
+    """Raise InvalidRequestError if `tool_choice` does not fit the tools, or if the model's format
+    of calls is not known."""
+    choice = body.tool_choice
+    names = [tool.function.name for tool in body.tools or ()]
+    if choice == "required" and not names:
+        raise InvalidRequestError("tool_choice is required, but there are no tools", "tool_choice")
+    if isinstance(choice, NamedTool) and choice.name not in names:
+        raise InvalidRequestError(f"no tool has the name {choice.name[:128]!r}", "tool_choice")
+    if offered_tools(body) and message_format.tool_format is None:
+        raise InvalidRequestError(
+            "the format of this model's tool calls is not known; see --tool-call-parser", "tools"
         )
-    return NamedTool(name)
 
 
-def check_unique(tools: list[Any] | None) -> list[Any] | None:
-    """Raises ValueError where two tools have one name."""
-    names: set[str] = set()
-    for tool in tools or ():
-        name = tool.function.name
-        if name in names:
-            raise ValueError(f"two tools have the name {name!r}")
-        names.add(name)
+def offered_tools(body: ChatFields) -> list[dict[str, Any]]:
+    """Return the tools that the prompt shows to the model, in the form that chat templates read."""
+    if body.tool_choice == "none":
+        return []
+    tools = []
+    for tool in body.tools or ():
+        function: dict[str, Any] = {"name": tool.function.name}
+        if tool.function.description is not None:
+            function["description"] = tool.function.description
+        function["parameters"] = tool.function.parameters or {"type": "object", "properties": {}}
+        tools.append({"type": "function", "function": function})
     return tools
+
+
+def forces_call(body: ChatFields) -> bool:
+    """Return whether the answer must be a call."""
+    return body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
+
+
+def unenforced(body: ChatFields) -> list[str]:
+    """Return the paths of `strict` fields without effect: only forced calls follow a schema."""
+    return [
+        f"tools[{index}].function.strict"
+        for index, tool in enumerate(body.tools or ())
+        if tool.function.strict and not forces_call(body)
+    ]

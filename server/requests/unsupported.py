@@ -1,4 +1,4 @@
-"""Fields of the API that quire knows and does not serve yet: refused by name, never ignored.
+"""Refuses fields of the API that quire knows but does not support, by name: they are never ignored.
 
 A value that asks for nothing (`"modalities": ["text"]`) is accepted and dropped.
 """
@@ -27,13 +27,14 @@ _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "web_search_options": (),
 }
-"""Field → its values that ask for nothing; null always does."""
+"""The unsupported fields, each with the values that ask for nothing. null always does."""
 
 
 def refuse_unsupported(
     fields: dict[str, Any], asks_for_nothing: Mapping[str, tuple[Any, ...]] = _ASKS_FOR_NOTHING
 ) -> dict[str, Any]:
-    """`fields` without those above. Raises InvalidRequestError where one asks for something."""
+    """Return `fields` without the unsupported ones. Raises InvalidRequestError if one of them asks
+    for something."""
     for name in fields.keys() & asks_for_nothing.keys():
         value = fields[name]
         harmless = (None, *asks_for_nothing[name])

@@ -1,1 +1,14 @@
-"""The application and the processes that run it."""
+"""`quire serve`: the processes, their sockets and the application that they serve.
+
+Read in this order:
+    main         the main process from the bound socket to the exit; `serve` is the door
+    listener     the listening socket
+    http_server  the application and the HTTP server of one process
+    app          the application: routes, middleware, lifespan
+    worker_pool  several HTTP processes in front of one engine, seen from the main process
+    pool_worker  one of them, seen from the main process
+    http_worker  one of them, seen from inside
+
+This room may import every other room of the server except bench, and of the engine only its words
+and engine.process.
+"""

@@ -1,9 +1,10 @@
-"""One of several HTTP processes.
+"""One of several HTTP processes, started by the pool.
 
-The pool starts it as `python -P -m quire.server.serving.http_worker FD`.
+    python -P -m quire.server.serving.http_worker FD
 
-It serves the whole application on the socket that all share, with an engine that the main process
-supervises. It ends when the main process says so, or ends itself.
+It serves the whole application on the socket that all workers share, with an engine that the main
+process supervises. FD is its end of the link to the main process. It ends when the main process
+tells it to, or when the main process itself ends.
 """
 
 from __future__ import annotations
@@ -24,37 +25,25 @@ from ...engine.errors import StartupError
 from ...engine.process.attached_client import AttachedEngineClient
 from ...engine.process.engine_process import die_with_parent
 from ...engine.process.heap import settle
+from ..http import worker_link
 from ..http.siblings import Siblings
-from ..http.worker_link import (
-    AskPage,
-    AskSamples,
-    Drain,
-    EngineUpdate,
-    Failed,
-    Link,
-    Page,
-    Samples,
-    Setup,
-    Stop,
-    ToMain,
-    ToWorker,
-    Up,
-)
+from ..http.worker_link import Link, ToMain, ToWorker
 from ..logs import configure_logging, resolve_format
 from ..metrics import Metrics
 from ..settings import Settings
-from .main import build_app, uvicorn_server
+from .http_server import build_app, uvicorn_server
 
 if TYPE_CHECKING:
     from ..requests.state import ServerState
 
 Pages = deque[asyncio.Future[tuple[bytes, str]]]
+"""Pages of metrics that were asked for, in the order in which they will come."""
 
 
 def main() -> int:
-    """Exit code 0 when told to stop."""
+    """Serve until told to stop, then return 0; return 1 if the start failed."""
     die_with_parent()
-    # Whoever signals the process group means the main process, which decides when to stop.
+    # A signal to the process group is meant for the main process, which decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end = socket.socket(fileno=int(sys.argv[1]))
@@ -65,7 +54,7 @@ def main() -> int:
 async def _run(end: socket.socket) -> int:
     link: Link[ToWorker, ToMain] = await Link.open(end, ToWorker)
     setup = await link.receive()
-    if not isinstance(setup, Setup):
+    if not isinstance(setup, worker_link.Setup):
         return 1
     settings = Settings(**setup.settings)
     configure_logging(settings.log_level, resolve_format(settings.log_format), setup.index)
@@ -76,7 +65,7 @@ async def _run(end: socket.socket) -> int:
     try:
         app = await asyncio.to_thread(build_app, settings, engine, metrics, siblings)
     except StartupError as error:
-        link.send(Failed(error.message))
+        link.send(worker_link.Failed(error.message))
         await link.drain()
         return 1
     state: ServerState = app.state.quire
@@ -86,10 +75,10 @@ async def _run(end: socket.socket) -> int:
     async def page_of_all() -> tuple[bytes, str]:
         page: asyncio.Future[tuple[bytes, str]] = asyncio.get_running_loop().create_future()
         pages.append(page)
-        link.send(AskPage())
+        link.send(worker_link.AskPage())
         return await page
 
-    state.render_metrics = page_of_all  # type: ignore[method-assign]
+    state.render_metrics = page_of_all
     server = uvicorn_server(settings, app)
     listener = socket.socket(fileno=setup.listener)
     await siblings.listen(app)
@@ -99,13 +88,13 @@ async def _run(end: socket.socket) -> int:
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
     settle()
-    link.send(Up())
+    link.send(worker_link.Up())
     await asyncio.wait({serving, obeying, broken}, return_when=asyncio.FIRST_COMPLETED)
     for task in (serving, obeying):
         if task.done():
             task.result()
     if not obeying.done():
-        os._exit(1)  # of no use any more: another takes its place
+        os._exit(1)  # the link to the engine is broken: the pool starts another worker in its place
     server.should_exit = True
     await serving
     siblings.close()
@@ -119,20 +108,20 @@ async def _obey(
     metrics: Metrics,
     pages: Pages,
 ) -> None:
-    """Do what the main process says, until it says to stop."""
+    """Follow the main process's messages, until one says to stop."""
     while (message := await link.receive()) is not None:
         match message:
-            case EngineUpdate(status):
+            case worker_link.EngineUpdate(status):
                 engine.follow(status)
-            case AskSamples():
-                link.send(Samples(metrics.samples()))
-            case Page(content, media_type):
+            case worker_link.AskSamples():
+                link.send(worker_link.Samples(metrics.samples()))
+            case worker_link.Page(content, media_type):
                 page = pages.popleft()
                 if not page.done():
                     page.set_result((content, media_type))
-            case Drain():
+            case worker_link.Drain():
                 state.begin_drain()
-            case Stop():
+            case worker_link.Stop():
                 return
     os._exit(1)  # the main process has died
 

@@ -1,7 +1,7 @@
-"""Token ids to text as they come, and the stop strings in it.
+"""Converts token ids to text as they come, and finds stop strings in it.
 
-What is emitted is never taken back: a character is held until all of its bytes are there, and the
-beginning of what may become a stop string until that is decided.
+Emitted text is never taken back. A character is held back until all of its bytes have come, and so
+is text that may be the beginning of a stop string, until that is decided.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers.decoders import DecodeStream
 
 MAX_PENDING = 64
-"""Tokens without text (cut characters, skipped control tokens) after which what is there is
-decoded: the library decodes all of them again at every step."""
+"""Maximum tokens in a row that have given no text (parts of characters, skipped control tokens).
+Beyond it they are decoded as they stand, since the library decodes all of them again at every
+token."""
 MAX_CHARACTER_TOKENS = 4
-"""A character has at most four bytes, so it ends within so many tokens."""
+"""Maximum tokens of one character: it has at most four bytes."""
 
 
 class Detokenizer:
-    """The text of one choice.
+    """Decodes the tokens of one choice.
 
-    Feeding it token by token or all at once gives the same text. `stop` turns from None to the
-    stop string that was found; from then on nothing more is emitted.
+    Feeding them one by one or all at once gives the same text. `stop` is the stop string that was
+    found, or None; once one is found, nothing more is emitted.
     """
 
     __slots__ = (
@@ -50,16 +51,16 @@ class Detokenizer:
         min_tokens: int = 0,
         context: Sequence[int] = (),
     ) -> None:
-        """Tokens of `hidden` have no text. Stop strings do not count in the text of the first
-        `min_tokens` tokens. `context` is the prompt's tail, for tokenizers that write a word
-        differently at the very start."""
+        """The tokens of `hidden` give no text. Stop strings are not looked for in the text of the
+        first `min_tokens` tokens. `context` holds the last tokens of the prompt, for tokenizers
+        that decode a word differently at the very beginning of a text."""
         self._encoder = encoder
         self._skip_special = skip_special_tokens
         self._hidden = hidden
         self._stream = DecodeStream(list(context), skip_special_tokens=skip_special_tokens)
         self._unchecked = min_tokens
         self._pending: list[int] = []
-        """Tokens since the last text: what a flush decodes."""
+        """Tokens that have given no text yet, which `finish` decodes."""
         self._stops = tuple(stops)
         self._longest = max(map(len, stops), default=1) - 1
         self._include_stop = include_stop
@@ -67,9 +68,9 @@ class Detokenizer:
         self.stop: str | None = None
 
     def feed(self, token_ids: Sequence[int]) -> tuple[str, int]:
-        """Take in tokens; returns the text that is now certain and how many tokens were read.
+        """Decode more tokens. Returns the text that is now certain, and how many tokens were read.
 
-        Those after the one that completes a stop string are not; `stop` tells.
+        Tokens after the one that completes a stop string are not read; `stop` is set then.
         """
         if not self._stops:
             return "".join(map(self._step, token_ids)), len(token_ids)
@@ -86,7 +87,8 @@ class Detokenizer:
         return emitted, len(token_ids)
 
     def finish(self) -> str:
-        """The rest, once no more tokens come: cut characters as U+FFFD, what was held back."""
+        """Return the text that was held back, once no more tokens come. The bytes of an incomplete
+        character become U+FFFD."""
         if self.stop is not None:
             return ""
         rest = ""
@@ -99,6 +101,7 @@ class Detokenizer:
         return text
 
     def _step(self, token_id: int) -> str:
+        """Return the text that one more token completes, before stop strings are looked for."""
         if token_id in self._hidden:
             return ""
         pending = self._pending
@@ -106,8 +109,8 @@ class Detokenizer:
         try:
             text = self._stream.step(self._encoder, token_id) or ""
         except Exception as error:
-            # A plain Exception is all that the library raises. Its stream cannot go on after
-            # tokens whose text changes with what follows (cut byte fallbacks).
+            # The library raises a plain Exception only. Its stream cannot go on after tokens whose
+            # text changes with the next token (the bytes of an incomplete character).
             if "prefix" not in str(error).lower():
                 raise
             return self._restart(len(pending))
@@ -118,7 +121,8 @@ class Detokenizer:
         return text
 
     def _restart(self, count: int) -> str:
-        """Decode the first `count` pending tokens as they stand; the rest begins a new stream."""
+        """Decode the first `count` pending tokens as they stand, and begin a new stream with the
+        rest."""
         now, later = self._pending[:count], self._pending[count:]
         text: str = self._encoder.decode(now, skip_special_tokens=self._skip_special)
         # The last token goes along as context, so that a word after it keeps its space.
@@ -127,7 +131,8 @@ class Detokenizer:
         return text + "".join(map(self._step, later))
 
     def _scan(self, text: str) -> str:
-        """Emit up to the first stop string; hold the longest tail that may begin one."""
+        """Return the text up to the stop string that is complete first. If there is none, hold back
+        the longest tail that may be the beginning of one."""
         text = self._held + text
         first: tuple[int, str] | None = None
         for stop in self._stops:
@@ -143,7 +148,8 @@ class Detokenizer:
         return text[: len(text) - keep]
 
     def _tail(self, text: str) -> int:
-        """Length of the longest tail of `text` that is a beginning of a stop string."""
+        """Return the length of the longest tail of `text` that is the beginning of a stop
+        string."""
         for length in range(min(self._longest, len(text)), 0, -1):
             tail = text[-length:]
             if any(stop.startswith(tail) for stop in self._stops):

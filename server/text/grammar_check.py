@@ -1,10 +1,10 @@
-"""Compiling grammars on trial, in a process that can be killed.
+"""Compiles grammars on trial, in a process that can be killed.
 
-A few schemas compile for ever inside of llguidance (`multipleOf: 99999999`), and no thread that
-does so can be stopped. So each grammar that the server has not seen is compiled first by a child:
-`python -P -m quire.server.text.grammar_check`, which gets the model's tokens and builds exactly
-what the engine will build. A timer of the kernel ends the child where a grammar takes too long; the
-next one starts another.
+A few schemas keep llguidance compiling without end (`multipleOf: 99999999`), and a thread that does
+so cannot be stopped. So each grammar that the server has not seen is first compiled by a child
+process, `python -P -m quire.server.text.grammar_check`, which gets the model's tokenizer and builds
+exactly what the engine will build. If a grammar takes too long, a timer of the kernel ends the
+child, and the next grammar starts another.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ from ...engine.request import GrammarSpec
 Message = dict[str, Any]
 
 COMPILE_SECONDS = 0.7
+"""Maximum time to compile a grammar."""
 START_SECONDS = 60
+"""Maximum time to read the tokenizer."""
 MEMORY_BYTES = 4 * 2**30
-"""Address space of the child."""
+"""Maximum address space of the child."""
 MAX_REMEMBERED = 256
+"""Maximum verdicts that are kept, the least recently used being dropped first."""
 
 
 class GrammarCheck:
-    """The child, started when it is first needed, and what it said of the last grammars."""
+    """Owns the child process, which is started when it is first needed, and keeps its last
+    verdicts."""
 
     def __init__(self) -> None:
         self._verdicts: OrderedDict[GrammarSpec, str | None] = OrderedDict()
@@ -53,9 +57,10 @@ class GrammarCheck:
         vocab_size: int,
         eos_token_ids: Sequence[int],
     ) -> None:
-        """Raises InvalidRequestError, naming `param`, where the engine could not follow `spec`.
+        """Raise InvalidRequestError, naming `param`, if the engine could not compile `spec`.
 
-        `read_tokenizer` gives the text of the tokenizer.json; the rest is the engine's EngineInfo.
+        `read_tokenizer` returns the text of the tokenizer.json; the other values are those of the
+        engine's EngineInfo.
         """
         if spec not in self._verdicts:
 
@@ -79,16 +84,16 @@ class GrammarCheck:
             raise InvalidRequestError(f"{param}: {reason}", param)
 
     def close(self) -> None:
-        """End the child; another one is started should a grammar still come."""
+        """End the child. Another one is started if another grammar comes."""
         if (child := self._child) is not None:
             child.kill()
         self._thread.submit(self._forget_child).result()
 
     def _ask(self, spec: GrammarSpec, start: Callable[[], Message]) -> tuple[str | None, bool]:
-        """What is wrong with `spec` (None: nothing), and whether that will stay so."""
+        """Return the reason to refuse `spec`, or None, and whether that verdict is final."""
         if self._child is None:
             self._child = _start_child()
-            # Also when this object is forgotten, or the interpreter exits.
+            # The child also ends when this object is collected or the interpreter exits.
             self._end_child = weakref.finalize(self, _stop, self._child)
             error = _exchange(self._child, start())
             if error is not None:
@@ -106,7 +111,7 @@ class GrammarCheck:
 
 
 def _start_child() -> subprocess.Popen[bytes]:
-    """It lives as long as its stdin is open, so never longer than its parent."""
+    """Start the child. It ends when its stdin is closed, so it never outlives its parent."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "quire.server.text.grammar_check"],
         stdin=subprocess.PIPE,
@@ -115,16 +120,18 @@ def _start_child() -> subprocess.Popen[bytes]:
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Kill the child and wait for its end."""
     assert child.stdin is not None and child.stdout is not None
     child.kill()
     child.wait()
     child.stdout.close()
-    with contextlib.suppress(BrokenPipeError):  # what it had not read is flushed
+    with contextlib.suppress(BrokenPipeError):  # closing flushes input that it has not read
         child.stdin.close()
 
 
 def _exchange(child: subprocess.Popen[bytes], message: Message) -> str | None:
-    """The child's answer: None for well, or an error; "" where it died of the message."""
+    """Send a message to the child and return its answer: None for success, the text of an error,
+    or "" if the message made it end."""
     assert child.stdin is not None and child.stdout is not None
     try:
         child.stdin.write(json.dumps(message).encode() + b"\n")
@@ -139,7 +146,8 @@ def _exchange(child: subprocess.Popen[bytes], message: Message) -> str | None:
 
 
 def main() -> None:
-    """Answer every line of stdin with a line: null, or what is wrong with the grammar."""
+    """Answer every line of stdin, the tokenizer and then grammars, with a line: null, or the reason
+    why it was refused."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     tokenizer: Any = None

@@ -1,4 +1,4 @@
-"""Tool calls of earlier turns, as chat templates read them: arguments as objects or as text."""
+"""Tool calls of earlier turns for chat templates, which read arguments as objects or as text."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import msgspec
 
 from ...engine.errors import InvalidRequestError
 
-_PROBE_CALL = {"id": "probe0000", "type": "function"}  # some templates want nine characters
+_PROBE_CALL = {"id": "probe0000", "type": "function"}
+"""A tool call to try a template with. Some templates demand an id of nine characters."""
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
-    """The arguments of a call; an empty text is none. Raises InvalidRequestError."""
+    """Return the arguments of a call from their JSON text; an empty text means no arguments. Raises
+    InvalidRequestError."""
     try:
         arguments = msgspec.json.decode(text or "{}")
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
@@ -26,7 +28,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
 
 
 def with_objects(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same messages, the arguments of calls as objects. Raises InvalidRequestError."""
+    """Return the messages with the arguments of calls as objects. Raises InvalidRequestError."""
     return [
         {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
         if "tool_calls" in message
@@ -44,8 +46,11 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def reads_text(render: Callable[[list[dict[str, Any]]], str], errors: tuple[Any, ...]) -> bool:
-    """Whether a chat template wants arguments as JSON text: given an object it raises one of
-    `errors`, or writes it as Python would, while text comes out right."""
+    """Return whether a chat template reads arguments as JSON text.
+
+    It does if it fails on an object with one of `errors`, or writes it as Python would, while a
+    text comes out unchanged.
+    """
     try:
         if "{'probe': 1}" not in render(_probe({"probe": 1})):
             return False
@@ -58,6 +63,7 @@ def reads_text(render: Callable[[list[dict[str, Any]]], str], errors: tuple[Any,
 
 
 def _probe(arguments: Any) -> list[dict[str, Any]]:
+    """Return a conversation with one call that has these arguments."""
     call = {**_PROBE_CALL, "function": {"name": "probe", "arguments": arguments}}
     return [
         {"role": "user", "content": "probe"},

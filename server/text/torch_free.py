@@ -1,4 +1,4 @@
-"""transformers without torch, for processes that only tokenise."""
+"""Imports transformers without torch, for processes that only tokenise."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import sys
 
 
 def import_transformers() -> None:
-    """Import transformers so that it takes torch for absent in this process, from now on.
+    """Import transformers in such a way that it takes torch to be absent from this process.
 
-    Its tokenizers do not need torch, but import it where they see it: seconds, and more memory than
-    the rest of the process. Release 5 has no setting against that; it asks importlib once, when it
-    is imported, and remembers the answer. None in sys.modules is Python's own way to say that a
-    module is not there, and it is taken back at once. Whoever else imports torch here still gets
-    it. Without effect where transformers or torch is imported already.
+    torch is hidden by `sys.modules["torch"] = None` while transformers is imported, and the entry
+    is removed right after. None is Python's own mark for a module that cannot be imported.
+    transformers asks importlib for torch only once, on import, and remembers the answer; any other
+    code can still import torch later.
+
+    The reason is that tokenizers do not need torch, but transformers imports it if it is there,
+    which takes seconds and more memory than the rest of the process. Release 5 has no setting to
+    prevent it.
+
+    Does nothing if transformers or torch has been imported already.
     """
     if "transformers" in sys.modules or "torch" in sys.modules:
         return
-    # It advises to install PyTorch, in the name of this logger alone.
+    # transformers logs the advice to install PyTorch, through this logger only.
     logger = logging.getLogger("transformers")
     logger.addFilter(_drop)
     sys.modules["torch"] = None  # type: ignore[assignment]

@@ -1,13 +1,16 @@
-"""The GPU benchmarks as far as a machine without a GPU can tell: ceilings, workloads, reports, and
-that every script comes to the point where it asks for its device."""
+"""Test the GPU benchmarks as far as they run without a GPU.
+
+These are the ceilings, workloads and reports, and every script up to where it needs its device.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,24 +19,22 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 import gpu  # noqa: E402
 import gpu_targets  # noqa: E402
-from gpu_workloads import (  # noqa: E402
+from gpu_shapes import (  # noqa: E402
     SHAPES,
-    Bench,
     Limits,
-    Report,
-    Result,
     cost_of,
     decode_seconds,
     offline_seconds,
     prefill_seconds,
-    table,
+    write_config,
 )
+from gpu_workloads import Bench, Report, Result, table  # noqa: E402
 
 LIMITS = Limits()
 
 
 class FakeEngine:
-    """One token a request and step; a prompt takes a step for each `chunk` tokens."""
+    """An engine that prefills one prompt per step and gives each other request one token."""
 
     def __init__(self, kv_tokens: int = 10**6, lost: int = 0) -> None:
         self.kv_tokens, self.kv_bytes_per_element = kv_tokens, 2
@@ -74,7 +75,7 @@ class FakeEngine:
     ],
 )
 def test_ceiling_of_decoding(shape: str, batch: int, context: int, tokens_per_s: float) -> None:
-    """Worked out by hand from weights, K and V, and 4.3 TB/s."""
+    """The expected figures were worked out by hand from weights, K and V, and 4.3 TB/s."""
     found = batch / decode_seconds(cost_of(shape), batch, context, LIMITS)
     assert found == pytest.approx(tokens_per_s, rel=0.005)
 
@@ -153,7 +154,7 @@ def test_a_spoiled_process_is_left_and_its_report_resumed(tmp_path: Path) -> Non
 def test_the_engine_s_stages_go_on_after_a_crash(
     dies_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In stage 0 nothing is begun: there is nothing to go on with."""
+    """A crash in stage 0, before anything has begun, leaves nothing to continue with."""
     path = tmp_path / "gpu_engine.json"
     commands: list[list[str]] = []
 
@@ -253,10 +254,38 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("script", ["gpu.py", "gpu_engine.py", "vllm_gpu.py"])
-def test_scripts_say_what_they_take(script: str) -> None:
-    done = run(script, "--help")
-    assert done.returncode == 0 and "--budget" in done.stdout, done.stderr
+def flags_of(words: Iterable[str]) -> set[str]:
+    return {flag for word in words for flag in re.findall(r"--[a-z][a-z-]*", word)}
+
+
+def test_the_engine_benchmark_takes_the_flags_that_it_is_started_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def crash(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        (tmp_path / "gpu_engine.json").write_text('{"stages": 1, "results": {}}')
+        return subprocess.CompletedProcess(command, 3)
+
+    limits = [{"name": "limit copy", "gb_s": 4e3}, {"name": "limit matmul", "tflop_s": 700.0}]
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", crash)
+        ending = gpu.drive_engine(1000.0, tmp_path, limits)
+    assert ending == "exit code 3 in stage 1; exit code 3 in stage 1"
+    first, second = (flags_of(command) for command in commands)
+    assert first == {"--out", "--limits", "--budget"} and second == first | {"--resume"}
+    done = run("gpu_engine.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert second <= flags_of([done.stdout])
+
+
+def test_the_vllm_benchmark_imports_without_vllm_and_takes_the_same_flags() -> None:
+    code = "import sys; sys.modules['vllm'] = None; import vllm_gpu; vllm_gpu.main()"
+    done = run("-c", code, "-h")
+    assert done.returncode == 0, done.stderr
+    shared = {"--budget", "--out", "--shapes", "--limits", "--enforce-eager"}
+    assert shared <= flags_of([done.stdout]) & flags_of([run("gpu_engine.py", "-h").stdout])
 
 
 def test_no_device_is_an_error_of_one_line(tmp_path: Path) -> None:
@@ -281,7 +310,6 @@ print("fine")
 
 
 def test_shapes_are_models(tmp_path: Path) -> None:
-    from gpu_workloads import write_config
     from transformers import AutoConfig
 
     for shape, values in SHAPES.items():

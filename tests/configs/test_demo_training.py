@@ -1,4 +1,4 @@
-"""The generator of the demo model's corpus: deterministic, sound, held-out data kept out."""
+"""The generator of the demo model's corpus is deterministic and leaves out held-out data."""
 
 from __future__ import annotations
 

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import fields
 from itertools import count
 from typing import Any
 
 from quire.engine.cache.block_manager import BlockManager
 from quire.engine.core.step_loop import StepLoop
-from quire.engine.outputs import SchedulerOutput, SequenceOutput
+from quire.engine.grammar.constraints import NOTHING_PENDING, PendingConstraints
+from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.scheduling.scheduler import Scheduler
-from quire.engine.sequence import UNKNOWN_TOKEN
+from quire.engine.sequence import Sequence
+from quire.engine.step import UNKNOWN_TOKEN
 
 from .paged_fake import NextToken, PagedFakeWorker, chain, logprobs, next_token
 
 _ids = count()
+OWN_FIELDS = {one.name for one in fields(Request)} - {"sampling_params", "prompt_token_ids"}
 
 
-def make_request(prompt: list[int], max_tokens: int = 4, **fields: Any) -> Request:
+def make_request(prompt: list[int], max_tokens: int = 4, **options: Any) -> Request:
     """Fields of Request are taken by name, the rest go to SamplingParams."""
-    own = {
-        name: fields.pop(name)
-        for name in ("request_id", "queue_deadline", "deadline", "priority", "cache_salt", "user")
-        if name in fields
-    }
+    own = {name: options.pop(name) for name in OWN_FIELDS & options.keys()}
     own.setdefault("request_id", f"r{next(_ids)}")
-    params = SamplingParams(max_tokens=max_tokens, **fields)
-    return Request(prompt_token_ids=tuple(prompt), sampling_params=params, arrival_time=0.0, **own)
+    own.setdefault("arrival_time", 0.0)
+    params = SamplingParams(max_tokens=max_tokens, **options)
+    return Request(prompt_token_ids=tuple(prompt), sampling_params=params, **own)
 
 
 def expected_tokens(prompt: list[int], choice: int, num_tokens: int) -> list[int]:
@@ -101,7 +102,7 @@ class Harness:
         )
         self.worker = PagedFakeWorker(num_blocks, block_size, sample)
         self.loop = StepLoop(
-            self.scheduler, self.worker, run_ahead=run_ahead, start_masks=self._check_step
+            self.scheduler, self.worker, self._check_reading_rows, run_ahead=run_ahead
         )
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.finals: dict[tuple[str, int], SequenceOutput] = {}
@@ -130,13 +131,14 @@ class Harness:
             self.step()
         raise AssertionError("work is left: something waits for ever")
 
-    def _check_step(self, scheduled: SchedulerOutput) -> None:
-        assert scheduled.total_tokens <= self.scheduler.max_num_batched_tokens
-        for sequence in scheduled.sequences:
-            assert not (sequence.reads_tokens and UNKNOWN_TOKEN in sequence.token_ids)
+    def _check_reading_rows(self, rows: list[tuple[int, Sequence]]) -> PendingConstraints:
+        for _, sequence in rows:
+            assert sequence.reads_tokens and UNKNOWN_TOKEN not in sequence.token_ids
+        return NOTHING_PENDING
 
     def check_integrity(self) -> None:
         scheduler = self.scheduler
+        assert scheduler.stats().step_tokens <= scheduler.max_num_batched_tokens
         self.manager.check_integrity(scheduler.running)
         assert len(scheduler.running) <= scheduler.max_num_seqs
         ranks = [sequence.rank for sequence in scheduler.running]

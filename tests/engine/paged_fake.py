@@ -1,27 +1,64 @@
 """A worker without a model whose K/V is the tokens themselves, so that every read can be proven.
 
 Each slot remembers which tokens, from the first on, led to it. Executing a row reads back the
-whole context through the block table: one wrong share, missed copy or early reuse raises.
+whole context through the block table: one wrong share, missed copy or early reuse raises. It works
+from the encoded plan only, as a worker in another process would.
 """
 
 from __future__ import annotations
 
-import copy as copying
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
 
 from quire.engine.errors import DeviceMemoryError
-from quire.engine.outputs import ModelRunnerOutput, RowError, SchedulerOutput, TokenLogprobs
-from quire.engine.sequence import UNKNOWN_TOKEN, Sequence
+from quire.engine.outputs import RowError, TokenLogprobs
+from quire.engine.step import (
+    NO_CONSTRAINTS,
+    UNKNOWN_TOKEN,
+    ModelRunnerOutput,
+    SamplingConstraints,
+    SchedulerOutput,
+    SequenceSpec,
+)
 from quire.engine.worker_protocol import Results
 
-NextToken = Callable[[Sequence], int]
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(SchedulerOutput)
+
+
+@dataclass
+class KnownSequence:
+    """What plans have told of a sequence, and what was sampled for it."""
+
+    spec: SequenceSpec
+    token_ids: list[int]
+    table: list[int]
+
+    @property
+    def choice(self) -> int:
+        return self.spec.choice
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.spec.num_prompt_tokens
+
+    def take(self, start: int, tokens: list[int]) -> None:
+        """These are its tokens from `start` on: the plan and the spec must agree."""
+        known = self.token_ids[start : start + len(tokens)]
+        assert known == tokens[: len(known)], f"{self}: the plan says {tokens}"
+        self.token_ids[start : start + len(tokens)] = tokens
+
+
+NextToken = Callable[[KnownSequence], int]
 
 
 def chain(history: int, token_id: int) -> int:
     return hash((history, token_id))
 
 
-def next_token(sequence: Sequence) -> int:
+def next_token(sequence: KnownSequence) -> int:
     """Depends on the sequence's own tokens, choice and nothing else."""
     history = sequence.choice
     for token_id in sequence.token_ids:
@@ -39,6 +76,18 @@ def logprobs(token_ids: list[int]) -> dict[int, float]:
     return dict(sorted(made.items(), key=lambda item: -item[1]))
 
 
+class _Executed:
+    """A step whose rows have been written and read back."""
+
+    def __init__(self, worker: PagedFakeWorker, output: SchedulerOutput) -> None:
+        self._worker = worker
+        self._output = output
+
+    def sample(self, constraints: SamplingConstraints) -> Results:
+        result = self._worker.sample_rows(self._output)
+        return lambda: result
+
+
 class PagedFakeWorker:
     """`errors[request_id]` makes that request's next sampled row fail."""
 
@@ -46,93 +95,115 @@ class PagedFakeWorker:
         self.block_size = block_size
         self.sample = sample
         self.errors: dict[str, RowError] = {}
-        self.tables: dict[int, list[int]] = {}
+        self.known: dict[int, KnownSequence] = {}
         self.num_tokens = 0
         self._slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
         self._sampled: dict[int, int] = {}
         self.num_fed_back = 0
         self.runs_out_of_memory: Callable[[SchedulerOutput], bool] = lambda output: False
 
-    def launch(self, output: SchedulerOutput) -> Results:
+    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        return self.forward(output).sample(NO_CONSTRAINTS)()
+
+    def request_ids(self, output: SchedulerOutput) -> list[str]:
+        """The requests of a plan's rows, before or after it was executed."""
+        names = {seq_id: one.spec.request_id for seq_id, one in self.known.items()}
+        names |= {spec.seq_id: spec.request_id for spec in output.new_sequences}
+        return [names[seq_id] for seq_id in output.seq_ids]
+
+    def forward(self, output: SchedulerOutput) -> _Executed:
         """As on a device, a step runs in the order of its launch, with the tables that it had then;
         only its results may be asked for later."""
-        result = self.execute(output)
-        return lambda: result
-
-    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        self._update_tables(output)
-        output = output._replace(sequences=[self._known(one) for one in output.sequences])
+        sent = _decoder.decode(_encoder.encode(output))
+        assert sent == output
+        output = sent
+        self._update_known(output)
         assert len({copy.destination for copy in output.block_copies}) == len(output.block_copies)
         sources = [list(self._slots[copy.source]) for copy in output.block_copies]
         for copy, content in zip(output.block_copies, sources, strict=True):
             self._slots[copy.destination] = content
         if self.runs_out_of_memory(output):
             raise DeviceMemoryError("the device ran out of memory in a step")
-        rows = list(
-            zip(output.sequences, output.num_computed_starts, output.num_new_tokens, strict=True)
-        )
-        assert len({sequence.seq_id for sequence, _, _ in rows}) == len(rows)
-        assert sum(num_new for _, _, num_new in rows) == output.total_tokens
+        assert len(set(output.seq_ids)) == len(output.seq_ids)
+        assert sum(output.num_new_tokens) == output.total_tokens == len(output.token_ids)
+        left = list(output.token_ids)
+        rows = [
+            (self.known[seq_id], start, num_new)
+            for seq_id, start, num_new in zip(
+                output.seq_ids, output.num_computed_starts, output.num_new_tokens, strict=True
+            )
+        ]
+        for row, (sequence, start, num_new) in enumerate(rows):
+            tokens = self._values(sequence, left[:num_new])
+            del left[:num_new]
+            sequence.take(start, tokens)
+            is_partial = len(sequence.token_ids) > start + num_new
+            assert is_partial == (row in output.partial_rows)
         for sequence, start, num_new in rows:  # all write before any reads, as kernels do
             self._write(sequence, start, num_new)
         for sequence, start, num_new in rows:
             self._read_back(sequence, start + num_new)
-        output.before_sampling()
+        return _Executed(self, output)
+
+    def sample_rows(self, output: SchedulerOutput) -> ModelRunnerOutput:
         token_ids: list[int | None] = []
         errors: dict[int, RowError] = {}
         top: dict[int, TokenLogprobs] = {}
-        for row, (sequence, start, num_new) in enumerate(rows):
-            complete = start + num_new == len(sequence.token_ids)
-            error = self.errors.get(sequence.request.request_id)
+        sampled: dict[int, int] = {}
+        for row, seq_id in enumerate(output.seq_ids):
+            sequence = self.known[seq_id]
+            complete = row not in output.partial_rows
+            error = self.errors.get(sequence.spec.request_id)
             if complete and error is not None:
                 errors[row] = error
-            token_ids.append(self.sample(sequence) if complete and error is None else None)
-            if complete and sequence.num_logprobs is not None:
-                best = list(logprobs(sequence.token_ids).items())[: sequence.num_logprobs]
+            token = self.sample(sequence) if complete and error is None else None
+            token_ids.append(token)
+            num_logprobs = sequence.spec.num_logprobs
+            if complete and num_logprobs is not None:
+                best = list(logprobs(sequence.token_ids).items())[:num_logprobs]
                 ids, values = [token for token, _ in best], [value for _, value in best]
                 top[row] = TokenLogprobs(ids[0], values[0], 1, ids, values)
+            if token is not None:
+                sampled[seq_id] = token
         self.num_tokens += output.total_tokens
-        pairs = zip(output.sequences, token_ids, strict=True)
-        self._sampled = {one.seq_id: token for one, token in pairs if token is not None}
+        self._sampled = sampled
         return ModelRunnerOutput(token_ids, top, {}, errors, {})
 
-    def _known(self, sequence: Sequence) -> Sequence:
-        """The sequence with the token that the last step sampled for it; a failed row's is 0."""
-        assert UNKNOWN_TOKEN not in sequence.token_ids[:-1]
-        if sequence.token_ids[-1] != UNKNOWN_TOKEN:
-            return sequence
+    def _values(self, sequence: KnownSequence, tokens: list[int]) -> list[int]:
+        """Tokens with the one that the last step sampled; a failed row's is 0."""
+        assert UNKNOWN_TOKEN not in tokens[:-1]
+        if tokens != [UNKNOWN_TOKEN]:
+            assert UNKNOWN_TOKEN not in tokens
+            return tokens
         self.num_fed_back += 1
-        known = copying.copy(sequence)
-        known.token_ids = [*sequence.token_ids[:-1], self._sampled.get(sequence.seq_id, 0)]
-        return known
+        return [self._sampled.get(sequence.spec.seq_id, 0)]
 
-    def _update_tables(self, output: SchedulerOutput) -> None:
-        """Keep tables by the declared changes alone: an undeclared one shows as a difference."""
+    def _update_known(self, output: SchedulerOutput) -> None:
         for seq_id in output.released:
-            self.tables.pop(seq_id, None)
-        for sequence, start in output.table_changes:
-            if sequence.seq_id in self.tables:
-                self.tables[sequence.seq_id][start:] = sequence.block_table[start:]
-        for sequence in output.sequences:
-            table = self.tables.setdefault(sequence.seq_id, list(sequence.block_table))
-            assert table == sequence.block_table, sequence
+            del self.known[seq_id]
+        for spec in output.new_sequences:
+            assert spec.seq_id not in self.known and UNKNOWN_TOKEN not in spec.token_ids
+            known = KnownSequence(spec, list(spec.token_ids), list(spec.block_table))
+            self.known[spec.seq_id] = known
+        for seq_id, start, block_ids in output.table_changes:
+            self.known[seq_id].table[start:] = block_ids
 
-    def _histories(self, sequence: Sequence, end: int) -> list[int]:
+    def _histories(self, sequence: KnownSequence, end: int) -> list[int]:
         history, histories = 0, []
         for token_id in sequence.token_ids[:end]:
             history = chain(history, token_id)
             histories.append(history)
         return histories
 
-    def _write(self, sequence: Sequence, start: int, num_new: int) -> None:
+    def _write(self, sequence: KnownSequence, start: int, num_new: int) -> None:
         assert num_new >= 1
         histories = self._histories(sequence, start + num_new)
         for position in range(start, start + num_new):
-            block = sequence.block_table[position // self.block_size]
+            block = sequence.table[position // self.block_size]
             self._slots[block][position % self.block_size] = histories[position]
 
-    def _read_back(self, sequence: Sequence, end: int) -> None:
+    def _read_back(self, sequence: KnownSequence, end: int) -> None:
         for position, history in enumerate(self._histories(sequence, end)):
-            block = sequence.block_table[position // self.block_size]
+            block = sequence.table[position // self.block_size]
             found = self._slots[block][position % self.block_size]
             assert found == history, f"{sequence}: foreign K/V at position {position}"

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from quire.engine.outputs import SchedulerOutput, TableChange
-from quire.engine.runner.input_batch import DeviceStep, HostStep, InputBatch
-from quire.engine.sequence import UNKNOWN_TOKEN, Sequence
+from quire.engine.devices.steps import DeviceStep, HostStep
+from quire.engine.runner.input_batch import InputBatch
+from quire.engine.sequence import Sequence
+from quire.engine.step import UNKNOWN_TOKEN, SchedulerOutput, TableChange
 
 from .worker_driver import make_sequence
 
@@ -21,16 +22,18 @@ BUDGET = 64
 
 class Step(NamedTuple):
     output: SchedulerOutput
+    rows: list[Sequence]
+    """The sequences of the plan's rows, as they are when it is made."""
     token_ids: list[list[int]]
-    """Of each row, what an unknown token stands for included."""
-    sampled: list[Sequence]
+    """Each row's, with the values of unknown tokens."""
+    sampled: list[int]
     sampled_ids: torch.Tensor
-    """What the step samples, in any order; of a row that fails nothing."""
+    """The sequences that the step samples, in any order, and their tokens; none of a failed row."""
 
     def give(self, batch: InputBatch) -> tuple[HostStep, DeviceStep] | None:
         """Prepare it; None where it has no rows."""
         batch.apply(self.output)
-        if not self.output.sequences:
+        if not self.output.seq_ids:
             return None
         prepared = batch.prepare(self.output)
         batch.keep_samples(self.sampled, self.sampled_ids)
@@ -39,15 +42,28 @@ class Step(NamedTuple):
 
 def make_output(
     rows: list[tuple[Sequence, int]],
+    new: list[Sequence] | None = None,
     changes: list[TableChange] | None = None,
     released: list[int] | None = None,
 ) -> SchedulerOutput:
+    ends = [sequence.num_computed_tokens + length for sequence, length in rows]
     return SchedulerOutput(
         step=0,
-        sequences=[sequence for sequence, _ in rows],
+        seq_ids=[sequence.seq_id for sequence, _ in rows],
         num_computed_starts=[sequence.num_computed_tokens for sequence, _ in rows],
         num_new_tokens=[length for _, length in rows],
+        token_ids=[
+            token
+            for (sequence, length), end in zip(rows, ends, strict=True)
+            for token in sequence.token_ids[end - length : end]
+        ],
         total_tokens=sum(length for _, length in rows),
+        partial_rows=[
+            row
+            for row, ((sequence, _), end) in enumerate(zip(rows, ends, strict=True))
+            if end < len(sequence.token_ids)
+        ],
+        new_sequences=[sequence.spec() for sequence in new or []],
         block_copies=[],
         table_changes=changes or [],
         released=released or [],
@@ -72,8 +88,8 @@ class RandomSteps:
         while True:
             released = self._release()
             self._admit(released)
-            rows, changes = self._schedule()
-            output = make_output(rows, changes, released)
+            rows, new, changes = self._schedule()
+            output = make_output(rows, new, changes, released)
             lengths = output.num_new_tokens
             self.seen["mixed"] += 1 in lengths and max(lengths) > 1
             self.seen["decodes"] += bool(lengths) and max(lengths) == 1
@@ -88,7 +104,10 @@ class RandomSteps:
             kept = [sequence for sequence in samples if sequence not in failed]
             self._rng.shuffle(kept)
             ids = [self._ids(sequence, length) for sequence, length in rows]
-            yield Step(output, ids, kept, torch.tensor([samples[s] for s in kept]).long())
+            sampled_ids = torch.tensor([samples[sequence] for sequence in kept]).long()
+            sequences = [sequence for sequence, _ in rows]
+            kept_ids = [sequence.seq_id for sequence in kept]
+            yield Step(output, sequences, ids, kept_ids, sampled_ids)
             self._advance(rows, samples, set(failed))
 
     def _release(self) -> list[int]:
@@ -97,8 +116,9 @@ class RandomSteps:
             full = len(sequence.token_ids) >= self._max_len
             if full or self._rng.random() < 0.1:
                 self._running.remove(sequence)
-                released.append(sequence.seq_id)
-                self._known.discard(sequence.seq_id)
+                if sequence.seq_id in self._known:
+                    released.append(sequence.seq_id)
+                    self._known.remove(sequence.seq_id)
                 sequence.num_computed_tokens = 0
                 sequence.block_table = []
                 if len(sequence.token_ids) < self._max_len - 20:
@@ -125,9 +145,11 @@ class RandomSteps:
                 prompt = [rng.randrange(128) for _ in range(rng.randint(1, self._max_len // 2))]
                 self._running.append(make_sequence(prompt, 8))
 
-    def _schedule(self) -> tuple[list[tuple[Sequence, int]], list[TableChange]]:
+    def _schedule(
+        self,
+    ) -> tuple[list[tuple[Sequence, int]], list[Sequence], list[TableChange]]:
         rng = self._rng
-        rows, changes, left = [], [], self._budget
+        rows, new, changes, left = [], [], [], self._budget
         for sequence in self._running if rng.random() < 0.95 else []:
             computed = sequence.num_computed_tokens
             to_do = len(sequence.token_ids) - computed
@@ -144,12 +166,15 @@ class RandomSteps:
                 self.seen["copied on write"] += 1
             while len(sequence.block_table) * BLOCK_SIZE < computed + length:
                 sequence.block_table.append(rng.randrange(1000))
-            if sequence.seq_id in self._known and len(sequence.block_table) > first:
-                changes.append(TableChange(sequence, first))
+            if sequence.seq_id not in self._known:
+                new.append(sequence)
+            elif len(sequence.block_table) > first:
+                table = sequence.block_table[first:]
+                changes.append(TableChange(sequence.seq_id, first, table))
             self._known.add(sequence.seq_id)
             rows.append((sequence, length))
         rng.shuffle(rows)
-        return rows, changes
+        return rows, new, changes
 
     def _ids(self, sequence: Sequence, length: int) -> list[int]:
         start = sequence.num_computed_tokens

@@ -15,11 +15,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from quire.engine.devices.cpu.draws import CpuDraws
+from quire.engine.grammar.bad_words import banned_tokens
 from quire.engine.request import Request
 from quire.engine.sampling.counter_rng import exponential, stream_keys
 from quire.engine.sampling.sampler import Sampler, SamplerOutput
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Rank, Sequence
+from quire.engine.step import SequenceSpec
 
 CPU = torch.device("cpu")
 EOS = 2
@@ -32,7 +35,8 @@ def make_sequence(
     own_seed: int = 0,
     stop_ids: Rows[int] = (EOS,),
     **params: Any,
-) -> Sequence:
+) -> SequenceSpec:
+    """Tests append to its `token_ids`, which stand for what is known on the device."""
     sampling_params = SamplingParams(**{"max_tokens": 64, **params})
     request = Request(
         request_id="r",
@@ -40,22 +44,32 @@ def make_sequence(
         sampling_params=sampling_params,
         arrival_time=0.0,
     )
-    sequence = Sequence(request, 0, own_seed, Rank(0, 0, 0), frozenset(stop_ids))
+    sequence = Sequence(request, 0, own_seed, Rank(0, 0, 0), frozenset(stop_ids)).spec()
     sequence.token_ids.extend(output)
     return sequence
 
 
+def make_sampler(vocab_size: int) -> Sampler:
+    """Make a sampler as a worker on the CPU has it."""
+    return Sampler(vocab_size, CPU, CpuDraws(vocab_size))
+
+
 def sample(
-    logits: torch.Tensor, sequences: list[Sequence], sampler: Sampler | None = None
+    logits: torch.Tensor, sequences: list[SequenceSpec], sampler: Sampler | None = None
 ) -> SamplerOutput:
-    sampler = sampler or Sampler(logits.shape[1], CPU)
-    return sampler(logits, sampler.prepare(sequences))
+    sampler = sampler or make_sampler(logits.shape[1])
+    banned = {
+        row: banned_tokens(words, sequence.token_ids, sequence.num_prompt_tokens)
+        for row, sequence in enumerate(sequences)
+        if (words := sequence.sampling_params.bad_words)
+    }
+    return sampler(logits, sampler.prepare(sequences, banned=banned))
 
 
-def softmax_after_filters(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+def softmax_after_filters(logits: torch.Tensor, sequence: SequenceSpec) -> torch.Tensor:
     """Probabilities [V], float64, of a row [V] of the model's logits; one-hot where greedy, NaN
     where nothing is left."""
-    params = sequence.request.sampling_params
+    params = sequence.sampling_params
     prompt_length = sequence.num_prompt_tokens
     tokens = torch.tensor([sequence.token_ids])
     scores = logits.double().unsqueeze(0).clone()
@@ -63,7 +77,7 @@ def softmax_after_filters(logits: torch.Tensor, sequence: Sequence) -> torch.Ten
         forbidden = torch.ones(scores.shape[1], dtype=torch.bool)
         forbidden[list(params.allowed_token_ids)] = False
         scores[:, forbidden] = -torch.inf
-    if sequence.num_output_tokens < params.min_tokens:
+    if len(sequence.token_ids) - prompt_length < params.min_tokens:
         scores[:, list(sequence.stop_ids)] = -torch.inf
     if params.bad_words:
         # It counts the prompt as well, and asks for a token before a word; here is one of no word.
@@ -91,7 +105,7 @@ def softmax_after_filters(logits: torch.Tensor, sequence: Sequence) -> torch.Ten
     return scores[0].softmax(dim=0)
 
 
-def expected_token(logits: torch.Tensor, sequence: Sequence) -> int:
+def expected_token(logits: torch.Tensor, sequence: SequenceSpec) -> int:
     """The winner of the race among the oracle's probabilities."""
     probabilities = softmax_after_filters(logits, sequence)
     keys = stream_keys(torch.tensor([sequence.seed]), torch.tensor([len(sequence.token_ids)]))

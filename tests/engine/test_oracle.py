@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quire.engine.config import EngineConfig
 from quire.engine.core.engine_core import EngineCore
+from quire.engine.devices.backend import Backend
 from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
 from quire.engine.devices.cuda.decode_graphs import graph_sizes
 from quire.engine.outputs import SequenceOutput
@@ -25,14 +26,14 @@ from quire.engine.runner.worker import Worker
 from quire.engine.sequence import Sequence
 
 from . import models
-from .devices.cuda_on_cpu import RerunCapture, give_workspaces, use_references
+from .devices.cuda_on_cpu import CudaOnCpuBackend
 from .harness import make_request
 
 
 class Engine:
     """An EngineCore over a real model, and what it has put out."""
 
-    def __init__(self, folder: Path, **config: Any) -> None:
+    def __init__(self, folder: Path, backend: Backend | None = None, **config: Any) -> None:
         values: dict[str, Any] = {
             "model": str(folder),
             "device": "cpu",
@@ -43,7 +44,7 @@ class Engine:
             "num_threads": 1,
         }
         self.config = EngineConfig(**values | config)
-        self.worker = Worker(self.config)
+        self.worker = Worker(self.config, backend)
         self.core = EngineCore(self.config, self.worker)
         self.outputs: dict[tuple[str, int], list[SequenceOutput]] = defaultdict(list)
 
@@ -132,28 +133,19 @@ def test_greedy_tokens_equal_generate(family: tuple[Path, Reference], mode: str)
     assert (stats.prefix_hits > 0) == engine.config.enable_prefix_caching
 
 
-def capture_graphs(engine: Engine) -> RerunCapture:
-    """As on CUDA, with stand-ins for graphs, and those for kernels in use since it was made."""
-    capture, runner = RerunCapture(), engine.worker._runner
-    give_workspaces(runner)
-    runner.capture_graphs(capture, graph_sizes(engine.config.max_num_seqs))
-    return capture
-
-
 def test_graphs_of_decodes_ahead_of_their_results(
-    family: tuple[Path, Reference], monkeypatch: pytest.MonkeyPatch
+    family: tuple[Path, Reference],
 ) -> None:
     """What the last step sampled is fed back into static inputs, on the device."""
     folder, reference = family
-    use_references(monkeypatch)
-    engine = Engine(folder, async_scheduling=True, max_num_seqs=11)
-    capture = capture_graphs(engine)
+    backend = CudaOnCpuBackend(sizes=graph_sizes(11))
+    engine = Engine(folder, backend, async_scheduling=True, max_num_seqs=11)
     wanted = [(prompt, 6 + i % 20) for i, prompt in enumerate(prompts(16))]
     requests = [engine.add(prompt, max_tokens) for prompt, max_tokens in wanted]
     engine.run()
     for request, (prompt, max_tokens) in zip(requests, wanted, strict=True):
         assert engine.tokens(request) == reference.complete(prompt, max_tokens)
-    assert capture.num_replays > 15
+    assert backend.reruns.num_replays > 15
 
 
 def test_greedy_forks_equal_generate(family: tuple[Path, Reference]) -> None:
@@ -173,14 +165,14 @@ def test_decodes_that_read_their_prefix_once_equal_generate(
 ) -> None:
     folder, reference = family
     shared = []
-    plan = CpuPlanner.plan
+    cut = CpuPlanner.cut
 
     def keep(planner: CpuPlanner, *arguments: Any) -> CpuPlan:
-        made = plan(planner, *arguments)
+        made = cut(planner, *arguments)
         shared.append(int(made.tiles[:, 2].max(initial=0)))
         return made
 
-    monkeypatch.setattr(CpuPlanner, "plan", keep)
+    monkeypatch.setattr(CpuPlanner, "cut", keep)
     rng = random.Random(1)
     stem = [rng.randrange(3, models.VOCAB_SIZE) for _ in range(140)]
     wanted = [stem + [3 + i] * (i + 1) for i in range(6)]
@@ -191,7 +183,7 @@ def test_decodes_that_read_their_prefix_once_equal_generate(
         engine.run()
         for request, prompt in zip(requests, wanted, strict=True):
             assert engine.tokens(request) == reference.complete(prompt, 30)
-        has_full_layers = None in engine.worker._runner._windows
+        has_full_layers = None in engine.worker._model.spec.windows
         assert max(shared) == (128 if has_full_layers and not disabled else 0)
 
 
@@ -320,11 +312,9 @@ def test_every_kind_of_request_is_the_same_one_step_ahead(
 
     monkeypatch.setattr(InputBatch, "_places_in_samples", places)
     calm = Engine(llama, async_scheduling=False)
-    if graphs:
-        use_references(monkeypatch)
-    engine = Engine(
-        llama, async_scheduling=True, num_blocks=20, max_num_seqs=12, max_num_batched_tokens=40
-    )
+    backend = CudaOnCpuBackend(sizes=graph_sizes(12)) if graphs else None
+    sizes = {"num_blocks": 20, "max_num_seqs": 12, "max_num_batched_tokens": 40}
+    engine = Engine(llama, backend, async_scheduling=True, **sizes)
     wanted = [
         (prompt, {"max_tokens": 12 + 2 * i} | kind)
         for i, (prompt, kind) in enumerate(zip(prompts(len(kinds)), kinds, strict=True))
@@ -334,14 +324,13 @@ def test_every_kind_of_request_is_the_same_one_step_ahead(
         alone.append(calm.add(prompt, **fields))
         calm.run()
     assert fed_back == 0
-    capture = capture_graphs(engine) if graphs else None
     together = [engine.add(prompt, **fields) for prompt, fields in wanted]
     engine.run()
     for request, other in zip(together, alone, strict=True):
         assert summary(engine, request) == summary(calm, other), request.sampling_params
     assert engine.core.stats().preemptions > 0
     assert fed_back > 100
-    assert capture is None or capture.num_replays > 10
+    assert backend is None or backend.reruns.num_replays > 10
 
 
 def test_weights_of_eight_bits_are_those_of_a_model_that_is_rounded(llama: Path) -> None:

@@ -8,17 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from quire.engine.config import EngineConfig
-from quire.engine.outputs import (
-    BlockCopy,
-    ModelRunnerOutput,
-    SchedulerOutput,
-    TableChange,
-    TokenLogprobs,
-)
+from quire.engine.devices.backend import Backend
+from quire.engine.devices.choose import choose_backend
+from quire.engine.grammar.bad_words import banned_tokens
+from quire.engine.model.causal_lm import CausalLM
+from quire.engine.model.loader import load_model
+from quire.engine.outputs import TokenLogprobs
 from quire.engine.request import Request
 from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Rank, Sequence
+from quire.engine.step import (
+    NO_CONSTRAINTS,
+    BlockCopy,
+    ModelRunnerOutput,
+    SchedulerOutput,
+    TableChange,
+)
 
 _ids = count()
 
@@ -34,6 +40,12 @@ def make_config(folder: Path, **overrides: Any) -> EngineConfig:
         "num_threads": 1,
     }
     return EngineConfig(**values | overrides)
+
+
+def load(folder: Path, **overrides: Any) -> CausalLM:
+    """The model in `folder`, as a worker loads it."""
+    config = make_config(folder, **overrides)
+    return load_model(config, choose_backend(config))
 
 
 def make_sequence(prompt: list[int], max_tokens: int, **params: Any) -> Sequence:
@@ -62,12 +74,14 @@ class Driver:
         self.released: list[int] = []
         self.copies: list[BlockCopy] = []
         self.known: set[int] = set()
+        self.rows: list[Sequence] = []
+        """The sequences of the last plan's rows."""
         self.steps = 0
         self.mixed_steps = 0
 
     @classmethod
-    def start(cls, config: EngineConfig) -> Driver:
-        worker = Worker(config)
+    def start(cls, config: EngineConfig, backend: Backend | None = None) -> Driver:
+        worker = Worker(config, backend)
         worker.load()
         return cls(worker, config, worker.profile())
 
@@ -77,7 +91,7 @@ class Driver:
         while running:
             output, result = self.step(running)
             assert not result.errors
-            for row, sequence in enumerate(output.sequences):
+            for row, sequence in enumerate(self.rows):
                 if len(sequence.token_ids) == sequence.stop_at:
                     self.release(sequence)
                     running.remove(sequence)
@@ -89,16 +103,25 @@ class Driver:
 
     def step(self, running: list[Sequence]) -> tuple[SchedulerOutput, ModelRunnerOutput]:
         output = self.schedule(running)
-        result = self.worker.launch(output)()
-        for row, sequence in enumerate(output.sequences):
+        result = self.launch(output)
+        for row, sequence in enumerate(self.rows):
             sequence.num_computed_tokens += output.num_new_tokens[row]
             token_id = result.token_ids[row]
             if token_id is not None:
                 sequence.token_ids.append(token_id)
         return output, result
 
+    def launch(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        banned = {
+            row: banned_tokens(words, sequence.token_ids, sequence.num_prompt_tokens)
+            for row, sequence in enumerate(self.rows)
+            if (words := sequence.request.sampling_params.bad_words)
+        }
+        constraints = NO_CONSTRAINTS._replace(banned=banned)
+        return self.worker.forward(output).sample(constraints)()
+
     def schedule(self, running: list[Sequence]) -> SchedulerOutput:
-        left, rows, changes = self.budget, [], []
+        left, rows, new, changes = self.budget, [], [], []
         for sequence in running:
             length = min(left, len(sequence.token_ids) - sequence.num_computed_tokens)
             if length == 0:
@@ -108,19 +131,34 @@ class Driver:
             needed = -(-(sequence.num_computed_tokens + length) // self.block_size)
             for _ in range(needed - held):
                 sequence.block_table.append(self.free_blocks.pop())
-            if needed > held and sequence.seq_id in self.known:
-                changes.append(TableChange(sequence, held))
+            if sequence.seq_id not in self.known:
+                new.append(sequence.spec())
+            elif needed > held:
+                table = sequence.block_table[held:]
+                changes.append(TableChange(sequence.seq_id, held, table))
             self.known.add(sequence.seq_id)
             rows.append((sequence, sequence.num_computed_tokens, length))
         lengths = [length for _, _, length in rows]
         self.steps += 1
         self.mixed_steps += min(lengths) == 1 < max(lengths)
+        self.rows = [sequence for sequence, _, _ in rows]
         output = SchedulerOutput(
             step=self.steps,
-            sequences=[sequence for sequence, _, _ in rows],
+            seq_ids=[sequence.seq_id for sequence in self.rows],
             num_computed_starts=[start for _, start, _ in rows],
             num_new_tokens=lengths,
+            token_ids=[
+                token
+                for sequence, start, length in rows
+                for token in sequence.token_ids[start : start + length]
+            ],
             total_tokens=sum(lengths),
+            partial_rows=[
+                row
+                for row, (sequence, start, length) in enumerate(rows)
+                if start + length < len(sequence.token_ids)
+            ],
+            new_sequences=new,
             block_copies=self.copies,
             table_changes=changes,
             released=self.released,
@@ -133,5 +171,6 @@ class Driver:
         self.free_blocks.extend(sequence.block_table)
         sequence.block_table.clear()
         sequence.num_computed_tokens = 0
-        self.released.append(sequence.seq_id)
-        self.known.discard(sequence.seq_id)
+        if sequence.seq_id in self.known:
+            self.released.append(sequence.seq_id)
+            self.known.remove(sequence.seq_id)

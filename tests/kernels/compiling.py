@@ -1,7 +1,7 @@
-"""Compile a launcher's kernels for a GPU that is not there, and read what came out.
+"""Compile a launcher's kernels for a GPU that is not present, and read the result.
 
-A launcher is run on CPU tensors with `JITFunction.run` replaced, so what is compiled is exactly
-what the launcher would launch: its constants, its alignments, its options.
+The launcher runs on CPU tensors with `JITFunction.run` replaced, so exactly what it would launch is
+compiled: with its constants, alignments and options.
 """
 
 import re
@@ -24,16 +24,19 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Compiled(NamedTuple):
+    """A compiled kernel and the resources that it needs."""
+
     name: str
     registers: int
     spills: int
-    """Bytes a thread of spill stores and loads."""
+    """Bytes of spill stores and loads per thread."""
     shared: int
-    """Bytes a program of shared memory."""
+    """Bytes of shared memory per program."""
     ptx: str
 
 
 def _canonical(value: object) -> str:
+    """Return Triton's name of a kernel argument's type."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -48,7 +51,10 @@ def _canonical(value: object) -> str:
 
 
 def _source(function: JITFunction, values: dict[str, Any]) -> ASTSource:
-    """The specialisations of Triton's launcher: 1 and None are constants, 16 divides."""
+    """Specialise the arguments as Triton's launcher does.
+
+    1 and None become constants, and divisibility by 16 is noted.
+    """
     import torch
 
     signature: dict[str, str] = {}
@@ -74,7 +80,7 @@ def _source(function: JITFunction, values: dict[str, Any]) -> ASTSource:
 
 
 def _assemble(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers and spilled bytes as ptxas reports them."""
+    """Return the registers and the spilled bytes that ptxas reports."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     found = get_ptxas(arch)
@@ -108,7 +114,7 @@ def compile_launch(launch: Callable[[], object], arch: int) -> list[Compiled]:
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(checks, "interpreting", lambda: True),
+        mock.patch.object(checks, "interpreting", lambda: True),  # so that CPU tensors are taken
         mock.patch.object(tuning, "compute_capability", lambda device: arch),
     ):
         launch()

@@ -1,4 +1,4 @@
-"""The launches whose machine code is looked at, and the table of it that docs/kernels.md holds.
+"""The launches whose machine code is tested, and the table of them in docs/kernels.md.
 
 Run this file to print the table.
 """
@@ -13,11 +13,8 @@ from packed import packed_step
 from paged import PagedInputs, paged_inputs
 
 from quire.kernels.cuda.attention.cascade import CascadeWorkspace
-from quire.kernels.cuda.attention.paged_attention_decode import (
-    DecodeWorkspace,
-    build_decode_schedule,
-    paged_attention_decode,
-)
+from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
+from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
 from quire.kernels.cuda.copy_blocks import copy_blocks
 from quire.kernels.cuda.prepare_inputs import prepare_inputs
@@ -38,7 +35,7 @@ Heads = tuple[int, int, int]
 def _inputs(
     query_lens: list[int], seq_lens: list[int], heads: Heads, block_size: int, cache: torch.dtype
 ) -> tuple[PagedInputs, tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
-    """bf16 queries, caches of dtype `cache`, and scales for float8."""
+    """Return bf16 queries, caches of dtype `cache`, and scales for float8."""
     inputs = paged_inputs(
         query_lens, seq_lens, num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2],
         block_size=block_size, dtype=BF16,
@@ -63,7 +60,9 @@ def decode(
     groups = None
     if cascade:
         groups = CascadeWorkspace.allocate(workspace, dtype=BF16, cache_dtype=cache)
-    build_decode_schedule(inputs.seq_lens, workspace, cascade=groups)
+    build_decode_schedule(
+        inputs.seq_lens, workspace, prefix_lens=None if groups is None else groups.prefix_lens
+    )
     paged_attention_decode(
         inputs.query, *caches, inputs.block_table, inputs.seq_lens, scale=inputs.scale,
         workspace=workspace, kv_scales=scales, cascade=groups,
@@ -98,7 +97,7 @@ def rows(kind: str) -> None:
 
 
 def sample(filtered: bool) -> None:
-    """Qwen3's vocabulary, every filter or none."""
+    """Sample from Qwen3's vocabulary with every filter or none."""
     ids, column = torch.ones(4, dtype=torch.int64), torch.ones(4, 1)
     logits = torch.zeros(4, 151_936, dtype=BF16)
     filters = {"top_k": ids, "top_p": column.double(), "log_min_p": column} if filtered else {}
@@ -144,17 +143,18 @@ LAUNCHES: dict[str, Callable[[], None]] = {
 
 @functools.cache
 def compiled(name: str, arch: int) -> list[Compiled]:
+    """Compile a launch for sm_<arch>; one entry per kernel, in the order of the launches."""
     return compile_launch(LAUNCHES[name], arch)
 
 
 def dots(ptx: str) -> str:
-    """The instruction of its matrix products."""
+    """Return the instruction of a kernel's matrix products, or an empty string."""
     names = ("wgmma.mma_async", "mma.sync")
     return next((name.partition(".m")[0] for name in names if name in ptx), "")
 
 
 def widest_load(ptx: str) -> int:
-    """Bytes that a thread reads from global memory at a time, at most."""
+    """Return the maximum number of bytes that a thread reads from global memory at a time."""
     copies = [int(size, 0) for size in COPY_SIZE.findall(ptx)]
     loads = [
         int(count or 1) * int(bits) // 8 for count, bits in LOAD.findall(ptx)
@@ -163,14 +163,14 @@ def widest_load(ptx: str) -> int:
 
 
 def table() -> str:
-    """What every launch's main kernel takes and uses, as Markdown."""
+    """Return the resources of every launch's main kernel as a Markdown table."""
     lines = [
         "| launch (bf16) | GPU | registers | spills (B) | shared memory (B) | dots | loads (B) |"
     ]
     lines.append("|---|---|---|---|---|---|---|")
     for arch in SHARED_LIMITS:
         for name in LAUNCHES:
-            # A cascade's own kernel, and a draw's pieces, come before the kernel that merges.
+            # The cascade's own kernel and the race over pieces run before the kernel that merges.
             last = -2 if name.startswith("cascade") or "unfiltered" in name else -1
             _, registers, spills, shared, ptx = compiled(name, arch)[last]
             lines.append(

@@ -1,4 +1,4 @@
-"""Random steps as `prepare_inputs` is given them; what it must write holds −7."""
+"""Random steps as arguments of `prepare_inputs`; all that it must write is filled with −7."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,17 +9,20 @@ from quire.kernels.cuda.prepare_inputs import FIELDS
 
 
 class PackedStep(NamedTuple):
+    """The arguments of one call of `prepare_inputs`."""
+
     tensors: tuple[torch.Tensor, ...]
-    """The arguments of `prepare_inputs`, in order."""
+    """The tensors, in the order of the parameters."""
     num_seqs: int
     reach: int
     block_size: int
 
     def launch(self, prepare: Callable[..., None]) -> None:
+        """Call `prepare` (the kernel's launcher or the reference) on these tensors."""
         prepare(*self.tensors, num_seqs=self.num_seqs, reach=self.reach, block_size=self.block_size)
 
     def run(self, prepare: Callable[..., None]) -> tuple[torch.Tensor, ...]:
-        """What `prepare` makes of copies of the tensors."""
+        """Call `prepare` on copies of the tensors and return the copies."""
         copy = self._replace(tensors=tuple(tensor.clone() for tensor in self.tensors))
         copy.launch(prepare)
         return copy.tensors
@@ -34,10 +37,13 @@ def packed_step(
     changed: float = 0.5,
     device: str = "cpu",
     seed: int = 0,
-) -> PackedStep:
-    """Rows of these new tokens behind so many old ones, those with one first. A share `changed` of
-    the rows has columns of its table that the device does not know; half of the tokens that may be
-    are unknown to the host, and half of the rows sample."""
+) -> PackedStep:  # over 50 lines: it builds ten tensors
+    """Make a random step whose row i has lengths[i] new tokens after starts[i] old ones.
+
+    Rows with one new token come first. A share `changed` of the rows has table columns that the
+    device does not know. Of the tokens that may be unknown to the host half are, and half of the
+    rows sample.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int, *shape: int) -> torch.Tensor:

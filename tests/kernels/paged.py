@@ -1,4 +1,4 @@
-"""Random paged inputs for attention tests, with every slot that must not be read set to NaN."""
+"""Random paged inputs for attention tests, in which every slot that must not be read is NaN."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,8 @@ from quire.kernels.prefix_groups import PrefixGroup
 
 @dataclass(frozen=True)
 class PagedInputs:
+    """The tensors that the attention kernels take."""
+
     query: torch.Tensor
     key_cache: torch.Tensor
     value_cache: torch.Tensor
@@ -30,7 +32,7 @@ def paged_inputs(
     device: str = "cpu",
     seed: int = 0,
 ) -> PagedInputs:
-    """Sequences of these lengths over shuffled blocks; unused slots and blocks hold NaN."""
+    """Make sequences of these lengths over shuffled blocks; unused slots and blocks hold NaN."""
     generator = torch.Generator(device).manual_seed(seed)
     needed = [-(-length // block_size) for length in seq_lens]
     num_blocks = sum(needed) + 3
@@ -62,7 +64,7 @@ def paged_inputs(
 
 
 def share_prefixes(inputs: PagedInputs, groups: list[PrefixGroup], block_size: int) -> None:
-    """Let members' tables name their first member's blocks; their own become NaN."""
+    """Point each member's table at the first member's blocks; the member's own become NaN."""
     for members, length in groups:
         blocks = length // block_size
         first = inputs.block_table[members[0], :blocks]
@@ -73,6 +75,6 @@ def share_prefixes(inputs: PagedInputs, groups: list[PrefixGroup], block_size: i
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ (Frobenius); NaN where either holds one."""
+    """Return ‖actual − expected‖ / ‖expected‖ (Frobenius); NaN if either tensor has a NaN."""
     difference = (actual.double() - expected.double()).norm()
     return float(difference / expected.double().norm().clamp_min(1e-30))

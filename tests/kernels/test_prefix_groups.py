@@ -1,4 +1,4 @@
-"""Groups of sequences that share a prefix, found from block tables; the cost model behind them."""
+"""Test the groups that are found in block tables, and the cost model that chooses them."""
 
 import random
 from itertools import pairwise
@@ -13,7 +13,7 @@ BLOCK = 16
 
 
 def tables(*shares: tuple[int, int], width: int = 400) -> list[list[int]]:
-    """For each (count, blocks): `count` tables that share their first `blocks`, and no more."""
+    """Make `count` tables that share exactly their first `blocks`, for each (count, blocks)."""
     fresh = iter(range(10**7))
     found = []
     for count, blocks in shares:
@@ -33,8 +33,8 @@ def test_64_sequences_behind_4096_tokens() -> None:
 
 
 def test_the_saving_is_what_is_read_less() -> None:
-    """64 × 4096 tokens of 4 KiB are 1.07 GB; shared, two tiles of rows read them and results of
-    16 splits are written and read."""
+    """64 × 4096 tokens of 4 KiB are 1.07 GB. When shared, two row tiles read the prefix, and the
+    results of 16 splits are written and read."""
     assert LLAMA_8B.num_tiles(64) == 2 and LLAMA_8B.num_splits(2, 4096) == 16
     partials = 2 * 64 * 16 * 32 * 129 * 4
     compute = 4 * 256 * 8 * 128 * 4096 * 4.3 / 330
@@ -58,7 +58,7 @@ def test_float8_saves_half_as_much() -> None:
 def test_short_or_few_or_young_prefixes_are_left_alone(
     shares: tuple[int, int], length: int
 ) -> None:
-    """Under 512 tokens, under 4 members, or with no 512 tokens before the newest one."""
+    """No group has under 512 tokens or 4 members, or includes a newest token."""
     found = find(tables(shares), length)
     assert found == ([PrefixGroup(tuple(range(64)), 512)] if length == 513 else [])
     assert length != 513 or find(tables(shares), 512) == []
@@ -79,8 +79,8 @@ def test_a_saving_below_a_launch_is_none() -> None:
 
 
 def test_where_nothing_is_saved_there_is_no_group() -> None:
-    """A tile that holds two members reads the prefix as often as two by two would; with four
-    heads' worth of float32 results a split, four members are better off apart."""
+    """If a tile holds only one member, sharing reads the prefix as often as before and adds the
+    partial results; if it holds none, there is no tile to share."""
     costly = CascadeCost(num_heads=128, num_kv_heads=1, head_dim=64, block_m=128)
     assert costly.saved_bytes(4, 512) < 0
     assert find_prefix_groups(tables((4, 32)), [6000] * 4, BLOCK, costly) == []
@@ -89,7 +89,7 @@ def test_where_nothing_is_saved_there_is_no_group() -> None:
 
 
 def test_the_deeper_of_two_nested_groups_where_it_saves_more() -> None:
-    """All share 40 blocks, half of them 250: the half is worth more than all."""
+    """All tables share 40 blocks and half of them 250: the group of half saves more."""
     block_tables = tables((64, 40))
     deep = list(range(10**7, 10**7 + 210))
     for table in block_tables[:32]:

@@ -1,4 +1,4 @@
-"""The oracle itself, against torch's own attention and against the definitions, in float64."""
+"""Compare the references with torch's own operations and with the definitions, in float64."""
 
 import sys
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_attention_equals_torchs(query_len: int, length: int, window: int | None
 
 
 def test_softcap_and_sinks_by_hand() -> None:
-    """One query, two keys, one dimension pair: every number written out."""
+    """Every number of one query and two keys is written out."""
     keys = torch.zeros(1, 1, 16, 16, dtype=F64)
     values = torch.zeros_like(keys)
     keys[0, 0, 0, 0], keys[0, 0, 1, 0] = 4.0, -2.0

@@ -1,4 +1,4 @@
-"""An engine whose tokens are a script, and a byte-level tokenizer that needs no download."""
+"""An engine that generates scripted tokens, and a byte-level tokenizer that needs no download."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ VOCAB_SIZE = 258
 def byte_tokenizer(
     chat_template: str | None = CHAT_TEMPLATE, special: Sequence[str] = ()
 ) -> Tokenizer:
-    """One token for each byte, the two control tokens of ChatML, and more of them."""
+    """Make a tokenizer with a token for each byte, ChatML's two control tokens, and `special`."""
     encoder = Encoder(models.BPE(vocab=BYTE_VOCABULARY, merges=[]))
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoder.decoder = decoders.ByteLevel()
@@ -60,7 +60,7 @@ def byte_tokenizer(
 
 
 def ids(text: str) -> list[int]:
-    """Token ids of text that spells no control token."""
+    """Return the token ids of a text that spells no control token."""
     table = pre_tokenizers.ByteLevel(add_prefix_space=False)
     [(mapped, _)] = table.pre_tokenize_str(text) if len(text) == 1 else [("", None)]
     if mapped:
@@ -70,7 +70,7 @@ def ids(text: str) -> list[int]:
 
 @dataclass
 class Script:
-    """What one choice does: its tokens, and its end where max_tokens does not come first."""
+    """The course of one choice: its tokens, and its end unless max_tokens comes first."""
 
     tokens: list[int]
     finish: FinishReason = "stop"
@@ -82,20 +82,20 @@ class Script:
     """Tokens in one output."""
     logprob: float = -0.5
     eos: bool = True
-    """An end "stop" brings the end-of-sequence token along, as engines do."""
+    """Whether "stop" adds the end-of-sequence token, as real engines do."""
 
 
 Scripts = Callable[[Request, int], Script]
 
 
 def say(text: str, **fields: Any) -> Scripts:
-    """Every choice says `text` and ends."""
+    """Make scripts in which every choice says `text` and ends."""
     return lambda request, choice: Script(ids(text), **fields)
 
 
 @dataclass
 class FakeEngineClient:
-    """See `EngineClient`; `scripts` decides what (request, choice) does."""
+    """An EngineClient in which `scripts` decides the course of each (request, choice)."""
 
     scripts: Scripts = field(default_factory=lambda: say("Hello, world"))
     vocab_size: int = VOCAB_SIZE
@@ -103,12 +103,12 @@ class FakeEngineClient:
     max_num_seqs: int = 64
     num_blocks: int = 64
     embedding: EmbeddingSpec | str = NO_LAYOUT
-    """Where there is a spec, a prompt's vector is its tokens' first ones, and zeros."""
+    """With a spec, the vector of a prompt holds its first token ids, then zeros."""
     can_generate: bool = True
     ready: bool = True
     alive: bool = True
     hold: asyncio.Event | None = None
-    """Where set, no output comes before it is."""
+    """If there is one, no output comes before it is set."""
 
     requests: list[Request] = field(default_factory=list)
     aborted: list[tuple[str, int | None]] = field(default_factory=list)

@@ -21,7 +21,7 @@ import pytest
 
 from quire.engine.errors import ConfigurationError
 from quire.server import cli
-from quire.server.serving.main import listening
+from quire.server.serving.listener import listening
 from quire.server.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -30,10 +30,9 @@ SLOW = 5  # of tests/engine/fakes.py: 20 ms a step
 LAUNCHER = """
 import sys
 from functools import partial
+from quire.engine.process.process_client import ProcessEngineClient
 from quire.server import cli
-from quire.server.serving import main as serving
-serving.ProcessEngineClient = partial(serving.ProcessEngineClient, core=sys.argv[1])
-sys.exit(cli.main(sys.argv[2:]))
+sys.exit(cli.main(sys.argv[2:], partial(ProcessEngineClient, core=sys.argv[1])))
 """
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quire.engine.config import EngineConfig
+from quire.engine.config import EngineConfig, engine_flags
 from quire.engine.errors import ConfigurationError
 from quire.server.cli import build_parser
 from quire.server.settings import GROUPS, Settings, load_settings
@@ -67,7 +67,7 @@ def test_lists_from_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         ({"tool_call_parser": "gpt9"}, "tool_call_parser: "),
         ({"reasoning_parser": "hermes"}, "reasoning_parser: "),
         ({"tool_parser": "hermes"}, "tool_parser: there is no such setting"),
-        ({"port": "x", "seed": "y"}, "port: .*; seed: "),
+        ({"port": "x", "seed": "y"}, "seed: .*; port: "),
     ],
 )
 def test_refusals_name_the_setting(flags: dict[str, Any], message: str) -> None:
@@ -101,8 +101,18 @@ def test_engine_config() -> None:
         load_settings(block_size="48").engine_config()
 
 
+def test_every_flag_of_the_engine_is_a_setting_with_the_same_bounds() -> None:
+    for flag in engine_flags():
+        field = Settings.model_fields[flag.name]
+        assert field.default == flag.default and field.description == flag.help
+        bounds = {type(bound).__name__: bound for bound in field.metadata}
+        for name in ("Ge", "Gt", "Le"):
+            bound = getattr(flag, name.lower())
+            assert (getattr(bounds[name], name.lower()) if name in bounds else None) == bound
+
+
 def test_engine_defaults_agree() -> None:
-    """A default stated twice must not differ."""
+    """The defaults of the settings are those of EngineConfig."""
     assert load_settings(model="m").engine_config() == EngineConfig(model="m")
 
 

@@ -1,6 +1,6 @@
-"""Attention on the CPU: cut a step into tiles, call the kernels.
+"""Attention on the CPU: cut a step into tiles, then call the kernels in every layer.
 
-Importing this loads Numba: only a worker on the CPU does.
+Importing this loads Numba.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ....kernels.cpu import norms as cpu_kernels
 from ....kernels.cpu.numbers import as_array, thread_count
 from ....kernels.cpu.softmax import KEYS
 from ....kernels.prefix_groups import find_prefix_groups
+from ...attention.metadata import AttentionMetadata
+from ..steps import DeviceStep, HostStep
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from ...attention.interface import AttentionMetadata
 
 _NO_SINKS = np.zeros(1, dtype=np.float32)
 _MIN_SHARED_TOKENS = 2 * KEYS
@@ -29,22 +29,62 @@ _MIN_SHARED_TOKENS = 2 * KEYS
 
 @dataclass(frozen=True, slots=True)
 class CpuPlan:
-    """A step cut into tiles as in `cpu_attention.Batch`, those with most work first."""
+    """The AttentionPlan of one step: its tiles as in `cpu_attention.Batch`, those with most work
+    first, for all layers."""
 
     tiles: NDArray[np.int64]
     members: NDArray[np.int64]
     tile_queries: int
     num_threads: int
 
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        kv_scales: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert kv_scales is None, "the CPU has no float8 cache"
+        stored = as_array(cache)
+        numba.set_num_threads(self.num_threads)
+        cpu_kernels.store_kv(as_array(key), as_array(value), metadata.slot_mapping.numpy(), stored)
+        output = torch.empty(query.shape, dtype=query.dtype)
+        batch = cpu_attention.Batch(
+            metadata.block_table.numpy(),
+            metadata.query_start_loc.numpy(),
+            metadata.seq_lens.numpy(),
+            self.tiles,
+            self.members,
+            self.tile_queries,
+        )
+        scoring = cpu_attention.Scoring(
+            np.float32(scale),
+            window or 0,
+            np.float32(softcap or 0.0),
+            _NO_SINKS if sinks is None else sinks.float().numpy(),
+            sinks is not None,
+        )
+        cpu_attention.attend(
+            as_array(query), stored, batch, scoring, self.num_threads, as_array(output)
+        )
+        return output
+
 
 @dataclass(frozen=True)
 class SharingCost:
-    """What a group of decodes saves that reads its common beginning once for each tile of rows:
-    see `kernels.prefix_groups`."""
+    """A `prefix_groups.GroupCost`: what decodes save if each tile of rows reads their common
+    beginning once."""
 
     members_per_tile: int
     token_bytes: int
-    """K and V of one token in one layer."""
+    """Bytes of K and V of one token in one layer."""
     query_len: int = 1
 
     def saved_bytes(self, members: int, length: int) -> float:
@@ -52,31 +92,54 @@ class SharingCost:
 
 
 class CpuPlanner:
-    """Cuts steps into tiles, for models of `num_heads` and a cache `[layers, 2, blocks,
-    num_kv_heads, block_size, head_dim]`; `shares` if decodes read together what they share."""
+    """Planner of the steps over one KV cache."""
 
     def __init__(self, num_heads: int, kv_cache: torch.Tensor, *, shares: bool = True) -> None:
+        """Plan for models of `num_heads` and a cache `[layers, 2, blocks, num_kv_heads,
+        block_size, head_dim]`. With `shares`, decodes read a common beginning together."""
         _, _, _, self._kv_heads, self._block_size, head_dim = kv_cache.shape
         self._tile_queries = max(1, cpu_attention.TILE_ROWS // (num_heads // self._kv_heads))
         self._token_bytes = 2 * self._kv_heads * head_dim * kv_cache.element_size()
         self._shares = shares
 
+    def find_shared(self, host: HostStep) -> bool:
+        """Return False: tiles that share a prefix need no kernel of their own, and `plan` finds
+        them."""
+        return False
+
     def plan(
+        self,
+        query_start_loc: NDArray[np.int32],
+        seq_lens: NDArray[np.int32],
+        num_decodes: int,
+        step: DeviceStep,
+        *,
+        shared: bool = False,
+    ) -> CpuPlan:
+        return self.cut(query_start_loc, seq_lens, step.block_table[:num_decodes].numpy())
+
+    def cut(
         self,
         query_start_loc: NDArray[np.int32],
         seq_lens: NDArray[np.int32],
         decode_tables: NDArray[np.int32] | None = None,
     ) -> CpuPlan:
-        """The first two as in AttentionMetadata, on the host; decode_tables `[num_decodes, .]` are
-        the block tables of the first rows, those with one token."""
+        """Cut a step into tiles.
+
+        query_start_loc and seq_lens are as in AttentionMetadata; decode_tables `[num_decodes, …]`
+        are the block tables of the first rows, those with one token.
+        """
         num_threads = thread_count()
+        # 1. Decodes that share a prefix stand in one tile, which reads it once.
         shared: list[tuple[NDArray[np.int64], int]] = []
         if self._shares and decode_tables is not None:
             shared = self._tiles_that_share(decode_tables, seq_lens, num_threads)
-        if query_start_loc[-1] == len(seq_lens) and not shared:  # one token a row: a tile each
+        # 2. The usual case: one token a row and nothing shared. Every row is a tile.
+        if query_start_loc[-1] == len(seq_lens) and not shared:
             members = np.zeros((len(seq_lens), 2), dtype=np.int64)
             members[:, 0] = np.argsort(-seq_lens, kind="stable")
             return CpuPlan(_one_a_tile(len(members)), members, 1, num_threads)
+        # 3. All other rows are cut into tiles of `size` queries.
         counts, size = np.diff(query_start_loc), self._tile_queries
         counts[[row for rows, _ in shared for row in rows]] = 0
         tiles_of = -(-counts // size)
@@ -92,14 +155,16 @@ class CpuPlanner:
             tiles = np.append(tiles, [tile], axis=0)
             members = np.append(members, np.stack((rows, np.zeros_like(rows)), axis=1), axis=0)
             work = np.append(work, seq_lens[rows].sum())
+        # 4. Threads take tiles in this order: the longest first, so that no thread is left with a
+        # long one at the end.
         order = np.argsort(-work, kind="stable")
         return CpuPlan(tiles[order], members.astype(np.int64), size, num_threads)
 
     def _tiles_that_share(
         self, tables: NDArray[np.int32], seq_lens: NDArray[np.int32], num_threads: int
     ) -> list[tuple[NDArray[np.int64], int]]:
-        """Rows of each tile, and how many keys they read once."""
-        # Large tiles save most, but every thread shall have one.
+        """Return the rows of each tile, and how many keys they read once."""
+        # Large tiles save most, but every thread needs one.
         most = min(self._tile_queries, len(tables) * self._kv_heads // num_threads)
         if most < 2:
             return []
@@ -121,50 +186,8 @@ class CpuPlanner:
 
 
 def _one_a_tile(count: int) -> NDArray[np.int64]:
-    """Tiles of one member each, that share nothing."""
+    """Return tiles of one member each, which share nothing."""
     tiles = np.zeros((count, 3), dtype=np.int64)
     tiles[:, 0] = np.arange(count)
     tiles[:, 1] = tiles[:, 0] + 1
     return tiles
-
-
-def attend_on_cpu(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """query `[T, num_heads, head_dim]`, key and value `[T, num_kv_heads, head_dim]` → like query.
-
-    The cache is one layer's `[2, num_blocks, num_kv_heads, block_size, head_dim]`, contiguous.
-    """
-    plan, stored = metadata.cpu_plan, as_array(cache)
-    assert plan is not None
-    numba.set_num_threads(plan.num_threads)
-    cpu_kernels.store_kv(as_array(key), as_array(value), metadata.slot_mapping.numpy(), stored)
-    output = torch.empty(query.shape, dtype=query.dtype)
-    batch = cpu_attention.Batch(
-        metadata.block_table.numpy(),
-        metadata.query_start_loc.numpy(),
-        metadata.seq_lens.numpy(),
-        plan.tiles,
-        plan.members,
-        plan.tile_queries,
-    )
-    scoring = cpu_attention.Scoring(
-        np.float32(scale),
-        window or 0,
-        np.float32(softcap or 0.0),
-        _NO_SINKS if sinks is None else sinks.float().numpy(),
-        sinks is not None,
-    )
-    cpu_attention.attend(
-        as_array(query), stored, batch, scoring, plan.num_threads, as_array(output)
-    )
-    return output

@@ -1,6 +1,6 @@
-"""A model with a flat body on the CPU: its weights packed, a step one compiled function.
+"""A flat body on the CPU: its weights are packed, and a step is one compiled function.
 
-Importing this loads Numba: only a worker on the CPU does.
+Importing this loads Numba.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import nn
 from ....kernels.cpu.body import Activations, Ends, Layers, Step, run_model
 from ....kernels.cpu.numbers import FLOATS, as_array
 from ....kernels.cpu.panels import PANEL_COLUMNS
+from ...attention.metadata import AttentionMetadata
+from ...body.body import ForwardToLogits
 from ...body.flat_decoder import FlatDecoder, FlatLayer, Norm, Rotation, rotary_factors
+from .attention import CpuPlan
 from .packed_linear import PackedLinear, pack
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ...attention.interface import AttentionMetadata
-
-
 _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class CpuDecoder:
-    """A model with a flat body that runs as one compiled function, `cpu_body.run_model`."""
+    """A Body that runs as one compiled function, `kernels.cpu.body.run_model`."""
 
     def __init__(self, flat: FlatDecoder, *, int8: bool = False) -> None:
-        """Takes the weights of the layers over: theirs are emptied. `int8` as in `pack`."""
+        """Take over the weights of the layers, which are emptied. `int8` is that of `pack`."""
         self._rotations = _Rotations(flat.rotary)
         self._layers = _pack_layers(flat.layers, flat.norm, int8)
         first = flat.layers[0]
@@ -45,28 +45,32 @@ class CpuDecoder:
         self._vocab_size = 0
         self._activations: Activations | None = None
 
-    @property
-    def has_head(self) -> bool:
-        return self._vocab_size > 0
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        return self.forward_to_logits(input_ids, positions, input_ids[:0], metadata)[0]
 
-    def append_head(self, head: PackedLinear) -> None:
-        """From now on calls return logits."""
+    def fuse_head(self, product: nn.Module) -> ForwardToLogits | None:
+        if not isinstance(product, PackedLinear):
+            return None
         self._activations = None
-        self._ends = self._ends._replace(head=head.panels, head_affine=head.affine)
-        self._vocab_size = head.out_features
+        self._ends = self._ends._replace(head=product.panels, head_affine=product.affine)
+        self._vocab_size = product.out_features
+        return self.forward_to_logits
 
-    def __call__(
+    def forward_to_logits(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         logit_indices: torch.Tensor,
         metadata: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """input_ids and positions `[T]`, logit_indices `[R]` → hidden states `[T, hidden_size]`,
-        and logits `[R, vocab_size]` if it has a head; valid until the next call."""
+        """input_ids and positions `[T]`, logit_indices `[R]` → hidden states `[T, hidden_size]`
+        and logits `[R, vocab_size]` (`[R, 0]` without a head). Both are valid until the next
+        call."""
         rotation, rows = self._rotations(positions)
-        plan = metadata.cpu_plan
-        assert plan is not None
+        plan = metadata.plan
+        assert isinstance(plan, CpuPlan)
         num_tokens, num_logits = len(input_ids), len(logit_indices)
         activations = self._scratch(num_tokens, num_logits)
         step = Step(
@@ -91,12 +95,13 @@ class CpuDecoder:
         return hidden.to(self._dtype), logits.to(self._dtype)
 
     def _scratch(self, num_tokens: int, num_logits: int) -> Activations:
-        """Kept from step to step: fresh memory would be cleared by the system at each one."""
+        """Return buffers of at least this size. They are kept from step to step, because the
+        system would clear fresh memory in each one."""
         kept = self._activations
         rows, picks = num_tokens, num_logits
         if kept is None or len(kept.x) < rows or len(kept.picked) < picks:
             if kept is not None:
-                # By little for the logits: with a large vocabulary they are most of it.
+                # Logits grow by little: with a large vocabulary they are most of the memory.
                 rows, picks = max(2 * rows, len(kept.x)), max(picks + 16, len(kept.picked))
             hidden_size = self._ends.embedding.shape[1]
             heads, kv_heads, head_dim = self._widths
@@ -116,8 +121,9 @@ class CpuDecoder:
 
 
 class _Rotations:
-    """Rotary factors by position, which are computed but once: a call of the model's own module
-    takes as long as two layers of a small one. Not where they depend on the positions around."""
+    """Rotary factors by position, computed only once: a call of the model's own module takes as
+    long as two layers of a small model. Kinds of rope whose factors depend on the other positions
+    of a step are computed in each one."""
 
     def __init__(self, rotary: nn.Module) -> None:
         self._rotary = rotary
@@ -126,7 +132,7 @@ class _Rotations:
         self._table = Rotation(torch.empty(0), torch.empty(0))
 
     def __call__(self, positions: torch.Tensor) -> tuple[Rotation, torch.Tensor]:
-        """Factors `[., head_dim]`, and which of them the positions `[T]` have, `[T]`."""
+        """Return factors `[…, head_dim]`, and the row in them of each of the positions `[T]`."""
         if not self._is_static:
             return self._compute(positions), torch.arange(len(positions))
         longest = int(positions.max()) + 1
@@ -139,7 +145,7 @@ class _Rotations:
 
 
 def can_compile(flat: FlatDecoder) -> bool:
-    """Whether CpuDecoder runs it: SiLU, and layers that are alike."""
+    """Whether a CpuDecoder can run it: its layers are alike, with SiLU."""
     first = flat.layers[0]
     shapes = (first.num_heads, first.num_kv_heads, first.down.in_features, first.qk_norm is None)
     return all(
@@ -152,6 +158,9 @@ def can_compile(flat: FlatDecoder) -> bool:
 
 
 def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm, int8: bool) -> Layers:
+    """Stack the layers' weights, each kind into one array. Norms of Q and K that a model does not
+    have get an epsilon of −1, and the last norm is an input norm after the last layer's."""
+
     def stack(norms: Sequence[Norm]) -> NDArray[np.float32]:
         return torch.stack([norm.weight.float() for norm in norms]).numpy()
 

@@ -1,6 +1,8 @@
-"""Linear layers on the CPU with packed weights, as `cpu_products` multiplies them.
+"""Linear layers on the CPU whose weights are packed into panels, as `kernels.cpu.products`
+multiplies them.
 
-`F.linear` in float32 goes to MKL, which packs the weight anew in every call.
+`F.linear` in float32 goes to MKL, which packs the weight again in every call. Importing this loads
+Numba.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ if TYPE_CHECKING:
 def pack(
     linears: Sequence[nn.Linear], parts: int = 1, *, int8: bool = False
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Panels `[linears, panels, in_features, PANEL_COLUMNS]` of layers of one shape, and scale and
-    bias of their columns `[linears, 2, panels * PANEL_COLUMNS]`; panels of the `parts` of the
-    columns take turns. With `int8` a column's weights are the nearest multiples of a 127th of its
-    greatest one.
+    """Pack the weights of layers of one shape, and empty those of the layers.
 
-    Takes the weights over: those of the layers are emptied.
+    Returns panels `[linears, panels, in_features, PANEL_COLUMNS]`, and scale and bias of their
+    columns `[linears, 2, panels * PANEL_COLUMNS]`. The columns are split into `parts`, whose panels
+    take turns (gate, up, gate, …). With `int8`, a column's weights are the nearest multiples of a
+    127th of its greatest one.
     """
     first = linears[0]
     columns, depth = first.out_features // parts, first.in_features
@@ -60,10 +62,11 @@ def pack(
 
 
 class PackedLinear(nn.Module):
-    """y = x Wᵀ + b; x `[..., in_features]` → `[..., out_features]`, like it."""
+    """y = x Wᵀ + b with a packed W; x `[..., in_features]` → `[..., out_features]`, of its
+    type."""
 
     def __init__(self, linear: nn.Linear, *, int8: bool = False) -> None:
-        """`int8` as in `pack`."""
+        """Take over the weight of `linear`, which is emptied. `int8` is that of `pack`."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._dtype = linear.weight.dtype
@@ -72,7 +75,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """A dense copy `[out_features, in_features]`, for code that looks at it."""
+        """A dense copy of the weight `[out_features, in_features]`, for code that looks at it."""
         panels = torch.from_numpy(self.panels)
         if panels.dtype == torch.int8:
             scales = torch.from_numpy(self.affine[0]).view(len(panels), 1, PANEL_COLUMNS)
@@ -98,16 +101,16 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module, *, int8: bool = False) -> None:
-    """Replace every plain nn.Linear below `model`; the dense weight is let go, unless it is tied
-    to an embedding. `int8` as in `pack`."""
+    """Replace every plain nn.Linear below `model` by a PackedLinear. The dense weight is freed,
+    unless it is tied to an embedding. `int8` is that of `pack`."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child.weight.dtype in FLOATS:
                 setattr(module, name, PackedLinear(child, int8=int8))
 
 
-def leave_files(model: nn.Module) -> None:
-    """Copy what is left of the weights into memory of their own. As parts of a mapped file they
-    would keep all of it resident, though most of it has been packed."""
+def unmap_weights(model: nn.Module) -> None:
+    """Copy the weights into memory of their own. As views of a mapped file, those that are not
+    packed would keep all of it resident."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()

@@ -1,1 +1,16 @@
-"""CUDA as a device. Importing its modules loads Triton."""
+"""CUDA as a device. Importing its modules loads Triton.
+
+Read in this order:
+
+    backend.py          all that CUDA does its own way; the measurement of memory
+    kernels.py          the kernels that it launches, as one value that tests replace
+    inputs.py           the tensors of a step, made by one copy and one kernel
+    attention.py        plans a step, and attends
+    shared_prefixes.py  which decodes read a shared prefix once
+    body_ops.py         the operations of a flat body
+    decode_graphs.py    CUDA graphs of decode steps
+    draws.py            draws
+    memory.py           a GPU's memory
+
+May import: the rooms that engine.devices may, and kernels.cuda.
+"""

@@ -1,57 +1,49 @@
 """CUDA graphs of steps in which every row has one new token.
 
 A small model's decode step costs the host more time to launch than the device to run. A graph
-launches it at once, over the same addresses each time, so there is one for each of a ladder of
-batch sizes, and a step takes the next larger one: its padded rows have length 0 and slot −1, read
-no key and write none.
+launches it at once, over the same addresses each time. So there is one graph for each of a ladder
+of batch sizes, and a step takes the next larger one: its padded rows have length 0 and slot −1,
+read no key and write none.
 
-Captured is the model, body and head. What changes from step to step in kind, not in values alone,
-stays outside: block copies, log-probabilities of prompts, and sampling, whose operations follow
-from the rows' parameters. The graphs share one memory pool and one pair of output buffers: a
-step's output stands there until the next replay, and steps run in the order of their launch.
+A graph holds the model, body and head. Outside of it stays everything whose operations, not only
+values, change from step to step: block copies, log-probabilities of prompts, and sampling. The
+graphs share one memory pool and one pair of output buffers: a step's output stays there until the
+next replay, and steps run in the order of their launch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from ...model.model_spec import one_line
-from ...runner.input_batch import DeviceStep
+from ...errors import one_line
+from ..steps import DeviceStep, GraphKey, ModelOutput
 
 MAX_GRAPH_SIZE = 256
+"""Maximum number of rows. A larger step has enough work to hide its launches."""
 _GRAPH_SIZES = (1, 2, 4, *range(8, MAX_GRAPH_SIZE + 1, 8))
 
 Run = Callable[[], None]
 Capture = Callable[[Run], Run]
-"""Record what `run` launches; what it returns launches the same again. A test's stand-in, where
-there is no CUDA, returns `run` itself."""
-
-
-class ModelOutput(NamedTuple):
-    """Of T tokens: hidden states `[T, hidden_size]` and logits `[T, vocab_size]`."""
-
-    hidden: torch.Tensor
-    logits: torch.Tensor
+"""Records what `run` launches and returns a function that launches the same again. Without CUDA,
+a stand-in may return `run` itself."""
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture, ascending. A larger step, with over 256 rows, has work enough to
-    hide its launches."""
+    """Return the batch sizes to capture, ascending."""
     largest = min(max_num_seqs, MAX_GRAPH_SIZE)
     return [*(size for size in _GRAPH_SIZES if size < largest), largest]
 
 
 class NotCapturableError(Exception):
-    """What was to be recorded waits for the device (to read a tensor's values, usually)."""
+    """A step waits for the device, usually to read a tensor's values: it cannot be recorded."""
 
 
 class CudaCapture:
-    """The `Capture` of a CUDA device. What it recorded shares one memory pool. Raises
-    NotCapturableError before a recording is begun, RuntimeError where one breaks."""
+    """The `Capture` of a CUDA device. All its recordings share one memory pool. Raises
+    NotCapturableError before a recording begins, RuntimeError if one breaks."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -63,7 +55,9 @@ class CudaCapture:
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            run()  # kernels are compiled and libraries take their workspaces before the recording
+            # 1. Run it once: kernels are compiled and libraries take their workspaces.
+            run()
+            # 2. Run it again, with an error if it waits for the device.
             torch.cuda.set_sync_debug_mode("error")
             try:
                 run()
@@ -74,6 +68,7 @@ class CudaCapture:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream(self._device).wait_stream(stream)
+        # 3. Record it.
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             run()
@@ -81,7 +76,7 @@ class CudaCapture:
 
 
 class DecodeGraphs:
-    """The captured sizes of one runner, over its static inputs."""
+    """The captured decode steps of one runner, over its static inputs."""
 
     def __init__(
         self,
@@ -89,45 +84,45 @@ class DecodeGraphs:
         static_step: Callable[[int], DeviceStep],
         capture: Capture,
     ) -> None:
-        """`forward` reads nothing but tensors at fixed addresses, those of its step among them, and
-        is told whether rows share prefixes; `static_step(size)` are the tensors from which every
-        step of `size` rows is run."""
+        """`forward(step, shared)` runs the model, with or without shared prefixes, and reads only
+        tensors at fixed addresses. `static_step(size)` returns the tensors that every step of
+        `size` rows reads."""
         self._forward = forward
         self._static_step = static_step
         self._capture = capture
-        self._replays: dict[tuple[int, bool], Run] = {}
+        self._replays: dict[GraphKey, Run] = {}
         self._outputs: ModelOutput | None = None
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int], shared_sizes: Collection[int] = ()) -> None:
-        """Largest first, so that the others fit the memory that it took; those of `shared_sizes`
-        once more for steps whose rows share prefixes."""
+        """Capture these sizes, and those of `shared_sizes` once more for steps whose rows share
+        prefixes. The largest comes first, so that the others fit the memory that it took."""
         for size in tqdm(sorted(sizes, reverse=True), "capturing decode graphs", unit="graph"):
             step = self._static_step(size)
             if self._outputs is None:
                 self._outputs = ModelOutput(*map(torch.empty_like, self._forward(step, False)))
-            capacity = self._outputs.hidden.shape[0]
             for shared in (False, True) if size in shared_sizes else (False,):
-                self._replays[size, shared] = self._capture(self._run_of(step, shared, capacity))
+                self._replays[GraphKey(size, shared)] = self._capture(self._run_of(step, shared))
 
-    def __contains__(self, size_and_shared: tuple[int, bool]) -> bool:
-        return size_and_shared in self._replays
+    def __contains__(self, key: object) -> bool:
+        return key in self._replays
 
-    def _run_of(self, step: DeviceStep, shared: bool, capacity: int) -> Run:
-        size = len(step.seq_lens)
+    def _run_of(self, step: DeviceStep, shared: bool) -> Run:
+        assert self._outputs is not None
+        size, outputs = len(step.seq_lens), self._outputs
+        capacity = outputs.hidden.shape[0]
         if size > capacity:
             raise ValueError(f"{size} rows after a first graph of {capacity}")
 
         def run() -> None:
-            assert self._outputs is not None
-            for buffer, tensor in zip(self._outputs, self._forward(step, shared), strict=True):
+            for buffer, tensor in zip(outputs, self._forward(step, shared), strict=True):
                 buffer[:size].copy_(tensor)
 
         return run
 
-    def replay(self, size: int, shared: bool) -> ModelOutput:
-        """Run the static step of `size` rows; its output is valid until the next replay."""
+    def replay(self, key: GraphKey) -> ModelOutput:
+        """Run the static step of this kind; its output is valid until the next replay."""
         assert self._outputs is not None
-        self._replays[size, shared]()
+        self._replays[key]()
         hidden, logits = self._outputs
-        return ModelOutput(hidden[:size], logits[:size])
+        return ModelOutput(hidden[: key.size], logits[: key.size])

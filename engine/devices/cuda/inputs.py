@@ -1,18 +1,22 @@
-"""A step's tensors made on CUDA: one copy of what the host alone knows, one kernel.
+"""A step's tensors made on CUDA: one copy of what only the host knows, then one kernel.
 
-Importing this loads Triton: only a worker on CUDA does.
+The tensors' addresses never change, because CUDA graphs read them in place. Importing this loads
+Triton.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Sizes
-from typing import TYPE_CHECKING
+from bisect import bisect_left
+from collections import abc
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ....kernels.cuda.prepare_inputs import FIELDS, Record, prepare_inputs
-from ...runner.input_batch import DeviceStep, HostStep, padded_size
+from ....kernels.cuda.prepare_inputs import FIELDS, Record
+from ....kernels.device_copy import StagingBuffer
+from ..steps import DeviceStep, HostStep
+from .kernels import Kernels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,31 +32,36 @@ class DeviceInputs:
         max_blocks: int,
         block_size: int,
         device: torch.device,
+        kernels: Kernels,
     ) -> None:
         self._block_size = block_size
+        self._prepare_inputs = kernels.prepare_inputs
         self._buffers = DeviceStep.allocate(max_num_tokens, max_num_seqs, max_blocks, device)
         self._table = torch.zeros_like(self._buffers.block_table)
         self._known = np.zeros(max_num_seqs, dtype=np.int64)
-        """The leading columns of each row that are on the device what they are on the host."""
-        self._sizes: Sizes[int] = ()
+        """How many leading columns of each row are the same on the device as on the host."""
+        self._sizes: abc.Sequence[int] = ()
         capacity = max_num_seqs * (FIELDS + max_blocks) + max_num_tokens
-        # One buffer, whose last copy is waited for before the next is written. That copy stands
-        # first in its step, and the results of the step before are in by then: there is next to
-        # nothing to wait for. A second buffer in turn would need the same event to be safe, and as
-        # much pinned memory again.
-        self._packed = torch.zeros(capacity, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._on_device = torch.zeros(capacity, dtype=torch.int32, device=device)
-        self._uploaded: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # One buffer suffices. It is written once its last copy has been made, and that copy comes
+        # first in its step, whose predecessor's results are in by then: there is next to nothing
+        # to wait for. A second buffer in turn would need the same event to be safe, and as much
+        # pinned memory again.
+        self._packed = StagingBuffer(capacity, torch.int32, device)
 
-    def pad_decodes(self, sizes: Sizes[int]) -> None:
+    def pad_decodes(self, sizes: abc.Sequence[int]) -> None:
+        """From now on, pad steps in which every row has one token to the next larger of these
+        ascending sizes, if there is one.
+
+        All steps of a size then read the tensors of `static_step(size)`. A padded row has length
+        0 and slot −1.
+        """
         self._sizes = sizes
         if sizes:  # static steps run once before there is any: as steps of nothing but padding
-            nothing = self._on_device[:0]
+            nothing = self._packed.send(0)
             self._launch(nothing, nothing.long(), self.static_step(max(sizes)), 0, 0)
 
     def static_step(self, size: int) -> DeviceStep:
+        """Return the tensors of every padded step of `size` rows, as if all rows sampled."""
         return self._buffers.narrow(size, size, size)
 
     def change_table(self, row: int, start: int) -> None:
@@ -61,27 +70,36 @@ class DeviceInputs:
     def write(
         self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
     ) -> DeviceStep:
-        if self._uploaded is not None:
-            self._uploaded.synchronize()
-        length = self._pack(host, token_ids)
-        packed = self._on_device[:length].copy_(self._packed[:length], non_blocking=True)
-        if self._uploaded is not None:
-            self._uploaded.record()
-        num_seqs, size = len(host.order), padded_size(host, self._sizes)
-        size = num_seqs if size is None else size
+        length = self._pack(self._packed.open(), host, token_ids)
+        packed = self._packed.send(length)
+        num_seqs = len(host.order)
+        size = self._padded_size(host)
         num_tokens = len(token_ids) + size - num_seqs
         step = self._buffers.narrow(num_tokens, size, len(host.sampling_rows))
         reach = max(host.max_query_len, host.tables.shape[1])
         self._launch(packed, sampled, step, num_seqs, reach)
         return step
 
-    def _pack(self, host: HostStep, token_ids: NDArray[np.int64]) -> int:
-        """Fill the pinned buffer; how many numbers it holds. From now on the device counts as
-        knowing what they say: steps run in the order of their launch."""
-        num_seqs, decodes, packed = len(host.order), host.num_decodes, self._packed.numpy()
+    def _padded_size(self, host: HostStep) -> int:
+        """Return the number of the step's rows, with padding if it is padded."""
+        num_seqs = len(host.order)
+        if host.max_query_len > 1 or num_seqs > max(self._sizes, default=0):
+            return num_seqs
+        return self._sizes[bisect_left(self._sizes, num_seqs)]
+
+    def _pack(
+        self, packed: np.ndarray[Any, Any], host: HostStep, token_ids: NDArray[np.int64]
+    ) -> int:
+        """Fill the pinned buffer and return how many numbers it holds.
+
+        Marks the packed table entries as known to the device, since steps run in launch order.
+        """
+        # 1. Reserve a record for each row, followed by the token ids of rows with several.
+        num_seqs, decodes = len(host.order), host.num_decodes
         ids_at = num_seqs * FIELDS
         blocks_at = ids_at + len(token_ids) - decodes
         packed[ids_at:blocks_at] = token_ids[decodes:]
+        # 2. Append the table entries that the device does not know yet.
         used = -(-host.seq_lens // self._block_size)
         known = np.minimum(self._known[host.rows], used)
         counts = used - known
@@ -90,6 +108,7 @@ class DeviceInputs:
             row = host.tables[host.rows[i], known[i] : used[i]]
             packed[blocks[i] : blocks[i] + len(row)] = row
         self._known[host.rows] = np.maximum(self._known[host.rows], used)
+        # 3. Fill the records, which say where each row's ids and entries are.
         loc = host.query_start_loc[:-1]
         sample = np.full(num_seqs, -1)
         sample[host.sampling_rows] = np.arange(len(host.sampling_rows))
@@ -114,7 +133,7 @@ class DeviceInputs:
         num_seqs: int,
         reach: int,
     ) -> None:
-        prepare_inputs(
+        self._prepare_inputs(
             packed,
             sampled,
             self._table,

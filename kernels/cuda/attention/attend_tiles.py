@@ -1,4 +1,17 @@
-"""What the attention kernels share: online softmax over tiles of paged K and V, partial results."""
+"""Online softmax over tiles of paged K and V, and the merge of partial results.
+
+The attention kernels share these functions. A program keeps three things for each query row: the
+running maximum m of its scores, the sum l of its weights, and the weighted sum acc of its values. A
+tile of keys updates them (Milakov and Gimelshein, arXiv 1805.02867; as in FlashAttention-2, arXiv
+2307.08691, acc is divided by l only at the end), with scores in units of log2:
+
+    m'  = max(m, max s)        w   = 2^(s − m')        r = 2^(m − m')
+    l'  = r·l + Σ w            acc' = r·acc + w · V
+    out = acc / l              log_sum = m + log2 l
+
+Results over disjoint sets of keys merge by their log_sums (Flash-Decoding; FlashInfer, arXiv
+2501.01005): out = Σ 2^log_sum_i · out_i / Σ 2^log_sum_i.
+"""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import triton
@@ -8,11 +21,12 @@ from ..fp8 import as_operand, widen
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)
-"""Start of the running maximum: finite, so that rows which see nothing yet give no NaN."""
+"""Initial running maximum: finite, so that rows without a visible key do not give NaN."""
 
 
 @triton.jit
 def _line_of(token, head, stride_t, stride_h):
+    """Return the offset of a token's head in a tensor of queries or results."""
     return token.to(tl.int64) * stride_t + head * stride_h
 
 
@@ -28,8 +42,10 @@ def load_query(
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
 ):
-    """Rows of queries by token and head, as operand of products with what the cache holds; 0
-    where they are not `live`."""
+    """Load query rows by token and head, converted to the operands' dtype for this cache.
+
+    Rows that are not `live` are 0.
+    """
     dim = tl.arange(0, DIM_PAD)
     rows = tl.load(
         query_ptr + _line_of(token, head, stride_t, stride_h)[:, None] + dim[None, :],
@@ -51,7 +67,7 @@ def store_rows(
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
 ):
-    """Write rows of results to their tokens and heads."""
+    """Store rows of results at their tokens and heads."""
     dim = tl.arange(0, DIM_PAD)
     tl.store(
         out_ptr + _line_of(token, head, stride_t, stride_h)[:, None] + dim[None, :],
@@ -62,7 +78,7 @@ def store_rows(
 
 @triton.jit
 def start_rows(BLOCK_M: tl.constexpr, DIM_PAD: tl.constexpr):
-    """(acc, row_max, row_sum) of rows that have seen nothing."""
+    """Return the initial (acc, row_max, row_sum) of rows that have seen no key."""
     acc = tl.zeros([BLOCK_M, DIM_PAD], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     return acc, row_max, tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -70,7 +86,7 @@ def start_rows(BLOCK_M: tl.constexpr, DIM_PAD: tl.constexpr):
 
 @triton.jit
 def _block_ids(table_ptr, start, end, in_tile, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The block of a tile at `start`, or of each of its keys where it spans several; 0 past end."""
+    """Load the id of a tile's block, or one id per key if it spans several; 0 past `end`."""
     key = start if BLOCK_N <= BLOCK_SIZE else start + in_tile
     return tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=0)
 
@@ -90,12 +106,14 @@ def _load_tile(
     DIM_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """K and V of keys [start, start + BLOCK_N), which lie in `block`, one or one for each; 0 from
-    kv_end on where MASKED."""
+    """Load K and V of keys [start, start + BLOCK_N).
+
+    `block` is their block, or `[BLOCK_N]` one for each key. If MASKED, keys from kv_end on are 0.
+    """
     dim = tl.arange(0, DIM_PAD)[None, :]
     in_tile = tl.arange(0, BLOCK_N)
     first = (block.to(tl.int64) * NUM_KV_HEADS + kv_head) * (BLOCK_SIZE * HEAD_DIM)
-    if BLOCK_N <= BLOCK_SIZE:  # a contiguous tile behind one scalar
+    if BLOCK_N <= BLOCK_SIZE:  # the tile is contiguous, at one scalar address
         first += (start % BLOCK_SIZE) * HEAD_DIM
         in_block = in_tile[:, None] * HEAD_DIM + dim
         key_ptrs = key_cache_ptr + first + in_block
@@ -117,6 +135,7 @@ def _load_tile(
     return key, value
 
 
+# Over 50 lines: 22 parameters.
 @triton.jit
 def attend_tiles(
     acc,
@@ -142,15 +161,16 @@ def attend_tiles(
     BLOCK_N: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """Fold keys [begin, end) into (acc, row_max, row_sum), in units of log2.
+    """Fold keys [begin, end) into (acc, row_max, row_sum); scores are in units of log2.
 
-    `begin` is a multiple of BLOCK_N. MASKED tiles hide keys past `kv_end`, after a row's own
-    position, or WINDOW and more before it (FlashAttention-2's recurrence, arXiv 2307.08691).
-    PREFETCH reads block ids one tile ahead, so that no load of the pipeline waits for another.
+    `begin` is a multiple of BLOCK_N. If MASKED, a row at position p does not see keys from `kv_end`
+    on, keys after p, or (with a WINDOW) keys up to p − WINDOW. PREFETCH reads block ids one tile
+    ahead, so that the loads of K and V in the pipeline do not wait for another load.
     """
     in_tile = tl.arange(0, BLOCK_N)
     ahead = _block_ids(table_ptr, begin, end, in_tile, BLOCK_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
+        # 1. Load the tile of K and V.
         start = tl.multiple_of(start, BLOCK_N)
         keys = start + in_tile
         if PREFETCH:
@@ -164,18 +184,21 @@ def attend_tiles(
         )  # fmt: skip
         key = widen(key, query.dtype)
         value = widen(value, query.dtype)
+        # 2. Scores: the scale is applied with the conversion to log2, not in a pass of its own.
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        if SOFTCAP > 0:  # c·tanh(x / c), tanh x = 1 - 2 / (e^2x + 1), bounded where it is 1
+        if SOFTCAP > 0:  # c·tanh(x / c), tanh x = 1 - 2 / (e^2x + 1), bounded as it is 1 by then
             power = tl.minimum(scores * (scale * 2 * LOG2E / SOFTCAP), 64.0)
             scores = 1 - 2 / (tl.exp2(power) + 1)
             to_log2 = SOFTCAP * LOG2E
         else:
             to_log2 = scale * LOG2E
+        # 3. Hide what the rows must not see.
         if MASKED:
             visible = (keys[None, :] <= positions[:, None]) & (keys < kv_end)[None, :]
             if WINDOW > 0:
                 visible &= positions[:, None] - keys[None, :] < WINDOW
             scores = tl.where(visible, scores, float("-inf"))
+        # 4. The recurrence above.
         new_max = tl.maximum(row_max, tl.max(scores, 1) * to_log2)
         weights = tl.exp2(scores * to_log2 - new_max[:, None])  # one fused multiply-add
         rescale = tl.exp2(row_max - new_max)
@@ -187,7 +210,10 @@ def attend_tiles(
 
 @triton.jit
 def finish_rows(acc, row_max, row_sum, value_scale):
-    """The rows' results, and the log2 of their softmax denominators: −∞ where nothing was seen."""
+    """Return the rows' results and the log2 of their softmax denominators.
+
+    A row that has seen no key gets zeros and −∞.
+    """
     seen = row_sum > 0
     row_sum = tl.where(seen, row_sum, 1.0)
     acc = acc / row_sum[:, None]
@@ -207,7 +233,7 @@ def store_partial(
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
 ):
-    """Leave the rows' results and log2-sums at these lines of the scratch, for the merge."""
+    """Store the rows' results and log-sums at these lines of the scratch buffers, for the merge."""
     dim = tl.arange(0, DIM_PAD)
     mask = live[:, None] & (dim < HEAD_DIM)[None, :]
     tl.store(partials_ptr + line[:, None] * HEAD_DIM + dim[None, :], acc, mask=mask)
@@ -231,9 +257,9 @@ def _fold_partials(
     DIM_PAD: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """Fold partial results [first, first + count), MERGE at a time: o_i weighs 2^(log_sum_i).
+    """Fold partial results [first, first + count), MERGE at a time, weighted by 2^log_sum.
 
-    Loads go past L1, which may hold what another SM has since overwritten.
+    The loads bypass L1, which may hold a line that another SM has overwritten since.
     """
     row = tl.arange(0, ROWS_PAD)
     dim = tl.arange(0, DIM_PAD)
@@ -276,7 +302,7 @@ def merge_partials(
     DIM_PAD: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """A sequence's rows from its partial results, and from those of its prefix's group."""
+    """Merge a sequence's partial results with those over its shared prefix, if there is one."""
     acc, row_max, row_sum = start_rows(ROWS_PAD, DIM_PAD)
     acc, row_max, row_sum = _fold_partials(
         acc, row_max, row_sum, partials_ptr, log_sums_ptr, kv_head, first, count,

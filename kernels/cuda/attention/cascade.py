@@ -1,14 +1,15 @@
-"""Prefixes that a group of sequences shares, attended once for the whole group.
+"""Attend a prefix that a group of sequences shares once for the whole group.
 
-A decode step reads K and V of a shared prefix once a sequence, though its blocks are the same.
-Here the query rows of all members are packed into tiles and read the shared blocks once a tile;
-`paged_attention_decode` then attends each one's own keys and merges both by their log2-sums:
+Without this, a decode step reads K and V of a shared prefix once per sequence, although the blocks
+are the same. Here, as in cascade inference (FlashInfer, arXiv 2501.01005), the query rows of all
+members are packed into tiles and read the shared blocks once per tile. `paged_attention_decode`
+then attends each member's own keys and merges both by their log-sums (see attend_tiles.py).
 
     grid (kv head, item)     item = (members of one tile, keys of one split), listed by the host
 
-    rows   member 0: token · group + head | member 1: … | …       BLOCK_M = 128, padded at its end
-    keys   full tiles, no mask: all members stand behind the prefix
-    out    one partial result a member, split and row, at the member's first entry + split
+    rows   member 0: token · group + head | member 1: … | …       BLOCK_M = 128, padded at the end
+    keys   full tiles, no mask: every query token comes after the prefix
+    out    one partial result per member, split and row, at the member's first entry + split
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ...checks import require
+from ...device_copy import upload_into
 from ...prefix_groups import CascadeCost, PrefixGroup
 from ..fp8 import load_scale, readable_view
 from ..tuning import TileConfig, extend_config
@@ -31,29 +33,32 @@ from .decode_schedule import DecodeWorkspace
 
 @dataclass(frozen=True)
 class CascadeWorkspace:
-    """The groups of a step and the scratch of their partial results, for one DecodeWorkspace.
+    """The groups of a step and the scratch buffers of their results, beside a DecodeWorkspace.
 
-    Addresses and sizes are fixed, so a CUDA graph that was captured with it serves any groups,
-    also none.
+    Addresses and sizes are fixed, so a CUDA graph that was captured with it serves any groups, or
+    none.
     """
 
     cost: CascadeCost
-    """What `find_prefix_groups` needs to know of this layer's shape."""
+    """The cost model that `find_prefix_groups` takes, for this layer's shape."""
     config: TileConfig
     tile: int
-    """Prefixes are multiples of this: of the tiles of both kernels."""
+    """Prefix lengths are multiples of this: the keys per tile of both kernels."""
     prefixes: torch.Tensor
-    """`[3, max_num_seqs]` int32: each row's shared prefix, its first partial, their number."""
+    """`[3, max_num_seqs]` int32: each row's shared tokens, first partial result and number of
+    partial results; 0 for rows without a group."""
     members: torch.Tensor
-    """`[max_num_seqs]` int32 rows of the batch, group after group."""
+    """`[max_num_seqs]` int32: the rows of the batch that are members, group after group."""
     items: torch.Tensor
-    """`[5, max_items]` int32: first of `members`, how many (0: no work), first key, end, split."""
+    """`[5, max_items]` int32: index of the first in `members`, their number (0: no work), first
+    key, end of the keys, split."""
     plan: torch.Tensor
-    """The three tables above, one after the other."""
+    """The memory of the three tables above, which one copy fills."""
     partials: torch.Tensor
     """`[max_entries, num_kv_heads, query_len * group, head_dim]` float32."""
     log_sums: torch.Tensor
-    """log2 of each partial's softmax denominator, `[…, query_len * group]` float32."""
+    """`[max_entries, num_kv_heads, query_len * group]` float32: log2 of each partial's softmax
+    denominator."""
 
     @classmethod
     def allocate(
@@ -64,12 +69,12 @@ class CascadeWorkspace:
         cache_dtype: torch.dtype | None = None,
         config: TileConfig | None = None,
     ) -> CascadeWorkspace:
-        """For queries of `dtype` and a cache of `cache_dtype` (default: the same).
+        """Allocate for queries of `dtype` and a cache of `cache_dtype` (default: the same).
 
-        ValueError for a window, which may leave the prefix behind, and where the query rows of
-        one sequence fill more than a tile.
+        Raises ValueError if the workspace has a window, since a window may exclude the prefix, or
+        if the query rows of one sequence need more than a tile.
         """
-        require(workspace.window is None, "sequences behind a window cannot share its prefix")
+        require(workspace.window is None, "layers with a window cannot use shared prefixes")
         device, num_seqs = workspace.items.device, workspace.max_num_seqs
         rows = workspace.query_len * (workspace.num_heads // workspace.num_kv_heads)
         config = config or extend_config(workspace.head_dim, dtype, rows * num_seqs, device)
@@ -83,7 +88,7 @@ class CascadeWorkspace:
             programs=2 * workspace.num_sms,
         )
         require(cost.members_per_tile > 0, f"{rows} rows do not fit a tile of {config.block_m}")
-        # Either every tile has one split, or they have `programs` / num_kv_heads in all.
+        # Either every tile has one split, or all tiles together have `programs` / num_kv_heads.
         most = cost.programs // workspace.num_kv_heads
         sizes = [3 * num_seqs, num_seqs, 5 * max(num_seqs, most)]
         plan = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
@@ -104,20 +109,22 @@ class CascadeWorkspace:
 
     @property
     def prefix_lens(self) -> torch.Tensor:
-        """`[max_num_seqs]` int32 tokens that each row of the batch shares; 0 where none."""
+        """`[max_num_seqs]` int32: the tokens of each row's shared prefix; 0 without one."""
         return self.prefixes[0]
 
     def set_groups(self, groups: Sequence[PrefixGroup]) -> None:
-        """Serve these disjoint groups until told otherwise; one copy that the host does not await.
+        """Use these disjoint groups from the next launch on; one copy that the host does not await.
 
-        ValueError on a row out of range or in two groups, or a length that is not a multiple of
-        `tile`. That members have the same blocks up to `length`, and every one of their query
-        tokens behind it, is the caller's promise.
+        Raises ValueError if a row is out of range or in two groups, or a length is not a multiple
+        of `tile`. The caller guarantees that the members of a group have the same blocks up to its
+        `length` and that all of their query tokens come after it.
         """
         num_seqs, max_items = len(self.members), self.items.shape[1]
         rows = [row for group in groups for row in group.members]
-        require(len(set(rows)) == len(rows), "a row stands in two prefix groups")
+        require(len(set(rows)) == len(rows), "a row is in two prefix groups")
         require(all(0 <= row < num_seqs for row in rows), f"rows must be below {num_seqs}: {rows}")
+        # 1. For each group, split its keys, give every member one partial result per split, and
+        #    list an item for each tile of members and each split.
         prefixes = [[0] * num_seqs for _ in range(3)]
         items: list[tuple[int, int, int, int, int]] = []
         tiles = sum(self.cost.num_tiles(len(group.members)) for group in groups)
@@ -141,6 +148,7 @@ class CascadeWorkspace:
                 for split, begin in enumerate(begins)
             ]  # fmt: skip
             first_member = end_member
+        # 2. Lay the tables out as in `plan`, items column by column, padded with 0: no work.
         padding = [0] * (max_items - len(items))
         columns = zip(*items, strict=True) if items else [()] * 5
         host = torch.tensor(
@@ -148,11 +156,10 @@ class CascadeWorkspace:
              *(value for column in columns for value in (*column, *padding))],
             dtype=torch.int32,
         )  # fmt: skip
-        if self.plan.device.type == "cuda":
-            host = host.pin_memory()
-        self.plan.copy_(host, non_blocking=True)
+        upload_into(self.plan, host)
 
 
+# Over 50 lines: 26 parameters.
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["block_table_ptr"])
 def _attend_prefixes_kernel(
     query_ptr,
@@ -182,6 +189,7 @@ def _attend_prefixes_kernel(
     BLOCK_N: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
+    # 1. Read the item: which members, which keys.
     ROWS: tl.constexpr = QUERY_LEN * GROUP
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
@@ -193,6 +201,7 @@ def _attend_prefixes_kernel(
     end = tl.load(items_ptr + 3 * items_stride + item)
     split = tl.load(items_ptr + 4 * items_stride + item)
 
+    # 2. Gather the members' query rows into one tile, ROWS per member.
     packed = tl.arange(0, BLOCK_M)
     row = packed % ROWS
     live = packed // ROWS < count
@@ -205,6 +214,8 @@ def _attend_prefixes_kernel(
     value_scale = load_scale(kv_scales_ptr, 1, kv_head, NUM_KV_HEADS)
     if key_scale is not None:
         scale *= key_scale
+    # 3. Fold the keys for all rows at once. The blocks are the same for every member, so the first
+    #    one's table serves; nothing is masked, since all keys come before all query tokens.
     table_ptr = block_table_ptr + tl.load(members_ptr + first_member).to(tl.int64) * table_stride
     acc, row_max, row_sum = start_rows(BLOCK_M, DIM_PAD)
     acc, row_max, row_sum = attend_tiles(
@@ -212,6 +223,7 @@ def _attend_prefixes_kernel(
         packed, begin, end, end, scale, False, 0, SOFTCAP, NUM_KV_HEADS, BLOCK_SIZE,
         HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
     )  # fmt: skip
+    # 4. Store each row's partial result, for the member's program of the decode kernel to merge.
     acc, log_sum = finish_rows(acc, row_max, row_sum, value_scale)
     entry = tl.load(prefixes_ptr + prefixes_stride + seq, mask=live, other=0) + split
     line = (entry.to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS + row
@@ -229,15 +241,15 @@ def attend_prefixes(
     softcap: float | None,
     kv_scales: torch.Tensor | None,
 ) -> None:
-    """Leave in `cascade` every member's partial results over its shared prefix.
+    """Store in `cascade` the partial results of every member over its shared prefix.
 
-    A part of `paged_attention_decode`, which has checked the arguments that it hands on.
+    A step of `paged_attention_decode`, which has checked the arguments that both share.
     """
     _, num_kv_heads, block_size, head_dim = key_cache.shape
     cost, config = cascade.cost, cascade.config
     have = (query.shape[1], num_kv_heads, head_dim)
     want = (cost.num_heads, cost.num_kv_heads, cost.head_dim)
-    require(have == want, f"(heads, kv heads, head_dim) {have}, but cascade has {want}")
+    require(have == want, f"(heads, kv heads, head_dim) is {have}, but cascade has {want}")
     _attend_prefixes_kernel[(num_kv_heads, cascade.items.shape[1])](
         query,
         readable_view(key_cache),

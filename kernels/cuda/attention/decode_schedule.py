@@ -1,20 +1,25 @@
-"""Which program reads which keys in a decode step, decided on the device once a step.
+"""Decide on the device, once per step, which program of the decode kernel reads which keys.
 
-The context of all sequences is cut into chunks of about total tokens / slots, so that the work
-follows tokens and not the batch size; the list has a fixed length, num_seqs + slots, so a CUDA
-graph that was captured once stays valid for any lengths:
+Flash-Decoding splits the keys of a sequence over several programs. Here the contexts of all
+sequences are cut into chunks of about total keys / slots, so that the number of programs follows
+the number of tokens and not the batch size. The list has a fixed length, num_seqs + slots, so a
+CUDA graph that was captured once is valid for any lengths:
 
-    items [5, num_items]:  sequence (−1: nothing to do), first key, end, first item, splits
+    items [5, num_items]   row of the table                 example: lengths 700, 90; chunk 256
+      0  sequence, or −1: no work                             0    0    0    1   −1  …
+      1  first key                                            0  256  512    0
+      2  end of the keys                                    256  512  700   90
+      3  the sequence's first item                            0    0    0    3
+      4  its number of items (splits)                         3    3    3    1
 
-A list of one sequence and one split has the whole answer; several splits leave partial results
-in the workspace and the last one to arrive merges them.
+The only item of a sequence writes the result. Several items leave partial results in the workspace,
+and the last of them to finish merges them.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -23,20 +28,21 @@ import triton.language as tl
 from ...checks import require, require_contiguous, require_dtype, require_launchable, require_shape
 from ..tuning import TileConfig, decode_config
 
-if TYPE_CHECKING:
-    from .cascade import CascadeWorkspace
-
 PROGRAMS_PER_SM = 4
+"""Programs per SM that the extra splits of a step are to fill."""
 MIN_CHUNK = 256
+"""Minimum keys per item, below which a split costs more than it saves."""
 DEFAULT_NUM_SMS = 132
+"""SMs to assume without a GPU: those of an H100 or H200."""
 
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """Scratch of `paged_attention_decode` for up to max_num_seqs rows, allocated once.
+    """The schedule and scratch buffers of `paged_attention_decode` for up to max_num_seqs rows.
 
-    One schedule serves all layers that share `window`; a model that mixes windowed and full
-    layers keeps one workspace for each. Layers may share it because they run one after another.
+    It is allocated once. One schedule serves all layers with the same `window`, so a model that
+    mixes windowed and full layers has one workspace for each. Layers can share the scratch because
+    they run one after another.
     """
 
     max_num_seqs: int
@@ -44,20 +50,23 @@ class DecodeWorkspace:
     num_kv_heads: int
     head_dim: int
     query_len: int
+    """Query tokens per sequence."""
     window: int | None
     config: TileConfig
     slots: int
-    """Upper bound of extra splits a kv head: PROGRAMS_PER_SM * SMs / num_kv_heads."""
+    """Maximum number of extra splits per kv head: programs per SM * SMs / num_kv_heads."""
     num_sms: int
     min_chunk: int
+    """Minimum keys per item."""
     items: torch.Tensor
-    """`[5, max_num_seqs + slots]` int32, see the module's text."""
+    """`[5, max_num_seqs + slots]` int32: the list that the module's docstring describes."""
     partials: torch.Tensor
     """`[max_num_seqs + slots, num_kv_heads, query_len * group, head_dim]` float32."""
     log_sums: torch.Tensor
-    """log2 of each partial's softmax denominator, `[…, query_len * group]` float32."""
+    """`[max_num_seqs + slots, num_kv_heads, query_len * group]` float32: log2 of each partial's
+    softmax denominator."""
     arrived: torch.Tensor
-    """`[max_num_seqs, num_kv_heads]` int32; all 0 between launches."""
+    """`[max_num_seqs, num_kv_heads]` int32 counters of finished items; all 0 between launches."""
 
     @classmethod
     def allocate(
@@ -75,7 +84,10 @@ class DecodeWorkspace:
         programs_per_sm: int = PROGRAMS_PER_SM,
         min_chunk: int = MIN_CHUNK,
     ) -> DecodeWorkspace:
-        """Scratch for queries of `dtype` with `query_len` (1 to 8) tokens a sequence."""
+        """Allocate for queries of `dtype` with `query_len` (1 to 8) tokens per sequence.
+
+        Raises ValueError if a size is out of range.
+        """
         require(0 < max_num_seqs <= 4096, f"max_num_seqs must be 1 to 4096, not {max_num_seqs}")
         require(1 <= query_len <= 8, f"query_len must be 1 to 8, not {query_len}")
         require(window is None or window > 0, f"window must be positive, not {window}")
@@ -122,23 +134,29 @@ def _build_decode_schedule_kernel(
     QUERY_LEN: tl.constexpr,
     SEQS_PAD: tl.constexpr,
 ):
+    # 1. One lane per sequence: the keys [first_key, length) that it has to read. A window drops the
+    #    whole tiles before it; a shared prefix is folded for the whole group by attend_prefixes.
     seq = tl.arange(0, SEQS_PAD)
     lengths = tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0)
     first_key = tl.zeros_like(lengths)
     if WINDOW > 0:
         first_key = tl.maximum(lengths - QUERY_LEN + 1 - WINDOW, 0) // TILE * TILE
-    if prefix_lens_ptr is not None:  # folded for whole groups by cascade_prefixes
+    if prefix_lens_ptr is not None:
         first_key = tl.load(prefix_lens_ptr + seq, mask=seq < num_seqs, other=0)
+    # 2. The chunk, in whole tiles, with which all sequences together need at most SLOTS items more
+    #    than there are sequences. A sequence of length 0 gets one item, which writes zeros.
     total = tl.sum((lengths - first_key).to(tl.int64), 0)
     chunk = tl.maximum(tl.cdiv(total, SLOTS), MIN_CHUNK).to(tl.int32)
     chunk = tl.cdiv(chunk, TILE) * TILE
     splits = tl.maximum(tl.cdiv(lengths - first_key, chunk), 1)
     splits = tl.where(seq < num_seqs, splits, 0)
+    # 3. A prefix sum places each sequence's items one after another; the rest of the list is −1.
     first_item = tl.cumsum(splits, 0) - splits
     used = tl.sum(splits, 0)
     for start in range(0, num_items, SEQS_PAD):
         item = start + seq
         tl.store(items_ptr + item, item * 0 - 1, mask=(item >= used) & (item < num_items))
+    # 4. Write the items, the i-th of every sequence in round i.
     for split in range(tl.max(splits, 0)):
         live = split < splits
         begin = first_key + split * chunk
@@ -151,27 +169,32 @@ def _build_decode_schedule_kernel(
 
 
 def build_decode_schedule(
-    seq_lens: torch.Tensor, workspace: DecodeWorkspace, *, cascade: CascadeWorkspace | None = None
+    seq_lens: torch.Tensor, workspace: DecodeWorkspace, prefix_lens: torch.Tensor | None = None
 ) -> None:
-    """Write the work list of these lengths `[num_seqs]` int32 into `workspace.items`.
+    """Write the work list for these sequence lengths `[num_seqs]` int32 into `workspace.items`.
 
-    Once a step and workspace, before the layers' `paged_attention_decode` with the same
-    seq_lens and `cascade`, whose shared prefixes are left out of the list. Nothing is read back
-    by the host. ValueError on more than max_num_seqs rows.
+    Call it once per step and workspace, before any layer's `paged_attention_decode` with the same
+    seq_lens. prefix_lens `[max_num_seqs]` int32 leaves each row's first prefix_lens[i] keys (a
+    multiple of the tile) out of the list, because `attend_prefixes` folds them for a whole group:
+    pass `CascadeWorkspace.prefix_lens` exactly when the layers get that cascade. The host reads
+    nothing back. Raises ValueError on more than max_num_seqs rows.
     """
     num_seqs = seq_lens.shape[0]
     require_dtype("seq_lens", seq_lens, torch.int32)
     require_shape("seq_lens", seq_lens, None)
     require_contiguous("seq_lens", seq_lens)
-    require_launchable(seq_lens=seq_lens, workspace=workspace.items)
+    require_launchable(seq_lens=seq_lens, workspace=workspace.items, prefix_lens=prefix_lens)
     require(
         0 < num_seqs <= workspace.max_num_seqs,
         f"{num_seqs} sequences do not fit a workspace for {workspace.max_num_seqs}",
     )
+    if prefix_lens is not None:
+        require_dtype("prefix_lens", prefix_lens, torch.int32)
+        require(num_seqs <= len(prefix_lens), "prefix_lens is for fewer sequences")
     _build_decode_schedule_kernel[(1,)](
         workspace.items,
         seq_lens,
-        None if cascade is None else cascade.prefix_lens,
+        prefix_lens,
         num_seqs,
         num_seqs + workspace.slots,
         workspace.items.stride(0),

@@ -1,11 +1,16 @@
-"""Attention of one (or a few) new tokens a sequence over its cached blocks, keys split.
+"""Attention of one or a few new tokens per sequence over its cached blocks, with split keys.
 
-Bound by reading K and V once, so the heads of a group share a tile, and a step's keys are spread
-over the machine by tokens, not by sequences (Flash-Decoding, with the work list of
-decode_schedule.py). A program of grid (kv head, item) folds one chunk of keys:
+    out = softmax(scale · q·Kᵀ) · V,   K and V through the block table (PagedAttention, arXiv
+                                       2309.06180), by the online softmax of attend_tiles.py
 
-    one split  → writes `out`
-    several    → writes its partial and its log2-sum; the last to arrive merges all of them
+The time is that of reading K and V, so they are read once: the query heads of a group (those that
+share a kv head) form one tile. The keys of a step are spread over the GPU by tokens and not by
+sequences (Flash-Decoding's split keys, with the list of decode_schedule.py). The grid is (kv head,
+item), and a program folds one chunk of keys:
+
+    a sequence with one split   → the program writes `out`
+    with several                → each writes its partial result and log-sum, and the last one to
+                                  finish merges all of them
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -27,15 +32,14 @@ from .attend_tiles import (
     store_rows,
 )
 from .cascade import CascadeWorkspace, attend_prefixes
-from .decode_schedule import DecodeWorkspace, build_decode_schedule
-
-__all__ = ["DecodeWorkspace", "build_decode_schedule", "paged_attention_decode"]
+from .decode_schedule import DecodeWorkspace
 
 MAX_REGISTERS = {4: 168}
-"""A thread's, by warps: what three programs a multiprocessor leave. Told nothing, ptxas aims at
-128, for a fourth that shared memory has no room for, and spills."""
+"""Registers per thread, by num_warps: the budget when three programs share an SM. Without the hint
+ptxas targets 128, to fit a fourth that shared memory cannot hold, and spills."""
 
 
+# Over 50 lines: 37 parameters.
 @triton.jit(
     do_not_specialize=["table_stride"],
     do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr"],
@@ -79,6 +83,8 @@ def _paged_attention_decode_kernel(
     BLOCK_N: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
+    # 1. Read the item: which sequence, which of its keys, and whether other programs (splits, or
+    #    those of a shared prefix) have parts of the result.
     ROWS: tl.constexpr = QUERY_LEN * GROUP
     CASCADE: tl.constexpr = prefixes_ptr is not None
     kv_head = tl.program_id(0)
@@ -94,6 +100,7 @@ def _paged_attention_decode_kernel(
     if CASCADE:
         prefix_splits = tl.load(prefixes_ptr + 2 * prefixes_stride + seq)
 
+    # 2. The tile of query rows: all tokens of the sequence times all heads of the group.
     row = tl.arange(0, BLOCK_M)
     token = seq * QUERY_LEN + row // GROUP
     head = kv_head * GROUP + row % GROUP
@@ -104,8 +111,10 @@ def _paged_attention_decode_kernel(
     if key_scale is not None:
         scale *= key_scale
     positions = tl.load(seq_lens_ptr + seq) - QUERY_LEN + row // GROUP
+    # 3. Fold the chunk of keys. A sink is a key with that logit and no value. It must count once,
+    #    so only the sequence's first item starts with it.
     acc, row_max, row_sum = start_rows(BLOCK_M, DIM_PAD)
-    if HAS_SINKS and item == first_item:  # counted once, whatever the number of splits
+    if HAS_SINKS and item == first_item:
         sink = tl.load(sinks_ptr + head, mask=row < ROWS, other=0.0).to(tl.float32)
         row_max = tl.maximum(sink * LOG2E, LOWEST)
         row_sum += 1.0
@@ -116,15 +125,21 @@ def _paged_attention_decode_kernel(
         HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
     )  # fmt: skip
     acc, log_sum = finish_rows(acc, row_max, row_sum, value_scale)
+    # 4. A sequence in one piece is done.
     if splits + prefix_splits == 1:
         store_rows(out_ptr, acc, token, head, row < ROWS, out_stride_t, out_stride_h, HEAD_DIM,
                    DIM_PAD)  # fmt: skip
         return
+    # 5. Otherwise store the partial result, then count this program as arrived. The barrier puts
+    #    the stores of all warps before the counter's release; its acquire puts the other programs'
+    #    stores before the loads of the merge.
     line = (item.to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS + row
     store_partial(partials_ptr, log_sums_ptr, line, row < ROWS, acc, log_sum, HEAD_DIM, DIM_PAD)
-    tl.debug_barrier()  # every warp's stores stand before the release of the counter
+    tl.debug_barrier()
     arrived_ptr += seq * NUM_KV_HEADS + kv_head
     before = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")
+    # 6. The last program of the sequence to arrive merges, and resets the counter for the next
+    #    launch. The partial results of a shared prefix are there: an earlier launch wrote them.
     if before == splits - 1:
         first_prefix = 0
         if CASCADE:
@@ -139,7 +154,7 @@ def _paged_attention_decode_kernel(
             out_ptr, merged, seq * QUERY_LEN + few // GROUP, kv_head * GROUP + few % GROUP,
             few < ROWS, out_stride_t, out_stride_h, HEAD_DIM, DIM_PAD,
         )  # fmt: skip
-        tl.store(arrived_ptr, 0)  # ready for the next launch
+        tl.store(arrived_ptr, 0)
 
 
 def _check_workspaces(
@@ -150,11 +165,11 @@ def _check_workspaces(
     workspace: DecodeWorkspace,
     cascade: CascadeWorkspace | None,
 ) -> None:
-    """Raise ValueError unless the scratch was made for such a launch."""
+    """Raise ValueError unless workspace and cascade were allocated for such a launch."""
     _, num_heads, head_dim = query.shape
     have = (num_heads, num_kv_heads, head_dim, window)
     want = (workspace.num_heads, workspace.num_kv_heads, workspace.head_dim, workspace.window)
-    require(have == want, f"(heads, kv heads, head_dim, window) {have}, but workspace has {want}")
+    require(have == want, f"(heads, kv heads, head_dim, window) is {have}, workspace has {want}")
     require(
         query.shape[0] == num_seqs * workspace.query_len,
         f"{query.shape[0]} query rows are not {num_seqs} sequences of {workspace.query_len}",
@@ -185,15 +200,16 @@ def paged_attention_decode(
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
     cascade: CascadeWorkspace | None = None,
-) -> torch.Tensor:
-    """Attention of `workspace.query_len` tokens a sequence, as `paged_attention_extend` defines it.
+) -> torch.Tensor:  # over 50 lines: 13 parameters to describe, check and pass on
+    """Compute what `paged_attention_extend` defines, for query_len new tokens per sequence.
 
-    query `[num_seqs * query_len, num_heads, head_dim]`; seq_lens `[num_seqs]` int32 count the
-    query tokens; rows of length 0 are padding and get zeros. The caller has run
-    `build_decode_schedule(seq_lens, workspace, cascade=cascade)` in this step. With `cascade`, a
-    launch before folds the prefixes that its groups share, once a group; not for windows. Valid
-    in a CUDA graph for any lengths and groups. kv_scales as in extend. ValueError on shapes,
-    dtypes, devices or layouts that do not fit.
+    query is `[num_seqs * query_len, num_heads, head_dim]` with the query_len of `workspace`;
+    seq_lens `[num_seqs]` int32 include the query tokens; a row of length 0 is padding and gets
+    zeros. The caller has run `build_decode_schedule` with the same seq_lens and workspace in this
+    step, and with `prefix_lens=cascade.prefix_lens` if a cascade is given. With `cascade` (not for
+    windows), a first launch folds the shared prefixes, once per group. A CUDA graph of this is
+    valid for any lengths and groups. The other parameters are those of `paged_attention_extend`.
+    Raises ValueError on shapes, dtypes, devices or layouts that do not fit.
     """
     out = torch.empty_like(query) if out is None else out
     num_kv_heads, block_size, head_dim = check_attention(

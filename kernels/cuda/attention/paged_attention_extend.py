@@ -1,10 +1,15 @@
-"""Causal attention of several new tokens a sequence over its cached blocks: prefill and chunks.
+"""Causal attention of several new tokens per sequence over its cached blocks: chunked prefill.
 
-The query rows of one kv head's group are packed: row r of a sequence is token r // group, head
-r % group, so a tile holds BLOCK_M rows for any group and every K/V tile is read once for all.
+    out = softmax(scale · Q·Kᵀ, masked) · V,   K and V through the block table (PagedAttention,
+                                               arXiv 2309.06180), as in FlashAttention-2 (arXiv
+                                               2307.08691) by the recurrence of attend_tiles.py
 
-    grid (kv head, tile), tiles of all sequences in one axis, the last (longest) first
-    keys   |--- left edge of the window ---|---- full tiles, no mask ----|-- causal edge --|
+The query rows of the heads that share a kv head are packed: row r of a sequence is token r // group
+and head r % group. A tile holds BLOCK_M rows for any group size, and every K/V tile is read once
+for all heads of the group.
+
+    grid (kv head, tile)   the tiles of all sequences on one axis, the last (longest) first
+    keys   |-- window's edge, masked --|---- full tiles, no mask ----|-- causal edge, masked --|
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -32,17 +37,17 @@ from .attend_tiles import (
     store_rows,
 )
 
-# Metadata whose address or stride changes from step to step must not make Triton compile anew.
+# Triton must not compile again when a step's metadata has another stride or address.
 UNSPECIALIZED = ["num_seqs", "table_stride"]
 UNALIGNED = ["block_table_ptr", "query_start_loc_ptr", "seq_lens_ptr"]
 
 
 @triton.jit
 def _find_sequence(query_start_loc_ptr, tile, num_seqs, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The sequence that owns `tile`, and its first tile.
+    """Return the sequence that owns `tile` and the first of its tiles, by bisection.
 
-    Sequence s owns tiles from start[s] * GROUP // BLOCK_M + s on: never fewer than it needs, and
-    known without a pass over the lengths.
+    Sequence s owns the tiles from start[s] * GROUP // BLOCK_M + s up to the next sequence's. They
+    are never fewer than it needs, and no pass over the lengths has to count them.
     """
     low = tl.program_id(0) * 0
     high = low + num_seqs
@@ -54,6 +59,7 @@ def _find_sequence(query_start_loc_ptr, tile, num_seqs, GROUP: tl.constexpr, BLO
     return low, tl.load(query_start_loc_ptr + low) * GROUP // BLOCK_M + low
 
 
+# Over 50 lines: 27 parameters.
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _paged_attention_extend_kernel(
     out_ptr,
@@ -84,6 +90,8 @@ def _paged_attention_extend_kernel(
     BLOCK_N: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
+    # 1. Find the sequence and the rows of this tile. Tiles that no row needs return. The last tiles
+    #    come first: they see the most keys, and short ones then fill the gaps at the end.
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     seq, first_tile = _find_sequence(query_start_loc_ptr, tile, num_seqs, GROUP, BLOCK_M)
@@ -94,6 +102,7 @@ def _paged_attention_extend_kernel(
         return
     context = tl.load(seq_lens_ptr + seq) - query_len
 
+    # 2. Load the query rows. A sink is a key with that logit and no value.
     row = first_row + tl.arange(0, BLOCK_M)
     token = row // GROUP
     head = kv_head * GROUP + row % GROUP
@@ -109,6 +118,9 @@ def _paged_attention_extend_kernel(
         row_max = tl.maximum(tl.load(sinks_ptr + head).to(tl.float32) * LOG2E, LOWEST)
         row_sum += 1.0
 
+    # 3. Fold the keys in three ranges: up to `full_begin` some keys are outside some rows' windows,
+    #    up to `full_end` every row sees every key, and up to `kv_end` the causal mask applies. So
+    #    only the tiles at the two edges pay for a mask.
     first_position = context + first_row // GROUP
     last_position = context + tl.minimum((first_row + BLOCK_M - 1) // GROUP, query_len - 1)
     kv_end = last_position + 1
@@ -135,6 +147,7 @@ def _paged_attention_extend_kernel(
         positions, full_end, kv_end, kv_end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS,
         BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
     )  # fmt: skip
+    # 4. Divide by the softmax denominators and write the rows.
     acc, _ = finish_rows(acc, row_max, row_sum, value_scale)
     store_rows(out_ptr, acc, query_start + token, head, live, out_stride_t, out_stride_h, HEAD_DIM,
                DIM_PAD)  # fmt: skip
@@ -156,18 +169,20 @@ def paged_attention_extend(
     out: torch.Tensor | None = None,
     config: TileConfig | None = None,
     kv_scales: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Causal attention of packed queries `[num_tokens, num_heads, head_dim]` over their blocks.
+) -> torch.Tensor:  # over 50 lines: 14 parameters to describe, check and pass on
+    """Compute causal attention of packed queries over their sequences' cached blocks.
 
-    Sequence s has rows query_start_loc[s]:query_start_loc[s + 1] (int32) of `query`; its token i
-    stands at position seq_lens[s] - query_len[s] + i and sees key j iff j <= position and, with a
-    window, position - j < window. key_cache, value_cache: one layer's `[num_blocks, num_kv_heads,
-    block_size, head_dim]`; block_table `[num_seqs, max_blocks]` int32. softcap c replaces a score
-    x by c·tanh(x / c); sinks `[num_heads]` add one logit a head to the softmax's denominator.
-    A float8_e4m3fn cache times kv_scales (`[2, num_kv_heads]` float32, default 1) is K and V.
-    Rows before query_start_loc[0] and past query_start_loc[-1] are left as they are in `out`.
-    max_query_len bounds every query_len and only picks the tile; `config` overrides that choice.
-    ValueError on shapes, dtypes, devices or layouts that do not fit.
+    query `[num_tokens, num_heads, head_dim]` holds sequence s in rows
+    query_start_loc[s]:query_start_loc[s + 1] (int32). Its token i is at position
+    seq_lens[s] - query_len[s] + i and sees key j iff j <= position and, with a window,
+    position - j < window. key_cache and value_cache are one layer's `[num_blocks, num_kv_heads,
+    block_size, head_dim]`, block_table is `[num_seqs, max_blocks]` int32. softcap c replaces a
+    score x by c·tanh(x / c). sinks `[num_heads]` add one logit per head to the denominator of the
+    softmax only. With a float8_e4m3fn cache, K and V are the cache times kv_scales
+    (`[2, num_kv_heads]` float32, default 1). Rows of `out` before query_start_loc[0] and from
+    query_start_loc[-1] on are left as they are. max_query_len is an upper bound of every query_len
+    and only picks the tile, which `config` overrides. Raises ValueError on shapes, dtypes, devices
+    or layouts that do not fit.
     """
     out = torch.empty_like(query) if out is None else out
     num_kv_heads, block_size, head_dim = check_attention(

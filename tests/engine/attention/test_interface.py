@@ -1,4 +1,4 @@
-"""Both backends of the attention function against the kernels' plain reference."""
+"""Each device's attention against the kernels' plain reference."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from quire.engine.attention import interface as attention
-from quire.engine.attention.interface import AttentionMetadata
-from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner, attend_on_cpu
-from quire.engine.devices.cuda.attention import attend_on_cuda
+from quire.engine.attention.metadata import AttentionMetadata, AttentionPlan
+from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
+from quire.engine.devices.cuda.attention import CudaPlan
 from quire.kernels import reference
 
-from ..devices.cuda_on_cpu import use_references
+from ..devices.cuda_on_cpu import REFERENCES
 
 HEADS, KV_HEADS = 6, 2
 
 
 class Batch:
-    """Random sequences over shuffled blocks; what this step does not write is already cached."""
+    """Random sequences over shuffled blocks. Tokens before this step's are already cached."""
 
     def __init__(
         self, query_lens: list[int], seq_lens: list[int], block_size: int, head_dim: int
@@ -52,7 +52,7 @@ class Batch:
         self.max_query_len = max(query_lens)
         self.block_size = block_size
 
-    def metadata(self, window: int | None) -> AttentionMetadata:
+    def metadata(self, plan: AttentionPlan | None = None) -> AttentionMetadata:
         kv_cache = self.caches[None].clone()
         return AttentionMetadata(
             kv_cache=kv_cache,
@@ -62,19 +62,18 @@ class Batch:
             seq_lens=self.seq_lens,
             num_decodes=self.num_decodes,
             max_query_len=self.max_query_len,
-            workspaces={window: None},  # type: ignore[dict-item]
-            cpu_plan=self.cpu_plan(shares=True),
+            plan=plan or self.cpu_plan(shares=True),
         )
 
     def cpu_plan(self, *, shares: bool) -> CpuPlan:
-        return CpuPlanner(HEADS, self.caches[None], shares=shares).plan(
+        return CpuPlanner(HEADS, self.caches[None], shares=shares).cut(
             self.query_start_loc.numpy(),
             self.seq_lens.numpy(),
             self.table[: self.num_decodes].numpy(),
         )
 
     def expected(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The attended values, and the caches after the write."""
+        """Return the attended values, and the caches after the write."""
         key_cache, value_cache = self.caches.clone()
         reference.reshape_and_cache(self.key, self.value, key_cache, value_cache, self.slot_mapping)
         output = reference.paged_attention_extend(
@@ -98,14 +97,21 @@ BATCHES = {
 }
 
 
-@pytest.fixture
-def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand the plain references in for the Triton kernels, so that the calls are checked."""
-    use_references(monkeypatch)
+def attend(batch: Batch, metadata: AttentionMetadata, **options: Any) -> torch.Tensor:
+    """Attend as a layer does, through the metadata's plan."""
+    return metadata.plan.attend(
+        batch.query,
+        batch.key,
+        batch.value,
+        metadata.kv_cache[0],
+        metadata,
+        kv_scales=None,
+        **options,
+    )
 
 
 def transpose_keys(caches: torch.Tensor) -> None:
-    """`[2, blocks, kv_heads, block_size, head_dim]`, in place: as the CPU has them."""
+    """Store keys as the CPU does, in place. `[2, blocks, kv_heads, block_size, head_dim]`."""
     shape = caches.shape[1:]
     caches[0] = caches[0].transpose(-1, -2).clone().reshape(shape)
 
@@ -116,15 +122,14 @@ def transpose_back(caches: torch.Tensor) -> torch.Tensor:
     return torch.stack((keys, caches[1]))
 
 
-@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 24, 1000])
 @pytest.mark.parametrize(("block_size", "head_dim"), [(16, 64), (64, 16), (128, 128)])
 @pytest.mark.parametrize("batch_name", sorted(BATCHES))
-@pytest.mark.parametrize("attend", [attend_on_cpu, attend_on_cuda])
-def test_backends_agree_with_the_reference(
-    attend: Any,
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_devices_agree_with_the_reference(
+    device: str,
     batch_name: str,
     block_size: int,
     head_dim: int,
@@ -139,13 +144,15 @@ def test_backends_agree_with_the_reference(
         "softcap": softcap,
         "sinks": batch.sinks if with_sinks else None,
     }
-    metadata = batch.metadata(window)
+    # With the kernels' references, CUDA's plan shows that the calls are right.
+    cuda_plan = CudaPlan(REFERENCES, {window: None}, None)  # type: ignore[dict-item]
+    metadata = batch.metadata(cuda_plan if device == "cuda" else None)
     caches = metadata.kv_cache[0]
-    if attend is attend_on_cpu:
+    if device == "cpu":
         transpose_keys(caches)
-    output = attend(batch.query, batch.key, batch.value, caches, metadata, **options)
+    output = attend(batch, metadata, **options)
     expected, expected_caches = batch.expected(**options)
-    if attend is attend_on_cpu:
+    if device == "cpu":
         caches = transpose_back(caches)
     assert torch.equal(caches, expected_caches)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
@@ -155,7 +162,7 @@ def test_tiles_cover_every_query_once_and_the_longest_come_first() -> None:
     query_lens, seq_lens = [1, 1, 7, 270, 16, 3], [40, 5, 7, 290, 16, 130]
     loc = np.cumsum([0, *query_lens]).astype(np.int32)
     planner = CpuPlanner(3, torch.empty(1, 2, 1, 1, 16, 64))
-    plan = planner.plan(loc, np.array(seq_lens, dtype=np.int32))
+    plan = planner.cut(loc, np.array(seq_lens, dtype=np.int32))
     assert plan.tile_queries == 16
     assert (plan.tiles[:, 1] - plan.tiles[:, 0] == 1).all() and not plan.tiles[:, 2].any()
     members = plan.members[plan.tiles[:, 0]]
@@ -188,21 +195,18 @@ def test_decodes_that_read_a_prefix_once_give_the_same_bits(
     batch = Batch([*(1 for _ in seq_lens), *prefill], [*seq_lens, *prefill], block_size, head_dim)
     batch.table[[1, 4], : 256 // block_size] = batch.table[0, : 256 // block_size]
     batch.table[[3, 6], : 256 // block_size] = batch.table[5, : 256 // block_size]
-    metadata = batch.metadata(window)
+    metadata = batch.metadata()
     transpose_keys(metadata.kv_cache[0])
-    alone = replace(metadata, cpu_plan=batch.cpu_plan(shares=False))
+    alone = replace(metadata, plan=batch.cpu_plan(shares=False))
     options = {
         "scale": 0.3,
         "window": window,
         "softcap": softcap,
         "sinks": batch.sinks if with_sinks else None,
     }
-    outputs = [
-        attend_on_cpu(batch.query, batch.key, batch.value, each.kv_cache[0], each, **options)
-        for each in (metadata, alone)
-    ]
-    plan = metadata.cpu_plan
-    assert plan is not None and sorted(plan.tiles[plan.tiles[:, 2] > 0, 2]) == [256, 256]
+    outputs = [attend(batch, each, **options) for each in (metadata, alone)]
+    plan = metadata.plan
+    assert isinstance(plan, CpuPlan) and sorted(plan.tiles[plan.tiles[:, 2] > 0, 2]) == [256, 256]
     assert torch.equal(*outputs)
     expected, _ = batch.expected(**options)
     torch.testing.assert_close(outputs[0], expected, atol=1e-5, rtol=1e-5)
@@ -211,12 +215,10 @@ def test_decodes_that_read_a_prefix_once_give_the_same_bits(
 def test_a_row_that_pads_the_batch_writes_and_attends_to_nothing() -> None:
     batch = Batch([1, 1], [40, 5], 16, 16)
     batch.seq_lens[1], batch.slot_mapping[1] = 0, -1
-    metadata = batch.metadata(None)
+    metadata = batch.metadata()
     before = metadata.kv_cache[0].clone()
     options: dict[str, Any] = {"scale": 0.3, "window": None, "softcap": None, "sinks": None}
-    output = attend_on_cpu(
-        batch.query, batch.key, batch.value, metadata.kv_cache[0], metadata, **options
-    )
+    output = attend(batch, metadata, **options)
     assert not output[1].any() and output[0].isfinite().all()
     assert (metadata.kv_cache[0] != before).sum() == 2 * KV_HEADS * 16
 
@@ -230,13 +232,13 @@ def test_what_lies_beyond_a_sequence_is_not_read_and_a_nan_within_it_shows(head_
     for row, position in beyond:
         batch.caches[:, batch.table[row, position // 16], :, position % 16 :] = torch.nan
     within = batch.table[0, 0]
-    metadata = batch.metadata(None)
+    metadata = batch.metadata()
     transpose_keys(metadata.kv_cache[0])
-    arguments = (batch.query, batch.key, batch.value, metadata.kv_cache[0], metadata)
-    torch.testing.assert_close(attend_on_cpu(*arguments, **options), expected, atol=1e-5, rtol=1e-5)
+    output = attend(batch, metadata, **options)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     transposed = metadata.kv_cache[0, 0, within].view(KV_HEADS, head_dim, 16)
     transposed[:, :, 3] = torch.nan
-    output = attend_on_cpu(*arguments, **options)
+    output = attend(batch, metadata, **options)
     assert output[0].isnan().all() and output[1:].isfinite().all()
 
 
@@ -255,11 +257,9 @@ def test_sixteen_bits_give_the_same_within_their_rounding(
     batch.query, batch.key, batch.value, batch.caches = (
         tensor.to(dtype) for tensor in (batch.query, batch.key, batch.value, batch.caches)
     )
-    metadata = batch.metadata(window)
+    metadata = batch.metadata()
     transpose_keys(metadata.kv_cache[0])
-    output = attend_on_cpu(
-        batch.query, batch.key, batch.value, metadata.kv_cache[0], metadata, **options
-    )
+    output = attend(batch, metadata, **options)
     assert output.dtype == dtype
     torch.testing.assert_close(output.float(), expected, atol=1e-2, rtol=1e-2)
 

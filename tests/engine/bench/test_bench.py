@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 from quire.engine.bench.__main__ import main
+from quire.engine.bench.arguments import NOT_OFFERED, add_latency_arguments, engine_config
 from quire.engine.bench.workload import Workload, run_workload, uniform_lengths
+from quire.engine.config import EngineConfig, engine_flags
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.errors import ContextLengthError
 from quire.engine.runner.worker import Worker
@@ -112,7 +115,7 @@ def test_throughput_times_profiles_and_saves(
     table = profile.read_text()
     assert "steps in" in table.splitlines()[0]
     assert "Ordered by: cumulative time" in table and "Ordered by: internal time" in table
-    assert "(schedule)" in table and "(launch)" in table
+    assert "(schedule)" in table and "(forward)" in table
 
 
 def test_latency_is_the_median_of_its_repetitions(
@@ -162,3 +165,16 @@ def test_it_runs_where_http_and_messaging_are_absent(model: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "4 output tokens" in done.stdout
+
+
+def test_engine_flags_of_serve_are_arguments_here(model: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_latency_arguments(parser, str(model))
+    assert engine_config(parser.parse_args([])) == EngineConfig(model=str(model), seed=0)
+    changed = parser.parse_args(["--no-async-scheduling", "--no-enable-prefix-caching", *ENGINE])
+    config = engine_config(changed)
+    assert (config.async_scheduling, config.enable_prefix_caching) == (False, False)
+    assert (config.device, config.num_threads, config.num_blocks) == ("cpu", 1, 64)
+    flags = {flag.field: "--" + flag.name.replace("_", "-") for flag in engine_flags()}
+    offered = set(parser._option_string_actions)
+    assert {field for field, flag in flags.items() if flag not in offered} == NOT_OFFERED - {"seed"}

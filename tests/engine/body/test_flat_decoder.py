@@ -1,4 +1,4 @@
-"""The flat body: which families have it, and that it is taken only where it gives the same."""
+"""The flat body: which families have one, and that it is used only if it gives the same."""
 
 from __future__ import annotations
 
@@ -12,41 +12,40 @@ from torch import nn
 from transformers.models.llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+from quire.engine.devices.cpu.decoder import CpuDecoder
 from quire.engine.model.causal_lm import CausalLM
-from quire.engine.model.loader import load_model
 
 from ..models import COMMON, FAMILIES, generate, save_model
-from ..worker_driver import Driver, make_config, make_sequence
+from ..worker_driver import Driver, load, make_config, make_sequence
 
 FLAT = {"llama", "mistral", "qwen2", "qwen3"}
 
 
 def is_flat(model: CausalLM) -> bool:
-    """On the CPU, a flat body is compiled."""
-    return model._compiled is not None
+    """Whether its body was flattened: on the CPU, a flat body is compiled."""
+    return isinstance(model._body, CpuDecoder)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_which_families_are_flat(family: str, tmp_path: Path) -> None:
     save_model(family, tmp_path)
-    assert is_flat(load_model(make_config(tmp_path))) == (family in FLAT)
+    assert is_flat(load(tmp_path)) == (family in FLAT)
 
 
 @pytest.mark.parametrize("family", sorted(FLAT))
 def test_the_rounding_of_bfloat16_is_no_difference(family: str, tmp_path: Path) -> None:
     save_model(family, tmp_path)
-    model = load_model(make_config(tmp_path, dtype="bfloat16"))
+    model = load(tmp_path, dtype="bfloat16")
     assert is_flat(model) and model.dtype == torch.bfloat16
 
 
 def test_nor_is_it_over_eighty_layers(tmp_path: Path) -> None:
-    """Which make 5% of it."""
+    """Eighty layers add up to a difference of 5%."""
     sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 80}
     sizes |= {"num_attention_heads": 8}
     config = LlamaConfig(**COMMON | sizes | {"initializer_range": 0.1})
     config.save_pretrained(tmp_path)
-    options = make_config(tmp_path, dtype="bfloat16", load_format="dummy", seed=0)
-    assert is_flat(load_model(options))
+    assert is_flat(load(tmp_path, dtype="bfloat16", load_format="dummy", seed=0))
 
 
 def test_other_norms_are_noticed(
@@ -95,4 +94,4 @@ def test_a_module_more_is_another_shape(tmp_path: Path, monkeypatch: pytest.Monk
         self.adapter = nn.Identity()
 
     monkeypatch.setattr(LlamaDecoderLayer, "__init__", with_one_more)
-    assert not is_flat(load_model(make_config(tmp_path)))
+    assert not is_flat(load(tmp_path))

@@ -1,4 +1,4 @@
-"""Merged projections: what is found, what is left alone, and that the products stay the same."""
+"""Merged projections: which are found, which are left as they are, and their results."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from quire.engine.body.merged_linear import LinearColumn, MergedLinear, merge_siblings
-from quire.engine.model.loader import load_model
 
 from ..models import FAMILIES, save_model
-from ..worker_driver import make_config
+from ..worker_driver import load
 
 SIZE = 8
 
@@ -99,7 +98,7 @@ def test_what_is_merged_in_each_family(
 ) -> None:
     save_model(family, tmp_path)
     with caplog.at_level(logging.INFO, logger="quire.engine"):
-        model = load_model(make_config(tmp_path))
+        model = load(tmp_path)
     layers = model.spec.num_layers
     attention = f"{layers} times merged: q_proj, k_proj, v_proj"
     mlp = f"{layers} times merged: gate_proj, up_proj"

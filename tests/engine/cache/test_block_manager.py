@@ -1,12 +1,20 @@
-"""Sharing: what is found, what is copied, and what it costs."""
+"""The block manager: what is found, what is copied, and what it costs."""
 
 from __future__ import annotations
 
-from ..harness import Harness, expected_tokens
+from quire.engine.cache.block_manager import BlockManager
+from quire.engine.sequence import Rank, Sequence
+
+from ..harness import Harness, expected_tokens, make_request
+
+
+def make_sequence(num_tokens: int, choice: int = 0) -> Sequence:
+    request = make_request(list(range(num_tokens)))
+    return Sequence(request, choice, 0, Rank(0, 0, choice), frozenset())
 
 
 def run_pair(first: list[int], second: list[int], max_tokens: int = 1, **fields: object) -> int:
-    """Cached tokens of `second` after `first` has finished."""
+    """Return how many tokens of `second` are cached after `first` has finished."""
     harness = Harness(**fields)  # type: ignore[arg-type]
     harness.add(first, max_tokens)
     harness.run()
@@ -18,7 +26,7 @@ def run_pair(first: list[int], second: list[int], max_tokens: int = 1, **fields:
     return cached
 
 
-def test_the_same_prompt_is_computed_but_for_its_last_token() -> None:
+def test_the_same_prompt_is_cached_up_to_its_last_token() -> None:
     for length in (2, 15, 16, 17, 31, 32, 33, 100):
         assert run_pair(list(range(length)), list(range(length))) == length - 1
 
@@ -31,7 +39,7 @@ def test_sharing_is_exact_to_the_token() -> None:
         assert run_pair(first, second, block_size=64) == shared
 
 
-def test_a_running_sequence_is_shared_too_its_growing_tail_included() -> None:
+def test_a_running_sequence_is_shared_too_with_its_growing_tail() -> None:
     harness = Harness()
     harness.add(list(range(40)), max_tokens=30)
     for _ in range(5):
@@ -53,7 +61,7 @@ def test_decoded_tokens_are_found_by_the_next_turn() -> None:
     assert harness.finals[request.request_id, 0].num_cached_tokens == 20 + 29
 
 
-def test_salts_separate() -> None:
+def test_requests_with_different_salts_share_nothing() -> None:
     harness = Harness()
     prompt = list(range(50))
     cached = []
@@ -76,13 +84,13 @@ def test_thirty_two_requests_hold_their_common_prompt_once() -> None:
     harness.step()
     for i in range(31):
         harness.add(common + [5001 + i] * 20, max_tokens=40)
-    most = 0
+    peak = 0
     while harness.scheduler.has_work:
         harness.step()
         stats = harness.scheduler.stats()
-        most = max(most, stats.num_blocks - stats.num_free_blocks)
+        peak = max(peak, stats.num_blocks - stats.num_free_blocks)
     suffix_blocks = 32 * -(-(20 + 40) // 16)
-    assert most <= 1.1 * (2048 // 16) + suffix_blocks
+    assert peak <= 1.1 * (2048 // 16) + suffix_blocks
 
 
 def test_cached_blocks_are_reused_tail_first_and_only_when_needed() -> None:
@@ -118,3 +126,31 @@ def test_forget_free_empties_the_cache() -> None:
     request = harness.add(list(range(50)), max_tokens=1)
     harness.run()
     assert harness.finals[request.request_id, 0].num_cached_tokens == 0
+
+
+def test_has_slot_while_a_sequence_has_room_in_blocks_of_its_own() -> None:
+    manager = BlockManager(num_blocks=8, block_size=16)
+    sequence = make_sequence(20)
+    assert not manager.has_slot(sequence, 1)
+    assert manager.allocate_slots(sequence, 20) == []
+    assert manager.has_slot(sequence, 32) and not manager.has_slot(sequence, 33)
+    sequence.num_in_flight = 20
+    assert manager.has_slot(sequence, 12) and not manager.has_slot(sequence, 13)
+    sequence.num_computed_tokens, sequence.num_in_flight = 32, 0
+    assert not manager.has_slot(sequence, 1)
+
+
+def test_has_no_slot_in_a_shared_block_until_it_is_copied() -> None:
+    manager = BlockManager(num_blocks=8, block_size=16)
+    parent, child = make_sequence(20), make_sequence(20, choice=1)
+    manager.allocate_slots(parent, 20)
+    parent.num_computed_tokens = 20
+    manager.fork(parent, child)
+    assert not manager.has_slot(parent, 1) and not manager.has_slot(child, 1)
+    copies = manager.allocate_slots(child, 1)
+    assert copies is not None and len(copies) == 1
+    assert manager.has_slot(child, 1)
+    assert not manager.has_slot(parent, 1)  # the copy still reads the block
+    manager.end_step()
+    assert manager.has_slot(parent, 1)
+    manager.check_integrity([parent, child])

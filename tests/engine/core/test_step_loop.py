@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from quire.engine.errors import DeviceMemoryError
-from quire.engine.outputs import RowError, SchedulerOutput
-from quire.engine.sequence import UNKNOWN_TOKEN
-from quire.engine.worker_protocol import Results
+from quire.engine.outputs import RowError
+from quire.engine.step import UNKNOWN_TOKEN, SamplingConstraints, SchedulerOutput
+from quire.engine.worker_protocol import Forward, Results
 
 from ..harness import Harness, expected_tokens
 
@@ -24,14 +24,14 @@ def make_harness(**options: Any) -> Harness:
 def launches(harness: Harness) -> list[list[tuple[str, int]]]:
     """Filled as the harness runs: of each step its rows, as request and number of tokens."""
     made: list[list[tuple[str, int]]] = []
-    launch = harness.worker.launch
+    forward = harness.worker.forward
 
-    def record(output: SchedulerOutput) -> Results:
-        names = [sequence.request.request_id for sequence in output.sequences]
+    def record(output: SchedulerOutput) -> Forward:
+        names = harness.worker.request_ids(output)
         made.append(list(zip(names, output.num_new_tokens, strict=True)))
-        return launch(output)
+        return forward(output)
 
-    harness.worker.launch = record  # type: ignore[method-assign]
+    harness.worker.forward = record  # type: ignore
     return made
 
 
@@ -159,16 +159,18 @@ def test_out_of_memory_with_results_brought_in_meanwhile(fails_at: int) -> None:
     want = expected_tokens(PROMPT, 0, 9)
     plain = harness.add(OTHER, max_tokens=9)
     stops = harness.add(PROMPT, max_tokens=9, bad_words=((4, 5),), stop_token_ids=(want[3],))
-    launch = harness.worker.launch
+    forward = harness.worker.forward
     left = iter(range(fails_at, -1, -1))
 
-    def fail_late(output: SchedulerOutput) -> Results:
-        if next(left, -1) == 0:
-            output.before_sampling()
+    class FailsLate:
+        def sample(self, constraints: SamplingConstraints) -> Results:
             raise DeviceMemoryError("the device ran out of memory in a step")
-        return launch(output)
 
-    harness.worker.launch = fail_late  # type: ignore[method-assign]
+    def fail_late(output: SchedulerOutput) -> Forward:
+        step = forward(output)
+        return FailsLate() if next(left, -1) == 0 else step
+
+    harness.worker.forward = fail_late  # type: ignore
     harness.run()
     assert harness.tokens[plain.request_id, 0] == expected_tokens(OTHER, 0, 9)
     assert harness.tokens[stops.request_id, 0] == want[:4]
@@ -211,7 +213,7 @@ def test_out_of_memory_ends_the_offender_alone(run_ahead: bool) -> None:
         harness.step()
 
     def runs_out(output: SchedulerOutput) -> bool:
-        return any(sequence.request is offender for sequence in output.sequences)
+        return offender.request_id in harness.worker.request_ids(output)
 
     harness.worker.runs_out_of_memory = runs_out
     harness.run(max_steps=300)
@@ -243,7 +245,11 @@ def test_a_fault_of_the_device_is_not_a_rows(run_ahead: bool) -> None:
     def fail() -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    harness.worker.launch = lambda output: fail  # type: ignore[method-assign]
+    class Fails:
+        def sample(self, constraints: SamplingConstraints) -> Results:
+            return fail
+
+    harness.worker.forward = lambda output: Fails()  # type: ignore
     with pytest.raises(RuntimeError, match="illegal memory access"):
         for _ in range(2):
             harness.step()

@@ -1,53 +1,31 @@
-"""The CUDA path of the runner on the CPU: plain references in the kernels' place."""
+"""The CUDA backend on the CPU: plain references, or Triton's interpreter, in place of a GPU."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-from quire.engine.attention import interface as attention
-from quire.engine.devices.cuda import attention as attention_cuda
-from quire.engine.devices.cuda import inputs as device_inputs
-from quire.engine.devices.cuda.attention import attend_on_cuda
-from quire.engine.devices.cuda.decode_graphs import Run
-from quire.engine.model import loader
-from quire.engine.model.causal_lm import CausalLM
-from quire.engine.runner import input_batch, worker
-from quire.engine.runner.model_runner import ModelRunner
+from quire.engine.config import EngineConfig
+from quire.engine.devices.backend import CacheDemand, StartRehearsal
+from quire.engine.devices.cpu.draws import CpuDraws
+from quire.engine.devices.cuda.backend import CudaBackend
+from quire.engine.devices.cuda.decode_graphs import Capture, Run
+from quire.engine.devices.cuda.kernels import TRITON, Kernels
+from quire.engine.sampling.sampler import Sampler
 from quire.kernels import reference
-from quire.kernels.cuda import copy_blocks
+from quire.kernels.prefix_groups import find_prefix_groups
 
 
-def use_cuda_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only Triton's interpreter runs the kernels that this calls."""
-    monkeypatch.setattr(attention, "_backend", lambda device: attend_on_cuda)
-    monkeypatch.setattr(CausalLM, "_prepare_cpu", lambda *_: None)
-    monkeypatch.setattr(input_batch, "_has_kernel", lambda device: True)
-    resolve = loader.resolve_kv_cache_dtype
-    for module in (loader, worker):
-        monkeypatch.setattr(
-            module,
-            "resolve_kv_cache_dtype",
-            lambda config, dtype, device: resolve(config, dtype, torch.device("cuda")),
-        )
+def _no_schedule(*_: Any, **__: Any) -> None:
+    """Stand in for build_decode_schedule: the reference of decoding reads no schedule."""
 
 
-def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same with a plain reference for each kernel."""
-    use_cuda_path(monkeypatch)
-    for name in vars(reference):
-        if hasattr(attention_cuda, name) and not name.startswith("_") and name != "torch":
-            monkeypatch.setattr(attention_cuda, name, getattr(reference, name))
-    monkeypatch.setattr(copy_blocks, "copy_blocks", reference.copy_blocks)
-    monkeypatch.setattr(device_inputs, "prepare_inputs", reference.prepare_inputs)
-    monkeypatch.setattr(
-        attention_cuda, "build_decode_schedule", lambda seq_lens, workspace, cascade: None
-    )
-
-
-def give_workspaces(runner: ModelRunner) -> None:
-    """The references look at none; there must only be one for each window."""
-    runner._workspaces = dict.fromkeys(runner._windows)  # type: ignore[arg-type]
+REFERENCES = Kernels(
+    **{name: getattr(reference, name, _no_schedule) for name in Kernels._fields}  # type: ignore[arg-type]
+)
+"""Plain torch for each kernel."""
 
 
 class RerunCapture:
@@ -62,3 +40,44 @@ class RerunCapture:
             run()
 
         return replay
+
+
+class CudaOnCpuBackend(CudaBackend):
+    """A third device. It captures no graphs unless it is given their sizes, and leaves the size of
+    the cache to `config.num_blocks`. `reruns` counts the replays of its graphs."""
+
+    def __init__(
+        self,
+        kernels: Kernels = REFERENCES,
+        *,
+        sizes: Sequence[int] = (),
+        capture: Capture | None = None,
+        find_groups: Any = find_prefix_groups,
+    ) -> None:
+        super().__init__(torch.device("cpu"), kernels, find_groups)
+        self.reruns = RerunCapture()
+        self._sizes, self._capture_stand_in = list(sizes), capture or self.reruns
+
+    def default_dtype(self, checkpoint: str) -> str:
+        return "float32"
+
+    @property
+    def random_devices(self) -> list[int]:
+        return []
+
+    def make_sampler(self, vocab_size: int) -> Sampler:
+        return Sampler(vocab_size, self.device, CpuDraws(vocab_size))
+
+    def cache_memory(self, demand: CacheDemand, start: StartRehearsal) -> int:
+        return 0
+
+    def graph_sizes(self, config: EngineConfig) -> list[int]:
+        return self._sizes
+
+    def make_capture(self) -> Capture:
+        return self._capture_stand_in
+
+
+def interpreted(**options: Any) -> CudaOnCpuBackend:
+    """Return a backend with the Triton kernels, which only Triton's interpreter runs here."""
+    return CudaOnCpuBackend(TRITON, **options)

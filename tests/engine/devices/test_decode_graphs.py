@@ -11,16 +11,19 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from quire.engine.devices.cuda.attention import CudaPlanner
 from quire.engine.devices.cuda.decode_graphs import (
     CudaCapture,
     NotCapturableError,
     Run,
     graph_sizes,
 )
+from quire.engine.devices.steps import GraphKey
+from quire.engine.errors import ConfigurationError
 
 from ..models import FAMILIES, generate, logprobs, save_model
 from ..worker_driver import Driver, make_config, make_sequence
-from .cuda_on_cpu import RerunCapture, give_workspaces, use_references
+from .cuda_on_cpu import CudaOnCpuBackend
 
 SIZES = [1, 2, 4, 8]
 PROMPT_LENGTHS = [1, 5, 16, 17, 40, 61]
@@ -36,13 +39,9 @@ def llama(tmp_path: Path) -> tuple[Path, PreTrainedModel]:
     return tmp_path, save_model("llama", tmp_path)
 
 
-def start(folder: Path, capture: Any, sizes: list[int] = SIZES, **config: Any) -> Driver:
-    driver = Driver.start(make_config(folder, **config))
-    runner = driver.worker._runner
-    give_workspaces(runner)
-    before = runner._kv_cache.clone()
-    runner.capture_graphs(capture, sizes)
-    assert torch.equal(runner._kv_cache, before)
+def start(folder: Path, backend: CudaOnCpuBackend, **config: Any) -> Driver:
+    driver = Driver.start(make_config(folder, **config), backend)
+    assert not driver.worker._runner._kv_cache.any()  # no capture has written anything
     return driver
 
 
@@ -61,13 +60,12 @@ def test_the_ladder_ends_with_the_largest_step() -> None:
 
 
 def test_replayed_steps_give_the_reference_tokens(
-    family: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    family: tuple[Path, PreTrainedModel],
 ) -> None:
-    """Rows end one by one, so that every size is used, and rows beyond it are stale."""
-    use_references(monkeypatch)
+    """Rows end one by one, so that every size is used, with stale rows beyond it."""
     folder, model = family
-    capture = RerunCapture()
-    driver = start(folder, capture)
+    backend = CudaOnCpuBackend(sizes=SIZES)
+    driver = start(folder, backend)
     prompts = make_prompts(PROMPT_LENGTHS)
     lengths = [4 + 3 * i for i in range(len(prompts))]
     outputs = driver.run(
@@ -75,23 +73,22 @@ def test_replayed_steps_give_the_reference_tokens(
     )
     for prompt, length, output in zip(prompts, lengths, outputs, strict=True):
         assert output == generate(model, prompt, length)
-    assert 10 < capture.num_replays < driver.steps
+    assert 10 < backend.reruns.num_replays < driver.steps
     assert driver.worker._runner._kv_cache[:, :, 0].count_nonzero() == 0  # nothing strays there
 
 
 def test_a_replayed_row_need_not_sample(
-    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    llama: tuple[Path, PreTrainedModel],
 ) -> None:
-    """A prompt that advances by single tokens beside decoding rows, with log-probabilities."""
-    use_references(monkeypatch)
+    """A prompt advances by single tokens beside decoding rows, with log-probabilities."""
     folder, model = llama
-    capture = RerunCapture()
-    driver = start(folder, capture, max_num_batched_tokens=3)
+    backend = CudaOnCpuBackend(sizes=SIZES)
+    driver = start(folder, backend, max_num_batched_tokens=3)
     sequences = [
         make_sequence(prompt, 12, logprobs=0, prompt_logprobs=0) for prompt in make_prompts([2, 9])
     ]
     driver.run(sequences)
-    assert capture.num_replays > 8
+    assert backend.reruns.num_replays > 8
     for sequence in sequences:
         expected = logprobs(model, sequence.token_ids)
         got = driver.prompt_logprobs[sequence.seq_id] + driver.logprobs[sequence.seq_id]
@@ -100,59 +97,57 @@ def test_a_replayed_row_need_not_sample(
 
 
 def test_more_rows_than_the_largest_graph_run_without(
-    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    llama: tuple[Path, PreTrainedModel],
 ) -> None:
-    use_references(monkeypatch)
     folder, model = llama
-    capture = RerunCapture()
-    driver = start(folder, capture, sizes=[1, 2], max_num_batched_tokens=64)
+    backend = CudaOnCpuBackend(sizes=[1, 2])
+    driver = start(folder, backend, max_num_batched_tokens=64)
     prompts = make_prompts([3, 4, 5])
     outputs = driver.run([make_sequence(prompt, 5) for prompt in prompts])
     assert outputs == [generate(model, prompt, 5) for prompt in prompts]
-    assert capture.num_replays == 0
+    assert backend.reruns.num_replays == 0
 
 
 def test_shared_prefixes_have_graphs_of_their_own_from_four_rows_on(
-    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    llama: tuple[Path, PreTrainedModel],
 ) -> None:
-    use_references(monkeypatch)
-    runner = Driver.start(make_config(llama[0])).worker._runner
-    runner._allocate_workspaces()
-    runner.capture_graphs(RerunCapture(), SIZES)
+    runner = start(llama[0], CudaOnCpuBackend(sizes=SIZES)).worker._runner
     graphs = runner._graphs
-    assert graphs is not None and all((size, False) in graphs for size in SIZES)
-    assert [size for size in SIZES if (size, True) in graphs] == [4, 8]
+    assert graphs is not None and all(GraphKey(size, False) in graphs for size in SIZES)
+    assert [size for size in SIZES if GraphKey(size, True) in graphs] == [4, 8]
 
 
 @pytest.mark.parametrize("disabled", [False, True])
-def test_cascades_can_be_disabled(
-    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch, disabled: bool
-) -> None:
-    use_references(monkeypatch)
-    runner = Driver.start(make_config(llama[0], disable_cascade_attn=disabled)).worker._runner
-    runner._allocate_workspaces()
-    assert (runner._shared_prefixes is None) == disabled
+def test_cascades_can_be_disabled(llama: tuple[Path, PreTrainedModel], disabled: bool) -> None:
+    driver = start(llama[0], CudaOnCpuBackend(), disable_cascade_attn=disabled)
+    planner = driver.worker._runner.planner
+    assert isinstance(planner, CudaPlanner)
+    assert (planner.shared_prefixes is None) == disabled
 
 
 def test_a_model_that_waits_for_the_device_runs_without(
-    llama: tuple[Path, PreTrainedModel],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    llama: tuple[Path, PreTrainedModel], caplog: pytest.LogCaptureFixture
 ) -> None:
-    use_references(monkeypatch)
-
     def refuse(_: Run) -> Run:
         raise NotCapturableError("called a synchronizing operation")
 
     folder, model = llama
-    driver = start(folder, refuse)
+    driver = start(folder, CudaOnCpuBackend(sizes=SIZES, capture=refuse))
     assert "decode steps run without CUDA graphs: called a synchronizing" in caplog.text
     prompt = make_prompts([7])[0]
     assert driver.run([make_sequence(prompt, 5)]) == [generate(model, prompt, 5)]
 
 
+def test_a_capture_that_breaks_stops_the_start(llama: tuple[Path, PreTrainedModel]) -> None:
+    def fail(_: Run) -> Run:
+        raise RuntimeError("CUDA error:\nout of resources")
+
+    with pytest.raises(ConfigurationError, match="RuntimeError: CUDA error: out of .* --enforce-e"):
+        start(llama[0], CudaOnCpuBackend(sizes=SIZES, capture=fail))
+
+
 class FakeCuda:
-    """What of torch.cuda a capture calls, recorded; `syncs` has a run wait for the device."""
+    """Records the calls of a capture to torch.cuda. With `syncs`, a run waits for the device."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
@@ -179,7 +174,7 @@ class FakeCuda:
 def test_a_capture_warms_up_then_looks_for_waits_then_records(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All on one stream: cuBLAS keeps a workspace for each."""
+    """It does all of this on one stream, because cuBLAS keeps a workspace for each."""
     cuda = FakeCuda(monkeypatch)
     capture = CudaCapture(torch.device("cuda"))
     one = ["stream", "run default", "run error", "graph", "run default"]

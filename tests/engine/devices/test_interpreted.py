@@ -1,24 +1,15 @@
-"""Run tests/engine/interpreted: the runner's CUDA path, its kernels under Triton's interpreter.
+"""Run the CUDA path, with its kernels under Triton's interpreter."""
 
-In a process of their own, as in tests/kernels.
-"""
-
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+
+from ...interpreting import interpreted_files, require_passed
 
 FOLDER = Path(__file__).with_name("interpreted")
 
 
-def test_the_cuda_path_under_the_interpreter() -> None:
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=FOLDER.parents[3],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+@pytest.mark.timeout(1200)  # the first one runs the folder, whose tests have limits of their own
+@pytest.mark.parametrize("name", interpreted_files(FOLDER))
+def test_the_cuda_path_under_the_interpreter(name: str) -> None:
+    require_passed(FOLDER, name)

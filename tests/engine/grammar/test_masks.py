@@ -25,9 +25,9 @@ from quire.engine.core.engine_core import EngineCore
 from quire.engine.errors import GrammarError, InvalidRequestError, error_from_code
 from quire.engine.grammar import compile as grammar
 from quire.engine.grammar import masks as structured_output
-from quire.engine.grammar.compile import GrammarCompileError, compile_grammar, make_tokenizer
+from quire.engine.grammar.constraints import NOTHING_PENDING, start_constraints
 from quire.engine.grammar.masks import StructuredOutput
-from quire.engine.outputs import SchedulerOutput, SequenceOutput
+from quire.engine.outputs import SequenceOutput
 from quire.engine.request import GrammarSpec, Request
 from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
@@ -36,7 +36,7 @@ from quire.engine.sequence import Rank, Sequence, SequenceStatus
 from ..models import COMMON, build_model
 
 DEMO = Path(__file__).resolve().parents[3] / "configs/demo"
-VOCAB_SIZE = 1600  # padded beyond the tokenizer's 1536, as vocabularies are
+VOCAB_SIZE = 1600  # padded beyond the tokenizer's 1536, as vocabularies often are
 EOS, END_OF_TEXT = 2, 0
 PROMPT = list(range(300, 330))
 
@@ -92,7 +92,7 @@ SCHEMAS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights for the demo's tokenizer."""
+    """The folder of a model with random weights and the demo's tokenizer."""
     folder = tmp_path_factory.mktemp("constrained")
     sizes = COMMON | {"vocab_size": VOCAB_SIZE, "eos_token_id": EOS, "bos_token_id": None}
     build_model(LlamaConfig(**sizes | {"max_position_embeddings": 512})).save_pretrained(folder)
@@ -143,7 +143,7 @@ TOKENIZER = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
 
 
 def run(core: EngineCore, requests: Iterable[Request]) -> dict[tuple[str, int], Answer]:
-    """All choices to their ends, by (request id, choice)."""
+    """Run all choices to their ends; return the answers by (request id, choice)."""
     answers: dict[tuple[str, int], Answer] = defaultdict(Answer)
     for request in requests:
         core.add_request(request)
@@ -162,7 +162,7 @@ def json_spec(schema: Any) -> GrammarSpec:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
-def test_thirty_schemas_are_kept(core: EngineCore, temperature: float) -> None:
+def test_answers_follow_thirty_schemas(core: EngineCore, temperature: float) -> None:
     requests = [
         make_request(str(number), json_spec(schema), temperature=temperature, n=3)
         for number, schema in enumerate(SCHEMAS)
@@ -195,7 +195,7 @@ OTHERS: dict[str, tuple[GrammarSpec, str]] = {
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
-def test_other_grammars_are_kept(core: EngineCore, temperature: float) -> None:
+def test_answers_follow_other_grammars(core: EngineCore, temperature: float) -> None:
     requests = [
         make_request(name, spec, temperature=temperature, n=3) for name, (spec, _) in OTHERS.items()
     ]
@@ -209,7 +209,7 @@ def test_other_grammars_are_kept(core: EngineCore, temperature: float) -> None:
     assert complete == set(OTHERS)
 
 
-def test_structural_tags_leave_text_free_and_keep_their_schemas(core: EngineCore) -> None:
+def test_structural_tags_leave_text_free_and_enforce_their_schemas(core: EngineCore) -> None:
     tags = {
         "triggers": ["{"],
         "structures": [{"begin": "{{n=", "schema": INTEGER, "end": "}}"}],
@@ -225,8 +225,8 @@ def test_structural_tags_leave_text_free_and_keep_their_schemas(core: EngineCore
         assert re.match(r"\{\{n=-?[0-9]+\}\}", call), call
 
 
-def test_neighbours_do_not_matter(core: EngineCore) -> None:
-    """An unconstrained row beside constrained ones, and each beside others or alone."""
+def test_answers_do_not_depend_on_other_rows(core: EngineCore) -> None:
+    """Constrained and unconstrained requests give the same answers together and one by one."""
     specs = [None, json_spec(SCHEMAS[20]), None, OTHERS["regex"][0], json_spec(SCHEMAS[8])]
     requests = [make_request(str(i), spec, max_tokens=30) for i, spec in enumerate(specs)]
     together = run(core, requests)
@@ -236,7 +236,7 @@ def test_neighbours_do_not_matter(core: EngineCore) -> None:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_preempted_sequence_goes_on_where_it_was(
+def test_a_preempted_sequence_continues_where_it_stopped(
     folder: Path, core: EngineCore, ahead: bool
 ) -> None:
     spec = json_spec({"type": "array", "items": INTEGER, "minItems": 12, "maxItems": 20})
@@ -251,9 +251,12 @@ def test_a_preempted_sequence_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
-def test_one_step_ahead_nobody_waits(folder: Path, temperature: float) -> None:
-    """Plain requests, constrained ones, bad words and a grammar that ends early, one step ahead:
-    the same tokens, in as many steps but for those that an end is noticed late in."""
+def test_one_step_ahead_takes_no_more_steps(folder: Path, temperature: float) -> None:
+    """Run plain and constrained requests, bad words and a grammar that ends early.
+
+    One step ahead they get the same tokens in the same number of steps, except for up to two steps
+    that were launched before an end was known.
+    """
     specs = [None, json_spec(SCHEMAS[20]), None, json_spec(SCHEMAS[0]), json_spec(SCHEMAS[15])]
     requests = [
         make_request(str(i), spec, max_tokens=40, temperature=temperature, n=1 + i % 2)
@@ -279,7 +282,7 @@ def test_one_step_ahead_nobody_waits(folder: Path, temperature: float) -> None:
     assert 40 <= steps[0] <= steps[1] <= steps[0] + 2
 
 
-def test_a_grammars_end_is_the_end(core: EngineCore) -> None:
+def test_the_end_of_the_grammar_ends_the_answer(core: EngineCore) -> None:
     spec = GrammarSpec("regex", "(ab)+")
     cases: dict[str, dict[str, Any]] = {
         "ignore_eos": {"ignore_eos": True},
@@ -291,14 +294,14 @@ def test_a_grammars_end_is_the_end(core: EngineCore) -> None:
         for answer in longer.values():
             assert re.fullmatch("(ab)*a?", answer.text)
             assert len(answer.token_ids) >= (9 if name == "min_tokens" else 40)
-        closed = GrammarSpec("choice", '["ab"]')  # nothing may follow: it ends all the same
+        closed = GrammarSpec("choice", '["ab"]')  # nothing may follow
         for answer in run(core, [make_request(name, closed, max_tokens=40, **params)]).values():
             assert (answer.text, answer.reason) == ("ab", "stop")
             assert answer.token_ids[-1] == EOS
 
 
 def test_whitespace_is_bounded(core: EngineCore) -> None:
-    """A model that likes nothing better than whitespace still finishes."""
+    """A model that strongly prefers whitespace still finishes."""
     spaces = [t for t, i in TOKENIZER.get_vocab().items() if set(t) <= set("ĠĊ\t")]
     bias = tuple((TOKENIZER.token_to_id(space), 50.0) for space in spaces)
     spec = json_spec(obj(a=INTEGER, b={"type": "boolean"}))
@@ -313,8 +316,8 @@ def test_whitespace_is_bounded(core: EngineCore) -> None:
 # -- failures --------------------------------------------------------------------------------
 
 
-def test_a_grammar_that_does_not_compile_fails_alone(core: EngineCore) -> None:
-    """The HTTP side refuses it earlier; an engine that gets it all the same must live."""
+def test_a_grammar_that_does_not_compile_fails_only_its_request(core: EngineCore) -> None:
+    """The HTTP process refuses such grammars, but an engine that gets one must survive it."""
     bad = GrammarSpec("regex", "(a")
     answers = run(core, [make_request("bad", bad, n=2), make_request("good", OTHERS["regex"][0])])
     for choice in range(2):
@@ -325,7 +328,7 @@ def test_a_grammar_that_does_not_compile_fails_alone(core: EngineCore) -> None:
     assert answers["good", 0].reason == "stop"
 
 
-def test_a_matcher_that_fails_ends_its_choice_alone(
+def test_a_matcher_that_fails_ends_only_its_choice(
     core: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = "victim"
@@ -347,7 +350,7 @@ def test_a_matcher_that_fails_ends_its_choice_alone(
     assert len(answers[failing, 1].token_ids) == 1
 
 
-def test_a_failure_of_no_row_in_particular_costs_constrained_rows_alone(
+def test_a_failure_outside_all_rows_ends_only_constrained_rows(
     core: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(matcher: Any) -> str:
@@ -372,7 +375,7 @@ def test_an_abort_while_the_grammar_is_compiled(folder: Path) -> None:
     assert not core._structured._requests
 
 
-def test_others_go_on_while_a_grammar_is_compiled(
+def test_other_requests_continue_while_a_grammar_is_compiled(
     core: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
@@ -417,10 +420,8 @@ def test_the_engine_imports_without_llguidance(tmp_path: Path) -> None:
 # -- matchers, without an engine -------------------------------------------------------------
 
 
-def step_of(*sequences: Sequence) -> SchedulerOutput:
-    lengths = [len(sequence.token_ids) for sequence in sequences]
-    starts = [length - 1 for length in lengths]
-    return SchedulerOutput(1, list(sequences), starts, [1] * len(starts), 0, [], [], [])
+def step_of(*sequences: Sequence) -> list[tuple[int, Sequence]]:
+    return list(enumerate(sequences))
 
 
 def allowed(bits: Any) -> set[int]:
@@ -459,7 +460,7 @@ def test_forks_have_matchers_of_their_own_and_a_new_one_catches_up() -> None:
     masks = structured.start(step_of(second, first))
     assert masks is not None
     assert [allowed(row) for row in masks.wait()] == [{token("2")}, {token("1")}]
-    # The same step again, as after one that ran out of memory, and with a matcher made anew.
+    # The same step again, as after one that ran out of memory, with new matchers.
     structured._requests["r"].matchers.clear()
     masks = structured.start(step_of(second, first))
     assert masks is not None
@@ -469,19 +470,17 @@ def test_forks_have_matchers_of_their_own_and_a_new_one_catches_up() -> None:
     assert masks is not None and allowed(masks.wait()[0]) == {EOS, END_OF_TEXT}
 
 
-def test_only_constrained_rows_that_sample_have_a_mask() -> None:
+def test_only_unfinished_constrained_rows_have_a_mask() -> None:
     request = make_request("r", OTHERS["regex"][0])
     structured = make_structured(request)
     [constrained] = sequences_of(request)
-    [plain] = sequences_of(make_request("p", None))
-    output = step_of(plain, constrained)
-    masks = structured.start(output)
-    assert masks is not None and masks.rows == {1: 0}
-    assert masks.wait().shape == (1, VOCAB_SIZE // 32)
-    chunk = output._replace(num_computed_starts=[0, 0], num_new_tokens=[1, 5])
-    assert structured.start(chunk) is None
-    constrained.status = SequenceStatus.FINISHED  # by results that came during the launch
-    assert structured.start(output) is None
+    [plain] = sequences_of(make_request("p", None, bad_words=((4, 5),)))
+    pending = start_constraints(structured, step_of(plain, constrained))
+    constraints = pending.wait()
+    assert constraints.mask_rows == [1] and not pending.errors
+    assert len(constraints.bitmask) == VOCAB_SIZE // 8
+    constrained.status = SequenceStatus.FINISHED  # by results during the forward
+    assert start_constraints(structured, step_of(plain, constrained)) is NOTHING_PENDING
 
 
 def test_ids_beyond_the_logits_are_never_allowed() -> None:
@@ -503,22 +502,3 @@ def test_the_cache_of_grammars_is_bounded_and_waiting_requests_keep_theirs() -> 
     assert structured.is_ready(first)
     masks = structured.start(step_of(*sequences_of(first)))
     assert masks is not None and allowed(masks.wait()[0]) == {token("a")}
-
-
-@pytest.mark.parametrize(
-    ("spec", "reason"),
-    [
-        (GrammarSpec("regex", "(a"), "unclosed"),
-        (json_spec({"type": "wat"}), "wat"),
-        (json_spec({"not": {}}), "not"),
-        (json_spec({"$ref": "http://127.0.0.1:9/x"}), "retriev"),
-        (json_spec({"$ref": "#"}), "nothing can continue"),
-        (GrammarSpec("grammar", "start: foo"), "foo"),
-        (GrammarSpec("grammar", "root ::= ("), "GBNF"),
-    ],
-)
-def test_what_does_not_compile_says_why(spec: GrammarSpec, reason: str) -> None:
-    tokenizer = make_tokenizer(TOKENIZER.to_str(), VOCAB_SIZE, [EOS])
-    with pytest.raises(GrammarCompileError, match=reason) as caught:
-        compile_grammar(tokenizer, spec)
-    assert "\n" not in str(caught.value)

@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from quire.engine.errors import ModelLoadError
 from quire.engine.model.kv_scales import read_kv_scales
-from quire.engine.model.loader import load_model
 
 from ..models import save_model
-from ..worker_driver import make_config
+from ..worker_driver import load
 
 LAYER = "model.layers.{}.self_attn."
 
@@ -26,8 +25,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def add(folder: Path, **tensors: torch.Tensor) -> torch.Tensor | None:
-    """Into the only file; the scales that are read then. `k0` stands for layer 0's K."""
-    spec = load_model(make_config(folder)).spec
+    """Add tensors to the only file and return the scales that are read from it then. `k0` stands
+    for layer 0's K."""
+    spec = load(folder).spec
     file = folder / "model.safetensors"
     names = {name: LAYER.format(name[1]) + f"{name[0]}_scale" for name in tensors}
     save_file(
@@ -56,7 +56,7 @@ def test_what_is_no_scale_is_refused(folder: Path, scale: list[float]) -> None:
 
 @pytest.mark.parametrize("prefix", ["attn.", "k_proj."])
 def test_split_checkpoints_are_read_by_their_index(folder: Path, prefix: str) -> None:
-    spec = load_model(make_config(folder)).spec
+    spec = load(folder).spec
     name = LAYER.format(1) + f"{prefix}k_scale"
     save_file({name: torch.tensor([0.25])}, folder / "scales.safetensors")
     weights = {"model.norm.weight": "absent.safetensors", name: "scales.safetensors"}

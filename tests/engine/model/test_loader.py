@@ -1,4 +1,4 @@
-"""What the loader reads, refuses and derives."""
+"""The loader: what it reads, refuses and derives."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from transformers.models.t5 import T5Config
 
 from quire.engine.config import EngineConfig
 from quire.engine.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
-from quire.engine.model import loader
 from quire.engine.model.loader import load_model
-from quire.engine.model.model_spec import read_spec
+from quire.engine.model.model_spec import ModelSpec, read_hf_config, spec_from_hf_config
 
+from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..models import COMMON, FAMILIES, WINDOW, build_model, generate, logprobs, save_model
-from ..worker_driver import Driver, make_config, make_sequence
+from ..worker_driver import Driver, load, make_config, make_sequence
 
 
 @pytest.fixture
@@ -40,10 +40,15 @@ def edit_config(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def read_spec(folder: Path) -> ModelSpec:
+    config = make_config(folder)
+    return spec_from_hf_config(read_hf_config(config), config)
+
+
 def test_spec_is_read_without_weights(tmp_path: Path) -> None:
     FAMILIES["gemma3"]().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
-    spec = read_spec(make_config(tmp_path))
+    spec = read_spec(tmp_path)
     assert spec.windows == (WINDOW, WINDOW, None)
     assert (spec.num_layers, spec.num_attention_heads, spec.num_kv_heads) == (3, 4, 2)
     assert (spec.head_dim, spec.vocab_size, spec.max_position) == (16, 128, 256)
@@ -74,7 +79,7 @@ def test_max_position_counts_rope_scaling(
     tmp_path: Path, rope: dict[str, Any], expected: int
 ) -> None:
     LlamaConfig(**COMMON, rope_parameters={"rope_theta": 10000.0} | rope).save_pretrained(tmp_path)
-    spec = read_spec(make_config(tmp_path))
+    spec = read_spec(tmp_path)
     assert spec.max_position == expected
     assert spec.resolve_max_model_len(None) == expected
     with pytest.raises(ConfigurationError, match="max_model_len"):
@@ -84,9 +89,7 @@ def test_max_position_counts_rope_scaling(
 def test_dummy_weights_have_the_shape_and_follow_the_seed(tmp_path: Path) -> None:
     FAMILIES["qwen3"]().save_pretrained(tmp_path)
     state = torch.random.get_rng_state()
-    first, again, other = (
-        load_model(make_config(tmp_path, load_format="dummy", seed=seed)) for seed in (1, 1, 2)
-    )
+    first, again, other = (load(tmp_path, load_format="dummy", seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert first.num_parameters == build_model(FAMILIES["qwen3"]()).num_parameters()
     hidden = torch.ones(1, 32)
@@ -96,16 +99,16 @@ def test_dummy_weights_have_the_shape_and_follow_the_seed(tmp_path: Path) -> Non
 
 def test_dtype_is_resolved(llama: Path) -> None:
     edit_config(llama, dtype="bfloat16")
-    assert load_model(make_config(llama)).dtype == torch.float32
-    assert load_model(make_config(llama, dtype="bfloat16")).dtype == torch.bfloat16
+    assert load(llama).dtype == torch.float32
+    assert load(llama, dtype="bfloat16").dtype == torch.bfloat16
 
 
 def test_a_gpu_that_is_not_there_is_refused(llama: Path) -> None:
     if torch.cuda.is_available():
-        assert load_model(make_config(llama, device="cuda")).device.type == "cuda"
+        assert load(llama, device="cuda").device.type == "cuda"
         return
     with pytest.raises(ConfigurationError, match="no GPU"):
-        load_model(make_config(llama, device="cuda"))
+        load(llama, device="cuda")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def test_models_that_cannot_work_are_refused(tmp_path: Path, config: Any, reason
     config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
     config.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
-        load_model(make_config(tmp_path, load_format="dummy"))
+        load(tmp_path, load_format="dummy")
     assert "\n" not in caught.value.message
     assert caught.value.message.startswith(type(config).__name__.removesuffix("Config"))
 
@@ -159,7 +162,7 @@ def test_a_model_that_drops_keyword_arguments_is_refused(
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forgetful)
     with pytest.raises(UnsupportedModelError, match="keyword arguments do not reach"):
-        load_model(make_config(llama))
+        load(llama)
 
 
 def test_a_window_that_code_and_configuration_state_differently_is_refused(
@@ -168,7 +171,7 @@ def test_a_window_that_code_and_configuration_state_differently_is_refused(
     save_model("qwen3", tmp_path)
     layer_types = ["full_attention", "sliding_attention"]
     edit_config(tmp_path, layer_types=layer_types, use_sliding_window=True, sliding_window=24)
-    assert load_model(make_config(tmp_path)).spec.windows == (None, 24)
+    assert load(tmp_path).spec.windows == (None, 24)
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
     original = Qwen3Attention.__init__
@@ -179,12 +182,12 @@ def test_a_window_that_code_and_configuration_state_differently_is_refused(
 
     monkeypatch.setattr(Qwen3Attention, "__init__", windowless)
     with pytest.raises(UnsupportedModelError, match="layer 1 attends with window None"):
-        load_model(make_config(tmp_path))
+        load(tmp_path)
 
 
 def check_one_line(folder: Path, match: str) -> None:
     with pytest.raises(ModelLoadError, match=match) as caught:
-        load_model(make_config(folder))
+        load(folder)
     assert "\n" not in caught.value.message
     assert str(folder) in caught.value.message
 
@@ -193,7 +196,7 @@ def check_one_line(folder: Path, match: str) -> None:
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_no_weight_file_stays_mapped(family: str, tmp_path: Path) -> None:
     save_model(family, tmp_path)
-    model = load_model(make_config(tmp_path))
+    model = load(tmp_path)
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     assert model.num_parameters > 0
 
@@ -255,7 +258,7 @@ def test_code_in_the_folder_is_never_executed(llama: Path, tmp_path: Path) -> No
     )
     check_one_line(llama, "--trust-remote-code")
     edit_config(llama, model_type="llama")  # a known type: its own class is used instead
-    load_model(make_config(llama))
+    load(llama)
     assert not trace.exists()
 
 
@@ -301,14 +304,11 @@ def test_a_family_without_this_transformers_is_refused(tmp_path: Path) -> None:
     assert ViTConfig not in AutoModelForCausalLM._model_mapping
     ViTConfig(hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="ViT"):
-        load_model(make_config(tmp_path))
+        load(tmp_path)
 
 
-def test_a_quantization_is_refused_where_it_does_not_work(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_quantization_is_refused_where_it_does_not_work(llama: Path) -> None:
     with pytest.raises(ConfigurationError, match="unknown quantization"):
         EngineConfig(model=str(llama), quantization="int4")  # type: ignore[arg-type]
-    monkeypatch.setattr(loader, "resolve_device", lambda _: torch.device("cuda"))
-    with pytest.raises(ConfigurationError, match="int8 is for the CPU"):
-        load_model(EngineConfig(model=str(llama), quantization="int8"))
+    with pytest.raises(ConfigurationError, match="int8 works only on the CPU"):
+        load_model(make_config(llama, quantization="int8"), CudaOnCpuBackend())

@@ -1,4 +1,4 @@
-"""Several clients of one engine process, of which one supervises it."""
+"""Several clients of one engine process, one of which supervises it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from quire.engine.process.process_client import ProcessEngineClient
 from quire.engine.process.remote_client import EngineStatus
 
 from .. import fakes
+from ..clients import Observer, collect, tokens_of
 from ..fakes import EXIT, LOSE, SLOW, expected_tokens, make_request
-from ..test_inline_client import Observer, collect, tokens_of
 from .test_process_client import assert_engine_dead, until_ready
 
 
@@ -29,7 +29,7 @@ async def ready(*clients: AttachedEngineClient) -> None:
 
 
 class Trio:
-    """The supervisor, and two clients that it tells."""
+    """The supervising client, and two clients to which it passes on the engine's status."""
 
     def __init__(self) -> None:
         self.watched = Observer()
@@ -82,7 +82,7 @@ async def test_each_gets_its_own_outputs_and_all_get_the_stats(trio: Trio) -> No
     assert len(trio.told.infos) == 1 and trio.watched.stats and not trio.told.stats
 
 
-async def test_refusals_and_resets_reach_who_asked(trio: Trio) -> None:
+async def test_refusals_and_resets_reach_the_client_that_asked(trio: Trio) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         await collect(trio.two, make_request(max_tokens=60_000))
     assert caught.value.param == "max_tokens"
@@ -102,7 +102,7 @@ async def test_a_client_that_died_has_its_requests_aborted(trio: Trio) -> None:
     await asyncio.sleep(0.2)
     stats = trio.one.stats()
     assert stats is not None and stats.num_running == 1
-    # What it still sends is dropped, a second hello too.
+    # Messages that it still sends are dropped, even a second hello.
     for _ in range(2):
         late = asyncio.create_task(collect(trio.two, make_request(SLOW, max_tokens=5)))
         lost.append(late)
@@ -114,7 +114,7 @@ async def test_a_client_that_died_has_its_requests_aborted(trio: Trio) -> None:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-    # Nothing of it is left that the watchdog could take for a stall.
+    # Nothing is left of it that the watchdog could take for a stall.
     await asyncio.sleep(1.5)
     assert trio.main.health().restarts == 0
 

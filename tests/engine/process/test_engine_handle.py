@@ -9,7 +9,7 @@ from quire.engine.process.engine_handle import engine_environment
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 
 
-def test_threads_hardly_spin() -> None:
+def test_defaults_for_threads_and_memory() -> None:
     assert engine_environment({"A": "b"}, 3) == {
         "A": "b",
         "OMP_WAIT_POLICY": "passive",
@@ -27,5 +27,5 @@ def test_threads_hardly_spin() -> None:
         {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7", "OMP_NUM_THREADS": "2"},
     ],
 )
-def test_what_the_environment_says_stays(own: dict[str, str]) -> None:
+def test_variables_that_are_set_keep_their_values(own: dict[str, str]) -> None:
     assert engine_environment(own, None) == MEMORY | own

@@ -1,24 +1,21 @@
-"""The real engine core behind both clients, and the process's own log."""
+"""The real engine core, stepped by a process and by a thread."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
-import sys
 from pathlib import Path
 
 from quire.engine.config import EngineConfig
-from quire.engine.inline_client import InlineEngineClient
-from quire.engine.process.engine_process import JsonFormatter, build_core
+from quire.engine.process.engine_process import build_core
 from quire.engine.process.process_client import ProcessEngineClient
 
+from ..clients import collect, tokens_of
 from ..fakes import make_request
+from ..inline_client import InlineEngineClient
 from ..models import save_model
-from ..test_inline_client import collect, tokens_of
 
 
-async def test_real_engine_says_the_same_in_a_process_and_inline(tmp_path: Path) -> None:
+async def test_real_engine_answers_the_same_in_a_process_and_in_a_thread(tmp_path: Path) -> None:
     save_model("qwen3", tmp_path)
     config = EngineConfig(
         model=str(tmp_path),
@@ -40,17 +37,3 @@ async def test_real_engine_says_the_same_in_a_process_and_inline(tmp_path: Path)
         answers.append((info, [[tokens_of(o, choice) for choice in range(2)] for o in outputs]))
     assert answers[0] == answers[1]
     assert all(len(tokens) == 8 for request in answers[0][1] for tokens in request)
-
-
-def test_json_log_is_one_object_a_line() -> None:
-    try:
-        raise ValueError("two\nlines")
-    except ValueError:
-        record = logging.LogRecord(
-            "quire.engine", logging.ERROR, "x.py", 1, "%s\nfailed", ("it",), sys.exc_info()
-        )
-    line = JsonFormatter().format(record)
-    assert "\n" not in line
-    entry = json.loads(line)
-    assert (entry["level"], entry["event"], entry["source"]) == ("error", "it\nfailed", "engine")
-    assert "ValueError: two" in entry["exception"]

@@ -1,4 +1,4 @@
-"""What an engine's process keeps of its start."""
+"""The memory of the engine's process after its start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import gc, psutil
 from quire.engine.process.heap import settle
 
 freed, kept = [], []
-for _ in range(400):  # what is kept stands between the pages that are freed
+for _ in range(400):  # pages that are kept alternate with pages that are freed
     freed.append(bytearray(100_000))
     kept.append(bytearray(10_000))
 freed.clear()
@@ -35,9 +35,9 @@ def _run(script: str) -> None:
     subprocess.run([sys.executable, "-P", "-c", script], check=True, timeout=60)
 
 
-def test_what_loading_freed_goes_back_to_the_system() -> None:
+def test_memory_freed_after_loading_returns_to_the_system() -> None:
     _run(SETTLES)
 
 
-def test_an_engine_on_the_cpu_is_without_triton() -> None:
+def test_an_engine_on_the_cpu_sees_no_triton() -> None:
     _run(NO_TRITON)

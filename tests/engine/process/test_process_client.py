@@ -1,4 +1,4 @@
-"""Faults that only an engine in a process of its own can have, and survive."""
+"""Faults that only an engine in its own process can have, and how the client survives them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from quire.engine.process.engine_handle import EngineHandle
 from quire.engine.process.process_client import ProcessEngineClient
 
 from .. import fakes
+from ..clients import Observer, collect, tokens_of
 from ..fakes import CRASH, EXIT, HANG, LOSE, SLOW, expected_tokens, make_request
-from ..test_inline_client import Observer, collect, tokens_of
 
 FAKES = str(Path(fakes.__file__).parent)
 
@@ -63,6 +63,11 @@ async def client(observer: Observer) -> AsyncIterator[ProcessEngineClient]:
         yield client
 
 
+def pid_of(client: ProcessEngineClient) -> int:
+    assert client._engine is not None
+    return client._engine.pid
+
+
 async def until_ready(client: ProcessEngineClient) -> None:
     async with asyncio.timeout(20):
         while not client.health().ready:
@@ -81,14 +86,13 @@ async def test_engine_killed_in_mid_stream(client: ProcessEngineClient, observer
         for _ in range(5)
     ]
     await asyncio.sleep(0.2)
-    pid = client.engine_pid
-    assert pid is not None
+    pid = pid_of(client)
     os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
     for outputs in await asyncio.gather(*streams):
         assert len(tokens_of(outputs)) > 1
         assert_engine_dead(outputs)
-    print(f"told after {time.monotonic() - killed:.3f} s")
+    print(f"reported after {time.monotonic() - killed:.3f} s")
     assert time.monotonic() - killed < 1.0
     health = client.health()
     assert (health.alive, health.ready) == (True, False)
@@ -125,7 +129,7 @@ async def test_repeated_failures_end_it_for_good(client: ProcessEngineClient) ->
 
 @pytest.mark.parametrize("fault", [HANG, LOSE])
 async def test_stalled_engine_is_restarted(capfd: pytest.CaptureFixture[str], fault: int) -> None:
-    # Started here and not in a fixture: pytest gives each phase a stderr of its own.
+    # Started here and not in a fixture, because pytest gives each phase another stderr.
     async with running() as client:
         stream = asyncio.create_task(collect(client, make_request(fault)))
         alive = True
@@ -153,8 +157,7 @@ async def test_long_idle_and_a_blocked_loop_are_no_stall(client: ProcessEngineCl
 
 
 async def test_reset_fails_when_the_engine_dies(client: ProcessEngineClient) -> None:
-    pid = client.engine_pid
-    assert pid is not None
+    pid = pid_of(client)
     os.kill(pid, signal.SIGSTOP)
     reset = asyncio.create_task(client.reset_prefix_cache())
     await asyncio.sleep(0.05)
@@ -197,28 +200,28 @@ async def _send_random_bytes(client: ProcessEngineClient) -> None:
 
 
 async def test_close_leaves_nothing_behind(client: ProcessEngineClient) -> None:
-    engine, pid = client._engine, client.engine_pid
-    assert engine is not None and pid is not None
+    engine, pid = client._engine, pid_of(client)
+    assert engine is not None
     path = engine._socket.get(zmq.LAST_ENDPOINT).decode().rstrip("\0").removeprefix("ipc://")
-    assert not Path(path).parent.exists()  # gone since the engine was ready
+    assert not Path(path).parent.exists()  # removed when the engine became ready
     start = time.monotonic()
     await client.close()
-    assert time.monotonic() - start < 1.0  # it ended when asked, nobody had to kill it
+    assert time.monotonic() - start < 1.0  # it ended when asked, and was not killed
     assert not psutil.pid_exists(pid)
 
 
 async def test_close_ends_a_hung_engine(client: ProcessEngineClient) -> None:
-    pid = client.engine_pid
+    pid = pid_of(client)
     stream = asyncio.create_task(collect(client, make_request(HANG)))
     await asyncio.sleep(0.1)
     await client.close()
     assert_engine_dead(await stream)
-    assert pid is not None and not psutil.pid_exists(pid)
+    assert not psutil.pid_exists(pid)
 
 
 @pytest.mark.parametrize("first_token", [100, HANG], ids=["idle", "hung"])
 def test_engine_dies_with_its_parent(first_token: int, tmp_path: Path) -> None:
-    """The parent is killed, so that none of its own clean-up can run."""
+    """Kill the parent, so that none of its own clean-up can run."""
     script = f"""
         import asyncio, fakes
         from quire.engine.config import EngineConfig
@@ -228,7 +231,7 @@ def test_engine_dies_with_its_parent(first_token: int, tmp_path: Path) -> None:
             client = ProcessEngineClient(EngineConfig(model="fake"), core="fakes:build_core")
             await client.start()
             await client.wait_ready()
-            print(client.engine_pid, flush=True)
+            print(client._engine.pid, flush=True)
             async for _ in client.generate(fakes.make_request({first_token})):
                 pass
             await asyncio.sleep(60)

@@ -7,30 +7,34 @@ from itertools import islice
 import pytest
 import torch
 
-from quire.engine.devices.cuda import inputs as device_inputs
-from quire.engine.outputs import TableChange
-from quire.engine.runner import input_batch
+from quire.engine.devices.backend import Backend
+from quire.engine.devices.cpu.backend import CpuBackend
+from quire.engine.devices.cuda.inputs import DeviceInputs
 from quire.engine.runner.input_batch import InputBatch
-from quire.kernels import reference
+from quire.engine.sequence import Sequence
+from quire.engine.step import TableChange
 
+from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..random_steps import BLOCK_SIZE, BUDGET, MAX_NUM_SEQS, RandomSteps, Step, make_output
 from ..worker_driver import make_sequence
 
 MAX_LEN = 160
 
 
-@pytest.fixture(params=["host", "device"])
-def batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> InputBatch:
-    """As the CPU prepares steps, and as CUDA does, with the kernel's reference."""
-    monkeypatch.setattr(input_batch, "_has_kernel", lambda device: request.param == "device")
-    monkeypatch.setattr(device_inputs, "prepare_inputs", reference.prepare_inputs)
+def make_batch(backend: Backend) -> InputBatch:
     return InputBatch(
         max_num_seqs=MAX_NUM_SEQS,
         max_num_tokens=BUDGET,
         max_model_len=MAX_LEN,
         block_size=BLOCK_SIZE,
-        device=torch.device("cpu"),
+        backend=backend,
     )
+
+
+@pytest.fixture(params=[CpuBackend, CudaOnCpuBackend])
+def batch(request: pytest.FixtureRequest) -> InputBatch:
+    """As the CPU prepares steps, and as CUDA does, with the kernel's reference."""
+    return make_batch(request.param())
 
 
 def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
@@ -41,11 +45,11 @@ def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
         return
     host, device = prepared
     output = step.output
-    columns = (output.sequences, output.num_computed_starts, output.num_new_tokens, step.token_ids)
+    columns = (step.rows, output.num_computed_starts, output.num_new_tokens, step.token_ids)
     rows = list(zip(*columns, strict=True))
     rows = [row for row in rows if row[2] == 1] + [row for row in rows if row[2] > 1]
-    assert [output.sequences[index] for index in host.order] == [row[0] for row in rows]
-    assert host.sequences == [row[0] for row in rows]
+    assert [step.rows[index] for index in host.order] == [row[0] for row in rows]
+    assert [spec.seq_id for spec in host.sequences] == [row[0].seq_id for row in rows]
     ids, positions, slots, loc, logits = [], [], [], [0], []
     for sequence, start, length, token_ids in rows:
         ids += token_ids
@@ -65,6 +69,7 @@ def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
     assert device.query_start_loc[: len(loc)].tolist() == loc
     assert device.seq_lens.tolist() == [row[1] + row[2] for row in rows] + [0] * padding
     if padding:
+        assert isinstance(batch.inputs, DeviceInputs)
         static_step = batch.inputs.static_step(len(device.seq_lens))
         for mine, static in zip(device, static_step, strict=True):
             assert mine.data_ptr() == static.data_ptr() and mine.stride() == static.stride()
@@ -79,13 +84,19 @@ def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
     assert host.max_query_len == max(row[2] for row in rows)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_random_steps_match_a_plain_loop(batch: InputBatch, padded: bool) -> None:
-    sizes = {}
-    if padded:
-        sizes = {1: 2, 2: 2, 3: 5, 4: 5, 5: 5, 6: 6}
-        batch.inputs.pad_decodes([2, 5])
-        assert batch.inputs.static_step(5).slot_mapping.tolist() == [-1] * 5
+def test_random_steps_match_a_plain_loop(batch: InputBatch) -> None:
+    check_random_steps(batch, {})
+
+
+def test_decodes_are_padded_to_the_next_size() -> None:
+    batch = make_batch(CudaOnCpuBackend())
+    assert isinstance(batch.inputs, DeviceInputs)
+    batch.inputs.pad_decodes([2, 5])
+    assert batch.inputs.static_step(5).slot_mapping.tolist() == [-1] * 5
+    check_random_steps(batch, {1: 2, 2: 2, 3: 5, 4: 5, 5: 5, 6: 6})
+
+
+def check_random_steps(batch: InputBatch, sizes: dict[int, int]) -> None:
     steps = RandomSteps(3, MAX_LEN)
     for step in islice(steps, 500):
         check(batch, step, sizes)
@@ -97,14 +108,15 @@ def test_the_same_sequences_again_after_one_gave_its_row_back(batch: InputBatch)
     first, second = make_sequence(list(range(40)), 1), make_sequence(list(range(40)), 1)
     first.block_table, second.block_table = [1, 2, 3], [4, 5, 6]
 
-    def check_step(released: list[int], changes: list[TableChange]) -> None:
-        output = make_output([(first, 20), (second, 20)], changes, released)
+    def check_step(new: list[Sequence], released: list[int], changes: list[TableChange]) -> None:
+        output = make_output([(first, 20), (second, 20)], new, changes, released)
         token_ids = [list(range(20))] * 2
-        check(batch, Step(output, token_ids, [], torch.zeros(0, dtype=torch.int64)), {})
+        nothing = torch.zeros(0, dtype=torch.int64)
+        check(batch, Step(output, [first, second], token_ids, [], nothing), {})
 
-    check_step([], [])
-    check_step([], [])
+    check_step([first, second], [], [])
+    check_step([], [], [])
     second.block_table = [9, 8, 7]
-    check_step([second.seq_id], [])
+    check_step([second], [second.seq_id], [])
     first.block_table[1] = 10
-    check_step([], [TableChange(first, 1)])
+    check_step([], [], [TableChange(first.seq_id, 1, first.block_table[1:])])

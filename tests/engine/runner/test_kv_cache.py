@@ -8,17 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from quire.engine.devices.backend import Backend
+from quire.engine.devices.cpu.backend import CpuBackend
 from quire.engine.errors import ConfigurationError
 from quire.engine.model.model_spec import ModelSpec
-from quire.engine.runner import kv_cache
-from quire.engine.runner.kv_cache import (
-    allocate_kv_cache,
-    available_memory,
-    block_bytes,
-    cpu_cache_memory,
-    num_blocks_from_memory,
-)
+from quire.engine.runner.kv_cache import allocate_kv_cache, block_bytes, num_blocks_from_memory
 
+from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..worker_driver import make_config
 
 SPEC = ModelSpec(
@@ -40,8 +36,9 @@ def config(**values: Any) -> Any:
     return make_config(Path("none"), **{"num_blocks": None} | values)
 
 
-def test_the_tensor_has_the_size_that_was_counted() -> None:
-    cache = allocate_kv_cache(SPEC, 5, 16, torch.float32, torch.device("cpu"))
+@pytest.mark.parametrize("backend", [CpuBackend(), CudaOnCpuBackend()])
+def test_the_tensor_has_the_size_that_was_counted(backend: Backend) -> None:
+    cache = allocate_kv_cache(backend, SPEC, 5, 16, torch.float32)
     assert cache.shape == (3, 2, 5, 2, 16, 8)
     assert cache.nbytes == 5 * block_bytes(SPEC, 16, torch.float32) == 5 * BLOCK
     assert not cache.any()
@@ -52,7 +49,7 @@ def test_float8_takes_a_quarter_of_float32() -> None:
         return num_blocks_from_memory(10 * BLOCK, config(), SPEC, dtype, 128)
 
     assert blocks(torch.float8_e4m3fn) == 2 * blocks(torch.bfloat16) == 4 * blocks(torch.float32)
-    cache = allocate_kv_cache(SPEC, 5, 16, torch.float8_e4m3fn, torch.device("cpu"))
+    cache = allocate_kv_cache(CudaOnCpuBackend(), SPEC, 5, 16, torch.float8_e4m3fn)
     assert cache.nbytes == 5 * BLOCK // 4 and not cache.float().any()
 
 
@@ -81,30 +78,6 @@ def test_the_last_token_needs_no_slot() -> None:
         num_blocks_from_memory(8 * BLOCK, config(), SPEC, torch.float32, 130)
 
 
-def test_cpu_default_is_for_typical_sequences_within_a_share(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def memory(**values: Any) -> int:
-        return cpu_cache_memory(config(**values), SPEC, torch.float32, 1024)
-
-    monkeypatch.setattr(kv_cache, "available_memory", lambda: 10**12)
-    assert memory(max_num_seqs=8) == 8 * 1024 // 16 * BLOCK
-    assert cpu_cache_memory(config(max_num_seqs=1), SPEC, torch.float32, 9000) == 563 * BLOCK
-    assert memory(kv_cache_memory_bytes=12345) == 12345
-    monkeypatch.setattr(kv_cache, "available_memory", lambda: 1_000_000)
-    assert memory(max_num_seqs=8) == 400_000
-    assert memory(kv_cache_memory_bytes=1_000_000) == 1_000_000
-    with pytest.raises(ConfigurationError, match="--kv-cache-memory is 0.00 GiB, but beside"):
-        memory(kv_cache_memory_bytes=1_000_001)
-    monkeypatch.setattr(kv_cache, "available_memory", lambda: None)
-    assert memory(max_num_seqs=8) == 8 * 1024 // 16 * BLOCK
-
-
-def test_available_memory_is_a_plausible_size() -> None:
-    available = available_memory()
-    assert available is None or 2**20 < available < 2**50
-
-
 def test_a_cache_that_no_device_holds_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="does not fit"):
-        allocate_kv_cache(SPEC, 2**45, 16, torch.float32, torch.device("cpu"))
+        allocate_kv_cache(CpuBackend(), SPEC, 2**45, 16, torch.float32)

@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from quire.engine.errors import NonFiniteLogitsError
-from quire.engine.outputs import BlockCopy, RowError
+from quire.engine.outputs import RowError
 from quire.engine.sampling.batch import SamplingBatch
-from quire.engine.sequence import Sequence
+from quire.engine.step import BlockCopy, SequenceSpec
 from quire.kernels.cpu import sampling as cpu_sampling
 
 from ..models import FAMILIES, generate, logprobs, save_model
@@ -133,7 +133,7 @@ def test_a_row_with_nan_fails_alone_and_its_blocks_poison_nobody(
     poisoned = set(victim.block_table)
     cache[:, :, victim.block_table] = torch.nan
     output, result = driver.step([canary, victim])
-    row = output.sequences.index(victim)
+    row = output.seq_ids.index(victim.seq_id)
     assert result.errors[row].code == NonFiniteLogitsError.code
     assert list(result.errors) == [row] and result.token_ids[row] is None
     assert result.token_ids[1 - row] is not None
@@ -156,14 +156,14 @@ def test_a_row_that_raises_in_the_sampler_fails_alone(
     sampler = driver.worker._runner._sampler
     prepare = sampler.prepare
 
-    def fail_with_offender(sequences: list[Sequence], **options: Any) -> SamplingBatch:
-        if offender in sequences:
+    def fail_with_offender(sequences: list[SequenceSpec], **options: Any) -> SamplingBatch:
+        if offender.seq_id in [spec.seq_id for spec in sequences]:
             raise KeyError("no such mask")
         return prepare(sequences, **options)
 
     monkeypatch.setattr(sampler, "prepare", fail_with_offender)
     output, result = driver.step([first, offender, last])
-    row = output.sequences.index(offender)
+    row = output.seq_ids.index(offender.seq_id)
     assert result.errors == {row: RowError("step_failed", "its row raised in the sampler")}
     assert result.token_ids[row] is None
     assert sorted(result.logprobs) == sorted({0, 1, 2} - {row})
@@ -171,7 +171,7 @@ def test_a_row_that_raises_in_the_sampler_fails_alone(
     for sequence, prompt in ((first, prompts[0]), (last, prompts[2])):
         assert sequence.token_ids[len(prompt) :] == generate(model, prompt, 6)
 
-    def fail(_: list[Sequence], **__: Any) -> SamplingBatch:
+    def fail(_: list[SequenceSpec], **__: Any) -> SamplingBatch:
         raise KeyError("not a row's fault")
 
     monkeypatch.setattr(sampler, "prepare", fail)
@@ -208,7 +208,7 @@ def test_without_memory_for_copies_the_engine_stops(
     def fail(*_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(driver.worker._runner, "_copy_blocks", fail)
+    monkeypatch.setattr(driver.worker._runner, "copy_blocks", fail)
     with pytest.raises(RuntimeError, match="for the copies of blocks"):
         driver.step([make_sequence([5, 6, 7], 2)])
 

@@ -1,4 +1,4 @@
-"""The worker as the engine sees it, and the CUDA path of the runner as far as a CPU shows it."""
+"""The worker as the engine sees it, and the runner's CUDA path as far as a CPU can show it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from quire.engine.config import WorkerInfo
+from quire.engine.devices.backend import CacheDemand, Rehearsal
+from quire.engine.devices.cuda.backend import CudaBackend, compile_kernels
 from quire.engine.embedding_spec import NO_LAYOUT
 from quire.engine.errors import ConfigurationError, DeviceMemoryError, UnsupportedModelError
-from quire.engine.runner.model_runner import ModelRunner
 from quire.engine.runner.worker import Worker, default_num_threads
-from quire.engine.worker_protocol import WorkerInfo, WorkerProtocol
+from quire.engine.worker_protocol import WorkerProtocol
 
-from ..devices.cuda_on_cpu import give_workspaces, use_references
+from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..models import MAX_POSITION, generate, save_model
 from ..worker_driver import Driver, make_config, make_sequence
 
@@ -70,11 +72,8 @@ def test_unknown_cache_dtypes_are_refused() -> None:
         make_config(Path("none"), kv_cache_dtype="fp8_e5m2")
 
 
-def test_the_dtype_of_a_float8_cache_is_reported(
-    gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_references(monkeypatch)
-    info = Worker(make_config(gemma2[0], kv_cache_dtype="fp8")).load()
+def test_the_dtype_of_a_float8_cache_is_reported(gemma2: tuple[Path, Any]) -> None:
+    info = Worker(make_config(gemma2[0], kv_cache_dtype="fp8"), CudaOnCpuBackend()).load()
     assert (info.dtype, info.kv_cache_dtype) == ("float32", "float8_e4m3fn")
     assert info.kv_bytes_per_token == 2 * 2 * 2 * 16
 
@@ -107,22 +106,18 @@ def test_out_of_memory_is_reported_and_the_step_can_be_tried_again(
     output = driver.schedule([sequence])
     monkeypatch.setattr(runner, "_run_model", fail)
     with pytest.raises(DeviceMemoryError):
-        driver.worker.launch(output)
+        driver.launch(output)
     monkeypatch.setattr(runner, "_run_model", run_model)
-    result = driver.worker.launch(output)()
+    result = driver.launch(output)
     assert [*sequence.token_ids[4:], *result.token_ids] == generate(model, [5, 6, 7, 8], 2)
 
 
-def test_the_cuda_path_passes_its_kernels_the_right_rows(
-    gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_references(monkeypatch)
+def test_the_cuda_path_passes_its_kernels_the_right_rows(gemma2: tuple[Path, Any]) -> None:
     folder, model = gemma2
-    driver = Driver.start(make_config(folder))
+    driver = Driver.start(make_config(folder), CudaOnCpuBackend())
     runner = driver.worker._runner
-    give_workspaces(runner)
     before = runner._kv_cache.normal_().clone()
-    runner.compile_kernels()
+    compile_kernels(runner)
     runner.run_largest_step()
     assert torch.equal(runner._kv_cache, before)
     prompts = [[5, 6, 7], list(range(3, 40)), [9]]
@@ -131,13 +126,10 @@ def test_the_cuda_path_passes_its_kernels_the_right_rows(
     assert driver.mixed_steps > 0
 
 
-def test_a_kernel_that_does_not_run_stops_the_start(
-    gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a launcher refuses, and what Triton cannot compile, or launch for want of resources."""
+def test_a_kernel_that_does_not_run_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher refuses it, or Triton cannot compile it, or there are too few resources for it."""
     from triton.runtime.errors import OutOfResources
 
-    worker = Driver.start(make_config(gemma2[0])).worker
     for name in ("empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     errors = [
@@ -145,11 +137,11 @@ def test_a_kernel_that_does_not_run_stops_the_start(
         (OutOfResources(300_000, 232_448, "shared memory"), UnsupportedModelError, "232448"),
         (torch.OutOfMemoryError("CUDA out of memory"), ConfigurationError, "does not fit"),
     ]
+    demand = CacheDemand(make_config(Path("none")), "Test", 1024, 128)
     for raised, expected, message in errors:
 
-        def fail(*_: Any, raised: Exception = raised) -> None:
+        def fail(num_blocks: int, raised: Exception = raised) -> Rehearsal:
             raise raised
 
-        monkeypatch.setattr(ModelRunner, "compile_kernels", fail)
         with pytest.raises(expected, match=message):
-            worker._peak_memory()
+            CudaBackend().cache_memory(demand, fail)

@@ -7,9 +7,9 @@ import torch
 
 from quire.engine.sampling import logprobs as module
 from quire.engine.sampling.logprobs import compute_logprobs, to_token_logprobs
-from quire.engine.sampling.sampler import Sampler, collect_logprobs
+from quire.engine.sampling.sampler import collect_logprobs
 
-from ..sampling_rows import CPU, make_sequence
+from ..sampling_rows import make_sampler, make_sequence
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,7 +57,7 @@ def test_sampled_rows_report_the_models_own_distribution() -> None:
     """Before temperature, bias and penalties; only for rows that asked; greedy equals the best."""
     logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(2))
     logits[0, 4] = logits[0, 20] = 9.0
-    sampler = Sampler(30, CPU)
+    sampler = make_sampler(30)
     sequences = [
         make_sequence(temperature=0.0, logprobs=3),
         make_sequence(),

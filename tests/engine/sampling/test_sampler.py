@@ -10,11 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quire.engine.devices.cpu.draws import CpuDraws
 from quire.engine.errors import InvalidRequestError
+from quire.engine.sampling.draws import DrawOps
 from quire.engine.sampling.sampler import Sampler, collect_logprobs
-from quire.engine.sequence import Sequence
+from quire.engine.step import SequenceSpec
 
-from ..sampling_rows import CPU, EOS, expected_token, make_sequence, sample, softmax_after_filters
+from ..sampling_rows import (
+    CPU,
+    EOS,
+    expected_token,
+    make_sampler,
+    make_sequence,
+    sample,
+    softmax_after_filters,
+)
 
 VOCAB = 97
 
@@ -59,12 +69,11 @@ def rows(count: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randn(count, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def kept(logits: torch.Tensor, sequence: Sequence, draws: int = 3000) -> set[int]:
-    """The tokens that a row can draw, found by drawing at many positions."""
-    sampler = Sampler(len(logits), CPU)
-    sequences = [make_sequence(own_seed=s) for s in range(draws)]
-    for other in sequences:
-        other.request = sequence.request
+def kept(logits: torch.Tensor, sequence: SequenceSpec, draws: int = 3000) -> set[int]:
+    """Find the tokens that a row can draw, by drawing with many seeds."""
+    sampler = make_sampler(len(logits))
+    params = sequence.sampling_params
+    sequences = [make_sequence(own_seed=s)._replace(sampling_params=params) for s in range(draws)]
     return set(sample(logits.expand(draws, -1), sequences, sampler).token_ids.tolist())
 
 
@@ -148,7 +157,7 @@ def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype, vocab: int) ->
             )
             for i, p in enumerate(company)
         ]
-        sampler = Sampler(vocab, CPU)
+        sampler = make_sampler(vocab)
         batch = sampler.prepare(sequences)
         together = sampler(logits, batch)
         logprobs = collect_logprobs(together, batch)
@@ -175,7 +184,7 @@ def test_a_bad_row_is_flagged_and_harms_no_other(bad: float) -> None:
     logits = good.clone()
     logits[::2, 13] = bad
     logits[4] = bad
-    sampler = Sampler(VOCAB, CPU)
+    sampler = make_sampler(VOCAB)
     batch = sampler.prepare(sequences)
     output, reference = sampler(logits, batch), sampler(good, batch)
     assert output.finite.tolist() == [False, True] * len(PARAMETERS)
@@ -200,7 +209,7 @@ def test_a_row_with_nothing_left_to_draw_is_flagged() -> None:
 
 
 def test_min_tokens_ends_at_its_position() -> None:
-    sampler = Sampler(VOCAB, CPU)
+    sampler = make_sampler(VOCAB)
     logits = torch.zeros(2, VOCAB)
     logits[:, EOS], logits[:, 9], logits[:, 4] = 9.0, 8.0, 7.0
     first = make_sequence(temperature=0.0, min_tokens=2, stop_ids=(EOS, 9, VOCAB + 5))
@@ -215,8 +224,8 @@ def test_min_tokens_ends_at_its_position() -> None:
 
 
 def test_a_bad_word_is_forbidden_where_it_would_be_completed() -> None:
-    """The prompt is no part of it; tokens of one word may complete another."""
-    sampler = Sampler(VOCAB, CPU)
+    """Words are looked for in the output only; tokens of one word may complete another."""
+    sampler = make_sampler(VOCAB)
     logits = torch.zeros(1, VOCAB)
     logits[0, :8] = torch.arange(8, 0, -1)  # 0 is the likeliest, then 1, …
     sequence = make_sequence(
@@ -239,8 +248,9 @@ def test_too_many_bad_words_are_refused(words: tuple[tuple[int, ...], ...]) -> N
 
 
 def test_penalties_follow_a_sequence_through_changes_of_the_batch() -> None:
-    """Joins, leaves, growth of the history, and a preemption in between: same as from scratch."""
-    sampler = Sampler(VOCAB, CPU)
+    """Rows join and leave, the history grows, one is preempted: the result is that of a new
+    sampler."""
+    sampler = make_sampler(VOCAB)
     generator = torch.Generator().manual_seed(1)
     sequences = [
         make_sequence(
@@ -267,14 +277,14 @@ def test_penalties_follow_a_sequence_through_changes_of_the_batch() -> None:
 def test_positions_may_run_ahead_of_the_tokens() -> None:
     logits = rows(1)
     sequence = make_sequence(own_seed=5)
-    sampler = Sampler(VOCAB, CPU)
+    sampler = make_sampler(VOCAB)
     ahead = sampler(logits, sampler.prepare([sequence], [4])).token_ids
     sequence.token_ids.append(50)
     assert ahead.equal(sampler(logits, sampler.prepare([sequence])).token_ids)
 
 
 def test_forget_keeps_nothing() -> None:
-    sampler = Sampler(VOCAB, CPU)
+    sampler = make_sampler(VOCAB)
     sequences = [make_sequence(allowed_token_ids=(3, 4), presence_penalty=1.0) for _ in range(30)]
     logits = rows(len(sequences))
     before = sampler(logits, sampler.prepare(sequences)).token_ids
@@ -295,7 +305,7 @@ def test_bitmask_constrains_only_its_rows() -> None:
             words[row, token_id // 32] |= 1 << (token_id % 32)
     bitmask = (words - ((words >> 31) << 32)).to(torch.int32)  # the words' bits, as llguidance's
     sequences = [make_sequence(own_seed=i, temperature=0.0 if i == 0 else 1.0) for i in range(4)]
-    sampler = Sampler(vocab, CPU)
+    sampler = make_sampler(vocab)
     batch = sampler.prepare(sequences, constrained_rows=[0, 1, 2])
     tokens = sampler(logits, batch, bitmask[:3]).token_ids
     free = sampler(logits, sampler.prepare(sequences)).token_ids
@@ -307,7 +317,7 @@ def test_bitmask_constrains_only_its_rows() -> None:
 
 
 def test_logits_of_another_shape_are_refused() -> None:
-    sampler = Sampler(VOCAB, CPU)
+    sampler = make_sampler(VOCAB)
     with pytest.raises(ValueError, match="logits"):
         sampler(rows(2), sampler.prepare([make_sequence()]))
 
@@ -325,10 +335,11 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_nothing_waits_for_the_device() -> None:
+@pytest.mark.parametrize("draws", [None, CpuDraws(5000)])
+def test_nothing_waits_for_the_device(draws: DrawOps | None) -> None:
     params = [*PARAMETERS, {"top_k": 3000, "top_p": 0.9}, {"logprobs": 5}]
     logits = rows(len(params), vocab=5000)
-    sampler = Sampler(5000, CPU)
+    sampler = Sampler(5000, CPU, draws)
     sequences = [make_sequence(output=(4, 4), **p) for p in params]
     bitmask = torch.full((len(params), 157), -1, dtype=torch.int32)
     with NoWaiting():
@@ -337,6 +348,14 @@ def test_nothing_waits_for_the_device() -> None:
             sampler(logits, batch, bitmask)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
         logits[0, 0].item()
+
+
+def test_the_cpu_draws_the_tokens_of_plain_torch() -> None:
+    sequences = [make_sequence(own_seed=i, **params) for i, params in enumerate(PARAMETERS * 8)]
+    logits = rows(len(sequences))
+    plain = Sampler(VOCAB, CPU)
+    expected = plain(logits, plain.prepare(sequences)).token_ids
+    assert sample(logits, sequences).token_ids.equal(expected)
 
 
 def test_tiny_top_p_keeps_the_argmax() -> None:
@@ -362,7 +381,7 @@ def test_ties() -> None:
 
 
 def test_top_p_at_the_exact_boundary() -> None:
-    """Masses 1/2, 1/4, 1/4: half is reached by the first alone, 3/4 needs its equal, too."""
+    """Masses 1/2, 1/4, 1/4: the first reaches half by itself, 3/4 takes the equal ones, too."""
     logits = torch.full((VOCAB,), -torch.inf)
     logits[[3, 1, 2]] = torch.tensor([0.5, 0.25, 0.25]).log()
     assert kept(logits, make_sequence(top_p=0.5, top_k=50)) == {3}

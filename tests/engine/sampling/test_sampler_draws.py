@@ -1,4 +1,4 @@
-"""What is drawn follows the distribution that the filters leave, and is reproducible."""
+"""Draws follow the distribution that the filters leave, and are reproducible."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from quire.engine.sampling.sampler import Sampler
-from quire.engine.sequence import Sequence
+from quire.engine.step import SequenceSpec
 
-from ..sampling_rows import CPU, make_sequence, softmax_after_filters
+from ..sampling_rows import make_sampler, make_sequence, softmax_after_filters
 
 VOCAB = 50
 DRAWS = 20_000
 
 
 def draw_many(logits: torch.Tensor, params: dict[str, Any], axis: str) -> torch.Tensor:
-    """DRAWS samples from one row of logits, each of another seed, or another position."""
-    sampler = Sampler(VOCAB, CPU)
-    sequences: list[Sequence] = []
+    """Draw DRAWS times from one row of logits, each time with another seed or position."""
+    sampler = make_sampler(VOCAB)
+    sequences: list[SequenceSpec] = []
     positions = [3] * DRAWS
     if axis == "seeds":
         sequences = [make_sequence(own_seed=i, **params) for i in range(DRAWS)]
@@ -58,9 +57,9 @@ def test_frequencies_match_the_filtered_softmax(params: dict[str, Any], axis: st
 
 
 def test_flat_vocabulary_of_usual_size() -> None:
-    """152k equal tokens: the race must resolve probabilities far below float32's step at 1."""
+    """With 152k equal tokens, the race must resolve probabilities far below float32's step at 1."""
     vocab = 151_936
-    sampler = Sampler(vocab, CPU)
+    sampler = make_sampler(vocab)
     sequences = [make_sequence(own_seed=i) for i in range(400)]
     tokens = sampler(torch.zeros(400, vocab), sampler.prepare(sequences)).token_ids
     assert len(tokens.unique()) >= 395
@@ -69,7 +68,7 @@ def test_flat_vocabulary_of_usual_size() -> None:
 
 def test_a_seed_reproduces_its_stream() -> None:
     def stream(seed: int) -> list[int]:
-        sampler = Sampler(VOCAB, CPU)
+        sampler = make_sampler(VOCAB)
         sequence = make_sequence(own_seed=seed)
         logits = torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(1))
         for row in logits:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 from quire.engine.sampling.token_history import TokenHistory
-from quire.engine.sequence import Sequence
+from quire.engine.step import SequenceSpec
 
 from ..sampling_rows import CPU, make_sequence
 
 
-def check(history: TokenHistory, sequences: list[Sequence], lengths: list[int]) -> None:
+def check(history: TokenHistory, sequences: list[SequenceSpec], lengths: list[int]) -> None:
     slots = history.record(sequences, lengths)
     assert len(set(slots)) == len(slots)
     for sequence, slot, length in zip(sequences, slots, lengths, strict=True):
@@ -20,7 +20,7 @@ def check(history: TokenHistory, sequences: list[Sequence], lengths: list[int]) 
 def test_random_lives() -> None:
     generator = random.Random(0)
     history = TokenHistory(CPU)
-    alive: list[Sequence] = []
+    alive: list[SequenceSpec] = []
     for _ in range(300):
         if generator.random() < 0.4:
             prompt = [generator.randrange(1000) for _ in range(generator.choice([1, 50, 700]))]

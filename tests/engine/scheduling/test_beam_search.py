@@ -4,6 +4,7 @@ given back too early raises."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,11 +143,11 @@ def test_a_search_that_just_fits_ends() -> None:
         request = make_request(
             prompt(length), max_tokens, n=width, beam_width=width, temperature=0.0, ignore_eos=True
         )
-        fits = {"vocab_size": 2000, "max_model_len": 500, "block_size": 16}
+        fits = {"vocab_size": 2000, "max_model_len": 500, "block_size": 16, "can_generate": True}
         num_blocks = length // 16 + width * (-(-(length + max_tokens - 1) // 16) - length // 16)
-        request.check_fits(num_blocks=num_blocks, **fits)
+        request.check_fits(SimpleNamespace(num_blocks=num_blocks, **fits))
         with pytest.raises(PoolTooSmallError, match=f"{width} beams"):
-            request.check_fits(num_blocks=num_blocks - 1, **fits)
+            request.check_fits(SimpleNamespace(num_blocks=num_blocks - 1, **fits))
         for prefix_caching in (True, False):
             harness = Harness(num_blocks=num_blocks, prefix_caching=prefix_caching)
             harness.scheduler.add_request(request)

@@ -181,9 +181,10 @@ def test_prompt_tokens_from_the_cache_cost_nothing() -> None:
         harness.run()
     queue = harness.scheduler.waiting
     assert isinstance(queue, FairQueue)
-    assert queue.service_of("a") == 48 * PROMPT_WEIGHT + OUTPUT_WEIGHT
+    assert queue._accounts["a"].service == 48 * PROMPT_WEIGHT + OUTPUT_WEIGHT
     # lifted to a's when it came; all but the last token were found
-    assert queue.service_of("b") == queue.service_of("a") + PROMPT_WEIGHT + OUTPUT_WEIGHT
+    of_a, of_b = (queue._accounts[user].service for user in ("a", "b"))
+    assert of_b == of_a + PROMPT_WEIGHT + OUTPUT_WEIGHT
 
 
 def test_counters_of_users_who_left_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,13 +198,13 @@ def test_counters_of_users_who_left_are_forgotten(monkeypatch: pytest.MonkeyPatc
     users.run()
     queue = users.scheduler.waiting
     assert isinstance(queue, FairQueue) and len(queue._accounts) <= 10
-    assert queue.service_of("kept") > 0
+    assert queue._accounts["kept"].service > 0
 
 
 def test_order_within_a_user_and_removal() -> None:
-    queue, table = FairQueue(), RequestTable("fair", (), None)
+    queue, table = FairQueue(), RequestTable((), None)
     [a1], [a2], [b1], [none] = (
-        table.add(make_request([5], user=user)) for user in ("a", "a", "b", None)
+        table.add(make_request([5], user=user), 0) for user in ("a", "a", "b", None)
     )
     for sequence in (a2, a1, b1, none):
         queue.push(sequence)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numba import njit
 from torch import nn
 
-from quire.engine.attention.interface import AttentionMetadata
+from quire.engine.attention.metadata import AttentionMetadata
 from quire.engine.body.flat_decoder import FlatDecoder, FlatLayer, Norm, TorchOps
 from quire.engine.devices.cpu.attention import CpuPlanner
 from quire.engine.devices.cpu.decoder import CpuDecoder, can_compile
@@ -42,8 +42,7 @@ def make_metadata(slots: list[int], head_dim: int, dtype: torch.dtype) -> Attent
         seq_lens=seq_lens,
         num_decodes=tokens,
         max_query_len=1,
-        workspaces={},
-        cpu_plan=CpuPlanner(HEADS, kv_cache).plan(loc.numpy(), seq_lens.numpy()),
+        plan=CpuPlanner(HEADS, kv_cache).cut(loc.numpy(), seq_lens.numpy()),
     )
 
 
@@ -345,9 +344,10 @@ def test_a_compiled_body_is_that_of_plain_torch(
     assert can_compile(flat)
     decoder = CpuDecoder(flat)
     picks, head = torch.tensor([3, 0]), nn.Linear(HIDDEN, 45, dtype=dtype)
-    _, no_logits = decoder(ids, positions, picks[:0], metadata)
-    decoder.append_head(PackedLinear(copy.deepcopy(head)))
-    actual, logits = decoder(ids, positions, picks, metadata)
+    _, no_logits = decoder.forward_to_logits(ids, positions, picks[:0], metadata)
+    run = decoder.fuse_head(PackedLinear(copy.deepcopy(head)))
+    assert run is not None
+    actual, logits = run(ids, positions, picks, metadata)
     assert actual.dtype == logits.dtype == dtype and layer.qkv.weight.numel() == 0
     assert no_logits.numel() == 0
     written = [row for row, slot in enumerate(slots) if slot >= 0]

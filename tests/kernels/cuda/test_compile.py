@@ -1,7 +1,7 @@
-"""What Triton makes of each kernel for sm_80 and sm_90, on a machine with no GPU.
+"""Test the machine code of each kernel for sm_80 and sm_90, on a machine without a GPU.
 
-No spills and 16-byte moves where the KV cache is read or written, tensor cores where there are
-matmuls, and shared memory within the device's limit; the same figures stand in docs/kernels.md.
+There must be no spills, 16-byte accesses to the KV cache, tensor cores for matmuls, and no more
+shared memory than the device has. docs/kernels.md has a table of the same figures.
 """
 
 import ast
@@ -41,7 +41,7 @@ def test_resources(name: str, arch: int) -> None:
     "name", [name for name in LAUNCHES if name.startswith(("extend", "decode", "cascade"))]
 )
 def test_attention_reads_16_bytes_at_a_time_into_tensor_cores(name: str, arch: int) -> None:
-    """Of float8, `mma.sync` takes V from 8-byte copies: its rows' swizzle is half as wide."""
+    """With float8, `mma.sync` takes V from 8-byte copies: its rows' swizzle is half as wide."""
     for kernel in compiled(name, arch):
         if kernel.name == "_build_decode_schedule_kernel":
             continue
@@ -55,7 +55,7 @@ def test_attention_reads_16_bytes_at_a_time_into_tensor_cores(name: str, arch: i
 
 @pytest.mark.parametrize("name", [name for name in LAUNCHES if name.endswith("fp8")])
 def test_float8_is_widened_by_the_device_where_it_can(name: str) -> None:
-    """Two numbers an instruction on sm_90, bits on sm_80; writes are bits on both."""
+    """sm_90 converts two numbers per instruction, sm_80 shifts bits; writes shift bits on both."""
     for kernel in compiled(name, 90):
         attends = "attention" in kernel.name or "prefixes" in kernel.name
         assert ("cvt.rn.f16x2.e4m3x2" in kernel.ptx) == attends
@@ -64,7 +64,7 @@ def test_float8_is_widened_by_the_device_where_it_can(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in LAUNCHES if "write" in name or "copy" in name])
 def test_moves_of_cache_rows_are_16_bytes_wide(name: str) -> None:
-    """As float8 a thread's 16 bytes of K or V become 8."""
+    """With float8, the 16 bytes of K or V that a thread reads become 8."""
     ptx = compiled(name, 90)[-1].ptx
     assert widest_load(ptx) == 16
     assert ("st.global.v2.b32" in ptx) if "fp8" in name else WIDE_STORE.search(ptx)
@@ -72,8 +72,11 @@ def test_moves_of_cache_rows_are_16_bytes_wide(name: str) -> None:
 
 @pytest.mark.parametrize("arch", SHARED_LIMITS)
 def test_draws_divide_and_exponentiate_as_torch_does(arch: int) -> None:
-    """Logits 16 bytes at a time; IEEE division and libdevice's exp; Triton's approximations only
-    choose the bins: one division for each of three passes, the exp of their edges."""
+    """Draws read logits 16 bytes at a time and use IEEE division and libdevice's exp.
+
+    Triton's approximations only choose the bins: one division for each of three passes, and the
+    exp of the bins' edges.
+    """
     pieces = compiled("sample tokens unfiltered, 151936", arch)[0].ptx
     assert "div.rn.f32" in pieces and "div.full.f32" not in pieces
     assert "ex2.approx.f32" not in pieces and "ex2.approx.ftz.f32" in pieces
@@ -84,8 +87,10 @@ def test_draws_divide_and_exponentiate_as_torch_does(arch: int) -> None:
 
 
 def test_table_in_the_docs_is_current() -> None:
-    """The compiler that made the table must make it again, give or take 8 registers; another may
-    lay out its tiles differently: in at most a quarter more of shared memory."""
+    """The compiler that made the table must reproduce it, with up to 8 registers more or less.
+
+    Another compiler may lay out tiles differently, in at most a quarter more shared memory.
+    """
 
     def facts(text: str) -> dict[tuple[str, str], list[str]]:
         rows = [line.strip("|").split("|") for line in text.splitlines() if "`" in line]
@@ -106,7 +111,7 @@ def test_table_in_the_docs_is_current() -> None:
 
 
 def test_none_is_returned_by_bare_returns_alone() -> None:
-    """Triton 3.6 compiles no `return None`, nor a tuple that holds it; 3.7 does."""
+    """Triton 3.6 rejects `return None` and tuples that hold None; 3.7 accepts them."""
     for path in KERNELS.glob("cuda/**/*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef):

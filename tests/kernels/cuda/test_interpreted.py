@@ -1,25 +1,15 @@
-"""Run tests/kernels/interpreted, each kernel against its oracle under Triton's interpreter.
+"""Run each kernel against its oracle under Triton's interpreter: the files of interpreted/."""
 
-The interpreter must be switched on before triton is first imported, and then nothing compiles any
-more, so these tests get a process of their own.
-"""
-
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+
+from ...interpreting import interpreted_files, require_passed
 
 FOLDER = Path(__file__).with_name("interpreted")
 
 
-def test_kernels_under_the_interpreter() -> None:
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=FOLDER.parents[3],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+@pytest.mark.timeout(1200)  # the first one runs the folder, whose tests have limits of their own
+@pytest.mark.parametrize("name", interpreted_files(FOLDER))
+def test_kernels_under_the_interpreter(name: str) -> None:
+    require_passed(FOLDER, name)

@@ -18,13 +18,13 @@ from tokenizers import Tokenizer as Encoder
 
 from quire.engine.config import EngineConfig, EngineInfo
 from quire.engine.core.engine_core import EngineCore
-from quire.engine.inline_client import InlineEngineClient
 from quire.engine.runner.worker import Worker
 from quire.server.text.bad_words import encode_bad_words
 from quire.server.text.infill import encode_infill, infill_tokens
 from quire.server.text.tokenizer import Tokenizer
 
 from ...engine import models as tiny
+from ...engine.inline_client import InlineEngineClient
 from ..conftest import MakeClient, make_app
 from ..fakes import VOCAB_SIZE, FakeEngineClient, byte_tokenizer, ids
 

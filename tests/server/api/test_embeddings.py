@@ -23,13 +23,13 @@ from transformers.models.qwen3 import Qwen3Config
 from quire.engine.config import EngineConfig
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.embedding_spec import NO_LAYOUT, EmbeddingSpec
-from quire.engine.inline_client import InlineEngineClient
 from quire.engine.runner.worker import Worker
 from quire.server.metrics import Metrics
 from quire.server.serving.app import create_app
 from quire.server.settings import Settings
 from quire.server.text.tokenizer import Tokenizer
 
+from ...engine.inline_client import InlineEngineClient
 from ...engine.models import COMMON, build_model
 from ...engine.sentence_transformers_layout import add_layout, edit_json
 from ..conftest import MODEL, MakeClient

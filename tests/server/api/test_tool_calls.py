@@ -256,7 +256,7 @@ async def test_what_cannot_be_served_is_refused(
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
         param, message = await refused(client, tools=[TOOL])
-        assert (param, message) == ("tools", "the chat template reads no tools")
+        assert (param, message) == ("tools", "the chat template does not read tools")
         param, message = await refused(client, reasoning_effort="low")
         assert param == "reasoning_effort"
         await chat(client, reasoning_effort="none")

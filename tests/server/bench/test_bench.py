@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +18,8 @@ import pytest
 from quire.engine.errors import ConfigurationError, StartupError
 from quire.server import cli
 from quire.server.bench.arguments import check_arguments
-from quire.server.bench.command import measure
 from quire.server.bench.load import parse_counters
+from quire.server.bench.measure import measure
 from quire.server.bench.plot import render_svg, run_panels, ticks
 from quire.server.bench.report import BenchResult, RunRecords, RunReport
 
@@ -206,6 +207,7 @@ async def test_the_key_is_sent_and_not_saved(monkeypatch: pytest.MonkeyPatch) ->
         result, _ = await bench(server, "--num-prompts", "1")
     assert all("authorization: bearer secret-key" in head.lower() for head in server.heads)
     assert b"secret-key" not in msgspec.json.encode(result)
+    assert not any("accept-encoding" in head.lower() for head in server.heads)
 
 
 async def test_base_url_may_end_like_those_of_openai_clients() -> None:
@@ -319,8 +321,8 @@ async def test_curves_stay_within_their_panels() -> None:
         ("--sweep 1,2 --request-rate 3", "--sweep or --request-rate"),
         ("--random-range-ratio 1", "below 1"),
         ("--plot x.png", ".html and .svg, not .png"),
-        ("--plot no/such/x.svg", "no such folder"),
-        ("--result-filename /tmp", "no such folder"),
+        ("--plot no/such/x.svg", "its folder does not exist"),
+        ("--result-filename /tmp", "it is a folder"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags: str, reason: str) -> None:
@@ -343,9 +345,20 @@ def test_values_out_of_bounds_are_refused(flags: str) -> None:
 
 
 def test_bad_urls_are_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for url in ("localhost:8000", "ftp://a", "http://", "http://user:word@host"):
+    for url in ("localhost:8000", "ftp://a", "http://", "http://user:word@host", "http://a:99999"):
         assert cli.main(["bench", "serve", "--base-url", url]) == 1
         assert capsys.readouterr().err.startswith("quire: --base-url: ")
+
+
+def test_without_aiohttp_it_says_in_one_line_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("measure", "http"):
+        monkeypatch.delitem(sys.modules, f"quire.server.bench.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    assert cli.main(["bench", "serve"]) == 1
+    said = capsys.readouterr().err
+    assert said == "quire: this command needs aiohttp: pip install 'quire[bench]'\n"
 
 
 @pytest.mark.parametrize("command", ["serve", "throughput", "latency"])

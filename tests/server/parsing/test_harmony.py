@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from quire.engine.errors import ConfigurationError
 from quire.server.parsing.harmony import ASSISTANT, CONTROL_TOKENS, FINAL, MAX_HEADER, HarmonyParser
-from quire.server.parsing.message_events import MessageBuilder, ToolCallArguments, ToolCallStart
+from quire.server.parsing.message_events import ToolCallArguments, ToolCallStart
 from quire.server.parsing.message_parser import MessageFormat, MessageParser
 from quire.server.settings import load_settings
 from quire.server.text.tokenizer import Tokenizer
@@ -23,12 +23,12 @@ from ..api.test_completions import stream
 from ..api.test_tool_calls import HI, OTHER, PATH, TOOL, accepts, chat, forced, prompt_text
 from ..conftest import make_app
 from ..fakes import FakeEngineClient, Script, byte_tokenizer
-from .test_tool_parsers import NASTY, WEATHER, cut
-
-TOOLS = ("f", "get_weather")
+from .pieces import NASTY, TOOLS, WEATHER, calls_of, cut, read
 
 
 class Sample(NamedTuple):
+    """A text, and the message that it makes."""
+
     text: str
     reasoning: str = ""
     content: str = ""
@@ -77,7 +77,7 @@ SAMPLES = [
         "",
         (("f", '{"a": 1}'), ("unknown", '{"a": 2}')),
     ),
-    # the recipient beside the role, and other ways to write a call
+    # the recipient next to the role, and other ways to write a call
     Sample(
         WHY + ASSISTANT + ' to=functions.f<|channel|>commentary json<|message|>{"a": 1}<|call|>',
         "Why?\nBecause a < b.",
@@ -91,7 +91,7 @@ SAMPLES = [
     Sample("<|channel|>commentary to=f json<|message|>{}", "", "", (("f", "{}"),)),
     Sample("<|channel|>commentary to=functions.f<|message|><|call|>", "", "", (("f", "{}"),)),
     Sample("<|channel|>commentary to=functions.f<|message|> ", "", "", (("f", "{}"),)),
-    # what is no call
+    # bodies that are not calls
     Sample(call("f", "[1]"), "", "[1]"),
     Sample(call("<bad>", "{}"), "", "{}"),
     Sample(message("commentary", "print(1)", " to=python code"), "", "print(1)"),
@@ -116,28 +116,12 @@ SAMPLES = [
 ]  # fmt: skip
 
 
-def read(parser: MessageParser, pieces: list[str]) -> dict[str, Any]:
-    """The message of a text in pieces; checks the order of events on the way."""
-    events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
-    begun = 0
-    for event in events:
-        if isinstance(event, ToolCallStart):
-            assert event.call == begun
-            begun += 1
-        elif isinstance(event, ToolCallArguments):
-            assert event.call == begun - 1 and event.text
-        else:
-            assert event.text
-    builder = MessageBuilder()
-    builder.add(events)
-    for each in builder.calls:
-        each["id"] = ""
-    return builder.message()
-
-
 def parse(*pieces: str, prompt_end: str = ASSISTANT, tools: tuple[str, ...] = TOOLS) -> Any:
     parser = HarmonyParser(tools, prompt_end=prompt_end)
-    return read(MessageParser(parser), list(pieces))
+    message = read(MessageParser(parser), list(pieces))
+    for made in message.get("tool_calls", ()):
+        made["id"] = ""  # they are random, and messages are compared
+    return message
 
 
 def same_however_cut(text: str, prompt_end: str, rng: random.Random, times: int) -> None:
@@ -150,10 +134,9 @@ def same_however_cut(text: str, prompt_end: str, rng: random.Random, times: int)
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.text[:50])
 def test_samples(sample: Sample) -> None:
     read_back = parse(sample.text, prompt_end=sample.prompt_end)
-    calls = [call["function"] for call in read_back.get("tool_calls", ())]
     assert read_back.get("reasoning", "") == sample.reasoning
     assert (read_back["content"] or "") == sample.content
-    assert [(call["name"], call["arguments"]) for call in calls] == list(sample.calls)
+    assert calls_of(read_back) == list(sample.calls)
     rng = random.Random(sample.text)
     for length in range(len(sample.text) + 1):
         same_however_cut(sample.text[:length], sample.prompt_end, rng, 2)
@@ -310,7 +293,8 @@ async def test_earlier_reasoning_and_calls_reach_the_template(
     earlier = (await chat(client, tools=[TOOL]))["message"]
     result = {"role": "tool", "tool_call_id": earlier["tool_calls"][0]["id"], "content": "9"}
     user = HI["messages"][0]
-    # The template has no place for content and reasoning beside a call, so the reasoning goes.
+    # The template refuses both content and reasoning in a message with a call, so the reasoning
+    # is dropped.
     await chat(client, tools=[TOOL], messages=[user, earlier, result])
     text = prompt_text(engine, tokenizer)
     assert "analysis" not in text and "to=functions.weather<|channel|>commentary json" in text

@@ -1,4 +1,4 @@
-"""Every format, cut in every way: the pieces add up to the message of the whole text."""
+"""Every format of calls, cut in every way: pieces must add up to the message of the whole text."""
 
 from __future__ import annotations
 
@@ -11,38 +11,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.server.parsing.json_scanner import JsonScanner
 from quire.server.parsing.message_events import (
     ContentText,
-    Event,
-    MessageBuilder,
-    ReasoningText,
     ToolCallArguments,
     ToolCallStart,
     joined,
 )
 from quire.server.parsing.message_parser import MessageParser
-from quire.server.parsing.reasoning import ReasoningParser, detect_reasoning, starts_inside
-from quire.server.parsing.tool_formats import TOOL_PARSERS, detect_tool_parser
-from quire.server.settings import Settings
+from quire.server.parsing.tool_formats import TOOL_PARSERS
 
-TOOLS = ("f", "get_weather")
+from .pieces import JSON, NASTY, TOOLS, WEATHER, calls_of, cut, hermes, read
+
 Calls = list[tuple[str, Any]]
 
 
 class Sample(NamedTuple):
+    """A text, and the content and calls that it has in a format."""
+
     format: str
     text: str
     content: str | None
     calls: Calls
 
 
-def hermes(name: str, arguments: str) -> str:
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-
-
-WEATHER = '{"city": "Zürich", "days": [1, 2.5e3], "hourly": false}'
-NASTY = r'{"a": "</tool_call> \" } ] \\", "b": "\u00e9\ud83c\udf89", "c\"": {"d": [{}, [], null]}}'
 D = {
     "begin": "<｜tool▁calls▁begin｜>",
     "end": "<｜tool▁calls▁end｜>",
@@ -54,7 +45,7 @@ V3 = "{call}function{sep}f\n```json\n%s\n```{call_end}".format(**D)
 V31 = "{call}f{sep}%s{call_end}".format(**D)
 
 SAMPLES = [
-    # -- text that is no call
+    # -- text without a call
     *(
         Sample(name, text, text, [])
         for name in TOOL_PARSERS
@@ -102,7 +93,7 @@ SAMPLES = [
     ),
     Sample(
         "hermes",
-        '<tool_call>\n{"name": "f", "arguments": {"a": 1}\n</tool_call>',  # a brace forgotten
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1}\n</tool_call>',  # without the last brace
         None,
         [("f", '{"a": 1}')],
     ),
@@ -134,7 +125,7 @@ SAMPLES = [
         "<tool_call>x</tool_call>",
         [("f", "{}")],
     ),
-    # What broke after its arguments had begun to stream.
+    # A call that breaks off after its arguments have begun to stream.
     Sample(
         "hermes",
         '<tool_call>{"name": "f", "arguments": {"a": tru}}</tool_call>' + hermes("f", "{}"),
@@ -251,34 +242,9 @@ SAMPLES = [
 ]
 
 
-def read(parser: MessageParser, pieces: list[str]) -> tuple[str | None, Calls]:
-    """The message of a text in pieces; checks the order of events on the way."""
-    events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
-    begun = 0
-    for event in events:
-        if isinstance(event, ToolCallStart):
-            assert event.call == begun
-            begun += 1
-        elif isinstance(event, ToolCallArguments):
-            assert event.call == begun - 1 and event.text
-        else:
-            assert event.text
-    builder = MessageBuilder()
-    builder.add(events)
-    message = builder.message()
-    calls = message.get("tool_calls", [])
-    assert len({call["id"] for call in calls}) == len(calls) == begun
-    functions = [call["function"] for call in calls]
-    return message["content"], [(each["name"], each["arguments"]) for each in functions]
-
-
 def parse(format: str, *pieces: str) -> tuple[str | None, Calls]:
-    return read(MessageParser(TOOL_PARSERS[format](TOOLS)), list(pieces))
-
-
-def cut(text: str, rng: random.Random) -> list[str]:
-    places = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(8)))
-    return [text[start:end] for start, end in zip([0, *places], [*places, None], strict=True)]
+    message = read(MessageParser(TOOL_PARSERS[format](TOOLS)), list(pieces))
+    return message["content"], calls_of(message)
 
 
 def same_however_cut(format: str, text: str, rng: random.Random, times: int) -> None:
@@ -336,12 +302,6 @@ def test_any_text_reads_the_same_however_cut(
         assert (content or "") == text
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=12,
-)  # fmt: skip
 OBJECTS = st.dictionaries(st.text(max_size=5), JSON, max_size=4)
 
 
@@ -411,164 +371,3 @@ def test_hostile_text_takes_linear_time(format: str, text: str) -> None:
     content, calls = parse(format, *pieces)
     assert time.process_time() - began < 5
     assert calls or content == text
-
-
-# -- JSON ------------------------------------------------------------------------------------
-
-
-def scan(pieces: list[str]) -> tuple[bool, str]:
-    """Whether the value ended, and what was taken."""
-    scanner, taken = JsonScanner(), ""
-    for piece in pieces:
-        at = 0
-        at, shown = scanner.feed(piece, at)
-        taken += shown
-        if at < len(piece):
-            break
-    return scanner.done, taken
-
-
-@given(st.text('{}[]":,0129.eE+-trufalsn \\"/\t\x01', max_size=20), st.randoms())
-def test_the_scanner_agrees_with_the_standard_library(text: str, rng: random.Random) -> None:
-    text = "[" + text
-    whole = scan([text])
-    assert scan(list(text)) == scan(cut(text, rng)) == whole
-    decoder = json.JSONDecoder(strict=False, parse_constant=lambda name: json.loads("?"))
-    try:
-        value, end = decoder.raw_decode(text)
-    except json.JSONDecodeError:
-        assert not whole[0]
-    else:
-        assert whole[0]
-        assert json.loads(whole[1]) == value
-        assert len(whole[1]) >= end
-
-
-@given(JSON.filter(lambda value: isinstance(value, (str, list, dict))), st.randoms())
-def test_the_scanner_passes_every_value(value: Any, rng: random.Random) -> None:
-    text = json.dumps(value)
-    assert scan([*cut(text, rng), " more"]) == (True, text)
-
-
-# -- reasoning -------------------------------------------------------------------------------
-
-
-def reason(pieces: list[str], *, opened: bool = False) -> tuple[str, str]:
-    parser = ReasoningParser(opened=opened)
-    events: list[Event] = [event for piece in pieces for event in parser.feed(piece)]
-    events += parser.finish()
-    texts = {ReasoningText: "", ContentText: ""}
-    for event in events:
-        assert isinstance(event, ReasoningText | ContentText) and event.text
-        texts[type(event)] += event.text
-    return texts[ReasoningText], texts[ContentText]
-
-
-REASONING = [
-    ("<think>\nwhy\n</think>\n\nso", False, "why", "so"),
-    ("\n<think>why</think>so</think>", False, "why", "so</think>"),
-    ("<think>\n\n</think>\n\n so", False, "", " so"),
-    ("so <think>why</think>", False, "", "so <think>why</think>"),
-    ("<thin", False, "", "<thin"),
-    (" so", False, "", " so"),
-    ("<think>wh < y </thin", False, "wh < y </thin", ""),
-    ("why</think>so", True, "why", "so"),
-    ("\n<think>\nwhy</think>so", True, "why", "so"),
-    ("</think>so", True, "", "so"),
-    ("why \n", True, "why \n", ""),
-    ("<th", True, "<th", ""),
-    ("", True, "", ""),
-]
-
-
-@pytest.mark.parametrize(("text", "opened", "reasoning", "content"), REASONING)
-def test_reasoning(text: str, opened: bool, reasoning: str, content: str) -> None:
-    assert reason([text], opened=opened) == (reasoning, content)
-    assert reason(list(text), opened=opened) == (reasoning, content)
-
-
-@given(
-    st.lists(
-        st.sampled_from(["<think>", "</think>", "\n", " ", "a", "<", "</", "th"]), max_size=12
-    ),
-    st.booleans(),
-    st.randoms(),
-)
-def test_reasoning_is_the_same_however_cut(
-    fragments: list[str], opened: bool, rng: random.Random
-) -> None:
-    text = "".join(fragments)
-    whole = reason([text], opened=opened)
-    assert reason(list(text), opened=opened) == reason(cut(text, rng), opened=opened) == whole
-
-
-def test_long_space_is_not_held() -> None:
-    parser = ReasoningParser(opened=True)
-    told = "".join(str(event[0]) for event in parser.feed("why" + " " * 1000))
-    assert len(told) > 900
-    assert reason(["why" + " " * 1000 + "</think>"], opened=True) == reason(
-        [*("why" + " " * 1000 + "</think>")], opened=True
-    )
-
-
-def test_calls_are_looked_for_behind_the_reasoning_only() -> None:
-    text = "<think>" + hermes("f", "{}") + "</think>\n\nOk.\n" + hermes("f", '{"a": 1}')
-    for pieces in ([text], list(text)):
-        parser = MessageParser(TOOL_PARSERS["hermes"](TOOLS), ReasoningParser(opened=False))
-        assert read(parser, pieces) == ("Ok.", [("f", '{"a": 1}')])
-
-
-def test_what_was_not_asked_for_is_left_out() -> None:
-    parser = MessageParser(
-        TOOL_PARSERS["hermes"](TOOLS),
-        ReasoningParser(opened=True),
-        show_reasoning=False,
-        max_calls=1,
-    )
-    events = parser.feed("why</think>" + hermes("f", "{}") + hermes("f", '{"a": 1}'))
-    events += parser.finish()
-    assert [type(event) for event in events] == [ToolCallStart, ToolCallArguments]
-    assert parser.finish_reason("stop") == "tool_calls"
-    assert parser.finish_reason("length") == "length"
-    assert parser.finish_reason(None) is None
-
-
-# -- choosing --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("template", "tools", "reasoning"),
-    [
-        ("{{ x }}", None, None),
-        ("<|start|>assistant<|channel|>final", "openai", "openai_gptoss"),
-        ("<tool_call>", "hermes", None),
-        ("<tool_call><function=x><parameter=", None, None),
-        ("<tool_call> <think> </think>", "hermes", "qwen3"),
-        ("[AVAILABLE_TOOLS] [TOOL_CALLS]", "mistral", None),
-        ("<｜tool▁calls▁begin｜> content.split('</think>')[-1]", "deepseek_v3", "deepseek_r1"),
-        ("<|python_start|> <|python_tag|>", "pythonic", None),
-        ("<|python_tag|>", "llama3_json", None),
-        ("<|start_header_id|> '{\"name\": ' '\"parameters\": '", "llama3_json", None),
-        ("'{\"name\": ' '\"parameters\": '", None, None),
-    ],
-)
-def test_the_template_tells_the_format(
-    template: str, tools: str | None, reasoning: str | None
-) -> None:
-    assert detect_tool_parser(template) == tools
-    assert detect_reasoning(template) == reasoning
-
-
-def test_the_flag_knows_every_parser() -> None:
-    annotation = Settings.model_fields["tool_call_parser"].annotation
-    assert set(TOOL_PARSERS) | {"auto", "none", "harmony"} == set(annotation.__args__)  # type: ignore[union-attr]
-
-
-def test_where_reasoning_begins() -> None:
-    assert starts_inside("qwen3", "<|im_start|>assistant\n<think>\n")
-    assert not starts_inside("qwen3", "<|im_start|>assistant\n")
-    assert not starts_inside("qwen3", "say <think><|im_end|>\n<|im_start|>assistant\n")
-    assert starts_inside("deepseek_r1", "<｜Assistant｜>")
-    assert not starts_inside("deepseek_r1", "<think>\n\n</think>\n\n")
-    assert starts_inside("qwen3", "", continued="<think>\nso far")
-    assert not starts_inside("deepseek_r1", "", continued="<think>why</think>so far")

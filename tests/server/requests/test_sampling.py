@@ -48,7 +48,7 @@ def test_a_model_without_a_file_has_no_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"top_p": 7}', '{"temperature": "hot"}'])
-def test_a_bad_file_is_said_at_the_start(tmp_path: Path, text: str) -> None:
+def test_a_bad_file_is_reported_at_the_start(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(ConfigurationError, match="generation_config"):
         load_generation_defaults("auto", str(tmp_path))
@@ -97,7 +97,7 @@ async def test_truncation_keeps_the_end(
 async def test_too_many_prompt_logprobs(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quire.server.requests.preparation.MAX_PROMPT_LOGPROBS", 100)
+    monkeypatch.setattr("quire.server.requests.job.MAX_PROMPT_LOGPROBS", 100)
     fields = {**PROMPT, "prompt": ["x" * 20, "y" * 20], "prompt_logprobs": 2}
     response = await client.post(COMPLETIONS, json=fields)
     assert_shape(response, 400, "invalid_value", "prompt_logprobs")

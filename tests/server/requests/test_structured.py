@@ -1,4 +1,4 @@
-"""What may be asked of an answer's structure, and how everything else is refused."""
+"""The structures that an answer may be required to have, and the refusal of all others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 TAG = {"begin": "<f=a>", "schema": {"type": "integer"}, "end": "</f>"}
 DEADLINE_SECONDS = 1.5
-"""A second, and what starting the process that compiles takes on a busy machine."""
+"""A second, and the time to start the compiling process on a busy machine."""
 
 
 def schema(value: Any, **fields: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def check() -> GrammarCheck:
 
 @pytest.fixture
 def client(make_client: MakeClient, check: GrammarCheck) -> httpx.AsyncClient:
-    """All tests share one process that compiles."""
+    """A client whose server shares one compiling process with all tests."""
     client = make_client()
     client.app.state.quire.grammar_check = check  # type: ignore[attr-defined]
     return client
@@ -201,7 +201,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-async def test_a_hostile_pattern_is_decided_soon_and_beside_the_loop(
+async def test_a_hostile_pattern_is_decided_soon_without_blocking_the_loop(
     client: httpx.AsyncClient, name: str
 ) -> None:
     lag, stop = 0.0, False

@@ -1,4 +1,4 @@
-"""The processes that serve HTTP never load torch, unless the model's own code does."""
+"""The processes that serve HTTP do not load torch, unless the code of the model itself does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BUILD = """
 import asyncio, sys
 from quire.engine.process.process_client import ProcessEngineClient
 from quire.server.metrics import Metrics
-from quire.server.serving.main import build_app
+from quire.server.serving.http_server import build_app
 from quire.server.settings import load_settings
 
 settings = load_settings(**{flags!r})
@@ -40,7 +40,7 @@ class CustomTokenizer(PreTrainedTokenizerFast):
 
 
 def build(cache: Path, **flags: object) -> tuple[str, bool, str]:
-    """The tokenizer's class, whether torch was imported for it, and what was logged."""
+    """Return the tokenizer's class, whether torch was imported for it, and the log."""
     done = subprocess.run(
         [sys.executable, "-P", "-c", BUILD.format(flags=flags)],
         capture_output=True,

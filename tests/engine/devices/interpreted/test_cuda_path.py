@@ -16,18 +16,18 @@ from transformers import PreTrainedModel
 from transformers.models.llama import LlamaConfig
 
 from quire.engine.core.engine_core import EngineCore
-from quire.engine.devices.cuda import attention as attention_cuda
-from quire.engine.outputs import BlockCopy
+from quire.engine.devices.cuda.attention import CudaPlanner
 from quire.engine.request import Request
 from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Sequence
+from quire.engine.step import BlockCopy
 from quire.kernels.cuda.attention import decode_schedule
 from quire.kernels.prefix_groups import PrefixGroup, find_prefix_groups
 
 from ...models import COMMON, FAMILIES, build_model, generate, logprobs
 from ...worker_driver import Driver, make_config, make_sequence
-from ..cuda_on_cpu import RerunCapture, give_workspaces, use_cuda_path, use_references
+from ..cuda_on_cpu import CudaOnCpuBackend, interpreted
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**COMMON, head_dim=16),
@@ -39,7 +39,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @pytest.fixture(autouse=True)
 def _small_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter runs a launch's programs one after another."""
+    """Plan for few programs, because the interpreter runs them one after another."""
     monkeypatch.setattr(decode_schedule, "DEFAULT_NUM_SMS", 2)
 
 
@@ -50,18 +50,8 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel:
     return built
 
 
-def start(folder: Path, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Driver:
-    use_cuda_path(monkeypatch)
-    driver = Driver.start(make_config(folder, **config))
-    driver.worker._runner._allocate_workspaces()
-    return driver
-
-
-def start_references(folder: Path, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Driver:
-    use_references(monkeypatch)
-    driver = Driver.start(make_config(folder, **config))
-    give_workspaces(driver.worker._runner)
-    return driver
+def start(folder: Path, backend: CudaOnCpuBackend | None = None, **config: Any) -> Driver:
+    return Driver.start(make_config(folder, **config), backend or interpreted())
 
 
 def make_prompt(length: int, seed: int = 7) -> list[int]:
@@ -70,13 +60,13 @@ def make_prompt(length: int, seed: int = 7) -> list[int]:
 
 
 def found_logprobs(driver: Driver, sequence: Sequence) -> torch.Tensor:
-    """Of each token after the first, given those before it."""
+    """Return the log-probability of each token after the first, given those before it."""
     entries = driver.prompt_logprobs[sequence.seq_id] + driver.logprobs[sequence.seq_id]
     return torch.tensor([entry.logprob for entry in entries])
 
 
 def check(driver: Driver, sequence: Sequence, model: PreTrainedModel) -> None:
-    """Its log-probabilities are those of transformers."""
+    """Check that its log-probabilities are those of transformers."""
     expected = logprobs(model, sequence.token_ids)
     wanted = [expected[i, token] for i, token in enumerate(sequence.token_ids[1:])]
     found = found_logprobs(driver, sequence)
@@ -84,10 +74,8 @@ def check(driver: Driver, sequence: Sequence, model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("model", ["gpt_oss", "llama-gelu", "qwen3"], indirect=True)
-def test_chunks_and_decodes(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    driver = start(tmp_path, monkeypatch)
+def test_chunks_and_decodes(model: PreTrainedModel, tmp_path: Path) -> None:
+    driver = start(tmp_path)
     sequences = [
         make_sequence(make_prompt(length), 3, logprobs=0, prompt_logprobs=0)
         for length in (1, 17, 21)
@@ -98,21 +86,20 @@ def test_chunks_and_decodes(
     assert driver.mixed_steps > 1
 
 
-def recorded_groups(monkeypatch: pytest.MonkeyPatch) -> list[list[PrefixGroup]]:
-    """Have tiny groups served, and return those of each step as they come."""
-    found: list[list[PrefixGroup]] = []
-    find = partial(find_prefix_groups, min_tokens=16, min_members=2, launch_bytes=0)
+class RecordedGroups:
+    """Finds groups however small they are, and keeps those of each step."""
 
-    def record(*args: Any, **options: Any) -> list[PrefixGroup]:
-        found.append(find(*args, **options))
-        return found[-1]
+    def __init__(self) -> None:
+        self.steps: list[list[PrefixGroup]] = []
+        self._find = partial(find_prefix_groups, min_tokens=16, min_members=2, launch_bytes=0)
 
-    monkeypatch.setattr(attention_cuda, "find_prefix_groups", record)
-    return found
+    def __call__(self, *args: Any, **options: Any) -> list[PrefixGroup]:
+        self.steps.append(self._find(*args, **options))
+        return self.steps[-1]
 
 
 def share(driver: Driver, parent: Sequence, max_tokens: list[int]) -> list[Sequence]:
-    """Sequences that find all full blocks of `parent`'s prompt in the prefix cache."""
+    """Make sequences that find all full blocks of `parent`'s prompt in the prefix cache."""
     blocks = (parent.num_prompt_tokens - 1) // driver.block_size
     found = []
     for seed, length in enumerate(max_tokens):
@@ -128,12 +115,10 @@ def share(driver: Driver, parent: Sequence, max_tokens: list[int]) -> list[Seque
 def test_shared_prefixes(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool
 ) -> None:
-    """Two groups that come and go, beside a row that shares nothing; tables differ in order."""
-    groups = recorded_groups(monkeypatch)
-    driver = start(tmp_path, monkeypatch, max_num_batched_tokens=48)
-    capture = RerunCapture()
-    if graphs:
-        driver.worker._runner.capture_graphs(capture, [4, 8])
+    """Two groups come and go beside a row that shares nothing; their members are not neighbours."""
+    groups = RecordedGroups()
+    backend = interpreted(find_groups=groups, sizes=[4, 8] if graphs else [])
+    driver = start(tmp_path, backend, max_num_batched_tokens=48)
     parents = [make_sequence(make_prompt(length, length), 6, logprobs=0) for length in (35, 20)]
     for parent in parents:
         driver.step([parent])
@@ -148,19 +133,21 @@ def test_shared_prefixes(
     driver.run(sequences)
     for sequence in sequences:
         check(driver, sequence, model)
-    served = [sorted(len(group.members) for group in step) for step in groups]
+    served = [sorted(len(group.members) for group in step) for step in groups.steps]
     assert {(3, 3), (2, 3), (2, 2), (2,)} <= {tuple(step) for step in served}
-    assert capture.num_replays > 2 or not graphs
-    shared = driver.worker._runner._shared_prefixes
-    assert shared is not None
-    ((members, length),) = [step for step in groups if step][-1]
+    assert backend.reruns.num_replays > 2 or not graphs
+    planner = driver.worker._runner.planner
+    assert isinstance(planner, CudaPlanner) and planner.shared_prefixes is not None
+    shared = planner.shared_prefixes
+    ((members, length),) = [step for step in groups.steps if step][-1]
     expected = torch.zeros(8, dtype=torch.int32)
     expected[list(members)] = length
     assert torch.equal(shared.workspace.prefix_lens, expected)
 
 
 def read_twice(driver: Driver, prompt: list[int]) -> torch.Tensor:
-    """Log-probabilities of a sequence and of one that forks from it within a block."""
+    """Return a sequence's log-probabilities; those of one that forks from it within a block must be
+    the same."""
     parent = make_sequence(prompt, 4, logprobs=0, prompt_logprobs=0)
     driver.run([parent])
     blocks, offset = divmod(len(prompt) - 1, driver.block_size)
@@ -181,20 +168,17 @@ def read_twice(driver: Driver, prompt: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt_oss"], indirect=True)
-def test_a_float8_cache_with_scales(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against plain attention over a cache of the same kind, dequantised; beside exact attention
-    it must show, and not by much."""
+def test_a_float8_cache_with_scales(model: PreTrainedModel, tmp_path: Path) -> None:
+    """It gives what plain attention gives over the same cache, dequantised. Against exact attention
+    the rounding must show, but not by much."""
     prompt = make_prompt(18)
     write_scales(tmp_path, model)
     found = []
-    for begin in (start, start_references):
-        with monkeypatch.context() as patch:
-            driver = begin(tmp_path, patch, kv_cache_dtype="fp8")
-            assert driver.worker._runner._kv_cache.dtype == torch.float8_e4m3fn
-            found.append(read_twice(driver, prompt))
-            assert driver.worker._runner._kv_scales is not None
+    for backend in (interpreted(), CudaOnCpuBackend()):
+        driver = start(tmp_path, backend, kv_cache_dtype="fp8")
+        assert driver.worker._runner._kv_cache.dtype == torch.float8_e4m3fn
+        found.append(read_twice(driver, prompt))
+        assert driver.worker._runner._kv_scales is not None
     exact = logprobs(model, prompt)
     wanted = torch.stack([exact[i, token] for i, token in enumerate(prompt[1:])])
     torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
@@ -203,7 +187,7 @@ def test_a_float8_cache_with_scales(
 
 
 def write_scales(folder: Path, model: PreTrainedModel) -> None:
-    """Into the folder's weights, as a calibrated checkpoint has them."""
+    """Add scales to the folder's weights, as a calibrated checkpoint has them."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for layer in range(model.config.num_hidden_layers):
@@ -214,25 +198,18 @@ def write_scales(folder: Path, model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("kv_cache_dtype,ahead", [("auto", True), ("fp8_e4m3", False)])
 def test_the_scheduler_s_own_sharing_makes_groups(
-    model: PreTrainedModel,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    kv_cache_dtype: str,
-    ahead: bool,
+    model: PreTrainedModel, tmp_path: Path, kv_cache_dtype: str, ahead: bool
 ) -> None:
-    """Forks and a prefix hit through the whole engine, an embedding beside them; one step ahead,
-    the kernel that prepares a step reads the last one's tokens where they were sampled."""
-    groups = recorded_groups(monkeypatch)
-    use_cuda_path(monkeypatch)
+    """Forks and a prefix hit run through the whole engine, with an embedding beside them. One step
+    ahead, the kernel that prepares a step reads the last one's tokens where they were sampled."""
+    groups = RecordedGroups()
     config = make_config(
         tmp_path,
         kv_cache_dtype=kv_cache_dtype,
         max_num_batched_tokens=64,
         async_scheduling=ahead,
     )
-    worker = Worker(config)
-    core = EngineCore(config, worker)
-    worker._runner._allocate_workspaces()
+    core = EngineCore(config, Worker(config, interpreted(find_groups=groups)))
     prompt = make_prompt(20)
     params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True, n=3)
     last = [*prompt[:18], 9, 8]
@@ -256,7 +233,7 @@ def test_the_scheduler_s_own_sharing_makes_groups(
         for output in core.step().outputs:
             outputs.setdefault((output.request_id, output.choice), []).extend(output.token_ids)
             vectors += [output.embedding] if output.embedding is not None else []
-    assert max(len(group.members) for step in groups for group in step) >= 3
+    assert max(len(group.members) for step in groups.steps for group in step) >= 3
     with torch.no_grad():
         states = model.base_model(torch.tensor([prompt])).last_hidden_state[0]
     vector = torch.from_numpy(np.frombuffer(vectors[0], "<f4").copy())

@@ -1,4 +1,4 @@
-"""Steps prepared by the kernel, against those of the CPU's numpy path: every tensor, bit by bit."""
+"""Steps prepared by the kernel equal those of the CPU's numpy path, bit by bit."""
 
 from __future__ import annotations
 
@@ -7,32 +7,41 @@ from itertools import islice
 import pytest
 import torch
 
-from quire.engine.runner import input_batch
-from quire.engine.runner.input_batch import DeviceStep, HostStep, InputBatch
+from quire.engine.devices.backend import Backend
+from quire.engine.devices.cpu.backend import CpuBackend
+from quire.engine.devices.cuda.inputs import DeviceInputs
+from quire.engine.devices.steps import DeviceStep, HostStep
+from quire.engine.runner.input_batch import InputBatch
 
 from ...random_steps import BLOCK_SIZE, MAX_NUM_SEQS, RandomSteps
+from ..cuda_on_cpu import interpreted
 
 
-def make_batch(max_len: int, budget: int) -> InputBatch:
+def make_batch(max_len: int, budget: int, backend: Backend) -> InputBatch:
     return InputBatch(
         max_num_seqs=MAX_NUM_SEQS,
         max_num_tokens=budget,
         max_model_len=max_len,
         block_size=BLOCK_SIZE,
-        device=torch.device("cpu"),
+        backend=backend,
     )
 
 
 def compare(host: HostStep, found: DeviceStep, wanted: DeviceStep) -> None:
-    for mine, reference in zip(found, wanted, strict=True):
-        assert mine.dtype == reference.dtype and len(mine) == len(reference)
-    for name in ("input_ids", "slot_mapping", "seq_lens", "logit_indices"):
-        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
-    # The CPU leaves the padding of the others as it was.
+    """Check every tensor of a step, which may be padded, against that of the CPU."""
     num_seqs, num_tokens = len(host.order), int(host.query_start_loc[-1])
-    assert torch.equal(found.positions[:num_tokens], wanted.positions[:num_tokens])
-    loc = (found.query_start_loc, wanted.query_start_loc)
-    assert torch.equal(*(tensor[: num_seqs + 1] for tensor in loc))
+    padding = len(found.seq_lens) - num_seqs
+    assert len(found.input_ids) == num_tokens + padding
+    for mine, reference in zip(found, wanted, strict=True):
+        assert mine.dtype == reference.dtype
+    for name, value in (("input_ids", 0), ("slot_mapping", -1), ("positions", 0)):
+        mine = getattr(found, name)
+        assert torch.equal(mine[:num_tokens], getattr(wanted, name)), name
+        assert mine[num_tokens:].tolist() == [value] * padding
+    assert torch.equal(found.seq_lens[:num_seqs], wanted.seq_lens)
+    assert found.seq_lens[num_seqs:].tolist() == [0] * padding
+    assert torch.equal(found.logit_indices, wanted.logit_indices)
+    assert torch.equal(found.query_start_loc[: num_seqs + 1], wanted.query_start_loc)
     for row, used in enumerate(-(-host.seq_lens // BLOCK_SIZE)):
         assert torch.equal(found.block_table[row, :used], wanted.block_table[row, :used])
 
@@ -42,18 +51,13 @@ def compare(host: HostStep, found: DeviceStep, wanted: DeviceStep) -> None:
 )
 @pytest.mark.parametrize("sizes", [(), (2, 5)], ids=["plain", "padded"])
 def test_random_steps_are_those_of_the_cpu(
-    max_len: int,
-    budget: int,
-    num_steps: int,
-    sizes: tuple[int, ...],
-    monkeypatch: pytest.MonkeyPatch,
+    max_len: int, budget: int, num_steps: int, sizes: tuple[int, ...]
 ) -> None:
-    """Prompts and tables of several programs each in the long ones."""
-    host_batch = make_batch(max_len, budget)
-    monkeypatch.setattr(input_batch, "_has_kernel", lambda device: True)
-    device_batch = make_batch(max_len, budget)
-    for batch in (host_batch, device_batch):
-        batch.inputs.pad_decodes(sizes)
+    """In the long ones, a prompt or a table takes several programs."""
+    host_batch = make_batch(max_len, budget, CpuBackend())
+    device_batch = make_batch(max_len, budget, interpreted())
+    assert isinstance(device_batch.inputs, DeviceInputs)
+    device_batch.inputs.pad_decodes(sizes)
     steps = RandomSteps(5, max_len, budget)
     longest = 0
     for step in islice(steps, num_steps):

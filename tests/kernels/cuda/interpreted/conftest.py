@@ -1,4 +1,4 @@
-"""Helpers of tests/kernels on the path, and the same random inputs every time."""
+"""Put the helpers of tests/kernels on the path, and seed torch for every test."""
 
 import os
 import sys

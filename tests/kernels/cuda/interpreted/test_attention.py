@@ -1,5 +1,7 @@
-"""Both attention kernels against the reference in float64, within 1e-6 (float32) and 1e-3
-(float16) of the result's Frobenius norm. The interpreter has no bfloat16 matmul; GPUs check it.
+"""Compare both attention kernels with the reference in float64.
+
+The tolerance is 1e-6 (float32) and 1e-3 (float16) of the result's Frobenius norm. The interpreter
+has no bfloat16 matmul, which is checked on GPUs.
 """
 
 import functools
@@ -10,11 +12,8 @@ import torch
 from paged import PagedInputs, paged_inputs, relative_error
 
 from quire.kernels import reference
-from quire.kernels.cuda.attention.paged_attention_decode import (
-    DecodeWorkspace,
-    build_decode_schedule,
-    paged_attention_decode,
-)
+from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
+from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
 from quire.kernels.cuda.tuning import TileConfig
 
@@ -77,7 +76,7 @@ def decode_error(
         paged_attention_decode, *tensors(inputs, dtype), *rest, **options, workspace=workspace
     )
     errors = []
-    for _ in range(2):  # the second launch needs the counters that the first one put back
+    for _ in range(2):  # the second launch needs the counters that the first one reset
         build_decode_schedule(inputs.seq_lens, workspace)
         out = torch.full_like(inputs.query, NAN)
         launch(out=out)
@@ -113,7 +112,7 @@ def test_extend_tiles_larger_and_smaller_than_blocks(config: TileConfig, window:
 
 
 def test_extend_leaves_rows_outside_alone() -> None:
-    """A batch whose first rows belong to another launch, and padding behind."""
+    """The first rows of the batch belong to another launch, and the last ones are padding."""
     inputs = paged_inputs(
         [4, 30, 2], [4, 50, 9], num_heads=4, num_kv_heads=2, head_dim=32, block_size=16
     )

@@ -1,5 +1,8 @@
-"""Kernels that move K and V: exact against the reference; rotated values within 1e-6 (float32),
-1e-3 (float16) and 1e-2 (bfloat16, which the interpreter truncates instead of rounding)."""
+"""Compare the kernels that move K and V with the reference.
+
+Copies are exact; rotated values are within 1e-6 (float32), 1e-3 (float16) and 1e-2 (bfloat16, which
+the interpreter truncates instead of rounding).
+"""
 
 import pytest
 import torch

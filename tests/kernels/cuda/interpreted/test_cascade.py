@@ -1,5 +1,7 @@
-"""Decode with shared prefixes against the reference, which knows of none: within 1e-6 (float32)
-and 1e-3 (float16) of the result's norm."""
+"""Compare decode over shared prefixes with the reference, which reads each row's own table.
+
+The tolerance is 1e-6 (float32) and 1e-3 (float16) of the result's norm.
+"""
 
 from typing import Any
 
@@ -9,11 +11,8 @@ from paged import paged_inputs, relative_error, share_prefixes
 
 from quire.kernels import reference
 from quire.kernels.cuda.attention.cascade import CascadeWorkspace
-from quire.kernels.cuda.attention.paged_attention_decode import (
-    DecodeWorkspace,
-    build_decode_schedule,
-    paged_attention_decode,
-)
+from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
+from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.tuning import TileConfig
 from quire.kernels.prefix_groups import PrefixGroup, find_prefix_groups
 
@@ -55,12 +54,12 @@ def cascade_error(
     options |= {"scale": inputs.scale, "kv_scales": scales}
     expected = reference.paged_attention_decode(inputs.query.double(), *caches, *rest, **options)
     errors = []
-    for served in (groups, groups[:1]):  # the tables of a step must not outlive it
+    for served in (groups, groups[:1]):  # the tables of one step must not affect the next
         workspace.partials.fill_(NAN)
         cascade.partials.fill_(NAN)
         cascade.log_sums.fill_(NAN)
         cascade.set_groups(served)
-        build_decode_schedule(inputs.seq_lens, workspace, cascade=cascade)
+        build_decode_schedule(inputs.seq_lens, workspace, prefix_lens=cascade.prefix_lens)
         out = torch.full_like(inputs.query, NAN)
         paged_attention_decode(
             inputs.query, *caches, *rest, **options, workspace=workspace, cascade=cascade, out=out
@@ -76,14 +75,14 @@ LENS = [70, 17, 49, 120, 0, 64, 51, 33]
 
 @pytest.mark.parametrize("heads", [(1, 1, 32), (14, 2, 32), (3, 1, 80), (16, 1, 16), (6, 2, 96)])
 def test_heads(heads: tuple[int, int, int]) -> None:
-    """Tiles of one member (16 heads a kv head), of two with two rows idle (7), of sixteen (1)."""
+    """Tiles hold one member (16 heads per kv head), two with two idle rows (7), or sixteen (1)."""
     assert cascade_error(LENS, GROUPS, heads) < 1e-6
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_softcap_and_sinks(dtype: torch.dtype, tolerance: float, sinks: bool) -> None:
-    """Sinks count once, with the keys behind the prefix."""
+    """Sinks count once, with the keys after the prefix."""
     options = {"softcap": 3.0, "sinks": torch.randn(6) if sinks else None}
     groups = [PrefixGroup((0, 2, 3), 64)]
     lens = [66, 10, 80, 65]
@@ -106,7 +105,7 @@ def test_float8_cache() -> None:
 
 
 def test_long_prefixes_are_split_within_the_scratch() -> None:
-    """Every layout that the host may list fits: few and many groups, long and short."""
+    """Every layout of groups fits: few and many, long and short."""
     workspace = DecodeWorkspace.allocate(64, 8, 2, 32, dtype=torch.float32, device="cpu")
     cascade = CascadeWorkspace.allocate(workspace, dtype=torch.float32, config=TILE)
     entries, max_items = len(cascade.partials), cascade.items.shape[1]
@@ -129,7 +128,7 @@ def test_long_prefixes_are_split_within_the_scratch() -> None:
 
 
 def test_found_groups_are_served() -> None:
-    """From block tables to results: what `find_prefix_groups` names really is shared."""
+    """Groups that `find_prefix_groups` finds in block tables give the reference's results."""
     heads = (8, 2, 32)
     inputs = paged_inputs(
         [1] * 6, [600, 530, 20, 700, 640, 577], num_heads=8, num_kv_heads=2, head_dim=32,
@@ -144,7 +143,7 @@ def test_found_groups_are_served() -> None:
     groups = find_prefix_groups(tables, lens, 32, cascade.cost, **options, launch_bytes=0)
     assert groups == [PrefixGroup((0, 1, 3, 4, 5), 512)]
     cascade.set_groups(groups)
-    build_decode_schedule(inputs.seq_lens, workspace, cascade=cascade)
+    build_decode_schedule(inputs.seq_lens, workspace, prefix_lens=cascade.prefix_lens)
     rest = (inputs.block_table, inputs.seq_lens)
     caches = (inputs.key_cache, inputs.value_cache)
     found = paged_attention_decode(

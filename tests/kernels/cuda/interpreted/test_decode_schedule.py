@@ -1,12 +1,9 @@
-"""The work list covers every key once, within its static size, for any lengths."""
+"""Test that the work list covers every key once, within its static size, for any lengths."""
 
 import pytest
 import torch
 
-from quire.kernels.cuda.attention.paged_attention_decode import (
-    DecodeWorkspace,
-    build_decode_schedule,
-)
+from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
 
 
 def schedule(

@@ -1,9 +1,11 @@
-"""The float8 cache. Writes are exact against torch's conversion. Attention reads the same bytes as
-the reference in float64 and is within 1e-6 (float32 queries) and 1e-3 (float16) of it; what the
-format itself costs, against a cache that was not rounded, is within 5% of the result's norm.
+"""Test the float8 cache.
 
-The interpreter knows e4m3 by its bits alone, which is also how GPUs before sm_89 read it; the
-conversion that later GPUs have is compiled in test_compile.py and checked by benchmarks/gpu.py.
+Writes store exactly the bytes that torch converts to. Attention reads the same bytes as the
+reference in float64 and is within 1e-6 (float32 queries) and 1e-3 (float16) of it. The error of the
+format itself, compared with a cache that was not rounded, is within 5% of the result's norm.
+
+Under the interpreter e4m3 is read by its bits, as on GPUs before sm_89. The instruction of later
+GPUs is compiled in test_compile.py and checked by benchmarks/gpu.py.
 """
 
 from typing import Any
@@ -13,11 +15,8 @@ import torch
 from paged import PagedInputs, paged_inputs, relative_error
 
 from quire.kernels import reference
-from quire.kernels.cuda.attention.paged_attention_decode import (
-    DecodeWorkspace,
-    build_decode_schedule,
-    paged_attention_decode,
-)
+from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
+from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
 from quire.kernels.cuda.copy_blocks import copy_blocks
 from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
@@ -29,7 +28,7 @@ HEADS = [(4, 2, 64), (14, 2, 32), (3, 1, 80)]
 
 
 def every_float() -> torch.Tensor:
-    """All e4m3 numbers, the midpoints between them, their neighbours, and what lies outside."""
+    """Return all e4m3 numbers, the midpoints between them, their neighbours, and larger numbers."""
     numbers = torch.arange(256).to(torch.uint8).view(E4M3).float()
     numbers = numbers[numbers.isfinite()].sort().values
     middles = (numbers[1:] + numbers[:-1]) / 2
@@ -58,7 +57,7 @@ def test_writes_round_as_torch_and_saturate(scaled: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rotary,dim", [(80, 80), (32, 64)])
 def test_rope_writes_what_was_rotated(dtype: torch.dtype, rotary: int, dim: int) -> None:
-    """K may round to the next e4m3 number where the rotation's last bit differs: 2^-3 apart."""
+    """K may round to a neighbouring e4m3 number, 2^-3 apart, if the rotation's last bit differs."""
     query, key = torch.randn(7, 4, dim).to(dtype), torch.randn(7, 2, dim).to(dtype)
     angles = torch.randn(7, rotary // 2).repeat(1, 2)
     scales = torch.tensor([[0.5, 0.01], [2.0, 0.1]])
@@ -85,7 +84,7 @@ def test_copy_blocks() -> None:
 
 
 def quantise(inputs: PagedInputs, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The caches over their scales; slots that must not be read stay NaN."""
+    """Divide the caches by their scales and round; slots that must not be read stay NaN."""
     caches = (inputs.key_cache, inputs.value_cache)
     key, value = (
         (cache.float() / scale[:, None, None]).clamp(-448, 448).to(E4M3)

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py checks on a GPU, here on the CPU and small: that the checks can pass."""
+"""Run small versions of the checks of benchmarks/gpu.py on the CPU, to test the checks."""
 
 import sys
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[4] / "benchmarks"))
+import gpu_attention_checks  # noqa: E402
 import gpu_checks  # noqa: E402
 
 from quire.kernels.prefix_groups import PrefixGroup  # noqa: E402
@@ -20,8 +21,9 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def run_again(launch: Callable[[], None]) -> Callable[[], None]:
         return launch
 
-    monkeypatch.setattr(gpu_checks, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_checks, "capture", run_again)
+    for module in (gpu_checks, gpu_attention_checks):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_attention_checks, "capture", run_again)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -45,11 +47,11 @@ def test_sampling() -> None:
 
 
 def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu_checks.paged_attention_extend
+    right = gpu_attention_checks.paged_attention_extend
 
     def wrong(*arguments: torch.Tensor, out: torch.Tensor, **options: object) -> None:
         right(*arguments, **options, out=out)  # type: ignore[arg-type]
         out[3] *= 1.1
 
-    monkeypatch.setattr(gpu_checks, "paged_attention_extend", wrong)
+    monkeypatch.setattr(gpu_attention_checks, "paged_attention_extend", wrong)
     assert not gpu_checks.check_extend(F16, HEADS, 16, [19, 1], [19, 40])["ok"]

@@ -1,4 +1,4 @@
-"""A step's inputs against the oracle, bit by bit, tables and padding included."""
+"""Compare a step's inputs with the oracle's bit by bit, including tables and padding."""
 
 import random
 
@@ -35,7 +35,7 @@ def test_random_mixed_steps(block_size: int) -> None:
 
 @pytest.mark.parametrize("changed", [0.0, 1.0])
 def test_rows_of_several_programs(changed: float) -> None:
-    """New tokens, and columns, to the last of a program's part and one beyond."""
+    """The new tokens and columns fill a program's part exactly, or exceed it by one."""
     lengths = [1, 1, PART, PART + 1, 2 * PART + 7]
     starts = [16 * PART - 1, 16 * PART, 3, 40 * PART, 0]
     check(packed_step(starts, lengths, changed=changed))
@@ -50,7 +50,7 @@ def test_a_step_of_nothing_but_padding() -> None:
 
 
 def test_blocks_past_32_bits_of_slots() -> None:
-    """A block id times the block's size passes 2³¹."""
+    """The product of a block id and the block size exceeds 2³¹."""
     step = packed_step([100], [3], block_size=256, changed=1.0)
     blocks = step.tensors[0][-1:]
     blocks[:] = 2**27 - 1
@@ -86,7 +86,7 @@ def test_refusals(argument: int, change: object) -> None:
 
 
 def test_mixed_steps_are_not_padded() -> None:
-    """A row too many for the tokens: the launch would write behind them."""
+    """A padded row in a step with several tokens per row would be written out of bounds."""
     step = packed_step([5, 0], [1, 4])
     with pytest.raises(ValueError, match="padded"):
         step._replace(num_seqs=1).run(prepare_inputs)

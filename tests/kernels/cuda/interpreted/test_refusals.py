@@ -1,4 +1,4 @@
-"""Launchers refuse by name what does not fit, before anything is launched."""
+"""Test that launchers refuse arguments that do not fit, by name and before any launch."""
 
 from typing import Any
 
@@ -6,11 +6,8 @@ import pytest
 import torch
 from paged import PagedInputs, paged_inputs
 
-from quire.kernels.cuda.attention.paged_attention_decode import (
-    DecodeWorkspace,
-    build_decode_schedule,
-    paged_attention_decode,
-)
+from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
+from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
 from quire.kernels.cuda.copy_blocks import copy_blocks
 from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
@@ -111,6 +108,10 @@ def test_schedules_are_refused() -> None:
     for lengths in (torch.ones(3, dtype=torch.int32), torch.ones(2, dtype=torch.int64)):
         with pytest.raises(ValueError):
             build_decode_schedule(lengths, workspace)
+    lengths = torch.ones(2, dtype=torch.int32)
+    for prefix_lens in (torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="prefix_lens"):
+            build_decode_schedule(lengths, workspace, prefix_lens)
 
 
 def test_cache_writes_refuse() -> None:

@@ -1,4 +1,4 @@
-"""Norms and the gated activation, within 1e-6 (float32), 1e-3 (float16), 1e-2 (bfloat16)."""
+"""Compare norms and activation with the reference: 1e-6 (float32), 1e-3 (float16), 1e-2 (bf16)."""
 
 import pytest
 import torch

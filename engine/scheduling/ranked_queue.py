@@ -1,16 +1,19 @@
-"""Sequences that wait for blocks, in the order of the scheduling policy."""
+"""The policies fcfs and priority: sequences wait in the order of their rank."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 
+from ..request import Request
 from ..sequence import Rank, Sequence
 
 
-class WaitingQueue:
-    """A heap by rank; removal is lazy, so that an abort costs O(1)."""
+class RankedQueue:
+    """A heap by rank. Removal is lazy, so that an abort costs O(1)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_priority: bool = False) -> None:
+        self._by_priority = by_priority
         self._heap: list[tuple[Rank, Sequence]] = []
         self._members: dict[int, Sequence] = {}
 
@@ -20,12 +23,14 @@ class WaitingQueue:
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence.seq_id in self._members
 
+    def priority_of(self, request: Request) -> int:
+        return request.priority if self._by_priority else 0
+
     def push(self, sequence: Sequence) -> None:
         self._members[sequence.seq_id] = sequence
         heappush(self._heap, (sequence.rank, sequence))
 
     def peek(self) -> Sequence:
-        """The first in order; the queue must not be empty."""
         while self._heap[0][1].seq_id not in self._members:
             heappop(self._heap)
         return self._heap[0][1]
@@ -37,8 +42,18 @@ class WaitingQueue:
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
-        """Take out a sequence that is in the queue."""
         del self._members[sequence.seq_id]
-        if len(self._heap) > 64 + 2 * len(self._members):  # mostly dead entries
+        if len(self._heap) > 64 + 2 * len(self._members):  # most entries are dead
             self._heap = [item for item in self._heap if item[1].seq_id in self._members]
             heapify(self._heap)
+
+    def charge_prompt(self, sequence: Sequence) -> None:
+        """Ranks do not depend on service."""
+
+    def charge_outputs(
+        self, sequences: Iterable[Sequence], token_ids: Iterable[int | None]
+    ) -> None:
+        """Ranks do not depend on service."""
+
+    def rerank(self, running: list[Sequence]) -> None:
+        """Ranks do not change."""

@@ -1,35 +1,27 @@
-"""A step's results on their way from the device to ModelRunnerOutput."""
+"""The results of a step, on their way from the device to a ModelRunnerOutput."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from ...kernels.device_copy import Downloads
 from ..errors import NonFiniteLogitsError
-from ..outputs import ModelRunnerOutput, RowError
-from ..sampling.batch import SamplingBatch
+from ..outputs import RowError
 from ..sampling.logprobs import LogprobTensors, to_token_logprobs
 from ..sampling.sampler import SamplerOutput, collect_logprobs
-from ..sequence import Sequence
+from ..step import ModelRunnerOutput
 from .pooling import PooledRow
 from .prompt_logprobs import PromptChunk
+from .row_sampling import RowSamples
 
 
-class RowSamples(NamedTuple):
-    """What was sampled for these rows of the scheduler's output."""
+class PendingResults:
+    """The results of a step whose sampling was launched.
 
-    rows: list[int]
-    sequences: list[Sequence]
-    batch: SamplingBatch
-    output: SamplerOutput
-
-
-class StepResults:
-    """The results of a launched step: on their way to the host at once, made plain when called
-    for. `errors` are those known already; `mask_errors` those that filling its masks found."""
+    Their copies to the host begin at once; a call waits for them and makes them plain values.
+    `errors` are those known already, by row of the plan.
+    """
 
     def __init__(
         self,
@@ -38,13 +30,10 @@ class StepResults:
         chunks: list[PromptChunk],
         pooled: list[PooledRow],
         errors: dict[int, RowError],
-        mask_errors: Mapping[int, RowError],
     ) -> None:
-        """All copies are queued here, and waited for once, in the call."""
         self._num_rows = num_rows
         self._errors = errors
-        self._mask_errors = mask_errors
-        self._arrived: torch.cuda.Event | None = None
+        self._downloads = Downloads()
         self._samples = [
             sample._replace(
                 output=SamplerOutput(
@@ -60,29 +49,19 @@ class StepResults:
             for chunk in chunks
         ]
         self._pooled = [row._replace(vector=self._pull(row.vector)) for row in pooled]
-        if self._arrived is not None:
-            self._arrived.record()
+        self._downloads.end()
 
     def _pull(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type == "cpu":
-            return tensor
-        if self._arrived is None:
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True)
+        return self._downloads.add(tensor)
 
     def _pull_all(self, tensors: LogprobTensors | None) -> LogprobTensors | None:
         return None if tensors is None else LogprobTensors(*map(self._pull, tensors))
 
     def __call__(self) -> ModelRunnerOutput:
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self._downloads.end()
         result = ModelRunnerOutput([None] * self._num_rows, {}, {}, self._errors, {})
         for sample in self._samples:
             _collect_samples(result, sample)
-        for row, error in self._mask_errors.items():
-            result.errors[row] = error
-            result.token_ids[row] = None
         for chunk in self._chunks:
             _collect_prompt(result, chunk)
         for vector in self._pooled:

@@ -1,4 +1,4 @@
-"""What every EngineClient does, proved for the inline one and for the process."""
+"""What every EngineClient does, tested with the engine in a thread and in a process."""
 
 from __future__ import annotations
 
@@ -9,33 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from quire.engine.config import EngineConfig, EngineInfo
+from quire.engine.config import EngineConfig
 from quire.engine.errors import EngineNotReadyError, InvalidRequestError, StartupError
-from quire.engine.inline_client import InlineEngineClient
-from quire.engine.outputs import EngineStats, SequenceOutput
 from quire.engine.process.process_client import ProcessEngineClient
-from quire.engine.request import Request
 
-from . import fakes
-from .fakes import CRASH, SLOW, STAMPED, expected_tokens, make_request
+from .. import fakes
+from ..clients import Observer, collect, tokens_of
+from ..fakes import CRASH, SLOW, STAMPED, expected_tokens, make_request
+from ..inline_client import InlineEngineClient
 
 Client = InlineEngineClient | ProcessEngineClient
-
-
-class Observer:
-    def __init__(self) -> None:
-        self.infos: list[EngineInfo] = []
-        self.stats: list[EngineStats] = []
-        self.restarts = 0
-
-    def engine_ready(self, info: EngineInfo) -> None:
-        self.infos.append(info)
-
-    def engine_restarted(self) -> None:
-        self.restarts += 1
-
-    def observe_step(self, stats: EngineStats) -> None:
-        self.stats.append(stats)
 
 
 def build(kind: str, model: str = "fake", observer: Observer | None = None) -> Client:
@@ -63,14 +46,6 @@ async def client(kind: str, observer: Observer) -> AsyncIterator[Client]:
     await client.wait_ready()
     yield client
     await client.close()
-
-
-async def collect(client: Client, request: Request) -> list[SequenceOutput]:
-    return [output async for output in client.generate(request)]
-
-
-def tokens_of(outputs: list[SequenceOutput], choice: int = 0) -> list[int]:
-    return [token for output in outputs if output.choice == choice for token in output.token_ids]
 
 
 async def test_streams_tokens_in_order(client: Client) -> None:
@@ -106,11 +81,11 @@ async def test_latency_from_step_to_item(client: Client) -> None:
         delays.append(time.monotonic() - output.timings.finished)
     delays.sort()
     print(f"step to item: p50 {delays[100] * 1e3:.3f} ms, p99 {delays[198] * 1e3:.3f} ms")
-    # Far above what is usual; a poll interval or Nagle-like delay on the way would still show.
+    # Far above the usual delay, but a poll interval or a delay like Nagle's would exceed it.
     assert delays[100] < 0.02
 
 
-async def test_refusal_raises_with_its_parameter(client: Client) -> None:
+async def test_a_refusal_raises_with_its_parameter(client: Client) -> None:
     with pytest.raises(InvalidRequestError, match="too many tokens") as caught:
         await collect(client, make_request(max_tokens=60_000))
     assert caught.value.param == "max_tokens"
@@ -173,7 +148,7 @@ async def test_resets_the_prefix_cache(client: Client) -> None:
     await client.reset_prefix_cache()
     await collect(client, make_request())
     stats = client.stats()
-    assert stats is not None and stats.preemptions == 1  # where the fake counts resets
+    assert stats is not None and stats.preemptions == 1  # the fake counts its resets there
 
 
 async def test_reports_to_its_observer(client: Client, observer: Observer) -> None:

@@ -1,0 +1,67 @@
+"""What every layer's attention needs to know about a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class AttentionPlan(Protocol):
+    """How one step attends on its device.
+
+    A device's planner makes it once a step; only code of the same device looks inside.
+    """
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        kv_scales: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Write K and V to their slots, then attend.
+
+        query `[T, num_heads, head_dim]`, key and value `[T, num_kv_heads, head_dim]` → like query.
+        cache is one layer's `[2, num_blocks, num_kv_heads, block_size, head_dim]`, kv_scales its
+        `[2, num_kv_heads]` if it is float8. `window` counts the token itself. `sinks`
+        `[num_heads]` are logits that take part in the softmax and add nothing to the output.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionMetadata:
+    """One step's layout: S sequences with T new tokens in all, decodes first.
+
+    kv_cache         [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]
+    slot_mapping     [T] int64; block_id * block_size + offset, -1 writes nothing (padding)
+    block_table      [S, max_blocks] int32
+    query_start_loc  [S + 1] int32; sequence i's new tokens are [loc[i], loc[i + 1])
+    seq_lens         [S] int32; tokens in the cache once this step's are written
+    num_decodes      sequences with one new token; they are the first rows of every tensor
+    max_query_len    maximum number of new tokens of a sequence
+    plan             how the device attends in this step; opaque to everything but that device
+    kv_scales        [num_layers, 2, num_kv_heads] float32: a float8 cache times them is K and V
+    """
+
+    kv_cache: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    num_decodes: int
+    max_query_len: int
+    plan: AttentionPlan
+    kv_scales: torch.Tensor | None = None
+
+    def scales_of(self, layer_idx: int) -> torch.Tensor | None:
+        """Return a layer's `[2, num_kv_heads]` scales, or None if the cache has none."""
+        return None if self.kv_scales is None else self.kv_scales[layer_idx]

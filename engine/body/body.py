@@ -1,0 +1,78 @@
+"""A model's body: its layers, from token ids to hidden states, without the language-model head.
+
+There are three ways to run one: transformers' own code (HfBody), the flat decoder with the
+operations of a device (FlatBody), and the flat decoder compiled (the CPU's CpuDecoder). A device's
+backend chooses at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..attention.metadata import AttentionMetadata
+from .flat_decoder import BodyOps, FlatDecoder
+
+ForwardToLogits = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata],
+    tuple[torch.Tensor, torch.Tensor],
+]
+"""input_ids and positions `[T]`, logit_indices `[R]`, metadata → hidden states `[T, hidden_size]`
+and logits `[R, vocab_size]`."""
+
+
+class Body(Protocol):
+    """Runs the layers of a model over packed tokens."""
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """input_ids and positions `[T]` int64 → hidden states `[T, hidden_size]`, after the last
+        norm."""
+
+    def fuse_head(self, product: nn.Module) -> ForwardToLogits | None:
+        """Return a function that runs the body and then `product`, the linear layer that makes
+        logits of hidden states, in one. None if this body knows none."""
+
+
+class HfBody:
+    """The layers as transformers runs them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        output: Any = self._model(
+            input_ids=input_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            attn_metadata=metadata,
+        )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden[0]
+
+    def fuse_head(self, product: nn.Module) -> ForwardToLogits | None:
+        return None
+
+
+class FlatBody:
+    """A FlatDecoder with the operations that a device makes for each step."""
+
+    def __init__(
+        self, decoder: FlatDecoder, make_ops: Callable[[AttentionMetadata], BodyOps]
+    ) -> None:
+        self._decoder = decoder
+        self._make_ops = make_ops
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        return self._decoder(input_ids, positions, self._make_ops(metadata))
+
+    def fuse_head(self, product: nn.Module) -> ForwardToLogits | None:
+        return None

@@ -1,0 +1,181 @@
+"""The protocols that a device implements. One Backend is chosen at load (choose.py); nothing
+outside this room asks what device it runs on.
+
+    Backend    is made once: it knows what the device supports, its memory, how it runs a model
+    Planner    is made for one KV cache, and plans how each step attends
+    Graphs     are captured decode steps, if the device can capture any
+    Rehearsal  is the model runner as a backend sees it while the worker starts
+"""
+
+from __future__ import annotations
+
+from collections import abc
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..attention.metadata import AttentionPlan
+from ..body.body import Body
+from ..body.flat_decoder import FlatDecoder
+from ..config import EngineConfig
+from ..sampling.sampler import Sampler
+from ..step import BlockCopy
+from .steps import DeviceStep, GraphKey, HostStep, ModelOutput, StepInputs
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Planner(Protocol):
+    """Plans how each step over one KV cache attends."""
+
+    def find_shared(self, host: HostStep) -> bool:
+        """Decide whether this step reads the prefixes that its decodes share once for all of them,
+        which takes a plan, or a graph, of another kind.
+
+        Called once a step, since it may send what it finds to the device.
+        """
+
+    def plan(
+        self,
+        query_start_loc: NDArray[np.int32],
+        seq_lens: NDArray[np.int32],
+        num_decodes: int,
+        step: DeviceStep,
+        *,
+        shared: bool = False,
+    ) -> AttentionPlan:
+        """Plan a step. query_start_loc and seq_lens are those of AttentionMetadata, on the host;
+        `shared` is the result of `find_shared`."""
+
+
+class Graphs(Protocol):
+    """Captured decode steps: every row has one token."""
+
+    def __contains__(self, key: object) -> bool:
+        """Whether there is a graph for this GraphKey."""
+
+    def replay(self, key: GraphKey) -> ModelOutput:
+        """Run a step of this kind on the static tensors; its output, with logits for every row, is
+        valid until the next replay."""
+
+
+class Rehearsal(Protocol):
+    """A model runner before its first request. Its blank steps write nothing to the KV cache and
+    read its first blocks."""
+
+    @property
+    def inputs(self) -> StepInputs:
+        """The runner's, made by the backend."""
+
+    @property
+    def planner(self) -> Planner:
+        """The runner's, made by the backend."""
+
+    def run_prompts(self, num_tokens: int, num_seqs: int) -> object:
+        """Run a blank step that begins so many sequences, without logits."""
+
+    def run_decodes(self, step: DeviceStep, plan: AttentionPlan) -> ModelOutput:
+        """Run a step in which every row has one token, with logits for each. It reads no tensors
+        but those of the step, the plan and the cache, so that it can be captured."""
+
+    def run_largest_step(self) -> None:
+        """Run the largest blank step that is allowed, and sample all its rows."""
+
+    def sample_blank(self, top_p: float) -> None:
+        """Draw a token from logits that are all zero."""
+
+    def copy_blocks(self, copies: abc.Sequence[BlockCopy]) -> None:
+        """Copy blocks of the runner's cache."""
+
+
+class CacheDemand(NamedTuple):
+    """The facts on which the size of a KV cache depends, besides the device's memory."""
+
+    config: EngineConfig
+    architecture: str
+    block_bytes: int
+    max_model_len: int
+
+
+StartRehearsal = abc.Callable[[int], Rehearsal]
+"""Makes a model runner with a KV cache of this many blocks."""
+
+
+class Backend(Protocol):
+    """One kind of device."""
+
+    device: torch.device
+
+    # -- what it supports ------------------------------------------------------------------------
+
+    def default_dtype(self, checkpoint: str) -> str:
+        """Return the dtype of models if none is asked for; `checkpoint` is that of the weights."""
+
+    def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
+        """Return the KV cache's dtype. Raises ConfigurationError on one that is unsupported."""
+
+    def check_quantization(self, config: EngineConfig) -> None:
+        """Raise ConfigurationError if the device has no kernels for quantised weights."""
+
+    def token_budget(self, config: EngineConfig) -> int:
+        """Return the maximum number of tokens in a step."""
+
+    @property
+    def random_devices(self) -> list[int]:
+        """Device indices whose random state `torch.random.fork_rng` has to keep."""
+
+    # -- the model -------------------------------------------------------------------------------
+
+    def make_body(
+        self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
+    ) -> Body:
+        """Choose how the body runs. `flat` is the same body, flattened, if it can be.
+
+        May take over the weights, and replace the linear layers of `body` and `head` in place, with
+        `int8` by quantised ones.
+        """
+
+    def make_sampler(self, vocab_size: int) -> Sampler:
+        """Make a sampler that draws in the device's own way."""
+
+    # -- the KV cache ----------------------------------------------------------------------------
+
+    def cache_memory(self, demand: CacheDemand, start: StartRehearsal) -> int:
+        """Return the bytes that the KV cache may take. Raises ConfigurationError if a step does
+        not fit the device, UnsupportedModelError if its kernels cannot run the model."""
+
+    def allocate_kv_cache(
+        self, shape: tuple[int, ...], dtype: torch.dtype, *, commit: bool
+    ) -> torch.Tensor:
+        """Allocate a zeroed cache, so that a slot never written holds no NaN. `commit` takes its
+        memory now even if the system would give it later."""
+
+    def copy_blocks(self, kv_cache: torch.Tensor, copies: abc.Sequence[BlockCopy]) -> None:
+        """Copy whole blocks, over all layers, K and V; at least one."""
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def make_inputs(
+        self, max_num_seqs: int, max_num_tokens: int, max_blocks: int, block_size: int
+    ) -> StepInputs:
+        """Make what lays out steps of at most this many rows, tokens, and blocks a row."""
+
+    def make_planner(
+        self,
+        config: EngineConfig,
+        kv_cache: torch.Tensor,
+        num_heads: int,
+        windows: abc.Set[int | None],
+        dtype: torch.dtype,
+    ) -> Planner:
+        """Make the planner of one KV cache, for queries of `num_heads` and `dtype`."""
+
+    def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
+        """Compile or capture what steps will need, so that no request waits for it. Called once,
+        with the runner that will serve; returns the graphs of its decode steps, if any."""
+
+    def release_memory(self) -> None:
+        """Give back the memory that torch keeps in reserve, after a step ran out of it."""

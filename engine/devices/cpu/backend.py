@@ -1,0 +1,118 @@
+"""The CPU as a backend: products, attention and draws compiled by Numba.
+
+Importing this loads Numba.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import abc
+from math import prod
+
+import torch
+from torch import nn
+
+from ....kernels.cpu.numbers import is_compiled
+from ....kernels.device_copy import to_device
+from ...body.body import Body, HfBody
+from ...body.flat_decoder import FlatDecoder
+from ...config import EngineConfig
+from ...errors import ConfigurationError
+from ...sampling.sampler import Sampler
+from ...step import BlockCopy
+from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
+from .attention import CpuPlanner
+from .decoder import CpuDecoder, can_compile
+from .draws import CpuDraws
+from .inputs import HostInputs
+from .memory import allocate_kv_cache, cache_memory
+from .packed_linear import pack_linears, unmap_weights
+
+logger = logging.getLogger("quire.engine")
+
+
+class CpuBackend:
+    """Implements Backend, which states the contract."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def default_dtype(self, checkpoint: str) -> str:
+        return "float32"
+
+    def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
+        if config.kv_cache_dtype != "auto":
+            raise ConfigurationError(
+                f"a KV cache of dtype {config.kv_cache_dtype} needs a GPU: on the CPU it is the "
+                "model's"
+            )
+        return model_dtype
+
+    def check_quantization(self, config: EngineConfig) -> None:
+        """Accept every quantisation."""
+
+    def token_budget(self, config: EngineConfig) -> int:
+        return config.token_budget("cpu")
+
+    @property
+    def random_devices(self) -> list[int]:
+        return []
+
+    def make_body(
+        self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
+    ) -> Body:
+        unmap_weights(body)
+        unmap_weights(head)
+        made: Body
+        if flat is not None and can_compile(flat):
+            made = CpuDecoder(flat, int8=int8)
+            logger.info("the body is compiled")
+        else:
+            pack_linears(body, int8=int8)
+            made = HfBody(body)
+        pack_linears(head, int8=int8)
+        return made
+
+    def make_sampler(self, vocab_size: int) -> Sampler:
+        return Sampler(vocab_size, self.device, CpuDraws(vocab_size))
+
+    def cache_memory(self, demand: CacheDemand, start: StartRehearsal) -> int:
+        return cache_memory(demand.config, demand.block_bytes, demand.max_model_len)
+
+    def allocate_kv_cache(
+        self, shape: tuple[int, ...], dtype: torch.dtype, *, commit: bool
+    ) -> torch.Tensor:
+        return allocate_kv_cache(shape, prod(shape) * dtype.itemsize, dtype, commit=commit)
+
+    def copy_blocks(self, kv_cache: torch.Tensor, copies: abc.Sequence[BlockCopy]) -> None:
+        sources, destinations = to_device(copies, torch.int64, self.device).T
+        kv_cache[:, :, destinations] = kv_cache[:, :, sources]
+
+    def make_inputs(
+        self, max_num_seqs: int, max_num_tokens: int, max_blocks: int, block_size: int
+    ) -> HostInputs:
+        return HostInputs(max_num_seqs, max_num_tokens, max_blocks, block_size)
+
+    def make_planner(
+        self,
+        config: EngineConfig,
+        kv_cache: torch.Tensor,
+        num_heads: int,
+        windows: abc.Set[int | None],
+        dtype: torch.dtype,
+    ) -> CpuPlanner:
+        shares = None in windows and not config.disable_cascade_attn
+        return CpuPlanner(num_heads, kv_cache, shares=shares)
+
+    def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
+        """Run two tokens, and draw from all tokens and from the likeliest: this compiles what this
+        machine has not compiled before."""
+        if not is_compiled():
+            logger.info("compiling for this processor, once: this takes about half a minute")
+        runner.run_prompts(2, 1)
+        for top_p in (1.0, 0.5):
+            runner.sample_blank(top_p)
+        return None
+
+    def release_memory(self) -> None:
+        """Do nothing: torch keeps no main memory in reserve."""

@@ -1,0 +1,58 @@
+"""A step's tensors made on the CPU, by numpy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..steps import DeviceStep, HostStep
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class HostInputs:
+    """StepInputs on the CPU, whose memory is the host's."""
+
+    def __init__(
+        self, max_num_seqs: int, max_num_tokens: int, max_blocks: int, block_size: int
+    ) -> None:
+        self._block_size = block_size
+        self._buffers = DeviceStep.allocate(
+            max_num_tokens, max_num_seqs, max_blocks, torch.device("cpu")
+        )
+        self._table = torch.zeros(max_num_seqs * max_blocks, dtype=torch.int32)
+
+    def change_table(self, row: int, start: int) -> None:
+        """Do nothing: `write` reads tables in full."""
+
+    def write(
+        self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
+    ) -> DeviceStep:
+        num_tokens, num_seqs = len(token_ids), len(host.order)
+        ids, positions, slots, _, loc, seq_lens, logit_indices = (
+            tensor.numpy() for tensor in self._buffers
+        )
+        # 1. The numbers of each row and of each token.
+        ids[:num_tokens] = token_ids
+        unknown = np.nonzero(token_ids[: host.num_decodes] < 0)[0]
+        ids[unknown] = sampled.numpy()[-1 - token_ids[unknown]]
+        loc[: num_seqs + 1] = host.query_start_loc
+        seq_lens[:num_seqs] = host.seq_lens
+        positions, slots = positions[:num_tokens], slots[:num_tokens]
+        positions[:] = np.arange(num_tokens) + np.repeat(host.starts - loc[:num_seqs], host.lengths)
+        # 2. Each token's slot, through its row's block table.
+        blocks, offsets = np.divmod(positions, self._block_size)
+        slots[:] = host.tables[np.repeat(host.rows, host.lengths), blocks]
+        slots *= self._block_size
+        slots += offsets
+        num_logits = len(host.sampling_rows)
+        logit_indices[:num_logits] = loc[host.sampling_rows + 1] - 1
+        # 3. The block tables in the order of the batch, packed.
+        width = host.tables.shape[1]
+        table = self._table[: num_seqs * width].view(num_seqs, width)
+        np.take(host.tables, host.rows, axis=0, out=table.numpy())
+        step = self._buffers.narrow(num_tokens, num_seqs, num_logits)
+        return step._replace(block_table=table)

@@ -1,0 +1,225 @@
+"""CUDA as a backend: Triton kernels, and CUDA graphs of decode steps.
+
+Importing this loads Triton.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import abc
+from math import prod
+
+import torch
+from torch import nn
+from triton.errors import TritonError
+
+from ....kernels.device_copy import to_device
+from ....kernels.prefix_groups import MIN_MEMBERS, find_prefix_groups
+from ...body.body import Body, FlatBody, HfBody
+from ...body.flat_decoder import FlatDecoder
+from ...config import EngineConfig
+from ...errors import ConfigurationError, UnsupportedModelError, one_line
+from ...sampling.sampler import Sampler
+from ...step import BlockCopy
+from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
+from ..steps import DeviceStep, ModelOutput
+from .attention import CudaPlanner, allocate_workspaces
+from .body_ops import CudaOps
+from .decode_graphs import Capture, CudaCapture, DecodeGraphs, NotCapturableError, graph_sizes
+from .draws import CudaDraws
+from .inputs import DeviceInputs
+from .kernels import TRITON, Kernels
+from .memory import free_memory, others_memory, total_memory
+from .shared_prefixes import FindGroups, SharedPrefixes
+
+logger = logging.getLogger("quire.engine")
+
+
+class CudaBackend:
+    """Implements Backend, which states the contract.
+
+    It also runs on the CPU's tensors: with references in place of the kernels, or with Triton's
+    interpreter. The tests' backend does that and replaces what asks `torch.cuda`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        kernels: Kernels = TRITON,
+        find_groups: FindGroups = find_prefix_groups,
+    ) -> None:
+        """`find_groups` decides which rows read a shared prefix once."""
+        self.device = device or torch.device("cuda", 0)
+        self._kernels = kernels
+        self._find_groups = find_groups
+
+    def default_dtype(self, checkpoint: str) -> str:
+        return checkpoint
+
+    def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
+        return model_dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn
+
+    def check_quantization(self, config: EngineConfig) -> None:
+        if config.quantization is not None:
+            raise ConfigurationError(f"quantization {config.quantization} works only on the CPU")
+
+    def token_budget(self, config: EngineConfig) -> int:
+        return config.token_budget("cuda")
+
+    @property
+    def random_devices(self) -> list[int]:
+        return [self.device.index]
+
+    def make_body(
+        self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
+    ) -> Body:
+        return HfBody(body) if flat is None else FlatBody(flat, CudaOps.of_step)
+
+    def make_sampler(self, vocab_size: int) -> Sampler:
+        return Sampler(vocab_size, self.device, CudaDraws())
+
+    def cache_memory(self, demand: CacheDemand, start: StartRehearsal) -> int:
+        """Return the bytes left within gpu_memory_utilization once the largest step has its room:
+        what torch holds at its peak, what others (context, libraries) hold, and the graphs."""
+        config = demand.config
+        peak = self._peak_memory(demand, start)  # always, since it compiles every kernel
+        if config.kv_cache_memory_bytes:
+            return config.kv_cache_memory_bytes
+        graphs = self._graph_memory(config, start)
+        others = others_memory(self.device)
+        allowed = int(total_memory(self.device) * config.gpu_memory_utilization)
+        return allowed - peak - others - graphs
+
+    def allocate_kv_cache(
+        self, shape: tuple[int, ...], dtype: torch.dtype, *, commit: bool
+    ) -> torch.Tensor:
+        size = prod(shape) * dtype.itemsize
+        return torch.zeros(size, dtype=torch.uint8, device=self.device).view(dtype).view(shape)
+
+    def copy_blocks(self, kv_cache: torch.Tensor, copies: abc.Sequence[BlockCopy]) -> None:
+        sources, destinations = to_device(copies, torch.int64, self.device).T.contiguous()
+        self._kernels.copy_blocks(kv_cache, sources, destinations)
+
+    def make_inputs(
+        self, max_num_seqs: int, max_num_tokens: int, max_blocks: int, block_size: int
+    ) -> DeviceInputs:
+        sizes = (max_num_seqs, max_num_tokens, max_blocks, block_size)
+        return DeviceInputs(*sizes, self.device, self._kernels)
+
+    def make_planner(
+        self,
+        config: EngineConfig,
+        kv_cache: torch.Tensor,
+        num_heads: int,
+        windows: abc.Set[int | None],
+        dtype: torch.dtype,
+    ) -> CudaPlanner:
+        _, _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
+        workspaces = allocate_workspaces(
+            num_heads, num_kv_heads, head_dim, windows, config.max_num_seqs, dtype, self.device
+        )
+        shared_prefixes = None
+        if not config.disable_cascade_attn:
+            shared_prefixes = SharedPrefixes.allocate(
+                workspaces, block_size, dtype, kv_cache.dtype, self._find_groups
+            )
+        return CudaPlanner(self._kernels, workspaces, shared_prefixes)
+
+    def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
+        """Capture the decode graphs. Kernels were compiled when memory was measured."""
+        sizes = self.graph_sizes(config)
+        return self._capture(runner, sizes) if sizes else None
+
+    def release_memory(self) -> None:
+        torch.cuda.empty_cache()
+
+    def graph_sizes(self, config: EngineConfig) -> list[int]:
+        """Return the batch sizes to capture, ascending."""
+        return [] if config.enforce_eager else graph_sizes(config.max_num_seqs)
+
+    def make_capture(self) -> Capture:
+        """Return what records graphs."""
+        return CudaCapture(self.device)
+
+    def _capture(self, runner: Rehearsal, sizes: list[int]) -> DecodeGraphs | None:
+        """Capture decode steps of these sizes, ascending; None if the model waits for the device
+        within a step."""
+        inputs, planner = _of_cuda(runner)
+
+        def decode(step: DeviceStep, shared: bool) -> ModelOutput:
+            return runner.run_decodes(step, planner.plan_decodes(step.seq_lens, shared=shared))
+
+        inputs.pad_decodes(sizes)
+        graphs = DecodeGraphs(decode, inputs.static_step, self.make_capture())
+        shares = planner.shared_prefixes is not None
+        try:
+            graphs.capture(sizes, [size for size in sizes if shares and size >= MIN_MEMBERS])
+        except NotCapturableError as error:
+            logger.warning("decode steps run without CUDA graphs: %s", error)
+            inputs.pad_decodes([])
+            return None
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"the CUDA graphs of decode steps cannot be captured ({one_line(error)}): lower "
+                "--gpu-memory-utilization if memory ran out, else use --enforce-eager"
+            ) from error
+        return graphs
+
+    def _peak_memory(self, demand: CacheDemand, start: StartRehearsal) -> int:
+        """Run the largest step and return the bytes that torch held at its peak. Every kernel that
+        a step may launch has been compiled and launched then."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            runner = start(1)
+            compile_kernels(runner)
+            runner.run_largest_step()
+        except torch.OutOfMemoryError as error:
+            raise ConfigurationError(
+                f"a step of {self.token_budget(demand.config)} tokens does not fit the memory of "
+                f"{self.device} beside the model: lower --max-num-batched-tokens or --max-num-seqs"
+            ) from error
+        except (ValueError, TritonError) as error:  # a launcher refuses, or a tile does not fit
+            raise UnsupportedModelError(
+                f"{demand.architecture}: its kernels do not run on {self.device}: {one_line(error)}"
+            ) from error
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def _graph_memory(self, config: EngineConfig, start: StartRehearsal) -> int:
+        """Estimate the bytes that all graphs take: capture the largest, which sizes the shared
+        pool, then the two largest, and charge every other graph the difference."""
+        sizes = self.graph_sizes(config)
+        if not sizes:
+            return 0
+        first, both = (self._memory_of_graphs(sizes[-count:], start) for count in (1, 2))
+        return first + (len(sizes) - 1) * max(both - first, 0)
+
+    def _memory_of_graphs(self, sizes: list[int], start: StartRehearsal) -> int:
+        runner = start(1)
+        before = free_memory(self.device)
+        graphs = self._capture(runner, sizes)
+        taken = before - free_memory(self.device)
+        del graphs  # which had to live until here
+        return taken
+
+
+def compile_kernels(runner: Rehearsal) -> None:
+    """Launch every kernel that a step may launch, other than the sampler's, so that no request
+    waits for its compilation: decodes, prefills of short and of long rows, a copy of a block."""
+    inputs, planner = _of_cuda(runner)
+    inputs.pad_decodes([1])
+    step = inputs.static_step(1)
+    for shared in {False, planner.shared_prefixes is not None}:
+        runner.run_decodes(step, planner.plan_decodes(step.seq_lens, shared=shared))
+    inputs.pad_decodes([])
+    for num_tokens in (2, 256):
+        runner.run_prompts(num_tokens, 1)
+    runner.copy_blocks([BlockCopy(0, 0)])
+
+
+def _of_cuda(runner: Rehearsal) -> tuple[DeviceInputs, CudaPlanner]:
+    """Return what a CudaBackend has made for the runner."""
+    inputs, planner = runner.inputs, runner.planner
+    assert isinstance(inputs, DeviceInputs) and isinstance(planner, CudaPlanner)
+    return inputs, planner

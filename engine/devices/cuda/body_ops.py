@@ -1,0 +1,77 @@
+"""The operations of a flat body on CUDA: a layer as a row of Triton launches.
+
+Importing this loads Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ...attention.metadata import AttentionMetadata
+from ...body.flat_decoder import FlatLayer, Norm, Rotation
+from .attention import CudaPlan
+from .kernels import Kernels
+
+
+class CudaOps(NamedTuple):
+    """BodyOps for one step. Each method is one kernel launch; `attend` takes up to four."""
+
+    kernels: Kernels
+    metadata: AttentionMetadata
+    plan: CudaPlan
+
+    @classmethod
+    def of_step(cls, metadata: AttentionMetadata) -> CudaOps:
+        """Make the operations of a step that a CudaPlanner has planned."""
+        plan = metadata.plan
+        assert isinstance(plan, CudaPlan)
+        return cls(plan.kernels, metadata, plan)
+
+    def add_norm(self, x: torch.Tensor, update: torch.Tensor | None, norm: Norm) -> torch.Tensor:
+        if update is None:
+            return self.kernels.rms_norm(x, norm.weight, eps=norm.eps)
+        self.kernels.fused_add_rms_norm(update, x, norm.weight, eps=norm.eps)
+        return update
+
+    def attend(self, layer: FlatLayer, qkv: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        metadata = self.metadata
+        cache, kv_scales = metadata.kv_cache[layer.layer_idx], metadata.scales_of(layer.layer_idx)
+        key_cache, value_cache = cache
+        sizes = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
+        query, key, value = torch.split(qkv.view(len(qkv), -1, layer.head_dim), sizes, dim=1)
+        norms: dict[str, Any] = {}
+        if layer.qk_norm is not None:
+            weight, eps = layer.qk_norm
+            norms = {"query_weight": weight[0], "key_weight": weight[-1], "eps": eps}
+        half = layer.head_dim // 2  # a Rotation's sines are negated in its first half
+        self.kernels.rope_and_cache(
+            query,
+            key,
+            value,
+            key_cache,
+            value_cache,
+            metadata.slot_mapping,
+            rotation.cos[:, half:],
+            rotation.sin[:, half:],
+            **norms,
+            rotary_dim=layer.head_dim,
+            out=query,
+            kv_scales=kv_scales,
+        )
+        attended = self.plan.attend_to_cache(
+            query,
+            cache,
+            metadata,
+            scale=layer.scale,
+            window=layer.window,
+            kv_scales=kv_scales,
+        )
+        return attended.view(len(qkv), -1)
+
+    def activate(self, layer: FlatLayer, gate_up: torch.Tensor) -> torch.Tensor:
+        if layer.is_silu:
+            return self.kernels.silu_and_mul(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return layer.activation(gate) * up

@@ -1,0 +1,55 @@
+"""The kernels that the CUDA backend launches, as one value.
+
+The tests put plain references in their place. Importing this loads Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ....kernels.cuda import (
+    copy_blocks,
+    prepare_inputs,
+    reshape_and_cache,
+    rms_norm,
+    rope_and_cache,
+    silu_and_mul,
+)
+from ....kernels.cuda.attention import (
+    decode_schedule,
+    paged_attention_decode,
+    paged_attention_extend,
+)
+
+
+class Kernels(NamedTuple):
+    """Launchers, by the names that they have in `kernels` and in `kernels.reference`."""
+
+    reshape_and_cache: Callable[..., None]
+    paged_attention_decode: Callable[..., torch.Tensor]
+    paged_attention_extend: Callable[..., torch.Tensor]
+    build_decode_schedule: Callable[..., None]
+    rope_and_cache: Callable[..., torch.Tensor]
+    rms_norm: Callable[..., torch.Tensor]
+    fused_add_rms_norm: Callable[..., None]
+    silu_and_mul: Callable[..., torch.Tensor]
+    prepare_inputs: Callable[..., Any]
+    copy_blocks: Callable[..., None]
+
+
+TRITON = Kernels(
+    reshape_and_cache=reshape_and_cache.reshape_and_cache,
+    paged_attention_decode=paged_attention_decode.paged_attention_decode,
+    paged_attention_extend=paged_attention_extend.paged_attention_extend,
+    build_decode_schedule=decode_schedule.build_decode_schedule,
+    rope_and_cache=rope_and_cache.rope_and_cache,
+    rms_norm=rms_norm.rms_norm,
+    fused_add_rms_norm=rms_norm.fused_add_rms_norm,
+    silu_and_mul=silu_and_mul.silu_and_mul,
+    prepare_inputs=prepare_inputs.prepare_inputs,
+    copy_blocks=copy_blocks.copy_blocks,
+)
+"""The kernels of a GPU."""

@@ -1,0 +1,118 @@
+"""One step's layout: on the host (HostStep), and as tensors on the device (DeviceStep)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..step import SequenceSpec
+
+
+class HostStep(NamedTuple):
+    """One step on the host. Batch row i is row `order[i]` of the plan.
+
+    Rows with one new token come first (`num_decodes`). `sampling_rows` are the batch rows that
+    sample, ascending, and `sampled_positions` the positions of their new tokens; `pooled_rows` are
+    those whose hidden states are pooled. `any_scored` says whether a request asks for its prompt's
+    log-probabilities. Row i's block table is `tables[rows[i]]`; `tables` is no wider than the
+    longest row needs.
+    """
+
+    order: list[int]
+    sequences: list[SequenceSpec]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    num_decodes: int
+    max_query_len: int
+    sampling_rows: NDArray[np.int64]
+    sampled_positions: list[int]
+    pooled_rows: list[int]
+    any_scored: bool
+    query_start_loc: NDArray[np.int32]
+    seq_lens: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    tables: NDArray[np.int32]
+
+
+class DeviceStep(NamedTuple):
+    """The step's tensors on the device. They are views of persistent buffers, valid until the
+    next step.
+
+    If the device pads decode-only steps, S and T are the padded size. A padded row has length 0
+    and slot −1.
+
+    input_ids, positions, slot_mapping `[T]` int64; block_table `[S, max_blocks]`, query_start_loc
+    `[S + 1]`, seq_lens `[S]` int32; logit_indices `[R]` int64, the last token of each sampling row.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    logit_indices: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, num_tokens: int, num_seqs: int, max_blocks: int, device: torch.device
+    ) -> DeviceStep:
+        """Allocate zeroed buffers for steps of at most this many tokens, rows and blocks a row."""
+
+        def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            input_ids=zeros(torch.int64, num_tokens),
+            positions=zeros(torch.int64, num_tokens),
+            slot_mapping=zeros(torch.int64, num_tokens),
+            block_table=zeros(torch.int32, num_seqs, max_blocks),
+            query_start_loc=zeros(torch.int32, num_seqs + 1),
+            seq_lens=zeros(torch.int32, num_seqs),
+            logit_indices=zeros(torch.int64, num_seqs),
+        )
+
+    def narrow(self, num_tokens: int, num_seqs: int, num_logits: int) -> DeviceStep:
+        """Return views of the first elements of these buffers, as a step of this size has them."""
+        return DeviceStep(
+            self.input_ids[:num_tokens],
+            self.positions[:num_tokens],
+            self.slot_mapping[:num_tokens],
+            self.block_table[:num_seqs],
+            self.query_start_loc[: num_seqs + 1],
+            self.seq_lens[:num_seqs],
+            self.logit_indices[:num_logits],
+        )
+
+
+class StepInputs(Protocol):
+    """Makes a step's tensors, on the host or on the device itself."""
+
+    def change_table(self, row: int, start: int) -> None:
+        """Note that a row of `HostStep.tables` has changed from column `start` on."""
+
+    def write(
+        self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
+    ) -> DeviceStep:
+        """Make the step's tensors. A negative id −1 − i stands for `sampled[i]`, which only the
+        device knows; only rows with one new token have such ids."""
+
+
+class ModelOutput(NamedTuple):
+    """Hidden states `[T, hidden_size]` and logits `[R, vocab_size]` of a step."""
+
+    hidden: torch.Tensor
+    logits: torch.Tensor
+
+
+class GraphKey(NamedTuple):
+    """Identifies a captured decode step: its padded number of rows, and whether the rows' shared
+    prefixes are read once for all of them."""
+
+    size: int
+    shared: bool

@@ -1,0 +1,121 @@
+"""Sampling a step's rows: all at once, or one by one if that raises."""
+
+from __future__ import annotations
+
+import logging
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ...kernels.device_copy import to_device
+from ..errors import StepFailedError
+from ..outputs import RowError
+from ..sampling.batch import SamplingBatch
+from ..sampling.sampler import Sampler, SamplerOutput
+from ..step import SamplingConstraints, SequenceSpec
+
+logger = logging.getLogger("quire.engine")
+
+
+class SamplingRows(NamedTuple):
+    """R rows to sample.
+
+    `rows` are their indices in the step's plan, `positions` those that the sampled tokens will have
+    in their sequences, `last_token_ids` `[R]` int64 the tokens before them, on the device.
+    """
+
+    rows: list[int]
+    sequences: list[SequenceSpec]
+    positions: list[int]
+    logits: torch.Tensor
+    last_token_ids: torch.Tensor
+
+    def only(self, index: int) -> SamplingRows:
+        """Return one of the rows by itself."""
+        return SamplingRows(
+            [self.rows[index]],
+            [self.sequences[index]],
+            [self.positions[index]],
+            self.logits[index, None],
+            self.last_token_ids[index, None],
+        )
+
+
+class RowSamples(NamedTuple):
+    """What was sampled for these rows of a step's plan."""
+
+    rows: list[int]
+    sequences: list[SequenceSpec]
+    batch: SamplingBatch
+    output: SamplerOutput
+
+
+def sample_rows(
+    sampler: Sampler,
+    rows: SamplingRows,
+    constraints: SamplingConstraints,
+    errors: dict[int, RowError],
+) -> list[RowSamples]:
+    """Sample all rows at once. Should that raise, sample each by itself, so that only the offender
+    fails: it is added to `errors`, by row of the plan.
+
+    Raises if every row fails, since then the fault is not a row's.
+    """
+    try:
+        return [_sample(sampler, rows, constraints)]
+    except Exception as error:
+        if _is_fault_of_device(error):
+            raise
+        if len(rows.rows) == 1:
+            logger.exception("sampling request %s failed", rows.sequences[0].request_id)
+            message = "its row raised in the sampler"
+            errors[rows.rows[0]] = RowError(StepFailedError.code, message)
+            return []
+        singles = [
+            sample_rows(sampler, rows.only(index), constraints, errors)
+            for index in range(len(rows.rows))
+        ]
+        samples = list(chain.from_iterable(singles))
+        if not samples:
+            raise
+        return samples
+
+
+def _sample(sampler: Sampler, rows: SamplingRows, constraints: SamplingConstraints) -> RowSamples:
+    constrained: list[int] = []
+    bitmask = None
+    if constraints.mask_rows:
+        mask_of = {row: index for index, row in enumerate(constraints.mask_rows)}
+        constrained = [index for index, row in enumerate(rows.rows) if row in mask_of]
+    if constrained:
+        words = np.frombuffer(constraints.bitmask, dtype=np.int32)
+        masks = words.reshape(len(mask_of), -1)[[mask_of[rows.rows[i]] for i in constrained]]
+        bitmask = to_device(masks, torch.int32, rows.logits.device)
+    banned = {}
+    if constraints.banned:
+        banned = {
+            index: constraints.banned[row]
+            for index, row in enumerate(rows.rows)
+            if row in constraints.banned
+        }
+    batch = sampler.prepare(
+        rows.sequences,
+        positions=rows.positions,
+        constrained_rows=constrained,
+        banned=banned,
+        last_token_ids=rows.last_token_ids,
+    )
+    output = sampler(rows.logits, batch, bitmask)
+    return RowSamples(rows.rows, rows.sequences, batch, output)
+
+
+def _is_fault_of_device(error: Exception) -> bool:
+    """Return whether an error says nothing about the rows.
+
+    torch has types for most such errors; Triton and the libraries below raise RuntimeErrors that
+    name CUDA.
+    """
+    types = (torch.OutOfMemoryError, torch.AcceleratorError)
+    return isinstance(error, types) or (isinstance(error, RuntimeError) and "CUDA" in str(error))

@@ -1,0 +1,129 @@
+"""What passes between the scheduler and the worker in one step: plain data, torch-free.
+
+    Scheduler.schedule() ──SchedulerOutput──▶ Launcher.forward ──▶ Forward.sample ──▶ results
+                                                     ▲
+                         SamplingConstraints ────────┘   (made while the forward runs)
+
+Everything here is a NamedTuple of plain values. It holds no callable and no object that anyone
+changes later, so msgspec encodes it as it is, and a worker in another process computes the same
+step from it. The lists belong to the plan: whoever makes it builds them for it, and nobody changes
+them afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .outputs import RowError, TokenLogprobs
+from .request import Pooling
+from .sampling_params import SamplingParams
+
+UNKNOWN_TOKEN = -1
+"""Stands for a token that an earlier step samples and whose value has not reached the host. The
+worker, which sampled it, knows it."""
+
+
+class BlockCopy(NamedTuple):
+    """Copy K and V of every slot and layer from one block to another, before the forward."""
+
+    source: int
+    destination: int
+
+
+class SequenceSpec(NamedTuple):
+    """What a worker must know of a sequence for as long as it runs.
+
+    It is sent with the first row of a sequence that the worker does not know, which is true of a
+    sequence that was preempted as well.
+    """
+
+    seq_id: int
+    request_id: str
+    choice: int
+    """Index among the n choices of the request."""
+    token_ids: list[int]
+    """The prompt, and the output so far of a sequence that was preempted or forked."""
+    num_prompt_tokens: int
+    block_table: list[int]
+    """The block ids that hold its K/V, in order; all that this step needs included."""
+    sampling_params: SamplingParams
+    seed: int
+    stop_ids: frozenset[int]
+    """Tokens that end the sequence."""
+    num_logprobs: int | None
+    """Alternatives to return with each sampled token's log-probability; None for no
+    log-probabilities."""
+    num_prompt_logprobs: int | None
+    """Alternatives to return with each prompt token's log-probability; None for no
+    log-probabilities."""
+    has_grammar: bool
+    pooling: Pooling | None
+    """How the prompt's hidden states become an embedding; None for sequences that generate."""
+
+
+class TableChange(NamedTuple):
+    """From column `start` on, a known sequence's block table consists of `block_ids`."""
+
+    seq_id: int
+    start: int
+    block_ids: list[int]
+
+
+class SchedulerOutput(NamedTuple):
+    """The plan of one step. `seq_ids`, `num_computed_starts` and `num_new_tokens` are parallel,
+    with one entry for each row.
+
+    Row i computes the tokens [start, start + n) of its sequence. It samples the token after them,
+    unless it is listed in `partial_rows` or its sequence is pooled.
+    """
+
+    step: int
+    seq_ids: list[int]
+    num_computed_starts: list[int]
+    num_new_tokens: list[int]
+    token_ids: list[int]
+    """The ids of all rows' tokens, one row after the other: `total_tokens` of them. Only the token
+    of a row with a single one may be UNKNOWN_TOKEN."""
+    total_tokens: int
+    partial_rows: list[int]
+    """Rows that leave later tokens of their sequence uncomputed, ascending."""
+    new_sequences: list[SequenceSpec]
+    """The sequences among `seq_ids` that the worker does not know."""
+    block_copies: list[BlockCopy]
+    table_changes: list[TableChange]
+    """Of sequences that the worker knows."""
+    released: list[int]
+    """seq_ids that the worker forgets before anything else in this step, since their sequences
+    have finished or were aborted or preempted."""
+
+
+class SamplingConstraints(NamedTuple):
+    """What the rows of a step may sample, as far as that depends on tokens sampled before."""
+
+    mask_rows: list[int]
+    """Rows of the SchedulerOutput that have a token bitmask, ascending."""
+    bitmask: memoryview
+    """int32 `[len(mask_rows), words]` in the machine's byte order: bit i % 32 of word i // 32
+    allows token i."""
+    banned: dict[int, list[int]]
+    """Tokens that a row must not sample, by row: those that would complete a bad word."""
+
+
+NO_CONSTRAINTS = SamplingConstraints([], memoryview(b""), {})
+
+
+class ModelRunnerOutput(NamedTuple):
+    """The results of one step, parallel to the rows of its SchedulerOutput.
+
+    `token_ids[i]` is None if the row sampled nothing or failed. `logprobs` and `errors` are keyed
+    by row. `prompt_logprobs[i]` holds the entries for the prompt tokens at positions start + 1 …
+    start + n of the row's chunk (the position after each computed one), as far as these belong to
+    the prompt. `embeddings[i]` is the pooled vector of a row that reached the end of its prompt, as
+    little-endian float32.
+    """
+
+    token_ids: list[int | None]
+    logprobs: dict[int, TokenLogprobs]
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+    errors: dict[int, RowError]
+    embeddings: dict[int, bytes]

@@ -1,0 +1,75 @@
+"""The application and the HTTP server of one process: the only one, or one of several workers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from ...engine.client import EngineClient
+from ..metrics import Metrics
+from ..settings import Settings
+from ..text.torch_free import import_transformers
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from ..http.siblings import Siblings
+
+KEEP_ALIVE_SECONDS = 75
+"""Seconds that an idle connection stays open: longer than at the usual load balancers, which must
+be the ones that close it."""
+LAST_ANSWERS_SECONDS = 5
+"""Seconds after the drain in which unfinished requests may still send their error event."""
+
+
+def build_app(
+    settings: Settings,
+    engine: EngineClient,
+    metrics: Metrics,
+    siblings: Siblings | None = None,
+) -> FastAPI:
+    """Load the tokenizer and build the application around it. Raises StartupError."""
+    trust_remote_code = settings.engine_config().trust_remote_code
+    if not trust_remote_code:  # the code of the model's own tokenizer may use torch
+        import_transformers()
+    from ..text.tokenizer import Tokenizer
+    from .app import create_app
+
+    tokenizer = Tokenizer.load(
+        settings.model_path,
+        trust_remote_code=trust_remote_code,
+        chat_template=settings.chat_template,
+    )
+    return create_app(settings, engine, tokenizer, metrics, siblings)
+
+
+def uvicorn_server(settings: Settings, app: FastAPI) -> uvicorn.Server:
+    """Return an HTTP server for the application, with limits of our own on headers."""
+    from ..http.http_protocol import MAX_HEADER_BYTES, GuardedH11Protocol, HeaderCountMiddleware
+
+    config = uvicorn.Config(
+        HeaderCountMiddleware(app),
+        http=GuardedH11Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_certfile=settings.ssl_certfile,
+    )
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which neither drain nor exit with 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,57 @@
+"""One place chooses the device, and nothing else asks for it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quire.engine.devices.choose import choose_backend
+from quire.engine.devices.cpu.backend import CpuBackend
+from quire.engine.errors import ConfigurationError
+
+from ..worker_driver import make_config
+
+ENGINE = Path(__file__).parents[3] / "engine"
+
+
+def test_the_cpu_is_chosen_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("auto", "cpu"):
+        assert isinstance(choose_backend(make_config(Path("none"), device=device)), CpuBackend)
+    with pytest.raises(ConfigurationError, match="no GPU"):
+        choose_backend(make_config(Path("none"), device="cuda"))
+
+
+def test_cuda_is_chosen_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("auto", "cuda"):
+        backend = choose_backend(make_config(Path("none"), device=device))
+        assert backend.device.type == "cuda"
+    assert isinstance(choose_backend(make_config(Path("none"), device="cpu")), CpuBackend)
+
+
+def test_only_the_chosen_device_is_imported() -> None:
+    code = (
+        "import sys; from quire.engine.config import EngineConfig\n"
+        "from quire.engine.devices.choose import choose_backend\n"
+        "choose_backend(EngineConfig(model='none', device='cpu'))\n"
+        "found = [name for name in sys.modules if name.startswith('quire.')]\n"
+        "print(any('cuda' in name for name in found), any('.cpu.' in name for name in found))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_no_other_room_asks_for_the_type_of_a_device() -> None:
+    devices = ENGINE / "devices"
+    paths = [path for path in ENGINE.rglob("*.py") if devices not in path.parents]
+    assert len(paths) > 50
+    asking = re.compile(r"device\.type|is_cuda\b|from \.+kernels\.(cpu|cuda)")
+    assert [path.name for path in paths if asking.search(path.read_text("utf-8"))] == []

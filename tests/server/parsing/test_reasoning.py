@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire.server.parsing.message_events import ContentText, Event, ReasoningText
+from quire.server.parsing.reasoning import ReasoningParser, starts_inside
+
+from .pieces import cut
+
+
+def reason(pieces: list[str], *, opened: bool = False) -> tuple[str, str]:
+    """Return the reasoning and the content of a text in pieces."""
+    parser = ReasoningParser(opened=opened)
+    events: list[Event] = [event for piece in pieces for event in parser.feed(piece)]
+    events += parser.finish()
+    texts = {ReasoningText: "", ContentText: ""}
+    for event in events:
+        assert isinstance(event, ReasoningText | ContentText) and event.text
+        texts[type(event)] += event.text
+    return texts[ReasoningText], texts[ContentText]
+
+
+REASONING = [
+    ("<think>\nwhy\n</think>\n\nso", False, "why", "so"),
+    ("\n<think>why</think>so</think>", False, "why", "so</think>"),
+    ("<think>\n\n</think>\n\n so", False, "", " so"),
+    ("so <think>why</think>", False, "", "so <think>why</think>"),
+    ("<thin", False, "", "<thin"),
+    (" so", False, "", " so"),
+    ("<think>wh < y </thin", False, "wh < y </thin", ""),
+    ("why</think>so", True, "why", "so"),
+    ("\n<think>\nwhy</think>so", True, "why", "so"),
+    ("</think>so", True, "", "so"),
+    ("why \n", True, "why \n", ""),
+    ("<th", True, "<th", ""),
+    ("", True, "", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "opened", "reasoning", "content"), REASONING)
+def test_reasoning(text: str, opened: bool, reasoning: str, content: str) -> None:
+    assert reason([text], opened=opened) == (reasoning, content)
+    assert reason(list(text), opened=opened) == (reasoning, content)
+
+
+@given(
+    st.lists(
+        st.sampled_from(["<think>", "</think>", "\n", " ", "a", "<", "</", "th"]), max_size=12
+    ),
+    st.booleans(),
+    st.randoms(),
+)
+def test_reasoning_is_the_same_however_cut(
+    fragments: list[str], opened: bool, rng: random.Random
+) -> None:
+    text = "".join(fragments)
+    whole = reason([text], opened=opened)
+    assert reason(list(text), opened=opened) == reason(cut(text, rng), opened=opened) == whole
+
+
+def test_long_space_is_not_held() -> None:
+    parser = ReasoningParser(opened=True)
+    emitted = "".join(str(event[0]) for event in parser.feed("why" + " " * 1000))
+    assert len(emitted) > 900
+    assert reason(["why" + " " * 1000 + "</think>"], opened=True) == reason(
+        [*("why" + " " * 1000 + "</think>")], opened=True
+    )
+
+
+def test_where_reasoning_begins() -> None:
+    assert starts_inside("qwen3", "<|im_start|>assistant\n<think>\n")
+    assert not starts_inside("qwen3", "<|im_start|>assistant\n")
+    assert not starts_inside("qwen3", "say <think><|im_end|>\n<|im_start|>assistant\n")
+    assert starts_inside("deepseek_r1", "<｜Assistant｜>")
+    assert not starts_inside("deepseek_r1", "<think>\n\n</think>\n\n")
+    assert starts_inside("qwen3", "", continued="<think>\nso far")
+    assert not starts_inside("deepseek_r1", "", continued="<think>why</think>so far")

@@ -1,0 +1,156 @@
+"""The rooms of the house: which may import which, and that no module imports itself in a circle.
+
+Every import counts alike: at the top of a file, within a function, and under TYPE_CHECKING.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ENGINE = {"engine"}
+KERNELS = {"kernels"}
+RULES: dict[str, set[str]] = {
+    "kernels": set(),
+    "kernels.cpu": KERNELS,
+    "kernels.cuda": KERNELS,
+    "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
+    "engine": set(),
+    "engine.cache": ENGINE,
+    "engine.grammar": ENGINE,
+    "engine.scheduling": ENGINE | {"engine.cache"},
+    "engine.core": ENGINE | {"engine.cache", "engine.grammar", "engine.scheduling"},
+    "engine.attention": ENGINE | KERNELS,
+    "engine.body": ENGINE | KERNELS | {"engine.attention"},
+    "engine.sampling": ENGINE | KERNELS,
+}
+RULES["engine.devices"] = ENGINE | KERNELS | {"engine.attention", "engine.body", "engine.sampling"}
+RULES["engine.devices.cpu"] = RULES["engine.devices"] | {"engine.devices", "kernels.cpu"}
+RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
+    *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),
+}
+RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices"}
+RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
+RULES["engine.process"] = ENGINE | {"engine.core", "engine.runner"}
+RULES["engine.bench"] = ENGINE | {"engine.core", "engine.runner"}
+GROUND = ENGINE | {"server"}
+RULES["server"] = GROUND | {"server.serving", "server.bench", "engine.bench", "engine.process"}
+RULES["server.text"] = GROUND | {"engine.grammar"}
+RULES["server.parsing"] = RULES["server.text"] | {"server.text"}
+RULES["server.http"] = RULES["server.parsing"] | {"server.parsing", "engine.process"}
+RULES["server.requests"] = RULES["server.http"] | {"server.http"}
+RULES["server.api"] = RULES["server.requests"] | {"server.requests"}
+RULES["server.dialects"] = RULES["server.api"] | {"server.api"}
+RULES["server.serving"] = RULES["server.dialects"] | {"server.dialects"}
+RULES["server.web"] = set()
+RULES["server.bench"] = GROUND | {"engine.bench"}
+"""Room → the other rooms that its modules may import."""
+
+LAZY = {
+    ("server", "server.serving"): {"server.cli"},
+    ("server", "server.bench"): {"server.cli"},
+    ("server", "engine.bench"): {"server.cli"},
+    ("engine.process", "engine.core"): {"engine.process.engine_process"},
+    ("engine.process", "engine.runner"): {"engine.process.engine_process"},
+    ("engine.bench", "engine.runner"): {"engine.bench.commands"},
+    ("engine.devices", "engine.devices.cpu"): {"engine.devices.choose"},
+    ("engine.devices", "engine.devices.cuda"): {"engine.devices.choose"},
+}
+"""Edges against the order, or into a heavy room: only these modules have them, within functions."""
+
+
+def _modules() -> dict[str, Path]:
+    found = {}
+    for top in ("server", "engine", "kernels"):
+        for path in (ROOT / top).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = _modules()
+
+
+def _room(module: str) -> str:
+    return ".".join(MODULES[module].parent.relative_to(ROOT).parts)
+
+
+def _imports(module: str) -> dict[str, bool]:
+    """The modules of ours that a module imports, and whether an import takes place when the module
+    itself is imported: outside of functions, and not for types only."""
+    package = MODULES[module].parent.relative_to(ROOT).parts
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    within = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING")
+        for node in ast.walk(block)
+    }
+    found: dict[str, bool] = {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = [*package[: len(package) + 1 - node.level], *(node.module or "").split(".")]
+        name = ".".join(filter(None, base))
+        for alias in node.names:
+            target = f"{name}.{alias.name}" if f"{name}.{alias.name}" in MODULES else name
+            assert target in MODULES, f"{module} imports {target}, which is not there"
+            found[target] = found.get(target, False) or id(node) not in within
+    return found
+
+
+IMPORTS = {module: _imports(module) for module in MODULES}
+
+
+def test_each_room_has_its_rule() -> None:
+    assert RULES.keys() == {_room(module) for module in MODULES}
+
+
+@pytest.mark.parametrize("room", RULES)
+def test_a_room_imports_what_its_rule_admits(room: str) -> None:
+    for module in (module for module in MODULES if _room(module) == room):
+        for target, is_eager in IMPORTS[module].items():
+            edge = (room, _room(target))
+            if edge in LAZY:
+                assert module in LAZY[edge] and not is_eager, f"{module} imports {target}"
+            else:
+                assert edge[1] in RULES[room] | {room}, f"{module} imports {target}"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for target in IMPORTS[module]:
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+def test_our_own_modules_are_imported_relatively() -> None:
+    """An absolute import would escape the rules above."""
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            assert not any(name.split(".")[0] == "quire" for name in names), path
+
+
+def test_rooms_are_not_crowded() -> None:
+    counts: dict[str, int] = {}
+    for module in MODULES:
+        counts[_room(module)] = counts.get(_room(module), 0) + 1
+    crowded = {room: count - 1 for room, count in counts.items() if count - 1 > 13}
+    assert crowded == {}
