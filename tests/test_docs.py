@@ -27,7 +27,7 @@ from quire.server.cli import build_parser
 from quire.server.dialects import messages_body, responses_body
 from quire.server.errors import answer_of
 from quire.server.flags_table import updated
-from quire.server.http import body, http_protocol
+from quire.server.http import body, event_log, http_protocol, resumption
 from quire.server.requests import field_types, job, protocol, sampling
 from quire.server.requests.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
 from quire.server.settings import Settings, load_settings
@@ -113,11 +113,10 @@ def test_fields_of_other_apis_are_listed(
     listed = {_code(row[f"field of {path}"]) for row in _table(f"field of {path}", "meaning")}
     assert listed == model.model_fields.keys() - set(PASSED_ON)
     assert set(PASSED_ON) == ConversationBody.model_fields.keys()
-    named = re.search(r"^Both take the chat's (.*?) too\.$", API, re.M | re.S)
-    assert named and set(re.findall(r"`(\w+)`", named[1])) == set(PASSED_ON)
-    section = API.split(f"| field of {path} |")[1]
-    sentence = re.search(r"^Refused are (.*?),\s+but\s+for", section, re.M | re.S)
-    assert sentence and set(re.findall(r"`(\w+)`", sentence[1])) == refused.keys()
+    section = API.split(f"| field of {path} |")[1].split("\n## ")[0]
+    assert refused.keys() <= set(re.findall(r"`(\w+)`", section))
+    both = API.split("| field of /v1/messages |")[1].split("\n## ")[0]
+    assert set(PASSED_ON) <= set(re.findall(r"`(\w+)`", both))
 
 
 def test_fields_of_embeddings_are_listed() -> None:
@@ -185,15 +184,6 @@ async def test_example_is_refused_by_name(where: str, row: dict[str, str]) -> No
     assert error["param"].startswith(_code(row["parameter"])), error
 
 
-def test_no_parameter_is_called_ignored() -> None:
-    cells = [cell for table in _tables(API) for row in table for cell in row.values()]
-    assert not [
-        cell
-        for cell in cells
-        if re.search(r"\bignored\b", cell.replace("x-quire-ignored-params", ""))
-    ]
-
-
 def test_tokenizer_parameters_are_listed() -> None:
     rows = _table("parameter", "of", "meaning; default")
     by_endpoint: dict[str, set[str]] = {"tokenize": set(), "detokenize": set()}
@@ -229,29 +219,57 @@ async def test_unsupported_fields_are_refused_by_name(where: str) -> None:
             assert response.status_code == 200, (name, text)
 
 
-def test_stated_bounds_are_those_of_the_code() -> None:
-    text = " ".join(API.split()).replace(",", "")
-    for bound, phrase in (
-        (body.MAX_NESTING, "at most {} levels deep"),
-        (body.MAX_VALUES, "at most {} values"),
-        (body.MAX_MEMBERS, "{} members of objects"),
-        (protocol.MAX_MESSAGES, "1 to {} |"),
-        (protocol.MAX_DETOKENIZE, "at most {} |"),
-        (field_types.MAX_STOP_STRINGS, "up to {} each"),
-        (field_types.MAX_STOP_LENGTH, "of 1 to {} characters; the text ends"),
-        (field_types.MAX_BAD_WORDS, "at most {} strings of 1 to"),
-        (field_types.MAX_BAD_WORD_LENGTH, "strings of 1 to {} characters"),
-        (sampling_params.MAX_LENGTH_PENALTY, "1.0; -10 to {}; needs"),
-        (field_types.MAX_LABEL_LENGTH, "same salt; 1 to {} characters"),
-        (sampling_params.MAX_LOGIT_BIAS, "to 100; at most {} |"),
-        (sampling_params.MAX_STOP_TOKEN_IDS, "at most {} ids of the vocabulary"),
-        (job.MAX_PROMPT_LOGPROBS, "together at most {} entries"),
-        (http_protocol.MAX_HEADERS, "more than {} headers"),
-        (http_protocol.MAX_HEADER_BYTES // 1024, "headers over {} KiB"),
-        (round(logprobs.LOWEST), "minus infinity is written {}"),
-        (sampling.COMPLETION_MAX_TOKENS, "default: {} (C)"),
+def _numbers(text: str) -> set[int]:
+    """The integers in a text, thousands separated by commas or not."""
+    return {
+        int(number) for number in re.findall(r"-?\b\d+", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+    }
+
+
+def _section(heading: str) -> str:
+    """The text below a heading, down to the next one."""
+    match = re.search(rf"^#+ {heading}\n(.*?)(?=^#|\Z)", API, re.M | re.S)
+    assert match, heading
+    return match[1]
+
+
+def test_bounds_of_parameters_are_those_of_the_code() -> None:
+    meanings = {_code(row["parameter"]): row["meaning; default; bounds"] for row in PARAMETERS}
+    rows = _table("parameter", "of", "meaning; default")
+    meanings |= {_code(row["parameter"]): row["meaning; default"] for row in rows[-2:]}
+    for parameter, bound in (
+        ("messages", protocol.MAX_MESSAGES),
+        ("tokens", protocol.MAX_DETOKENIZE),
+        ("stop", field_types.MAX_STOP_STRINGS),
+        ("stop", field_types.MAX_STOP_LENGTH),
+        ("bad_words", field_types.MAX_BAD_WORDS),
+        ("bad_words", field_types.MAX_BAD_WORD_LENGTH),
+        ("length_penalty", sampling_params.MAX_LENGTH_PENALTY),
+        ("cache_salt", field_types.MAX_LABEL_LENGTH),
+        ("user", field_types.MAX_LABEL_LENGTH),
+        ("logit_bias", sampling_params.MAX_LOGIT_BIAS),
+        ("stop_token_ids", sampling_params.MAX_STOP_TOKEN_IDS),
+        ("prompt_logprobs", job.MAX_PROMPT_LOGPROBS),
+        ("max_tokens", sampling.COMPLETION_MAX_TOKENS),
     ):
-        assert phrase.format(bound) in text, phrase.format(bound)
+        assert bound in _numbers(meanings[parameter]), (parameter, bound)
+
+
+def test_other_bounds_are_those_of_the_code() -> None:
+    assert {
+        body.MAX_NESTING,
+        body.MAX_VALUES,
+        body.MAX_MEMBERS,
+        http_protocol.MAX_HEADERS,
+        http_protocol.MAX_HEADER_BYTES // 1024,
+    } <= _numbers(_section("Errors"))
+    assert {
+        event_log.MAX_EVENTS,
+        event_log.MAX_BYTES // 2**20,
+        resumption.MAX_STREAMS,
+        resumption.MAX_TOTAL_BYTES // 2**20,
+    } <= _numbers(_section("Streams"))
+    assert {logprobs.LOWEST} <= _numbers(_section("Answers"))
 
 
 def test_every_error_is_listed_with_its_answer() -> None:
@@ -421,7 +439,7 @@ def _modules(room: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / room).glob("*.py") if path.stem != "__init__")
 
 
-# -- docs/operations.md and CHANGELOG.md -----------------------------------------------------
+# -- CHANGELOG.md ----------------------------------------------------------------------------
 
 
 def test_changelog_tells_of_this_version() -> None:
@@ -429,6 +447,23 @@ def test_changelog_tells_of_this_version() -> None:
     newest = re.search(r"^## \[(\d[^\]]*)\]", changelog, re.M)
     assert newest and newest[1] == version("quire")
 
+
+# -- docs/faults.md --------------------------------------------------------------------------
+
+
+def test_faults_name_tests_that_exist() -> None:
+    tests = {
+        name: path.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)\(", path.read_text("utf-8"), re.M)
+    }
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/faults.md").read_text("utf-8")))
+    assert len(named) > 50
+    assert named <= tests.keys()
+    assert {name for name, file in tests.items() if file == "test_faults.py"} <= named
+
+
+# -- docs/operations.md ----------------------------------------------------------------------
 
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
 

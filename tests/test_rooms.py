@@ -56,7 +56,7 @@ LAZY = {
     ("server", "engine.bench"): {"server.cli"},
     ("engine.process", "engine.core"): {"engine.process.engine_process"},
     ("engine.process", "engine.runner"): {"engine.process.engine_process"},
-    ("engine.bench", "engine.runner"): {"engine.bench.__main__", "engine.bench.workload"},
+    ("engine.bench", "engine.runner"): {"engine.bench.commands"},
     ("engine.devices", "engine.devices.cpu"): {"engine.devices.choose"},
     ("engine.devices", "engine.devices.cuda"): {"engine.devices.choose"},
 }
@@ -80,15 +80,16 @@ def _room(module: str) -> str:
 
 
 def _imports(module: str) -> dict[str, bool]:
-    """The modules of ours that a module imports, and whether any of these imports is outside of
-    functions."""
+    """The modules of ours that a module imports, and whether an import takes place when the module
+    itself is imported: outside of functions, and not for types only."""
     package = MODULES[module].parent.relative_to(ROOT).parts
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     within = {
         id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for node in ast.walk(function)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING")
+        for node in ast.walk(block)
     }
     found: dict[str, bool] = {}
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""What completions and chat completions write alike: ids, usage, chunks."""
+"""What the answers of completions and chat completions share: ids, usage, chunks, streams."""
 
 from __future__ import annotations
 
@@ -13,29 +13,36 @@ from ...engine.errors import QuireError
 from ..errors import error_body
 from ..http.limits import Ticket
 from ..http.resumption import ResumableStream, asks_to_resume
-from ..http.streaming import EventStream, SseResponse, encode_json, event
+from ..http.route_docs import OBJECTS, STRING, json_object
+from ..http.sse import EventStream, SseResponse, event
+from ..json_text import encode_json
+from ..metrics import Metrics
 from ..requests.generation import Generation
 from ..requests.protocol import GenerationBody
-from ..requests.state import ServerState, state_of
+from ..requests.state import state_of
 
-_MOST_IGNORED = 20
+GENERATION = json_object("id", "object", "created", "model", "choices", "usage", choices=OBJECTS)
+"""The schema of a completion and of a chat completion."""
+DELETED = json_object("id", "object", "deleted", id=STRING)
+"""The schema of the answer to a DELETE."""
+_MAX_IGNORED = 20  # names in the header
 
 
 @contextmanager
-def refusals_counted(state: ServerState) -> Iterator[None]:
-    """Around all that comes before the engine: a refusal is counted by its code."""
+def refusals_counted(metrics: Metrics) -> Iterator[None]:
+    """Count refusals by their code; wrap everything that comes before the engine."""
     try:
         yield
     except QuireError as error:
-        state.metrics.request_rejected(error.code)
+        metrics.request_rejected(error.code)
         raise
 
 
 def ignored_header(ignored: list[str]) -> dict[str, str]:
-    """The header that names fields which were accepted and mean nothing here."""
+    """Return the header that names unknown fields, which were accepted but have no effect."""
     if not ignored:
         return {}
-    return {"x-quire-ignored-params": ", ".join(ignored[:_MOST_IGNORED])}
+    return {"x-quire-ignored-params": ", ".join(ignored[:_MAX_IGNORED])}
 
 
 class _Options(TypedDict):
@@ -58,9 +65,10 @@ def stream_of(
     deadline: float | None,
     headers: dict[str, str],
 ) -> SseResponse:
-    """The answer that streams `events`; resumable where the request asks for it by its header.
+    """Return the answer that streams `events`, resumable if the request's header asks for it.
 
-    Raises QuireError; the ticket is given back then.
+    `on_failure` makes the events that precede the error event. Raises QuireError, and then closes
+    the ticket.
     """
     state = state_of(request)
     request_id = request.state.request_id
@@ -93,23 +101,25 @@ def stream_of(
 
 
 class Envelope:
-    """The fields around `choices`, encoded once for all chunks of a stream."""
+    """The fields around `choices`, encoded only once for all chunks of a stream."""
 
     def __init__(
         self,
-        state: ServerState,
         answer_id: str,
         kind: str,
         body: GenerationBody,
         generation: Generation,
+        *,
+        model: str,
+        fingerprint: str,
     ) -> None:
         self._generation = generation
         self._fields = {
             "id": answer_id,
             "object": kind,
             "created": int(time.time()),
-            "model": state.model_name,
-            "system_fingerprint": state.fingerprint(),
+            "model": model,
+            "system_fingerprint": fingerprint,
         }
         options = body.stream_options
         self.include_usage = bool(options and options.include_usage)
@@ -120,10 +130,11 @@ class Envelope:
         self._finished: set[int] = set()
 
     def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the whole answer."""
         return {**self._fields, "choices": choices, "usage": self._generation.usage()}
 
     def chunk(self, choice: dict[str, Any]) -> bytes:
-        """The event of one choice's chunk."""
+        """Return the event of a chunk with one choice."""
         if choice["finish_reason"] is not None:
             self._finished.add(choice["index"])
         tail = self._tail
@@ -132,9 +143,10 @@ class Envelope:
         return self._head + encode_json(choice) + tail
 
     def usage_chunk(self) -> bytes:
+        """Return the event of the last chunk, which has the usage and no choices."""
         return event({**self._fields, "choices": [], "usage": self._generation.usage()})
 
     def unfinished(self) -> list[int]:
-        """Indices of the choices without a terminal chunk."""
+        """Return the indices of the choices that have no terminal chunk yet."""
         indices = (choice.index for group in self._generation.choices for choice in group)
         return [index for index in indices if index not in self._finished]

@@ -12,7 +12,8 @@ from fastapi.responses import JSONResponse, Response
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.limits import Ticket
-from ..http.streaming import run_until_disconnect
+from ..http.route_docs import GENERATION_ERRORS, answers, errors, json_body
+from ..http.sse import run_until_disconnect
 from ..parsing.message_events import MessageBuilder, delta_of, joined
 from ..parsing.message_parser import MessageParser, prompt_end
 from ..requests.generation import Delta, Finished, Generation, collect
@@ -21,17 +22,22 @@ from ..requests.preparation import asked_by, prepare_chat, response_id
 from ..requests.protocol import ChatBody, validate
 from ..requests.state import ServerState, state_of
 from ..requests.tool_choice import offered_tools, unenforced
-from .answers import Envelope, ignored_header, refusals_counted, stream_of
+from .answers import GENERATION, Envelope, ignored_header, refusals_counted, stream_of
 from .logprobs import LogprobFormat
 
-router = APIRouter()
+router = APIRouter(tags=["completions"])
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post(
+    "/v1/chat/completions",
+    response_model=None,
+    openapi_extra=json_body(ChatBody),
+    responses={**answers(GENERATION, stream=True), **errors(*GENERATION_ERRORS)},
+)
 async def create_chat_completion(request: Request) -> Response:
-    """Answer a conversation."""
+    """Answer a conversation, whole or as a stream."""
     state = state_of(request)
-    with refusals_counted(state):
+    with refusals_counted(state.metrics):
         fields = await read_json_object(request)
         body, ignored = validate(ChatBody, fields, strict=state.settings.strict)
         ignored += unenforced(body)
@@ -53,8 +59,10 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 class Chat:
-    """One admitted conversation and its answer: whole, in events, or in `choices`, on top of which
-    the other APIs of conversations are written."""
+    """One admitted conversation and its answer: `whole`, as `events`, or as `choices`.
+
+    The other chat APIs are written on top of `choices`.
+    """
 
     def __init__(
         self,
@@ -71,7 +79,14 @@ class Chat:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._state = state
         self._body = body
-        self._envelope = Envelope(state, answer_id, kind, body, self.generation)
+        self._envelope = Envelope(
+            answer_id,
+            kind,
+            body,
+            self.generation,
+            model=state.model_name,
+            fingerprint=state.fingerprint(),
+        )
         self._logprobs = LogprobFormat(
             state.tokenizer, as_ids=bool(body.return_tokens_as_token_ids)
         )
@@ -80,8 +95,11 @@ class Chat:
     async def start(
         cls, state: ServerState, body: ChatBody, answer_id: str, log_id: str, owner: bytes
     ) -> Chat:
-        """Raises QuireError where the conversation is refused. Whoever runs it closes `ticket`.
-        `owner` is that of the request's API key."""
+        """Admit a conversation. Raises QuireError if it is refused.
+
+        `log_id` names the request in the log and `owner` its API key. The caller must close
+        `ticket`.
+        """
         job, ticket = await prepare_chat(state, body)
         job = asked_by(job, owner, body.user)
         return cls(state, body, job, ticket, answer_id, log_id)
@@ -90,7 +108,7 @@ class Chat:
         body = self._body
         tools = offered_tools(body)
         if self.job.requests[0].grammar is not None and not tools:
-            return MessageParser()  # all of it is content, whatever it spells
+            return MessageParser()  # a grammar without tools: everything is content
         prompt = self.generation.prompt_token_ids(0)
         return self._state.message_format.parser(
             [tool["function"]["name"] for tool in tools],
@@ -101,7 +119,7 @@ class Chat:
         )
 
     def whole(self, answers: list[Finished]) -> dict[str, Any]:
-        """The answer in one piece."""
+        """Return the answer in one piece."""
         body = self._body
         answer = self._envelope.whole(
             [self._choice(index, finished) for index, finished in enumerate(answers)]
@@ -132,7 +150,7 @@ class Chat:
         return choice
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The chunks of a stream, but for its end."""
+        """Yield the events of a stream, except its end."""
         envelope = self._envelope
         async with aclosing(self.choices()) as choices:
             async for choice in choices:
@@ -141,8 +159,10 @@ class Chat:
             yield envelope.usage_chunk()
 
     async def choices(self) -> AsyncGenerator[dict[str, Any], None]:
-        """What stands in `choices` of a stream's chunks. Each choice begins with its role and
-        ends with a finish_reason. Raises QuireError."""
+        """Yield the entries of `choices` of a stream's chunks.
+
+        Each choice begins with its role and ends with a finish_reason. Raises QuireError.
+        """
         parsers = [self._new_parser() for _ in range(self.job.n)]
         begun = False
         async with aclosing(self.generation.deltas()) as deltas:
@@ -155,8 +175,11 @@ class Chat:
                     yield choice
 
     def _pieces(self, parser: MessageParser, delta: Delta) -> list[dict[str, Any]]:
-        """One for each event of what the delta makes certain. The last has what belongs to the
-        delta's tokens; where there is no event, it comes alone if anything was asked for."""
+        """Return one entry of `choices` for each message event that `delta` brings.
+
+        The last one carries what belongs to the delta's tokens: log-probabilities, ids and the
+        finish_reason. If there is no event, an entry with an empty delta carries these, if any.
+        """
         body = self._body
         events = parser.feed(delta.text)
         if delta.finish_reason is not None:
@@ -196,7 +219,7 @@ class Chat:
         return choice
 
     def failure(self) -> list[bytes]:
-        """Terminal chunks of the choices that had none."""
+        """Return terminal chunks for the choices that have none yet."""
         return [
             self._envelope.chunk(
                 {

@@ -12,22 +12,29 @@ from fastapi.responses import JSONResponse, Response
 from ...engine.outputs import TokenLogprobs
 from ..errors import client_left
 from ..http.body import read_json_object
-from ..http.streaming import run_until_disconnect
+from ..http.route_docs import GENERATION_ERRORS, answers, errors, json_body
+from ..http.sse import run_until_disconnect
 from ..requests.generation import Delta, Finished, Generation, collect
 from ..requests.preparation import asked_by, prepare_completion, response_id
 from ..requests.protocol import CompletionBody, validate
-from ..requests.state import ServerState, state_of
-from .answers import Envelope, ignored_header, refusals_counted, stream_of
+from ..requests.state import state_of
+from ..text.tokenizer import Tokenizer
+from .answers import GENERATION, Envelope, ignored_header, refusals_counted, stream_of
 from .logprobs import LogprobFormat
 
-router = APIRouter()
+router = APIRouter(tags=["completions"])
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    openapi_extra=json_body(CompletionBody),
+    responses={**answers(GENERATION, stream=True), **errors(*GENERATION_ERRORS)},
+)
 async def create_completion(request: Request) -> Response:
-    """Continue one or more prompts."""
+    """Continue one or more prompts, whole or as a stream."""
     state = state_of(request)
-    with refusals_counted(state):
+    with refusals_counted(state.metrics):
         fields = await read_json_object(request)
         body, ignored = validate(CompletionBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
@@ -35,7 +42,15 @@ async def create_completion(request: Request) -> Response:
         job, ticket = await prepare_completion(state, body)
     job = asked_by(job, state.keys.owner(request), body.user)
     generation = Generation(state, job, ticket, request.state.request_id)
-    writer = _CompletionWriter(state, body, generation, answer_id)
+    envelope = Envelope(
+        answer_id,
+        "text_completion",
+        body,
+        generation,
+        model=state.model_name,
+        fingerprint=state.fingerprint(),
+    )
+    writer = _CompletionWriter(envelope, body, generation, state.tokenizer)
     headers = ignored_header(ignored)
     if body.stream:
         return stream_of(request, writer.events(), writer.failure, ticket, job.deadline, headers)
@@ -49,22 +64,24 @@ async def create_completion(request: Request) -> Response:
 
 
 class _CompletionWriter:
-    """Writes one request's answer, whole or in chunks."""
+    """Writes the answer to one request, whole or in chunks."""
 
     def __init__(
-        self, state: ServerState, body: CompletionBody, generation: Generation, answer_id: str
+        self,
+        envelope: Envelope,
+        body: CompletionBody,
+        generation: Generation,
+        tokenizer: Tokenizer,
     ) -> None:
-        self._state = state
+        self._envelope = envelope
         self._body = body
         self._generation = generation
-        self._envelope = Envelope(state, answer_id, "text_completion", body, generation)
-        self._logprobs = LogprobFormat(
-            state.tokenizer, as_ids=bool(body.return_tokens_as_token_ids)
-        )
+        self._tokenizer = tokenizer
+        self._logprobs = LogprobFormat(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._width = body.n or 1
 
     async def whole(self, answers: list[list[Finished]]) -> dict[str, Any]:
-        """The answer in one piece."""
+        """Return the answer in one piece."""
         choices: list[dict[str, Any]] = []
         for position, group in enumerate(answers):
             prompt_ids = self._generation.prompt_token_ids(position)
@@ -97,15 +114,15 @@ class _CompletionWriter:
         return choice
 
     async def _echo(self, position: int) -> str:
-        return await self._state.tokenizer.decode(
+        return await self._tokenizer.decode(
             self._generation.prompt_token_ids(position),
             skip_special_tokens=self._body.skip_special_tokens is not False,
         )
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The chunks of a stream, but for its end."""
+        """Yield the events of a stream, except its end."""
         envelope = self._envelope
-        # Offset of each choice's next token in its text; a choice that is missing has no chunk yet.
+        # Offset of each choice's next token in its text. A choice without a chunk is missing here.
         offsets: dict[int, int] = {}
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
@@ -121,7 +138,7 @@ class _CompletionWriter:
                     choice["logprobs"] = self._logprobs.completion(
                         entries, token_ids, self._body.logprobs, start
                     )
-                    length = sum(map(len, map(self._state.tokenizer.token_text, token_ids)))
+                    length = sum(map(len, map(self._tokenizer.token_text, token_ids)))
                     offsets[delta.choice] = start + length
                 yield envelope.chunk(choice)
         if envelope.include_usage:
@@ -130,9 +147,11 @@ class _CompletionWriter:
     def _tokens(
         self, part: Finished | Delta, position: int | None
     ) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """A part's tokens and their entries, behind those of the prompt at `position` where that
-        is echoed. A prompt's entries come with its first choice's first token, so they are there
-        before any of its text."""
+        """Return a part's token ids and their log-probabilities.
+
+        If the prompt at `position` is echoed, its tokens come first. (Its log-probabilities have
+        arrived by then: they come with the first token of its first choice.)
+        """
         if not self._body.echo or position is None:
             return part.token_ids, [*part.logprobs]
         generation = self._generation
@@ -153,7 +172,7 @@ class _CompletionWriter:
         return choice
 
     def failure(self) -> list[bytes]:
-        """Terminal chunks of the choices that had none."""
+        """Return terminal chunks for the choices that have none yet."""
         return [
             self._envelope.chunk(
                 {

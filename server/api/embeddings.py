@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: vectors of models whose folder says how their hidden states are pooled."""
+"""POST /v1/embeddings, for models whose folder says how their hidden states are pooled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from ...engine.sampling_params import SamplingParams
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.limits import Ticket
-from ..http.streaming import encode_json, run_until_disconnect
+from ..http.route_docs import (
+    GENERATION_ERRORS,
+    OBJECTS,
+    answers,
+    errors,
+    json_body,
+    json_object,
+)
+from ..http.sse import run_until_disconnect
+from ..json_text import encode_json
 from ..requests.field_types import Fields, Label, Prompt
 from ..requests.generation import Generation, collect
 from ..requests.job import Job, JobParts, make_job
@@ -29,8 +38,9 @@ from .answers import ignored_header, refusals_counted
 from .translation import renamed
 
 MAX_DIMENSIONS = 65_536
+"""Maximum of `dimensions` that the type check accepts; the model's own bound is smaller."""
 
-router = APIRouter()
+router = APIRouter(tags=["embeddings"])
 
 
 class EmbeddingBody(Fields):
@@ -46,11 +56,19 @@ class EmbeddingBody(Fields):
     timeout: Annotated[float, Field(gt=0)] | None = None
 
 
-@router.post("/v1/embeddings", response_model=None)
+@router.post(
+    "/v1/embeddings",
+    response_model=None,
+    openapi_extra=json_body(EmbeddingBody),
+    responses={
+        **answers(json_object("object", "data", "model", "usage", data=OBJECTS)),
+        **errors(*GENERATION_ERRORS),
+    },
+)
 async def create_embedding(request: Request) -> Response:
-    """A vector for each input."""
+    """Return a vector for each input."""
     state = state_of(request)
-    with refusals_counted(state), renamed({"prompt": "input"}):
+    with refusals_counted(state.metrics), renamed({"prompt": "input"}):
         fields = await read_json_object(request)
         body, ignored = check_types(EmbeddingBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
@@ -63,32 +81,25 @@ async def create_embedding(request: Request) -> Response:
         )
     if answers is None:
         return client_left()
-    content = await _answer(state, body, spec, generation)
+    content = await _answer(body, spec, generation, state.model_name)
     return Response(content, media_type="application/json", headers=ignored_header(ignored))
 
 
 async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSpec, Job, Ticket]:
-    """Raises QuireError; the ticket is given back then."""
+    """Admit and tokenise the inputs. Raises QuireError, and then closes the ticket."""
     arrival = time.monotonic()
     inputs = prompts_of(body.input, state.settings.max_prompts_per_request)
     info = state.engine.info
     spec = info.embedding
     if isinstance(spec, str):
         raise InvalidRequestError(
-            f"the model {state.model_name!r} makes no embeddings: {spec}", "model"
+            f"the model {state.model_name!r} does not produce embeddings: {spec}", "model"
         )
     spec.check_dimensions(body.dimensions)
-    keep_first = body.truncate_prompt_tokens
-    if keep_first == -1:
-        keep_first = info.max_model_len
-    if keep_first is not None and not 1 <= keep_first <= info.max_model_len:
-        raise InvalidRequestError(
-            f"truncate_prompt_tokens must be -1 or from 1 to {info.max_model_len}",
-            "truncate_prompt_tokens",
-        )
+    keep_first = _tokens_to_keep(body.truncate_prompt_tokens, info.max_model_len)
     characters = sum(len(item) for item in inputs if isinstance(item, str))
     tokens = sum(len(item) for item in inputs if not isinstance(item, str))
-    ticket = state.admission.admit(len(inputs), characters, tokens)
+    ticket = state.in_flight.admit(len(inputs), characters, tokens)
     try:
         state.check_ready()
         prompts = []
@@ -120,13 +131,27 @@ async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSp
     return spec, job, ticket
 
 
+def _tokens_to_keep(truncate_prompt_tokens: int | None, max_model_len: int) -> int | None:
+    """Return how many tokens of each input to keep; None for all. Raises InvalidRequestError."""
+    if truncate_prompt_tokens is None:
+        return None
+    if truncate_prompt_tokens == -1:
+        return max_model_len
+    if not 1 <= truncate_prompt_tokens <= max_model_len:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens must be -1 or from 1 to {max_model_len}",
+            "truncate_prompt_tokens",
+        )
+    return truncate_prompt_tokens
+
+
 async def _answer(
-    state: ServerState, body: EmbeddingBody, spec: EmbeddingSpec, generation: Generation
+    body: EmbeddingBody, spec: EmbeddingSpec, generation: Generation, model: str
 ) -> bytes:
-    """The answer's JSON. Others have their turn after each vector, which may take a millisecond."""
+    """Return the answer's JSON, yielding to other tasks after each vector (up to a millisecond)."""
     parts = [b'{"object":"list","data":[']
     for index, data in enumerate(generation.embeddings):
-        assert data is not None  # `collect` has seen to it
+        assert data is not None  # `collect` raises if one is missing
         vector = np.frombuffer(data, dtype="<f4")[: body.dimensions]
         if spec.normalize:
             vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
@@ -138,5 +163,5 @@ async def _answer(
         await asyncio.sleep(0)
     num_tokens = generation.num_prompt_tokens
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    tail = encode_json({"model": state.model_name, "usage": usage})
+    tail = encode_json({"model": model, "usage": usage})
     return b"".join([*parts, b"],", tail[1:]])

@@ -1,4 +1,4 @@
-"""Log-probabilities in the three shapes of the API."""
+"""Log-probabilities in the three shapes of the API: chat, completion and prompt."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ...engine.outputs import TokenLogprobs
 from ..text.tokenizer import Tokenizer
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON has not."""
+"""Stands for minus infinity, which JSON cannot express."""
 
 
 class LogprobFormat:
-    """Writes entries of one request. `as_ids` spells tokens "token_id:17"."""
+    """Formats the entries of one request. With `as_ids`, tokens are written as "token_id:17"."""
 
     def __init__(self, tokenizer: Tokenizer, *, as_ids: bool) -> None:
         self._tokenizer = tokenizer
         self._as_ids = as_ids
 
     def chat(self, entries: Sequence[TokenLogprobs], top: int) -> dict[str, Any]:
-        """`choices[].logprobs` of a chat completion."""
+        """Format `choices[].logprobs` of a chat completion, with `top` alternatives per token."""
         content = []
         for entry in entries:
             alternatives = zip(entry.top_token_ids[:top], entry.top_logprobs[:top], strict=True)
@@ -39,8 +39,11 @@ class LogprobFormat:
         top: int,
         start: int,
     ) -> dict[str, Any]:
-        """`choices[].logprobs` of a completion. `start` is the offset of the first token in the
-        choice's text. An entry is None for a prompt's first token."""
+        """Format `choices[].logprobs` of a completion.
+
+        `start` is the offset of the first token in the choice's text. The entry of a prompt's
+        first token is None.
+        """
         tokens = [self._name(token_id) for token_id in token_ids]
         offsets = []
         for token_id in token_ids:
@@ -54,7 +57,7 @@ class LogprobFormat:
         }
 
     def prompt(self, entries: Sequence[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
-        """`prompt_logprobs`: for each position a map of token id → logprob, rank, text."""
+        """Format `prompt_logprobs`: a map from token id to logprob, rank and text per position."""
         return [entry and self._by_id(entry) for entry in entries]
 
     def _chat_token(self, token_id: int, logprob: float) -> dict[str, Any]:
@@ -66,7 +69,7 @@ class LogprobFormat:
         }
 
     def _name(self, token_id: int) -> str:
-        """The token in a completion's lists, where cut characters are told apart by their bytes."""
+        """Spell a token for a completion's lists; a part of a character is spelt by its bytes."""
         if self._as_ids:
             return f"token_id:{token_id}"
         raw = self._tokenizer.token_bytes(token_id)

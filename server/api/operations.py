@@ -1,4 +1,4 @@
-"""What operators and tools ask: health, readiness, metrics, version, models, the admin calls."""
+"""The endpoints for operators and tools: health, metrics, version, models, admin calls."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from ...engine.errors import EngineNotReadyError, ModelNotFoundError, ShuttingDownError
 from ..http.auth import require_admin_key, require_client_key, require_debug_key
+from ..http.route_docs import STRING, answers, errors, json_object
 from ..requests.state import ServerState, state_of
 
-public = APIRouter()
-router = APIRouter(dependencies=[Depends(require_client_key)])
+public = APIRouter(tags=["operations"])
+router = APIRouter(
+    tags=["models"], dependencies=[Depends(require_client_key)], responses=errors(401)
+)
+
+_HEALTH = json_object("status", "reason", status=STRING, reason=STRING)
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>quire</title>
 <h1>quire</h1><p>An OpenAI-compatible inference server.
@@ -27,9 +32,16 @@ async def page() -> HTMLResponse:
 
 
 @public.head("/health", response_model=None, include_in_schema=False)
-@public.get("/health", response_model=None)
+@public.get(
+    "/health",
+    response_model=None,
+    responses={
+        **answers(_HEALTH),
+        503: {**answers(_HEALTH)[200], "description": "The engine makes no progress"},
+    },
+)
 async def health(request: Request) -> Response:
-    """Liveness: 200 while the engine makes progress, also while it loads and drains."""
+    """Liveness: 200 while the engine makes progress, also while it loads or drains."""
     state = state_of(request)
     engine = state.engine.health()
     answer = {"status": "ok" if engine.alive else "failing", "reason": engine.reason}
@@ -37,9 +49,9 @@ async def health(request: Request) -> Response:
 
 
 @public.head("/ready", response_model=None, include_in_schema=False)
-@public.get("/ready", response_model=None)
+@public.get("/ready", response_model=None, responses=errors(503))
 async def ready(request: Request) -> Response:
-    """Readiness: 200 while new requests are accepted."""
+    """Readiness: 200 while the server accepts new requests."""
     state = state_of(request)
     if state.draining:
         raise ShuttingDownError("the server is shutting down", state.settings.shutdown_timeout)
@@ -47,22 +59,28 @@ async def ready(request: Request) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@public.get("/metrics", response_model=None)
+@public.get(
+    "/metrics",
+    response_model=None,
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": STRING}}}},
+)
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
+    """Return the metrics in Prometheus' text format."""
     content, media_type = await state_of(request).render_metrics()
     return Response(content, media_type=media_type)
 
 
 @public.get("/version")
 async def version(request: Request) -> dict[str, str]:
+    """Return the version of quire."""
     return {"version": state_of(request).version}
 
 
 def _card(state: ServerState, name: str) -> dict[str, Any]:
     try:
         max_model_len: int | None = state.engine.info.max_model_len
-    except EngineNotReadyError:  # before the first start the names are known, the length is not
+    except EngineNotReadyError:  # before the first start the context length is unknown
         max_model_len = None
     return {
         "id": name,
@@ -77,39 +95,45 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
+    """List the served model under each of its names."""
     state = state_of(request)
     return {"object": "list", "data": [_card(state, name) for name in state.settings.served_names]}
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses=errors(404))
 async def get_model(request: Request, name: str) -> dict[str, Any]:
+    """Describe the model that is served under this name."""
     state = state_of(request)
     if name not in state.settings.served_names:
         raise ModelNotFoundError(f"the model {ascii(name[:128])} is not served here", "model")
     return _card(state, name)
 
 
-@public.post("/v1/prefix_cache/reset", dependencies=[Depends(require_admin_key)])
+@public.post(
+    "/v1/prefix_cache/reset",
+    dependencies=[Depends(require_admin_key)],
+    responses=errors(401, 503),
+)
 async def reset_prefix_cache(request: Request) -> dict[str, str]:
-    """Forget every cached block that no sequence holds. Asks for the admin key."""
+    """Forget every cached block that no sequence holds. Needs the admin key."""
     state = state_of(request)
     state.check_ready()
     await state.engine.reset_prefix_cache()
     return {"status": "ok"}
 
 
-@public.get("/debug/engine", dependencies=[Depends(require_debug_key)])
+@public.get("/debug/engine", dependencies=[Depends(require_debug_key)], responses=errors(401))
 async def debug_engine(request: Request) -> dict[str, Any]:
-    """The engine's latest snapshot, its health and what the queue limits count."""
+    """Return the engine's latest counters, its health, and the counters of the queue limits."""
     state = state_of(request)
-    stats, admission = state.engine.stats(), state.admission
+    stats, in_flight = state.engine.stats(), state.in_flight
     return {
         "stats": None if stats is None else {**stats._asdict(), "kv_usage": stats.kv_usage},
         "health": state.engine.health()._asdict(),
         "admission": {
-            "num_queued": admission.num_queued,
-            "num_running": admission.num_running,
-            "queued_tokens": admission.queued_tokens,
-            "draining": admission.draining,
+            "num_queued": in_flight.num_queued,
+            "num_running": in_flight.num_running,
+            "queued_tokens": in_flight.queued_tokens,
+            "draining": in_flight.draining,
         },
     }

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, GET /tokenizer_info: the tokenizer as the endpoints use it."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info: the tokenizer of the other endpoints."""
 
 from __future__ import annotations
 
@@ -9,22 +9,38 @@ from fastapi.responses import JSONResponse, Response
 
 from ...engine.errors import InvalidRequestError
 from ..http.body import read_json_object
+from ..http.route_docs import (
+    BODY_ERRORS,
+    INTEGERS,
+    STRING,
+    answers,
+    errors,
+    json_body,
+    json_object,
+)
 from ..requests.chat_prompt import check_chat, encode_chat
 from ..requests.protocol import DetokenizeBody, TokenizeBody, TokenizeChatBody, validate
 from ..requests.state import state_of
 from .answers import ignored_header
 
-router = APIRouter()
+router = APIRouter(tags=["tokenizer"])
+
+_TOKENS = json_object("count", "max_model_len", "tokens", "token_strs", tokens=INTEGERS)
 
 
-@router.post("/tokenize", response_model=None)
+@router.post(
+    "/tokenize",
+    response_model=None,
+    openapi_extra=json_body(TokenizeBody, TokenizeChatBody),
+    responses={**answers(_TOKENS), **errors(*BODY_ERRORS)},
+)
 async def tokenize(request: Request) -> Response:
-    """Token ids of a `prompt`, or of `messages` rendered by the chat template."""
+    """Return the token ids of a `prompt`, or of `messages` rendered by the chat template."""
     state = state_of(request)
     fields = await read_json_object(request)
     strict, limit = state.settings.strict, state.engine.info.max_model_len
     if ("prompt" in fields) == ("messages" in fields):
-        raise InvalidRequestError("give either prompt or messages", "prompt")
+        raise InvalidRequestError("prompt: give either prompt or messages", "prompt")
     if "prompt" in fields:
         text, ignored = validate(TokenizeBody, fields, strict=strict)
         state.check_model(text.model)
@@ -49,9 +65,14 @@ async def tokenize(request: Request) -> Response:
     return JSONResponse(answer, headers=ignored_header(ignored))
 
 
-@router.post("/detokenize", response_model=None)
+@router.post(
+    "/detokenize",
+    response_model=None,
+    openapi_extra=json_body(DetokenizeBody),
+    responses={**answers(json_object("prompt", prompt=STRING)), **errors(*BODY_ERRORS)},
+)
 async def detokenize(request: Request) -> Response:
-    """The text of token ids, control tokens included unless asked otherwise."""
+    """Return the text of token ids, including control tokens unless asked otherwise."""
     state = state_of(request)
     fields = await read_json_object(request)
     body, ignored = validate(DetokenizeBody, fields, strict=state.settings.strict)
@@ -67,6 +88,7 @@ async def detokenize(request: Request) -> Response:
     return JSONResponse({"prompt": text}, headers=ignored_header(ignored))
 
 
-@router.get("/tokenizer_info")
+@router.get("/tokenizer_info", responses=errors(503))
 async def tokenizer_info(request: Request) -> dict[str, Any]:
+    """Return the tokenizer's class, vocabulary size, chat template and special tokens."""
     return state_of(request).tokenizer.info()

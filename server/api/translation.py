@@ -1,8 +1,10 @@
-"""What the other APIs of conversations share: into a chat's fields and out of its choices.
+"""What the other chat APIs share: bodies become chat completions, and choices become answers.
 
-A request in another API is written as the fields of a chat completion, and validated as such; so
-whatever chat completions serve or refuse, these serve or refuse alike. Answers are written from the
-choices of the chat's stream, whether they are streamed or not.
+A body in another API is rewritten as the body of a chat completion and validated as one, so these
+APIs serve and refuse exactly what chat completions do. Answers are written from the choices of the
+chat's stream, whether they are streamed or not.
+
+    body ──▶ chat_body ──▶ Chat ──▶ choices ──▶ pieces_of ──▶ BlockWriter ──▶ events
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import WithJsonSchema
 
 from ...engine.errors import EngineDeadError, InvalidRequestError
-from ..http.streaming import encode_json
+from ..json_text import encode_json
 from ..requests.field_types import Fields
 from ..requests.protocol import ChatBody, path_of, validate
 
@@ -24,21 +26,20 @@ PASSED_ON = (
     "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "min_tokens",
     "ignore_eos", "cache_salt", "priority", "timeout", "chat_template_kwargs",
 )  # fmt: skip
-"""Fields that mean in every API what they mean in a chat completion, and are checked there."""
+"""Fields with the same meaning in all APIs; the chat completion checks them."""
 
 Path = tuple[int | str, ...]
-"""Where a field stands: names and indices."""
-
+"""The place of a field in a body: names and indices."""
 
 Content = Annotated[
     Any,
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
 ]
-"""Text or typed parts, told apart where they are read."""
+"""Text or typed parts; the reader decides which."""
 
 
 class ConversationBody(Fields):
-    """PASSED_ON, as they came."""
+    """The fields of PASSED_ON, unchecked."""
 
     model: str | None = None
     temperature: Any = None
@@ -60,13 +61,14 @@ class ConversationBody(Fields):
     chat_template_kwargs: Any = None
 
     def passed_on(self) -> dict[str, Any]:
+        """Return the fields of PASSED_ON that are not None."""
         return {name: getattr(self, name) for name in PASSED_ON if getattr(self, name) is not None}
 
 
 def chat_body(fields: Mapping[str, Any], names: Mapping[str, str]) -> ChatBody:
-    """The chat body of `fields`, those that are None left out.
+    """Validate `fields` as the body of a chat completion, leaving out those that are None.
 
-    `names` is that of `renamed`. Raises InvalidRequestError in the client's words.
+    Raises InvalidRequestError, which names the client's fields; see `renamed` for `names`.
     """
     with renamed(names):
         given = {name: value for name, value in fields.items() if value is not None}
@@ -76,10 +78,10 @@ def chat_body(fields: Mapping[str, Any], names: Mapping[str, str]) -> ChatBody:
 
 @contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors about a field of the chat name the client's field instead.
+    """Make errors about a field of the chat name the client's field instead.
 
-    `names` has the beginning of a chat's path and the client's path, or a part that begins with a
-    dot and what replaces it.
+    `names` maps the beginning of a path in the chat to a path in the client's body, or a part of
+    a path that begins with a dot to its replacement.
     """
     try:
         yield
@@ -96,14 +98,14 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def content_of(value: Any, where: Path, kind: str) -> str | list[dict[str, str]]:
-    """Content of a message as a chat has it: a string, or parts of text as `texts_of`."""
+    """Return a message's content for the chat: a string, or text parts (see `texts_of`)."""
     return value if isinstance(value, str) else texts_of(value, where, kind)
 
 
 def texts_of(value: Any, where: Path, kind: str) -> list[dict[str, str]]:
-    """Parts that are all of the type `kind`, as a chat's parts of text.
+    """Return parts that must all have the type `kind` as text parts of the chat.
 
-    Raises InvalidRequestError naming the part.
+    Raises InvalidRequestError, which names the part.
     """
     parts = []
     for index, part in enumerate(parts_of(value, where)):
@@ -118,7 +120,7 @@ def texts_of(value: Any, where: Path, kind: str) -> list[dict[str, str]]:
 
 
 def parts_of(value: Any, where: Path) -> list[dict[str, Any]]:
-    """A content that is no string. Raises InvalidRequestError."""
+    """Check that `value` is a list of objects. Raises InvalidRequestError."""
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         param = path_of(where)
         raise InvalidRequestError(f"{param}: must be a string or a list of objects", param)
@@ -126,7 +128,7 @@ def parts_of(value: Any, where: Path) -> list[dict[str, Any]]:
 
 
 def unsupported_type(kind: Any, where: Path) -> InvalidRequestError:
-    """The refusal of an item, a part or a tool of a type that is not served."""
+    """Make the error for an item, part or tool of a type that is not supported."""
     param = path_of((*where, "type"))
     return InvalidRequestError(
         f"{param}: {ascii(kind)[:64]} is not supported by this server", param
@@ -134,29 +136,38 @@ def unsupported_type(kind: Any, where: Path) -> InvalidRequestError:
 
 
 class Transcript:
-    """A chat's messages. What an assistant said in a row, its reasoning, its text and its calls, is
-    one message, as chat templates expect it."""
+    """Collects a chat's messages.
+
+    Consecutive reasoning, text and calls of the assistant become one message, as chat templates
+    expect.
+    """
 
     def __init__(self) -> None:
         self._messages: list[dict[str, Any]] = []
 
     def add(self, role: str, content: Any, **fields: Any) -> None:
+        """Add a message of anyone but the assistant."""
         self._messages.append({"role": role, "content": content, **fields})
 
     def add_text(self, content: Any) -> None:
-        """The assistant's."""
+        """Add text of the assistant."""
         self._turn("content", "tool_calls")["content"] = content
 
     def add_reasoning(self, text: str) -> None:
+        """Add reasoning of the assistant."""
         self._turn("content", "tool_calls", "reasoning")["reasoning"] = text
 
     def add_call(self, call_id: str, name: str, arguments: str) -> None:
+        """Add a tool call of the assistant; `arguments` is JSON."""
         function = {"name": name, "arguments": arguments}
         call = {"id": call_id, "type": "function", "function": function}
         self._turn().setdefault("tool_calls", []).append(call)
 
     def _turn(self, *ended_by: str) -> dict[str, Any]:
-        """The assistant's message at the end, unless it has one of these fields: a new one then."""
+        """Return the last message if it is the assistant's and has none of the fields `ended_by`.
+
+        Otherwise, begin a new message of the assistant.
+        """
         last = self._messages[-1] if self._messages else {"role": None}
         if last["role"] != "assistant" or any(name in last for name in ended_by):
             last = {"role": "assistant"}
@@ -164,6 +175,7 @@ class Transcript:
         return last
 
     def finished(self) -> list[dict[str, Any]]:
+        """Return all messages; one without content or calls gets empty content."""
         for message in self._messages:
             if "tool_calls" not in message:
                 message.setdefault("content", "")
@@ -171,8 +183,11 @@ class Transcript:
 
 
 class Piece(NamedTuple):
-    """Some of what a model said. `text` of a call is the JSON of its arguments; `id` and `name`
-    come with its first piece. `logprobs` are those of a chat's stream."""
+    """A stretch of a model's output of one kind.
+
+    The `text` of a call is a part of its arguments' JSON; `call` is its index, and its first piece
+    has its `id` and `name`. `logprobs` are in the shape of a chat completion.
+    """
 
     kind: Literal["reasoning", "text", "call"]
     text: str
@@ -183,10 +198,10 @@ class Piece(NamedTuple):
 
 
 def pieces_of(choice: Mapping[str, Any]) -> Iterator[Piece]:
-    """The pieces in one of the chat's choices. Raises EngineDeadError where it was aborted."""
+    """Yield the pieces of one entry of `choices`. Raises EngineDeadError if it was aborted."""
     delta = choice["delta"]
     if choice["finish_reason"] == "abort":
-        raise EngineDeadError("the engine gave the request up")
+        raise EngineDeadError("the engine aborted the request")
     if delta.get("reasoning"):
         yield Piece("reasoning", delta["reasoning"])
     logprobs = (choice["logprobs"] or {}).get("content") or ()
@@ -204,29 +219,32 @@ def pieces_of(choice: Mapping[str, Any]) -> Iterator[Piece]:
 
 
 Event = dict[str, Any]
-"""A typed event; `type` names it."""
+"""A typed event; its member `type` names it."""
 
 
 def sse(event: Event) -> bytes:
-    """A typed event on the wire."""
+    """Encode a typed event as a server-sent event."""
     return f"event: {event['type']}\ndata: ".encode() + encode_json(event) + b"\n\n"
 
 
 class BlockWriter(ABC):
-    """Cuts a choice's pieces into blocks, one after the other: a stretch of reasoning or of text,
-    or one call. Events are valid until the next is asked for."""
+    """Turns a choice's pieces into events of consecutive blocks.
+
+    A block is a stretch of reasoning, a stretch of text, or one call. An event may share objects
+    with the writer, so it is valid only until the next one is requested.
+    """
 
     def __init__(self) -> None:
         self._open: tuple[str, int] | None = None
         self._early_logprobs: list[dict[str, Any]] = []
 
     def feed(self, choice: Mapping[str, Any]) -> Iterator[Event]:
-        """The events of one of the chat's choices."""
+        """Yield the events for one entry of the chat's `choices`."""
         for piece in pieces_of(choice):
             key = (piece.kind, piece.call)
             if key != self._open:
                 if piece.kind == "text" and not piece.text:
-                    self._early_logprobs += piece.logprobs  # their text is still held back
+                    self._early_logprobs += piece.logprobs  # the parser still holds their text back
                     continue
                 yield from self.close()
                 self._open = key
@@ -238,16 +256,19 @@ class BlockWriter(ABC):
                 yield from self.extend_block(piece)
 
     def close(self, status: str = "completed") -> Iterator[Event]:
-        """End the block that is open, if one is; it is "completed", or "incomplete"."""
+        """End the open block, if there is one, as "completed" or "incomplete"."""
         if self._open is not None:
             self._open = None
             yield from self.close_block(status)
 
     @abstractmethod
-    def open_block(self, first: Piece) -> Iterator[Event]: ...
+    def open_block(self, first: Piece) -> Iterator[Event]:
+        """Yield the events that begin a block; `first` is its first piece."""
 
     @abstractmethod
-    def extend_block(self, piece: Piece) -> Iterator[Event]: ...
+    def extend_block(self, piece: Piece) -> Iterator[Event]:
+        """Yield the events that add `piece` to the open block."""
 
     @abstractmethod
-    def close_block(self, status: str) -> Iterator[Event]: ...
+    def close_block(self, status: str) -> Iterator[Event]:
+        """Yield the events that end the open block."""

@@ -1,4 +1,4 @@
-"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API of conversations."""
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's chat API."""
 
 from __future__ import annotations
 
@@ -15,21 +15,42 @@ from ..api.chat import Chat
 from ..api.translation import renamed, sse
 from ..errors import anthropic_error_body, client_left, error_body
 from ..http.body import read_json_object
-from ..http.streaming import EventStream, run_until_disconnect
+from ..http.route_docs import (
+    BODY_ERRORS,
+    GENERATION_ERRORS,
+    INTEGER,
+    OBJECTS,
+    AnthropicError,
+    answers,
+    errors,
+    json_body,
+    json_object,
+)
+from ..http.sse import EventStream, run_until_disconnect
 from ..requests.chat_prompt import check_chat, encode_chat
 from ..requests.state import state_of
 from .messages_body import CountTokensBody, MessagesBody, check_body, names_of
 from .messages_events import PING, MessageWriter
 
-router = APIRouter()
+router = APIRouter(tags=["messages"], responses=errors(401, 500, model=AnthropicError))
+
+_MESSAGE = json_object("id", "type", "role", "content", "stop_reason", "usage", content=OBJECTS)
 
 
-@router.post("/v1/messages", response_model=None)
+@router.post(
+    "/v1/messages",
+    response_model=None,
+    openapi_extra=json_body(MessagesBody),
+    responses={
+        **answers(_MESSAGE, stream=True),
+        **errors(*GENERATION_ERRORS, model=AnthropicError),
+    },
+)
 async def create_message(request: Request) -> Response:
-    """Answer a conversation: whole, or as a stream of typed events."""
+    """Answer a conversation, whole or as a stream of typed events."""
     state = state_of(request)
     request_id = request.state.request_id
-    with refusals_counted(state):
+    with refusals_counted(state.metrics):
         fields = await read_json_object(request)
         body, chat_body, ignored = check_body(MessagesBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
@@ -59,9 +80,17 @@ async def create_message(request: Request) -> Response:
     return client_left() if message is None else JSONResponse(message, headers=headers)
 
 
-@router.post("/v1/messages/count_tokens", response_model=None)
+@router.post(
+    "/v1/messages/count_tokens",
+    response_model=None,
+    openapi_extra=json_body(CountTokensBody),
+    responses={
+        **answers(json_object("input_tokens", input_tokens=INTEGER)),
+        **errors(*BODY_ERRORS, model=AnthropicError),
+    },
+)
 async def count_tokens(request: Request) -> Response:
-    """The number of tokens that a conversation has as a prompt."""
+    """Count the tokens of a conversation as a prompt."""
     state = state_of(request)
     fields = await read_json_object(request)
     body, chat, ignored = check_body(CountTokensBody, fields, strict=state.settings.strict)

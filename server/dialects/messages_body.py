@@ -1,4 +1,4 @@
-"""A body of POST /v1/messages, and how it reads as a chat."""
+"""The body of POST /v1/messages, and its translation to a chat completion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from ..requests.field_types import Fields
 from ..requests.protocol import MAX_MESSAGES, ChatBody, check_types, path_of
 from ..requests.unsupported import refuse_unsupported
 
-MAX_USER_ID = 512  # characters
+MAX_USER_ID = 512
+"""Maximum characters of `metadata.user_id`."""
 
 NAMES = {
     "messages": "messages",
@@ -36,7 +37,7 @@ NAMES = {
     ".function.parameters": ".input_schema",
     ".function.": ".",
 }
-"""What fields of the chat are called here."""
+"""Fields of the chat and their names in this API; see `renamed`."""
 
 ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "compaction": (),
@@ -48,7 +49,7 @@ ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "speed": ("standard",),
     "thread": (),
 }
-"""Fields of the API that are refused, and the values that ask for nothing."""
+"""Unsupported fields of this API, and the values that are accepted since they ask for nothing."""
 
 
 class Metadata(Fields):
@@ -73,7 +74,7 @@ class ToolChoice(Fields):
 
 
 class CacheControl(Fields):
-    """Every prefix is cached, so that this changes nothing."""
+    """Accepted without effect, since every prefix is cached."""
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
@@ -146,6 +147,7 @@ BLOCKS: dict[str, dict[str, type[Fields]]] = {
     "user": {"text": TextBlock, "tool_result": ToolResultBlock},
     "assistant": {"text": TextBlock, "thinking": ThinkingBlock, "tool_use": ToolUseBlock},
 }
+"""The types of blocks in a message, by its role."""
 
 Checked = TypeVar("Checked", bound=Fields)
 Body = TypeVar("Body", bound=CountTokensBody)
@@ -154,9 +156,9 @@ Body = TypeVar("Body", bound=CountTokensBody)
 def check_body(
     model: type[Body], fields: dict[str, Any], *, strict: bool
 ) -> tuple[Body, ChatBody, list[str]]:
-    """The typed body, the chat that it asks for, and its unknown fields.
+    """Return the typed body, the chat that it asks for, and its unknown fields.
 
-    Raises InvalidRequestError naming the field.
+    Raises InvalidRequestError, which names the field.
     """
     body, ignored = check_types(model, refuse_unsupported(fields, ASKS_FOR_NOTHING), strict=strict)
     reader = _Reader(strict)
@@ -177,7 +179,7 @@ def check_body(
         **_tool_fields(body),
         "messages": messages,
         "stream": True,
-        # An answer whose beginning is given.
+        # A last message of the assistant is the beginning of the answer.
         "continue_final_message": last["role"] == "assistant" and "tool_calls" not in last,
         "response_format": _chat_format(body.output_config),
     }
@@ -185,20 +187,20 @@ def check_body(
 
 
 def _user(metadata: Metadata | None) -> str | None:
-    """A label as short as a chat's, of whatever length the API takes here."""
+    """Hash the user id, since a chat's `user` must be shorter than what this API accepts."""
     if metadata is None or not metadata.user_id:
         return None
     return hashlib.sha256(metadata.user_id.encode()).hexdigest()
 
 
 def names_of(body: CountTokensBody) -> dict[str, str]:
-    """NAMES for this body: what decides about the effort is the field to name."""
+    """Return NAMES for this body: errors about the effort name the field that decided it."""
     disabled = body.thinking is not None and body.thinking.type == "disabled"
     return {**NAMES, "reasoning_effort": "thinking"} if disabled else NAMES
 
 
 class _Reader:
-    """Reads messages of blocks into a transcript; `ignored` are the unknown fields on the way."""
+    """Reads messages into a transcript and collects their unknown fields in `ignored`."""
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
@@ -206,29 +208,31 @@ class _Reader:
         self.ignored: list[str] = []
 
     def check(self, model: type[Checked], fields: dict[str, Any], where: Path) -> Checked:
+        """Validate `fields`, which are at `where`. Raises InvalidRequestError."""
         checked, ignored = check_types(model, fields, strict=self._strict, within=where)
         self.ignored += ignored
         return checked
 
     def texts(self, value: Any, where: Path) -> list[dict[str, str]]:
-        """A content of text alone, as the chat has it."""
+        """Return content that may only be text as text parts of the chat."""
         blocks = self._blocks(value, where, {"text": TextBlock})
         return [{"type": "text", "text": block.text} for block in blocks]
 
     def read(self, message: MessageParam, where: Path) -> None:
+        """Add a message to the transcript. Raises InvalidRequestError."""
         where = (*where, "content")
         transcript = self.transcript
         blocks = self._blocks(message.content, where, BLOCKS[message.role])
         if not blocks:
             param = path_of(where)
-            raise InvalidRequestError(f"{param}: has no block", param)
+            raise InvalidRequestError(f"{param}: must have at least one block", param)
         for index, block in enumerate(blocks):
             match block:
                 case TextBlock():
                     if index and isinstance(blocks[index - 1], TextBlock):
-                        continue  # read with the first of its row
-                    row = takewhile(lambda other: isinstance(other, TextBlock), blocks[index:])
-                    content = [{"type": "text", "text": other.text} for other in row]
+                        continue  # read together with the first text of its run
+                    run = takewhile(lambda other: isinstance(other, TextBlock), blocks[index:])
+                    content = [{"type": "text", "text": other.text} for other in run]
                     if message.role == "user":
                         transcript.add("user", content)
                     else:
@@ -245,7 +249,7 @@ class _Reader:
                     transcript.add("tool", content, tool_call_id=block.tool_use_id)
 
     def _blocks(self, value: Any, where: Path, models: Mapping[str, type[Any]]) -> list[Any]:
-        """The typed blocks of a content; a string is a block of text."""
+        """Return the typed blocks of a message's content; a string is one block of text."""
         if isinstance(value, str):
             return [TextBlock(type="text", text=value)]
         blocks = []

@@ -1,4 +1,4 @@
-"""The answer of POST /v1/messages, written from a chat's choices: its object and its events."""
+"""The answer of POST /v1/messages: the message and its events, written from a chat's choices."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..api.chat import Chat
 from ..api.translation import BlockWriter, Event, Piece
 
 PING: Event = {"type": "ping"}
+"""The event that keeps silent connections open."""
 _DELTA_OF = {
     "text": ("text_delta", "text"),
     "reasoning": ("thinking_delta", "thinking"),
@@ -21,7 +22,7 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 
 
 class MessageWriter(BlockWriter):
-    """Makes `message`, the object, as the chat goes on, and the events that tell of it."""
+    """Builds `message` while the chat runs, and the events that report its progress."""
 
     def __init__(self, message_id: str, model: str) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class MessageWriter(BlockWriter):
         self._texts: list[str] = []
 
     async def events(self, chat: Chat) -> AsyncGenerator[Event, None]:
-        """Run `chat` and tell of it, from the first event to the last. Raises QuireError."""
+        """Run `chat` and yield all events, from the first to the last. Raises QuireError."""
         message = self.message
         begun = False
         async with aclosing(chat.choices()) as choices:
@@ -81,8 +82,8 @@ class MessageWriter(BlockWriter):
     def close_block(self, status: str) -> Iterator[Event]:
         block, text = self._block, "".join(self._texts)
         if self._kind == "call":
-            # Arguments that max_tokens has cut are read as far as they go, as Anthropic's clients
-            # read them from a stream.
+            # If max_tokens has cut the arguments, read them as far as they go, as Anthropic's
+            # clients do in a stream.
             block["input"] = from_json(text, allow_partial=True) if text else {}
         else:
             block[_DELTA_OF[self._kind][1]] = text
@@ -101,7 +102,7 @@ def _stop(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
-    """Tokens that were found in the cache count apart."""
+    """Convert the usage; cached tokens are reported separately."""
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
         "input_tokens": usage["prompt_tokens"] - cached,

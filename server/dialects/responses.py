@@ -1,4 +1,4 @@
-"""POST /v1/responses, and what can be asked of a response later."""
+"""POST /v1/responses, and the endpoints of stored responses."""
 
 from __future__ import annotations
 
@@ -14,41 +14,56 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from ...engine.errors import InvalidRequestError, RequestTimeoutError
-from ..api.answers import ignored_header, refusals_counted
+from ..api.answers import DELETED, ignored_header, refusals_counted
 from ..api.chat import Chat
 from ..api.translation import Event, renamed, sse
 from ..errors import client_left
 from ..http.body import read_json_object
-from ..http.responses_store import Key, Running, Stored
-from ..http.streaming import EventStream, log_failure, run_until_disconnect
+from ..http.responses_store import Key, ResponseStore, Running, Stored
+from ..http.route_docs import (
+    GENERATION_ERRORS,
+    OBJECTS,
+    answers,
+    errors,
+    json_body,
+    json_object,
+)
+from ..http.sse import EventStream, log_failure, run_until_disconnect
 from ..requests.state import ServerState, state_of
 from .responses_body import NAMES, ResponseBody, chat_of, check_body, items_of
 from .responses_events import ResponseWriter
 
-router = APIRouter()
+router = APIRouter(tags=["responses"])
+
+_RESPONSE = json_object("id", "object", "status", "output", "usage", output=OBJECTS)
 
 
-@router.post("/v1/responses", response_model=None)
+@router.post(
+    "/v1/responses",
+    response_model=None,
+    openapi_extra=json_body(ResponseBody),
+    responses={**answers(_RESPONSE, stream=True), **errors(*GENERATION_ERRORS)},
+)
 async def create_response(request: Request) -> Response:
-    """Answer a conversation: whole, as a stream of typed events, or in the background."""
+    """Answer a conversation, whole, as a stream of typed events, or in the background."""
     state = state_of(request)
-    with refusals_counted(state):
+    with refusals_counted(state.metrics):
         fields = await read_json_object(request)
         body, ignored = check_body(fields, strict=state.settings.strict)
         state.check_model(body.model)
         previous = body.previous_response_id or ""
         if (answer := state.siblings.forward(request, previous)) is not None:
             return answer
-        job = await _Job.start(state, request, body)
-    headers = ignored_header(ignored + job.ignored)
+        run = await _ResponseRun.start(state, request, body)
+    headers = ignored_header(ignored + run.ignored)
     if body.background:
-        state.responses.run(job.key, job.writer.response, job.run_in_background())
-        return JSONResponse(job.writer.response, headers=headers)
-    ticket, deadline = job.chat.ticket, job.chat.job.deadline
+        state.responses.run(run.key, run.writer.response, run.run_in_background())
+        return JSONResponse(run.writer.response, headers=headers)
+    ticket, deadline = run.chat.ticket, run.chat.job.deadline
     if body.stream:
         return EventStream(
-            job.stream(),
-            on_failure=lambda error: [sse(event) for event in job.fail(error)],
+            run.stream(),
+            on_failure=lambda error: [sse(event) for event in run.fail(error)],
             on_close=ticket.close,
             request_id=request.state.request_id,
             deadline=deadline,
@@ -58,13 +73,17 @@ async def create_response(request: Request) -> Response:
             end=b"",
         )
     with ticket:
-        response = await run_until_disconnect(request.receive, job.collect(), deadline)
+        response = await run_until_disconnect(request.receive, run.collect(), deadline)
     return client_left() if response is None else JSONResponse(response, headers=headers)
 
 
-@router.get("/v1/responses/{response_id}", response_model=None)
+@router.get(
+    "/v1/responses/{response_id}",
+    response_model=None,
+    responses={**answers(_RESPONSE), **errors(400, 404)},
+)
 async def get_response(request: Request, response_id: str) -> Response:
-    """A stored response, or one that runs in the background."""
+    """Return a stored response, or one that runs in the background."""
     if request.query_params.get("stream", "false") != "false":
         raise InvalidRequestError("stream: a stored response cannot be streamed", "stream")
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
@@ -72,23 +91,31 @@ async def get_response(request: Request, response_id: str) -> Response:
     return JSONResponse(_found(request, response_id).response)
 
 
-@router.post("/v1/responses/{response_id}/cancel", response_model=None)
+@router.post(
+    "/v1/responses/{response_id}/cancel",
+    response_model=None,
+    responses={**answers(_RESPONSE), **errors(400, 404)},
+)
 async def cancel_response(request: Request, response_id: str) -> Response:
-    """End a response that runs in the background; one that ended stays as it is."""
+    """Cancel a response that runs in the background; one that has ended stays as it is."""
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
         return answer
     response = _found(request, response_id).response
     if not response["background"]:
         raise InvalidRequestError(
-            "only a response that was created with background can be cancelled", "response_id"
+            "only a response that was created with `background` can be cancelled", "response_id"
         )
     await state_of(request).responses.cancel(_key(request, response_id))
     return JSONResponse(response)
 
 
-@router.delete("/v1/responses/{response_id}", response_model=None)
+@router.delete(
+    "/v1/responses/{response_id}",
+    response_model=None,
+    responses={**answers(DELETED), **errors(400, 404)},
+)
 async def delete_response(request: Request, response_id: str) -> Response:
-    """Forget a stored response; one that runs in the background ends."""
+    """Forget a response; if it runs in the background, cancel it."""
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
         return answer
     _found(request, response_id)
@@ -107,12 +134,12 @@ def _found(request: Request, response_id: str) -> Stored | Running:
     return found
 
 
-class _Job:
-    """One admitted response on its way."""
+class _ResponseRun:
+    """One admitted response while it is generated."""
 
     def __init__(
         self,
-        state: ServerState,
+        responses: ResponseStore,
         key: Key,
         chat: Chat,
         writer: ResponseWriter,
@@ -124,25 +151,25 @@ class _Job:
         self.chat = chat
         self.writer = writer
         self.ignored = ignored
-        self._state = state
+        self._responses = responses
         self._items = items
         self._request_id = request_id
 
     @classmethod
-    async def start(cls, state: ServerState, request: Request, body: ResponseBody) -> _Job:
-        """Raises QuireError where the response is refused."""
+    async def start(cls, state: ServerState, request: Request, body: ResponseBody) -> _ResponseRun:
+        """Admit the response. Raises QuireError if it is refused."""
         key = _key(request, f"resp_{uuid.uuid4().hex}{state.siblings.suffix}")
-        store = _is_stored(state, body)
+        store = _is_stored(body, enabled=state.responses.enabled)
         previous = _previous(request, body.previous_response_id)
         chat_body, ignored = chat_of(body, previous, strict=state.settings.strict)
         with renamed(NAMES):
             chat = await Chat.start(state, chat_body, key[1], request.state.request_id, key[0])
         writer = ResponseWriter(key[1], state.model_name, body, store=store)
         items = [*previous, *items_of(body)]
-        return cls(state, key, chat, writer, items, ignored, request.state.request_id)
+        return cls(state.responses, key, chat, writer, items, ignored, request.state.request_id)
 
     async def _events(self) -> AsyncGenerator[Event, None]:
-        """All events; the response is stored before the last one is told."""
+        """Yield all events, storing the response before the last one."""
         async with aclosing(self.writer.events(self.chat)) as events:
             async for event in events:
                 if self.writer.ended:
@@ -150,24 +177,26 @@ class _Job:
                 yield event
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
+        """Run to the end and yield all events, encoded. Raises QuireError."""
         async with aclosing(self._events()) as events:
             async for event in events:
                 yield sse(event)
 
     async def collect(self) -> dict[str, Any]:
+        """Run to the end and return the response. Raises QuireError."""
         async with aclosing(self._events()) as events:
             async for _ in events:
                 pass
         return self.writer.response
 
     def fail(self, error: Exception) -> list[Event]:
-        """The last events of a response that failed."""
+        """End the response as failed, store it, and return its last events."""
         events = list(self.writer.fail(error, self._request_id))
         self._store()
         return events
 
     async def run_in_background(self) -> None:
-        """Run to an end, whatever it is, and store it."""
+        """Run to the end and store the response, whether it completes, fails or is cancelled."""
         deadline = self.chat.job.deadline
         left = None if deadline is None else deadline - time.monotonic()
         try:
@@ -187,23 +216,26 @@ class _Job:
     def _store(self) -> None:
         response = self.writer.response
         if response["store"]:
-            self._state.responses.add(self.key, response, self._items + response["output"])
+            self._responses.add(self.key, response, self._items + response["output"])
 
 
-def _is_stored(state: ServerState, body: ResponseBody) -> bool:
-    """Raises InvalidRequestError where the request asks for what this server does not keep."""
-    if not state.responses.enabled and (body.store or body.background):
+def _is_stored(body: ResponseBody, *, enabled: bool) -> bool:
+    """Decide whether the response will be stored; `enabled` is whether the server stores any.
+
+    Raises InvalidRequestError for combinations of fields that cannot be served.
+    """
+    if not enabled and (body.store or body.background):
         name = "background" if body.background else "store"
-        raise InvalidRequestError(f"{name}: this server stores no responses", name)
+        raise InvalidRequestError(f"{name}: this server does not store responses", name)
     if body.background and body.store is False:
-        raise InvalidRequestError("background needs store", "background")
+        raise InvalidRequestError("background: needs store", "background")
     if body.background and body.stream:
-        raise InvalidRequestError("background cannot be streamed", "background")
-    return state.responses.enabled and body.store is not False
+        raise InvalidRequestError("background: cannot be combined with stream", "background")
+    return enabled and body.store is not False
 
 
 def _previous(request: Request, response_id: str | None) -> list[dict[str, Any]]:
-    """The items of the conversation that goes on. Raises InvalidRequestError."""
+    """Return the items of the conversation to continue. Raises InvalidRequestError."""
     if response_id is None:
         return []
     found = state_of(request).responses.find(_key(request, response_id))

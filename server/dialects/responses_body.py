@@ -1,4 +1,4 @@
-"""A body of POST /v1/responses, and how it reads as a chat."""
+"""The body of POST /v1/responses, and its translation to a chat completion."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ..requests.field_types import Fields, Label
 from ..requests.protocol import ChatBody, check_types
 from ..requests.unsupported import refuse_unsupported
 
-MAX_METADATA = 16
+MAX_METADATA = 16  # entries
 MAX_METADATA_KEY = 64  # characters
-MAX_METADATA_VALUE = 512
+MAX_METADATA_VALUE = 512  # characters
 Include = Literal["message.output_text.logprobs"]
 
 NAMES = {
@@ -35,7 +35,7 @@ NAMES = {
     "reasoning_effort": "reasoning.effort",
     ".function.": ".",
 }
-"""What fields of the chat are called here."""
+"""Fields of the chat and their names in this API; see `renamed`."""
 
 ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "conversation": (),
@@ -46,7 +46,7 @@ ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
 }
-"""Fields of the API that are refused, and the values that ask for nothing."""
+"""Unsupported fields of this API, and the values that are accepted since they ask for nothing."""
 
 
 def _check_input(value: Any) -> str | list[dict[str, Any]]:
@@ -63,15 +63,15 @@ def _check_metadata(value: Any) -> dict[str, str] | None:
     if not isinstance(value, dict) or not set(map(type, value.values())) <= {str}:
         raise ValueError("must be an object of strings")
     if len(value) > MAX_METADATA:
-        raise ValueError(f"has more than {MAX_METADATA} entries")
+        raise ValueError(f"must have at most {MAX_METADATA} entries")
     if any(len(key) > MAX_METADATA_KEY or len(value[key]) > MAX_METADATA_VALUE for key in value):
         raise ValueError(
-            f"keys may have {MAX_METADATA_KEY} characters, values {MAX_METADATA_VALUE}"
+            f"keys must have at most {MAX_METADATA_KEY} characters, values {MAX_METADATA_VALUE}"
         )
     return value
 
 
-class StreamOptions(Fields):
+class ResponseStreamOptions(Fields):
     include_obfuscation: Literal[False] | None = None
 
 
@@ -92,7 +92,7 @@ class ResponseBody(ConversationBody):
     previous_response_id: str | None = None
     max_output_tokens: Any = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     background: bool | None = None
     store: bool | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
@@ -159,10 +159,11 @@ ITEMS: dict[str, type[Fields]] = {
     "function_call_output": FunctionCallOutputItem,
     "reasoning": ReasoningItem,
 }
+"""The types of items in a conversation."""
 
 
 def check_body(fields: dict[str, Any], *, strict: bool) -> tuple[ResponseBody, list[str]]:
-    """The typed body and its unknown fields. Raises InvalidRequestError."""
+    """Return the typed body and its unknown fields. Raises InvalidRequestError."""
     fields = refuse_unsupported(fields, ASKS_FOR_NOTHING)
     body, ignored = check_types(ResponseBody, fields, strict=strict)
     for index, tool in enumerate(body.tools or ()):
@@ -170,12 +171,12 @@ def check_body(fields: dict[str, Any], *, strict: bool) -> tuple[ResponseBody, l
             raise unsupported_type(tool.get("type"), ("tools", index))
         ignored += check_types(FunctionTool, tool, strict=strict, within=("tools", index))[1]
     if body.stream_options is not None and not body.stream:
-        raise InvalidRequestError("stream_options needs stream", "stream_options")
+        raise InvalidRequestError("stream_options: needs stream", "stream_options")
     return body, ignored
 
 
 def items_of(body: ResponseBody) -> list[dict[str, Any]]:
-    """The input as items."""
+    """Return the input as items; a string is one message of the user."""
     if isinstance(body.input, str):
         return [{"type": "message", "role": "user", "content": body.input}]
     items: list[dict[str, Any]] = body.input
@@ -185,8 +186,10 @@ def items_of(body: ResponseBody) -> list[dict[str, Any]]:
 def chat_of(
     body: ResponseBody, previous: Sequence[dict[str, Any]], *, strict: bool
 ) -> tuple[ChatBody, list[str]]:
-    """The chat that continues the items of `previous` with the body's, and the unknown fields of
-    the latter. Raises InvalidRequestError."""
+    """Return the chat of the items of `previous` and of `body`, and the unknown fields in `body`.
+
+    Raises InvalidRequestError.
+    """
     transcript = Transcript()
     if body.instructions:
         transcript.add("system", body.instructions)
@@ -217,7 +220,7 @@ def chat_of(
 def _read(
     transcript: Transcript, fields: dict[str, Any], where: Path, *, strict: bool
 ) -> list[str]:
-    """Add an item to the transcript; its unknown fields. Raises InvalidRequestError."""
+    """Add an item to the transcript and return its unknown fields. Raises InvalidRequestError."""
     kind = fields.get("type", "message")
     model = ITEMS.get(kind) if isinstance(kind, str) else None
     if model is None:
@@ -235,7 +238,7 @@ def _read(
             content = content_of(item.output, (*where, "output"), "input_text")
             transcript.add("tool", content, tool_call_id=item.call_id)
         case ReasoningItem():
-            # The reasoning itself where it was kept, else its summary.
+            # Read the reasoning itself if the item has it, and its summary otherwise.
             parts = texts_of(item.content or [], (*where, "content"), "reasoning_text")
             parts = parts or texts_of(item.summary or [], (*where, "summary"), "summary_text")
             transcript.add_reasoning("\n".join(part["text"] for part in parts))

@@ -1,4 +1,4 @@
-"""The answer of POST /v1/responses, written from a chat's choices: its object and its events."""
+"""The answer of POST /v1/responses: the response and its events, written from a chat's choices."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _EVENTS_OF = {
 
 
 class ResponseWriter(BlockWriter):
-    """Makes `response`, the object, as the chat goes on, and the events that tell of it.
+    """Builds `response` while the chat runs, and the events that report its progress.
 
-    The object's output grows by whole items; it is always what GET answers.
+    Its output grows by whole items, so GET may return it at any time.
     """
 
     def __init__(self, response_id: str, model: str, body: ResponseBody, *, store: bool) -> None:
@@ -38,7 +38,7 @@ class ResponseWriter(BlockWriter):
         self._logprobs: list[dict[str, Any]] = []
 
     async def events(self, chat: Chat) -> AsyncGenerator[Event, None]:
-        """Run `chat` and tell of it, from the first event to the last. Raises QuireError."""
+        """Run `chat` and yield all events, from the first to the last. Raises QuireError."""
         params = chat.job.requests[0].sampling_params
         self.response.update(
             status="in_progress", temperature=params.temperature, top_p=params.top_p
@@ -61,7 +61,7 @@ class ResponseWriter(BlockWriter):
 
     def _finish(self, status: str) -> Iterator[Event]:
         response = self.response
-        if self._open is None and not response["output"]:  # clients look for a message
+        if self._open is None and not response["output"]:  # clients expect a message
             self._open = ("text", 0)
             yield from self.open_block(Piece("text", ""))
         yield from self.close(status)
@@ -70,7 +70,7 @@ class ResponseWriter(BlockWriter):
         yield self._end(status)
 
     def fail(self, error: Exception, request_id: str) -> Iterator[Event]:
-        """The last events of a response that failed."""
+        """Yield the last events of a response that failed with `error`."""
         body = error_body(error, request_id)["error"]
         message = f"{body['code']}: {body['message']}"
         self.response["error"] = {"code": "server_error", "message": message}
@@ -78,7 +78,7 @@ class ResponseWriter(BlockWriter):
         yield self._end("failed")
 
     def cancel(self) -> None:
-        """The response was cancelled; there are no events that tell of it."""
+        """End the response as cancelled; this has no event."""
         self._end("cancelled")
 
     def _end(self, status: str) -> Event:
@@ -129,8 +129,11 @@ class ResponseWriter(BlockWriter):
         return {**part, "logprobs": self._logprobs} if self._show_logprobs else part
 
     def _event(self, kind: str, *, content: bool = False, **fields: Any) -> Event:
-        """An event with its number, and with the place that it is about: the open item, or its
-        `content`."""
+        """Make an event with the next number and the indices of what it is about.
+
+        That is the response if `fields` has one, and otherwise the open item, or its content if
+        `content` is true.
+        """
         event: Event = {"type": kind, "sequence_number": self._sequence_number}
         self._sequence_number += 1
         if "response" not in fields:

@@ -1,47 +1,54 @@
-"""API keys. Which key a route asks for is decided by the route, never by a path or a Host header.
+"""API keys. Each route declares the key it needs; paths and Host headers never decide it.
 
-Open without a key: /, /health, /ready, /version and /metrics (probes and scrapers carry none, and
-they tell nothing of a request's content). Everything else asks for a client's or the admin key
-once one is configured; admin routes ask for the admin key and are refused where there is none.
-The debug view asks for the admin key, or is open where no key at all is configured. A key comes as
-`Authorization: Bearer KEY`, or as `x-api-key: KEY`, which Anthropic's clients send.
+/, /health, /ready, /version and /metrics need no key: probes and scrapers send none, and these
+routes reveal nothing of any request's content. All other routes need a client's key or the admin
+key if client keys are configured. Admin routes need the admin key and are refused if none is
+configured. The debug view needs the admin key unless no keys are configured at all. A key is sent
+as `Authorization: Bearer KEY`, or as `x-api-key: KEY` by Anthropic's clients.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Callable
 
-from starlette.requests import Request
+from fastapi.security import HTTPBearer
+from starlette.requests import HTTPConnection
 
 from ...engine.errors import AuthenticationError
 from ..settings import Settings
 
 
 class Keys:
-    """Digests of the configured keys, compared in constant time whatever the length sent."""
+    """The configured keys as digests, so that comparing takes the same time for any length."""
 
     def __init__(self, settings: Settings) -> None:
         self._admin = [_digest(settings.admin_api_key)] if settings.admin_api_key else []
         self._client = [_digest(key) for key in settings.api_key]
 
-    def check_client(self, request: Request) -> None:
-        """Raises AuthenticationError unless a client's or the admin key came, or none is set."""
+    def check_client(self, request: HTTPConnection) -> None:
+        """Raise AuthenticationError unless the request has a client's or the admin key.
+
+        Accept every request if no client keys are configured.
+        """
         if self._client:
             _check(request, self._client + self._admin)
 
-    def check_admin(self, request: Request) -> None:
-        """Raises AuthenticationError unless the admin key came; always where none is set."""
+    def check_admin(self, request: HTTPConnection) -> None:
+        """Raise AuthenticationError unless the request has the admin key."""
         _check(request, self._admin)
 
-    def check_debug(self, request: Request) -> None:
-        """As `check_admin`, but open where the server has no keys at all."""
+    def check_debug(self, request: HTTPConnection) -> None:
+        """Like `check_admin`, but accept every request if no keys are configured at all."""
         if self._admin or self._client:
             _check(request, self._admin)
 
-    def owner(self, request: Request) -> bytes:
-        """Tells the holders of different keys apart: the digest of the key that let `request` in,
-        or nothing where the server has none."""
+    def owner(self, request: HTTPConnection) -> bytes:
+        """Return the digest of the key that `request` was accepted for, to identify its holder.
+
+        Empty if no client keys are configured.
+        """
         if not self._client:
             return b""
         accepted = (*self._client, *self._admin)
@@ -52,8 +59,8 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _check(request: Request, accepted: list[bytes]) -> None:
-    # Every key is compared, so that the time does not tell which one came close.
+def _check(request: HTTPConnection, accepted: list[bytes]) -> None:
+    # Compare with every key, so that the time does not reveal which one came close.
     matches = [
         hmac.compare_digest(sent, digest)
         for sent in map(_digest, _sent(request))
@@ -63,8 +70,8 @@ def _check(request: Request, accepted: list[bytes]) -> None:
         raise AuthenticationError("the API key is missing or wrong")
 
 
-def _sent(request: Request) -> list[str]:
-    """The keys that came, at most two."""
+def _sent(request: HTTPConnection) -> list[str]:
+    """Return the keys in the headers of `request`, at most two."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     keys = [key.strip()] if scheme.lower() == "bearer" else []
     if "x-api-key" in request.headers:
@@ -72,13 +79,17 @@ def _sent(request: Request) -> list[str]:
     return keys
 
 
-async def require_client_key(request: Request) -> None:
-    request.app.state.quire.keys.check_client(request)
+class KeyRequired(HTTPBearer):
+    """A route dependency that runs `check`; FastAPI documents it as a bearer token."""
+
+    def __init__(self, check: Callable[[Keys, HTTPConnection], None]) -> None:
+        super().__init__(scheme_name="key", auto_error=False)
+        self._check = check
+
+    async def __call__(self, request: HTTPConnection) -> None:
+        self._check(request.app.state.quire.keys, request)
 
 
-async def require_admin_key(request: Request) -> None:
-    request.app.state.quire.keys.check_admin(request)
-
-
-async def require_debug_key(request: Request) -> None:
-    request.app.state.quire.keys.check_debug(request)
+require_client_key = KeyRequired(Keys.check_client)
+require_admin_key = KeyRequired(Keys.check_admin)
+require_debug_key = KeyRequired(Keys.check_debug)

@@ -1,9 +1,9 @@
-"""Reading a JSON body strictly.
+"""Strict reading of JSON bodies.
 
-Refused with 400: anything but UTF-8, `NaN`, `Infinity`, numbers beyond a double, duplicate keys,
-lone surrogates, nesting deeper than MAX_NESTING, more than MAX_VALUES values or MAX_MEMBERS members
-of objects, and any top level but an object. A content type
-other than JSON is 415.
+The following is refused with 400: anything but UTF-8, `NaN`, `Infinity`, numbers beyond a double,
+duplicate keys, lone surrogates, nesting deeper than MAX_NESTING, more than MAX_VALUES values or
+MAX_MEMBERS object members, and a top level that is not an object. A content type other than JSON
+is refused with 415.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from starlette.requests import Request
 from ...engine.errors import InvalidRequestError
 
 MAX_NESTING = 64
+"""Maximum depth of arrays and objects."""
 MAX_VALUES = 1_000_000
-"""Most commas in a body: parsing so many numbers takes the interpreter lock for 70 ms."""
+"""Maximum commas in a body: parsing so many numbers holds the interpreter lock for 70 ms."""
 MAX_MEMBERS = 50_000
-"""Most members of all objects together: each costs microseconds of validation, on the loop."""
-_LARGE_BODY = 64 * 1024  # above it, parsing would be felt by other requests' streams
+"""Maximum members of all objects: validating each takes microseconds on the event loop."""
+_LARGE_BODY = 64 * 1024  # bytes; parsing more on the event loop would delay other streams
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 async def read_json_object(request: Request) -> dict[str, Any]:
-    """The body of `request` as a dict. Raises InvalidRequestError, or HTTPException 413 and 415."""
+    """Read the body of `request`. Raises InvalidRequestError, or HTTPException for 413 and 415."""
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise HTTPException(415, "the content type must be application/json")
@@ -39,7 +40,7 @@ async def read_json_object(request: Request) -> dict[str, Any]:
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
-    """Parse strictly; raises InvalidRequestError."""
+    """Parse a JSON object strictly. Raises InvalidRequestError."""
     if body.count(b",") > MAX_VALUES:
         raise InvalidRequestError(f"the body has more than {MAX_VALUES} values")
     num_members = 0
@@ -48,7 +49,7 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         nonlocal num_members
         num_members += len(pairs)
         if num_members > MAX_MEMBERS:
-            raise InvalidRequestError(f"the body has more than {MAX_MEMBERS} members of objects")
+            raise InvalidRequestError(f"the body has more than {MAX_MEMBERS} object members")
         return _unique_keys(pairs)
 
     try:
@@ -62,7 +63,7 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         raise InvalidRequestError("the body is not UTF-8") from error
     except RecursionError as error:
         raise _too_deep() from error
-    except ValueError as error:  # syntax, and integers of thousands of digits
+    except ValueError as error:  # bad syntax, or an integer of thousands of digits
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InvalidRequestError("the body must be a JSON object")
@@ -72,7 +73,7 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise InvalidRequestError("the body has a lone surrogate") from error
+            raise InvalidRequestError("the body contains a lone surrogate") from error
     return value
 
 
@@ -88,7 +89,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise InvalidRequestError(f"the body has {name}, which is not JSON")
+    raise InvalidRequestError(f"the body contains {name}, which is not JSON")
 
 
 def _finite(text: str) -> float:

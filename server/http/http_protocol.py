@@ -1,7 +1,8 @@
-"""uvicorn's h11 protocol with the guards that it lacks: slow senders, header floods, our errors.
+"""uvicorn's h11 protocol with the guards that it lacks: slow senders, too many headers, our errors.
 
-uvicorn bounds the size of the headers (`h11_max_incomplete_event_size`) and the idle time between
-two requests of a connection, and nothing else.
+uvicorn itself limits only the size of the headers (`h11_max_incomplete_event_size`) and the idle
+time between two requests of a connection. Behind a reverse proxy that limits the rest, these
+guards are not needed.
 """
 
 from __future__ import annotations
@@ -17,18 +18,22 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..errors import http_error_response
 
 MAX_HEADER_BYTES = 64 * 1024
+"""Maximum size of a request's headers."""
 MAX_HEADERS = 100
+"""Maximum number of a request's headers."""
 HEAD_SECONDS = 10.0
-"""From the connection's start, or a later request's first byte, to the end of its headers."""
+"""Maximum time for the headers, from the start of the connection or the first byte of a later
+request."""
 BODY_SECONDS = 20.0
+"""How often the progress of a body is checked."""
 MIN_BODY_BYTES = 16 * 1024
-"""A body must bring this much in each span of BODY_SECONDS, or end."""
+"""Minimum bytes of a body that must arrive in each span of BODY_SECONDS, unless it ends."""
 
 
 class _Connection(h11.Connection):
-    """h11, with a short cut for what a stream sends most: a part of a chunked body.
+    """h11 with a fast path for what streams send most: one chunk of a chunked body.
 
-    Its state machine would find that nothing changes, and take a fifth of a streamed token's time.
+    The state machine would only find that nothing changes, at a fifth of a streamed token's time.
     """
 
     def send(self, event: Any) -> Any:
@@ -88,14 +93,14 @@ class GuardedH11Protocol(H11Protocol):
     def _on_timer(self) -> None:
         self._timer = None
         receiving_body = self.conn.their_state is h11.SEND_BODY
-        # While we do not read, the client is not to blame.
+        # If reading is paused, the client is not to blame.
         if receiving_body and (self._body_bytes >= MIN_BODY_BYTES or self.flow.read_paused):
             self._set_timer(h11.SEND_BODY, self.body_seconds)
         elif not self.transport.is_closing():
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """In the shape of all our errors; a started answer can only be cut."""
+        """Answer 400 in the shape of all our errors; if the answer has begun, just close."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not (
             self.cycle is not None and self.cycle.response_started
         ):
@@ -111,7 +116,7 @@ class GuardedH11Protocol(H11Protocol):
 
 
 class HeaderCountMiddleware:
-    """Answers 431 to a request of more than MAX_HEADERS headers."""
+    """Answers 431 to a request with more than MAX_HEADERS headers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

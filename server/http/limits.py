@@ -1,4 +1,4 @@
-"""The queue limits: what may wait, charged on arrival, before templating and tokenising."""
+"""The queue limits: how much may wait. Requests are charged on arrival, before tokenisation."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from ...engine.errors import QueueFullError, ShuttingDownError
 from ..settings import Settings
 
 LOAD_FIELDS = 3
-"""Numbers that each process counts: queued, running, queued tokens."""
+"""Counters per process: queued, running, queued tokens."""
 CHARACTERS_PER_TOKEN = 4
-"""Guess of a prompt's tokens before it is tokenised; the true count replaces it then."""
+"""Estimate that a prompt is charged by until it is tokenised and its length is known."""
 
 
 def no_loads(processes: int) -> memoryview[int]:
-    """What `processes` count that have nothing to do."""
+    """Return zeroed counters for `processes` processes."""
     return memoryview(bytearray(processes * LOAD_FIELDS * 8)).cast("q")
 
 
-class Admission:
-    """Counts the requests between arrival and first token ("queued") and after it ("running").
+class InFlight:
+    """Counts sequences from arrival to the first token ("queued") and after it ("running").
 
-    All HTTP workers count in one memory, `loads`, each in its own three numbers and at its `index`;
-    the limits hold for their sums. Only requests that arrive at two of them in the same moment may
-    both take the last place.
+    All HTTP workers share the memory `loads`, in which each one writes only the LOAD_FIELDS
+    counters at its `index`; the limits apply to the sums. Requests that arrive at two workers at
+    the same moment may both take the last place.
 
-    As many requests as the engine takes into one step are not a queue, so the limit on requests
-    is `max_num_seqs` less those that run, plus `max_num_queued_reqs`. The limit on tokens always
-    lets one request through, since otherwise a long prompt could never be served.
+    Sequences that the engine can take into the next step do not count as a queue, so up to
+    `max_num_queued_reqs` plus the free part of `max_num_seqs` may be queued. The limit on tokens
+    always admits one request; otherwise a long prompt could never be served.
     """
 
     def __init__(
@@ -43,27 +43,30 @@ class Admission:
 
     @property
     def num_queued(self) -> int:
+        """Sequences of all workers that wait for their first token."""
         return sum(self._loads[0::LOAD_FIELDS])
 
     @property
     def num_running(self) -> int:
+        """Sequences of all workers that have had their first token."""
         return sum(self._loads[1::LOAD_FIELDS])
 
     @property
     def queued_tokens(self) -> int:
+        """Prompt tokens of the queued requests of all workers, estimated or counted."""
         return sum(self._loads[2::LOAD_FIELDS])
 
     def count(self, queued: int, running: int, tokens: int) -> None:
-        """Add to what this process counts; all may be negative."""
+        """Add to the counters of this process; the arguments may be negative."""
         loads, own = self._loads, self._own
         loads[own] += queued
         loads[own + 1] += running
         loads[own + 2] += tokens
 
     def admit(self, num_sequences: int, num_characters: int, num_tokens: int = 0) -> Ticket:
-        """Charge a request whose prompts have so many characters and token ids.
+        """Charge a request for its sequences and for the characters and token ids of its prompts.
 
-        Raises QueueFullError, ShuttingDownError; nothing is charged then.
+        Raises QueueFullError or ShuttingDownError, and then charges nothing.
         """
         if self.draining:
             raise ShuttingDownError("the server is shutting down", self._settings.shutdown_timeout)
@@ -78,44 +81,44 @@ class Admission:
             too_many = self.num_queued + num_sequences > allowed and not idle
             if too_many or waiting > settings.max_num_queued_reqs:
                 raise QueueFullError(
-                    f"{max(self.num_queued, waiting)} requests are waiting, at most "
-                    f"{settings.max_num_queued_reqs} may"
+                    f"{max(self.num_queued, waiting)} requests are waiting; the limit is "
+                    f"{settings.max_num_queued_reqs}"
                 )
         limit = settings.max_num_queued_tokens
         if limit is not None and self.num_queued and self.queued_tokens + tokens > limit:
             raise QueueFullError(
-                f"{self.queued_tokens} prompt tokens are waiting, at most {limit} may"
+                f"{self.queued_tokens} prompt tokens are waiting; the limit is {limit}"
             )
         return Ticket(self, num_sequences, tokens)
 
 
 class Ticket:
-    """One request's share of the queue; a context manager that gives it back."""
+    """One request's share of the counters; a context manager that gives it back at exit."""
 
-    __slots__ = ("_admission", "_running", "_sequences", "_tokens")
+    __slots__ = ("_in_flight", "_running", "_sequences", "_tokens")
 
-    def __init__(self, admission: Admission, sequences: int, tokens: int) -> None:
-        self._admission = admission
+    def __init__(self, in_flight: InFlight, sequences: int, tokens: int) -> None:
+        self._in_flight = in_flight
         self._sequences = sequences
         self._tokens = tokens
         self._running = False
-        admission.count(sequences, 0, tokens)
+        in_flight.count(sequences, 0, tokens)
 
     def tokenised(self, tokens: int) -> None:
-        """The prompts' true number of tokens is known."""
-        self._admission.count(0, 0, tokens - self._tokens)
+        """Replace the estimate by the true number of prompt tokens."""
+        self._in_flight.count(0, 0, tokens - self._tokens)
         self._tokens = tokens
 
     def started(self) -> None:
-        """The first token came. Idempotent."""
+        """Count the request as running: its first token has come. Idempotent."""
         if not self._running:
             self._running = True
-            self._admission.count(-self._sequences, self._sequences, -self._tokens)
+            self._in_flight.count(-self._sequences, self._sequences, -self._tokens)
 
     def close(self) -> None:
-        """Idempotent."""
+        """Give the share back. Idempotent."""
         self.started()
-        self._admission.count(0, -self._sequences, 0)
+        self._in_flight.count(0, -self._sequences, 0)
         self._sequences = 0
 
     def __enter__(self) -> Ticket:

@@ -1,4 +1,4 @@
-"""Pure ASGI layers around every route: the request id, the body limit, the HTTP metrics."""
+"""ASGI middleware around every route: the request id, the body limit, the HTTP metrics."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 
 def is_sane_request_id(value: str) -> bool:
-    """1 to 128 letters, digits and `._:-`: safe in a header and in a line of a log."""
+    """Check for 1 to 128 letters, digits and `._:-`, which are safe in headers and log lines."""
     return _SANE_REQUEST_ID.fullmatch(value) is not None
 
 
 class RequestIdMiddleware:
-    """Sets `request.state.request_id` and the header x-request-id of the answer.
+    """Sets `request.state.request_id` and the answer's header x-request-id.
 
-    A client's own id is honoured where it is sane and replaced where not. It is echoed and
-    logged, never a key: ids inside the engine are made here and unique.
+    A client's own id is kept if it is sane and replaced otherwise. It is only echoed and logged,
+    since it need not be unique: the engine gets ids that the server makes.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -47,7 +47,7 @@ class RequestIdMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Answers 413 where Content-Length or the bytes received (chunked bodies) pass the limit."""
+    """Answers 413 if Content-Length, or the bytes of a chunked body, exceed the limit."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
@@ -77,7 +77,7 @@ class BodyLimitMiddleware:
 
 
 class HttpMetricsMiddleware:
-    """Counts requests by the template of their route, never by the client's path."""
+    """Counts requests by their route's path template; a client's path never becomes a label."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -85,7 +85,7 @@ class HttpMetricsMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or "forwarded" in scope.get("state", ()):
-            return await self.app(scope, receive, send)  # whoever forwarded it counts it
+            return await self.app(scope, receive, send)  # the worker that forwarded it counts it
         status = 500
         started = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""What stands between the task that makes a stream's events and the connection that sends them."""
+"""The buffer between the task that produces a stream's events and its connection."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from typing import Protocol
 from ...engine.process.signals import Signal
 
 MAX_UNSENT_BYTES = 1024 * 1024
-"""Events that wait for such a reader; what is beyond waits unformatted, bounded by max_tokens."""
+"""Maximum size of the events that wait for a slow reader. Beyond it the producer pauses, and the
+rest of its output waits unformatted, limited by max_tokens."""
 
 
 class Source(Protocol):
-    """Where a connection takes its events from."""
+    """What a connection takes its events from: an Outbox, or a Reader of an EventLog."""
 
     @property
     def early_failure(self) -> Exception | None:
-        """What the stream failed with before its first event."""
+        """The failure of the stream, if it failed before its first event."""
 
     async def take(self) -> bytes:
-        """All events that are there, at least one; nothing at the end. Raises what broke them."""
+        """Wait for events and return all that there are; b"" at the end of the stream.
+
+        Raises the exception of a producer that broke.
+        """
 
 
 class Outbox:
-    """Events between the task that makes them and the one connection that sends them.
+    """Events on their way from the producing task to the one connection that sends them.
 
-    One write takes all that a step brought, and all that gathered during the last write.
+    One write sends all events of a step, and all that gathered during the previous write.
     """
 
     def __init__(self) -> None:
@@ -43,7 +47,7 @@ class Outbox:
 
     @property
     def full(self) -> bool:
-        """Nothing more should be put before `room` has returned."""
+        """See `Sink`."""
         return self._size > MAX_UNSENT_BYTES
 
     async def room(self) -> None:
@@ -70,16 +74,19 @@ class Outbox:
 
 
 class Sink(Protocol):
-    """Where `produce` puts events: an Outbox, or what keeps them for later."""
+    """What `produce` puts its events into: an Outbox, or an EventLog that keeps them."""
 
     early_failure: Exception | None
 
-    def put(self, event: bytes) -> None: ...
+    def put(self, event: bytes) -> None:
+        """Add an event. Never blocks; see `full`."""
 
     @property
-    def full(self) -> bool: ...
+    def full(self) -> bool:
+        """Whether the producer should wait for `room` before it puts anything more."""
 
-    async def room(self) -> None: ...
+    async def room(self) -> None:
+        """Wait until the sink is no longer full."""
 
     def end(self, bug: Exception | None) -> None:
-        """Nothing more comes; `bug` is an exception that there should not be."""
+        """End the stream; `bug` is an unforeseen exception of the producer, if there was one."""

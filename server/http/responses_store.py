@@ -1,7 +1,7 @@
-"""Responses that can be asked for again: those that run in the background, and those that ended.
+"""Responses that clients can ask for again: running in the background, or ended.
 
-All of it lives in memory and is gone with the server. What ended is bounded in number, bytes and
-age, the oldest leave first; what still runs is bounded by the queue limits.
+They live in memory and are lost when the server stops. Ended responses are limited in number, bytes
+and age, and the oldest are dropped first; running ones are limited by the queue limits.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from ..json_text import encode_json
 from ..settings import Settings
-from .streaming import encode_json
 
 Key = tuple[bytes, str]
-"""Whose it is (see `Keys.owner`), and its id."""
+"""The owner of a response (see `Keys.owner`), and its id."""
 
 
 @dataclass(slots=True)
 class Stored:
-    """A response that ended. `items` is its whole conversation, its own output included."""
+    """A response that has ended. `items` is its whole conversation, including its own output."""
 
     response: dict[str, Any]
     items: list[dict[str, Any]]
@@ -32,14 +32,14 @@ class Stored:
 
 @dataclass(slots=True)
 class Running:
-    """A response in the background. `response` grows; `task` ends once it is stored."""
+    """A response in the background. `response` grows; `task` ends when it has been stored."""
 
     response: dict[str, Any]
     task: asyncio.Task[None]
 
 
 class ResponseStore:
-    """Only the key that made a response finds it."""
+    """All responses that are kept. Only the API key that created a response finds it."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_entries = settings.max_stored_responses
@@ -52,13 +52,14 @@ class ResponseStore:
 
     @property
     def enabled(self) -> bool:
+        """Whether this server stores responses at all."""
         return self._max_entries > 0
 
     def __len__(self) -> int:
         return len(self._ended)
 
     def add(self, key: Key, response: dict[str, Any], items: list[dict[str, Any]]) -> None:
-        """Keep a response that ended, where it alone is within the bounds."""
+        """Keep a response that has ended, unless it alone exceeds the bound on bytes."""
         num_bytes = len(encode_json(response)) + len(encode_json(items))
         if num_bytes > self._max_bytes:
             return
@@ -68,17 +69,18 @@ class ResponseStore:
             self._drop(next(iter(self._ended)))
 
     def run(self, key: Key, response: dict[str, Any], work: Coroutine[Any, Any, None]) -> None:
-        """Run `work`, which adds the response at its end, in the background."""
+        """Run `work` in the background; it must `add` the response when it ends."""
         task = asyncio.create_task(work)
         self._running[key] = Running(response, task)
         task.add_done_callback(lambda _: self._running.pop(key, None))
 
     def find(self, key: Key) -> Stored | Running | None:
+        """Return the response of this owner and id, if it is kept."""
         self._expire()
         return self._running.get(key) or self._ended.get(key)
 
     async def remove(self, key: Key) -> bool:
-        """Forget a response, which ends if it runs; False where there is none."""
+        """Forget a response, ending it if it runs; False if there is none."""
         if await self.cancel(key) is None:
             return False
         if key in self._ended:
@@ -86,7 +88,7 @@ class ResponseStore:
         return True
 
     async def cancel(self, key: Key) -> dict[str, Any] | None:
-        """End the response if it still runs; the response, if there is one."""
+        """End the response if it is running. Returns the response, or None if there is none."""
         found = self.find(key)
         if isinstance(found, Running):
             found.task.cancel()
@@ -94,7 +96,7 @@ class ResponseStore:
         return None if found is None else found.response
 
     async def close(self) -> None:
-        """End all that runs."""
+        """End all running responses."""
         for running in list(self._running.values()):
             running.task.cancel()
             await asyncio.wait({running.task})

@@ -1,4 +1,4 @@
-"""Streams that outlive their connection: kept events, and clients that come back for the rest.
+"""Streams that outlive their connection: clients may come back for the events they missed.
 
 POST … `x-quire-resumable: 1` ─▶ EventLog ◀─ produce (its own task: runs without readers)
                                    │  events, numbered from 0, each sent with its id
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 
 from starlette.requests import Request
@@ -19,208 +19,57 @@ from starlette.types import Receive, Scope, Send
 from ...engine.errors import (
     InvalidRequestError,
     QueueFullError,
-    QuireError,
     StreamGoneError,
     StreamNotFoundError,
 )
-from ...engine.process.signals import Signal
-from ..errors import error_body
-from .streaming import DONE, SseResponse, event, produce
+from .event_log import EventLog, Reader
+from .sse import SseResponse, produce
 
 MAX_STREAMS = 1024
-MAX_EVENTS = 32_768
-MAX_BYTES = 4 * 1024 * 1024
-"""Of one stream: beyond these its oldest events are dropped, if a reader was given them."""
+"""Maximum number of resumable streams."""
 MAX_TOTAL_BYTES = 64 * 1024 * 1024
-"""Of all streams: beyond it those go that nobody reads, ended ones first, then as above."""
+"""Maximum bytes of all streams. Beyond it, streams without a reader are dropped, ended ones first;
+if that is not enough, the others drop events as if each had exceeded its own bound."""
 MAX_REMEMBERED = 4096
-"""Ids of streams that are gone, to answer 410 and not 404."""
-
-
-class EventLog:
-    """The events of one stream from `first` on, and at most one reader; a Sink for `produce`.
-
-    A stream whose events would be dropped before anybody was given them is aborted instead: no
-    client could go on where it stopped.
-    """
-
-    def __init__(self, registry: StreamRegistry, owner: bytes) -> None:
-        self.id = secrets.token_hex(16) + registry.id_suffix
-        self.owner = owner
-        self.early_failure: Exception | None = None
-        self.ended = False
-        self.gone: QuireError | None = None
-        self.bug: Exception | None = None
-        self.first = 0
-        self.size = 0
-        self.reader: Reader | None = None
-        self.task: asyncio.Task[None]
-        self.expiry: asyncio.TimerHandle | None = None
-        self._registry = registry
-        self._events: deque[bytes] = deque()
-        self._sent = 0
-        self._room = Signal()
-
-    @property
-    def end_number(self) -> int:
-        """The number of the next event."""
-        return self.first + len(self._events)
-
-    # --- for produce
-
-    def put(self, event: bytes) -> None:
-        """Keep what may be several events; each gets its own id."""
-        for part in event.split(b"\n\n")[:-1]:
-            line = b"id: %b-%d\n%b\n\n" % (self.id.encode(), self.end_number, part)
-            self._events.append(line)
-            self.size += len(line)
-            self._registry.total_bytes += len(line)
-        if self._registry.total_bytes > MAX_TOTAL_BYTES:
-            self._registry.make_room()
-        self._trim()
-        if self.reader is not None:
-            self.reader.filled.set()
-
-    def _over(self) -> bool:
-        crowded = self._registry.total_bytes > MAX_TOTAL_BYTES and self.size > 0
-        return self.size > MAX_BYTES or len(self._events) > MAX_EVENTS or crowded
-
-    def _trim(self) -> None:
-        while self._over() and self.first < self._sent:
-            size = len(self._events.popleft())
-            self.first += 1
-            self.size -= size
-            self._registry.total_bytes -= size
-
-    @property
-    def full(self) -> bool:
-        return self._over()
-
-    async def room(self) -> None:
-        while self._over():
-            if self.reader is None:
-                self._registry.drop(self, "nobody read it, and its buffer is full")
-                await asyncio.sleep(0)  # this very task is cancelled
-            await self._room.wait()
-            self._trim()
-
-    def end(self, bug: Exception | None) -> None:
-        self.ended, self.bug = True, bug
-        if self.reader is not None:
-            self.reader.filled.set()
-
-    # --- for readers and the registry
-
-    def position_after(self, last_event_id: str | None) -> int:
-        """The number of the event after the one named, or of the first where none is.
-
-        Raises InvalidRequestError, or StreamGoneError where that event was dropped.
-        """
-        position = 0
-        if last_event_id is not None:
-            stream_id, _, number = last_event_id.rpartition("-")
-            known = number.isascii() and number.isdecimal() and len(number) < 20
-            if stream_id != self.id or not known or int(number) >= self.end_number:
-                raise InvalidRequestError("is no event of this stream", "Last-Event-ID")
-            position = int(number) + 1
-        if position < self.first:
-            raise StreamGoneError(f"events before number {self.first} were dropped")
-        return position
-
-    def attach(self, position: int) -> Reader:
-        """Read from `position` on; whoever reads now is told that it no longer does."""
-        if self.reader is not None:
-            self.reader.break_off(StreamGoneError("another connection reads this stream now"))
-        if self.expiry is not None:
-            self.expiry.cancel()
-            self.expiry = None
-        self.reader = Reader(self, position)
-        return self.reader
-
-    def detach(self, reader: Reader) -> None:
-        if self.reader is reader:
-            self.reader = None
-            self._room.set()
-            self._registry.expire_later(self)
-
-    def read(self, position: int) -> bytes:
-        """All events from `position` on."""
-        events = self._events
-        batch = b"".join(events[i] for i in range(position - self.first, len(events)))
-        self._sent = max(self._sent, self.end_number)
-        self._room.set()
-        return batch
-
-    def clear(self) -> None:
-        self._registry.total_bytes -= self.size
-        self._events.clear()
-        self.size = 0
-
-
-class Reader:
-    """One connection's place in a stream; a Source."""
-
-    def __init__(self, stream: EventLog, position: int) -> None:
-        self.stream = stream
-        self.position = position
-        self.filled = Signal()
-        self._broken: QuireError | None = None
-        self._last_words = False
-
-    @property
-    def early_failure(self) -> Exception | None:
-        return self.stream.early_failure
-
-    def break_off(self, error: QuireError) -> None:
-        self._broken = error
-        self.filled.set()
-
-    async def take(self) -> bytes:
-        """See `Source`. A stream that is gone, or taken over, ends with an error event."""
-        stream = self.stream
-        while True:
-            if self._broken is not None:
-                if self._last_words:
-                    return b""
-                self._last_words = True
-                return event(error_body(self._broken)) + DONE
-            if self.position < stream.end_number:
-                batch = stream.read(self.position)
-                self.position = stream.end_number
-                return batch
-            if stream.bug is not None:
-                raise stream.bug
-            if stream.ended:
-                return b""
-            await self.filled.wait()
+"""Maximum ids of dropped streams that are remembered, to answer 410 instead of 404."""
 
 
 def asks_to_resume(request: Request, ttl: float) -> bool:
-    """Whether the header x-quire-resumable asks for it. Raises InvalidRequestError where it cannot
-    be had."""
+    """Decide whether the header x-quire-resumable asks for a resumable stream.
+
+    Raises InvalidRequestError for any value but 0 and 1, and for 1 if `ttl` is 0 (disabled).
+    """
     value = request.headers.get("x-quire-resumable", "0")
     if value not in ("0", "1"):
         raise InvalidRequestError("x-quire-resumable must be 0 or 1", "x-quire-resumable")
     if value == "1" and not ttl:
-        raise InvalidRequestError("this server resumes no streams", "x-quire-resumable")
+        raise InvalidRequestError(
+            "x-quire-resumable: resumable streams are disabled on this server",
+            "x-quire-resumable",
+        )
     return value == "1"
 
 
 class StreamRegistry:
-    """All logs. One that nobody has read for `ttl` seconds is aborted and forgotten."""
+    """All event logs. A log that nobody has read for `ttl` seconds is aborted and forgotten."""
 
     def __init__(self, ttl: float, id_suffix: str = "") -> None:
+        """`id_suffix` ends every id; see `Siblings.suffix`."""
         self.ttl = ttl
         self.id_suffix = id_suffix
         self.total_bytes = 0
         self._logs: dict[str, EventLog] = {}
         self._idle: OrderedDict[str, EventLog] = OrderedDict()
-        """Those without a reader, longest first."""
+        """Logs without a reader; the one that has been idle longest comes first."""
         self._remembered: OrderedDict[str, bytes] = OrderedDict()
-        """Owners of streams that are gone."""
+        """Owners of streams that were dropped, by id."""
 
     def __len__(self) -> int:
         return len(self._logs)
+
+    @property
+    def crowded(self) -> bool:
+        return self.total_bytes > MAX_TOTAL_BYTES
 
     def open(
         self,
@@ -232,11 +81,14 @@ class StreamRegistry:
         request_id: str,
         deadline: float | None,
     ) -> EventLog:
-        """Start producing. Raises QueueFullError where too many streams are kept and read."""
+        """Start producing `events` into a new log.
+
+        Raises QueueFullError if MAX_STREAMS streams are open and each has a reader.
+        """
         while len(self._logs) >= MAX_STREAMS:
             if not self._drop_idle():
                 raise QueueFullError(f"{MAX_STREAMS} resumable streams are open")
-        stream = EventLog(self, owner)
+        stream = EventLog(self, secrets.token_hex(16) + self.id_suffix, owner)
         stream.task = asyncio.create_task(
             produce(events, stream, on_failure=on_failure, request_id=request_id, deadline=deadline)
         )
@@ -245,20 +97,25 @@ class StreamRegistry:
         return stream
 
     def find(self, stream_id: str, owner: bytes) -> EventLog:
-        """Raises StreamNotFoundError, also for another key's stream, or StreamGoneError."""
+        """Return the stream of this id.
+
+        Raises StreamGoneError if it was dropped, and StreamNotFoundError if there has never been
+        one or it belongs to another key.
+        """
         stream = self._logs.get(stream_id)
         if stream is not None and stream.owner == owner:
             return stream
         if self._remembered.get(stream_id) == owner:
-            raise StreamGoneError("the stream is gone: nobody read it for too long")
+            raise StreamGoneError("the stream was deleted, or nobody read it for too long")
         raise StreamNotFoundError("there is no such stream")
 
     def attach(self, stream: EventLog, position: int) -> Reader:
+        """Start reading `stream` at `position`."""
         self._idle.pop(stream.id, None)
         return stream.attach(position)
 
     def expire_later(self, stream: EventLog) -> None:
-        """Called when the last reader leaves."""
+        """Drop `stream` in `ttl` seconds; called when its reader has left."""
         if stream.id in self._logs:
             self._idle[stream.id] = stream
             loop = asyncio.get_running_loop()
@@ -267,7 +124,7 @@ class StreamRegistry:
             )
 
     def drop(self, stream: EventLog, reason: str) -> None:
-        """Abort what still runs and forget the events."""
+        """Abort the stream if it is still being produced, and forget its events."""
         if self._logs.pop(stream.id, None) is None:
             return
         self._idle.pop(stream.id, None)
@@ -282,11 +139,12 @@ class StreamRegistry:
             self._remembered.popitem(last=False)
 
     def make_room(self) -> None:
-        """Drop idle streams until the rest fits."""
-        while self.total_bytes > MAX_TOTAL_BYTES and self._drop_idle():
+        """Drop streams without a reader until the rest is within MAX_TOTAL_BYTES."""
+        while self.crowded and self._drop_idle():
             pass
 
     def _drop_idle(self) -> bool:
+        """Drop the stream that has been idle longest, ended ones first; False if none is idle."""
         ended = (stream for stream in self._idle.values() if stream.ended)
         victim = next(ended, None) or next(iter(self._idle.values()), None)
         if victim is None:
@@ -295,15 +153,15 @@ class StreamRegistry:
         return True
 
     async def close(self) -> None:
-        """At the server's end."""
+        """Drop all streams; called when the server stops."""
         logs = list(self._logs.values())
         for stream in logs:
-            self.drop(stream, "the server ends")
+            self.drop(stream, "the server is stopping")
         await asyncio.gather(*(stream.task for stream in logs), return_exceptions=True)
 
 
 class ResumableStream(SseResponse):
-    """Sends a stream from `position` on. The client leaving changes nothing but who reads."""
+    """Sends a stream from `position` on. If the client leaves, the stream goes on without it."""
 
     def __init__(
         self,
@@ -317,7 +175,7 @@ class ResumableStream(SseResponse):
         headers: dict[str, str],
         opened: bool = False,
     ) -> None:
-        """`opened` by this very request: nobody else knows the id yet."""
+        """`opened` says that this request has opened the stream: nobody else knows its id yet."""
         headers = {**headers, "x-quire-stream-id": stream.id}
         super().__init__(
             request_id=request_id,

@@ -1,8 +1,8 @@
-"""What lives in one of several HTTP workers, reached through any of them.
+"""Access from any of several HTTP workers to what lives in one of them.
 
-A stored response and a resumable stream live in the worker that made them, whose number ends their
-id. Asked for one of another worker, a worker has that one answer, over its private unix socket: the
-request goes over as an ASGI scope and body, the answer comes back as ASGI messages.
+A stored response or a resumable stream lives in the worker that created it, and its id ends with
+that worker's number. A worker that is asked for another's forwards the request over the other's
+private unix socket: it sends the ASGI scope and the body, and gets ASGI messages back.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ...engine.errors import EngineNotReadyError
 from ..errors import error_response
 from .limits import LOAD_FIELDS, no_loads
-from .streaming import cancel, disconnected
+from .sse import cancel, disconnected
 from .worker_link import Link
 
-SHARED_SCOPE = (
+_FORWARDED_SCOPE = (
     *("type", "method", "path", "raw_path", "query_string", "root_path", "headers"),
     *("http_version", "scheme", "client", "server"),
 )
@@ -34,9 +34,10 @@ _Message = dict[str, Any]
 
 
 class Siblings:
-    """A worker's place among `count`; by default, that of the only one.
+    """This worker's place among all HTTP workers; by default there is only one.
 
-    `loads` is the memory in which all workers count (see `limits`), `folder` holds their sockets.
+    `index` is its number, `loads` the memory that all workers count in (see limits.py), and
+    `folder` holds their sockets (None if there is only one worker).
     """
 
     def __init__(
@@ -52,11 +53,11 @@ class Siblings:
 
     @property
     def suffix(self) -> str:
-        """What ends the ids that this worker gives."""
+        """The end of all ids that this worker gives."""
         return "" if self._folder is None else f"w{self.index}"
 
     def forward(self, request: Request, thing_id: str) -> Response | None:
-        """The answer of the worker that owns `thing_id`; None where that is this one, or nobody."""
+        """Return the answer of the worker that owns `thing_id`; None if it is this one or none."""
         match = re.fullmatch(r".*w(\d{1,3})", thing_id)
         if self._folder is None or match is None:
             return None
@@ -66,14 +67,14 @@ class Siblings:
         return _Forwarded(request, self._folder / str(owner))
 
     async def listen(self, app: ASGIApp) -> None:
-        """Answer for the others, with `app`."""
+        """Start to answer requests that other workers forward, with `app`."""
         assert self._folder is not None
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await _answer(app, Link(reader, writer, _Message))
 
         path = self._folder / str(self.index)
-        path.unlink(missing_ok=True)  # of an earlier life
+        path.unlink(missing_ok=True)  # a killed predecessor may have left it
         self._server = await asyncio.start_unix_server(serve, path)
 
     def close(self) -> None:
@@ -92,7 +93,7 @@ async def _answer(app: ASGIApp, link: Link[_Message, _Message]) -> None:
         if body is not None:
             message, body = {"type": "http.request", "body": body, "more_body": False}, None
             return message
-        await link.receive()  # nothing more is sent: this is the end
+        await link.receive()  # nothing more is sent, so this returns when the client has left
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
@@ -103,7 +104,7 @@ async def _answer(app: ASGIApp, link: Link[_Message, _Message]) -> None:
     try:
         await app(scope, receive, send)
     except ConnectionError:
-        pass  # the other worker, or its client, has left
+        pass  # the other worker or its client has left
     except Exception as error:
         log.exception("forwarded_request_failed", exc_info=error)
     finally:
@@ -111,7 +112,7 @@ async def _answer(app: ASGIApp, link: Link[_Message, _Message]) -> None:
 
 
 class _Forwarded(Response):
-    """What another worker answers to `request`; 503 where that worker is not there."""
+    """The answer of another worker to `request`, or 503 if that worker is not running."""
 
     def __init__(self, request: Request, path: Path) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class _Forwarded(Response):
         self._path = path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call: _Message = {"scope": {key: scope[key] for key in SHARED_SCOPE if key in scope}}
+        call: _Message = {"scope": {key: scope[key] for key in _FORWARDED_SCOPE if key in scope}}
         request_id = self._request.state.request_id.encode()
         headers = [pair for pair in scope["headers"] if pair[0] != b"x-request-id"]
         call["scope"]["headers"] = [*headers, (b"x-request-id", request_id)]
@@ -127,7 +128,7 @@ class _Forwarded(Response):
         try:
             link: Link[_Message, _Message] = await Link.to_path(self._path, _Message)
         except OSError:
-            error = EngineNotReadyError("the HTTP worker that holds it is restarting")
+            error = EngineNotReadyError("the HTTP worker that owns it is restarting")
             await error_response(error, scope=scope)(scope, receive, send)
             return
         link.send(call)
@@ -146,9 +147,9 @@ class _Forwarded(Response):
         while more:
             message = await link.receive()
             if message is None:
-                raise ConnectionError("the HTTP worker that holds it ended in mid-answer")
+                raise ConnectionError("the HTTP worker that owns it ended while it answered")
             if message["type"] == "http.response.start":
-                # The owner's word counts: an id in the body wins over the header's.
+                # The owner may have taken another request id, from the body.
                 for name, value in message["headers"]:
                     if name == b"x-request-id":
                         self._request.state.request_id = value.decode()

@@ -1,9 +1,9 @@
-"""What the main process and its HTTP workers say to each other, over one socket pair each.
+"""The messages between the main process and its HTTP workers, over one socket pair per worker.
 
     main → worker   Setup, then EngineUpdate · AskSamples · Page · Drain · Stop
     worker → main   Up | Failed, then Samples · AskPage
 
-The end of the link is the end of the other side. Frames are msgpack behind their length.
+A frame is its length and a message in msgpack. If the link ends, the other process has ended.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ _LENGTH_BYTES = 4
 
 
 class Setup(msgspec.Struct, tag=True):
-    """`settings` are those of the server; `folder` holds the workers' private sockets, and the
-    descriptors `listener` and `loads` are open in the worker."""
+    """What a worker needs to start.
+
+    `settings` are those of the server, and `folder` holds the workers' private sockets. `listener`
+    (the shared socket) and `loads` (the shared counters) are open file descriptors.
+    """
 
     settings: dict[str, Any]
     index: int
@@ -35,44 +38,48 @@ class Setup(msgspec.Struct, tag=True):
 
 
 class EngineUpdate(msgspec.Struct, tag=True):
+    """The state of the engine has changed."""
+
     status: EngineStatus
 
 
 class AskSamples(msgspec.Struct, tag=True):
-    """Answered by Samples."""
+    """Ask for the worker's metrics; it answers with Samples."""
 
 
 class Page(msgspec.Struct, tag=True):
-    """The metrics of all, and their content type."""
+    """The metrics page of all workers together, and its content type."""
 
     content: bytes
     media_type: str
 
 
 class Drain(msgspec.Struct, tag=True):
-    """Refuse new requests."""
+    """Tell the worker to refuse new requests."""
 
 
 class Stop(msgspec.Struct, tag=True):
-    """Close all connections, and end."""
+    """Tell the worker to close all connections and exit."""
 
 
 class Up(msgspec.Struct, tag=True):
-    """Connections are accepted."""
+    """The worker accepts connections."""
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The start failed; `message` is one line for a person."""
+    """The worker could not start; `message` is one line for people."""
 
     message: str
 
 
 class Samples(msgspec.Struct, tag=True):
+    """The metrics of this worker."""
+
     samples: list[Sample]
 
 
 class AskPage(msgspec.Struct, tag=True):
-    """Answered by Page, in order."""
+    """Ask for the metrics page of all workers; Pages answer in the order of asking."""
 
 
 ToWorker = Setup | EngineUpdate | AskSamples | Page | Drain | Stop
@@ -84,7 +91,7 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class Link(Generic[_In, _Out]):
-    """A stream of messages: `kind` in, `_Out` out."""
+    """A two-way stream of messages: `_In` is received and `_Out` is sent."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kind: Any
@@ -95,23 +102,24 @@ class Link(Generic[_In, _Out]):
 
     @classmethod
     async def open(cls, end: socket.socket, kind: Any) -> Link[_In, _Out]:
+        """Use a connected socket; `kind` is the type of the messages to receive."""
         reader, writer = await asyncio.open_connection(sock=end)
         return cls(reader, writer, kind)
 
     @classmethod
     async def to_path(cls, path: Path, kind: Any) -> Link[_In, _Out]:
-        """Raises OSError where nobody listens."""
+        """Connect to a unix socket. Raises OSError if nobody listens."""
         reader, writer = await asyncio.open_unix_connection(path)
         return cls(reader, writer, kind)
 
     def send(self, message: _Out) -> None:
-        """Nothing once the other side is gone: `receive` tells."""
+        """Send `message`, or do nothing if the other side has gone, which `receive` reports."""
         if not self._writer.is_closing():
             data = _encode(message)
             self._writer.write(len(data).to_bytes(_LENGTH_BYTES, "big") + data)
 
     async def receive(self) -> _In | None:
-        """None at the end."""
+        """Wait for the next message; None if the other side has gone."""
         try:
             length = await self._reader.readexactly(_LENGTH_BYTES)
             return self._decoder.decode(
@@ -121,7 +129,7 @@ class Link(Generic[_In, _Out]):
             return None
 
     async def drain(self) -> None:
-        """Wait until the other side has room. Raises ConnectionError where it is gone."""
+        """Wait until the send buffer has room. Raises ConnectionError if the other side is gone."""
         await self._writer.drain()
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from ...engine.errors import InvalidRequestError
 from ...engine.sampling_params import SamplingParams
 from ..http.limits import Ticket
 from ..http.middleware import is_sane_request_id
-from ..http.streaming import encode_json
+from ..json_text import encode_json
 from ..text.bad_words import encode_bad_words
 from ..text.infill import encode_infill, infill_tokens
 from ..text.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ async def prepare_completion(state: ServerState, body: CompletionBody) -> tuple[
         len(prompt) + len(body.suffix or "") for prompt in prompts if isinstance(prompt, str)
     )
     tokens = sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
-    ticket = state.admission.admit(len(prompts) * width, characters, tokens)
+    ticket = state.in_flight.admit(len(prompts) * width, characters, tokens)
     try:
         state.check_ready()
         # 3. Compile the grammar, tokenise, and build the job.
@@ -100,7 +100,7 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
     # 2. Claim a place. Text counts by its characters until it is tokenised.
     characters = sum(len(message.content or "") for message in body.messages)
     characters += len(encode_json(tools))
-    ticket = state.admission.admit(width, characters)
+    ticket = state.in_flight.admit(width, characters)
     try:
         state.check_ready()
         # 3. Tokenise, compile the grammar, and build the job. Whether a forced call may begin with

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from ...engine.client import EngineClient
 from ...engine.errors import EngineNotReadyError, ModelNotFoundError
 from ..http.auth import Keys
-from ..http.limits import Admission
+from ..http.limits import InFlight
 from ..http.responses_store import ResponseStore
 from ..http.resumption import StreamRegistry
 from ..http.siblings import Siblings
@@ -53,7 +53,7 @@ class ServerState:
         self.grammar_check = GrammarCheck()
         self.keys = Keys(settings)
         self.siblings = siblings
-        self.admission = Admission(settings, engine, siblings.index, siblings.loads)
+        self.in_flight = InFlight(settings, engine, siblings.index, siblings.loads)
         self.responses = ResponseStore(settings)
         self.streams = StreamRegistry(settings.stream_resume_ttl, siblings.suffix)
         self.created = int(time.time())
@@ -70,11 +70,11 @@ class ServerState:
     @property
     def draining(self) -> bool:
         """Whether new requests are refused because the server is stopping."""
-        return self.admission.draining
+        return self.in_flight.draining
 
     def begin_drain(self) -> None:
         """Answer new requests and /ready with 503 from now on. Requests in flight go on."""
-        self.admission.draining = True
+        self.in_flight.draining = True
 
     def check_model(self, name: str | None) -> None:
         """Raise ModelNotFoundError unless `name` is a served name or left out."""

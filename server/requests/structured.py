@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 from ...engine.errors import InvalidRequestError
 from ...engine.request import GrammarSpec
 from ..http.body import parse_json_object
-from ..http.streaming import encode_json
+from ..json_text import encode_json
 from .protocol import GenerationBody
 from .state import ServerState
 

@@ -18,6 +18,7 @@ from ..dialects import messages, responses
 from ..errors import install_handlers
 from ..http.auth import require_client_key
 from ..http.middleware import BodyLimitMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
+from ..http.route_docs import errors
 from ..http.siblings import Siblings
 from ..metrics import Metrics
 from ..requests.sampling import load_generation_defaults
@@ -54,10 +55,11 @@ def create_app(
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
+        responses=errors(500),
     )
     app.state.quire = state
     install_handlers(app)
-    keyed = APIRouter(dependencies=[Depends(require_client_key)])
+    keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
     for endpoints in (completions, chat, responses, messages, embeddings, tokenization):
         keyed.include_router(endpoints.router)
     keyed.include_router(_documentation())
@@ -106,6 +108,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
 
 
 def _documentation() -> APIRouter:
+    """Return the routes of the OpenAPI document and of the page that shows it."""
     router = APIRouter(include_in_schema=False)
 
     @router.head("/openapi.json")

@@ -84,7 +84,7 @@ class _ThisProcess:
 
     @property
     def num_unfinished(self) -> int:
-        return self._state.admission.num_queued + self._state.admission.num_running
+        return self._state.in_flight.num_queued + self._state.in_flight.num_running
 
     def stop(self) -> None:
         self._server.should_exit = True

@@ -270,3 +270,8 @@ class FakeEngineClient:
         script = Script([], logprob=-1.0)
         rest = request.prompt_token_ids[1:]
         return [None, *(self._logprob(token, script, count) for token in rest)]
+
+
+def prompt_text(engine: FakeEngineClient, tokenizer: Tokenizer) -> str:
+    """The prompt of the latest request, control tokens included."""
+    return b"".join(map(tokenizer.token_bytes, engine.requests[-1].prompt_token_ids)).decode()

@@ -1,6 +1,6 @@
-"""Requests made up from /openapi.json: no 5xx, no hang, answers as described, nothing left behind.
+"""Requests generated from /openapi.json: no 5xx, no hang, answers as documented, no leftovers.
 
-`QUIRE_FUZZ_EXAMPLES` says how many for each operation; `make fuzz` asks for many more.
+`QUIRE_FUZZ_EXAMPLES` is the number per operation; `make fuzz` sets a much larger one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 import schemathesis
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, settings
+from pydantic import BaseModel
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
@@ -22,18 +23,39 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from quire.engine.embedding_spec import EmbeddingSpec
-from quire.server.serving.openapi import BODIES, PUBLIC, openapi_document
+from quire.server.api.embeddings import EmbeddingBody
+from quire.server.dialects.messages_body import CountTokensBody, MessagesBody
+from quire.server.dialects.responses_body import ResponseBody
+from quire.server.requests.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    TokenizeChatBody,
+)
+from quire.server.serving.openapi import openapi_document
 
 from .conftest import make_app
 from .fakes import FakeEngineClient, byte_tokenizer, say
 
 EXAMPLES = int(os.environ.get("QUIRE_FUZZ_EXAMPLES", "25"))
+BODIES: dict[str, tuple[type[BaseModel], ...]] = {
+    "/v1/completions": (CompletionBody,),
+    "/v1/chat/completions": (ChatBody,),
+    "/v1/responses": (ResponseBody,),
+    "/v1/messages": (MessagesBody,),
+    "/v1/messages/count_tokens": (CountTokensBody,),
+    "/v1/embeddings": (EmbeddingBody,),
+    "/tokenize": (TokenizeBody, TokenizeChatBody),
+    "/detokenize": (DetokenizeBody,),
+}
+PUBLIC = {"/health", "/ready", "/metrics", "/version"}
 LAST_EVENTS = {
     "/v1/responses": ("event: response.completed", "event: response.incomplete"),
     "/v1/messages": ("event: message_stop",),
 }
 SECONDS = 5.0
-"""Far above what any answer of the fake engine takes."""
+"""A limit per request, far above the time that the fake engine needs."""
 
 
 def _app(**options: Any) -> tuple[FastAPI, FakeEngineClient]:
@@ -50,13 +72,15 @@ ANSWERED: Counter[tuple[str, int]] = Counter()
 
 
 def _thin_out(case: schemathesis.Case) -> None:
-    """Of many fields made up at once one is always wrong; a few have a chance of all being right.
-    And a made-up model is never served."""
+    """Keep only a few fields: among many generated ones, at least one is always wrong.
+
+    Drop the model, too, since a generated name is never served.
+    """
     body = case.body
     if case.path not in BODIES or not isinstance(body, dict):
         return
     body.pop("model", None)
-    body.pop("timeout", None)  # 504 is the right answer to a made-up deadline
+    body.pop("timeout", None)  # 504 would be the right answer to a generated deadline
     required = {"prompt", "messages", "tokens", "input", "max_tokens"}
     optional = [name for name in body if name not in required]
     for name in optional[len(str(body)) % 4 :]:
@@ -100,15 +124,15 @@ def test_made_up_requests(case: schemathesis.Case) -> None:
     if response.headers.get("content-type", "").startswith("text/event-stream"):
         last = response.text.strip().split("\n\n")[-1]
         assert last.split("\n")[0] in LAST_EVENTS.get(case.path, ("data: [DONE]",))
-    admission = APP.state.quire.admission
-    left = (admission.num_queued, admission.num_running, admission.queued_tokens)
+    in_flight = APP.state.quire.in_flight
+    left = (in_flight.num_queued, in_flight.num_running, in_flight.queued_tokens)
     assert left == (0, 0, 0)
     assert not ENGINE.running
     assert len(APP.state.quire.streams) == 0
 
 
 def test_the_fuzzing_reached_answers() -> None:
-    """Not all that was made up was refused."""
+    """Some generated requests must have been accepted."""
     for path in BODIES:
         assert ANSWERED[f"POST {path}", 200] > 0, ANSWERED
 
@@ -131,6 +155,12 @@ async def test_the_document_says_which_paths_ask_for_a_key() -> None:
 def test_bodies_and_streams_are_described() -> None:
     document = openapi_document(APP)
     schemas = document["components"]["schemas"]
+    assert {
+        path
+        for path, operations in document["paths"].items()
+        for operation in operations.values()
+        if "requestBody" in operation
+    } == BODIES.keys()
     for path, models in BODIES.items():
         operation = document["paths"][path]["post"]
         body = operation["requestBody"]["content"]["application/json"]["schema"]

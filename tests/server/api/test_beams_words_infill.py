@@ -1,5 +1,7 @@
-"""Beam search, bad words and fill-in-the-middle, from the body to what the engine is asked; and
-beam search through the real engine, as a client sees it."""
+"""Beam search, bad words and fill-in-the-middle, from the body to the request for the engine.
+
+Beam search also runs through the real engine, as a client sees it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ PATHS = {
 
 
 class WideEngineClient(FakeEngineClient):
-    """Its vocabulary has room for control tokens of one's own."""
+    """A fake engine whose vocabulary has room for more control tokens."""
 
     @property
     def info(self) -> EngineInfo:
@@ -41,7 +43,8 @@ class WideEngineClient(FakeEngineClient):
 
 
 def metaspace_tokenizer(*control: str) -> Tokenizer:
-    """One token a character, a space before the first word, a beginning token: as Llama has it."""
+    """A tokenizer like Llama's: a space before the first word and a beginning token. One token per
+    character."""
     pieces = ["<unk>", "<s>", "</s>", "▁", "☺", *"abcdefgh()\n"]
     encoder = Encoder(
         models.BPE(
@@ -66,7 +69,7 @@ def metaspace_tokenizer(*control: str) -> Tokenizer:
 
 
 def with_control(*names: str) -> Tokenizer:
-    """The byte tokenizer with more control tokens, from id 258 on."""
+    """Return the byte tokenizer with more control tokens, from id 258 on."""
     tokenizer = byte_tokenizer()
     tokenizer.backend.add_special_tokens([AddedToken(name, special=True) for name in names])
     return tokenizer
@@ -123,7 +126,7 @@ async def test_the_default_of_max_tokens_leaves_room_for_every_beam(
 
 
 async def test_the_real_engine_answers_the_best_first(tmp_path: Path) -> None:
-    """Ordered by score, each as long as its log-probabilities, stop tokens not in the text."""
+    """Choices are ordered by score and as long as their log-probabilities, without stop tokens."""
     config = tiny.LlamaConfig(**tiny.COMMON | {"vocab_size": VOCAB_SIZE})
     tiny.build_model(config).save_pretrained(tmp_path)
     engine_config = EngineConfig(
@@ -176,7 +179,7 @@ async def test_bad_words_reach_the_engine_with_and_without_a_space(
         response = await make_client().post(path, json={**fields, "bad_words": ["ab", " c", "ab"]})
         assert response.status_code == 200, response.text
     for request in engine.requests:
-        # Behind a space, bytes are spelt as without it.
+        # After a space, bytes are spelt in the same way.
         assert request.sampling_params.bad_words == (tuple(ids("ab")), tuple(ids("c")))
 
 

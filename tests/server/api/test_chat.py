@@ -34,7 +34,7 @@ async def test_an_answer(client: httpx.AsyncClient, engine: FakeEngineClient) ->
     assert choice["finish_reason"] == "stop"
     expected = [IM_START, *ids("user\nhi"), IM_END, *ids("\n"), IM_START, *ids("assistant\n")]
     assert list(engine.requests[0].prompt_token_ids) == expected
-    # The rest of the context, where max_tokens is left out.
+    # If max_tokens is left out, it is the rest of the context.
     assert engine.requests[0].sampling_params.max_tokens == 512 - len(expected)
 
 

@@ -17,7 +17,7 @@ async def complete(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
 
 
 async def stream(client: httpx.AsyncClient, path: str, **fields: Any) -> list[dict[str, Any]]:
-    """The chunks of a stream; asserts that it ends as it must."""
+    """Return the chunks of a stream, which must end with [DONE]."""
     response = await client.post(path, json={"model": "tiny", "stream": True, **fields})
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")

@@ -47,7 +47,7 @@ TEXTS = ["a", "the cat sat on the mat", "the cat sat on the mat, and slept " * 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights without head and prefix, and a tokenizer that ends texts, as in Qwen3-Embedding."""
+    """A model like Qwen3-Embedding: no head, no prefix, and a tokenizer that ends texts."""
     path = tmp_path_factory.mktemp("embedding")
     config = Qwen3Config(**COMMON | {"vocab_size": 258}, head_dim=16, tie_word_embeddings=True)
     build_model(config).base_model.save_pretrained(path)
@@ -99,7 +99,7 @@ def client_of_openai(served_model: tuple[str, Metrics]) -> Iterator[openai.OpenA
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[torch.Tensor]:
-    """What sentence-transformers makes of TEXTS, in plain torch."""
+    """Compute the vectors that sentence-transformers gives for TEXTS, in plain torch."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     vectors = []
@@ -120,7 +120,7 @@ def assert_close(embedding: list[float], vector: torch.Tensor) -> None:
 def test_the_openai_client_gets_the_reference_vectors(
     client_of_openai: openai.OpenAI, expected: list[torch.Tensor], options: dict[str, Any]
 ) -> None:
-    """Without an encoding_format it asks for base64 and decodes it."""
+    """By default, the client requests base64 and decodes it."""
     answer = client_of_openai.embeddings.create(model=MODEL, input=TEXTS, **options)
     assert (answer.object, answer.model) == ("list", MODEL)
     assert [item.index for item in answer.data] == [0, 1, 2]
@@ -142,7 +142,7 @@ def test_shorter_vectors_have_unit_length(
 
 
 def test_among_generations(served_model: tuple[str, Metrics], expected: list[torch.Tensor]) -> None:
-    """The same vectors, and the same tokens; both are counted."""
+    """Vectors and generated tokens are the same as alone, and both are counted."""
     base_url, metrics = served_model
     generation = {"model": MODEL, "prompt": TEXTS[1], "max_tokens": 20, "temperature": 0}
     labels = TINY | {("finished_reason", "stop")}
@@ -265,7 +265,7 @@ async def test_the_fields_reach_the_engine(
 
 
 async def test_the_beginning_is_kept(folder: Path, embedder: FakeEngineClient) -> None:
-    """And the special tokens behind it."""
+    """The special tokens after it are kept, too."""
     app = create_app(
         Settings(served_model_name=(MODEL,), generation_config="none"),
         embedder,
@@ -302,7 +302,7 @@ async def test_other_models_say_why_they_make_none(
     fields = {"model": MODEL, "input": value, "encoding_format": "base64", "dimensions": 8}
     response = await client.post(PATH, json=fields)
     assert_shape(response, 400, "invalid_value", "model")
-    assert response.json()["error"]["message"].endswith(f"makes no embeddings: {reason}")
+    assert response.json()["error"]["message"].endswith(f"does not produce embeddings: {reason}")
 
 
 @pytest.mark.parametrize(
@@ -391,8 +391,8 @@ async def test_the_rest_of_the_rules_hold(
     assert_shape(await strict.post(PATH, json=fields), 400, "invalid_value", "mood")
     embedder.ready = False
     assert (await client.post(PATH, json={"input": "a"})).status_code == 503
-    admission = client.app.state.quire.admission  # type: ignore[attr-defined]
-    assert (admission.num_queued, admission.num_running, admission.queued_tokens) == (0, 0, 0)
+    in_flight = client.app.state.quire.in_flight  # type: ignore[attr-defined]
+    assert (in_flight.num_queued, in_flight.num_running, in_flight.queued_tokens) == (0, 0, 0)
 
 
 async def test_a_deadline_ends_it(client: httpx.AsyncClient, embedder: FakeEngineClient) -> None:

@@ -70,7 +70,7 @@ async def test_long_prompts_leave_the_event_loop_alone(tokenizer: Tokenizer) -> 
         now = time.perf_counter()
         longest, last = max(longest, now - last), now
     assert len(await work) == 1_000_000
-    # With the interpreter lock held this would be the whole time of tokenising, over a second.
+    # If tokenising held the interpreter lock, the lag would be over a second.
     assert longest < 0.5
 
 

@@ -20,7 +20,16 @@ from quire.server.text.template_calls import reads_text
 from quire.server.text.tokenizer import Tokenizer
 
 from ..conftest import MODEL, MakeClient, make_app
-from ..fakes import CHAT_TEMPLATE, IM_END, FakeEngineClient, Script, byte_tokenizer, ids, say
+from ..fakes import (
+    CHAT_TEMPLATE,
+    IM_END,
+    FakeEngineClient,
+    Script,
+    byte_tokenizer,
+    ids,
+    prompt_text,
+    say,
+)
 from .test_completions import stream
 
 HI: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -46,10 +55,6 @@ async def refused(client: httpx.AsyncClient, **fields: Any) -> tuple[str, str]:
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     return error["param"], error["message"]
-
-
-def prompt_text(engine: FakeEngineClient, tokenizer: Tokenizer) -> str:
-    return b"".join(map(tokenizer.token_bytes, engine.requests[-1].prompt_token_ids)).decode()
 
 
 @pytest.fixture
@@ -403,7 +408,7 @@ CONTROL_TOKENS = ("[TOOL_CALLS]", "[ARGS]", "<tool_call>", "</tool_call>", BEGIN
 
 
 def accepts(tokenizer: Tokenizer, spec: GrammarSpec, text: str) -> bool:
-    """Whether the engine's matcher lets a model write `text` and end there."""
+    """Decide whether the engine's matcher lets a model write `text` and end there."""
     vocabulary = make_tokenizer(tokenizer.backend.to_str(), tokenizer.vocab_size, [IM_END])
     matcher = compile_grammar(vocabulary, spec)
     token_ids = tokenizer.backend.encode(text).ids
@@ -517,7 +522,7 @@ async def test_calls_that_cannot_be_forced_are_refused(
     assert param == "tool_choice"
     big = {"type": "object", "description": "x" * 70_000}
     tool = {"type": "function", "function": {"name": "f", "parameters": big}}
-    # In the prompt it would be too long as well; what is too long for a grammar is named first.
+    # It is too long for the prompt as well, but the grammar's error comes first.
     engine.max_model_len = engine.num_blocks = 100_000
     param, message = await refused(client, tools=[tool], tool_choice="required")
     assert param == "tool_choice" and "65536 bytes" in message

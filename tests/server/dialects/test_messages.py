@@ -14,7 +14,8 @@ from quire.engine.outputs import RowError
 from quire.server.text.tokenizer import Tokenizer
 
 from ..conftest import MODEL, MakeClient
-from ..fakes import FakeEngineClient, Script, ids, say
+from ..fakes import FakeEngineClient, Script, ids, prompt_text, say
+from .dialect import Dialect, assert_nothing_runs
 
 PATH = "/v1/messages"
 COUNT = f"{PATH}/count_tokens"
@@ -27,37 +28,8 @@ TOOL: dict[str, Any] = {
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich 🎉"}}\n</tool_call>'
-EVENTS: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
-
-
-async def create(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
-    response = await client.post(PATH, json={**HI, **fields})
-    assert response.status_code == 200, response.text
-    Message.model_validate(response.json())
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-def events_of(text: str) -> list[dict[str, Any]]:
-    events = []
-    for block in text.strip().split("\n\n"):
-        name, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        if event["type"] not in ("ping", "error"):
-            EVENTS.validate_python(event)
-        events.append(event)
-    return events
-
-
-async def stream(client: httpx.AsyncClient, **fields: Any) -> list[dict[str, Any]]:
-    response = await client.post(PATH, json={**HI, "stream": True, **fields})
-    assert response.status_code == 200, response.text
-    return events_of(response.text)
-
-
-def prompt_text(engine: FakeEngineClient, tokenizer: Tokenizer) -> str:
-    return b"".join(map(tokenizer.token_bytes, engine.requests[-1].prompt_token_ids)).decode()
+API = Dialect(PATH, HI, Message, TypeAdapter(RawMessageStreamEvent), untyped=("ping", "error"))
+create, stream = API.create, API.stream
 
 
 def assert_refused(
@@ -264,8 +236,7 @@ async def test_bad_fields_are_named(
     response = await client.post(PATH, json={**HI, **fields})
     assert_refused(response, 400, "invalid_request_error", name)
     assert engine.requests == []
-    state = client.app.state.quire  # type: ignore[attr-defined]
-    assert state.admission.num_queued == state.admission.num_running == 0
+    assert_nothing_runs(client, engine)
 
 
 async def test_a_thread_is_refused_so_that_clients_go_on_without(client: httpx.AsyncClient) -> None:

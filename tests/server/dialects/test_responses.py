@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,8 +16,9 @@ from quire.server.settings import Settings
 from quire.server.text.tokenizer import Tokenizer
 
 from ..conftest import MODEL, MakeClient
-from ..fakes import FakeEngineClient, Script, ids, say
+from ..fakes import FakeEngineClient, Script, ids, prompt_text, say
 from ..test_faults import assert_shape
+from .dialect import Dialect, assert_nothing_runs
 
 PATH = "/v1/responses"
 HI: dict[str, Any] = {"model": MODEL, "input": "hi"}
@@ -31,44 +31,12 @@ TOOL: dict[str, Any] = {
 }
 ARGUMENTS = '{"city": "Zürich 🎉"}'
 CALL = f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
-EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-
-
-async def create(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
-    response = await client.post(PATH, json={**HI, **fields})
-    assert response.status_code == 200, response.text
-    Response.model_validate(response.json())
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-def events_of(text: str) -> list[dict[str, Any]]:
-    """The events of a stream, each valid to the SDK, in order and under its name."""
-    events = []
-    for block in text.strip().split("\n\n"):
-        if block.startswith(":"):
-            continue
-        name, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        assert event["sequence_number"] == len(events)
-        EVENTS.validate_python(event)
-        events.append(event)
-    return events
-
-
-async def stream(client: httpx.AsyncClient, **fields: Any) -> list[dict[str, Any]]:
-    response = await client.post(PATH, json={**HI, "stream": True, **fields})
-    assert response.status_code == 200, response.text
-    return events_of(response.text)
-
-
-def prompt_text(engine: FakeEngineClient, tokenizer: Tokenizer) -> str:
-    return b"".join(map(tokenizer.token_bytes, engine.requests[-1].prompt_token_ids)).decode()
+API = Dialect(PATH, HI, Response, TypeAdapter(ResponseStreamEvent))
+create, stream, events_of = API.create, API.stream, API.events_of
 
 
 def anonymous(value: Any) -> Any:
-    """A response without ids and times, and without what the SDK adds."""
+    """Remove ids and times from a response, and what the SDK adds."""
     if isinstance(value, dict):
         ids = ("id", "item_id", "call_id", "created_at", "completed_at")
         added = ("parsed", "parsed_arguments")
@@ -304,8 +272,7 @@ async def test_bad_fields_are_named(
     message = response.json()["error"]["message"]
     assert not any(name in message for name in ("messages", "completion", "response_format"))
     assert engine.requests == []
-    state = client.app.state.quire  # type: ignore[attr-defined]
-    assert state.admission.num_queued == state.admission.num_running == 0
+    assert_nothing_runs(client, engine)
 
 
 async def test_unknown_fields_and_long_input(
@@ -438,8 +405,7 @@ async def test_in_the_background(client: httpx.AsyncClient, engine: FakeEngineCl
     done = await until(client, queued["id"], "completed")
     assert done["output"][0]["content"][0]["text"] == "Hello, world"
     assert (await client.post(f"{PATH}/{queued['id']}/cancel")).json() == done
-    state = client.app.state.quire  # type: ignore[attr-defined]
-    assert state.admission.num_queued == state.admission.num_running == 0
+    assert_nothing_runs(client, engine)
 
 
 async def test_cancelling_aborts(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
@@ -457,8 +423,7 @@ async def test_cancelling_aborts(client: httpx.AsyncClient, engine: FakeEngineCl
     whole = await create(client, max_output_tokens=1)
     response = await client.post(f"{PATH}/{whole['id']}/cancel")
     assert_shape(response, 400, "invalid_value", "response_id")
-    state = client.app.state.quire  # type: ignore[attr-defined]
-    assert state.admission.num_queued == state.admission.num_running == 0
+    assert_nothing_runs(client, engine)
 
 
 async def test_failures_in_the_background(
@@ -517,7 +482,7 @@ def test_the_store_is_bounded() -> None:
     assert found() == "cde"
     add("f", 500)
     assert found() == "f"
-    add("g", 2000)  # alone over the bound: the others stay
+    add("g", 2000)  # too large by itself: the others stay
     assert found() == "f"
     now = 9.0
     add("h")

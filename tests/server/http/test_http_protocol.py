@@ -1,4 +1,4 @@
-"""What uvicorn does not guard against: slow heads and bodies, floods of headers."""
+"""The guards that uvicorn lacks: slow heads and bodies, too many headers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class QuickProtocol(GuardedH11Protocol):
 
 
 class App:
-    """Reads the whole body, then answers its length after `pause` seconds."""
+    """Reads the whole body and answers with its length after `pause` seconds."""
 
     def __init__(self) -> None:
         self.pause = 0.0
@@ -74,7 +74,7 @@ async def port(app: App) -> AsyncIterator[int]:
 
 
 async def talk(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
-    """Send the parts with pauses between them; everything until the server closes."""
+    """Send the parts with pauses between them; return everything until the server closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         for part in parts:
@@ -102,7 +102,7 @@ async def test_silent_connection_is_closed(port: int) -> None:
 
 
 async def test_slow_head_is_cut(port: int) -> None:
-    """Each part comes in time; the whole does not."""
+    """Each part comes in time, but the whole head does not."""
     parts = [b"x-%d: y\r\n" % number for number in range(8)]
     assert await talk(port, HEAD, *parts, CLOSE + b"\r\n", pause=0.1) == b""
 

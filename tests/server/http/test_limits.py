@@ -17,7 +17,7 @@ async def _until(engine: FakeEngineClient, count: int) -> None:
         await asyncio.sleep(0.001)
 
 
-async def test_row_48_the_queue_refuses_before_tokenising(
+async def test_the_queue_refuses_before_tokenising(
     make_client: MakeClient,
     engine: FakeEngineClient,
     tokenizer: Tokenizer,
@@ -42,7 +42,7 @@ async def test_row_48_the_queue_refuses_before_tokenising(
     assert (await client.post(COMPLETIONS, json=PROMPT)).status_code == 200
 
 
-async def test_row_48_waiting_tokens_are_limited_but_one_request_always_passes(
+async def test_waiting_tokens_are_limited_but_one_request_always_passes(
     make_client: MakeClient, engine: FakeEngineClient
 ) -> None:
     engine.hold = asyncio.Event()

@@ -13,8 +13,9 @@ import pytest
 
 from quire.engine.errors import InvalidRequestError, QueueFullError, StreamGoneError
 from quire.engine.outputs import RowError
-from quire.server.http import resumption
-from quire.server.http.resumption import EventLog, StreamRegistry
+from quire.server.http import event_log, resumption
+from quire.server.http.event_log import EventLog
+from quire.server.http.resumption import StreamRegistry
 
 from ..conftest import MODEL, MakeClient
 from ..fakes import FakeEngineClient, Script, ids, say
@@ -48,7 +49,7 @@ def registry_of(client: httpx.AsyncClient) -> StreamRegistry:
 
 
 class Opened:
-    """A raw ASGI connection that can leave when it likes, which httpx's transport cannot."""
+    """A raw ASGI connection that may leave at any time, unlike one of httpx's transport."""
 
     def __init__(self, app: Any, path: str, body: Any = None, **headers: str) -> None:
         self.parts: list[bytes] = []
@@ -112,7 +113,7 @@ async def test_a_stream_goes_on_where_it_stopped(
     stream_id = first.headers["x-quire-stream-id"]
     assert {event.stream_id for event in seen} == {stream_id}
     assert slow.aborted == []
-    # The last event may have got lost on its way: the client names the one before.
+    # If the last event was lost on its way, the client names the one before.
     kept = seen[:-1]
     rest = await client.get(f"/v1/streams/{stream_id}", headers={"last-event-id": kept[-1].id})
     assert rest.status_code == 200
@@ -127,7 +128,7 @@ async def test_a_stream_goes_on_where_it_stopped(
         mine = [choice for choice in choices if choice["index"] == index]
         assert "".join(choice["delta"].get("content", "") for choice in mine) == "abcdefghij"
         assert [c["finish_reason"] for c in mine if c["finish_reason"]] == ["stop"]
-    # All of it once more, then nothing: the client has seen the end.
+    # Everything once more, and then nothing: the client has received all events.
     whole = await client.get(f"/v1/streams/{stream_id}")
     assert [event.id for event in parse(whole.text)] == [event.id for event in events]
     end = await client.get(f"/v1/streams/{stream_id}", headers={"last-event-id": events[-1].id})
@@ -158,8 +159,8 @@ async def test_it_runs_on_without_a_reader_until_its_time_is_up(
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "stream_not_found")
     registry = registry_of(client)
     assert (len(registry), registry.total_bytes) == (0, 0)
-    admission = client.app.state.quire.admission  # type: ignore[attr-defined]
-    assert admission.num_queued == admission.num_running == 0
+    in_flight = client.app.state.quire.in_flight  # type: ignore[attr-defined]
+    assert in_flight.num_queued == in_flight.num_running == 0
 
 
 async def test_without_the_header_leaving_aborts_and_events_have_no_id(
@@ -250,8 +251,8 @@ async def test_the_header_is_refused_where_it_means_nothing(
         answer = await client.post(CHAT, json=HI, headers={"x-quire-resumable": value})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "x-quire-resumable"
-        admission = client.app.state.quire.admission  # type: ignore[attr-defined]
-        assert admission.num_queued == admission.num_running == 0
+        in_flight = client.app.state.quire.in_flight  # type: ignore[attr-defined]
+        assert in_flight.num_queued == in_flight.num_running == 0
     assert engine.requests == []
 
 
@@ -308,7 +309,7 @@ async def settle(log: EventLog) -> None:
 
 
 async def test_old_events_that_were_read_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resumption, "MAX_EVENTS", 10)
+    monkeypatch.setattr(event_log, "MAX_EVENTS", 10)
     registry = StreamRegistry(60)
     log = open_log(registry, 100)
     reader = registry.attach(log, 0)
@@ -329,7 +330,7 @@ async def test_old_events_that_were_read_make_room(monkeypatch: pytest.MonkeyPat
 async def test_a_slow_reader_holds_the_producer_and_none_ends_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(resumption, "MAX_BYTES", 2000)
+    monkeypatch.setattr(event_log, "MAX_BYTES", 2000)
     registry = StreamRegistry(60)
     log = open_log(registry, 100, size=100)
     reader = registry.attach(log, 0)

@@ -17,7 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine.errors import QueueFullError
-from quire.server.http.limits import Admission, no_loads
+from quire.server.http.limits import InFlight, no_loads
 from quire.server.settings import load_settings
 
 from ..fakes import FakeEngineClient
@@ -333,7 +333,7 @@ def test_a_failed_start_is_one_line(core: str, flags: tuple[str, ...], message: 
 def test_queue_limits_hold_for_the_sum_of_all_workers() -> None:
     settings = load_settings(max_num_seqs=1, max_num_queued_reqs=2, max_num_queued_tokens=50)
     loads = no_loads(2)
-    zero, one = (Admission(settings, FakeEngineClient(), index, loads) for index in range(2))
+    zero, one = (InFlight(settings, FakeEngineClient(), index, loads) for index in range(2))
     first, second = zero.admit(1, 0, 10), one.admit(2, 0, 10)
     for admission in (zero, one):
         with pytest.raises(QueueFullError, match="3 requests are waiting"):

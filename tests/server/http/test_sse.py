@@ -9,13 +9,14 @@ import pytest
 
 from quire.engine.errors import QueueFullError, StepFailedError
 from quire.server.errors import error_body
-from quire.server.http.streaming import DONE, EventStream, encode_json, event, run_until_disconnect
+from quire.server.http.sse import DONE, EventStream, event, run_until_disconnect
+from quire.server.json_text import encode_json
 
 from ..conftest import MODEL, MakeClient
 
 
 class Peer:
-    """The other end of an ASGI connection."""
+    """The client's end of an ASGI connection."""
 
     def __init__(self, *, read: bool = True) -> None:
         self.sent: list[Any] = []
@@ -37,7 +38,7 @@ class Peer:
 
 
 class Events:
-    """A stream of events that notes how it ended."""
+    """A stream of events that records how it ended."""
 
     def __init__(
         self, *, delay: float = 0.0, error: Exception | None = None, count: int = 3
@@ -113,7 +114,7 @@ async def test_a_disconnect_closes_the_events_at_once() -> None:
     assert events.closed_at - started < 1
 
 
-async def test_row_46_a_reader_that_stops_reading_is_dropped() -> None:
+async def test_a_reader_that_stops_reading_is_dropped() -> None:
     peer, events = Peer(read=False), Events(count=1000)
     await answer(peer, events, write_timeout=0.1)
     assert events.closed_at is not None

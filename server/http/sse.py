@@ -1,4 +1,9 @@
-"""Server-sent events, and clients that leave: disconnects, deadlines, readers that stop reading."""
+"""Server-sent events, and clients that leave: disconnects, deadlines, clients that stop reading.
+
+    produce ──▶ Sink … Source ──▶ SseResponse.send_from ──▶ client
+
+The Sink and the Source are the two ends of an Outbox here, or of an EventLog in resumption.py.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +13,32 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-import msgspec
 import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ...engine.errors import QuireError, RequestTimeoutError
 from ..errors import answer_of, error_response
+from ..json_text import encode_json
 from .outbox import Outbox, Sink, Source
 
 log = structlog.get_logger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+"""The last event of OpenAI's streams."""
 COMMENT = b": keep-alive\n\n"
+"""A comment that clients skip, sent to keep silent connections open."""
 
 _Result = TypeVar("_Result")
-encode_json = msgspec.json.Encoder().encode
 
 
 def event(data: Any) -> bytes:
-    """One `data:` event of a JSON value."""
+    """Return a `data:` event with `data` as JSON."""
     return b"data: " + encode_json(data) + b"\n\n"
 
 
 async def disconnected(receive: Receive) -> None:
-    """Returns once the client is gone; the body must have been read."""
+    """Wait until the client has disconnected; the body must have been read before."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -40,9 +46,9 @@ async def disconnected(receive: Receive) -> None:
 async def run_until_disconnect(
     receive: Receive, work: Coroutine[Any, Any, _Result], deadline: float | None
 ) -> _Result | None:
-    """The result of `work`, or None where the client left first; `work` is cancelled then.
+    """Return the result of `work`, or cancel it and return None if the client leaves first.
 
-    `deadline` is in `time.monotonic()` seconds. Raises RequestTimeoutError when it passes.
+    `deadline` is in seconds of `time.monotonic()`. Raises RequestTimeoutError when it passes.
     """
     timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
     working = asyncio.create_task(work)
@@ -67,10 +73,10 @@ async def produce(
     deadline: float | None,
     end: bytes = DONE,
 ) -> None:
-    """Run `events` to their end and close them; then comes `end`.
+    """Put all of `events` into `sink`, close them, and put `end`.
 
-    A failure becomes the events of `on_failure`, for clients take a stream that is merely cut for
-    a success. `deadline` is in `time.monotonic()` seconds.
+    A failure becomes the events of `on_failure`, since clients take a stream that is merely cut
+    for a success. `deadline` is in seconds of `time.monotonic()`.
     """
     failure: Exception | None = None
     begun = False
@@ -104,7 +110,7 @@ async def produce(
 
 
 def log_failure(failure: Exception, request_id: str) -> None:
-    """Of what runs on after its status was sent."""
+    """Log the failure of a request whose status has been sent or that runs in the background."""
     if not isinstance(failure, QuireError):
         log.exception("stream_failed", request_id=request_id, exc_info=failure)
     elif answer_of(failure).status == 500:
@@ -114,8 +120,8 @@ def log_failure(failure: Exception, request_id: str) -> None:
 class SseResponse(Response):
     """The connection's side of a stream.
 
-    The status is held back until the first event, or until it is time for the first keep-alive
-    comment: a request that fails at once gets its real status.
+    The status is held back until the first event or the first keep-alive comment, so that a
+    request that fails at once is answered with its true status.
     """
 
     def __init__(
@@ -127,21 +133,24 @@ class SseResponse(Response):
         write_timeout: float,
         comment: bytes = COMMENT,
     ) -> None:
-        """`write_timeout` is how long one write may wait for a reader that does not read, in
-        seconds; then the request is aborted."""
+        """Set the headers and timings.
+
+        `keepalive` is the silence in seconds after which `comment` is sent (0: never). If one
+        write waits `write_timeout` seconds for the client to read, the request is aborted.
+        """
         super().__init__(status_code=200, headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
-        self.headers["x-accel-buffering"] = "no"  # nginx would gather events otherwise
+        self.headers["x-accel-buffering"] = "no"  # nginx would buffer events otherwise
         self._request_id = request_id
         self._keepalive = keepalive
         self._write_timeout = write_timeout
         self._comment = comment
 
     async def send_from(self, source: Source, scope: Scope, receive: Receive, send: Send) -> bool:
-        """Send until the end, until the client leaves, or until it stops reading.
+        """Send until the stream ends, the client leaves, or the client stops reading.
 
-        False where it left before there was an answer.
+        Returns False if the client left before the answer began.
         """
         writer = _Writer(send, self)
         writing = asyncio.create_task(self._write(writer, source, scope, receive, send))
@@ -172,9 +181,8 @@ class SseResponse(Response):
 class EventStream(SseResponse):
     """An SSE answer that lives as long as its connection.
 
-    A failure after the status was sent becomes the events of `on_failure`, and `end` closes the
-    stream in either case. `comment` is what keeps it alive. `events` is closed, whatever happens;
-    that aborts what the engine still does.
+    A failure after the status was sent becomes the events of `on_failure`; `end` is the last event
+    in either case. `events` is always closed, which aborts whatever still runs in the engine.
     """
 
     def __init__(
@@ -224,7 +232,7 @@ class EventStream(SseResponse):
 
 
 class _Writer:
-    """Sends the parts of one streamed answer and knows when it last did."""
+    """Sends the parts of one streamed answer and knows when it last sent one."""
 
     def __init__(self, send: Send, response: Response) -> None:
         self._send = send
@@ -241,7 +249,7 @@ class _Writer:
         self._sending = False
 
     def hold(self) -> None:
-        """No comments from here on."""
+        """Send no more comments."""
         self.started = self._sending = True
 
     async def end(self) -> None:
@@ -260,8 +268,10 @@ class _Writer:
         )
 
     async def watch(self, keepalive: float, write_timeout: float, comment: bytes) -> None:
-        """Send `comment` after `keepalive` seconds of silence (0: never); return when one write
-        has waited `write_timeout` seconds."""
+        """Send `comment` after each `keepalive` seconds of silence (0: never).
+
+        Returns when one write has been waiting for `write_timeout` seconds.
+        """
         tick = min(keepalive or write_timeout, write_timeout) / 2
         while True:
             await asyncio.sleep(tick)
@@ -273,7 +283,7 @@ class _Writer:
 
 
 async def cancel(*tasks: Awaitable[Any]) -> None:
-    """Cancel and wait, so that no generator is still running when this returns."""
+    """Cancel the tasks and wait, so that no generator is running any more when this returns."""
     for task in tasks:
         assert isinstance(task, asyncio.Task)
         task.cancel()
