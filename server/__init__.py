@@ -6,6 +6,7 @@ The ground floor, these files, may be imported by every room:
     errors       exceptions to HTTP answers
     logs         the log
     metrics      the page /metrics; metrics_sum adds up several processes
+    json_text    JSON of answers
 
 The rooms, each of which may import only those below it in this list, and the ground floor:
     serving      processes, sockets, the application; begin reading at serving.main
