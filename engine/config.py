@@ -247,16 +247,6 @@ class EngineConfig:
                 f"not {size}"
             )
 
-    def token_budget(self, device: str) -> int:
-        """Return the maximum tokens per step on a device of this type.
-
-        A GPU needs many tokens at once to be busy. A CPU is busy with a few hundred; more would
-        only make every running sequence wait longer for its next token.
-        """
-        if self.max_num_batched_tokens is not None:
-            return self.max_num_batched_tokens
-        return max(512, 2 * self.max_num_seqs) if device == "cpu" else 8192
-
 
 @cache
 def engine_flags() -> tuple[EngineFlag, ...]:
@@ -281,8 +271,9 @@ class WorkerInfo:
     `max_model_len` is resolved, in tokens: the configured length, or else the model's own.
     `kv_bytes_per_token` covers K and V of all layers. `embedding` describes how the model makes
     embeddings, or says why it makes none. `can_generate` is False if the weights have no
-    language-model head, so that the model makes only embeddings. `kv_cache_dtype` is None if it
-    equals `dtype`.
+    language-model head, so that the model makes only embeddings. `max_num_batched_tokens` is the
+    maximum number of tokens in a step. `is_asynchronous` says that the device computes a step while
+    the host prepares the next. `kv_cache_dtype` is None if it equals `dtype`.
     """
 
     architecture: str
@@ -292,6 +283,8 @@ class WorkerInfo:
     vocab_size: int
     max_model_len: int
     kv_bytes_per_token: int
+    max_num_batched_tokens: int
+    is_asynchronous: bool
     eos_token_ids: tuple[int, ...]
     embedding: EmbeddingSpec | str = NO_LAYOUT
     can_generate: bool = True

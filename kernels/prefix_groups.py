@@ -117,7 +117,7 @@ def find_prefix_groups(
     min_tokens: int = MIN_PREFIX_TOKENS,
     min_members: int = MIN_MEMBERS,
     launch_bytes: float = LAUNCH_BYTES,
-) -> list[PrefixGroup]:  # long for its step comments: the code itself is 30 lines
+) -> list[PrefixGroup]:  # over 50 lines by its step comments
     """Return disjoint groups of rows that share their leading blocks and save the most bytes.
 
     block_tables[i] is row i's table, a list or an int32 array, and may be longer than its

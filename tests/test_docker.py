@@ -214,6 +214,8 @@ def exported_samples() -> dict[str, set[str]]:
     info = EngineInfo(
         model="m", architecture="a", device="cpu", dtype="float32", num_parameters=1,
         vocab_size=8, max_model_len=64, block_size=16, num_blocks=4, kv_bytes_per_token=1,
+ max_num_batched_tokens=512,
+ is_asynchronous=False,
         max_num_seqs=4, max_logprobs=1, eos_token_ids=(),
     )  # fmt: skip
     metrics.engine_ready(info)

@@ -154,3 +154,30 @@ def test_rooms_are_not_crowded() -> None:
         counts[_room(module)] = counts.get(_room(module), 0) + 1
     crowded = {room: count - 1 for room, count in counts.items() if count - 1 > 13}
     assert crowded == {}
+
+
+# -- lengths ---------------------------------------------------------------------------------
+
+
+def test_no_file_is_over_400_lines() -> None:
+    long = {str(path): len(path.read_text().splitlines()) for path in MODULES.values()}
+    assert {name: count for name, count in long.items() if count > 400} == {}
+
+
+@pytest.mark.parametrize("top", ["server", "engine", "kernels"])
+def test_a_function_over_50_lines_says_why(top: str) -> None:
+    """In a comment that begins with "over 50 lines", above it or within it."""
+    silent = []
+    for path in (ROOT / top).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+            last = node.end_lineno or first
+            if last - node.lineno + 1 > 50:
+                around = "\n".join(lines[max(first - 3, 0) : last])
+                if "# over 50 lines" not in around.lower():
+                    silent.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert silent == []

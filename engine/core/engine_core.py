@@ -39,7 +39,7 @@ class EngineCore:
                 num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
             ),
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.token_budget(loaded.device.partition(":")[0]),
+            max_num_batched_tokens=loaded.max_num_batched_tokens,
             eos_token_ids=loaded.eos_token_ids,
             policy=config.scheduling_policy,
             seed=config.seed,
@@ -47,7 +47,7 @@ class EngineCore:
         )
         run_ahead = config.async_scheduling
         if run_ahead is None:
-            run_ahead = loaded.device.startswith("cuda")
+            run_ahead = loaded.is_asynchronous
         self._loop = StepLoop(
             self._scheduler,
             worker,

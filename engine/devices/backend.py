@@ -124,6 +124,11 @@ class Backend(Protocol):
         """Return the maximum number of tokens in a step."""
 
     @property
+    def is_asynchronous(self) -> bool:
+        """Whether launches return before the device has computed, so that the host can prepare the
+        next step in the meantime."""
+
+    @property
     def random_devices(self) -> list[int]:
         """Device indices whose random state `torch.random.fork_rng` has to keep."""
 

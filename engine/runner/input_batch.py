@@ -6,7 +6,6 @@ of each token are computed by the device's StepInputs: by numpy on the CPU, by a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -106,12 +105,8 @@ class InputBatch:
         if output.total_tokens > num_seqs:
             picks = np.argsort(counts > 1, kind="stable")
             token_ids = _reorder(token_ids, counts, picks)
-            counts, starts, rows, samples = (
-                counts[picks],
-                starts[picks],
-                rows[picks],
-                samples[picks],
-            )
+            counts, starts, rows = counts[picks], starts[picks], rows[picks]
+            samples = samples[picks]
             order = picks.tolist()
             sequences = [sequences[index] for index in order]
             num_decodes = int(np.count_nonzero(counts == 1))
@@ -121,10 +116,8 @@ class InputBatch:
             pooled_rows = [row for row, one in enumerate(sequences) if one.pooling is not None]
             samples[pooled_rows] = False
         sampling_rows = np.nonzero(samples)[0]
-        # 4. Tokens that the host does not know yet: −1 − i for the i-th of the last step's samples.
-        unknown = np.nonzero(token_ids[:num_decodes] == UNKNOWN_TOKEN)[0].tolist()
-        if unknown:
-            token_ids[unknown] = self._places_in_samples(sequences[row].seq_id for row in unknown)
+        # 4. Tokens that only the device knows. Then the prefix sums that locate each row's tokens.
+        self._point_at_samples(token_ids[:num_decodes], sequences)
         stops = starts + counts
         loc = np.zeros(num_seqs + 1, dtype=np.int32)
         np.cumsum(counts, out=loc[1:])
@@ -147,13 +140,18 @@ class InputBatch:
         )
         return host, self.inputs.write(host, token_ids, self._sampled)
 
-    def _places_in_samples(self, seq_ids: Iterable[int]) -> list[int]:
-        """Return −1 − i for the sequence whose token is the i-th of the last step's samples.
+    def _point_at_samples(
+        self, token_ids: NDArray[np.int64], sequences: list[SequenceSpec]
+    ) -> None:
+        """Replace each unknown token by −1 − i if it is the i-th of the last step's samples.
 
-        A sequence whose row failed there gets token 0: its results will be dropped.
+        token_ids[i] is that of sequences[i]. A sequence whose row failed in the last step gets
+        token 0: its results will be dropped.
         """
-        places = {seq_id: -1 - i for i, seq_id in enumerate(self._sampled_of)}
-        return [places.get(seq_id, 0) for seq_id in seq_ids]
+        unknown = np.nonzero(token_ids == UNKNOWN_TOKEN)[0].tolist()
+        if unknown:
+            places = {seq_id: -1 - i for i, seq_id in enumerate(self._sampled_of)}
+            token_ids[unknown] = [places.get(sequences[row].seq_id, 0) for row in unknown]
 
 
 def _reorder(

@@ -48,6 +48,8 @@ class Worker:
             vocab_size=spec.vocab_size,
             max_model_len=self._max_model_len,
             kv_bytes_per_token=spec.kv_bytes_per_token(self._cache_dtype.itemsize),
+            max_num_batched_tokens=self._backend.token_budget(config),
+            is_asynchronous=self._backend.is_asynchronous,
             eos_token_ids=spec.eos_token_ids,
             embedding=spec.embedding,
             can_generate=model.can_generate,

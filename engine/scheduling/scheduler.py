@@ -251,6 +251,7 @@ class Scheduler:
 
     # -- update -----------------------------------------------------------------------------
 
+    # Over 50 lines: a call for each row would take as long as the rest of the row's bookkeeping.
     def update_from_output(
         self, output: SchedulerOutput, result: ModelRunnerOutput
     ) -> list[SequenceOutput]:

@@ -65,6 +65,8 @@ class FakeCore:
             block_size=16,
             num_blocks=1000,
             kv_bytes_per_token=1,
+            max_num_batched_tokens=512,
+            is_asynchronous=False,
             max_num_seqs=256,
             max_logprobs=20,
             eos_token_ids=(0,),

@@ -130,6 +130,8 @@ class FakeEngineClient:
             block_size=16,
             num_blocks=self.num_blocks,
             kv_bytes_per_token=1,
+            max_num_batched_tokens=512,
+            is_asynchronous=False,
             max_num_seqs=self.max_num_seqs,
             max_logprobs=20,
             eos_token_ids=(IM_END,),

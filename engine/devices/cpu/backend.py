@@ -52,7 +52,13 @@ class CpuBackend:
         """Accept every quantisation."""
 
     def token_budget(self, config: EngineConfig) -> int:
-        return config.token_budget("cpu")
+        """By default as many as keep a CPU's cores busy: with more, every running sequence would
+        wait longer for its next token."""
+        return config.max_num_batched_tokens or max(512, 2 * config.max_num_seqs)
+
+    @property
+    def is_asynchronous(self) -> bool:
+        return False
 
     @property
     def random_devices(self) -> list[int]:

@@ -64,7 +64,12 @@ class CudaBackend:
             raise ConfigurationError(f"quantization {config.quantization} works only on the CPU")
 
     def token_budget(self, config: EngineConfig) -> int:
-        return config.token_budget("cuda")
+        """By default thousands, since a GPU needs many tokens at once to be busy."""
+        return config.max_num_batched_tokens or 8192
+
+    @property
+    def is_asynchronous(self) -> bool:
+        return True
 
     @property
     def random_devices(self) -> list[int]:

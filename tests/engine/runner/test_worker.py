@@ -47,6 +47,8 @@ def test_load_and_profile_report_what_is_there(gemma2: tuple[Path, Any]) -> None
         vocab_size=128,
         max_model_len=MAX_POSITION,
         kv_bytes_per_token=2 * 2 * 2 * 16 * 4,
+        max_num_batched_tokens=16,
+        is_asynchronous=False,
         eos_token_ids=(2,),
         embedding=NO_LAYOUT,
         can_generate=True,
