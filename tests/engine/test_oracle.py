@@ -21,9 +21,9 @@ from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
 from quire.engine.devices.cuda.decode_graphs import graph_sizes
 from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request
-from quire.engine.runner.input_batch import InputBatch
+from quire.engine.runner.model_runner import StepForward
 from quire.engine.runner.worker import Worker
-from quire.engine.sequence import Sequence
+from quire.engine.step import UNKNOWN_TOKEN, SchedulerOutput
 
 from . import models
 from .devices.cuda_on_cpu import CudaOnCpuBackend
@@ -303,14 +303,14 @@ def test_every_kind_of_request_is_the_same_one_step_ahead(
 ) -> None:
     """Chunked, preempted and in company, against each alone and one step at a time."""
     fed_back = 0
-    original = InputBatch._places_in_samples
+    forward = Worker.forward
 
-    def places(batch: InputBatch, sequences: list[Sequence]) -> list[int]:
+    def counting(worker: Worker, plan: SchedulerOutput) -> StepForward:
         nonlocal fed_back
-        fed_back += len(sequences)
-        return original(batch, sequences)
+        fed_back += plan.token_ids.count(UNKNOWN_TOKEN)
+        return forward(worker, plan)
 
-    monkeypatch.setattr(InputBatch, "_places_in_samples", places)
+    monkeypatch.setattr(Worker, "forward", counting)
     calm = Engine(llama, async_scheduling=False)
     backend = CudaOnCpuBackend(sizes=graph_sizes(12)) if graphs else None
     sizes = {"num_blocks": 20, "max_num_seqs": 12, "max_num_batched_tokens": 40}
