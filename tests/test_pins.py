@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import ctypes
+import inspect
 import re
 import subprocess
 import sys
@@ -338,6 +340,46 @@ def _cgutils() -> None:
             assert callable(getattr(cgutils, name)), name
 
 
+def _attribute_template() -> None:
+    from numba.core.typing.templates import AttributeTemplate
+
+    assert hasattr(AttributeTemplate, "resolve")
+
+
+def _make_array() -> None:
+    from numba.np.arrayobj import make_array, populate_array
+
+    names = list(inspect.signature(populate_array).parameters)
+    assert names[:6] == ["array", "data", "shape", "strides", "itemsize", "meminfo"]
+    assert callable(make_array)
+
+
+def _struct_proxy() -> None:
+    from numba import types
+    from numba.np.arrayobj import make_array
+
+    proxy = make_array(types.Array(types.float32, 1, "C"))
+    assert callable(proxy._getvalue)
+
+
+def _from_dtype() -> None:
+    import numpy as np
+    from numba import types
+    from numba.np.numpy_support import from_dtype
+
+    assert from_dtype(np.dtype("float32")) == types.float32
+
+
+def _array_object() -> None:
+    import numpy as np
+
+    array = np.zeros((3, 5))
+    data = object.__basicsize__ // 8
+    words = (ctypes.c_int64 * (data + 3)).from_address(id(array))
+    assert words[data] == array.ctypes.data
+    assert list((ctypes.c_int64 * 2).from_address(words[data + 2])) == [3, 5]
+
+
 def _prometheus_metric() -> None:
     from prometheus_client.metrics_core import Metric
 
@@ -383,6 +425,12 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "torch.Tensor._version": _torch_version,
     'sys.modules["triton"]': _torch_without_triton,
     "numba.core.cgutils": _cgutils,
+    "numba.core.typing.templates.AttributeTemplate": _attribute_template,
+    "numba.np.arrayobj.make_array": _make_array,
+    "numba.np.arrayobj.populate_array": _make_array,
+    "numba.core.cgutils.create_struct_proxy._getvalue": _struct_proxy,
+    "numba.np.numpy_support.from_dtype": _from_dtype,
+    "numpy.PyArrayObject": _array_object,
     "prometheus_client.metrics_core.Metric": _prometheus_metric,
     "prometheus_client.samples.Sample": _prometheus_sample,
     "prometheus_client.utils.floatToGoString": _prometheus_float,
