@@ -165,17 +165,6 @@ def yield_core(typing_context):
     return types.void(), generate
 
 
-@intrinsic
-def stay_apart(typing_context):
-    """Keep LLVM from copying the function that this stands in into each of its callers."""
-
-    def generate(context, builder, signature, arguments):
-        builder.function.attributes.add("noinline")
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
 def to_float(number):
     """An element of any of the three types as float32."""
 

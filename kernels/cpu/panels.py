@@ -12,7 +12,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .numbers import FAST, LANES, stay_apart
+from .numbers import INLINED, LANES
 from .vectors import (
     FLOATS,
     INDEX,
@@ -95,7 +95,7 @@ _multiply_add_5 = _make_multiply_add(5)
 _multiply_add_6 = _make_multiply_add(PANEL_ROWS)
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def multiply_add(left, left_row, left_column, right, places, stride, depth, out, row, column, rows):
     """out[row : row + rows, column : column + n] +=
     left[left_row : left_row + rows, left_column : left_column + depth] @ `depth` rows of right.
@@ -105,7 +105,6 @@ def multiply_add(left, left_row, left_column, right, places, stride, depth, out,
     `[depth]` says where each begins, relative to `places`. Contiguous; left and out `[., .]`
     float32, right of any shape as `to_float` reads it, or int8.
     """
-    stay_apart()
     for begin in range(0, np.int64(rows), PANEL_ROWS):
         few = np.int64(rows) - begin
         at, to = np.int64(left_row) + begin, np.int64(row) + begin

@@ -147,7 +147,9 @@ def attend_on_cpu(
     plan, stored = metadata.cpu_plan, as_array(cache)
     assert plan is not None
     numba.set_num_threads(plan.num_threads)
-    cpu_kernels.store_kv(as_array(key), as_array(value), metadata.slot_mapping.numpy(), stored)
+    cpu_kernels.store_kv(
+        as_array(key), as_array(value), metadata.slot_mapping.numpy(), stored, plan.num_threads
+    )
     output = torch.empty(query.shape, dtype=query.dtype)
     batch = cpu_attention.Batch(
         metadata.block_table.numpy(),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ....kernels.cpu.body import Activations, Ends, Layers, Step, run_model
+from ....kernels.cpu.body import Activations, Body, BodyStep, Ends, Layers
 from ....kernels.cpu.numbers import FLOATS, as_array
 from ....kernels.cpu.panels import PANEL_COLUMNS
 from ...body.flat_decoder import FlatDecoder, FlatLayer, Norm, Rotation, rotary_factors
@@ -29,7 +29,7 @@ _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class CpuDecoder:
-    """A model with a flat body that runs as one compiled function, `cpu_body.run_model`."""
+    """A model with a flat body that runs as one compiled function, `kernels.cpu.body.Body`."""
 
     def __init__(self, flat: FlatDecoder, *, int8: bool = False) -> None:
         """Takes the weights of the layers over: theirs are emptied. `int8` as in `pack`."""
@@ -42,6 +42,7 @@ class CpuDecoder:
         embedding = as_array(flat.embedding.weight.detach())
         no_panels = np.empty((0, embedding.shape[1], PANEL_COLUMNS), embedding.dtype)
         self._ends = Ends(embedding, no_panels, np.empty((2, 0), np.float32))
+        self._compiled = Body(self._ends, self._layers)
         self._vocab_size = 0
         self._activations: Activations | None = None
 
@@ -53,6 +54,7 @@ class CpuDecoder:
         """From now on calls return logits."""
         self._activations = None
         self._ends = self._ends._replace(head=head.panels, head_affine=head.affine)
+        self._compiled = Body(self._ends, self._layers)
         self._vocab_size = head.out_features
 
     def __call__(
@@ -69,7 +71,7 @@ class CpuDecoder:
         assert plan is not None
         num_tokens, num_logits = len(input_ids), len(logit_indices)
         activations = self._scratch(num_tokens, num_logits)
-        step = Step(
+        step = BodyStep(
             input_ids=input_ids.numpy(),
             picks=logit_indices.numpy(),
             slots=metadata.slot_mapping.numpy(),
@@ -85,7 +87,7 @@ class CpuDecoder:
         )
         numba.set_num_threads(plan.num_threads)
         cache = as_array(metadata.kv_cache)
-        run_model(self._ends, self._layers, cache, step, activations, plan.num_threads)
+        self._compiled.run(cache, step, activations, plan.num_threads)
         hidden = torch.from_numpy(activations.normed[:num_tokens])
         logits = torch.from_numpy(activations.logits[:num_logits])
         return hidden.to(self._dtype), logits.to(self._dtype)
@@ -158,28 +160,27 @@ def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm, int8: bool) -> La
     first = layers[0]
     no_norm = Norm(torch.ones(first.num_heads + first.num_kv_heads, first.head_dim), -1.0)
     qk_norms = [layer.qk_norm or no_norm for layer in layers]
-    epsilons = [
-        (layer.input_norm.eps, qk_norm.eps, layer.mlp_norm.eps)
-        for layer, qk_norm in zip(layers, qk_norms, strict=True)
-    ]
-    epsilons.append((last_norm.eps, 0.0, 0.0))
+    input_norms = [*(layer.input_norm for layer in layers), last_norm]
+    mlp_norms = [layer.mlp_norm for layer in layers]
     qkv, qkv_affine = pack([layer.qkv for layer in layers], int8=int8)
     output, output_affine = pack([layer.output for layer in layers], int8=int8)
     gate_up, gate_up_affine = pack([layer.gate_up for layer in layers], 2, int8=int8)
     down, down_affine = pack([layer.down for layer in layers], int8=int8)
     return Layers(
-        input_norm=stack([*(layer.input_norm for layer in layers), last_norm]),
+        input_norm=stack(input_norms),
         qkv=qkv,
         qkv_affine=qkv_affine,
         qk_norm=stack(qk_norms),
         output=output,
         output_affine=output_affine,
-        mlp_norm=stack([layer.mlp_norm for layer in layers]),
+        mlp_norm=stack(mlp_norms),
         gate_up=gate_up,
         gate_up_affine=gate_up_affine,
         down=down,
         down_affine=down_affine,
-        epsilons=np.array(epsilons, np.float32),
+        input_epsilons=np.array([norm.eps for norm in input_norms], np.float32),
+        qk_epsilons=np.array([norm.eps for norm in qk_norms], np.float32),
+        mlp_epsilons=np.array([norm.eps for norm in mlp_norms], np.float32),
         scales=np.array([layer.scale for layer in layers], np.float32),
         windows=np.array([layer.window or 0 for layer in layers], np.int64),
     )

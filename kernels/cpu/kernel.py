@@ -1,0 +1,189 @@
+"""Kernels: functions that are compiled by themselves and called through their addresses.
+
+A kernel is a function of five arguments that does one item of a phase (see `region.py`):
+
+    @kernel
+    def scale(item, layer, rows, thread, work): ...
+
+`work` holds everything else. In Python it is a NamedTuple of contiguous NumPy arrays and numbers;
+`pack` writes it down as words, and the compiled kernel gets a pointer to those and reads a field
+from them where the source says `work.field`. Kernels therefore bind what they need to local
+variables first, outside of their loops.
+
+Numba links the code of every function into each of its callers and has LLVM optimise all of it
+again there. A whole step as one Numba function therefore compiled its innermost loops seven times.
+A kernel is compiled once, has an entry of its own in the cache on disk, and can be compiled by any
+process (see `compiling.py`).
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import cfunc, types
+from numba.core.typing.templates import AttributeTemplate
+from numba.extending import infer_getattr, lower_getattr_generic, models, register_model
+from numba.np.arrayobj import make_array, populate_array
+from numba.np.numpy_support import from_dtype
+
+from .numbers import FAST
+
+Work = tuple[Any, ...]
+"""A NamedTuple of contiguous arrays, int, bool, and float (np.float32) values."""
+Signature = tuple[Any, ...]
+"""The class of a work, then for each field the dtype and dimensions of an array, or the class of a
+number: what a kernel is compiled for."""
+
+_WORD = ir.IntType(64)
+
+
+def signature_of(work: Work) -> Signature:
+    """Return what a kernel that gets `work` must be compiled for."""
+    return (
+        type(work),
+        *[
+            (value.dtype.char, value.ndim) if type(value) is np.ndarray else type(value)
+            for value in work
+        ],
+    )
+
+
+def pack(work: Work) -> np.ndarray[Any, Any]:
+    """Write a work down as int64 words: address and shape of each array, then each number.
+
+    The words hold no references: the caller keeps the arrays alive as long as it uses them.
+    """
+    words: list[int] = []
+    for value in work:
+        if type(value) is np.ndarray:
+            assert value.flags.c_contiguous
+            words.append(value.__array_interface__["data"][0])
+            words.extend(value.shape)
+        elif type(value) is np.float32:
+            words.append(int(value.view(np.int32)))
+        else:
+            words.append(int(value))
+    return np.array(words, dtype=np.int64)
+
+
+class WorkPointer(types.Type):  # type: ignore[misc]
+    """The Numba type of a kernel's `work`: a pointer to the words of `pack`."""
+
+    def __init__(self, signature: Signature) -> None:
+        work, *kinds = signature
+        self.fields: dict[str, tuple[int, types.Type]] = {}
+        """By name, the first word and the type of each field."""
+        word = 0
+        for name, kind in zip(work._fields, kinds, strict=True):
+            if isinstance(kind, tuple):
+                char, ndim = kind
+                field = types.Array(from_dtype(np.dtype(char)), ndim, "C")
+                self.fields[name] = word, field
+                word += 1 + ndim
+            else:
+                self.fields[name] = word, _NUMBERS[kind]
+                word += 1
+        codes = (kind if isinstance(kind, type) else f"{kind[0]}{kind[1]}" for kind in kinds)
+        names = (code.__name__ if isinstance(code, type) else code for code in codes)
+        super().__init__(f"{work.__name__}({','.join(names)})")
+
+
+_NUMBERS = {int: types.int64, bool: types.boolean, np.float32: types.float32}
+
+
+@register_model(WorkPointer)
+class _WorkPointerModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, _WORD.as_pointer())
+
+
+@infer_getattr
+class _Fields(AttributeTemplate):  # type: ignore[misc]
+    """Tell Numba the types of `work.field`."""
+
+    key = WorkPointer
+
+    def generic_resolve(self, work, name):
+        return work.fields[name][1] if name in work.fields else None
+
+
+@lower_getattr_generic(WorkPointer)
+def _read_field(context, builder, work, pointer, name):
+    """Generate the code of `work.field`."""
+    first, field = work.fields[name]
+
+    def word(at):
+        place = builder.gep(pointer, [ir.Constant(_WORD, first + at)])
+        loaded = builder.load(place)
+        # No kernel changes its work, so that LLVM may move these loads out of loops.
+        loaded.set_metadata("invariant.load", builder.module.add_metadata([]))
+        return loaded
+
+    if field == types.float32:
+        return builder.bitcast(builder.trunc(word(0), ir.IntType(32)), ir.FloatType())
+    if not isinstance(field, types.Array):
+        return builder.trunc(word(0), ir.IntType(1)) if field == types.boolean else word(0)
+    itemsize = context.get_abi_sizeof(context.get_data_type(field.dtype))
+    shape = [word(1 + axis) for axis in range(field.ndim)]
+    strides = [ir.Constant(_WORD, itemsize)]
+    for length in reversed(shape[1:]):
+        strides.insert(0, builder.mul(length, strides[0]))
+    array = make_array(field)(context, builder)
+    data = builder.inttoptr(word(0), context.get_data_type(field.dtype).as_pointer())
+    populate_array(array, data, shape, strides, itemsize, meminfo=None)
+    return array._getvalue()
+
+
+class Kernel:
+    """A kernel, compiled for the works it is given."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.name: str = function.__name__
+        self._function = function
+        self._compiled: dict[Signature, Any] = {}
+
+    def address(self, work: Work) -> int:
+        """Return the machine code for such a work, compiled or loaded now if it has not been."""
+        signature = signature_of(work)
+        compiled = self._compiled.get(signature)
+        if compiled is None:
+            compiled = self.compile(signature)
+        address: int = compiled.address
+        return address
+
+    def compile(self, signature: Signature) -> Any:
+        """Compile the function as a C function, or load it from the cache on disk."""
+        word = types.int64
+        kind = types.void(word, word, word, word, WorkPointer(signature))
+        options = {name: FAST[name] for name in ("fastmath", "error_model")}
+        with _only_process(self.name):
+            compiled = cfunc(kind, cache=True, **options)(self._function)
+        self._compiled[signature] = compiled
+        return compiled
+
+
+def kernel(function: Callable[..., None]) -> Kernel:
+    """Make a kernel of a function (item, layer, rows, thread, work)."""
+    return Kernel(function)
+
+
+@contextmanager
+def _only_process(name: str) -> Iterator[None]:
+    """Let one process at a time compile `name`: the next one finds it in the cache.
+
+    Numba alone would not only compile it twice. Two processes that add to one index at the same
+    time can leave one signature's entry pointing to the code of another.
+    """
+    folder = Path(numba.config.CACHE_DIR)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
