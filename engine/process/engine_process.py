@@ -38,14 +38,18 @@ logger = logging.getLogger("quire.engine")
 
 def build_core(config: EngineConfig) -> EngineCoreProtocol:
     """The real engine: weights loaded, memory profiled, warmed up. Raises StartupError."""
-    # These imports make a million objects that stay: walking them again and again takes a tenth of
-    # the imports' time, or more.
+    # These imports make a million objects that stay. Walking them again and again would take a
+    # tenth of the imports' time, and walking them once while weights are loaded half a second.
     gc.disable()
     if not config.trust_remote_code:  # the model's own code may well use it
         _leave_triton_out(config)
+    from ..runner.first_start import compile_ahead
+
+    compile_ahead(config)
     from ..core.engine_core import EngineCore
     from ..runner.worker import Worker
 
+    gc.freeze()
     gc.enable()
     return EngineCore(config, Worker(config))
 

@@ -211,10 +211,6 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Run two tokens and draw from blank logits, of all tokens and of the likeliest, which on
         the CPU compiles what this machine has not compiled before."""
-        from ...kernels.cpu.numbers import is_compiled
-
-        if not is_compiled():
-            logger.info("compiling for this processor, once: takes some half a minute")
         self._run_blank_step(2, 1)
         logits = torch.zeros(1, self._model.spec.vocab_size, dtype=self._model.dtype)
         for top_p in (1.0, 0.5):

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .attention import Attention, attend_tile, make_scratch
-from .kernel import Kernel, Work, pack
+from .compiling import Task, compile_all
+from .kernel import Kernel, Work, pack, signature_of
 from .norms import FEW, Heads, Norm, Pick, normalise, pick, rotate
 from .products import Product, count_items, make_tiles, multiply, multiply_gated
 from .region import Phase, run_phases
@@ -170,6 +171,10 @@ class Body:
     def run(self, cache: Array, step: BodyStep, activations: Activations, num_threads: int) -> None:
         """Run a step. Changes the activations and the cache `[num_layers, 2, blocks, kv_heads,
         block_size, head_dim]`."""
+        # 0. The kernels, at the first step.
+        if self._activations is None:
+            ends, layers = self._ends, self._layers
+            compile_all(body_tasks(ends.embedding.dtype, layers.qkv.dtype, ends.head.dtype))
         # 1. The works that last: packed again if the activations or the scratch have grown.
         scratch = self._scratch_for(activations, cache.shape[3], step.tile_queries, num_threads)
         if activations is not self._activations or scratch is not self._scratch:
@@ -240,14 +245,17 @@ def lasting_works(
     x, normed, qkv, _, attended, gated, picked, logits = activations
     tiles, no_ids = scratch.tiles, np.empty(0, np.int64)
     qkv, attended = (part.reshape(len(part), -1) for part in (qkv, attended))
-    return {
+    works: dict[int, Work] = {
         QKV: Product(layers.qkv, layers.qkv_affine, normed, qkv, tiles, False),
         OUTPUT: Product(layers.output, layers.output_affine, attended, x, tiles, True),
         MLP_NORM: Norm(x, layers.mlp_norm, layers.mlp_epsilons, normed, no_ids, ends.embedding),
         GATE_UP: Product(layers.gate_up, layers.gate_up_affine, normed, gated, tiles, False),
         DOWN: Product(layers.down, layers.down_affine, gated, x, tiles, True),
-        HEAD: Product(ends.head[None], ends.head_affine[None], picked, logits, tiles, False),
     }
+    if len(ends.head):
+        head, affine = ends.head[None], ends.head_affine[None]
+        works[HEAD] = Product(head, affine, picked, logits, tiles, False)
+    return works
 
 
 def step_works(
@@ -294,3 +302,29 @@ def step_works(
         ),
         PICK: Pick(normed, step.picks, activations.picked),
     }
+
+
+def body_tasks(floats: np.dtype[Any], weights: np.dtype[Any], head: np.dtype[Any]) -> list[Task]:
+    """Return the kernels of a step, and what they are compiled for, if these are the types of
+    embedding and KV cache, of the layers' weights, and of the head's. The longest is the last."""
+
+    def array(dtype: Any, ndim: int) -> Array:
+        return np.zeros((1,) * ndim, dtype=dtype)
+
+    panels, affine = array(weights, 4), array(np.float32, 3)
+    line, rows, words = array(np.float32, 1), array(np.float32, 2), array(np.int64, 1)
+    product, heads, pairs = (panels, affine), array(np.float32, 3), array(np.int64, 2)
+    layers = Layers(
+        rows, *product, heads, *product, rows, *product, *product, line, line, line, line, words
+    )
+    ends = Ends(array(floats, 2), array(head, 3), rows)
+    activations = Activations(rows, rows, heads, heads, heads, rows, rows, rows)
+    table, starts = array(np.int32, 2), array(np.int32, 1)
+    step = BodyStep(
+        words, words, words, words, rows, rows, table, starts, starts, pairs, pairs, tile_queries=1
+    )
+    scratch = Scratch(make_tiles(1), make_scratch(1, 1, 1))
+    works = lasting_works(ends, layers, activations, scratch)
+    works |= step_works(ends, layers, array(floats, 6), step, activations, scratch)
+    tasks = {(KERNELS[kind], signature_of(work)): None for kind, work in works.items()}
+    return sorted(tasks, key=lambda task: task[0] is attend_tile)

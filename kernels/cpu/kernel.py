@@ -20,12 +20,12 @@ process (see `compiling.py`).
 from __future__ import annotations
 
 import fcntl
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import cfunc, types
@@ -34,7 +34,7 @@ from numba.extending import infer_getattr, lower_getattr_generic, models, regist
 from numba.np.arrayobj import make_array, populate_array
 from numba.np.numpy_support import from_dtype
 
-from .numbers import FAST
+from .numbers import CACHE, FAST
 
 Work = tuple[Any, ...]
 """A NamedTuple of contiguous arrays, int, bool, and float (np.float32) values."""
@@ -164,10 +164,20 @@ class Kernel:
         word = types.int64
         kind = types.void(word, word, word, word, WorkPointer(signature))
         options = {name: FAST[name] for name in ("fastmath", "error_model")}
-        with _only_process(self.name):
+        with only_process(self.name):
             compiled = cfunc(kind, cache=True, **options)(self._function)
+            self._marker(signature).touch()
         self._compiled[signature] = compiled
         return compiled
+
+    def is_compiled(self, signature: Signature) -> bool:
+        """Return whether this installation has compiled the kernel for such works."""
+        return signature in self._compiled or self._marker(signature).exists()
+
+    def _marker(self, signature: Signature) -> Path:
+        """Return a file that exists once the cache on disk has the kernel."""
+        name = WorkPointer(signature).name.encode()
+        return CACHE / f"{self.name}-{hashlib.sha256(name).hexdigest()[:16]}.compiled"
 
 
 def kernel(function: Callable[..., None]) -> Kernel:
@@ -176,14 +186,13 @@ def kernel(function: Callable[..., None]) -> Kernel:
 
 
 @contextmanager
-def _only_process(name: str) -> Iterator[None]:
+def only_process(name: str) -> Iterator[None]:
     """Let one process at a time compile `name`: the next one finds it in the cache.
 
     Numba alone would not only compile it twice. Two processes that add to one index at the same
     time can leave one signature's entry pointing to the code of another.
     """
-    folder = Path(numba.config.CACHE_DIR)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{name}.lock", "w") as lock:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,10 @@
 """Numbers as Numba's kernels read and write them: three float types, and a fast exponential.
 
 NumPy knows no bfloat16, and Numba no half floats on the CPU. So arrays of them travel as their
-bits, bfloat16 as uint16 and float16 as int16 (`as_array`), and all arithmetic is in float32.
+bits, bfloat16 as uint16 and float16 as int16 (`arrays.as_array`), and all arithmetic is in float32.
+
+Importing this module sets Numba's options; every module that compiles something imports it first.
+It does without torch, which a process that only compiles need not wait for.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -10,31 +13,29 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
 
 import numba
 import numpy as np
-import torch
 from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-# Numba compiles anew where a function's own file has changed, not one that it calls. Importing
-# this comes before the first kernel.
+# Numba compiles a cached function again if the function's own file has changed, but not if a file
+# has changed whose functions it calls. So the cache is kept by all that the machine code depends
+# on: the sources of this folder, Numba's release, the processor.
 _HERE = Path(__file__).parent
-_SOURCES = sorted(_HERE.glob("*.py"))
-_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
+_FEATURES = binding.get_host_cpu_features()
+_PARTS = (numba.__version__, binding.get_host_cpu_name(), _FEATURES.flatten())
+_SOURCES = [path.read_bytes() for path in sorted(_HERE.glob("*.py"))]
+_DIGEST = hashlib.sha256(b"".join((*_SOURCES, *map(str.encode, _PARTS)))).hexdigest()[:16]
 _CACHE = _HERE / "__pycache__" if os.access(_HERE, os.W_OK) else Path.home() / ".cache" / "quire"
-numba.config.CACHE_DIR = str(Path(numba.config.CACHE_DIR or _CACHE) / f"numba-{_DIGEST}")
+CACHE = Path(numba.config.CACHE_DIR or _CACHE) / f"numba-{_DIGEST}"
+numba.config.CACHE_DIR = str(CACHE)
 
-# The first is torch's own pool of threads, where the system has GNU's OpenMP. Numba sets its size
-# when it first uses it.
+# The first one is torch's own pool of threads, if the system has GNU's OpenMP. Numba sets its size
+# when it first uses it (see `arrays.py`).
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-numba.config.NUMBA_NUM_THREADS = torch.get_num_threads()
-
-_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-FLOATS = {torch.float32, *_BITS}
 
 # Sums may be reordered and fused, but nothing is assumed about NaN and infinity: a NaN in a
 # sequence's cache must come out as one.
@@ -46,32 +47,15 @@ FAST = {
     "cache": True,
 }
 
-# Of a function that is not compiled by itself, which takes a second, but as part of its callers.
+# For a function that is only compiled as part of its callers.
 INLINED = {**FAST, "inline": "always"}
 
-# Loops over prange alone become parallel. Their bodies are functions of their own, which Numba's
+# Only loops over prange become parallel. Their bodies are functions of their own, which Numba's
 # analysis of parallel code, slow on long ones, does not look into.
 _OTHERS = ["comprehension", "fusion", "inplace_binop", "numpy", "reduction", "setitem", "stencil"]
 PARALLEL = {**FAST, "parallel": {"prange": True} | dict.fromkeys(_OTHERS, False)}
 
-LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
-
-
-def as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The same memory, contiguous, as the kernels below take it."""
-    bits = _BITS.get(tensor.dtype)
-    tensor = tensor.contiguous()
-    return (tensor if bits is None else tensor.view(bits)).numpy()
-
-
-def is_compiled() -> bool:
-    """Whether kernels have been compiled in this installation, for some type."""
-    return Path(numba.config.CACHE_DIR).exists()
-
-
-def thread_count() -> int:
-    """Threads for a kernel: torch's number, which may have been lowered since this was imported."""
-    return min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
+LANES = 16 if _FEATURES.get("avx512f") else 8
 
 
 @intrinsic

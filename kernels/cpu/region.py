@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from .kernel import Kernel, Work, pack
+from .kernel import Kernel, Work, only_process, pack
 from .numbers import FAST, PARALLEL, fetch_add, load, yield_core
 
 LINE = 16
@@ -55,6 +55,12 @@ def run_phases(phases: np.ndarray[Any, Any], num_threads: int) -> None:
     """Run phases, an int64 array whose rows are as `Phase`, one after the other."""
     counters = np.zeros(len(phases) * 2 * LINE, dtype=np.int64)
     run_region(phases, counters, num_threads)
+
+
+def compile_region() -> None:
+    """Compile the region, or load it from the cache on disk."""
+    with only_process("region"):
+        run_phases(np.empty((0, len(Phase._fields)), dtype=np.int64), 1)
 
 
 @njit(**PARALLEL)

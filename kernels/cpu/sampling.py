@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numba import njit
 
-from .kernel import kernel
+from .kernel import Kernel, Signature, kernel, signature_of
 from .numbers import FAST, INLINED, exp
 from .region import launch
 
@@ -83,6 +83,16 @@ def draw(
     `counter_rng.stream_keys` makes of seeds `[G]` and positions `[R]`[batch_rows `[G]`]."""
     arrays = (logits, rows, tops, temperatures, seeds, positions, batch_rows)
     _launch(*arrays, True, token_ids, winners)
+
+
+def draw_task() -> tuple[Kernel, Signature]:
+    """Return the kernel, and what it is compiled for."""
+    words, floats = (np.zeros(1, dtype=dtype) for dtype in (np.int64, np.float32))
+    lines, tokens = floats[None], words[None]
+    example = Draw(
+        lines, words, floats, lines, words, words, words, True, tokens, words, lines[None]
+    )
+    return run_race, signature_of(example)
 
 
 def _launch(*work: Any) -> None:

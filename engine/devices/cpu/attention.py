@@ -14,7 +14,7 @@ import torch
 
 from ....kernels.cpu import attention as cpu_attention
 from ....kernels.cpu import norms as cpu_kernels
-from ....kernels.cpu.numbers import as_array, thread_count
+from ....kernels.cpu.arrays import as_array, thread_count
 from ....kernels.cpu.softmax import KEYS
 from ....kernels.prefix_groups import find_prefix_groups
 

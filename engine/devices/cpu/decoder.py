@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ....kernels.cpu.arrays import FLOATS, as_array
 from ....kernels.cpu.body import Activations, Body, BodyStep, Ends, Layers
-from ....kernels.cpu.numbers import FLOATS, as_array
 from ....kernels.cpu.panels import PANEL_COLUMNS
 from ...body.flat_decoder import FlatDecoder, FlatLayer, Norm, Rotation, rotary_factors
 from .packed_linear import PackedLinear, pack
