@@ -94,8 +94,8 @@ def _half_from_float(typing_context, number):
 
 @intrinsic
 def fetch_add(typing_context, counters, index, amount):
-    """Add to `counters[index]` (int64), atomically; what stood there before. What was written
-    before it is seen by whoever reads the sum with `load`."""
+    """Add to `counters[index]` (int64) atomically and return the number before that. A thread that
+    reads the sum with `load` sees everything that this one wrote before."""
 
     def generate(context, builder, signature, arguments):
         place = _counter(context, builder, signature, arguments)
@@ -106,7 +106,7 @@ def fetch_add(typing_context, counters, index, amount):
 
 @intrinsic
 def load(typing_context, counters, index):
-    """`counters[index]` (int64) as other threads have left it."""
+    """Return `counters[index]` (int64) as other threads have left it."""
 
     def generate(context, builder, signature, arguments):
         place = _counter(context, builder, signature, arguments)
@@ -117,7 +117,7 @@ def load(typing_context, counters, index):
 
 @intrinsic
 def prefetch(typing_context, numbers, at):
-    """Ask memory for the cache line of an element, counted in memory's order."""
+    """Fetch the cache line of an element, whose index is in memory order, ahead of its use."""
 
     def generate(context, builder, signature, arguments):
         array = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
@@ -125,7 +125,7 @@ def prefetch(typing_context, numbers, at):
         kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         place = builder.bitcast(builder.gep(array.data, [arguments[1]]), pointer)
-        # To be read, and kept in the second-level cache, as data.
+        # For reading (0), kept in the second-level cache (2), as data (1).
         builder.call(function, [place, *(ir.Constant(integer, number) for number in (0, 2, 1))])
         return context.get_dummy_value()
 
@@ -150,7 +150,7 @@ def yield_core(typing_context):
 
 
 def to_float(number):
-    """An element of any of the three types as float32."""
+    """Return an element of any of the three types as float32."""
 
 
 @overload(to_float)
@@ -165,7 +165,7 @@ def _to_float(number):
 
 
 def store(array, row, column, number):
-    """array[row, column] = number, rounded to the nearest, ties to even."""
+    """Set array[row, column] to a float32 number, rounded to the nearest, ties to even."""
 
 
 @overload(store)
@@ -204,16 +204,16 @@ EXP_TERMS = tuple(
         1,
     )
 )
-"""Of 2^f's Taylor polynomial, the highest power first."""
+"""The coefficients of 2^f's Taylor polynomial, the highest power first."""
 
 
 @njit(**FAST)
 def exp(x):
-    """e^x in float32, within 3e-7 of it for |x| < 1 and 4e-6 for |x| < 86, where the rounding of y
-    shows; clamped beyond. NaN stays NaN.
+    """Return e^x in float32, with a relative error of at most 3e-7 for |x| < 1 and 4e-6 for
+    |x| < 86, where the rounding of y shows; clamped beyond. NaN stays NaN.
 
-    2^y with y = n + f, |f| <= 1/2: n goes into the exponent's bits, 2^f is a Taylor polynomial.
-    Written out, since only without a call does the loop around it become vector instructions.
+    It is 2^y with y = n + f, |f| <= 1/2: n goes into the exponent's bits, 2^f is a Taylor
+    polynomial. It is written out because a loop with a call in it is not vectorised.
     """
     y = x * LOG2_E
     if y < np.float32(-126):
