@@ -1,11 +1,11 @@
 """How fast the CPU's packed products are, against torch's.
 
-    OMP_NUM_THREADS=1 python -P benchmarks/cpu_products.py [--turns 5]
+    OMP_NUM_THREADS=1 taskset -c 1 python -P benchmarks/cpu_products.py [--turns 5]
 
 For each dtype and shape: the fastest of many calls of `run_product` (ours), of F.linear, and of
 torch's products with prepacked weights, which are private: mkldnn's `_linear_pointwise`, and MKL's
 `_mkl_linear` for float32. They take turns, on one thread. The figures are milliseconds, and the
-ratios are theirs to ours: above 1, ours is faster.
+ratios are theirs to ours: above 1, ours is faster. taskset keeps mkldnn from a second thread.
 """
 
 from __future__ import annotations
