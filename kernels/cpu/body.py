@@ -15,8 +15,8 @@ some ten microseconds each, about what it takes to wake a thread up.
 
 What a phase works on depends little on the step. The weights are the same for all steps, the
 activations until a step needs larger ones, and how many rows there are is in the table of phases.
-So most works are packed once, and a step packs the two that name its own arrays, for rotation and
-attention, and those of its token ids and picks.
+So most works are packed once, and of the four that name a step's own arrays only those are written
+down again.
 
 Activations are float32 throughout.
 """
@@ -29,7 +29,7 @@ import numpy as np
 
 from .attention import Attention, attend_tile, make_scratch
 from .compiling import Task, compile_all
-from .kernel import Kernel, Work, pack, signature_of
+from .kernel import Kernel, Packed, Work, signature_of
 from .norms import FEW, Heads, Norm, Pick, normalise, pick, rotate
 from .products import Product, count_items, make_tiles, multiply, multiply_gated
 from .region import Phase, run_phases
@@ -55,6 +55,7 @@ LAYER_PHASES = 8
 INPUT_NORM, QKV, ROTATE, ATTEND, OUTPUT, MLP_NORM, GATE_UP, DOWN, PICK, HEAD = range(len(KERNELS))
 KERNEL, WORK, ITEMS, LAYER, ROWS = range(len(Phase._fields))
 """The columns of the table of phases."""
+NO_SOFTCAP = np.float32(0)
 
 
 class Layers(NamedTuple):
@@ -165,8 +166,10 @@ class Body:
         self._table = np.zeros((self._num_phases, len(Phase._fields)), dtype=np.int64)
         self._table[:, LAYER] = np.arange(self._num_phases) // LAYER_PHASES
         self._table[-2:, LAYER] = 0  # pick and head have one
-        self._packed: dict[int, tuple[Work, Array]] = {}
-        """By kind, the work that is in the table now, and its words."""
+        self._packed: dict[int, Packed] = {}
+        """By kind, the work that is in the table now."""
+        self._counts = (0, 0, 0)
+        """Tokens, picks and tiles that the table is for."""
 
     def run(self, cache: Array, step: BodyStep, activations: Activations, num_threads: int) -> None:
         """Run a step. Changes the activations and the cache `[num_layers, 2, blocks, kv_heads,
@@ -185,12 +188,11 @@ class Body:
         works = step_works(self._ends, self._layers, cache, step, activations, scratch)
         for kind, work in works.items():
             self._set_work(kind, work)
-        # 3. The number of items of each kind, and of rows: all tokens, then only the picks.
-        tokens, picks = len(step.slots), len(step.picks)
-        for kind, items in enumerate(self._count_items(tokens, picks, step, cache.shape[3])):
-            self._table[self._phases(kind), ITEMS] = items
-        self._table[:, ROWS] = tokens
-        self._table[-2:, ROWS] = picks
+        # 3. How many items and rows. From one decode to the next they are often the same.
+        counts = (len(step.slots), len(step.picks), len(step.tiles))
+        if counts != self._counts:
+            self._counts = counts
+            self._set_counts(*counts, cache.shape[3])
         run_phases(self._table, num_threads)
 
     def _phases(self, kind: int) -> slice:
@@ -202,29 +204,34 @@ class Body:
         )
 
     def _set_work(self, kind: int, work: Work) -> None:
-        words = pack(work)
+        packed = self._packed.get(kind)
+        if packed is not None and packed.update(work):
+            return
+        packed = self._packed[kind] = Packed(work)
         phases = self._phases(kind)
-        self._packed[kind] = (work, words)
         self._table[phases, KERNEL] = KERNELS[kind].address(work)
-        self._table[phases, WORK] = words.ctypes.data
+        self._table[phases, WORK] = packed.words.ctypes.data
 
-    def _count_items(
-        self, tokens: int, picks: int, step: BodyStep, kv_heads: int
-    ) -> tuple[int, ...]:
-        """Return the number of items of a phase of each kind."""
+    def _set_counts(self, tokens: int, picks: int, tiles: int, kv_heads: int) -> None:
+        """Set the number of items of each kind of phase, and of rows: all tokens, and for the
+        last two kinds only the picks."""
         layers, few = self._layers, -(-tokens // FEW)
-        return (
-            few,
-            count_items(layers.qkv.shape[1], tokens),
-            few,
-            len(step.tiles) * kv_heads,
-            count_items(layers.output.shape[1], tokens),
-            few,
-            count_items(layers.gate_up.shape[1] // 2, tokens),
-            count_items(layers.down.shape[1], tokens),
-            -(-picks // FEW),
-            count_items(len(self._ends.head), picks),
-        )
+        items = {
+            INPUT_NORM: few,
+            QKV: count_items(layers.qkv.shape[1], tokens),
+            ROTATE: few,
+            ATTEND: tiles * kv_heads,
+            OUTPUT: count_items(layers.output.shape[1], tokens),
+            MLP_NORM: few,
+            GATE_UP: count_items(layers.gate_up.shape[1] // 2, tokens),
+            DOWN: count_items(layers.down.shape[1], tokens),
+            PICK: -(-picks // FEW),
+            HEAD: count_items(len(self._ends.head), picks),
+        }
+        for kind, number in items.items():
+            self._table[self._phases(kind), ITEMS] = number
+        self._table[:, ROWS] = tokens
+        self._table[-2:, ROWS] = picks
 
     def _scratch_for(
         self, activations: Activations, kv_heads: int, tile_queries: int, num_threads: int
@@ -294,7 +301,7 @@ def step_works(
             step.tile_queries,
             layers.scales,
             layers.windows,
-            np.float32(0),
+            NO_SOFTCAP,
             layers.scales,
             False,
             attended,

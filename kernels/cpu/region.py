@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from .kernel import Kernel, Work, only_process, pack
+from .kernel import Kernel, Packed, Work, only_process
 from .numbers import FAST, PARALLEL, fetch_add, load, yield_core
 
 LINE = 16
@@ -46,8 +46,8 @@ class Phase(NamedTuple):
 
 def launch(kernel: Kernel, work: Work, items: int, rows: int, num_threads: int) -> None:
     """Run one kernel for all items of one phase."""
-    words = pack(work)
-    phase = (kernel.address(work), words.ctypes.data, items, 0, rows)
+    packed = Packed(work)  # until the kernel has run
+    phase = (kernel.address(work), packed.words.ctypes.data, items, 0, rows)
     run_phases(np.array([phase], dtype=np.int64), num_threads)
 
 

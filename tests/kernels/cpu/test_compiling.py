@@ -13,7 +13,7 @@ import pytest
 
 from quire.kernels.cpu import ahead, compiling
 from quire.kernels.cpu.compiling import compile_all, is_compiled
-from quire.kernels.cpu.kernel import Kernel, Signature, Work, pack, signature_of
+from quire.kernels.cpu.kernel import Kernel, Packed, Signature, Work, signature_of
 from quire.kernels.cpu.norms import Pick, pick
 from quire.kernels.cpu.region import launch
 
@@ -109,4 +109,15 @@ def test_a_kernel_sees_the_fields_of_its_work() -> None:
 
 def test_arrays_of_a_work_are_contiguous() -> None:
     with pytest.raises(AssertionError):
-        pack(Pick(np.zeros((2, 3)).T, np.array([1]), np.zeros((1, 2))))
+        Packed(Pick(np.zeros((2, 3)).T, np.array([1]), np.zeros((1, 2))))
+
+
+def test_a_work_that_is_updated_has_the_words_of_a_new_one() -> None:
+    source, picks, out = np.zeros((2, 3)), np.array([1]), np.zeros((1, 3))
+    packed = Packed(Pick(source, picks, out))
+    longer = np.array([1, 0, 1])
+    assert packed.update(Pick(source, longer, out))
+    assert np.array_equal(packed.words, Packed(Pick(source, longer, out)).words)
+    assert packed.words[4] == 3
+    assert not packed.update(Pick(source, longer.astype(np.int32), out))
+    assert not packed.update(Pick(source[None], longer, out))
