@@ -210,7 +210,7 @@ class Body:
         packed = self._packed[kind] = Packed(work)
         phases = self._phases(kind)
         self._table[phases, KERNEL] = KERNELS[kind].address(work)
-        self._table[phases, WORK] = packed.words.ctypes.data
+        self._table[phases, WORK] = id(packed.words)
 
     def _set_counts(self, tokens: int, picks: int, tiles: int, kv_heads: int) -> None:
         """Set the number of items of each kind of phase, and of rows: all tokens, and for the

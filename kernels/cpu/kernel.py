@@ -43,6 +43,10 @@ Signature = tuple[Any, ...]
 number: what a kernel is compiled for."""
 
 _WORD = ir.IntType(64)
+DATA = object.__basicsize__ // 8
+_DIMENSIONS = DATA + 2
+"""Words of a NumPy array (PyArrayObject, whose layout is part of NumPy's binary interface): after
+Python's own, the address of its data, the number of its axes, and the address of their lengths."""
 
 
 def signature_of(work: Work) -> Signature:
@@ -57,46 +61,37 @@ def signature_of(work: Work) -> Signature:
 
 
 class Packed:
-    """A work written down as int64 words: address and shape of each array, then each number.
+    """A work written down as int64 words, one for each field: an array's is the address of the
+    NumPy object itself, from which kernels read where its data is and how long its axes are.
 
     The words are valid while this object is: it keeps the arrays alive.
     """
 
     def __init__(self, work: Work) -> None:
-        widths = [1 + value.ndim if type(value) is np.ndarray else 1 for value in work]
-        self._starts = [sum(widths[:at]) for at in range(len(work))]
         self._work = work
-        self.words = np.zeros(sum(widths), dtype=np.int64)
-        for start, value in zip(self._starts, work, strict=True):
-            self._write(start, value)
+        self.words = np.array([_word(value) for value in work], dtype=np.int64)
 
     def update(self, work: Work) -> bool:
         """Write down what has changed of a work, or return False if its signature has changed.
 
-        Most of a step's arrays are the very objects of the step before, so that this takes a
-        third of the time of writing all.
+        Most of a step's arrays are the very objects of the step before.
         """
-        for start, old, new in zip(self._starts, self._work, work, strict=True):
+        for at, (old, new) in enumerate(zip(self._work, work, strict=True)):
             if new is not old:
                 if type(new) is not type(old):
                     return False
                 if type(new) is np.ndarray and (new.dtype != old.dtype or new.ndim != old.ndim):
                     return False
-                self._write(start, new)
+                self.words[at] = _word(new)
         self._work = work
         return True
 
-    def _write(self, start: int, value: Any) -> None:
-        words = self.words
-        if type(value) is np.ndarray:
-            assert value.flags.c_contiguous
-            words[start] = value.__array_interface__["data"][0]
-            for axis, length in enumerate(value.shape, start + 1):
-                words[axis] = length
-        elif type(value) is np.float32:
-            words[start] = int(value.view(np.int32))
-        else:
-            words[start] = value
+
+def _word(value: Any) -> int:
+    if type(value) is np.ndarray:
+        assert value.flags.c_contiguous
+        return id(value)
+    return int(value.view(np.int32)) if type(value) is np.float32 else int(value)
 
 
 class WorkPointer(types.Type):  # type: ignore[misc]
@@ -105,17 +100,13 @@ class WorkPointer(types.Type):  # type: ignore[misc]
     def __init__(self, signature: Signature) -> None:
         work, *kinds = signature
         self.fields: dict[str, tuple[int, types.Type]] = {}
-        """By name, the first word and the type of each field."""
-        word = 0
-        for name, kind in zip(work._fields, kinds, strict=True):
+        """By name, the word and the type of each field."""
+        for word, (name, kind) in enumerate(zip(work._fields, kinds, strict=True)):
             if isinstance(kind, tuple):
                 char, ndim = kind
-                field = types.Array(from_dtype(np.dtype(char)), ndim, "C")
-                self.fields[name] = word, field
-                word += 1 + ndim
+                self.fields[name] = word, types.Array(from_dtype(np.dtype(char)), ndim, "C")
             else:
                 self.fields[name] = word, _NUMBERS[kind]
-                word += 1
         codes = (kind if isinstance(kind, type) else f"{kind[0]}{kind[1]}" for kind in kinds)
         names = (code.__name__ if isinstance(code, type) else code for code in codes)
         super().__init__(f"{work.__name__}({','.join(names)})")
@@ -143,28 +134,31 @@ class _Fields(AttributeTemplate):  # type: ignore[misc]
 @lower_getattr_generic(WorkPointer)
 def _read_field(context, builder, work, pointer, name):
     """Generate the code of `work.field`."""
-    first, field = work.fields[name]
+    at, field = work.fields[name]
 
-    def word(at):
-        place = builder.gep(pointer, [ir.Constant(_WORD, first + at)])
-        loaded = builder.load(place)
+    def load(pointer, index):
+        loaded = builder.load(builder.gep(pointer, [ir.Constant(_WORD, index)]))
         # No kernel changes its work, so that LLVM may move these loads out of loops.
         loaded.set_metadata("invariant.load", builder.module.add_metadata([]))
         return loaded
 
+    word = load(pointer, at)
     if field == types.float32:
-        return builder.bitcast(builder.trunc(word(0), ir.IntType(32)), ir.FloatType())
+        return builder.bitcast(builder.trunc(word, ir.IntType(32)), ir.FloatType())
     if not isinstance(field, types.Array):
-        return builder.trunc(word(0), ir.IntType(1)) if field == types.boolean else word(0)
+        return builder.trunc(word, ir.IntType(1)) if field == types.boolean else word
+    words = _WORD.as_pointer()
+    array = builder.inttoptr(word, words)
+    data = builder.inttoptr(load(array, DATA), context.get_data_type(field.dtype).as_pointer())
+    axes = builder.inttoptr(load(array, _DIMENSIONS), words)
+    shape = [load(axes, axis) for axis in range(field.ndim)]
     itemsize = context.get_abi_sizeof(context.get_data_type(field.dtype))
-    shape = [word(1 + axis) for axis in range(field.ndim)]
     strides = [ir.Constant(_WORD, itemsize)]
     for length in reversed(shape[1:]):
         strides.insert(0, builder.mul(length, strides[0]))
-    array = make_array(field)(context, builder)
-    data = builder.inttoptr(word(0), context.get_data_type(field.dtype).as_pointer())
-    populate_array(array, data, shape, strides, itemsize, meminfo=None)
-    return array._getvalue()
+    value = make_array(field)(context, builder)
+    populate_array(value, data, shape, strides, itemsize, meminfo=None)
+    return value._getvalue()
 
 
 class Kernel:

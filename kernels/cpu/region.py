@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from .kernel import Kernel, Packed, Work, only_process
+from .kernel import DATA, Kernel, Packed, Work, only_process
 from .numbers import FAST, PARALLEL, fetch_add, load, yield_core
 
 LINE = 16
@@ -38,7 +38,8 @@ class Phase(NamedTuple):
     kernel: int
     """The address of the kernel's machine code."""
     work: int
-    """The address of the words that the kernel reads."""
+    """The address of the array of the words that the kernel reads: of the NumPy object, see
+    `kernel.Packed`."""
     items: int
     layer: int
     rows: int
@@ -47,7 +48,7 @@ class Phase(NamedTuple):
 def launch(kernel: Kernel, work: Work, items: int, rows: int, num_threads: int) -> None:
     """Run one kernel for all items of one phase."""
     packed = Packed(work)  # until the kernel has run
-    phase = (kernel.address(work), packed.words.ctypes.data, items, 0, rows)
+    phase = (kernel.address(work), id(packed.words), items, 0, rows)
     run_phases(np.array([phase], dtype=np.int64), num_threads)
 
 
@@ -107,7 +108,8 @@ def _call(typing_context, phases, phase, item, thread):
         word = ir.IntType(64)
         kind = ir.FunctionType(ir.VoidType(), [word, word, word, word, word.as_pointer()])
         function = builder.inttoptr(address, kind.as_pointer())
-        pointer = builder.inttoptr(work, word.as_pointer())
+        words = builder.gep(builder.inttoptr(work, word.as_pointer()), [ir.Constant(word, DATA)])
+        pointer = builder.inttoptr(builder.load(words), word.as_pointer())
         builder.call(function, [item, layer, rows, thread, pointer])
         return context.get_dummy_value()
 
