@@ -29,7 +29,7 @@ def compile_all(tasks: Sequence[Task]) -> None:
     """
     silent, began = is_compiled(tasks), time.monotonic()
     if not silent:
-        logger.info("compiling for this processor, once: takes some ten seconds")
+        logger.info("compiling for this processor, once: takes some seconds")
     # None disables the bar unless it is on a terminal.
     bar = tqdm(tasks, desc="compiling", unit=" kernels", disable=silent or None)
     for kernel, signature in bar:
