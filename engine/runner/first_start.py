@@ -1,7 +1,4 @@
-"""What the engine's process begins before its slow imports.
-
-This module itself imports nothing slow.
-"""
+"""What the engine's process begins before its slow imports. This module imports none but torch."""
 
 from __future__ import annotations
 

@@ -36,7 +36,6 @@ from .region import Phase, run_phases
 
 Array = np.ndarray[Any, Any]
 
-
 KERNELS: tuple[Kernel, ...] = (
     normalise,
     multiply,
@@ -177,7 +176,8 @@ class Body:
         # 0. The kernels, at the first step.
         if self._activations is None:
             ends, layers = self._ends, self._layers
-            compile_all(body_tasks(ends.embedding.dtype, layers.qkv.dtype, ends.head.dtype))
+            head = ends.head if len(ends.head) else layers.qkv
+            compile_all(body_tasks(ends.embedding.dtype, layers.qkv.dtype, head.dtype))
         # 1. The works that last: packed again if the activations or the scratch have grown.
         scratch = self._scratch_for(activations, cache.shape[3], step.tile_queries, num_threads)
         if activations is not self._activations or scratch is not self._scratch:
@@ -199,11 +199,11 @@ class Body:
         """Return the phases of a kind: one in each layer, and for the first kind the last norm."""
         if kind < LAYER_PHASES:
             return slice(kind, self._num_phases - 2, LAYER_PHASES)
-        return slice(
-            kind - len(KERNELS) + self._num_phases, kind - len(KERNELS) + self._num_phases + 1
-        )
+        phase = self._num_phases - len(KERNELS) + kind
+        return slice(phase, phase + 1)
 
     def _set_work(self, kind: int, work: Work) -> None:
+        """Put a work into the table, and the kernel for it."""
         packed = self._packed.get(kind)
         if packed is not None and packed.update(work):
             return
@@ -240,9 +240,12 @@ class Body:
         is large enough."""
         _, heads, head_dim = activations.query.shape
         rows, kept = heads // kv_heads * tile_queries, self._scratch
-        if kept is None or len(kept.tiles) < num_threads or kept.attention[1].shape[2] < rows:
-            kept = Scratch(make_tiles(num_threads), make_scratch(num_threads, rows, head_dim))
-        return kept
+        if kept is not None:
+            kept_threads, _, kept_rows = kept.attention[1].shape
+            if kept_threads >= num_threads and kept_rows >= rows:
+                return kept
+            num_threads, rows = max(num_threads, kept_threads), max(rows, kept_rows)
+        return Scratch(make_tiles(num_threads), make_scratch(num_threads, rows, head_dim))
 
 
 def lasting_works(

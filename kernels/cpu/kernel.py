@@ -6,9 +6,9 @@ A kernel is a function of five arguments that does one item of a phase (see `reg
     def scale(item, layer, rows, thread, work): ...
 
 `work` holds everything else. In Python it is a NamedTuple of contiguous NumPy arrays and numbers;
-`Packed` writes it down as words, and the compiled kernel gets a pointer to those and reads a field
-from them where the source says `work.field`. Kernels therefore bind what they need to local
-variables first, outside of their loops.
+`Packed` writes it down as words, a number or the address of a NumPy object for each field. The
+compiled kernel gets a pointer to those, and reads a field where the source says `work.field`.
+Kernels therefore bind what they need to local variables first, outside of their loops.
 
 Numba links the code of every function into each of its callers and has LLVM optimise all of it
 again there. A whole step as one Numba function therefore compiled its innermost loops seven times.

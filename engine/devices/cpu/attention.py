@@ -29,7 +29,7 @@ _MIN_SHARED_TOKENS = 2 * KEYS
 
 @dataclass(frozen=True, slots=True)
 class CpuPlan:
-    """A step cut into tiles as in `cpu_attention.Batch`, those with most work first."""
+    """A step cut into tiles as in `kernels.cpu.attention.Batch`, those with most work first."""
 
     tiles: NDArray[np.int64]
     members: NDArray[np.int64]

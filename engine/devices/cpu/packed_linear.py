@@ -1,4 +1,4 @@
-"""Linear layers on the CPU with packed weights, as `cpu_products` multiplies them.
+"""Linear layers on the CPU with packed weights, as `kernels.cpu.products` multiplies them.
 
 `F.linear` in float32 goes to MKL, which packs the weight anew in every call.
 """
