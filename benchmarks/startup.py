@@ -1,18 +1,21 @@
 """How long `quire serve` takes to be ready, and the memory that it takes then.
 
-    python -P benchmarks/startup.py [--turns 3] [MODEL] [flags of quire serve]
+    python -P benchmarks/startup.py [--turns 3] [--first] [MODEL] [flags of quire serve]
 
-Seconds from the start of the process to 200 from /ready; of each process the CPU seconds until
-then, and its resident memory: all of it (RSS), and with what is shared divided by those who share
-it (PSS). The first turn may compile kernels.
+Reported are the seconds from the start of the process to 200 from /ready, and the CPU seconds of
+all processes until then. For each process, these are its CPU seconds and its resident memory: all
+of it (RSS), and with shared pages divided by those who share them (PSS). With `--first`, every turn
+has an empty cache of compiled kernels, as an installation's first start has.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 
@@ -25,30 +28,37 @@ TIMEOUT = 300
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--first", action="store_true")
     arguments, flags = parser.parse_known_args()
     for _ in range(arguments.turns):
-        measure(flags)
+        with tempfile.TemporaryDirectory() as cache:
+            measure(flags, {"NUMBA_CACHE_DIR": cache} if arguments.first else {})
 
 
-def measure(flags: list[str]) -> None:
+def measure(flags: list[str], environment: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serve = [sys.executable, "-P", "-m", "quire.server.cli", "serve", *flags]
     began = time.monotonic()
-    with subprocess.Popen([*serve, "--port", str(port), "--log-level", "error"]) as server:
+    command = [*serve, "--port", str(port), "--log-level", "error"]
+    with subprocess.Popen(command, env=os.environ | environment) as server:
         try:
             while not is_ready(port):
                 if server.poll() is not None or time.monotonic() - began > TIMEOUT:
                     sys.exit("the server did not get ready")
                 time.sleep(0.02)
-            print(f"ready after {time.monotonic() - began:.2f} s")
+            seconds, total, lines = time.monotonic() - began, 0.0, []
             main_process = psutil.Process(server.pid)
             for process in (main_process, *main_process.children(recursive=True)):
                 memory, cpu = process.memory_full_info(), process.cpu_times()
-                print(
-                    f"  {process.cmdline()[3]:28} CPU {cpu.user + cpu.system:5.2f} s"
+                own = cpu.user + cpu.system
+                ended = cpu.children_user + cpu.children_system
+                total += own + ended
+                lines.append(
+                    f"  {process.cmdline()[3]:28} CPU {own:5.2f} s, ended children {ended:5.2f} s"
                     f"  RSS {memory.rss / MIB:5.0f}  PSS {memory.pss / MIB:5.0f} MiB"
                 )
+            print(f"ready after {seconds:.2f} s, CPU {total:.2f} s", *lines, sep="\n", flush=True)
         finally:
             server.terminate()
 

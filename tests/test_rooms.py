@@ -35,8 +35,8 @@ RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
 }
 RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
-RULES["engine.process"] = ENGINE | {"engine.core", "engine.runner"}
-RULES["engine.bench"] = ENGINE | {"engine.core", "engine.runner"}
+RULES["engine.process"] = ENGINE
+RULES["engine.bench"] = ENGINE | {"engine.core"}
 GROUND = ENGINE | {"server"}
 RULES["server"] = GROUND | {"server.serving", "server.bench", "engine.bench", "engine.process"}
 RULES["server.text"] = GROUND | {"engine.grammar"}
@@ -56,6 +56,7 @@ LAZY = {
     ("server", "engine.bench"): {"server.cli"},
     ("engine.process", "engine.core"): {"engine.process.engine_process"},
     ("engine.process", "engine.runner"): {"engine.process.engine_process"},
+    ("engine.process", "engine.devices"): {"engine.process.engine_process"},
     ("engine.bench", "engine.runner"): {"engine.bench.commands"},
     ("engine.devices", "engine.devices.cpu"): {"engine.devices.choose"},
     ("engine.devices", "engine.devices.cuda"): {"engine.devices.choose"},
@@ -152,7 +153,7 @@ def test_rooms_are_not_crowded() -> None:
     counts: dict[str, int] = {}
     for module in MODULES:
         counts[_room(module)] = counts.get(_room(module), 0) + 1
-    crowded = {room: count - 1 for room, count in counts.items() if count - 1 > 13}
+    crowded = {room: count - 1 for room, count in counts.items() if count - 1 > 14}
     assert crowded == {}
 
 

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ..config import EngineConfig
 from ..errors import ConfigurationError
-from .backend import Backend
+
+if TYPE_CHECKING:
+    from .backend import Backend
+
+
+def _is_gpu(config: EngineConfig) -> bool:
+    """Return whether `config.device` is a GPU; "auto" is one if there is one."""
+    return config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+
+
+def before_imports(config: EngineConfig) -> None:
+    """Do what a device needs before the engine imports transformers and loads the model.
+
+    Called in the engine's own process only. It changes what later imports find.
+    """
+    if _is_gpu(config):
+        return
+    from .cpu.first_start import compile_ahead, leave_triton_out
+
+    if not config.trust_remote_code:  # the model's own code may use triton
+        leave_triton_out()
+    compile_ahead(config)
 
 
 def choose_backend(config: EngineConfig) -> Backend:
@@ -15,10 +38,9 @@ def choose_backend(config: EngineConfig) -> Backend:
     Only the chosen device's modules are imported. Raises ConfigurationError if a GPU is asked for
     and there is none.
     """
-    has_gpu = torch.cuda.is_available()
-    if config.device == "cuda" and not has_gpu:
+    if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("device is cuda, but torch sees no GPU")
-    if config.device == "cuda" or (config.device == "auto" and has_gpu):
+    if _is_gpu(config):
         from .cuda.backend import CudaBackend
 
         return CudaBackend()

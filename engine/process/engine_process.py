@@ -62,29 +62,19 @@ class EngineCoreProtocol(Protocol):
 
 def build_core(config: EngineConfig) -> EngineCoreProtocol:
     """Build the real engine: load weights, profile memory, warm up. Raises StartupError."""
-    # These imports create a million objects that live on. Collections during the imports would walk
-    # them again and again, which takes a tenth of the imports' time or more.
+    # These imports create a million objects that stay. Collections during the imports would walk
+    # them again and again, which takes a tenth of the imports' time; walking them once while the
+    # weights are loaded would take half a second.
     gc.disable()
-    if not config.trust_remote_code:  # the model's own code may use triton
-        _leave_triton_out(config)
+    from ..devices.choose import before_imports
+
+    before_imports(config)
     from ..core.engine_core import EngineCore
     from ..runner.worker import Worker
 
+    gc.freeze()
     gc.enable()
     return EngineCore(config, Worker(config))
-
-
-def _leave_triton_out(config: EngineConfig) -> None:
-    """On the CPU, make triton look as if it were not installed, to save 70 MB.
-
-    transformers imports torch._dynamo, which imports triton if it finds it. None in sys.modules is
-    Python's own way to mark a module as absent. (torch's builds for CPUs come without triton, so
-    this is a state that both libraries know.)
-    """
-    import torch
-
-    if config.device == "cpu" or not torch.cuda.is_available():
-        sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
 
 
 class _OpenRequest(NamedTuple):

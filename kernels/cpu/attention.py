@@ -1,21 +1,23 @@
-"""Attention on the CPU over paged K and V, compiled by Numba: reads them where they lie.
+"""Attention on the CPU over paged K and V, which are read where they lie.
 
-A tile is some queries of one sequence times the heads that share a KV head; its keys go by in tiles
-too, with the softmax carried along ("FlashAttention", arXiv 2205.14135):
+A tile is some queries of one sequence times the heads that share a KV head. Its keys go by in tiles
+too, with the softmax carried along (FlashAttention, arXiv 2205.14135; online softmax, Milakov &
+Gimelshein, arXiv 1805.02867):
 
     queries of a tile × its heads   [rows, head_dim]   ─┐  scores [rows, KEYS] ─ softmax ─┐
     KEYS keys of one KV head        [KEYS, head_dim]   ─┘                                 ├─ sums
     their values                    [KEYS, head_dim]   ───────────────────────────────────┘
 
-A block's keys lie transposed, `[head_dim, block_size]`, so that a vector holds the scores of
-several keys at once; its values `[block_size, head_dim]`. Both are read in their blocks: to copy
-them together took longer than it saved, even for a tile of many rows.
+The keys of a block are stored transposed, `[head_dim, block_size]`, so that a vector holds the
+scores of several keys; its values are `[block_size, head_dim]`. Both are read in their blocks:
+gathering them first took longer than it saved, even for a tile of many rows.
 
-Decodes that share a prefix may be members of one tile: it reads the prefix for all of them, then
-for each the keys of its own. Every sum runs over the keys in one order, whatever is shared.
+Decodes that share a prefix may be members of one tile, which reads the prefix once for all of them,
+and then for each member the keys of its own. Every sum runs over the keys in one order, whatever is
+shared.
 
-Threads take tiles as they get free, longest first: one of them may have lost its core to the HTTP
-process.
+An item is one tile for one KV head. Tiles are sorted, those with most work first, and threads take
+them as they get free, since one of them may have lost its core to the HTTP process.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -24,199 +26,244 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
-from .numbers import (
-    FAST,
-    INLINED,
-    LANES,
-    PARALLEL,
-    exp,
-    fetch_add,
-    prefetch,
-    stay_apart,
-    store,
-    to_float,
-)
+from .kernel import kernel
+from .numbers import INLINED, LANES, exp, prefetch, store, to_float
 from .panels import PANEL_COLUMNS, PANEL_VECTORS, multiply_add
+from .region import launch
 from .softmax import KEYS, weigh
 
 PREFETCHED = 256
-"""Numbers of a block's keys, and of its values, that are asked for ahead."""
+"""Numbers of the next keys' blocks, and as many of their values', that are fetched ahead."""
 TILE_ROWS = 48
-"""Rows of a tile in prefill, or of decodes that share a prefix."""
+"""Rows per tile, in prefill and for decodes that share a prefix."""
 
 
 class Batch(NamedTuple):
-    """A step's sequences, cut into tiles.
-
-    block_table `[S, .]`; starts `[S + 1]`: rows of the queries by sequence; seq_lens `[S]`: keys of
-    each, its queries being the last. Tile i is members[tiles[i, 0] : tiles[i, 1]], of which each
-    is (sequence, its first query) and has up to tile_queries; of several members each has one.
-    Their first tiles[i, 2] keys, a multiple of KEYS, lie in the same blocks and are read once;
-    where there is a window, by each member.
-    """
+    """A step's sequences, cut into tiles."""
 
     block_table: Any
+    """`[S, .]`."""
+    starts: Any
+    """The first query's row of each sequence, `[S + 1]`."""
+    seq_lens: Any
+    """Keys of each sequence, of which its queries are the last, `[S]`."""
+    tiles: Any
+    """Tile i is members[tiles[i, 0] : tiles[i, 1]]. Their first tiles[i, 2] keys, a multiple of
+    KEYS, are in the same blocks and are read once; if the layer has a window, by each member."""
+    members: Any
+    """(sequence, its first query). A tile's only member has up to tile_queries queries, one of
+    several members has one."""
+    tile_queries: int
+
+
+class Scoring(NamedTuple):
+    """How one layer turns products of Q and K into scores."""
+
+    scale: Any
+    window: Any
+    """0 if there is none."""
+    softcap: Any
+    """0 if there is none."""
+    sinks: Any
+    """`[heads]`."""
+    has_sinks: bool
+
+
+class Attention(NamedTuple):
+    """What the kernel gets: for each of a number of layers, everything that attention reads."""
+
+    query: Any
+    """`[T, heads, head_dim]`."""
+    cache: Any
+    """`[layers, 2, blocks, kv_heads, block_size, head_dim]`."""
+    block_table: Any
+    """This and the next five are as in Batch."""
     starts: Any
     seq_lens: Any
     tiles: Any
     members: Any
     tile_queries: int
-
-
-class Scoring(NamedTuple):
-    """Of one layer: window and softcap are 0 where there is none, sinks `[heads]`."""
-
-    scale: Any
-    window: Any
+    scales: Any
+    """`[layers]` float32."""
+    windows: Any
+    """`[layers]` int64, 0 if there is none."""
     softcap: Any
+    """This and the next two are as in Scoring."""
     sinks: Any
     has_sinks: bool
+    out: Any
+    """Like query."""
+    lines: Any
+    """Scratch of `make_scratch`, as the rest."""
+    totals: Any
+    scores: Any
+    places: Any
 
 
-@njit(**PARALLEL)
-def attend(query, cache, batch, scoring, num_threads, out):
-    """query `[T, heads, D]` → out, like it."""
-    counters = np.zeros(1, dtype=np.int64)
-    for _ in prange(num_threads):
-        _attend_items(counters, query, cache, batch, scoring, out)
+class Rows(NamedTuple):
+    """A tile's rows, in a thread's scratch. A row is one query of one head."""
+
+    packed: Any
+    """The scaled queries `[., head_dim]`."""
+    sums: Any
+    """Weighted sums of values `[., head_dim]`, relative to the greatest score so far."""
+    maxima: Any
+    """The greatest scores so far `[.]`."""
+    totals: Any
+    """The sums of weights so far `[.]`."""
+    scores: Any
+    """Scores, then weights, of one tile of keys `[., KEYS]`."""
+    places: Any
+    """Where the keys, then the values, begin in the cache `[KEYS]`."""
 
 
-@njit(**FAST)
-def _attend_items(counters, query, cache, batch, scoring, out):
-    """One thread's share."""
-    kv_heads = cache.shape[2]
-    scratch = make_scratch(query.shape[1] // kv_heads * batch.tile_queries, query.shape[2])
-    item = fetch_add(counters, 0, 1)
-    while item < len(batch.tiles) * kv_heads:
-        attend_item(item, query, cache, batch, scoring, out, scratch)
-        item = fetch_add(counters, 0, 1)
-
-
-@njit(**FAST)
-def make_scratch(rows, head_dim):
-    """What a thread needs to attend with tiles of so many rows: by row its query, weighted sum of
-    values, greatest score, sum of weights, and scores of one tile of keys; the keys' places."""
+def make_scratch(num_threads: int, rows: int, head_dim: int) -> tuple[np.ndarray[Any, Any], ...]:
+    """Return the last fields of Attention, for tiles of up to `rows` rows."""
     return (
-        np.zeros((rows, head_dim), dtype=np.float32),
-        np.zeros((rows, head_dim), dtype=np.float32),
-        np.empty(rows, dtype=np.float32),
-        np.empty(rows, dtype=np.float32),
-        np.empty((rows, KEYS), dtype=np.float32),
-        np.zeros(KEYS, dtype=np.int64),
+        np.empty((num_threads, 2, rows, head_dim), dtype=np.float32),
+        np.empty((num_threads, 2, rows), dtype=np.float32),
+        np.zeros((num_threads, rows, KEYS), dtype=np.float32),
+        np.zeros((num_threads, KEYS), dtype=np.int64),
     )
 
 
-@njit(**FAST)
-def attend_item(item, query, cache, batch, scoring, out, scratch):
-    """Tile item // kv_heads for KV head item % kv_heads."""
-    stay_apart()
-    packed, sums, maxima, totals, scores, places = scratch
+def attend(
+    query: np.ndarray[Any, Any],
+    cache: np.ndarray[Any, Any],
+    batch: Batch,
+    scoring: Scoring,
+    num_threads: int,
+    out: np.ndarray[Any, Any],
+) -> None:
+    """Attend in one layer: query `[T, heads, D]` → out, like it; cache `[2, blocks, kv_heads,
+    block_size, D]`."""
+    kv_heads, head_dim = cache.shape[2], query.shape[2]
+    rows = query.shape[1] // kv_heads * batch.tile_queries
+    work = Attention(
+        query,
+        cache[None],
+        *batch,
+        np.array([scoring.scale], dtype=np.float32),
+        np.array([scoring.window], dtype=np.int64),
+        np.float32(scoring.softcap),
+        scoring.sinks,
+        scoring.has_sinks,
+        out,
+        *make_scratch(num_threads, rows, head_dim),
+    )
+    launch(attend_tile, work, len(batch.tiles) * kv_heads, len(query), num_threads)
+
+
+@kernel
+def attend_tile(item, layer, _, thread, work):
+    """Attend for tile item // kv_heads and KV head item % kv_heads."""
+    query, out, cache, window = work.query, work.out, work.cache[layer], work.windows[layer]
+    lines, totals = work.lines[thread], work.totals[thread]
+    rows = Rows(lines[0], lines[1], totals[0], totals[1], work.scores[thread], work.places[thread])
     kv_heads = np.int64(cache.shape[2])
     group = query.shape[1] // kv_heads
     tile, kv_head = divmod(item, kv_heads)
-    begin, end, shared = batch.tiles[tile, 0], batch.tiles[tile, 1], batch.tiles[tile, 2]
-    if scoring.window > 0:
+    begin, end, shared = work.tiles[tile, 0], work.tiles[tile, 1], work.tiles[tile, 2]
+    if window > 0:
         shared = np.int64(0)
-    rows = 0
+    # 1. Every member's queries into the tile's rows, which are in the members' order.
+    num_rows = 0
     for member in range(begin, end):
-        first, count, _ = _queries_of(batch, member)
+        first, count, _ = _queries_of(work, member)
         for row in range(count * group):
             head = kv_head * group + row % group
-            _begin_row(query[first + row // group, head], head, scoring, rows + row, scratch)
-        rows += count * group
-    if shared > 0:  # every query comes after them
-        blocks = batch.block_table[batch.members[begin, 0]]
-        lines = (packed, sums, maxima, totals)
+            _begin_row(query[first + row // group, head], head, work, layer, num_rows + row, rows)
+        num_rows += count * group
+    # 2. The keys that the members share, for all rows at once; then for each member its own. Member
+    #    `begin - 1` stands for all of them, so that the code below is compiled once.
+    done = 0
+    for member in range(begin if shared == 0 else begin - 1, end):
+        if member < begin:  # every query comes after the shared keys and sees all of them
+            blocks = work.block_table[work.members[begin, 0]]
+            first, count, position = np.int64(0), num_rows, shared
+            low, stop = np.int64(0), shared
+        else:
+            blocks = work.block_table[work.members[member, 0]]
+            first, queries, position = _queries_of(work, member)
+            count, low, stop = queries * group, shared, position + queries
         _attend_keys(
-            lines, rows, cache, kv_head, blocks, 0, shared, shared, group, scoring, scores, places
+            rows, done, count, cache, kv_head, blocks, low, stop, position, group, window, work
         )
-    rows = 0
-    for member in range(begin, end):
-        first, count, position = _queries_of(batch, member)
-        blocks = batch.block_table[batch.members[member, 0]]
-        lines = (packed[rows:], sums[rows:], maxima[rows:], totals[rows:])
-        stop, new = position + count, count * group
-        _attend_keys(
-            lines,
-            new,
-            cache,
-            kv_head,
-            blocks,
-            shared,
-            stop,
-            position,
-            group,
-            scoring,
-            scores,
-            places,
-        )
-        for row in range(new):
-            # No keys, no output: a row that only pads a batch.
-            total = totals[rows + row]
-            inverse = np.float32(1) / total if total != 0 else np.float32(0)
-            target, head = out[first + row // group], kv_head * group + row % group
-            for dim in range(query.shape[2]):
-                store(target, head, dim, sums[rows + row, dim] * inverse)
-        rows += new
+        # 3. The member's rows are complete: divide the sums of values by the sums of weights.
+        if member >= begin:
+            for row in range(count):
+                # No keys, no output: this is a row that only pads a batch.
+                total = rows.totals[done + row]
+                inverse = np.float32(1) / total if total != 0 else np.float32(0)
+                target, head = out[first + row // group], kv_head * group + row % group
+                for dim in range(query.shape[2]):
+                    store(target, head, dim, rows.sums[done + row, dim] * inverse)
+            done += count
 
 
 @njit(**INLINED)
-def _queries_of(batch, member):
-    """Row of its first query, how many, position of the first."""
-    sequence, skipped = batch.members[member, 0], batch.members[member, 1]
-    first = batch.starts[sequence] + skipped
-    left = batch.starts[sequence + 1] - first
-    return first, min(np.int64(batch.tile_queries), left), batch.seq_lens[sequence] - left
+def _queries_of(work, member):
+    """Return the row of a member's first query, their number, and the first one's position."""
+    sequence, skipped = work.members[member, 0], work.members[member, 1]
+    first = np.int64(work.starts[sequence]) + skipped
+    left = np.int64(work.starts[sequence + 1]) - first
+    return first, min(work.tile_queries, left), np.int64(work.seq_lens[sequence]) - left
 
 
 @njit(**INLINED)
-def _begin_row(query, head, scoring, row, scratch):
-    packed, sums, maxima, totals = scratch[0], scratch[1], scratch[2], scratch[3]
+def _begin_row(query, head, work, layer, row, rows):
+    """Start a row: its scaled query, and sums that hold no key yet, only the sink, if any."""
+    packed, sums, scale = rows.packed, rows.sums, work.scales[layer]
     for dim in range(len(query)):
-        packed[row, dim] = to_float(query[dim]) * scoring.scale
+        packed[row, dim] = to_float(query[dim]) * scale
         sums[row, dim] = np.float32(0)
-    maxima[row] = scoring.sinks[head] if scoring.has_sinks else np.float32(-np.inf)
-    totals[row] = np.float32(1) if scoring.has_sinks else np.float32(0)
+    rows.maxima[row] = work.sinks[head] if work.has_sinks else np.float32(-np.inf)
+    rows.totals[row] = np.float32(1) if work.has_sinks else np.float32(0)
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def _attend_keys(
-    lines, rows, cache, kv_head, blocks, low, stop, position, group, scoring, scores, places
+    rows, begin, num_rows, cache, kv_head, blocks, low, stop, position, group, window, work
 ):
-    """The first `rows` of lines, whose first query stands at `position`, against the keys that they
-    see of those from `low`, a multiple of KEYS, to `stop`."""
-    stay_apart()
-    packed, sums, maxima, totals = lines
-    window = scoring.window
+    """Attend with `num_rows` rows from `begin`, the first of which is the query at `position`, to
+    the keys that they see of those from `low`, a multiple of KEYS, to `stop`."""
+    sums, maxima, totals, scores = rows.sums, rows.maxima, rows.totals, rows.scores
+    softcap = work.softcap
     if window > 0:
         low = max(position + 1 - window, 0) // KEYS * KEYS
     for origin in range(low, stop, KEYS):
+        # 1. Scores of this tile of keys; the next one's are on their way into the cache.
         count = min(KEYS, stop - origin)
         _prefetch_keys(cache, kv_head, blocks, origin + KEYS, min(KEYS, stop - origin - KEYS))
-        _add_scores(packed, rows, cache, kv_head, blocks, origin, count, places, scores)
-        for row in range(rows):
+        _add_scores(rows, begin, num_rows, cache, kv_head, blocks, origin, count)
+        for row in range(num_rows):
+            # 2. The keys that this row sees: none after its query, none before its window.
             place = position + row // group
-            begin = max(place + 1 - window - origin, 0) if window > 0 else 0
-            end = min(place + 1 - origin, count)
-            if scoring.softcap > 0:
-                _cap(scores[row], scoring.softcap)
-            greatest, total = weigh(scores, row, begin, end, maxima[row])
-            if greatest > maxima[row]:
-                shrink = exp(maxima[row] - greatest)
-                totals[row] *= shrink
+            least = max(place + 1 - window - origin, 0) if window > 0 else 0
+            most = min(place + 1 - origin, count)
+            if softcap > 0:
+                _cap(scores[row], softcap)
+            # 3. Online softmax: weights relative to the greatest score so far. If that grows,
+            #    what has been summed up so far shrinks.
+            line = begin + row
+            greatest, total = weigh(scores, row, least, most, maxima[line])
+            if greatest > maxima[line]:
+                shrink = exp(maxima[line] - greatest)
+                totals[line] *= shrink
                 for dim in range(sums.shape[1]):
-                    sums[row, dim] *= shrink
-                maxima[row] = greatest
-            totals[row] += total
-        _add_values(scores, rows, cache, kv_head, blocks, origin, count, places, sums)
+                    sums[line, dim] *= shrink
+                maxima[line] = greatest
+            totals[line] += total
+        # 4. The values, weighted.
+        _add_values(rows, begin, num_rows, cache, kv_head, blocks, origin, count)
 
 
 @njit(**INLINED)
 def _prefetch_keys(cache, kv_head, blocks, origin, count):
-    """Ask for the beginnings of the blocks of `count` keys from `origin` and of their values. What
-    follows them the processor then sees coming; a block's beginning it cannot guess."""
+    """Fetch the beginnings of the blocks of `count` keys from `origin`, and of their values. The
+    processor foresees what follows, but cannot guess where a block begins."""
     kv_heads, block_size, head_dim = cache.shape[2:]
     for key in range(origin, origin + count, min(block_size, KEYS)):
         block, offset = divmod(key, block_size)
@@ -227,8 +274,10 @@ def _prefetch_keys(cache, kv_head, blocks, origin, count):
 
 
 @njit(**INLINED)
-def _add_scores(packed, rows, cache, kv_head, blocks, origin, count, places, scores):
-    """scores[:rows, :count] = packed @ the keys from `origin`; some beyond may be any number."""
+def _add_scores(rows, begin, num_rows, cache, kv_head, blocks, origin, count):
+    """Compute scores[:num_rows, :count] = packed @ the keys from `origin`; some columns after
+    `count` may be any number."""
+    packed, scores, places = rows.packed, rows.scores, rows.places
     kv_heads, block_size, head_dim = cache.shape[2:]
     last = (origin + count - 1) // block_size
     for at in range(0, count, PANEL_COLUMNS):
@@ -236,15 +285,17 @@ def _add_scores(packed, rows, cache, kv_head, blocks, origin, count, places, sco
             block, offset = divmod(origin + at + part * LANES, block_size)
             line = (blocks[min(block, last)] * kv_heads + kv_head) * head_dim
             places[part] = line * block_size + offset
-        for row in range(rows):
+        for row in range(num_rows):
             for column in range(at, at + PANEL_COLUMNS):
                 scores[row, column] = np.float32(0)
-        multiply_add(packed, 0, 0, cache, places, block_size, head_dim, scores, 0, at, rows)
+        multiply_add(packed, begin, 0, cache, places, block_size, head_dim, scores, 0, at, num_rows)
 
 
 @njit(**INLINED)
-def _add_values(scores, rows, cache, kv_head, blocks, origin, count, lines, sums):
-    """sums[:rows] += scores[:rows, :count] @ the values from `origin`."""
+def _add_values(rows, begin, num_rows, cache, kv_head, blocks, origin, count):
+    """Compute sums[begin : begin + num_rows] += scores[:num_rows, :count] @ the values from
+    `origin`."""
+    scores, sums, lines = rows.scores, rows.sums, rows.places
     kv_heads, block_size, head_dim = cache.shape[2:]
     for key in range(count):
         block, offset = divmod(origin + key, block_size)
@@ -252,19 +303,19 @@ def _add_values(scores, rows, cache, kv_head, blocks, origin, count, lines, sums
     whole = head_dim // PANEL_COLUMNS * PANEL_COLUMNS
     for column in range(0, whole, PANEL_COLUMNS):
         first = cache[0].size + column
-        multiply_add(scores, 0, 0, cache, first, lines, count, sums, 0, column, rows)
-    if whole < head_dim:  # what fills no panel
+        multiply_add(scores, 0, 0, cache, first, lines, count, sums, begin, column, num_rows)
+    if whole < head_dim:  # dimensions that fill no panel
         for key in range(count):
             block, offset = divmod(origin + key, block_size)
             values = cache[1, blocks[block], kv_head, offset]
-            for row in range(rows):
+            for row in range(num_rows):
                 for dim in range(whole, head_dim):
-                    sums[row, dim] += scores[row, key] * to_float(values[dim])
+                    sums[begin + row, dim] += scores[row, key] * to_float(values[dim])
 
 
 @njit(**INLINED)
 def _cap(scores, softcap):
-    """softcap * tanh(score / softcap), with tanh(x) = 1 - 2 / (e^2x + 1)."""
+    """Compute softcap * tanh(score / softcap), with tanh(x) = 1 - 2 / (e^2x + 1)."""
     for key in range(len(scores)):
         power = exp(np.float32(2) * scores[key] / softcap)
         scores[key] = softcap * (np.float32(1) - np.float32(2) / (power + np.float32(1)))

@@ -1,17 +1,159 @@
-"""Norms, rotations and the way into the cache on the CPU, compiled by Numba: one pass each."""
+"""Embeddings, norms, rotations, and the writing of K and V to the cache on the CPU.
+
+RMSNorm is arXiv 1910.07467, RoPE arXiv 2104.09864 in the "half" order of transformers' models.
+"""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit, prange
+from typing import Any, NamedTuple
 
-from .numbers import FAST, INLINED, PARALLEL, stay_apart, store, to_float
+import numpy as np
+from numba import njit
+
+from .kernel import kernel
+from .numbers import FAST, INLINED, store, to_float
+from .region import launch
+
+FEW = 32
+"""Rows per item of the kernels that compute no product. At least as many tokens share the cache
+lines of their transposed keys."""
+
+
+class Norm(NamedTuple):
+    """An RMSNorm of rows, for each of a number of layers."""
+
+    x: Any
+    """`[., hidden_size]` float32."""
+    weights: Any
+    """`[layers, hidden_size]` float32."""
+    epsilons: Any
+    """`[layers]` float32."""
+    out: Any
+    """Like x."""
+    input_ids: Any
+    """`[rows]`: layer 0 first fetches x from the embedding. Empty if it does not."""
+    embedding: Any
+    """`[vocab_size, hidden_size]`."""
+
+
+class Heads(NamedTuple):
+    """Q, K and V of the tokens, on their way to attention and into the cache."""
+
+    qkv: Any
+    """`[., heads + 2 * kv_heads, head_dim]` float32; K is overwritten."""
+    weights: Any
+    """Of the norms of Q and K, `[layers, heads + kv_heads, head_dim]` float32."""
+    epsilons: Any
+    """`[layers]` float32; negative if Q and K have no norms."""
+    cos: Any
+    """`[., head_dim]` float32, as in Rotation."""
+    sin: Any
+    rotations: Any
+    """The row of cos and sin of each token, `[.]`."""
+    slots: Any
+    """The cache slot of each token, `[.]`; negative: K and V are not stored."""
+    cache: Any
+    """`[layers, 2, blocks, kv_heads, block_size, head_dim]`."""
+    query: Any
+    """The rotated Q (out), `[., heads, head_dim]` float32."""
+
+
+class Pick(NamedTuple):
+    """A choice of rows."""
+
+    rows: Any
+    picks: Any
+    """Which rows, `[.]`."""
+    out: Any
+
+
+class KeyValues(NamedTuple):
+    """K and V to be stored as they are."""
+
+    key: Any
+    """`[T, kv_heads, head_dim]`."""
+    value: Any
+    slots: Any
+    """`[T]`; negative: not stored."""
+    cache: Any
+    """One layer's `[2, blocks, kv_heads, block_size, head_dim]`."""
+
+
+@kernel
+def normalise(item, layer, rows, thread, norm):
+    """Compute out = x / rms(x) * weight for an item's rows."""
+    x, out, weight, eps = norm.x, norm.out, norm.weights[layer], norm.epsilons[layer]
+    input_ids, embedding = norm.input_ids, norm.embedding
+    embeds = layer == 0 and len(input_ids) > 0
+    for row in range(item * FEW, min(item * FEW + FEW, rows)):
+        if embeds:
+            line = embedding[input_ids[row]]
+            for dim in range(len(line)):
+                x[row, dim] = to_float(line[dim])
+        _norm_row(x[row], weight, eps, out[row])
+
+
+@kernel
+def rotate(item, layer, rows, thread, heads):
+    """Norm and rotate Q and K of an item's tokens: Q into `query`, K and V into the cache."""
+    qkv, query, cache = heads.qkv, heads.query, heads.cache[layer]
+    weights, eps = heads.weights[layer], heads.epsilons[layer]
+    cos, sin, rotations, slots = heads.cos, heads.sin, heads.rotations, heads.slots
+    num_heads, kv_heads, block_size = query.shape[1], cache.shape[2], np.int64(cache.shape[3])
+    first, last = item * FEW, min(item * FEW + FEW, rows)
+    # 1. Q and K. They are next to each other, and have one norm.
+    for row in range(first, last):
+        at = rotations[row]
+        for head in range(num_heads + kv_heads):
+            part = qkv[row, head]
+            out = query[row, head] if head < num_heads else part
+            _rotate(part, weights[head], eps, cos[at], sin[at], out)
+    # 2. K and V into the cache, head by head. A token's key is a column of its block, whose cache
+    #    lines the keys of the next tokens share: those of one head are still near then, those of
+    #    all heads may be more than the first-level cache holds.
+    for head in range(kv_heads):
+        for row in range(first, last):
+            if slots[row] >= 0:
+                key, value = qkv[row, num_heads + head], qkv[row, num_heads + kv_heads + head]
+                block, offset = divmod(slots[row], block_size)
+                _store_token(key, value, cache, block, head, offset)
+
+
+@kernel
+def pick(item, layer, rows, thread, choice):
+    """Copy an item's rows of the choice to `out`."""
+    source, picks, out = choice.rows, choice.picks, choice.out
+    for row in range(item * FEW, min(item * FEW + FEW, rows)):
+        line = source[picks[row]]
+        for dim in range(len(line)):
+            out[row, dim] = line[dim]
+
+
+@kernel
+def store_token(item, layer, rows, thread, tokens):
+    """Store K and V of token `item`."""
+    key, value, slot, cache = tokens.key, tokens.value, tokens.slots[item], tokens.cache
+    if slot >= 0:
+        block, offset = divmod(slot, np.int64(cache.shape[3]))
+        for head in range(key.shape[1]):
+            _store_token(key[item, head], value[item, head], cache, block, head, offset)
+
+
+def store_kv(
+    key: np.ndarray[Any, Any],
+    value: np.ndarray[Any, Any],
+    slots: np.ndarray[Any, Any],
+    cache: np.ndarray[Any, Any],
+    num_threads: int,
+) -> None:
+    """Store key and value `[T, kv_heads, D]` in their slots (negative: nowhere)."""
+    launch(store_token, KeyValues(key, value, slots, cache), len(key), len(key), num_threads)
 
 
 @njit(**FAST)
-def norm_row(x, weight, eps, out):
-    """out `[n]` = x / rms(x) * weight; float32; out may be x."""
+def _norm_row(x, weight, eps, out):
+    """Compute out `[n]` = x / rms(x) * weight; float32; out may be x."""
     squares = np.float32(0)
     for column in range(len(x)):
         squares += x[column] * x[column]
@@ -20,40 +162,12 @@ def norm_row(x, weight, eps, out):
         out[column] = x[column] * factor * weight[column]
 
 
-@njit(**FAST)
-def rotate_and_store(first, last, qkv, weights, eps, cos, sin, rotations, slots, cache, query):
-    """Of tokens [first, last), qkv `[., heads + 2 * kv_heads, D]` → normed and rotated Q in query
-    `[., heads, D]`, K and V in their slots `[.]` (negative: nowhere) of cache `[2, blocks,
-    kv_heads, block_size, D]`.
-
-    weights `[heads + kv_heads, D]` of the norms of Q and K, which eps < 0 leaves out; cos and sin
-    `[., D]` as in Rotation, of which a token has row rotations `[.]`; float32 but for the cache.
-    """
-    stay_apart()
-    heads, kv_heads, block_size = query.shape[1], cache.shape[2], np.int64(cache.shape[3])
-    for row in range(first, last):
-        at = rotations[row]
-        for head in range(heads):
-            _rotate(qkv[row, head], weights[head], eps, cos[at], sin[at], query[row, head])
-    # A token's key goes to a column of its block, whose cache lines the next tokens' share: those
-    # of one head are still near then, those of all heads may be more than the first cache holds.
-    for head in range(kv_heads):
-        weight = weights[heads + head]
-        for row in range(first, last):
-            if slots[row] < 0:
-                continue
-            at, key = rotations[row], qkv[row, heads + head]
-            _rotate(key, weight, eps, cos[at], sin[at], key)
-            block, offset = divmod(slots[row], block_size)
-            store_token(key, qkv[row, heads + kv_heads + head], cache, block, head, offset)
-
-
 @njit(**INLINED)
 def _rotate(source, weight, eps, cos, sin, out):
-    """out may be source. Indices are unsigned: of signed ones Numba looks whether they count from
-    the end, which keeps LLVM from making vectors."""
+    """Norm and rotate one head; out may be source. Indices are unsigned: for signed ones Numba
+    generates a test whether they count from the end, which keeps LLVM from vectorising the loop."""
     if eps >= 0:
-        norm_row(source, weight, eps, source)
+        _norm_row(source, weight, eps, source)
     half = np.uint64(len(source) // 2)
     for dim in range(half):
         first, second = source[dim], source[half + dim]
@@ -61,24 +175,9 @@ def _rotate(source, weight, eps, cos, sin, out):
         out[half + dim] = second * cos[half + dim] + first * sin[half + dim]
 
 
-@njit(**PARALLEL)
-def store_kv(key, value, slots, cache):
-    """key and value `[T, kv_heads, D]` to their slots (negative: nowhere)."""
-    for token in prange(len(key)):
-        if slots[token] >= 0:
-            _store_kv(key[token], value[token], slots[token], cache)
-
-
-@njit(**FAST)
-def _store_kv(key, value, slot, cache):
-    block, offset = divmod(slot, np.int64(cache.shape[3]))
-    for head in range(len(key)):
-        store_token(key[head], value[head], cache, block, head, offset)
-
-
 @njit(**INLINED)
-def store_token(key, value, cache, block, head, offset):
-    """key and value `[D]`, of one head, to their block: the keys of a block lie transposed."""
+def _store_token(key, value, cache, block, head, offset):
+    """Store key and value `[D]` of one head in their block, whose keys are transposed."""
     keys = cache[0, block, head].reshape(cache.shape[4], cache.shape[3])
     values = cache[1, block, head]
     for dim in range(len(key)):

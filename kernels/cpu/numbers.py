@@ -1,7 +1,10 @@
 """Numbers as Numba's kernels read and write them: three float types, and a fast exponential.
 
 NumPy knows no bfloat16, and Numba no half floats on the CPU. So arrays of them travel as their
-bits, bfloat16 as uint16 and float16 as int16 (`as_array`), and all arithmetic is in float32.
+bits, bfloat16 as uint16 and float16 as int16 (`arrays.as_array`), and all arithmetic is in float32.
+
+Importing this module sets Numba's options; every module that compiles something imports it first.
+It does without torch, which a process that only compiles need not wait for.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -10,31 +13,29 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
 
 import numba
 import numpy as np
-import torch
 from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-# Numba compiles anew where a function's own file has changed, not one that it calls. Importing
-# this comes before the first kernel.
+# Numba compiles a cached function again if the function's own file has changed, but not if a file
+# has changed whose functions it calls. So the cache is kept by all that the machine code depends
+# on: the sources of this folder, Numba's release, the processor.
 _HERE = Path(__file__).parent
-_SOURCES = sorted(_HERE.glob("*.py"))
-_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
+_FEATURES = binding.get_host_cpu_features()
+_PARTS = (numba.__version__, binding.get_host_cpu_name(), _FEATURES.flatten())
+_SOURCES = [path.read_bytes() for path in sorted(_HERE.glob("*.py"))]
+_DIGEST = hashlib.sha256(b"".join((*_SOURCES, *map(str.encode, _PARTS)))).hexdigest()[:16]
 _CACHE = _HERE / "__pycache__" if os.access(_HERE, os.W_OK) else Path.home() / ".cache" / "quire"
-numba.config.CACHE_DIR = str(Path(numba.config.CACHE_DIR or _CACHE) / f"numba-{_DIGEST}")
+CACHE = Path(numba.config.CACHE_DIR or _CACHE) / f"numba-{_DIGEST}"
+numba.config.CACHE_DIR = str(CACHE)
 
-# The first is torch's own pool of threads, where the system has GNU's OpenMP. Numba sets its size
-# when it first uses it.
+# The first one is torch's own pool of threads, if the system has GNU's OpenMP. Numba sets its size
+# when it first uses it (see `arrays.py`).
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-numba.config.NUMBA_NUM_THREADS = torch.get_num_threads()
-
-_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-FLOATS = {torch.float32, *_BITS}
 
 # Sums may be reordered and fused, but nothing is assumed about NaN and infinity: a NaN in a
 # sequence's cache must come out as one.
@@ -46,32 +47,15 @@ FAST = {
     "cache": True,
 }
 
-# Of a function that is not compiled by itself, which takes a second, but as part of its callers.
+# For a function that is only compiled as part of its callers.
 INLINED = {**FAST, "inline": "always"}
 
-# Loops over prange alone become parallel. Their bodies are functions of their own, which Numba's
+# Only loops over prange become parallel. Their bodies are functions of their own, which Numba's
 # analysis of parallel code, slow on long ones, does not look into.
 _OTHERS = ["comprehension", "fusion", "inplace_binop", "numpy", "reduction", "setitem", "stencil"]
 PARALLEL = {**FAST, "parallel": {"prange": True} | dict.fromkeys(_OTHERS, False)}
 
-LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
-
-
-def as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The same memory, contiguous, as the kernels below take it."""
-    bits = _BITS.get(tensor.dtype)
-    tensor = tensor.contiguous()
-    return (tensor if bits is None else tensor.view(bits)).numpy()
-
-
-def is_compiled() -> bool:
-    """Whether kernels have been compiled in this installation, for some type."""
-    return Path(numba.config.CACHE_DIR).exists()
-
-
-def thread_count() -> int:
-    """Threads for a kernel: torch's number, which may have been lowered since this was imported."""
-    return min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
+LANES = 16 if _FEATURES.get("avx512f") else 8
 
 
 @intrinsic
@@ -110,8 +94,8 @@ def _half_from_float(typing_context, number):
 
 @intrinsic
 def fetch_add(typing_context, counters, index, amount):
-    """Add to `counters[index]` (int64), atomically; what stood there before. What was written
-    before it is seen by whoever reads the sum with `load`."""
+    """Add to `counters[index]` (int64) atomically and return the number before that. A thread that
+    reads the sum with `load` sees everything that this one wrote before."""
 
     def generate(context, builder, signature, arguments):
         place = _counter(context, builder, signature, arguments)
@@ -122,7 +106,7 @@ def fetch_add(typing_context, counters, index, amount):
 
 @intrinsic
 def load(typing_context, counters, index):
-    """`counters[index]` (int64) as other threads have left it."""
+    """Return `counters[index]` (int64) as other threads have left it."""
 
     def generate(context, builder, signature, arguments):
         place = _counter(context, builder, signature, arguments)
@@ -133,7 +117,7 @@ def load(typing_context, counters, index):
 
 @intrinsic
 def prefetch(typing_context, numbers, at):
-    """Ask memory for the cache line of an element, counted in memory's order."""
+    """Fetch the cache line of an element, whose index is in memory order, ahead of its use."""
 
     def generate(context, builder, signature, arguments):
         array = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
@@ -141,7 +125,7 @@ def prefetch(typing_context, numbers, at):
         kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         place = builder.bitcast(builder.gep(array.data, [arguments[1]]), pointer)
-        # To be read, and kept in the second-level cache, as data.
+        # For reading (0), kept in the second-level cache (2), as data (1).
         builder.call(function, [place, *(ir.Constant(integer, number) for number in (0, 2, 1))])
         return context.get_dummy_value()
 
@@ -165,19 +149,8 @@ def yield_core(typing_context):
     return types.void(), generate
 
 
-@intrinsic
-def stay_apart(typing_context):
-    """Keep LLVM from copying the function that this stands in into each of its callers."""
-
-    def generate(context, builder, signature, arguments):
-        builder.function.attributes.add("noinline")
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
 def to_float(number):
-    """An element of any of the three types as float32."""
+    """Return an element of any of the three types as float32."""
 
 
 @overload(to_float)
@@ -192,7 +165,7 @@ def _to_float(number):
 
 
 def store(array, row, column, number):
-    """array[row, column] = number, rounded to the nearest, ties to even."""
+    """Set array[row, column] to a float32 number, rounded to the nearest, ties to even."""
 
 
 @overload(store)
@@ -231,16 +204,16 @@ EXP_TERMS = tuple(
         1,
     )
 )
-"""Of 2^f's Taylor polynomial, the highest power first."""
+"""The coefficients of 2^f's Taylor polynomial, the highest power first."""
 
 
 @njit(**FAST)
 def exp(x):
-    """e^x in float32, within 3e-7 of it for |x| < 1 and 4e-6 for |x| < 86, where the rounding of y
-    shows; clamped beyond. NaN stays NaN.
+    """Return e^x in float32, with a relative error of at most 3e-7 for |x| < 1 and 4e-6 for
+    |x| < 86, where the rounding of y shows; clamped beyond. NaN stays NaN.
 
-    2^y with y = n + f, |f| <= 1/2: n goes into the exponent's bits, 2^f is a Taylor polynomial.
-    Written out, since only without a call does the loop around it become vector instructions.
+    It is 2^y with y = n + f, |f| <= 1/2: n goes into the exponent's bits, 2^f is a Taylor
+    polynomial. It is written out because a loop with a call in it is not vectorised.
     """
     y = x * LOG2_E
     if y < np.float32(-126):

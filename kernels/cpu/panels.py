@@ -1,7 +1,18 @@
-"""Panels: products that keep all sums in vector registers.
+"""Panels: small products whose sums stay in vector registers.
 
-Written as LLVM's own instructions, since of loops LLVM makes no such thing: on one core (AMD EPYC
-with AVX-512) 230 GFLOP/s where the loop reached 90.
+A panel is `rows` x PANEL_COLUMNS sums, one register for each row and vector of columns:
+
+                      PANEL_VECTORS vectors of LANES numbers
+    right   row k     [ · · · · · · · · | · · · · · · · · ]
+                        ×                                     fused multiply-add, one per register
+    left    row i  a ─► [ sums i, 0     |  sums i, 1      ]   a = left[i, k], in all lanes
+
+For each k, a row of right is loaded once and used for all rows. Six rows of two vectors are twelve
+sums, so that a vector of right, and the broadcast number of left, fit the sixteen registers of AVX2
+too, and there are enough independent sums to hide a multiply-add's latency.
+
+The code is built from LLVM's own instructions, because LLVM does not make it of loops: on one core
+(AMD EPYC with AVX-512) it reaches 230 GFLOP/s where the loop reached 90.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -12,7 +23,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .numbers import FAST, LANES, stay_apart
+from .numbers import INLINED, LANES
 from .vectors import (
     FLOATS,
     INDEX,
@@ -27,26 +38,26 @@ from .vectors import (
 )
 
 PANEL_ROWS, PANEL_VECTORS = 6, 2
+"""Maximum rows, and vectors of columns, whose sums are in registers together."""
 PANEL_COLUMNS = PANEL_VECTORS * LANES
 
 
+# One line over fifty, since an intrinsic is a function within two others that shares their names.
+# Over 50 lines: the code generator is one function within another, in the order of its output.
 def _make_multiply_add(num_rows):
     @intrinsic
     def multiply_add(
         typing_context, left, left_row, left_column, right, places, stride, depth, out, row, column
     ):
-        """As `multiply_add` below, for num_rows rows."""
+        """Do what `multiply_add` below does, for num_rows rows."""
 
         def generate(context, builder, signature, arguments):
             _, left_row, left_column, _, place, step, depth, _, row, column = arguments
             left, right, out = arrays_of(context, builder, signature, arguments, (0, 3, 7))
-            if isinstance(places, types.Array):
-                (array,) = arrays_of(context, builder, signature, arguments, (4,))
-                pointers = [builder.gep(array.data, [index(at)]) for at in range(PANEL_VECTORS)]
-                begins = [builder.load(pointer) for pointer in pointers]
-            else:
-                begins = [plus(builder, place, LANES * part) for part in range(PANEL_VECTORS)]
-            panel = [(at, part) for at in range(num_rows) for part in range(len(begins))]
+            begins = _begins(context, builder, signature, arguments)
+            panel = [(at, part) for at in range(num_rows) for part in range(PANEL_VECTORS)]
+            # 1. The sums start from what is in `out`. Each one has a stack slot, which LLVM turns
+            #    into a register, since nothing takes its address.
             targets, sums = [], []
             for at, part in panel:
                 place = place_of(builder, out, plus(builder, row, at), column)
@@ -55,16 +66,14 @@ def _make_multiply_add(num_rows):
             for target, total in zip(targets, sums, strict=True):
                 builder.store(builder.load(target, align=4), total)
             with cgutils.for_range(builder, depth, intp=INDEX) as loop:
-                if isinstance(stride, types.Array):
-                    (array,) = arrays_of(context, builder, signature, arguments, (5,))
-                    below = builder.load(builder.gep(array.data, [loop.index]))
-                else:
-                    below = builder.mul(loop.index, step)
+                # 2. A row of right, as float32.
+                below = _row_begin(context, builder, signature, arguments, loop.index, step)
                 vectors = []
                 for begin in begins:
                     pointer = pointer_to(builder, right, builder.add(begin, below))
                     loaded = builder.load(pointer, align=1)
                     vectors.append(to_floats(builder, signature.args[3].dtype, loaded))
+                # 3. For each row of left, its number of this column times that.
                 for (at, part), total in zip(panel, sums, strict=True):
                     if part == 0:
                         across = builder.add(left_column, loop.index)
@@ -73,6 +82,7 @@ def _make_multiply_add(num_rows):
                         factor = broadcast(builder, number)
                     product = fused(builder, factor, vectors[part], builder.load(total))
                     builder.store(product, total)
+            # 4. The sums go back to `out`.
             for target, total in zip(targets, sums, strict=True):
                 builder.store(builder.load(total), target, align=4)
             return context.get_dummy_value()
@@ -87,6 +97,23 @@ def _make_multiply_add(num_rows):
     return multiply_add
 
 
+def _begins(context, builder, signature, arguments):
+    """Return where each vector of the first row of right begins: from an array, or side by side."""
+    if isinstance(signature.args[4], types.Array):
+        (array,) = arrays_of(context, builder, signature, arguments, (4,))
+        pointers = [builder.gep(array.data, [index(at)]) for at in range(PANEL_VECTORS)]
+        return [builder.load(pointer) for pointer in pointers]
+    return [plus(builder, arguments[4], LANES * part) for part in range(PANEL_VECTORS)]
+
+
+def _row_begin(context, builder, signature, arguments, row, step):
+    """Return where a row of right begins, relative to the first: from an array, or row * step."""
+    if isinstance(signature.args[5], types.Array):
+        (array,) = arrays_of(context, builder, signature, arguments, (5,))
+        return builder.load(builder.gep(array.data, [row]))
+    return builder.mul(row, step)
+
+
 _multiply_add_1 = _make_multiply_add(1)
 _multiply_add_2 = _make_multiply_add(2)
 _multiply_add_3 = _make_multiply_add(3)
@@ -95,17 +122,17 @@ _multiply_add_5 = _make_multiply_add(5)
 _multiply_add_6 = _make_multiply_add(PANEL_ROWS)
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def multiply_add(left, left_row, left_column, right, places, stride, depth, out, row, column, rows):
-    """out[row : row + rows, column : column + n] +=
+    """Compute out[row : row + rows, column : column + PANEL_COLUMNS] +=
     left[left_row : left_row + rows, left_column : left_column + depth] @ `depth` rows of right.
 
     The first of those rows begins at `places`: PANEL_COLUMNS numbers from one place on, or LANES
-    from each of an array of PANEL_VECTORS places. The next begins `stride` further on; or `stride`
-    `[depth]` says where each begins, relative to `places`. Contiguous; left and out `[., .]`
-    float32, right of any shape as `to_float` reads it, or int8.
+    numbers from each of an array of PANEL_VECTORS places. The next row begins `stride` further on;
+    or else `stride` is an array `[depth]` of where each row begins, relative to `places`. All
+    arrays are contiguous; left and out `[., .]` are float32, right has any shape and a type that
+    `to_float` reads, or int8.
     """
-    stay_apart()
     for begin in range(0, np.int64(rows), PANEL_ROWS):
         few = np.int64(rows) - begin
         at, to = np.int64(left_row) + begin, np.int64(row) + begin

@@ -1,16 +1,22 @@
-"""A draw from a row's tokens on the CPU, compiled by Numba: the race of `sampler`, in one pass.
+"""A draw from a row's tokens on the CPU in one pass: the race of `engine.sampling.sampler`.
 
-Most tokens lose without their logarithm: E = -log(1 - u) is at least u, so a token of weight p can
-only beat the best quotient s so far where u s < p.
+The winner of a row is argmax of p / E, p being a token's weight and E an exponential draw of its
+own. Most tokens lose without a logarithm: E = -log(1 - u) is at least u, so that a token of weight
+p can only beat the best quotient s so far if u s < p.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit, prange
+from typing import Any, NamedTuple
 
-from .numbers import FAST, PARALLEL, exp
+import numba
+import numpy as np
+from numba import njit
+
+from .kernel import Kernel, Signature, kernel, signature_of
+from .numbers import FAST, INLINED, exp
+from .region import launch
 
 _CHUNK = 256
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -19,58 +25,124 @@ _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 _MASK = np.uint64(2**63 - 1)
 _UNIT = np.float32((1.0 - 2.0**-24) * 2.0**-63)
 
+_NO_POSITIONS = np.zeros(1, dtype=np.int64)
 
-@njit(**PARALLEL)
-def race(relative, keys, token_ids, winners):
-    """winners `[R]`: argmax over N of exp(relative `[R, N]`) / E, where E is
-    `counter_rng.exponential(keys [R], token_ids)`, token_ids `[1, N]` or `[R, N]`; 0 where all
+
+class Draw(NamedTuple):
+    """Draws from rows of logits, one for each of G."""
+
+    logits: Any
+    """`[W, N]` float32."""
+    rows: Any
+    """The row of the logits of each draw, `[G]`."""
+    tops: Any
+    """The maxima of the rows, `[W]`."""
+    temperatures: Any
+    """`[G, 1]`."""
+    seeds: Any
+    """`[G]`; if not is_seeded, the random streams' keys themselves."""
+    positions: Any
+    """`[R]`."""
+    batch_rows: Any
+    """Which of the positions each draw has, `[G]`."""
+    is_seeded: bool
+    token_ids: Any
+    """`[1, N]` or `[G, N]`."""
+    winners: Any
+    """`[G]` (out): indices into N, 0 if all tokens weigh nothing."""
+    scratch: Any
+    """`[threads, 2, _CHUNK]` float32."""
+
+
+Array = np.ndarray[Any, Any]
+
+
+def race(relative: Array, keys: Array, token_ids: Array, winners: Array) -> None:
+    """Draw winners `[R]`: argmax over N of exp(relative `[R, N]`) / E, where E is
+    `counter_rng.exponential(keys [R], token_ids)`, token_ids `[1, N]` or `[R, N]`; 0 if all tokens
     weigh nothing."""
-    top, temperature = np.float32(0), np.float32(1)
-    for row in prange(len(relative)):
-        ids = token_ids[np.uint64(row) % np.uint64(len(token_ids))]
-        winners[row] = _race(relative[row], top, temperature, np.uint64(keys[row]), ids)
+    count = len(relative)
+    rows, tops = np.arange(count), np.zeros(count, dtype=np.float32)
+    ones = np.ones((count, 1), dtype=np.float32)
+    _launch(relative, rows, tops, ones, keys, _NO_POSITIONS, rows, False, token_ids, winners)
 
 
-@njit(**PARALLEL)
-def draw(logits, rows, tops, temperatures, seeds, positions, batch_rows, token_ids, winners):
-    """winners `[G]` of the race over rows `[G]` of logits `[W, N]`, whose maxima are tops `[W]`:
-    relative is (logits - top) / temperatures `[G, 1]`. The keys are those that
+def draw(
+    logits: Array,
+    rows: Array,
+    tops: Array,
+    temperatures: Array,
+    seeds: Array,
+    positions: Array,
+    batch_rows: Array,
+    token_ids: Array,
+    winners: Array,
+) -> None:
+    """Draw winners `[G]` of the race over rows `[G]` of logits `[W, N]`, whose maxima are tops
+    `[W]`: relative is (logits - top) / temperatures `[G, 1]`. The keys are those that
     `counter_rng.stream_keys` makes of seeds `[G]` and positions `[R]`[batch_rows `[G]`]."""
-    for row in prange(len(rows)):
-        key = _stream_key(np.uint64(seeds[row]), np.uint64(positions[batch_rows[row]]))
-        line, top = logits[rows[row]], tops[rows[row]]
-        winners[row] = _race(line, top, temperatures[row, 0], key, token_ids[0])
+    arrays = (logits, rows, tops, temperatures, seeds, positions, batch_rows)
+    _launch(*arrays, True, token_ids, winners)
 
 
-@njit(**FAST)
-def _race(logits, top, temperature, key, token_ids):
-    weights = np.empty(_CHUNK, dtype=np.float32)
-    uniforms = np.empty(_CHUNK, dtype=np.float32)
+def draw_task() -> tuple[Kernel, Signature]:
+    """Return the kernel, and what it is compiled for."""
+    words, floats = (np.zeros(1, dtype=dtype) for dtype in (np.int64, np.float32))
+    lines, tokens = floats[None], words[None]
+    example = Draw(
+        lines, words, floats, lines, words, words, words, True, tokens, words, lines[None]
+    )
+    return run_race, signature_of(example)
+
+
+def _launch(*work: Any) -> None:
+    num_threads = numba.get_num_threads()
+    scratch = np.empty((num_threads, 2, _CHUNK), dtype=np.float32)
+    draws = Draw._make([*map(_contiguous, work), scratch])
+    launch(run_race, draws, len(draws.winners), 0, num_threads)
+
+
+def _contiguous(value: Any) -> Any:
+    return np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value
+
+
+@kernel
+def run_race(item, layer, rows, thread, draws):
+    """Draw number `item`."""
+    row = draws.rows[item]
+    logits, top, temperature = draws.logits[row], draws.tops[row], draws.temperatures[item, 0]
+    token_ids = draws.token_ids[item % len(draws.token_ids)]
+    weights, uniforms = draws.scratch[thread, 0], draws.scratch[thread, 1]
+    key = np.uint64(draws.seeds[item])
+    if draws.is_seeded:
+        key = _stream_key(key, np.uint64(draws.positions[draws.batch_rows[item]]))
     winner, best = np.int64(0), np.float32(0)
     for begin in range(0, len(logits), _CHUNK):
+        # 1. Weights and uniform numbers of a chunk.
         start = np.uint64(begin)
         count = min(np.uint64(_CHUNK), np.uint64(len(logits)) - start)
         for index in range(count):
             logit = (logits[start + index] - top) / temperature
             weights[index] = exp(logit) if logit > np.float32(-87) else np.float32(0)
             uniforms[index] = _uniform(key, token_ids[start + index])
-        hopeful = np.int32(
-            0
-        )  # counted without a branch, so with vectors: of most chunks no token is
+        # 2. How many tokens may win? In most chunks none. They are counted without a branch, so
+        #    that the loop becomes vector instructions.
+        hopeful = np.int32(0)
         for index in range(count):
             hopeful += np.int32(uniforms[index] * best < weights[index])
         if hopeful == 0:
             continue
+        # 3. The logarithm, for those tokens only.
         for index in range(count):
             weight, uniform = weights[index], uniforms[index]
             if uniform * best < weight:
                 quotient = weight / -np.log1p(-uniform)
                 if quotient > best:
                     winner, best = np.int64(start + index), quotient
-    return winner
+    draws.winners[item] = winner
 
 
-@njit(**FAST)
+@njit(**INLINED)
 def _mix(state):
     """SplitMix64's finaliser."""
     state = (state ^ (state >> np.uint64(30))) * _MULTIPLIER_1
@@ -80,11 +152,13 @@ def _mix(state):
 
 @njit(**FAST)
 def _stream_key(seed, position):
+    """Return the key of a random stream, as `counter_rng.stream_keys`."""
     return _mix(_mix(seed + _GAMMA) + (position + np.uint64(1)) * _GAMMA)
 
 
 @njit(**FAST)
 def _uniform(key, token_id):
-    """As `counter_rng.exponential` has it: SplitMix64's hash, 63 bits, within (0, 1)."""
+    """Return the uniform number of `counter_rng.exponential`: SplitMix64's hash, 63 bits, within
+    (0, 1)."""
     state = _mix((np.uint64(token_id) + np.uint64(1)) * _GAMMA + key) & _MASK
     return (np.float32(np.int64(state)) + np.float32(0.5)) * _UNIT

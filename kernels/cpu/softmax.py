@@ -1,4 +1,9 @@
-"""The softmax of a tile of attention scores, one row at a time, in vector registers."""
+"""The softmax of a tile of attention scores, one row at a time, in vector registers.
+
+This is a step of the online softmax (Milakov & Gimelshein, arXiv 1805.02867): with the greatest
+score m' = max(m, scores), a tile contributes weights e^(score - m') and their sum. The caller
+rescales what it has summed up so far by e^(m - m').
+"""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
@@ -25,19 +30,21 @@ from .vectors import (
 )
 
 KEYS = 64
-"""Of a tile."""
+"""Keys per tile."""
 
 
 @intrinsic
 def weigh(typing_context, scores, row, begin, end, least):
-    """scores[row, begin:end] → e^(score - greatest), the rest of the row's KEYS → 0; (greatest of
-    the scores and of `least`, sum of the weights). A NaN turns up in the sum.
+    """Turn scores[row, begin:end] into weights e^(score - greatest) and the rest of the row's KEYS
+    into 0; return the greatest of the scores and of `least`, and the sum of the weights. A NaN
+    among the scores shows in the sum.
 
-    scores `[., KEYS]` contiguous float32. The loop over the keys, as LLVM makes it of Python's,
-    took 4 cycles a key.
+    scores `[., KEYS]` is contiguous float32. The loop that LLVM made of Python's took 4 cycles a
+    key.
     """
 
     def generate(context, builder, signature, arguments):
+        # 1. The row as KEYS / LANES vectors.
         (array,) = arrays_of(context, builder, signature, arguments, (0,))
         _, row, begin, end, least = arguments
         place = place_of(builder, array, row, index(0))
@@ -47,6 +54,7 @@ def weigh(typing_context, scores, row, begin, end, least):
         low, high = (
             broadcast(builder, builder.trunc(each, ir.IntType(32))) for each in (begin, end)
         )
+        # 2. The greatest score, in all lanes; keys outside of [begin, end) count as -inf.
         greatest, seen, visible = broadcast(builder, least), [], []
         for at, pointer in enumerate(pointers):
             keys = ir.Constant(WORDS, list(range(at * LANES, (at + 1) * LANES)))
@@ -59,6 +67,8 @@ def weigh(typing_context, scores, row, begin, end, least):
             visible.append(builder.select(seen[at], loaded, floats("-inf")))
             greatest = greater(builder, visible[at], greatest)
         greatest = across(builder, partial(greater, builder), greatest)
+        # 3. The weights and their sum. Keys that are not seen are 0 even if all scores are -inf,
+        #    for which the exponential gives NaN.
         total = floats(0)
         for at, pointer in enumerate(pointers):
             weights = exponential(builder, builder.fsub(visible[at], greatest))
@@ -66,6 +76,7 @@ def weigh(typing_context, scores, row, begin, end, least):
             builder.store(weights, pointer, align=4)
             total = builder.fadd(total, weights)
         total = across(builder, builder.fadd, total)
+        # 4. Lane 0 of both.
         first = ir.Constant(ir.IntType(32), 0)
         numbers = [builder.extract_element(vector, first) for vector in (greatest, total)]
         return context.make_tuple(builder, signature.return_type, numbers)

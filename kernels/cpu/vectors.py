@@ -1,7 +1,7 @@
-"""Vectors of LANES numbers in LLVM's own instructions, for kernels that Numba would not make fast.
+"""Vectors of LANES numbers in LLVM's own instructions, for code that Numba would not make fast.
 
-Every function here builds instructions with llvmlite; arrays are contiguous, and an element's place
-in one is counted in memory's order.
+Every function here builds instructions with llvmlite and returns the LLVM value that holds their
+result. Arrays are contiguous; the place of an element is its index in memory order.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -19,7 +19,7 @@ INDEX = ir.IntType(64)
 
 
 def arrays_of(context, builder, signature, arguments, places):
-    """The arguments at `places` as arrays: their data and shape."""
+    """Return the arguments at `places` as array structures, which have data and shape."""
     return [
         cgutils.create_struct_proxy(signature.args[at])(context, builder, arguments[at])
         for at in places
@@ -27,27 +27,29 @@ def arrays_of(context, builder, signature, arguments, places):
 
 
 def index(number):
+    """Return a constant index."""
     return ir.Constant(INDEX, number)
 
 
 def plus(builder, number, constant):
+    """Return an index plus a Python int."""
     return builder.add(number, index(constant))
 
 
 def place_of(builder, array, row, column):
-    """Of an element of a `[., n]` array."""
+    """Return the place of an element of a `[., n]` array."""
     return builder.add(builder.mul(row, builder.extract_value(array.shape, 1)), column)
 
 
 def pointer_to(builder, array, place):
-    """To the LANES numbers from `place` on."""
+    """Return a pointer to the vector of LANES numbers from `place` on."""
     pointer = builder.gep(array.data, [place])
     vector = ir.VectorType(array.data.type.pointee, LANES)
     return builder.bitcast(pointer, vector.as_pointer())
 
 
 def to_floats(builder, number_type, vector):
-    """As `cpu_numbers.to_float`; int8, too."""
+    """Convert a vector to float32 as `numbers.to_float` converts a number, or from int8."""
     if number_type == types.float32:
         return vector
     if number_type == types.int16:
@@ -59,22 +61,24 @@ def to_floats(builder, number_type, vector):
 
 
 def broadcast(builder, number):
-    """A float or an int32 in all lanes."""
+    """Return a vector with a float or an int32 in all lanes."""
     undefined = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
     first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
     return builder.shuffle_vector(first, undefined, words(0))
 
 
 def words(number):
+    """Return a constant vector of int32."""
     return ir.Constant(WORDS, [number] * LANES)
 
 
 def floats(number):
+    """Return a constant vector of float32."""
     return ir.Constant(FLOATS, [float(number)] * LANES)
 
 
 def fused(builder, left, right, addend):
-    """left * right + addend."""
+    """Return left * right + addend, rounded once."""
     name, kind = f"llvm.fma.v{LANES}f32", ir.FunctionType(FLOATS, [FLOATS] * 3)
     return builder.call(
         cgutils.get_or_insert_function(builder.module, kind, name), [left, right, addend]
@@ -82,12 +86,12 @@ def fused(builder, left, right, addend):
 
 
 def greater(builder, left, right):
-    """The greater of each lane; right's where one is NaN."""
+    """Return the greater one in each lane; right's if one is NaN."""
     return builder.select(builder.fcmp_ordered(">", left, right), left, right)
 
 
 def across(builder, combine, vector):
-    """All lanes combined, in every lane of the result."""
+    """Combine all lanes; every lane of the result has it. Halves are swapped, then quarters, …"""
     half = LANES // 2
     while half:
         turned = ir.Constant(WORDS, [lane ^ half for lane in range(LANES)])
@@ -97,7 +101,7 @@ def across(builder, combine, vector):
 
 
 def exponential(builder, x):
-    """As `cpu_numbers.exp`."""
+    """Return e^x as `numbers.exp` computes it."""
     y = builder.fmul(x, floats(LOG2_E))
     y = builder.select(builder.fcmp_ordered("<", y, floats(-126)), floats(-126), y)
     y = builder.select(builder.fcmp_ordered(">", y, floats(126)), floats(126), y)

@@ -14,7 +14,7 @@ import torch
 
 from ....kernels.cpu import attention as cpu_attention
 from ....kernels.cpu import norms as cpu_kernels
-from ....kernels.cpu.numbers import as_array, thread_count
+from ....kernels.cpu.arrays import as_array, thread_count
 from ....kernels.cpu.softmax import KEYS
 from ....kernels.prefix_groups import find_prefix_groups
 from ...attention.metadata import AttentionMetadata
@@ -54,7 +54,8 @@ class CpuPlan:
         assert kv_scales is None, "the CPU has no float8 cache"
         stored = as_array(cache)
         numba.set_num_threads(self.num_threads)
-        cpu_kernels.store_kv(as_array(key), as_array(value), metadata.slot_mapping.numpy(), stored)
+        slots = metadata.slot_mapping.numpy()
+        cpu_kernels.store_kv(as_array(key), as_array(value), slots, stored, self.num_threads)
         output = torch.empty(query.shape, dtype=query.dtype)
         batch = cpu_attention.Batch(
             metadata.block_table.numpy(),

@@ -12,7 +12,6 @@ from math import prod
 import torch
 from torch import nn
 
-from ....kernels.cpu.numbers import is_compiled
 from ....kernels.device_copy import to_device
 from ...body.body import Body, HfBody
 from ...body.flat_decoder import FlatDecoder
@@ -113,8 +112,6 @@ class CpuBackend:
     def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
         """Run two tokens, and draw from all tokens and from the likeliest: this compiles what this
         machine has not compiled before."""
-        if not is_compiled():
-            logger.info("compiling for this processor, once: this takes about half a minute")
         runner.run_prompts(2, 1)
         for top_p in (1.0, 0.5):
             runner.sample_blank(top_p)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ....kernels.cpu.body import Activations, Ends, Layers, Step, run_model
-from ....kernels.cpu.numbers import FLOATS, as_array
+from ....kernels.cpu.arrays import FLOATS, as_array
+from ....kernels.cpu.body import Activations, BodyStep, Ends, Layers
+from ....kernels.cpu.body import Body as CompiledBody
 from ....kernels.cpu.panels import PANEL_COLUMNS
 from ...attention.metadata import AttentionMetadata
 from ...body.body import ForwardToLogits
@@ -29,7 +30,7 @@ _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class CpuDecoder:
-    """A Body that runs as one compiled function, `kernels.cpu.body.run_model`."""
+    """A Body that runs as one compiled function, `kernels.cpu.body.Body`."""
 
     def __init__(self, flat: FlatDecoder, *, int8: bool = False) -> None:
         """Take over the weights of the layers, which are emptied. `int8` is that of `pack`."""
@@ -42,6 +43,7 @@ class CpuDecoder:
         embedding = as_array(flat.embedding.weight.detach())
         no_panels = np.empty((0, embedding.shape[1], PANEL_COLUMNS), embedding.dtype)
         self._ends = Ends(embedding, no_panels, np.empty((2, 0), np.float32))
+        self._compiled = CompiledBody(self._ends, self._layers)
         self._vocab_size = 0
         self._activations: Activations | None = None
 
@@ -55,6 +57,7 @@ class CpuDecoder:
             return None
         self._activations = None
         self._ends = self._ends._replace(head=product.panels, head_affine=product.affine)
+        self._compiled = CompiledBody(self._ends, self._layers)
         self._vocab_size = product.out_features
         return self.forward_to_logits
 
@@ -73,7 +76,7 @@ class CpuDecoder:
         assert isinstance(plan, CpuPlan)
         num_tokens, num_logits = len(input_ids), len(logit_indices)
         activations = self._scratch(num_tokens, num_logits)
-        step = Step(
+        step = BodyStep(
             input_ids=input_ids.numpy(),
             picks=logit_indices.numpy(),
             slots=metadata.slot_mapping.numpy(),
@@ -89,7 +92,7 @@ class CpuDecoder:
         )
         numba.set_num_threads(plan.num_threads)
         cache = as_array(metadata.kv_cache)
-        run_model(self._ends, self._layers, cache, step, activations, plan.num_threads)
+        self._compiled.run(cache, step, activations, plan.num_threads)
         hidden = torch.from_numpy(activations.normed[:num_tokens])
         logits = torch.from_numpy(activations.logits[:num_logits])
         return hidden.to(self._dtype), logits.to(self._dtype)
@@ -167,28 +170,27 @@ def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm, int8: bool) -> La
     first = layers[0]
     no_norm = Norm(torch.ones(first.num_heads + first.num_kv_heads, first.head_dim), -1.0)
     qk_norms = [layer.qk_norm or no_norm for layer in layers]
-    epsilons = [
-        (layer.input_norm.eps, qk_norm.eps, layer.mlp_norm.eps)
-        for layer, qk_norm in zip(layers, qk_norms, strict=True)
-    ]
-    epsilons.append((last_norm.eps, 0.0, 0.0))
+    input_norms = [*(layer.input_norm for layer in layers), last_norm]
+    mlp_norms = [layer.mlp_norm for layer in layers]
     qkv, qkv_affine = pack([layer.qkv for layer in layers], int8=int8)
     output, output_affine = pack([layer.output for layer in layers], int8=int8)
     gate_up, gate_up_affine = pack([layer.gate_up for layer in layers], 2, int8=int8)
     down, down_affine = pack([layer.down for layer in layers], int8=int8)
     return Layers(
-        input_norm=stack([*(layer.input_norm for layer in layers), last_norm]),
+        input_norm=stack(input_norms),
         qkv=qkv,
         qkv_affine=qkv_affine,
         qk_norm=stack(qk_norms),
         output=output,
         output_affine=output_affine,
-        mlp_norm=stack([layer.mlp_norm for layer in layers]),
+        mlp_norm=stack(mlp_norms),
         gate_up=gate_up,
         gate_up_affine=gate_up_affine,
         down=down,
         down_affine=down_affine,
-        epsilons=np.array(epsilons, np.float32),
+        input_epsilons=np.array([norm.eps for norm in input_norms], np.float32),
+        qk_epsilons=np.array([norm.eps for norm in qk_norms], np.float32),
+        mlp_epsilons=np.array([norm.eps for norm in mlp_norms], np.float32),
         scales=np.array([layer.scale for layer in layers], np.float32),
         windows=np.array([layer.window or 0 for layer in layers], np.int64),
     )

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ....kernels.cpu.numbers import FLOATS, as_array, thread_count
+from ....kernels.cpu.arrays import FLOATS, as_array, thread_count
 from ....kernels.cpu.panels import PANEL_COLUMNS
 from ....kernels.cpu.products import run_product
 

@@ -18,7 +18,8 @@ from quire.engine.devices.cpu.attention import CpuPlanner
 from quire.engine.devices.cpu.decoder import CpuDecoder, can_compile
 from quire.engine.devices.cpu.packed_linear import PackedLinear
 from quire.engine.sampling.counter_rng import exponential, stream_keys
-from quire.kernels.cpu.numbers import LANES, as_array, exp, store, to_float
+from quire.kernels.cpu.arrays import as_array
+from quire.kernels.cpu.numbers import LANES, exp, store, to_float
 from quire.kernels.cpu.panels import PANEL_COLUMNS, PANEL_ROWS, PANEL_VECTORS, multiply_add
 from quire.kernels.cpu.sampling import draw, race
 from quire.kernels.cpu.softmax import KEYS, weigh

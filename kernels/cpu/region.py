@@ -1,0 +1,117 @@
+"""One parallel region in which threads go through phases of items.
+
+A phase is a row of a table: which kernel, on which work, how many items, and the kernel's `layer`
+and `rows`. Threads take items as they get free:
+
+    phase 0   item 0  item 1  item 2 ...      each taken by one thread: kernel(item, ...)
+              ───────── all done ─────────
+    phase 1   item 0  item 1 ...
+
+A counter per phase gives out its items, another counts those that are done. A phase begins when all
+items of the one before are done, which threads see from the counter. So a step pays for waking its
+threads once, not for each phase; and a thread that has lost its core, to the HTTP process for
+instance, holds up nobody unless it has taken an item.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
+
+from .kernel import DATA, Kernel, Packed, Work, only_process
+from .numbers import FAST, PARALLEL, fetch_add, load, yield_core
+
+LINE = 16
+"""Counters apart: two cache lines, so that they never share one."""
+SPINS = 500
+"""How often a thread looks for a phase's end before it offers its core to others."""
+
+
+class Phase(NamedTuple):
+    """A row of the table."""
+
+    kernel: int
+    """The address of the kernel's machine code."""
+    work: int
+    """The address of the array of the words that the kernel reads: of the NumPy object, see
+    `kernel.Packed`."""
+    items: int
+    layer: int
+    rows: int
+
+
+def launch(kernel: Kernel, work: Work, items: int, rows: int, num_threads: int) -> None:
+    """Run one kernel for all items of one phase."""
+    packed = Packed(work)  # until the kernel has run
+    phase = (kernel.address(work), id(packed.words), items, 0, rows)
+    run_phases(np.array([phase], dtype=np.int64), num_threads)
+
+
+def run_phases(phases: np.ndarray[Any, Any], num_threads: int) -> None:
+    """Run phases, an int64 array whose rows are as `Phase`, one after the other."""
+    counters = np.zeros(len(phases) * 2 * LINE, dtype=np.int64)
+    run_region(phases, counters, num_threads)
+
+
+def compile_region() -> None:
+    """Compile the region, or load it from the cache on disk."""
+    with only_process("region"):
+        run_phases(np.empty((0, len(Phase._fields)), dtype=np.int64), 1)
+
+
+@njit(**PARALLEL)
+def run_region(phases, counters, num_threads):
+    """Run all phases in `num_threads` threads."""
+    for thread in prange(num_threads):
+        _take_items(phases, counters, np.int64(thread))
+
+
+@njit(**FAST)
+def _take_items(phases, counters, thread):
+    """Do one thread's share of all phases."""
+    for phase in range(len(phases)):
+        items = phases[phase, 2]
+        taken, done = 2 * LINE * phase, 2 * LINE * phase + LINE
+        # 1. Take items while there are any. The first look saves the others the counter's cache
+        #    line, which every addition takes away from them.
+        while load(counters, taken) < items:
+            item = fetch_add(counters, taken, 1)
+            if item < items:
+                _call(phases, phase, item, thread)
+                fetch_add(counters, done, 1)
+        # 2. Wait for the items that others have taken: spinning, since a wake-up takes longer
+        #    than most items, but not in the way of whoever needs this core.
+        spins = 0
+        while load(counters, done) < items:
+            spins += 1
+            if spins > SPINS:
+                yield_core()
+
+
+@intrinsic
+def _call(typing_context, phases, phase, item, thread):
+    """Call the phase's kernel for one item."""
+
+    def generate(context, builder, signature, arguments):
+        phases, phase, item, thread = arguments
+        table = context.make_array(signature.args[0])(context, builder, phases)
+        begin = builder.mul(phase, ir.Constant(ir.IntType(64), len(Phase._fields)))
+        address, work, _, layer, rows = (
+            builder.load(builder.gep(table.data, [builder.add(begin, ir.Constant(begin.type, at))]))
+            for at in range(len(Phase._fields))
+        )
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [word, word, word, word, word.as_pointer()])
+        function = builder.inttoptr(address, kind.as_pointer())
+        words = builder.gep(builder.inttoptr(work, word.as_pointer()), [ir.Constant(word, DATA)])
+        pointer = builder.inttoptr(builder.load(words), word.as_pointer())
+        builder.call(function, [item, layer, rows, thread, pointer])
+        return context.get_dummy_value()
+
+    word = types.int64
+    return types.void(phases, word, word, word), generate

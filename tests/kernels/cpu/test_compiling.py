@@ -1,0 +1,123 @@
+"""Which kernels are compiled before a start is over, and by whom."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quire.kernels.cpu import ahead, compiling
+from quire.kernels.cpu.compiling import compile_all, is_compiled
+from quire.kernels.cpu.kernel import Kernel, Packed, Signature, Work, signature_of
+from quire.kernels.cpu.norms import Pick, pick
+from quire.kernels.cpu.region import launch
+
+from ...engine.models import save_model
+from ...engine.worker_driver import Driver, make_config, make_sequence
+
+
+@pytest.mark.parametrize(
+    ("dtype", "int8"), [("float32", False), ("bfloat16", False), ("float32", True)]
+)
+def test_steps_need_the_kernels_that_are_compiled_ahead_and_no_others(
+    tmp_path: Path, dtype: str, int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[tuple[str, Signature]] = set()
+    address = Kernel.address
+
+    def recorded(self: Kernel, work: Work) -> int:
+        seen.add((self.name, signature_of(work)))
+        return address(self, work)
+
+    monkeypatch.setattr(Kernel, "address", recorded)
+    save_model("llama", tmp_path)
+    config = make_config(tmp_path, dtype=dtype, quantization="int8" if int8 else None)
+    driver = Driver.start(config)
+    tasks = {(kernel.name, kind) for kernel, kind in ahead.tasks_for(dtype, int8=int8)}
+    assert seen == tasks
+    draws: list[dict[str, Any]] = [{"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.7}]
+    driver.run([make_sequence([5, 6, 7], 3, seed=1, **draw) for draw in ({}, *draws)])
+    assert seen == tasks
+
+
+def test_another_process_compiles_into_the_cache_and_does_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from quire.kernels.cpu import ahead, compiling;"
+        "tasks = [task for task in ahead.tasks_for('float32') if task[0].name == 'pick'];"
+        "assert not compiling.is_compiled(tasks);"
+        "ahead.tasks_for = lambda *_, **__: tasks;"
+        "sys.argv = ['', 'float32'];"
+        "ahead.main();"
+        "assert compiling.is_compiled(tasks) and 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-P", "-c", code]
+    subprocess.run(command, env={"NUMBA_CACHE_DIR": str(tmp_path)}, check=True)
+    assert len(list(tmp_path.rglob("norms.pick*.nbc"))) == 1
+
+
+def test_a_process_is_started_only_if_there_is_something_to_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], **_: Any) -> None:
+            commands.append(command)
+
+        def wait(self) -> None:
+            pass
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(ahead, "_cores", lambda: 2)
+    monkeypatch.setattr(ahead, "is_compiled", lambda _: False)
+    ahead.compile_ahead("float64")
+    assert commands == []
+    ahead.compile_ahead("bfloat16", int8=True)
+    assert [command[-3:] for command in commands] == [[ahead.__name__, "bfloat16", "int8"]]
+    monkeypatch.setattr(ahead, "is_compiled", lambda _: True)
+    ahead.compile_ahead("float32")
+    assert len(commands) == 1
+
+
+def test_the_log_says_what_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    choice = Pick(np.ones((2, 3)), np.array([1]), np.zeros((1, 3)))
+    tasks = [(pick, signature_of(choice))]
+    monkeypatch.setattr(compiling, "is_compiled", lambda _: False)
+    compile_all(tasks)
+    assert "once" in caplog.messages[0] and caplog.messages[1].startswith("compiled after")
+    monkeypatch.undo()
+    caplog.clear()
+    assert is_compiled(tasks)
+    compile_all(tasks)
+    assert caplog.messages == []
+
+
+def test_a_kernel_sees_the_fields_of_its_work() -> None:
+    source = np.arange(12, dtype=np.float32).reshape(4, 3)
+    choice = Pick(source, np.array([3, 1]), np.zeros((2, 3), np.float32))
+    launch(pick, choice, 1, 2, 1)
+    assert np.array_equal(choice.out, source[[3, 1]])
+
+
+def test_arrays_of_a_work_are_contiguous() -> None:
+    with pytest.raises(AssertionError):
+        Packed(Pick(np.zeros((2, 3)).T, np.array([1]), np.zeros((1, 2))))
+
+
+def test_a_work_that_is_updated_has_the_words_of_a_new_one() -> None:
+    source, picks, out = np.zeros((2, 3)), np.array([1]), np.zeros((1, 3))
+    packed = Packed(Pick(source, picks, out))
+    longer = np.array([1, 0, 1])
+    assert packed.update(Pick(source, longer, out))
+    assert np.array_equal(packed.words, Packed(Pick(source, longer, out)).words)
+    assert packed.words[1] == id(longer)
+    assert not packed.update(Pick(source, longer.astype(np.int32), out))
+    assert not packed.update(Pick(source[None], longer, out))
