@@ -17,5 +17,5 @@ Reading order:
     heap             memory housekeeping after the start
 
 It may import the words of the engine (the modules directly in `engine`). The engine's process also
-imports core and runner, lazily, in `build_core`.
+imports core, runner and devices, lazily, in `build_core`.
 """

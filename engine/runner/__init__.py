@@ -10,7 +10,6 @@ Reading order:
     prompt_logprobs    log-probabilities of prompt tokens
     pooling            embeddings
     kv_cache           how large the KV cache may be
-    first_start        on the CPU, compiles kernels while the rest is imported
 
 May import: model, devices, body, attention, sampling, kernels, and the engine's words.
 """
