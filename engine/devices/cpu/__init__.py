@@ -9,7 +9,7 @@ Read in this order:
     packed_linear.py  linear layers with packed weights, for all other bodies
     draws.py          argmax and draws
     memory.py         the KV cache in main memory
-    first_start.py    what a start does before the slow imports
+    first_start.py    what comes before the engine's slow imports
 
 May import: the rooms that engine.devices may, and kernels.cpu.
 """

@@ -1,7 +1,4 @@
-"""What the engine's process does for the CPU before its slow imports.
-
-This module itself imports nothing slow.
-"""
+"""What the engine's process does for the CPU before it imports transformers."""
 
 from __future__ import annotations
 

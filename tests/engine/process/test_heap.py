@@ -21,10 +21,9 @@ assert gc.get_freeze_count() > 1000
 """
 
 NO_TRITON = """
-from quire.engine.config import EngineConfig
-from quire.engine.process.engine_process import _leave_triton_out
+from quire.engine.devices.cpu.first_start import leave_triton_out
 
-_leave_triton_out(EngineConfig(model="", device="cpu"))
+leave_triton_out()
 from torch.utils._triton import has_triton_package
 
 assert not has_triton_package()
