@@ -85,7 +85,7 @@ class EngineStats(NamedTuple):
     prefix_queries: int
     """Prompt tokens looked up in the prefix index."""
     prefix_hits: int
-    """Of those, the tokens found."""
+    """The prompt tokens that were found there."""
     preemptions: int
     blocks_copied: int
     blocks_shared: int

@@ -91,7 +91,7 @@ class SchedulerOutput(NamedTuple):
     """The sequences among `seq_ids` that the worker does not know."""
     block_copies: list[BlockCopy]
     table_changes: list[TableChange]
-    """Of sequences that the worker knows."""
+    """Changes to the block tables of sequences that the worker knows."""
     released: list[int]
     """seq_ids that the worker forgets before anything else in this step, since their sequences
     have finished or were aborted or preempted."""

@@ -144,12 +144,12 @@ class Activations(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What threads need for themselves."""
+    """Memory that each thread has for itself."""
 
     tiles: Any
-    """Of `products.make_tiles`."""
+    """Made by `products.make_tiles`."""
     attention: tuple[Array, ...]
-    """Of `attention.make_scratch`."""
+    """Made by `attention.make_scratch`."""
 
 
 class Body:

@@ -43,7 +43,7 @@ class Heads(NamedTuple):
     qkv: Any
     """`[., heads + 2 * kv_heads, head_dim]` float32; K is overwritten."""
     weights: Any
-    """Of the norms of Q and K, `[layers, heads + kv_heads, head_dim]` float32."""
+    """Weights of the norms of Q and K, `[layers, heads + kv_heads, head_dim]` float32."""
     epsilons: Any
     """`[layers]` float32; negative if Q and K have no norms."""
     cos: Any
