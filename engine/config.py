@@ -126,8 +126,8 @@ class EngineConfig:
     unless the name says otherwise. None means that the engine derives the value: from the model
     (`max_model_len`), by profiling (`num_blocks`), or from the device (`kv_cache_memory_bytes`,
     which is used on the CPU, where there is no device memory to take a share of;
-    `max_num_batched_tokens`, see `token_budget`; `async_scheduling`, which is on for CUDA). Without
-    a `seed`, requests that bring none draw theirs at random.
+    `max_num_batched_tokens`; `async_scheduling`, which is on for devices that compute while the
+    host goes on). Without a `seed`, requests that bring none draw theirs at random.
     """
 
     model: str
