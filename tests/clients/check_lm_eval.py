@@ -155,7 +155,7 @@ def oracle() -> Oracle:
     ],
     ids=["local tokenizer, batches", "the server's tokenizer, at once"],
 )
-def test_scores_and_texts_are_those_of_transformers(
+def test_scores_and_texts_equal_those_of_transformers(
     server: str, oracle: Oracle, tmp_path: Path, flags: list[str], model_args: dict[str, Any]
 ) -> None:
     samples = _evaluate(server, tmp_path, flags, model_args)

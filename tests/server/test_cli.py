@@ -109,7 +109,7 @@ def assert_error_and_done(events: list[str], code: str) -> None:
     assert json.loads(events[-2]).get("error", {}).get("code") == code, events[-3:]
 
 
-def test_kill_drain_and_clean_exit() -> None:
+def test_engine_restart_drain_and_clean_exit() -> None:
     with serving("--shutdown-timeout", "1") as server:
         # The engine is killed in mid-stream: an error event, not ready, ready again.
         with server.stream(SLOW, 1000) as events:
@@ -136,7 +136,7 @@ def test_kill_drain_and_clean_exit() -> None:
         assert not engine.is_running()
 
 
-def test_second_interrupt_exits_hard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interrupt_exits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what serves on a unix socket."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # nobody is left to remove the engine's folder
     path = str(tmp_path / "quire.sock")
@@ -161,7 +161,7 @@ def test_failed_start_is_one_line_and_an_exit_code() -> None:
     assert "Traceback" not in stderr
 
 
-def test_taken_port_is_said_before_anything_loads(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_taken_port_is_reported_before_anything_loads(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert cli.main(["serve", "no-such-model", "--port", str(port)]) == 1

@@ -169,7 +169,7 @@ BAD = [
 ]  # fmt: skip
 
 
-def assert_shape(response: httpx.Response, status: int, code: str, param: str | None) -> None:
+def assert_error(response: httpx.Response, status: int, code: str, param: str | None) -> None:
     assert response.status_code == status, response.text[:500]
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -180,12 +180,12 @@ def assert_shape(response: httpx.Response, status: int, code: str, param: str | 
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: str(bad.fields)[:60])
-async def test_bad_fields_are_400_and_reach_no_engine(
+async def test_bad_fields_are_400_and_never_reach_the_engine(
     client: httpx.AsyncClient, engine: FakeEngineClient, bad: Bad
 ) -> None:
     fields = {**(PROMPT if bad.path == COMPLETIONS else HI), **bad.fields}
     response = await client.post(bad.path, json=fields)
-    assert_shape(response, 400, bad.code, bad.param)
+    assert_error(response, 400, bad.code, bad.param)
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert engine.requests == []
     debug = (await client.get("/debug/engine")).json()
@@ -226,7 +226,7 @@ async def test_bad_json_is_400(
     response = await client.post(
         COMPLETIONS, content=body, headers={"content-type": "application/json"}
     )
-    assert_shape(response, 400, "invalid_value", None)
+    assert_error(response, 400, "invalid_value", None)
     assert engine.requests == []
 
 
@@ -246,11 +246,11 @@ async def test_large_bodies_are_413(
         content=body if length == "whole" else chunks(),
         headers={"content-type": "application/json"},
     )
-    assert_shape(response, 413, "body_too_large", None)
+    assert_error(response, 413, "body_too_large", None)
     assert engine.requests == []
 
 
-async def test_a_body_cut_short_reaches_no_engine(
+async def test_a_truncated_body_never_reaches_the_engine(
     make_client: MakeClient, engine: FakeEngineClient
 ) -> None:
     parts = [
@@ -279,13 +279,13 @@ async def test_a_body_cut_short_reaches_no_engine(
 async def test_other_content_types_are_415(client: httpx.AsyncClient, kind: str | None) -> None:
     headers = {} if kind is None else {"content-type": kind}
     response = await client.post(COMPLETIONS, content=json.dumps(PROMPT), headers=headers)
-    assert_shape(response, 415, "unsupported_media_type", None)
+    assert_error(response, 415, "unsupported_media_type", None)
 
 
 async def test_unknown_routes_and_methods(client: httpx.AsyncClient) -> None:
-    assert_shape(await client.get("/v1/nothing"), 404, "not_found", None)
+    assert_error(await client.get("/v1/nothing"), 404, "not_found", None)
     response = await client.get(COMPLETIONS)
-    assert_shape(response, 405, "method_not_allowed", None)
+    assert_error(response, 405, "method_not_allowed", None)
     assert response.headers["allow"] == "POST"
 
 
@@ -306,12 +306,12 @@ async def test_a_tiny_temperature_is_greedy_and_nul_is_a_token(
     assert list(engine.requests[0].prompt_token_ids) == ids("a\0b")
 
 
-async def test_what_can_never_fit_the_kv_cache_is_refused(
+async def test_requests_that_can_never_fit_the_kv_cache_are_refused(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.num_blocks = 2
     response = await client.post(COMPLETIONS, json={**PROMPT, "max_tokens": 33})
-    assert_shape(response, 400, "kv_pool_too_small", "max_tokens")
+    assert_error(response, 400, "kv_pool_too_small", "max_tokens")
     assert engine.requests == []
 
 
@@ -319,7 +319,7 @@ async def test_what_can_never_fit_the_kv_cache_is_refused(
 async def test_an_unknown_model_is_404(client: httpx.AsyncClient, path: str) -> None:
     fields = PROMPT if path == COMPLETIONS else HI
     response = await client.post(path, json={**fields, "model": "other"})
-    assert_shape(response, 404, "model_not_found", "model")
+    assert_error(response, 404, "model_not_found", "model")
 
 
 async def test_unknown_fields_are_named_or_refused(make_client: MakeClient) -> None:
@@ -331,7 +331,7 @@ async def test_unknown_fields_are_named_or_refused(make_client: MakeClient) -> N
         "mood", "stream_options.x", "messages[0].colour", "?"
     }  # fmt: skip
     response = await make_client(strict=True).post(CHAT, json={**HI, "mood": 1})
-    assert_shape(response, 400, "invalid_value", "mood")
+    assert_error(response, 400, "invalid_value", "mood")
 
 
 async def test_values_that_ask_for_nothing_are_accepted(client: httpx.AsyncClient) -> None:
@@ -344,7 +344,7 @@ async def test_values_that_ask_for_nothing_are_accepted(client: httpx.AsyncClien
     assert "x-quire-ignored-params" not in response.headers
 
 
-async def test_equal_request_ids_are_different_inside(
+async def test_equal_request_ids_get_different_internal_ids(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     for _ in range(2):
@@ -362,19 +362,19 @@ async def test_a_request_id_in_the_body_wins_and_is_echoed(client: httpx.AsyncCl
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_deadline_while_it_runs_is_504(
+async def test_a_deadline_during_generation_is_504(
     client: httpx.AsyncClient, engine: FakeEngineClient, stream: bool
 ) -> None:
     engine.scripts = say("x", delay=5)
     response = await client.post(COMPLETIONS, json={**PROMPT, "timeout": 0.05, "stream": stream})
-    assert_shape(response, 504, "request_timeout", None)
+    assert_error(response, 504, "request_timeout", None)
     assert not engine.running
     request = engine.requests[0]
     assert request.deadline == pytest.approx(request.arrival_time + 0.05)
     assert request.queue_deadline == request.deadline
 
 
-async def test_a_deadline_in_a_stream_is_an_event(
+async def test_a_deadline_in_a_stream_is_an_error_event(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say("x" * 100, delay=0.04)
@@ -400,7 +400,7 @@ async def test_failures_of_one_request(
         [], finish="error", error=RowError(code, "why"), delay=0.01 * choice
     )
     response = await client.post(CHAT, json={**HI, "stream": stream, "n": 2})
-    assert_shape(response, status, code, None)
+    assert_error(response, status, code, None)
     assert ("retry-after" in response.headers) == (status == 503)
     assert not engine.running
 
@@ -410,17 +410,19 @@ async def test_an_engine_that_is_not_ready_is_503(
 ) -> None:
     engine.ready = False
     response = await client.post(COMPLETIONS, json=PROMPT)
-    assert_shape(response, 503, "engine_not_ready", None)
+    assert_error(response, 503, "engine_not_ready", None)
     assert int(response.headers["retry-after"]) >= 1
-    assert_shape(await client.get("/ready"), 503, "engine_not_ready", None)
+    assert_error(await client.get("/ready"), 503, "engine_not_ready", None)
     assert (await client.get("/health")).status_code == 200
 
 
-async def test_a_draining_server_refuses_and_finishes(make_client: MakeClient) -> None:
+async def test_a_draining_server_refuses_requests_but_stays_alive(
+    make_client: MakeClient,
+) -> None:
     client = make_client()
     client.app.state.quire.begin_drain()  # type: ignore[attr-defined]
     for response in (await client.post(COMPLETIONS, json=PROMPT), await client.get("/ready")):
-        assert_shape(response, 503, "shutting_down", None)
+        assert_error(response, 503, "shutting_down", None)
         assert int(response.headers["retry-after"]) >= 1
     assert (await client.get("/health")).status_code == 200
 
@@ -440,7 +442,7 @@ async def test_only_routes_and_served_names_become_labels(
     assert 'finished_reason="stop",model_name="tiny"} 1.0' in page
 
 
-async def test_an_unforeseen_exception_is_500_without_its_text(
+async def test_an_unexpected_exception_is_500_without_its_text(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     def broken(*_: Any) -> Any:
@@ -449,6 +451,6 @@ async def test_an_unforeseen_exception_is_500_without_its_text(
     engine.stats = broken  # type: ignore[method-assign]
     for stream in (False, True):
         response = await client.post(COMPLETIONS, json={**PROMPT, "stream": stream})
-        assert_shape(response, 500, "internal_error", None)
+        assert_error(response, 500, "internal_error", None)
         assert "secret" not in response.text
         assert response.headers["x-request-id"] in response.json()["error"]["message"]

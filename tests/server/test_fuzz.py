@@ -100,7 +100,7 @@ def _thin_out(case: schemathesis.Case) -> None:
     derandomize="QUIRE_FUZZ_EXAMPLES" not in os.environ,
     database=None,
 )
-def test_made_up_requests(case: schemathesis.Case) -> None:
+def test_generated_requests(case: schemathesis.Case) -> None:
     async def call() -> httpx.Response:
         transport = httpx.ASGITransport(app=APP)  # an exception that escapes is raised here
         async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
@@ -131,7 +131,7 @@ def test_made_up_requests(case: schemathesis.Case) -> None:
     assert len(APP.state.quire.streams) == 0
 
 
-def test_the_fuzzing_reached_answers() -> None:
+def test_some_generated_requests_are_answered() -> None:
     """Some generated requests must have been accepted."""
     for path in BODIES:
         assert ANSWERED[f"POST {path}", 200] > 0, ANSWERED
@@ -140,7 +140,7 @@ def test_the_fuzzing_reached_answers() -> None:
 # --- the document itself
 
 
-async def test_the_document_says_which_paths_ask_for_a_key() -> None:
+async def test_the_document_says_which_paths_require_a_key() -> None:
     app, _ = _app(api_key=("one",), admin_api_key="two")
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
@@ -184,7 +184,7 @@ def test_bodies_and_streams_are_described() -> None:
         ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9}),
     ],
 )
-async def test_events_are_as_described(path: str, body: dict[str, Any]) -> None:
+async def test_events_match_their_schema(path: str, body: dict[str, Any]) -> None:
     transport = httpx.ASGITransport(app=APP)
     async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
         response = await client.post(path, json={**body, "stream": True})
@@ -194,7 +194,7 @@ async def test_events_are_as_described(path: str, body: dict[str, Any]) -> None:
     )
 
 
-async def test_the_page_loads_nothing_from_elsewhere(client: httpx.AsyncClient) -> None:
+async def test_the_docs_page_loads_nothing_external(client: httpx.AsyncClient) -> None:
     page = (await client.get("/docs")).text
     assert "://" not in page
     assert "openapi.json" in page

@@ -142,7 +142,7 @@ def test_buckets(metrics: Metrics) -> None:
     assert len(buckets(metrics, "e2e_request_latency_seconds")) == 22
 
 
-def test_counters_are_deltas_that_survive_a_restart(metrics: Metrics) -> None:
+def test_counters_keep_counting_across_engine_restarts(metrics: Metrics) -> None:
     metrics.observe_step(stats(1, preemptions=5, prefix_hits=100))
     metrics.observe_step(stats(2, preemptions=7, prefix_hits=100))
     metrics.observe_step(stats(2, preemptions=7, prefix_hits=100))
@@ -191,7 +191,7 @@ def test_finished_request(metrics: Metrics) -> None:
     assert {name: value(metrics, f"{name}_sum") for name in sums} == sums
 
 
-def test_tokens_are_counted_as_they_come(metrics: Metrics) -> None:
+def test_tokens_are_counted_as_they_arrive(metrics: Metrics) -> None:
     metrics.prompt_read(10, 4)
     for count in (1, 0, 3):
         metrics.tokens_generated(count)
@@ -281,7 +281,7 @@ def test_a_hostile_served_name_cannot_break_the_page() -> None:
     assert "evil" not in names
 
 
-def test_two_registries_are_apart() -> None:
+def test_two_registries_are_independent() -> None:
     first, second = Metrics("m"), Metrics("m")
     first.engine_restarted()
     assert value(second, "engine_restarts_total") == 0

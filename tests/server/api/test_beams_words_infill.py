@@ -100,7 +100,7 @@ async def test_a_beam_search_reaches_the_engine(
     assert (params.beam_width, params.length_penalty, params.early_stopping) == (3, 1.0, False)
 
 
-async def test_the_default_of_max_tokens_leaves_room_for_every_beam(
+async def test_default_max_tokens_leaves_room_for_every_beam(
     make_client: MakeClient, engine: FakeEngineClient
 ) -> None:
     engine.num_blocks = 20
@@ -125,7 +125,7 @@ async def test_the_default_of_max_tokens_leaves_room_for_every_beam(
     assert response.json()["error"]["code"] == "kv_pool_too_small"
 
 
-async def test_the_real_engine_answers_the_best_first(tmp_path: Path) -> None:
+async def test_the_real_engine_returns_the_best_beams_first(tmp_path: Path) -> None:
     """Choices are ordered by score and as long as their log-probabilities, without stop tokens."""
     config = tiny.LlamaConfig(**tiny.COMMON | {"vocab_size": VOCAB_SIZE})
     tiny.build_model(config).save_pretrained(tmp_path)
@@ -183,7 +183,7 @@ async def test_bad_words_reach_the_engine_with_and_without_a_space(
         assert request.sampling_params.bad_words == (tuple(ids("ab")), tuple(ids("c")))
 
 
-async def test_spellings_behind_a_space_are_bad_words_too() -> None:
+async def test_bad_words_include_their_spelling_after_a_space() -> None:
     tokenizer = metaspace_tokenizer()
     space, word = (tokenizer.backend.token_to_id(piece) for piece in ("▁", "▁a"))
     b = tokenizer.backend.token_to_id("b")
@@ -201,7 +201,7 @@ FAMILIES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_the_middle_is_asked_for_as_the_model_learnt_it(
+async def test_infill_prompts_have_the_format_of_the_model_family(
     engine: FakeEngineClient, family: str
 ) -> None:
     *names, ends = FAMILIES[family]
@@ -242,7 +242,7 @@ async def test_a_suffix_reaches_the_engine() -> None:
     assert third.sampling_params.stop_token_ids == (9,)
 
 
-async def test_codellama_has_a_beginning_and_no_space_before_the_suffix() -> None:
+async def test_codellama_infill_has_a_bos_token_and_no_space_before_the_suffix() -> None:
     tokenizer = metaspace_tokenizer("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
     find = tokenizer.backend.token_to_id
     assert infill_tokens(tokenizer).ends == (find("▁<EOT>"),)

@@ -27,7 +27,7 @@ async def chat(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     return answer
 
 
-async def test_an_answer(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+async def test_a_whole_answer(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
     answer = await chat(client)
     [choice] = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": "Hello, world", "refusal": None}
@@ -38,7 +38,7 @@ async def test_an_answer(client: httpx.AsyncClient, engine: FakeEngineClient) ->
     assert engine.requests[0].sampling_params.max_tokens == 512 - len(expected)
 
 
-async def test_the_default_of_max_tokens_fits_the_pool(
+async def test_default_max_tokens_fits_the_kv_cache(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.num_blocks = 5
@@ -109,14 +109,14 @@ async def test_control_tokens_in_messages_are_plain_text(
     assert prompt[: len(spelled)] == spelled
 
 
-async def test_developer_is_system_where_the_template_does_not_know_it(
+async def test_developer_becomes_system_if_the_template_does_not_know_it(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     await chat(client, messages=[{"role": "developer", "content": "x"}])
     assert list(engine.requests[0].prompt_token_ids)[1:7] == ids("system")
 
 
-async def test_template_settings_and_continuation(
+async def test_template_settings_and_continuation_reach_the_prompt(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     await chat(client, chat_template_kwargs={"enable_thinking": False})
@@ -164,7 +164,9 @@ def test_the_sdk_raises_the_right_errors(sdk: openai.OpenAI, engine: FakeEngineC
         list(sdk.chat.completions.create(**HI, stream=True))
 
 
-def test_leaving_aborts_streamed_and_whole_answers(served: str, engine: FakeEngineClient) -> None:
+def test_a_disconnect_aborts_streamed_and_whole_answers(
+    served: str, engine: FakeEngineClient
+) -> None:
     engine.scripts = say("x" * 400, delay=0.02)
     headers = {"Authorization": "Bearer secret"}
     url = f"{served}/v1/chat/completions"

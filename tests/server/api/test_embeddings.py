@@ -34,7 +34,7 @@ from ...engine.models import COMMON, build_model
 from ...engine.sentence_transformers_layout import add_layout, edit_json
 from ..conftest import MODEL, MakeClient
 from ..fakes import IM_END, FakeEngineClient, byte_tokenizer, ids
-from ..test_faults import assert_shape
+from ..test_faults import assert_error
 from ..test_metrics import TINY, read
 
 PATH = "/v1/embeddings"
@@ -91,7 +91,7 @@ def served_model(folder: Path) -> Iterator[tuple[str, Metrics]]:
 
 
 @pytest.fixture(scope="module")
-def client_of_openai(served_model: tuple[str, Metrics]) -> Iterator[openai.OpenAI]:
+def openai_client(served_model: tuple[str, Metrics]) -> Iterator[openai.OpenAI]:
     base_url, _ = served_model
     with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0) as client:
         yield client
@@ -118,10 +118,10 @@ def assert_close(embedding: list[float], vector: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"encoding_format": "float"}])
 def test_the_openai_client_gets_the_reference_vectors(
-    client_of_openai: openai.OpenAI, expected: list[torch.Tensor], options: dict[str, Any]
+    openai_client: openai.OpenAI, expected: list[torch.Tensor], options: dict[str, Any]
 ) -> None:
     """By default, the client requests base64 and decodes it."""
-    answer = client_of_openai.embeddings.create(model=MODEL, input=TEXTS, **options)
+    answer = openai_client.embeddings.create(model=MODEL, input=TEXTS, **options)
     assert (answer.object, answer.model) == ("list", MODEL)
     assert [item.index for item in answer.data] == [0, 1, 2]
     for item, vector in zip(answer.data, expected, strict=True):
@@ -131,17 +131,19 @@ def test_the_openai_client_gets_the_reference_vectors(
 
 
 def test_shorter_vectors_have_unit_length(
-    client_of_openai: openai.OpenAI, expected: list[torch.Tensor]
+    openai_client: openai.OpenAI, expected: list[torch.Tensor]
 ) -> None:
-    answer = client_of_openai.embeddings.create(model=MODEL, input=TEXTS[1], dimensions=12)
+    answer = openai_client.embeddings.create(model=MODEL, input=TEXTS[1], dimensions=12)
     shorter = torch.nn.functional.normalize(expected[1][:12], dim=-1)
     assert_close(answer.data[0].embedding, shorter)
     with pytest.raises(openai.BadRequestError, match="have 32") as caught:
-        client_of_openai.embeddings.create(model=MODEL, input=TEXTS[1], dimensions=33)
+        openai_client.embeddings.create(model=MODEL, input=TEXTS[1], dimensions=33)
     assert caught.value.param == "dimensions"
 
 
-def test_among_generations(served_model: tuple[str, Metrics], expected: list[torch.Tensor]) -> None:
+def test_embeddings_and_generations_do_not_affect_each_other(
+    served_model: tuple[str, Metrics], expected: list[torch.Tensor]
+) -> None:
     """Vectors and generated tokens are the same as alone, and both are counted."""
     base_url, metrics = served_model
     generation = {"model": MODEL, "prompt": TEXTS[1], "max_tokens": 20, "temperature": 0}
@@ -202,7 +204,7 @@ def padded(*components: float) -> list[float]:
         ("<|im_end|>", [[IM_END]]),
     ],
 )
-async def test_inputs_of_every_kind(
+async def test_every_kind_of_input_is_embedded(
     client: httpx.AsyncClient, embedder: FakeEngineClient, value: Any, vectors: list[list[float]]
 ) -> None:
     response = await client.post(PATH, json={"model": MODEL, "input": value})
@@ -220,7 +222,7 @@ async def test_inputs_of_every_kind(
     assert not embedder.running
 
 
-async def test_base64_is_of_little_endian_float32(
+async def test_base64_encodes_little_endian_float32(
     client: httpx.AsyncClient, embedder: FakeEngineClient
 ) -> None:
     fields = {"input": [3, 4], "encoding_format": "base64"}
@@ -229,7 +231,7 @@ async def test_base64_is_of_little_endian_float32(
     assert np.frombuffer(data, "<f4").tolist() == padded(3.0, 4.0)
 
 
-async def test_normalised_after_it_is_shortened(
+async def test_vectors_are_normalised_after_they_are_shortened(
     client: httpx.AsyncClient, embedder: FakeEngineClient
 ) -> None:
     embedder.embedding = EmbeddingSpec(
@@ -241,7 +243,7 @@ async def test_normalised_after_it_is_shortened(
     (shorter,) = (await client.post(PATH, json={**fields, "dimensions": 2})).json()["data"]
     assert shorter["embedding"] == pytest.approx([0.6, 0.8])
     response = await client.post(PATH, json={**fields, "dimensions": 3})
-    assert_shape(response, 400, "invalid_value", "dimensions")
+    assert_error(response, 400, "invalid_value", "dimensions")
 
 
 async def test_the_fields_reach_the_engine(
@@ -264,7 +266,7 @@ async def test_the_fields_reach_the_engine(
         assert request.deadline == pytest.approx(request.arrival_time + 9)
 
 
-async def test_the_beginning_is_kept(folder: Path, embedder: FakeEngineClient) -> None:
+async def test_truncation_keeps_the_beginning(folder: Path, embedder: FakeEngineClient) -> None:
     """The special tokens after it are kept, too."""
     app = create_app(
         Settings(served_model_name=(MODEL,), generation_config="none"),
@@ -290,18 +292,18 @@ async def test_the_beginning_is_kept(folder: Path, embedder: FakeEngineClient) -
         long = await kept(truncate_prompt_tokens=-1, input="a" * 10**6)
         assert long == (*ids("a") * (embedder.max_model_len - 1), IM_END)
         response = await client.post(PATH, json={"input": "a", "truncate_prompt_tokens": 1})
-        assert_shape(response, 400, "invalid_value", "truncate_prompt_tokens")
+        assert_error(response, 400, "invalid_value", "truncate_prompt_tokens")
 
 
 @pytest.mark.parametrize("value", ["a", ["a", "b"], [0, 1], [[0], [1, 2]]])
 @pytest.mark.parametrize("reason", [NO_LAYOUT, "pooling by cls is not supported"])
-async def test_other_models_say_why_they_make_none(
+async def test_models_that_make_no_embeddings_say_why(
     client: httpx.AsyncClient, engine: FakeEngineClient, value: Any, reason: str
 ) -> None:
     engine.embedding = reason
     fields = {"model": MODEL, "input": value, "encoding_format": "base64", "dimensions": 8}
     response = await client.post(PATH, json=fields)
-    assert_shape(response, 400, "invalid_value", "model")
+    assert_error(response, 400, "invalid_value", "model")
     assert response.json()["error"]["message"].endswith(f"does not produce embeddings: {reason}")
 
 
@@ -335,27 +337,27 @@ async def test_bad_fields_are_named(
     client: httpx.AsyncClient, embedder: FakeEngineClient, fields: dict[str, Any], param: str
 ) -> None:
     response = await client.post(PATH, json={"model": MODEL, "input": "a", **fields})
-    assert_shape(response, 400, "invalid_value", param)
+    assert_error(response, 400, "invalid_value", param)
     assert not embedder.requests
 
 
 @pytest.mark.parametrize("value", ["a" * 513, [1] * 513, ["a", "a" * 10**6], [[1], [1] * 600]])
-async def test_inputs_over_the_context_are_refused(
+async def test_inputs_longer_than_the_context_are_refused(
     client: httpx.AsyncClient, embedder: FakeEngineClient, value: Any
 ) -> None:
     response = await client.post(PATH, json={"input": value})
-    assert_shape(response, 400, "context_length_exceeded", "input")
+    assert_error(response, 400, "context_length_exceeded", "input")
     assert "prompt" not in response.json()["error"]["message"]
     response = await client.post(PATH, json={"input": "a" * 512})
     assert response.status_code == 200
 
 
-async def test_inputs_over_the_pool_are_refused(
+async def test_inputs_larger_than_the_kv_cache_are_refused(
     client: httpx.AsyncClient, embedder: FakeEngineClient
 ) -> None:
     embedder.num_blocks = 2
     response = await client.post(PATH, json={"input": "a" * 33})
-    assert_shape(response, 400, "kv_pool_too_small", "input")
+    assert_error(response, 400, "kv_pool_too_small", "input")
     assert "input needs more KV cache" in response.json()["error"]["message"]
 
 
@@ -368,34 +370,36 @@ async def test_inputs_over_the_pool_are_refused(
         ("/v1/responses", {"input": "a"}),
     ],
 )
-async def test_weights_without_a_head_generate_nothing(
+async def test_weights_without_a_head_refuse_to_generate(
     client: httpx.AsyncClient, embedder: FakeEngineClient, path: str, fields: dict[str, Any]
 ) -> None:
     embedder.can_generate = False
     response = await client.post(path, json=fields)
-    assert_shape(response, 400, "invalid_value", "model")
+    assert_error(response, 400, "invalid_value", "model")
     assert "no language-model head" in response.json()["error"]["message"]
     assert (await client.post(PATH, json={"input": "a"})).status_code == 200
 
 
-async def test_the_rest_of_the_rules_hold(
+async def test_unknown_models_unknown_fields_and_an_engine_that_is_not_ready(
     make_client: MakeClient, embedder: FakeEngineClient
 ) -> None:
     fields: dict[str, Any] = {"model": "other", "input": "a"}
     client = make_client()
-    assert_shape(await client.post(PATH, json=fields), 404, "model_not_found", "model")
+    assert_error(await client.post(PATH, json=fields), 404, "model_not_found", "model")
     fields = {"model": MODEL, "input": "a", "mood": 1}
     response = await client.post(PATH, json=fields)
     assert (response.status_code, response.headers["x-quire-ignored-params"]) == (200, "mood")
     strict = make_client(strict=True)
-    assert_shape(await strict.post(PATH, json=fields), 400, "invalid_value", "mood")
+    assert_error(await strict.post(PATH, json=fields), 400, "invalid_value", "mood")
     embedder.ready = False
     assert (await client.post(PATH, json={"input": "a"})).status_code == 503
     in_flight = client.app.state.quire.in_flight  # type: ignore[attr-defined]
     assert (in_flight.num_queued, in_flight.num_running, in_flight.queued_tokens) == (0, 0, 0)
 
 
-async def test_a_deadline_ends_it(client: httpx.AsyncClient, embedder: FakeEngineClient) -> None:
+async def test_a_deadline_ends_an_embedding_request(
+    client: httpx.AsyncClient, embedder: FakeEngineClient
+) -> None:
     embedder.hold = asyncio.Event()
     response = await client.post(PATH, json={"input": ["a", "b"], "timeout": 0.05})
     assert response.status_code == 504

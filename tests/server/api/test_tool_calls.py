@@ -150,7 +150,7 @@ async def test_the_sdk_reads_calls(sdk: openai.AsyncOpenAI, engine: FakeEngineCl
     assert [event.name for event in done] == ["weather", "other"]
 
 
-async def test_strict_is_named_where_nothing_enforces_it(
+async def test_strict_is_reported_as_ignored_if_nothing_enforces_it(
     client: httpx.AsyncClient,
 ) -> None:
     tool = {"type": "function", "function": {**TOOL["function"], "strict": True}}
@@ -160,7 +160,7 @@ async def test_strict_is_named_where_nothing_enforces_it(
     assert response.headers["x-quire-ignored-params"] == "tools[0].function.strict"
 
 
-async def test_results_go_back_to_the_model(
+async def test_tool_results_reach_the_prompt(
     client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
 ) -> None:
     call = {"id": "1", "function": {"name": "weather", "arguments": ARGUMENTS}}
@@ -200,7 +200,7 @@ def test_a_template_that_reads_no_calls_gets_objects() -> None:
     assert not reads_text(lambda messages: str(1 / 0), (ZeroDivisionError,))
 
 
-async def test_tool_choice_none_tells_of_no_tools(
+async def test_tool_choice_none_hides_the_tools_from_the_model(
     client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
 ) -> None:
     engine.scripts = say(CALL)
@@ -210,14 +210,14 @@ async def test_tool_choice_none_tells_of_no_tools(
     assert "weather" not in prompt_text(engine, tokenizer)
 
 
-async def test_without_tools_calls_are_text(
+async def test_calls_are_plain_text_if_no_tools_are_offered(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say(CALL)
     assert (await chat(client))["message"]["content"] == CALL
 
 
-async def test_one_call_where_parallel_calls_are_off(
+async def test_only_the_first_call_is_returned_if_parallel_calls_are_off(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say(TWO)
@@ -225,7 +225,9 @@ async def test_one_call_where_parallel_calls_are_off(
     assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["weather"]
 
 
-async def test_a_call_cut_by_length(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+async def test_a_call_cut_by_max_tokens_keeps_its_partial_arguments(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
     engine.scripts = say(CALL)
     count = len(ids(CALL[: CALL.index("rich")]))
     choice = await chat(client, tools=[TOOL], max_tokens=count)
@@ -234,7 +236,7 @@ async def test_a_call_cut_by_length(client: httpx.AsyncClient, engine: FakeEngin
     assert call["function"]["arguments"] == ARGUMENTS[: ARGUMENTS.index("rich")]
 
 
-async def test_log_probabilities_of_held_text_are_not_lost(
+async def test_logprobs_of_held_back_text_are_not_lost(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say(TWO)
@@ -247,7 +249,7 @@ async def test_log_probabilities_of_held_text_are_not_lost(
     assert token_ids == choice["token_ids"] == [*ids(TWO), IM_END]
 
 
-async def test_what_cannot_be_served_is_refused(
+async def test_tools_and_effort_that_cannot_be_served_are_refused(
     engine: FakeEngineClient, make_client: MakeClient
 ) -> None:
     param, message = await refused(make_client(tool_call_parser="none"), tools=[TOOL])
@@ -273,7 +275,7 @@ async def test_tokenize_counts_the_tools(client: httpx.AsyncClient) -> None:
 # -- control tokens --------------------------------------------------------------------------
 
 
-async def test_markers_that_are_control_tokens_are_seen_and_no_others(
+async def test_only_control_tokens_that_mark_calls_reach_the_parser(
     engine: FakeEngineClient,
 ) -> None:
     tokenizer = byte_tokenizer(CHAT_TEMPLATE, ("[TOOL_CALLS]", "[IMG]"))
@@ -298,7 +300,7 @@ async def test_markers_that_are_control_tokens_are_seen_and_no_others(
 THOUGHT = "<think>\nIt is < 3 </thin.\n</think>\n\nIt is 2."
 
 
-async def test_reasoning_whole_and_streamed(
+async def test_reasoning_is_the_same_whole_and_streamed(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say(THOUGHT)
@@ -316,7 +318,7 @@ async def test_reasoning_whole_and_streamed(
     assert message == {"role": "assistant", "content": "It is 2.", "refusal": None}
 
 
-async def test_reasoning_that_the_prompt_opened(engine: FakeEngineClient) -> None:
+async def test_reasoning_that_the_prompt_opens_is_recognised(engine: FakeEngineClient) -> None:
     template = CHAT_TEMPLATE.removesuffix("{% endif %}") + "<think>\n{% endif %}"
     app = make_app(engine, byte_tokenizer(template))
     transport = httpx.ASGITransport(app=app)
@@ -363,7 +365,7 @@ async def test_earlier_reasoning_reaches_the_template(engine: FakeEngineClient) 
 # -- the demo model's own template -----------------------------------------------------------
 
 
-async def test_the_demo_template_is_read_back() -> None:
+async def test_calls_in_the_demo_template_are_parsed_back() -> None:
     tokenizer = Tokenizer.load(load_settings().model_path)
     format = MessageFormat.of(load_settings(), tokenizer.chat_template)
     assert (format.tool_format, format.reasoning) == ("hermes", None)
@@ -480,7 +482,7 @@ async def test_a_forced_call_is_in_the_models_format(
 
 
 @pytest.mark.parametrize("special", [(), CONTROL_TOKENS], ids=["text", "control tokens"])
-async def test_a_forced_call_may_be_reasoned_about(
+async def test_reasoning_may_precede_a_forced_call(
     engine: FakeEngineClient, special: tuple[str, ...]
 ) -> None:
     call = HERMES_CALL.format("weather", OK)
@@ -499,7 +501,7 @@ async def test_a_forced_call_may_be_reasoned_about(
     assert not accepts(tokenizer, grammar, call)
 
 
-async def test_a_forced_call_is_answered(
+async def test_a_forced_call_is_returned(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say(CALL)

@@ -54,7 +54,7 @@ async def run_of(server: FakeServer, *flags: str) -> RunReport:
 
 
 @pytest.mark.parametrize("endpoint", ["/v1/completions", "/v1/chat/completions"])
-async def test_scripted_delays_are_what_is_measured(endpoint: str) -> None:
+async def test_measured_latencies_are_the_scripted_delays(endpoint: str) -> None:
     async with fake_server(script=lambda _: Answer((0.2, 0.1, 0.3))) as server:
         flags = ("--num-prompts", "3", "--random-output-len", "3", "--endpoint", endpoint)
         _, records = await bench(server, *flags)
@@ -68,7 +68,7 @@ async def test_scripted_delays_are_what_is_measured(endpoint: str) -> None:
     assert records.duration_s == pytest.approx(0.6, abs=2 * SLACK)
 
 
-async def test_every_failure_is_counted_by_its_kind() -> None:
+async def test_failures_are_counted_by_kind() -> None:
     answers = [
         Answer(),
         Answer(status=429),
@@ -93,7 +93,7 @@ async def test_every_failure_is_counted_by_its_kind() -> None:
     assert run.error_examples["http_429"] == "no" and run.error_examples["engine_dead"] == "died"
 
 
-async def test_a_server_that_is_gone_is_an_error_not_a_number() -> None:
+async def test_an_unreachable_server_is_an_error() -> None:
     async with fake_server() as server:
         pass
     with pytest.raises(StartupError, match="does not answer"):
@@ -102,7 +102,7 @@ async def test_a_server_that_is_gone_is_an_error_not_a_number() -> None:
         await bench(server, "--model", "m", "--vocab-size", "9")
 
 
-async def test_max_concurrency_is_kept() -> None:
+async def test_max_concurrency_is_respected() -> None:
     async with fake_server(script=lambda _: Answer((0.05, 0.0))) as server:
         run = await run_of(server, "--num-prompts", "9", "--max-concurrency", "3")
         assert run.peak_concurrency == 3 and run.completed == 9
@@ -110,7 +110,7 @@ async def test_max_concurrency_is_kept() -> None:
         assert server.connections == 3
 
 
-async def test_requests_arrive_when_the_seed_says() -> None:
+async def test_requests_are_sent_at_the_seeded_times() -> None:
     async with fake_server() as server:
         flags = ("--num-prompts", "6", "--request-rate", "10", "--seed", "5")
         await bench(server, *flags)
@@ -133,7 +133,7 @@ async def test_a_kept_connection_that_the_server_closed_is_no_error() -> None:
 # -- what is asked ---------------------------------------------------------------------------
 
 
-async def test_completions_are_asked_with_token_ids_of_the_vocabulary() -> None:
+async def test_completion_prompts_are_token_ids_of_the_vocabulary() -> None:
     async with fake_server() as server:
         server.gets["/tokenizer_info"] = {"vocab_size": 50}
         await bench(server, "--num-prompts", "2", "--random-output-len", "5")
@@ -149,7 +149,7 @@ async def test_completions_are_asked_with_token_ids_of_the_vocabulary() -> None:
         }
 
 
-async def test_chats_are_asked_with_words_and_n() -> None:
+async def test_chat_prompts_are_words_and_n_is_sent() -> None:
     async with fake_server() as server:
         server.gets["/tokenizer_info"] = {"vocab_size": 50}
         flags = ("--dataset-name", "n-sampling", "--n", "3", "--no-ignore-eos")
@@ -164,14 +164,16 @@ async def test_chats_are_asked_with_words_and_n() -> None:
     assert "ignore_eos" not in body and "max_tokens" not in body
 
 
-async def test_without_a_vocabulary_prompts_are_words(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_prompts_are_words_if_the_vocabulary_is_unknown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     async with fake_server() as server:
         await bench(server, "--num-prompts", "1")
     assert len(server.bodies[0]["prompt"].split()) == 8
     assert "random words" in capsys.readouterr().out
 
 
-async def test_warm_ups_are_other_prompts_and_not_measured() -> None:
+async def test_warm_ups_use_other_prompts_and_are_not_measured() -> None:
     async with fake_server(gets={"/v1/models": {"data": [{"id": "m"}]}}) as server:
         run = await run_of(server, "--num-prompts", "2", "--num-warmups", "3", "--vocab-size", "99")
     assert run.num_requests == 2 and len(server.bodies) == 5
@@ -210,7 +212,7 @@ async def test_the_key_is_sent_and_not_saved(monkeypatch: pytest.MonkeyPatch) ->
     assert not any("accept-encoding" in head.lower() for head in server.heads)
 
 
-async def test_base_url_may_end_like_those_of_openai_clients() -> None:
+async def test_base_url_may_end_with_v1() -> None:
     async with fake_server() as server:
         server.url += "/v1/"
         assert (await run_of(server, "--num-prompts", "1")).completed == 1
@@ -225,7 +227,9 @@ async def run_cli(server: FakeServer, *flags: str) -> int:
     return await asyncio.to_thread(cli.main, given)
 
 
-async def test_result_and_plot_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_run_writes_its_result_and_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, plot = tmp_path / "result.json", tmp_path / "plot.html"
     counted = 'vllm:num_preemptions_total{engine="0"} 3.0\n'
     async with fake_server() as server:
@@ -254,7 +258,7 @@ async def test_result_and_plot_of_a_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert "<script" not in page and "Time to first token" in page
 
 
-async def test_a_sweep_measures_each_rate_with_prompts_of_its_own(tmp_path: Path) -> None:
+async def test_a_sweep_measures_each_rate_with_its_own_prompts(tmp_path: Path) -> None:
     file, plot = tmp_path / "result.json", tmp_path / "plot.svg"
     async with fake_server() as server:
         flags = ("--sweep", "50,100", "--vocab-size", "99", "--num-warmups", "0")
@@ -270,7 +274,7 @@ async def test_a_sweep_measures_each_rate_with_prompts_of_its_own(tmp_path: Path
     assert all(len(line.attrib["points"].split()) == 2 for line in lines)
 
 
-async def test_exit_code_is_1_where_nothing_completed(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_exit_code_is_1_if_nothing_completed(capsys: pytest.CaptureFixture[str]) -> None:
     async with fake_server(script=lambda _: Answer(status=500)) as server:
         assert await run_cli(server, "--num-warmups", "0") == 1
         assert "4 requests failed with http_500" in capsys.readouterr().err
@@ -350,7 +354,7 @@ def test_bad_urls_are_refused_in_one_line(capsys: pytest.CaptureFixture[str]) ->
         assert capsys.readouterr().err.startswith("quire: --base-url: ")
 
 
-def test_without_aiohttp_it_says_in_one_line_what_to_install(
+def test_a_missing_aiohttp_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("measure", "http"):

@@ -69,7 +69,7 @@ def test_latencies_of_a_completion() -> None:
     assert (record.prompt_tokens, record.output_tokens, record.cached_tokens) == (7, 4, 3)
 
 
-def test_tokens_are_those_of_usage_however_they_are_chunked() -> None:
+def test_tokens_are_counted_from_usage_however_they_are_chunked() -> None:
     record = read((1.0, text("a b c")), (2.0, text("d", finish="stop") + usage(5, 11) + DONE))
     assert record.output_tokens == 11
     assert record.itls == pytest.approx([1.0])
@@ -77,7 +77,7 @@ def test_tokens_are_those_of_usage_however_they_are_chunked() -> None:
     assert record.cached_tokens is None
 
 
-def test_the_role_and_the_bare_end_of_a_chat_are_no_output() -> None:
+def test_the_role_and_the_bare_end_of_a_chat_do_not_count_as_output() -> None:
     record = read(
         (0.1, delta(role="assistant", content="")),
         (0.4, delta(content="a")),
@@ -92,7 +92,7 @@ def test_the_role_and_the_bare_end_of_a_chat_are_no_output() -> None:
     assert record.tpot == pytest.approx(0.6 / 4)
 
 
-def test_choices_have_gaps_and_tokens_of_their_own() -> None:
+def test_each_choice_has_its_own_gaps_and_tokens() -> None:
     record = read(
         (1.0, text("a", 0)),
         (1.5, text("b", 1)),
@@ -105,7 +105,7 @@ def test_choices_have_gaps_and_tokens_of_their_own() -> None:
     assert record.tpot == pytest.approx((3.0 - 1.0) / (6 / 2 - 1))
 
 
-def test_one_token_has_no_time_per_further_token() -> None:
+def test_a_single_token_has_no_time_per_output_token() -> None:
     held_back = read((0.3, text("", finish="length") + usage(5, 1) + DONE))
     assert held_back.ttft == held_back.e2e == pytest.approx(0.3)
     assert held_back.tpot is None and held_back.itls == []
@@ -191,7 +191,7 @@ def test_goodput_needs_every_bound() -> None:
     assert report_of(*records).goodput is None
 
 
-def test_answers_of_another_length_are_told() -> None:
+def test_answers_of_unexpected_length_are_reported() -> None:
     short = made(0.1, 0.01, requested_output_tokens=12)
     assert report_of(short).wrong_lengths == 1
     assert "ignore_eos" in warnings(report_of(short))[0]
@@ -200,7 +200,7 @@ def test_answers_of_another_length_are_told() -> None:
     assert report_of(forked).wrong_lengths == 0
 
 
-def test_a_busy_client_and_failures_are_told() -> None:
+def test_a_busy_client_and_failures_are_reported() -> None:
     assert warnings(report_of(made(0.1, 0.01))) == []
     busy = report_of(made(0.1, 0.01), client=ClientLoad(cpu_share=0.95, max_lag_ms=3.0))
     assert "95% of a core" in warnings(busy)[0]
@@ -208,7 +208,7 @@ def test_a_busy_client_and_failures_are_told() -> None:
     assert warnings(failed) == ["1 requests failed with timeout: over 5 s"]
 
 
-def test_table_has_a_row_for_each_latency_even_where_nothing_completed() -> None:
+def test_table_has_a_row_for_each_latency_even_if_nothing_completed() -> None:
     full = table(report_of(made(0.1, 0.02), slo_ms={"ttft": 500.0}))
     assert "100.00" in full and "20.00" in full and "ttft ≤ 500 ms" in full
     assert "Server: num_preemptions" in full
@@ -218,7 +218,7 @@ def test_table_has_a_row_for_each_latency_even_where_nothing_completed() -> None
         assert f"({name})" in full and f"({name})" in empty
 
 
-def test_requests_are_kept_where_asked_for() -> None:
+def test_requests_are_saved_if_asked_for() -> None:
     records = [made(0.1, 0.02), made(0.2, 0.02, error="timeout")]
     assert report_of(*records).requests is None
     assert report_of(*records, detailed=True).requests == records

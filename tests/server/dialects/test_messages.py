@@ -56,7 +56,7 @@ async def sdk(served: str) -> AsyncIterator[anthropic.AsyncAnthropic]:
         yield client
 
 
-async def test_an_answer(
+async def test_a_whole_answer(
     client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
 ) -> None:
     answer = await create(
@@ -112,7 +112,7 @@ async def test_blocks_become_one_conversation(
     ]
 
 
-async def test_a_given_beginning_is_continued(
+async def test_a_prefilled_answer_is_continued(
     client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
 ) -> None:
     messages = [*HI["messages"], {"role": "assistant", "content": "Once"}]
@@ -239,7 +239,9 @@ async def test_bad_fields_are_named(
     assert_nothing_runs(client, engine)
 
 
-async def test_a_thread_is_refused_so_that_clients_go_on_without(client: httpx.AsyncClient) -> None:
+async def test_a_thread_is_refused_with_the_code_that_makes_clients_retry_without_it(
+    client: httpx.AsyncClient,
+) -> None:
     response = await client.post(PATH, json={**HI, "thread": {"type": "create"}})
     assert response.status_code == 400
     error = response.json()["error"]

@@ -17,7 +17,7 @@ from quire.server.text.tokenizer import Tokenizer
 
 from ..conftest import MODEL, MakeClient
 from ..fakes import FakeEngineClient, Script, ids, prompt_text, say
-from ..test_faults import assert_shape
+from ..test_faults import assert_error
 from .dialect import Dialect, assert_nothing_runs
 
 PATH = "/v1/responses"
@@ -52,7 +52,7 @@ async def sdk(served: str) -> AsyncIterator[openai.AsyncOpenAI]:
         yield client
 
 
-async def test_an_answer(
+async def test_a_whole_answer(
     client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
 ) -> None:
     answer = await create(
@@ -79,7 +79,7 @@ async def test_an_answer(
     )
 
 
-async def test_resolved_defaults_are_told(client: httpx.AsyncClient) -> None:
+async def test_resolved_defaults_are_returned(client: httpx.AsyncClient) -> None:
     answer = await create(client)
     assert (answer["temperature"], answer["top_p"], answer["store"]) == (1.0, 1.0, True)
 
@@ -268,7 +268,7 @@ async def test_bad_fields_are_named(
     client: httpx.AsyncClient, engine: FakeEngineClient, fields: dict[str, Any], param: str
 ) -> None:
     response = await client.post(PATH, json={**HI, **fields})
-    assert_shape(response, 400, "invalid_value", param)
+    assert_error(response, 400, "invalid_value", param)
     message = response.json()["error"]["message"]
     assert not any(name in message for name in ("messages", "completion", "response_format"))
     assert engine.requests == []
@@ -285,13 +285,13 @@ async def test_unknown_fields_and_long_input(
     named = set(response.headers["x-quire-ignored-params"].split(", "))
     assert named == {"mood", "tools[0].x", "input[0].colour"}
     response = await make_client(strict=True).post(PATH, json={**HI, "input": items})
-    assert_shape(response, 400, "invalid_value", "input[0].colour")
+    assert_error(response, 400, "invalid_value", "input[0].colour")
     response = await make_client().post(PATH, json={**HI, "input": "x" * 600})
-    assert_shape(response, 400, "context_length_exceeded", "input")
+    assert_error(response, 400, "context_length_exceeded", "input")
     response = await make_client().post(PATH, json={**HI, "max_output_tokens": 600})
-    assert_shape(response, 400, "context_length_exceeded", "max_output_tokens")
+    assert_error(response, 400, "context_length_exceeded", "max_output_tokens")
     response = await make_client().post(PATH, json={**HI, "model": "other"})
-    assert_shape(response, 404, "model_not_found", "model")
+    assert_error(response, 404, "model_not_found", "model")
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.1])
@@ -303,7 +303,7 @@ async def test_a_failure_is_a_status_or_the_last_event(
         ids("ab"), finish="error", error=RowError("non_finite_logits", "NaN"), delay=delay
     )
     response = await client.post(PATH, json=HI)
-    assert_shape(response, 500, "non_finite_logits", None)
+    assert_error(response, 500, "non_finite_logits", None)
     response = await client.post(PATH, json={**HI, "stream": True})
     events = events_of(response.text)
     assert events[-1]["type"] == "response.failed"
@@ -313,7 +313,7 @@ async def test_a_failure_is_a_status_or_the_last_event(
     again = (await client.get(f"{PATH}/{failed['id']}")).json()
     assert again == failed
     follow = {**HI, "previous_response_id": failed["id"]}
-    assert_shape(await client.post(PATH, json=follow), 400, "invalid_value", "previous_response_id")
+    assert_error(await client.post(PATH, json=follow), 400, "invalid_value", "previous_response_id")
 
 
 async def test_a_failure_before_the_first_event_has_its_status(
@@ -323,10 +323,10 @@ async def test_a_failure_before_the_first_event_has_its_status(
         [], finish="error", error=RowError("queue_timeout", "late")
     )
     response = await client.post(PATH, json={**HI, "stream": True})
-    assert_shape(response, 503, "queue_timeout", None)
+    assert_error(response, 503, "queue_timeout", None)
 
 
-async def test_a_stored_response_goes_on(
+async def test_a_stored_response_can_be_continued(
     client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
 ) -> None:
     engine.max_model_len = 2048
@@ -348,24 +348,24 @@ async def test_a_stored_response_goes_on(
     assert third["status"] == "completed"
 
 
-async def test_what_is_not_stored_is_not_found(
+async def test_responses_that_are_not_stored_are_not_found(
     make_client: MakeClient, engine: FakeEngineClient
 ) -> None:
     client = make_client()
     answer = await create(client, store=False)
     assert answer["store"] is False
-    assert_shape(await client.get(f"{PATH}/{answer['id']}"), 404, "not_found", None)
+    assert_error(await client.get(f"{PATH}/{answer['id']}"), 404, "not_found", None)
     answer = await create(client)
     response = await client.delete(f"{PATH}/{answer['id']}")
     assert response.json() == {"id": answer["id"], "object": "response", "deleted": True}
     for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel")):
         response = await client.request(method, f"{PATH}/{answer['id']}{path}")
-        assert_shape(response, 404, "not_found", None)
+        assert_error(response, 404, "not_found", None)
     client = make_client(max_stored_responses=0)
     assert (await create(client))["store"] is False
     for name in ("store", "background"):
         response = await client.post(PATH, json={**HI, name: True})
-        assert_shape(response, 400, "invalid_value", name)
+        assert_error(response, 400, "invalid_value", name)
 
 
 async def test_each_key_has_its_own_responses(make_client: MakeClient) -> None:
@@ -376,10 +376,10 @@ async def test_each_key_has_its_own_responses(make_client: MakeClient) -> None:
     url = f"{PATH}/{answer['id']}"
     follow = {**HI, "previous_response_id": answer["id"]}
     for headers in keys[1:]:
-        assert_shape(await client.get(url, headers=headers), 404, "not_found", None)
-        assert_shape(await client.delete(url, headers=headers), 404, "not_found", None)
+        assert_error(await client.get(url, headers=headers), 404, "not_found", None)
+        assert_error(await client.delete(url, headers=headers), 404, "not_found", None)
         response = await client.post(PATH, json=follow, headers=headers)
-        assert_shape(response, 400, "invalid_value", "previous_response_id")
+        assert_error(response, 400, "invalid_value", "previous_response_id")
     assert (await client.get(url, headers={"x-api-key": "one"})).json() == answer
 
 
@@ -393,14 +393,16 @@ async def until(client: httpx.AsyncClient, response_id: str, *statuses: str) -> 
             await asyncio.sleep(0.005)
 
 
-async def test_in_the_background(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+async def test_a_background_response_is_queued_runs_and_completes(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
     engine.hold = asyncio.Event()
     queued = await create(client, background=True)
     assert (queued["status"], queued["background"]) == ("queued", True)
     running = await until(client, queued["id"], "in_progress")
     assert running["output"] == []
     follow = {**HI, "previous_response_id": queued["id"]}
-    assert_shape(await client.post(PATH, json=follow), 400, "invalid_value", "previous_response_id")
+    assert_error(await client.post(PATH, json=follow), 400, "invalid_value", "previous_response_id")
     engine.hold.set()
     done = await until(client, queued["id"], "completed")
     assert done["output"][0]["content"][0]["text"] == "Hello, world"
@@ -408,7 +410,9 @@ async def test_in_the_background(client: httpx.AsyncClient, engine: FakeEngineCl
     assert_nothing_runs(client, engine)
 
 
-async def test_cancelling_aborts(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+async def test_cancelling_a_background_response_aborts_it(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
     engine.scripts = say("x" * 300, delay=0.01)
     first = await create(client, background=True)
     second = await create(client, background=True)
@@ -418,15 +422,15 @@ async def test_cancelling_aborts(client: httpx.AsyncClient, engine: FakeEngineCl
     Response.model_validate(response.json())
     assert (await client.get(f"{PATH}/{first['id']}")).json() == response.json()
     assert (await client.delete(f"{PATH}/{second['id']}")).status_code == 200
-    assert_shape(await client.get(f"{PATH}/{second['id']}"), 404, "not_found", None)
+    assert_error(await client.get(f"{PATH}/{second['id']}"), 404, "not_found", None)
     assert not engine.running
     whole = await create(client, max_output_tokens=1)
     response = await client.post(f"{PATH}/{whole['id']}/cancel")
-    assert_shape(response, 400, "invalid_value", "response_id")
+    assert_error(response, 400, "invalid_value", "response_id")
     assert_nothing_runs(client, engine)
 
 
-async def test_failures_in_the_background(
+async def test_failures_of_background_responses(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = lambda request, choice: Script(
@@ -441,11 +445,11 @@ async def test_failures_in_the_background(
     assert failed["error"]["message"].startswith("request_timeout")
     assert not engine.running
     engine.ready = False
-    assert_shape(await client.post(PATH, json={**HI, "background": True}), 503,
+    assert_error(await client.post(PATH, json={**HI, "background": True}), 503,
                  "engine_not_ready", None)  # fmt: skip
 
 
-async def test_stopping_the_server_cancels(
+async def test_stopping_the_server_cancels_background_responses(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say("x" * 300, delay=0.01)
@@ -459,7 +463,7 @@ async def test_stopping_the_server_cancels(
 async def test_a_stored_response_is_not_streamed(client: httpx.AsyncClient) -> None:
     answer = await create(client)
     response = await client.get(f"{PATH}/{answer['id']}?stream=true")
-    assert_shape(response, 400, "invalid_value", "stream")
+    assert_error(response, 400, "invalid_value", "stream")
 
 
 def test_the_store_is_bounded() -> None:
@@ -532,7 +536,9 @@ async def test_the_sdk_accumulates_a_stream(
     assert final.usage == whole.usage
 
 
-async def test_leaving_a_stream_aborts(sdk: openai.AsyncOpenAI, engine: FakeEngineClient) -> None:
+async def test_a_disconnect_aborts_a_stream(
+    sdk: openai.AsyncOpenAI, engine: FakeEngineClient
+) -> None:
     engine.scripts = say("x" * 300, delay=0.01)
     async with await sdk.responses.create(**HI, stream=True) as events:
         async for event in events:

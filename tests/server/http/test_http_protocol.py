@@ -92,7 +92,7 @@ HEAD = b"POST / HTTP/1.1\r\nhost: x\r\n"
 CLOSE = b"connection: close\r\n"
 
 
-async def test_usual_request(port: int) -> None:
+async def test_an_ordinary_request(port: int) -> None:
     answer = await talk(port, HEAD + CLOSE + b"content-length: 3\r\n\r\nabc")
     assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n3")
 
@@ -119,7 +119,7 @@ async def test_idle_connection_between_requests_is_kept(port: int) -> None:
     assert answer.count(b"HTTP/1.1 200") == 2
 
 
-async def test_slow_body_is_cut_and_the_app_told(port: int, app: App) -> None:
+async def test_slow_body_is_cut_and_the_app_sees_a_disconnect(port: int, app: App) -> None:
     head = HEAD + b"content-length: 100\r\n\r\n"
     assert await talk(port, head, *[b"x"] * 8, pause=0.1) == b""
     await asyncio.sleep(0.05)
@@ -156,7 +156,7 @@ async def test_too_large_head(port: int) -> None:
     assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
 
 
-async def test_no_http_at_all(port: int) -> None:
+async def test_bytes_that_are_not_http(port: int) -> None:
     answer = await talk(port, b"\x16\x03\x01\x00 what is this\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 400")
     assert error_of(answer)["type"] == "invalid_request_error"

@@ -102,7 +102,7 @@ def slow(engine: FakeEngineClient) -> FakeEngineClient:
     return engine
 
 
-async def test_a_stream_goes_on_where_it_stopped(
+async def test_a_stream_resumes_after_the_last_event_received(
     make_client: MakeClient, slow: FakeEngineClient
 ) -> None:
     client = make_client()
@@ -136,7 +136,7 @@ async def test_a_stream_goes_on_where_it_stopped(
     await registry_of(client).close()
 
 
-async def test_it_runs_on_without_a_reader_until_its_time_is_up(
+async def test_a_stream_without_a_reader_runs_until_its_ttl_ends(
     make_client: MakeClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say("x" * 400, delay=0.01)
@@ -163,7 +163,7 @@ async def test_it_runs_on_without_a_reader_until_its_time_is_up(
     assert in_flight.num_queued == in_flight.num_running == 0
 
 
-async def test_without_the_header_leaving_aborts_and_events_have_no_id(
+async def test_without_the_header_a_disconnect_aborts_and_events_have_no_id(
     client: httpx.AsyncClient, slow: FakeEngineClient
 ) -> None:
     first = Opened(client.app, CHAT, HI)  # type: ignore[attr-defined]
@@ -178,7 +178,7 @@ async def test_without_the_header_leaving_aborts_and_events_have_no_id(
     assert len(registry_of(client)) == 0
 
 
-async def test_leaving_before_the_id_is_known_aborts(
+async def test_a_disconnect_before_the_id_is_sent_aborts(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.hold = asyncio.Event()
@@ -192,7 +192,7 @@ async def test_leaving_before_the_id_is_known_aborts(
     assert not engine.running
 
 
-async def test_the_other_connection_takes_over(
+async def test_a_second_connection_takes_over(
     client: httpx.AsyncClient, slow: FakeEngineClient
 ) -> None:
     first = Opened(client.app, CHAT, HI, **ASK)  # type: ignore[attr-defined]
@@ -207,7 +207,9 @@ async def test_the_other_connection_takes_over(
     await registry_of(client).close()
 
 
-async def test_delete_aborts(client: httpx.AsyncClient, slow: FakeEngineClient) -> None:
+async def test_deleting_a_stream_aborts_it(
+    client: httpx.AsyncClient, slow: FakeEngineClient
+) -> None:
     first = Opened(client.app, CHAT, HI, **ASK)  # type: ignore[attr-defined]
     await first.until(2)
     url = f"/v1/streams/{first.headers['x-quire-stream-id']}"
@@ -243,7 +245,7 @@ async def test_a_wrong_event_id_is_400(client: httpx.AsyncClient, last: str) -> 
     await registry_of(client).close()
 
 
-async def test_the_header_is_refused_where_it_means_nothing(
+async def test_the_header_is_refused_if_it_is_unknown_or_resumption_is_off(
     make_client: MakeClient, engine: FakeEngineClient
 ) -> None:
     off = make_client(stream_resume_ttl=0)
@@ -256,7 +258,7 @@ async def test_the_header_is_refused_where_it_means_nothing(
     assert engine.requests == []
 
 
-async def test_failures_have_their_status_or_their_events(
+async def test_failures_have_a_status_before_the_first_event_and_an_event_after_it(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     error = RowError("non_finite_logits", "NaN")
@@ -308,7 +310,7 @@ async def settle(log: EventLog) -> None:
     assert log.task.done()
 
 
-async def test_old_events_that_were_read_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_old_events_that_were_read_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_log, "MAX_EVENTS", 10)
     registry = StreamRegistry(60)
     log = open_log(registry, 100)
@@ -327,7 +329,7 @@ async def test_old_events_that_were_read_make_room(monkeypatch: pytest.MonkeyPat
     assert registry.total_bytes == 0
 
 
-async def test_a_slow_reader_holds_the_producer_and_none_ends_it(
+async def test_a_slow_reader_blocks_the_producer_and_a_missing_one_ends_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(event_log, "MAX_BYTES", 2000)
@@ -346,7 +348,9 @@ async def test_a_slow_reader_holds_the_producer_and_none_ends_it(
         registry.find(log.id, b"")
 
 
-async def test_all_streams_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_bytes_of_all_streams_together_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(resumption, "MAX_TOTAL_BYTES", 5000)
     registry = StreamRegistry(60)
     ended = open_log(registry, 20)

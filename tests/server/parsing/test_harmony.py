@@ -150,24 +150,28 @@ FRAGMENTS = st.sampled_from(
 
 @settings(max_examples=500)
 @given(st.lists(FRAGMENTS, max_size=20), st.randoms())
-def test_any_text_reads_the_same_however_cut(fragments: list[str], rng: random.Random) -> None:
+def test_any_text_parses_the_same_however_it_is_cut(
+    fragments: list[str], rng: random.Random
+) -> None:
     same_however_cut("".join(fragments), ASSISTANT, rng, 3)
 
 
 @given(st.dictionaries(st.text(max_size=5), st.text(max_size=8) | st.integers()), st.randoms())
-def test_any_arguments_come_out_as_they_are(arguments: dict[str, Any], rng: random.Random) -> None:
+def test_any_arguments_are_returned_unchanged(
+    arguments: dict[str, Any], rng: random.Random
+) -> None:
     text = json.dumps(arguments, ensure_ascii=False)
     [read_back] = parse(*cut(call("f", text), rng))["tool_calls"]
     assert read_back["function"] == {"name": "f", "arguments": text}
 
 
-def test_without_tools_no_call_is_read() -> None:
+def test_no_call_is_parsed_without_tools() -> None:
     text = WHY + ASSISTANT + call("f", "{}")
     whole = parse(text, tools=())
     assert whole["content"] == "{}" and "tool_calls" not in whole
 
 
-def test_what_was_not_asked_for_is_left_out() -> None:
+def test_parts_that_were_not_requested_are_left_out() -> None:
     text = WHY + ASSISTANT + message("final", "So.")
     parser = MessageParser(HarmonyParser((), prompt_end=ASSISTANT), show_reasoning=False)
     assert read(parser, [text])["content"] == "So." and "reasoning" not in read(parser, [])
@@ -252,7 +256,7 @@ def answers(engine: FakeEngineClient, tokenizer: Tokenizer, text: str) -> None:
     engine.scripts = lambda request, choice: Script(tokens, "stop")
 
 
-async def test_whole_and_streamed(
+async def test_answers_are_the_same_whole_and_streamed(
     client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
 ) -> None:
     answers(engine, tokenizer, ANSWER)
@@ -351,7 +355,7 @@ async def test_forced_calls(engine: FakeEngineClient, special: tuple[str, ...]) 
 # -- choosing --------------------------------------------------------------------------------
 
 
-def test_the_flags() -> None:
+def test_the_flags_choose_the_format() -> None:
     def format(**flags: Any) -> tuple[str | None, str | None]:
         made = MessageFormat.of(load_settings(**flags), TEMPLATE)
         return made.tool_format, made.reasoning

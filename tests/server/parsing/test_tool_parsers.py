@@ -292,7 +292,7 @@ FRAGMENTS = st.sampled_from(
 
 @settings(max_examples=500)
 @given(st.sampled_from(sorted(TOOL_PARSERS)), st.lists(FRAGMENTS, max_size=14), st.randoms())
-def test_any_text_reads_the_same_however_cut(
+def test_any_text_parses_the_same_however_it_is_cut(
     format: str, fragments: list[str], rng: random.Random
 ) -> None:
     text = "".join(fragments)
@@ -306,7 +306,7 @@ OBJECTS = st.dictionaries(st.text(max_size=5), JSON, max_size=4)
 
 
 @given(OBJECTS, st.booleans(), st.sampled_from([None, 1]), st.randoms())
-def test_any_arguments_come_out_as_they_are(
+def test_any_arguments_are_returned_unchanged(
     arguments: dict[str, Any], ascii: bool, indent: int | None, rng: random.Random
 ) -> None:
     text = json.dumps(arguments, ensure_ascii=ascii, indent=indent)
@@ -323,7 +323,7 @@ def test_any_arguments_come_out_as_they_are(
 
 
 @given(st.dictionaries(st.from_regex(r"k[a-z_]{0,5}", fullmatch=True), JSON), st.randoms())
-def test_any_python_literals_are_read(arguments: dict[str, Any], rng: random.Random) -> None:
+def test_any_python_literals_are_parsed(arguments: dict[str, Any], rng: random.Random) -> None:
     text = "[f(" + ", ".join(f"{name}={value!r}" for name, value in arguments.items()) + ")]"
     content, [(name, read_back)] = parse("pythonic", *cut(text, rng))
     assert (content, name) == (None, "f")

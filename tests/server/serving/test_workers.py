@@ -105,7 +105,7 @@ def running(server: Server) -> int:
     return count
 
 
-def test_each_worker_has_the_metrics_of_all(server: Server) -> None:
+def test_each_worker_reports_the_metrics_of_all(server: Server) -> None:
     with connections(server) as clients:
         time.sleep(0.2)  # all steps are counted
         before = samples(clients[0])
@@ -181,7 +181,7 @@ def test_a_response_is_found_through_the_other_worker(server: Server) -> None:
         until(lambda: running(server) == 0)
 
 
-def test_a_stream_goes_on_through_the_other_worker(server: Server) -> None:
+def test_a_stream_resumes_through_the_other_worker(server: Server) -> None:
     with connections(server) as (zero, one):
         events: list[str] = []
         body = completion(SLOW, 60)
@@ -202,7 +202,7 @@ def test_a_stream_goes_on_through_the_other_worker(server: Server) -> None:
         assert one.get(f"/v1/streams/{stream_id}").status_code == 410
 
 
-def test_a_client_that_leaves_a_forwarded_request_ends_it(server: Server) -> None:
+def test_a_disconnect_aborts_a_forwarded_request(server: Server) -> None:
     with connections(server) as (zero, one):
         made = respond(zero)
         body = {"input": "on", "previous_response_id": made["id"], "stream": True}
@@ -212,7 +212,7 @@ def test_a_client_that_leaves_a_forwarded_request_ends_it(server: Server) -> Non
         until(lambda: running(server) == 0, 2.0)
 
 
-def test_a_killed_engine_ends_the_streams_of_both_and_comes_back(server: Server) -> None:
+def test_a_killed_engine_ends_the_streams_of_all_workers_and_restarts(server: Server) -> None:
     with connections(server) as clients, contextlib.ExitStack() as stack:
         streams = []
         for client in clients:
@@ -232,7 +232,7 @@ def test_a_killed_engine_ends_the_streams_of_both_and_comes_back(server: Server)
         assert total(clients[1], "quire:engine_restarts_total") == 1
 
 
-def test_a_killed_worker_takes_only_its_own_requests_and_comes_back(server: Server) -> None:
+def test_a_killed_worker_ends_only_its_own_requests_and_is_replaced(server: Server) -> None:
     with connections(server) as clients, contextlib.ExitStack() as stack:
         time.sleep(1.5)  # what it counted is known to the main process
         before = total(clients[0], "quire:request_success_total")
@@ -302,7 +302,9 @@ def test_a_drain_ends_all_workers_and_the_exit_code_is_0(server: Server) -> None
     assert not [child for child in children if child.is_running()]
 
 
-def test_all_end_with_the_main_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_processes_end_with_the_main_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Which serves on a unix socket here."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # nobody is left to remove the folders
     with serving("--uds", str(tmp_path / "quire.sock")) as server:
@@ -348,7 +350,7 @@ def test_queue_limits_hold_for_the_sum_of_all_workers() -> None:
     assert list(loads) == [0] * 6
 
 
-def test_settings_reach_a_worker_as_they_are() -> None:
+def test_settings_reach_a_worker_unchanged() -> None:
     settings = load_settings(
         api_key=("a", "b"), max_body_bytes="2MiB", ssl_keyfile="k", ssl_certfile="c", max_n=7
     )

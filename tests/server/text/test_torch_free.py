@@ -53,7 +53,7 @@ def build(cache: Path, **flags: object) -> tuple[str, bool, str]:
     return name, imported == "True", done.stderr
 
 
-def test_the_app_is_built_without_torch_which_stays_importable(tmp_path: Path) -> None:
+def test_the_app_is_built_without_torch_but_torch_stays_importable(tmp_path: Path) -> None:
     _, imported, log = build(tmp_path)
     assert not imported
     assert "PyTorch" not in log
@@ -76,12 +76,12 @@ def maps_torch(process: psutil.Process) -> bool:
     return any("torch" in mapped.path for mapped in process.memory_maps())
 
 
-def test_a_server_maps_no_torch() -> None:
+def test_a_server_does_not_map_torch() -> None:
     with serving() as server:
         assert not maps_torch(psutil.Process(server.process.pid))
 
 
-def test_workers_map_no_torch() -> None:
+def test_workers_do_not_map_torch() -> None:
     with launch("--http-workers", "2") as process:
         server = Server(process)
         server.http.close()
