@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +13,7 @@ from quire.engine.outputs import RowError
 
 from ..conftest import MODEL
 from ..fakes import IM_END, IM_START, FakeEngineClient, Script, ids, say
-from .test_completions import stream
-
-HI: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+from ..openai_http import HI, stream, until
 
 
 async def chat(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
@@ -173,10 +170,10 @@ def test_a_disconnect_aborts_streamed_and_whole_answers(
     with httpx.Client(headers=headers) as client:
         with client.stream("POST", url, json={**HI, "stream": True, "n": 2}) as response:
             next(response.iter_text())
-        _until(lambda: not engine.running)
+        until(lambda: not engine.running, 3.0)
         with pytest.raises(httpx.ReadTimeout):
             client.post(url, json=HI, timeout=0.2)
-    _until(lambda: len(engine.requests) == 2 and not engine.running)
+    until(lambda: len(engine.requests) == 2 and not engine.running, 3.0)
     assert {request_id for request_id, _ in engine.aborted} == {
         request.request_id for request in engine.requests
     }
@@ -191,13 +188,6 @@ def test_comments_keep_a_silent_stream_alive(served: str, engine: FakeEngineClie
     )
     assert answer.text.startswith(": keep-alive\n\n")
     assert answer.text.endswith("data: [DONE]\n\n")
-
-
-def _until(condition: Any, seconds: float = 3.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 async def test_many_streams_at_once_keep_their_own_text(

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import httpx
 import pytest
 
 from ..fakes import IM_END, FakeEngineClient, Script, ids, say
+from ..openai_http import stream
 
 
 async def complete(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
@@ -14,16 +14,6 @@ async def complete(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
-
-
-async def stream(client: httpx.AsyncClient, path: str, **fields: Any) -> list[dict[str, Any]]:
-    """Return the chunks of a stream, which must end with [DONE]."""
-    response = await client.post(path, json={"model": "tiny", "stream": True, **fields})
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line for line in response.text.split("\n\n") if line.startswith("data: ")]
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
 async def test_a_whole_answer_has_text_finish_reason_and_usage(client: httpx.AsyncClient) -> None:

@@ -4,7 +4,7 @@ import httpx
 
 from ..conftest import MakeClient
 from ..fakes import FakeEngineClient
-from ..test_faults import COMPLETIONS, PROMPT, assert_error
+from ..openai_http import COMPLETIONS, PROMPT, assert_error
 
 
 async def test_models_are_listed_and_found_by_name(make_client: MakeClient) -> None:

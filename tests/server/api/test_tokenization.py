@@ -11,7 +11,7 @@ from quire.server.text.tokenizer import Tokenizer
 
 from ..conftest import MakeClient
 from ..fakes import IM_END, IM_START, VOCAB_SIZE, byte_tokenizer, ids
-from ..test_faults import assert_error
+from ..openai_http import assert_error
 
 
 async def test_a_prompt_is_tokenised_and_detokenised(client: httpx.AsyncClient) -> None:

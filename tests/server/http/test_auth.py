@@ -7,7 +7,7 @@ import pytest
 
 from ..conftest import MODEL, MakeClient
 from ..fakes import FakeEngineClient
-from ..test_faults import assert_error
+from ..openai_http import assert_error
 
 OPEN = {"/", "/health", "/ready", "/metrics", "/version"}
 ADMIN = {"/v1/prefix_cache/reset", "/debug/engine"}

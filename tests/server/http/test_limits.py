@@ -9,7 +9,7 @@ from quire.server.text.tokenizer import Tokenizer
 
 from ..conftest import MODEL, MakeClient
 from ..fakes import FakeEngineClient
-from ..test_faults import COMPLETIONS, PROMPT, assert_error
+from ..openai_http import COMPLETIONS, PROMPT, assert_error
 
 
 async def _until(engine: FakeEngineClient, count: int) -> None:

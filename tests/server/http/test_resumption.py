@@ -19,6 +19,7 @@ from quire.server.http.resumption import StreamRegistry
 
 from ..conftest import MODEL, MakeClient
 from ..fakes import FakeEngineClient, Script, ids, say
+from ..openai_http import CHAT
 
 HI: dict[str, Any] = {
     "model": MODEL,
@@ -27,7 +28,6 @@ HI: dict[str, Any] = {
     "stream_options": {"include_usage": True},
 }
 ASK = {"x-quire-resumable": "1"}
-CHAT = "/v1/chat/completions"
 
 
 class Event:

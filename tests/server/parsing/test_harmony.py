@@ -19,10 +19,11 @@ from quire.server.parsing.message_parser import MessageFormat, MessageParser
 from quire.server.settings import load_settings
 from quire.server.text.tokenizer import Tokenizer
 
-from ..api.test_completions import stream
-from ..api.test_tool_calls import HI, OTHER, PATH, TOOL, accepts, chat, forced, prompt_text
+from ..api.test_forced_calls import OTHER, accepts, forced
+from ..api.test_tool_calls import TOOL, chat
 from ..conftest import make_app
-from ..fakes import FakeEngineClient, Script, byte_tokenizer
+from ..fakes import FakeEngineClient, Script, byte_tokenizer, prompt_text
+from ..openai_http import CHAT, HI, stream
 from .pieces import NASTY, TOOLS, WEATHER, calls_of, cut, read
 
 
@@ -268,7 +269,7 @@ async def test_answers_are_the_same_whole_and_streamed(
     assert whole["content"] == "Let me see."
     [made] = whole["tool_calls"]
     assert made["function"] == {"name": "weather", "arguments": ARGUMENTS}
-    chunks = await stream(client, PATH, **HI, tools=[TOOL])
+    chunks = await stream(client, CHAT, **HI, tools=[TOOL])
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     for name in ("content", "reasoning"):
         assert "".join(delta.get(name, "") for delta in deltas) == whole[name]

@@ -12,7 +12,7 @@ from quire.server.requests.sampling import load_generation_defaults
 
 from ..conftest import MakeClient
 from ..fakes import FakeEngineClient, ids
-from ..test_faults import CHAT, COMPLETIONS, HI, PROMPT, assert_error
+from ..openai_http import CHAT, COMPLETIONS, HI, PROMPT, assert_error
 
 
 def _config(folder: Path, **fields: Any) -> str:

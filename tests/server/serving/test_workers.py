@@ -21,6 +21,7 @@ from quire.server.http.limits import InFlight, no_loads
 from quire.server.settings import load_settings
 
 from ..fakes import FakeEngineClient
+from ..openai_http import until
 from ..test_cli import SLOW, Server, assert_error_and_done, launch
 
 WORKERS = 2
@@ -91,13 +92,6 @@ def total(client: httpx.Client, name: str, *labels: str) -> float:
 def workers_of(server: Server) -> list[psutil.Process]:
     children = psutil.Process(server.process.pid).children()
     return [child for child in children if "quire.server.serving.http_worker" in child.cmdline()]
-
-
-def until(condition: Any, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def running(server: Server) -> int:
