@@ -1,4 +1,4 @@
-"""The newest `openai` of the 2 series, which other packages still build on."""
+"""The newest `openai` 2.x, which other packages still depend on."""
 
 from __future__ import annotations
 

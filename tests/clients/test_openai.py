@@ -1,4 +1,4 @@
-"""The `openai` package, as its users call it, against a running server."""
+"""The `openai` package against a running server, called as its users call it."""
 
 from __future__ import annotations
 

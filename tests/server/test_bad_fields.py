@@ -14,7 +14,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
 class Bad(NamedTuple):
-    """Fields that are answered with 400, and the parameter and the code of the error."""
+    """Fields that are answered with 400, and the error's param and code."""
 
     path: str
     fields: dict[str, Any]
@@ -79,7 +79,7 @@ BAD = [
     *(Bad(COMPLETIONS, {"seed": value}, "seed") for value in (2**64, -(2**64))),
     Bad(COMPLETIONS, {"presence_penalty": 3}, "presence_penalty"),
     Bad(COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
-    # fields that are not supported, here or in this combination
+    # fields that are not supported, at this endpoint or in this combination
     *(Bad(CHAT, {name: value}, name) for name, value in {
         "tool_choice": "required", "reasoning_effort": "huge", "suffix": "x",
         "logits_processors": ["x"], "modalities": ["audio"],
@@ -149,7 +149,7 @@ BAD = [
     Bad(CHAT, {"response_format": {"type": "json_schema", "json_schema": {
         "name": "x", "schema": {"$ref": "http://example.invalid/"}}}},
         "response_format.json_schema.schema"),
-    # labels and the rest
+    # the rest
     *(Bad(COMPLETIONS, {"cache_salt": value}, "cache_salt")
       for value in ("", 3, "x" * 2**20)),
     Bad(COMPLETIONS, {"request_id": "a\r\nb"}, "request_id"),

@@ -55,7 +55,7 @@ LAST_EVENTS = {
     "/v1/messages": ("event: message_stop",),
 }
 SECONDS = 5.0
-"""A limit per request, far above the time that the fake engine needs."""
+"""Seconds per request, far more than the fake engine needs."""
 
 
 def _app(**options: Any) -> tuple[FastAPI, FakeEngineClient]:
@@ -72,15 +72,15 @@ ANSWERED: Counter[tuple[str, int]] = Counter()
 
 
 def _thin_out(case: schemathesis.Case) -> None:
-    """Keep only a few fields: among many generated ones, at least one is always wrong.
+    """Drop the model, whose generated name is never served, and most of the other fields.
 
-    Drop the model, too, since a generated name is never served.
+    Otherwise at least one of the many generated fields is always wrong.
     """
     body = case.body
     if case.path not in BODIES or not isinstance(body, dict):
         return
     body.pop("model", None)
-    body.pop("timeout", None)  # 504 would be the right answer to a generated deadline
+    body.pop("timeout", None)  # a short one would rightly be answered with 504
     required = {"prompt", "messages", "tokens", "input", "max_tokens"}
     optional = [name for name in body if name not in required]
     for name in optional[len(str(body)) % 4 :]:
@@ -102,7 +102,7 @@ def _thin_out(case: schemathesis.Case) -> None:
 )
 def test_generated_requests(case: schemathesis.Case) -> None:
     async def call() -> httpx.Response:
-        transport = httpx.ASGITransport(app=APP)  # an exception that escapes is raised here
+        transport = httpx.ASGITransport(app=APP)  # raises exceptions that escape the application
         async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
             request = case.as_transport_kwargs(base_url="http://quire")
             request.pop("cookies", None)
@@ -132,12 +132,12 @@ def test_generated_requests(case: schemathesis.Case) -> None:
 
 
 def test_some_generated_requests_are_answered() -> None:
-    """Some generated requests must have been accepted."""
+    """At least one generated request per endpoint was accepted."""
     for path in BODIES:
         assert ANSWERED[f"POST {path}", 200] > 0, ANSWERED
 
 
-# --- the document itself
+# --- the OpenAPI document
 
 
 async def test_the_document_says_which_paths_require_a_key() -> None:

@@ -1,4 +1,4 @@
-"""The server's log: structlog's entries and the standard library's records, in both formats."""
+"""The server's log: entries of structlog and of the standard library, in both formats."""
 
 from __future__ import annotations
 

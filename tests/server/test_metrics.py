@@ -1,4 +1,4 @@
-"""The metrics page, read back with prometheus_client's own parser."""
+"""The metrics page, parsed with prometheus_client's own parser."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_counters_keep_counting_across_engine_restarts(metrics: Metrics) -> None
     metrics.observe_step(stats(9, preemptions=9, prefix_hits=1))
     assert value(metrics, "num_preemptions_total") == 16
     assert value(metrics, "prefix_cache_hits_total") == 101
-    # A restart that nobody announced shows in the step going back.
+    # Without an announcement, a lower step number reveals the restart.
     metrics.observe_step(stats(1, preemptions=10))
     assert value(metrics, "num_preemptions_total") == 26
     assert value(metrics, "engine_restarts_total") == 1
@@ -160,7 +160,7 @@ def test_counters_keep_counting_across_engine_restarts(metrics: Metrics) -> None
 def test_gauges_and_step_sizes(metrics: Metrics) -> None:
     busy = stats(1, num_running=3, num_waiting=2, num_free_blocks=25, step_tokens=40)
     metrics.observe_step(busy)
-    metrics.observe_step(busy)  # a heartbeat: no new step
+    metrics.observe_step(busy)  # the same step again, as in a heartbeat
     assert value(metrics, "num_requests_running") == 3
     assert value(metrics, "num_requests_waiting") == 2
     assert value(metrics, "kv_cache_usage_perc") == 0.75
@@ -195,7 +195,7 @@ def test_tokens_are_counted_as_they_arrive(metrics: Metrics) -> None:
     metrics.prompt_read(10, 4)
     for count in (1, 0, 3):
         metrics.tokens_generated(count)
-    for _ in range(2):  # a second look counts nothing twice
+    for _ in range(2):  # rendering the page twice counts nothing twice
         assert value(metrics, "prompt_tokens_total") == 10
         assert value(metrics, "prompt_tokens_cached_total") == 4
         assert value(metrics, "generation_tokens_total") == 4
@@ -225,10 +225,10 @@ async def test_a_request_counts_its_tokens_before_it_ends(
     usage = answering.result().json()["usage"]
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     assert totals() == [usage["prompt_tokens"], cached, usage["completion_tokens"]] == [5, 6, 20]
-    # One that ends before its first output has had its prompt counted, too.
+    # A request that ends before its first output still counts its prompt.
     engine.ready = False
     assert (await client.post("/v1/completions", json=fields)).status_code == 503
-    assert totals() == [5, 6, 20]  # refused, not begun
+    assert totals() == [5, 6, 20]  # refused requests count nothing
     engine.ready, engine.hold = True, asyncio.Event()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):

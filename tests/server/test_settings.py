@@ -1,4 +1,4 @@
-"""Where settings come from, which wins, and what is refused."""
+"""Sources of settings, their order of precedence, and refused values."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_every_flag_of_the_engine_is_a_setting_with_the_same_bounds() -> None:
 
 
 def test_engine_defaults_are_those_of_engine_config() -> None:
-    """The defaults of the settings are those of EngineConfig."""
+    """Loaded settings give an EngineConfig with its own defaults."""
     assert load_settings(model="m").engine_config() == EngineConfig(model="m")
 
 
@@ -125,7 +125,7 @@ def test_served_names() -> None:
 
 
 def test_every_setting_has_a_flag() -> None:
-    """From the flag to the setting and back, for each of them."""
+    """Each setting has a flag that parses to its value, a group and a description."""
     values = {
         "dtype": "float32",
         "device": "cpu",

@@ -1,4 +1,4 @@
-"""A tiny embedding model."""
+"""A tiny embedding model for the tests of /v1/embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..fakes import IM_END, byte_tokenizer
 
 @pytest.fixture(scope="session")
 def embedding_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model like Qwen3-Embedding: no head, no prefix, and a tokenizer that ends texts."""
+    """Save a model like Qwen3-Embedding: no head, no prompt prefix, and <|im_end|> after a text."""
     path = tmp_path_factory.mktemp("embedding")
     config = Qwen3Config(**COMMON | {"vocab_size": 258}, head_dim=16, tie_word_embeddings=True)
     build_model(config).base_model.save_pretrained(path)

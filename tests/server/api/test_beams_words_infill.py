@@ -1,6 +1,6 @@
-"""Beam search, bad words and fill-in-the-middle, from the body to the request for the engine.
+"""Beam search, bad words and fill-in-the-middle: how a body becomes a request to the engine.
 
-Beam search also runs through the real engine, as a client sees it.
+One beam search runs on the real engine and is checked in the answer that a client gets.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ class WideEngineClient(FakeEngineClient):
 
 
 def metaspace_tokenizer(*control: str) -> Tokenizer:
-    """A tokenizer like Llama's: a space before the first word and a beginning token. One token per
-    character."""
+    """Make a tokenizer like Llama's, with a token for each character.
+
+    It prepends a space and a token for the beginning of the text.
+    """
     pieces = ["<unk>", "<s>", "</s>", "▁", "☺", *"abcdefgh()\n"]
     encoder = Encoder(
         models.BPE(
@@ -126,7 +128,7 @@ async def test_default_max_tokens_leaves_room_for_every_beam(
 
 
 async def test_the_real_engine_returns_the_best_beams_first(tmp_path: Path) -> None:
-    """Choices are ordered by score and as long as their log-probabilities, without stop tokens."""
+    """Choices come in the order of their scores, each token with its log-probability."""
     config = tiny.LlamaConfig(**tiny.COMMON | {"vocab_size": VOCAB_SIZE})
     tiny.build_model(config).save_pretrained(tmp_path)
     engine_config = EngineConfig(
@@ -179,7 +181,7 @@ async def test_bad_words_reach_the_engine_with_and_without_a_space(
         response = await make_client().post(path, json={**fields, "bad_words": ["ab", " c", "ab"]})
         assert response.status_code == 200, response.text
     for request in engine.requests:
-        # After a space, bytes are spelt in the same way.
+        # This tokenizer spells a word in the same way after a space.
         assert request.sampling_params.bad_words == (tuple(ids("ab")), tuple(ids("c")))
 
 
@@ -187,7 +189,8 @@ async def test_bad_words_include_their_spelling_after_a_space() -> None:
     tokenizer = metaspace_tokenizer()
     space, word = (tokenizer.backend.token_to_id(piece) for piece in ("▁", "▁a"))
     b = tokenizer.backend.token_to_id("b")
-    assert await encode_bad_words(tokenizer, ["ab"]) == ((word, b),)  # "▁ab" ends "▁▁ab"
+    # "▁▁ab" ends with the tokens of "▁ab".
+    assert await encode_bad_words(tokenizer, ["ab"]) == ((word, b),)
     assert await encode_bad_words(tokenizer, ["b"]) == ((space, b),)
 
 

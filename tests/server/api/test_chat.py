@@ -31,7 +31,7 @@ async def test_a_whole_answer(client: httpx.AsyncClient, engine: FakeEngineClien
     assert choice["finish_reason"] == "stop"
     expected = [IM_START, *ids("user\nhi"), IM_END, *ids("\n"), IM_START, *ids("assistant\n")]
     assert list(engine.requests[0].prompt_token_ids) == expected
-    # If max_tokens is left out, it is the rest of the context.
+    # By default, max_tokens is the rest of the context.
     assert engine.requests[0].sampling_params.max_tokens == 512 - len(expected)
 
 

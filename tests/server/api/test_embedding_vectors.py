@@ -35,7 +35,7 @@ TEXTS = ["a", "the cat sat on the mat", "the cat sat on the mat, and slept " * 3
 
 @pytest.fixture(scope="module")
 def served_model(embedding_model: Path) -> Iterator[tuple[str, Metrics]]:
-    """The base URL of a server of the tiny model, and its metrics."""
+    """Serve the tiny model; return the base URL and the metrics."""
     settings = Settings(
         model=str(embedding_model),
         served_model_name=(MODEL,),
@@ -116,7 +116,7 @@ def test_shorter_vectors_have_unit_length(
 def test_embeddings_and_generations_do_not_affect_each_other(
     served_model: tuple[str, Metrics], expected: list[torch.Tensor]
 ) -> None:
-    """Vectors and generated tokens are the same as alone, and both are counted."""
+    """Running together changes neither vectors nor texts, and the metrics count both."""
     base_url, metrics = served_model
     generation = {"model": MODEL, "prompt": TEXTS[1], "max_tokens": 20, "temperature": 0}
     labels = TINY | {("finished_reason", "stop")}

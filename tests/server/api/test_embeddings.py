@@ -110,7 +110,7 @@ async def test_the_fields_reach_the_engine(
 async def test_truncation_keeps_the_beginning(
     embedding_model: Path, embedder: FakeEngineClient
 ) -> None:
-    """The special tokens after it are kept, too."""
+    """The special tokens that end a text are kept as well."""
     app = create_app(
         Settings(served_model_name=(MODEL,), generation_config="none"),
         embedder,

@@ -90,7 +90,7 @@ async def test_a_forced_call_is_in_the_models_format(
     assert accepts(tokenizer, grammar, one)
     other = frame.format(call.format("other", "{}"))
     assert not accepts(tokenizer, grammar, other)
-    # What the grammar lets through is read as calls.
+    # The parser reads what the grammar accepts as calls.
     parser = MessageFormat(format, None).parser(
         ["weather", "other"],
         prompt_end="",
@@ -151,7 +151,7 @@ async def test_calls_that_cannot_be_forced_are_refused(
     assert param == "tool_choice"
     big = {"type": "object", "description": "x" * 70_000}
     tool = {"type": "function", "function": {"name": "f", "parameters": big}}
-    # It is too long for the prompt as well, but the grammar's error comes first.
+    # The schema is also too long for the prompt, but the grammar's error comes first.
     engine.max_model_len = engine.num_blocks = 100_000
     param, message = await refused(client, tools=[tool], tool_choice="required")
     assert param == "tool_choice" and "65536 bytes" in message

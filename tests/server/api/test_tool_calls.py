@@ -1,4 +1,4 @@
-"""Tool calls and reasoning over HTTP, and as the OpenAI SDK reads them."""
+"""Tool calls and reasoning in chat completions, over HTTP and through the OpenAI SDK."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def test_calls_in_a_whole_answer(
     assert second["function"] == {"name": "other", "arguments": "{}"}
     assert first["id"] != second["id"]
     assert json.dumps(TOOL) in prompt_text(engine, tokenizer)
-    # Without text, content is null.
+    # An answer without text has null as its content.
     engine.scripts = say(CALL)
     assert (await chat(client, tools=[TOOL]))["message"]["content"] is None
 
@@ -109,7 +109,7 @@ async def test_calls_in_a_stream(client: httpx.AsyncClient, engine: FakeEngineCl
             texts[call["index"]] += call["function"]["arguments"]
             assert "id" in call or set(call) == {"index", "function"}
         assert texts == [ARGUMENTS, "{}"]
-        if index == 0:  # token by token: the arguments come as they are written
+        if index == 0:  # arguments are streamed as they are generated
             assert len(calls) > len(ARGUMENTS) / 2
 
 
@@ -151,7 +151,7 @@ async def test_strict_is_reported_as_ignored_if_nothing_enforces_it(
 ) -> None:
     tool = {"type": "function", "function": {**TOOL["function"], "strict": True}}
     response = await client.post(CHAT, json={**HI, "tools": [TOOL, tool | {}]})
-    assert response.status_code == 400  # two of one name
+    assert response.status_code == 400  # both have the same name
     response = await client.post(CHAT, json={**HI, "tools": [tool]})
     assert response.headers["x-quire-ignored-params"] == "tools[0].function.strict"
 
@@ -169,8 +169,10 @@ async def test_tool_results_reach_the_prompt(
     ]
     await chat(client, messages=messages, tools=[TOOL])
     text = prompt_text(engine, tokenizer)
-    told = json.dumps({"name": "weather", "arguments": json.loads(ARGUMENTS)}, ensure_ascii=False)
-    assert f"assistant\n<tool_call>{told}</tool_call>" in text
+    call_text = json.dumps(
+        {"name": "weather", "arguments": json.loads(ARGUMENTS)}, ensure_ascii=False
+    )
+    assert f"assistant\n<tool_call>{call_text}</tool_call>" in text
     assert '{"name": "other", "arguments": {}}' in text
     assert "tool\nrain" in text and "tool\nok" in text
 

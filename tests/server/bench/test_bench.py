@@ -1,4 +1,4 @@
-"""`quire bench serve` against a scripted server, from the command line to the files."""
+"""`quire bench serve` against a scripted server, from the command line to the result files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from quire.server.bench.report import BenchResult, RunRecords, RunReport
 
 from .fake_openai import Answer, FakeServer, fake_server
 
-SLACK = 0.15  # seconds that a busy machine may be late
+SLACK = 0.15  # seconds by which a busy machine may be late
 
 
 def parse(*flags: str) -> Any:
@@ -41,7 +41,7 @@ async def bench(server: FakeServer, *flags: str) -> tuple[BenchResult, RunRecord
 
 
 def late(*expected: float) -> Any:
-    """Scripted times: never early, late by SLACK at most."""
+    """Expect these times, at most SLACK late and never early."""
     return pytest.approx([time + SLACK / 2 for time in expected], abs=SLACK / 2 + 0.002)
 
 
@@ -50,7 +50,7 @@ async def run_of(server: FakeServer, *flags: str) -> RunReport:
     return run
 
 
-# -- what is measured ------------------------------------------------------------------------
+# -- measurements ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("endpoint", ["/v1/completions", "/v1/chat/completions"])
@@ -106,7 +106,7 @@ async def test_max_concurrency_is_respected() -> None:
     async with fake_server(script=lambda _: Answer((0.05, 0.0))) as server:
         run = await run_of(server, "--num-prompts", "9", "--max-concurrency", "3")
         assert run.peak_concurrency == 3 and run.completed == 9
-        # One connection asked for models and counters before; it is used again.
+        # The connection that asked for models and counters is reused.
         assert server.connections == 3
 
 
@@ -130,7 +130,7 @@ async def test_a_kept_connection_that_the_server_closed_is_no_error() -> None:
         assert (await run_of(server, "--num-prompts", "3")).completed == 3
 
 
-# -- what is asked ---------------------------------------------------------------------------
+# -- requests --------------------------------------------------------------------------------
 
 
 async def test_completion_prompts_are_token_ids_of_the_vocabulary() -> None:
@@ -222,7 +222,7 @@ async def test_base_url_may_end_with_v1() -> None:
 
 
 async def run_cli(server: FakeServer, *flags: str) -> int:
-    """The command in a thread, with an event loop of its own, as a person would run it."""
+    """Run the command in a thread, with its own event loop, as it runs from a shell."""
     given = ["bench", "serve", "--base-url", server.url, "--num-prompts", "4", *flags]
     return await asyncio.to_thread(cli.main, given)
 
@@ -378,7 +378,7 @@ def test_every_flag_is_documented() -> None:
     listed = re.findall(r"^\| `(--[a-z-]+) ", text, re.M)
     flags = set(re.findall(r"^  (--[a-z-]+)", _help("serve"), re.M))
     assert set(listed) == flags and len(listed) == len(flags)
-    text, _, _ = text.partition("## On a GPU")  # whose scripts have flags of their own
+    text, _, _ = text.partition("## On a GPU")  # its scripts have their own flags
     used = set(re.findall(r"--[a-z][a-z-]+", text))
     assert used <= flags | set(
         re.findall(r"--[a-z][a-z-]+", _help("serve") + _help("throughput") + _help("latency"))

@@ -1,4 +1,4 @@
-"""Workloads: the same seed asks the same, at the same times."""
+"""Workloads of `quire bench serve`: the same seed gives the same prompts at the same times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every definition of docs/benchmarking.md, on events whose arrival is written down: no clock."""
+"""Every definition of docs/benchmarking.md, on events with given arrival times, without a clock."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def usage(prompt: int, output: int, cached: int | None = None) -> bytes:
 def read(
     *arrivals: tuple[float, bytes], num_choices: int = 1, requested: int = 4, finish: bool = True
 ) -> RequestRecord:
-    """The record of pieces that arrived at given seconds after sending."""
+    """Return the record of a stream whose pieces arrived at these seconds after the request."""
     record = RequestRecord(start=0.0, requested_output_tokens=requested, num_choices=num_choices)
     reader = StreamReader(record, BEGIN)
     for after, data in arrivals:

@@ -34,7 +34,7 @@ create, stream, events_of = API.create, API.stream, API.events_of
 
 
 def anonymous(value: Any) -> Any:
-    """Remove ids and times from a response, and what the SDK adds."""
+    """Remove ids, times and the fields that the SDK adds from a response."""
     if isinstance(value, dict):
         ids = ("id", "item_id", "call_id", "created_at", "completed_at")
         added = ("parsed", "parsed_arguments")

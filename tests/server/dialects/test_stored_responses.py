@@ -33,7 +33,7 @@ async def test_a_stored_response_can_be_continued(
     second = await create(client, input=[output], previous_response_id=first["id"])
     assert second["previous_response_id"] == first["id"]
     text = prompt_text(engine, tokenizer)
-    assert "system" not in text  # instructions are those of one response
+    assert "system" not in text  # instructions hold for one response only
     assert '"weather"' in text and "<|im_start|>tool\nrain" in text
     third = await create(client, input="and now?", previous_response_id=second["id"])
     text = prompt_text(engine, tokenizer)
@@ -78,6 +78,7 @@ async def test_each_key_has_its_own_responses(make_client: MakeClient) -> None:
 
 
 async def until(client: httpx.AsyncClient, response_id: str, *statuses: str) -> dict[str, Any]:
+    """Poll a response until it has one of these statuses; return it."""
     async with asyncio.timeout(3):
         while True:
             response: dict[str, Any] = (await client.get(f"{PATH}/{response_id}")).json()
@@ -180,7 +181,7 @@ def test_the_store_is_bounded() -> None:
     assert found() == "cde"
     add("f", 500)
     assert found() == "f"
-    add("g", 2000)  # too large by itself: the others stay
+    add("g", 2000)  # too large by itself, so the others stay
     assert found() == "f"
     now = 9.0
     add("h")

@@ -1,4 +1,4 @@
-"""The guards that uvicorn lacks: slow heads and bodies, too many headers."""
+"""Guards that uvicorn lacks, against slow heads, slow bodies and too many headers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class QuickProtocol(GuardedH11Protocol):
 
 
 class App:
-    """Reads the whole body and answers with its length after `pause` seconds."""
+    """An application that reads the whole body and returns its length after `pause` seconds."""
 
     def __init__(self) -> None:
         self.pause = 0.0
@@ -102,7 +102,7 @@ async def test_silent_connection_is_closed(port: int) -> None:
 
 
 async def test_slow_head_is_cut(port: int) -> None:
-    """Each part comes in time, but the whole head does not."""
+    """Each part arrives in time, but the head as a whole does not."""
     parts = [b"x-%d: y\r\n" % number for number in range(8)]
     assert await talk(port, HEAD, *parts, CLOSE + b"\r\n", pause=0.1) == b""
 

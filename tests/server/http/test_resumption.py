@@ -49,7 +49,7 @@ def registry_of(client: httpx.AsyncClient) -> StreamRegistry:
 
 
 class Opened:
-    """A raw ASGI connection that may leave at any time, unlike one of httpx's transport."""
+    """A raw ASGI connection that can disconnect at any time, unlike one of httpx's transport."""
 
     def __init__(self, app: Any, path: str, body: Any = None, **headers: str) -> None:
         self.parts: list[bytes] = []
@@ -113,7 +113,7 @@ async def test_a_stream_resumes_after_the_last_event_received(
     stream_id = first.headers["x-quire-stream-id"]
     assert {event.stream_id for event in seen} == {stream_id}
     assert slow.aborted == []
-    # If the last event was lost on its way, the client names the one before.
+    # If the last event was lost on the way, the client names the event before it.
     kept = seen[:-1]
     rest = await client.get(f"/v1/streams/{stream_id}", headers={"last-event-id": kept[-1].id})
     assert rest.status_code == 200
@@ -128,7 +128,7 @@ async def test_a_stream_resumes_after_the_last_event_received(
         mine = [choice for choice in choices if choice["index"] == index]
         assert "".join(choice["delta"].get("content", "") for choice in mine) == "abcdefghij"
         assert [c["finish_reason"] for c in mine if c["finish_reason"]] == ["stop"]
-    # Everything once more, and then nothing: the client has received all events.
+    # A client may read everything again. One that has received all events gets nothing.
     whole = await client.get(f"/v1/streams/{stream_id}")
     assert [event.id for event in parse(whole.text)] == [event.id for event in events]
     end = await client.get(f"/v1/streams/{stream_id}", headers={"last-event-id": events[-1].id})

@@ -118,7 +118,7 @@ async def test_a_reader_that_stops_reading_is_dropped() -> None:
     peer, events = Peer(read=False), Events(count=1000)
     await answer(peer, events, write_timeout=0.1)
     assert events.closed_at is not None
-    assert len(peer.sent) == 2  # the start and the event that was never taken
+    assert len(peer.sent) == 2  # the start, and the event that was never read
 
 
 async def test_silence_is_broken_by_comments_and_the_deadline_by_an_error() -> None:

@@ -1,4 +1,4 @@
-"""The harmony format: cut in every way, over HTTP with its control tokens, and forced."""
+"""The harmony format: texts cut anywhere, answers over HTTP, and forced calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .pieces import NASTY, TOOLS, WEATHER, calls_of, cut, read
 
 
 class Sample(NamedTuple):
-    """A text, and the message that it makes."""
+    """A text and the message that it gives."""
 
     text: str
     reasoning: str = ""
@@ -54,7 +54,7 @@ SAMPLES = [
     Sample(message("final", "2.", end="<|return|>"), "", "2."),
     Sample(WHY + ASSISTANT + message("final", "So."), "Why?\nBecause a < b.", "So."),
     Sample(WHY + "\n" + ASSISTANT + message("final", "So.") + "\n", "Why?\nBecause a < b.", "So."),
-    Sample(WHY + message("final", "So."), "Why?\nBecause a < b.", "So."),  # no start
+    Sample(WHY + message("final", "So."), "Why?\nBecause a < b.", "So."),  # without a start token
     Sample(
         message("analysis", "One.") + ASSISTANT + message("analysis", "Two."), "One.\nTwo.", ""
     ),
@@ -78,7 +78,7 @@ SAMPLES = [
         "",
         (("f", '{"a": 1}'), ("unknown", '{"a": 2}')),
     ),
-    # the recipient next to the role, and other ways to write a call
+    # the recipient beside the role, and other ways to write a call
     Sample(
         WHY + ASSISTANT + ' to=functions.f<|channel|>commentary json<|message|>{"a": 1}<|call|>',
         "Why?\nBecause a < b.",
@@ -99,13 +99,13 @@ SAMPLES = [
     Sample(message("analysis", "print(1)", " to=python code"), "print(1)"),
     Sample(call("f", '{"a": 1} and more'), "", "and more", (("f", '{"a": 1}'),)),
     Sample(call("f", '{"a": tru<|end|>') + message("final", "x"), "", "x", (("f", '{"a": tru'),)),
-    # headers that break off, or go on and on
+    # headers that break off or never end
     Sample(WHY + "<|start|>assistant<|channel|>fin", "Why?\nBecause a < b."),
     Sample(" to=functions.f"),
     Sample("<|channel|>" + "x" * (MAX_HEADER + 1), "", "x" * (MAX_HEADER + 1)),
     Sample("<|channel|>" + "x" * MAX_HEADER + "<|message|>y", "", "y"),
     Sample(message("final", "a<|message|>b<|return|><|return|>"), "", "a\nb"),
-    # where the answer begins
+    # answers that begin inside a message
     Sample("2.<|return|>", "", "2.", prompt_end=ASSISTANT + FINAL),
     Sample(" it.<|end|>" + ASSISTANT + message("final", "x"), " it.", "x",
            prompt_end=ASSISTANT + "<|channel|>analysis<|message|>Do"),
@@ -121,7 +121,7 @@ def parse(*pieces: str, prompt_end: str = ASSISTANT, tools: tuple[str, ...] = TO
     parser = HarmonyParser(tools, prompt_end=prompt_end)
     message = read(MessageParser(parser), list(pieces))
     for made in message.get("tool_calls", ()):
-        made["id"] = ""  # they are random, and messages are compared
+        made["id"] = ""  # call ids are random, and messages are compared
     return message
 
 
@@ -316,7 +316,7 @@ async def test_an_answer_that_is_continued(
     assert (await chat(client, **fields))["message"]["content"] == " is 2."
 
 
-# -- forced ----------------------------------------------------------------------------------
+# -- forced calls ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("special", [(), CONTROL_TOKENS], ids=["text", "control tokens"])
@@ -353,7 +353,7 @@ async def test_forced_calls(engine: FakeEngineClient, special: tuple[str, ...]) 
     assert OTHER["function"]["name"] == "other"
 
 
-# -- choosing --------------------------------------------------------------------------------
+# -- choosing the format ---------------------------------------------------------------------
 
 
 def test_the_flags_choose_the_format() -> None:

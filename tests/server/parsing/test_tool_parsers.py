@@ -1,4 +1,4 @@
-"""Every format of calls, cut in every way: pieces must add up to the message of the whole text."""
+"""Every format of tool calls: however a text is cut, its pieces give the message of the whole."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Calls = list[tuple[str, Any]]
 
 
 class Sample(NamedTuple):
-    """A text, and the content and calls that it has in a format."""
+    """A text in some format, and the content and calls that it holds."""
 
     format: str
     text: str
@@ -298,7 +298,7 @@ def test_any_text_parses_the_same_however_it_is_cut(
     text = "".join(fragments)
     same_however_cut(format, text, rng, 3)
     content, calls = parse(format, text)
-    if not calls and format != "openai":  # in harmony, control tokens are never content
+    if not calls and format != "openai":  # in harmony, control tokens are never part of the content
         assert (content or "") == text
 
 

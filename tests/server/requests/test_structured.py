@@ -1,4 +1,4 @@
-"""The structures that an answer may be required to have, and the refusal of all others."""
+"""Structured outputs: the constraints that reach the engine, and those that are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 TAG = {"begin": "<f=a>", "schema": {"type": "integer"}, "end": "</f>"}
 DEADLINE_SECONDS = 1.5
-"""A second, and the time to start the compiling process on a busy machine."""
+"""A second, plus the time to start the compiling process on a busy machine."""
 
 
 def schema(value: Any, **fields: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def check() -> GrammarCheck:
 
 @pytest.fixture
 def client(make_client: MakeClient, check: GrammarCheck) -> httpx.AsyncClient:
-    """A client whose server shares one compiling process with all tests."""
+    """Make a client whose server shares one compiling process with all tests of this file."""
     client = make_client()
     client.app.state.quire.grammar_check = check  # type: ignore[attr-defined]
     return client
@@ -310,7 +310,7 @@ async def test_verdicts_are_cached_and_the_process_ends_on_close() -> None:
     assert time.monotonic() - begin < 0.5
     check.close()
     assert child.poll() is not None
-    await ask("a")  # known: no process is needed
+    await ask("a")  # the verdict is cached, so no process is needed
     assert asked == 1
     await ask("b")
     assert asked == 2

@@ -1,4 +1,4 @@
-"""Several HTTP processes before one engine: `quire serve --http-workers 2`, with a fake core."""
+"""Several HTTP processes in front of one engine: `--http-workers 2`, with a fake core."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def completion(first_token: int = 100, max_tokens: int = 3) -> dict[str, Any]:
 
 
 def worker_of(client: httpx.Client) -> int:
-    """Which worker has the one connection of `client`."""
+    """Return the index of the worker that serves the connection of `client`."""
     answer = client.post("/v1/completions", json=completion(), headers=RESUMABLE)
     assert answer.status_code == 200 and "[DONE]" in answer.text
     return int(answer.headers["x-quire-stream-id"].rpartition("w")[2])
@@ -57,7 +57,7 @@ def worker_of(client: httpx.Client) -> int:
 
 @contextlib.contextmanager
 def connections(server: Server) -> Iterator[list[httpx.Client]]:
-    """A connection to each worker, in their order, once all accept some and are ready."""
+    """Yield a connection to each worker, in their order, once all of them are ready."""
     found: dict[int, httpx.Client] = {}
     deadline = time.monotonic() + 60
     with contextlib.ExitStack() as stack:
@@ -77,7 +77,7 @@ def connections(server: Server) -> Iterator[list[httpx.Client]]:
 
 
 def samples(client: httpx.Client) -> dict[frozenset[str], float]:
-    """By their names and the values of their labels."""
+    """Return the values of all metrics by name and label values."""
     return {
         frozenset((sample.name, *sample.labels.values())): sample.value
         for family in text_string_to_metric_families(client.get("/metrics").text)
@@ -101,12 +101,12 @@ def running(server: Server) -> int:
 
 def test_each_worker_reports_the_metrics_of_all(server: Server) -> None:
     with connections(server) as clients:
-        time.sleep(0.2)  # all steps are counted
+        time.sleep(0.2)  # until all steps are counted
         before = samples(clients[0])
         for client in [*clients, clients[1]]:
             worker_of(client)
         sent = "http_requests_total", "200", "/v1/completions", "POST"
-        # Counted once the answer is sent.
+        # A request is counted after its answer has been sent.
         until(lambda: total(clients[0], *sent) >= before.get(frozenset(sent), 0.0) + 3, 5.0)
         pages = [samples(client) for client in clients]
         for page in pages:
@@ -121,7 +121,7 @@ def test_each_worker_reports_the_metrics_of_all(server: Server) -> None:
         (info,) = [value for key, value in page.items() if "quire:cache_config_info" in key]
         assert info == 1.0
         steps = "quire:iteration_tokens_total_count", "0", "fake"
-        # Counted once, though both workers hear of each.
+        # Steps are counted once, although both workers receive their statistics.
         until(lambda: total(clients[0], steps[0]) == before[frozenset(steps)] + 9, 5.0)
         text = clients[0].get("/metrics").text
     names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
@@ -156,7 +156,7 @@ def test_a_response_is_found_through_the_other_worker(server: Server) -> None:
         got = one.get(f"/v1/responses/{made['id']}", headers={"x-request-id": "mine"})
         assert got.status_code == 200 and got.json() == made
         assert got.headers["x-request-id"] == "mine"
-        until(lambda: total(one, *counter) > seen, 5.0)  # counted once the answer is sent
+        until(lambda: total(one, *counter) > seen, 5.0)  # it is counted after it has been sent
         assert total(one, *counter) == seen + 1
 
         onward = respond(one, previous_response_id=made["id"])
@@ -228,7 +228,7 @@ def test_a_killed_engine_ends_the_streams_of_all_workers_and_restarts(server: Se
 
 def test_a_killed_worker_ends_only_its_own_requests_and_is_replaced(server: Server) -> None:
     with connections(server) as clients, contextlib.ExitStack() as stack:
-        time.sleep(1.5)  # what it counted is known to the main process
+        time.sleep(1.5)  # until the main process knows the worker's counts
         before = total(clients[0], "quire:request_success_total")
         streams = []
         for client in clients:
@@ -239,7 +239,7 @@ def test_a_killed_worker_ends_only_its_own_requests_and_is_replaced(server: Serv
         assert running(server) == 2
         workers = workers_of(server)
         workers[0].kill()
-        until(lambda: any_survivor(server) == 1, 2.0)  # aborted in the engine, and only that one
+        until(lambda: any_survivor(server) == 1, 2.0)  # the engine has aborted that one only
         ends = []
         for lines in streams:
             try:
@@ -255,7 +255,7 @@ def test_a_killed_worker_ends_only_its_own_requests_and_is_replaced(server: Serv
 
 
 def any_survivor(server: Server) -> int:
-    """Running sequences, asked over a new connection: the old one may have died."""
+    """Count running sequences over a new connection, since the old one may be dead."""
     with httpx.Client(base_url=server.http.base_url) as client:
         try:
             count: int = client.get("/debug/engine").json()["stats"]["num_running"]
@@ -265,7 +265,7 @@ def any_survivor(server: Server) -> int:
 
 
 def test_a_drain_ends_all_workers_and_the_exit_code_is_0(server: Server) -> None:
-    """The last test of this server."""
+    """SIGTERM ends every worker after the drain. No later test can use this server."""
     children = psutil.Process(server.process.pid).children(recursive=True)
     with connections(server) as clients, contextlib.ExitStack() as stack:
         streams = []
@@ -281,7 +281,7 @@ def test_a_drain_ends_all_workers_and_the_exit_code_is_0(server: Server) -> None
             assert other.get("/ready").status_code == 200
         server.process.send_signal(signal.SIGTERM)
         for worker in workers_of(server):
-            worker.terminate()  # as a service manager does; only the main process decides
+            worker.terminate()  # as a service manager does; only the main process acts on it
         for other in others:
             until(lambda other=other: other.get("/ready").status_code == 503, 1.0)
             refused = other.post("/v1/completions", json={"model": "fake", "prompt": "x"})
@@ -299,8 +299,8 @@ def test_a_drain_ends_all_workers_and_the_exit_code_is_0(server: Server) -> None
 def test_all_processes_end_with_the_main_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which serves on a unix socket here."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # nobody is left to remove the folders
+    """The server listens on a unix socket here."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # no process is left to remove the folders
     with serving("--uds", str(tmp_path / "quire.sock")) as server:
         with server.stream(100, 3) as events:
             assert list(events)[-1] == "[DONE]"

@@ -1,4 +1,4 @@
-"""The processes that serve HTTP do not load torch, unless the code of the model itself does."""
+"""The processes that serve HTTP do not load torch, unless a model's own tokenizer imports it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CustomTokenizer(PreTrainedTokenizerFast):
 
 
 def build(cache: Path, **flags: object) -> tuple[str, bool, str]:
-    """Return the tokenizer's class, whether torch was imported for it, and the log."""
+    """Return the tokenizer's class, whether building the app imported torch, and the log."""
     done = subprocess.run(
         [sys.executable, "-P", "-c", BUILD.format(flags=flags)],
         capture_output=True,
