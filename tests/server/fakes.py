@@ -108,7 +108,7 @@ class FakeEngineClient:
     ready: bool = True
     alive: bool = True
     hold: asyncio.Event | None = None
-    """An event that holds back all outputs until it is set; None to hold back nothing."""
+    """An event that holds back all outputs until it is set, if there is one."""
 
     requests: list[Request] = field(default_factory=list)
     aborted: list[tuple[str, int | None]] = field(default_factory=list)

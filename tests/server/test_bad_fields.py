@@ -141,7 +141,7 @@ BAD = [
     Bad(CHAT, {"chat_template": "{{ messages }}"}, "chat_template"),
     *(Bad(CHAT, {"chat_template_kwargs": {name: "x"}}, "chat_template_kwargs")
       for name in ("tokenizer", "chat_template", "messages", "padding", "nonsense")),
-    # nothing is fetched or embedded
+    # references to external content, which are never fetched, and embeddings
     *(Bad(CHAT, {"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": url}}]}]}, "messages[0].content")
       for url in ("file:///etc/passwd", "http://169.254.169.254/")),

@@ -31,7 +31,7 @@ INFO = EngineInfo(
     max_logprobs=20,
     eos_token_ids=(0,),
 )
-OF_MODEL = {"model_name": "m", "engine": "0"}
+MODEL_LABELS = {"model_name": "m", "engine": "0"}
 TINY = frozenset({"model_name": "tiny", "engine": "0"}.items())
 
 
@@ -46,7 +46,7 @@ def read(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:
-    own = {} if name.startswith("http_") else OF_MODEL
+    own = {} if name.startswith("http_") else MODEL_LABELS
     name = name if name.startswith("http_") else f"quire:{name}"
     return read(metrics)[name, frozenset({**own, **labels}.items())]
 
@@ -195,7 +195,7 @@ def test_tokens_are_counted_as_they_arrive(metrics: Metrics) -> None:
     metrics.prompt_read(10, 4)
     for count in (1, 0, 3):
         metrics.tokens_generated(count)
-    for _ in range(2):  # rendering the page twice counts nothing twice
+    for _ in range(2):  # rendering the page twice does not count tokens twice
         assert value(metrics, "prompt_tokens_total") == 10
         assert value(metrics, "prompt_tokens_cached_total") == 4
         assert value(metrics, "generation_tokens_total") == 4
@@ -228,7 +228,7 @@ async def test_a_request_counts_its_tokens_before_it_ends(
     # A request that ends before its first output still counts its prompt.
     engine.ready = False
     assert (await client.post("/v1/completions", json=fields)).status_code == 503
-    assert totals() == [5, 6, 20]  # refused requests count nothing
+    assert totals() == [5, 6, 20]  # a refused request adds no tokens
     engine.ready, engine.hold = True, asyncio.Event()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):

@@ -16,7 +16,7 @@ from quire.server.text.tokenizer import Tokenizer
 from ..conftest import MakeClient, make_app
 from ..fakes import CHAT_TEMPLATE, IM_END, FakeEngineClient, byte_tokenizer, say
 from ..openai_http import CHAT, HI
-from .test_tool_calls import ARGUMENTS, CALL, TOOL, chat, refused
+from .test_tool_calls import ARGUMENTS, CALL, TOOL, chat, refusal
 
 OTHER = {"type": "function", "function": {"name": "other"}}
 OK = '{"city": "Ulm"}'
@@ -44,7 +44,7 @@ def accepts(tokenizer: Tokenizer, spec: GrammarSpec, text: str) -> bool:
     return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
 
 
-async def forced(
+async def forced_grammar(
     engine: FakeEngineClient, tokenizer: Tokenizer, format: str, **fields: Any
 ) -> GrammarSpec:
     engine.vocab_size = tokenizer.vocab_size
@@ -79,14 +79,14 @@ async def test_a_forced_call_is_in_the_models_format(
         frame.format(call.format("weathers", OK)),
         one + " So.",
     ]
-    grammar = await forced(engine, tokenizer, format, tool_choice="required")
+    grammar = await forced_grammar(engine, tokenizer, format, tool_choice="required")
     assert accepts(tokenizer, grammar, one) and accepts(tokenizer, grammar, two)
     assert not any(accepts(tokenizer, grammar, text) for text in wrong)
     fields = {"tool_choice": "required", "parallel_tool_calls": False}
-    grammar = await forced(engine, tokenizer, format, **fields)
+    grammar = await forced_grammar(engine, tokenizer, format, **fields)
     assert accepts(tokenizer, grammar, one) and not accepts(tokenizer, grammar, two)
     named = {"type": "function", "function": {"name": "weather"}}
-    grammar = await forced(engine, tokenizer, format, tool_choice=named)
+    grammar = await forced_grammar(engine, tokenizer, format, tool_choice=named)
     assert accepts(tokenizer, grammar, one)
     other = frame.format(call.format("other", "{}"))
     assert not accepts(tokenizer, grammar, other)
@@ -114,16 +114,16 @@ async def test_reasoning_may_precede_a_forced_call(
 ) -> None:
     call = HERMES_CALL.format("weather", OK)
     tokenizer = byte_tokenizer(CHAT_TEMPLATE, special)
-    grammar = await forced(engine, tokenizer, "hermes", tool_choice="required")
+    grammar = await forced_grammar(engine, tokenizer, "hermes", tool_choice="required")
     assert accepts(tokenizer, grammar, "<think>\nWhy < not?\n</think>\n\n" + call)
     assert accepts(tokenizer, grammar, call)
     assert not accepts(tokenizer, grammar, "Why\n</think>\n\n" + call)
     fields = {"tool_choice": "required", "reasoning_effort": "none"}
-    grammar = await forced(engine, tokenizer, "hermes", **fields)
+    grammar = await forced_grammar(engine, tokenizer, "hermes", **fields)
     assert accepts(tokenizer, grammar, call)
     opened = CHAT_TEMPLATE.removesuffix("{% endif %}") + "<think>\n{% endif %}"
     tokenizer = byte_tokenizer(opened, special)
-    grammar = await forced(engine, tokenizer, "hermes", tool_choice="required")
+    grammar = await forced_grammar(engine, tokenizer, "hermes", tool_choice="required")
     assert accepts(tokenizer, grammar, "Why\n</think>\n\n" + call)
     assert not accepts(tokenizer, grammar, call)
 
@@ -147,15 +147,15 @@ async def test_calls_that_cannot_be_forced_are_refused(
     client = make_client(tool_call_parser="hermes")
     bad = {"type": "object", "properties": {"a": {"$ref": "http://x/y"}}}
     tool = {"type": "function", "function": {"name": "f", "parameters": bad}}
-    param, _ = await refused(client, tools=[tool], tool_choice="required")
+    param, _ = await refusal(client, tools=[tool], tool_choice="required")
     assert param == "tool_choice"
     big = {"type": "object", "description": "x" * 70_000}
     tool = {"type": "function", "function": {"name": "f", "parameters": big}}
     # The schema is also too long for the prompt, but the grammar's error comes first.
     engine.max_model_len = engine.num_blocks = 100_000
-    param, message = await refused(client, tools=[tool], tool_choice="required")
+    param, message = await refusal(client, tools=[tool], tool_choice="required")
     assert param == "tool_choice" and "65536 bytes" in message
     client = make_client(tool_call_parser="pythonic")
-    param, message = await refused(client, tools=[TOOL], tool_choice="required")
+    param, message = await refusal(client, tools=[TOOL], tool_choice="required")
     assert param == "tool_choice" and "format" in message
     assert not engine.requests

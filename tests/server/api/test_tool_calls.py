@@ -46,7 +46,7 @@ async def chat(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     return choice
 
 
-async def refused(client: httpx.AsyncClient, **fields: Any) -> tuple[str, str]:
+async def refusal(client: httpx.AsyncClient, **fields: Any) -> tuple[str, str]:
     response = await client.post(CHAT, json={**HI, **fields})
     assert response.status_code == 400, response.text
     error = response.json()["error"]
@@ -250,14 +250,14 @@ async def test_logprobs_of_held_back_text_are_not_lost(
 async def test_tools_and_effort_that_cannot_be_served_are_refused(
     engine: FakeEngineClient, make_client: MakeClient
 ) -> None:
-    param, message = await refused(make_client(tool_call_parser="none"), tools=[TOOL])
+    param, message = await refusal(make_client(tool_call_parser="none"), tools=[TOOL])
     assert param == "tools" and "--tool-call-parser" in message
     app = make_app(engine, byte_tokenizer("{{ messages }}"), tool_call_parser="hermes")
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
-        param, message = await refused(client, tools=[TOOL])
+        param, message = await refusal(client, tools=[TOOL])
         assert (param, message) == ("tools", "the chat template does not read tools")
-        param, message = await refused(client, reasoning_effort="low")
+        param, message = await refusal(client, reasoning_effort="low")
         assert param == "reasoning_effort"
         await chat(client, reasoning_effort="none")
     assert not engine.requests[1:]

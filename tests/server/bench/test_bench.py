@@ -34,19 +34,19 @@ def parse(*flags: str) -> Any:
     return arguments
 
 
-async def bench(server: FakeServer, *flags: str) -> tuple[BenchResult, RunRecords]:
+async def run_bench(server: FakeServer, *flags: str) -> tuple[BenchResult, RunRecords]:
     few = () if "--num-warmups" in flags else ("--num-warmups", "0")
     lengths = () if "--trace-file" in flags else ("--random-input-len", "8")
     return await measure(parse("--base-url", server.url, *few, *lengths, *flags))
 
 
-def late(*expected: float) -> Any:
+def about(*expected: float) -> Any:
     """Expect these times, at most SLACK late and never early."""
     return pytest.approx([time + SLACK / 2 for time in expected], abs=SLACK / 2 + 0.002)
 
 
-async def run_of(server: FakeServer, *flags: str) -> RunReport:
-    (run,) = (await bench(server, *flags))[0].runs
+async def measure_one_run(server: FakeServer, *flags: str) -> RunReport:
+    (run,) = (await run_bench(server, *flags))[0].runs
     return run
 
 
@@ -57,10 +57,10 @@ async def run_of(server: FakeServer, *flags: str) -> RunReport:
 async def test_measured_latencies_are_the_scripted_delays(endpoint: str) -> None:
     async with fake_server(script=lambda _: Answer((0.2, 0.1, 0.3))) as server:
         flags = ("--num-prompts", "3", "--random-output-len", "3", "--endpoint", endpoint)
-        _, records = await bench(server, *flags)
+        _, records = await run_bench(server, *flags)
     for record in records.records:
         assert record.error is None
-        assert [record.ttft, record.e2e] == late(0.2, 0.6)
+        assert [record.ttft, record.e2e] == about(0.2, 0.6)
         assert record.itls == pytest.approx([0.1, 0.3], abs=SLACK)
         assert record.tpot == pytest.approx(0.2, abs=SLACK)
         assert (record.prompt_tokens, record.output_tokens, record.cached_tokens) == (10, 3, 4)
@@ -79,7 +79,7 @@ async def test_failures_are_counted_by_kind() -> None:
         Answer(output_tokens=1),
     ]
     async with fake_server(script=lambda number: answers[number]) as server:
-        run = await run_of(
+        run = await measure_one_run(
             server, "--num-prompts", "7", "--random-output-len", "2", "--request-timeout", "0.5"
         )
     assert run.completed == 2 and run.wrong_lengths == 1
@@ -97,14 +97,14 @@ async def test_an_unreachable_server_is_an_error() -> None:
     async with fake_server() as server:
         pass
     with pytest.raises(StartupError, match="does not answer"):
-        await bench(server)
+        await run_bench(server)
     with pytest.raises(StartupError, match="does not answer"):
-        await bench(server, "--model", "m", "--vocab-size", "9")
+        await run_bench(server, "--model", "m", "--vocab-size", "9")
 
 
 async def test_max_concurrency_is_respected() -> None:
     async with fake_server(script=lambda _: Answer((0.05, 0.0))) as server:
-        run = await run_of(server, "--num-prompts", "9", "--max-concurrency", "3")
+        run = await measure_one_run(server, "--num-prompts", "9", "--max-concurrency", "3")
         assert run.peak_concurrency == 3 and run.completed == 9
         # The connection that asked for models and counters is reused.
         assert server.connections == 3
@@ -113,10 +113,10 @@ async def test_max_concurrency_is_respected() -> None:
 async def test_requests_are_sent_at_the_seeded_times() -> None:
     async with fake_server() as server:
         flags = ("--num-prompts", "6", "--request-rate", "10", "--seed", "5")
-        await bench(server, *flags)
+        await run_bench(server, *flags)
         first = [time - server.times[0] for time in server.times]
         server.times.clear()
-        await bench(server, *flags)
+        await run_bench(server, *flags)
         second = [time - server.times[0] for time in server.times]
     assert first == pytest.approx(second, abs=SLACK)
     assert all(after >= before for before, after in pairwise(first)) and first[-1] > 0.1
@@ -124,10 +124,10 @@ async def test_requests_are_sent_at_the_seeded_times() -> None:
 
 async def test_a_kept_connection_that_the_server_closed_is_no_error() -> None:
     async with fake_server(drop_idle=True) as server:
-        run = await run_of(server, "--num-prompts", "4", "--max-concurrency", "1")
+        run = await measure_one_run(server, "--num-prompts", "4", "--max-concurrency", "1")
         assert run.completed == 4 and run.errors == {}
     async with fake_server(script=lambda _: Answer(close=True)) as server:
-        assert (await run_of(server, "--num-prompts", "3")).completed == 3
+        assert (await measure_one_run(server, "--num-prompts", "3")).completed == 3
 
 
 # -- requests --------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ async def test_a_kept_connection_that_the_server_closed_is_no_error() -> None:
 async def test_completion_prompts_are_token_ids_of_the_vocabulary() -> None:
     async with fake_server() as server:
         server.gets["/tokenizer_info"] = {"vocab_size": 50}
-        await bench(server, "--num-prompts", "2", "--random-output-len", "5")
+        await run_bench(server, "--num-prompts", "2", "--random-output-len", "5")
     for body in server.bodies:
         assert len(body.pop("prompt")) == 8
         assert body == {
@@ -153,7 +153,7 @@ async def test_chat_prompts_are_words_and_n_is_sent() -> None:
     async with fake_server() as server:
         server.gets["/tokenizer_info"] = {"vocab_size": 50}
         flags = ("--dataset-name", "n-sampling", "--n", "3", "--no-ignore-eos")
-        run = await run_of(
+        run = await measure_one_run(
             server, *flags, "--num-prompts", "2", "--random-output-len", "5",
             "--endpoint", "/v1/chat/completions",
         )  # fmt: skip
@@ -168,14 +168,16 @@ async def test_prompts_are_words_if_the_vocabulary_is_unknown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     async with fake_server() as server:
-        await bench(server, "--num-prompts", "1")
+        await run_bench(server, "--num-prompts", "1")
     assert len(server.bodies[0]["prompt"].split()) == 8
     assert "random words" in capsys.readouterr().out
 
 
 async def test_warm_ups_use_other_prompts_and_are_not_measured() -> None:
     async with fake_server(gets={"/v1/models": {"data": [{"id": "m"}]}}) as server:
-        run = await run_of(server, "--num-prompts", "2", "--num-warmups", "3", "--vocab-size", "99")
+        run = await measure_one_run(
+            server, "--num-prompts", "2", "--num-warmups", "3", "--vocab-size", "99"
+        )
     assert run.num_requests == 2 and len(server.bodies) == 5
     assert len({tuple(body["prompt"]) for body in server.bodies}) == 5
 
@@ -183,7 +185,7 @@ async def test_warm_ups_use_other_prompts_and_are_not_measured() -> None:
 async def test_a_failing_warm_up_stops_the_run() -> None:
     async with fake_server(script=lambda _: Answer(status=400)) as server:
         with pytest.raises(StartupError, match="http_400: no"):
-            await bench(server, "--num-prompts", "2", "--num-warmups", "1")
+            await run_bench(server, "--num-prompts", "2", "--num-warmups", "1")
     assert len(server.bodies) == 1
 
 
@@ -194,9 +196,9 @@ async def test_a_trace_is_replayed(tmp_path: Path) -> None:
     file.write_text("\n".join(map(json.dumps, lines)))
     flags = ("--dataset-name", "trace", "--trace-file", str(file), "--vocab-size", "9")
     async with fake_server() as server:
-        await bench(server, *flags)
+        await run_bench(server, *flags)
         with pytest.raises(ConfigurationError, match="arrivals of its own"):
-            await bench(server, *flags, "--request-rate", "2")
+            await run_bench(server, *flags, "--request-rate", "2")
     first, second = server.bodies
     assert first["prompt"] == "a b" and len(second["prompt"]) == 3
     assert (first["max_tokens"], second["max_tokens"]) == (2, 4) and "ignore_eos" not in first
@@ -206,7 +208,7 @@ async def test_a_trace_is_replayed(tmp_path: Path) -> None:
 async def test_the_key_is_sent_and_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     async with fake_server() as server:
-        result, _ = await bench(server, "--num-prompts", "1")
+        result, _ = await run_bench(server, "--num-prompts", "1")
     assert all("authorization: bearer secret-key" in head.lower() for head in server.heads)
     assert b"secret-key" not in msgspec.json.encode(result)
     assert not any("accept-encoding" in head.lower() for head in server.heads)
@@ -215,7 +217,7 @@ async def test_the_key_is_sent_and_not_saved(monkeypatch: pytest.MonkeyPatch) ->
 async def test_base_url_may_end_with_v1() -> None:
     async with fake_server() as server:
         server.url += "/v1/"
-        assert (await run_of(server, "--num-prompts", "1")).completed == 1
+        assert (await measure_one_run(server, "--num-prompts", "1")).completed == 1
 
 
 # -- the files -------------------------------------------------------------------------------
@@ -301,7 +303,7 @@ def test_ticks_are_round_and_reach_the_highest(high: float, expected: list[float
 
 async def test_curves_stay_within_their_panels() -> None:
     async with fake_server(script=lambda n: Answer((0.01 * n, 0.01))) as server:
-        _, records = await bench(server, "--num-prompts", "5")
+        _, records = await run_bench(server, "--num-prompts", "5")
     drawn = ElementTree.fromstring(render_svg(run_panels(records)))
     for line in drawn.findall(".//{*}polyline"):
         for point in line.attrib["points"].split():

@@ -43,7 +43,7 @@ def assert_refused(
     assert response.headers["x-request-id"]
 
 
-def anonymous(message: dict[str, Any]) -> dict[str, Any]:
+def without_ids(message: dict[str, Any]) -> dict[str, Any]:
     content = [
         {key: value for key, value in block.items() if key != "id"} for block in message["content"]
     ]
@@ -167,7 +167,7 @@ async def test_a_stream_adds_up_to_the_whole_answer(
             block["input"] = json.loads(arguments)
         message["content"].append(block)
     message |= {**events[-2]["delta"], "usage": events[-2]["usage"]}
-    assert anonymous(message) == anonymous(whole)
+    assert without_ids(message) == without_ids(whole)
 
 
 async def test_tool_choice_thinking_and_formats_reach_the_chat(
@@ -352,5 +352,5 @@ async def test_the_sdk_accumulates_a_stream(
     for part in parts:
         for block in part["content"]:  # type: ignore[attr-defined]
             block.pop("parsed_output", None)
-    assert anonymous(parts[0]) == anonymous(parts[1])
+    assert without_ids(parts[0]) == without_ids(parts[1])
     assert final.content[1].type == "tool_use" and final.content[1].input == {"city": "Zürich 🎉"}

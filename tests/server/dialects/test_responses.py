@@ -33,13 +33,13 @@ API = Dialect(PATH, HI, Response, TypeAdapter(ResponseStreamEvent))
 create, stream, events_of = API.create, API.stream, API.events_of
 
 
-def anonymous(value: Any) -> Any:
+def without_ids(value: Any) -> Any:
     """Remove ids, times and the fields that the SDK adds from a response."""
     if isinstance(value, dict):
         ids = ("id", "item_id", "call_id", "created_at", "completed_at")
         added = ("parsed", "parsed_arguments")
-        return {key: anonymous(item) for key, item in value.items() if key not in ids + added}
-    return [anonymous(item) for item in value] if isinstance(value, list) else value
+        return {key: without_ids(item) for key, item in value.items() if key not in ids + added}
+    return [without_ids(item) for item in value] if isinstance(value, list) else value
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ async def test_a_stream_adds_up_to_the_whole_answer(
     assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
     last = events[-1]
     assert last["type"] == f"response.{last['response']['status']}"
-    assert anonymous(last["response"]) == anonymous(whole)
+    assert without_ids(last["response"]) == without_ids(whole)
     for index, item in enumerate(last["response"]["output"]):
         of_item = [event for event in events if event.get("output_index") == index]
         assert of_item[0]["type"] == "response.output_item.added"
@@ -358,8 +358,8 @@ async def test_the_sdk_accumulates_a_stream(
         final = await events.get_final_response()
     assert snapshots[-1] == ARGUMENTS
     assert final.output_text == whole.output_text == "Let me see."
-    streamed = anonymous(final.to_dict(mode="json")["output"])
-    assert streamed == anonymous(whole.to_dict(mode="json")["output"])
+    streamed = without_ids(final.to_dict(mode="json")["output"])
+    assert streamed == without_ids(whole.to_dict(mode="json")["output"])
     assert final.usage == whole.usage
 
 

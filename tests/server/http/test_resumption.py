@@ -27,7 +27,7 @@ HI: dict[str, Any] = {
     "stream": True,
     "stream_options": {"include_usage": True},
 }
-ASK = {"x-quire-resumable": "1"}
+RESUMABLE = {"x-quire-resumable": "1"}
 
 
 class Event:
@@ -48,7 +48,7 @@ def registry_of(client: httpx.AsyncClient) -> StreamRegistry:
     return registry
 
 
-class Opened:
+class RawConnection:
     """A raw ASGI connection that can disconnect at any time, unlike one of httpx's transport."""
 
     def __init__(self, app: Any, path: str, body: Any = None, **headers: str) -> None:
@@ -85,13 +85,13 @@ class Opened:
     def text(self) -> str:
         return b"".join(self.parts).decode()
 
-    async def until(self, count: int) -> list[Event]:
+    async def wait_for_events(self, count: int) -> list[Event]:
         async with asyncio.timeout(5):
             while len(parse(self.text)) < count:
                 await asyncio.sleep(0.001)
         return parse(self.text)
 
-    async def leave(self) -> None:
+    async def disconnect(self) -> None:
         self._gone.set()
         await asyncio.wait_for(self.task, 5)
 
@@ -106,9 +106,9 @@ async def test_a_stream_resumes_after_the_last_event_received(
     make_client: MakeClient, slow: FakeEngineClient
 ) -> None:
     client = make_client()
-    first = Opened(client.app, CHAT, {**HI, "n": 3}, **ASK)  # type: ignore[attr-defined]
-    await first.until(8)
-    await first.leave()
+    first = RawConnection(client.app, CHAT, {**HI, "n": 3}, **RESUMABLE)  # type: ignore[attr-defined]
+    await first.wait_for_events(8)
+    await first.disconnect()
     seen = parse(first.text)
     stream_id = first.headers["x-quire-stream-id"]
     assert {event.stream_id for event in seen} == {stream_id}
@@ -142,9 +142,9 @@ async def test_a_stream_without_a_reader_runs_until_its_ttl_ends(
     engine.scripts = say("x" * 400, delay=0.01)
     client = make_client(stream_resume_ttl=0.15)
     body = {"prompt": "a", "stream": True, "max_tokens": 400}
-    first = Opened(client.app, "/v1/completions", body, **ASK)  # type: ignore[attr-defined]
-    await first.until(2)
-    await first.leave()
+    first = RawConnection(client.app, "/v1/completions", body, **RESUMABLE)  # type: ignore[attr-defined]
+    await first.wait_for_events(2)
+    await first.disconnect()
     stream_id = first.headers["x-quire-stream-id"]
     await asyncio.sleep(0.08)
     assert engine.running
@@ -166,11 +166,11 @@ async def test_a_stream_without_a_reader_runs_until_its_ttl_ends(
 async def test_without_the_header_a_disconnect_aborts_and_events_have_no_id(
     client: httpx.AsyncClient, slow: FakeEngineClient
 ) -> None:
-    first = Opened(client.app, CHAT, HI)  # type: ignore[attr-defined]
+    first = RawConnection(client.app, CHAT, HI)  # type: ignore[attr-defined]
     async with asyncio.timeout(5):
         while not first.text:
             await asyncio.sleep(0.001)
-    await first.leave()
+    await first.disconnect()
     assert not slow.running
     assert {request_id for request_id, _ in slow.aborted} == {slow.requests[0].request_id}
     assert "id: " not in first.text
@@ -182,11 +182,11 @@ async def test_a_disconnect_before_the_id_is_sent_aborts(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.hold = asyncio.Event()
-    first = Opened(client.app, CHAT, HI, **ASK)  # type: ignore[attr-defined]
+    first = RawConnection(client.app, CHAT, HI, **RESUMABLE)  # type: ignore[attr-defined]
     async with asyncio.timeout(5):
         while not engine.running:
             await asyncio.sleep(0.001)
-    await first.leave()
+    await first.disconnect()
     assert len(registry_of(client)) == 0
     await asyncio.sleep(0.01)
     assert not engine.running
@@ -195,8 +195,8 @@ async def test_a_disconnect_before_the_id_is_sent_aborts(
 async def test_a_second_connection_takes_over(
     client: httpx.AsyncClient, slow: FakeEngineClient
 ) -> None:
-    first = Opened(client.app, CHAT, HI, **ASK)  # type: ignore[attr-defined]
-    seen = await first.until(3)
+    first = RawConnection(client.app, CHAT, HI, **RESUMABLE)  # type: ignore[attr-defined]
+    seen = await first.wait_for_events(3)
     url = f"/v1/streams/{first.headers['x-quire-stream-id']}"
     second = await client.get(url, headers={"last-event-id": seen[0].id})
     await asyncio.wait_for(first.task, 5)
@@ -210,8 +210,8 @@ async def test_a_second_connection_takes_over(
 async def test_deleting_a_stream_aborts_it(
     client: httpx.AsyncClient, slow: FakeEngineClient
 ) -> None:
-    first = Opened(client.app, CHAT, HI, **ASK)  # type: ignore[attr-defined]
-    await first.until(2)
+    first = RawConnection(client.app, CHAT, HI, **RESUMABLE)  # type: ignore[attr-defined]
+    await first.wait_for_events(2)
     url = f"/v1/streams/{first.headers['x-quire-stream-id']}"
     assert (await client.delete(url)).json()["deleted"] is True
     await asyncio.wait_for(first.task, 5)
@@ -223,7 +223,7 @@ async def test_deleting_a_stream_aborts_it(
 async def test_streams_belong_to_their_key(make_client: MakeClient, slow: FakeEngineClient) -> None:
     client = make_client(api_key=("one", "two"))
     mine, other = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
-    answer = await client.post(CHAT, json=HI, headers={**ASK, **mine})
+    answer = await client.post(CHAT, json=HI, headers={**RESUMABLE, **mine})
     url = f"/v1/streams/{answer.headers['x-quire-stream-id']}"
     assert (await client.get(url, headers=mine)).status_code == 200
     for method in ("GET", "DELETE"):
@@ -236,7 +236,7 @@ async def test_streams_belong_to_their_key(make_client: MakeClient, slow: FakeEn
 
 @pytest.mark.parametrize("last", ["", "x", "{id}-999", "{id}--1", "{id}-²", "other-0"])
 async def test_a_wrong_event_id_is_400(client: httpx.AsyncClient, last: str) -> None:
-    answer = await client.post(CHAT, json=HI, headers=ASK)
+    answer = await client.post(CHAT, json=HI, headers=RESUMABLE)
     stream_id = answer.headers["x-quire-stream-id"]
     headers = {"last-event-id": last.format(id=stream_id).encode()}
     refused = await client.get(f"/v1/streams/{stream_id}", headers=headers)
@@ -263,10 +263,10 @@ async def test_failures_have_a_status_before_the_first_event_and_an_event_after_
 ) -> None:
     error = RowError("non_finite_logits", "NaN")
     engine.scripts = lambda request, choice: Script([], finish="error", error=error)
-    answer = await client.post(CHAT, json=HI, headers=ASK)
+    answer = await client.post(CHAT, json=HI, headers=RESUMABLE)
     assert answer.status_code == 500
     engine.scripts = lambda request, choice: Script(ids("ab"), finish="error", error=error)
-    answer = await client.post(CHAT, json=HI, headers=ASK)
+    answer = await client.post(CHAT, json=HI, headers=RESUMABLE)
     *_, failure, done = parse(answer.text)
     assert json.loads(failure.data)["error"]["code"] == "non_finite_logits"
     assert done.data == "[DONE]"
@@ -276,7 +276,7 @@ async def test_failures_have_a_status_before_the_first_event_and_an_event_after_
 async def test_the_sdk_reads_a_resumable_stream(client: httpx.AsyncClient) -> None:
     sdk = openai.AsyncOpenAI(base_url="http://quire/v1", api_key="x", http_client=client)
     messages: Any = HI["messages"]
-    for headers in ({}, ASK):
+    for headers in ({}, RESUMABLE):
         stream = await sdk.chat.completions.create(
             model=MODEL, messages=messages, stream=True, extra_headers=headers
         )

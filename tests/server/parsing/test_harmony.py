@@ -19,7 +19,7 @@ from quire.server.parsing.message_parser import MessageFormat, MessageParser
 from quire.server.settings import load_settings
 from quire.server.text.tokenizer import Tokenizer
 
-from ..api.test_forced_calls import OTHER, accepts, forced
+from ..api.test_forced_calls import OTHER, accepts, forced_grammar
 from ..api.test_tool_calls import TOOL, chat
 from ..conftest import make_app
 from ..fakes import FakeEngineClient, Script, byte_tokenizer, prompt_text
@@ -125,7 +125,7 @@ def parse(*pieces: str, prompt_end: str = ASSISTANT, tools: tuple[str, ...] = TO
     return message
 
 
-def same_however_cut(text: str, prompt_end: str, rng: random.Random, times: int) -> None:
+def assert_same_however_cut(text: str, prompt_end: str, rng: random.Random, times: int) -> None:
     whole = parse(text, prompt_end=prompt_end)
     assert parse(*text, prompt_end=prompt_end) == whole
     for _ in range(times):
@@ -140,7 +140,7 @@ def test_samples(sample: Sample) -> None:
     assert calls_of(read_back) == list(sample.calls)
     rng = random.Random(sample.text)
     for length in range(len(sample.text) + 1):
-        same_however_cut(sample.text[:length], sample.prompt_end, rng, 2)
+        assert_same_however_cut(sample.text[:length], sample.prompt_end, rng, 2)
 
 
 FRAGMENTS = st.sampled_from(
@@ -154,7 +154,7 @@ FRAGMENTS = st.sampled_from(
 def test_any_text_parses_the_same_however_it_is_cut(
     fragments: list[str], rng: random.Random
 ) -> None:
-    same_however_cut("".join(fragments), ASSISTANT, rng, 3)
+    assert_same_however_cut("".join(fragments), ASSISTANT, rng, 3)
 
 
 @given(st.dictionaries(st.text(max_size=5), st.text(max_size=8) | st.integers()), st.randoms())
@@ -323,7 +323,7 @@ async def test_an_answer_that_is_continued(
 async def test_forced_calls(engine: FakeEngineClient, special: tuple[str, ...]) -> None:
     tokenizer = byte_tokenizer(TEMPLATE, special)
     ok = call("weather", '{"city": "Ulm"}', "")
-    grammar = await forced(engine, tokenizer, "openai", tool_choice="required")
+    grammar = await forced_grammar(engine, tokenizer, "openai", tool_choice="required")
     for text in (ok, call("other", "{}", ""), WHY + ASSISTANT + ok):
         assert accepts(tokenizer, grammar, text)
     wrong = [
@@ -337,12 +337,12 @@ async def test_forced_calls(engine: FakeEngineClient, special: tuple[str, ...]) 
     ]
     assert not any(accepts(tokenizer, grammar, text) for text in wrong)
     named = {"type": "function", "function": {"name": "weather"}}
-    grammar = await forced(engine, tokenizer, "openai", tool_choice=named)
+    grammar = await forced_grammar(engine, tokenizer, "openai", tool_choice=named)
     assert accepts(tokenizer, grammar, ok)
     assert not accepts(tokenizer, grammar, call("other", "{}", ""))
     begun = {"role": "assistant", "content": "I think that"}
     fields = {"messages": [*HI["messages"], begun], "continue_final_message": True}
-    grammar = await forced(engine, tokenizer, "openai", tool_choice=named, **fields)
+    grammar = await forced_grammar(engine, tokenizer, "openai", tool_choice=named, **fields)
     assert accepts(tokenizer, grammar, "<|end|>" + ASSISTANT + ok)
     format = MessageFormat("openai", "openai_gptoss")
     parser = format.parser(

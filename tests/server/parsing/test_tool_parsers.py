@@ -247,7 +247,7 @@ def parse(format: str, *pieces: str) -> tuple[str | None, Calls]:
     return message["content"], calls_of(message)
 
 
-def same_however_cut(format: str, text: str, rng: random.Random, times: int) -> None:
+def assert_same_however_cut(format: str, text: str, rng: random.Random, times: int) -> None:
     whole = parse(format, text)
     assert parse(format, *text) == whole
     for _ in range(times):
@@ -260,7 +260,7 @@ def same_however_cut(format: str, text: str, rng: random.Random, times: int) -> 
 def test_samples(sample: Sample) -> None:
     expected = (sample.content, sample.calls)
     assert parse(sample.format, sample.text) == expected
-    same_however_cut(sample.format, sample.text, random.Random(sample.text), 10)
+    assert_same_however_cut(sample.format, sample.text, random.Random(sample.text), 10)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_samples_that_break_off_anywhere(sample: Sample) -> None:
     calls = sample.calls
     for length in range(len(sample.text)):
         text = sample.text[:length]
-        same_however_cut(sample.format, text, rng, 1)
+        assert_same_however_cut(sample.format, text, rng, 1)
         content, begun = parse(sample.format, text)
         if not begun:
             assert (content or "") == text
@@ -296,7 +296,7 @@ def test_any_text_parses_the_same_however_it_is_cut(
     format: str, fragments: list[str], rng: random.Random
 ) -> None:
     text = "".join(fragments)
-    same_however_cut(format, text, rng, 3)
+    assert_same_however_cut(format, text, rng, 3)
     content, calls = parse(format, text)
     if not calls and format != "openai":  # in harmony, control tokens are never part of the content
         assert (content or "") == text

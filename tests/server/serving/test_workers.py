@@ -26,12 +26,12 @@ from ..test_cli import SLOW, Server, assert_error_and_done, launch
 
 WORKERS = 2
 RESUMABLE = {"x-quire-resumable": "1"}
-TWO = ("--http-workers", str(WORKERS))
+TWO_WORKERS = ("--http-workers", str(WORKERS))
 
 
 @contextlib.contextmanager
 def serving(*flags: str) -> Iterator[Server]:
-    with launch(*TWO, *flags, core="build_slow_chat_core") as process:
+    with launch(*TWO_WORKERS, *flags, core="build_slow_chat_core") as process:
         server = Server(process)
         with server.http:
             yield server
@@ -239,7 +239,8 @@ def test_a_killed_worker_ends_only_its_own_requests_and_is_replaced(server: Serv
         assert running(server) == 2
         workers = workers_of(server)
         workers[0].kill()
-        until(lambda: any_survivor(server) == 1, 2.0)  # the engine has aborted that one only
+        # The engine aborts the request of the killed worker only.
+        until(lambda: running_on_new_connection(server) == 1, 2.0)
         ends = []
         for lines in streams:
             try:
@@ -254,7 +255,7 @@ def test_a_killed_worker_ends_only_its_own_requests_and_is_replaced(server: Serv
         assert (loads["num_queued"], loads["num_running"], loads["queued_tokens"]) == (0, 0, 0)
 
 
-def any_survivor(server: Server) -> int:
+def running_on_new_connection(server: Server) -> int:
     """Count running sequences over a new connection, since the old one may be dead."""
     with httpx.Client(base_url=server.http.base_url) as client:
         try:
@@ -319,7 +320,7 @@ def test_all_processes_end_with_the_main_process(
     ],
 )
 def test_a_failed_start_is_one_line(core: str, flags: tuple[str, ...], message: str) -> None:
-    with launch(*TWO, *flags, core=core) as process:
+    with launch(*TWO_WORKERS, *flags, core=core) as process:
         _, stderr = process.communicate(timeout=100)
     assert process.returncode == 1
     assert stderr.splitlines()[-1].startswith(message)
