@@ -77,7 +77,9 @@ async def test_each_key_has_its_own_responses(make_client: MakeClient) -> None:
     assert (await client.get(url, headers={"x-api-key": "one"})).json() == answer
 
 
-async def until(client: httpx.AsyncClient, response_id: str, *statuses: str) -> dict[str, Any]:
+async def wait_for_status(
+    client: httpx.AsyncClient, response_id: str, *statuses: str
+) -> dict[str, Any]:
     """Poll a response until it has one of these statuses; return it."""
     async with asyncio.timeout(3):
         while True:
@@ -94,12 +96,12 @@ async def test_a_background_response_is_queued_runs_and_completes(
     engine.hold = asyncio.Event()
     queued = await create(client, background=True)
     assert (queued["status"], queued["background"]) == ("queued", True)
-    running = await until(client, queued["id"], "in_progress")
+    running = await wait_for_status(client, queued["id"], "in_progress")
     assert running["output"] == []
     follow = {**HI, "previous_response_id": queued["id"]}
     assert_error(await client.post(PATH, json=follow), 400, "invalid_value", "previous_response_id")
     engine.hold.set()
-    done = await until(client, queued["id"], "completed")
+    done = await wait_for_status(client, queued["id"], "completed")
     assert done["output"][0]["content"][0]["text"] == "Hello, world"
     assert (await client.post(f"{PATH}/{queued['id']}/cancel")).json() == done
     assert_nothing_runs(client, engine)
@@ -111,7 +113,7 @@ async def test_cancelling_a_background_response_aborts_it(
     engine.scripts = say("x" * 300, delay=0.01)
     first = await create(client, background=True)
     second = await create(client, background=True)
-    await until(client, first["id"], "in_progress")
+    await wait_for_status(client, first["id"], "in_progress")
     response = await client.post(f"{PATH}/{first['id']}/cancel")
     assert response.json()["status"] == "cancelled"
     Response.model_validate(response.json())
@@ -132,11 +134,11 @@ async def test_failures_of_background_responses(
         ids("ab"), finish="error", error=RowError("step_failed", "why")
     )
     answer = await create(client, background=True)
-    failed = await until(client, answer["id"], "failed")
+    failed = await wait_for_status(client, answer["id"], "failed")
     assert failed["error"]["message"] == "step_failed: why"
     engine.scripts = say("x", delay=5)
     answer = await create(client, background=True, timeout=0.05)
-    failed = await until(client, answer["id"], "failed")
+    failed = await wait_for_status(client, answer["id"], "failed")
     assert failed["error"]["message"].startswith("request_timeout")
     assert not engine.running
     engine.ready = False
@@ -149,7 +151,7 @@ async def test_stopping_the_server_cancels_background_responses(
 ) -> None:
     engine.scripts = say("x" * 300, delay=0.01)
     answer = await create(client, background=True)
-    await until(client, answer["id"], "in_progress")
+    await wait_for_status(client, answer["id"], "in_progress")
     await client.app.state.quire.responses.close()  # type: ignore[attr-defined]
     assert not engine.running
     assert (await client.get(f"{PATH}/{answer['id']}")).json()["status"] == "cancelled"
