@@ -1,4 +1,4 @@
-# The variant of PyTorch decides what the image runs on: cpu, or a CUDA release such as cu130.
+# TORCH_VARIANT selects the PyTorch build: cpu, or a CUDA release such as cu130.
 #   docker build -t quire .
 #   docker build -t quire:cuda --build-arg TORCH_VARIANT=cu130 .
 ARG PYTHON_VERSION=3.12
@@ -11,9 +11,9 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=/build/con
 WORKDIR /build
 RUN python -m venv /opt/quire
 COPY configs/constraints.txt configs/
-# Alone, so that nothing else is taken from that index; the next step brings its dependencies.
+# Install only torch from this index; the next step installs its dependencies.
 RUN /opt/quire/bin/pip install --no-deps --index-url "${TORCH_INDEX}/${TORCH_VARIANT}" torch
-# Dependencies before the sources: an edit of the code does not fetch them again.
+# Install dependencies before copying the sources, so that a code change does not reinstall them.
 COPY pyproject.toml ./
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
     && /opt/quire/bin/pip install -r requirements.txt
@@ -26,7 +26,7 @@ RUN /opt/quire/bin/pip install --no-deps .
 
 FROM python:${PYTHON_VERSION}-slim AS runtime
 ARG TORCH_VARIANT
-# Triton compiles a small launcher for every kernel when it first runs.
+# Triton needs a C compiler: it builds a small launcher for every kernel on its first run.
 # hadolint ignore=DL3008
 RUN if [ "${TORCH_VARIANT}" != cpu ]; then \
         apt-get update \
@@ -36,8 +36,8 @@ RUN if [ "${TORCH_VARIANT}" != cpu ]; then \
 RUN useradd --create-home --uid 10001 --user-group quire \
     && install --directory --owner=quire --group=quire /home/quire/.cache /home/quire/.cache/huggingface
 COPY --from=build /opt/quire /opt/quire
-# OpenMP threads that spin between parallel regions starve the HTTP process beside them. Their
-# number is left to the engine, which counts physical cores and heeds the container's CPU quota.
+# OpenMP threads that spin between parallel regions would starve the HTTP process. The engine sets
+# their number, from the physical cores and the container's CPU quota.
 ENV PATH=/opt/quire/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     OMP_WAIT_POLICY=passive \
@@ -46,7 +46,7 @@ ENV PATH=/opt/quire/bin:$PATH \
 USER 10001:10001
 WORKDIR /home/quire
 EXPOSE 8000
-# Alive while it loads as well; /ready tells when it serves. Set the port by QUIRE_PORT, not --port.
+# /health is 200 while the model loads, too. Set the port with QUIRE_PORT, not with --port.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('QUIRE_PORT') or 8000}/health\", timeout=4)"]
 ENTRYPOINT ["quire"]

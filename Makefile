@@ -1,12 +1,12 @@
-# Two commands do everything: `make serve` and `make test`. Both create .venv when it is missing.
+# `make serve` and `make test` are the main commands. Both create .venv if it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := configs/constraints.txt
-# Installed is what this stamp is newer than; nothing is reinstalled while it is.
+# Packages are installed only if pyproject.toml or the constraints are newer than this file.
 STAMP := $(VENV)/.installed
 
-# Clients that cannot share .venv; npm writes the lock file into its folder when it has installed.
+# Clients that cannot share .venv. npm writes NODE_STAMP when it has installed the packages.
 CLIENTS := tests/clients
 CLIENTS_VENV := .venv-clients
 CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
@@ -28,16 +28,18 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 serve: $(STAMP)
 	$(BIN)/quire serve $(MODEL) $(ARGS)
 
-# Files go to two processes, so that each keeps the servers that its tests share; as collected, since
-# else those of one long test come last, when one process has nothing left. Generated requests are many
-# tests of one name, of which these would run one.
+# Two processes share the work by file, so that tests of one file share its servers. Files keep their
+# order: by default, xdist would run files with few tests last, and a single long test would keep one
+# process busy while the other is idle. The fuzz tests run on their own, since hundreds of generated
+# tests have one name, of which xdist would run only one.
 FUZZ := tests/server/test_fuzz.py
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore $(FUZZ)
 	$(BIN)/pytest $(FUZZ)
 
-# Every client of docs/api.md against a running server. The first half runs with the test extra, the
-# second with the clients' own packages, whose warnings are theirs. LiteLLM is told not to ask GitHub.
+# Run every client of docs/api.md against a server. The first half runs in .venv, the second in the
+# clients' own environment, whose warnings are not errors. LITELLM_LOCAL_MODEL_COST_MAP keeps LiteLLM
+# from downloading a list of models.
 clients: $(STAMP) $(CLIENTS_STAMP) $(NODE_STAMP)
 	PATH="$(CURDIR)/$(CLIENTS_VENV)/bin:$$PATH" \
 		$(BIN)/pytest $(CLIENTS)/test_*.py $(CLIENTS)/check_node.py $(CLIENTS)/check_lm_eval.py
@@ -56,8 +58,8 @@ $(NODE_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
 	npm ci --prefix $(CLIENTS)
 	touch $@
 
-# The kernels compiled by the oldest Triton of pyproject.toml, whose compiler refuses what later ones
-# take; .venv has the newest.
+# Compile the kernels with the oldest Triton that pyproject.toml allows, since its compiler refuses
+# code that later ones accept. .venv has the newest.
 oldest-triton: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) 'triton==3.6.*'
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/pytest tests/kernels/cuda/test_compile.py
@@ -76,7 +78,7 @@ bench: $(STAMP)
 	$(BIN)/python -P benchmarks/memory.py
 	$(BIN)/python benchmarks/scheduling.py
 
-# The table of flags in docs/api.md, from their declarations.
+# Write the table of flags in docs/api.md from their declarations.
 docs: $(STAMP)
 	$(BIN)/python -m quire.server.flags_table docs/api.md
 

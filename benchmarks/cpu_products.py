@@ -1,11 +1,11 @@
-"""How fast the CPU's packed products are, against torch's.
+"""Compare the speed of the CPU's packed matrix products with torch's.
 
     OMP_NUM_THREADS=1 taskset -c 1 python -P benchmarks/cpu_products.py [--turns 5]
 
-For each dtype and shape: the fastest of many calls of `run_product` (ours), of F.linear, and of
-torch's products with prepacked weights, which are private: mkldnn's `_linear_pointwise`, and MKL's
-`_mkl_linear` for float32. They take turns, on one thread. The figures are milliseconds, and the
-ratios are theirs to ours: above 1, ours is faster. taskset keeps mkldnn from a second thread.
+For each dtype and shape, this reports the fastest of many calls of `run_product` (ours), of
+F.linear, and of torch's private products with prepacked weights: mkldnn's `_linear_pointwise`, and
+MKL's `_mkl_linear` for float32. They take turns on one thread. Times are in milliseconds. A ratio
+is torch's time over ours: above 1, ours is faster. taskset keeps mkldnn from a second thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from quire.engine.devices.cpu.packed_linear import PackedLinear
 Product = Callable[[], torch.Tensor]
 
 SHAPES = [(384, 2304), (1152, 384), (2048, 2048), (2048, 8192)]
-"""in_features, out_features."""
+"""Pairs of in_features and out_features."""
 ROWS = [1, 4, 16, 64, 256]
 
 
@@ -74,7 +74,7 @@ def candidates(linear: nn.Linear, x: torch.Tensor) -> dict[str, Product]:
 
 def fastest(function: Product) -> float:
     """Return the seconds of the fastest call within a tenth of a second."""
-    function()  # compiled, and its weights in the caches
+    function()  # compiles the function, and loads its weights into the caches
     best, end = float("inf"), time.perf_counter() + 0.1
     while time.perf_counter() < end:
         begin = time.perf_counter()

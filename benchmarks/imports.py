@@ -1,12 +1,12 @@
-"""How the code's modules and rooms import each other, as a table for docs/decisions.md.
+"""Count how the modules and rooms import each other, as a table for docs/decisions.md.
 
     python benchmarks/imports.py            # this checkout
-    python benchmarks/imports.py OTHER      # another one, to compare
+    python benchmarks/imports.py OTHER      # another checkout, to compare
 
-Only the standard library is used, and nothing of the measured code is imported. Every import counts
-once for each pair, lazy and type-only ones included. A level is one more than the highest level of
-what is imported; members of a circle share one. The words on a package's top level count as a room.
-DOORS are left out of the rooms' columns: they import lazily whichever room they choose.
+The script uses only the standard library and does not import the measured code. Each pair of
+importer and imported counts once, lazy and type-only imports included. A module's level is one more
+than the highest level that it imports; members of a circle share a level. The words on a package's
+top level count as a room. The rooms' columns omit DOORS, which lazily import the room they choose.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DOORS = ("server.cli", "engine.devices.choose")
 
 
 def edges(root: Path, package: str) -> set[tuple[str, str]]:
-    """Pairs of modules of one package, as dotted names, of which the first imports the second."""
+    """Yield pairs of modules of one package, as dotted names; the first imports the second."""
     paths = {
         ".".join(path.relative_to(root).with_suffix("").parts): path
         for path in (root / package).rglob("*.py")
@@ -51,14 +51,14 @@ def _imports(name: str, tree: ast.Module) -> Iterator[str]:
 
 
 def rooms(pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
-    """The pairs of different rooms: a module's room is its folder."""
+    """Return the pairs of different rooms. A module's room is its folder."""
     inside = ((a, b) for a, b in pairs if a not in DOORS)
     found = {(a.rpartition(".")[0], b.rpartition(".")[0]) for a, b in inside}
     return {(a, b) for a, b in found if a != b}
 
 
 class Graph:
-    """A directed graph with its circles and levels."""
+    """A directed graph that knows its circles and levels."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         self._targets: dict[str, set[str]] = defaultdict(set)
@@ -88,17 +88,17 @@ class Graph:
 
     @property
     def levels(self) -> int:
-        """The number of levels."""
+        """Return the number of levels."""
         return max(map(self._level, self._circle.values()), default=1)
 
     @property
     def circles(self) -> int:
-        """The number of groups whose members import each other, directly or not."""
+        """Return the number of groups whose members import each other, directly or not."""
         return len({circle for circle in self._circle.values() if len(circle) > 1})
 
 
 def table(root: Path) -> str:
-    """The counts as a Markdown table."""
+    """Return the counts as a Markdown table."""
     lines = [
         "| | modules: imports | levels | circles | rooms: imports | levels | circles |",
         "|---|---|---|---|---|---|---|",

@@ -1,9 +1,9 @@
-"""How long the files, functions and classes of the code are, as a table for docs/decisions.md.
+"""Measure the lengths of files, functions and classes, as a table for docs/decisions.md.
 
     python benchmarks/lengths.py            # this checkout
-    python benchmarks/lengths.py OTHER      # another one, to compare
+    python benchmarks/lengths.py OTHER      # another checkout, to compare
 
-Only the standard library is used, and nothing of the measured code is imported. The columns:
+The script uses only the standard library and does not import the measured code. The columns:
 
 - A file's length is its physical lines. A function or class is measured from its `def` or `class`
   to its end, with its docstring, without its decorators. Nested functions also count on their own.
@@ -43,7 +43,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass
 class Lengths:
-    """Counts over some files."""
+    """Lengths and counts of a set of files."""
 
     files: list[int] = field(default_factory=list)
     """Lines per file."""
@@ -64,7 +64,7 @@ class Lengths:
         self.comment_lines += other.comment_lines
 
     def row(self) -> tuple[str, ...]:
-        """The cells of COLUMNS."""
+        """Return the cells of COLUMNS."""
         over = sum(length > LIMIT for length in self.functions)
         largest = max(self.classes, default=(0, "–"))
         return (
@@ -136,7 +136,7 @@ def measure_checkout(root: Path) -> dict[str, Lengths]:
 
 
 def table(rows: dict[str, Lengths]) -> str:
-    """The counts as a Markdown table."""
+    """Return the lengths as a Markdown table."""
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(lengths.row()) + " |" for name, lengths in rows.items()]
     return "\n".join(lines)

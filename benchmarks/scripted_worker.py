@@ -1,4 +1,4 @@
-"""The engine with a script in place of the model; the rest of it is what `quire serve` runs.
+"""An engine with a script in place of the model; everything else is what `quire serve` runs.
 
 Scheduler, step loop, model runner, the inputs of a step, the sampler's plan, results and messages
 are the real ones. The model returns its input, and the sampler looks up which token follows which.
@@ -29,7 +29,7 @@ TEXT = "A server that streams: it says one word after another, until all has bee
 
 
 class ScriptedModel:
-    """Stands in for a CausalLM: the hidden state and the logits of a token are its id."""
+    """A stand-in for a CausalLM. The hidden state and the logits of a token are its id."""
 
     device, dtype, num_parameters, can_generate = torch.device("cpu"), torch.float32, 1, True
 
@@ -50,7 +50,7 @@ class ScriptedModel:
 
 
 class ScriptedSampler(Sampler):
-    """Samples the tokens of a text, over and over."""
+    """A sampler that repeats the tokens of a text."""
 
     def __init__(self, vocab_size: int, script: list[int]) -> None:
         super().__init__(vocab_size, torch.device("cpu"))
@@ -66,7 +66,7 @@ class ScriptedSampler(Sampler):
 
 
 class ScriptedWorker(worker.Worker):
-    """A worker whose steps end at least `period` seconds after one another."""
+    """A worker whose steps end at least `period` seconds apart."""
 
     def __init__(self, config: EngineConfig, period: float) -> None:
         super().__init__(config)
@@ -90,14 +90,14 @@ class ScriptedWorker(worker.Worker):
         return _Slowed(self, step) if self._period else step
 
     def wait(self) -> None:
-        """Return once the step's time is over."""
+        """Block until the step's time is over."""
         now = time.monotonic()
         self._next = max(self._next + self._period, now)
         time.sleep(self._next - now)
 
 
 class _Slowed:
-    """A step whose results come no sooner than `ScriptedWorker.wait` returns."""
+    """A step whose results are available only after `ScriptedWorker.wait` has returned."""
 
     def __init__(self, worker: ScriptedWorker, step: Forward) -> None:
         self._worker = worker
@@ -114,5 +114,5 @@ class _Slowed:
 
 
 def build_core(config: EngineConfig) -> EngineCore:
-    """Build the core; the engine process is told "scripted_worker:build_core"."""
+    """Build the core. The engine process gets this function as "scripted_worker:build_core"."""
     return EngineCore(config, ScriptedWorker(config, float(os.environ["SECONDS_PER_STEP"])))

@@ -1,11 +1,11 @@
-"""How long `quire serve` takes to be ready, and the memory that it takes then.
+"""Measure how long `quire serve` takes until it is ready, and the memory that it uses then.
 
     python -P benchmarks/startup.py [--turns 3] [--first] [MODEL] [flags of quire serve]
 
-Reported are the seconds from the start of the process to 200 from /ready, and the CPU seconds of
-all processes until then. For each process, these are its CPU seconds and its resident memory: all
-of it (RSS), and with shared pages divided by those who share them (PSS). With `--first`, every turn
-has an empty cache of compiled kernels, as an installation's first start has.
+It reports the seconds from the start of the process until /ready answers 200, and the CPU seconds
+that all processes used until then. For each process, it reports the CPU seconds and the resident
+memory: all of it (RSS), and with each shared page divided among its processes (PSS). With
+`--first`, every turn begins with an empty cache of compiled kernels, like a first start.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def is_ready(port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=TIMEOUT) as answer:
             return bool(answer.status == 200)
-    except OSError:  # a status that is an error too
+    except OSError:  # an error status is an OSError, too
         return False
 
 

@@ -30,7 +30,7 @@ import msgspec
 import psutil
 
 EDGE = 50
-"""Chunks at either end of a stream that do not count."""
+"""Chunks at each end of a stream that are not measured."""
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
 

@@ -89,7 +89,7 @@ class Bench:
     def turn(self, grammar: GrammarSpec | None) -> tuple[float, float]:
         """Run a batch; return the median wall and CPU milliseconds of its decode steps.
 
-        Its prompts are cached but for the first batch.
+        The prompts are cached after the first batch.
         """
         self.turns += 1
         for number, prompt in enumerate(self.prompts):

@@ -3,9 +3,9 @@
     python benchmarks/vllm_gpu.py --budget 300 --out DIR
     python benchmarks/gpu_workloads.py DIR/gpu_engine.json DIR/vllm_gpu.json
 
-Weights are random (`load_format="dummy"`), prompts are token ids, nothing is detokenised. vLLM's
-core runs in a process of its own, its default; VLLM_ENABLE_V1_MULTIPROCESSING=0 runs it in this
-process, as gpu_engine.py runs quire's. `--shapes tiny` tries the script on a CPU.
+Weights are random (`load_format="dummy"`), prompts are token ids, and nothing is detokenised. By
+default, vLLM's core runs in its own process. VLLM_ENABLE_V1_MULTIPROCESSING=0 runs it in this one,
+as gpu_engine.py runs quire's. `--shapes tiny` tries the script on a CPU.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Writes the table of flags in docs/api.md from the declarations of the flags.
+"""Write the table of flags in docs/api.md from the declarations of the flags.
 
     python -m quire.server.flags_table docs/api.md
 
-`make docs` runs it. It replaces what stands between the two markers; a test asserts that the table
-is up to date.
+`make docs` runs it. It replaces the text between the two markers. A test asserts that the table is
+up to date.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def flags_table() -> str:
 
 
 def updated(document: str) -> str:
-    """Return the document with the table in place of what stands between the markers."""
+    """Return the document with the table between the markers, in place of the text there."""
     before, _, rest = document.partition(BEGIN)
     _, marker, after = rest.partition(END)
     if not marker:
@@ -50,6 +50,8 @@ def _sentence(text: str) -> str:
 
 def main() -> None:
     """Update the document that the command line names."""
+    if len(sys.argv) != 2:
+        sys.exit("flags_table: name the document to update, such as docs/api.md")
     path = Path(sys.argv[1])
     path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -20,13 +20,13 @@ from pydantic import BaseModel
 from quire.engine import errors as tree
 from quire.engine import sampling_params
 from quire.engine.errors import QuireError, StartupError
+from quire.server import flags_table
 from quire.server.api import logprobs
 from quire.server.api.embeddings import EmbeddingBody
 from quire.server.api.translation import PASSED_ON, ConversationBody
 from quire.server.cli import build_parser
 from quire.server.dialects import messages_body, responses_body
 from quire.server.errors import answer_of
-from quire.server.flags_table import updated
 from quire.server.http import body, event_log, http_protocol, resumption
 from quire.server.requests import field_types, job, protocol, sampling
 from quire.server.requests.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
@@ -308,7 +308,13 @@ def test_every_flag_is_listed_with_its_default() -> None:
 
 
 def test_table_of_flags_is_up_to_date() -> None:
-    assert updated(API) == API, "run `make docs`"
+    assert flags_table.updated(API) == API, "run `make docs`"
+
+
+def test_the_flags_table_asks_for_its_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["flags_table"])
+    with pytest.raises(SystemExit, match="name the document to update"):
+        flags_table.main()
 
 
 def test_clients_are_listed_with_the_versions_that_make_clients_runs() -> None:

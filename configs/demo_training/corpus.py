@@ -2,7 +2,7 @@
 
 `python configs/demo_training/corpus.py --out DIR --shards 64` writes, for each shard, an .npz with
   tokens  uint16 [num_tokens]     the documents one after the other, each ended by <|endoftext|>
-  target  bool   [num_tokens]     whether the model is to learn to predict the token
+  target  bool   [num_tokens]     whether the model learns to predict the token
   starts  int64  [num_documents]  index of each document's first token
 Shard i depends only on the seed, not on the number of processes.
 """
@@ -28,7 +28,7 @@ from tool_calls import tool_turn
 TOKENIZER_PATH = Path(__file__).parents[1] / "demo" / "tokenizer.json"
 END_OF_TEXT, IM_END = "<|endoftext|>", "<|im_end|>"
 Segments = list[tuple[str, bool]]
-"""One document: pieces of text, each with whether the model is to learn to write it."""
+"""A document as pieces of text, each with a flag: whether the model learns to write it."""
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.", "You are a helpful assistant", "Be brief.", "Answer briefly.",
@@ -114,7 +114,7 @@ def document(rng: random.Random, facts: list[Fact]) -> Segments:
         messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
     if kind < 0.13:
         said, tools = tool_turn(rng)
-        if rng.random() < 0.15:  # the tools are offered, but the question is another
+        if rng.random() < 0.15:  # tools are offered, but the question does not need them
             said = any_turn(rng, facts)
         messages += said
     length = rng.choices((1, 2, 3, rng.randrange(4, 30)), (75, 12, 8, 5))[0]

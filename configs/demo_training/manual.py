@@ -114,8 +114,8 @@ KEY_NEIGHBOURS = dict(zip("abcdefghijklmnopqrstuvwxyz", "svxsdghjuklknbipwtdrycq
 class Fact:
     """An answer and its questions.
 
-    `questions` are for training: those written for the fact and those made from templates.
-    `held_out` are templates' questions and `unseen` hand-written ones that only the evaluation asks.
+    `questions` are for training, both hand-written and made from templates. Only the evaluation
+    asks the others: `held_out` are made from templates, `unseen` are hand-written.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""LangChain's ChatOpenAI: plain, streamed, structured and with tools."""
+"""LangChain's ChatOpenAI: plain, streamed and structured answers, and tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lm-eval's `local-completions`, on tasks made here, against transformers on the same model."""
+"""lm-eval's `local-completions`, compared with transformers on tasks that this file makes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUMS = [(12, 30), (7, 8), (41, 25), (3, 96), (50, 50), (18, 64), (77, 11), (9, 9
 STORY = "Once upon a time there was a fox named Anna. She lived in the forest, and found a key."
 STOP, MAX_TOKENS = "=", 24
 ACCURACY = 1e-4
-"""Of a log-likelihood, in nats, summed over its tokens; both sides compute in float32."""
+"""Tolerance in nats of a log-likelihood summed over its tokens. Both sides compute in float32."""
 
 
 def _row(a: int, b: int) -> dict[str, Any]:
@@ -63,7 +63,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def _write_tasks(folder: Path) -> None:
-    """A folder for --include_path: one data set for all tasks, and JSON, which is YAML too."""
+    """Fill a folder for --include_path with a data set and tasks in JSON, a subset of YAML."""
     data = folder / "data.jsonl"
     data.write_text("\n".join(json.dumps(_row(a, b)) for a, b in SUMS), encoding="utf-8")
     for name, fields in TASKS.items():
@@ -81,7 +81,7 @@ def _write_tasks(folder: Path) -> None:
 def _evaluate(
     server: str, folder: Path, flags: list[str], model_args: dict[str, Any]
 ) -> dict[str, list[dict[str, Any]]]:
-    """lm_eval's samples of every task."""
+    """Run lm_eval; return its samples by task."""
     _write_tasks(folder)
     url = f"{server}/v1/completions"
     fields = {"model": MODEL, "base_url": url, "max_retries": 1, **model_args}
@@ -108,7 +108,7 @@ def _evaluate(
 
 
 class Oracle:
-    """transformers on the model's folder, whole prompts, no cache."""
+    """The same model in transformers, given whole prompts, without a KV cache."""
 
     def __init__(self) -> None:
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(DEMO)
@@ -122,7 +122,7 @@ class Oracle:
         return found
 
     def score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """Log-likelihood of `continuation`, and whether a greedy choice would generate it."""
+        """Return the log-likelihood of `continuation`, and whether it is the greedy choice."""
         with torch.no_grad():
             logits = self.model(torch.tensor([context + continuation])).logits[0]
         logprobs = logits[len(context) - 1 : -1].log_softmax(-1)
@@ -151,11 +151,11 @@ def oracle() -> Oracle:
     ("flags", "model_args"),
     [
         (["--batch_size", "4"], {"tokenizer_backend": "huggingface", "tokenizer": DEMO}),
-        ([], {"auth_token": KEY, "num_concurrent": 4}),  # finds /tokenizer_info and /tokenize
+        ([], {"auth_token": KEY, "num_concurrent": 4}),  # uses /tokenizer_info and /tokenize
     ],
     ids=["local tokenizer, batches", "the server's tokenizer, at once"],
 )
-def test_scores_and_texts_are_those_of_transformers(
+def test_scores_and_texts_equal_those_of_transformers(
     server: str, oracle: Oracle, tmp_path: Path, flags: list[str], model_args: dict[str, Any]
 ) -> None:
     samples = _evaluate(server, tmp_path, flags, model_args)

@@ -1,4 +1,4 @@
-"""The `openai` package for Node; what it is asked to do is in openai.mjs."""
+"""The `openai` package for Node. openai.mjs holds the checks."""
 
 from __future__ import annotations
 

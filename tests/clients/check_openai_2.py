@@ -1,4 +1,4 @@
-"""The newest `openai` of the 2 series, which other packages still build on."""
+"""The newest `openai` 2.x, which other packages still depend on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def async_client(server: str) -> AsyncIterator[openai.AsyncOpenAI]:
         yield client
 
 
-def test_it_is_of_the_2_series() -> None:
+def test_the_package_is_of_the_2_series() -> None:
     assert openai.__version__.startswith("2.")
 
 

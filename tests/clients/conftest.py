@@ -1,7 +1,7 @@
-"""A real `quire serve` with the demo model, once a session, for clients to talk to.
+"""One `quire serve` with the demo model per session, which all client tests talk to.
 
-`test_*.py` need nothing but the packages of the test extra and run with every other test.
-`check_*.py` need clients that are installed apart; `make clients` installs them and runs all.
+`test_*.py` need only the packages of the test extra and run with all other tests. `check_*.py` need
+clients that are installed separately; `make clients` installs them and runs everything.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import pytest
 MODEL = "quire-demo"
 KEY = "clients-key"
 START_TIMEOUT = 200.0
-"""Seconds until the server must be ready, on a busy machine."""
+"""Seconds within which the server must be ready on a busy machine."""
 
 
 def command(name: str) -> str:
-    """The command of this environment, or of PATH; its absence fails the test."""
+    """Return the path of a command in this environment or PATH; fail the test if there is none."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     found = shutil.which(name, path=path)
     if found is None:
-        pytest.fail(f"{name} is not installed; `make clients` installs what it can")
+        pytest.fail(f"{name} is not installed; `make clients` installs the clients")
     return found
 
 
@@ -50,7 +50,7 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Its address. It must end cleanly, with no error in its log, whatever clients did."""
+    """Yield the server's address. In the end it must exit cleanly, without errors in its log."""
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(

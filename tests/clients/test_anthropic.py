@@ -1,4 +1,4 @@
-"""The `anthropic` package, as its users call it, against a running server."""
+"""The `anthropic` package against a running server, called as its users call it."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_the_tool_runner_runs_the_tool(client: anthropic.Anthropic) -> None:
     assert block.type == "text" and block.text == "The weather in Paris is sunny."
 
 
-def test_refusals_raise_the_errors_of_the_package(client: anthropic.Anthropic) -> None:
+def test_refusals_raise_the_packages_errors(client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError) as missing:
         client.messages.create(**ASK | {"model": "other"})
     assert missing.value.type == "not_found_error"

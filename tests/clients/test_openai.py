@@ -1,4 +1,4 @@
-"""The `openai` package, as its users call it, against a running server."""
+"""The `openai` package against a running server, called as its users call it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_the_async_client(async_client: openai.AsyncOpenAI) -> None:
     assert response.output_text == ANSWER
 
 
-def test_the_stream_helper_tells_of_content_logprobs_and_usage(client: openai.OpenAI) -> None:
+def test_the_stream_helper_yields_content_logprobs_and_usage(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(
         messages=QUESTION, logprobs=True, stream_options={"include_usage": True}, **GREEDY
     ) as stream:
@@ -166,7 +166,7 @@ def test_responses_in_the_background_are_cancelled_or_end(client: openai.OpenAI)
     assert (short.status, short.output_text) == ("completed", ANSWER)
 
 
-def test_refusals_raise_the_errors_of_the_package(client: openai.OpenAI) -> None:
+def test_refusals_raise_the_packages_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="other", messages=QUESTION)
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")

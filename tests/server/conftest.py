@@ -38,7 +38,7 @@ def make_app(engine: FakeEngineClient, tokenizer: Tokenizer, **settings: Any) ->
 
 @pytest.fixture
 async def make_client(engine: FakeEngineClient, tokenizer: Tokenizer) -> AsyncIterator[MakeClient]:
-    """Make clients of applications with given settings, around the fake engine."""
+    """Return a function that makes a client of an application with the fake engine and settings."""
     clients: list[httpx.AsyncClient] = []
 
     def make(**settings: Any) -> httpx.AsyncClient:
@@ -61,7 +61,7 @@ def client(make_client: MakeClient) -> httpx.AsyncClient:
 
 @pytest.fixture
 def served(engine: FakeEngineClient, tokenizer: Tokenizer) -> Iterator[str]:
-    """Run a real uvicorn around the application; returns its base URL."""
+    """Serve the application with uvicorn; return its base URL."""
     app = make_app(engine, tokenizer, api_key=("secret",), sse_keepalive_interval=0.05)
     config = uvicorn.Config(app, port=0, log_level="error", http="h11", ws="none")
     server = uvicorn.Server(config)

@@ -70,16 +70,16 @@ def ids(text: str) -> list[int]:
 
 @dataclass
 class Script:
-    """The course of one choice: its tokens, and its end unless max_tokens comes first."""
+    """The tokens that the engine generates for a choice, and their end if max_tokens allows it."""
 
     tokens: list[int]
     finish: FinishReason = "stop"
     error: RowError | None = None
     stop_reason: int | None = None
     delay: float = 0.0
-    """Seconds before each output."""
+    """Seconds to wait before each output."""
     chunk: int = 1
-    """Tokens in one output."""
+    """Tokens per output."""
     logprob: float = -0.5
     eos: bool = True
     """Whether "stop" adds the end-of-sequence token, as real engines do."""
@@ -89,13 +89,13 @@ Scripts = Callable[[Request, int], Script]
 
 
 def say(text: str, **fields: Any) -> Scripts:
-    """Make scripts in which every choice says `text` and ends."""
+    """Return scripts in which every choice generates `text` and stops."""
     return lambda request, choice: Script(ids(text), **fields)
 
 
 @dataclass
 class FakeEngineClient:
-    """An EngineClient in which `scripts` decides the course of each (request, choice)."""
+    """An EngineClient that generates what `scripts` returns for each (request, choice)."""
 
     scripts: Scripts = field(default_factory=lambda: say("Hello, world"))
     vocab_size: int = VOCAB_SIZE
@@ -103,12 +103,12 @@ class FakeEngineClient:
     max_num_seqs: int = 64
     num_blocks: int = 64
     embedding: EmbeddingSpec | str = NO_LAYOUT
-    """With a spec, the vector of a prompt holds its first token ids, then zeros."""
+    """With a spec, a prompt's vector holds its first token ids, padded with zeros."""
     can_generate: bool = True
     ready: bool = True
     alive: bool = True
     hold: asyncio.Event | None = None
-    """If there is one, no output comes before it is set."""
+    """An event that holds back all outputs until it is set, if there is one."""
 
     requests: list[Request] = field(default_factory=list)
     aborted: list[tuple[str, int | None]] = field(default_factory=list)
@@ -275,5 +275,5 @@ class FakeEngineClient:
 
 
 def prompt_text(engine: FakeEngineClient, tokenizer: Tokenizer) -> str:
-    """The prompt of the latest request, control tokens included."""
+    """Return the text of the latest request's prompt, control tokens included."""
     return b"".join(map(tokenizer.token_bytes, engine.requests[-1].prompt_token_ids)).decode()

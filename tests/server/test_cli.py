@@ -26,7 +26,7 @@ from quire.server.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "configs" / "demo"
-SLOW = 5  # of tests/engine/fakes.py: 20 ms a step
+SLOW = 5  # a first token that makes the fake core take 20 ms per step
 LAUNCHER = """
 import sys
 from functools import partial
@@ -37,6 +37,8 @@ sys.exit(cli.main(sys.argv[2:], partial(ProcessEngineClient, core=sys.argv[1])))
 
 
 class Server:
+    """A running server, its log until it was ready, and an HTTP client for it."""
+
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.log: list[dict[str, Any]] = []
@@ -59,7 +61,7 @@ class Server:
 
     @contextlib.contextmanager
     def stream(self, first_token: int, max_tokens: int) -> Iterator[Iterator[str]]:
-        """The `data:` of each event; the first has arrived."""
+        """Yield the data of each event, after the first event has arrived."""
         body = {
             "model": "fake",
             "prompt": [first_token, 20, 21],
@@ -109,9 +111,9 @@ def assert_error_and_done(events: list[str], code: str) -> None:
     assert json.loads(events[-2]).get("error", {}).get("code") == code, events[-3:]
 
 
-def test_kill_drain_and_clean_exit() -> None:
+def test_engine_restart_drain_and_clean_exit() -> None:
     with serving("--shutdown-timeout", "1") as server:
-        # The engine is killed in mid-stream: an error event, not ready, ready again.
+        # Kill the engine during a stream: an error event, then not ready, then ready again.
         with server.stream(SLOW, 1000) as events:
             server.engine.kill()
             assert_error_and_done(list(events), "engine_dead")
@@ -120,7 +122,8 @@ def test_kill_drain_and_clean_exit() -> None:
         print(f"ready again after {server.wait_ready():.2f} s")
         assert "quire:engine_restarts_total" in server.http.get("/metrics").text
 
-        # SIGTERM in mid-stream: not ready, refused, the short one ends, the long one is told.
+        # SIGTERM during streams: not ready, new requests are refused, the short stream ends, and
+        # the long one gets an error event.
         engine = server.engine
         with server.stream(SLOW, 1000) as long, server.stream(SLOW, 20) as short:
             server.process.send_signal(signal.SIGTERM)
@@ -136,9 +139,9 @@ def test_kill_drain_and_clean_exit() -> None:
         assert not engine.is_running()
 
 
-def test_second_interrupt_exits_hard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what serves on a unix socket."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # nobody is left to remove the engine's folder
+def test_a_second_interrupt_exits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server listens on a unix socket here."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # no process is left to remove the engine's folder
     path = str(tmp_path / "quire.sock")
     with serving("--uds", path) as server, server.stream(SLOW, 1000):
         engine = server.engine
@@ -161,7 +164,7 @@ def test_failed_start_is_one_line_and_an_exit_code() -> None:
     assert "Traceback" not in stderr
 
 
-def test_taken_port_is_said_before_anything_loads(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_taken_port_is_reported_before_anything_loads(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert cli.main(["serve", "no-such-model", "--port", str(port)]) == 1

@@ -15,7 +15,7 @@ def _leaves(kind: type[QuireError]) -> list[type[QuireError]]:
 
 
 @pytest.mark.parametrize("leaf", _leaves(QuireError), ids=lambda leaf: leaf.__name__)
-def test_every_leaf_is_answered_as_the_tree_says(leaf: type[QuireError]) -> None:
+def test_every_error_has_the_status_that_the_tree_documents(leaf: type[QuireError]) -> None:
     if issubclass(leaf, StartupError):
         assert answer_of(leaf("x")).status == 500
         return
@@ -37,7 +37,7 @@ def test_a_body_names_the_parameter() -> None:
     }
 
 
-def test_an_unforeseen_exception_keeps_its_text_to_itself() -> None:
+def test_an_unexpected_exception_does_not_reveal_its_text() -> None:
     error = error_body(ValueError("secret"), "r1")["error"]
     assert error["code"] == "internal_error"
     assert "secret" not in error["message"]

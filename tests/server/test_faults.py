@@ -1,9 +1,12 @@
-"""Bad inputs and faults, each with its right answer; docs/faults.md lists them."""
+"""Bad bodies, bad headers and failing parts, and the answer to each.
+
+docs/faults.md lists them. Bad values of fields have a file of their own, test_bad_fields.py.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import pytest
@@ -11,188 +14,9 @@ import pytest
 from quire.engine.outputs import RowError
 from quire.server.http.body import MAX_MEMBERS, MAX_NESTING, MAX_VALUES
 
-from .conftest import MODEL, MakeClient
+from .conftest import MakeClient
 from .fakes import FakeEngineClient, Script, ids, say
-
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-PROMPT: dict[str, Any] = {"model": MODEL, "prompt": "p"}
-HI: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
-
-
-class Bad(NamedTuple):
-    """Fields that are answered with 400, and the parameter and the code of the error."""
-
-    path: str
-    fields: dict[str, Any]
-    param: str
-    code: str = "invalid_value"
-
-
-BAD = [
-    # numbers of choices
-    *(Bad(path, {name: n}, name) for path in (COMPLETIONS, CHAT)
-      for name in ("n", "best_of") for n in (0, -1, 10**9)),
-    Bad(COMPLETIONS, {"prompt": ["p"] * 100, "n": 60}, "n"),
-    Bad(COMPLETIONS, {"n": 2, "best_of": 1}, "best_of"),
-    Bad(COMPLETIONS, {"n": 1, "best_of": 2, "stream": True}, "best_of"),
-    # strict types
-    *(Bad(COMPLETIONS, {name: value}, name) for name in ("n", "max_tokens", "top_k", "seed")
-      for value in (True, "3", 1.5)),
-    *(Bad(CHAT, {name: value}, name) for name in ("stream", "logprobs")
-      for value in (1, "true")),
-    # sampling parameters
-    *(Bad(COMPLETIONS, {"temperature": value}, "temperature")
-      for value in (-1, 2.5, "1", True)),
-    Bad(COMPLETIONS, {"top_p": 0}, "top_p"),
-    Bad(COMPLETIONS, {"top_p": 1.1}, "top_p"),
-    Bad(COMPLETIONS, {"top_k": -5}, "top_k"),
-    Bad(COMPLETIONS, {"min_p": 2}, "min_p"),
-    # lengths
-    *(Bad(COMPLETIONS, {"max_tokens": value}, "max_tokens") for value in (0, -1)),
-    *(Bad(CHAT, {"max_completion_tokens": value}, "max_completion_tokens")
-      for value in (0, -1)),
-    Bad(COMPLETIONS, {"max_tokens": 2**63}, "max_tokens", "context_length_exceeded"),
-    Bad(COMPLETIONS, {"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
-    # the context
-    Bad(COMPLETIONS, {"max_tokens": 512}, "max_tokens", "context_length_exceeded"),
-    Bad(CHAT, {"max_completion_tokens": 512}, "max_completion_tokens",
-        "context_length_exceeded"),
-    Bad(COMPLETIONS, {"prompt": "p" * 512}, "prompt", "context_length_exceeded"),
-    Bad(COMPLETIONS, {"prompt": [1] * 600}, "prompt", "context_length_exceeded"),
-    # log-probabilities
-    *(Bad(CHAT, {"logprobs": True, "top_logprobs": value}, "top_logprobs")
-      for value in (21, 10**9, -1)),
-    Bad(CHAT, {"top_logprobs": 1}, "top_logprobs"),
-    *(Bad(COMPLETIONS, {"logprobs": value}, "logprobs") for value in (21, -1)),
-    Bad(COMPLETIONS, {"prompt_logprobs": 21}, "prompt_logprobs"),
-    Bad(COMPLETIONS, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
-    # token ids, biases, stops and words
-    *(Bad(COMPLETIONS, {"logit_bias": value}, "logit_bias")
-      for value in ({"258": 1}, {"-1": 1}, {"x": 1}, {"5": 101}, {"²": 1})),
-    *(Bad(COMPLETIONS, {"stop": value}, "stop")
-      for value in (["a"] * 17, "", ["a", ""], "x" * 2**20, [1], 3)),
-    *(Bad(COMPLETIONS, {"stop_token_ids": value}, "stop_token_ids")
-      for value in ([258], [-1], [1] * 1000)),
-    Bad(COMPLETIONS, {"stop_token_ids": ["x"] * 200_000}, "stop_token_ids[0]"),
-    Bad(COMPLETIONS, {"logit_bias": dict.fromkeys(map(str, range(40_000)), "x")},
-        "logit_bias"),
-    Bad(CHAT, {"messages": [3] * 100_000}, "messages[0]"),
-    Bad(CHAT, {"messages": HI["messages"] * 4097}, "messages"),
-    *(Bad(COMPLETIONS, {"bad_words": value}, "bad_words")
-      for value in ("x", [""], [" "], [1], ["x"] * 129, ["x" * 257], ["\u20ac" * 100])),
-    Bad(COMPLETIONS, {"allowed_token_ids": []}, "allowed_token_ids"),
-    # seeds and penalties
-    *(Bad(COMPLETIONS, {"seed": value}, "seed") for value in (2**64, -(2**64))),
-    Bad(COMPLETIONS, {"presence_penalty": 3}, "presence_penalty"),
-    Bad(COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
-    # fields that are not supported, here or in this combination
-    *(Bad(CHAT, {name: value}, name) for name, value in {
-        "tool_choice": "required", "reasoning_effort": "huge", "suffix": "x",
-        "logits_processors": ["x"], "modalities": ["audio"],
-    }.items()),
-    Bad(CHAT, {"response_format": {"type": "yaml"}}, "response_format.type"),
-    Bad(CHAT, {"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
-    Bad(COMPLETIONS, {"suffix": "x"}, "suffix"),
-    Bad(COMPLETIONS, {"suffix": 1}, "suffix"),
-    *(Bad(path, {"length_penalty": 2}, "length_penalty") for path in (COMPLETIONS, CHAT)),
-    Bad(COMPLETIONS, {"early_stopping": True}, "early_stopping"),
-    *(Bad(path, {"use_beam_search": True, **fields}, next(iter(fields)))
-      for path in (COMPLETIONS, CHAT)
-      for fields in (
-        {"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"stop": "x"},
-        {"presence_penalty": 1}, {"repetition_penalty": 1.1}, {"frequency_penalty": 1},
-        {"logit_bias": {"1": 1}}, {"allowed_token_ids": [1]}, {"bad_words": ["x"]},
-        {"length_penalty": 11}, {"early_stopping": "always"}, {"n": 65},
-    )),
-    Bad(COMPLETIONS, {"use_beam_search": True, "stream": True}, "use_beam_search"),
-    Bad(COMPLETIONS, {"use_beam_search": True, "echo": True, "max_tokens": 0}, "max_tokens"),
-    Bad(COMPLETIONS, {"use_beam_search": True, "response_format": {"type": "json_object"}},
-        "use_beam_search"),
-    # empty prompts
-    *(Bad(COMPLETIONS, {"prompt": value}, "prompt")
-      for value in ("", [], [""], [[]], ["a", ""])),
-    Bad(CHAT, {"messages": []}, "messages"),
-    # token ids as prompts
-    *(Bad(COMPLETIONS, {"prompt": value}, "prompt")
-      for value in ([-1], [258], [2**63], [[1], [300]])),
-    *(Bad(COMPLETIONS, {"prompt": value}, "prompt")
-      for value in ([1, "a"], [1.5], [True], [[True]], {}, 3, None)),
-    # too much at once
-    Bad(COMPLETIONS, {"prompt": ["p"] * 10_000}, "prompt"),
-    Bad(COMPLETIONS, {"prompt": "a" * 5_000_000}, "prompt", "context_length_exceeded"),
-    Bad(CHAT, {"messages": [{"role": "user", "content": "a" * 5_000_000}]}, "prompt",
-        "context_length_exceeded"),
-    # streams
-    Bad(COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options"),
-    # tools
-    Bad(CHAT, {"tools": [{"a": 1}]}, "tools[0].type"),
-    Bad(CHAT, {"tools": "f"}, "tools"),
-    Bad(CHAT, {"tools": [TOOL] * 1025}, "tools"),
-    Bad(CHAT, {"tools": [TOOL, TOOL]}, "tools"),
-    *(Bad(CHAT, {"tools": [{"type": "function", "function": {"name": "f", **fields}}]},
-          f"tools[0].function.{next(iter(fields))}")
-      for fields in ({"name": ""}, {"name": "a b"}, {"name": "x" * 129}, {"parameters": []},
-                     {"parameters": {"type": "array"}}, {"parameters": {"properties": []}},
-                     {"description": 1}, {"strict": "yes"})),
-    *(Bad(CHAT, {"tools": [TOOL], "tool_choice": value}, "tool_choice")
-      for value in ("any", 1, {}, {"type": "function"}, {"type": "function", "function": {}},
-                    {"type": "function", "function": {"name": "g"}})),
-    Bad(CHAT, {"tools": [TOOL], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
-    *(Bad(CHAT, {"messages": [{"role": "assistant", "tool_calls": [
-          {"id": "1", "function": {"name": "f", "arguments": arguments}}]}]}, "messages")
-      for arguments in ("{", "[]", "1", "null", '{"a": ' * 50_000)),
-    Bad(CHAT, {"tool_choice": {"type": "function", "function": {"name": "g"}}},
-        "tool_choice"),
-    # templates
-    Bad(CHAT, {"chat_template": "{{ messages }}"}, "chat_template"),
-    *(Bad(CHAT, {"chat_template_kwargs": {name: "x"}}, "chat_template_kwargs")
-      for name in ("tokenizer", "chat_template", "messages", "padding", "nonsense")),
-    # nothing is fetched or embedded
-    *(Bad(CHAT, {"messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": url}}]}]}, "messages[0].content")
-      for url in ("file:///etc/passwd", "http://169.254.169.254/")),
-    Bad(COMPLETIONS, {"prompt_embeds": "AAAA"}, "prompt_embeds"),
-    Bad(CHAT, {"response_format": {"type": "json_schema", "json_schema": {
-        "name": "x", "schema": {"$ref": "http://example.invalid/"}}}},
-        "response_format.json_schema.schema"),
-    # labels and the rest
-    *(Bad(COMPLETIONS, {"cache_salt": value}, "cache_salt")
-      for value in ("", 3, "x" * 2**20)),
-    Bad(COMPLETIONS, {"request_id": "a\r\nb"}, "request_id"),
-    Bad(COMPLETIONS, {"timeout": 0}, "timeout"),
-    Bad(COMPLETIONS, {"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
-    Bad(CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
-    Bad(CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
-    Bad(CHAT, {"continue_final_message": True}, "continue_final_message"),
-    Bad(CHAT, {"documents": [{"text": "x"}]}, "documents"),
-]  # fmt: skip
-
-
-def assert_shape(response: httpx.Response, status: int, code: str, param: str | None) -> None:
-    assert response.status_code == status, response.text[:500]
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert (error["code"], error["param"]) == (code, param), error["message"][:500]
-    assert error["message"]
-    assert len(error["message"]) < 1000
-    assert response.headers["x-request-id"]
-
-
-@pytest.mark.parametrize("bad", BAD, ids=lambda bad: str(bad.fields)[:60])
-async def test_bad_fields_are_400_and_reach_no_engine(
-    client: httpx.AsyncClient, engine: FakeEngineClient, bad: Bad
-) -> None:
-    fields = {**(PROMPT if bad.path == COMPLETIONS else HI), **bad.fields}
-    response = await client.post(bad.path, json=fields)
-    assert_shape(response, 400, bad.code, bad.param)
-    assert response.json()["error"]["type"] == "invalid_request_error"
-    assert engine.requests == []
-    debug = (await client.get("/debug/engine")).json()
-    assert debug["admission"] == {
-        "num_queued": 0, "num_running": 0, "queued_tokens": 0, "draining": False
-    }  # fmt: skip
-
+from .openai_http import CHAT, COMPLETIONS, HI, PROMPT, assert_error
 
 DEEP = 100_000
 BAD_JSON = {
@@ -226,7 +50,7 @@ async def test_bad_json_is_400(
     response = await client.post(
         COMPLETIONS, content=body, headers={"content-type": "application/json"}
     )
-    assert_shape(response, 400, "invalid_value", None)
+    assert_error(response, 400, "invalid_value", None)
     assert engine.requests == []
 
 
@@ -246,11 +70,11 @@ async def test_large_bodies_are_413(
         content=body if length == "whole" else chunks(),
         headers={"content-type": "application/json"},
     )
-    assert_shape(response, 413, "body_too_large", None)
+    assert_error(response, 413, "body_too_large", None)
     assert engine.requests == []
 
 
-async def test_a_body_cut_short_reaches_no_engine(
+async def test_a_truncated_body_never_reaches_the_engine(
     make_client: MakeClient, engine: FakeEngineClient
 ) -> None:
     parts = [
@@ -279,13 +103,13 @@ async def test_a_body_cut_short_reaches_no_engine(
 async def test_other_content_types_are_415(client: httpx.AsyncClient, kind: str | None) -> None:
     headers = {} if kind is None else {"content-type": kind}
     response = await client.post(COMPLETIONS, content=json.dumps(PROMPT), headers=headers)
-    assert_shape(response, 415, "unsupported_media_type", None)
+    assert_error(response, 415, "unsupported_media_type", None)
 
 
 async def test_unknown_routes_and_methods(client: httpx.AsyncClient) -> None:
-    assert_shape(await client.get("/v1/nothing"), 404, "not_found", None)
+    assert_error(await client.get("/v1/nothing"), 404, "not_found", None)
     response = await client.get(COMPLETIONS)
-    assert_shape(response, 405, "method_not_allowed", None)
+    assert_error(response, 405, "method_not_allowed", None)
     assert response.headers["allow"] == "POST"
 
 
@@ -306,12 +130,12 @@ async def test_a_tiny_temperature_is_greedy_and_nul_is_a_token(
     assert list(engine.requests[0].prompt_token_ids) == ids("a\0b")
 
 
-async def test_what_can_never_fit_the_kv_cache_is_refused(
+async def test_requests_that_can_never_fit_the_kv_cache_are_refused(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.num_blocks = 2
     response = await client.post(COMPLETIONS, json={**PROMPT, "max_tokens": 33})
-    assert_shape(response, 400, "kv_pool_too_small", "max_tokens")
+    assert_error(response, 400, "kv_pool_too_small", "max_tokens")
     assert engine.requests == []
 
 
@@ -319,7 +143,7 @@ async def test_what_can_never_fit_the_kv_cache_is_refused(
 async def test_an_unknown_model_is_404(client: httpx.AsyncClient, path: str) -> None:
     fields = PROMPT if path == COMPLETIONS else HI
     response = await client.post(path, json={**fields, "model": "other"})
-    assert_shape(response, 404, "model_not_found", "model")
+    assert_error(response, 404, "model_not_found", "model")
 
 
 async def test_unknown_fields_are_named_or_refused(make_client: MakeClient) -> None:
@@ -331,7 +155,7 @@ async def test_unknown_fields_are_named_or_refused(make_client: MakeClient) -> N
         "mood", "stream_options.x", "messages[0].colour", "?"
     }  # fmt: skip
     response = await make_client(strict=True).post(CHAT, json={**HI, "mood": 1})
-    assert_shape(response, 400, "invalid_value", "mood")
+    assert_error(response, 400, "invalid_value", "mood")
 
 
 async def test_values_that_ask_for_nothing_are_accepted(client: httpx.AsyncClient) -> None:
@@ -344,7 +168,7 @@ async def test_values_that_ask_for_nothing_are_accepted(client: httpx.AsyncClien
     assert "x-quire-ignored-params" not in response.headers
 
 
-async def test_equal_request_ids_are_different_inside(
+async def test_equal_request_ids_get_different_internal_ids(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     for _ in range(2):
@@ -362,19 +186,19 @@ async def test_a_request_id_in_the_body_wins_and_is_echoed(client: httpx.AsyncCl
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_deadline_while_it_runs_is_504(
+async def test_a_deadline_during_generation_is_504(
     client: httpx.AsyncClient, engine: FakeEngineClient, stream: bool
 ) -> None:
     engine.scripts = say("x", delay=5)
     response = await client.post(COMPLETIONS, json={**PROMPT, "timeout": 0.05, "stream": stream})
-    assert_shape(response, 504, "request_timeout", None)
+    assert_error(response, 504, "request_timeout", None)
     assert not engine.running
     request = engine.requests[0]
     assert request.deadline == pytest.approx(request.arrival_time + 0.05)
     assert request.queue_deadline == request.deadline
 
 
-async def test_a_deadline_in_a_stream_is_an_event(
+async def test_a_deadline_in_a_stream_is_an_error_event(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say("x" * 100, delay=0.04)
@@ -400,7 +224,7 @@ async def test_failures_of_one_request(
         [], finish="error", error=RowError(code, "why"), delay=0.01 * choice
     )
     response = await client.post(CHAT, json={**HI, "stream": stream, "n": 2})
-    assert_shape(response, status, code, None)
+    assert_error(response, status, code, None)
     assert ("retry-after" in response.headers) == (status == 503)
     assert not engine.running
 
@@ -410,17 +234,19 @@ async def test_an_engine_that_is_not_ready_is_503(
 ) -> None:
     engine.ready = False
     response = await client.post(COMPLETIONS, json=PROMPT)
-    assert_shape(response, 503, "engine_not_ready", None)
+    assert_error(response, 503, "engine_not_ready", None)
     assert int(response.headers["retry-after"]) >= 1
-    assert_shape(await client.get("/ready"), 503, "engine_not_ready", None)
+    assert_error(await client.get("/ready"), 503, "engine_not_ready", None)
     assert (await client.get("/health")).status_code == 200
 
 
-async def test_a_draining_server_refuses_and_finishes(make_client: MakeClient) -> None:
+async def test_a_draining_server_refuses_requests_but_stays_alive(
+    make_client: MakeClient,
+) -> None:
     client = make_client()
     client.app.state.quire.begin_drain()  # type: ignore[attr-defined]
     for response in (await client.post(COMPLETIONS, json=PROMPT), await client.get("/ready")):
-        assert_shape(response, 503, "shutting_down", None)
+        assert_error(response, 503, "shutting_down", None)
         assert int(response.headers["retry-after"]) >= 1
     assert (await client.get("/health")).status_code == 200
 
@@ -440,7 +266,7 @@ async def test_only_routes_and_served_names_become_labels(
     assert 'finished_reason="stop",model_name="tiny"} 1.0' in page
 
 
-async def test_an_unforeseen_exception_is_500_without_its_text(
+async def test_an_unexpected_exception_is_500_without_its_text(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     def broken(*_: Any) -> Any:
@@ -449,6 +275,6 @@ async def test_an_unforeseen_exception_is_500_without_its_text(
     engine.stats = broken  # type: ignore[method-assign]
     for stream in (False, True):
         response = await client.post(COMPLETIONS, json={**PROMPT, "stream": stream})
-        assert_shape(response, 500, "internal_error", None)
+        assert_error(response, 500, "internal_error", None)
         assert "secret" not in response.text
         assert response.headers["x-request-id"] in response.json()["error"]["message"]

@@ -55,7 +55,7 @@ LAST_EVENTS = {
     "/v1/messages": ("event: message_stop",),
 }
 SECONDS = 5.0
-"""A limit per request, far above the time that the fake engine needs."""
+"""Seconds per request, far more than the fake engine needs."""
 
 
 def _app(**options: Any) -> tuple[FastAPI, FakeEngineClient]:
@@ -72,15 +72,15 @@ ANSWERED: Counter[tuple[str, int]] = Counter()
 
 
 def _thin_out(case: schemathesis.Case) -> None:
-    """Keep only a few fields: among many generated ones, at least one is always wrong.
+    """Drop the model, whose generated name is never served, and most of the other fields.
 
-    Drop the model, too, since a generated name is never served.
+    Otherwise at least one of the many generated fields is always wrong.
     """
     body = case.body
     if case.path not in BODIES or not isinstance(body, dict):
         return
     body.pop("model", None)
-    body.pop("timeout", None)  # 504 would be the right answer to a generated deadline
+    body.pop("timeout", None)  # a short one would rightly be answered with 504
     required = {"prompt", "messages", "tokens", "input", "max_tokens"}
     optional = [name for name in body if name not in required]
     for name in optional[len(str(body)) % 4 :]:
@@ -100,9 +100,9 @@ def _thin_out(case: schemathesis.Case) -> None:
     derandomize="QUIRE_FUZZ_EXAMPLES" not in os.environ,
     database=None,
 )
-def test_made_up_requests(case: schemathesis.Case) -> None:
+def test_generated_requests(case: schemathesis.Case) -> None:
     async def call() -> httpx.Response:
-        transport = httpx.ASGITransport(app=APP)  # an exception that escapes is raised here
+        transport = httpx.ASGITransport(app=APP)  # raises exceptions that escape the application
         async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
             request = case.as_transport_kwargs(base_url="http://quire")
             request.pop("cookies", None)
@@ -131,16 +131,16 @@ def test_made_up_requests(case: schemathesis.Case) -> None:
     assert len(APP.state.quire.streams) == 0
 
 
-def test_the_fuzzing_reached_answers() -> None:
-    """Some generated requests must have been accepted."""
+def test_some_generated_requests_are_answered() -> None:
+    """At least one generated request per endpoint was accepted."""
     for path in BODIES:
         assert ANSWERED[f"POST {path}", 200] > 0, ANSWERED
 
 
-# --- the document itself
+# --- the OpenAPI document
 
 
-async def test_the_document_says_which_paths_ask_for_a_key() -> None:
+async def test_the_document_says_which_paths_require_a_key() -> None:
     app, _ = _app(api_key=("one",), admin_api_key="two")
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
@@ -184,7 +184,7 @@ def test_bodies_and_streams_are_described() -> None:
         ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9}),
     ],
 )
-async def test_events_are_as_described(path: str, body: dict[str, Any]) -> None:
+async def test_events_match_their_schema(path: str, body: dict[str, Any]) -> None:
     transport = httpx.ASGITransport(app=APP)
     async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
         response = await client.post(path, json={**body, "stream": True})
@@ -194,7 +194,7 @@ async def test_events_are_as_described(path: str, body: dict[str, Any]) -> None:
     )
 
 
-async def test_the_page_loads_nothing_from_elsewhere(client: httpx.AsyncClient) -> None:
+async def test_the_docs_page_loads_nothing_external(client: httpx.AsyncClient) -> None:
     page = (await client.get("/docs")).text
     assert "://" not in page
     assert "openapi.json" in page

@@ -1,4 +1,4 @@
-"""The server's log: structlog's entries and the standard library's records, in both formats."""
+"""The server's log: entries of structlog and of the standard library, in both formats."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_console_lines_hold_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_lines_have_the_same_content(capsys: pytest.CaptureFixture[str]) -> None:
     lines = write("console", capsys)
     assert "[info     ] request done [quire.server.test] path=/ö status=200" in lines[0]
     assert "[warning  ] 90% used [library]" in lines[1]

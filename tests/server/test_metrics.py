@@ -1,4 +1,4 @@
-"""The metrics page, read back with prometheus_client's own parser."""
+"""The metrics page, parsed with prometheus_client's own parser."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INFO = EngineInfo(
     max_logprobs=20,
     eos_token_ids=(0,),
 )
-OF_MODEL = {"model_name": "m", "engine": "0"}
+MODEL_LABELS = {"model_name": "m", "engine": "0"}
 TINY = frozenset({"model_name": "tiny", "engine": "0"}.items())
 
 
@@ -46,7 +46,7 @@ def read(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:
-    own = {} if name.startswith("http_") else OF_MODEL
+    own = {} if name.startswith("http_") else MODEL_LABELS
     name = name if name.startswith("http_") else f"quire:{name}"
     return read(metrics)[name, frozenset({**own, **labels}.items())]
 
@@ -142,7 +142,7 @@ def test_buckets(metrics: Metrics) -> None:
     assert len(buckets(metrics, "e2e_request_latency_seconds")) == 22
 
 
-def test_counters_are_deltas_that_survive_a_restart(metrics: Metrics) -> None:
+def test_counters_keep_counting_across_engine_restarts(metrics: Metrics) -> None:
     metrics.observe_step(stats(1, preemptions=5, prefix_hits=100))
     metrics.observe_step(stats(2, preemptions=7, prefix_hits=100))
     metrics.observe_step(stats(2, preemptions=7, prefix_hits=100))
@@ -151,7 +151,7 @@ def test_counters_are_deltas_that_survive_a_restart(metrics: Metrics) -> None:
     metrics.observe_step(stats(9, preemptions=9, prefix_hits=1))
     assert value(metrics, "num_preemptions_total") == 16
     assert value(metrics, "prefix_cache_hits_total") == 101
-    # A restart that nobody announced shows in the step going back.
+    # Without an announcement, a lower step number reveals the restart.
     metrics.observe_step(stats(1, preemptions=10))
     assert value(metrics, "num_preemptions_total") == 26
     assert value(metrics, "engine_restarts_total") == 1
@@ -160,7 +160,7 @@ def test_counters_are_deltas_that_survive_a_restart(metrics: Metrics) -> None:
 def test_gauges_and_step_sizes(metrics: Metrics) -> None:
     busy = stats(1, num_running=3, num_waiting=2, num_free_blocks=25, step_tokens=40)
     metrics.observe_step(busy)
-    metrics.observe_step(busy)  # a heartbeat: no new step
+    metrics.observe_step(busy)  # the same step again, as in a heartbeat
     assert value(metrics, "num_requests_running") == 3
     assert value(metrics, "num_requests_waiting") == 2
     assert value(metrics, "kv_cache_usage_perc") == 0.75
@@ -191,11 +191,11 @@ def test_finished_request(metrics: Metrics) -> None:
     assert {name: value(metrics, f"{name}_sum") for name in sums} == sums
 
 
-def test_tokens_are_counted_as_they_come(metrics: Metrics) -> None:
+def test_tokens_are_counted_as_they_arrive(metrics: Metrics) -> None:
     metrics.prompt_read(10, 4)
     for count in (1, 0, 3):
         metrics.tokens_generated(count)
-    for _ in range(2):  # a second look counts nothing twice
+    for _ in range(2):  # rendering the page twice does not count tokens twice
         assert value(metrics, "prompt_tokens_total") == 10
         assert value(metrics, "prompt_tokens_cached_total") == 4
         assert value(metrics, "generation_tokens_total") == 4
@@ -225,10 +225,10 @@ async def test_a_request_counts_its_tokens_before_it_ends(
     usage = answering.result().json()["usage"]
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     assert totals() == [usage["prompt_tokens"], cached, usage["completion_tokens"]] == [5, 6, 20]
-    # One that ends before its first output has had its prompt counted, too.
+    # A request that ends before its first output still counts its prompt.
     engine.ready = False
     assert (await client.post("/v1/completions", json=fields)).status_code == 503
-    assert totals() == [5, 6, 20]  # refused, not begun
+    assert totals() == [5, 6, 20]  # a refused request adds no tokens
     engine.ready, engine.hold = True, asyncio.Event()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
@@ -281,7 +281,7 @@ def test_a_hostile_served_name_cannot_break_the_page() -> None:
     assert "evil" not in names
 
 
-def test_two_registries_are_apart() -> None:
+def test_two_registries_are_independent() -> None:
     first, second = Metrics("m"), Metrics("m")
     first.engine_restarted()
     assert value(second, "engine_restarts_total") == 0

@@ -1,4 +1,4 @@
-"""Where settings come from, which wins, and what is refused."""
+"""Sources of settings, their order of precedence, and refused values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_flag_over_environment_over_file_over_default(
+def test_flags_override_environment_file_and_defaults(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "quire.yaml", "port: 1\nseed: 1\nmax_n: 1\n")
@@ -40,7 +40,7 @@ def test_file_named_in_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert load_settings().host == "0.0.0.0"
 
 
-def test_lists_from_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_lists_are_read_from_every_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert load_settings(api_key=["a", "b,c"]).api_key == ("a", "b,c")
     path = write(tmp_path / "quire.yaml", "api_key: [d, e]\nserved_model_name: f\n")
     settings = load_settings(config=path)
@@ -111,12 +111,12 @@ def test_every_flag_of_the_engine_is_a_setting_with_the_same_bounds() -> None:
             assert (getattr(bounds[name], name.lower()) if name in bounds else None) == bound
 
 
-def test_engine_defaults_agree() -> None:
-    """The defaults of the settings are those of EngineConfig."""
+def test_engine_defaults_are_those_of_engine_config() -> None:
+    """Loaded settings give an EngineConfig with its own defaults."""
     assert load_settings(model="m").engine_config() == EngineConfig(model="m")
 
 
-def test_names_served() -> None:
+def test_served_names() -> None:
     assert load_settings(model="org/m").served_names == ("org/m",)
     assert load_settings(model="org/m", served_model_name=["a", "b"]).served_names == ("a", "b")
     demo = load_settings()
@@ -125,7 +125,7 @@ def test_names_served() -> None:
 
 
 def test_every_setting_has_a_flag() -> None:
-    """From the flag to the setting and back, for each of them."""
+    """Each setting has a flag that parses to its value, a group and a description."""
     values = {
         "dtype": "float32",
         "device": "cpu",

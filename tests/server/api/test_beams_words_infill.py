@@ -1,6 +1,6 @@
-"""Beam search, bad words and fill-in-the-middle, from the body to the request for the engine.
+"""Beam search, bad words and fill-in-the-middle: how a body becomes a request to the engine.
 
-Beam search also runs through the real engine, as a client sees it.
+One beam search runs on the real engine and is checked in the answer that a client gets.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ class WideEngineClient(FakeEngineClient):
 
 
 def metaspace_tokenizer(*control: str) -> Tokenizer:
-    """A tokenizer like Llama's: a space before the first word and a beginning token. One token per
-    character."""
+    """Make a tokenizer like Llama's, with a token for each character.
+
+    It prepends a space and a token for the beginning of the text.
+    """
     pieces = ["<unk>", "<s>", "</s>", "▁", "☺", *"abcdefgh()\n"]
     encoder = Encoder(
         models.BPE(
@@ -100,7 +102,7 @@ async def test_a_beam_search_reaches_the_engine(
     assert (params.beam_width, params.length_penalty, params.early_stopping) == (3, 1.0, False)
 
 
-async def test_the_default_of_max_tokens_leaves_room_for_every_beam(
+async def test_default_max_tokens_leaves_room_for_every_beam(
     make_client: MakeClient, engine: FakeEngineClient
 ) -> None:
     engine.num_blocks = 20
@@ -125,8 +127,8 @@ async def test_the_default_of_max_tokens_leaves_room_for_every_beam(
     assert response.json()["error"]["code"] == "kv_pool_too_small"
 
 
-async def test_the_real_engine_answers_the_best_first(tmp_path: Path) -> None:
-    """Choices are ordered by score and as long as their log-probabilities, without stop tokens."""
+async def test_the_real_engine_returns_the_best_beams_first(tmp_path: Path) -> None:
+    """Choices come in the order of their scores, each token with its log-probability."""
     config = tiny.LlamaConfig(**tiny.COMMON | {"vocab_size": VOCAB_SIZE})
     tiny.build_model(config).save_pretrained(tmp_path)
     engine_config = EngineConfig(
@@ -179,15 +181,16 @@ async def test_bad_words_reach_the_engine_with_and_without_a_space(
         response = await make_client().post(path, json={**fields, "bad_words": ["ab", " c", "ab"]})
         assert response.status_code == 200, response.text
     for request in engine.requests:
-        # After a space, bytes are spelt in the same way.
+        # This tokenizer spells a word in the same way after a space.
         assert request.sampling_params.bad_words == (tuple(ids("ab")), tuple(ids("c")))
 
 
-async def test_spellings_behind_a_space_are_bad_words_too() -> None:
+async def test_bad_words_include_their_spelling_after_a_space() -> None:
     tokenizer = metaspace_tokenizer()
     space, word = (tokenizer.backend.token_to_id(piece) for piece in ("▁", "▁a"))
     b = tokenizer.backend.token_to_id("b")
-    assert await encode_bad_words(tokenizer, ["ab"]) == ((word, b),)  # "▁ab" ends "▁▁ab"
+    # "▁▁ab" ends with the tokens of "▁ab".
+    assert await encode_bad_words(tokenizer, ["ab"]) == ((word, b),)
     assert await encode_bad_words(tokenizer, ["b"]) == ((space, b),)
 
 
@@ -201,7 +204,7 @@ FAMILIES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_the_middle_is_asked_for_as_the_model_learnt_it(
+async def test_infill_prompts_have_the_format_of_the_model_family(
     engine: FakeEngineClient, family: str
 ) -> None:
     *names, ends = FAMILIES[family]
@@ -242,7 +245,7 @@ async def test_a_suffix_reaches_the_engine() -> None:
     assert third.sampling_params.stop_token_ids == (9,)
 
 
-async def test_codellama_has_a_beginning_and_no_space_before_the_suffix() -> None:
+async def test_codellama_infill_has_a_bos_token_and_no_space_before_the_suffix() -> None:
     tokenizer = metaspace_tokenizer("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
     find = tokenizer.backend.token_to_id
     assert infill_tokens(tokenizer).ends == (find("▁<EOT>"),)

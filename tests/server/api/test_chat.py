@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +13,7 @@ from quire.engine.outputs import RowError
 
 from ..conftest import MODEL
 from ..fakes import IM_END, IM_START, FakeEngineClient, Script, ids, say
-from .test_completions import stream
-
-HI: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+from ..openai_http import HI, stream, until
 
 
 async def chat(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
@@ -27,18 +24,18 @@ async def chat(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     return answer
 
 
-async def test_an_answer(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+async def test_a_whole_answer(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
     answer = await chat(client)
     [choice] = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": "Hello, world", "refusal": None}
     assert choice["finish_reason"] == "stop"
     expected = [IM_START, *ids("user\nhi"), IM_END, *ids("\n"), IM_START, *ids("assistant\n")]
     assert list(engine.requests[0].prompt_token_ids) == expected
-    # If max_tokens is left out, it is the rest of the context.
+    # By default, max_tokens is the rest of the context.
     assert engine.requests[0].sampling_params.max_tokens == 512 - len(expected)
 
 
-async def test_the_default_of_max_tokens_fits_the_pool(
+async def test_default_max_tokens_fits_the_kv_cache(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.num_blocks = 5
@@ -109,14 +106,14 @@ async def test_control_tokens_in_messages_are_plain_text(
     assert prompt[: len(spelled)] == spelled
 
 
-async def test_developer_is_system_where_the_template_does_not_know_it(
+async def test_developer_becomes_system_if_the_template_does_not_know_it(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     await chat(client, messages=[{"role": "developer", "content": "x"}])
     assert list(engine.requests[0].prompt_token_ids)[1:7] == ids("system")
 
 
-async def test_template_settings_and_continuation(
+async def test_template_settings_and_continuation_reach_the_prompt(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     await chat(client, chat_template_kwargs={"enable_thinking": False})
@@ -164,17 +161,19 @@ def test_the_sdk_raises_the_right_errors(sdk: openai.OpenAI, engine: FakeEngineC
         list(sdk.chat.completions.create(**HI, stream=True))
 
 
-def test_leaving_aborts_streamed_and_whole_answers(served: str, engine: FakeEngineClient) -> None:
+def test_a_disconnect_aborts_streamed_and_whole_answers(
+    served: str, engine: FakeEngineClient
+) -> None:
     engine.scripts = say("x" * 400, delay=0.02)
     headers = {"Authorization": "Bearer secret"}
     url = f"{served}/v1/chat/completions"
     with httpx.Client(headers=headers) as client:
         with client.stream("POST", url, json={**HI, "stream": True, "n": 2}) as response:
             next(response.iter_text())
-        _until(lambda: not engine.running)
+        until(lambda: not engine.running, 3.0)
         with pytest.raises(httpx.ReadTimeout):
             client.post(url, json=HI, timeout=0.2)
-    _until(lambda: len(engine.requests) == 2 and not engine.running)
+    until(lambda: len(engine.requests) == 2 and not engine.running, 3.0)
     assert {request_id for request_id, _ in engine.aborted} == {
         request.request_id for request in engine.requests
     }
@@ -189,13 +188,6 @@ def test_comments_keep_a_silent_stream_alive(served: str, engine: FakeEngineClie
     )
     assert answer.text.startswith(": keep-alive\n\n")
     assert answer.text.endswith("data: [DONE]\n\n")
-
-
-def _until(condition: Any, seconds: float = 3.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 async def test_many_streams_at_once_keep_their_own_text(

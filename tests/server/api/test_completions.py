@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import httpx
 import pytest
 
 from ..fakes import IM_END, FakeEngineClient, Script, ids, say
+from ..openai_http import stream
 
 
 async def complete(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
@@ -16,17 +16,7 @@ async def complete(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     return answer
 
 
-async def stream(client: httpx.AsyncClient, path: str, **fields: Any) -> list[dict[str, Any]]:
-    """Return the chunks of a stream, which must end with [DONE]."""
-    response = await client.post(path, json={"model": "tiny", "stream": True, **fields})
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line for line in response.text.split("\n\n") if line.startswith("data: ")]
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-
-
-async def test_an_answer_has_text_reason_and_usage(client: httpx.AsyncClient) -> None:
+async def test_a_whole_answer_has_text_finish_reason_and_usage(client: httpx.AsyncClient) -> None:
     answer = await complete(client, prompt="abc", max_tokens=100)
     assert answer["object"] == "text_completion"
     assert answer["model"] == "tiny"
@@ -52,7 +42,7 @@ async def test_max_tokens_defaults_to_16(
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
-async def test_lists_of_prompts_and_n_have_their_indices_in_order(
+async def test_choices_of_several_prompts_are_indexed_in_order(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = lambda request, choice: Script(
@@ -112,7 +102,7 @@ async def test_echo_with_logprobs_and_no_new_token(
 @pytest.mark.parametrize("max_tokens", [0, 9])
 @pytest.mark.parametrize("chunk", [1, 3])
 @pytest.mark.parametrize("as_ids", [False, True])
-async def test_echo_with_logprobs_streams_the_same(
+async def test_echo_with_logprobs_is_the_same_in_a_stream(
     client: httpx.AsyncClient, engine: FakeEngineClient, max_tokens: int, chunk: int, as_ids: bool
 ) -> None:
     engine.scripts = lambda request, choice: (
@@ -177,7 +167,7 @@ async def test_the_usage_chunk_comes_last_and_has_no_choices(client: httpx.Async
     assert counts[0] == 1
 
 
-async def test_return_token_ids_streamed_and_not(client: httpx.AsyncClient) -> None:
+async def test_token_ids_are_returned_whole_and_streamed(client: httpx.AsyncClient) -> None:
     answer = await complete(client, prompt=[7, 8], return_token_ids=True)
     [choice] = answer["choices"]
     assert choice["prompt_token_ids"] == [7, 8]

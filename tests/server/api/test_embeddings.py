@@ -1,185 +1,28 @@
-"""Embeddings over HTTP: the vectors of a tiny model against transformers, the rules with a fake."""
+"""Embeddings over HTTP, with a fake engine: inputs, options and refusals."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-import openai
 import pytest
-import torch
-import uvicorn
-from tokenizers import processors
-from transformers import AutoModel, AutoTokenizer
-from transformers.models.qwen3 import Qwen3Config
 
-from quire.engine.config import EngineConfig
-from quire.engine.core.engine_core import EngineCore
 from quire.engine.embedding_spec import NO_LAYOUT, EmbeddingSpec
-from quire.engine.runner.worker import Worker
 from quire.server.metrics import Metrics
 from quire.server.serving.app import create_app
 from quire.server.settings import Settings
 from quire.server.text.tokenizer import Tokenizer
 
-from ...engine.inline_client import InlineEngineClient
-from ...engine.models import COMMON, build_model
-from ...engine.sentence_transformers_layout import add_layout, edit_json
 from ..conftest import MODEL, MakeClient
-from ..fakes import IM_END, FakeEngineClient, byte_tokenizer, ids
-from ..test_faults import assert_shape
-from ..test_metrics import TINY, read
+from ..fakes import IM_END, FakeEngineClient, ids
+from ..openai_http import assert_error
 
 PATH = "/v1/embeddings"
 SPEC = EmbeddingSpec(pooling="last", normalize=False, size=8)
-TEXTS = ["a", "the cat sat on the mat", "the cat sat on the mat, and slept " * 3]
-
-
-# --- a tiny model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model like Qwen3-Embedding: no head, no prefix, and a tokenizer that ends texts."""
-    path = tmp_path_factory.mktemp("embedding")
-    config = Qwen3Config(**COMMON | {"vocab_size": 258}, head_dim=16, tie_word_embeddings=True)
-    build_model(config).base_model.save_pretrained(path)
-    edit_json(path / "config.json", architectures=["Qwen3ForCausalLM"], is_matryoshka=True)
-    hf = byte_tokenizer()._hf
-    hf.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A <|im_end|>", special_tokens=[("<|im_end|>", IM_END)]
-    )
-    hf.save_pretrained(path)
-    add_layout(path, "lasttoken")
-    return path
-
-
-@pytest.fixture(scope="module")
-def served_model(folder: Path) -> Iterator[tuple[str, Metrics]]:
-    """The base URL of a server of the tiny model, and its metrics."""
-    settings = Settings(
-        model=str(folder),
-        served_model_name=(MODEL,),
-        device="cpu",
-        num_gpu_blocks_override=40,
-        max_num_batched_tokens=16,
-        num_threads=1,
-    )
-
-    def make_core(config: EngineConfig) -> EngineCore:
-        return EngineCore(config, Worker(config))
-
-    metrics = Metrics(MODEL)
-    engine = InlineEngineClient(settings.engine_config(), make_core, observer=metrics)
-    app = create_app(settings, engine, Tokenizer.load(str(folder)), metrics)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", http="h11", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    deadline = time.monotonic() + 30
-    while not (server.started and engine.health().ready) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", metrics
-    server.should_exit = True
-    thread.join(10)
-
-
-@pytest.fixture(scope="module")
-def client_of_openai(served_model: tuple[str, Metrics]) -> Iterator[openai.OpenAI]:
-    base_url, _ = served_model
-    with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def expected(folder: Path) -> list[torch.Tensor]:
-    """Compute the vectors that sentence-transformers gives for TEXTS, in plain torch."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
-    vectors = []
-    for text in TEXTS:
-        token_ids = tokenizer(text).input_ids
-        assert token_ids == [*ids(text), IM_END]
-        with torch.no_grad():
-            states = model(torch.tensor([token_ids])).last_hidden_state[0]
-        vectors.append(torch.nn.functional.normalize(states[-1], dim=-1))
-    return vectors
-
-
-def assert_close(embedding: list[float], vector: torch.Tensor) -> None:
-    torch.testing.assert_close(torch.tensor(embedding), vector, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("options", [{}, {"encoding_format": "float"}])
-def test_the_openai_client_gets_the_reference_vectors(
-    client_of_openai: openai.OpenAI, expected: list[torch.Tensor], options: dict[str, Any]
-) -> None:
-    """By default, the client requests base64 and decodes it."""
-    answer = client_of_openai.embeddings.create(model=MODEL, input=TEXTS, **options)
-    assert (answer.object, answer.model) == ("list", MODEL)
-    assert [item.index for item in answer.data] == [0, 1, 2]
-    for item, vector in zip(answer.data, expected, strict=True):
-        assert_close(item.embedding, vector)
-    num_tokens = sum(len(text) + 1 for text in TEXTS)
-    assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (num_tokens, num_tokens)
-
-
-def test_shorter_vectors_have_unit_length(
-    client_of_openai: openai.OpenAI, expected: list[torch.Tensor]
-) -> None:
-    answer = client_of_openai.embeddings.create(model=MODEL, input=TEXTS[1], dimensions=12)
-    shorter = torch.nn.functional.normalize(expected[1][:12], dim=-1)
-    assert_close(answer.data[0].embedding, shorter)
-    with pytest.raises(openai.BadRequestError, match="have 32") as caught:
-        client_of_openai.embeddings.create(model=MODEL, input=TEXTS[1], dimensions=33)
-    assert caught.value.param == "dimensions"
-
-
-def test_among_generations(served_model: tuple[str, Metrics], expected: list[torch.Tensor]) -> None:
-    """Vectors and generated tokens are the same as alone, and both are counted."""
-    base_url, metrics = served_model
-    generation = {"model": MODEL, "prompt": TEXTS[1], "max_tokens": 20, "temperature": 0}
-    labels = TINY | {("finished_reason", "stop")}
-
-    async def run() -> tuple[list[httpx.Response], list[httpx.Response]]:
-        async with httpx.AsyncClient(base_url=base_url, timeout=60) as client:
-            alone = await client.post("/v1/completions", json=generation)
-            before = read(metrics)
-            embeddings, generations = [], [alone]
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(client.post(PATH, json={"input": text})) for text in TEXTS
-                ]
-                others = [
-                    group.create_task(client.post("/v1/completions", json=generation))
-                    for _ in range(4)
-                ]
-            embeddings += [task.result() for task in tasks]
-            generations += [task.result() for task in others]
-            after = read(metrics)
-        tokens = sum(len(text) + 1 for text in [*TEXTS, *[TEXTS[1]] * 4])
-        counted = (
-            after["quire:prompt_tokens_total", TINY] - before["quire:prompt_tokens_total", TINY]
-        )
-        assert counted == tokens
-        name = "quire:request_success_total"
-        generated = [response.json()["choices"][0]["finish_reason"] for response in generations[1:]]
-        assert after[name, labels] - before[name, labels] == 3 + generated.count("stop")
-        return embeddings, generations
-
-    embeddings, generations = asyncio.run(run())
-    for response, vector in zip(embeddings, expected, strict=True):
-        assert_close(response.json()["data"][0]["embedding"], vector)
-    assert len({response.json()["choices"][0]["text"] for response in generations}) == 1
-
-
-# --- the rules, with a fake engine
 
 
 @pytest.fixture
@@ -202,7 +45,7 @@ def padded(*components: float) -> list[float]:
         ("<|im_end|>", [[IM_END]]),
     ],
 )
-async def test_inputs_of_every_kind(
+async def test_every_kind_of_input_is_embedded(
     client: httpx.AsyncClient, embedder: FakeEngineClient, value: Any, vectors: list[list[float]]
 ) -> None:
     response = await client.post(PATH, json={"model": MODEL, "input": value})
@@ -220,7 +63,7 @@ async def test_inputs_of_every_kind(
     assert not embedder.running
 
 
-async def test_base64_is_of_little_endian_float32(
+async def test_base64_encodes_little_endian_float32(
     client: httpx.AsyncClient, embedder: FakeEngineClient
 ) -> None:
     fields = {"input": [3, 4], "encoding_format": "base64"}
@@ -229,7 +72,7 @@ async def test_base64_is_of_little_endian_float32(
     assert np.frombuffer(data, "<f4").tolist() == padded(3.0, 4.0)
 
 
-async def test_normalised_after_it_is_shortened(
+async def test_vectors_are_normalised_after_they_are_shortened(
     client: httpx.AsyncClient, embedder: FakeEngineClient
 ) -> None:
     embedder.embedding = EmbeddingSpec(
@@ -241,7 +84,7 @@ async def test_normalised_after_it_is_shortened(
     (shorter,) = (await client.post(PATH, json={**fields, "dimensions": 2})).json()["data"]
     assert shorter["embedding"] == pytest.approx([0.6, 0.8])
     response = await client.post(PATH, json={**fields, "dimensions": 3})
-    assert_shape(response, 400, "invalid_value", "dimensions")
+    assert_error(response, 400, "invalid_value", "dimensions")
 
 
 async def test_the_fields_reach_the_engine(
@@ -264,12 +107,14 @@ async def test_the_fields_reach_the_engine(
         assert request.deadline == pytest.approx(request.arrival_time + 9)
 
 
-async def test_the_beginning_is_kept(folder: Path, embedder: FakeEngineClient) -> None:
-    """The special tokens after it are kept, too."""
+async def test_truncation_keeps_the_beginning(
+    embedding_model: Path, embedder: FakeEngineClient
+) -> None:
+    """The special tokens that end a text are kept as well."""
     app = create_app(
         Settings(served_model_name=(MODEL,), generation_config="none"),
         embedder,
-        Tokenizer.load(str(folder)),
+        Tokenizer.load(str(embedding_model)),
         Metrics(MODEL),
     )
     transport = httpx.ASGITransport(app=app)
@@ -290,18 +135,18 @@ async def test_the_beginning_is_kept(folder: Path, embedder: FakeEngineClient) -
         long = await kept(truncate_prompt_tokens=-1, input="a" * 10**6)
         assert long == (*ids("a") * (embedder.max_model_len - 1), IM_END)
         response = await client.post(PATH, json={"input": "a", "truncate_prompt_tokens": 1})
-        assert_shape(response, 400, "invalid_value", "truncate_prompt_tokens")
+        assert_error(response, 400, "invalid_value", "truncate_prompt_tokens")
 
 
 @pytest.mark.parametrize("value", ["a", ["a", "b"], [0, 1], [[0], [1, 2]]])
 @pytest.mark.parametrize("reason", [NO_LAYOUT, "pooling by cls is not supported"])
-async def test_other_models_say_why_they_make_none(
+async def test_models_that_make_no_embeddings_say_why(
     client: httpx.AsyncClient, engine: FakeEngineClient, value: Any, reason: str
 ) -> None:
     engine.embedding = reason
     fields = {"model": MODEL, "input": value, "encoding_format": "base64", "dimensions": 8}
     response = await client.post(PATH, json=fields)
-    assert_shape(response, 400, "invalid_value", "model")
+    assert_error(response, 400, "invalid_value", "model")
     assert response.json()["error"]["message"].endswith(f"does not produce embeddings: {reason}")
 
 
@@ -335,27 +180,27 @@ async def test_bad_fields_are_named(
     client: httpx.AsyncClient, embedder: FakeEngineClient, fields: dict[str, Any], param: str
 ) -> None:
     response = await client.post(PATH, json={"model": MODEL, "input": "a", **fields})
-    assert_shape(response, 400, "invalid_value", param)
+    assert_error(response, 400, "invalid_value", param)
     assert not embedder.requests
 
 
 @pytest.mark.parametrize("value", ["a" * 513, [1] * 513, ["a", "a" * 10**6], [[1], [1] * 600]])
-async def test_inputs_over_the_context_are_refused(
+async def test_inputs_longer_than_the_context_are_refused(
     client: httpx.AsyncClient, embedder: FakeEngineClient, value: Any
 ) -> None:
     response = await client.post(PATH, json={"input": value})
-    assert_shape(response, 400, "context_length_exceeded", "input")
+    assert_error(response, 400, "context_length_exceeded", "input")
     assert "prompt" not in response.json()["error"]["message"]
     response = await client.post(PATH, json={"input": "a" * 512})
     assert response.status_code == 200
 
 
-async def test_inputs_over_the_pool_are_refused(
+async def test_inputs_larger_than_the_kv_cache_are_refused(
     client: httpx.AsyncClient, embedder: FakeEngineClient
 ) -> None:
     embedder.num_blocks = 2
     response = await client.post(PATH, json={"input": "a" * 33})
-    assert_shape(response, 400, "kv_pool_too_small", "input")
+    assert_error(response, 400, "kv_pool_too_small", "input")
     assert "input needs more KV cache" in response.json()["error"]["message"]
 
 
@@ -368,34 +213,36 @@ async def test_inputs_over_the_pool_are_refused(
         ("/v1/responses", {"input": "a"}),
     ],
 )
-async def test_weights_without_a_head_generate_nothing(
+async def test_weights_without_a_head_refuse_to_generate(
     client: httpx.AsyncClient, embedder: FakeEngineClient, path: str, fields: dict[str, Any]
 ) -> None:
     embedder.can_generate = False
     response = await client.post(path, json=fields)
-    assert_shape(response, 400, "invalid_value", "model")
+    assert_error(response, 400, "invalid_value", "model")
     assert "no language-model head" in response.json()["error"]["message"]
     assert (await client.post(PATH, json={"input": "a"})).status_code == 200
 
 
-async def test_the_rest_of_the_rules_hold(
+async def test_unknown_models_unknown_fields_and_an_engine_that_is_not_ready(
     make_client: MakeClient, embedder: FakeEngineClient
 ) -> None:
     fields: dict[str, Any] = {"model": "other", "input": "a"}
     client = make_client()
-    assert_shape(await client.post(PATH, json=fields), 404, "model_not_found", "model")
+    assert_error(await client.post(PATH, json=fields), 404, "model_not_found", "model")
     fields = {"model": MODEL, "input": "a", "mood": 1}
     response = await client.post(PATH, json=fields)
     assert (response.status_code, response.headers["x-quire-ignored-params"]) == (200, "mood")
     strict = make_client(strict=True)
-    assert_shape(await strict.post(PATH, json=fields), 400, "invalid_value", "mood")
+    assert_error(await strict.post(PATH, json=fields), 400, "invalid_value", "mood")
     embedder.ready = False
     assert (await client.post(PATH, json={"input": "a"})).status_code == 503
     in_flight = client.app.state.quire.in_flight  # type: ignore[attr-defined]
     assert (in_flight.num_queued, in_flight.num_running, in_flight.queued_tokens) == (0, 0, 0)
 
 
-async def test_a_deadline_ends_it(client: httpx.AsyncClient, embedder: FakeEngineClient) -> None:
+async def test_a_deadline_ends_an_embedding_request(
+    client: httpx.AsyncClient, embedder: FakeEngineClient
+) -> None:
     embedder.hold = asyncio.Event()
     response = await client.post(PATH, json={"input": ["a", "b"], "timeout": 0.05})
     assert response.status_code == 504

@@ -4,16 +4,16 @@ import httpx
 
 from ..conftest import MakeClient
 from ..fakes import FakeEngineClient
-from ..test_faults import COMPLETIONS, PROMPT, assert_shape
+from ..openai_http import COMPLETIONS, PROMPT, assert_error
 
 
-async def test_models(make_client: MakeClient) -> None:
+async def test_models_are_listed_and_found_by_name(make_client: MakeClient) -> None:
     client = make_client(served_model_name=("a/b", "c"))
     cards = (await client.get("/v1/models")).json()["data"]
     assert [card["id"] for card in cards] == ["a/b", "c"]
     assert cards[0]["max_model_len"] == 512
     assert (await client.get("/v1/models/a/b")).json() == cards[0]
-    assert_shape(await client.get("/v1/models/d"), 404, "model_not_found", "model")
+    assert_error(await client.get("/v1/models/d"), 404, "model_not_found", "model")
 
 
 async def test_health_follows_the_engine(
@@ -36,7 +36,9 @@ async def test_pages_and_probes_answer_head(make_client: MakeClient) -> None:
     assert (await client.head("/v1/models", headers=key)).status_code == 405
 
 
-async def test_the_debug_view_shows_that_every_block_is_back(client: httpx.AsyncClient) -> None:
+async def test_the_debug_view_shows_every_block_free_after_a_request(
+    client: httpx.AsyncClient,
+) -> None:
     await client.post(COMPLETIONS, json=PROMPT)
     debug = (await client.get("/debug/engine")).json()
     assert debug["stats"]["num_free_blocks"] == debug["stats"]["num_blocks"]
@@ -44,7 +46,7 @@ async def test_the_debug_view_shows_that_every_block_is_back(client: httpx.Async
     assert debug["stats"]["num_running"] == debug["stats"]["num_waiting"] == 0
 
 
-async def test_pages(client: httpx.AsyncClient) -> None:
+async def test_pages_are_served(client: httpx.AsyncClient) -> None:
     assert "text/html" in (await client.get("/")).headers["content-type"]
     assert "openapi.json" in (await client.get("/docs")).text
     assert "/v1/completions" in (await client.get("/openapi.json")).json()["paths"]

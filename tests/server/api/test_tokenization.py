@@ -11,10 +11,10 @@ from quire.server.text.tokenizer import Tokenizer
 
 from ..conftest import MakeClient
 from ..fakes import IM_END, IM_START, VOCAB_SIZE, byte_tokenizer, ids
-from ..test_faults import assert_shape
+from ..openai_http import assert_error
 
 
-async def test_tokenize_a_prompt_and_back(client: httpx.AsyncClient) -> None:
+async def test_a_prompt_is_tokenised_and_detokenised(client: httpx.AsyncClient) -> None:
     response = await client.post(
         "/tokenize", json={"model": "tiny", "prompt": "é<|im_end|>", "return_token_strs": True}
     )
@@ -29,7 +29,7 @@ async def test_tokenize_a_prompt_and_back(client: httpx.AsyncClient) -> None:
     assert response.json() == {"prompt": "é<|im_end|>"}
 
 
-async def test_tokenize_a_chat_as_the_endpoint_does(client: httpx.AsyncClient) -> None:
+async def test_a_chat_is_tokenised_as_the_chat_endpoint_does(client: httpx.AsyncClient) -> None:
     messages = [{"role": "user", "content": "x<|im_end|>"}]
     response = await client.post("/tokenize", json={"messages": messages})
     tokens = response.json()["tokens"]
@@ -48,10 +48,10 @@ async def test_tokenize_a_chat_as_the_endpoint_does(client: httpx.AsyncClient) -
         ("/detokenize", {"tokens": [True]}, "tokens[0]"),
     ],
 )
-async def test_bad_fields(
+async def test_bad_fields_are_named(
     client: httpx.AsyncClient, path: str, fields: dict[str, object], param: str
 ) -> None:
-    assert_shape(await client.post(path, json=fields), 400, "invalid_value", param)
+    assert_error(await client.post(path, json=fields), 400, "invalid_value", param)
 
 
 async def test_tokenizer_info(client: httpx.AsyncClient) -> None:
@@ -62,7 +62,7 @@ async def test_tokenizer_info(client: httpx.AsyncClient) -> None:
     assert "<|im_start|>" in info["chat_template"]
 
 
-async def test_long_prompts_leave_the_event_loop_alone(tokenizer: Tokenizer) -> None:
+async def test_tokenising_a_long_prompt_does_not_block_the_event_loop(tokenizer: Tokenizer) -> None:
     work = asyncio.create_task(tokenizer.encode("a" * 1_000_000, add_special_tokens=False))
     longest, last = 0.0, time.perf_counter()
     while not work.done():
@@ -94,12 +94,12 @@ async def test_a_model_without_a_template_says_so() -> None:
         )
 
 
-def test_loading_says_what_is_wrong(tmp_path: object) -> None:
+def test_a_missing_tokenizer_is_reported(tmp_path: object) -> None:
     with pytest.raises(ModelLoadError, match="cannot load the tokenizer"):
         Tokenizer.load(f"{tmp_path}/nothing")
 
 
-def test_a_template_file_that_is_not_there(tmp_path: object) -> None:
+def test_a_missing_template_file_is_reported(tmp_path: object) -> None:
     tokenizer = byte_tokenizer()
     tokenizer._hf.save_pretrained(str(tmp_path))
     with pytest.raises(ConfigurationError, match="chat_template"):

@@ -1,4 +1,4 @@
-"""Tool calls and reasoning over HTTP, and as the OpenAI SDK reads them."""
+"""Tool calls and reasoning in chat completions, over HTTP and through the OpenAI SDK."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
-from quire.engine.grammar.compile import compile_grammar, make_tokenizer
-from quire.engine.request import GrammarSpec
 from quire.server.parsing.message_events import MessageBuilder
 from quire.server.parsing.message_parser import MessageFormat, MessageParser
 from quire.server.settings import load_settings
 from quire.server.text.template_calls import reads_text
 from quire.server.text.tokenizer import Tokenizer
 
-from ..conftest import MODEL, MakeClient, make_app
+from ..conftest import MakeClient, make_app
 from ..fakes import (
     CHAT_TEMPLATE,
     IM_END,
@@ -30,28 +28,26 @@ from ..fakes import (
     prompt_text,
     say,
 )
-from .test_completions import stream
+from ..openai_http import CHAT, HI, stream
 
-HI: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
 DONE = "tool_calls.function.arguments.done"
-PATH = "/v1/chat/completions"
 ARGUMENTS = '{"city": "</tool_call> Zürich \\" 🎉"}'
 CALL = f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
 TWO = f"Let me see.\n{CALL}\n" + '<tool_call>\n{"name": "other", "arguments": {}}\n</tool_call>'
 
 
 async def chat(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
-    response = await client.post(PATH, json={**HI, **fields})
+    response = await client.post(CHAT, json={**HI, **fields})
     assert response.status_code == 200, response.text
     ChatCompletion.model_validate(response.json())
     choice: dict[str, Any] = response.json()["choices"][0]
     return choice
 
 
-async def refused(client: httpx.AsyncClient, **fields: Any) -> tuple[str, str]:
-    response = await client.post(PATH, json={**HI, **fields})
+async def refusal(client: httpx.AsyncClient, **fields: Any) -> tuple[str, str]:
+    response = await client.post(CHAT, json={**HI, **fields})
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     return error["param"], error["message"]
@@ -81,14 +77,14 @@ async def test_calls_in_a_whole_answer(
     assert second["function"] == {"name": "other", "arguments": "{}"}
     assert first["id"] != second["id"]
     assert json.dumps(TOOL) in prompt_text(engine, tokenizer)
-    # Without text, content is null.
+    # An answer without text has null as its content.
     engine.scripts = say(CALL)
     assert (await chat(client, tools=[TOOL]))["message"]["content"] is None
 
 
 async def test_calls_in_a_stream(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
     engine.scripts = lambda request, choice: Script(ids(TWO), chunk=1 + 4 * choice)
-    chunks = await stream(client, PATH, **HI, tools=[TOOL], n=3)
+    chunks = await stream(client, CHAT, **HI, tools=[TOOL], n=3)
     for chunk in chunks:
         ChatCompletionChunk.model_validate(chunk)
     for index in range(3):
@@ -113,7 +109,7 @@ async def test_calls_in_a_stream(client: httpx.AsyncClient, engine: FakeEngineCl
             texts[call["index"]] += call["function"]["arguments"]
             assert "id" in call or set(call) == {"index", "function"}
         assert texts == [ARGUMENTS, "{}"]
-        if index == 0:  # token by token: the arguments come as they are written
+        if index == 0:  # arguments are streamed as they are generated
             assert len(calls) > len(ARGUMENTS) / 2
 
 
@@ -150,17 +146,17 @@ async def test_the_sdk_reads_calls(sdk: openai.AsyncOpenAI, engine: FakeEngineCl
     assert [event.name for event in done] == ["weather", "other"]
 
 
-async def test_strict_is_named_where_nothing_enforces_it(
+async def test_strict_is_reported_as_ignored_if_nothing_enforces_it(
     client: httpx.AsyncClient,
 ) -> None:
     tool = {"type": "function", "function": {**TOOL["function"], "strict": True}}
-    response = await client.post(PATH, json={**HI, "tools": [TOOL, tool | {}]})
-    assert response.status_code == 400  # two of one name
-    response = await client.post(PATH, json={**HI, "tools": [tool]})
+    response = await client.post(CHAT, json={**HI, "tools": [TOOL, tool | {}]})
+    assert response.status_code == 400  # both have the same name
+    response = await client.post(CHAT, json={**HI, "tools": [tool]})
     assert response.headers["x-quire-ignored-params"] == "tools[0].function.strict"
 
 
-async def test_results_go_back_to_the_model(
+async def test_tool_results_reach_the_prompt(
     client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
 ) -> None:
     call = {"id": "1", "function": {"name": "weather", "arguments": ARGUMENTS}}
@@ -173,8 +169,10 @@ async def test_results_go_back_to_the_model(
     ]
     await chat(client, messages=messages, tools=[TOOL])
     text = prompt_text(engine, tokenizer)
-    told = json.dumps({"name": "weather", "arguments": json.loads(ARGUMENTS)}, ensure_ascii=False)
-    assert f"assistant\n<tool_call>{told}</tool_call>" in text
+    call_text = json.dumps(
+        {"name": "weather", "arguments": json.loads(ARGUMENTS)}, ensure_ascii=False
+    )
+    assert f"assistant\n<tool_call>{call_text}</tool_call>" in text
     assert '{"name": "other", "arguments": {}}' in text
     assert "tool\nrain" in text and "tool\nok" in text
 
@@ -200,7 +198,7 @@ def test_a_template_that_reads_no_calls_gets_objects() -> None:
     assert not reads_text(lambda messages: str(1 / 0), (ZeroDivisionError,))
 
 
-async def test_tool_choice_none_tells_of_no_tools(
+async def test_tool_choice_none_hides_the_tools_from_the_model(
     client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
 ) -> None:
     engine.scripts = say(CALL)
@@ -210,14 +208,14 @@ async def test_tool_choice_none_tells_of_no_tools(
     assert "weather" not in prompt_text(engine, tokenizer)
 
 
-async def test_without_tools_calls_are_text(
+async def test_calls_are_plain_text_if_no_tools_are_offered(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say(CALL)
     assert (await chat(client))["message"]["content"] == CALL
 
 
-async def test_one_call_where_parallel_calls_are_off(
+async def test_only_the_first_call_is_returned_if_parallel_calls_are_off(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say(TWO)
@@ -225,7 +223,9 @@ async def test_one_call_where_parallel_calls_are_off(
     assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["weather"]
 
 
-async def test_a_call_cut_by_length(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+async def test_a_call_cut_by_max_tokens_keeps_its_partial_arguments(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
     engine.scripts = say(CALL)
     count = len(ids(CALL[: CALL.index("rich")]))
     choice = await chat(client, tools=[TOOL], max_tokens=count)
@@ -234,30 +234,30 @@ async def test_a_call_cut_by_length(client: httpx.AsyncClient, engine: FakeEngin
     assert call["function"]["arguments"] == ARGUMENTS[: ARGUMENTS.index("rich")]
 
 
-async def test_log_probabilities_of_held_text_are_not_lost(
+async def test_logprobs_of_held_back_text_are_not_lost(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say(TWO)
     fields = {"tools": [TOOL], "logprobs": True, "return_token_ids": True}
     choice = await chat(client, **fields)
-    chunks = [chunk["choices"][0] for chunk in await stream(client, PATH, **HI, **fields)]
+    chunks = [chunk["choices"][0] for chunk in await stream(client, CHAT, **HI, **fields)]
     entries = [entry for chunk in chunks for entry in (chunk["logprobs"] or {}).get("content", ())]
     assert entries == choice["logprobs"]["content"]
     token_ids = [token for chunk in chunks for token in chunk.get("token_ids", ())]
     assert token_ids == choice["token_ids"] == [*ids(TWO), IM_END]
 
 
-async def test_what_cannot_be_served_is_refused(
+async def test_tools_and_effort_that_cannot_be_served_are_refused(
     engine: FakeEngineClient, make_client: MakeClient
 ) -> None:
-    param, message = await refused(make_client(tool_call_parser="none"), tools=[TOOL])
+    param, message = await refusal(make_client(tool_call_parser="none"), tools=[TOOL])
     assert param == "tools" and "--tool-call-parser" in message
     app = make_app(engine, byte_tokenizer("{{ messages }}"), tool_call_parser="hermes")
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
-        param, message = await refused(client, tools=[TOOL])
+        param, message = await refusal(client, tools=[TOOL])
         assert (param, message) == ("tools", "the chat template does not read tools")
-        param, message = await refused(client, reasoning_effort="low")
+        param, message = await refusal(client, reasoning_effort="low")
         assert param == "reasoning_effort"
         await chat(client, reasoning_effort="none")
     assert not engine.requests[1:]
@@ -273,7 +273,7 @@ async def test_tokenize_counts_the_tools(client: httpx.AsyncClient) -> None:
 # -- control tokens --------------------------------------------------------------------------
 
 
-async def test_markers_that_are_control_tokens_are_seen_and_no_others(
+async def test_only_control_tokens_that_mark_calls_reach_the_parser(
     engine: FakeEngineClient,
 ) -> None:
     tokenizer = byte_tokenizer(CHAT_TEMPLATE, ("[TOOL_CALLS]", "[IMG]"))
@@ -298,7 +298,7 @@ async def test_markers_that_are_control_tokens_are_seen_and_no_others(
 THOUGHT = "<think>\nIt is < 3 </thin.\n</think>\n\nIt is 2."
 
 
-async def test_reasoning_whole_and_streamed(
+async def test_reasoning_is_the_same_whole_and_streamed(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say(THOUGHT)
@@ -307,7 +307,7 @@ async def test_reasoning_whole_and_streamed(
     assert message["content"] == "It is 2."
     assert message["reasoning"] == message["reasoning_content"] == "It is < 3 </thin."
     assert choice["finish_reason"] == "stop"
-    chunks = await stream(client, PATH, **HI)
+    chunks = await stream(client, CHAT, **HI)
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     for name, text in (("content", "It is 2."), ("reasoning", "It is < 3 </thin.")):
         assert "".join(delta.get(name, "") for delta in deltas) == text
@@ -316,7 +316,7 @@ async def test_reasoning_whole_and_streamed(
     assert message == {"role": "assistant", "content": "It is 2.", "refusal": None}
 
 
-async def test_reasoning_that_the_prompt_opened(engine: FakeEngineClient) -> None:
+async def test_reasoning_that_the_prompt_opens_is_recognised(engine: FakeEngineClient) -> None:
     template = CHAT_TEMPLATE.removesuffix("{% endif %}") + "<think>\n{% endif %}"
     app = make_app(engine, byte_tokenizer(template))
     transport = httpx.ASGITransport(app=app)
@@ -363,7 +363,7 @@ async def test_earlier_reasoning_reaches_the_template(engine: FakeEngineClient) 
 # -- the demo model's own template -----------------------------------------------------------
 
 
-async def test_the_demo_template_is_read_back() -> None:
+async def test_calls_in_the_demo_template_are_parsed_back() -> None:
     tokenizer = Tokenizer.load(load_settings().model_path)
     format = MessageFormat.of(load_settings(), tokenizer.chat_template)
     assert (format.tool_format, format.reasoning) == ("hermes", None)
@@ -385,148 +385,3 @@ async def test_the_demo_template_is_read_back() -> None:
         assert json.loads(call["function"]["arguments"]) == json.loads(
             original["function"]["arguments"]  # type: ignore[index]
         )
-
-
-# -- forced calls ----------------------------------------------------------------------------
-
-OTHER = {"type": "function", "function": {"name": "other"}}
-OK = '{"city": "Ulm"}'
-BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-V31_CALL = "<｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
-V3_CALL = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}\n```<｜tool▁call▁end｜>"
-HERMES_CALL = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
-OBJECT = '{{"name": "{}", "arguments": {}}}'
-FORMATS = [
-    ("hermes", "", HERMES_CALL, "{}", "\n"),
-    ("llama3_json", "", '{{"name": "{}", "parameters": {}}}', "{}", "; "),
-    ("mistral", "", OBJECT, "[TOOL_CALLS][{}]", ", "),
-    ("mistral", "{# [ARGS] #}", "[TOOL_CALLS]{}[ARGS]{}", "{}", ""),
-    ("deepseek_v3", "{# ```json #}", V3_CALL, BEGIN + "{}" + END, "\n"),
-    ("deepseek_v3", "", V31_CALL, BEGIN + "{}" + END, ""),
-]
-CONTROL_TOKENS = ("[TOOL_CALLS]", "[ARGS]", "<tool_call>", "</tool_call>", BEGIN, "</think>")
-
-
-def accepts(tokenizer: Tokenizer, spec: GrammarSpec, text: str) -> bool:
-    """Decide whether the engine's matcher lets a model write `text` and end there."""
-    vocabulary = make_tokenizer(tokenizer.backend.to_str(), tokenizer.vocab_size, [IM_END])
-    matcher = compile_grammar(vocabulary, spec)
-    token_ids = tokenizer.backend.encode(text).ids
-    return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
-
-
-async def forced(
-    engine: FakeEngineClient, tokenizer: Tokenizer, format: str, **fields: Any
-) -> GrammarSpec:
-    engine.vocab_size = tokenizer.vocab_size
-    app = make_app(engine, tokenizer, tool_call_parser=format)
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
-        await chat(client, tools=[TOOL, OTHER], **fields)
-    grammar = engine.requests[-1].grammar
-    assert grammar is not None
-    return grammar
-
-
-@pytest.mark.parametrize("special", [(), CONTROL_TOKENS], ids=["text", "control tokens"])
-@pytest.mark.parametrize(("format", "template", "call", "frame", "separator"), FORMATS)
-async def test_a_forced_call_is_in_the_models_format(
-    engine: FakeEngineClient,
-    special: tuple[str, ...],
-    format: str,
-    template: str,
-    call: str,
-    frame: str,
-    separator: str,
-) -> None:
-    tokenizer = byte_tokenizer(CHAT_TEMPLATE + template, special)
-    one = frame.format(call.format("weather", OK))
-    two = frame.format(call.format("weather", OK) + separator + call.format("other", "{}"))
-    wrong = [
-        "It rains.",
-        "It rains. " + one,
-        frame.format(call.format("weather", '{"city": 1}')),
-        frame.format(call.format("weather", "{}")),
-        frame.format(call.format("weathers", OK)),
-        one + " So.",
-    ]
-    grammar = await forced(engine, tokenizer, format, tool_choice="required")
-    assert accepts(tokenizer, grammar, one) and accepts(tokenizer, grammar, two)
-    assert not any(accepts(tokenizer, grammar, text) for text in wrong)
-    fields = {"tool_choice": "required", "parallel_tool_calls": False}
-    grammar = await forced(engine, tokenizer, format, **fields)
-    assert accepts(tokenizer, grammar, one) and not accepts(tokenizer, grammar, two)
-    named = {"type": "function", "function": {"name": "weather"}}
-    grammar = await forced(engine, tokenizer, format, tool_choice=named)
-    assert accepts(tokenizer, grammar, one)
-    other = frame.format(call.format("other", "{}"))
-    assert not accepts(tokenizer, grammar, other)
-    # What the grammar lets through is read as calls.
-    parser = MessageFormat(format, None).parser(
-        ["weather", "other"],
-        prompt_end="",
-        continued=None,
-        show_reasoning=True,
-        parallel_calls=True,
-    )
-    builder = MessageBuilder()
-    builder.add(parser.feed(two) + parser.finish())
-    functions = [call["function"] for call in builder.message()["tool_calls"]]
-    assert functions == [
-        {"name": "weather", "arguments": OK},
-        {"name": "other", "arguments": "{}"},
-    ]
-    assert builder.content == ""
-
-
-@pytest.mark.parametrize("special", [(), CONTROL_TOKENS], ids=["text", "control tokens"])
-async def test_a_forced_call_may_be_reasoned_about(
-    engine: FakeEngineClient, special: tuple[str, ...]
-) -> None:
-    call = HERMES_CALL.format("weather", OK)
-    tokenizer = byte_tokenizer(CHAT_TEMPLATE, special)
-    grammar = await forced(engine, tokenizer, "hermes", tool_choice="required")
-    assert accepts(tokenizer, grammar, "<think>\nWhy < not?\n</think>\n\n" + call)
-    assert accepts(tokenizer, grammar, call)
-    assert not accepts(tokenizer, grammar, "Why\n</think>\n\n" + call)
-    fields = {"tool_choice": "required", "reasoning_effort": "none"}
-    grammar = await forced(engine, tokenizer, "hermes", **fields)
-    assert accepts(tokenizer, grammar, call)
-    opened = CHAT_TEMPLATE.removesuffix("{% endif %}") + "<think>\n{% endif %}"
-    tokenizer = byte_tokenizer(opened, special)
-    grammar = await forced(engine, tokenizer, "hermes", tool_choice="required")
-    assert accepts(tokenizer, grammar, "Why\n</think>\n\n" + call)
-    assert not accepts(tokenizer, grammar, call)
-
-
-async def test_a_forced_call_is_answered(
-    client: httpx.AsyncClient, engine: FakeEngineClient
-) -> None:
-    engine.scripts = say(CALL)
-    choice = await chat(client, tools=[TOOL], tool_choice="required")
-    assert choice["finish_reason"] == "tool_calls"
-    [call] = choice["message"]["tool_calls"]
-    assert call["function"] == {"name": "weather", "arguments": ARGUMENTS}
-    strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
-    response = await client.post(PATH, json={**HI, "tools": [strict], "tool_choice": "required"})
-    assert "x-quire-ignored-params" not in response.headers
-
-
-async def test_calls_that_cannot_be_forced_are_refused(
-    engine: FakeEngineClient, make_client: MakeClient
-) -> None:
-    client = make_client(tool_call_parser="hermes")
-    bad = {"type": "object", "properties": {"a": {"$ref": "http://x/y"}}}
-    tool = {"type": "function", "function": {"name": "f", "parameters": bad}}
-    param, _ = await refused(client, tools=[tool], tool_choice="required")
-    assert param == "tool_choice"
-    big = {"type": "object", "description": "x" * 70_000}
-    tool = {"type": "function", "function": {"name": "f", "parameters": big}}
-    # It is too long for the prompt as well, but the grammar's error comes first.
-    engine.max_model_len = engine.num_blocks = 100_000
-    param, message = await refused(client, tools=[tool], tool_choice="required")
-    assert param == "tool_choice" and "65536 bytes" in message
-    client = make_client(tool_call_parser="pythonic")
-    param, message = await refused(client, tools=[TOOL], tool_choice="required")
-    assert param == "tool_choice" and "format" in message
-    assert not engine.requests

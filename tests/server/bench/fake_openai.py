@@ -1,5 +1,7 @@
-"""An OpenAI-compatible server whose every answer is a script: written on sockets alone, so that it
-shares no code with what it tests."""
+"""An OpenAI-compatible server with scripted answers.
+
+It uses nothing but sockets, so that it shares no code with what it tests.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """What one POST gets: `delays` before each chunk of a token, or a failure instead."""
+    """The answer to one POST: a chunk per token, each after its delay, or a failure instead."""
 
     delays: tuple[float, ...] = (0.0, 0.0)
     status: int = 200
     error_event: bool = False
     cut_after: int | None = None
-    """Chunks after which the connection closes."""
+    """The number of chunks after which the connection closes."""
     output_tokens: int | None = None
-    """What usage says; None is what was asked for."""
+    """The number that usage reports; None for the number of tokens that was asked for."""
     close: bool = False
-    """Ask the client not to keep the connection."""
+    """Whether the answer asks the client not to keep the connection."""
 
 
 @dataclass
 class FakeServer:
+    """The server: its script by the number of the POST, and a record of all requests."""
+
     url: str = ""
     script: Callable[[int], Answer] = lambda number: Answer()
     gets: dict[str, Any] = field(
@@ -37,13 +41,13 @@ class FakeServer:
             "/version": {"version": "1.2.3"},
         }
     )
-    """JSON objects, or text."""
+    """The answers to GET by path, as JSON objects or text."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     connections: int = 0
     drop_idle: bool = False
-    """Close each kept connection without a word when its next request arrives."""
+    """Whether a kept connection is closed without an answer when its next request arrives."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -66,7 +70,7 @@ class FakeServer:
                 elif not await self._post(path, json.loads(body), writer):
                     return
         except ConnectionError:
-            pass  # the client left, as it does after an error
+            pass  # the client disconnected, as it does after an error
         finally:
             writer.close()
 
@@ -76,7 +80,7 @@ class FakeServer:
         _whole(writer, 404 if found is None else 200, text)
 
     async def _post(self, path: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
-        """Whether the connection is to be kept."""
+        """Answer a POST; return whether to keep the connection."""
         answer = self.script(len(self.bodies))
         self.bodies.append(body)
         self.times.append(time.perf_counter())

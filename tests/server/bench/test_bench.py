@@ -1,4 +1,4 @@
-"""`quire bench serve` against a scripted server, from the command line to the files."""
+"""`quire bench serve` against a scripted server, from the command line to the result files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from quire.server.bench.report import BenchResult, RunRecords, RunReport
 
 from .fake_openai import Answer, FakeServer, fake_server
 
-SLACK = 0.15  # seconds that a busy machine may be late
+SLACK = 0.15  # seconds by which a busy machine may be late
 
 
 def parse(*flags: str) -> Any:
@@ -34,33 +34,33 @@ def parse(*flags: str) -> Any:
     return arguments
 
 
-async def bench(server: FakeServer, *flags: str) -> tuple[BenchResult, RunRecords]:
+async def run_bench(server: FakeServer, *flags: str) -> tuple[BenchResult, RunRecords]:
     few = () if "--num-warmups" in flags else ("--num-warmups", "0")
     lengths = () if "--trace-file" in flags else ("--random-input-len", "8")
     return await measure(parse("--base-url", server.url, *few, *lengths, *flags))
 
 
-def late(*expected: float) -> Any:
-    """Scripted times: never early, late by SLACK at most."""
+def about(*expected: float) -> Any:
+    """Expect these times, at most SLACK late and never early."""
     return pytest.approx([time + SLACK / 2 for time in expected], abs=SLACK / 2 + 0.002)
 
 
-async def run_of(server: FakeServer, *flags: str) -> RunReport:
-    (run,) = (await bench(server, *flags))[0].runs
+async def measure_one_run(server: FakeServer, *flags: str) -> RunReport:
+    (run,) = (await run_bench(server, *flags))[0].runs
     return run
 
 
-# -- what is measured ------------------------------------------------------------------------
+# -- measurements ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("endpoint", ["/v1/completions", "/v1/chat/completions"])
-async def test_scripted_delays_are_what_is_measured(endpoint: str) -> None:
+async def test_measured_latencies_are_the_scripted_delays(endpoint: str) -> None:
     async with fake_server(script=lambda _: Answer((0.2, 0.1, 0.3))) as server:
         flags = ("--num-prompts", "3", "--random-output-len", "3", "--endpoint", endpoint)
-        _, records = await bench(server, *flags)
+        _, records = await run_bench(server, *flags)
     for record in records.records:
         assert record.error is None
-        assert [record.ttft, record.e2e] == late(0.2, 0.6)
+        assert [record.ttft, record.e2e] == about(0.2, 0.6)
         assert record.itls == pytest.approx([0.1, 0.3], abs=SLACK)
         assert record.tpot == pytest.approx(0.2, abs=SLACK)
         assert (record.prompt_tokens, record.output_tokens, record.cached_tokens) == (10, 3, 4)
@@ -68,7 +68,7 @@ async def test_scripted_delays_are_what_is_measured(endpoint: str) -> None:
     assert records.duration_s == pytest.approx(0.6, abs=2 * SLACK)
 
 
-async def test_every_failure_is_counted_by_its_kind() -> None:
+async def test_failures_are_counted_by_kind() -> None:
     answers = [
         Answer(),
         Answer(status=429),
@@ -79,7 +79,7 @@ async def test_every_failure_is_counted_by_its_kind() -> None:
         Answer(output_tokens=1),
     ]
     async with fake_server(script=lambda number: answers[number]) as server:
-        run = await run_of(
+        run = await measure_one_run(
             server, "--num-prompts", "7", "--random-output-len", "2", "--request-timeout", "0.5"
         )
     assert run.completed == 2 and run.wrong_lengths == 1
@@ -93,30 +93,30 @@ async def test_every_failure_is_counted_by_its_kind() -> None:
     assert run.error_examples["http_429"] == "no" and run.error_examples["engine_dead"] == "died"
 
 
-async def test_a_server_that_is_gone_is_an_error_not_a_number() -> None:
+async def test_an_unreachable_server_is_an_error() -> None:
     async with fake_server() as server:
         pass
     with pytest.raises(StartupError, match="does not answer"):
-        await bench(server)
+        await run_bench(server)
     with pytest.raises(StartupError, match="does not answer"):
-        await bench(server, "--model", "m", "--vocab-size", "9")
+        await run_bench(server, "--model", "m", "--vocab-size", "9")
 
 
-async def test_max_concurrency_is_kept() -> None:
+async def test_max_concurrency_is_respected() -> None:
     async with fake_server(script=lambda _: Answer((0.05, 0.0))) as server:
-        run = await run_of(server, "--num-prompts", "9", "--max-concurrency", "3")
+        run = await measure_one_run(server, "--num-prompts", "9", "--max-concurrency", "3")
         assert run.peak_concurrency == 3 and run.completed == 9
-        # One connection asked for models and counters before; it is used again.
+        # The connection that asked for models and counters is reused.
         assert server.connections == 3
 
 
-async def test_requests_arrive_when_the_seed_says() -> None:
+async def test_requests_are_sent_at_the_seeded_times() -> None:
     async with fake_server() as server:
         flags = ("--num-prompts", "6", "--request-rate", "10", "--seed", "5")
-        await bench(server, *flags)
+        await run_bench(server, *flags)
         first = [time - server.times[0] for time in server.times]
         server.times.clear()
-        await bench(server, *flags)
+        await run_bench(server, *flags)
         second = [time - server.times[0] for time in server.times]
     assert first == pytest.approx(second, abs=SLACK)
     assert all(after >= before for before, after in pairwise(first)) and first[-1] > 0.1
@@ -124,19 +124,19 @@ async def test_requests_arrive_when_the_seed_says() -> None:
 
 async def test_a_kept_connection_that_the_server_closed_is_no_error() -> None:
     async with fake_server(drop_idle=True) as server:
-        run = await run_of(server, "--num-prompts", "4", "--max-concurrency", "1")
+        run = await measure_one_run(server, "--num-prompts", "4", "--max-concurrency", "1")
         assert run.completed == 4 and run.errors == {}
     async with fake_server(script=lambda _: Answer(close=True)) as server:
-        assert (await run_of(server, "--num-prompts", "3")).completed == 3
+        assert (await measure_one_run(server, "--num-prompts", "3")).completed == 3
 
 
-# -- what is asked ---------------------------------------------------------------------------
+# -- requests --------------------------------------------------------------------------------
 
 
-async def test_completions_are_asked_with_token_ids_of_the_vocabulary() -> None:
+async def test_completion_prompts_are_token_ids_of_the_vocabulary() -> None:
     async with fake_server() as server:
         server.gets["/tokenizer_info"] = {"vocab_size": 50}
-        await bench(server, "--num-prompts", "2", "--random-output-len", "5")
+        await run_bench(server, "--num-prompts", "2", "--random-output-len", "5")
     for body in server.bodies:
         assert len(body.pop("prompt")) == 8
         assert body == {
@@ -149,11 +149,11 @@ async def test_completions_are_asked_with_token_ids_of_the_vocabulary() -> None:
         }
 
 
-async def test_chats_are_asked_with_words_and_n() -> None:
+async def test_chat_prompts_are_words_and_n_is_sent() -> None:
     async with fake_server() as server:
         server.gets["/tokenizer_info"] = {"vocab_size": 50}
         flags = ("--dataset-name", "n-sampling", "--n", "3", "--no-ignore-eos")
-        run = await run_of(
+        run = await measure_one_run(
             server, *flags, "--num-prompts", "2", "--random-output-len", "5",
             "--endpoint", "/v1/chat/completions",
         )  # fmt: skip
@@ -164,16 +164,20 @@ async def test_chats_are_asked_with_words_and_n() -> None:
     assert "ignore_eos" not in body and "max_tokens" not in body
 
 
-async def test_without_a_vocabulary_prompts_are_words(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_prompts_are_words_if_the_vocabulary_is_unknown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     async with fake_server() as server:
-        await bench(server, "--num-prompts", "1")
+        await run_bench(server, "--num-prompts", "1")
     assert len(server.bodies[0]["prompt"].split()) == 8
     assert "random words" in capsys.readouterr().out
 
 
-async def test_warm_ups_are_other_prompts_and_not_measured() -> None:
+async def test_warm_ups_use_other_prompts_and_are_not_measured() -> None:
     async with fake_server(gets={"/v1/models": {"data": [{"id": "m"}]}}) as server:
-        run = await run_of(server, "--num-prompts", "2", "--num-warmups", "3", "--vocab-size", "99")
+        run = await measure_one_run(
+            server, "--num-prompts", "2", "--num-warmups", "3", "--vocab-size", "99"
+        )
     assert run.num_requests == 2 and len(server.bodies) == 5
     assert len({tuple(body["prompt"]) for body in server.bodies}) == 5
 
@@ -181,7 +185,7 @@ async def test_warm_ups_are_other_prompts_and_not_measured() -> None:
 async def test_a_failing_warm_up_stops_the_run() -> None:
     async with fake_server(script=lambda _: Answer(status=400)) as server:
         with pytest.raises(StartupError, match="http_400: no"):
-            await bench(server, "--num-prompts", "2", "--num-warmups", "1")
+            await run_bench(server, "--num-prompts", "2", "--num-warmups", "1")
     assert len(server.bodies) == 1
 
 
@@ -192,9 +196,9 @@ async def test_a_trace_is_replayed(tmp_path: Path) -> None:
     file.write_text("\n".join(map(json.dumps, lines)))
     flags = ("--dataset-name", "trace", "--trace-file", str(file), "--vocab-size", "9")
     async with fake_server() as server:
-        await bench(server, *flags)
+        await run_bench(server, *flags)
         with pytest.raises(ConfigurationError, match="arrivals of its own"):
-            await bench(server, *flags, "--request-rate", "2")
+            await run_bench(server, *flags, "--request-rate", "2")
     first, second = server.bodies
     assert first["prompt"] == "a b" and len(second["prompt"]) == 3
     assert (first["max_tokens"], second["max_tokens"]) == (2, 4) and "ignore_eos" not in first
@@ -204,28 +208,30 @@ async def test_a_trace_is_replayed(tmp_path: Path) -> None:
 async def test_the_key_is_sent_and_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     async with fake_server() as server:
-        result, _ = await bench(server, "--num-prompts", "1")
+        result, _ = await run_bench(server, "--num-prompts", "1")
     assert all("authorization: bearer secret-key" in head.lower() for head in server.heads)
     assert b"secret-key" not in msgspec.json.encode(result)
     assert not any("accept-encoding" in head.lower() for head in server.heads)
 
 
-async def test_base_url_may_end_like_those_of_openai_clients() -> None:
+async def test_base_url_may_end_with_v1() -> None:
     async with fake_server() as server:
         server.url += "/v1/"
-        assert (await run_of(server, "--num-prompts", "1")).completed == 1
+        assert (await measure_one_run(server, "--num-prompts", "1")).completed == 1
 
 
 # -- the files -------------------------------------------------------------------------------
 
 
 async def run_cli(server: FakeServer, *flags: str) -> int:
-    """The command in a thread, with an event loop of its own, as a person would run it."""
+    """Run the command in a thread, with its own event loop, as it runs from a shell."""
     given = ["bench", "serve", "--base-url", server.url, "--num-prompts", "4", *flags]
     return await asyncio.to_thread(cli.main, given)
 
 
-async def test_result_and_plot_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_run_writes_its_result_and_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, plot = tmp_path / "result.json", tmp_path / "plot.html"
     counted = 'vllm:num_preemptions_total{engine="0"} 3.0\n'
     async with fake_server() as server:
@@ -254,7 +260,7 @@ async def test_result_and_plot_of_a_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert "<script" not in page and "Time to first token" in page
 
 
-async def test_a_sweep_measures_each_rate_with_prompts_of_its_own(tmp_path: Path) -> None:
+async def test_a_sweep_measures_each_rate_with_its_own_prompts(tmp_path: Path) -> None:
     file, plot = tmp_path / "result.json", tmp_path / "plot.svg"
     async with fake_server() as server:
         flags = ("--sweep", "50,100", "--vocab-size", "99", "--num-warmups", "0")
@@ -270,7 +276,7 @@ async def test_a_sweep_measures_each_rate_with_prompts_of_its_own(tmp_path: Path
     assert all(len(line.attrib["points"].split()) == 2 for line in lines)
 
 
-async def test_exit_code_is_1_where_nothing_completed(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_exit_code_is_1_if_nothing_completed(capsys: pytest.CaptureFixture[str]) -> None:
     async with fake_server(script=lambda _: Answer(status=500)) as server:
         assert await run_cli(server, "--num-warmups", "0") == 1
         assert "4 requests failed with http_500" in capsys.readouterr().err
@@ -297,7 +303,7 @@ def test_ticks_are_round_and_reach_the_highest(high: float, expected: list[float
 
 async def test_curves_stay_within_their_panels() -> None:
     async with fake_server(script=lambda n: Answer((0.01 * n, 0.01))) as server:
-        _, records = await bench(server, "--num-prompts", "5")
+        _, records = await run_bench(server, "--num-prompts", "5")
     drawn = ElementTree.fromstring(render_svg(run_panels(records)))
     for line in drawn.findall(".//{*}polyline"):
         for point in line.attrib["points"].split():
@@ -350,7 +356,7 @@ def test_bad_urls_are_refused_in_one_line(capsys: pytest.CaptureFixture[str]) ->
         assert capsys.readouterr().err.startswith("quire: --base-url: ")
 
 
-def test_without_aiohttp_it_says_in_one_line_what_to_install(
+def test_a_missing_aiohttp_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("measure", "http"):
@@ -374,7 +380,7 @@ def test_every_flag_is_documented() -> None:
     listed = re.findall(r"^\| `(--[a-z-]+) ", text, re.M)
     flags = set(re.findall(r"^  (--[a-z-]+)", _help("serve"), re.M))
     assert set(listed) == flags and len(listed) == len(flags)
-    text, _, _ = text.partition("## On a GPU")  # whose scripts have flags of their own
+    text, _, _ = text.partition("## On a GPU")  # its scripts have their own flags
     used = set(re.findall(r"--[a-z][a-z-]+", text))
     assert used <= flags | set(
         re.findall(r"--[a-z][a-z-]+", _help("serve") + _help("throughput") + _help("latency"))

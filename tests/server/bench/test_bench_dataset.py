@@ -1,4 +1,4 @@
-"""Workloads: the same seed asks the same, at the same times."""
+"""Workloads of `quire bench serve`: the same seed gives the same prompts at the same times."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lengths(**options: Any) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("name", ["random", "lognormal", "shared-prefix", "n-sampling"])
 @pytest.mark.parametrize("vocab_size", [1000, None])
-def test_workloads_are_decided_by_the_seed(name: Any, vocab_size: int | None) -> None:
+def test_the_seed_determines_the_workload(name: Any, vocab_size: int | None) -> None:
     options = OPTIONS._replace(name=name, vocab_size=vocab_size)
     assert build_workload(options) == build_workload(options)
     assert build_workload(options) != build_workload(options._replace(seed=8))
@@ -46,7 +46,7 @@ def test_lengths_are_uniform_within_the_ratio() -> None:
     assert lengths(range_ratio=0.0) == ([20] * 50, [10] * 50)
 
 
-def test_token_ids_are_of_the_vocabulary_and_words_as_many_as_tokens() -> None:
+def test_prompts_have_the_requested_number_of_token_ids_or_words() -> None:
     for request in build_workload(OPTIONS).requests:
         assert isinstance(request.prompt, list)
         assert all(type(token) is int and 0 <= token < 1000 for token in request.prompt)
@@ -62,7 +62,7 @@ def test_lognormal_lengths_have_the_mean_and_a_tail() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [1000, None])
-def test_a_shared_prefix_is_shared_and_the_rest_is_not(vocab_size: int | None) -> None:
+def test_only_the_shared_prefix_is_shared(vocab_size: int | None) -> None:
     options = OPTIONS._replace(name="shared-prefix", prefix_len=30, vocab_size=vocab_size)
     prompts = [
         r.prompt.split() if isinstance(r.prompt, str) else r.prompt
@@ -115,7 +115,7 @@ def test_a_trace_gives_prompts_lengths_and_arrivals(tmp_path: Path) -> None:
     assert workload.arrivals == [0.0, 0.5, 2.0]
 
 
-def test_a_trace_without_arrivals_leaves_them_to_the_rate(tmp_path: Path) -> None:
+def test_a_trace_without_arrivals_follows_the_rate(tmp_path: Path) -> None:
     assert trace(tmp_path, '{"prompt": "a", "output_len": 3}').arrivals is None
 
 

@@ -1,4 +1,4 @@
-"""Every definition of docs/benchmarking.md, on events whose arrival is written down: no clock."""
+"""Every definition of docs/benchmarking.md, on events with given arrival times, without a clock."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def usage(prompt: int, output: int, cached: int | None = None) -> bytes:
 def read(
     *arrivals: tuple[float, bytes], num_choices: int = 1, requested: int = 4, finish: bool = True
 ) -> RequestRecord:
-    """The record of pieces that arrived at given seconds after sending."""
+    """Return the record of a stream whose pieces arrived at these seconds after the request."""
     record = RequestRecord(start=0.0, requested_output_tokens=requested, num_choices=num_choices)
     reader = StreamReader(record, BEGIN)
     for after, data in arrivals:
@@ -69,7 +69,7 @@ def test_latencies_of_a_completion() -> None:
     assert (record.prompt_tokens, record.output_tokens, record.cached_tokens) == (7, 4, 3)
 
 
-def test_tokens_are_those_of_usage_however_they_are_chunked() -> None:
+def test_tokens_are_counted_from_usage_however_they_are_chunked() -> None:
     record = read((1.0, text("a b c")), (2.0, text("d", finish="stop") + usage(5, 11) + DONE))
     assert record.output_tokens == 11
     assert record.itls == pytest.approx([1.0])
@@ -77,7 +77,7 @@ def test_tokens_are_those_of_usage_however_they_are_chunked() -> None:
     assert record.cached_tokens is None
 
 
-def test_the_role_and_the_bare_end_of_a_chat_are_no_output() -> None:
+def test_the_role_and_the_bare_end_of_a_chat_do_not_count_as_output() -> None:
     record = read(
         (0.1, delta(role="assistant", content="")),
         (0.4, delta(content="a")),
@@ -92,7 +92,7 @@ def test_the_role_and_the_bare_end_of_a_chat_are_no_output() -> None:
     assert record.tpot == pytest.approx(0.6 / 4)
 
 
-def test_choices_have_gaps_and_tokens_of_their_own() -> None:
+def test_each_choice_has_its_own_gaps_and_tokens() -> None:
     record = read(
         (1.0, text("a", 0)),
         (1.5, text("b", 1)),
@@ -105,7 +105,7 @@ def test_choices_have_gaps_and_tokens_of_their_own() -> None:
     assert record.tpot == pytest.approx((3.0 - 1.0) / (6 / 2 - 1))
 
 
-def test_one_token_has_no_time_per_further_token() -> None:
+def test_a_single_token_has_no_time_per_output_token() -> None:
     held_back = read((0.3, text("", finish="length") + usage(5, 1) + DONE))
     assert held_back.ttft == held_back.e2e == pytest.approx(0.3)
     assert held_back.tpot is None and held_back.itls == []
@@ -143,7 +143,7 @@ def test_bad_streams_are_errors_of_their_kind(stream: bytes, kind: str) -> None:
 # -- a run -----------------------------------------------------------------------------------
 
 
-def made(ttft: float, tpot: float, tokens: int = 11, **fields: Any) -> RequestRecord:
+def make_record(ttft: float, tpot: float, tokens: int = 11, **fields: Any) -> RequestRecord:
     values: dict[str, Any] = {
         "requested_output_tokens": tokens, "ttft": ttft, "e2e": ttft + tpot * (tokens - 1),
         "itls": [tpot] * (tokens - 1), "prompt_tokens": 100, "output_tokens": tokens,
@@ -151,7 +151,7 @@ def made(ttft: float, tpot: float, tokens: int = 11, **fields: Any) -> RequestRe
     return RequestRecord(start=0.0, **(values | fields))
 
 
-def report_of(*records: RequestRecord, **options: Any) -> RunReport:
+def make_report(*records: RequestRecord, **options: Any) -> RunReport:
     run = RunRecords(
         records=list(records),
         duration_s=2.0,
@@ -167,8 +167,10 @@ def report_of(*records: RequestRecord, **options: Any) -> RunReport:
 
 
 def test_a_run_counts_completed_requests_only() -> None:
-    failed = made(9.0, 9.0, error="http_500", error_message="boom")
-    report = report_of(made(0.1, 0.01), made(0.3, 0.03, cached_tokens=50), failed, failed)
+    failed = make_record(9.0, 9.0, error="http_500", error_message="boom")
+    report = make_report(
+        make_record(0.1, 0.01), make_record(0.3, 0.03, cached_tokens=50), failed, failed
+    )
     assert (report.num_requests, report.completed) == (4, 2)
     assert report.errors == {"http_500": 2}
     assert report.error_examples == {"http_500": "boom"}
@@ -185,41 +187,46 @@ def test_a_run_counts_completed_requests_only() -> None:
 
 
 def test_goodput_needs_every_bound() -> None:
-    records = [made(0.4, 0.04), made(0.6, 0.04), made(0.4, 0.06), made(0.4, 0.0, tokens=1)]
-    goodput = report_of(*records, slo_ms={"ttft": 500.0, "tpot": 50.0}).goodput
+    records = [
+        make_record(0.4, 0.04),
+        make_record(0.6, 0.04),
+        make_record(0.4, 0.06),
+        make_record(0.4, 0.0, tokens=1),
+    ]
+    goodput = make_report(*records, slo_ms={"ttft": 500.0, "tpot": 50.0}).goodput
     assert goodput and goodput.good_requests == 2 and goodput.requests_per_s == 1.0
-    assert report_of(*records).goodput is None
+    assert make_report(*records).goodput is None
 
 
-def test_answers_of_another_length_are_told() -> None:
-    short = made(0.1, 0.01, requested_output_tokens=12)
-    assert report_of(short).wrong_lengths == 1
-    assert "ignore_eos" in warnings(report_of(short))[0]
-    assert report_of(short, fixed_lengths=False).wrong_lengths == 0
-    forked = made(0.1, 0.01, tokens=22, requested_output_tokens=11, num_choices=2)
-    assert report_of(forked).wrong_lengths == 0
+def test_answers_of_unexpected_length_are_reported() -> None:
+    short = make_record(0.1, 0.01, requested_output_tokens=12)
+    assert make_report(short).wrong_lengths == 1
+    assert "ignore_eos" in warnings(make_report(short))[0]
+    assert make_report(short, fixed_lengths=False).wrong_lengths == 0
+    forked = make_record(0.1, 0.01, tokens=22, requested_output_tokens=11, num_choices=2)
+    assert make_report(forked).wrong_lengths == 0
 
 
-def test_a_busy_client_and_failures_are_told() -> None:
-    assert warnings(report_of(made(0.1, 0.01))) == []
-    busy = report_of(made(0.1, 0.01), client=ClientLoad(cpu_share=0.95, max_lag_ms=3.0))
+def test_a_busy_client_and_failures_are_reported() -> None:
+    assert warnings(make_report(make_record(0.1, 0.01))) == []
+    busy = make_report(make_record(0.1, 0.01), client=ClientLoad(cpu_share=0.95, max_lag_ms=3.0))
     assert "95% of a core" in warnings(busy)[0]
-    failed = report_of(made(0.1, 0.1, error="timeout", error_message="over 5 s"))
+    failed = make_report(make_record(0.1, 0.1, error="timeout", error_message="over 5 s"))
     assert warnings(failed) == ["1 requests failed with timeout: over 5 s"]
 
 
-def test_table_has_a_row_for_each_latency_even_where_nothing_completed() -> None:
-    full = table(report_of(made(0.1, 0.02), slo_ms={"ttft": 500.0}))
+def test_table_has_a_row_for_each_latency_even_if_nothing_completed() -> None:
+    full = table(make_report(make_record(0.1, 0.02), slo_ms={"ttft": 500.0}))
     assert "100.00" in full and "20.00" in full and "ttft ≤ 500 ms" in full
     assert "Server: num_preemptions" in full
-    empty = table(report_of(made(0.1, 0.1, error="timeout")))
+    empty = table(make_report(make_record(0.1, 0.1, error="timeout")))
     assert "0 of 1" in empty and "failed: timeout" in empty
     for name in ("TTFT", "TPOT", "ITL", "E2E"):
         assert f"({name})" in full and f"({name})" in empty
 
 
-def test_requests_are_kept_where_asked_for() -> None:
-    records = [made(0.1, 0.02), made(0.2, 0.02, error="timeout")]
-    assert report_of(*records).requests is None
-    assert report_of(*records, detailed=True).requests == records
+def test_requests_are_saved_if_asked_for() -> None:
+    records = [make_record(0.1, 0.02), make_record(0.2, 0.02, error="timeout")]
+    assert make_report(*records).requests is None
+    assert make_report(*records, detailed=True).requests == records
     assert values_ms(records, "ttft") == [100.0]

@@ -1,4 +1,4 @@
-"""What the tests of all dialects do alike: ask, and read answers as the vendor's SDK would."""
+"""Helpers for the tests of every dialect: send requests, validate answers with the vendor's SDK."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..fakes import FakeEngineClient
 
 
 class Dialect:
-    """One chat API: its path, a good body, and the SDK's types for its answers and events."""
+    """A chat API: its path, a valid body, and the SDK's types for its answers and events."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class Dialect:
         events: TypeAdapter[Any],
         untyped: Collection[str] = (),
     ) -> None:
-        """`untyped` names the types of events that the SDK handles before it validates."""
+        """`untyped` are the types of events that the SDK handles itself, without validation."""
         self._path = path
         self._body = body
         self._answer = answer
@@ -31,7 +31,7 @@ class Dialect:
         self._untyped = untyped
 
     async def create(self, client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
-        """Return the whole answer, which is valid to the SDK."""
+        """Return a whole answer that the SDK's type accepts."""
         response = await client.post(self._path, json={**self._body, **fields})
         assert response.status_code == 200, response.text
         self._answer.model_validate(response.json())
@@ -45,7 +45,7 @@ class Dialect:
         return self.events_of(response.text)
 
     def events_of(self, text: str) -> list[dict[str, Any]]:
-        """Parse a stream: each event is valid to the SDK, in order and under its own name."""
+        """Parse a stream; check each event's name, number and type."""
         events: list[dict[str, Any]] = []
         for block in text.strip().split("\n\n"):
             if block.startswith(":"):
@@ -61,7 +61,7 @@ class Dialect:
 
 
 def assert_nothing_runs(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
-    """The engine is idle, and no request counts for the queue limits."""
+    """Assert that the engine is idle and no request counts towards the queue limits."""
     assert not engine.running
     in_flight = client.app.state.quire.in_flight  # type: ignore[attr-defined]
     assert in_flight.num_queued == in_flight.num_running == 0

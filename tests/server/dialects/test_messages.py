@@ -43,7 +43,7 @@ def assert_refused(
     assert response.headers["x-request-id"]
 
 
-def anonymous(message: dict[str, Any]) -> dict[str, Any]:
+def without_ids(message: dict[str, Any]) -> dict[str, Any]:
     content = [
         {key: value for key, value in block.items() if key != "id"} for block in message["content"]
     ]
@@ -56,7 +56,7 @@ async def sdk(served: str) -> AsyncIterator[anthropic.AsyncAnthropic]:
         yield client
 
 
-async def test_an_answer(
+async def test_a_whole_answer(
     client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
 ) -> None:
     answer = await create(
@@ -112,7 +112,7 @@ async def test_blocks_become_one_conversation(
     ]
 
 
-async def test_a_given_beginning_is_continued(
+async def test_a_prefilled_answer_is_continued(
     client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
 ) -> None:
     messages = [*HI["messages"], {"role": "assistant", "content": "Once"}]
@@ -167,7 +167,7 @@ async def test_a_stream_adds_up_to_the_whole_answer(
             block["input"] = json.loads(arguments)
         message["content"].append(block)
     message |= {**events[-2]["delta"], "usage": events[-2]["usage"]}
-    assert anonymous(message) == anonymous(whole)
+    assert without_ids(message) == without_ids(whole)
 
 
 async def test_tool_choice_thinking_and_formats_reach_the_chat(
@@ -239,7 +239,9 @@ async def test_bad_fields_are_named(
     assert_nothing_runs(client, engine)
 
 
-async def test_a_thread_is_refused_so_that_clients_go_on_without(client: httpx.AsyncClient) -> None:
+async def test_a_thread_is_refused_with_the_code_that_makes_clients_retry_without_it(
+    client: httpx.AsyncClient,
+) -> None:
     response = await client.post(PATH, json={**HI, "thread": {"type": "create"}})
     assert response.status_code == 400
     error = response.json()["error"]
@@ -350,5 +352,5 @@ async def test_the_sdk_accumulates_a_stream(
     for part in parts:
         for block in part["content"]:  # type: ignore[attr-defined]
             block.pop("parsed_output", None)
-    assert anonymous(parts[0]) == anonymous(parts[1])
+    assert without_ids(parts[0]) == without_ids(parts[1])
     assert final.content[1].type == "tool_use" and final.content[1].input == {"city": "Zürich 🎉"}

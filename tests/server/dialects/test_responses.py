@@ -11,13 +11,11 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from quire.engine.outputs import RowError
-from quire.server.http.responses_store import ResponseStore
-from quire.server.settings import Settings
 from quire.server.text.tokenizer import Tokenizer
 
 from ..conftest import MODEL, MakeClient
 from ..fakes import FakeEngineClient, Script, ids, prompt_text, say
-from ..test_faults import assert_shape
+from ..openai_http import assert_error
 from .dialect import Dialect, assert_nothing_runs
 
 PATH = "/v1/responses"
@@ -35,13 +33,13 @@ API = Dialect(PATH, HI, Response, TypeAdapter(ResponseStreamEvent))
 create, stream, events_of = API.create, API.stream, API.events_of
 
 
-def anonymous(value: Any) -> Any:
-    """Remove ids and times from a response, and what the SDK adds."""
+def without_ids(value: Any) -> Any:
+    """Remove ids, times and the fields that the SDK adds from a response."""
     if isinstance(value, dict):
         ids = ("id", "item_id", "call_id", "created_at", "completed_at")
         added = ("parsed", "parsed_arguments")
-        return {key: anonymous(item) for key, item in value.items() if key not in ids + added}
-    return [anonymous(item) for item in value] if isinstance(value, list) else value
+        return {key: without_ids(item) for key, item in value.items() if key not in ids + added}
+    return [without_ids(item) for item in value] if isinstance(value, list) else value
 
 
 @pytest.fixture
@@ -52,7 +50,7 @@ async def sdk(served: str) -> AsyncIterator[openai.AsyncOpenAI]:
         yield client
 
 
-async def test_an_answer(
+async def test_a_whole_answer(
     client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
 ) -> None:
     answer = await create(
@@ -79,7 +77,7 @@ async def test_an_answer(
     )
 
 
-async def test_resolved_defaults_are_told(client: httpx.AsyncClient) -> None:
+async def test_resolved_defaults_are_returned(client: httpx.AsyncClient) -> None:
     answer = await create(client)
     assert (answer["temperature"], answer["top_p"], answer["store"]) == (1.0, 1.0, True)
 
@@ -143,7 +141,7 @@ async def test_a_stream_adds_up_to_the_whole_answer(
     assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
     last = events[-1]
     assert last["type"] == f"response.{last['response']['status']}"
-    assert anonymous(last["response"]) == anonymous(whole)
+    assert without_ids(last["response"]) == without_ids(whole)
     for index, item in enumerate(last["response"]["output"]):
         of_item = [event for event in events if event.get("output_index") == index]
         assert of_item[0]["type"] == "response.output_item.added"
@@ -268,7 +266,7 @@ async def test_bad_fields_are_named(
     client: httpx.AsyncClient, engine: FakeEngineClient, fields: dict[str, Any], param: str
 ) -> None:
     response = await client.post(PATH, json={**HI, **fields})
-    assert_shape(response, 400, "invalid_value", param)
+    assert_error(response, 400, "invalid_value", param)
     message = response.json()["error"]["message"]
     assert not any(name in message for name in ("messages", "completion", "response_format"))
     assert engine.requests == []
@@ -285,13 +283,13 @@ async def test_unknown_fields_and_long_input(
     named = set(response.headers["x-quire-ignored-params"].split(", "))
     assert named == {"mood", "tools[0].x", "input[0].colour"}
     response = await make_client(strict=True).post(PATH, json={**HI, "input": items})
-    assert_shape(response, 400, "invalid_value", "input[0].colour")
+    assert_error(response, 400, "invalid_value", "input[0].colour")
     response = await make_client().post(PATH, json={**HI, "input": "x" * 600})
-    assert_shape(response, 400, "context_length_exceeded", "input")
+    assert_error(response, 400, "context_length_exceeded", "input")
     response = await make_client().post(PATH, json={**HI, "max_output_tokens": 600})
-    assert_shape(response, 400, "context_length_exceeded", "max_output_tokens")
+    assert_error(response, 400, "context_length_exceeded", "max_output_tokens")
     response = await make_client().post(PATH, json={**HI, "model": "other"})
-    assert_shape(response, 404, "model_not_found", "model")
+    assert_error(response, 404, "model_not_found", "model")
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.1])
@@ -303,7 +301,7 @@ async def test_a_failure_is_a_status_or_the_last_event(
         ids("ab"), finish="error", error=RowError("non_finite_logits", "NaN"), delay=delay
     )
     response = await client.post(PATH, json=HI)
-    assert_shape(response, 500, "non_finite_logits", None)
+    assert_error(response, 500, "non_finite_logits", None)
     response = await client.post(PATH, json={**HI, "stream": True})
     events = events_of(response.text)
     assert events[-1]["type"] == "response.failed"
@@ -313,7 +311,7 @@ async def test_a_failure_is_a_status_or_the_last_event(
     again = (await client.get(f"{PATH}/{failed['id']}")).json()
     assert again == failed
     follow = {**HI, "previous_response_id": failed["id"]}
-    assert_shape(await client.post(PATH, json=follow), 400, "invalid_value", "previous_response_id")
+    assert_error(await client.post(PATH, json=follow), 400, "invalid_value", "previous_response_id")
 
 
 async def test_a_failure_before_the_first_event_has_its_status(
@@ -323,174 +321,7 @@ async def test_a_failure_before_the_first_event_has_its_status(
         [], finish="error", error=RowError("queue_timeout", "late")
     )
     response = await client.post(PATH, json={**HI, "stream": True})
-    assert_shape(response, 503, "queue_timeout", None)
-
-
-async def test_a_stored_response_goes_on(
-    client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
-) -> None:
-    engine.max_model_len = 2048
-    engine.scripts = say(f"Let me see.\n{CALL}")
-    first = await create(client, instructions="I", tools=[TOOL])
-    assert (await client.get(f"{PATH}/{first['id']}")).json() == first
-    engine.scripts = say("It rains.")
-    call_id = first["output"][1]["call_id"]
-    output = {"type": "function_call_output", "call_id": call_id, "output": "rain"}
-    second = await create(client, input=[output], previous_response_id=first["id"])
-    assert second["previous_response_id"] == first["id"]
-    text = prompt_text(engine, tokenizer)
-    assert "system" not in text  # instructions are those of one response
-    assert '"weather"' in text and "<|im_start|>tool\nrain" in text
-    third = await create(client, input="and now?", previous_response_id=second["id"])
-    text = prompt_text(engine, tokenizer)
-    for part in ("user\nhi", "Let me see.", "tool\nrain", "assistant\nIt rains.", "and now?"):
-        assert text.count(part) == 1, part
-    assert third["status"] == "completed"
-
-
-async def test_what_is_not_stored_is_not_found(
-    make_client: MakeClient, engine: FakeEngineClient
-) -> None:
-    client = make_client()
-    answer = await create(client, store=False)
-    assert answer["store"] is False
-    assert_shape(await client.get(f"{PATH}/{answer['id']}"), 404, "not_found", None)
-    answer = await create(client)
-    response = await client.delete(f"{PATH}/{answer['id']}")
-    assert response.json() == {"id": answer["id"], "object": "response", "deleted": True}
-    for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel")):
-        response = await client.request(method, f"{PATH}/{answer['id']}{path}")
-        assert_shape(response, 404, "not_found", None)
-    client = make_client(max_stored_responses=0)
-    assert (await create(client))["store"] is False
-    for name in ("store", "background"):
-        response = await client.post(PATH, json={**HI, name: True})
-        assert_shape(response, 400, "invalid_value", name)
-
-
-async def test_each_key_has_its_own_responses(make_client: MakeClient) -> None:
-    client = make_client(api_key=("one", "two"), admin_api_key="boss")
-    keys = [{"Authorization": "Bearer one"}, {"Authorization": "Bearer two"},
-            {"Authorization": "Bearer boss"}]  # fmt: skip
-    answer = (await client.post(PATH, json=HI, headers=keys[0])).json()
-    url = f"{PATH}/{answer['id']}"
-    follow = {**HI, "previous_response_id": answer["id"]}
-    for headers in keys[1:]:
-        assert_shape(await client.get(url, headers=headers), 404, "not_found", None)
-        assert_shape(await client.delete(url, headers=headers), 404, "not_found", None)
-        response = await client.post(PATH, json=follow, headers=headers)
-        assert_shape(response, 400, "invalid_value", "previous_response_id")
-    assert (await client.get(url, headers={"x-api-key": "one"})).json() == answer
-
-
-async def until(client: httpx.AsyncClient, response_id: str, *statuses: str) -> dict[str, Any]:
-    async with asyncio.timeout(3):
-        while True:
-            response: dict[str, Any] = (await client.get(f"{PATH}/{response_id}")).json()
-            if response["status"] in statuses:
-                Response.model_validate(response)
-                return response
-            await asyncio.sleep(0.005)
-
-
-async def test_in_the_background(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
-    engine.hold = asyncio.Event()
-    queued = await create(client, background=True)
-    assert (queued["status"], queued["background"]) == ("queued", True)
-    running = await until(client, queued["id"], "in_progress")
-    assert running["output"] == []
-    follow = {**HI, "previous_response_id": queued["id"]}
-    assert_shape(await client.post(PATH, json=follow), 400, "invalid_value", "previous_response_id")
-    engine.hold.set()
-    done = await until(client, queued["id"], "completed")
-    assert done["output"][0]["content"][0]["text"] == "Hello, world"
-    assert (await client.post(f"{PATH}/{queued['id']}/cancel")).json() == done
-    assert_nothing_runs(client, engine)
-
-
-async def test_cancelling_aborts(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
-    engine.scripts = say("x" * 300, delay=0.01)
-    first = await create(client, background=True)
-    second = await create(client, background=True)
-    await until(client, first["id"], "in_progress")
-    response = await client.post(f"{PATH}/{first['id']}/cancel")
-    assert response.json()["status"] == "cancelled"
-    Response.model_validate(response.json())
-    assert (await client.get(f"{PATH}/{first['id']}")).json() == response.json()
-    assert (await client.delete(f"{PATH}/{second['id']}")).status_code == 200
-    assert_shape(await client.get(f"{PATH}/{second['id']}"), 404, "not_found", None)
-    assert not engine.running
-    whole = await create(client, max_output_tokens=1)
-    response = await client.post(f"{PATH}/{whole['id']}/cancel")
-    assert_shape(response, 400, "invalid_value", "response_id")
-    assert_nothing_runs(client, engine)
-
-
-async def test_failures_in_the_background(
-    client: httpx.AsyncClient, engine: FakeEngineClient
-) -> None:
-    engine.scripts = lambda request, choice: Script(
-        ids("ab"), finish="error", error=RowError("step_failed", "why")
-    )
-    answer = await create(client, background=True)
-    failed = await until(client, answer["id"], "failed")
-    assert failed["error"]["message"] == "step_failed: why"
-    engine.scripts = say("x", delay=5)
-    answer = await create(client, background=True, timeout=0.05)
-    failed = await until(client, answer["id"], "failed")
-    assert failed["error"]["message"].startswith("request_timeout")
-    assert not engine.running
-    engine.ready = False
-    assert_shape(await client.post(PATH, json={**HI, "background": True}), 503,
-                 "engine_not_ready", None)  # fmt: skip
-
-
-async def test_stopping_the_server_cancels(
-    client: httpx.AsyncClient, engine: FakeEngineClient
-) -> None:
-    engine.scripts = say("x" * 300, delay=0.01)
-    answer = await create(client, background=True)
-    await until(client, answer["id"], "in_progress")
-    await client.app.state.quire.responses.close()  # type: ignore[attr-defined]
-    assert not engine.running
-    assert (await client.get(f"{PATH}/{answer['id']}")).json()["status"] == "cancelled"
-
-
-async def test_a_stored_response_is_not_streamed(client: httpx.AsyncClient) -> None:
-    answer = await create(client)
-    response = await client.get(f"{PATH}/{answer['id']}?stream=true")
-    assert_shape(response, 400, "invalid_value", "stream")
-
-
-def test_the_store_is_bounded() -> None:
-    now = 0.0
-    settings = Settings(
-        max_stored_responses=3, max_stored_response_bytes=1000, stored_response_ttl=10
-    )
-    store = ResponseStore(settings, clock=lambda: now)
-
-    def add(name: str, size: int = 10) -> None:
-        store.add((b"", name), {"text": "x" * size}, [])
-
-    def found() -> str:
-        return "".join(name for name in "abcdefgh" if store.find((b"", name)))
-
-    for name in "abcd":
-        add(name)
-    assert found() == "bcd"
-    add("e", 900)
-    assert found() == "cde"
-    add("f", 500)
-    assert found() == "f"
-    add("g", 2000)  # too large by itself: the others stay
-    assert found() == "f"
-    now = 9.0
-    add("h")
-    now = 10.5
-    assert found() == "h"
-    now = 20.0
-    assert found() == ""
-    assert (len(store), store.num_bytes) == (0, 0)
+    assert_error(response, 503, "queue_timeout", None)
 
 
 async def test_the_sdk(sdk: openai.AsyncOpenAI, engine: FakeEngineClient) -> None:
@@ -527,12 +358,14 @@ async def test_the_sdk_accumulates_a_stream(
         final = await events.get_final_response()
     assert snapshots[-1] == ARGUMENTS
     assert final.output_text == whole.output_text == "Let me see."
-    streamed = anonymous(final.to_dict(mode="json")["output"])
-    assert streamed == anonymous(whole.to_dict(mode="json")["output"])
+    streamed = without_ids(final.to_dict(mode="json")["output"])
+    assert streamed == without_ids(whole.to_dict(mode="json")["output"])
     assert final.usage == whole.usage
 
 
-async def test_leaving_a_stream_aborts(sdk: openai.AsyncOpenAI, engine: FakeEngineClient) -> None:
+async def test_a_disconnect_aborts_a_stream(
+    sdk: openai.AsyncOpenAI, engine: FakeEngineClient
+) -> None:
     engine.scripts = say("x" * 300, delay=0.01)
     async with await sdk.responses.create(**HI, stream=True) as events:
         async for event in events:

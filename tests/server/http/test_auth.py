@@ -7,7 +7,7 @@ import pytest
 
 from ..conftest import MODEL, MakeClient
 from ..fakes import FakeEngineClient
-from ..test_faults import assert_shape
+from ..openai_http import assert_error
 
 OPEN = {"/", "/health", "/ready", "/metrics", "/version"}
 ADMIN = {"/v1/prefix_cache/reset", "/debug/engine"}
@@ -30,7 +30,7 @@ def routes(client: httpx.AsyncClient) -> list[tuple[str, str]]:
     return [*described, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json")]
 
 
-async def test_every_route_but_the_open_ones_asks_for_a_key(make_client: MakeClient) -> None:
+async def test_every_route_but_the_public_ones_requires_a_key(make_client: MakeClient) -> None:
     client = make_client(**KEYS)
     bad = [
         {},
@@ -53,12 +53,12 @@ async def test_every_route_but_the_open_ones_asks_for_a_key(make_client: MakeCli
                     assert response.status_code == 401
                     assert response.json()["error"]["type"] == "authentication_error"
                 else:
-                    assert_shape(response, 401, "invalid_api_key", None)
+                    assert_error(response, 401, "invalid_api_key", None)
                 assert response.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("key", ["one", "two", "boss"])
-async def test_keys_open_what_they_are_for(make_client: MakeClient, key: str) -> None:
+async def test_each_key_opens_only_its_own_routes(make_client: MakeClient, key: str) -> None:
     client = make_client(**KEYS)
     for method, path in routes(client):
         response = await ask(client, method, path, Authorization=f"Bearer {key}")
@@ -68,14 +68,14 @@ async def test_keys_open_what_they_are_for(make_client: MakeClient, key: str) ->
         assert (other.status_code == 401) == refused, path
 
 
-async def test_without_keys_all_but_the_admin_calls_is_open(make_client: MakeClient) -> None:
+async def test_without_keys_everything_but_admin_calls_is_open(make_client: MakeClient) -> None:
     client = make_client()
     for method, path in routes(client):
         response = await ask(client, method, path)
         assert (response.status_code == 401) == (path == "/v1/prefix_cache/reset"), path
 
 
-async def test_the_debug_view_is_closed_where_only_clients_have_keys(
+async def test_the_debug_view_is_closed_if_only_clients_have_keys(
     make_client: MakeClient,
 ) -> None:
     client = make_client(api_key=("one",))
@@ -93,7 +93,7 @@ async def test_the_admin_key_resets_the_prefix_cache(
     assert engine.resets == 1
 
 
-async def test_requests_count_for_their_user_within_their_key(
+async def test_fair_scheduling_counts_requests_by_user_and_key(
     make_client: MakeClient, engine: FakeEngineClient
 ) -> None:
     client = make_client(api_key=("one", "two"), scheduling_policy="fair")

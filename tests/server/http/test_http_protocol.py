@@ -1,4 +1,4 @@
-"""The guards that uvicorn lacks: slow heads and bodies, too many headers."""
+"""Guards that uvicorn lacks, against slow heads, slow bodies and too many headers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class QuickProtocol(GuardedH11Protocol):
 
 
 class App:
-    """Reads the whole body and answers with its length after `pause` seconds."""
+    """An application that reads the whole body and returns its length after `pause` seconds."""
 
     def __init__(self) -> None:
         self.pause = 0.0
@@ -73,7 +73,7 @@ async def port(app: App) -> AsyncIterator[int]:
     await serving
 
 
-async def talk(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
+async def exchange(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
     """Send the parts with pauses between them; return everything until the server closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -92,36 +92,36 @@ HEAD = b"POST / HTTP/1.1\r\nhost: x\r\n"
 CLOSE = b"connection: close\r\n"
 
 
-async def test_usual_request(port: int) -> None:
-    answer = await talk(port, HEAD + CLOSE + b"content-length: 3\r\n\r\nabc")
+async def test_an_ordinary_request(port: int) -> None:
+    answer = await exchange(port, HEAD + CLOSE + b"content-length: 3\r\n\r\nabc")
     assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n3")
 
 
 async def test_silent_connection_is_closed(port: int) -> None:
-    assert await talk(port) == b""
+    assert await exchange(port) == b""
 
 
 async def test_slow_head_is_cut(port: int) -> None:
-    """Each part comes in time, but the whole head does not."""
+    """Each part arrives in time, but the head as a whole does not."""
     parts = [b"x-%d: y\r\n" % number for number in range(8)]
-    assert await talk(port, HEAD, *parts, CLOSE + b"\r\n", pause=0.1) == b""
+    assert await exchange(port, HEAD, *parts, CLOSE + b"\r\n", pause=0.1) == b""
 
 
 async def test_slow_head_of_a_second_request_is_cut(port: int) -> None:
     first = HEAD + b"content-length: 0\r\n\r\n"
-    answer = await talk(port, first, HEAD, pause=0.1)
+    answer = await exchange(port, first, HEAD, pause=0.1)
     assert answer.count(b"HTTP/1.1 200") == 1
 
 
 async def test_idle_connection_between_requests_is_kept(port: int) -> None:
     first = HEAD + b"content-length: 0\r\n\r\n"
-    answer = await talk(port, first, HEAD + CLOSE + b"content-length: 0\r\n\r\n", pause=0.8)
+    answer = await exchange(port, first, HEAD + CLOSE + b"content-length: 0\r\n\r\n", pause=0.8)
     assert answer.count(b"HTTP/1.1 200") == 2
 
 
-async def test_slow_body_is_cut_and_the_app_told(port: int, app: App) -> None:
+async def test_slow_body_is_cut_and_the_app_sees_a_disconnect(port: int, app: App) -> None:
     head = HEAD + b"content-length: 100\r\n\r\n"
-    assert await talk(port, head, *[b"x"] * 8, pause=0.1) == b""
+    assert await exchange(port, head, *[b"x"] * 8, pause=0.1) == b""
     await asyncio.sleep(0.05)
     assert app.last_message is not None and app.last_message["type"] == "http.disconnect"
 
@@ -129,13 +129,13 @@ async def test_slow_body_is_cut_and_the_app_told(port: int, app: App) -> None:
 async def test_large_body_at_a_fair_rate_is_read(port: int) -> None:
     part = b"x" * MIN_BODY_BYTES
     head = HEAD + CLOSE + b"content-length: %d\r\n\r\n" % (8 * len(part))
-    answer = await talk(port, head, *[part] * 8, pause=0.15)
+    answer = await exchange(port, head, *[part] * 8, pause=0.15)
     assert answer.endswith(b"\r\n\r\n%d" % (8 * len(part)))
 
 
 async def test_slow_answer_is_not_cut(port: int, app: App) -> None:
     app.pause = 1.0
-    answer = await talk(port, HEAD + CLOSE + b"content-length: 1\r\n\r\nx")
+    answer = await exchange(port, HEAD + CLOSE + b"content-length: 1\r\n\r\nx")
     assert answer.startswith(b"HTTP/1.1 200")
 
 
@@ -147,17 +147,17 @@ def error_of(answer: bytes) -> dict[str, object]:
 
 async def test_too_many_headers(port: int) -> None:
     many = b"".join(b"x-%d: y\r\n" % number for number in range(200))
-    answer = await talk(port, HEAD + many + b"\r\n")
+    answer = await exchange(port, HEAD + many + b"\r\n")
     assert answer.startswith(b"HTTP/1.1 431") and "headers" in str(error_of(answer)["message"])
 
 
 async def test_too_large_head(port: int) -> None:
-    answer = await talk(port, HEAD + b"x: " + b"y" * 2 * MAX_HEADER_BYTES)
+    answer = await exchange(port, HEAD + b"x: " + b"y" * 2 * MAX_HEADER_BYTES)
     assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
 
 
-async def test_no_http_at_all(port: int) -> None:
-    answer = await talk(port, b"\x16\x03\x01\x00 what is this\r\n\r\n")
+async def test_bytes_that_are_not_http(port: int) -> None:
+    answer = await exchange(port, b"\x16\x03\x01\x00 what is this\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 400")
     assert error_of(answer)["type"] == "invalid_request_error"
 
@@ -165,5 +165,5 @@ async def test_no_http_at_all(port: int) -> None:
 async def test_garbage_after_a_request(port: int, app: App) -> None:
     app.pause = 0.3
     head = HEAD + b"transfer-encoding: chunked\r\n\r\n"
-    answer = await talk(port, head, b"no chunk\r\n", pause=0.1)
+    answer = await exchange(port, head, b"no chunk\r\n", pause=0.1)
     assert answer.startswith(b"HTTP/1.1 400")

@@ -9,7 +9,7 @@ from quire.server.text.tokenizer import Tokenizer
 
 from ..conftest import MODEL, MakeClient
 from ..fakes import FakeEngineClient
-from ..test_faults import COMPLETIONS, PROMPT, assert_shape
+from ..openai_http import COMPLETIONS, PROMPT, assert_error
 
 
 async def _until(engine: FakeEngineClient, count: int) -> None:
@@ -34,7 +34,7 @@ async def test_the_queue_refuses_before_tokenising(
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "encode", unreachable)
         response = await client.post(COMPLETIONS, json=PROMPT)
-    assert_shape(response, 429, "queue_full", None)
+    assert_error(response, 429, "queue_full", None)
     assert int(response.headers["retry-after"]) >= 1
     assert len(engine.requests) == 5
     engine.hold.set()
@@ -51,12 +51,12 @@ async def test_waiting_tokens_are_limited_but_one_request_always_passes(
     first = asyncio.create_task(client.post(COMPLETIONS, json=fields))
     await asyncio.wait_for(_until(engine, 1), 5)
     response = await client.post(COMPLETIONS, json=PROMPT)
-    assert_shape(response, 429, "queue_full", None)
+    assert_error(response, 429, "queue_full", None)
     engine.hold.set()
     assert (await first).status_code == 200
 
 
-async def test_a_client_that_leaves_gives_its_place_back(
+async def test_a_disconnected_client_frees_its_place_in_the_queue(
     make_client: MakeClient, engine: FakeEngineClient
 ) -> None:
     engine.hold = asyncio.Event()

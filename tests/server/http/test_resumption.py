@@ -19,6 +19,7 @@ from quire.server.http.resumption import StreamRegistry
 
 from ..conftest import MODEL, MakeClient
 from ..fakes import FakeEngineClient, Script, ids, say
+from ..openai_http import CHAT
 
 HI: dict[str, Any] = {
     "model": MODEL,
@@ -26,8 +27,7 @@ HI: dict[str, Any] = {
     "stream": True,
     "stream_options": {"include_usage": True},
 }
-ASK = {"x-quire-resumable": "1"}
-CHAT = "/v1/chat/completions"
+RESUMABLE = {"x-quire-resumable": "1"}
 
 
 class Event:
@@ -48,8 +48,8 @@ def registry_of(client: httpx.AsyncClient) -> StreamRegistry:
     return registry
 
 
-class Opened:
-    """A raw ASGI connection that may leave at any time, unlike one of httpx's transport."""
+class RawConnection:
+    """A raw ASGI connection that can disconnect at any time, unlike one of httpx's transport."""
 
     def __init__(self, app: Any, path: str, body: Any = None, **headers: str) -> None:
         self.parts: list[bytes] = []
@@ -85,13 +85,13 @@ class Opened:
     def text(self) -> str:
         return b"".join(self.parts).decode()
 
-    async def until(self, count: int) -> list[Event]:
+    async def wait_for_events(self, count: int) -> list[Event]:
         async with asyncio.timeout(5):
             while len(parse(self.text)) < count:
                 await asyncio.sleep(0.001)
         return parse(self.text)
 
-    async def leave(self) -> None:
+    async def disconnect(self) -> None:
         self._gone.set()
         await asyncio.wait_for(self.task, 5)
 
@@ -102,18 +102,18 @@ def slow(engine: FakeEngineClient) -> FakeEngineClient:
     return engine
 
 
-async def test_a_stream_goes_on_where_it_stopped(
+async def test_a_stream_resumes_after_the_last_event_received(
     make_client: MakeClient, slow: FakeEngineClient
 ) -> None:
     client = make_client()
-    first = Opened(client.app, CHAT, {**HI, "n": 3}, **ASK)  # type: ignore[attr-defined]
-    await first.until(8)
-    await first.leave()
+    first = RawConnection(client.app, CHAT, {**HI, "n": 3}, **RESUMABLE)  # type: ignore[attr-defined]
+    await first.wait_for_events(8)
+    await first.disconnect()
     seen = parse(first.text)
     stream_id = first.headers["x-quire-stream-id"]
     assert {event.stream_id for event in seen} == {stream_id}
     assert slow.aborted == []
-    # If the last event was lost on its way, the client names the one before.
+    # If the last event was lost on the way, the client names the event before it.
     kept = seen[:-1]
     rest = await client.get(f"/v1/streams/{stream_id}", headers={"last-event-id": kept[-1].id})
     assert rest.status_code == 200
@@ -128,7 +128,7 @@ async def test_a_stream_goes_on_where_it_stopped(
         mine = [choice for choice in choices if choice["index"] == index]
         assert "".join(choice["delta"].get("content", "") for choice in mine) == "abcdefghij"
         assert [c["finish_reason"] for c in mine if c["finish_reason"]] == ["stop"]
-    # Everything once more, and then nothing: the client has received all events.
+    # A client may read everything again. One that has received all events gets nothing.
     whole = await client.get(f"/v1/streams/{stream_id}")
     assert [event.id for event in parse(whole.text)] == [event.id for event in events]
     end = await client.get(f"/v1/streams/{stream_id}", headers={"last-event-id": events[-1].id})
@@ -136,15 +136,15 @@ async def test_a_stream_goes_on_where_it_stopped(
     await registry_of(client).close()
 
 
-async def test_it_runs_on_without_a_reader_until_its_time_is_up(
+async def test_a_stream_without_a_reader_runs_until_its_ttl_ends(
     make_client: MakeClient, engine: FakeEngineClient
 ) -> None:
     engine.scripts = say("x" * 400, delay=0.01)
     client = make_client(stream_resume_ttl=0.15)
     body = {"prompt": "a", "stream": True, "max_tokens": 400}
-    first = Opened(client.app, "/v1/completions", body, **ASK)  # type: ignore[attr-defined]
-    await first.until(2)
-    await first.leave()
+    first = RawConnection(client.app, "/v1/completions", body, **RESUMABLE)  # type: ignore[attr-defined]
+    await first.wait_for_events(2)
+    await first.disconnect()
     stream_id = first.headers["x-quire-stream-id"]
     await asyncio.sleep(0.08)
     assert engine.running
@@ -163,14 +163,14 @@ async def test_it_runs_on_without_a_reader_until_its_time_is_up(
     assert in_flight.num_queued == in_flight.num_running == 0
 
 
-async def test_without_the_header_leaving_aborts_and_events_have_no_id(
+async def test_without_the_header_a_disconnect_aborts_and_events_have_no_id(
     client: httpx.AsyncClient, slow: FakeEngineClient
 ) -> None:
-    first = Opened(client.app, CHAT, HI)  # type: ignore[attr-defined]
+    first = RawConnection(client.app, CHAT, HI)  # type: ignore[attr-defined]
     async with asyncio.timeout(5):
         while not first.text:
             await asyncio.sleep(0.001)
-    await first.leave()
+    await first.disconnect()
     assert not slow.running
     assert {request_id for request_id, _ in slow.aborted} == {slow.requests[0].request_id}
     assert "id: " not in first.text
@@ -178,25 +178,25 @@ async def test_without_the_header_leaving_aborts_and_events_have_no_id(
     assert len(registry_of(client)) == 0
 
 
-async def test_leaving_before_the_id_is_known_aborts(
+async def test_a_disconnect_before_the_id_is_sent_aborts(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     engine.hold = asyncio.Event()
-    first = Opened(client.app, CHAT, HI, **ASK)  # type: ignore[attr-defined]
+    first = RawConnection(client.app, CHAT, HI, **RESUMABLE)  # type: ignore[attr-defined]
     async with asyncio.timeout(5):
         while not engine.running:
             await asyncio.sleep(0.001)
-    await first.leave()
+    await first.disconnect()
     assert len(registry_of(client)) == 0
     await asyncio.sleep(0.01)
     assert not engine.running
 
 
-async def test_the_other_connection_takes_over(
+async def test_a_second_connection_takes_over(
     client: httpx.AsyncClient, slow: FakeEngineClient
 ) -> None:
-    first = Opened(client.app, CHAT, HI, **ASK)  # type: ignore[attr-defined]
-    seen = await first.until(3)
+    first = RawConnection(client.app, CHAT, HI, **RESUMABLE)  # type: ignore[attr-defined]
+    seen = await first.wait_for_events(3)
     url = f"/v1/streams/{first.headers['x-quire-stream-id']}"
     second = await client.get(url, headers={"last-event-id": seen[0].id})
     await asyncio.wait_for(first.task, 5)
@@ -207,9 +207,11 @@ async def test_the_other_connection_takes_over(
     await registry_of(client).close()
 
 
-async def test_delete_aborts(client: httpx.AsyncClient, slow: FakeEngineClient) -> None:
-    first = Opened(client.app, CHAT, HI, **ASK)  # type: ignore[attr-defined]
-    await first.until(2)
+async def test_deleting_a_stream_aborts_it(
+    client: httpx.AsyncClient, slow: FakeEngineClient
+) -> None:
+    first = RawConnection(client.app, CHAT, HI, **RESUMABLE)  # type: ignore[attr-defined]
+    await first.wait_for_events(2)
     url = f"/v1/streams/{first.headers['x-quire-stream-id']}"
     assert (await client.delete(url)).json()["deleted"] is True
     await asyncio.wait_for(first.task, 5)
@@ -221,7 +223,7 @@ async def test_delete_aborts(client: httpx.AsyncClient, slow: FakeEngineClient) 
 async def test_streams_belong_to_their_key(make_client: MakeClient, slow: FakeEngineClient) -> None:
     client = make_client(api_key=("one", "two"))
     mine, other = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
-    answer = await client.post(CHAT, json=HI, headers={**ASK, **mine})
+    answer = await client.post(CHAT, json=HI, headers={**RESUMABLE, **mine})
     url = f"/v1/streams/{answer.headers['x-quire-stream-id']}"
     assert (await client.get(url, headers=mine)).status_code == 200
     for method in ("GET", "DELETE"):
@@ -234,7 +236,7 @@ async def test_streams_belong_to_their_key(make_client: MakeClient, slow: FakeEn
 
 @pytest.mark.parametrize("last", ["", "x", "{id}-999", "{id}--1", "{id}-²", "other-0"])
 async def test_a_wrong_event_id_is_400(client: httpx.AsyncClient, last: str) -> None:
-    answer = await client.post(CHAT, json=HI, headers=ASK)
+    answer = await client.post(CHAT, json=HI, headers=RESUMABLE)
     stream_id = answer.headers["x-quire-stream-id"]
     headers = {"last-event-id": last.format(id=stream_id).encode()}
     refused = await client.get(f"/v1/streams/{stream_id}", headers=headers)
@@ -243,7 +245,7 @@ async def test_a_wrong_event_id_is_400(client: httpx.AsyncClient, last: str) -> 
     await registry_of(client).close()
 
 
-async def test_the_header_is_refused_where_it_means_nothing(
+async def test_the_header_is_refused_if_it_is_unknown_or_resumption_is_off(
     make_client: MakeClient, engine: FakeEngineClient
 ) -> None:
     off = make_client(stream_resume_ttl=0)
@@ -256,15 +258,15 @@ async def test_the_header_is_refused_where_it_means_nothing(
     assert engine.requests == []
 
 
-async def test_failures_have_their_status_or_their_events(
+async def test_failures_have_a_status_before_the_first_event_and_an_event_after_it(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     error = RowError("non_finite_logits", "NaN")
     engine.scripts = lambda request, choice: Script([], finish="error", error=error)
-    answer = await client.post(CHAT, json=HI, headers=ASK)
+    answer = await client.post(CHAT, json=HI, headers=RESUMABLE)
     assert answer.status_code == 500
     engine.scripts = lambda request, choice: Script(ids("ab"), finish="error", error=error)
-    answer = await client.post(CHAT, json=HI, headers=ASK)
+    answer = await client.post(CHAT, json=HI, headers=RESUMABLE)
     *_, failure, done = parse(answer.text)
     assert json.loads(failure.data)["error"]["code"] == "non_finite_logits"
     assert done.data == "[DONE]"
@@ -274,7 +276,7 @@ async def test_failures_have_their_status_or_their_events(
 async def test_the_sdk_reads_a_resumable_stream(client: httpx.AsyncClient) -> None:
     sdk = openai.AsyncOpenAI(base_url="http://quire/v1", api_key="x", http_client=client)
     messages: Any = HI["messages"]
-    for headers in ({}, ASK):
+    for headers in ({}, RESUMABLE):
         stream = await sdk.chat.completions.create(
             model=MODEL, messages=messages, stream=True, extra_headers=headers
         )
@@ -308,7 +310,7 @@ async def settle(log: EventLog) -> None:
     assert log.task.done()
 
 
-async def test_old_events_that_were_read_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_old_events_that_were_read_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_log, "MAX_EVENTS", 10)
     registry = StreamRegistry(60)
     log = open_log(registry, 100)
@@ -327,7 +329,7 @@ async def test_old_events_that_were_read_make_room(monkeypatch: pytest.MonkeyPat
     assert registry.total_bytes == 0
 
 
-async def test_a_slow_reader_holds_the_producer_and_none_ends_it(
+async def test_a_slow_reader_blocks_the_producer_and_a_missing_one_ends_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(event_log, "MAX_BYTES", 2000)
@@ -346,7 +348,9 @@ async def test_a_slow_reader_holds_the_producer_and_none_ends_it(
         registry.find(log.id, b"")
 
 
-async def test_all_streams_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_bytes_of_all_streams_together_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(resumption, "MAX_TOTAL_BYTES", 5000)
     registry = StreamRegistry(60)
     ended = open_log(registry, 20)

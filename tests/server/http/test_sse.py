@@ -90,7 +90,7 @@ async def test_a_stream_ends_with_done_and_is_not_cached() -> None:
     assert b"content-length" not in headers
 
 
-async def test_a_failure_in_the_stream_is_terminal_chunks_error_done() -> None:
+async def test_a_failure_in_the_stream_sends_final_chunks_error_and_done() -> None:
     peer = Peer()
     await answer(peer, Events(error=StepFailedError("why")))
     *_, terminal, error, done, rest = peer.body.split(b"\n\n")
@@ -118,7 +118,7 @@ async def test_a_reader_that_stops_reading_is_dropped() -> None:
     peer, events = Peer(read=False), Events(count=1000)
     await answer(peer, events, write_timeout=0.1)
     assert events.closed_at is not None
-    assert len(peer.sent) == 2  # the start and the event that was never taken
+    assert len(peer.sent) == 2  # the start, and the event that was never read
 
 
 async def test_silence_is_broken_by_comments_and_the_deadline_by_an_error() -> None:
@@ -167,7 +167,7 @@ async def test_work_runs_until_the_client_leaves(end: str) -> None:
         ("/v1/responses", {"input": "hi"}),
     ],
 )
-async def test_how_long_a_reader_may_read_nothing_is_a_setting(
+async def test_the_timeout_of_a_stalled_reader_is_a_setting(
     make_client: MakeClient, path: str, fields: dict[str, Any], resumable: bool
 ) -> None:
     app = make_client(stream_stall_timeout=0.1).app  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Texts in pieces, and the messages that parsers make of them."""
+"""Helpers that cut texts into pieces and read the messages that parsers make of them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def hermes(name: str, arguments: str) -> str:
 
 
 def cut(text: str, rng: random.Random) -> list[str]:
-    """Cut a text at up to seven random places; pieces may be empty."""
+    """Cut a text at up to seven random places. Pieces may be empty."""
     places = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(8)))
     return [text[start:end] for start, end in zip([0, *places], [*places, None], strict=True)]
 
 
 def read(parser: MessageParser, pieces: list[str]) -> dict[str, Any]:
-    """Return the message of a text in pieces, and check the order of events on the way."""
+    """Return the message that the parser makes of these pieces; check the order of its events."""
     events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
     begun = 0
     for event in events:

@@ -1,4 +1,4 @@
-"""The harmony format: cut in every way, over HTTP with its control tokens, and forced."""
+"""The harmony format: texts cut anywhere, answers over HTTP, and forced calls."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from quire.server.parsing.message_parser import MessageFormat, MessageParser
 from quire.server.settings import load_settings
 from quire.server.text.tokenizer import Tokenizer
 
-from ..api.test_completions import stream
-from ..api.test_tool_calls import HI, OTHER, PATH, TOOL, accepts, chat, forced, prompt_text
+from ..api.test_forced_calls import OTHER, accepts, forced_grammar
+from ..api.test_tool_calls import TOOL, chat
 from ..conftest import make_app
-from ..fakes import FakeEngineClient, Script, byte_tokenizer
+from ..fakes import FakeEngineClient, Script, byte_tokenizer, prompt_text
+from ..openai_http import CHAT, HI, stream
 from .pieces import NASTY, TOOLS, WEATHER, calls_of, cut, read
 
 
 class Sample(NamedTuple):
-    """A text, and the message that it makes."""
+    """A text and the message that it gives."""
 
     text: str
     reasoning: str = ""
@@ -53,7 +54,7 @@ SAMPLES = [
     Sample(message("final", "2.", end="<|return|>"), "", "2."),
     Sample(WHY + ASSISTANT + message("final", "So."), "Why?\nBecause a < b.", "So."),
     Sample(WHY + "\n" + ASSISTANT + message("final", "So.") + "\n", "Why?\nBecause a < b.", "So."),
-    Sample(WHY + message("final", "So."), "Why?\nBecause a < b.", "So."),  # no start
+    Sample(WHY + message("final", "So."), "Why?\nBecause a < b.", "So."),  # without a start token
     Sample(
         message("analysis", "One.") + ASSISTANT + message("analysis", "Two."), "One.\nTwo.", ""
     ),
@@ -77,7 +78,7 @@ SAMPLES = [
         "",
         (("f", '{"a": 1}'), ("unknown", '{"a": 2}')),
     ),
-    # the recipient next to the role, and other ways to write a call
+    # the recipient beside the role, and other ways to write a call
     Sample(
         WHY + ASSISTANT + ' to=functions.f<|channel|>commentary json<|message|>{"a": 1}<|call|>',
         "Why?\nBecause a < b.",
@@ -98,13 +99,13 @@ SAMPLES = [
     Sample(message("analysis", "print(1)", " to=python code"), "print(1)"),
     Sample(call("f", '{"a": 1} and more'), "", "and more", (("f", '{"a": 1}'),)),
     Sample(call("f", '{"a": tru<|end|>') + message("final", "x"), "", "x", (("f", '{"a": tru'),)),
-    # headers that break off, or go on and on
+    # headers that break off or never end
     Sample(WHY + "<|start|>assistant<|channel|>fin", "Why?\nBecause a < b."),
     Sample(" to=functions.f"),
     Sample("<|channel|>" + "x" * (MAX_HEADER + 1), "", "x" * (MAX_HEADER + 1)),
     Sample("<|channel|>" + "x" * MAX_HEADER + "<|message|>y", "", "y"),
     Sample(message("final", "a<|message|>b<|return|><|return|>"), "", "a\nb"),
-    # where the answer begins
+    # answers that begin inside a message
     Sample("2.<|return|>", "", "2.", prompt_end=ASSISTANT + FINAL),
     Sample(" it.<|end|>" + ASSISTANT + message("final", "x"), " it.", "x",
            prompt_end=ASSISTANT + "<|channel|>analysis<|message|>Do"),
@@ -120,11 +121,11 @@ def parse(*pieces: str, prompt_end: str = ASSISTANT, tools: tuple[str, ...] = TO
     parser = HarmonyParser(tools, prompt_end=prompt_end)
     message = read(MessageParser(parser), list(pieces))
     for made in message.get("tool_calls", ()):
-        made["id"] = ""  # they are random, and messages are compared
+        made["id"] = ""  # call ids are random, and messages are compared
     return message
 
 
-def same_however_cut(text: str, prompt_end: str, rng: random.Random, times: int) -> None:
+def assert_same_however_cut(text: str, prompt_end: str, rng: random.Random, times: int) -> None:
     whole = parse(text, prompt_end=prompt_end)
     assert parse(*text, prompt_end=prompt_end) == whole
     for _ in range(times):
@@ -139,7 +140,7 @@ def test_samples(sample: Sample) -> None:
     assert calls_of(read_back) == list(sample.calls)
     rng = random.Random(sample.text)
     for length in range(len(sample.text) + 1):
-        same_however_cut(sample.text[:length], sample.prompt_end, rng, 2)
+        assert_same_however_cut(sample.text[:length], sample.prompt_end, rng, 2)
 
 
 FRAGMENTS = st.sampled_from(
@@ -150,24 +151,28 @@ FRAGMENTS = st.sampled_from(
 
 @settings(max_examples=500)
 @given(st.lists(FRAGMENTS, max_size=20), st.randoms())
-def test_any_text_reads_the_same_however_cut(fragments: list[str], rng: random.Random) -> None:
-    same_however_cut("".join(fragments), ASSISTANT, rng, 3)
+def test_any_text_parses_the_same_however_it_is_cut(
+    fragments: list[str], rng: random.Random
+) -> None:
+    assert_same_however_cut("".join(fragments), ASSISTANT, rng, 3)
 
 
 @given(st.dictionaries(st.text(max_size=5), st.text(max_size=8) | st.integers()), st.randoms())
-def test_any_arguments_come_out_as_they_are(arguments: dict[str, Any], rng: random.Random) -> None:
+def test_any_arguments_are_returned_unchanged(
+    arguments: dict[str, Any], rng: random.Random
+) -> None:
     text = json.dumps(arguments, ensure_ascii=False)
     [read_back] = parse(*cut(call("f", text), rng))["tool_calls"]
     assert read_back["function"] == {"name": "f", "arguments": text}
 
 
-def test_without_tools_no_call_is_read() -> None:
+def test_no_call_is_parsed_without_tools() -> None:
     text = WHY + ASSISTANT + call("f", "{}")
     whole = parse(text, tools=())
     assert whole["content"] == "{}" and "tool_calls" not in whole
 
 
-def test_what_was_not_asked_for_is_left_out() -> None:
+def test_parts_that_were_not_requested_are_left_out() -> None:
     text = WHY + ASSISTANT + message("final", "So.")
     parser = MessageParser(HarmonyParser((), prompt_end=ASSISTANT), show_reasoning=False)
     assert read(parser, [text])["content"] == "So." and "reasoning" not in read(parser, [])
@@ -252,7 +257,7 @@ def answers(engine: FakeEngineClient, tokenizer: Tokenizer, text: str) -> None:
     engine.scripts = lambda request, choice: Script(tokens, "stop")
 
 
-async def test_whole_and_streamed(
+async def test_answers_are_the_same_whole_and_streamed(
     client: httpx.AsyncClient, engine: FakeEngineClient, tokenizer: Tokenizer
 ) -> None:
     answers(engine, tokenizer, ANSWER)
@@ -264,7 +269,7 @@ async def test_whole_and_streamed(
     assert whole["content"] == "Let me see."
     [made] = whole["tool_calls"]
     assert made["function"] == {"name": "weather", "arguments": ARGUMENTS}
-    chunks = await stream(client, PATH, **HI, tools=[TOOL])
+    chunks = await stream(client, CHAT, **HI, tools=[TOOL])
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     for name in ("content", "reasoning"):
         assert "".join(delta.get(name, "") for delta in deltas) == whole[name]
@@ -311,14 +316,14 @@ async def test_an_answer_that_is_continued(
     assert (await chat(client, **fields))["message"]["content"] == " is 2."
 
 
-# -- forced ----------------------------------------------------------------------------------
+# -- forced calls ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("special", [(), CONTROL_TOKENS], ids=["text", "control tokens"])
 async def test_forced_calls(engine: FakeEngineClient, special: tuple[str, ...]) -> None:
     tokenizer = byte_tokenizer(TEMPLATE, special)
     ok = call("weather", '{"city": "Ulm"}', "")
-    grammar = await forced(engine, tokenizer, "openai", tool_choice="required")
+    grammar = await forced_grammar(engine, tokenizer, "openai", tool_choice="required")
     for text in (ok, call("other", "{}", ""), WHY + ASSISTANT + ok):
         assert accepts(tokenizer, grammar, text)
     wrong = [
@@ -332,12 +337,12 @@ async def test_forced_calls(engine: FakeEngineClient, special: tuple[str, ...]) 
     ]
     assert not any(accepts(tokenizer, grammar, text) for text in wrong)
     named = {"type": "function", "function": {"name": "weather"}}
-    grammar = await forced(engine, tokenizer, "openai", tool_choice=named)
+    grammar = await forced_grammar(engine, tokenizer, "openai", tool_choice=named)
     assert accepts(tokenizer, grammar, ok)
     assert not accepts(tokenizer, grammar, call("other", "{}", ""))
     begun = {"role": "assistant", "content": "I think that"}
     fields = {"messages": [*HI["messages"], begun], "continue_final_message": True}
-    grammar = await forced(engine, tokenizer, "openai", tool_choice=named, **fields)
+    grammar = await forced_grammar(engine, tokenizer, "openai", tool_choice=named, **fields)
     assert accepts(tokenizer, grammar, "<|end|>" + ASSISTANT + ok)
     format = MessageFormat("openai", "openai_gptoss")
     parser = format.parser(
@@ -348,10 +353,10 @@ async def test_forced_calls(engine: FakeEngineClient, special: tuple[str, ...]) 
     assert OTHER["function"]["name"] == "other"
 
 
-# -- choosing --------------------------------------------------------------------------------
+# -- choosing the format ---------------------------------------------------------------------
 
 
-def test_the_flags() -> None:
+def test_the_flags_choose_the_format() -> None:
     def format(**flags: Any) -> tuple[str | None, str | None]:
         made = MessageFormat.of(load_settings(**flags), TEMPLATE)
         return made.tool_format, made.reasoning

@@ -11,7 +11,7 @@ from quire.server.settings import Settings
 from .pieces import TOOLS, calls_of, hermes, read
 
 
-def test_calls_are_looked_for_only_after_the_reasoning() -> None:
+def test_calls_are_parsed_only_after_the_reasoning() -> None:
     text = "<think>" + hermes("f", "{}") + "</think>\n\nOk.\n" + hermes("f", '{"a": 1}')
     for pieces in ([text], list(text)):
         parser = MessageParser(TOOL_PARSERS["hermes"](TOOLS), ReasoningParser(opened=False))
@@ -20,7 +20,7 @@ def test_calls_are_looked_for_only_after_the_reasoning() -> None:
         assert calls_of(message) == [("f", '{"a": 1}')]
 
 
-def test_what_was_not_asked_for_is_left_out() -> None:
+def test_parts_that_were_not_requested_are_left_out() -> None:
     parser = MessageParser(
         TOOL_PARSERS["hermes"](TOOLS),
         ReasoningParser(opened=True),
@@ -58,6 +58,6 @@ def test_the_template_shows_the_format(
     assert detect_reasoning(template) == reasoning
 
 
-def test_the_flag_knows_every_parser() -> None:
+def test_the_flag_offers_every_parser() -> None:
     annotation = Settings.model_fields["tool_call_parser"].annotation
     assert set(TOOL_PARSERS) | {"auto", "none", "harmony"} == set(annotation.__args__)  # type: ignore[union-attr]

@@ -54,7 +54,7 @@ def test_reasoning(text: str, opened: bool, reasoning: str, content: str) -> Non
     st.booleans(),
     st.randoms(),
 )
-def test_reasoning_is_the_same_however_cut(
+def test_reasoning_parses_the_same_however_it_is_cut(
     fragments: list[str], opened: bool, rng: random.Random
 ) -> None:
     text = "".join(fragments)
@@ -62,7 +62,7 @@ def test_reasoning_is_the_same_however_cut(
     assert reason(list(text), opened=opened) == reason(cut(text, rng), opened=opened) == whole
 
 
-def test_long_space_is_not_held() -> None:
+def test_long_whitespace_is_not_held_back() -> None:
     parser = ReasoningParser(opened=True)
     emitted = "".join(str(event[0]) for event in parser.feed("why" + " " * 1000))
     assert len(emitted) > 900
@@ -71,7 +71,7 @@ def test_long_space_is_not_held() -> None:
     )
 
 
-def test_where_reasoning_begins() -> None:
+def test_the_prompt_or_continued_text_may_have_opened_the_reasoning() -> None:
     assert starts_inside("qwen3", "<|im_start|>assistant\n<think>\n")
     assert not starts_inside("qwen3", "<|im_start|>assistant\n")
     assert not starts_inside("qwen3", "say <think><|im_end|>\n<|im_start|>assistant\n")

@@ -1,4 +1,4 @@
-"""Every format of calls, cut in every way: pieces must add up to the message of the whole text."""
+"""Every format of tool calls: however a text is cut, its pieces give the message of the whole."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Calls = list[tuple[str, Any]]
 
 
 class Sample(NamedTuple):
-    """A text, and the content and calls that it has in a format."""
+    """A text in some format, and the content and calls that it holds."""
 
     format: str
     text: str
@@ -247,7 +247,7 @@ def parse(format: str, *pieces: str) -> tuple[str | None, Calls]:
     return message["content"], calls_of(message)
 
 
-def same_however_cut(format: str, text: str, rng: random.Random, times: int) -> None:
+def assert_same_however_cut(format: str, text: str, rng: random.Random, times: int) -> None:
     whole = parse(format, text)
     assert parse(format, *text) == whole
     for _ in range(times):
@@ -260,7 +260,7 @@ def same_however_cut(format: str, text: str, rng: random.Random, times: int) -> 
 def test_samples(sample: Sample) -> None:
     expected = (sample.content, sample.calls)
     assert parse(sample.format, sample.text) == expected
-    same_however_cut(sample.format, sample.text, random.Random(sample.text), 10)
+    assert_same_however_cut(sample.format, sample.text, random.Random(sample.text), 10)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_samples_that_break_off_anywhere(sample: Sample) -> None:
     calls = sample.calls
     for length in range(len(sample.text)):
         text = sample.text[:length]
-        same_however_cut(sample.format, text, rng, 1)
+        assert_same_however_cut(sample.format, text, rng, 1)
         content, begun = parse(sample.format, text)
         if not begun:
             assert (content or "") == text
@@ -292,13 +292,13 @@ FRAGMENTS = st.sampled_from(
 
 @settings(max_examples=500)
 @given(st.sampled_from(sorted(TOOL_PARSERS)), st.lists(FRAGMENTS, max_size=14), st.randoms())
-def test_any_text_reads_the_same_however_cut(
+def test_any_text_parses_the_same_however_it_is_cut(
     format: str, fragments: list[str], rng: random.Random
 ) -> None:
     text = "".join(fragments)
-    same_however_cut(format, text, rng, 3)
+    assert_same_however_cut(format, text, rng, 3)
     content, calls = parse(format, text)
-    if not calls and format != "openai":  # in harmony, control tokens are never content
+    if not calls and format != "openai":  # in harmony, control tokens are never part of the content
         assert (content or "") == text
 
 
@@ -306,7 +306,7 @@ OBJECTS = st.dictionaries(st.text(max_size=5), JSON, max_size=4)
 
 
 @given(OBJECTS, st.booleans(), st.sampled_from([None, 1]), st.randoms())
-def test_any_arguments_come_out_as_they_are(
+def test_any_arguments_are_returned_unchanged(
     arguments: dict[str, Any], ascii: bool, indent: int | None, rng: random.Random
 ) -> None:
     text = json.dumps(arguments, ensure_ascii=ascii, indent=indent)
@@ -323,7 +323,7 @@ def test_any_arguments_come_out_as_they_are(
 
 
 @given(st.dictionaries(st.from_regex(r"k[a-z_]{0,5}", fullmatch=True), JSON), st.randoms())
-def test_any_python_literals_are_read(arguments: dict[str, Any], rng: random.Random) -> None:
+def test_any_python_literals_are_parsed(arguments: dict[str, Any], rng: random.Random) -> None:
     text = "[f(" + ", ".join(f"{name}={value!r}" for name, value in arguments.items()) + ")]"
     content, [(name, read_back)] = parse("pythonic", *cut(text, rng))
     assert (content, name) == (None, "f")

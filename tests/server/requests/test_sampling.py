@@ -12,7 +12,7 @@ from quire.server.requests.sampling import load_generation_defaults
 
 from ..conftest import MakeClient
 from ..fakes import FakeEngineClient, ids
-from ..test_faults import CHAT, COMPLETIONS, HI, PROMPT, assert_shape
+from ..openai_http import CHAT, COMPLETIONS, HI, PROMPT, assert_error
 
 
 def _config(folder: Path, **fields: Any) -> str:
@@ -100,4 +100,4 @@ async def test_too_many_prompt_logprobs(
     monkeypatch.setattr("quire.server.requests.job.MAX_PROMPT_LOGPROBS", 100)
     fields = {**PROMPT, "prompt": ["x" * 20, "y" * 20], "prompt_logprobs": 2}
     response = await client.post(COMPLETIONS, json=fields)
-    assert_shape(response, 400, "invalid_value", "prompt_logprobs")
+    assert_error(response, 400, "invalid_value", "prompt_logprobs")

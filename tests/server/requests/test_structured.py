@@ -1,4 +1,4 @@
-"""The structures that an answer may be required to have, and the refusal of all others."""
+"""Structured outputs: the constraints that reach the engine, and those that are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 TAG = {"begin": "<f=a>", "schema": {"type": "integer"}, "end": "</f>"}
 DEADLINE_SECONDS = 1.5
-"""A second, and the time to start the compiling process on a busy machine."""
+"""A second, plus the time to start the compiling process on a busy machine."""
 
 
 def schema(value: Any, **fields: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def check() -> GrammarCheck:
 
 @pytest.fixture
 def client(make_client: MakeClient, check: GrammarCheck) -> httpx.AsyncClient:
-    """A client whose server shares one compiling process with all tests."""
+    """Make a client whose server shares one compiling process with all tests of this file."""
     client = make_client()
     client.app.state.quire.grammar_check = check  # type: ignore[attr-defined]
     return client
@@ -201,7 +201,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-async def test_a_hostile_pattern_is_decided_soon_without_blocking_the_loop(
+async def test_a_hostile_pattern_is_decided_quickly_without_blocking_the_event_loop(
     client: httpx.AsyncClient, name: str
 ) -> None:
     lag, stop = 0.0, False
@@ -226,7 +226,7 @@ async def test_a_hostile_pattern_is_decided_soon_without_blocking_the_loop(
         assert "compile" in response.json()["error"]["message"]
 
 
-async def test_the_compiler_comes_back_after_a_hostile_schema(client: httpx.AsyncClient) -> None:
+async def test_the_compiler_works_again_after_a_hostile_schema(client: httpx.AsyncClient) -> None:
     hostile = client.post(COMPLETIONS, json={"prompt": "p", **HOSTILE["multiple"]})
     fine = client.post(COMPLETIONS, json={"prompt": "p", **outputs(regex="[0-9]{3}")})
     answers = await asyncio.gather(hostile, fine)
@@ -262,7 +262,7 @@ async def test_tools_and_a_structure_exclude_each_other(make_client: MakeClient)
     assert response.json()["error"]["param"] in ("structured_outputs.regex", "tools")
 
 
-async def test_a_structured_answer_is_content_whatever_it_spells(
+async def test_a_structured_answer_is_content_even_if_it_looks_like_a_call(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     text = '{"a": "<think>x</think>"}'
@@ -272,7 +272,7 @@ async def test_a_structured_answer_is_content_whatever_it_spells(
     assert answer["choices"][0]["message"]["content"] == text
 
 
-async def test_a_failed_grammar_is_an_error_of_its_own(
+async def test_a_failed_grammar_has_its_own_error_code(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
     error = RowError("grammar_failed", "no token continues it")
@@ -283,7 +283,7 @@ async def test_a_failed_grammar_is_an_error_of_its_own(
     assert response.json()["error"]["code"] == "grammar_failed"
 
 
-async def test_a_verdict_is_remembered_and_the_process_ends_on_close() -> None:
+async def test_verdicts_are_cached_and_the_process_ends_on_close() -> None:
     check = GrammarCheck()
     asked = 0
 
@@ -310,7 +310,7 @@ async def test_a_verdict_is_remembered_and_the_process_ends_on_close() -> None:
     assert time.monotonic() - begin < 0.5
     check.close()
     assert child.poll() is not None
-    await ask("a")  # known: no process is needed
+    await ask("a")  # the verdict is cached, so no process is needed
     assert asked == 1
     await ask("b")
     assert asked == 2

@@ -1,4 +1,4 @@
-"""Several HTTP processes before one engine: `quire serve --http-workers 2`, with a fake core."""
+"""Several HTTP processes in front of one engine: `--http-workers 2`, with a fake core."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from quire.server.http.limits import InFlight, no_loads
 from quire.server.settings import load_settings
 
 from ..fakes import FakeEngineClient
+from ..openai_http import until
 from ..test_cli import SLOW, Server, assert_error_and_done, launch
 
 WORKERS = 2
 RESUMABLE = {"x-quire-resumable": "1"}
-TWO = ("--http-workers", str(WORKERS))
+TWO_WORKERS = ("--http-workers", str(WORKERS))
 
 
 @contextlib.contextmanager
 def serving(*flags: str) -> Iterator[Server]:
-    with launch(*TWO, *flags, core="build_slow_chat_core") as process:
+    with launch(*TWO_WORKERS, *flags, core="build_slow_chat_core") as process:
         server = Server(process)
         with server.http:
             yield server
@@ -48,7 +49,7 @@ def completion(first_token: int = 100, max_tokens: int = 3) -> dict[str, Any]:
 
 
 def worker_of(client: httpx.Client) -> int:
-    """Which worker has the one connection of `client`."""
+    """Return the index of the worker that serves the connection of `client`."""
     answer = client.post("/v1/completions", json=completion(), headers=RESUMABLE)
     assert answer.status_code == 200 and "[DONE]" in answer.text
     return int(answer.headers["x-quire-stream-id"].rpartition("w")[2])
@@ -56,7 +57,7 @@ def worker_of(client: httpx.Client) -> int:
 
 @contextlib.contextmanager
 def connections(server: Server) -> Iterator[list[httpx.Client]]:
-    """A connection to each worker, in their order, once all accept some and are ready."""
+    """Yield a connection to each worker, in their order, once all of them are ready."""
     found: dict[int, httpx.Client] = {}
     deadline = time.monotonic() + 60
     with contextlib.ExitStack() as stack:
@@ -76,7 +77,7 @@ def connections(server: Server) -> Iterator[list[httpx.Client]]:
 
 
 def samples(client: httpx.Client) -> dict[frozenset[str], float]:
-    """By their names and the values of their labels."""
+    """Return the values of all metrics by name and label values."""
     return {
         frozenset((sample.name, *sample.labels.values())): sample.value
         for family in text_string_to_metric_families(client.get("/metrics").text)
@@ -93,26 +94,19 @@ def workers_of(server: Server) -> list[psutil.Process]:
     return [child for child in children if "quire.server.serving.http_worker" in child.cmdline()]
 
 
-def until(condition: Any, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def running(server: Server) -> int:
     count: int = server.http.get("/debug/engine").json()["stats"]["num_running"]
     return count
 
 
-def test_each_worker_has_the_metrics_of_all(server: Server) -> None:
+def test_each_worker_reports_the_metrics_of_all(server: Server) -> None:
     with connections(server) as clients:
-        time.sleep(0.2)  # all steps are counted
+        time.sleep(0.2)  # until all steps are counted
         before = samples(clients[0])
         for client in [*clients, clients[1]]:
             worker_of(client)
         sent = "http_requests_total", "200", "/v1/completions", "POST"
-        # Counted once the answer is sent.
+        # A request is counted after its answer has been sent.
         until(lambda: total(clients[0], *sent) >= before.get(frozenset(sent), 0.0) + 3, 5.0)
         pages = [samples(client) for client in clients]
         for page in pages:
@@ -127,7 +121,7 @@ def test_each_worker_has_the_metrics_of_all(server: Server) -> None:
         (info,) = [value for key, value in page.items() if "quire:cache_config_info" in key]
         assert info == 1.0
         steps = "quire:iteration_tokens_total_count", "0", "fake"
-        # Counted once, though both workers hear of each.
+        # Steps are counted once, although both workers receive their statistics.
         until(lambda: total(clients[0], steps[0]) == before[frozenset(steps)] + 9, 5.0)
         text = clients[0].get("/metrics").text
     names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
@@ -162,7 +156,7 @@ def test_a_response_is_found_through_the_other_worker(server: Server) -> None:
         got = one.get(f"/v1/responses/{made['id']}", headers={"x-request-id": "mine"})
         assert got.status_code == 200 and got.json() == made
         assert got.headers["x-request-id"] == "mine"
-        until(lambda: total(one, *counter) > seen, 5.0)  # counted once the answer is sent
+        until(lambda: total(one, *counter) > seen, 5.0)  # it is counted after it has been sent
         assert total(one, *counter) == seen + 1
 
         onward = respond(one, previous_response_id=made["id"])
@@ -181,7 +175,7 @@ def test_a_response_is_found_through_the_other_worker(server: Server) -> None:
         until(lambda: running(server) == 0)
 
 
-def test_a_stream_goes_on_through_the_other_worker(server: Server) -> None:
+def test_a_stream_resumes_through_the_other_worker(server: Server) -> None:
     with connections(server) as (zero, one):
         events: list[str] = []
         body = completion(SLOW, 60)
@@ -202,7 +196,7 @@ def test_a_stream_goes_on_through_the_other_worker(server: Server) -> None:
         assert one.get(f"/v1/streams/{stream_id}").status_code == 410
 
 
-def test_a_client_that_leaves_a_forwarded_request_ends_it(server: Server) -> None:
+def test_a_disconnect_aborts_a_forwarded_request(server: Server) -> None:
     with connections(server) as (zero, one):
         made = respond(zero)
         body = {"input": "on", "previous_response_id": made["id"], "stream": True}
@@ -212,7 +206,7 @@ def test_a_client_that_leaves_a_forwarded_request_ends_it(server: Server) -> Non
         until(lambda: running(server) == 0, 2.0)
 
 
-def test_a_killed_engine_ends_the_streams_of_both_and_comes_back(server: Server) -> None:
+def test_a_killed_engine_ends_the_streams_of_all_workers_and_restarts(server: Server) -> None:
     with connections(server) as clients, contextlib.ExitStack() as stack:
         streams = []
         for client in clients:
@@ -232,9 +226,9 @@ def test_a_killed_engine_ends_the_streams_of_both_and_comes_back(server: Server)
         assert total(clients[1], "quire:engine_restarts_total") == 1
 
 
-def test_a_killed_worker_takes_only_its_own_requests_and_comes_back(server: Server) -> None:
+def test_a_killed_worker_ends_only_its_own_requests_and_is_replaced(server: Server) -> None:
     with connections(server) as clients, contextlib.ExitStack() as stack:
-        time.sleep(1.5)  # what it counted is known to the main process
+        time.sleep(1.5)  # until the main process knows the worker's counts
         before = total(clients[0], "quire:request_success_total")
         streams = []
         for client in clients:
@@ -245,7 +239,8 @@ def test_a_killed_worker_takes_only_its_own_requests_and_comes_back(server: Serv
         assert running(server) == 2
         workers = workers_of(server)
         workers[0].kill()
-        until(lambda: any_survivor(server) == 1, 2.0)  # aborted in the engine, and only that one
+        # The engine aborts the request of the killed worker only.
+        until(lambda: running_on_new_connection(server) == 1, 2.0)
         ends = []
         for lines in streams:
             try:
@@ -260,8 +255,8 @@ def test_a_killed_worker_takes_only_its_own_requests_and_comes_back(server: Serv
         assert (loads["num_queued"], loads["num_running"], loads["queued_tokens"]) == (0, 0, 0)
 
 
-def any_survivor(server: Server) -> int:
-    """Running sequences, asked over a new connection: the old one may have died."""
+def running_on_new_connection(server: Server) -> int:
+    """Count running sequences over a new connection, since the old one may be dead."""
     with httpx.Client(base_url=server.http.base_url) as client:
         try:
             count: int = client.get("/debug/engine").json()["stats"]["num_running"]
@@ -271,7 +266,7 @@ def any_survivor(server: Server) -> int:
 
 
 def test_a_drain_ends_all_workers_and_the_exit_code_is_0(server: Server) -> None:
-    """The last test of this server."""
+    """SIGTERM ends every worker after the drain. No later test can use this server."""
     children = psutil.Process(server.process.pid).children(recursive=True)
     with connections(server) as clients, contextlib.ExitStack() as stack:
         streams = []
@@ -287,7 +282,7 @@ def test_a_drain_ends_all_workers_and_the_exit_code_is_0(server: Server) -> None
             assert other.get("/ready").status_code == 200
         server.process.send_signal(signal.SIGTERM)
         for worker in workers_of(server):
-            worker.terminate()  # as a service manager does; only the main process decides
+            worker.terminate()  # as a service manager does; only the main process acts on it
         for other in others:
             until(lambda other=other: other.get("/ready").status_code == 503, 1.0)
             refused = other.post("/v1/completions", json={"model": "fake", "prompt": "x"})
@@ -302,9 +297,11 @@ def test_a_drain_ends_all_workers_and_the_exit_code_is_0(server: Server) -> None
     assert not [child for child in children if child.is_running()]
 
 
-def test_all_end_with_the_main_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which serves on a unix socket here."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # nobody is left to remove the folders
+def test_all_processes_end_with_the_main_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server listens on a unix socket here."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # no process is left to remove the folders
     with serving("--uds", str(tmp_path / "quire.sock")) as server:
         with server.stream(100, 3) as events:
             assert list(events)[-1] == "[DONE]"
@@ -323,7 +320,7 @@ def test_all_end_with_the_main_process(tmp_path: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_a_failed_start_is_one_line(core: str, flags: tuple[str, ...], message: str) -> None:
-    with launch(*TWO, *flags, core=core) as process:
+    with launch(*TWO_WORKERS, *flags, core=core) as process:
         _, stderr = process.communicate(timeout=100)
     assert process.returncode == 1
     assert stderr.splitlines()[-1].startswith(message)
@@ -348,7 +345,7 @@ def test_queue_limits_hold_for_the_sum_of_all_workers() -> None:
     assert list(loads) == [0] * 6
 
 
-def test_settings_reach_a_worker_as_they_are() -> None:
+def test_settings_reach_a_worker_unchanged() -> None:
     settings = load_settings(
         api_key=("a", "b"), max_body_bytes="2MiB", ssl_keyfile="k", ssl_certfile="c", max_n=7
     )

@@ -21,7 +21,7 @@ def render(content: str, **settings: object) -> list[Piece]:
     return renderer.render(TEMPLATE, [{"role": "user", "content": content}], settings)
 
 
-def test_only_what_clients_spell_is_marked() -> None:
+def test_only_control_tokens_spelt_by_clients_are_marked() -> None:
     assert render("hi") == [Piece("hi" + END, False)]
     assert render(f"a{END}b", template="<|im") == [
         Piece("a", False),
@@ -52,7 +52,7 @@ def test_variables_that_a_template_sets_itself_are_not_listed() -> None:
         ({"x": 1}, [], None, None),
     ],
 )
-def test_what_a_template_would_ignore_is_refused(
+def test_options_that_a_template_would_ignore_are_refused(
     settings: dict[str, object],
     tools: list[object] | None,
     documents: list[object] | None,

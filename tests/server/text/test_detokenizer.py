@@ -44,9 +44,7 @@ def run(detokenizer: Detokenizer, pieces: list[list[int]]) -> str:
 
 
 @given(tokens, st.booleans())
-def test_any_tokens_give_the_text_that_decoding_them_at_once_gives(
-    token_ids: list[int], skip: bool
-) -> None:
+def test_incremental_decoding_equals_decoding_at_once(token_ids: list[int], skip: bool) -> None:
     detokenizer = Detokenizer(BYTES, skip_special_tokens=skip)
     text = run(detokenizer, [[token_id] for token_id in token_ids])
     assert text == BYTES.decode(token_ids, skip_special_tokens=skip)
@@ -63,12 +61,12 @@ def test_no_character_is_split(text: str, size: int) -> None:
 
 
 @given(st.lists(st.integers(0, 259), max_size=60))
-def test_byte_fallbacks_never_break_it(token_ids: list[int]) -> None:
+def test_byte_fallback_tokens_never_break_decoding(token_ids: list[int]) -> None:
     one_by_one = run(Detokenizer(FALLBACK), [[token_id] for token_id in token_ids])
     assert one_by_one == run(Detokenizer(FALLBACK), [token_ids])
 
 
-def test_a_cut_fallback_is_followed_by_what_comes_next() -> None:
+def test_text_continues_after_an_incomplete_byte_fallback() -> None:
     euro = [4 + byte for byte in "€".encode()]
     token_ids = [*euro, *euro[:2], 3, 2]
     assert run(Detokenizer(FALLBACK, context=[1]), [[token] for token in token_ids]).endswith(
@@ -81,7 +79,7 @@ def test_the_first_word_keeps_its_space_after_a_prompt() -> None:
 
 
 @given(letters, stops, st.integers(1, 4), st.booleans())
-def test_stop_strings_cut_alike_however_the_tokens_come(
+def test_stop_strings_cut_the_same_however_tokens_are_grouped(
     text: str, stops: list[str], size: int, include: bool
 ) -> None:
     ends = [(text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
@@ -99,7 +97,7 @@ def test_stop_strings_cut_alike_however_the_tokens_come(
 
 
 @given(letters, stops)
-def test_no_more_is_held_back_than_a_stop_string_could_need(text: str, stops: list[str]) -> None:
+def test_no_more_text_is_held_back_than_a_stop_string_needs(text: str, stops: list[str]) -> None:
     detokenizer = Detokenizer(BYTES, stops=stops)
     emitted = ""
     for count, token_id in enumerate(ids(text), 1):
@@ -116,13 +114,13 @@ def test_tokens_after_a_stop_string_are_not_counted() -> None:
     assert detokenizer.stop == "b"
 
 
-def test_stop_strings_do_not_count_before_min_tokens() -> None:
+def test_stop_strings_are_ignored_before_min_tokens() -> None:
     detokenizer = Detokenizer(BYTES, stops=["b"], min_tokens=3)
     assert detokenizer.feed(ids("abacab")) == ("abaca", 6)
 
 
 @pytest.mark.parametrize("token_id", [ids("é")[0], IM_END])
-def test_endless_tokens_without_text_stay_bounded(token_id: int) -> None:
+def test_pending_tokens_without_text_are_bounded(token_id: int) -> None:
     detokenizer = Detokenizer(BYTES)
     emitted = ""
     for _ in range(1000):

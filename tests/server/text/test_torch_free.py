@@ -1,4 +1,4 @@
-"""The processes that serve HTTP do not load torch, unless the code of the model itself does."""
+"""The processes that serve HTTP do not load torch, unless a model's own tokenizer imports it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CustomTokenizer(PreTrainedTokenizerFast):
 
 
 def build(cache: Path, **flags: object) -> tuple[str, bool, str]:
-    """Return the tokenizer's class, whether torch was imported for it, and the log."""
+    """Return the tokenizer's class, whether building the app imported torch, and the log."""
     done = subprocess.run(
         [sys.executable, "-P", "-c", BUILD.format(flags=flags)],
         capture_output=True,
@@ -53,7 +53,7 @@ def build(cache: Path, **flags: object) -> tuple[str, bool, str]:
     return name, imported == "True", done.stderr
 
 
-def test_the_app_is_built_without_torch_which_stays_importable(tmp_path: Path) -> None:
+def test_the_app_is_built_without_torch_but_torch_stays_importable(tmp_path: Path) -> None:
     _, imported, log = build(tmp_path)
     assert not imported
     assert "PyTorch" not in log
@@ -76,12 +76,12 @@ def maps_torch(process: psutil.Process) -> bool:
     return any("torch" in mapped.path for mapped in process.memory_maps())
 
 
-def test_a_server_maps_no_torch() -> None:
+def test_a_server_does_not_map_torch() -> None:
     with serving() as server:
         assert not maps_torch(psutil.Process(server.process.pid))
 
 
-def test_workers_map_no_torch() -> None:
+def test_workers_do_not_map_torch() -> None:
     with launch("--http-workers", "2") as process:
         server = Server(process)
         server.http.close()
