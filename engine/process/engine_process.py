@@ -20,6 +20,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -245,11 +246,21 @@ def _prepare_process(launch: wire.Launch) -> None:
     logging.basicConfig(level=launch.log_level.upper(), handlers=[handler], force=True)
 
 
+class _ConsoleFormatter(logging.Formatter):
+    """Format records as the server's console log does: in UTC, with the level in lower case."""
+
+    converter = staticmethod(time.gmtime)
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.lower = record.levelname.lower()
+        return super().format(record)
+
+
 def _formatter(log_format: LogFormat) -> logging.Formatter:
     if log_format == "json":
         return JsonFormatter({"source": "engine"})
-    return logging.Formatter(
-        "%(asctime)s [%(levelname)s] engine: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"
+    return _ConsoleFormatter(
+        "%(asctime)s [%(lower)s] %(message)s [%(name)s]", datefmt="%Y-%m-%dT%H:%M:%SZ"
     )
 
 

@@ -50,9 +50,9 @@ def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_console_lines_hold_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     lines = write("console", capsys)
-    assert "[info     ] request done [quire.server.test] path=/ö status=200" in lines[0]
-    assert "[warning  ] 90% used [library]" in lines[1]
-    assert "[error    ] failed [quire.server.test] at=1" in lines[2]
+    assert "[info] request done [quire.server.test] path=/ö status=200" in lines[0]
+    assert "[warning] 90% used [library]" in lines[1]
+    assert "[error] failed [quire.server.test] at=1" in lines[2]
     assert lines[-1] == "lines"
 
 
