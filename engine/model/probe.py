@@ -131,7 +131,7 @@ def flatten_if_equal(body: Any, spec: ModelSpec, expected: ProbeResult) -> FlatD
     difference = (hidden - expected.hidden).float().norm() / expected.hidden.float().norm()
     if calls != expected.calls or not difference <= tolerance:
         logger.info(
-            "the layers run through transformers' code: as one function they differ by %.1g",
+            "the layers run through transformers' code: one function for all differs by %.1g",
             difference,
         )
         return None

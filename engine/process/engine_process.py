@@ -33,7 +33,7 @@ from ..outputs import EngineStats, SequenceOutput, StepOutput
 from ..request import Request
 from . import wire
 from .heap import settle
-from .json_logs import JsonFormatter, LogFormat
+from .json_logs import JsonFormatter, LogFormat, take_over_libraries
 
 PR_SET_PDEATHSIG = 1
 """The prctl(2) option that sets the signal a process gets when its parent dies."""
@@ -75,6 +75,7 @@ def build_core(config: EngineConfig) -> EngineCoreProtocol:
 
     gc.freeze()
     gc.enable()
+    take_over_libraries()
     return EngineCore(config, Worker(config))
 
 
