@@ -1,11 +1,11 @@
-"""How long `quire serve` takes to be ready, and the memory that it takes then.
+"""Measure how long `quire serve` takes until it is ready, and how much memory it uses then.
 
     python -P benchmarks/startup.py [--turns 3] [--first] [MODEL] [flags of quire serve]
 
-Reported are the seconds from the start of the process to 200 from /ready, and the CPU seconds of
-all processes until then. For each process, these are its CPU seconds and its resident memory: all
-of it (RSS), and with shared pages divided by those who share them (PSS). With `--first`, every turn
-has an empty cache of compiled kernels, as an installation's first start has.
+This prints the seconds from the start of the process until /ready answers 200, and the CPU seconds
+of all processes until then; and for each process its CPU seconds and its resident memory, as a
+whole (RSS) and with shared pages divided among the processes that share them (PSS). With `--first`,
+every turn has an empty cache of compiled kernels, as an installation's first start has.
 """
 
 from __future__ import annotations
