@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import transformers
 from tokenizers import Tokenizer as Encoder
 
+from ...engine.config import check_folder
 from ...engine.errors import (
     ContextLengthError,
     InvalidRequestError,
@@ -75,8 +75,7 @@ class Tokenizer:
 
         Raises ModelLoadError, UnsupportedModelError, ConfigurationError.
         """
-        if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
-            raise ModelLoadError(f"there is no folder {model}")
+        check_folder(model)
         try:
             hf = transformers.AutoTokenizer.from_pretrained(
                 model, trust_remote_code=trust_remote_code
