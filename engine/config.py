@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .embedding_spec import NO_LAYOUT, EmbeddingSpec
-from .errors import ConfigurationError
+from .errors import ConfigurationError, ModelLoadError
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -262,6 +263,13 @@ def engine_flags() -> tuple[EngineFlag, ...]:
         for item in fields(EngineConfig)
         if item.metadata
     )
+
+
+def check_folder(model: str) -> None:
+    """Raise ModelLoadError if `model` is the path of a folder, rather than a hub id, and there is
+    no such folder. (The hub's own error would only say that the path is no valid id.)"""
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
+        raise ModelLoadError(f"there is no folder {model}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

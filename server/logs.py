@@ -66,11 +66,12 @@ def _console(origin: EventDict) -> tuple[logging.Formatter, list[Processor]]:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.PositionalArgumentsFormatter(),
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.TimeStamper(fmt="%Y-%m-%dT%H:%M:%SZ", utc=True),
     ]
     renderer = structlog.dev.ConsoleRenderer(
         colors=sys.stderr.isatty(),
         pad_event_to=0,
+        pad_level=False,
         exception_formatter=structlog.dev.plain_traceback,
     )
     formatter = structlog.stdlib.ProcessorFormatter(

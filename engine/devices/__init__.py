@@ -1,7 +1,7 @@
 """Devices: everything that the CPU and CUDA do differently.
 
 A worker chooses one backend at load and hands it on; no code outside this room asks what device it
-runs on. A third device is one more folder, and a line in choose.py.
+runs on. A third device is one more folder, a line in choose.py, and its name in `config.Device`.
 
 Read in this order:
 

@@ -55,7 +55,7 @@ class CausalLM:
         body = model.base_model
         merged = Counter(merge_siblings(body, lambda: run_probe(model, spec)))
         for names, count in merged.items():
-            logger.info("%d times merged: %s", count, ", ".join(names))
+            logger.info("merged %s (%d times)", ", ".join(names), count)
         flat = flatten_if_equal(body, spec, probed)
         # 2. Split off the head, and let the device choose how the body runs.
         self._head = copy.copy(model)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import EngineConfig
+from ..config import EngineConfig, check_folder
 from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
 from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, one_line
 from .embedding_layout import read_embedding
@@ -60,6 +60,7 @@ def read_hf_config(config: EngineConfig) -> Any:
     """
     from transformers import AutoConfig
 
+    check_folder(config.model)
     try:
         return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # whatever a broken file makes json, hub or validation raise

@@ -13,7 +13,7 @@ Reading order:
     remote_client    what the clients share
     process_client   the client that supervises the engine
     attached_client  the client of an engine that another process supervises
-    json_logs        the log as JSON, for this process and for the server's
+    json_logs        the log as JSON, and libraries' logs, for this process and the server's
     heap             memory housekeeping after the start
 
 It may import the words of the engine (the modules directly in `engine`). The engine's process also

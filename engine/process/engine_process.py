@@ -20,6 +20,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -32,7 +33,7 @@ from ..outputs import EngineStats, SequenceOutput, StepOutput
 from ..request import Request
 from . import wire
 from .heap import settle
-from .json_logs import JsonFormatter, LogFormat
+from .json_logs import JsonFormatter, LogFormat, take_over_libraries
 
 PR_SET_PDEATHSIG = 1
 """The prctl(2) option that sets the signal a process gets when its parent dies."""
@@ -74,6 +75,7 @@ def build_core(config: EngineConfig) -> EngineCoreProtocol:
 
     gc.freeze()
     gc.enable()
+    take_over_libraries()
     return EngineCore(config, Worker(config))
 
 
@@ -245,11 +247,21 @@ def _prepare_process(launch: wire.Launch) -> None:
     logging.basicConfig(level=launch.log_level.upper(), handlers=[handler], force=True)
 
 
+class _ConsoleFormatter(logging.Formatter):
+    """Format records as the server's console log does: in UTC, with the level in lower case."""
+
+    converter = staticmethod(time.gmtime)
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.lower = record.levelname.lower()
+        return super().format(record)
+
+
 def _formatter(log_format: LogFormat) -> logging.Formatter:
     if log_format == "json":
         return JsonFormatter({"source": "engine"})
-    return logging.Formatter(
-        "%(asctime)s [%(levelname)s] engine: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"
+    return _ConsoleFormatter(
+        "%(asctime)s [%(lower)s] %(message)s [%(name)s]", datefmt="%Y-%m-%dT%H:%M:%SZ"
     )
 
 

@@ -1,4 +1,4 @@
-"""The log as JSON, one object per line, for the engine's process and for the server's."""
+"""What the engine's log and the server's have in common: JSON lines, and libraries' entries."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ from datetime import UTC, datetime
 from typing import Literal
 
 LogFormat = Literal["console", "json"]
+
+
+LIBRARIES = ("huggingface_hub", "transformers")
+"""Libraries that print their log to stderr by handlers of their own, added when imported."""
+
+
+def take_over_libraries() -> None:
+    """Let the entries of LIBRARIES reach the root logger only, and so have its format.
+
+    To be called after the libraries are imported.
+    """
+    for name in LIBRARIES:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
 
 
 class JsonFormatter(logging.Formatter):

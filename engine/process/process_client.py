@@ -138,7 +138,8 @@ class ProcessEngineClient(RemoteEngineClient):
             if self._state is not State.CLOSED:
                 self._state = State.FAILED
                 self._tell()
-                logger.error("giving up on the engine")
+                if self._info is not None:  # a failed first start is reported by wait_ready
+                    logger.error("giving up on the engine")
             self._settled.set()
 
     async def _run_engine(self, socket_path: Path) -> float | None:
@@ -181,8 +182,9 @@ class ProcessEngineClient(RemoteEngineClient):
         if self._state is State.CLOSED:
             return
         how = f"the engine process ended with code {engine.returncode}"
-        logger.error(how)
-        if self._info is None and self._start_error is None:
+        if self._info is not None:
+            logger.error(how)
+        elif self._start_error is None:
             self._start_error = StartupError(f"{how} while starting; its log says why")
 
     async def _watch(self, engine: EngineHandle) -> None:
@@ -225,7 +227,8 @@ class ProcessEngineClient(RemoteEngineClient):
                     self._settled.set()
                     self._tell()
                 case wire.StartFailed(_, text):
-                    logger.error("the engine cannot start: %s", text)
+                    if self._info is not None:
+                        logger.error("the engine cannot restart: %s", text)
                     self._start_error = StartupError(text)
                     engine.ask_to_end()
 

@@ -1,4 +1,4 @@
-"""Compiling a list of kernels, with word of it, for it happens once for an installation."""
+"""Compile a list of kernels, and report it: it takes seconds, once per installation."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def compile_all(tasks: Sequence[Task]) -> None:
     """
     silent, began = is_compiled(tasks), time.monotonic()
     if not silent:
-        logger.info("compiling for this processor, once: takes some seconds")
+        logger.info("compiling the CPU's kernels, once for this machine: this takes some seconds")
     # None disables the bar unless it is on a terminal.
     bar = tqdm(tasks, desc="compiling", unit=" kernels", disable=silent or None)
     for kernel, signature in bar:
         kernel.compile(signature)
     compile_region()
     if not silent:
-        logger.info("compiled after %.1f s", time.monotonic() - began)
+        logger.info("the CPU's kernels are compiled, after %.1f s", time.monotonic() - began)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from ...engine.client import EngineClient
+from ...engine.process.json_logs import take_over_libraries
 from ..metrics import Metrics
 from ..settings import Settings
 from ..text.torch_free import import_transformers
@@ -38,6 +39,7 @@ def build_app(
     from ..text.tokenizer import Tokenizer
     from .app import create_app
 
+    take_over_libraries()
     tokenizer = Tokenizer.load(
         settings.model_path,
         trust_remote_code=trust_remote_code,

@@ -19,7 +19,7 @@ from ...engine.process.heap import settle
 from ...engine.process.process_client import ProcessEngineClient
 from ..logs import resolve_format
 from ..metrics import Metrics
-from ..settings import Settings
+from ..settings import DEMO_MODEL_NAME, Settings
 from .http_server import build_app, uvicorn_server
 from .listener import address_of, check_tls, listening
 from .worker_pool import WorkerPool
@@ -102,6 +102,7 @@ async def _serve(settings: Settings, listener: socket.socket, make_client: MakeC
         log_format=resolve_format(settings.log_format),
     )
     # 1. The engine loads the model in its own process while this one builds the HTTP side.
+    log.info("loading", model=settings.model or DEMO_MODEL_NAME)
     await engine.start()
     try:
         front: Front

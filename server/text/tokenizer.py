@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import transformers
 from tokenizers import Tokenizer as Encoder
 
+from ...engine.config import check_folder
 from ...engine.errors import (
     ContextLengthError,
     InvalidRequestError,
@@ -74,6 +75,7 @@ class Tokenizer:
 
         Raises ModelLoadError, UnsupportedModelError, ConfigurationError.
         """
+        check_folder(model)
         try:
             hf = transformers.AutoTokenizer.from_pretrained(
                 model, trust_remote_code=trust_remote_code

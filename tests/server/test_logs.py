@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from quire.engine.process.json_logs import LogFormat
+from quire.engine.process.json_logs import LIBRARIES, LogFormat, take_over_libraries
 from quire.server.logs import configure_logging, resolve_format
 
 
@@ -50,9 +50,9 @@ def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_console_lines_have_the_same_content(capsys: pytest.CaptureFixture[str]) -> None:
     lines = write("console", capsys)
-    assert "[info     ] request done [quire.server.test] path=/ö status=200" in lines[0]
-    assert "[warning  ] 90% used [library]" in lines[1]
-    assert "[error    ] failed [quire.server.test] at=1" in lines[2]
+    assert "[info] request done [quire.server.test] path=/ö status=200" in lines[0]
+    assert "[warning] 90% used [library]" in lines[1]
+    assert "[error] failed [quire.server.test] at=1" in lines[2]
     assert lines[-1] == "lines"
 
 
@@ -68,3 +68,16 @@ def test_one_of_several_workers_names_itself(
 def test_auto_is_json_unless_on_a_terminal() -> None:
     assert resolve_format("auto") == "json"
     assert resolve_format("console") == "console"
+
+
+def test_libraries_write_one_line_in_our_format(capsys: pytest.CaptureFixture[str]) -> None:
+    import transformers  # noqa: F401  adds handlers of its own, for huggingface_hub too
+
+    configure_logging("info", "json")
+    take_over_libraries()
+    for name in LIBRARIES:
+        logging.getLogger(f"{name}.models").warning("look out")
+    lines = capsys.readouterr().err.splitlines()
+    assert [json.loads(line)["logger"] for line in lines] == [
+        f"{name}.models" for name in LIBRARIES
+    ]

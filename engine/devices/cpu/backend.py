@@ -71,7 +71,7 @@ class CpuBackend:
         made: Body
         if flat is not None and can_compile(flat):
             made = CpuDecoder(flat, int8=int8)
-            logger.info("the body is compiled")
+            logger.info("each step runs as one parallel region of compiled kernels")
         else:
             pack_linears(body, int8=int8)
             made = HfBody(body)

@@ -80,7 +80,7 @@ def check_not_flat(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="quire.engine"):
         driver = Driver.start(make_config(folder))
-    assert f"the body is not flattened: it {message}" in caplog.text
+    assert f"transformers' code: one function for all {message}" in caplog.text
     prompt = [5, 6, 7, 8, 9]
     assert driver.run([make_sequence(prompt, 8)]) == [generate(reference, prompt, 8)]
 

@@ -100,8 +100,8 @@ def test_what_is_merged_in_each_family(
     with caplog.at_level(logging.INFO, logger="quire.engine"):
         model = load(tmp_path)
     layers = model.spec.num_layers
-    attention = f"{layers} times merged: q_proj, k_proj, v_proj"
-    mlp = f"{layers} times merged: gate_proj, up_proj"
+    attention = f"merged q_proj, k_proj, v_proj ({layers} times)"
+    mlp = f"merged gate_proj, up_proj ({layers} times)"
     expected = {"phi3": [], "mixtral": [attention], "qwen3_moe": [attention]}
     expected["gpt_oss"] = [attention]
     found = [message for message in caplog.messages if "merged" in message]

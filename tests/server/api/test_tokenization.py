@@ -96,6 +96,8 @@ async def test_a_model_without_a_template_says_so() -> None:
 
 def test_a_missing_tokenizer_is_reported(tmp_path: object) -> None:
     with pytest.raises(ModelLoadError, match="cannot load the tokenizer"):
+        Tokenizer.load(str(tmp_path))
+    with pytest.raises(ModelLoadError, match="there is no folder .*/nothing"):
         Tokenizer.load(f"{tmp_path}/nothing")
 
 
