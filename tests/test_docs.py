@@ -49,7 +49,7 @@ MODELS: dict[str, type[BaseModel]] = {"C": protocol.CompletionBody, "H": protoco
 
 
 def _tables(text: str) -> Iterator[list[dict[str, str]]]:
-    """Every table as rows by column, code marks taken off where a cell is one code span."""
+    """Yield every table as rows by column."""
     for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
         lines = [
             [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -80,7 +80,7 @@ UNSUPPORTED = _table("field", "for", "asks for nothing")
 
 @cache
 def _app(**settings: Any) -> FastAPI:
-    """A chat template that reads tools, and a format for their calls."""
+    """Return a server with a chat template that reads tools, and a format for their calls."""
     tokenizer = byte_tokenizer(
         CHAT_TEMPLATE + "{% for tool in tools or [] %}{{ tool }}{% endfor %}"
     )
@@ -157,7 +157,7 @@ def _routes(routes: Any) -> Iterator[APIRoute]:
         if isinstance(route, APIRoute):
             yield route
         else:
-            # A router that was included without a prefix stands as itself in the list.
+            # A router that was included without a prefix is an entry of its own in the list.
             yield from _routes(route.original_router.routes)
 
 
@@ -220,14 +220,14 @@ async def test_unsupported_fields_are_refused_by_name(where: str) -> None:
 
 
 def _numbers(text: str) -> set[int]:
-    """The integers in a text, thousands separated by commas or not."""
+    """Return the integers in a text, whether or not commas separate their thousands."""
     return {
         int(number) for number in re.findall(r"-?\b\d+", re.sub(r"(?<=\d),(?=\d{3})", "", text))
     }
 
 
 def _section(heading: str) -> str:
-    """The text below a heading, down to the next one."""
+    """Return the text from a heading to the next one."""
     match = re.search(rf"^#+ {heading}\n(.*?)(?=^#|\Z)", API, re.M | re.S)
     assert match, heading
     return match[1]
@@ -336,7 +336,7 @@ def test_clients_are_listed_with_the_versions_that_make_clients_runs() -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_flags_lead_somewhere(path: Path) -> None:
+def test_links_and_flags_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert "://" in target or (path.parent / target).exists(), target
@@ -370,7 +370,7 @@ async def test_examples_of_the_readme_are_accepted() -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_files_that_are_named_exist(path: Path) -> None:
+def test_named_files_exist(path: Path) -> None:
     folders = "server|engine|kernels|tests|configs|benchmarks|docs"
     for name in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", path.read_text(encoding="utf-8")):
         assert (ROOT / name).is_file(), name
@@ -385,7 +385,7 @@ ROOMS = sorted(
 )
 
 
-def test_the_architecture_is_read_in_one_go() -> None:
+def test_the_architecture_is_at_most_120_lines() -> None:
     assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
@@ -407,7 +407,8 @@ def test_every_room_has_its_row_in_the_architecture() -> None:
 
 
 def _rooms(room: str, text: str) -> set[str]:
-    """The rooms of a list in the last cell of a room's row; see the paragraph over the table."""
+    """Return the rooms in the last cell of a room's row; the paragraph above the table explains
+    them."""
     top = room.split(".")[0]
     rooms: set[str] = set()
     for item in text.split(", "):
@@ -432,7 +433,7 @@ def test_the_architecture_names_what_a_backend_implements() -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_says_what_it_is_and_names_its_files(room: str) -> None:
+def test_a_room_describes_itself_and_names_its_files(room: str) -> None:
     docstring = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text("utf-8"))) or ""
     unnamed = [name for name in _modules(room) if not re.search(rf"\b{name}\b", docstring)]
     assert docstring and not unnamed
@@ -445,7 +446,7 @@ def _modules(room: str) -> list[str]:
 # -- CHANGELOG.md ----------------------------------------------------------------------------
 
 
-def test_changelog_tells_of_this_version() -> None:
+def test_changelog_describes_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     newest = re.search(r"^## \[(\d[^\]]*)\]", changelog, re.M)
     assert newest and newest[1] == version("quire")
@@ -476,7 +477,7 @@ def _number(text: str) -> float | None:
     return float(match[0]) if match else None
 
 
-def test_limits_are_those_of_the_settings() -> None:
+def test_listed_limits_equal_the_settings() -> None:
     (rows,) = (table for table in _tables(OPERATIONS) if "flag" in table[0])
     checked = 0
     for row in rows:

@@ -26,7 +26,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCANNED = ("server", "engine", "kernels")
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
-"""Names of the standard library that its manual describes."""
+"""Underscored names of the standard library that its manual documents."""
 PUBLIC_MODULES = {
     *("fastapi.exceptions", "fastapi.middleware.cors", "fastapi.responses", "fastapi.security"),
     *("jinja2.meta", "pydantic.config"),
@@ -37,7 +37,7 @@ PUBLIC_MODULES = {
     *("tokenizers.decoders", "torch.nn.functional", "transformers.utils", "triton.errors"),
     *("triton.language", "triton.language.extra", "zmq.asyncio"),
 }
-"""Modules below a library's top level whose manuals name them."""
+"""Modules below a library's top level that its manual names."""
 
 
 # -- the list --------------------------------------------------------------------------------

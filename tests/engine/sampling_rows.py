@@ -1,4 +1,4 @@
-"""Sequences to sample, and an oracle that draws them with transformers' logits processors."""
+"""Sequences to sample, and an oracle that draws from them with transformers' logits processors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_sequence(
     stop_ids: Rows[int] = (EOS,),
     **params: Any,
 ) -> SequenceSpec:
-    """Tests append to its `token_ids`, which stand for what is known on the device."""
+    """Make a sequence; tests append the tokens known on the device to its `token_ids`."""
     sampling_params = SamplingParams(**{"max_tokens": 64, **params})
     request = Request(
         request_id="r",
@@ -50,7 +50,7 @@ def make_sequence(
 
 
 def make_sampler(vocab_size: int) -> Sampler:
-    """Make a sampler as a worker on the CPU has it."""
+    """Make a sampler as a worker on the CPU does."""
     return Sampler(vocab_size, CPU, CpuDraws(vocab_size))
 
 
@@ -67,8 +67,10 @@ def sample(
 
 
 def softmax_after_filters(logits: torch.Tensor, sequence: SequenceSpec) -> torch.Tensor:
-    """Probabilities [V], float64, of a row [V] of the model's logits; one-hot where greedy, NaN
-    where nothing is left."""
+    """Return the probabilities [V], in float64, that the filters leave of a row [V] of logits.
+
+    They are one-hot for a greedy row, and NaN if no token is left.
+    """
     params = sequence.sampling_params
     prompt_length = sequence.num_prompt_tokens
     tokens = torch.tensor([sequence.token_ids])
@@ -106,7 +108,7 @@ def softmax_after_filters(logits: torch.Tensor, sequence: SequenceSpec) -> torch
 
 
 def expected_token(logits: torch.Tensor, sequence: SequenceSpec) -> int:
-    """The winner of the race among the oracle's probabilities."""
+    """Return the winner of the race among the oracle's probabilities."""
     probabilities = softmax_after_filters(logits, sequence)
     keys = stream_keys(torch.tensor([sequence.seed]), torch.tensor([len(sequence.token_ids)]))
     race = probabilities / exponential(keys, torch.arange(len(logits)))[0].double()

@@ -92,7 +92,7 @@ SCHEMAS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model with random weights and the demo's tokenizer."""
+    """Return the folder of a model with random weights and the demo's tokenizer."""
     folder = tmp_path_factory.mktemp("constrained")
     sizes = COMMON | {"vocab_size": VOCAB_SIZE, "eos_token_id": EOS, "bos_token_id": None}
     build_model(LlamaConfig(**sizes | {"max_position_embeddings": 512})).save_pretrained(folder)
@@ -143,7 +143,7 @@ TOKENIZER = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
 
 
 def run(core: EngineCore, requests: Iterable[Request]) -> dict[tuple[str, int], Answer]:
-    """Run all choices to their ends; return the answers by (request id, choice)."""
+    """Run all choices to their ends and return the answers by (request id, choice)."""
     answers: dict[tuple[str, int], Answer] = defaultdict(Answer)
     for request in requests:
         core.add_request(request)
@@ -251,10 +251,12 @@ def test_a_preempted_sequence_continues_where_it_stopped(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
-def test_one_step_ahead_takes_no_more_steps(folder: Path, temperature: float) -> None:
+def test_one_step_ahead_gives_the_same_tokens_in_at_most_two_more_steps(
+    folder: Path, temperature: float
+) -> None:
     """Run plain and constrained requests, bad words and a grammar that ends early.
 
-    One step ahead they get the same tokens in the same number of steps, except for up to two steps
+    One step ahead, they get the same tokens in the same number of steps, except for up to two steps
     that were launched before an end was known.
     """
     specs = [None, json_spec(SCHEMAS[20]), None, json_spec(SCHEMAS[0]), json_spec(SCHEMAS[15])]
@@ -365,7 +367,7 @@ def test_a_failure_outside_all_rows_ends_only_constrained_rows(
     assert len(answers["f", 0].token_ids) == 4
 
 
-def test_an_abort_while_the_grammar_is_compiled(folder: Path) -> None:
+def test_a_request_can_be_aborted_while_its_grammar_is_compiled(folder: Path) -> None:
     core = make_core(folder)
     core.add_request(make_request("a", OTHERS["regex"][0], n=2))
     core.abort_request("a")
@@ -447,7 +449,7 @@ def token(text: str) -> int:
     return TOKENIZER.get_vocab()[text]
 
 
-def test_forks_have_matchers_of_their_own_and_a_new_one_catches_up() -> None:
+def test_forks_have_their_own_matchers_and_a_new_one_catches_up() -> None:
     request = make_request("r", GrammarSpec("regex", "a1|b2"), n=2)
     structured = make_structured(request)
     first, second = sequences_of(request)

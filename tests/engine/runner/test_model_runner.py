@@ -1,4 +1,4 @@
-"""The worker against transformers itself: every family, token for token."""
+"""Compare the worker with transformers itself: every family, token for token."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_prompts(lengths: list[int] = PROMPT_LENGTHS) -> list[list[int]]:
 def family(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, PreTrainedModel, list[list[int]]]:
-    """Folder, reference model and its continuations of `make_prompts()`."""
+    """Return folder, reference model and its continuations of `make_prompts()`."""
     folder = tmp_path_factory.mktemp(request.param)
     model = save_model(request.param, folder)
     return folder, model, [generate(model, prompt, MAX_TOKENS) for prompt in make_prompts()]
@@ -64,7 +64,7 @@ def test_one_large_prefill_gives_the_reference_tokens(
     assert driver.steps == MAX_TOKENS
 
 
-def test_log_probabilities_are_the_references(
+def test_logprobs_equal_those_of_the_reference(
     family: tuple[Path, PreTrainedModel, list[list[int]]],
 ) -> None:
     folder, model, _ = family
@@ -104,7 +104,7 @@ def test_a_released_sequence_starts_over_with_other_blocks(
         assert sequence.token_ids[len(prompt) :] == generate(model, prompt, 10)
 
 
-def test_a_copied_block_stands_for_its_source(llama: tuple[Path, PreTrainedModel]) -> None:
+def test_a_copied_block_replaces_its_source(llama: tuple[Path, PreTrainedModel]) -> None:
     """A fork shares the full blocks of its parent and gets a copy of the partial one."""
     folder, model = llama
     driver = Driver.start(make_config(folder, max_num_batched_tokens=64))
@@ -116,13 +116,13 @@ def test_a_copied_block_stands_for_its_source(llama: tuple[Path, PreTrainedModel
     child.block_table = [parent.block_table[0], copy]
     child.num_computed_tokens = len(prompt) - 1
     driver.copies = [BlockCopy(parent.block_table[1], copy)]
-    driver.step([child, parent])  # the child computes the prompt's last token alone
+    driver.step([child, parent])  # the child computes only the prompt's last token
     while child.num_output_tokens < 8:
         driver.step([child])
     assert child.token_ids[len(prompt) :] == generate(model, prompt, 8)
 
 
-def test_a_row_with_nan_fails_alone_and_its_blocks_poison_nobody(
+def test_only_the_row_with_nan_fails_and_its_blocks_affect_no_other(
     llama: tuple[Path, PreTrainedModel],
 ) -> None:
     folder, model = llama
@@ -146,7 +146,7 @@ def test_a_row_with_nan_fails_alone_and_its_blocks_poison_nobody(
         assert sequence.token_ids[len(prompt) :] == generate(model, prompt, 30)
 
 
-def test_a_row_that_raises_in_the_sampler_fails_alone(
+def test_only_the_row_that_raises_in_the_sampler_fails(
     llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, model = llama
@@ -186,7 +186,7 @@ def test_a_row_that_raises_in_the_sampler_fails_alone(
         torch.AcceleratorError("CUDA error: device-side assert triggered"),
     ],
 )
-def test_a_fault_of_the_device_in_the_sampler_is_no_rows(
+def test_a_device_fault_in_the_sampler_is_blamed_on_no_row(
     llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     driver = Driver.start(make_config(llama[0]))
@@ -199,10 +199,10 @@ def test_a_fault_of_the_device_in_the_sampler_is_no_rows(
         driver.step([make_sequence([5, 6, 7], 2)])
 
 
-def test_without_memory_for_copies_the_engine_stops(
+def test_running_out_of_memory_in_a_copy_stops_the_engine(
     llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tried again, the step would have no copies, and read what stood there before."""
+    """A retry of the step would have no copies and would read the old content of the blocks."""
     driver = Driver.start(make_config(llama[0]))
 
     def fail(*_: Any) -> torch.Tensor:
@@ -220,7 +220,7 @@ def test_a_step_without_rows_applies_releases(llama: tuple[Path, PreTrainedModel
     assert driver.run([second]) == [first.token_ids[3:]]
 
 
-def test_the_start_compiles_what_draws_need(
+def test_the_start_compiles_all_that_draws_need(
     llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[tuple[str, str]] = set()

@@ -1,4 +1,4 @@
-"""Each parameter against transformers' processors or its formula, and rows against each other."""
+"""Compare each parameter with transformers' processors or its formula, and rows with each other."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_any_mixture_agrees_with_the_oracle(batch: list[dict[str, Any]], seed: i
 
 @pytest.mark.parametrize("vocab", [VOCAB, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype, vocab: int) -> None:
+def test_a_row_does_not_depend_on_other_rows(dtype: torch.dtype, vocab: int) -> None:
     params = [
         *PARAMETERS,
         {"top_k": 2000, "top_p": 0.95},
@@ -168,7 +168,7 @@ def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype, vocab: int) ->
             assert collect_logprobs(alone, alone_batch).get(0) == logprobs.get(row)  # bitwise
 
 
-def test_logits_are_left_as_they_are() -> None:
+def test_logits_are_not_modified() -> None:
     logits = rows(len(PARAMETERS))
     before = logits.clone()
     sample(logits, [make_sequence(**params) for params in PARAMETERS])
@@ -176,7 +176,7 @@ def test_logits_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_row_is_flagged_and_harms_no_other(bad: float) -> None:
+def test_a_bad_row_is_flagged_and_affects_no_other(bad: float) -> None:
     sequences = [
         make_sequence(own_seed=i, logprobs=2, **p) for i, p in enumerate(PARAMETERS) for _ in "ab"
     ]
@@ -224,7 +224,7 @@ def test_min_tokens_ends_at_its_position() -> None:
 
 
 def test_a_bad_word_is_forbidden_where_it_would_be_completed() -> None:
-    """Words are looked for in the output only; tokens of one word may complete another."""
+    """Words are matched in the output only; tokens of one word may complete another."""
     sampler = make_sampler(VOCAB)
     logits = torch.zeros(1, VOCAB)
     logits[0, :8] = torch.arange(8, 0, -1)  # 0 is the likeliest, then 1, …
@@ -248,8 +248,7 @@ def test_too_many_bad_words_are_refused(words: tuple[tuple[int, ...], ...]) -> N
 
 
 def test_penalties_follow_a_sequence_through_changes_of_the_batch() -> None:
-    """Rows join and leave, the history grows, one is preempted: the result is that of a new
-    sampler."""
+    """Rows join and leave, histories grow and one is preempted: a new sampler gives the same."""
     sampler = make_sampler(VOCAB)
     generator = torch.Generator().manual_seed(1)
     sequences = [
@@ -283,7 +282,7 @@ def test_positions_may_run_ahead_of_the_tokens() -> None:
     assert ahead.equal(sampler(logits, sampler.prepare([sequence])).token_ids)
 
 
-def test_forget_keeps_nothing() -> None:
+def test_forget_drops_all_state() -> None:
     sampler = make_sampler(VOCAB)
     sequences = [make_sequence(allowed_token_ids=(3, 4), presence_penalty=1.0) for _ in range(30)]
     logits = rows(len(sequences))
@@ -323,7 +322,10 @@ def test_logits_of_another_shape_are_refused() -> None:
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails on operations whose result's shape or value the host must wait for on a GPU."""
+    """A mode that fails on operations for which the host must wait on a GPU.
+
+    These are the ones whose result's shape or value the host needs.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -350,7 +352,7 @@ def test_nothing_waits_for_the_device(draws: DrawOps | None) -> None:
         logits[0, 0].item()
 
 
-def test_the_cpu_draws_the_tokens_of_plain_torch() -> None:
+def test_the_cpu_kernels_draw_the_same_tokens_as_torch() -> None:
     sequences = [make_sequence(own_seed=i, **params) for i, params in enumerate(PARAMETERS * 8)]
     logits = rows(len(sequences))
     plain = Sampler(VOCAB, CPU)
@@ -365,8 +367,8 @@ def test_tiny_top_p_keeps_the_argmax() -> None:
         assert sample(logits, sequences).token_ids.equal(logits.argmax(dim=1))
 
 
-def test_ties() -> None:
-    """top_k keeps exactly k, lower ids first; a nucleus over the vocabulary keeps equals."""
+def test_ties_at_a_cut() -> None:
+    """Check that top_k keeps exactly k, lower ids first; a nucleus over the vocabulary keeps all equals."""
     flat = torch.zeros(VOCAB)
     assert kept(flat, make_sequence(top_k=5)) == {0, 1, 2, 3, 4}
     assert kept(flat, make_sequence(top_k=1)) == {0}
@@ -381,7 +383,7 @@ def test_ties() -> None:
 
 
 def test_top_p_at_the_exact_boundary() -> None:
-    """Masses 1/2, 1/4, 1/4: the first reaches half by itself, 3/4 takes the equal ones, too."""
+    """Of the masses 1/2, 1/4 and 1/4, the first reaches 0.5 by itself; more takes both equals."""
     logits = torch.full((VOCAB,), -torch.inf)
     logits[[3, 1, 2]] = torch.tensor([0.5, 0.25, 0.25]).log()
     assert kept(logits, make_sequence(top_p=0.5, top_k=50)) == {3}
@@ -391,7 +393,7 @@ def test_top_p_at_the_exact_boundary() -> None:
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 3])
-def test_smallest_vocabularies(vocab: int) -> None:
+def test_the_smallest_vocabularies_can_be_sampled(vocab: int) -> None:
     sequences = [
         make_sequence(prompt=(0,), stop_ids=(), own_seed=i, top_k=i % 4, top_p=(0.5, 1.0)[i % 2])
         for i in range(16)
