@@ -83,8 +83,8 @@ def _room(module: str) -> str:
 def _imports(module: str) -> dict[str, bool]:
     """Return the modules of ours that a module imports.
 
-    Each is mapped to whether it is imported when the module itself is: outside of functions, and not
-    for types only.
+    The value is true if the import runs when the module itself is imported: outside of functions,
+    and not for types only.
     """
     package = MODULES[module].parent.relative_to(ROOT).parts
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))

@@ -368,7 +368,7 @@ def test_tiny_top_p_keeps_the_argmax() -> None:
 
 
 def test_ties_at_a_cut() -> None:
-    """Check that top_k keeps exactly k, lower ids first; a nucleus over the vocabulary keeps all equals."""
+    """top_k keeps exactly k, lower ids first; a nucleus over the vocabulary keeps all equals."""
     flat = torch.zeros(VOCAB)
     assert kept(flat, make_sequence(top_k=5)) == {0, 1, 2, 3, 4}
     assert kept(flat, make_sequence(top_k=1)) == {0}
