@@ -23,6 +23,11 @@ _ids = count()
 OWN_FIELDS = {one.name for one in fields(Request)} - {"sampling_params", "prompt_token_ids"}
 
 
+def prompt(length: int, first: int = 1000) -> list[int]:
+    """Return a prompt of consecutive tokens from `first` on."""
+    return list(range(first, first + length))
+
+
 def make_request(prompt: list[int], max_tokens: int = 4, **options: Any) -> Request:
     """Make a request; options that are fields of Request go there, all others to SamplingParams."""
     own = {name: options.pop(name) for name in OWN_FIELDS & options.keys()}

@@ -7,6 +7,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quire.engine.config import EngineConfig
 from quire.engine.devices.backend import Backend
 from quire.engine.devices.choose import choose_backend
@@ -46,6 +48,12 @@ def load(folder: Path, **overrides: Any) -> CausalLM:
     """Return the model in `folder` as a worker loads it."""
     config = make_config(folder, **overrides)
     return load_model(config, choose_backend(config))
+
+
+def make_prompts(lengths: list[int]) -> list[list[int]]:
+    """Return random prompts of these lengths, the same ones each time."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in lengths]
 
 
 def make_sequence(prompt: list[int], max_tokens: int, **params: Any) -> Sequence:

@@ -6,7 +6,6 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +32,14 @@ sys.argv = ["bench", *sys.argv[1:]]
 runpy.run_module("quire.engine.bench", run_name="__main__")
 """
 
+pytestmark = pytest.mark.usefixtures("same_number_of_threads")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     save_model("llama", folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def make_core(model: Path) -> EngineCore:

@@ -22,7 +22,7 @@ from quire.engine.devices.steps import GraphKey
 from quire.engine.errors import ConfigurationError
 
 from ..models import FAMILIES, generate, logprobs, save_model
-from ..worker_driver import Driver, make_config, make_sequence
+from ..worker_driver import Driver, make_config, make_prompts, make_sequence
 from .cuda_on_cpu import CudaOnCpuBackend
 
 SIZES = [1, 2, 4, 8]
@@ -43,11 +43,6 @@ def start(folder: Path, backend: CudaOnCpuBackend, **config: Any) -> Driver:
     driver = Driver.start(make_config(folder, **config), backend)
     assert not driver.worker._runner._kv_cache.any()  # no capture has written anything
     return driver
-
-
-def make_prompts(lengths: list[int]) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in lengths]
 
 
 def test_the_ladder_ends_with_the_largest_step() -> None:

@@ -17,25 +17,24 @@ from quire.engine.step import BlockCopy, SequenceSpec
 from quire.kernels.cpu import sampling as cpu_sampling
 
 from ..models import FAMILIES, generate, logprobs, save_model
-from ..worker_driver import Driver, make_config, make_sequence
+from ..worker_driver import Driver, make_config, make_prompts, make_sequence
 
-PROMPT_LENGTHS = [1, 5, 16, 17, 40, 61]
+PROMPTS = make_prompts([1, 5, 16, 17, 40, 61])
 MAX_TOKENS = 12
-
-
-def make_prompts(lengths: list[int] = PROMPT_LENGTHS) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in lengths]
 
 
 @pytest.fixture(scope="session", params=sorted(FAMILIES))
 def family(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, PreTrainedModel, list[list[int]]]:
-    """Return folder, reference model and its continuations of `make_prompts()`."""
+    """Return folder, reference model and its continuations of `PROMPTS`."""
     folder = tmp_path_factory.mktemp(request.param)
     model = save_model(request.param, folder)
-    return folder, model, [generate(model, prompt, MAX_TOKENS) for prompt in make_prompts()]
+    return (
+        folder,
+        model,
+        [generate(model, prompt, MAX_TOKENS) for prompt in PROMPTS],
+    )
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +49,7 @@ def test_chunked_and_mixed_batches_give_the_reference_tokens(
 ) -> None:
     folder, _, expected = family
     driver = Driver.start(make_config(folder, block_size=block_size))
-    sequences = [make_sequence(prompt, MAX_TOKENS) for prompt in make_prompts()]
+    sequences = [make_sequence(prompt, MAX_TOKENS) for prompt in PROMPTS]
     assert driver.run(sequences) == expected
     assert driver.mixed_steps > 3
 
@@ -60,7 +59,7 @@ def test_one_large_prefill_gives_the_reference_tokens(
 ) -> None:
     folder, _, expected = family
     driver = Driver.start(make_config(folder, max_num_batched_tokens=512))
-    assert driver.run([make_sequence(prompt, MAX_TOKENS) for prompt in make_prompts()]) == expected
+    assert driver.run([make_sequence(prompt, MAX_TOKENS) for prompt in PROMPTS]) == expected
     assert driver.steps == MAX_TOKENS
 
 
@@ -69,9 +68,7 @@ def test_logprobs_equal_those_of_the_reference(
 ) -> None:
     folder, model, _ = family
     driver = Driver.start(make_config(folder))
-    sequences = [
-        make_sequence(prompt, 4, logprobs=3, prompt_logprobs=2) for prompt in make_prompts()
-    ]
+    sequences = [make_sequence(prompt, 4, logprobs=3, prompt_logprobs=2) for prompt in PROMPTS]
     driver.run(sequences)
     for sequence in sequences:
         expected = logprobs(model, sequence.token_ids)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,13 @@ from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..models import MAX_POSITION, generate, save_model
 from ..worker_driver import Driver, make_config, make_sequence
 
+pytestmark = pytest.mark.usefixtures("same_number_of_threads")
+
 
 @pytest.fixture(scope="module")
 def gemma2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("gemma2")
     return folder, save_model("gemma2", folder)
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_load_and_profile_report_the_model_and_its_blocks(gemma2: tuple[Path, Any]) -> None:

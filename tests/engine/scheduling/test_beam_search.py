@@ -15,13 +15,9 @@ from quire.engine.errors import InvalidRequestError, PoolTooSmallError
 from quire.engine.outputs import RowError
 from quire.engine.request import Request
 
-from ..harness import Harness, expected_beams, expected_tokens, make_request
+from ..harness import Harness, expected_beams, expected_tokens, make_request, prompt
 
 EOS = 2
-
-
-def prompt(length: int, first: int = 1000) -> list[int]:
-    return list(range(first, first + length))
 
 
 def add(harness: Harness, token_ids: list[int], width: int, **fields: Any) -> Request:

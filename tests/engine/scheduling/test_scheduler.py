@@ -7,11 +7,7 @@ import pytest
 from quire.engine.errors import InvalidRequestError
 from quire.engine.outputs import RowError
 
-from ..harness import Harness, expected_tokens
-
-
-def prompt(length: int, first: int = 1000) -> list[int]:
-    return list(range(first, first + length))
+from ..harness import Harness, expected_tokens, prompt
 
 
 def test_one_request_runs_to_its_length() -> None:
