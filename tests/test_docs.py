@@ -74,8 +74,7 @@ def test_every_room_has_its_row_in_the_architecture() -> None:
 
 
 def _rooms(room: str, text: str) -> set[str]:
-    """Return the rooms in the last cell of a room's row; the paragraph above the table explains
-    them."""
+    """Return the rooms in the last cell of a room's row, as explained above the table."""
     top = room.split(".")[0]
     rooms: set[str] = set()
     for item in text.split(", "):

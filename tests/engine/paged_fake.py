@@ -177,8 +177,7 @@ class PagedFakeWorker:
         return ModelRunnerOutput(token_ids, top, {}, errors, {})
 
     def _values(self, sequence: KnownSequence, tokens: list[int]) -> list[int]:
-        """Replace an unknown token by the one that the last step sampled, or by 0 if that row
-        failed."""
+        """Replace an unknown token by the one that the last step sampled; 0 for a failed row."""
         assert UNKNOWN_TOKEN not in tokens[:-1]
         if tokens != [UNKNOWN_TOKEN]:
             assert UNKNOWN_TOKEN not in tokens

@@ -17,8 +17,7 @@ FLAGS = {
 
 
 def add_layout(folder: Path, mode: str, *, normalize: bool = True, newest: bool = False) -> None:
-    """Add the layout with sentence-transformers' pooling `mode`; `newest` writes it as release 5.4
-    does."""
+    """Add the layout with a pooling `mode` of theirs; `newest` writes it as release 5.4 does."""
     package = "sentence_transformers.models"
     if newest:
         package = "sentence_transformers.sentence_transformer.modules.any"

@@ -142,8 +142,7 @@ def test_a_failed_capture_stops_the_start(llama: tuple[Path, PreTrainedModel]) -
 
 
 class FakeCuda:
-    """A torch.cuda that records the calls of a capture; with `syncs`, a run waits for the
-    device."""
+    """Record the calls of a capture to torch.cuda; with `syncs`, a run waits for the device."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []

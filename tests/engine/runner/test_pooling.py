@@ -180,8 +180,7 @@ def test_a_step_that_runs_out_of_memory_is_retried(
     pooling: Pooling,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second chunk of the first prompt is pooled and lost, since the other's first one
-    fails."""
+    """The first prompt's second chunk is pooled and lost, since the other's first one fails."""
     engine = Engine(folder, max_num_batched_tokens=32)
     pool, calls = pooling_module._pool, count(1)
 

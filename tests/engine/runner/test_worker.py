@@ -123,8 +123,7 @@ def test_the_cuda_path_passes_its_kernels_the_right_rows(gemma2: tuple[Path, Any
 
 
 def test_a_kernel_that_does_not_run_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher may refuse it, Triton may fail to compile it, or it may need too many
-    resources."""
+    """A launcher may refuse it, Triton may fail to compile it, or it may lack resources."""
     from triton.runtime.errors import OutOfResources
 
     for name in ("empty_cache", "reset_peak_memory_stats"):

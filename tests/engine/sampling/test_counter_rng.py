@@ -43,8 +43,7 @@ def chi_square(values: torch.Tensor, bins: int) -> float:
 
 
 def test_reference_splitmix() -> None:
-    """These are the first outputs for state 1234567, as the generator's reference code prints
-    them."""
+    """These are the first outputs for state 1234567 that the generator's reference code prints."""
     outputs = [mix((1234567 + n * GAMMA) & MASK) for n in (1, 2, 3)]
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 

@@ -205,8 +205,7 @@ def test_a_visible_nan_score_propagates_through_the_softmax() -> None:
 @pytest.mark.parametrize(("depth", "columns"), [(20, 40), (1100, 7)])
 @torch.no_grad()
 def test_packed_products(depth: int, columns: int, rows: int, dtype: torch.dtype) -> None:
-    """There are more rows than a work item has, more depth than is read at a time, and a partial
-    panel."""
+    """There are more rows than in an item, more depth than in one read, and a partial panel."""
     linear = nn.Linear(depth, columns, dtype=dtype)
     weight, bias = linear.weight.detach().clone(), linear.bias.detach()
     x = torch.randn(2, rows, depth).to(dtype)

@@ -41,8 +41,7 @@ def test_resources(name: str, arch: int) -> None:
     "name", [name for name in LAUNCHES if name.startswith(("extend", "decode", "cascade"))]
 )
 def test_attention_reads_16_bytes_at_a_time_into_tensor_cores(name: str, arch: int) -> None:
-    """With float8, `mma.sync` takes V from 8-byte copies, because its rows' swizzle is half as
-    wide."""
+    """With float8, `mma.sync` takes V from 8-byte copies: its rows' swizzle is half as wide."""
     for kernel in compiled(name, arch):
         if kernel.name == "_build_decode_schedule_kernel":
             continue
