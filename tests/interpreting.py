@@ -1,9 +1,9 @@
 """Run a folder of tests under Triton's interpreter, and report each of its files by name.
 
 Triton reads TRITON_INTERPRET when it is first imported and compiles nothing from then on, so these
-tests need a process of their own. It runs a whole folder, because importing torch and Triton takes
-seconds; its report (JUnit's XML) then serves one test per file, whose failure shows the names and
-the full tracebacks of the interpreted tests that failed.
+tests need a process of their own. One process runs a whole folder, because importing torch and
+Triton takes seconds. Its report (JUnit's XML) then serves one test per file; if that test fails, it
+shows the names and full tracebacks of the interpreted tests that failed.
 """
 
 from __future__ import annotations

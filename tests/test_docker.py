@@ -1,5 +1,7 @@
-"""The image, the compose file, and what Prometheus and Grafana are given, as far as they can be
-checked without a container engine."""
+"""Test the image, the compose file, and the files for Prometheus and Grafana.
+
+They are checked as far as possible without a container engine.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ class Instruction(NamedTuple):
 
 
 def _dockerfile() -> list[list[Instruction]]:
-    """One list of instructions a stage; what stands before the first FROM is the first."""
+    """Return one list of instructions per stage, after a list of those before the first FROM."""
     text = (ROOT / "Dockerfile").read_text()
     text = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     stages: list[list[Instruction]] = [[]]
@@ -77,7 +79,7 @@ def test_copied_paths_exist_and_reach_the_builder() -> None:
     assert {Path(folder).parts[0] for folder in tools["package-dir"].values()} <= set(copied)
 
 
-def test_constraints_are_there_before_anything_is_installed() -> None:
+def test_constraints_are_copied_before_anything_is_installed() -> None:
     _, build, _ = _dockerfile()
     names = [item.text for item in build]
     assert "PIP_CONSTRAINT=/build/configs/constraints.txt" in _only(build, "ENV").words
@@ -209,7 +211,7 @@ def test_grafana_is_provisioned_from_the_mounted_folders() -> None:
 
 
 def exported_samples() -> dict[str, set[str]]:
-    """Sample name → label names, of everything that /metrics can show."""
+    """Map each sample that /metrics can export to its label names."""
     metrics = Metrics("m")
     info = EngineInfo(
         model="m", architecture="a", device="cpu", dtype="float32", num_parameters=1,

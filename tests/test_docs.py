@@ -1,348 +1,26 @@
-"""The documents against the code: every endpoint, parameter, error, flag, file and link."""
+"""Compare the other documents with the code: links, flags, files, rooms, tests and metrics."""
 
 from __future__ import annotations
 
 import ast
-import json
 import re
-from collections.abc import Iterator
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
-from fastapi import FastAPI
-from fastapi.routing import APIRoute
-from pydantic import BaseModel
 
-from quire.engine import errors as tree
-from quire.engine import sampling_params
-from quire.engine.errors import QuireError, StartupError
-from quire.server import flags_table
-from quire.server.api import logprobs
-from quire.server.api.embeddings import EmbeddingBody
-from quire.server.api.translation import PASSED_ON, ConversationBody
 from quire.server.cli import build_parser
-from quire.server.dialects import messages_body, responses_body
-from quire.server.errors import answer_of
-from quire.server.http import body, event_log, http_protocol, resumption
-from quire.server.requests import field_types, job, protocol, sampling
-from quire.server.requests.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
-from quire.server.settings import Settings, load_settings
+from quire.server.settings import Settings
 
 from . import test_rooms
-from .server.conftest import make_app
-from .server.fakes import CHAT_TEMPLATE, FakeEngineClient, byte_tokenizer
+from .documents import DOCUMENTS, ROOT, code, tables
 from .test_docker import exported_samples
-
-ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-API = (ROOT / "docs/api.md").read_text(encoding="utf-8")
-PATHS = {"C": "/v1/completions", "H": "/v1/chat/completions"}
-BODIES: dict[str, dict[str, Any]] = {
-    "C": {"prompt": "a"},
-    "H": {"messages": [{"role": "user", "content": "a"}]},
-}
-MODELS: dict[str, type[BaseModel]] = {"C": protocol.CompletionBody, "H": protocol.ChatBody}
-
-
-def _tables(text: str) -> Iterator[list[dict[str, str]]]:
-    """Every table as rows by column, code marks taken off where a cell is one code span."""
-    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
-        lines = [
-            [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-            for line in block.splitlines()
-        ]
-        yield [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]]
-
-
-def _table(*columns: str) -> list[dict[str, str]]:
-    (found,) = (table for table in _tables(API) if tuple(table[0]) == columns)
-    return found
-
-
-def _code(cell: str) -> str:
-    match = re.fullmatch(r"`([^`]*)`", cell)
-    assert match, f"not a code span: {cell}"
-    return match[1]
-
-
-PARAMETERS = _table("parameter", "in", "meaning; default; bounds", "works", "refused")
-EXAMPLES = [
-    pytest.param(where, row, id=f"{_code(row['parameter'])}-{where}")
-    for row in PARAMETERS
-    for where in row["in"].split()
-]
-UNSUPPORTED = _table("field", "for", "asks for nothing")
-
-
-@cache
-def _app(**settings: Any) -> FastAPI:
-    """A chat template that reads tools, and a format for their calls."""
-    tokenizer = byte_tokenizer(
-        CHAT_TEMPLATE + "{% for tool in tools or [] %}{{ tool }}{% endfor %}"
-    )
-    return make_app(FakeEngineClient(), tokenizer, **{"tool_call_parser": "hermes", **settings})
-
-
-def _client(**settings: Any) -> httpx.AsyncClient:
-    app = _app(**settings)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://quire")
-
-
-async def _post(where: str, **fields: Any) -> httpx.Response:
-    async with _client() as client:
-        return await client.post(PATHS[where], json={**BODIES[where], **fields})
-
-
-# -- docs/api.md -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("path", "model", "refused"),
-    [
-        ("/v1/responses", responses_body.ResponseBody, responses_body.ASKS_FOR_NOTHING),
-        ("/v1/messages", messages_body.MessagesBody, messages_body.ASKS_FOR_NOTHING),
-    ],
-)
-def test_fields_of_other_apis_are_listed(
-    path: str, model: type[BaseModel], refused: dict[str, Any]
-) -> None:
-    listed = {_code(row[f"field of {path}"]) for row in _table(f"field of {path}", "meaning")}
-    assert listed == model.model_fields.keys() - set(PASSED_ON)
-    assert set(PASSED_ON) == ConversationBody.model_fields.keys()
-    section = API.split(f"| field of {path} |")[1].split("\n## ")[0]
-    assert refused.keys() <= set(re.findall(r"`(\w+)`", section))
-    both = API.split("| field of /v1/messages |")[1].split("\n## ")[0]
-    assert set(PASSED_ON) <= set(re.findall(r"`(\w+)`", both))
-
-
-def test_fields_of_embeddings_are_listed() -> None:
-    rows = _table("field of /v1/embeddings", "meaning")
-    listed = [_code(row["field of /v1/embeddings"]) for row in rows]
-    assert sorted(listed) == sorted(EmbeddingBody.model_fields)
-
-
-async def test_every_endpoint_is_listed_and_asks_for_its_key() -> None:
-    listed = {}
-    for row in _table("endpoint", "key", "what it does"):
-        method, path = _code(row["endpoint"]).split()
-        listed[method, path] = row["key"]
-    routes = {
-        (method, route.path.replace(":path", ""))
-        for route in _routes(_app().routes)
-        for method in (route.methods or set()) - {"HEAD"}
-    }
-    assert set(listed) == routes
-    keys = {"api_key": ("client-key",), "admin_api_key": "admin-key"}
-    opened_by = {"none": "", "client": "client-key", "admin": "admin-key", "debug": "admin-key"}
-    async with _client(**keys) as locked, _client() as bare:
-        for (method, path), key in listed.items():
-            url = path.replace("{name}", "tiny")
-            refused = await locked.request(method, url, json={})
-            assert (refused.status_code == 401) == (key != "none"), path
-            headers = {"authorization": f"Bearer {opened_by[key]}"} if opened_by[key] else {}
-            opened = await locked.request(method, url, json={}, headers=headers)
-            unknown = "{stream_id}" in path or "{response_id}" in path
-            expected = (404,) if unknown else (200, 400)
-            assert opened.status_code in expected, path
-            without = await bare.request(method, url, json={})
-            assert (without.status_code == 401) == (key == "admin"), path
-
-
-def _routes(routes: Any) -> Iterator[APIRoute]:
-    for route in routes:
-        if isinstance(route, APIRoute):
-            yield route
-        else:
-            # A router that was included without a prefix stands as itself in the list.
-            yield from _routes(route.original_router.routes)
-
-
-@pytest.mark.parametrize("where", MODELS)
-def test_every_parameter_is_listed(where: str) -> None:
-    names = [_code(row["parameter"]) for row in PARAMETERS if where in row["in"].split()]
-    assert sorted(names) == sorted(MODELS[where].model_fields)
-
-
-@pytest.mark.parametrize(("where", "row"), EXAMPLES)
-async def test_example_works(where: str, row: dict[str, str]) -> None:
-    response = await _post(where, **json.loads(_code(row["works"])))
-    assert response.status_code == 200, response.text
-    assert "x-quire-ignored-params" not in response.headers
-    assert not response.headers["content-type"].startswith("text/") or "[DONE]" in response.text
-
-
-@pytest.mark.parametrize(("where", "row"), EXAMPLES)
-async def test_example_is_refused_by_name(where: str, row: dict[str, str]) -> None:
-    response = await _post(where, **json.loads(_code(row["refused"])))
-    assert response.status_code == 400, response.text
-    error = response.json()["error"]
-    assert error["type"] == "invalid_request_error"
-    assert error["param"].startswith(_code(row["parameter"])), error
-
-
-def test_tokenizer_parameters_are_listed() -> None:
-    rows = _table("parameter", "of", "meaning; default")
-    by_endpoint: dict[str, set[str]] = {"tokenize": set(), "detokenize": set()}
-    for row in rows:
-        for endpoint in row["of"].split(", "):
-            by_endpoint[endpoint].add(_code(row["parameter"]))
-    texts: type[BaseModel] = protocol.TokenizeBody
-    chats: type[BaseModel] = protocol.TokenizeChatBody
-    assert by_endpoint["tokenize"] == texts.model_fields.keys() | chats.model_fields.keys()
-    assert by_endpoint["detokenize"] == protocol.DetokenizeBody.model_fields.keys()
-
-
-def test_unsupported_fields_are_listed_with_what_asks_for_nothing() -> None:
-    listed = {
-        _code(row["field"]): [
-            json.loads(text) for text in re.findall("`([^`]*)`", row["asks for nothing"])
-        ]
-        for row in UNSUPPORTED
-    }
-    assert listed == {name: list(values) for name, values in ASKS_FOR_NOTHING.items()}
-
-
-@pytest.mark.parametrize("where", PATHS)
-async def test_unsupported_fields_are_refused_by_name(where: str) -> None:
-    for row in UNSUPPORTED:
-        name = _code(row["field"])
-        response = await _post(where, **{name: {"anything": 1}})
-        assert response.status_code == 400, name
-        assert response.json()["error"]["param"] == name
-        assert response.json()["error"]["code"] == "invalid_value"
-        for text in ["null", *re.findall("`([^`]*)`", row["asks for nothing"])]:
-            response = await _post(where, **{name: json.loads(text)})
-            assert response.status_code == 200, (name, text)
-
-
-def _numbers(text: str) -> set[int]:
-    """The integers in a text, thousands separated by commas or not."""
-    return {
-        int(number) for number in re.findall(r"-?\b\d+", re.sub(r"(?<=\d),(?=\d{3})", "", text))
-    }
-
-
-def _section(heading: str) -> str:
-    """The text below a heading, down to the next one."""
-    match = re.search(rf"^#+ {heading}\n(.*?)(?=^#|\Z)", API, re.M | re.S)
-    assert match, heading
-    return match[1]
-
-
-def test_bounds_of_parameters_are_those_of_the_code() -> None:
-    meanings = {_code(row["parameter"]): row["meaning; default; bounds"] for row in PARAMETERS}
-    rows = _table("parameter", "of", "meaning; default")
-    meanings |= {_code(row["parameter"]): row["meaning; default"] for row in rows[-2:]}
-    for parameter, bound in (
-        ("messages", protocol.MAX_MESSAGES),
-        ("tokens", protocol.MAX_DETOKENIZE),
-        ("stop", field_types.MAX_STOP_STRINGS),
-        ("stop", field_types.MAX_STOP_LENGTH),
-        ("bad_words", field_types.MAX_BAD_WORDS),
-        ("bad_words", field_types.MAX_BAD_WORD_LENGTH),
-        ("length_penalty", sampling_params.MAX_LENGTH_PENALTY),
-        ("cache_salt", field_types.MAX_LABEL_LENGTH),
-        ("user", field_types.MAX_LABEL_LENGTH),
-        ("logit_bias", sampling_params.MAX_LOGIT_BIAS),
-        ("stop_token_ids", sampling_params.MAX_STOP_TOKEN_IDS),
-        ("prompt_logprobs", job.MAX_PROMPT_LOGPROBS),
-        ("max_tokens", sampling.COMPLETION_MAX_TOKENS),
-    ):
-        assert bound in _numbers(meanings[parameter]), (parameter, bound)
-
-
-def test_other_bounds_are_those_of_the_code() -> None:
-    assert {
-        body.MAX_NESTING,
-        body.MAX_VALUES,
-        body.MAX_MEMBERS,
-        http_protocol.MAX_HEADERS,
-        http_protocol.MAX_HEADER_BYTES // 1024,
-    } <= _numbers(_section("Errors"))
-    assert {
-        event_log.MAX_EVENTS,
-        event_log.MAX_BYTES // 2**20,
-        resumption.MAX_STREAMS,
-        resumption.MAX_TOTAL_BYTES // 2**20,
-    } <= _numbers(_section("Streams"))
-    assert {logprobs.LOWEST} <= _numbers(_section("Answers"))
-
-
-def test_every_error_is_listed_with_its_answer() -> None:
-    listed = {
-        (row["status"], _code(row["type"]), _code(row["code"]))
-        for row in _table("status", "type", "code", "when")
-    }
-    leaves = [
-        error
-        for error in vars(tree).values()
-        if isinstance(error, type) and issubclass(error, QuireError) and "code" in vars(error)
-    ]
-    assert listed == {
-        (str(answer_of(error("x")).status), answer_of(error("x")).type, error.code)
-        for error in leaves
-        if not issubclass(error, StartupError) and error is not QuireError
-    }
-
-
-def test_every_flag_is_listed_with_its_default() -> None:
-    listed = {
-        _code(row["flag"])[2:].replace("-", "_"): row["default"]
-        for row in _table("flag", "default", "meaning")
-    }
-    fields = {name: field for name, field in Settings.model_fields.items() if name != "model"}
-    assert set(listed) == set(fields)
-    spelled = {True: "on", False: "off"}
-    for name, field in fields.items():
-        default: Any = field.default
-        if isinstance(default, bool):
-            assert listed[name] == spelled[default], name
-        elif default in (None, "", ()):
-            assert listed[name] == "–", name
-        else:
-            assert listed[name] == f"`{default}`", name
-
-
-def test_table_of_flags_is_up_to_date() -> None:
-    assert flags_table.updated(API) == API, "run `make docs`"
-
-
-def test_the_flags_table_asks_for_its_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["flags_table"])
-    with pytest.raises(SystemExit, match="name the document to update"):
-        flags_table.main()
-
-
-def test_clients_are_listed_with_the_versions_that_make_clients_runs() -> None:
-    pins = {
-        name: dict(re.findall(r"^([\w-]+)(?:\[\w+\])?==(\S+)$", (ROOT / name).read_text(), re.M))
-        for name in ("configs/constraints.txt", "tests/clients/requirements.txt")
-    }
-    ours, theirs = pins.values()
-    node = json.loads((ROOT / "tests/clients/package.json").read_text(encoding="utf-8"))
-    assert {
-        row["client"]: row["version"] for row in _table("client", "version", "what is asked")
-    } == {
-        "`openai` (Python)": ours["openai"],
-        "`openai` (Python, 2 series)": theirs["openai"],
-        "`openai` (Node)": node["dependencies"]["openai"],
-        "`anthropic` (Python)": ours["anthropic"],
-        **{f"`{name}`": theirs[name] for name in ("langchain-openai", "litellm", "lm_eval")},
-    }
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    checks = list((ROOT / "tests/clients").glob("check_*.py"))
-    assert checks and all(f"$(CLIENTS)/{path.name}" in makefile for path in checks)
-
 
 # -- all documents ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_flags_lead_somewhere(path: Path) -> None:
+def test_links_and_flags_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert "://" in target or (path.parent / target).exists(), target
@@ -358,25 +36,8 @@ def test_links_and_flags_lead_somewhere(path: Path) -> None:
     assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.M)) <= targets
 
 
-async def test_examples_of_the_readme_are_accepted() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    bodies = [json.loads(text) for text in re.findall(r"-d '(\{.*?\})'", text, re.S)]
-    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    (call,) = (
-        node
-        for node in ast.walk(ast.parse(snippet))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".create")
-    )
-    bodies.append({str(item.arg): ast.literal_eval(item.value) for item in call.keywords})
-    assert len(bodies) == 2
-    async with _client(served_model_name=load_settings().served_names) as client:
-        for fields in bodies:
-            response = await client.post(PATHS["H"], json=fields)
-            assert response.status_code == 200, response.text
-
-
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_files_that_are_named_exist(path: Path) -> None:
+def test_named_files_exist(path: Path) -> None:
     folders = "server|engine|kernels|tests|configs|benchmarks|docs"
     for name in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", path.read_text(encoding="utf-8")):
         assert (ROOT / name).is_file(), name
@@ -391,29 +52,29 @@ ROOMS = sorted(
 )
 
 
-def test_the_architecture_is_read_in_one_go() -> None:
+def test_the_architecture_is_at_most_120_lines() -> None:
     assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_every_room_has_its_row_in_the_architecture() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    (rows,) = (table for table in _tables(text) if "room" in table[0])
-    assert sorted(_code(row["room"]) for row in rows) == ROOMS
+    (rows,) = (table for table in tables(text) if "room" in table[0])
+    assert sorted(code(row["room"]) for row in rows) == ROOMS
     for row in rows:
         assert row["what it is"] and row["may import"], row
-        room = _code(row["room"]).replace("/", ".")
+        room = code(row["room"]).replace("/", ".")
         always, _, lazily = row["may import"].partition("; lazily ")
         doors = {target for source, target in test_rooms.LAZY if source == room}
         assert _rooms(room, always) == test_rooms.RULES[room] - {room} - doors, row
         assert _rooms(room, lazily or "nothing") == doors, row
         if row["begin at"]:
-            assert (ROOT / _code(row["room"]) / _code(row["begin at"])).is_file(), row
+            assert (ROOT / code(row["room"]) / code(row["begin at"])).is_file(), row
         else:
-            assert not _modules(_code(row["room"])), row
+            assert not _modules(code(row["room"])), row
 
 
 def _rooms(room: str, text: str) -> set[str]:
-    """The rooms of a list in the last cell of a room's row; see the paragraph over the table."""
+    """Return the rooms in the last cell of a room's row, as explained above the table."""
     top = room.split(".")[0]
     rooms: set[str] = set()
     for item in text.split(", "):
@@ -438,7 +99,7 @@ def test_the_architecture_names_what_a_backend_implements() -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_says_what_it_is_and_names_its_files(room: str) -> None:
+def test_a_room_describes_itself_and_names_its_files(room: str) -> None:
     docstring = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text("utf-8"))) or ""
     unnamed = [name for name in _modules(room) if not re.search(rf"\b{name}\b", docstring)]
     assert docstring and not unnamed
@@ -451,7 +112,7 @@ def _modules(room: str) -> list[str]:
 # -- CHANGELOG.md ----------------------------------------------------------------------------
 
 
-def test_changelog_tells_of_this_version() -> None:
+def test_changelog_describes_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     newest = re.search(r"^## \[(\d[^\]]*)\]", changelog, re.M)
     assert newest and newest[1] == version("quire")
@@ -482,12 +143,12 @@ def _number(text: str) -> float | None:
     return float(match[0]) if match else None
 
 
-def test_limits_are_those_of_the_settings() -> None:
-    (rows,) = (table for table in _tables(OPERATIONS) if "flag" in table[0])
+def test_listed_limits_equal_the_settings() -> None:
+    (rows,) = (table for table in tables(OPERATIONS) if "flag" in table[0])
     checked = 0
     for row in rows:
         if row["flag"].startswith("`") and row["default"] != "the model's":
-            default = Settings.model_fields[_code(row["flag"])[2:].replace("-", "_")].default
+            default = Settings.model_fields[code(row["flag"])[2:].replace("-", "_")].default
             assert _number(row["default"]) == (None if default is None else _number(str(default)))
             checked += 1
     assert checked > 5
@@ -507,7 +168,7 @@ def test_listed_metrics_are_exported() -> None:
 
 
 def test_every_log_event_is_listed_with_its_fields() -> None:
-    (rows,) = (table for table in _tables(OPERATIONS) if {"event", "fields"} <= table[0].keys())
+    (rows,) = (table for table in tables(OPERATIONS) if {"event", "fields"} <= table[0].keys())
     listed: dict[str, set[str]] = {}
     for row in rows:
         names = re.findall(r"`(\w+)`", row["event"])

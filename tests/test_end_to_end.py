@@ -1,4 +1,4 @@
-"""The product as its users meet it: the real server, the demo model, the real clients."""
+"""Test the product as its users meet it: the real server, the demo model and real clients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUESTION = [{"role": "user", "content": "What is a KV block?"}]
 
 
 class Server:
-    """`quire serve` in a process of its own, on a free port."""
+    """Run `quire serve` in a process of its own, on a free port."""
 
     def __init__(self, *flags: str) -> None:
         self.process = subprocess.Popen(
@@ -49,7 +49,7 @@ class Server:
         return stats
 
     def wait_idle(self) -> dict[str, Any]:
-        """Every block back and nothing queued, within a second."""
+        """Wait until every block is free and nothing is queued, for at most a second."""
         for _ in range(50):
             stats = self.stats()
             if stats["num_running"] == stats["num_waiting"] == 0:
@@ -70,7 +70,7 @@ class Server:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Whatever the test came to, no process is left; one that passed has a clean exit."""
+        """Leave no process, whatever the result of the test; after a passed one, check the exit."""
         self.process.send_signal(signal.SIGTERM)
         self.http.close()
         self.openai.close()
@@ -156,7 +156,9 @@ def test_prometheus_reads_the_metrics(server: Server) -> None:
 def test_a_client_that_goes_away_gives_its_blocks_back(server: Server) -> None:
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 3000, "ignore_eos": True}
     with server.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
-        lines = response.iter_lines()  # held, as httpx closes the response when it goes
+        lines = (
+            response.iter_lines()
+        )  # kept, because httpx closes the response when this iterator is freed
         next(lines)
         assert server.stats()["num_running"] == 1
     server.wait_idle()
@@ -178,8 +180,8 @@ BAD_BODIES: list[tuple[dict[str, Any], int]] = [
 ]
 
 
-def test_bad_requests_leave_a_running_stream_alone(server: Server) -> None:
-    """A canary, greedy, gives the same text alone and beside refusals and busy neighbours."""
+def test_bad_requests_do_not_affect_a_running_stream(server: Server) -> None:
+    """A greedy canary gets the same text by itself and next to refusals and busy neighbours."""
     alone = server.greedy("Once upon a time", 200)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         canary = pool.submit(server.greedy, "Once upon a time", 200)

@@ -1,4 +1,4 @@
-"""What is shipped, what may import what, and that our folders never shadow a package."""
+"""Test what is shipped, what may import what, and that our folders never shadow a package."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _name(path: Path) -> str:
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Absolute dotted names of everything that a file imports, lazily or not."""
+    """Yield the absolute dotted names of everything that a file imports, lazily or not."""
     package = ["quire", *path.parent.relative_to(ROOT).parts]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -47,7 +47,7 @@ def _imports(path: Path) -> Iterator[str]:
 
 
 def _roots(path: Path) -> set[str]:
-    """Top-level packages that a file imports; our own are named `quire.<folder>`."""
+    """Return the top-level packages that a file imports; our own are named `quire.<folder>`."""
     return {
         ".".join(name.split(".")[:2]) if name.startswith("quire.") else name.split(".")[0]
         for name in _imports(path)
@@ -59,7 +59,7 @@ def _roots(path: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that nothing left in the tree by an earlier build gets in."""
+    """Build the wheel from a copy, so that leftovers of earlier builds cannot get in."""
     source = tmp_path_factory.mktemp("source")
     for name in (*PACKAGES, "configs", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -83,8 +83,11 @@ def test_wheel_holds_every_module_and_its_data_and_nothing_else(wheel: Path) -> 
 
 
 def test_packages_are_the_folders_with_an_init() -> None:
-    """setuptools is told the packages by name: one that is not listed would be missing from the
-    wheel and still work in an editable install."""
+    """Every package has its entry in pyproject.toml.
+
+    setuptools takes the packages by name: one that is not listed would be missing from the wheel
+    and still work in an editable install.
+    """
     folders = {path.parent for name in PACKAGES for path in (ROOT / name).rglob("__init__.py")}
     names = {f"quire.{'.'.join(path.relative_to(ROOT).parts)}" for path in folders}
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -154,7 +157,7 @@ def _python(arguments: list[str], cwd: Path, environment: dict[str, str] | None 
 
 
 @pytest.mark.parametrize("path", _modules("kernels"), ids=_name)
-def test_kernels_know_tensors_alone(path: Path) -> None:
+def test_kernels_import_only_tensor_libraries(path: Path) -> None:
     allowed = {"torch", "triton", "numpy", "quire.kernels"} | sys.stdlib_module_names
     if path.parent.name == "cpu":
         allowed |= {"numba", "llvmlite", "tqdm"}
@@ -162,13 +165,13 @@ def test_kernels_know_tensors_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", _modules("engine"), ids=_name)
-def test_engine_knows_no_http(path: Path) -> None:
+def test_engine_imports_no_http(path: Path) -> None:
     assert not _roots(path) & (WEB | {"structlog", "quire.server", "quire.configs"})
 
 
 @pytest.mark.parametrize("path", _modules("engine"), ids=_name)
 def test_only_the_process_boundary_needs_messaging(path: Path) -> None:
-    """The rest runs on a bare GPU box, where pyzmq and msgspec are absent."""
+    """The rest runs on a bare GPU machine, without pyzmq and msgspec."""
     if path.parent.name != "process":
         assert not _roots(path) & IPC
 

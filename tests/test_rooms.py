@@ -1,4 +1,4 @@
-"""The rooms of the house: which may import which, and that no module imports itself in a circle.
+"""Test which rooms may import which, and that no imports form a circle.
 
 Every import counts alike: at the top of a file, within a function, and under TYPE_CHECKING.
 """
@@ -61,7 +61,7 @@ LAZY = {
     ("engine.devices", "engine.devices.cpu"): {"engine.devices.choose"},
     ("engine.devices", "engine.devices.cuda"): {"engine.devices.choose"},
 }
-"""Edges against the order, or into a heavy room: only these modules have them, within functions."""
+"""Imports against the order or of a heavy room; only these modules have them, within functions."""
 
 
 def _modules() -> dict[str, Path]:
@@ -81,8 +81,11 @@ def _room(module: str) -> str:
 
 
 def _imports(module: str) -> dict[str, bool]:
-    """The modules of ours that a module imports, and whether an import takes place when the module
-    itself is imported: outside of functions, and not for types only."""
+    """Return the modules of ours that a module imports.
+
+    The value is true if the import runs when the module itself is imported: outside of functions,
+    and not for types only.
+    """
     package = MODULES[module].parent.relative_to(ROOT).parts
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     within = {
@@ -113,7 +116,7 @@ def test_each_room_has_its_rule() -> None:
 
 
 @pytest.mark.parametrize("room", RULES)
-def test_a_room_imports_what_its_rule_admits(room: str) -> None:
+def test_a_room_imports_only_what_its_rule_allows(room: str) -> None:
     for module in (module for module in MODULES if _room(module) == room):
         for target, is_eager in IMPORTS[module].items():
             edge = (room, _room(target))
@@ -167,7 +170,7 @@ def test_no_file_is_over_400_lines() -> None:
 
 @pytest.mark.parametrize("top", ["server", "engine", "kernels"])
 def test_a_function_over_50_lines_says_why(top: str) -> None:
-    """In a comment that begins with "over 50 lines", above it or within it."""
+    """The reason stands in a comment that begins with "over 50 lines", above it or within it."""
     silent = []
     for path in (ROOT / top).rglob("*.py"):
         text = path.read_text(encoding="utf-8")

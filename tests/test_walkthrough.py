@@ -1,4 +1,4 @@
-"""docs/walkthrough.md: each excerpt stands in the file that it names."""
+"""Test that each excerpt of docs/walkthrough.md is found in the file that it names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 WALKTHROUGH = ROOT / "docs/walkthrough.md"
 LEFT_OUT = "…"
-"""A line that says so stands for lines that the excerpt leaves out."""
+"""A line of an excerpt that stands for lines left out."""
 
 
 class Excerpt(NamedTuple):
@@ -35,7 +35,7 @@ EXCERPTS = _excerpts()
 
 
 def _pieces(lines: list[str]) -> list[str]:
-    """The runs of lines between those that are left out."""
+    """Yield the runs of lines between those that are left out."""
     pieces: list[list[str]] = [[]]
     for line in lines:
         if line.strip() == LEFT_OUT:
@@ -46,7 +46,7 @@ def _pieces(lines: list[str]) -> list[str]:
 
 
 def _find(piece: str, text: str) -> int:
-    """Where a piece ends in a file, at any depth of indentation; -1 if it is not there."""
+    """Return where a piece ends in a file, at any indentation, or -1 if it is not there."""
     wanted = dedent(piece).splitlines()
     lines = text.splitlines()
     for start in range(len(lines) - len(wanted) + 1):
@@ -57,7 +57,7 @@ def _find(piece: str, text: str) -> int:
 
 
 @pytest.mark.parametrize("excerpt", EXCERPTS, ids=lambda excerpt: excerpt.path)
-def test_excerpt_stands_in_its_file(excerpt: Excerpt) -> None:
+def test_excerpt_is_found_in_its_file(excerpt: Excerpt) -> None:
     text = (ROOT / excerpt.path).read_text(encoding="utf-8")
     for piece in _pieces(excerpt.lines):
         end = _find(piece, text)

@@ -1,6 +1,6 @@
 """Test the GPU benchmarks as far as they run without a GPU.
 
-These are the ceilings, workloads and reports, and every script up to where it needs its device.
+This covers the ceilings, workloads and reports, and every script up to where it needs its device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LIMITS = Limits()
 
 
 class FakeEngine:
-    """An engine that prefills one prompt per step and gives each other request one token."""
+    """An engine that prefills one prompt per step and gives every other request one token."""
 
     def __init__(self, kv_tokens: int = 10**6, lost: int = 0) -> None:
         self.kv_tokens, self.kv_bytes_per_element = kv_tokens, 2
@@ -74,13 +74,13 @@ class FakeEngine:
         ("llama-3.1-8b", 32, 8192, 2787),
     ],
 )
-def test_ceiling_of_decoding(shape: str, batch: int, context: int, tokens_per_s: float) -> None:
+def test_decode_ceiling(shape: str, batch: int, context: int, tokens_per_s: float) -> None:
     """The expected figures were worked out by hand from weights, K and V, and 4.3 TB/s."""
     found = batch / decode_seconds(cost_of(shape), batch, context, LIMITS)
     assert found == pytest.approx(tokens_per_s, rel=0.005)
 
 
-def test_ceilings_of_prefill_and_of_a_whole_workload() -> None:
+def test_prefill_and_workload_ceilings() -> None:
     cost = cost_of("llama-3.1-8b")
     assert 8192 / prefill_seconds(cost, 8192, LIMITS) == pytest.approx(49_000, rel=0.005)
     two = offline_seconds(cost, [(100, 3), (200, 1)], LIMITS)
@@ -113,13 +113,13 @@ def test_every_workload_runs(tmp_path: Path) -> None:
     assert len(shared) == 5 and len({tuple(prompt[:600]) for prompt in shared}) == 1
 
 
-def test_what_does_not_fit_is_skipped_and_what_is_lost_is_said() -> None:
+def test_a_workload_that_does_not_fit_is_skipped_and_lost_tokens_are_an_error() -> None:
     assert "fit" in Bench(FakeEngine(kv_tokens=100), "tiny", LIMITS).decode(3, 64)["skipped"]
     with pytest.raises(RuntimeError, match="tokens instead"):
         Bench(FakeEngine(lost=1), "tiny", LIMITS).offline()
 
 
-def test_a_report_keeps_its_budget_and_goes_on_after_a_failure(tmp_path: Path) -> None:
+def test_a_report_keeps_its_budget_and_continues_after_a_failure(tmp_path: Path) -> None:
     report = Report(50, tmp_path / "out.json", {})
 
     def broken() -> Result:
@@ -134,7 +134,7 @@ def test_a_report_keeps_its_budget_and_goes_on_after_a_failure(tmp_path: Path) -
     assert results["c"] == {"skipped": "out of budget"}
 
 
-def test_a_spoiled_process_is_left_and_its_report_resumed(tmp_path: Path) -> None:
+def test_a_dead_device_ends_the_process_and_its_report_can_be_resumed(tmp_path: Path) -> None:
     def broken() -> Result:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -151,10 +151,10 @@ def test_a_spoiled_process_is_left_and_its_report_resumed(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dies_in", [0, 1, 2])
-def test_the_engine_s_stages_go_on_after_a_crash(
+def test_engine_stages_continue_after_a_crash(
     dies_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A crash in stage 0, before anything has begun, leaves nothing to continue with."""
+    """A crash in stage 0, before anything has begun, leaves nothing to continue from."""
     path = tmp_path / "gpu_engine.json"
     commands: list[list[str]] = []
 
@@ -174,7 +174,7 @@ def test_the_engine_s_stages_go_on_after_a_crash(
     )
 
 
-def test_targets_name_parts_that_are_measured(tmp_path: Path) -> None:
+def test_targets_name_measured_parts(tmp_path: Path) -> None:
     report = Report(100, tmp_path / "out.json", {})
     for shape in (gpu_targets.QWEN, gpu_targets.LLAMA):
         Bench(FakeEngine(10**8), shape, LIMITS).run_all(report, shape)
@@ -186,7 +186,7 @@ def test_targets_name_parts_that_are_measured(tmp_path: Path) -> None:
         assert target.name in known and target.other in known | {"", "vllm"}, target
 
 
-def test_outcomes_beside_targets_and_predictions() -> None:
+def test_target_table_compares_outcomes_with_targets_and_predictions() -> None:
     llama = gpu_targets.LLAMA
     results: dict[str, Result] = {
         "limit copy": {"gb_s": 4000.0},
@@ -205,7 +205,7 @@ def test_outcomes_beside_targets_and_predictions() -> None:
     assert lines["offline, 0.6B"] == ["70%", "78%"]
 
 
-def test_predictions_stand_in_the_docs() -> None:
+def test_docs_list_the_predictions() -> None:
     docs = (BENCHMARKS.parent / "docs" / "benchmarking.md").read_text()
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]]
             for line in docs.splitlines() if line.count("|") == 6}  # fmt: skip
@@ -214,7 +214,7 @@ def test_predictions_stand_in_the_docs() -> None:
         assert rows[target.work] == shown
 
 
-def test_two_engines_beside_each_other() -> None:
+def test_table_compares_two_engines() -> None:
     lines = table(
         {
             "quire": {"a": {"tokens_per_s": 300.0, "share": 0.5}, "b": {"error": "x"}},
@@ -226,7 +226,7 @@ def test_two_engines_beside_each_other() -> None:
     assert lines[3].split() == ["start", "9.5", "s"]
 
 
-def test_summary_of_a_run() -> None:
+def test_report_summarises_a_run() -> None:
     times = {"phase": "times", "us": 10.0}
     records = [
         {"phase": "checks", "name": "good", "ok": True, "error_norm": 1e-4, "limit": 1e-2},
@@ -258,7 +258,7 @@ def flags_of(words: Iterable[str]) -> set[str]:
     return {flag for word in words for flag in re.findall(r"--[a-z][a-z-]*", word)}
 
 
-def test_the_engine_benchmark_takes_the_flags_that_it_is_started_with(
+def test_the_engine_benchmark_accepts_the_flags_it_is_started_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
@@ -280,7 +280,7 @@ def test_the_engine_benchmark_takes_the_flags_that_it_is_started_with(
     assert second <= flags_of([done.stdout])
 
 
-def test_the_vllm_benchmark_imports_without_vllm_and_takes_the_same_flags() -> None:
+def test_the_vllm_benchmark_imports_without_vllm_and_accepts_the_same_flags() -> None:
     code = "import sys; sys.modules['vllm'] = None; import vllm_gpu; vllm_gpu.main()"
     done = run("-c", code, "-h")
     assert done.returncode == 0, done.stderr
@@ -288,13 +288,13 @@ def test_the_vllm_benchmark_imports_without_vllm_and_takes_the_same_flags() -> N
     assert shared <= flags_of([done.stdout]) & flags_of([run("gpu_engine.py", "-h").stdout])
 
 
-def test_no_device_is_an_error_of_one_line(tmp_path: Path) -> None:
+def test_a_missing_device_is_a_one_line_error(tmp_path: Path) -> None:
     done = run("gpu.py", "--out", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr.startswith("no CUDA device can be used") and not done.stdout
 
 
-def test_cases_are_made_where_no_http_package_is() -> None:
+def test_cases_can_be_built_without_http_packages() -> None:
     code = """
 import sys
 for name in ("fastapi", "pydantic", "uvicorn", "zmq", "msgspec", "structlog", "prometheus_client"):
@@ -309,7 +309,7 @@ print("fine")
     assert done.stdout == "fine\n", done.stderr
 
 
-def test_shapes_are_models(tmp_path: Path) -> None:
+def test_shapes_are_valid_model_configurations(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     for shape, values in SHAPES.items():

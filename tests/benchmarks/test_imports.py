@@ -1,4 +1,4 @@
-"""The script that counts the imports of docs/decisions.md."""
+"""Test the script that counts the imports for docs/decisions.md."""
 
 from __future__ import annotations
 

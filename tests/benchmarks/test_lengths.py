@@ -1,4 +1,4 @@
-"""The script that counts the lengths of docs/decisions.md."""
+"""Test the script that counts the lengths for docs/decisions.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo model as it is shipped: it loads, is small, and its template and tokenizer are exact."""
+"""Test the shipped demo model: it loads, is small, and has an exact template and tokenizer."""
 
 from __future__ import annotations
 

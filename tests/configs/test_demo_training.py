@@ -1,4 +1,4 @@
-"""The generator of the demo model's corpus is deterministic and leaves out held-out data."""
+"""Test that the demo model's corpus is generated deterministically and omits held-out data."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def test_training_renders_chats_as_the_template_does(corpus: ModuleType) -> None
         assert "".join(text for text, _ in corpus.render(messages, offered)) + "\n" == expected
 
 
-def test_the_answer_and_its_end_are_what_is_learnt(corpus: ModuleType, tmp_path: Path) -> None:
+def test_only_the_answer_and_its_end_are_training_targets(
+    corpus: ModuleType, tmp_path: Path
+) -> None:
     import numpy as np
 
     corpus.write_shard(0, seed=3, count=20, out=tmp_path)

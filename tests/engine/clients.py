@@ -1,4 +1,4 @@
-"""What tests of engine clients share: an observer, and answers as lists."""
+"""Helpers shared by the tests of engine clients: an observer, and answers as lists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quire.engine.request import Request
 
 
 class Observer:
-    """Records what an engine client reports to its observer."""
+    """An observer that records what an engine client reports to it."""
 
     def __init__(self) -> None:
         self.infos: list[EngineInfo] = []
@@ -27,7 +27,7 @@ class Observer:
 
 
 async def collect(client: EngineClient, request: Request) -> list[SequenceOutput]:
-    """Submit the request and return all of its outputs."""
+    """Submit the request and return all its outputs."""
     return [output async for output in client.generate(request)]
 
 

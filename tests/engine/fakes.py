@@ -1,7 +1,7 @@
-"""A fake engine core: no model, no scheduler; token i of a choice is prompt[0] + choice + i.
+"""A fake engine core without model or scheduler: token i of a choice is prompt[0] + choice + i.
 
-It also runs inside the engine process, as "fakes:build_core" (see conftest: PYTHONPATH). The first
-prompt token may command a fault, and `EngineConfig.model` a failed start.
+It also runs inside the engine process, as "fakes:build_core" (conftest.py sets PYTHONPATH). The
+first prompt token may request a fault, and `EngineConfig.model` a failed start.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def build_core(config: EngineConfig) -> FakeCore:
 
 
 class SlowChatCore(FakeCore):
-    """The demo model's conversations begin with HANG's number: here they are SLOW."""
+    """A core that is slow if a prompt begins with HANG, as the demo model's conversations do."""
 
     def add_request(self, request: Request) -> None:
         first, *rest = request.prompt_token_ids

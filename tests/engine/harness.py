@@ -1,4 +1,4 @@
-"""Drives a scheduler with the paged fake worker, proving integrity after every step."""
+"""Drive a scheduler with the paged fake worker, and check its integrity after every step."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ _ids = count()
 OWN_FIELDS = {one.name for one in fields(Request)} - {"sampling_params", "prompt_token_ids"}
 
 
+def prompt(length: int, first: int = 1000) -> list[int]:
+    """Return a prompt of consecutive tokens from `first` on."""
+    return list(range(first, first + length))
+
+
 def make_request(prompt: list[int], max_tokens: int = 4, **options: Any) -> Request:
-    """Fields of Request are taken by name, the rest go to SamplingParams."""
+    """Make a request; options that are fields of Request go there, all others to SamplingParams."""
     own = {name: options.pop(name) for name in OWN_FIELDS & options.keys()}
     own.setdefault("request_id", f"r{next(_ids)}")
     own.setdefault("arrival_time", 0.0)
@@ -33,7 +38,7 @@ def make_request(prompt: list[int], max_tokens: int = 4, **options: Any) -> Requ
 
 
 def expected_tokens(prompt: list[int], choice: int, num_tokens: int) -> list[int]:
-    """What PagedFakeWorker samples, computed without an engine."""
+    """Return the tokens that PagedFakeWorker samples, computed without an engine."""
     history = choice
     for token_id in prompt:
         history = chain(history, token_id)
@@ -47,8 +52,10 @@ def expected_tokens(prompt: list[int], choice: int, num_tokens: int) -> list[int
 def expected_beams(
     prompt: list[int], params: SamplingParams, stop_ids: tuple[int, ...] = ()
 ) -> list[list[int]]:
-    """What a beam search over PagedFakeWorker's model answers: every continuation of every beam is
-    looked at, and beams are plain lists of tokens."""
+    """Return the answers of a beam search over PagedFakeWorker's model.
+
+    It considers every continuation of every beam, and its beams are plain lists of tokens.
+    """
     width = params.beam_width
     assert width is not None
     beams: list[tuple[float, list[int]]] = [(0.0, [])]

@@ -1,4 +1,4 @@
-"""EngineClient over a core that a thread of this process steps, for tests.
+"""An EngineClient for tests, over a core that a thread of this process steps.
 
 It behaves like the clients of an engine process, except that nothing supervises the core: a step
 that raises ends it for good.
@@ -24,7 +24,7 @@ logger = logging.getLogger("quire.engine.client")
 
 
 class InlineEngineClient(RemoteEngineClient):
-    """An `EngineClient` whose messages cross to a thread and not to a process.
+    """An `EngineClient` whose messages go to a thread instead of a process.
 
     `start` calls `core_factory` in that thread.
     """
@@ -56,7 +56,7 @@ class InlineEngineClient(RemoteEngineClient):
             self._thread.start()
 
     async def wait_ready(self) -> EngineInfo:
-        """Wait until the start has succeeded. Raises StartupError if it fails."""
+        """Wait until the start has succeeded; raise StartupError if it fails."""
         await self._settled.wait()
         if self._start_error is not None:
             raise self._start_error
@@ -100,13 +100,13 @@ class InlineEngineClient(RemoteEngineClient):
             return
         self._call(self._handle, wire.Ready(core.info))
         try:
-            while self._obey(core):
+            while self._handle_all(core):
                 self._call(self._handle, wire.StepMessage(*core.step()))
         except Exception:
             logger.exception("the engine loop failed")
             self._call(self._end, State.FAILED)
 
-    def _obey(self, core: EngineCoreProtocol) -> bool:
+    def _handle_all(self, core: EngineCoreProtocol) -> bool:
         """Handle the client's messages until there is work; return False when asked to stop."""
         while True:
             with self._wake:
@@ -117,11 +117,11 @@ class InlineEngineClient(RemoteEngineClient):
                 messages = list(self._inbox)
                 self._inbox.clear()
             for message in messages:
-                self._obey_one(core, message)
+                self._handle_one(core, message)
             if core.has_work:
                 return True
 
-    def _obey_one(self, core: EngineCoreProtocol, message: wire.ToEngine) -> None:
+    def _handle_one(self, core: EngineCoreProtocol, message: wire.ToEngine) -> None:
         match message:
             case wire.Add(request):
                 try:
@@ -137,7 +137,7 @@ class InlineEngineClient(RemoteEngineClient):
                 self._call(self._handle, wire.PrefixCacheReset())
 
     def _call(self, callback: Callable[[Any], None], argument: object) -> None:
-        """Call back on the event loop."""
+        """Run the callback on the event loop."""
         assert self._loop is not None
         # The loop may be closed already when a test ends without `close`.
         with contextlib.suppress(RuntimeError):

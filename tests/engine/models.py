@@ -72,11 +72,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
 }
-"""What sets families apart: tied weights, Q/K norms, windows, soft caps, experts, sinks."""
+"""Families that differ in tied weights, Q/K norms, windows, soft caps, experts and sinks."""
 
 
 def build_model(config: Any, seed: int = 0) -> PreTrainedModel:
-    """A float32 model with random weights. Attention is eager: it alone knows soft caps."""
+    """Return a random float32 model; only eager attention, which it uses, supports soft caps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
@@ -91,14 +91,14 @@ def build_model(config: Any, seed: int = 0) -> PreTrainedModel:
 
 
 def save_model(family: str, folder: Path, seed: int = 0) -> PreTrainedModel:
-    """Build the family's model and save it in `folder`; returns it as the reference."""
+    """Build the family's model, save it in `folder` and return it as the reference."""
     model = build_model(FAMILIES[family](), seed)
     model.save_pretrained(folder)
     return model
 
 
 def generate(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
-    """The reference's greedy continuation, end-of-sequence ignored."""
+    """Return the reference's greedy continuation, ignoring end-of-sequence."""
     with torch.no_grad():
         output = model.generate(
             torch.tensor([prompt]),
@@ -113,7 +113,7 @@ def generate(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list
 
 
 def logprobs(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
-    """The reference's log-probabilities `[len(token_ids), vocab]` after each token."""
+    """Return the reference's log-probabilities `[len(token_ids), vocab]` after each token."""
     with torch.no_grad():
         logits = model(torch.tensor([token_ids]), use_cache=False).logits[0]
     return torch.log_softmax(logits.float(), dim=-1)

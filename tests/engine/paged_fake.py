@@ -1,8 +1,8 @@
-"""A worker without a model whose K/V is the tokens themselves, so that every read can be proven.
+"""A worker without a model whose K/V is the tokens themselves, so that every read can be checked.
 
-Each slot remembers which tokens, from the first on, led to it. Executing a row reads back the
-whole context through the block table: one wrong share, missed copy or early reuse raises. It works
-from the encoded plan only, as a worker in another process would.
+Each slot stores a hash of all tokens up to its own. Executing a row reads its whole context back
+through the block table, so one wrong share, missed copy or early reuse raises. The worker uses only
+the encoded plan, as a worker in another process would.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _decoder = msgspec.msgpack.Decoder(SchedulerOutput)
 
 @dataclass
 class KnownSequence:
-    """What plans have told of a sequence, and what was sampled for it."""
+    """What the plans so far say of a sequence, and the tokens sampled for it."""
 
     spec: SequenceSpec
     token_ids: list[int]
@@ -45,7 +45,7 @@ class KnownSequence:
         return len(self.token_ids) - self.spec.num_prompt_tokens
 
     def take(self, start: int, tokens: list[int]) -> None:
-        """These are its tokens from `start` on: the plan and the spec must agree."""
+        """Store the tokens from `start` on, which must agree with those already known."""
         known = self.token_ids[start : start + len(tokens)]
         assert known == tokens[: len(known)], f"{self}: the plan says {tokens}"
         self.token_ids[start : start + len(tokens)] = tokens
@@ -59,7 +59,7 @@ def chain(history: int, token_id: int) -> int:
 
 
 def next_token(sequence: KnownSequence) -> int:
-    """Depends on the sequence's own tokens, choice and nothing else."""
+    """Sample a token that depends only on the sequence's own tokens and choice."""
     history = sequence.choice
     for token_id in sequence.token_ids:
         history = chain(history, token_id)
@@ -67,8 +67,10 @@ def next_token(sequence: KnownSequence) -> int:
 
 
 def logprobs(token_ids: list[int]) -> dict[int, float]:
-    """The model's log-probabilities after these tokens, of a vocabulary of 16; likeliest first.
-    They are hashes, and no two are equal."""
+    """Return the model's log-probabilities after these tokens, likeliest first.
+
+    The vocabulary has 16 tokens. The values are hashes, and no two are equal.
+    """
     history = 0
     for token_id in token_ids:
         history = chain(history, token_id)
@@ -89,7 +91,10 @@ class _Executed:
 
 
 class PagedFakeWorker:
-    """`errors[request_id]` makes that request's next sampled row fail."""
+    """A worker that samples hashes.
+
+    `errors[request_id]` makes that request's next sampled row fail.
+    """
 
     def __init__(self, num_blocks: int, block_size: int, sample: NextToken = next_token) -> None:
         self.block_size = block_size
@@ -106,14 +111,16 @@ class PagedFakeWorker:
         return self.forward(output).sample(NO_CONSTRAINTS)()
 
     def request_ids(self, output: SchedulerOutput) -> list[str]:
-        """The requests of a plan's rows, before or after it was executed."""
+        """Return the request of each row of a plan, whether or not the plan was executed."""
         names = {seq_id: one.spec.request_id for seq_id, one in self.known.items()}
         names |= {spec.seq_id: spec.request_id for spec in output.new_sequences}
         return [names[seq_id] for seq_id in output.seq_ids]
 
     def forward(self, output: SchedulerOutput) -> _Executed:
-        """As on a device, a step runs in the order of its launch, with the tables that it had then;
-        only its results may be asked for later."""
+        """Run a step at its launch, with the block tables of that moment, as a device does.
+
+        Only its results may be asked for later.
+        """
         sent = _decoder.decode(_encoder.encode(output))
         assert sent == output
         output = sent
@@ -170,7 +177,7 @@ class PagedFakeWorker:
         return ModelRunnerOutput(token_ids, top, {}, errors, {})
 
     def _values(self, sequence: KnownSequence, tokens: list[int]) -> list[int]:
-        """Tokens with the one that the last step sampled; a failed row's is 0."""
+        """Replace an unknown token by the one that the last step sampled; 0 for a failed row."""
         assert UNKNOWN_TOKEN not in tokens[:-1]
         if tokens != [UNKNOWN_TOKEN]:
             assert UNKNOWN_TOKEN not in tokens

@@ -26,7 +26,7 @@ def write_frame(stream: BinaryIO, message: Any) -> None:
 
 
 def read_frame(stream: BinaryIO, kind: Any) -> Any:
-    """The next message; None at the end of the stream."""
+    """Return the next message, or None at the end of the stream."""
     length = stream.read(4)
     if not length:
         return None

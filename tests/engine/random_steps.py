@@ -1,4 +1,4 @@
-"""Random steps as a scheduler could make them, with the ids that each must compute."""
+"""Random steps that a scheduler could plan, with the token ids that each must compute."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Step(NamedTuple):
     rows: list[Sequence]
     """The sequences of the plan's rows, as they are when it is made."""
     token_ids: list[list[int]]
-    """Each row's, with the values of unknown tokens."""
+    """The tokens of each row, with the values of unknown ones."""
     sampled: list[int]
     sampled_ids: torch.Tensor
-    """The sequences that the step samples, in any order, and their tokens; none of a failed row."""
+    """The sequences that the step samples, in any order, and their tokens, without failed rows."""
 
-    def give(self, batch: InputBatch) -> tuple[HostStep, DeviceStep] | None:
-        """Prepare it; None where it has no rows."""
+    def prepare_in(self, batch: InputBatch) -> tuple[HostStep, DeviceStep] | None:
+        """Apply and prepare the step; return None if it has no rows."""
         batch.apply(self.output)
         if not self.output.seq_ids:
             return None
@@ -71,8 +71,11 @@ def make_output(
 
 
 class RandomSteps:
-    """Arrivals, growth, forks, copies on write, releases and returns, with few rows to spare, some
-    of it one step ahead of the tokens. `seen` counts what happened."""
+    """Random arrivals, growth, forks, copies on write, releases and returns.
+
+    There are few rows to spare, and some steps run one step ahead of their tokens. `seen` counts
+    what happened.
+    """
 
     def __init__(self, seed: int, max_len: int, budget: int = BUDGET) -> None:
         self.seen: Counter[str] = Counter()
@@ -82,7 +85,7 @@ class RandomSteps:
         self._waiting: list[Sequence] = []
         self._known: set[int] = set()
         self._sampled: dict[Sequence, int] = {}
-        """What the unknown tokens are."""
+        """The values of the unknown tokens."""
 
     def __iter__(self) -> Iterator[Step]:
         while True:
@@ -187,7 +190,8 @@ class RandomSteps:
     def _advance(
         self, rows: list[tuple[Sequence, int]], samples: dict[Sequence, int], failed: set[Sequence]
     ) -> None:
-        """The last step's tokens arrive, this one's are on their way, or there as well."""
+        """Take the tokens of the last step; those of this one may be known as well or still on
+        their way."""
         for sequence, token_id in self._sampled.items():
             if sequence.token_ids[-1] == UNKNOWN_TOKEN:
                 sequence.token_ids[-1] = token_id

@@ -1,8 +1,8 @@
-"""Sequences to sample, and an oracle that draws them with transformers' logits processors."""
+"""Sequences to sample, and an oracle that draws from them with transformers' logits processors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections import abc
 from typing import Any
 
 import torch
@@ -26,17 +26,60 @@ from quire.engine.step import SequenceSpec
 
 CPU = torch.device("cpu")
 EOS = 2
+VOCAB = 97
+
+PARAMETERS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1e-8},
+    {},
+    {"temperature": 0.3},
+    {"temperature": 2.0},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": VOCAB},
+    {"top_k": 10**9},
+    {"top_p": 0.1},
+    {"top_p": 0.6},
+    {"top_p": 0.999},
+    {"min_p": 0.2},
+    {"min_p": 1.0},
+    {"top_k": 20, "top_p": 0.8, "min_p": 0.05, "temperature": 1.5},
+    {"top_p": 0.8, "min_p": 0.05, "temperature": 0.7},
+    {"repetition_penalty": 1.8},
+    {"repetition_penalty": 0.6, "temperature": 0.0},
+    {"presence_penalty": 2.0},
+    {"presence_penalty": -2.0, "temperature": 0.0},
+    {"frequency_penalty": 1.5},
+    {"frequency_penalty": -0.7, "temperature": 0.0},
+    {"presence_penalty": 0.5, "frequency_penalty": 0.4, "repetition_penalty": 1.2, "top_k": 9},
+    {"logit_bias": ((5, 3.0), (6, -100.0), (7, 1.5))},
+    {"logit_bias": ((11, 100.0),)},
+    {"allowed_token_ids": (4, 8, 15, 16, 23, 42)},
+    {"allowed_token_ids": (4, 8, 15), "top_k": 10},
+    {"allowed_token_ids": (4,), "top_p": 0.5},
+    {"min_tokens": 10, "temperature": 0.0},
+    {"min_tokens": 10, "top_p": 0.9},
+    {"bad_words": ((EOS,), (5, 7, EOS - 1)), "temperature": 0.0},
+    {"bad_words": ((EOS,), (7, 40), (5, 7, 41), (9, 5, 7, 42), (7, 7, 30, 5, 7, 43)), "top_k": 9},
+    {"bad_words": tuple((7, token) for token in range(90)), "min_tokens": 6},
+]
+"""Sampling parameters that use every filter, by itself and combined."""
+
+
+def rows(count: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
+    """Return random logits `[count, vocab]`."""
+    return torch.randn(count, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
 def make_sequence(
     *,
-    prompt: Rows[int] = (1, 2, 3),
-    output: Rows[int] = (),
+    prompt: abc.Sequence[int] = (1, 2, 3),
+    output: abc.Sequence[int] = (),
     own_seed: int = 0,
-    stop_ids: Rows[int] = (EOS,),
+    stop_ids: abc.Sequence[int] = (EOS,),
     **params: Any,
 ) -> SequenceSpec:
-    """Tests append to its `token_ids`, which stand for what is known on the device."""
+    """Make a sequence; tests append the tokens known on the device to its `token_ids`."""
     sampling_params = SamplingParams(**{"max_tokens": 64, **params})
     request = Request(
         request_id="r",
@@ -50,7 +93,7 @@ def make_sequence(
 
 
 def make_sampler(vocab_size: int) -> Sampler:
-    """Make a sampler as a worker on the CPU has it."""
+    """Make a sampler as a worker on the CPU does."""
     return Sampler(vocab_size, CPU, CpuDraws(vocab_size))
 
 
@@ -67,8 +110,10 @@ def sample(
 
 
 def softmax_after_filters(logits: torch.Tensor, sequence: SequenceSpec) -> torch.Tensor:
-    """Probabilities [V], float64, of a row [V] of the model's logits; one-hot where greedy, NaN
-    where nothing is left."""
+    """Return the probabilities [V], in float64, that the filters leave of a row [V] of logits.
+
+    They are one-hot for a greedy row, and NaN if no token is left.
+    """
     params = sequence.sampling_params
     prompt_length = sequence.num_prompt_tokens
     tokens = torch.tensor([sequence.token_ids])
@@ -106,7 +151,7 @@ def softmax_after_filters(logits: torch.Tensor, sequence: SequenceSpec) -> torch
 
 
 def expected_token(logits: torch.Tensor, sequence: SequenceSpec) -> int:
-    """The winner of the race among the oracle's probabilities."""
+    """Return the winner of the race among the oracle's probabilities."""
     probabilities = softmax_after_filters(logits, sequence)
     keys = stream_keys(torch.tensor([sequence.seed]), torch.tensor([len(sequence.token_ids)]))
     race = probabilities / exponential(keys, torch.arange(len(logits)))[0].double()

@@ -1,4 +1,4 @@
-"""Files that sentence-transformers adds to a model's folder."""
+"""Write the files that sentence-transformers adds to a model's folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLAGS = {
 
 
 def add_layout(folder: Path, mode: str, *, normalize: bool = True, newest: bool = False) -> None:
-    """`mode` is sentence-transformers' name; `newest` writes them as its release 5.4 does."""
+    """Add the layout with a pooling `mode` of theirs; `newest` writes it as release 5.4 does."""
     package = "sentence_transformers.models"
     if newest:
         package = "sentence_transformers.sentence_transformer.modules.any"
@@ -37,7 +37,7 @@ def add_layout(folder: Path, mode: str, *, normalize: bool = True, newest: bool 
 
 
 def edit_json(path: Path, **fields: Any) -> None:
-    """Set `fields` of a JSON file; it is made where there is none."""
+    """Set `fields` of a JSON file, which is created if it does not exist."""
     path.parent.mkdir(exist_ok=True)
     before = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**before, **fields}))

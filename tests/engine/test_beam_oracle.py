@@ -1,5 +1,8 @@
-"""Beam search against transformers' `generate`, in fp32: the same hypotheses, in the same order,
-with the same scores, whatever else runs and however often the beams are preempted."""
+"""Compare beam search with transformers' `generate`, in fp32.
+
+The hypotheses, their order and their scores are the same, whatever else runs and however often the
+beams are preempted.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,7 @@ def family(
 
 
 def found(engine: Engine, request: Request) -> list[Best]:
-    """The engine's hypotheses; scores from the log-probabilities that came along."""
+    """Return the engine's hypotheses, with scores from the log-probabilities it reported."""
     params = request.sampling_params
     best = []
     for choice in range(params.n):
@@ -128,7 +131,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_hypotheses_equal_generate(family: tuple[Path, Reference], mode: str) -> None:
-    """Eight searches beside eight ordinary requests, twice: the prefixes are warm then."""
+    """Eight searches run with eight ordinary requests; the second time, prefixes are cached."""
     folder, reference = family
     engine = Engine(folder, **MODES[mode])
     wanted = [

@@ -1,4 +1,4 @@
-"""The declarations of EngineConfig's flags, and EngineInfo made of what the worker reports."""
+"""Test the flags that EngineConfig declares, and the EngineInfo made from a worker's report."""
 
 from __future__ import annotations
 

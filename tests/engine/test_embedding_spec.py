@@ -1,4 +1,4 @@
-"""Which sizes an embedding may have."""
+"""Test which sizes an embedding may have."""
 
 from __future__ import annotations
 

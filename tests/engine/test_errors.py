@@ -1,4 +1,4 @@
-"""Errors as lines for a person."""
+"""Test how errors are shown in one line."""
 
 from __future__ import annotations
 

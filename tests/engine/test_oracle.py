@@ -1,5 +1,7 @@
-"""The whole engine against Hugging Face, in fp32, token for token: whatever was chunked,
-preempted, shared, forked or batched, the tokens are those of `generate`."""
+"""Compare the whole engine with Hugging Face, in fp32, token for token.
+
+Whatever is chunked, preempted, shared, forked or batched, the tokens are those of `generate`.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ from .harness import make_request
 
 
 class Engine:
-    """An EngineCore over a real model, and what it has put out."""
+    """An EngineCore over a real model, with all its outputs."""
 
     def __init__(self, folder: Path, backend: Backend | None = None, **config: Any) -> None:
         values: dict[str, Any] = {
@@ -73,7 +75,7 @@ class Engine:
 
 
 class Reference:
-    """The Hugging Face model, with its continuations remembered."""
+    """The Hugging Face model, which remembers its continuations."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -95,7 +97,10 @@ def family(
 
 
 def prompts(count: int, longest: int = 90) -> list[list[int]]:
-    """Half share a stem, cut anywhere; lengths cross the sliding window and block borders."""
+    """Make prompts of which half share a prefix, cut anywhere.
+
+    Their lengths cross the sliding window and block borders.
+    """
     rng = random.Random(7)
     stem = [rng.randrange(3, models.VOCAB_SIZE) for _ in range(longest)]
     made = []
@@ -119,7 +124,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_greedy_tokens_equal_generate(family: tuple[Path, Reference], mode: str) -> None:
-    """32 mixed requests at once, then the same again with every prefix warm."""
+    """32 mixed requests run at once, then the same ones again with every prefix cached."""
     folder, reference = family
     engine = Engine(folder, **MODES[mode])
     wanted = [(prompt, 6 + i % 20) for i, prompt in enumerate(prompts(32))]
@@ -133,10 +138,10 @@ def test_greedy_tokens_equal_generate(family: tuple[Path, Reference], mode: str)
     assert (stats.prefix_hits > 0) == engine.config.enable_prefix_caching
 
 
-def test_graphs_of_decodes_ahead_of_their_results(
+def test_decode_graphs_one_step_ahead_equal_generate(
     family: tuple[Path, Reference],
 ) -> None:
-    """What the last step sampled is fed back into static inputs, on the device."""
+    """The token sampled by the last step is fed back into static inputs, on the device."""
     folder, reference = family
     backend = CudaOnCpuBackend(sizes=graph_sizes(11))
     engine = Engine(folder, backend, async_scheduling=True, max_num_seqs=11)
@@ -160,7 +165,7 @@ def test_greedy_forks_equal_generate(family: tuple[Path, Reference]) -> None:
     assert engine.core.stats().blocks_copied > 0
 
 
-def test_decodes_that_read_their_prefix_once_equal_generate(
+def test_reading_a_shared_prefix_once_equals_generate(
     family: tuple[Path, Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, reference = family
@@ -188,7 +193,7 @@ def test_decodes_that_read_their_prefix_once_equal_generate(
 
 
 def test_logprobs_equal_the_reference(family: tuple[Path, Reference]) -> None:
-    """Of chosen tokens and of the prompt, in chunks and behind cached prefixes."""
+    """This covers chosen tokens and the prompt, in chunks and after cached prefixes."""
     folder, reference = family
     engine = Engine(folder, max_num_batched_tokens=16)
     prompt = prompts(4)[3]
@@ -272,36 +277,36 @@ AHEAD: list[dict[str, Any]] = [
     {"bad_words": tuple((token,) for token in range(3, 40)), "repetition_penalty": 1.2},
     {"bad_words": tuple((a, b) for a in range(3, 19) for b in range(3, 19))},
 ]
-"""Kinds of requests whose next step can be launched before the last one's results are known …"""
+"""Kinds of requests whose next step can be launched before the last one's results are known."""
 WAITING: list[dict[str, Any]] = [
     {"beam_width": 3, "n": 2, "logprobs": 1},
 ]
-"""… and those whose tokens the host needs before."""
+"""Kinds of requests whose tokens the host needs before their next step."""
 
 
 def summary(engine: Engine, request: Request) -> list[Any]:
-    """All that a client is told, but for times and how its outputs were cut into steps."""
-    told: list[Any] = []
+    """Return all that a client receives, except times and how outputs were split into steps."""
+    received: list[Any] = []
     for choice in range(request.sampling_params.n):
         outputs = engine.outputs[request.request_id, choice]
         final = outputs[-1]
-        told += [engine.tokens(request, choice), final.finish_reason, final.stop_reason]
+        received += [engine.tokens(request, choice), final.finish_reason, final.stop_reason]
         for entries in (
             (o.logprobs or [] for o in outputs),
             (o.prompt_logprobs or [] for o in outputs),
         ):
             for entry in (entry for group in entries for entry in group if entry is not None):
-                told += [entry.token_id, entry.rank, entry.top_token_ids]
-                told += [pytest.approx(value, abs=1e-4) for value in entry.top_logprobs]
-    return told
+                received += [entry.token_id, entry.rank, entry.top_token_ids]
+                received += [pytest.approx(value, abs=1e-4) for value in entry.top_logprobs]
+    return received
 
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("kinds", [AHEAD, AHEAD + WAITING], ids=["ahead", "waiting-too"])
-def test_every_kind_of_request_is_the_same_one_step_ahead(
+def test_every_kind_of_request_gives_the_same_one_step_ahead(
     llama: Path, kinds: list[dict[str, Any]], graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunked, preempted and in company, against each alone and one step at a time."""
+    """Requests run chunked, preempted and together equal those run one by one without it."""
     fed_back = 0
     forward = Worker.forward
 
@@ -333,7 +338,7 @@ def test_every_kind_of_request_is_the_same_one_step_ahead(
     assert backend is None or backend.reruns.num_replays > 10
 
 
-def test_weights_of_eight_bits_are_those_of_a_model_that_is_rounded(llama: Path) -> None:
+def test_int8_weights_equal_a_model_with_rounded_weights(llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     with torch.no_grad():
         for module in model.modules():

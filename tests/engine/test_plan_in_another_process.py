@@ -21,7 +21,7 @@ from quire.engine.step import ModelRunnerOutput, SamplingConstraints, SchedulerO
 from quire.engine.worker_protocol import Forward, Results
 
 from . import plan_child
-from .grammar.test_masks import TOKENIZER, VOCAB_SIZE
+from .grammar.constrained import TOKENIZER, VOCAB_SIZE
 from .harness import make_request
 from .models import COMMON, build_model
 from .plan_child import read_frame, write_frame

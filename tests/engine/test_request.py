@@ -1,4 +1,4 @@
-"""Requests that a model can never serve."""
+"""Test requests that a model can never serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drives a worker without a scheduler: own block tables, chunked prefill under a token budget."""
+"""Drive a worker without a scheduler: own block tables, chunked prefill in a token budget."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import time
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from quire.engine.config import EngineConfig
 from quire.engine.devices.backend import Backend
@@ -43,9 +45,15 @@ def make_config(folder: Path, **overrides: Any) -> EngineConfig:
 
 
 def load(folder: Path, **overrides: Any) -> CausalLM:
-    """The model in `folder`, as a worker loads it."""
+    """Return the model in `folder` as a worker loads it."""
     config = make_config(folder, **overrides)
     return load_model(config, choose_backend(config))
+
+
+def make_prompts(lengths: list[int]) -> list[list[int]]:
+    """Return random prompts of these lengths, the same ones each time."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in lengths]
 
 
 def make_sequence(prompt: list[int], max_tokens: int, **params: Any) -> Sequence:
@@ -61,7 +69,10 @@ def make_sequence(prompt: list[int], max_tokens: int, **params: Any) -> Sequence
 
 
 class Driver:
-    """Runs sequences to their ends, first come first served, `budget` tokens a step."""
+    """A driver that runs sequences to their ends, first come first served.
+
+    A step has at most `budget` tokens.
+    """
 
     def __init__(self, worker: Worker, config: EngineConfig, num_blocks: int) -> None:
         self.worker = worker
@@ -86,7 +97,7 @@ class Driver:
         return cls(worker, config, worker.profile())
 
     def run(self, sequences: list[Sequence]) -> list[list[int]]:
-        """Each sequence's output tokens."""
+        """Run the sequences to their ends and return the output tokens of each."""
         running = list(sequences)
         while running:
             output, result = self.step(running)
@@ -167,7 +178,7 @@ class Driver:
         return output
 
     def release(self, sequence: Sequence) -> None:
-        """Free its blocks and its row, as at an end or a preemption."""
+        """Free the sequence's blocks and its row, as at its end or a preemption."""
         self.free_blocks.extend(sequence.block_table)
         sequence.block_table.clear()
         sequence.num_computed_tokens = 0

@@ -1,7 +1,7 @@
 """Compile a launcher's kernels for a GPU that is not present, and read the result.
 
 The launcher runs on CPU tensors with `JITFunction.run` replaced, so exactly what it would launch is
-compiled: with its constants, alignments and options.
+compiled, with its constants, alignments and options.
 """
 
 import re
@@ -36,7 +36,7 @@ class Compiled(NamedTuple):
 
 
 def _canonical(value: object) -> str:
-    """Return Triton's name of a kernel argument's type."""
+    """Return Triton's name for the type of a kernel argument."""
     import torch
 
     if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Random steps as arguments of `prepare_inputs`; all that it must write is filled with −7."""
+"""Random steps as arguments of `prepare_inputs`, with all its outputs filled with −7 beforehand."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -41,8 +41,8 @@ def packed_step(
     """Make a random step whose row i has lengths[i] new tokens after starts[i] old ones.
 
     Rows with one new token come first. A share `changed` of the rows has table columns that the
-    device does not know. Of the tokens that may be unknown to the host half are, and half of the
-    rows sample.
+    device does not know. Half of the tokens that may be unknown to the host are unknown, and half
+    of the rows sample.
     """
     generator = torch.Generator().manual_seed(seed)
 

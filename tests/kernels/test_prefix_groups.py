@@ -13,7 +13,7 @@ BLOCK = 16
 
 
 def tables(*shares: tuple[int, int], width: int = 400) -> list[list[int]]:
-    """Make `count` tables that share exactly their first `blocks`, for each (count, blocks)."""
+    """For each (count, blocks), make `count` tables that share exactly the first `blocks`."""
     fresh = iter(range(10**7))
     found = []
     for count, blocks in shares:
@@ -27,14 +27,17 @@ def find(block_tables: list[list[int]], length: int = 6000, **options: int) -> l
     return find_prefix_groups(block_tables, lens, BLOCK, LLAMA_8B, **options)
 
 
-def test_64_sequences_behind_4096_tokens() -> None:
+def test_64_sequences_that_share_4096_tokens() -> None:
     groups = find(tables((64, 256)))
     assert groups == [PrefixGroup(tuple(range(64)), 4096)]
 
 
-def test_the_saving_is_what_is_read_less() -> None:
-    """64 × 4096 tokens of 4 KiB are 1.07 GB. When shared, two row tiles read the prefix, and the
-    results of 16 splits are written and read."""
+def test_the_saving_is_the_traffic_avoided() -> None:
+    """64 × 4096 tokens of 4 KiB are 1.07 GB.
+
+    If they are shared, two row tiles read the prefix, and the results of 16 splits are written and
+    read.
+    """
     assert LLAMA_8B.num_tiles(64) == 2 and LLAMA_8B.num_splits(2, 4096) == 16
     partials = 2 * 64 * 16 * 32 * 129 * 4
     compute = 4 * 256 * 8 * 128 * 4096 * 4.3 / 330
@@ -55,22 +58,22 @@ def test_float8_saves_half_as_much() -> None:
 @pytest.mark.parametrize(
     "shares,length", [((64, 31), 6000), ((3, 256), 6000), ((64, 256), 513), ((0, 0), 1)]
 )
-def test_short_or_few_or_young_prefixes_are_left_alone(
+def test_short_rare_or_too_recent_prefixes_are_not_shared(
     shares: tuple[int, int], length: int
 ) -> None:
-    """No group has under 512 tokens or 4 members, or includes a newest token."""
+    """No group has fewer than 512 tokens or 4 members, or includes a newest token."""
     found = find(tables(shares), length)
     assert found == ([PrefixGroup(tuple(range(64)), 512)] if length == 513 else [])
     assert length != 513 or find(tables(shares), 512) == []
 
 
-def test_arrays_are_tables_too() -> None:
+def test_block_tables_may_be_arrays() -> None:
     block_tables = tables((8, 100), (5, 60), (3, 400))
     found = find(np.array(block_tables, dtype=np.int32))  # type: ignore[arg-type]
     assert found == find(block_tables) and len(found) == 2
 
 
-def test_a_saving_below_a_launch_is_none() -> None:
+def test_a_saving_smaller_than_a_launch_is_ignored() -> None:
     block_tables = tables((4, 32), (4, 32), (4, 32))
     saved = LLAMA_8B.saved_bytes(4, 512)
     assert 2 * saved < LAUNCH_BYTES < 3 * saved
@@ -78,9 +81,12 @@ def test_a_saving_below_a_launch_is_none() -> None:
     assert len(find(block_tables)) == 3, "together they pay for it"
 
 
-def test_where_nothing_is_saved_there_is_no_group() -> None:
-    """If a tile holds only one member, sharing reads the prefix as often as before and adds the
-    partial results; if it holds none, there is no tile to share."""
+def test_no_group_is_formed_if_nothing_is_saved() -> None:
+    """A tile with only one member reads the prefix as often as without sharing.
+
+    Its partial results come on top. If a tile cannot hold even one member, there is no tile to
+    share.
+    """
     costly = CascadeCost(num_heads=128, num_kv_heads=1, head_dim=64, block_m=128)
     assert costly.saved_bytes(4, 512) < 0
     assert find_prefix_groups(tables((4, 32)), [6000] * 4, BLOCK, costly) == []
@@ -88,8 +94,8 @@ def test_where_nothing_is_saved_there_is_no_group() -> None:
     assert find_prefix_groups(tables((64, 256)), [6000] * 64, BLOCK, too_wide) == []
 
 
-def test_the_deeper_of_two_nested_groups_where_it_saves_more() -> None:
-    """All tables share 40 blocks and half of them 250: the group of half saves more."""
+def test_the_deeper_of_two_nested_groups_is_chosen_if_it_saves_more() -> None:
+    """All tables share 40 blocks and half of them share 250: the group of that half saves more."""
     block_tables = tables((64, 40))
     deep = list(range(10**7, 10**7 + 210))
     for table in block_tables[:32]:

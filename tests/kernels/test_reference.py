@@ -16,7 +16,7 @@ F64 = torch.float64
 
 @pytest.mark.parametrize("query_len,length", [(7, 7), (1, 30), (12, 45)])
 @pytest.mark.parametrize("window", [None, 1, 9])
-def test_attention_equals_torchs(query_len: int, length: int, window: int | None) -> None:
+def test_attention_equals_that_of_torch(query_len: int, length: int, window: int | None) -> None:
     inputs = paged_inputs(
         [2, query_len], [2, length], num_heads=6, num_kv_heads=2, head_dim=16, block_size=16,
         dtype=F64,
@@ -78,7 +78,7 @@ def test_write_then_gather_gives_the_tokens_back() -> None:
     torch.testing.assert_close(caches, before, equal_nan=True)
 
 
-def test_norms_and_activation_equal_torchs() -> None:
+def test_norms_and_activation_equal_those_of_torch() -> None:
     x, weight = torch.randn(5, 32, dtype=F64), torch.randn(32, dtype=F64)
     expected = torch.nn.functional.rms_norm(x, (32,), weight, eps=1e-5)
     torch.testing.assert_close(reference.rms_norm(x, weight, eps=1e-5), expected)

@@ -1,4 +1,4 @@
-"""Each device's attention against the kernels' plain reference."""
+"""Compare each device's attention with the plain reference of the kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADS, KV_HEADS = 6, 2
 
 
 class Batch:
-    """Random sequences over shuffled blocks. Tokens before this step's are already cached."""
+    """Random sequences over shuffled blocks, whose tokens before this step are already cached."""
 
     def __init__(
         self, query_lens: list[int], seq_lens: list[int], block_size: int, head_dim: int
@@ -98,7 +98,7 @@ BATCHES = {
 
 
 def attend(batch: Batch, metadata: AttentionMetadata, **options: Any) -> torch.Tensor:
-    """Attend as a layer does, through the metadata's plan."""
+    """Attend through the metadata's plan, as a layer does."""
     return metadata.plan.attend(
         batch.query,
         batch.key,
@@ -111,7 +111,7 @@ def attend(batch: Batch, metadata: AttentionMetadata, **options: Any) -> torch.T
 
 
 def transpose_keys(caches: torch.Tensor) -> None:
-    """Store keys as the CPU does, in place. `[2, blocks, kv_heads, block_size, head_dim]`."""
+    """Store keys in place as the CPU does: `[2, blocks, kv_heads, block_size, head_dim]`."""
     shape = caches.shape[1:]
     caches[0] = caches[0].transpose(-1, -2).clone().reshape(shape)
 
@@ -183,7 +183,7 @@ def test_tiles_cover_every_query_once_and_the_longest_come_first() -> None:
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize(("block_size", "head_dim"), [(16, 64), (64, 16), (128, 128)])
 @pytest.mark.parametrize("prefill", [(), (40,)])
-def test_decodes_that_read_a_prefix_once_give_the_same_bits(
+def test_reading_a_shared_prefix_once_changes_no_bit(
     block_size: int,
     head_dim: int,
     prefill: tuple[int, ...],
@@ -212,7 +212,7 @@ def test_decodes_that_read_a_prefix_once_give_the_same_bits(
     torch.testing.assert_close(outputs[0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_row_that_pads_the_batch_writes_and_attends_to_nothing() -> None:
+def test_a_padding_row_writes_nothing_and_attends_to_nothing() -> None:
     batch = Batch([1, 1], [40, 5], 16, 16)
     batch.seq_lens[1], batch.slot_mapping[1] = 0, -1
     metadata = batch.metadata()
@@ -224,7 +224,7 @@ def test_a_row_that_pads_the_batch_writes_and_attends_to_nothing() -> None:
 
 
 @pytest.mark.parametrize("head_dim", [16, 64])
-def test_what_lies_beyond_a_sequence_is_not_read_and_a_nan_within_it_shows(head_dim: int) -> None:
+def test_slots_past_the_end_are_not_read_and_a_nan_within_propagates(head_dim: int) -> None:
     batch = Batch([1, 1, 3], [40, 5, 20], 16, head_dim)
     options: dict[str, Any] = {"scale": 0.3, "window": None, "softcap": None, "sinks": None}
     expected, _ = batch.expected(**options)
@@ -245,7 +245,7 @@ def test_what_lies_beyond_a_sequence_is_not_read_and_a_nan_within_it_shows(head_
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("batch_name", sorted(BATCHES))
-def test_sixteen_bits_give_the_same_within_their_rounding(
+def test_sixteen_bit_types_agree_within_their_rounding(
     batch_name: str, window: int | None, dtype: torch.dtype
 ) -> None:
     batch = Batch(*BATCHES[batch_name], 16, 64)
@@ -264,7 +264,7 @@ def test_sixteen_bits_give_the_same_within_their_rounding(
     torch.testing.assert_close(output.float(), expected, atol=1e-2, rtol=1e-2)
 
 
-def test_transformers_builds_no_mask_for_it() -> None:
+def test_transformers_builds_no_attention_mask() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     attention.register_attention()

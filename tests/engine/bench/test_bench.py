@@ -1,4 +1,4 @@
-"""The engine's own benchmark, on a tiny model: every token counted, every mistake told."""
+"""Test the engine's own benchmark on a tiny model: it counts every token and reports mistakes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +32,14 @@ sys.argv = ["bench", *sys.argv[1:]]
 runpy.run_module("quire.engine.bench", run_name="__main__")
 """
 
+pytestmark = pytest.mark.usefixtures("same_number_of_threads")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     save_model("llama", folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def make_core(model: Path) -> EngineCore:
@@ -69,7 +63,7 @@ def test_lengths_are_uniform_and_decided_by_the_seed() -> None:
     assert min(uniform_lengths(50, 1, 1, 0.9, 3)) == (1, 1)
 
 
-def test_a_workload_asks_the_same_every_time_and_ends_by_length(model: Path) -> None:
+def test_a_workload_repeats_exactly_and_ends_by_length(model: Path) -> None:
     core = make_core(model)
     workload = Workload(((20, 4), (33, 6)), n=2, temperature=1.0, seed=5)
     first, second = workload.requests(128), workload.requests(128)
@@ -85,7 +79,7 @@ def test_a_workload_asks_the_same_every_time_and_ends_by_length(model: Path) -> 
     assert 0 < result.peak_kv_usage <= 1
 
 
-def test_a_repeated_workload_shows_its_prefix_hits_until_they_are_forgotten(model: Path) -> None:
+def test_a_repeated_workload_has_prefix_hits_until_the_cache_is_reset(model: Path) -> None:
     core = make_core(model)
     workload = Workload(((40, 2),), n=1, temperature=0.0, seed=5)
     run_workload(core, workload)
@@ -129,7 +123,9 @@ def test_latency_is_the_median_of_its_repetitions(
     assert "of 3 repetitions" in capsys.readouterr().out
 
 
-def test_mistakes_end_with_one_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_end_with_a_one_line_error(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = ["throughput", "--model", str(model), *ENGINE]
     assert main([*common, "--input-len", "1000"]) == 1
     assert "exceed the context" in capsys.readouterr().err
@@ -146,7 +142,7 @@ def test_values_out_of_bounds_are_refused(flags: str, model: Path) -> None:
     assert caught.value.code == 2
 
 
-def test_it_runs_where_http_and_messaging_are_absent(model: Path) -> None:
+def test_it_runs_without_http_and_messaging_packages(model: Path) -> None:
     flags = [
         "--num-prompts",
         "2",

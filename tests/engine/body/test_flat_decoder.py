@@ -1,4 +1,4 @@
-"""The flat body: which families have one, and that it is used only if it gives the same."""
+"""Test which families have a flat body, and that it is used only if it gives the same results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAT = {"llama", "mistral", "qwen2", "qwen3"}
 
 
 def is_flat(model: CausalLM) -> bool:
-    """Whether its body was flattened: on the CPU, a flat body is compiled."""
+    """Return whether the model's body was flattened; on the CPU, a flat body is compiled."""
     return isinstance(model._body, CpuDecoder)
 
 
@@ -33,14 +33,14 @@ def test_which_families_are_flat(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FLAT))
-def test_the_rounding_of_bfloat16_is_no_difference(family: str, tmp_path: Path) -> None:
+def test_rounding_to_bfloat16_does_not_prevent_flattening(family: str, tmp_path: Path) -> None:
     save_model(family, tmp_path)
     model = load(tmp_path, dtype="bfloat16")
     assert is_flat(model) and model.dtype == torch.bfloat16
 
 
-def test_nor_is_it_over_eighty_layers(tmp_path: Path) -> None:
-    """Eighty layers add up to a difference of 5%."""
+def test_rounding_over_eighty_layers_does_not_prevent_flattening(tmp_path: Path) -> None:
+    """Rounding over eighty layers adds up to a difference of 5%, which is still accepted."""
     sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 80}
     sizes |= {"num_attention_heads": 8}
     config = LlamaConfig(**COMMON | sizes | {"initializer_range": 0.1})
@@ -48,7 +48,7 @@ def test_nor_is_it_over_eighty_layers(tmp_path: Path) -> None:
     assert is_flat(load(tmp_path, dtype="bfloat16", load_format="dummy", seed=0))
 
 
-def test_other_norms_are_noticed(
+def test_a_model_with_other_norms_is_not_flattened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A model with Llama's modules that computes something else keeps its own forward."""
@@ -62,7 +62,7 @@ def test_other_norms_are_noticed(
     check_not_flat(tmp_path, reference, caplog, "differs by 0.0")
 
 
-def test_other_residuals_are_noticed(
+def test_a_model_with_other_residuals_is_not_flattened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     reference = save_model("llama", tmp_path)
@@ -85,7 +85,9 @@ def check_not_flat(
     assert driver.run([make_sequence(prompt, 8)]) == [generate(reference, prompt, 8)]
 
 
-def test_a_module_more_is_another_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_an_extra_module_is_not_flattened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_model("llama", tmp_path)
     original = LlamaDecoderLayer.__init__
 

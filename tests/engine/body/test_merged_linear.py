@@ -1,4 +1,4 @@
-"""Merged projections: which are found, which are left as they are, and their results."""
+"""Test which projections are merged, which are left alone, and that the results are the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 8
 
 
 class Projections(nn.Module):
-    """Four linear layers, called as `call` says."""
+    """Four linear layers that `call` applies to the input."""
 
     def __init__(self, call: Callable[[Projections, torch.Tensor], list[torch.Tensor]]) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ CALLS: dict[str, tuple[Callable[[Projections, torch.Tensor], list[torch.Tensor]]
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_only_layers_of_one_input_are_merged(name: str) -> None:
+def test_only_layers_with_the_same_input_are_merged(name: str) -> None:
     call, merged = CALLS[name]
     module, expected = Projections(call), Projections(call)
     probe = torch.randn(3, SIZE)
@@ -71,7 +71,7 @@ def test_only_layers_of_one_input_are_merged(name: str) -> None:
         torch.testing.assert_close(got.bias, want.bias)
 
 
-def test_a_column_asked_out_of_turn_is_still_right() -> None:
+def test_a_column_called_out_of_order_is_still_correct() -> None:
     module = Projections(lambda m, x: [m.a(x), m.b(x)])
     probe = torch.randn(3, SIZE)
     plain = Projections(module.call)
@@ -84,7 +84,7 @@ def test_a_column_asked_out_of_turn_is_still_right() -> None:
         torch.testing.assert_close(got, want)
 
 
-def test_nothing_is_held_between_steps() -> None:
+def test_no_tensor_is_kept_between_steps() -> None:
     module = Projections(lambda m, x: [m.a(x), m.b(x), m.c(x)])
     merge_siblings(module, lambda: module(torch.randn(3, SIZE)))
     merged = next(m for m in module.modules() if isinstance(m, MergedLinear))
@@ -93,7 +93,7 @@ def test_nothing_is_held_between_steps() -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_what_is_merged_in_each_family(
+def test_each_family_merges_the_expected_projections(
     family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_model(family, tmp_path)

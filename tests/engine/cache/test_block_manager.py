@@ -1,4 +1,4 @@
-"""The block manager: what is found, what is copied, and what it costs."""
+"""Test the block manager: what it finds, what it copies, and how many blocks that takes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_sharing_is_exact_to_the_token() -> None:
         assert run_pair(first, second, block_size=64) == shared
 
 
-def test_a_running_sequence_is_shared_too_with_its_growing_tail() -> None:
+def test_a_running_sequence_is_shared_including_its_growing_tail() -> None:
     harness = Harness()
     harness.add(list(range(40)), max_tokens=30)
     for _ in range(5):
@@ -72,7 +72,7 @@ def test_requests_with_different_salts_share_nothing() -> None:
     assert cached == [0, 0, 0, 49, 49]
 
 
-def test_caching_off_shares_nothing() -> None:
+def test_nothing_is_shared_without_prefix_caching() -> None:
     prompt = list(range(50))
     assert run_pair(prompt, prompt, prefix_caching=False) == 0
 

@@ -1,5 +1,7 @@
-"""Thousands of seeded requests of every kind through a small pool: nothing lost, nothing leaked,
-and every token as if its request had run alone."""
+"""Run thousands of seeded requests of every kind through a small pool.
+
+No request is lost, no block leaks, and every token is the one that its request gets by itself.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ STEM = [random.Random(5).randrange(50, 5000) for _ in range(120)]
 
 
 def random_prompt(rng: random.Random) -> list[int]:
-    """Half of the prompts start like others, cut anywhere."""
+    """Return a random prompt; half of them start with a prefix of another, of any length."""
     shared = STEM[: rng.randrange(len(STEM))] if rng.random() < 0.5 else []
     return shared + [rng.randrange(50, 60) for _ in range(rng.randrange(1, 30))]
 

@@ -1,4 +1,4 @@
-"""The CUDA backend on the CPU: plain references, or Triton's interpreter, in place of a GPU."""
+"""The CUDA backend on the CPU, with plain references or Triton's interpreter instead of a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quire.kernels.prefix_groups import find_prefix_groups
 
 
 def _no_schedule(*_: Any, **__: Any) -> None:
-    """Stand in for build_decode_schedule: the reference of decoding reads no schedule."""
+    """Stand in for build_decode_schedule, because the reference of decode reads no schedule."""
 
 
 REFERENCES = Kernels(
@@ -29,7 +29,7 @@ REFERENCES = Kernels(
 
 
 class RerunCapture:
-    """A capture without CUDA: a replay runs the same again, over the same static tensors."""
+    """A capture without CUDA: a replay runs the same code again over the same static tensors."""
 
     def __init__(self) -> None:
         self.num_replays = 0
@@ -43,8 +43,11 @@ class RerunCapture:
 
 
 class CudaOnCpuBackend(CudaBackend):
-    """A third device. It captures no graphs unless it is given their sizes, and leaves the size of
-    the cache to `config.num_blocks`. `reruns` counts the replays of its graphs."""
+    """A third device, which runs the CUDA backend on the CPU.
+
+    It captures no graphs unless it is given their sizes, and takes the size of the cache from
+    `config.num_blocks`. `reruns` counts the replays of its graphs.
+    """
 
     def __init__(
         self,
@@ -79,5 +82,5 @@ class CudaOnCpuBackend(CudaBackend):
 
 
 def interpreted(**options: Any) -> CudaOnCpuBackend:
-    """Return a backend with the Triton kernels, which only Triton's interpreter runs here."""
+    """Return a backend with the Triton kernels, which run here only under Triton's interpreter."""
     return CudaOnCpuBackend(TRITON, **options)

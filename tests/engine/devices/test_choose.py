@@ -1,4 +1,4 @@
-"""One place chooses the device, and nothing else asks for it."""
+"""Test that one place chooses the device and nothing else checks which one it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..worker_driver import make_config
 ENGINE = Path(__file__).parents[3] / "engine"
 
 
-def test_the_cpu_is_chosen_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_is_chosen_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("auto", "cpu"):
         assert isinstance(choose_backend(make_config(Path("none"), device=device)), CpuBackend)
@@ -27,7 +27,7 @@ def test_the_cpu_is_chosen_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch
         choose_backend(make_config(Path("none"), device="cuda"))
 
 
-def test_cuda_is_chosen_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_is_chosen_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device in ("auto", "cuda"):
         backend = choose_backend(make_config(Path("none"), device=device))
@@ -49,7 +49,7 @@ def test_only_the_chosen_device_is_imported() -> None:
     assert done.stdout.split() == ["False", "True"]
 
 
-def test_no_other_room_asks_for_the_type_of_a_device() -> None:
+def test_no_other_room_checks_the_type_of_a_device() -> None:
     devices = ENGINE / "devices"
     paths = [path for path in ENGINE.rglob("*.py") if devices not in path.parents]
     assert len(paths) > 50

@@ -1,4 +1,4 @@
-"""How large the KV cache may be in main memory."""
+"""Test the size that the KV cache may have in main memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def wanted(max_model_len: int = 1024, **config: Any) -> int:
     return cache_memory(make_config(Path("none"), num_blocks=None, **config), BLOCK, max_model_len)
 
 
-def test_the_default_is_for_typical_sequences_within_a_share(
+def test_the_default_fits_typical_sequences_within_a_share_of_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu_memory, "available_memory", lambda: 10**12)
@@ -33,7 +33,7 @@ def test_the_default_is_for_typical_sequences_within_a_share(
     assert wanted(max_num_seqs=8) == 8 * 1024 // 16 * BLOCK
 
 
-def test_more_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_the_available_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_memory, "available_memory", lambda: 1_000_000)
     assert wanted(kv_cache_memory_bytes=12345) == 12345
     assert wanted(kv_cache_memory_bytes=1_000_000) == 1_000_000
@@ -42,7 +42,7 @@ def test_more_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs Linux's count of memory")
-def test_available_memory_is_no_more_than_the_system_s() -> None:
+def test_available_memory_is_at_most_that_of_the_system() -> None:
     lines = Path("/proc/meminfo").read_text().splitlines()
     total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
     available = available_memory()

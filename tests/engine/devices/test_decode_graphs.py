@@ -1,4 +1,4 @@
-"""Graphs of decode steps without CUDA: padding, static inputs, stale rows, the choice of a size."""
+"""Test decode graphs without CUDA: padding, static inputs, stale rows and the choice of a size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from quire.engine.devices.steps import GraphKey
 from quire.engine.errors import ConfigurationError
 
 from ..models import FAMILIES, generate, logprobs, save_model
-from ..worker_driver import Driver, make_config, make_sequence
+from ..worker_driver import Driver, make_config, make_prompts, make_sequence
 from .cuda_on_cpu import CudaOnCpuBackend
 
 SIZES = [1, 2, 4, 8]
@@ -45,11 +45,6 @@ def start(folder: Path, backend: CudaOnCpuBackend, **config: Any) -> Driver:
     return driver
 
 
-def make_prompts(lengths: list[int]) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in lengths]
-
-
 def test_the_ladder_ends_with_the_largest_step() -> None:
     assert graph_sizes(1) == [1]
     assert graph_sizes(3) == [1, 2, 3]
@@ -62,7 +57,7 @@ def test_the_ladder_ends_with_the_largest_step() -> None:
 def test_replayed_steps_give_the_reference_tokens(
     family: tuple[Path, PreTrainedModel],
 ) -> None:
-    """Rows end one by one, so that every size is used, with stale rows beyond it."""
+    """Rows finish one by one, so every size is used, with stale rows past the live ones."""
     folder, model = family
     backend = CudaOnCpuBackend(sizes=SIZES)
     driver = start(folder, backend)
@@ -74,13 +69,13 @@ def test_replayed_steps_give_the_reference_tokens(
     for prompt, length, output in zip(prompts, lengths, outputs, strict=True):
         assert output == generate(model, prompt, length)
     assert 10 < backend.reruns.num_replays < driver.steps
-    assert driver.worker._runner._kv_cache[:, :, 0].count_nonzero() == 0  # nothing strays there
+    assert driver.worker._runner._kv_cache[:, :, 0].count_nonzero() == 0  # block 0 stays unused
 
 
 def test_a_replayed_row_need_not_sample(
     llama: tuple[Path, PreTrainedModel],
 ) -> None:
-    """A prompt advances by single tokens beside decoding rows, with log-probabilities."""
+    """A prompt advances by single tokens next to decoding rows, with log-probabilities."""
     folder, model = llama
     backend = CudaOnCpuBackend(sizes=SIZES)
     driver = start(folder, backend, max_num_batched_tokens=3)
@@ -96,7 +91,7 @@ def test_a_replayed_row_need_not_sample(
         assert [entry.logprob for entry in got] == pytest.approx(want, abs=1e-4)
 
 
-def test_more_rows_than_the_largest_graph_run_without(
+def test_more_rows_than_the_largest_graph_run_without_graphs(
     llama: tuple[Path, PreTrainedModel],
 ) -> None:
     folder, model = llama
@@ -108,7 +103,7 @@ def test_more_rows_than_the_largest_graph_run_without(
     assert backend.reruns.num_replays == 0
 
 
-def test_shared_prefixes_have_graphs_of_their_own_from_four_rows_on(
+def test_shared_prefixes_have_their_own_graphs_from_four_rows_on(
     llama: tuple[Path, PreTrainedModel],
 ) -> None:
     runner = start(llama[0], CudaOnCpuBackend(sizes=SIZES)).worker._runner
@@ -125,7 +120,7 @@ def test_cascades_can_be_disabled(llama: tuple[Path, PreTrainedModel], disabled:
     assert (planner.shared_prefixes is None) == disabled
 
 
-def test_a_model_that_waits_for_the_device_runs_without(
+def test_a_model_that_waits_for_the_device_runs_without_graphs(
     llama: tuple[Path, PreTrainedModel], caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(_: Run) -> Run:
@@ -138,7 +133,7 @@ def test_a_model_that_waits_for_the_device_runs_without(
     assert driver.run([make_sequence(prompt, 5)]) == [generate(model, prompt, 5)]
 
 
-def test_a_capture_that_breaks_stops_the_start(llama: tuple[Path, PreTrainedModel]) -> None:
+def test_a_failed_capture_stops_the_start(llama: tuple[Path, PreTrainedModel]) -> None:
     def fail(_: Run) -> Run:
         raise RuntimeError("CUDA error:\nout of resources")
 
@@ -147,7 +142,7 @@ def test_a_capture_that_breaks_stops_the_start(llama: tuple[Path, PreTrainedMode
 
 
 class FakeCuda:
-    """Records the calls of a capture to torch.cuda. With `syncs`, a run waits for the device."""
+    """Record the calls of a capture to torch.cuda; with `syncs`, a run waits for the device."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
@@ -171,10 +166,10 @@ class FakeCuda:
             raise RuntimeError("called a synchronizing CUDA operation")
 
 
-def test_a_capture_warms_up_then_looks_for_waits_then_records(
+def test_a_capture_warms_up_then_checks_for_waits_then_records(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It does all of this on one stream, because cuBLAS keeps a workspace for each."""
+    """All of this happens on one stream, because cuBLAS keeps a workspace for each stream."""
     cuda = FakeCuda(monkeypatch)
     capture = CudaCapture(torch.device("cuda"))
     one = ["stream", "run default", "run error", "graph", "run default"]

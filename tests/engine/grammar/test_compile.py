@@ -1,4 +1,4 @@
-"""Grammars that do not compile, and tokenizers that cannot be constrained."""
+"""Test grammars that do not compile, and tokenizers that cannot be constrained."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_grammar_that_does_not_compile_says_why(spec: GrammarSpec, reason: str
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_without_bytes_for_its_tokens_is_refused_in_one_line() -> None:
+def test_a_tokenizer_without_token_bytes_is_refused_in_one_line() -> None:
     tokenizer = json.loads(TOKENIZER_JSON)
     tokenizer["decoder"] = tokenizer["pre_tokenizer"] = None
     with pytest.raises(GrammarCompileError, match="cannot be constrained") as caught:

@@ -1,4 +1,4 @@
-"""Reading the layout of sentence-transformers, and weights without a language-model head."""
+"""Test reading sentence-transformers' layout, and weights without a language-model head."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def read(folder: Path, **config: Any) -> EmbeddingSpec | str:
     ("mode", "pooling"),
     [("lasttoken", "last"), ("mean", "mean"), ("weightedmean", "weightedmean"), ("max", "max")],
 )
-def test_poolings(folder: Path, mode: str, pooling: str, newest: bool) -> None:
+def test_poolings_are_read(folder: Path, mode: str, pooling: str, newest: bool) -> None:
     add_layout(folder, mode, normalize=newest, newest=newest)
     assert read(folder) == EmbeddingSpec(pooling=pooling, normalize=newest, size=32)  # type: ignore[arg-type]
 
 
-def test_the_prompt_and_matryoshka_dimensions(folder: Path) -> None:
+def test_the_prompt_and_matryoshka_dimensions_are_read(folder: Path) -> None:
     add_layout(folder, "lasttoken")
     edit_json(folder / "config.json", matryoshka_dimensions=[8, 16])
     prompts = {"query": "Query: ", "document": ""}
@@ -107,7 +107,7 @@ def test_unsupported_modules(folder: Path, module: dict[str, Any], reason: str) 
     assert reason in answer
 
 
-def test_a_prompt_left_out_of_the_pooling_is_unsupported(folder: Path) -> None:
+def test_excluding_the_prompt_from_pooling_is_unsupported(folder: Path) -> None:
     add_layout(folder, "mean")
     edit_json(folder / "1_Pooling/config.json", include_prompt=False)
     assert isinstance(read(folder), EmbeddingSpec)  # no prompt, nothing to leave out
@@ -134,8 +134,11 @@ def test_a_model_with_bidirectional_attention_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "can_generate"), [("qwen3", True), ("mistral", False)])
-def test_weights_of_only_the_body(tmp_path: Path, family: str, can_generate: bool) -> None:
-    """Load weights without head and name prefix, as Qwen3-Embedding (tied head) and E5-Mistral."""
+def test_weights_without_head_and_name_prefix_are_loaded(
+    tmp_path: Path, family: str, can_generate: bool
+) -> None:
+    """Weights without head and name prefix load, as in Qwen3-Embedding (tied head) and
+    E5-Mistral."""
     model = build_model(FAMILIES[family]())
     model.base_model.save_pretrained(tmp_path)
     if not can_generate:  # a model that makes no embeddings either is useless

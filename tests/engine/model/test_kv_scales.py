@@ -1,4 +1,4 @@
-"""Scales of a float8 KV cache, read from a checkpoint."""
+"""Test the scales of a float8 KV cache, which are read from a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def add(folder: Path, **tensors: torch.Tensor) -> torch.Tensor | None:
-    """Add tensors to the only file and return the scales that are read from it then. `k0` stands
-    for layer 0's K."""
+    """Add tensors to the only file and return the scales read from it afterwards.
+
+    `k0` stands for the K scale of layer 0.
+    """
     spec = load(folder).spec
     file = folder / "model.safetensors"
     names = {name: LAYER.format(name[1]) + f"{name[0]}_scale" for name in tensors}
@@ -38,18 +40,18 @@ def add(folder: Path, **tensors: torch.Tensor) -> torch.Tensor | None:
     return read_kv_scales(str(folder), spec)
 
 
-def test_a_plain_checkpoint_has_none(folder: Path) -> None:
+def test_a_plain_checkpoint_has_no_scales(folder: Path) -> None:
     assert add(folder) is None
 
 
-def test_one_for_a_layer_or_for_each_head(folder: Path) -> None:
+def test_a_scale_is_given_per_layer_or_per_head(folder: Path) -> None:
     scales = add(folder, k0=torch.tensor(0.5), v1=torch.tensor([2.0, 3.0], dtype=torch.bfloat16))
     assert scales is not None and scales.dtype == torch.float32
     assert scales.tolist() == [[[0.5, 0.5], [1, 1]], [[1, 1], [2, 3]]]
 
 
 @pytest.mark.parametrize("scale", [[0.0], [-1.0], [float("nan")], [1.0, 2.0, 3.0]])
-def test_what_is_no_scale_is_refused(folder: Path, scale: list[float]) -> None:
+def test_invalid_scales_are_refused(folder: Path, scale: list[float]) -> None:
     with pytest.raises(ModelLoadError, match="k_scale"):
         add(folder, k0=torch.tensor(scale))
 

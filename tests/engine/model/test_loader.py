@@ -1,4 +1,4 @@
-"""The loader: what it reads, refuses and derives."""
+"""Test what the loader reads, refuses and derives."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_dtype_is_resolved(llama: Path) -> None:
     assert load(llama, dtype="bfloat16").dtype == torch.bfloat16
 
 
-def test_a_gpu_that_is_not_there_is_refused(llama: Path) -> None:
+def test_a_missing_gpu_is_refused(llama: Path) -> None:
     if torch.cuda.is_available():
         assert load(llama, device="cuda").device.type == "cuda"
         return
@@ -165,7 +165,7 @@ def test_a_model_that_drops_keyword_arguments_is_refused(
         load(llama)
 
 
-def test_a_window_that_code_and_configuration_state_differently_is_refused(
+def test_a_window_on_which_code_and_configuration_disagree_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model("qwen3", tmp_path)
@@ -201,7 +201,7 @@ def test_no_weight_file_stays_mapped(family: str, tmp_path: Path) -> None:
     assert model.num_parameters > 0
 
 
-def test_a_cut_weight_file_is_an_error(llama: Path) -> None:
+def test_a_truncated_weight_file_is_an_error(llama: Path) -> None:
     weights = llama / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     check_one_line(llama, "(?i)incomplete|buffer")
@@ -277,7 +277,7 @@ def make_longrope() -> Phi3Config:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_longrope_does_not_depend_on_the_neighbours(tmp_path: Path) -> None:
+def test_longrope_does_not_depend_on_other_rows(tmp_path: Path) -> None:
     model = build_model(make_longrope())
     model.save_pretrained(tmp_path)
     short, long = list(range(3, 23)), list(range(3, 93))
@@ -298,7 +298,7 @@ def test_longrope_does_not_depend_on_the_neighbours(tmp_path: Path) -> None:
     assert abs(entries[0].logprob - reference.item()) > 1e-3
 
 
-def test_a_family_without_this_transformers_is_refused(tmp_path: Path) -> None:
+def test_a_family_without_a_causal_model_is_refused(tmp_path: Path) -> None:
     from transformers.models.vit import ViTConfig
 
     assert ViTConfig not in AutoModelForCausalLM._model_mapping
@@ -307,7 +307,7 @@ def test_a_family_without_this_transformers_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_a_quantization_is_refused_where_it_does_not_work(llama: Path) -> None:
+def test_an_unsupported_quantization_is_refused(llama: Path) -> None:
     with pytest.raises(ConfigurationError, match="unknown quantization"):
         EngineConfig(model=str(llama), quantization="int4")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="int8 works only on the CPU"):

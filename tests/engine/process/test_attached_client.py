@@ -1,4 +1,4 @@
-"""Several clients of one engine process, one of which supervises it."""
+"""Test several clients of one engine process, one of which supervises it."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ async def ready(*clients: AttachedEngineClient) -> None:
 
 
 class Trio:
-    """The supervising client, and two clients to which it passes on the engine's status."""
+    """The supervising client, and two clients to which it forwards the engine's status."""
 
     def __init__(self) -> None:
-        self.watched = Observer()
-        self.told = Observer()
+        self.supervisor = Observer()
+        self.follower = Observer()
         self.main = ProcessEngineClient(
             EngineConfig(model="fake"),
             core="fakes:build_core",
-            observer=self.watched,
+            observer=self.supervisor,
             stall_timeout=1.0,
         )
-        self.one = AttachedEngineClient(b"one-0", observer=self.told)
+        self.one = AttachedEngineClient(b"one-0", observer=self.follower)
         self.two = AttachedEngineClient(b"two-0")
-        self.main.on_status = self._tell
+        self.main.on_status = self._forward
 
-    def _tell(self, status: EngineStatus) -> None:
+    def _forward(self, status: EngineStatus) -> None:
         self.one.follow(status)
         self.two.follow(status)
 
@@ -68,7 +68,7 @@ async def trio(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Trio]:
         await client.close()
 
 
-async def test_each_gets_its_own_outputs_and_all_get_the_stats(trio: Trio) -> None:
+async def test_each_client_gets_its_own_outputs_and_all_get_the_stats(trio: Trio) -> None:
     assert trio.one.info == trio.two.info == trio.main.info
     requests = [make_request(100 * i, max_tokens=20, n=2) for i in range(1, 10)]
     clients = [(trio.main, trio.one, trio.two)[i % 3] for i in range(len(requests))]
@@ -79,7 +79,7 @@ async def test_each_gets_its_own_outputs_and_all_get_the_stats(trio: Trio) -> No
     async with asyncio.timeout(2):
         while not trio.main.stats() == trio.one.stats() == trio.two.stats():
             await asyncio.sleep(0.01)
-    assert len(trio.told.infos) == 1 and trio.watched.stats and not trio.told.stats
+    assert len(trio.follower.infos) == 1 and trio.supervisor.stats and not trio.follower.stats
 
 
 async def test_refusals_and_resets_reach_the_client_that_asked(trio: Trio) -> None:
@@ -89,7 +89,7 @@ async def test_refusals_and_resets_reach_the_client_that_asked(trio: Trio) -> No
     await asyncio.gather(*(client.reset_prefix_cache() for client in (trio.one, trio.two)))
 
 
-async def test_a_client_that_died_has_its_requests_aborted(trio: Trio) -> None:
+async def test_requests_of_a_dead_client_are_aborted(trio: Trio) -> None:
     mine = asyncio.create_task(collect(trio.one, make_request(SLOW, max_tokens=100)))
     lost = [
         asyncio.create_task(collect(trio.two, make_request(SLOW, max_tokens=10_000, n=2)))
@@ -120,7 +120,7 @@ async def test_a_client_that_died_has_its_requests_aborted(trio: Trio) -> None:
 
 
 @pytest.mark.parametrize("fault", [EXIT, LOSE])
-async def test_all_follow_a_restart(trio: Trio, fault: int) -> None:
+async def test_all_clients_follow_a_restart(trio: Trio, fault: int) -> None:
     bystander = asyncio.create_task(collect(trio.two, make_request(SLOW, max_tokens=10_000)))
     await asyncio.sleep(0.1)
     if fault == LOSE:

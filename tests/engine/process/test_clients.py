@@ -1,4 +1,4 @@
-"""What every EngineClient does, tested with the engine in a thread and in a process."""
+"""Test what every EngineClient does, with the engine in a thread and in a process."""
 
 from __future__ import annotations
 

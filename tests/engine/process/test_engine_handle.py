@@ -1,4 +1,4 @@
-"""The environment that the engine process starts with."""
+"""Test the environment with which the engine process starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real engine core, stepped by a process and by a thread."""
+"""Test that the real engine core gives the same when stepped by a process and by a thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of the engine's process after its start."""
+"""Test the memory of the engine process after its start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log as JSON."""
+"""Test the log in JSON format."""
 
 from __future__ import annotations
 

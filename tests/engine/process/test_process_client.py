@@ -1,4 +1,4 @@
-"""Faults that only an engine in its own process can have, and how the client survives them."""
+"""Test that the client survives faults that only an engine in its own process can have."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ async def test_engine_that_ends_by_itself(client: ProcessEngineClient, fault: in
     assert tokens_of(await collect(client, request)) == expected_tokens(request)
 
 
-async def test_repeated_failures_end_it_for_good(client: ProcessEngineClient) -> None:
+async def test_repeated_failures_end_the_engine_for_good(client: ProcessEngineClient) -> None:
     for _ in range(2):
         assert_engine_dead(await collect(client, make_request(EXIT)))
         await until_ready(client)
@@ -149,7 +149,9 @@ async def test_stalled_engine_is_restarted(capfd: pytest.CaptureFixture[str], fa
     assert ("fakes.py" in dump) == (fault == HANG)
 
 
-async def test_long_idle_and_a_blocked_loop_are_no_stall(client: ProcessEngineClient) -> None:
+async def test_long_idle_and_a_blocked_loop_are_not_taken_for_a_stall(
+    client: ProcessEngineClient,
+) -> None:
     await asyncio.sleep(1.5)
     time.sleep(1.5)  # on purpose: this blocks the event loop
     await asyncio.sleep(0.6)
@@ -166,7 +168,7 @@ async def test_reset_fails_when_the_engine_dies(client: ProcessEngineClient) -> 
         await reset
 
 
-async def test_random_bytes_on_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_random_bytes_on_the_socket_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EngineHandle, "hide_socket", lambda self: None)
     async with running() as client:
         await _send_random_bytes(client)

@@ -1,4 +1,4 @@
-"""Packed inputs, against a plain loop over tokens."""
+"""Compare packed inputs with a plain loop over tokens."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ def make_batch(backend: Backend) -> InputBatch:
 
 @pytest.fixture(params=[CpuBackend, CudaOnCpuBackend])
 def batch(request: pytest.FixtureRequest) -> InputBatch:
-    """As the CPU prepares steps, and as CUDA does, with the kernel's reference."""
+    """Prepare steps as the CPU does, and as CUDA does, with the reference of its kernel."""
     return make_batch(request.param())
 
 
 def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
-    """Compare every field of the prepared step with one made token by token. `sizes` says to how
-    many rows each number of them is padded."""
-    prepared = step.give(batch)
+    """Compare every field of the prepared step with one made token by token.
+
+    `sizes` maps each number of rows to the number that it is padded to.
+    """
+    prepared = step.prepare_in(batch)
     if prepared is None:
         return
     host, device = prepared
@@ -103,8 +105,8 @@ def check_random_steps(batch: InputBatch, sizes: dict[int, int]) -> None:
     assert len(steps.seen) == 9 and min(steps.seen.values()) > 5, steps.seen
 
 
-def test_the_same_sequences_again_after_one_gave_its_row_back(batch: InputBatch) -> None:
-    """What is kept from step to step knows of it."""
+def test_a_sequence_that_returns_to_its_row_is_written_again(batch: InputBatch) -> None:
+    """The state kept between steps notices that the sequence gave its row back."""
     first, second = make_sequence(list(range(40)), 1), make_sequence(list(range(40)), 1)
     first.block_table, second.block_table = [1, 2, 3], [4, 5, 6]
 

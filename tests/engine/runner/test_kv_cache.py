@@ -1,4 +1,4 @@
-"""Sizing of the KV cache."""
+"""Test the sizing of the KV cache."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config(**values: Any) -> Any:
 
 
 @pytest.mark.parametrize("backend", [CpuBackend(), CudaOnCpuBackend()])
-def test_the_tensor_has_the_size_that_was_counted(backend: Backend) -> None:
+def test_the_tensor_has_the_computed_size(backend: Backend) -> None:
     cache = allocate_kv_cache(backend, SPEC, 5, 16, torch.float32)
     assert cache.shape == (3, 2, 5, 2, 16, 8)
     assert cache.nbytes == 5 * block_bytes(SPEC, 16, torch.float32) == 5 * BLOCK

@@ -1,4 +1,4 @@
-"""The worker against transformers itself: every family, token for token."""
+"""Compare the worker with transformers itself: every family, token for token."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from quire.engine.step import BlockCopy, SequenceSpec
 from quire.kernels.cpu import sampling as cpu_sampling
 
 from ..models import FAMILIES, generate, logprobs, save_model
-from ..worker_driver import Driver, make_config, make_sequence
+from ..worker_driver import Driver, make_config, make_prompts, make_sequence
 
-PROMPT_LENGTHS = [1, 5, 16, 17, 40, 61]
+PROMPTS = make_prompts([1, 5, 16, 17, 40, 61])
 MAX_TOKENS = 12
-
-
-def make_prompts(lengths: list[int] = PROMPT_LENGTHS) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in lengths]
 
 
 @pytest.fixture(scope="session", params=sorted(FAMILIES))
 def family(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, PreTrainedModel, list[list[int]]]:
-    """Folder, reference model and its continuations of `make_prompts()`."""
+    """Return folder, reference model and its continuations of `PROMPTS`."""
     folder = tmp_path_factory.mktemp(request.param)
     model = save_model(request.param, folder)
-    return folder, model, [generate(model, prompt, MAX_TOKENS) for prompt in make_prompts()]
+    return (
+        folder,
+        model,
+        [generate(model, prompt, MAX_TOKENS) for prompt in PROMPTS],
+    )
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +49,7 @@ def test_chunked_and_mixed_batches_give_the_reference_tokens(
 ) -> None:
     folder, _, expected = family
     driver = Driver.start(make_config(folder, block_size=block_size))
-    sequences = [make_sequence(prompt, MAX_TOKENS) for prompt in make_prompts()]
+    sequences = [make_sequence(prompt, MAX_TOKENS) for prompt in PROMPTS]
     assert driver.run(sequences) == expected
     assert driver.mixed_steps > 3
 
@@ -60,18 +59,16 @@ def test_one_large_prefill_gives_the_reference_tokens(
 ) -> None:
     folder, _, expected = family
     driver = Driver.start(make_config(folder, max_num_batched_tokens=512))
-    assert driver.run([make_sequence(prompt, MAX_TOKENS) for prompt in make_prompts()]) == expected
+    assert driver.run([make_sequence(prompt, MAX_TOKENS) for prompt in PROMPTS]) == expected
     assert driver.steps == MAX_TOKENS
 
 
-def test_log_probabilities_are_the_references(
+def test_logprobs_equal_those_of_the_reference(
     family: tuple[Path, PreTrainedModel, list[list[int]]],
 ) -> None:
     folder, model, _ = family
     driver = Driver.start(make_config(folder))
-    sequences = [
-        make_sequence(prompt, 4, logprobs=3, prompt_logprobs=2) for prompt in make_prompts()
-    ]
+    sequences = [make_sequence(prompt, 4, logprobs=3, prompt_logprobs=2) for prompt in PROMPTS]
     driver.run(sequences)
     for sequence in sequences:
         expected = logprobs(model, sequence.token_ids)
@@ -104,7 +101,7 @@ def test_a_released_sequence_starts_over_with_other_blocks(
         assert sequence.token_ids[len(prompt) :] == generate(model, prompt, 10)
 
 
-def test_a_copied_block_stands_for_its_source(llama: tuple[Path, PreTrainedModel]) -> None:
+def test_a_copied_block_replaces_its_source(llama: tuple[Path, PreTrainedModel]) -> None:
     """A fork shares the full blocks of its parent and gets a copy of the partial one."""
     folder, model = llama
     driver = Driver.start(make_config(folder, max_num_batched_tokens=64))
@@ -116,13 +113,13 @@ def test_a_copied_block_stands_for_its_source(llama: tuple[Path, PreTrainedModel
     child.block_table = [parent.block_table[0], copy]
     child.num_computed_tokens = len(prompt) - 1
     driver.copies = [BlockCopy(parent.block_table[1], copy)]
-    driver.step([child, parent])  # the child computes the prompt's last token alone
+    driver.step([child, parent])  # the child computes only the prompt's last token
     while child.num_output_tokens < 8:
         driver.step([child])
     assert child.token_ids[len(prompt) :] == generate(model, prompt, 8)
 
 
-def test_a_row_with_nan_fails_alone_and_its_blocks_poison_nobody(
+def test_only_the_row_with_nan_fails_and_its_blocks_affect_no_other(
     llama: tuple[Path, PreTrainedModel],
 ) -> None:
     folder, model = llama
@@ -146,7 +143,7 @@ def test_a_row_with_nan_fails_alone_and_its_blocks_poison_nobody(
         assert sequence.token_ids[len(prompt) :] == generate(model, prompt, 30)
 
 
-def test_a_row_that_raises_in_the_sampler_fails_alone(
+def test_only_the_row_that_raises_in_the_sampler_fails(
     llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, model = llama
@@ -186,7 +183,7 @@ def test_a_row_that_raises_in_the_sampler_fails_alone(
         torch.AcceleratorError("CUDA error: device-side assert triggered"),
     ],
 )
-def test_a_fault_of_the_device_in_the_sampler_is_no_rows(
+def test_a_device_fault_in_the_sampler_is_blamed_on_no_row(
     llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     driver = Driver.start(make_config(llama[0]))
@@ -199,10 +196,10 @@ def test_a_fault_of_the_device_in_the_sampler_is_no_rows(
         driver.step([make_sequence([5, 6, 7], 2)])
 
 
-def test_without_memory_for_copies_the_engine_stops(
+def test_running_out_of_memory_in_a_copy_stops_the_engine(
     llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tried again, the step would have no copies, and read what stood there before."""
+    """A retry of the step would have no copies and would read the old content of the blocks."""
     driver = Driver.start(make_config(llama[0]))
 
     def fail(*_: Any) -> torch.Tensor:
@@ -220,7 +217,7 @@ def test_a_step_without_rows_applies_releases(llama: tuple[Path, PreTrainedModel
     assert driver.run([second]) == [first.token_ids[3:]]
 
 
-def test_the_start_compiles_what_draws_need(
+def test_the_start_compiles_all_that_draws_need(
     llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[tuple[str, str]] = set()

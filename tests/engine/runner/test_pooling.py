@@ -1,4 +1,4 @@
-"""Embeddings against transformers' AutoModel, pooled in plain torch: however they are scheduled."""
+"""Compare embeddings, however they are scheduled, with transformers' AutoModel pooled in torch."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def assert_close(vector: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("budget", [16, 512])
-def test_alone(
+def test_embeddings_match_one_by_one(
     folder: Path, expected: dict[Pooling, list[torch.Tensor]], pooling: Pooling, budget: int
 ) -> None:
     engine = Engine(folder, max_num_batched_tokens=budget)
@@ -117,10 +117,10 @@ def test_alone(
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("budget", [16, 64])
-def test_among_generating_requests(
+def test_embeddings_match_among_generating_requests(
     folder: Path, expected: dict[Pooling, list[torch.Tensor]], budget: int, ahead: bool
 ) -> None:
-    """All poolings at once, and the tokens of their company are those without it."""
+    """All poolings run at once, and the generated tokens are the same as without them."""
     engine = Engine(folder, max_num_batched_tokens=budget, max_num_seqs=6, async_scheduling=ahead)
     prompts = make_prompts()
     reference = save_model("qwen3", folder)
@@ -137,10 +137,10 @@ def test_among_generating_requests(
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_preempted(
+def test_embeddings_match_after_preemption(
     folder: Path, expected: dict[Pooling, list[torch.Tensor]], pooling: Pooling
 ) -> None:
-    """Two older requests grow until they need the whole pool, while the prompt is half computed."""
+    """Two older requests grow until they need the whole pool while the prompt is half computed."""
     engine = Engine(folder, num_blocks=6, max_num_batched_tokens=16, max_model_len=96)
     prompts = make_prompts()
     for prompt in (prompts[2], prompts[4][:16]):
@@ -154,10 +154,10 @@ def test_preempted(
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_with_the_prefix_cached(
+def test_embeddings_match_with_a_cached_prefix(
     folder: Path, expected: dict[Pooling, list[torch.Tensor]], pooling: Pooling
 ) -> None:
-    """Only the last token's state is there without computing every token."""
+    """Without computing every token, only the state of the last one is available."""
     engine = Engine(folder)
     prompt, vector = make_prompts()[-1], expected[pooling][-1]
     for warm in (False, True, True):
@@ -174,7 +174,7 @@ def test_with_the_prefix_cached(
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_step_without_memory_is_tried_again(
+def test_a_step_that_runs_out_of_memory_is_retried(
     folder: Path,
     expected: dict[Pooling, list[torch.Tensor]],
     pooling: Pooling,
@@ -197,7 +197,7 @@ def test_a_step_without_memory_is_tried_again(
         assert_close(engine.vector(request_id), vector)
 
 
-def test_states_that_are_not_finite_fail_their_request_alone(
+def test_non_finite_states_fail_only_their_request(
     folder: Path, expected: dict[Pooling, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(folder, max_num_batched_tokens=512)

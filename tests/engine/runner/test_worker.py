@@ -1,9 +1,8 @@
-"""The worker as the engine sees it, and the runner's CUDA path as far as a CPU can show it."""
+"""Test the worker as the engine sees it, and the CUDA path as far as it runs on a CPU."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..models import MAX_POSITION, generate, save_model
 from ..worker_driver import Driver, make_config, make_sequence
 
+pytestmark = pytest.mark.usefixtures("same_number_of_threads")
+
 
 @pytest.fixture(scope="module")
 def gemma2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
@@ -29,14 +30,7 @@ def gemma2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, save_model("gemma2", folder)
 
 
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_load_and_profile_report_what_is_there(gemma2: tuple[Path, Any]) -> None:
+def test_load_and_profile_report_the_model_and_its_blocks(gemma2: tuple[Path, Any]) -> None:
     folder, model = gemma2
     worker: WorkerProtocol = Worker(make_config(folder, max_model_len=None, num_blocks=None))
     assert worker.load() == WorkerInfo(
@@ -80,7 +74,7 @@ def test_the_dtype_of_a_float8_cache_is_reported(gemma2: tuple[Path, Any]) -> No
     assert info.kv_bytes_per_token == 2 * 2 * 2 * 16
 
 
-def test_threads_are_set_deliberately(
+def test_the_number_of_threads_is_configured_or_chosen(
     gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Worker(make_config(gemma2[0], num_threads=2)).load()
@@ -92,7 +86,7 @@ def test_threads_are_set_deliberately(
     assert default_num_threads() is None
 
 
-def test_out_of_memory_is_reported_and_the_step_can_be_tried_again(
+def test_out_of_memory_is_reported_and_the_step_can_be_retried(
     gemma2: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, model = gemma2
@@ -129,7 +123,7 @@ def test_the_cuda_path_passes_its_kernels_the_right_rows(gemma2: tuple[Path, Any
 
 
 def test_a_kernel_that_does_not_run_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher refuses it, or Triton cannot compile it, or there are too few resources for it."""
+    """A launcher may refuse it, Triton may fail to compile it, or it may lack resources."""
     from triton.runtime.errors import OutOfResources
 
     for name in ("empty_cache", "reset_peak_memory_stats"):

@@ -1,4 +1,4 @@
-"""The hash against its published form, and the numbers against their distribution."""
+"""Compare the hash with its published form, and the numbers with their distribution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GAMMA = 0x9E3779B97F4A7C15
 
 
 def mix(z: int) -> int:
-    """SplitMix64's finaliser over Python's integers."""
+    """Compute SplitMix64's finaliser over Python's integers."""
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
     return z ^ (z >> 31)
@@ -33,7 +33,7 @@ def uniform(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def chi_square(values: torch.Tensor, bins: int) -> float:
-    """The statistic as a z-score (Wilson and Hilferty 1931)."""
+    """Return the chi-square statistic as a z-score (Wilson and Hilferty 1931)."""
     counts = torch.histc(values, bins=bins, min=0.0, max=1.0)
     expected = values.numel() / bins
     statistic = float(((counts - expected) ** 2).sum() / expected)
@@ -43,7 +43,7 @@ def chi_square(values: torch.Tensor, bins: int) -> float:
 
 
 def test_reference_splitmix() -> None:
-    """The first outputs for state 1234567, as the generator's reference code prints them."""
+    """These are the first outputs for state 1234567 that the generator's reference code prints."""
     outputs = [mix((1234567 + n * GAMMA) & MASK) for n in (1, 2, 3)]
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 

@@ -1,4 +1,4 @@
-"""Log-probabilities against float64, exactness of the greedy choice, and their host form."""
+"""Compare log-probabilities with float64; the greedy choice must be exact. Test their host form."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_against_float64(dtype: torch.dtype, k: int) -> None:
     torch.testing.assert_close(result.top_logprobs.double(), best, **tolerance)
 
 
-def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_computing_in_pieces_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(11, 40, generator=torch.Generator().manual_seed(0))
     token_ids = torch.arange(11)
     whole = compute_logprobs(logits, token_ids, 3)
@@ -54,7 +54,10 @@ def test_rows_keep_their_own_number_of_alternatives() -> None:
 
 
 def test_sampled_rows_report_the_models_own_distribution() -> None:
-    """Before temperature, bias and penalties; only for rows that asked; greedy equals the best."""
+    """They are taken before temperature, bias and penalties, and only for rows that asked.
+
+    The token of a greedy row is its likeliest one.
+    """
     logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(2))
     logits[0, 4] = logits[0, 20] = 9.0
     sampler = make_sampler(30)

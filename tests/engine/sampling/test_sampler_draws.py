@@ -1,4 +1,4 @@
-"""Draws follow the distribution that the filters leave, and are reproducible."""
+"""Test that draws follow the distribution that the filters leave, and are reproducible."""
 
 from __future__ import annotations
 

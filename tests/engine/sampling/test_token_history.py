@@ -1,4 +1,4 @@
-"""Slots of token rows: growth, reuse, and nothing read past a row's length."""
+"""Test the slots of token rows: they grow and are reused, and no read goes past a row's length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check(history: TokenHistory, sequences: list[SequenceSpec], lengths: list[in
         assert history.tokens[slot, :length].tolist() == sequence.token_ids[:length]
 
 
-def test_random_lives() -> None:
+def test_random_histories_match_their_sequences() -> None:
     generator = random.Random(0)
     history = TokenHistory(CPU)
     alive: list[SequenceSpec] = []

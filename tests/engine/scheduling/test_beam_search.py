@@ -1,6 +1,8 @@
-"""Beam search under the scheduler: what is shared, what is given back, who waits for whom. The
-fake worker reads back the K/V of every row, so a wrong share, a missed copy or a block that was
-given back too early raises."""
+"""Test beam search in the scheduler: sharing, freeing and the order in which searches wait.
+
+The fake worker reads back the K/V of every row, so a wrong share, a missed copy or a block that was
+freed too early raises.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,9 @@ from quire.engine.errors import InvalidRequestError, PoolTooSmallError
 from quire.engine.outputs import RowError
 from quire.engine.request import Request
 
-from ..harness import Harness, expected_beams, expected_tokens, make_request
+from ..harness import Harness, expected_beams, expected_tokens, make_request, prompt
 
 EOS = 2
-
-
-def prompt(length: int, first: int = 1000) -> list[int]:
-    return list(range(first, first + length))
 
 
 def add(harness: Harness, token_ids: list[int], width: int, **fields: Any) -> Request:
@@ -38,7 +36,7 @@ def assert_found(harness: Harness, request: Request) -> None:
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 100])
 @pytest.mark.parametrize("width", [1, 2, 5])
-def test_the_best_are_found(length: int, width: int, block_size: int) -> None:
+def test_the_best_hypotheses_are_found(length: int, width: int, block_size: int) -> None:
     harness = Harness(block_size=block_size)
     request = add(harness, prompt(length), width, max_tokens=40)
     harness.run()
@@ -82,7 +80,7 @@ def test_stop_tokens_and_min_tokens(early_stopping: Any, length_penalty: float) 
     assert "stop" in reasons
 
 
-def test_fewer_answers_than_beams() -> None:
+def test_n_may_be_smaller_than_the_beam_width() -> None:
     harness = Harness()
     request = add(harness, prompt(20), 5, n=2, max_tokens=10)
     harness.run()
@@ -91,7 +89,7 @@ def test_fewer_answers_than_beams() -> None:
 
 
 def test_beams_hold_what_they_share_once() -> None:
-    """A prompt of 1000 tokens and 200 more, of 8 beams."""
+    """Eight beams share a prompt of 1000 tokens and add 200 tokens each."""
     harness = Harness(num_blocks=1024)
     add(harness, prompt(1000), 8, max_tokens=200)
     most, unshared = 0, 0
@@ -107,7 +105,7 @@ def test_beams_hold_what_they_share_once() -> None:
 
 
 def test_a_tail_is_copied_for_all_children_but_one() -> None:
-    """The last holder writes in place: never more copies than forks."""
+    """The last holder writes in place, so there are never more copies than forks."""
     harness = Harness()
     add(harness, prompt(20), 4, max_tokens=30)
     forks = copies = 0
@@ -122,7 +120,9 @@ def test_a_tail_is_copied_for_all_children_but_one() -> None:
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 @pytest.mark.parametrize("num_blocks", [17, 20, 26])
-def test_a_preempted_search_finds_the_same(num_blocks: int, prefix_caching: bool) -> None:
+def test_a_preempted_search_finds_the_same_hypotheses(
+    num_blocks: int, prefix_caching: bool
+) -> None:
     harness = Harness(num_blocks=num_blocks, prefix_caching=prefix_caching, budget=64)
     plain, searches = [], []
     for i in range(3):
@@ -137,8 +137,8 @@ def test_a_preempted_search_finds_the_same(num_blocks: int, prefix_caching: bool
     harness.assert_all_free()
 
 
-def test_a_search_that_just_fits_ends() -> None:
-    """`check_fits` promises that what it lets pass can run: here to the block."""
+def test_a_search_that_just_fits_runs_to_its_end() -> None:
+    """`check_fits` is exact to the block: a request that it accepts can run."""
     for width, length, max_tokens in ((2, 31, 40), (3, 16, 33), (5, 47, 17), (4, 1, 64)):
         request = make_request(
             prompt(length), max_tokens, n=width, beam_width=width, temperature=0.0, ignore_eos=True
@@ -156,7 +156,7 @@ def test_a_search_that_just_fits_ends() -> None:
             harness.assert_all_free()
 
 
-def test_a_cached_prompt_is_found() -> None:
+def test_a_search_uses_a_cached_prompt() -> None:
     harness = Harness()
     for _ in range(2):
         request = add(harness, prompt(100), 3, max_tokens=5)
@@ -183,7 +183,7 @@ def test_a_search_waits_for_seats_for_all_its_beams() -> None:
 
 @pytest.mark.parametrize("warm_up_steps", [0, 1, 2, 5])
 @pytest.mark.parametrize("choice", [None, 1])
-def test_an_abort_ends_all_of_it(warm_up_steps: int, choice: int | None) -> None:
+def test_an_abort_ends_the_whole_search(warm_up_steps: int, choice: int | None) -> None:
     harness = Harness(budget=16)
     search = add(harness, prompt(20), 4, n=2, max_tokens=30)
     other = harness.add(prompt(10), max_tokens=8)
@@ -197,7 +197,7 @@ def test_an_abort_ends_all_of_it(warm_up_steps: int, choice: int | None) -> None
     harness.assert_all_free()
 
 
-def test_an_abort_between_preemption_and_return() -> None:
+def test_a_preempted_search_can_be_aborted() -> None:
     harness = Harness(num_blocks=10)
     harness.add(prompt(30), max_tokens=100)
     search = add(harness, prompt(40, first=2000), 3, max_tokens=40)
@@ -210,7 +210,7 @@ def test_an_abort_between_preemption_and_return() -> None:
     harness.assert_all_free()
 
 
-def test_a_failing_beam_fails_its_search_alone() -> None:
+def test_a_failing_beam_fails_only_its_search() -> None:
     harness = Harness()
     search = add(harness, prompt(20), 3, max_tokens=30)
     other = harness.add(prompt(10, first=50), max_tokens=8)
@@ -227,7 +227,7 @@ def test_a_failing_beam_fails_its_search_alone() -> None:
     assert harness.finals[again.request_id, 0].num_cached_tokens == 0  # nothing of it was kept
 
 
-def test_a_deadline_ends_all_of_it_once() -> None:
+def test_a_deadline_ends_the_whole_search_once() -> None:
     harness = Harness()
     search = add(harness, prompt(20), 3, max_tokens=30, deadline=5.0)
     harness.step()
@@ -240,7 +240,7 @@ def test_a_deadline_ends_all_of_it_once() -> None:
     harness.assert_all_free()
 
 
-def test_out_of_memory_takes_a_search_back_as_a_whole() -> None:
+def test_out_of_memory_preempts_a_search_as_a_whole() -> None:
     harness = Harness(budget=64)
     search = add(harness, prompt(40), 3, max_tokens=20)
     for _ in range(5):
@@ -270,7 +270,9 @@ def test_out_of_memory_takes_a_search_back_as_a_whole() -> None:
         ({"length_penalty": 11.0}, "length_penalty"),
     ],
 )
-def test_what_a_search_cannot_do_is_refused(fields: dict[str, Any], param: str) -> None:
+def test_options_that_a_search_does_not_support_are_refused(
+    fields: dict[str, Any], param: str
+) -> None:
     with pytest.raises(InvalidRequestError) as refused:
         make_request([1], **{"beam_width": 2, "temperature": 0.0, "max_tokens": 4} | fields)
     assert refused.value.param == param

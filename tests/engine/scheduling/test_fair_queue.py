@@ -1,4 +1,4 @@
-"""Fair queueing: what two users get while both wait, whoever floods and whatever is preempted."""
+"""Test fair queueing: what two users get while both wait, whatever one floods or is preempted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ids = count()
 
 
 class Users(Harness):
-    """Counts what each user got from what comes out, and not as the queue does."""
+    """A harness that counts each user's service from the outputs, independently of the queue."""
 
     def __init__(self, policy: SchedulingPolicy = "fair", **fields: Any) -> None:
         super().__init__(policy=policy, **fields)
@@ -60,7 +60,7 @@ class Users(Harness):
 
 
 def flood(policy: SchedulingPolicy, **fields: Any) -> Users:
-    """a asks 100 times; b, a little later, 5 times."""
+    """User a sends 100 requests, and user b sends 5 a little later."""
     users = Users(policy, max_num_seqs=4, **fields)
     for _ in range(100):
         users.ask("a", 20, 8)
@@ -73,7 +73,7 @@ def flood(policy: SchedulingPolicy, **fields: Any) -> Users:
     return users
 
 
-def test_who_floods_does_not_starve_the_other() -> None:
+def test_a_user_who_floods_does_not_starve_another() -> None:
     in_order = flood("fcfs").done
     assert in_order.index("b") == 100
     fair = flood("fair").done
@@ -82,7 +82,7 @@ def test_who_floods_does_not_starve_the_other() -> None:
     assert last_b < 20  # of 105: while b waits, one of two is b's
 
 
-def test_what_is_free_is_used() -> None:
+def test_free_capacity_is_used() -> None:
     steps = {}
     for policy in ("fcfs", "fair"):
         users = Users(policy, max_num_seqs=4)
@@ -95,7 +95,9 @@ def test_what_is_free_is_used() -> None:
 
 @pytest.mark.parametrize("policy", ["fair", "fcfs"])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_difference_is_bounded_while_both_wait(policy: SchedulingPolicy, seed: int) -> None:
+def test_the_difference_in_service_is_bounded_while_both_wait(
+    policy: SchedulingPolicy, seed: int
+) -> None:
     rng = random.Random(seed)
     max_num_seqs, longest_prompt, longest_output = 4, 40, 16
     users = Users(policy, max_num_seqs=max_num_seqs, num_blocks=200, prefix_caching=False)
@@ -119,7 +121,7 @@ def test_the_difference_is_bounded_while_both_wait(policy: SchedulingPolicy, see
     users.assert_all_free()
 
 
-def test_nobody_banks_credit_by_being_away() -> None:
+def test_no_user_earns_credit_while_idle() -> None:
     users = Users(max_num_seqs=2)
     users.ask("b", 10, 2)
     users.run()
@@ -140,7 +142,7 @@ def test_nobody_banks_credit_by_being_away() -> None:
     users.run()
 
 
-def test_of_several_users_all_get_the_same() -> None:
+def test_several_users_get_equal_service() -> None:
     users = Users(max_num_seqs=6, num_blocks=200)
     for index, user in enumerate("abcd"):
         for _ in range(60 // (index + 1)):
@@ -153,8 +155,8 @@ def test_of_several_users_all_get_the_same() -> None:
     users.assert_all_free()
 
 
-def test_where_blocks_run_out_the_most_served_gives_way() -> None:
-    """b comes last, so by arrival it would be b that is preempted, again and again."""
+def test_the_most_served_user_is_preempted_if_blocks_run_out() -> None:
+    """User b comes last, so by order of arrival b would be preempted again and again."""
     preempted = {}
     for policy in ("fcfs", "fair"):
         users = Users(policy, num_blocks=24, max_num_seqs=16, prefix_caching=False)

@@ -1,4 +1,4 @@
-"""A stateful property test: hypothesis drives scheduler and block manager through random lives.
+"""A stateful property test, in which hypothesis drives scheduler and block manager at random.
 
 The model is not a second implementation: the fake worker's K/V read-back, `check_integrity` and
 `expected_tokens` are the oracles.
@@ -153,7 +153,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 class RunAheadMachine(SchedulerMachine):
-    """Steps are launched before the last one's results are known, as on CUDA."""
+    """A machine that launches steps before the results of the last one are known, as CUDA does."""
 
     run_ahead = True
 

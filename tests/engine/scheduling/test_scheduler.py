@@ -1,4 +1,4 @@
-"""Policy: who computes what when, and that tokens never depend on it."""
+"""Test the policy: which sequences compute what in a step, and that tokens never depend on it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ import pytest
 from quire.engine.errors import InvalidRequestError
 from quire.engine.outputs import RowError
 
-from ..harness import Harness, expected_tokens
-
-
-def prompt(length: int, first: int = 1000) -> list[int]:
-    return list(range(first, first + length))
+from ..harness import Harness, expected_tokens, prompt
 
 
 def test_one_request_runs_to_its_length() -> None:
@@ -38,7 +34,7 @@ def test_budget_chunks_a_prompt_and_still_decodes_the_others() -> None:
     assert sizes == [[1, 15]] * 4
 
 
-def test_a_chunk_that_goes_first_leaves_the_decodes_their_token() -> None:
+def test_a_chunk_that_goes_first_leaves_each_decode_its_token() -> None:
     harness = Harness(budget=8, policy="priority")
     for i in range(3):
         harness.add(prompt(2, first=10 * i), max_tokens=40, priority=1)
@@ -60,7 +56,7 @@ def test_preemption_keeps_tokens_and_order() -> None:
     harness.assert_all_free()
 
 
-def test_the_youngest_is_preempted_and_nobody_is_admitted_in_that_step() -> None:
+def test_the_youngest_is_preempted_and_none_is_admitted_in_that_step() -> None:
     harness = Harness(num_blocks=4)
     old = harness.add(prompt(30), max_tokens=30)
     young = harness.add(prompt(30, first=2000), max_tokens=30)
@@ -206,7 +202,7 @@ def test_deadlines() -> None:
     harness.assert_all_free()
 
 
-def test_a_failing_row_fails_alone_and_its_blocks_are_forgotten() -> None:
+def test_only_the_failing_row_fails_and_its_blocks_are_forgotten() -> None:
     harness = Harness()
     bad = harness.add(prompt(40), max_tokens=50)
     good = harness.add(prompt(40, first=3000), max_tokens=8)
@@ -238,7 +234,7 @@ def test_out_of_memory_halves_the_load_and_recovers() -> None:
         assert harness.tokens[request.request_id, 0] == want
 
 
-def test_out_of_memory_alone_fails_the_request() -> None:
+def test_a_request_that_runs_out_of_memory_by_itself_fails() -> None:
     harness = Harness(budget=64)
     request = harness.add(prompt(60))
     for _ in range(8):

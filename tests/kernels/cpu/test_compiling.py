@@ -1,4 +1,4 @@
-"""Which kernels are compiled before a start is over, and by whom."""
+"""Test which kernels are compiled before a start is over, and in which process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ...engine.worker_driver import Driver, make_config, make_sequence
 @pytest.mark.parametrize(
     ("dtype", "int8"), [("float32", False), ("bfloat16", False), ("float32", True)]
 )
-def test_steps_need_the_kernels_that_are_compiled_ahead_and_no_others(
+def test_steps_use_exactly_the_kernels_that_are_compiled_ahead(
     tmp_path: Path, dtype: str, int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[tuple[str, Signature]] = set()
@@ -45,7 +45,7 @@ def test_steps_need_the_kernels_that_are_compiled_ahead_and_no_others(
     assert seen == tasks
 
 
-def test_another_process_compiles_into_the_cache_and_does_without_torch(tmp_path: Path) -> None:
+def test_the_compiling_process_fills_the_cache_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from quire.kernels.cpu import ahead, compiling;"
         "tasks = [task for task in ahead.tasks_for('float32') if task[0].name == 'pick'];"
@@ -84,7 +84,7 @@ def test_a_process_is_started_only_if_there_is_something_to_compile(
     assert len(commands) == 1
 
 
-def test_the_log_says_what_is_waited_for(
+def test_the_log_reports_the_wait_for_compilation(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -112,7 +112,7 @@ def test_arrays_of_a_work_are_contiguous() -> None:
         Packed(Pick(np.zeros((2, 3)).T, np.array([1]), np.zeros((1, 2))))
 
 
-def test_a_work_that_is_updated_has_the_words_of_a_new_one() -> None:
+def test_an_updated_work_has_the_same_words_as_a_new_one() -> None:
     source, picks, out = np.zeros((2, 3)), np.array([1]), np.zeros((1, 3))
     packed = Packed(Pick(source, picks, out))
     longer = np.array([1, 0, 1])

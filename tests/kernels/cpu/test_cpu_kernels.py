@@ -1,4 +1,4 @@
-"""The CPU's kernels against torch, in each type that a model may have."""
+"""Compare the CPU's kernels with torch, in each type that a model may have."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEADS, KV_HEADS, HIDDEN = 6, 2, 50
 
 
 def make_metadata(slots: list[int], head_dim: int, dtype: torch.dtype) -> AttentionMetadata:
-    """Every token is the only one of its sequence."""
+    """Make metadata in which every token is the only one of its sequence."""
     tokens = len(slots)
     loc = torch.arange(tokens + 1, dtype=torch.int32)
     seq_lens = torch.tensor([slot >= 0 for slot in slots], dtype=torch.int32)
@@ -48,7 +48,7 @@ def make_metadata(slots: list[int], head_dim: int, dtype: torch.dtype) -> Attent
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within the type's rounding of what float32 gives."""
+    """Check that the result is within its type's rounding of what float32 gives."""
     tolerance = TOLERANCE[actual.dtype]
     torch.testing.assert_close(actual.float(), expected, atol=tolerance, rtol=tolerance)
 
@@ -68,7 +68,7 @@ def round_to(numbers, out):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_all_numbers_of_sixteen_bits_come_back(dtype: torch.dtype) -> None:
+def test_every_sixteen_bit_number_survives_a_round_trip(dtype: torch.dtype) -> None:
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(256, 256)
     out = torch.empty_like(numbers)
     round_trip(as_array(numbers), as_array(out))
@@ -78,7 +78,7 @@ def test_all_numbers_of_sixteen_bits_come_back(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_float32_is_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
+def test_float32_is_rounded_as_in_torch(dtype: torch.dtype) -> None:
     bits = torch.randint(-(2**31), 2**31, (512, 512), generator=torch.Generator().manual_seed(0))
     numbers = bits.to(torch.int32).view(torch.float32)
     ties = torch.arange(0x3F800000, 0x3F800000 + (1 << 18), 0x800, dtype=torch.int32)
@@ -88,7 +88,7 @@ def test_float32_is_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, numbers.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-def test_the_exponential_is_as_exact_as_it_says() -> None:
+def test_the_exponential_has_its_stated_accuracy() -> None:
     @njit
     def apply(numbers, out):  # type: ignore[no-untyped-def]
         for index in range(len(numbers)):
@@ -189,7 +189,7 @@ def test_weights_of_the_softmax() -> None:
             assert np.array_equal(scores[[0, 2]], before[[0, 2]])
 
 
-def test_a_score_that_is_no_number_comes_out_of_the_softmax_if_it_is_seen() -> None:
+def test_a_visible_nan_score_propagates_through_the_softmax() -> None:
     @njit
     def apply(scores, begin):  # type: ignore[no-untyped-def]
         return weigh(scores, 0, begin, KEYS, np.float32(-np.inf))
@@ -205,7 +205,7 @@ def test_a_score_that_is_no_number_comes_out_of_the_softmax_if_it_is_seen() -> N
 @pytest.mark.parametrize(("depth", "columns"), [(20, 40), (1100, 7)])
 @torch.no_grad()
 def test_packed_products(depth: int, columns: int, rows: int, dtype: torch.dtype) -> None:
-    """More rows than an item has, more depth than is read at a time, a last panel not full."""
+    """There are more rows than in an item, more depth than in one read, and a partial panel."""
     linear = nn.Linear(depth, columns, dtype=dtype)
     weight, bias = linear.weight.detach().clone(), linear.bias.detach()
     x = torch.randn(2, rows, depth).to(dtype)
@@ -220,7 +220,7 @@ def test_packed_products(depth: int, columns: int, rows: int, dtype: torch.dtype
 
 
 @torch.no_grad()
-def test_products_with_weights_of_eight_bits() -> None:
+def test_products_with_int8_weights() -> None:
     linear = nn.Linear(20, 40)
     linear.weight[7] = 0
     exact = linear.weight.detach().clone()
@@ -234,7 +234,7 @@ def test_products_with_weights_of_eight_bits() -> None:
 
 
 @pytest.mark.parametrize("tokens", [300, 32000])
-def test_the_race_is_that_of_plain_torch(tokens: int) -> None:
+def test_the_race_equals_that_of_torch(tokens: int) -> None:
     rows = 40
     generator = torch.Generator().manual_seed(0)
     keys = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
@@ -252,7 +252,7 @@ def test_the_race_is_that_of_plain_torch(tokens: int) -> None:
     assert not winners.any()
 
 
-def test_a_draw_is_the_race_of_its_rows() -> None:
+def test_a_draw_equals_the_race_over_its_rows() -> None:
     rows, tokens = 9, 3000
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(rows, tokens, generator=generator)
@@ -271,7 +271,7 @@ def test_a_draw_is_the_race_of_its_rows() -> None:
 
 
 class Rotary(nn.Module):
-    """Random angles by position."""
+    """Random rotary angles by position."""
 
     def __init__(self, head_dim: int, rope_type: str = "default") -> None:
         super().__init__()
@@ -310,7 +310,7 @@ def make_layer(head_dim: int, has_norm: bool, dtype: torch.dtype) -> FlatLayer:
 
 
 def exact(value: Any) -> Any:
-    """The same weights in float32."""
+    """Return a layer with the same weights in float32."""
     if isinstance(value, Norm):
         return Norm(value.weight.float(), value.eps)
     return copy.deepcopy(value).float() if isinstance(value, nn.Linear) else value
@@ -320,7 +320,7 @@ def exact(value: Any) -> Any:
 @pytest.mark.parametrize("has_norm", [True, False])
 @pytest.mark.parametrize("head_dim", [4, 20, 64, 96])
 @torch.no_grad()
-def test_a_compiled_body_is_that_of_plain_torch(
+def test_a_compiled_body_equals_plain_torch(
     head_dim: int, has_norm: bool, dtype: torch.dtype
 ) -> None:
     slots = [16, 0, -1, 112, 32]  # the first token of its sequence, in the first slot of a block
@@ -337,7 +337,7 @@ def test_a_compiled_body_is_that_of_plain_torch(
 
     def attention(_: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
         seen.extend((key, value))
-        return value.repeat_interleave(HEADS // KV_HEADS, dim=1)  # each token sees itself alone
+        return value.repeat_interleave(HEADS // KV_HEADS, dim=1)  # each token sees only itself
 
     ids, positions = torch.tensor([3, 8, 0, 5, 5]), torch.tensor([0, 7, 1, 98, 3])
     expected = exact_flat(ids, positions, TorchOps(attention))

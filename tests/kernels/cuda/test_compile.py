@@ -54,7 +54,7 @@ def test_attention_reads_16_bytes_at_a_time_into_tensor_cores(name: str, arch: i
 
 
 @pytest.mark.parametrize("name", [name for name in LAUNCHES if name.endswith("fp8")])
-def test_float8_is_widened_by_the_device_where_it_can(name: str) -> None:
+def test_float8_is_widened_by_the_device_if_it_can(name: str) -> None:
     """sm_90 converts two numbers per instruction, sm_80 shifts bits; writes shift bits on both."""
     for kernel in compiled(name, 90):
         attends = "attention" in kernel.name or "prefixes" in kernel.name
@@ -110,7 +110,7 @@ def test_table_in_the_docs_is_current() -> None:
         assert same or not same_compiler, launch
 
 
-def test_none_is_returned_by_bare_returns_alone() -> None:
+def test_none_is_returned_only_by_bare_returns() -> None:
     """Triton 3.6 rejects `return None` and tuples that hold None; 3.7 accepts them."""
     for path in KERNELS.glob("cuda/**/*.py"):
         for function in ast.walk(ast.parse(path.read_text())):

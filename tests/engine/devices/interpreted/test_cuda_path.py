@@ -1,4 +1,4 @@
-"""The runner's CUDA path with its Triton kernels against plain torch, on small random models."""
+"""Compare the runner's CUDA path and its Triton kernels with torch on small random models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**COMMON, head_dim=16),
     "llama-gelu": lambda: LlamaConfig(**COMMON, head_dim=16, hidden_act="gelu"),
     "qwen3": FAMILIES["qwen3"],
-    "gpt_oss": FAMILIES["gpt_oss"],  # not flat: windows beside full layers, and sinks
+    "gpt_oss": FAMILIES["gpt_oss"],  # not flat: sinks, and only some layers with a window
 }
 
 
@@ -66,7 +66,7 @@ def found_logprobs(driver: Driver, sequence: Sequence) -> torch.Tensor:
 
 
 def check(driver: Driver, sequence: Sequence, model: PreTrainedModel) -> None:
-    """Check that its log-probabilities are those of transformers."""
+    """Check that the sequence's log-probabilities equal those of transformers."""
     expected = logprobs(model, sequence.token_ids)
     wanted = [expected[i, token] for i, token in enumerate(sequence.token_ids[1:])]
     found = found_logprobs(driver, sequence)
@@ -74,7 +74,9 @@ def check(driver: Driver, sequence: Sequence, model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("model", ["gpt_oss", "llama-gelu", "qwen3"], indirect=True)
-def test_chunks_and_decodes(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_chunked_prefill_and_decode_match_transformers(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
     driver = start(tmp_path)
     sequences = [
         make_sequence(make_prompt(length), 3, logprobs=0, prompt_logprobs=0)
@@ -87,7 +89,7 @@ def test_chunks_and_decodes(model: PreTrainedModel, tmp_path: Path) -> None:
 
 
 class RecordedGroups:
-    """Finds groups however small they are, and keeps those of each step."""
+    """A finder that accepts groups of any size, and records those of each step."""
 
     def __init__(self) -> None:
         self.steps: list[list[PrefixGroup]] = []
@@ -112,10 +114,10 @@ def share(driver: Driver, parent: Sequence, max_tokens: list[int]) -> list[Seque
 
 
 @pytest.mark.parametrize("model,graphs", [("qwen3", True), ("gpt_oss", False)], indirect=["model"])
-def test_shared_prefixes(
+def test_shared_prefixes_match_transformers(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool
 ) -> None:
-    """Two groups come and go beside a row that shares nothing; their members are not neighbours."""
+    """Two groups come and go next to a row that shares nothing; their members are not adjacent."""
     groups = RecordedGroups()
     backend = interpreted(find_groups=groups, sizes=[4, 8] if graphs else [])
     driver = start(tmp_path, backend, max_num_batched_tokens=48)
@@ -146,8 +148,7 @@ def test_shared_prefixes(
 
 
 def read_twice(driver: Driver, prompt: list[int]) -> torch.Tensor:
-    """Return a sequence's log-probabilities; those of one that forks from it within a block must be
-    the same."""
+    """Return a sequence's log-probabilities; check that a fork within a block gets the same."""
     parent = make_sequence(prompt, 4, logprobs=0, prompt_logprobs=0)
     driver.run([parent])
     blocks, offset = divmod(len(prompt) - 1, driver.block_size)
@@ -168,9 +169,13 @@ def read_twice(driver: Driver, prompt: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt_oss"], indirect=True)
-def test_a_float8_cache_with_scales(model: PreTrainedModel, tmp_path: Path) -> None:
-    """It gives what plain attention gives over the same cache, dequantised. Against exact attention
-    the rounding must show, but not by much."""
+def test_a_float8_cache_with_scales_matches_plain_attention(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    """A float8 cache gives what plain attention gives over the same cache, dequantised.
+
+    The rounding must show against exact attention, but not by much.
+    """
     prompt = make_prompt(18)
     write_scales(tmp_path, model)
     found = []
@@ -187,7 +192,7 @@ def test_a_float8_cache_with_scales(model: PreTrainedModel, tmp_path: Path) -> N
 
 
 def write_scales(folder: Path, model: PreTrainedModel) -> None:
-    """Add scales to the folder's weights, as a calibrated checkpoint has them."""
+    """Add scales to the weights in the folder, as a calibrated checkpoint has them."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for layer in range(model.config.num_hidden_layers):
@@ -197,11 +202,14 @@ def write_scales(folder: Path, model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("kv_cache_dtype,ahead", [("auto", True), ("fp8_e4m3", False)])
-def test_the_scheduler_s_own_sharing_makes_groups(
+def test_prefixes_shared_by_the_scheduler_form_groups(
     model: PreTrainedModel, tmp_path: Path, kv_cache_dtype: str, ahead: bool
 ) -> None:
-    """Forks and a prefix hit run through the whole engine, with an embedding beside them. One step
-    ahead, the kernel that prepares a step reads the last one's tokens where they were sampled."""
+    """Forks, a prefix hit and an embedding run together through the whole engine.
+
+    One step ahead, the kernel that prepares a step reads the tokens of the previous one where they
+    were sampled.
+    """
     groups = RecordedGroups()
     config = make_config(
         tmp_path,

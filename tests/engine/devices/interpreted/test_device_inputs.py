@@ -1,4 +1,4 @@
-"""Steps prepared by the kernel equal those of the CPU's numpy path, bit by bit."""
+"""Test that steps prepared by the kernel equal those of the CPU's numpy path bit by bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_batch(max_len: int, budget: int, backend: Backend) -> InputBatch:
 
 
 def compare(host: HostStep, found: DeviceStep, wanted: DeviceStep) -> None:
-    """Check every tensor of a step, which may be padded, against that of the CPU."""
+    """Check that every tensor of a step, which may be padded, equals that of the CPU."""
     num_seqs, num_tokens = len(host.order), int(host.query_start_loc[-1])
     padding = len(found.seq_lens) - num_seqs
     assert len(found.input_ids) == num_tokens + padding
@@ -50,10 +50,10 @@ def compare(host: HostStep, found: DeviceStep, wanted: DeviceStep) -> None:
     "max_len,budget,num_steps", [(160, 64, 150), (40_000, 5000, 40)], ids=["short", "long"]
 )
 @pytest.mark.parametrize("sizes", [(), (2, 5)], ids=["plain", "padded"])
-def test_random_steps_are_those_of_the_cpu(
+def test_random_steps_equal_those_of_the_cpu(
     max_len: int, budget: int, num_steps: int, sizes: tuple[int, ...]
 ) -> None:
-    """In the long ones, a prompt or a table takes several programs."""
+    """In the long cases, several programs share a prompt or a table."""
     host_batch = make_batch(max_len, budget, CpuBackend())
     device_batch = make_batch(max_len, budget, interpreted())
     assert isinstance(device_batch.inputs, DeviceInputs)
@@ -61,7 +61,7 @@ def test_random_steps_are_those_of_the_cpu(
     steps = RandomSteps(5, max_len, budget)
     longest = 0
     for step in islice(steps, num_steps):
-        wanted, found = step.give(host_batch), step.give(device_batch)
+        wanted, found = step.prepare_in(host_batch), step.prepare_in(device_batch)
         if wanted is None or found is None:
             assert wanted is found
             continue

@@ -1,7 +1,7 @@
 """Compare both attention kernels with the reference in float64.
 
 The tolerance is 1e-6 (float32) and 1e-3 (float16) of the result's Frobenius norm. The interpreter
-has no bfloat16 matmul, which is checked on GPUs.
+has no bfloat16 matmul; that one is checked on GPUs.
 """
 
 import functools
@@ -111,7 +111,7 @@ def test_extend_tiles_larger_and_smaller_than_blocks(config: TileConfig, window:
     assert error < 1e-6
 
 
-def test_extend_leaves_rows_outside_alone() -> None:
+def test_extend_does_not_touch_rows_outside_its_range() -> None:
     """The first rows of the batch belong to another launch, and the last ones are padding."""
     inputs = paged_inputs(
         [4, 30, 2], [4, 50, 9], num_heads=4, num_kv_heads=2, head_dim=32, block_size=16

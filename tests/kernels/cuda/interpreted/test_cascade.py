@@ -75,7 +75,8 @@ LENS = [70, 17, 49, 120, 0, 64, 51, 33]
 
 @pytest.mark.parametrize("heads", [(1, 1, 32), (14, 2, 32), (3, 1, 80), (16, 1, 16), (6, 2, 96)])
 def test_heads(heads: tuple[int, int, int]) -> None:
-    """Tiles hold one member (16 heads per kv head), two with two idle rows (7), or sixteen (1)."""
+    """A tile holds one member (16 heads per kv head), two with two idle rows (7), or sixteen
+    (1)."""
     assert cascade_error(LENS, GROUPS, heads) < 1e-6
 
 
@@ -127,7 +128,7 @@ def test_long_prefixes_are_split_within_the_scratch() -> None:
             assert covered == len(rows) * length
 
 
-def test_found_groups_are_served() -> None:
+def test_found_groups_give_the_reference_results() -> None:
     """Groups that `find_prefix_groups` finds in block tables give the reference's results."""
     heads = (8, 2, 32)
     inputs = paged_inputs(

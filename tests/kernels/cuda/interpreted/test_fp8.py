@@ -2,10 +2,9 @@
 
 Writes store exactly the bytes that torch converts to. Attention reads the same bytes as the
 reference in float64 and is within 1e-6 (float32 queries) and 1e-3 (float16) of it. The error of the
-format itself, compared with a cache that was not rounded, is within 5% of the result's norm.
-
-Under the interpreter e4m3 is read by its bits, as on GPUs before sm_89. The instruction of later
-GPUs is compiled in test_compile.py and checked by benchmarks/gpu.py.
+format itself, compared with a cache that was not rounded, is within 5% of the result's norm. Under
+the interpreter, e4m3 is decoded from its bits, as on GPUs before sm_89. The conversion instruction
+of later GPUs is compiled in test_compile.py and checked by benchmarks/gpu.py.
 """
 
 from typing import Any
@@ -135,7 +134,7 @@ def test_attention(
         assert relative_error(found, expected) < tolerance
 
 
-def test_a_nan_in_the_cache_reaches_its_row_alone() -> None:
+def test_a_nan_in_the_cache_reaches_only_its_row() -> None:
     inputs = paged_inputs([1, 1], [20, 20], num_heads=2, num_kv_heads=1, head_dim=32, block_size=16)
     keys, values = quantise(inputs, torch.ones(2, 1))
     keys[inputs.block_table[1, 0], 0, 3, 5] = float("nan")

@@ -34,14 +34,14 @@ def test_random_mixed_steps(block_size: int) -> None:
 
 
 @pytest.mark.parametrize("changed", [0.0, 1.0])
-def test_rows_of_several_programs(changed: float) -> None:
+def test_rows_that_span_several_programs(changed: float) -> None:
     """The new tokens and columns fill a program's part exactly, or exceed it by one."""
     lengths = [1, 1, PART, PART + 1, 2 * PART + 7]
     starts = [16 * PART - 1, 16 * PART, 3, 40 * PART, 0]
     check(packed_step(starts, lengths, changed=changed))
 
 
-def test_a_step_of_nothing_but_padding() -> None:
+def test_a_step_with_only_padding() -> None:
     step = packed_step([], [], padding=3)
     check(step)
     _, _, _, ids, positions, slots, *_, seq_lens, _ = step.run(prepare_inputs)

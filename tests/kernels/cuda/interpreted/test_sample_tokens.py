@@ -42,7 +42,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @triton.jit
 def constant(key: Any, ids: Any) -> Any:
-    """Give every token the same E."""
+    """Return 1 as the exponential of every token."""
     return ids.to(tl.float32) * 0.0 + 1.0
 
 
@@ -84,13 +84,13 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
-def test_the_limit_of_exact_ties_is_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_exact_ties_equals_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert module.MAX_EXACT_TOP_K == sampling_plan.MAX_CANDIDATES
 
 
 def test_shaped_logits_and_greedy_rows() -> None:
-    """A bias moves the working rows to a float32 tensor of their own, without the greedy row."""
+    """A bias moves the working rows, without the greedy row, to a float32 tensor of their own."""
     bias = ((5, 40.0),)
     rows = [{"temperature": 0.0}, {"top_k": 5, "logit_bias": bias}, {"top_p": 0.9}]
     found = check(torch.randn(3, VOCAB).bfloat16(), rows)
@@ -112,7 +112,7 @@ def test_every_filter(dtype: torch.dtype, spread: float, temperature: float) -> 
 
 
 def test_ties_and_masked_tokens() -> None:
-    """Few distinct logits make every cut go through equals; there are ±0 and -inf."""
+    """Few distinct logits make every cut fall among equals; some are ±0 and -inf."""
     logits = torch.randint(-2, 4, (len(FILTERS), VOCAB)).float()
     logits[:, 1::7] = -math.inf
     logits[:, 3::11] = -0.0
@@ -123,8 +123,8 @@ def test_ties_and_masked_tokens() -> None:
     assert set(found.tolist()) <= {77, 402}
 
 
-def test_equals_in_several_pieces_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lowest id wins among equals in any pieces, also if a piece has no token left."""
+def test_the_lowest_id_wins_among_equals_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowest id wins among equals in any pieces, even if a piece has no token left."""
     monkeypatch.setattr(sampling_passes, "_exponential", constant)
     logits = torch.zeros(3, 700)
     logits[0, [600, 300]], logits[1, 5], logits[2, 699] = 9.0, 9.0, 9.0
