@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from quire.engine.errors import NonFiniteLogitsError
 from quire.engine.outputs import RowError
+from quire.engine.runner import pending_results
 from quire.engine.sampling.batch import SamplingBatch
 from quire.engine.step import BlockCopy, SequenceSpec
 from quire.kernels.cpu import sampling as cpu_sampling
@@ -211,6 +212,35 @@ def test_without_memory_for_copies_the_engine_stops(
     monkeypatch.setattr(driver.worker._runner, "copy_blocks", fail)
     with pytest.raises(RuntimeError, match="for the copies of blocks"):
         driver.step([make_sequence([5, 6, 7], 2)])
+
+
+class LateDownloads:
+    """Copies that arrive when they are waited for, and not before."""
+
+    def __init__(self) -> None:
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = torch.zeros_like(tensor)
+        self._copies.append((host, tensor))
+        return host
+
+    def end(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        for host, tensor in self._copies:
+            host.numpy()[...] = tensor.numpy()
+
+
+def test_results_wait_for_the_device(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pending_results, "Downloads", LateDownloads)
+    folder, model = llama
+    driver = Driver.start(make_config(folder))
+    (tokens,) = driver.run([make_sequence([5, 6, 7], 4)])
+    assert tokens == generate(model, [5, 6, 7], 4)
 
 
 def test_a_step_without_rows_applies_releases(llama: tuple[Path, PreTrainedModel]) -> None:
