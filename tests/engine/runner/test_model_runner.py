@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from quire.engine.errors import NonFiniteLogitsError
+from quire.engine.errors import DeviceMemoryError, NonFiniteLogitsError
 from quire.engine.outputs import RowError
-from quire.engine.runner import pending_results
+from quire.engine.runner import model_runner, pending_results
 from quire.engine.sampling.batch import SamplingBatch
 from quire.engine.step import BlockCopy, SequenceSpec
 from quire.kernels.cpu import sampling as cpu_sampling
@@ -198,6 +198,27 @@ def test_a_fault_of_the_device_in_the_sampler_is_no_rows(
     monkeypatch.setattr(driver.worker._runner._sampler, "prepare", fail)
     with pytest.raises(type(fault)):
         driver.step([make_sequence([5, 6, 7], 2)])
+
+
+def test_without_memory_after_the_sampling_a_step_can_be_tried_again(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens of rows that were sampled one by one have to be put together on the device."""
+    folder, model = llama
+    driver = Driver.start(make_config(folder))
+    sequence = make_sequence([5, 6, 7], 2)
+    joined = model_runner._joined
+
+    def fail(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    output = driver.schedule([sequence])
+    monkeypatch.setattr(model_runner, "_joined", fail)
+    with pytest.raises(DeviceMemoryError):
+        driver.launch(output)
+    monkeypatch.setattr(model_runner, "_joined", joined)
+    output = output._replace(new_sequences=[])
+    assert driver.launch(output).token_ids == generate(model, [5, 6, 7], 1)
 
 
 def test_without_memory_for_copies_the_engine_stops(
