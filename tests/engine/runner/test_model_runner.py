@@ -14,7 +14,7 @@ from quire.engine.errors import DeviceMemoryError, NonFiniteLogitsError
 from quire.engine.outputs import RowError
 from quire.engine.runner import model_runner, pending_results
 from quire.engine.sampling.batch import SamplingBatch
-from quire.engine.step import BlockCopy, SequenceSpec
+from quire.engine.step import UNKNOWN_TOKEN, BlockCopy, SequenceSpec
 from quire.kernels.cpu import sampling as cpu_sampling
 
 from ..models import FAMILIES, generate, logprobs, save_model
@@ -178,6 +178,31 @@ def test_a_row_that_raises_in_the_sampler_fails_alone(
     monkeypatch.setattr(sampler, "prepare", fail)
     with pytest.raises(KeyError):
         driver.step([make_sequence([5, 6], 2), make_sequence([5, 6], 2)])
+
+
+def test_penalised_rows_that_failed_may_be_in_the_next_step(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are if the engine runs one step ahead, and their history lacks a token."""
+    driver = Driver.start(make_config(llama[0]))
+    offenders = [make_sequence([5, 6, token], 6, presence_penalty=1.0) for token in (7, 8)]
+    sampler = driver.worker._runner._sampler
+    prepare = sampler.prepare
+
+    def fail_with_offenders(sequences: list[SequenceSpec], **options: Any) -> SamplingBatch:
+        if any(spec.sampling_params.has_penalties for spec in sequences):
+            raise KeyError("no such mask")
+        return prepare(sequences, **options)
+
+    driver.step(offenders)
+    monkeypatch.setattr(sampler, "prepare", fail_with_offenders)
+    _, result = driver.step([*offenders, make_sequence([5, 6], 1)])
+    assert sorted(result.errors) == [0, 1]
+    monkeypatch.setattr(sampler, "prepare", prepare)
+    for sequence in offenders:
+        sequence.token_ids.append(UNKNOWN_TOKEN)
+    _, result = driver.step(offenders)
+    assert result.errors == {}
 
 
 @pytest.mark.parametrize(
