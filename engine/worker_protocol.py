@@ -32,8 +32,10 @@ class Launcher(Protocol):
         UNKNOWN_TOKEN takes the one that the step before sampled for its sequence.
 
         Raises DeviceMemoryError if the device runs out of memory; then the step may be tried again
-        with fewer rows. Anything else that this, the sampling or the results raise is a fault of
-        the device or of the engine, not of a row.
+        with fewer rows. The rest of the plan has been carried out by then, as no later plan repeats
+        it: sequences released and introduced, tables changed, blocks copied. Anything else that
+        this, the sampling or the results raise is a fault of the device or of the engine, not of a
+        row.
         """
 
 

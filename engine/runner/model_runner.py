@@ -96,14 +96,16 @@ class ModelRunner:
         host, step, hidden, logits, chunks = computed
         errors: dict[int, RowError] = {}
         samples: list[RowSamples] = []
+        sampled = None
         with _memory_errors_named(self._backend):
             if len(host.sampling_rows):
                 rows = _sampling_rows(host, step, logits)
                 samples = sample_rows(self._sampler, rows, constraints, errors)
+                sampled = _joined(samples) if samples else None
             # Last, since a step that runs out of memory before its end is tried again.
             pooled = self._pooler(host, hidden) if host.pooled_rows else []
-        if samples:
-            self._batch.keep_samples(*_joined(samples))
+        if sampled is not None:
+            self._batch.keep_samples(*sampled)
         return PendingResults(len(host.order), samples, chunks, pooled, errors)
 
     @torch.inference_mode()

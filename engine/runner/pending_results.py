@@ -58,7 +58,7 @@ class PendingResults:
         return None if tensors is None else LogprobTensors(*map(self._pull, tensors))
 
     def __call__(self) -> ModelRunnerOutput:
-        self._downloads.end()
+        self._downloads.wait()
         result = ModelRunnerOutput([None] * self._num_rows, {}, {}, self._errors, {})
         for sample in self._samples:
             _collect_samples(result, sample)

@@ -61,7 +61,7 @@ def sample_rows(
     """Sample all rows at once. Should that raise, sample each by itself, so that only the offender
     fails: it is added to `errors`, by row of the plan.
 
-    Raises if every row fails, since then the fault is not a row's.
+    Raises if there are several and all fail, since then the fault is not a row's.
     """
     try:
         return [_sample(sampler, rows, constraints)]

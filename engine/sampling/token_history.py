@@ -39,7 +39,9 @@ class TokenHistory:
     ) -> list[int]:
         """Bring the rows up to `lengths` tokens, with room for one more; return their slots.
 
-        Tokens that are not recorded yet are taken from the sequences' specs.
+        Tokens that are not recorded yet are taken from the sequences' specs. If one is missing
+        there, the sequence's row failed in the last step before its token was recorded; 0 stands
+        for it, since the results of this step will be dropped.
         """
         missing = sum(sequence.seq_id not in self._slots for sequence in sequences)
         self._reserve(missing, max(lengths) + 1)
@@ -56,7 +58,9 @@ class TokenHistory:
             if start < length:
                 base = self._slots[seq_id] * capacity
                 indices.extend(range(base + start, base + length))
-                values.extend(sequence.token_ids[start:length])
+                known = sequence.token_ids[start:length]
+                values.extend(known)
+                values.extend([0] * (length - start - len(known)))
                 recorded[seq_id] = length
         if indices:
             updates = to_device([indices, values], torch.int64, self.tokens.device)

@@ -240,7 +240,7 @@ class Scheduler:
         the smallest budget. The budget doubles again with every step that succeeds.
         """
         self._launched.clear()
-        smallest = self.block_manager.block_size
+        smallest = min(self.block_manager.block_size, self.max_num_batched_tokens)
         if len(self.running) > 1:
             self._planner.preempt(self.running[-1])
         elif self._budget <= smallest and self.running:

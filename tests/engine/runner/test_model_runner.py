@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from quire.engine.errors import NonFiniteLogitsError
+from quire.engine.errors import DeviceMemoryError, NonFiniteLogitsError
 from quire.engine.outputs import RowError
+from quire.engine.runner import model_runner, pending_results
 from quire.engine.sampling.batch import SamplingBatch
-from quire.engine.step import BlockCopy, SequenceSpec
+from quire.engine.step import UNKNOWN_TOKEN, BlockCopy, SequenceSpec
 from quire.kernels.cpu import sampling as cpu_sampling
 
 from ..models import FAMILIES, generate, logprobs, save_model
@@ -176,6 +177,31 @@ def test_only_the_row_that_raises_in_the_sampler_fails(
         driver.step([make_sequence([5, 6], 2), make_sequence([5, 6], 2)])
 
 
+def test_penalised_rows_that_failed_may_be_in_the_next_step(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are if the engine runs one step ahead, and their history lacks a token."""
+    driver = Driver.start(make_config(llama[0]))
+    offenders = [make_sequence([5, 6, token], 6, presence_penalty=1.0) for token in (7, 8)]
+    sampler = driver.worker._runner._sampler
+    prepare = sampler.prepare
+
+    def fail_with_offenders(sequences: list[SequenceSpec], **options: Any) -> SamplingBatch:
+        if any(spec.sampling_params.has_penalties for spec in sequences):
+            raise KeyError("no such mask")
+        return prepare(sequences, **options)
+
+    driver.step(offenders)
+    monkeypatch.setattr(sampler, "prepare", fail_with_offenders)
+    _, result = driver.step([*offenders, make_sequence([5, 6], 1)])
+    assert sorted(result.errors) == [0, 1]
+    monkeypatch.setattr(sampler, "prepare", prepare)
+    for sequence in offenders:
+        sequence.token_ids.append(UNKNOWN_TOKEN)
+    _, result = driver.step(offenders)
+    assert result.errors == {}
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -196,6 +222,27 @@ def test_a_device_fault_in_the_sampler_is_blamed_on_no_row(
         driver.step([make_sequence([5, 6, 7], 2)])
 
 
+def test_without_memory_after_the_sampling_a_step_can_be_tried_again(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens of rows that were sampled one by one have to be put together on the device."""
+    folder, model = llama
+    driver = Driver.start(make_config(folder))
+    sequence = make_sequence([5, 6, 7], 2)
+    joined = model_runner._joined
+
+    def fail(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    output = driver.schedule([sequence])
+    monkeypatch.setattr(model_runner, "_joined", fail)
+    with pytest.raises(DeviceMemoryError):
+        driver.launch(output)
+    monkeypatch.setattr(model_runner, "_joined", joined)
+    output = output._replace(new_sequences=[])
+    assert driver.launch(output).token_ids == generate(model, [5, 6, 7], 1)
+
+
 def test_running_out_of_memory_in_a_copy_stops_the_engine(
     llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +255,35 @@ def test_running_out_of_memory_in_a_copy_stops_the_engine(
     monkeypatch.setattr(driver.worker._runner, "copy_blocks", fail)
     with pytest.raises(RuntimeError, match="for the copies of blocks"):
         driver.step([make_sequence([5, 6, 7], 2)])
+
+
+class LateDownloads:
+    """Copies that arrive when they are waited for, and not before."""
+
+    def __init__(self) -> None:
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = torch.zeros_like(tensor)
+        self._copies.append((host, tensor))
+        return host
+
+    def end(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        for host, tensor in self._copies:
+            host.numpy()[...] = tensor.numpy()
+
+
+def test_results_wait_for_the_device(
+    llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pending_results, "Downloads", LateDownloads)
+    folder, model = llama
+    driver = Driver.start(make_config(folder))
+    (tokens,) = driver.run([make_sequence([5, 6, 7], 4)])
+    assert tokens == generate(model, [5, 6, 7], 4)
 
 
 def test_a_step_without_rows_applies_releases(llama: tuple[Path, PreTrainedModel]) -> None:

@@ -248,6 +248,18 @@ def test_a_request_that_runs_out_of_memory_by_itself_fails() -> None:
     harness.assert_all_free()
 
 
+def test_out_of_memory_raises_no_budget() -> None:
+    """A budget may be smaller than a block; the worker has room for no larger step."""
+    harness = Harness(budget=5)
+    prompts = [prompt(2), prompt(40, first=3000)]
+    requests = [harness.add(tokens) for tokens in prompts]
+    harness.worker.forward(harness.scheduler.schedule())
+    harness.scheduler.reduce_load()
+    harness.run()
+    for request, tokens in zip(requests, prompts, strict=True):
+        assert harness.tokens[request.request_id, 0] == expected_tokens(tokens, 0, 4)
+
+
 def test_a_request_id_in_use_is_refused() -> None:
     harness = Harness()
     harness.add(prompt(4), request_id="same")
