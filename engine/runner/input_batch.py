@@ -53,7 +53,7 @@ class InputBatch:
         max_blocks = max_model_len // block_size + 1
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._sampled = torch.zeros(1, dtype=torch.int64, device=backend.device)
-        self._sampled_of: list[int] = []
+        self._sampled_of: list[SequenceSpec] = []
         self.inputs: StepInputs = backend.make_inputs(
             max_num_seqs, max_num_tokens, max_blocks, block_size
         )
@@ -83,12 +83,12 @@ class InputBatch:
         self._table[row, start : start + len(block_ids)] = block_ids
         self.inputs.change_table(row, start)
 
-    def keep_samples(self, seq_ids: list[int], token_ids: torch.Tensor) -> None:
+    def keep_samples(self, sequences: list[SequenceSpec], token_ids: torch.Tensor) -> None:
         """Remember the tokens that a step sampled, `[R]` int64 on the device, for these sequences.
 
         The next step may have to compute one that the host does not know yet.
         """
-        self._sampled_of, self._sampled = seq_ids, token_ids
+        self._sampled_of, self._sampled = sequences, token_ids
 
     def prepare(self, output: SchedulerOutput) -> tuple[HostStep, DeviceStep]:
         """Lay out the step that `apply` was just called for."""
@@ -150,7 +150,7 @@ class InputBatch:
         """
         unknown = np.nonzero(token_ids == UNKNOWN_TOKEN)[0].tolist()
         if unknown:
-            places = {seq_id: -1 - i for i, seq_id in enumerate(self._sampled_of)}
+            places = {one.seq_id: -1 - i for i, one in enumerate(self._sampled_of)}
             token_ids[unknown] = [places.get(sequences[row].seq_id, 0) for row in unknown]
 
 

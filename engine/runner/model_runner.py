@@ -21,7 +21,7 @@ from ..outputs import RowError
 from ..request import Request
 from ..sampling_params import SamplingParams
 from ..sequence import Rank, Sequence
-from ..step import BlockCopy, SamplingConstraints, SchedulerOutput
+from ..step import BlockCopy, SamplingConstraints, SchedulerOutput, SequenceSpec
 from .input_batch import InputBatch
 from .pending_results import PendingResults
 from .pooling import Pooler
@@ -253,13 +253,13 @@ def _sampling_rows(host: HostStep, step: DeviceStep, logits: torch.Tensor) -> Sa
     return SamplingRows(rows, sequences, host.sampled_positions, logits, last_ids)
 
 
-def _joined(samples: list[RowSamples]) -> tuple[list[int], torch.Tensor]:
+def _joined(samples: list[RowSamples]) -> tuple[list[SequenceSpec], torch.Tensor]:
     """Return the sequences that were sampled, and their tokens. There are several `samples` if rows
     were sampled one by one."""
-    seq_ids = [sequence.seq_id for sample in samples for sequence in sample.sequences]
     if len(samples) == 1:
-        return seq_ids, samples[0].output.token_ids
-    return seq_ids, torch.cat([sample.output.token_ids for sample in samples])
+        return samples[0].sequences, samples[0].output.token_ids
+    sequences = [sequence for sample in samples for sequence in sample.sequences]
+    return sequences, torch.cat([sample.output.token_ids for sample in samples])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from quire.engine.devices.steps import DeviceStep, HostStep
 from quire.engine.runner.input_batch import InputBatch
 from quire.engine.sequence import Sequence
-from quire.engine.step import UNKNOWN_TOKEN, SchedulerOutput, TableChange
+from quire.engine.step import UNKNOWN_TOKEN, SchedulerOutput, SequenceSpec, TableChange
 
 from .worker_driver import make_sequence
 
@@ -26,7 +26,7 @@ class Step(NamedTuple):
     """The sequences of the plan's rows, as they are when it is made."""
     token_ids: list[list[int]]
     """The tokens of each row, with the values of unknown ones."""
-    sampled: list[int]
+    sampled: list[SequenceSpec]
     sampled_ids: torch.Tensor
     """The sequences that the step samples, in any order, and their tokens, without failed rows."""
 
@@ -109,8 +109,8 @@ class RandomSteps:
             ids = [self._ids(sequence, length) for sequence, length in rows]
             sampled_ids = torch.tensor([samples[sequence] for sequence in kept]).long()
             sequences = [sequence for sequence, _ in rows]
-            kept_ids = [sequence.seq_id for sequence in kept]
-            yield Step(output, sequences, ids, kept_ids, sampled_ids)
+            kept_specs = [sequence.spec() for sequence in kept]
+            yield Step(output, sequences, ids, kept_specs, sampled_ids)
             self._advance(rows, samples, set(failed))
 
     def _release(self) -> list[int]:
