@@ -118,19 +118,6 @@ class BlockManager:
 
     # -- slots -----------------------------------------------------------------------------
 
-    def has_slot(self, sequence: Sequence, num_new_tokens: int) -> bool:
-        """Return True if the sequence can write `num_new_tokens` ≥ 1 into its blocks as they are.
-
-        They must have room after the tokens computed or in flight, and the first block to be
-        written must have no other reference. If not, `allocate_slots` finds out what it takes.
-        """
-        table, size = sequence.block_table, self.block_size
-        computed = sequence.num_computed_tokens + sequence.num_in_flight
-        return (
-            computed + num_new_tokens <= len(table) * size
-            and self.pool.ref_counts[table[computed // size]] == 1
-        )
-
     def allocate_slots(
         self, sequence: Sequence, num_new_tokens: int, match: PrefixMatch = NO_MATCH
     ) -> list[BlockCopy] | None:

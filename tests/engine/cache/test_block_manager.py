@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from quire.engine.cache.block_manager import BlockManager
 from quire.engine.sequence import Rank, Sequence
 
 from ..harness import Harness, expected_tokens, make_request
@@ -126,31 +125,3 @@ def test_forget_free_empties_the_cache() -> None:
     request = harness.add(list(range(50)), max_tokens=1)
     harness.run()
     assert harness.finals[request.request_id, 0].num_cached_tokens == 0
-
-
-def test_has_slot_while_a_sequence_has_room_in_blocks_of_its_own() -> None:
-    manager = BlockManager(num_blocks=8, block_size=16)
-    sequence = make_sequence(20)
-    assert not manager.has_slot(sequence, 1)
-    assert manager.allocate_slots(sequence, 20) == []
-    assert manager.has_slot(sequence, 32) and not manager.has_slot(sequence, 33)
-    sequence.num_in_flight = 20
-    assert manager.has_slot(sequence, 12) and not manager.has_slot(sequence, 13)
-    sequence.num_computed_tokens, sequence.num_in_flight = 32, 0
-    assert not manager.has_slot(sequence, 1)
-
-
-def test_has_no_slot_in_a_shared_block_until_it_is_copied() -> None:
-    manager = BlockManager(num_blocks=8, block_size=16)
-    parent, child = make_sequence(20), make_sequence(20, choice=1)
-    manager.allocate_slots(parent, 20)
-    parent.num_computed_tokens = 20
-    manager.fork(parent, child)
-    assert not manager.has_slot(parent, 1) and not manager.has_slot(child, 1)
-    copies = manager.allocate_slots(child, 1)
-    assert copies is not None and len(copies) == 1
-    assert manager.has_slot(child, 1)
-    assert not manager.has_slot(parent, 1)  # the copy still reads the block
-    manager.end_step()
-    assert manager.has_slot(parent, 1)
-    manager.check_integrity([parent, child])
