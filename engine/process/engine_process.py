@@ -164,8 +164,7 @@ class EngineServer:
                 try:
                     core.add_request(request)
                 except QuireError as error:
-                    param = getattr(error, "param", None)
-                    rejected = wire.Rejected(request.request_id, error.code, error.message, param)
+                    rejected = wire.Rejected.for_error(request.request_id, error)
                     self._send(client, wire.encode(rejected))
                 else:
                     choices = set(range(request.sampling_params.n))

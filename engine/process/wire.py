@@ -16,7 +16,7 @@ from __future__ import annotations
 import msgspec
 
 from ..config import EngineConfig, EngineInfo
-from ..errors import InvalidRequestError
+from ..errors import InvalidRequestError, QuireError
 from ..outputs import EngineStats, SequenceOutput
 from ..request import Request
 from .json_logs import LogFormat
@@ -99,6 +99,11 @@ class Rejected(msgspec.Struct, tag=True):
     code: str
     message: str
     param: str | None
+
+    @classmethod
+    def for_error(cls, request_id: str, error: QuireError) -> Rejected:
+        """Report the error that refused the request."""
+        return cls(request_id, error.code, error.message, getattr(error, "param", None))
 
 
 class Heartbeat(msgspec.Struct, tag=True):

@@ -127,8 +127,7 @@ class InlineEngineClient(RemoteEngineClient):
                 try:
                     core.add_request(request)
                 except QuireError as error:
-                    param = getattr(error, "param", None)
-                    rejected = wire.Rejected(request.request_id, error.code, error.message, param)
+                    rejected = wire.Rejected.for_error(request.request_id, error)
                     self._call(self._handle, rejected)
             case wire.Abort(request_id, choice):
                 core.abort_request(request_id, choice)
