@@ -29,27 +29,17 @@ from __future__ import annotations
 
 import logging
 from collections import abc
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from ..errors import DeviceMemoryError
+from ..grammar.constraints import PendingConstraints
 from ..outputs import RowError, SequenceOutput
 from ..scheduling.scheduler import Scheduler
 from ..sequence import Sequence
-from ..step import ModelRunnerOutput, SamplingConstraints, SchedulerOutput
+from ..step import ModelRunnerOutput, SchedulerOutput
 from ..worker_protocol import Launcher, Results
 
 logger = logging.getLogger("quire.engine")
-
-
-class PendingConstraints(Protocol):
-    """Constraints that are being worked out while the device runs a forward."""
-
-    def wait(self) -> SamplingConstraints:
-        """Return them once they are complete."""
-
-    @property
-    def errors(self) -> abc.Mapping[int, RowError]:
-        """Rows that cannot be constrained and fail for it; complete after `wait`."""
 
 
 Constrain = abc.Callable[[list[tuple[int, Sequence]]], PendingConstraints]
