@@ -82,9 +82,8 @@ class SchedulerOutput(NamedTuple):
     num_computed_starts: list[int]
     num_new_tokens: list[int]
     token_ids: list[int]
-    """The ids of all rows' tokens, one row after the other: `total_tokens` of them. Only the token
-    of a row with a single one may be UNKNOWN_TOKEN."""
-    total_tokens: int
+    """The ids of all rows' tokens, one row after the other. Only the token of a row with a single
+    one may be UNKNOWN_TOKEN."""
     partial_rows: list[int]
     """Rows that leave later tokens of their sequence uncomputed, ascending."""
     new_sequences: list[SequenceSpec]
@@ -95,6 +94,11 @@ class SchedulerOutput(NamedTuple):
     released: list[int]
     """seq_ids that the worker forgets before anything else in this step, since their sequences
     have finished or were aborted or preempted."""
+
+    @property
+    def total_tokens(self) -> int:
+        """Number of tokens that the step computes."""
+        return len(self.token_ids)
 
 
 class SamplingConstraints(NamedTuple):

@@ -167,8 +167,8 @@ class Scheduler:
         for sequence, error in self._requests.expired(self._clock()):
             self._fail(sequence, error)
         self._step += 1
-        draft, left = self._planner.plan(self._budget, ran_out=self._ran_out)
-        self._step_tokens = self._budget - left
+        draft = self._planner.plan(self._budget, ran_out=self._ran_out)
+        self._step_tokens = len(draft.token_ids)
         self._launched[self._step] = draft.rows
         return SchedulerOutput(
             step=self._step,
@@ -176,7 +176,6 @@ class Scheduler:
             num_computed_starts=draft.starts,
             num_new_tokens=draft.counts,
             token_ids=draft.token_ids,
-            total_tokens=self._step_tokens,
             partial_rows=draft.partial_rows,
             new_sequences=self._roster.introduce(draft.rows),
             block_copies=draft.block_copies,

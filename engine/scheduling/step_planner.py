@@ -56,8 +56,8 @@ class StepPlanner:
         self._max_num_seqs = max_num_seqs
         self._is_ready = is_ready
 
-    def plan(self, budget: int, *, ran_out: bool) -> tuple[Draft, int]:
-        """Return the rows of the next step, and what they leave of the budget.
+    def plan(self, budget: int, *, ran_out: bool) -> Draft:
+        """Return the rows of the next step.
 
         `ran_out` says that the last step found too little device memory.
         """
@@ -70,10 +70,10 @@ class StepPlanner:
         # 2. Then waiting ones. None is admitted in a step that preempted, since it would take the
         #    victim's blocks; nor after a step without memory, unless nothing runs.
         if self.preemptions == preemptions and not (ran_out and self._roster.running):
-            left = self._schedule_waiting(draft, left)
+            self._schedule_waiting(draft, left)
         # 3. The sources of this step's copies may be reused by the next step.
         self._block_manager.end_step()
-        return draft, left
+        return draft
 
     def _schedule_running(self, draft: Draft, budget: int) -> int:
         """Give every running sequence at least one token, while the budget lasts; return what is
@@ -197,9 +197,8 @@ class StepPlanner:
     def _num_seats_free(self) -> int:
         return self._max_num_seqs - len(self._roster.running) - self._beams.seats_reserved()
 
-    def _schedule_waiting(self, draft: Draft, budget: int) -> int:
-        """Admit waiting sequences as far as seats, blocks and budget reach; return what is left of
-        the budget."""
+    def _schedule_waiting(self, draft: Draft, budget: int) -> None:
+        """Admit waiting sequences as far as seats, blocks and budget reach."""
         not_ready: list[Sequence] = []
         while self._policy and budget > 0 and (seats := self._num_seats_free()) > 0:
             sequence = self._policy.peek()
@@ -228,4 +227,3 @@ class StepPlanner:
             budget -= admitted.num_new
         for sequence in not_ready:
             self._policy.push(sequence)
-        return budget

@@ -57,7 +57,6 @@ def make_output(
             for (sequence, length), end in zip(rows, ends, strict=True)
             for token in sequence.token_ids[end - length : end]
         ],
-        total_tokens=sum(length for _, length in rows),
         partial_rows=[
             row
             for row, ((sequence, _), end) in enumerate(zip(rows, ends, strict=True))

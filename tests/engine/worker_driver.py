@@ -163,7 +163,6 @@ class Driver:
                 for sequence, start, length in rows
                 for token in sequence.token_ids[start : start + length]
             ],
-            total_tokens=sum(lengths),
             partial_rows=[
                 row
                 for row, (sequence, start, length) in enumerate(rows)
