@@ -1,0 +1,100 @@
+"""Linear layers whose weights stay in the 4 or 8 bits of a quantised checkpoint.
+
+Most formats of quantised weights are one form: a row is cut into groups of equal size, and a weight
+is an integer times its group's scale, plus its group's minimum. The importers of files make
+GroupedWeights; a device multiplies by them as they are, or makes them dense.
+"""
+
+from __future__ import annotations
+
+from collections import abc
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class GroupedWeight(NamedTuple):
+    """W[o, i] = scale[o, g] * q[o, i] + minimum[o, g] with g = i // group_size.
+
+    `scale` and `minimum` are float32 `[out_features, in_features / group_size]`; `minimum` is None
+    if it is zero everywhere. With 8 bits, `quants` holds q as int8 `[out_features, in_features]`.
+    With 4 bits q is from 0 to 15, and `quants` is uint8 `[out_features, in_features / 2]`: byte j
+    of a row holds q[2j] in its low half and q[2j + 1] in its high half.
+    """
+
+    quants: torch.Tensor
+    scale: torch.Tensor
+    minimum: torch.Tensor | None
+    bits: int
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return len(self.scale), self.scale.shape[1] * self.group_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory that the weight takes."""
+        parts = (self.quants, self.scale, self.minimum)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def integers(self) -> torch.Tensor:
+        """Return q, one in a byte: int8 `[out_features, in_features]`."""
+        if self.bits == 8:
+            return self.quants
+        halves = torch.stack((self.quants & 15, self.quants >> 4), dim=-1)
+        return halves.flatten(1).to(torch.int8)
+
+    def dense(self) -> torch.Tensor:
+        """Return W in float32 `[out_features, in_features]`."""
+        rows, columns = self.shape
+        groups = self.integers().float().view(rows, -1, self.group_size)
+        groups *= self.scale[..., None]
+        if self.minimum is not None:
+            groups += self.minimum[..., None]
+        return groups.view(rows, columns)
+
+    def is_like(self, other: GroupedWeight) -> bool:
+        """Whether rows of both can be stacked into one weight."""
+        kinds = [
+            (weight.bits, weight.group_size, weight.scale.shape[1], weight.minimum is None)
+            for weight in (self, other)
+        ]
+        return kinds[0] == kinds[1]
+
+
+def stack_rows(weights: abc.Sequence[GroupedWeight]) -> GroupedWeight:
+    """Return the rows of all weights, which are alike, as one weight."""
+    minimums = [weight.minimum for weight in weights if weight.minimum is not None]
+    return weights[0]._replace(
+        quants=torch.cat([weight.quants for weight in weights]),
+        scale=torch.cat([weight.scale for weight in weights]),
+        minimum=torch.cat(minimums) if minimums else None,
+    )
+
+
+class GroupedLinear(nn.Module):
+    """y = x Wᵀ + b with a grouped W; x `[..., in_features]` → `[..., out_features]`, of its type.
+
+    Its forward makes the weight dense in every call: this is the reference, and what the probe
+    runs. A device's backend replaces it.
+    """
+
+    def __init__(
+        self, grouped: GroupedWeight, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> None:
+        """`dtype` is that of the model, for code that looks at the weight."""
+        super().__init__()
+        self.grouped, self.bias, self.dtype = grouped, bias, dtype
+        self.out_features, self.in_features = grouped.shape
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A dense copy of the weight `[out_features, in_features]`."""
+        return self.grouped.dense().to(self.dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight.to(input.dtype), self.bias)
