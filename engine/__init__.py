@@ -8,6 +8,7 @@ They import only each other and the standard library. From a request inwards:
     request          a client's request, and whether it can ever run
     config           the engine's configuration, and what it reports when it is ready
     embedding_spec   how a model makes embeddings
+    classifier_spec  how a model makes scores
     outputs          what the engine reports to its clients
     sequence         one stream of tokens with its blocks; a request forks into n of them
     step             what passes between scheduler and worker in one step

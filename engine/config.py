@@ -14,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from .classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from .embedding_spec import NO_LAYOUT, EmbeddingSpec
 from .errors import ConfigurationError, ModelLoadError
 
@@ -165,6 +166,12 @@ class EngineConfig:
     )
     trust_remote_code: bool = _flag("Model", "Run code found in the model's folder.", False)
     num_threads: int | None = _flag("Model", "CPU threads of the engine.", None, ge=1)
+    score_tokens: str | None = _flag(
+        "Model",
+        "Token, or two with a comma (yes,no), whose logits are the score of a reranker.",
+        None,
+        details="See Rerank, score and classify. Default: as the model's folder says.",
+    )
     pooling: PoolingChoice = _flag(
         "Model",
         "Pooling of embeddings: auto (as the model's folder says), last or mean token.",
@@ -278,10 +285,11 @@ class WorkerInfo:
 
     `max_model_len` is resolved, in tokens: the configured length, or else the model's own.
     `kv_bytes_per_token` covers K and V of all layers. `embedding` describes how the model makes
-    embeddings, or says why it makes none. `can_generate` is False if the weights have no
-    language-model head, so that the model makes only embeddings. `max_num_batched_tokens` is the
-    maximum number of tokens in a step. `is_asynchronous` says that the device computes a step while
-    the host prepares the next. `kv_cache_dtype` is None if it equals `dtype`.
+    embeddings, or says why it makes none, and so does `classifier` for scores. `can_generate` is
+    False if the weights have no language-model head, so that the model makes only embeddings or
+    scores. `max_num_batched_tokens` is the maximum number of tokens in a step. `is_asynchronous`
+    says that the device computes a step while the host prepares the next. `kv_cache_dtype` is None
+    if it equals `dtype`.
     """
 
     architecture: str
@@ -295,6 +303,7 @@ class WorkerInfo:
     is_asynchronous: bool
     eos_token_ids: tuple[int, ...]
     embedding: EmbeddingSpec | str = NO_LAYOUT
+    classifier: ClassifierSpec | str = NO_CLASSIFIER
     can_generate: bool = True
     kv_cache_dtype: str | None = None
 

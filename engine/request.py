@@ -9,9 +9,10 @@ from .errors import ContextLengthError, InvalidRequestError, PoolTooSmallError
 from .sampling_params import SamplingParams
 
 GrammarKind = Literal["json", "regex", "choice", "grammar", "structural_tag"]
-Pooling = Literal["last", "mean", "weightedmean", "max"]
+Pooling = Literal["last", "mean", "weightedmean", "max", "classify"]
 """How a prompt's hidden states become one vector: the last state, their mean, their mean weighted
-by position (state n, counted from 1, has weight n), or the maximum of each component."""
+by position (state n, counted from 1, has weight n), the maximum of each component, or the logits
+that the model's classifier makes of the last state."""
 
 
 class Capacity(Protocol):

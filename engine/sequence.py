@@ -127,7 +127,7 @@ class Sequence:
         """Whether no prompt token may come from the cache: log-probabilities of the prompt are
         asked for and not complete, or all of its hidden states are pooled."""
         if self.pooling is not None:
-            return self.pooling != "last"
+            return self.pooling not in ("last", "classify")
         return (
             self.request.sampling_params.prompt_logprobs is not None
             and len(self.prompt_logprobs) < self.num_prompt_tokens

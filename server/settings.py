@@ -159,6 +159,12 @@ class Settings(_EngineSettings):
 
     tensor_parallel_size: int = _option("Model", "Number of GPUs; only 1 is supported.", 1)
     chat_template: str | None = _option("Model", "Jinja chat template: a file or the text itself.")
+    score_template: str | None = _option(
+        "Model",
+        "Jinja template that joins a query and a document: a file or the text itself.",
+        details="It reads messages of the roles query and document. See Rerank, score and "
+        "classify.",
+    )
     trust_request_chat_template: bool = _option(
         "Model", "Accept a chat_template inside a request.", False
     )

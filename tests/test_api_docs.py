@@ -20,7 +20,9 @@ from quire.engine import sampling_params
 from quire.engine.errors import QuireError, StartupError
 from quire.server import flags_table
 from quire.server.api import logprobs
+from quire.server.api.classify import ClassifyBody
 from quire.server.api.embeddings import EmbeddingBody
+from quire.server.api.rerank import RerankBody, ScoreBody
 from quire.server.api.translation import PASSED_ON, ConversationBody
 from quire.server.dialects import messages_body, responses_body
 from quire.server.errors import answer_of
@@ -105,6 +107,13 @@ def test_fields_of_embeddings_are_listed() -> None:
     rows = _table("field of /v1/embeddings", "meaning")
     listed = [code(row["field of /v1/embeddings"]) for row in rows]
     assert sorted(listed) == sorted(EmbeddingBody.model_fields)
+
+
+def test_the_fields_of_rerank_score_and_classify_are_listed() -> None:
+    rows = _table("field", "of the body of", "meaning")
+    for name, model in (("rerank", RerankBody), ("score", ScoreBody), ("classify", ClassifyBody)):
+        listed = [code(row["field"]) for row in rows if name in row["of the body of"].split(", ")]
+        assert sorted(listed) == sorted(model.model_fields)
 
 
 async def test_every_endpoint_is_listed_and_asks_for_its_key() -> None:

@@ -19,6 +19,7 @@ from ..attention.interface import register_attention
 from ..attention.metadata import AttentionMetadata
 from ..body.merged_linear import merge_siblings
 from ..devices.backend import Backend
+from .classifier import Scores
 from .model_spec import ModelSpec
 from .probe import check_class, flatten_if_equal, refuse, run_probe
 
@@ -45,6 +46,8 @@ class CausalLM:
         """
         self.spec = spec
         self.can_generate = can_generate
+        self.scores: Scores | None = None
+        """Makes the logits of the model's classes, if it has a classifier."""
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())

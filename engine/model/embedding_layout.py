@@ -76,7 +76,7 @@ def read_embedding(hf_config: Any, config: EngineConfig) -> EmbeddingSpec | str:
 
 def _read_modules(model: str) -> tuple[Pooling, bool]:
     """Return the pooling, and whether a Normalize module follows it."""
-    modules = _read_json(model, "modules.json")
+    modules = read_json(model, "modules.json")
     if modules is None:
         raise _RefusedError(NO_LAYOUT)
     kinds = [module["type"].rpartition(".")[2] for module in modules]
@@ -86,9 +86,9 @@ def _read_modules(model: str) -> tuple[Pooling, bool]:
         raise _RefusedError("its modules.json names code of its own")
     if modules[0]["path"]:
         raise _RefusedError("its weights are in a folder of their own")
-    if (_read_json(model, "sentence_bert_config.json") or {}).get("do_lower_case"):
+    if (read_json(model, "sentence_bert_config.json") or {}).get("do_lower_case"):
         raise _RefusedError("it lower-cases its input")
-    settings = _read_json(model, f"{modules[1]['path']}/config.json")
+    settings = read_json(model, f"{modules[1]['path']}/config.json")
     if settings is None:
         raise _RefusedError(f"{modules[1]['path']}/config.json is missing")
     modes = settings.get("pooling_mode")
@@ -104,12 +104,12 @@ def _read_modules(model: str) -> tuple[Pooling, bool]:
 
 def _read_prompt(model: str) -> str:
     """Return the prompt that precedes every text, "" if there is none."""
-    settings = _read_json(model, "config_sentence_transformers.json") or {}
+    settings = read_json(model, "config_sentence_transformers.json") or {}
     name = settings.get("default_prompt_name")
     return "" if name is None else str(settings["prompts"][name])
 
 
-def _read_json(model: str, name: str) -> Any:
+def read_json(model: str, name: str) -> Any:
     """Parse a file of the model's folder or hub repository; return None if it does not exist."""
     from transformers.utils import cached_file
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..attention.interface import IMPLEMENTATION, register_attention
+from ..classifier_spec import ClassifierSpec
 from ..config import EngineConfig
 from ..devices.backend import Backend
 from ..embedding_spec import EmbeddingSpec
@@ -18,6 +19,7 @@ from ..errors import (
     one_line,
 )
 from .causal_lm import CausalLM
+from .classifier import make_scores
 from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
 
 
@@ -63,7 +65,10 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     model.eval().requires_grad_(False)
     _fix_rope(model, max_model_len, spec)
     int8 = config.quantization == "int8"
-    return CausalLM(model, spec, backend, can_generate=can_generate, int8=int8)
+    loaded = CausalLM(model, spec, backend, can_generate=can_generate, int8=int8)
+    if isinstance(spec.classifier, ClassifierSpec):
+        loaded.scores = make_scores(spec.classifier, config, loaded.logits)
+    return loaded
 
 
 def _auto_class(hf_config: Any, config: EngineConfig) -> Any:
@@ -95,7 +100,7 @@ def _load_weights(
     has_head = True
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         names = sorted(str(name) for name in report.get(kind) or ())
-        if kind == "missing_keys" and isinstance(spec.embedding, EmbeddingSpec):
+        if kind == "missing_keys" and _may_lack_head(spec):
             body = f"{model.base_model_prefix}."
             has_head = all(name.startswith(body) for name in names)
             names = [name for name in names if name.startswith(body)]
@@ -105,6 +110,13 @@ def _load_weights(
                 f"the first {names[0]}"
             )
     return model, has_head
+
+
+def _may_lack_head(spec: ModelSpec) -> bool:
+    """Whether the model serves something that needs no language-model head."""
+    classifier = spec.classifier
+    has_classes = isinstance(classifier, ClassifierSpec) and not classifier.token_ids
+    return has_classes or isinstance(spec.embedding, EmbeddingSpec)
 
 
 def _build_dummy(hf_config: Any, config: EngineConfig, dtype: torch.dtype, backend: Backend) -> Any:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from ..config import EngineConfig, check_folder
 from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
 from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, one_line
+from .classifier_layout import read_classifier
 from .embedding_layout import read_embedding
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -21,7 +23,7 @@ class ModelSpec:
     `windows[i]` is how many of the latest tokens layer i attends to, the current one included;
     None means all. `max_position` is the longest context in tokens that the positional encoding
     covers, rope scaling included. `dtype` is the checkpoint's, as a torch name without the prefix.
-    `embedding` says how embeddings are made, or why none are.
+    `embedding` says how embeddings are made, or why none are, and `classifier` how scores are.
     """
 
     architecture: str
@@ -35,6 +37,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     dtype: str
     embedding: EmbeddingSpec | str = NO_LAYOUT
+    classifier: ClassifierSpec | str = NO_CLASSIFIER
 
     def kv_bytes_per_token(self, element_size: int) -> int:
         """Return the bytes of one token's K and V over all layers; `element_size` is in bytes."""
@@ -98,6 +101,7 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
                 "torch."
             ),
             embedding=read_embedding(hf_config, config),
+            classifier=read_classifier(hf_config, config),
         )
     except AttributeError as error:
         raise UnsupportedModelError(

@@ -57,7 +57,7 @@ class ModelRunner:
             backend=backend,
         )
         self._sampler = backend.make_sampler(spec.vocab_size)
-        self._pooler = Pooler()
+        self._pooler = Pooler(model.scores)
         self.planner: Planner = backend.make_planner(
             config, kv_cache, spec.num_attention_heads, frozenset(spec.windows), model.dtype
         )

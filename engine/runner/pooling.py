@@ -4,6 +4,7 @@
     mean           Σ h[i] / N
     weightedmean   Σ i · h[i] / Σ i        (SGPT, arXiv 2202.08904)
     max            max h[i], by component
+    classify       logits of the model's classes, of h[N]
 
 h[1] … h[N] are what the language-model head would get, sums are float32. These are the poolings of
 sentence-transformers that a causal model can serve.
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ..devices.steps import HostStep
+from ..model.classifier import Scores
 from ..request import Pooling
 
 
@@ -31,7 +33,9 @@ class PooledRow(NamedTuple):
 class Pooler:
     """Keeps the running pooled value of each unfinished prompt, by sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, scores: Scores | None = None) -> None:
+        """`scores` makes the logits of the pooling "classify"."""
+        self._scores = scores
         self._partial: dict[int, torch.Tensor] = {}
 
     def forget(self, seq_ids: Iterable[int]) -> None:
@@ -53,20 +57,22 @@ class Pooler:
             start, length = int(host.starts[row]), int(host.lengths[row])
             first = int(host.query_start_loc[row])
             value = _pool(hidden[first : first + length], start, pooling)
-            if start > 0 and pooling != "last":
+            if start > 0 and pooling not in ("last", "classify"):
                 value = _join(self._partial[sequence.seq_id], value, pooling)
             partial[sequence.seq_id] = value
-            if start + length == sequence.num_prompt_tokens:
-                complete.append(
-                    PooledRow(host.order[row], value / _weight(start + length, pooling))
-                )
+            if start + length < sequence.num_prompt_tokens:
+                continue
+            if pooling == "classify":
+                assert self._scores is not None  # otherwise the API refuses the request
+                value = self._scores(value.to(hidden.dtype)[None])[0]
+            complete.append(PooledRow(host.order[row], value / _weight(start + length, pooling)))
         self._partial.update(partial)
         return complete
 
 
 def _pool(hidden: torch.Tensor, start: int, pooling: Pooling) -> torch.Tensor:
     """Pool the hidden states `[n, hidden_size]` at positions start …, into float32."""
-    if pooling == "last":
+    if pooling in ("last", "classify"):
         return hidden[-1].to(torch.float32, copy=True)  # a view would keep all of `hidden` alive
     if pooling == "max":
         return hidden.amax(0).float()

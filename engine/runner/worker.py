@@ -52,6 +52,7 @@ class Worker:
             is_asynchronous=self._backend.is_asynchronous,
             eos_token_ids=spec.eos_token_ids,
             embedding=spec.embedding,
+            classifier=spec.classifier,
             can_generate=model.can_generate,
             kv_cache_dtype=(
                 None

@@ -7,6 +7,7 @@ Reading order:
     chat, logprobs     conversations; log-probabilities in OpenAI's shapes
     stored_streams     GET and DELETE of resumable streams
     embeddings, tokenization, operations    the other endpoints
+    rerank, classify, scoring    scores of texts; scoring is what they share
     translation        how dialects are written on top of a chat completion
 
 May import `requests`, `http`, `parsing`, `text` and the ground (server/*.py), and of the engine its

@@ -19,6 +19,7 @@ from ..http.siblings import Siblings
 from ..metrics import Metrics
 from ..parsing.message_parser import MessageFormat
 from ..settings import Settings
+from ..text.chat_template import read_template
 from ..text.grammar_check import GrammarCheck
 from ..text.tokenizer import Tokenizer
 
@@ -49,6 +50,10 @@ class ServerState:
         self.metrics = metrics
         self.version = version
         self.generation_defaults = generation_defaults
+        self.score_template: str | None = None
+        """The text of the template for pairs that the settings name, if they name one."""
+        if settings.score_template is not None:
+            self.score_template = read_template(settings.score_template)
         self.message_format = MessageFormat.of(settings, tokenizer.chat_template)
         self.grammar_check = GrammarCheck()
         self.keys = Keys(settings)

@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from ...engine.client import EngineClient
-from ..api import chat, completions, embeddings, operations, tokenization
+from ..api import chat, classify, completions, embeddings, operations, rerank, tokenization
 from ..api.stored_streams import router as streams_router
 from ..dialects import messages, responses
 from ..errors import install_handlers
@@ -60,7 +60,8 @@ def create_app(
     app.state.quire = state
     install_handlers(app)
     keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
-    for endpoints in (completions, chat, responses, messages, embeddings, tokenization):
+    generation = (completions, chat, responses, messages)
+    for endpoints in (*generation, embeddings, rerank, classify, tokenization):
         keyed.include_router(endpoints.router)
     keyed.include_router(_documentation())
     keyed.include_router(streams_router)

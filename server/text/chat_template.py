@@ -216,4 +216,4 @@ def read_template(value: str) -> str:
     try:
         return Path(value).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"chat_template: cannot read {value}: {error}") from error
+        raise ConfigurationError(f"cannot read the template {value}: {error}") from error

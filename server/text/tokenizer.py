@@ -142,6 +142,18 @@ class Tokenizer:
         self._check_length(len(text), max_tokens)
         return await self._in_thread(_encode, self.backend, text, add_special_tokens)
 
+    async def encode_pair(self, first: str, second: str, *, max_tokens: int) -> list[int]:
+        """Return the token ids of two texts, joined as the tokenizer joins a pair. They are plain
+        text even if they spell a control token. Raises ContextLengthError as `encode` does."""
+        self._check_length(len(first) + len(second), max_tokens)
+
+        def run() -> list[int]:
+            [encoding] = self._plain.encode_batch_fast([(first, second)], add_special_tokens=True)
+            ids: list[int] = encoding.ids
+            return ids
+
+        return await self._in_thread(run)
+
     async def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

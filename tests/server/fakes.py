@@ -12,6 +12,7 @@ import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Encoder
 
+from quire.engine.classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from quire.engine.client import EngineHealth
 from quire.engine.config import EngineInfo
 from quire.engine.embedding_spec import NO_LAYOUT, EmbeddingSpec
@@ -104,6 +105,7 @@ class FakeEngineClient:
     num_blocks: int = 64
     embedding: EmbeddingSpec | str = NO_LAYOUT
     """With a spec, a prompt's vector holds its first token ids, padded with zeros."""
+    classifier: ClassifierSpec | str = NO_CLASSIFIER
     can_generate: bool = True
     ready: bool = True
     alive: bool = True
@@ -136,6 +138,7 @@ class FakeEngineClient:
             max_logprobs=20,
             eos_token_ids=(IM_END,),
             embedding=self.embedding,
+            classifier=self.classifier,
             can_generate=self.can_generate,
         )
 

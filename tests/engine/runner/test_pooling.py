@@ -22,7 +22,7 @@ from quire.engine.sampling_params import SamplingParams
 from ..models import VOCAB_SIZE, generate, save_model
 from ..worker_driver import make_config
 
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+POOLINGS = tuple(pooling for pooling in get_args(Pooling) if pooling != "classify")
 LENGTHS = [1, 2, 16, 17, 40, 61]
 _ids = count()
 
