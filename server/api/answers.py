@@ -15,7 +15,7 @@ from ..http.limits import Ticket
 from ..http.resumption import ResumableStream, asks_to_resume
 from ..http.route_docs import OBJECTS, STRING, json_object
 from ..http.sse import EventStream, SseResponse, event
-from ..json_text import encode_json
+from ..json_text import encode_line
 from ..metrics import Metrics
 from ..requests.generation import Generation
 from ..requests.protocol import GenerationBody
@@ -125,7 +125,7 @@ class Envelope:
         self.include_usage = bool(options and options.include_usage)
         self._continuous = self.include_usage and bool(options and options.continuous_usage_stats)
         # {"id": …, "choices":[ CHOICE ],"usage":…}
-        self._head = b"data: " + encode_json(self._fields)[:-1] + b',"choices":['
+        self._head = b"data: " + encode_line(self._fields)[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if self.include_usage else b"]}\n\n"
         self._finished: set[int] = set()
 
@@ -139,8 +139,8 @@ class Envelope:
             self._finished.add(choice["index"])
         tail = self._tail
         if self._continuous:
-            tail = b'],"usage":' + encode_json(self._generation.usage()) + b"}\n\n"
-        return self._head + encode_json(choice) + tail
+            tail = b'],"usage":' + encode_line(self._generation.usage()) + b"}\n\n"
+        return self._head + encode_line(choice) + tail
 
     def usage_chunk(self) -> bytes:
         """Return the event of the last chunk, which has the usage and no choices."""
