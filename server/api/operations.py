@@ -25,13 +25,11 @@ _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>quire</ti
 <a href="metrics">metrics</a></p></html>"""
 
 
-@public.head("/", include_in_schema=False)
 @public.get("/", include_in_schema=False)
 async def page() -> HTMLResponse:
     return HTMLResponse(_PAGE)
 
 
-@public.head("/health", response_model=None, include_in_schema=False)
 @public.get(
     "/health",
     response_model=None,
@@ -48,7 +46,6 @@ async def health(request: Request) -> Response:
     return JSONResponse(answer, 200 if engine.alive else 503)
 
 
-@public.head("/ready", response_model=None, include_in_schema=False)
 @public.get("/ready", response_model=None, responses=errors(503))
 async def ready(request: Request) -> Response:
     """Readiness: 200 while the server accepts new requests."""

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import httpx
+import pytest
 
+from quire.server.serving.app import EXPOSED_HEADERS
+
+from ...documents import ROOT, code, tables
 from ..conftest import MakeClient
 from ..fakes import FakeEngineClient
 from ..openai_http import COMPLETIONS, PROMPT, assert_error
@@ -31,9 +35,75 @@ async def test_pages_and_probes_answer_head(make_client: MakeClient) -> None:
     key = {"authorization": "Bearer key"}
     for path, status in (("/", 200), ("/health", 200), ("/ready", 200), ("/docs", 401)):
         assert (await client.head(path)).status_code == status
-    for path in ("/docs", "/openapi.json"):
-        assert (await client.head(path, headers=key)).status_code == 200
-    assert (await client.head("/v1/models", headers=key)).status_code == 405
+    for path in ("/docs", "/openapi.json", "/v1/models", "/v1/models/tiny", "/metrics"):
+        response = await client.head(path, headers=key)
+        assert response.status_code == 200 and response.content == b""
+        assert (
+            response.headers["content-type"]
+            == ((await client.get(path, headers=key)).headers["content-type"])
+        )
+    response = await client.head(COMPLETIONS, headers=key)
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    page = (await client.get("/metrics")).text
+    assert 'http_requests_total{handler="/v1/models",method="HEAD",status="200"} 1.0' in page
+
+
+@pytest.mark.parametrize("root", ["", "/llm"])
+@pytest.mark.parametrize("stripped", [True, False])
+async def test_paths_with_a_slash_at_the_end_and_behind_a_prefix(
+    make_client: MakeClient, root: str, stripped: bool
+) -> None:
+    client = make_client(root_path=root)
+    prefix = "" if stripped else root
+    for path in ("/v1/models", "/v1/models/", "/health/", "/v1/models/tiny/", "/", ""):
+        assert (await client.get(prefix + path)).status_code == 200, path
+    response = await client.post(f"{prefix}{COMPLETIONS}/", json=PROMPT)
+    assert response.status_code == 200
+    response = await client.get(f"{prefix}/v1/models//")
+    assert response.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("//v1/completions", "/v1/completions"),
+        ("/v1/health", "/health"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/v1/audio/speech", None),
+        ("/v1", None),
+        ("/" + "x" * 5000, None),
+    ],
+)
+async def test_unknown_paths_are_answered_with_the_path_that_was_meant(
+    make_client: MakeClient, path: str, meant: str | None
+) -> None:
+    for root in ("", "/llm"):
+        client = make_client(root_path=root)
+        response = await client.post(f"http://quire{root}{path}", json=PROMPT)
+        assert_error(response, 404, "not_found", None)
+        message = response.json()["error"]["message"]
+        hint = "/docs lists all endpoints" if meant is None else f"did you mean {root}{meant}?"
+        assert message.endswith(hint)
+
+
+async def test_a_wrong_method_is_answered_with_all_that_are_allowed(
+    client: httpx.AsyncClient,
+) -> None:
+    for method, path, allowed in (
+        ("GET", COMPLETIONS, "POST"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("PUT", "/v1/responses/resp_1", "DELETE, GET, HEAD"),
+        ("DELETE", "/docs", "GET, HEAD"),
+    ):
+        response = await client.request(method, path)
+        assert_error(response, 405, "method_not_allowed", None)
+        assert response.headers["allow"] == allowed
+        assert allowed in response.json()["error"]["message"]
+    response = await client.get("/v1/messages")
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert response.json()["type"] == "error"
 
 
 async def test_the_debug_view_shows_every_block_free_after_a_request(
@@ -67,8 +137,43 @@ async def test_metrics_count_requests_and_latencies(client: httpx.AsyncClient) -
         assert line in page, line
 
 
+PREFLIGHT = {
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type,x-stainless-lang,openai-beta,"
+    "anthropic-dangerous-direct-browser-access,x-quire-resumable",
+}
+
+
+@pytest.mark.parametrize("allowed", ["http://a", "*"])
+async def test_cors_lets_through_whatever_headers_a_client_sends(
+    make_client: MakeClient, allowed: str
+) -> None:
+    client = make_client(allowed_origins=(allowed,), api_key=("key",))
+    response = await client.options(COMPLETIONS, headers={"origin": "http://a", **PREFLIGHT})
+    assert response.status_code == 200
+    asked = PREFLIGHT["access-control-request-headers"]
+    assert response.headers["access-control-allow-headers"] == asked
+    assert response.headers["access-control-allow-origin"] == allowed
+    assert "access-control-allow-credentials" not in response.headers
+    # An error is readable, too, and so are the headers that scripts need.
+    response = await client.post(COMPLETIONS, headers={"origin": "http://a"}, json=PROMPT)
+    assert response.status_code == 401
+    assert response.headers["access-control-allow-origin"] == allowed
+    assert "x-request-id" in response.headers["access-control-expose-headers"]
+
+
+async def test_every_header_of_answers_in_the_documents_is_exposed() -> None:
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    (rows,) = (rows for rows in tables(text) if tuple(rows[0])[:2] == ("header", "direction"))
+    answered = {code(row["header"]).lower() for row in rows if row["direction"] != "request"}
+    assert answered <= set(EXPOSED_HEADERS)
+
+
 async def test_cors_only_for_allowed_origins(make_client: MakeClient) -> None:
     client = make_client(allowed_origins=("http://a",))
     for origin, expected in (("http://a", "http://a"), ("http://b", None)):
         response = await client.get("/version", headers={"origin": origin})
         assert response.headers.get("access-control-allow-origin") == expected
+        response = await client.options(COMPLETIONS, headers={"origin": origin, **PREFLIGHT})
+        assert response.headers.get("access-control-allow-origin") == expected
+        assert response.status_code == (200 if expected else 400)
