@@ -7,6 +7,7 @@ Reading order:
     chat, logprobs     conversations; log-probabilities in OpenAI's shapes
     stored_streams     GET and DELETE of resumable streams
     embeddings, tokenization, operations    the other endpoints
+    invocations        one path for several of them, as SageMaker asks
     translation        how dialects are written on top of a chat completion
 
 May import `requests`, `http`, `parsing`, `text` and the ground (server/*.py), and of the engine its

@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from ...engine.client import EngineClient
-from ..api import chat, completions, embeddings, operations, tokenization
+from ..api import chat, completions, embeddings, invocations, operations, tokenization
 from ..api.stored_streams import router as streams_router
 from ..dialects import messages, responses
 from ..errors import install_handlers
@@ -72,7 +72,10 @@ def create_app(
     )
     app.state.quire = state
     install_handlers(app)
-    endpoints = (completions, chat, responses, messages, embeddings, tokenization)
+    endpoints = (
+        *(completions, chat, responses, messages, embeddings, tokenization),
+        invocations,
+    )
     private = [*(each.router for each in endpoints), _documentation(), streams_router]
     keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
     for router in private:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 import pytest
 
+from quire.engine.embedding_spec import EmbeddingSpec
 from quire.server.serving.app import EXPOSED_HEADERS
 
 from ...documents import ROOT, code, tables
 from ..conftest import MakeClient
 from ..fakes import FakeEngineClient
-from ..openai_http import COMPLETIONS, PROMPT, assert_error
+from ..openai_http import COMPLETIONS, HI, PROMPT, assert_error
 
 
 async def test_models_are_listed_and_found_by_name(make_client: MakeClient) -> None:
@@ -20,14 +23,87 @@ async def test_models_are_listed_and_found_by_name(make_client: MakeClient) -> N
     assert_error(await client.get("/v1/models/d"), 404, "model_not_found", "model")
 
 
-async def test_health_follows_the_engine(
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/health"), ("GET", "/ready"), ("GET", "/ping"), ("POST", "/ping")],
+)
+async def test_health_is_200_only_while_the_model_serves(
+    client: httpx.AsyncClient, engine: FakeEngineClient, method: str, path: str
+) -> None:
+    engine.ready = False
+    response = await client.request(method, path)
+    assert_error(response, 503, "engine_not_ready", None)
+    assert "it loads" in response.json()["error"]["message"]
+    engine.ready = True
+    response = await client.request(method, path)
+    assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+async def test_live_follows_the_engine(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+    assert (await client.get("/live")).json()["status"] == "ok"
+    engine.alive = engine.ready = False
+    response = await client.get("/live")
+    assert (response.status_code, response.json()["status"]) == (503, "failing")
+
+
+async def test_load_counts_the_choices_that_clients_wait_for(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
-    assert (await client.get("/health")).status_code == 200
-    assert (await client.get("/ready")).json() == {"status": "ready"}
-    engine.alive = False
-    response = await client.get("/health")
-    assert (response.status_code, response.json()["status"]) == (503, "failing")
+    engine.hold = asyncio.Event()
+    assert (await client.get("/load")).json() == {"server_load": 0}
+    waiting = asyncio.create_task(client.post(COMPLETIONS, json={**PROMPT, "n": 3}))
+    while not engine.requests:
+        await asyncio.sleep(0.01)
+    assert (await client.get("/load")).json() == {"server_load": 3}
+    engine.hold.set()
+    await waiting
+    assert (await client.get("/load")).json() == {"server_load": 0}
+
+
+async def test_server_info_shows_settings_but_no_keys(make_client: MakeClient) -> None:
+    keys = {"api_key": ("client-key",), "admin_api_key": "admin-key"}
+    client = make_client(**keys, max_num_seqs=7)
+    response = await client.get("/server_info", headers={"authorization": "Bearer admin-key"})
+    info = response.json()
+    assert info["settings"]["max_num_seqs"] == 7
+    assert info["engine"]["max_model_len"] == 512
+    assert info["version"] and info["system_env"]["torch"]
+    assert "client-key" not in response.text and "admin-key" not in response.text
+    secret = {name for name in info["settings"] if "key" in name or "token" in name.split("_")}
+    assert secret <= {"ssl_keyfile"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        (PROMPT, "text_completion"),
+        (HI, "chat.completion"),
+        ({**PROMPT, "messages": None}, "text_completion"),
+        ({"input": "a"}, "list"),
+    ],
+)
+async def test_invocations_serve_each_kind_of_body(
+    make_client: MakeClient, engine: FakeEngineClient, fields: dict[str, object], kind: str
+) -> None:
+    engine.embedding = EmbeddingSpec(pooling="last", size=4, normalize=True)
+    client = make_client()
+    response = await client.post("/invocations", json=fields)
+    assert response.status_code == 200, response.text
+    assert response.json()["object"] == kind
+
+
+async def test_invocations_stream_and_refuse_as_the_endpoints_do(
+    client: httpx.AsyncClient,
+) -> None:
+    response = await client.post("/invocations", json={**HI, "stream": True})
+    assert response.text.endswith("data: [DONE]\n\n")
+    assert_error(
+        await client.post("/invocations", json={"model": "tiny"}), 400, "invalid_value", "messages"
+    )
+    response = await client.post("/invocations", json={**HI, "temperature": 3})
+    assert_error(response, 400, "invalid_value", "temperature")
+    response = await client.post("/invocations", content=b"{", headers={"content-type": "text/x"})
+    assert response.status_code == 415
 
 
 async def test_pages_and_probes_answer_head(make_client: MakeClient) -> None:
