@@ -28,12 +28,14 @@ class RowError(NamedTuple):
 
 
 class Timings(NamedTuple):
-    """`time.monotonic()` seconds of a sequence's life, as far as it got."""
+    """`time.monotonic()` seconds of a sequence's life, as far as it got, and how often it was
+    preempted."""
 
     arrival: float
     scheduled: float | None
     first_token: float | None
     finished: float
+    num_preemptions: int = 0
 
 
 class SequenceOutput(NamedTuple):

@@ -104,7 +104,7 @@ class HttpMetricsMiddleware:
         try:
             await self.app(scope, receive, send_noting_status)
         finally:
-            handler = getattr(scope.get("route"), "path", "unmatched")
+            handler = getattr(scope.get("route"), "path", None)
             self.metrics.http_request(handler, scope["method"], status, time.monotonic() - started)
 
 
