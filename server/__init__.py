@@ -5,7 +5,7 @@ The ground floor, these files, may be imported by every room:
     settings     every setting of `quire serve`; flags_table writes their table into docs/api.md
     errors       exceptions to HTTP answers
     logs         the log
-    metrics      the page /metrics; histograms has its buckets, metrics_sum adds up several processes
+    metrics      the page /metrics; histograms and their buckets; metrics_sum adds up processes
     json_text    JSON of answers
 
 The rooms, each of which may import only those below it in this list, and the ground floor:

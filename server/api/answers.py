@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
@@ -133,13 +133,27 @@ class Envelope:
         """Return the whole answer."""
         return {**self._fields, "choices": choices, "usage": self._generation.usage()}
 
-    def chunk(self, choice: dict[str, Any]) -> bytes:
-        """Return the event of a chunk with one choice."""
+    def chunk(
+        self,
+        choice: dict[str, Any],
+        *,
+        opening: bool = False,
+        prompt_token_ids: Sequence[int] | None = None,
+    ) -> bytes:
+        """Return the event of a chunk with one choice, and with the ids of the prompt if given.
+
+        An `opening` chunk brings no token, so its usage counts none, although some have come.
+        """
         if choice["finish_reason"] is not None:
             self._finished.add(choice["index"])
         tail = self._tail
         if self._continuous:
-            tail = b'],"usage":' + encode_line(self._generation.usage()) + b"}\n\n"
+            usage = self._generation.usage()
+            if opening:
+                usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+            tail = b'],"usage":' + encode_line(usage) + b"}\n\n"
+        if prompt_token_ids is not None:
+            tail = b'],"prompt_token_ids":' + encode_line(list(prompt_token_ids)) + tail[1:]
         return self._head + encode_line(choice) + tail
 
     def usage_chunk(self) -> bytes:

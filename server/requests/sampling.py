@@ -106,6 +106,12 @@ def check_limits(
         count = getattr(body, name, None)
         if type(count) is int and not 0 <= count <= info.max_logprobs:
             raise InvalidRequestError(f"{name} must be from 0 to {info.max_logprobs}", name)
+    if body.logprob_token_ids is not None:
+        if not body.logprob_token_ids:
+            raise InvalidRequestError("logprob_token_ids must not be empty", "logprob_token_ids")
+        wanted = getattr(body, "logprobs", None)
+        if wanted is None or wanted is False:
+            raise InvalidRequestError("logprob_token_ids needs logprobs", "logprob_token_ids")
     return width
 
 
@@ -164,6 +170,7 @@ def resolve(
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,
+        logprob_token_ids=tuple(body.logprob_token_ids or ()),
         prompt_logprobs=prompt_logprobs,
         beam_width=width if searching else None,
         length_penalty=1.0 if body.length_penalty is None else body.length_penalty,

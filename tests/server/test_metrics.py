@@ -251,6 +251,17 @@ async def test_a_request_counts_its_tokens_before_it_ends(
     assert totals() == [10, 6, 20]
 
 
+async def test_preemptions_of_all_choices_are_added_up(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    metrics = client.app.state.quire.metrics  # type: ignore[attr-defined]
+    engine.scripts = lambda request, choice: Script(ids("ab"), preemptions=2 * choice)
+    await client.post("/v1/completions", json={"model": "tiny", "prompt": "a", "n": 3})
+    page = read(metrics)
+    assert page["quire:request_num_preemptions_sum", TINY] == 6
+    assert page["quire:request_num_preemptions_count", TINY] == 1
+
+
 def test_request_that_never_ran(metrics: Metrics) -> None:
     metrics.request_finished(record(timings=Timings(1.0, None, None, 3.0)))
     metrics.request_finished(record(timings=Timings(1.0, 2.0, None, 3.0)))
