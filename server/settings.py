@@ -33,6 +33,7 @@ from yaml import YAMLError
 
 from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
+from .foreign_flags import explain
 
 DEMO_MODEL_NAME = "quire-demo"
 
@@ -334,6 +335,8 @@ def load_settings(**flags: Any) -> Settings:
 def _describe(item: dict[str, Any]) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{name}: there is no such setting"
+        known = ["--" + field.replace("_", "-") for field in Settings.model_fields]
+        advice = explain("--" + name.replace("_", "-"), known)
+        return f"{name}: there is no such setting; {advice}"
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"{name}: {message}" if name else message

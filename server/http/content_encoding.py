@@ -95,7 +95,7 @@ class _Decoded:
             self._decoder = zlib.decompressobj(_GZIP)
         decoder = self._decoder
         try:
-            piece = decoder.decompress(self._encoded, min(_PIECE, self._left + 1))
+            piece: bytes = decoder.decompress(self._encoded, min(_PIECE, self._left + 1))
         except zlib.error as error:
             raise InvalidRequestError(f"the body is not {self._coding}: {error}") from error
         if decoder.eof and decoder.unused_data and self._coding != "gzip":
