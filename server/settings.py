@@ -9,6 +9,7 @@ in docs/api.md (`quire.server.flags_table`) follow.
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -94,6 +95,9 @@ ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "openai_gptoss
 """Formats of reasoning. `harmony` is another name for vLLM's `openai_gptoss`."""
 NameList = Annotated[tuple[str, ...], NoDecode]
 """Names that are a repeatable flag, comma-separated in the environment and a list in YAML."""
+
+
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 class Settings(_EngineSettings):
@@ -256,6 +260,17 @@ class Settings(_EngineSettings):
                 "namespace with a Service named quire: set enableServiceLinks: false in the pod's "
                 "spec, give --port, or give the Service another name"
             )
+        return value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin} is not an origin, such as https://chat.example.com, null or *; "
+                    "repeat the flag for each"
+                )
         return value
 
     @field_validator("tensor_parallel_size")
