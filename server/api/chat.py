@@ -156,13 +156,17 @@ class Chat:
         envelope = self._envelope
         async with aclosing(self.choices()) as choices:
             async for choice in choices:
-                prompt_ids = None
-                opening = "role" in choice["delta"]
-                if opening and self._body.return_token_ids and choice["index"] == 0:
-                    prompt_ids = self.generation.prompt_token_ids(0)
-                yield envelope.chunk(choice, opening=opening, prompt_token_ids=prompt_ids)
+                yield self._chunk(choice)
         if envelope.include_usage:
             yield envelope.usage_chunk()
+
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        """Return the event of a chunk; the first of all has the prompt's ids, if asked for."""
+        opening = "role" in choice["delta"]
+        prompt = None
+        if opening and choice["index"] == 0 and self._body.return_token_ids:
+            prompt = self.generation.prompt_token_ids(0)
+        return self._envelope.chunk(choice, opening=opening, prompt_token_ids=prompt)
 
     async def choices(self) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the entries of `choices` of a stream's chunks.

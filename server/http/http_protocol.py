@@ -114,7 +114,11 @@ class GuardedH11Protocol(H11Protocol):
         """
         if self._probe_timer is not None:
             self._probe_timer.cancel()
-        if self.cycle.response_started or self.scope["http_version"] != "1.1":
+        if (
+            self.cycle.response_started
+            or self.scope["http_version"] != "1.1"
+            or self.transport.is_closing()
+        ):
             return
         interim = h11.InformationalResponse(status_code=102, headers=[], reason=b"Processing")
         self.transport.write(self.conn.send(interim) or b"")

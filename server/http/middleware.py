@@ -1,5 +1,5 @@
-"""ASGI middleware around every route: the request id, the body limit, the HTTP metrics, and HEAD
-requests and paths with a slash at their end."""
+"""ASGI middleware around every route: the request id, the body limit, the HTTP metrics, HEAD
+requests, and the prefix and the end of paths."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def make_job(
     default = state.generation_defaults.get("max_new_tokens", parts.default_max_tokens)
     requests = []
     for prompt in prompts:
-        token_ids = truncated(prompt, body, info.max_model_len)
+        token_ids = _truncate(prompt, body, info.max_model_len)
         request = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(token_ids),
@@ -131,7 +131,7 @@ def _deadlines(settings: Settings, timeout: float | None, arrival: float) -> _De
     return _Deadlines(total, queue)
 
 
-def truncated(token_ids: list[int], body: GenerationBody, max_model_len: int) -> list[int]:
+def _truncate(token_ids: list[int], body: GenerationBody, max_model_len: int) -> list[int]:
     """Cut a prompt to truncate_prompt_tokens tokens; -1 keeps all that leave room for one more.
 
     truncation_side "left", the default, cuts its beginning off, and "right" its end. Raises
