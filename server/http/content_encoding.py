@@ -16,6 +16,8 @@ from .middleware import body_too_large
 CODINGS = ("gzip", "deflate")
 """The content codings of requests that are decoded. (Python has no others before 3.14.)"""
 _ALIASES = {"x-gzip": "gzip", "identity": ""}
+MAX_GZIP_MEMBERS = 100
+"""Maximum members of a gzip body: empty ones cost more to decode than to send."""
 _PIECE = 256 * 1024
 """Maximum bytes that are decoded before other tasks get their turn: less than a millisecond."""
 _GZIP, _ZLIB, _RAW = zlib.MAX_WBITS | 16, zlib.MAX_WBITS, -zlib.MAX_WBITS
@@ -64,6 +66,7 @@ class _Decoded:
         self._more = True
         self._decoder: Any = None  # zlib has no public name for its type
         self._done = False
+        self._members = 1
 
     async def receive(self) -> Message:
         """Return the next piece of the body; after the last one, what the server sends."""
@@ -91,7 +94,10 @@ class _Decoded:
             return b""
         if self._decoder is None:
             self._decoder = zlib.decompressobj(_window(self._coding, self._encoded))
-        elif self._decoder.eof and self._coding == "gzip":  # gzip may have several members
+        elif self._decoder.eof and self._coding == "gzip":
+            self._members += 1
+            if self._members > MAX_GZIP_MEMBERS:
+                raise InvalidRequestError(f"the gzip body has more than {MAX_GZIP_MEMBERS} members")
             self._decoder = zlib.decompressobj(_GZIP)
         decoder = self._decoder
         try:

@@ -108,7 +108,8 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
     app.add_middleware(ContentEncodingMiddleware, max_bytes=limit)
     app.add_middleware(BodyLimitMiddleware, max_bytes=limit)
     app.add_middleware(HeadMiddleware)
-    app.add_middleware(PathMiddleware, root_path=settings.root_path.rstrip("/"))
+    prefix = settings.root_path.strip("/")
+    app.add_middleware(PathMiddleware, root_path=f"/{prefix}" if prefix else "")
     if settings.allowed_origins:
         # Keys are sent in headers and never in cookies, so credentials need not be allowed, and a
         # preflight may allow whatever headers a client's SDK sends.

@@ -124,13 +124,13 @@ async def test_pages_and_probes_answer_head(make_client: MakeClient) -> None:
     assert 'http_requests_total{handler="/v1/models",method="HEAD",status="200"} 1.0' in page
 
 
-@pytest.mark.parametrize("root", ["", "/llm"])
+@pytest.mark.parametrize("root", ["", "/llm", "/a/b/", "llm", "/"])
 @pytest.mark.parametrize("stripped", [True, False])
 async def test_paths_with_a_slash_at_the_end_and_behind_a_prefix(
     make_client: MakeClient, root: str, stripped: bool
 ) -> None:
     client = make_client(root_path=root)
-    prefix = "" if stripped else root
+    prefix = "" if stripped or not root.strip("/") else "/" + root.strip("/")
     for path in ("/v1/models", "/v1/models/", "/health/", "/v1/models/tiny/", "/", ""):
         assert (await client.get(prefix + path)).status_code == 200, path
     response = await client.post(f"{prefix}{COMPLETIONS}/", json=PROMPT)

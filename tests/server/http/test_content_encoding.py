@@ -100,6 +100,7 @@ async def test_the_limit_holds_for_both_sizes(make_client: MakeClient) -> None:
         ("gzip", gzip.compress(BODY)[:-3]),
         ("gzip", gzip.compress(BODY) + b"trailer"),
         ("gzip", b""),
+        ("gzip", gzip.compress(b"") * 200 + gzip.compress(BODY)),
         ("deflate", b"\xff\xff\xff"),
         ("deflate", zlib.compress(BODY)[:-2]),
         ("deflate", zlib.compress(BODY) + b"trailer"),
