@@ -46,8 +46,10 @@ ENV PATH=/opt/quire/bin:$PATH \
 USER 10001:10001
 WORKDIR /home/quire
 EXPOSE 8000
-# /health is 200 while the model loads, too. Set the port with QUIRE_PORT, not with --port.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+# The container is healthy while it serves. Failures count after the first success or the start period,
+# which covers loading; a restart of the engine may take three minutes. Set the port with QUIRE_PORT, not
+# with --port.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=18 \
     CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('QUIRE_PORT') or 8000}/health\", timeout=4)"]
 ENTRYPOINT ["quire"]
 CMD ["serve", "--host", "0.0.0.0"]

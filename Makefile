@@ -78,9 +78,9 @@ bench: $(STAMP)
 	$(BIN)/python -P benchmarks/memory.py
 	$(BIN)/python benchmarks/scheduling.py
 
-# Write the table of flags in docs/api.md from their declarations.
+# Write the tables of flags in docs/api.md and docs/migrating.md from their declarations.
 docs: $(STAMP)
-	$(BIN)/python -m quire.server.flags_table docs/api.md
+	$(BIN)/python -m quire.server.flags_table docs/api.md docs/migrating.md
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

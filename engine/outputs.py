@@ -11,13 +11,15 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities at one position; `rank` 1 is the most likely token."""
+    """Log-probabilities at one position; `rank` 1 is the most likely token. `named_logprobs` are
+    those of the request's `logprob_token_ids`, in their order, if it has some."""
 
     token_id: int
     logprob: float
     rank: int
     top_token_ids: list[int]
     top_logprobs: list[float]
+    named_logprobs: list[float] | None = None
 
 
 class RowError(NamedTuple):
@@ -28,12 +30,14 @@ class RowError(NamedTuple):
 
 
 class Timings(NamedTuple):
-    """`time.monotonic()` seconds of a sequence's life, as far as it got."""
+    """`time.monotonic()` seconds of a sequence's life, as far as it got, and how often it was
+    preempted."""
 
     arrival: float
     scheduled: float | None
     first_token: float | None
     finished: float
+    num_preemptions: int = 0
 
 
 class SequenceOutput(NamedTuple):

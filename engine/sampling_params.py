@@ -12,6 +12,7 @@ GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this count as 0, since dividing logits by them would overflow."""
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_TOKENS = 256
 MAX_LENGTH_PENALTY = 10
@@ -31,8 +32,9 @@ class SamplingParams:
     `n` is the number of sequences to fork (best_of, if that is larger). A request without a `seed`
     gets a random one. `bad_words` are token sequences: the last token of each is forbidden while
     the output ends with the tokens before it. `top_k` 0 means off. `logprobs` k returns the chosen
-    token's log-probability and the k best ones, and None returns none; `prompt_logprobs` does the
-    same for the prompt. Log-probabilities are the model's, before temperature, penalties and bias.
+    token's log-probability and the k best ones, and None returns none; `logprob_token_ids` returns
+    those of these tokens with them. `prompt_logprobs` does for the prompt what `logprobs` does for
+    the output. Log-probabilities are the model's, before temperature, penalties and bias.
 
     `beam_width` w asks for beam search over w beams, which returns the n best. It draws nothing at
     random, so temperature must be 0 and nothing else may change the logits. A finished continuation
@@ -60,6 +62,7 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
     beam_width: int | None = None
     length_penalty: float = 1.0
@@ -96,6 +99,11 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             _require(count is None or count >= 0, f"{name} must be at least 0", name)
+        _require(
+            self.logprobs is not None or not self.logprob_token_ids,
+            "logprob_token_ids needs logprobs",
+            "logprob_token_ids",
+        )
         if self.beam_width is not None:
             self._check_beam_search(self.beam_width)
 
@@ -135,6 +143,11 @@ class SamplingParams:
             "stop_token_ids",
         )
         _require(
+            len(self.logprob_token_ids) <= MAX_LOGPROB_TOKEN_IDS,
+            f"logprob_token_ids has more than {MAX_LOGPROB_TOKEN_IDS} entries",
+            "logprob_token_ids",
+        )
+        _require(
             self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
             "allowed_token_ids must not be empty",
             "allowed_token_ids",
@@ -158,6 +171,7 @@ class SamplingParams:
         lists = {
             "logit_bias": [token_id for token_id, _ in self.logit_bias],
             "stop_token_ids": self.stop_token_ids,
+            "logprob_token_ids": self.logprob_token_ids,
             "allowed_token_ids": self.allowed_token_ids or (),
             "bad_words": [token_id for word in self.bad_words for token_id in word],
         }

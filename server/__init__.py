@@ -3,9 +3,10 @@
 The ground floor, these files, may be imported by every room:
     cli          the command `quire`; it imports the rooms lazily
     settings     every setting of `quire serve`; flags_table writes their table into docs/api.md
+    foreign_flags    other servers' flags, and what takes their place
     errors       exceptions to HTTP answers
     logs         the log
-    metrics      the page /metrics; metrics_sum adds up several processes
+    metrics      the page /metrics; histograms and their buckets; metrics_sum adds up processes
     json_text    JSON of answers
 
 The rooms, each of which may import only those below it in this list, and the ground floor:

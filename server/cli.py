@@ -18,6 +18,7 @@ from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
 from ..engine.errors import StartupError
+from .foreign_flags import explain
 from .settings import GROUPS, Settings, load_settings
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ def main(argv: list[str] | None = None, make_client: MakeClient | None = None) -
     line. `make_client` makes the server's engine client in place of ProcessEngineClient.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parsed = build_parser(serve_only=argv[:1] == ["serve"]).parse_args(argv)
+    parser = build_parser(serve_only=argv[:1] == ["serve"])
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_refusal(unknown, is_serve=parsed.command == "serve"))
     arguments = vars(parsed)
     if arguments.pop("command") == "bench":
         from .bench import command as bench
@@ -124,6 +128,15 @@ def grouped_flags() -> Iterator[ServeFlag]:
             extra = field.json_schema_extra
             if isinstance(extra, dict) and extra["group"] == group:
                 yield ServeFlag(name, group, field, str(extra["details"]))
+
+
+def _refusal(unknown: list[str], *, is_serve: bool) -> str:
+    """Return the message about unknown arguments, with a line of advice for each flag."""
+    lines = [f"unrecognized arguments: {' '.join(unknown)}"]
+    if is_serve:
+        known = ["--config", *(flag.option for flag in grouped_flags())]
+        lines += [explain(word, known) for word in unknown if word.startswith("--")]
+    return "\n  ".join(lines)
 
 
 def _argument(flag: ServeFlag) -> dict[str, Any]:

@@ -1,20 +1,22 @@
-"""Write the table of flags in docs/api.md from the declarations of the flags.
+"""Write the tables of flags in docs/api.md and docs/migrating.md from their declarations.
 
-    python -m quire.server.flags_table docs/api.md
+    python -m quire.server.flags_table docs/api.md docs/migrating.md
 
-`make docs` runs it. It replaces the text between the two markers. A test asserts that the table is
-up to date.
+`make docs` runs it. It replaces the text between the markers of each table. A test asserts that the
+tables are up to date.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 from .cli import grouped_flags
+from .foreign_flags import FOREIGN_FLAGS, Server
 from .settings import Settings
 
-BEGIN = "<!-- flags: written by `make docs` -->"
 END = "<!-- end of flags -->"
 
 
@@ -28,13 +30,43 @@ def flags_table() -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def foreign_table(server: Server) -> str:
+    """Return the table in Markdown of another server's flags, and what takes their place."""
+    rows = [
+        f"| `{each.flag}` | {each.answer} | {_sentence(_code(each.advice))} |"
+        for each in FOREIGN_FLAGS
+        if each.server == server
+    ]
+    return "\n".join([f"| flag of {server} | here | |", "|---|---|---|", *rows])
+
+
+def begin(what: str) -> str:
+    """Return the line that a table begins after: of "flags", or of "flags of" a server."""
+    return f"<!-- {what}: written by `make docs` -->"
+
+
 def updated(document: str) -> str:
-    """Return the document with the table between the markers, in place of the text there."""
-    before, _, rest = document.partition(BEGIN)
-    _, marker, after = rest.partition(END)
-    if not marker:
-        raise ValueError(f"the document lacks the line {BEGIN} or {END}")
-    return f"{before}{BEGIN}\n\n{flags_table()}\n\n{END}{after}"
+    """Return the document with each table between its markers, in place of the text there."""
+    tables = {begin("flags"): flags_table()}
+    for server in get_args(Server):
+        tables[begin(f"flags of {server}")] = foreign_table(server)
+    if not any(marker in document for marker in tables):
+        raise ValueError(f"the document lacks a line like {begin('flags')}")
+    for marker, table in tables.items():
+        if marker in document:
+            before, _, rest = document.partition(marker)
+            _, end, after = rest.partition(END)
+            if not end:
+                raise ValueError(f"the document lacks the line {END} after {marker}")
+            document = f"{before}{marker}\n\n{table}\n\n{END}{after}"
+    return document
+
+
+def _code(text: str) -> str:
+    """Mark flags, paths, names of fields and of the environment as code."""
+    return re.sub(
+        r"(?<![\w`])(--[a-z0-9-]+|/[a-z_]+|[a-z]+_[a-z_.]+|[A-Z]+_[A-Z_]+)", r"`\1`", text
+    )
 
 
 def _shown(default: str | None) -> str:
@@ -50,10 +82,10 @@ def _sentence(text: str) -> str:
 
 def main() -> None:
     """Update the document that the command line names."""
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit("flags_table: name the document to update, such as docs/api.md")
-    path = Path(sys.argv[1])
-    path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,39 +6,35 @@ come only from the server (served names, route templates, error codes), never fr
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from ..engine.config import EngineInfo
 from ..engine.outputs import EngineStats, FinishReason, Timings
+from .histograms import (
+    CHOICE_BUCKETS,
+    HTTP_BUCKETS,
+    ITERATION_BUCKETS,
+    PREEMPTION_BUCKETS,
+    REQUEST_LATENCY_BUCKETS,
+    STEP_WAIT_BUCKETS,
+    TOKEN_LATENCY_BUCKETS,
+    TTFT_BUCKETS,
+    TokenHistogram,
+    one_two_five,
+)
 from .metrics_sum import Sample, Sum, Totals, samples_of
 
-TTFT_BUCKETS = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5),
-    *(10, 20, 40, 80, 160, 640, 2560),
+WAITING_REASONS = ("capacity", "deferred")
+"""Why a sequence waits, by vLLM's names. None is ever deferred here (held back although there is
+room)."""
+_PROBES = frozenset(
+    {"/metrics", "/health", "/ready", "/live", "/ping", "/load", "/version", "/server_info"}
 )
-TOKEN_LATENCY_BUCKETS = (
-    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5),
-    *(10, 20, 40, 80),
-)
-REQUEST_LATENCY_BUCKETS = (
-    *(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60),
-    *(120, 240, 480, 960, 1920, 7680),
-)
-HTTP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-CHOICE_BUCKETS = (1, 2, 5, 10, 20)
-ITERATION_BUCKETS = (1, *(2**exponent for exponent in range(3, 15)))
-"""Buckets of the histograms, as in vLLM: seconds, choices per request, and tokens per step."""
-
+"""Paths whose requests vLLM does not count."""
 HTTP_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 """Methods that are a label value; any other counts as OTHER."""
 
@@ -65,32 +61,8 @@ class RequestRecord:
     finish_reasons: tuple[FinishReason, ...]
     generation_tokens: tuple[int, ...]
     timings: Timings | None
-
-
-class _TokenHistogram(Collector):
-    """A histogram that is cheap enough to observe every token: a bisection and three additions.
-
-    prometheus_client's own takes locks and walks its buckets, which costs more than formatting the
-    token. This one needs no lock, because all calls, rendering included, come from the event loop.
-    """
-
-    def __init__(
-        self, name: str, help: str, labels: dict[str, str], buckets: tuple[float, ...]
-    ) -> None:
-        self._name, self._help, self._labels, self._bounds = name, help, labels, buckets
-        self._counts = [0] * (len(buckets) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        family = HistogramMetricFamily(self._name, self._help, labels=list(self._labels))
-        names = [*map(floatToGoString, self._bounds), "+Inf"]
-        cumulated = list(zip(names, accumulate(self._counts), strict=True))
-        family.add_metric(list(self._labels.values()), cumulated, self._sum)
-        yield family
+    preemptions: int = 0
+    """Of all choices."""
 
 
 class Metrics:
@@ -107,6 +79,15 @@ class Metrics:
 
         self._running = self._gauge("num_requests_running", "Sequences in the running batch.")
         self._waiting = self._gauge("num_requests_waiting", "Sequences waiting for a step.")
+        by_reason = Gauge(
+            f"{prefix}:num_requests_waiting_by_reason",
+            "Sequences waiting for a step, by reason.",
+            [*self._labels, "reason"],
+            registry=self._registry,
+        )
+        self._waiting_for = {
+            reason: by_reason.labels(**self._labels, reason=reason) for reason in WAITING_REASONS
+        }
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
         self._step_counters = {
             field: self._counter(*name_help) for field, name_help in _STEP_COUNTERS.items()
@@ -138,14 +119,14 @@ class Metrics:
             registry=self._registry,
         )
         self._latencies()
-        self._token_counts: tuple[Histogram, Histogram, Histogram] | None = None
+        self._token_counts: tuple[Histogram, ...] | None = None
         self._http()
 
     def _latencies(self) -> None:
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "Time from arrival to first token.", TTFT_BUCKETS
         )
-        self._itl = _TokenHistogram(
+        self._itl = TokenHistogram(
             f"{self._prefix}:inter_token_latency_seconds",
             "Time between consecutive tokens.",
             self._labels,
@@ -164,10 +145,16 @@ class Metrics:
             "request_prefill_time_seconds": "Time from first step to first token.",
             "request_decode_time_seconds": "Time from first token to end.",
         }
+        short = ("request_queue_time_seconds", "request_prefill_time_seconds")
         self._spans = {
-            name: self._histogram(name, help, REQUEST_LATENCY_BUCKETS)
+            name: self._histogram(
+                name, help, STEP_WAIT_BUCKETS if name in short else REQUEST_LATENCY_BUCKETS
+            )
             for name, help in spans.items()
         }
+        self._preemptions = self._histogram(
+            "request_num_preemptions", "Preemptions of a request.", PREEMPTION_BUCKETS
+        )
         self._n = self._histogram("request_params_n", "Choices of a request.", CHOICE_BUCKETS)
 
     def _http(self) -> None:
@@ -209,10 +196,15 @@ class Metrics:
         """Register the metrics that depend on the engine's sizes, at the first call only."""
         if self._token_counts is not None:
             return
-        buckets = tuple(_one_two_five(info.max_model_len))
+        buckets = tuple(one_two_five(info.max_model_len))
         self._token_counts = (
             self._histogram("request_prompt_tokens", "Prompt tokens of a request.", buckets),
             self._histogram("request_generation_tokens", "Output tokens of a request.", buckets),
+            self._histogram(
+                "request_max_num_generation_tokens",
+                "Output tokens of a request's longest choice.",
+                buckets,
+            ),
             self._histogram("request_params_max_tokens", "max_tokens of a request.", buckets),
         )
         values = {
@@ -233,7 +225,7 @@ class Metrics:
         self._restarts.inc()
         self._last_stats = None
         self._running.set(0)
-        self._waiting.set(0)
+        self._set_waiting(0)
         self._kv_usage.set(0)
 
     def http_worker_restarted(self) -> None:
@@ -248,11 +240,15 @@ class Metrics:
         for field, counter in self._step_counters.items():
             counter.inc(getattr(stats, field) - (getattr(last, field) if last else 0))
         self._running.set(stats.num_running)
-        self._waiting.set(stats.num_waiting)
+        self._set_waiting(stats.num_waiting)
         self._kv_usage.set(stats.kv_usage)
         if last is None or stats.step > last.step:
             self._iteration.observe(stats.step_tokens)
         self._last_stats = stats
+
+    def _set_waiting(self, count: int) -> None:
+        self._waiting.set(count)
+        self._waiting_for["capacity"].set(count)
 
     def request_rejected(self, reason: str) -> None:
         """Count a refused request; `reason` is the `code` of an error in engine/errors.py."""
@@ -280,18 +276,20 @@ class Metrics:
         generated = sum(record.generation_tokens)
         for reason in record.finish_reasons:
             self._success.labels(**self._labels, finished_reason=reason).inc()
+        longest = max(record.generation_tokens, default=0)
         self._n.observe(len(record.finish_reasons))
+        self._preemptions.observe(record.preemptions)
         if self._token_counts is not None:
-            counts = (record.prompt_tokens, generated, record.max_tokens)
+            counts = (record.prompt_tokens, generated, longest, record.max_tokens)
             for histogram, value in zip(self._token_counts, counts, strict=True):
                 histogram.observe(value)
         if record.timings is not None:
-            self._observe_timings(record.timings, max(record.generation_tokens, default=0))
+            self._observe_timings(record.timings, longest)
 
     def _observe_timings(self, timings: Timings, longest: int) -> None:
         """Record the latencies of a request whose longest choice has `longest` tokens."""
         spans = self._spans
-        arrival, scheduled, first_token, finished = timings
+        arrival, scheduled, first_token, finished, _ = timings
         spans["e2e_request_latency_seconds"].observe(finished - arrival)
         if scheduled is None:
             return
@@ -304,10 +302,19 @@ class Metrics:
         if longest > 1:
             self._tpot.observe((finished - first_token) / (longest - 1))
 
-    def http_request(self, handler: str, method: str, status: int, seconds: float) -> None:
-        """Count an HTTP request. `handler` is the route's template, or a fixed word without one."""
+    def http_request(self, handler: str | None, method: str, status: int, seconds: float) -> None:
+        """Count an HTTP request. `handler` is the route's template, or None without a route.
+
+        With vLLM's prefix, requests are counted as vLLM counts them, so that its panels and alerts
+        find them: statuses are grouped (5xx), and probes are left out.
+        """
+        grouped = self._prefix == "vllm"
+        if grouped and handler in _PROBES:
+            return
+        handler = handler or ("none" if grouped else "unmatched")
+        label = f"{status // 100}xx" if grouped else str(status)
         method = method if method in HTTP_METHODS else "OTHER"
-        self._http_requests.labels(handler=handler, method=method, status=str(status)).inc()
+        self._http_requests.labels(handler=handler, method=method, status=label).inc()
         self._http_duration.labels(handler=handler, method=method).observe(seconds)
 
     def samples(self) -> list[Sample]:
@@ -323,14 +330,3 @@ class Metrics:
     def _count_new_tokens(self) -> None:
         self._generated.inc(self._new_tokens)
         self._new_tokens = 0
-
-
-def _one_two_five(largest: int) -> Iterator[int]:
-    """Yield 1, 2, 5, 10, 20, … up to `largest`."""
-    decade = 1
-    while True:
-        for mantissa in (1, 2, 5):
-            if mantissa * decade > largest:
-                return
-            yield mantissa * decade
-        decade *= 10

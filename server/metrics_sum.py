@@ -38,28 +38,25 @@ Totals = dict[Key, float]
 
 
 def samples_of(families: Iterable[Metric]) -> list[Sample]:
-    """Return the samples of all counters and histograms."""
+    """Return the samples of all counters and histograms, without their creation times: these would
+    be a third of the page, and no one reads them."""
     return [
         Sample(Key(family.name, sample.name, tuple(sample.labels.items())), sample.value)
         for family in families
         if family.type in _ADDED
         for sample in family.samples
+        if sample.name != f"{family.name}_created"
     ]
 
 
 def add(totals: Totals, samples: Iterable[Sample]) -> None:
-    """Add the samples to the totals; of creation times keep the earliest."""
+    """Add the samples to the totals."""
     for key, value in samples:
-        if key not in totals:
-            totals[key] = value
-        elif key.name == f"{key.family}_created":
-            totals[key] = min(totals[key], value)
-        else:
-            totals[key] += value
+        totals[key] = totals.get(key, 0.0) + value
 
 
 class Sum(Collector):
-    """Collects the families of `own` with the counts of `others` added.
+    """Collects the families of `own` with the counts of `others` added, without creation times.
 
     A family that `own` lacks is left out.
     """

@@ -9,6 +9,7 @@ in docs/api.md (`quire.server.flags_table`) follow.
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -33,6 +34,7 @@ from yaml import YAMLError
 
 from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
+from .foreign_flags import explain
 
 DEMO_MODEL_NAME = "quire-demo"
 
@@ -93,6 +95,9 @@ ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "openai_gptoss
 """Formats of reasoning. `harmony` is another name for vLLM's `openai_gptoss`."""
 NameList = Annotated[tuple[str, ...], NoDecode]
 """Names that are a repeatable flag, comma-separated in the environment and a list in YAML."""
+
+
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 class Settings(_EngineSettings):
@@ -263,6 +268,17 @@ class Settings(_EngineSettings):
             )
         return value
 
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin} is not an origin, such as https://chat.example.com, null or *; "
+                    "repeat the flag for each"
+                )
+        return value
+
     @field_validator("tensor_parallel_size")
     @classmethod
     def _one_gpu(cls, value: int) -> int:
@@ -340,6 +356,8 @@ def load_settings(**flags: Any) -> Settings:
 def _describe(item: dict[str, Any]) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{name}: there is no such setting"
+        known = ["--" + field.replace("_", "-") for field in Settings.model_fields]
+        advice = explain("--" + name.replace("_", "-"), known)
+        return f"{name}: there is no such setting; {advice}"
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"{name}: {message}" if name else message

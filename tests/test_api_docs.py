@@ -232,6 +232,7 @@ def test_bounds_of_parameters_are_those_of_the_code() -> None:
         ("cache_salt", field_types.MAX_LABEL_LENGTH),
         ("user", field_types.MAX_LABEL_LENGTH),
         ("logit_bias", sampling_params.MAX_LOGIT_BIAS),
+        ("logprob_token_ids", sampling_params.MAX_LOGPROB_TOKEN_IDS),
         ("stop_token_ids", sampling_params.MAX_STOP_TOKEN_IDS),
         ("prompt_logprobs", job.MAX_PROMPT_LOGPROBS),
         ("max_tokens", sampling.COMPLETION_MAX_TOKENS),

@@ -84,8 +84,17 @@ async def _uvicorn_protocol() -> None:
     (protocol,) = made
     assert protocol.conn.our_state is not None and protocol.loop is asyncio.get_running_loop()
     assert protocol.flow.read_paused is False and protocol.cycle is None
-    for name in ("connection_made", "connection_lost", "data_received", "send_400_response"):
+    for name in (
+        *("connection_made", "connection_lost", "data_received", "eof_received"),
+        *("send_400_response", "on_response_complete"),
+    ):
         assert callable(getattr(protocol, name)), name
+    writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    while protocol.cycle is None or protocol.cycle.more_body:
+        await asyncio.sleep(0.01)
+    assert protocol.scope["http_version"] == "1.1"
+    assert isinstance(protocol.cycle.response_started, bool)
+    assert isinstance(protocol.cycle.response_complete, bool)
     writer.close()
     protocol.transport.close()
     server.close()

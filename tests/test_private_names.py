@@ -20,7 +20,7 @@ DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 """Underscored names of the standard library that its manual documents."""
 PUBLIC_MODULES = {
     *("fastapi.exceptions", "fastapi.middleware.cors", "fastapi.responses", "fastapi.security"),
-    *("jinja2.meta", "pydantic.config"),
+    *("fastapi.routing", "jinja2.meta", "pydantic.config"),
     *("msgspec.json", "numba.extending", "numpy.typing", "prometheus_client.core"),
     *("prometheus_client.exposition", "prometheus_client.registry", "pydantic.fields"),
     *("pydantic.json_schema", "starlette.datastructures", "starlette.exceptions"),

@@ -122,6 +122,11 @@ class SamplingPlan:
     num_top: tuple[int, ...] = ()
     logprob_index: Tensor | None = None
     """`logprob_rows` on the device; None if these are all rows."""
+    named: Tensor | None = None
+    """[L, m] int64 token ids whose log-probabilities the L `logprob_rows` also want, padded with 0;
+    None if none of them names any."""
+    num_named: tuple[int, ...] = ()
+    """How many of `named` are each row's own; empty if none names any."""
 
     @property
     def shaped(self) -> bool:
@@ -183,6 +188,15 @@ class PlanMaker:
             num_top=tuple(count for count in num_top if count is not None),
             logprob_index=self._rows(logprob_rows) if some else None,
         )
+        named = [params[row].logprob_token_ids for row in logprob_rows]
+        if any(named):
+            width = max(map(len, named))
+            padded = [(*ids, *(0,) * (width - len(ids))) for ids in named]
+            plan = replace(
+                plan,
+                named=to_device(padded, torch.int64, self._device),
+                num_named=tuple(map(len, named)),
+            )
         if not working:
             return plan
         return replace(

@@ -40,8 +40,9 @@ def collect_logprobs(output: SamplerOutput, batch: SamplingBatch) -> dict[int, T
     if output.logprobs is None:
         return {}
     finite = output.finite.tolist()
-    entries = to_token_logprobs(output.logprobs, batch.plan.num_top)
-    pairs = zip(batch.plan.logprob_rows, entries, strict=True)
+    plan = batch.plan
+    entries = to_token_logprobs(output.logprobs, plan.num_top, plan.num_named)
+    pairs = zip(plan.logprob_rows, entries, strict=True)
     return {row: entry for row, entry in pairs if finite[row]}
 
 
@@ -121,7 +122,7 @@ class Sampler:
         if plan.logprob_index is not None:
             logits = logits.index_select(0, plan.logprob_index)
             token_ids = token_ids.index_select(0, plan.logprob_index)
-        return compute_logprobs(logits, token_ids, max(plan.num_top))
+        return compute_logprobs(logits, token_ids, max(plan.num_top), plan.named)
 
     def _shape(self, logits: Tensor, batch: SamplingBatch, token_bitmask: Tensor | None) -> Tensor:
         """Return a float32 copy of the working rows [W, V] with masks, bias and penalties

@@ -134,7 +134,7 @@ class BeamGroup:
         wanted = self.params.logprobs
         if wanted is None:
             return []
-        _, _, _, top_ids, top = self.found[candidate.parent]
+        _, _, _, top_ids, top, named = self.found[candidate.parent]
         logprob = top[candidate.place]
         entry = TokenLogprobs(
             candidate.token_id,
@@ -142,6 +142,7 @@ class BeamGroup:
             top.index(logprob) + 1,
             top_ids[:wanted],
             top[:wanted],
+            named,
         )
         return [*self.entries[candidate.parent], entry]
 

@@ -77,5 +77,9 @@ def take_prompt_logprobs(sequence: Sequence, start: int, entries: list[TokenLogp
 def timings(sequence: Sequence, now: float) -> Timings:
     """Return the times of a sequence that ends now."""
     return Timings(
-        sequence.request.arrival_time, sequence.scheduled_time, sequence.first_token_time, now
+        sequence.request.arrival_time,
+        sequence.scheduled_time,
+        sequence.first_token_time,
+        now,
+        sequence.num_preemptions,
     )

@@ -8,6 +8,7 @@ Reading order:
     stored_streams     GET and DELETE of resumable streams
     embeddings, tokenization, operations    the other endpoints
     rerank, classify, scoring    scores of texts; scoring is what they share
+    invocations        one path for several of them, as SageMaker asks
     translation        how dialects are written on top of a chat completion
 
 May import `requests`, `http`, `parsing`, `text` and the ground (server/*.py), and of the engine its

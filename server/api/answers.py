@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
@@ -15,7 +15,7 @@ from ..http.limits import Ticket
 from ..http.resumption import ResumableStream, asks_to_resume
 from ..http.route_docs import OBJECTS, STRING, json_object
 from ..http.sse import EventStream, SseResponse, event
-from ..json_text import encode_json
+from ..json_text import encode_line
 from ..metrics import Metrics
 from ..requests.generation import Generation
 from ..requests.protocol import GenerationBody
@@ -125,7 +125,7 @@ class Envelope:
         self.include_usage = bool(options and options.include_usage)
         self._continuous = self.include_usage and bool(options and options.continuous_usage_stats)
         # {"id": …, "choices":[ CHOICE ],"usage":…}
-        self._head = b"data: " + encode_json(self._fields)[:-1] + b',"choices":['
+        self._head = b"data: " + encode_line(self._fields)[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if self.include_usage else b"]}\n\n"
         self._finished: set[int] = set()
 
@@ -133,14 +133,28 @@ class Envelope:
         """Return the whole answer."""
         return {**self._fields, "choices": choices, "usage": self._generation.usage()}
 
-    def chunk(self, choice: dict[str, Any]) -> bytes:
-        """Return the event of a chunk with one choice."""
+    def chunk(
+        self,
+        choice: dict[str, Any],
+        *,
+        opening: bool = False,
+        prompt_token_ids: Sequence[int] | None = None,
+    ) -> bytes:
+        """Return the event of a chunk with one choice, and with the ids of the prompt if given.
+
+        An `opening` chunk brings no token, so its usage counts none, although some have come.
+        """
         if choice["finish_reason"] is not None:
             self._finished.add(choice["index"])
         tail = self._tail
         if self._continuous:
-            tail = b'],"usage":' + encode_json(self._generation.usage()) + b"}\n\n"
-        return self._head + encode_json(choice) + tail
+            usage = self._generation.usage()
+            if opening:
+                usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+            tail = b'],"usage":' + encode_line(usage) + b"}\n\n"
+        if prompt_token_ids is not None:
+            tail = b'],"prompt_token_ids":' + encode_line(list(prompt_token_ids)) + tail[1:]
+        return self._head + encode_line(choice) + tail
 
     def usage_chunk(self) -> bytes:
         """Return the event of the last chunk, which has the usage and no choices."""

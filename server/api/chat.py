@@ -88,7 +88,9 @@ class Chat:
             fingerprint=state.fingerprint(),
         )
         self._logprobs = LogprobFormat(
-            state.tokenizer, as_ids=bool(body.return_tokens_as_token_ids)
+            state.tokenizer,
+            as_ids=bool(body.return_tokens_as_token_ids),
+            named=body.logprob_token_ids,
         )
 
     @classmethod
@@ -124,6 +126,7 @@ class Chat:
         answer = self._envelope.whole(
             [self._choice(index, finished) for index, finished in enumerate(answers)]
         )
+        answer["prompt_logprobs"] = answer["prompt_token_ids"] = None
         if body.prompt_logprobs is not None:
             entries = self.generation.prompt_logprobs[0] or ()
             answer["prompt_logprobs"] = self._logprobs.prompt(entries)
@@ -140,13 +143,12 @@ class Chat:
             "logprobs": None,
             "finish_reason": parser.finish_reason(finished.finish_reason),
             "stop_reason": finished.stop_reason,
+            "token_ids": finished.token_ids if self._body.return_token_ids else None,
         }
         if self._body.logprobs:
             choice["logprobs"] = self._logprobs.chat(
                 finished.logprobs, self._body.top_logprobs or 0
             )
-        if self._body.return_token_ids:
-            choice["token_ids"] = finished.token_ids
         return choice
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -154,9 +156,17 @@ class Chat:
         envelope = self._envelope
         async with aclosing(self.choices()) as choices:
             async for choice in choices:
-                yield envelope.chunk(choice)
+                yield self._chunk(choice)
         if envelope.include_usage:
             yield envelope.usage_chunk()
+
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        """Return the event of a chunk; the first of all has the prompt's ids, if asked for."""
+        opening = "role" in choice["delta"]
+        prompt = None
+        if opening and choice["index"] == 0 and self._body.return_token_ids:
+            prompt = self.generation.prompt_token_ids(0)
+        return self._envelope.chunk(choice, opening=opening, prompt_token_ids=prompt)
 
     async def choices(self) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the entries of `choices` of a stream's chunks.
@@ -208,15 +218,12 @@ class Chat:
         return pieces
 
     def _role_choice(self, index: int) -> dict[str, Any]:
-        choice: dict[str, Any] = {
+        return {
             "index": index,
             "delta": {"role": "assistant", "content": ""},
             "logprobs": None,
             "finish_reason": None,
         }
-        if self._body.return_token_ids:
-            choice["prompt_token_ids"] = list(self.generation.prompt_token_ids(0))
-        return choice
 
     def failure(self) -> list[bytes]:
         """Return terminal chunks for the choices that have none yet."""

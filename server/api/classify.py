@@ -109,5 +109,5 @@ async def _encode(
         text,
         add_special_tokens=body.add_special_tokens is not False,
         max_tokens=limit,
-        keep_first=keep,
+        keep=keep,
     )

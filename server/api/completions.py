@@ -77,7 +77,11 @@ class _CompletionWriter:
         self._body = body
         self._generation = generation
         self._tokenizer = tokenizer
-        self._logprobs = LogprobFormat(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+        self._logprobs = LogprobFormat(
+            tokenizer,
+            as_ids=bool(body.return_tokens_as_token_ids),
+            named=body.logprob_token_ids,
+        )
         self._width = body.n or 1
 
     async def whole(self, answers: list[list[Finished]]) -> dict[str, Any]:
@@ -106,6 +110,7 @@ class _CompletionWriter:
             "finish_reason": finished.finish_reason,
             "stop_reason": finished.stop_reason,
         }
+        choice |= dict.fromkeys(("prompt_logprobs", "prompt_token_ids", "token_ids"))
         if body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = self._logprobs.prompt(prompt_entries or ())
         if body.return_token_ids:

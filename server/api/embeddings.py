@@ -50,6 +50,7 @@ class EmbeddingBody(Fields):
     dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: Label | None = None
     user: Label | None = None
@@ -96,7 +97,8 @@ async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSp
             f"the model {state.model_name!r} does not produce embeddings: {spec}", "model"
         )
     spec.check_dimensions(body.dimensions)
-    keep_first = _tokens_to_keep(body.truncate_prompt_tokens, info.max_model_len)
+    keep = _tokens_to_keep(body.truncate_prompt_tokens, info.max_model_len)
+    keep_end = body.truncation_side == "left"
     characters = sum(len(item) for item in inputs if isinstance(item, str))
     tokens = sum(len(item) for item in inputs if not isinstance(item, str))
     ticket = state.in_flight.admit(len(inputs), characters, tokens)
@@ -109,9 +111,12 @@ async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSp
                     spec.prompt + item,
                     add_special_tokens=body.add_special_tokens is not False,
                     max_tokens=info.max_model_len,
-                    keep_first=keep_first,
+                    keep=keep,
+                    keep_end=keep_end,
                 )
-            prompts.append(item[:keep_first])
+            elif keep is not None:
+                item = item[-keep:] if keep_end else item[:keep]
+            prompts.append(item)
         longest = max(map(len, prompts))
         if longest > info.max_model_len:
             raise ContextLengthError(

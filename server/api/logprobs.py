@@ -13,17 +13,23 @@ LOWEST = -9999.0
 
 
 class LogprobFormat:
-    """Formats the entries of one request. With `as_ids`, tokens are written as "token_id:17"."""
+    """Formats the entries of one request. With `as_ids`, tokens are written as "token_id:17".
 
-    def __init__(self, tokenizer: Tokenizer, *, as_ids: bool) -> None:
+    `named` are the request's `logprob_token_ids`, which follow the best alternatives.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, as_ids: bool, named: Sequence[int] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._named = named or ()
         self._as_ids = as_ids
 
     def chat(self, entries: Sequence[TokenLogprobs], top: int) -> dict[str, Any]:
         """Format `choices[].logprobs` of a chat completion, with `top` alternatives per token."""
         content = []
         for entry in entries:
-            alternatives = zip(entry.top_token_ids[:top], entry.top_logprobs[:top], strict=True)
+            alternatives = self._pairs(entry, top).items()
             content.append(
                 {
                     **self._chat_token(entry.token_id, entry.logprob),
@@ -60,6 +66,14 @@ class LogprobFormat:
         """Format `prompt_logprobs`: a map from token id to logprob, rank and text per position."""
         return [entry and self._by_id(entry) for entry in entries]
 
+    def _pairs(self, entry: TokenLogprobs, top: int) -> dict[int, float]:
+        """Return the `top` best alternatives and the named tokens, by token id."""
+        pairs = dict(zip(entry.top_token_ids[:top], entry.top_logprobs[:top], strict=True))
+        if entry.named_logprobs is not None:
+            for token_id, logprob in zip(self._named, entry.named_logprobs, strict=True):
+                pairs.setdefault(token_id, logprob)
+        return pairs
+
     def _chat_token(self, token_id: int, logprob: float) -> dict[str, Any]:
         name = self._as_ids and f"token_id:{token_id}"
         return {
@@ -80,9 +94,7 @@ class LogprobFormat:
 
     def _alternatives(self, entry: TokenLogprobs, top: int) -> dict[str, float]:
         found: dict[str, float] = {}
-        for token_id, logprob in zip(
-            entry.top_token_ids[:top], entry.top_logprobs[:top], strict=True
-        ):
+        for token_id, logprob in self._pairs(entry, top).items():
             found.setdefault(self._name(token_id), _finite(logprob))
         found.setdefault(self._name(entry.token_id), _finite(entry.logprob))
         return found

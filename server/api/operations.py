@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from dataclasses import asdict
+from importlib.metadata import version as package_version
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -9,7 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from ...engine.errors import EngineNotReadyError, ModelNotFoundError, ShuttingDownError
 from ..http.auth import require_admin_key, require_client_key, require_debug_key
-from ..http.route_docs import STRING, answers, errors, json_object
+from ..http.route_docs import INTEGER, STRING, answers, errors, json_object
 from ..requests.state import ServerState, state_of
 
 public = APIRouter(tags=["operations"])
@@ -17,7 +20,9 @@ router = APIRouter(
     tags=["models"], dependencies=[Depends(require_client_key)], responses=errors(401)
 )
 
-_HEALTH = json_object("status", "reason", status=STRING, reason=STRING)
+_SECRETS = {"api_key", "admin_api_key"}
+_STATUS = json_object("status", status=STRING)
+_LIVE = json_object("status", "reason", status=STRING, reason=STRING)
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>quire</title>
 <h1>quire</h1><p>An OpenAI-compatible inference server.
@@ -25,38 +30,44 @@ _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>quire</ti
 <a href="metrics">metrics</a></p></html>"""
 
 
-@public.head("/", include_in_schema=False)
 @public.get("/", include_in_schema=False)
 async def page() -> HTMLResponse:
     return HTMLResponse(_PAGE)
 
 
-@public.head("/health", response_model=None, include_in_schema=False)
-@public.get(
-    "/health",
-    response_model=None,
-    responses={
-        **answers(_HEALTH),
-        503: {**answers(_HEALTH)[200], "description": "The engine makes no progress"},
-    },
-)
+@public.post("/ping", response_model=None, responses={**answers(_STATUS), **errors(503)})
+@public.get("/ping", response_model=None, responses={**answers(_STATUS), **errors(503)})
+@public.get("/ready", response_model=None, responses={**answers(_STATUS), **errors(503)})
+@public.get("/health", response_model=None, responses={**answers(_STATUS), **errors(503)})
 async def health(request: Request) -> Response:
-    """Liveness: 200 while the engine makes progress, also while it loads or drains."""
-    state = state_of(request)
-    engine = state.engine.health()
-    answer = {"status": "ok" if engine.alive else "failing", "reason": engine.reason}
-    return JSONResponse(answer, 200 if engine.alive else 503)
-
-
-@public.head("/ready", response_model=None, include_in_schema=False)
-@public.get("/ready", response_model=None, responses=errors(503))
-async def ready(request: Request) -> Response:
-    """Readiness: 200 while the server accepts new requests."""
+    """Readiness: 200 while the model serves, 503 while it loads, restarts, hangs or drains."""
     state = state_of(request)
     if state.draining:
         raise ShuttingDownError("the server is shutting down", state.settings.shutdown_timeout)
     state.check_ready()
-    return JSONResponse({"status": "ready"})
+    return JSONResponse({"status": "ok"})
+
+
+@public.get(
+    "/live",
+    response_model=None,
+    responses={
+        **answers(_LIVE),
+        503: {**answers(_LIVE)[200], "description": "The engine makes no progress"},
+    },
+)
+async def live(request: Request) -> Response:
+    """Liveness: 200 while the engine makes progress, also while it loads, restarts or drains."""
+    engine = state_of(request).engine.health()
+    answer = {"status": "ok" if engine.alive else "failing", "reason": engine.reason}
+    return JSONResponse(answer, 200 if engine.alive else 503)
+
+
+@public.get("/load", responses=answers(json_object("server_load", server_load=INTEGER)))
+async def load(request: Request) -> dict[str, int]:
+    """Return the number of choices that clients of this server wait for, as vLLM names it."""
+    in_flight = state_of(request).in_flight
+    return {"server_load": in_flight.num_queued + in_flight.num_running}
 
 
 @public.get(
@@ -120,6 +131,27 @@ async def reset_prefix_cache(request: Request) -> dict[str, str]:
     state.check_ready()
     await state.engine.reset_prefix_cache()
     return {"status": "ok"}
+
+
+@public.get("/server_info", dependencies=[Depends(require_debug_key)], responses=errors(401))
+async def server_info(request: Request) -> dict[str, Any]:
+    """Return the settings without keys, the loaded model's facts and the versions."""
+    state = state_of(request)
+    try:
+        engine: dict[str, Any] | None = asdict(state.engine.info)
+    except EngineNotReadyError:
+        engine = None
+    packages = ("torch", "transformers", "fastapi", "uvicorn")
+    return {
+        "version": state.version,
+        "settings": state.settings.model_dump(mode="json", exclude=_SECRETS),
+        "engine": engine,
+        "system_env": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            **{name: package_version(name) for name in packages},
+        },
+    }
 
 
 @public.get("/debug/engine", dependencies=[Depends(require_debug_key)], responses=errors(401))

@@ -61,7 +61,8 @@ async def tokenize(request: Request) -> Response:
         "token_strs": None,
     }
     if return_strings:
-        answer["token_strs"] = [state.tokenizer.token_text(token_id) for token_id in token_ids]
+        # As the vocabulary spells them, with Ġ or ▁ for a space: so do transformers and vLLM.
+        answer["token_strs"] = list(map(state.tokenizer.backend.id_to_token, token_ids))
     return JSONResponse(answer, headers=ignored_header(ignored))
 
 

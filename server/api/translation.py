@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import WithJsonSchema
 
 from ...engine.errors import EngineDeadError, InvalidRequestError
-from ..json_text import encode_json
+from ..json_text import encode_line
 from ..requests.field_types import Fields
 from ..requests.protocol import ChatBody, path_of, validate
 
@@ -224,7 +224,7 @@ Event = dict[str, Any]
 
 def sse(event: Event) -> bytes:
     """Encode a typed event as a server-sent event."""
-    return f"event: {event['type']}\ndata: ".encode() + encode_json(event) + b"\n\n"
+    return f"event: {event['type']}\ndata: ".encode() + encode_line(event) + b"\n\n"
 
 
 class BlockWriter(ABC):

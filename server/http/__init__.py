@@ -5,6 +5,7 @@ Reading order:
     http_protocol      the connection: slow senders, too many headers
     middleware         layers around every route: request id, body limit, HTTP metrics
     auth, body         API keys; strict JSON
+    content_encoding   compressed bodies
     limits             the queue limits, charged when a request arrives
     route_docs         what routes state for the OpenAPI document
     outbox, sse        server-sent events: producer, connection, clients that leave

@@ -3,6 +3,10 @@
 uvicorn itself limits only the size of the headers (`h11_max_incomplete_event_size`) and the idle
 time between two requests of a connection. Behind a reverse proxy that limits the rest, these
 guards are not needed.
+
+It also tells clients that only stop sending from clients that leave. Both end their side of the
+connection in the same way, so a client whose request is complete is sent interim responses (102)
+until its answer begins: one that has left resets the connection.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ BODY_SECONDS = 20.0
 """How often the progress of a body is checked."""
 MIN_BODY_BYTES = 16 * 1024
 """Minimum bytes of a body that must arrive in each span of BODY_SECONDS, unless it ends."""
+PROBE_SECONDS = (0.05, 5.0)
+"""First and longest time between two interim responses to a client that has stopped sending; each
+is three times the one before."""
 
 
 class _Connection(h11.Connection):
@@ -59,6 +66,8 @@ class GuardedH11Protocol(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._timed_state: object = None
         self._body_bytes = 0
+        self._input_ended = False
+        self._probe_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -66,7 +75,55 @@ class GuardedH11Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timer()
+        if self._probe_timer is not None:
+            self._probe_timer.cancel()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection if the client waits for the answer to a complete request.
+
+        TLS cannot be closed in one direction, so there the end of the input ends the connection.
+        """
+        if self._awaits_answer and self.transport.get_extra_info("ssl_object") is None:
+            if not self._input_ended:
+                self._input_ended = True
+                self._probe(PROBE_SECONDS[0])
+            return True
+        return False
+
+    @property
+    def _awaits_answer(self) -> bool:
+        """Whether there is a complete request that is not yet answered."""
+        cycle = self.cycle
+        return cycle is not None and not (cycle.more_body or cycle.response_complete)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._input_ended or self.transport.is_closing():
+            return
+        if self._awaits_answer:  # the client had sent several requests before it stopped
+            self._probe(PROBE_SECONDS[0])
+        else:
+            self.transport.close()
+
+    def _probe(self, delay: float) -> None:
+        """Send an interim response, and another one after `delay` seconds.
+
+        A client that has left answers with a reset, by which a later write fails. The parts of an
+        answer that has begun do the same, and HTTP/1.0 has no interim responses.
+        """
+        if self._probe_timer is not None:
+            self._probe_timer.cancel()
+        if (
+            self.cycle.response_started
+            or self.scope["http_version"] != "1.1"
+            or self.transport.is_closing()
+        ):
+            return
+        interim = h11.InformationalResponse(status_code=102, headers=[], reason=b"Processing")
+        self.transport.write(self.conn.send(interim) or b"")
+        again = min(3 * delay, PROBE_SECONDS[1])
+        self._probe_timer = self.loop.call_later(delay, self._probe, again)
 
     def data_received(self, data: bytes) -> None:
         self._body_bytes += len(data)

@@ -1,4 +1,5 @@
-"""ASGI middleware around every route: the request id, the body limit, the HTTP metrics."""
+"""ASGI middleware around every route: the request id, the body limit, the HTTP metrics, HEAD
+requests, and the prefix and the end of paths."""
 
 from __future__ import annotations
 
@@ -46,6 +47,11 @@ class RequestIdMiddleware:
         await self.app(scope, receive, send_with_id)
 
 
+def body_too_large(message: str) -> HTTPException:
+    """Return the exception that answers 413 and closes the connection."""
+    return HTTPException(413, message, {"connection": "close"})
+
+
 class BodyLimitMiddleware:
     """Answers 413 if Content-Length, or the bytes of a chunked body, exceed the limit."""
 
@@ -70,7 +76,7 @@ class BodyLimitMiddleware:
             if part["type"] == "http.request":
                 received += len(part.get("body", b""))
                 if received > self.max_bytes:
-                    raise HTTPException(413, message, {"connection": "close"})
+                    raise body_too_large(message)
             return part
 
         await self.app(scope, limited_receive, send)
@@ -98,5 +104,51 @@ class HttpMetricsMiddleware:
         try:
             await self.app(scope, receive, send_noting_status)
         finally:
-            handler = getattr(scope.get("route"), "path", "unmatched")
+            handler = getattr(scope.get("route"), "path", None)
             self.metrics.http_request(handler, scope["method"], status, time.monotonic() - started)
+
+
+class HeadMiddleware:
+    """Answers HEAD like GET, without the body, whatever route it is for."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self.app(scope, receive, send)
+        ended = False
+
+        async def send_head(message: Message) -> None:
+            nonlocal ended
+            if message["type"] != "http.response.body":
+                await send(message)
+            elif not ended:  # the end of the answer stops a stream, too
+                ended = True
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        scope["method"] = "GET"
+        try:
+            await self.app(scope, receive, send_head)
+        finally:
+            scope["method"] = "HEAD"
+
+
+class PathMiddleware:
+    """Sets the prefix `root_path` of all paths, which a proxy may strip or not, and serves a path
+    with one slash at its end as the path without it. (A redirect is not followed with its body by
+    every client.)"""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self.app = app
+        self.root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["root_path"] = self.root_path
+            path = scope["path"]
+            if path == self.root_path:
+                scope["path"] = f"{path}/"
+            elif path.endswith("/") and path not in ("/", f"{self.root_path}/"):
+                scope["path"] = path[:-1]
+        await self.app(scope, receive, send)

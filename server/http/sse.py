@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from ...engine.errors import QuireError, RequestTimeoutError
 from ..errors import answer_of, error_response
-from ..json_text import encode_json
+from ..json_text import encode_line
 from .outbox import Outbox, Sink, Source
 
 log = structlog.get_logger(__name__)
@@ -34,7 +34,7 @@ _Result = TypeVar("_Result")
 
 def event(data: Any) -> bytes:
     """Return a `data:` event with `data` as JSON."""
-    return b"data: " + encode_json(data) + b"\n\n"
+    return b"data: " + encode_line(data) + b"\n\n"
 
 
 async def disconnected(receive: Receive) -> None:

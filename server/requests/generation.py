@@ -79,6 +79,7 @@ class Generation:
         self._cached_tokens = [0] * len(job.requests)
         self._prompts_counted = [False] * len(job.requests)
         self._timings: list[Timings | None] = [None] * len(job.requests)
+        self._preemptions = [0] * len(job.requests)
         self.choices = [
             [self._new_choice(position, number) for number in range(request.sampling_params.n)]
             for position, request in enumerate(job.requests)
@@ -162,6 +163,7 @@ class Generation:
             self.embeddings[position] = output.embedding
         if output.timings is not None:
             self._timings[position] = output.timings
+            self._preemptions[position] += output.timings.num_preemptions
         # 2. Ignore a choice that a stop string has ended: its abort brings one more output.
         choice = self.choices[position][output.choice]
         if choice.finish_reason is not None:
@@ -233,6 +235,7 @@ class Generation:
                 finish_reasons=tuple(reasons),
                 generation_tokens=tuple(choice.num_tokens for choice in group),
                 timings=self._timings[position],
+                preemptions=self._preemptions[position],
             )
             self._state.metrics.request_finished(record)
             if self._state.settings.enable_log_requests:

@@ -70,7 +70,7 @@ def make_job(
     default = state.generation_defaults.get("max_new_tokens", parts.default_max_tokens)
     requests = []
     for prompt in prompts:
-        token_ids = _truncate(prompt, body.truncate_prompt_tokens, info.max_model_len)
+        token_ids = _truncate(prompt, body, info.max_model_len)
         request = Request(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=tuple(token_ids),
@@ -131,15 +131,21 @@ def _deadlines(settings: Settings, timeout: float | None, arrival: float) -> _De
     return _Deadlines(total, queue)
 
 
-def _truncate(token_ids: list[int], limit: int | None, max_model_len: int) -> list[int]:
-    """Keep the last `limit` tokens of a prompt; -1 keeps all that leave room for one more token."""
+def _truncate(token_ids: list[int], body: GenerationBody, max_model_len: int) -> list[int]:
+    """Cut a prompt to truncate_prompt_tokens tokens; -1 keeps all that leave room for one more.
+
+    truncation_side "left", the default, cuts its beginning off, and "right" its end. Raises
+    InvalidRequestError.
+    """
+    limit = body.truncate_prompt_tokens
     if limit is None:
         return token_ids
     if limit < -1 or limit == 0:
         raise InvalidRequestError(
             "truncate_prompt_tokens must be -1 or at least 1", "truncate_prompt_tokens"
         )
-    return token_ids[-(max_model_len - 1 if limit == -1 else limit) :]
+    count = max_model_len - 1 if limit == -1 else limit
+    return token_ids[:count] if body.truncation_side == "right" else token_ids[-count:]
 
 
 def _check_prompt_logprobs(requests: Sequence[Request]) -> None:

@@ -78,6 +78,7 @@ class GenerationBody(Fields):
     stop: StopStrings = []
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
+    logprob_token_ids: TokenIds | None = None
     prompt_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -87,6 +88,7 @@ class GenerationBody(Fields):
     # Accepted without effect: fast tokenizers put no spaces between special tokens either way.
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 

@@ -106,7 +106,18 @@ def check_limits(
         count = getattr(body, name, None)
         if type(count) is int and not 0 <= count <= info.max_logprobs:
             raise InvalidRequestError(f"{name} must be from 0 to {info.max_logprobs}", name)
+    _check_named_tokens(body)
     return width
+
+
+def _check_named_tokens(body: GenerationBody) -> None:
+    if body.logprob_token_ids is None:
+        return
+    if not body.logprob_token_ids:
+        raise InvalidRequestError("logprob_token_ids must not be empty", "logprob_token_ids")
+    wanted = getattr(body, "logprobs", None)
+    if wanted is None or wanted is False:
+        raise InvalidRequestError("logprob_token_ids needs logprobs", "logprob_token_ids")
 
 
 def _check_beam_search(body: GenerationBody) -> None:
@@ -164,6 +175,7 @@ def resolve(
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,
+        logprob_token_ids=tuple(body.logprob_token_ids or ()),
         prompt_logprobs=prompt_logprobs,
         beam_width=width if searching else None,
         length_penalty=1.0 if body.length_penalty is None else body.length_penalty,

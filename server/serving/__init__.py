@@ -6,6 +6,7 @@ Read in this order:
     http_server  the application and the HTTP server of one process
     app          the application: routes, middleware, lifespan
     openapi      the OpenAPI document
+    unknown_paths  the answers to wrong paths and methods
     worker_pool  several HTTP processes in front of one engine, seen from the main process
     pool_worker  one of them, seen from the main process
     http_worker  one of them, seen from inside

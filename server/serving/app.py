@@ -12,12 +12,28 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from ...engine.client import EngineClient
-from ..api import chat, classify, completions, embeddings, operations, rerank, tokenization
+from ..api import (
+    chat,
+    classify,
+    completions,
+    embeddings,
+    invocations,
+    operations,
+    rerank,
+    tokenization,
+)
 from ..api.stored_streams import router as streams_router
 from ..dialects import messages, responses
 from ..errors import install_handlers
 from ..http.auth import require_client_key
-from ..http.middleware import BodyLimitMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
+from ..http.content_encoding import ContentEncodingMiddleware
+from ..http.middleware import (
+    BodyLimitMiddleware,
+    HeadMiddleware,
+    HttpMetricsMiddleware,
+    PathMiddleware,
+    RequestIdMiddleware,
+)
 from ..http.route_docs import errors
 from ..http.siblings import Siblings
 from ..metrics import Metrics
@@ -26,6 +42,13 @@ from ..requests.state import ServerState
 from ..settings import Settings
 from ..text.tokenizer import Tokenizer
 from .openapi import openapi_document
+from .unknown_paths import explain_unknown_paths
+
+EXPOSED_HEADERS = (
+    *("x-request-id", "x-quire-ignored-params", "x-quire-stream-id"),
+    *("retry-after", "allow", "accept-encoding", "www-authenticate"),
+)
+"""Headers of answers that scripts of an allowed origin may read."""
 
 
 def create_app(
@@ -50,7 +73,6 @@ def create_app(
         title="quire",
         version=version,
         lifespan=_lifespan,
-        root_path=settings.root_path,
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
@@ -59,14 +81,18 @@ def create_app(
     )
     app.state.quire = state
     install_handlers(app)
+    endpoints = (
+        *(completions, chat, responses, messages, embeddings, tokenization),
+        *(rerank, classify, invocations),
+    )
+    private = [*(each.router for each in endpoints), _documentation(), streams_router]
     keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
-    generation = (completions, chat, responses, messages)
-    for endpoints in (*generation, embeddings, rerank, classify, tokenization):
-        keyed.include_router(endpoints.router)
-    keyed.include_router(_documentation())
-    keyed.include_router(streams_router)
-    for router in (operations.public, operations.router, keyed):
+    for router in private:
+        keyed.include_router(router)
+    public = [operations.public, operations.router]
+    for router in (*public, keyed):
         app.include_router(router)
+    explain_unknown_paths(app, [*public, *private])
     _add_middleware(app, settings, metrics)
     return app
 
@@ -87,22 +113,21 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
     # The middleware added last is the outermost.
-    app.add_middleware(BodyLimitMiddleware, max_bytes=int(settings.max_body_bytes))
+    limit = int(settings.max_body_bytes)
+    app.add_middleware(ContentEncodingMiddleware, max_bytes=limit)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=limit)
+    app.add_middleware(HeadMiddleware)
+    prefix = settings.root_path.strip("/")
+    app.add_middleware(PathMiddleware, root_path=f"/{prefix}" if prefix else "")
     if settings.allowed_origins:
+        # Keys are sent in headers and never in cookies, so credentials need not be allowed, and a
+        # preflight may allow whatever headers a client's SDK sends.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=[
-                "Authorization",
-                "Content-Type",
-                "X-Request-ID",
-                "X-API-Key",
-                "Anthropic-Version",
-                "X-Quire-Resumable",
-                "Last-Event-ID",
-            ],
-            expose_headers=["x-request-id", "x-quire-ignored-params", "x-quire-stream-id"],
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
         )
     app.add_middleware(HttpMetricsMiddleware, metrics=metrics)
     app.add_middleware(RequestIdMiddleware)
@@ -112,12 +137,10 @@ def _documentation() -> APIRouter:
     """Return the routes of the OpenAPI document and of the page that shows it."""
     router = APIRouter(include_in_schema=False)
 
-    @router.head("/openapi.json")
     @router.get("/openapi.json")
     async def openapi(request: Request) -> JSONResponse:
         return JSONResponse(openapi_document(request.app))
 
-    @router.head("/docs")
     @router.get("/docs")
     async def docs(request: Request) -> HTMLResponse:
         # A page of our own: FastAPI's loads its scripts from the internet.

@@ -126,18 +126,21 @@ class Tokenizer:
         *,
         add_special_tokens: bool,
         max_tokens: int | None = None,
-        keep_first: int | None = None,
+        keep: int | None = None,
+        keep_end: bool = False,
     ) -> list[int]:
         """Return the token ids of a prompt, in which control tokens are read as such.
 
         Raises ContextLengthError without tokenising if the text cannot fit into `max_tokens`
-        tokens. `keep_first` n cuts the end of a text of more than n tokens, but keeps the special
-        tokens that are added after it; raises InvalidRequestError if they leave no room for text.
+        tokens. `keep` n cuts a text of more than n tokens, at its end, or with `keep_end` at its
+        beginning, but keeps the special tokens that are added around it; raises InvalidRequestError
+        if they leave no room for text.
         """
-        if keep_first is not None:
-            text = text[: keep_first * self.longest_token]
+        if keep is not None:
+            reach = keep * self.longest_token
+            text = text[-reach:] if keep_end else text[:reach]
             return await self._in_thread(
-                _encode_first, self.backend, text, add_special_tokens, keep_first
+                _encode_part, self.backend, text, add_special_tokens, keep, keep_end
             )
         self._check_length(len(text), max_tokens)
         return await self._in_thread(_encode, self.backend, text, add_special_tokens)
@@ -267,8 +270,10 @@ def _encode(encoder: Encoder, text: str, add_special_tokens: bool) -> list[int]:
     return ids
 
 
-def _encode_first(encoder: Encoder, text: str, add_special_tokens: bool, count: int) -> list[int]:
-    """Return the first tokens of `text`, at most `count` of them including special tokens."""
+def _encode_part(
+    encoder: Encoder, text: str, add_special_tokens: bool, count: int, from_end: bool
+) -> list[int]:
+    """Return the first tokens of `text`, or the last, at most `count` including special tokens."""
     room = count - (encoder.num_special_tokens_to_add(False) if add_special_tokens else 0)
     if room < 1:
         raise InvalidRequestError(
@@ -276,7 +281,7 @@ def _encode_first(encoder: Encoder, text: str, add_special_tokens: bool, count: 
             "truncate_prompt_tokens",
         )
     [encoding] = encoder.encode_batch([text], add_special_tokens=False)
-    encoding.truncate(room)
+    encoding.truncate(room, direction="left" if from_end else "right")
     ids: list[int] = encoder.post_process(encoding, None, add_special_tokens).ids
     return ids
 

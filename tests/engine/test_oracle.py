@@ -199,7 +199,7 @@ def test_logprobs_equal_the_reference(family: tuple[Path, Reference]) -> None:
     prompt = prompts(4)[3]
     for _ in range(2):  # the second time, the prefix is cached
         request = engine.add(prompt, 10, logprobs=5, prompt_logprobs=3)
-        warm = engine.add(prompt, 10, logprobs=5)
+        warm = engine.add(prompt, 10, logprobs=5, logprob_token_ids=(7, 0, 90))
         engine.run()
         outputs = engine.outputs[request.request_id, 0]
         tokens = engine.tokens(request)
@@ -222,6 +222,9 @@ def test_logprobs_equal_the_reference(family: tuple[Path, Reference]) -> None:
                 assert entry.logprob == pytest.approx(expected[tokens[i]].item(), abs=1e-4)
                 best = expected.topk(5).values
                 assert torch.allclose(torch.tensor(entry.top_logprobs), best, atol=1e-4)
+                if one is warm:
+                    named = torch.tensor(entry.named_logprobs)
+                    assert torch.allclose(named, expected[[7, 0, 90]], atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +273,7 @@ AHEAD: list[dict[str, Any]] = [
     {"stop_token_ids": STOPS, "min_tokens": 9, "frequency_penalty": 0.4},
     {"logit_bias": ((7, 3.0), (9, 2.0)), "temperature": 1.0, "seed": 5},
     {"allowed_token_ids": tuple(range(60, 90)), "repetition_penalty": 1.5},
-    {"logprobs": 3, "prompt_logprobs": 2},
+    {"logprobs": 3, "prompt_logprobs": 2, "logprob_token_ids": (5, 17, 3)},
     {"logprobs": 2, "n": 2, "temperature": 0.7, "seed": 1, "presence_penalty": 1.0},
     {"max_tokens": 0, "prompt_logprobs": 1},
     {"max_tokens": 1},
@@ -279,7 +282,7 @@ AHEAD: list[dict[str, Any]] = [
 ]
 """Kinds of requests whose next step can be launched before the last one's results are known."""
 WAITING: list[dict[str, Any]] = [
-    {"beam_width": 3, "n": 2, "logprobs": 1},
+    {"beam_width": 3, "n": 2, "logprobs": 1, "logprob_token_ids": (4,)},
 ]
 """Kinds of requests whose tokens the host needs before their next step."""
 
@@ -297,7 +300,8 @@ def summary(engine: Engine, request: Request) -> list[Any]:
         ):
             for entry in (entry for group in entries for entry in group if entry is not None):
                 received += [entry.token_id, entry.rank, entry.top_token_ids]
-                received += [pytest.approx(value, abs=1e-4) for value in entry.top_logprobs]
+                values = [*entry.top_logprobs, *(entry.named_logprobs or ())]
+                received += [pytest.approx(value, abs=1e-4) for value in values]
     return received
 
 

@@ -82,6 +82,7 @@ class Script:
     chunk: int = 1
     """Tokens per output."""
     logprob: float = -0.5
+    preemptions: int = 0
     eos: bool = True
     """Whether "stop" adds the end-of-sequence token, as real engines do."""
 
@@ -246,13 +247,24 @@ class FakeEngineClient:
                     token_ids=[] if aborted or failed else chunk,
                     logprobs=None
                     if params.logprobs is None
-                    else [self._logprob(token, script, params.logprobs) for token in chunk],
+                    else [
+                        self._logprob(token, script, params.logprobs)._replace(
+                            named_logprobs=[-float(id) for id in params.logprob_token_ids] or None
+                        )
+                        for token in chunk
+                    ],
                     prompt_logprobs=self._prompt_logprobs(request, choice, number),
                     finish_reason="abort" if aborted else finish if last else None,
                     stop_reason=script.stop_reason if last else None,
                     error=script.error if failed else None,
                     num_cached_tokens=3 if number == 0 else None,
-                    timings=Timings(request.arrival_time, None, None, request.arrival_time + 1)
+                    timings=Timings(
+                        request.arrival_time,
+                        None,
+                        None,
+                        request.arrival_time + 1,
+                        script.preemptions,
+                    )
                     if last or aborted
                     else None,
                 )

@@ -117,8 +117,8 @@ def test_engine_restart_drain_and_clean_exit() -> None:
         with server.stream(SLOW, 1000) as events:
             server.engine.kill()
             assert_error_and_done(list(events), "engine_dead")
-        assert server.http.get("/ready").status_code == 503
-        assert server.http.get("/health").status_code == 200
+        for path, status in (("/ready", 503), ("/health", 503), ("/live", 200)):
+            assert server.http.get(path).status_code == status
         print(f"ready again after {server.wait_ready():.2f} s")
         assert "quire:engine_restarts_total" in server.http.get("/metrics").text
 

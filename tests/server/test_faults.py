@@ -236,8 +236,9 @@ async def test_an_engine_that_is_not_ready_is_503(
     response = await client.post(COMPLETIONS, json=PROMPT)
     assert_error(response, 503, "engine_not_ready", None)
     assert int(response.headers["retry-after"]) >= 1
-    assert_error(await client.get("/ready"), 503, "engine_not_ready", None)
-    assert (await client.get("/health")).status_code == 200
+    for path in ("/ready", "/health", "/ping"):
+        assert_error(await client.get(path), 503, "engine_not_ready", None)
+    assert (await client.get("/live")).json() == {"status": "ok", "reason": "it loads"}
 
 
 async def test_a_draining_server_refuses_requests_but_stays_alive(
@@ -245,10 +246,11 @@ async def test_a_draining_server_refuses_requests_but_stays_alive(
 ) -> None:
     client = make_client()
     client.app.state.quire.begin_drain()  # type: ignore[attr-defined]
-    for response in (await client.post(COMPLETIONS, json=PROMPT), await client.get("/ready")):
+    refused = [await client.get(path) for path in ("/ready", "/health", "/ping")]
+    for response in (await client.post(COMPLETIONS, json=PROMPT), *refused):
         assert_error(response, 503, "shutting_down", None)
         assert int(response.headers["retry-after"]) >= 1
-    assert (await client.get("/health")).status_code == 200
+    assert (await client.get("/live")).status_code == 200
 
 
 async def test_only_routes_and_served_names_become_labels(

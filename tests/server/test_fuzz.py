@@ -48,8 +48,9 @@ BODIES: dict[str, tuple[type[BaseModel], ...]] = {
     "/v1/embeddings": (EmbeddingBody,),
     "/tokenize": (TokenizeBody, TokenizeChatBody),
     "/detokenize": (DetokenizeBody,),
+    "/invocations": (ChatBody, CompletionBody, EmbeddingBody),
 }
-PUBLIC = {"/health", "/ready", "/metrics", "/version"}
+PUBLIC = {"/health", "/ready", "/live", "/ping", "/load", "/metrics", "/version"}
 LAST_EVENTS = {
     "/v1/responses": ("event: response.completed", "event: response.incomplete"),
     "/v1/messages": ("event: message_stop",),

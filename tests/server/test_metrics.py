@@ -79,6 +79,7 @@ def metrics() -> Metrics:
 VLLM_NAMES = {
     "num_requests_running": "gauge",
     "num_requests_waiting": "gauge",
+    "num_requests_waiting_by_reason": "gauge",
     "kv_cache_usage_perc": "gauge",
     "cache_config_info": "gauge",
     "prefix_cache_queries": "counter",
@@ -104,6 +105,8 @@ VLLM_NAMES = {
     "request_prompt_tokens": "histogram",
     "request_generation_tokens": "histogram",
     "request_params_max_tokens": "histogram",
+    "request_max_num_generation_tokens": "histogram",
+    "request_num_preemptions": "histogram",
     "request_params_n": "histogram",
     "iteration_tokens_total": "histogram",
 }
@@ -116,7 +119,6 @@ def test_names_and_types(prefix: str) -> None:
     families = {
         family.name: family.type
         for family in text_string_to_metric_families(metrics.render()[0].decode())
-        if not family.name.endswith("_created")
     }
     expected = {f"{prefix}:{name}": kind for name, kind in VLLM_NAMES.items()}
     expected |= {"http_requests": "counter", "http_request_duration_seconds": "histogram"}
@@ -139,7 +141,15 @@ def test_buckets(metrics: Metrics) -> None:
     assert buckets(metrics, "iteration_tokens_total")[-2:] == [16384, inf]
     assert len(buckets(metrics, "time_to_first_token_seconds")) == 23
     assert len(buckets(metrics, "inter_token_latency_seconds")) == 20
-    assert len(buckets(metrics, "e2e_request_latency_seconds")) == 22
+    assert len(buckets(metrics, "e2e_request_latency_seconds")) == 25
+    # A wait of one step and a wait of a quarter of a second fall into different buckets, and vLLM's
+    # buckets are all there.
+    vllm = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60]
+    vllm += [120, 240, 480, 960, 1920, 7680, inf]
+    for name in ("request_queue_time_seconds", "request_prefill_time_seconds"):
+        assert buckets(metrics, name) == [0.001, 0.003, 0.01, 0.03, 0.1, *vllm]
+    assert buckets(metrics, "request_decode_time_seconds") == [0.01, 0.03, 0.1, *vllm]
+    assert buckets(metrics, "request_num_preemptions") == [0, 1, 2, 3, 4, 5, 10, 20, inf]
 
 
 def test_counters_keep_counting_across_engine_restarts(metrics: Metrics) -> None:
@@ -163,15 +173,18 @@ def test_gauges_and_step_sizes(metrics: Metrics) -> None:
     metrics.observe_step(busy)  # the same step again, as in a heartbeat
     assert value(metrics, "num_requests_running") == 3
     assert value(metrics, "num_requests_waiting") == 2
+    assert value(metrics, "num_requests_waiting_by_reason", reason="capacity") == 2
+    assert value(metrics, "num_requests_waiting_by_reason", reason="deferred") == 0
     assert value(metrics, "kv_cache_usage_perc") == 0.75
     assert value(metrics, "iteration_tokens_total_count") == 1
     assert value(metrics, "iteration_tokens_total_sum") == 40
     metrics.engine_restarted()
     assert value(metrics, "num_requests_running") == value(metrics, "kv_cache_usage_perc") == 0
+    assert value(metrics, "num_requests_waiting_by_reason", reason="capacity") == 0
 
 
 def test_finished_request(metrics: Metrics) -> None:
-    metrics.request_finished(record())
+    metrics.request_finished(record(preemptions=3))
     for reason in ("stop", "length"):
         assert value(metrics, "request_success_total", finished_reason=reason) == 1
     for reason in ("abort", "error"):
@@ -186,6 +199,8 @@ def test_finished_request(metrics: Metrics) -> None:
         "request_params_n": 2,
         "request_params_max_tokens": 30,
         "request_generation_tokens": 32,
+        "request_max_num_generation_tokens": 21,
+        "request_num_preemptions": 3,
         "request_prompt_tokens": 10,
     }
     assert {name: value(metrics, f"{name}_sum") for name in sums} == sums
@@ -236,6 +251,17 @@ async def test_a_request_counts_its_tokens_before_it_ends(
     assert totals() == [10, 6, 20]
 
 
+async def test_preemptions_of_all_choices_are_added_up(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    metrics = client.app.state.quire.metrics  # type: ignore[attr-defined]
+    engine.scripts = lambda request, choice: Script(ids("ab"), preemptions=2 * choice)
+    await client.post("/v1/completions", json={"model": "tiny", "prompt": "a", "n": 3})
+    page = read(metrics)
+    assert page["quire:request_num_preemptions_sum", TINY] == 6
+    assert page["quire:request_num_preemptions_count", TINY] == 1
+
+
 def test_request_that_never_ran(metrics: Metrics) -> None:
     metrics.request_finished(record(timings=Timings(1.0, None, None, 3.0)))
     metrics.request_finished(record(timings=Timings(1.0, 2.0, None, 3.0)))
@@ -273,6 +299,35 @@ def test_http_labels_are_bounded(metrics: Metrics) -> None:
     assert len(series) == 2
     labels = {"handler": "/v1/models", "method": "OTHER", "status": "405"}
     assert value(metrics, "http_requests_total", **labels) == 50
+
+
+def test_http_requests_with_the_prefix_vllm_are_counted_as_vllm_counts_them() -> None:
+    metrics = Metrics("m", "vllm")
+    for handler in ("/health", "/metrics", "/load", "/ping", "/version"):
+        metrics.http_request(handler, "GET", 200, 0.1)
+    for status in (200, 400, 404, 500, 503):
+        metrics.http_request("/v1/completions", "POST", status, 0.1)
+    metrics.http_request(None, "GET", 404, 0.1)
+    assert {
+        tuple(sorted(labels)): count
+        for (name, labels), count in read(metrics).items()
+        if name == "http_requests_total"
+    } == {
+        (("handler", handler), ("method", method), ("status", status)): count
+        for handler, method, status, count in (
+            ("/v1/completions", "POST", "2xx", 1),
+            ("/v1/completions", "POST", "4xx", 2),
+            ("/v1/completions", "POST", "5xx", 2),
+            ("none", "GET", "4xx", 1),
+        )
+    }
+
+
+def test_the_page_has_no_creation_times(metrics: Metrics) -> None:
+    metrics.request_finished(record())
+    page = metrics.render()[0].decode()
+    assert "_created" not in page
+    assert not any(sample.key.name.endswith("_created") for sample in metrics.samples())
 
 
 def test_a_hostile_served_name_cannot_break_the_page() -> None:

@@ -155,3 +155,17 @@ def test_every_setting_has_a_flag() -> None:
         assert getattr(parser.parse_args(["serve", *arguments]), name) == value
         extra = field.json_schema_extra
         assert isinstance(extra, dict) and extra["group"] in GROUPS and field.description
+
+
+@pytest.mark.parametrize(
+    "origin", ["*", "null", "http://a", "https://a.b:8443", "app://obsidian.md"]
+)
+def test_origins_are_accepted(origin: str) -> None:
+    assert load_settings(allowed_origins=[origin]).allowed_origins == (origin,)
+
+
+@pytest.mark.parametrize("origin", ['["*"]', "http://a/", "a.b", "http://a b", "https://*/x"])
+def test_what_is_no_origin_is_refused(origin: str) -> None:
+    """vLLM takes a JSON list; as an origin it would never match, and no one would be told."""
+    with pytest.raises(ConfigurationError, match="allowed_origins: .* is not an origin"):
+        load_settings(allowed_origins=[origin])

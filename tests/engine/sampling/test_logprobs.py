@@ -44,6 +44,32 @@ def test_computing_in_pieces_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
     assert compute_logprobs(logits[:0], token_ids[:0], 3).top_logprobs.shape == (0, 3)
 
 
+def test_named_tokens_are_those_of_the_log_softmax_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(1)) * 3
+    sampler = make_sampler(50)
+    named: list[tuple[int, ...]] = [(3, 49, 3), (), tuple(range(50)), (7,)]
+    sequences = [
+        make_sequence(),
+        *(make_sequence(logprobs=k, logprob_token_ids=named[k]) for k in range(4)),
+        make_sequence(temperature=0.0),
+    ]
+    batch = sampler.prepare(sequences)
+    exact = torch.log_softmax(logits, dim=-1)
+    for elements in (1 << 25, 100):
+        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", elements)
+        entries = collect_logprobs(sampler(logits, batch), batch)
+        assert sorted(entries) == [1, 2, 3, 4]
+        for row, ids in enumerate(named, start=1):
+            got = entries[row].named_logprobs
+            assert got == ([exact[row, token_id].item() for token_id in ids] or None)
+    # A batch without such rows carries none.
+    batch = sampler.prepare(sequences[:1] + sequences[2:3])
+    output = sampler(logits[:2], batch)
+    assert output.logprobs is not None and output.logprobs.named_logprobs.shape == (1, 0)
+
+
 def test_rows_keep_their_own_number_of_alternatives() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0], [5.0, 1.0, 2.0]])
     tensors = compute_logprobs(logits, torch.tensor([0, 0]), 2)

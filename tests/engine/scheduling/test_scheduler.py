@@ -50,6 +50,9 @@ def test_preemption_keeps_tokens_and_order() -> None:
     requests = [harness.add(prompt(30, first=100 * i), max_tokens=30) for i in range(3)]
     harness.run()
     assert harness.scheduler.stats().preemptions > 0
+    finals = [harness.finals[request.request_id, 0].timings for request in requests]
+    counted = sum(timings.num_preemptions for timings in finals if timings is not None)
+    assert counted == harness.scheduler.stats().preemptions
     for i, request in enumerate(requests):
         want = expected_tokens(prompt(30, first=100 * i), 0, 30)
         assert harness.tokens[request.request_id, 0] == want

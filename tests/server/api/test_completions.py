@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from ..fakes import IM_END, FakeEngineClient, Script, ids, say
-from ..openai_http import stream
+from ..openai_http import HI, PROMPT, stream
 
 
 async def complete(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
@@ -133,7 +133,10 @@ async def test_echo_with_logprobs_is_the_same_in_a_stream(
         for name, values in choice["logprobs"].items():
             so_far["logprobs"][name] += values
         so_far["finish_reason"] = choice["finish_reason"]
-    assert added == whole
+    expected = [{**choice} for choice in whole]
+    for choice in expected:
+        assert choice.pop("prompt_logprobs") is None  # whole answers have vLLM's fields as null
+    assert added == expected
 
 
 async def test_best_of_ranks_by_mean_logprob(
@@ -176,3 +179,95 @@ async def test_token_ids_are_returned_whole_and_streamed(client: httpx.AsyncClie
     assert chunks[0]["choices"][0]["prompt_token_ids"] == [7, 8]
     streamed = [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]]
     assert streamed == choice["token_ids"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_whole_answers_have_the_fields_of_vllm_as_null(
+    client: httpx.AsyncClient, path: str
+) -> None:
+    """Clients written for vLLM read them without asking whether they are there."""
+    answer = (await client.post(path, json={**PROMPT, **HI})).json()
+    [choice] = answer["choices"]
+    assert choice["token_ids"] is choice["stop_reason"] is choice["logprobs"] is None
+    of_prompt = answer if "chat" in path else choice
+    assert of_prompt["prompt_token_ids"] is of_prompt["prompt_logprobs"] is None
+
+
+@pytest.mark.parametrize("stream_", [False, True])
+@pytest.mark.parametrize("top", [0, 1, 2])
+async def test_named_tokens_follow_the_best_ones(
+    client: httpx.AsyncClient, engine: FakeEngineClient, stream_: bool, top: int
+) -> None:
+    engine.scripts = say("ab")
+    first = ids("a")[0]
+    named = [7, first, 9, 7]
+    fields = {"logprob_token_ids": named, "return_tokens_as_token_ids": True, "max_tokens": 2}
+    chat = {**fields, "logprobs": True, "top_logprobs": top, **HI}
+    text = {**fields, "logprobs": top, **PROMPT}
+    if stream_:
+        contents = [
+            entry
+            for chunk in await stream(client, "/v1/chat/completions", **chat)
+            for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]
+        ]
+        tops = [
+            entry
+            for chunk in await stream(client, "/v1/completions", **text)
+            for entry in chunk["choices"][0]["logprobs"]["top_logprobs"]
+        ]
+    else:
+        answer = (await client.post("/v1/chat/completions", json=chat)).json()
+        contents = answer["choices"][0]["logprobs"]["content"]
+        tops = (await complete(client, **text))["choices"][0]["logprobs"]["top_logprobs"]
+    # The fake's best alternatives are the token itself and the one after it.
+    best = {f"token_id:{first}": -0.5, f"token_id:{first + 1}": -9999.0}
+    alternatives = {name: best[name] for name in list(best)[:top]}
+    for token_id in named:
+        alternatives.setdefault(f"token_id:{token_id}", -float(token_id))
+    got = [(entry["token"], entry["logprob"]) for entry in contents[0]["top_logprobs"]]
+    assert got == list(alternatives.items())
+    alternatives.setdefault(f"token_id:{first}", -0.5)
+    assert tops[0] == alternatives
+    assert engine.requests[0].sampling_params.logprob_token_ids == tuple(named)
+
+
+async def test_the_prompt_is_cut_at_the_side_that_is_asked_for(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    for fields, kept in (
+        ({"truncate_prompt_tokens": 2}, "ef"),
+        ({"truncate_prompt_tokens": 2, "truncation_side": "left"}, "ef"),
+        ({"truncate_prompt_tokens": 2, "truncation_side": "right"}, "ab"),
+        ({"truncate_prompt_tokens": 9, "truncation_side": "right"}, "abcdef"),
+        ({"truncation_side": "right"}, "abcdef"),
+    ):
+        await complete(client, prompt="abcdef", **fields)
+        assert engine.requests[-1].prompt_token_ids == tuple(ids(kept)), fields
+    await complete(
+        client,
+        prompt="x" + "y" * 600,
+        max_tokens=1,
+        truncate_prompt_tokens=-1,
+        truncation_side="right",
+    )
+    assert engine.requests[-1].prompt_token_ids == tuple(ids("x" + "y" * 510))
+
+
+async def test_a_chat_stream_opens_with_no_token_counted_and_the_prompts_ids(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    for options in ({"stream_options": usage}, {}):
+        chunks = await stream(
+            client, "/v1/chat/completions", **HI, n=2, return_token_ids=True, **options
+        )
+        prompt = list(engine.requests[-1].prompt_token_ids)
+        assert [chunk.get("prompt_token_ids") for chunk in chunks[:3]] == [prompt, None, None]
+        if options:
+            counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+            assert counts[:2] == [0, 0] and counts[2] > 0 and counts[-1] == 26
+            assert all(
+                chunk["usage"]["total_tokens"]
+                == chunk["usage"]["prompt_tokens"] + chunk["usage"]["completion_tokens"]
+                for chunk in chunks
+            )

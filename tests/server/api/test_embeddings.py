@@ -132,6 +132,11 @@ async def test_truncation_keeps_the_beginning(
         plain = await kept(truncate_prompt_tokens=3, add_special_tokens=False)
         assert plain == tuple(ids("abc"))
         assert await kept(truncate_prompt_tokens=2, input=[5, 6, 7]) == (5, 6)
+        left: dict[str, Any] = {"truncation_side": "left"}
+        assert await kept(truncate_prompt_tokens=3, **left) == (*ids("ef"), IM_END)
+        assert await kept(truncate_prompt_tokens=9, **left) == (*ids("abcdef"), IM_END)
+        assert await kept(truncate_prompt_tokens=2, input=[5, 6, 7], **left) == (6, 7)
+        assert await kept(**left) == (*ids("abcdef"), IM_END)
         long = await kept(truncate_prompt_tokens=-1, input="a" * 10**6)
         assert long == (*ids("a") * (embedder.max_model_len - 1), IM_END)
         response = await client.post(PATH, json={"input": "a", "truncate_prompt_tokens": 1})

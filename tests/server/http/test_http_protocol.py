@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import uvicorn
-from starlette.types import Message, Receive, Scope, Send
+import uvloop
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.server.http.http_protocol import (
     MAX_HEADER_BYTES,
@@ -52,8 +54,8 @@ def app() -> App:
     return App()
 
 
-@pytest.fixture
-async def port(app: App) -> AsyncIterator[int]:
+@contextlib.asynccontextmanager
+async def serving_on_port(app: ASGIApp) -> AsyncIterator[int]:
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         HeaderCountMiddleware(app),
@@ -67,10 +69,18 @@ async def port(app: App) -> AsyncIterator[int]:
     serving = asyncio.create_task(server._serve([listener]))
     while not server.started:
         await asyncio.sleep(0.01)
-    yield listener.getsockname()[1]
-    server.should_exit = True
-    server.force_exit = True
-    await serving
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        server.force_exit = True
+        await serving
+
+
+@pytest.fixture
+async def port(app: App) -> AsyncIterator[int]:
+    async with serving_on_port(app) as port:
+        yield port
 
 
 async def exchange(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
@@ -167,3 +177,124 @@ async def test_garbage_after_a_request(port: int, app: App) -> None:
     head = HEAD + b"transfer-encoding: chunked\r\n\r\n"
     answer = await exchange(port, head, b"no chunk\r\n", pause=0.1)
     assert answer.startswith(b"HTTP/1.1 400")
+
+
+# -- clients that stop sending, and clients that leave ------------------------------------------
+
+
+class Streamer:
+    """An application that waits `pause` seconds, streams 10 parts, and notes when a client left."""
+
+    def __init__(self, pause: float, between: float) -> None:
+        self.pause, self.between = pause, between
+        self.left = asyncio.Event()
+        self.done = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["type"] == "http.request"
+        answering = asyncio.create_task(self._answer(send))
+        gone = asyncio.create_task(receive())
+        await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            answering.cancel()
+            self.left.set()
+        else:
+            gone.cancel()
+            self.done.set()
+
+    async def _answer(self, send: Send) -> None:
+        await asyncio.sleep(self.pause)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for number in range(10):
+            await asyncio.sleep(self.between)
+            part = b"part%d " % number
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+LOOPS = [asyncio.new_event_loop, uvloop.new_event_loop]
+Scenario = Callable[[Streamer, int], Awaitable[None]]
+
+
+def run(loop: Callable[[], asyncio.AbstractEventLoop], app: Streamer, scenario: Scenario) -> None:
+    """Run `scenario(app, port)` in a loop of this kind, with `app` served in it."""
+
+    async def main() -> None:
+        async with serving_on_port(app) as port, asyncio.timeout(10):
+            await scenario(app, port)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main())
+
+
+async def send_request(port: int, version: bytes = b"1.1") -> socket.socket:
+    """Return a connection on which a complete request was sent."""
+    client = socket.create_connection(("127.0.0.1", port))
+    client.setblocking(False)
+    request = b"POST / HTTP/" + version + b"\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+    await asyncio.get_running_loop().sock_sendall(client, request)
+    await asyncio.sleep(0.05)
+    return client
+
+
+async def read_all(client: socket.socket) -> bytes:
+    parts = []
+    while part := await asyncio.get_running_loop().sock_recv(client, 65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(("pause", "between"), [(0.0, 0.02), (0.6, 0.0)])
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_a_client_that_stops_sending_gets_its_whole_answer(
+    loop: Callable[[], asyncio.AbstractEventLoop], pause: float, between: float, version: bytes
+) -> None:
+    async def scenario(app: Streamer, port: int) -> None:
+        client = await send_request(port, version)
+        with client:
+            client.shutdown(socket.SHUT_WR)
+            answer = await read_all(client)  # which ends, since the server closes its side
+        final = answer[answer.index(b" 200 ") :]
+        assert all(b"part%d " % number in final for number in range(10))
+        interim = answer.count(b"HTTP/1.1 102 ")
+        assert interim == 0 if version == b"1.0" else interim >= 1 or pause == 0
+        assert interim <= 4  # they become rare
+        await app.done.wait()
+        assert not app.left.is_set()
+
+    run(loop, Streamer(pause, between), scenario)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(("pause", "between"), [(30.0, 0.0), (0.0, 0.2)])
+@pytest.mark.parametrize("stops_first", [True, False])
+def test_a_client_that_leaves_is_noticed_at_once(
+    loop: Callable[[], asyncio.AbstractEventLoop], pause: float, between: float, stops_first: bool
+) -> None:
+    async def scenario(app: Streamer, port: int) -> None:
+        client = await send_request(port)
+        if stops_first:
+            client.shutdown(socket.SHUT_WR)
+            await asyncio.sleep(0.1)
+        client.close()
+        async with asyncio.timeout(1.5):
+            await app.left.wait()
+
+    run(loop, Streamer(pause, between), scenario)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_requests_in_one_go_before_the_end_of_the_input_are_all_answered(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def scenario(app: Streamer, port: int) -> None:
+        one = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(2 * one + one[:-1])  # the third never becomes complete
+            client.shutdown(socket.SHUT_WR)
+            client.setblocking(False)
+            answer = await read_all(client)
+        assert answer.count(b"HTTP/1.1 200 ") == 2 and answer.count(b"part9") == 2
+
+    run(loop, Streamer(0.1, 0.0), scenario)

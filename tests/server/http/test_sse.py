@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from quire.server.http.sse import DONE, EventStream, event, run_until_disconnect
 from quire.server.json_text import encode_json
 
 from ..conftest import MODEL, MakeClient
+from ..fakes import FakeEngineClient, say
 
 
 class Peer:
@@ -183,3 +185,33 @@ async def test_the_timeout_of_a_stalled_reader_is_a_setting(
 
     await asyncio.wait_for(app(scope, receive, peer.send), 5)
     assert len(peer.sent) == 2
+
+
+async def test_no_event_is_split_by_a_reader_that_knows_all_line_ends(
+    make_client: MakeClient, engine: FakeEngineClient
+) -> None:
+    """Readers built on `str.splitlines` take more characters for line ends than SSE does."""
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
+    engine.scripts = say(text)
+    for path, fields in (
+        ("/v1/completions", {"prompt": text, "echo": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100}),
+    ):
+        response = await make_client().post(path, json={"model": MODEL, "stream": True, **fields})
+        assert response.status_code == 200, response.text
+        lines = response.text.splitlines()
+        assert lines == response.text.removesuffix("\n").split("\n")
+        data = [line.removeprefix("data: ") for line in lines if line.startswith("data: {")]
+        assert data and all(json.loads(item) for item in data)
+        read = "".join(_strings(list(map(json.loads, data))))
+        assert all(character in read for character in text), path
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _strings(child)

@@ -130,7 +130,7 @@ def test_each_worker_reports_the_metrics_of_all(server: Server) -> None:
 
 def test_probes_and_models_are_the_same_from_each(server: Server) -> None:
     with connections(server) as clients:
-        for path in ("/health", "/ready", "/v1/models", "/debug/engine"):
+        for path in ("/health", "/ready", "/live", "/load", "/v1/models", "/debug/engine"):
             first, second = (client.get(path) for client in clients)
             assert first.status_code == second.status_code == 200
             answers = [first.json(), second.json()]

@@ -1,0 +1,272 @@
+"""The flags of other servers and what takes their place here, for people who come from these.
+
+`quire serve` explains them when it is given one, and docs/migrating.md lists them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, get_args
+
+Server = Literal["vLLM", "SGLang", "llama.cpp"]
+Answer = Literal["same", "other name", "not needed", "refused"]
+"""What becomes of a flag: `same` is a flag of quire, `other name` names the flag or setting to use,
+`not needed` says what is so anyway, and `refused` says why not, or what to do."""
+
+
+class ForeignFlag(NamedTuple):
+    """A flag of another server. `advice` completes "`flag`: `answer`: …"; it may be empty if the
+    flag is the same."""
+
+    server: Server
+    flag: str
+    answer: Answer
+    advice: str
+
+
+_ONE_DEVICE = "one server uses one device; run more servers behind a balancer"
+_TEXT_ONLY = "only text is served"
+_OWN_TOKENIZER = "the tokenizer is the one in the model's folder"
+_NO_LORA = "there are no LoRA adapters"
+_NO_DRAFTS = "there is no speculative decoding"
+_GRAPHS = "CUDA graphs are captured for all decode batches; --enforce-eager disables them"
+_IN_CONFIG = "edit config.json in the model's folder"
+_PROXY = "let a proxy in front check clients' certificates"
+_ATTENTION = "there is one implementation of attention per device"
+_GRAMMARS = "grammars are always compiled by llguidance"
+_ALWAYS_CHUNKED = "prompts are always computed in chunks, within --max-num-batched-tokens"
+
+_VLLM_SAME = """
+    --host --port --uds --api-key --served-model-name --dtype --kv-cache-dtype --max-model-len
+    --seed --enforce-eager --trust-remote-code --gpu-memory-utilization --block-size
+    --num-gpu-blocks-override --enable-prefix-caching --max-num-seqs --max-num-batched-tokens
+    --scheduling-policy --async-scheduling --disable-cascade-attn --max-logprobs --chat-template
+    --trust-request-chat-template --reasoning-parser --tool-call-parser --generation-config
+    --config --enable-log-requests --root-path --ssl-keyfile --ssl-certfile --shutdown-timeout
+"""
+_SGLANG_SAME = """
+    --host --port --api-key --served-model-name --dtype --kv-cache-dtype --trust-remote-code
+    --chat-template --reasoning-parser --tool-call-parser --device --log-level --ssl-keyfile
+    --ssl-certfile
+"""
+_LLAMA_SAME = "--host --port --api-key --seed --chat-template --pooling"
+
+_FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
+    "vLLM": {
+        "same": {
+            **dict.fromkeys(_VLLM_SAME.split(), ""),
+            "--load-format": "auto or dummy",
+            "--quantization": "int8 on the CPU; quantised checkpoints are refused",
+            "--tensor-parallel-size": "only 1",
+            "--allowed-origins": "repeat it for each origin instead of a JSON list",
+        },
+        "other name": {
+            "--model": "give the model as an argument: quire serve MODEL",
+            "--kv-cache-memory-bytes": "--kv-cache-memory",
+            "--api-server-count": "--http-workers",
+            "--uvicorn-log-level": "--log-level",
+            "--log-config-file": "--log-level and --log-format",
+            "--pooler-config": "--pooling",
+            "--override-pooler-config": "--pooling",
+            "--override-generation-config": "--generation-config with a folder of your own",
+            "--download-dir": "HF_HOME in the environment",
+            "--hf-token": "HF_TOKEN in the environment",
+        },
+        "not needed": {
+            "--disable-log-requests": "requests are logged only with --enable-log-requests",
+            "--disable-log-stats": "statistics are on /metrics and never in the log",
+            "--max-log-len": "prompts are never logged",
+            "--swap-space": "preempted sequences are recomputed, nothing is swapped",
+            "--preemption-mode": "preempted sequences are recomputed",
+            "--max-seq-len-to-capture": _GRAPHS,
+            "--cuda-graph-sizes": _GRAPHS,
+            "--cudagraph-capture-sizes": _GRAPHS,
+            "--compilation-config": "nothing is compiled that can be configured",
+            "--enable-chunked-prefill": _ALWAYS_CHUNKED,
+            "--max-num-partial-prefills": _ALWAYS_CHUNKED,
+            "--long-prefill-token-threshold": _ALWAYS_CHUNKED,
+            "--num-scheduler-steps": "--async-scheduling launches a step ahead",
+            "--use-v2-block-manager": "there is one block manager",
+            "--prefix-caching-hash-algo": "prefixes are always found by a cryptographic hash",
+            "--disable-sliding-window": "sliding windows are computed as the model has them",
+            "--model-impl": "models are always those of transformers",
+            "--attention-backend": _ATTENTION,
+            "--guided-decoding-backend": _GRAMMARS,
+            "--structured-outputs-config": _GRAMMARS,
+            "--enable-auto-tool-choice": "tool calls are parsed if the format is known",
+            "--exclude-tools-when-tool-choice-none": "with none, the prompt mentions no tools",
+            "--enable-reasoning": "reasoning is parsed if the format is known",
+            "--chat-template-content-format": "content is text",
+            "--enable-prompt-tokens-details": "usage always has them",
+            "--enable-request-id-headers": "answers always have x-request-id",
+            "--enable-server-load-tracking": "/load always counts",
+            "--enable-tokenizer-info-endpoint": "/tokenizer_info is always served",
+            "--disable-fastapi-docs": "/docs needs a client's key if there is one",
+            "--disable-frontend-multiprocessing": "the engine is always a process of its own",
+            "--allow-credentials": "keys are sent in headers, not in cookies",
+            "--allowed-methods": "all methods of the API are allowed to --allowed-origins",
+            "--allowed-headers": "all headers are allowed to --allowed-origins",
+            "--h11-max-incomplete-event-size": "headers may have 64 KiB",
+            "--h11-max-header-count": "a request may have 100 headers",
+            "--max-parallel-loading-workers": "weights are loaded once",
+            "--task": "embeddings are served beside generations",
+            "--runner": "embeddings are served beside generations",
+            "--convert": "--pooling makes embeddings of any model",
+        },
+        "refused": {
+            "--pipeline-parallel-size": _ONE_DEVICE,
+            "--data-parallel-size": _ONE_DEVICE,
+            "--enable-expert-parallel": _ONE_DEVICE,
+            "--distributed-executor-backend": _ONE_DEVICE,
+            "--headless": _ONE_DEVICE,
+            "--enable-lora": _NO_LORA,
+            "--lora-modules": _NO_LORA,
+            "--max-loras": _NO_LORA,
+            "--max-lora-rank": _NO_LORA,
+            "--speculative-config": _NO_DRAFTS,
+            "--tokenizer": _OWN_TOKENIZER,
+            "--tokenizer-mode": _OWN_TOKENIZER,
+            "--skip-tokenizer-init": _OWN_TOKENIZER,
+            "--revision": "download the revision and give its folder as MODEL",
+            "--code-revision": "download the revision and give its folder as MODEL",
+            "--hf-overrides": _IN_CONFIG,
+            "--rope-scaling": _IN_CONFIG,
+            "--rope-theta": _IN_CONFIG,
+            "--config-format": "models have the layout of Hugging Face",
+            "--cpu-offload-gb": "the whole model must fit the device",
+            "--enable-sleep-mode": "stop the server instead",
+            "--kv-transfer-config": "the KV cache stays in one server",
+            "--calculate-kv-scales": "scales are read from the checkpoint",
+            "--limit-mm-per-prompt": _TEXT_ONLY,
+            "--mm-processor-kwargs": _TEXT_ONLY,
+            "--allowed-local-media-path": _TEXT_ONLY,
+            "--enable-prompt-embeds": _TEXT_ONLY,
+            "--logits-processors": "allowed_token_ids, bad_words and logit_bias are in requests",
+            "--response-role": "the role of answers is assistant",
+            "--middleware": "put a proxy in front",
+            "--tool-parser-plugin": "only the built-in formats are parsed",
+            "--reasoning-parser-plugin": "only the built-in formats are parsed",
+            "--return-tokens-as-token-ids": "set return_tokens_as_token_ids in the request",
+            "--enable-force-include-usage": "set stream_options.include_usage in the request",
+            "--ssl-ca-certs": _PROXY,
+            "--ssl-cert-reqs": _PROXY,
+            "--otlp-traces-endpoint": "there are no traces; see /metrics and --enable-log-requests",
+        },
+    },
+    "SGLang": {
+        "same": dict.fromkeys(_SGLANG_SAME.split(), ""),
+        "other name": {
+            "--model-path": "give the model as an argument: quire serve MODEL",
+            "--context-length": "--max-model-len",
+            "--mem-fraction-static": "--gpu-memory-utilization, weights included",
+            "--max-running-requests": "--max-num-seqs",
+            "--max-queued-requests": "--max-num-queued-reqs",
+            "--max-total-tokens": "--num-gpu-blocks-override, in blocks",
+            "--chunked-prefill-size": "--max-num-batched-tokens",
+            "--page-size": "--block-size",
+            "--schedule-policy": "--scheduling-policy",
+            "--disable-radix-cache": "--no-enable-prefix-caching",
+            "--disable-cuda-graph": "--enforce-eager",
+            "--random-seed": "--seed",
+            "--log-requests": "--enable-log-requests",
+            "--watchdog-timeout": "--engine-stall-timeout",
+            "--tp-size": "--tensor-parallel-size, only 1",
+            "--tp": "--tensor-parallel-size, only 1",
+        },
+        "not needed": {
+            "--enable-metrics": "/metrics is always served",
+            "--is-embedding": "embeddings are served beside generations",
+            "--grammar-backend": _GRAMMARS,
+            "--sampling-backend": "there is one sampler",
+            "--cuda-graph-max-bs": _GRAPHS,
+            "--enable-mixed-chunk": "prompts and decodes always share steps",
+            "--enable-cache-report": "usage always has cached_tokens",
+            "--skip-server-warmup": "requests are accepted as soon as the model is loaded",
+        },
+        "refused": {
+            "--tokenizer-path": _OWN_TOKENIZER,
+            "--dp-size": _ONE_DEVICE,
+            "--ep-size": _ONE_DEVICE,
+            "--lora-paths": _NO_LORA,
+            "--speculative-algorithm": _NO_DRAFTS,
+        },
+    },
+    "llama.cpp": {
+        "same": dict.fromkeys(_LLAMA_SAME.split(), ""),
+        "other name": {
+            "--hf-repo": "give the model as an argument: quire serve MODEL (safetensors, not GGUF)",
+            "--ctx-size": "--max-model-len, which each request may use up",
+            "--parallel": "--max-num-seqs",
+            "--batch-size": "--max-num-batched-tokens",
+            "--ubatch-size": "--max-num-batched-tokens",
+            "--n-gpu-layers": "--device cuda, for all layers",
+            "--gpu-layers": "--device cuda, for all layers",
+            "--threads": "--num-threads",
+            "--threads-http": "--http-workers, which are processes",
+            "--alias": "--served-model-name",
+            "--chat-template-file": "--chat-template",
+            "--reasoning-format": "--reasoning-parser",
+            "--cache-type-k": "--kv-cache-dtype, for K and V",
+            "--cache-type-v": "--kv-cache-dtype, for K and V",
+            "--no-cache-prompt": "--no-enable-prefix-caching",
+            "--api-prefix": "--root-path",
+            "--api-key-file": "QUIRE_API_KEY in the environment, or --config",
+            "--ssl-key-file": "--ssl-keyfile",
+            "--ssl-cert-file": "--ssl-certfile",
+            "--timeout": "--request-timeout and --stream-stall-timeout",
+            "--temp": "temperature in a generation_config.json; see --generation-config",
+            "--verbose": "--log-level debug",
+        },
+        "not needed": {
+            "--cont-batching": "requests are always batched continuously",
+            "--flash-attn": _ATTENTION,
+            "--jinja": "chat templates are always rendered",
+            "--metrics": "/metrics is always served",
+            "--embeddings": "embeddings are served beside generations",
+            "--cache-reuse": "prefixes are shared to the token",
+            "--mlock": "weights stay in memory",
+            "--no-mmap": "weights are read into memory",
+        },
+        "refused": {
+            "--lora": _NO_LORA,
+            "--model-draft": _NO_DRAFTS,
+            "--mmproj": _TEXT_ONLY,
+            "--n-predict": "max_tokens is in requests; see --request-timeout",
+            "--grammar-file": "structured_outputs is in requests",
+        },
+    },
+}
+
+FOREIGN_FLAGS = tuple(
+    ForeignFlag(server, flag, answer, advice)
+    for server in get_args(Server)
+    for answer in get_args(Answer)
+    for flag, advice in _FLAGS[server][answer].items()
+)
+"""All flags of other servers that are explained, by server and answer."""
+
+
+_SAID: dict[Answer, str] = {
+    "same": "",
+    "other name": "use instead: ",
+    "not needed": "not needed, since ",
+    "refused": "not supported: ",
+}
+
+
+def explain(flag: str, known: Iterable[str]) -> str:
+    """Return one line about a flag, such as "--max_model_len", that is none of the `known` ones.
+
+    It says what takes its place, or which known flag is most like it.
+    """
+    name = flag.split("=")[0].split(".")[0].replace("_", "-")
+    known = list(known)
+    if name in known:
+        return f"{flag}: did you mean {name}?"
+    for foreign in FOREIGN_FLAGS:
+        if foreign.flag == name:
+            return f"{name} of {foreign.server}: {_SAID[foreign.answer]}{foreign.advice}"
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.75)
+    hint = f"did you mean {close[0]}?" if close else "`quire serve --help` lists all flags"
+    return f"{name}: {hint}"
