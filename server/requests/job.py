@@ -36,6 +36,10 @@ class Job:
     shown_tokens: Sequence[str]
     """Control tokens that stay in the text, because the parser of the answer looks for them."""
     deadline: float | None
+    prompt_changes: Sequence[str] = ()
+    """What the prompt has elsewhere than the messages (constants of text/template_messages.py)."""
+    unread_fields: Sequence[str] = ()
+    """Paths of the fields that the chat template does not read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,9 @@ class JobParts:
     grammar: GrammarSpec | None = None
     pooling: Pooling | None = None
     shown_tokens: Sequence[str] = ()
-    """See `Job`."""
+    prompt_changes: Sequence[str] = ()
+    unread_fields: Sequence[str] = ()
+    """See `Job` for the last three."""
 
 
 def make_job(
@@ -103,6 +109,8 @@ def make_job(
         skip_special_tokens=body.skip_special_tokens is not False,
         shown_tokens=parts.shown_tokens,
         deadline=deadlines.total,
+        prompt_changes=parts.prompt_changes,
+        unread_fields=parts.unread_fields,
     )
 
 

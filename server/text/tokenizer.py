@@ -1,19 +1,20 @@
 """Converts text and chats to token ids and back, off the event loop.
 
-There are two encoders side by side: one reads the spelling of a control token ("<|im_end|>") as
-that token, as chat templates require; the other encodes it as plain text, as text from clients
-requires.
+The encoder reads the spelling of a control token ("<|im_end|>") as that token. A second one, which
+is made when it is first needed, is for chats whose messages spell control tokens (client_text.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import structlog
 import transformers
 from tokenizers import Tokenizer as Encoder
 
@@ -28,10 +29,14 @@ from ...engine.errors import (
 from .chat_template import (
     TemplateRenderer,
     check_variables,
-    default_template,
+    named_templates,
     read_template,
     template_variables,
 )
+from .client_text import ControlTokens, with_aliases
+from .template_traits import TemplateTraits
+
+log = structlog.get_logger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -39,11 +44,23 @@ NUM_THREADS = 2
 """Threads that tokenise."""
 
 
+class ChatPrompt(NamedTuple):
+    """The token ids of a conversation, and what became of its messages on the way.
+
+    `changes` names what was moved, and `dropped` the fields that the chat template does not read
+    (see template_messages.py).
+    """
+
+    token_ids: list[int]
+    changes: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
 class Tokenizer:
     """A fast Hugging Face tokenizer with its chat template. Tasks may share it."""
 
     def __init__(self, hf: Any, chat_template: str | None = None) -> None:
-        """`chat_template` is a template's text, which replaces the tokenizer's own."""
+        """`chat_template` is a template's text, which replaces all of the tokenizer's own."""
         if not getattr(hf, "is_fast", False):
             raise UnsupportedModelError(f"{type(hf).__name__} is not a fast tokenizer")
         self._hf = hf
@@ -52,15 +69,19 @@ class Tokenizer:
         object change that."""
         self.backend.no_truncation()
         self.backend.no_padding()
-        self._plain = Encoder.from_str(self.backend.to_str())
-        self._plain.encode_special_tokens = True
         self._threads = ThreadPoolExecutor(NUM_THREADS, "tokenizer")
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = len(vocabulary)
         self.longest_token = max(map(len, vocabulary))
         """Characters of the longest token."""
-        self._renderer = TemplateRenderer(hf, self.special_ids)
-        self._template = chat_template if chat_template is not None else default_template(hf)
+        self._control_tokens = ControlTokens(self.special_ids)
+        self._aliased: Encoder | None = None
+        self._aliased_lock = threading.Lock()
+        self._renderer = TemplateRenderer(hf, self._control_tokens)
+        self._templates = (
+            named_templates(hf) if chat_template is None else {"default": chat_template}
+        )
+        self._template = self._templates.get("default")
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
         """Returns the bytes of a token id."""
         self.byte_level = '"ByteLevel"' in str(self.backend.decoder.__getstate__())
@@ -84,12 +105,41 @@ class Tokenizer:
             raise ModelLoadError(
                 f"cannot load the tokenizer of {model}: {one_line(str(error))}"
             ) from error
-        return cls(hf, None if chat_template is None else read_template(chat_template))
+        tokenizer = cls(hf, None if chat_template is None else read_template(chat_template))
+        tokenizer.log_shortcomings()
+        return tokenizer
 
     @property
     def chat_template(self) -> str | None:
         """The text of the chat template, or None if the model has none."""
         return self._template
+
+    @property
+    def template_texts(self) -> str | None:
+        """The texts of all chat templates of the model, or None if it has none."""
+        return "\n".join(self._templates.values()) or None
+
+    def template_for(self, *, tools: bool, documents: bool = False) -> str | None:
+        """Return the chat template for a request that offers tools or has documents: the one of
+        this use if the model has several, or else the default."""
+        wanted = (("tool_use", tools), ("rag", documents), ("default", True))
+        return next(
+            (self._templates[name] for name, use in wanted if use and name in self._templates), None
+        )
+
+    def traits(self, template: str) -> TemplateTraits:
+        """Return what a chat template reads. Raises InvalidRequestError if it is not a template."""
+        return self._renderer.traits(template)
+
+    def log_shortcomings(self) -> None:
+        """Log what the model's chat templates do not write, and what becomes of such requests."""
+        for name, template in self._templates.items():
+            try:
+                shortcomings = self.traits(template).shortcomings()
+            except InvalidRequestError as error:
+                shortcomings = [f"{error}: chats are refused"]
+            for shortcoming in shortcomings:
+                log.warning("chat_template", template=name, shortcoming=shortcoming)
 
     @property
     def special_ids(self) -> dict[str, int]:
@@ -103,7 +153,7 @@ class Tokenizer:
     async def template_variables(self, template: str | None = None) -> frozenset[str]:
         """Return the variables that `template`, by default the model's own, reads. Raises
         InvalidRequestError."""
-        template = template if template is not None else self._template
+        template = template if template is not None else self.template_for(tools=False)
         if template is None:
             raise InvalidRequestError("the model has no chat template", "messages")
         return await self._in_thread(template_variables, template)
@@ -154,37 +204,41 @@ class Tokenizer:
         template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
-    ) -> list[int]:
+    ) -> ChatPrompt:
         """Render a chat template and return the token ids of the result.
 
         Text that clients wrote is encoded as plain text even if it spells a control token. The
-        arguments of calls in `messages` are JSON texts. Raises InvalidRequestError and
-        ContextLengthError.
+        arguments of calls in `messages` are JSON texts; contents are strings or lists of text
+        parts. Raises InvalidRequestError and ContextLengthError.
         """
-        self._check_length(
-            sum(len(message.get("content") or "") for message in messages), max_tokens
-        )
+        self._check_length(sum(map(_content_length, messages)), max_tokens)
         settings = dict(template_kwargs or {})
-        template = template if template is not None else self._template
+        if template is None:
+            template = self.template_for(tools=bool(tools), documents=documents is not None)
         check_variables(await self.template_variables(template), settings, tools, documents)
         assert template is not None  # `template_variables` has checked it
+        chosen = template
         settings |= {
-            "documents": documents,
-            "tools": tools,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
         }
 
-        def run() -> list[int]:
-            pieces = self._renderer.render(template, messages, settings)
-            self._check_length(sum(len(piece.text) for piece in pieces), max_tokens)
-            token_ids: list[int] = []
-            for piece in pieces:
-                encoder = self._plain if piece.is_from_client else self.backend
-                token_ids += _encode(encoder, piece.text, add_special_tokens and not token_ids)
-            return token_ids
+        def run() -> ChatPrompt:
+            rendered = self._renderer.render(chosen, messages, settings, tools, documents)
+            self._check_length(len(rendered.text), max_tokens)
+            encoder = self._aliased_encoder() if rendered.has_aliases else self.backend
+            token_ids = _encode(encoder, rendered.text, add_special_tokens)
+            return ChatPrompt(token_ids, rendered.changes, rendered.dropped)
 
         return await self._in_thread(run)
+
+    def _aliased_encoder(self) -> Encoder:
+        """Return the encoder that knows control tokens by their aliases only."""
+        with self._aliased_lock:
+            if self._aliased is None:
+                text = with_aliases(self.backend.to_str(), self._control_tokens)
+                self._aliased = Encoder.from_str(text)
+            return self._aliased
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Return the text of token ids."""
@@ -207,6 +261,9 @@ class Tokenizer:
             "tokenizer_class": type(self._hf).__name__,
             "vocab_size": self.vocab_size,
             "chat_template": self._template,
+            "chat_templates": {
+                name: self.traits(template).as_dict() for name, template in self._templates.items()
+            },
             "special_tokens": {
                 name: str(token) for name, token in self._hf.special_tokens_map.items()
             },
@@ -246,6 +303,13 @@ class Tokenizer:
         if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
+
+
+def _content_length(message: Mapping[str, Any]) -> int:
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(part["text"]) for part in content)
 
 
 def _encode(encoder: Encoder, text: str, add_special_tokens: bool) -> list[int]:
