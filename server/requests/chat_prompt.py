@@ -6,7 +6,7 @@ from typing import Any
 
 from ...engine.errors import InvalidRequestError
 from ..parsing.message_parser import MessageFormat
-from ..text.template_calls import parse_arguments
+from ..text.template_messages import parse_arguments
 from ..text.tokenizer import ChatPrompt, Tokenizer
 from .field_types import parts_of
 from .protocol import ChatFields, Message

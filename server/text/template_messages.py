@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from ...engine.errors import InvalidRequestError
-from .template_calls import parse_arguments
 from .template_traits import Form, TemplateTraits
 
 SYSTEM_IN_USER = "system-in-user"
@@ -166,7 +167,7 @@ def _write_fields(message: Message, traits: TemplateTraits, names: Mapping[str, 
     """Rewrite calls, ids, the name of a called function and reasoning of one message in place."""
     if message["role"] == "tool":
         call_id = message.get("tool_call_id")
-        if traits.tool_name and call_id in names:
+        if traits.tool_name and call_id is not None and call_id in names:
             message.setdefault("name", names[call_id])
         if call_id is not None:
             message["tool_call_id"] = _written_id(call_id, traits)
@@ -289,3 +290,17 @@ def _as_parts(content: str | list[Message]) -> list[Message]:
     if isinstance(content, list):
         return content
     return [{"type": "text", "text": content}] if content else []
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """Return the arguments of a call from their JSON text; an empty text means no arguments. Raises
+    InvalidRequestError."""
+    try:
+        arguments = msgspec.json.decode(text or "{}")
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise InvalidRequestError(
+            "the arguments of a tool call are not JSON", "messages"
+        ) from error
+    if not isinstance(arguments, dict):
+        raise InvalidRequestError("the arguments of a tool call are not a JSON object", "messages")
+    return arguments

@@ -119,9 +119,15 @@ class Tokenizer:
         """The texts of all chat templates of the model, or None if it has none."""
         return "\n".join(self._templates.values()) or None
 
-    def template_for(self, *, tools: bool, documents: bool = False) -> str | None:
+    def template_for(
+        self, *, tools: bool, documents: bool = False, calls: bool = False
+    ) -> str | None:
         """Return the chat template for a request that offers tools or has documents: the one of
-        this use if the model has several, or else the default."""
+        this use if the model has several, or else the default. `calls` says that earlier turns have
+        calls: the template for tools is also taken if the default does not write these."""
+        default = self._templates.get("default")
+        if calls and default is not None and "tool_use" in self._templates:
+            tools = tools or not self.traits(default).calls
         wanted = (("tool_use", tools), ("rag", documents), ("default", True))
         return next(
             (self._templates[name] for name, use in wanted if use and name in self._templates), None
@@ -214,7 +220,11 @@ class Tokenizer:
         self._check_length(sum(map(_content_length, messages)), max_tokens)
         settings = dict(template_kwargs or {})
         if template is None:
-            template = self.template_for(tools=bool(tools), documents=documents is not None)
+            template = self.template_for(
+                tools=bool(tools),
+                documents=documents is not None,
+                calls=any(message.get("tool_calls") for message in messages),
+            )
         check_variables(await self.template_variables(template), settings, tools, documents)
         assert template is not None  # `template_variables` has checked it
         chosen = template

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.engine.errors import InvalidRequestError
-from quire.server.text import template_probe
+from quire.server.text import probe_renders
 from quire.server.text.template_traits import TemplateTraits
 from quire.server.text.tokenizer import Tokenizer
 
@@ -182,13 +182,13 @@ def test_a_template_is_probed_with_few_renders(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template, count = FAMILIES[family], itertools.count()
-    probe = template_probe._Probe._try
+    probe = probe_renders.ProbeRenders.text
 
     def counted(self: Any, *args: Any, **fields: Any) -> str:
         next(count)
         return probe(self, *args, **fields)
 
-    monkeypatch.setattr(template_probe._Probe, "_try", counted)
+    monkeypatch.setattr(probe_renders.ProbeRenders, "text", counted)
     tokenizer = tokenizer_of(template)
     tokenizer.traits(template)
     assert next(count) <= 60
