@@ -101,18 +101,24 @@ class Placeholders:
         )
 
 
-def with_aliases(tokenizer_json: str, tokens: ControlTokens) -> str:
+def with_aliases(
+    tokenizer_json: str, tokens: ControlTokens, *, keep_normalized: bool = True
+) -> str:
     """Return a tokenizer.json in which the control tokens have their aliases as names.
 
-    Their ids and options stay. Their names leave the model's vocabulary, too: a Unigram or a
-    WordPiece model would find them there in ordinary text. Only a name that takes part in a merge
-    of BPE has to stay.
+    Their ids and options stay, except that without `keep_normalized` they are looked for before
+    the text is normalised: a normaliser that puts something before a text puts it before the names
+    of control tokens too, which are not found amid the text then.
+
+    Their names leave the model's vocabulary as well: a Unigram or a WordPiece model would find them
+    there in ordinary text. Only a name that takes part in a merge of BPE has to stay.
     """
     fields: dict[str, Any] = msgspec.json.decode(tokenizer_json)
     aliases = tokens.aliases
     for token in fields["added_tokens"]:
         if token["special"]:
             token["content"] = aliases.get(token["content"], token["content"])
+            token["normalized"] = token["normalized"] and keep_normalized
     model = fields["model"]
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, list):

@@ -246,7 +246,12 @@ class Tokenizer:
         """Return the encoder that knows control tokens by their aliases only."""
         with self._aliased_lock:
             if self._aliased is None:
-                text = with_aliases(self.backend.to_str(), self._control_tokens)
+                normalizer = self.backend.normalizer
+                text = with_aliases(
+                    self.backend.to_str(),
+                    self._control_tokens,
+                    keep_normalized=normalizer is None or normalizer.normalize_str("0") == "0",
+                )
                 self._aliased = Encoder.from_str(text)
             return self._aliased
 
