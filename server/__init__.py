@@ -3,6 +3,7 @@
 The ground floor, these files, may be imported by every room:
     cli          the command `quire`; it imports the rooms lazily
     settings     every setting of `quire serve`; flags_table writes their table into docs/api.md
+    generation_defaults  sampling parameters of the model's generation_config.json
     errors       exceptions to HTTP answers
     logs         the log
     metrics      the page /metrics; metrics_sum adds up several processes

@@ -16,12 +16,12 @@ from ..api import chat, completions, embeddings, operations, tokenization
 from ..api.stored_streams import router as streams_router
 from ..dialects import messages, responses
 from ..errors import install_handlers
+from ..generation_defaults import load_generation_defaults
 from ..http.auth import require_client_key
 from ..http.middleware import BodyLimitMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
 from ..http.route_docs import errors
 from ..http.siblings import Siblings
 from ..metrics import Metrics
-from ..requests.sampling import load_generation_defaults
 from ..requests.state import ServerState
 from ..settings import Settings
 from ..text.tokenizer import Tokenizer
