@@ -3,6 +3,7 @@
 Reading order:
 
     completions        the simplest generation: body, job, answer whole or streamed
+    echo               its prompt, given back before the answer
     answers            what completions and chat completions share: envelope, usage, streams
     chat, logprobs     conversations; log-probabilities in OpenAI's shapes
     stored_streams     GET and DELETE of resumable streams

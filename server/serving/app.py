@@ -101,7 +101,12 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
                 "X-Quire-Resumable",
                 "Last-Event-ID",
             ],
-            expose_headers=["x-request-id", "x-quire-ignored-params", "x-quire-stream-id"],
+            expose_headers=[
+                "x-request-id",
+                "x-quire-ignored-params",
+                "x-quire-prompt-changes",
+                "x-quire-stream-id",
+            ],
         )
     app.add_middleware(HttpMetricsMiddleware, metrics=metrics)
     app.add_middleware(RequestIdMiddleware)

@@ -87,8 +87,11 @@ class CallProbe:
     ) -> dict[str, Any]:
         """Return the traits about earlier reasoning. Many templates write it only after the last
         user message or only beside calls."""
-        words = {name: f"zq{name.replace('_', '')}z" for name in _REASONING}
-        places = [[user, {**answer, **words}], [user, {**answer, **words}, last]]
+        words: dict[str, str] = {name: f"zq{name.replace('_', '')}z" for name in _REASONING}
+        places: list[list[dict[str, Any]]] = [
+            [user, {**answer, **words}],
+            [user, {**answer, **words}, last],
+        ]
         if self._way is not None:
             result = self._result(1, self._way)
             places.append([user, self._turn(self._way, 1, **words), result])

@@ -34,6 +34,7 @@ from .chat_template import (
     template_variables,
 )
 from .client_text import ControlTokens, with_aliases
+from .detokenizer import Detokenizer
 from .template_traits import TemplateTraits
 
 log = structlog.get_logger(__name__)
@@ -84,7 +85,9 @@ class Tokenizer:
         self._template = self._templates.get("default")
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
         """Returns the bytes of a token id."""
-        self.byte_level = '"ByteLevel"' in str(self.backend.decoder.__getstate__())
+        decoder = str(self.backend.decoder.__getstate__())
+        self._is_wordpiece = '"WordPiece"' in decoder
+        self.byte_level = '"ByteLevel"' in decoder
         """Whether tokens spell bytes, as GPT-2's do, rather than SentencePiece's characters."""
 
     @classmethod
@@ -164,17 +167,24 @@ class Tokenizer:
             raise InvalidRequestError("the model has no chat template", "messages")
         return await self._in_thread(template_variables, template)
 
-    def skipped_but(self, shown: Sequence[str]) -> tuple[bool, frozenset[int]]:
+    def skipped_but(
+        self, shown: Sequence[str], stops: Sequence[str] = ()
+    ) -> tuple[bool, dict[int, str]]:
         """Return how to skip all control tokens except `shown`.
 
         The first value says whether the library can skip control tokens by itself, which is so if
-        none of `shown` is one. If not, it must skip none, and the second value holds the ids to
-        hide.
+        none of `shown` is one and none of `stops` contains one. If not, it must skip none, and the
+        second value holds the ids to hide, with their spellings.
         """
         special = self.special_ids
-        if special.keys().isdisjoint(shown):
-            return True, frozenset()
-        return False, frozenset(id for text, id in special.items() if text not in shown)
+        if special.keys().isdisjoint(shown) and not self.spells_control_token(stops):
+            return True, {}
+        return False, {id: text for text, id in special.items() if text not in shown}
+
+    def spells_control_token(self, texts: Sequence[str]) -> bool:
+        """Return whether one of `texts` contains the spelling of a control token."""
+        pattern = self._control_tokens.pattern
+        return pattern is not None and any(map(pattern.search, texts))
 
     async def encode(
         self,
@@ -266,6 +276,36 @@ class Tokenizer:
 
         return await self._in_thread(run)
 
+    async def decode_with_offsets(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool
+    ) -> tuple[str, list[int]]:
+        """Return the text of token ids, and where in it the text of each token begins."""
+
+        def run() -> tuple[str, list[int]]:
+            detokenizer = Detokenizer(
+                self.backend, skip_special_tokens=skip_special_tokens, with_offsets=True
+            )
+            text, _ = detokenizer.feed(token_ids)
+            return text + detokenizer.finish(), detokenizer.offsets or []
+
+        return await self._in_thread(run)
+
+    async def offsets_of(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return where in `text` each of its tokens begins. A token that is not in the text, such
+        as one that begins a sequence, is where the next one is."""
+
+        def run() -> list[int]:
+            [encoding] = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
+            offsets, end = [], 0
+            for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+                # Some encoders leave the space out of the place of a token that begins with it.
+                is_next = text.startswith(self.token_text(token_id), end)
+                offsets.append(end if is_next or start == stop else start)
+                end = max(end, stop)
+            return offsets
+
+        return await self._in_thread(run)
+
     def token_text(self, token_id: int) -> str:
         """Return one token as text for people to read; bytes that are not UTF-8 become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
@@ -317,6 +357,9 @@ class Tokenizer:
         # 3. SentencePiece writes bytes outside its vocabulary as <0xNN>, and a space as U+2581.
         if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
+        if self._is_wordpiece:  # a word's first piece follows a space, the others have a prefix
+            text: str = self.backend.decoder.decode(["a", piece])
+            return text.removeprefix("a").encode()
         return piece.replace("\u2581", " ").encode()
 
 

@@ -13,7 +13,8 @@ from quire.engine.config import EngineConfig
 from quire.engine.errors import ModelLoadError
 from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
 
-from ..models import FAMILIES
+from ..models import FAMILIES, save_model
+from ..worker_driver import load
 
 ADDED = [
     {"id": 5, "content": "<|im_end|>", "special": True},
@@ -120,3 +121,9 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path, name: str, text: str)
     write(folder, {name: text})
     with pytest.raises(ModelLoadError, match=name):
         end_tokens(folder)
+
+
+def test_a_generation_config_that_transformers_refuses_does_not_matter(tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    write(tmp_path, {"generation_config.json": {"max_new_tokens": -1, "top_k": -1, "no_such": 1}})
+    assert load(tmp_path).loaded.eos_token_ids
