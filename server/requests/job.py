@@ -55,9 +55,7 @@ class JobParts:
     grammar: GrammarSpec | None = None
     pooling: Pooling | None = None
     shown_tokens: Sequence[str] = ()
-    prompt_changes: Sequence[str] = ()
-    unread_fields: Sequence[str] = ()
-    """See `Job` for the last three."""
+    """See `Job`."""
 
 
 def make_job(
@@ -109,8 +107,6 @@ def make_job(
         skip_special_tokens=body.skip_special_tokens is not False,
         shown_tokens=parts.shown_tokens,
         deadline=deadlines.total,
-        prompt_changes=parts.prompt_changes,
-        unread_fields=parts.unread_fields,
     )
 
 

@@ -115,10 +115,9 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
             max_tokens_param=max_tokens_param,
             grammar=await try_out(state, constraint),
             shown_tokens=state.message_format.control_tokens(with_tools=bool(tools)),
-            prompt_changes=prompt.changes,
-            unread_fields=prompt.dropped,
         )
         job = make_job(state, body, params, [token_ids], parts)
+        job = replace(job, prompt_changes=prompt.changes, unread_fields=prompt.dropped)
         ticket.tokenised(len(job.requests[0].prompt_token_ids))
     except BaseException:
         ticket.close()

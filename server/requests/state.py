@@ -49,7 +49,7 @@ class ServerState:
         self.metrics = metrics
         self.version = version
         self.generation_defaults = generation_defaults
-        self.message_format = MessageFormat.of(settings, tokenizer.template_texts)
+        self.message_format = MessageFormat.of(settings, tokenizer.templates.texts)
         self.grammar_check = GrammarCheck()
         self.keys = Keys(settings)
         self.siblings = siblings

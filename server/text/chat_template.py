@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.meta
+import structlog
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...engine.errors import ConfigurationError, InvalidRequestError, one_line
@@ -22,6 +23,8 @@ from .client_text import ControlTokens, Placeholders
 from .template_messages import write_messages
 from .template_probe import probe_template
 from .template_traits import TemplateTraits
+
+log = structlog.get_logger(__name__)
 
 _RESERVED = frozenset(
     (
@@ -78,15 +81,57 @@ class Rendered(NamedTuple):
     """Paths of the fields that the template does not read."""
 
 
-class TemplateRenderer:
-    """Renders conversations with the chat templates of one tokenizer."""
+class ChatTemplates:
+    """The chat templates of one tokenizer: chooses one, and renders conversations with it."""
 
-    def __init__(self, hf: Any, tokens: ControlTokens) -> None:
-        """`hf` is the Hugging Face tokenizer, whose special tokens templates may name."""
+    def __init__(self, hf: Any, tokens: ControlTokens, named: Mapping[str, str]) -> None:
+        """`hf` is the Hugging Face tokenizer, whose special tokens templates may name. `named` are
+        the model's templates as `named_templates` returns them."""
+        self._named = named
         self._names: dict[str, Any] = dict(hf.special_tokens_map)
         self._tokens = tokens
         self.traits = lru_cache(maxsize=16)(self._probe)
         """Returns what a template reads. Raises InvalidRequestError if it is not a template."""
+
+    @property
+    def texts(self) -> str | None:
+        """The texts of all templates, or None if the model has none."""
+        return "\n".join(self._named.values()) or None
+
+    def choose(
+        self, *, tools: bool = False, documents: bool = False, calls: bool = False
+    ) -> str | None:
+        """Return the template for a request that offers tools or has documents: the one of this use
+        if the model has several, or else the default. `calls` says that earlier turns have calls:
+        the template for tools is also taken if the default does not write these."""
+        default = self._named.get("default")
+        if calls and default is not None and "tool_use" in self._named:
+            tools = tools or not self.traits(default).calls
+        wanted = (("tool_use", tools), ("rag", documents), ("default", True))
+        return next(
+            (self._named[name] for name, use in wanted if use and name in self._named), None
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what each template reads, as a JSON object. A text that is no template reads
+        nothing."""
+        found: dict[str, Any] = {}
+        for name, template in self._named.items():
+            try:
+                found[name] = self.traits(template).as_dict()
+            except InvalidRequestError as error:
+                found[name] = {"error": str(error)}
+        return found
+
+    def log_shortcomings(self) -> None:
+        """Log what each template does not write, and what becomes of such requests."""
+        for name, template in self._named.items():
+            try:
+                shortcomings = self.traits(template).shortcomings()
+            except InvalidRequestError as error:
+                shortcomings = [f"{error}: chats are refused"]
+            for shortcoming in shortcomings:
+                log.warning("chat_template", template=name, shortcoming=shortcoming)
 
     def render(
         self,

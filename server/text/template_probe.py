@@ -72,34 +72,13 @@ class _TemplateProbe:
         answer, other = (self._probe.message("assistant", text) for text in ("zqanswer", "zqother"))
         opened = self._probe.text([first])
         closed = self._probe.text([first], add_generation_prompt=False)
-        # 2. Instructions.
-        forms["system"] = self._probe.find_form("system", after=[last])
-        system, second = (self._probe.message("system", text) for text in ("zqsystem", "zqsecond"))
-        developer = {**self._probe.message("system", "zqdeveloper"), "role": "developer"}
-        knows_developer = "developer" in self._probe.template and self._probe.writes(
-            ["zqdeveloper", "zqlast"], [developer, last]
-        )
-        several = self._probe.writes(["zqsystem", "zqsecond", "zqlast"], [system, second, last])
-        if knows_developer:
-            several = several and self._probe.writes(
-                ["zqsystem", "zqdeveloper"], [system, developer, last]
-            )
-        # 3. Tools, calls and reasoning.
+        # 2. Tools, calls and reasoning.
         tools, needs_description = self._find_tools(last)
         calls = self._calls.find_calls(first, answer)
-        with_tools = {"tools": self._probe.tools} if self._probe.tools else {}
         return TemplateTraits(
             user=forms["user"],
             assistant=forms["assistant"],
-            system=forms["system"],
-            developer=knows_developer,
-            system_beside_tools=not self._probe.tools
-            or self._probe.writes(["zqsystem"], [system, last], **with_tools),
-            several_systems=several,
-            lone_system=self._probe.writes(["zqsystem"], [system]),
-            late_system=self._probe.writes(
-                ["zqsystem", "zqsecond", "zqlast"], [system, first, answer, second, last]
-            ),
+            **self._find_instructions(first, answer, last),
             repeated_user=self._probe.writes(["zquser", "zqlast"], [first, last]),
             repeated_assistant=self._probe.writes(
                 ["zqanswer", "zqother", "zqlast"], [first, answer, other, last]
@@ -117,6 +96,31 @@ class _TemplateProbe:
             generation_prompt=_addition(closed, opened),
             turn_end=self._find_turn_end(first, answer),
         )
+
+    def _find_instructions(
+        self, first: dict[str, Any], answer: dict[str, Any], last: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the traits about messages of the system and the developer."""
+        probe = self._probe
+        probe.forms["system"] = probe.find_form("system", after=[last])
+        system, second = (probe.message("system", text) for text in ("zqsystem", "zqsecond"))
+        developer = {**probe.message("system", "zqdeveloper"), "role": "developer"}
+        words = ["zqsystem", "zqsecond", "zqlast"]
+        knows_developer = "developer" in probe.template and probe.writes(
+            ["zqdeveloper", "zqlast"], [developer, last]
+        )
+        several = probe.writes(words, [system, second, last])
+        if knows_developer:
+            several &= probe.writes(["zqsystem", "zqdeveloper"], [system, developer, last])
+        return {
+            "system": probe.forms["system"],
+            "developer": knows_developer,
+            "system_beside_tools": probe.tools is None
+            or probe.writes(["zqsystem"], [system, last], tools=probe.tools),
+            "several_systems": several,
+            "lone_system": probe.writes(["zqsystem"], [system]),
+            "late_system": probe.writes(words, [system, first, answer, second, last]),
+        }
 
     def _find_tools(self, user: dict[str, Any]) -> tuple[Literal["nested", "flat", "none"], bool]:
         """Return how tools are read, and whether each needs a description."""

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
-import structlog
 import transformers
 from tokenizers import Tokenizer as Encoder
 
@@ -27,7 +26,7 @@ from ...engine.errors import (
     one_line,
 )
 from .chat_template import (
-    TemplateRenderer,
+    ChatTemplates,
     check_variables,
     named_templates,
     read_template,
@@ -35,9 +34,6 @@ from .chat_template import (
 )
 from .client_text import ControlTokens, with_aliases
 from .detokenizer import Detokenizer
-from .template_traits import TemplateTraits
-
-log = structlog.get_logger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -78,11 +74,9 @@ class Tokenizer:
         self._control_tokens = ControlTokens(self.special_ids)
         self._aliased: Encoder | None = None
         self._aliased_lock = threading.Lock()
-        self._renderer = TemplateRenderer(hf, self._control_tokens)
-        self._templates = (
-            named_templates(hf) if chat_template is None else {"default": chat_template}
-        )
-        self._template = self._templates.get("default")
+        named = named_templates(hf) if chat_template is None else {"default": chat_template}
+        self.templates = ChatTemplates(hf, self._control_tokens, named)
+        """The chat templates, and what they read."""
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
         """Returns the bytes of a token id."""
         decoder = str(self.backend.decoder.__getstate__())
@@ -109,46 +103,13 @@ class Tokenizer:
                 f"cannot load the tokenizer of {model}: {one_line(str(error))}"
             ) from error
         tokenizer = cls(hf, None if chat_template is None else read_template(chat_template))
-        tokenizer.log_shortcomings()
+        tokenizer.templates.log_shortcomings()
         return tokenizer
 
     @property
     def chat_template(self) -> str | None:
         """The text of the chat template, or None if the model has none."""
-        return self._template
-
-    @property
-    def template_texts(self) -> str | None:
-        """The texts of all chat templates of the model, or None if it has none."""
-        return "\n".join(self._templates.values()) or None
-
-    def template_for(
-        self, *, tools: bool, documents: bool = False, calls: bool = False
-    ) -> str | None:
-        """Return the chat template for a request that offers tools or has documents: the one of
-        this use if the model has several, or else the default. `calls` says that earlier turns have
-        calls: the template for tools is also taken if the default does not write these."""
-        default = self._templates.get("default")
-        if calls and default is not None and "tool_use" in self._templates:
-            tools = tools or not self.traits(default).calls
-        wanted = (("tool_use", tools), ("rag", documents), ("default", True))
-        return next(
-            (self._templates[name] for name, use in wanted if use and name in self._templates), None
-        )
-
-    def traits(self, template: str) -> TemplateTraits:
-        """Return what a chat template reads. Raises InvalidRequestError if it is not a template."""
-        return self._renderer.traits(template)
-
-    def log_shortcomings(self) -> None:
-        """Log what the model's chat templates do not write, and what becomes of such requests."""
-        for name, template in self._templates.items():
-            try:
-                shortcomings = self.traits(template).shortcomings()
-            except InvalidRequestError as error:
-                shortcomings = [f"{error}: chats are refused"]
-            for shortcoming in shortcomings:
-                log.warning("chat_template", template=name, shortcoming=shortcoming)
+        return self.templates.choose()
 
     @property
     def special_ids(self) -> dict[str, int]:
@@ -162,7 +123,7 @@ class Tokenizer:
     async def template_variables(self, template: str | None = None) -> frozenset[str]:
         """Return the variables that `template`, by default the model's own, reads. Raises
         InvalidRequestError."""
-        template = template if template is not None else self.template_for(tools=False)
+        template = template if template is not None else self.templates.choose()
         if template is None:
             raise InvalidRequestError("the model has no chat template", "messages")
         return await self._in_thread(template_variables, template)
@@ -230,7 +191,7 @@ class Tokenizer:
         self._check_length(sum(map(_content_length, messages)), max_tokens)
         settings = dict(template_kwargs or {})
         if template is None:
-            template = self.template_for(
+            template = self.templates.choose(
                 tools=bool(tools),
                 documents=documents is not None,
                 calls=any(message.get("tool_calls") for message in messages),
@@ -244,7 +205,7 @@ class Tokenizer:
         }
 
         def run() -> ChatPrompt:
-            rendered = self._renderer.render(chosen, messages, settings, tools, documents)
+            rendered = self.templates.render(chosen, messages, settings, tools, documents)
             self._check_length(len(rendered.text), max_tokens)
             encoder = self._aliased_encoder() if rendered.has_aliases else self.backend
             token_ids = _encode(encoder, rendered.text, add_special_tokens)
@@ -315,10 +276,8 @@ class Tokenizer:
         return {
             "tokenizer_class": type(self._hf).__name__,
             "vocab_size": self.vocab_size,
-            "chat_template": self._template,
-            "chat_templates": {
-                name: self.traits(template).as_dict() for name, template in self._templates.items()
-            },
+            "chat_template": self.chat_template,
+            "chat_templates": self.templates.describe(),
             "special_tokens": {
                 name: str(token) for name, token in self._hf.special_tokens_map.items()
             },

@@ -126,4 +126,4 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path, name: str, text: str)
 def test_a_generation_config_that_transformers_refuses_does_not_matter(tmp_path: Path) -> None:
     save_model("llama", tmp_path)
     write(tmp_path, {"generation_config.json": {"max_new_tokens": -1, "top_k": -1, "no_such": 1}})
-    assert load(tmp_path).loaded.eos_token_ids
+    assert load(tmp_path).spec.eos_token_ids

@@ -116,7 +116,7 @@ def tokenizer_of(template: str) -> Tokenizer:
 
 
 def traits_of(template: str) -> TemplateTraits:
-    return tokenizer_of(template).traits(template)
+    return tokenizer_of(template).templates.traits(template)
 
 
 async def prompt_of(template: str, messages: list[dict[str, Any]], **options: Any) -> str:
@@ -190,9 +190,9 @@ def test_a_template_is_probed_with_few_renders(
 
     monkeypatch.setattr(probe_renders.ProbeRenders, "text", counted)
     tokenizer = tokenizer_of(template)
-    tokenizer.traits(template)
+    tokenizer.templates.traits(template)
     assert next(count) <= 60
-    tokenizer.traits(template)
+    tokenizer.templates.traits(template)
     assert next(count) <= 61  # remembered
 
 
@@ -268,7 +268,7 @@ def test_each_text_is_in_the_prompt_or_the_request_is_refused(family: str, data:
     messages = data.draw(conversations())
     before = json.dumps(messages)
     try:
-        rendered = tokenizer._renderer.render(template, messages, {"add_generation_prompt": True})
+        rendered = tokenizer.templates.render(template, messages, {"add_generation_prompt": True})
     except InvalidRequestError as error:
         assert error.param is not None and error.param.startswith("messages")
         return
