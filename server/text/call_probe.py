@@ -50,6 +50,8 @@ class CallProbe:
     def __init__(self, probe: ProbeRenders) -> None:
         self._probe = probe
         self._way: _Calls | None = None
+        self._refuses_all = False
+        """The template knows calls, but refused each way of writing them."""
 
     def find_calls(self, user: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
         """Return the traits about calls and tools' results."""
@@ -58,8 +60,9 @@ class CallProbe:
         way, with_result = self._find_way(user)
         self._way = way
         tool_form = "none" if with_result else self._probe.find_form("tool", [user, answer])
-        if way is None:
+        if way is None and not self._refuses_all:
             return {**_NO_CALLS, "tool": tool_form}
+        way = way or _Calls()
         # 2. See what else a turn with calls may have.
         result, other = ([self._result(n, way)] if with_result else [] for n in (1, 2))
         one = [user, self._turn(way, 1), *result]
@@ -71,7 +74,8 @@ class CallProbe:
         return {
             "calls": True,
             "tool": self._tool_form(way, one) if with_result else tool_form,
-            "calls_without_tools": self._writes_calls(way, one, strict=False, tools=None),
+            "calls_without_tools": not self._probe.text(one)
+            or self._writes_calls(way, one, strict=False, tools=None),
             "arguments": way.arguments,
             "flat_calls": way.flat,
             "short_call_ids": way.short_ids,
@@ -181,12 +185,14 @@ class CallProbe:
             return None, False
         for strict, with_result in ((True, True), (True, False), (False, True)):
             for way in self._ways():
+                if way.tool == "parts" and not with_result:
+                    continue
                 result = [self._result(1, way)] if with_result else []
                 messages = [user, self._turn(way, 1), *result]
                 if self._writes_calls(way, messages, strict=strict):
                     return way, with_result
-                if not with_result and way.tool == "parts":
-                    break
+        way = _Calls()
+        self._refuses_all = not self._probe.text([user, self._turn(way, 1), self._result(1, way)])
         return None, False
 
     def _tool_form(self, way: _Calls, one: list[dict[str, Any]]) -> Form:
@@ -205,4 +211,7 @@ class CallProbe:
     ) -> Placing:
         if self._writes_calls(way, together, words, strict=False):
             return "together"
-        return "apart" if self._writes_calls(way, apart, words, strict=False) else "none"
+        if self._writes_calls(way, apart, words, strict=False):
+            return "apart"
+        # What the template refuses either way is left to its own error message.
+        return "none" if self._probe.text(together, tools=self._probe.tools) else "together"

@@ -32,14 +32,20 @@ class ProbeRenders:
         """The forms of the roles' contents, as far as they are known."""
         self.tools: list[dict[str, Any]] | None = None
         """A tool that the template writes, if there is one."""
+        self.prefix: list[dict[str, Any]] = []
+        """Messages without which the template refuses every conversation. They stand before those
+        that begin with another role."""
 
     def text(self, messages: Sequence[dict[str, Any]], **settings: Any) -> str:
-        """Return the rendered text, or "" if the template refuses the messages."""
+        """Return the rendered text, or "" if the template refuses the messages. A space stands for
+        a rendered text that is empty."""
         if self._left <= 0:
             return ""
         self._left -= 1
+        if self.prefix and messages[0]["role"] != self.prefix[0]["role"]:
+            messages = [*self.prefix, *messages]
         try:
-            return self._render(messages, **{"add_generation_prompt": True, **settings})
+            return self._render(messages, **{"add_generation_prompt": True, **settings}) or " "
         except self._errors:
             return ""
 
@@ -67,12 +73,15 @@ class ProbeRenders:
         """Return the form in which the content of `role` is written between other messages."""
         others = [text_of(message) for message in (*before, *after)]
         works: list[Form] = []
+        failure: Form = "refused"
         for form in FORMS:
             words = [*others, "zqprobe", *(["zqrest"] if form == "parts" else [])]
-            message = self.message(role, "zqprobe", form)
-            if self.writes(words, [*before, message, *after]):
+            text = self.text([*before, self.message(role, "zqprobe", form), *after])
+            if self.shows(words, text):
                 works.append(form)
-        return "either" if len(works) == 2 else works[0] if works else "none"
+            elif text and form == "text":
+                failure = "none"
+        return "either" if len(works) == 2 else works[0] if works else failure
 
 
 def text_of(message: dict[str, Any]) -> str:

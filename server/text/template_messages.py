@@ -131,7 +131,7 @@ def _place_instructions(
     # 2. Put those that it does not write there before the next user message.
     is_alone = all(message["role"] != "user" for message in messages)
     moves_head = (
-        traits.system == "none"
+        traits.system in ("none", "refused")
         or (with_tools and not traits.system_beside_tools)
         or (is_alone and not traits.lone_system)
     )

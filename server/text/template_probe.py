@@ -65,8 +65,13 @@ class _TemplateProbe:
     def run(self) -> TemplateTraits:
         """Return all traits. The order matters: later questions use the forms found before."""
         forms = self._probe.forms
-        # 1. The user's and the assistant's text.
+        # 1. The user's and the assistant's text. Some templates want a system message before them.
         forms["user"] = self._probe.find_form("user")
+        if forms["user"] == "refused":
+            self._probe.prefix = [{"role": "system", "content": "zqprefix"}]
+            forms["user"] = self._probe.find_form("user")
+        if forms["user"] == "refused":
+            return self._trusted()
         first, last = self._probe.message("user", "zquser"), self._probe.message("user", "zqlast")
         forms["assistant"] = self._probe.find_form("assistant", [first], [last])
         answer, other = (self._probe.message("assistant", text) for text in ("zqanswer", "zqother"))
@@ -76,6 +81,7 @@ class _TemplateProbe:
         tools, needs_description = self._find_tools(last)
         calls = self._calls.find_calls(first, answer)
         return TemplateTraits(
+            probed=True,
             user=forms["user"],
             assistant=forms["assistant"],
             **self._find_instructions(first, answer, last),
@@ -84,6 +90,7 @@ class _TemplateProbe:
                 ["zqanswer", "zqother", "zqlast"], [first, answer, other, last]
             ),
             history=forms["assistant"] != "none"
+            or not self._probe.text([first, answer, last])
             or self._probe.writes(["zquser", "zqlast"], [first, answer, last]),
             user_name="zqname" in self._probe.text([{**first, "name": "zqname"}]),
             **calls,
@@ -95,6 +102,44 @@ class _TemplateProbe:
             thinking=tuple(name for name in _SWITCHES if self._switches(first, name)),
             generation_prompt=_addition(closed, opened),
             turn_end=self._find_turn_end(first, answer),
+        )
+
+    def _trusted(self) -> TemplateTraits:
+        """Return the traits of a template that cannot be tried out: it reads what OpenAI writes."""
+        knows = self._variables
+        return TemplateTraits(
+            probed=False,
+            user="text",
+            assistant="text",
+            system="text",
+            tool="text",
+            developer="developer" in self._probe.template,
+            system_beside_tools=True,
+            several_systems=True,
+            lone_system=True,
+            late_system=True,
+            repeated_user=True,
+            repeated_assistant=True,
+            history=True,
+            user_name=True,
+            calls=True,
+            calls_without_tools=True,
+            arguments="object",
+            flat_calls=False,
+            short_call_ids=False,
+            empty_content="empty",
+            parallel_calls="together",
+            content_beside_calls="together",
+            tool_name=False,
+            reasoning="reasoning_content",
+            reasoning_beside_content=True,
+            tools="nested" if "tools" in knows else "none",
+            needs_description=False,
+            documents=("*",) if "documents" in knows else (),
+            settings=tuple(sorted(set(knows) - {"tools", "documents"})),
+            thinking=(),
+            generation_prompt="",
+            turn_end="",
         )
 
     def _find_instructions(
@@ -139,14 +184,16 @@ class _TemplateProbe:
                     undescribed.pop("description", None)
                     ok = self._probe.writes(["zqtool"], [user], tools=[undescribed])
                     return name, not ok
-        return "none", False
+        tool = shapes[0][1]
+        # What the template refuses is left to its own error message.
+        return ("none" if self._probe.text([user], tools=[tool]) else "nested"), False
 
     def _find_documents(self, user: dict[str, Any]) -> tuple[str, ...]:
         if "documents" not in self._variables:
             return ()
         document = {name: f"zqdoc{name.replace('_', '')}z" for name in _DOCUMENT_FIELDS}
         text = self._probe.text([user], documents=[{**document, "zqfield": "zqdocanyz"}])
-        if "zqdocanyz" in text:
+        if "zqdocanyz" in text or not text:  # what it refuses is left to its own error message
             return ("*",)
         return tuple(name for name in _DOCUMENT_FIELDS if document[name] in text)
 

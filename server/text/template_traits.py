@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Form = Literal["text", "parts", "either", "none"]
+Form = Literal["text", "parts", "either", "none", "refused"]
 """How the content of a role must be written: as one string, as a list of parts, or as either;
-"none" if the template writes neither."""
+"none" if the template drops both without an error, "refused" if it raises an error for both."""
 Placing = Literal["together", "apart", "none"]
 """Whether two things may stand in one message, must stand in two, or cannot both be written."""
 EmptyContent = Literal["empty", "null", "missing"]
@@ -18,6 +18,9 @@ EmptyContent = Literal["empty", "null", "missing"]
 class TemplateTraits:
     """What one chat template reads, found out by rendering conversations with known words."""
 
+    probed: bool
+    """False if the template refused even the simplest conversation. All messages are then passed
+    to it as OpenAI writes them, and the other traits say so."""
     user: Form
     assistant: Form
     system: Form
@@ -84,17 +87,20 @@ class TemplateTraits:
         """Return one sentence for each part of a conversation that the template does not write, and
         what becomes of requests that have it."""
         found = {
+            "it refuses the simplest chat: messages are passed to it as they are": not self.probed,
             "users' text is not written: chats are refused": self.user == "none",
             "turns before the last are not written: longer chats are refused": not self.history,
             "the assistant's text is not written: chats with earlier answers are refused": (
-                self.assistant == "none"
+                self.assistant in ("none", "refused")
             ),
             "system messages are not written: their text goes before the user's": (
-                self.system == "none"
+                self.system in ("none", "refused")
             ),
             "tools are not written: chats with tools are refused": self.tools == "none",
             "calls of earlier turns are not written: chats with them are refused": not self.calls,
-            "tools' results are not written: chats with them are refused": self.tool == "none",
+            "tools' results are not written: chats with them are refused": (
+                self.tool in ("none", "refused")
+            ),
             "a turn with two calls is not written: chats with one are refused": (
                 self.calls and self.parallel_calls == "none"
             ),

@@ -76,5 +76,5 @@ async def test_tokenizer_info_shows_what_the_template_reads(engine: FakeEngineCl
     async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
         info = (await client.get("/tokenizer_info")).json()
     traits = info["chat_templates"]["default"]
-    assert (traits["user"], traits["system"], traits["repeated_user"]) == ("text", "none", False)
+    assert (traits["user"], traits["system"], traits["repeated_user"]) == ("text", "refused", False)
     assert traits["generation_prompt"] == "<start_of_turn>model\n"

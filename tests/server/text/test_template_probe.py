@@ -65,17 +65,17 @@ EITHER = {"user": "either", "assistant": "either", "system": "either", "tool": "
 # Family → what differs from DEFAULTS. The comments in templates.py give the reasons.
 EXPECTED: dict[str, dict[str, Any]] = {
     "chatml": {},
-    "llama2": {**ALTERNATE, "tool": "none"},
+    "llama2": {**ALTERNATE, "tool": "refused"},
     "llama3": {},
     "llama3.1": {**CALLS, "parallel_calls": "apart", "content_beside_calls": "apart"},
     "llama4": {**CALLS, **EITHER, "tools": "none"},
-    "mistral-v1": {**ALTERNATE, "system": "none", "tool": "none"},
+    "mistral-v1": {**ALTERNATE, "system": "refused", "tool": "refused"},
     "mistral-v3": {**CALLS, **ALTERNATE, "short_call_ids": True, "content_beside_calls": "apart"},
     "mistral-tekken": {**CALLS, "user": "either", "arguments": "text"},
     "qwen2.5": CALLS,
     "qwen3": {**CALLS, "reasoning": "reasoning_content", "thinking": ("enable_thinking",)},
-    "gemma2": {**ALTERNATE, "system": "none", "tool": "none"},
-    "gemma3": {**ALTERNATE, "user": "either", "assistant": "either", "tool": "none"},
+    "gemma2": {**ALTERNATE, "system": "refused", "tool": "refused"},
+    "gemma3": {**ALTERNATE, "user": "either", "assistant": "either", "tool": "refused"},
     "phi3": {**ONE_SYSTEM, "system": "none", "tool": "none"},
     "phi4": {},
     "deepseek-r1": {
@@ -196,13 +196,52 @@ def test_a_template_is_probed_with_few_renders(
     assert next(count) <= 61  # remembered
 
 
-@pytest.mark.parametrize(
-    "template", ["{{ 1 // 0 }}", "tool_calls", "{% if tools %}tool_calls{% endif %}"]
-)
+@pytest.mark.parametrize("template", ["tool_calls", "{% if tools %}tool_calls{% endif %}"])
 def test_a_template_that_writes_nothing_is_probed_within_the_limit(template: str) -> None:
     traits = traits_of(template)
     assert (traits.user, traits.calls, traits.tools) == ("none", False, "none")
     assert traits.shortcomings()[0].startswith("users' text is not written")
+
+
+async def test_a_template_that_cannot_be_tried_out_gets_messages_as_they_are() -> None:
+    template = (
+        "{% if style is not defined %}{{ raise_exception('no style') }}{% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    traits = traits_of(template)
+    assert not traits.probed
+    assert traits.shortcomings()[0].startswith("it refuses the simplest chat")
+    messages = [say("system", "S"), say("user", "U"), say("user", "V")]
+    text = await prompt_of(template, messages, template_kwargs={"style": 1})
+    assert text == "system: S\nuser: U\nuser: V\n"
+    with pytest.raises(InvalidRequestError, match="no style"):
+        await prompt_of(template, messages)
+
+
+async def test_a_template_that_wants_a_system_message_is_probed_with_one() -> None:
+    template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+        + FAMILIES["chatml"]
+    )
+    traits = traits_of(template)
+    assert (traits.probed, traits.user, traits.assistant, traits.late_system) == (
+        True,
+        "text",
+        "text",
+        True,
+    )
+    with pytest.raises(InvalidRequestError, match="system first"):
+        await prompt_of(template, [say("user", "U")])
+
+
+async def test_calls_that_the_template_refuses_are_left_to_its_own_error() -> None:
+    template = FAMILIES["chatml"] + (
+        "{% for m in messages %}{% if m.tool_calls %}{{ raise_exception('only from ' + by) }}"
+        "{% endif %}{% endfor %}"
+    )
+    messages = [say("user", "U"), say("assistant", "", tool_calls=calls_of("1"))]
+    with pytest.raises(InvalidRequestError, match="refused the messages"):
+        await prompt_of(template, messages)
 
 
 def test_shortcomings_are_logged_when_the_tokenizer_is_loaded(tmp_path: Any) -> None:
@@ -433,7 +472,7 @@ async def test_tools_get_the_form_that_is_read() -> None:
 @pytest.mark.parametrize(
     ("family", "messages", "options", "param"),
     [
-        ("gemma2", [say("user", "U"), say("tool", "R", tool_call_id="1")], {}, "messages[1].role"),
+        ("phi3", [say("user", "U"), say("tool", "R", tool_call_id="1")], {}, "messages[1].role"),
         (
             "chatml",
             [say("user", "U"), say("assistant", "", tool_calls=calls_of("1"))],
