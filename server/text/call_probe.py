@@ -86,6 +86,16 @@ class CallProbe:
             != self._probe.text(nameless, tools=self._probe.tools),
         }
 
+    def keeps(self, before: dict[str, Any], user: dict[str, Any], word: str) -> bool:
+        """Return whether `word` of a message `before` the user's is written if a tool's result ends
+        the conversation. It is taken for granted if the template refuses results."""
+        way = self._way
+        if way is None:
+            return True
+        messages = [before, user, self._turn(way, 1), self._result(1, way)]
+        text = self._probe.text(messages, tools=self._probe.tools)
+        return not text or word in text
+
     def find_reasoning(
         self, user: dict[str, Any], last: dict[str, Any], answer: dict[str, Any]
     ) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def _refuse_unwritten(
     for index, message in enumerate(messages):
         role, calls = message["role"], message.get("tool_calls")
         users += role == "user"
-        if role == "user" and traits.user == "none":
+        is_moved = role in _INSTRUCTIONS and traits.system in ("none", "refused")
+        if (role == "user" or is_moved) and traits.user == "none":
             refuse(index, "content", "the text of users")
         if users > 1 and not traits.history:
             refuse(index, "content", "more than one turn")
@@ -134,6 +135,7 @@ def _place_instructions(
         traits.system in ("none", "refused")
         or (with_tools and not traits.system_beside_tools)
         or (is_alone and not traits.lone_system)
+        or (messages[-1]["role"] != "user" and not traits.lasting_system)
     )
     waiting: list[Message] = []
     placed: list[Message] = []

@@ -117,6 +117,7 @@ class _TemplateProbe:
             system_beside_tools=True,
             several_systems=True,
             lone_system=True,
+            lasting_system=True,
             late_system=True,
             repeated_user=True,
             repeated_assistant=True,
@@ -164,6 +165,10 @@ class _TemplateProbe:
             or probe.writes(["zqsystem"], [system, last], tools=probe.tools),
             "several_systems": several,
             "lone_system": probe.writes(["zqsystem"], [system]),
+            "lasting_system": probe.writes(
+                ["zqsystem"], [system, first, answer], add_generation_prompt=False
+            )
+            and self._calls.keeps(system, first, "zqsystem"),
             "late_system": probe.writes(words, [system, first, answer, second, last]),
         }
 

@@ -33,6 +33,8 @@ class TemplateTraits:
     """Two system messages at the beginning are both written."""
     lone_system: bool
     """A system message without any user message is written."""
+    lasting_system: bool
+    """A system message is also written if a conversation ends with an answer or a tool's result."""
     late_system: bool
     """A system message after the first turn is written."""
     repeated_user: bool

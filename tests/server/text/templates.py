@@ -94,6 +94,18 @@ FAMILIES: dict[str, str] = {
         '[TOOL_RESULTS] {"content": {{ m.content }}, "call_id": "{{ m.tool_call_id }}"}'
         "[/TOOL_RESULTS]{% else %}{{ raise_exception('unknown role') }}{% endif %}{% endfor %}"
     ),
+    # The system message goes into the last message, if that is the user's.
+    "mistral-last": (
+        "<s>{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+        "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}"
+        "{% for m in turns %}{% if m.role == 'user' %}[INST] "
+        "{% if loop.last and system is defined %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
+        "{% elif m.tool_calls %}[TOOL_CALLS] [{% for call in m.tool_calls %}"
+        "{{ call.function | tojson }}{% endfor %}]</s>"
+        "{% elif m.role == 'tool' %}[TOOL_RESULTS] {{ m.content }}[/TOOL_RESULTS]"
+        "{% elif m.role == 'assistant' %}{{ m.content }}</s>"
+        "{% else %}{{ raise_exception('unknown role') }}{% endif %}{% endfor %}"
+    ),
     # Arguments are concatenated, so they must be text; a system message may stand anywhere.
     "mistral-tekken": (
         "<s>{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}"

@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "developer": False,
     "system_beside_tools": True,
     "several_systems": True,
+    "lasting_system": True,
     "late_system": True,
     "repeated_user": True,
     "repeated_assistant": True,
@@ -69,14 +70,21 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "llama3": {},
     "llama3.1": {**CALLS, "parallel_calls": "apart", "content_beside_calls": "apart"},
     "llama4": {**CALLS, **EITHER, "tools": "none"},
-    "mistral-v1": {**ALTERNATE, "system": "refused", "tool": "refused"},
+    "mistral-v1": {**ALTERNATE, "system": "refused", "lasting_system": False, "tool": "refused"},
     "mistral-v3": {**CALLS, **ALTERNATE, "short_call_ids": True, "content_beside_calls": "apart"},
+    "mistral-last": {
+        **CALLS,
+        **ONE_SYSTEM,
+        "tools": "none",
+        "lasting_system": False,
+        "content_beside_calls": "apart",
+    },
     "mistral-tekken": {**CALLS, "user": "either", "arguments": "text"},
     "qwen2.5": CALLS,
     "qwen3": {**CALLS, "reasoning": "reasoning_content", "thinking": ("enable_thinking",)},
-    "gemma2": {**ALTERNATE, "system": "refused", "tool": "refused"},
+    "gemma2": {**ALTERNATE, "system": "refused", "lasting_system": False, "tool": "refused"},
     "gemma3": {**ALTERNATE, "user": "either", "assistant": "either", "tool": "refused"},
-    "phi3": {**ONE_SYSTEM, "system": "none", "tool": "none"},
+    "phi3": {**ONE_SYSTEM, "system": "none", "lasting_system": False, "tool": "none"},
     "phi4": {},
     "deepseek-r1": {
         **CALLS,
@@ -357,6 +365,14 @@ async def test_text_becomes_parts_and_parts_become_text() -> None:
             "<s>[INST] <<SYS>>\nS\n\nD\n<</SYS>>\n\nU [/INST]",
             ("system-joined",),
         ),
+        (  # a template that writes it only before the last message
+            "mistral-last",
+            [say("system", "S"), say("user", "U"), say("assistant", "", tool_calls=calls_of("1")),
+             say("tool", "R", tool_call_id="1")],
+            '<s>[INST] S\n\nU[/INST][TOOL_CALLS] [{"name": "name_1", "arguments": '
+            '{"k_1": "v_1"}}]</s>[TOOL_RESULTS] R[/TOOL_RESULTS]',
+            ("system-in-user",),
+        ),
         (  # one amid the turns
             "llama2",
             [say("user", "U"), say("assistant", "A"), say("system", "S"), say("user", "V")],
@@ -496,6 +512,7 @@ async def test_what_would_be_lost_is_refused_by_name(
     ("template", "messages", "param"),
     [
         ("{{ messages[0].role }}", [say("user", "U")], "messages[0].content"),
+        ("{{ messages[0].role }}", [say("system", "S")], "messages[0].content"),
         (
             "{{ messages[0].content }}",
             [say("user", "U"), say("assistant", "A"), say("user", "V")],
