@@ -18,7 +18,13 @@ from .call_probe import CallProbe
 from .probe_renders import ProbeRenders, Render, text_of
 from .template_traits import TemplateTraits
 
-_SWITCHES = ("enable_thinking", "thinking")
+_SWITCHES: dict[str, tuple[Any, Any]] = {
+    "enable_thinking": (True, False),
+    "thinking": (True, False),
+    "reasoning_effort": ("high", "low"),
+    "thinking_budget": (0, 1024),
+}
+"""Variables by which templates turn reasoning on and off, with two values that should differ."""
 _DOCUMENT_FIELDS = ("title", "text", "doc_id", "content", "contents", "snippet", "source", "url")
 _TOOL = {
     "name": "zqtool",
@@ -203,10 +209,11 @@ class _TemplateProbe:
         return tuple(name for name in _DOCUMENT_FIELDS if document[name] in text)
 
     def _switches(self, user: dict[str, Any], name: str) -> bool:
-        """Return whether the template's variable `name` changes how the assistant's turn begins."""
+        """Return whether the template's variable `name` changes the prompt."""
         if name not in self._variables:
             return False
-        return self._probe.text([user], **{name: True}) != self._probe.text([user], **{name: False})
+        one, other = (self._probe.text([user], **{name: value}) for value in _SWITCHES[name])
+        return one != other
 
     def _find_turn_end(self, user: dict[str, Any], answer: dict[str, Any]) -> str:
         """Return the control token that follows the assistant's text."""

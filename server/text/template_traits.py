@@ -75,7 +75,7 @@ class TemplateTraits:
     settings: tuple[str, ...]
     """Variables that `chat_template_kwargs` may set."""
     thinking: tuple[str, ...]
-    """Those of `settings` that turn reasoning on and off."""
+    """Those of `settings` that change how much the model reasons."""
     generation_prompt: str
     """The text that begins the assistant's turn."""
     turn_end: str

@@ -103,6 +103,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "developer": True,
         "parallel_calls": "apart",
         "reasoning": "thinking",
+        "thinking": ("reasoning_effort",),
         "reasoning_beside_content": False,
         "needs_description": True,
     },
