@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,8 +60,10 @@ def write_messages(
             message["role"] = "system"
     written = _place_instructions(written, traits, with_tools, changes)
     # 2. Write calls, results and reasoning.
-    names = _names_of_calls(written)
+    names: dict[str, str] = {}
     for message in written:
+        for call in message.get("tool_calls") or ():
+            names[call["id"]] = call["function"]["name"]
         _write_fields(message, traits, names)
     written = _split_calls(written, traits, changes)
     # 3. Join turns that must alternate, and give each content its form.
@@ -156,17 +159,9 @@ def _place_instructions(
     return [*head, *placed]
 
 
-def _names_of_calls(messages: Sequence[Message]) -> dict[str, str]:
-    """Return the names of the called functions, by the ids of the calls."""
-    return {
-        call["id"]: call["function"]["name"]
-        for message in messages
-        for call in message.get("tool_calls") or ()
-    }
-
-
 def _write_fields(message: Message, traits: TemplateTraits, names: Mapping[str, str]) -> None:
-    """Rewrite calls, ids, the name of a called function and reasoning of one message in place."""
+    """Rewrite calls, ids, the name of a called function and reasoning of one message in place.
+    `names` are those of the calls so far, by their ids."""
     if message["role"] == "tool":
         call_id = message.get("tool_call_id")
         if traits.tool_name and call_id is not None and call_id in names:
@@ -175,6 +170,8 @@ def _write_fields(message: Message, traits: TemplateTraits, names: Mapping[str, 
             message["tool_call_id"] = _written_id(call_id, traits)
     if message.get("tool_calls"):
         message["tool_calls"] = [_written_call(call, traits) for call in message["tool_calls"]]
+    else:
+        message.pop("tool_calls", None)  # some templates only ask whether there is a list
     reasoning = message.pop("reasoning_content", None)
     if reasoning is None:
         return
@@ -205,17 +202,12 @@ def _split_calls(
     """Return the messages with turns split that the template does not write as one: text goes
     before its calls, and each of several calls before its own result."""
     split: list[Message] = []
-    results = {
-        message["tool_call_id"]: message
-        for message in messages
-        if message["role"] == "tool" and "tool_call_id" in message
-    }
-    moved: set[str] = set()
-    for message in messages:
+    waiting = deque(messages)
+    while waiting:
+        message = waiting.popleft()
         calls = message.get("tool_calls")
         if not calls:
-            if message["role"] != "tool" or message.get("tool_call_id") not in moved:
-                split.append(message)
+            split.append(message)
             continue
         if message.get("content") and traits.content_beside_calls == "apart":
             changes[CALLS_APART] = None
@@ -225,12 +217,19 @@ def _split_calls(
             split.append(message)
             continue
         changes[CALLS_APART] = None
+        results: list[Message] = []
+        while waiting and waiting[0]["role"] == "tool":
+            results.append(waiting.popleft())
         for number, call in enumerate(calls):
             first = message if number == 0 else {"role": "assistant", "content": ""}
             split.append({**first, "tool_calls": [call]})
-            if call["id"] in results and call["id"] not in moved:
-                moved.add(call["id"])
-                split.append(results[call["id"]])
+            # A result without an id belongs to the next call. (Ids may come again in later turns.)
+            for result in results:
+                if result.get("tool_call_id") in (call["id"], None):
+                    split.append(result)
+                    results.remove(result)
+                    break
+        split += results
     return split
 
 

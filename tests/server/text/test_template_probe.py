@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
 
 import pytest
@@ -456,6 +457,31 @@ async def test_calls_of_one_turn_are_written_apart_with_their_results() -> None:
     assert [text.index(word) for word in order] == sorted(text.index(word) for word in order)
     prompt = await TOKENIZERS["llama3.1"].encode_chat(messages, add_generation_prompt=True)
     assert prompt.changes == ("calls-apart",)
+
+
+async def test_ids_that_come_again_in_a_later_turn_keep_their_own_results() -> None:
+    messages = [
+        say("user", "U"),
+        say("assistant", "", tool_calls=calls_of("1", "2")),
+        say("tool", "first", tool_call_id="1"),
+        say("tool", "second", tool_call_id="2"),
+        say("assistant", "", tool_calls=calls_of("1", "2")),
+        say("tool", "third"),
+        say("tool", "fourth"),
+    ]
+    text = await prompt_of(FAMILIES["llama3.1"], messages)
+    found = re.findall(r"name_\d|first|second|third|fourth", text)
+    assert found == [
+        *("name_1", "first", "name_2", "second"),
+        *("name_1", "third", "name_2", "fourth"),
+    ]
+
+
+async def test_an_empty_list_of_calls_is_none() -> None:
+    messages = [say("user", "U"), say("assistant", "A", tool_calls=[]), say("user", "V")]
+    assert "assistant<|end_header_id|>\n\nA<|eot_id|>" in await prompt_of(
+        FAMILIES["llama3.1"], messages
+    )
 
 
 async def test_a_result_gets_the_name_of_its_call_if_the_template_reads_it() -> None:
