@@ -24,13 +24,14 @@ _MARKS = re.compile("[\ud800-\udfff]")
 class StopStrings:
     """Looks for the stop strings of one choice. `found` is the one that was found, or None."""
 
-    __slots__ = ("_held", "_include", "_marked", "_marks", "_stops", "found")
+    __slots__ = ("_held", "_include", "_longest", "_marked", "_marks", "_stops", "found")
 
     def __init__(
         self, stops: Sequence[str], hidden: Mapping[int, str], *, include_stop: bool
     ) -> None:
         """`hidden` maps the tokens that are not shown to their spellings."""
         self._stops = tuple(stops)
+        self._longest = max(map(len, stops)) - 1
         self._include = include_stop
         self._marks, self._marked = _with_marks(stops, hidden)
         self._held = ""
@@ -40,14 +41,32 @@ class StopStrings:
         """Return the text that is now certain: up to the stop string that is complete first. If
         there is none, the longest tail that may be the beginning of one is held back."""
         text = self._held + text
-        first = min(self._matches(text), default=None)
+        shown, places = _places(text) if self._marked else (text, None)
+        first: tuple[int, int, str] | None = None
+        for stop in self._stops:
+            at = shown.find(stop)
+            if at >= 0:
+                end = at + len(stop)
+                if places is not None:
+                    at, end = places[at], places[end - 1] + 1
+                if first is None or end < first[0]:
+                    first = (end, at, stop)
+        for marked, stop in self._marked:
+            at = text.find(marked)
+            if at >= 0 and (first is None or at + len(marked) < first[0]):
+                first = (at + len(marked), at, stop)
         if first is not None:
-            _, start, self.found = first
+            _, at, self.found = first
             self._held = ""
-            return _shown(text[:start]) + (self.found if self._include else "")
-        keep = self._undecided(text)
+            return _shown(text[:at]) + (self.found if self._include else "")
+        tail = _tail(shown, self._stops, self._longest)
+        keep = len(text) - tail
+        if places is not None:
+            keep = places[len(shown) - tail] if tail else keep
+            stops = [marked for marked, _ in self._marked]
+            keep = min(keep, len(text) - _tail(text, stops, self._longest))
         self._held = text[keep:]
-        return _shown(text[:keep])
+        return text[:keep] if places is None else _shown(text[:keep])
 
     def feed_hidden(self, token_id: int) -> str:
         """Do as `feed` for a token that is not shown."""
@@ -59,28 +78,6 @@ class StopStrings:
         """Return the text that is held back, since no more comes."""
         rest, self._held = _shown(self._held), ""
         return rest
-
-    def _matches(self, text: str) -> list[tuple[int, int, str]]:
-        """Return (end, start, stop string) of the first occurrence of each in `text`."""
-        found = []
-        shown, places = _places(text)
-        for stop in self._stops:
-            at = shown.find(stop)
-            if at >= 0:
-                found.append((places[at + len(stop) - 1] + 1, places[at], stop))
-        for marked, stop in self._marked:
-            at = text.find(marked)
-            if at >= 0:
-                found.append((at + len(marked), at, stop))
-        return found
-
-    def _undecided(self, text: str) -> int:
-        """Return the offset of the longest tail of `text` that is the beginning of a stop
-        string."""
-        shown, places = _places(text)
-        tail = _tail(shown, self._stops)
-        keep = places[len(shown) - tail] if tail else len(text)
-        return min(keep, len(text) - _tail(text, [marked for marked, _ in self._marked]))
 
 
 def _with_marks(
@@ -113,9 +110,9 @@ def _places(text: str) -> tuple[str, Sequence[int]]:
     return "".join(text[index] for index in places), places
 
 
-def _tail(text: str, stops: Sequence[str]) -> int:
-    """Return the length of the longest tail of `text` that is the beginning of one of `stops`."""
-    longest = max(map(len, stops), default=1) - 1
+def _tail(text: str, stops: Sequence[str], longest: int) -> int:
+    """Return the length of the longest tail of `text`, of at most `longest` characters, that is the
+    beginning of one of `stops`."""
     for length in range(min(longest, len(text)), 0, -1):
         tail = text[-length:]
         if any(stop.startswith(tail) for stop in stops):
