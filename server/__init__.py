@@ -4,6 +4,7 @@ The ground floor, these files, may be imported by every room:
     cli          the command `quire`; it imports the rooms lazily
     settings     every setting of `quire serve`; flags_table writes their table into docs/api.md
     foreign_flags    other servers' flags, and what takes their place
+    generation_defaults  sampling parameters of the model's generation_config.json
     errors       exceptions to HTTP answers
     logs         the log
     metrics      the page /metrics; histograms and their buckets; metrics_sum adds up processes
@@ -11,6 +12,7 @@ The ground floor, these files, may be imported by every room:
 
 The rooms, each of which may import only those below it in this list, and the ground floor:
     serving      processes, sockets, the application; begin reading at serving.main
+    scoring      /v1/rerank, /v1/score and /v1/classify
     dialects     /v1/responses and /v1/messages, translated to chats
     api          the other endpoints
     requests     from a body to engine requests and back to text

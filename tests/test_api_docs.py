@@ -20,15 +20,15 @@ from quire.engine import sampling_params
 from quire.engine.errors import QuireError, StartupError
 from quire.server import flags_table
 from quire.server.api import logprobs
-from quire.server.api.classify import ClassifyBody
 from quire.server.api.embeddings import EmbeddingBody
-from quire.server.api.rerank import RerankBody, ScoreBody
 from quire.server.api.translation import PASSED_ON, ConversationBody
 from quire.server.dialects import messages_body, responses_body
 from quire.server.errors import answer_of
 from quire.server.http import body, event_log, http_protocol, resumption
 from quire.server.requests import field_types, job, protocol, sampling
 from quire.server.requests.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
+from quire.server.scoring.classify import ClassifyBody
+from quire.server.scoring.rerank import RerankBody, ScoreBody
 from quire.server.settings import Settings, load_settings
 
 from .documents import ROOT, code, tables

@@ -132,6 +132,22 @@ def _rope_functions() -> None:
     assert "longrope" in ROPE_INIT_FUNCTIONS
 
 
+def _render_jinja_template() -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = "{% for m in messages %}{{ m.content is none }}{% endfor %}{{ x }}"
+    texts, _ = render_jinja_template(
+        conversations=[[{"role": "user", "content": None}]],
+        tools=None,
+        documents=None,
+        chat_template=template,
+        continue_final_message=False,
+        add_generation_prompt=True,
+        x="!",
+    )
+    assert texts == ["True!"]
+
+
 def _silu() -> None:
     from transformers.activations import ACT2FN, SiLUActivation
 
@@ -287,6 +303,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "transformers.PreTrainedModel._can_set_attn_implementation": _can_set_attention,
     "transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS": _rope_functions,
     "transformers.activations.SiLUActivation": _silu,
+    "transformers.utils.chat_template_utils.render_jinja_template": _render_jinja_template,
     'sys.modules["torch"]': _transformers_without_torch,
     "tokenizers.decoders.DecodeStream.step": _decode_stream,
     "llguidance._lib.JsonCompileOptions": _json_options,

@@ -4,6 +4,7 @@ Read in this order:
 
     loader.py            checks the configuration, reads the weights, builds the CausalLM
     model_spec.py        the model's shape and limits, from its configuration
+    end_tokens.py        the tokens that end a sequence, from all of its files
     embedding_layout.py  how it makes embeddings, from its folder
     classifier_layout.py how it makes scores, from its folder
     causal_lm.py         a transformers model, split into body and language-model head

@@ -88,9 +88,13 @@ def _load_weights(
     """Return the model on the CPU, and whether its head was in the weights; only a model that
     makes embeddings can do without. transformers builds on the meta device and shows a progress
     bar."""
+    from transformers import GenerationConfig
+
     model, report = _auto_class(hf_config, config).from_pretrained(
         config.model,
         config=hf_config,
+        # The model's own file is not needed, and a value that transformers refuses must not matter.
+        generation_config=GenerationConfig(),
         dtype=dtype,
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,

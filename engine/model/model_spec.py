@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..classifier_spec import NO_CLASSIFIER, ClassifierSpec
@@ -12,6 +11,7 @@ from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
 from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, one_line
 from .classifier_layout import read_classifier
 from .embedding_layout import read_embedding
+from .end_tokens import read_end_tokens
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -77,8 +77,8 @@ def read_hf_config(config: EngineConfig) -> Any:
 
 
 def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
-    """Derive the specification from `config.json` and `generation_config.json`. Raises
-    UnsupportedModelError, or ModelLoadError if the latter cannot be read; no weight is touched."""
+    """Derive the specification from `config.json` and, for the end tokens, other files. Raises
+    UnsupportedModelError, or ModelLoadError if one cannot be read; no weight is touched."""
     text = hf_config.get_text_config(decoder=True)
     architecture = (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
     _refuse_unsupported(hf_config, text, architecture)
@@ -96,7 +96,7 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
             vocab_size=text.vocab_size,
             max_position=_max_position(text),
             windows=_windows(text, num_layers, architecture),
-            eos_token_ids=_eos_token_ids(text, config),
+            eos_token_ids=read_end_tokens(hf_config, config, text.vocab_size),
             dtype=str(getattr(hf_config, "dtype", None) or text.dtype or "float32").removeprefix(
                 "torch."
             ),
@@ -162,22 +162,3 @@ def _max_position(text: Any) -> int:
         original = rope.get("original_max_position_embeddings") or positions
         return max(positions, int(original * factor))
     return int(positions * factor) if rope.get("rope_type") == "linear" else positions
-
-
-def _eos_token_ids(text: Any, config: EngineConfig) -> tuple[int, ...]:
-    """Return the ids that end a sequence: the union of generation_config.json and config.json."""
-    from transformers import GenerationConfig
-
-    found: set[int] = set()
-    sources = [text]
-    try:
-        sources.append(GenerationConfig.from_pretrained(config.model))
-    except OSError as error:  # the file is optional, but if it exists it must be readable
-        if (Path(config.model) / "generation_config.json").exists():
-            raise ModelLoadError(
-                f"cannot read generation_config.json of {config.model!r}: {one_line(error)}"
-            ) from error
-    for source in sources:
-        eos = getattr(source, "eos_token_id", None)
-        found.update(eos if isinstance(eos, list | tuple) else () if eos is None else (eos,))
-    return tuple(sorted(found))

@@ -3,11 +3,11 @@
 Reading order:
 
     completions        the simplest generation: body, job, answer whole or streamed
+    echo               its prompt, given back before the answer
     answers            what completions and chat completions share: envelope, usage, streams
     chat, logprobs     conversations; log-probabilities in OpenAI's shapes
     stored_streams     GET and DELETE of resumable streams
     embeddings, tokenization, operations    the other endpoints
-    rerank, classify, scoring    scores of texts; scoring is what they share
     invocations        one path for several of them, as SageMaker asks
     translation        how dialects are written on top of a chat completion
 

@@ -38,11 +38,15 @@ def refusals_counted(metrics: Metrics) -> Iterator[None]:
         raise
 
 
-def ignored_header(ignored: list[str]) -> dict[str, str]:
-    """Return the header that names unknown fields, which were accepted but have no effect."""
-    if not ignored:
-        return {}
-    return {"x-quire-ignored-params": ", ".join(ignored[:_MAX_IGNORED])}
+def ignored_header(ignored: list[str], changes: Sequence[str] = ()) -> dict[str, str]:
+    """Return the headers that name unknown fields, which were accepted but have no effect, and
+    `changes` of the messages for the chat template."""
+    headers = {}
+    if ignored:
+        headers["x-quire-ignored-params"] = ", ".join(ignored[:_MAX_IGNORED])
+    if changes:
+        headers["x-quire-prompt-changes"] = ", ".join(changes)
+    return headers
 
 
 class _Options(TypedDict):

@@ -45,8 +45,8 @@ async def create_chat_completion(request: Request) -> Response:
         answer_id = response_id("chatcmpl", request, body)
         owner = state.keys.owner(request)
         chat = await Chat.start(state, body, answer_id, request.state.request_id, owner)
-    headers = ignored_header(ignored)
     job, ticket = chat.job, chat.ticket
+    headers = ignored_header([*ignored, *job.unread_fields], job.prompt_changes)
     if body.stream:
         return stream_of(request, chat.events(), chat.failure, ticket, job.deadline, headers)
     with ticket:

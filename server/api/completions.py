@@ -9,17 +9,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from ...engine.outputs import TokenLogprobs
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.route_docs import GENERATION_ERRORS, answers, errors, json_body
 from ..http.sse import run_until_disconnect
 from ..requests.generation import Delta, Finished, Generation, collect
-from ..requests.preparation import asked_by, prepare_completion, response_id
+from ..requests.preparation import asked_by, prepare_completion, prompts_of, response_id
 from ..requests.protocol import CompletionBody, validate
 from ..requests.state import state_of
 from ..text.tokenizer import Tokenizer
 from .answers import GENERATION, Envelope, ignored_header, refusals_counted, stream_of
+from .echo import Echo, echo_of
 from .logprobs import LogprobFormat
 
 router = APIRouter(tags=["completions"])
@@ -83,29 +83,29 @@ class _CompletionWriter:
             named=body.logprob_token_ids,
         )
         self._width = body.n or 1
+        self._prompts = prompts_of(body.prompt, generation.num_prompts)
 
     async def whole(self, answers: list[list[Finished]]) -> dict[str, Any]:
         """Return the answer in one piece."""
         choices: list[dict[str, Any]] = []
         for position, group in enumerate(answers):
             prompt_ids = self._generation.prompt_token_ids(position)
-            echo = await self._echo(position) if self._body.echo else ""
+            echo = await self._echo(position)
             for finished in group:
                 choices.append(self._choice(len(choices), finished, prompt_ids, echo))
         return self._envelope.whole(choices)
 
     def _choice(
-        self, index: int, finished: Finished, prompt_ids: tuple[int, ...], echo: str
+        self, index: int, finished: Finished, prompt_ids: tuple[int, ...], echo: Echo
     ) -> dict[str, Any]:
         body = self._body
         prompt_entries = self._generation.prompt_logprobs[finished.position]
         logprobs = None
         if body.logprobs is not None:
-            token_ids, entries = self._tokens(finished, finished.position)
-            logprobs = self._logprobs.completion(entries, token_ids, body.logprobs, 0)
+            logprobs = self._logprobs_of(finished, body.logprobs, echo, finished.position)
         choice: dict[str, Any] = {
             "index": index,
-            "text": echo + finished.text,
+            "text": echo.text + finished.text,
             "logprobs": logprobs,
             "finish_reason": finished.finish_reason,
             "stop_reason": finished.stop_reason,
@@ -118,50 +118,66 @@ class _CompletionWriter:
             choice["token_ids"] = finished.token_ids
         return choice
 
-    async def _echo(self, position: int) -> str:
-        return await self._tokenizer.decode(
-            self._generation.prompt_token_ids(position),
-            skip_special_tokens=self._body.skip_special_tokens is not False,
-        )
+    async def _echo(self, position: int) -> Echo:
+        """Return the echo of the prompt at `position`; it is empty if none is asked for."""
+        if not self._body.echo:
+            return Echo()
+        token_ids = self._generation.prompt_token_ids(position)
+        return await echo_of(self._tokenizer, self._body, self._prompts[position], token_ids)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the events of a stream, except its end."""
         envelope = self._envelope
-        # Offset of each choice's next token in its text. A choice without a chunk is missing here.
-        offsets: dict[int, int] = {}
+        # Characters before the text of each choice. A choice without a chunk is missing here.
+        starts: dict[int, int] = {}
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
                 position = delta.choice // self._width
-                first = delta.choice not in offsets
-                echo = await self._echo(position) if first and self._body.echo else ""
-                choice = self._chunk(delta, echo)
+                first = delta.choice not in starts
+                echo = await self._echo(position) if first else Echo()
+                starts.setdefault(delta.choice, len(echo.text))
+                choice = self._chunk(delta, echo.text)
                 if first and self._body.return_token_ids:
                     choice["prompt_token_ids"] = list(self._generation.prompt_token_ids(position))
-                start = offsets.setdefault(delta.choice, 0)
                 if self._body.logprobs is not None:
-                    token_ids, entries = self._tokens(delta, position if first else None)
-                    choice["logprobs"] = self._logprobs.completion(
-                        entries, token_ids, self._body.logprobs, start
+                    choice["logprobs"] = self._logprobs_of(
+                        delta,
+                        self._body.logprobs,
+                        echo,
+                        position if first else None,
+                        starts[delta.choice],
                     )
-                    length = sum(map(len, map(self._tokenizer.token_text, token_ids)))
-                    offsets[delta.choice] = start + length
                 yield envelope.chunk(choice)
         if envelope.include_usage:
             yield envelope.usage_chunk()
 
-    def _tokens(
-        self, part: Finished | Delta, position: int | None
-    ) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """Return a part's token ids and their log-probabilities.
+    def _logprobs_of(
+        self,
+        part: Finished | Delta,
+        top: int,
+        echo: Echo,
+        position: int | None,
+        start: int | None = None,
+    ) -> dict[str, Any]:
+        """Return the log-probabilities of a part of a choice, whose text begins after `start`
+        characters of the answer: by default, after the echo.
 
         If the prompt at `position` is echoed, its tokens come first. (Its log-probabilities have
         arrived by then: they come with the first token of its first choice.)
         """
+        start = len(echo.text) if start is None else start
+        token_ids, entries = part.token_ids, [*part.logprobs]
+        offsets = [start + offset for offset in part.offsets]
         if not self._body.echo or position is None:
-            return part.token_ids, [*part.logprobs]
+            return self._logprobs.completion(entries, token_ids, top, offsets)
         generation = self._generation
-        token_ids = [*generation.prompt_token_ids(position), *part.token_ids]
-        return token_ids, [*(generation.prompt_logprobs[position] or ()), *part.logprobs]
+        prompt_entries = generation.prompt_logprobs[position] or ()
+        return self._logprobs.completion(
+            [*prompt_entries, *entries],
+            [*generation.prompt_token_ids(position), *token_ids],
+            top,
+            [*echo.offsets, *offsets],
+        )
 
     def _chunk(self, delta: Delta, echo: str) -> dict[str, Any]:
         body = self._body

@@ -43,23 +43,18 @@ class LogprobFormat:
         entries: Sequence[TokenLogprobs | None],
         token_ids: Sequence[int],
         top: int,
-        start: int,
+        offsets: Sequence[int],
     ) -> dict[str, Any]:
         """Format `choices[].logprobs` of a completion.
 
-        `start` is the offset of the first token in the choice's text. The entry of a prompt's
-        first token is None.
+        `offsets` are the places in the choice's text where the texts of the tokens begin. The entry
+        of a prompt's first token is None.
         """
-        tokens = [self._name(token_id) for token_id in token_ids]
-        offsets = []
-        for token_id in token_ids:
-            offsets.append(start)
-            start += len(self._tokenizer.token_text(token_id))
         return {
-            "tokens": tokens,
+            "tokens": [self._name(token_id) for token_id in token_ids],
             "token_logprobs": [entry and _finite(entry.logprob) for entry in entries],
             "top_logprobs": [entry and self._alternatives(entry, top) for entry in entries],
-            "text_offset": offsets,
+            "text_offset": list(offsets),
         }
 
     def prompt(self, entries: Sequence[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
@@ -93,10 +88,11 @@ class LogprobFormat:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def _alternatives(self, entry: TokenLogprobs, top: int) -> dict[str, float]:
-        found: dict[str, float] = {}
+        # The chosen token comes first, then the likeliest in their order. If two tokens have the
+        # same name, the first of them has the key.
+        found = {self._name(entry.token_id): _finite(entry.logprob)}
         for token_id, logprob in self._pairs(entry, top).items():
             found.setdefault(self._name(token_id), _finite(logprob))
-        found.setdefault(self._name(entry.token_id), _finite(entry.logprob))
         return found
 
     def _by_id(self, entry: TokenLogprobs) -> dict[str, Any]:

@@ -39,6 +39,7 @@ async def tokenize(request: Request) -> Response:
     state = state_of(request)
     fields = await read_json_object(request)
     strict, limit = state.settings.strict, state.engine.info.max_model_len
+    changes: tuple[str, ...] = ()
     if ("prompt" in fields) == ("messages" in fields):
         raise InvalidRequestError("prompt: give either prompt or messages", "prompt")
     if "prompt" in fields:
@@ -53,7 +54,8 @@ async def tokenize(request: Request) -> Response:
         state.check_model(chat.model)
         return_strings = chat.return_token_strs
         check_chat(state, chat)
-        token_ids = await encode_chat(state, chat, chat.add_special_tokens, limit)
+        token_ids, changes, unread = await encode_chat(state, chat, chat.add_special_tokens, limit)
+        ignored += unread
     answer: dict[str, Any] = {
         "count": len(token_ids),
         "max_model_len": limit,
@@ -63,7 +65,7 @@ async def tokenize(request: Request) -> Response:
     if return_strings:
         # As the vocabulary spells them, with Ġ or ▁ for a space: so do transformers and vLLM.
         answer["token_strs"] = list(map(state.tokenizer.backend.id_to_token, token_ids))
-    return JSONResponse(answer, headers=ignored_header(ignored))
+    return JSONResponse(answer, headers=ignored_header(ignored, changes))
 
 
 @router.post(
@@ -91,5 +93,6 @@ async def detokenize(request: Request) -> Response:
 
 @router.get("/tokenizer_info", responses=errors(503))
 async def tokenizer_info(request: Request) -> dict[str, Any]:
-    """Return the tokenizer's class, vocabulary size, chat template and special tokens."""
+    """Return the tokenizer's class, vocabulary size, chat template and what it reads, and special
+    tokens."""
     return state_of(request).tokenizer.info()

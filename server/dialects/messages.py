@@ -59,7 +59,7 @@ async def create_message(request: Request) -> Response:
             owner = state.keys.owner(request)
             chat = await Chat.start(state, chat_body, message_id, request_id, owner)
     writer = MessageWriter(message_id, state.model_name)
-    headers = ignored_header(ignored)
+    headers = ignored_header(ignored, chat.job.prompt_changes)
     if body.stream:
         return EventStream(
             _stream(writer, chat),
@@ -97,8 +97,8 @@ async def count_tokens(request: Request) -> Response:
     state.check_model(body.model)
     with renamed(names_of(body)):
         check_chat(state, chat)
-        token_ids = await encode_chat(state, chat, None, state.engine.info.max_model_len)
-    return JSONResponse({"input_tokens": len(token_ids)}, headers=ignored_header(ignored))
+        prompt = await encode_chat(state, chat, None, state.engine.info.max_model_len)
+    return JSONResponse({"input_tokens": len(prompt.token_ids)}, headers=ignored_header(ignored))
 
 
 async def _stream(writer: MessageWriter, chat: Chat) -> AsyncGenerator[bytes, None]:

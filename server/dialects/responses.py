@@ -55,7 +55,7 @@ async def create_response(request: Request) -> Response:
         if (answer := state.siblings.forward(request, previous)) is not None:
             return answer
         run = await _ResponseRun.start(state, request, body)
-    headers = ignored_header(ignored + run.ignored)
+    headers = ignored_header(ignored + run.ignored, run.chat.job.prompt_changes)
     if body.background:
         state.responses.run(run.key, run.writer.response, run.run_in_background())
         return JSONResponse(run.writer.response, headers=headers)

@@ -6,8 +6,9 @@ from typing import Any
 
 from ...engine.errors import InvalidRequestError
 from ..parsing.message_parser import MessageFormat
-from ..text.template_calls import parse_arguments
-from ..text.tokenizer import Tokenizer
+from ..text.template_messages import parse_arguments
+from ..text.tokenizer import ChatPrompt, Tokenizer
+from .field_types import parts_of
 from .protocol import ChatFields, Message
 from .state import ServerState
 from .tool_choice import check_tools, offered_tools
@@ -43,19 +44,16 @@ def check_chat(state: ServerState, body: ChatFields) -> None:
 
 async def encode_chat(
     state: ServerState, body: ChatFields, add_special_tokens: bool | None, max_tokens: int | None
-) -> list[int]:
-    """Return the token ids of a chat. Raises InvalidRequestError and ContextLengthError."""
+) -> ChatPrompt:
+    """Return the prompt of a chat. Raises InvalidRequestError and ContextLengthError."""
     message_format = state.message_format
     if body.add_generation_prompt is None:
         add_generation_prompt = not body.continue_final_message
     else:
         add_generation_prompt = body.add_generation_prompt
     tools = offered_tools(body)
-    if message_format.is_harmony:
-        for tool in tools:  # gpt-oss's template fails without a description
-            tool["function"].setdefault("description", "")
     return await state.tokenizer.encode_chat(
-        [_template_message(message, message_format) for message in body.messages],
+        [_template_message(message) for message in body.messages],
         add_generation_prompt=add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
         add_special_tokens=bool(add_special_tokens),
@@ -91,20 +89,15 @@ async def _template_settings(
     return {**understood, **settings}
 
 
-def _template_message(message: Message, message_format: MessageFormat) -> dict[str, Any]:
-    """Return the message in the form that chat templates read. Raises InvalidRequestError."""
+def _template_message(message: Message) -> dict[str, Any]:
+    """Return the message for `Tokenizer.encode_chat`. Raises InvalidRequestError."""
     fields: dict[str, Any] = message.model_dump(exclude_none=True)
     for name in message.model_extra or ():
         fields.pop(name, None)
-    fields.setdefault("content", "")
+    fields["content"] = parts_of(message.content) if message.content else ""
     reasoning = fields.pop("reasoning", None)
     if reasoning is not None:
         fields.setdefault("reasoning_content", reasoning)
-    if message_format.is_harmony and "reasoning_content" in fields:
-        # gpt-oss's template calls it `thinking`, and refuses it beside both content and calls.
-        thinking = fields.pop("reasoning_content")
-        if not (fields["content"] and fields.get("tool_calls")):
-            fields["thinking"] = thinking
     for call in fields.get("tool_calls", ()):
         parse_arguments(call["function"]["arguments"])
     return fields

@@ -64,8 +64,23 @@ def _check_prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
     raise ValueError("must be a string, a list of strings, of token ids, or of lists of token ids")
 
 
+class JoinedText(str):
+    """The text of content parts, joined by line breaks. `parts` are the parts themselves, for chat
+    templates that read them."""
+
+    parts: tuple[str, ...]
+
+
+def parts_of(content: str) -> str | list[dict[str, Any]]:
+    """Return a message's content as chat templates take it: text, or the parts of which it was
+    joined."""
+    if not isinstance(content, JoinedText):
+        return content
+    return [{"type": "text", "text": text} for text in content.parts]
+
+
 def _check_content(value: Any) -> str | None:
-    """Return text, or the text parts joined by line breaks. Other content is refused: nothing is
+    """Return text, or the text parts as JoinedText. Other content is refused: nothing is
     fetched or shown to the model."""
     if value is None or isinstance(value, str):
         return value
@@ -76,7 +91,12 @@ def _check_content(value: Any) -> str | None:
             raise ValueError(f"content of type {str(part.get('type'))[:32]!r} is not supported")
         if not isinstance(part.get("text"), str):
             raise ValueError("a text part needs a string as its text")
-    return "\n".join(part["text"] for part in value)
+    texts = tuple(part["text"] for part in value)
+    if len(texts) == 1:
+        return texts[0]  # type: ignore[no-any-return]
+    joined = JoinedText("\n".join(texts))
+    joined.parts = texts
+    return joined
 
 
 def _check_stop(value: Any) -> list[str]:

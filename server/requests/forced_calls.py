@@ -95,7 +95,7 @@ def forced_call(
     choice = body.tool_choice
     if not forces_call(body):
         return None
-    template = body.chat_template or tokenizer.chat_template or ""
+    template = body.chat_template or tokenizer.templates.choose(tools=True) or ""
     shape = _shape(message_format.tool_format or "", template)
     if shape is None:
         raise InvalidRequestError(

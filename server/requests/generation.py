@@ -26,7 +26,9 @@ CONTEXT_TOKENS = 4
 
 
 class Delta(NamedTuple):
-    """More of one choice. `token_ids` and `logprobs` are those of `text`."""
+    """More of one choice. `token_ids` and `logprobs` are those of `text`; `offsets` are the places
+    in the choice's whole text where the texts of the tokens begin, if log-probabilities are asked
+    for."""
 
     choice: int
     text: str
@@ -34,6 +36,7 @@ class Delta(NamedTuple):
     logprobs: list[TokenLogprobs]
     finish_reason: FinishReason | None
     stop_reason: int | str | None
+    offsets: list[int]
 
 
 @dataclass(slots=True)
@@ -51,6 +54,10 @@ class Choice:
     """Tokens that no delta has brought yet."""
     pending_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """The log-probabilities of `pending_ids`."""
+    pending_offsets: list[int] = field(default_factory=list)
+    """Where the texts of `pending_ids` begin, if that is asked for."""
+    num_characters: int = 0
+    """Characters of all deltas so far."""
     last_token_time: float | None = None
 
     @property
@@ -59,10 +66,24 @@ class Choice:
         return self.logprob_sum / max(1, self.num_tokens)
 
     def take_delta(self, text: str, stop_reason: int | str | None) -> Delta:
-        """Return `text` with the pending tokens, which are pending no longer."""
-        token_ids, logprobs = self.pending_ids, self.pending_logprobs
-        self.pending_ids, self.pending_logprobs = [], []
-        return Delta(self.index, text, token_ids, logprobs, self.finish_reason, stop_reason)
+        """Return `text` with the pending tokens, which are pending no longer. Tokens whose text
+        begins in what is still held back stay pending, since a stop string may cut it off."""
+        self.num_characters += len(text)
+        count, end = len(self.pending_ids), self.num_characters
+        if self.finish_reason is None:
+            while self.pending_offsets[count - 1 : count] > [end]:
+                count -= 1
+        delta = Delta(
+            self.index,
+            text,
+            self.pending_ids[:count],
+            self.pending_logprobs[:count],
+            self.finish_reason,
+            stop_reason,
+            [min(offset, end) for offset in self.pending_offsets[:count]],
+        )
+        del self.pending_ids[:count], self.pending_logprobs[:count], self.pending_offsets[:count]
+        return delta
 
 
 class Generation:
@@ -91,9 +112,9 @@ class Generation:
         context: Sequence[int] = ()
         if not tokenizer.byte_level:
             context = request.prompt_token_ids[-CONTEXT_TOKENS:]
-        skip, hidden = job.skip_special_tokens, frozenset[int]()
-        if skip and job.shown_tokens:
-            skip, hidden = tokenizer.skipped_but(job.shown_tokens)
+        skip, hidden = job.skip_special_tokens, dict[int, str]()
+        if skip and (job.shown_tokens or tokenizer.spells_control_token(job.stops)):
+            skip, hidden = tokenizer.skipped_but(job.shown_tokens, job.stops)
         detokenizer = Detokenizer(
             tokenizer.backend,
             skip_special_tokens=skip,
@@ -102,8 +123,14 @@ class Generation:
             include_stop=job.include_stop,
             min_tokens=request.sampling_params.min_tokens,
             context=context,
+            with_offsets=request.sampling_params.logprobs is not None,
         )
         return Choice(position * request.sampling_params.n + number, number, detokenizer)
+
+    @property
+    def num_prompts(self) -> int:
+        """The number of prompts."""
+        return len(self._job.requests)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -176,14 +203,16 @@ class Generation:
         if output.finish_reason == "stop" and not self._job.include_stop:
             shown = shown[:-1]
         text, num_read = detokenizer.feed(shown)
-        if num_read == len(shown):
+        if detokenizer.stop is None and num_read < len(output.token_ids):
+            text += detokenizer.end(output.token_ids[-1])
             num_read = len(output.token_ids)
+        if detokenizer.stop is None and output.finish_reason is not None:
+            text += detokenizer.finish()
         self._count(choice, output, num_read)
         # 4. End the choice: for the engine's reason or at a stop string, which wins over it. The
         #    engine does not know stop strings, so it must be told to stop.
         stop_reason: int | str | None = None
         if detokenizer.stop is None and output.finish_reason is not None:
-            text += detokenizer.finish()
             choice.finish_reason, stop_reason = output.finish_reason, output.stop_reason
         if detokenizer.stop is not None:
             choice.finish_reason, stop_reason = "stop", detokenizer.stop
@@ -199,6 +228,10 @@ class Generation:
         choice.num_tokens += num_tokens
         self._state.metrics.tokens_generated(num_tokens)
         choice.pending_ids += output.token_ids[:num_tokens]
+        if (offsets := choice.detokenizer.offsets) is not None:
+            offsets += [choice.detokenizer.length] * (num_tokens - len(offsets))
+            choice.pending_offsets += offsets
+            offsets.clear()
         if output.logprobs is not None:
             entries = output.logprobs[:num_tokens]
             choice.pending_logprobs += entries
@@ -260,6 +293,7 @@ class Finished(NamedTuple):
     logprobs: list[TokenLogprobs]
     finish_reason: FinishReason
     stop_reason: int | str | None
+    offsets: list[int]
 
 
 async def collect(generation: Generation, n: int) -> list[list[Finished]]:
@@ -291,4 +325,5 @@ def _finished(choice: Choice, position: int, deltas: list[Delta]) -> Finished:
         [entry for delta in deltas for entry in delta.logprobs],
         choice.finish_reason,
         deltas[-1].stop_reason,
+        [offset for delta in deltas for offset in delta.offsets],
     )

@@ -36,6 +36,10 @@ class Job:
     shown_tokens: Sequence[str]
     """Control tokens that stay in the text, because the parser of the answer looks for them."""
     deadline: float | None
+    prompt_changes: Sequence[str] = ()
+    """What the prompt has elsewhere than the messages (constants of text/template_messages.py)."""
+    unread_fields: Sequence[str] = ()
+    """Paths of the fields that the chat template does not read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

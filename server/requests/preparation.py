@@ -106,7 +106,8 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
         # 3. Tokenise, compile the grammar, and build the job. Whether a forced call may begin with
         #    reasoning depends on the end of the prompt.
         params = await _with_bad_words(state.tokenizer, body, params)
-        token_ids = await encode_chat(state, body, body.add_special_tokens, info.max_model_len)
+        prompt = await encode_chat(state, body, body.add_special_tokens, info.max_model_len)
+        token_ids = prompt.token_ids
         if constraint is None:
             constraint = forced_call(body, token_ids, state.tokenizer, state.message_format)
         parts = JobParts(
@@ -116,6 +117,7 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
             shown_tokens=state.message_format.control_tokens(with_tools=bool(tools)),
         )
         job = make_job(state, body, params, [token_ids], parts)
+        job = replace(job, prompt_changes=prompt.changes, unread_fields=prompt.dropped)
         ticket.tokenised(len(job.requests[0].prompt_token_ids))
     except BaseException:
         ticket.close()

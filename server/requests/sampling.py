@@ -1,65 +1,22 @@
-"""Resolves a body's sampling parameters: the request's, else those of generation_config.json, else
-the defaults in docs/api.md."""
+"""Resolves a body's sampling parameters: the request's, else those of generation_config.json
+(server/generation_defaults.py), else the defaults in docs/api.md."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
 from ...engine.config import EngineInfo
-from ...engine.errors import ConfigurationError, ContextLengthError, InvalidRequestError
+from ...engine.errors import ContextLengthError, InvalidRequestError
 from ...engine.sampling_params import SamplingParams
 from ..settings import Settings
 from .protocol import GenerationBody
 
-_FROM_CONFIG = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
-"""Entries of a generation_config.json that are used."""
 _TOP_K_OFF = (-1, 0)
 _DRAWS_NOTHING = {"temperature": (0, 1), "top_p": (1,), "top_k": _TOP_K_OFF, "min_p": (0,)}
 """Parameters of random sampling, each with the values that a beam search accepts."""
 COMPLETION_MAX_TOKENS = 16
 """Default max_tokens of a completion, as in OpenAI's API."""
-
-
-def load_generation_defaults(source: str, model: str) -> dict[str, Any]:
-    """Return the sampling parameters of a generation_config.json.
-
-    `source` is "auto" (the model's own file, if there is one), "none", or a folder or file. Raises
-    ConfigurationError if the file is missing, cannot be read, or has invalid values.
-    """
-    if source == "none":
-        return {}
-    try:
-        if source == "auto":
-            found = cached_file(
-                model, "generation_config.json", _raise_exceptions_for_missing_entries=False
-            )
-            if found is None:
-                return {}  # many models have none
-            path = Path(found)
-        else:
-            path = Path(source)
-            path = path / "generation_config.json" if path.is_dir() else path
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"generation_config: {error}") from error
-    except ValueError as error:
-        raise ConfigurationError(f"generation_config: {source} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigurationError(f"generation_config: {source} is not a JSON object")
-    defaults = {name: config[name] for name in _FROM_CONFIG if config.get(name) is not None}
-    try:
-        SamplingParams(
-            max_tokens=defaults.get("max_new_tokens", 1),
-            **{name: value for name, value in defaults.items() if name != "max_new_tokens"},
-        )
-    except (InvalidRequestError, TypeError) as error:
-        raise ConfigurationError(f"generation_config: {error}") from error
-    return defaults
 
 
 def check_limits(

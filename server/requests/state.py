@@ -54,7 +54,7 @@ class ServerState:
         """The text of the template for pairs that the settings name, if they name one."""
         if settings.score_template is not None:
             self.score_template = read_template(settings.score_template)
-        self.message_format = MessageFormat.of(settings, tokenizer.chat_template)
+        self.message_format = MessageFormat.of(settings, tokenizer.templates.texts)
         self.grammar_check = GrammarCheck()
         self.keys = Keys(settings)
         self.siblings = siblings

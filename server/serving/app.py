@@ -12,19 +12,11 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from ...engine.client import EngineClient
-from ..api import (
-    chat,
-    classify,
-    completions,
-    embeddings,
-    invocations,
-    operations,
-    rerank,
-    tokenization,
-)
+from ..api import chat, completions, embeddings, invocations, operations, tokenization
 from ..api.stored_streams import router as streams_router
 from ..dialects import messages, responses
 from ..errors import install_handlers
+from ..generation_defaults import load_generation_defaults
 from ..http.auth import require_client_key
 from ..http.content_encoding import ContentEncodingMiddleware
 from ..http.middleware import (
@@ -37,15 +29,15 @@ from ..http.middleware import (
 from ..http.route_docs import errors
 from ..http.siblings import Siblings
 from ..metrics import Metrics
-from ..requests.sampling import load_generation_defaults
 from ..requests.state import ServerState
+from ..scoring import classify, rerank
 from ..settings import Settings
 from ..text.tokenizer import Tokenizer
 from .openapi import openapi_document
 from .unknown_paths import explain_unknown_paths
 
 EXPOSED_HEADERS = (
-    *("x-request-id", "x-quire-ignored-params", "x-quire-stream-id"),
+    *("x-request-id", "x-quire-ignored-params", "x-quire-prompt-changes", "x-quire-stream-id"),
     *("retry-after", "allow", "accept-encoding", "www-authenticate"),
 )
 """Headers of answers that scripts of an allowed origin may read."""

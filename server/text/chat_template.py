@@ -1,25 +1,30 @@
 """Chat templates: which variables they read, and how a conversation is rendered.
 
-Text from clients must never turn into control tokens, even if it spells one ("<|im_end|>"), while
-those that the template writes must. The rendered text alone does not show who wrote what, so the
-spellings of clients are replaced by placeholders before the template runs. The result comes in
-pieces that are marked accordingly, and each is encoded in its own way (tokenizer.py).
+A template is probed once (template_probe.py). Each conversation is then written the way that the
+template reads it (template_messages.py), rendered, and protected from control tokens that clients
+spelt (client_text.py).
 """
 
 from __future__ import annotations
 
 import re
-import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.meta
+import structlog
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...engine.errors import ConfigurationError, InvalidRequestError, one_line
-from .template_calls import reads_text, with_objects
+from .client_text import ControlTokens, Placeholders
+from .template_messages import write_messages
+from .template_probe import probe_template
+from .template_traits import TemplateTraits
+
+log = structlog.get_logger(__name__)
 
 _RESERVED = frozenset(
     (
@@ -27,6 +32,7 @@ _RESERVED = frozenset(
         "tools",
         "documents",
         "conversation",
+        "conversations",
         "chat_template",
         "tokenizer",
         "tokenize",
@@ -57,110 +63,181 @@ _TEMPLATE_ERRORS = (
 )
 """Errors that a template raises on messages that it was not written for."""
 
+_GLOBALS = frozenset(jinja2.Environment().globals)
+"""Names that Jinja itself defines."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """A tag of transformers, which marks the assistant's text for training. Jinja does not know it."""
 
 
-class Piece(NamedTuple):
-    """A stretch of a rendered prompt."""
+class Rendered(NamedTuple):
+    """The text of a prompt."""
 
     text: str
-    is_from_client: bool
-    """The text spells a control token, but must be encoded as plain text."""
+    has_aliases: bool
+    """Control tokens are written by their aliases, since the text also spells some."""
+    changes: tuple[str, ...] = ()
+    """What was moved so that the template writes it (constants of template_messages.py)."""
+    dropped: tuple[str, ...] = ()
+    """Paths of the fields that the template does not read."""
 
 
-class TemplateRenderer:
-    """Renders conversations with the chat templates of one tokenizer."""
+class ChatTemplates:
+    """The chat templates of one tokenizer: chooses one, and renders conversations with it."""
 
-    def __init__(self, hf: Any, control_tokens: Collection[str]) -> None:
-        """`hf` is the Hugging Face tokenizer, which runs the templates."""
-        self._hf = hf
-        # Longest first, so that the whole spelling is found if another one is its beginning.
-        spellings = sorted(filter(None, control_tokens), key=len, reverse=True)
-        self._spellings = re.compile("|".join(map(re.escape, spellings))) if spellings else None
-        self._reads_text_arguments = lru_cache(maxsize=16)(self._probe_arguments)
+    def __init__(self, hf: Any, tokens: ControlTokens, named: Mapping[str, str]) -> None:
+        """`hf` is the Hugging Face tokenizer, whose special tokens templates may name. `named` are
+        the model's templates as `named_templates` returns them."""
+        self._named = named
+        self._names: dict[str, Any] = dict(hf.special_tokens_map)
+        self._tokens = tokens
+        self.traits = lru_cache(maxsize=16)(self._probe)
+        """Returns what a template reads. Raises InvalidRequestError if it is not a template."""
+
+    @property
+    def texts(self) -> str | None:
+        """The texts of all templates, or None if the model has none."""
+        return "\n".join(self._named.values()) or None
+
+    def choose(
+        self, *, tools: bool = False, documents: bool = False, calls: bool = False
+    ) -> str | None:
+        """Return the template for a request that offers tools or has documents: the one of this use
+        if the model has several, or else the default. `calls` says that earlier turns have calls:
+        the template for tools is also taken if the default does not write these."""
+        default = self._named.get("default")
+        if calls and default is not None and "tool_use" in self._named:
+            tools = tools or not self.traits(default).calls
+        wanted = (("tool_use", tools), ("rag", documents), ("default", True))
+        return next(
+            (self._named[name] for name, use in wanted if use and name in self._named), None
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what each template reads, as a JSON object. A text that is no template reads
+        nothing."""
+        found: dict[str, Any] = {}
+        for name, template in self._named.items():
+            try:
+                found[name] = self.traits(template).as_dict()
+            except InvalidRequestError as error:
+                found[name] = {"error": str(error)}
+        return found
+
+    def log_shortcomings(self) -> None:
+        """Log what each template does not write, and what becomes of such requests."""
+        for name, template in self._named.items():
+            try:
+                shortcomings = self.traits(template).shortcomings()
+            except InvalidRequestError as error:
+                shortcomings = [f"{error}: chats are refused"]
+            for shortcoming in shortcomings:
+                log.warning("chat_template", template=name, shortcoming=shortcoming)
 
     def render(
         self,
         template: str,
         messages: Sequence[Mapping[str, Any]],
         settings: Mapping[str, Any],
-    ) -> list[Piece]:
-        """Return the prompt of `messages` in pieces.
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Rendered:
+        """Return the prompt of `messages`.
 
         The arguments of calls in `messages` are JSON texts. `settings` are the template's variables
-        and the keyword arguments of transformers' `apply_chat_template`. Raises InvalidRequestError
-        if the template fails on them.
+        and the keyword arguments of transformers' `render_jinja_template`. Raises
+        InvalidRequestError if the template fails on them, or would leave something out.
         """
-        # 1. Write the arguments of calls in the form that this template reads.
-        fields = [dict(message) for message in messages]
-        if not self._reads_text_arguments(template):
-            fields = with_objects(fields)
-        # 2. Hide the control tokens that the client spelt.
-        placeholders = _Placeholders(self._spellings)
-        fields, settings = placeholders.hide(fields), placeholders.hide(dict(settings))
-        # 3. Give "developer" the name that the template knows.
-        if "developer" not in template:
-            for message in fields:
-                if message["role"] == "developer":
-                    message["role"] = "system"
-        # 4. Render, and put the hidden spellings back.
+        # 1. Write everything as the template reads it.
+        traits = self.traits(template)
+        written = write_messages(messages, traits, with_tools=bool(tools))
+        dropped = [*written.dropped, *_unread_documents(documents, traits)]
+        fields = {
+            **settings,
+            "tools": _write_tools(tools, traits),
+            "documents": None if documents is None else [dict(each) for each in documents],
+        }
+        # 2. Render.
+        rendered = self.render_as_is(template, written.messages, fields)
+        return rendered._replace(changes=written.changes, dropped=tuple(dropped))
+
+    def render_as_is(
+        self, template: str, messages: Sequence[Mapping[str, Any]], fields: Mapping[str, Any]
+    ) -> Rendered:
+        """Return the prompt of `messages`, which are those that the template reads. Raises
+        InvalidRequestError if it fails on them."""
+        # Hide the control tokens that the client spelt, render, and put them back.
+        placeholders = Placeholders(self._tokens)
+        conversation, fields = placeholders.hide(list(messages)), placeholders.hide(dict(fields))
         try:
-            text = self._hf.apply_chat_template(
-                fields, tokenize=False, chat_template=template, **settings
-            )
+            text = self._render(template, conversation, fields)
         except _TEMPLATE_ERRORS as error:
             raise InvalidRequestError(
                 f"the chat template refused the messages: {one_line(str(error))}", "messages"
             ) from error
-        return placeholders.split(text)
+        if placeholders.is_used:
+            text = placeholders.restore(text)
+        return Rendered(text, placeholders.is_used, (), ())
 
-    def _probe_arguments(self, template: str) -> bool:
-        """Return whether `template` reads the arguments of calls as JSON text."""
+    def _render(
+        self, template: str, messages: Sequence[Mapping[str, Any]], fields: Mapping[str, Any]
+    ) -> str:
+        texts, _ = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=template,
+            **{**self._names, **fields},
+        )
+        return str(texts[0])
 
-        def render(messages: list[dict[str, Any]]) -> str:
-            text = self._hf.apply_chat_template(messages, tokenize=False, chat_template=template)
-            return str(text)
+    def _probe(self, template: str) -> TemplateTraits:
+        def render(messages: Sequence[Mapping[str, Any]], **fields: Any) -> str:
+            return self._render(template, messages, fields)
 
-        return reads_text(render, _TEMPLATE_ERRORS)
+        readable = {
+            name
+            for name in template_variables(template) - self._names.keys() - _GLOBALS
+            if name in ("tools", "documents") or not (name in _RESERVED or name.endswith("_token"))
+        }
+        return probe_template(render, _TEMPLATE_ERRORS, template, readable, self._tokens.pattern)
 
 
-class _Placeholders:
-    """Replaces the control tokens that clients spelt, so that no template writes them out.
+def _write_tools(
+    tools: Sequence[Mapping[str, Any]] | None, traits: TemplateTraits
+) -> list[dict[str, Any]] | None:
+    """Return tools in the form that a template reads. Raises InvalidRequestError if it writes
+    none."""
+    if not tools:
+        return None
+    if traits.tools == "none":
+        raise InvalidRequestError("the chat template does not write tools", "tools")
+    written = []
+    for tool in tools:
+        function = dict(tool["function"])
+        if traits.needs_description:
+            function.setdefault("description", "")
+        flat = function if traits.tools == "flat" else {}
+        written.append({**tool, "function": function, **flat})
+    return written
 
-    A placeholder consists of digits only, which no filter of a template changes. It begins with a
-    nonce that a client cannot guess, and ends with the index of the spelling that it replaces.
-    """
 
-    def __init__(self, pattern: re.Pattern[str] | None) -> None:
-        self._pattern = pattern
-        self._nonce = f"{secrets.randbits(128):039d}"
-        self._spellings: list[str] = []
-
-    def hide(self, value: Any) -> Any:
-        """Return the JSON value `value` with all spellings in its strings and keys replaced."""
-        if isinstance(value, str):
-            return self._pattern.sub(self._replace, value) if self._pattern else value
-        if isinstance(value, dict):
-            return {self.hide(key): self.hide(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.hide(item) for item in value]
-        return value
-
-    def _replace(self, match: re.Match[str]) -> str:
-        self._spellings.append(match.group())
-        return f"{self._nonce}{len(self._spellings) - 1:09d}"
-
-    def split(self, text: str) -> list[Piece]:
-        """Cut the rendered text at the placeholders, and put the spellings back."""
-        if not self._spellings:
-            return [Piece(text, False)]
-        parts = re.split(f"{self._nonce}([0-9]{{9}})", text)
-        pieces = [
-            Piece(self._spellings[int(part)], True) if index % 2 else Piece(part, False)
-            for index, part in enumerate(parts)
-        ]
-        return [piece for piece in pieces if piece.text]
+def _unread_documents(
+    documents: Sequence[Mapping[str, Any]] | None, traits: TemplateTraits
+) -> list[str]:
+    """Return the paths of the fields of documents that a template does not read. Raises
+    InvalidRequestError for a document of which it reads nothing."""
+    if not documents or "*" in traits.documents:
+        return []
+    paths = []
+    for index, document in enumerate(documents):
+        unread = [name for name in document if name not in traits.documents]
+        if len(unread) == len(document):
+            known = ", ".join(traits.documents)
+            raise InvalidRequestError(
+                f"documents[{index}]: the chat template "
+                + (f"reads only {known} of documents" if known else "does not write documents"),
+                f"documents[{index}]" if known else "documents",
+            )
+        paths += [f"documents[{index}].{name[:64]}" for name in unread if name.isidentifier()]
+    return paths
 
 
 def check_variables(
@@ -199,13 +276,15 @@ def template_variables(template: str) -> frozenset[str]:
     return frozenset(jinja2.meta.find_undeclared_variables(parsed))
 
 
-def default_template(hf: Any) -> str | None:
-    """Return the chat template of a Hugging Face tokenizer, or None if it has none. Of several, the
-    one named "default" is taken."""
+def named_templates(hf: Any) -> dict[str, str]:
+    """Return the chat templates of a Hugging Face tokenizer by their names: "default", and others
+    for special uses ("tool_use", "rag")."""
     template: Any = hf.chat_template
+    if template is None:
+        return {}
     if isinstance(template, dict):
-        template = template.get("default")
-    return None if template is None else str(template)
+        return {str(name): str(text) for name, text in template.items()}
+    return {"default": str(template)}
 
 
 def read_template(value: str) -> str:

@@ -1,4 +1,4 @@
-"""Converts token ids to text as they come, and finds stop strings in it.
+"""Converts token ids to text as they come, and finds stop strings in it (stop_strings.py).
 
 Emitted text is never taken back. A character is held back until all of its bytes have come, and so
 is text that may be the beginning of a stop string, until that is decided.
@@ -6,10 +6,12 @@ is text that may be the beginning of a stop string, until that is decided.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer as Encoder
 from tokenizers.decoders import DecodeStream
+
+from .stop_strings import StopStrings
 
 MAX_PENDING = 64
 """Maximum tokens in a row that have given no text (parts of characters, skipped control tokens).
@@ -22,22 +24,20 @@ MAX_CHARACTER_TOKENS = 4
 class Detokenizer:
     """Decodes the tokens of one choice.
 
-    Feeding them one by one or all at once gives the same text. `stop` is the stop string that was
-    found, or None; once one is found, nothing more is emitted.
+    Feeding them one by one or all at once gives the same text. Once a stop string is found, nothing
+    more is emitted.
     """
 
     __slots__ = (
         "_encoder",
-        "_held",
         "_hidden",
-        "_include_stop",
-        "_longest",
         "_pending",
         "_skip_special",
         "_stops",
         "_stream",
         "_unchecked",
-        "stop",
+        "length",
+        "offsets",
     )
 
     def __init__(
@@ -45,46 +45,74 @@ class Detokenizer:
         encoder: Encoder,
         *,
         skip_special_tokens: bool = True,
-        hidden: frozenset[int] = frozenset(),
+        hidden: Mapping[int, str] | None = None,
         stops: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
         context: Sequence[int] = (),
+        with_offsets: bool = False,
     ) -> None:
-        """The tokens of `hidden` give no text. Stop strings are not looked for in the text of the
-        first `min_tokens` tokens. `context` holds the last tokens of the prompt, for tokenizers
-        that decode a word differently at the very beginning of a text."""
+        """The tokens of `hidden` give no text, but stop strings may contain their spellings, which
+        it maps them to. Stop strings are not looked for in the text of the first `min_tokens`
+        tokens. `context` holds the last tokens of the prompt, for tokenizers that decode a word
+        differently at the very beginning of a text."""
         self._encoder = encoder
         self._skip_special = skip_special_tokens
-        self._hidden = hidden
-        self._stream = DecodeStream(list(context), skip_special_tokens=skip_special_tokens)
+        self._hidden = hidden or {}
+        begun = [token_id for token_id in context if token_id not in self._hidden]
+        self._stream = DecodeStream(begun, skip_special_tokens=skip_special_tokens)
         self._unchecked = min_tokens
         self._pending: list[int] = []
         """Tokens that have given no text yet, which `finish` decodes."""
-        self._stops = tuple(stops)
-        self._longest = max(map(len, stops), default=1) - 1
-        self._include_stop = include_stop
-        self._held = ""
-        self.stop: str | None = None
+        self._stops = StopStrings(stops, self._hidden, include_stop=include_stop) if stops else None
+        self.length = 0
+        """Characters decoded so far, those that are held back included."""
+        self.offsets: list[int] | None = [] if with_offsets else None
+        """The `length` before each token, if it is asked for: where the text of the token begins.
+        All tokens of one character have the same. The caller takes them out."""
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that was found, if any."""
+        return None if self._stops is None else self._stops.found
 
     def feed(self, token_ids: Sequence[int]) -> tuple[str, int]:
         """Decode more tokens. Returns the text that is now certain, and how many tokens were read.
 
         Tokens after the one that completes a stop string are not read; `stop` is set then.
         """
-        if not self._stops:
+        if self._stops is None and self.offsets is None:
             return "".join(map(self._step, token_ids)), len(token_ids)
         emitted = ""
         for count, token_id in enumerate(token_ids, 1):
             text = self._step(token_id)
-            if self._unchecked > 0:
+            if self.offsets is not None:
+                self.offsets.append(self.length)
+            self.length += len(text)
+            if self._stops is None:
+                emitted += text
+            elif self._unchecked > 0:
                 self._unchecked -= 1
                 emitted += text
-            elif text:
-                emitted += self._scan(text)
-            if self.stop is not None:
-                return emitted, count
+            else:
+                emitted += self._scan(token_id, text)
+                if self._stops.found is not None:
+                    return emitted, count
         return emitted, len(token_ids)
+
+    def end(self, token_id: int) -> str:
+        """Take note of the token that ended the choice. It gives no text, but a stop string may end
+        with its spelling. Returns the text that is now certain."""
+        if self._stops is None or self._unchecked > 0 or token_id not in self._hidden:
+            return ""
+        return self._scan(token_id, "")
+
+    def _scan(self, token_id: int, text: str) -> str:
+        """Look for stop strings in the text of one more token."""
+        assert self._stops is not None  # the callers have checked it
+        if token_id in self._hidden:
+            return self._stops.feed_hidden(token_id)
+        return self._stops.feed(text) if text else ""
 
     def finish(self) -> str:
         """Return the text that was held back, once no more tokens come. The bytes of an incomplete
@@ -95,10 +123,10 @@ class Detokenizer:
         if self._pending:
             rest = self._encoder.decode(self._pending, skip_special_tokens=self._skip_special)
             self._pending = []
-        text = self._scan(rest) if self._stops else rest
-        if self.stop is None:
-            text, self._held = text + self._held, ""
-        return text
+            self.length += len(rest)
+        if self._stops is None:
+            return rest
+        return self._stops.feed(rest) + self._stops.finish()
 
     def _step(self, token_id: int) -> str:
         """Return the text that one more token completes, before stop strings are looked for."""
@@ -129,29 +157,3 @@ class Detokenizer:
         self._stream = DecodeStream(now[-1:], skip_special_tokens=self._skip_special)
         self._pending.clear()
         return text + "".join(map(self._step, later))
-
-    def _scan(self, text: str) -> str:
-        """Return the text up to the stop string that is complete first. If there is none, hold back
-        the longest tail that may be the beginning of one."""
-        text = self._held + text
-        first: tuple[int, str] | None = None
-        for stop in self._stops:
-            at = text.find(stop)
-            if at >= 0 and (first is None or at + len(stop) < first[0] + len(first[1])):
-                first = (at, stop)
-        if first is not None:
-            at, self.stop = first
-            self._held = ""
-            return text[: at + len(self.stop)] if self._include_stop else text[:at]
-        keep = self._tail(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def _tail(self, text: str) -> int:
-        """Return the length of the longest tail of `text` that is the beginning of a stop
-        string."""
-        for length in range(min(self._longest, len(text)), 0, -1):
-            tail = text[-length:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0

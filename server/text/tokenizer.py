@@ -1,18 +1,18 @@
 """Converts text and chats to token ids and back, off the event loop.
 
-There are two encoders side by side: one reads the spelling of a control token ("<|im_end|>") as
-that token, as chat templates require; the other encodes it as plain text, as text from clients
-requires.
+The encoder reads the spelling of a control token ("<|im_end|>") as that token. A second one, which
+is made when it is first needed, is for chats whose messages spell control tokens (client_text.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import transformers
 from tokenizers import Tokenizer as Encoder
@@ -26,12 +26,14 @@ from ...engine.errors import (
     one_line,
 )
 from .chat_template import (
-    TemplateRenderer,
+    ChatTemplates,
     check_variables,
-    default_template,
+    named_templates,
     read_template,
     template_variables,
 )
+from .client_text import ControlTokens, with_aliases
+from .detokenizer import Detokenizer
 
 _Result = TypeVar("_Result")
 
@@ -39,11 +41,23 @@ NUM_THREADS = 2
 """Threads that tokenise."""
 
 
+class ChatPrompt(NamedTuple):
+    """The token ids of a conversation, and what became of its messages on the way.
+
+    `changes` names what was moved, and `dropped` the fields that the chat template does not read
+    (see template_messages.py).
+    """
+
+    token_ids: list[int]
+    changes: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
 class Tokenizer:
     """A fast Hugging Face tokenizer with its chat template. Tasks may share it."""
 
     def __init__(self, hf: Any, chat_template: str | None = None) -> None:
-        """`chat_template` is a template's text, which replaces the tokenizer's own."""
+        """`chat_template` is a template's text, which replaces all of the tokenizer's own."""
         if not getattr(hf, "is_fast", False):
             raise UnsupportedModelError(f"{type(hf).__name__} is not a fast tokenizer")
         self._hf = hf
@@ -52,18 +66,22 @@ class Tokenizer:
         object change that."""
         self.backend.no_truncation()
         self.backend.no_padding()
-        self._plain = Encoder.from_str(self.backend.to_str())
-        self._plain.encode_special_tokens = True
         self._threads = ThreadPoolExecutor(NUM_THREADS, "tokenizer")
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = len(vocabulary)
         self.longest_token = max(map(len, vocabulary))
         """Characters of the longest token."""
-        self._renderer = TemplateRenderer(hf, self.special_ids)
-        self._template = chat_template if chat_template is not None else default_template(hf)
+        self._control_tokens = ControlTokens(self.special_ids)
+        self._aliased: Encoder | None = None
+        self._aliased_lock = threading.Lock()
+        named = named_templates(hf) if chat_template is None else {"default": chat_template}
+        self.templates = ChatTemplates(hf, self._control_tokens, named)
+        """The chat templates, and what they read."""
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
         """Returns the bytes of a token id."""
-        self.byte_level = '"ByteLevel"' in str(self.backend.decoder.__getstate__())
+        decoder = str(self.backend.decoder.__getstate__())
+        self._is_wordpiece = '"WordPiece"' in decoder
+        self.byte_level = '"ByteLevel"' in decoder
         """Whether tokens spell bytes, as GPT-2's do, rather than SentencePiece's characters."""
 
     @classmethod
@@ -84,12 +102,14 @@ class Tokenizer:
             raise ModelLoadError(
                 f"cannot load the tokenizer of {model}: {one_line(str(error))}"
             ) from error
-        return cls(hf, None if chat_template is None else read_template(chat_template))
+        tokenizer = cls(hf, None if chat_template is None else read_template(chat_template))
+        tokenizer.templates.log_shortcomings()
+        return tokenizer
 
     @property
     def chat_template(self) -> str | None:
         """The text of the chat template, or None if the model has none."""
-        return self._template
+        return self.templates.choose()
 
     @property
     def special_ids(self) -> dict[str, int]:
@@ -103,22 +123,29 @@ class Tokenizer:
     async def template_variables(self, template: str | None = None) -> frozenset[str]:
         """Return the variables that `template`, by default the model's own, reads. Raises
         InvalidRequestError."""
-        template = template if template is not None else self._template
+        template = template if template is not None else self.templates.choose()
         if template is None:
             raise InvalidRequestError("the model has no chat template", "messages")
         return await self._in_thread(template_variables, template)
 
-    def skipped_but(self, shown: Sequence[str]) -> tuple[bool, frozenset[int]]:
+    def skipped_but(
+        self, shown: Sequence[str], stops: Sequence[str] = ()
+    ) -> tuple[bool, dict[int, str]]:
         """Return how to skip all control tokens except `shown`.
 
         The first value says whether the library can skip control tokens by itself, which is so if
-        none of `shown` is one. If not, it must skip none, and the second value holds the ids to
-        hide.
+        none of `shown` is one and none of `stops` contains one. If not, it must skip none, and the
+        second value holds the ids to hide, with their spellings.
         """
         special = self.special_ids
-        if special.keys().isdisjoint(shown):
-            return True, frozenset()
-        return False, frozenset(id for text, id in special.items() if text not in shown)
+        if special.keys().isdisjoint(shown) and not self.spells_control_token(stops):
+            return True, {}
+        return False, {id: text for text, id in special.items() if text not in shown}
+
+    def spells_control_token(self, texts: Sequence[str]) -> bool:
+        """Return whether one of `texts` contains the spelling of a control token."""
+        pattern = self._control_tokens.pattern
+        return pattern is not None and any(map(pattern.search, texts))
 
     async def encode(
         self,
@@ -145,13 +172,29 @@ class Tokenizer:
         self._check_length(len(text), max_tokens)
         return await self._in_thread(_encode, self.backend, text, add_special_tokens)
 
+    async def encode_template(
+        self, template: str, messages: Sequence[Mapping[str, Any]], *, max_tokens: int
+    ) -> list[int]:
+        """Render messages of whatever roles `template` reads, and return the token ids. Text of
+        clients is encoded as by `encode_chat`. Raises InvalidRequestError and ContextLengthError.
+        """
+        self._check_length(sum(map(_content_length, messages)), max_tokens)
+
+        def run() -> list[int]:
+            rendered = self.templates.render_as_is(template, messages, {})
+            encoder = self._aliased_encoder() if rendered.has_aliases else self.backend
+            return _encode(encoder, rendered.text, False)
+
+        return await self._in_thread(run)
+
     async def encode_pair(self, first: str, second: str, *, max_tokens: int) -> list[int]:
         """Return the token ids of two texts, joined as the tokenizer joins a pair. They are plain
         text even if they spell a control token. Raises ContextLengthError as `encode` does."""
         self._check_length(len(first) + len(second), max_tokens)
 
         def run() -> list[int]:
-            [encoding] = self._plain.encode_batch_fast([(first, second)], add_special_tokens=True)
+            encoder = self._aliased_encoder()
+            [encoding] = encoder.encode_batch_fast([(first, second)], add_special_tokens=True)
             ids: list[int] = encoding.ids
             return ids
 
@@ -169,37 +212,50 @@ class Tokenizer:
         template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
-    ) -> list[int]:
+    ) -> ChatPrompt:
         """Render a chat template and return the token ids of the result.
 
         Text that clients wrote is encoded as plain text even if it spells a control token. The
-        arguments of calls in `messages` are JSON texts. Raises InvalidRequestError and
-        ContextLengthError.
+        arguments of calls in `messages` are JSON texts; contents are strings or lists of text
+        parts. Raises InvalidRequestError and ContextLengthError.
         """
-        self._check_length(
-            sum(len(message.get("content") or "") for message in messages), max_tokens
-        )
+        self._check_length(sum(map(_content_length, messages)), max_tokens)
         settings = dict(template_kwargs or {})
-        template = template if template is not None else self._template
+        if template is None:
+            template = self.templates.choose(
+                tools=bool(tools),
+                documents=documents is not None,
+                calls=any(message.get("tool_calls") for message in messages),
+            )
         check_variables(await self.template_variables(template), settings, tools, documents)
         assert template is not None  # `template_variables` has checked it
+        chosen = template
         settings |= {
-            "documents": documents,
-            "tools": tools,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
         }
 
-        def run() -> list[int]:
-            pieces = self._renderer.render(template, messages, settings)
-            self._check_length(sum(len(piece.text) for piece in pieces), max_tokens)
-            token_ids: list[int] = []
-            for piece in pieces:
-                encoder = self._plain if piece.is_from_client else self.backend
-                token_ids += _encode(encoder, piece.text, add_special_tokens and not token_ids)
-            return token_ids
+        def run() -> ChatPrompt:
+            rendered = self.templates.render(chosen, messages, settings, tools, documents)
+            self._check_length(len(rendered.text), max_tokens)
+            encoder = self._aliased_encoder() if rendered.has_aliases else self.backend
+            token_ids = _encode(encoder, rendered.text, add_special_tokens)
+            return ChatPrompt(token_ids, rendered.changes, rendered.dropped)
 
         return await self._in_thread(run)
+
+    def _aliased_encoder(self) -> Encoder:
+        """Return the encoder that knows control tokens by their aliases only."""
+        with self._aliased_lock:
+            if self._aliased is None:
+                normalizer = self.backend.normalizer
+                text = with_aliases(
+                    self.backend.to_str(),
+                    self._control_tokens,
+                    keep_normalized=normalizer is None or normalizer.normalize_str("0") == "0",
+                )
+                self._aliased = Encoder.from_str(text)
+            return self._aliased
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Return the text of token ids."""
@@ -212,6 +268,36 @@ class Tokenizer:
 
         return await self._in_thread(run)
 
+    async def decode_with_offsets(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool
+    ) -> tuple[str, list[int]]:
+        """Return the text of token ids, and where in it the text of each token begins."""
+
+        def run() -> tuple[str, list[int]]:
+            detokenizer = Detokenizer(
+                self.backend, skip_special_tokens=skip_special_tokens, with_offsets=True
+            )
+            text, _ = detokenizer.feed(token_ids)
+            return text + detokenizer.finish(), detokenizer.offsets or []
+
+        return await self._in_thread(run)
+
+    async def offsets_of(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return where in `text` each of its tokens begins. A token that is not in the text, such
+        as one that begins a sequence, is where the next one is."""
+
+        def run() -> list[int]:
+            [encoding] = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
+            offsets, end = [], 0
+            for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+                # Some encoders leave the space out of the place of a token that begins with it.
+                is_next = text.startswith(self.token_text(token_id), end)
+                offsets.append(end if is_next or start == stop else start)
+                end = max(end, stop)
+            return offsets
+
+        return await self._in_thread(run)
+
     def token_text(self, token_id: int) -> str:
         """Return one token as text for people to read; bytes that are not UTF-8 become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
@@ -221,7 +307,8 @@ class Tokenizer:
         return {
             "tokenizer_class": type(self._hf).__name__,
             "vocab_size": self.vocab_size,
-            "chat_template": self._template,
+            "chat_template": self.chat_template,
+            "chat_templates": self.templates.describe(),
             "special_tokens": {
                 name: str(token) for name, token in self._hf.special_tokens_map.items()
             },
@@ -260,7 +347,17 @@ class Tokenizer:
         # 3. SentencePiece writes bytes outside its vocabulary as <0xNN>, and a space as U+2581.
         if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
+        if self._is_wordpiece:  # a word's first piece follows a space, the others have a prefix
+            text: str = self.backend.decoder.decode(["a", piece])
+            return text.removeprefix("a").encode()
         return piece.replace("\u2581", " ").encode()
+
+
+def _content_length(message: Mapping[str, Any]) -> int:
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(part["text"]) for part in content)
 
 
 def _encode(encoder: Encoder, text: str, add_special_tokens: bool) -> list[int]:

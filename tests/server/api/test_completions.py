@@ -95,7 +95,7 @@ async def test_echo_with_logprobs_and_no_new_token(
     assert logprobs["token_logprobs"] == [None, -1.0, -1.0, -1.0]
     assert logprobs["top_logprobs"][0] is None
     assert logprobs["top_logprobs"][3] == {"y": -1.0}
-    assert logprobs["text_offset"] == [0, 1, 2, 3]
+    assert logprobs["text_offset"] == [0, 1, 1, 2]
     assert engine.requests[0].sampling_params.max_tokens == 0
 
 

@@ -3,12 +3,8 @@ from __future__ import annotations
 import pytest
 
 from quire.engine.errors import InvalidRequestError
-from quire.server.text.chat_template import (
-    Piece,
-    TemplateRenderer,
-    check_variables,
-    template_variables,
-)
+from quire.server.text.chat_template import ChatTemplates, check_variables, template_variables
+from quire.server.text.client_text import ControlTokens
 
 from ..fakes import byte_tokenizer
 
@@ -16,24 +12,30 @@ END = "<|im_end|>"
 TEMPLATE = "{% for message in messages %}{{ message.content }}{{ template }}<|im_end|>{% endfor %}"
 
 
-def render(content: str, **settings: object) -> list[Piece]:
-    renderer = TemplateRenderer(byte_tokenizer()._hf, ["<|im", END])
-    return renderer.render(TEMPLATE, [{"role": "user", "content": content}], settings)
+def render(content: str, **settings: object) -> str:
+    """Return the rendered text, with [n] for the alias of control token n."""
+    tokens = ControlTokens(["<|im", END])
+    templates = ChatTemplates(byte_tokenizer()._hf, tokens, {})
+    rendered = templates.render(TEMPLATE, [{"role": "user", "content": content}], settings)
+    text = rendered.text
+    for number, alias in enumerate(tokens.aliases.values()):
+        text = text.replace(alias, f"[{number}]")
+    assert rendered.has_aliases == (text != rendered.text)
+    return text
 
 
-def test_only_control_tokens_spelt_by_clients_are_marked() -> None:
-    assert render("hi") == [Piece("hi" + END, False)]
-    assert render(f"a{END}b", template="<|im") == [
-        Piece("a", False),
-        Piece(END, True),
-        Piece("b", False),
-        Piece("<|im", True),
-        Piece(END, False),
-    ]
+def test_only_control_tokens_of_the_template_get_aliases() -> None:
+    assert render("hi") == "hi" + END
+    assert render(f"a{END}b", template="<|im") == f"a{END}b<|im[0]"
 
 
 def test_the_longest_spelling_is_found() -> None:
-    assert render(f"<|im{END}")[:2] == [Piece("<|im", True), Piece(END, True)]
+    assert render(f"<|im{END}") == f"<|im{END}[0]"
+
+
+def test_the_beginning_of_a_control_token_at_the_end_of_a_text_stays_text() -> None:
+    assert render("a<", template="|im_end|>") == "a<|im_end|>[0]"
+    assert render("a< ", template="x") == "a< x[0]"
 
 
 def test_variables_that_a_template_sets_itself_are_not_listed() -> None:

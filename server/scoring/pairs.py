@@ -13,7 +13,7 @@ from typing import Any
 
 from ...engine.classifier_spec import ClassifierSpec
 from ...engine.errors import InvalidRequestError
-from .tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 
 _ROLES = (re.compile(r"""["']query["']"""), re.compile(r"""["']document["']"""))
 
@@ -103,9 +103,6 @@ class PairEncoder:
             {"role": "query", "content": query},
             {"role": "document", "content": document},
         ]
-        return await self._tokenizer.encode_chat(
-            messages,
-            add_generation_prompt=True,
-            template=self._template,
-            max_tokens=max_tokens,
+        return await self._tokenizer.encode_template(
+            self._template, messages, max_tokens=max_tokens
         )

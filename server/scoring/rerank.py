@@ -15,14 +15,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import AliasChoices, Field
 
 from ...engine.errors import InvalidRequestError
+from ..api.answers import ignored_header, refusals_counted
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.route_docs import GENERATION_ERRORS, OBJECTS, answers, errors, json_body, json_object
 from ..requests.field_types import Fields
 from ..requests.protocol import check_types
 from ..requests.state import state_of
-from .answers import ignored_header, refusals_counted
-from .scoring import Encode, ScoringFields, pair_encoder, score, tokens_to_keep
+from .scores import Encode, ScoringFields, pair_encoder, score, tokens_to_keep
 
 router = APIRouter(tags=["rerank, score, classify"])
 

@@ -21,7 +21,7 @@ from ..requests.job import JobParts, make_job
 from ..requests.preparation import asked_by
 from ..requests.protocol import GenerationBody
 from ..requests.state import ServerState, state_of
-from ..text.pairs import PairEncoder
+from .pairs import PairEncoder
 
 Encode = Callable[[], Awaitable[list[int]]]
 """Tokenises one prompt."""

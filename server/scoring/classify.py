@@ -10,17 +10,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from ...engine.errors import InvalidRequestError
+from ..api.answers import ignored_header, refusals_counted
+from ..api.translation import renamed
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.route_docs import GENERATION_ERRORS, OBJECTS, answers, errors, json_body, json_object
 from ..requests.chat_prompt import check_chat, encode_chat
 from ..requests.field_types import Prompt
 from ..requests.preparation import prompts_of
-from ..requests.protocol import TokenizeChatBody, check_types
+from ..requests.protocol import ChatFields, TokenizeChatBody, check_types
 from ..requests.state import ServerState, state_of
-from .answers import ignored_header, refusals_counted
-from .scoring import Encode, ScoringFields, classifier_of, score, tokens_to_keep
-from .translation import renamed
+from .scores import Encode, ScoringFields, classifier_of, score, tokens_to_keep
 
 router = APIRouter(tags=["rerank, score, classify"])
 
@@ -88,11 +88,18 @@ def _encoders(state: ServerState, body: ClassifyBody) -> tuple[list[Encode], int
         chat, _ = check_types(TokenizeChatBody, chat_fields, strict=state.settings.strict)
         check_chat(state, chat)
         characters = sum(len(message.content or "") for message in chat.messages)
-        return [partial(encode_chat, state, chat, body.add_special_tokens, limit)], characters
+        return [partial(_encode_chat, state, chat, body.add_special_tokens, limit)], characters
     with renamed({"prompt": "input"}):
         texts = prompts_of(body.input, state.settings.max_prompts_per_request)
     encoders: list[Encode] = [partial(_encode, state, body, text, limit, keep) for text in texts]
     return encoders, sum(map(len, texts))
+
+
+async def _encode_chat(
+    state: ServerState, chat: ChatFields, add_special_tokens: bool | None, limit: int
+) -> list[int]:
+    prompt = await encode_chat(state, chat, add_special_tokens, limit)
+    return prompt.token_ids
 
 
 async def _encode(

@@ -28,18 +28,18 @@ from quire.engine.errors import QuireError
 from quire.engine.model.loader import load_model
 from quire.engine.runner.worker import Worker
 from quire.server.metrics import Metrics
+from quire.server.scoring.pairs import PairEncoder
 from quire.server.serving.app import create_app
 from quire.server.settings import Settings
-from quire.server.text.pairs import PairEncoder
 from quire.server.text.tokenizer import Tokenizer
 
-from ...engine.inline_client import InlineEngineClient
-from ...engine.models import COMMON, build_model
-from ...engine.sentence_transformers_layout import edit_json
-from ...engine.worker_driver import make_config
-from ..conftest import MODEL
-from ..fakes import FakeEngineClient, byte_tokenizer, ids
-from ..openai_http import assert_error
+from ..engine.inline_client import InlineEngineClient
+from ..engine.models import COMMON, build_model
+from ..engine.sentence_transformers_layout import edit_json
+from ..engine.worker_driver import make_config
+from .conftest import MODEL
+from .fakes import FakeEngineClient, byte_tokenizer, ids
+from .openai_http import assert_error
 
 QUERY = "what do cats eat? Answer with a kind of food."
 DOCUMENTS = ["cats eat fish", "the sky is blue", "fish, mice and birds", "a"]
@@ -223,7 +223,9 @@ async def test_qwen3_reranker_compares_yes_with_no(tmp_path: Path) -> None:
     async with _serving(folder) as client:
         for instruction in (None, "find food"):
             body = {"query": QUERY, "documents": DOCUMENTS, "instruction": instruction}
-            answer = (await client.post("/v1/rerank", json=body)).json()
+            response = await client.post("/v1/rerank", json=body)
+            assert response.status_code == 200, response.text
+            answer = response.json()
             for result in answer["results"]:
                 prompt = _qwen3_prompt(QUERY, DOCUMENTS[result["index"]], instruction or default)
                 odds = torch.tensor(_log_odds(model, prompt))
