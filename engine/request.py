@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from .errors import ContextLengthError, InvalidRequestError, PoolTooSmallError
+from .reasoning import ReasoningSpec
 from .sampling_params import SamplingParams
 
 GrammarKind = Literal["json", "regex", "choice", "grammar", "structural_tag"]
@@ -56,6 +57,7 @@ class Request:
     Every choice matches `grammar`, unless it reaches max_tokens before the grammar's end. The
     policy "fair" charges the request to `user`; all requests with None count as one user.
     If `pooling` is set, the prompt is computed for its embedding and nothing is generated.
+    `reasoning` is given if the reasoning of each choice has a budget.
     """
 
     request_id: str
@@ -69,16 +71,28 @@ class Request:
     grammar: GrammarSpec | None = None
     pooling: Pooling | None = None
     user: str | None = None
+    reasoning: ReasoningSpec | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
             raise InvalidRequestError("the prompt is empty", "prompt")
         if self.grammar is not None and self.sampling_params.beam_width is not None:
             raise InvalidRequestError("beam search cannot follow a grammar", "use_beam_search")
+        if self.reasoning is not None:
+            self._check_reasoning()
         if self.pooling is not None:
             nothing = SamplingParams(max_tokens=0)
             if self.sampling_params != nothing or self.grammar is not None:
                 raise InvalidRequestError("an embedding samples nothing", "sampling_params")
+
+    def _check_reasoning(self) -> None:
+        name = "thinking_token_budget"
+        if self.sampling_params.beam_width is not None:
+            raise InvalidRequestError(f"beam search cannot follow a {name}", "use_beam_search")
+        if self.sampling_params.allowed_token_ids is not None:
+            raise InvalidRequestError(
+                f"{name} cannot be combined with allowed_token_ids", "allowed_token_ids"
+            )
 
     def check_fits(self, capacity: Capacity) -> None:
         """Raise InvalidRequestError if an engine of this capacity can never run the request.
@@ -98,6 +112,10 @@ class Request:
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise InvalidRequestError(
                 f"prompt has a token id outside the vocabulary of {vocab_size}", "prompt"
+            )
+        if self.reasoning is not None and max(self.reasoning.forced_ids, default=0) >= vocab_size:
+            raise InvalidRequestError(
+                "the end of the reasoning is outside the vocabulary", "thinking_token_budget"
             )
         params = self.sampling_params
         params.check_vocabulary(vocab_size)
