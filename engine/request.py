@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -9,7 +10,7 @@ from .errors import ContextLengthError, InvalidRequestError, PoolTooSmallError
 from .reasoning import ReasoningSpec
 from .sampling_params import SamplingParams
 
-GrammarKind = Literal["json", "regex", "choice", "grammar", "structural_tag"]
+GrammarKind = Literal["json", "regex", "choice", "grammar", "structural_tag", "nested"]
 Pooling = Literal["last", "mean", "weightedmean", "max"]
 """How a prompt's hidden states become one vector: the last state, their mean, their mean weighted
 by position (state n, counted from 1, has weight n), or the maximum of each component."""
@@ -38,12 +39,18 @@ class GrammarSpec:
     """The grammar that an answer must match.
 
     By `kind`, `text` is a JSON schema ("json"), a regular expression, a JSON list of strings
-    ("choice"), a Lark or GBNF grammar, or the JSON of structural tags (see
-    `_tags_to_lark` in grammar/compile.py).
+    ("choice"), a Lark or GBNF grammar, the JSON of structural tags (see `_tags_to_lark` in
+    grammar/compile.py), or a grammar within another ("nested", see `nested`).
     """
 
     kind: GrammarKind
     text: str
+
+    @classmethod
+    def nested(cls, rules: str, answer: GrammarSpec) -> GrammarSpec:
+        """Return the Lark grammar `rules`, whose rule `answer`, which it lacks, is `answer`."""
+        parts = {"rules": rules, "kind": answer.kind, "text": answer.text}
+        return cls("nested", json.dumps(parts, ensure_ascii=False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

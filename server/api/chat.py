@@ -107,8 +107,6 @@ class Chat:
     def _new_parser(self) -> MessageParser:
         body = self._body
         tools = offered_tools(body)
-        if self.job.requests[0].grammar is not None and not tools:
-            return MessageParser()  # a grammar without tools: everything is content
         prompt = self.generation.prompt_token_ids(0)
         return self._state.message_format.parser(
             [tool["function"]["name"] for tool in tools],
@@ -116,6 +114,7 @@ class Chat:
             continued=body.messages[-1].content if body.continue_final_message else None,
             show_reasoning=body.include_reasoning is not False,
             parallel_calls=body.parallel_tool_calls is not False,
+            call_openings=self.job.call_openings,
         )
 
     def whole(self, answers: list[Finished]) -> dict[str, Any]:

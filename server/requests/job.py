@@ -35,6 +35,8 @@ class Job:
     skip_special_tokens: bool
     shown_tokens: Sequence[str]
     """Control tokens that stay in the text, because the parser of the answer looks for them."""
+    call_openings: Sequence[str]
+    """The texts with which calls begin, if the answer is either calls or a structured text."""
     deadline: float | None
 
 
@@ -51,6 +53,8 @@ class JobParts:
     grammar: GrammarSpec | None = None
     pooling: Pooling | None = None
     shown_tokens: Sequence[str] = ()
+    """See `Job`."""
+    call_openings: Sequence[str] = ()
     """See `Job`."""
 
 
@@ -102,6 +106,7 @@ def make_job(
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         shown_tokens=parts.shown_tokens,
+        call_openings=parts.call_openings,
         deadline=deadlines.total,
     )
 

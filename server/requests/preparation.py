@@ -23,7 +23,7 @@ from ..text.bad_words import encode_bad_words
 from ..text.infill import encode_infill, infill_tokens
 from ..text.tokenizer import Tokenizer
 from .chat_prompt import check_chat, encode_chat
-from .forced_calls import forced_call
+from .forced_calls import chat_grammar
 from .job import Job, JobParts, make_job
 from .protocol import ChatBody, CompletionBody, GenerationBody
 from .sampling import COMPLETION_MAX_TOKENS, check_limits, resolve
@@ -91,29 +91,24 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
     params, max_tokens_param = _chat_params(state, body, width)
     check_chat(state, body)
     tools = offered_tools(body)
-    constraint = read_constraint(body)
-    if constraint is not None and tools:
-        raise InvalidRequestError(
-            f"{constraint.param}: an answer that must have a structure cannot call tools",
-            constraint.param,
-        )
+    structure = read_constraint(body)
     # 2. Claim a place. Text counts by its characters until it is tokenised.
     characters = sum(len(message.content or "") for message in body.messages)
     characters += len(encode_json(tools))
     ticket = state.in_flight.admit(width, characters)
     try:
         state.check_ready()
-        # 3. Tokenise, compile the grammar, and build the job. Whether a forced call may begin with
-        #    reasoning depends on the end of the prompt.
+        # 3. Tokenise, compile the grammar, and build the job. Whether a structured answer may begin
+        #    with reasoning depends on the end of the prompt.
         params = await _with_bad_words(state.tokenizer, body, params)
         token_ids = await encode_chat(state, body, body.add_special_tokens, info.max_model_len)
-        if constraint is None:
-            constraint = forced_call(body, token_ids, state.tokenizer, state.message_format)
+        constraint = chat_grammar(body, structure, token_ids, state.tokenizer, state.message_format)
         parts = JobParts(
             arrival=arrival,
             max_tokens_param=max_tokens_param,
             grammar=await try_out(state, constraint),
             shown_tokens=state.message_format.control_tokens(with_tools=bool(tools)),
+            call_openings=constraint.call_openings if constraint is not None else (),
         )
         job = make_job(state, body, params, [token_ids], parts)
         ticket.tokenised(len(job.requests[0].prompt_token_ids))
