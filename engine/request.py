@@ -130,8 +130,8 @@ class Request:
         # The last sampled token is never fed back, so it needs no slot in the cache.
         if total > max_model_len or len(prompt) >= max_model_len + (params.max_tokens == 0):
             raise ContextLengthError(
-                f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed "
-                f"the context of {max_model_len} tokens",
+                f"This model's maximum context length is {max_model_len} tokens, but the prompt "
+                f"has {len(prompt)} tokens and max_tokens is {params.max_tokens}",
                 "max_tokens" if len(prompt) < max_model_len else "prompt",
             )
         shared = len(prompt) // block_size

@@ -4,6 +4,7 @@ The ground floor, these files, may be imported by every room:
     cli          the command `quire`; it imports the rooms lazily
     settings     every setting of `quire serve`; flags_table writes their table into docs/api.md
     errors       exceptions to HTTP answers
+    validation   what is wrong with a body, in words for people
     logs         the log
     metrics      the page /metrics; metrics_sum adds up several processes
     json_text    JSON of answers

@@ -5,6 +5,7 @@ Reading order:
     completions        the simplest generation: body, job, answer whole or streamed
     answers            what completions and chat completions share: envelope, usage, streams
     chat, logprobs     conversations; log-probabilities in OpenAI's shapes
+    call_forms         calls in the old form, and of custom tools
     stored_streams     GET and DELETE of resumable streams
     embeddings, tokenization, operations    the other endpoints
     translation        how dialects are written on top of a chat completion

@@ -22,6 +22,7 @@ class ReasoningMarks:
     def __init__(self, style: ReasoningStyle, tokenizer: Tokenizer) -> None:
         self._style = style
         self._in_channels = style == "openai_gptoss"
+        self._closings: tuple[str, ...]
         if self._in_channels:
             self._opening, self._closings = ANALYSIS, (END, CALL, RETURN, START, CHANNEL)
             end = END + ASSISTANT + CHANNEL

@@ -34,10 +34,9 @@ from ..parsing.harmony import (
 from ..parsing.message_parser import MessageFormat, prompt_end
 from ..parsing.reasoning import CLOSE, OPEN, starts_inside
 from ..text.tokenizer import Tokenizer
-from .field_types import NamedTool
 from .protocol import ChatBody
 from .structured import MAX_GRAMMAR_BYTES, Constraint
-from .tool_choice import forces_call, offered_tools
+from .tool_choice import allows_many_calls, callable_tools, forces_call, names_one_tool
 
 
 class _Shape(NamedTuple):
@@ -111,15 +110,13 @@ def chat_grammar(
     shows whether the reasoning has begun. Raises InvalidRequestError.
     """
     # 1. Choose the tools that may be called, and how many calls there may be.
-    tools = [tool["function"] for tool in offered_tools(body)]
+    tools = callable_tools(body)
     if forces_call(body):
         answer = None
     elif answer is None:
         return None
     param = "tool_choice" if answer is None else answer.param
-    if isinstance(body.tool_choice, NamedTool):
-        tools = [tool for tool in tools if tool["name"] == body.tool_choice.name]
-    many = not isinstance(body.tool_choice, NamedTool) and body.parallel_tool_calls is not False
+    many = allows_many_calls(body) and not names_one_tool(body)
     shape = _shape_of_calls(body, param, tokenizer, message_format) if tools else None
     # 2. Determine the reasoning that may come before the calls or the answer.
     end = prompt_end(tokenizer, prompt)
@@ -132,9 +129,18 @@ def chat_grammar(
         reasoning = _reasoning(body, end, message_format)
     if answer is not None and shape is None and not reasoning.rule and not before_answer:
         return answer
-    # 3. Write the grammar.
+    # 3. Write the grammar. Harmony itself says what is a call.
     writer = _Writer(shape, tools, many, reasoning, tokenizer.special_ids)
     text = writer.grammar(None if answer is None else before_answer)
+    openings = () if message_format.is_harmony else writer.openings()
+    return _constraint(text, answer, openings, "tools" if tools else param, param)
+
+
+def _constraint(
+    text: str, answer: Constraint | None, call_openings: tuple[str, ...], at_fault: str, param: str
+) -> Constraint:
+    """Return the constraint of a grammar that allows `answer`, if there is one. `at_fault` is the
+    parameter that makes the rest of it, and `param` the one that asks for a grammar."""
     if len(text.encode()) > MAX_GRAMMAR_BYTES:
         raise InvalidRequestError(
             f"the tools make a grammar of more than {MAX_GRAMMAR_BYTES} bytes, which is too long "
@@ -143,13 +149,8 @@ def chat_grammar(
         )
     if answer is None:
         return Constraint(GrammarSpec("grammar", text), param)
-    return Constraint(
-        GrammarSpec.nested(text, answer.spec),
-        "tools" if tools else param,
-        part=answer,
-        # Harmony itself says what is a call.
-        call_openings=() if message_format.is_harmony else writer.openings(),
-    )
+    spec = GrammarSpec.nested(text, answer.spec)
+    return Constraint(spec, at_fault, part=answer, call_openings=call_openings)
 
 
 def _shape_of_calls(

@@ -18,6 +18,7 @@ from ..http.resumption import StreamRegistry
 from ..http.siblings import Siblings
 from ..metrics import Metrics
 from ..parsing.message_parser import MessageFormat
+from ..parsing.reasoning_marks import ReasoningMarks
 from ..settings import Settings
 from ..text.grammar_check import GrammarCheck
 from ..text.tokenizer import Tokenizer
@@ -50,6 +51,8 @@ class ServerState:
         self.version = version
         self.generation_defaults = generation_defaults
         self.message_format = MessageFormat.of(settings, tokenizer.chat_template)
+        style = self.message_format.reasoning
+        self.reasoning_marks = ReasoningMarks(style, tokenizer) if style is not None else None
         self.grammar_check = GrammarCheck()
         self.keys = Keys(settings)
         self.siblings = siblings

@@ -21,7 +21,7 @@ import jinja2.meta
 from ...engine.errors import ConfigurationError, InvalidRequestError, one_line
 from .template_calls import reads_text, with_objects
 
-_RESERVED = frozenset(
+RESERVED_NAMES = frozenset(
     (
         "messages",
         "tools",
@@ -174,7 +174,7 @@ def check_variables(
     `known` is that of `template_variables`.
     """
     for name in settings:
-        if name in _RESERVED or name not in known:
+        if name in RESERVED_NAMES or name not in known:
             raise InvalidRequestError(
                 f"chat_template_kwargs: the chat template has no setting {name[:64]!r}",
                 "chat_template_kwargs",

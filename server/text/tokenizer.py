@@ -162,7 +162,7 @@ class Tokenizer:
         ContextLengthError.
         """
         self._check_length(
-            sum(len(message.get("content") or "") for message in messages), max_tokens
+            sum(len(message.get("content") or "") for message in messages), max_tokens, "messages"
         )
         settings = dict(template_kwargs or {})
         template = template if template is not None else self._template
@@ -177,7 +177,7 @@ class Tokenizer:
 
         def run() -> list[int]:
             pieces = self._renderer.render(template, messages, settings)
-            self._check_length(sum(len(piece.text) for piece in pieces), max_tokens)
+            self._check_length(sum(len(piece.text) for piece in pieces), max_tokens, "messages")
             token_ids: list[int] = []
             for piece in pieces:
                 encoder = self._plain if piece.is_from_client else self.backend
@@ -221,13 +221,13 @@ class Tokenizer:
     async def _in_thread(self, function: Callable[..., _Result], *args: Any) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
-    def _check_length(self, characters: int, max_tokens: int | None) -> None:
+    def _check_length(self, characters: int, max_tokens: int | None, param: str = "prompt") -> None:
         """Raise ContextLengthError if so many characters cannot be `max_tokens` tokens or fewer."""
         if max_tokens is not None and characters > max_tokens * self.longest_token:
             raise ContextLengthError(
-                f"the prompt of {characters} characters cannot fit the context of {max_tokens} "
-                "tokens",
-                "prompt",
+                f"This model's maximum context length is {max_tokens} tokens, which the "
+                f"{characters} characters of your {param} cannot fit. Shorten the {param}.",
+                param,
             )
 
     def _token_bytes(self, token_id: int) -> bytes:
