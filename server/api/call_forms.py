@@ -3,8 +3,9 @@ tools."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
+
+from pydantic_core import from_json
 
 from ..requests.protocol import ChatBody
 from ..requests.tool_choice import CUSTOM_INPUT, custom_tools
@@ -97,10 +98,10 @@ class CustomForm(CallForm):
 
 
 def _input_of(arguments: str) -> str:
-    """Return the text that the model wrote as the input of a custom tool. Arguments that are not
-    the expected object are returned as they are."""
+    """Return the text that the model wrote as the input of a custom tool, as far as it came.
+    Arguments that are not the expected object are returned as they are."""
     try:
-        value = json.loads(arguments)
+        value = from_json(arguments, allow_partial="trailing-strings")
     except ValueError:
         return arguments
     text = value.get(CUSTOM_INPUT) if isinstance(value, dict) else None
