@@ -80,7 +80,7 @@ class ContextLengthError(InvalidRequestError):
     ) -> ContextLengthError:
         """Make the error for a prompt in the field `param` that is too long by itself; `answered`
         says that it must leave room for an answer. Clients look for the first words."""
-        room = " and leaves no room for an answer" if answered else ""
+        room = ", so there is no room for an answer" if answered else ""
         return cls(
             f"This model's maximum context length is {max_model_len} tokens, but your {param} came "
             f"to {num_tokens} tokens{room}. Shorten the {param}.",

@@ -36,7 +36,7 @@ _MUST_BE = {
 }
 """By pydantic's type of an error."""
 _BOUNDS = {
-    "greater_than": "must be above {gt}",
+    "greater_than": "must be above {gt:g}",
     "greater_than_equal": "must be at least {ge}",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be at most {le}",
@@ -45,7 +45,6 @@ _BOUNDS = {
     "too_short": "must have at least {min_length} items",
     "too_long": "must have at most {max_length} items",
     "literal_error": "must be {expected}",
-    "string_pattern_mismatch": "must match {pattern}",
 }
 """The same, with the values of the error's context."""
 
@@ -97,6 +96,8 @@ def _reason(error: Mapping[str, Any]) -> str:
     kind, context = error["type"], error.get("ctx") or {}
     if kind in _MUST_BE:
         return _MUST_BE[kind]
+    if kind in ("too_short", "string_too_short") and context["min_length"] == 1:
+        return "must not be empty"
     if kind in _BOUNDS:
         return _BOUNDS[kind].format_map(context)
     message = str(error["msg"]).removeprefix("Value error, ")

@@ -141,8 +141,6 @@ def _translate(spec: GrammarSpec) -> str:
 
 def _as_lark(spec: GrammarSpec) -> str:
     """Return a grammar as Lark that can stand in a rule of another grammar. Raises ValueError."""
-    from llguidance.gbnf_to_lark import any_to_lark
-
     match spec.kind:
         case "json":
             return f"%json {json.dumps(with_json_options(json.loads(spec.text)))}"
@@ -154,10 +152,8 @@ def _as_lark(spec: GrammarSpec) -> str:
             return "/" + pattern.replace("\\\n", r"\n").replace("\n", r"\n") + "/"
         case "choice":
             return " | ".join(map(_literal, json.loads(spec.text)))
-        case "structural_tag":
-            return "%lark {\n" + _tags_to_lark(json.loads(spec.text)) + "\n}"
-        case "grammar":
-            return "%lark {\n" + any_to_lark(spec.text) + "\n}"
+        case "structural_tag" | "grammar":
+            return "%lark {\n" + _translate(spec) + "\n}"  # llguidance's own form of Lark is Lark
         case "nested":
             raise ValueError("a nested grammar cannot be nested again")
 

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+)
 
 from ...engine.sampling_params import MAX_LOGIT_BIAS
 from ..parsing.answer_parser import TOOL_NAME
@@ -78,12 +85,12 @@ def _check_content(value: Any) -> str | None:
         return value
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         raise ValueError("must be a string or a list of content parts")
-    for part in value:
+    for index, part in enumerate(value):
         kind = part.get("type", "text")
         if kind != "text":
-            raise ValueError(f"content of type {str(kind)[:32]!r} is not supported, only text")
+            raise ValueError(f"[{index}] has the type {str(kind)[:32]!r}, but only text is read")
         if not isinstance(part.get("text"), str):
-            raise ValueError("a text part needs a string as its text")
+            raise ValueError(f"[{index}] needs a string as its text")
     return "\n".join(part["text"] for part in value)
 
 
@@ -140,6 +147,12 @@ def _check_parameters(value: Any) -> dict[str, Any] | None:
         raise ValueError('must be the JSON schema of an object, {"type": "object", …}')
     if not isinstance(value.get("properties", {}), dict):
         raise ValueError("its properties must be an object")
+    return value
+
+
+def _check_tool_name(value: str) -> str:
+    if not TOOL_NAME.fullmatch(value):
+        raise ValueError("must have 1 to 128 letters, digits or _ . : / -")
     return value
 
 
@@ -218,7 +231,11 @@ BadWords = Annotated[list[str], PlainValidator(_check_bad_words)]
 LogitBias = Annotated[dict[str, float] | None, BeforeValidator(_check_bias)]
 EarlyStopping = Annotated[bool | Literal["never"] | None, PlainValidator(_check_early_stopping)]
 NoSuffix = Annotated[str | None, PlainValidator(_check_no_suffix)]
-ToolName = Annotated[str, Field(pattern=f"^(?:{TOOL_NAME.pattern})$")]
+ToolName = Annotated[
+    str,
+    AfterValidator(_check_tool_name),
+    Field(json_schema_extra={"pattern": f"^(?:{TOOL_NAME.pattern})$"}),
+]
 ToolParameters = Annotated[Any, PlainValidator(_check_parameters)]
 FunctionCallField = Annotated[Any, PlainValidator(_check_function_call)]
 OptionalLabel = Annotated[Label | None, BeforeValidator(_check_label)]

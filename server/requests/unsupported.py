@@ -43,11 +43,17 @@ _HINTS: dict[str, tuple[Any, ...]] = {
 def refuse_unsupported(
     fields: dict[str, Any], asks_for_nothing: Mapping[str, tuple[Any, ...]] = _ASKS_FOR_NOTHING
 ) -> dict[str, Any]:
-    """Return `fields` without the unsupported ones. Raises InvalidRequestError if one of them asks
-    for something."""
-    for name in fields.keys() & asks_for_nothing.keys():
-        if _asks_for_something(fields[name], asks_for_nothing[name]):
-            raise InvalidRequestError(f"{name} is not supported by this server", name)
+    """Return `fields` without the unsupported ones. Raises InvalidRequestError naming those that
+    ask for something, if there are any."""
+    refused = [
+        name
+        for name, harmless in asks_for_nothing.items()
+        if name in fields and _asks_for_something(fields[name], harmless)
+    ]
+    if refused:
+        verb = "is" if len(refused) == 1 else "are"
+        names = ", ".join(refused)
+        raise InvalidRequestError(f"{names} {verb} not supported by this server", refused[0])
     return {name: value for name, value in fields.items() if name not in asks_for_nothing}
 
 
