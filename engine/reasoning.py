@@ -77,6 +77,12 @@ class ReasoningTracker:
             return len(self._starts) if self._spec.begins_inside else 0
         return self._num_inside
 
+    @property
+    def is_over(self) -> bool:
+        """Whether no token that comes can matter any more."""
+        over = self._state is _State.OUTSIDE and not self._spec.repeats
+        return over and not self._demanded
+
     def read(self, token_ids: Iterable[int]) -> None:
         """Read the next tokens of the answer."""
         for token_id in token_ids:

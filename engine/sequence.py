@@ -100,7 +100,7 @@ class Sequence:
     """Follows its reasoning if that has a budget. The grammar room lets it read the tokens."""
     reads_tokens: bool = field(init=False)
     """The host must know the last token before the next can be sampled (grammar, bad words, a
-    budget of reasoning)."""
+    budget of reasoning), at least at first."""
     is_beam: bool = field(init=False)
     """The host must know the last token before the next can even be computed."""
 
@@ -121,14 +121,22 @@ class Sequence:
         self.pooling = request.pooling
         if request.reasoning is not None:
             self.reasoning = ReasoningTracker(request.reasoning)
-        self.reads_tokens = (
-            request.grammar is not None or bool(params.bad_words) or self.reasoning is not None
-        )
+        self.reads_tokens = self._reads_all or self.reasoning is not None
 
     @property
     def num_output_tokens(self) -> int:
         """Sampled tokens, one in flight included."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def _reads_all(self) -> bool:
+        return self.request.grammar is not None or bool(self.request.sampling_params.bad_words)
+
+    @property
+    def reads_next_token(self) -> bool:
+        """Whether the host must know the last token before the next can be sampled. Once reasoning
+        has ended, its budget does not matter any more."""
+        return self._reads_all or (self.reasoning is not None and not self.reasoning.is_over)
 
     @property
     def needs_whole_prompt(self) -> bool:

@@ -14,8 +14,11 @@ import pytest
 
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.errors import InvalidRequestError
+from quire.engine.process import wire
 from quire.engine.reasoning import ReasoningSpec
 from quire.engine.request import GrammarSpec, Request
+from quire.engine.sequence import Sequence
+from quire.engine.step import SchedulerOutput
 
 from .constrained import EOS, TOKENIZER, VOCAB_SIZE, make_core, make_request, run
 
@@ -133,6 +136,30 @@ def test_an_end_of_sequence_within_the_reasoning_ends_the_answer(core: EngineCor
     request = budgeted(*requests(1, logit_bias=((EOS, 100.0),)), 4)
     [answer] = run(core, [request]).values()
     assert answer.token_ids == [EOS] and answer.reason == "stop"
+
+
+def test_once_it_is_kept_a_budget_holds_up_no_step(folder: Path) -> None:
+    """One step ahead, the rows that must be read are those whose reasoning goes on."""
+    core = make_core(folder, async_scheduling=True)
+    scheduler = core._scheduler
+    counts: list[int] = []
+    original = scheduler.rows_that_read
+
+    def rows_that_read(output: SchedulerOutput) -> list[tuple[int, Sequence]]:
+        rows = original(output)
+        counts.append(len(rows))
+        return rows
+
+    scheduler.rows_that_read = rows_that_read  # type: ignore[method-assign]
+    [one] = requests(1, ignore_eos=True)
+    run(core, [budgeted(one, 4)])
+    # The prompt's step and those up to the mark read; a step ahead more may have been planned.
+    assert 6 <= sum(counts) <= 8 and len(counts) >= 30 and not any(counts[10:])
+
+
+def test_a_budget_crosses_to_the_engine_process() -> None:
+    request = budgeted(*requests(1), 3)
+    assert wire.decode_to_engine(wire.encode(wire.Add(request))) == wire.Add(request)
 
 
 def test_budgets_that_cannot_be_kept_are_refused(core: EngineCore) -> None:

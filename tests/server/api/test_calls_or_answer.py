@@ -318,3 +318,31 @@ async def test_what_cannot_be_combined_is_refused_by_name(
         param, _ = await refusal(client, **fields, **{name: value})
         assert param == name
     assert not engine.requests
+
+
+async def test_the_other_dialects_send_both(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    engine.max_model_len = engine.num_blocks = 2048
+    function = TOOL["function"]
+    responses = {
+        "input": "hi",
+        "tools": [{"type": "function", **function}],
+        "text": {"format": {"type": "json_schema", "name": "person", "schema": PERSON}},
+    }
+    messages = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 200,
+        "tools": [{"name": function["name"], "input_schema": function["parameters"]}],
+        "output_config": {"format": {"type": "json_schema", "schema": PERSON}},
+    }
+    for text, is_call in ((CALL, True), (ADA, False)):
+        engine.scripts = say(text)
+        answer = (await client.post("/v1/responses", json=responses)).json()
+        kinds = [item["type"] for item in answer["output"]]
+        assert kinds == ["function_call" if is_call else "message"]
+        answer = (await client.post("/v1/messages", json=messages)).json()
+        kinds = [block["type"] for block in answer["content"]]
+        assert kinds == ["tool_use" if is_call else "text"]
+    for request in engine.requests:
+        assert request.grammar is not None and request.grammar.kind == "nested"
