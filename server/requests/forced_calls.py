@@ -126,7 +126,7 @@ def chat_grammar(
         shape, reasoning = _in_harmony(body, end, shape, tokenizer.special_ids)
         before_answer = "" if body.continue_final_message else FINAL
     else:
-        reasoning = _reasoning(body, end, message_format)
+        reasoning = _reasoning(body, end, message_format, tokenizer.special_ids)
     if answer is not None and shape is None and not reasoning.rule and not before_answer:
         return answer
     # 3. Write the grammar. Harmony itself says what is a call.
@@ -169,14 +169,19 @@ def _shape_of_calls(
     return shape
 
 
-def _reasoning(body: ChatBody, end: str, message_format: MessageFormat) -> _Reasoning:
+def _reasoning(
+    body: ChatBody, end: str, message_format: MessageFormat, special_ids: dict[str, int]
+) -> _Reasoning:
     """Return the reasoning that may follow a prompt that ends with `end`."""
     style = message_format.reasoning
     if style is None:
         return _Reasoning()
     continued = body.messages[-1].content if body.continue_final_message else None
     if starts_inside(style, end, continued):
-        return _Reasoning("reasoning")
+        # A model that is inside from the start may still write the tag, which the thoughts do not
+        # match if it is a control token.
+        may_open = OPEN in special_ids and continued is None and not end.rstrip().endswith(OPEN)
+        return _Reasoning("opening? reasoning" if may_open else "reasoning")
     return _Reasoning("" if continued is not None else "(opening reasoning)?")
 
 

@@ -79,10 +79,12 @@ def client_of(engine: FakeEngineClient, tokenizer: Tokenizer, **settings: Any) -
 class Grammars:
     """The grammars that a server makes for chats with tools and a structure."""
 
-    def __init__(self, engine: FakeEngineClient, tokenizer: Tokenizer, format: str) -> None:
+    def __init__(
+        self, engine: FakeEngineClient, tokenizer: Tokenizer, format: str, **settings: Any
+    ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
-        self._client = client_of(engine, tokenizer, tool_call_parser=format)
+        self._client = client_of(engine, tokenizer, tool_call_parser=format, **settings)
 
     async def of(self, **fields: Any) -> Callable[[str], bool]:
         """Return a predicate for the texts that the grammar lets the model write."""
@@ -141,6 +143,23 @@ async def test_harmony_calls_on_one_channel_and_answers_on_another(
     fields = {"messages": continued, "continue_final_message": True}
     allowed = await grammars.of(tools=None, **fields)
     assert allowed(ADA) and not allowed(answer)
+
+
+@pytest.mark.parametrize("special", [(), ("<think>", "</think>")], ids=["text", "control tokens"])
+async def test_a_model_inside_its_reasoning_may_still_open_it(
+    engine: FakeEngineClient, special: tuple[str, ...]
+) -> None:
+    tokenizer = byte_tokenizer(CHAT_TEMPLATE, special)
+    grammars = Grammars(engine, tokenizer, "hermes", reasoning_parser="deepseek_r1")
+    allowed = await grammars.of()
+    call = HERMES_CALL.format("weather", OK)
+    for text in (
+        f"Hm.</think>{ADA}",
+        f"<think>\nHm.</think>\n\n{ADA}",
+        f"<think>Hm.</think>{call}",
+    ):
+        assert allowed(text)
+    assert not allowed(ADA) and not allowed(call)
 
 
 async def test_other_structures_stand_beside_tools_too(engine: FakeEngineClient) -> None:
