@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tokenizers import pre_tokenizers
+
 from ...engine.reasoning import ReasoningSpec
 from ..text.tokenizer import Tokenizer
 from .harmony import ANALYSIS, ASSISTANT, CALL, CHANNEL, END, RETURN, START
@@ -31,6 +33,9 @@ class ReasoningMarks:
             end = CLOSE
         self._pieces = _pieces(tokenizer, (self._opening, *self._closings))
         self._end = _encode(tokenizer, end)
+        written = tokenizer.backend.decode(list(self._end), skip_special_tokens=False)
+        self.can_end = written.strip() == end
+        """Whether the vocabulary can spell the end of the reasoning, as a budget demands."""
         self._after = [_encode(tokenizer, name)[0] for name in _AFTER_CHANNEL]
 
     def spec(
@@ -69,9 +74,13 @@ def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.backend.encode(text, add_special_tokens=False).ids)
 
 
-def _pieces(tokenizer: Tokenizer, marks: Iterable[str]) -> dict[int, bytes]:
-    """Return the bytes of the tokens that may be a part of one of `marks`, which are ASCII, or that
-    are white space."""
+def _pieces(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[int, bytes]:
+    """Return the bytes of the tokens that may be a part of one of the marks `texts`, or that are
+    white space."""
+    marks = list(texts)
+    if tokenizer.byte_level:  # the vocabulary spells each byte as a character of its own
+        alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        marks += ["".join(piece for piece, _ in alphabet.pre_tokenize_str(text)) for text in marks]
     # 1. Collect all texts of which such a token is one, or begins or ends with one.
     inner, heads, tails = set[str](), set[str](), set[str]()
     for mark in marks:
@@ -79,8 +88,8 @@ def _pieces(tokenizer: Tokenizer, marks: Iterable[str]) -> dict[int, bytes]:
         heads |= {mark[start:] for start in range(size)}
         tails |= {mark[:end] for end in range(1, size + 1)}
         inner |= {mark[start:end] for start in range(size) for end in range(start + 1, size + 1)}
-    begins, ends, whole = tuple(heads), tuple(tails), tuple(marks)
-    # 2. Look at the vocabulary's own spelling, which is that of the text for printable ASCII.
+    begins, ends = tuple(heads), tuple(tails)
+    # 2. Look at the vocabulary's own spelling.
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
     return {
         token_id: tokenizer.token_bytes(token_id)
@@ -90,5 +99,5 @@ def _pieces(tokenizer: Tokenizer, marks: Iterable[str]) -> dict[int, bytes]:
         or spelling.endswith(ends)
         or not spelling.strip(_BLANK)
         or spelling.startswith("<0x")
-        or any(mark in spelling for mark in whole)
+        or any(mark in spelling for mark in marks)
     }

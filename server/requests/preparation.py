@@ -137,6 +137,11 @@ def _reasoning(state: ServerState, body: ChatBody, prompt: list[int]) -> Reasoni
     """Return how the reasoning of a chat's answer is marked; None if it cannot have any."""
     if state.reasoning_marks is None:
         return None
+    if body.thinking_token_budget is not None and not state.reasoning_marks.can_end:
+        raise InvalidRequestError(
+            "thinking_token_budget: the model's vocabulary cannot spell the end of its reasoning",
+            "thinking_token_budget",
+        )
     return state.reasoning_marks.spec(
         prompt_end(state.tokenizer, prompt),
         body.messages[-1].content if body.continue_final_message else None,

@@ -12,6 +12,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import transformers
+from tokenizers import Tokenizer as Encoder
+from tokenizers import models
 from transformers.models.llama import LlamaConfig
 
 from quire.engine.config import EngineConfig
@@ -219,6 +222,17 @@ async def test_budgets_that_cannot_be_served(
     response = await make_client(reasoning_parser="none", strict=True).post(CHAT, json=body)
     assert_error(response, 400, "invalid_value", "thinking_token_budget")
     assert len(engine.requests) == 1
+
+
+async def test_a_vocabulary_that_cannot_spell_the_mark(engine: FakeEngineClient) -> None:
+    encoder = Encoder(models.WordLevel({"hi": 0, "<unk>": 1}, unk_token="<unk>"))
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=encoder, unk_token="<unk>")
+    hf.chat_template = "{{ messages[0].content }}{# <think> #}"
+    async with client_of(engine, Tokenizer(hf)) as client:
+        assert (await client.post(CHAT, json=HI)).status_code == 200
+        response = await client.post(CHAT, json={**HI, "thinking_token_budget": 3})
+        assert_error(response, 400, "invalid_value", "thinking_token_budget")
+        assert "vocabulary" in response.json()["error"]["message"]
 
 
 async def test_the_sdk_reads_the_count(client: httpx.AsyncClient, engine: FakeEngineClient) -> None:
