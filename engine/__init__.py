@@ -5,6 +5,7 @@ They import only each other and the standard library. From a request inwards:
 
     errors           the one tree of exceptions, with their codes
     sampling_params  how tokens are drawn
+    reasoning        where an answer's reasoning begins and ends, and its budget
     request          a client's request, and whether it can ever run
     config           the engine's configuration, and what it reports when it is ready
     embedding_spec   how a model makes embeddings

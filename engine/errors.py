@@ -55,7 +55,39 @@ class InvalidRequestError(QuireError):
 
 
 class ContextLengthError(InvalidRequestError):
+    """The prompt, or the prompt with max_tokens, exceeds the context.
+
+    `num_tokens` are those of a prompt that exceeds it by itself, if they were counted.
+    """
+
     code = "context_length_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        *,
+        num_tokens: int | None = None,
+        max_model_len: int | None = None,
+    ) -> None:
+        super().__init__(message, param)
+        self.num_tokens = num_tokens
+        self.max_model_len = max_model_len
+
+    @classmethod
+    def of_prompt(
+        cls, num_tokens: int, max_model_len: int, param: str, *, answered: bool = True
+    ) -> ContextLengthError:
+        """Make the error for a prompt in the field `param` that is too long by itself; `answered`
+        says that it must leave room for an answer. Clients look for the first words."""
+        room = ", so there is no room for an answer" if answered else ""
+        return cls(
+            f"This model's maximum context length is {max_model_len} tokens, but your {param} came "
+            f"to {num_tokens} tokens{room}. Shorten the {param}.",
+            param,
+            num_tokens=num_tokens,
+            max_model_len=max_model_len,
+        )
 
 
 class PoolTooSmallError(InvalidRequestError):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from .errors import ContextLengthError, InvalidRequestError, PoolTooSmallError
+from .reasoning import ReasoningSpec
 from .sampling_params import SamplingParams
 
-GrammarKind = Literal["json", "regex", "choice", "grammar", "structural_tag"]
+GrammarKind = Literal["json", "regex", "choice", "grammar", "structural_tag", "nested"]
 Pooling = Literal["last", "mean", "weightedmean", "max", "classify"]
 """How a prompt's hidden states become one vector: the last state, their mean, their mean weighted
 by position (state n, counted from 1, has weight n), the maximum of each component, or the logits
@@ -38,12 +40,18 @@ class GrammarSpec:
     """The grammar that an answer must match.
 
     By `kind`, `text` is a JSON schema ("json"), a regular expression, a JSON list of strings
-    ("choice"), a Lark or GBNF grammar, or the JSON of structural tags (see
-    `_tags_to_lark` in grammar/compile.py).
+    ("choice"), a Lark or GBNF grammar, the JSON of structural tags (see `_tags_to_lark` in
+    grammar/compile.py), or a grammar within another ("nested", see `nested`).
     """
 
     kind: GrammarKind
     text: str
+
+    @classmethod
+    def nested(cls, rules: str, answer: GrammarSpec) -> GrammarSpec:
+        """Return the Lark grammar `rules`, whose rule `answer`, which it lacks, is `answer`."""
+        parts = {"rules": rules, "kind": answer.kind, "text": answer.text}
+        return cls("nested", json.dumps(parts, ensure_ascii=False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +65,7 @@ class Request:
     Every choice matches `grammar`, unless it reaches max_tokens before the grammar's end. The
     policy "fair" charges the request to `user`; all requests with None count as one user.
     If `pooling` is set, the prompt is computed for its embedding and nothing is generated.
+    `reasoning` is given if the reasoning of each choice has a budget.
     """
 
     request_id: str
@@ -70,16 +79,28 @@ class Request:
     grammar: GrammarSpec | None = None
     pooling: Pooling | None = None
     user: str | None = None
+    reasoning: ReasoningSpec | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
             raise InvalidRequestError("the prompt is empty", "prompt")
         if self.grammar is not None and self.sampling_params.beam_width is not None:
             raise InvalidRequestError("beam search cannot follow a grammar", "use_beam_search")
+        if self.reasoning is not None:
+            self._check_reasoning()
         if self.pooling is not None:
             nothing = SamplingParams(max_tokens=0)
             if self.sampling_params != nothing or self.grammar is not None:
                 raise InvalidRequestError("an embedding samples nothing", "sampling_params")
+
+    def _check_reasoning(self) -> None:
+        name = "thinking_token_budget"
+        if self.sampling_params.beam_width is not None:
+            raise InvalidRequestError(f"beam search cannot follow a {name}", "use_beam_search")
+        if self.sampling_params.allowed_token_ids is not None:
+            raise InvalidRequestError(
+                f"{name} cannot be combined with allowed_token_ids", "allowed_token_ids"
+            )
 
     def check_fits(self, capacity: Capacity) -> None:
         """Raise InvalidRequestError if an engine of this capacity can never run the request.
@@ -100,14 +121,18 @@ class Request:
             raise InvalidRequestError(
                 f"prompt has a token id outside the vocabulary of {vocab_size}", "prompt"
             )
+        if self.reasoning is not None and max(self.reasoning.forced_ids, default=0) >= vocab_size:
+            raise InvalidRequestError(
+                "the end of the reasoning is outside the vocabulary", "thinking_token_budget"
+            )
         params = self.sampling_params
         params.check_vocabulary(vocab_size)
         total = len(prompt) + params.max_tokens
         # The last sampled token is never fed back, so it needs no slot in the cache.
         if total > max_model_len or len(prompt) >= max_model_len + (params.max_tokens == 0):
             raise ContextLengthError(
-                f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed "
-                f"the context of {max_model_len} tokens",
+                f"This model's maximum context length is {max_model_len} tokens, but the prompt "
+                f"has {len(prompt)} tokens and max_tokens is {params.max_tokens}",
                 "max_tokens" if len(prompt) < max_model_len else "prompt",
             )
         shared = len(prompt) // block_size

@@ -8,6 +8,7 @@ from itertools import count
 from typing import NamedTuple
 
 from .outputs import TokenLogprobs
+from .reasoning import ReasoningTracker
 from .request import Pooling, Request
 from .step import SequenceSpec
 
@@ -95,8 +96,11 @@ class Sequence:
     """One entry for each prompt position computed so far; the first has no predecessor."""
     pooling: Pooling | None = field(init=False)
     """How its prompt becomes an embedding; None if it generates."""
+    reasoning: ReasoningTracker | None = field(init=False, default=None)
+    """Follows its reasoning if that has a budget. The grammar room lets it read the tokens."""
     reads_tokens: bool = field(init=False)
-    """The host must know the last token before the next can be sampled (grammar, bad words)."""
+    """The host must know the last token before the next can be sampled (grammar, bad words, a
+    budget of reasoning), at least at first."""
     is_beam: bool = field(init=False)
     """The host must know the last token before the next can even be computed."""
 
@@ -115,12 +119,24 @@ class Sequence:
         if params.beam_width is not None:
             self.num_logprobs = max(params.logprobs or 0, params.beam_width + len(self.stop_ids))
         self.pooling = request.pooling
-        self.reads_tokens = request.grammar is not None or bool(params.bad_words)
+        if request.reasoning is not None:
+            self.reasoning = ReasoningTracker(request.reasoning)
+        self.reads_tokens = self._reads_all or self.reasoning is not None
 
     @property
     def num_output_tokens(self) -> int:
         """Sampled tokens, one in flight included."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def _reads_all(self) -> bool:
+        return self.request.grammar is not None or bool(self.request.sampling_params.bad_words)
+
+    @property
+    def reads_next_token(self) -> bool:
+        """Whether the host must know the last token before the next can be sampled. Once reasoning
+        has ended, its budget does not matter any more."""
+        return self._reads_all or (self.reasoning is not None and not self.reasoning.is_over)
 
     @property
     def needs_whole_prompt(self) -> bool:

@@ -6,6 +6,7 @@ The ground floor, these files, may be imported by every room:
     foreign_flags    other servers' flags, and what takes their place
     generation_defaults  sampling parameters of the model's generation_config.json
     errors       exceptions to HTTP answers
+    validation   what is wrong with a body, in words for people
     logs         the log
     metrics      the page /metrics; histograms and their buckets; metrics_sum adds up processes
     json_text    JSON of answers

@@ -44,7 +44,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
 from ..engine import errors as tree
-from ..engine.errors import InvalidRequestError, OverloadedError, QuireError
+from ..engine.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    OverloadedError,
+    QuireError,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -130,7 +135,10 @@ def error_response(
         headers["Retry-After"] = str(RESTART_RETRY_AFTER)
     elif status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(_shaped(error_body(error, request_id), scope), status, headers)
+    body = error_body(error, request_id)
+    if isinstance(error, ContextLengthError) and _is_anthropic(scope):
+        body["error"]["message"] = _of_long_prompt(error)
+    return JSONResponse(_shaped(body, scope), status, headers)
 
 
 def http_error_response(status: int, message: str, scope: Scope | None = None) -> JSONResponse:
@@ -149,11 +157,21 @@ def anthropic_error_body(body: dict[str, Any]) -> dict[str, Any]:
     return {"type": "error", "error": shaped}
 
 
-def _shaped(body: dict[str, Any], scope: Scope | None) -> dict[str, Any]:
+def _of_long_prompt(error: ContextLengthError) -> str:
+    """Return the message in the words by which Anthropic's clients know that they must shorten the
+    conversation."""
+    if error.num_tokens is None:
+        return f"prompt is too long: {error.message}"
+    return f"prompt is too long: {error.num_tokens} tokens > {error.max_model_len} maximum"
+
+
+def _is_anthropic(scope: Scope | None) -> bool:
     path = "" if scope is None else scope["path"].removeprefix(scope.get("root_path", ""))
-    if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
-        return anthropic_error_body(body)
-    return body
+    return bool(path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"))
+
+
+def _shaped(body: dict[str, Any], scope: Scope | None) -> dict[str, Any]:
+    return anthropic_error_body(body) if _is_anthropic(scope) else body
 
 
 def client_left() -> Response:

@@ -27,6 +27,7 @@ from quire.server.errors import answer_of
 from quire.server.http import body, event_log, http_protocol, resumption
 from quire.server.requests import field_types, job, protocol, sampling
 from quire.server.requests.unsupported import _ASKS_FOR_NOTHING as ASKS_FOR_NOTHING
+from quire.server.requests.unsupported import _HINTS as HINTS
 from quire.server.scoring.classify import ClassifyBody
 from quire.server.scoring.rerank import RerankBody, ScoreBody
 from quire.server.settings import Settings, load_settings
@@ -56,6 +57,7 @@ EXAMPLES = [
     for endpoint in row["in"].split()
 ]
 UNSUPPORTED = _table("field", "for", "asks for nothing")
+HINT_ROWS = _table("hint", "why it has no effect", "asks for nothing")
 
 
 @cache
@@ -208,6 +210,35 @@ async def test_unsupported_fields_are_refused_by_name(endpoint: str) -> None:
         for text in ["null", *re.findall("`([^`]*)`", row["asks for nothing"])]:
             response = await _post(endpoint, **{name: json.loads(text)})
             assert response.status_code == 200, (name, text)
+
+
+def test_hints_are_listed_with_what_asks_for_nothing() -> None:
+    listed = {
+        code(row["hint"]): [
+            json.loads(text) for text in re.findall("`([^`]*)`", row["asks for nothing"])
+        ]
+        for row in HINT_ROWS
+    }
+    assert listed == {name: list(values) for name, values in HINTS.items()}
+
+
+@pytest.mark.parametrize("endpoint", PATHS)
+async def test_hints_are_named_in_the_header_and_refused_if_strict(endpoint: str) -> None:
+    async with _client(strict=True) as strict:
+        for row in HINT_ROWS:
+            name = code(row["hint"])
+            response = await _post(endpoint, **{name: {"anything": 1}})
+            assert response.status_code == 200, name
+            assert response.headers["x-quire-ignored-params"] == name
+            fields = {**BODIES[endpoint], name: {"anything": 1}}
+            response = await strict.post(PATHS[endpoint], json=fields)
+            assert response.status_code == 400
+            assert response.json()["error"]["param"] == name
+            for text in ["null", *re.findall("`([^`]*)`", row["asks for nothing"])]:
+                fields = {**BODIES[endpoint], name: json.loads(text)}
+                response = await strict.post(PATHS[endpoint], json=fields)
+                assert response.status_code == 200, (name, text)
+                assert "x-quire-ignored-params" not in response.headers
 
 
 def _section(heading: str) -> str:

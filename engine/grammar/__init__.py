@@ -10,7 +10,7 @@ Reading order:
     compile      from a request's grammar and a tokenizer.json to a matcher of llguidance
     masks        the matchers of all requests, and the bitmask of each step
     bad_words    the tokens that would complete a bad word
-    constraints  both as a step's SamplingConstraints, worked out while the forward runs
+    constraints  both, and budgets of reasoning (../reasoning.py), as a step's SamplingConstraints
 
 It may import the words of the engine (the modules directly in `engine`), and numpy. llguidance is
 imported only when the first constrained request comes.

@@ -7,6 +7,7 @@ engine refuses constrained requests.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,29 @@ def _translate(spec: GrammarSpec) -> str:
             return grammar_from("grammar", spec.text)
         case "structural_tag":
             return LLMatcher.grammar_from_lark(_tags_to_lark(json.loads(spec.text)))
+        case "nested":
+            parts = json.loads(spec.text)
+            answer = _as_lark(GrammarSpec(parts["kind"], parts["text"]))
+            return LLMatcher.grammar_from_lark(f"{parts['rules']}\nanswer: {answer}\n")
+
+
+def _as_lark(spec: GrammarSpec) -> str:
+    """Return a grammar as Lark that can stand in a rule of another grammar. Raises ValueError."""
+    match spec.kind:
+        case "json":
+            return f"%json {json.dumps(with_json_options(json.loads(spec.text)))}"
+        case "regex":
+            # A slash would end the expression, and a line break is not allowed in one.
+            pattern = re.sub(
+                r"(\\.)|/", lambda found: found[1] or r"\/", spec.text, flags=re.DOTALL
+            )
+            return "/" + pattern.replace("\\\n", r"\n").replace("\n", r"\n") + "/"
+        case "choice":
+            return " | ".join(map(_literal, json.loads(spec.text)))
+        case "structural_tag" | "grammar":
+            return "%lark {\n" + _translate(spec) + "\n}"  # llguidance's own form of Lark is Lark
+        case "nested":
+            raise ValueError("a nested grammar cannot be nested again")
 
 
 def _tags_to_lark(tags: Mapping[str, Any]) -> str:

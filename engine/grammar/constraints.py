@@ -40,10 +40,32 @@ def start_constraints(
     tokens up to the one to sample are known."""
     # Sequences may have ended while their step was launched; nobody will look at their rows.
     alive = [(row, one) for row, one in rows if one.status is not SequenceStatus.FINISHED]
-    masks = structured.start([pair for pair in alive if pair[1].request.grammar is not None])
+    demanded = _demanded(alive)
+    masks = structured.start(
+        [(row, one) for row, one in alive if one.request.grammar is not None or row in demanded],
+        demanded,
+    )
     banned = {}
     for row, one in alive:
         words = one.request.sampling_params.bad_words
-        if words and (tokens := banned_tokens(words, one.token_ids, one.num_prompt_tokens)):
+        if (
+            row not in demanded
+            and words
+            and (tokens := banned_tokens(words, one.token_ids, one.num_prompt_tokens))
+        ):
             banned[row] = tokens
     return PendingConstraints(masks, banned) if masks or banned else NOTHING_PENDING
+
+
+def _demanded(rows: list[tuple[int, Sequence]]) -> dict[int, tuple[int, ...]]:
+    """Return the tokens of which each row must sample one, for the rows whose budget of reasoning
+    demands it."""
+    demanded = {}
+    for row, sequence in rows:
+        tracker = sequence.reasoning
+        if tracker is not None:
+            tracker.read(sequence.token_ids[sequence.num_prompt_tokens + tracker.num_read :])
+            token_ids = tracker.demanded()
+            if token_ids is not None:
+                demanded[row] = token_ids
+    return demanded

@@ -21,6 +21,7 @@ from collections import OrderedDict, abc
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -63,13 +64,15 @@ class _Constrained:
 
 
 class _Row(NamedTuple):
-    """One row to fill: the tokens to read first, and the end tokens to bar while anything else is
-    allowed. `row` is the row of the step's plan."""
+    """One row to fill: the tokens to read first, the end tokens to bar, and those of which one is
+    demanded. Both give way if the grammar allows nothing else. `row` is the row of the step's
+    plan."""
 
     row: int
     matcher: LLMatcher
     token_ids: list[int]
     barred: frozenset[int]
+    demanded: tuple[int, ...] = ()
 
 
 class TokenMasks:
@@ -182,10 +185,15 @@ class StructuredOutput:
 
     # -- steps ------------------------------------------------------------------------------
 
-    def start(self, rows: list[tuple[int, Sequence]]) -> TokenMasks | None:
+    def start(
+        self,
+        rows: list[tuple[int, Sequence]],
+        demanded: abc.Mapping[int, tuple[int, ...]] = MappingProxyType({}),
+    ) -> TokenMasks | None:
         """Begin to fill the bitmask of these rows of a step; None if there are none.
 
-        Each row comes with its sequence, whose tokens are known.
+        Each row comes with its sequence, whose tokens are known, and has a grammar or is in
+        `demanded`, which holds the tokens of which one must follow.
         """
         if self._masks is not None:  # if its step was given up, its tasks may still run
             self._masks.wait()
@@ -196,8 +204,11 @@ class StructuredOutput:
         masks = TokenMasks({row: index for index, (row, _) in enumerate(rows)}, bitmask)
         to_fill: list[_Row] = []
         for row, sequence in rows:
+            if sequence.request.grammar is None:
+                _allow_only(bitmask[masks.rows[row]], demanded[row])
+                continue
             try:
-                to_fill.append(self._row(row, sequence))
+                to_fill.append(self._row(row, sequence)._replace(demanded=demanded.get(row, ())))
             except Exception as error:  # whatever reading the tokenizer or the grammar raised
                 masks.errors[row] = _row_error(error)
         if to_fill:
@@ -247,6 +258,9 @@ class StructuredOutput:
         )
         _clear_from(bitmask, self._vocab_size)
         for row in rows:
+            if row.demanded:
+                # In the middle of a character the grammar wants its next byte first.
+                _allow_only(bitmask[masks.rows[row.row]], row.demanded)
             if row.barred:
                 self._bar(bitmask[masks.rows[row.row]], row.barred)
         is_open: NDArray[np.bool_] = (bitmask != 0).any(axis=1)
@@ -266,6 +280,16 @@ class StructuredOutput:
                 others[token_id >> 5] &= ~np.left_shift(np.int32(1), token_id & 31)
         if others.any():
             bits[:] = others
+
+
+def _allow_only(bits: NDArray[np.int32], token_ids: tuple[int, ...]) -> None:
+    """Forbid all but these tokens in a row, as far as the row allows any of them."""
+    only = np.zeros_like(bits)
+    for token_id in token_ids:
+        only[token_id >> 5] |= np.left_shift(np.int32(1), token_id & 31)
+    only &= bits
+    if only.any():
+        bits[:] = only
 
 
 def _clear_from(bitmask: NDArray[np.int32], end: int) -> None:

@@ -207,7 +207,7 @@ class PlanMaker:
             masks=self._masks(sequences, working),
             penalties=self._penalties(sequences, working),
             constrained=self._constrained_rows(working, constrained),
-            min_tokens=self._min_tokens(sequences, working),
+            min_tokens=self._min_tokens(sequences, working, constrained),
             bad_words=tuple(
                 BadWordsRow(row, index)
                 for index, row in enumerate(working)
@@ -324,12 +324,15 @@ class PlanMaker:
         return self._rows([index_of[row] for row in constrained])
 
     def _min_tokens(
-        self, sequences: abc.Sequence[SequenceSpec], working: list[int]
+        self,
+        sequences: abc.Sequence[SequenceSpec],
+        working: list[int],
+        constrained: tuple[int, ...],
     ) -> tuple[MinTokensRow, ...]:
         rows = []
         for index, row in enumerate(working):
             sequence = sequences[row]
-            if sequence.has_grammar:
+            if sequence.has_grammar or row in constrained:
                 continue  # its bitmask says when it may end
             min_tokens = sequence.sampling_params.min_tokens
             # An end token outside the vocabulary (a tokenizer's own) cannot be drawn.

@@ -200,7 +200,7 @@ class Scheduler:
         return [
             (row, sequence)
             for row, sequence in enumerate(self._launched[output.step])
-            if sequence.reads_tokens and row not in partial
+            if sequence.reads_tokens and sequence.reads_next_token and row not in partial
         ]
 
     @property

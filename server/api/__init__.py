@@ -6,6 +6,7 @@ Reading order:
     echo               its prompt, given back before the answer
     answers            what completions and chat completions share: envelope, usage, streams
     chat, logprobs     conversations; log-probabilities in OpenAI's shapes
+    call_forms         calls in the old form, and of custom tools
     stored_streams     GET and DELETE of resumable streams
     embeddings, tokenization, operations    the other endpoints
     invocations        one path for several of them, as SageMaker asks

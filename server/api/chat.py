@@ -21,8 +21,15 @@ from ..requests.job import Job
 from ..requests.preparation import asked_by, prepare_chat, response_id
 from ..requests.protocol import ChatBody, validate
 from ..requests.state import ServerState, state_of
-from ..requests.tool_choice import offered_tools, unenforced
+from ..requests.tool_choice import (
+    allows_many_calls,
+    offered_tools,
+    unenforced,
+    without_effect,
+)
+from ..requests.unsupported import refuse_ignored
 from .answers import GENERATION, Envelope, ignored_header, refusals_counted, stream_of
+from .call_forms import CallForm, call_form
 from .logprobs import LogprobFormat
 
 router = APIRouter(tags=["completions"])
@@ -40,13 +47,19 @@ async def create_chat_completion(request: Request) -> Response:
     with refusals_counted(state.metrics):
         fields = await read_json_object(request)
         body, ignored = validate(ChatBody, fields, strict=state.settings.strict)
-        ignored += unenforced(body)
+        pointless = without_effect(body)
+        if state.settings.strict:
+            refuse_ignored(pointless)
+        ignored += pointless
         state.check_model(body.model)
         answer_id = response_id("chatcmpl", request, body)
         owner = state.keys.owner(request)
         chat = await Chat.start(state, body, answer_id, request.state.request_id, owner)
     job, ticket = chat.job, chat.ticket
-    headers = ignored_header([*ignored, *job.unread_fields], job.prompt_changes)
+    ignored += job.ignored
+    if job.requests[0].grammar is None:
+        ignored += unenforced(body)
+    headers = ignored_header(ignored, job.prompt_changes)
     if body.stream:
         return stream_of(request, chat.events(), chat.failure, ticket, job.deadline, headers)
     with ticket:
@@ -95,29 +108,36 @@ class Chat:
 
     @classmethod
     async def start(
-        cls, state: ServerState, body: ChatBody, answer_id: str, log_id: str, owner: bytes
+        cls,
+        state: ServerState,
+        body: ChatBody,
+        answer_id: str,
+        log_id: str,
+        owner: bytes,
+        *,
+        caps_max_tokens: bool = False,
     ) -> Chat:
         """Admit a conversation. Raises QuireError if it is refused.
 
-        `log_id` names the request in the log and `owner` its API key. The caller must close
-        `ticket`.
+        `log_id` names the request in the log and `owner` its API key. With `caps_max_tokens`, a
+        max_tokens beyond the room that is left is reduced instead of refused, and `job.ignored`
+        names it. The caller must close `ticket`.
         """
-        job, ticket = await prepare_chat(state, body)
+        job, ticket = await prepare_chat(state, body, caps_max_tokens=caps_max_tokens)
         job = asked_by(job, owner, body.user)
         return cls(state, body, job, ticket, answer_id, log_id)
 
     def _new_parser(self) -> MessageParser:
         body = self._body
         tools = offered_tools(body)
-        if self.job.requests[0].grammar is not None and not tools:
-            return MessageParser()  # a grammar without tools: everything is content
         prompt = self.generation.prompt_token_ids(0)
         return self._state.message_format.parser(
             [tool["function"]["name"] for tool in tools],
             prompt_end=prompt_end(self._state.tokenizer, prompt),
             continued=body.messages[-1].content if body.continue_final_message else None,
             show_reasoning=body.include_reasoning is not False,
-            parallel_calls=body.parallel_tool_calls is not False,
+            parallel_calls=allows_many_calls(body),
+            call_openings=self.job.call_openings,
         )
 
     def whole(self, answers: list[Finished]) -> dict[str, Any]:
@@ -135,13 +155,13 @@ class Chat:
         return answer
 
     def _choice(self, index: int, finished: Finished) -> dict[str, Any]:
-        parser, builder = self._new_parser(), MessageBuilder()
+        parser, builder, form = self._new_parser(), MessageBuilder(), call_form(self._body)
         builder.add(parser.feed(finished.text) + parser.finish())
         choice: dict[str, Any] = {
             "index": index,
-            "message": builder.message(),
+            "message": form.message(builder.message()),
             "logprobs": None,
-            "finish_reason": parser.finish_reason(finished.finish_reason),
+            "finish_reason": form.finish_reason(parser.finish_reason(finished.finish_reason)),
             "stop_reason": finished.stop_reason,
             "token_ids": finished.token_ids if self._body.return_token_ids else None,
         }
@@ -173,7 +193,7 @@ class Chat:
 
         Each choice begins with its role and ends with a finish_reason. Raises QuireError.
         """
-        parsers = [self._new_parser() for _ in range(self.job.n)]
+        parsers = [(self._new_parser(), call_form(self._body)) for _ in range(self.job.n)]
         begun = False
         async with aclosing(self.generation.deltas()) as deltas:
             async for delta in deltas:
@@ -181,10 +201,10 @@ class Chat:
                     begun = True
                     for index in range(self.job.n):
                         yield self._role_choice(index)
-                for choice in self._pieces(parsers[delta.choice], delta):
+                for choice in self._pieces(*parsers[delta.choice], delta):
                     yield choice
 
-    def _pieces(self, parser: MessageParser, delta: Delta) -> list[dict[str, Any]]:
+    def _pieces(self, parser: MessageParser, form: CallForm, delta: Delta) -> list[dict[str, Any]]:
         """Return one entry of `choices` for each message event that `delta` brings.
 
         The last one carries what belongs to the delta's tokens: log-probabilities, ids and the
@@ -194,7 +214,9 @@ class Chat:
         events = parser.feed(delta.text)
         if delta.finish_reason is not None:
             events = joined(events + parser.finish())
-        changes = [delta_of(event) for event in events]
+        changes = form.deltas(
+            [delta_of(event) for event in events], ended=delta.finish_reason is not None
+        )
         if not changes and (delta.finish_reason or body.logprobs or body.return_token_ids):
             changes = [{}]
         pieces: list[dict[str, Any]] = [
@@ -209,7 +231,7 @@ class Chat:
         ]
         if pieces:
             last = pieces[-1]
-            last["finish_reason"] = parser.finish_reason(delta.finish_reason)
+            last["finish_reason"] = form.finish_reason(parser.finish_reason(delta.finish_reason))
             last["stop_reason"] = delta.stop_reason
             if body.logprobs:
                 last["logprobs"] = self._logprobs.chat(delta.logprobs, body.top_logprobs or 0)

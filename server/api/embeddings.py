@@ -119,10 +119,7 @@ async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSp
             prompts.append(item)
         longest = max(map(len, prompts))
         if longest > info.max_model_len:
-            raise ContextLengthError(
-                f"the input of {longest} tokens exceeds the context of {info.max_model_len} tokens",
-                "input",
-            )
+            raise ContextLengthError.of_prompt(longest, info.max_model_len, "input", answered=False)
         fields = GenerationBody(
             max_tokens=0, priority=body.priority, cache_salt=body.cache_salt, timeout=body.timeout
         )

@@ -18,7 +18,7 @@ from ..http.route_docs import (
     json_body,
     json_object,
 )
-from ..requests.chat_prompt import check_chat, encode_chat
+from ..requests.chat_prompt import check_chat, encode_chat, settings_without_effect
 from ..requests.protocol import DetokenizeBody, TokenizeBody, TokenizeChatBody, validate
 from ..requests.state import state_of
 from .answers import ignored_header
@@ -54,6 +54,7 @@ async def tokenize(request: Request) -> Response:
         state.check_model(chat.model)
         return_strings = chat.return_token_strs
         check_chat(state, chat)
+        ignored += await settings_without_effect(state, chat)
         token_ids, changes, unread = await encode_chat(state, chat, chat.add_special_tokens, limit)
         ignored += unread
     answer: dict[str, Any] = {

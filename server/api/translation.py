@@ -9,6 +9,7 @@ chat's stream, whether they are streamed or not.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from ...engine.errors import EngineDeadError, InvalidRequestError
 from ..json_text import encode_line
 from ..requests.field_types import Fields
 from ..requests.protocol import ChatBody, path_of, validate
+from .chat import Chat
 
 PASSED_ON = (
     "model", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -86,15 +88,31 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except InvalidRequestError as error:
-        param, message = error.param or "", error.message
+        param, message = renamed_path(error.param or "", names), error.message
         for ours, theirs in names.items():
-            if ours.startswith("."):
-                param = param.replace(ours, theirs)
-            elif param.startswith(ours):
-                param, message = theirs, message.replace(ours, theirs)
+            if not ours.startswith(".") and (error.param or "").startswith(ours):
+                message = message.replace(ours, theirs)
         if param == (error.param or ""):
             raise
-        raise type(error)(message.replace(str(error.param), param), param) from error
+        changed = copy.copy(error)
+        changed.message, changed.param = message.replace(str(error.param), param), param
+        changed.args = (changed.message,)
+        raise changed from error
+
+
+def renamed_path(path: str, names: Mapping[str, str]) -> str:
+    """Return the client's name of a field of the chat; see `renamed` for `names`."""
+    for ours, theirs in names.items():
+        if ours.startswith("."):
+            path = path.replace(ours, theirs)
+        elif path.startswith(ours):
+            path = theirs
+    return path
+
+
+def without_effect(chat: Chat, names: Mapping[str, str]) -> list[str]:
+    """Return the client's names of the fields that have no effect with this model."""
+    return [renamed_path(path, names) for path in chat.job.ignored]
 
 
 def content_of(value: Any, where: Path, kind: str) -> str | list[dict[str, str]]:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ..api.answers import ignored_header, refusals_counted
 from ..api.chat import Chat
-from ..api.translation import renamed, sse
+from ..api.translation import renamed, renamed_path, sse, without_effect
 from ..errors import anthropic_error_body, client_left, error_body
 from ..http.body import read_json_object
 from ..http.route_docs import (
@@ -27,7 +27,7 @@ from ..http.route_docs import (
     json_object,
 )
 from ..http.sse import EventStream, run_until_disconnect
-from ..requests.chat_prompt import check_chat, encode_chat
+from ..requests.chat_prompt import check_chat, encode_chat, settings_without_effect
 from ..requests.state import state_of
 from .messages_body import CountTokensBody, MessagesBody, check_body, names_of
 from .messages_events import PING, MessageWriter
@@ -57,8 +57,11 @@ async def create_message(request: Request) -> Response:
         message_id = f"msg_{uuid.uuid4().hex}"
         with renamed(names_of(body)):
             owner = state.keys.owner(request)
-            chat = await Chat.start(state, chat_body, message_id, request_id, owner)
+            chat = await Chat.start(
+                state, chat_body, message_id, request_id, owner, caps_max_tokens=True
+            )
     writer = MessageWriter(message_id, state.model_name)
+    ignored += without_effect(chat, names_of(body))
     headers = ignored_header(ignored, chat.job.prompt_changes)
     if body.stream:
         return EventStream(
@@ -97,7 +100,9 @@ async def count_tokens(request: Request) -> Response:
     state.check_model(body.model)
     with renamed(names_of(body)):
         check_chat(state, chat)
+        unread = await settings_without_effect(state, chat)
         prompt = await encode_chat(state, chat, None, state.engine.info.max_model_len)
+    ignored += [renamed_path(path, names_of(body)) for path in unread]
     return JSONResponse({"input_tokens": len(prompt.token_ids)}, headers=ignored_header(ignored))
 
 

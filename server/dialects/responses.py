@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from ...engine.errors import InvalidRequestError, RequestTimeoutError
 from ..api.answers import DELETED, ignored_header, refusals_counted
 from ..api.chat import Chat
-from ..api.translation import Event, renamed, sse
+from ..api.translation import Event, renamed, sse, without_effect
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.responses_store import Key, ResponseStore, Running, Stored
@@ -55,7 +55,8 @@ async def create_response(request: Request) -> Response:
         if (answer := state.siblings.forward(request, previous)) is not None:
             return answer
         run = await _ResponseRun.start(state, request, body)
-    headers = ignored_header(ignored + run.ignored, run.chat.job.prompt_changes)
+    ignored += run.ignored + without_effect(run.chat, NAMES)
+    headers = ignored_header(ignored, run.chat.job.prompt_changes)
     if body.background:
         state.responses.run(run.key, run.writer.response, run.run_in_background())
         return JSONResponse(run.writer.response, headers=headers)
@@ -163,7 +164,14 @@ class _ResponseRun:
         previous = _previous(request, body.previous_response_id)
         chat_body, ignored = chat_of(body, previous, strict=state.settings.strict)
         with renamed(NAMES):
-            chat = await Chat.start(state, chat_body, key[1], request.state.request_id, key[0])
+            chat = await Chat.start(
+                state,
+                chat_body,
+                key[1],
+                request.state.request_id,
+                key[0],
+                caps_max_tokens=True,
+            )
         writer = ResponseWriter(key[1], state.model_name, body, store=store)
         items = [*previous, *items_of(body)]
         return cls(state.responses, key, chat, writer, items, ignored, request.state.request_id)

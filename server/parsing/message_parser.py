@@ -13,6 +13,7 @@ from ...engine.errors import ConfigurationError
 from ..settings import Settings
 from ..text.tokenizer import Tokenizer
 from .answer_parser import AnswerParser
+from .calls_or_answer import CallsOrAnswer
 from .harmony import ASSISTANT, CONTROL_TOKENS, FINAL, HarmonyParser
 from .message_events import ContentText, Event, ReasoningText, ToolCallStart, joined
 from .reasoning import CLOSE, OPEN, ReasoningParser, ReasoningStyle, detect_reasoning, starts_inside
@@ -31,7 +32,7 @@ class MessageParser:
 
     def __init__(
         self,
-        tools: AnswerParser | None = None,
+        tools: AnswerParser | CallsOrAnswer | None = None,
         reasoning: ReasoningParser | None = None,
         *,
         show_reasoning: bool = True,
@@ -150,14 +151,16 @@ class MessageFormat:
         continued: str | None,
         show_reasoning: bool,
         parallel_calls: bool,
+        call_openings: Collection[str] = (),
     ) -> MessageParser:
         """Make the parser of one choice.
 
         Calls are looked for only if there are `tool_names`. See `starts_inside` for `prompt_end`
-        and `continued`.
+        and `continued`. If there are `call_openings`, the answer is either calls, which begin with
+        one of them, or content.
         """
         reasoning = None
-        tools: AnswerParser | None = None
+        tools: AnswerParser | CallsOrAnswer | None = None
         if self.is_harmony:
             tools = HarmonyParser(
                 tool_names,
@@ -170,7 +173,8 @@ class MessageFormat:
             if opened or continued is None:
                 reasoning = ReasoningParser(opened=opened)
         if tools is None and tool_names and self.tool_format is not None:
-            tools = TOOL_PARSERS[self.tool_format](tool_names)
+            calls = TOOL_PARSERS[self.tool_format](tool_names)
+            tools = CallsOrAnswer(calls, call_openings) if call_openings else calls
         return MessageParser(
             tools,
             reasoning,

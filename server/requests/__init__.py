@@ -5,13 +5,13 @@ Reading order, which is the way of a request:
     state            the server's state, which every endpoint gets
     field_types      types of single fields, with their checks
     protocol         the bodies as pydantic models, and their validation
-    unsupported      known fields that are refused
+    unsupported      known fields that are refused, and hints, which have no effect
     preparation      from a body to a job: begin here for the whole picture
     sampling         sampling parameters and their limits
     tool_choice      the tools that a chat offers
     chat_prompt      a chat as the token ids of a prompt
     structured       the structure that an answer must have, as a grammar
-    forced_calls     a grammar in which the model can only call tools
+    forced_calls     the grammar of a chat's answer: calls, a structure, or either
     job              the engine's requests, with their deadlines
     generation       a job run through the engine, to the text of each choice
     merged_outputs   the outputs of several engine requests as one stream

@@ -6,12 +6,14 @@ from typing import Any
 
 from ...engine.errors import InvalidRequestError
 from ..parsing.message_parser import MessageFormat
+from ..text.chat_template import RESERVED_NAMES
 from ..text.template_messages import parse_arguments
 from ..text.tokenizer import ChatPrompt, Tokenizer
+from ..validation import path_of
 from .field_types import parts_of
 from .protocol import ChatFields, Message
 from .state import ServerState
-from .tool_choice import check_tools, offered_tools
+from .tool_choice import check_tools, in_todays_form, offered_tools
 
 _EFFORT_SWITCHES = ("enable_thinking", "thinking")
 """Variables by which chat templates turn reasoning on and off."""
@@ -35,7 +37,12 @@ def check_chat(state: ServerState, body: ChatFields) -> None:
                 "continue_final_message",
             )
     for index, message in enumerate(body.messages):
-        if message.content is None and not (message.role == "assistant" and message.tool_calls):
+        for number, call in enumerate(message.tool_calls or ()):
+            if getattr(call, call.type) is None:
+                param = f"messages[{index}].tool_calls[{number}].{call.type}"
+                raise InvalidRequestError(f"{param}: is missing", param)
+        called = message.tool_calls or message.function_call
+        if message.content is None and not (message.role == "assistant" and called):
             raise InvalidRequestError(
                 f"messages[{index}]: content is missing", f"messages[{index}].content"
             )
@@ -53,7 +60,7 @@ async def encode_chat(
         add_generation_prompt = body.add_generation_prompt
     tools = offered_tools(body)
     return await state.tokenizer.encode_chat(
-        [_template_message(message) for message in body.messages],
+        [_template_message(message) for message in in_todays_form(body.messages)],
         add_generation_prompt=add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
         add_special_tokens=bool(add_special_tokens),
@@ -65,28 +72,55 @@ async def encode_chat(
     )
 
 
+async def settings_without_effect(state: ServerState, body: ChatFields) -> list[str]:
+    """Return the paths of the fields that ask for a setting which the model's chat template does
+    not have. Raises InvalidRequestError if there is no template."""
+    return (await _read_settings(body, state.tokenizer, state.message_format))[1]
+
+
 async def _template_settings(
     body: ChatFields, tokenizer: Tokenizer, message_format: MessageFormat
 ) -> dict[str, Any]:
-    """Return chat_template_kwargs, with `reasoning_effort` under the names that the template knows.
+    """Return the variables that the body sets in the chat template."""
+    return (await _read_settings(body, tokenizer, message_format))[0]
 
-    Raises InvalidRequestError if the template knows none of them, except for an effort of "none"
-    with a model that does not reason.
+
+async def _read_settings(
+    body: ChatFields, tokenizer: Tokenizer, message_format: MessageFormat
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the variables that the body sets in the chat template, and the paths of the fields
+    for which the template has none.
+
+    chat_template_kwargs go before enable_thinking, which goes before reasoning_effort. An effort of
+    "none" with a model that does not reason asks for nothing.
     """
-    settings = dict(body.chat_template_kwargs or {})
-    effort = body.reasoning_effort
-    if effort is None:
-        return settings
+    effort, thinks = body.reasoning_effort, body.enable_thinking
+    given = body.chat_template_kwargs or {}
+    if effort is None and thinks is None and not given:
+        return {}, []
     known = await tokenizer.template_variables(body.chat_template)
-    wanted: dict[str, Any] = {name: effort != "none" for name in _EFFORT_SWITCHES}
-    wanted["reasoning_effort"] = effort
-    understood = {name: value for name, value in wanted.items() if name in known}
+    settings: dict[str, Any] = {}
+    ignored = []
     reasons = message_format.reasoning is not None
-    if not understood and (effort != "none" or reasons):
-        raise InvalidRequestError(
-            "the model's chat template has no setting for reasoning_effort", "reasoning_effort"
-        )
-    return {**understood, **settings}
+    # 1. The effort, under each name that the template knows.
+    if effort is not None:
+        wanted = {**dict.fromkeys(_EFFORT_SWITCHES, effort != "none"), "reasoning_effort": effort}
+        settings = {name: value for name, value in wanted.items() if name in known}
+        if not settings and (effort != "none" or reasons):
+            ignored.append("reasoning_effort")
+    # 2. The switch, which has the last word on what it switches.
+    if thinks is not None:
+        switches = {name: thinks for name in _EFFORT_SWITCHES if name in known}
+        settings |= switches
+        if not switches and (thinks or reasons):
+            ignored.append("enable_thinking")
+    # 3. The template's own variables. Names that are arguments of the library are refused later.
+    for name, value in given.items():
+        if name in known or name in RESERVED_NAMES:
+            settings[name] = value
+        else:
+            ignored.append(path_of(("chat_template_kwargs", name)))
+    return settings, ignored
 
 
 def _template_message(message: Message) -> dict[str, Any]:

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+)
 
 from ...engine.sampling_params import MAX_LOGIT_BIAS
 from ..parsing.answer_parser import TOOL_NAME
@@ -46,7 +53,14 @@ class NamedTool(NamedTuple):
     name: str
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+class AllowedTools(NamedTuple):
+    """A `tool_choice` that leaves only these tools to the model, which may or must call one."""
+
+    mode: Literal["auto", "required"]
+    names: tuple[str, ...]
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
 
 
 # -- checks ----------------------------------------------------------------------------------
@@ -86,11 +100,12 @@ def _check_content(value: Any) -> str | None:
         return value
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         raise ValueError("must be a string or a list of content parts")
-    for part in value:
-        if part.get("type") != "text":
-            raise ValueError(f"content of type {str(part.get('type'))[:32]!r} is not supported")
+    for index, part in enumerate(value):
+        kind = part.get("type", "text")
+        if kind != "text":
+            raise ValueError(f"[{index}] has the type {str(kind)[:32]!r}, but only text is read")
         if not isinstance(part.get("text"), str):
-            raise ValueError("a text part needs a string as its text")
+            raise ValueError(f"[{index}] needs a string as its text")
     texts = tuple(part["text"] for part in value)
     if len(texts) == 1:
         return texts[0]  # type: ignore[no-any-return]
@@ -155,16 +170,61 @@ def _check_parameters(value: Any) -> dict[str, Any] | None:
     return value
 
 
+def _check_tool_name(value: str) -> str:
+    if not TOOL_NAME.fullmatch(value):
+        raise ValueError("must have 1 to 128 letters, digits or _ . : / -")
+    return value
+
+
+def _tool_name(value: Any) -> str | None:
+    """Return the name in `{"type": "function", "function": {"name": …}}` or in the same with
+    "custom" instead; None if the value is neither."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    inner = value.get(kind) if kind in ("function", "custom") else None
+    name = inner.get("name") if isinstance(inner, dict) else None
+    complete = isinstance(name, str) and value == {"type": kind, kind: {"name": name}}
+    return name if complete else None
+
+
 def _check_tool_choice(value: Any) -> ToolChoice | None:
     if value is None or value in ("none", "auto", "required"):
         return value  # type: ignore[no-any-return]
-    function = value.get("function") if isinstance(value, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(name, str) or value != {"type": "function", "function": {"name": name}}:
-        raise ValueError(
-            'must be "none", "auto", "required" or {"type": "function", "function": {"name": …}}'
-        )
+    name = _tool_name(value)
+    if name is not None:
+        return NamedTool(name)
+    allowed = value.get("allowed_tools") if isinstance(value, dict) else None
+    if isinstance(allowed, dict) and value == {"type": "allowed_tools", "allowed_tools": allowed}:
+        mode, tools = allowed.get("mode"), allowed.get("tools")
+        names = [_tool_name(tool) for tool in tools] if isinstance(tools, list) else []
+        if mode not in ("auto", "required") or not names or None in names or len(allowed) > 2:
+            raise ValueError(
+                'allowed_tools needs a mode, "auto" or "required", and a list of tools, each '
+                '{"type": "function", "function": {"name": …}}'
+            )
+        return AllowedTools(mode, tuple(filter(None, names)))
+    raise ValueError(
+        'must be "none", "auto", "required", {"type": "function", "function": {"name": …}} or '
+        '{"type": "allowed_tools", "allowed_tools": {"mode": …, "tools": […]}}'
+    )
+
+
+def _check_function_call(value: Any) -> ToolChoice | None:
+    if value is None or value in ("none", "auto"):
+        return value  # type: ignore[no-any-return]
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or value != {"name": name}:
+        raise ValueError('must be "none", "auto" or {"name": …}')
     return NamedTool(name)
+
+
+def _check_label(value: Any) -> Any:
+    """Read an empty label as one that is left out."""
+    return None if value == "" else value
+
+
+def _check_no_budget(value: Any) -> None:
+    if value is not None:
+        raise ValueError("is not available in completions, only in chats")
 
 
 # -- types -----------------------------------------------------------------------------------
@@ -191,6 +251,13 @@ BadWords = Annotated[list[str], PlainValidator(_check_bad_words)]
 LogitBias = Annotated[dict[str, float] | None, BeforeValidator(_check_bias)]
 EarlyStopping = Annotated[bool | Literal["never"] | None, PlainValidator(_check_early_stopping)]
 NoSuffix = Annotated[str | None, PlainValidator(_check_no_suffix)]
-ToolName = Annotated[str, Field(pattern=f"^(?:{TOOL_NAME.pattern})$")]
+ToolName = Annotated[
+    str,
+    AfterValidator(_check_tool_name),
+    Field(json_schema_extra={"pattern": f"^(?:{TOOL_NAME.pattern})$"}),
+]
 ToolParameters = Annotated[Any, PlainValidator(_check_parameters)]
+FunctionCallField = Annotated[Any, PlainValidator(_check_function_call)]
+OptionalLabel = Annotated[Label | None, BeforeValidator(_check_label)]
+NoBudget = Annotated[int | None, PlainValidator(_check_no_budget)]
 ToolChoiceField = Annotated[Any, PlainValidator(_check_tool_choice)]

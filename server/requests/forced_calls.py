@@ -1,11 +1,15 @@
-"""`tool_choice` required, or a function by name: a grammar in which the model can only call.
+"""The grammar of a chat's answer: calls, a structured text, or either.
 
-The grammar writes calls in the model's own format (tool_formats.py), with arguments that follow the
-schema of the tool. Reasoning may come before the calls:
+`tool_choice` required, or a function by name, makes the model call. A structure that the body asks
+for (structured.py) beside tools leaves it the choice. The grammar writes calls in the model's own
+format (tool_formats.py), with arguments that follow the schema of the tool. Reasoning may come
+first:
 
-    start: reasoning? first call (separator call)* last
+    start: reasoning? (calls | answer)
+    calls: first call (separator call)* last
     call: call_0 | call_1 | …                          one rule for each tool
     call_0: before "name" between <schema> after
+    answer: <structure>
 """
 
 from __future__ import annotations
@@ -17,14 +21,22 @@ from typing import Any, NamedTuple
 from ...engine.errors import InvalidRequestError
 from ...engine.grammar.compile import with_json_options
 from ...engine.request import GrammarSpec
-from ..parsing.harmony import ANALYSIS, ASSISTANT, CHANNEL, CONSTRAIN, END, FUNCTIONS, MESSAGE
+from ..parsing.harmony import (
+    ANALYSIS,
+    ASSISTANT,
+    CHANNEL,
+    CONSTRAIN,
+    END,
+    FINAL,
+    FUNCTIONS,
+    MESSAGE,
+)
 from ..parsing.message_parser import MessageFormat, prompt_end
 from ..parsing.reasoning import CLOSE, OPEN, starts_inside
 from ..text.tokenizer import Tokenizer
-from .field_types import NamedTool
 from .protocol import ChatBody
 from .structured import MAX_GRAMMAR_BYTES, Constraint
-from .tool_choice import forces_call, offered_tools
+from .tool_choice import allows_many_calls, callable_tools, forces_call, names_one_tool
 
 
 class _Shape(NamedTuple):
@@ -74,112 +86,215 @@ def _shape(parser: str, template: str) -> _Shape | None:
 
 
 class _Reasoning(NamedTuple):
-    """The reasoning that may come before the calls."""
+    """The reasoning that may come before the calls or the answer."""
 
     rule: str = ""
     """Nothing, `reasoning`, or `(opening reasoning)?`."""
     opening: str = OPEN
     closing: str = CLOSE
     after: str = r"/\n{0,2}/"
-    """Lark for the text between the reasoning and the calls."""
+    """Lark for the text between the reasoning and what follows."""
 
 
-def forced_call(
-    body: ChatBody, prompt: list[int], tokenizer: Tokenizer, message_format: MessageFormat
+def chat_grammar(
+    body: ChatBody,
+    answer: Constraint | None,
+    prompt: list[int],
+    tokenizer: Tokenizer,
+    message_format: MessageFormat,
 ) -> Constraint | None:
-    """Return the grammar that makes the model call, or None if `tool_choice` does not force a call.
+    """Return the grammar of a chat's answer, or None if the model may write what it likes.
 
-    `prompt` shows whether the reasoning has begun. Raises InvalidRequestError.
+    `answer` is the structure that the body asks for. If the model may call tools as well, it writes
+    either calls or the structure; if it must call, there is nothing to be structured. `prompt`
+    shows whether the reasoning has begun. Raises InvalidRequestError.
     """
     # 1. Choose the tools that may be called, and how many calls there may be.
-    choice = body.tool_choice
-    if not forces_call(body):
+    tools = callable_tools(body)
+    if forces_call(body):
+        answer = None
+    elif answer is None:
         return None
-    template = body.chat_template or tokenizer.templates.choose(tools=True) or ""
-    shape = _shape(message_format.tool_format or "", template)
-    if shape is None:
-        raise InvalidRequestError(
-            "calls cannot be forced in this model's format; tool_choice must be none or auto",
-            "tool_choice",
-        )
-    tools = [tool["function"] for tool in offered_tools(body)]
-    if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool["name"] == choice.name]
-    many = choice == "required" and body.parallel_tool_calls is not False
-    # 2. Determine the reasoning that may come before the calls.
+    param = "tool_choice" if answer is None else answer.param
+    many = allows_many_calls(body) and not names_one_tool(body)
+    shape = _shape_of_calls(body, param, tokenizer, message_format) if tools else None
+    # 2. Determine the reasoning that may come before the calls or the answer.
     end = prompt_end(tokenizer, prompt)
+    before_answer = ""
     if message_format.is_harmony:
         many = False  # a call ends the answer
         shape, reasoning = _in_harmony(body, end, shape, tokenizer.special_ids)
+        before_answer = "" if body.continue_final_message else FINAL
     else:
-        reasoning = _reasoning(body, end, message_format)
-    # 3. Write the grammar.
-    text = _grammar(shape, tools, many, reasoning, tokenizer.special_ids)
+        reasoning = _reasoning(body, end, message_format, tokenizer.special_ids)
+    if answer is not None and shape is None and not reasoning.rule and not before_answer:
+        return answer
+    # 3. Write the grammar. Harmony itself says what is a call.
+    writer = _Writer(shape, tools, many, reasoning, tokenizer.special_ids)
+    text = writer.grammar(None if answer is None else before_answer)
+    openings = () if message_format.is_harmony else writer.openings()
+    return _constraint(text, answer, openings, "tools" if tools else param, param)
+
+
+def _constraint(
+    text: str, answer: Constraint | None, call_openings: tuple[str, ...], at_fault: str, param: str
+) -> Constraint:
+    """Return the constraint of a grammar that allows `answer`, if there is one. `at_fault` is the
+    parameter that makes the rest of it, and `param` the one that asks for a grammar."""
     if len(text.encode()) > MAX_GRAMMAR_BYTES:
         raise InvalidRequestError(
             f"the tools make a grammar of more than {MAX_GRAMMAR_BYTES} bytes, which is too long "
-            "to force a call",
-            "tool_choice",
+            + ("to force a call" if answer is None else f"to be combined with {param}"),
+            param,
         )
-    return Constraint(GrammarSpec("grammar", text), "tool_choice")
+    if answer is None:
+        return Constraint(GrammarSpec("grammar", text), param)
+    spec = GrammarSpec.nested(text, answer.spec)
+    return Constraint(spec, at_fault, part=answer, call_openings=call_openings)
 
 
-def _reasoning(body: ChatBody, end: str, message_format: MessageFormat) -> _Reasoning:
+def _shape_of_calls(
+    body: ChatBody, param: str, tokenizer: Tokenizer, message_format: MessageFormat
+) -> _Shape:
+    """Return how the model writes calls. Raises InvalidRequestError if no grammar can tell."""
+    template = body.chat_template or tokenizer.templates.choose(tools=True) or ""
+    shape = _shape(message_format.tool_format or "", template)
+    if shape is None:
+        reason = (
+            "calls cannot be forced in this model's format; tool_choice must be none or auto"
+            if param == "tool_choice"
+            else f"{param}: cannot be combined with tools in this model's format of calls"
+        )
+        raise InvalidRequestError(reason, param)
+    return shape
+
+
+def _reasoning(
+    body: ChatBody, end: str, message_format: MessageFormat, special_ids: dict[str, int]
+) -> _Reasoning:
     """Return the reasoning that may follow a prompt that ends with `end`."""
     style = message_format.reasoning
     if style is None:
         return _Reasoning()
     continued = body.messages[-1].content if body.continue_final_message else None
     if starts_inside(style, end, continued):
-        return _Reasoning("reasoning")
+        # A model that is inside from the start may still write the tag, which the thoughts do not
+        # match if it is a control token.
+        may_open = OPEN in special_ids and continued is None and not end.rstrip().endswith(OPEN)
+        return _Reasoning("opening? reasoning" if may_open else "reasoning")
     return _Reasoning("" if continued is not None else "(opening reasoning)?")
 
 
 def _in_harmony(
-    body: ChatBody, end: str, shape: _Shape, special_ids: dict[str, int]
-) -> tuple[_Shape, _Reasoning]:
-    """Return the shape and the reasoning of a forced call in harmony.
+    body: ChatBody, end: str, shape: _Shape | None, special_ids: dict[str, int]
+) -> tuple[_Shape | None, _Reasoning]:
+    """Return the shape of calls and the reasoning in harmony.
 
-    The answer is a message of analysis, which may be missing, and a message to a function. If it
-    continues the final message, it ends that message first.
+    The answer is a message of analysis, which may be missing, and a message to a function or the
+    final one. If it continues the final message, it ends that message before it calls.
     """
     if body.continue_final_message:
-        return shape._replace(first=END + ASSISTANT), _Reasoning()
+        return shape and shape._replace(first=END + ASSISTANT), _Reasoning()
     rule = "reasoning" if end.endswith(ANALYSIS) else "(opening reasoning)?"
     return shape, _Reasoning(rule, ANALYSIS, END, _literal(ASSISTANT, special_ids))
 
 
-def _grammar(
-    shape: _Shape,
-    tools: list[dict[str, Any]],
-    many: bool,
-    reasoning: _Reasoning,
-    special_ids: dict[str, int],
-) -> str:
-    """Return the grammar in llguidance's dialect of Lark; see the module's docstring."""
+class _Writer:
+    """Writes the grammar in llguidance's dialect of Lark; see the module's docstring."""
 
-    def literal(text: str) -> str:
-        return _literal(text, special_ids)
+    def __init__(
+        self,
+        shape: _Shape | None,
+        tools: list[dict[str, Any]],
+        many: bool,
+        reasoning: _Reasoning,
+        special_ids: dict[str, int],
+    ) -> None:
+        self._shape = shape
+        self._tools = tools
+        self._many = many
+        self._reasoning = reasoning
+        self._special_ids = special_ids
+        self._has_answer = False
 
-    calls = f"call ({literal(shape.separator)} call)*" if many else "call"
-    rules = [
-        f"start: {reasoning.rule} {literal(shape.first)} {calls} {literal(shape.last)}",
-        "call: " + " | ".join(f"call_{number}" for number in range(len(tools))),
-    ]
-    for number, tool in enumerate(tools):
-        schema = json.dumps(with_json_options({**tool["parameters"], "type": "object"}))
-        before = literal(shape.before + tool["name"] + shape.between)
-        rules.append(f"call_{number}: {before} %json {schema} {literal(shape.after)}")
-    if reasoning.rule:
+    def openings(self) -> tuple[str, ...]:
+        """Return the texts with which calls begin, one for each tool."""
+        shape = self._shape
+        if shape is None:
+            return ()
+        before = shape.first + shape.before
+        return tuple(before + tool["name"] + shape.between for tool in self._tools)
+
+    def grammar(self, before_answer: str | None) -> str:
+        """Return the whole grammar. `before_answer` is the text before the rule `answer`, which is
+        left undefined; None if there is no answer besides calls."""
+        self._has_answer = before_answer is not None
+        ways = [] if before_answer is None else [f"{self._literal(before_answer)} answer"]
+        rules = self._call_rules()
+        if rules:
+            ways.insert(0, "calls")
+        rules.insert(0, f"start: {self._reasoning.rule} ({' | '.join(ways)})")
+        return "\n".join(rules + self._reasoning_rules()) + "\n"
+
+    def _call_rules(self) -> list[str]:
+        shape = self._shape
+        if shape is None:
+            return []
+        first, separator, last = map(self._literal, (shape.first, shape.separator, shape.last))
+        calls = f"call ({separator} call)*" if self._many else "call"
+        rules = [
+            f"calls: {first} {calls} {last}",
+            "call: " + " | ".join(f"call_{number}" for number in range(len(self._tools))),
+        ]
+        for number, tool in enumerate(self._tools):
+            if self._is_bare(shape):
+                rules.append(f"call_{number}: %json {_bare_call(shape, tool)}")
+                continue
+            schema = json.dumps(with_json_options({**tool["parameters"], "type": "object"}))
+            before = self._literal(shape.before + tool["name"] + shape.between)
+            rules.append(f"call_{number}: {before} %json {schema} {self._literal(shape.after)}")
+        return rules
+
+    def _is_bare(self, shape: _Shape) -> bool:
+        """Return whether a call begins as a structured answer may. Then it must be told by the same
+        kind of rule, since the lexer could not choose between `{` and a longer text."""
+        return self._has_answer and (shape.first + shape.before).startswith("{")
+
+    def _reasoning_rules(self) -> list[str]:
+        reasoning = self._reasoning
+        if not reasoning.rule:
+            return []
         # The pattern of the thoughts never matches a control token, so only a closing tag that is
         # text needs the lazy match, which ends the thoughts at the first one.
-        lazy = "" if reasoning.closing in special_ids else "[lazy]"
-        rules += [
-            f"opening: {literal(reasoning.opening)}",
+        lazy = "" if reasoning.closing in self._special_ids else "[lazy]"
+        return [
+            f"opening: {self._literal(reasoning.opening)}",
             f"reasoning: thoughts {reasoning.after}",
-            rf"thoughts{lazy}: /(.|\n)*/ {literal(reasoning.closing)}",
+            rf"thoughts{lazy}: /(.|\n)*/ {self._literal(reasoning.closing)}",
         ]
-    return "\n".join(rules) + "\n"
+
+    def _literal(self, text: str) -> str:
+        return _literal(text, self._special_ids)
+
+
+def _bare_call(shape: _Shape, tool: dict[str, Any]) -> str:
+    """Return the JSON schema of a call that is written as a JSON object with the members of
+    `shape`."""
+    members = json.loads(f"{shape.before}{tool['name']}{shape.between}null{shape.after}")
+    parameters = {**tool["parameters"], "type": "object"}
+    # References within the schema start at its root.
+    defined = {key: parameters.pop(key) for key in ("$defs", "definitions") if key in parameters}
+    properties = {
+        key: parameters if value is None else {"const": value} for key, value in members.items()
+    }
+    schema = {
+        **defined,
+        "type": "object",
+        "properties": properties,
+        "required": list(members),
+        "additionalProperties": False,
+    }
+    return json.dumps(with_json_options(schema))
 
 
 def _literal(text: str, special_ids: dict[str, int]) -> str:

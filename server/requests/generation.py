@@ -12,6 +12,7 @@ import structlog
 
 from ...engine.errors import EngineDeadError, error_from_code
 from ...engine.outputs import FinishReason, SequenceOutput, Timings, TokenLogprobs
+from ...engine.reasoning import ReasoningTracker
 from ..http.limits import Ticket
 from ..metrics import RequestRecord
 from ..text.detokenizer import Detokenizer
@@ -59,6 +60,8 @@ class Choice:
     num_characters: int = 0
     """Characters of all deltas so far."""
     last_token_time: float | None = None
+    reasoning: ReasoningTracker | None = None
+    """Counts the tokens of the reasoning, if a chat's answer may have any."""
 
     @property
     def mean_logprob(self) -> float:
@@ -125,7 +128,12 @@ class Generation:
             context=context,
             with_offsets=request.sampling_params.logprobs is not None,
         )
-        return Choice(position * request.sampling_params.n + number, number, detokenizer)
+        return Choice(
+            position * request.sampling_params.n + number,
+            number,
+            detokenizer,
+            reasoning=None if job.reasoning is None else ReasoningTracker(job.reasoning),
+        )
 
     @property
     def num_prompts(self) -> int:
@@ -144,12 +152,17 @@ class Generation:
     def usage(self) -> dict[str, Any]:
         """Return the token counts so far. They include the sequences that best_of drops."""
         prompt = self.num_prompt_tokens
-        completion = sum(choice.num_tokens for group in self.choices for choice in group)
+        choices = [choice for group in self.choices for choice in group]
+        completion = sum(choice.num_tokens for choice in choices)
+        reasoning = sum(
+            choice.reasoning.num_reasoning_tokens for choice in choices if choice.reasoning
+        )
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -232,6 +245,8 @@ class Generation:
             offsets += [choice.detokenizer.length] * (num_tokens - len(offsets))
             choice.pending_offsets += offsets
             offsets.clear()
+        if choice.reasoning is not None:
+            choice.reasoning.read(output.token_ids[:num_tokens])
         if output.logprobs is not None:
             entries = output.logprobs[:num_tokens]
             choice.pending_logprobs += entries

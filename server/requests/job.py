@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...engine.errors import InvalidRequestError, QueueTimeoutError, RequestTimeoutError
+from ...engine.reasoning import ReasoningSpec
 from ...engine.request import GrammarSpec, Pooling, Request
 from ...engine.sampling_params import SamplingParams
 from ..settings import Settings
@@ -35,11 +36,15 @@ class Job:
     skip_special_tokens: bool
     shown_tokens: Sequence[str]
     """Control tokens that stay in the text, because the parser of the answer looks for them."""
+    call_openings: Sequence[str]
+    """The texts with which calls begin, if the answer is either calls or a structured text."""
+    reasoning: ReasoningSpec | None
+    """How the reasoning of a chat's answer is marked, if it can have any."""
+    ignored: Sequence[str]
+    """Paths of the body's fields that have no effect with this model or its chat template."""
     deadline: float | None
     prompt_changes: Sequence[str] = ()
     """What the prompt has elsewhere than the messages (constants of text/template_messages.py)."""
-    unread_fields: Sequence[str] = ()
-    """Paths of the fields that the chat template does not read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +55,21 @@ class JobParts:
     """When the HTTP request arrived, by `time.monotonic`."""
     max_tokens_param: str = "max_tokens"
     """The field of the body that holds max_tokens."""
+    prompt_param: str = "prompt"
+    """The field of the body from which the prompt is made."""
+    caps_max_tokens: bool = False
+    """Whether a max_tokens beyond the room that is left is reduced instead of refused."""
     default_max_tokens: int | None = None
     """The API's default max_tokens; None means the rest of the context."""
     grammar: GrammarSpec | None = None
     pooling: Pooling | None = None
     shown_tokens: Sequence[str] = ()
+    """See `Job`."""
+    call_openings: Sequence[str] = ()
+    """See `Job`."""
+    reasoning: ReasoningSpec | None = None
+    """See `Job`."""
+    ignored: Sequence[str] = ()
     """See `Job`."""
 
 
@@ -69,34 +84,8 @@ def make_job(
 
     Raises QuireError.
     """
-    info = state.engine.info
     deadlines = _deadlines(state.settings, body.timeout, parts.arrival)
-    default = state.generation_defaults.get("max_new_tokens", parts.default_max_tokens)
-    requests = []
-    for prompt in prompts:
-        token_ids = _truncate(prompt, body, info.max_model_len)
-        request = Request(
-            request_id=uuid.uuid4().hex,
-            prompt_token_ids=tuple(token_ids),
-            sampling_params=with_max_tokens(
-                params,
-                getattr(body, parts.max_tokens_param),
-                default,
-                min_tokens=body.min_tokens or 0,
-                num_prompt_tokens=len(token_ids),
-                info=info,
-                param=parts.max_tokens_param,
-            ),
-            arrival_time=parts.arrival,
-            queue_deadline=deadlines.queue,
-            deadline=deadlines.total,
-            priority=body.priority or 0,
-            cache_salt=body.cache_salt,
-            grammar=parts.grammar,
-            pooling=parts.pooling,
-        )
-        request.check_fits(info)
-        requests.append(request)
+    requests = [_make_request(state, body, params, prompt, parts, deadlines) for prompt in prompts]
     _check_prompt_logprobs(requests)
     deadlines.check()
     return Job(
@@ -106,8 +95,61 @@ def make_job(
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         shown_tokens=parts.shown_tokens,
+        call_openings=parts.call_openings,
+        reasoning=parts.reasoning,
+        ignored=[*parts.ignored, *_capped(requests, body, parts)],
         deadline=deadlines.total,
     )
+
+
+def _make_request(
+    state: ServerState,
+    body: GenerationBody,
+    params: SamplingParams,
+    prompt: list[int],
+    parts: JobParts,
+    deadlines: _Deadlines,
+) -> Request:
+    """Return the engine's request for one prompt, after checking that it fits."""
+    info = state.engine.info
+    token_ids = _truncate(prompt, body, info.max_model_len)
+    request = Request(
+        request_id=uuid.uuid4().hex,
+        prompt_token_ids=tuple(token_ids),
+        sampling_params=with_max_tokens(
+            params,
+            getattr(body, parts.max_tokens_param),
+            state.generation_defaults.get("max_new_tokens", parts.default_max_tokens),
+            min_tokens=body.min_tokens or 0,
+            num_prompt_tokens=len(token_ids),
+            info=info,
+            param=parts.max_tokens_param,
+            prompt_param=parts.prompt_param,
+            caps=parts.caps_max_tokens,
+        ),
+        arrival_time=parts.arrival,
+        queue_deadline=deadlines.queue,
+        deadline=deadlines.total,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt,
+        grammar=parts.grammar,
+        pooling=parts.pooling,
+        reasoning=_with_budget(parts.reasoning),
+    )
+    request.check_fits(info)
+    return request
+
+
+def _capped(requests: Sequence[Request], body: GenerationBody, parts: JobParts) -> list[str]:
+    """Return the name of the field that holds max_tokens if it was reduced for a prompt."""
+    asked = getattr(body, parts.max_tokens_param) or 0
+    name = parts.max_tokens_param
+    return [name] if any(one.sampling_params.max_tokens < asked for one in requests) else []
+
+
+def _with_budget(reasoning: ReasoningSpec | None) -> ReasoningSpec | None:
+    """Return what the engine needs to know of the reasoning: nothing if it has no budget."""
+    return reasoning if reasoning is not None and reasoning.budget is not None else None
 
 
 class _Deadlines(NamedTuple):

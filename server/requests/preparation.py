@@ -15,21 +15,24 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from ...engine.errors import InvalidRequestError
+from ...engine.reasoning import ReasoningSpec
 from ...engine.sampling_params import SamplingParams
 from ..http.limits import Ticket
 from ..http.middleware import is_sane_request_id
 from ..json_text import encode_json
+from ..parsing.message_parser import prompt_end
 from ..text.bad_words import encode_bad_words
 from ..text.infill import encode_infill, infill_tokens
 from ..text.tokenizer import Tokenizer
-from .chat_prompt import check_chat, encode_chat
-from .forced_calls import forced_call
+from .chat_prompt import check_chat, encode_chat, settings_without_effect
+from .forced_calls import chat_grammar
 from .job import Job, JobParts, make_job
 from .protocol import ChatBody, CompletionBody, GenerationBody
 from .sampling import COMPLETION_MAX_TOKENS, check_limits, resolve
 from .state import ServerState
 from .structured import read_constraint, try_out
 from .tool_choice import offered_tools
+from .unsupported import refuse_ignored
 
 
 async def prepare_completion(state: ServerState, body: CompletionBody) -> tuple[Job, Ticket]:
@@ -79,10 +82,13 @@ async def prepare_completion(state: ServerState, body: CompletionBody) -> tuple[
     return job, ticket
 
 
-async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]:
+async def prepare_chat(
+    state: ServerState, body: ChatBody, *, caps_max_tokens: bool = False
+) -> tuple[Job, Ticket]:
     """Return the job of a chat and its place among the requests in flight.
 
-    Raises QuireError, after giving the place back.
+    With `caps_max_tokens`, a max_tokens beyond the room that is left is reduced. Raises QuireError,
+    after giving the place back.
     """
     arrival = time.monotonic()
     info = state.engine.info
@@ -91,38 +97,66 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
     params, max_tokens_param = _chat_params(state, body, width)
     check_chat(state, body)
     tools = offered_tools(body)
-    constraint = read_constraint(body)
-    if constraint is not None and tools:
-        raise InvalidRequestError(
-            f"{constraint.param}: an answer that must have a structure cannot call tools",
-            constraint.param,
-        )
+    structure = read_constraint(body)
     # 2. Claim a place. Text counts by its characters until it is tokenised.
     characters = sum(len(message.content or "") for message in body.messages)
     characters += len(encode_json(tools))
     ticket = state.in_flight.admit(width, characters)
     try:
         state.check_ready()
-        # 3. Tokenise, compile the grammar, and build the job. Whether a forced call may begin with
-        #    reasoning depends on the end of the prompt.
+        # 3. Tokenise, compile the grammar, and build the job. Whether a structured answer may begin
+        #    with reasoning depends on the end of the prompt.
         params = await _with_bad_words(state.tokenizer, body, params)
+        ignored = await _without_effect(state, body)
         prompt = await encode_chat(state, body, body.add_special_tokens, info.max_model_len)
         token_ids = prompt.token_ids
-        if constraint is None:
-            constraint = forced_call(body, token_ids, state.tokenizer, state.message_format)
+        constraint = chat_grammar(body, structure, token_ids, state.tokenizer, state.message_format)
         parts = JobParts(
             arrival=arrival,
             max_tokens_param=max_tokens_param,
+            prompt_param="messages",
+            caps_max_tokens=caps_max_tokens,
             grammar=await try_out(state, constraint),
             shown_tokens=state.message_format.control_tokens(with_tools=bool(tools)),
+            call_openings=constraint.call_openings if constraint is not None else (),
+            reasoning=_reasoning(state, body, token_ids),
+            ignored=[*ignored, *prompt.dropped],
         )
         job = make_job(state, body, params, [token_ids], parts)
-        job = replace(job, prompt_changes=prompt.changes, unread_fields=prompt.dropped)
+        job = replace(job, prompt_changes=prompt.changes)
         ticket.tokenised(len(job.requests[0].prompt_token_ids))
     except BaseException:
         ticket.close()
         raise
     return job, ticket
+
+
+async def _without_effect(state: ServerState, body: ChatBody) -> list[str]:
+    """Return the fields that have no effect with this model. Raises InvalidRequestError if the
+    server is strict and there is one."""
+    ignored = await settings_without_effect(state, body)
+    if body.thinking_token_budget is not None and state.reasoning_marks is None:
+        ignored.append("thinking_token_budget")
+    if state.settings.strict:
+        refuse_ignored(ignored)
+    return ignored
+
+
+def _reasoning(state: ServerState, body: ChatBody, prompt: list[int]) -> ReasoningSpec | None:
+    """Return how the reasoning of a chat's answer is marked; None if it cannot have any."""
+    if state.reasoning_marks is None:
+        return None
+    if body.thinking_token_budget is not None and not state.reasoning_marks.can_end:
+        raise InvalidRequestError(
+            "thinking_token_budget: the model's vocabulary cannot spell the end of its reasoning",
+            "thinking_token_budget",
+        )
+    return state.reasoning_marks.spec(
+        prompt_end(state.tokenizer, prompt),
+        body.messages[-1].content if body.continue_final_message else None,
+        budget=body.thinking_token_budget,
+        with_tools=bool(offered_tools(body)),
+    )
 
 
 def _chat_params(state: ServerState, body: ChatBody, width: int) -> tuple[SamplingParams, str]:

@@ -7,21 +7,25 @@ the OpenAPI document.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from ...engine.errors import InvalidRequestError
+from ..validation import MAX_LISTED, explain
+from ..validation import path_of as path_of
 from .field_types import (
     BadWords,
     Content,
     EarlyStopping,
     Fields,
+    FunctionCallField,
     Label,
     LogitBias,
+    NoBudget,
     NoSuffix,
+    OptionalLabel,
     Priority,
     Prompt,
     ReasoningEffort,
@@ -32,7 +36,7 @@ from .field_types import (
     ToolName,
     ToolParameters,
 )
-from .unsupported import refuse_unsupported
+from .unsupported import refuse_unsupported, take_hints
 
 MAX_MESSAGES = 4096
 """Maximum messages of a chat."""
@@ -95,7 +99,7 @@ class GenerationBody(Fields):
     priority: Priority | None = None
     cache_salt: Label | None = None
     request_id: Label | None = None
-    user: Label | None = None
+    user: OptionalLabel = None
     timeout: Seconds | None = None
 
 
@@ -106,6 +110,7 @@ class CompletionBody(GenerationBody):
     suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = None
+    thinking_token_budget: NoBudget = None
 
 
 class ToolCallFunction(Fields):
@@ -115,24 +120,33 @@ class ToolCallFunction(Fields):
     arguments: str = "{}"
 
 
+class CustomCall(Fields):
+    """The called custom tool, with its input."""
+
+    name: ToolName
+    input: str
+
+
 class ToolCall(Fields):
-    """A tool call that the assistant made in an earlier turn."""
+    """A tool call that the assistant made in an earlier turn: of a function or of a custom tool."""
 
     id: str
-    type: Literal["function"] = "function"
-    function: ToolCallFunction
+    type: Literal["function", "custom"] = "function"
+    function: ToolCallFunction | None = None
+    custom: CustomCall | None = None
 
 
 class Message(Fields):
     """A message of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = None
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
+    function_call: ToolCallFunction | None = None
 
 
 class FunctionDefinition(Fields):
@@ -144,25 +158,49 @@ class FunctionDefinition(Fields):
     strict: bool | None = None
 
 
+class CustomFormat(Fields):
+    """The form of a custom tool's input."""
+
+    type: Literal["text"] = "text"
+
+
+class CustomDefinition(Fields):
+    """A tool that takes a text."""
+
+    name: ToolName
+    description: str | None = None
+    format: CustomFormat | None = None
+
+
 class Tool(Fields):
-    """A tool that the model may call."""
+    """A tool that the model may call: a function or a custom tool."""
 
-    type: Literal["function"]
-    function: FunctionDefinition
+    type: Literal["function", "custom"] = "function"
+    function: FunctionDefinition | None = None
+    custom: CustomDefinition | None = None
 
 
-def _check_unique(tools: list[Tool]) -> list[Tool]:
+def _check_unique(
+    tools: list[Tool] | list[FunctionDefinition],
+) -> list[Tool] | list[FunctionDefinition]:
     names: set[str] = set()
     for tool in tools:
-        name = tool.function.name
-        if name in names:
-            raise ValueError(f"two tools have the name {name!r}")
-        names.add(name)
+        one = (tool.custom or tool.function) if isinstance(tool, Tool) else tool
+        if one is not None and one.name in names:
+            raise ValueError(f"two tools have the name {one.name!r}")
+        names |= set() if one is None else {one.name}
     return tools
 
 
 Tools = Annotated[
     list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True), AfterValidator(_check_unique)
+]
+
+
+Functions = Annotated[
+    list[FunctionDefinition],
+    Field(max_length=MAX_TOOLS, fail_fast=True),
+    AfterValidator(_check_unique),
 ]
 
 
@@ -172,7 +210,10 @@ class ChatFields(Fields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     tools: Tools | None = None
     tool_choice: ToolChoiceField = None
+    functions: Functions | None = None
+    function_call: FunctionCallField = None
     reasoning_effort: ReasoningEffort | None = None
+    enable_thinking: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
@@ -189,6 +230,7 @@ class ChatBody(ChatFields, GenerationBody):
     top_logprobs: int | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: Annotated[int, Field(ge=0)] | None = None
 
 
 class TokenizeBody(Fields):
@@ -220,12 +262,14 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 def validate(model: type[Body], fields: dict[str, Any], *, strict: bool) -> tuple[Body, list[str]]:
-    """Return the typed body and the names of its unknown fields.
+    """Return the typed body and the names of the fields without effect: unknown ones, and hints.
 
     Raises InvalidRequestError naming the parameter, for a wrong type, for a feature that is known
-    but not supported and, if `strict`, for an unknown field.
+    but not supported and, if `strict`, for a field without effect.
     """
-    return check_types(model, refuse_unsupported(fields), strict=strict)
+    fields, hints = take_hints(refuse_unsupported(fields), strict=strict)
+    body, ignored = check_types(model, fields, strict=strict)
+    return body, ignored + hints
 
 
 def check_types(
@@ -236,35 +280,20 @@ def check_types(
     try:
         body = model.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        param = path_of((*within, *first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise InvalidRequestError(f"{param}: {message}", param) from error
+        raise InvalidRequestError(*explain(error, fields, within)) from error
     ignored = list(_unknown(body, within))
     if ignored and strict:
-        raise InvalidRequestError(f"unknown field {ignored[0]}", ignored[0])
+        names = ", ".join(ignored[:MAX_LISTED])
+        kind = "field" if len(ignored) == 1 else "fields"
+        raise InvalidRequestError(f"unknown {kind} {names}", ignored[0])
     return body, ignored
-
-
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_\-]{1,64}")
-
-
-def path_of(loc: tuple[int | str, ...]) -> str:
-    """Return the path of a field for people to read. Unusual keys of a client are not repeated."""
-    text = ""
-    for part in loc:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        else:
-            name = part if _PLAIN_NAME.fullmatch(part) else "?"
-            text += f".{name}" if text else name
-    return text
 
 
 def _unknown(body: BaseModel, prefix: tuple[int | str, ...] = ()) -> Iterator[str]:
     """Yield the paths of the unknown fields of `body` and of the models in it."""
-    for name in body.model_extra or ():
-        yield path_of((*prefix, name))
+    for name, value in (body.model_extra or {}).items():
+        if value is not None:
+            yield path_of((*prefix, name))
     for name in body.model_fields_set:
         value = getattr(body, name, None)
         if isinstance(value, BaseModel):

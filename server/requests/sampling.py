@@ -149,25 +149,27 @@ def with_max_tokens(
     num_prompt_tokens: int,
     info: EngineInfo,
     param: str = "max_tokens",
+    prompt_param: str = "prompt",
+    caps: bool = False,
 ) -> SamplingParams:
     """Return `params` with the max_tokens and min_tokens of one prompt.
 
-    `asked` is the request's max_tokens and is never reduced. Without it, `default` is used, or the
-    rest of the context if that is None, and reduced to what fits the context and the KV cache.
-    Raises ContextLengthError, InvalidRequestError.
+    `asked` is the request's max_tokens, which is reduced only if `caps` allows it. Without it,
+    `default` is used, or the rest of the context if that is None, and reduced to what fits the
+    context and the KV cache. `param` and `prompt_param` are the fields that errors name. Raises
+    ContextLengthError, InvalidRequestError.
     """
     room = info.max_model_len - num_prompt_tokens
-    if asked is None and room < 1:
-        raise ContextLengthError(
-            f"the prompt of {num_prompt_tokens} tokens fills the context of "
-            f"{info.max_model_len} tokens",
-            "prompt",
-        )
+    if room < min(1 if asked is None else asked, 1):
+        raise ContextLengthError.of_prompt(num_prompt_tokens, info.max_model_len, prompt_param)
+    if caps and asked is not None:
+        asked, default = None, asked
     if asked is not None and asked > room:
         raise ContextLengthError(
-            f"the prompt of {num_prompt_tokens} tokens and {param} of {asked} exceed the context "
-            f"of {info.max_model_len} tokens",
-            param if room > 0 else "prompt",
+            f"This model's maximum context length is {info.max_model_len} tokens, but {param} asks "
+            f"for {asked} tokens after a prompt of {num_prompt_tokens}. Shorten the prompt or "
+            f"lower {param}.",
+            param,
         )
     # The KV cache must hold all beams, which share the prompt's full blocks. The last token needs
     # no slot, since no step reads its keys and values.

@@ -18,6 +18,7 @@ from ..http.resumption import StreamRegistry
 from ..http.siblings import Siblings
 from ..metrics import Metrics
 from ..parsing.message_parser import MessageFormat
+from ..parsing.reasoning_marks import ReasoningMarks
 from ..settings import Settings
 from ..text.chat_template import read_template
 from ..text.grammar_check import GrammarCheck
@@ -55,6 +56,8 @@ class ServerState:
         if settings.score_template is not None:
             self.score_template = read_template(settings.score_template)
         self.message_format = MessageFormat.of(settings, tokenizer.templates.texts)
+        style = self.message_format.reasoning
+        self.reasoning_marks = ReasoningMarks(style, tokenizer) if style is not None else None
         self.grammar_check = GrammarCheck()
         self.keys = Keys(settings)
         self.siblings = siblings

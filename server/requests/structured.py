@@ -30,10 +30,14 @@ _KINDS = ("json", "regex", "choice", "grammar")
 
 
 class Constraint(NamedTuple):
-    """A grammar and the parameter that asked for it."""
+    """A grammar and the parameter that is at fault if it does not compile."""
 
     spec: GrammarSpec
     param: str
+    part: Constraint | None = None
+    """A part of the grammar that another parameter asked for. It is compiled first."""
+    call_openings: tuple[str, ...] = ()
+    """The texts with which calls begin, if the grammar also allows an answer without calls."""
 
 
 async def try_out(state: ServerState, constraint: Constraint | None) -> GrammarSpec | None:
@@ -43,6 +47,7 @@ async def try_out(state: ServerState, constraint: Constraint | None) -> GrammarS
     """
     if constraint is None:
         return None
+    await try_out(state, constraint.part)
     info = state.engine.info
     await state.grammar_check.check(
         constraint.spec,

@@ -26,7 +26,7 @@ from .template_traits import TemplateTraits
 
 log = structlog.get_logger(__name__)
 
-_RESERVED = frozenset(
+RESERVED_NAMES = frozenset(
     (
         "messages",
         "tools",
@@ -195,7 +195,8 @@ class ChatTemplates:
         readable = {
             name
             for name in template_variables(template) - self._names.keys() - _GLOBALS
-            if name in ("tools", "documents") or not (name in _RESERVED or name.endswith("_token"))
+            if name in ("tools", "documents")
+            or not (name in RESERVED_NAMES or name.endswith("_token"))
         }
         return probe_template(render, _TEMPLATE_ERRORS, template, readable, self._tokens.pattern)
 
@@ -251,7 +252,7 @@ def check_variables(
     `known` is that of `template_variables`.
     """
     for name in settings:
-        if name in _RESERVED or name not in known:
+        if name in RESERVED_NAMES or name not in known:
             raise InvalidRequestError(
                 f"chat_template_kwargs: the chat template has no setting {name[:64]!r}",
                 "chat_template_kwargs",

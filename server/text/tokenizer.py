@@ -219,7 +219,7 @@ class Tokenizer:
         arguments of calls in `messages` are JSON texts; contents are strings or lists of text
         parts. Raises InvalidRequestError and ContextLengthError.
         """
-        self._check_length(sum(map(_content_length, messages)), max_tokens)
+        self._check_length(sum(map(_content_length, messages)), max_tokens, "messages")
         settings = dict(template_kwargs or {})
         if template is None:
             template = self.templates.choose(
@@ -237,7 +237,7 @@ class Tokenizer:
 
         def run() -> ChatPrompt:
             rendered = self.templates.render(chosen, messages, settings, tools, documents)
-            self._check_length(len(rendered.text), max_tokens)
+            self._check_length(len(rendered.text), max_tokens, "messages")
             encoder = self._aliased_encoder() if rendered.has_aliases else self.backend
             token_ids = _encode(encoder, rendered.text, add_special_tokens)
             return ChatPrompt(token_ids, rendered.changes, rendered.dropped)
@@ -323,13 +323,13 @@ class Tokenizer:
     async def _in_thread(self, function: Callable[..., _Result], *args: Any) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
-    def _check_length(self, characters: int, max_tokens: int | None) -> None:
+    def _check_length(self, characters: int, max_tokens: int | None, param: str = "prompt") -> None:
         """Raise ContextLengthError if so many characters cannot be `max_tokens` tokens or fewer."""
         if max_tokens is not None and characters > max_tokens * self.longest_token:
             raise ContextLengthError(
-                f"the prompt of {characters} characters cannot fit the context of {max_tokens} "
-                "tokens",
-                "prompt",
+                f"This model's maximum context length is {max_tokens} tokens, which the "
+                f"{characters} characters of your {param} cannot fit. Shorten the {param}.",
+                param,
             )
 
     def _token_bytes(self, token_id: int) -> bytes:

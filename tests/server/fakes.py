@@ -199,9 +199,14 @@ class FakeEngineClient:
                 self.abort(request.request_id)
 
     def _embed(self, request: Request) -> SequenceOutput:
-        assert isinstance(self.embedding, EmbeddingSpec)
-        assert request.pooling == self.embedding.pooling
-        vector = np.zeros(self.embedding.size, dtype="<f4")
+        if request.pooling == "classify":
+            assert isinstance(self.classifier, ClassifierSpec)
+            size = len(self.classifier.labels)
+        else:
+            assert isinstance(self.embedding, EmbeddingSpec)
+            assert request.pooling == self.embedding.pooling
+            size = self.embedding.size
+        vector = np.zeros(size, dtype="<f4")
         prompt = request.prompt_token_ids[: len(vector)]
         vector[: len(prompt)] = prompt
         return SequenceOutput(

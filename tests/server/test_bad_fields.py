@@ -114,12 +114,12 @@ BAD = [
     # too much at once
     Bad(COMPLETIONS, {"prompt": ["p"] * 10_000}, "prompt"),
     Bad(COMPLETIONS, {"prompt": "a" * 5_000_000}, "prompt", "context_length_exceeded"),
-    Bad(CHAT, {"messages": [{"role": "user", "content": "a" * 5_000_000}]}, "prompt",
+    Bad(CHAT, {"messages": [{"role": "user", "content": "a" * 5_000_000}]}, "messages",
         "context_length_exceeded"),
     # streams
     Bad(COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options"),
     # tools
-    Bad(CHAT, {"tools": [{"a": 1}]}, "tools[0].type"),
+    Bad(CHAT, {"tools": [{"a": 1}]}, "tools[0].function"),
     Bad(CHAT, {"tools": "f"}, "tools"),
     Bad(CHAT, {"tools": [TOOL] * 1025}, "tools"),
     Bad(CHAT, {"tools": [TOOL, TOOL]}, "tools"),
@@ -140,7 +140,7 @@ BAD = [
     # templates
     Bad(CHAT, {"chat_template": "{{ messages }}"}, "chat_template"),
     *(Bad(CHAT, {"chat_template_kwargs": {name: "x"}}, "chat_template_kwargs")
-      for name in ("tokenizer", "chat_template", "messages", "padding", "nonsense")),
+      for name in ("tokenizer", "chat_template", "messages", "padding")),
     # references to external content, which are never fetched, and embeddings
     *(Bad(CHAT, {"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": url}}]}]}, "messages[0].content")

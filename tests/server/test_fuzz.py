@@ -22,6 +22,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from quire.engine.classifier_spec import ClassifierSpec
 from quire.engine.embedding_spec import EmbeddingSpec
 from quire.server.api.embeddings import EmbeddingBody
 from quire.server.dialects.messages_body import CountTokensBody, MessagesBody
@@ -33,6 +34,8 @@ from quire.server.requests.protocol import (
     TokenizeBody,
     TokenizeChatBody,
 )
+from quire.server.scoring.classify import ClassifyBody
+from quire.server.scoring.rerank import RerankBody, ScoreBody
 from quire.server.serving.openapi import openapi_document
 
 from .conftest import make_app
@@ -46,6 +49,9 @@ BODIES: dict[str, tuple[type[BaseModel], ...]] = {
     "/v1/messages": (MessagesBody,),
     "/v1/messages/count_tokens": (CountTokensBody,),
     "/v1/embeddings": (EmbeddingBody,),
+    "/v1/rerank": (RerankBody,),
+    "/v1/score": (ScoreBody,),
+    "/v1/classify": (ClassifyBody,),
     "/tokenize": (TokenizeBody, TokenizeChatBody),
     "/detokenize": (DetokenizeBody,),
     "/invocations": (ChatBody, CompletionBody, EmbeddingBody),
@@ -61,7 +67,11 @@ SECONDS = 5.0
 
 def _app(**options: Any) -> tuple[FastAPI, FakeEngineClient]:
     embedding = EmbeddingSpec(pooling="last", normalize=True, size=8, is_matryoshka=True)
-    engine = FakeEngineClient(scripts=say("Hello, world"), embedding=embedding)
+    engine = FakeEngineClient(
+        scripts=say("Hello, world"),
+        embedding=embedding,
+        classifier=ClassifierSpec(labels=("relevance",), activation="sigmoid"),
+    )
     return make_app(engine, byte_tokenizer(), **options), engine
 
 
@@ -172,7 +182,7 @@ def test_bodies_and_streams_are_described() -> None:
         assert {"400", "401", "404", "413", "415", "500", "503"} <= set(operation["responses"])
         streams = "stream" in models[0].model_fields
         assert ("text/event-stream" in operation["responses"]["200"]["content"]) == streams
-        queues = streams or path == "/v1/embeddings"
+        queues = streams or path.split("/")[-1] in {"embeddings", "rerank", "score", "classify"}
         assert ("429" in operation["responses"]) == ("504" in operation["responses"]) == queues
 
 

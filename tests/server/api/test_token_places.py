@@ -32,6 +32,8 @@ async def complete(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     response = await client.post(COMPLETIONS, json=fields)
     assert response.status_code == 200, response.text
     [choice] = response.json()["choices"]
+    for name in ("prompt_logprobs", "prompt_token_ids", "token_ids"):
+        assert choice.pop(name) is None  # in streams they are missing
     added: dict[str, Any] = {}
     for chunk in await stream(client, COMPLETIONS, **fields):
         [piece] = chunk["choices"]

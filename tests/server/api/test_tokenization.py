@@ -104,7 +104,7 @@ def test_a_missing_tokenizer_is_reported(tmp_path: object) -> None:
 def test_a_missing_template_file_is_reported(tmp_path: object) -> None:
     tokenizer = byte_tokenizer()
     tokenizer._hf.save_pretrained(str(tmp_path))
-    with pytest.raises(ConfigurationError, match="chat_template"):
+    with pytest.raises(ConfigurationError, match="cannot read the template"):
         Tokenizer.load(str(tmp_path), chat_template=f"{tmp_path}/missing.jinja")
     loaded = Tokenizer.load(str(tmp_path), chat_template="{{ 'x' }}")
     assert loaded.vocab_size == VOCAB_SIZE
