@@ -35,6 +35,7 @@ from yaml import YAMLError
 from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
 from .foreign_flags import explain
+from .secret_settings import check_key, refuse_empty_keys
 
 DEMO_MODEL_NAME = "quire-demo"
 
@@ -243,10 +244,24 @@ class Settings(_EngineSettings):
         "quire",
     )
 
-    @field_validator("api_key", "served_model_name", "allowed_origins", mode="before")
+    @field_validator("served_model_name", "allowed_origins", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _split_keys(cls, value: Any) -> Any:
+        """Split keys at commas, and keep empty ones, which `_check_keys` refuses."""
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("api_key", "admin_api_key")
+    @classmethod
+    def _check_keys(cls, value: Any) -> Any:
+        for key in value if isinstance(value, tuple) else (value,):
+            if key is not None:
+                check_key(key)
+        return value
 
     @field_validator(
         "max_body_bytes", "max_stored_response_bytes", "kv_cache_memory", mode="before"
@@ -302,6 +317,7 @@ class Settings(_EngineSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Return the sources of settings, the strongest first. Raises ConfigurationError."""
+        refuse_empty_keys(init_settings())
         path = init_settings().get("config") or env_settings().get("config")
         if path is None:
             return init_settings, env_settings

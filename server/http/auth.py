@@ -24,7 +24,7 @@ class Keys:
     """The configured keys as digests, so that comparing takes the same time for any length."""
 
     def __init__(self, settings: Settings) -> None:
-        self._admin = [_digest(settings.admin_api_key)] if settings.admin_api_key else []
+        self._admin = [] if settings.admin_api_key is None else [_digest(settings.admin_api_key)]
         self._client = [_digest(key) for key in settings.api_key]
 
     def check_client(self, request: HTTPConnection) -> None:
@@ -71,12 +71,12 @@ def _check(request: HTTPConnection, accepted: list[bytes]) -> None:
 
 
 def _sent(request: HTTPConnection) -> list[str]:
-    """Return the keys in the headers of `request`, at most two."""
+    """Return the keys in the headers of `request`, at most two. An empty one is none."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     keys = [key.strip()] if scheme.lower() == "bearer" else []
     if "x-api-key" in request.headers:
         keys.append(request.headers["x-api-key"])
-    return keys
+    return [key for key in keys if key]
 
 
 class KeyRequired(HTTPBearer):

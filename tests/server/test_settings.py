@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from quire.engine.config import EngineConfig, engine_flags
 from quire.engine.errors import ConfigurationError
 from quire.server.cli import build_parser
 from quire.server.settings import GROUPS, Settings, load_settings
+
+UNUSABLE_KEYS = ("", "  ", "\t\n", " sound", "sound\n")
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +50,31 @@ def test_lists_are_read_from_every_source(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert (settings.api_key, settings.served_names) == (("d", "e"), ("f",))
     monkeypatch.setenv("QUIRE_API_KEY", "g,h")
     assert load_settings(config=path).api_key == ("g", "h")
+
+
+@pytest.mark.parametrize(
+    "name, empty",
+    [
+        *((name, empty) for name in ("api_key", "admin_api_key") for empty in UNUSABLE_KEYS),
+        *(("api_key", empty) for empty in (",", "sound,", ",sound", "sound, ")),
+    ],
+)
+def test_a_key_that_lets_anyone_in_or_no_one_is_refused_by_name(
+    name: str, empty: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    refused = pytest.raises(ConfigurationError, match=rf"\b{name}\b.*(empty|white space)")
+    with refused:
+        load_settings(**{name: empty})
+    if name == "api_key" and "," not in empty:
+        with refused:
+            load_settings(api_key=["sound", empty])
+    with refused:
+        load_settings(config=write(tmp_path / "quire.yaml", f"{name}: {json.dumps(empty)}\n"))
+    monkeypatch.setenv(f"QUIRE_{name.upper()}", empty)
+    with refused:
+        load_settings()
+    sound = load_settings(**{name: "sound"})  # a flag wins over the environment
+    assert getattr(sound, name) == (("sound",) if name == "api_key" else "sound")
 
 
 @pytest.mark.parametrize(
