@@ -83,7 +83,10 @@ class BodyLimitMiddleware:
 
 
 class HttpMetricsMiddleware:
-    """Counts requests by their route's path template; a client's path never becomes a label."""
+    """Counts requests by their route's path template; a client's path never becomes a label.
+
+    A request whose client leaves before its answer begins counts as 499, whatever became of it.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -92,18 +95,28 @@ class HttpMetricsMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or "forwarded" in scope.get("state", ()):
             return await self.app(scope, receive, send)  # the worker that forwarded it counts it
-        status = 500
+        status: int | None = None
+        left = False
         started = time.monotonic()
+
+        async def receive_noting_end() -> Message:
+            nonlocal left
+            message = await receive()
+            left = left or message["type"] == "http.disconnect"
+            return message
 
         async def send_noting_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = 499 if left else message["status"]
             await send(message)
 
         try:
-            await self.app(scope, receive, send_noting_status)
+            await self.app(scope, receive_noting_end, send_noting_status)
+            left = left or status is None  # no application ends without an answer otherwise
         finally:
+            if status is None:
+                status = 499 if left else 500
             handler = getattr(scope.get("route"), "path", None)
             self.metrics.http_request(handler, scope["method"], status, time.monotonic() - started)
 

@@ -1,13 +1,20 @@
-"""HEAD of endless answers."""
+"""HEAD of endless answers, and what the metrics count."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+from typing import Any
 
 import httpx
+import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from quire.server.http.middleware import HeadMiddleware
+
+from ..conftest import MakeClient
+from ..fakes import FakeEngineClient
+from ..openai_http import HI, PROMPT
 
 
 async def test_head_of_a_stream_ends_it_after_its_headers() -> None:
@@ -37,3 +44,54 @@ async def _disconnected(receive: Receive) -> None:
     message: Message = {}
     while message.get("type") != "http.disconnect":
         message = await receive()
+
+
+@pytest.mark.parametrize("leaves", ["in its body", "as it waits", "as it waits, streamed"])
+@pytest.mark.parametrize(
+    "path, fields",
+    [
+        ("/v1/completions", PROMPT),
+        ("/v1/chat/completions", HI),
+        ("/v1/responses", {"input": "Hi"}),
+        ("/v1/messages", {**HI, "max_tokens": 5}),
+    ],
+)
+async def test_a_client_that_leaves_before_its_answer_begins_counts_as_499(
+    make_client: MakeClient,
+    engine: FakeEngineClient,
+    path: str,
+    fields: dict[str, Any],
+    leaves: str,
+) -> None:
+    app = make_client().app  # type: ignore[attr-defined]
+    engine.hold = asyncio.Event()
+    body = json.dumps({**fields, "model": "tiny", "stream": leaves.endswith("streamed")}).encode()
+    cut = leaves == "in its body"
+    parts: list[Message] = [{"type": "http.request", "body": body, "more_body": cut}]
+
+    async def receive() -> Message:
+        if parts:
+            return parts.pop()
+        while not (cut or engine.requests):
+            await asyncio.sleep(0.001)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        pass
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    async with asyncio.timeout(5):
+        await app(scope, receive, send)
+    page = (
+        await httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=app), base_url="http://quire"
+        ).get("/metrics")
+    ).text
+    [line] = [line for line in page.splitlines() if line.startswith("http_requests_total{")]
+    assert f'handler="{path}"' in line and 'status="499"' in line, line
