@@ -29,6 +29,16 @@ FlagGroup = Literal["Model", "KV cache", "Scheduling", "Limits"]
 """Headings under which `quire serve --help` lists the flags."""
 
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 128
+MAX_MODEL_LEN = 2**24
+"""Maximum context length in tokens."""
+MAX_BLOCKS = 2**31 - 1
+"""Maximum blocks of the KV cache: block tables hold 32-bit integers."""
+MAX_SEQS = 2**16
+"""Maximum sequences per step."""
+MAX_STEP_TOKENS = 2**20
+"""Maximum tokens per step."""
+MAX_TABLE_ENTRIES = 2**28
+"""Maximum entries of the block tables of all sequences of a step: three arrays of 1 GiB each."""
 
 _T = TypeVar("_T")
 
@@ -72,7 +82,7 @@ class EngineFlag:
     def bounds(self) -> str:
         """The bounds in words, such as "above 0 and at most 1"; empty if there are none."""
         parts = (("at least", self.ge), ("above", self.gt), ("at most", self.le))
-        return " and ".join(f"{words} {bound:g}" for words, bound in parts if bound is not None)
+        return " and ".join(f"{words} {bound}" for words, bound in parts if bound is not None)
 
     def check(self, value: Any) -> None:
         """Raise ConfigurationError if the field may not have this value."""
@@ -148,7 +158,7 @@ class EngineConfig:
     )
     device: Device = _flag("Model", "Device to run on.", "auto")
     max_model_len: int | None = _flag(
-        "Model", "Context length in tokens. Default: the model's.", None, ge=2
+        "Model", "Context length in tokens. Default: the model's.", None, ge=2, le=MAX_MODEL_LEN
     )
     load_format: LoadFormat = _flag(
         "Model",
@@ -210,6 +220,7 @@ class EngineConfig:
         None,
         name="num_gpu_blocks_override",
         ge=1,
+        le=MAX_BLOCKS,
     )
     enable_prefix_caching: bool = _flag("KV cache", "Share the blocks of equal prefixes.", True)
     disable_cascade_attn: bool = _flag(
@@ -220,7 +231,7 @@ class EngineConfig:
         "sequences, on a GPU and if that saves time.",
     )
 
-    max_num_seqs: int = _flag("Scheduling", "Maximum sequences per step.", 256, ge=1)
+    max_num_seqs: int = _flag("Scheduling", "Maximum sequences per step.", 256, ge=1, le=MAX_SEQS)
     max_num_batched_tokens: int | None = _flag(
         "Scheduling",
         "Maximum tokens per step. Default: 8192; on the CPU 512, or twice --max-num-seqs if that "
@@ -228,6 +239,7 @@ class EngineConfig:
         None,
         details="A running stream waits at most one step for its next token.",
         ge=1,
+        le=MAX_STEP_TOKENS,
     )
     scheduling_policy: SchedulingPolicy = _flag(
         "Scheduling",
@@ -328,7 +340,7 @@ class EngineInfo(WorkerInfo):
             block_size=config.block_size,
             num_blocks=num_blocks,
             max_num_seqs=config.max_num_seqs,
-            max_logprobs=config.max_logprobs,
+            max_logprobs=min(config.max_logprobs, worker.vocab_size),
         )
 
     @property

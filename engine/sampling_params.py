@@ -16,6 +16,10 @@ MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_TOKENS = 256
 MAX_LENGTH_PENALTY = 10
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
+"""Bounds of repetition_penalty: logits divided or multiplied by it stay far from infinity."""
+MAX_TOP_K = 2**31 - 1
+"""Maximum top_k, far above any vocabulary."""
 
 
 def _require(ok: bool, message: str, param: str) -> None:
@@ -78,14 +82,17 @@ class SamplingParams:
             "temperature",
         )
         _require(0.0 < self.top_p <= 1.0, "top_p must be above 0 and at most 1", "top_p")
-        _require(self.top_k >= 0, "top_k must be at least 0 (0 is off)", "top_k")
+        _require(
+            0 <= self.top_k <= MAX_TOP_K, f"top_k must be from 0 (off) to {MAX_TOP_K}", "top_k"
+        )
         _require(0.0 <= self.min_p <= 1.0, "min_p must be from 0 to 1", "min_p")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _require(-2.0 <= value <= 2.0, f"{name} must be from -2 to 2", name)
         _require(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0,
-            "repetition_penalty must be above 0",
+            MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY,
+            f"repetition_penalty must be from {MIN_REPETITION_PENALTY} to "
+            f"{MAX_REPETITION_PENALTY:g}",
             "repetition_penalty",
         )
         self._check_token_lists()

@@ -16,6 +16,7 @@ import structlog
 from transformers.utils import cached_file
 
 from ..engine.errors import ConfigurationError
+from ..engine.sampling_params import MAX_REPETITION_PENALTY, MAX_TOP_K, MIN_REPETITION_PENALTY
 
 log = structlog.get_logger(__name__)
 
@@ -35,9 +36,11 @@ _SMALLEST = 1e-6
 _RANGES = {
     "temperature": _Range(0.0, 2.0, float),
     "top_p": _Range(_SMALLEST, 1.0, float),
-    "top_k": _Range(1, math.inf, int, off=(-1, 0), clamped=False),
+    "top_k": _Range(1, MAX_TOP_K, int, off=(-1, 0), clamped=False),
     "min_p": _Range(0.0, 1.0, float),
-    "repetition_penalty": _Range(_SMALLEST, math.inf, float, off=(0,), clamped=False),
+    "repetition_penalty": _Range(
+        MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY, float, off=(0,), clamped=False
+    ),
     "max_new_tokens": _Range(1, math.inf, int, off=(-1, 0), clamped=False),
 }
 """Entries of a generation_config.json that are used."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..config import EngineConfig
+from ..config import MAX_TABLE_ENTRIES, EngineConfig
 from ..devices.backend import Backend
 from ..errors import ConfigurationError
 from ..model.model_spec import ModelSpec
@@ -38,6 +38,17 @@ def allocate_kv_cache(
             f"a KV cache of {num_blocks} blocks ({size}) does not fit the memory of "
             f"{backend.device}"
         ) from error
+
+
+def check_tables(config: EngineConfig, max_model_len: int) -> None:
+    """Raise ConfigurationError if the block tables of a step would take too much memory."""
+    entries = config.max_num_seqs * (max_model_len // config.block_size + 1)
+    if entries > MAX_TABLE_ENTRIES:
+        raise ConfigurationError(
+            f"block tables for --max-num-seqs {config.max_num_seqs} sequences of {max_model_len} "
+            f"tokens would have {entries} entries; the limit is {MAX_TABLE_ENTRIES}: lower "
+            "--max-num-seqs or --max-model-len, or raise --block-size"
+        )
 
 
 def num_blocks_from_memory(

@@ -10,11 +10,12 @@ import torch
 from ..config import EngineConfig, WorkerInfo
 from ..devices.backend import Backend, CacheDemand
 from ..devices.choose import choose_backend
+from ..errors import ConfigurationError
 from ..model.causal_lm import CausalLM
 from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model
 from ..step import SchedulerOutput
-from .kv_cache import allocate_kv_cache, block_bytes, num_blocks_from_memory
+from .kv_cache import allocate_kv_cache, block_bytes, check_tables, num_blocks_from_memory
 from .model_runner import ModelRunner, StepForward
 
 
@@ -28,9 +29,14 @@ class Worker:
 
     def load(self) -> WorkerInfo:
         config = self._config
-        num_threads = config.num_threads or default_num_threads()
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
+        num_threads = config.num_threads or default_num_threads() or torch.get_num_threads()
+        usable = usable_cpus()
+        if config.num_threads is not None and config.num_threads > usable:
+            raise ConfigurationError(
+                f"--num-threads is {config.num_threads}, but this process may use only {usable} "
+                f"CPU{'s' if usable > 1 else ''}"
+            )
+        torch.set_num_threads(min(num_threads, usable))  # OMP_NUM_THREADS may be higher
         self._backend: Backend = self._given_backend or choose_backend(config)
         self._model: CausalLM = load_model(config, self._backend)
         model, spec = self._model, self._model.spec
@@ -63,6 +69,7 @@ class Worker:
 
     def profile(self) -> int:
         config, spec, max_model_len = self._config, self._model.spec, self._max_model_len
+        check_tables(config, max_model_len)
         size = block_bytes(spec, config.block_size, self._cache_dtype)
         demand = CacheDemand(config, spec.architecture, size, max_model_len)
         memory = self._backend.cache_memory(demand, self._make_runner)
@@ -87,6 +94,13 @@ class Worker:
         return ModelRunner(
             model, self._backend, config, kv_cache, self._max_model_len, self._kv_scales
         )
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may run on: no kernel gets more threads."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def default_num_threads() -> int | None:

@@ -230,7 +230,7 @@ class ChatBody(ChatFields, GenerationBody):
     top_logprobs: int | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
-    thinking_token_budget: Annotated[int, Field(ge=0)] | None = None
+    thinking_token_budget: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
 
 class TokenizeBody(Fields):

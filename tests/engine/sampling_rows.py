@@ -47,6 +47,8 @@ PARAMETERS: list[dict[str, Any]] = [
     {"top_p": 0.8, "min_p": 0.05, "temperature": 0.7},
     {"repetition_penalty": 1.8},
     {"repetition_penalty": 0.6, "temperature": 0.0},
+    {"repetition_penalty": 100.0, "temperature": 1e-5, "top_k": 2**31 - 1},
+    {"repetition_penalty": 0.01, "presence_penalty": 2.0, "frequency_penalty": -2.0},
     {"presence_penalty": 2.0},
     {"presence_penalty": -2.0, "temperature": 0.0},
     {"frequency_penalty": 1.5},

@@ -39,7 +39,7 @@ BAD = [
       for value in (-1, 2.5, "1", True)),
     Bad(COMPLETIONS, {"top_p": 0}, "top_p"),
     Bad(COMPLETIONS, {"top_p": 1.1}, "top_p"),
-    Bad(COMPLETIONS, {"top_k": -5}, "top_k"),
+    *(Bad(COMPLETIONS, {"top_k": value}, "top_k") for value in (-5, 2**31, 2**64, 10**400)),
     Bad(COMPLETIONS, {"min_p": 2}, "min_p"),
     # lengths
     *(Bad(COMPLETIONS, {"max_tokens": value}, "max_tokens") for value in (0, -1)),
@@ -78,7 +78,8 @@ BAD = [
     # seeds and penalties
     *(Bad(COMPLETIONS, {"seed": value}, "seed") for value in (2**64, -(2**64))),
     Bad(COMPLETIONS, {"presence_penalty": 3}, "presence_penalty"),
-    Bad(COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
+    *(Bad(COMPLETIONS, {"repetition_penalty": value}, "repetition_penalty")
+      for value in (0, 5e-324, 1e-3, 101, 1e38, 1e308)),
     # fields that are not supported, at this endpoint or in this combination
     *(Bad(CHAT, {name: value}, name) for name, value in {
         "tool_choice": "required", "reasoning_effort": "huge", "suffix": "x",

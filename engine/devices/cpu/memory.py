@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def allocate_kv_cache(
     shape: tuple[int, ...], size: int, dtype: torch.dtype, *, commit: bool
 ) -> torch.Tensor:
     """Allocate `size` zeroed bytes as a tensor of this shape. Their memory is taken as they are
-    first written, or now if `commit`."""
+    first written, or now if `commit`. Raises OSError if less memory is available."""
+    available = available_memory()
+    if available is not None and size > available:
+        raise OSError(errno.ENOMEM, f"only {available} bytes of memory are available")
     # Anonymous pages are zero, and take memory once they are written. Huge pages, because taking
     # it in 4 KiB pages costs a fifth of a prefill.
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

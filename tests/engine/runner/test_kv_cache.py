@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ from quire.engine.devices.backend import Backend
 from quire.engine.devices.cpu.backend import CpuBackend
 from quire.engine.errors import ConfigurationError
 from quire.engine.model.model_spec import ModelSpec
-from quire.engine.runner.kv_cache import allocate_kv_cache, block_bytes, num_blocks_from_memory
+from quire.engine.runner.kv_cache import (
+    allocate_kv_cache,
+    block_bytes,
+    check_tables,
+    num_blocks_from_memory,
+)
 
 from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..worker_driver import make_config
@@ -81,3 +87,16 @@ def test_the_last_token_needs_no_slot() -> None:
 def test_a_cache_that_no_device_holds_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="does not fit"):
         allocate_kv_cache(CpuBackend(), SPEC, 2**45, 16, torch.float32)
+
+
+def test_absurd_sizes_are_refused_before_anything_is_allocated() -> None:
+    for name in ("num_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        with pytest.raises(ConfigurationError, match=f"{name} must be .*at most"):
+            config(**{name: 2**40})
+    with pytest.raises(ConfigurationError, match="--max-num-seqs 65536 sequences of 1048576"):
+        check_tables(config(max_num_seqs=65536), 2**20)
+    check_tables(config(max_num_seqs=256), 2**20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigurationError, match="1000000000 blocks .* does not fit the memory"):
+        allocate_kv_cache(CpuBackend(), SPEC, 10**9, 16, torch.float32, commit=True)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 * 1024  # KiB

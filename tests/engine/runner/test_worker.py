@@ -79,6 +79,13 @@ def test_the_number_of_threads_is_configured_or_chosen(
 ) -> None:
     Worker(make_config(gemma2[0], num_threads=2)).load()
     assert torch.get_num_threads() == 2
+    usable = len(os.sched_getaffinity(0))
+    with pytest.raises(ConfigurationError, match=f"--num-threads is {usable + 1}, .* {usable} CPU"):
+        Worker(make_config(gemma2[0], num_threads=usable + 1)).load()
+    torch.set_num_threads(usable + 3)  # as by OMP_NUM_THREADS
+    monkeypatch.setenv("OMP_NUM_THREADS", str(usable + 3))
+    Worker(make_config(gemma2[0], num_threads=None)).load()
+    assert torch.get_num_threads() == usable
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = default_num_threads()
     assert cores is None or 1 <= cores <= len(os.sched_getaffinity(0))
