@@ -165,6 +165,16 @@ class StructuredOutput:
                 constrained.num_unfinished -= 1
                 if constrained.num_unfinished == 0:
                     del self._requests[output.request_id]
+                    self._give_up(constrained.compiled)
+
+    def _give_up(self, compiled: Future[LLMatcher]) -> None:
+        """Take a grammar out of the compiler's queue if no unfinished request waits for it."""
+        if compiled.done():
+            return
+        wanted = any(other.compiled is compiled for other in self._requests.values())
+        if not wanted and compiled.cancel():
+            for spec in [spec for spec, future in self._cache.items() if future is compiled]:
+                del self._cache[spec]
 
     def _compiled(self, spec: GrammarSpec) -> Future[LLMatcher]:
         if spec not in self._cache:

@@ -6,6 +6,9 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections.abc import Hashable
+from contextvars import ContextVar
+from typing import NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -119,6 +122,37 @@ class HttpMetricsMiddleware:
                 status = 499 if left else 500
             handler = getattr(scope.get("route"), "path", None)
             self.metrics.http_request(handler, scope["method"], status, time.monotonic() - started)
+
+
+class Connection(NamedTuple):
+    """The connection of the request that the present task serves.
+
+    `receive` returns its next message: a disconnect, once the body has been read. `caller` tells
+    callers apart, by their address and their key.
+    """
+
+    receive: Receive
+    caller: Hashable
+
+
+connection: ContextVar[Connection | None] = ContextVar("connection", default=None)
+"""Set for every request by ConnectionMiddleware, so that what waits on behalf of a request can
+notice that its client has left."""
+
+
+class ConnectionMiddleware:
+    """Sets `connection`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            keys = (headers.get("authorization"), headers.get("x-api-key"))
+            address = (scope.get("client") or ("",))[0]
+            connection.set(Connection(receive, hash((address, *keys))))
+        await self.app(scope, receive, send)
 
 
 class HeadMiddleware:

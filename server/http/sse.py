@@ -14,12 +14,14 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import structlog
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ...engine.errors import QuireError, RequestTimeoutError
 from ..errors import answer_of, error_response
 from ..json_text import encode_line
+from .middleware import connection
 from .outbox import Outbox, Sink, Source
 
 log = structlog.get_logger(__name__)
@@ -60,6 +62,23 @@ async def run_until_disconnect(
         if gone.done():
             return None
         raise RequestTimeoutError("the request took longer than its timeout")
+    finally:
+        await cancel(working, gone)
+
+
+async def while_connected(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Return the result of `work`, which is done for the present request. If its client leaves
+    first, cancel it and raise ClientDisconnect; the body must have been read before."""
+    here = connection.get()
+    if here is None:
+        return await work
+    working = asyncio.create_task(work)
+    gone = asyncio.create_task(disconnected(here.receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
     finally:
         await cancel(working, gone)
 

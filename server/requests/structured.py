@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, NoReturn
 from ...engine.errors import InvalidRequestError
 from ...engine.request import GrammarSpec
 from ..http.body import parse_json_object
+from ..http.middleware import connection
+from ..http.sse import while_connected
 from ..json_text import encode_json
 from .protocol import GenerationBody
 from .state import ServerState
@@ -43,18 +45,23 @@ class Constraint(NamedTuple):
 async def try_out(state: ServerState, constraint: Constraint | None) -> GrammarSpec | None:
     """Return the grammar of a constraint after compiling it on trial, or None without one.
 
-    Raises InvalidRequestError naming the parameter if the grammar does not compile in time.
+    Raises InvalidRequestError naming the parameter if the grammar does not compile in time,
+    QueueFullError if too many wait to be compiled, and ClientDisconnect if the client leaves.
     """
     if constraint is None:
         return None
     await try_out(state, constraint.part)
     info = state.engine.info
-    await state.grammar_check.check(
-        constraint.spec,
-        constraint.param,
-        read_tokenizer=state.tokenizer.backend.to_str,
-        vocab_size=info.vocab_size,
-        eos_token_ids=info.eos_token_ids,
+    here = connection.get()
+    await while_connected(
+        state.grammar_check.check(
+            constraint.spec,
+            constraint.param,
+            read_tokenizer=state.tokenizer.backend.to_str,
+            vocab_size=info.vocab_size,
+            eos_token_ids=info.eos_token_ids,
+            caller=None if here is None else here.caller,
+        )
     )
     return constraint.spec
 

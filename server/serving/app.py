@@ -21,6 +21,7 @@ from ..http.auth import require_client_key
 from ..http.content_encoding import ContentEncodingMiddleware
 from ..http.middleware import (
     BodyLimitMiddleware,
+    ConnectionMiddleware,
     HeadMiddleware,
     HttpMetricsMiddleware,
     PathMiddleware,
@@ -106,6 +107,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
     # The middleware added last is the outermost.
     limit = int(settings.max_body_bytes)
+    app.add_middleware(ConnectionMiddleware)
     app.add_middleware(ContentEncodingMiddleware, max_bytes=limit)
     app.add_middleware(BodyLimitMiddleware, max_bytes=limit)
     app.add_middleware(HeadMiddleware)

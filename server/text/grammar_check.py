@@ -17,12 +17,12 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ...engine.errors import InvalidRequestError
+from ...engine.errors import InvalidRequestError, QueueFullError
 from ...engine.grammar.compile import GrammarCompileError, compile_grammar, make_tokenizer
 from ...engine.request import GrammarSpec
 
@@ -34,6 +34,8 @@ START_SECONDS = 60
 """Maximum time to read the tokenizer."""
 MEMORY_BYTES = 4 * 2**30
 """Maximum address space of the child."""
+MAX_WAITING, MAX_WAITING_OF_ONE = 128, 16
+"""Maximum grammars that wait for the child, in all and of one caller."""
 MAX_REMEMBERED = 256
 """Maximum verdicts that are kept, the least recently used being dropped first."""
 
@@ -44,6 +46,7 @@ class GrammarCheck:
 
     def __init__(self) -> None:
         self._verdicts: OrderedDict[GrammarSpec, str | None] = OrderedDict()
+        self._turns = _Turns()
         self._thread = ThreadPoolExecutor(1, "grammar-check")
         self._child: subprocess.Popen[bytes] | None = None
         self._end_child: Callable[[], object] = lambda: None
@@ -56,9 +59,12 @@ class GrammarCheck:
         read_tokenizer: Callable[[], str],
         vocab_size: int,
         eos_token_ids: Sequence[int],
+        caller: Hashable = None,
     ) -> None:
         """Raise InvalidRequestError, naming `param`, if the engine could not compile `spec`.
 
+        The grammars of one `caller` wait for each other; different callers take turns. A check that
+        is cancelled while it waits costs nothing more. Raises QueueFullError if too many wait.
         `read_tokenizer` returns the text of the tokenizer.json; the other values are those of the
         engine's EngineInfo.
         """
@@ -71,14 +77,16 @@ class GrammarCheck:
                     "eos_token_ids": list(eos_token_ids),
                 }
 
-            verdict, settled = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._ask, spec, start
-            )
-            if not settled:
-                raise InvalidRequestError(f"{param}: {verdict}", param)
-            self._verdicts[spec] = verdict
-            if len(self._verdicts) > MAX_REMEMBERED:
-                self._verdicts.popitem(last=False)
+            async with self._turns.turn(caller):
+                if spec not in self._verdicts:  # it may have been decided in the meantime
+                    verdict, settled = await asyncio.get_running_loop().run_in_executor(
+                        self._thread, self._ask, spec, start
+                    )
+                    if not settled:
+                        raise InvalidRequestError(f"{param}: {verdict}", param)
+                    self._verdicts[spec] = verdict
+                    if len(self._verdicts) > MAX_REMEMBERED:
+                        self._verdicts.popitem(last=False)
         self._verdicts.move_to_end(spec)
         if (reason := self._verdicts[spec]) is not None:
             raise InvalidRequestError(f"{param}: {reason}", param)
@@ -108,6 +116,64 @@ class GrammarCheck:
     def _forget_child(self) -> None:
         self._end_child()
         self._child = None
+
+
+class _Turns:
+    """Lets one task at a time go on: the first one of each caller in turn."""
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[Hashable, deque[asyncio.Future[None]]] = OrderedDict()
+        self._num_waiting = 0
+        self._taken = False
+
+    @contextlib.asynccontextmanager
+    async def turn(self, caller: Hashable) -> AsyncIterator[None]:
+        """Wait for a turn and hold it. Raises QueueFullError if too many wait."""
+        if self._taken:
+            await self._wait(caller)
+        self._taken = True
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    async def _wait(self, caller: Hashable) -> None:
+        line = self._waiting.get(caller, deque())
+        if self._num_waiting >= MAX_WAITING or len(line) >= MAX_WAITING_OF_ONE:
+            raise QueueFullError(
+                f"{len(line)} grammars of this client and {self._num_waiting} in all wait to be "
+                "compiled",
+                len(line) * COMPILE_SECONDS,
+            )
+        mine = asyncio.get_running_loop().create_future()
+        self._waiting[caller] = line
+        line.append(mine)
+        self._num_waiting += 1
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if not mine.cancelled():  # its turn had just come
+                self._pass_on()
+            elif mine in line:
+                line.remove(mine)
+                self._left(caller, line)
+            raise
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            caller, line = next(iter(self._waiting.items()))
+            first = line.popleft()
+            self._waiting.move_to_end(caller)
+            self._left(caller, line)
+            if not first.cancelled():
+                first.set_result(None)
+                return
+        self._taken = False
+
+    def _left(self, caller: Hashable, line: deque[asyncio.Future[None]]) -> None:
+        self._num_waiting -= 1
+        if not line:
+            del self._waiting[caller]
 
 
 def _start_child() -> subprocess.Popen[bytes]:

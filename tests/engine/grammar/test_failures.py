@@ -92,6 +92,32 @@ def test_a_request_can_be_aborted_while_its_grammar_is_compiled(folder: Path) ->
     assert not core._structured._requests
 
 
+def test_grammars_of_requests_that_have_left_are_not_compiled(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    compiled = []
+    original = grammar.compile_grammar
+
+    def slow(tokenizer: Any, spec: GrammarSpec) -> Any:
+        release.wait(20)
+        compiled.append(spec.text)
+        return original(tokenizer, spec)
+
+    monkeypatch.setattr(structured_output, "compile_grammar", slow)
+    core.add_request(make_request("running", GrammarSpec("regex", "running")))
+    for number in range(50):
+        core.add_request(make_request(f"r{number}", GrammarSpec("regex", f"a{number % 40}")))
+    for number in range(49):  # r49 waits for the grammar of r9
+        core.abort_request(f"r{number}")
+    core.add_request(make_request("back", GrammarSpec("regex", "a3")))  # before the step
+    core.step()
+    release.set()
+    while core.has_work:
+        core.step()
+    assert compiled == ["running", "a3", "a9"]
+
+
 def test_other_requests_continue_while_a_grammar_is_compiled(
     core: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from quire.engine.outputs import RowError
 from quire.engine.request import GrammarSpec
-from quire.server.text.grammar_check import GrammarCheck
+from quire.server.text.grammar_check import MAX_WAITING_OF_ONE, GrammarCheck
 
 from ..conftest import MakeClient
 from ..fakes import FakeEngineClient, Script, byte_tokenizer, ids, say
@@ -317,3 +317,56 @@ async def test_verdicts_are_cached_and_the_process_ends_on_close() -> None:
     await ask("b")
     assert asked == 2
     check.close()
+
+
+async def test_a_flood_of_grammars_holds_up_nobody_else(
+    make_client: MakeClient, engine: FakeEngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_client().app  # type: ignore[attr-defined]
+    tried: list[str] = []
+
+    def ask(self: GrammarCheck, spec: GrammarSpec, start: Any) -> tuple[str | None, bool]:
+        time.sleep(0.2)
+        tried.append(spec.text)
+        return None, True
+
+    monkeypatch.setattr(GrammarCheck, "_ask", ask)
+    leave = asyncio.Event()
+    statuses: list[int] = []
+
+    async def post(number: int, address: str) -> None:
+        fields = {"model": "tiny", "prompt": "p", "max_tokens": 1, **outputs(regex=f"a{number}")}
+        parts: list[Any] = [{"type": "http.request", "body": json.dumps(fields).encode()}]
+
+        async def receive() -> Any:
+            if parts:
+                return parts.pop()
+            await leave.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "query_string": b""}
+        await app({**scope, "headers": headers, "client": (address, 1)}, receive, send)
+
+    flood = [asyncio.create_task(post(number, "10.0.0.1")) for number in range(200)]
+    # 1. One client may have only so many grammars waiting.
+    async with asyncio.timeout(5):
+        while len(statuses) < 200 - 3 - MAX_WAITING_OF_ONE:
+            await asyncio.sleep(0.01)
+    assert set(statuses) == {429} and len(statuses) < 200 - MAX_WAITING_OF_ONE
+    del tried[:]
+    # 2. Another client's turn comes next.
+    await post(1000, "10.0.0.2")
+    assert len(tried) <= 3 and statuses[-1] == 200
+    # 3. What waits for clients that have left is dropped.
+    leave.set()
+    await asyncio.wait_for(asyncio.gather(*flood), 2)
+    await asyncio.sleep(0.3)
+    assert len(tried) <= 5
+    leave.clear()
+    await asyncio.wait_for(post(2000, "10.0.0.1"), 1)
+    assert statuses[-1] == 200
