@@ -17,6 +17,7 @@ from typing import Any
 import h11
 from h11._writers import ChunkedWriter
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import http_error_response
@@ -32,16 +33,53 @@ BODY_SECONDS = 20.0
 """How often the progress of a body is checked."""
 MIN_BODY_BYTES = 16 * 1024
 """Minimum bytes of a body that must arrive in each span of BODY_SECONDS, unless it ends."""
+MAX_EVENTS = 64
+"""Maximum parts of a body that are parsed before other tasks get their turn: a millisecond."""
+FREE_CHUNKS, MIN_CHUNK_BYTES = 4096, 64
+"""A body may have this many chunks of any size; beyond that, one for each so many of its bytes."""
+LINGER_BYTES, LINGER_SECONDS = 16 * 2**20, 5.0
+"""How much more of a body is read and dropped after its request has been answered, and for how
+long. Clients read an answer only once they have sent their body; after that, the connection is
+closed."""
+WRITE_SECONDS = 30.0
+"""How often the progress of a client that reads too slowly is checked."""
+MIN_WRITTEN_BYTES = 1024
+"""Minimum bytes of an answer that must leave in each span of WRITE_SECONDS."""
 PROBE_SECONDS = (0.05, 5.0)
 """First and longest time between two interim responses to a client that has stopped sending; each
 is three times the one before."""
 
 
 class _Connection(h11.Connection):
-    """h11 with a fast path for what streams send most: one chunk of a chunked body.
+    """h11 with bounds on the work that the parts of a body make.
 
-    The state machine would only find that nothing changes, at a fifth of a streamed token's time.
+    It also has a fast path for what streams send most, one chunk of a chunked body: the state
+    machine would only find that nothing changes, at a fifth of a streamed token's time.
     """
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, MAX_HEADER_BYTES)
+        self.events_left = MAX_EVENTS
+        self.held_back = False
+        """Whether `next_event` has kept something back, because no events were left."""
+        self._num_chunks = self._num_bytes = 0
+
+    def next_event(self) -> Any:
+        """Do as h11 does, but ask for data if no events are left. Raises RemoteProtocolError, too,
+        if the chunks of the body are too small."""
+        if self.events_left <= 0:
+            self.held_back = True
+            return h11.NEED_DATA
+        event = super().next_event()
+        if type(event) is h11.Data:
+            self.events_left -= 1
+            self._num_chunks += event.chunk_start
+            self._num_bytes += len(event.data)
+            if self._num_chunks > FREE_CHUNKS + self._num_bytes // MIN_CHUNK_BYTES:
+                raise h11.RemoteProtocolError("the chunks of the body are too small")
+        elif type(event) is h11.Request:
+            self._num_chunks = self._num_bytes = 0
+        return event
 
     def send(self, event: Any) -> Any:
         if (
@@ -54,29 +92,50 @@ class _Connection(h11.Connection):
         return super().send(event)
 
 
+class _Flow(FlowControl):
+    """uvicorn's flow control, by which the protocol can keep the application from reading on."""
+
+    held = False
+
+    def resume_reading(self) -> None:
+        if not self.held:
+            super().resume_reading()
+
+
 class GuardedH11Protocol(H11Protocol):
-    """Closes connections that send their request too slowly."""
+    """Closes connections that send their request too slowly, that go on sending after it was
+    refused, or that do not read their answer."""
 
     head_seconds = HEAD_SECONDS
     body_seconds = BODY_SECONDS
+    linger_bytes = LINGER_BYTES
+    linger_seconds = LINGER_SECONDS
+    write_seconds = WRITE_SECONDS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn = _Connection(h11.SERVER, MAX_HEADER_BYTES)
+        self.conn = _Connection()
         self._timer: asyncio.TimerHandle | None = None
         self._timed_state: object = None
         self._body_bytes = 0
+        self._lingers = False
+        self._next_turn: asyncio.Handle | None = None
+        self._eof_waits = False
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._unwritten = 0
         self._input_ended = False
         self._probe_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _Flow(transport)
         self._set_timer(h11.IDLE, self.head_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timer()
-        if self._probe_timer is not None:
-            self._probe_timer.cancel()
+        for handle in (self._probe_timer, self._write_timer, self._next_turn):
+            if handle is not None:
+                handle.cancel()
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -84,6 +143,9 @@ class GuardedH11Protocol(H11Protocol):
 
         TLS cannot be closed in one direction, so there the end of the input ends the connection.
         """
+        if self._next_turn is not None:  # what has arrived is not parsed yet
+            self._eof_waits = True
+            return True
         if self._awaits_answer and self.transport.get_extra_info("ssl_object") is None:
             if not self._input_ended:
                 self._input_ended = True
@@ -98,7 +160,12 @@ class GuardedH11Protocol(H11Protocol):
         return cycle is not None and not (cycle.more_body or cycle.response_complete)
 
     def on_response_complete(self) -> None:
+        self._watch_writes()
         super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:  # answered before its body was read
+            self._cancel_timer()
+            self._set_timer(h11.SEND_BODY, self.linger_seconds)
+            self._lingers = True
         if not self._input_ended or self.transport.is_closing():
             return
         if self._awaits_answer:  # the client had sent several requests before it stopped
@@ -127,8 +194,44 @@ class GuardedH11Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._body_bytes += len(data)
+        if self._next_turn is None:
+            self.conn.events_left = MAX_EVENTS
         super().data_received(data)
+        self._keep_time()
+
+    def handle_events(self) -> None:
+        """Handle what has arrived, as much as may be handled in one turn of the event loop."""
+        super().handle_events()
+        if self.conn.held_back and self._next_turn is None and not self.transport.is_closing():
+            self.flow.held = True
+            self.flow.pause_reading()
+            self._next_turn = self.loop.call_soon(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._next_turn = None
+        self.conn.events_left, self.conn.held_back = MAX_EVENTS, False
+        self.handle_events()
+        if self._next_turn is not None or self.transport.is_closing():
+            return
+        self._keep_time()
+        self.flow.held = False
+        if self.cycle is None or len(self.cycle.body) <= HIGH_WATER_LIMIT:
+            self.flow.resume_reading()
+        if self._eof_waits:
+            self._eof_waits = False
+            if not self.eof_received():
+                self.transport.close()
+
+    def _keep_time(self) -> None:
+        """Set the timer that belongs to the state of what is being received."""
         state = self.conn.their_state
+        if self._lingers:
+            if state is h11.SEND_BODY:
+                if self._body_bytes > self.linger_bytes and not self.transport.is_closing():
+                    self.transport.close()
+                return
+            self._lingers = False
+            self._cancel_timer()
         if state is self._timed_state and self._timer is not None:
             return
         self._cancel_timer()
@@ -149,12 +252,38 @@ class GuardedH11Protocol(H11Protocol):
 
     def _on_timer(self) -> None:
         self._timer = None
-        receiving_body = self.conn.their_state is h11.SEND_BODY
+        receiving_body = self.conn.their_state is h11.SEND_BODY and not self._lingers
         # If reading is paused, the client is not to blame.
         if receiving_body and (self._body_bytes >= MIN_BODY_BYTES or self.flow.read_paused):
             self._set_timer(h11.SEND_BODY, self.body_seconds)
         elif not self.transport.is_closing():
             self.transport.close()
+
+    # -- clients that do not read
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writes()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+
+    def _watch_writes(self) -> None:
+        """Abort the connection if what waits to be sent does not leave from now on."""
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+        self._unwritten = self.transport.get_write_buffer_size()
+        if self._unwritten:
+            self._write_timer = self.loop.call_later(self.write_seconds, self._on_write_timer)
+
+    def _on_write_timer(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        if self._unwritten - MIN_WRITTEN_BYTES < left <= self._unwritten:
+            self.transport.abort()  # to close it would wait for the client
+        else:
+            self._watch_writes()
 
     def send_400_response(self, msg: str) -> None:
         """Answer 400 in the shape of all our errors; if the answer has begun, just close."""

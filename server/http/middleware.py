@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ...engine.errors import QueueFullError
 from ..errors import http_error_response
 from ..metrics import Metrics
 
@@ -55,12 +56,23 @@ def body_too_large(message: str) -> HTTPException:
     return HTTPException(413, message, {"connection": "close"})
 
 
+BODIES_AT_ONCE = 8
+"""Bodies of the maximum size that may be in memory while they are read; smaller ones are more."""
+SMALL_BODY = 64 * 1024
+"""Bytes of a body that are read whatever the others hold."""
+
+
 class BodyLimitMiddleware:
-    """Answers 413 if Content-Length, or the bytes of a chunked body, exceed the limit."""
+    """Answers 413 if Content-Length, or the bytes of a chunked body, exceed the limit.
+
+    Answers 429 if all bodies that are being read hold more than BODIES_AT_ONCE of the maximum size
+    would, except to small ones.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,18 +83,33 @@ class BodyLimitMiddleware:
             response = http_error_response(413, message, scope)
             response.headers["connection"] = "close"
             return await response(scope, receive, send)
-        received = 0
+        received = held = 0
+
+        def release() -> None:
+            nonlocal held
+            self._held -= held
+            held = 0
 
         async def limited_receive() -> Message:
-            nonlocal received
+            nonlocal received, held
             part = await receive()
             if part["type"] == "http.request":
-                received += len(part.get("body", b""))
+                size = len(part.get("body", b""))
+                received += size
                 if received > self.max_bytes:
                     raise body_too_large(message)
+                held += size
+                self._held += size
+                if received > SMALL_BODY and self._held > BODIES_AT_ONCE * self.max_bytes:
+                    raise QueueFullError("too many large bodies are being received", 5.0)
+                if not part.get("more_body", False):
+                    release()
             return part
 
-        await self.app(scope, limited_receive, send)
+        try:
+            await self.app(scope, limited_receive, send)
+        finally:
+            release()
 
 
 class HttpMetricsMiddleware:

@@ -52,9 +52,12 @@ def uvicorn_server(settings: Settings, app: FastAPI) -> uvicorn.Server:
     """Return an HTTP server for the application, with limits of our own on headers."""
     from ..http.http_protocol import MAX_HEADER_BYTES, GuardedH11Protocol, HeaderCountMiddleware
 
+    class Protocol(GuardedH11Protocol):
+        write_seconds = settings.stream_stall_timeout
+
     config = uvicorn.Config(
         HeaderCountMiddleware(app),
-        http=GuardedH11Protocol,
+        http=Protocol,
         ws="none",
         lifespan="on",
         log_config=None,

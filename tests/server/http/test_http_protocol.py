@@ -7,6 +7,7 @@ import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import ClassVar
 
 import pytest
 import uvicorn
@@ -14,6 +15,8 @@ import uvloop
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.server.http.http_protocol import (
+    FREE_CHUNKS,
+    MAX_EVENTS,
     MAX_HEADER_BYTES,
     MIN_BODY_BYTES,
     GuardedH11Protocol,
@@ -24,6 +27,19 @@ from quire.server.http.http_protocol import (
 class QuickProtocol(GuardedH11Protocol):
     head_seconds = 0.4
     body_seconds = 0.4
+    linger_bytes = 256 * 1024
+    linger_seconds = 0.4
+    write_seconds = 0.2
+    num_turns = 0
+    lost: ClassVar[list[GuardedH11Protocol]] = []
+
+    def _take_turn(self) -> None:
+        QuickProtocol.num_turns += 1
+        super()._take_turn()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        QuickProtocol.lost.append(self)
+        super().connection_lost(exc)
 
 
 class App:
@@ -147,6 +163,100 @@ async def test_slow_answer_is_not_cut(port: int, app: App) -> None:
     app.pause = 1.0
     answer = await exchange(port, HEAD + CLOSE + b"content-length: 1\r\n\r\nx")
     assert answer.startswith(b"HTTP/1.1 200")
+
+
+CHUNKED = HEAD + CLOSE + b"transfer-encoding: chunked\r\n\r\n"
+
+
+async def test_tiny_chunks_are_read_a_few_at_a_time(port: int) -> None:
+    QuickProtocol.num_turns = 0
+    answer = await exchange(port, CHUNKED + b"1\r\nx\r\n" * FREE_CHUNKS + b"0\r\n\r\n")
+    assert answer.endswith(b"\r\n\r\n%d" % FREE_CHUNKS)
+    assert QuickProtocol.num_turns >= FREE_CHUNKS / MAX_EVENTS - 8
+
+
+async def test_the_end_of_the_input_waits_for_chunks_that_are_not_parsed_yet(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(CHUNKED + b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n")
+    writer.write_eof()
+    assert (await asyncio.wait_for(reader.read(), 5)).endswith(b"\r\n\r\n1000")
+    writer.close()
+
+
+async def test_a_body_of_tiny_chunks_is_refused(port: int) -> None:
+    answer = await exchange(port, CHUNKED + b"1\r\nx\r\n" * (FREE_CHUNKS + 200))
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
+    parts = b"80\r\n" + b"x" * 128 + b"\r\n"  # small ones are accepted, in any number
+    answer = await exchange(port, CHUNKED + parts * 2 * FREE_CHUNKS + b"0\r\n\r\n")
+    assert answer.endswith(b"\r\n\r\n%d" % (256 * FREE_CHUNKS))
+
+
+async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    headers = [(b"content-length", b"2")]
+    await send({"type": "http.response.start", "status": 401, "headers": headers})
+    await send({"type": "http.response.body", "body": b"no"})
+
+
+async def test_a_refused_body_is_read_for_a_while_only() -> None:
+    async with serving_on_port(refuse) as port:
+        # 1. The rest of a body may come after the answer; the connection is kept.
+        first = HEAD + b"content-length: 100000\r\n\r\n"
+        second = HEAD + CLOSE + b"content-length: 0\r\n\r\n"
+        answer = await exchange(port, first, b"x" * 100_000 + second, pause=0.1)
+        assert answer.count(b"HTTP/1.1 401") == 2
+        # 2. A client that goes on sending is cut off, whether it sends much or little.
+        for part, pause in ((b"x" * 65536, 0.0), (b"x", 0.05)):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HEAD + b"content-length: 1000000000\r\n\r\n")
+            sent = 0
+            async with asyncio.timeout(5):
+                with pytest.raises(ConnectionError):
+                    while True:
+                        writer.write(part)
+                        sent += len(part)
+                        await writer.drain()
+                        await asyncio.sleep(pause)
+            assert sent < 20 * 2**20
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_client_that_reads_nothing_loses_its_connection(streamed: bool) -> None:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in range(64):
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": b"x" * 2**18,
+                    "more_body": streamed or part < 63,
+                }
+            )
+
+    async with serving_on_port(answer) as port:
+        QuickProtocol.lost.clear()
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.transport.pause_reading()
+        writer.write(HEAD + b"\r\n")
+        async with asyncio.timeout(5):
+            while not QuickProtocol.lost:
+                await asyncio.sleep(0.02)
+        writer.close()
+
+
+async def test_a_client_that_reads_slowly_gets_its_whole_answer() -> None:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * 8 * 2**20})
+
+    async with serving_on_port(answer) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(HEAD + CLOSE + b"\r\n")
+        size = 0
+        while part := await reader.read(2**20):
+            size += len(part)
+            await asyncio.sleep(0.02)
+        assert size > 8 * 2**20
+        writer.close()
 
 
 def error_of(answer: bytes) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""HEAD of endless answers, and what the metrics count."""
+"""HEAD of endless answers, what the metrics count, bodies at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from quire.server.http.middleware import HeadMiddleware
+from quire.engine.errors import QueueFullError
+from quire.server.http.middleware import BODIES_AT_ONCE, BodyLimitMiddleware, HeadMiddleware
 
 from ..conftest import MakeClient
 from ..fakes import FakeEngineClient
@@ -95,3 +96,48 @@ async def test_a_client_that_leaves_before_its_answer_begins_counts_as_499(
     ).text
     [line] = [line for line in page.splitlines() if line.startswith("http_requests_total{")]
     assert f'handler="{path}"' in line and 'status="499"' in line, line
+
+
+async def test_the_bodies_that_are_being_read_are_bounded_together() -> None:
+    held, go_on = 0, asyncio.Event()
+    refused: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal held
+        more, own = True, 0
+        try:
+            while more:
+                part = await receive()
+                own += len(part["body"])
+                held += len(part["body"])
+                more = part["more_body"]
+        except QueueFullError as error:
+            refused.append(error.message)
+            held -= own
+
+    limited = BodyLimitMiddleware(app, max_bytes=2**20)
+
+    async def send_body(size: int, *, ends: bool) -> None:
+        parts = [b"x" * min(size - at, 2**16) for at in range(0, size, 2**16)]
+
+        async def receive() -> Message:
+            if len(parts) == 1:
+                await (asyncio.sleep(0) if ends else go_on.wait())
+            body = parts.pop()
+            return {"type": "http.request", "body": body, "more_body": bool(parts)}
+
+        async def send(message: Message) -> None:
+            pass
+
+        await limited({"type": "http", "headers": []}, receive, send)
+
+    slow = [asyncio.create_task(send_body(15 * 2**16, ends=False)) for _ in range(60)]
+    await asyncio.sleep(0.05)
+    assert held <= BODIES_AT_ONCE * 2**20 and 50 < len(refused) < 60
+    await send_body(2**16, ends=True)  # small ones are served all the same
+    go_on.set()
+    await asyncio.gather(*slow)
+    served = len(refused)
+    await send_body(2**20, ends=True)
+    assert len(refused) == served
+    assert limited._held == 0
