@@ -1,14 +1,15 @@
 """Responses that clients can ask for again: running in the background, or ended.
 
 They live in memory and are lost when the server stops. Ended responses are limited in number, bytes
-and age, and the oldest are dropped first; running ones are limited by the queue limits.
+and age; the key that holds most loses its oldest first, so none can drive out another's. Running
+ones are limited by the queue limits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ class ResponseStore:
         self._ended[key] = Stored(response, items, num_bytes, self._clock() + self._ttl)
         self.num_bytes += num_bytes
         while len(self._ended) > self._max_entries or self.num_bytes > self._max_bytes:
-            self._drop(next(iter(self._ended)))
+            self._drop_oldest_of_largest(by_bytes=self.num_bytes > self._max_bytes)
 
     def run(self, key: Key, response: dict[str, Any], work: Coroutine[Any, Any, None]) -> None:
         """Run `work` in the background; it must `add` the response when it ends."""
@@ -108,6 +109,14 @@ class ResponseStore:
             if stored.expires > now:
                 return
             self._drop(key)
+
+    def _drop_oldest_of_largest(self, *, by_bytes: bool) -> None:
+        """Drop the oldest response of the owner who holds most, in number or in bytes."""
+        held: Counter[bytes] = Counter()
+        for (owner, _), stored in self._ended.items():
+            held[owner] += stored.num_bytes if by_bytes else 1
+        [(largest, _)] = held.most_common(1)
+        self._drop(next(key for key in self._ended if key[0] == largest))
 
     def _drop(self, key: Key) -> None:
         self.num_bytes -= self._ended.pop(key).num_bytes

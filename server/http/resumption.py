@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable
 
 from starlette.requests import Request
@@ -28,8 +28,9 @@ from .sse import SseResponse, produce
 MAX_STREAMS = 1024
 """Maximum number of resumable streams."""
 MAX_TOTAL_BYTES = 64 * 1024 * 1024
-"""Maximum bytes of all streams. Beyond it, streams without a reader are dropped, ended ones first;
-if that is not enough, the others drop events as if each had exceeded its own bound."""
+"""Maximum bytes of all streams. Beyond it, streams without a reader are dropped, those of the key
+that holds most first; if that is not enough, the others drop events as if each had exceeded its
+own bound."""
 MAX_REMEMBERED = 4096
 """Maximum ids of dropped streams that are remembered, to answer 410 instead of 404."""
 
@@ -83,10 +84,13 @@ class StreamRegistry:
     ) -> EventLog:
         """Start producing `events` into a new log.
 
-        Raises QueueFullError if MAX_STREAMS streams are open and each has a reader.
+        Raises QueueFullError if MAX_STREAMS streams are open, of which no key may drop another's
+        unless that one has more, and each of those that it may has a reader.
         """
         while len(self._logs) >= MAX_STREAMS:
-            if not self._drop_idle():
+            held = Counter(stream.owner for stream in self._logs.values())
+            held[owner] += 1
+            if not self._drop_idle(held, held[owner]):
                 raise QueueFullError(f"{MAX_STREAMS} resumable streams are open")
         stream = EventLog(self, secrets.token_hex(16) + self.id_suffix, owner)
         stream.task = asyncio.create_task(
@@ -140,15 +144,22 @@ class StreamRegistry:
 
     def make_room(self) -> None:
         """Drop streams without a reader until the rest is within MAX_TOTAL_BYTES."""
-        while self.crowded and self._drop_idle():
-            pass
+        while self.crowded and self._idle:
+            held: Counter[bytes] = Counter()
+            for stream in self._idle.values():
+                held[stream.owner] += stream.size
+            self._drop_idle(held, 0)
 
-    def _drop_idle(self) -> bool:
-        """Drop the stream that has been idle longest, ended ones first; False if none is idle."""
-        ended = (stream for stream in self._idle.values() if stream.ended)
-        victim = next(ended, None) or next(iter(self._idle.values()), None)
-        if victim is None:
+    def _drop_idle(self, held: Counter[bytes], least: int) -> bool:
+        """Drop a stream without a reader, of the key that holds most and at least `least`: the one
+        that has been idle longest, ended ones first. Returns False if there is none."""
+        idle: list[EventLog] = []
+        for owner, amount in held.most_common():
+            if amount >= least and not idle:
+                idle = [stream for stream in self._idle.values() if stream.owner == owner]
+        if not idle:
             return False
+        victim = next((stream for stream in idle if stream.ended), idle[0])
         self.drop(victim, "there were too many streams")
         return True
 

@@ -192,3 +192,15 @@ def test_the_store_is_bounded() -> None:
     now = 20.0
     assert found() == ""
     assert (len(store), store.num_bytes) == (0, 0)
+
+
+def test_one_keys_responses_drop_no_others() -> None:
+    store = ResponseStore(Settings(max_stored_responses=4, max_stored_response_bytes=10_000))
+    store.add((b"mine", "0"), {}, [])
+    for number in range(10):
+        store.add((b"theirs", str(number)), {}, [])
+    kept = [number for number in range(10) if store.find((b"theirs", str(number)))]
+    assert kept == [7, 8, 9] and store.find((b"mine", "0"))
+    for number in range(10):
+        store.add((b"theirs", f"large {number}"), {"text": "x" * 4000}, [])
+    assert store.find((b"mine", "0")) and store.num_bytes <= 10_000

@@ -294,9 +294,9 @@ async def numbers(count: int, size: int = 1) -> AsyncGenerator[bytes, None]:
         await asyncio.sleep(0)
 
 
-def open_log(registry: StreamRegistry, count: int, size: int = 1) -> EventLog:
+def open_log(registry: StreamRegistry, count: int, size: int = 1, owner: bytes = b"") -> EventLog:
     return registry.open(
-        b"",
+        owner,
         numbers(count, size),
         on_failure=lambda error: [],
         on_close=lambda: None,
@@ -386,4 +386,28 @@ async def test_the_number_of_streams_is_bounded(monkeypatch: pytest.MonkeyPatch)
         log.detach(registry.attach(log, 0))
     assert len(registry) == 2
     assert len(registry._remembered) == 1
+    await registry.close()
+
+
+async def test_one_keys_streams_drop_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resumption, "MAX_STREAMS", 4)
+    registry = StreamRegistry(60)
+
+    def leave(owner: bytes, size: int = 1) -> EventLog:
+        log = open_log(registry, 1, size=size, owner=owner)
+        log.detach(registry.attach(log, 0))
+        return log
+
+    mine = leave(b"mine")
+    theirs = [leave(b"theirs") for _ in range(10)]
+    assert registry.find(mine.id, b"mine") is mine
+    for log in theirs[:-3]:
+        with pytest.raises(StreamGoneError):
+            registry.find(log.id, b"theirs")
+    leave(b"mine")  # a key that has less takes the place of one that has more
+    assert registry.find(mine.id, b"mine") is mine and len(registry) == 4
+    monkeypatch.setattr(resumption, "MAX_TOTAL_BYTES", 5000)
+    for _ in range(10):
+        await settle(leave(b"theirs", size=1000))
+    assert registry.find(mine.id, b"mine") is mine and registry.total_bytes <= 5000
     await registry.close()
