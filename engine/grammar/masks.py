@@ -16,11 +16,14 @@ ignore_eos bar an end token as long as the grammar allows anything else, and no 
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections import OrderedDict, abc
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from operator import itemgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,6 +45,17 @@ NUM_THREADS = min(4, max(1, (os.cpu_count() or 1) // 4))
 a moment when they have nothing to do, so there are few: the model may run on the same cores."""
 
 
+SLOW_SECONDS = 0.05
+"""Time to fill a step's rows after which the following steps look for the grammars at fault."""
+TIMED_STEPS = 50
+"""How many steps look, after a slow one."""
+ROW_SECONDS = 0.01
+"""CPU time for one row that is never held against a grammar."""
+STEP_SECONDS, REQUEST_SECONDS = 0.25, 2.0
+"""CPU time beyond which grammars fail: of all rows of a step, the slowest first, and of all rows of
+one request, counting only what exceeds ROW_SECONDS."""
+
+
 @dataclass(slots=True)
 class _Matcher:
     """Follows the output of one choice.
@@ -61,6 +75,8 @@ class _Constrained:
     compiled: Future[LLMatcher]
     num_unfinished: int
     matchers: dict[int, _Matcher] = field(default_factory=dict)
+    seconds: float = 0.0
+    """CPU time that its rows took beyond ROW_SECONDS each."""
 
 
 class _Row(NamedTuple):
@@ -72,6 +88,7 @@ class _Row(NamedTuple):
     matcher: LLMatcher
     token_ids: list[int]
     barred: frozenset[int]
+    constrained: _Constrained
     demanded: tuple[int, ...] = ()
 
 
@@ -113,6 +130,8 @@ class StructuredOutput:
         self._requests: dict[str, _Constrained] = {}
         self._masks: TokenMasks | None = None
         self._executor: LLExecutor | None = None
+        self._timed_steps = 0
+        """How many more steps measure each row by itself."""
         # The compiler's thread loads the tokenizer, too. Rows are filled by a thread of their own,
         # so that no step waits for a grammar.
         self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
@@ -240,7 +259,7 @@ class StructuredOutput:
             barred = frozenset(self._eos_token_ids) - frozenset(params.stop_token_ids)
         if sequence.num_output_tokens < params.min_tokens:
             barred = sequence.stop_ids
-        return _Row(row, matcher.llguidance, new, barred)
+        return _Row(row, matcher.llguidance, new, barred, constrained)
 
     def _fill(self, masks: TokenMasks, rows: list[_Row]) -> None:
         try:
@@ -251,21 +270,15 @@ class StructuredOutput:
             masks.bitmask[masks.rows[index]] = -1
 
     def _fill_rows(self, masks: TokenMasks, rows: list[_Row]) -> None:
-        from llguidance import LLExecutor
-
-        if self._executor is None:
-            self._executor = LLExecutor(NUM_THREADS)
-        for row in rows:
-            if row.token_ids:
-                # A failure shows in the matcher's state, which is looked at below.
-                row.matcher.consume_tokens(row.token_ids)
         bitmask = masks.bitmask
-        self._executor.unsafe_compute_mask_ptr(
-            [(row.matcher, masks.rows[row.row]) for row in rows],
-            bitmask.ctypes.data,
-            bitmask.strides[0],
-            len(bitmask),
-        )
+        begin = time.monotonic()
+        if self._timed_steps:
+            self._timed_steps -= 1
+            self._compute_timed(masks, rows)
+        else:
+            self._compute(masks, rows)
+        if time.monotonic() - begin > SLOW_SECONDS:
+            self._timed_steps = TIMED_STEPS
         _clear_from(bitmask, self._vocab_size)
         for row in rows:
             if row.demanded:
@@ -282,6 +295,47 @@ class StructuredOutput:
                 message = f"the grammar cannot be followed further: {reason}"
                 masks.errors[row.row] = RowError(GrammarError.code, message)
 
+    def _compute(self, masks: TokenMasks, rows: list[_Row]) -> None:
+        """Let the matchers read their tokens and compute their masks, on all threads."""
+        from llguidance import LLExecutor
+
+        if self._executor is None:
+            self._executor = LLExecutor(NUM_THREADS)
+        for row in rows:
+            if row.token_ids:
+                # A failure shows in the matcher's state, which is looked at later.
+                row.matcher.consume_tokens(row.token_ids)
+        bitmask = masks.bitmask
+        self._executor.unsafe_compute_mask_ptr(
+            [(row.matcher, masks.rows[row.row]) for row in rows],
+            bitmask.ctypes.data,
+            bitmask.strides[0],
+            len(bitmask),
+        )
+
+    def _compute_timed(self, masks: TokenMasks, rows: list[_Row]) -> None:
+        """Do as `_compute`, row by row on this thread, and fail the rows that take too long: the
+        work of a very ambiguous grammar grows with each token, and every row waits for it."""
+        bitmask = masks.bitmask
+        spent: list[tuple[float, _Row]] = []
+        total = 0.0
+        for row in rows:
+            begin = time.thread_time()
+            if row.token_ids:
+                row.matcher.consume_tokens(row.token_ids)
+            bits = bitmask[masks.rows[row.row]]
+            row.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+            seconds = time.thread_time() - begin
+            row.constrained.seconds += max(0.0, seconds - ROW_SECONDS)
+            total += seconds
+            spent.append((seconds, row))
+        for seconds, row in sorted(spent, key=itemgetter(0), reverse=True):
+            too_slow = seconds > ROW_SECONDS and total > STEP_SECONDS
+            if too_slow or row.constrained.seconds > REQUEST_SECONDS:
+                total -= seconds
+                row.constrained.seconds = math.inf  # its other choices end, too
+                masks.errors[row.row] = RowError(GrammarError.code, _TOO_SLOW)
+
     def _bar(self, bits: NDArray[np.int32], token_ids: frozenset[int]) -> None:
         """Forbid these tokens in a row, unless the row allows nothing else."""
         others = bits.copy()
@@ -290,6 +344,11 @@ class StructuredOutput:
                 others[token_id >> 5] &= ~np.left_shift(np.int32(1), token_id & 31)
         if others.any():
             bits[:] = others
+
+
+_TOO_SLOW = (
+    "the grammar takes too long to follow: it is so ambiguous that its work grows with each token"
+)
 
 
 def _allow_only(bits: NDArray[np.int32], token_ids: tuple[int, ...]) -> None:

@@ -158,3 +158,38 @@ def test_an_engine_that_cannot_constrain_says_so(
 def test_the_engine_imports_without_llguidance(tmp_path: Path) -> None:
     code = "import sys; sys.modules['llguidance'] = None; import quire.engine.core.engine_core"
     subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, check=True)
+
+
+AMBIGUOUS = GrammarSpec("grammar", 'start: s\ns: s s s | s s | "a" | "b"')
+
+
+def test_an_ambiguous_grammar_fails_by_name_while_others_go_on(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(structured_output, "SLOW_SECONDS", 0.002)
+    monkeypatch.setattr(structured_output, "ROW_SECONDS", 0.002)
+    monkeypatch.setattr(structured_output, "REQUEST_SECONDS", 0.1)
+    fine = GrammarSpec("regex", "[a-f]{150}")
+    answers = run(
+        core,
+        [
+            make_request("hard", AMBIGUOUS, n=2, max_tokens=150, min_tokens=150),
+            make_request("fine", fine, max_tokens=200),
+        ],
+    )
+    assert answers["fine", 0].reason == "stop" and len(answers["fine", 0].text) == 150
+    for choice in range(2):
+        final = answers["hard", choice].final
+        assert final is not None and final.error is not None
+        assert (final.finish_reason, final.error.code) == ("error", "grammar_failed")
+        assert "ambiguous" in final.error.message
+
+
+def test_rows_are_masked_alike_whether_they_are_timed_or_not(core: EngineCore) -> None:
+    requests = [make_request(name, spec) for name, (spec, _) in GRAMMARS.items()]
+    untimed = run(core, requests)
+    core._structured._timed_steps = 10**6
+    timed = run(core, requests)
+    assert {key: answer.token_ids for key, answer in timed.items()} == {
+        key: answer.token_ids for key, answer in untimed.items()
+    }
