@@ -64,6 +64,11 @@ class ReasoningParser:
         inside |= self._state is _State.START and self._opened
         return [ReasoningText(rest) if inside else ContentText(rest)]
 
+    @property
+    def closed(self) -> bool:
+        """The reasoning has ended, or the text has none."""
+        return self._state in (_State.AFTER, _State.CONTENT)
+
     def _at_start(self) -> None:
         begun = self._held.lstrip()
         if begun.startswith(OPEN):
@@ -98,13 +103,19 @@ def before_space(text: str, end: int) -> int:
 def undecided_tail(text: str, tags: tuple[str, ...], start: int = 0) -> int:
     """Return the offset of the tail of `text` that may become one of `tags`, or the white space
     before one. A tag begins at `start` or later."""
+    return before_space(text, tag_tail(text, tags, start))
+
+
+def tag_tail(text: str, tags: tuple[str, ...], start: int = 0) -> int:
+    """Return the offset of the tail of `text` that may become one of `tags`, or the end of the
+    text. A tag begins at `start` or later."""
     end = len(text)
     longest = max(map(len, tags)) - 1
     for length in range(min(longest, end - start), 0, -1):
         tail = text[end - length :]
         if any(tag.startswith(tail) for tag in tags):
-            return before_space(text, end - length)
-    return before_space(text, end)
+            return end - length
+    return end
 
 
 def detect_reasoning(template: str) -> ReasoningStyle | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...engine.errors import InvalidRequestError
-from ..parsing.message_parser import MessageFormat
+from ..parsing.formats.message_format import MessageFormat
+from ..text.generic_tools import with_tools_as_text
 from ..text.template_calls import parse_arguments
 from ..text.tokenizer import Tokenizer
 from .protocol import ChatFields, Message
@@ -54,8 +55,13 @@ async def encode_chat(
     if message_format.is_harmony:
         for tool in tools:  # gpt-oss's template fails without a description
             tool["function"].setdefault("description", "")
+    messages = [_template_message(message, message_format) for message in body.messages]
+    if message_format.is_generic:
+        has_system = await state.tokenizer.renders_system(body.chat_template)
+        messages = with_tools_as_text(messages, tools, has_system=has_system)
+        tools = []
     return await state.tokenizer.encode_chat(
-        [_template_message(message, message_format) for message in body.messages],
+        messages,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
         add_special_tokens=bool(add_special_tokens),

@@ -1,6 +1,6 @@
 """`tool_choice` required, or a function by name: a grammar in which the model can only call.
 
-The grammar writes calls in the model's own format (tool_formats.py), with arguments that follow the
+The grammar writes calls in the model's own format (call_shape.py), with arguments that follow the
 schema of the tool. Reasoning may come before the calls:
 
     start: reasoning? first call (separator call)* last
@@ -15,62 +15,16 @@ import re
 from typing import Any, NamedTuple
 
 from ...engine.errors import InvalidRequestError
-from ...engine.grammar.compile import with_json_options
 from ...engine.request import GrammarSpec
-from ..parsing.harmony import ANALYSIS, ASSISTANT, CHANNEL, CONSTRAIN, END, FUNCTIONS, MESSAGE
-from ..parsing.message_parser import MessageFormat, prompt_end
+from ..parsing.call_shape import CallShape, call_rules
+from ..parsing.formats.harmony import ANALYSIS, ASSISTANT, END
+from ..parsing.formats.message_format import MessageFormat, prompt_end
 from ..parsing.reasoning import CLOSE, OPEN, starts_inside
 from ..text.tokenizer import Tokenizer
 from .field_types import NamedTool
 from .protocol import ChatBody
 from .structured import MAX_GRAMMAR_BYTES, Constraint
 from .tool_choice import forces_call, offered_tools
-
-
-class _Shape(NamedTuple):
-    """How calls are written: each is `before`, name, `between`, arguments, `after`."""
-
-    first: str
-    """Text before all calls."""
-    before: str
-    between: str
-    after: str
-    separator: str
-    """Text between two calls."""
-    last: str
-    """Text after all calls."""
-
-
-_NAMED = '{"name": "', '", "arguments": ', "}"
-
-
-def _shape(parser: str, template: str) -> _Shape | None:
-    """Return how the model's chat template writes earlier calls, or None if no shape is known.
-
-    `parser` is a key of TOOL_PARSERS.
-    """
-    match parser:
-        case "hermes":
-            before, between, after = _NAMED
-            return _Shape("", "<tool_call>\n" + before, between, after + "\n</tool_call>", "\n", "")
-        case "llama3_json":
-            return _Shape("", '{"name": "', '", "parameters": ', "}", "; ", "")
-        case "mistral" if "[ARGS]" in template:
-            return _Shape("", "[TOOL_CALLS]", "[ARGS]", "", "", "")
-        case "mistral":
-            return _Shape("[TOOL_CALLS][", *_NAMED, ", ", "]")
-        case "deepseek_v3":
-            begin, end = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-            call, sep, call_end = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
-            if "```json" in template:
-                return _Shape(
-                    begin, f"{call}function{sep}", "\n```json\n", f"\n```{call_end}", "\n", end
-                )
-            return _Shape(begin, call, sep, call_end, "", end)
-        case "openai":
-            before, between = f"{CHANNEL}commentary to={FUNCTIONS}", f" {CONSTRAIN}json{MESSAGE}"
-            return _Shape("", before, between, "", "", "")
-    return None
 
 
 class _Reasoning(NamedTuple):
@@ -96,10 +50,11 @@ def forced_call(
     if not forces_call(body):
         return None
     template = body.chat_template or tokenizer.chat_template or ""
-    shape = _shape(message_format.tool_format or "", template)
+    shape = message_format.shape(template)
     if shape is None:
         raise InvalidRequestError(
-            "calls cannot be forced in this model's format; tool_choice must be none or auto",
+            f"calls cannot be forced in this model's format ({message_format.tool_format}); "
+            "tool_choice must be none or auto",
             "tool_choice",
         )
     tools = [tool["function"] for tool in offered_tools(body)]
@@ -136,8 +91,8 @@ def _reasoning(body: ChatBody, end: str, message_format: MessageFormat) -> _Reas
 
 
 def _in_harmony(
-    body: ChatBody, end: str, shape: _Shape, special_ids: dict[str, int]
-) -> tuple[_Shape, _Reasoning]:
+    body: ChatBody, end: str, shape: CallShape, special_ids: dict[str, int]
+) -> tuple[CallShape, _Reasoning]:
     """Return the shape and the reasoning of a forced call in harmony.
 
     The answer is a message of analysis, which may be missing, and a message to a function. If it
@@ -150,7 +105,7 @@ def _in_harmony(
 
 
 def _grammar(
-    shape: _Shape,
+    shape: CallShape,
     tools: list[dict[str, Any]],
     many: bool,
     reasoning: _Reasoning,
@@ -167,9 +122,7 @@ def _grammar(
         "call: " + " | ".join(f"call_{number}" for number in range(len(tools))),
     ]
     for number, tool in enumerate(tools):
-        schema = json.dumps(with_json_options({**tool["parameters"], "type": "object"}))
-        before = literal(shape.before + tool["name"] + shape.between)
-        rules.append(f"call_{number}: {before} %json {schema} {literal(shape.after)}")
+        rules += call_rules(shape, number, tool, literal)
     if reasoning.rule:
         # The pattern of the thoughts never matches a control token, so only a closing tag that is
         # text needs the lazy match, which ends the thoughts at the first one.

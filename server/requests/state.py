@@ -17,7 +17,7 @@ from ..http.responses_store import ResponseStore
 from ..http.resumption import StreamRegistry
 from ..http.siblings import Siblings
 from ..metrics import Metrics
-from ..parsing.message_parser import MessageFormat
+from ..parsing.formats.message_format import MessageFormat
 from ..settings import Settings
 from ..text.grammar_check import GrammarCheck
 from ..text.tokenizer import Tokenizer
@@ -49,7 +49,9 @@ class ServerState:
         self.metrics = metrics
         self.version = version
         self.generation_defaults = generation_defaults
-        self.message_format = MessageFormat.of(settings, tokenizer.chat_template)
+        self.message_format = MessageFormat.of(
+            settings, tokenizer.chat_template, tokenizer.response_template
+        )
         self.grammar_check = GrammarCheck()
         self.keys = Keys(settings)
         self.siblings = siblings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...engine.errors import InvalidRequestError
-from ..parsing.message_parser import MessageFormat
+from ..parsing.formats.message_format import MessageFormat
 from .field_types import NamedTool
 from .protocol import ChatFields
 

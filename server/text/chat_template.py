@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import jinja2
 import jinja2.meta
 
 from ...engine.errors import ConfigurationError, InvalidRequestError, one_line
+from .generic_tools import renders_system
 from .template_calls import reads_text, with_objects
 
 _RESERVED = frozenset(
@@ -79,6 +80,8 @@ class TemplateRenderer:
         spellings = sorted(filter(None, control_tokens), key=len, reverse=True)
         self._spellings = re.compile("|".join(map(re.escape, spellings))) if spellings else None
         self._reads_text_arguments = lru_cache(maxsize=16)(self._probe_arguments)
+        self.renders_system = lru_cache(maxsize=16)(self._probe_system)
+        """Returns whether a chat template renders system messages."""
 
     def render(
         self,
@@ -117,12 +120,19 @@ class TemplateRenderer:
 
     def _probe_arguments(self, template: str) -> bool:
         """Return whether `template` reads the arguments of calls as JSON text."""
+        return reads_text(self._plain_render(template), _TEMPLATE_ERRORS)
+
+    def _probe_system(self, template: str) -> bool:
+        return renders_system(self._plain_render(template), _TEMPLATE_ERRORS)
+
+    def _plain_render(self, template: str) -> Callable[[list[dict[str, Any]]], str]:
+        """Return the function that renders messages, without any settings."""
 
         def render(messages: list[dict[str, Any]]) -> str:
             text = self._hf.apply_chat_template(messages, tokenize=False, chat_template=template)
             return str(text)
 
-        return reads_text(render, _TEMPLATE_ERRORS)
+        return render
 
 
 class _Placeholders:

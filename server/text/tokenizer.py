@@ -32,6 +32,7 @@ from .chat_template import (
     read_template,
     template_variables,
 )
+from .response_template import ResponseTemplate
 
 _Result = TypeVar("_Result")
 
@@ -99,6 +100,16 @@ class Tokenizer:
             for token_id, token in self.backend.get_added_tokens_decoder().items()
             if token.special
         }
+
+    @property
+    def response_template(self) -> ResponseTemplate | None:
+        """How the tokenizer says that answers are to be read, or None if it does not."""
+        return ResponseTemplate.of(self._hf, self.special_ids)
+
+    async def renders_system(self, template: str | None = None) -> bool:
+        """Return whether `template`, by default the model's own, renders system messages."""
+        template = template if template is not None else self._template
+        return await self._in_thread(self._renderer.renders_system, template or "")
 
     async def template_variables(self, template: str | None = None) -> frozenset[str]:
         """Return the variables that `template`, by default the model's own, reads. Raises

@@ -31,18 +31,19 @@ the text; `_parse` calls the reader for the token that was returned.
 Control tokens are never text, and two messages of the same kind are separated by a line break.
 The base class (answer_parser.py) explains readers, `_mark` and `_at`.
 
-Source: OpenAI's guide to the format (https://cookbook.openai.com/articles/openai-harmony). Its
-library, openai-harmony, is not used because it downloads a vocabulary before it reads anything and
-reads that vocabulary's token ids; this parser reads text.
+Source: OpenAI's guide (https://cookbook.openai.com/articles/openai-harmony). Its library,
+openai-harmony, downloads a vocabulary before it reads anything, and reads token ids, not text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 
-from .answer_parser import TOOL_NAME, AnswerParser, Malformed, Reader
-from .message_events import ContentText, ReasoningText
+from ..answer_parser import TOOL_NAME, AnswerParser, Malformed, Reader, Tools
+from ..call_shape import CallShape
+from ..message_events import ContentText, ReasoningText
+from ..reasoning import tag_tail
+from ..tool_format import ToolFormat
 
 START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN = CONTROL_TOKENS = (
     "<|start|>",
@@ -70,18 +71,16 @@ class HarmonyParser(AnswerParser):
     """Turns an answer in harmony into events: reasoning, content and calls.
 
     A message to `functions.name`, or to a tool by its bare name, is a call, whatever its channel.
-    Without `tool_names` no message is a call.
+    Without `tools` no message is a call.
     """
 
     markers = CONTROL_TOKENS
     control_tokens = CONTROL_TOKENS
 
-    def __init__(
-        self, tool_names: Collection[str], *, prompt_end: str = "", reasons: bool = True
-    ) -> None:
+    def __init__(self, tools: Tools, *, prompt_end: str = "", reasons: bool = True) -> None:
         """`prompt_end` is the end of the prompt's text: a message that it leaves open is continued
         by the answer. Without `reasons`, the analysis is content."""
-        super().__init__(())
+        super().__init__({})
         self._reasons = reasons
         self._channel = ""
         self._recipient = ""
@@ -95,7 +94,7 @@ class HarmonyParser(AnswerParser):
         if begun.startswith(START) and begun != ASSISTANT:
             self.feed(begun)
             self._last_kind = None
-        self._tool_names = frozenset(tool_names)
+        self._tools = tools
 
     def _parse(self) -> Reader[None]:
         token = yield from self._outside()
@@ -147,8 +146,8 @@ class HarmonyParser(AnswerParser):
     def _body(self) -> Reader[str]:
         """Read a message's body: a call if it goes to a function, and text otherwise."""
         name = self._recipient.removeprefix(FUNCTIONS)
-        is_function = name != self._recipient or name in self._tool_names
-        if self._tool_names and is_function and TOOL_NAME.fullmatch(name):
+        is_function = name != self._recipient or name in self._tools
+        if self._tools and is_function and TOOL_NAME.fullmatch(name):
             try:
                 return (yield from self._call(name))
             except Malformed:
@@ -158,24 +157,23 @@ class HarmonyParser(AnswerParser):
     def _call(self, name: str) -> Reader[str]:
         """Read the arguments of a call. Raises Malformed if the body is not a JSON object."""
         yield from self._skip_space()
-        if (yield from self._peek()) == "{":
-            self._begin_call(name)
-            yield from self._stream_arguments()
-            yield from self._skip_space()
-            self._end_call()
-            return (yield from self._text_to_token())
         token = yield from self._control_token()
-        if not token and (yield from self._peek()):
-            raise Malformed
-        self._begin_call(name)
-        self._emit_arguments("{}")
-        return token
+        if token or not (yield from self._peek()):
+            self._begin_call(name)
+            self._emit_arguments("{}")
+            return token
+        yield from self._call_with(name)
+        yield from self._skip_space()
+        self._end_call()
+        return (yield from self._text_to_token())
 
     def _text_to_token(self) -> Reader[str]:
         """Emit text as it comes, up to the next control token."""
         while True:
             found = self._pattern.search(self._text, self._at)
-            end = found.start() if found else self._undecided()
+            end = found.start() if found else len(self._text)
+            if not (found or self._ended):
+                end = tag_tail(self._text, CONTROL_TOKENS, self._at)
             self._emit_text(end)
             self._at = end
             if found:
@@ -184,15 +182,6 @@ class HarmonyParser(AnswerParser):
             if self._ended:
                 return ""
             yield
-
-    def _undecided(self) -> int:
-        """Return the offset of a tail that may become a control token, or the end of the text."""
-        at = self._text.rfind("<", self._at)
-        if at >= 0 and not self._ended:
-            tail = self._text[at:]
-            if any(token.startswith(tail) for token in CONTROL_TOKENS):
-                return at
-        return len(self._text)
 
     def _emit_text(self, end: int) -> None:
         """Emit the text from `_mark` to `end`, as reasoning or content by the channel."""
@@ -213,3 +202,11 @@ class HarmonyParser(AnswerParser):
                 self._mark = self._at
                 return token
         return ""
+
+
+def _shape(template: str) -> CallShape:
+    before, between = f"{CHANNEL}commentary to={FUNCTIONS}", f" {CONSTRAIN}json{MESSAGE}"
+    return CallShape("", before, between, "", "", "")
+
+
+FORMATS = (ToolFormat("openai", HarmonyParser, _shape, signs=((CHANNEL,),), aliases=("harmony",)),)
