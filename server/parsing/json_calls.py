@@ -15,10 +15,9 @@ class JsonCalls(ToolParser):
         """Read one call, `{"name": …, "arguments": {…}}`. Raises Malformed.
 
         "function" and "tool_name" are other keys for the name, "parameters" for the arguments, and
-        `{"function": {…}}` is a call too, as OpenAI's API writes it. Members may come in any order,
-        and other members are skipped. `bare` says that no marker but the object itself announced a
-        call: then it must have the name of an offered tool, arguments after that, and no other
-        members than "type" and "id". `nested` says that it is the value of "function".
+        `{"function": {…}}` is a call too; the inner object is `nested`. Members may come in any
+        order, and others are skipped. `bare` says that no marker announced a call: then it must
+        have an offered tool's name, arguments after that, and no others than "type" and "id".
         """
         yield from self._expect("{")
         name: str | None = None

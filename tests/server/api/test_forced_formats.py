@@ -6,21 +6,22 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import httpx
 import pytest
 
+from quire.engine.grammar.compile import compile_grammar, make_tokenizer
 from quire.server.parsing.formats.message_format import MessageFormat
 from quire.server.parsing.formats.tool_formats import TOOL_FORMATS
+from quire.server.requests.forced_calls import forced_call
+from quire.server.requests.protocol import ChatBody, validate
 from quire.server.text.tokenizer import Tokenizer
 
-from ..conftest import MakeClient, make_app
-from ..fakes import CHAT_TEMPLATE, FakeEngineClient, byte_tokenizer
+from ..conftest import MakeClient
+from ..fakes import CHAT_TEMPLATE, IM_END, byte_tokenizer
 from ..openai_http import CHAT, HI
 from ..parsing.pieces import TOOLS, calls_of, read
 from ..parsing.samples import json_formats, parameter_formats, python_formats
 from ..parsing.samples.sample import ODD, FormatSamples
-from .test_forced_calls import accepts
-from .test_tool_calls import chat, refusal
+from .test_tool_calls import refusal
 
 SAMPLES = (*json_formats.SAMPLES, *parameter_formats.SAMPLES, *python_formats.SAMPLES)
 TEMPLATES = {"mistral": "{# [ARGS] #}", "pythonic": "{# <|python_start|> #}"}
@@ -67,18 +68,36 @@ def in_python(name: str, arguments: dict[str, Any]) -> str:
     return f"{name}({', '.join(parts)})"
 
 
+class Grammar:
+    """The grammar of a forced call in some format, ready to try texts with."""
+
+    def __init__(self, tokenizer: Tokenizer, format: str, **fields: Any) -> None:
+        body, _ = validate(
+            ChatBody, {**HI, "tools": OFFERED, "tool_choice": "required", **fields}, strict=True
+        )
+        constraint = forced_call(body, [], tokenizer, MessageFormat(format, "qwen3"))
+        assert constraint is not None
+        vocabulary = make_tokenizer(tokenizer.backend.to_str(), tokenizer.vocab_size, [IM_END])
+        self._matcher = compile_grammar(vocabulary, constraint.spec)
+        self._encode = tokenizer.backend.encode
+
+    def accepts(self, text: str) -> bool:
+        matcher = self._matcher.deep_copy()
+        token_ids = self._encode(text).ids
+        return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+
+
 @pytest.mark.parametrize("special", [False, True], ids=["text", "control tokens"])
 @pytest.mark.parametrize("samples", SAMPLES, ids=lambda samples: samples.format)
-async def test_the_grammar_and_the_parser_agree(
-    engine: FakeEngineClient, samples: FormatSamples, special: bool
-) -> None:
+def test_the_grammar_and_the_parser_agree(samples: FormatSamples, special: bool) -> None:
     format = samples.format
     tokens = TOOL_FORMATS[format].parser.control_tokens if special else ()
     tokenizer = byte_tokenizer(CHAT_TEMPLATE + TEMPLATES.get(format, ""), tokens)
-    grammar = await forced(engine, tokenizer, format)
+    grammar = Grammar(tokenizer, format)
     for calls in GOOD:
         text = written(samples, calls)
-        assert accepts(tokenizer, grammar, text), text
+        assert grammar.accepts(text), text
+        assert grammar.accepts("<think>\nWhy < not?\n</think>\n\n" + text), text
         parser = MessageFormat(format, None).parser(
             TOOLS, prompt_end="", continued=None, show_reasoning=True, parallel_calls=True
         )
@@ -87,22 +106,17 @@ async def test_the_grammar_and_the_parser_agree(
         assert (message["content"], read_back) == (None, calls)
     for calls in BAD:
         text = written(samples, calls)
-        assert not accepts(tokenizer, grammar, text), text
-    assert not accepts(tokenizer, grammar, "It rains.")
-    assert not accepts(tokenizer, grammar, "Yes. " + written(samples, GOOD[0]))
-    # Without parallel calls there is exactly one.
-    grammar = await forced(engine, tokenizer, format, parallel_tool_calls=False)
-    assert accepts(tokenizer, grammar, written(samples, GOOD[0]))
-    assert not accepts(tokenizer, grammar, written(samples, GOOD[-1]))
-
-
-async def forced(engine: FakeEngineClient, tokenizer: Tokenizer, format: str, **fields: Any) -> Any:
-    engine.vocab_size = tokenizer.vocab_size
-    engine.max_model_len = engine.num_blocks = 8192
-    transport = httpx.ASGITransport(app=make_app(engine, tokenizer, tool_call_parser=format))
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
-        await chat(client, tools=OFFERED, tool_choice="required", **fields)
-    return engine.requests[-1].grammar
+        assert not grammar.accepts(text), text
+    assert not grammar.accepts("It rains.")
+    assert not grammar.accepts("Yes. " + written(samples, GOOD[0]))
+    # Without parallel calls there is exactly one, and a name allows one tool.
+    grammar = Grammar(tokenizer, format, parallel_tool_calls=False)
+    assert grammar.accepts(written(samples, GOOD[0]))
+    assert not grammar.accepts(written(samples, GOOD[-1]))
+    named = {"type": "function", "function": {"name": "f"}}
+    grammar = Grammar(tokenizer, format, tool_choice=named)
+    assert grammar.accepts(written(samples, [("f", {})]))
+    assert not grammar.accepts(written(samples, GOOD[0]))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +129,7 @@ async def forced(engine: FakeEngineClient, tokenizer: Tokenizer, format: str, **
     ],
 )
 async def test_what_parameters_by_themselves_cannot_enforce_is_refused(
-    make_client: MakeClient, engine: FakeEngineClient, schema: dict[str, Any], what: str
+    make_client: MakeClient, schema: dict[str, Any], what: str
 ) -> None:
     client = make_client(tool_call_parser="qwen3_coder")
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}

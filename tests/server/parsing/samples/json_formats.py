@@ -121,11 +121,11 @@ HERMES = FormatSamples(
     ),
     hostile=(
         '<tool_call>{"a": ["' * 4_000,
-        "<tool_call>" + " " * 60_000,
-        "\n" * 60_000,
+        "<tool_call>" + " " * 30_000,
+        "\n" * 30_000,
         '<tool_call>{"function": ' * 3_000,
-        '<tool_call>{"name": "f", "arguments": {"a": [' + "1, " * 20_000,
-        '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 60_000,
+        '<tool_call>{"name": "f", "arguments": {"a": [' + "1, " * 10_000,
+        '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 30_000,
         '<tool_call>{"name": "f", "arguments": "' + "\\'" * 30_000,
     ),
 )
