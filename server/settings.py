@@ -116,7 +116,18 @@ ToolCallParser = Literal[
 ]
 """Formats of tool calls (server/parsing/formats), with their aliases. The names are vLLM's, as far
 as it has the format."""
-ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "openai_gptoss", "harmony"]
+ReasoningParser = Literal[
+    "auto",
+    "none",
+    "qwen3",
+    "deepseek_r1",
+    "mistral",
+    "seed_oss",
+    "cohere_command3",
+    "gemma4",
+    "openai_gptoss",
+    "harmony",
+]
 """Formats of reasoning. `harmony` is another name for vLLM's `openai_gptoss`."""
 NameList = Annotated[tuple[str, ...], NoDecode]
 """Names that are a repeatable flag, comma-separated in the environment and a list in YAML."""

@@ -58,8 +58,10 @@ class ParameterCalls(ToolParser):
 
     def _breaks_off(self, close: str) -> bool:
         """Take a tag that the text ends within, and return whether there is one."""
+        if not self._ended:
+            return False
         rest = self._text[self._at :]
-        if not self._ended or not close.startswith(rest) or self.parameter.before.startswith(rest):
+        if not close.startswith(rest) or self.parameter.before.startswith(rest):
             return False
         self._at = len(self._text)
         return True

@@ -19,7 +19,7 @@ from ...engine.request import GrammarSpec
 from ..parsing.call_shape import CallShape, call_rules
 from ..parsing.formats.harmony import ANALYSIS, ASSISTANT, END
 from ..parsing.formats.message_format import MessageFormat, prompt_end
-from ..parsing.reasoning import CLOSE, OPEN, starts_inside
+from ..parsing.reasoning import CLOSE, OPEN, starts_inside, tags_of
 from ..text.tokenizer import Tokenizer
 from .field_types import NamedTool
 from .protocol import ChatBody
@@ -85,9 +85,11 @@ def _reasoning(body: ChatBody, end: str, message_format: MessageFormat) -> _Reas
     if style is None:
         return _Reasoning()
     continued = body.messages[-1].content if body.continue_final_message else None
+    opening, closing, _ = tags_of(style)
     if starts_inside(style, end, continued):
-        return _Reasoning("reasoning")
-    return _Reasoning("" if continued is not None else "(opening reasoning)?")
+        return _Reasoning("reasoning", opening, closing)
+    rule = "" if continued is not None else "(opening reasoning)?"
+    return _Reasoning(rule, opening, closing)
 
 
 def _in_harmony(

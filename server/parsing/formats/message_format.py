@@ -12,12 +12,11 @@ from ..answer_parser import AnswerParser, Tools
 from ..call_shape import CallShape
 from ..message_parser import MessageParser
 from ..reasoning import (
-    CLOSE,
-    OPEN,
     ReasoningParser,
     ReasoningStyle,
     detect_reasoning,
     starts_inside,
+    tags_of,
 )
 from ..unclosed_reasoning import UnclosedReasoning
 from .harmony import ASSISTANT, CONTROL_TOKENS, FINAL, HarmonyParser
@@ -115,7 +114,10 @@ class MessageFormat:
             return CONTROL_TOKENS
         if self.tool_format == "response_template" and self._response_template is not None:
             return self._response_template.control_tokens
-        tags = () if self.reasoning is None else (OPEN, CLOSE)
+        tags: tuple[str, ...] = ()
+        if self.reasoning is not None:
+            opening, closing, others = tags_of(self.reasoning)
+            tags = (opening, closing, *others)
         if not with_tools or self.tool_format is None:
             return tags
         return tags + TOOL_FORMATS[self.tool_format].parser.control_tokens
@@ -155,7 +157,7 @@ class MessageFormat:
                 # An answer that the prompt has begun is past its reasoning, unless that is still
                 # open.
                 if opened or continued is None:
-                    reasoning = ReasoningParser(opened=opened)
+                    reasoning = ReasoningParser(opened=opened, tags=tags_of(self.reasoning))
                     if format is not None and offered and format.has_tags():
                         unclosed = UnclosedReasoning(format(offered, only_tagged=True))
         return MessageParser(

@@ -11,6 +11,7 @@ import pytest
 from quire.engine.grammar.compile import compile_grammar, make_tokenizer
 from quire.server.parsing.formats.message_format import MessageFormat
 from quire.server.parsing.formats.tool_formats import TOOL_FORMATS
+from quire.server.parsing.reasoning import ReasoningStyle, tags_of
 from quire.server.requests.forced_calls import forced_call
 from quire.server.requests.protocol import ChatBody, validate
 from quire.server.text.tokenizer import Tokenizer
@@ -71,11 +72,18 @@ def in_python(name: str, arguments: dict[str, Any]) -> str:
 class Grammar:
     """The grammar of a forced call in some format, ready to try texts with."""
 
-    def __init__(self, tokenizer: Tokenizer, format: str, **fields: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        format: str,
+        *,
+        style: ReasoningStyle = "qwen3",
+        **fields: Any,
+    ) -> None:
         body, _ = validate(
             ChatBody, {**HI, "tools": OFFERED, "tool_choice": "required", **fields}, strict=True
         )
-        constraint = forced_call(body, [], tokenizer, MessageFormat(format, "qwen3"))
+        constraint = forced_call(body, [], tokenizer, MessageFormat(format, style))
         assert constraint is not None
         vocabulary = make_tokenizer(tokenizer.backend.to_str(), tokenizer.vocab_size, [IM_END])
         self._matcher = compile_grammar(vocabulary, constraint.spec)
@@ -117,6 +125,22 @@ def test_the_grammar_and_the_parser_agree(samples: FormatSamples, special: bool)
     grammar = Grammar(tokenizer, format, tool_choice=named)
     assert grammar.accepts(written(samples, [("f", {})]))
     assert not grammar.accepts(written(samples, GOOD[0]))
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["text", "control tokens"])
+@pytest.mark.parametrize("style", ["mistral", "seed_oss", "cohere_command3", "gemma4"])
+def test_reasoning_before_forced_calls_is_in_the_models_style(
+    style: ReasoningStyle, special: bool
+) -> None:
+    format = MessageFormat("mistral", style)
+    tokens = format.control_tokens(with_tools=True) if special else ()
+    tokenizer = byte_tokenizer(CHAT_TEMPLATE + "{# [ARGS] #}", tokens)
+    grammar = Grammar(tokenizer, "mistral", style=style)
+    opening, closing, _ = tags_of(style)
+    call = "[TOOL_CALLS]f[ARGS]{}"
+    assert grammar.accepts(f"{opening}\nWhy?\n{closing}\n{call}")
+    assert grammar.accepts(call)
+    assert not grammar.accepts(f"<think>Why?</think>{call}")
 
 
 @pytest.mark.parametrize(

@@ -116,10 +116,10 @@ def test_calls_are_read(format: str, text: str, calls: Calls) -> None:
 
 
 @pytest.mark.parametrize(("format", "text", "calls"), list(specimens()))
-def test_text_after_calls_is_content(format: str, text: str, calls: Calls) -> None:
-    read_back = parse(format, text + "\n\nThat is all.")
-    assert (read_back[1] or "").strip() == "That is all."
-    assert values(read_back[2]) == calls
+def test_text_around_and_between_calls_is_content(format: str, text: str, calls: Calls) -> None:
+    _, content, read_back = parse(format, f"First. {text}\n\nAnd then\n{text} That is all.")
+    assert (content or "").split() == ["First.", "And", "then", "That", "is", "all."]
+    assert values(read_back) == calls * 2
 
 
 @pytest.mark.parametrize(("format", "text", "content", "calls"), list(texts()))
