@@ -1,10 +1,12 @@
 """How calls are written in a format, so that a grammar can make a model write them.
 
-A shape is data. `argument_rules` turns it, and the schema of a tool, into rules in llguidance's
+A shape is data. `call_rules` turns it, and the schema of a tool, into rules in llguidance's
 dialect of Lark, for the grammar that server/requests/forced_calls.py writes. Arguments are either
 one JSON object, or parameters one by one:
 
-    args_0: p_0_0 p_0_1 p_0_2?                 in the order of the schema; required ones must come
+    args_0: head_0_0                               in the order of the schema
+    head_0_0: p_0_0 tail_0_1 | head_0_1            the second only if p_0_0 may be left out
+    tail_0_1: separator p_0_1 tail_0_2 | tail_0_2
     p_0_0: before "name" between <value> after
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from ...engine.errors import InvalidRequestError
 from ...engine.grammar.compile import with_json_options
@@ -23,7 +25,7 @@ NUMBER = "\0"
 """Stands in a shape for a number that the model chooses, such as a call's index."""
 _ROOT_KEYS = frozenset(
     ("type", "properties", "required", "additionalProperties", "description", "title", "$defs")
-) | {"definitions", "$schema", "strict"}
+) | {"definitions", "$schema"}
 """Keys of a tool's schema that parameters written one by one can follow."""
 _TEXT_KEYS = frozenset(("type", "description", "title", "default", "examples", "enum", "const"))
 """Keys of a text's schema that are followed if the text is not written as JSON."""
@@ -54,8 +56,8 @@ class CallShape(NamedTuple):
     between: str
     after: str
     separator: str
-    """Text between two calls. It must not be the beginning of `last`, since a grammar's lexer would
-    read it as that."""
+    """Text between two calls. With the first character of a call after it, it must not be the
+    beginning of `last`, since a grammar's lexer would take it for that."""
     last: str
     """Text after all calls."""
     parameters: ParameterShape | None = None
@@ -110,16 +112,15 @@ class _ParameterRules:
         # 1. Check that nothing in the schema relates the arguments to each other.
         for key in self._schema.keys() - _ROOT_KEYS:
             self._refuse(f"{key!r}")
-        properties = {
-            **dict.fromkeys(self._schema.get("required", ()), {}),
-            **self._schema.get("properties", {}),
-        }
+        required = self._schema.get("required", [])
+        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+            self._refuse("a wrong 'required'")
+        properties = {**dict.fromkeys(required, {}), **self._schema.get("properties", {})}
         for name in properties:
             if not _PLAIN_NAME.fullmatch(name):
                 self._refuse(f"the name {name[:64]!r}")
         # 2. Write a rule for each argument, and one for those from each place on: `head` if none
         #    has come before, `tail` if a separator must come first.
-        required = set(self._schema.get("required", ()))
         n, last = self._number, len(properties)
         rules = [f"args_{n}: head_{n}_0"]
         for index, (name, schema) in enumerate(properties.items()):
@@ -146,7 +147,7 @@ class _ParameterRules:
         opening, closing, rest = map(literal, shape.text)
         schema = self._resolved(schema)
         if values := self._choices(schema):
-            spelt = " | ".join(map(literal, values))
+            spelt = " | ".join(literal(value) or '""' for value in values)
             ending = f"{closing} {rest}" if opening else after
             return [f"{rule}: {before} {opening} ({spelt}) {ending}"]
         if types == TEXT:
@@ -182,7 +183,7 @@ class _ParameterRules:
             return values
         return []
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, what: str) -> NoReturn:
         raise InvalidRequestError(
             f"calls of {self._tool['name']!r} cannot be forced in this model's format: its schema "
             f"has {what}, which cannot be enforced there",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import ClassVar, NamedTuple
 
-from .answer_parser import Malformed, Reader
+from .answer_parser import Malformed, Reader, Tools
 from .schema_values import TEXT, Types, argument_types, value_as_json
 from .tool_parser import ToolParser
 
@@ -29,10 +29,15 @@ class ParameterCalls(ToolParser):
 
     parameter: ClassVar[ParameterTags]
 
+    def __init__(self, tools: Tools, *, only_tagged: bool = False) -> None:
+        super().__init__(tools, only_tagged=only_tagged)
+        self._types: dict[tuple[str, str], Types] = {}
+        """The types of arguments that have been read, by the names of tool and argument."""
+
     def _parameters(self, name: str, close: str) -> Reader[None]:
         """Read arguments up to the tag `close`, and emit the call `name` with them. The call begins
         with its first argument. Raises Malformed."""
-        tags, schema = self.parameter, self._tools.get(name, {})
+        tags = self.parameter
         begun = False
         while True:
             # 1. End with the closing tag, or with the beginning of it that the text ends with.
@@ -50,7 +55,9 @@ class ParameterCalls(ToolParser):
                 self._begin_call(name)
             self._emit_arguments(f"{', ' if begun else '{'}{json.dumps(key, ensure_ascii=False)}: ")
             begun = True
-            yield from self._value(argument_types(schema, key))
+            if (name, key) not in self._types:
+                self._types[name, key] = argument_types(self._tools.get(name, {}), key)
+            yield from self._value(self._types[name, key])
         if not begun:
             self._begin_call(name)
         self._emit_arguments("}" if begun else "{}")

@@ -16,8 +16,8 @@ Types = frozenset[str]
 
 ANY: Types = frozenset()
 TEXT: Types = frozenset(("string",))
-_MAX_DEPTH = 16
-"""Maximum references and combinations that are followed in one schema."""
+_MAX_SCHEMAS = 100
+"""Maximum schemas that are visited to find the types of an argument; with more, it is any type."""
 
 
 def argument_types(schema: Mapping[str, Any], name: str) -> Types:
@@ -28,32 +28,43 @@ def argument_types(schema: Mapping[str, Any], name: str) -> Types:
     return types_of(properties[name], schema)
 
 
-def types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> Types:
+def types_of(schema: Any, root: Mapping[str, Any]) -> Types:
     """Return the types that a JSON schema within `root` allows."""
-    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
-        return ANY
+    types: set[str] = set()
+    return frozenset(types) if _collect(schema, root, types, set()) else ANY
+
+
+def _collect(schema: Any, root: Mapping[str, Any], types: set[str], seen: set[int]) -> bool:
+    """Add the types that a schema allows to `types`, and return False if it allows any type. `seen`
+    are the schemas that were visited; each is visited once, whatever refers to it."""
+    if not isinstance(schema, Mapping) or len(seen) > _MAX_SCHEMAS:
+        return False
+    if id(schema) in seen:
+        return True
+    seen.add(id(schema))
     # 1. The schema names its types, or the values themselves.
     declared = schema.get("type")
     if isinstance(declared, str | list):
         names = [declared] if isinstance(declared, str) else declared
-        nullable = ["null"] if schema.get("nullable") is True else []
-        return frozenset(name for name in [*names, *nullable] if isinstance(name, str))
+        types.update(name for name in names if isinstance(name, str))
+        types.update(["null"] if schema.get("nullable") is True else [])
+        return True
     if "const" in schema:
-        return frozenset((_type_of_value(schema["const"]),))
+        types.add(_type_of_value(schema["const"]))
+        return True
     if isinstance(schema.get("enum"), list):
-        return frozenset(map(_type_of_value, schema["enum"]))
-    # 2. It refers to another schema, or combines several.
+        types.update(map(_type_of_value, schema["enum"]))
+        return True
+    # 2. It refers to another schema, or combines several. Of schemas that must all hold, the first
+    #    that restricts the type decides.
     if isinstance(schema.get("$ref"), str):
-        return types_of(resolve(schema["$ref"], root), root, depth + 1)
+        return _collect(resolve(schema["$ref"], root), root, types, seen)
     for key in ("anyOf", "oneOf"):
         if isinstance(schema.get(key), list):
-            choices = [types_of(choice, root, depth + 1) for choice in schema[key]]
-            return frozenset().union(*choices) if all(choices) else ANY
+            return all(_collect(choice, root, types, seen) for choice in schema[key])
     if isinstance(schema.get("allOf"), list):
-        for part in schema["allOf"]:
-            if types := types_of(part, root, depth + 1):
-                return types
-    return ANY
+        return any(_collect(part, root, types, seen) for part in schema["allOf"])
+    return False
 
 
 def resolve(reference: str, root: Mapping[str, Any]) -> Any:

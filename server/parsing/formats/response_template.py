@@ -63,6 +63,7 @@ class ResponseTemplateParser(AnswerParser):
         # The prompt may have begun a part; its text belongs to the prompt.
         self._read(self._theirs.initial_events)
         self._raw.clear()
+        self._space = ""
         self._take_events()
 
     def _parse(self) -> Reader[None]:

@@ -150,6 +150,7 @@ def test_reasoning_before_forced_calls_is_in_the_models_style(
         ({"properties": {"a": {"type": "string", "maxLength": 3}}}, "'maxLength' of 'a'"),
         ({"properties": {"a b": {"type": "string"}}}, "the name 'a b'"),
         ({"anyOf": [{"required": ["a"]}]}, "'anyOf'"),
+        ({"required": [1]}, "a wrong 'required'"),
     ],
 )
 async def test_what_parameters_by_themselves_cannot_enforce_is_refused(

@@ -88,7 +88,7 @@ def texts() -> Iterator[Any]:
     for samples in SAMPLES:
         for quirk in samples.quirks:
             yield pytest.param(samples.format, *quirk, id=f"{samples.format}-{quirk.text[:40]}")
-        for text in (*samples.no_calls, *PLAIN):
+        for text in samples.no_calls:
             yield pytest.param(samples.format, text, text, [], id=f"{samples.format}-{text[:40]}")
 
 
@@ -120,6 +120,13 @@ def test_text_around_and_between_calls_is_content(format: str, text: str, calls:
     _, content, read_back = parse(format, f"First. {text}\n\nAnd then\n{text} That is all.")
     assert (content or "").split() == ["First.", "And", "then", "That", "is", "all."]
     assert values(read_back) == calls * 2
+
+
+@pytest.mark.parametrize("format", BY_NAME)
+def test_plain_text_is_content(format: str) -> None:
+    for text in PLAIN:
+        assert parse(format, text) == (None, text, [])
+        assert_same_however_cut(format, text, random.Random(text))
 
 
 @pytest.mark.parametrize(("format", "text", "content", "calls"), list(texts()))
@@ -212,7 +219,7 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-@settings(max_examples=600)
+@settings(max_examples=400)
 @given(st.sampled_from(sorted(BY_NAME)), st.lists(FRAGMENTS, max_size=14), st.randoms())
 def test_any_text_parses_the_same_however_it_is_cut(
     format: str, fragments: list[str], rng: random.Random
@@ -306,7 +313,7 @@ def test_hostile_text_takes_linear_time(format: str, text: str) -> None:
     began = time.process_time()
     _, content, calls = parse(format, *pieces)
     parse(format, "<think>", *pieces, reasons=True)
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 3
     assert calls or content == text
 
 

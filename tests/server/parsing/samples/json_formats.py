@@ -121,12 +121,12 @@ HERMES = FormatSamples(
     ),
     hostile=(
         '<tool_call>{"a": ["' * 4_000,
-        "<tool_call>" + " " * 30_000,
-        "\n" * 30_000,
+        "<tool_call>" + " " * 15_000,
+        "\n" * 15_000,
         '<tool_call>{"function": ' * 3_000,
-        '<tool_call>{"name": "f", "arguments": {"a": [' + "1, " * 10_000,
-        '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 30_000,
-        '<tool_call>{"name": "f", "arguments": "' + "\\'" * 30_000,
+        '<tool_call>{"name": "f", "arguments": {"a": [' + "1, " * 6_000,
+        '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 15_000,
+        '<tool_call>{"name": "f", "arguments": "' + "\\'" * 15_000,
     ),
 )
 

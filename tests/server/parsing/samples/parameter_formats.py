@@ -90,7 +90,7 @@ QWEN3_CODER = FormatSamples(
     hostile=(
         "<tool_call><function=" * 3_000,
         "<tool_call><function=note><parameter=text>" + "</parameter" * 6_000,
-        "<tool_call><function=note><parameter=place>" + "\n" * 30_000,
+        "<tool_call><function=note><parameter=place>" + "\n" * 15_000,
         "<tool_call><function=f>" + "<parameter=a>1</parameter>" * 3_000,
     ),
 )
@@ -184,8 +184,8 @@ FUNCTION_GEMMA = FormatSamples(
     no_calls=("<start_function_call>f{}", "<start_function_call>call:f"),
     hostile=(
         "<start_function_call>call:" * 3_000,
-        "<start_function_call>call:f{a:" + "x" * 30_000,
-        "<start_function_call>call:f{a:<escape>" + "<escap" * 10_000,
+        "<start_function_call>call:f{a:" + "x" * 15_000,
+        "<start_function_call>call:f{a:<escape>" + "<escap" * 6_000,
     ),
 )
 
