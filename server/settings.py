@@ -109,6 +109,8 @@ ToolCallParser = Literal[
     "functiongemma",
     "granite",
     "phi4_mini_json",
+    "nemotron_json",
+    "llama_nemotron_json",
     "cohere_command3",
     "command_r",
     "openai",

@@ -18,21 +18,18 @@ the text; `_parse` calls the reader for the token that was returned.
     after END, CALL, RETURN           _outside   between messages (also where an answer begins)
 
 - A header is held back until the control token after it has come, then it is dropped: START resets
-  the channel and the recipient, CHANNEL sets the channel, and `to=` in any part sets the recipient.
-  A part longer than MAX_HEADER characters is not a header but text.
+  the channel and the recipient, CHANNEL sets the channel, and `to=` in any part the recipient.
 - A body goes to a function if a recipient says so and the request offers tools; then its JSON
-  object is streamed as the arguments of a call, and what follows the object is text. An empty body
-  is a call without arguments. A body that begins otherwise is text.
+  object is the arguments of a call, and what follows the object is text. An empty body is a call
+  without arguments. A body that begins otherwise is text.
 - Any other text is emitted as it comes: as reasoning on the channel "analysis", as content on all
-  others. Only a tail that may become a control token is held back.
-- White space after a message is dropped. Text outside any message is emitted as content, unless it
-  is a header whose START was left out.
+  others. White space after a message is dropped. Text outside any message is content, unless it is
+  a header whose START was left out.
 
 Control tokens are never text, and two messages of the same kind are separated by a line break.
-The base class (answer_parser.py) explains readers, `_mark` and `_at`.
 
-Source: OpenAI's guide (https://cookbook.openai.com/articles/openai-harmony). Its library,
-openai-harmony, downloads a vocabulary before it reads anything, and reads token ids, not text.
+Source: https://cookbook.openai.com/articles/openai-harmony. OpenAI's library, openai-harmony, reads
+token ids, and downloads a vocabulary first.
 """
 
 from __future__ import annotations
@@ -46,13 +43,8 @@ from ..reasoning import tag_tail
 from ..tool_format import ToolFormat
 
 START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN = CONTROL_TOKENS = (
-    "<|start|>",
-    "<|channel|>",
-    "<|constrain|>",
-    "<|message|>",
-    "<|end|>",
-    "<|call|>",
-    "<|return|>",
+    *("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"),
+    *("<|end|>", "<|call|>", "<|return|>"),
 )
 ASSISTANT = START + "assistant"
 """The beginning of the assistant's messages."""
@@ -63,7 +55,7 @@ FINAL = f"{CHANNEL}final{MESSAGE}"
 FUNCTIONS = "functions."
 """The namespace of the request's tools in a recipient."""
 MAX_HEADER = 256
-"""Maximum characters between two control tokens of a header; a longer stretch is text."""
+"""Maximum characters between two control tokens of a header; a longer part is text."""
 _RECIPIENT = re.compile(r"to=(\S+)")
 
 
@@ -87,9 +79,8 @@ class HarmonyParser(AnswerParser):
         self._is_fresh = True
         """Nothing of this message has been emitted yet."""
         self._last_kind: type[ContentText | ReasoningText] | None = None
-        # Read the prompt's last message for its header. Its events are the prompt's, so they are
-        # dropped, and no tool is known yet. After a bare `<|start|>assistant` the answer may go on
-        # with or without the rest of a header, which is what `_outside` expects.
+        # Read the prompt's last message for its header, without its events and tools. After a bare
+        # `<|start|>assistant` a header may go on or not, which is what `_outside` expects.
         begun = prompt_end[max(prompt_end.rfind(START), 0) :]
         if begun.startswith(START) and begun != ASSISTANT:
             self.feed(begun)
@@ -110,8 +101,7 @@ class HarmonyParser(AnswerParser):
                 token = yield from self._outside()
 
     def _outside(self) -> Reader[str]:
-        """Read text outside any message, or a header that omits START. Like the readers below,
-        return the control token that ended it, or "" at the end of the text."""
+        """Read text outside any message, or a header that omits START."""
         self._channel = self._recipient = ""
         self._is_fresh = True
         yield from self._skip_space()
@@ -209,4 +199,4 @@ def _shape(template: str) -> CallShape:
     return CallShape("", before, between, "", "", "")
 
 
-FORMATS = (ToolFormat("openai", HarmonyParser, _shape, signs=((CHANNEL,),), aliases=("harmony",)),)
+FORMATS = (ToolFormat("openai", HarmonyParser, _shape, ((CHANNEL,),), ("harmony",)),)

@@ -24,6 +24,14 @@ class MiniMaxM1Parser(TaggedCalls):
     control_tokens = ("<tool_calls>", "</tool_calls>")
 
 
+class NemotronParser(TaggedCalls):
+    """Reads `<TOOLCALL>[{…}, {…}]</TOOLCALL>`: Nemotron."""
+
+    tags = {"<TOOLCALL>": "</TOOLCALL>"}
+    markers = ("<TOOLCALL>",)
+    control_tokens = ("<TOOLCALL>", "</TOOLCALL>")
+
+
 class GraniteParser(TaggedCalls):
     """Reads `<|tool_call|>[{…}, {…}]`: Granite 3, which may also write `<tool_call>`."""
 
@@ -67,6 +75,10 @@ def _minimax(template: str) -> CallShape:
     return CallShape("<tool_calls>\n", *JSON_CALL, "\n", "\n</tool_calls>")
 
 
+def _nemotron(template: str) -> CallShape:
+    return CallShape("<TOOLCALL>[", *JSON_CALL, ", ", "]</TOOLCALL>")
+
+
 def _granite(template: str) -> CallShape:
     return CallShape("<|tool_call|>[", *JSON_CALL, ", ", "]")
 
@@ -103,6 +115,13 @@ FORMATS = (
     ),
     ToolFormat(
         "minimax", MiniMaxM1Parser, _minimax, signs=(("<tool_calls>",),), aliases=("jamba",)
+    ),
+    ToolFormat(
+        "nemotron_json",
+        NemotronParser,
+        _nemotron,
+        signs=(("<TOOLCALL>",),),
+        aliases=("llama_nemotron_json",),
     ),
     ToolFormat(
         "phi4_mini_json",

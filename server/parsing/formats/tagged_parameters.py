@@ -40,11 +40,12 @@ class Qwen3CoderParser(ParameterCalls):
 
 
 class SeedOssParser(Qwen3CoderParser):
-    """Reads the same within `<seed:tool_call>`: Seed-OSS."""
+    """Reads the same within `<seed:tool_call>`, with values on the line of their tags: Seed-OSS."""
 
     tags = {"<seed:tool_call>": "</seed:tool_call>"}
     markers = ("<seed:tool_call>", "<function=")
     control_tokens = ("<seed:tool_call>", "</seed:tool_call>")
+    parameter = ParameterTags("<parameter=", (">",), "</parameter>", trim=False)
 
 
 class GlmParser(ParameterCalls):
@@ -84,19 +85,18 @@ class MiniMaxM2Parser(ParameterCalls):
         yield from self._close("</minimax:tool_call>")
 
 
-_QWEN_PARAMETER = ParameterShape(
-    "<parameter=", ">\n", "\n</parameter>\n", text=("", "</parameter>", "\n")
-)
-
-
 def _qwen3_coder(template: str) -> CallShape:
     before, after = "<tool_call>\n<function=", "</function>\n</tool_call>"
-    return CallShape("", before, ">\n", after, "\n", "", _QWEN_PARAMETER)
+    text = ("", "</parameter>", "\n")
+    parameter = ParameterShape("<parameter=", ">\n", "\n</parameter>\n", text=text)
+    return CallShape("", before, ">\n", after, "\n", "", parameter)
 
 
 def _seed_oss(template: str) -> CallShape:
     before, after = "<seed:tool_call>\n<function=", "</function>\n</seed:tool_call>"
-    return CallShape("", before, ">\n", after, "\n", "", _QWEN_PARAMETER)
+    text = ("", "</parameter>", "\n")
+    parameter = ParameterShape("<parameter=", ">", "</parameter>\n", text=text)
+    return CallShape("", before, ">\n", after, "\n", "", parameter)
 
 
 def _glm(template: str) -> CallShape:

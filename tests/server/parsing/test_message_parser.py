@@ -64,6 +64,7 @@ def test_parts_that_were_not_requested_are_left_out() -> None:
         ("<|START_ACTION|> Action:", "cohere_command3", None),
         ("Write 'Action:' followed by a list", "command_r", None),
         ("<|tool|>{{ tools }}<|/tool|>", "phi4_mini_json", None),
+        ("<|start_header_id|><TOOLCALL>", "nemotron_json", None),
         ("<|start_of_role|> <|tool_call|>", "granite", None),
         ("<tool_call> <think> </think>", "hermes", "qwen3"),
         ("[AVAILABLE_TOOLS] [TOOL_CALLS]", "mistral", None),

@@ -257,6 +257,13 @@ MINIMAX_M1 = FormatSamples(
     no_calls=("<tool_calls></tool_calls>",),
 )
 
+NEMOTRON = FormatSamples(
+    "nemotron_json",
+    named,
+    lambda calls: "<TOOLCALL>[" + ", ".join(calls) + "]</TOOLCALL>",
+    no_calls=("<TOOLCALL>[]</TOOLCALL>",),
+)
+
 GRANITE = FormatSamples(
     "granite",
     named,
@@ -305,5 +312,5 @@ GENERIC = HERMES._replace(format="generic", quirks=HERMES.quirks[:3], hostile=()
 
 SAMPLES = (
     *(HERMES, LLAMA, MISTRAL, DEEPSEEK, KIMI, MINIMAX_M1, GRANITE, PHI4_MINI, COMMAND_A),
-    *(COMMAND_R, GENERIC),
+    *(COMMAND_R, NEMOTRON, GENERIC),
 )

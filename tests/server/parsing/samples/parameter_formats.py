@@ -95,9 +95,22 @@ QWEN3_CODER = FormatSamples(
     ),
 )
 
+
+def seed_call(name: str, arguments: dict[str, Any]) -> str:
+    parts = [f"<parameter={key}>{bare(value)}</parameter>\n" for key, value in arguments.items()]
+    return f"<seed:tool_call>\n<function={name}>\n{''.join(parts)}</function>\n</seed:tool_call>"
+
+
 SEED_OSS = FormatSamples(
     "seed_oss",
-    lambda name, arguments: qwen_call(name, arguments).replace("tool_call>", "seed:tool_call>"),
+    seed_call,
+    quirks=(
+        Quirk(
+            "<seed:tool_call><function=note><parameter=text>\na\n</parameter></function>",
+            None,
+            [("note", '{"text": "\\na\\n"}')],
+        ),
+    ),
     no_calls=("<seed:tool_call>f</seed:tool_call>",),
 )
 
