@@ -5,13 +5,11 @@
     <|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{…}<|call|>
     <|start|>assistant<|channel|>final<|message|>…<|return|>                         content
 
-The prompt ends with `<|start|>assistant`.
-
 Theory of operation
 -------------------
 The text is a sequence of stretches, each ended by a control token, and the token decides what the
 next stretch is. Each reader takes one stretch and returns the token that ended it, "" at the end of
-the text; `_parse` calls the reader for the token that was returned.
+the text; `_parse` calls the reader for the token that was returned. Prompts end with ASSISTANT.
 
     after START, CHANNEL, CONSTRAIN   _header    part of a header: role, channel, recipient
     after MESSAGE                     _body      the message itself
@@ -27,9 +25,8 @@ the text; `_parse` calls the reader for the token that was returned.
   a header whose START was left out.
 
 Control tokens are never text, and two messages of the same kind are separated by a line break.
-
-Source: https://cookbook.openai.com/articles/openai-harmony. OpenAI's library, openai-harmony, reads
-token ids, and downloads a vocabulary first.
+Source: https://cookbook.openai.com/articles/openai-harmony (OpenAI's library for it is not used: it
+reads token ids, and downloads a vocabulary first).
 """
 
 from __future__ import annotations
@@ -195,8 +192,8 @@ class HarmonyParser(AnswerParser):
 
 
 def _shape(template: str) -> CallShape:
-    before, between = f"{CHANNEL}commentary to={FUNCTIONS}", f" {CONSTRAIN}json{MESSAGE}"
-    return CallShape("", before, between, "", "", "")
+    before = f"{CHANNEL}commentary to={FUNCTIONS}"
+    return CallShape("", before, f" {CONSTRAIN}json{MESSAGE}", "", "", "")
 
 
 FORMATS = (ToolFormat("openai", HarmonyParser, _shape, ((CHANNEL,),), ("harmony",)),)
