@@ -2,16 +2,16 @@
 
 Reading order:
 
-    tokenizer          text and chats to token ids, and token ids to text
-    chat_template      a conversation rendered as the text of a prompt
-    template_calls     tool calls of earlier turns, in the form that a template reads
-    generic_tools      tools, calls and results as texts, for templates that know nothing of them
-    response_template  how a tokenizer says that answers are to be read
-    infill             prompts of models that fill in the middle
-    bad_words          words that must not be generated, as token sequences
-    detokenizer        token ids to text as they come, and stop strings
-    grammar_check      grammars compiled on trial, in a child process
-    torch_free         transformers imported without torch
+    tokenizer        text and chats to token ids, and token ids to text
+    chat_template    a conversation rendered as the text of a prompt
+    template_calls   tool calls of earlier turns, in the form that a template reads
+    infill           prompts of models that fill in the middle
+    bad_words        words that must not be generated, as token sequences
+    generic_tools    tools, calls and results as texts, for templates that know nothing of them
+    response_template how a tokenizer says that answers are to be read
+    detokenizer      token ids to text as they come, and stop strings
+    grammar_check    grammars compiled on trial, in a child process
+    torch_free       transformers imported without torch
 
 This room may import the server's ground modules, `engine.grammar` and the engine's words.
 """
