@@ -79,6 +79,12 @@ class Chat:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._state = state
         self._body = body
+        self._prompt_end = prompt_end(state.tokenizer, job.requests[0].prompt_token_ids)
+        self._continued = body.messages[-1].content if body.continue_final_message else None
+        for choice in self.generation.choices[0]:
+            choice.reasoning = state.message_format.reasoning_counter(
+                state.tokenizer, prompt_end=self._prompt_end, continued=self._continued
+            )
         self._envelope = Envelope(
             answer_id,
             kind,
@@ -93,27 +99,39 @@ class Chat:
 
     @classmethod
     async def start(
-        cls, state: ServerState, body: ChatBody, answer_id: str, log_id: str, owner: bytes
+        cls,
+        state: ServerState,
+        body: ChatBody,
+        answer_id: str,
+        log_id: str,
+        owner: bytes,
+        *,
+        caps_max_tokens: bool = False,
     ) -> Chat:
         """Admit a conversation. Raises QuireError if it is refused.
 
-        `log_id` names the request in the log and `owner` its API key. The caller must close
-        `ticket`.
+        `log_id` names the request in the log and `owner` its API key. With `caps_max_tokens`, a
+        max_tokens beyond the room that is left is reduced instead of refused. The caller must
+        close `ticket`.
         """
-        job, ticket = await prepare_chat(state, body)
+        job, ticket = await prepare_chat(state, body, caps_max_tokens=caps_max_tokens)
         job = asked_by(job, owner, body.user)
         return cls(state, body, job, ticket, answer_id, log_id)
+
+    @property
+    def max_tokens(self) -> int:
+        """The maximum number of tokens of an answer."""
+        return self.job.requests[0].sampling_params.max_tokens
 
     def _new_parser(self) -> MessageParser:
         body = self._body
         tools = offered_tools(body)
         if self.job.requests[0].grammar is not None and not tools:
             return MessageParser()  # a grammar without tools: everything is content
-        prompt = self.generation.prompt_token_ids(0)
         return self._state.message_format.parser(
             [tool["function"]["name"] for tool in tools],
-            prompt_end=prompt_end(self._state.tokenizer, prompt),
-            continued=body.messages[-1].content if body.continue_final_message else None,
+            prompt_end=self._prompt_end,
+            continued=self._continued,
             show_reasoning=body.include_reasoning is not False,
             parallel_calls=body.parallel_tool_calls is not False,
         )

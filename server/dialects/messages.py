@@ -29,7 +29,8 @@ from ..http.route_docs import (
 from ..http.sse import EventStream, run_until_disconnect
 from ..requests.chat_prompt import check_chat, encode_chat
 from ..requests.state import state_of
-from .messages_body import CountTokensBody, MessagesBody, check_body, names_of
+from .hints import fit_effort
+from .messages_body import CountTokensBody, MessagesBody, check_body, effort_path, names_of
 from .messages_events import PING, MessageWriter
 
 router = APIRouter(tags=["messages"], responses=errors(401, 500, model=AnthropicError))
@@ -56,10 +57,16 @@ async def create_message(request: Request) -> Response:
         state.check_model(body.model)
         message_id = f"msg_{uuid.uuid4().hex}"
         with renamed(names_of(body)):
+            await fit_effort(state, chat_body, ignored, effort_path(body))
             owner = state.keys.owner(request)
-            chat = await Chat.start(state, chat_body, message_id, request_id, owner)
-    writer = MessageWriter(message_id, state.model_name)
-    headers = ignored_header(ignored)
+            capped = not state.settings.strict
+            chat = await Chat.start(
+                state, chat_body, message_id, request_id, owner, caps_max_tokens=capped
+            )
+    if chat.max_tokens < body.max_tokens:
+        ignored.mention(("max_tokens",))
+    writer = MessageWriter(message_id, state.model_name, omits_thinking=body.omits_thinking)
+    headers = ignored_header(ignored.names)
     if body.stream:
         return EventStream(
             _stream(writer, chat),
@@ -96,9 +103,10 @@ async def count_tokens(request: Request) -> Response:
     body, chat, ignored = check_body(CountTokensBody, fields, strict=state.settings.strict)
     state.check_model(body.model)
     with renamed(names_of(body)):
+        await fit_effort(state, chat, ignored, effort_path(body))
         check_chat(state, chat)
         token_ids = await encode_chat(state, chat, None, state.engine.info.max_model_len)
-    return JSONResponse({"input_tokens": len(token_ids)}, headers=ignored_header(ignored))
+    return JSONResponse({"input_tokens": len(token_ids)}, headers=ignored_header(ignored.names))
 
 
 async def _stream(writer: MessageWriter, chat: Chat) -> AsyncGenerator[bytes, None]:

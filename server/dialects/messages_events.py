@@ -10,6 +10,7 @@ from pydantic_core import from_json
 
 from ..api.chat import Chat
 from ..api.translation import BlockWriter, Event, Piece
+from .sealed import seal
 
 PING: Event = {"type": "ping"}
 """The event that keeps silent connections open."""
@@ -22,10 +23,15 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 
 
 class MessageWriter(BlockWriter):
-    """Builds `message` while the chat runs, and the events that report its progress."""
+    """Builds `message` while the chat runs, and the events that report its progress.
 
-    def __init__(self, message_id: str, model: str) -> None:
+    With `omits_thinking`, a thinking block has no text, and its signature holds the sealed
+    reasoning.
+    """
+
+    def __init__(self, message_id: str, model: str, *, omits_thinking: bool = False) -> None:
         super().__init__()
+        self._omits_thinking = omits_thinking
         self.message: dict[str, Any] = {
             "id": message_id,
             "type": "message",
@@ -76,6 +82,8 @@ class MessageWriter(BlockWriter):
 
     def extend_block(self, piece: Piece) -> Iterator[Event]:
         self._texts.append(piece.text)
+        if piece.kind == "reasoning" and self._omits_thinking:
+            return
         kind, name = _DELTA_OF[piece.kind]
         yield self._event("content_block_delta", delta={"type": kind, name: piece.text})
 
@@ -85,8 +93,13 @@ class MessageWriter(BlockWriter):
             # If max_tokens has cut the arguments, read them as far as they go, as Anthropic's
             # clients do in a stream.
             block["input"] = from_json(text, allow_partial=True) if text else {}
+        elif self._kind == "reasoning":
+            block["signature"] = seal(text if self._omits_thinking else "")
+            block["thinking"] = "" if self._omits_thinking else text
+            delta = {"type": "signature_delta", "signature": block["signature"]}
+            yield self._event("content_block_delta", delta=delta)
         else:
-            block[_DELTA_OF[self._kind][1]] = text
+            block["text"] = text
         yield self._event("content_block_stop")
         self.message["content"].append(block)
 
@@ -104,9 +117,11 @@ def _stop(choice: dict[str, Any]) -> dict[str, Any]:
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     """Convert the usage; cached tokens are reported separately."""
     cached = usage["prompt_tokens_details"]["cached_tokens"]
+    details = usage["completion_tokens_details"]
     return {
         "input_tokens": usage["prompt_tokens"] - cached,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
         "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"thinking_tokens": details["reasoning_tokens"]},
     }

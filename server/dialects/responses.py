@@ -30,6 +30,7 @@ from ..http.route_docs import (
 )
 from ..http.sse import EventStream, log_failure, run_until_disconnect
 from ..requests.state import ServerState, state_of
+from .hints import Ignored, fit_effort
 from .responses_body import NAMES, ResponseBody, chat_of, check_body, items_of
 from .responses_events import ResponseWriter
 
@@ -54,8 +55,8 @@ async def create_response(request: Request) -> Response:
         previous = body.previous_response_id or ""
         if (answer := state.siblings.forward(request, previous)) is not None:
             return answer
-        run = await _ResponseRun.start(state, request, body)
-    headers = ignored_header(ignored + run.ignored)
+        run = await _ResponseRun.start(state, request, body, ignored)
+    headers = ignored_header(ignored.names)
     if body.background:
         state.responses.run(run.key, run.writer.response, run.run_in_background())
         return JSONResponse(run.writer.response, headers=headers)
@@ -144,29 +145,35 @@ class _ResponseRun:
         chat: Chat,
         writer: ResponseWriter,
         items: list[dict[str, Any]],
-        ignored: list[str],
         request_id: str,
     ) -> None:
         self.key = key
         self.chat = chat
         self.writer = writer
-        self.ignored = ignored
         self._responses = responses
         self._items = items
         self._request_id = request_id
 
     @classmethod
-    async def start(cls, state: ServerState, request: Request, body: ResponseBody) -> _ResponseRun:
+    async def start(
+        cls, state: ServerState, request: Request, body: ResponseBody, ignored: Ignored
+    ) -> _ResponseRun:
         """Admit the response. Raises QuireError if it is refused."""
         key = _key(request, f"resp_{uuid.uuid4().hex}{state.siblings.suffix}")
         store = _is_stored(body, enabled=state.responses.enabled)
         previous = _previous(request, body.previous_response_id)
-        chat_body, ignored = chat_of(body, previous, strict=state.settings.strict)
+        chat_body, tools = chat_of(body, previous, ignored)
         with renamed(NAMES):
-            chat = await Chat.start(state, chat_body, key[1], request.state.request_id, key[0])
-        writer = ResponseWriter(key[1], state.model_name, body, store=store)
+            await fit_effort(state, chat_body, ignored, ("reasoning", "effort"))
+            capped = not state.settings.strict
+            chat = await Chat.start(
+                state, chat_body, key[1], request.state.request_id, key[0], caps_max_tokens=capped
+            )
+        if body.max_output_tokens is not None and chat.max_tokens < body.max_output_tokens:
+            ignored.mention(("max_output_tokens",))
+        writer = ResponseWriter(key[1], state.model_name, body, tools, store=store)
         items = [*previous, *items_of(body)]
-        return cls(state.responses, key, chat, writer, items, ignored, request.state.request_id)
+        return cls(state.responses, key, chat, writer, items, request.state.request_id)
 
     async def _events(self) -> AsyncGenerator[Event, None]:
         """Yield all events, storing the response before the last one."""
@@ -242,7 +249,7 @@ def _previous(request: Request, response_id: str | None) -> list[dict[str, Any]]
     param = "previous_response_id"
     if found is None:
         raise InvalidRequestError(f"{param}: there is no response {ascii(response_id[:64])}", param)
-    if isinstance(found, Running) or found.response["status"] not in ("completed", "incomplete"):
+    if isinstance(found, Running):
         status = found.response["status"]
         raise InvalidRequestError(f"{param}: that response is {status}", param)
     return found.items

@@ -12,6 +12,7 @@ Reading order:
     tool_parsers     calls amid content, and calls written as JSON objects
     harmony          gpt-oss's format, in which reasoning and calls are both messages
     tool_formats     one parser for each format of calls, and how a format is detected
+    reasoning_tokens the tokens of the reasoning, counted
     message_parser   the whole chain for one choice, made for the served model
 
 This room may import `server.text`, the server's ground modules and the engine's words.

@@ -13,9 +13,10 @@ from ...engine.errors import ConfigurationError
 from ..settings import Settings
 from ..text.tokenizer import Tokenizer
 from .answer_parser import AnswerParser
-from .harmony import ASSISTANT, CONTROL_TOKENS, FINAL, HarmonyParser
+from .harmony import ANALYSIS, ASSISTANT, CONTROL_TOKENS, FINAL, HarmonyParser
 from .message_events import ContentText, Event, ReasoningText, ToolCallStart, joined
 from .reasoning import CLOSE, OPEN, ReasoningParser, ReasoningStyle, detect_reasoning, starts_inside
+from .reasoning_tokens import ReasoningCounter
 from .tool_formats import TOOL_PARSERS, detect_tool_parser
 
 _END_TOKENS = 16
@@ -141,6 +142,19 @@ class MessageFormat:
         if not with_tools or self.tool_format is None:
             return tags
         return tags + TOOL_PARSERS[self.tool_format].control_tokens
+
+    def reasoning_counter(
+        self, tokenizer: Tokenizer, *, prompt_end: str, continued: str | None
+    ) -> ReasoningCounter | None:
+        """Make the counter of one choice's reasoning, or return None if it has none."""
+        if self.reasoning is None:
+            return None
+        opened = starts_inside(self.reasoning, prompt_end, continued)
+        if self.is_harmony:
+            opened = continued is None and prompt_end.endswith(ANALYSIS)
+        elif continued is not None and not opened:
+            return None
+        return ReasoningCounter(self.reasoning, tokenizer.token_bytes, opened=opened)
 
     def parser(
         self,

@@ -6,7 +6,6 @@ from typing import Any
 
 from ...engine.errors import InvalidRequestError
 from ..parsing.message_parser import MessageFormat
-from ..text.template_calls import parse_arguments
 from ..text.tokenizer import Tokenizer
 from .protocol import ChatFields, Message
 from .state import ServerState
@@ -14,6 +13,8 @@ from .tool_choice import check_tools, offered_tools
 
 _EFFORT_SWITCHES = ("enable_thinking", "thinking")
 """Variables by which chat templates turn reasoning on and off."""
+EFFORT_VARIABLES = frozenset({*_EFFORT_SWITCHES, "reasoning_effort"})
+"""Variables of chat templates that depend on `reasoning_effort`."""
 
 
 def check_chat(state: ServerState, body: ChatFields) -> None:
@@ -34,7 +35,7 @@ def check_chat(state: ServerState, body: ChatFields) -> None:
                 "continue_final_message",
             )
     for index, message in enumerate(body.messages):
-        if message.content is None and not (message.role == "assistant" and message.tool_calls):
+        if message.says_nothing:
             raise InvalidRequestError(
                 f"messages[{index}]: content is missing", f"messages[{index}].content"
             )
@@ -92,11 +93,14 @@ async def _template_settings(
 
 
 def _template_message(message: Message, message_format: MessageFormat) -> dict[str, Any]:
-    """Return the message in the form that chat templates read. Raises InvalidRequestError."""
+    """Return the message in the form that chat templates read."""
     fields: dict[str, Any] = message.model_dump(exclude_none=True)
     for name in message.model_extra or ():
         fields.pop(name, None)
-    fields.setdefault("content", "")
+    for call in fields.get("tool_calls", ()):
+        call.pop("index", None)
+    refusal = fields.pop("refusal", "")
+    fields["content"] = fields.get("content") or refusal
     reasoning = fields.pop("reasoning", None)
     if reasoning is not None:
         fields.setdefault("reasoning_content", reasoning)
@@ -105,6 +109,4 @@ def _template_message(message: Message, message_format: MessageFormat) -> dict[s
         thinking = fields.pop("reasoning_content")
         if not (fields["content"] and fields.get("tool_calls")):
             fields["thinking"] = thinking
-    for call in fields.get("tool_calls", ()):
-        parse_arguments(call["function"]["arguments"])
     return fields

@@ -14,6 +14,7 @@ from ...engine.errors import EngineDeadError, error_from_code
 from ...engine.outputs import FinishReason, SequenceOutput, Timings, TokenLogprobs
 from ..http.limits import Ticket
 from ..metrics import RequestRecord
+from ..parsing.reasoning_tokens import ReasoningCounter
 from ..text.detokenizer import Detokenizer
 from .job import Job
 from .merged_outputs import merged_outputs
@@ -52,6 +53,8 @@ class Choice:
     pending_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """The log-probabilities of `pending_ids`."""
     last_token_time: float | None = None
+    reasoning: ReasoningCounter | None = None
+    """Counts the tokens of the reasoning, if the model reasons in a chat."""
 
     @property
     def mean_logprob(self) -> float:
@@ -116,12 +119,15 @@ class Generation:
     def usage(self) -> dict[str, Any]:
         """Return the token counts so far. They include the sequences that best_of drops."""
         prompt = self.num_prompt_tokens
-        completion = sum(choice.num_tokens for group in self.choices for choice in group)
+        choices = [choice for group in self.choices for choice in group]
+        completion = sum(choice.num_tokens for choice in choices)
+        reasoning = sum(choice.reasoning.count for choice in choices if choice.reasoning)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -197,6 +203,8 @@ class Generation:
         choice.num_tokens += num_tokens
         self._state.metrics.tokens_generated(num_tokens)
         choice.pending_ids += output.token_ids[:num_tokens]
+        if choice.reasoning is not None:
+            choice.reasoning.feed(output.token_ids[:num_tokens])
         if output.logprobs is not None:
             entries = output.logprobs[:num_tokens]
             choice.pending_logprobs += entries

@@ -46,6 +46,8 @@ class JobParts:
     """When the HTTP request arrived, by `time.monotonic`."""
     max_tokens_param: str = "max_tokens"
     """The field of the body that holds max_tokens."""
+    caps_max_tokens: bool = False
+    """Whether a max_tokens beyond the room that is left is reduced instead of refused."""
     default_max_tokens: int | None = None
     """The API's default max_tokens; None means the rest of the context."""
     grammar: GrammarSpec | None = None
@@ -62,9 +64,7 @@ def make_job(
     parts: JobParts,
 ) -> Job:
     """Return a job with a request for each of `prompts`, after checking that all of them fit.
-
-    Raises QuireError.
-    """
+    Raises QuireError."""
     info = state.engine.info
     deadlines = _deadlines(state.settings, body.timeout, parts.arrival)
     default = state.generation_defaults.get("max_new_tokens", parts.default_max_tokens)
@@ -82,6 +82,7 @@ def make_job(
                 num_prompt_tokens=len(token_ids),
                 info=info,
                 param=parts.max_tokens_param,
+                caps=parts.caps_max_tokens,
             ),
             arrival_time=parts.arrival,
             queue_deadline=deadlines.queue,

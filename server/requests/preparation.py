@@ -79,10 +79,13 @@ async def prepare_completion(state: ServerState, body: CompletionBody) -> tuple[
     return job, ticket
 
 
-async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]:
+async def prepare_chat(
+    state: ServerState, body: ChatBody, *, caps_max_tokens: bool = False
+) -> tuple[Job, Ticket]:
     """Return the job of a chat and its place among the requests in flight.
 
-    Raises QuireError, after giving the place back.
+    With `caps_max_tokens`, a max_tokens beyond the room that is left is reduced. Raises QuireError,
+    after giving the place back.
     """
     arrival = time.monotonic()
     info = state.engine.info
@@ -112,6 +115,7 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[Job, Ticket]
         parts = JobParts(
             arrival=arrival,
             max_tokens_param=max_tokens_param,
+            caps_max_tokens=caps_max_tokens,
             grammar=await try_out(state, constraint),
             shown_tokens=state.message_format.control_tokens(with_tools=bool(tools)),
         )

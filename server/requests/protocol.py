@@ -107,7 +107,8 @@ class CompletionBody(GenerationBody):
 
 
 class ToolCallFunction(Fields):
-    """The called function, with its arguments as a JSON text."""
+    """The called function, with its arguments as text. They need not be JSON, since an answer may
+    have been cut within them."""
 
     name: ToolName
     arguments: str = "{}"
@@ -117,6 +118,7 @@ class ToolCall(Fields):
     """A tool call that the assistant made in an earlier turn."""
 
     id: str
+    index: int | None = None
     type: Literal["function"] = "function"
     function: ToolCallFunction
 
@@ -131,6 +133,16 @@ class Message(Fields):
     reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
+    refusal: str | None = None
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether the message has no content where it needs some: an assistant may have called a
+        tool or only reasoned."""
+        if self.content is not None:
+            return False
+        spoken = self.tool_calls or self.reasoning or self.reasoning_content or self.refusal
+        return not (self.role == "assistant" and spoken)
 
 
 class FunctionDefinition(Fields):
@@ -261,8 +273,9 @@ def path_of(loc: tuple[int | str, ...]) -> str:
 
 def _unknown(body: BaseModel, prefix: tuple[int | str, ...] = ()) -> Iterator[str]:
     """Yield the paths of the unknown fields of `body` and of the models in it."""
-    for name in body.model_extra or ():
-        yield path_of((*prefix, name))
+    for name, value in (body.model_extra or {}).items():
+        if value is not None:
+            yield path_of((*prefix, name))
     for name in body.model_fields_set:
         value = getattr(body, name, None)
         if isinstance(value, BaseModel):

@@ -180,14 +180,17 @@ def with_max_tokens(
     num_prompt_tokens: int,
     info: EngineInfo,
     param: str = "max_tokens",
+    caps: bool = False,
 ) -> SamplingParams:
     """Return `params` with the max_tokens and min_tokens of one prompt.
 
-    `asked` is the request's max_tokens and is never reduced. Without it, `default` is used, or the
-    rest of the context if that is None, and reduced to what fits the context and the KV cache.
-    Raises ContextLengthError, InvalidRequestError.
+    `asked` is the request's max_tokens, which is reduced only if `caps` is true. Without it,
+    `default` is used, or the rest of the context if that is None, and reduced to what fits the
+    context and the KV cache. Raises ContextLengthError, InvalidRequestError.
     """
     room = info.max_model_len - num_prompt_tokens
+    if caps and asked is not None:
+        default, asked = min(asked, room), None
     if asked is None and room < 1:
         raise ContextLengthError(
             f"the prompt of {num_prompt_tokens} tokens fills the context of "
