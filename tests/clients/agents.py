@@ -20,17 +20,9 @@ from quire.engine.request import Request
 from quire.server.text.tokenizer import Tokenizer
 
 from ..server.conftest import make_app
-from ..server.fakes import FakeEngineClient, Script, byte_tokenizer, ids
+from ..server.fakes import REASONING_TEMPLATE, FakeEngineClient, Script, byte_tokenizer, ids
 from .conftest import KEY
 
-TEMPLATE = (
-    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
-    "{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>"
-    "{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 CONTEXT = 1_000_000
 """Tokens of the context; a token is a byte."""
 
@@ -44,7 +36,7 @@ class Model:
     def __init__(self, answer: Answer) -> None:
         self.prompts: list[str] = []
         self._answer = answer
-        self.tokenizer: Tokenizer = byte_tokenizer(TEMPLATE)
+        self.tokenizer: Tokenizer = byte_tokenizer(REASONING_TEMPLATE)
         self.engine = FakeEngineClient(
             self._script, max_model_len=CONTEXT, num_blocks=CONTEXT // 16
         )

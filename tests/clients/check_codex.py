@@ -34,9 +34,7 @@ def codex(folder: Path, answer: Answer, *, model: str) -> tuple[list[dict[str, A
         (home / "config.toml").write_text(config, encoding="utf-8")
         arguments = ["exec", "--json", "--skip-git-repo-check"]
         arguments += ["--dangerously-bypass-approvals-and-sandbox", "What do I need?"]
-        output = run(
-            [command("codex"), *arguments], work, CODEX_HOME=str(home), QUIRE_KEY=KEY
-        )
+        output = run([command("codex"), *arguments], work, CODEX_HOME=str(home), QUIRE_KEY=KEY)
     events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return events, scripted
 
@@ -77,3 +75,17 @@ def test_codex_applies_a_patch_of_a_custom_tool(tmp_path: Path) -> None:
     assert final_message(events) == "Done."
     assert (tmp_path / "work/list.txt").read_text(encoding="utf-8") == "plums ✓\n"
     assert "The input must follow this grammar (lark)" in model.prompts[0]
+
+
+def test_codex_finds_a_deferred_tool(tmp_path: Path) -> None:
+    call = {"name": "tool_search", "arguments": {"query": "spawn an agent"}}
+
+    def answer(prompt: str) -> str:
+        if "These tools can be called now: multi_agent" in prompt:
+            return "Done."
+        return f"<tool_call>{json.dumps(call)}</tool_call>"
+
+    events, model = codex(tmp_path, answer, model="gpt-5.5")
+    assert final_message(events) == "Done."
+    offered = '{"type": "function", "function": {"name": "multi_agent_v1__spawn_agent"'
+    assert [offered in prompt for prompt in model.prompts] == [False, True]
