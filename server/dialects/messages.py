@@ -70,7 +70,10 @@ async def create_message(request: Request) -> Response:
     if body.stream:
         return EventStream(
             _stream(writer, chat),
-            on_failure=lambda error: [sse(anthropic_error_body(error_body(error, request_id)))],
+            on_failure=lambda error: [
+                *map(sse, writer.close("incomplete")),  # so that sealed reasoning is not lost
+                sse(anthropic_error_body(error_body(error, request_id))),
+            ],
             on_close=chat.ticket.close,
             request_id=request_id,
             deadline=chat.job.deadline,

@@ -10,6 +10,7 @@ from pydantic_core import from_json
 
 from ..api.chat import Chat
 from ..api.translation import BlockWriter, Event, Piece
+from ..text.template_calls import RAW_ARGUMENTS
 from .sealed import seal
 
 PING: Event = {"type": "ping"}
@@ -90,9 +91,7 @@ class MessageWriter(BlockWriter):
     def close_block(self, status: str) -> Iterator[Event]:
         block, text = self._block, "".join(self._texts)
         if self._kind == "call":
-            # If max_tokens has cut the arguments, read them as far as they go, as Anthropic's
-            # clients do in a stream.
-            block["input"] = from_json(text, allow_partial=True) if text else {}
+            block["input"] = _input_of(text)
         elif self._kind == "reasoning":
             block["signature"] = seal(text if self._omits_thinking else "")
             block["thinking"] = "" if self._omits_thinking else text
@@ -105,6 +104,19 @@ class MessageWriter(BlockWriter):
 
     def _event(self, kind: str, **fields: Any) -> Event:
         return {"type": kind, "index": len(self.message["content"]), **fields}
+
+
+def _input_of(arguments: str) -> dict[str, Any]:
+    """Return the arguments of a call as an object.
+
+    If max_tokens has cut them, they are read as far as they go, as Anthropic's clients do in a
+    stream. If they cannot be read, the object holds their text.
+    """
+    try:
+        value = from_json(arguments or "{}", allow_partial=True)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {RAW_ARGUMENTS: arguments}
 
 
 def _stop(choice: dict[str, Any]) -> dict[str, Any]:
