@@ -10,7 +10,7 @@ from pydantic_core import from_json
 
 from ..api.chat import Chat
 from ..api.translation import BlockWriter, Event, Piece
-from ..text.template_calls import RAW_ARGUMENTS
+from ..text.call_arguments import RAW_ARGUMENTS
 from .sealed import seal
 
 PING: Event = {"type": "ping"}

@@ -50,12 +50,12 @@ async def create_response(request: Request) -> Response:
     state = state_of(request)
     with refusals_counted(state.metrics):
         fields = await read_json_object(request)
-        body, ignored = check_body(fields, strict=state.settings.strict)
+        body, ignored = check_body(ResponseBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
         previous = body.previous_response_id or ""
         if (answer := state.siblings.forward(request, previous)) is not None:
             return answer
-        run = await _ResponseRun.start(state, request, body, ignored)
+        run = await ResponseRun.start(state, request, body, ignored)
     headers = ignored_header(ignored.names)
     if body.background:
         state.responses.run(run.key, run.writer.response, run.run_in_background())
@@ -89,7 +89,7 @@ async def get_response(request: Request, response_id: str) -> Response:
         raise InvalidRequestError("stream: a stored response cannot be streamed", "stream")
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
         return answer
-    return JSONResponse(_found(request, response_id).response)
+    return JSONResponse(found_response(request, response_id).response)
 
 
 @router.post(
@@ -101,12 +101,12 @@ async def cancel_response(request: Request, response_id: str) -> Response:
     """Cancel a response that runs in the background; one that has ended stays as it is."""
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
         return answer
-    response = _found(request, response_id).response
+    response = found_response(request, response_id).response
     if not response["background"]:
         raise InvalidRequestError(
             "only a response that was created with `background` can be cancelled", "response_id"
         )
-    await state_of(request).responses.cancel(_key(request, response_id))
+    await state_of(request).responses.cancel(key_of(request, response_id))
     return JSONResponse(response)
 
 
@@ -119,23 +119,25 @@ async def delete_response(request: Request, response_id: str) -> Response:
     """Forget a response; if it runs in the background, cancel it."""
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
         return answer
-    _found(request, response_id)
-    await state_of(request).responses.remove(_key(request, response_id))
+    found_response(request, response_id)
+    await state_of(request).responses.remove(key_of(request, response_id))
     return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
 
-def _key(request: Request, response_id: str) -> Key:
+def key_of(request: Request, response_id: str) -> Key:
+    """Return the key of a response in the store."""
     return state_of(request).keys.owner(request), response_id
 
 
-def _found(request: Request, response_id: str) -> Stored | Running:
-    found = state_of(request).responses.find(_key(request, response_id))
+def found_response(request: Request, response_id: str) -> Stored | Running:
+    """Return a response of this client. Raises HTTPException 404."""
+    found = state_of(request).responses.find(key_of(request, response_id))
     if found is None:
         raise HTTPException(404, f"there is no response {ascii(response_id[:64])}")
     return found
 
 
-class _ResponseRun:
+class ResponseRun:
     """One admitted response while it is generated."""
 
     def __init__(
@@ -157,11 +159,11 @@ class _ResponseRun:
     @classmethod
     async def start(
         cls, state: ServerState, request: Request, body: ResponseBody, ignored: Ignored
-    ) -> _ResponseRun:
+    ) -> ResponseRun:
         """Admit the response. Raises QuireError if it is refused."""
-        key = _key(request, f"resp_{uuid.uuid4().hex}{state.siblings.suffix}")
+        key = key_of(request, f"resp_{uuid.uuid4().hex}{state.siblings.suffix}")
         store = _is_stored(body, enabled=state.responses.enabled)
-        previous = _previous(request, body.previous_response_id)
+        previous = previous_items(request, body.previous_response_id)
         chat_body, tools = chat_of(body, previous, ignored)
         with renamed(NAMES):
             await fit_effort(state, chat_body, ignored, ("reasoning", "effort"))
@@ -241,11 +243,11 @@ def _is_stored(body: ResponseBody, *, enabled: bool) -> bool:
     return enabled and body.store is not False
 
 
-def _previous(request: Request, response_id: str | None) -> list[dict[str, Any]]:
+def previous_items(request: Request, response_id: str | None) -> list[dict[str, Any]]:
     """Return the items of the conversation to continue. Raises InvalidRequestError."""
     if response_id is None:
         return []
-    found = state_of(request).responses.find(_key(request, response_id))
+    found = state_of(request).responses.find(key_of(request, response_id))
     param = "previous_response_id"
     if found is None:
         raise InvalidRequestError(f"{param}: there is no response {ascii(response_id[:64])}", param)

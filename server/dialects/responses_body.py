@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
@@ -31,7 +31,9 @@ NAMES = {
 }
 """Fields of the chat and their names in this API; see `renamed`."""
 
-ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {"prompt": (), "moderation": ()}
+ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
+    "conversation": (), "prompt": (), "moderation": ()
+}  # fmt: skip
 """Unsupported fields of this API, and the values that are accepted since they ask for nothing."""
 
 
@@ -76,20 +78,24 @@ class TextOptions(Fields):
     verbosity: Any = None
 
 
-class ResponseBody(ConversationBody):
+class InputTokensBody(ConversationBody):
     input: Annotated[Content, PlainValidator(_check_input)]
     instructions: str | None = None
     previous_response_id: str | None = None
-    max_output_tokens: Any = None
-    stream: bool | None = None
-    stream_options: ResponseStreamOptions | None = None
-    background: bool | None = None
-    store: bool | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
+    truncation: Any = None  # a hint: see `_name_hints`
+
+
+class ResponseBody(InputTokensBody):
+    max_output_tokens: Any = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    background: bool | None = None
+    store: bool | None = None
     include: Annotated[list[str], Field(fail_fast=True)] | None = None
     top_logprobs: int | None = None
     metadata: Annotated[dict[str, str] | None, PlainValidator(_check_metadata)] = None
@@ -97,7 +103,6 @@ class ResponseBody(ConversationBody):
     safety_identifier: OptionalLabel = None
     prompt_cache_key: OptionalLabel = None
     # Hints: see `_name_hints`.
-    truncation: Any = None
     service_tier: Any = None
     context_management: Any = None
     max_tool_calls: Any = None
@@ -115,34 +120,42 @@ class ResponseBody(ConversationBody):
         return INCLUDE_SEALED in (self.include or ())
 
 
-def check_body(fields: dict[str, Any], *, strict: bool) -> tuple[ResponseBody, Ignored]:
+Body = TypeVar("Body", bound=InputTokensBody)
+
+
+def check_body(model: type[Body], fields: dict[str, Any], *, strict: bool) -> tuple[Body, Ignored]:
     """Return the typed body and its fields without effect. Raises InvalidRequestError."""
     ignored = Ignored(strict=strict)
-    body = ignored.check(ResponseBody, refuse_unsupported(fields, ASKS_FOR_NOTHING))
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequestError("stream_options: needs stream", "stream_options")
+    body = ignored.check(model, refuse_unsupported(fields, ASKS_FOR_NOTHING))
     _name_hints(body, ignored)
+    if isinstance(body, ResponseBody):
+        if body.stream_options is not None and not body.stream:
+            raise InvalidRequestError("stream_options: needs stream", "stream_options")
+        _name_hints_of_answer(body, ignored)
     return body, ignored
 
 
-def _name_hints(body: ResponseBody, ignored: Ignored) -> None:
+def _name_hints(body: InputTokensBody, ignored: Ignored) -> None:
     ignored.add(("truncation",), body.truncation, ("disabled",))
+    reasoning = body.reasoning or ReasoningOptions()
+    ignored.add(("reasoning", "summary"), reasoning.summary)
+    ignored.add(("reasoning", "generate_summary"), reasoning.generate_summary)
+    ignored.add(("text", "verbosity"), body.text and body.text.verbosity, ("medium",))
+
+
+def _name_hints_of_answer(body: ResponseBody, ignored: Ignored) -> None:
     ignored.add(("service_tier",), body.service_tier, ("auto", "default"))
     ignored.add(("context_management",), body.context_management, ([],))
     ignored.add(("max_tool_calls",), body.max_tool_calls)
     ignored.add(("prompt_cache_options",), body.prompt_cache_options)
     ignored.add(("prompt_cache_retention",), body.prompt_cache_retention, ("in_memory",))
-    reasoning = body.reasoning or ReasoningOptions()
-    ignored.add(("reasoning", "summary"), reasoning.summary)
-    ignored.add(("reasoning", "generate_summary"), reasoning.generate_summary)
-    ignored.add(("text", "verbosity"), body.text and body.text.verbosity, ("medium",))
     obfuscation = body.stream_options and body.stream_options.include_obfuscation
     ignored.add(("stream_options", "include_obfuscation"), obfuscation, (False,))
     for index, name in enumerate(body.include or ()):
         ignored.add(("include", index), name, (INCLUDE_LOGPROBS, INCLUDE_SEALED))
 
 
-def items_of(body: ResponseBody) -> list[dict[str, Any]]:
+def items_of(body: InputTokensBody) -> list[dict[str, Any]]:
     """Return the input as items; a string is one message of the user."""
     if isinstance(body.input, str):
         return [{"type": "message", "role": "user", "content": body.input}]
@@ -151,7 +164,7 @@ def items_of(body: ResponseBody) -> list[dict[str, Any]]:
 
 
 def chat_of(
-    body: ResponseBody, previous: Sequence[dict[str, Any]], ignored: Ignored
+    body: InputTokensBody, previous: Sequence[dict[str, Any]], ignored: Ignored
 ) -> tuple[ChatBody, Tools]:
     """Return the chat of the items of `previous` and of `body`, and its tools.
 
@@ -177,16 +190,17 @@ def chat_of(
         **body.passed_on(),
         "messages": reader.transcript.finished(),
         "stream": True,
-        "max_completion_tokens": body.max_output_tokens,
         "tools": tools.functions or None,
         "tool_choice": choice,
         "parallel_tool_calls": body.parallel_tool_calls,
         "response_format": _chat_format(body.text),
         "reasoning_effort": effort,
-        "logprobs": body.shows_logprobs or None,
-        "top_logprobs": body.top_logprobs,
-        "user": body.user,
     }
+    if isinstance(body, ResponseBody):
+        fields["max_completion_tokens"] = body.max_output_tokens
+        fields["logprobs"] = body.shows_logprobs or None
+        fields["top_logprobs"] = body.top_logprobs
+        fields["user"] = body.user
     return chat_body(fields, NAMES), tools
 
 

@@ -5,27 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
+from .call_arguments import parse_arguments
 
 _PROBE_CALL = {"id": "probe0000", "type": "function"}
 """A tool call to try a template with. Some templates demand an id of nine characters."""
-
-
-RAW_ARGUMENTS = "raw_arguments"
-"""The key under which a template that reads objects finds arguments which are not one."""
-
-
-def parse_arguments(text: str) -> dict[str, Any]:
-    """Return the arguments of a call from their JSON text; an empty text means no arguments.
-
-    A text that is not a JSON object, for instance since max_tokens has cut it, becomes the value of
-    RAW_ARGUMENTS, so that the model still sees what it wrote.
-    """
-    try:
-        arguments = msgspec.json.decode(text or "{}")
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        arguments = None
-    return arguments if isinstance(arguments, dict) else {RAW_ARGUMENTS: text}
 
 
 def with_objects(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

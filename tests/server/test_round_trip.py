@@ -25,7 +25,7 @@ from openai.types.responses import Response
 from pydantic_core import from_json
 
 from quire.engine.outputs import RowError
-from quire.server.text.template_calls import RAW_ARGUMENTS
+from quire.server.text.call_arguments import RAW_ARGUMENTS
 from quire.server.text.tokenizer import Tokenizer
 
 from .conftest import MODEL, make_app

@@ -1,0 +1,203 @@
+"""More endpoints of responses: the items of a response's input, the tokens of an input, and the
+compaction of a conversation."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from ...engine.errors import InvalidRequestError
+from ..api.answers import ignored_header, refusals_counted
+from ..api.translation import renamed
+from ..errors import client_left
+from ..http.body import read_json_object
+from ..http.responses_store import Running
+from ..http.route_docs import (
+    BODY_ERRORS,
+    GENERATION_ERRORS,
+    INTEGER,
+    OBJECTS,
+    answers,
+    errors,
+    json_body,
+    json_object,
+)
+from ..http.sse import run_until_disconnect
+from ..requests.chat_prompt import check_chat, encode_chat
+from ..requests.state import state_of
+from .hints import fit_effort
+from .responses import ResponseRun, found_response, previous_items
+from .responses_body import NAMES, InputTokensBody, ResponseBody, chat_of, check_body, items_of
+from .sealed import seal
+
+router = APIRouter(tags=["responses"])
+
+SUMMARISE = (
+    "Summarise this conversation for yourself, so that you can go on without it: what was asked, "
+    "what was done and found, what was decided, and what is left to do. Keep names, paths, numbers "
+    "and code that will be needed. Write only the summary."
+)
+"""The message by which a conversation is compacted."""
+_KEPT_ROLES = ("system", "developer", "user")
+
+
+@router.get(
+    "/v1/responses/{response_id}/input_items",
+    response_model=None,
+    responses={**answers(json_object("object", "data", data=OBJECTS)), **errors(400, 404)},
+)
+async def list_input_items(
+    request: Request,
+    response_id: str,
+    limit: int = Query(20, ge=1, le=100),
+    order: Literal["asc", "desc"] = "desc",
+    after: str | None = None,
+) -> Response:
+    """List the items of a response's input, those of the conversation before it included."""
+    if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
+        return answer
+    found = found_response(request, response_id)
+    if isinstance(found, Running):
+        raise InvalidRequestError("the response has not ended yet", "response_id")
+    items = found.items[: len(found.items) - len(found.response["output"])]
+    return JSONResponse(page_of(items, limit=limit, order=order, after=after))
+
+
+def page_of(
+    items: Sequence[dict[str, Any]], *, limit: int, order: str, after: str | None
+) -> dict[str, Any]:
+    """Return a page of a list of items: up to `limit` of them, after the one with the id `after`.
+
+    An item without an id gets one by its place. Raises InvalidRequestError if there is no item
+    `after`.
+    """
+    listed = [
+        {"id": f"item_{index}", "type": "message", **_with_parts(item)}
+        for index, item in enumerate(items)
+    ]
+    if order == "desc":
+        listed.reverse()
+    start = 0
+    if after is not None:
+        places = [place for place, item in enumerate(listed) if item["id"] == after]
+        if not places:
+            raise InvalidRequestError(f"after: there is no item {ascii(after[:64])}", "after")
+        start = places[0] + 1
+    page = listed[start : start + limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": start + limit < len(listed),
+    }
+
+
+def _with_parts(item: dict[str, Any]) -> dict[str, Any]:
+    """Return an item without nulls, and with the content of a message as parts."""
+    given = {name: value for name, value in item.items() if value is not None}
+    content = given.get("content")
+    if isinstance(content, str):
+        part: dict[str, Any] = {"type": "input_text", "text": content}
+        if given.get("role") == "assistant":
+            part = {"type": "output_text", "text": content, "annotations": []}
+        given["content"] = [part]
+    return given
+
+
+@router.post(
+    "/v1/responses/input_tokens",
+    response_model=None,
+    openapi_extra=json_body(InputTokensBody),
+    responses={
+        **answers(json_object("object", "input_tokens", input_tokens=INTEGER)),
+        **errors(*BODY_ERRORS),
+    },
+)
+async def count_input_tokens(request: Request) -> Response:
+    """Count the tokens of an input as a prompt."""
+    state = state_of(request)
+    fields = await read_json_object(request)
+    body, ignored = check_body(InputTokensBody, fields, strict=state.settings.strict)
+    state.check_model(body.model)
+    previous_id = body.previous_response_id or ""
+    if (answer := state.siblings.forward(request, previous_id)) is not None:
+        return answer
+    chat, _ = chat_of(body, previous_items(request, body.previous_response_id), ignored)
+    with renamed(NAMES):
+        await fit_effort(state, chat, ignored, ("reasoning", "effort"))
+        check_chat(state, chat)
+        token_ids = await encode_chat(state, chat, None, state.engine.info.max_model_len)
+    answer_body = {"object": "response.input_tokens", "input_tokens": len(token_ids)}
+    return JSONResponse(answer_body, headers=ignored_header(ignored.names))
+
+
+@router.post(
+    "/v1/responses/compact",
+    response_model=None,
+    openapi_extra=json_body(ResponseBody),
+    responses={
+        **answers(json_object("id", "object", "output", "usage", output=OBJECTS)),
+        **errors(*GENERATION_ERRORS),
+    },
+)
+async def compact(request: Request) -> Response:
+    """Let the model summarise a conversation. What it returns takes the place of the conversation:
+    the messages of everyone but the assistant, and an opaque item with the summary."""
+    state = state_of(request)
+    with refusals_counted(state.metrics):
+        fields = await read_json_object(request)
+        body, ignored = check_body(ResponseBody, fields, strict=state.settings.strict)
+        state.check_model(body.model)
+        for name in ("stream", "background", "store"):
+            if getattr(body, name):
+                raise InvalidRequestError(f"{name}: a compaction has none", name)
+        previous_id = body.previous_response_id or ""
+        if (answer := state.siblings.forward(request, previous_id)) is not None:
+            return answer
+        history = [*previous_items(request, body.previous_response_id), *items_of(body)]
+        asked = [*history, {"type": "message", "role": "user", "content": SUMMARISE}]
+        changes = {"input": asked, "previous_response_id": None, "store": False, "include": None}
+        changed = body.model_copy(update=changes)
+        run = await ResponseRun.start(state, request, changed, ignored)
+    with run.chat.ticket:
+        response = await run_until_disconnect(request.receive, run.collect(), run.chat.job.deadline)
+    if response is None:
+        return client_left()
+    messages = [item for item in response["output"] if item["type"] == "message"]
+    summary = "\n".join(part["text"] for item in messages for part in item["content"])
+    number = uuid.uuid4().hex
+    kept = [item for item in history if item.get("role") in _KEPT_ROLES]
+    compaction = {
+        "id": f"cmp_{number}", "type": "compaction", "encrypted_content": seal(summary)
+    }  # fmt: skip
+    answer_body = {
+        "id": f"resp_{number}",
+        "object": "response.compaction",
+        "created_at": int(time.time()),
+        "output": [
+            *page_of(kept, limit=len(kept), order="asc", after=None)["data"], compaction
+        ],
+        "usage": response["usage"],
+    }  # fmt: skip
+    return JSONResponse(answer_body, headers=ignored_header(ignored.names))
+
+
+@router.api_route(
+    "/v1/conversations{rest:path}",
+    methods=["GET", "POST", "DELETE"],
+    response_model=None,
+    include_in_schema=False,
+)
+async def no_conversations(request: Request, rest: str) -> Response:
+    """Refuse the endpoints of conversations by name."""
+    raise HTTPException(
+        404,
+        "/v1/conversations is not served; use previous_response_id, or send the whole conversation",
+    )
