@@ -31,8 +31,16 @@ from ..http.route_docs import (
 from ..http.sse import EventStream, log_failure, run_until_disconnect
 from ..requests.state import ServerState, state_of
 from .hints import Ignored, fit_effort
-from .responses_body import NAMES, ResponseBody, chat_of, check_body, items_of
+from .responses_body import (
+    NAMES,
+    InputTokensBody,
+    ResponseBody,
+    chat_of,
+    check_body,
+    items_of,
+)
 from .responses_events import ResponseWriter
+from .responses_items import with_ids
 
 router = APIRouter(tags=["responses"])
 
@@ -52,8 +60,7 @@ async def create_response(request: Request) -> Response:
         fields = await read_json_object(request)
         body, ignored = check_body(ResponseBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
-        previous = body.previous_response_id or ""
-        if (answer := state.siblings.forward(request, previous)) is not None:
+        if (answer := state.siblings.forward(request, body.continued)) is not None:
             return answer
         run = await ResponseRun.start(state, request, body, ignored)
     headers = ignored_header(ignored.names)
@@ -132,7 +139,7 @@ def key_of(request: Request, response_id: str) -> Key:
 def found_response(request: Request, response_id: str) -> Stored | Running:
     """Return a response of this client. Raises HTTPException 404."""
     found = state_of(request).responses.find(key_of(request, response_id))
-    if found is None:
+    if found is None or found.response["object"] != "response":
         raise HTTPException(404, f"there is no response {ascii(response_id[:64])}")
     return found
 
@@ -155,6 +162,8 @@ class ResponseRun:
         self._responses = responses
         self._items = items
         self._request_id = request_id
+        self._conversation: tuple[Key, list[dict[str, Any]]] | None = None
+        """The conversation that grows by these items and by the output, if there is one."""
 
     @classmethod
     async def start(
@@ -163,7 +172,7 @@ class ResponseRun:
         """Admit the response. Raises QuireError if it is refused."""
         key = key_of(request, f"resp_{uuid.uuid4().hex}{state.siblings.suffix}")
         store = _is_stored(body, enabled=state.responses.enabled)
-        previous = previous_items(request, body.previous_response_id)
+        previous = previous_items(request, body)
         chat_body, tools = chat_of(body, previous, ignored)
         with renamed(NAMES):
             await fit_effort(state, chat_body, ignored, ("reasoning", "effort"))
@@ -174,8 +183,11 @@ class ResponseRun:
         if body.max_output_tokens is not None and chat.max_tokens < body.max_output_tokens:
             ignored.mention(("max_output_tokens",))
         writer = ResponseWriter(key[1], state.model_name, body, tools, store=store)
-        items = [*previous, *items_of(body)]
-        return cls(state.responses, key, chat, writer, items, request.state.request_id)
+        given = items_of(body)
+        run = cls(state.responses, key, chat, writer, [*previous, *given], request.state.request_id)
+        if body.conversation is not None:
+            run._conversation = (key[0], body.conversation), given
+        return run
 
     async def _events(self) -> AsyncGenerator[Event, None]:
         """Yield all events, storing the response before the last one."""
@@ -226,6 +238,12 @@ class ResponseRun:
         response = self.writer.response
         if response["store"]:
             self._responses.add(self.key, response, self._items + response["output"])
+        if self._conversation is not None and response["status"] in ("completed", "incomplete"):
+            key, given = self._conversation
+            found = self._responses.find(key)
+            if isinstance(found, Stored):  # it may have been deleted meanwhile
+                items = [*found.items, *with_ids(given), *response["output"]]
+                self._responses.add(key, found.response, items)
 
 
 def _is_stored(body: ResponseBody, *, enabled: bool) -> bool:
@@ -243,14 +261,17 @@ def _is_stored(body: ResponseBody, *, enabled: bool) -> bool:
     return enabled and body.store is not False
 
 
-def previous_items(request: Request, response_id: str | None) -> list[dict[str, Any]]:
-    """Return the items of the conversation to continue. Raises InvalidRequestError."""
-    if response_id is None:
+def previous_items(request: Request, body: InputTokensBody) -> list[dict[str, Any]]:
+    """Return the items of the response or conversation to continue. Raises InvalidRequestError."""
+    if not body.continued:
         return []
-    found = state_of(request).responses.find(key_of(request, response_id))
-    param = "previous_response_id"
-    if found is None:
-        raise InvalidRequestError(f"{param}: there is no response {ascii(response_id[:64])}", param)
+    kind = "conversation" if body.conversation else "response"
+    param = "conversation" if body.conversation else "previous_response_id"
+    found = state_of(request).responses.find(key_of(request, body.continued))
+    if found is None or found.response["object"] != kind:
+        raise InvalidRequestError(
+            f"{param}: there is no {kind} {ascii(body.continued[:64])}", param
+        )
     if isinstance(found, Running):
         status = found.response["status"]
         raise InvalidRequestError(f"{param}: that response is {status}", param)

@@ -31,9 +31,7 @@ NAMES = {
 }
 """Fields of the chat and their names in this API; see `renamed`."""
 
-ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
-    "conversation": (), "prompt": (), "moderation": ()
-}  # fmt: skip
+ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {"prompt": (), "moderation": ()}
 """Unsupported fields of this API, and the values that are accepted since they ask for nothing."""
 
 
@@ -43,6 +41,13 @@ def _check_input(value: Any) -> str | list[dict[str, Any]]:
     if not isinstance(value, list) or not value or set(map(type, value)) != {dict}:
         raise ValueError("must be a string or a list of items")
     return value
+
+
+def _check_conversation(value: Any) -> str | None:
+    name = value.get("id") if isinstance(value, dict) else value
+    if value is not None and not isinstance(name, str):
+        raise ValueError('must be an id or {"id": …}')
+    return name
 
 
 def _check_metadata(value: Any) -> dict[str, str] | None:
@@ -59,6 +64,7 @@ def _check_metadata(value: Any) -> dict[str, str] | None:
     return value
 
 
+Metadata = Annotated[dict[str, str] | None, PlainValidator(_check_metadata)]
 OptionalLabel = Annotated[Label | None, BeforeValidator(lambda value: value or None)]
 """A label; an empty one is none."""
 
@@ -82,12 +88,18 @@ class InputTokensBody(ConversationBody):
     input: Annotated[Content, PlainValidator(_check_input)]
     instructions: str | None = None
     previous_response_id: str | None = None
+    conversation: Annotated[str | None, PlainValidator(_check_conversation)] = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     truncation: Any = None  # a hint: see `_name_hints`
+
+    @property
+    def continued(self) -> str:
+        """The id of the response or conversation that is continued; empty if there is none."""
+        return self.previous_response_id or self.conversation or ""
 
 
 class ResponseBody(InputTokensBody):
@@ -98,7 +110,7 @@ class ResponseBody(InputTokensBody):
     store: bool | None = None
     include: Annotated[list[str], Field(fail_fast=True)] | None = None
     top_logprobs: int | None = None
-    metadata: Annotated[dict[str, str] | None, PlainValidator(_check_metadata)] = None
+    metadata: Metadata = None
     user: OptionalLabel = None
     safety_identifier: OptionalLabel = None
     prompt_cache_key: OptionalLabel = None
@@ -128,6 +140,10 @@ def check_body(model: type[Body], fields: dict[str, Any], *, strict: bool) -> tu
     ignored = Ignored(strict=strict)
     body = ignored.check(model, refuse_unsupported(fields, ASKS_FOR_NOTHING))
     _name_hints(body, ignored)
+    if body.conversation is not None and body.previous_response_id is not None:
+        raise InvalidRequestError(
+            "conversation: cannot be combined with previous_response_id", "conversation"
+        )
     if isinstance(body, ResponseBody):
         if body.stream_options is not None and not body.stream:
             raise InvalidRequestError("stream_options: needs stream", "stream_options")
@@ -179,7 +195,7 @@ def chat_of(
     earlier = ItemReader(tools, Ignored(strict=False))
     earlier.transcript = reader.transcript
     for item in previous:
-        earlier.read(item, ("previous_response_id",))
+        earlier.read(item, ("conversation" if body.conversation else "previous_response_id",))
     for index, item in enumerate(items_of(body)):
         reader.read(item, ("input", index))
     effort = body.reasoning.effort if body.reasoning is not None else None

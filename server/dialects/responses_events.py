@@ -229,6 +229,7 @@ def _new_response(
         "object": "response",
         "created_at": int(time.time()),
         "completed_at": None,
+        "conversation": {"id": body.conversation} if body.conversation else None,
         "status": "queued",
         "background": bool(body.background),
         "error": None,

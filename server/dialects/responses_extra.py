@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
 
 from ...engine.errors import InvalidRequestError
 from ..api.answers import ignored_header, refusals_counted
@@ -34,6 +33,7 @@ from ..requests.state import state_of
 from .hints import fit_effort
 from .responses import ResponseRun, found_response, previous_items
 from .responses_body import NAMES, InputTokensBody, ResponseBody, chat_of, check_body, items_of
+from .responses_items import with_ids
 from .sealed import seal
 
 router = APIRouter(tags=["responses"])
@@ -66,7 +66,14 @@ async def list_input_items(
     if isinstance(found, Running):
         raise InvalidRequestError("the response has not ended yet", "response_id")
     items = found.items[: len(found.items) - len(found.response["output"])]
-    return JSONResponse(page_of(items, limit=limit, order=order, after=after))
+    return JSONResponse(page_of(_with_places(items), limit=limit, order=order, after=after))
+
+
+def _with_places(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return items as they are listed. One without an id gets one by its place, so that it has the
+    same one in every page."""
+    placed = [{"id": f"item_{place}", **item} for place, item in enumerate(items)]
+    return with_ids(placed)
 
 
 def page_of(
@@ -74,15 +81,9 @@ def page_of(
 ) -> dict[str, Any]:
     """Return a page of a list of items: up to `limit` of them, after the one with the id `after`.
 
-    An item without an id gets one by its place. Raises InvalidRequestError if there is no item
-    `after`.
+    Raises InvalidRequestError if there is no item `after`.
     """
-    listed = [
-        {"id": f"item_{index}", "type": "message", **_with_parts(item)}
-        for index, item in enumerate(items)
-    ]
-    if order == "desc":
-        listed.reverse()
+    listed = list(items) if order == "asc" else list(reversed(items))
     start = 0
     if after is not None:
         places = [place for place, item in enumerate(listed) if item["id"] == after]
@@ -93,22 +94,10 @@ def page_of(
     return {
         "object": "list",
         "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
+        "first_id": page[0]["id"] if page else "",
+        "last_id": page[-1]["id"] if page else "",
         "has_more": start + limit < len(listed),
     }
-
-
-def _with_parts(item: dict[str, Any]) -> dict[str, Any]:
-    """Return an item without nulls, and with the content of a message as parts."""
-    given = {name: value for name, value in item.items() if value is not None}
-    content = given.get("content")
-    if isinstance(content, str):
-        part: dict[str, Any] = {"type": "input_text", "text": content}
-        if given.get("role") == "assistant":
-            part = {"type": "output_text", "text": content, "annotations": []}
-        given["content"] = [part]
-    return given
 
 
 @router.post(
@@ -126,10 +115,9 @@ async def count_input_tokens(request: Request) -> Response:
     fields = await read_json_object(request)
     body, ignored = check_body(InputTokensBody, fields, strict=state.settings.strict)
     state.check_model(body.model)
-    previous_id = body.previous_response_id or ""
-    if (answer := state.siblings.forward(request, previous_id)) is not None:
+    if (answer := state.siblings.forward(request, body.continued)) is not None:
         return answer
-    chat, _ = chat_of(body, previous_items(request, body.previous_response_id), ignored)
+    chat, _ = chat_of(body, previous_items(request, body), ignored)
     with renamed(NAMES):
         await fit_effort(state, chat, ignored, ("reasoning", "effort"))
         check_chat(state, chat)
@@ -158,13 +146,12 @@ async def compact(request: Request) -> Response:
         for name in ("stream", "background", "store"):
             if getattr(body, name):
                 raise InvalidRequestError(f"{name}: a compaction has none", name)
-        previous_id = body.previous_response_id or ""
-        if (answer := state.siblings.forward(request, previous_id)) is not None:
+        if (answer := state.siblings.forward(request, body.continued)) is not None:
             return answer
-        history = [*previous_items(request, body.previous_response_id), *items_of(body)]
+        history = [*previous_items(request, body), *items_of(body)]
         asked = [*history, {"type": "message", "role": "user", "content": SUMMARISE}]
-        changes = {"input": asked, "previous_response_id": None, "store": False, "include": None}
-        changed = body.model_copy(update=changes)
+        changes = {"input": asked, "previous_response_id": None, "conversation": None}
+        changed = body.model_copy(update={**changes, "store": False, "include": None})
         run = await ResponseRun.start(state, request, changed, ignored)
     with run.chat.ticket:
         response = await run_until_disconnect(request.receive, run.collect(), run.chat.job.deadline)
@@ -181,23 +168,7 @@ async def compact(request: Request) -> Response:
         "id": f"resp_{number}",
         "object": "response.compaction",
         "created_at": int(time.time()),
-        "output": [
-            *page_of(kept, limit=len(kept), order="asc", after=None)["data"], compaction
-        ],
+        "output": [*with_ids(kept), compaction],
         "usage": response["usage"],
     }  # fmt: skip
     return JSONResponse(answer_body, headers=ignored_header(ignored.names))
-
-
-@router.api_route(
-    "/v1/conversations{rest:path}",
-    methods=["GET", "POST", "DELETE"],
-    response_model=None,
-    include_in_schema=False,
-)
-async def no_conversations(request: Request, rest: str) -> Response:
-    """Refuse the endpoints of conversations by name."""
-    raise HTTPException(
-        404,
-        "/v1/conversations is not served; use previous_response_id, or send the whole conversation",
-    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import uuid
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field
@@ -129,6 +131,23 @@ HOSTED = (
     "mcp_approval_response", "apply_patch_call", "apply_patch_call_output",
 )  # fmt: skip
 """The types of items of tools that this server does not offer. They are left out."""
+
+
+def with_ids(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return items as they are listed: each with an id and a status, and without nulls. The content
+    of a message is a list of parts."""
+    listed = []
+    for item in items:
+        given = {name: value for name, value in item.items() if value is not None}
+        content = given.get("content")
+        if isinstance(content, str):
+            part: dict[str, Any] = {"type": "input_text", "text": content}
+            if given.get("role") == "assistant":
+                part = {"type": "output_text", "text": content, "annotations": []}
+            given["content"] = [part]
+        added = {"id": f"item_{uuid.uuid4().hex}", "type": "message", "status": "completed"}
+        listed.append({**added, **given})
+    return listed
 
 
 class ItemReader:

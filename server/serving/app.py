@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from ...engine.client import EngineClient
 from ..api import chat, completions, embeddings, operations, tokenization
 from ..api.stored_streams import router as streams_router
-from ..dialects import messages, responses, responses_extra
+from ..dialects import conversations, messages, responses, responses_extra
 from ..errors import install_handlers
 from ..http.auth import require_client_key
 from ..http.middleware import BodyLimitMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
@@ -60,8 +60,8 @@ def create_app(
     app.state.quire = state
     install_handlers(app)
     keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
-    apis = (completions, chat, responses, responses_extra, messages, embeddings, tokenization)
-    for endpoints in apis:
+    openai = (completions, chat, responses, responses_extra, conversations)
+    for endpoints in (*openai, messages, embeddings, tokenization):
         keyed.include_router(endpoints.router)
     keyed.include_router(_documentation())
     keyed.include_router(streams_router)
