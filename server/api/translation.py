@@ -97,28 +97,6 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         raise type(error)(message.replace(str(error.param), param), param) from error
 
 
-def content_of(value: Any, where: Path, kind: str) -> str | list[dict[str, str]]:
-    """Return a message's content for the chat: a string, or text parts (see `texts_of`)."""
-    return value if isinstance(value, str) else texts_of(value, where, kind)
-
-
-def texts_of(value: Any, where: Path, kind: str) -> list[dict[str, str]]:
-    """Return parts that must all have the type `kind` as text parts of the chat.
-
-    Raises InvalidRequestError, which names the part.
-    """
-    parts = []
-    for index, part in enumerate(parts_of(value, where)):
-        text = part.get("text")
-        if part.get("type") != kind:
-            raise unsupported_type(part.get("type"), (*where, index))
-        if not isinstance(text, str):
-            param = path_of((*where, index, "text"))
-            raise InvalidRequestError(f"{param}: must be a string", param)
-        parts.append({"type": "text", "text": text})
-    return parts
-
-
 def parts_of(value: Any, where: Path) -> list[dict[str, Any]]:
     """Check that `value` is a list of objects. Raises InvalidRequestError."""
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):

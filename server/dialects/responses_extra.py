@@ -129,7 +129,7 @@ async def count_input_tokens(request: Request) -> Response:
 @router.post(
     "/v1/responses/compact",
     response_model=None,
-    openapi_extra=json_body(ResponseBody),
+    openapi_extra=json_body(InputTokensBody),
     responses={
         **answers(json_object("id", "object", "output", "usage", output=OBJECTS)),
         **errors(*GENERATION_ERRORS),
@@ -141,18 +141,20 @@ async def compact(request: Request) -> Response:
     state = state_of(request)
     with refusals_counted(state.metrics):
         fields = await read_json_object(request)
-        body, ignored = check_body(ResponseBody, fields, strict=state.settings.strict)
+        body, ignored = check_body(InputTokensBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
-        for name in ("stream", "background", "store"):
-            if getattr(body, name):
-                raise InvalidRequestError(f"{name}: a compaction has none", name)
         if (answer := state.siblings.forward(request, body.continued)) is not None:
             return answer
         history = [*previous_items(request, body), *items_of(body)]
         asked = [*history, {"type": "message", "role": "user", "content": SUMMARISE}]
-        changes = {"input": asked, "previous_response_id": None, "conversation": None}
-        changed = body.model_copy(update={**changes, "store": False, "include": None})
-        run = await ResponseRun.start(state, request, changed, ignored)
+        whole = ResponseBody(
+            **body.passed_on(),
+            input=asked,
+            instructions=body.instructions,
+            reasoning=body.reasoning,
+            store=False,
+        )
+        run = await ResponseRun.start(state, request, whole, ignored)
     with run.chat.ticket:
         response = await run_until_disconnect(request.receive, run.collect(), run.chat.job.deadline)
     if response is None:
