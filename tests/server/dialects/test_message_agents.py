@@ -129,7 +129,7 @@ async def test_a_strict_server_does_not_reduce_max_tokens(make_client: MakeClien
     assert_refused(response, 400, "invalid_request_error", "max_tokens")
     body["messages"] = [{"role": "user", "content": "x" * 9_001}]
     response = await make_client().post(PATH, json=body)
-    assert_refused(response, 400, "invalid_request_error", "messages")
+    assert_refused(response, 400, "invalid_request_error")
 
 
 async def test_omitted_thinking_comes_back_sealed(
@@ -140,9 +140,8 @@ async def test_omitted_thinking_comes_back_sealed(
     answer = await create(client, thinking=thinking)
     block, text = answer["content"]
     assert (block["thinking"], text["text"]) == ("", "Yes.")
-    assert answer["usage"]["output_tokens_details"]["thinking_tokens"] == len(
-        "<think>Because é.</think>".encode()
-    )
+    counted = answer["usage"]["output_tokens_details"]["thinking_tokens"]
+    assert len("Because é.".encode()) <= counted <= len("<think>Because é.</think>".encode())
     events = await stream(client, thinking=thinking)
     deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
     assert deltas[0] == {"type": "signature_delta", "signature": block["signature"]}
