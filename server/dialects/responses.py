@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import structlog
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -43,6 +44,7 @@ from .responses_events import ResponseWriter
 from .responses_items import with_ids
 
 router = APIRouter(tags=["responses"])
+log = structlog.get_logger(__name__)
 
 _RESPONSE = json_object("id", "object", "status", "output", "usage", output=OBJECTS)
 
@@ -173,6 +175,7 @@ class ResponseRun:
         key = key_of(request, f"resp_{uuid.uuid4().hex}{state.siblings.suffix}")
         store = _is_stored(body, enabled=state.responses.enabled)
         previous = previous_items(request, body)
+        resolve_references(request, body)
         chat_body, tools = chat_of(body, previous, ignored)
         with renamed(NAMES):
             await fit_effort(state, chat_body, ignored, ("reasoning", "effort"))
@@ -243,7 +246,8 @@ class ResponseRun:
             found = self._responses.find(key)
             if isinstance(found, Stored):  # it may have been deleted meanwhile
                 items = [*found.items, *with_ids(given), *response["output"]]
-                self._responses.add(key, found.response, items)
+                if not self._responses.add(key, found.response, items):
+                    log.warning("conversation_full", conversation=key[1])
 
 
 def _is_stored(body: ResponseBody, *, enabled: bool) -> bool:
@@ -261,17 +265,33 @@ def _is_stored(body: ResponseBody, *, enabled: bool) -> bool:
     return enabled and body.store is not False
 
 
+def resolve_references(request: Request, body: InputTokensBody) -> None:
+    """Put the items that the input only refers to in their places. Raises InvalidRequestError."""
+    state = state_of(request)
+    references = dict(body.references())
+    if not references:
+        return
+    found = state.responses.find_items(state.keys.owner(request), references.values())
+    for place, item_id in references.items():
+        if item_id not in found:
+            param = f"input[{place}].id"
+            raise InvalidRequestError(f"{param}: there is no item {ascii(item_id[:64])}", param)
+    body.input = [
+        found[references[place]] if place in references else item
+        for place, item in enumerate(body.input)
+    ]
+
+
 def previous_items(request: Request, body: InputTokensBody) -> list[dict[str, Any]]:
     """Return the items of the response or conversation to continue. Raises InvalidRequestError."""
-    if not body.continued:
+    resumed = body.conversation or body.previous_response_id
+    if resumed is None:
         return []
     kind = "conversation" if body.conversation else "response"
     param = "conversation" if body.conversation else "previous_response_id"
-    found = state_of(request).responses.find(key_of(request, body.continued))
+    found = state_of(request).responses.find(key_of(request, resumed))
     if found is None or found.response["object"] != kind:
-        raise InvalidRequestError(
-            f"{param}: there is no {kind} {ascii(body.continued[:64])}", param
-        )
+        raise InvalidRequestError(f"{param}: there is no {kind} {ascii(resumed[:64])}", param)
     if isinstance(found, Running):
         status = found.response["status"]
         raise InvalidRequestError(f"{param}: that response is {status}", param)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BeforeValidator, Field, PlainValidator
@@ -98,8 +98,16 @@ class InputTokensBody(ConversationBody):
 
     @property
     def continued(self) -> str:
-        """The id of the response or conversation that is continued; empty if there is none."""
-        return self.previous_response_id or self.conversation or ""
+        """The id of what is continued, a response or conversation, or the first item that the input
+        refers to; empty if there is none."""
+        found = self.previous_response_id or self.conversation
+        return found or next((item_id for _, item_id in self.references()), "")
+
+    def references(self) -> Iterator[tuple[int, str]]:
+        """Yield the place and the id of each item that the input only refers to."""
+        for place, item in enumerate(self.input if isinstance(self.input, list) else ()):
+            if item.get("type") == "item_reference":
+                yield place, str(item.get("id"))
 
 
 class ResponseBody(InputTokensBody):

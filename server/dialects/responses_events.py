@@ -38,6 +38,8 @@ class ResponseWriter(BlockWriter):
         self.response = _new_response(response_id, model, body, store=store)
         self.ended = False
         self._tools = tools
+        # Ids of items name the worker too, so that a reference to one finds it.
+        self._suffix = response_id[len("resp_") + 32 :]
         self._show_logprobs = body.shows_logprobs
         self._seals_reasoning = body.seals_reasoning
         self._sequence_number = 0
@@ -104,7 +106,7 @@ class ResponseWriter(BlockWriter):
         self._kind = called.kind if first.kind == "call" else first.kind
         if self._kind not in _EVENTS_OF:
             return  # what the client runs is shown when it is complete
-        self._item = _new_item(first, called)
+        self._item = _new_item(first, called, self._suffix)
         if self._kind == "reasoning" and self._seals_reasoning:
             self._item["encrypted_content"] = ""
         self._custom = CustomInput()
@@ -168,11 +170,11 @@ class ResponseWriter(BlockWriter):
         call = client_call(called.kind, arguments)
         if call is None:
             self._kind = "function"
-            self._item = _new_item(first, Called("function", first.name))
+            self._item = _new_item(first, Called("function", first.name), self._suffix)
             yield self._event("response.output_item.added", item=self._item)
             yield from self._close_streamed()
             return
-        number = uuid.uuid4().hex
+        number = uuid.uuid4().hex + self._suffix
         self._item = {"id": f"tc_{number}", "call_id": first.id, **call, "status": "in_progress"}
         yield self._event("response.output_item.added", item=self._item)
 
@@ -200,8 +202,8 @@ class ResponseWriter(BlockWriter):
         return {**event, **fields}
 
 
-def _new_item(first: Piece, called: Called) -> dict[str, Any]:
-    number = uuid.uuid4().hex
+def _new_item(first: Piece, called: Called, suffix: str) -> dict[str, Any]:
+    number = uuid.uuid4().hex + suffix
     match first.kind:
         case "text":
             item = {"id": f"msg_{number}", "type": "message", "role": "assistant", "content": []}

@@ -31,7 +31,7 @@ from ..http.sse import run_until_disconnect
 from ..requests.chat_prompt import check_chat, encode_chat
 from ..requests.state import state_of
 from .hints import fit_effort
-from .responses import ResponseRun, found_response, previous_items
+from .responses import ResponseRun, found_response, previous_items, resolve_references
 from .responses_body import NAMES, InputTokensBody, ResponseBody, chat_of, check_body, items_of
 from .responses_items import with_ids
 from .sealed import seal
@@ -117,7 +117,9 @@ async def count_input_tokens(request: Request) -> Response:
     state.check_model(body.model)
     if (answer := state.siblings.forward(request, body.continued)) is not None:
         return answer
-    chat, _ = chat_of(body, previous_items(request, body), ignored)
+    previous = previous_items(request, body)
+    resolve_references(request, body)
+    chat, _ = chat_of(body, previous, ignored)
     with renamed(NAMES):
         await fit_effort(state, chat, ignored, ("reasoning", "effort"))
         check_chat(state, chat)
@@ -145,7 +147,9 @@ async def compact(request: Request) -> Response:
         state.check_model(body.model)
         if (answer := state.siblings.forward(request, body.continued)) is not None:
             return answer
-        history = [*previous_items(request, body), *items_of(body)]
+        previous = previous_items(request, body)
+        resolve_references(request, body)
+        history = [*previous, *items_of(body)]
         asked = [*history, {"type": "message", "role": "user", "content": SUMMARISE}]
         whole = ResponseBody(
             **body.passed_on(),

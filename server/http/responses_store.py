@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,19 @@ class ResponseStore:
         """Return the response of this owner and id, if it is kept."""
         self._expire()
         return self._running.get(key) or self._ended.get(key)
+
+    def find_items(self, owner: bytes, ids: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Return the items with these ids in the kept conversations of this owner, by their id."""
+        self._expire()
+        wanted, found = set(ids), {}
+        for key, stored in reversed(self._ended.items()):
+            if not wanted:
+                break
+            if key[0] == owner:
+                here = {item["id"]: item for item in stored.items if item.get("id") in wanted}
+                wanted -= here.keys()
+                found |= here
+        return found
 
     async def remove(self, key: Key) -> bool:
         """Forget a response, ending it if it runs; False if there is none."""

@@ -218,7 +218,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
      "input[0].content[0].type"),
     ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]},
      "input[0].content[0].text"),
-    ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].id"),
     ({"input": [{"type": ["x"]}]}, "input[0].type"),
     ({"instructions": 3}, "instructions"),
     ({"max_output_tokens": 0}, "max_output_tokens"),

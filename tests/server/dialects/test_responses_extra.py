@@ -106,3 +106,25 @@ async def test_each_key_lists_its_own_items(make_client: MakeClient) -> None:
     url = f"{PATH}/{answer['id']}/input_items"
     assert (await client.get(url, headers=keys[0])).status_code == 200
     assert_error(await client.get(url, headers=keys[1]), 404, "not_found", None)
+
+
+async def test_an_item_is_referred_to_by_its_id(
+    make_client: MakeClient, engine: FakeEngineClient, tokenizer: Tokenizer
+) -> None:
+    client = make_client(api_key=("one", "two"))
+    keys = [{"Authorization": f"Bearer {key}"} for key in ("one", "two")]
+    answer = (await client.post(PATH, json=HI, headers=keys[0])).json()
+    reference = {"type": "item_reference", "id": answer["output"][0]["id"]}
+    body = {**HI, "input": [{"role": "user", "content": "hi"}, reference,
+        {"role": "user", "content": "more"}]}  # fmt: skip
+    response = await client.post(PATH, json=body, headers=keys[0])
+    assert response.status_code == 200, response.text
+    assert "assistant\nHello, world<|im_end|>\n<|im_start|>user\nmore" in prompt_text(
+        engine, tokenizer
+    )
+    counted = await client.post(f"{PATH}/input_tokens", json=body, headers=keys[0])
+    assert counted.json()["input_tokens"] == len(engine.requests[-1].prompt_token_ids)
+    again = {**HI, "previous_response_id": response.json()["id"]}
+    assert (await client.post(PATH, json=again, headers=keys[0])).status_code == 200
+    refused = await client.post(PATH, json=body, headers=keys[1])
+    assert_error(refused, 400, "invalid_value", "input[1].id")
