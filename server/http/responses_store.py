@@ -88,12 +88,14 @@ class ResponseStore:
     def find_items(self, owner: bytes, ids: Collection[str]) -> dict[str, dict[str, Any]]:
         """Return the items with these ids in the kept conversations of this owner, by their id."""
         self._expire()
-        wanted, found = set(ids), {}
+        wanted = set(ids)
+        found: dict[str, dict[str, Any]] = {}
         for key, stored in reversed(self._ended.items()):
             if not wanted:
                 break
             if key[0] == owner:
-                here = {item["id"]: item for item in stored.items if item.get("id") in wanted}
+                named = [item for item in stored.items if isinstance(item.get("id"), str)]
+                here = {item["id"]: item for item in named if item["id"] in wanted}
                 wanted -= here.keys()
                 found |= here
         return found
