@@ -15,6 +15,7 @@ Reading order:
     attached_client  the client of an engine that another process supervises
     json_logs        the log as JSON, and libraries' logs, for this process and the server's
     heap             memory housekeeping after the start
+    private_folder   the folder of the engine's socket
 
 It may import the words of the engine (the modules directly in `engine`). The engine's process also
 imports core, runner and devices, lazily, in `build_core`.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from ..errors import EngineDeadError, StartupError
 from . import wire
 from .engine_handle import EngineHandle
 from .json_logs import LogFormat
+from .private_folder import private_folder
 from .remote_client import EngineObserver, EngineStatus, RemoteEngineClient, State
 
 REAL_CORE = "quire.engine.process.engine_process:build_core"
@@ -87,6 +87,13 @@ class ProcessEngineClient(RemoteEngineClient):
             raise self._start_error
         return self.info
 
+    async def wait_given_up(self) -> None:
+        """Wait until the engine has failed so often that it is not started again."""
+        assert self._supervisor is not None
+        await asyncio.wait({self._supervisor})
+        if self._state is not State.FAILED:
+            await asyncio.Event().wait()  # it was closed, so it never will be
+
     @property
     def status(self) -> EngineStatus:
         """The engine's present status, to pass on to its other clients."""
@@ -116,8 +123,8 @@ class ProcessEngineClient(RemoteEngineClient):
         loop = asyncio.get_running_loop()
         try:
             while True:
-                with tempfile.TemporaryDirectory(prefix="quire-") as folder:  # mode 0700
-                    ready_at = await self._run_engine(Path(folder) / "engine")
+                with private_folder() as folder:
+                    ready_at = await self._run_engine(folder / "engine")
                 served = ready_at is not None and loop.time() - ready_at > STABLE_SECONDS
                 failures = 1 if served else failures + 1
                 if self._info is None or failures > self._max_restarts:

@@ -15,6 +15,7 @@ import structlog
 import uvloop
 
 from ...engine.config import EngineInfo
+from ...engine.errors import StartupError
 from ...engine.process.heap import settle
 from ...engine.process.process_client import ProcessEngineClient
 from ..logs import resolve_format
@@ -114,6 +115,7 @@ async def _serve(settings: Settings, listener: socket.socket, make_client: MakeC
         serving = asyncio.create_task(front.run())
         loading = asyncio.create_task(_ready(engine, front))
         stopping = asyncio.create_task(stop.wait())
+        given_up = asyncio.create_task(engine.wait_given_up())
         try:
             # 2. Both load, unless one of them fails or a signal comes first.
             started: set[asyncio.Future[Any]] = {serving, loading, stopping}
@@ -122,8 +124,11 @@ async def _serve(settings: Settings, listener: socket.socket, make_client: MakeC
                 info = loading.result()
                 settle()
                 announce(settings, info, listener, time.monotonic() - began)
-                # 3. Serve until a signal comes or the HTTP side fails.
-                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                # 3. Serve until a signal comes, the HTTP side fails, or the engine is given up.
+                ends: set[asyncio.Future[Any]] = {serving, stopping, given_up}
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                if given_up.done() and not stop.is_set():
+                    raise StartupError("the engine failed again and again: its log says why")
             if stop.is_set():
                 await drain(front, engine, settings.shutdown_timeout)
         finally:
@@ -132,6 +137,7 @@ async def _serve(settings: Settings, listener: socket.socket, make_client: MakeC
             front.stop()
             loading.cancel()
             stopping.cancel()
+            given_up.cancel()
             await serving
     finally:
         await engine.close()
@@ -144,8 +150,8 @@ async def _ready(engine: ProcessEngineClient, front: Front) -> EngineInfo:
 
 
 def _stop_on_signals() -> asyncio.Event:
-    """Return an event that the first SIGTERM or SIGINT sets. A SIGINT after that ends the process
-    at once."""
+    """Return an event that the first SIGTERM, SIGINT or SIGHUP sets. A SIGINT after that ends the
+    process at once. (nohup makes a process ignore SIGHUP; that is left as it is.)"""
     stop = asyncio.Event()
 
     def on_signal(number: int) -> None:
@@ -154,7 +160,9 @@ def _stop_on_signals() -> asyncio.Event:
         stop.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue
         loop.add_signal_handler(number, on_signal, number)
     return stop
 

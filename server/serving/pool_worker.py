@@ -33,6 +33,8 @@ class PoolWorker:
         self.engine_name = name
         self.up = False
         self.samples: list[Sample] = []
+        self.silence = 0
+        """Questions in a row that the worker did not answer in time."""
         self._process = process
         self._waiting: deque[asyncio.Future[None]] = deque()
         """One future for each question. Answers come in the order of the questions, and the answer
@@ -71,12 +73,14 @@ class PoolWorker:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(done)
         self.link.send(AskSamples())
+        self.silence += 1
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(done, ANSWER_SECONDS)
 
     def take_samples(self, samples: list[Sample]) -> None:
         """Store the worker's answer to the oldest open question."""
         self.samples = samples
+        self.silence = 0
         self._answer()
 
     def _answer(self) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import structlog
 
 from ...engine.errors import StartupError
+from ...engine.process.private_folder import private_folder
 from ...engine.process.process_client import (
     FIRST_DELAY_SECONDS,
     MAX_DELAY_SECONDS,
@@ -39,6 +40,8 @@ from .pool_worker import PoolWorker
 
 SAMPLES_SECONDS = 1.0
 """Seconds between two collections of each worker's counts."""
+MAX_SILENCE = 5
+"""Collections in a row, of up to four seconds each, after which a silent worker is killed."""
 
 log = structlog.get_logger(__name__)
 
@@ -79,9 +82,9 @@ class WorkerPool:
 
     async def run(self) -> None:
         """Serve until `stop`. Raises StartupError if a worker fails in its first life."""
-        with tempfile.TemporaryDirectory(prefix="quire-http-") as folder, self._loads_file:
+        with private_folder() as folder, self._loads_file:
             tasks = [
-                asyncio.create_task(self._keep(index, Path(folder)), name=f"HTTP worker {index}")
+                asyncio.create_task(self._keep(index, folder), name=f"HTTP worker {index}")
                 for index in range(self._count)
             ]
             tasks.append(asyncio.create_task(self._take_samples()))
@@ -214,9 +217,18 @@ class WorkerPool:
         await asyncio.gather(*asked)
 
     async def _take_samples(self) -> None:
-        """Collect the counts regularly, so that few of them are lost when a worker dies."""
+        """Collect the counts regularly, so that few of them are lost when a worker dies.
+
+        A worker that does not answer for long hangs, or was stopped: it is killed, and another
+        takes its place. (Silence is counted in questions, so that nobody is to blame for the time
+        for which this process itself was stopped.)
+        """
         while not await self._stops_within(SAMPLES_SECONDS):
             await self._ask_samples()
+            for worker in self._workers.values():
+                if worker.silence >= MAX_SILENCE and not self._stopping.is_set():
+                    log.error("worker_silent", name=worker.engine_name.decode())
+                    worker.kill()
 
     async def _page(self, asking: PoolWorker) -> None:
         await self._ask_samples()

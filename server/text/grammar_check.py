@@ -214,7 +214,8 @@ def _exchange(child: subprocess.Popen[bytes], message: Message) -> str | None:
 def main() -> None:
     """Answer every line of stdin, the tokenizer and then grammars, with a line: null, or the reason
     why it was refused."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's signals are for the server
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     tokenizer: Any = None
     for line in sys.stdin.buffer:

@@ -237,3 +237,23 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out.startswith("quire ")
+
+
+def test_a_hangup_drains_like_sigterm() -> None:
+    with serving("--shutdown-timeout", "10") as server:
+        with server.stream(SLOW, 20) as events:
+            server.process.send_signal(signal.SIGHUP)
+            assert list(events)[-1] == "[DONE]"
+        assert server.process.wait(10) == 0
+
+
+def test_a_server_whose_engine_is_given_up_ends_with_a_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    once = LAUNCHER.replace("core=sys.argv[1]", "core=sys.argv[1], max_restarts=0")
+    monkeypatch.setattr(sys.modules[__name__], "LAUNCHER", once)
+    with serving() as server:
+        server.engine.kill()
+        assert server.process.wait(10) == 1
+        assert server.process.stderr is not None
+        assert "failed again and again" in server.process.stderr.read()

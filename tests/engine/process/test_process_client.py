@@ -123,6 +123,7 @@ async def test_repeated_failures_end_the_engine_for_good(client: ProcessEngineCl
             await asyncio.sleep(0.01)
     health = client.health()
     assert not health.ready and "given up" in health.reason and health.restarts == 2
+    await asyncio.wait_for(client.wait_given_up(), 1)
     with pytest.raises(EngineNotReadyError, match="given up"):
         await collect(client, make_request())
 

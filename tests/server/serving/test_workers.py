@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -18,6 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine.errors import QueueFullError
 from quire.server.http.limits import InFlight, no_loads
+from quire.server.metrics import Metrics
+from quire.server.serving import pool_worker, worker_pool
+from quire.server.serving.pool_worker import PoolWorker
+from quire.server.serving.worker_pool import WorkerPool
 from quire.server.settings import load_settings
 
 from ..fakes import FakeEngineClient
@@ -350,3 +355,42 @@ def test_settings_reach_a_worker_unchanged() -> None:
         api_key=("a", "b"), max_body_bytes="2MiB", ssl_keyfile="k", ssl_certfile="c", max_n=7
     )
     assert load_settings(**settings.model_dump(mode="json", exclude={"config"})) == settings
+
+
+async def test_a_worker_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is stopped by a signal keeps its link open, so only its silence tells."""
+    monkeypatch.setattr(pool_worker, "ANSWER_SECONDS", 0.02)
+    monkeypatch.setattr(worker_pool, "SAMPLES_SECONDS", 0.02)
+    metrics = Metrics("fake")
+    pool = WorkerPool(load_settings(http_workers=2), None, _NoEngine(), metrics)  # type: ignore[arg-type]
+    workers = [_Worker(answers=True), _Worker(answers=False)]
+    pool._workers = dict(enumerate(workers))  # type: ignore[arg-type]
+    watching = asyncio.create_task(pool._take_samples())
+    async with asyncio.timeout(5):
+        while not workers[1].killed:
+            await asyncio.sleep(0.01)
+    assert not workers[0].killed and workers[1].silence == worker_pool.MAX_SILENCE
+    pool._stopping.set()
+    await watching
+    pool._loads_file.close()
+
+
+class _NoEngine:
+    on_status: Any = None
+
+
+class _Worker(PoolWorker):
+    """A worker that answers questions at once, or never."""
+
+    def __init__(self, *, answers: bool) -> None:
+        super().__init__(None, self, b"worker")  # type: ignore[arg-type]
+        self.up = True
+        self.answers = answers
+        self.killed = False
+
+    def send(self, message: Any) -> None:
+        if self.answers:
+            self.take_samples([])
+
+    def kill(self) -> None:
+        self.killed = True
