@@ -5,6 +5,7 @@ Reading order:
     completions        the simplest generation: body, job, answer whole or streamed
     echo               its prompt, given back before the answer
     answers            what completions and chat completions share: envelope, usage, streams
+    whole_answers      large ones, made beside the event loop
     chat, logprobs     conversations; log-probabilities in OpenAI's shapes
     call_forms         calls in the old form, and of custom tools
     stored_streams     GET and DELETE of resumable streams

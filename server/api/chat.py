@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ..errors import client_left
 from ..http.body import read_json_object
@@ -32,6 +32,7 @@ from ..requests.unsupported import refuse_ignored
 from .answers import GENERATION, Envelope, ignored_header, refusals_counted, stream_of
 from .call_forms import CallForm, call_form
 from .logprobs import LogprobFormat
+from .whole_answers import json_answer, num_values
 
 router = APIRouter(tags=["completions"])
 
@@ -69,7 +70,8 @@ async def create_chat_completion(request: Request) -> Response:
         )
     if answers is None:
         return client_left()
-    return JSONResponse(chat.whole(answers[0]), headers=headers)
+    finished = answers[0]
+    return await json_answer(lambda: chat.whole(finished), chat.num_values(finished), headers)
 
 
 class Chat:
@@ -140,6 +142,12 @@ class Chat:
             parallel_calls=allows_many_calls(body),
             call_openings=self.job.call_openings,
         )
+
+    def num_values(self, answers: list[Finished]) -> int:
+        """Return the number of values in the answer in one piece."""
+        asked = num_values(answers, self._body.top_logprobs or 0)
+        prompt = self.generation.prompt_logprobs[0] or ()
+        return asked + len(prompt) * (2 + (self._body.prompt_logprobs or 0))
 
     def whole(self, answers: list[Finished]) -> dict[str, Any]:
         """Return the answer in one piece."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ..errors import client_left
 from ..http.body import read_json_object
@@ -21,6 +21,7 @@ from ..text.tokenizer import Tokenizer
 from .answers import GENERATION, Envelope, ignored_header, refusals_counted, stream_of
 from .echo import Echo, echo_of
 from .logprobs import LogprobFormat
+from .whole_answers import json_answer, num_values
 
 router = APIRouter(tags=["completions"])
 
@@ -60,7 +61,8 @@ async def create_completion(request: Request) -> Response:
         )
     if answers is None:
         return client_left()
-    return JSONResponse(await writer.whole(answers), headers=headers)
+    size = writer.num_values(answers)
+    return await json_answer(await writer.whole(answers), size, headers)
 
 
 class _CompletionWriter:
@@ -85,15 +87,22 @@ class _CompletionWriter:
         self._width = body.n or 1
         self._prompts = prompts_of(body.prompt, generation.num_prompts)
 
-    async def whole(self, answers: list[list[Finished]]) -> dict[str, Any]:
-        """Return the answer in one piece."""
-        choices: list[dict[str, Any]] = []
+    def num_values(self, answers: list[list[Finished]]) -> int:
+        """Return the number of values in the answer in one piece."""
+        asked = sum(num_values(group, self._body.logprobs or 0) for group in answers)
+        prompts = sum(len(entries or ()) for entries in self._generation.prompt_logprobs)
+        return asked + prompts * (2 + (self._body.prompt_logprobs or self._body.logprobs or 0))
+
+    async def whole(self, answers: list[list[Finished]]) -> Callable[[], dict[str, Any]]:
+        """Return a function that makes the answer in one piece."""
+        parts = []
         for position, group in enumerate(answers):
             prompt_ids = self._generation.prompt_token_ids(position)
             echo = await self._echo(position)
-            for finished in group:
-                choices.append(self._choice(len(choices), finished, prompt_ids, echo))
-        return self._envelope.whole(choices)
+            parts += [(finished, prompt_ids, echo) for finished in group]
+        return lambda: self._envelope.whole(
+            [self._choice(index, *part) for index, part in enumerate(parts)]
+        )
 
     def _choice(
         self, index: int, finished: Finished, prompt_ids: tuple[int, ...], echo: Echo
