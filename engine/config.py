@@ -243,8 +243,8 @@ class EngineConfig:
     )
     scheduling_policy: SchedulingPolicy = _flag(
         "Scheduling",
-        "Order of waiting requests: fcfs (by arrival), priority, or fair (the least served user "
-        "first).",
+        "Order of waiting requests: fcfs (by arrival), priority, or fair (the least served key "
+        "and user first).",
         "fcfs",
     )
     async_scheduling: bool | None = _flag(

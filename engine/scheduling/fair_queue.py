@@ -1,4 +1,6 @@
-"""The policy fair: the user who has been served least goes first.
+"""The policy fair: the least served API key goes first, and of its users the least served one.
+
+A key's users share its turns: a FairQueue of keys has, for each key, a FairQueue of users.
 
 This is the virtual token counter of "Fairness in Serving Large Language Models" (Sheng et al.,
 OSDI 2024, algorithm 2). A user's counter is the service that they got, in weighted tokens.
@@ -15,7 +17,7 @@ preempted (see `rerank`).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush, heapreplace
 from itertools import count
 from operator import attrgetter
@@ -37,26 +39,39 @@ class _Account:
 
     number: int
     """Breaks ties between users of equal service."""
+    waiting: RankedQueue | FairQueue
     service: int = 0
-    waiting: RankedQueue = field(default_factory=RankedQueue)
     is_entered: bool = False
     """Whether it has an entry in the heap of users."""
+
+
+def _key_of(request: Request) -> str | None:
+    """Return the API key of a request's user, who is written as KEY:LABEL."""
+    return request.user and request.user.partition(":")[0]
+
+
+def _user_of(request: Request) -> str | None:
+    return request.user
 
 
 class FairQueue:
     """A queue for each user, and a heap of the users who have one.
 
+    By default the users are API keys, each of whose queues is again fair to the users in it.
+
     Counters only grow, so an outdated entry of the heap stands too early. It is corrected when it
     reaches the top.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_key: bool = True) -> None:
+        self._by_key = by_key
+        self._user_of = _key_of if by_key else _user_of
         self._accounts: dict[str | None, _Account] = {}
         """By user, in the order in which they last began to wait."""
         self._users: list[tuple[int, int, _Account]] = []
         self._numbers = count()
         self._size = 0
-        self._last = _Account(next(self._numbers))
+        self._last = self._new_account()
         """The account from which the last sequence was admitted."""
 
     def __len__(self) -> int:
@@ -69,7 +84,7 @@ class FairQueue:
         return 0
 
     def push(self, sequence: Sequence) -> None:
-        user = sequence.request.user
+        user = self._user_of(sequence.request)
         account = self._account(sequence)
         if not account.waiting:
             self._accounts[user] = self._accounts.pop(user)
@@ -105,6 +120,7 @@ class FairQueue:
         computed = sequence.num_prompt_tokens - (sequence.num_cached_tokens or 0)
         self._last = self._account(sequence)
         self._last.service += PROMPT_WEIGHT * computed
+        self._last.waiting.charge_prompt(sequence)
 
     def charge_outputs(
         self, sequences: Iterable[Sequence], token_ids: Iterable[int | None]
@@ -113,27 +129,42 @@ class FairQueue:
 
         Rows that have ended since the step was launched get no token, so they are not charged.
         """
-        accounts = self._accounts
         for sequence, token_id in zip(sequences, token_ids, strict=True):
             if token_id is not None and sequence.status is not SequenceStatus.FINISHED:
-                account = accounts.get(sequence.request.user) or self._account(sequence)
-                account.service += OUTPUT_WEIGHT
+                self._charge_token(sequence)
+
+    def _charge_token(self, sequence: Sequence) -> None:
+        account = self._account(sequence)
+        account.service += OUTPUT_WEIGHT
+        if isinstance(account.waiting, FairQueue):
+            account.waiting._charge_token(sequence)
 
     def rerank(self, running: list[Sequence]) -> None:
-        """Sort the running sequences by their users' service: the last is preempted first."""
+        """Sort the running sequences by their keys' service, then by their users': the last is
+        preempted first."""
         for sequence in running:
             _, arrival_order, choice = sequence.rank
-            sequence.rank = Rank(self._account(sequence).service, arrival_order, choice)
+            sequence.rank = Rank(self._service_of(sequence), arrival_order, choice)
         running.sort(key=attrgetter("rank"))
 
+    def _service_of(self, sequence: Sequence) -> int:
+        account = self._account(sequence)
+        if isinstance(account.waiting, FairQueue):
+            return (account.service << 64) + account.waiting._service_of(sequence)
+        return account.service
+
     def _account(self, sequence: Sequence) -> _Account:
-        account = self._accounts.get(sequence.request.user)
+        user = self._user_of(sequence.request)
+        account = self._accounts.get(user)
         if account is None:
             if len(self._accounts) >= MAX_USERS:
                 self._forget()
-            account = _Account(next(self._numbers))
-            self._accounts[sequence.request.user] = account
+            account = self._accounts[user] = self._new_account()
         return account
+
+    def _new_account(self) -> _Account:
+        waiting = FairQueue(by_key=False) if self._by_key else RankedQueue()
+        return _Account(next(self._numbers), waiting)
 
     def _forget(self) -> None:
         for user, account in self._accounts.items():

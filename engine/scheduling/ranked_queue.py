@@ -8,6 +8,10 @@ from heapq import heapify, heappop, heappush
 from ..request import Request
 from ..sequence import Rank, Sequence
 
+SECONDS_PER_PRIORITY = 60
+"""Waiting for this long counts like a priority that is lower by one, so that no request waits for
+ever while others of a better priority keep coming."""
+
 
 class RankedQueue:
     """A heap by rank. Removal is lazy, so that an abort costs O(1)."""
@@ -24,7 +28,11 @@ class RankedQueue:
         return sequence.seq_id in self._members
 
     def priority_of(self, request: Request) -> int:
-        return request.priority if self._by_priority else 0
+        """Return a number that is lower for a lower priority and for an earlier arrival: a waiting
+        request goes before those that come so many seconds later as its priority is worse by."""
+        if not self._by_priority:
+            return 0
+        return request.priority * SECONDS_PER_PRIORITY + int(request.arrival_time)
 
     def push(self, sequence: Sequence) -> None:
         self._members[sequence.seq_id] = sequence

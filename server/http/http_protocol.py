@@ -106,6 +106,8 @@ class GuardedH11Protocol(H11Protocol):
     """Closes connections that send their request too slowly, that go on sending after it was
     refused, or that do not read their answer."""
 
+    conn: _Connection
+    flow: _Flow
     head_seconds = HEAD_SECONDS
     body_seconds = BODY_SECONDS
     linger_bytes = LINGER_BYTES

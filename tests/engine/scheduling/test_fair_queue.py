@@ -217,3 +217,21 @@ def test_order_within_a_user_and_removal() -> None:
     queue.remove(b1)
     assert b1 not in queue and queue.pop() is none and queue.pop() is a1 and queue.pop() is a2
     assert not queue
+
+
+def test_many_users_of_one_key_do_not_starve_another_key() -> None:
+    users = Users(max_num_seqs=4)
+    for number in range(50):
+        users.ask(f"one:u{number}", 20, 8)
+        users.ask(f"one:u{number}", 20, 8)
+    for _ in range(10):
+        users.step()
+    for _ in range(5):
+        users.ask("two:", 20, 8)
+    users.run()
+    # From its arrival on, the other key gets every second turn.
+    assert max(index for index, user in enumerate(users.done) if user == "two:") < 25
+    # The users of the first key are fair to each other.
+    ones = [user for user in users.done if user != "two:"]
+    assert len(set(ones[:45])) == 45
+    users.assert_all_free()

@@ -6,6 +6,7 @@ import pytest
 
 from quire.engine.errors import InvalidRequestError
 from quire.engine.outputs import RowError
+from quire.engine.scheduling.ranked_queue import SECONDS_PER_PRIORITY
 
 from ..harness import Harness, expected_tokens, prompt
 
@@ -79,6 +80,17 @@ def test_priority_policy_orders_by_priority_then_arrival() -> None:
     harness.run()
     ends = [request_id for request_id, _ in harness.finals]
     assert ends == [first.request_id, second.request_id, late.request_id]
+
+
+def test_waiting_raises_a_priority() -> None:
+    harness = Harness(max_num_seqs=1, policy="priority")
+    at_last, low, later = (
+        harness.add(prompt(4), priority=priority, arrival_time=float(arrival))
+        for priority, arrival in ((0, 4 * SECONDS_PER_PRIORITY), (3, 0), (0, 100))
+    )
+    harness.run()
+    ends = [request_id for request_id, _ in harness.finals]
+    assert ends == [later.request_id, low.request_id, at_last.request_id]
 
 
 def test_fcfs_ignores_priority() -> None:
