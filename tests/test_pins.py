@@ -100,6 +100,27 @@ async def _uvicorn_protocol() -> None:
     server.close()
 
 
+def _uvicorn_flow() -> None:
+    from uvicorn.protocols.http.flow_control import FlowControl
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    calls: list[str] = []
+
+    class Transport:
+        def pause_reading(self) -> None:
+            calls.append("pause")
+
+        def resume_reading(self) -> None:
+            calls.append("resume")
+
+    flow = FlowControl(Transport())  # type: ignore[arg-type]
+    flow.resume_reading()
+    flow.pause_reading()
+    flow.resume_reading()
+    assert calls == ["pause", "resume"] and not flow.read_paused
+    assert "flow.resume_reading" in inspect.getsource(H11Protocol)
+
+
 def _uvicorn_signals() -> None:
     import uvicorn
 
@@ -297,6 +318,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "h11._writers.ChunkedWriter": _h11_writer,
     "h11.Connection._writer": _h11_writer,
     "uvicorn.protocols.http.h11_impl.H11Protocol": _uvicorn_protocol,
+    "uvicorn.protocols.http.flow_control.FlowControl": _uvicorn_flow,
     "uvicorn.Server.capture_signals": _uvicorn_signals,
     "transformers.AutoModelForCausalLM._model_mapping": _model_mapping,
     "transformers.PreTrainedModel._is_stateful": _is_stateful,

@@ -17,7 +17,7 @@ from typing import Any
 import h11
 from h11._writers import ChunkedWriter
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import http_error_response
@@ -35,6 +35,8 @@ MIN_BODY_BYTES = 16 * 1024
 """Minimum bytes of a body that must arrive in each span of BODY_SECONDS, unless it ends."""
 MAX_EVENTS = 64
 """Maximum parts of a body that are parsed before other tasks get their turn: a millisecond."""
+MAX_UNREAD_BYTES = 64 * 1024
+"""Bytes of a body that wait for the application, beyond which no more is read."""
 FREE_CHUNKS, MIN_CHUNK_BYTES = 4096, 64
 """A body may have this many chunks of any size; beyond that, one for each so many of its bytes."""
 LINGER_BYTES, LINGER_SECONDS = 16 * 2**20, 5.0
@@ -217,7 +219,7 @@ class GuardedH11Protocol(H11Protocol):
             return
         self._keep_time()
         self.flow.held = False
-        if self.cycle is None or len(self.cycle.body) <= HIGH_WATER_LIMIT:
+        if self.cycle is None or len(self.cycle.body) <= MAX_UNREAD_BYTES:
             self.flow.resume_reading()
         if self._eof_waits:
             self._eof_waits = False
