@@ -123,6 +123,14 @@ def _rope_functions() -> None:
     assert "longrope" in ROPE_INIT_FUNCTIONS
 
 
+def _gguf_tokenizer() -> None:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+
+    vocabulary = {"tokenizer_type": "gpt2", "tokens": ["h", "e", "he"], "merges": ["h e"]}
+    encoder, settings = convert_gguf_tokenizer("llama", vocabulary)
+    assert encoder.encode("he").ids == [2] and settings == {}
+
+
 def _silu() -> None:
     from transformers.activations import ACT2FN, SiLUActivation
 
@@ -278,6 +286,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "transformers.PreTrainedModel._can_set_attn_implementation": _can_set_attention,
     "transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS": _rope_functions,
     "transformers.activations.SiLUActivation": _silu,
+    "transformers.integrations.gguf.gguf_tokenizer_mapping.convert_gguf_tokenizer": _gguf_tokenizer,
     'sys.modules["torch"]': _transformers_without_torch,
     "tokenizers.decoders.DecodeStream.step": _decode_stream,
     "llguidance._lib.JsonCompileOptions": _json_options,

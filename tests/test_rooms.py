@@ -21,7 +21,8 @@ RULES: dict[str, set[str]] = {
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
     "engine": set(),
     "engine.cache": ENGINE,
-    "engine.grammar": ENGINE,
+    "engine.checkpoints": ENGINE | {"engine.body"},
+    "engine.grammar": ENGINE | {"engine.checkpoints"},
     "engine.scheduling": ENGINE | {"engine.cache"},
     "engine.core": ENGINE | {"engine.cache", "engine.grammar", "engine.scheduling"},
     "engine.attention": ENGINE | KERNELS,
@@ -33,7 +34,7 @@ RULES["engine.devices.cpu"] = RULES["engine.devices"] | {"engine.devices", "kern
 RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),
 }
-RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices"}
+RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
 RULES["engine.process"] = ENGINE
 RULES["engine.bench"] = ENGINE | {"engine.core"}
@@ -45,7 +46,9 @@ RULES["server.http"] = RULES["server.parsing"] | {"server.parsing", "engine.proc
 RULES["server.requests"] = RULES["server.http"] | {"server.http"}
 RULES["server.api"] = RULES["server.requests"] | {"server.requests"}
 RULES["server.dialects"] = RULES["server.api"] | {"server.api"}
-RULES["server.serving"] = RULES["server.dialects"] | {"server.dialects"}
+RULES["server.serving"] = RULES["server.dialects"] | {
+    *("server.dialects", "engine.checkpoints"),
+}
 RULES["server.web"] = set()
 RULES["server.bench"] = GROUND | {"engine.bench"}
 """Room → the other rooms that its modules may import."""

@@ -18,6 +18,7 @@ from torch import nn
 from ..attention.interface import register_attention
 from ..attention.metadata import AttentionMetadata
 from ..body.merged_linear import merge_siblings
+from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
 from .model_spec import ModelSpec
 from .probe import check_class, flatten_if_equal, refuse, run_probe
@@ -33,6 +34,7 @@ class CausalLM:
         model: Any,
         spec: ModelSpec,
         backend: Backend,
+        weights: WeightFacts,
         *,
         can_generate: bool = True,
         int8: bool = False,
@@ -44,10 +46,11 @@ class CausalLM:
         With `int8`, linear layers are quantised to eight bits.
         """
         self.spec = spec
+        self.weights = weights
         self.can_generate = can_generate
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.num_parameters = weights.num_parameters
         # 1. Probe the model, merge projections that share an input, and flatten the body.
         register_attention()
         check_class(model, spec)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..attention.interface import IMPLEMENTATION, register_attention
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..config import EngineConfig
 from ..devices.backend import Backend
 from ..embedding_spec import EmbeddingSpec
@@ -17,8 +20,11 @@ from ..errors import (
     UnsupportedModelError,
     one_line,
 )
+from .assemble import assemble, weight_facts
 from .causal_lm import CausalLM
 from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
+
+logger = logging.getLogger("quire.engine")
 
 
 def resolve_dtype(config: EngineConfig, spec: ModelSpec, backend: Backend) -> torch.dtype:
@@ -36,11 +42,13 @@ def resolve_dtype(config: EngineConfig, spec: ModelSpec, backend: Backend) -> to
 def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     """Load `config.model`, or random weights of its shape with load_format "dummy".
 
-    Only safetensors are read: no pickle, and no code in the folder unless trust_remote_code.
+    Only safetensors and GGUF are read: no pickle, and no code in the folder unless
+    trust_remote_code.
     Raises ModelLoadError if files are missing, cut or do not match, UnsupportedModelError if the
     model cannot work here, ConfigurationError if the device has no room for it.
     """
-    hf_config = read_hf_config(config)
+    checkpoint = open_checkpoint(config)
+    hf_config = read_hf_config(config, checkpoint)
     spec = spec_from_hf_config(hf_config, config)
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
@@ -50,10 +58,18 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     can_generate = True
     try:
         if config.load_format == "dummy":
-            model = _build_dummy(hf_config, config, dtype, backend)
+            model, source_format = _build_dummy(hf_config, config, dtype, backend), "random weights"
+        elif checkpoint is not None and checkpoint.load_arguments is None:
+            build = partial(_build, hf_config, config, dtype)
+            keeps = backend.multiplies_groups
+            model = assemble(checkpoint, build, dtype, keep_groups=keeps).to(device)
+            source_format = checkpoint.source_format
         else:
-            model, can_generate = _load_weights(hf_config, spec, config, dtype)
+            model, can_generate = _load_weights(hf_config, spec, config, dtype, checkpoint)
             model = model.to(device)
+            source_format = (
+                f"safetensors {spec.dtype}" if checkpoint is None else checkpoint.source_format
+            )
     except QuireError:
         raise
     except torch.OutOfMemoryError as error:
@@ -63,7 +79,14 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     model.eval().requires_grad_(False)
     _fix_rope(model, max_model_len, spec)
     int8 = config.quantization == "int8"
-    return CausalLM(model, spec, backend, can_generate=can_generate, int8=int8)
+    facts = weight_facts(model, source_format, int8=int8)
+    logger.info(
+        "%s, computed in %s: %.1f MB of weights",
+        facts.source_format,
+        facts.computed_format,
+        facts.num_bytes / 1e6,
+    )
+    return CausalLM(model, spec, backend, facts, can_generate=can_generate, int8=int8)
 
 
 def _auto_class(hf_config: Any, config: EngineConfig) -> Any:
@@ -78,17 +101,26 @@ def _auto_class(hf_config: Any, config: EngineConfig) -> Any:
 
 
 def _load_weights(
-    hf_config: Any, spec: ModelSpec, config: EngineConfig, dtype: torch.dtype
+    hf_config: Any,
+    spec: ModelSpec,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    checkpoint: Checkpoint | None,
 ) -> tuple[Any, bool]:
     """Return the model on the CPU, and whether its head was in the weights; only a model that
     makes embeddings can do without. transformers builds on the meta device and shows a progress
     bar."""
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": config.model,
+        "use_safetensors": True,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if checkpoint is not None and checkpoint.load_arguments is not None:
+        place = checkpoint.load_arguments
     model, report = _auto_class(hf_config, config).from_pretrained(
-        config.model,
+        **place,
         config=hf_config,
         dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=config.trust_remote_code,
         attn_implementation=IMPLEMENTATION,
         output_loading_info=True,
     )
@@ -112,12 +144,16 @@ def _build_dummy(hf_config: Any, config: EngineConfig, dtype: torch.dtype, backe
     device."""
     with torch.random.fork_rng(devices=backend.random_devices), backend.device:
         torch.manual_seed(config.seed or 0)
-        return _auto_class(hf_config, config).from_config(
-            hf_config,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-            attn_implementation=IMPLEMENTATION,
-        )
+        return _build(hf_config, config, dtype)
+
+
+def _build(hf_config: Any, config: EngineConfig, dtype: torch.dtype) -> Any:
+    return _auto_class(hf_config, config).from_config(
+        hf_config,
+        dtype=dtype,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=IMPLEMENTATION,
+    )
 
 
 def _fix_rope(model: Any, max_model_len: int, spec: ModelSpec) -> None:

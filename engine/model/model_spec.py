@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.source import source_of
 from ..config import EngineConfig, check_folder
 from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
 from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, one_line
 from .embedding_layout import read_embedding
+
+if TYPE_CHECKING:
+    from ..checkpoints.checkpoint import Checkpoint
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -53,13 +57,16 @@ class ModelSpec:
         return requested
 
 
-def read_hf_config(config: EngineConfig) -> Any:
-    """Read the transformers configuration of `config.model`, a folder or a hub id.
+def read_hf_config(config: EngineConfig, checkpoint: Checkpoint | None = None) -> Any:
+    """Read the transformers configuration of `config.model`; `checkpoint` is its checkpoint if
+    that has a format of its own.
 
     Code in the folder (`auto_map`) runs only with `trust_remote_code`. Raises ModelLoadError.
     """
     from transformers import AutoConfig
 
+    if checkpoint is not None:
+        return checkpoint.hf_config()
     check_folder(config.model)
     try:
         return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
@@ -166,8 +173,10 @@ def _eos_token_ids(text: Any, config: EngineConfig) -> tuple[int, ...]:
 
     found: set[int] = set()
     sources = [text]
+    folder = source_of(config).repository
     try:
-        sources.append(GenerationConfig.from_pretrained(config.model))
+        if folder is not None:
+            sources.append(GenerationConfig.from_pretrained(folder))
     except OSError as error:  # the file is optional, but if it exists it must be readable
         if (Path(config.model) / "generation_config.json").exists():
             raise ModelLoadError(

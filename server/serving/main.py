@@ -181,6 +181,9 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
             served_names=settings.served_names,
             device=info.device,
             dtype=info.dtype,
+            source_format=info.source_format,
+            computed_format=info.computed_format,
+            weight_bytes=info.weight_bytes,
             max_model_len=info.max_model_len,
             num_blocks=info.num_blocks,
             kv_capacity_tokens=info.kv_capacity_tokens,
@@ -195,6 +198,8 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
         f"quire is ready after {seconds:.1f} s\n"
         f"  model    {', '.join(settings.served_names)} "
         f"({info.architecture}, {millions:,.1f}M parameters){toy}"
+        f"  weights  {info.source_format}, computed in {info.computed_format}, "
+        f"{info.weight_bytes / 1e6:,.1f} MB\n"
         f"  device   {info.device}, {info.dtype}\n"
         f"  KV cache {info.num_blocks:,} blocks = {info.kv_capacity_tokens:,} tokens "
         f"= {sequences:,.1f} sequences of {info.max_model_len:,}\n"
