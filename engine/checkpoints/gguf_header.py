@@ -142,6 +142,8 @@ class _Parser:
         metadata: dict[str, Any] = {}
         for _ in range(num_entries):
             key = self._string("a key")
+            if not key:
+                self._fail("a key is empty")
             if key in metadata:
                 self._fail(f"the key {ascii(key[:80])} appears twice")
             metadata[key] = self._value(key, self._scalar("<I"))

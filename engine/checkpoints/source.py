@@ -89,10 +89,10 @@ def require_gguf() -> None:
 
 def _file_of(model: str, gguf_file: str) -> Path:
     """Return the GGUF file of a folder, or of a hub repository after its download."""
-    check_folder(model)
     folder = Path(model).expanduser()
-    if folder.is_file():
+    if folder.is_file() or model in PACKAGED_MODELS:
         raise ConfigurationError("gguf_file goes with a folder or a hub id, not with a file")
+    check_folder(model)
     if folder.is_dir():
         return _checked_file(folder / gguf_file)
     from transformers.utils import cached_file
