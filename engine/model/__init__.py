@@ -6,6 +6,7 @@ Read in this order:
     assemble.py          a model from a checkpoint that quire reads by itself, and facts of weights
     model_spec.py        the model's shape and limits, from its configuration
     embedding_layout.py  how it makes embeddings, from its folder
+    text_part.py         the class that loads a model, and the part of it that text passes through
     causal_lm.py         a transformers model, split into body and language-model head
     probe.py             three tokens at load, which show whether and how the model can be served
     kv_scales.py         scales of a float8 KV cache, from the checkpoint

@@ -21,7 +21,8 @@ from ..body.merged_linear import merge_siblings
 from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
 from .model_spec import ModelSpec
-from .probe import check_class, flatten_if_equal, refuse, run_probe
+from .probe import check_class, flatten_if_equal, probe_text, refuse, run_probe
+from .text_part import text_body
 
 logger = logging.getLogger("quire.engine")
 
@@ -54,16 +55,16 @@ class CausalLM:
         # 1. Probe the model, merge projections that share an input, and flatten the body.
         register_attention()
         check_class(model, spec)
-        probed = run_probe(model, spec)
-        body = model.base_model
-        merged = Counter(merge_siblings(body, lambda: run_probe(model, spec)))
+        whole, probed = probe_text(model, spec)
+        body = text_body(model)
+        merged = Counter(merge_siblings(body, lambda: run_probe(model, spec, body)))
         for names, count in merged.items():
             logger.info("merged %s (%d times)", ", ".join(names), count)
         flat = flatten_if_equal(body, spec, probed)
         # 2. Split off the head, and let the device choose how the body runs.
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
-        self._head._modules[model.base_model_prefix] = _Passthrough(type(probed.output))
+        self._head._modules[model.base_model_prefix] = _Passthrough(type(whole.output))
         self._body = backend.make_body(body, self._head, flat, int8=int8)
         # 3. If logits are nothing but one product, call that, or fuse it with the body.
         self._product = self._check_head(probed.hidden)

@@ -23,6 +23,7 @@ from ..errors import (
 from .assemble import assemble, weight_facts
 from .causal_lm import CausalLM
 from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
+from .text_part import auto_class, check_attention_error, drop_other_parts
 
 logger = logging.getLogger("quire.engine")
 
@@ -66,6 +67,7 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
             source_format = checkpoint.source_format
         else:
             model, can_generate = _load_weights(hf_config, spec, config, dtype, checkpoint)
+            drop_other_parts(model)  # before they are moved
             model = model.to(device)
             source_format = (
                 f"safetensors {spec.dtype}" if checkpoint is None else checkpoint.source_format
@@ -75,7 +77,9 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     except torch.OutOfMemoryError as error:
         raise ConfigurationError(f"{config.model!r} does not fit the memory of {device}") from error
     except Exception as error:  # whatever a broken file makes safetensors, json or the hub raise
+        check_attention_error(error, spec.architecture)
         raise ModelLoadError(f"cannot load {config.model!r}: {one_line(error)}") from error
+    drop_other_parts(model)
     model.eval().requires_grad_(False)
     _fix_rope(model, max_model_len, spec)
     int8 = config.quantization == "int8"
@@ -87,17 +91,6 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
         facts.num_bytes / 1e6,
     )
     return CausalLM(model, spec, backend, facts, can_generate=can_generate, int8=int8)
-
-
-def _auto_class(hf_config: Any, config: EngineConfig) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    remote = config.trust_remote_code and hasattr(hf_config, "auto_map")
-    if type(hf_config) not in AutoModelForCausalLM._model_mapping and not remote:
-        raise UnsupportedModelError(
-            f"{type(hf_config).__name__} has no causal language model in this transformers"
-        )
-    return AutoModelForCausalLM
 
 
 def _load_weights(
@@ -117,7 +110,7 @@ def _load_weights(
     }
     if checkpoint is not None and checkpoint.load_arguments is not None:
         place = checkpoint.load_arguments
-    model, report = _auto_class(hf_config, config).from_pretrained(
+    model, report = auto_class(hf_config, config).from_pretrained(
         **place,
         config=hf_config,
         dtype=dtype,
@@ -148,7 +141,7 @@ def _build_dummy(hf_config: Any, config: EngineConfig, dtype: torch.dtype, backe
 
 
 def _build(hf_config: Any, config: EngineConfig, dtype: torch.dtype) -> Any:
-    return _auto_class(hf_config, config).from_config(
+    return auto_class(hf_config, config).from_config(
         hf_config,
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
