@@ -39,7 +39,10 @@ RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
 RULES["engine.process"] = ENGINE
 RULES["engine.bench"] = ENGINE | {"engine.core"}
 GROUND = ENGINE | {"server"}
-RULES["server"] = GROUND | {"server.serving", "server.bench", "engine.bench", "engine.process"}
+RULES["server"] = GROUND | {
+    *("server.serving", "server.bench", "server.text"),
+    *("engine.bench", "engine.process", "engine.checkpoints", "engine.model"),
+}
 RULES["server.text"] = GROUND | {"engine.grammar"}
 RULES["server.parsing"] = RULES["server.text"] | {"server.text"}
 RULES["server.http"] = RULES["server.parsing"] | {"server.parsing", "engine.process"}
@@ -57,6 +60,9 @@ LAZY = {
     ("server", "server.serving"): {"server.cli"},
     ("server", "server.bench"): {"server.cli"},
     ("server", "engine.bench"): {"server.cli"},
+    ("server", "server.text"): {"server.models_command"},
+    ("server", "engine.checkpoints"): {"server.models_command"},
+    ("server", "engine.model"): {"server.models_command"},
     ("engine.process", "engine.core"): {"engine.process.engine_process"},
     ("engine.process", "engine.runner"): {"engine.process.engine_process"},
     ("engine.process", "engine.devices"): {"engine.process.engine_process"},

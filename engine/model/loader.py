@@ -56,22 +56,10 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     backend.kv_cache_dtype(config, dtype)  # refused before the weights are read
     backend.check_quantization(config)
     register_attention()
-    can_generate = True
     try:
-        if config.load_format == "dummy":
-            model, source_format = _build_dummy(hf_config, config, dtype, backend), "random weights"
-        elif checkpoint is not None and checkpoint.load_arguments is None:
-            build = partial(_build, hf_config, config, dtype)
-            keeps = backend.multiplies_groups
-            model = assemble(checkpoint, build, dtype, keep_groups=keeps).to(device)
-            source_format = checkpoint.source_format
-        else:
-            model, can_generate = _load_weights(hf_config, spec, config, dtype, checkpoint)
-            drop_other_parts(model)  # before they are moved
-            model = model.to(device)
-            source_format = (
-                f"safetensors {spec.dtype}" if checkpoint is None else checkpoint.source_format
-            )
+        model, can_generate, source_format = _load(
+            hf_config, spec, config, dtype, backend, checkpoint
+        )
     except QuireError:
         raise
     except torch.OutOfMemoryError as error:
@@ -79,7 +67,6 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     except Exception as error:  # whatever a broken file makes safetensors, json or the hub raise
         check_attention_error(error, spec.architecture)
         raise ModelLoadError(f"cannot load {config.model!r}: {one_line(error)}") from error
-    drop_other_parts(model)
     model.eval().requires_grad_(False)
     _fix_rope(model, max_model_len, spec)
     int8 = config.quantization == "int8"
@@ -91,6 +78,32 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
         facts.num_bytes / 1e6,
     )
     return CausalLM(model, spec, backend, facts, can_generate=can_generate, int8=int8)
+
+
+def _load(
+    hf_config: Any,
+    spec: ModelSpec,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    backend: Backend,
+    checkpoint: Checkpoint | None,
+) -> tuple[Any, bool, str]:
+    """Return the model on the backend's device, without parts that text does not pass through;
+    whether its head was in the weights; and the checkpoint's format."""
+    has_head = True
+    if config.load_format == "dummy":
+        model, source_format = _build_dummy(hf_config, config, dtype, backend), "random weights"
+    elif checkpoint is not None and checkpoint.load_arguments is None:
+        build = partial(_build, hf_config, config, dtype)
+        model = assemble(checkpoint, build, dtype, keep_groups=backend.multiplies_groups)
+        source_format = checkpoint.source_format
+    else:
+        model, has_head = _load_weights(hf_config, spec, config, dtype, checkpoint)
+        source_format = (
+            f"safetensors {spec.dtype}" if checkpoint is None else checkpoint.source_format
+        )
+    drop_other_parts(model)
+    return model.to(backend.device), has_head, source_format
 
 
 def _load_weights(
