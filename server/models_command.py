@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from ..engine.config import EngineConfig
+from ..engine.config import DType, EngineConfig
 from ..engine.errors import StartupError
 from ..engine.main_memory import available_memory
 
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     gpu_memory = None if arguments.device == "cpu" else _gpu_memory()
     is_gpu = arguments.device == "cuda" or gpu_memory is not None
-    dtype = "float32" if arguments.dtype == "auto" and not is_gpu else arguments.dtype
+    dtype: DType = "float32" if arguments.dtype == "auto" and not is_gpu else arguments.dtype
     memory = arguments.memory or (gpu_memory if is_gpu else available_memory())
     names = arguments.models or [*PACKAGED_MODELS, *cached_models()]
     configs = [

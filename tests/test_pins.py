@@ -104,6 +104,14 @@ def _model_mapping() -> None:
     assert T5Config not in AutoModelForCausalLM._model_mapping
 
 
+def _mapping_names() -> None:
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    assert "llama" in causal and "t5" not in causal and "mistral3" in images
+
+
 def _is_stateful() -> None:
     from transformers import LlamaForCausalLM, MambaForCausalLM, PreTrainedModel
 
@@ -282,6 +290,10 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "uvicorn.protocols.http.h11_impl.H11Protocol": _uvicorn_protocol,
     "uvicorn.Server.capture_signals": _uvicorn_signals,
     "transformers.AutoModelForCausalLM._model_mapping": _model_mapping,
+    "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": _mapping_names,
+    "transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": (
+        _mapping_names
+    ),
     "transformers.PreTrainedModel._is_stateful": _is_stateful,
     "transformers.PreTrainedModel._can_set_attn_implementation": _can_set_attention,
     "transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS": _rope_functions,

