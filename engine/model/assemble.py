@@ -63,14 +63,15 @@ def _set_weight(
     model.set_submodule(path, GroupedLinear(weight, module.bias, dtype))
 
 
-def weight_facts(model: Any, source_format: str, *, int8: bool) -> WeightFacts:
-    """Return what is to be told of a loaded model's weights. With `int8`, its plain linear layers
-    are about to be rounded; a tied weight counts once, but both of its forms take memory."""
+def weight_facts(model: Any, source_format: str, quantization: str | None) -> WeightFacts:
+    """Return what is to be told of a loaded model's weights, whose plain linear layers are about to
+    be rounded as `quantization` says. A tied weight counts once, but both of its forms take memory.
+    """
     head = model.get_output_embeddings()
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     rounded: dict[torch.Tensor, int] = {}
     for module in model.modules():
-        if int8 and type(module) is nn.Linear:
+        if quantization is not None and type(module) is nn.Linear:
             weight = module.weight
             rounded[weight] = weight.numel() + 4 * len(weight)  # and a scale for each row
             if module is head and tied:
@@ -79,7 +80,9 @@ def weight_facts(model: Any, source_format: str, *, int8: bool) -> WeightFacts:
     for parameter in model.parameters():
         number += parameter.numel()
         size = rounded.get(parameter, parameter.nbytes)
-        sizes["int8" if parameter in rounded else str(parameter.dtype)[len("torch.") :]] += size
+        is_rounded = quantization is not None and parameter in rounded
+        kind = str(quantization if is_rounded else parameter.dtype).removeprefix("torch.")
+        sizes[kind] += size
     for module in model.modules():
         if isinstance(module, GroupedLinear):
             sizes[f"{module.grouped.bits}-bit groups"] += module.grouped.num_bytes

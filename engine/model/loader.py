@@ -69,14 +69,14 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
         raise ModelLoadError(f"cannot load {config.model!r}: {one_line(error)}") from error
     model.eval().requires_grad_(False)
     _fix_rope(model, max_model_len, spec)
-    int8 = config.quantization == "int8"
-    facts = weight_facts(model, source_format, int8=int8)
+    facts = weight_facts(model, source_format, config.quantization)
     logger.info(
         "%s, computed in %s: %.1f MB of weights",
         facts.source_format,
         facts.computed_format,
         facts.num_bytes / 1e6,
     )
+    int8 = config.quantization == "int8"
     return CausalLM(model, spec, backend, facts, can_generate=can_generate, int8=int8)
 
 

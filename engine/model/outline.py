@@ -5,9 +5,10 @@ files. No torch is imported, and no weight is read.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,8 +18,10 @@ from ..checkpoints.gguf_config import FAMILIES, ROPE_FACTORS, config_values
 from ..checkpoints.gguf_header import Header, read_header
 from ..checkpoints.source import Source, source_of
 from ..config import EngineConfig
-from ..errors import StartupError, UnsupportedModelError
+from ..errors import ModelLoadError, StartupError, UnsupportedModelError, one_line
 from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
+
+logger = logging.getLogger("quire.engine")
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _SAFETENSORS_DTYPES = {
@@ -217,37 +220,53 @@ def _gguf(header: Header, size: int, *, keeps_groups: bool) -> _Weights:
 
 
 def _safetensors(source: Source, size: int) -> _Weights | None:
-    """Return what the headers of a model's safetensors say; None if they are not on this
-    machine."""
-    from safetensors import SafetensorError, safe_open
-
+    """Return what the headers of a model's safetensors say; None if they cannot be found."""
     number, file_bytes = 0, 0
     types: Counter[str] = Counter()
-    files = list(_weight_files(str(source.repository)))
-    try:
-        for file in files:
-            with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (it is not a mapping)
-                    if _OTHER_PARTS.search(name):
-                        continue
-                    part = tensors.get_slice(name)
-                    kind, width = _SAFETENSORS_DTYPES.get(part.get_dtype(), (part.get_dtype(), 1))
-                    elements = prod(part.get_shape())
-                    number += elements
-                    file_bytes += elements * width
-                    types[kind] += elements * width
-    except (SafetensorError, OSError) as error:
-        raise UnsupportedModelError(
-            f"cannot read the weights of {source.repository}: {error}"
-        ) from error
+    for name, dtype, shape in _tensors(str(source.repository)):
+        if _OTHER_PARTS.search(name):
+            continue
+        kind, width = _SAFETENSORS_DTYPES.get(dtype, (dtype, 1))
+        number += prod(shape)
+        file_bytes += prod(shape) * width
+        types[kind] += prod(shape) * width
     if not types:
         return None
     return _Weights(f"safetensors {types.most_common(1)[0][0]}", number, file_bytes, number * size)
 
 
-def _weight_files(repository: str) -> Iterator[str]:
-    """Yield the safetensors files of a folder, or of a hub repository as far as they are in the
-    local cache."""
+def _tensors(repository: str) -> Iterator[tuple[str, str, Sequence[int]]]:
+    """Yield name, type and shape of a model's tensors: from the files of a folder or of the hub's
+    local cache, or else from the headers of the files on the hub. Raises ModelLoadError."""
+    from huggingface_hub import get_safetensors_metadata
+    from safetensors import SafetensorError, safe_open
+
+    files = _weight_files(repository)
+    try:
+        for file in files:
+            with safe_open(file, framework="numpy") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (it is not a mapping)
+                    part = tensors.get_slice(name)
+                    yield name, part.get_dtype(), part.get_shape()
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(
+            f"cannot read the weights of {repository}: {one_line(error)}"
+        ) from error
+    if files or Path(repository).expanduser().is_dir():
+        return
+    try:
+        remote = get_safetensors_metadata(repository)
+    except Exception as error:  # no network, no such repository, none of its files
+        logger.info("the size of %s is not known: %s", repository, one_line(error))
+        return
+    for one_file in remote.files_metadata.values():
+        for name, tensor in one_file.tensors.items():
+            yield name, tensor.dtype, tensor.shape
+
+
+def _weight_files(repository: str) -> list[str]:
+    """Return the safetensors files of a folder, or of a hub repository if all are in the local
+    cache."""
     index = _local_file(repository, "model.safetensors.index.json")
     if index is None:
         names = ["model.safetensors"]
@@ -255,8 +274,7 @@ def _weight_files(repository: str) -> Iterator[str]:
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     found = [_local_file(repository, name) for name in names]
-    if None not in found:
-        yield from (str(file) for file in found)
+    return [] if None in found else [str(file) for file in found]
 
 
 def _local_file(repository: str, name: str) -> str | None:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
+from quire.engine.body.body import HfBody
 from quire.engine.body.grouped_linear import GroupedLinear
 from quire.engine.checkpoints import source
 from quire.engine.checkpoints.checkpoint import open_checkpoint
 from quire.engine.config import EngineConfig
+from quire.engine.devices.cpu.backend import CpuBackend
 from quire.engine.errors import ModelLoadError, UnsupportedModelError
 from quire.engine.model.assemble import assemble
 from quire.engine.model.causal_lm import CausalLM
@@ -38,6 +40,13 @@ CASES = [
     ("qwen3", "Q8_0"),
     ("qwen3", "Q4_0"),
 ]
+
+
+class PlainBackend(CpuBackend):
+    """A CPU that runs all layers as they are, so that nothing is rounded."""
+
+    def make_body(self, body: Any, head: Any, flat: Any, **_: Any) -> Any:
+        return HfBody(body)
 
 
 def reference(file: Path) -> Any:
@@ -84,8 +93,8 @@ def test_logits_and_text_are_those_of_transformers(tmp_path: Path, family: str, 
     torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-4)
     kept = 0 if kind.startswith("F") else 2 * 7 + 1
     assert num_grouped(model) == kept
-    config = make_config(file)
-    driver = Driver.start(config)
+    config = make_config(file, dtype="float32")
+    driver = Driver.start(config, PlainBackend())
     [tokens] = driver.run([make_sequence(PROMPT, 8)])
     assert tokens == generate(expected, PROMPT, 8)
 
@@ -214,7 +223,7 @@ def test_another_family_is_loaded_by_transformers(tmp_path: Path) -> None:
     write_model(file, "gemma2", "Q8_0")
     checkpoint = open_checkpoint(make_config(file))
     assert checkpoint is not None and checkpoint.load_arguments is not None
-    driver = Driver.start(make_config(file))
+    driver = Driver.start(make_config(file, dtype="float32"))
     assert driver.worker._model.weights.computed_format == "float32"
     [tokens] = driver.run([make_sequence(PROMPT, 8)])
     assert tokens == generate(reference(file), PROMPT, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from quire.engine.model.rehearse import rehearse_load
 from ..checkpoints.gguf_files import write_model
 from ..models import COMMON, FAMILIES, save_model
 from ..worker_driver import load, make_config
+from .test_loader import read_spec
 from .test_text_part import save
 
 
@@ -56,8 +58,9 @@ def test_a_folder_in_bfloat16_of_several_files(tmp_path: Path) -> None:
     assert (native.dtype, native.weight_bytes) == ("bfloat16", found.file_bytes)
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q6_K"])
-@pytest.mark.parametrize("family", ["llama-tied", "qwen3moe"])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama-tied", "F16"), ("llama-tied", "Q6_K"), ("qwen3moe", "Q4_0")]
+)
 def test_a_gguf_file(tmp_path: Path, family: str, kind: str) -> None:
     file = tmp_path / "tiny.gguf"
     write_model(file, family, kind)
@@ -87,6 +90,27 @@ def test_weights_that_are_not_here_are_not_known(tmp_path: Path) -> None:
     found = outline(make_config(tmp_path), keeps_groups=True)
     assert found.refused is None and found.kv_bytes_per_token
     assert found.num_parameters is found.weight_bytes is found.capacity(10**9) is None
+
+
+def test_weights_on_the_hub_are_known_by_their_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    from quire.engine.model import outline as module
+
+    model = save_model("llama", tmp_path)
+    tensors = {
+        name: SimpleNamespace(dtype="BF16", shape=list(parameter.shape))
+        for name, parameter in model.named_parameters()
+    }
+    remote = SimpleNamespace(files_metadata={"a": SimpleNamespace(tensors=tensors)})
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda repository: remote)
+    monkeypatch.setattr(module, "read_hf_config", lambda config: model.config)
+    monkeypatch.setattr(module, "spec_from_hf_config", lambda *_: read_spec(tmp_path))
+    found = outline(make_config(Path("owner/name"), dtype="bfloat16"), keeps_groups=True)
+    assert found.source_format == "safetensors bfloat16"
+    assert found.file_bytes == found.weight_bytes == 2 * model.num_parameters()
 
 
 def test_capacity_is_what_memory_holds_beside_the_weights() -> None:

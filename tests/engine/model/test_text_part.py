@@ -76,7 +76,7 @@ def test_text_is_that_of_transformers_and_encoders_are_dropped(
 ) -> None:
     reference = save(family, tmp_path)
     with caplog.at_level(logging.INFO):
-        driver = Driver.start(make_config(tmp_path))
+        driver = Driver.start(make_config(tmp_path, dtype="float32"))
     is_flat, _, _ = CONFIGS[family]
     assert ("the layers run as one function" in caplog.text) is is_flat
     assert "is not used for text" in caplog.text
@@ -116,7 +116,7 @@ def test_a_hybrid_family_without_recurrent_layers_is_served(tmp_path: Path) -> N
             granite(["attention"] * 2), attn_implementation="eager"
         ).eval()
     reference.save_pretrained(tmp_path)
-    driver = Driver.start(make_config(tmp_path))
+    driver = Driver.start(make_config(tmp_path, dtype="float32"))
     outputs = driver.run([make_sequence(prompt, 12) for prompt in PROMPTS])
     assert outputs == [generate(reference, prompt, 12) for prompt in PROMPTS]
 
