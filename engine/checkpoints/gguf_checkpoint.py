@@ -192,7 +192,8 @@ class GgufCheckpoint:
     def _dense(self, tensor: TensorInfo, data: NDArray[np.uint8], model: Any) -> torch.Tensor:
         weight = make_dense(tensor.type, self._rows(tensor, data, model), tensor.shape)
         self._check_finite(tensor, weight)
-        return weight
+        offset = 0.0 if self._family is None else self._family.norm_offset
+        return weight - offset if offset and "norm" in tensor.name else weight
 
     def _check_finite(self, tensor: TensorInfo, values: torch.Tensor) -> None:
         smallest, largest = values.aminmax()  # NaN if any is

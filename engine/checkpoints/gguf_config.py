@@ -1,5 +1,4 @@
-"""A transformers configuration from the metadata of a GGUF file, for the families that quire reads
-by itself.
+"""A transformers configuration from the metadata of a GGUF file, for the most common families.
 
 Others go through transformers' own translation. These are done here because the metadata says more
 than that reads (the size of heads, the scaling of rotary positions), and because this needs no
@@ -20,12 +19,17 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 class Family(NamedTuple):
-    """A llama.cpp family as transformers knows it. `permuted` says that rows of Q and K are stored
-    in llama.cpp's order of rotary pairs."""
+    """A llama.cpp family as transformers knows it.
 
-    model_type: str
-    class_name: str
+    `permuted` says that rows of Q and K are stored in llama.cpp's order of rotary pairs, and
+    `norm_offset` is what stored norms have more than transformers' own. Without a `model_type`,
+    transformers translates the metadata.
+    """
+
+    model_type: str | None = None
+    class_name: str = ""
     permuted: bool = False
+    norm_offset: float = 0.0
 
 
 FAMILIES = {
@@ -33,6 +37,8 @@ FAMILIES = {
     "qwen2": Family("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM"),
     "qwen3moe": Family("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "gemma2": Family(norm_offset=1.0),
+    "gemma3": Family(norm_offset=1.0),
 }
 """The families whose tensors keep their blocks, by llama.cpp's names."""
 
@@ -49,8 +55,8 @@ _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def config_values(header: Header) -> dict[str, Any] | None:
-    """Return the values of the transformers configuration, or None if the family is not one of
-    FAMILIES. Raises ModelLoadError, UnsupportedModelError."""
+    """Return the values of the transformers configuration, or None if transformers is to translate
+    the metadata. Raises ModelLoadError, UnsupportedModelError."""
     from gguf import MODEL_ARCH_NAMES
 
     if header.architecture not in MODEL_ARCH_NAMES.values():
@@ -59,7 +65,7 @@ def config_values(header: Header) -> dict[str, Any] | None:
         )
     check_sizes(header)
     family = FAMILIES.get(header.architecture)
-    if family is None:
+    if family is None or family.model_type is None:
         return None
     _refuse_unsupported(header)
     heads = header.number("attention.head_count")

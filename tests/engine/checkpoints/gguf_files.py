@@ -13,7 +13,9 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 from transformers import PreTrainedModel
 from transformers.models.gemma2 import Gemma2Config
+from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.llama import LlamaConfig
+from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 from transformers.models.qwen3_moe import Qwen3MoeConfig
@@ -31,8 +33,15 @@ CONFIGS: dict[str, tuple[str, Any]] = {
     "qwen3": ("qwen3", lambda: Qwen3Config(**WIDE, head_dim=128, tie_word_embeddings=True)),
     "gemma2": (
         "gemma2",
-        lambda: Gemma2Config(**WIDE, head_dim=64, query_pre_attn_scalar=64, sliding_window=24),
+        lambda: Gemma2Config(**WIDE, head_dim=64, query_pre_attn_scalar=256, sliding_window=24),
     ),
+    "gemma3": (
+        "gemma3",
+        lambda: Gemma3TextConfig(
+            **WIDE, head_dim=64, query_pre_attn_scalar=256, sliding_window=512
+        ),
+    ),
+    "phi3": ("phi3", lambda: Phi3Config(**WIDE)),
     "qwen3moe": (
         "qwen3moe",
         lambda: Qwen3MoeConfig(
@@ -96,7 +105,7 @@ def write_model(
         "attention.key_length": getattr(config, "head_dim", None) or 64,
         "attention.value_length": getattr(config, "head_dim", None) or 64,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "rope.freq_base": config.rope_parameters.get("rope_theta", 1e6),
     }
     if name == "llama":
         numbers["rope.dimension_count"] = 64
@@ -106,7 +115,7 @@ def write_model(
             "expert_used_count": config.num_experts_per_tok,
             "expert_feed_forward_length": config.moe_intermediate_size,
         }
-    if name == "gemma2":
+    if name.startswith("gemma"):
         numbers["attention.sliding_window"] = config.sliding_window
     for key, value in (numbers | metadata).items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
@@ -161,7 +170,7 @@ def write_tensors(writer: gguf.GGUFWriter, model: Any, name: str, kind: Type) ->
                 heads = config.num_attention_heads if is_query else config.num_key_value_heads
                 halves = part.reshape(heads, 2, part.shape[0] // heads // 2, -1)
                 part = halves.swapaxes(1, 2).reshape(part.shape)
-            if name == "gemma2" and "norm" in tensor:
+            if name.startswith("gemma") and "norm" in tensor:
                 part = part + 1
             if part.ndim == 1 or "norm" in tensor:
                 writer.add_tensor(tensor, part.float().numpy())

@@ -39,6 +39,8 @@ CASES = [
     ("qwen2", "Q6_K"),
     ("qwen3", "Q8_0"),
     ("qwen3", "Q4_0"),
+    ("gemma2", "Q4_0"),
+    ("gemma3", "Q8_0"),
 ]
 
 
@@ -218,9 +220,9 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_another_family_is_loaded_by_transformers(tmp_path: Path) -> None:
-    """Gemma 2 has its own norms, which transformers' loader knows."""
+    """Phi 3 has Q, K and V in one tensor."""
     file = tmp_path / "tiny.gguf"
-    write_model(file, "gemma2", "Q8_0")
+    write_model(file, "phi3", "Q8_0")
     checkpoint = open_checkpoint(make_config(file))
     assert checkpoint is not None and checkpoint.load_arguments is not None
     driver = Driver.start(make_config(file, dtype="float32"))

@@ -73,7 +73,7 @@ def test_a_gguf_file(tmp_path: Path, family: str, kind: str) -> None:
 
 def test_a_gguf_file_of_a_family_that_transformers_reads(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
-    write_model(file, "gemma2", "Q8_0")
+    write_model(file, "phi3", "Q8_0")
     found = outline(make_config(file, dtype="float32"), keeps_groups=True)
     model = load(file, dtype="float32")
     assert found.weight_bytes == model.weights.num_bytes
