@@ -139,6 +139,12 @@ class EngineConfig:
         "auto",
         details="The KV cache has it too unless `--kv-cache-dtype` says otherwise.",
     )
+    gguf_file: str | None = _flag(
+        "Model",
+        "GGUF file to serve, in the folder or hub repository MODEL.",
+        None,
+        details="MODEL may also be the path of a GGUF file itself. Needs `quire[gguf]`.",
+    )
     quantization: Quantization | None = _flag(
         "Model",
         "int8: round the weights of linear layers to 8 bits (CPU).",
@@ -289,7 +295,8 @@ class WorkerInfo:
     False if the weights have no language-model head, so that the model makes only embeddings or
     scores. `max_num_batched_tokens` is the maximum number of tokens in a step. `is_asynchronous`
     says that the device computes a step while the host prepares the next. `kv_cache_dtype` is None
-    if it equals `dtype`.
+    if it equals `dtype`. `source_format` is that of the checkpoint, and `computed_format` names the
+    types of the weights as they are computed, which take `weight_bytes`.
     """
 
     architecture: str
@@ -306,6 +313,9 @@ class WorkerInfo:
     classifier: ClassifierSpec | str = NO_CLASSIFIER
     can_generate: bool = True
     kv_cache_dtype: str | None = None
+    source_format: str = ""
+    computed_format: str = ""
+    weight_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,7 +96,8 @@ def test_dependencies_are_read_from_pyproject() -> None:
         [sys.executable, *command[1:end]], cwd=ROOT, capture_output=True, text=True
     )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert result.stdout.splitlines() == project["dependencies"], result.stderr
+    wanted = project["dependencies"] + project["optional-dependencies"]["gguf"]
+    assert result.stdout.splitlines() == wanted, result.stderr
 
 
 def test_last_stage_serves_as_an_unprivileged_user() -> None:

@@ -113,6 +113,14 @@ def _model_mapping() -> None:
     assert T5Config not in AutoModelForCausalLM._model_mapping
 
 
+def _mapping_names() -> None:
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    assert "llama" in causal and "t5" not in causal and "mistral3" in images
+
+
 def _is_stateful() -> None:
     from transformers import LlamaForCausalLM, MambaForCausalLM, PreTrainedModel
 
@@ -146,6 +154,14 @@ def _render_jinja_template() -> None:
         x="!",
     )
     assert texts == ["True!"]
+
+
+def _gguf_tokenizer() -> None:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+
+    vocabulary = {"tokenizer_type": "gpt2", "tokens": ["h", "e", "he"], "merges": ["h e"]}
+    encoder, settings = convert_gguf_tokenizer("llama", vocabulary)
+    assert encoder.encode("he").ids == [2] and settings == {}
 
 
 def _silu() -> None:
@@ -299,11 +315,16 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "uvicorn.protocols.http.h11_impl.H11Protocol": _uvicorn_protocol,
     "uvicorn.Server.capture_signals": _uvicorn_signals,
     "transformers.AutoModelForCausalLM._model_mapping": _model_mapping,
+    "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": _mapping_names,
+    "transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": (
+        _mapping_names
+    ),
     "transformers.PreTrainedModel._is_stateful": _is_stateful,
     "transformers.PreTrainedModel._can_set_attn_implementation": _can_set_attention,
     "transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS": _rope_functions,
     "transformers.activations.SiLUActivation": _silu,
     "transformers.utils.chat_template_utils.render_jinja_template": _render_jinja_template,
+    "transformers.integrations.gguf.gguf_tokenizer_mapping.convert_gguf_tokenizer": _gguf_tokenizer,
     'sys.modules["torch"]': _transformers_without_torch,
     "tokenizers.decoders.DecodeStream.step": _decode_stream,
     "llguidance._lib.JsonCompileOptions": _json_options,

@@ -21,7 +21,8 @@ RULES: dict[str, set[str]] = {
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
     "engine": set(),
     "engine.cache": ENGINE,
-    "engine.grammar": ENGINE,
+    "engine.checkpoints": ENGINE | {"engine.body"},
+    "engine.grammar": ENGINE | {"engine.checkpoints"},
     "engine.scheduling": ENGINE | {"engine.cache"},
     "engine.core": ENGINE | {"engine.cache", "engine.grammar", "engine.scheduling"},
     "engine.attention": ENGINE | KERNELS,
@@ -33,12 +34,15 @@ RULES["engine.devices.cpu"] = RULES["engine.devices"] | {"engine.devices", "kern
 RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),
 }
-RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices"}
+RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
 RULES["engine.process"] = ENGINE
 RULES["engine.bench"] = ENGINE | {"engine.core"}
 GROUND = ENGINE | {"server"}
-RULES["server"] = GROUND | {"server.serving", "server.bench", "engine.bench", "engine.process"}
+RULES["server"] = GROUND | {
+    *("server.serving", "server.bench", "server.text"),
+    *("engine.bench", "engine.process", "engine.checkpoints", "engine.model"),
+}
 RULES["server.text"] = GROUND | {"engine.grammar"}
 RULES["server.parsing"] = RULES["server.text"] | {"server.text"}
 RULES["server.http"] = RULES["server.parsing"] | {"server.parsing", "engine.process"}
@@ -46,7 +50,9 @@ RULES["server.requests"] = RULES["server.http"] | {"server.http"}
 RULES["server.api"] = RULES["server.requests"] | {"server.requests"}
 RULES["server.dialects"] = RULES["server.api"] | {"server.api"}
 RULES["server.scoring"] = RULES["server.dialects"]
-RULES["server.serving"] = RULES["server.dialects"] | {"server.dialects", "server.scoring"}
+RULES["server.serving"] = RULES["server.dialects"] | {
+    *("server.dialects", "server.scoring", "engine.checkpoints"),
+}
 RULES["server.web"] = set()
 RULES["server.bench"] = GROUND | {"engine.bench"}
 """Room → the other rooms that its modules may import."""
@@ -55,6 +61,9 @@ LAZY = {
     ("server", "server.serving"): {"server.cli"},
     ("server", "server.bench"): {"server.cli"},
     ("server", "engine.bench"): {"server.cli"},
+    ("server", "server.text"): {"server.models_command"},
+    ("server", "engine.checkpoints"): {"server.models_command"},
+    ("server", "engine.model"): {"server.models_command"},
     ("engine.process", "engine.core"): {"engine.process.engine_process"},
     ("engine.process", "engine.runner"): {"engine.process.engine_process"},
     ("engine.process", "engine.devices"): {"engine.process.engine_process"},

@@ -120,6 +120,10 @@ class Backend(Protocol):
     def check_quantization(self, config: EngineConfig) -> None:
         """Raise ConfigurationError if the device has no kernels for quantised weights."""
 
+    @property
+    def multiplies_groups(self) -> bool:
+        """Whether linear layers may be GroupedLinear; if not, their weights are made dense."""
+
     def token_budget(self, config: EngineConfig) -> int:
         """Return the maximum number of tokens in a step."""
 

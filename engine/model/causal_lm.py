@@ -18,10 +18,12 @@ from torch import nn
 from ..attention.interface import register_attention
 from ..attention.metadata import AttentionMetadata
 from ..body.merged_linear import merge_siblings
+from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
 from .classifier import Scores
 from .model_spec import ModelSpec
-from .probe import check_class, flatten_if_equal, refuse, run_probe
+from .probe import check_class, flatten_if_equal, probe_text, refuse, run_probe
+from .text_part import text_body
 
 logger = logging.getLogger("quire.engine")
 
@@ -34,6 +36,7 @@ class CausalLM:
         model: Any,
         spec: ModelSpec,
         backend: Backend,
+        weights: WeightFacts,
         *,
         can_generate: bool = True,
         int8: bool = False,
@@ -45,25 +48,26 @@ class CausalLM:
         With `int8`, linear layers are quantised to eight bits.
         """
         self.spec = spec
+        self.weights = weights
         self.can_generate = can_generate
         self.scores: Scores | None = None
         """Makes the logits of the model's classes, if it has a classifier."""
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.num_parameters = weights.num_parameters
         # 1. Probe the model, merge projections that share an input, and flatten the body.
         register_attention()
         check_class(model, spec)
-        probed = run_probe(model, spec)
-        body = model.base_model
-        merged = Counter(merge_siblings(body, lambda: run_probe(model, spec)))
+        whole, probed = probe_text(model, spec)
+        body = text_body(model)
+        merged = Counter(merge_siblings(body, lambda: run_probe(model, spec, body)))
         for names, count in merged.items():
             logger.info("merged %s (%d times)", ", ".join(names), count)
         flat = flatten_if_equal(body, spec, probed)
         # 2. Split off the head, and let the device choose how the body runs.
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
-        self._head._modules[model.base_model_prefix] = _Passthrough(type(probed.output))
+        self._head._modules[model.base_model_prefix] = _Passthrough(type(whole.output))
         self._body = backend.make_body(body, self._head, flat, int8=int8)
         # 3. If logits are nothing but one product, call that, or fuse it with the body.
         self._product = self._check_head(probed.hidden)

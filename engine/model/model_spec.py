@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from ..config import EngineConfig, check_folder
@@ -12,6 +12,9 @@ from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, 
 from .classifier_layout import read_classifier
 from .embedding_layout import read_embedding
 from .end_tokens import read_end_tokens
+
+if TYPE_CHECKING:
+    from ..checkpoints.checkpoint import Checkpoint
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -56,13 +59,16 @@ class ModelSpec:
         return requested
 
 
-def read_hf_config(config: EngineConfig) -> Any:
-    """Read the transformers configuration of `config.model`, a folder or a hub id.
+def read_hf_config(config: EngineConfig, checkpoint: Checkpoint | None = None) -> Any:
+    """Read the transformers configuration of `config.model`; `checkpoint` is its checkpoint if
+    that has a format of its own.
 
     Code in the folder (`auto_map`) runs only with `trust_remote_code`. Raises ModelLoadError.
     """
     from transformers import AutoConfig
 
+    if checkpoint is not None:
+        return checkpoint.hf_config()
     check_folder(config.model)
     try:
         return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)

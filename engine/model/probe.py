@@ -19,7 +19,8 @@ from ..attention.interface import IMPLEMENTATION
 from ..body.flat_decoder import FlatDecoder, FlatLayer, TorchOps
 from ..body.flatten import flatten
 from ..errors import UnsupportedModelError, one_line
-from .model_spec import ModelSpec
+from .model_spec import SUPPORTED_LAYER_TYPES, ModelSpec
+from .text_part import NO_INTERFACE, text_body
 
 logger = logging.getLogger("quire.engine")
 
@@ -71,24 +72,54 @@ class ProbeResult(NamedTuple):
 
 def check_class(model: Any, spec: ModelSpec) -> None:
     """Raise UnsupportedModelError if the class of a transformers model cannot be served."""
-    if getattr(model, "_is_stateful", False):
+    if getattr(model, "_is_stateful", False) and _keeps_state(model):
         refuse(spec, "its layers keep a state beside K and V (recurrent or state space)")
     if not type(model)._can_set_attn_implementation():
-        refuse(spec, "its attention does not go through transformers' AttentionInterface")
+        refuse(spec, NO_INTERFACE)
     if model.base_model is model or model.base_model_prefix not in model._modules:
         refuse(spec, "its body and its language-model head cannot be told apart")
 
 
+def _keeps_state(model: Any) -> bool:
+    """Whether layers keep a state, in a model of a class in which they may.
+
+    They don't if all layers are stated to be of attention, and none has the weights of a state.
+    """
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    if not kinds or not SUPPORTED_LAYER_TYPES.issuperset(kinds):
+        return True
+    return any(
+        name.rpartition(".")[2] == "A_log" or ".conv" in name
+        for name, _ in model.named_parameters()
+    )
+
+
+def probe_text(model: Any, spec: ModelSpec) -> tuple[ProbeResult, ProbeResult]:
+    """Run the body of a transformers model, and the part of it that text passes through, which may
+    be all of it. Raises UnsupportedModelError if that part does not compute the same."""
+    whole = run_probe(model, spec, model.base_model)
+    body = text_body(model)
+    if body is model.base_model:
+        return whole, whole
+    text = run_probe(model, spec, body)
+    if text.calls != whole.calls or not torch.equal(text.hidden, whole.hidden):
+        refuse(spec, f"text does not pass through {type(body).__name__} alone")
+    return whole, text
+
+
 @torch.no_grad()
-def run_probe(model: Any, spec: ModelSpec) -> ProbeResult:
-    """Run the body of a transformers model. Raises UnsupportedModelError if its attention cannot be
-    served."""
+def run_probe(model: Any, spec: ModelSpec, body: Any) -> ProbeResult:
+    """Run `body`, the body of a transformers model or a part of it. Raises UnsupportedModelError if
+    its attention cannot be served."""
     AttentionInterface.register(_PROBE, _probe_attention)
     calls: list[LayerCall] = []
-    model.set_attn_implementation(_PROBE)
+    # What is set for a whole model is also set for encoders, with a warning if they were dropped.
+    text = text_body(model)
+    attends = model if text is model.base_model else text
+    attends.set_attn_implementation(_PROBE)
     try:
         tokens, positions = _probe_input(spec, model.device)
-        output = model.base_model(
+        output = body(
             input_ids=tokens[None],
             position_ids=positions[None],
             use_cache=False,
@@ -97,7 +128,7 @@ def run_probe(model: Any, spec: ModelSpec) -> ProbeResult:
     except UnsupportedModelError as error:
         refuse(spec, error.message)
     finally:
-        model.set_attn_implementation(IMPLEMENTATION)
+        attends.set_attn_implementation(IMPLEMENTATION)
     _check_calls(calls, spec)
     if not isinstance(getattr(output, "last_hidden_state", None), torch.Tensor):
         refuse(spec, "its body returns no last_hidden_state")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoints.source import source_of
 from ..config import EngineConfig, WorkerInfo
 from ..devices.backend import Backend, CacheDemand
 from ..devices.choose import choose_backend
@@ -36,7 +37,8 @@ class Worker:
         model, spec = self._model, self._model.spec
         self._cache_dtype = self._backend.kv_cache_dtype(config, model.dtype)
         self._kv_scales: torch.Tensor | None = None
-        if self._cache_dtype == torch.float8_e4m3fn and config.load_format != "dummy":
+        has_scales = config.load_format != "dummy" and source_of(config).gguf is None
+        if self._cache_dtype == torch.float8_e4m3fn and has_scales:
             scales = read_kv_scales(config.model, spec)
             self._kv_scales = None if scales is None else scales.to(model.device)
         self._max_model_len = spec.resolve_max_model_len(config.max_model_len)
@@ -54,6 +56,9 @@ class Worker:
             embedding=spec.embedding,
             classifier=spec.classifier,
             can_generate=model.can_generate,
+            source_format=model.weights.source_format,
+            computed_format=model.weights.computed_format,
+            weight_bytes=model.weights.num_bytes,
             kv_cache_dtype=(
                 None
                 if self._cache_dtype == model.dtype

@@ -154,12 +154,28 @@ async def server_info(request: Request) -> dict[str, Any]:
     }
 
 
+def _weights(state: ServerState) -> dict[str, Any] | None:
+    """Return the formats and the size of the weights; None before the first start."""
+    try:
+        info = state.engine.info
+    except EngineNotReadyError:
+        return None
+    return {
+        "source_format": info.source_format,
+        "computed_format": info.computed_format,
+        "num_parameters": info.num_parameters,
+        "num_bytes": info.weight_bytes,
+    }
+
+
 @public.get("/debug/engine", dependencies=[Depends(require_debug_key)], responses=errors(401))
 async def debug_engine(request: Request) -> dict[str, Any]:
-    """Return the engine's latest counters, its health, and the counters of the queue limits."""
+    """Return the engine's latest counters, its health, the counters of the queue limits, and what
+    the weights are."""
     state = state_of(request)
     stats, in_flight = state.engine.stats(), state.in_flight
     return {
+        "weights": _weights(state),
         "stats": None if stats is None else {**stats._asdict(), "kv_usage": stats.kv_usage},
         "health": state.engine.health()._asdict(),
         "admission": {

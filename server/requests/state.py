@@ -99,7 +99,7 @@ class ServerState:
         """Return the `system_fingerprint`, which changes with anything that may change the tokens
         that a seed gives."""
         info = self.engine.info
-        parts = (self.version, info.model, info.dtype, info.device)
+        parts = (self.version, info.model, info.dtype, info.computed_format, info.device)
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from ...engine.checkpoints.source import find_source
 from ...engine.client import EngineClient
 from ..api import chat, completions, embeddings, invocations, operations, tokenization
 from ..api.stored_streams import router as streams_router
@@ -57,7 +58,8 @@ def create_app(
     after the last answer. Raises ConfigurationError for a bad generation_config.
     """
     version = package_version("quire")
-    defaults = load_generation_defaults(settings.generation_config, settings.model_path)
+    source = find_source(settings.model_path, settings.engine_config().gguf_file)
+    defaults = load_generation_defaults(settings.generation_config, source.repository)
     state = ServerState(
         settings, engine, tokenizer, metrics, version, defaults, siblings or Siblings()
     )

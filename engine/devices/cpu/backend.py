@@ -50,6 +50,10 @@ class CpuBackend:
     def check_quantization(self, config: EngineConfig) -> None:
         """Accept every quantisation."""
 
+    @property
+    def multiplies_groups(self) -> bool:
+        return True
+
     def token_budget(self, config: EngineConfig) -> int:
         """By default as many as keep a CPU's cores busy: with more, every running sequence would
         wait longer for its next token."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import mmap
-from pathlib import Path
 
 import torch
 
 from ...config import EngineConfig
 from ...errors import ConfigurationError
+from ...main_memory import available_memory
 
 TYPICAL_TOKENS = 2048
 """Expected tokens of a sequence, for sizing the cache by max_num_seqs."""
@@ -35,20 +35,6 @@ def cache_memory(config: EngineConfig, block_bytes: int, max_model_len: int) -> 
     tokens = max(max_model_len, config.max_num_seqs * min(max_model_len, TYPICAL_TOKENS))
     wanted = -(-tokens // config.block_size) * block_bytes
     return wanted if available is None else min(wanted, int(available * CPU_MEMORY_SHARE))
-
-
-def available_memory() -> int | None:
-    """Return the bytes that this process may still take without swapping: the system's, or its
-    control group's if that is less. None if the system does not say."""
-    found = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        found.append(int(text) - int(used.read_text()))
-    return min(found) if found else None
 
 
 def allocate_kv_cache(

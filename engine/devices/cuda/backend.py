@@ -63,6 +63,10 @@ class CudaBackend:
         if config.quantization is not None:
             raise ConfigurationError(f"quantization {config.quantization} works only on the CPU")
 
+    @property
+    def multiplies_groups(self) -> bool:
+        return False
+
     def token_budget(self, config: EngineConfig) -> int:
         """By default thousands, since a GPU needs many tokens at once to be busy."""
         return config.max_num_batched_tokens or 8192
