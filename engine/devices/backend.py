@@ -135,12 +135,18 @@ class Backend(Protocol):
     # -- the model -------------------------------------------------------------------------------
 
     def make_body(
-        self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
+        self,
+        body: nn.Module,
+        head: nn.Module,
+        flat: FlatDecoder | None,
+        *,
+        quantization: str | None,
     ) -> Body:
         """Choose how the body runs. `flat` is the same body, flattened, if it can be.
 
-        May take over the weights, and replace the linear layers of `body` and `head` in place, with
-        `int8` by quantised ones.
+        May take over the weights, and replace the linear layers of `body` and `head` in place, by
+        quantised ones if there is a `quantization`. Grouped layers keep their integers, or are made
+        dense.
         """
 
     def make_sampler(self, vocab_size: int) -> Sampler:

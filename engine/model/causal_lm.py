@@ -35,13 +35,13 @@ class CausalLM:
         backend: Backend,
         *,
         can_generate: bool = True,
-        int8: bool = False,
+        quantization: str | None = None,
     ) -> None:
         """Take over a transformers model on the backend's device. Raises UnsupportedModelError,
         naming the reason, if it does not pass the probe.
 
         `can_generate` is False if the head's weights are made up, so that logits mean nothing.
-        With `int8`, linear layers are quantised to eight bits.
+        `quantization` is how linear layers are to be rounded, if they are.
         """
         self.spec = spec
         self.can_generate = can_generate
@@ -61,7 +61,7 @@ class CausalLM:
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
         self._head._modules[model.base_model_prefix] = _Passthrough(type(probed.output))
-        self._body = backend.make_body(body, self._head, flat, int8=int8)
+        self._body = backend.make_body(body, self._head, flat, quantization=quantization)
         # 3. If logits are nothing but one product, call that, or fuse it with the body.
         self._product = self._check_head(probed.hidden)
         fused = None if self._product is None else self._body.fuse_head(self._product)

@@ -62,8 +62,9 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
         raise ModelLoadError(f"cannot load {config.model!r}: {one_line(error)}") from error
     model.eval().requires_grad_(False)
     _fix_rope(model, max_model_len, spec)
-    int8 = config.quantization == "int8"
-    return CausalLM(model, spec, backend, can_generate=can_generate, int8=int8)
+    return CausalLM(
+        model, spec, backend, can_generate=can_generate, quantization=config.quantization
+    )
 
 
 def _auto_class(hf_config: Any, config: EngineConfig) -> Any:

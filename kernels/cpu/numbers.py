@@ -25,9 +25,9 @@ from numba.extending import intrinsic, overload
 # has changed whose functions it calls. So the cache is kept by all that the machine code depends
 # on: the sources of this folder, Numba's release, the processor.
 _HERE = Path(__file__).parent
-_FEATURES = binding.get_host_cpu_features()
-_PARTS = (numba.__version__, binding.get_host_cpu_name(), _FEATURES.flatten())
-_SOURCES = [path.read_bytes() for path in sorted(_HERE.glob("*.py"))]
+FEATURES = binding.get_host_cpu_features()
+_PARTS = (numba.__version__, binding.get_host_cpu_name(), FEATURES.flatten())
+_SOURCES = [path.read_bytes() for path in sorted(_HERE.rglob("*.py"))]
 _DIGEST = hashlib.sha256(b"".join((*_SOURCES, *map(str.encode, _PARTS)))).hexdigest()[:16]
 _CACHE = _HERE / "__pycache__" if os.access(_HERE, os.W_OK) else Path.home() / ".cache" / "quire"
 CACHE = Path(numba.config.CACHE_DIR or _CACHE) / f"numba-{_DIGEST}"
@@ -55,7 +55,7 @@ INLINED = {**FAST, "inline": "always"}
 _OTHERS = ["comprehension", "fusion", "inplace_binop", "numpy", "reduction", "setitem", "stencil"]
 PARALLEL = {**FAST, "parallel": {"prange": True} | dict.fromkeys(_OTHERS, False)}
 
-LANES = 16 if _FEATURES.get("avx512f") else 8
+LANES = 16 if FEATURES.get("avx512f") else 8
 
 
 @intrinsic

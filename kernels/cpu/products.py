@@ -2,9 +2,11 @@
 
 W `[out_features, in_features]` is stored as panels `[panels, in_features, PANEL_COLUMNS]`: each
 panel holds PANEL_COLUMNS columns of Wᵀ, so that a product reads it from its first number to its
-last. Every column has a scale and a bias, `[2, panels * PANEL_COLUMNS]`; scales are 1 except for
-int8 panels. Each sum runs over in_features in one order, so that a row's result does not depend on
-what else is in the batch.
+last. Every column has a bias, `[panels * PANEL_COLUMNS]`. Each sum runs over in_features in one
+order, so that a row's result does not depend on what else is in the batch.
+
+Weights of 4 and 8 bits are multiplied in integers, by kernels of their own: see `integer`. What the
+two have in common is `PackedWeight`.
 
 An item is one panel times up to ROWS rows. The columns that pad the last panel are computed and
 dropped.
@@ -13,33 +15,81 @@ dropped.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numba import njit
 
-from .kernel import kernel
+from .kernel import Kernel, Packed, Work, kernel
 from .numbers import INLINED, exp
 from .panels import PANEL_COLUMNS, PANEL_ROWS, multiply_add
-from .region import launch
+from .region import run_phases
 
 ROWS = 16 * PANEL_ROWS
 """Maximum rows per item: a panel's weights come from memory once for that many rows."""
+QUANTISED_ROWS = 4
+"""Rows per item when x is quantised."""
 DEPTH = 1024
 """Input features per pass: this slice of a panel stays in the second-level cache while every row
 of the item reads it."""
 
 
-class Product(NamedTuple):
-    """A product, for each of a number of layers. x and out are float32 and may have more rows.
+Array = np.ndarray[Any, Any]
+Call = tuple[Kernel, Work]
 
-    For `multiply_gated`, panel 2i of a layer is the i-th of gate and panel 2i + 1 the i-th of up.
+
+class Quantised(NamedTuple):
+    """Room for rows of x in integers: the rows of one product follow each other, whatever their
+    length, so that products of any depth can use it."""
+
+    numbers: Any
+    """The integers, int8 `[.]`: each row has groups * group."""
+    steps: Any
+    """The steps, float32 `[.]`: each row has `groups`. So too the next two."""
+    sums: Any
+    """step · Σ n, float32."""
+    offsets: Any
+    """-128 · Σ n, int32: where sums of weights of 8 bits begin."""
+
+
+class PackedWeight(Protocol):
+    """A weight in panels, with its bias: the weights of one product."""
+
+    @property
+    def num_panels(self) -> int:
+        """Return the number of panels."""
+
+    @property
+    def num_groups(self) -> int:
+        """Return the number of groups of features that rows of x are quantised in; 0 if they are
+        not."""
+
+    @property
+    def depth(self) -> int:
+        """Return the number of features of a quantised row."""
+
+    def quantise(self, x: Array, room: Quantised, tiles: Array) -> Call | None:
+        """Return the kernel that brings rows of x into `room`, in the form that `multiply` reads,
+        and its work; None if it reads x itself."""
+
+    def multiply(self, x: Array, room: Quantised, out: Array, tiles: Array, adds: bool) -> Call:
+        """Return the kernel that computes x Wᵀ + b into `out`, or adds it to `out`."""
+
+    def multiply_gated(self, x: Array, room: Quantised, out: Array, tiles: Array) -> Call:
+        """Return the kernel that computes silu(gate) * up into `out`. Panel 2i is the i-th of
+        gate, panel 2i + 1 the i-th of up."""
+
+
+class Product(NamedTuple):
+    """A product. x and out are float32 and may have more rows.
+
+    For `multiply_gated`, panel 2i is the i-th of gate and panel 2i + 1 the i-th of up.
     """
 
     panels: Any
-    """`[layers, panels, in_features, PANEL_COLUMNS]`."""
-    affine: Any
-    """Scales and biases `[layers, 2, panels * PANEL_COLUMNS]`."""
+    """`[panels, in_features, PANEL_COLUMNS]`."""
+    bias: Any
+    """`[panels * PANEL_COLUMNS]` float32."""
     x: Any
     """`[., in_features]`."""
     out: Any
@@ -50,9 +100,48 @@ class Product(NamedTuple):
     """Whether the product is added to `out` (not by `multiply_gated`)."""
 
 
-def make_tiles(num_threads: int) -> np.ndarray[Any, Any]:
+class FloatWeight(NamedTuple):
+    """A PackedWeight of floats."""
+
+    panels: Any
+    """This and the next are as in Product."""
+    bias: Any
+
+    @property
+    def num_panels(self) -> int:
+        return len(self.panels)
+
+    @property
+    def num_groups(self) -> int:
+        return 0
+
+    @property
+    def depth(self) -> int:
+        return 0
+
+    def quantise(self, x: Array, room: Quantised, tiles: Array) -> Call | None:
+        return None
+
+    def multiply(self, x: Array, room: Quantised, out: Array, tiles: Array, adds: bool) -> Call:
+        return multiply, Product(*self, x, out, tiles, adds)
+
+    def multiply_gated(self, x: Array, room: Quantised, out: Array, tiles: Array) -> Call:
+        return multiply_gated, Product(*self, x, out, tiles, False)
+
+
+def make_tiles(num_threads: int) -> Array:
     """Return scratch for `num_threads` threads: two tiles of sums each."""
     return np.empty((num_threads, 2, ROWS, PANEL_COLUMNS), dtype=np.float32)
+
+
+def make_quantised(rows: int, features: int, groups: int) -> Quantised:
+    """Return room for so many rows of at most so many features and groups."""
+    return Quantised(
+        np.zeros(rows * features, np.int8),
+        np.zeros(rows * groups, np.float32),
+        np.zeros(rows * groups, np.float32),
+        np.zeros(rows * groups, np.int32),
+    )
 
 
 def count_items(panels: int, rows: int) -> int:
@@ -61,30 +150,36 @@ def count_items(panels: int, rows: int) -> int:
     return panels * -(-rows // ROWS)
 
 
-def run_product(
-    panels: np.ndarray[Any, Any],
-    affine: np.ndarray[Any, Any],
-    x: np.ndarray[Any, Any],
-    rows: int,
-    out: np.ndarray[Any, Any],
-    num_threads: int,
-) -> None:
-    """Compute out[:rows] `[., out_features]` = x Wᵀ + b of one layer; x and out are float32."""
-    product = Product(panels[None], affine[None], x, out, make_tiles(num_threads), False)
-    launch(multiply, product, count_items(len(panels), rows), rows, num_threads)
+def count_few(rows: int) -> int:
+    """Return the number of items of `PackedWeight.quantise`."""
+    return -(-rows // QUANTISED_ROWS)
+
+
+def run_product(weight: PackedWeight, x: Array, rows: int, out: Array, num_threads: int) -> None:
+    """Compute out[:rows] `[., out_features]` = x Wᵀ + b; x and out are float32."""
+    room, tiles = make_quantised(rows, weight.depth, weight.num_groups), make_tiles(num_threads)
+    calls = [(weight.multiply(x, room, out, tiles, False), count_items(weight.num_panels, rows))]
+    quantise = weight.quantise(x, room, tiles)
+    if quantise is not None:
+        calls.insert(0, (quantise, count_few(rows)))
+    packed = [Packed(work) for (_, work), _ in calls]  # until the kernels have run
+    phases = [
+        (kernel.address(work), id(words.words), items, 0, rows)
+        for ((kernel, work), items), words in zip(calls, packed, strict=True)
+    ]
+    run_phases(np.array(phases, dtype=np.int64), num_threads)
 
 
 @kernel
 def multiply(item, layer, rows, thread, product):
     """Compute an item of x Wᵀ + b into `out`, or add it to `out`."""
-    panels, affine = product.panels[layer], product.affine[layer]
     out, tile, adds = product.out, product.tiles[thread, 0], product.adds
-    panel, first, left, count, columns = _extent(item, rows, out)
-    _fill_tile(tile, panels[panel], product.x, first, count)
-    scale, bias = _columns_of(affine, panel)
+    panel, first, left, count, columns = extent_of(item, rows, out)
+    _fill_tile(tile, product.panels[panel], product.x, first, count)
+    bias = columns_of(product.bias, panel)
     for row in range(count):
         for column in range(columns):
-            number = tile[row, column] * scale[column] + bias[column]
+            number = tile[row, column] + bias[column]
             if adds:
                 number += out[first + row, left + column]
             out[first + row, left + column] = number
@@ -93,23 +188,22 @@ def multiply(item, layer, rows, thread, product):
 @kernel
 def multiply_gated(item, layer, rows, thread, product):
     """Compute an item of silu(gate) * up into `out`."""
-    panels, affine = product.panels[layer], product.affine[layer]
     x, out, tiles = product.x, product.out, product.tiles[thread]
-    pair, first, left, count, columns = _extent(item, rows, out)
+    pair, first, left, count, columns = extent_of(item, rows, out)
     for half in range(2):
-        _fill_tile(tiles[half], panels[2 * pair + half], x, first, count)
+        _fill_tile(tiles[half], product.panels[2 * pair + half], x, first, count)
     gate, up = tiles[0], tiles[1]
-    gate_scale, gate_bias = _columns_of(affine, 2 * pair)
-    up_scale, up_bias = _columns_of(affine, 2 * pair + 1)
+    gate_bias = columns_of(product.bias, 2 * pair)
+    up_bias = columns_of(product.bias, 2 * pair + 1)
     for row in range(count):
         for column in range(columns):
-            number = gate[row, column] * gate_scale[column] + gate_bias[column]
-            factor = up[row, column] * up_scale[column] + up_bias[column]
+            number = gate[row, column] + gate_bias[column]
+            factor = up[row, column] + up_bias[column]
             out[first + row, left + column] = number / (np.float32(1) + exp(-number)) * factor
 
 
 @njit(**INLINED)
-def _extent(item, rows, out):
+def extent_of(item, rows, out):
     """Return an item's panel, its first row and column, and how many of each it has. All but the
     panel are unsigned: for a signed index Numba generates a test whether it counts from the end,
     which keeps LLVM from vectorising the loop."""
@@ -120,16 +214,16 @@ def _extent(item, rows, out):
 
 
 @njit(**INLINED)
-def _columns_of(affine, panel):
-    """Return scale and bias of a panel's columns."""
+def columns_of(numbers, panel):
+    """Return the numbers of a panel's columns."""
     begin = panel * PANEL_COLUMNS
-    return affine[0, begin : begin + PANEL_COLUMNS], affine[1, begin : begin + PANEL_COLUMNS]
+    return numbers[begin : begin + PANEL_COLUMNS]
 
 
 @njit(**INLINED)
 def _fill_tile(tile, weights, x, first, count):
     """Compute tile[:count] = x[first : first + count] Wᵀ for the columns of one panel, without
-    scale and bias."""
+    bias."""
     for row in range(count):
         for column in range(PANEL_COLUMNS):
             tile[row, column] = np.float32(0)

@@ -64,18 +64,23 @@ class CpuBackend:
         return []
 
     def make_body(
-        self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
+        self,
+        body: nn.Module,
+        head: nn.Module,
+        flat: FlatDecoder | None,
+        *,
+        quantization: str | None,
     ) -> Body:
         unmap_weights(body)
         unmap_weights(head)
         made: Body
         if flat is not None and can_compile(flat):
-            made = CpuDecoder(flat, int8=int8)
+            made = CpuDecoder(flat, quantization=quantization)
             logger.info("each step runs as one parallel region of compiled kernels")
         else:
-            pack_linears(body, int8=int8)
+            pack_linears(body, quantization=quantization)
             made = HfBody(body)
-        pack_linears(head, int8=int8)
+        pack_linears(head, quantization=quantization)
         return made
 
     def make_sampler(self, vocab_size: int) -> Sampler:

@@ -22,4 +22,4 @@ def compile_ahead(config: EngineConfig) -> None:
     """Begin to compile the model's kernels in a process beside this one, if this installation has
     not compiled them: see `kernels.cpu.ahead`."""
     dtype = "float32" if config.dtype == "auto" else config.dtype
-    ahead.compile_ahead(dtype, int8=config.quantization == "int8")
+    ahead.compile_ahead(ahead.Build(dtype, dtype, config.quantization or ""))

@@ -17,6 +17,7 @@ from ....kernels.device_copy import to_device
 from ....kernels.prefix_groups import MIN_MEMBERS, find_prefix_groups
 from ...body.body import Body, FlatBody, HfBody
 from ...body.flat_decoder import FlatDecoder
+from ...body.grouped_linear import as_dense, make_dense
 from ...config import EngineConfig
 from ...errors import ConfigurationError, UnsupportedModelError, one_line
 from ...sampling.sampler import Sampler
@@ -76,8 +77,17 @@ class CudaBackend:
         return [self.device.index]
 
     def make_body(
-        self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
+        self,
+        body: nn.Module,
+        head: nn.Module,
+        flat: FlatDecoder | None,
+        *,
+        quantization: str | None,
     ) -> Body:
+        for module in (body, head):
+            make_dense(module)
+        if flat is not None:
+            flat = flat.with_linears(as_dense)
         return HfBody(body) if flat is None else FlatBody(flat, CudaOps.of_step)
 
     def make_sampler(self, vocab_size: int) -> Sampler:
