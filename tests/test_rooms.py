@@ -30,7 +30,11 @@ RULES: dict[str, set[str]] = {
     "engine.sampling": ENGINE | KERNELS,
 }
 RULES["engine.devices"] = ENGINE | KERNELS | {"engine.attention", "engine.body", "engine.sampling"}
-RULES["engine.devices.cpu"] = RULES["engine.devices"] | {"engine.devices", "kernels.cpu", "kernels.cpu.integer"}
+RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
+    "engine.devices",
+    "kernels.cpu",
+    "kernels.cpu.integer",
+}
 RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),
 }

@@ -51,20 +51,19 @@ class Build(NamedTuple):
 def tasks_for(build: Build) -> list[Task]:
     """Return all kernels of a Llama-shaped model."""
     floats, cache = (_zeros(_DTYPES[name], 1) for name in build[:2])
-    weight: PackedWeight
+    head: PackedWeight = FloatWeight(_zeros(floats.dtype, 3), _zeros(np.float32, 1))
+    weight = head
     if build.quantization:
         from .integer.products import weight_like  # which imports this room
 
-        weight = weight_like(build.quantization)
-    else:
-        weight = FloatWeight(_zeros(floats.dtype, 3), _zeros(np.float32, 1))
+        weight, head = weight_like(build.quantization), weight_like("int8")
     line, rows, heads = (_zeros(np.float32, ndim) for ndim in (1, 2, 3))
     words, pairs, starts = _zeros(np.int64, 1), _zeros(np.int64, 2), _zeros(np.int32, 1)
     products = (weight,)
     layers = Layers(
         rows, products, heads, products, rows, products, products, line, line, line, line, words
     )
-    ends = Ends(_zeros(floats.dtype, 2), weight)
+    ends = Ends(_zeros(floats.dtype, 2), head)
     activations = Activations(rows, rows, heads, heads, heads, rows, rows, rows)
     step = BodyStep(
         *(words, words, words, words, rows, rows, _zeros(np.int32, 2), starts, starts),

@@ -25,8 +25,12 @@ from numba.extending import intrinsic, overload
 # has changed whose functions it calls. So the cache is kept by all that the machine code depends
 # on: the sources of this folder, Numba's release, the processor.
 _HERE = Path(__file__).parent
-FEATURES = binding.get_host_cpu_features()
-_PARTS = (numba.__version__, binding.get_host_cpu_name(), FEATURES.flatten())
+FEATURES: dict[str, bool] = dict(binding.get_host_cpu_features())
+"""What the processor has, by LLVM's names; NUMBA_CPU_FEATURES may say less."""
+if numba.config.CPU_FEATURES is not None:
+    FEATURES = {name[1:]: name[0] == "+" for name in numba.config.CPU_FEATURES.split(",")}
+_NAME = numba.config.CPU_NAME or binding.get_host_cpu_name()
+_PARTS = (numba.__version__, _NAME, str(sorted(FEATURES.items())))
 _SOURCES = [path.read_bytes() for path in sorted(_HERE.rglob("*.py"))]
 _DIGEST = hashlib.sha256(b"".join((*_SOURCES, *map(str.encode, _PARTS)))).hexdigest()[:16]
 _CACHE = _HERE / "__pycache__" if os.access(_HERE, os.W_OK) else Path.home() / ".cache" / "quire"

@@ -80,7 +80,8 @@ class CpuBackend:
         else:
             pack_linears(body, quantization=quantization)
             made = HfBody(body)
-        pack_linears(head, quantization=quantization)
+        # The last product decides between tokens, and suffers most from 4 bits.
+        pack_linears(head, quantization="int8" if quantization == "int4" else quantization)
         return made
 
     def make_sampler(self, vocab_size: int) -> Sampler:

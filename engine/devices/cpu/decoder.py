@@ -161,9 +161,7 @@ def can_compile(flat: FlatDecoder) -> bool:
     )
 
 
-def _pack_layers(
-    layers: Sequence[FlatLayer], last_norm: Norm, quantization: str | None
-) -> Layers:
+def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm, quantization: str | None) -> Layers:
     """Pack the layers' weights, and stack those of norms. Norms of Q and K that a model does not
     have get an epsilon of −1, and the last norm is an input norm after the last layer's."""
 

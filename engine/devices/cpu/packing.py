@@ -5,6 +5,8 @@ Importing this loads Numba.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,12 +16,17 @@ from ....kernels.cpu.arrays import as_array
 from ....kernels.cpu.integer.dots import ZERO_OF_BYTES
 from ....kernels.cpu.integer.groups import UNIT
 from ....kernels.cpu.integer.products import IntegerWeight
-from ....kernels.cpu.panels import PANEL_COLUMNS, PANEL_VECTORS
+from ....kernels.cpu.panels import PANEL_COLUMNS
 from ....kernels.cpu.products import FloatWeight, PackedWeight
 from ...body.grouped_linear import GroupedLinear, GroupedWeight
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 GROUP = 32
 """Features of a group: of weights of 4 bits, and of x for weights with a scale a column."""
+MAX_GROUP = 256
+"""Maximum features of x that share a step."""
 _LEAST_NORMAL_HALF = 2.0**-14
 _NONE = np.zeros((0, 0, 0), np.uint8)
 _MINUS_EIGHT = np.zeros((0, 0, 0), np.int8)
@@ -89,24 +96,25 @@ def pack_weight(
     if bias is None:
         bias = torch.zeros(weight.shape[0])
     biases = by_panel(bias.detach().float(), parts).flatten().numpy()
+    if isinstance(weight, GroupedWeight) and weight.group_size % UNIT:
+        weight = weight.dense()
     if isinstance(weight, torch.Tensor):
         return FloatWeight(as_array(by_panel(weight, parts).transpose(1, 2)), biases)
-    weight, factors = _with_small_groups(weight)
-    scales, minimums = _NONE, _NONE
-    if factors is None:
-        factors = torch.ones(weight.shape[0])
-        scales = _panels_of_groups(weight.scale, parts)
+    # 1. One scale a row, and no minimum: a factor of the whole sum, so that x may have any groups.
+    if weight.scale.shape[1] == 1 and weight.minimum is None and weight.bits == 8:
+        factors, scales, minimums = weight.scale[:, 0], _NONE, _NONE
+        group = GROUP if weight.shape[1] % GROUP == 0 else UNIT
+    # 2. A scale a group, with or without minimums.
+    else:
+        factors, group = torch.ones(weight.shape[0]), _group_of(weight.group_size)
+        weight = weight.regrouped(group)
+        scales, minimums = _panels_of_groups(weight.scale, parts), _NONE
         if weight.minimum is not None:
             is_centred = weight.bits == 4 and torch.equal(weight.minimum, -8 * weight.scale)
             minimums = _MINUS_EIGHT if is_centred else _panels_of_groups(weight.minimum, parts)
-    return IntegerWeight(
-        _panels_of_quants(weight, parts),
-        scales,
-        minimums,
-        by_panel(factors, parts).flatten().numpy(),
-        biases,
-        weight.group_size,
-    )
+    quants = _panels_of_quants(weight, group, parts)
+    factors = by_panel(factors, parts).flatten().numpy()
+    return IntegerWeight(quants, scales, minimums, factors, biases, group)
 
 
 def unpack(packed: PackedWeight, out_features: int, in_features: int) -> torch.Tensor:
@@ -147,29 +155,18 @@ def by_panel(rows: torch.Tensor, parts: int) -> torch.Tensor:
     return rows.transpose(0, 1).flatten(0, 1)
 
 
-def _with_small_groups(weight: GroupedWeight) -> tuple[GroupedWeight, torch.Tensor | None]:
-    """Return a weight whose groups are few enough for x to be quantised in them, and the scales of
-    rows if there is one for each row and no minimum; its scales are not used then."""
-    size, groups = weight.group_size, weight.scale.shape[1]
-    if groups == 1 and size > GROUP and weight.minimum is None:
-        if size % GROUP == 0 and weight.bits == 8:
-            return weight._replace(group_size=GROUP), weight.scale[:, 0]
-    if size > MAX_GROUP:
-        smaller = max(each for each in range(UNIT, MAX_GROUP + 1, UNIT) if size % each == 0)
-        weight = weight.regrouped(smaller)
-    return weight, None
+def _group_of(size: int) -> int:
+    """Return the number of features of x that share a step, if as many weights as `size` share a
+    scale: as many, if they are not too many."""
+    return max(each for each in range(UNIT, MAX_GROUP + 1, UNIT) if size % each == 0)
 
 
-MAX_GROUP = 256
-"""Maximum features of x that share a step."""
-
-
-def _panels_of_quants(weight: GroupedWeight, parts: int) -> np.ndarray:
+def _panels_of_quants(weight: GroupedWeight, group: int, parts: int) -> NDArray[Any]:
     """Return the integers in the order of `IntegerProduct.quants`."""
     halves = 8 // weight.bits
     integers = weight.integers()
     columns = by_panel(integers, parts)  # [panels, PANEL_COLUMNS, in_features]
-    groups = columns.shape[2] // weight.group_size
+    groups = columns.shape[2] // group
     columns = columns.view(len(columns), PANEL_COLUMNS, groups, -1, halves, 4)
     columns = columns.permute(0, 2, 3, 1, 4, 5)  # [panels, groups, ., PANEL_COLUMNS, halves, 4]
     if weight.bits == 4:
@@ -178,7 +175,7 @@ def _panels_of_quants(weight: GroupedWeight, parts: int) -> np.ndarray:
     return (columns[..., 0, :] ^ -ZERO_OF_BYTES).flatten(2).contiguous().numpy()
 
 
-def _panels_of_groups(numbers: torch.Tensor, parts: int) -> np.ndarray:
+def _panels_of_groups(numbers: torch.Tensor, parts: int) -> NDArray[Any]:
     """Return numbers `[out_features, groups]` as `[panels, groups, PANEL_COLUMNS]`, in 16 bits if
     that loses nothing."""
     halves = numbers.half()
@@ -186,7 +183,7 @@ def _panels_of_groups(numbers: torch.Tensor, parts: int) -> np.ndarray:
     return as_array(by_panel(exact, parts).transpose(1, 2))
 
 
-def _groups_of_panels(panels: np.ndarray) -> torch.Tensor:
+def _groups_of_panels(panels: NDArray[Any]) -> torch.Tensor:
     """Return what `_panels_of_groups` was given, `[., groups, 1]`."""
     numbers = torch.from_numpy(panels)
     if numbers.dtype == torch.int16:

@@ -6,8 +6,8 @@ A vector of LANES int32 sums takes four products in each lane:
     numbers   x0 x1 x2 x3 | x0 …      the same four features of a row of x, in all lanes
     sums    += u0·x0 + u1·x1 + u2·x2 + u3·x3
 
-Weights are unsigned: integers of 4 bits as they are, those of 8 bits plus 128. Numbers are from -127
-to 127. Every path gives exactly these integers: the sums are the same on all processors.
+Weights are unsigned: integers of 4 bits as they are, those of 8 bits plus 128. Numbers are from
+-127 to 127. Every path gives exactly these integers: the sums are the same on all processors.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -81,20 +81,15 @@ def _dot_madd(builder, sums, weights, numbers, bits):
 
 
 def _dot_neon(builder, sums, weights, numbers):
-    """Multiply 16 signed bytes an instruction."""
-    quarter, whole = ir.VectorType(ir.IntType(32), 4), None
+    """Multiply 16 signed bytes an instruction: LANES is 8 here, two of NEON's vectors."""
+    halves = []
     for begin in range(0, LANES, 4):
-        lanes = _mask(range(begin, begin + 4))
-        octets = _mask(range(4 * begin, 4 * begin + 16))
+        lanes, octets = _mask(range(begin, begin + 4)), _mask(range(4 * begin, 4 * begin + 16))
         parts = [builder.shuffle_vector(sums, sums, lanes)]
         parts += [builder.shuffle_vector(each, each, octets) for each in (weights, numbers)]
-        part = _call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", quarter, parts)
-        width = begin + 4
-        if whole is None:
-            whole = part
-        else:  # only two quarters: LANES is 8
-            whole = builder.shuffle_vector(whole, part, _mask(range(width)))
-    return whole
+        name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+        halves.append(_call(builder, name, parts[0].type, parts))
+    return builder.shuffle_vector(*halves, _mask(range(LANES)))
 
 
 def _dot_plain(builder, sums, weights, numbers):

@@ -4,11 +4,11 @@ W and x are cut into groups of features; each group of a row has a scale, and W'
 
     W[o, k] = scale[o, g] · (q[o, k] - zero) + minimum[o, g]        x[r, k] ≈ step[r, g] · n[r, k]
 
-    y[r, o] = Σ_g  step[r, g] · scale[o, g] · Σ_k (q[o, k] - zero) · n[r, k]        in integers, exact
+    y[r, o] = Σ_g  step[r, g] · scale[o, g] · Σ_k (q[o, k] - zero) · n[r, k]
                  + minimum[o, g] · step[r, g] · Σ_k n[r, k]
 
-The sum over k is exact in any order, and the sum over g runs in one order: a row's result does not
-depend on the batch, nor on how the processor multiplies bytes (`dots.py`).
+The sum over k is of integers, exact in any order, and the sum over g runs in one order: a row's
+result does not depend on the batch, nor on how the processor multiplies bytes (`dots.py`).
 
 A panel holds PANEL_COLUMNS columns, group by group; a vector of it is four features of LANES
 columns in bytes, or eight in halves of bytes: the first four features in the low halves.
@@ -68,13 +68,12 @@ def _make_add_groups(num_rows):
         row,
     ):
         """Do what `add_groups` below does, for num_rows rows."""
+        # Over 50 lines: it has one part after the other, as in the code that it generates.
         bits = 4 if quants.dtype == types.uint8 else 8
         shift = 4 if minimums.dtype == types.int8 else 0  # from 128 to 8
 
         def generate(context, builder, signature, arguments):
-            arrays = arrays_of(
-                context, builder, signature, arguments, (0, 1, 2, 4, 5, 6, 7, 12)
-            )
+            arrays = arrays_of(context, builder, signature, arguments, (0, 1, 2, 4, 5, 6, 7, 12))
             quants, scales, minimums, numbers, steps, sums, offsets, out = arrays
             panel_group, x_group, x_groups, group, groups, row = (
                 arguments[at] for at in (3, 8, 9, 10, 11, 13)
@@ -210,8 +209,20 @@ _add_groups_6 = _make_add_groups(PANEL_ROWS)
 
 @njit(**INLINED)
 def add_groups(
-    quants, scales, minimums, begin, numbers, steps, sums, offsets, first, stride, group, groups,
-    out, rows,
+    quants,
+    scales,
+    minimums,
+    begin,
+    numbers,
+    steps,
+    sums,
+    offsets,
+    first,
+    stride,
+    group,
+    groups,
+    out,
+    rows,
 ):
     """Compute out[:rows, :PANEL_COLUMNS] += the products of `groups` groups.
 
@@ -222,31 +233,103 @@ def add_groups(
         few, here = np.int64(rows) - at, first + at * stride
         if few >= PANEL_ROWS:
             _add_groups_6(
-                quants, scales, minimums, begin, numbers, steps, sums, offsets, here, stride,
-                group, groups, out, at,
+                quants,
+                scales,
+                minimums,
+                begin,
+                numbers,
+                steps,
+                sums,
+                offsets,
+                here,
+                stride,
+                group,
+                groups,
+                out,
+                at,
             )
         elif few == 5:
             _add_groups_5(
-                quants, scales, minimums, begin, numbers, steps, sums, offsets, here, stride,
-                group, groups, out, at,
+                quants,
+                scales,
+                minimums,
+                begin,
+                numbers,
+                steps,
+                sums,
+                offsets,
+                here,
+                stride,
+                group,
+                groups,
+                out,
+                at,
             )
         elif few == 4:
             _add_groups_4(
-                quants, scales, minimums, begin, numbers, steps, sums, offsets, here, stride,
-                group, groups, out, at,
+                quants,
+                scales,
+                minimums,
+                begin,
+                numbers,
+                steps,
+                sums,
+                offsets,
+                here,
+                stride,
+                group,
+                groups,
+                out,
+                at,
             )
         elif few == 3:
             _add_groups_3(
-                quants, scales, minimums, begin, numbers, steps, sums, offsets, here, stride,
-                group, groups, out, at,
+                quants,
+                scales,
+                minimums,
+                begin,
+                numbers,
+                steps,
+                sums,
+                offsets,
+                here,
+                stride,
+                group,
+                groups,
+                out,
+                at,
             )
         elif few == 2:
             _add_groups_2(
-                quants, scales, minimums, begin, numbers, steps, sums, offsets, here, stride,
-                group, groups, out, at,
+                quants,
+                scales,
+                minimums,
+                begin,
+                numbers,
+                steps,
+                sums,
+                offsets,
+                here,
+                stride,
+                group,
+                groups,
+                out,
+                at,
             )
         else:
             _add_groups_1(
-                quants, scales, minimums, begin, numbers, steps, sums, offsets, here, stride,
-                group, groups, out, at,
+                quants,
+                scales,
+                minimums,
+                begin,
+                numbers,
+                steps,
+                sums,
+                offsets,
+                here,
+                stride,
+                group,
+                groups,
+                out,
+                at,
             )

@@ -145,7 +145,18 @@ def _fill_tile(tile, product, panel, first, count):
     few = max(np.int64(DEPTH) // group, 1)
     for begin in range(0, groups, few):
         add_groups(
-            quants, scales, minimums, panel * groups + begin,
-            numbers, steps, sums, offsets, np.int64(first) * groups + begin, groups,
-            group, min(few, groups - begin), tile, count,
+            quants,
+            scales,
+            minimums,
+            panel * groups + begin,
+            numbers,
+            steps,
+            sums,
+            offsets,
+            np.int64(first) * groups + begin,
+            groups,
+            group,
+            min(few, groups - begin),
+            tile,
+            count,
         )

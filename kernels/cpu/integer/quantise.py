@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from ..kernel import kernel
 from ..numbers import LANES
 from ..products import QUANTISED_ROWS
-from ..vectors import FLOATS, WORDS, across, arrays_of, broadcast, floats, index, plus, words
+from ..vectors import FLOATS, WORDS, across, arrays_of, floats, index, words
 from .dots import ZERO_OF_BYTES
 
 _LEAST = 1e-30
@@ -102,9 +102,7 @@ def _quantise_group(typing_context, x, begin, group, numbers, steps, sums, offse
         with cgutils.for_range(builder, vectors, intp=vectors.type) as loop:
             scaled = builder.fmul(vector_of(loop.index), factor)
             rounded = _call(builder, f"llvm.rint.v{LANES}f32", FLOATS, scaled)
-            integers = _call(
-                builder, f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", WORDS, rounded
-            )
+            integers = _call(builder, f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", WORDS, rounded)
             pointer = builder.gep(target, [builder.mul(loop.index, index(LANES))])
             pointer = builder.bitcast(pointer, octets.as_pointer())
             builder.store(builder.trunc(integers, octets), pointer, align=1)
