@@ -4,10 +4,10 @@
 
 The engine process sets OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=10000: set them here too.
 
-The engine runs without HTTP, with MODEL or else a 30M-parameter Qwen3 shape and random weights. Every row of a
-decode step has a context of about 300 tokens; the prefill is one prompt of 256 tokens. The reported
-figure is the fastest of many steps, which other load on the machine disturbs least, beside the
-median.
+The engine runs without HTTP, with MODEL or else a 30M-parameter Qwen3 shape and random weights.
+Every row of a decode step has a context of about 300 tokens; the prefill is one prompt of 256
+tokens. The reported figure is the fastest of many steps, which other load on the machine disturbs
+least, beside the median.
 """
 
 from __future__ import annotations

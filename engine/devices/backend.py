@@ -115,7 +115,10 @@ class Backend(Protocol):
         """Return the dtype of models if none is asked for; `checkpoint` is that of the weights."""
 
     def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
-        """Return the KV cache's dtype. Raises ConfigurationError on one that is unsupported."""
+        """Return the KV cache's dtype. Raises ConfigurationError on one that is unsupported.
+
+        If none is asked for ("auto") and this is not the model's, the cache gets it only if the
+        model bears the rounding (`probe.bears_rounding`)."""
 
     def check_quantization(self, config: EngineConfig) -> None:
         """Raise ConfigurationError if the device has no kernels for quantised weights."""

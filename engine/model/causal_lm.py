@@ -20,7 +20,7 @@ from ..attention.metadata import AttentionMetadata
 from ..body.merged_linear import merge_siblings
 from ..devices.backend import Backend
 from .model_spec import ModelSpec
-from .probe import check_class, flatten_if_equal, refuse, run_probe
+from .probe import bears_rounding, check_class, flatten_if_equal, refuse, run_probe
 
 logger = logging.getLogger("quire.engine")
 
@@ -36,12 +36,16 @@ class CausalLM:
         *,
         can_generate: bool = True,
         quantization: str | None = None,
+        kv_cache_dtype: torch.dtype | None = None,
+        kv_must_be_borne: bool = False,
     ) -> None:
         """Take over a transformers model on the backend's device. Raises UnsupportedModelError,
         naming the reason, if it does not pass the probe.
 
         `can_generate` is False if the head's weights are made up, so that logits mean nothing.
         `quantization` is how linear layers are to be rounded, if they are.
+        `kv_cache_dtype` is by default the model's; if the model must bear the rounding and does
+        not, it becomes that.
         """
         self.spec = spec
         self.can_generate = can_generate
@@ -52,6 +56,10 @@ class CausalLM:
         register_attention()
         check_class(model, spec)
         probed = run_probe(model, spec)
+        self.kv_cache_dtype = kv_cache_dtype or self.dtype
+        is_rounded = kv_must_be_borne and self.kv_cache_dtype != self.dtype
+        if is_rounded and not bears_rounding(model, spec, probed, self.kv_cache_dtype):
+            self.kv_cache_dtype = self.dtype
         body = model.base_model
         merged = Counter(merge_siblings(body, lambda: run_probe(model, spec)))
         for names, count in merged.items():

@@ -44,7 +44,7 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     spec = spec_from_hf_config(hf_config, config)
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
-    backend.kv_cache_dtype(config, dtype)  # refused before the weights are read
+    kv_cache_dtype = backend.kv_cache_dtype(config, dtype)  # refused before weights are read
     backend.check_quantization(config)
     register_attention()
     can_generate = True
@@ -63,7 +63,13 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     model.eval().requires_grad_(False)
     _fix_rope(model, max_model_len, spec)
     return CausalLM(
-        model, spec, backend, can_generate=can_generate, quantization=config.quantization
+        model,
+        spec,
+        backend,
+        can_generate=can_generate,
+        quantization=config.quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        kv_must_be_borne=config.kv_cache_dtype == "auto",
     )
 
 

@@ -51,6 +51,9 @@ FAST = {
     "cache": True,
 }
 
+# For an overload, which has no cache of its own.
+FAST_CALLS = {name: FAST[name] for name in ("fastmath", "error_model", "nogil")}
+
 # For a function that is only compiled as part of its callers.
 INLINED = {**FAST, "inline": "always"}
 
@@ -153,8 +156,34 @@ def yield_core(typing_context):
     return types.void(), generate
 
 
+@intrinsic
+def load_scale(typing_context, octets, at):
+    """Return the float32 that begins at an element of an int8 array, whose index is in memory
+    order."""
+
+    def generate(context, builder, signature, arguments):
+        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
+        place = builder.gep(array.data, [arguments[1]])
+        return builder.load(builder.bitcast(place, ir.FloatType().as_pointer()), align=1)
+
+    return types.float32(octets, types.int64), generate
+
+
+@intrinsic
+def store_scale(typing_context, octets, at, number):
+    """Write a float32 to where `load_scale` reads it."""
+
+    def generate(context, builder, signature, arguments):
+        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
+        place = builder.gep(array.data, [arguments[1]])
+        builder.store(arguments[2], builder.bitcast(place, ir.FloatType().as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(octets, types.int64, types.float32), generate
+
+
 def to_float(number):
-    """Return an element of any of the three types as float32."""
+    """Return an element of any of the types as float32."""
 
 
 @overload(to_float)
@@ -165,6 +194,8 @@ def _to_float(number):
         return lambda number: _float_from_bits(np.uint32(number) << np.uint32(16))
     if number == types.int16:
         return lambda number: _float_from_half(number)
+    if number == types.int8:
+        return lambda number: np.float32(number)
     return None
 
 

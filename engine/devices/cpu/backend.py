@@ -40,12 +40,17 @@ class CpuBackend:
         return "float32"
 
     def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
-        if config.kv_cache_dtype != "auto":
+        if config.kv_cache_dtype.startswith("fp8"):
             raise ConfigurationError(
-                f"a KV cache of dtype {config.kv_cache_dtype} needs a GPU: on the CPU it is the "
-                "model's"
+                f"a KV cache of dtype {config.kv_cache_dtype} needs a GPU: on the CPU it may be "
+                "float32, float16, bfloat16 or int8"
             )
-        return model_dtype
+        if config.kv_cache_dtype != "auto":
+            asked: torch.dtype = getattr(torch, config.kv_cache_dtype)
+            return asked
+        # Who asks for float32 gets it throughout.
+        is_free = config.dtype == "auto" and model_dtype == torch.float32
+        return torch.float16 if is_free else model_dtype
 
     def check_quantization(self, config: EngineConfig) -> None:
         """Accept every quantisation."""

@@ -58,7 +58,15 @@ class CudaBackend:
         return checkpoint
 
     def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
-        return model_dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn
+        asked = config.kv_cache_dtype
+        if asked.startswith("fp8"):
+            return torch.float8_e4m3fn
+        if asked != "auto" and getattr(torch, asked) != model_dtype:
+            raise ConfigurationError(
+                f"a KV cache of dtype {asked} works only on the CPU: on a GPU it is the model's "
+                "dtype, or fp8"
+            )
+        return model_dtype
 
     def check_quantization(self, config: EngineConfig) -> None:
         if config.quantization is not None:
