@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numba import njit
 
-from .kernel import Kernel, Packed, Work, kernel
+from .kernel import Kernel, Work, kernel
 from .numbers import INLINED, exp
 from .panels import PANEL_COLUMNS, PANEL_ROWS, multiply_add
-from .region import run_phases
+from .region import run_calls
 
 ROWS = 16 * PANEL_ROWS
 """Maximum rows per item: a panel's weights come from memory once for that many rows."""
@@ -36,6 +36,8 @@ of the item reads it."""
 
 Array = np.ndarray[Any, Any]
 Call = tuple[Kernel, Work]
+WHOLE: Array = np.empty((0, 4), np.int64)
+"""The segments of a product of all rows with all panels."""
 
 
 class Quantised(NamedTuple):
@@ -72,10 +74,20 @@ class PackedWeight(Protocol):
         """Return the kernel that brings rows of x into `room`, in the form that `multiply` reads,
         and its work; None if it reads x itself."""
 
-    def multiply(self, x: Array, room: Quantised, out: Array, tiles: Array, adds: bool) -> Call:
+    def multiply(
+        self,
+        x: Array,
+        room: Quantised,
+        out: Array,
+        tiles: Array,
+        adds: bool,
+        segments: Array = WHOLE,
+    ) -> Call:
         """Return the kernel that computes x Wᵀ + b into `out`, or adds it to `out`."""
 
-    def multiply_gated(self, x: Array, room: Quantised, out: Array, tiles: Array) -> Call:
+    def multiply_gated(
+        self, x: Array, room: Quantised, out: Array, tiles: Array, segments: Array = WHOLE
+    ) -> Call:
         """Return the kernel that computes silu(gate) * up into `out`. Panel 2i is the i-th of
         gate, panel 2i + 1 the i-th of up."""
 
@@ -96,6 +108,9 @@ class Product(NamedTuple):
     """`[., out_features]`."""
     tiles: Any
     """Scratch of `make_tiles`."""
+    segments: Any
+    """Empty if all rows are multiplied by all panels. Else a row for each run of rows that has
+    panels of its own, as `make_segments` returns them."""
     adds: bool
     """Whether the product is added to `out` (not by `multiply_gated`)."""
 
@@ -122,11 +137,21 @@ class FloatWeight(NamedTuple):
     def quantise(self, x: Array, room: Quantised, tiles: Array) -> Call | None:
         return None
 
-    def multiply(self, x: Array, room: Quantised, out: Array, tiles: Array, adds: bool) -> Call:
-        return multiply, Product(*self, x, out, tiles, adds)
+    def multiply(
+        self,
+        x: Array,
+        room: Quantised,
+        out: Array,
+        tiles: Array,
+        adds: bool,
+        segments: Array = WHOLE,
+    ) -> Call:
+        return multiply, Product(*self, x, out, tiles, segments, adds)
 
-    def multiply_gated(self, x: Array, room: Quantised, out: Array, tiles: Array) -> Call:
-        return multiply_gated, Product(*self, x, out, tiles, False)
+    def multiply_gated(
+        self, x: Array, room: Quantised, out: Array, tiles: Array, segments: Array = WHOLE
+    ) -> Call:
+        return multiply_gated, Product(*self, x, out, tiles, segments, False)
 
 
 def make_tiles(num_threads: int) -> Array:
@@ -150,6 +175,19 @@ def count_items(panels: int, rows: int) -> int:
     return panels * -(-rows // ROWS)
 
 
+def make_segments(experts: Array, counts: Array, panels: int) -> tuple[Array, int]:
+    """Return segments for products with stacked weights of `panels` panels (or pairs of them) each,
+    of which each has some of the rows, and the number of items: `experts` are those that have any,
+    `counts` how many rows, which follow each other.
+
+    A segment is (its first item, its first panel, its first row, its rows).
+    """
+    items = panels * -(-counts // ROWS)
+    firsts = np.cumsum(items) - items
+    rows = np.cumsum(counts) - counts
+    return np.stack((firsts, experts * panels, rows, counts), axis=1), int(items.sum())
+
+
 def count_few(rows: int) -> int:
     """Return the number of items of `PackedWeight.quantise`."""
     return -(-rows // QUANTISED_ROWS)
@@ -162,19 +200,14 @@ def run_product(weight: PackedWeight, x: Array, rows: int, out: Array, num_threa
     quantise = weight.quantise(x, room, tiles)
     if quantise is not None:
         calls.insert(0, (quantise, count_few(rows)))
-    packed = [Packed(work) for (_, work), _ in calls]  # until the kernels have run
-    phases = [
-        (kernel.address(work), id(words.words), items, 0, rows)
-        for ((kernel, work), items), words in zip(calls, packed, strict=True)
-    ]
-    run_phases(np.array(phases, dtype=np.int64), num_threads)
+    run_calls(calls, rows, num_threads)
 
 
 @kernel
 def multiply(item, layer, rows, thread, product):
     """Compute an item of x Wᵀ + b into `out`, or add it to `out`."""
     out, tile, adds = product.out, product.tiles[thread, 0], product.adds
-    panel, first, left, count, columns = extent_of(item, rows, out)
+    panel, first, left, count, columns = extent_of(item, rows, out, product.segments)
     _fill_tile(tile, product.panels[panel], product.x, first, count)
     bias = columns_of(product.bias, panel)
     for row in range(count):
@@ -189,7 +222,7 @@ def multiply(item, layer, rows, thread, product):
 def multiply_gated(item, layer, rows, thread, product):
     """Compute an item of silu(gate) * up into `out`."""
     x, out, tiles = product.x, product.out, product.tiles[thread]
-    pair, first, left, count, columns = extent_of(item, rows, out)
+    pair, first, left, count, columns = extent_of(item, rows, out, product.segments)
     for half in range(2):
         _fill_tile(tiles[half], product.panels[2 * pair + half], x, first, count)
     gate, up = tiles[0], tiles[1]
@@ -203,14 +236,51 @@ def multiply_gated(item, layer, rows, thread, product):
 
 
 @njit(**INLINED)
-def extent_of(item, rows, out):
+def extent_of(item, rows, out, segments):
     """Return an item's panel, its first row and column, and how many of each it has. All but the
     panel are unsigned: for a signed index Numba generates a test whether it counts from the end,
     which keeps LLVM from vectorising the loop."""
+    first_panel, first_row = np.int64(0), np.int64(0)
+    if len(segments) > 0:
+        segment = len(segments) - 1
+        while segments[segment, 0] > item:
+            segment -= 1
+        item -= segments[segment, 0]
+        first_panel, first_row, rows = (
+            segments[segment, 1],
+            segments[segment, 2],
+            segments[segment, 3],
+        )
     panel, chunk = divmod(item, np.int64(-(-rows // ROWS)))
-    first, left = np.uint64(chunk * ROWS), np.uint64(panel * PANEL_COLUMNS)
-    count = min(np.uint64(ROWS), np.uint64(rows) - first)
-    return panel, first, left, count, min(np.uint64(PANEL_COLUMNS), np.uint64(out.shape[1]) - left)
+    left, below = np.uint64(panel * PANEL_COLUMNS), np.uint64(chunk * ROWS)
+    count = min(np.uint64(ROWS), np.uint64(rows) - below)
+    columns = min(np.uint64(PANEL_COLUMNS), np.uint64(out.shape[1]) - left)
+    return first_panel + panel, np.uint64(first_row) + below, left, count, columns
+
+
+class Blend(NamedTuple):
+    """Rows to be summed up with weights."""
+
+    rows: Any
+    """`[., n]` float32."""
+    places: Any
+    """Which rows make a row of `out`, `[., k]`."""
+    weights: Any
+    """`[., k]` float32."""
+    out: Any
+    """`[., n]` float32."""
+
+
+@kernel
+def blend(item, layer, rows, thread, work):
+    """Compute row `item` of out: the sum of its rows times their weights, in their order."""
+    out, places, weights = work.out[item], work.places[item], work.weights[item]
+    for dim in range(len(out)):
+        out[dim] = np.float32(0)
+    for each in range(len(places)):
+        source, weight = work.rows[places[each]], weights[each]
+        for dim in range(len(out)):
+            out[dim] += weight * source[dim]
 
 
 @njit(**INLINED)

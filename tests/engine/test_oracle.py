@@ -42,6 +42,7 @@ class Engine:
         values: dict[str, Any] = {
             "model": str(folder),
             "device": "cpu",
+            "dtype": "float32",  # K and V too, as in the reference
             "num_blocks": 256,
             "max_num_seqs": 32,
             "max_num_batched_tokens": 512,

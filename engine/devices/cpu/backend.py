@@ -23,6 +23,7 @@ from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
 from .attention import CpuPlanner
 from .decoder import CpuDecoder, can_compile
 from .draws import CpuDraws
+from .experts import pack_experts
 from .inputs import HostInputs
 from .memory import allocate_kv_cache, cache_memory
 from .packed_linear import pack_linears, unmap_weights
@@ -83,6 +84,8 @@ class CpuBackend:
             made = CpuDecoder(flat, quantization=quantization)
             logger.info("each step runs as one parallel region of compiled kernels")
         else:
+            if number := pack_experts(body, quantization=quantization):
+                logger.info("the experts of %d layers run in compiled kernels", number)
             pack_linears(body, quantization=quantization)
             made = HfBody(body)
         # The last product decides between tokens, and suffers most from 4 bits.

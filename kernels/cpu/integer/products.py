@@ -15,7 +15,7 @@ from numba import njit
 from ..kernel import kernel
 from ..numbers import INLINED, exp
 from ..panels import PANEL_COLUMNS
-from ..products import Array, Call, Quantised, columns_of, extent_of
+from ..products import WHOLE, Array, Call, Quantised, columns_of, extent_of
 from .groups import add_groups
 from .quantise import Quantise, quantise
 
@@ -51,6 +51,8 @@ class IntegerProduct(NamedTuple):
     """`[., out_features]`."""
     tiles: Any
     """Scratch of `products.make_tiles`."""
+    segments: Any
+    """As in `products.Product`."""
     adds: bool
     """Whether the product is added to `out` (not by `multiply_gated_integers`)."""
 
@@ -82,13 +84,27 @@ class IntegerWeight(NamedTuple):
     def quantise(self, x: Array, room: Quantised, tiles: Array) -> Call | None:
         return quantise, Quantise(x, *room, self.group, self.num_groups, tiles)
 
-    def multiply(self, x: Array, room: Quantised, out: Array, tiles: Array, adds: bool) -> Call:
-        *weights, group = self
-        return multiply_integers, IntegerProduct(*weights, *room, group, out, tiles, adds)
+    def multiply(
+        self,
+        x: Array,
+        room: Quantised,
+        out: Array,
+        tiles: Array,
+        adds: bool,
+        segments: Array = WHOLE,
+    ) -> Call:
+        return multiply_integers, self._work(room, out, tiles, segments, adds)
 
-    def multiply_gated(self, x: Array, room: Quantised, out: Array, tiles: Array) -> Call:
+    def multiply_gated(
+        self, x: Array, room: Quantised, out: Array, tiles: Array, segments: Array = WHOLE
+    ) -> Call:
+        return multiply_gated_integers, self._work(room, out, tiles, segments, False)
+
+    def _work(
+        self, room: Quantised, out: Array, tiles: Array, segments: Array, adds: bool
+    ) -> IntegerProduct:
         *weights, group = self
-        return multiply_gated_integers, IntegerProduct(*weights, *room, group, out, tiles, False)
+        return IntegerProduct(*weights, *room, group, out, tiles, segments, adds)
 
 
 def weight_like(quantization: str) -> IntegerWeight:
@@ -104,7 +120,7 @@ def weight_like(quantization: str) -> IntegerWeight:
 def multiply_integers(item, layer, rows, thread, product):
     """Compute an item of x Wᵀ + b into `out`, or add it to `out`."""
     out, tile, adds = product.out, product.tiles[thread, 0], product.adds
-    panel, first, left, count, columns = extent_of(item, rows, out)
+    panel, first, left, count, columns = extent_of(item, rows, out, product.segments)
     _fill_tile(tile, product, panel, first, count)
     scale, bias = columns_of(product.factors, panel), columns_of(product.bias, panel)
     for row in range(count):
@@ -119,7 +135,7 @@ def multiply_integers(item, layer, rows, thread, product):
 def multiply_gated_integers(item, layer, rows, thread, product):
     """Compute an item of silu(gate) * up into `out`."""
     out, tiles, factors, biases = product.out, product.tiles[thread], product.factors, product.bias
-    pair, first, left, count, columns = extent_of(item, rows, out)
+    pair, first, left, count, columns = extent_of(item, rows, out, product.segments)
     for half in range(2):
         _fill_tile(tiles[half], product, 2 * pair + half, first, count)
     gate, up = tiles[0], tiles[1]

@@ -82,8 +82,7 @@ def test_a_number_that_is_not_finite_shows_in_a_cache_of_int8() -> None:
         output = attend(batch, metadata, **OPTIONS[0])
         group = HEADS // KV_HEADS
         assert not output[1:3, :group].isfinite().any()
-        assert output[:1].isfinite().all() and output[3:].isfinite().all()
-        assert output[:, group:].isfinite().all()
+        assert output[3:].isfinite().all() and output[:, group:].isfinite().all()
 
 
 @pytest.fixture(scope="module")
@@ -143,15 +142,15 @@ def test_a_model_whose_keys_are_too_large_for_sixteen_bits_keeps_float32(tmp_pat
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.weight *= 1e6
     model.save_pretrained(tmp_path)
-    assert load(tmp_path).kv_cache_dtype == torch.float32
-    assert load(tmp_path, kv_cache_dtype="float16").kv_cache_dtype == torch.float16
+    assert load(tmp_path, dtype="auto").kv_cache_dtype == torch.float32
+    assert load(tmp_path, dtype="auto", kv_cache_dtype="float16").kv_cache_dtype == torch.float16
 
 
 def test_a_model_that_amplifies_roundings_keeps_float32(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "MAX_KV_ERROR", 1e-9)
-    assert load(llama).kv_cache_dtype == torch.float32
+    assert load(llama, dtype="auto").kv_cache_dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
