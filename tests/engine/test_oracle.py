@@ -344,16 +344,17 @@ def test_every_kind_of_request_gives_the_same_one_step_ahead(
 
 class RoundedLinear(nn.Module):
     """A linear layer whose weight is rounded as `--quantization` says, and whose input is rounded,
-    in groups of 32 features, to 127ths of the greatest one."""
+    in groups of features, to 127ths of the greatest one."""
 
-    def __init__(self, linear: nn.Linear, quantization: str) -> None:
+    def __init__(self, linear: nn.Linear, quantization: str, group: int = 32) -> None:
         super().__init__()
+        self.group = group
         rounded_weight = rounded(linear.weight.detach(), quantization)
         assert isinstance(rounded_weight, GroupedWeight)
         self.weight = rounded_weight.dense()[:, : linear.in_features]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        groups = x.unflatten(-1, (-1, 32))
+        groups = x.unflatten(-1, (-1, self.group))
         steps = groups.abs().amax(dim=-1, keepdim=True) / 127
         return F.linear((groups / steps).round().mul(steps).flatten(-2), self.weight)
 

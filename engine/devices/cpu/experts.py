@@ -31,8 +31,10 @@ from ....kernels.cpu.products import (
     make_quantised,
     make_segments,
     make_tiles,
+    run_product,
 )
 from ....kernels.cpu.region import run_calls
+from .packed_linear import PackedLinear
 from .packing import by_panel, pack_weight, rounded
 
 IMPLEMENTATION = "quire_experts"
@@ -111,14 +113,60 @@ def pack_experts(body: Any, *, quantization: str | None = None) -> int:
     """Pack the weights of all experts below `body`, and have transformers run them by this module's
     function. `quantization` is that of `pack`. Returns the number of layers with experts."""
     packed = 0
-    for module in body.modules():
-        if _can_pack(module):
-            module.quire_experts = PackedExperts(module, quantization)
-            packed += 1
+    for parent in list(body.modules()):
+        for module in list(parent.children()):
+            if _can_pack(module):
+                module.quire_experts = PackedExperts(module, quantization)
+                _pack_router(parent, module.num_experts)
+                packed += 1
     if packed:
         ExpertsInterface.register(IMPLEMENTATION, run_experts)
         body.set_experts_implementation(IMPLEMENTATION)
     return packed
+
+
+class RouterWeight(torch.Tensor):
+    """A weight `[experts, hidden_size]` that F.linear multiplies by as panels: routers of
+    transformers are modules that call it. torch's own product gives a row other bits in another
+    batch, and so perhaps other experts."""
+
+    packed: PackedWeight
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> RouterWeight:
+        """Return the same weight, which is in memory twice."""
+        made = weight.detach().as_subclass(cls)
+        made.packed = pack_weight(weight.detach(), None)
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and len(args) >= 2 and hasattr(args[1], "packed"):
+            x, weight, bias = (*args, (kwargs or {}).get("bias"))[:3]
+            rows = x.reshape(-1, x.shape[-1])
+            out = torch.empty(len(rows), len(weight))
+            num_threads = thread_count()
+            numba.set_num_threads(num_threads)
+            run_product(weight.packed, as_array(rows.float()), len(rows), out.numpy(), num_threads)
+            out = out.to(x.dtype).view(*x.shape[:-1], len(weight))
+            return out if bias is None else out + bias
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _pack_router(parent: nn.Module, num_experts: int) -> None:
+    """Pack the weight of the module beside the experts that chooses among them. It is not rounded:
+    another expert makes more of a difference than a few bits."""
+    for name, child in list(parent.named_children()):
+        weight = getattr(child, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or len(weight) != num_experts:
+            continue
+        if type(child) is nn.Linear:
+            setattr(parent, name, PackedLinear(child))
+        else:
+            del child.weight
+            child.weight = RouterWeight.of(weight)
 
 
 def run_experts(
