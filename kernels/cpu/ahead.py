@@ -35,8 +35,8 @@ from .products import FloatWeight, PackedWeight, make_quantised, make_tiles
 from .region import compile_region
 from .sampling import draw_task
 
-_DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.int16}
-"""NumPy's types for torch's, see `numbers.py`."""
+_DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.int16, "int8": np.int8}
+"""NumPy's types for torch's, see `numbers.py`; int8 is one of caches only."""
 
 
 class Build(NamedTuple):
@@ -50,8 +50,8 @@ class Build(NamedTuple):
 
 def tasks_for(build: Build) -> list[Task]:
     """Return all kernels of a Llama-shaped model."""
-    floats, cache = (_zeros(_DTYPES[name], 1) for name in build[:2])
-    head: PackedWeight = FloatWeight(_zeros(floats.dtype, 3), _zeros(np.float32, 1))
+    floats, cache = (np.dtype(_DTYPES[name]) for name in build[:2])
+    head: PackedWeight = FloatWeight(_zeros(floats, 3), _zeros(np.float32, 1))
     weight = head
     if build.quantization:
         from .integer.products import weight_like  # which imports this room
@@ -63,7 +63,7 @@ def tasks_for(build: Build) -> list[Task]:
     layers = Layers(
         rows, products, heads, products, rows, products, products, line, line, line, line, words
     )
-    ends = Ends(_zeros(floats.dtype, 2), head)
+    ends = Ends(_zeros(floats, 2), head)
     activations = Activations(rows, rows, heads, heads, heads, rows, rows, rows)
     step = BodyStep(
         *(words, words, words, words, rows, rows, _zeros(np.int32, 2), starts, starts),
@@ -72,7 +72,7 @@ def tasks_for(build: Build) -> list[Task]:
     )
     scratch = Scratch(make_tiles(1), make_scratch(1, 1, 1), make_quantised(1, 1, 1))
     calls = lasting_calls(ends, layers, activations, scratch)
-    calls |= step_calls(ends, layers, _zeros(cache.dtype, 6), step, activations, scratch)
+    calls |= step_calls(ends, layers, _zeros(cache, 6), step, activations, scratch)
     return [*tasks_of(calls), draw_task()]
 
 

@@ -68,11 +68,11 @@ def _make_add_groups(num_rows):
         row,
     ):
         """Do what `add_groups` below does, for num_rows rows."""
-        # Over 50 lines: it has one part after the other, as in the code that it generates.
         bits = 4 if quants.dtype == types.uint8 else 8
         shift = 4 if minimums.dtype == types.int8 else 0  # from 128 to 8
 
         def generate(context, builder, signature, arguments):
+            # Over 50 lines: one part after the other, in the order of the code that it generates.
             arrays = arrays_of(context, builder, signature, arguments, (0, 1, 2, 4, 5, 6, 7, 12))
             quants, scales, minimums, numbers, steps, sums, offsets, out = arrays
             panel_group, x_group, x_groups, group, groups, row = (
@@ -208,128 +208,25 @@ _add_groups_6 = _make_add_groups(PANEL_ROWS)
 
 
 @njit(**INLINED)
-def add_groups(
-    quants,
-    scales,
-    minimums,
-    begin,
-    numbers,
-    steps,
-    sums,
-    offsets,
-    first,
-    stride,
-    group,
-    groups,
-    out,
-    rows,
-):
+def add_groups(weight, begin, x, first, stride, group, groups, out, rows):
     """Compute out[:rows, :PANEL_COLUMNS] += the products of `groups` groups.
 
-    `begin` counts the panel's groups before them, `first` those of x, of which each row has
-    `stride`. For the arrays see `products.IntegerProduct`.
+    `weight` is (quants, scales, minimums) and `begin` counts its groups before them; `x` is
+    (numbers, steps, sums, offsets) and `first` counts its groups, of which a row has `stride`. For
+    the arrays see `products.IntegerProduct`.
     """
     for at in range(0, np.int64(rows), PANEL_ROWS):
-        few, here = np.int64(rows) - at, first + at * stride
+        few = np.int64(rows) - at
+        given = (*weight, begin, *x, first + at * stride, stride, group, groups, out, at)
         if few >= PANEL_ROWS:
-            _add_groups_6(
-                quants,
-                scales,
-                minimums,
-                begin,
-                numbers,
-                steps,
-                sums,
-                offsets,
-                here,
-                stride,
-                group,
-                groups,
-                out,
-                at,
-            )
+            _add_groups_6(*given)
         elif few == 5:
-            _add_groups_5(
-                quants,
-                scales,
-                minimums,
-                begin,
-                numbers,
-                steps,
-                sums,
-                offsets,
-                here,
-                stride,
-                group,
-                groups,
-                out,
-                at,
-            )
+            _add_groups_5(*given)
         elif few == 4:
-            _add_groups_4(
-                quants,
-                scales,
-                minimums,
-                begin,
-                numbers,
-                steps,
-                sums,
-                offsets,
-                here,
-                stride,
-                group,
-                groups,
-                out,
-                at,
-            )
+            _add_groups_4(*given)
         elif few == 3:
-            _add_groups_3(
-                quants,
-                scales,
-                minimums,
-                begin,
-                numbers,
-                steps,
-                sums,
-                offsets,
-                here,
-                stride,
-                group,
-                groups,
-                out,
-                at,
-            )
+            _add_groups_3(*given)
         elif few == 2:
-            _add_groups_2(
-                quants,
-                scales,
-                minimums,
-                begin,
-                numbers,
-                steps,
-                sums,
-                offsets,
-                here,
-                stride,
-                group,
-                groups,
-                out,
-                at,
-            )
+            _add_groups_2(*given)
         else:
-            _add_groups_1(
-                quants,
-                scales,
-                minimums,
-                begin,
-                numbers,
-                steps,
-                sums,
-                offsets,
-                here,
-                stride,
-                group,
-                groups,
-                out,
-                at,
-            )
+            _add_groups_1(*given)

@@ -152,27 +152,14 @@ def multiply_gated_integers(item, layer, rows, thread, product):
 def _fill_tile(tile, product, panel, first, count):
     """Compute tile[:count] = x[first : first + count] Wᵀ for the columns of one panel, without
     factor and bias."""
-    quants, scales, minimums = product.quants, product.scales, product.minimums
-    numbers, steps, sums, offsets = product.numbers, product.steps, product.sums, product.offsets
-    group, groups = product.group, np.int64(quants.shape[1])
+    weight = (product.quants, product.scales, product.minimums)
+    x = (product.numbers, product.steps, product.sums, product.offsets)
+    group, groups = product.group, np.int64(product.quants.shape[1])
     for row in range(count):
         for column in range(PANEL_COLUMNS):
             tile[row, column] = np.float32(0)
     few = max(np.int64(DEPTH) // group, 1)
     for begin in range(0, groups, few):
-        add_groups(
-            quants,
-            scales,
-            minimums,
-            panel * groups + begin,
-            numbers,
-            steps,
-            sums,
-            offsets,
-            np.int64(first) * groups + begin,
-            groups,
-            group,
-            min(few, groups - begin),
-            tile,
-            count,
-        )
+        of_weight, of_x = panel * groups + begin, np.int64(first) * groups + begin
+        some = min(few, groups - begin)
+        add_groups(weight, of_weight, x, of_x, groups, group, some, tile, count)
