@@ -233,7 +233,7 @@ class Body:
         """Set the number of items of each phase, and of rows: all tokens, and after the layers
         only the picks."""
         few = -(-tokens // FEW)
-        items = {
+        items: dict[Place, int] = {
             (INPUT_NORM, None): few,
             (ROTATE, None): few,
             (ATTEND, None): tiles * kv_heads,

@@ -151,7 +151,9 @@ class RouterWeight(torch.Tensor):
             run_product(weight.packed, as_array(rows.float()), len(rows), out.numpy(), num_threads)
             out = out.to(x.dtype).view(*x.shape[:-1], len(weight))
             return out if bias is None else out + bias
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(  # type: ignore[no-untyped-call]
+            func, types, args, kwargs or {}
+        )
 
 
 def _pack_router(parent: nn.Module, num_experts: int) -> None:

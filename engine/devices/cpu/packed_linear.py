@@ -49,8 +49,9 @@ def pack_linears(model: nn.Module, *, quantization: str | None = None) -> None:
     weight is freed, unless it is tied to an embedding. `quantization` is that of `pack`."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            is_plain = type(child) is nn.Linear and child.weight.dtype in FLOATS
-            if is_plain or isinstance(child, GroupedLinear):
+            if type(child) is nn.Linear and child.weight.dtype not in FLOATS:
+                continue
+            if type(child) is nn.Linear or isinstance(child, GroupedLinear):
                 setattr(module, name, PackedLinear(child, quantization=quantization))
 
 

@@ -28,8 +28,8 @@ GROUP = 32
 MAX_GROUP = 256
 """Maximum features of x that share a step."""
 _LEAST_NORMAL_HALF = 2.0**-14
-_NONE = np.zeros((0, 0, 0), np.uint8)
-_MINUS_EIGHT = np.zeros((0, 0, 0), np.int8)
+_NONE: NDArray[Any] = np.zeros((0, 0, 0), np.uint8)
+_MINUS_EIGHT: NDArray[Any] = np.zeros((0, 0, 0), np.int8)
 """In place of minimums: none, and -8 times the scale. See `IntegerProduct`."""
 
 
@@ -100,21 +100,22 @@ def pack_weight(
         weight = weight.dense()
     if isinstance(weight, torch.Tensor):
         return FloatWeight(as_array(by_panel(weight, parts).transpose(1, 2)), biases)
+    scales, minimums = _NONE, _NONE
     # 1. One scale a row, and no minimum: a factor of the whole sum, so that x may have any groups.
     if weight.scale.shape[1] == 1 and weight.minimum is None and weight.bits == 8:
-        factors, scales, minimums = weight.scale[:, 0], _NONE, _NONE
+        factors = weight.scale[:, 0]
         group = GROUP if weight.shape[1] % GROUP == 0 else UNIT
     # 2. A scale a group, with or without minimums.
     else:
         factors, group = torch.ones(weight.shape[0]), _group_of(weight.group_size)
         weight = weight.regrouped(group)
-        scales, minimums = _panels_of_groups(weight.scale, parts), _NONE
+        scales = _panels_of_groups(weight.scale, parts)
         if weight.minimum is not None:
             is_centred = weight.bits == 4 and torch.equal(weight.minimum, -8 * weight.scale)
             minimums = _MINUS_EIGHT if is_centred else _panels_of_groups(weight.minimum, parts)
     quants = _panels_of_quants(weight, group, parts)
-    factors = by_panel(factors, parts).flatten().numpy()
-    return IntegerWeight(quants, scales, minimums, factors, biases, group)
+    by_column = by_panel(factors, parts).flatten().numpy()
+    return IntegerWeight(quants, scales, minimums, by_column, biases, group)
 
 
 def unpack(packed: PackedWeight, out_features: int, in_features: int) -> torch.Tensor:
@@ -127,12 +128,12 @@ def unpack(packed: PackedWeight, out_features: int, in_features: int) -> torch.T
         return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:out_features]
     assert isinstance(packed, IntegerWeight)
     octets = torch.from_numpy(packed.quants)
-    panels, groups, _ = octets.shape
+    groups = packed.num_groups
+    octets = octets.reshape(len(octets), groups, -1, PANEL_COLUMNS, 1, 4)
     if octets.dtype == torch.uint8:
-        octets = octets.view(panels, groups, -1, PANEL_COLUMNS, 1, 4)
         integers = torch.cat((octets & 15, octets >> 4), dim=4).float()
     else:
-        integers = (octets ^ -ZERO_OF_BYTES).view(panels, groups, -1, PANEL_COLUMNS, 1, 4).float()
+        integers = (octets ^ -ZERO_OF_BYTES).float()
     weight = integers.permute(0, 3, 1, 2, 4, 5).reshape(-1, groups, packed.group)
     if packed.scales.dtype != np.uint8:
         scale = _groups_of_panels(packed.scales)

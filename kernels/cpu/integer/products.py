@@ -103,8 +103,7 @@ class IntegerWeight(NamedTuple):
     def _work(
         self, room: Quantised, out: Array, tiles: Array, segments: Array, adds: bool
     ) -> IntegerProduct:
-        *weights, group = self
-        return IntegerProduct(*weights, *room, group, out, tiles, segments, adds)
+        return IntegerProduct(*self[:5], *room, self.group, out, tiles, segments, adds)
 
 
 def weight_like(quantization: str) -> IntegerWeight:
