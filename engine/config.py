@@ -22,8 +22,8 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority", "fair"]
-Quantization = Literal["int8"]
-KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
+Quantization = Literal["int8", "int4"]
+KVCacheDType = Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8", "fp8_e4m3"]
 PoolingChoice = Literal["auto", "last", "mean"]
 FlagGroup = Literal["Model", "KV cache", "Scheduling", "Limits"]
 """Headings under which `quire serve --help` lists the flags."""
@@ -147,10 +147,13 @@ class EngineConfig:
     )
     quantization: Quantization | None = _flag(
         "Model",
-        "int8: round the weights of linear layers to 8 bits (CPU).",
+        "Round the weights of linear layers and experts to 8 or 4 bits: int8 or int4 (CPU).",
         None,
-        details="They are rounded when they are loaded, with a scale for each column. A step then "
-        "reads a quarter of float32's bytes, at the cost of some accuracy.",
+        details="They are rounded when they are loaded: to 8 bits with a scale for each column, to "
+        "4 bits with a scale and a minimum for each 32 weights, the head to 8 bits. Products are "
+        "in integers: their inputs are rounded to 8 bits, 32 at a time. A step reads a quarter or "
+        "a sixth of float32's bytes. Small models lose much by 4 bits. A checkpoint that is "
+        "quantised already keeps its weights.",
     )
     device: Device = _flag("Model", "Device to run on.", "auto")
     max_model_len: int | None = _flag(
@@ -203,9 +206,13 @@ class EngineConfig:
     )
     kv_cache_dtype: KVCacheDType = _flag(
         "KV cache",
-        "Data type of the KV cache: auto (the model's), fp8 or fp8_e4m3 (GPU).",
+        "Data type of the KV cache: auto, float32, float16, bfloat16 or int8 (CPU), fp8 or "
+        "fp8_e4m3 (GPU).",
         "auto",
-        details="fp8 and fp8_e4m3 are the same: half the bytes of bfloat16, so twice the tokens, "
+        details="auto is the model's dtype; on the CPU, if `--dtype` is auto too, it is float16 "
+        "for a model that this changes by less than 0.001. int8 has a scale for each token and "
+        "head: almost a quarter of float32's bytes, so almost four times the tokens. fp8 and "
+        "fp8_e4m3 are the same: half the bytes of bfloat16, so twice the tokens, "
         "at the cost of some accuracy. Calibrated scales (`k_scale`, `v_scale`) are read from the "
         "checkpoint; without them the scales are 1.",
     )

@@ -70,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     configs = [
         EngineConfig(model=name, dtype=dtype, gguf_file=arguments.gguf_file) for name in names
     ]
-    found = [outline(config, keeps_groups=not is_gpu) for config in configs]
+    # As the CPU keeps K and V by default, of models that bear it.
+    kv_dtype = "float16" if arguments.dtype == "auto" and not is_gpu else None
+    found = [outline(config, keeps_groups=not is_gpu, kv_dtype=kv_dtype) for config in configs]
     if arguments.check:
         found = [_checked(item, config) for item, config in zip(found, configs, strict=True)]
     if arguments.json:

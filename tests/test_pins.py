@@ -176,6 +176,30 @@ def _without(module: str, code: str) -> None:
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
 
 
+def _experts() -> None:
+    from transformers.integrations.moe import ExpertsInterface
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
+
+    assert callable(ExpertsInterface.register)
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "moe_intermediate_size": 4}
+    names = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+    wanted = {
+        Qwen3MoeExperts: (
+            Qwen3MoeConfig(**sizes, num_experts=2),
+            (True, False, False, True, False),
+        ),
+        GptOssExperts: (
+            GptOssConfig(**sizes, num_local_experts=2),
+            (True, True, True, False, False),
+        ),
+    }
+    for kind, (config, values) in wanted.items():
+        experts = kind(config)
+        assert tuple(getattr(experts, name) for name in names) == values
+        assert callable(experts._apply_gate) and experts.num_experts == 2
+
+
 def _transformers_without_torch() -> None:
     _without(
         "torch",
@@ -325,6 +349,8 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "transformers.activations.SiLUActivation": _silu,
     "transformers.utils.chat_template_utils.render_jinja_template": _render_jinja_template,
     "transformers.integrations.gguf.gguf_tokenizer_mapping.convert_gguf_tokenizer": _gguf_tokenizer,
+    "transformers.integrations.moe.ExpertsInterface": _experts,
+    "transformers.integrations.moe.ExpertsInterface._apply_gate": _experts,
     'sys.modules["torch"]': _transformers_without_torch,
     "tokenizers.decoders.DecodeStream.step": _decode_stream,
     "llguidance._lib.JsonCompileOptions": _json_options,

@@ -17,6 +17,7 @@ KERNELS = {"kernels"}
 RULES: dict[str, set[str]] = {
     "kernels": set(),
     "kernels.cpu": KERNELS,
+    "kernels.cpu.integer": KERNELS | {"kernels.cpu"},
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
     "engine": set(),
@@ -30,7 +31,11 @@ RULES: dict[str, set[str]] = {
     "engine.sampling": ENGINE | KERNELS,
 }
 RULES["engine.devices"] = ENGINE | KERNELS | {"engine.attention", "engine.body", "engine.sampling"}
-RULES["engine.devices.cpu"] = RULES["engine.devices"] | {"engine.devices", "kernels.cpu"}
+RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
+    "engine.devices",
+    "kernels.cpu",
+    "kernels.cpu.integer",
+}
 RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),
 }
@@ -58,6 +63,7 @@ RULES["server.bench"] = GROUND | {"engine.bench"}
 """Room → the other rooms that its modules may import."""
 
 LAZY = {
+    ("kernels.cpu", "kernels.cpu.integer"): {"kernels.cpu.ahead"},
     ("server", "server.serving"): {"server.cli"},
     ("server", "server.bench"): {"server.cli"},
     ("server", "engine.bench"): {"server.cli"},

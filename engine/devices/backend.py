@@ -115,7 +115,10 @@ class Backend(Protocol):
         """Return the dtype of models if none is asked for; `checkpoint` is that of the weights."""
 
     def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
-        """Return the KV cache's dtype. Raises ConfigurationError on one that is unsupported."""
+        """Return the KV cache's dtype. Raises ConfigurationError on one that is unsupported.
+
+        If none is asked for ("auto") and this is not the model's, the cache gets it only if the
+        model bears the rounding (`probe.bears_rounding`)."""
 
     def check_quantization(self, config: EngineConfig) -> None:
         """Raise ConfigurationError if the device has no kernels for quantised weights."""
@@ -139,12 +142,18 @@ class Backend(Protocol):
     # -- the model -------------------------------------------------------------------------------
 
     def make_body(
-        self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
+        self,
+        body: nn.Module,
+        head: nn.Module,
+        flat: FlatDecoder | None,
+        *,
+        quantization: str | None,
     ) -> Body:
         """Choose how the body runs. `flat` is the same body, flattened, if it can be.
 
-        May take over the weights, and replace the linear layers of `body` and `head` in place, with
-        `int8` by quantised ones.
+        May take over the weights, and replace the linear layers of `body` and `head` in place, by
+        quantised ones if there is a `quantization`. Grouped layers keep their integers, or are made
+        dense.
         """
 
     def make_sampler(self, vocab_size: int) -> Sampler:

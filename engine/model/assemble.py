@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -64,25 +65,20 @@ def _set_weight(
 
 
 def weight_facts(model: Any, source_format: str, quantization: str | None) -> WeightFacts:
-    """Return what is to be told of a loaded model's weights, whose plain linear layers are about to
-    be rounded as `quantization` says. A tied weight counts once, but both of its forms take memory.
+    """Return what is to be told of a loaded model's weights, whose plain linear layers and experts
+    are about to be rounded as `quantization` says. A tied weight counts once, but both of its
+    forms take memory.
     """
     head = model.get_output_embeddings()
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    rounded: dict[torch.Tensor, int] = {}
-    for module in model.modules():
-        if quantization is not None and type(module) is nn.Linear:
-            weight = module.weight
-            rounded[weight] = weight.numel() + 4 * len(weight)  # and a scale for each row
-            if module is head and tied:
-                rounded[weight] += weight.nbytes
+    rounded = {} if quantization is None else _rounded_weights(model, head, quantization)
     number, sizes = 0, Counter[str]()
     for parameter in model.parameters():
         number += parameter.numel()
-        size = rounded.get(parameter, parameter.nbytes)
-        is_rounded = quantization is not None and parameter in rounded
-        kind = str(quantization if is_rounded else parameter.dtype).removeprefix("torch.")
-        sizes[kind] += size
+        kind, size = rounded.get(parameter, (str(parameter.dtype), parameter.nbytes))
+        sizes[kind.removeprefix("torch.")] += size
+        if tied and parameter in rounded and parameter is head.weight:
+            sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
     for module in model.modules():
         if isinstance(module, GroupedLinear):
             sizes[f"{module.grouped.bits}-bit groups"] += module.grouped.num_bytes
@@ -90,3 +86,32 @@ def weight_facts(model: Any, source_format: str, quantization: str | None) -> We
                 number += module.in_features * module.out_features
     computed = ", ".join(name for name, _ in sizes.most_common())
     return WeightFacts(source_format, computed, number, sizes.total())
+
+
+def _rounded_weights(
+    model: Any, head: nn.Module, quantization: str
+) -> dict[torch.Tensor, tuple[str, int]]:
+    """Return how each weight that is going to be rounded is computed, and in how many bytes."""
+    found: dict[torch.Tensor, tuple[str, int]] = {}
+    for parent in model.modules():
+        children = list(parent.children())
+        experts = [child for child in children if hasattr(child, "is_transposed")]
+        num_experts = {child.num_experts for child in experts}
+        for child in children:
+            if type(child) is nn.Linear and len(child.weight) not in num_experts:  # no router
+                kind = "int8" if child is head else quantization
+                found[child.weight] = kind, _rounded_bytes(child.weight.shape, kind)
+        for child in experts:
+            for weight in child.parameters(recurse=False):
+                if weight.ndim == 3:
+                    shape = weight.mT.shape if child.is_transposed else weight.shape
+                    found[weight] = quantization, _rounded_bytes(shape, quantization)
+    return found
+
+
+def _rounded_bytes(shape: torch.Size, kind: str) -> int:
+    """Return the bytes of a weight `[…, out_features, in_features]`: of 8 bits and a scale a row,
+    or of 4 bits, and a scale and a minimum of 16 bits for each 32."""
+    *outer, columns = shape
+    rows = prod(outer)
+    return rows * (columns + 4 if kind == "int8" else -(-columns // 32) * 20)

@@ -22,7 +22,7 @@ from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
 from .classifier import Scores
 from .model_spec import ModelSpec
-from .probe import check_class, flatten_if_equal, probe_text, refuse, run_probe
+from .probe import bears_rounding, check_class, flatten_if_equal, probe_text, refuse, run_probe
 from .text_part import text_body
 
 logger = logging.getLogger("quire.engine")
@@ -39,13 +39,17 @@ class CausalLM:
         weights: WeightFacts,
         *,
         can_generate: bool = True,
-        int8: bool = False,
+        quantization: str | None = None,
+        kv_cache_dtype: torch.dtype | None = None,
+        kv_must_be_borne: bool = False,
     ) -> None:
         """Take over a transformers model on the backend's device. Raises UnsupportedModelError,
         naming the reason, if it does not pass the probe.
 
         `can_generate` is False if the head's weights are made up, so that logits mean nothing.
-        With `int8`, linear layers are quantised to eight bits.
+        `quantization` is how linear layers are to be rounded, if they are.
+        `kv_cache_dtype` is by default the model's; if the model must bear the rounding and does
+        not, it becomes that.
         """
         self.spec = spec
         self.weights = weights
@@ -59,6 +63,10 @@ class CausalLM:
         register_attention()
         check_class(model, spec)
         whole, probed = probe_text(model, spec)
+        self.kv_cache_dtype = kv_cache_dtype or self.dtype
+        is_rounded = kv_must_be_borne and self.kv_cache_dtype != self.dtype
+        if is_rounded and not bears_rounding(model, spec, probed, self.kv_cache_dtype):
+            self.kv_cache_dtype = self.dtype
         body = text_body(model)
         merged = Counter(merge_siblings(body, lambda: run_probe(model, spec, body)))
         for names, count in merged.items():
@@ -68,7 +76,7 @@ class CausalLM:
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
         self._head._modules[model.base_model_prefix] = _Passthrough(type(whole.output))
-        self._body = backend.make_body(body, self._head, flat, int8=int8)
+        self._body = backend.make_body(body, self._head, flat, quantization=quantization)
         # 3. If logits are nothing but one product, call that, or fuse it with the body.
         self._product = self._check_head(probed.hidden)
         fused = None if self._product is None else self._body.fuse_head(self._product)

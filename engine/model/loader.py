@@ -55,7 +55,7 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     spec = spec_from_hf_config(hf_config, config)
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
-    backend.kv_cache_dtype(config, dtype)  # refused before the weights are read
+    kv_cache_dtype = backend.kv_cache_dtype(config, dtype)  # refused before weights are read
     backend.check_quantization(config)
     register_attention()
     try:
@@ -78,8 +78,16 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
         facts.computed_format,
         facts.num_bytes / 1e6,
     )
-    int8 = config.quantization == "int8"
-    loaded = CausalLM(model, spec, backend, facts, can_generate=can_generate, int8=int8)
+    loaded = CausalLM(
+        model,
+        spec,
+        backend,
+        facts,
+        can_generate=can_generate,
+        quantization=config.quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        kv_must_be_borne=config.kv_cache_dtype == "auto",
+    )
     if isinstance(spec.classifier, ClassifierSpec):
         loaded.scores = make_scores(spec.classifier, config, loaded.logits)
     return loaded

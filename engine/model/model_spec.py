@@ -42,9 +42,11 @@ class ModelSpec:
     embedding: EmbeddingSpec | str = NO_LAYOUT
     classifier: ClassifierSpec | str = NO_CLASSIFIER
 
-    def kv_bytes_per_token(self, element_size: int) -> int:
-        """Return the bytes of one token's K and V over all layers; `element_size` is in bytes."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_size
+    def kv_bytes_per_token(self, element_size: int, step_bytes: int = 0) -> int:
+        """Return the bytes of one token's K and V over all layers; `element_size` is in bytes. Each
+        head's K and V may have `step_bytes` more."""
+        size = self.head_dim * element_size + step_bytes
+        return 2 * self.num_layers * self.num_kv_heads * size
 
     def resolve_max_model_len(self, requested: int | None) -> int:
         """Return the context length to serve. Raises ConfigurationError if more is requested than

@@ -93,10 +93,13 @@ class _Weights(NamedTuple):
     weight_bytes: int
 
 
-def outline(config: EngineConfig, *, keeps_groups: bool) -> ModelOutline:
+def outline(
+    config: EngineConfig, *, keeps_groups: bool, kv_dtype: str | None = None
+) -> ModelOutline:
     """Describe the configured model; "auto" for its dtype is that of the checkpoint.
 
-    `keeps_groups` says whether the device computes grouped weights as they are. A model that
+    `keeps_groups` says whether the device computes grouped weights as they are. K and V are of
+    `kv_dtype`, by default of the model's. A model that
     cannot be read or served gives its reason in `refused`.
     """
     known: dict[str, Any] = {"model": config.model, "dtype": config.dtype}
@@ -121,10 +124,11 @@ def outline(config: EngineConfig, *, keeps_groups: bool) -> ModelOutline:
             }
             _check_family(hf_config, spec)
         size = DTYPE_BYTES.get(known["dtype"], 4)
+        kv_size = size if kv_dtype is None else DTYPE_BYTES[kv_dtype]
         if hf_config is not None:
-            known["kv_bytes_per_token"] = spec.kv_bytes_per_token(size)
+            known["kv_bytes_per_token"] = spec.kv_bytes_per_token(kv_size)
         elif "kv_bytes_per_token" in known:
-            known["kv_bytes_per_token"] *= size
+            known["kv_bytes_per_token"] *= kv_size
         weights = (
             _safetensors(source, size)
             if header is None

@@ -24,6 +24,8 @@ from .text_part import NO_INTERFACE, text_body
 
 logger = logging.getLogger("quire.engine")
 
+MAX_KV_ERROR = 1e-3
+"""Maximum relative change of the hidden states for a KV cache of fewer bits by default."""
 _PROBE = "quire_probe"
 """Name under which transformers knows `_probe_attention`."""
 _HARMLESS_ARGUMENTS = frozenset(
@@ -107,13 +109,21 @@ def probe_text(model: Any, spec: ModelSpec) -> tuple[ProbeResult, ProbeResult]:
     return whole, text
 
 
+class _Calls(list[LayerCall]):
+    """The calls of the layers; K and V are rounded to `kv_dtype` and back, if there is one."""
+
+    kv_dtype: torch.dtype | None = None
+
+
 @torch.no_grad()
-def run_probe(model: Any, spec: ModelSpec, body: Any) -> ProbeResult:
-    """Run `body`, the body of a transformers model or a part of it. Raises UnsupportedModelError if
-    its attention cannot be served."""
+def run_probe(
+    model: Any, spec: ModelSpec, body: Any, kv_dtype: torch.dtype | None = None
+) -> ProbeResult:
+    """Run the body of a transformers model, with K and V rounded to `kv_dtype` if that is given.
+    Raises UnsupportedModelError if its attention cannot be served."""
     AttentionInterface.register(_PROBE, _probe_attention)
-    calls: list[LayerCall] = []
-    # What is set for a whole model is also set for encoders, with a warning if they were dropped.
+    calls = _Calls()
+    calls.kv_dtype = kv_dtype
     text = text_body(model)
     attends = model if text is model.base_model else text
     attends.set_attn_implementation(_PROBE)
@@ -133,6 +143,19 @@ def run_probe(model: Any, spec: ModelSpec, body: Any) -> ProbeResult:
     if not isinstance(getattr(output, "last_hidden_state", None), torch.Tensor):
         refuse(spec, "its body returns no last_hidden_state")
     return ProbeResult(output, calls)
+
+
+def bears_rounding(model: Any, spec: ModelSpec, exact: ProbeResult, kv_dtype: torch.dtype) -> bool:
+    """Return whether the hidden states change by at most MAX_KV_ERROR of their norm if K and V are
+    rounded to `kv_dtype`. `exact` is the probe's result without rounding."""
+    hidden = run_probe(model, spec, text_body(model), kv_dtype).hidden
+    error = float((hidden - exact.hidden).norm() / exact.hidden.norm())
+    kind = str(kv_dtype).removeprefix("torch.")
+    if not error <= MAX_KV_ERROR:  # or NaN: a number was beyond the type's range
+        logger.info("K and V are not stored in %s, which would change results by %.1g", kind, error)
+        return False
+    logger.info("K and V are stored in %s, which changes results by %.1g", kind, error)
+    return True
 
 
 @torch.no_grad()
@@ -243,6 +266,9 @@ def _probe_attention(
     )
     if query.shape[-1] != value.shape[-1]:  # refused afterwards: all heads must be alike
         return query.new_zeros((*query.shape[:-1], value.shape[-1])).transpose(1, 2), None
+    rounding = getattr(attn_metadata, "kv_dtype", None)
+    if rounding is not None:
+        key, value = (part.to(rounding).to(part.dtype) for part in (key, value))
     heads = (part[0].transpose(0, 1) for part in (query, key, value))
     return _mix(*heads)[None], None
 

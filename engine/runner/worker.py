@@ -15,7 +15,7 @@ from ..model.causal_lm import CausalLM
 from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model
 from ..step import SchedulerOutput
-from .kv_cache import allocate_kv_cache, block_bytes, num_blocks_from_memory
+from .kv_cache import allocate_kv_cache, block_bytes, num_blocks_from_memory, token_bytes
 from .model_runner import ModelRunner, StepForward
 
 
@@ -35,7 +35,7 @@ class Worker:
         self._backend: Backend = self._given_backend or choose_backend(config)
         self._model: CausalLM = load_model(config, self._backend)
         model, spec = self._model, self._model.spec
-        self._cache_dtype = self._backend.kv_cache_dtype(config, model.dtype)
+        self._cache_dtype = model.kv_cache_dtype
         self._kv_scales: torch.Tensor | None = None
         has_scales = config.load_format != "dummy" and source_of(config).gguf is None
         if self._cache_dtype == torch.float8_e4m3fn and has_scales:
@@ -49,7 +49,7 @@ class Worker:
             num_parameters=model.num_parameters,
             vocab_size=spec.vocab_size,
             max_model_len=self._max_model_len,
-            kv_bytes_per_token=spec.kv_bytes_per_token(self._cache_dtype.itemsize),
+            kv_bytes_per_token=token_bytes(spec, self._cache_dtype),
             max_num_batched_tokens=self._backend.token_budget(config),
             is_asynchronous=self._backend.is_asynchronous,
             eos_token_ids=spec.eos_token_ids,

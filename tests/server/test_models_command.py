@@ -44,7 +44,10 @@ def test_a_dtype_and_a_gpu_change_the_sizes(
     _, [full] = run_json(capsys, DEMO)
     _, [half] = run_json(capsys, DEMO, "--dtype", "bfloat16")
     assert 2 * half["weight_bytes"] == full["weight_bytes"]
-    assert 2 * half["kv_bytes_per_token"] == full["kv_bytes_per_token"]
+    # By default the CPU keeps K and V in 16 bits beside weights in float32.
+    assert half["kv_bytes_per_token"] == full["kv_bytes_per_token"]
+    _, [exact] = run_json(capsys, DEMO, "--dtype", "float32")
+    assert exact["kv_bytes_per_token"] == 2 * full["kv_bytes_per_token"]
     monkeypatch.setattr(models_command, "_gpu_memory", lambda: 24 * 2**30)
     _, [native] = run_json(capsys, DEMO)
     assert (native["dtype"], native["memory_bytes"]) == ("float16", 24 * 2**30)

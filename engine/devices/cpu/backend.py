@@ -23,6 +23,7 @@ from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
 from .attention import CpuPlanner
 from .decoder import CpuDecoder, can_compile
 from .draws import CpuDraws
+from .experts import pack_experts
 from .inputs import HostInputs
 from .memory import allocate_kv_cache, cache_memory
 from .packed_linear import pack_linears, unmap_weights
@@ -40,12 +41,17 @@ class CpuBackend:
         return "float32"
 
     def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
-        if config.kv_cache_dtype != "auto":
+        if config.kv_cache_dtype.startswith("fp8"):
             raise ConfigurationError(
-                f"a KV cache of dtype {config.kv_cache_dtype} needs a GPU: on the CPU it is the "
-                "model's"
+                f"a KV cache of dtype {config.kv_cache_dtype} needs a GPU: on the CPU it may be "
+                "float32, float16, bfloat16 or int8"
             )
-        return model_dtype
+        if config.kv_cache_dtype != "auto":
+            asked: torch.dtype = getattr(torch, config.kv_cache_dtype)
+            return asked
+        # Who asks for float32 gets it throughout.
+        is_free = config.dtype == "auto" and model_dtype == torch.float32
+        return torch.float16 if is_free else model_dtype
 
     def check_quantization(self, config: EngineConfig) -> None:
         """Accept every quantisation."""
@@ -68,18 +74,26 @@ class CpuBackend:
         return []
 
     def make_body(
-        self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
+        self,
+        body: nn.Module,
+        head: nn.Module,
+        flat: FlatDecoder | None,
+        *,
+        quantization: str | None,
     ) -> Body:
         unmap_weights(body)
         unmap_weights(head)
         made: Body
         if flat is not None and can_compile(flat):
-            made = CpuDecoder(flat, int8=int8)
+            made = CpuDecoder(flat, quantization=quantization)
             logger.info("each step runs as one parallel region of compiled kernels")
         else:
-            pack_linears(body, int8=int8)
+            if number := pack_experts(body, quantization=quantization):
+                logger.info("the experts of %d layers run in compiled kernels", number)
+            pack_linears(body, quantization=quantization)
             made = HfBody(body)
-        pack_linears(head, int8=int8)
+        # The last product decides between tokens, and suffers most from 4 bits.
+        pack_linears(head, quantization="int8" if quantization == "int4" else quantization)
         return made
 
     def make_sampler(self, vocab_size: int) -> Sampler:

@@ -17,6 +17,7 @@ from ....kernels.device_copy import to_device
 from ....kernels.prefix_groups import MIN_MEMBERS, find_prefix_groups
 from ...body.body import Body, FlatBody, HfBody
 from ...body.flat_decoder import FlatDecoder
+from ...body.grouped_linear import as_dense, make_dense
 from ...config import EngineConfig
 from ...errors import ConfigurationError, UnsupportedModelError, one_line
 from ...sampling.sampler import Sampler
@@ -57,7 +58,15 @@ class CudaBackend:
         return checkpoint
 
     def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
-        return model_dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn
+        asked = config.kv_cache_dtype
+        if asked.startswith("fp8"):
+            return torch.float8_e4m3fn
+        if asked != "auto" and getattr(torch, asked) != model_dtype:
+            raise ConfigurationError(
+                f"a KV cache of dtype {asked} works only on the CPU: on a GPU it is the model's "
+                "dtype, or fp8"
+            )
+        return model_dtype
 
     def check_quantization(self, config: EngineConfig) -> None:
         if config.quantization is not None:
@@ -80,8 +89,17 @@ class CudaBackend:
         return [self.device.index]
 
     def make_body(
-        self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
+        self,
+        body: nn.Module,
+        head: nn.Module,
+        flat: FlatDecoder | None,
+        *,
+        quantization: str | None,
     ) -> Body:
+        for module in (body, head):
+            make_dense(module)
+        if flat is not None:
+            flat = flat.with_linears(as_dense)
         return HfBody(body) if flat is None else FlatBody(flat, CudaOps.of_step)
 
     def make_sampler(self, vocab_size: int) -> Sampler:
