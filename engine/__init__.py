@@ -6,6 +6,7 @@ They import only each other and the standard library. From a request inwards:
     errors           the one tree of exceptions, with their codes
     sampling_params  how tokens are drawn
     request          a client's request, and whether it can ever run
+    lora             LoRA adapters by name
     config           the engine's configuration, and what it reports when it is ready
     embedding_spec   how a model makes embeddings
     outputs          what the engine reports to its clients
@@ -22,6 +23,7 @@ The rooms, in reading order:
     grammar          which tokens a constrained sequence may sample
     runner           the worker: a step's inputs, its forward pass, its results
     model, body      the loaded transformer, and its layers written out flat
+    adapters         LoRA adapters: their files, and what they add to a linear layer
     attention        writing K and V to their blocks, and attending through block tables
     sampling         from logits to one token per row
     devices          what differs between CPU and CUDA

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from .embedding_spec import NO_LAYOUT, EmbeddingSpec
 from .errors import ConfigurationError, ModelLoadError
+from .lora import AdapterSource
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -165,6 +166,34 @@ class EngineConfig:
     )
     trust_remote_code: bool = _flag("Model", "Run code found in the model's folder.", False)
     num_threads: int | None = _flag("Model", "CPU threads of the engine.", None, ge=1)
+    enable_lora: bool = _flag(
+        "Model",
+        "Serve LoRA adapters. On by itself with --lora or --lora-dir.",
+        False,
+    )
+    lora: tuple[AdapterSource, ...] = ()
+    """The adapters that are loaded when the engine starts."""
+    skip_broken_lora: bool = False
+    """Whether to start without an adapter that cannot be loaded: after a restart, if it has
+    vanished since."""
+    max_loras: int = _flag(
+        "Model",
+        "Maximum different LoRA adapters in a step.",
+        4,
+        details="Requests for others wait. Each takes the memory of one with the maximum rank.",
+        ge=1,
+        le=256,
+    )
+    max_lora_rank: int | None = _flag(
+        "Model",
+        "Maximum rank of a LoRA adapter. Default: the largest of --lora, at least 16.",
+        None,
+        ge=1,
+        le=1024,
+    )
+    max_cpu_loras: int = _flag(
+        "Model", "Maximum LoRA adapters that are loaded at a time.", 64, ge=1
+    )
     pooling: PoolingChoice = _flag(
         "Model",
         "Pooling of embeddings: auto (as the model's folder says), last or mean token.",
@@ -281,7 +310,8 @@ class WorkerInfo:
     embeddings, or says why it makes none. `can_generate` is False if the weights have no
     language-model head, so that the model makes only embeddings. `max_num_batched_tokens` is the
     maximum number of tokens in a step. `is_asynchronous` says that the device computes a step while
-    the host prepares the next. `kv_cache_dtype` is None if it equals `dtype`.
+    the host prepares the next. `kv_cache_dtype` is None if it equals `dtype`. `adapters` are the
+    LoRA adapters that are loaded, and `max_lora_rank` is None if there can be none.
     """
 
     architecture: str
@@ -297,6 +327,8 @@ class WorkerInfo:
     embedding: EmbeddingSpec | str = NO_LAYOUT
     can_generate: bool = True
     kv_cache_dtype: str | None = None
+    adapters: tuple[AdapterSource, ...] = ()
+    max_lora_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,6 +340,7 @@ class EngineInfo(WorkerInfo):
     num_blocks: int
     max_num_seqs: int
     max_logprobs: int
+    max_loras: int = 0
 
     @classmethod
     def of(cls, config: EngineConfig, worker: WorkerInfo, num_blocks: int) -> EngineInfo:
@@ -320,6 +353,7 @@ class EngineInfo(WorkerInfo):
             num_blocks=num_blocks,
             max_num_seqs=config.max_num_seqs,
             max_logprobs=config.max_logprobs,
+            max_loras=config.max_loras if worker.max_lora_rank is not None else 0,
         )
 
     @property

@@ -56,6 +56,7 @@ class Request:
     Every choice matches `grammar`, unless it reaches max_tokens before the grammar's end. The
     policy "fair" charges the request to `user`; all requests with None count as one user.
     If `pooling` is set, the prompt is computed for its embedding and nothing is generated.
+    `adapter` names the LoRA adapter that the model is to have; None means the model as it is.
     """
 
     request_id: str
@@ -69,6 +70,7 @@ class Request:
     grammar: GrammarSpec | None = None
     pooling: Pooling | None = None
     user: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:

@@ -9,5 +9,5 @@ Read in this order:
     probe.py             three tokens at load, which show whether and how the model can be served
     kv_scales.py         scales of a float8 KV cache, from the checkpoint
 
-May import: devices, body, attention, the engine's words.
+May import: devices, adapters, body, attention, the engine's words.
 """

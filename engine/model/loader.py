@@ -63,7 +63,8 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     model.eval().requires_grad_(False)
     _fix_rope(model, max_model_len, spec)
     int8 = config.quantization == "int8"
-    return CausalLM(model, spec, backend, can_generate=can_generate, int8=int8)
+    adaptable = config.enable_lora
+    return CausalLM(model, spec, backend, can_generate=can_generate, int8=int8, adaptable=adaptable)
 
 
 def _auto_class(hf_config: Any, config: EngineConfig) -> Any:

@@ -23,7 +23,7 @@ Activations are float32 throughout.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from .attention import Attention, attend_tile, make_scratch
 from .compiling import Task, compile_all
 from .kernel import Kernel, Packed, Work, signature_of
 from .norms import FEW, Heads, Norm, Pick, normalise, pick, rotate
-from .products import Product, count_items, make_tiles, multiply, multiply_gated
+from .products import GatedProduct, Product, count_items, make_tiles, multiply, multiply_gated
 from .region import Phase, run_phases
 
 Array = np.ndarray[Any, Any]
@@ -143,6 +143,18 @@ class Activations(NamedTuple):
     """`[., vocab_size]`."""
 
 
+class Adapted(Protocol):
+    """The LoRA adapters of a step; `lora.deltas.AdaptedStep`."""
+
+    token_slots: Array
+    """The slot of each token, −1 for none; empty if no token has an adapter."""
+    gate_up: Array
+    """As `deltas` of `products.GatedProduct`."""
+
+    def insert(self, table: Array, activations: Activations, num_threads: int) -> Array:
+        """Return a table of phases with the adapters' phases among them."""
+
+
 class Scratch(NamedTuple):
     """Memory that each thread has for itself."""
 
@@ -170,7 +182,14 @@ class Body:
         self._counts = (0, 0, 0)
         """Tokens, picks and tiles that the table is for."""
 
-    def run(self, cache: Array, step: BodyStep, activations: Activations, num_threads: int) -> None:
+    def run(
+        self,
+        cache: Array,
+        step: BodyStep,
+        activations: Activations,
+        num_threads: int,
+        adapted: Adapted | None = None,
+    ) -> None:
         """Run a step. Changes the activations and the cache `[num_layers, 2, blocks, kv_heads,
         block_size, head_dim]`."""
         # 0. The kernels, at the first step.
@@ -193,7 +212,21 @@ class Body:
         if counts != self._counts:
             self._counts = counts
             self._set_counts(*counts, cache.shape[3])
-        run_phases(self._table, num_threads)
+        table = self._table
+        if adapted is not None:
+            self._set_adapters(adapted)
+            if len(adapted.token_slots):
+                table = adapted.insert(table, activations, num_threads)
+        run_phases(table, num_threads)
+
+    def _set_adapters(self, adapted: Adapted) -> None:
+        """Let gate and up read what the adapters of this step add to them."""
+        work = self._packed[GATE_UP].work
+        assert isinstance(work, GatedProduct)
+        if work.slots is not adapted.token_slots:
+            self._set_work(
+                GATE_UP, work._replace(slots=adapted.token_slots, deltas=adapted.gate_up)
+            )
 
     def _phases(self, kind: int) -> slice:
         """Return the phases of a kind: one in each layer, and for the first kind the last norm."""
@@ -259,7 +292,10 @@ def lasting_works(
         QKV: Product(layers.qkv, layers.qkv_affine, normed, qkv, tiles, False),
         OUTPUT: Product(layers.output, layers.output_affine, attended, x, tiles, True),
         MLP_NORM: Norm(x, layers.mlp_norm, layers.mlp_epsilons, normed, no_ids, ends.embedding),
-        GATE_UP: Product(layers.gate_up, layers.gate_up_affine, normed, gated, tiles, False),
+        GATE_UP: GatedProduct(
+            *(layers.gate_up, layers.gate_up_affine, normed, gated, tiles),
+            *(no_ids, np.empty((0, 1), np.float32)),
+        ),
         DOWN: Product(layers.down, layers.down_affine, gated, x, tiles, True),
     }
     if len(ends.head):

@@ -27,7 +27,7 @@ from numba.extending import intrinsic, overload
 _HERE = Path(__file__).parent
 _FEATURES = binding.get_host_cpu_features()
 _PARTS = (numba.__version__, binding.get_host_cpu_name(), _FEATURES.flatten())
-_SOURCES = [path.read_bytes() for path in sorted(_HERE.glob("*.py"))]
+_SOURCES = [path.read_bytes() for path in sorted(_HERE.rglob("*.py"))]
 _DIGEST = hashlib.sha256(b"".join((*_SOURCES, *map(str.encode, _PARTS)))).hexdigest()[:16]
 _CACHE = _HERE / "__pycache__" if os.access(_HERE, os.W_OK) else Path.home() / ".cache" / "quire"
 CACHE = Path(numba.config.CACHE_DIR or _CACHE) / f"numba-{_DIGEST}"

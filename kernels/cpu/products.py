@@ -50,6 +50,21 @@ class Product(NamedTuple):
     """Whether the product is added to `out` (not by `multiply_gated`)."""
 
 
+class GatedProduct(NamedTuple):
+    """The work of `multiply_gated`: the fields of Product, without `adds`, and what LoRA adapters
+    add to gate and up."""
+
+    panels: Any
+    affine: Any
+    x: Any
+    out: Any
+    tiles: Any
+    slots: Any
+    """The adapter's slot of each row, −1 for none; empty if no row has an adapter."""
+    deltas: Any
+    """`[., 2 * out_features]`, read only for rows that have an adapter: gate's, then up's."""
+
+
 def make_tiles(num_threads: int) -> np.ndarray[Any, Any]:
     """Return scratch for `num_threads` threads: two tiles of sums each."""
     return np.empty((num_threads, 2, ROWS, PANEL_COLUMNS), dtype=np.float32)
@@ -101,7 +116,18 @@ def multiply_gated(item, layer, rows, thread, product):
     gate, up = tiles[0], tiles[1]
     gate_scale, gate_bias = _columns_of(affine, 2 * pair)
     up_scale, up_bias = _columns_of(affine, 2 * pair + 1)
+    slots, deltas, beside = product.slots, product.deltas, left + np.uint64(out.shape[1])
     for row in range(count):
+        # Rows with an adapter have a loop of their own, so that the others are computed by the
+        # same instructions in every step.
+        if len(slots) > 0 and slots[first + row] >= 0:
+            for column in range(columns):
+                number = gate[row, column] * gate_scale[column] + gate_bias[column]
+                number += deltas[first + row, left + column]
+                factor = up[row, column] * up_scale[column] + up_bias[column]
+                factor += deltas[first + row, beside + column]
+                out[first + row, left + column] = number / (np.float32(1) + exp(-number)) * factor
+            continue
         for column in range(columns):
             number = gate[row, column] * gate_scale[column] + gate_bias[column]
             factor = up[row, column] * up_scale[column] + up_bias[column]
