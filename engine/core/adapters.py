@@ -37,6 +37,11 @@ class LoadedAdapters:
             self.table.add(source)
         self._reader: ThreadPoolExecutor | None = None
 
+    @property
+    def sources(self) -> tuple[AdapterSource, ...]:
+        """The loaded adapters, in the order of their first loading."""
+        return self.table.sources
+
     def begin(self, source: AdapterSource, *, replace: bool) -> Loading:
         """Begin to read an adapter. Raises InvalidRequestError if none can have this name."""
         if not self._is_enabled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from ..cache.block_manager import BlockManager
@@ -60,7 +61,8 @@ class EngineCore:
 
     @property
     def info(self) -> EngineInfo:
-        return self._info
+        """The facts about the engine, with the LoRA adapters that are loaded now."""
+        return replace(self._info, adapters=self._adapters.sources)
 
     @property
     def has_work(self) -> bool:

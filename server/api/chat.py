@@ -84,8 +84,8 @@ class Chat:
             kind,
             body,
             self.generation,
-            model=state.model_name,
-            fingerprint=state.fingerprint(),
+            model=state.name_of(body.model),
+            fingerprint=state.fingerprint(body.model),
         )
         self._logprobs = LogprobFormat(
             state.tokenizer, as_ids=bool(body.return_tokens_as_token_ids)

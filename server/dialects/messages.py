@@ -58,7 +58,7 @@ async def create_message(request: Request) -> Response:
         with renamed(names_of(body)):
             owner = state.keys.owner(request)
             chat = await Chat.start(state, chat_body, message_id, request_id, owner)
-    writer = MessageWriter(message_id, state.model_name)
+    writer = MessageWriter(message_id, state.name_of(body.model))
     headers = ignored_header(ignored)
     if body.stream:
         return EventStream(

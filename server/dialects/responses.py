@@ -164,7 +164,7 @@ class _ResponseRun:
         chat_body, ignored = chat_of(body, previous, strict=state.settings.strict)
         with renamed(NAMES):
             chat = await Chat.start(state, chat_body, key[1], request.state.request_id, key[0])
-        writer = ResponseWriter(key[1], state.model_name, body, store=store)
+        writer = ResponseWriter(key[1], state.name_of(body.model), body, store=store)
         items = [*previous, *items_of(body)]
         return cls(state.responses, key, chat, writer, items, ignored, request.state.request_id)
 

@@ -90,6 +90,7 @@ def make_job(
             cache_salt=body.cache_salt,
             grammar=parts.grammar,
             pooling=parts.pooling,
+            adapter=state.adapter_of(body.model),
         )
         request.check_fits(info)
         requests.append(request)

@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from ...engine.client import EngineClient
-from ..api import chat, completions, embeddings, operations, tokenization
+from ..api import adapters, chat, completions, embeddings, operations, tokenization
 from ..api.stored_streams import router as streams_router
 from ..dialects import messages, responses
 from ..errors import install_handlers
@@ -64,7 +64,7 @@ def create_app(
         keyed.include_router(endpoints.router)
     keyed.include_router(_documentation())
     keyed.include_router(streams_router)
-    for router in (operations.public, operations.router, keyed):
+    for router in (operations.public, operations.router, adapters.router, keyed):
         app.include_router(router)
     _add_middleware(app, settings, metrics)
     return app

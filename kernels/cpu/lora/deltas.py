@@ -80,12 +80,10 @@ def add_deltas(item, layer, rows, thread, work):
             for column in range(used * PANEL_COLUMNS):
                 h[row, column] = np.float32(0)
         for panel in range(used):
-            weights, left = a[slot, layer, part * rank_panels + panel], panel * PANEL_COLUMNS
+            weights, at = a[slot, layer, part * rank_panels + panel], panel * PANEL_COLUMNS
             for begin in range(0, depth, DEPTH):
                 step, place = min(DEPTH, depth - begin), begin * PANEL_COLUMNS
-                multiply_add(
-                    x, first, begin, weights, place, PANEL_COLUMNS, step, h, 0, left, count
-                )
+                multiply_add(x, first, begin, weights, place, PANEL_COLUMNS, step, h, 0, at, count)
         # 2. B h, panel by panel, into the part's columns.
         for panel in range(parts[part, 1]):
             for row in range(count):
