@@ -233,4 +233,4 @@ class StepPlanner:
             draft.token_ids.extend(sequence.token_ids[start:end])
             budget -= admitted.num_new
         for sequence in not_ready:
-            self._policy.push(sequence)
+            self._policy.put_back(sequence)
