@@ -228,6 +228,7 @@ def lora_expand(
     the rest is as for `lora_shrink`. Raises ValueError on shapes, dtypes or devices that do not
     fit.
     """
+    # Over 50 lines, of which half are the arguments of one launch.
     slots, parts = ranks.shape
     require(len(sizes) == parts, f"{parts} parts have {len(sizes)} sizes")
     require_shape("out", out, None, sum(sizes))

@@ -65,6 +65,7 @@ def make_job(
 
     Raises QuireError.
     """
+    # Over 50 lines: most of them are the fields of a request and of the job.
     info = state.engine.info
     deadlines = _deadlines(state.settings, body.timeout, parts.arrival)
     default = state.generation_defaults.get("max_new_tokens", parts.default_max_tokens)

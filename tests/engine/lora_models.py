@@ -24,7 +24,8 @@ Tensors = dict[str, torch.Tensor]
 def save_adapter(
     base: PreTrainedModel, folder: Path, *, seed: int = 0, size: float = 0.15, **config: Any
 ) -> PeftModel:
-    """Save a random adapter of `base` in a folder, and return PEFT's model that has it."""
+    """Save a random adapter of `base` in a folder, and return the model with it as PEFT loads it
+    from there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(copy.deepcopy(base), LoraConfig(**config))
@@ -34,7 +35,7 @@ def save_adapter(
                 if ".lora_" in name:
                     parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
         model.save_pretrained(str(folder))
-    return model.eval()
+        return PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
 
 
 def change_config(folder: Path, **fields: Any) -> None:

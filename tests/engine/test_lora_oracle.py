@@ -22,7 +22,7 @@ NUM_TOKENS = 14
 ALL = "all-linear"
 
 ADAPTERS: dict[str, dict[str, Any]] = {
-    "small": {"r": 1, "lora_alpha": 2, "target_modules": r".*\.self_attn\..*"},
+    "small": {"r": 1, "lora_alpha": 2, "target_modules": r".*\.self_attn\..*_proj"},
     "wide": {"r": 64, "lora_alpha": 16, "target_modules": ALL, "size": 0.08},
     "stable": {"r": 20, "lora_alpha": 10, "use_rslora": True, "target_modules": ALL},
     "mixed": {
@@ -121,29 +121,21 @@ def test_the_cuda_path_equals_peft(family: Family, sizes: tuple[int, ...]) -> No
 
 
 def test_an_int8_model_has_adapters_in_float32(llama: Family) -> None:
-    """Deltas are exact, whatever the base: with an adapter that undoes the base's own rounding
-    nothing would differ, so the logits must differ from the base's as those of float32 do."""
-    prompt = prompts(1)[0]
-    changes = []
+    """What an adapter changes is the same as in a float32 model, but for the base's rounding."""
+    prompt, changes = prompts(1)[0], []
     for quantization in (None, "int8"):
-        engine = llama.engine(quantization=quantization)
+        engine = llama.engine(quantization=quantization, max_logprobs=models.VOCAB_SIZE)
         scores = []
-        for adapter in (None, "small"):
-            request = engine.add(prompt, 1, adapter=adapter, logprobs=20)
+        for adapter in (None, "stable"):
+            request = engine.add(prompt, 1, adapter=adapter, logprobs=models.VOCAB_SIZE)
             engine.run()
-            (output,) = engine.outputs[request.request_id, 0]
-            assert output.logprobs is not None
-            entry = output.logprobs[0]
-            scores.append(dict(zip(entry.top_token_ids, entry.top_logprobs, strict=True)))
-        base, adapted = scores
-        common = sorted(base.keys() & adapted.keys())
-        assert len(common) > 5
-        changes.append({token: adapted[token] - base[token] for token in common})
+            (entry,) = engine.outputs[request.request_id, 0][0].logprobs or []
+            values = torch.empty(models.VOCAB_SIZE)
+            values[entry.top_token_ids] = torch.tensor(entry.top_logprobs)
+            scores.append(values)
+        changes.append(scores[1] - scores[0])
     wide, int8 = changes
-    both = sorted(wide.keys() & int8.keys())
-    assert len(both) > 5
-    assert [int8[token] for token in both] == pytest.approx([wide[t] for t in both], abs=0.25)
-    assert max(abs(wide[token]) for token in both) > 0.5
+    assert (int8 - wide).norm() < 0.2 * wide.norm()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -236,7 +228,7 @@ def test_a_version_that_is_replaced_or_unloaded_finishes_its_requests(llama: Fam
     engine = llama.engine(lora=llama.sources("wide", "mlp"), max_loras=1)
     prompt = prompts(1)[0]
     old = [engine.add(prompt, NUM_TOKENS, adapter=name) for name in ("wide", "mlp")]
-    engine.core.step()
+    engine.step()
     adapters = engine.core.adapters
     loading = adapters.begin(AdapterSource("wide", str(llama.folder / "stable")), replace=True)
     loading.read.result()
