@@ -148,9 +148,7 @@ async def test_paths_outside_the_folder_are_refused(
 
 async def test_without_a_folder_nothing_is_loaded(make_client: MakeClient) -> None:
     client = make_client(admin_api_key="admin")
-    answer = await client.post(
-        LOAD, json={"lora_name": "db", "lora_path": "/tmp"}, headers=ADMIN
-    )
+    answer = await client.post(LOAD, json={"lora_name": "db", "lora_path": "/tmp"}, headers=ADMIN)
     assert_error(answer, 400, "invalid_value", "lora_path")
     assert "--lora-dir" in answer.text
 
