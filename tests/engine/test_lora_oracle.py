@@ -15,6 +15,7 @@ from quire.engine.request import Request
 
 from . import models
 from .devices.cuda_on_cpu import CudaOnCpuBackend
+from .harness import make_request
 from .lora_models import save_adapter
 from .test_oracle import Engine, Reference, prompts
 
@@ -197,6 +198,24 @@ def test_forks_and_beams_keep_their_adapter(llama: Family) -> None:
     assert [engine.tokens(forked, choice) for choice in range(3)] == [expected] * 3
     assert engine.tokens(beams) == llama.references["stable"].complete(prompt, NUM_TOKENS)
     llama.check(engine, [plain])
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_embeddings_are_those_of_the_adapted_model(llama: Family, pooling: str) -> None:
+    engine = llama.engine(max_num_batched_tokens=16)
+    prompt = prompts(2)[1]
+    for name in (None, "wide"):
+        request = make_request(prompt, 0, pooling=pooling, adapter=name)
+        engine.core.add_request(request)
+        engine.run()
+        data = engine.outputs[request.request_id, 0][-1].embedding
+        assert data is not None
+        model = llama.references[name].model
+        with torch.no_grad():
+            states = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0]
+        expected = states[-1] if pooling == "last" else states.mean(0)
+        found = torch.frombuffer(bytearray(data), dtype=torch.float32)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_prefixes_are_shared_within_a_version_of_an_adapter_only(llama: Family) -> None:
