@@ -13,8 +13,8 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
-from ...engine.errors import InvalidRequestError
-from ...engine.lora import AdapterSource
+from ...engine.errors import InvalidRequestError, ModelNotFoundError
+from ...engine.lora import AdapterSource, name_problem
 from ..http.auth import require_admin_key
 from ..http.body import read_json_object
 from ..http.route_docs import BODY_ERRORS, STRING, errors, json_body
@@ -53,6 +53,8 @@ async def load_lora_adapter(request: Request) -> PlainTextResponse:
     state = state_of(request)
     fields = await read_json_object(request)
     body, ignored = check_types(LoadBody, fields, strict=state.settings.strict)
+    if (problem := name_problem(body.lora_name)) is not None:
+        raise InvalidRequestError(problem, "lora_name")
     if body.lora_name in state.settings.served_names:
         raise InvalidRequestError(
             f"{body.lora_name[:128]!r} is the name of the model itself", "lora_name"
@@ -79,6 +81,8 @@ async def unload_lora_adapter(request: Request) -> PlainTextResponse:
     fields = await read_json_object(request)
     body, ignored = check_types(UnloadBody, fields, strict=state.settings.strict)
     state.check_ready()
+    if body.lora_name not in state.adapters:
+        raise ModelNotFoundError(f"there is no adapter {ascii(body.lora_name[:128])}", "lora_name")
     await state.engine.unload_adapter(body.lora_name)
     return PlainTextResponse(
         f"Success: LoRA adapter '{body.lora_name}' removed successfully.",

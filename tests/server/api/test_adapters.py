@@ -17,6 +17,7 @@ from ..fakes import FakeEngineClient
 from ..openai_http import assert_error
 
 ADMIN = {"authorization": "Bearer admin"}
+JSON = {"content-type": "application/json"}
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
@@ -98,7 +99,9 @@ async def test_an_adapter_is_loaded_replaced_and_unloaded(
     answer = await admin.post(UNLOAD, json={"lora_name": "db"})
     assert answer.text == "Success: LoRA adapter 'db' removed successfully."
     gone = await admin.post(UNLOAD, json={"lora_name": "db"})
-    assert_error(gone, 404, "model_not_found", "model")
+    assert_error(gone, 404, "model_not_found", "lora_name")
+    strange = await admin.post(UNLOAD, content=b'{"lora_name": "\\ud800"}', headers=JSON)
+    assert strange.status_code in (400, 404)
 
 
 async def test_only_the_admin_changes_adapters(make_client: MakeClient, adapters: Path) -> None:
@@ -158,6 +161,8 @@ async def test_without_a_folder_nothing_is_loaded(make_client: MakeClient) -> No
     [
         ({"lora_name": MODEL, "lora_path": "sql"}, "lora_name"),
         ({"lora_name": "", "lora_path": "sql"}, "lora_name"),
+        ({"lora_name": "a\n", "lora_path": "sql"}, "lora_name"),
+        ({"lora_name": "a" * 129, "lora_path": "sql"}, "lora_name"),
         ({"lora_name": "db", "lora_path": ""}, "lora_path"),
         ({"lora_name": "db"}, "lora_path"),
         ({"lora_name": 1, "lora_path": "sql"}, "lora_name"),
@@ -168,6 +173,16 @@ async def test_bad_bodies_are_refused(
     admin: httpx.AsyncClient, body: dict[str, Any], param: str
 ) -> None:
     assert_error(await admin.post(LOAD, json=body), 400, "invalid_value", param)
+
+
+@pytest.mark.parametrize("field", ["lora_name", "lora_path"])
+async def test_what_no_file_name_can_hold_is_refused(
+    admin: httpx.AsyncClient, engine: FakeEngineClient, field: str
+) -> None:
+    fields = {"lora_name": '"db"', "lora_path": '"sql"'} | {field: '"\\ud800"'}
+    content = ", ".join(f'"{name}": {value}' for name, value in fields.items())
+    answer = await admin.post(LOAD, content=f"{{{content}}}", headers=JSON)
+    assert answer.status_code == 400 and engine.adapters == {}
 
 
 async def test_before_the_engine_is_ready_configured_adapters_are_known(
