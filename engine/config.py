@@ -270,6 +270,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for flag in engine_flags():
             flag.check(getattr(self, flag.field))
+        if len(self.lora) > self.max_cpu_loras:
+            raise ConfigurationError(
+                f"{len(self.lora)} LoRA adapters are more than --max-cpu-loras {self.max_cpu_loras}"
+            )
         size = self.block_size
         if not (MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE and size & (size - 1) == 0):
             raise ConfigurationError(

@@ -6,6 +6,7 @@ two steps. Whatever is wrong with it has no effect on anything else.
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from ..errors import InvalidRequestError, QuireError, one_line
 from ..lora import AdapterSource, name_problem
 from ..scheduling.adapter_table import AdapterTable
 from ..worker_protocol import ReadAdapter, WorkerProtocol
+
+logger = logging.getLogger("quire.engine")
 
 
 class Loading(NamedTuple):
@@ -31,8 +34,7 @@ class LoadedAdapters:
         """`info` says which adapters the worker has loaded with the model."""
         self._worker = worker
         self._is_enabled = info.max_lora_rank is not None
-        maximum = max(config.max_cpu_loras, len(info.adapters))
-        self.table = AdapterTable(config.max_loras, maximum)
+        self.table = AdapterTable(config.max_loras, config.max_cpu_loras)
         for source in info.adapters:
             self.table.add(source)
         self._reader: ThreadPoolExecutor | None = None
@@ -66,11 +68,13 @@ class LoadedAdapters:
             ) from error
         self.table.check_name(loading.source.name, replace=loading.replace)
         self._worker.hold_adapter(self.table.add(loading.source), adapter)
+        logger.info("LoRA: adapter %r is loaded", loading.source.name)
         self.drop_unused()
 
     def unload(self, name: str) -> None:
         """Refuse new requests for an adapter; running ones finish. Raises ModelNotFoundError."""
         self.table.remove(name)
+        logger.info("LoRA: adapter %r is unloaded", name)
         self.drop_unused()
 
     def drop_unused(self) -> None:

@@ -69,18 +69,20 @@ class AdapterStore:
     def read(self, source: AdapterSource) -> Adapter:
         """Read an adapter without keeping it; may run in any thread. Raises
         InvalidRequestError."""
-        return read_adapter(source.folder, *self._model)
-
-    def hold(self, adapter_id: int, adapter: Adapter) -> None:
-        """Keep an adapter, to fill slots with it."""
-        self._adapters[adapter_id] = adapter
+        adapter = read_adapter(source.folder, *self._model)
         logger.info(
-            "LoRA: adapter %d has rank %d in %d layers and takes %.1f MiB",
-            adapter_id,
+            "LoRA: read %r from %s: rank %d in %d layers, %.1f MiB",
+            source.name,
+            source.path,
             adapter.rank,
             len(adapter.weights),
             adapter.num_bytes / 2**20,
         )
+        return adapter
+
+    def hold(self, adapter_id: int, adapter: Adapter) -> None:
+        """Keep an adapter, to fill slots with it."""
+        self._adapters[adapter_id] = adapter
 
     def drop(self, adapter_id: int) -> None:
         """Forget an adapter, which no later plan names."""

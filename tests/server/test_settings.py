@@ -189,3 +189,9 @@ def test_adapters_are_named_folders(tmp_path: Path) -> None:
 def test_bad_adapters_are_configuration_errors(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         load_settings(**fields)
+
+
+def test_more_adapters_than_may_be_loaded_are_refused() -> None:
+    settings = load_settings(lora=["a=/x", "b=/y"], max_cpu_loras="1")
+    with pytest.raises(ConfigurationError, match="2 LoRA adapters are more than"):
+        settings.engine_config()
