@@ -102,6 +102,8 @@ def _is_among(module: str, names: str | list[str]) -> bool:
 def read_config(folder: Path) -> PeftConfig:
     """Read adapter_config.json. Raises InvalidRequestError if it is broken or not served."""
     path = folder / "adapter_config.json"
+    if path.exists() and not path.is_file():  # to read a pipe would take for ever
+        raise refuse(f"cannot read {path}: it is no regular file")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise refuse(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")

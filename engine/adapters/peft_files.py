@@ -131,8 +131,9 @@ def _check_pair(
 
 def _read(tensors: Any, pair: _Pair, config: PeftConfig) -> LoraWeight:
     """Read a layer's weights. Raises InvalidRequestError if they are not finite."""
-    a, b = (tensors.get_tensor(pair.tensors[half]).to(torch.float32) for half in "AB")
-    b = b * config.scaling_of(pair.module)
+    # Copies, since what safetensors returns is the file itself, which may be written to later.
+    a, b = (tensors.get_tensor(pair.tensors[half]).to(torch.float32, copy=True) for half in "AB")
+    b *= config.scaling_of(pair.module)
     for half, tensor in (("A", a), ("B", b)):
         if not math.isfinite(tensor.abs().max().item()):
             raise refuse(f"{pair.tensors[half]} has numbers that are not finite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -240,4 +241,20 @@ def test_files_that_are_refused(folder: Path, linears: dict[str, LinearShape]) -
     config.unlink()
     assert "cannot read" in refused()
     config.mkdir()
-    assert "cannot read" in refused()
+    assert "no regular file" in refused()
+    config.rmdir()
+    os.mkfifo(config)
+    assert "no regular file" in refused()
+
+
+def test_an_adapter_that_was_read_does_not_depend_on_its_file(
+    folder: Path, linears: dict[str, LinearShape]
+) -> None:
+    """A new version may be written over the old one, which is in use until it is replaced."""
+    adapter = read(folder, linears)
+    before = [part.clone() for weight in adapter.weights.values() for part in weight]
+    file = folder / "adapter_model.safetensors"
+    with file.open("r+b") as stream:
+        stream.write(bytes(file.stat().st_size))
+    after = [part for weight in adapter.weights.values() for part in weight]
+    assert all(map(torch.equal, before, after))
