@@ -116,22 +116,22 @@ def multiply_gated(item, layer, rows, thread, product):
     gate, up = tiles[0], tiles[1]
     gate_scale, gate_bias = _columns_of(affine, 2 * pair)
     up_scale, up_bias = _columns_of(affine, 2 * pair + 1)
-    slots, deltas, beside = product.slots, product.deltas, left + np.uint64(out.shape[1])
     for row in range(count):
-        # Rows with an adapter have a loop of their own, so that the others are computed by the
-        # same instructions in every step.
-        if len(slots) > 0 and slots[first + row] >= 0:
+        for column in range(columns):
+            number = gate[row, column] * gate_scale[column] + gate_bias[column]
+            factor = up[row, column] * up_scale[column] + up_bias[column]
+            out[first + row, left + column] = number / (np.float32(1) + exp(-number)) * factor
+    # Rows with an adapter are computed once more, with their deltas, so that the loop above is the
+    # same for all others in every step. (A branch within it keeps LLVM from vectorising it.)
+    slots, deltas, beside = product.slots, product.deltas, left + np.uint64(out.shape[1])
+    for row in range(min(count, np.uint64(len(slots)))):
+        if slots[first + row] >= 0:
             for column in range(columns):
                 number = gate[row, column] * gate_scale[column] + gate_bias[column]
                 number += deltas[first + row, left + column]
                 factor = up[row, column] * up_scale[column] + up_bias[column]
                 factor += deltas[first + row, beside + column]
                 out[first + row, left + column] = number / (np.float32(1) + exp(-number)) * factor
-            continue
-        for column in range(columns):
-            number = gate[row, column] * gate_scale[column] + gate_bias[column]
-            factor = up[row, column] * up_scale[column] + up_bias[column]
-            out[first + row, left + column] = number / (np.float32(1) + exp(-number)) * factor
 
 
 @njit(**INLINED)
