@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import njit
 
 from ..body import (
     DOWN,
@@ -30,6 +31,7 @@ from ..body import (
     Activations,
 )
 from ..kernel import Packed, kernel, signature_of
+from ..numbers import FAST
 from ..panels import PANEL_COLUMNS, multiply_add
 from ..products import DEPTH
 from ..region import launch
@@ -76,9 +78,7 @@ def add_deltas(item, layer, rows, thread, work):
             continue
         # 1. h = A x. A slice of A stays in the second-level cache while all rows read it.
         used = -(-rank // PANEL_COLUMNS)
-        for row in range(count):
-            for column in range(used * PANEL_COLUMNS):
-                h[row, column] = np.float32(0)
+        _clear(h, count, np.uint64(used * PANEL_COLUMNS))
         for panel in range(used):
             weights, at = a[slot, layer, part * rank_panels + panel], panel * PANEL_COLUMNS
             for begin in range(0, depth, DEPTH):
@@ -86,20 +86,36 @@ def add_deltas(item, layer, rows, thread, work):
                 multiply_add(x, first, begin, weights, place, PANEL_COLUMNS, step, h, 0, at, count)
         # 2. B h, panel by panel, into the part's columns.
         for panel in range(parts[part, 1]):
-            for row in range(count):
-                for column in range(PANEL_COLUMNS):
-                    tile[row, column] = np.float32(0)
+            _clear(tile, count, np.uint64(PANEL_COLUMNS))
             weights = b[slot, layer, parts[part, 0] + panel]
             multiply_add(h, 0, 0, weights, 0, PANEL_COLUMNS, rank, tile, 0, 0, count)
             begin = panel * PANEL_COLUMNS
             left = np.uint64(parts[part, 2] + begin)
             columns = np.uint64(min(PANEL_COLUMNS, parts[part, 3] - begin))
-            for row in range(count):
-                for column in range(columns):
-                    number = tile[row, column]
-                    if adds:
-                        number += out[first + row, left + column]
-                    out[first + row, left + column] = number
+            _put(tile, out, first, left, count, columns, adds)
+
+
+# Functions of their own: within the kernel's loops LLVM would not vectorise these.
+
+
+@njit(**FAST)
+def _clear(tile, rows, columns):
+    """Zero the first rows and columns of a tile."""
+    for row in range(rows):
+        for column in range(columns):
+            tile[row, column] = np.float32(0)
+
+
+@njit(**FAST)
+def _put(tile, out, first, left, rows, columns, adds):
+    """Add the first rows and columns of a tile to those of `out`, or put them there."""
+    for row in range(rows):
+        if adds:
+            for column in range(columns):
+                out[first + row, left + column] += tile[row, column]
+        else:
+            for column in range(columns):
+                out[first + row, left + column] = tile[row, column]
 
 
 def find_runs(token_slots: Array) -> Array:
