@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from .classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from .embedding_spec import NO_LAYOUT, EmbeddingSpec
 from .errors import ConfigurationError, ModelLoadError
+from .lora import AdapterSource
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -181,6 +182,34 @@ class EngineConfig:
         None,
         details="See Rerank, score and classify. Default: as the model's folder says.",
     )
+    enable_lora: bool = _flag(
+        "Model",
+        "Serve LoRA adapters. On by itself with --lora or --lora-dir.",
+        False,
+    )
+    lora: tuple[AdapterSource, ...] = ()
+    """The adapters that are loaded when the engine starts."""
+    skip_broken_lora: bool = False
+    """Whether to start without an adapter that cannot be loaded: after a restart, if it has
+    vanished since."""
+    max_loras: int = _flag(
+        "Model",
+        "Maximum different LoRA adapters in a step.",
+        4,
+        details="Requests for others wait. Each takes the memory of one with the maximum rank.",
+        ge=1,
+        le=256,
+    )
+    max_lora_rank: int | None = _flag(
+        "Model",
+        "Maximum rank of a LoRA adapter. Default: the largest of --lora, at least 16.",
+        None,
+        ge=1,
+        le=1024,
+    )
+    max_cpu_loras: int = _flag(
+        "Model", "Maximum LoRA adapters that are loaded at a time.", 64, ge=1
+    )
     pooling: PoolingChoice = _flag(
         "Model",
         "Pooling of embeddings: auto (as the model's folder says), last or mean token.",
@@ -261,6 +290,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for flag in engine_flags():
             flag.check(getattr(self, flag.field))
+        if len(self.lora) > self.max_cpu_loras:
+            raise ConfigurationError(
+                f"{len(self.lora)} LoRA adapters are more than --max-cpu-loras {self.max_cpu_loras}"
+            )
         size = self.block_size
         if not (MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE and size & (size - 1) == 0):
             raise ConfigurationError(
@@ -303,7 +336,8 @@ class WorkerInfo:
     scores. `max_num_batched_tokens` is the maximum number of tokens in a step. `is_asynchronous`
     says that the device computes a step while the host prepares the next. `kv_cache_dtype` is None
     if it equals `dtype`. `source_format` is that of the checkpoint, and `computed_format` names the
-    types of the weights as they are computed, which take `weight_bytes`.
+    types of the weights as they are computed, which take `weight_bytes`. `adapters` are the LoRA
+    adapters that are loaded, and `max_lora_rank` is None if there can be none.
     """
 
     architecture: str
@@ -323,6 +357,8 @@ class WorkerInfo:
     source_format: str = ""
     computed_format: str = ""
     weight_bytes: int = 0
+    adapters: tuple[AdapterSource, ...] = ()
+    max_lora_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,6 +370,7 @@ class EngineInfo(WorkerInfo):
     num_blocks: int
     max_num_seqs: int
     max_logprobs: int
+    max_loras: int = 0
 
     @classmethod
     def of(cls, config: EngineConfig, worker: WorkerInfo, num_blocks: int) -> EngineInfo:
@@ -346,6 +383,7 @@ class EngineInfo(WorkerInfo):
             num_blocks=num_blocks,
             max_num_seqs=config.max_num_seqs,
             max_logprobs=config.max_logprobs,
+            max_loras=config.max_loras if worker.max_lora_rank is not None else 0,
         )
 
     @property

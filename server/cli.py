@@ -91,10 +91,13 @@ def build_parser(*, serve_only: bool = False) -> argparse.ArgumentParser:
     serve.add_argument("--config", metavar="FILE", help=fields["config"].description)
     groups = {name: serve.add_argument_group(name) for name in GROUPS}
     for flag in grouped_flags():
-        groups[flag.group].add_argument(flag.option, **_argument(flag))
+        names = (flag.option, *_ALIASES.get(flag.name, ()))
+        groups[flag.group].add_argument(*names, **_argument(flag))
     return parser
 
 
+_ALIASES = {"lora": ("--lora-modules",)}
+"""Other names of flags."""
 _METAVARS: dict[Any, str] = {
     int: "N",
     int | None: "N",

@@ -18,6 +18,7 @@ RULES: dict[str, set[str]] = {
     "kernels": set(),
     "kernels.cpu": KERNELS,
     "kernels.cpu.integer": KERNELS | {"kernels.cpu"},
+    "kernels.cpu.lora": {"kernels.cpu"},
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
     "engine": set(),
@@ -28,13 +29,18 @@ RULES: dict[str, set[str]] = {
     "engine.core": ENGINE | {"engine.cache", "engine.grammar", "engine.scheduling"},
     "engine.attention": ENGINE | KERNELS,
     "engine.body": ENGINE | KERNELS | {"engine.attention"},
+    "engine.adapters": ENGINE | {"engine.body"},
     "engine.sampling": ENGINE | KERNELS,
 }
-RULES["engine.devices"] = ENGINE | KERNELS | {"engine.attention", "engine.body", "engine.sampling"}
+RULES["engine.devices"] = (
+    ENGINE
+    | KERNELS
+    | {
+        *("engine.attention", "engine.body", "engine.adapters", "engine.sampling"),
+    }
+)
 RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
-    "engine.devices",
-    "kernels.cpu",
-    "kernels.cpu.integer",
+    *("engine.devices", "kernels.cpu", "kernels.cpu.integer", "kernels.cpu.lora"),
 }
 RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ..attention.metadata import AttentionPlan
 from ..body.body import Body
 from ..body.flat_decoder import FlatDecoder
@@ -74,6 +75,10 @@ class Rehearsal(Protocol):
     def planner(self) -> Planner:
         """The runner's, made by the backend."""
 
+    @property
+    def adapters(self) -> AdapterSlots | None:
+        """The slots of LoRA adapters, if there are any."""
+
     def run_prompts(self, num_tokens: int, num_seqs: int) -> object:
         """Run a blank step that begins so many sequences, without logits."""
 
@@ -98,6 +103,8 @@ class CacheDemand(NamedTuple):
     architecture: str
     block_bytes: int
     max_model_len: int
+    adapter_bytes: int = 0
+    """Bytes that LoRA adapters will take when all slots are filled."""
 
 
 StartRehearsal = abc.Callable[[int], Rehearsal]
@@ -155,6 +162,12 @@ class Backend(Protocol):
         quantised ones if there is a `quantization`. Grouped layers keep their integers, or are made
         dense.
         """
+
+    def make_adapter_slots(
+        self, body: Body, adaptable: Adaptable, limits: LoraLimits
+    ) -> AdapterSlots:
+        """Let a body that this backend made run with LoRA adapters; `adaptable` are its linear
+        layers, which may be replaced in place."""
 
     def make_sampler(self, vocab_size: int) -> Sampler:
         """Make a sampler that draws in the device's own way."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters.adapter import LinearShape, find_linears
+from ..adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ..attention.interface import register_attention
 from ..attention.metadata import AttentionMetadata
 from ..body.merged_linear import merge_siblings
@@ -42,6 +44,7 @@ class CausalLM:
         quantization: str | None = None,
         kv_cache_dtype: torch.dtype | None = None,
         kv_must_be_borne: bool = False,
+        adaptable: bool = False,
     ) -> None:
         """Take over a transformers model on the backend's device. Raises UnsupportedModelError,
         naming the reason, if it does not pass the probe.
@@ -49,10 +52,11 @@ class CausalLM:
         `can_generate` is False if the head's weights are made up, so that logits mean nothing.
         `quantization` is how linear layers are to be rounded, if they are.
         `kv_cache_dtype` is by default the model's; if the model must bear the rounding and does
-        not, it becomes that.
+        not, it becomes that. `adaptable` prepares for `enable_adapters`.
         """
         self.spec = spec
         self.weights = weights
+        self._backend = backend
         self.can_generate = can_generate
         self.scores: Scores | None = None
         """Makes the logits of the model's classes, if it has a classifier."""
@@ -72,6 +76,12 @@ class CausalLM:
         for names, count in merged.items():
             logger.info("merged %s (%d times)", ", ".join(names), count)
         flat = flatten_if_equal(body, spec, probed)
+        self._adaptable: Adaptable | None = None
+        if adaptable:
+            tokens = len(probed.hidden)
+            prefix = next(name for name, module in model.named_modules() if module is body)
+            places = find_linears(body, prefix, lambda: run_probe(model, spec, body), tokens)
+            self._adaptable = Adaptable(prefix, places, flat)
         # 2. Split off the head, and let the device choose how the body runs.
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
@@ -83,6 +93,26 @@ class CausalLM:
         self.forward_to_logits = fused or self._forward_then_logits
         """input_ids and positions `[T]`, logit_indices `[R]`, metadata → `forward`'s hidden states,
         and the `logits` of the tokens at logit_indices."""
+
+    def enable_adapters(self, limits: LoraLimits) -> AdapterSlots:
+        """Let the model run with LoRA adapters. Called once, on a model that was made
+        `adaptable`, which it is no longer."""
+        assert self._adaptable is not None
+        slots = self._backend.make_adapter_slots(self._body, self._adaptable, limits)
+        self._adaptable = None
+        return slots
+
+    @property
+    def linears(self) -> dict[str, LinearShape]:
+        """The linear layers that can have adapters, by name, before `enable_adapters`."""
+        assert self._adaptable is not None
+        return {name: place.shape for name, place in self._adaptable.places.items()}
+
+    @property
+    def prefix(self) -> str:
+        """The name of the body, with which the names of its layers begin."""
+        assert self._adaptable is not None
+        return self._adaptable.prefix
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata

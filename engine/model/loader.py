@@ -87,6 +87,7 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
         quantization=config.quantization,
         kv_cache_dtype=kv_cache_dtype,
         kv_must_be_borne=config.kv_cache_dtype == "auto",
+        adaptable=config.enable_lora,
     )
     if isinstance(spec.classifier, ClassifierSpec):
         loaded.scores = make_scores(spec.classifier, config, loaded.logits)

@@ -27,7 +27,7 @@ Activations are float32 throughout.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from .kernel import Packed, signature_of
 from .norms import FEW, Heads, Norm, Pick, normalise, pick, rotate
 from .products import (
     Call,
+    Gated,
     PackedWeight,
     Quantised,
     count_few,
@@ -156,6 +157,18 @@ class Activations(NamedTuple):
     """`[., vocab_size]`."""
 
 
+class Adapted(Protocol):
+    """The LoRA adapters of a step; `lora.deltas.AdaptedStep`."""
+
+    token_slots: Array
+    """The slot of each token, −1 for none; empty if no token has an adapter."""
+    gate_up: Array
+    """As `deltas` of `products.GatedProduct`."""
+
+    def insert(self, table: Array, activations: Activations, num_threads: int) -> Array:
+        """Return a table of phases with the adapters' phases among them."""
+
+
 class Scratch(NamedTuple):
     """Memory in which threads work: each has its own, unless it says otherwise."""
 
@@ -184,7 +197,14 @@ class Body:
         self._counts = (0, 0, 0)
         """Tokens, picks and tiles that the table is for."""
 
-    def run(self, cache: Array, step: BodyStep, activations: Activations, num_threads: int) -> None:
+    def run(
+        self,
+        cache: Array,
+        step: BodyStep,
+        activations: Activations,
+        num_threads: int,
+        adapted: Adapted | None = None,
+    ) -> None:
         """Run a step. Changes the activations and the cache `[num_layers, 2, blocks, kv_heads,
         block_size, head_dim]`."""
         scratch = self._scratch_for(activations, cache.shape[3], step.tile_queries, num_threads)
@@ -204,7 +224,24 @@ class Body:
         if counts != self._counts:
             self._counts = counts
             self._set_counts(*counts, cache.shape[3])
-        run_phases(self._table, num_threads)
+        table = self._table
+        if adapted is not None:
+            self._set_adapters(adapted)
+            if len(adapted.token_slots):
+                table = adapted.insert(table, activations, num_threads)
+        run_phases(table, num_threads)
+
+    def _set_adapters(self, adapted: Adapted) -> None:
+        """Let gate and up read what the adapters of this step add to them."""
+        for layer in range(len(self._layers.gate_up)):
+            packed = self._packed[GATE_UP, layer]
+            work = cast(Gated, packed.work)
+            if work.slots is adapted.token_slots:
+                return  # as in all other layers
+            is_alike = packed.update(
+                work._replace(slots=adapted.token_slots, deltas=adapted.gate_up)
+            )
+            assert is_alike
 
     def _phases(self, place: Place) -> slice:
         """Return the phases of a place: of a kind in all layers, for the first kind with the last

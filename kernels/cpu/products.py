@@ -38,6 +38,9 @@ Array = np.ndarray[Any, Any]
 Call = tuple[Kernel, Work]
 WHOLE: Array = np.empty((0, 4), np.int64)
 """The segments of a product of all rows with all panels."""
+NOBODY: Array = np.empty(0, np.int64)
+NO_DELTAS: Array = np.empty((0, 1), np.float32)
+"""The slots and deltas of a product without LoRA adapters."""
 
 
 class Quantised(NamedTuple):
@@ -93,10 +96,7 @@ class PackedWeight(Protocol):
 
 
 class Product(NamedTuple):
-    """A product. x and out are float32 and may have more rows.
-
-    For `multiply_gated`, panel 2i is the i-th of gate and panel 2i + 1 the i-th of up.
-    """
+    """A product. x and out are float32 and may have more rows."""
 
     panels: Any
     """`[panels, in_features, PANEL_COLUMNS]`."""
@@ -112,7 +112,33 @@ class Product(NamedTuple):
     """Empty if all rows are multiplied by all panels. Else a row for each run of rows that has
     panels of its own, as `make_segments` returns them."""
     adds: bool
-    """Whether the product is added to `out` (not by `multiply_gated`)."""
+    """Whether the product is added to `out`."""
+
+
+class Gated(Protocol):
+    """The work of a kernel that computes silu(gate) * up, and what LoRA adapters add to the two:
+    a named tuple."""
+
+    slots: Any
+    """The adapter's slot of each row, −1 for none; empty if no row has an adapter."""
+    deltas: Any
+    """`[., 2 * out_features]`, read only for rows that have an adapter: gate's, then up's."""
+
+    def _replace(self, *, slots: Array, deltas: Array) -> Work: ...
+
+
+class GatedProduct(NamedTuple):
+    """The work of `multiply_gated`: the fields of Product without `adds`, and those of Gated. Panel
+    2i is the i-th of gate and panel 2i + 1 the i-th of up."""
+
+    panels: Any
+    bias: Any
+    x: Any
+    out: Any
+    tiles: Any
+    segments: Any
+    slots: Any
+    deltas: Any
 
 
 class FloatWeight(NamedTuple):
@@ -151,7 +177,7 @@ class FloatWeight(NamedTuple):
     def multiply_gated(
         self, x: Array, room: Quantised, out: Array, tiles: Array, segments: Array = WHOLE
     ) -> Call:
-        return multiply_gated, Product(*self, x, out, tiles, segments, False)
+        return multiply_gated, GatedProduct(*self, x, out, tiles, segments, NOBODY, NO_DELTAS)
 
 
 def make_tiles(num_threads: int) -> Array:
@@ -233,6 +259,17 @@ def multiply_gated(item, layer, rows, thread, product):
             number = gate[row, column] + gate_bias[column]
             factor = up[row, column] + up_bias[column]
             out[first + row, left + column] = number / (np.float32(1) + exp(-number)) * factor
+    # Rows with an adapter are computed once more, with their deltas, so that the loop above is the
+    # same for all others in every step. (A branch within it keeps LLVM from vectorising it.)
+    slots, deltas, beside = product.slots, product.deltas, left + np.uint64(out.shape[1])
+    for row in range(min(count, np.uint64(len(slots)))):
+        if slots[first + row] >= 0:
+            for column in range(columns):
+                number = gate[row, column] + gate_bias[column]
+                number += deltas[first + row, left + column]
+                factor = up[row, column] + up_bias[column]
+                factor += deltas[first + row, beside + column]
+                out[first + row, left + column] = number / (np.float32(1) + exp(-number)) * factor
 
 
 @njit(**INLINED)

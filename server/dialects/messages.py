@@ -60,7 +60,7 @@ async def create_message(request: Request) -> Response:
             chat = await Chat.start(
                 state, chat_body, message_id, request_id, owner, caps_max_tokens=True
             )
-    writer = MessageWriter(message_id, state.model_name)
+    writer = MessageWriter(message_id, state.name_of(body.model))
     ignored += without_effect(chat, names_of(body))
     headers = ignored_header(ignored, chat.job.prompt_changes)
     if body.stream:

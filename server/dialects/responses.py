@@ -172,7 +172,7 @@ class _ResponseRun:
                 key[0],
                 caps_max_tokens=True,
             )
-        writer = ResponseWriter(key[1], state.model_name, body, store=store)
+        writer = ResponseWriter(key[1], state.name_of(body.model), body, store=store)
         items = [*previous, *items_of(body)]
         return cls(state.responses, key, chat, writer, items, ignored, request.state.request_id)
 

@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from ...engine.checkpoints.source import find_source
 from ...engine.client import EngineClient
-from ..api import chat, completions, embeddings, invocations, operations, tokenization
+from ..api import adapters, chat, completions, embeddings, invocations, operations, tokenization
 from ..api.stored_streams import router as streams_router
 from ..dialects import messages, responses
 from ..errors import install_handlers
@@ -83,7 +83,7 @@ def create_app(
     keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
     for router in private:
         keyed.include_router(router)
-    public = [operations.public, operations.router]
+    public = [operations.public, operations.router, adapters.router]
     for router in (*public, keyed):
         app.include_router(router)
     explain_unknown_paths(app, [*public, *private])

@@ -61,11 +61,14 @@ class Engine:
         self.core.add_request(request)
         return request
 
+    def step(self) -> None:
+        for output in self.core.step().outputs:
+            assert output.error is None, output.error
+            self.outputs[output.request_id, output.choice].append(output)
+
     def run(self) -> None:
         while self.core.has_work:
-            for output in self.core.step().outputs:
-                assert output.error is None, output.error
-                self.outputs[output.request_id, output.choice].append(output)
+            self.step()
         stats = self.core.stats()
         assert stats.num_free_blocks == stats.num_blocks
 

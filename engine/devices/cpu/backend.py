@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ....kernels.device_copy import to_device
+from ...adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ...body.body import Body, HfBody
 from ...body.flat_decoder import FlatDecoder
 from ...config import EngineConfig
@@ -20,6 +21,7 @@ from ...errors import ConfigurationError
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
+from .adapters import DecoderSlots, ModuleSlots
 from .attention import CpuPlanner
 from .decoder import CpuDecoder, can_compile
 from .draws import CpuDraws
@@ -96,11 +98,20 @@ class CpuBackend:
         pack_linears(head, quantization="int8" if quantization == "int4" else quantization)
         return made
 
+    def make_adapter_slots(
+        self, body: Body, adaptable: Adaptable, limits: LoraLimits
+    ) -> AdapterSlots:
+        if isinstance(body, CpuDecoder):
+            return DecoderSlots(body, adaptable, limits)
+        return ModuleSlots(adaptable, limits)
+
     def make_sampler(self, vocab_size: int) -> Sampler:
         return Sampler(vocab_size, self.device, CpuDraws(vocab_size))
 
     def cache_memory(self, demand: CacheDemand, start: StartRehearsal) -> int:
-        return cache_memory(demand.config, demand.block_bytes, demand.max_model_len)
+        return cache_memory(
+            demand.config, demand.block_bytes, demand.max_model_len, demand.adapter_bytes
+        )
 
     def allocate_kv_cache(
         self, shape: tuple[int, ...], dtype: torch.dtype, *, commit: bool

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ....kernels.cpu.arrays import FLOATS, as_array
-from ....kernels.cpu.body import Activations, BodyStep, Ends, Layers
+from ....kernels.cpu.body import Activations, Adapted, BodyStep, Ends, Layers
 from ....kernels.cpu.body import Body as CompiledBody
 from ...attention.metadata import AttentionMetadata
 from ...body.body import ForwardToLogits
@@ -47,6 +47,8 @@ class CpuDecoder:
         self._compiled = CompiledBody(self._ends, self._layers)
         self._vocab_size = 0
         self._activations: Activations | None = None
+        self.adapted: Adapted | None = None
+        """The LoRA adapters of each step, if there can be any."""
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
@@ -93,7 +95,7 @@ class CpuDecoder:
         )
         numba.set_num_threads(plan.num_threads)
         cache = as_array(metadata.kv_cache)
-        self._compiled.run(cache, step, activations, plan.num_threads)
+        self._compiled.run(cache, step, activations, plan.num_threads, self.adapted)
         hidden = torch.from_numpy(activations.normed[:num_tokens])
         logits = torch.from_numpy(activations.logits[:num_logits])
         return hidden.to(self._dtype), logits.to(self._dtype)

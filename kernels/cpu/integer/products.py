@@ -15,7 +15,7 @@ from numba import njit
 from ..kernel import kernel
 from ..numbers import INLINED, exp
 from ..panels import PANEL_COLUMNS
-from ..products import WHOLE, Array, Call, Quantised, columns_of, extent_of
+from ..products import NO_DELTAS, NOBODY, WHOLE, Array, Call, Quantised, columns_of, extent_of
 from .groups import add_groups
 from .quantise import Quantise, quantise
 
@@ -25,10 +25,7 @@ the item reads it."""
 
 
 class IntegerProduct(NamedTuple):
-    """A product in integers. `out` is float32 and may have more rows.
-
-    For `multiply_gated_integers`, panel 2i is the i-th of gate and panel 2i + 1 the i-th of up.
-    """
+    """A product in integers. `out` is float32 and may have more rows."""
 
     quants: Any
     """Weights: uint8 `[panels, groups, group / 8, PANEL_VECTORS, 4 * LANES]` of 4 bits, int8
@@ -54,7 +51,28 @@ class IntegerProduct(NamedTuple):
     segments: Any
     """As in `products.Product`."""
     adds: bool
-    """Whether the product is added to `out` (not by `multiply_gated_integers`)."""
+    """Whether the product is added to `out`."""
+
+
+class IntegerGatedProduct(NamedTuple):
+    """The work of `multiply_gated_integers`: the fields of IntegerProduct without `adds`, and those
+    of `products.Gated`. Panel 2i is the i-th of gate and panel 2i + 1 the i-th of up."""
+
+    quants: Any
+    scales: Any
+    minimums: Any
+    factors: Any
+    bias: Any
+    numbers: Any
+    steps: Any
+    sums: Any
+    offsets: Any
+    group: int
+    out: Any
+    tiles: Any
+    segments: Any
+    slots: Any
+    deltas: Any
 
 
 class IntegerWeight(NamedTuple):
@@ -93,17 +111,14 @@ class IntegerWeight(NamedTuple):
         adds: bool,
         segments: Array = WHOLE,
     ) -> Call:
-        return multiply_integers, self._work(room, out, tiles, segments, adds)
+        work = (*self[:5], *room, self.group, out, tiles, segments)
+        return multiply_integers, IntegerProduct(*work, adds)
 
     def multiply_gated(
         self, x: Array, room: Quantised, out: Array, tiles: Array, segments: Array = WHOLE
     ) -> Call:
-        return multiply_gated_integers, self._work(room, out, tiles, segments, False)
-
-    def _work(
-        self, room: Quantised, out: Array, tiles: Array, segments: Array, adds: bool
-    ) -> IntegerProduct:
-        return IntegerProduct(*self[:5], *room, self.group, out, tiles, segments, adds)
+        work = (*self[:5], *room, self.group, out, tiles, segments)
+        return multiply_gated_integers, IntegerGatedProduct(*work, NOBODY, NO_DELTAS)
 
 
 def weight_like(quantization: str) -> IntegerWeight:
@@ -145,6 +160,16 @@ def multiply_gated_integers(item, layer, rows, thread, product):
             number = gate[row, column] * gate_scale[column] + gate_bias[column]
             factor = up[row, column] * up_scale[column] + up_bias[column]
             out[first + row, left + column] = number / (np.float32(1) + exp(-number)) * factor
+    # Rows with an adapter once more, in a loop of its own: see `products.multiply_gated`.
+    slots, deltas, beside = product.slots, product.deltas, left + np.uint64(out.shape[1])
+    for row in range(min(count, np.uint64(len(slots)))):
+        if slots[first + row] >= 0:
+            for column in range(columns):
+                number = gate[row, column] * gate_scale[column] + gate_bias[column]
+                number += deltas[first + row, left + column]
+                factor = up[row, column] * up_scale[column] + up_bias[column]
+                factor += deltas[first + row, beside + column]
+                out[first + row, left + column] = number / (np.float32(1) + exp(-number)) * factor
 
 
 @njit(**INLINED)
