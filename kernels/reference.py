@@ -312,3 +312,43 @@ def prepare_inputs(
         slot_mapping[num_seqs:] = -1
         query_start_loc[num_seqs + 1 :] = num_seqs
         seq_lens[num_seqs:] = 0
+
+
+def lora_shrink(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    order: torch.Tensor,
+    loc: torch.Tensor,
+    ranks: torch.Tensor,
+    h: torch.Tensor,
+) -> None:
+    """Store A x in `h`, for rows with a LoRA adapter: see `kernels/cuda/lora.py`."""
+    for slot, begin, end in _adapter_rows(loc):
+        for part, rank in enumerate(ranks[slot].tolist()):
+            rows = x[order[begin:end].long()].float()
+            h[part, begin:end, :rank] = rows @ a[slot, part, :rank].float().T
+
+
+def lora_expand(
+    h: torch.Tensor,
+    b: torch.Tensor,
+    order: torch.Tensor,
+    loc: torch.Tensor,
+    ranks: torch.Tensor,
+    sizes: tuple[int, ...],
+    out: torch.Tensor,
+) -> None:
+    """Add B h to the rows of `out` that have a LoRA adapter: see `kernels/cuda/lora.py`."""
+    for slot, begin, end in _adapter_rows(loc):
+        rows, left = order[begin:end].long(), 0
+        for part, (rank, size) in enumerate(zip(ranks[slot].tolist(), sizes, strict=True)):
+            columns = slice(left, left + size)
+            delta = h[part, begin:end, :rank] @ b[slot, columns, :rank].float().T
+            out[rows, columns] = (out[rows, columns].float() + delta).to(out.dtype)
+            left += size
+
+
+def _adapter_rows(loc: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Return each slot, with where its rows begin and end."""
+    bounds = loc.tolist()
+    return [(slot, bounds[slot], bounds[slot + 1]) for slot in range(len(bounds) - 1)]

@@ -8,6 +8,7 @@ GroupedWeights; a device multiplies by them as they are, or makes them dense.
 from __future__ import annotations
 
 from collections import abc
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,25 @@ class GroupedWeight(NamedTuple):
             groups += self.minimum[..., None]
         return groups.view(rows, columns)
 
+    def rows(self, which: slice) -> GroupedWeight:
+        """Return some of the rows, as views."""
+        return self._replace(
+            quants=self.quants[which],
+            scale=self.scale[which],
+            minimum=None if self.minimum is None else self.minimum[which],
+        )
+
+    def regrouped(self, size: int) -> GroupedWeight:
+        """Return the same weight in groups of `size`, which divides the present one."""
+        repeats = self.group_size // size
+        return self._replace(
+            scale=self.scale.repeat_interleave(repeats, dim=1),
+            minimum=None
+            if self.minimum is None
+            else self.minimum.repeat_interleave(repeats, dim=1),
+            group_size=size,
+        )
+
     def is_like(self, other: GroupedWeight) -> bool:
         """Whether rows of both can be stacked into one weight."""
         kinds = [
@@ -64,6 +84,23 @@ class GroupedWeight(NamedTuple):
             for weight in (self, other)
         ]
         return kinds[0] == kinds[1]
+
+
+def common_form(weights: abc.Sequence[GroupedWeight]) -> list[GroupedWeight]:
+    """Return the same weights in one form, so that their rows can be stacked: with the most bits,
+    the smallest groups, and minimums if any has them. Nothing is rounded."""
+    bits = max(weight.bits for weight in weights)
+    size = gcd(*(weight.group_size for weight in weights))
+    has_minimum = any(weight.minimum is not None for weight in weights)
+    found = []
+    for weight in weights:
+        if weight.bits < bits:
+            weight = weight._replace(quants=weight.integers(), bits=bits)
+        weight = weight.regrouped(size)
+        if has_minimum and weight.minimum is None:
+            weight = weight._replace(minimum=torch.zeros_like(weight.scale))
+        found.append(weight)
+    return found
 
 
 def stack_rows(weights: abc.Sequence[GroupedWeight]) -> GroupedWeight:
@@ -98,3 +135,30 @@ class GroupedLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear(input, self.weight.to(input.dtype), self.bias)
+
+
+def dtype_of(linear: nn.Linear | GroupedLinear) -> torch.dtype:
+    """Return the type of a layer's weight, without making a grouped one dense."""
+    return linear.dtype if isinstance(linear, GroupedLinear) else linear.weight.dtype
+
+
+def as_dense(linear: nn.Linear | GroupedLinear) -> nn.Linear:
+    """Return the layer with a dense weight of the model's type; a plain layer itself."""
+    if isinstance(linear, nn.Linear):
+        return linear
+    bias = linear.bias
+    dense = nn.Linear(linear.in_features, linear.out_features, bias is not None, device="meta")
+    dense.weight = nn.Parameter(linear.weight, requires_grad=False)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias, requires_grad=False)
+    return dense.eval()
+
+
+def make_dense(model: nn.Module) -> None:
+    """Replace every grouped layer below `model` by a plain one."""
+    made: dict[nn.Module, nn.Linear] = {}  # a layer may be in two places
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, GroupedLinear):
+                made.setdefault(child, as_dense(child))
+                setattr(module, name, made[child])

@@ -68,7 +68,7 @@ class Packed:
     """
 
     def __init__(self, work: Work) -> None:
-        self._work = work
+        self.work = work
         self.words = np.array([_word(value) for value in work], dtype=np.int64)
 
     def update(self, work: Work) -> bool:
@@ -76,14 +76,14 @@ class Packed:
 
         Most of a step's arrays are the very objects of the step before.
         """
-        for at, (old, new) in enumerate(zip(self._work, work, strict=True)):
+        for at, (old, new) in enumerate(zip(self.work, work, strict=True)):
             if new is not old:
                 if type(new) is not type(old):
                     return False
                 if type(new) is np.ndarray and (new.dtype != old.dtype or new.ndim != old.ndim):
                     return False
                 self.words[at] = _word(new)
-        self._work = work
+        self.work = work
         return True
 
 

@@ -17,6 +17,7 @@ from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_
 from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
 from quire.kernels.cuda.copy_blocks import copy_blocks
+from quire.kernels.cuda.lora import lora_expand, lora_shrink, rank_pad
 from quire.kernels.cuda.prepare_inputs import prepare_inputs
 from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
 from quire.kernels.cuda.rms_norm import fused_add_rms_norm
@@ -107,6 +108,19 @@ def sample(filtered: bool) -> None:
     )  # fmt: skip
 
 
+def adapters(max_rank: int) -> None:
+    """Add what adapters add to the merged Q, K and V of Llama 3.1 8B."""
+    sizes, slots = (4096, 1024, 1024), 4
+    x, out = torch.zeros(32, 4096, dtype=BF16), torch.zeros(32, sum(sizes), dtype=BF16)
+    a = torch.zeros(slots, 3, max_rank, 4096, dtype=BF16)
+    b = torch.zeros(slots, sum(sizes), max_rank, dtype=BF16)
+    loc, ranks = (torch.zeros(*shape, dtype=torch.int32) for shape in ((slots + 1,), (slots, 3)))
+    rows = (torch.zeros(32, dtype=torch.int32), loc, ranks)
+    h = torch.zeros(3, 32, rank_pad(max_rank))
+    lora_shrink(x, a, *rows, h)
+    lora_expand(h, b, *rows, sizes, out)
+
+
 def prepare() -> None:
     packed_step([4000, 0], [1, 300]).run(prepare_inputs)
 
@@ -136,6 +150,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "prepare inputs": prepare,
     "fused add and RMSNorm, 4096": lambda: rows("norm"),
     "silu and mul, 2048": lambda: rows("silu"),
+    "LoRA shrink and expand, rank 16": lambda: adapters(16),
+    "LoRA shrink and expand, rank 64": lambda: adapters(64),
     "sample tokens, 151936": lambda: sample(True),
     "sample tokens unfiltered, 151936": lambda: sample(False),
 }

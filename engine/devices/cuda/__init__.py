@@ -8,6 +8,7 @@ Read in this order:
     attention.py        plans a step, and attends
     shared_prefixes.py  which decodes read a shared prefix once
     body_ops.py         the operations of a flat body
+    adapters.py         the slots of LoRA adapters
     decode_graphs.py    CUDA graphs of decode steps
     draws.py            draws
     memory.py           a GPU's memory

@@ -12,6 +12,7 @@ import torch
 
 from ....kernels.cuda import (
     copy_blocks,
+    lora,
     prepare_inputs,
     reshape_and_cache,
     rms_norm,
@@ -38,6 +39,8 @@ class Kernels(NamedTuple):
     silu_and_mul: Callable[..., torch.Tensor]
     prepare_inputs: Callable[..., Any]
     copy_blocks: Callable[..., None]
+    lora_shrink: Callable[..., None]
+    lora_expand: Callable[..., None]
 
 
 TRITON = Kernels(
@@ -51,5 +54,7 @@ TRITON = Kernels(
     silu_and_mul=silu_and_mul.silu_and_mul,
     prepare_inputs=prepare_inputs.prepare_inputs,
     copy_blocks=copy_blocks.copy_blocks,
+    lora_shrink=lora.lora_shrink,
+    lora_expand=lora.lora_expand,
 )
 """The kernels of a GPU."""

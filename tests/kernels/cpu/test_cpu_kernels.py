@@ -219,20 +219,6 @@ def test_packed_products(depth: int, columns: int, rows: int, dtype: torch.dtype
     assert torch.equal(alone, actual[1])
 
 
-@torch.no_grad()
-def test_products_with_int8_weights() -> None:
-    linear = nn.Linear(20, 40)
-    linear.weight[7] = 0
-    exact = linear.weight.detach().clone()
-    packed = PackedLinear(linear, int8=True)
-    assert packed.panels.dtype == np.int8
-    steps = exact.abs().amax(dim=1, keepdim=True) / 127
-    assert ((packed.weight - exact).abs() <= steps * 0.5001).all()
-    assert len((packed.weight[0] / steps[0]).round().unique()) > 10
-    x = torch.randn(9, 20)
-    assert_close(packed(x), F.linear(x, packed.weight, linear.bias))
-
-
 @pytest.mark.parametrize("tokens", [300, 32000])
 def test_the_race_equals_that_of_torch(tokens: int) -> None:
     rows = 40

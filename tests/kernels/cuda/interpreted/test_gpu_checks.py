@@ -10,6 +10,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[4] / "benchmarks"))
 import gpu_attention_checks  # noqa: E402
 import gpu_checks  # noqa: E402
+import gpu_lora  # noqa: E402
 
 from quire.kernels.prefix_groups import PrefixGroup  # noqa: E402
 
@@ -21,7 +22,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def run_again(launch: Callable[[], None]) -> Callable[[], None]:
         return launch
 
-    for module in (gpu_checks, gpu_attention_checks):
+    for module in (gpu_checks, gpu_attention_checks, gpu_lora):
         monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_attention_checks, "capture", run_again)
 
@@ -44,6 +45,10 @@ def test_inputs() -> None:
 
 def test_sampling() -> None:
     assert gpu_checks.check_sampling(torch.float32, 600, 11)["ok"]
+
+
+def test_lora() -> None:
+    assert gpu_checks.check_lora(torch.float32, 19, 3, 20, 100, (70, 7))["ok"]
 
 
 def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
