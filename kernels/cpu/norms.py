@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from .kernel import kernel
-from .numbers import FAST, INLINED, store, to_float
+from .numbers import FAST, INLINED, SUM, store, to_float
 from .region import launch
 
 FEW = 32
@@ -154,12 +154,17 @@ def store_kv(
 @njit(**FAST)
 def _norm_row(x, weight, eps, out):
     """Compute out `[n]` = x / rms(x) * weight; float32; out may be x."""
+    factor = np.float32(1) / np.sqrt(_sum_of_squares(x) / np.float32(len(x)) + eps)
+    for column in range(len(x)):
+        out[column] = x[column] * factor * weight[column]
+
+
+@njit(**SUM)
+def _sum_of_squares(x):
     squares = np.float32(0)
     for column in range(len(x)):
         squares += x[column] * x[column]
-    factor = np.float32(1) / np.sqrt(squares / np.float32(len(x)) + eps)
-    for column in range(len(x)):
-        out[column] = x[column] * factor * weight[column]
+    return squares
 
 
 @njit(**INLINED)
