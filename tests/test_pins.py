@@ -243,17 +243,19 @@ def _c_function() -> None:
 def _library() -> None:
     from numba import types
     from numba.core.ccallback import CFunc
+    from numba.core.compiler_lock import global_compiler_lock
 
     def double(number: int) -> int:
         return 2 * number
 
-    compiled = CFunc(double, ((types.int64,), types.int64), {}, {})._compile_uncached()
-    library = compiled.library
-    functions = {function.name for function in library._final_module.functions}
-    assert compiled.fndesc.llvm_cfunc_wrapper_name in functions
-    optimised: list[str] = []
-    library._optimize_final_module = lambda: optimised.append(library.name)
-    library.finalize()
+    with global_compiler_lock:
+        compiled = CFunc(double, ((types.int64,), types.int64), {}, {})._compile_uncached()
+        library = compiled.library
+        functions = {function.name for function in library._final_module.functions}
+        assert compiled.fndesc.llvm_cfunc_wrapper_name in functions
+        optimised: list[str] = []
+        library._optimize_final_module = lambda: optimised.append(library.name)
+        library.finalize()
     assert optimised == [library.name]
 
 
