@@ -162,7 +162,7 @@ def _read_field(context, builder, work, pointer, name):
     return value._getvalue()
 
 
-class _Alone(CFunc):  # type: ignore[misc]
+class _Alone(CFunc):
     """A C function whose machine code calls no function of another kernel.
 
     LLVM does not inline all that Numba has linked in, but leaves some functions beside the kernel,
@@ -174,7 +174,8 @@ class _Alone(CFunc):  # type: ignore[misc]
     """
 
     def _compile_uncached(self):
-        compiled = super()._compile_uncached()  # not optimised yet
+        compiled = super()._compile_uncached()  # type: ignore[misc]
+        # The library is not optimised yet.
         library, entry = compiled.library, compiled.fndesc.llvm_cfunc_wrapper_name
         optimise = library._optimize_final_module
 
