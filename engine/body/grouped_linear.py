@@ -19,7 +19,8 @@ class GroupedWeight(NamedTuple):
     """W[o, i] = scale[o, g] * q[o, i] + minimum[o, g] with g = i // group_size.
 
     `scale` and `minimum` are float32 `[out_features, in_features / group_size]`; `minimum` is None
-    if it is zero everywhere. With 8 bits, `quants` holds q as int8 `[out_features, in_features]`.
+    if it is zero everywhere. With 8 bits, `quants` holds q as int8 `[out_features, in_features]`, or
+    as float8_e4m3fn on devices that multiply it.
     With 4 bits q is from 0 to 15, and `quants` is uint8 `[out_features, in_features / 2]`: byte j
     of a row holds q[2j] in its low half and q[2j + 1] in its high half.
     """
@@ -36,13 +37,18 @@ class GroupedWeight(NamedTuple):
         return len(self.scale), self.scale.shape[1] * self.group_size
 
     @property
+    def kind(self) -> str:
+        """The kind of numbers, for people to read."""
+        return "float8" if self.quants.is_floating_point() else f"{self.bits}-bit groups"
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of memory that the weight takes."""
         parts = (self.quants, self.scale, self.minimum)
         return sum(part.nbytes for part in parts if part is not None)
 
     def integers(self) -> torch.Tensor:
-        """Return q, one in a byte: int8 `[out_features, in_features]`."""
+        """Return q, one in a byte: int8 `[out_features, in_features]`, or float8."""
         if self.bits == 8:
             return self.quants
         halves = torch.stack((self.quants & 15, self.quants >> 4), dim=-1)
@@ -60,7 +66,7 @@ class GroupedWeight(NamedTuple):
     def is_like(self, other: GroupedWeight) -> bool:
         """Whether rows of both can be stacked into one weight."""
         kinds = [
-            (weight.bits, weight.group_size, weight.scale.shape[1], weight.minimum is None)
+            (weight.kind, weight.group_size, weight.scale.shape[1], weight.minimum is None)
             for weight in (self, other)
         ]
         return kinds[0] == kinds[1]

@@ -43,7 +43,7 @@ def resolve_dtype(config: EngineConfig, spec: ModelSpec, backend: Backend) -> to
 def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     """Load `config.model`, or random weights of its shape with load_format "dummy".
 
-    Only safetensors and GGUF are read: no pickle, and no code in the folder unless
+    Only safetensors and GGUF are read, quantised or not: no pickle, and no code in the folder unless
     trust_remote_code.
     Raises ModelLoadError if files are missing, cut or do not match, UnsupportedModelError if the
     model cannot work here, ConfigurationError if the device has no room for it.
@@ -95,7 +95,13 @@ def _load(
         model, source_format = _build_dummy(hf_config, config, dtype, backend), "random weights"
     elif checkpoint is not None and checkpoint.load_arguments is None:
         build = partial(_build, hf_config, config, dtype)
-        model = assemble(checkpoint, build, dtype, keep_groups=backend.multiplies_groups)
+        model = assemble(
+            checkpoint,
+            build,
+            dtype,
+            keep_groups=backend.multiplies_groups,
+            keep_float8=backend.multiplies_float8,
+        )
         source_format = checkpoint.source_format
     else:
         model, has_head = _load_weights(hf_config, spec, config, dtype, checkpoint)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.quantized_config import check_method
 from ..checkpoints.source import source_of
 from ..config import EngineConfig, check_folder
 from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
@@ -123,13 +124,8 @@ def _refuse_unsupported(hf_config: Any, text: Any, architecture: str) -> None:
     if getattr(text, "is_causal", True) is False:
         refuse("its tokens attend to later ones")
     quantization = getattr(hf_config, "quantization_config", None)
-    if quantization is not None:
-        method = (
-            quantization.get("quant_method")
-            if isinstance(quantization, dict)
-            else getattr(quantization, "quant_method", None)
-        )
-        refuse(f"quantised checkpoints ({method}) are not supported")
+    if isinstance(quantization, dict):
+        check_method(quantization)
     odd = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES)
     if odd:
         refuse(f"layers of type {', '.join(odd)} are not supported")
