@@ -8,7 +8,7 @@ GroupedWeights; a device multiplies by them as they are, or makes them dense.
 from __future__ import annotations
 
 from collections import abc
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,10 @@ class GroupedWeight(NamedTuple):
     """W[o, i] = scale[o, g] * q[o, i] + minimum[o, g] with g = i // group_size.
 
     `scale` and `minimum` are float32 `[out_features, in_features / group_size]`; `minimum` is None
-    if it is zero everywhere. With 8 bits, `quants` holds q as int8 `[out_features, in_features]`, or
-    as float8_e4m3fn on devices that multiply it.
-    With 4 bits q is from 0 to 15, and `quants` is uint8 `[out_features, in_features / 2]`: byte j
-    of a row holds q[2j] in its low half and q[2j + 1] in its high half.
+    if it is zero everywhere. With 8 bits, `quants` holds q as int8 `[out_features, in_features]`,
+    or as float8_e4m3fn if the device multiplies that. With 4 bits q is from 0 to 15, and `quants`
+    is uint8 `[out_features, in_features / 2]`: byte j of a row holds q[2j] in its low half and
+    q[2j + 1] in its high half.
     """
 
     quants: torch.Tensor
@@ -86,8 +86,11 @@ class GroupedLinear(nn.Module):
     """y = x Wᵀ + b with a grouped W; x `[..., in_features]` → `[..., out_features]`, of its type.
 
     Its forward makes the weight dense in every call: this is the reference, and what the probe
-    runs. A device's backend replaces it.
+    runs. A device's backend replaces the layer, or sets `multiply`, which gets x, the weight and
+    the bias.
     """
+
+    multiply: abc.Callable[[torch.Tensor, GroupedWeight, torch.Tensor | None], torch.Tensor] | None
 
     def __init__(
         self, grouped: GroupedWeight, bias: torch.Tensor | None, dtype: torch.dtype
@@ -96,11 +99,25 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.grouped, self.bias, self.dtype = grouped, bias, dtype
         self.out_features, self.in_features = grouped.shape
+        self.multiply = None
 
     @property
     def weight(self) -> torch.Tensor:
         """A dense copy of the weight `[out_features, in_features]`."""
         return self.grouped.dense().to(self.dtype)
 
+    def _apply(self, fn: abc.Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move the weight to the device that `fn` moves tensors to; its types stay."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(torch.empty(0, device=self.grouped.scale.device)).device
+        parts = (self.grouped.quants, self.grouped.scale, self.grouped.minimum)
+        moved = [None if part is None else part.to(device) for part in parts]
+        quants, scale, minimum = moved
+        assert quants is not None and scale is not None
+        self.grouped = self.grouped._replace(quants=quants, scale=scale, minimum=minimum)
+        return self
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.multiply is not None:
+            return self.multiply(input, self.grouped, self.bias)
         return F.linear(input, self.weight.to(input.dtype), self.bias)

@@ -39,8 +39,8 @@ class Checkpoint(Protocol):
         self, model: nn.Module, *, keep_groups: bool, keep_float8: bool
     ) -> abc.Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
         """Yield the weight of each parameter of `model`, whose own are on the meta device, by its
-        name. With `keep_groups`, weights of linear layers stay in their groups if they can, and with
-        `keep_float8` those of float8 stay that.
+        name. With `keep_groups`, weights of linear layers stay in their groups if they can; with
+        `keep_float8`, those of float8 stay so too.
 
         A tied head that stays in groups comes under its own name. Raises ModelLoadError if weights
         are missing, left over, of another shape, or not finite.

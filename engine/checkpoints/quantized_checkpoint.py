@@ -11,7 +11,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from .quantized_config import (
     DEQUANTIZERS,
     OWN_METHODS,
     check_method,
+    describe,
     method_of,
     quantization_of,
     require_packages,
@@ -78,16 +79,7 @@ class QuantizedCheckpoint:
 
     @property
     def source_format(self) -> str:
-        """The method, and what tells its kinds apart."""
-        quantization = self._quantization
-        bits = quantization.get("bits") or quantization.get("w_bit")
-        detail = {
-            "awq": f"{bits or 4} bits",
-            "gptq": f"{bits} bits",
-            "compressed-tensors": quantization.get("format"),
-            "fp8": "blocks" if quantization.get("weight_block_size") else None,
-        }.get(self._method)
-        return f"safetensors {self._method}" + (f" {detail}" if detail else "")
+        return describe(self._quantization)
 
     @property
     def load_arguments(self) -> dict[str, Any] | None:
@@ -128,19 +120,26 @@ class QuantizedCheckpoint:
                 weight = self._read(files, parts[0])
             else:
                 weight = torch.empty(parameter.shape, dtype=parameter.dtype)
-                rows = weight.view(-1, parameter.shape[-1]).split([one.shape[0] for one in parts])
+                rows = torch.split(
+                    weight.view(-1, parameter.shape[-1]), [one.shape[0] for one in parts]
+                )
                 for part, target in zip(parts, rows, strict=True):
                     target.copy_(_dense(self._read(files, part)))
             what = parts[0].layout.name if parts[0].layout is not None else "plain"
+            if what != "plain" and len(parts) == 1 and isinstance(weight, torch.Tensor):
+                what += _why_dense(what)
             if isinstance(weight, GroupedWeight):
                 is_float = weight.quants.is_floating_point()
                 if name not in linears or not (keep_float8 if is_float else keep_groups):
                     weight = weight.dense().to(parameter.dtype)
             if what != "plain":
-                kept = isinstance(weight, GroupedWeight)
-                what += " kept" if kept else f" made dense {str(parameter.dtype).split('.')[1]}"
+                if isinstance(weight, GroupedWeight):
+                    what, size = f"{what} kept", weight.num_bytes
+                else:
+                    dtype = str(parameter.dtype).removeprefix("torch.")
+                    what, size = f"{what} made dense {dtype}", parameter.nbytes
                 in_files[what] += sum(_num_bytes(files, part) for part in parts)
-                in_memory[what] += weight.num_bytes if kept else weight.nbytes
+                in_memory[what] += size
             yield name, weight
         for what, size in sorted(in_files.items()):
             ratio = in_memory[what] / size
@@ -261,7 +260,7 @@ class QuantizedCheckpoint:
         except ValueError as error:
             self._refuse(f"{place.base}: {error}")
 
-    def _refuse(self, reason: str) -> Any:
+    def _refuse(self, reason: str) -> NoReturn:
         raise ModelLoadError(f"cannot load {self._repository!r}: {reason}")
 
 
@@ -301,6 +300,13 @@ def _is_of_later_layer(name: str, model: Any) -> bool:
     if name.startswith("mtp."):
         return True
     return found is not None and int(found[1]) >= model.config.num_hidden_layers
+
+
+def _why_dense(layout: str) -> str:
+    """Say why a layer's integers do not fit groups."""
+    if layout == "float8":
+        return " in blocks that do not divide a row"
+    return " with inputs in another order"
 
 
 def _dense(weight: torch.Tensor | GroupedWeight) -> torch.Tensor:

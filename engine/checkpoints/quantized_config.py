@@ -6,8 +6,10 @@ others transformers makes the weights dense; all others are refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from math import prod
 from typing import Any, NamedTuple
 
 from ..config import EngineConfig, check_folder
@@ -55,6 +57,9 @@ _FORMATS = frozenset(
 )
 """The formats of compressed-tensors that are read."""
 
+_SCALES = re.compile(r"scales?$|scale_inv$|zeros$|zero_point$|g_idx$|weight_shape$")
+"""Last parts of the names of tensors beside the weights of a quantised layer."""
+
 
 def quantization_of(config: EngineConfig) -> Mapping[str, Any] | None:
     """Return the `quantization_config` of the configured model; None if it has none, or is a GGUF
@@ -98,6 +103,40 @@ def check_method(quantization: Mapping[str, Any]) -> None:
         _check_compressed(quantization)
 
 
+def describe(quantization: Mapping[str, Any]) -> str:
+    """Return the format for people to read, such as "safetensors gptq 4 bits"."""
+    method = method_of(quantization)
+    bits = quantization.get("bits") or quantization.get("w_bit")
+    detail = {
+        "awq": f"{bits or 4} bits",
+        "gptq": f"{bits} bits",
+        "compressed-tensors": quantization.get("format"),
+        "fp8": "blocks" if quantization.get("weight_block_size") else None,
+    }.get(method)
+    return f"safetensors {method}" + (f" {detail}" if detail else "")
+
+
+def weights_in(
+    quantization: Mapping[str, Any], name: str, shape: Sequence[int]
+) -> tuple[int, float | None]:
+    """Return how many weights a stored tensor holds, none if it holds scales or the like; and the
+    bytes of each if its groups are kept, with scale and minimum, or None if it is made dense."""
+    groups = (quantization.get("config_groups") or {}).values()
+    about = next((group["weights"] for group in groups if group.get("weights")), quantization)
+    bits = int(about.get("num_bits") or about.get("bits") or about.get("w_bit") or 4)
+    size = int(about.get("group_size") or -1)
+    kept = bits / 8 + (8 / size if size > 0 else 0.0)
+    last = name.rpartition(".")[2]
+    if last in ("qweight", "weight_packed"):
+        return prod(shape) * 32 // bits, None if ".experts." in name else kept
+    if last.endswith("_blocks"):
+        return 2 * prod(shape), None
+    if _SCALES.search(last):
+        return 0, None
+    is_integer = last == "weight" and about.get("type") == "int" and "_proj" in name
+    return prod(shape), kept if is_integer and ".experts." not in name else None
+
+
 def require_packages(method: str, packages: tuple[str, ...]) -> None:
     """Raise UnsupportedModelError if packages that a method's weights need are not installed."""
     missing = [name for name in packages if find_spec(name) is None]
@@ -125,7 +164,7 @@ def _check_compressed(quantization: Mapping[str, Any]) -> None:
 
 
 def _refuse(method: str, reason: str) -> None:
-    raise UnsupportedModelError(f"quantised checkpoints of {ascii(method)[1:41]}: {reason}")
+    raise UnsupportedModelError(f"quantised checkpoints of {ascii(method[:40])}: {reason}")
 
 
 def _config_values(repository: str) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def resolve_dtype(config: EngineConfig, spec: ModelSpec, backend: Backend) -> to
 def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     """Load `config.model`, or random weights of its shape with load_format "dummy".
 
-    Only safetensors and GGUF are read, quantised or not: no pickle, and no code in the folder unless
-    trust_remote_code.
+    Only safetensors and GGUF are read, quantised or not: no pickle, and no code in the folder
+    unless trust_remote_code.
     Raises ModelLoadError if files are missing, cut or do not match, UnsupportedModelError if the
     model cannot work here, ConfigurationError if the device has no room for it.
     """

@@ -30,6 +30,7 @@ from .draws import CudaDraws
 from .inputs import DeviceInputs
 from .kernels import TRITON, Kernels
 from .memory import free_memory, others_memory, total_memory
+from .products import use_products
 from .shared_prefixes import FindGroups, SharedPrefixes
 
 logger = logging.getLogger("quire.engine")
@@ -65,7 +66,11 @@ class CudaBackend:
 
     @property
     def multiplies_groups(self) -> bool:
-        return False
+        return True
+
+    @property
+    def multiplies_float8(self) -> bool:
+        return True
 
     def token_budget(self, config: EngineConfig) -> int:
         """By default thousands, since a GPU needs many tokens at once to be busy."""
@@ -82,6 +87,8 @@ class CudaBackend:
     def make_body(
         self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
     ) -> Body:
+        for module in (body, head):
+            use_products(module, self._kernels)
         return HfBody(body) if flat is None else FlatBody(flat, CudaOps.of_step)
 
     def make_sampler(self, vocab_size: int) -> Sampler:

@@ -12,6 +12,7 @@ import torch
 
 from ....kernels.cuda import (
     copy_blocks,
+    grouped_product,
     prepare_inputs,
     reshape_and_cache,
     rms_norm,
@@ -36,6 +37,7 @@ class Kernels(NamedTuple):
     rms_norm: Callable[..., torch.Tensor]
     fused_add_rms_norm: Callable[..., None]
     silu_and_mul: Callable[..., torch.Tensor]
+    grouped_product: Callable[..., torch.Tensor]
     prepare_inputs: Callable[..., Any]
     copy_blocks: Callable[..., None]
 
@@ -49,6 +51,7 @@ TRITON = Kernels(
     rms_norm=rms_norm.rms_norm,
     fused_add_rms_norm=rms_norm.fused_add_rms_norm,
     silu_and_mul=silu_and_mul.silu_and_mul,
+    grouped_product=grouped_product.grouped_product,
     prepare_inputs=prepare_inputs.prepare_inputs,
     copy_blocks=copy_blocks.copy_blocks,
 )
