@@ -17,7 +17,8 @@ import pytest
 from quire.engine.checkpoints.source import find_source
 from quire.engine.errors import ModelLoadError
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+# An answer of which the model is certain, so that rounding does not change it.
+QUESTION = [{"role": "user", "content": "Tell me the capital of France."}]
 ANSWER = "The capital of France is Paris."
 
 

@@ -47,7 +47,8 @@ class Checkpoint(Protocol):
         """
 
     def finish(self, model: nn.Module) -> None:
-        """Change what the checkpoint has beside parameters, such as rotary frequencies."""
+        """Change what the checkpoint has beside parameters, such as rotary frequencies, in a model
+        that has its weights, whoever has read them. Raises ModelLoadError."""
 
 
 class WeightFacts(NamedTuple):

@@ -18,9 +18,9 @@ from torch import nn
 
 from ..body.grouped_linear import GroupedWeight
 from ..config import EngineConfig
-from ..errors import ModelLoadError, UnsupportedModelError, one_line
+from ..errors import ModelLoadError, QuireError, UnsupportedModelError, one_line
 from .gguf_blocks import KEPT_TYPES, keep_blocks, make_dense, type_name
-from .gguf_config import FAMILIES, ROPE_FACTORS, config_values
+from .gguf_config import FAMILIES, ROPE_FACTORS, complete_config, config_values
 from .gguf_header import Header, TensorInfo, read_header
 from .source import source_of
 
@@ -68,7 +68,12 @@ class GgufCheckpoint:
         try:
             if values is not None:
                 return AutoConfig.for_model(**values)
-            return AutoConfig.from_pretrained(str(self._file.parent), gguf_file=self._file.name)
+            folder, name = str(self._file.parent), self._file.name
+            config = AutoConfig.from_pretrained(folder, gguf_file=name)
+            complete_config(self._header, config)
+            return config
+        except QuireError:
+            raise
         except Exception as error:  # whatever odd values make transformers' validation raise
             if "is not supported" in str(error):
                 raise UnsupportedModelError(
@@ -116,7 +121,13 @@ class GgufCheckpoint:
             logger.info("GGUF: %.1f MB of %s, as %.1f MB", size / 1e6, what, in_memory[what] / 1e6)
 
     def finish(self, model: nn.Module) -> None:
-        """Divide the rotary frequencies by the file's factors, if it has any."""
+        """Divide the rotary frequencies by the file's factors, if it has any. Raises ModelLoadError
+        if weights that transformers has loaded are not finite."""
+        if self._family is None:
+            for name, parameter in model.named_parameters():
+                if not parameter.isfinite().all():
+                    self._header.refuse(f"{name} has numbers that are not finite")
+            return
         tensor = self._header.tensors.get(ROPE_FACTORS)
         if tensor is None:
             return

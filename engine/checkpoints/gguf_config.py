@@ -50,6 +50,9 @@ _SIZES = (
 """Metadata of any family that sizes a model's parts, none of which is over _MAX_SIZE."""
 _MAX_SIZE = 2**20
 
+_SCALED_BY_TRANSFORMERS = frozenset({"gpt-oss"})
+"""Families whose rotary scaling transformers reads."""
+
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Metadata of the tokenizer that names tokens which end a message."""
 
@@ -118,6 +121,29 @@ def _sizes(header: Header, values: dict[str, Any]) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
     }
+
+
+def complete_config(header: Header, hf_config: Any) -> None:
+    """Write into a configuration that transformers has translated what it leaves out of a file.
+
+    Raises UnsupportedModelError if that is something else than the linear scaling of the layers of
+    Gemma 3 that attend to all tokens.
+    """
+    name = header.architecture
+    factors = sorted(tensor for tensor in header.tensors if tensor.startswith("rope_"))
+    if factors:
+        raise UnsupportedModelError(
+            f"GGUF of the family {name}: rotary factors ({factors[0]}) are not supported"
+        )
+    kind = header.metadata.get(f"{name}.rope.scaling.type", "none")
+    factor = header.real("rope.scaling.factor", 1.0)
+    if kind == "none" or factor == 1.0 or name in _SCALED_BY_TRANSFORMERS:
+        return
+    if name != "gemma3" or kind != "linear":
+        raise UnsupportedModelError(
+            f"GGUF of the family {name}: rotary scaling {ascii(kind)[:40]} is not supported"
+        )
+    hf_config.rope_parameters["full_attention"] |= {"rope_type": "linear", "factor": factor}
 
 
 def check_sizes(header: Header) -> None:

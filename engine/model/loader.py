@@ -105,6 +105,8 @@ def _load(
         source_format = checkpoint.source_format
     else:
         model, has_head = _load_weights(hf_config, spec, config, dtype, checkpoint)
+        if checkpoint is not None:
+            checkpoint.finish(model)
         source_format = (
             f"safetensors {spec.dtype}" if checkpoint is None else checkpoint.source_format
         )

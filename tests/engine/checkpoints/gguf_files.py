@@ -118,8 +118,13 @@ def write_model(
     if name.startswith("gemma"):
         numbers["attention.sliding_window"] = config.sliding_window
     for key, value in (numbers | metadata).items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{name}.{key}", value)
+        full_key = f"{name}.{key}"
+        if isinstance(value, str):
+            writer.add_string(full_key, value)
+        elif isinstance(value, float):
+            writer.add_float32(full_key, value)
+        else:
+            writer.add_uint32(full_key, value)
     write_tokenizer(writer, config.vocab_size)
     write_tensors(writer, model, name, Type[kind])
     if rope_freqs is not None:

@@ -15,6 +15,7 @@ from quire.engine.body.body import HfBody
 from quire.engine.body.grouped_linear import GroupedLinear
 from quire.engine.checkpoints import source
 from quire.engine.checkpoints.checkpoint import open_checkpoint
+from quire.engine.checkpoints.gguf_header import read_header
 from quire.engine.config import EngineConfig
 from quire.engine.devices.cpu.backend import CpuBackend
 from quire.engine.errors import ModelLoadError, UnsupportedModelError
@@ -175,6 +176,60 @@ def test_rotary_factors_of_the_file_are_applied(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(assembled(file)), logits(written), rtol=0, atol=1e-4)
 
 
+SCALING = {
+    "linear": {"rope_type": "linear", "factor": 8.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("kind", SCALING)
+def test_rotary_scaling_of_the_file_is_applied(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "tiny.gguf"
+    scaling = SCALING[kind]
+    metadata = {"rope.scaling.type": kind, "rope.scaling.factor": scaling["factor"]}
+    if kind == "yarn":
+        metadata["rope.scaling.original_context_length"] = 64
+    written = write_model(file, "llama", **metadata)
+    config: Any = written.config
+    config.rope_parameters |= scaling
+    scaled = type(written)(config).eval()
+    scaled.load_state_dict(written.state_dict())
+    torch.testing.assert_close(logits(assembled(file)), logits(scaled), rtol=0, atol=1e-5)
+    assert (logits(written) - logits(scaled)).abs().max() > 0.01
+
+
+def test_only_layers_of_gemma_3_that_attend_to_all_tokens_are_scaled(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_model(file, "gemma3", **{"rope.scaling.type": "linear", "rope.scaling.factor": 8.0})
+    checkpoint = open_checkpoint(make_config(file))
+    assert checkpoint is not None
+    rope = checkpoint.hf_config().rope_parameters
+    assert (rope["full_attention"]["rope_type"], rope["full_attention"]["factor"]) == ("linear", 8)
+    assert rope["sliding_attention"]["rope_type"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("family", "metadata"),
+    [
+        ("phi3", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}),
+        ("gemma3", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}),
+        ("llama", {"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}),
+        (
+            "llama",
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.other": 1.0},
+        ),
+        ("phi3", {"rope_freqs": torch.ones(32)}),
+    ],
+)
+def test_rotary_scaling_that_is_not_computed_is_refused(
+    tmp_path: Path, family: str, metadata: dict[str, Any]
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_model(file, family, **metadata)
+    with pytest.raises(UnsupportedModelError, match="rotary"):
+        load(file)
+
+
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
@@ -205,17 +260,18 @@ def test_metadata_that_does_not_fit_is_refused(
     assert time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "Q4_0", "Q4_K"])
-def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", "F32"), ("llama", "F16"), ("llama", "Q4_0"), ("llama", "Q4_K"), ("phi3", "Q8_0")],
+)
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, family: str, kind: str) -> None:
     file = tmp_path / "tiny.gguf"
-    write_model(file, "llama", kind)
-    from quire.engine.checkpoints.gguf_header import read_header
-
-    tensor = read_header(file).tensors["blk.1.ffn_up.weight"]
+    write_model(file, family, kind)
+    tensor = read_header(file).tensors["blk.1.ffn_down.weight"]
     data = bytearray(file.read_bytes())
     data[tensor.offset : tensor.offset + 4] = b"\x00\x7e\xc0\x7f"  # NaN as float16 or float32
     file.write_bytes(data)
-    with pytest.raises(ModelLoadError, match=r"blk\.1\.ffn_up\.weight has numbers that are not"):
+    with pytest.raises(ModelLoadError, match=r"1\..*down.*weight has numbers that are not"):
         load(file)
 
 
