@@ -18,6 +18,7 @@ from gpu_attention_checks import (
     verdict,
 )
 from gpu_common import DEVICE, Case, Record, make_sequence
+from gpu_products import check_float8, check_product
 
 from quire.engine.devices.cuda.draws import CudaDraws
 from quire.engine.sampling.sampler import Sampler
@@ -182,6 +183,8 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
         tag = str(dtype).removeprefix("torch.")
         add(f"{tag} write", check_write, dtype, llama, 16)
         add(f"{tag} rows", check_rows, dtype, 33, 4096)
+        for kind, num_rows, group in (("int4", 1, 128), ("int8", 70, 32), ("float8", 300, 4096)):
+            add(f"{tag} product {kind}", check_product, dtype, kind, num_rows, 1000, 4096, group)
         add(f"{tag} extend llama b16", check_extend, dtype, llama, 16, queries, contexts)
         add(f"{tag} decode llama b16", check_decode, dtype, llama, 16, lens)
         add(f"{tag} extend g7 d64 b64", check_extend, dtype, qwen, 64, queries, contexts)
@@ -206,6 +209,7 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
                 fp8=True)  # fmt: skip
             add(f"{tag} sampling 151936", check_sampling, dtype, 151_936, 256)
             add("far blocks", check_far_blocks)
+            add(f"{tag} product float8 torch", check_float8, 37, 1024, 4096)
             add(f"{tag} decode long", check_decode, dtype, llama, 64, [20000, 5])
             add(f"{tag} decode 70 rows", check_decode, dtype, llama, 16, list(range(0, 700, 10)))
             add(f"{tag} extend short rows", check_extend, dtype, llama, 16, [3, 9, 1], [500, 9, 1])

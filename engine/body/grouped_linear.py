@@ -8,7 +8,7 @@ GroupedWeights; a device multiplies by them as they are, or makes them dense.
 from __future__ import annotations
 
 from collections import abc
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,14 @@ class GroupedWeight(NamedTuple):
             groups += self.minimum[..., None]
         return groups.view(rows, columns)
 
+    def to(self, device: torch.device) -> GroupedWeight:
+        """Return the weight on another device."""
+        return self._replace(
+            quants=self.quants.to(device),
+            scale=self.scale.to(device),
+            minimum=None if self.minimum is None else self.minimum.to(device),
+        )
+
     def is_like(self, other: GroupedWeight) -> bool:
         """Whether rows of both can be stacked into one weight."""
         kinds = [
@@ -105,17 +113,6 @@ class GroupedLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """A dense copy of the weight `[out_features, in_features]`."""
         return self.grouped.dense().to(self.dtype)
-
-    def _apply(self, fn: abc.Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Move the weight to the device that `fn` moves tensors to; its types stay."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = fn(torch.empty(0, device=self.grouped.scale.device)).device
-        parts = (self.grouped.quants, self.grouped.scale, self.grouped.minimum)
-        moved = [None if part is None else part.to(device) for part in parts]
-        quants, scale, minimum = moved
-        assert quants is not None and scale is not None
-        self.grouped = self.grouped._replace(quants=quants, scale=scale, minimum=minimum)
-        return self
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.multiply is not None:

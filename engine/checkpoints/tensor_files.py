@@ -56,9 +56,10 @@ def _weight_files(repository: str) -> list[str]:
     folder = Path(repository).expanduser()
     place = str(folder) if folder.is_dir() else repository
     try:
-        index = cached_file(
-            place, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
-        )
+        index = cached_file(place, "model.safetensors.index.json")
+    except OSError:  # the weights are not split
+        index = None
+    try:
         names = ["model.safetensors"]
         if index is not None:
             weight_map = json.loads(Path(str(index)).read_text("utf-8"))["weight_map"]

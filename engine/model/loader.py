@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..attention.interface import IMPLEMENTATION, register_attention
+from ..body.grouped_linear import GroupedLinear
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..config import EngineConfig
 from ..devices.backend import Backend
@@ -111,6 +112,9 @@ def _load(
             f"safetensors {spec.dtype}" if checkpoint is None else checkpoint.source_format
         )
     drop_other_parts(model)
+    for module in model.modules():
+        if isinstance(module, GroupedLinear):
+            module.grouped = module.grouped.to(backend.device)
     return model.to(backend.device), has_head, source_format
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from quire.engine.body.grouped_linear import GroupedLinear, GroupedWeight
+from quire.engine.body.grouped_linear import GroupedWeight
 from quire.engine.devices.cuda import products
 from quire.engine.devices.cuda.products import multiplies_float8, multiply_float8
 from quire.kernels import reference
@@ -121,8 +121,11 @@ def test_a_float8_checkpoint_in_bfloat16_multiplies_by_torch(
     assert "float8 by torch's scaled product" in caplog.text
 
 
-def test_a_layer_moves_with_its_model() -> None:
-    layer = GroupedLinear(float8_weight(), None, torch.bfloat16)
-    module = torch.nn.Sequential(layer).to("meta")
-    assert module[0].grouped.quants.device.type == module[0].grouped.scale.device.type == "meta"
-    assert module.to(torch.bfloat16)[0].grouped.scale.dtype == torch.float32
+def test_a_weight_moves_with_all_its_parts() -> None:
+    weight = float8_weight()
+    for one in (weight, weight._replace(minimum=-weight.scale)):
+        moved = one.to(torch.device("meta"))
+        parts = [part for part in moved[:3] if part is not None]
+        assert len(parts) == (2 if one.minimum is None else 3)
+        assert all(part.device.type == "meta" for part in parts)
+        assert moved.scale.dtype == torch.float32 and moved.shape == weight.shape
