@@ -40,7 +40,6 @@ _BESIDE = re.compile(
 )
 """Names of tensors that are no weights: scales of activations and of a KV cache, shapes, and
 buffers that older checkpoints hold."""
-_STATIC = re.compile(r"\.(input_scale|activation_scale)$")
 _LAYERS = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -71,7 +70,7 @@ class QuantizedCheckpoint:
         if self._is_own:
             require_packages(self._method, ("accelerate",))  # builds models without memory
         elif self._method in DEQUANTIZERS:
-            require_packages(self._method, DEQUANTIZERS[self._method].packages)
+            require_packages(self._method, DEQUANTIZERS[self._method])
         else:
             raise UnsupportedModelError(
                 f"quantised checkpoints of {self._method}: models with encoders are not read"
@@ -85,20 +84,20 @@ class QuantizedCheckpoint:
     def load_arguments(self) -> dict[str, Any] | None:
         if self._is_own:
             return None
-        import transformers
-
-        config_class = getattr(transformers, DEQUANTIZERS[self._method].config_class)
+        logger.info("%s weights are made dense by transformers", self._method)
         return {
             "pretrained_model_name_or_path": self._repository,
             "use_safetensors": True,
             "trust_remote_code": self._config.trust_remote_code,
-            "quantization_config": config_class(dequantize=True),
         }
 
     def hf_config(self) -> Any:
         found = copy.deepcopy(self._hf_config)
+        if not self._is_own:
+            found.quantization_config = {**self._quantization, "dequantize": True}
+            return found
         for name in ("quantization_config", "compression_config"):
-            if self._is_own and hasattr(found, name):
+            if hasattr(found, name):
                 delattr(found, name)
         return found
 
@@ -178,14 +177,21 @@ class QuantizedCheckpoint:
             base, _, last = name.rpartition(".")
             layers.setdefault(base, {})[last] = tensor
         left = {name for name in files.tensors if not _BESIDE.search(name)}
-        if any(_STATIC.search(name) for name in files.tensors):
-            logger.info("the scales of activations are not used: activations are not rounded so")
-        # 2. Find the tensors of each parameter. A tied head's may be in the files too.
+        if self._rounds_activations():
+            logger.info(
+                "the checkpoint rounds activations too; here they are rounded only if the device "
+                "multiplies by 8 bits, by scales of its own"
+            )
+        # 2. Find the tensors of each parameter. A body that was saved alone has shorter names.
+        prefix = f"{model.base_model_prefix}."
+        if not any(name.startswith(prefix) for name in files.tensors):
+            prefix = ""
         places: dict[str, list[_Place]] = {}
         missing = []
         for name, parameter in model.named_parameters():
             places[name] = []
-            for alias, shape in _aliases(name, tuple(parameter.shape), layers):
+            short = name if prefix else name.removeprefix(f"{model.base_model_prefix}.")
+            for alias, shape in _aliases(short, tuple(parameter.shape), layers):
                 place = self._place(alias, shape, layers)
                 if place is None:
                     missing.append(alias)
@@ -193,6 +199,8 @@ class QuantizedCheckpoint:
                 places[name].append(place)
                 names = place.layout.parts if place.layout is not None else (place.plain,)
                 left -= {f"{place.base}.{last}" for last in names}
+        # 3. Find the buffers, and see that nothing is left. A tied head's tensors may be in the
+        # files too, and biases of zeros, which some writers of GPTQ add.
         for name in _kept_buffers(model):
             stored = files.tensors.get(name)
             if stored is None or stored.shape != tuple(model.get_buffer(name).shape):
@@ -205,6 +213,7 @@ class QuantizedCheckpoint:
         if getattr(model.config, "tie_word_embeddings", False):
             left = {name for name in left if not name.startswith("lm_head.")}
         left = {name for name in left if not _is_of_later_layer(name, model)}
+        left = {name for name in left if not name.endswith(".bias") or files.read(name).any()}
         if left:
             first = ascii(min(left))[:80]
             self._refuse(
@@ -238,6 +247,12 @@ class QuantizedCheckpoint:
         if tensors[last].shape != shape:
             self._refuse(f"{name} has the shape {tensors[last].shape}, not {shape}")
         return _Place(base, last, None, shape)
+
+    def _rounds_activations(self) -> bool:
+        groups = (self._quantization.get("config_groups") or {}).values()
+        return bool(self._quantization.get("activation_scheme")) or any(
+            group.get("input_activations") for group in groups
+        )
 
     def _block_structure(self) -> Any:
         """Return the rows and columns of a block in compressed-tensors; None if there are none."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..config import EngineConfig, check_folder
 from ..errors import ModelLoadError, UnsupportedModelError, one_line
@@ -20,24 +20,15 @@ OWN_METHODS = frozenset({"awq", "gptq", "compressed-tensors", "fp8", "fbgemm_fp8
 """Methods whose tensors quire reads by itself."""
 
 
-class Dequantizer(NamedTuple):
-    """How transformers makes the weights of a method dense: the class of its configuration, which
-    gets dequantize=True, and the packages that this needs."""
-
-    config_class: str
-    packages: tuple[str, ...]
-
-
-DEQUANTIZERS = {
-    "mxfp4": Dequantizer("Mxfp4Config", ()),
-    "mxfp8": Dequantizer("FineGrainedFP8Config", ("accelerate",)),
-    "fp8": Dequantizer("FineGrainedFP8Config", ("accelerate",)),
-    "compressed-tensors": Dequantizer(
-        "CompressedTensorsConfig", ("compressed_tensors", "accelerate")
-    ),
+DEQUANTIZERS: dict[str, tuple[str, ...]] = {
+    "compressed-tensors": ("compressed_tensors", "accelerate"),
+    "fp8": ("accelerate",),
+    "mxfp4": (),
+    "mxfp8": ("accelerate",),
 }
-"""Methods whose weights transformers can make dense: those that quire does not read, and those of
-models whose tensors have other names than their parameters."""
+"""Methods whose weights transformers makes dense, if their configuration says "dequantize", and the
+packages that it needs: those that quire does not read, and those of models whose tensors have other
+names than their parameters."""
 
 _REASONS = {
     "bitsandbytes": "its weights can only be read by the package bitsandbytes",

@@ -31,7 +31,7 @@ Read = Callable[[str], torch.Tensor]
 _ORDER_OF_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
 """The nibble of a word that holds each of eight columns."""
 _FLOATS = frozenset({"F16", "BF16", "F32"})
-_SCALE_DTYPES = _FLOATS | {"F64"}
+_FLOAT8_SCALES = _FLOATS | {"F8_E8M0"}
 
 
 class Layout(NamedTuple):
@@ -67,7 +67,7 @@ def find_layout(
         return _integers(tensors, shape)
     if kind == "F8_E4M3":
         return _float8(tensors, shape, block)
-    if kind and kind not in _SCALE_DTYPES:
+    if kind and kind not in _FLOATS | {"F64"}:
         raise ValueError(f"weight is of type {kind}, which is not read")
     return None
 
@@ -181,7 +181,7 @@ def _float8(
     _expect(tensors, "weight", {"F8_E4M3"}, shape)
     name = "weight_scale_inv" if "weight_scale_inv" in tensors else "weight_scale"
     stored = _of(tensors, name)
-    if stored.dtype not in _FLOATS:
+    if stored.dtype not in _FLOAT8_SCALES:
         raise ValueError(f"{name} is of type {stored.dtype}, which is not read")
     rows, columns, by_row = 1, in_features, (out_features, 1)
     is_blocks = block is not None and len(stored.shape) == 2 and stored.shape[1] != 1
@@ -192,7 +192,7 @@ def _float8(
         assert block is not None
         rows, columns = block
         by_row = (-(-out_features // rows), -(-in_features // columns))
-        _expect(tensors, name, _FLOATS, by_row)
+        _expect(tensors, name, _FLOAT8_SCALES, by_row)
     else:
         by_row = _scale_shape(tensors, name, shape)
         columns = in_features // by_row[1]
@@ -327,7 +327,7 @@ def _scale_shape(
     """Return the shape `[N, G]` that scales by tensor, by row or by group are expanded to."""
     found = _of(tensors, name)
     out_features, in_features = shape
-    if found.dtype not in _FLOATS:
+    if found.dtype not in _FLOAT8_SCALES:
         raise ValueError(f"{name} is of type {found.dtype}, which is not read")
     if found.shape in ((), (1,), (1, 1), (out_features, 1)):
         return out_features, 1

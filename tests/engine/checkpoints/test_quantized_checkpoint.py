@@ -15,22 +15,18 @@ from transformers import AutoModelForCausalLM
 
 from quire.engine.body.body import HfBody
 from quire.engine.body.grouped_linear import GroupedLinear
-from quire.engine.checkpoints import quantized_config
 from quire.engine.checkpoints.checkpoint import open_checkpoint
 from quire.engine.checkpoints.tensor_files import TensorFiles
 from quire.engine.devices.cpu.backend import CpuBackend
-from quire.engine.errors import ModelLoadError, UnsupportedModelError
+from quire.engine.errors import ModelLoadError
 from quire.engine.model.assemble import assemble
-from quire.engine.model.rehearse import rehearse_load
 
-from ..models import generate, save_model
+from ..models import generate
 from ..worker_driver import Driver, load, make_config, make_sequence
 from .quantized_files import (
     FORMATS,
     load_tensors,
-    pack_words,
     save_tensors,
-    set_quantization,
     write_model,
 )
 
@@ -264,7 +260,7 @@ def test_what_is_said_of_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFi
         facts = load(folder).weights
     assert facts.source_format == "safetensors fp8" and facts.computed_format == "float32"
     assert "of float8 made dense float32: 3.99 times their size" in caplog.text
-    assert "activations are not rounded" in caplog.text
+    assert "the checkpoint rounds activations too" in caplog.text
     folder, _ = quantised(tmp_path / "b", "packed-4")
     facts = load(folder).weights
     assert facts.source_format == "safetensors compressed-tensors pack-quantized"
@@ -276,107 +272,26 @@ def test_what_is_said_of_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert facts.num_bytes == elements * (4 + 32 / 8) / 8 + 4 * dense
 
 
-# -- what transformers makes dense, and what nothing reads ---------------------------------------
-
-
-def test_packed_words_are_those_of_compressed_tensors() -> None:
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-    integers = torch.randint(0, 256, (6, 64), generator=torch.Generator().manual_seed(0))
-    for bits in (4, 8):
-        fields = integers % 2**bits
-        signed = (fields - 2 ** (bits - 1)).to(torch.int8)
-        assert torch.equal(pack_words(fields, bits), pack_to_int32(signed, bits))
-
-
-def test_awq_is_what_compressed_tensors_converts_it_to(tmp_path: Path) -> None:
-    """Its converter's weights are those that are read from the AWQ tensors."""
-    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
-
-    folder, tensors = quantised(tmp_path, "awq")
-    expected = logits(assembled(folder))
-    converted = AutoAWQConverter(group_size=32).process(tensors)
-    save_tensors(folder, converted)
-    set_quantization(folder, FORMATS["packed-4-asymmetric"].quantization)
-    torch.testing.assert_close(logits(assembled(folder)), expected, rtol=0, atol=1e-6)
-
-
-def write_mxfp4(folder: Path) -> Any:
-    """Save a tiny gpt-oss with experts in mxfp4: blocks of 32 numbers of e2m1, a power of two
-    each. Returns what transformers makes of the dequantised weights."""
-    values = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    values = torch.cat((values, -values))
-    model = save_model("gpt_oss", folder)
-    tensors = load_tensors(folder)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            continue
-        experts, columns, rows = parameter.shape  # [E, in, out]; blocks are along the inputs
-        codes = torch.randint(0, 16, (experts, rows, columns), generator=generator)
-        powers = torch.randint(-4, -1, (experts, rows, columns // 32), generator=generator)
-        dense = values[codes] * torch.exp2(powers).repeat_interleave(32, dim=2)
-        parameter.data = dense.transpose(1, 2).contiguous()
-        del tensors[name]
-        octets = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
-        tensors[f"{name}_blocks"] = octets.view(experts, rows, -1, 16)
-        tensors[f"{name}_scales"] = (powers + 127).to(torch.uint8)
+def test_a_body_that_was_saved_alone_and_biases_of_zeros_are_read(tmp_path: Path) -> None:
+    expected = write_model(tmp_path, "qwen3", FORMATS["gptq-4"])
+    folder = tmp_path / "quantised"
+    tensors = {name.removeprefix("model."): one for name, one in load_tensors(folder).items()}
+    tensors["layers.0.mlp.up_proj.bias"] = torch.zeros(64)
     save_tensors(folder, tensors)
-    set_quantization(folder, {"quant_method": "mxfp4"})
-    return model
+    torch.testing.assert_close(logits(assembled(folder)), logits(expected), rtol=0, atol=1e-4)
+    tensors["layers.0.mlp.up_proj.bias"][3] = 1
+    save_tensors(folder, tensors)
+    with pytest.raises(ModelLoadError, match=r"no place .*up_proj\.bias"):
+        assembled(folder)
 
 
-def test_mxfp4_is_made_dense_by_transformers(tmp_path: Path) -> None:
-    expected = write_mxfp4(tmp_path)
-    driver = Driver.start(make_config(tmp_path, dtype="float32"))
-    facts = driver.worker._model.weights
-    assert (facts.source_format, facts.computed_format) == ("safetensors mxfp4", "float32")
-    [tokens] = driver.run([make_sequence(PROMPT, 8)])
-    assert tokens == generate(expected, PROMPT, 8)
-
-
-@pytest.mark.parametrize(
-    ("quantization", "reason"),
-    [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "package bitsandbytes"),
-        ({"load_in_8bit": True}, "bitsandbytes"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "'modelopt': its formats NVFP4"),
-        ({"quant_method": "modelopt_fp4"}, "modelopt"),
-        ({"quant_method": "nvfp4"}, "nvfp4"),
-        ({"quant_method": "hqq"}, "'hqq': its format is not known"),
-        ({"quant_method": "awq", "version": "gemv"}, "layout 'gemv'"),
-        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "layout 'marlin'"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4-pack"),
-        (
-            {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask"}},
-            "sparse-bitmask",
-        ),
-        (
-            {
-                "quant_method": "compressed-tensors",
-                "transform_config": {"config_groups": {"u": {}}},
-            },
-            "transform_config",
-        ),
-        ({"bits": 4}, "'None'"),
-    ],
-)
-def test_other_methods_are_refused_with_a_reason(
-    tmp_path: Path, quantization: dict[str, Any], reason: str
-) -> None:
-    save_model("llama", tmp_path)
-    set_quantization(tmp_path, quantization)
-    with pytest.raises(UnsupportedModelError, match=reason):
-        load(tmp_path)
-    for refuses in (open_checkpoint, rehearse_load):
-        with pytest.raises(UnsupportedModelError, match=reason):
-            refuses(make_config(tmp_path))
-
-
-def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_model("llama", tmp_path)
-    monkeypatch.setattr(quantized_config, "find_spec", lambda name: None)
-    for method in ("awq", "mxfp8"):
-        set_quantization(tmp_path, {"quant_method": method})
-        with pytest.raises(UnsupportedModelError, match=r"pip install 'quire\[quantized\]'"):
-            open_checkpoint(make_config(tmp_path))
+def test_scales_may_be_powers_of_two(tmp_path: Path) -> None:
+    folder, tensors = quantised(tmp_path, "float8-blocks")
+    for name in [name for name in tensors if name.endswith("scale_inv")]:
+        tensors[name] = torch.exp2(tensors[name].log2().round())
+    save_tensors(folder, tensors)
+    expected = logits(assembled(folder))
+    for name in [name for name in tensors if name.endswith("scale_inv")]:
+        tensors[name] = tensors[name].to(torch.float8_e8m0fnu)
+    save_tensors(folder, tensors)
+    assert torch.equal(logits(assembled(folder)), expected)
