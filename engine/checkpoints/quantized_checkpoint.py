@@ -199,8 +199,7 @@ class QuantizedCheckpoint:
                 places[name].append(place)
                 names = place.layout.parts if place.layout is not None else (place.plain,)
                 left -= {f"{place.base}.{last}" for last in names}
-        # 3. Find the buffers, and see that nothing is left. A tied head's tensors may be in the
-        # files too, and biases of zeros, which some writers of GPTQ add.
+        # 3. Find the buffers.
         for name in _kept_buffers(model):
             stored = files.tensors.get(name)
             if stored is None or stored.shape != tuple(model.get_buffer(name).shape):
@@ -210,6 +209,12 @@ class QuantizedCheckpoint:
             left.discard(name)
         if missing:
             self._refuse(f"{len(missing)} weights are missing, the first {missing[0]}")
+        self._check_left(left, model, files)
+        return places
+
+    def _check_left(self, left: set[str], model: Any, files: TensorFiles) -> None:
+        """Raise ModelLoadError if tensors are left over. A tied head's may be, and those of layers
+        after the last, and biases of zeros, which some writers of GPTQ add."""
         if getattr(model.config, "tie_word_embeddings", False):
             left = {name for name in left if not name.startswith("lm_head.")}
         left = {name for name in left if not _is_of_later_layer(name, model)}
@@ -219,7 +224,6 @@ class QuantizedCheckpoint:
             self._refuse(
                 f"{len(left)} tensors have no place in {type(model).__name__}, the first {first}"
             )
-        return places
 
     def _place(
         self, name: str, shape: tuple[int, ...], layers: Mapping[str, Mapping[str, StoredTensor]]

@@ -47,7 +47,7 @@ def _grouped_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # over 50 lines: a third of them are its arguments
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(2) * part_depth
@@ -102,42 +102,20 @@ def grouped_product(
     minimum: torch.Tensor | None,
     *,
     bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # over 50 lines: more than half of them are its arguments and the kernel's
     """Return x · Wᵀ + bias `[num_rows, N]` of x `[num_rows, K]`, of x's dtype.
 
     `quants` holds q as int8 or float8_e4m3fn `[N, K]`, or as uint8 `[N, K / 2]`; scale and minimum
     are float32 `[N, K / group size]`. W is rounded to x's dtype and sums are float32. Raises
     ValueError on shapes, dtypes or devices that do not fit, and if `can_multiply` is false.
     """
-    # 1. Check.
-    require_shape("input", input, None, None)
-    require_dtype("input", input, *FLOAT_DTYPES)
-    require_last_contiguous("input", input)
+    group_size = _check(input, quants, scale, minimum, bias)
     num_rows, depth = input.shape
-    require_dtype("quants", quants, torch.uint8, torch.int8, E4M3)
-    bits = 4 if quants.dtype == torch.uint8 else 8
-    num_columns = quants.shape[0]
-    require_shape("quants", quants, num_columns, depth * bits // 8)
-    require_contiguous("quants", quants)
-    require_shape("scale", scale, num_columns, None)
-    num_groups = scale.shape[1]
-    require(num_groups > 0 and depth % num_groups == 0, f"{num_groups} groups of {depth} columns")
-    group_size = depth // num_groups
-    for name, numbers in (("scale", scale), ("minimum", minimum)):
-        if numbers is not None:
-            require_dtype(name, numbers, torch.float32)
-            require_shape(name, numbers, *scale.shape)
-            require_contiguous(name, numbers)
-    if bias is not None:
-        require_dtype("bias", bias, *FLOAT_DTYPES)
-        require_shape("bias", bias, num_columns)
-        require_contiguous("bias", bias)
-    require(can_multiply(depth, group_size), f"groups of {group_size} in {depth} columns")
-    require_launchable(input=input, quants=quants, scale=scale, minimum=minimum, bias=bias)
+    num_columns, num_groups = scale.shape
     out = input.new_empty(num_rows, num_columns)
     if num_rows == 0:
         return out
-    # 2. Launch, over all of K or over parts of it.
+    # Launch over all of K, or over parts of it.
     config = product_config(num_rows, input.dtype)
     block_k = _block_of(depth, group_size, config.block_k)
     blocks = triton.cdiv(num_columns, config.block_n)
@@ -158,7 +136,7 @@ def grouped_product(
         num_groups,
         part_depth,
         input.stride(0),
-        BITS=bits,
+        BITS=4 if quants.dtype == torch.uint8 else 8,
         SPAN=min(group_size, block_k),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -171,6 +149,41 @@ def grouped_product(
         return out
     total = sums.sum(dim=0)
     return out.copy_(total if bias is None else total + bias)
+
+
+def _check(
+    input: torch.Tensor,
+    quants: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> int:
+    """Check the arguments of `grouped_product`; return the size of a group."""
+    require_shape("input", input, None, None)
+    require_dtype("input", input, *FLOAT_DTYPES)
+    require_last_contiguous("input", input)
+    depth = input.shape[1]
+    require_dtype("quants", quants, torch.uint8, torch.int8, E4M3)
+    bits = 4 if quants.dtype == torch.uint8 else 8
+    num_columns = quants.shape[0]
+    require_shape("quants", quants, num_columns, depth * bits // 8)
+    require_contiguous("quants", quants)
+    require_shape("scale", scale, num_columns, None)
+    num_groups = scale.shape[1]
+    require(num_groups > 0 and depth % num_groups == 0, f"{num_groups} groups of {depth} columns")
+    group_size = depth // num_groups
+    for name, numbers in (("scale", scale), ("minimum", minimum)):
+        if numbers is not None:
+            require_dtype(name, numbers, torch.float32)
+            require_shape(name, numbers, *scale.shape)
+            require_contiguous(name, numbers)
+    if bias is not None:
+        require_dtype("bias", bias, *FLOAT_DTYPES)
+        require_shape("bias", bias, num_columns)
+        require_contiguous("bias", bias)
+    require(can_multiply(depth, group_size), f"groups of {group_size} in {depth} columns")
+    require_launchable(input=input, quants=quants, scale=scale, minimum=minimum, bias=bias)
+    return group_size
 
 
 def _block_of(depth: int, group_size: int, largest: int) -> int:
