@@ -146,8 +146,8 @@ class QuantizedCheckpoint:
 
     def finish(self, model: nn.Module) -> None:
         """Set the buffers that the files hold, such as the corrections of a router."""
-        for name in _kept_buffers(model):
-            model.get_buffer(name).copy_(self._buffers[name])
+        for name, values in self._buffers.items():
+            model.get_buffer(name).copy_(values)
 
     def _read_config(self) -> Any:
         from transformers import AutoConfig
