@@ -71,6 +71,7 @@ class QuantizedCheckpoint:
             require_packages(self._method, ("accelerate",))  # builds models without memory
         elif self._method in DEQUANTIZERS:
             require_packages(self._method, DEQUANTIZERS[self._method])
+            logger.info("%s weights are made dense by transformers", self._method)
         else:
             raise UnsupportedModelError(
                 f"quantised checkpoints of {self._method}: models with encoders are not read"
@@ -84,7 +85,6 @@ class QuantizedCheckpoint:
     def load_arguments(self) -> dict[str, Any] | None:
         if self._is_own:
             return None
-        logger.info("%s weights are made dense by transformers", self._method)
         return {
             "pretrained_model_name_or_path": self._repository,
             "use_safetensors": True,

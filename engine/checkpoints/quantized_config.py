@@ -64,8 +64,8 @@ def quantization_of(config: EngineConfig) -> Mapping[str, Any] | None:
     if found is None:
         text = values.get("text_config")
         found = text.get("quantization_config") if isinstance(text, dict) else None
-    if found is not None and not isinstance(found, dict):
-        raise ModelLoadError(f"quantization_config of {config.model!r} is not an object")
+    if found is not None:
+        _check_values(found)
     return found
 
 
@@ -77,7 +77,9 @@ def method_of(quantization: Mapping[str, Any]) -> str:
 
 
 def check_method(quantization: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError, with the reason, if checkpoints of this kind are not read."""
+    """Raise UnsupportedModelError, with the reason, if checkpoints of this kind are not read, and
+    ModelLoadError if values are of other types than they should be."""
+    _check_values(quantization)
     method = method_of(quantization)
     if method not in OWN_METHODS and method not in DEQUANTIZERS:
         reason = _REASONS.get(method.removesuffix("_fp4"), "its format is not known here")
@@ -136,6 +138,31 @@ def require_packages(method: str, packages: tuple[str, ...]) -> None:
             f"{method} weights need the package{'s' if len(missing) > 1 else ''} "
             f"{' and '.join(missing).replace('_', '-')}: pip install 'quire[quantized]'"
         )
+
+
+def _check_values(quantization: Any) -> None:
+    """Raise ModelLoadError if values that are read are of other types than they should be."""
+
+    def check(condition: bool, name: str) -> None:
+        if not condition:
+            raise ModelLoadError(f"quantization_config has a wrong value: {name}")
+
+    check(isinstance(quantization, dict), "it is no object")
+    for name in ("config_groups", "sparsity_config", "transform_config"):
+        check(isinstance(quantization.get(name) or {}, dict), name)
+    groups = list((quantization.get("config_groups") or {}).values())
+    check(all(isinstance(group, dict) for group in groups), "config_groups")
+    weights = [group.get("weights") or {} for group in groups]
+    check(all(isinstance(about, dict) for about in weights), "config_groups")
+    for about in (quantization, *weights):
+        for name in ("bits", "w_bit", "num_bits", "group_size"):
+            value = about.get(name)
+            check(value is None or (type(value) is int and value >= -1), name)
+        for name in ("weight_block_size", "block_structure"):
+            block = about.get(name)
+            if block is not None:
+                check(isinstance(block, list) and len(block) == 2, name)
+                check(all(type(size) is int and size > 0 for size in block), name)
 
 
 def _check_compressed(quantization: Mapping[str, Any]) -> None:

@@ -197,8 +197,14 @@ def _float8(
         by_row = _scale_shape(tensors, name, shape)
         columns = in_features // by_row[1]
 
+    parts: tuple[str, ...] = ("weight", name)
+    if "weight_zero_point" in tensors:
+        parts = (*parts, "weight_zero_point")
+
     def read(get: Read) -> GroupedWeight | torch.Tensor:
         weight = get("weight")
+        if "weight_zero_point" in tensors and get("weight_zero_point").float().any():
+            raise ValueError("weight_zero_point is not zero")
         if _bits_are_nan(weight):
             raise ValueError("weight has numbers that are not finite")
         scale = _finite(name, get(name).float())
@@ -210,7 +216,7 @@ def _float8(
             return weight.float() * wide
         return GroupedWeight(weight, scale, None, 8, columns)
 
-    return Layout("float8", ("weight", name), read)
+    return Layout("float8", parts, read)
 
 
 # -- what they share -----------------------------------------------------------------------------

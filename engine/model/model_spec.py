@@ -124,7 +124,7 @@ def _refuse_unsupported(hf_config: Any, text: Any, architecture: str) -> None:
     if getattr(text, "is_causal", True) is False:
         refuse("its tokens attend to later ones")
     quantization = getattr(hf_config, "quantization_config", None)
-    if isinstance(quantization, dict):
+    if quantization is not None:
         check_method(quantization)
     odd = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES)
     if odd:

@@ -26,7 +26,7 @@ from .fp8 import E4M3, readable_view, widen
 from .tuning import product_config, product_parts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _grouped_product_kernel(
     out_ptr,
     input_ptr,

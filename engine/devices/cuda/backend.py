@@ -222,14 +222,15 @@ class CudaBackend:
 
 def compile_kernels(runner: Rehearsal) -> None:
     """Launch every kernel that a step may launch, other than the sampler's, so that no request
-    waits for its compilation: decodes, prefills of short and of long rows, a copy of a block."""
+    waits for its compilation: decodes, prefills of short and of long rows, products of all their
+    tiles, a copy of a block."""
     inputs, planner = _of_cuda(runner)
     inputs.pad_decodes([1])
     step = inputs.static_step(1)
     for shared in {False, planner.shared_prefixes is not None}:
         runner.run_decodes(step, planner.plan_decodes(step.seq_lens, shared=shared))
     inputs.pad_decodes([])
-    for num_tokens in (2, 256):
+    for num_tokens in (2, 24, 48, 256):
         runner.run_prompts(num_tokens, 1)
     runner.copy_blocks([BlockCopy(0, 0)])
 

@@ -128,6 +128,7 @@ LAYER = "model.layers.1.mlp.up_proj"
         ("integers", "weight_scale", None, "weight_scale is missing"),
         ("integers", "weight", torch.ones(64, 32, dtype=torch.int16), "weight is of type I16"),
         ("float8-row", "weight_scale", None, "weight_scale is missing"),
+        ("float8-row", "weight_zero_point", torch.ones(64, 1), "weight_zero_point is not zero"),
         ("float8-blocks", "weight_scale_inv", torch.ones(4, 1), "does not fit|shape"),
         ("float8-blocks", "weight_scale_inv", torch.full((4, 2), torch.nan), "not finite"),
         (
@@ -143,7 +144,7 @@ def test_a_layer_that_does_not_fit_is_refused_by_name(
     tmp_path: Path, form: str, last: str, value: torch.Tensor | None, reason: str
 ) -> None:
     folder, tensors = quantised(tmp_path, form)
-    tensors.pop(f"{LAYER}.{last}")
+    tensors.pop(f"{LAYER}.{last}", None)
     if value is not None:
         tensors[f"{LAYER}.{last}"] = value
     save_tensors(folder, tensors)

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from quire.engine.checkpoints import quantized_config
 from quire.engine.checkpoints.checkpoint import open_checkpoint
 from quire.engine.checkpoints.quantized_checkpoint import QuantizedCheckpoint
-from quire.engine.errors import UnsupportedModelError
+from quire.engine.errors import ModelLoadError, UnsupportedModelError
+from quire.engine.model.outline import outline
 from quire.engine.model.rehearse import rehearse_load
 
 from ..models import generate, save_model
@@ -157,6 +158,32 @@ def test_other_methods_are_refused_with_a_reason(
     for refuses in (open_checkpoint, rehearse_load):
         with pytest.raises(UnsupportedModelError, match=reason):
             refuses(make_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "name"),
+    [
+        ([1], "no object"),
+        ({"quant_method": "awq", "bits": "four"}, "bits"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 1.5}, "group_size"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size"),
+        ({"quant_method": "compressed-tensors", "config_groups": ["a"]}, "config_groups"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": 1}}, "config_groups"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": [4]}}},
+            "config_groups",
+        ),
+        ({"quant_method": "compressed-tensors", "sparsity_config": "2:4"}, "sparsity_config"),
+    ],
+)
+def test_values_of_other_types_are_refused(tmp_path: Path, quantization: Any, name: str) -> None:
+    save_model("llama", tmp_path)
+    set_quantization(tmp_path, quantization)
+    for refuses in (open_checkpoint, rehearse_load):
+        with pytest.raises(ModelLoadError, match=f"wrong value: .*{name}"):
+            refuses(make_config(tmp_path))
+    assert outline(make_config(tmp_path), keeps_groups=True).refused
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
