@@ -93,6 +93,10 @@ class EngineStats(NamedTuple):
     preemptions: int
     blocks_copied: int
     blocks_shared: int
+    running_adapters: list[str] = []
+    """Names of the LoRA adapters of running sequences."""
+    waiting_adapters: list[str] = []
+    """Names of the adapters of waiting sequences."""
 
     @property
     def kv_usage(self) -> float:

@@ -65,7 +65,8 @@ class Request:
     Every choice matches `grammar`, unless it reaches max_tokens before the grammar's end. The
     policy "fair" charges the request to `user`; all requests with None count as one user.
     If `pooling` is set, the prompt is computed for its embedding and nothing is generated.
-    `reasoning` is given if the reasoning of each choice has a budget.
+    `reasoning` is given if the reasoning of each choice has a budget. `adapter` names the LoRA
+    adapter that the model is to have; None means the model as it is.
     """
 
     request_id: str
@@ -80,6 +81,7 @@ class Request:
     pooling: Pooling | None = None
     user: str | None = None
     reasoning: ReasoningSpec | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:

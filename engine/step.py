@@ -59,6 +59,15 @@ class SequenceSpec(NamedTuple):
     has_grammar: bool
     pooling: Pooling | None
     """How the prompt's hidden states become an embedding; None for sequences that generate."""
+    adapter_slot: int = -1
+    """The slot of its LoRA adapter's weights; −1 without an adapter."""
+
+
+class AdapterLoad(NamedTuple):
+    """Put an adapter's weights into a slot, in place of what is there, before the forward."""
+
+    slot: int
+    adapter_id: int
 
 
 class TableChange(NamedTuple):
@@ -94,6 +103,8 @@ class SchedulerOutput(NamedTuple):
     released: list[int]
     """seq_ids that the worker forgets before anything else in this step, since their sequences
     have finished or were aborted or preempted."""
+    adapter_loads: list[AdapterLoad] = []
+    """Slots that get other weights in this step, in order."""
 
     @property
     def total_tokens(self) -> int:

@@ -120,6 +120,8 @@ class Metrics:
         )
         self._latencies()
         self._token_counts: tuple[Histogram, ...] | None = None
+        self._adapters: Gauge | None = None
+        self._max_lora = 0
         self._http()
 
     def _latencies(self) -> None:
@@ -219,6 +221,15 @@ class Metrics:
             list(values),
             registry=self._registry,
         ).labels(**values).set(1)
+        if info.max_loras:
+            self._adapters = Gauge(
+                f"{self._prefix}:lora_requests_info",
+                "LoRA adapters of running and waiting requests; the value is the time of the "
+                "last change.",
+                ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+                registry=self._registry,
+            )
+            self._max_lora = info.max_loras
 
     def engine_restarted(self) -> None:
         """Count a restart of the engine, whose own counters begin at zero again."""
@@ -244,11 +255,21 @@ class Metrics:
         self._kv_usage.set(stats.kv_usage)
         if last is None or stats.step > last.step:
             self._iteration.observe(stats.step_tokens)
+        if self._adapters is not None:
+            self._observe_adapters(self._adapters, stats, last)
         self._last_stats = stats
 
     def _set_waiting(self, count: int) -> None:
         self._waiting.set(count)
         self._waiting_for["capacity"].set(count)
+
+    def _observe_adapters(self, gauge: Gauge, stats: EngineStats, last: EngineStats | None) -> None:
+        """Show the adapters of this step in the labels of the only series of its metric."""
+        names = stats.running_adapters, stats.waiting_adapters
+        if last is None or names != (last.running_adapters, last.waiting_adapters):
+            gauge.clear()
+            running, waiting = (",".join(each) for each in names)
+            gauge.labels(str(self._max_lora), running, waiting).set_to_current_time()
 
     def request_rejected(self, reason: str) -> None:
         """Count a refused request; `reason` is the `code` of an error in engine/errors.py."""

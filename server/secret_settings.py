@@ -7,7 +7,10 @@ no key is wanted.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator
+from pydantic_settings import NoDecode
 
 from ..engine.errors import ConfigurationError
 
@@ -15,12 +18,24 @@ _SECRETS = ("api_key", "admin_api_key")
 _PREFIX = "quire_"
 
 
-def check_key(key: str) -> None:
-    """Raise ValueError for a key that would let anyone in, or that no client can send."""
+def check_key(key: str) -> str:
+    """Return the key. Raises ValueError if it would let anyone in, or if no client can send it."""
     if not key.strip():
         raise ValueError("the key is empty; leave the setting out if no key is wanted")
     if key != key.strip():
         raise ValueError("the key begins or ends with white space, which no header carries")
+    return key
+
+
+def _split(value: Any) -> Any:
+    """Split keys at commas, and keep empty ones, which are refused later."""
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+Secret = Annotated[str, AfterValidator(check_key)]
+"""A key."""
+SecretList = Annotated[tuple[Secret, ...], NoDecode, BeforeValidator(_split)]
+"""Keys that are a repeatable flag, comma-separated in the environment and a list in YAML."""
 
 
 def refuse_empty_keys(flags: dict[str, Any]) -> None:

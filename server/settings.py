@@ -34,9 +34,10 @@ from yaml import YAMLError
 
 from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
+from ..engine.lora import AdapterSource, name_problem
 from .foreign_flags import explain
 from .format_names import ReasoningParser, ToolCallParser
-from .secret_settings import check_key, refuse_empty_keys
+from .secret_settings import Secret, SecretList, refuse_empty_keys
 
 DEMO_MODEL_NAME = "quire-demo"
 
@@ -113,10 +114,10 @@ class Settings(_EngineSettings):
         ge=1,
         le=64,
     )
-    api_key: NameList = _option(
+    api_key: SecretList = _option(
         "Server", "Key that clients must send as a Bearer token; repeatable.", ()
     )
-    admin_api_key: str | None = _option(
+    admin_api_key: Secret | None = _option(
         "Server", "Key of the admin endpoints, which are off without it."
     )
     served_model_name: NameList = _option(
@@ -150,6 +151,16 @@ class Settings(_EngineSettings):
         ge=0,
     )
 
+    lora: NameList = _option(
+        "Model",
+        "LoRA adapter that clients select by name, as NAME=FOLDER; repeatable.",
+        (),
+        details="`--lora-modules` is another name of the flag.",
+    )
+    lora_dir: Path | None = _option(
+        "Model",
+        "Folder below which POST /v1/load_lora_adapter finds adapters; off without it.",
+    )
     tensor_parallel_size: int = _option("Model", "Number of GPUs; only 1 is supported.", 1)
     chat_template: str | None = _option("Model", "Jinja chat template: a file or the text itself.")
     score_template: str | None = _option(
@@ -231,24 +242,10 @@ class Settings(_EngineSettings):
         "quire",
     )
 
-    @field_validator("served_model_name", "allowed_origins", mode="before")
+    @field_validator("served_model_name", "allowed_origins", "lora", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
-
-    @field_validator("api_key", mode="before")
-    @classmethod
-    def _split_keys(cls, value: Any) -> Any:
-        """Split keys at commas, and keep empty ones, which `_check_keys` refuses."""
-        return tuple(value.split(",")) if isinstance(value, str) else value
-
-    @field_validator("api_key", "admin_api_key")
-    @classmethod
-    def _check_keys(cls, value: Any) -> Any:
-        for key in value if isinstance(value, tuple) else (value,):
-            if key is not None:
-                check_key(key)
-        return value
 
     @field_validator(
         "max_body_bytes", "max_stored_response_bytes", "kv_cache_memory", mode="before"
@@ -288,10 +285,35 @@ class Settings(_EngineSettings):
             raise ValueError(f"only 1 is supported in this release, not {value}")
         return value
 
+    @field_validator("lora")
+    @classmethod
+    def _check_lora(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = []
+        for item in value:
+            name, separator, path = item.partition("=")
+            if not (separator and path):
+                raise ValueError(f"{item!r} is not NAME=FOLDER")
+            if (problem := name_problem(name)) is not None:
+                raise ValueError(problem)
+            if name in names:
+                raise ValueError(f"two adapters have the name {name!r}")
+            names.append(name)
+        return value
+
+    @field_validator("lora_dir")
+    @classmethod
+    def _check_lora_dir(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError(f"there is no folder {value}")
+        return value
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Settings:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("ssl_keyfile and ssl_certfile go together")
+        for adapter in self.adapters:
+            if adapter.name in self.served_names:
+                raise ValueError(f"lora: {adapter.name!r} is the name of the model itself")
         return self
 
     @classmethod
@@ -335,13 +357,20 @@ class Settings(_EngineSettings):
         """The names accepted as a request's `model`, never empty; answers carry the first."""
         return self.served_model_name or (self.model or DEMO_MODEL_NAME,)
 
+    @property
+    def adapters(self) -> tuple[AdapterSource, ...]:
+        """The LoRA adapters that are loaded at the start."""
+        pairs = (item.partition("=") for item in self.lora)
+        return tuple(AdapterSource(name, path) for name, _, path in pairs)
+
     def engine_config(self) -> EngineConfig:
         """Return the engine's settings. Raises ConfigurationError."""
         values: dict[str, Any] = {flag.field: getattr(self, flag.name) for flag in engine_flags()}
         for name, value in values.items():
             if isinstance(value, ByteSize):
                 values[name] = int(value)
-        return EngineConfig(model=self.model_path, **values)
+        values["enable_lora"] |= bool(self.lora) or self.lora_dir is not None
+        return EngineConfig(model=self.model_path, lora=self.adapters, **values)
 
 
 def load_settings(**flags: Any) -> Settings:

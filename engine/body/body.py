@@ -66,13 +66,13 @@ class FlatBody:
     def __init__(
         self, decoder: FlatDecoder, make_ops: Callable[[AttentionMetadata], BodyOps]
     ) -> None:
-        self._decoder = decoder
+        self.decoder = decoder
         self._make_ops = make_ops
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        return self._decoder(input_ids, positions, self._make_ops(metadata))
+        return self.decoder(input_ids, positions, self._make_ops(metadata))
 
     def fuse_head(self, product: nn.Module) -> ForwardToLogits | None:
         return None

@@ -60,7 +60,7 @@ class BlockManager:
         self.blocks_copied = 0
         self.blocks_shared = 0
         self._copy_sources: list[int] = []
-        self._roots: dict[str | None, bytes] = {}
+        self._roots: dict[tuple[str | None, int | None], bytes] = {}
 
     # -- prefix sharing --------------------------------------------------------------------
 
@@ -234,12 +234,12 @@ class BlockManager:
         """Return the hash of all tokens before block i of the sequence."""
         if i:
             return self._block_hash(sequence, i - 1)
-        salt = sequence.request.cache_salt
-        root = self._roots.get(salt)
+        seed = sequence.request.cache_salt, sequence.adapter_id
+        root = self._roots.get(seed)
         if root is None:
             if len(self._roots) > MAX_ROOTS:
                 self._roots.clear()
-            root = self._roots[salt] = root_hash(salt)
+            root = self._roots[seed] = root_hash(*seed)
         return root
 
     def _block_hash(self, sequence: Sequence, i: int) -> bytes:

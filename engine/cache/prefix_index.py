@@ -1,7 +1,8 @@
 """The index that finds a block by the tokens whose K/V it holds and all tokens before them.
 
 A block is reached through its *parent hash*: the chained hash of all tokens before it (and of the
-cache salt, which seeds the chain). Equal parent hashes mean that the whole prefixes are equal.
+cache salt and the LoRA adapter, which seed the chain). Equal parent hashes mean that the whole
+prefixes are equal.
 
     root ──▶ [t0 … t15] ──▶ [t16 … t31] ──▶ [t32 t33 t34]        full, full, partial
                         └─▶ [t16 … t24 u9 …]                      a sibling
@@ -24,9 +25,11 @@ MAX_SIBLINGS = 32
 """Siblings to compare, newest first. Bounds the search if thousands of prompts start alike."""
 
 
-def root_hash(cache_salt: str | None) -> bytes:
-    """Return the hash that starts a chain. Different salts start chains that never meet."""
-    return sha256(b"" if cache_salt is None else b"salt:" + cache_salt.encode()).digest()
+def root_hash(cache_salt: str | None, adapter_id: int | None = None) -> bytes:
+    """Return the hash that starts a chain. Chains of different salts never meet, nor do those of
+    different adapters or of different versions of one."""
+    root = sha256(b"" if cache_salt is None else b"salt:" + cache_salt.encode()).digest()
+    return root if adapter_id is None else sha256(root + b"adapter:%d" % adapter_id).digest()
 
 
 def hash_block(parent: bytes, token_ids: list[int]) -> bytes:

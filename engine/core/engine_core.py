@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from ..cache.block_manager import BlockManager
@@ -13,6 +14,7 @@ from ..outputs import EngineStats, StepOutput
 from ..request import Request
 from ..scheduling.scheduler import Scheduler
 from ..worker_protocol import WorkerProtocol
+from .adapters import LoadedAdapters
 from .step_loop import StepLoop
 
 COMPILE_WAIT_SECONDS = 0.05
@@ -31,6 +33,7 @@ class EngineCore:
         loaded = worker.load()
         num_blocks = worker.profile()
         self._info = EngineInfo.of(config, loaded, num_blocks)
+        self._adapters = LoadedAdapters(config, loaded, worker)
         self._structured = StructuredOutput(
             loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)
         )
@@ -44,6 +47,7 @@ class EngineCore:
             policy=config.scheduling_policy,
             seed=config.seed,
             is_ready=self._structured.is_ready,
+            adapters=self._adapters.table,
         )
         run_ahead = config.async_scheduling
         if run_ahead is None:
@@ -57,7 +61,8 @@ class EngineCore:
 
     @property
     def info(self) -> EngineInfo:
-        return self._info
+        """The facts about the engine, with the LoRA adapters that are loaded now."""
+        return replace(self._info, adapters=self._adapters.sources)
 
     @property
     def has_work(self) -> bool:
@@ -70,6 +75,11 @@ class EngineCore:
         self._scheduler.add_request(request)
         self._structured.add(request)
 
+    @property
+    def adapters(self) -> LoadedAdapters:
+        """The LoRA adapters, to load and unload them."""
+        return self._adapters
+
     def abort_request(self, request_id: str, choice: int | None = None) -> None:
         self._scheduler.abort_request(request_id, choice)
 
@@ -77,6 +87,7 @@ class EngineCore:
         """Run one step (see `StepLoop.step`) and return its outputs."""
         outputs = self._loop.step()
         self._structured.forget_finished(outputs)
+        self._adapters.drop_unused()
         stats = self._scheduler.stats()
         if not (outputs or stats.step_tokens):
             self._structured.wait_compiled(COMPILE_WAIT_SECONDS)

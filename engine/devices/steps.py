@@ -37,6 +37,8 @@ class HostStep(NamedTuple):
     seq_lens: NDArray[np.int32]
     rows: NDArray[np.int64]
     tables: NDArray[np.int32]
+    token_slots: NDArray[np.int64] | None = None
+    """The slot of each token's LoRA adapter, −1 for none; None if no token has one."""
 
 
 class DeviceStep(NamedTuple):
@@ -111,8 +113,9 @@ class ModelOutput(NamedTuple):
 
 
 class GraphKey(NamedTuple):
-    """Identifies a captured decode step: its padded number of rows, and whether the rows' shared
-    prefixes are read once for all of them."""
+    """Identifies a captured decode step: its padded number of rows, whether the rows' shared
+    prefixes are read once for all of them, and whether any row has a LoRA adapter."""
 
     size: int
     shared: bool
+    adapted: bool = False

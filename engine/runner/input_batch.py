@@ -27,6 +27,8 @@ class _Batch(NamedTuple):
     rows: NDArray[np.int64]
     any_pooled: bool
     any_scored: bool
+    adapter_slots: NDArray[np.int64] | None
+    """None if no sequence has an adapter."""
 
 
 class InputBatch:
@@ -48,7 +50,7 @@ class InputBatch:
         self._rows: dict[int, int] = {}
         self._specs: dict[int, SequenceSpec] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._batch = _Batch([], [], np.empty(0, dtype=np.int64), False, False)
+        self._batch = _Batch([], [], np.empty(0, dtype=np.int64), False, False, None)
         # A last sampled token may own a slot without being fed back, hence one more.
         max_blocks = max_model_len // block_size + 1
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
@@ -77,6 +79,7 @@ class InputBatch:
                 np.array([self._rows[seq_id] for seq_id in output.seq_ids], dtype=np.int64),
                 any(one.pooling is not None for one in sequences),
                 any(one.num_prompt_logprobs is not None for one in sequences),
+                _adapter_slots(sequences),
             )
 
     def _write_table(self, row: int, start: int, block_ids: list[int]) -> None:
@@ -92,6 +95,7 @@ class InputBatch:
 
     def prepare(self, output: SchedulerOutput) -> tuple[HostStep, DeviceStep]:
         """Lay out the step that `apply` was just called for."""
+        # Over 50 lines: half of them are the fields of the result.
         # 1. The plan's rows as arrays.
         sequences, rows = self._batch.sequences, self._batch.rows
         num_seqs = len(sequences)
@@ -102,11 +106,13 @@ class InputBatch:
         samples[output.partial_rows] = False
         # 2. Rows with one token first, since the attention kernels treat them apart.
         order, num_decodes = list(range(num_seqs)), num_seqs
+        slots = self._batch.adapter_slots
         if output.total_tokens > num_seqs:
             picks = np.argsort(counts > 1, kind="stable")
             token_ids = _reorder(token_ids, counts, picks)
             counts, starts, rows = counts[picks], starts[picks], rows[picks]
             samples = samples[picks]
+            slots = None if slots is None else slots[picks]
             order = picks.tolist()
             sequences = [sequences[index] for index in order]
             num_decodes = int(np.count_nonzero(counts == 1))
@@ -137,6 +143,7 @@ class InputBatch:
             seq_lens=stops.astype(np.int32),
             rows=rows,
             tables=self._table[:, :width],
+            token_slots=None if slots is None else np.repeat(slots, counts),
         )
         return host, self.inputs.write(host, token_ids, self._sampled)
 
@@ -152,6 +159,12 @@ class InputBatch:
         if unknown:
             places = {one.seq_id: -1 - i for i, one in enumerate(self._sampled_of)}
             token_ids[unknown] = [places.get(sequences[row].seq_id, 0) for row in unknown]
+
+
+def _adapter_slots(sequences: list[SequenceSpec]) -> NDArray[np.int64] | None:
+    """Return the slots of the sequences' adapters; None if none has one."""
+    slots = [one.adapter_slot for one in sequences]
+    return np.array(slots, dtype=np.int64) if max(slots, default=-1) >= 0 else None
 
 
 def _reorder(

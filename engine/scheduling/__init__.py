@@ -8,6 +8,7 @@ Reading order:
     policy              what fcfs, priority and fair decide: who is admitted, who is preempted
     ranked_queue        fcfs and priority
     fair_queue          fair: the user who was served least goes first
+    adapter_table       LoRA adapters: which are loaded, and which have a slot on the device
     admission           how a waiting sequence begins: cached prefix, first slots
     request_table       the unfinished requests, and their deadlines
     sequence_outputs    outputs that are more than one token

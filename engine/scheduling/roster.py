@@ -7,6 +7,7 @@ from operator import attrgetter
 
 from ..sequence import Sequence, SequenceStatus
 from ..step import SequenceSpec
+from .adapter_table import AdapterTable
 
 _rank = attrgetter("rank")
 
@@ -19,7 +20,8 @@ class Roster:
     to a sequence with that sequence's first row, and told when to forget it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: AdapterTable | None = None) -> None:
+        self.adapters = adapters or AdapterTable()
         self.running: list[Sequence] = []
         """Sorted by rank. Others read it; only this class and a policy's `rerank` change it."""
         self.num_reading = 0
@@ -32,6 +34,8 @@ class Roster:
         sequence.status = SequenceStatus.RUNNING
         insort(self.running, sequence, key=_rank)
         self.num_reading += sequence.reads_tokens
+        if sequence.adapter_id is not None:
+            self.adapters.start(sequence)
         self._unknown.add(sequence.seq_id)
 
     def remove(self, sequence: Sequence, status: SequenceStatus) -> None:
@@ -43,6 +47,8 @@ class Roster:
             running.remove(sequence)
         sequence.status = status
         self.num_reading -= sequence.reads_tokens
+        if sequence.adapter_id is not None:
+            self.adapters.stop(sequence)
         if sequence.seq_id in self._unknown:
             self._unknown.remove(sequence.seq_id)
         else:

@@ -18,6 +18,7 @@ from ..outputs import EngineStats, FinishReason, RowError, SequenceOutput, one_t
 from ..request import Request
 from ..sequence import Sequence, SequenceStatus
 from ..step import UNKNOWN_TOKEN, ModelRunnerOutput, SchedulerOutput
+from .adapter_table import AdapterTable
 from .admission import Admission
 from .beam_search import BeamSearch
 from .policy import make_policy
@@ -47,13 +48,15 @@ class Scheduler:
         seed: int | None = None,
         clock: Clock = time.monotonic,
         is_ready: IsReady = lambda request: True,
+        adapters: AdapterTable | None = None,
     ) -> None:
-        """`is_ready` decides whether a waiting request may start; if not, later ones pass it."""
+        """`is_ready` decides whether a waiting request may start; if not, later ones pass it.
+        Without `adapters` no request can have one."""
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting = make_policy(policy)
-        self._roster = Roster()
+        self._roster = Roster(adapters)
         self._clock = clock
         self._admission = Admission(block_manager, clock)
         self._requests = RequestTable(eos_token_ids, seed)
@@ -94,8 +97,13 @@ class Scheduler:
         width = request.sampling_params.beam_width
         if width is not None and width > self.max_num_seqs:
             raise InvalidRequestError(f"more than {self.max_num_seqs} beams", "n")
+        adapters, name = self._roster.adapters, request.adapter
+        adapter_id = None if name is None else adapters.id_of(name)
         priority = self.waiting.priority_of(request)
         first, *others = sequences = self._requests.add(request, priority)
+        if adapter_id is not None:
+            for sequence in sequences:
+                adapters.hold(sequence, adapter_id)
         if width is not None:
             self._beams.add(sequences)
             return
@@ -159,6 +167,8 @@ class Scheduler:
             siblings[0].held_forks.remove(sequence)
         self.block_manager.free(sequence, poisoned=poisoned)
         sequence.status = SequenceStatus.FINISHED
+        if sequence.adapter_id is not None:
+            self._roster.adapters.release(sequence)
 
     # -- schedule ---------------------------------------------------------------------------
 
@@ -181,6 +191,7 @@ class Scheduler:
             block_copies=draft.block_copies,
             table_changes=draft.table_changes,
             released=self._roster.take_released(),
+            adapter_loads=self._roster.adapters.take_loads(),
         )
 
     def _seq_ids(self, rows: list[Sequence]) -> list[int]:
@@ -349,4 +360,6 @@ class Scheduler:
             preemptions=self._planner.preemptions,
             blocks_copied=self.block_manager.blocks_copied,
             blocks_shared=self.block_manager.blocks_shared,
+            running_adapters=self._roster.adapters.running_names,
+            waiting_adapters=self._roster.adapters.waiting_names,
         )

@@ -200,9 +200,14 @@ class StepPlanner:
     def _schedule_waiting(self, draft: Draft, budget: int) -> None:
         """Admit waiting sequences as far as seats, blocks and budget reach."""
         not_ready: list[Sequence] = []
+        adapters = self._roster.adapters
+        adapters.begin_admission()
         while self._policy and budget > 0 and (seats := self._num_seats_free()) > 0:
             sequence = self._policy.peek()
             if not self._is_ready(sequence.request):
+                not_ready.append(self._policy.pop())
+                continue
+            if sequence.adapter_id is not None and not adapters.admits(sequence):
                 not_ready.append(self._policy.pop())
                 continue
             group = self._beams.group_of(sequence)
@@ -213,6 +218,8 @@ class StepPlanner:
             if admitted is None:
                 break
             self._policy.pop()
+            if sequence.adapter_id is not None:
+                adapters.admitted(sequence)
             if is_first:
                 self._policy.charge_prompt(sequence)
             self._roster.add(sequence)
@@ -226,4 +233,4 @@ class StepPlanner:
             draft.token_ids.extend(sequence.token_ids[start:end])
             budget -= admitted.num_new
         for sequence in not_ready:
-            self._policy.push(sequence)
+            self._policy.put_back(sequence)

@@ -135,6 +135,7 @@ def _make_request(
         grammar=parts.grammar,
         pooling=parts.pooling,
         reasoning=_with_budget(parts.reasoning),
+        adapter=state.adapter_of(body.model),
     )
     request.check_fits(info)
     return request

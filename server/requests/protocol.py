@@ -310,6 +310,7 @@ def _unknown(body: BaseModel, prefix: tuple[int | str, ...] = ()) -> Iterator[st
         value = getattr(body, name, None)
         if isinstance(value, BaseModel):
             yield from _unknown(value, (*prefix, name))
-        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+        elif isinstance(value, list) and not isinstance(next(iter(value), None), int):
             for index, item in enumerate(value):
-                yield from _unknown(item, (*prefix, name, index))
+                if isinstance(item, BaseModel):
+                    yield from _unknown(item, (*prefix, name, index))

@@ -34,7 +34,7 @@ def test_every_field_but_the_model_is_a_flag() -> None:
         ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization must be above 0 and at most 1"),
         ({"gpu_memory_utilization": float("nan")}, "must be above 0 and at most 1"),
         ({"scheduling_policy": "lifo"}, "unknown scheduling policy 'lifo': choose from fcfs, "),
-        ({"quantization": "int4"}, "unknown quantization 'int4': choose from int8"),
+        ({"quantization": "int3"}, "unknown quantization 'int3': choose from int8, int4"),
         ({"block_size": 48}, "block_size must be a power of two from 16 to 128, not 48"),
     ],
 )

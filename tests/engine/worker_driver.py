@@ -35,6 +35,7 @@ def make_config(folder: Path, **overrides: Any) -> EngineConfig:
     values: dict[str, Any] = {
         "model": str(folder),
         "device": "cpu",
+        "dtype": "float32",  # K and V too, as in the references
         "num_blocks": 64,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 16,

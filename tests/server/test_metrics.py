@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -340,3 +341,25 @@ def test_two_registries_are_independent() -> None:
     first, second = Metrics("m"), Metrics("m")
     first.engine_restarted()
     assert value(second, "engine_restarts_total") == 0
+
+
+def test_the_adapters_of_requests_are_labels_of_one_series() -> None:
+    metrics = Metrics("m")
+    metrics.engine_ready(replace(INFO, max_loras=2))
+
+    def series() -> list[dict[str, str]]:
+        return [
+            dict(labels) for name, labels in read(metrics) if name == "quire:lora_requests_info"
+        ]
+
+    assert series() == []
+    for step, running, waiting in ((1, ["a", "b"], ["c"]), (2, ["b"], []), (3, ["b"], [])):
+        step_stats = stats(step)._replace(running_adapters=running, waiting_adapters=waiting)
+        metrics.observe_step(step_stats)
+        assert series() == [
+            {
+                "max_lora": "2",
+                "running_lora_adapters": ",".join(running),
+                "waiting_lora_adapters": ",".join(waiting),
+            }
+        ]
