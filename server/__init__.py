@@ -3,8 +3,7 @@
 The ground floor, these files, may be imported by every room:
     cli          the command `quire`; it imports the rooms lazily. models_command is `quire models`
     settings     every setting of `quire serve`; flags_table writes their table into docs/api.md
-    secret_settings  keys that may not be empty
-    format_names     names of the formats of tool calls and reasoning
+    setting_types    names of the formats of tool calls and reasoning; keys
     foreign_flags    other servers' flags, and what takes their place
     generation_defaults  sampling parameters of the model's generation_config.json
     errors       exceptions to HTTP answers

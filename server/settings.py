@@ -36,8 +36,7 @@ from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
 from ..engine.lora import AdapterSource, name_problem
 from .foreign_flags import explain
-from .format_names import ReasoningParser, ToolCallParser
-from .secret_settings import Secret, SecretList, refuse_empty_keys
+from .setting_types import ReasoningParser, Secret, SecretList, ToolCallParser, refuse_empty_keys
 
 DEMO_MODEL_NAME = "quire-demo"
 

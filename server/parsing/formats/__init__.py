@@ -1,7 +1,7 @@
 """The formats in which models write tool calls, one family a file.
 
 To add one: a file with a parser and a `FORMATS` of `ToolFormat`, its line in tool_formats.py, its
-names in `ToolCallParser` (server/format_names.py), and its samples in tests/server/parsing/samples.
+names in `ToolCallParser` (server/setting_types.py), and samples in tests/server/parsing/samples.
 
 Reading order:
 
