@@ -21,6 +21,9 @@ from .errors import ConfigurationError, ModelLoadError
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
+Speculation = Literal["auto", "off", "ngram"]
+MAX_DRAFT = 31
+"""Maximum of num_speculative_tokens."""
 SchedulingPolicy = Literal["fcfs", "priority", "fair"]
 Quantization = Literal["int8"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
@@ -235,6 +238,18 @@ class EngineConfig:
         "first).",
         "fcfs",
     )
+    speculation: Speculation = _flag(
+        "Scheduling",
+        "Draft tokens and verify them in one step: auto, off or ngram.",
+        "auto",
+        details="The tokens are the same with and without drafts. They are guessed from the "
+        "sequence's own text, its grammar, the prefix cache and the request's `prediction`. auto: "
+        "where results are the same to the bit however many tokens a step has (compiled layers on "
+        "the CPU); ngram: always. See Speculation.",
+    )
+    num_speculative_tokens: int = _flag(
+        "Scheduling", "Maximum tokens of a draft.", 15, ge=1, le=MAX_DRAFT
+    )
     async_scheduling: bool | None = _flag(
         "Scheduling",
         "Launch a step before the results of the previous one are known. Default: only on CUDA.",
@@ -289,7 +304,8 @@ class WorkerInfo:
     False if the weights have no language-model head, so that the model makes only embeddings or
     scores. `max_num_batched_tokens` is the maximum number of tokens in a step. `is_asynchronous`
     says that the device computes a step while the host prepares the next. `kv_cache_dtype` is None
-    if it equals `dtype`.
+    if it equals `dtype`. `is_batch_invariant` says that logits are the same to the bit whatever
+    else is in their step.
     """
 
     architecture: str
@@ -306,6 +322,7 @@ class WorkerInfo:
     classifier: ClassifierSpec | str = NO_CLASSIFIER
     can_generate: bool = True
     kv_cache_dtype: str | None = None
+    is_batch_invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

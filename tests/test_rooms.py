@@ -22,8 +22,10 @@ RULES: dict[str, set[str]] = {
     "engine": set(),
     "engine.cache": ENGINE,
     "engine.grammar": ENGINE,
-    "engine.scheduling": ENGINE | {"engine.cache"},
-    "engine.core": ENGINE | {"engine.cache", "engine.grammar", "engine.scheduling"},
+    "engine.speculation": ENGINE | {"engine.cache"},
+    "engine.scheduling": ENGINE | {"engine.cache", "engine.speculation"},
+    "engine.core": ENGINE
+    | {"engine.cache", "engine.grammar", "engine.scheduling", "engine.speculation"},
     "engine.attention": ENGINE | KERNELS,
     "engine.body": ENGINE | KERNELS | {"engine.attention"},
     "engine.sampling": ENGINE | KERNELS,

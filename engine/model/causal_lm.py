@@ -71,6 +71,8 @@ class CausalLM:
         self.forward_to_logits = fused or self._forward_then_logits
         """input_ids and positions `[T]`, logit_indices `[R]`, metadata → `forward`'s hidden states,
         and the `logits` of the tokens at logit_indices."""
+        self.is_batch_invariant = fused is not None and self._body.is_batch_invariant
+        """Whether logits are the same to the bit whatever else is in the step."""
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata

@@ -54,6 +54,7 @@ class Worker:
             embedding=spec.embedding,
             classifier=spec.classifier,
             can_generate=model.can_generate,
+            is_batch_invariant=model.is_batch_invariant,
             kv_cache_dtype=(
                 None
                 if self._cache_dtype == model.dtype

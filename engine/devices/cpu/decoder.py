@@ -32,6 +32,8 @@ _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class CpuDecoder:
     """A Body that runs as one compiled function, `kernels.cpu.body.Body`."""
 
+    is_batch_invariant = True
+
     def __init__(self, flat: FlatDecoder, *, int8: bool = False) -> None:
         """Take over the weights of the layers, which are emptied. `int8` is that of `pack`."""
         self._rotations = _Rotations(flat.rotary)
