@@ -56,8 +56,9 @@ test: lint types
 # clients' own environment, whose warnings are not errors. LITELLM_LOCAL_MODEL_COST_MAP keeps LiteLLM
 # from downloading a list of models.
 clients: $(STAMP) $(CLIENTS_STAMP) $(NODE_STAMP)
-	PATH="$(CURDIR)/$(CLIENTS_VENV)/bin:$$PATH" \
-		$(BIN)/pytest $(CLIENTS)/test_*.py $(CLIENTS)/check_node.py $(CLIENTS)/check_lm_eval.py
+	PATH="$(CURDIR)/$(CLIENTS)/node_modules/.bin:$(CURDIR)/$(CLIENTS_VENV)/bin:$$PATH" \
+		$(BIN)/pytest $(CLIENTS)/test_*.py $(CLIENTS)/check_node.py $(CLIENTS)/check_lm_eval.py \
+		$(CLIENTS)/check_codex.py $(CLIENTS)/check_claude_code.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" LITELLM_LOCAL_MODEL_COST_MAP=True \
 		$(CLIENTS_VENV)/bin/pytest -W default \
 		$(CLIENTS)/check_openai_2.py $(CLIENTS)/check_langchain.py $(CLIENTS)/check_litellm.py

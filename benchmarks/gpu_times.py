@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +24,7 @@ from gpu_common import (
     time_graph,
 )
 from gpu_lora import calls_of_adapters
+from gpu_products import time_product
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quire.engine.devices.cuda.draws import CudaDraws
@@ -397,6 +399,8 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
             add(f"{kind} {num_rows}x{size}", time_rows, kind, num_rows, size)
     for rows, slots, rank in ((1, 1, 16), (32, 4, 16), (32, 4, 64), (8192, 4, 16)):
         add(f"lora {rows} rows, {slots} of rank {rank}", time_lora, rows, slots, rank)
+    for num_rows, kind in product((1, 64, 4096), ("dense", "int4", "float8", "float8 torch")):
+        add(f"product {kind} {num_rows}x14336x4096", time_product, kind, num_rows, 14336, 4096)
     for block_size in (32, 128):
         add(f"decode llama 64x4096 b{block_size}", time_decode, LLAMA_8B, block_size, big)
         add(f"extend llama 8k b{block_size}", time_extend, LLAMA_8B, block_size, 8192, 8192)

@@ -221,6 +221,29 @@ def silu_and_mul(input: torch.Tensor, *, out: torch.Tensor | None = None) -> tor
     return result if out is None else out.copy_(result)
 
 
+def grouped_product(
+    input: torch.Tensor,
+    quants: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor | None,
+    *,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute x Wᵀ + bias with W = scale · q + minimum by group; x is `[num_rows, K]`.
+
+    `quants` holds q as int8 or float8_e4m3fn `[N, K]`, or as uint8 `[N, K / 2]` with the even
+    columns in the low halves; scale and minimum are `[N, K / group size]`.
+    """
+    if quants.dtype == torch.uint8:
+        quants = torch.stack((quants & 15, quants >> 4), dim=-1).flatten(1)
+    wide = _wide(input)
+    groups = quants.to(wide.dtype).view(*scale.shape, -1) * scale[..., None]
+    if minimum is not None:
+        groups = groups + minimum[..., None]
+    result = wide @ groups.flatten(1).T.to(wide.dtype)
+    return (result if bias is None else result + bias).to(input.dtype)
+
+
 def rope_and_cache(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -36,6 +36,7 @@ from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
 from ..engine.lora import AdapterSource, read_sources
 from .foreign_flags import explain
+from .format_names import ReasoningParser, ToolCallParser
 
 DEMO_MODEL_NAME = "quire-demo"
 
@@ -80,20 +81,6 @@ else:
     _EngineSettings = create_model("_EngineSettings", __base__=BaseSettings, **_engine_options())
 
 
-ToolCallParser = Literal[
-    "auto",
-    "none",
-    "hermes",
-    "llama3_json",
-    "pythonic",
-    "mistral",
-    "deepseek_v3",
-    "openai",
-    "harmony",
-]
-"""Formats of tool calls. `harmony` is another name for vLLM's `openai`."""
-ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "openai_gptoss", "harmony"]
-"""Formats of reasoning. `harmony` is another name for vLLM's `openai_gptoss`."""
 NameList = Annotated[tuple[str, ...], NoDecode]
 """Names that are a repeatable flag, comma-separated in the environment and a list in YAML."""
 

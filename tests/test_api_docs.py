@@ -138,8 +138,10 @@ async def test_every_endpoint_is_listed_and_asks_for_its_key() -> None:
             assert (refused.status_code == 401) == (key != "none"), path
             headers = {"authorization": f"Bearer {opened_by[key]}"} if opened_by[key] else {}
             opened = await locked.request(method, url, json={}, headers=headers)
-            unknown = "{stream_id}" in path or "{response_id}" in path
-            expected = (404,) if unknown else (200, 400)
+            unknown = any(
+                f"{{{name}_id}}" in path for name in ("stream", "response", "conversation")
+            )
+            expected = (404, 400) if unknown else (200, 400)
             assert opened.status_code in expected, path
             without = await bare.request(method, url, json={})
             assert (without.status_code == 401) == (key == "admin"), path
@@ -347,6 +349,8 @@ def test_clients_are_listed_with_the_versions_that_make_clients_runs() -> None:
         "`openai` (Python, 2 series)": theirs["openai"],
         "`openai` (Node)": node["dependencies"]["openai"],
         "`anthropic` (Python)": ours["anthropic"],
+        "Codex CLI": node["dependencies"]["@openai/codex"],
+        "Claude Code": node["dependencies"]["@anthropic-ai/claude-code"],
         **{f"`{name}`": theirs[name] for name in ("langchain-openai", "litellm", "lm_eval")},
     }
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -96,7 +96,8 @@ def test_dependencies_are_read_from_pyproject() -> None:
         [sys.executable, *command[1:end]], cwd=ROOT, capture_output=True, text=True
     )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["gguf"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["gguf"] + extras["quantized"]
     assert result.stdout.splitlines() == wanted, result.stderr
 
 

@@ -272,6 +272,33 @@ def _attribute_template() -> None:
     assert hasattr(AttributeTemplate, "resolve")
 
 
+def _c_function() -> None:
+    from numba import types
+    from numba.core.ccallback import CFunc
+
+    function = CFunc(abs, ((types.int64,), types.int64), {}, {})
+    assert callable(function.enable_caching) and callable(function.compile)
+
+
+def _library() -> None:
+    from numba import types
+    from numba.core.ccallback import CFunc
+    from numba.core.compiler_lock import global_compiler_lock
+
+    def double(number: int) -> int:
+        return 2 * number
+
+    with global_compiler_lock:
+        compiled = CFunc(double, ((types.int64,), types.int64), {}, {})._compile_uncached()
+        library = compiled.library
+        functions = {function.name for function in library._final_module.functions}
+        assert compiled.fndesc.llvm_cfunc_wrapper_name in functions
+        optimised: list[str] = []
+        library._optimize_final_module = lambda: optimised.append(library.name)
+        library.finalize()
+    assert optimised == [library.name]
+
+
 def _make_array() -> None:
     from numba.np.arrayobj import make_array, populate_array
 
@@ -360,6 +387,10 @@ CHECKS: dict[str, Callable[[], Any]] = {
     'sys.modules["triton"]': _torch_without_triton,
     "numba.core.cgutils": _cgutils,
     "numba.core.typing.templates.AttributeTemplate": _attribute_template,
+    "numba.core.ccallback.CFunc": _c_function,
+    "numba.core.ccallback.CFunc._compile_uncached": _library,
+    "numba.core.codegen.CPUCodeLibrary._final_module": _library,
+    "numba.core.codegen.CPUCodeLibrary._optimize_final_module": _library,
     "numba.np.arrayobj.make_array": _make_array,
     "numba.np.arrayobj.populate_array": _make_array,
     "numba.core.cgutils.create_struct_proxy._getvalue": _struct_proxy,

@@ -56,9 +56,13 @@ RULES["server"] = GROUND | {
     *("server.serving", "server.bench", "server.text"),
     *("engine.bench", "engine.process", "engine.checkpoints", "engine.model"),
 }
-RULES["server.text"] = GROUND | {"engine.grammar"}
+RULES["server.templates"] = GROUND
+RULES["server.text"] = GROUND | {"engine.grammar", "server.templates"}
 RULES["server.parsing"] = RULES["server.text"] | {"server.text"}
-RULES["server.http"] = RULES["server.parsing"] | {"server.parsing", "engine.process"}
+RULES["server.parsing.formats"] = RULES["server.parsing"] | {"server.parsing"}
+RULES["server.http"] = RULES["server.parsing.formats"] | {
+    *("server.parsing.formats", "engine.process"),
+}
 RULES["server.requests"] = RULES["server.http"] | {"server.http"}
 RULES["server.api"] = RULES["server.requests"] | {"server.requests"}
 RULES["server.dialects"] = RULES["server.api"] | {"server.api"}

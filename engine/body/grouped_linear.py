@@ -20,9 +20,10 @@ class GroupedWeight(NamedTuple):
     """W[o, i] = scale[o, g] * q[o, i] + minimum[o, g] with g = i // group_size.
 
     `scale` and `minimum` are float32 `[out_features, in_features / group_size]`; `minimum` is None
-    if it is zero everywhere. With 8 bits, `quants` holds q as int8 `[out_features, in_features]`.
-    With 4 bits q is from 0 to 15, and `quants` is uint8 `[out_features, in_features / 2]`: byte j
-    of a row holds q[2j] in its low half and q[2j + 1] in its high half.
+    if it is zero everywhere. With 8 bits, `quants` holds q as int8 `[out_features, in_features]`,
+    or as float8_e4m3fn if the device multiplies that. With 4 bits q is from 0 to 15, and `quants`
+    is uint8 `[out_features, in_features / 2]`: byte j of a row holds q[2j] in its low half and
+    q[2j + 1] in its high half.
     """
 
     quants: torch.Tensor
@@ -37,13 +38,18 @@ class GroupedWeight(NamedTuple):
         return len(self.scale), self.scale.shape[1] * self.group_size
 
     @property
+    def kind(self) -> str:
+        """The kind of numbers, for people to read."""
+        return "float8" if self.quants.is_floating_point() else f"{self.bits}-bit groups"
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of memory that the weight takes."""
         parts = (self.quants, self.scale, self.minimum)
         return sum(part.nbytes for part in parts if part is not None)
 
     def integers(self) -> torch.Tensor:
-        """Return q, one in a byte: int8 `[out_features, in_features]`."""
+        """Return q, one in a byte: int8 `[out_features, in_features]`, or float8."""
         if self.bits == 8:
             return self.quants
         halves = torch.stack((self.quants & 15, self.quants >> 4), dim=-1)
@@ -77,10 +83,18 @@ class GroupedWeight(NamedTuple):
             group_size=size,
         )
 
+    def to(self, device: torch.device) -> GroupedWeight:
+        """Return the weight on another device."""
+        return self._replace(
+            quants=self.quants.to(device),
+            scale=self.scale.to(device),
+            minimum=None if self.minimum is None else self.minimum.to(device),
+        )
+
     def is_like(self, other: GroupedWeight) -> bool:
         """Whether rows of both can be stacked into one weight."""
         kinds = [
-            (weight.bits, weight.group_size, weight.scale.shape[1], weight.minimum is None)
+            (weight.kind, weight.group_size, weight.scale.shape[1], weight.minimum is None)
             for weight in (self, other)
         ]
         return kinds[0] == kinds[1]
@@ -117,8 +131,11 @@ class GroupedLinear(nn.Module):
     """y = x Wᵀ + b with a grouped W; x `[..., in_features]` → `[..., out_features]`, of its type.
 
     Its forward makes the weight dense in every call: this is the reference, and what the probe
-    runs. A device's backend replaces it.
+    runs. A device's backend replaces the layer, or sets `multiply`, which gets x, the weight and
+    the bias.
     """
+
+    multiply: abc.Callable[[torch.Tensor, GroupedWeight, torch.Tensor | None], torch.Tensor] | None
 
     def __init__(
         self, grouped: GroupedWeight, bias: torch.Tensor | None, dtype: torch.dtype
@@ -127,6 +144,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.grouped, self.bias, self.dtype = grouped, bias, dtype
         self.out_features, self.in_features = grouped.shape
+        self.multiply = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -134,6 +152,8 @@ class GroupedLinear(nn.Module):
         return self.grouped.dense().to(self.dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.multiply is not None:
+            return self.multiply(input, self.grouped, self.bias)
         return F.linear(input, self.weight.to(input.dtype), self.bias)
 
 

@@ -10,8 +10,13 @@ Read in this order:
     gguf_blocks.py      GGML's blocks as grouped weights or dense tensors
     gguf_checkpoint.py  the reader: a GGUF file's tensors under the names of the model's parameters
 
+    quantized_config.py      which methods of quantised safetensors are read, and which refused
+    tensor_files.py          safetensors files: shapes from their headers, numbers when asked for
+    quantized_layers.py      the layouts of quantised layers as grouped weights or dense tensors
+    quantized_checkpoint.py  the reader: quantised safetensors under the names of parameters
+
 The HTTP process uses those of these files that import no torch: source.py, gguf_header.py,
-gguf_config.py and gguf_tokenizer.py.
+gguf_config.py, gguf_tokenizer.py and quantized_config.py.
 
 May import: body, the engine's words.
 """

@@ -15,6 +15,8 @@ from torch import nn
 from ..body.grouped_linear import GroupedWeight
 from ..config import EngineConfig
 from .gguf_checkpoint import GgufCheckpoint
+from .quantized_checkpoint import QuantizedCheckpoint
+from .quantized_config import quantization_of
 from .source import source_of
 
 
@@ -34,10 +36,11 @@ class Checkpoint(Protocol):
         """Return the transformers configuration. Raises ModelLoadError, UnsupportedModelError."""
 
     def weights(
-        self, model: nn.Module, *, keep_groups: bool
+        self, model: nn.Module, *, keep_groups: bool, keep_float8: bool
     ) -> abc.Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
         """Yield the weight of each parameter of `model`, whose own are on the meta device, by its
-        name. With `keep_groups`, weights of linear layers stay in their groups if they can.
+        name. With `keep_groups`, weights of linear layers stay in their groups if they can; with
+        `keep_float8`, those of float8 stay so too.
 
         A tied head that stays in groups comes under its own name. Raises ModelLoadError if weights
         are missing, left over, of another shape, or not finite.
@@ -58,13 +61,18 @@ class WeightFacts(NamedTuple):
     num_bytes: int
 
 
-READERS: dict[str, abc.Callable[[EngineConfig], Checkpoint]] = {"gguf": GgufCheckpoint}
+READERS: dict[str, abc.Callable[[EngineConfig], Checkpoint]] = {
+    "gguf": GgufCheckpoint,
+    "quantized": QuantizedCheckpoint,
+}
 """The formats that are not plain safetensors, and what opens each."""
 
 
 def format_of(config: EngineConfig) -> str | None:
     """Return the format of the configured model, a key of READERS; None is plain safetensors."""
-    return "gguf" if source_of(config).gguf is not None else None
+    if source_of(config).gguf is not None:
+        return "gguf"
+    return None if quantization_of(config) is None else "quantized"
 
 
 def open_checkpoint(config: EngineConfig) -> Checkpoint | None:

@@ -85,7 +85,7 @@ class GgufCheckpoint:
             ) from error
 
     def weights(
-        self, model: nn.Module, *, keep_groups: bool
+        self, model: nn.Module, *, keep_groups: bool, keep_float8: bool = False
     ) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
         # 1. Find the tensors of every parameter, before anything is read.
         places = self._places(model)

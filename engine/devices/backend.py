@@ -134,6 +134,10 @@ class Backend(Protocol):
     def multiplies_groups(self) -> bool:
         """Whether linear layers may be GroupedLinear; if not, their weights are made dense."""
 
+    @property
+    def multiplies_float8(self) -> bool:
+        """Whether grouped weights may be of float8; if not, they are made dense."""
+
     def token_budget(self, config: EngineConfig) -> int:
         """Return the maximum number of tokens in a step."""
 

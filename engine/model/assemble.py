@@ -20,7 +20,12 @@ from ..errors import ModelLoadError
 
 
 def assemble(
-    checkpoint: Checkpoint, build: Callable[[], Any], dtype: torch.dtype, *, keep_groups: bool
+    checkpoint: Checkpoint,
+    build: Callable[[], Any],
+    dtype: torch.dtype,
+    *,
+    keep_groups: bool,
+    keep_float8: bool = False,
 ) -> Any:
     """Return the model that `build` makes, with the checkpoint's weights of `dtype` on the CPU.
 
@@ -33,7 +38,8 @@ def assemble(
     model.tie_weights()
     parameters = dict(model.named_parameters()).keys()
     tied = []
-    for name, weight in checkpoint.weights(model, keep_groups=keep_groups):
+    weights = checkpoint.weights(model, keep_groups=keep_groups, keep_float8=keep_float8)
+    for name, weight in weights:
         if name in parameters:
             _set_weight(model, name, weight, dtype)
         else:
@@ -81,7 +87,7 @@ def weight_facts(model: Any, source_format: str, quantization: str | None) -> We
             sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
     for module in model.modules():
         if isinstance(module, GroupedLinear):
-            sizes[f"{module.grouped.bits}-bit groups"] += module.grouped.num_bytes
+            sizes[module.grouped.kind] += module.grouped.num_bytes
             if not (module is head and tied):
                 number += module.in_features * module.out_features
     computed = ", ".join(name for name, _ in sizes.most_common())

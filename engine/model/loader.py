@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..attention.interface import IMPLEMENTATION, register_attention
+from ..body.grouped_linear import GroupedLinear
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..classifier_spec import ClassifierSpec
 from ..config import EngineConfig
@@ -45,8 +46,8 @@ def resolve_dtype(config: EngineConfig, spec: ModelSpec, backend: Backend) -> to
 def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     """Load `config.model`, or random weights of its shape with load_format "dummy".
 
-    Only safetensors and GGUF are read: no pickle, and no code in the folder unless
-    trust_remote_code.
+    Only safetensors and GGUF are read, quantised or not: no pickle, and no code in the folder
+    unless trust_remote_code.
     Raises ModelLoadError if files are missing, cut or do not match, UnsupportedModelError if the
     model cannot work here, ConfigurationError if the device has no room for it.
     """
@@ -109,7 +110,13 @@ def _load(
         model, source_format = _build_dummy(hf_config, config, dtype, backend), "random weights"
     elif checkpoint is not None and checkpoint.load_arguments is None:
         build = partial(_build, hf_config, config, dtype)
-        model = assemble(checkpoint, build, dtype, keep_groups=backend.multiplies_groups)
+        model = assemble(
+            checkpoint,
+            build,
+            dtype,
+            keep_groups=backend.multiplies_groups,
+            keep_float8=backend.multiplies_float8,
+        )
         source_format = checkpoint.source_format
     else:
         model, has_head = _load_weights(hf_config, spec, config, dtype, checkpoint)
@@ -119,6 +126,9 @@ def _load(
             f"safetensors {spec.dtype}" if checkpoint is None else checkpoint.source_format
         )
     drop_other_parts(model)
+    for module in model.modules():
+        if isinstance(module, GroupedLinear):
+            module.grouped = module.grouped.to(backend.device)
     return model.to(backend.device), has_head, source_format
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.quantized_config import check_method
 from ..classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from ..config import EngineConfig, check_folder
 from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
@@ -129,12 +130,7 @@ def _refuse_unsupported(hf_config: Any, text: Any, architecture: str) -> None:
         refuse("its tokens attend to later ones")
     quantization = getattr(hf_config, "quantization_config", None)
     if quantization is not None:
-        method = (
-            quantization.get("quant_method")
-            if isinstance(quantization, dict)
-            else getattr(quantization, "quant_method", None)
-        )
-        refuse(f"quantised checkpoints ({method}) are not supported")
+        check_method(quantization)
     odd = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES)
     if odd:
         refuse(f"layers of type {', '.join(odd)} are not supported")

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ..checkpoints.gguf_config import FAMILIES, ROPE_FACTORS, config_values
 from ..checkpoints.gguf_header import Header, read_header
+from ..checkpoints.quantized_config import describe, weights_in
 from ..checkpoints.source import Source, source_of
 from ..config import EngineConfig
 from ..errors import ModelLoadError, StartupError, UnsupportedModelError, one_line
@@ -129,8 +130,9 @@ def outline(
             known["kv_bytes_per_token"] = spec.kv_bytes_per_token(kv_size)
         elif "kv_bytes_per_token" in known:
             known["kv_bytes_per_token"] *= kv_size
+        quantization = getattr(hf_config, "quantization_config", None)
         weights = (
-            _safetensors(source, size)
+            _safetensors(source, size, quantization, keeps_groups=keeps_groups)
             if header is None
             else _gguf(header, size, keeps_groups=keeps_groups)
         )
@@ -223,20 +225,29 @@ def _gguf(header: Header, size: int, *, keeps_groups: bool) -> _Weights:
     )
 
 
-def _safetensors(source: Source, size: int) -> _Weights | None:
+def _safetensors(
+    source: Source, size: int, quantization: Mapping[str, Any] | None, *, keeps_groups: bool
+) -> _Weights | None:
     """Return what the headers of a model's safetensors say; None if they cannot be found."""
-    number, file_bytes = 0, 0
+    number, file_bytes, weight_bytes = 0, 0, 0.0
     types: Counter[str] = Counter()
     for name, dtype, shape in _tensors(str(source.repository)):
         if _OTHER_PARTS.search(name):
             continue
         kind, width = _SAFETENSORS_DTYPES.get(dtype, (dtype, 1))
-        number += prod(shape)
+        weights, kept = prod(shape), None
+        if quantization is not None:
+            weights, kept = weights_in(quantization, name, shape)
+        number += weights
+        weight_bytes += weights * (kept if kept is not None and keeps_groups else size)
         file_bytes += prod(shape) * width
         types[kind] += prod(shape) * width
     if not types:
         return None
-    return _Weights(f"safetensors {types.most_common(1)[0][0]}", number, file_bytes, number * size)
+    name = f"safetensors {types.most_common(1)[0][0]}"
+    if quantization is not None:
+        name = describe(quantization)
+    return _Weights(name, number, file_bytes, int(weight_bytes))
 
 
 def _tensors(repository: str) -> Iterator[tuple[str, str, Sequence[int]]]:

@@ -350,6 +350,7 @@ def _scale_by_steps(rows, num_rows, cache, kv_head, blocks, origin, count, half)
 @njit(**INLINED)
 def _cap(scores, softcap):
     """Compute softcap * tanh(score / softcap), with tanh(x) = 1 - 2 / (e^2x + 1)."""
+    factor = np.float32(2) / softcap
     for key in range(len(scores)):
-        power = exp(np.float32(2) * scores[key] / softcap)
+        power = exp(factor * scores[key])
         scores[key] = softcap * (np.float32(1) - np.float32(2) / (power + np.float32(1)))

@@ -13,7 +13,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from .kernel import kernel
-from .numbers import FAST, FAST_CALLS, INLINED, store, store_scale, to_float
+from .numbers import FAST, FAST_CALLS, INLINED, SUM, store, store_scale, to_float
 from .region import launch
 
 FEW = 32
@@ -156,12 +156,17 @@ def store_kv(
 @njit(**FAST)
 def _norm_row(x, weight, eps, out):
     """Compute out `[n]` = x / rms(x) * weight; float32; out may be x."""
+    factor = np.float32(1) / np.sqrt(_sum_of_squares(x) / np.float32(len(x)) + eps)
+    for column in range(len(x)):
+        out[column] = x[column] * factor * weight[column]
+
+
+@njit(**SUM)
+def _sum_of_squares(x):
     squares = np.float32(0)
     for column in range(len(x)):
         squares += x[column] * x[column]
-    factor = np.float32(1) / np.sqrt(squares / np.float32(len(x)) + eps)
-    for column in range(len(x)):
-        out[column] = x[column] * factor * weight[column]
+    return squares
 
 
 @njit(**INLINED)

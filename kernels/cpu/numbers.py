@@ -41,11 +41,13 @@ numba.config.CACHE_DIR = str(CACHE)
 # when it first uses it (see `arrays.py`).
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
-# Sums may be reordered and fused, but nothing is assumed about NaN and infinity: a NaN in a
-# sequence's cache must come out as one.
+# A product and a sum may be fused, but nothing is reordered: LLVM makes several loops of one, for
+# what fills a vector, for what is left over and for arrays that are near to each other, and where
+# it may choose the order of two factors it has chosen another one in each. Nothing is assumed
+# about NaN and infinity: a NaN in a sequence's cache must come out as one.
 # Division by zero does not raise, which would keep loops from becoming vector instructions.
 FAST = {
-    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+    "fastmath": {"contract", "nsz"},
     "error_model": "numpy",
     "nogil": True,
     "cache": True,
@@ -53,6 +55,10 @@ FAST = {
 
 # For an overload, which has no cache of its own.
 FAST_CALLS = {name: FAST[name] for name in ("fastmath", "error_model", "nogil")}
+
+# For a function that does nothing but sum up: the sum is split into as many as a vector has lanes,
+# in a way that depends on how many numbers there are, and on nothing else.
+SUM = {**FAST, "fastmath": {"reassoc", "contract", "nsz"}}
 
 # For a function that is only compiled as part of its callers.
 INLINED = {**FAST, "inline": "always"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ...engine.errors import InvalidRequestError
-from ..parsing.message_parser import MessageFormat
-from ..text.chat_template import RESERVED_NAMES
-from ..text.template_messages import parse_arguments
+from ..parsing.formats.message_format import MessageFormat
+from ..templates.chat_template import RESERVED_NAMES
+from ..templates.generic_tools import with_tools_as_text
 from ..text.tokenizer import ChatPrompt, Tokenizer
 from ..validation import path_of
 from .field_types import parts_of
@@ -41,8 +41,7 @@ def check_chat(state: ServerState, body: ChatFields) -> None:
             if getattr(call, call.type) is None:
                 param = f"messages[{index}].tool_calls[{number}].{call.type}"
                 raise InvalidRequestError(f"{param}: is missing", param)
-        called = message.tool_calls or message.function_call
-        if message.content is None and not (message.role == "assistant" and called):
+        if message.says_nothing:
             raise InvalidRequestError(
                 f"messages[{index}]: content is missing", f"messages[{index}].content"
             )
@@ -59,8 +58,13 @@ async def encode_chat(
     else:
         add_generation_prompt = body.add_generation_prompt
     tools = offered_tools(body)
+    messages = [_template_message(message) for message in in_todays_form(body.messages)]
+    if message_format.is_generic:
+        has_system = await state.tokenizer.renders_system(body.chat_template)
+        messages = with_tools_as_text(messages, tools, has_system=has_system)
+        tools = []
     return await state.tokenizer.encode_chat(
-        [_template_message(message) for message in in_todays_form(body.messages)],
+        messages,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
         add_special_tokens=bool(add_special_tokens),
@@ -128,10 +132,12 @@ def _template_message(message: Message) -> dict[str, Any]:
     fields: dict[str, Any] = message.model_dump(exclude_none=True)
     for name in message.model_extra or ():
         fields.pop(name, None)
-    fields["content"] = parts_of(message.content) if message.content else ""
+    refusal = fields.pop("refusal", None)
+    content = message.content or refusal
+    fields["content"] = parts_of(content) if content else ""
     reasoning = fields.pop("reasoning", None)
     if reasoning is not None:
         fields.setdefault("reasoning_content", reasoning)
     for call in fields.get("tool_calls", ()):
-        parse_arguments(call["function"]["arguments"])
+        call.pop("index", None)
     return fields

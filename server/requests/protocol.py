@@ -131,6 +131,7 @@ class CustomCall(Fields):
 class ToolCall(Fields):
     """A tool call that the assistant made in an earlier turn: of a function or of a custom tool."""
 
+    index: int | None = None
     id: str
     type: Literal["function", "custom"] = "function"
     function: ToolCallFunction | None = None
@@ -148,6 +149,17 @@ class Message(Fields):
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     function_call: ToolCallFunction | None = None
+    refusal: str | None = None
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether the message has no content where it needs some: an assistant may have called a
+        tool or only reasoned."""
+        if self.content is not None:
+            return False
+        called = self.tool_calls or self.function_call
+        spoken = called or self.reasoning or self.reasoning_content or self.refusal
+        return not (self.role == "assistant" and spoken)
 
 
 class FunctionDefinition(Fields):
@@ -314,6 +326,7 @@ def _unknown(body: BaseModel, prefix: tuple[int | str, ...] = ()) -> Iterator[st
         value = getattr(body, name, None)
         if isinstance(value, BaseModel):
             yield from _unknown(value, (*prefix, name))
-        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+        elif isinstance(value, list) and not isinstance(next(iter(value), None), int):
             for index, item in enumerate(value):
-                yield from _unknown(item, (*prefix, name, index))
+                if isinstance(item, BaseModel):
+                    yield from _unknown(item, (*prefix, name, index))

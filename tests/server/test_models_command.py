@@ -56,12 +56,12 @@ def test_a_dtype_and_a_gpu_change_the_sizes(
 def test_a_model_that_would_be_refused_fails_the_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "hqq"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert cli.main(["models", DEMO, str(tmp_path), "/no/such"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and "refused" not in lines[1]
-    assert "gptq" in lines[2] and "there is no folder /no/such" in lines[3]
+    assert "hqq" in lines[2] and "there is no folder /no/such" in lines[3]
 
 
 def test_a_memory_that_is_too_small_is_said(capsys: pytest.CaptureFixture[str]) -> None:

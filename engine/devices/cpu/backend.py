@@ -62,6 +62,10 @@ class CpuBackend:
     def multiplies_groups(self) -> bool:
         return True
 
+    @property
+    def multiplies_float8(self) -> bool:
+        return False
+
     def token_budget(self, config: EngineConfig) -> int:
         """By default as many as keep a CPU's cores busy: with more, every running sequence would
         wait longer for its next token."""

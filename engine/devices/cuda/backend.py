@@ -18,7 +18,6 @@ from ....kernels.prefix_groups import MIN_MEMBERS, find_prefix_groups
 from ...adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ...body.body import Body, FlatBody, HfBody
 from ...body.flat_decoder import FlatDecoder
-from ...body.grouped_linear import as_dense, make_dense
 from ...config import EngineConfig
 from ...errors import ConfigurationError, UnsupportedModelError, one_line
 from ...sampling.sampler import Sampler
@@ -33,6 +32,7 @@ from .draws import CudaDraws
 from .inputs import DeviceInputs
 from .kernels import TRITON, Kernels
 from .memory import free_memory, others_memory, total_memory
+from .products import use_products
 from .shared_prefixes import FindGroups, SharedPrefixes
 
 logger = logging.getLogger("quire.engine")
@@ -76,7 +76,11 @@ class CudaBackend:
 
     @property
     def multiplies_groups(self) -> bool:
-        return False
+        return True
+
+    @property
+    def multiplies_float8(self) -> bool:
+        return True
 
     def token_budget(self, config: EngineConfig) -> int:
         """By default thousands, since a GPU needs many tokens at once to be busy."""
@@ -99,9 +103,7 @@ class CudaBackend:
         quantization: str | None,
     ) -> Body:
         for module in (body, head):
-            make_dense(module)
-        if flat is not None:
-            flat = flat.with_linears(as_dense)
+            use_products(module, self._kernels)
         return HfBody(body) if flat is None else FlatBody(flat, CudaOps.of_step)
 
     def make_adapter_slots(
@@ -250,14 +252,15 @@ class CudaBackend:
 
 def compile_kernels(runner: Rehearsal) -> None:
     """Launch every kernel that a step may launch, other than the sampler's, so that no request
-    waits for its compilation: decodes, prefills of short and of long rows, a copy of a block."""
+    waits for its compilation: decodes, prefills of short and of long rows, products of all their
+    tiles, a copy of a block."""
     inputs, planner = _of_cuda(runner)
     inputs.pad_decodes([1])
     step = inputs.static_step(1)
     for shared in {False, planner.shared_prefixes is not None}:
         runner.run_decodes(step, planner.plan_decodes(step.seq_lens, shared=shared))
     inputs.pad_decodes([])
-    for num_tokens in (2, 256):
+    for num_tokens in (2, 24, 48, 256):
         runner.run_prompts(num_tokens, 1)
     if (adapters := _adapters_of(runner)) is not None:
         adapters.rehearse(active=True)

@@ -52,6 +52,14 @@ class PlainBackend(CpuBackend):
         return HfBody(body)
 
 
+class DenseBackend(CudaOnCpuBackend):
+    """A device that knows no grouped products."""
+
+    @property
+    def multiplies_groups(self) -> bool:
+        return False
+
+
 def reference(file: Path) -> Any:
     """Return what transformers loads from the file, dequantised."""
     return AutoModelForCausalLM.from_pretrained(
@@ -138,7 +146,7 @@ def test_a_device_without_grouped_products_gets_dense_weights(tmp_path: Path) ->
     file = tmp_path / "tiny.gguf"
     write_model(file, "llama", "Q4_0")
     config = make_config(file)
-    driver = Driver.start(config, CudaOnCpuBackend())
+    driver = Driver.start(config, DenseBackend())
     assert driver.worker._model.weights.computed_format == "float32"
     [tokens] = driver.run([make_sequence(PROMPT, 8)])
     assert tokens == generate(reference(file), PROMPT, 8)

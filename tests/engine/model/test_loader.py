@@ -137,7 +137,6 @@ def test_a_missing_gpu_is_refused(llama: Path) -> None:
             Gemma3TextConfig(**COMMON, head_dim=16, use_bidirectional_attention=True),
             "later tokens",
         ),
-        (LlamaConfig(**COMMON, quantization_config={"quant_method": "gptq"}), "gptq"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )

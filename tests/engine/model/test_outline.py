@@ -19,6 +19,8 @@ from quire.engine.model.outline import ModelOutline, cached_models, outline
 from quire.engine.model.rehearse import rehearse_load
 
 from ..checkpoints.gguf_files import write_model
+from ..checkpoints.quantized_files import FORMATS
+from ..checkpoints.quantized_files import write_model as write_quantised
 from ..models import COMMON, FAMILIES, save_model
 from ..worker_driver import load, make_config
 from .test_loader import read_spec
@@ -123,7 +125,7 @@ def test_capacity_is_what_memory_holds_beside_the_weights() -> None:
     ("config", "reason"),
     [
         (MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2), "linear_attention"),
-        (LlamaConfig(**COMMON, quantization_config={"quant_method": "gptq"}), "gptq"),
+        (LlamaConfig(**COMMON, quantization_config={"quant_method": "hqq"}), "hqq"),
     ],
 )
 def test_what_the_configuration_forbids_is_refused(
@@ -169,3 +171,25 @@ def test_cached_models_are_those_with_a_configuration(
     assert cached_models() == ["a/b"]
     monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: original(tmp_path / "none"))
     assert cached_models() == []
+
+
+@pytest.mark.parametrize(
+    ("form", "described"),
+    [
+        ("awq", "safetensors awq 4 bits"),
+        ("packed-8", "safetensors compressed-tensors pack-quantized"),
+        ("float8-blocks", "safetensors fp8 blocks"),
+    ],
+)
+def test_quantised_weights_are_counted_as_they_are_computed(
+    tmp_path: Path, form: str, described: str
+) -> None:
+    write_quantised(tmp_path, "llama", FORMATS[form])
+    folder = tmp_path / "quantised"
+    found = outline(make_config(folder, dtype="float32"), keeps_groups=True)
+    facts = load(folder, dtype="float32").weights
+    assert found.source_format == facts.source_format == described
+    assert found.num_parameters == facts.num_parameters
+    assert found.weight_bytes == pytest.approx(facts.num_bytes, rel=0.1)
+    dense = outline(make_config(folder, dtype="float32"), keeps_groups=False)
+    assert dense.weight_bytes == 4 * (found.num_parameters or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from quire.kernels.cpu.region import launch
 
 from ...engine.models import save_model
 from ...engine.worker_driver import Driver, make_config, make_sequence
+from . import norm_child
 
 BUILDS = [
     Build("float32", "float32"),
@@ -65,6 +67,19 @@ def test_the_compiling_process_fills_the_cache_without_torch(tmp_path: Path) -> 
     command = [sys.executable, "-P", "-c", code]
     subprocess.run(command, env={"NUMBA_CACHE_DIR": str(tmp_path)}, check=True)
     assert len(list(tmp_path.rglob("norms.pick*.nbc"))) == 1
+
+
+def test_a_compiled_kernel_computes_the_same_bits_as_one_from_the_cache(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", norm_child.__file__]
+    first, second = (
+        json.loads(subprocess.check_output(command, env={"NUMBA_CACHE_DIR": str(tmp_path)}))
+        for _ in range(2)
+    )
+    assert not first["loaded"] and second["loaded"]
+    assert first["bits"] == second["bits"]
+    # The function of a row's norm is not inlined on every processor, but never shared.
+    entries = [line for line in first["functions"] if not line.startswith("define internal ")]
+    assert len(entries) == 1 and "@cfunc." in entries[0]
 
 
 def test_a_process_is_started_only_if_there_is_something_to_compile(
