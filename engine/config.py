@@ -22,6 +22,7 @@ from .lora import AdapterSource
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
+Speculation = Literal["auto", "off", "ngram"]
 SchedulingPolicy = Literal["fcfs", "priority", "fair"]
 Quantization = Literal["int8", "int4"]
 KVCacheDType = Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8", "fp8_e4m3"]
@@ -182,11 +183,7 @@ class EngineConfig:
         None,
         details="See Rerank, score and classify. Default: as the model's folder says.",
     )
-    enable_lora: bool = _flag(
-        "Model",
-        "Serve LoRA adapters. On by itself with --lora or --lora-dir.",
-        False,
-    )
+    enable_lora: bool = _flag("Model", "Serve LoRA adapters. On with --lora or --lora-dir.", False)
     lora: tuple[AdapterSource, ...] = ()
     """The adapters that are loaded when the engine starts."""
     skip_broken_lora: bool = False
@@ -207,9 +204,7 @@ class EngineConfig:
         ge=1,
         le=1024,
     )
-    max_cpu_loras: int = _flag(
-        "Model", "Maximum LoRA adapters that are loaded at a time.", 64, ge=1
-    )
+    max_cpu_loras: int = _flag("Model", "Maximum LoRA adapters loaded at a time.", 64, ge=1)
     pooling: PoolingChoice = _flag(
         "Model",
         "Pooling of embeddings: auto (as the model's folder says), last or mean token.",
@@ -240,10 +235,9 @@ class EngineConfig:
         "auto",
         details="auto is the model's dtype; on the CPU, if `--dtype` is auto too, it is float16 "
         "for a model that this changes by less than 0.001. int8 has a scale for each token and "
-        "head: almost a quarter of float32's bytes, so almost four times the tokens. fp8 and "
-        "fp8_e4m3 are the same: half the bytes of bfloat16, so twice the tokens, "
-        "at the cost of some accuracy. Calibrated scales (`k_scale`, `v_scale`) are read from the "
-        "checkpoint; without them the scales are 1.",
+        "head, in almost a quarter of float32's bytes. fp8 and fp8_e4m3 are the same: half the "
+        "bytes of bfloat16, at the cost of some accuracy. Calibrated scales (`k_scale`, `v_scale`) "
+        "are read from the checkpoint; without them the scales are 1.",
     )
     block_size: int = _flag("KV cache", "Tokens per block: 16, 32, 64 or 128.", 16)
     num_blocks: int | None = _flag(
@@ -277,6 +271,15 @@ class EngineConfig:
         "first).",
         "fcfs",
     )
+    speculation: Speculation = _flag(
+        "Scheduling",
+        "Draft tokens and verify them in one step: auto, off or ngram.",
+        "auto",
+        details="The tokens are the same with and without drafts. auto: where results are the same "
+        "to the bit however many tokens a step has (compiled layers on the CPU); ngram: always. "
+        "See Speculation.",
+    )
+    num_speculative_tokens: int = _flag("Scheduling", "Tokens of a draft at most.", 15, ge=1, le=31)
     async_scheduling: bool | None = _flag(
         "Scheduling",
         "Launch a step before the results of the previous one are known. Default: only on CUDA.",
@@ -337,7 +340,8 @@ class WorkerInfo:
     says that the device computes a step while the host prepares the next. `kv_cache_dtype` is None
     if it equals `dtype`. `source_format` is that of the checkpoint, and `computed_format` names the
     types of the weights as they are computed, which take `weight_bytes`. `adapters` are the LoRA
-    adapters that are loaded, and `max_lora_rank` is None if there can be none.
+    adapters that are loaded, and `max_lora_rank` is None if there can be none. `is_batch_invariant`
+    says that logits are the same to the bit whatever else is in their step.
     """
 
     architecture: str
@@ -359,6 +363,7 @@ class WorkerInfo:
     weight_bytes: int = 0
     adapters: tuple[AdapterSource, ...] = ()
     max_lora_rank: int | None = None
+    is_batch_invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,6 +376,7 @@ class EngineInfo(WorkerInfo):
     max_num_seqs: int
     max_logprobs: int
     max_loras: int = 0
+    speculates: bool = False
 
     @classmethod
     def of(cls, config: EngineConfig, worker: WorkerInfo, num_blocks: int) -> EngineInfo:
@@ -384,6 +390,8 @@ class EngineInfo(WorkerInfo):
             max_num_seqs=config.max_num_seqs,
             max_logprobs=config.max_logprobs,
             max_loras=config.max_loras if worker.max_lora_rank is not None else 0,
+            speculates=config.speculation == "ngram"
+            or (config.speculation == "auto" and worker.is_batch_invariant),
         )
 
     @property
