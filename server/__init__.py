@@ -3,6 +3,7 @@
 The ground floor, these files, may be imported by every room:
     cli          the command `quire`; it imports the rooms lazily
     settings     every setting of `quire serve`; flags_table writes their table into docs/api.md
+    format_names     names of the formats of tool calls and reasoning
     foreign_flags    other servers' flags, and what takes their place
     generation_defaults  sampling parameters of the model's generation_config.json
     errors       exceptions to HTTP answers
@@ -19,7 +20,8 @@ The rooms, each of which may import only those below it in this list, and the gr
     requests     from a body to engine requests and back to text
     http         sockets, streams, limits, keys
     parsing      reasoning and tool calls in the model's text
-    text         tokenizer, chat template, detokenizer
+    text         tokenizer, detokenizer
+    templates    chat templates
     web          static pages
     bench        `quire bench`
 

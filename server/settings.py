@@ -35,6 +35,7 @@ from yaml import YAMLError
 from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
 from .foreign_flags import explain
+from .format_names import ReasoningParser, ToolCallParser
 
 DEMO_MODEL_NAME = "quire-demo"
 
@@ -79,20 +80,6 @@ else:
     _EngineSettings = create_model("_EngineSettings", __base__=BaseSettings, **_engine_options())
 
 
-ToolCallParser = Literal[
-    "auto",
-    "none",
-    "hermes",
-    "llama3_json",
-    "pythonic",
-    "mistral",
-    "deepseek_v3",
-    "openai",
-    "harmony",
-]
-"""Formats of tool calls. `harmony` is another name for vLLM's `openai`."""
-ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "openai_gptoss", "harmony"]
-"""Formats of reasoning. `harmony` is another name for vLLM's `openai_gptoss`."""
 NameList = Annotated[tuple[str, ...], NoDecode]
 """Names that are a repeatable flag, comma-separated in the environment and a list in YAML."""
 

@@ -39,9 +39,13 @@ RULES["engine.process"] = ENGINE
 RULES["engine.bench"] = ENGINE | {"engine.core"}
 GROUND = ENGINE | {"server"}
 RULES["server"] = GROUND | {"server.serving", "server.bench", "engine.bench", "engine.process"}
-RULES["server.text"] = GROUND | {"engine.grammar"}
+RULES["server.templates"] = GROUND
+RULES["server.text"] = GROUND | {"engine.grammar", "server.templates"}
 RULES["server.parsing"] = RULES["server.text"] | {"server.text"}
-RULES["server.http"] = RULES["server.parsing"] | {"server.parsing", "engine.process"}
+RULES["server.parsing.formats"] = RULES["server.parsing"] | {"server.parsing"}
+RULES["server.http"] = RULES["server.parsing.formats"] | {
+    *("server.parsing.formats", "engine.process"),
+}
 RULES["server.requests"] = RULES["server.http"] | {"server.http"}
 RULES["server.api"] = RULES["server.requests"] | {"server.requests"}
 RULES["server.dialects"] = RULES["server.api"] | {"server.api"}

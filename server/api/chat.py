@@ -14,8 +14,9 @@ from ..http.body import read_json_object
 from ..http.limits import Ticket
 from ..http.route_docs import GENERATION_ERRORS, answers, errors, json_body
 from ..http.sse import run_until_disconnect
+from ..parsing.formats.message_format import prompt_end
 from ..parsing.message_events import MessageBuilder, delta_of, joined
-from ..parsing.message_parser import MessageParser, prompt_end
+from ..parsing.message_parser import MessageParser
 from ..requests.generation import Delta, Finished, Generation, collect
 from ..requests.job import Job
 from ..requests.preparation import asked_by, prepare_chat, response_id
@@ -132,7 +133,7 @@ class Chat:
         tools = offered_tools(body)
         prompt = self.generation.prompt_token_ids(0)
         return self._state.message_format.parser(
-            [tool["function"]["name"] for tool in tools],
+            {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools},
             prompt_end=prompt_end(self._state.tokenizer, prompt),
             continued=body.messages[-1].content if body.continue_final_message else None,
             show_reasoning=body.include_reasoning is not False,

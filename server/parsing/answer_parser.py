@@ -36,8 +36,8 @@ import json
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator
-from typing import ClassVar, TypeVar
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, ClassVar, TypeVar
 
 from .json_scanner import JsonScanner
 from .message_events import Event, ToolCallArguments, ToolCallStart
@@ -48,6 +48,8 @@ Reader = Generator[None, None, _T]
 
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.:/\-]{1,128}")
 """The names that tools may have."""
+Tools = Mapping[str, Mapping[str, Any]]
+"""The tools of a request: the JSON schema of the arguments, by the tool's name."""
 _NAME_CHARACTER = re.compile(r"[A-Za-z0-9_.:/\-]")
 _MAX_NAME = 128
 _SPACE = " \t\r\n"
@@ -58,16 +60,23 @@ class Malformed(Exception):
 
 
 class AnswerParser(ABC):
-    """Turns the text of one message into events. `tool_names` are the tools of the request."""
+    """Turns the text of one message into events.
+
+    `tools` are those of the request. With `only_tagged`, bare markers begin no calls.
+    """
 
     markers: ClassVar[tuple[str, ...]]
     """Texts that may begin something other than content."""
+    bare_markers: ClassVar[tuple[str, ...]] = ()
+    """Those of the markers that ordinary text has too, such as a bracket."""
     control_tokens: ClassVar[tuple[str, ...]] = ()
     """Markup that must be kept in the text even if the vocabulary has it as a control token."""
 
-    def __init__(self, tool_names: Collection[str]) -> None:
-        self._tool_names = frozenset(tool_names)
-        self._pattern = re.compile("|".join(map(re.escape, self.markers)))
+    def __init__(self, tools: Tools, *, only_tagged: bool = False) -> None:
+        self._tools = tools
+        bare = self.bare_markers if only_tagged else ()
+        self._markers = tuple(marker for marker in self.markers if marker not in bare)
+        self._pattern = re.compile("|".join(map(re.escape, self._markers)))
         self._text = ""
         self._mark = 0
         """Text before this offset is settled."""
@@ -77,8 +86,14 @@ class AnswerParser(ABC):
         self._after_call = False
         """A call has ended, and no content was emitted after it."""
         self._num_calls = 0
+        self._call_ids: set[str] = set()
         self._events: list[Event] = []
         self._reader = self._parse()
+
+    @classmethod
+    def has_tags(cls) -> bool:
+        """Return whether the format has markers that ordinary text lacks."""
+        return set(cls.markers) > set(cls.bare_markers)
 
     def feed(self, text: str) -> list[Event]:
         """Append `text` and return the events that it makes certain."""
@@ -104,11 +119,17 @@ class AnswerParser(ABC):
 
     # -- the parts of a message ---------------------------------------------------------------
 
-    def _begin_call(self, name: str) -> None:
-        """Emit the start of a call and settle its markup. Raises Malformed for a bad name."""
+    def _begin_call(self, name: str, id: str | None = None) -> None:
+        """Emit the start of a call and settle its markup. Raises Malformed for a bad name.
+
+        The call gets a new id if it has none, or one that an earlier call has.
+        """
         if not TOOL_NAME.fullmatch(name):
             raise Malformed
-        self._events.append(ToolCallStart(self._num_calls, self.new_id(), name))
+        if id is None or id in self._call_ids:
+            id = self.new_id()
+        self._call_ids.add(id)
+        self._events.append(ToolCallStart(self._num_calls, id, name))
         self._num_calls += 1
         self._mark = self._at
         self._after_call = False
@@ -158,13 +179,22 @@ class AnswerParser(ABC):
         if not (yield from self._take(expected)):
             raise Malformed
 
-    def _close(self, tag: str) -> Reader[None]:
-        """Take the tag that ends calls, or as much of it as there is at the end of the text."""
-        yield from self._skip_space()
-        if not (yield from self._take(tag)):
-            if not (self._ended and tag.startswith(self._text[self._at :])):
-                raise Malformed
+    def _take_last(self, tag: str) -> Reader[bool]:
+        """Take the tag that ends calls, or as much of it as there is at the end of the text, and
+        return whether it was there."""
+        if (yield from self._take(tag)):
+            return True
+        if self._ended and tag.startswith(self._text[self._at :]):
             self._at = len(self._text)
+            return True
+        return False
+
+    def _close(self, tag: str) -> Reader[None]:
+        """Take white space and the tag that ends calls, or as much of it as there is at the end of
+        the text. Raises Malformed if something else follows."""
+        yield from self._skip_space()
+        if not (yield from self._take_last(tag)):
+            raise Malformed
         self._end_call()
 
     def _name(self) -> Reader[str]:
@@ -195,9 +225,39 @@ class AnswerParser(ABC):
         """Take a JSON value and emit it as arguments as it comes. Raises Malformed."""
         yield from self._scan_json(self._emit_arguments)
 
+    def _buffered_arguments(self) -> Reader[str]:
+        """Read arguments that cannot be streamed: an object, the JSON text of one in a string, or
+        null or an empty string for no arguments. Returns the text of the object. Raises
+        Malformed."""
+        first = yield from self._peek()
+        text = yield from self._json()
+        if first in ("'", '"'):
+            inner = str(json.loads(text)).strip() or "null"
+            scanner = JsonScanner()
+            end, text = scanner.feed(inner, 0)
+            if not scanner.done or end < len(inner):
+                raise Malformed
+        if text == "null":
+            return "{}"
+        if not text.startswith("{"):
+            raise Malformed
+        return text
+
+    def _call_with(self, name: str, id: str | None = None) -> Reader[None]:
+        """Read the arguments of a call and emit it, streamed if they are an object. Raises
+        Malformed."""
+        if (yield from self._peek()) == "{":
+            self._begin_call(name, id)
+            yield from self._stream_arguments()
+        else:
+            arguments = yield from self._buffered_arguments()
+            self._begin_call(name, id)
+            self._emit_arguments(arguments)
+        self._end_call()
+
     def _string(self) -> Reader[str]:
         """Take a JSON string and return its value. Raises Malformed."""
-        if (yield from self._peek()) != '"':
+        if (yield from self._peek()) not in ("'", '"'):
             raise Malformed
         value: str = json.loads((yield from self._json()))
         return value

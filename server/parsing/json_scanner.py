@@ -16,10 +16,21 @@ and `_closers` is a stack of the brackets that are still to be closed:
     NEXT ─┬─ `,` ─▶ VALUE in an array, KEY in an object
           └─ the closing bracket ─▶ after the value that it closes
 
-Every character is either accepted, or the scanner ends before it, DONE or FAILED; nothing is held
-back. So what has been accepted is at any time the beginning of valid JSON, and can be streamed to a
-client. Control characters inside strings are the exception to the grammar: models write them for
-newlines and tabs, so they are accepted and come out escaped.
+Every character is either accepted, or the scanner ends before it, DONE or FAILED. The text that has
+been returned is at any time the beginning of valid JSON, and can be streamed to a client.
+
+Models bend the grammar, and what they mean is plain. So these are accepted and come out as JSON:
+
+    raw control characters in strings     escaped
+    a backslash before an apostrophe      the apostrophe
+    one before any other letter           the backslash itself, and the letter
+    Python's escapes in single quotes     the character
+    strings in single quotes              in double quotes
+    True, False, None                     true, false, null
+    a comma before a closing bracket      dropped
+
+An escape, the letters of None, and a comma with the white space after it are held back until the
+text after them shows what they come out as; a comma is the state COMMA between NEXT and the rest.
 
 The end of a number shows only in the character after it, which is not taken: a number at the top
 level is never `done` by itself.
@@ -34,9 +45,15 @@ import json
 import re
 from enum import Enum, auto
 
-_PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
+_PLAIN = {
+    '"': re.compile(r'[^"\\\x00-\x1f]+'),
+    "'": re.compile(r"""[^"'\\\x00-\x1f]+"""),
+}
+"""Text of a string that needs no look at single characters, by the string's quotation mark."""
+_HEX_DIGITS = {"u": 4, "x": 2, "U": 8}
+"""Digits of the escapes that name a character by its number; the last two are Python's."""
 _SPACE = " \t\r\n"
-_LITERALS = {"t": "rue", "f": "alse", "n": "ull"}
+_LITERALS = {"t": "rue", "f": "alse", "n": "ull", "T": "rue", "F": "alse", "N": "one"}
 
 
 class _State(Enum):
@@ -46,6 +63,7 @@ class _State(Enum):
     KEY = auto()
     COLON = auto()
     NEXT = auto()  # a comma, or the end of the surrounding array or object
+    COMMA = auto()  # white space after a comma, which may turn out to be the last
     STRING = auto()
     ESCAPE = auto()
     HEX = auto()
@@ -95,8 +113,10 @@ class JsonScanner:
         self._state = _State.VALUE
         self._closers: list[str] = []
         self._is_key = False
-        self._hex_left = 0
+        self._quote = '"'
+        self._held = ""
         self._rest = ""
+        self._is_none = False
         self._number = ""
 
     @property
@@ -119,7 +139,7 @@ class JsonScanner:
         accepted = []
         at = start
         while at < len(text) and not (self.done or self.failed):
-            if self._state is _State.STRING and (plain := _PLAIN.match(text, at)):
+            if self._state is _State.STRING and (plain := _PLAIN[self._quote].match(text, at)):
                 accepted.append(plain[0])
                 at = plain.end()
                 continue
@@ -136,17 +156,15 @@ class JsonScanner:
         if state is _State.STRING:
             return self._in_string(char)
         if state is _State.ESCAPE:
-            self._hex_left = 4
-            return self._go(_State.HEX if char == "u" else _State.STRING, char, '"\\/bfnrtu')
+            return self._in_escape(char)
         if state is _State.HEX:
-            self._hex_left -= 1
-            following = _State.HEX if self._hex_left else _State.STRING
-            return self._go(following, char, "0123456789abcdefABCDEF")
+            return self._in_hex(char)
         if state is _State.NUMBER:
             return self._in_number(char)
         if state is _State.LITERAL:
-            expected, self._rest = self._rest[0], self._rest[1:]
-            return self._go(_State.LITERAL if self._rest else self._after_value(), char, expected)
+            return self._in_literal(char)
+        if state is _State.COMMA:
+            return self._after_comma(char)
         if char in _SPACE:
             return char
         return self._at_structure(state, char)
@@ -161,13 +179,56 @@ class JsonScanner:
         return _State.NEXT if self._closers else _State.DONE
 
     def _in_string(self, char: str) -> str:
-        if char == '"':
+        if char == self._quote:
             self._state = _State.COLON if self._is_key else self._after_value()
-        elif char == "\\":
+            return '"'
+        if char == "\\":
             self._state = _State.ESCAPE
-        else:
-            return json.dumps(char)[1:-1]  # a control character, escaped
-        return char
+            return ""
+        return json.dumps(char, ensure_ascii=False)[1:-1]  # escaped, unless it is plain text
+
+    def _in_escape(self, char: str) -> str:
+        self._state = _State.STRING
+        if char == "u" or (char in _HEX_DIGITS and self._quote == "'"):
+            self._state, self._held = _State.HEX, char
+            return ""
+        if char == "'":
+            return char
+        if char in '"\\/bfnrt':
+            return "\\" + char
+        return "\\\\" + json.dumps(char, ensure_ascii=False)[1:-1]
+
+    def _in_hex(self, char: str) -> str:
+        """Read a digit of an escape. `_held` is its letter and the digits before this one."""
+        letter, digits = self._held[0], self._held[1:] + char
+        if char not in "0123456789abcdefABCDEF" or (letter == "U" and int(digits, 16) > 0x10FFFF):
+            self._state = _State.STRING
+            return "\\\\" + self._held + self._in_string(char)
+        self._held += char
+        if len(digits) < _HEX_DIGITS[letter]:
+            return ""
+        self._state = _State.STRING
+        return f"\\u{digits}" if letter == "u" else json.dumps(chr(int(digits, 16)))[1:-1]
+
+    def _in_literal(self, char: str) -> str | None:
+        expected, self._rest = self._rest[0], self._rest[1:]
+        text = self._go(_State.LITERAL if self._rest else self._after_value(), char, expected)
+        if self._is_none and text is not None:
+            return "" if self._rest else "null"
+        return text
+
+    def _after_comma(self, char: str) -> str | None:
+        """Read the first character after a comma, or white space before it."""
+        if char in _SPACE:
+            self._held += char
+            return ""
+        if char == self._closers[-1]:
+            self._closers.pop()
+            self._state = self._after_value()
+            return self._held[1:] + char
+        state = _State.KEY if self._closers[-1] == "}" else _State.VALUE
+        text = self._at_structure(state, char)
+        return None if text is None else self._held + text
 
     def _in_number(self, char: str) -> str | None:
         part = _NUMBER.get((self._number, _number_class(char)))
@@ -186,25 +247,25 @@ class JsonScanner:
             self._state = self._after_value()
             return char
         if state is _State.NEXT:
-            in_object = self._closers[-1] == "}"
-            return self._go(_State.KEY if in_object else _State.VALUE, char, ",")
+            self._held = char
+            return None if self._go(_State.COMMA, char, ",") is None else ""
         if state is _State.COLON:
             return self._go(_State.VALUE, char, ":")
         if state in (_State.FIRST_KEY, _State.KEY):
-            self._is_key = True
-            return self._go(_State.STRING, char, '"')
+            return self._begin_string(char, is_key=True)
         return self._begin_value(char)
 
     def _begin_value(self, char: str) -> str | None:
         """Read the first character of a value."""
-        self._is_key = False
         if char in "{[":
             self._closers.append("}" if char == "{" else "]")
             self._state = _State.FIRST_KEY if char == "{" else _State.FIRST_ITEM
-        elif char == '"':
-            self._state = _State.STRING
+        elif char in _PLAIN:
+            return self._begin_string(char, is_key=False)
         elif char in _LITERALS:
             self._state, self._rest = _State.LITERAL, _LITERALS[char]
+            self._is_none = char == "N"
+            return "" if self._is_none else char.lower()
         elif char in "-0123456789":
             self._number = char if char in "-0" else "int"
             self._state = _State.NUMBER
@@ -212,3 +273,7 @@ class JsonScanner:
             self._state = _State.FAILED
             return None
         return char
+
+    def _begin_string(self, char: str, *, is_key: bool) -> str | None:
+        self._quote, self._is_key = char, is_key
+        return None if self._go(_State.STRING, char, "\"'") is None else '"'

@@ -1,33 +1,28 @@
-"""Turns a model's answer into a message, in the formats that the served model writes.
+"""Turns the text of an answer into the events of a message.
 
     text ─▶ ReasoningParser ─▶ parser of calls, fed with the content ─▶ hidden events dropped
+                  └─ reasoning ─▶ UnclosedReasoning ─┘
 
 Harmony has a single parser for reasoning and calls, in the place of the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 
-from ...engine.errors import ConfigurationError
-from ..settings import Settings
-from ..text.tokenizer import Tokenizer
 from .answer_parser import AnswerParser
 from .calls_or_answer import CallsOrAnswer
-from .harmony import ASSISTANT, CONTROL_TOKENS, FINAL, HarmonyParser
 from .message_events import ContentText, Event, ReasoningText, ToolCallStart, joined
-from .reasoning import CLOSE, OPEN, ReasoningParser, ReasoningStyle, detect_reasoning, starts_inside
-from .tool_formats import TOOL_PARSERS, detect_tool_parser
-
-_END_TOKENS = 16
-"""Tokens of the prompt's end that show whether it opened the reasoning."""
+from .reasoning import ReasoningParser
+from .unclosed_reasoning import UnclosedReasoning
 
 
 class MessageParser:
     """Turns one choice's text into events, which add up to the same message however the text is
     cut.
 
-    `max_calls` drops the calls after that many; without `show_reasoning`, reasoning is dropped.
+    `unclosed` finds calls in reasoning that is never closed. `max_calls` drops the calls after that
+    many; without `show_reasoning`, reasoning is dropped.
     """
 
     def __init__(
@@ -35,11 +30,13 @@ class MessageParser:
         tools: AnswerParser | CallsOrAnswer | None = None,
         reasoning: ReasoningParser | None = None,
         *,
+        unclosed: UnclosedReasoning | None = None,
         show_reasoning: bool = True,
         max_calls: int | None = None,
     ) -> None:
         self._tools = tools
         self._reasoning = reasoning
+        self._unclosed = unclosed
         self._show_reasoning = show_reasoning
         self._max_calls = max_calls
         self._has_calls = False
@@ -48,21 +45,38 @@ class MessageParser:
         """Append `text` and return the events that it makes certain."""
         events: list[Event] = [ContentText(text)] if text else []
         if self._reasoning is not None:
-            events = self._reasoning.feed(text)
+            events = self._read_reasoning(self._reasoning.feed(text), self._reasoning)
         return self._shown(self._read_calls(events))
 
     def finish(self) -> list[Event]:
         """Return the remaining events, once no more text comes."""
-        events = self._reasoning.finish() if self._reasoning is not None else []
+        events: list[Event] = []
+        if self._reasoning is not None:
+            events = self._read_reasoning(self._reasoning.finish(), self._reasoning)
         events = self._read_calls(events)
         if self._tools is not None:
             events += self._tools.finish()
+        if self._unclosed is not None:
+            events += self._unclosed.finish()
         return self._shown(events)
 
     def finish_reason(self, reason: str | None) -> str | None:
         """Return the finish reason of the answer: that of the engine, except that an ordinary stop
         after calls is "tool_calls"."""
         return "tool_calls" if reason == "stop" and self._has_calls else reason
+
+    def _read_reasoning(self, events: list[Event], parser: ReasoningParser) -> list[Event]:
+        """Pass reasoning through the search for calls in it, until its closing tag has come."""
+        if self._unclosed is None:
+            return events
+        read: list[Event] = []
+        for event in events:
+            if isinstance(event, ReasoningText):
+                read += self._unclosed.feed(event.text)
+        if parser.closed:
+            read += self._unclosed.close()
+            self._unclosed = None
+        return read + [event for event in events if not isinstance(event, ReasoningText)]
 
     def _read_calls(self, events: Iterable[Event]) -> list[Event]:
         """Pass content through the parser of calls, if there is one."""
@@ -85,99 +99,3 @@ class MessageParser:
                 self._has_calls |= isinstance(event, ToolCallStart)
                 shown.append(event)
         return joined(shown)
-
-
-def prompt_end(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
-    """Return the text of the prompt's last tokens, which shows whether it opened the reasoning."""
-    return "".join(map(tokenizer.token_text, prompt[-_END_TOKENS:]))
-
-
-class MessageFormat:
-    """How the served model writes reasoning and tool calls. Made once, when the server starts."""
-
-    def __init__(self, tool_format: str | None, reasoning: ReasoningStyle | None) -> None:
-        self.tool_format = tool_format
-        """A key of TOOL_PARSERS, or None if the format of calls is not known."""
-        self.reasoning: ReasoningStyle | None = reasoning
-
-    @classmethod
-    def of(cls, settings: Settings, chat_template: str | None) -> MessageFormat:
-        """Choose the formats by the flags, or by the model's chat template if a flag is "auto".
-        Raises ConfigurationError if the two formats exclude each other."""
-        template = chat_template or ""
-        name: str | None = settings.tool_call_parser
-        if name == "auto":
-            name = detect_tool_parser(template)
-        elif name == "harmony":
-            name = "openai"
-        style = settings.reasoning_parser
-        reasoning: ReasoningStyle | None
-        if style == "auto":
-            reasoning = detect_reasoning(template)
-        elif style == "harmony":
-            reasoning = "openai_gptoss"
-        else:
-            reasoning = None if style == "none" else style
-        format = cls(None if name == "none" else name, reasoning)
-        if format.is_harmony and not (
-            format.tool_format in ("openai", None) and reasoning in ("openai_gptoss", None)
-        ):
-            raise ConfigurationError(
-                f"harmony is one format of reasoning and calls: tool_call_parser {name} and "
-                f"reasoning_parser {reasoning} do not go together"
-            )
-        return format
-
-    @property
-    def is_harmony(self) -> bool:
-        """Reasoning, calls or both are in harmony, which then reads the whole answer."""
-        return self.tool_format == "openai" or self.reasoning == "openai_gptoss"
-
-    def control_tokens(self, *, with_tools: bool) -> tuple[str, ...]:
-        """Return the markup that a parser must see even if it is a control token, whose text is
-        otherwise skipped."""
-        if self.is_harmony:
-            return CONTROL_TOKENS
-        tags = () if self.reasoning is None else (OPEN, CLOSE)
-        if not with_tools or self.tool_format is None:
-            return tags
-        return tags + TOOL_PARSERS[self.tool_format].control_tokens
-
-    def parser(
-        self,
-        tool_names: Collection[str],
-        *,
-        prompt_end: str,
-        continued: str | None,
-        show_reasoning: bool,
-        parallel_calls: bool,
-        call_openings: Collection[str] = (),
-    ) -> MessageParser:
-        """Make the parser of one choice.
-
-        Calls are looked for only if there are `tool_names`. See `starts_inside` for `prompt_end`
-        and `continued`. If there are `call_openings`, the answer is either calls, which begin with
-        one of them, or content.
-        """
-        reasoning = None
-        tools: AnswerParser | CallsOrAnswer | None = None
-        if self.is_harmony:
-            tools = HarmonyParser(
-                tool_names,
-                prompt_end=prompt_end if continued is None else ASSISTANT + FINAL,
-                reasons=self.reasoning is not None,
-            )
-        elif self.reasoning is not None:
-            opened = starts_inside(self.reasoning, prompt_end, continued)
-            # An answer that the prompt has begun is past its reasoning, unless that is still open.
-            if opened or continued is None:
-                reasoning = ReasoningParser(opened=opened)
-        if tools is None and tool_names and self.tool_format is not None:
-            calls = TOOL_PARSERS[self.tool_format](tool_names)
-            tools = CallsOrAnswer(calls, call_openings) if call_openings else calls
-        return MessageParser(
-            tools,
-            reasoning,
-            show_reasoning=show_reasoning,
-            max_calls=None if parallel_calls else 1,
-        )

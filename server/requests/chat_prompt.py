@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ...engine.errors import InvalidRequestError
-from ..parsing.message_parser import MessageFormat
-from ..text.chat_template import RESERVED_NAMES
-from ..text.template_messages import parse_arguments
+from ..parsing.formats.message_format import MessageFormat
+from ..templates.chat_template import RESERVED_NAMES
+from ..templates.generic_tools import with_tools_as_text
+from ..templates.template_messages import parse_arguments
 from ..text.tokenizer import ChatPrompt, Tokenizer
 from ..validation import path_of
 from .field_types import parts_of
@@ -59,8 +60,13 @@ async def encode_chat(
     else:
         add_generation_prompt = body.add_generation_prompt
     tools = offered_tools(body)
+    messages = [_template_message(message) for message in in_todays_form(body.messages)]
+    if message_format.is_generic:
+        has_system = await state.tokenizer.renders_system(body.chat_template)
+        messages = with_tools_as_text(messages, tools, has_system=has_system)
+        tools = []
     return await state.tokenizer.encode_chat(
-        [_template_message(message) for message in in_todays_form(body.messages)],
+        messages,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
         add_special_tokens=bool(add_special_tokens),

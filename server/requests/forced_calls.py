@@ -2,7 +2,7 @@
 
 `tool_choice` required, or a function by name, makes the model call. A structure that the body asks
 for (structured.py) beside tools leaves it the choice. The grammar writes calls in the model's own
-format (tool_formats.py), with arguments that follow the schema of the tool. Reasoning may come
+format (call_shape.py), with arguments that follow the schema of the tool. Reasoning may come
 first:
 
     start: reasoning? (calls | answer)
@@ -21,68 +21,14 @@ from typing import Any, NamedTuple
 from ...engine.errors import InvalidRequestError
 from ...engine.grammar.compile import with_json_options
 from ...engine.request import GrammarSpec
-from ..parsing.harmony import (
-    ANALYSIS,
-    ASSISTANT,
-    CHANNEL,
-    CONSTRAIN,
-    END,
-    FINAL,
-    FUNCTIONS,
-    MESSAGE,
-)
-from ..parsing.message_parser import MessageFormat, prompt_end
-from ..parsing.reasoning import CLOSE, OPEN, starts_inside
+from ..parsing.call_shape import NUMBER, CallShape, call_rules
+from ..parsing.formats.harmony import ANALYSIS, ASSISTANT, END, FINAL
+from ..parsing.formats.message_format import MessageFormat, prompt_end
+from ..parsing.reasoning import CLOSE, OPEN, starts_inside, tags_of
 from ..text.tokenizer import Tokenizer
 from .protocol import ChatBody
 from .structured import MAX_GRAMMAR_BYTES, Constraint
 from .tool_choice import allows_many_calls, callable_tools, forces_call, names_one_tool
-
-
-class _Shape(NamedTuple):
-    """How calls are written: each is `before`, name, `between`, arguments, `after`."""
-
-    first: str
-    """Text before all calls."""
-    before: str
-    between: str
-    after: str
-    separator: str
-    """Text between two calls."""
-    last: str
-    """Text after all calls."""
-
-
-_NAMED = '{"name": "', '", "arguments": ', "}"
-
-
-def _shape(parser: str, template: str) -> _Shape | None:
-    """Return how the model's chat template writes earlier calls, or None if no shape is known.
-
-    `parser` is a key of TOOL_PARSERS.
-    """
-    match parser:
-        case "hermes":
-            before, between, after = _NAMED
-            return _Shape("", "<tool_call>\n" + before, between, after + "\n</tool_call>", "\n", "")
-        case "llama3_json":
-            return _Shape("", '{"name": "', '", "parameters": ', "}", "; ", "")
-        case "mistral" if "[ARGS]" in template:
-            return _Shape("", "[TOOL_CALLS]", "[ARGS]", "", "", "")
-        case "mistral":
-            return _Shape("[TOOL_CALLS][", *_NAMED, ", ", "]")
-        case "deepseek_v3":
-            begin, end = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-            call, sep, call_end = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
-            if "```json" in template:
-                return _Shape(
-                    begin, f"{call}function{sep}", "\n```json\n", f"\n```{call_end}", "\n", end
-                )
-            return _Shape(begin, call, sep, call_end, "", end)
-        case "openai":
-            before, between = f"{CHANNEL}commentary to={FUNCTIONS}", f" {CONSTRAIN}json{MESSAGE}"
-            return _Shape("", before, between, "", "", "")
-    return None
 
 
 class _Reasoning(NamedTuple):
@@ -155,13 +101,16 @@ def _constraint(
 
 def _shape_of_calls(
     body: ChatBody, param: str, tokenizer: Tokenizer, message_format: MessageFormat
-) -> _Shape:
+) -> CallShape:
     """Return how the model writes calls. Raises InvalidRequestError if no grammar can tell."""
     template = body.chat_template or tokenizer.templates.choose(tools=True) or ""
-    shape = _shape(message_format.tool_format or "", template)
-    if shape is None:
+    shape = message_format.shape(template)
+    # A list of calls cannot be told from an answer that is a list by its beginning.
+    is_list = shape is not None and shape.first + shape.before in ("[", "[\n")
+    if shape is None or (is_list and param != "tool_choice"):
         reason = (
-            "calls cannot be forced in this model's format; tool_choice must be none or auto"
+            f"calls cannot be forced in this model's format ({message_format.tool_format}); "
+            "tool_choice must be none or auto"
             if param == "tool_choice"
             else f"{param}: cannot be combined with tools in this model's format of calls"
         )
@@ -177,17 +126,22 @@ def _reasoning(
     if style is None:
         return _Reasoning()
     continued = body.messages[-1].content if body.continue_final_message else None
+    opening, closing, _ = tags_of(style)
     if starts_inside(style, end, continued):
         # A model that is inside from the start may still write the tag, which the thoughts do not
         # match if it is a control token.
-        may_open = OPEN in special_ids and continued is None and not end.rstrip().endswith(OPEN)
-        return _Reasoning("opening? reasoning" if may_open else "reasoning")
-    return _Reasoning("" if continued is not None else "(opening reasoning)?")
+        may_open = (
+            opening in special_ids and continued is None and not end.rstrip().endswith(opening)
+        )
+        rule = "opening? reasoning" if may_open else "reasoning"
+        return _Reasoning(rule, opening, closing)
+    rule = "" if continued is not None else "(opening reasoning)?"
+    return _Reasoning(rule, opening, closing)
 
 
 def _in_harmony(
-    body: ChatBody, end: str, shape: _Shape | None, special_ids: dict[str, int]
-) -> tuple[_Shape | None, _Reasoning]:
+    body: ChatBody, end: str, shape: CallShape | None, special_ids: dict[str, int]
+) -> tuple[CallShape | None, _Reasoning]:
     """Return the shape of calls and the reasoning in harmony.
 
     The answer is a message of analysis, which may be missing, and a message to a function or the
@@ -204,7 +158,7 @@ class _Writer:
 
     def __init__(
         self,
-        shape: _Shape | None,
+        shape: CallShape | None,
         tools: list[dict[str, Any]],
         many: bool,
         reasoning: _Reasoning,
@@ -223,7 +177,8 @@ class _Writer:
         if shape is None:
             return ()
         before = shape.first + shape.before
-        return tuple(before + tool["name"] + shape.between for tool in self._tools)
+        texts = (before + tool["name"] + shape.between for tool in self._tools)
+        return tuple(text.partition(NUMBER)[0] for text in texts)
 
     def grammar(self, before_answer: str | None) -> str:
         """Return the whole grammar. `before_answer` is the text before the rule `answer`, which is
@@ -250,12 +205,10 @@ class _Writer:
             if self._is_bare(shape):
                 rules.append(f"call_{number}: %json {_bare_call(shape, tool)}")
                 continue
-            schema = json.dumps(with_json_options({**tool["parameters"], "type": "object"}))
-            before = self._literal(shape.before + tool["name"] + shape.between)
-            rules.append(f"call_{number}: {before} %json {schema} {self._literal(shape.after)}")
+            rules += call_rules(shape, number, tool, self._literal)
         return rules
 
-    def _is_bare(self, shape: _Shape) -> bool:
+    def _is_bare(self, shape: CallShape) -> bool:
         """Return whether a call begins as a structured answer may. Then it must be told by the same
         kind of rule, since the lexer could not choose between `{` and a longer text."""
         return self._has_answer and (shape.first + shape.before).startswith("{")
@@ -277,7 +230,7 @@ class _Writer:
         return _literal(text, self._special_ids)
 
 
-def _bare_call(shape: _Shape, tool: dict[str, Any]) -> str:
+def _bare_call(shape: CallShape, tool: dict[str, Any]) -> str:
     """Return the JSON schema of a call that is written as a JSON object with the members of
     `shape`."""
     members = json.loads(f"{shape.before}{tool['name']}{shape.between}null{shape.after}")

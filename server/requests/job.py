@@ -44,7 +44,7 @@ class Job:
     """Paths of the body's fields that have no effect with this model or its chat template."""
     deadline: float | None
     prompt_changes: Sequence[str] = ()
-    """What the prompt has elsewhere than the messages (constants of text/template_messages.py)."""
+    """What the prompt has elsewhere than the messages (constants of template_messages.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from ...engine.sampling_params import SamplingParams
 from ..http.limits import Ticket
 from ..http.middleware import is_sane_request_id
 from ..json_text import encode_json
-from ..parsing.message_parser import prompt_end
+from ..parsing.formats.message_format import prompt_end
 from ..text.bad_words import encode_bad_words
 from ..text.infill import encode_infill, infill_tokens
 from ..text.tokenizer import Tokenizer

@@ -17,10 +17,10 @@ from ..http.responses_store import ResponseStore
 from ..http.resumption import StreamRegistry
 from ..http.siblings import Siblings
 from ..metrics import Metrics
-from ..parsing.message_parser import MessageFormat
-from ..parsing.reasoning_marks import ReasoningMarks
+from ..parsing.formats.message_format import MessageFormat
+from ..parsing.formats.reasoning_marks import ReasoningMarks
 from ..settings import Settings
-from ..text.chat_template import read_template
+from ..templates.chat_template import read_template
 from ..text.grammar_check import GrammarCheck
 from ..text.tokenizer import Tokenizer
 
@@ -55,7 +55,9 @@ class ServerState:
         """The text of the template for pairs that the settings name, if they name one."""
         if settings.score_template is not None:
             self.score_template = read_template(settings.score_template)
-        self.message_format = MessageFormat.of(settings, tokenizer.templates.texts)
+        self.message_format = MessageFormat.of(
+            settings, tokenizer.templates.texts, tokenizer.response_template
+        )
         style = self.message_format.reasoning
         self.reasoning_marks = ReasoningMarks(style, tokenizer) if style is not None else None
         self.grammar_check = GrammarCheck()

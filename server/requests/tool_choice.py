@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from ...engine.errors import InvalidRequestError
 from ..json_text import encode_json
-from ..parsing.message_parser import MessageFormat
+from ..parsing.formats.message_format import MessageFormat
 from .field_types import AllowedTools, NamedTool
 from .protocol import ChatFields, FunctionDefinition, Message, ToolCall, ToolCallFunction
 

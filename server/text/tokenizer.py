@@ -7,7 +7,6 @@ is made when it is first needed, is for chats whose messages spell control token
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,15 +24,17 @@ from ...engine.errors import (
     UnsupportedModelError,
     one_line,
 )
-from .chat_template import (
+from ..templates.chat_template import (
     ChatTemplates,
     check_variables,
     named_templates,
     read_template,
     template_variables,
 )
-from .client_text import ControlTokens, with_aliases
+from ..templates.client_text import ControlTokens, with_aliases
+from ..templates.response_template import ResponseTemplate
 from .detokenizer import Detokenizer
+from .spelling import Spelling
 
 _Result = TypeVar("_Result")
 
@@ -77,11 +78,10 @@ class Tokenizer:
         named = named_templates(hf) if chat_template is None else {"default": chat_template}
         self.templates = ChatTemplates(hf, self._control_tokens, named)
         """The chat templates, and what they read."""
-        self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
+        spelling = Spelling(self.backend)
+        self.token_bytes = lru_cache(maxsize=65536)(spelling.token_bytes)
         """Returns the bytes of a token id."""
-        decoder = str(self.backend.decoder.__getstate__())
-        self._is_wordpiece = '"WordPiece"' in decoder
-        self.byte_level = '"ByteLevel"' in decoder
+        self.byte_level = spelling.byte_level
         """Whether tokens spell bytes, as GPT-2's do, rather than SentencePiece's characters."""
 
     @classmethod
@@ -119,6 +119,23 @@ class Tokenizer:
             for token_id, token in self.backend.get_added_tokens_decoder().items()
             if token.special
         }
+
+    @property
+    def response_template(self) -> ResponseTemplate | None:
+        """How the tokenizer says that answers are to be read, or None if it does not."""
+        return ResponseTemplate.of(self._hf, self.special_ids)
+
+    async def renders_system(self, template: str | None = None) -> bool:
+        """Return whether `template`, by default the model's own, renders system messages."""
+
+        def run() -> bool:
+            chosen = template if template is not None else self.templates.choose()
+            return chosen is not None and self.templates.traits(chosen).system not in (
+                "none",
+                "refused",
+            )
+
+        return await self._in_thread(run)
 
     async def template_variables(self, template: str | None = None) -> frozenset[str]:
         """Return the variables that `template`, by default the model's own, reads. Raises
@@ -332,26 +349,6 @@ class Tokenizer:
                 param,
             )
 
-    def _token_bytes(self, token_id: int) -> bytes:
-        # 1. Added tokens are written as they are; an id outside the vocabulary has no bytes.
-        added = self.backend.get_added_tokens_decoder().get(token_id)
-        piece = self.backend.id_to_token(token_id)
-        if added is not None or piece is None:
-            return (piece or "").encode()
-        # 2. A byte-level vocabulary has one printable character for each byte.
-        if self.byte_level:
-            table = _byte_of_character()
-            if all(character in table for character in piece):
-                return bytes(table[character] for character in piece)
-            return piece.encode()
-        # 3. SentencePiece writes bytes outside its vocabulary as <0xNN>, and a space as U+2581.
-        if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
-            return bytes([int(piece[3:5], 16)])
-        if self._is_wordpiece:  # a word's first piece follows a space, the others have a prefix
-            text: str = self.backend.decoder.decode(["a", piece])
-            return text.removeprefix("a").encode()
-        return piece.replace("\u2581", " ").encode()
-
 
 def _content_length(message: Mapping[str, Any]) -> int:
     content = message.get("content") or ""
@@ -381,13 +378,3 @@ def _encode_part(
     encoding.truncate(room, direction="left" if from_end else "right")
     ids: list[int] = encoder.post_process(encoding, None, add_special_tokens).ids
     return ids
-
-
-@lru_cache(maxsize=1)
-def _byte_of_character() -> dict[str, int]:
-    """Return the inverse of GPT-2's table of a printable character for each byte: printable Latin-1
-    characters stand for themselves, and U+0100 onwards for the other bytes, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    rest = [byte for byte in range(256) if byte not in printable]
-    return table | {chr(0x100 + offset): byte for offset, byte in enumerate(rest)}

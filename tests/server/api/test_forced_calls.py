@@ -9,8 +9,8 @@ import pytest
 
 from quire.engine.grammar.compile import compile_grammar, make_tokenizer
 from quire.engine.request import GrammarSpec
+from quire.server.parsing.formats.message_format import MessageFormat
 from quire.server.parsing.message_events import MessageBuilder
-from quire.server.parsing.message_parser import MessageFormat
 from quire.server.text.tokenizer import Tokenizer
 
 from ..conftest import MakeClient, make_app
@@ -92,7 +92,7 @@ async def test_a_forced_call_is_in_the_models_format(
     assert not accepts(tokenizer, grammar, other)
     # The parser reads what the grammar accepts as calls.
     parser = MessageFormat(format, None).parser(
-        ["weather", "other"],
+        {"weather": {}, "other": {}},
         prompt_end="",
         continued=None,
         show_reasoning=True,
@@ -155,7 +155,4 @@ async def test_calls_that_cannot_be_forced_are_refused(
     engine.max_model_len = engine.num_blocks = 100_000
     param, message = await refusal(client, tools=[tool], tool_choice="required")
     assert param == "tool_choice" and "65536 bytes" in message
-    client = make_client(tool_call_parser="pythonic")
-    param, message = await refusal(client, tools=[TOOL], tool_choice="required")
-    assert param == "tool_choice" and "format" in message
     assert not engine.requests

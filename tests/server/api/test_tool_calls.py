@@ -11,8 +11,9 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
+from quire.server.parsing.formats.message_format import MessageFormat
 from quire.server.parsing.message_events import MessageBuilder
-from quire.server.parsing.message_parser import MessageFormat, MessageParser
+from quire.server.parsing.message_parser import MessageParser
 from quire.server.settings import load_settings
 from quire.server.text.tokenizer import Tokenizer
 
@@ -368,7 +369,7 @@ async def test_calls_in_the_demo_template_are_parsed_back() -> None:
     prompt = await tokenizer.encode_chat([message], add_generation_prompt=False)
     text = await tokenizer.decode(prompt.token_ids, skip_special_tokens=True)
     parser: MessageParser = format.parser(
-        ["f"], prompt_end="", continued=None, show_reasoning=True, parallel_calls=True
+        {"f": {}}, prompt_end="", continued=None, show_reasoning=True, parallel_calls=True
     )
     builder = MessageBuilder()
     builder.add(parser.feed(text.removeprefix("assistant\n").rstrip()) + parser.finish())

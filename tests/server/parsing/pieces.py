@@ -10,7 +10,33 @@ from hypothesis import strategies as st
 from quire.server.parsing.message_events import MessageBuilder, ToolCallArguments, ToolCallStart
 from quire.server.parsing.message_parser import MessageParser
 
-TOOLS = ("f", "get_weather")
+TOOLS: dict[str, dict[str, Any]] = {
+    "f": {"type": "object"},
+    "get_weather": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "array", "items": {"type": "number"}},
+            "hourly": {"type": "boolean"},
+        },
+    },
+    "note": {
+        "type": "object",
+        "properties": {
+            "text": {"type": "string"},
+            "level": {"type": ["integer", "null"]},
+            "ratio": {"type": "number"},
+            "urgent": {"type": "boolean"},
+            "place": {"$ref": "#/$defs/Place"},
+            "tags": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]},
+            "kind": {"enum": ["to do", "done"]},
+            "code": {"type": ["string", "integer"]},
+        },
+        "required": ["text"],
+        "$defs": {"Place": {"type": "object", "properties": {"name": {"type": "string"}}}},
+    },
+}
+"""Tools of the samples, with the schemas of their arguments."""
 WEATHER = '{"city": "Zürich", "days": [1, 2.5e3], "hourly": false}'
 NASTY = r'{"a": "</tool_call> \" } ] \\", "b": "\u00e9\ud83c\udf89", "c\"": {"d": [{}, [], null]}}'
 

@@ -13,9 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.engine.errors import ConfigurationError
-from quire.server.parsing.harmony import ASSISTANT, CONTROL_TOKENS, FINAL, MAX_HEADER, HarmonyParser
+from quire.server.parsing.answer_parser import Tools
+from quire.server.parsing.formats.harmony import (
+    ASSISTANT,
+    CONTROL_TOKENS,
+    FINAL,
+    MAX_HEADER,
+    HarmonyParser,
+)
+from quire.server.parsing.formats.message_format import MessageFormat
 from quire.server.parsing.message_events import ToolCallArguments, ToolCallStart
-from quire.server.parsing.message_parser import MessageFormat, MessageParser
+from quire.server.parsing.message_parser import MessageParser
 from quire.server.settings import load_settings
 from quire.server.text.tokenizer import Tokenizer
 
@@ -117,7 +125,7 @@ SAMPLES = [
 ]  # fmt: skip
 
 
-def parse(*pieces: str, prompt_end: str = ASSISTANT, tools: tuple[str, ...] = TOOLS) -> Any:
+def parse(*pieces: str, prompt_end: str = ASSISTANT, tools: Tools = TOOLS) -> Any:
     parser = HarmonyParser(tools, prompt_end=prompt_end)
     message = read(MessageParser(parser), list(pieces))
     for made in message.get("tool_calls", ()):
@@ -168,15 +176,15 @@ def test_any_arguments_are_returned_unchanged(
 
 def test_no_call_is_parsed_without_tools() -> None:
     text = WHY + ASSISTANT + call("f", "{}")
-    whole = parse(text, tools=())
+    whole = parse(text, tools={})
     assert whole["content"] == "{}" and "tool_calls" not in whole
 
 
 def test_parts_that_were_not_requested_are_left_out() -> None:
     text = WHY + ASSISTANT + message("final", "So.")
-    parser = MessageParser(HarmonyParser((), prompt_end=ASSISTANT), show_reasoning=False)
+    parser = MessageParser(HarmonyParser({}, prompt_end=ASSISTANT), show_reasoning=False)
     assert read(parser, [text])["content"] == "So." and "reasoning" not in read(parser, [])
-    parser = MessageParser(HarmonyParser((), prompt_end=ASSISTANT, reasons=False))
+    parser = MessageParser(HarmonyParser({}, prompt_end=ASSISTANT, reasons=False))
     assert read(parser, [text])["content"] == "Why?\nBecause a < b.\nSo."
 
 
@@ -346,7 +354,7 @@ async def test_forced_calls(engine: FakeEngineClient, special: tuple[str, ...]) 
     assert accepts(tokenizer, grammar, "<|end|>" + ASSISTANT + ok)
     format = MessageFormat("openai", "openai_gptoss")
     parser = format.parser(
-        ["weather"], prompt_end="", continued="x", show_reasoning=True, parallel_calls=True
+        {"weather": {}}, prompt_end="", continued="x", show_reasoning=True, parallel_calls=True
     )
     [made] = read(parser, ["<|end|>" + ASSISTANT + ok])["tool_calls"]
     assert made["function"] == {"name": "weather", "arguments": '{"city": "Ulm"}'}

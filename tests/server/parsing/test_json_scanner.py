@@ -4,6 +4,7 @@ import json
 import random
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ def scan(pieces: list[str]) -> tuple[bool, str]:
     return scanner.done, accepted
 
 
-@given(st.text('{}[]":,0129.eE+-trufalsn \\"/\t\x01', max_size=20), st.randoms())
+@given(st.text('{}[]":,0129.eE+-trufalsn \\"/\t\x01TFNo\'ud', max_size=20), st.randoms())
 def test_the_scanner_agrees_with_the_standard_library(text: str, rng: random.Random) -> None:
     text = "[" + text
     whole = scan([text])
@@ -33,11 +34,38 @@ def test_the_scanner_agrees_with_the_standard_library(text: str, rng: random.Ran
     try:
         value, end = decoder.raw_decode(text)
     except json.JSONDecodeError:
-        assert not whole[0]
+        if whole[0]:  # it is not JSON, but what comes out is
+            json.loads(whole[1])
     else:
         assert whole[0]
         assert json.loads(whole[1]) == value
         assert len(whole[1]) >= end
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{'a': 'b\"c', \"d\": 'e'}", {"a": 'b"c', "d": "e"}),
+        ("[True, False, None, true, false, null]", [True, False, None, True, False, None]),
+        ("[1, 2, \n]", [1, 2]),
+        ('{"a": [], }', {"a": []}),
+        (r'["\d\.\'\x41", "\u12g", "\u"]', ["\\d\\.'\\x41", "\\u12g", "\\u"]),
+        (r"['\xe9\U0001F389\'\"']", ["é🎉'\""]),
+        (r"['\U00110000', '\x4g']", ["\\U00110000", "\\x4g"]),
+        ('["a\x00\n\\\tb"]', ["a\x00\n\\\tb"]),
+    ],
+)
+def test_what_models_write_for_json_is_json(text: str, value: Any) -> None:
+    done, accepted = scan([text])
+    assert done and json.loads(accepted) == value
+    assert scan(list(text)) == (done, accepted)
+
+
+@pytest.mark.parametrize(
+    "text", ["[,]", "[1,,]", "{,}", "[Nope]", "[nULL]", "[NaN]", "{a: 1}", "['a\"]"]
+)
+def test_what_is_not_json_either_is_refused(text: str) -> None:
+    assert not scan([text])[0]
 
 
 @given(JSON.filter(lambda value: isinstance(value, (str, list, dict))), st.randoms())

@@ -2,10 +2,15 @@ from __future__ import annotations
 
 import pytest
 
+from quire.server.parsing.formats.tagged_json import HermesParser
+from quire.server.parsing.formats.tool_formats import (
+    CANONICAL_NAMES,
+    TOOL_FORMATS,
+    detect_tool_format,
+)
 from quire.server.parsing.message_events import ToolCallArguments, ToolCallStart
 from quire.server.parsing.message_parser import MessageParser
 from quire.server.parsing.reasoning import ReasoningParser, detect_reasoning
-from quire.server.parsing.tool_formats import TOOL_PARSERS, detect_tool_parser
 from quire.server.settings import Settings
 
 from .pieces import TOOLS, calls_of, hermes, read
@@ -14,7 +19,7 @@ from .pieces import TOOLS, calls_of, hermes, read
 def test_calls_are_parsed_only_after_the_reasoning() -> None:
     text = "<think>" + hermes("f", "{}") + "</think>\n\nOk.\n" + hermes("f", '{"a": 1}')
     for pieces in ([text], list(text)):
-        parser = MessageParser(TOOL_PARSERS["hermes"](TOOLS), ReasoningParser(opened=False))
+        parser = MessageParser(HermesParser(TOOLS), ReasoningParser(opened=False))
         message = read(parser, pieces)
         assert message["content"] == "Ok."
         assert calls_of(message) == [("f", '{"a": 1}')]
@@ -22,7 +27,7 @@ def test_calls_are_parsed_only_after_the_reasoning() -> None:
 
 def test_parts_that_were_not_requested_are_left_out() -> None:
     parser = MessageParser(
-        TOOL_PARSERS["hermes"](TOOLS),
+        HermesParser(TOOLS),
         ReasoningParser(opened=True),
         show_reasoning=False,
         max_calls=1,
@@ -41,7 +46,26 @@ def test_parts_that_were_not_requested_are_left_out() -> None:
         ("{{ x }}", None, None),
         ("<|start|>assistant<|channel|>final", "openai", "openai_gptoss"),
         ("<tool_call>", "hermes", None),
-        ("<tool_call><function=x><parameter=", None, None),
+        ("<tool_call> <tool_response> <|start_of_role|>", "hermes", None),
+        ("<tool_call><function=x><parameter=", "qwen3_coder", None),
+        ("<seed:tool_call><function=x><parameter=", "seed_oss", None),
+        ("<tool_call>{name}<arg_key> <think>", "glm45", "qwen3"),
+        ("<|tool_calls_section_begin|><|tool_call_begin|>", "kimi_k2", None),
+        ('<minimax:tool_call><invoke name="', "minimax_m2", None),
+        ("<tool_calls>", "minimax", None),
+        ("<start_function_call>call:", "functiongemma", None),
+        ("<|tool_call>call: <|channel>thought", "gemma4", "gemma4"),
+        ("[TOOL_CALLS] [THINK]", "mistral", "mistral"),
+        ("<|START_ACTION|> <|START_THINKING|>", "cohere_command3", "cohere_command3"),
+        ("<seed:tool_call> <seed:think> <think>", "seed_oss", "seed_oss"),
+        ("```tool_code", "gemma3", None),
+        ("<function_calls>", "olmo3", None),
+        ("<|tool_call_start|>", "lfm2", None),
+        ("<|START_ACTION|> Action:", "cohere_command3", None),
+        ("Write 'Action:' followed by a list", "command_r", None),
+        ("<|tool|>{{ tools }}<|/tool|>", "phi4_mini_json", None),
+        ("<|start_header_id|><TOOLCALL>", "nemotron_json", None),
+        ("<|start_of_role|> <|tool_call|>", "granite", None),
         ("<tool_call> <think> </think>", "hermes", "qwen3"),
         ("[AVAILABLE_TOOLS] [TOOL_CALLS]", "mistral", None),
         ("<｜tool▁calls▁begin｜> content.split('</think>')[-1]", "deepseek_v3", "deepseek_r1"),
@@ -54,10 +78,12 @@ def test_parts_that_were_not_requested_are_left_out() -> None:
 def test_the_template_shows_the_format(
     template: str, tools: str | None, reasoning: str | None
 ) -> None:
-    assert detect_tool_parser(template) == tools
+    assert detect_tool_format(template) == tools
     assert detect_reasoning(template) == reasoning
 
 
 def test_the_flag_offers_every_parser() -> None:
     annotation = Settings.model_fields["tool_call_parser"].annotation
-    assert set(TOOL_PARSERS) | {"auto", "none", "harmony"} == set(annotation.__args__)  # type: ignore[union-attr]
+    assert {*CANONICAL_NAMES, "auto", "none"} == set(annotation.__args__)  # type: ignore[union-attr]
+    names = [name for format in TOOL_FORMATS.values() for name in (format.name, *format.aliases)]
+    assert len(names) == len(set(names))

@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.server.parsing.message_events import ContentText, Event, ReasoningText
-from quire.server.parsing.reasoning import ReasoningParser, starts_inside
+from quire.server.parsing.reasoning import (
+    ReasoningParser,
+    ReasoningStyle,
+    starts_inside,
+    tags_of,
+)
 
 from .pieces import cut
 
@@ -60,6 +65,21 @@ def test_reasoning_parses_the_same_however_it_is_cut(
     text = "".join(fragments)
     whole = reason([text], opened=opened)
     assert reason(list(text), opened=opened) == reason(cut(text, rng), opened=opened) == whole
+
+
+@pytest.mark.parametrize("style", ["qwen3", "mistral", "seed_oss", "cohere_command3", "gemma4"])
+def test_every_style_has_tags_of_its_own(style: ReasoningStyle) -> None:
+    opening, closing, _ = tags = tags_of(style)
+    text = f"{opening}\nwhy < [x]\n{closing}\nso {closing}"
+    for pieces in ([text], list(text)):
+        parser = ReasoningParser(opened=False, tags=tags)
+        events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
+        reasoning = "".join(event.text for event in events if isinstance(event, ReasoningText))
+        content = "".join(event.text for event in events if isinstance(event, ContentText))
+        assert (reasoning, content) == ("why < [x]", "so " + closing)
+    assert starts_inside(style, f"assistant\n{opening}\n")
+    assert not starts_inside(style, f"assistant\n{opening}\n{closing}\n")
+    assert starts_inside(style, "", continued=f"{closing}{opening}so far")
 
 
 def test_long_whitespace_is_not_held_back() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from quire.engine.reasoning import ReasoningTracker
+from quire.server.parsing.formats.reasoning_marks import ReasoningMarks, _pieces
 from quire.server.parsing.reasoning import CLOSE, OPEN
-from quire.server.parsing.reasoning_marks import ReasoningMarks, _pieces
 from quire.server.text.tokenizer import Tokenizer
 
 from ...engine.grammar.constrained import DEMO

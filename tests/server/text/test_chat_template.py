@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from quire.engine.errors import InvalidRequestError
-from quire.server.text.chat_template import ChatTemplates, check_variables, template_variables
-from quire.server.text.client_text import ControlTokens
+from quire.server.templates.chat_template import ChatTemplates, check_variables, template_variables
+from quire.server.templates.client_text import ControlTokens
 
 from ..fakes import byte_tokenizer
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.server.text.client_text import ControlTokens, with_aliases
+from quire.server.templates.client_text import ControlTokens, with_aliases
 from quire.server.text.tokenizer import Tokenizer
 
 from .tokenizers_of_kinds import CONTROL, KINDS, build

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.engine.errors import InvalidRequestError
-from quire.server.text import probe_renders
-from quire.server.text.template_traits import TemplateTraits
+from quire.server.templates import probe_renders
+from quire.server.templates.template_traits import TemplateTraits
 from quire.server.text.tokenizer import Tokenizer
 
 from ..fakes import byte_tokenizer

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from tokenizers import pre_tokenizers
 
-from ...engine.reasoning import ReasoningSpec
-from ..text.tokenizer import Tokenizer
+from ....engine.reasoning import ReasoningSpec
+from ...text.tokenizer import Tokenizer
+from ..reasoning import ReasoningStyle, starts_inside, tags_of
 from .harmony import ANALYSIS, ASSISTANT, CALL, CHANNEL, END, RETURN, START
-from .reasoning import CLOSE, OPEN, ReasoningStyle, starts_inside
 
 _BLANK = "Ġ▁Ċĉč \t\r\n"
 """White space as vocabularies spell it."""
@@ -29,8 +29,8 @@ class ReasoningMarks:
             self._opening, self._closings = ANALYSIS, (END, CALL, RETURN, START, CHANNEL)
             end = END + ASSISTANT + CHANNEL
         else:
-            self._opening, self._closings = OPEN, (CLOSE,)
-            end = CLOSE
+            self._opening, end, _ = tags_of(style)
+            self._closings = (end,)
         self._pieces = _pieces(tokenizer, (self._opening, *self._closings))
         self._end = _encode(tokenizer, end)
         written = tokenizer.backend.decode(list(self._end), skip_special_tokens=False)

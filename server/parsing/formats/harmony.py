@@ -5,53 +5,43 @@
     <|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{…}<|call|>
     <|start|>assistant<|channel|>final<|message|>…<|return|>                         content
 
-The prompt ends with `<|start|>assistant`.
-
 Theory of operation
 -------------------
 The text is a sequence of stretches, each ended by a control token, and the token decides what the
 next stretch is. Each reader takes one stretch and returns the token that ended it, "" at the end of
-the text; `_parse` calls the reader for the token that was returned.
+the text; `_parse` calls the reader for the token that was returned. Prompts end with ASSISTANT.
 
     after START, CHANNEL, CONSTRAIN   _header    part of a header: role, channel, recipient
     after MESSAGE                     _body      the message itself
     after END, CALL, RETURN           _outside   between messages (also where an answer begins)
 
 - A header is held back until the control token after it has come, then it is dropped: START resets
-  the channel and the recipient, CHANNEL sets the channel, and `to=` in any part sets the recipient.
-  A part longer than MAX_HEADER characters is not a header but text.
+  the channel and the recipient, CHANNEL sets the channel, and `to=` in any part the recipient.
 - A body goes to a function if a recipient says so and the request offers tools; then its JSON
-  object is streamed as the arguments of a call, and what follows the object is text. An empty body
-  is a call without arguments. A body that begins otherwise is text.
+  object is the arguments of a call, and what follows the object is text. An empty body is a call
+  without arguments. A body that begins otherwise is text.
 - Any other text is emitted as it comes: as reasoning on the channel "analysis", as content on all
-  others. Only a tail that may become a control token is held back.
-- White space after a message is dropped. Text outside any message is emitted as content, unless it
-  is a header whose START was left out.
+  others. White space after a message is dropped. Text outside any message is content, unless it is
+  a header whose START was left out.
 
 Control tokens are never text, and two messages of the same kind are separated by a line break.
-The base class (answer_parser.py) explains readers, `_mark` and `_at`.
-
-Source: OpenAI's guide to the format (https://cookbook.openai.com/articles/openai-harmony). Its
-library, openai-harmony, is not used because it downloads a vocabulary before it reads anything and
-reads that vocabulary's token ids; this parser reads text.
+Source: https://cookbook.openai.com/articles/openai-harmony (OpenAI's library for it is not used: it
+reads token ids, and downloads a vocabulary first).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 
-from .answer_parser import TOOL_NAME, AnswerParser, Malformed, Reader
-from .message_events import ContentText, ReasoningText
+from ..answer_parser import TOOL_NAME, AnswerParser, Malformed, Reader, Tools
+from ..call_shape import CallShape
+from ..message_events import ContentText, ReasoningText
+from ..reasoning import tag_tail
+from ..tool_format import ToolFormat
 
 START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN = CONTROL_TOKENS = (
-    "<|start|>",
-    "<|channel|>",
-    "<|constrain|>",
-    "<|message|>",
-    "<|end|>",
-    "<|call|>",
-    "<|return|>",
+    *("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"),
+    *("<|end|>", "<|call|>", "<|return|>"),
 )
 ASSISTANT = START + "assistant"
 """The beginning of the assistant's messages."""
@@ -62,7 +52,7 @@ FINAL = f"{CHANNEL}final{MESSAGE}"
 FUNCTIONS = "functions."
 """The namespace of the request's tools in a recipient."""
 MAX_HEADER = 256
-"""Maximum characters between two control tokens of a header; a longer stretch is text."""
+"""Maximum characters between two control tokens of a header; a longer part is text."""
 _RECIPIENT = re.compile(r"to=(\S+)")
 
 
@@ -70,32 +60,29 @@ class HarmonyParser(AnswerParser):
     """Turns an answer in harmony into events: reasoning, content and calls.
 
     A message to `functions.name`, or to a tool by its bare name, is a call, whatever its channel.
-    Without `tool_names` no message is a call.
+    Without `tools` no message is a call.
     """
 
     markers = CONTROL_TOKENS
     control_tokens = CONTROL_TOKENS
 
-    def __init__(
-        self, tool_names: Collection[str], *, prompt_end: str = "", reasons: bool = True
-    ) -> None:
+    def __init__(self, tools: Tools, *, prompt_end: str = "", reasons: bool = True) -> None:
         """`prompt_end` is the end of the prompt's text: a message that it leaves open is continued
         by the answer. Without `reasons`, the analysis is content."""
-        super().__init__(())
+        super().__init__({})
         self._reasons = reasons
         self._channel = ""
         self._recipient = ""
         self._is_fresh = True
         """Nothing of this message has been emitted yet."""
         self._last_kind: type[ContentText | ReasoningText] | None = None
-        # Read the prompt's last message for its header. Its events are the prompt's, so they are
-        # dropped, and no tool is known yet. After a bare `<|start|>assistant` the answer may go on
-        # with or without the rest of a header, which is what `_outside` expects.
+        # Read the prompt's last message for its header, without its events and tools. After a bare
+        # `<|start|>assistant` a header may go on or not, which is what `_outside` expects.
         begun = prompt_end[max(prompt_end.rfind(START), 0) :]
         if begun.startswith(START) and begun != ASSISTANT:
             self.feed(begun)
             self._last_kind = None
-        self._tool_names = frozenset(tool_names)
+        self._tools = tools
 
     def _parse(self) -> Reader[None]:
         token = yield from self._outside()
@@ -111,8 +98,7 @@ class HarmonyParser(AnswerParser):
                 token = yield from self._outside()
 
     def _outside(self) -> Reader[str]:
-        """Read text outside any message, or a header that omits START. Like the readers below,
-        return the control token that ended it, or "" at the end of the text."""
+        """Read text outside any message, or a header that omits START."""
         self._channel = self._recipient = ""
         self._is_fresh = True
         yield from self._skip_space()
@@ -147,8 +133,8 @@ class HarmonyParser(AnswerParser):
     def _body(self) -> Reader[str]:
         """Read a message's body: a call if it goes to a function, and text otherwise."""
         name = self._recipient.removeprefix(FUNCTIONS)
-        is_function = name != self._recipient or name in self._tool_names
-        if self._tool_names and is_function and TOOL_NAME.fullmatch(name):
+        is_function = name != self._recipient or name in self._tools
+        if self._tools and is_function and TOOL_NAME.fullmatch(name):
             try:
                 return (yield from self._call(name))
             except Malformed:
@@ -158,24 +144,23 @@ class HarmonyParser(AnswerParser):
     def _call(self, name: str) -> Reader[str]:
         """Read the arguments of a call. Raises Malformed if the body is not a JSON object."""
         yield from self._skip_space()
-        if (yield from self._peek()) == "{":
-            self._begin_call(name)
-            yield from self._stream_arguments()
-            yield from self._skip_space()
-            self._end_call()
-            return (yield from self._text_to_token())
         token = yield from self._control_token()
-        if not token and (yield from self._peek()):
-            raise Malformed
-        self._begin_call(name)
-        self._emit_arguments("{}")
-        return token
+        if token or not (yield from self._peek()):
+            self._begin_call(name)
+            self._emit_arguments("{}")
+            return token
+        yield from self._call_with(name)
+        yield from self._skip_space()
+        self._end_call()
+        return (yield from self._text_to_token())
 
     def _text_to_token(self) -> Reader[str]:
         """Emit text as it comes, up to the next control token."""
         while True:
             found = self._pattern.search(self._text, self._at)
-            end = found.start() if found else self._undecided()
+            end = found.start() if found else len(self._text)
+            if not (found or self._ended):
+                end = tag_tail(self._text, CONTROL_TOKENS, self._at)
             self._emit_text(end)
             self._at = end
             if found:
@@ -184,15 +169,6 @@ class HarmonyParser(AnswerParser):
             if self._ended:
                 return ""
             yield
-
-    def _undecided(self) -> int:
-        """Return the offset of a tail that may become a control token, or the end of the text."""
-        at = self._text.rfind("<", self._at)
-        if at >= 0 and not self._ended:
-            tail = self._text[at:]
-            if any(token.startswith(tail) for token in CONTROL_TOKENS):
-                return at
-        return len(self._text)
 
     def _emit_text(self, end: int) -> None:
         """Emit the text from `_mark` to `end`, as reasoning or content by the channel."""
@@ -213,3 +189,11 @@ class HarmonyParser(AnswerParser):
                 self._mark = self._at
                 return token
         return ""
+
+
+def _shape(template: str) -> CallShape:
+    before = f"{CHANNEL}commentary to={FUNCTIONS}"
+    return CallShape("", before, f" {CONSTRAIN}json{MESSAGE}", "", "", "")
+
+
+FORMATS = (ToolFormat("openai", HarmonyParser, _shape, ((CHANNEL,),), ("harmony",)),)

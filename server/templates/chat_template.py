@@ -19,10 +19,10 @@ import structlog
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...engine.errors import ConfigurationError, InvalidRequestError, one_line
-from .client_text import ControlTokens, Placeholders
-from .template_messages import write_messages
-from .template_probe import probe_template
-from .template_traits import TemplateTraits
+from ..templates.client_text import ControlTokens, Placeholders
+from ..templates.template_messages import write_messages
+from ..templates.template_probe import probe_template
+from ..templates.template_traits import TemplateTraits
 
 log = structlog.get_logger(__name__)
 
