@@ -50,7 +50,7 @@ clients: export LITELLM_LOCAL_MODEL_COST_MAP := True
 clients: $(STAMP) $(CLIENTS_STAMPS) $(NODE_STAMP)
 	PATH="$(CLIENTS_PATH):$$PATH" \
 		$(BIN)/pytest $(CLIENTS)/test_*.py $(CLIENTS)/check_node.py $(CLIENTS)/check_ai_sdk.py \
-		$(CLIENTS)/check_lm_eval.py \
+		$(CLIENTS)/check_lm_eval.py $(CLIENTS)/check_codex.py $(CLIENTS)/check_claude_code.py \
 		$(CLIENTS)/check_aider.py $(CLIENTS)/check_opencode.py $(CLIENTS)/check_open_webui.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CLIENTS_VENV)/libraries/bin/pytest -W default \
 		$(CLIENTS)/check_openai_2.py $(CLIENTS)/check_langchain.py $(CLIENTS)/check_langgraph.py \

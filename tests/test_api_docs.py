@@ -139,8 +139,10 @@ async def test_every_endpoint_is_listed_and_asks_for_its_key() -> None:
             assert (refused.status_code == 401) == (key != "none"), path
             headers = {"authorization": f"Bearer {opened_by[key]}"} if opened_by[key] else {}
             opened = await locked.request(method, url, json={}, headers=headers)
-            unknown = "{stream_id}" in path or "{response_id}" in path
-            expected = (404,) if unknown else (200, 400)
+            unknown = any(
+                f"{{{name}_id}}" in path for name in ("stream", "response", "conversation")
+            )
+            expected = (404, 400) if unknown else (200, 400)
             assert opened.status_code in expected, path
             without = await bare.request(method, url, json={})
             assert (without.status_code == 401) == (key == "admin"), path
@@ -363,6 +365,8 @@ def test_clients_are_listed_with_the_versions_that_make_clients_runs() -> None:
         "LiteLLM proxy": gateway["litellm"],
         "`ai` (Node)": node["ai"],
         "`@ai-sdk/openai-compatible` (Node)": node["@ai-sdk/openai-compatible"],
+        "Codex CLI": node["@openai/codex"],
+        "Claude Code": node["@anthropic-ai/claude-code"],
         "aider": pins["aider"]["aider-chat"],
         "opencode": node["opencode-ai"],
         "Open WebUI": pins["open-webui"]["open-webui"],

@@ -115,28 +115,6 @@ def without_effect(chat: Chat, names: Mapping[str, str]) -> list[str]:
     return [renamed_path(path, names) for path in chat.job.ignored]
 
 
-def content_of(value: Any, where: Path, kind: str) -> str | list[dict[str, str]]:
-    """Return a message's content for the chat: a string, or text parts (see `texts_of`)."""
-    return value if isinstance(value, str) else texts_of(value, where, kind)
-
-
-def texts_of(value: Any, where: Path, kind: str) -> list[dict[str, str]]:
-    """Return parts that must all have the type `kind` as text parts of the chat.
-
-    Raises InvalidRequestError, which names the part.
-    """
-    parts = []
-    for index, part in enumerate(parts_of(value, where)):
-        text = part.get("text")
-        if part.get("type") != kind:
-            raise unsupported_type(part.get("type"), (*where, index))
-        if not isinstance(text, str):
-            param = path_of((*where, index, "text"))
-            raise InvalidRequestError(f"{param}: must be a string", param)
-        parts.append({"type": "text", "text": text})
-    return parts
-
-
 def parts_of(value: Any, where: Path) -> list[dict[str, Any]]:
     """Check that `value` is a list of objects. Raises InvalidRequestError."""
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
@@ -157,7 +135,8 @@ class Transcript:
     """Collects a chat's messages.
 
     Consecutive reasoning, text and calls of the assistant become one message, as chat templates
-    expect.
+    expect. Text or reasoning after calls belongs to the message of these calls, because their
+    results must come next.
     """
 
     def __init__(self) -> None:
@@ -168,26 +147,28 @@ class Transcript:
         self._messages.append({"role": role, "content": content, **fields})
 
     def add_text(self, content: Any) -> None:
-        """Add text of the assistant."""
-        self._turn("content", "tool_calls")["content"] = content
+        """Add text of the assistant: a string or text parts."""
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        turn = self._turn("content")
+        turn["content"] = [*turn.get("content", ()), *parts]
 
     def add_reasoning(self, text: str) -> None:
         """Add reasoning of the assistant."""
-        self._turn("content", "tool_calls", "reasoning")["reasoning"] = text
+        turn = self._turn("content", "reasoning")
+        turn["reasoning"] = f"{turn['reasoning']}\n{text}" if "reasoning" in turn else text
 
     def add_call(self, call_id: str, name: str, arguments: str) -> None:
-        """Add a tool call of the assistant; `arguments` is JSON."""
+        """Add a tool call of the assistant; `arguments` is JSON, if it is not broken."""
         function = {"name": name, "arguments": arguments}
         call = {"id": call_id, "type": "function", "function": function}
         self._turn().setdefault("tool_calls", []).append(call)
 
     def _turn(self, *ended_by: str) -> dict[str, Any]:
-        """Return the last message if it is the assistant's and has none of the fields `ended_by`.
-
-        Otherwise, begin a new message of the assistant.
-        """
+        """Return the last message if it is the assistant's and has calls, or none of the fields
+        `ended_by`. Otherwise, begin a new message of the assistant."""
         last = self._messages[-1] if self._messages else {"role": None}
-        if last["role"] != "assistant" or any(name in last for name in ended_by):
+        ended = "tool_calls" not in last and any(name in last for name in ended_by)
+        if last["role"] != "assistant" or ended:
             last = {"role": "assistant"}
             self._messages.append(last)
         return last
@@ -198,6 +179,11 @@ class Transcript:
             if "tool_calls" not in message:
                 message.setdefault("content", "")
         return self._messages
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last message; empty if there is none."""
+        return self._messages[-1] if self._messages else {}
 
 
 class Piece(NamedTuple):

@@ -57,16 +57,20 @@ async def create_message(request: Request) -> Response:
         message_id = f"msg_{uuid.uuid4().hex}"
         with renamed(names_of(body)):
             owner = state.keys.owner(request)
+            capped = not state.settings.strict
             chat = await Chat.start(
-                state, chat_body, message_id, request_id, owner, caps_max_tokens=True
+                state, chat_body, message_id, request_id, owner, caps_max_tokens=capped
             )
-    writer = MessageWriter(message_id, state.model_name)
-    ignored += without_effect(chat, names_of(body))
-    headers = ignored_header(ignored, chat.job.prompt_changes)
+    ignored.names += without_effect(chat, names_of(body))
+    writer = MessageWriter(message_id, state.model_name, omits_thinking=body.omits_thinking)
+    headers = ignored_header(ignored.names, chat.job.prompt_changes)
     if body.stream:
         return EventStream(
             _stream(writer, chat),
-            on_failure=lambda error: [sse(anthropic_error_body(error_body(error, request_id)))],
+            on_failure=lambda error: [
+                *map(sse, writer.close("incomplete")),  # so that sealed reasoning is not lost
+                sse(anthropic_error_body(error_body(error, request_id))),
+            ],
             on_close=chat.ticket.close,
             request_id=request_id,
             deadline=chat.job.deadline,
@@ -102,8 +106,10 @@ async def count_tokens(request: Request) -> Response:
         check_chat(state, chat)
         unread = await settings_without_effect(state, chat)
         prompt = await encode_chat(state, chat, None, state.engine.info.max_model_len)
-    ignored += [renamed_path(path, names_of(body)) for path in unread]
-    return JSONResponse({"input_tokens": len(prompt.token_ids)}, headers=ignored_header(ignored))
+    ignored.names += [renamed_path(path, names_of(body)) for path in unread]
+    return JSONResponse(
+        {"input_tokens": len(prompt.token_ids)}, headers=ignored_header(ignored.names)
+    )
 
 
 async def _stream(writer: MessageWriter, chat: Chat) -> AsyncGenerator[bytes, None]:

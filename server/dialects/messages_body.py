@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
-from itertools import takewhile
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import Field
 
 from ...engine.errors import InvalidRequestError
-from ..api.translation import (
-    Content,
-    ConversationBody,
-    Path,
-    Transcript,
-    chat_body,
-    parts_of,
-    unsupported_type,
-)
-from ..requests.field_types import Fields
-from ..requests.protocol import MAX_MESSAGES, ChatBody, check_types, path_of
+from ..api.translation import Content, ConversationBody, Path, chat_body, unsupported_type
+from ..requests.field_types import Fields, ReasoningEffort, ToolName, ToolParameters
+from ..requests.protocol import ChatBody
 from ..requests.unsupported import refuse_unsupported
+from .hints import Ignored
+from .messages_blocks import CacheControl, Messages, Reader
 
 MAX_USER_ID = 512
 """Maximum characters of `metadata.user_id`."""
@@ -34,19 +25,12 @@ NAMES = {
     "response_format": "output_config.format",
     "reasoning_effort": "output_config.effort",
     "thinking_token_budget": "thinking.budget_tokens",
-    ".function.parameters": ".input_schema",
-    ".function.": ".",
 }
 """Fields of the chat and their names in this API; see `renamed`."""
 
 ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
-    "compaction": (),
     "container": (),
-    "context_management": (),
-    "diagnostics": (),
-    "mcp_servers": ([],),
     "prefill": (),
-    "speed": ("standard",),
     "thread": (),
 }
 """Unsupported fields of this API, and the values that are accepted since they ask for nothing."""
@@ -62,9 +46,9 @@ class OutputConfig(Fields):
 
 
 class Thinking(Fields):
-    type: Literal["enabled", "adaptive", "disabled"]
+    type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: int | None = None
-    display: Literal["omitted"] | None = None
+    display: Literal["summarized", "omitted"] | None = None
 
 
 class ToolChoice(Fields):
@@ -73,28 +57,23 @@ class ToolChoice(Fields):
     disable_parallel_tool_use: bool | None = None
 
 
-class CacheControl(Fields):
-    """Accepted without effect, since every prefix is cached."""
-
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] | None = None
-
-
-class MessageParam(Fields):
-    role: Literal["user", "assistant"]
-    content: Content
-
-
 class CountTokensBody(ConversationBody):
-    messages: Annotated[
-        list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    ]
+    messages: Messages
     system: Content = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
+    # Hints: see `_name_hints`.
+    context_management: Any = None
+    mcp_servers: Any = None
+    speed: Any = None
+
+    @property
+    def omits_thinking(self) -> bool:
+        """Whether reasoning is returned sealed, and not shown."""
+        return self.thinking is not None and self.thinking.display == "omitted"
 
 
 class MessagesBody(CountTokensBody):
@@ -102,88 +81,74 @@ class MessagesBody(CountTokensBody):
     stop_sequences: Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     metadata: Metadata | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
-
-
-class TextBlock(Fields):
-    type: Literal["text"]
-    text: str
-    citations: None = None
-    cache_control: CacheControl | None = None
-
-
-class ThinkingBlock(Fields):
-    type: Literal["thinking"]
-    thinking: str
-    signature: str | None = None
-
-
-class ToolUseBlock(Fields):
-    type: Literal["tool_use"]
-    id: str
-    name: str
-    input: dict[str, Any]
-    cache_control: CacheControl | None = None
-
-
-class ToolResultBlock(Fields):
-    type: Literal["tool_result"]
-    tool_use_id: str
-    content: Any = None
-    is_error: bool | None = None
-    cache_control: CacheControl | None = None
+    service_tier: Any = None
 
 
 class Tool(Fields):
     type: Literal["custom"] | None = None
-    name: Any
-    description: Any = None
-    input_schema: Any
-    strict: Any = None
+    name: ToolName
+    description: str | None = None
+    input_schema: ToolParameters
+    strict: bool | None = None
+    defer_loading: bool | None = None
+    eager_input_streaming: Any = None  # arguments are streamed as they come in any case
     cache_control: CacheControl | None = None
 
 
-BLOCKS: dict[str, dict[str, type[Fields]]] = {
-    "user": {"text": TextBlock, "tool_result": ToolResultBlock},
-    "assistant": {"text": TextBlock, "thinking": ThinkingBlock, "tool_use": ToolUseBlock},
-}
-"""The types of blocks in a message, by its role."""
-
-Checked = TypeVar("Checked", bound=Fields)
 Body = TypeVar("Body", bound=CountTokensBody)
 
 
 def check_body(
     model: type[Body], fields: dict[str, Any], *, strict: bool
-) -> tuple[Body, ChatBody, list[str]]:
-    """Return the typed body, the chat that it asks for, and its unknown fields.
+) -> tuple[Body, ChatBody, Ignored]:
+    """Return the typed body, the chat that it asks for, and its fields without effect.
 
     Raises InvalidRequestError, which names the field.
     """
-    body, ignored = check_types(model, refuse_unsupported(fields, ASKS_FOR_NOTHING), strict=strict)
-    reader = _Reader(strict)
-    for index, tool in enumerate(body.tools or ()):
-        if tool.get("type") not in (None, "custom"):
-            raise unsupported_type(tool["type"], ("tools", index))
-        reader.check(Tool, tool, ("tools", index))
+    ignored = Ignored(strict=strict)
+    body = ignored.check(model, refuse_unsupported(fields, ASKS_FOR_NOTHING))
+    _name_hints(body, ignored)
+    reader = Reader(ignored)
     if body.system is not None:
-        reader.transcript.add("system", reader.texts(body.system, ("system",)))
+        reader.read_system(body.system)
     for index, message in enumerate(body.messages):
         reader.read(message, ("messages", index))
-    messages = reader.transcript.finished()
-    last = messages[-1]
+    tools = _offered_tools(body, reader, ignored)
+    transcript = reader.transcript
+    # A last message of the assistant is the beginning of the answer, if it has text to continue.
+    last = transcript.last if body.messages[-1].role == "assistant" else {}
+    begun = any(part["text"] for part in last.get("content", ()))
     fields = {
         **body.passed_on(),
         **_generation_fields(body),
-        **_thinking_fields(body),
-        **_tool_fields(body),
-        "messages": messages,
+        **_thinking_fields(body, ignored),
+        **_choice_fields(body),
+        "tools": tools or None,
+        "messages": transcript.finished(),
         "stream": True,
-        # A last message of the assistant is the beginning of the answer.
-        "continue_final_message": last["role"] == "assistant" and "tool_calls" not in last,
+        "continue_final_message": begun and "tool_calls" not in last,
         "response_format": _chat_format(body.output_config),
     }
-    return body, chat_body(fields, names_of(body)), ignored + reader.ignored
+    return body, chat_body(fields, names_of(body)), ignored
+
+
+def effort_path(body: CountTokensBody) -> Path:
+    """Return the path of the field that decides the reasoning effort."""
+    disabled = body.thinking is not None and body.thinking.type == "disabled"
+    return ("thinking",) if disabled else ("output_config", "effort")
+
+
+def names_of(body: CountTokensBody) -> dict[str, str]:
+    """Return NAMES for this body: errors about the effort name the field that decided it."""
+    return {**NAMES, "reasoning_effort": ".".join(map(str, effort_path(body)))}
+
+
+def _name_hints(body: CountTokensBody, ignored: Ignored) -> None:
+    ignored.add(("context_management",), body.context_management, ({}, {"edits": []}))
+    ignored.add(("mcp_servers",), body.mcp_servers, ([],))
+    ignored.add(("speed",), body.speed, ("standard",))
+    if isinstance(body, MessagesBody):
+        ignored.add(("service_tier",), body.service_tier, ("auto", "standard_only"))
 
 
 def _user(metadata: Metadata | None) -> str | None:
@@ -191,74 +156,6 @@ def _user(metadata: Metadata | None) -> str | None:
     if metadata is None or not metadata.user_id:
         return None
     return hashlib.sha256(metadata.user_id.encode()).hexdigest()
-
-
-def names_of(body: CountTokensBody) -> dict[str, str]:
-    """Return NAMES for this body: errors about the effort name the field that decided it."""
-    disabled = body.thinking is not None and body.thinking.type == "disabled"
-    return {**NAMES, "reasoning_effort": "thinking"} if disabled else NAMES
-
-
-class _Reader:
-    """Reads messages into a transcript and collects their unknown fields in `ignored`."""
-
-    def __init__(self, strict: bool) -> None:
-        self._strict = strict
-        self.transcript = Transcript()
-        self.ignored: list[str] = []
-
-    def check(self, model: type[Checked], fields: dict[str, Any], where: Path) -> Checked:
-        """Validate `fields`, which are at `where`. Raises InvalidRequestError."""
-        checked, ignored = check_types(model, fields, strict=self._strict, within=where)
-        self.ignored += ignored
-        return checked
-
-    def texts(self, value: Any, where: Path) -> list[dict[str, str]]:
-        """Return content that may only be text as text parts of the chat."""
-        blocks = self._blocks(value, where, {"text": TextBlock})
-        return [{"type": "text", "text": block.text} for block in blocks]
-
-    def read(self, message: MessageParam, where: Path) -> None:
-        """Add a message to the transcript. Raises InvalidRequestError."""
-        where = (*where, "content")
-        transcript = self.transcript
-        blocks = self._blocks(message.content, where, BLOCKS[message.role])
-        if not blocks:
-            param = path_of(where)
-            raise InvalidRequestError(f"{param}: must have at least one block", param)
-        for index, block in enumerate(blocks):
-            match block:
-                case TextBlock():
-                    if index and isinstance(blocks[index - 1], TextBlock):
-                        continue  # read together with the first text of its run
-                    run = takewhile(lambda other: isinstance(other, TextBlock), blocks[index:])
-                    content = [{"type": "text", "text": other.text} for other in run]
-                    if message.role == "user":
-                        transcript.add("user", content)
-                    else:
-                        transcript.add_text(content)
-                case ThinkingBlock():
-                    transcript.add_reasoning(block.thinking)
-                case ToolUseBlock():
-                    arguments = json.dumps(block.input, ensure_ascii=False)
-                    transcript.add_call(block.id, block.name, arguments)
-                case ToolResultBlock():
-                    content = self.texts(block.content or "", (*where, index, "content"))
-                    if block.is_error:
-                        content = [{"type": "text", "text": "Error:"}, *content]
-                    transcript.add("tool", content, tool_call_id=block.tool_use_id)
-
-    def _blocks(self, value: Any, where: Path, models: Mapping[str, type[Any]]) -> list[Any]:
-        """Return the typed blocks of a message's content; a string is one block of text."""
-        if isinstance(value, str):
-            return [TextBlock(type="text", text=value)]
-        blocks = []
-        for index, block in enumerate(parts_of(value, where)):
-            kind = block.get("type")
-            if not isinstance(kind, str) or kind not in models:
-                raise unsupported_type(kind, (*where, index))
-            blocks.append(self.check(models[kind], block, (*where, index)))
-        return blocks
 
 
 def _generation_fields(body: CountTokensBody) -> dict[str, Any]:
@@ -271,27 +168,63 @@ def _generation_fields(body: CountTokensBody) -> dict[str, Any]:
     }
 
 
-def _thinking_fields(body: CountTokensBody) -> dict[str, Any]:
+def _thinking_fields(body: CountTokensBody, ignored: Ignored) -> dict[str, Any]:
     effort = body.output_config.effort if body.output_config is not None else None
+    if effort == "max" and effort not in get_args(ReasoningEffort):
+        effort = "xhigh"
     thinking = body.thinking
     if thinking is None:
         return {"reasoning_effort": effort}
+    budget = thinking.budget_tokens
+    if "thinking_token_budget" not in ChatBody.model_fields:
+        ignored.add(("thinking", "budget_tokens"), budget)
+        budget = None
     return {
         "reasoning_effort": "none" if thinking.type == "disabled" else effort,
-        "thinking_token_budget": thinking.budget_tokens,
-        "include_reasoning": False if thinking.display == "omitted" else None,
+        "thinking_token_budget": budget,
     }
 
 
-def _tool_fields(body: CountTokensBody) -> dict[str, Any]:
+def _offered_tools(body: CountTokensBody, reader: Reader, ignored: Ignored) -> list[dict[str, Any]]:
+    """Return the tools that the model sees.
+
+    Tools that Anthropic defines or runs are left out. A tool with `defer_loading` is left out until
+    a message refers to it, unless a tool of Anthropic's would have had to find it. Raises
+    InvalidRequestError.
+    """
+    given = [(tool, ("tools", index)) for index, tool in enumerate(body.tools or ())]
+    chosen = body.tool_choice.name if body.tool_choice is not None else None
+    kinds = [str(tool.get("type")) for tool, _ in given]
+    all_shown = any(kind.startswith("tool_search_tool_") for kind in kinds)
+    tools = []
+    for tool, where in [*given, *reader.defined]:
+        kind, name = tool.get("type"), tool.get("name")
+        if kind not in (None, "custom"):
+            if isinstance(chosen, str) and name == chosen:
+                raise unsupported_type(kind, where)
+            ignored.add(where)
+            continue
+        checked = ignored.check(Tool, tool, where)
+        hidden = checked.defer_loading and not all_shown and name not in reader.referenced
+        if not hidden and name not in reader.removed:
+            tools.append(_chat_tool(tool))
+            forced = body.tool_choice is not None and body.tool_choice.type in ("any", "tool")
+            if checked.strict and not forced:
+                ignored.mention((*where, "strict"))
+    return tools
+
+
+def _choice_fields(body: CountTokensBody) -> dict[str, Any]:
     choice = body.tool_choice
-    if choice is not None:
-        mode = {"auto": "auto", "any": "required", "none": "none"}.get(choice.type)
-        named = {"type": "function", "function": {"name": choice.name}}
+    if choice is None:
+        return {}
+    mode = {"auto": "auto", "any": "required", "none": "none"}.get(choice.type)
+    named = {"type": "function", "function": {"name": choice.name}}
+    if mode is None and choice.name is None:
+        raise InvalidRequestError("tool_choice.name is missing", "tool_choice.name")
     return {
-        "tools": [_chat_tool(tool) for tool in body.tools] if body.tools else None,
-        "tool_choice": None if choice is None else mode or named,
-        "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
+        "tool_choice": mode or named,
+        "parallel_tool_calls": not choice.disable_parallel_tool_use,
     }
 
 

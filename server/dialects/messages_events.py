@@ -10,6 +10,8 @@ from pydantic_core import from_json
 
 from ..api.chat import Chat
 from ..api.translation import BlockWriter, Event, Piece
+from ..templates.call_arguments import RAW_ARGUMENTS
+from .sealed import seal
 
 PING: Event = {"type": "ping"}
 """The event that keeps silent connections open."""
@@ -22,10 +24,15 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 
 
 class MessageWriter(BlockWriter):
-    """Builds `message` while the chat runs, and the events that report its progress."""
+    """Builds `message` while the chat runs, and the events that report its progress.
 
-    def __init__(self, message_id: str, model: str) -> None:
+    With `omits_thinking`, a thinking block has no text, and its signature holds the sealed
+    reasoning.
+    """
+
+    def __init__(self, message_id: str, model: str, *, omits_thinking: bool = False) -> None:
         super().__init__()
+        self._omits_thinking = omits_thinking
         self.message: dict[str, Any] = {
             "id": message_id,
             "type": "message",
@@ -76,22 +83,40 @@ class MessageWriter(BlockWriter):
 
     def extend_block(self, piece: Piece) -> Iterator[Event]:
         self._texts.append(piece.text)
+        if piece.kind == "reasoning" and self._omits_thinking:
+            return
         kind, name = _DELTA_OF[piece.kind]
         yield self._event("content_block_delta", delta={"type": kind, name: piece.text})
 
     def close_block(self, status: str) -> Iterator[Event]:
         block, text = self._block, "".join(self._texts)
         if self._kind == "call":
-            # If max_tokens has cut the arguments, read them as far as they go, as Anthropic's
-            # clients do in a stream.
-            block["input"] = from_json(text, allow_partial=True) if text else {}
+            block["input"] = _input_of(text)
+        elif self._kind == "reasoning":
+            block["signature"] = seal(text if self._omits_thinking else "")
+            block["thinking"] = "" if self._omits_thinking else text
+            delta = {"type": "signature_delta", "signature": block["signature"]}
+            yield self._event("content_block_delta", delta=delta)
         else:
-            block[_DELTA_OF[self._kind][1]] = text
+            block["text"] = text
         yield self._event("content_block_stop")
         self.message["content"].append(block)
 
     def _event(self, kind: str, **fields: Any) -> Event:
         return {"type": kind, "index": len(self.message["content"]), **fields}
+
+
+def _input_of(arguments: str) -> dict[str, Any]:
+    """Return the arguments of a call as an object.
+
+    If max_tokens has cut them, they are read as far as they go, as Anthropic's clients do in a
+    stream. If they cannot be read, the object holds their text.
+    """
+    try:
+        value = from_json(arguments or "{}", allow_partial=True)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {RAW_ARGUMENTS: arguments}
 
 
 def _stop(choice: dict[str, Any]) -> dict[str, Any]:
@@ -104,9 +129,11 @@ def _stop(choice: dict[str, Any]) -> dict[str, Any]:
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     """Convert the usage; cached tokens are reported separately."""
     cached = usage["prompt_tokens_details"]["cached_tokens"]
+    details = usage["completion_tokens_details"]
     return {
         "input_tokens": usage["prompt_tokens"] - cached,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
         "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"thinking_tokens": details["reasoning_tokens"]},
     }

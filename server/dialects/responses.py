@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import structlog
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -30,10 +31,20 @@ from ..http.route_docs import (
 )
 from ..http.sse import EventStream, log_failure, run_until_disconnect
 from ..requests.state import ServerState, state_of
-from .responses_body import NAMES, ResponseBody, chat_of, check_body, items_of
+from .hints import Ignored
+from .responses_body import (
+    NAMES,
+    InputTokensBody,
+    ResponseBody,
+    chat_of,
+    check_body,
+    items_of,
+)
 from .responses_events import ResponseWriter
+from .responses_items import with_ids
 
 router = APIRouter(tags=["responses"])
+log = structlog.get_logger(__name__)
 
 _RESPONSE = json_object("id", "object", "status", "output", "usage", output=OBJECTS)
 
@@ -49,14 +60,12 @@ async def create_response(request: Request) -> Response:
     state = state_of(request)
     with refusals_counted(state.metrics):
         fields = await read_json_object(request)
-        body, ignored = check_body(fields, strict=state.settings.strict)
+        body, ignored = check_body(ResponseBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
-        previous = body.previous_response_id or ""
-        if (answer := state.siblings.forward(request, previous)) is not None:
+        if (answer := state.siblings.forward(request, body.continued)) is not None:
             return answer
-        run = await _ResponseRun.start(state, request, body)
-    ignored += run.ignored + without_effect(run.chat, NAMES)
-    headers = ignored_header(ignored, run.chat.job.prompt_changes)
+        run = await ResponseRun.start(state, request, body, ignored)
+    headers = ignored_header(ignored.names, run.chat.job.prompt_changes)
     if body.background:
         state.responses.run(run.key, run.writer.response, run.run_in_background())
         return JSONResponse(run.writer.response, headers=headers)
@@ -89,7 +98,7 @@ async def get_response(request: Request, response_id: str) -> Response:
         raise InvalidRequestError("stream: a stored response cannot be streamed", "stream")
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
         return answer
-    return JSONResponse(_found(request, response_id).response)
+    return JSONResponse(found_response(request, response_id).response)
 
 
 @router.post(
@@ -101,12 +110,12 @@ async def cancel_response(request: Request, response_id: str) -> Response:
     """Cancel a response that runs in the background; one that has ended stays as it is."""
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
         return answer
-    response = _found(request, response_id).response
+    response = found_response(request, response_id).response
     if not response["background"]:
         raise InvalidRequestError(
             "only a response that was created with `background` can be cancelled", "response_id"
         )
-    await state_of(request).responses.cancel(_key(request, response_id))
+    await state_of(request).responses.cancel(key_of(request, response_id))
     return JSONResponse(response)
 
 
@@ -119,23 +128,25 @@ async def delete_response(request: Request, response_id: str) -> Response:
     """Forget a response; if it runs in the background, cancel it."""
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
         return answer
-    _found(request, response_id)
-    await state_of(request).responses.remove(_key(request, response_id))
+    found_response(request, response_id)
+    await state_of(request).responses.remove(key_of(request, response_id))
     return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
 
-def _key(request: Request, response_id: str) -> Key:
+def key_of(request: Request, response_id: str) -> Key:
+    """Return the key of a response in the store."""
     return state_of(request).keys.owner(request), response_id
 
 
-def _found(request: Request, response_id: str) -> Stored | Running:
-    found = state_of(request).responses.find(_key(request, response_id))
-    if found is None:
+def found_response(request: Request, response_id: str) -> Stored | Running:
+    """Return a response of this client. Raises HTTPException 404."""
+    found = state_of(request).responses.find(key_of(request, response_id))
+    if found is None or found.response["object"] != "response":
         raise HTTPException(404, f"there is no response {ascii(response_id[:64])}")
     return found
 
 
-class _ResponseRun:
+class ResponseRun:
     """One admitted response while it is generated."""
 
     def __init__(
@@ -145,36 +156,39 @@ class _ResponseRun:
         chat: Chat,
         writer: ResponseWriter,
         items: list[dict[str, Any]],
-        ignored: list[str],
         request_id: str,
     ) -> None:
         self.key = key
         self.chat = chat
         self.writer = writer
-        self.ignored = ignored
         self._responses = responses
         self._items = items
         self._request_id = request_id
+        self._conversation: tuple[Key, list[dict[str, Any]]] | None = None
+        """The conversation that grows by these items and by the output, if there is one."""
 
     @classmethod
-    async def start(cls, state: ServerState, request: Request, body: ResponseBody) -> _ResponseRun:
+    async def start(
+        cls, state: ServerState, request: Request, body: ResponseBody, ignored: Ignored
+    ) -> ResponseRun:
         """Admit the response. Raises QuireError if it is refused."""
-        key = _key(request, f"resp_{uuid.uuid4().hex}{state.siblings.suffix}")
+        key = key_of(request, f"resp_{uuid.uuid4().hex}{state.siblings.suffix}")
         store = _is_stored(body, enabled=state.responses.enabled)
-        previous = _previous(request, body.previous_response_id)
-        chat_body, ignored = chat_of(body, previous, strict=state.settings.strict)
+        previous = previous_items(request, body)
+        resolve_references(request, body)
+        chat_body, tools = chat_of(body, previous, ignored)
         with renamed(NAMES):
+            capped = not state.settings.strict
             chat = await Chat.start(
-                state,
-                chat_body,
-                key[1],
-                request.state.request_id,
-                key[0],
-                caps_max_tokens=True,
+                state, chat_body, key[1], request.state.request_id, key[0], caps_max_tokens=capped
             )
-        writer = ResponseWriter(key[1], state.model_name, body, store=store)
-        items = [*previous, *items_of(body)]
-        return cls(state.responses, key, chat, writer, items, ignored, request.state.request_id)
+        ignored.names += without_effect(chat, NAMES)
+        writer = ResponseWriter(key[1], state.model_name, body, tools, store=store)
+        given = items_of(body)
+        run = cls(state.responses, key, chat, writer, [*previous, *given], request.state.request_id)
+        if body.conversation is not None:
+            run._conversation = (key[0], body.conversation), given
+        return run
 
     async def _events(self) -> AsyncGenerator[Event, None]:
         """Yield all events, storing the response before the last one."""
@@ -225,6 +239,13 @@ class _ResponseRun:
         response = self.writer.response
         if response["store"]:
             self._responses.add(self.key, response, self._items + response["output"])
+        if self._conversation is not None and response["status"] in ("completed", "incomplete"):
+            key, given = self._conversation
+            found = self._responses.find(key)
+            if isinstance(found, Stored):  # it may have been deleted meanwhile
+                items = [*found.items, *with_ids(given), *response["output"]]
+                if not self._responses.add(key, found.response, items):
+                    log.warning("conversation_full", conversation=key[1])
 
 
 def _is_stored(body: ResponseBody, *, enabled: bool) -> bool:
@@ -242,15 +263,34 @@ def _is_stored(body: ResponseBody, *, enabled: bool) -> bool:
     return enabled and body.store is not False
 
 
-def _previous(request: Request, response_id: str | None) -> list[dict[str, Any]]:
-    """Return the items of the conversation to continue. Raises InvalidRequestError."""
-    if response_id is None:
+def resolve_references(request: Request, body: InputTokensBody) -> None:
+    """Put the items that the input only refers to in their places. Raises InvalidRequestError."""
+    state = state_of(request)
+    references = dict(body.references())
+    if not references:
+        return
+    found = state.responses.find_items(state.keys.owner(request), references.values())
+    for place, item_id in references.items():
+        if item_id not in found:
+            param = f"input[{place}].id"
+            raise InvalidRequestError(f"{param}: there is no item {ascii(item_id[:64])}", param)
+    body.input = [
+        found[references[place]] if place in references else item
+        for place, item in enumerate(body.input)
+    ]
+
+
+def previous_items(request: Request, body: InputTokensBody) -> list[dict[str, Any]]:
+    """Return the items of the response or conversation to continue. Raises InvalidRequestError."""
+    resumed = body.conversation or body.previous_response_id
+    if resumed is None:
         return []
-    found = state_of(request).responses.find(_key(request, response_id))
-    param = "previous_response_id"
-    if found is None:
-        raise InvalidRequestError(f"{param}: there is no response {ascii(response_id[:64])}", param)
-    if isinstance(found, Running) or found.response["status"] not in ("completed", "incomplete"):
+    kind = "conversation" if body.conversation else "response"
+    param = "conversation" if body.conversation else "previous_response_id"
+    found = state_of(request).responses.find(key_of(request, resumed))
+    if found is None or found.response["object"] != kind:
+        raise InvalidRequestError(f"{param}: there is no {kind} {ascii(resumed[:64])}", param)
+    if isinstance(found, Running):
         status = found.response["status"]
         raise InvalidRequestError(f"{param}: that response is {status}", param)
     return found.items

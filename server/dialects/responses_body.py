@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import Field, PlainValidator
+from pydantic import BeforeValidator, Field, PlainValidator
 
 from ...engine.errors import InvalidRequestError
-from ..api.translation import (
-    Content,
-    ConversationBody,
-    Path,
-    Transcript,
-    chat_body,
-    content_of,
-    texts_of,
-    unsupported_type,
-)
-from ..requests.field_types import Fields, Label
-from ..requests.protocol import ChatBody, check_types
+from ..api.translation import Content, ConversationBody, chat_body
+from ..requests.field_types import Fields, Label, ReasoningEffort
+from ..requests.protocol import ChatBody
 from ..requests.unsupported import refuse_unsupported
+from .hints import Ignored
+from .responses_items import ItemReader
+from .responses_tools import Tools
 
 MAX_METADATA = 16  # entries
 MAX_METADATA_KEY = 64  # characters
 MAX_METADATA_VALUE = 512  # characters
-Include = Literal["message.output_text.logprobs"]
+INCLUDE_LOGPROBS = "message.output_text.logprobs"
+INCLUDE_SEALED = "reasoning.encrypted_content"
 
 NAMES = {
     "messages": "input",
@@ -33,19 +28,10 @@ NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
-    ".function.": ".",
 }
 """Fields of the chat and their names in this API; see `renamed`."""
 
-ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
-    "conversation": (),
-    "prompt": (),
-    "context_management": ([],),
-    "max_tool_calls": (),
-    "moderation": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": ("in_memory",),
-}
+ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {"prompt": (), "moderation": ()}
 """Unsupported fields of this API, and the values that are accepted since they ask for nothing."""
 
 
@@ -55,6 +41,13 @@ def _check_input(value: Any) -> str | list[dict[str, Any]]:
     if not isinstance(value, list) or not value or set(map(type, value)) != {dict}:
         raise ValueError("must be a string or a list of items")
     return value
+
+
+def _check_conversation(value: Any) -> str | None:
+    name = value.get("id") if isinstance(value, dict) else value
+    if value is not None and not isinstance(name, str):
+        raise ValueError('must be an id or {"id": …}')
+    return name
 
 
 def _check_metadata(value: Any) -> dict[str, str] | None:
@@ -71,111 +64,122 @@ def _check_metadata(value: Any) -> dict[str, str] | None:
     return value
 
 
+Metadata = Annotated[dict[str, str] | None, PlainValidator(_check_metadata)]
+OptionalLabel = Annotated[Label | None, BeforeValidator(lambda value: value or None)]
+"""A label; an empty one is none."""
+
+
 class ResponseStreamOptions(Fields):
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None
 
 
 class ReasoningOptions(Fields):
     effort: Any = None
-    summary: None = None
-    generate_summary: None = None
+    summary: Any = None
+    generate_summary: Any = None
 
 
 class TextOptions(Fields):
     format: dict[str, Any] | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Any = None
 
 
-class ResponseBody(ConversationBody):
+class InputTokensBody(ConversationBody):
     input: Annotated[Content, PlainValidator(_check_input)]
     instructions: str | None = None
     previous_response_id: str | None = None
-    max_output_tokens: Any = None
-    stream: bool | None = None
-    stream_options: ResponseStreamOptions | None = None
-    background: bool | None = None
-    store: bool | None = None
+    conversation: Annotated[str | None, PlainValidator(_check_conversation)] = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    include: Annotated[list[Include], Field(fail_fast=True)] | None = None
+    truncation: Any = None  # a hint: see `_name_hints`
+
+    @property
+    def continued(self) -> str:
+        """The id of what is continued, a response or conversation, or the first item that the input
+        refers to; empty if there is none."""
+        found = self.previous_response_id or self.conversation
+        return found or next((item_id for _, item_id in self.references()), "")
+
+    def references(self) -> Iterator[tuple[int, str]]:
+        """Yield the place and the id of each item that the input only refers to."""
+        for place, item in enumerate(self.input if isinstance(self.input, list) else ()):
+            if item.get("type") == "item_reference":
+                yield place, str(item.get("id"))
+
+
+class ResponseBody(InputTokensBody):
+    max_output_tokens: Any = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    background: bool | None = None
+    store: bool | None = None
+    include: Annotated[list[str], Field(fail_fast=True)] | None = None
     top_logprobs: int | None = None
-    truncation: Literal["disabled"] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    metadata: Annotated[dict[str, str] | None, PlainValidator(_check_metadata)] = None
-    user: Label | None = None
-    safety_identifier: Label | None = None
-    prompt_cache_key: Label | None = None
+    metadata: Metadata = None
+    user: OptionalLabel = None
+    safety_identifier: OptionalLabel = None
+    prompt_cache_key: OptionalLabel = None
+    # Hints: see `_name_hints`.
+    service_tier: Any = None
+    context_management: Any = None
+    max_tool_calls: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+
+    @property
+    def shows_logprobs(self) -> bool:
+        """Whether the text's log-probabilities are returned."""
+        return INCLUDE_LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+
+    @property
+    def seals_reasoning(self) -> bool:
+        """Whether reasoning is also returned sealed."""
+        return INCLUDE_SEALED in (self.include or ())
 
 
-class MessageItem(Fields):
-    type: Literal["message"] = "message"
-    id: str | None = None
-    status: str | None = None
-    phase: str | None = None
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Any
+Body = TypeVar("Body", bound=InputTokensBody)
 
 
-class FunctionCallItem(Fields):
-    type: Literal["function_call"]
-    id: str | None = None
-    status: str | None = None
-    call_id: str
-    name: str
-    arguments: str
-
-
-class FunctionCallOutputItem(Fields):
-    type: Literal["function_call_output"]
-    id: str | None = None
-    status: str | None = None
-    call_id: str
-    output: Any
-
-
-class ReasoningItem(Fields):
-    type: Literal["reasoning"]
-    id: str | None = None
-    status: str | None = None
-    summary: list[dict[str, Any]] | None = None
-    content: list[dict[str, Any]] | None = None
-    encrypted_content: None = None
-
-
-class FunctionTool(Fields):
-    type: Literal["function"]
-    name: Any
-    description: Any = None
-    parameters: Any = None
-    strict: Any = None
-
-
-ITEMS: dict[str, type[Fields]] = {
-    "message": MessageItem,
-    "function_call": FunctionCallItem,
-    "function_call_output": FunctionCallOutputItem,
-    "reasoning": ReasoningItem,
-}
-"""The types of items in a conversation."""
-
-
-def check_body(fields: dict[str, Any], *, strict: bool) -> tuple[ResponseBody, list[str]]:
-    """Return the typed body and its unknown fields. Raises InvalidRequestError."""
-    fields = refuse_unsupported(fields, ASKS_FOR_NOTHING)
-    body, ignored = check_types(ResponseBody, fields, strict=strict)
-    for index, tool in enumerate(body.tools or ()):
-        if tool.get("type") != "function":
-            raise unsupported_type(tool.get("type"), ("tools", index))
-        ignored += check_types(FunctionTool, tool, strict=strict, within=("tools", index))[1]
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequestError("stream_options: needs stream", "stream_options")
+def check_body(model: type[Body], fields: dict[str, Any], *, strict: bool) -> tuple[Body, Ignored]:
+    """Return the typed body and its fields without effect. Raises InvalidRequestError."""
+    ignored = Ignored(strict=strict)
+    body = ignored.check(model, refuse_unsupported(fields, ASKS_FOR_NOTHING))
+    _name_hints(body, ignored)
+    if body.conversation is not None and body.previous_response_id is not None:
+        raise InvalidRequestError(
+            "conversation: cannot be combined with previous_response_id", "conversation"
+        )
+    if isinstance(body, ResponseBody):
+        if body.stream_options is not None and not body.stream:
+            raise InvalidRequestError("stream_options: needs stream", "stream_options")
+        _name_hints_of_answer(body, ignored)
     return body, ignored
 
 
-def items_of(body: ResponseBody) -> list[dict[str, Any]]:
+def _name_hints(body: InputTokensBody, ignored: Ignored) -> None:
+    ignored.add(("truncation",), body.truncation, ("disabled",))
+    reasoning = body.reasoning or ReasoningOptions()
+    ignored.add(("reasoning", "summary"), reasoning.summary)
+    ignored.add(("reasoning", "generate_summary"), reasoning.generate_summary)
+    ignored.add(("text", "verbosity"), body.text and body.text.verbosity, ("medium",))
+
+
+def _name_hints_of_answer(body: ResponseBody, ignored: Ignored) -> None:
+    ignored.add(("service_tier",), body.service_tier, ("auto", "default"))
+    ignored.add(("context_management",), body.context_management, ([],))
+    ignored.add(("max_tool_calls",), body.max_tool_calls)
+    ignored.add(("prompt_cache_options",), body.prompt_cache_options)
+    ignored.add(("prompt_cache_retention",), body.prompt_cache_retention, ("in_memory",))
+    obfuscation = body.stream_options and body.stream_options.include_obfuscation
+    ignored.add(("stream_options", "include_obfuscation"), obfuscation, (False,))
+    for index, name in enumerate(body.include or ()):
+        ignored.add(("include", index), name, (INCLUDE_LOGPROBS, INCLUDE_SEALED))
+
+
+def items_of(body: InputTokensBody) -> list[dict[str, Any]]:
     """Return the input as items; a string is one message of the user."""
     if isinstance(body.input, str):
         return [{"type": "message", "role": "user", "content": body.input}]
@@ -184,79 +188,44 @@ def items_of(body: ResponseBody) -> list[dict[str, Any]]:
 
 
 def chat_of(
-    body: ResponseBody, previous: Sequence[dict[str, Any]], *, strict: bool
-) -> tuple[ChatBody, list[str]]:
-    """Return the chat of the items of `previous` and of `body`, and the unknown fields in `body`.
+    body: InputTokensBody, previous: Sequence[dict[str, Any]], ignored: Ignored
+) -> tuple[ChatBody, Tools]:
+    """Return the chat of the items of `previous` and of `body`, and its tools.
 
     Raises InvalidRequestError.
     """
-    transcript = Transcript()
+    tools = Tools(ignored)
+    tools.add(body.tools or (), ("tools",))
+    reader = ItemReader(tools, ignored)
     if body.instructions:
-        transcript.add("system", body.instructions)
+        reader.transcript.add("system", body.instructions)
+    # What earlier requests have said without effect is not named again.
+    earlier = ItemReader(tools, Ignored(strict=False))
+    earlier.transcript = reader.transcript
     for item in previous:
-        _read(transcript, item, ("previous_response_id",), strict=False)
-    ignored = []
+        earlier.read(item, ("conversation" if body.conversation else "previous_response_id",))
     for index, item in enumerate(items_of(body)):
-        ignored += _read(transcript, item, ("input", index), strict=strict)
-    wants_logprobs = bool(body.include or body.top_logprobs)
-    reasoning = body.reasoning or ReasoningOptions()
+        reader.read(item, ("input", index))
+    effort = body.reasoning.effort if body.reasoning is not None else None
+    if effort == "max" and effort not in get_args(ReasoningEffort):
+        effort = "xhigh"
+    choice = tools.choose(body.tool_choice)
     fields = {
         **body.passed_on(),
-        "messages": transcript.finished(),
+        "messages": reader.transcript.finished(),
         "stream": True,
-        "max_completion_tokens": body.max_output_tokens,
-        "tools": [_chat_tool(tool) for tool in body.tools] if body.tools else None,
-        "tool_choice": _chat_tool_choice(body.tool_choice),
+        "tools": tools.functions or None,
+        "tool_choice": choice,
         "parallel_tool_calls": body.parallel_tool_calls,
         "response_format": _chat_format(body.text),
-        "reasoning_effort": reasoning.effort,
-        "logprobs": wants_logprobs or None,
-        "top_logprobs": body.top_logprobs,
-        "user": body.user,
+        "reasoning_effort": effort,
     }
-    return chat_body(fields, NAMES), ignored
-
-
-def _read(
-    transcript: Transcript, fields: dict[str, Any], where: Path, *, strict: bool
-) -> list[str]:
-    """Add an item to the transcript and return its unknown fields. Raises InvalidRequestError."""
-    kind = fields.get("type", "message")
-    model = ITEMS.get(kind) if isinstance(kind, str) else None
-    if model is None:
-        raise unsupported_type(kind, where)
-    item, ignored = check_types(model, fields, strict=strict, within=where)
-    match item:
-        case MessageItem(role="assistant"):
-            transcript.add_text(content_of(item.content, (*where, "content"), "output_text"))
-        case MessageItem():
-            content = content_of(item.content, (*where, "content"), "input_text")
-            transcript.add(item.role, content)
-        case FunctionCallItem():
-            transcript.add_call(item.call_id, item.name, item.arguments)
-        case FunctionCallOutputItem():
-            content = content_of(item.output, (*where, "output"), "input_text")
-            transcript.add("tool", content, tool_call_id=item.call_id)
-        case ReasoningItem():
-            # Read the reasoning itself if the item has it, and its summary otherwise.
-            parts = texts_of(item.content or [], (*where, "content"), "reasoning_text")
-            parts = parts or texts_of(item.summary or [], (*where, "summary"), "summary_text")
-            transcript.add_reasoning("\n".join(part["text"] for part in parts))
-    return ignored
-
-
-def _chat_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    names = ("name", "description", "parameters", "strict")
-    function = {name: tool[name] for name in names if tool.get(name) is not None}
-    return {"type": "function", "function": function}
-
-
-def _chat_tool_choice(choice: Any) -> Any:
-    if isinstance(choice, dict):
-        if choice.get("type") != "function":
-            raise unsupported_type(choice.get("type"), ("tool_choice",))
-        return {"type": "function", "function": {"name": choice.get("name")}}
-    return choice
+    if isinstance(body, ResponseBody):
+        fields["max_completion_tokens"] = body.max_output_tokens
+        fields["logprobs"] = body.shows_logprobs or None
+        fields["top_logprobs"] = body.top_logprobs
+        fields["user"] = body.user
+    return chat_body(fields, NAMES), tools
 
 
 def _chat_format(text: TextOptions | None) -> Any:

@@ -11,13 +11,18 @@ from typing import Any
 from ..api.chat import Chat
 from ..api.translation import BlockWriter, Event, Piece
 from ..errors import error_body
+from .custom_input import CustomInput
 from .responses_body import ResponseBody
+from .responses_tools import Called, Tools, client_call
+from .sealed import seal
 
 _EVENTS_OF = {
     "text": "response.output_text",
     "reasoning": "response.reasoning_text",
-    "call": "response.function_call_arguments",
+    "function": "response.function_call_arguments",
+    "custom": "response.custom_tool_call_input",
 }
+"""The names of the events of a block, by its kind. A call has the kind of its tool."""
 
 
 class ResponseWriter(BlockWriter):
@@ -26,13 +31,21 @@ class ResponseWriter(BlockWriter):
     Its output grows by whole items, so GET may return it at any time.
     """
 
-    def __init__(self, response_id: str, model: str, body: ResponseBody, *, store: bool) -> None:
+    def __init__(
+        self, response_id: str, model: str, body: ResponseBody, tools: Tools, *, store: bool
+    ) -> None:
         super().__init__()
         self.response = _new_response(response_id, model, body, store=store)
         self.ended = False
-        self._show_logprobs = bool(body.include or body.top_logprobs)
+        self._tools = tools
+        # Ids of items name the worker too, so that a reference to one finds it.
+        self._suffix = response_id[len("resp_") + 32 :]
+        self._show_logprobs = body.shows_logprobs
+        self._seals_reasoning = body.seals_reasoning
         self._sequence_number = 0
         self._kind = ""
+        self._first = Piece("text", "")
+        self._custom = CustomInput()
         self._item: dict[str, Any] = {}
         self._texts: list[str] = []
         self._logprobs: list[dict[str, Any]] = []
@@ -88,38 +101,82 @@ class ResponseWriter(BlockWriter):
         return self._event(f"response.{status}", response=self.response)
 
     def open_block(self, first: Piece) -> Iterator[Event]:
-        self._texts, self._logprobs = [], []
-        self._item = _new_item(first)
-        self._kind = first.kind
+        self._texts, self._logprobs, self._first = [], [], first
+        called = self._tools.find(first.name)
+        self._kind = called.kind if first.kind == "call" else first.kind
+        if self._kind not in _EVENTS_OF:
+            return  # what the client runs is shown when it is complete
+        self._item = _new_item(first, called, self._suffix)
+        if self._kind == "reasoning" and self._seals_reasoning:
+            self._item["encrypted_content"] = ""
+        self._custom = CustomInput()
         yield self._event("response.output_item.added", item=self._item)
         if first.kind != "call":
             yield self._event("response.content_part.added", content=True, part=self._part())
 
     def extend_block(self, piece: Piece) -> Iterator[Event]:
-        self._texts.append(piece.text)
-        fields: dict[str, Any] = {"delta": piece.text}
+        text = piece.text
+        if self._kind == "custom":
+            text = self._custom.feed(text)
+        self._texts.append(text)
+        if self._kind not in _EVENTS_OF or not (text or piece.logprobs):
+            return
+        fields: dict[str, Any] = {"delta": text}
         if piece.kind == "text":
             fields["logprobs"] = list(piece.logprobs)
             self._logprobs += piece.logprobs
-        name = f"{_EVENTS_OF[piece.kind]}.delta"
+        name = f"{_EVENTS_OF[self._kind]}.delta"
         yield self._event(name, content=piece.kind != "call", **fields)
 
     def close_block(self, status: str) -> Iterator[Event]:
-        item, part = self._item, self._part()
-        if self._kind == "call":
-            item["arguments"] = "".join(self._texts)
-            fields = {"arguments": item["arguments"], "name": item["name"]}
-            yield self._event(f"{_EVENTS_OF['call']}.done", **fields)
+        if self._kind in _EVENTS_OF:
+            yield from self._close_streamed()
         else:
-            fields = {"text": part["text"]}
-            if self._kind == "text":
-                fields["logprobs"] = self._logprobs
-            yield self._event(f"{_EVENTS_OF[self._kind]}.done", content=True, **fields)
-            yield self._event("response.content_part.done", content=True, part=part)
-            item["content"] = [part]
+            yield from self._close_client_call()
+        item = self._item
         item["status"] = status
         yield self._event("response.output_item.done", item=item)
         self.response["output"].append(item)
+
+    def _close_streamed(self) -> Iterator[Event]:
+        """Complete an item of which everything has been shown."""
+        item, name = self._item, f"{_EVENTS_OF[self._kind]}.done"
+        if self._kind == "custom":
+            rest = self._custom.finish()
+            if rest:
+                self._texts.append(rest)
+                yield self._event(f"{_EVENTS_OF['custom']}.delta", delta=rest)
+            item["input"] = "".join(self._texts)
+            yield self._event(name, input=item["input"])
+        elif self._kind == "function":
+            item["arguments"] = "".join(self._texts)
+            yield self._event(name, arguments=item["arguments"], name=item["name"])
+        else:
+            part = self._part()
+            fields = {"text": part["text"]}
+            if self._kind == "text":
+                fields["logprobs"] = self._logprobs
+            yield self._event(name, content=True, **fields)
+            yield self._event("response.content_part.done", content=True, part=part)
+            item["content"] = [part]
+            if "encrypted_content" in item:
+                item["encrypted_content"] = seal(part["text"])
+
+    def _close_client_call(self) -> Iterator[Event]:
+        """Show a call that the client runs. If its arguments are broken, it is the call of a
+        function, which no client runs by mistake."""
+        first, arguments = self._first, "".join(self._texts)
+        called = self._tools.find(first.name)
+        call = client_call(called.kind, arguments)
+        if call is None:
+            self._kind = "function"
+            self._item = _new_item(first, Called("function", first.name), self._suffix)
+            yield self._event("response.output_item.added", item=self._item)
+            yield from self._close_streamed()
+            return
+        number = uuid.uuid4().hex + self._suffix
+        self._item = {"id": f"tc_{number}", "call_id": first.id, **call, "status": "in_progress"}
+        yield self._event("response.output_item.added", item=self._item)
 
     def _part(self) -> dict[str, Any]:
         text = "".join(self._texts)
@@ -145,16 +202,21 @@ class ResponseWriter(BlockWriter):
         return {**event, **fields}
 
 
-def _new_item(first: Piece) -> dict[str, Any]:
-    number = uuid.uuid4().hex
+def _new_item(first: Piece, called: Called, suffix: str) -> dict[str, Any]:
+    number = uuid.uuid4().hex + suffix
     match first.kind:
         case "text":
             item = {"id": f"msg_{number}", "type": "message", "role": "assistant", "content": []}
         case "reasoning":
             item = {"id": f"rs_{number}", "type": "reasoning", "summary": [], "content": []}
         case "call":
-            item = {"id": f"fc_{number}", "type": "function_call", "arguments": ""}
-            item |= {"call_id": first.id, "name": first.name}
+            if called.kind == "custom":
+                item = {"id": f"ctc_{number}", "type": "custom_tool_call", "input": ""}
+            else:
+                item = {"id": f"fc_{number}", "type": "function_call", "arguments": ""}
+            item |= {"call_id": first.id, "name": called.name}
+            if called.namespace is not None:
+                item["namespace"] = called.namespace
     return {**item, "status": "in_progress"}
 
 
@@ -163,12 +225,13 @@ def _new_response(
 ) -> dict[str, Any]:
     reasoning, text = body.reasoning, body.text
     text_format = text.format if text is not None else None
-    tool = {"type": "function", "description": None, "parameters": None, "strict": None}
+    function = {"type": "function", "description": None, "parameters": None, "strict": None}
     return {
         "id": response_id,
         "object": "response",
         "created_at": int(time.time()),
         "completed_at": None,
+        "conversation": {"id": body.conversation} if body.conversation else None,
         "status": "queued",
         "background": bool(body.background),
         "error": None,
@@ -189,7 +252,10 @@ def _new_response(
         "temperature": body.temperature,
         "text": {"format": text_format or {"type": "text"}, "verbosity": "medium"},
         "tool_choice": body.tool_choice or "auto",
-        "tools": [{**tool, **given} for given in body.tools or ()],
+        "tools": [
+            {**function, **tool} if tool["type"] == "function" else tool
+            for tool in body.tools or ()
+        ],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": body.top_p,
         "truncation": "disabled",
@@ -199,12 +265,12 @@ def _new_response(
 
 
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
-    details = usage.get("completion_tokens_details") or {}
+    details = usage["completion_tokens_details"]
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": details.get("reasoning_tokens", 0)},
+        "output_tokens_details": {"reasoning_tokens": details["reasoning_tokens"]},
         "total_tokens": usage["total_tokens"],
     }

@@ -1,7 +1,8 @@
-"""Responses that clients can ask for again: running in the background, or ended.
+"""Responses that clients can ask for again, running in the background or ended, and conversations.
 
-They live in memory and are lost when the server stops. Ended responses are limited in number, bytes
-and age, and the oldest are dropped first; running ones are limited by the queue limits.
+They live in memory and are lost when the server stops. Ended responses and conversations are
+limited in number, bytes and age, and the oldest are dropped first; running responses are limited by
+the queue limits.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,13 @@ from ..json_text import encode_json
 from ..settings import Settings
 
 Key = tuple[bytes, str]
-"""The owner of a response (see `Keys.owner`), and its id."""
+"""The owner of a response or a conversation (see `Keys.owner`), and its id."""
 
 
 @dataclass(slots=True)
 class Stored:
-    """A response that has ended. `items` is its whole conversation, including its own output."""
+    """A response that has ended, or a conversation, as its member "object" says. `items` is the
+    whole conversation, including the output of the response."""
 
     response: dict[str, Any]
     items: list[dict[str, Any]]
@@ -39,7 +41,7 @@ class Running:
 
 
 class ResponseStore:
-    """All responses that are kept. Only the API key that created a response finds it."""
+    """All responses and conversations that are kept. Only the API key that created one finds it."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_entries = settings.max_stored_responses
@@ -58,15 +60,19 @@ class ResponseStore:
     def __len__(self) -> int:
         return len(self._ended)
 
-    def add(self, key: Key, response: dict[str, Any], items: list[dict[str, Any]]) -> None:
-        """Keep a response that has ended, unless it alone exceeds the bound on bytes."""
+    def add(self, key: Key, response: dict[str, Any], items: list[dict[str, Any]]) -> bool:
+        """Keep a response that has ended, or a conversation in the place of what it was. Returns
+        False, and keeps what there was, if it alone exceeds the bound on bytes."""
         num_bytes = len(encode_json(response)) + len(encode_json(items))
         if num_bytes > self._max_bytes:
-            return
+            return False
+        if key in self._ended:
+            self._drop(key)
         self._ended[key] = Stored(response, items, num_bytes, self._clock() + self._ttl)
         self.num_bytes += num_bytes
         while len(self._ended) > self._max_entries or self.num_bytes > self._max_bytes:
             self._drop(next(iter(self._ended)))
+        return True
 
     def run(self, key: Key, response: dict[str, Any], work: Coroutine[Any, Any, None]) -> None:
         """Run `work` in the background; it must `add` the response when it ends."""
@@ -78,6 +84,21 @@ class ResponseStore:
         """Return the response of this owner and id, if it is kept."""
         self._expire()
         return self._running.get(key) or self._ended.get(key)
+
+    def find_items(self, owner: bytes, ids: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Return the items with these ids in the kept conversations of this owner, by their id."""
+        self._expire()
+        wanted = set(ids)
+        found: dict[str, dict[str, Any]] = {}
+        for key, stored in reversed(self._ended.items()):
+            if not wanted:
+                break
+            if key[0] == owner:
+                named = [item for item in stored.items if isinstance(item.get("id"), str)]
+                here = {item["id"]: item for item in named if item["id"] in wanted}
+                wanted -= here.keys()
+                found |= here
+        return found
 
     async def remove(self, key: Key) -> bool:
         """Forget a response, ending it if it runs; False if there is none."""

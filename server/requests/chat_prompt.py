@@ -8,7 +8,6 @@ from ...engine.errors import InvalidRequestError
 from ..parsing.formats.message_format import MessageFormat
 from ..templates.chat_template import RESERVED_NAMES
 from ..templates.generic_tools import with_tools_as_text
-from ..templates.template_messages import parse_arguments
 from ..text.tokenizer import ChatPrompt, Tokenizer
 from ..validation import path_of
 from .field_types import parts_of
@@ -42,8 +41,7 @@ def check_chat(state: ServerState, body: ChatFields) -> None:
             if getattr(call, call.type) is None:
                 param = f"messages[{index}].tool_calls[{number}].{call.type}"
                 raise InvalidRequestError(f"{param}: is missing", param)
-        called = message.tool_calls or message.function_call
-        if message.content is None and not (message.role == "assistant" and called):
+        if message.says_nothing:
             raise InvalidRequestError(
                 f"messages[{index}]: content is missing", f"messages[{index}].content"
             )
@@ -134,10 +132,12 @@ def _template_message(message: Message) -> dict[str, Any]:
     fields: dict[str, Any] = message.model_dump(exclude_none=True)
     for name in message.model_extra or ():
         fields.pop(name, None)
-    fields["content"] = parts_of(message.content) if message.content else ""
+    refusal = fields.pop("refusal", None)
+    content = message.content or refusal
+    fields["content"] = parts_of(content) if content else ""
     reasoning = fields.pop("reasoning", None)
     if reasoning is not None:
         fields.setdefault("reasoning_content", reasoning)
     for call in fields.get("tool_calls", ()):
-        parse_arguments(call["function"]["arguments"])
+        call.pop("index", None)
     return fields

@@ -130,6 +130,7 @@ class CustomCall(Fields):
 class ToolCall(Fields):
     """A tool call that the assistant made in an earlier turn: of a function or of a custom tool."""
 
+    index: int | None = None
     id: str
     type: Literal["function", "custom"] = "function"
     function: ToolCallFunction | None = None
@@ -147,6 +148,17 @@ class Message(Fields):
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     function_call: ToolCallFunction | None = None
+    refusal: str | None = None
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether the message has no content where it needs some: an assistant may have called a
+        tool or only reasoned."""
+        if self.content is not None:
+            return False
+        called = self.tool_calls or self.function_call
+        spoken = called or self.reasoning or self.reasoning_content or self.refusal
+        return not (self.role == "assistant" and spoken)
 
 
 class FunctionDefinition(Fields):

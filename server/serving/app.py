@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from ...engine.client import EngineClient
 from ..api import chat, completions, embeddings, invocations, operations, tokenization
 from ..api.stored_streams import router as streams_router
-from ..dialects import messages, responses
+from ..dialects import conversations, messages, responses, responses_extra
 from ..errors import install_handlers
 from ..generation_defaults import load_generation_defaults
 from ..http.auth import require_client_key
@@ -74,7 +74,8 @@ def create_app(
     app.state.quire = state
     install_handlers(app)
     endpoints = (
-        *(completions, chat, responses, messages, embeddings, tokenization),
+        *(completions, chat, responses, responses_extra, conversations, messages),
+        *(embeddings, tokenization),
         *(rerank, classify, invocations),
     )
     private = [*(each.router for each in endpoints), _documentation(), streams_router]

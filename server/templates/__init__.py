@@ -8,6 +8,7 @@ Reading order:
     call_probe         those of turns with calls and reasoning
     probe_renders      the renders of both, with words to look for
     template_messages  a conversation written the way that its template reads it
+    call_arguments     the arguments of earlier calls, which need not be JSON
     client_text        control tokens that clients spelt, kept as plain text
     generic_tools      tools, calls and results as texts, for templates that know nothing of them
     response_template  how a tokenizer says that answers are to be read

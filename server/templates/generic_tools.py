@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .template_messages import parse_arguments
+from .call_arguments import parse_arguments
 
 _INTRODUCTION = """\
 You can call functions. Each of them is described by a line of JSON, with a JSON schema of its \

@@ -12,9 +12,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
-
 from ...engine.errors import InvalidRequestError
+from .call_arguments import parse_arguments
 from .template_traits import Form, TemplateTraits
 
 SYSTEM_IN_USER = "system-in-user"
@@ -291,17 +290,3 @@ def _as_parts(content: str | list[Message]) -> list[Message]:
     if isinstance(content, list):
         return content
     return [{"type": "text", "text": content}] if content else []
-
-
-def parse_arguments(text: str) -> dict[str, Any]:
-    """Return the arguments of a call from their JSON text; an empty text means no arguments. Raises
-    InvalidRequestError."""
-    try:
-        arguments = msgspec.json.decode(text or "{}")
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise InvalidRequestError(
-            "the arguments of a tool call are not JSON", "messages"
-        ) from error
-    if not isinstance(arguments, dict):
-        raise InvalidRequestError("the arguments of a tool call are not a JSON object", "messages")
-    return arguments

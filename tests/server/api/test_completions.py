@@ -31,6 +31,7 @@ async def test_a_whole_answer_has_text_finish_reason_and_usage(client: httpx.Asy
         "completion_tokens": 13,
         "total_tokens": 16,
         "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

@@ -161,6 +161,8 @@ async def test_a_stream_adds_up_to_the_whole_answer(
         for delta in (event["delta"] for event in deltas):
             if delta["type"] == "input_json_delta":
                 arguments += delta["partial_json"]
+            elif delta["type"] == "signature_delta":
+                block["signature"] = delta["signature"]
             else:
                 block[fields[delta["type"]]] += delta[fields[delta["type"]]]
         if block["type"] == "tool_use":
@@ -195,7 +197,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": None}, "max_tokens"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"messages": []}, "messages"),
-    ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {
         "type": "url", "url": "file:///etc/passwd"}}]}]}, "messages[0].content[0].type: 'image'"),
@@ -204,7 +206,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
      "messages[0].content[0].text"),
     ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1",
-        "content": [{"type": "image"}]}]}]}, "messages[0].content[0].content[0].type"),
+        "content": [{"type": "audio"}]}]}]}, "messages[0].content[0].content[0].type"),
     ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
     ({"system": 3}, "system"),
     ({"system": [{"type": "image"}]}, "system[0].type"),
@@ -213,17 +215,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stop_sequences": [""]}, "stop_sequences"),
     ({"stop_sequences": ["a"] * 17}, "stop_sequences"),
     ({"stream": 1}, "stream"),
-    ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
     ({"tools": [{**TOOL, "name": "a b"}]}, "tools[0].name"),
     ({"tools": [{**TOOL, "input_schema": {"type": "array"}}]}, "tools[0].input_schema"),
     ({"tools": [TOOL], "tool_choice": {"type": "any of them"}}, "tool_choice.type"),
     ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "other"}}, "other"),
-    ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens"),
-    ({"output_config": {"effort": "max"}}, "output_config.effort"),
+    ({"output_config": {"effort": "huge"}}, "output_config.effort"),
+    ({"tools": [{"type": "web_search_20250305", "name": "web_search"}],
+      "tool_choice": {"type": "tool", "name": "web_search"}}, "tools[0].type"),
+    ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
     ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
     ({"container": "c"}, "container"),
-    ({"compaction": {"type": "enabled"}}, "compaction"),
-    ({"service_tier": "fast"}, "service_tier"),
 ]  # fmt: skip
 
 

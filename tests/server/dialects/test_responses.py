@@ -218,12 +218,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
      "input[0].content[0].type"),
     ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]},
      "input[0].content[0].text"),
-    ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].id"),
     ({"input": [{"type": ["x"]}]}, "input[0].type"),
-    ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]},
-     "input[0].encrypted_content"),
-    ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{"}]},
-     "input"),
     ({"instructions": 3}, "instructions"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"max_output_tokens": "3"}, "max_output_tokens"),
@@ -231,33 +227,22 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"top_p": 0}, "top_p"),
     ({"seed": 1.5}, "seed"),
     ({"stream": "yes"}, "stream"),
-    ({"stream": True, "stream_options": {"include_obfuscation": True}},
-     "stream_options.include_obfuscation"),
     ({"stream_options": {}}, "stream_options"),
     ({"background": True, "stream": True}, "background"),
     ({"background": True, "store": False}, "background"),
     ({"previous_response_id": "resp_none"}, "previous_response_id"),
     ({"metadata": {"a": 1}}, "metadata"),
     ({"metadata": dict.fromkeys(map(str, range(17)), "x")}, "metadata"),
-    ({"user": ""}, "user"),
-    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
     ({"tools": [{**TOOL, "parameters": {"type": "array"}}]}, "tools[0].parameters"),
     ({"tools": [TOOL], "tool_choice": {"type": "file_search"}}, "tool_choice.type"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
-    ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"text": {"format": {"type": "grammar"}}}, "text.format"),
     ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": 3}}}},
      "text.format"),
     ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
-    ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
-    ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
     ({"top_logprobs": 21}, "top_logprobs"),
-    ({"truncation": "auto"}, "truncation"),
-    ({"service_tier": "flex"}, "service_tier"),
-    ({"conversation": "conv_1"}, "conversation"),
     ({"prompt": {"id": "pmpt_1"}}, "prompt"),
-    ({"max_tool_calls": 3}, "max_tool_calls"),
 ]  # fmt: skip
 
 
@@ -286,10 +271,8 @@ async def test_unknown_fields_and_long_input(
     assert_error(response, 400, "invalid_value", "input[0].colour")
     response = await make_client().post(PATH, json={**HI, "input": "x" * 600})
     assert_error(response, 400, "context_length_exceeded", "input")
-    response = await make_client().post(PATH, json={**HI, "max_output_tokens": 600})
-    assert response.headers["x-quire-ignored-params"] == "max_output_tokens"
-    prompt = len(engine.requests[-1].prompt_token_ids)
-    assert engine.requests[-1].sampling_params.max_tokens == 512 - prompt
+    response = await make_client(strict=True).post(PATH, json={**HI, "max_output_tokens": 600})
+    assert_error(response, 400, "context_length_exceeded", "max_output_tokens")
     response = await make_client().post(PATH, json={**HI, "model": "other"})
     assert_error(response, 404, "model_not_found", "model")
 
@@ -312,8 +295,6 @@ async def test_a_failure_is_a_status_or_the_last_event(
     assert failed["output"][0]["status"] == "incomplete"
     again = (await client.get(f"{PATH}/{failed['id']}")).json()
     assert again == failed
-    follow = {**HI, "previous_response_id": failed["id"]}
-    assert_error(await client.post(PATH, json=follow), 400, "invalid_value", "previous_response_id")
 
 
 async def test_a_failure_before_the_first_event_has_its_status(
@@ -339,8 +320,8 @@ async def test_the_sdk(sdk: openai.AsyncOpenAI, engine: FakeEngineClient) -> Non
     running = await sdk.responses.create(**HI, background=True)
     assert (await sdk.responses.cancel(running.id)).status == "cancelled"
     with pytest.raises(openai.BadRequestError) as bad:
-        await sdk.responses.create(**HI, truncation="auto")
-    assert bad.value.param == "truncation"
+        await sdk.responses.create(**HI, temperature=3)
+    assert bad.value.param == "temperature"
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.08])
