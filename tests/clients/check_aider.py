@@ -57,7 +57,7 @@ def aider(folder: Path, answer: Answer, *flags: str) -> tuple[str, Model]:
 @pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
 def test_aider_edits_a_file_and_commits(tmp_path: Path, stream: str) -> None:
     def answer(prompt: str) -> str:
-        if "Generate a one-line commit message" in prompt or "commit message" in prompt[:2000]:
+        if "commit message" in prompt[:2000]:
             return "docs: Buy plums"
         return "<think>Plums.</think>I change it.\n\n" + _replace("Buy apples.", "Buy plums ✓.")
 

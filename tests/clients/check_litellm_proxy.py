@@ -94,7 +94,10 @@ def proxy(
         yield url
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
 
 
 @pytest.fixture

@@ -97,7 +97,10 @@ def page(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[htt
                 yield client
         finally:
             process.terminate()
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=60)
+            finally:
+                process.kill()
 
 
 def _wait(process: subprocess.Popen[bytes], client: httpx.Client, log: Path) -> None:
