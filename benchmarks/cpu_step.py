@@ -1,13 +1,13 @@
 """Measure how long a step takes on the CPU: decodes at several batch sizes, and a prefill.
 
-    python benchmarks/cpu_step.py [--threads 1] [--dtype bfloat16]
+    python benchmarks/cpu_step.py [MODEL] [--threads 1] [--dtype bfloat16] [--quantization int8]
 
 The engine process sets OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=10000: set them here too.
 
-The engine runs without HTTP, with a 30M-parameter Qwen3 shape and random weights. Every row of a
-decode step has a context of about 300 tokens; the prefill is one prompt of 256 tokens. The reported
-figure is the fastest of many steps, which other load on the machine disturbs least, beside the
-median.
+The engine runs without HTTP, with MODEL or else a 30M-parameter Qwen3 shape and random weights.
+Every row of a decode step has a context of about 300 tokens; the prefill is one prompt of 256
+tokens. The reported figure is the fastest of many steps, which other load on the machine disturbs
+least, beside the median.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import time
 
 import torch
-from small_engine import make_random_core, make_request, small_qwen3
+from small_engine import make_core, make_random_core, make_request, small_qwen3
 
 from quire.engine.core.engine_core import EngineCore
 
@@ -37,7 +37,7 @@ class Bench:
     def add(self, length: int, max_tokens: int) -> None:
         """Add a request with a random prompt of `length` tokens."""
         self.requests += 1
-        prompt = [self.rng.randrange(3, SHAPE.vocab_size) for _ in range(length)]
+        prompt = [self.rng.randrange(3, self.core.info.vocab_size) for _ in range(length)]
         self.core.add_request(make_request(str(self.requests), prompt, max_tokens))
 
     def steps(self, count: int) -> list[float]:
@@ -80,15 +80,26 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--quantization")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
-    core = make_random_core(
-        SHAPE, dtype=arguments.dtype, num_blocks=8192, num_threads=arguments.threads
-    )
+    config = {
+        "dtype": arguments.dtype,
+        "quantization": arguments.quantization,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
+        "num_threads": arguments.threads,
+        "num_blocks": 8192,
+    }
+    if arguments.model is None:
+        core = make_random_core(SHAPE, **config)
+    else:
+        core = make_core(arguments.model, device="cpu", **config)
     bench = Bench(core)
     print(f"{bench.core.info.num_parameters / 1e6:.1f}M, {torch.get_num_threads()} threads")
     bench.decode(2, 64, 10)

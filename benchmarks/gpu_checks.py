@@ -18,6 +18,8 @@ from gpu_attention_checks import (
     verdict,
 )
 from gpu_common import DEVICE, Case, Record, make_sequence
+from gpu_lora import check_adapters, figures_of
+from gpu_products import check_float8, check_product
 
 from quire.engine.devices.cuda.draws import CudaDraws
 from quire.engine.sampling.sampler import Sampler
@@ -164,6 +166,14 @@ def check_rows(dtype: torch.dtype, num_rows: int, size: int) -> Record:
     return verdict(dtype, *errors)
 
 
+def check_lora(
+    dtype: torch.dtype, rows: int, slots: int, rank: int, features: int, sizes: tuple[int, ...]
+) -> Record:
+    """Check what LoRA adapters add; rows without one must not change."""
+    out, wanted, untouched = check_adapters(dtype, rows, slots, rank, features, sizes)
+    return figures_of(verdict(dtype, relative_error(out, wanted)), untouched)
+
+
 def cases() -> list[Case]:  # over 50 lines: it is a list
     """Return the cases, the simplest first and half-precision dtypes before float32."""
     found: list[Case] = []
@@ -182,6 +192,10 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
         tag = str(dtype).removeprefix("torch.")
         add(f"{tag} write", check_write, dtype, llama, 16)
         add(f"{tag} rows", check_rows, dtype, 33, 4096)
+        add(f"{tag} lora", check_lora, dtype, 70, 4, 16, 4096, (4096, 1024, 1024))
+        add(f"{tag} lora odd", check_lora, dtype, 19, 3, 70, 1000, (130, 7))
+        for kind, num_rows, group in (("int4", 1, 128), ("int8", 70, 32), ("float8", 300, 4096)):
+            add(f"{tag} product {kind}", check_product, dtype, kind, num_rows, 1000, 4096, group)
         add(f"{tag} extend llama b16", check_extend, dtype, llama, 16, queries, contexts)
         add(f"{tag} decode llama b16", check_decode, dtype, llama, 16, lens)
         add(f"{tag} extend g7 d64 b64", check_extend, dtype, qwen, 64, queries, contexts)
@@ -206,6 +220,7 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
                 fp8=True)  # fmt: skip
             add(f"{tag} sampling 151936", check_sampling, dtype, 151_936, 256)
             add("far blocks", check_far_blocks)
+            add(f"{tag} product float8 torch", check_float8, 37, 1024, 4096)
             add(f"{tag} decode long", check_decode, dtype, llama, 64, [20000, 5])
             add(f"{tag} decode 70 rows", check_decode, dtype, llama, 16, list(range(0, 700, 10)))
             add(f"{tag} extend short rows", check_extend, dtype, llama, 16, [3, 9, 1], [500, 9, 1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +23,8 @@ from gpu_common import (
     paged_batch,
     time_graph,
 )
+from gpu_lora import calls_of_adapters
+from gpu_products import time_product
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quire.engine.devices.cuda.draws import CudaDraws
@@ -321,6 +324,13 @@ def time_rows(kind: str, num_rows: int, size: int) -> Record:
     return _figures(time_graph(calls), num_bytes=passes * num_rows * size * 2)
 
 
+def time_lora(rows: int, slots: int, rank: int) -> Record:
+    """Time what adapters add to Q, K and V of Llama 3.1 8B."""
+    calls, moved = calls_of_adapters(rows, slots, rank, 4096, (4096, 1024, 1024))
+    # The figures are those of one shrink and one expand.
+    return _figures(time_graph([lambda: [call() for call in calls]]), num_bytes=moved)
+
+
 def cases() -> list[Case]:  # over 50 lines: it is a list
     """Return the cases: limits, decode, extend, then small kernels, each beside its comparisons."""
     found = [
@@ -387,6 +397,10 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
     for kind, size in (("rms_norm", 4096), ("fused_add_rms_norm", 4096), ("silu_and_mul", 14336)):
         for num_rows in (1, 256, 8192):
             add(f"{kind} {num_rows}x{size}", time_rows, kind, num_rows, size)
+    for rows, slots, rank in ((1, 1, 16), (32, 4, 16), (32, 4, 64), (8192, 4, 16)):
+        add(f"lora {rows} rows, {slots} of rank {rank}", time_lora, rows, slots, rank)
+    for num_rows, kind in product((1, 64, 4096), ("dense", "int4", "float8", "float8 torch")):
+        add(f"product {kind} {num_rows}x14336x4096", time_product, kind, num_rows, 14336, 4096)
     for block_size in (32, 128):
         add(f"decode llama 64x4096 b{block_size}", time_decode, LLAMA_8B, block_size, big)
         add(f"extend llama 8k b{block_size}", time_extend, LLAMA_8B, block_size, 8192, 8192)

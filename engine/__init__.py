@@ -7,7 +7,9 @@ They import only each other and the standard library. From a request inwards:
     sampling_params  how tokens are drawn
     reasoning        where an answer's reasoning begins and ends, and its budget
     request          a client's request, and whether it can ever run
+    lora             LoRA adapters by name
     config           the engine's configuration, and what it reports when it is ready
+    main_memory      how much main memory there is to take
     embedding_spec   how a model makes embeddings
     classifier_spec  how a model makes scores
     outputs          what the engine reports to its clients
@@ -20,10 +22,13 @@ The rooms, in reading order:
 
     core             START HERE: one step is schedule, forward, sample, update
     scheduling       which sequences run in a step, and how many tokens of each
+    speculation      guessed tokens that a step verifies
     cache            which KV blocks they get: sharing, copy-on-write
     grammar          which tokens a constrained sequence may sample
     runner           the worker: a step's inputs, its forward pass, its results
+    checkpoints      where a model's files are, and formats other than plain safetensors
     model, body      the loaded transformer, and its layers written out flat
+    adapters         LoRA adapters: their files, and what they add to a linear layer
     attention        writing K and V to their blocks, and attending through block tables
     sampling         from logits to one token per row
     devices          what differs between CPU and CUDA

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import NamedTuple, Protocol
 
 from .config import EngineInfo
+from .lora import AdapterSource
 from .outputs import EngineStats, SequenceOutput
 from .request import Request
 
@@ -54,6 +55,15 @@ class EngineClient(Protocol):
 
     async def reset_prefix_cache(self) -> None:
         """Forget every cached block that no sequence holds."""
+
+    async def load_adapter(self, source: AdapterSource, *, replace: bool = False) -> None:
+        """Load a LoRA adapter; with `replace`, in place of one of its name. Then every client of
+        the engine knows it (`info.adapters`). Raises InvalidRequestError if it cannot be loaded,
+        which has no effect on anything else."""
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unload a LoRA adapter: requests that use it finish, and no new ones are accepted. Raises
+        ModelNotFoundError if it is not loaded."""
 
     async def close(self) -> None:
         """Stop the engine. Open streams end with an error. Idempotent."""

@@ -17,13 +17,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from .classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from .embedding_spec import NO_LAYOUT, EmbeddingSpec
 from .errors import ConfigurationError, ModelLoadError
+from .lora import AdapterSource
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
+Speculation = Literal["auto", "off", "ngram"]
 SchedulingPolicy = Literal["fcfs", "priority", "fair"]
-Quantization = Literal["int8"]
-KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
+Quantization = Literal["int8", "int4"]
+KVCacheDType = Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8", "fp8_e4m3"]
 PoolingChoice = Literal["auto", "last", "mean"]
 FlagGroup = Literal["Model", "KV cache", "Scheduling", "Limits"]
 """Headings under which `quire serve --help` lists the flags."""
@@ -139,12 +141,21 @@ class EngineConfig:
         "auto",
         details="The KV cache has it too unless `--kv-cache-dtype` says otherwise.",
     )
+    gguf_file: str | None = _flag(
+        "Model",
+        "GGUF file to serve, in the folder or hub repository MODEL.",
+        None,
+        details="MODEL may also be the path of a GGUF file itself. Needs `quire[gguf]`.",
+    )
     quantization: Quantization | None = _flag(
         "Model",
-        "int8: round the weights of linear layers to 8 bits (CPU).",
+        "Round the weights of linear layers and experts to 8 or 4 bits: int8 or int4 (CPU).",
         None,
-        details="They are rounded when they are loaded, with a scale for each column. A step then "
-        "reads a quarter of float32's bytes, at the cost of some accuracy.",
+        details="They are rounded when they are loaded: to 8 bits with a scale for each column, to "
+        "4 bits with a scale and a minimum for each 32 weights, the head to 8 bits. Products are "
+        "in integers: their inputs are rounded to 8 bits, 32 at a time. A step reads a quarter or "
+        "a sixth of float32's bytes. Small models lose much by 4 bits. A checkpoint that is "
+        "quantised already keeps its weights.",
     )
     device: Device = _flag("Model", "Device to run on.", "auto")
     max_model_len: int | None = _flag(
@@ -172,6 +183,28 @@ class EngineConfig:
         None,
         details="See Rerank, score and classify. Default: as the model's folder says.",
     )
+    enable_lora: bool = _flag("Model", "Serve LoRA adapters. On with --lora or --lora-dir.", False)
+    lora: tuple[AdapterSource, ...] = ()
+    """The adapters that are loaded when the engine starts."""
+    skip_broken_lora: bool = False
+    """Whether to start without an adapter that cannot be loaded: after a restart, if it has
+    vanished since."""
+    max_loras: int = _flag(
+        "Model",
+        "Maximum different LoRA adapters in a step.",
+        4,
+        details="Requests for others wait. Each takes the memory of one with the maximum rank.",
+        ge=1,
+        le=256,
+    )
+    max_lora_rank: int | None = _flag(
+        "Model",
+        "Maximum rank of a LoRA adapter. Default: the largest of --lora, at least 16.",
+        None,
+        ge=1,
+        le=1024,
+    )
+    max_cpu_loras: int = _flag("Model", "Maximum LoRA adapters loaded at a time.", 64, ge=1)
     pooling: PoolingChoice = _flag(
         "Model",
         "Pooling of embeddings: auto (as the model's folder says), last or mean token.",
@@ -197,11 +230,14 @@ class EngineConfig:
     )
     kv_cache_dtype: KVCacheDType = _flag(
         "KV cache",
-        "Data type of the KV cache: auto (the model's), fp8 or fp8_e4m3 (GPU).",
+        "Data type of the KV cache: auto, float32, float16, bfloat16 or int8 (CPU), fp8 or "
+        "fp8_e4m3 (GPU).",
         "auto",
-        details="fp8 and fp8_e4m3 are the same: half the bytes of bfloat16, so twice the tokens, "
-        "at the cost of some accuracy. Calibrated scales (`k_scale`, `v_scale`) are read from the "
-        "checkpoint; without them the scales are 1.",
+        details="auto is the model's dtype; on the CPU, if `--dtype` is auto too, it is float16 "
+        "for a model that this changes by less than 0.001. int8 has a scale for each token and "
+        "head, in almost a quarter of float32's bytes. fp8 and fp8_e4m3 are the same: half the "
+        "bytes of bfloat16, at the cost of some accuracy. Calibrated scales (`k_scale`, `v_scale`) "
+        "are read from the checkpoint; without them the scales are 1.",
     )
     block_size: int = _flag("KV cache", "Tokens per block: 16, 32, 64 or 128.", 16)
     num_blocks: int | None = _flag(
@@ -235,6 +271,15 @@ class EngineConfig:
         "first).",
         "fcfs",
     )
+    speculation: Speculation = _flag(
+        "Scheduling",
+        "Draft tokens and verify them in one step: auto, off or ngram.",
+        "auto",
+        details="The tokens are the same with and without drafts. auto: where results are the same "
+        "to the bit however many tokens a step has (compiled layers on the CPU); ngram: always. "
+        "See Speculation.",
+    )
+    num_speculative_tokens: int = _flag("Scheduling", "Tokens of a draft at most.", 15, ge=1, le=31)
     async_scheduling: bool | None = _flag(
         "Scheduling",
         "Launch a step before the results of the previous one are known. Default: only on CUDA.",
@@ -248,6 +293,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for flag in engine_flags():
             flag.check(getattr(self, flag.field))
+        if len(self.lora) > self.max_cpu_loras:
+            raise ConfigurationError(
+                f"{len(self.lora)} LoRA adapters are more than --max-cpu-loras {self.max_cpu_loras}"
+            )
         size = self.block_size
         if not (MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE and size & (size - 1) == 0):
             raise ConfigurationError(
@@ -289,7 +338,10 @@ class WorkerInfo:
     False if the weights have no language-model head, so that the model makes only embeddings or
     scores. `max_num_batched_tokens` is the maximum number of tokens in a step. `is_asynchronous`
     says that the device computes a step while the host prepares the next. `kv_cache_dtype` is None
-    if it equals `dtype`.
+    if it equals `dtype`. `source_format` is that of the checkpoint, and `computed_format` names the
+    types of the weights as they are computed, which take `weight_bytes`. `adapters` are the LoRA
+    adapters that are loaded, and `max_lora_rank` is None if there can be none. `is_batch_invariant`
+    says that logits are the same to the bit whatever else is in their step.
     """
 
     architecture: str
@@ -306,6 +358,12 @@ class WorkerInfo:
     classifier: ClassifierSpec | str = NO_CLASSIFIER
     can_generate: bool = True
     kv_cache_dtype: str | None = None
+    source_format: str = ""
+    computed_format: str = ""
+    weight_bytes: int = 0
+    adapters: tuple[AdapterSource, ...] = ()
+    max_lora_rank: int | None = None
+    is_batch_invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,6 +375,8 @@ class EngineInfo(WorkerInfo):
     num_blocks: int
     max_num_seqs: int
     max_logprobs: int
+    max_loras: int = 0
+    speculates: bool = False
 
     @classmethod
     def of(cls, config: EngineConfig, worker: WorkerInfo, num_blocks: int) -> EngineInfo:
@@ -329,6 +389,9 @@ class EngineInfo(WorkerInfo):
             num_blocks=num_blocks,
             max_num_seqs=config.max_num_seqs,
             max_logprobs=config.max_logprobs,
+            max_loras=config.max_loras if worker.max_lora_rank is not None else 0,
+            speculates=config.speculation == "ngram"
+            or (config.speculation == "auto" and worker.is_batch_invariant),
         )
 
     @property

@@ -189,6 +189,7 @@ _CROSSING: dict[str, type[QuireError]] = {
     for error in (
         ContextLengthError,
         PoolTooSmallError,
+        ModelNotFoundError,
         QueueFullError,
         QueueTimeoutError,
         RequestTimeoutError,

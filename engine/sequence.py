@@ -79,6 +79,11 @@ class Sequence:
     """Prompt tokens found in the prefix cache at its first admission; None before that."""
     num_preemptions: int = field(init=False, default=0)
 
+    adapter_id: int | None = field(init=False, default=None)
+    """The version of its LoRA adapter, if it has one."""
+    adapter_slot: int = field(init=False, default=-1)
+    """The device's slot of its adapter while it runs."""
+
     block_table: list[int] = field(init=False, default_factory=list)
     """Ids of its blocks, in the order of its tokens."""
     block_hashes: list[bytes] = field(init=False, default_factory=list)
@@ -166,6 +171,7 @@ class Sequence:
             num_prompt_logprobs=params.prompt_logprobs if self.choice == 0 else None,
             has_grammar=request.grammar is not None,
             pooling=self.pooling,
+            adapter_slot=self.adapter_slot,
         )
 
     def __repr__(self) -> str:
@@ -173,3 +179,11 @@ class Sequence:
             f"Sequence({self.seq_id}, {self.request.request_id}/{self.choice}, "
             f"{self.num_computed_tokens}/{len(self.token_ids)} tokens, {self.status.name})"
         )
+
+
+class ReadingRow(NamedTuple):
+    """A row of a plan whose sampling depends on the tokens sampled before, with its drafts."""
+
+    row: int
+    sequence: Sequence
+    drafts: list[int]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from .config import WorkerInfo
+from .lora import AdapterSource
 from .step import ModelRunnerOutput, SamplingConstraints, SchedulerOutput
 
 Results = Callable[[], ModelRunnerOutput]
 """Waits for a step to end and returns its results. Called once for each step, in order."""
+
+ReadAdapter = Any
+"""An adapter as the worker has read it; only the worker knows what it is."""
 
 
 class Forward(Protocol):
@@ -50,3 +54,14 @@ class WorkerProtocol(Launcher, Protocol):
 
         Raises ConfigurationError if it would be too small.
         """
+
+    def read_adapter(self, source: AdapterSource) -> ReadAdapter:
+        """Read a LoRA adapter without any effect on the worker. May be called in any thread.
+        Raises InvalidRequestError if it cannot be read or does not fit the model."""
+
+    def hold_adapter(self, adapter_id: int, adapter: ReadAdapter) -> None:
+        """Keep an adapter, for plans that name its id. (Those of `WorkerInfo.adapters` are kept
+        from the start; their ids count from 0.)"""
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        """Forget an adapter, which no later plan names."""

@@ -221,6 +221,29 @@ def silu_and_mul(input: torch.Tensor, *, out: torch.Tensor | None = None) -> tor
     return result if out is None else out.copy_(result)
 
 
+def grouped_product(
+    input: torch.Tensor,
+    quants: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor | None,
+    *,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute x Wᵀ + bias with W = scale · q + minimum by group; x is `[num_rows, K]`.
+
+    `quants` holds q as int8 or float8_e4m3fn `[N, K]`, or as uint8 `[N, K / 2]` with the even
+    columns in the low halves; scale and minimum are `[N, K / group size]`.
+    """
+    if quants.dtype == torch.uint8:
+        quants = torch.stack((quants & 15, quants >> 4), dim=-1).flatten(1)
+    wide = _wide(input)
+    groups = quants.to(wide.dtype).view(*scale.shape, -1) * scale[..., None]
+    if minimum is not None:
+        groups = groups + minimum[..., None]
+    result = wide @ groups.flatten(1).T.to(wide.dtype)
+    return (result if bias is None else result + bias).to(input.dtype)
+
+
 def rope_and_cache(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -289,8 +312,9 @@ def prepare_inputs(
     unused here.
     """
     query_start_loc[0] = 0
-    records = packed[: num_seqs * 8].view(num_seqs, 8).tolist()
-    for index, (row, start, length, first, token, known, blocks, sample) in enumerate(records):
+    records = packed[: num_seqs * 9].view(num_seqs, 9).tolist()
+    for index, record in enumerate(records):
+        row, start, length, first, token, known, blocks, sample, num_samples = record
         end = start + length
         used = -(-end // block_size)
         table[row, known:used] = packed[blocks : blocks + max(used - known, 0)]
@@ -305,10 +329,51 @@ def prepare_inputs(
             input_ids[own] = token if token >= 0 else sampled[-1 - token]
         query_start_loc[index + 1] = first + length
         seq_lens[index] = end
-        if sample >= 0:
-            logit_indices[sample] = first + length - 1
+        samples = slice(sample, sample + num_samples)
+        ends = torch.arange(own.stop - num_samples, own.stop, device=logit_indices.device)
+        logit_indices[samples] = ends
     if len(seq_lens) > num_seqs:
         input_ids[num_seqs:] = positions[num_seqs:] = 0
         slot_mapping[num_seqs:] = -1
         query_start_loc[num_seqs + 1 :] = num_seqs
         seq_lens[num_seqs:] = 0
+
+
+def lora_shrink(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    order: torch.Tensor,
+    loc: torch.Tensor,
+    ranks: torch.Tensor,
+    h: torch.Tensor,
+) -> None:
+    """Store A x in `h`, for rows with a LoRA adapter: see `kernels/cuda/lora.py`."""
+    for slot, begin, end in _adapter_rows(loc):
+        for part, rank in enumerate(ranks[slot].tolist()):
+            rows = x[order[begin:end].long()].float()
+            h[part, begin:end, :rank] = rows @ a[slot, part, :rank].float().T
+
+
+def lora_expand(
+    h: torch.Tensor,
+    b: torch.Tensor,
+    order: torch.Tensor,
+    loc: torch.Tensor,
+    ranks: torch.Tensor,
+    sizes: tuple[int, ...],
+    out: torch.Tensor,
+) -> None:
+    """Add B h to the rows of `out` that have a LoRA adapter: see `kernels/cuda/lora.py`."""
+    for slot, begin, end in _adapter_rows(loc):
+        rows, left = order[begin:end].long(), 0
+        for part, (rank, size) in enumerate(zip(ranks[slot].tolist(), sizes, strict=True)):
+            columns = slice(left, left + size)
+            delta = h[part, begin:end, :rank] @ b[slot, columns, :rank].float().T
+            out[rows, columns] = (out[rows, columns].float() + delta).to(out.dtype)
+            left += size
+
+
+def _adapter_rows(loc: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Return each slot, with where its rows begin and end."""
+    bounds = loc.tolist()
+    return [(slot, bounds[slot], bounds[slot + 1]) for slot in range(len(bounds) - 1)]

@@ -1,7 +1,7 @@
 """The HTTP server: an OpenAI-compatible API in front of an engine process.
 
 The ground floor, these files, may be imported by every room:
-    cli          the command `quire`; it imports the rooms lazily
+    cli          the command `quire`; it imports the rooms lazily. models_command is `quire models`
     settings     every setting of `quire serve`; flags_table writes their table into docs/api.md
     format_names     names of the formats of tool calls and reasoning
     foreign_flags    other servers' flags, and what takes their place
@@ -25,6 +25,6 @@ The rooms, each of which may import only those below it in this list, and the gr
     web          static pages
     bench        `quire bench`
 
-Of the engine, the server may import only its words, engine.process and engine.grammar; bench may
-also import engine.bench.
+Of the engine, the server may import only its words, engine.process and engine.grammar; serving may
+also import engine.checkpoints, bench engine.bench, and models_command, lazily, engine.model.
 """

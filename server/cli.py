@@ -1,4 +1,4 @@
-"""The command `quire`: `quire serve` and `quire bench`.
+"""The command `quire`: `quire serve`, `quire models` and `quire bench`.
 
 The flags of `quire serve` are read off the fields of `Settings` by code of our own rather than by
 pydantic-settings' `CliApp`, which has no argument groups: its `--help` would be one list of 70
@@ -37,10 +37,15 @@ def main(argv: list[str] | None = None, make_client: MakeClient | None = None) -
     if unknown:
         parser.error(_refusal(unknown, is_serve=parsed.command == "serve"))
     arguments = vars(parsed)
-    if arguments.pop("command") == "bench":
+    command = arguments.pop("command")
+    if command == "bench":
         from .bench import command as bench
 
         return bench.run(parsed)
+    if command == "models":
+        from . import models_command
+
+        return models_command.run(parsed)
     try:
         settings = load_settings(**arguments)
         # These imports take a second, so they wait until the flags are known to be right.
@@ -58,7 +63,7 @@ def main(argv: list[str] | None = None, make_client: MakeClient | None = None) -
 def build_parser(*, serve_only: bool = False) -> argparse.ArgumentParser:
     """Return the parser, with a flag for each field of Settings under its group's heading.
 
-    `serve_only` leaves out `bench`, whose imports would delay the start of the engine.
+    `serve_only` leaves out the other commands, whose imports would delay the start of the engine.
     """
     parser = argparse.ArgumentParser(
         prog="quire", description="An OpenAI-compatible inference server.", allow_abbrev=False
@@ -76,18 +81,23 @@ def build_parser(*, serve_only: bool = False) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     if not serve_only:
+        from . import models_command
         from .bench import command as bench
 
         bench.add_parser(commands)
+        models_command.add_parser(commands)
     fields = Settings.model_fields
     serve.add_argument("model", nargs="?", metavar="MODEL", help=fields["model"].description)
     serve.add_argument("--config", metavar="FILE", help=fields["config"].description)
     groups = {name: serve.add_argument_group(name) for name in GROUPS}
     for flag in grouped_flags():
-        groups[flag.group].add_argument(flag.option, **_argument(flag))
+        names = (flag.option, *_ALIASES.get(flag.name, ()))
+        groups[flag.group].add_argument(*names, **_argument(flag))
     return parser
 
 
+_ALIASES = {"lora": ("--lora-modules",)}
+"""Other names of flags."""
 _METAVARS: dict[Any, str] = {
     int: "N",
     int | None: "N",

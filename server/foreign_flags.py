@@ -28,8 +28,7 @@ class ForeignFlag(NamedTuple):
 _ONE_DEVICE = "one server uses one device; run more servers behind a balancer"
 _TEXT_ONLY = "only text is served"
 _OWN_TOKENIZER = "the tokenizer is the one in the model's folder"
-_NO_LORA = "there are no LoRA adapters"
-_NO_DRAFTS = "there is no speculative decoding"
+_NO_DRAFT_MODEL = "there are no draft models; drafts come from --speculation"
 _GRAPHS = "CUDA graphs are captured for all decode batches; --enforce-eager disables them"
 _IN_CONFIG = "edit config.json in the model's folder"
 _PROXY = "let a proxy in front check clients' certificates"
@@ -44,6 +43,7 @@ _VLLM_SAME = """
     --scheduling-policy --async-scheduling --disable-cascade-attn --max-logprobs --chat-template
     --trust-request-chat-template --reasoning-parser --tool-call-parser --generation-config
     --config --enable-log-requests --root-path --ssl-keyfile --ssl-certfile --shutdown-timeout
+    --enable-lora --max-loras --max-lora-rank --max-cpu-loras
 """
 _SGLANG_SAME = """
     --host --port --api-key --served-model-name --dtype --kv-cache-dtype --trust-remote-code
@@ -57,11 +57,13 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
         "same": {
             **dict.fromkeys(_VLLM_SAME.split(), ""),
             "--load-format": "auto or dummy",
-            "--quantization": "int8 on the CPU; quantised checkpoints are refused",
+            "--lora-modules": "NAME=FOLDER each; no JSON",
+            "--quantization": "int8 and int4 on the CPU; of quantised checkpoints only GGUF",
             "--tensor-parallel-size": "only 1",
             "--allowed-origins": "repeat it for each origin instead of a JSON list",
         },
         "other name": {
+            "--speculative-config": "--speculation and --num-speculative-tokens; no draft models",
             "--model": "give the model as an argument: quire serve MODEL",
             "--kv-cache-memory-bytes": "--kv-cache-memory",
             "--api-server-count": "--http-workers",
@@ -120,11 +122,6 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--enable-expert-parallel": _ONE_DEVICE,
             "--distributed-executor-backend": _ONE_DEVICE,
             "--headless": _ONE_DEVICE,
-            "--enable-lora": _NO_LORA,
-            "--lora-modules": _NO_LORA,
-            "--max-loras": _NO_LORA,
-            "--max-lora-rank": _NO_LORA,
-            "--speculative-config": _NO_DRAFTS,
             "--tokenizer": _OWN_TOKENIZER,
             "--tokenizer-mode": _OWN_TOKENIZER,
             "--skip-tokenizer-init": _OWN_TOKENIZER,
@@ -158,6 +155,8 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
         "same": dict.fromkeys(_SGLANG_SAME.split(), ""),
         "other name": {
             "--model-path": "give the model as an argument: quire serve MODEL",
+            "--speculative-algorithm": "--speculation; there are no draft models",
+            "--lora-paths": "--lora, once for each NAME=FOLDER",
             "--context-length": "--max-model-len",
             "--mem-fraction-static": "--gpu-memory-utilization, weights included",
             "--max-running-requests": "--max-num-seqs",
@@ -188,14 +187,15 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--tokenizer-path": _OWN_TOKENIZER,
             "--dp-size": _ONE_DEVICE,
             "--ep-size": _ONE_DEVICE,
-            "--lora-paths": _NO_LORA,
-            "--speculative-algorithm": _NO_DRAFTS,
         },
     },
     "llama.cpp": {
-        "same": dict.fromkeys(_LLAMA_SAME.split(), ""),
+        "same": {
+            **dict.fromkeys(_LLAMA_SAME.split(), ""),
+            "--lora": "NAME=FOLDER, in the format of PEFT; requests select it by its name",
+        },
         "other name": {
-            "--hf-repo": "give the model as an argument: quire serve MODEL (safetensors, not GGUF)",
+            "--hf-repo": "give the model as an argument: quire serve MODEL, with --gguf-file",
             "--ctx-size": "--max-model-len, which each request may use up",
             "--parallel": "--max-num-seqs",
             "--batch-size": "--max-num-batched-tokens",
@@ -229,8 +229,7 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--no-mmap": "weights are read into memory",
         },
         "refused": {
-            "--lora": _NO_LORA,
-            "--model-draft": _NO_DRAFTS,
+            "--model-draft": _NO_DRAFT_MODEL,
             "--mmproj": _TEXT_ONLY,
             "--n-predict": "max_tokens is in requests; see --request-timeout",
             "--grammar-file": "structured_outputs is in requests",

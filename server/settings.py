@@ -34,6 +34,7 @@ from yaml import YAMLError
 
 from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
+from ..engine.lora import AdapterSource, read_sources
 from .foreign_flags import explain
 from .format_names import ReasoningParser, ToolCallParser
 
@@ -149,6 +150,16 @@ class Settings(_EngineSettings):
         ge=0,
     )
 
+    lora: NameList = _option(
+        "Model",
+        "LoRA adapter that clients select by name, as NAME=FOLDER; repeatable.",
+        (),
+        details="`--lora-modules` is another name of the flag.",
+    )
+    lora_dir: Path | None = _option(
+        "Model",
+        "Folder below which POST /v1/load_lora_adapter finds adapters; off without it.",
+    )
     tensor_parallel_size: int = _option("Model", "Number of GPUs; only 1 is supported.", 1)
     chat_template: str | None = _option("Model", "Jinja chat template: a file or the text itself.")
     score_template: str | None = _option(
@@ -230,7 +241,7 @@ class Settings(_EngineSettings):
         "quire",
     )
 
-    @field_validator("api_key", "served_model_name", "allowed_origins", mode="before")
+    @field_validator("api_key", "served_model_name", "allowed_origins", "lora", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
@@ -273,10 +284,26 @@ class Settings(_EngineSettings):
             raise ValueError(f"only 1 is supported in this release, not {value}")
         return value
 
+    @field_validator("lora")
+    @classmethod
+    def _check_lora(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        read_sources(value)
+        return value
+
+    @field_validator("lora_dir")
+    @classmethod
+    def _check_lora_dir(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError(f"there is no folder {value}")
+        return value
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Settings:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("ssl_keyfile and ssl_certfile go together")
+        for adapter in self.adapters:
+            if adapter.name in self.served_names:
+                raise ValueError(f"lora: {adapter.name!r} is the name of the model itself")
         return self
 
     @classmethod
@@ -319,13 +346,19 @@ class Settings(_EngineSettings):
         """The names accepted as a request's `model`, never empty; answers carry the first."""
         return self.served_model_name or (self.model or DEMO_MODEL_NAME,)
 
+    @property
+    def adapters(self) -> tuple[AdapterSource, ...]:
+        """The LoRA adapters that are loaded at the start."""
+        return read_sources(self.lora)
+
     def engine_config(self) -> EngineConfig:
         """Return the engine's settings. Raises ConfigurationError."""
         values: dict[str, Any] = {flag.field: getattr(self, flag.name) for flag in engine_flags()}
         for name, value in values.items():
             if isinstance(value, ByteSize):
                 values[name] = int(value)
-        return EngineConfig(model=self.model_path, **values)
+        values["enable_lora"] |= bool(self.lora) or self.lora_dir is not None
+        return EngineConfig(model=self.model_path, lora=self.adapters, **values)
 
 
 def load_settings(**flags: Any) -> Settings:

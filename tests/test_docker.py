@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine.config import EngineInfo
 from quire.engine.errors import QuireError
-from quire.engine.outputs import FinishReason, Timings
+from quire.engine.outputs import EngineStats, FinishReason, Timings
 from quire.server.metrics import Metrics, RequestRecord
 from quire.server.settings import Settings, load_settings
 
@@ -96,7 +96,9 @@ def test_dependencies_are_read_from_pyproject() -> None:
         [sys.executable, *command[1:end]], cwd=ROOT, capture_output=True, text=True
     )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert result.stdout.splitlines() == project["dependencies"], result.stderr
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["gguf"] + extras["quantized"]
+    assert result.stdout.splitlines() == wanted, result.stderr
 
 
 def test_last_stage_serves_as_an_unprivileged_user() -> None:
@@ -218,9 +220,10 @@ def exported_samples() -> dict[str, set[str]]:
         vocab_size=8, max_model_len=64, block_size=16, num_blocks=4, kv_bytes_per_token=1,
  max_num_batched_tokens=512,
  is_asynchronous=False,
-        max_num_seqs=4, max_logprobs=1, eos_token_ids=(),
+        max_num_seqs=4, max_logprobs=1, eos_token_ids=(), max_loras=1,
     )  # fmt: skip
     metrics.engine_ready(info)
+    metrics.observe_step(EngineStats(*[1] * 12, running_adapters=["a"]))
     metrics.request_rejected("queue_full")
     metrics.request_finished(
         RequestRecord(

@@ -159,7 +159,7 @@ def _python(arguments: list[str], cwd: Path, environment: dict[str, str] | None 
 @pytest.mark.parametrize("path", _modules("kernels"), ids=_name)
 def test_kernels_import_only_tensor_libraries(path: Path) -> None:
     allowed = {"torch", "triton", "numpy", "quire.kernels"} | sys.stdlib_module_names
-    if path.parent.name == "cpu":
+    if "cpu" in path.parts:
         allowed |= {"numba", "llvmlite", "tqdm"}
     assert _roots(path) <= allowed
 
@@ -197,9 +197,17 @@ def test_policy_imports_no_torch() -> None:
 def test_every_import_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
-    extra = {
-        canonicalize_name(Requirement(text).name)
-        for text in project["optional-dependencies"]["bench"]
+    extras = {
+        ROOT / folder: {
+            canonicalize_name(Requirement(text).name)
+            for name in names
+            for text in project["optional-dependencies"][name]
+        }
+        for folder, names in {
+            "server/bench": ["bench"],
+            "engine/checkpoints": ["gguf", "quantized"],
+            "engine/model": ["gguf", "quantized"],
+        }.items()
     }
     distributions = packages_distributions()
     missing = {}
@@ -207,8 +215,7 @@ def test_every_import_is_a_declared_dependency() -> None:
         for root in _roots(path) - set(sys.stdlib_module_names):
             if not root.startswith("quire"):
                 names = {canonicalize_name(name) for name in distributions.get(root, [root])}
-                known = declared | extra if path.parent == ROOT / "server" / "bench" else declared
-                if not names & known:
+                if not names & (declared | extras.get(path.parent, set())):
                     missing[root] = path.name
     assert missing == {}
 

@@ -113,6 +113,14 @@ def _model_mapping() -> None:
     assert T5Config not in AutoModelForCausalLM._model_mapping
 
 
+def _mapping_names() -> None:
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    assert "llama" in causal and "t5" not in causal and "mistral3" in images
+
+
 def _is_stateful() -> None:
     from transformers import LlamaForCausalLM, MambaForCausalLM, PreTrainedModel
 
@@ -148,6 +156,14 @@ def _render_jinja_template() -> None:
     assert texts == ["True!"]
 
 
+def _gguf_tokenizer() -> None:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+
+    vocabulary = {"tokenizer_type": "gpt2", "tokens": ["h", "e", "he"], "merges": ["h e"]}
+    encoder, settings = convert_gguf_tokenizer("llama", vocabulary)
+    assert encoder.encode("he").ids == [2] and settings == {}
+
+
 def _silu() -> None:
     from transformers.activations import ACT2FN, SiLUActivation
 
@@ -158,6 +174,30 @@ def _without(module: str, code: str) -> None:
     """Run code in a new process in which a module cannot be imported."""
     code = f"import sys; sys.modules[{module!r}] = None\n{code}"
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
+
+
+def _experts() -> None:
+    from transformers.integrations.moe import ExpertsInterface
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
+
+    assert callable(ExpertsInterface.register)
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "moe_intermediate_size": 4}
+    names = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+    wanted = {
+        Qwen3MoeExperts: (
+            Qwen3MoeConfig(**sizes, num_experts=2),
+            (True, False, False, True, False),
+        ),
+        GptOssExperts: (
+            GptOssConfig(**sizes, num_local_experts=2),
+            (True, True, True, False, False),
+        ),
+    }
+    for kind, (config, values) in wanted.items():
+        experts = kind(config)
+        assert tuple(getattr(experts, name) for name in names) == values
+        assert callable(experts._apply_gate) and experts.num_experts == 2
 
 
 def _transformers_without_torch() -> None:
@@ -232,6 +272,33 @@ def _attribute_template() -> None:
     assert hasattr(AttributeTemplate, "resolve")
 
 
+def _c_function() -> None:
+    from numba import types
+    from numba.core.ccallback import CFunc
+
+    function = CFunc(abs, ((types.int64,), types.int64), {}, {})
+    assert callable(function.enable_caching) and callable(function.compile)
+
+
+def _library() -> None:
+    from numba import types
+    from numba.core.ccallback import CFunc
+    from numba.core.compiler_lock import global_compiler_lock
+
+    def double(number: int) -> int:
+        return 2 * number
+
+    with global_compiler_lock:
+        compiled = CFunc(double, ((types.int64,), types.int64), {}, {})._compile_uncached()
+        library = compiled.library
+        functions = {function.name for function in library._final_module.functions}
+        assert compiled.fndesc.llvm_cfunc_wrapper_name in functions
+        optimised: list[str] = []
+        library._optimize_final_module = lambda: optimised.append(library.name)
+        library.finalize()
+    assert optimised == [library.name]
+
+
 def _make_array() -> None:
     from numba.np.arrayobj import make_array, populate_array
 
@@ -299,11 +366,18 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "uvicorn.protocols.http.h11_impl.H11Protocol": _uvicorn_protocol,
     "uvicorn.Server.capture_signals": _uvicorn_signals,
     "transformers.AutoModelForCausalLM._model_mapping": _model_mapping,
+    "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": _mapping_names,
+    "transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": (
+        _mapping_names
+    ),
     "transformers.PreTrainedModel._is_stateful": _is_stateful,
     "transformers.PreTrainedModel._can_set_attn_implementation": _can_set_attention,
     "transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS": _rope_functions,
     "transformers.activations.SiLUActivation": _silu,
     "transformers.utils.chat_template_utils.render_jinja_template": _render_jinja_template,
+    "transformers.integrations.gguf.gguf_tokenizer_mapping.convert_gguf_tokenizer": _gguf_tokenizer,
+    "transformers.integrations.moe.ExpertsInterface": _experts,
+    "transformers.integrations.moe.ExpertsInterface._apply_gate": _experts,
     'sys.modules["torch"]': _transformers_without_torch,
     "tokenizers.decoders.DecodeStream.step": _decode_stream,
     "llguidance._lib.JsonCompileOptions": _json_options,
@@ -313,6 +387,10 @@ CHECKS: dict[str, Callable[[], Any]] = {
     'sys.modules["triton"]': _torch_without_triton,
     "numba.core.cgutils": _cgutils,
     "numba.core.typing.templates.AttributeTemplate": _attribute_template,
+    "numba.core.ccallback.CFunc": _c_function,
+    "numba.core.ccallback.CFunc._compile_uncached": _library,
+    "numba.core.codegen.CPUCodeLibrary._final_module": _library,
+    "numba.core.codegen.CPUCodeLibrary._optimize_final_module": _library,
     "numba.np.arrayobj.make_array": _make_array,
     "numba.np.arrayobj.populate_array": _make_array,
     "numba.core.cgutils.create_struct_proxy._getvalue": _struct_proxy,

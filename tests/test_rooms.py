@@ -17,28 +17,45 @@ KERNELS = {"kernels"}
 RULES: dict[str, set[str]] = {
     "kernels": set(),
     "kernels.cpu": KERNELS,
+    "kernels.cpu.integer": KERNELS | {"kernels.cpu"},
+    "kernels.cpu.lora": {"kernels.cpu"},
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
     "engine": set(),
     "engine.cache": ENGINE,
-    "engine.grammar": ENGINE,
-    "engine.scheduling": ENGINE | {"engine.cache"},
-    "engine.core": ENGINE | {"engine.cache", "engine.grammar", "engine.scheduling"},
+    "engine.checkpoints": ENGINE | {"engine.body"},
+    "engine.grammar": ENGINE | {"engine.checkpoints"},
+    "engine.speculation": ENGINE | {"engine.cache"},
+    "engine.scheduling": ENGINE | {"engine.cache", "engine.speculation"},
+    "engine.core": ENGINE
+    | {"engine.cache", "engine.grammar", "engine.scheduling", "engine.speculation"},
     "engine.attention": ENGINE | KERNELS,
     "engine.body": ENGINE | KERNELS | {"engine.attention"},
+    "engine.adapters": ENGINE | {"engine.body"},
     "engine.sampling": ENGINE | KERNELS,
 }
-RULES["engine.devices"] = ENGINE | KERNELS | {"engine.attention", "engine.body", "engine.sampling"}
-RULES["engine.devices.cpu"] = RULES["engine.devices"] | {"engine.devices", "kernels.cpu"}
+RULES["engine.devices"] = (
+    ENGINE
+    | KERNELS
+    | {
+        *("engine.attention", "engine.body", "engine.adapters", "engine.sampling"),
+    }
+)
+RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
+    *("engine.devices", "kernels.cpu", "kernels.cpu.integer", "kernels.cpu.lora"),
+}
 RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),
 }
-RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices"}
+RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
 RULES["engine.process"] = ENGINE
 RULES["engine.bench"] = ENGINE | {"engine.core"}
 GROUND = ENGINE | {"server"}
-RULES["server"] = GROUND | {"server.serving", "server.bench", "engine.bench", "engine.process"}
+RULES["server"] = GROUND | {
+    *("server.serving", "server.bench", "server.text"),
+    *("engine.bench", "engine.process", "engine.checkpoints", "engine.model"),
+}
 RULES["server.templates"] = GROUND
 RULES["server.text"] = GROUND | {"engine.grammar", "server.templates"}
 RULES["server.parsing"] = RULES["server.text"] | {"server.text"}
@@ -50,15 +67,21 @@ RULES["server.requests"] = RULES["server.http"] | {"server.http"}
 RULES["server.api"] = RULES["server.requests"] | {"server.requests"}
 RULES["server.dialects"] = RULES["server.api"] | {"server.api"}
 RULES["server.scoring"] = RULES["server.dialects"]
-RULES["server.serving"] = RULES["server.dialects"] | {"server.dialects", "server.scoring"}
+RULES["server.serving"] = RULES["server.dialects"] | {
+    *("server.dialects", "server.scoring", "engine.checkpoints"),
+}
 RULES["server.web"] = set()
 RULES["server.bench"] = GROUND | {"engine.bench"}
 """Room → the other rooms that its modules may import."""
 
 LAZY = {
+    ("kernels.cpu", "kernels.cpu.integer"): {"kernels.cpu.ahead"},
     ("server", "server.serving"): {"server.cli"},
     ("server", "server.bench"): {"server.cli"},
     ("server", "engine.bench"): {"server.cli"},
+    ("server", "server.text"): {"server.models_command"},
+    ("server", "engine.checkpoints"): {"server.models_command"},
+    ("server", "engine.model"): {"server.models_command"},
     ("engine.process", "engine.core"): {"engine.process.engine_process"},
     ("engine.process", "engine.runner"): {"engine.process.engine_process"},
     ("engine.process", "engine.devices"): {"engine.process.engine_process"},

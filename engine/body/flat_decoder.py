@@ -26,6 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .grouped_linear import GroupedLinear
+
+Linear = nn.Linear | GroupedLinear
+
 
 class FlatDecoder(NamedTuple):
     """All layers, with the embedding before and the norm after them."""
@@ -46,6 +50,19 @@ class FlatDecoder(NamedTuple):
             update = layer.forward(x, update, rotation, ops)
         return ops.add_norm(x, update, self.norm)
 
+    def with_linears(self, make: Callable[[Linear], Linear]) -> FlatDecoder:
+        """Return the same decoder with what `make` makes of each linear layer."""
+        layers = [
+            layer._replace(
+                qkv=make(layer.qkv),
+                output=make(layer.output),
+                gate_up=make(layer.gate_up),
+                down=make(layer.down),
+            )
+            for layer in self.layers
+        ]
+        return self._replace(layers=layers)
+
 
 class FlatLayer(NamedTuple):
     """One decoder layer. `qk_norm` is the norm of Q and K heads, if the model has one, with a
@@ -58,14 +75,14 @@ class FlatLayer(NamedTuple):
     scale: float
     window: int | None
     input_norm: Norm
-    qkv: nn.Linear
+    qkv: Linear
     qk_norm: Norm | None
-    output: nn.Linear
+    output: Linear
     mlp_norm: Norm
-    gate_up: nn.Linear
+    gate_up: Linear
     activation: Callable[[torch.Tensor], torch.Tensor]
     is_silu: bool
-    down: nn.Linear
+    down: Linear
 
     def forward(
         self, x: torch.Tensor, update: torch.Tensor | None, rotation: Rotation, ops: BodyOps

@@ -8,6 +8,7 @@ GroupedWeights; a device multiplies by them as they are, or makes them dense.
 from __future__ import annotations
 
 from collections import abc
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,10 @@ class GroupedWeight(NamedTuple):
     """W[o, i] = scale[o, g] * q[o, i] + minimum[o, g] with g = i // group_size.
 
     `scale` and `minimum` are float32 `[out_features, in_features / group_size]`; `minimum` is None
-    if it is zero everywhere. With 8 bits, `quants` holds q as int8 `[out_features, in_features]`.
-    With 4 bits q is from 0 to 15, and `quants` is uint8 `[out_features, in_features / 2]`: byte j
-    of a row holds q[2j] in its low half and q[2j + 1] in its high half.
+    if it is zero everywhere. With 8 bits, `quants` holds q as int8 `[out_features, in_features]`,
+    or as float8_e4m3fn if the device multiplies that. With 4 bits q is from 0 to 15, and `quants`
+    is uint8 `[out_features, in_features / 2]`: byte j of a row holds q[2j] in its low half and
+    q[2j + 1] in its high half.
     """
 
     quants: torch.Tensor
@@ -36,13 +38,18 @@ class GroupedWeight(NamedTuple):
         return len(self.scale), self.scale.shape[1] * self.group_size
 
     @property
+    def kind(self) -> str:
+        """The kind of numbers, for people to read."""
+        return "float8" if self.quants.is_floating_point() else f"{self.bits}-bit groups"
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of memory that the weight takes."""
         parts = (self.quants, self.scale, self.minimum)
         return sum(part.nbytes for part in parts if part is not None)
 
     def integers(self) -> torch.Tensor:
-        """Return q, one in a byte: int8 `[out_features, in_features]`."""
+        """Return q, one in a byte: int8 `[out_features, in_features]`, or float8."""
         if self.bits == 8:
             return self.quants
         halves = torch.stack((self.quants & 15, self.quants >> 4), dim=-1)
@@ -57,13 +64,57 @@ class GroupedWeight(NamedTuple):
             groups += self.minimum[..., None]
         return groups.view(rows, columns)
 
+    def rows(self, which: slice) -> GroupedWeight:
+        """Return some of the rows, as views."""
+        return self._replace(
+            quants=self.quants[which],
+            scale=self.scale[which],
+            minimum=None if self.minimum is None else self.minimum[which],
+        )
+
+    def regrouped(self, size: int) -> GroupedWeight:
+        """Return the same weight in groups of `size`, which divides the present one."""
+        repeats = self.group_size // size
+        return self._replace(
+            scale=self.scale.repeat_interleave(repeats, dim=1),
+            minimum=None
+            if self.minimum is None
+            else self.minimum.repeat_interleave(repeats, dim=1),
+            group_size=size,
+        )
+
+    def to(self, device: torch.device) -> GroupedWeight:
+        """Return the weight on another device."""
+        return self._replace(
+            quants=self.quants.to(device),
+            scale=self.scale.to(device),
+            minimum=None if self.minimum is None else self.minimum.to(device),
+        )
+
     def is_like(self, other: GroupedWeight) -> bool:
         """Whether rows of both can be stacked into one weight."""
         kinds = [
-            (weight.bits, weight.group_size, weight.scale.shape[1], weight.minimum is None)
+            (weight.kind, weight.group_size, weight.scale.shape[1], weight.minimum is None)
             for weight in (self, other)
         ]
         return kinds[0] == kinds[1]
+
+
+def common_form(weights: abc.Sequence[GroupedWeight]) -> list[GroupedWeight]:
+    """Return the same weights in one form, so that their rows can be stacked: with the most bits,
+    the smallest groups, and minimums if any has them. Nothing is rounded."""
+    bits = max(weight.bits for weight in weights)
+    size = gcd(*(weight.group_size for weight in weights))
+    has_minimum = any(weight.minimum is not None for weight in weights)
+    found = []
+    for weight in weights:
+        if weight.bits < bits:
+            weight = weight._replace(quants=weight.integers(), bits=bits)
+        weight = weight.regrouped(size)
+        if has_minimum and weight.minimum is None:
+            weight = weight._replace(minimum=torch.zeros_like(weight.scale))
+        found.append(weight)
+    return found
 
 
 def stack_rows(weights: abc.Sequence[GroupedWeight]) -> GroupedWeight:
@@ -80,8 +131,11 @@ class GroupedLinear(nn.Module):
     """y = x Wᵀ + b with a grouped W; x `[..., in_features]` → `[..., out_features]`, of its type.
 
     Its forward makes the weight dense in every call: this is the reference, and what the probe
-    runs. A device's backend replaces it.
+    runs. A device's backend replaces the layer, or sets `multiply`, which gets x, the weight and
+    the bias.
     """
+
+    multiply: abc.Callable[[torch.Tensor, GroupedWeight, torch.Tensor | None], torch.Tensor] | None
 
     def __init__(
         self, grouped: GroupedWeight, bias: torch.Tensor | None, dtype: torch.dtype
@@ -90,6 +144,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.grouped, self.bias, self.dtype = grouped, bias, dtype
         self.out_features, self.in_features = grouped.shape
+        self.multiply = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -97,4 +152,33 @@ class GroupedLinear(nn.Module):
         return self.grouped.dense().to(self.dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.multiply is not None:
+            return self.multiply(input, self.grouped, self.bias)
         return F.linear(input, self.weight.to(input.dtype), self.bias)
+
+
+def dtype_of(linear: nn.Linear | GroupedLinear) -> torch.dtype:
+    """Return the type of a layer's weight, without making a grouped one dense."""
+    return linear.dtype if isinstance(linear, GroupedLinear) else linear.weight.dtype
+
+
+def as_dense(linear: nn.Linear | GroupedLinear) -> nn.Linear:
+    """Return the layer with a dense weight of the model's type; a plain layer itself."""
+    if isinstance(linear, nn.Linear):
+        return linear
+    bias = linear.bias
+    dense = nn.Linear(linear.in_features, linear.out_features, bias is not None, device="meta")
+    dense.weight = nn.Parameter(linear.weight, requires_grad=False)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias, requires_grad=False)
+    return dense.eval()
+
+
+def make_dense(model: nn.Module) -> None:
+    """Replace every grouped layer below `model` by a plain one."""
+    made: dict[nn.Module, nn.Linear] = {}  # a layer may be in two places
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, GroupedLinear):
+                made.setdefault(child, as_dense(child))
+                setattr(module, name, made[child])

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .grouped_linear import GroupedLinear, as_dense, common_form, dtype_of, stack_rows
+
 logger = logging.getLogger("quire.engine")
 
 
@@ -27,21 +29,17 @@ class Siblings(NamedTuple):
     names: tuple[str, ...]
 
 
-class MergedLinear(nn.Module):
-    """The stacked product of several linear layers over one input."""
+Linear = nn.Linear | GroupedLinear
 
-    def __init__(self, linears: list[nn.Linear]) -> None:
+
+class MergedLinear(nn.Module):
+    """The stacked product of several linear layers over one input. If all of their weights are
+    grouped, so is the stacked one; the dense ones among others make all of them dense."""
+
+    def __init__(self, linears: list[Linear]) -> None:
         super().__init__()
-        first = linears[0]
         self.sizes = [linear.out_features for linear in linears]
-        self.linear = nn.Linear(
-            first.in_features, sum(self.sizes), first.bias is not None, device="meta"
-        )
-        weights: list[torch.Tensor] = [linear.weight for linear in linears]
-        self.linear.weight = _stacked(weights)
-        if first.bias is not None:
-            self.linear.bias = _stacked([linear.bias for linear in linears])
-        self.linear.eval()
+        self.linear = _stack(linears)
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
         self._to_hand_out = 0
@@ -67,7 +65,7 @@ class MergedLinear(nn.Module):
 class LinearColumn(nn.Module):
     """Stands in for layer `index` of a merged product."""
 
-    def __init__(self, merged: MergedLinear, index: int, linear: nn.Linear) -> None:
+    def __init__(self, merged: MergedLinear, index: int, linear: Linear) -> None:
         super().__init__()
         self.merged, self.index = merged, index
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -111,12 +109,12 @@ def _find_siblings(body: nn.Module, run: Callable[[], object]) -> list[Siblings]
         child: (parent, name)
         for parent in body.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear
+        if type(child) in (nn.Linear, GroupedLinear)
     }
-    calls: list[tuple[nn.Linear, torch.Tensor, int]] = []  # holds the inputs, so that ids differ
+    calls: list[tuple[Linear, torch.Tensor, int]] = []  # holds the inputs, so that ids differ
 
     def watch(linear: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        assert isinstance(linear, nn.Linear)
+        assert isinstance(linear, Linear)
         if arguments:  # otherwise it is given by name, which no model does
             calls.append((linear, arguments[0], arguments[0]._version))
 
@@ -130,10 +128,10 @@ def _find_siblings(body: nn.Module, run: Callable[[], object]) -> list[Siblings]
     # 2. Group those that were called once, by parent, input (and its version: it may be changed in
     # place) and kind of weight.
     counts = Counter(linear for linear, _, _ in calls)
-    groups: dict[tuple[object, ...], list[nn.Linear]] = {}
+    groups: dict[tuple[object, ...], list[Linear]] = {}
     for linear, input, version in calls:
         if counts[linear] == 1:
-            alike = (linear.weight.dtype, linear.weight.device, linear.bias is not None)
+            alike = (dtype_of(linear), linear.bias is not None)
             key = (parents[linear][0], id(input), version, *alike)
             groups.setdefault(key, []).append(linear)
     return [
@@ -146,23 +144,48 @@ def _find_siblings(body: nn.Module, run: Callable[[], object]) -> list[Siblings]
 def _merge(siblings: Siblings) -> None:
     """Replace the siblings in their parent. For a moment their weights exist twice."""
     parent, names = siblings
-    linears: list[nn.Linear] = [parent.get_submodule(name) for name in names]  # type: ignore[misc]
+    linears: list[Linear] = [parent.get_submodule(name) for name in names]  # type: ignore[misc]
     merged = MergedLinear(linears)
     for index, (name, linear) in enumerate(zip(names, linears, strict=True)):
         setattr(parent, name, LinearColumn(merged, index, linear))
 
 
 def _unmerge(siblings: Siblings) -> None:
-    """Put plain layers back, whose weights are views of the merged one."""
+    """Put single layers back, whose weights are views of the merged one."""
     parent, names = siblings
     for name in names:
         column: LinearColumn = parent.get_submodule(name)  # type: ignore[assignment]
-        weight, bias = column.weight, column.bias
-        linear = nn.Linear(column.in_features, column.out_features, bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias, requires_grad=False)
-        setattr(parent, name, linear.eval())
+        setattr(parent, name, _single(column))
+
+
+def _single(column: LinearColumn) -> Linear:
+    """Return the layer that a column stands in for."""
+    merged, bias = column.merged, column.bias
+    if isinstance(merged.linear, GroupedLinear):
+        begin = sum(merged.sizes[: column.index])
+        rows = slice(begin, begin + merged.sizes[column.index])
+        return GroupedLinear(merged.linear.grouped.rows(rows), bias, merged.linear.dtype)
+    linear = nn.Linear(column.in_features, column.out_features, bias is not None, device="meta")
+    linear.weight = nn.Parameter(column.weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear.eval()
+
+
+def _stack(linears: list[Linear]) -> Linear:
+    """Return the layer whose rows are those of all layers."""
+    first = linears[0]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    grouped = [linear.grouped for linear in linears if isinstance(linear, GroupedLinear)]
+    if len(grouped) == len(linears):
+        bias = torch.cat(biases) if biases else None
+        return GroupedLinear(stack_rows(common_form(grouped)), bias, dtype_of(first))
+    size = sum(linear.out_features for linear in linears)
+    stacked = nn.Linear(first.in_features, size, bool(biases), device="meta")
+    stacked.weight = _stacked([as_dense(linear).weight for linear in linears])
+    if biases:
+        stacked.bias = _stacked(biases)
+    return stacked.eval()
 
 
 def _stacked(parts: list[torch.Tensor]) -> nn.Parameter:

@@ -60,7 +60,7 @@ class BlockManager:
         self.blocks_copied = 0
         self.blocks_shared = 0
         self._copy_sources: list[int] = []
-        self._roots: dict[str | None, bytes] = {}
+        self._roots: dict[tuple[str | None, int | None], bytes] = {}
 
     # -- prefix sharing --------------------------------------------------------------------
 
@@ -88,6 +88,15 @@ class BlockManager:
         if successor is None:
             return PrefixMatch(blocks, None, start)
         return PrefixMatch(blocks, successor, start + successor.num_tokens)
+
+    def continuation(self, sequence: Sequence, k: int) -> list[int]:
+        """Return up to `k` tokens with which another sequence went on after the same tokens and
+        the same salt. All tokens of `sequence` are known."""
+        if not self.enable_prefix_caching:
+            return []
+        full = len(sequence.token_ids) // self.block_size
+        tail = sequence.token_ids[full * self.block_size :]
+        return self.pool.index.continuation(self._parent_hash(sequence, full), tail, k, sequence)
 
     def commit_full_blocks(self, sequence: Sequence) -> None:
         """Index the blocks computed since the last call: the full ones, and the growing tail.
@@ -234,12 +243,12 @@ class BlockManager:
         """Return the hash of all tokens before block i of the sequence."""
         if i:
             return self._block_hash(sequence, i - 1)
-        salt = sequence.request.cache_salt
-        root = self._roots.get(salt)
+        seed = sequence.request.cache_salt, sequence.adapter_id
+        root = self._roots.get(seed)
         if root is None:
             if len(self._roots) > MAX_ROOTS:
                 self._roots.clear()
-            root = self._roots[salt] = root_hash(salt)
+            root = self._roots[seed] = root_hash(*seed)
         return root
 
     def _block_hash(self, sequence: Sequence, i: int) -> bytes:

@@ -1,7 +1,8 @@
 """The index that finds a block by the tokens whose K/V it holds and all tokens before them.
 
 A block is reached through its *parent hash*: the chained hash of all tokens before it (and of the
-cache salt, which seeds the chain). Equal parent hashes mean that the whole prefixes are equal.
+cache salt and the LoRA adapter, which seed the chain). Equal parent hashes mean that the whole
+prefixes are equal.
 
     root ──▶ [t0 … t15] ──▶ [t16 … t31] ──▶ [t32 t33 t34]        full, full, partial
                         └─▶ [t16 … t24 u9 …]                      a sibling
@@ -24,9 +25,11 @@ MAX_SIBLINGS = 32
 """Siblings to compare, newest first. Bounds the search if thousands of prompts start alike."""
 
 
-def root_hash(cache_salt: str | None) -> bytes:
-    """Return the hash that starts a chain. Different salts start chains that never meet."""
-    return sha256(b"" if cache_salt is None else b"salt:" + cache_salt.encode()).digest()
+def root_hash(cache_salt: str | None, adapter_id: int | None = None) -> bytes:
+    """Return the hash that starts a chain. Chains of different salts never meet, nor do those of
+    different adapters or of different versions of one."""
+    root = sha256(b"" if cache_salt is None else b"salt:" + cache_salt.encode()).digest()
+    return root if adapter_id is None else sha256(root + b"adapter:%d" % adapter_id).digest()
 
 
 def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
@@ -74,6 +77,8 @@ class PrefixIndex:
         self._entries: dict[int, _Entry] = {}
         self._by_hash: dict[bytes, int] = {}
         self._siblings: dict[tuple[bytes, int], dict[int, None]] = {}
+        self._latest: dict[bytes, int] = {}
+        """Parent hash → the block that was indexed last after it."""
 
     def __contains__(self, block: int) -> bool:
         return block in self._entries
@@ -101,6 +106,35 @@ class PrefixIndex:
                 if length == len(wanted):
                     break
         return Successor(best, best_length) if best_length else None
+
+    def continuation(self, parent: bytes, tail: list[int], k: int, asking: Sequence) -> list[int]:
+        """Return up to `k` tokens that another sequence than `asking` has after the tokens of
+        `parent` and `tail`, which are less than a block."""
+        found: list[int] = []
+        while len(found) < k:
+            entry = self._entry_after(parent, tail, asking)
+            if entry is None:
+                break
+            found += entry.tokens()[len(tail) :]
+            if entry.hash is None:
+                break
+            parent, tail = entry.hash, []
+        return found[:k]
+
+    def _entry_after(self, parent: bytes, tail: list[int], asking: Sequence) -> _Entry | None:
+        """Return an entry that holds `tail` and more after it; the newest, if there are several."""
+        if not tail:
+            block = self._latest.get(parent)
+            entry = None if block is None else self._entries[block]
+            return None if entry is None or entry.owner is asking or not entry.tokens() else entry
+        siblings = self._siblings.get((parent, tail[0]), {})
+        for _, block in zip(range(MAX_SIBLINGS), reversed(siblings), strict=False):
+            entry = self._entries[block]
+            if entry.owner is not asking:
+                tokens = entry.tokens()
+                if len(tokens) > len(tail) and tokens[: len(tail)] == tail:
+                    return entry
+        return None
 
     def add_full(self, block: int, parent: bytes, own_hash: bytes, token_ids: list[int]) -> None:
         """Index a full block, unless another block with the same content is indexed already."""
@@ -141,10 +175,13 @@ class PrefixIndex:
         del siblings[block]
         if not siblings:
             del self._siblings[key]
+        if self._latest.get(entry.parent) == block:
+            del self._latest[entry.parent]
 
     def _insert(self, block: int, entry: _Entry) -> None:
         self._entries[block] = entry
         self._siblings.setdefault((entry.parent, entry.token_ids[0]), {})[block] = None
+        self._latest[entry.parent] = block
 
     def check_integrity(self) -> None:
         """Assert that the three maps agree."""
@@ -156,6 +193,8 @@ class PrefixIndex:
                 entry = self._entries[block]
                 assert entry.parent == parent and entry.tokens()[0] == first, block
         assert num_siblings == len(self._entries), "an entry is missing from its siblings"
+        for parent, block in self._latest.items():
+            assert self._entries[block].parent == parent, block
         for own_hash, block in self._by_hash.items():
             entry = self._entries[block]
             assert entry.hash == own_hash == hash_block(entry.parent, entry.tokens()), block

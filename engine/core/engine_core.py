@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from ..cache.block_manager import BlockManager
@@ -12,7 +13,13 @@ from ..grammar.masks import StructuredOutput
 from ..outputs import EngineStats, StepOutput
 from ..request import Request
 from ..scheduling.scheduler import Scheduler
+from ..speculation.cached import CachedDrafter
+from ..speculation.grammar import GrammarDrafter
+from ..speculation.ngram import NgramDrafter
+from ..speculation.prediction import PredictionDrafter
+from ..speculation.speculator import MAX_POSITIONS, Speculator
 from ..worker_protocol import WorkerProtocol
+from .adapters import LoadedAdapters
 from .step_loop import StepLoop
 
 COMPILE_WAIT_SECONDS = 0.05
@@ -31,19 +38,23 @@ class EngineCore:
         loaded = worker.load()
         num_blocks = worker.profile()
         self._info = EngineInfo.of(config, loaded, num_blocks)
+        self._adapters = LoadedAdapters(config, loaded, worker)
         self._structured = StructuredOutput(
             loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)
         )
+        block_manager = BlockManager(
+            num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
         self._scheduler = Scheduler(
-            BlockManager(
-                num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
-            ),
+            block_manager,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=loaded.max_num_batched_tokens,
             eos_token_ids=loaded.eos_token_ids,
             policy=config.scheduling_policy,
             seed=config.seed,
             is_ready=self._structured.is_ready,
+            adapters=self._adapters.table,
+            speculator=self._make_speculator(config, block_manager),
         )
         run_ahead = config.async_scheduling
         if run_ahead is None:
@@ -55,9 +66,28 @@ class EngineCore:
             run_ahead=run_ahead,
         )
 
+    def _make_speculator(
+        self, config: EngineConfig, block_manager: BlockManager
+    ) -> Speculator | None:
+        """Return what drafts tokens, if anything does. Certain drafts come first."""
+        if not self._info.speculates:
+            return None
+        drafters = (
+            GrammarDrafter(self._structured.propose),
+            PredictionDrafter(),
+            CachedDrafter(block_manager),
+            NgramDrafter(),
+        )
+        return Speculator(
+            drafters,
+            max_draft=config.num_speculative_tokens,
+            max_samples=max(config.max_num_seqs, MAX_POSITIONS),
+        )
+
     @property
     def info(self) -> EngineInfo:
-        return self._info
+        """The facts about the engine, with the LoRA adapters that are loaded now."""
+        return replace(self._info, adapters=self._adapters.sources)
 
     @property
     def has_work(self) -> bool:
@@ -70,6 +100,11 @@ class EngineCore:
         self._scheduler.add_request(request)
         self._structured.add(request)
 
+    @property
+    def adapters(self) -> LoadedAdapters:
+        """The LoRA adapters, to load and unload them."""
+        return self._adapters
+
     def abort_request(self, request_id: str, choice: int | None = None) -> None:
         self._scheduler.abort_request(request_id, choice)
 
@@ -77,6 +112,7 @@ class EngineCore:
         """Run one step (see `StepLoop.step`) and return its outputs."""
         outputs = self._loop.step()
         self._structured.forget_finished(outputs)
+        self._adapters.drop_unused()
         stats = self._scheduler.stats()
         if not (outputs or stats.step_tokens):
             self._structured.wait_compiled(COMPILE_WAIT_SECONDS)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ..attention.metadata import AttentionPlan
 from ..body.body import Body
 from ..body.flat_decoder import FlatDecoder
@@ -74,6 +75,10 @@ class Rehearsal(Protocol):
     def planner(self) -> Planner:
         """The runner's, made by the backend."""
 
+    @property
+    def adapters(self) -> AdapterSlots | None:
+        """The slots of LoRA adapters, if there are any."""
+
     def run_prompts(self, num_tokens: int, num_seqs: int) -> object:
         """Run a blank step that begins so many sequences, without logits."""
 
@@ -98,6 +103,8 @@ class CacheDemand(NamedTuple):
     architecture: str
     block_bytes: int
     max_model_len: int
+    adapter_bytes: int = 0
+    """Bytes that LoRA adapters will take when all slots are filled."""
 
 
 StartRehearsal = abc.Callable[[int], Rehearsal]
@@ -115,10 +122,21 @@ class Backend(Protocol):
         """Return the dtype of models if none is asked for; `checkpoint` is that of the weights."""
 
     def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
-        """Return the KV cache's dtype. Raises ConfigurationError on one that is unsupported."""
+        """Return the KV cache's dtype. Raises ConfigurationError on one that is unsupported.
+
+        If none is asked for ("auto") and this is not the model's, the cache gets it only if the
+        model bears the rounding (`probe.bears_rounding`)."""
 
     def check_quantization(self, config: EngineConfig) -> None:
         """Raise ConfigurationError if the device has no kernels for quantised weights."""
+
+    @property
+    def multiplies_groups(self) -> bool:
+        """Whether linear layers may be GroupedLinear; if not, their weights are made dense."""
+
+    @property
+    def multiplies_float8(self) -> bool:
+        """Whether grouped weights may be of float8; if not, they are made dense."""
 
     def token_budget(self, config: EngineConfig) -> int:
         """Return the maximum number of tokens in a step."""
@@ -135,13 +153,25 @@ class Backend(Protocol):
     # -- the model -------------------------------------------------------------------------------
 
     def make_body(
-        self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
+        self,
+        body: nn.Module,
+        head: nn.Module,
+        flat: FlatDecoder | None,
+        *,
+        quantization: str | None,
     ) -> Body:
         """Choose how the body runs. `flat` is the same body, flattened, if it can be.
 
-        May take over the weights, and replace the linear layers of `body` and `head` in place, with
-        `int8` by quantised ones.
+        May take over the weights, and replace the linear layers of `body` and `head` in place, by
+        quantised ones if there is a `quantization`. Grouped layers keep their integers, or are made
+        dense.
         """
+
+    def make_adapter_slots(
+        self, body: Body, adaptable: Adaptable, limits: LoraLimits
+    ) -> AdapterSlots:
+        """Let a body that this backend made run with LoRA adapters; `adaptable` are its linear
+        layers, which may be replaced in place."""
 
     def make_sampler(self, vocab_size: int) -> Sampler:
         """Make a sampler that draws in the device's own way."""

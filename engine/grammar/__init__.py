@@ -12,6 +12,6 @@ Reading order:
     bad_words    the tokens that would complete a bad word
     constraints  both, and budgets of reasoning (../reasoning.py), as a step's SamplingConstraints
 
-It may import the words of the engine (the modules directly in `engine`), and numpy. llguidance is
-imported only when the first constrained request comes.
+It may import checkpoints, the words of the engine (the modules directly in `engine`), and numpy.
+llguidance is imported only when the first constrained request comes.
 """

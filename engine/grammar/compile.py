@@ -53,8 +53,10 @@ def read_tokenizer_json(config: EngineConfig) -> str:
     """Return the text of the model's tokenizer.json, with the tokens that other files add."""
     from transformers import AutoTokenizer
 
+    from ..checkpoints.gguf_tokenizer import tokenizer_folder
+
     tokenizer = AutoTokenizer.from_pretrained(
-        config.model, trust_remote_code=config.trust_remote_code
+        tokenizer_folder(config.model, config.gguf_file), trust_remote_code=config.trust_remote_code
     )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

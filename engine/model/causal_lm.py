@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters.adapter import LinearShape, find_linears
+from ..adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ..attention.interface import register_attention
 from ..attention.metadata import AttentionMetadata
 from ..body.merged_linear import merge_siblings
+from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
 from .classifier import Scores
 from .model_spec import ModelSpec
-from .probe import check_class, flatten_if_equal, refuse, run_probe
+from .probe import bears_rounding, check_class, flatten_if_equal, probe_text, refuse, run_probe
+from .text_part import text_body
 
 logger = logging.getLogger("quire.engine")
 
@@ -29,48 +33,89 @@ logger = logging.getLogger("quire.engine")
 class CausalLM:
     """Runs `forward` over packed tokens, then makes `logits` of the rows that need them."""
 
+    # Over 50 lines: the signature, and three steps that share most of their values.
     def __init__(
         self,
         model: Any,
         spec: ModelSpec,
         backend: Backend,
+        weights: WeightFacts,
         *,
         can_generate: bool = True,
-        int8: bool = False,
+        quantization: str | None = None,
+        kv_cache_dtype: torch.dtype | None = None,
+        kv_must_be_borne: bool = False,
+        adaptable: bool = False,
     ) -> None:
         """Take over a transformers model on the backend's device. Raises UnsupportedModelError,
         naming the reason, if it does not pass the probe.
 
         `can_generate` is False if the head's weights are made up, so that logits mean nothing.
-        With `int8`, linear layers are quantised to eight bits.
+        `quantization` is how linear layers are to be rounded, if they are.
+        `kv_cache_dtype` is by default the model's; if the model must bear the rounding and does
+        not, it becomes that. `adaptable` prepares for `enable_adapters`.
         """
         self.spec = spec
+        self.weights = weights
+        self._backend = backend
         self.can_generate = can_generate
         self.scores: Scores | None = None
         """Makes the logits of the model's classes, if it has a classifier."""
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.num_parameters = weights.num_parameters
         # 1. Probe the model, merge projections that share an input, and flatten the body.
         register_attention()
         check_class(model, spec)
-        probed = run_probe(model, spec)
-        body = model.base_model
-        merged = Counter(merge_siblings(body, lambda: run_probe(model, spec)))
+        whole, probed = probe_text(model, spec)
+        self.kv_cache_dtype = kv_cache_dtype or self.dtype
+        is_rounded = kv_must_be_borne and self.kv_cache_dtype != self.dtype
+        if is_rounded and not bears_rounding(model, spec, probed, self.kv_cache_dtype):
+            self.kv_cache_dtype = self.dtype
+        body = text_body(model)
+        merged = Counter(merge_siblings(body, lambda: run_probe(model, spec, body)))
         for names, count in merged.items():
             logger.info("merged %s (%d times)", ", ".join(names), count)
         flat = flatten_if_equal(body, spec, probed)
+        self._adaptable: Adaptable | None = None
+        if adaptable:
+            tokens = len(probed.hidden)
+            prefix = next(name for name, module in model.named_modules() if module is body)
+            places = find_linears(body, prefix, lambda: run_probe(model, spec, body), tokens)
+            self._adaptable = Adaptable(prefix, places, flat)
         # 2. Split off the head, and let the device choose how the body runs.
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
-        self._head._modules[model.base_model_prefix] = _Passthrough(type(probed.output))
-        self._body = backend.make_body(body, self._head, flat, int8=int8)
+        self._head._modules[model.base_model_prefix] = _Passthrough(type(whole.output))
+        self._body = backend.make_body(body, self._head, flat, quantization=quantization)
         # 3. If logits are nothing but one product, call that, or fuse it with the body.
         self._product = self._check_head(probed.hidden)
         fused = None if self._product is None else self._body.fuse_head(self._product)
         self.forward_to_logits = fused or self._forward_then_logits
         """input_ids and positions `[T]`, logit_indices `[R]`, metadata → `forward`'s hidden states,
         and the `logits` of the tokens at logit_indices."""
+        self.is_batch_invariant = fused is not None and self._body.is_batch_invariant
+        """Whether logits are the same to the bit whatever else is in the step."""
+
+    def enable_adapters(self, limits: LoraLimits) -> AdapterSlots:
+        """Let the model run with LoRA adapters. Called once, on a model that was made
+        `adaptable`, which it is no longer."""
+        assert self._adaptable is not None
+        slots = self._backend.make_adapter_slots(self._body, self._adaptable, limits)
+        self._adaptable = None
+        return slots
+
+    @property
+    def linears(self) -> dict[str, LinearShape]:
+        """The linear layers that can have adapters, by name, before `enable_adapters`."""
+        assert self._adaptable is not None
+        return {name: place.shape for name, place in self._adaptable.places.items()}
+
+    @property
+    def prefix(self) -> str:
+        """The name of the body, with which the names of its layers begin."""
+        assert self._adaptable is not None
+        return self._adaptable.prefix
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata

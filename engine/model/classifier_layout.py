@@ -12,6 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.gguf_tokenizer import tokenizer_folder
+from ..checkpoints.source import source_of
 from ..classifier_spec import NO_CLASSIFIER, Activation, ClassifierSpec
 from ..config import EngineConfig
 from ..errors import ConfigurationError, ModelLoadError
@@ -31,13 +33,15 @@ def read_classifier(hf_config: Any, config: EngineConfig) -> ClassifierSpec | st
     name = Path(config.model).name.lower()
     is_qwen3 = architecture.startswith("Qwen3") and "reranker" in name
     try:
-        activation = _activation(config.model)
+        # A GGUF file has no files beside it that say more.
+        folder = source_of(config).repository
+        activation = None if folder is None else _activation(folder)
         if config.score_tokens is not None:
             token_ids = _token_ids(config, config.score_tokens.split(","))
         elif architecture.endswith("ForSequenceClassification"):
             return _classes(hf_config, activation, is_qwen3)
         else:
-            token_ids = _logit_score(config.model)
+            token_ids = () if folder is None else _logit_score(folder)
             if not token_ids and is_qwen3:
                 token_ids = _token_ids(config, ["yes", "no"])
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -105,7 +109,7 @@ def _token_ids(config: EngineConfig, tokens: list[str]) -> tuple[int, ...]:
     if not 1 <= len(tokens) <= 2:
         raise ConfigurationError("--score-tokens takes one token, or two: of yes and of no")
     tokenizer = AutoTokenizer.from_pretrained(
-        config.model, trust_remote_code=config.trust_remote_code
+        tokenizer_folder(config.model, config.gguf_file), trust_remote_code=config.trust_remote_code
     )
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     for token in tokens:

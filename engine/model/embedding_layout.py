@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.source import source_of
 from ..config import EngineConfig
 from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
 from ..errors import ModelLoadError
@@ -53,6 +54,8 @@ def read_embedding(hf_config: Any, config: EngineConfig) -> EmbeddingSpec | str:
     try:
         if config.pooling != "auto":
             pooling, normalize, prompt = config.pooling, True, ""
+        elif source_of(config).repository is None:
+            raise _RefusedError(NO_LAYOUT)
         elif hasattr(hf_config, "auto_map") and not config.trust_remote_code:
             raise _RefusedError("its folder has code of its own, which is not executed")
         else:

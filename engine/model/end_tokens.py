@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.source import source_of
 from ..config import EngineConfig
 from ..errors import ModelLoadError, one_line
 
@@ -107,10 +108,13 @@ def _read_text(config: EngineConfig, name: str) -> str | None:
     """Return the text of a file of the model, or None if there is no such file."""
     from transformers.utils import cached_file
 
+    folder = source_of(config).repository
+    if folder is None:
+        return None  # a GGUF file names its end tokens itself
     try:
         # Each file is optional, so one that the hub does not deliver is as good as none.
         path = cached_file(
-            config.model,
+            folder,
             name,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..attention.interface import IMPLEMENTATION, register_attention
+from ..body.grouped_linear import GroupedLinear
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..classifier_spec import ClassifierSpec
 from ..config import EngineConfig
 from ..devices.backend import Backend
@@ -18,9 +22,13 @@ from ..errors import (
     UnsupportedModelError,
     one_line,
 )
+from .assemble import assemble, weight_facts
 from .causal_lm import CausalLM
 from .classifier import make_scores
 from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
+from .text_part import auto_class, check_attention_error, drop_other_parts
+
+logger = logging.getLogger("quire.engine")
 
 
 def resolve_dtype(config: EngineConfig, spec: ModelSpec, backend: Backend) -> torch.dtype:
@@ -38,66 +46,117 @@ def resolve_dtype(config: EngineConfig, spec: ModelSpec, backend: Backend) -> to
 def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     """Load `config.model`, or random weights of its shape with load_format "dummy".
 
-    Only safetensors are read: no pickle, and no code in the folder unless trust_remote_code.
+    Only safetensors and GGUF are read, quantised or not: no pickle, and no code in the folder
+    unless trust_remote_code.
     Raises ModelLoadError if files are missing, cut or do not match, UnsupportedModelError if the
     model cannot work here, ConfigurationError if the device has no room for it.
     """
-    hf_config = read_hf_config(config)
+    checkpoint = open_checkpoint(config)
+    hf_config = read_hf_config(config, checkpoint)
     spec = spec_from_hf_config(hf_config, config)
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
-    backend.kv_cache_dtype(config, dtype)  # refused before the weights are read
+    kv_cache_dtype = backend.kv_cache_dtype(config, dtype)  # refused before weights are read
     backend.check_quantization(config)
     register_attention()
-    can_generate = True
     try:
-        if config.load_format == "dummy":
-            model = _build_dummy(hf_config, config, dtype, backend)
-        else:
-            model, can_generate = _load_weights(hf_config, spec, config, dtype)
-            model = model.to(device)
+        model, can_generate, source_format = _load(
+            hf_config, spec, config, dtype, backend, checkpoint
+        )
     except QuireError:
         raise
     except torch.OutOfMemoryError as error:
         raise ConfigurationError(f"{config.model!r} does not fit the memory of {device}") from error
     except Exception as error:  # whatever a broken file makes safetensors, json or the hub raise
+        check_attention_error(error, spec.architecture)
         raise ModelLoadError(f"cannot load {config.model!r}: {one_line(error)}") from error
     model.eval().requires_grad_(False)
     _fix_rope(model, max_model_len, spec)
-    int8 = config.quantization == "int8"
-    loaded = CausalLM(model, spec, backend, can_generate=can_generate, int8=int8)
+    facts = weight_facts(model, source_format, config.quantization)
+    logger.info(
+        "%s, computed in %s: %.1f MB of weights",
+        facts.source_format,
+        facts.computed_format,
+        facts.num_bytes / 1e6,
+    )
+    loaded = CausalLM(
+        model,
+        spec,
+        backend,
+        facts,
+        can_generate=can_generate,
+        quantization=config.quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        kv_must_be_borne=config.kv_cache_dtype == "auto",
+        adaptable=config.enable_lora,
+    )
     if isinstance(spec.classifier, ClassifierSpec):
         loaded.scores = make_scores(spec.classifier, config, loaded.logits)
     return loaded
 
 
-def _auto_class(hf_config: Any, config: EngineConfig) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    remote = config.trust_remote_code and hasattr(hf_config, "auto_map")
-    if type(hf_config) not in AutoModelForCausalLM._model_mapping and not remote:
-        raise UnsupportedModelError(
-            f"{type(hf_config).__name__} has no causal language model in this transformers"
+def _load(
+    hf_config: Any,
+    spec: ModelSpec,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    backend: Backend,
+    checkpoint: Checkpoint | None,
+) -> tuple[Any, bool, str]:
+    """Return the model on the backend's device, without parts that text does not pass through;
+    whether its head was in the weights; and the checkpoint's format."""
+    has_head = True
+    if config.load_format == "dummy":
+        model, source_format = _build_dummy(hf_config, config, dtype, backend), "random weights"
+    elif checkpoint is not None and checkpoint.load_arguments is None:
+        build = partial(_build, hf_config, config, dtype)
+        model = assemble(
+            checkpoint,
+            build,
+            dtype,
+            keep_groups=backend.multiplies_groups,
+            keep_float8=backend.multiplies_float8,
         )
-    return AutoModelForCausalLM
+        source_format = checkpoint.source_format
+    else:
+        model, has_head = _load_weights(hf_config, spec, config, dtype, checkpoint)
+        if checkpoint is not None:
+            checkpoint.finish(model)
+        source_format = (
+            f"safetensors {spec.dtype}" if checkpoint is None else checkpoint.source_format
+        )
+    drop_other_parts(model)
+    for module in model.modules():
+        if isinstance(module, GroupedLinear):
+            module.grouped = module.grouped.to(backend.device)
+    return model.to(backend.device), has_head, source_format
 
 
 def _load_weights(
-    hf_config: Any, spec: ModelSpec, config: EngineConfig, dtype: torch.dtype
+    hf_config: Any,
+    spec: ModelSpec,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    checkpoint: Checkpoint | None,
 ) -> tuple[Any, bool]:
     """Return the model on the CPU, and whether its head was in the weights; only a model that
     makes embeddings can do without. transformers builds on the meta device and shows a progress
     bar."""
     from transformers import GenerationConfig
 
-    model, report = _auto_class(hf_config, config).from_pretrained(
-        config.model,
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": config.model,
+        "use_safetensors": True,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if checkpoint is not None and checkpoint.load_arguments is not None:
+        place = checkpoint.load_arguments
+    model, report = auto_class(hf_config, config).from_pretrained(
+        **place,
         config=hf_config,
         # The model's own file is not needed, and a value that transformers refuses must not matter.
         generation_config=GenerationConfig(),
         dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=config.trust_remote_code,
         attn_implementation=IMPLEMENTATION,
         output_loading_info=True,
     )
@@ -128,12 +187,16 @@ def _build_dummy(hf_config: Any, config: EngineConfig, dtype: torch.dtype, backe
     device."""
     with torch.random.fork_rng(devices=backend.random_devices), backend.device:
         torch.manual_seed(config.seed or 0)
-        return _auto_class(hf_config, config).from_config(
-            hf_config,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-            attn_implementation=IMPLEMENTATION,
-        )
+        return _build(hf_config, config, dtype)
+
+
+def _build(hf_config: Any, config: EngineConfig, dtype: torch.dtype) -> Any:
+    return auto_class(hf_config, config).from_config(
+        hf_config,
+        dtype=dtype,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=IMPLEMENTATION,
+    )
 
 
 def _fix_rope(model: Any, max_model_len: int, spec: ModelSpec) -> None:

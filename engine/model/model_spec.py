@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.quantized_config import check_method
 from ..classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from ..config import EngineConfig, check_folder
 from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
@@ -12,6 +13,9 @@ from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, 
 from .classifier_layout import read_classifier
 from .embedding_layout import read_embedding
 from .end_tokens import read_end_tokens
+
+if TYPE_CHECKING:
+    from ..checkpoints.checkpoint import Checkpoint
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -39,9 +43,11 @@ class ModelSpec:
     embedding: EmbeddingSpec | str = NO_LAYOUT
     classifier: ClassifierSpec | str = NO_CLASSIFIER
 
-    def kv_bytes_per_token(self, element_size: int) -> int:
-        """Return the bytes of one token's K and V over all layers; `element_size` is in bytes."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_size
+    def kv_bytes_per_token(self, element_size: int, step_bytes: int = 0) -> int:
+        """Return the bytes of one token's K and V over all layers; `element_size` is in bytes. Each
+        head's K and V may have `step_bytes` more."""
+        size = self.head_dim * element_size + step_bytes
+        return 2 * self.num_layers * self.num_kv_heads * size
 
     def resolve_max_model_len(self, requested: int | None) -> int:
         """Return the context length to serve. Raises ConfigurationError if more is requested than
@@ -56,13 +62,16 @@ class ModelSpec:
         return requested
 
 
-def read_hf_config(config: EngineConfig) -> Any:
-    """Read the transformers configuration of `config.model`, a folder or a hub id.
+def read_hf_config(config: EngineConfig, checkpoint: Checkpoint | None = None) -> Any:
+    """Read the transformers configuration of `config.model`; `checkpoint` is its checkpoint if
+    that has a format of its own.
 
     Code in the folder (`auto_map`) runs only with `trust_remote_code`. Raises ModelLoadError.
     """
     from transformers import AutoConfig
 
+    if checkpoint is not None:
+        return checkpoint.hf_config()
     check_folder(config.model)
     try:
         return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
@@ -121,12 +130,7 @@ def _refuse_unsupported(hf_config: Any, text: Any, architecture: str) -> None:
         refuse("its tokens attend to later ones")
     quantization = getattr(hf_config, "quantization_config", None)
     if quantization is not None:
-        method = (
-            quantization.get("quant_method")
-            if isinstance(quantization, dict)
-            else getattr(quantization, "quant_method", None)
-        )
-        refuse(f"quantised checkpoints ({method}) are not supported")
+        check_method(quantization)
     odd = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES)
     if odd:
         refuse(f"layers of type {', '.join(odd)} are not supported")

@@ -19,10 +19,13 @@ from ..attention.interface import IMPLEMENTATION
 from ..body.flat_decoder import FlatDecoder, FlatLayer, TorchOps
 from ..body.flatten import flatten
 from ..errors import UnsupportedModelError, one_line
-from .model_spec import ModelSpec
+from .model_spec import SUPPORTED_LAYER_TYPES, ModelSpec
+from .text_part import NO_INTERFACE, text_body
 
 logger = logging.getLogger("quire.engine")
 
+MAX_KV_ERROR = 1e-3
+"""Maximum relative change of the hidden states for a KV cache of fewer bits by default."""
 _PROBE = "quire_probe"
 """Name under which transformers knows `_probe_attention`."""
 _HARMLESS_ARGUMENTS = frozenset(
@@ -71,24 +74,62 @@ class ProbeResult(NamedTuple):
 
 def check_class(model: Any, spec: ModelSpec) -> None:
     """Raise UnsupportedModelError if the class of a transformers model cannot be served."""
-    if getattr(model, "_is_stateful", False):
+    if getattr(model, "_is_stateful", False) and _keeps_state(model):
         refuse(spec, "its layers keep a state beside K and V (recurrent or state space)")
     if not type(model)._can_set_attn_implementation():
-        refuse(spec, "its attention does not go through transformers' AttentionInterface")
+        refuse(spec, NO_INTERFACE)
     if model.base_model is model or model.base_model_prefix not in model._modules:
         refuse(spec, "its body and its language-model head cannot be told apart")
 
 
+def _keeps_state(model: Any) -> bool:
+    """Whether layers keep a state, in a model of a class in which they may.
+
+    They don't if all layers are stated to be of attention, and none has the weights of a state.
+    """
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    if not kinds or not SUPPORTED_LAYER_TYPES.issuperset(kinds):
+        return True
+    return any(
+        name.rpartition(".")[2] == "A_log" or ".conv" in name
+        for name, _ in model.named_parameters()
+    )
+
+
+def probe_text(model: Any, spec: ModelSpec) -> tuple[ProbeResult, ProbeResult]:
+    """Run the body of a transformers model, and the part of it that text passes through, which may
+    be all of it. Raises UnsupportedModelError if that part does not compute the same."""
+    whole = run_probe(model, spec, model.base_model)
+    body = text_body(model)
+    if body is model.base_model:
+        return whole, whole
+    text = run_probe(model, spec, body)
+    if text.calls != whole.calls or not torch.equal(text.hidden, whole.hidden):
+        refuse(spec, f"text does not pass through {type(body).__name__} alone")
+    return whole, text
+
+
+class _Calls(list[LayerCall]):
+    """The calls of the layers; K and V are rounded to `kv_dtype` and back, if there is one."""
+
+    kv_dtype: torch.dtype | None = None
+
+
 @torch.no_grad()
-def run_probe(model: Any, spec: ModelSpec) -> ProbeResult:
-    """Run the body of a transformers model. Raises UnsupportedModelError if its attention cannot be
-    served."""
+def run_probe(
+    model: Any, spec: ModelSpec, body: Any, kv_dtype: torch.dtype | None = None
+) -> ProbeResult:
+    """Run the body of a transformers model, with K and V rounded to `kv_dtype` if that is given.
+    Raises UnsupportedModelError if its attention cannot be served."""
     AttentionInterface.register(_PROBE, _probe_attention)
-    calls: list[LayerCall] = []
-    model.set_attn_implementation(_PROBE)
+    calls = _Calls()
+    calls.kv_dtype = kv_dtype
+    text = text_body(model)
+    attends = model if text is model.base_model else text
+    attends.set_attn_implementation(_PROBE)
     try:
         tokens, positions = _probe_input(spec, model.device)
-        output = model.base_model(
+        output = body(
             input_ids=tokens[None],
             position_ids=positions[None],
             use_cache=False,
@@ -97,11 +138,24 @@ def run_probe(model: Any, spec: ModelSpec) -> ProbeResult:
     except UnsupportedModelError as error:
         refuse(spec, error.message)
     finally:
-        model.set_attn_implementation(IMPLEMENTATION)
+        attends.set_attn_implementation(IMPLEMENTATION)
     _check_calls(calls, spec)
     if not isinstance(getattr(output, "last_hidden_state", None), torch.Tensor):
         refuse(spec, "its body returns no last_hidden_state")
     return ProbeResult(output, calls)
+
+
+def bears_rounding(model: Any, spec: ModelSpec, exact: ProbeResult, kv_dtype: torch.dtype) -> bool:
+    """Return whether the hidden states change by at most MAX_KV_ERROR of their norm if K and V are
+    rounded to `kv_dtype`. `exact` is the probe's result without rounding."""
+    hidden = run_probe(model, spec, text_body(model), kv_dtype).hidden
+    error = float((hidden - exact.hidden).norm() / exact.hidden.norm())
+    kind = str(kv_dtype).removeprefix("torch.")
+    if not error <= MAX_KV_ERROR:  # or NaN: a number was beyond the type's range
+        logger.info("K and V are not stored in %s, which would change results by %.1g", kind, error)
+        return False
+    logger.info("K and V are stored in %s, which changes results by %.1g", kind, error)
+    return True
 
 
 @torch.no_grad()
@@ -212,6 +266,9 @@ def _probe_attention(
     )
     if query.shape[-1] != value.shape[-1]:  # refused afterwards: all heads must be alike
         return query.new_zeros((*query.shape[:-1], value.shape[-1])).transpose(1, 2), None
+    rounding = getattr(attn_metadata, "kv_dtype", None)
+    if rounding is not None:
+        key, value = (part.to(rounding).to(part.dtype) for part in (key, value))
     heads = (part[0].transpose(0, 1) for part in (query, key, value))
     return _mix(*heads)[None], None
 

@@ -8,6 +8,7 @@ Reading order:
 
     wire             the messages, and who sends them when
     engine_process   main of the engine's process: steps one core, serves its clients
+    adapter_changes  LoRA adapters loaded and unloaded for clients, and who knows of it
     engine_handle    the client's end: starts the process, talks to it, stops it
     signals, streams the open requests of a client: outputs come by step and leave by request
     remote_client    what the clients share

@@ -32,6 +32,7 @@ from ..errors import QuireError, StartupError
 from ..outputs import EngineStats, SequenceOutput, StepOutput
 from ..request import Request
 from . import wire
+from .adapter_changes import POLL_MS, AdapterChanges, AdaptersProtocol
 from .heap import settle
 from .json_logs import JsonFormatter, LogFormat, take_over_libraries
 
@@ -59,6 +60,9 @@ class EngineCoreProtocol(Protocol):
     def reset_prefix_cache(self) -> None: ...
 
     def stats(self) -> EngineStats: ...
+
+    @property
+    def adapters(self) -> AdaptersProtocol: ...
 
 
 def build_core(config: EngineConfig) -> EngineCoreProtocol:
@@ -95,7 +99,11 @@ class EngineServer:
         self._gone: set[bytes] = set()
         """Clients that have died; messages from them may still be queued."""
         self._open: dict[str, _OpenRequest] = {}
-        self._greeting: wire.FromEngine | None = None
+        self._core: EngineCoreProtocol
+        self._failure: wire.StartFailed | None = None
+        self._adapters = AdapterChanges(
+            lambda client, message: self._send(client, wire.encode(message))
+        )
         self._stdin = sys.stdin.fileno()
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
@@ -103,11 +111,14 @@ class EngineServer:
 
     def run(self, core: EngineCoreProtocol) -> None:
         """Serve until stdin closes. An exception from the core propagates and ends the process."""
-        self._greeting = wire.Ready(core.info)
+        self._core = core
         heartbeat_ms = int(wire.HEARTBEAT_SECONDS * 1000)
-        while self._poll(0 if core.has_work else heartbeat_ms):
+        changes = self._adapters
+        while self._poll(0 if core.has_work else POLL_MS if changes.is_reading else heartbeat_ms):
             for client, message in self._receive_all():
                 self._handle(core, client, message)
+            if changes.is_reading:
+                changes.finish_read(core.adapters, self._clients)
             if core.has_work:
                 self._send_step(core.step())
             else:
@@ -117,7 +128,7 @@ class EngineServer:
 
     def report_failure(self, error: StartupError) -> None:
         """Answer every Hello with the reason why the start failed, until stdin closes."""
-        self._greeting = wire.StartFailed(error.code, error.message)
+        self._failure = wire.StartFailed(error.code, error.message)
         while self._poll(None):
             self._receive_all()
 
@@ -155,8 +166,8 @@ class EngineServer:
         if client in self._gone or client in self._clients:
             return
         self._clients.append(client)
-        assert self._greeting is not None
-        self._send(client, wire.encode(self._greeting))
+        greeting = self._failure or wire.Ready(self._core.info)
+        self._send(client, wire.encode(greeting))
 
     def _handle(self, core: EngineCoreProtocol, client: bytes, message: wire.ToEngine) -> None:
         match message:
@@ -174,6 +185,10 @@ class EngineServer:
             case wire.ResetPrefixCache():
                 core.reset_prefix_cache()
                 self._send(client, wire.encode(wire.PrefixCacheReset()))
+            case wire.LoadAdapter() | wire.UnloadAdapter():
+                self._adapters.ask(core.adapters, client, message, self._clients)
+            case wire.AdaptersSeen(change):
+                self._adapters.seen(client, change)
             case wire.ClientGone(dead):
                 self._forget(core, dead)
 
@@ -182,6 +197,7 @@ class EngineServer:
         self._gone.add(client)
         if client in self._clients:
             self._clients.remove(client)
+        self._adapters.forget(client)
         for request_id in [key for key, entry in self._open.items() if entry.client == client]:
             del self._open[request_id]
             core.abort_request(request_id)

@@ -14,6 +14,7 @@ import asyncio
 import logging
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..config import EngineConfig, EngineInfo
@@ -220,7 +221,10 @@ class ProcessEngineClient(RemoteEngineClient):
                     # An idle engine with an open request has lost it: that counts as a stall, too.
                     lost = num_open or self._streams.num_unfinished
                     self._heard = self._heard or not lost
-                case wire.Ready():
+                case wire.Adapters(_, adapters):
+                    self._config = replace(self._config, lora=adapters)
+                case wire.Ready(info):
+                    self._config = _for_restart(self._config, info)
                     if self.on_status is None:
                         engine.hide_socket()
                     self._ready_at = asyncio.get_running_loop().time()
@@ -235,3 +239,13 @@ class ProcessEngineClient(RemoteEngineClient):
     def _tell(self) -> None:
         if self.on_status is not None:
             self.on_status(self.status)
+
+
+def _for_restart(config: EngineConfig, info: EngineInfo) -> EngineConfig:
+    """Return the configuration with which an engine that was ready starts again: with the LoRA
+    adapters that it has, of which one that has vanished since does not keep it from starting."""
+    if info.max_lora_rank is None:
+        return config
+    return replace(
+        config, lora=info.adapters, max_lora_rank=info.max_lora_rank, skip_broken_lora=True
+    )

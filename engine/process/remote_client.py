@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import enum
 from collections import deque
 from collections.abc import AsyncGenerator
+from itertools import count
 from typing import NamedTuple, Protocol
 
 from ..client import EngineHealth
 from ..config import EngineInfo
 from ..errors import EngineNotReadyError, InvalidRequestError, QuireError, error_from_code
+from ..lora import AdapterSource
 from ..outputs import EngineStats, SequenceOutput
 from ..request import Request
 from . import wire
@@ -67,6 +70,9 @@ class RemoteEngineClient:
         self._info: EngineInfo | None = None
         self._stats: EngineStats | None = None
         self._resets: deque[asyncio.Future[None]] = deque()
+        self._changes: dict[int, asyncio.Future[None]] = {}
+        """The changes of adapters that are asked for and not answered, by number."""
+        self._numbers = count()
 
     @property
     def info(self) -> EngineInfo:
@@ -103,6 +109,27 @@ class RemoteEngineClient:
         self._send(wire.ResetPrefixCache())
         await done
 
+    async def load_adapter(self, source: AdapterSource, *, replace: bool = False) -> None:
+        """Load a LoRA adapter; with `replace`, in place of one of its name.
+
+        Raises InvalidRequestError if it cannot be loaded, and what `reset_prefix_cache` raises.
+        """
+        await self._change(wire.LoadAdapter(next(self._numbers), source, replace))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unload a LoRA adapter; requests that use it finish.
+
+        Raises ModelNotFoundError if it is not loaded, and what `reset_prefix_cache` raises.
+        """
+        await self._change(wire.UnloadAdapter(next(self._numbers), name))
+
+    async def _change(self, message: wire.LoadAdapter | wire.UnloadAdapter) -> None:
+        self._require_ready()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changes[message.number] = done
+        self._send(message)
+        await done
+
     def _handle(self, message: wire.FromEngine) -> None:
         match message:
             case wire.StepMessage(outputs, stats):
@@ -119,11 +146,32 @@ class RemoteEngineClient:
                 done = self._resets.popleft()
                 if not done.done():
                     done.set_result(None)
+            case wire.Adapters(change, adapters):
+                assert self._info is not None
+                self._info = dataclasses.replace(self._info, adapters=adapters)
+                self._send(wire.AdaptersSeen(change))
+            case wire.AdapterChanged(number):
+                self._changed(number, None)
+            case wire.AdapterRefused(number, code, text, param):
+                error = error_from_code(code, text)
+                if isinstance(error, InvalidRequestError):
+                    error.param = param
+                self._changed(number, error)
             case wire.Ready(info):
                 self._info = info
                 self._state = State.READY
                 if self._observer is not None:
                     self._observer.engine_ready(info)
+
+    def _changed(self, number: int, error: QuireError | None) -> None:
+        """Answer whoever asked for this change of adapters."""
+        done = self._changes.pop(number)
+        if done.done():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
 
     def _observe(self, stats: EngineStats) -> None:
         self._stats = stats
@@ -148,3 +196,5 @@ class RemoteEngineClient:
             done = self._resets.popleft()
             if not done.done():
                 done.set_exception(error)
+        for number in list(self._changes):
+            self._changed(number, error)

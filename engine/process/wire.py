@@ -1,8 +1,9 @@
 """Messages between the engine process and its clients: msgspec's msgpack, never pickle.
 
     client → engine   Hello · Add · Abort · ResetPrefixCache · ClientGone
+                      · LoadAdapter · UnloadAdapter · AdaptersSeen
     engine → client   Ready | StartFailed, then StepMessage · Rejected · Heartbeat
-                      · PrefixCacheReset
+                      · PrefixCacheReset · Adapters · AdapterChanged | AdapterRefused
 
 The engine binds a ROUTER on a unix socket in a folder that only its user may enter, and each client
 connects a DEALER. Every client gets a StepMessage for every step, with the outputs of its own
@@ -17,6 +18,7 @@ import msgspec
 
 from ..config import EngineConfig, EngineInfo
 from ..errors import InvalidRequestError, QuireError
+from ..lora import AdapterSource
 from ..outputs import EngineStats, SequenceOutput
 from ..request import Request
 from .json_logs import LogFormat
@@ -72,6 +74,28 @@ class ClientGone(msgspec.Struct, tag=True):
     client: bytes
 
 
+class LoadAdapter(msgspec.Struct, tag=True):
+    """Loads a LoRA adapter; with `replace`, in place of one of its name. The answer, AdapterChanged
+    or AdapterRefused, has the same `number`, which the client chooses."""
+
+    number: int
+    source: AdapterSource
+    replace: bool
+
+
+class UnloadAdapter(msgspec.Struct, tag=True):
+    """Unloads a LoRA adapter. It is answered as LoadAdapter is."""
+
+    number: int
+    name: str
+
+
+class AdaptersSeen(msgspec.Struct, tag=True):
+    """The client knows of the `change` that an Adapters message reported."""
+
+    change: int
+
+
 class Ready(msgspec.Struct, tag=True):
     """The engine has loaded and serves requests."""
 
@@ -121,8 +145,48 @@ class PrefixCacheReset(msgspec.Struct, tag=True):
     """The prefix cache has been reset, as the client asked."""
 
 
-ToEngine = Hello | Add | Abort | ResetPrefixCache | ClientGone
-FromEngine = Ready | StartFailed | StepMessage | Rejected | Heartbeat | PrefixCacheReset
+class Adapters(msgspec.Struct, tag=True):
+    """The LoRA adapters that are loaded from now on. Every client gets it, and answers with
+    AdaptersSeen."""
+
+    change: int
+    adapters: tuple[AdapterSource, ...]
+
+
+class AdapterChanged(msgspec.Struct, tag=True):
+    """A LoadAdapter or UnloadAdapter has been done, and all clients know of it."""
+
+    number: int
+
+
+class AdapterRefused(msgspec.Struct, tag=True):
+    """A LoadAdapter or UnloadAdapter was refused; the fields are as in Rejected."""
+
+    number: int
+    code: str
+    message: str
+    param: str | None
+
+    @classmethod
+    def for_error(cls, number: int, error: QuireError) -> AdapterRefused:
+        """Report the error that refused the change."""
+        return cls(number, error.code, error.message, getattr(error, "param", None))
+
+
+ToEngine = (
+    Hello | Add | Abort | ResetPrefixCache | ClientGone | LoadAdapter | UnloadAdapter | AdaptersSeen
+)
+FromEngine = (
+    Ready
+    | StartFailed
+    | StepMessage
+    | Rejected
+    | Heartbeat
+    | PrefixCacheReset
+    | Adapters
+    | AdapterChanged
+    | AdapterRefused
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

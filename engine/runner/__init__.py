@@ -4,6 +4,7 @@ Reading order:
 
     worker             loads the model, sizes the KV cache, runs steps
     model_runner       one step: block copies, inputs, forward, sampling
+    adapter_store      the weights of LoRA adapters, and the slots of those that run
     input_batch        the packed inputs of a step, from rows that persist between steps
     row_sampling       samples the rows, so that an error in one costs only that one
     pending_results    the results on their way to the host
@@ -11,5 +12,5 @@ Reading order:
     pooling            embeddings
     kv_cache           how large the KV cache may be
 
-May import: model, devices, body, attention, sampling, kernels, and the engine's words.
+May import: model, devices, adapters, body, attention, sampling, kernels, and the engine's words.
 """

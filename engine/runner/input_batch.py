@@ -27,6 +27,8 @@ class _Batch(NamedTuple):
     rows: NDArray[np.int64]
     any_pooled: bool
     any_scored: bool
+    adapter_slots: NDArray[np.int64] | None
+    """None if no sequence has an adapter."""
 
 
 class InputBatch:
@@ -48,7 +50,7 @@ class InputBatch:
         self._rows: dict[int, int] = {}
         self._specs: dict[int, SequenceSpec] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._batch = _Batch([], [], np.empty(0, dtype=np.int64), False, False)
+        self._batch = _Batch([], [], np.empty(0, dtype=np.int64), False, False, None)
         # A last sampled token may own a slot without being fed back, hence one more.
         max_blocks = max_model_len // block_size + 1
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
@@ -77,6 +79,7 @@ class InputBatch:
                 np.array([self._rows[seq_id] for seq_id in output.seq_ids], dtype=np.int64),
                 any(one.pooling is not None for one in sequences),
                 any(one.num_prompt_logprobs is not None for one in sequences),
+                _adapter_slots(sequences),
             )
 
     def _write_table(self, row: int, start: int, block_ids: list[int]) -> None:
@@ -92,6 +95,7 @@ class InputBatch:
 
     def prepare(self, output: SchedulerOutput) -> tuple[HostStep, DeviceStep]:
         """Lay out the step that `apply` was just called for."""
+        # Over 50 lines: half of them are the fields of the result.
         # 1. The plan's rows as arrays.
         sequences, rows = self._batch.sequences, self._batch.rows
         num_seqs = len(sequences)
@@ -102,11 +106,13 @@ class InputBatch:
         samples[output.partial_rows] = False
         # 2. Rows with one token first, since the attention kernels treat them apart.
         order, num_decodes = list(range(num_seqs)), num_seqs
+        slots = self._batch.adapter_slots
         if output.total_tokens > num_seqs:
             picks = np.argsort(counts > 1, kind="stable")
             token_ids = _reorder(token_ids, counts, picks)
             counts, starts, rows = counts[picks], starts[picks], rows[picks]
             samples = samples[picks]
+            slots = None if slots is None else slots[picks]
             order = picks.tolist()
             sequences = [sequences[index] for index in order]
             num_decodes = int(np.count_nonzero(counts == 1))
@@ -116,6 +122,12 @@ class InputBatch:
             pooled_rows = [row for row, one in enumerate(sequences) if one.pooling is not None]
             samples[pooled_rows] = False
         sampling_rows = np.nonzero(samples)[0]
+        sampled_positions = (starts + counts)[sampling_rows]
+        num_drafts: list[int] = []
+        if output.drafts:
+            sampling_rows, sampled_positions, num_drafts = _with_drafts(
+                output, order, sampling_rows, sampled_positions
+            )
         # 4. Tokens that only the device knows. Then the prefix sums that locate each row's tokens.
         self._point_at_samples(token_ids[:num_decodes], sequences)
         stops = starts + counts
@@ -130,13 +142,15 @@ class InputBatch:
             num_decodes=num_decodes,
             max_query_len=int(counts.max()),
             sampling_rows=sampling_rows,
-            sampled_positions=stops[sampling_rows].tolist(),
+            sampled_positions=sampled_positions.tolist(),
+            num_drafts=num_drafts,
             pooled_rows=pooled_rows,
             any_scored=self._batch.any_scored,
             query_start_loc=loc,
             seq_lens=stops.astype(np.int32),
             rows=rows,
             tables=self._table[:, :width],
+            token_slots=None if slots is None else np.repeat(slots, counts),
         )
         return host, self.inputs.write(host, token_ids, self._sampled)
 
@@ -154,6 +168,12 @@ class InputBatch:
             token_ids[unknown] = [places.get(sequences[row].seq_id, 0) for row in unknown]
 
 
+def _adapter_slots(sequences: list[SequenceSpec]) -> NDArray[np.int64] | None:
+    """Return the slots of the sequences' adapters; None if none has one."""
+    slots = [one.adapter_slot for one in sequences]
+    return np.array(slots, dtype=np.int64) if max(slots, default=-1) >= 0 else None
+
+
 def _reorder(
     token_ids: NDArray[np.int64], counts: NDArray[np.int64], picks: NDArray[np.intp]
 ) -> NDArray[np.int64]:
@@ -164,3 +184,19 @@ def _reorder(
     shifts = firsts - (np.cumsum(counts) - counts)
     reordered: NDArray[np.int64] = token_ids[np.arange(len(token_ids)) + np.repeat(shifts, counts)]
     return reordered
+
+
+def _with_drafts(
+    output: SchedulerOutput,
+    order: list[int],
+    rows: NDArray[np.int64],
+    positions: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
+    """Repeat sampling rows, and the positions that they sample last, for rows that sample after
+    drafts as well. Returns these, and how many drafts precede each sample."""
+    drafted = np.array([len(output.drafts.get(order[row], ())) for row in rows.tolist()])
+    counts = drafted + 1
+    firsts = np.repeat(np.cumsum(counts) - counts, counts)
+    num_drafts = np.arange(len(firsts)) - firsts
+    sampled = np.repeat(positions - drafted, counts) + num_drafts
+    return np.repeat(rows, counts), sampled, num_drafts.tolist()

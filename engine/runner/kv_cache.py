@@ -1,7 +1,8 @@
 """The KV cache's tensor, and how many blocks it has.
 
 Layout `[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]`: a (block, head) tile is
-contiguous, which is what the attention kernels read.
+contiguous, which is what the attention kernels read. A tile of int8 has STEP_BYTES more for each
+token, in the last dimension: the float32 that its integers are multiplied by.
 """
 
 from __future__ import annotations
@@ -13,10 +14,21 @@ from ..devices.backend import Backend
 from ..errors import ConfigurationError
 from ..model.model_spec import ModelSpec
 
+STEP_BYTES = 4
+
+
+def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Return the bytes of one token over all layers, K and V."""
+    return spec.kv_bytes_per_token(dtype.itemsize, _step_bytes(dtype))
+
 
 def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
     """Return the bytes of one block over all layers, K and V."""
-    return block_size * spec.kv_bytes_per_token(dtype.itemsize)
+    return block_size * token_bytes(spec, dtype)
+
+
+def _step_bytes(dtype: torch.dtype) -> int:
+    return STEP_BYTES if dtype == torch.int8 else 0
 
 
 def allocate_kv_cache(
@@ -29,7 +41,8 @@ def allocate_kv_cache(
 ) -> torch.Tensor:
     """Allocate the zeroed cache; `commit` as in `Backend.allocate_kv_cache`. Raises
     ConfigurationError if the device has no room for it."""
-    shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+    width = spec.head_dim + _step_bytes(dtype)
+    shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, block_size, width)
     try:
         return backend.allocate_kv_cache(shape, dtype, commit=commit)
     except (torch.OutOfMemoryError, RuntimeError, OSError) as error:

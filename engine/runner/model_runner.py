@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..adapters.slots import AdapterSlots
 from ..attention.metadata import AttentionMetadata, AttentionPlan
 from ..config import EngineConfig
 from ..devices.backend import Backend, Graphs, Planner
@@ -22,6 +23,7 @@ from ..request import Request
 from ..sampling_params import SamplingParams
 from ..sequence import Rank, Sequence
 from ..step import BlockCopy, SamplingConstraints, SchedulerOutput, SequenceSpec
+from .adapter_store import AdapterStore
 from .input_batch import InputBatch
 from .pending_results import PendingResults
 from .pooling import Pooler
@@ -40,14 +42,17 @@ class ModelRunner:
         kv_cache: torch.Tensor,
         max_model_len: int,
         kv_scales: torch.Tensor | None = None,
+        adapters: AdapterStore | None = None,
     ) -> None:
-        """`kv_scales` are those of AttentionMetadata, for a float8 cache."""
+        """`kv_scales` are those of AttentionMetadata, for a float8 cache. Without `adapters` no
+        sequence has one."""
         spec = model.spec
         self._model = model
         self._backend = backend
         self._config = config
         self._kv_cache = kv_cache
         self._kv_scales = kv_scales
+        self._adapters = adapters
         self._block_size = config.block_size
         self._batch = InputBatch(
             max_num_seqs=config.max_num_seqs,
@@ -64,6 +69,11 @@ class ModelRunner:
         self._graphs: Graphs | None = None
 
     @property
+    def adapters(self) -> AdapterSlots | None:
+        """The slots of LoRA adapters, if there are any."""
+        return None if self._adapters is None else self._adapters.slots
+
+    @property
     def inputs(self) -> StepInputs:
         """Makes the tensors of each step."""
         return self._batch.inputs
@@ -78,6 +88,9 @@ class ModelRunner:
         self._batch.apply(output)
         self._sampler.forget(output.released)
         self._pooler.forget(output.released)
+        if output.adapter_loads:
+            assert self._adapters is not None
+            self._adapters.fill(output.adapter_loads)
         try:
             self.copy_blocks(output.block_copies)
         except torch.OutOfMemoryError as error:  # no later step would make up for them
@@ -174,7 +187,9 @@ class ModelRunner:
     def _run_model(self, host: HostStep, step: DeviceStep) -> ModelOutput:
         """Return hidden states of all tokens and logits of the sampling rows."""
         shared = self.planner.find_shared(host)
-        key = GraphKey(len(step.seq_lens), shared)
+        if self._adapters is not None:
+            self._adapters.slots.begin_step(host.token_slots)
+        key = GraphKey(len(step.seq_lens), shared, host.token_slots is not None)
         # 1. Replay a graph, if there is one. It has logits for every row.
         if self._graphs is not None and host.max_query_len == 1 and key in self._graphs:
             hidden, logits = self._graphs.replay(key)
@@ -245,12 +260,12 @@ class StepForward:
 
 def _sampling_rows(host: HostStep, step: DeviceStep, logits: torch.Tensor) -> SamplingRows:
     rows, sequences, last_ids = host.order, host.sequences, step.input_ids
-    if len(host.sampling_rows) < len(step.input_ids):
+    if len(host.sampling_rows) < len(step.input_ids) or host.num_drafts:
         picks = host.sampling_rows.tolist()
         rows = [host.order[row] for row in picks]
         sequences = [host.sequences[row] for row in picks]
         last_ids = last_ids[step.logit_indices]
-    return SamplingRows(rows, sequences, host.sampled_positions, logits, last_ids)
+    return SamplingRows(rows, host.num_drafts, sequences, host.sampled_positions, logits, last_ids)
 
 
 def _joined(samples: list[RowSamples]) -> tuple[list[SequenceSpec], torch.Tensor]:

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import torch
 
+from ..adapters.adapter import Adapter
+from ..checkpoints.source import source_of
 from ..config import EngineConfig, WorkerInfo
 from ..devices.backend import Backend, CacheDemand
 from ..devices.choose import choose_backend
+from ..lora import AdapterSource
 from ..model.causal_lm import CausalLM
 from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model
 from ..step import SchedulerOutput
-from .kv_cache import allocate_kv_cache, block_bytes, num_blocks_from_memory
+from .adapter_store import AdapterStore
+from .kv_cache import allocate_kv_cache, block_bytes, num_blocks_from_memory, token_bytes
 from .model_runner import ModelRunner, StepForward
 
 
@@ -34,11 +38,16 @@ class Worker:
         self._backend: Backend = self._given_backend or choose_backend(config)
         self._model: CausalLM = load_model(config, self._backend)
         model, spec = self._model, self._model.spec
-        self._cache_dtype = self._backend.kv_cache_dtype(config, model.dtype)
+        self._cache_dtype = model.kv_cache_dtype
         self._kv_scales: torch.Tensor | None = None
-        if self._cache_dtype == torch.float8_e4m3fn and config.load_format != "dummy":
+        has_scales = config.load_format != "dummy" and source_of(config).gguf is None
+        if self._cache_dtype == torch.float8_e4m3fn and has_scales:
             scales = read_kv_scales(config.model, spec)
             self._kv_scales = None if scales is None else scales.to(model.device)
+        self._adapters: AdapterStore | None = None
+        if config.enable_lora:
+            max_tokens = max(self._backend.token_budget(config), config.max_num_seqs)
+            self._adapters = AdapterStore(config, model, max_tokens)
         self._max_model_len = spec.resolve_max_model_len(config.max_model_len)
         return WorkerInfo(
             architecture=spec.architecture,
@@ -47,24 +56,31 @@ class Worker:
             num_parameters=model.num_parameters,
             vocab_size=spec.vocab_size,
             max_model_len=self._max_model_len,
-            kv_bytes_per_token=spec.kv_bytes_per_token(self._cache_dtype.itemsize),
+            kv_bytes_per_token=token_bytes(spec, self._cache_dtype),
             max_num_batched_tokens=self._backend.token_budget(config),
             is_asynchronous=self._backend.is_asynchronous,
             eos_token_ids=spec.eos_token_ids,
             embedding=spec.embedding,
             classifier=spec.classifier,
             can_generate=model.can_generate,
+            source_format=model.weights.source_format,
+            computed_format=model.weights.computed_format,
+            weight_bytes=model.weights.num_bytes,
+            is_batch_invariant=model.is_batch_invariant,
             kv_cache_dtype=(
                 None
                 if self._cache_dtype == model.dtype
                 else str(self._cache_dtype).removeprefix("torch.")
             ),
+            adapters=() if self._adapters is None else tuple(self._adapters.sources),
+            max_lora_rank=None if self._adapters is None else self._adapters.max_rank,
         )
 
     def profile(self) -> int:
         config, spec, max_model_len = self._config, self._model.spec, self._max_model_len
         size = block_bytes(spec, config.block_size, self._cache_dtype)
-        demand = CacheDemand(config, spec.architecture, size, max_model_len)
+        adapters = 0 if self._adapters is None else self._adapters.slots.num_bytes
+        demand = CacheDemand(config, spec.architecture, size, max_model_len, adapters)
         memory = self._backend.cache_memory(demand, self._make_runner)
         num_blocks = num_blocks_from_memory(memory, config, spec, self._cache_dtype, max_model_len)
         self._runner = self._make_runner(num_blocks)
@@ -73,6 +89,18 @@ class Worker:
 
     def forward(self, scheduler_output: SchedulerOutput) -> StepForward:
         return self._runner.forward(scheduler_output)
+
+    def read_adapter(self, source: AdapterSource) -> Adapter:
+        assert self._adapters is not None
+        return self._adapters.read(source)
+
+    def hold_adapter(self, adapter_id: int, adapter: Adapter) -> None:
+        assert self._adapters is not None
+        self._adapters.hold(adapter_id, adapter)
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        assert self._adapters is not None
+        self._adapters.drop(adapter_id)
 
     def _make_runner(self, num_blocks: int) -> ModelRunner:
         config, model = self._config, self._model
@@ -85,7 +113,13 @@ class Worker:
             commit=config.kv_cache_memory_bytes is not None,
         )
         return ModelRunner(
-            model, self._backend, config, kv_cache, self._max_model_len, self._kv_scales
+            model,
+            self._backend,
+            config,
+            kv_cache,
+            self._max_model_len,
+            self._kv_scales,
+            self._adapters,
         )
 
 

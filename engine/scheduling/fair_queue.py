@@ -76,9 +76,13 @@ class FairQueue:
             if sequence.num_preemptions == 0:  # a preempted sequence has not been away
                 least = self._least() or self._last
                 account.service = max(account.service, least.service)
-            if not account.is_entered:
-                account.is_entered = True
-                heappush(self._users, (account.service, account.number, account))
+        self.put_back(sequence)
+
+    def put_back(self, sequence: Sequence) -> None:
+        account = self._account(sequence)
+        if not account.is_entered:
+            account.is_entered = True
+            heappush(self._users, (account.service, account.number, account))
         sequence.rank = sequence.rank._replace(priority=0)
         account.waiting.push(sequence)
         self._size += 1

@@ -31,6 +31,10 @@ class Policy(Protocol):
     def push(self, sequence: Sequence) -> None:
         """Let the sequence wait, at the place that its rank gives it."""
 
+    def put_back(self, sequence: Sequence) -> None:
+        """Let a sequence wait again that `pop` returned and that could not be admitted. It loses
+        nothing by that."""
+
     def peek(self) -> Sequence:
         """Return the sequence to admit next. The queue must not be empty."""
 

@@ -30,6 +30,9 @@ class RankedQueue:
         self._members[sequence.seq_id] = sequence
         heappush(self._heap, (sequence.rank, sequence))
 
+    def put_back(self, sequence: Sequence) -> None:
+        self.push(sequence)
+
     def peek(self) -> Sequence:
         while self._heap[0][1].seq_id not in self._members:
             heappop(self._heap)

@@ -7,6 +7,7 @@ from operator import attrgetter
 
 from ..sequence import Sequence, SequenceStatus
 from ..step import SequenceSpec
+from .adapter_table import AdapterTable
 
 _rank = attrgetter("rank")
 
@@ -19,19 +20,23 @@ class Roster:
     to a sequence with that sequence's first row, and told when to forget it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: AdapterTable | None = None) -> None:
+        self.adapters = adapters or AdapterTable()
         self.running: list[Sequence] = []
         """Sorted by rank. Others read it; only this class and a policy's `rerank` change it."""
         self.num_reading = 0
         """Running sequences whose tokens the host must know before the next is sampled."""
         self._unknown: set[int] = set()
         self._released: list[int] = []
+        self._last_rows: tuple[list[Sequence], list[int]] = ([], [])
 
     def add(self, sequence: Sequence) -> None:
         """Let the sequence run, at the place that its rank gives it."""
         sequence.status = SequenceStatus.RUNNING
         insort(self.running, sequence, key=_rank)
         self.num_reading += sequence.reads_tokens
+        if sequence.adapter_id is not None:
+            self.adapters.start(sequence)
         self._unknown.add(sequence.seq_id)
 
     def remove(self, sequence: Sequence, status: SequenceStatus) -> None:
@@ -43,6 +48,8 @@ class Roster:
             running.remove(sequence)
         sequence.status = status
         self.num_reading -= sequence.reads_tokens
+        if sequence.adapter_id is not None:
+            self.adapters.stop(sequence)
         if sequence.seq_id in self._unknown:
             self._unknown.remove(sequence.seq_id)
         else:
@@ -51,6 +58,14 @@ class Roster:
     def knows(self, sequence: Sequence) -> bool:
         """Return whether the worker was introduced to this running sequence."""
         return sequence.seq_id not in self._unknown
+
+    def seq_ids(self, rows: list[Sequence]) -> list[int]:
+        """Return the seq_ids of a step's rows, which are most often those of the step before."""
+        last_rows, seq_ids = self._last_rows
+        if rows != last_rows:  # sequences compare by identity: this is a scan of pointers
+            seq_ids = [sequence.seq_id for sequence in rows]
+            self._last_rows = rows, seq_ids
+        return seq_ids
 
     def introduce(self, rows: list[Sequence]) -> list[SequenceSpec]:
         """Return the specs of those rows that the worker does not know; now it does."""

@@ -8,6 +8,7 @@ Read them in this order:
     products.py, norms.py, attention.py, sampling.py   the kernels
     panels.py, softmax.py, vectors.py, numbers.py      what they are made of
     compiling.py, ahead.py, arrays.py                  when they are compiled, how tensors get in
+    integer                                            a room of its own: weights of 4 or 8 bits
 
 docs/cpu.md is about the whole. This room imports numba, llvmlite, numpy, torch (only in arrays.py),
 tqdm and `quire.kernels`.

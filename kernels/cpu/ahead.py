@@ -1,6 +1,6 @@
 """A process that compiles a model's kernels while the engine is still starting.
 
-    python -P -m quire.kernels.cpu.ahead float32 [int8]
+    python -P -m quire.kernels.cpu.ahead float32 [float16 [int8]]
 
 Numba holds a lock while it compiles, and before the engine comes to its kernels it spends seconds
 on imports and weights. So the engine starts this process beside it, which compiles the kernels into
@@ -15,36 +15,82 @@ import os
 import subprocess
 import sys
 import threading
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .body import body_tasks
+from .attention import make_scratch
+from .body import (
+    Activations,
+    BodyStep,
+    Ends,
+    Layers,
+    Scratch,
+    lasting_calls,
+    step_calls,
+    tasks_of,
+)
 from .compiling import Task, is_compiled
+from .products import FloatWeight, PackedWeight, make_quantised, make_tiles
 from .region import compile_region
 from .sampling import draw_task
 
-_DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.int16}
-"""NumPy's types for torch's, see `numbers.py`."""
+_DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.int16, "int8": np.int8}
+"""NumPy's types for torch's, see `numbers.py`; int8 is one of caches only."""
 
 
-def tasks_for(dtype: str, *, int8: bool = False) -> list[Task]:
-    """Return all kernels of a Llama-shaped model with weights of this dtype, or of eight bits."""
-    floats = np.dtype(_DTYPES[dtype])
-    weights = np.dtype(np.int8) if int8 else floats
-    return [*body_tasks(floats, weights, weights), draw_task()]
+class Build(NamedTuple):
+    """What kernels are compiled for: torch's names of the types of a model and of its KV cache, and
+    how its weights are quantised, empty if they are not."""
+
+    dtype: str
+    kv_cache_dtype: str
+    quantization: str = ""
 
 
-def compile_ahead(dtype: str, *, int8: bool = False) -> None:
+def tasks_for(build: Build) -> list[Task]:
+    """Return all kernels of a Llama-shaped model."""
+    floats, cache = (np.dtype(_DTYPES[name]) for name in build[:2])
+    head: PackedWeight = FloatWeight(_zeros(floats, 3), _zeros(np.float32, 1))
+    weight = head
+    if build.quantization:
+        from .integer.products import weight_like  # which imports this room
+
+        weight, head = weight_like(build.quantization), weight_like("int8")
+    line, rows, heads = (_zeros(np.float32, ndim) for ndim in (1, 2, 3))
+    words, pairs, starts = _zeros(np.int64, 1), _zeros(np.int64, 2), _zeros(np.int32, 1)
+    products = (weight,)
+    layers = Layers(
+        rows, products, heads, products, rows, products, products, line, line, line, line, words
+    )
+    ends = Ends(_zeros(floats, 2), head)
+    activations = Activations(rows, rows, heads, heads, heads, rows, rows, rows)
+    step = BodyStep(
+        *(words, words, words, words, rows, rows, _zeros(np.int32, 2), starts, starts),
+        *(pairs, pairs),
+        tile_queries=1,
+    )
+    scratch = Scratch(make_tiles(1), make_scratch(1, 1, 1), make_quantised(1, 1, 1))
+    calls = lasting_calls(ends, layers, activations, scratch)
+    calls |= step_calls(ends, layers, _zeros(cache, 6), step, activations, scratch)
+    return [*tasks_of(calls), draw_task()]
+
+
+def compile_ahead(build: Build) -> None:
     """Start the process, unless all is compiled or there is no second core to run it on.
 
     An unknown dtype is left to whoever refuses it.
     """
-    if dtype not in _DTYPES or _cores() < 2 or is_compiled(tasks_for(dtype, int8=int8)):
+    if not _DTYPES.keys() >= set(build[:2]) or _cores() < 2 or is_compiled(tasks_for(build)):
         return
     null = subprocess.DEVNULL
-    command = [sys.executable, "-P", "-m", __name__, dtype, *(["int8"] if int8 else [])]
+    command = [sys.executable, "-P", "-m", __name__, *filter(None, build)]
     process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
     threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
+
+
+def _zeros(dtype: Any, ndim: int) -> np.ndarray[Any, Any]:
+    return np.zeros((1,) * ndim, dtype=dtype)
 
 
 def _cores() -> int:
@@ -54,8 +100,9 @@ def _cores() -> int:
 
 def main() -> None:
     """Compile, the longest first."""
-    dtype, *flags = sys.argv[1:]
-    for kernel, signature in reversed(tasks_for(dtype, int8=bool(flags))):
+    dtype, *others = sys.argv[1:]
+    build = Build(dtype, *(others or [dtype]))
+    for kernel, signature in reversed(tasks_for(build)):
         kernel.compile(signature)
     compile_region()
 

@@ -26,10 +26,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from .kernel import kernel
-from .numbers import INLINED, LANES, exp, prefetch, store, to_float
+from .numbers import FAST_CALLS, INLINED, LANES, exp, load_scale, prefetch, store, to_float
 from .panels import PANEL_COLUMNS, PANEL_VECTORS, multiply_add
 from .region import launch
 from .softmax import KEYS, weigh
@@ -77,7 +78,8 @@ class Attention(NamedTuple):
     query: Any
     """`[T, heads, head_dim]`."""
     cache: Any
-    """`[layers, 2, blocks, kv_heads, block_size, head_dim]`."""
+    """`[layers, 2, blocks, kv_heads, block_size, head_dim]`; of int8 head_dim + 4, with a step for
+    each key and each value, as `norms.Heads` stores them."""
     block_table: Any
     """This and the next five are as in Batch."""
     starts: Any
@@ -238,6 +240,7 @@ def _attend_keys(
         count = min(KEYS, stop - origin)
         _prefetch_keys(cache, kv_head, blocks, origin + KEYS, min(KEYS, stop - origin - KEYS))
         _add_scores(rows, begin, num_rows, cache, kv_head, blocks, origin, count)
+        _scale_scores(rows, num_rows, cache, kv_head, blocks, origin, count, 0)
         for row in range(num_rows):
             # 2. The keys that this row sees: none after its query, none before its window.
             place = position + row // group
@@ -257,6 +260,7 @@ def _attend_keys(
                 maxima[line] = greatest
             totals[line] += total
         # 4. The values, weighted.
+        _scale_scores(rows, num_rows, cache, kv_head, blocks, origin, count, 1)
         _add_values(rows, begin, num_rows, cache, kv_head, blocks, origin, count)
 
 
@@ -278,12 +282,13 @@ def _add_scores(rows, begin, num_rows, cache, kv_head, blocks, origin, count):
     """Compute scores[:num_rows, :count] = packed @ the keys from `origin`; some columns after
     `count` may be any number."""
     packed, scores, places = rows.packed, rows.scores, rows.places
-    kv_heads, block_size, head_dim = cache.shape[2:]
+    kv_heads, block_size, width = cache.shape[2:]
+    head_dim = packed.shape[1]
     last = (origin + count - 1) // block_size
     for at in range(0, count, PANEL_COLUMNS):
         for part in range(PANEL_VECTORS):
             block, offset = divmod(origin + at + part * LANES, block_size)
-            line = (blocks[min(block, last)] * kv_heads + kv_head) * head_dim
+            line = (blocks[min(block, last)] * kv_heads + kv_head) * width
             places[part] = line * block_size + offset
         for row in range(num_rows):
             for column in range(at, at + PANEL_COLUMNS):
@@ -296,10 +301,11 @@ def _add_values(rows, begin, num_rows, cache, kv_head, blocks, origin, count):
     """Compute sums[begin : begin + num_rows] += scores[:num_rows, :count] @ the values from
     `origin`."""
     scores, sums, lines = rows.scores, rows.sums, rows.places
-    kv_heads, block_size, head_dim = cache.shape[2:]
+    kv_heads, block_size, width = cache.shape[2:]
+    head_dim = sums.shape[1]
     for key in range(count):
         block, offset = divmod(origin + key, block_size)
-        lines[key] = ((blocks[block] * kv_heads + kv_head) * block_size + offset) * head_dim
+        lines[key] = ((blocks[block] * kv_heads + kv_head) * block_size + offset) * width
     whole = head_dim // PANEL_COLUMNS * PANEL_COLUMNS
     for column in range(0, whole, PANEL_COLUMNS):
         first = cache[0].size + column
@@ -313,9 +319,38 @@ def _add_values(rows, begin, num_rows, cache, kv_head, blocks, origin, count):
                     sums[begin + row, dim] += scores[row, key] * to_float(values[dim])
 
 
+def _scale_scores(rows, num_rows, cache, kv_head, blocks, origin, count, half):
+    """Multiply scores[:num_rows, :count] by the steps of the keys (half 0) from `origin`, or of
+    their values (half 1), if the cache has steps."""
+
+
+@overload(_scale_scores, jit_options=FAST_CALLS)
+def _scale_scores_of(rows, num_rows, cache, kv_head, blocks, origin, count, half):
+    if cache.dtype == types.int8:
+        return _scale_by_steps
+    return lambda rows, num_rows, cache, kv_head, blocks, origin, count, half: None
+
+
+def _scale_by_steps(rows, num_rows, cache, kv_head, blocks, origin, count, half):
+    scores, places = rows.scores, rows.places
+    kv_heads, block_size, width = cache.shape[2:]
+    for key in range(count):
+        block, offset = divmod(origin + key, block_size)
+        line = (blocks[block] * kv_heads + kv_head) * block_size * width
+        if half == 0:
+            places[key] = line + (width - 4) * block_size + 4 * offset
+        else:
+            places[key] = cache[0].size + line + offset * width + width - 4
+    for key in range(count):
+        step = load_scale(cache, places[key])
+        for row in range(num_rows):
+            scores[row, key] *= step
+
+
 @njit(**INLINED)
 def _cap(scores, softcap):
     """Compute softcap * tanh(score / softcap), with tanh(x) = 1 - 2 / (e^2x + 1)."""
+    factor = np.float32(2) / softcap
     for key in range(len(scores)):
-        power = exp(np.float32(2) * scores[key] / softcap)
+        power = exp(factor * scores[key])
         scores[key] = softcap * (np.float32(1) - np.float32(2) / (power + np.float32(1)))

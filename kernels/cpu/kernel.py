@@ -13,7 +13,7 @@ Kernels therefore bind what they need to local variables first, outside of their
 Numba links the code of every function into each of its callers and has LLVM optimise all of it
 again there. A whole step as one Numba function therefore compiled its innermost loops seven times.
 A kernel is compiled once, has an entry of its own in the cache on disk, and can be compiled by any
-process (see `compiling.py`).
+process (see `compiling.py`). It holds all the code that it runs (see `_Alone`).
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
+from numba.core.ccallback import CFunc
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import infer_getattr, lower_getattr_generic, models, register_model
 from numba.np.arrayobj import make_array, populate_array
@@ -68,7 +69,7 @@ class Packed:
     """
 
     def __init__(self, work: Work) -> None:
-        self._work = work
+        self.work = work
         self.words = np.array([_word(value) for value in work], dtype=np.int64)
 
     def update(self, work: Work) -> bool:
@@ -76,14 +77,14 @@ class Packed:
 
         Most of a step's arrays are the very objects of the step before.
         """
-        for at, (old, new) in enumerate(zip(self._work, work, strict=True)):
+        for at, (old, new) in enumerate(zip(self.work, work, strict=True)):
             if new is not old:
                 if type(new) is not type(old):
                     return False
                 if type(new) is np.ndarray and (new.dtype != old.dtype or new.ndim != old.ndim):
                     return False
                 self.words[at] = _word(new)
-        self._work = work
+        self.work = work
         return True
 
 
@@ -161,6 +162,33 @@ def _read_field(context, builder, work, pointer, name):
     return value._getvalue()
 
 
+class _Alone(CFunc):
+    """A C function whose machine code calls no function of another kernel.
+
+    LLVM does not inline all that Numba has linked in, but leaves some functions beside the kernel,
+    under names that the whole process shares: of several functions of one name, the process takes
+    the one that it has loaded first. They compute the same with other last bits, because each
+    caller's copy has been optimised once more than the original. Which one comes first depends on
+    what was compiled and what came from the cache on disk, in which order. So all names but the
+    kernel's own are made private to it before LLVM sees them.
+    """
+
+    def _compile_uncached(self):
+        compiled = super()._compile_uncached()  # type: ignore[misc]
+        # The library is not optimised yet.
+        library, entry = compiled.library, compiled.fndesc.llvm_cfunc_wrapper_name
+        optimise = library._optimize_final_module
+
+        def optimise_alone():
+            for function in library._final_module.functions:
+                if not function.is_declaration and function.name != entry:
+                    function.linkage = "internal"
+            optimise()
+
+        library._optimize_final_module = optimise_alone
+        return compiled
+
+
 class Kernel:
     """A kernel, compiled for the works it is given."""
 
@@ -183,8 +211,10 @@ class Kernel:
         word = types.int64
         kind = types.void(word, word, word, word, WorkPointer(signature))
         options = {name: FAST[name] for name in ("fastmath", "error_model")}
+        compiled = _Alone(self._function, (kind.args, kind.return_type), {}, options)
+        compiled.enable_caching()
         with only_process(self.name):
-            compiled = cfunc(kind, cache=True, **options)(self._function)
+            compiled.compile()
             self._marker(signature).touch()
         self._compiled[signature] = compiled
         return compiled

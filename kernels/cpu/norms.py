@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from .kernel import kernel
-from .numbers import FAST, INLINED, store, to_float
+from .numbers import FAST, FAST_CALLS, INLINED, SUM, store, store_scale, to_float
 from .region import launch
 
 FEW = 32
@@ -54,7 +55,8 @@ class Heads(NamedTuple):
     slots: Any
     """The cache slot of each token, `[.]`; negative: K and V are not stored."""
     cache: Any
-    """`[layers, 2, blocks, kv_heads, block_size, head_dim]`."""
+    """`[layers, 2, blocks, kv_heads, block_size, head_dim]`; of int8 head_dim + 4, for the steps
+    that `_store_rounded` writes."""
     query: Any
     """The rotated Q (out), `[., heads, head_dim]` float32."""
 
@@ -154,12 +156,17 @@ def store_kv(
 @njit(**FAST)
 def _norm_row(x, weight, eps, out):
     """Compute out `[n]` = x / rms(x) * weight; float32; out may be x."""
+    factor = np.float32(1) / np.sqrt(_sum_of_squares(x) / np.float32(len(x)) + eps)
+    for column in range(len(x)):
+        out[column] = x[column] * factor * weight[column]
+
+
+@njit(**SUM)
+def _sum_of_squares(x):
     squares = np.float32(0)
     for column in range(len(x)):
         squares += x[column] * x[column]
-    factor = np.float32(1) / np.sqrt(squares / np.float32(len(x)) + eps)
-    for column in range(len(x)):
-        out[column] = x[column] * factor * weight[column]
+    return squares
 
 
 @njit(**INLINED)
@@ -175,12 +182,55 @@ def _rotate(source, weight, eps, cos, sin, out):
         out[half + dim] = second * cos[half + dim] + first * sin[half + dim]
 
 
-@njit(**INLINED)
 def _store_token(key, value, cache, block, head, offset):
     """Store key and value `[D]` of one head in their block, whose keys are transposed."""
+
+
+@overload(_store_token, jit_options=FAST_CALLS)
+def _store_token_of(key, value, cache, block, head, offset):
+    if cache.dtype == types.int8:
+        return _store_rounded
+    return _store_floats
+
+
+def _store_floats(key, value, cache, block, head, offset):
     keys = cache[0, block, head].reshape(cache.shape[4], cache.shape[3])
     values = cache[1, block, head]
     for dim in range(len(key)):
         store(keys, dim, offset, to_float(key[dim]))
     for dim in range(len(value)):
         store(values, offset, dim, to_float(value[dim]))
+
+
+def _store_rounded(key, value, cache, block, head, offset):
+    """Store 127ths of the greatest number of key and of value, and that as float32 after them: in
+    a cache of int8 there are four more bytes a token. Those of the keys make four more rows of
+    `block_size`, those of a value follow it."""
+    keys = cache[0, block, head].reshape(cache.shape[4], cache.shape[3])
+    values = cache[1, block, head]
+    scale, factor = _step_of(key)
+    for dim in range(len(key)):
+        keys[dim, offset] = np.int8(np.rint(to_float(key[dim]) * factor))
+    store_scale(keys, np.int64(len(key) * keys.shape[1] + 4 * offset), scale)
+    scale, factor = _step_of(value)
+    for dim in range(len(value)):
+        values[offset, dim] = np.int8(np.rint(to_float(value[dim]) * factor))
+    store_scale(values, np.int64(offset * values.shape[1] + len(value)), scale)
+
+
+@njit(**INLINED)
+def _step_of(line):
+    """Return a line's step, and the factor that makes integers of it: its greatest number becomes
+    127. A NaN or an infinity becomes the step; so does nothing below 1e-30, which is 0."""
+    greatest = np.float32(0)
+    for dim in range(len(line)):
+        number = abs(to_float(line[dim]))
+        if not number <= greatest:  # or NaN
+            greatest = number
+            if number != number:
+                break
+    if greatest < np.float32(1e-30):
+        return np.float32(0), np.float32(0)
+    if not greatest < np.float32(np.inf):
+        return greatest, np.float32(0)
+    return greatest / np.float32(127), np.float32(127) / greatest

@@ -25,9 +25,13 @@ from numba.extending import intrinsic, overload
 # has changed whose functions it calls. So the cache is kept by all that the machine code depends
 # on: the sources of this folder, Numba's release, the processor.
 _HERE = Path(__file__).parent
-_FEATURES = binding.get_host_cpu_features()
-_PARTS = (numba.__version__, binding.get_host_cpu_name(), _FEATURES.flatten())
-_SOURCES = [path.read_bytes() for path in sorted(_HERE.glob("*.py"))]
+FEATURES: dict[str, bool] = dict(binding.get_host_cpu_features())
+"""What the processor has, by LLVM's names; NUMBA_CPU_FEATURES may say less."""
+if numba.config.CPU_FEATURES is not None:
+    FEATURES = {name[1:]: name[0] == "+" for name in numba.config.CPU_FEATURES.split(",")}
+_NAME = numba.config.CPU_NAME or binding.get_host_cpu_name()
+_PARTS = (numba.__version__, _NAME, str(sorted(FEATURES.items())))
+_SOURCES = [path.read_bytes() for path in sorted(_HERE.rglob("*.py"))]
 _DIGEST = hashlib.sha256(b"".join((*_SOURCES, *map(str.encode, _PARTS)))).hexdigest()[:16]
 _CACHE = _HERE / "__pycache__" if os.access(_HERE, os.W_OK) else Path.home() / ".cache" / "quire"
 CACHE = Path(numba.config.CACHE_DIR or _CACHE) / f"numba-{_DIGEST}"
@@ -37,15 +41,24 @@ numba.config.CACHE_DIR = str(CACHE)
 # when it first uses it (see `arrays.py`).
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
-# Sums may be reordered and fused, but nothing is assumed about NaN and infinity: a NaN in a
-# sequence's cache must come out as one.
+# A product and a sum may be fused, but nothing is reordered: LLVM makes several loops of one, for
+# what fills a vector, for what is left over and for arrays that are near to each other, and where
+# it may choose the order of two factors it has chosen another one in each. Nothing is assumed
+# about NaN and infinity: a NaN in a sequence's cache must come out as one.
 # Division by zero does not raise, which would keep loops from becoming vector instructions.
 FAST = {
-    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+    "fastmath": {"contract", "nsz"},
     "error_model": "numpy",
     "nogil": True,
     "cache": True,
 }
+
+# For an overload, which has no cache of its own.
+FAST_CALLS = {name: FAST[name] for name in ("fastmath", "error_model", "nogil")}
+
+# For a function that does nothing but sum up: the sum is split into as many as a vector has lanes,
+# in a way that depends on how many numbers there are, and on nothing else.
+SUM = {**FAST, "fastmath": {"reassoc", "contract", "nsz"}}
 
 # For a function that is only compiled as part of its callers.
 INLINED = {**FAST, "inline": "always"}
@@ -55,7 +68,7 @@ INLINED = {**FAST, "inline": "always"}
 _OTHERS = ["comprehension", "fusion", "inplace_binop", "numpy", "reduction", "setitem", "stencil"]
 PARALLEL = {**FAST, "parallel": {"prange": True} | dict.fromkeys(_OTHERS, False)}
 
-LANES = 16 if _FEATURES.get("avx512f") else 8
+LANES = 16 if FEATURES.get("avx512f") else 8
 
 
 @intrinsic
@@ -149,8 +162,34 @@ def yield_core(typing_context):
     return types.void(), generate
 
 
+@intrinsic
+def load_scale(typing_context, octets, at):
+    """Return the float32 that begins at an element of an int8 array, whose index is in memory
+    order."""
+
+    def generate(context, builder, signature, arguments):
+        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
+        place = builder.gep(array.data, [arguments[1]])
+        return builder.load(builder.bitcast(place, ir.FloatType().as_pointer()), align=1)
+
+    return types.float32(octets, types.int64), generate
+
+
+@intrinsic
+def store_scale(typing_context, octets, at, number):
+    """Write a float32 to where `load_scale` reads it."""
+
+    def generate(context, builder, signature, arguments):
+        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
+        place = builder.gep(array.data, [arguments[1]])
+        builder.store(arguments[2], builder.bitcast(place, ir.FloatType().as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(octets, types.int64, types.float32), generate
+
+
 def to_float(number):
-    """Return an element of any of the three types as float32."""
+    """Return an element of any of the types as float32."""
 
 
 @overload(to_float)
@@ -161,6 +200,8 @@ def _to_float(number):
         return lambda number: _float_from_bits(np.uint32(number) << np.uint32(16))
     if number == types.int16:
         return lambda number: _float_from_half(number)
+    if number == types.int8:
+        return lambda number: np.float32(number)
     return None
 
 

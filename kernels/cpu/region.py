@@ -16,6 +16,7 @@ instance, holds up nobody unless it has taken an item.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,9 +48,19 @@ class Phase(NamedTuple):
 
 def launch(kernel: Kernel, work: Work, items: int, rows: int, num_threads: int) -> None:
     """Run one kernel for all items of one phase."""
-    packed = Packed(work)  # until the kernel has run
-    phase = (kernel.address(work), id(packed.words), items, 0, rows)
-    run_phases(np.array([phase], dtype=np.int64), num_threads)
+    run_calls([((kernel, work), items)], rows, num_threads)
+
+
+def run_calls(
+    calls: Sequence[tuple[tuple[Kernel, Work], int]], rows: int, num_threads: int
+) -> None:
+    """Run kernels on works, one phase after the other: each with its number of items."""
+    packed = [Packed(work) for (_, work), _ in calls]  # until the kernels have run
+    phases = [
+        (kernel.address(work), id(words.words), items, 0, rows)
+        for ((kernel, work), items), words in zip(calls, packed, strict=True)
+    ]
+    run_phases(np.array(phases, dtype=np.int64), num_threads)
 
 
 def run_phases(phases: np.ndarray[Any, Any], num_threads: int) -> None:

@@ -110,7 +110,8 @@ def _contiguous(value: Any) -> Any:
 def run_race(item, layer, rows, thread, draws):
     """Draw number `item`."""
     row = draws.rows[item]
-    logits, top, temperature = draws.logits[row], draws.tops[row], draws.temperatures[item, 0]
+    logits, top = draws.logits[row], draws.tops[row]
+    inverse = np.float32(1) / draws.temperatures[item, 0]
     token_ids = draws.token_ids[item % len(draws.token_ids)]
     weights, uniforms = draws.scratch[thread, 0], draws.scratch[thread, 1]
     key = np.uint64(draws.seeds[item])
@@ -122,7 +123,7 @@ def run_race(item, layer, rows, thread, draws):
         start = np.uint64(begin)
         count = min(np.uint64(_CHUNK), np.uint64(len(logits)) - start)
         for index in range(count):
-            logit = (logits[start + index] - top) / temperature
+            logit = (logits[start + index] - top) * inverse
             weights[index] = exp(logit) if logit > np.float32(-87) else np.float32(0)
             uniforms[index] = _uniform(key, token_ids[start + index])
         # 2. How many tokens may win? In most chunks none. They are counted without a branch, so

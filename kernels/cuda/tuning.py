@@ -56,3 +56,41 @@ def decode_config(head_dim: int, dtype: torch.dtype, rows: int) -> TileConfig:
     if head_dim > 128:
         return TileConfig(block_m, 32, num_warps, 3)
     return TileConfig(block_m, 64, num_warps, 3)
+
+
+class ProductConfig(NamedTuple):
+    """One compiled shape of a product: rows, columns and depth of a tile, warps, stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def product_config(num_rows: int, dtype: torch.dtype) -> ProductConfig:
+    """Return the tile for `grouped_product`. Its depth may be cut to fit a row's groups.
+
+    The time of few rows is that of reading the weight: narrow tiles, and many of them in flight.
+    """
+    if dtype == torch.float32:
+        return ProductConfig(16, 32, 64, 4, 1)
+    if num_rows <= 16:
+        return ProductConfig(16, 64, 128, 4, 4)
+    if num_rows <= 64:
+        return ProductConfig(32 if num_rows <= 32 else 64, 64, 64, 4, 4)
+    return ProductConfig(128, 64, 64, 8, 3)
+
+
+def product_parts(num_rows: int, blocks: int, steps: int, device: torch.device) -> int:
+    """Return into how many parts `grouped_product` splits the depth, which has so many steps.
+
+    With one tile of rows, so many that there are two programs for each multiprocessor, if each has
+    four steps.
+    """
+    if num_rows > 64:
+        return 1
+    num_sms = 132
+    if device.type == "cuda":
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(8, 2 * num_sms // blocks, steps // 4))

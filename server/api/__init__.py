@@ -8,7 +8,7 @@ Reading order:
     chat, logprobs     conversations; log-probabilities in OpenAI's shapes
     call_forms         calls in the old form, and of custom tools
     stored_streams     GET and DELETE of resumable streams
-    embeddings, tokenization, operations    the other endpoints
+    embeddings, tokenization, operations, adapters    the other endpoints
     invocations        one path for several of them, as SageMaker asks
     translation        how dialects are written on top of a chat completion
 

@@ -98,8 +98,8 @@ class Chat:
             kind,
             body,
             self.generation,
-            model=state.model_name,
-            fingerprint=state.fingerprint(),
+            model=state.name_of(body.model),
+            fingerprint=state.fingerprint(body.model),
         )
         self._logprobs = LogprobFormat(
             state.tokenizer,

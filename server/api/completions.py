@@ -47,8 +47,8 @@ async def create_completion(request: Request) -> Response:
         "text_completion",
         body,
         generation,
-        model=state.model_name,
-        fingerprint=state.fingerprint(),
+        model=state.name_of(body.model),
+        fingerprint=state.fingerprint(body.model),
     )
     writer = _CompletionWriter(envelope, body, generation, state.tokenizer)
     headers = ignored_header(ignored)

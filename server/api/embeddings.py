@@ -82,7 +82,7 @@ async def create_embedding(request: Request) -> Response:
         )
     if answers is None:
         return client_left()
-    content = await _answer(body, spec, generation, state.model_name)
+    content = await _answer(body, spec, generation, state.name_of(body.model))
     return Response(content, media_type="application/json", headers=ignored_header(ignored))
 
 
@@ -121,7 +121,11 @@ async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSp
         if longest > info.max_model_len:
             raise ContextLengthError.of_prompt(longest, info.max_model_len, "input", answered=False)
         fields = GenerationBody(
-            max_tokens=0, priority=body.priority, cache_salt=body.cache_salt, timeout=body.timeout
+            model=body.model,
+            max_tokens=0,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+            timeout=body.timeout,
         )
         params = SamplingParams(max_tokens=0)
         parts = JobParts(arrival=arrival, pooling=spec.pooling)

@@ -89,6 +89,7 @@ async def version(request: Request) -> dict[str, str]:
 
 
 def _card(state: ServerState, name: str) -> dict[str, Any]:
+    adapter = state.adapters.get(name)
     try:
         max_model_len: int | None = state.engine.info.max_model_len
     except EngineNotReadyError:  # before the first start the context length is unknown
@@ -98,24 +99,25 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
         "object": "model",
         "created": state.created,
         "owned_by": "quire",
-        "root": state.settings.model or name,
-        "parent": None,
+        "root": (state.settings.model or name) if adapter is None else adapter.path,
+        "parent": None if adapter is None else state.settings.served_names[0],
         "max_model_len": max_model_len,
     }
 
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """List the served model under each of its names."""
+    """List the served model under each of its names, and its LoRA adapters."""
     state = state_of(request)
-    return {"object": "list", "data": [_card(state, name) for name in state.settings.served_names]}
+    names = [*state.settings.served_names, *state.adapters]
+    return {"object": "list", "data": [_card(state, name) for name in names]}
 
 
 @router.get("/v1/models/{name:path}", responses=errors(404))
 async def get_model(request: Request, name: str) -> dict[str, Any]:
-    """Describe the model that is served under this name."""
+    """Describe the model or the LoRA adapter that is served under this name."""
     state = state_of(request)
-    if name not in state.settings.served_names:
+    if name not in (*state.settings.served_names, *state.adapters):
         raise ModelNotFoundError(f"the model {ascii(name[:128])} is not served here", "model")
     return _card(state, name)
 
@@ -154,12 +156,28 @@ async def server_info(request: Request) -> dict[str, Any]:
     }
 
 
+def _weights(state: ServerState) -> dict[str, Any] | None:
+    """Return the formats and the size of the weights; None before the first start."""
+    try:
+        info = state.engine.info
+    except EngineNotReadyError:
+        return None
+    return {
+        "source_format": info.source_format,
+        "computed_format": info.computed_format,
+        "num_parameters": info.num_parameters,
+        "num_bytes": info.weight_bytes,
+    }
+
+
 @public.get("/debug/engine", dependencies=[Depends(require_debug_key)], responses=errors(401))
 async def debug_engine(request: Request) -> dict[str, Any]:
-    """Return the engine's latest counters, its health, and the counters of the queue limits."""
+    """Return the engine's latest counters, its health, the counters of the queue limits, and what
+    the weights are."""
     state = state_of(request)
     stats, in_flight = state.engine.stats(), state.in_flight
     return {
+        "weights": _weights(state),
         "stats": None if stats is None else {**stats._asdict(), "kv_usage": stats.kv_usage},
         "health": state.engine.health()._asdict(),
         "admission": {

@@ -62,7 +62,9 @@ async def create_message(request: Request) -> Response:
                 state, chat_body, message_id, request_id, owner, caps_max_tokens=capped
             )
     ignored.names += without_effect(chat, names_of(body))
-    writer = MessageWriter(message_id, state.model_name, omits_thinking=body.omits_thinking)
+    writer = MessageWriter(
+        message_id, state.name_of(body.model), omits_thinking=body.omits_thinking
+    )
     headers = ignored_header(ignored.names, chat.job.prompt_changes)
     if body.stream:
         return EventStream(

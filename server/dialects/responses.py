@@ -183,7 +183,7 @@ class ResponseRun:
                 state, chat_body, key[1], request.state.request_id, key[0], caps_max_tokens=capped
             )
         ignored.names += without_effect(chat, NAMES)
-        writer = ResponseWriter(key[1], state.model_name, body, tools, store=store)
+        writer = ResponseWriter(key[1], state.name_of(body.model), body, tools, store=store)
         given = items_of(body)
         run = cls(state.responses, key, chat, writer, [*previous, *given], request.state.request_id)
         if body.conversation is not None:

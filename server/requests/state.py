@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from ...engine.client import EngineClient
 from ...engine.errors import EngineNotReadyError, ModelNotFoundError
+from ...engine.lora import AdapterSource
 from ..http.auth import Keys
 from ..http.limits import InFlight
 from ..http.responses_store import ResponseStore
@@ -86,9 +87,30 @@ class ServerState:
         """Answer new requests and /ready with 503 from now on. Requests in flight go on."""
         self.in_flight.draining = True
 
+    @property
+    def adapters(self) -> dict[str, AdapterSource]:
+        """The loaded LoRA adapters by name; before the first start, those that will be loaded."""
+        try:
+            adapters = self.engine.info.adapters
+        except EngineNotReadyError:
+            adapters = self.settings.adapters
+        return {adapter.name: adapter for adapter in adapters}
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """Return the LoRA adapter that `name` selects, a name that `check_model` has accepted.
+        None stands for the model itself."""
+        return None if name is None or name in self.settings.served_names else name
+
+    def name_of(self, name: str | None) -> str:
+        """Return the name that answers carry if a request selects its model by `name`."""
+        return self.adapter_of(name) or self.model_name
+
     def check_model(self, name: str | None) -> None:
-        """Raise ModelNotFoundError unless `name` is a served name or left out."""
-        if name is not None and name not in self.settings.served_names:
+        """Raise ModelNotFoundError unless `name` is a served name, that of a loaded LoRA adapter,
+        or left out."""
+        if name is None or name in self.settings.served_names:
+            return
+        if name not in self.adapters:
             raise ModelNotFoundError(f"the model {name[:128]!r} is not served here", "model")
 
     def check_ready(self) -> None:
@@ -97,11 +119,15 @@ class ServerState:
         if not health.ready:
             raise EngineNotReadyError(f"the engine is not ready: {health.reason}")
 
-    def fingerprint(self) -> str:
-        """Return the `system_fingerprint`, which changes with anything that may change the tokens
-        that a seed gives."""
+    def fingerprint(self, name: str | None) -> str:
+        """Return the `system_fingerprint` of requests that select their model by `name`. It changes
+        with anything that may change the tokens that a seed gives."""
         info = self.engine.info
-        parts = (self.version, info.model, info.dtype, info.device)
+        adapter = self.adapters.get(self.adapter_of(name) or "", ())
+        parts = (
+            *(self.version, info.model, info.dtype, info.computed_format, info.device),
+            *adapter,
+        )
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

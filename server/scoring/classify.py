@@ -71,7 +71,7 @@ async def classify(request: Request) -> Response:
         "id": f"classify-{request.state.request_id}",
         "object": "list",
         "created": int(time.time()),
-        "model": state.model_name,
+        "model": state.name_of(body.model),
         "data": data,
         "usage": scored.usage,
     }

@@ -87,7 +87,7 @@ async def rerank(request: Request) -> Response:
         return client_left()
     answer = {
         "id": f"rerank-{request.state.request_id}",
-        "model": state.model_name,
+        "model": state.name_of(body.model),
         "usage": scored.usage,
         "results": _ranked(body, texts, scored.scores[:, 0].tolist()),
     }
@@ -140,7 +140,7 @@ async def score_pairs(request: Request) -> Response:
         "id": f"score-{request.state.request_id}",
         "object": "list",
         "created": int(time.time()),
-        "model": state.model_name,
+        "model": state.name_of(body.model),
         "data": data,
         "usage": scored.usage,
     }

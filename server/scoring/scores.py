@@ -104,7 +104,11 @@ async def score(
         token_ids = [await encode() for encode in prompts]
         _check_lengths(token_ids, state.engine.info.max_model_len, param)
         fields = GenerationBody(
-            max_tokens=0, priority=body.priority, cache_salt=body.cache_salt, timeout=body.timeout
+            model=body.model,
+            max_tokens=0,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+            timeout=body.timeout,
         )
         parts = JobParts(arrival=arrival, pooling="classify")
         job = make_job(state, fields, SamplingParams(max_tokens=0), token_ids, parts)

@@ -11,6 +11,6 @@ Read in this order:
     pool_worker  one of them, seen from the main process
     http_worker  one of them, seen from inside
 
-This room may import every other room of the server except bench, and of the engine only its words
-and engine.process.
+This room may import every other room of the server except bench, and of the engine only its
+words, engine.checkpoints and engine.process.
 """

@@ -11,8 +11,9 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from ...engine.checkpoints.source import find_source
 from ...engine.client import EngineClient
-from ..api import chat, completions, embeddings, invocations, operations, tokenization
+from ..api import adapters, chat, completions, embeddings, invocations, operations, tokenization
 from ..api.stored_streams import router as streams_router
 from ..dialects import conversations, messages, responses, responses_extra
 from ..errors import install_handlers
@@ -57,7 +58,8 @@ def create_app(
     after the last answer. Raises ConfigurationError for a bad generation_config.
     """
     version = package_version("quire")
-    defaults = load_generation_defaults(settings.generation_config, settings.model_path)
+    source = find_source(settings.model_path, settings.engine_config().gguf_file)
+    defaults = load_generation_defaults(settings.generation_config, source.repository)
     state = ServerState(
         settings, engine, tokenizer, metrics, version, defaults, siblings or Siblings()
     )
@@ -82,7 +84,7 @@ def create_app(
     keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
     for router in private:
         keyed.include_router(router)
-    public = [operations.public, operations.router]
+    public = [operations.public, operations.router, adapters.router]
     for router in (*public, keyed):
         app.include_router(router)
     explain_unknown_paths(app, [*public, *private])

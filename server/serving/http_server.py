@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from ...engine.checkpoints.gguf_tokenizer import tokenizer_folder
 from ...engine.client import EngineClient
 from ...engine.process.json_logs import take_over_libraries
 from ..metrics import Metrics
@@ -41,7 +42,7 @@ def build_app(
 
     take_over_libraries()
     tokenizer = Tokenizer.load(
-        settings.model_path,
+        tokenizer_folder(settings.model_path, settings.engine_config().gguf_file),
         trust_remote_code=trust_remote_code,
         chat_template=settings.chat_template,
     )

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 import uvloop
 
+from ...engine.checkpoints.gguf_header import read_header
+from ...engine.checkpoints.source import find_source
 from ...engine.config import EngineInfo
 from ...engine.process.heap import settle
 from ...engine.process.process_client import ProcessEngineClient
@@ -41,8 +43,17 @@ def serve(settings: Settings, make_client: MakeClient | None = None) -> None:
     Raises StartupError, before the model loads if the cause can be known by then.
     """
     check_tls(settings)
+    check_model_files(settings)
     with listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as run:
         run.run(_serve(settings, listener, make_client or ProcessEngineClient))
+
+
+def check_model_files(settings: Settings) -> None:
+    """Raise StartupError if the model's folder or file is not there, or if the header of a GGUF
+    file is broken: before the engine is started, which takes seconds."""
+    source = find_source(settings.model_path, settings.engine_config().gguf_file)
+    if source.gguf is not None:
+        read_header(source.gguf)
 
 
 class Front(Protocol):
@@ -181,6 +192,9 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
             served_names=settings.served_names,
             device=info.device,
             dtype=info.dtype,
+            source_format=info.source_format,
+            computed_format=info.computed_format,
+            weight_bytes=info.weight_bytes,
             max_model_len=info.max_model_len,
             num_blocks=info.num_blocks,
             kv_capacity_tokens=info.kv_capacity_tokens,
@@ -195,6 +209,8 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
         f"quire is ready after {seconds:.1f} s\n"
         f"  model    {', '.join(settings.served_names)} "
         f"({info.architecture}, {millions:,.1f}M parameters){toy}"
+        f"  weights  {info.source_format}, computed in {info.computed_format}, "
+        f"{info.weight_bytes / 1e6:,.1f} MB\n"
         f"  device   {info.device}, {info.dtype}\n"
         f"  KV cache {info.num_blocks:,} blocks = {info.kv_capacity_tokens:,} tokens "
         f"= {sequences:,.1f} sequences of {info.max_model_len:,}\n"

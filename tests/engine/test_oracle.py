@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from quire.engine.body.grouped_linear import GroupedWeight
 from quire.engine.config import EngineConfig
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.devices.backend import Backend
 from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
+from quire.engine.devices.cpu.packing import rounded
 from quire.engine.devices.cuda.decode_graphs import graph_sizes
 from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request
@@ -39,6 +42,7 @@ class Engine:
         values: dict[str, Any] = {
             "model": str(folder),
             "device": "cpu",
+            "dtype": "float32",  # K and V too, as in the reference
             "num_blocks": 256,
             "max_num_seqs": 32,
             "max_num_batched_tokens": 512,
@@ -57,11 +61,14 @@ class Engine:
         self.core.add_request(request)
         return request
 
+    def step(self) -> None:
+        for output in self.core.step().outputs:
+            assert output.error is None, output.error
+            self.outputs[output.request_id, output.choice].append(output)
+
     def run(self) -> None:
         while self.core.has_work:
-            for output in self.core.step().outputs:
-                assert output.error is None, output.error
-                self.outputs[output.request_id, output.choice].append(output)
+            self.step()
         stats = self.core.stats()
         assert stats.num_free_blocks == stats.num_blocks
 
@@ -342,16 +349,56 @@ def test_every_kind_of_request_gives_the_same_one_step_ahead(
     assert backend is None or backend.reruns.num_replays > 10
 
 
-def test_int8_weights_equal_a_model_with_rounded_weights(llama: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                steps = module.weight.abs().amax(dim=1, keepdim=True) / 127
-                module.weight.copy_((module.weight / steps).round() * steps)
-    reference, engine = Reference(model.eval()), Engine(llama, quantization="int8")
+class RoundedLinear(nn.Module):
+    """A linear layer whose weight is rounded as `--quantization` says, and whose input is rounded,
+    in groups of features, to 127ths of the greatest one."""
+
+    def __init__(self, linear: nn.Linear, quantization: str, group: int = 32) -> None:
+        super().__init__()
+        self.group = group
+        rounded_weight = rounded(linear.weight.detach(), quantization)
+        assert isinstance(rounded_weight, GroupedWeight)
+        self.weight = rounded_weight.dense()[:, : linear.in_features]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        groups = x.unflatten(-1, (-1, self.group))
+        steps = groups.abs().amax(dim=-1, keepdim=True) / 127
+        return F.linear((groups / steps).round().mul(steps).flatten(-2), self.weight)
+
+
+def round_layers(model: PreTrainedModel, quantization: str) -> None:
+    """Round all linear layers; the head has 8 bits even if the others have 4."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                kind = "int8" if name == "lm_head" else quantization
+                setattr(parent, name, RoundedLinear(child, kind))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_rounded_weights_equal_a_model_with_rounded_weights_and_inputs(
+    llama: Path, quantization: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    round_layers(model, quantization)
+    reference, engine = Reference(model), Engine(llama, quantization=quantization)
     exact = Engine(llama)
     added = prompts(4)
-    expected = [reference.complete(prompt, 24) for prompt in added]
-    assert [engine.complete(prompt, 24) for prompt in added] == expected
-    assert [exact.complete(prompt, 24) for prompt in added] != expected
+    expected = [reference.complete(prompt, 12) for prompt in added]
+    assert [engine.complete(prompt, 12) for prompt in added] == expected
+    assert [exact.complete(prompt, 12) for prompt in added] != expected
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_rounded_weights_give_the_same_text_whatever_else_is_in_the_batch(
+    name: str, quantization: str, tmp_path: Path
+) -> None:
+    models.save_model(name, tmp_path)
+    engine = Engine(tmp_path, quantization=quantization)
+    wanted = [(prompt, 6 + i % 20) for i, prompt in enumerate(prompts(32))]
+    together = [engine.add(prompt, max_tokens) for prompt, max_tokens in wanted]
+    engine.run()
+    alone = Engine(tmp_path, quantization=quantization, enable_prefix_caching=False)
+    for request, (prompt, max_tokens) in zip(together, wanted, strict=True):
+        assert engine.tokens(request) == alone.complete(prompt, max_tokens)

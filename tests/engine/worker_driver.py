@@ -35,6 +35,7 @@ def make_config(folder: Path, **overrides: Any) -> EngineConfig:
     values: dict[str, Any] = {
         "model": str(folder),
         "device": "cpu",
+        "dtype": "float32",  # K and V too, as in the references
         "num_blocks": 64,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 16,
@@ -172,6 +173,7 @@ class Driver:
             block_copies=self.copies,
             table_changes=changes,
             released=self.released,
+            drafts={},
         )
         self.released, self.copies = [], []
         return output

@@ -17,6 +17,8 @@ from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_
 from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
 from quire.kernels.cuda.copy_blocks import copy_blocks
+from quire.kernels.cuda.grouped_product import grouped_product
+from quire.kernels.cuda.lora import lora_expand, lora_shrink, rank_pad
 from quire.kernels.cuda.prepare_inputs import prepare_inputs
 from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
 from quire.kernels.cuda.rms_norm import fused_add_rms_norm
@@ -96,6 +98,16 @@ def rows(kind: str) -> None:
         silu_and_mul(x)
 
 
+def product(num_rows: int, kind: str, group: int) -> None:
+    """Multiply by a weight of 4096 columns of 4 bits, or of float8."""
+    x, scale = torch.zeros(num_rows, 4096, dtype=BF16), torch.zeros(4096, 4096 // group)
+    if kind == "4 bits":
+        quants = torch.zeros(4096, 2048, dtype=torch.uint8)
+        grouped_product(x, quants, scale, scale)
+    else:
+        grouped_product(x, torch.zeros(4096, 4096, dtype=E4M3), scale, None)
+
+
 def sample(filtered: bool) -> None:
     """Sample from Qwen3's vocabulary with every filter or none."""
     ids, column = torch.ones(4, dtype=torch.int64), torch.ones(4, 1)
@@ -105,6 +117,19 @@ def sample(filtered: bool) -> None:
         logits, logits[:, 0].contiguous(), rows=ids, seeds=ids, positions=ids, temperature=column,
         **filters,
     )  # fmt: skip
+
+
+def adapters(max_rank: int) -> None:
+    """Add what adapters add to the merged Q, K and V of Llama 3.1 8B."""
+    sizes, slots = (4096, 1024, 1024), 4
+    x, out = torch.zeros(32, 4096, dtype=BF16), torch.zeros(32, sum(sizes), dtype=BF16)
+    a = torch.zeros(slots, 3, max_rank, 4096, dtype=BF16)
+    b = torch.zeros(slots, sum(sizes), max_rank, dtype=BF16)
+    loc, ranks = (torch.zeros(*shape, dtype=torch.int32) for shape in ((slots + 1,), (slots, 3)))
+    rows = (torch.zeros(32, dtype=torch.int32), loc, ranks)
+    h = torch.zeros(3, 32, rank_pad(max_rank))
+    lora_shrink(x, a, *rows, h)
+    lora_expand(h, b, *rows, sizes, out)
 
 
 def prepare() -> None:
@@ -136,6 +161,14 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "prepare inputs": prepare,
     "fused add and RMSNorm, 4096": lambda: rows("norm"),
     "silu and mul, 2048": lambda: rows("silu"),
+    "LoRA shrink and expand, rank 16": lambda: adapters(16),
+    "LoRA shrink and expand, rank 64": lambda: adapters(64),
+    "product of 1 row, 4 bits in 32s": lambda: product(1, "4 bits", 32),
+    "product of 1 row, 4 bits in 128s": lambda: product(1, "4 bits", 128),
+    "product of 64 rows, 4 bits in 128s": lambda: product(64, "4 bits", 128),
+    "product of 512 rows, 4 bits in 128s": lambda: product(512, "4 bits", 128),
+    "product of 1 row, float8 in 128s": lambda: product(1, "float8", 128),
+    "product of 512 rows, float8 in 128s": lambda: product(512, "float8", 128),
     "sample tokens, 151936": lambda: sample(True),
     "sample tokens unfiltered, 151936": lambda: sample(False),
 }

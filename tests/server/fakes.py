@@ -16,7 +16,8 @@ from quire.engine.classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from quire.engine.client import EngineHealth
 from quire.engine.config import EngineInfo
 from quire.engine.embedding_spec import NO_LAYOUT, EmbeddingSpec
-from quire.engine.errors import EngineNotReadyError
+from quire.engine.errors import EngineNotReadyError, InvalidRequestError, ModelNotFoundError
+from quire.engine.lora import AdapterSource
 from quire.engine.outputs import (
     EngineStats,
     FinishReason,
@@ -122,6 +123,9 @@ class FakeEngineClient:
     hold: asyncio.Event | None = None
     """An event that holds back all outputs until it is set, if there is one."""
 
+    adapters: dict[str, AdapterSource] = field(default_factory=dict)
+    """The LoRA adapters that are loaded."""
+
     requests: list[Request] = field(default_factory=list)
     aborted: list[tuple[str, int | None]] = field(default_factory=list)
     running: set[tuple[str, int]] = field(default_factory=set)
@@ -137,6 +141,9 @@ class FakeEngineClient:
             device="cpu",
             dtype="float32",
             num_parameters=1,
+            source_format="GGUF Q4_0",
+            computed_format="4-bit groups",
+            weight_bytes=3,
             vocab_size=self.vocab_size,
             max_model_len=self.max_model_len,
             block_size=16,
@@ -150,6 +157,7 @@ class FakeEngineClient:
             embedding=self.embedding,
             classifier=self.classifier,
             can_generate=self.can_generate,
+            adapters=tuple(self.adapters.values()),
         )
 
     async def start(self) -> None:
@@ -160,6 +168,16 @@ class FakeEngineClient:
 
     async def reset_prefix_cache(self) -> None:
         self.resets += 1
+
+    async def load_adapter(self, source: AdapterSource, *, replace: bool = False) -> None:
+        if source.name in self.adapters and not replace:
+            raise InvalidRequestError("it is loaded already", "lora_name")
+        self.adapters[source.name] = source
+
+    async def unload_adapter(self, name: str) -> None:
+        if name not in self.adapters:
+            raise ModelNotFoundError("it is not loaded", "model")
+        del self.adapters[name]
 
     def health(self) -> EngineHealth:
         return EngineHealth(self.alive, self.ready, "ok" if self.ready else "it loads", 0)

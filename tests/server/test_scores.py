@@ -79,6 +79,7 @@ async def _serving(folder: Path, **settings: Any) -> AsyncIterator[httpx.AsyncCl
         model=str(folder),
         served_model_name=(MODEL,),
         device="cpu",
+        dtype="float32",
         num_gpu_blocks_override=200,
         max_num_batched_tokens=64,
         num_threads=1,
@@ -196,6 +197,9 @@ async def test_a_head_with_one_class_scores_pairs(tmp_path: Path) -> None:
                 index = result["index"]
                 assert result["relevance_score"] == pytest.approx(expected[index], abs=1e-5)
                 assert result["document"] == {"text": DOCUMENTS[index]}
+        mixed = [*DOCUMENTS[:1], {"text": DOCUMENTS[1], "title": "sky"}]
+        response = await client.post("/v1/rerank", json={**body, "documents": mixed})
+        assert response.headers["x-quire-ignored-params"] == "documents[1].title"
         objects = [{"text": text} for text in DOCUMENTS]
         options = {"documents": objects, "top_n": 2, "return_documents": False}
         results = (await client.post("/v1/rerank", json={**body, **options})).json()["results"]

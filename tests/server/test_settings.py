@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,42 @@ def test_what_is_no_origin_is_refused(origin: str) -> None:
     """vLLM takes a JSON list; as an origin it would never match, and no one would be told."""
     with pytest.raises(ConfigurationError, match="allowed_origins: .* is not an origin"):
         load_settings(allowed_origins=[origin])
+
+
+def test_adapters_are_named_folders(tmp_path: Path) -> None:
+    settings = load_settings(lora=["a=/x=y", "b/c=z"], lora_dir=str(tmp_path))
+    assert settings.adapters == (("a", "/x=y"), ("b/c", "z"))
+    config = settings.engine_config()
+    assert config.enable_lora and config.lora == settings.adapters
+    assert not load_settings().engine_config().enable_lora
+    assert load_settings(lora_dir=str(tmp_path)).engine_config().enable_lora
+    assert load_settings(enable_lora="true").engine_config().enable_lora
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora": ["a"]}, "lora: 'a' is not NAME=FOLDER"),
+        ({"lora": ["a="]}, "is not NAME=FOLDER"),
+        ({"lora": ["=/x"]}, "must have 1 to 128 characters"),
+        ({"lora": ["a" * 129 + "=/x"]}, "must have 1 to 128 characters"),
+        ({"lora": [" a=/x"]}, "printable, without spaces"),
+        ({"lora": ["a\n=/x"]}, "printable, without spaces"),
+        ({"lora": ["a=/x", "a=/y"]}, "two adapters have the name 'a'"),
+        ({"lora": ["quire-demo=/x"]}, "'quire-demo' is the name of the model itself"),
+        ({"lora": ["m=/x"], "served_model_name": ["m"]}, "'m' is the name of the model itself"),
+        ({"lora_dir": "/nowhere"}, "lora_dir: there is no folder /nowhere"),
+        ({"max_loras": "0"}, "max_loras"),
+        ({"max_lora_rank": "0"}, "max_lora_rank"),
+        ({"max_cpu_loras": "0"}, "max_cpu_loras"),
+    ],
+)
+def test_bad_adapters_are_configuration_errors(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        load_settings(**fields)
+
+
+def test_more_adapters_than_may_be_loaded_are_refused() -> None:
+    settings = load_settings(lora=["a=/x", "b=/y"], max_cpu_loras="1")
+    with pytest.raises(ConfigurationError, match="2 LoRA adapters are more than"):
+        settings.engine_config()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ....kernels.device_copy import to_device
+from ...adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ...body.body import Body, HfBody
 from ...body.flat_decoder import FlatDecoder
 from ...config import EngineConfig
@@ -20,9 +21,11 @@ from ...errors import ConfigurationError
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
+from .adapters import DecoderSlots, ModuleSlots
 from .attention import CpuPlanner
 from .decoder import CpuDecoder, can_compile
 from .draws import CpuDraws
+from .experts import pack_experts
 from .inputs import HostInputs
 from .memory import allocate_kv_cache, cache_memory
 from .packed_linear import pack_linears, unmap_weights
@@ -40,15 +43,28 @@ class CpuBackend:
         return "float32"
 
     def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
-        if config.kv_cache_dtype != "auto":
+        if config.kv_cache_dtype.startswith("fp8"):
             raise ConfigurationError(
-                f"a KV cache of dtype {config.kv_cache_dtype} needs a GPU: on the CPU it is the "
-                "model's"
+                f"a KV cache of dtype {config.kv_cache_dtype} needs a GPU: on the CPU it may be "
+                "float32, float16, bfloat16 or int8"
             )
-        return model_dtype
+        if config.kv_cache_dtype != "auto":
+            asked: torch.dtype = getattr(torch, config.kv_cache_dtype)
+            return asked
+        # Who asks for float32 gets it throughout.
+        is_free = config.dtype == "auto" and model_dtype == torch.float32
+        return torch.float16 if is_free else model_dtype
 
     def check_quantization(self, config: EngineConfig) -> None:
         """Accept every quantisation."""
+
+    @property
+    def multiplies_groups(self) -> bool:
+        return True
+
+    @property
+    def multiplies_float8(self) -> bool:
+        return False
 
     def token_budget(self, config: EngineConfig) -> int:
         """By default as many as keep a CPU's cores busy: with more, every running sequence would
@@ -64,25 +80,42 @@ class CpuBackend:
         return []
 
     def make_body(
-        self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
+        self,
+        body: nn.Module,
+        head: nn.Module,
+        flat: FlatDecoder | None,
+        *,
+        quantization: str | None,
     ) -> Body:
         unmap_weights(body)
         unmap_weights(head)
         made: Body
         if flat is not None and can_compile(flat):
-            made = CpuDecoder(flat, int8=int8)
+            made = CpuDecoder(flat, quantization=quantization)
             logger.info("each step runs as one parallel region of compiled kernels")
         else:
-            pack_linears(body, int8=int8)
+            if number := pack_experts(body, quantization=quantization):
+                logger.info("the experts of %d layers run in compiled kernels", number)
+            pack_linears(body, quantization=quantization)
             made = HfBody(body)
-        pack_linears(head, int8=int8)
+        # The last product decides between tokens, and suffers most from 4 bits.
+        pack_linears(head, quantization="int8" if quantization == "int4" else quantization)
         return made
+
+    def make_adapter_slots(
+        self, body: Body, adaptable: Adaptable, limits: LoraLimits
+    ) -> AdapterSlots:
+        if isinstance(body, CpuDecoder):
+            return DecoderSlots(body, adaptable, limits)
+        return ModuleSlots(adaptable, limits)
 
     def make_sampler(self, vocab_size: int) -> Sampler:
         return Sampler(vocab_size, self.device, CpuDraws(vocab_size))
 
     def cache_memory(self, demand: CacheDemand, start: StartRehearsal) -> int:
-        return cache_memory(demand.config, demand.block_bytes, demand.max_model_len)
+        return cache_memory(
+            demand.config, demand.block_bytes, demand.max_model_len, demand.adapter_bytes
+        )
 
     def allocate_kv_cache(
         self, shape: tuple[int, ...], dtype: torch.dtype, *, commit: bool

@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from ....kernels.cpu.arrays import FLOATS, as_array
-from ....kernels.cpu.body import Activations, BodyStep, Ends, Layers
+from ....kernels.cpu.body import Activations, Adapted, BodyStep, Ends, Layers
 from ....kernels.cpu.body import Body as CompiledBody
-from ....kernels.cpu.panels import PANEL_COLUMNS
 from ...attention.metadata import AttentionMetadata
 from ...body.body import ForwardToLogits
 from ...body.flat_decoder import FlatDecoder, FlatLayer, Norm, Rotation, rotary_factors
+from ...body.grouped_linear import dtype_of
 from .attention import CpuPlan
-from .packed_linear import PackedLinear, pack
+from .packed_linear import PackedLinear
+from .packing import pack
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,20 +33,24 @@ _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class CpuDecoder:
     """A Body that runs as one compiled function, `kernels.cpu.body.Body`."""
 
-    def __init__(self, flat: FlatDecoder, *, int8: bool = False) -> None:
-        """Take over the weights of the layers, which are emptied. `int8` is that of `pack`."""
+    is_batch_invariant = True
+
+    def __init__(self, flat: FlatDecoder, *, quantization: str | None = None) -> None:
+        """Take over the weights of the layers, which are emptied. `quantization` is that of
+        `pack`."""
         self._rotations = _Rotations(flat.rotary)
-        self._layers = _pack_layers(flat.layers, flat.norm, int8)
+        self._layers = _pack_layers(flat.layers, flat.norm, quantization)
         first = flat.layers[0]
         self._widths = (first.num_heads, first.num_kv_heads, first.head_dim)
         self._intermediate_size: int = first.down.in_features
         self._dtype = flat.embedding.weight.dtype
         embedding = as_array(flat.embedding.weight.detach())
-        no_panels = np.empty((0, embedding.shape[1], PANEL_COLUMNS), embedding.dtype)
-        self._ends = Ends(embedding, no_panels, np.empty((2, 0), np.float32))
+        self._ends = Ends(embedding, None)
         self._compiled = CompiledBody(self._ends, self._layers)
         self._vocab_size = 0
         self._activations: Activations | None = None
+        self.adapted: Adapted | None = None
+        """The LoRA adapters of each step, if there can be any."""
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
@@ -56,7 +61,7 @@ class CpuDecoder:
         if not isinstance(product, PackedLinear):
             return None
         self._activations = None
-        self._ends = self._ends._replace(head=product.panels, head_affine=product.affine)
+        self._ends = self._ends._replace(head=product.packed)
         self._compiled = CompiledBody(self._ends, self._layers)
         self._vocab_size = product.out_features
         return self.forward_to_logits
@@ -92,7 +97,7 @@ class CpuDecoder:
         )
         numba.set_num_threads(plan.num_threads)
         cache = as_array(metadata.kv_cache)
-        self._compiled.run(cache, step, activations, plan.num_threads)
+        self._compiled.run(cache, step, activations, plan.num_threads, self.adapted)
         hidden = torch.from_numpy(activations.normed[:num_tokens])
         logits = torch.from_numpy(activations.logits[:num_logits])
         return hidden.to(self._dtype), logits.to(self._dtype)
@@ -155,13 +160,13 @@ def can_compile(flat: FlatDecoder) -> bool:
         layer.is_silu
         and shapes
         == (layer.num_heads, layer.num_kv_heads, layer.down.in_features, layer.qk_norm is None)
-        and layer.down.weight.dtype in FLOATS
+        and dtype_of(layer.down) in FLOATS
         for layer in flat.layers
     )
 
 
-def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm, int8: bool) -> Layers:
-    """Stack the layers' weights, each kind into one array. Norms of Q and K that a model does not
+def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm, quantization: str | None) -> Layers:
+    """Pack the layers' weights, and stack those of norms. Norms of Q and K that a model does not
     have get an epsilon of −1, and the last norm is an input norm after the last layer's."""
 
     def stack(norms: Sequence[Norm]) -> NDArray[np.float32]:
@@ -172,22 +177,24 @@ def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm, int8: bool) -> La
     qk_norms = [layer.qk_norm or no_norm for layer in layers]
     input_norms = [*(layer.input_norm for layer in layers), last_norm]
     mlp_norms = [layer.mlp_norm for layer in layers]
-    qkv, qkv_affine = pack([layer.qkv for layer in layers], int8=int8)
-    output, output_affine = pack([layer.output for layer in layers], int8=int8)
-    gate_up, gate_up_affine = pack([layer.gate_up for layer in layers], 2, int8=int8)
-    down, down_affine = pack([layer.down for layer in layers], int8=int8)
+    packed = [
+        (
+            pack(layer.qkv, quantization=quantization),
+            pack(layer.output, quantization=quantization),
+            pack(layer.gate_up, 2, quantization=quantization),
+            pack(layer.down, quantization=quantization),
+        )
+        for layer in layers
+    ]
+    qkv, output, gate_up, down = zip(*packed, strict=True)
     return Layers(
         input_norm=stack(input_norms),
         qkv=qkv,
-        qkv_affine=qkv_affine,
         qk_norm=stack(qk_norms),
         output=output,
-        output_affine=output_affine,
         mlp_norm=stack(mlp_norms),
         gate_up=gate_up,
-        gate_up_affine=gate_up_affine,
         down=down,
-        down_affine=down_affine,
         input_epsilons=np.array([norm.eps for norm in input_norms], np.float32),
         qk_epsilons=np.array([norm.eps for norm in qk_norms], np.float32),
         mlp_epsilons=np.array([norm.eps for norm in mlp_norms], np.float32),

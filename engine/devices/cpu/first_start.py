@@ -21,5 +21,8 @@ def leave_triton_out() -> None:
 def compile_ahead(config: EngineConfig) -> None:
     """Begin to compile the model's kernels in a process beside this one, if this installation has
     not compiled them: see `kernels.cpu.ahead`."""
-    dtype = "float32" if config.dtype == "auto" else config.dtype
-    ahead.compile_ahead(dtype, int8=config.quantization == "int8")
+    dtype, cache = config.dtype, config.kv_cache_dtype
+    if cache == "auto":  # see `CpuBackend.kv_cache_dtype`
+        cache = "float16" if dtype == "auto" else dtype
+    dtype = "float32" if dtype == "auto" else dtype
+    ahead.compile_ahead(ahead.Build(dtype, cache, config.quantization or ""))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import mmap
-from pathlib import Path
 
 import torch
 
 from ...config import EngineConfig
 from ...errors import ConfigurationError
+from ...main_memory import available_memory
 
 TYPICAL_TOKENS = 2048
 """Expected tokens of a sequence, for sizing the cache by max_num_seqs."""
@@ -16,15 +16,19 @@ CPU_MEMORY_SHARE = 0.4
 """Maximum share of the available memory that the cache takes by default."""
 
 
-def cache_memory(config: EngineConfig, block_bytes: int, max_model_len: int) -> int:
+def cache_memory(
+    config: EngineConfig, block_bytes: int, max_model_len: int, adapter_bytes: int = 0
+) -> int:
     """Return the bytes for the cache: `config.kv_cache_memory_bytes`, or by default room for
     max_num_seqs sequences of typical length (at least for one of full length), limited to a share
-    of the available memory.
+    of the available memory. `adapter_bytes` are not available: LoRA adapters will take them.
 
     Raises ConfigurationError if more is asked for than is available: the system would kill the
     process once it used that much.
     """
     available, asked = available_memory(), config.kv_cache_memory_bytes
+    if available is not None:
+        available = max(available - adapter_bytes, 0)
     if asked is not None:
         if available is not None and asked > available:
             raise ConfigurationError(
@@ -35,20 +39,6 @@ def cache_memory(config: EngineConfig, block_bytes: int, max_model_len: int) -> 
     tokens = max(max_model_len, config.max_num_seqs * min(max_model_len, TYPICAL_TOKENS))
     wanted = -(-tokens // config.block_size) * block_bytes
     return wanted if available is None else min(wanted, int(available * CPU_MEMORY_SHARE))
-
-
-def available_memory() -> int | None:
-    """Return the bytes that this process may still take without swapping: the system's, or its
-    control group's if that is less. None if the system does not say."""
-    found = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        found.append(int(text) - int(used.read_text()))
-    return min(found) if found else None
 
 
 def allocate_kv_cache(

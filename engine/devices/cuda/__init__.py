@@ -7,7 +7,9 @@ Read in this order:
     inputs.py           the tensors of a step, made by one copy and one kernel
     attention.py        plans a step, and attends
     shared_prefixes.py  which decodes read a shared prefix once
+    products.py         chooses the products of weights that have 4 or 8 bits
     body_ops.py         the operations of a flat body
+    adapters.py         the slots of LoRA adapters
     decode_graphs.py    CUDA graphs of decode steps
     draws.py            draws
     memory.py           a GPU's memory

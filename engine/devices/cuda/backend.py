@@ -15,6 +15,7 @@ from triton.errors import TritonError
 
 from ....kernels.device_copy import to_device
 from ....kernels.prefix_groups import MIN_MEMBERS, find_prefix_groups
+from ...adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ...body.body import Body, FlatBody, HfBody
 from ...body.flat_decoder import FlatDecoder
 from ...config import EngineConfig
@@ -23,6 +24,7 @@ from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
 from ..steps import DeviceStep, ModelOutput
+from .adapters import CudaSlots
 from .attention import CudaPlanner, allocate_workspaces
 from .body_ops import CudaOps
 from .decode_graphs import Capture, CudaCapture, DecodeGraphs, NotCapturableError, graph_sizes
@@ -30,6 +32,7 @@ from .draws import CudaDraws
 from .inputs import DeviceInputs
 from .kernels import TRITON, Kernels
 from .memory import free_memory, others_memory, total_memory
+from .products import use_products
 from .shared_prefixes import FindGroups, SharedPrefixes
 
 logger = logging.getLogger("quire.engine")
@@ -57,11 +60,27 @@ class CudaBackend:
         return checkpoint
 
     def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
-        return model_dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn
+        asked = config.kv_cache_dtype
+        if asked.startswith("fp8"):
+            return torch.float8_e4m3fn
+        if asked != "auto" and getattr(torch, asked) != model_dtype:
+            raise ConfigurationError(
+                f"a KV cache of dtype {asked} works only on the CPU: on a GPU it is the model's "
+                "dtype, or fp8"
+            )
+        return model_dtype
 
     def check_quantization(self, config: EngineConfig) -> None:
         if config.quantization is not None:
             raise ConfigurationError(f"quantization {config.quantization} works only on the CPU")
+
+    @property
+    def multiplies_groups(self) -> bool:
+        return True
+
+    @property
+    def multiplies_float8(self) -> bool:
+        return True
 
     def token_budget(self, config: EngineConfig) -> int:
         """By default thousands, since a GPU needs many tokens at once to be busy."""
@@ -76,9 +95,23 @@ class CudaBackend:
         return [self.device.index]
 
     def make_body(
-        self, body: nn.Module, head: nn.Module, flat: FlatDecoder | None, *, int8: bool
+        self,
+        body: nn.Module,
+        head: nn.Module,
+        flat: FlatDecoder | None,
+        *,
+        quantization: str | None,
     ) -> Body:
+        for module in (body, head):
+            use_products(module, self._kernels)
         return HfBody(body) if flat is None else FlatBody(flat, CudaOps.of_step)
+
+    def make_adapter_slots(
+        self, body: Body, adaptable: Adaptable, limits: LoraLimits
+    ) -> AdapterSlots:
+        dtype = next(iter(adaptable.places.values())).linear.weight.dtype
+        assert isinstance(dtype, torch.dtype)
+        return CudaSlots(body, adaptable, limits, dtype, self.device, self._kernels)
 
     def make_sampler(self, vocab_size: int) -> Sampler:
         return Sampler(vocab_size, self.device, CudaDraws())
@@ -151,14 +184,22 @@ class CudaBackend:
         within a step."""
         inputs, planner = _of_cuda(runner)
 
-        def decode(step: DeviceStep, shared: bool) -> ModelOutput:
+        adapters = _adapters_of(runner)
+
+        def decode(step: DeviceStep, shared: bool, adapted: bool) -> ModelOutput:
+            if adapters is not None:
+                adapters.rehearse(active=adapted)
             return runner.run_decodes(step, planner.plan_decodes(step.seq_lens, shared=shared))
 
         inputs.pad_decodes(sizes)
         graphs = DecodeGraphs(decode, inputs.static_step, self.make_capture())
         shares = planner.shared_prefixes is not None
         try:
-            graphs.capture(sizes, [size for size in sizes if shares and size >= MIN_MEMBERS])
+            graphs.capture(
+                sizes,
+                [size for size in sizes if shares and size >= MIN_MEMBERS],
+                with_adapters=adapters is not None,
+            )
         except NotCapturableError as error:
             logger.warning("decode steps run without CUDA graphs: %s", error)
             inputs.pad_decodes([])
@@ -211,16 +252,27 @@ class CudaBackend:
 
 def compile_kernels(runner: Rehearsal) -> None:
     """Launch every kernel that a step may launch, other than the sampler's, so that no request
-    waits for its compilation: decodes, prefills of short and of long rows, a copy of a block."""
+    waits for its compilation: decodes, prefills of short and of long rows, products of all their
+    tiles, a copy of a block."""
     inputs, planner = _of_cuda(runner)
     inputs.pad_decodes([1])
     step = inputs.static_step(1)
     for shared in {False, planner.shared_prefixes is not None}:
         runner.run_decodes(step, planner.plan_decodes(step.seq_lens, shared=shared))
     inputs.pad_decodes([])
-    for num_tokens in (2, 256):
+    for num_tokens in (2, 24, 48, 256):
         runner.run_prompts(num_tokens, 1)
+    if (adapters := _adapters_of(runner)) is not None:
+        adapters.rehearse(active=True)
+        runner.run_prompts(2, 1)
+        adapters.rehearse(active=False)
     runner.copy_blocks([BlockCopy(0, 0)])
+
+
+def _adapters_of(runner: Rehearsal) -> CudaSlots | None:
+    adapters = runner.adapters
+    assert adapters is None or isinstance(adapters, CudaSlots)
+    return adapters
 
 
 def _of_cuda(runner: Rehearsal) -> tuple[DeviceInputs, CudaPlanner]:

@@ -14,6 +14,7 @@ next replay, and steps run in the order of their launch.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import product
 
 import torch
 from tqdm import tqdm
@@ -80,13 +81,13 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        forward: Callable[[DeviceStep, bool], ModelOutput],
+        forward: Callable[[DeviceStep, bool, bool], ModelOutput],
         static_step: Callable[[int], DeviceStep],
         capture: Capture,
     ) -> None:
-        """`forward(step, shared)` runs the model, with or without shared prefixes, and reads only
-        tensors at fixed addresses. `static_step(size)` returns the tensors that every step of
-        `size` rows reads."""
+        """`forward(step, shared, adapted)` runs the model, with or without shared prefixes and
+        adapters, and reads only tensors at fixed addresses. `static_step(size)` returns the tensors
+        that every step of `size` rows reads."""
         self._forward = forward
         self._static_step = static_step
         self._capture = capture
@@ -94,20 +95,30 @@ class DecodeGraphs:
         self._outputs: ModelOutput | None = None
 
     @torch.inference_mode()
-    def capture(self, sizes: Sequence[int], shared_sizes: Collection[int] = ()) -> None:
+    def capture(
+        self,
+        sizes: Sequence[int],
+        shared_sizes: Collection[int] = (),
+        *,
+        with_adapters: bool = False,
+    ) -> None:
         """Capture these sizes, and those of `shared_sizes` once more for steps whose rows share
-        prefixes. The largest comes first, so that the others fit the memory that it took."""
+        prefixes; all of them once more if rows may have adapters. The largest comes first, so that
+        the others fit the memory that it took."""
         for size in tqdm(sorted(sizes, reverse=True), "capturing decode graphs", unit="graph"):
             step = self._static_step(size)
             if self._outputs is None:
-                self._outputs = ModelOutput(*map(torch.empty_like, self._forward(step, False)))
-            for shared in (False, True) if size in shared_sizes else (False,):
-                self._replays[GraphKey(size, shared)] = self._capture(self._run_of(step, shared))
+                blank = self._forward(step, False, False)
+                self._outputs = ModelOutput(*map(torch.empty_like, blank))
+            kinds = product({False, size in shared_sizes}, {False, with_adapters})
+            for shared, adapted in sorted(kinds):
+                run = self._run_of(step, shared, adapted)
+                self._replays[GraphKey(size, shared, adapted)] = self._capture(run)
 
     def __contains__(self, key: object) -> bool:
         return key in self._replays
 
-    def _run_of(self, step: DeviceStep, shared: bool) -> Run:
+    def _run_of(self, step: DeviceStep, shared: bool, adapted: bool) -> Run:
         assert self._outputs is not None
         size, outputs = len(step.seq_lens), self._outputs
         capacity = outputs.hidden.shape[0]
@@ -115,7 +126,7 @@ class DecodeGraphs:
             raise ValueError(f"{size} rows after a first graph of {capacity}")
 
         def run() -> None:
-            for buffer, tensor in zip(outputs, self._forward(step, shared), strict=True):
+            for buffer, tensor in zip(outputs, self._forward(step, shared, adapted), strict=True):
                 buffer[:size].copy_(tensor)
 
         return run

@@ -12,6 +12,8 @@ import torch
 
 from ....kernels.cuda import (
     copy_blocks,
+    grouped_product,
+    lora,
     prepare_inputs,
     reshape_and_cache,
     rms_norm,
@@ -36,8 +38,11 @@ class Kernels(NamedTuple):
     rms_norm: Callable[..., torch.Tensor]
     fused_add_rms_norm: Callable[..., None]
     silu_and_mul: Callable[..., torch.Tensor]
+    grouped_product: Callable[..., torch.Tensor]
     prepare_inputs: Callable[..., Any]
     copy_blocks: Callable[..., None]
+    lora_shrink: Callable[..., None]
+    lora_expand: Callable[..., None]
 
 
 TRITON = Kernels(
@@ -49,7 +54,10 @@ TRITON = Kernels(
     rms_norm=rms_norm.rms_norm,
     fused_add_rms_norm=rms_norm.fused_add_rms_norm,
     silu_and_mul=silu_and_mul.silu_and_mul,
+    grouped_product=grouped_product.grouped_product,
     prepare_inputs=prepare_inputs.prepare_inputs,
     copy_blocks=copy_blocks.copy_blocks,
+    lora_shrink=lora.lora_shrink,
+    lora_expand=lora.lora_expand,
 )
 """The kernels of a GPU."""

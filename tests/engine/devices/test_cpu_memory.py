@@ -41,6 +41,16 @@ def test_more_than_the_available_memory_is_refused(monkeypatch: pytest.MonkeyPat
         wanted(kv_cache_memory_bytes=1_000_001)
 
 
+def test_what_adapters_will_take_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_memory, "available_memory", lambda: 1_000_000)
+    config = make_config(Path("none"), num_blocks=None, max_num_seqs=8)
+    assert cache_memory(config, BLOCK, 1024, 500_000) == 200_000
+    assert cache_memory(config, BLOCK, 1024, 2_000_000) == 0
+    given = make_config(Path("none"), num_blocks=None, kv_cache_memory_bytes=600_000)
+    with pytest.raises(ConfigurationError, match="beside the model only"):
+        cache_memory(given, BLOCK, 1024, 500_000)
+
+
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs Linux's count of memory")
 def test_available_memory_is_at_most_that_of_the_system() -> None:
     lines = Path("/proc/meminfo").read_text().splitlines()

@@ -17,7 +17,7 @@ from quire.engine.grammar import compile as grammar
 from quire.engine.grammar import masks as structured_output
 from quire.engine.grammar.masks import StructuredOutput
 from quire.engine.request import GrammarSpec
-from quire.engine.sequence import Sequence
+from quire.engine.sequence import ReadingRow
 
 from .constrained import (
     END_OF_TEXT,
@@ -48,11 +48,11 @@ def test_a_matcher_that_fails_ends_only_its_choice(
     failing = "victim"
     original = StructuredOutput._row
 
-    def row(self: StructuredOutput, index: int, sequence: Sequence) -> Any:
-        result = original(self, index, sequence)
+    def row(self: StructuredOutput, one: ReadingRow) -> Any:
+        result, sequence = original(self, one), one.sequence
         if sequence.choice == 1 and sequence.request.request_id == failing:
             # As if a token had been sampled that was not allowed.
-            return result._replace(token_ids=result.token_ids and [END_OF_TEXT])
+            return result._replace(token_ids=[END_OF_TEXT] if sequence.num_output_tokens else [])
         return result
 
     monkeypatch.setattr(StructuredOutput, "_row", row)

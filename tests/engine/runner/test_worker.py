@@ -46,6 +46,9 @@ def test_load_and_profile_report_the_model_and_its_blocks(gemma2: tuple[Path, An
         eos_token_ids=(2,),
         embedding=NO_LAYOUT,
         can_generate=True,
+        source_format="safetensors float32",
+        computed_format="float32",
+        weight_bytes=4 * model.num_parameters(),
     )
     assert worker.profile() == 8 * MAX_POSITION // 16
 

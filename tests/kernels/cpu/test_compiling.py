@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from quire.kernels.cpu import ahead, compiling
+from quire.kernels.cpu.ahead import Build
 from quire.kernels.cpu.compiling import compile_all, is_compiled
 from quire.kernels.cpu.kernel import Kernel, Packed, Signature, Work, signature_of
 from quire.kernels.cpu.norms import Pick, pick
@@ -19,13 +21,19 @@ from quire.kernels.cpu.region import launch
 
 from ...engine.models import save_model
 from ...engine.worker_driver import Driver, make_config, make_sequence
+from . import norm_child
+
+BUILDS = [
+    Build("float32", "float32"),
+    Build("bfloat16", "bfloat16"),
+    Build("float32", "float32", "int8"),
+    Build("float32", "float32", "int4"),
+]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "int8"), [("float32", False), ("bfloat16", False), ("float32", True)]
-)
+@pytest.mark.parametrize("build", BUILDS, ids=str)
 def test_steps_use_exactly_the_kernels_that_are_compiled_ahead(
-    tmp_path: Path, dtype: str, int8: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[tuple[str, Signature]] = set()
     address = Kernel.address
@@ -36,9 +44,9 @@ def test_steps_use_exactly_the_kernels_that_are_compiled_ahead(
 
     monkeypatch.setattr(Kernel, "address", recorded)
     save_model("llama", tmp_path)
-    config = make_config(tmp_path, dtype=dtype, quantization="int8" if int8 else None)
+    config = make_config(tmp_path, dtype=build.dtype, quantization=build.quantization or None)
     driver = Driver.start(config)
-    tasks = {(kernel.name, kind) for kernel, kind in ahead.tasks_for(dtype, int8=int8)}
+    tasks = {(kernel.name, kind) for kernel, kind in ahead.tasks_for(build)}
     assert seen == tasks
     draws: list[dict[str, Any]] = [{"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.7}]
     driver.run([make_sequence([5, 6, 7], 3, seed=1, **draw) for draw in ({}, *draws)])
@@ -48,7 +56,8 @@ def test_steps_use_exactly_the_kernels_that_are_compiled_ahead(
 def test_the_compiling_process_fills_the_cache_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from quire.kernels.cpu import ahead, compiling;"
-        "tasks = [task for task in ahead.tasks_for('float32') if task[0].name == 'pick'];"
+        "build = ahead.Build('float32', 'float32');"
+        "tasks = [task for task in ahead.tasks_for(build) if task[0].name == 'pick'];"
         "assert not compiling.is_compiled(tasks);"
         "ahead.tasks_for = lambda *_, **__: tasks;"
         "sys.argv = ['', 'float32'];"
@@ -58,6 +67,19 @@ def test_the_compiling_process_fills_the_cache_without_torch(tmp_path: Path) -> 
     command = [sys.executable, "-P", "-c", code]
     subprocess.run(command, env={"NUMBA_CACHE_DIR": str(tmp_path)}, check=True)
     assert len(list(tmp_path.rglob("norms.pick*.nbc"))) == 1
+
+
+def test_a_compiled_kernel_computes_the_same_bits_as_one_from_the_cache(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", norm_child.__file__]
+    first, second = (
+        json.loads(subprocess.check_output(command, env={"NUMBA_CACHE_DIR": str(tmp_path)}))
+        for _ in range(2)
+    )
+    assert not first["loaded"] and second["loaded"]
+    assert first["bits"] == second["bits"]
+    # The function of a row's norm is not inlined on every processor, but never shared.
+    entries = [line for line in first["functions"] if not line.startswith("define internal ")]
+    assert len(entries) == 1 and "@cfunc." in entries[0]
 
 
 def test_a_process_is_started_only_if_there_is_something_to_compile(
@@ -75,12 +97,14 @@ def test_a_process_is_started_only_if_there_is_something_to_compile(
     monkeypatch.setattr(subprocess, "Popen", Process)
     monkeypatch.setattr(ahead, "_cores", lambda: 2)
     monkeypatch.setattr(ahead, "is_compiled", lambda _: False)
-    ahead.compile_ahead("float64")
+    ahead.compile_ahead(Build("float64", "float64"))
     assert commands == []
-    ahead.compile_ahead("bfloat16", int8=True)
-    assert [command[-3:] for command in commands] == [[ahead.__name__, "bfloat16", "int8"]]
+    ahead.compile_ahead(Build("bfloat16", "float16", "int8"))
+    assert [command[-4:] for command in commands] == [
+        [ahead.__name__, "bfloat16", "float16", "int8"]
+    ]
     monkeypatch.setattr(ahead, "is_compiled", lambda _: True)
-    ahead.compile_ahead("float32")
+    ahead.compile_ahead(Build("float32", "float32"))
     assert len(commands) == 1
 
 

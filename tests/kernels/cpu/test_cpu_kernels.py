@@ -18,9 +18,11 @@ from quire.engine.devices.cpu.attention import CpuPlanner
 from quire.engine.devices.cpu.decoder import CpuDecoder, can_compile
 from quire.engine.devices.cpu.packed_linear import PackedLinear
 from quire.engine.sampling.counter_rng import exponential, stream_keys
+from quire.kernels.cpu import norms
 from quire.kernels.cpu.arrays import as_array
 from quire.kernels.cpu.numbers import LANES, exp, store, to_float
 from quire.kernels.cpu.panels import PANEL_COLUMNS, PANEL_ROWS, PANEL_VECTORS, multiply_add
+from quire.kernels.cpu.region import launch
 from quire.kernels.cpu.sampling import draw, race
 from quire.kernels.cpu.softmax import KEYS, weigh
 
@@ -219,20 +221,6 @@ def test_packed_products(depth: int, columns: int, rows: int, dtype: torch.dtype
     assert torch.equal(alone, actual[1])
 
 
-@torch.no_grad()
-def test_products_with_int8_weights() -> None:
-    linear = nn.Linear(20, 40)
-    linear.weight[7] = 0
-    exact = linear.weight.detach().clone()
-    packed = PackedLinear(linear, int8=True)
-    assert packed.panels.dtype == np.int8
-    steps = exact.abs().amax(dim=1, keepdim=True) / 127
-    assert ((packed.weight - exact).abs() <= steps * 0.5001).all()
-    assert len((packed.weight[0] / steps[0]).round().unique()) > 10
-    x = torch.randn(9, 20)
-    assert_close(packed(x), F.linear(x, packed.weight, linear.bias))
-
-
 @pytest.mark.parametrize("tokens", [300, 32000])
 def test_the_race_equals_that_of_torch(tokens: int) -> None:
     rows = 40
@@ -370,3 +358,18 @@ def test_other_activations_and_layers_that_differ_are_not_compiled() -> None:
     assert can_compile(flat)
     assert not can_compile(flat._replace(layers=[layer, other]))
     assert not can_compile(flat._replace(layers=[layer._replace(is_silu=False)]))
+
+
+def test_a_row_s_norm_does_not_depend_on_where_its_arrays_are() -> None:
+    rng, memory = np.random.default_rng(4), np.zeros(1000, np.float32)
+    epsilons, no_ids = np.full(1, 1e-5, np.float32), np.empty(0, np.int64)
+    for length in range(1, 100):
+        x, weights = (rng.standard_normal((1, length), dtype=np.float32) for _ in range(2))
+        memory[:length] = x[0]
+        outs = []
+        for begin in (length, 900 - length):  # right after x, and far from it
+            out = memory[begin : begin + length][None]
+            norm = norms.Norm(memory[None, :length], weights, epsilons, out, no_ids, weights)
+            launch(norms.normalise, norm, 1, 1, 1)
+            outs.append(out.copy())
+        assert np.array_equal(*outs), length

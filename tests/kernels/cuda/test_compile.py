@@ -18,6 +18,7 @@ from launches import (  # noqa: E402
     LAUNCHES,
     SHARED_LIMITS,
     compiled,
+    dots,
     table,
     widest_load,
 )
@@ -68,6 +69,15 @@ def test_moves_of_cache_rows_are_16_bytes_wide(name: str) -> None:
     ptx = compiled(name, 90)[-1].ptx
     assert widest_load(ptx) == 16
     assert ("st.global.v2.b32" in ptx) if "fp8" in name else WIDE_STORE.search(ptx)
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMITS)
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith("product")])
+def test_products_read_16_bytes_at_a_time_into_tensor_cores(name: str, arch: int) -> None:
+    """A tile of 16 rows is too small for wgmma."""
+    ptx = compiled(name, arch)[-1].ptx
+    assert widest_load(ptx) == 16
+    assert dots(ptx) == ("wgmma" if arch == 90 and "of 1 row" not in name else "mma.sync")
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMITS)

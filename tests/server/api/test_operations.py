@@ -192,6 +192,15 @@ async def test_the_debug_view_shows_every_block_free_after_a_request(
     assert debug["stats"]["num_running"] == debug["stats"]["num_waiting"] == 0
 
 
+async def test_the_debug_view_tells_the_weights(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/debug/engine")).json()["weights"] == {
+        "source_format": "GGUF Q4_0",
+        "computed_format": "4-bit groups",
+        "num_parameters": 1,
+        "num_bytes": 3,
+    }
+
+
 async def test_pages_are_served(client: httpx.AsyncClient) -> None:
     assert "text/html" in (await client.get("/")).headers["content-type"]
     assert "openapi.json" in (await client.get("/docs")).text

@@ -37,6 +37,7 @@ def test_sources_of_defaults(tmp_path: Path, source: str) -> None:
     expected = {"top_k": 50, "max_new_tokens": 7}
     if source == "auto":
         assert load_generation_defaults("auto", folder) == expected
+        assert load_generation_defaults("auto", None) == {}
     else:
         path = folder if source == "folder" else f"{folder}/generation_config.json"
         assert load_generation_defaults(path, "elsewhere") == expected

@@ -25,6 +25,7 @@ from quire.engine.step import BlockCopy
 from quire.kernels.cuda.attention import decode_schedule
 from quire.kernels.prefix_groups import PrefixGroup, find_prefix_groups
 
+from ...checkpoints.quantized_files import FORMATS, write_model
 from ...models import COMMON, FAMILIES, build_model, generate, logprobs
 from ...worker_driver import Driver, make_config, make_sequence
 from ..cuda_on_cpu import CudaOnCpuBackend, interpreted
@@ -189,6 +190,16 @@ def test_a_float8_cache_with_scales_matches_plain_attention(
     torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
     error = (found[0][: len(wanted)] - wanted).abs().mean()
     assert 1e-4 < error < 0.3
+
+
+@pytest.mark.parametrize("form", ["packed-4-asymmetric", "gptq-8"])
+def test_grouped_weights_match_dequantised_ones(tmp_path: Path, form: str) -> None:
+    model = write_model(tmp_path, "qwen3", FORMATS[form])
+    driver = start(tmp_path / "quantised")
+    sequence = make_sequence(make_prompt(7), 3, logprobs=0, prompt_logprobs=0)
+    driver.run([sequence])
+    assert "-bit groups" in driver.worker._model.weights.computed_format
+    check(driver, sequence, model)
 
 
 def write_scales(folder: Path, model: PreTrainedModel) -> None:

@@ -10,6 +10,8 @@ import torch
 sys.path.append(str(Path(__file__).parents[4] / "benchmarks"))
 import gpu_attention_checks  # noqa: E402
 import gpu_checks  # noqa: E402
+import gpu_lora  # noqa: E402
+import gpu_products  # noqa: E402
 
 from quire.kernels.prefix_groups import PrefixGroup  # noqa: E402
 
@@ -21,7 +23,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def run_again(launch: Callable[[], None]) -> Callable[[], None]:
         return launch
 
-    for module in (gpu_checks, gpu_attention_checks):
+    for module in (gpu_checks, gpu_attention_checks, gpu_lora, gpu_products):
         monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_attention_checks, "capture", run_again)
 
@@ -42,8 +44,18 @@ def test_inputs() -> None:
     assert gpu_checks.check_inputs([70, 3], [1, 1], padding=2)["ok"]
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8", "float8"])
+def test_products(kind: str) -> None:
+    assert gpu_products.check_product(F16, kind, 3, 48, 128, 32)["ok"]
+    assert gpu_products.check_float8(3, 48, 128)["ok"]
+
+
 def test_sampling() -> None:
     assert gpu_checks.check_sampling(torch.float32, 600, 11)["ok"]
+
+
+def test_lora() -> None:
+    assert gpu_checks.check_lora(torch.float32, 19, 3, 20, 100, (70, 7))["ok"]
 
 
 def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,57 @@
+"""Test what is told of weights that are going to be rounded against what they then take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quire.engine.devices.cpu.backend import CpuBackend
+from quire.engine.devices.cpu.experts import PackedExperts
+from quire.engine.devices.cpu.packed_linear import PackedLinear
+from quire.engine.devices.cpu.packing import PackedWeight
+from quire.engine.model.loader import load_model
+from quire.kernels.cpu.integer.products import IntegerWeight
+
+from ..models import save_model
+from ..worker_driver import make_config
+
+
+def integers(weight: PackedWeight) -> int:
+    """Bytes of a packed weight, if it is one of integers, without the bias."""
+    if not isinstance(weight, IntegerWeight):
+        return 0
+    factors = weight.factors.nbytes if weight.scales.dtype == np.uint8 else 0
+    return int(weight.quants.nbytes + weight.scales.nbytes + weight.minimums.nbytes + factors)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["phi3", "mixtral"])
+def test_rounded_weights_and_experts(
+    family: str, quantization: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[PackedWeight] = []
+    for packed, names in ((PackedLinear, ("packed",)), (PackedExperts, ("up", "down"))):
+        original = packed.__init__
+
+        def init(
+            self: Any, *args: Any, names: Any = names, original: Any = original, **kw: Any
+        ) -> None:
+            original(self, *args, **kw)
+            made.extend(getattr(self, name) for name in names)
+
+        monkeypatch.setattr(packed, "__init__", init)
+    save_model(family, tmp_path)
+    facts = load_model(
+        make_config(tmp_path, quantization=quantization, dtype="float32"), CpuBackend()
+    ).weights
+    plain = load_model(make_config(tmp_path, dtype="float32"), CpuBackend()).weights
+    rounded = [weight for weight in made if isinstance(weight, IntegerWeight)]
+    saved = sum(
+        4 * weight.quants.size * (2 if weight.quants.dtype == np.uint8 else 1) - integers(weight)
+        for weight in rounded
+    )
+    assert len(rounded) > 4 and plain.num_bytes - facts.num_bytes == saved
+    assert quantization in facts.computed_format and facts.num_parameters == plain.num_parameters
