@@ -6,10 +6,16 @@ CONSTRAINTS := configs/constraints.txt
 # Packages are installed only if pyproject.toml or the constraints are newer than this file.
 STAMP := $(VENV)/.installed
 
-# Clients that cannot share .venv. npm writes NODE_STAMP when it has installed the packages.
+# Clients that cannot share .venv: environments of Python packages, one for each file of pins, and
+# packages of npm, which writes NODE_STAMP when it has installed them.
 CLIENTS := tests/clients
 CLIENTS_VENV := .venv-clients
-CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
+CLIENTS_STAMPS := $(patsubst $(CLIENTS)/requirements/%.txt,$(CLIENTS_VENV)/%/.installed, \
+	$(wildcard $(CLIENTS)/requirements/*.txt))
+# Commands of clients that are asked from .venv.
+CLIENTS_PATH := $(CURDIR)/$(CLIENTS)/node_modules/.bin:$(CURDIR)/$(CLIENTS_VENV)/libraries/bin
+CLIENTS_PATH := $(CLIENTS_PATH):$(CURDIR)/$(CLIENTS_VENV)/aider/bin
+CLIENTS_PATH := $(CLIENTS_PATH):$(CURDIR)/$(CLIENTS_VENV)/open-webui/bin
 NODE_STAMP := $(CLIENTS)/node_modules/.package-lock.json
 
 # A real model without a hub: SmolLM2-135M-Instruct (Apache-2.0, 93 MB) in a Python package.
@@ -52,21 +58,28 @@ test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore $(FUZZ)
 	$(BIN)/pytest $(FUZZ)
 
-# Run every client of docs/api.md against a server. The first half runs in .venv, the second in the
-# clients' own environment, whose warnings are not errors. LITELLM_LOCAL_MODEL_COST_MAP keeps LiteLLM
-# from downloading a list of models.
-clients: $(STAMP) $(CLIENTS_STAMP) $(NODE_STAMP)
-	PATH="$(CURDIR)/$(CLIENTS)/node_modules/.bin:$(CURDIR)/$(CLIENTS_VENV)/bin:$$PATH" \
-		$(BIN)/pytest $(CLIENTS)/test_*.py $(CLIENTS)/check_node.py $(CLIENTS)/check_lm_eval.py \
-		$(CLIENTS)/check_codex.py $(CLIENTS)/check_claude_code.py
-	PATH="$(CURDIR)/$(BIN):$$PATH" LITELLM_LOCAL_MODEL_COST_MAP=True \
-		$(CLIENTS_VENV)/bin/pytest -W default \
-		$(CLIENTS)/check_openai_2.py $(CLIENTS)/check_langchain.py $(CLIENTS)/check_litellm.py
+# Run every client of docs/api.md against a server: those that are commands from .venv, and libraries in
+# their own environments, whose warnings are not errors. LITELLM_LOCAL_MODEL_COST_MAP keeps LiteLLM from
+# downloading a list of models.
+clients: export LITELLM_LOCAL_MODEL_COST_MAP := True
+clients: $(STAMP) $(CLIENTS_STAMPS) $(NODE_STAMP)
+	PATH="$(CLIENTS_PATH):$$PATH" \
+		$(BIN)/pytest $(CLIENTS)/test_*.py $(CLIENTS)/check_node.py $(CLIENTS)/check_ai_sdk.py \
+		$(CLIENTS)/check_lm_eval.py $(CLIENTS)/check_codex.py $(CLIENTS)/check_claude_code.py \
+		$(CLIENTS)/check_aider.py $(CLIENTS)/check_opencode.py $(CLIENTS)/check_open_webui.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CLIENTS_VENV)/libraries/bin/pytest -W default \
+		$(CLIENTS)/check_openai_2.py $(CLIENTS)/check_langchain.py $(CLIENTS)/check_langgraph.py \
+		$(CLIENTS)/check_litellm.py $(CLIENTS)/check_llama_index.py $(CLIENTS)/check_pydantic_ai.py \
+		$(CLIENTS)/check_instructor.py $(CLIENTS)/check_cohere.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CLIENTS_VENV)/gateway/bin/pytest -W default \
+		$(CLIENTS)/check_openai_agents.py $(CLIENTS)/check_litellm_proxy.py
 
-$(CLIENTS_STAMP): $(CLIENTS)/requirements.txt
-	$(PYTHON) -m venv $(CLIENTS_VENV)
-	$(CLIENTS_VENV)/bin/pip install --quiet --upgrade pip
-	$(CLIENTS_VENV)/bin/pip install --quiet --requirement $<
+# The pins of Open WebUI leave out torch, so pip must not look for what they need.
+$(CLIENTS_VENV)/open-webui/.installed: CLIENTS_PIP := --no-deps
+$(CLIENTS_STAMPS): $(CLIENTS_VENV)/%/.installed: $(CLIENTS)/requirements/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade pip
+	$(@D)/bin/pip install --quiet $(CLIENTS_PIP) --requirement $<
 	touch $@
 
 $(NODE_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json

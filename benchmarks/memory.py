@@ -45,7 +45,7 @@ def run_step(scheduler: Scheduler) -> SchedulerOutput:
     partial = set(scheduled.partial_rows)
     rows = range(len(scheduled.seq_ids))
     token_ids = [None if row in partial else 1 for row in rows]
-    scheduler.update_from_output(scheduled, ModelRunnerOutput(token_ids, {}, {}, {}, {}))
+    scheduler.update_from_output(scheduled, ModelRunnerOutput(token_ids, {}, {}, {}, {}, {}, {}))
     return scheduled
 
 

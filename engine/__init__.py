@@ -22,6 +22,7 @@ The rooms, in reading order:
 
     core             START HERE: one step is schedule, forward, sample, update
     scheduling       which sequences run in a step, and how many tokens of each
+    speculation      guessed tokens that a step verifies
     cache            which KV blocks they get: sharing, copy-on-write
     grammar          which tokens a constrained sequence may sample
     runner           the worker: a step's inputs, its forward pass, its results

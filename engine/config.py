@@ -22,6 +22,7 @@ from .lora import AdapterSource
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
+Speculation = Literal["auto", "off", "ngram"]
 SchedulingPolicy = Literal["fcfs", "priority", "fair"]
 Quantization = Literal["int8", "int4"]
 KVCacheDType = Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8", "fp8_e4m3"]
@@ -30,11 +31,6 @@ FlagGroup = Literal["Model", "KV cache", "Scheduling", "Limits"]
 """Headings under which `quire serve --help` lists the flags."""
 
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 128
-MAX_MODEL_LEN, MAX_SEQS, MAX_STEP_TOKENS = 2**24, 2**16, 2**20
-MAX_BLOCKS = 2**31 - 1  # block tables hold 32-bit integers
-MAX_TABLE_ENTRIES = 2**28
-"""Maximum entries of the block tables of all sequences of a step: three arrays of 1 GiB each."""
-
 _T = TypeVar("_T")
 
 
@@ -162,7 +158,7 @@ class EngineConfig:
     )
     device: Device = _flag("Model", "Device to run on.", "auto")
     max_model_len: int | None = _flag(
-        "Model", "Context length in tokens. Default: the model's.", None, ge=2, le=MAX_MODEL_LEN
+        "Model", "Context length in tokens. Default: the model's.", None, ge=2, le=2**24
     )
     load_format: LoadFormat = _flag(
         "Model",
@@ -186,11 +182,7 @@ class EngineConfig:
         None,
         details="See Rerank, score and classify. Default: as the model's folder says.",
     )
-    enable_lora: bool = _flag(
-        "Model",
-        "Serve LoRA adapters. On by itself with --lora or --lora-dir.",
-        False,
-    )
+    enable_lora: bool = _flag("Model", "Serve LoRA adapters. On with --lora or --lora-dir.", False)
     lora: tuple[AdapterSource, ...] = ()
     """The adapters that are loaded when the engine starts."""
     skip_broken_lora: bool = False
@@ -211,9 +203,7 @@ class EngineConfig:
         ge=1,
         le=1024,
     )
-    max_cpu_loras: int = _flag(
-        "Model", "Maximum LoRA adapters that are loaded at a time.", 64, ge=1
-    )
+    max_cpu_loras: int = _flag("Model", "Maximum LoRA adapters loaded at a time.", 64, ge=1)
     pooling: PoolingChoice = _flag(
         "Model",
         "Pooling of embeddings: auto (as the model's folder says), last or mean token.",
@@ -244,10 +234,9 @@ class EngineConfig:
         "auto",
         details="auto is the model's dtype; on the CPU, if `--dtype` is auto too, it is float16 "
         "for a model that this changes by less than 0.001. int8 has a scale for each token and "
-        "head: almost a quarter of float32's bytes, so almost four times the tokens. fp8 and "
-        "fp8_e4m3 are the same: half the bytes of bfloat16, so twice the tokens, "
-        "at the cost of some accuracy. Calibrated scales (`k_scale`, `v_scale`) are read from the "
-        "checkpoint; without them the scales are 1.",
+        "head, in almost a quarter of float32's bytes. fp8 and fp8_e4m3 are the same: half the "
+        "bytes of bfloat16, at the cost of some accuracy. Calibrated scales (`k_scale`, `v_scale`) "
+        "are read from the checkpoint; without them the scales are 1.",
     )
     block_size: int = _flag("KV cache", "Tokens per block: 16, 32, 64 or 128.", 16)
     num_blocks: int | None = _flag(
@@ -256,7 +245,7 @@ class EngineConfig:
         None,
         name="num_gpu_blocks_override",
         ge=1,
-        le=MAX_BLOCKS,
+        le=2**31 - 1,  # block tables hold 32-bit integers
     )
     enable_prefix_caching: bool = _flag("KV cache", "Share the blocks of equal prefixes.", True)
     disable_cascade_attn: bool = _flag(
@@ -267,7 +256,7 @@ class EngineConfig:
         "sequences, on a GPU and if that saves time.",
     )
 
-    max_num_seqs: int = _flag("Scheduling", "Maximum sequences per step.", 256, ge=1, le=MAX_SEQS)
+    max_num_seqs: int = _flag("Scheduling", "Maximum sequences per step.", 256, ge=1, le=2**16)
     max_num_batched_tokens: int | None = _flag(
         "Scheduling",
         "Maximum tokens per step. Default: 8192; on the CPU 512, or twice --max-num-seqs if that "
@@ -275,7 +264,7 @@ class EngineConfig:
         None,
         details="A running stream waits at most one step for its next token.",
         ge=1,
-        le=MAX_STEP_TOKENS,
+        le=2**20,
     )
     scheduling_policy: SchedulingPolicy = _flag(
         "Scheduling",
@@ -283,6 +272,15 @@ class EngineConfig:
         "and user first).",
         "fcfs",
     )
+    speculation: Speculation = _flag(
+        "Scheduling",
+        "Draft tokens and verify them in one step: auto, off or ngram.",
+        "auto",
+        details="The tokens are the same with and without drafts. auto: where results are the same "
+        "to the bit however many tokens a step has (compiled layers on the CPU); ngram: always. "
+        "See Speculation.",
+    )
+    num_speculative_tokens: int = _flag("Scheduling", "Tokens of a draft at most.", 15, ge=1, le=31)
     async_scheduling: bool | None = _flag(
         "Scheduling",
         "Launch a step before the results of the previous one are known. Default: only on CUDA.",
@@ -302,10 +300,9 @@ class EngineConfig:
             )
         size = self.block_size
         if not (MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE and size & (size - 1) == 0):
-            raise ConfigurationError(
-                f"block_size must be a power of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}, "
-                f"not {size}"
-            )
+            smallest, largest = MIN_BLOCK_SIZE, MAX_BLOCK_SIZE
+            message = f"block_size must be a power of two from {smallest} to {largest}, not {size}"
+            raise ConfigurationError(message)
 
 
 @cache
@@ -343,7 +340,8 @@ class WorkerInfo:
     says that the device computes a step while the host prepares the next. `kv_cache_dtype` is None
     if it equals `dtype`. `source_format` is that of the checkpoint, and `computed_format` names the
     types of the weights as they are computed, which take `weight_bytes`. `adapters` are the LoRA
-    adapters that are loaded, and `max_lora_rank` is None if there can be none.
+    adapters that are loaded, and `max_lora_rank` is None if there can be none. `is_batch_invariant`
+    says that logits are the same to the bit whatever else is in their step.
     """
 
     architecture: str
@@ -365,6 +363,7 @@ class WorkerInfo:
     weight_bytes: int = 0
     adapters: tuple[AdapterSource, ...] = ()
     max_lora_rank: int | None = None
+    is_batch_invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -377,6 +376,7 @@ class EngineInfo(WorkerInfo):
     max_num_seqs: int
     max_logprobs: int
     max_loras: int = 0
+    speculates: bool = False
 
     @classmethod
     def of(cls, config: EngineConfig, worker: WorkerInfo, num_blocks: int) -> EngineInfo:
@@ -390,6 +390,8 @@ class EngineInfo(WorkerInfo):
             max_num_seqs=config.max_num_seqs,
             max_logprobs=min(config.max_logprobs, worker.vocab_size),
             max_loras=config.max_loras if worker.max_lora_rank is not None else 0,
+            speculates=config.speculation == "ngram"
+            or (config.speculation == "auto" and worker.is_batch_invariant),
         )
 
     @property

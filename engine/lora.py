@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,22 @@ class AdapterSource(NamedTuple):
     @property
     def folder(self) -> Path:
         return Path(self.path).expanduser()
+
+
+def read_sources(items: Sequence[str]) -> tuple[AdapterSource, ...]:
+    """Return the adapters that are written as NAME=FOLDER. Raises ValueError if one is not, or if
+    names are bad or equal."""
+    sources: dict[str, AdapterSource] = {}
+    for item in items:
+        name, separator, path = item.partition("=")
+        if not (separator and path):
+            raise ValueError(f"{item!r} is not NAME=FOLDER")
+        if (problem := name_problem(name)) is not None:
+            raise ValueError(problem)
+        if name in sources:
+            raise ValueError(f"two adapters have the name {name!r}")
+        sources[name] = AdapterSource(name, path)
+    return tuple(sources.values())
 
 
 def name_problem(name: str) -> str | None:

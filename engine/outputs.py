@@ -46,7 +46,9 @@ class SequenceOutput(NamedTuple):
     `logprobs` is parallel to `token_ids` if asked for. `prompt_logprobs` comes once, with the
     first output of choice 0; its first entry (position 0) is None. `stop_reason` is the stop token
     id that ended the sequence, None for end-of-sequence. `error` is set with finish_reason "error".
-    `embedding` is the only output of a request with pooling: little-endian float32.
+    `embedding` is the only output of a request with pooling: little-endian float32. `predicted`
+    comes with the last output of a request with a prediction: how many of its tokens were accepted
+    as drafts, and how many were not.
     """
 
     request_id: str
@@ -60,6 +62,7 @@ class SequenceOutput(NamedTuple):
     num_cached_tokens: int | None = None
     timings: Timings | None = None
     embedding: bytes | None = None
+    predicted: tuple[int, int] | None = None
 
 
 def one_token(request_id: str, choice: int, token_id: int) -> SequenceOutput:
@@ -97,6 +100,12 @@ class EngineStats(NamedTuple):
     """Names of the LoRA adapters of running sequences."""
     waiting_adapters: list[str] = []
     """Names of the adapters of waiting sequences."""
+    num_drafts: int = 0
+    """Drafts of speculative decoding that were verified."""
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+    """Accepted tokens by their place in a draft."""
 
     @property
     def kv_usage(self) -> float:

@@ -11,6 +11,7 @@ a mark; their bytes come with the request, and every other token just separates.
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -82,6 +83,17 @@ class ReasoningTracker:
         """Whether no token that comes can matter any more."""
         over = self._state is _State.OUTSIDE and not self._spec.repeats
         return over and not self._demanded
+
+    def num_drafts(self, num_output_tokens: int) -> int:
+        """Return after how many guessed tokens the answer, which has `num_output_tokens`, may be
+        sampled: after none of them can the budget demand a token, whatever they are."""
+        if self.is_over or self._spec.budget is None:
+            return sys.maxsize
+        if self._demanded:
+            return 0
+        # Each token adds at most one to those of the reasoning.
+        most = self.num_reasoning_tokens + num_output_tokens - self.num_read
+        return max(0, self._spec.budget - most - 1)
 
     def read(self, token_ids: Iterable[int]) -> None:
         """Read the next tokens of the answer."""

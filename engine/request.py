@@ -64,9 +64,10 @@ class Request:
     `priority` goes first. Requests share cached blocks only with requests of the same `cache_salt`.
     Every choice matches `grammar`, unless it reaches max_tokens before the grammar's end. The
     policy "fair" charges the request to `user`; all requests with None count as one user.
-    If `pooling` is set, the prompt is computed for its embedding and nothing is generated.
-    `reasoning` is given if the reasoning of each choice has a budget. `adapter` names the LoRA
-    adapter that the model is to have; None means the model as it is.
+    `prediction` holds tokens that the client expects as the answer; they are drafts, and change
+    nothing but the time. If `pooling` is set, the prompt is computed for its embedding and nothing
+    is generated. `reasoning` is given if the reasoning of each choice has a budget. `adapter` names
+    the LoRA adapter that the model is to have; None means the model as it is.
     """
 
     request_id: str
@@ -82,6 +83,7 @@ class Request:
     user: str | None = None
     reasoning: ReasoningSpec | None = None
     adapter: str | None = None
+    prediction: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:

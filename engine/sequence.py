@@ -179,3 +179,11 @@ class Sequence:
             f"Sequence({self.seq_id}, {self.request.request_id}/{self.choice}, "
             f"{self.num_computed_tokens}/{len(self.token_ids)} tokens, {self.status.name})"
         )
+
+
+class ReadingRow(NamedTuple):
+    """A row of a plan whose sampling depends on the tokens sampled before, with its drafts."""
+
+    row: int
+    sequence: Sequence
+    drafts: list[int]

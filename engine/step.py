@@ -103,6 +103,9 @@ class SchedulerOutput(NamedTuple):
     released: list[int]
     """seq_ids that the worker forgets before anything else in this step, since their sequences
     have finished or were aborted or preempted."""
+    drafts: dict[int, list[int]]
+    """By row, the guessed tokens of a row whose other token is its sequence's last one. They are
+    the last of the row's tokens, and the row samples after each of its tokens."""
     adapter_loads: list[AdapterLoad] = []
     """Slots that get other weights in this step, in order."""
 
@@ -116,15 +119,18 @@ class SamplingConstraints(NamedTuple):
     """What the rows of a step may sample, as far as that depends on tokens sampled before."""
 
     mask_rows: list[int]
-    """Rows of the SchedulerOutput that have a token bitmask, ascending."""
+    """Rows of the SchedulerOutput that have a token bitmask, ascending. A row with drafts stands
+    here once for each token that it samples."""
     bitmask: memoryview
     """int32 `[len(mask_rows), words]` in the machine's byte order: bit i % 32 of word i // 32
     allows token i."""
     banned: dict[int, list[int]]
     """Tokens that a row must not sample, by row: those that would complete a bad word."""
+    banned_after_drafts: dict[int, list[list[int]]]
+    """The same for what a row samples after each of its drafts."""
 
 
-NO_CONSTRAINTS = SamplingConstraints([], memoryview(b""), {})
+NO_CONSTRAINTS = SamplingConstraints([], memoryview(b""), {}, {})
 
 
 class ModelRunnerOutput(NamedTuple):
@@ -134,7 +140,8 @@ class ModelRunnerOutput(NamedTuple):
     by row. `prompt_logprobs[i]` holds the entries for the prompt tokens at positions start + 1 …
     start + n of the row's chunk (the position after each computed one), as far as these belong to
     the prompt. `embeddings[i]` is the pooled vector of a row that reached the end of its prompt, as
-    little-endian float32.
+    little-endian float32. `after_drafts[i]` holds what a row with drafts sampled after each of
+    them, and None if there was nothing valid to sample.
     """
 
     token_ids: list[int | None]
@@ -142,3 +149,5 @@ class ModelRunnerOutput(NamedTuple):
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     errors: dict[int, RowError]
     embeddings: dict[int, bytes]
+    after_drafts: dict[int, list[int | None]]
+    logprobs_after_drafts: dict[int, list[TokenLogprobs]]

@@ -312,8 +312,9 @@ def prepare_inputs(
     unused here.
     """
     query_start_loc[0] = 0
-    records = packed[: num_seqs * 8].view(num_seqs, 8).tolist()
-    for index, (row, start, length, first, token, known, blocks, sample) in enumerate(records):
+    records = packed[: num_seqs * 9].view(num_seqs, 9).tolist()
+    for index, record in enumerate(records):
+        row, start, length, first, token, known, blocks, sample, num_samples = record
         end = start + length
         used = -(-end // block_size)
         table[row, known:used] = packed[blocks : blocks + max(used - known, 0)]
@@ -328,8 +329,9 @@ def prepare_inputs(
             input_ids[own] = token if token >= 0 else sampled[-1 - token]
         query_start_loc[index + 1] = first + length
         seq_lens[index] = end
-        if sample >= 0:
-            logit_indices[sample] = first + length - 1
+        samples = slice(sample, sample + num_samples)
+        ends = torch.arange(own.stop - num_samples, own.stop, device=logit_indices.device)
+        logit_indices[samples] = ends
     if len(seq_lens) > num_seqs:
         input_ids[num_seqs:] = positions[num_seqs:] = 0
         slot_mapping[num_seqs:] = -1

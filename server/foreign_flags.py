@@ -28,7 +28,7 @@ class ForeignFlag(NamedTuple):
 _ONE_DEVICE = "one server uses one device; run more servers behind a balancer"
 _TEXT_ONLY = "only text is served"
 _OWN_TOKENIZER = "the tokenizer is the one in the model's folder"
-_NO_DRAFTS = "there is no speculative decoding"
+_NO_DRAFT_MODEL = "there are no draft models; drafts come from --speculation"
 _GRAPHS = "CUDA graphs are captured for all decode batches; --enforce-eager disables them"
 _IN_CONFIG = "edit config.json in the model's folder"
 _PROXY = "let a proxy in front check clients' certificates"
@@ -63,6 +63,7 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--allowed-origins": "repeat it for each origin instead of a JSON list",
         },
         "other name": {
+            "--speculative-config": "--speculation and --num-speculative-tokens; no draft models",
             "--model": "give the model as an argument: quire serve MODEL",
             "--kv-cache-memory-bytes": "--kv-cache-memory",
             "--api-server-count": "--http-workers",
@@ -121,7 +122,6 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--enable-expert-parallel": _ONE_DEVICE,
             "--distributed-executor-backend": _ONE_DEVICE,
             "--headless": _ONE_DEVICE,
-            "--speculative-config": _NO_DRAFTS,
             "--tokenizer": _OWN_TOKENIZER,
             "--tokenizer-mode": _OWN_TOKENIZER,
             "--skip-tokenizer-init": _OWN_TOKENIZER,
@@ -155,6 +155,7 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
         "same": dict.fromkeys(_SGLANG_SAME.split(), ""),
         "other name": {
             "--model-path": "give the model as an argument: quire serve MODEL",
+            "--speculative-algorithm": "--speculation; there are no draft models",
             "--lora-paths": "--lora, once for each NAME=FOLDER",
             "--context-length": "--max-model-len",
             "--mem-fraction-static": "--gpu-memory-utilization, weights included",
@@ -186,7 +187,6 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--tokenizer-path": _OWN_TOKENIZER,
             "--dp-size": _ONE_DEVICE,
             "--ep-size": _ONE_DEVICE,
-            "--speculative-algorithm": _NO_DRAFTS,
         },
     },
     "llama.cpp": {
@@ -229,7 +229,7 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--no-mmap": "weights are read into memory",
         },
         "refused": {
-            "--model-draft": _NO_DRAFTS,
+            "--model-draft": _NO_DRAFT_MODEL,
             "--mmproj": _TEXT_ONLY,
             "--n-predict": "max_tokens is in requests; see --request-timeout",
             "--grammar-file": "structured_outputs is in requests",

@@ -6,6 +6,7 @@ come only from the server (served names, route templates, error codes), never fr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -44,6 +45,9 @@ _STEP_COUNTERS = {
     "preemptions": ("num_preemptions", "Sequences preempted because blocks ran out."),
     "blocks_copied": ("kv_blocks_copied", "Blocks copied on write or for a partial match."),
     "blocks_shared": ("kv_blocks_shared", "Blocks shared instead of computed."),
+    "num_drafts": ("spec_decode_num_drafts", "Drafts that were verified."),
+    "draft_tokens": ("spec_decode_num_draft_tokens", "Tokens of drafts."),
+    "accepted_tokens": ("spec_decode_num_accepted_tokens", "Tokens of drafts that were right."),
 }
 """Fields of EngineStats that count since the engine's start → name and help of their counter."""
 
@@ -92,6 +96,13 @@ class Metrics:
         self._step_counters = {
             field: self._counter(*name_help) for field, name_help in _STEP_COUNTERS.items()
         }
+        self._accepted = Counter(
+            f"{prefix}:spec_decode_num_accepted_tokens_per_pos",
+            "Tokens of drafts that were right, by their place in the draft.",
+            [*self._labels, "position"],
+            registry=self._registry,
+        )
+        self._accepted.labels(**self._labels, position=0)
         self._iteration = self._histogram(
             "iteration_tokens_total", "Tokens computed by a step.", ITERATION_BUCKETS
         )
@@ -100,12 +111,20 @@ class Metrics:
             "http_worker_restarts", "Times an HTTP worker was restarted."
         )
 
+        self._requests()
+        self._latencies()
+        self._token_counts: tuple[Histogram, ...] | None = None
+        self._adapters: Gauge | None = None
+        self._max_lora = 0
+        self._http()
+
+    def _requests(self) -> None:
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of started requests.")
         self._cached = self._counter("prompt_tokens_cached", "Prompt tokens found in the cache.")
         self._generated = self._counter("generation_tokens", "Generated tokens.")
         self._new_tokens = 0
         self._success = Counter(
-            f"{prefix}:request_success",
+            f"{self._prefix}:request_success",
             "Finished choices by reason.",
             [*self._labels, "finished_reason"],
             registry=self._registry,
@@ -113,16 +132,11 @@ class Metrics:
         for reason in get_args(FinishReason):
             self._success.labels(**self._labels, finished_reason=reason)
         self._rejections = Counter(
-            f"{prefix}:admission_rejections",
+            f"{self._prefix}:admission_rejections",
             "Requests refused on arrival, by error code.",
             [*self._labels, "reason"],
             registry=self._registry,
         )
-        self._latencies()
-        self._token_counts: tuple[Histogram, ...] | None = None
-        self._adapters: Gauge | None = None
-        self._max_lora = 0
-        self._http()
 
     def _latencies(self) -> None:
         self._ttft = self._histogram(
@@ -250,6 +264,7 @@ class Metrics:
             last = None
         for field, counter in self._step_counters.items():
             counter.inc(getattr(stats, field) - (getattr(last, field) if last else 0))
+        self._observe_drafts(stats.accepted_per_position, last)
         self._running.set(stats.num_running)
         self._set_waiting(stats.num_waiting)
         self._kv_usage.set(stats.kv_usage)
@@ -258,6 +273,15 @@ class Metrics:
         if self._adapters is not None:
             self._observe_adapters(self._adapters, stats, last)
         self._last_stats = stats
+
+    def _observe_drafts(self, accepted: Sequence[int], last: EngineStats | None) -> None:
+        before = last.accepted_per_position if last is not None else ()
+        if accepted == before:
+            return
+        for position, count in enumerate(accepted):
+            old = before[position] if before else 0
+            if count > old:
+                self._accepted.labels(**self._labels, position=position).inc(count - old)
 
     def _set_waiting(self, count: int) -> None:
         self._waiting.set(count)

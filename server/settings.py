@@ -34,7 +34,7 @@ from yaml import YAMLError
 
 from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
-from ..engine.lora import AdapterSource, name_problem
+from ..engine.lora import AdapterSource, read_sources
 from .foreign_flags import explain
 from .setting_types import ReasoningParser, Secret, SecretList, ToolCallParser, refuse_empty_keys
 
@@ -287,16 +287,7 @@ class Settings(_EngineSettings):
     @field_validator("lora")
     @classmethod
     def _check_lora(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        names = []
-        for item in value:
-            name, separator, path = item.partition("=")
-            if not (separator and path):
-                raise ValueError(f"{item!r} is not NAME=FOLDER")
-            if (problem := name_problem(name)) is not None:
-                raise ValueError(problem)
-            if name in names:
-                raise ValueError(f"two adapters have the name {name!r}")
-            names.append(name)
+        read_sources(value)
         return value
 
     @field_validator("lora_dir")
@@ -359,8 +350,7 @@ class Settings(_EngineSettings):
     @property
     def adapters(self) -> tuple[AdapterSource, ...]:
         """The LoRA adapters that are loaded at the start."""
-        pairs = (item.partition("=") for item in self.lora)
-        return tuple(AdapterSource(name, path) for name, _, path in pairs)
+        return read_sources(self.lora)
 
     def engine_config(self) -> EngineConfig:
         """Return the engine's settings. Raises ConfigurationError."""

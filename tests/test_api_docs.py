@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -335,26 +336,43 @@ def test_the_flags_table_asks_for_its_document(monkeypatch: pytest.MonkeyPatch) 
         flags_table.main()
 
 
+def _pins(path: Path) -> dict[str, str]:
+    """Return the version of each package of a file of pins."""
+    return dict(re.findall(r"^([\w-]+)(?:\[\w+\])?==(\S+)$", path.read_text(), re.M))
+
+
 def test_clients_are_listed_with_the_versions_that_make_clients_runs() -> None:
-    pins = {
-        name: dict(re.findall(r"^([\w-]+)(?:\[\w+\])?==(\S+)$", (ROOT / name).read_text(), re.M))
-        for name in ("configs/constraints.txt", "tests/clients/requirements.txt")
-    }
-    ours, theirs = pins.values()
-    node = json.loads((ROOT / "tests/clients/package.json").read_text(encoding="utf-8"))
+    ours = _pins(ROOT / "configs/constraints.txt")
+    folder = ROOT / "tests/clients"
+    pins = {path.stem: _pins(path) for path in (folder / "requirements").iterdir()}
+    libraries, gateway = pins["libraries"], pins["gateway"]
+    node = json.loads((folder / "package.json").read_text(encoding="utf-8"))["dependencies"]
     assert {
         row["client"]: row["version"] for row in _table("client", "version", "what is asked")
     } == {
         "`openai` (Python)": ours["openai"],
-        "`openai` (Python, 2 series)": theirs["openai"],
-        "`openai` (Node)": node["dependencies"]["openai"],
+        "`openai` (Python, 2 series)": libraries["openai"],
+        "`openai` (Node)": node["openai"],
         "`anthropic` (Python)": ours["anthropic"],
-        "Codex CLI": node["dependencies"]["@openai/codex"],
-        "Claude Code": node["dependencies"]["@anthropic-ai/claude-code"],
-        **{f"`{name}`": theirs[name] for name in ("langchain-openai", "litellm", "lm_eval")},
+        **{
+            f"`{name}`": libraries[name]
+            for name in (
+                *("langchain-openai", "langgraph", "litellm", "lm_eval", "instructor", "cohere"),
+                *("pydantic-ai-slim", "llama-index-llms-openai-like"),
+            )
+        },
+        "`openai-agents`": gateway["openai-agents"],
+        "LiteLLM proxy": gateway["litellm"],
+        "`ai` (Node)": node["ai"],
+        "`@ai-sdk/openai-compatible` (Node)": node["@ai-sdk/openai-compatible"],
+        "Codex CLI": node["@openai/codex"],
+        "Claude Code": node["@anthropic-ai/claude-code"],
+        "aider": pins["aider"]["aider-chat"],
+        "opencode": node["opencode-ai"],
+        "Open WebUI": pins["open-webui"]["open-webui"],
     }
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    checks = list((ROOT / "tests/clients").glob("check_*.py"))
+    checks = list(folder.glob("check_*.py"))
     assert checks and all(f"$(CLIENTS)/{path.name}" in makefile for path in checks)
 
 

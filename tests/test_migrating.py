@@ -146,7 +146,10 @@ def test_the_listed_metrics_are_those_with_the_prefix_vllm() -> None:
     [
         ("--swap-space=4", "--swap-space of vLLM: not needed, since preempted"),
         ("--max_model_len", "--max_model_len: did you mean --max-model-len?"),
-        ("--speculative-config.model=x", "--speculative-config of vLLM: not supported: "),
+        (
+            "--speculative-config.model=x",
+            "--speculative-config of vLLM: use instead: --speculation",
+        ),
         ("--ctx-size", "--ctx-size of llama.cpp: use instead: --max-model-len"),
         ("--max-num-seq", "--max-num-seq: did you mean --max-num-seqs?"),
         ("--nope", "--nope: `quire serve --help` lists all flags"),

@@ -25,8 +25,10 @@ RULES: dict[str, set[str]] = {
     "engine.cache": ENGINE,
     "engine.checkpoints": ENGINE | {"engine.body"},
     "engine.grammar": ENGINE | {"engine.checkpoints"},
-    "engine.scheduling": ENGINE | {"engine.cache"},
-    "engine.core": ENGINE | {"engine.cache", "engine.grammar", "engine.scheduling"},
+    "engine.speculation": ENGINE | {"engine.cache"},
+    "engine.scheduling": ENGINE | {"engine.cache", "engine.speculation"},
+    "engine.core": ENGINE
+    | {"engine.cache", "engine.grammar", "engine.scheduling", "engine.speculation"},
     "engine.attention": ENGINE | KERNELS,
     "engine.body": ENGINE | KERNELS | {"engine.attention"},
     "engine.adapters": ENGINE | {"engine.body"},

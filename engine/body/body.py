@@ -27,6 +27,11 @@ and logits `[R, vocab_size]`."""
 class Body(Protocol):
     """Runs the layers of a model over packed tokens."""
 
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether hidden states and logits of a token are the same to the bit, whatever else is in
+        the step: other rows, and other tokens of its own row."""
+
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
@@ -40,6 +45,8 @@ class Body(Protocol):
 
 class HfBody:
     """The layers as transformers runs them."""
+
+    is_batch_invariant = False  # matrix libraries choose their order of summation by the shape
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -62,6 +69,8 @@ class HfBody:
 
 class FlatBody:
     """A FlatDecoder with the operations that a device makes for each step."""
+
+    is_batch_invariant = False
 
     def __init__(
         self, decoder: FlatDecoder, make_ops: Callable[[AttentionMetadata], BodyOps]

@@ -89,6 +89,15 @@ class BlockManager:
             return PrefixMatch(blocks, None, start)
         return PrefixMatch(blocks, successor, start + successor.num_tokens)
 
+    def continuation(self, sequence: Sequence, k: int) -> list[int]:
+        """Return up to `k` tokens with which another sequence went on after the same tokens and
+        the same salt. All tokens of `sequence` are known."""
+        if not self.enable_prefix_caching:
+            return []
+        full = len(sequence.token_ids) // self.block_size
+        tail = sequence.token_ids[full * self.block_size :]
+        return self.pool.index.continuation(self._parent_hash(sequence, full), tail, k, sequence)
+
     def commit_full_blocks(self, sequence: Sequence) -> None:
         """Index the blocks computed since the last call: the full ones, and the growing tail.
 

@@ -77,6 +77,8 @@ class PrefixIndex:
         self._entries: dict[int, _Entry] = {}
         self._by_hash: dict[bytes, int] = {}
         self._siblings: dict[tuple[bytes, int], dict[int, None]] = {}
+        self._latest: dict[bytes, int] = {}
+        """Parent hash → the block that was indexed last after it."""
 
     def __contains__(self, block: int) -> bool:
         return block in self._entries
@@ -104,6 +106,35 @@ class PrefixIndex:
                 if length == len(wanted):
                     break
         return Successor(best, best_length) if best_length else None
+
+    def continuation(self, parent: bytes, tail: list[int], k: int, asking: Sequence) -> list[int]:
+        """Return up to `k` tokens that another sequence than `asking` has after the tokens of
+        `parent` and `tail`, which are less than a block."""
+        found: list[int] = []
+        while len(found) < k:
+            entry = self._entry_after(parent, tail, asking)
+            if entry is None:
+                break
+            found += entry.tokens()[len(tail) :]
+            if entry.hash is None:
+                break
+            parent, tail = entry.hash, []
+        return found[:k]
+
+    def _entry_after(self, parent: bytes, tail: list[int], asking: Sequence) -> _Entry | None:
+        """Return an entry that holds `tail` and more after it; the newest, if there are several."""
+        if not tail:
+            block = self._latest.get(parent)
+            entry = None if block is None else self._entries[block]
+            return None if entry is None or entry.owner is asking or not entry.tokens() else entry
+        siblings = self._siblings.get((parent, tail[0]), {})
+        for _, block in zip(range(MAX_SIBLINGS), reversed(siblings), strict=False):
+            entry = self._entries[block]
+            if entry.owner is not asking:
+                tokens = entry.tokens()
+                if len(tokens) > len(tail) and tokens[: len(tail)] == tail:
+                    return entry
+        return None
 
     def add_full(self, block: int, parent: bytes, own_hash: bytes, token_ids: list[int]) -> None:
         """Index a full block, unless another block with the same content is indexed already."""
@@ -144,10 +175,13 @@ class PrefixIndex:
         del siblings[block]
         if not siblings:
             del self._siblings[key]
+        if self._latest.get(entry.parent) == block:
+            del self._latest[entry.parent]
 
     def _insert(self, block: int, entry: _Entry) -> None:
         self._entries[block] = entry
         self._siblings.setdefault((entry.parent, entry.token_ids[0]), {})[block] = None
+        self._latest[entry.parent] = block
 
     def check_integrity(self) -> None:
         """Assert that the three maps agree."""
@@ -159,6 +193,8 @@ class PrefixIndex:
                 entry = self._entries[block]
                 assert entry.parent == parent and entry.tokens()[0] == first, block
         assert num_siblings == len(self._entries), "an entry is missing from its siblings"
+        for parent, block in self._latest.items():
+            assert self._entries[block].parent == parent, block
         for own_hash, block in self._by_hash.items():
             entry = self._entries[block]
             assert entry.hash == own_hash == hash_block(entry.parent, entry.tokens()), block

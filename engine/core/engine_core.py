@@ -13,6 +13,11 @@ from ..grammar.masks import StructuredOutput
 from ..outputs import EngineStats, StepOutput
 from ..request import Request
 from ..scheduling.scheduler import Scheduler
+from ..speculation.cached import CachedDrafter
+from ..speculation.grammar import GrammarDrafter
+from ..speculation.ngram import NgramDrafter
+from ..speculation.prediction import PredictionDrafter
+from ..speculation.speculator import MAX_POSITIONS, Speculator
 from ..worker_protocol import WorkerProtocol
 from .adapters import LoadedAdapters
 from .step_loop import StepLoop
@@ -37,10 +42,11 @@ class EngineCore:
         self._structured = StructuredOutput(
             loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)
         )
+        block_manager = BlockManager(
+            num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
         self._scheduler = Scheduler(
-            BlockManager(
-                num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
-            ),
+            block_manager,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=loaded.max_num_batched_tokens,
             eos_token_ids=loaded.eos_token_ids,
@@ -48,6 +54,7 @@ class EngineCore:
             seed=config.seed,
             is_ready=self._structured.is_ready,
             adapters=self._adapters.table,
+            speculator=self._make_speculator(config, block_manager),
         )
         run_ahead = config.async_scheduling
         if run_ahead is None:
@@ -57,6 +64,24 @@ class EngineCore:
             worker,
             partial(start_constraints, self._structured),
             run_ahead=run_ahead,
+        )
+
+    def _make_speculator(
+        self, config: EngineConfig, block_manager: BlockManager
+    ) -> Speculator | None:
+        """Return what drafts tokens, if anything does. Certain drafts come first."""
+        if not self._info.speculates:
+            return None
+        drafters = (
+            GrammarDrafter(self._structured.propose),
+            PredictionDrafter(),
+            CachedDrafter(block_manager),
+            NgramDrafter(),
+        )
+        return Speculator(
+            drafters,
+            max_draft=config.num_speculative_tokens,
+            max_samples=max(config.max_num_seqs, MAX_POSITIONS),
         )
 
     @property

@@ -20,9 +20,10 @@ the forward, which needs no more than the device knows, and the sampling:
 So no row waits a step for another; the device waits only if the constraints take longer than its
 forward. (If such a row were left out of every other step instead, it would get half as many tokens;
 if all rows waited for it, each step would cost what the host does in between.) Siblings that are
-about to fork sit out until the results of their prompt have arrived. Only beams are waited for by
-all: the host chooses the tokens that they continue with. Penalties read the history that the device
-keeps.
+about to fork sit out until the results of their prompt have arrived. Only beams and drafts are
+waited for by all: the host chooses the tokens that beams continue with, and a draft follows a known
+token. A step with drafts does not stay in flight, since nobody knows how far they are right.
+Penalties read the history that the device keeps.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from ..errors import DeviceMemoryError
 from ..grammar.constraints import PendingConstraints
 from ..outputs import RowError, SequenceOutput
 from ..scheduling.scheduler import Scheduler
-from ..sequence import Sequence
+from ..sequence import ReadingRow
 from ..step import ModelRunnerOutput, SchedulerOutput
 from ..worker_protocol import Launcher, Results
 
 logger = logging.getLogger("quire.engine")
 
 
-Constrain = abc.Callable[[list[tuple[int, Sequence]]], PendingConstraints]
+Constrain = abc.Callable[[list[ReadingRow]], PendingConstraints]
 """Begins to work out the constraints of rows whose sampling reads their tokens."""
 
 
@@ -97,7 +98,7 @@ class StepLoop:
             outputs += self._bring_in()
             scheduler.reduce_load()
             return outputs
-        stays = self._run_ahead and bool(scheduled.seq_ids)
+        stays = self._run_ahead and bool(scheduled.seq_ids) and not scheduled.drafts
         if stays:
             scheduler.mark_in_flight(scheduled)
         outputs += self._bring_in()

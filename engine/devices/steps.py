@@ -17,7 +17,9 @@ class HostStep(NamedTuple):
     """One step on the host. Batch row i is row `order[i]` of the plan.
 
     Rows with one new token come first (`num_decodes`). `sampling_rows` are the batch rows that
-    sample, ascending, and `sampled_positions` the positions of their new tokens; `pooled_rows` are
+    sample, ascending, and `sampled_positions` the positions of their new tokens; a row with drafts
+    stands there once for each token that it samples, and `num_drafts` says how many drafts precede
+    each one (it is empty if no row has drafts). `pooled_rows` are
     those whose hidden states are pooled. `any_scored` says whether a request asks for its prompt's
     log-probabilities. Row i's block table is `tables[rows[i]]`; `tables` is no wider than the
     longest row needs.
@@ -31,6 +33,7 @@ class HostStep(NamedTuple):
     max_query_len: int
     sampling_rows: NDArray[np.int64]
     sampled_positions: list[int]
+    num_drafts: list[int]
     pooled_rows: list[int]
     any_scored: bool
     query_start_loc: NDArray[np.int32]
@@ -49,7 +52,7 @@ class DeviceStep(NamedTuple):
     and slot −1.
 
     input_ids, positions, slot_mapping `[T]` int64; block_table `[S, max_blocks]`, query_start_loc
-    `[S + 1]`, seq_lens `[S]` int32; logit_indices `[R]` int64, the last token of each sampling row.
+    `[S + 1]`, seq_lens `[S]` int32; logit_indices `[R]` int64, the token before each sample.
     """
 
     input_ids: torch.Tensor
@@ -76,7 +79,7 @@ class DeviceStep(NamedTuple):
             block_table=zeros(torch.int32, num_seqs, max_blocks),
             query_start_loc=zeros(torch.int32, num_seqs + 1),
             seq_lens=zeros(torch.int32, num_seqs),
-            logit_indices=zeros(torch.int64, num_seqs),
+            logit_indices=zeros(torch.int64, num_tokens),
         )
 
     def narrow(self, num_tokens: int, num_seqs: int, num_logits: int) -> DeviceStep:

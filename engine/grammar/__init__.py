@@ -9,6 +9,7 @@ Reading order:
 
     compile      from a request's grammar and a tokenizer.json to a matcher of llguidance
     masks        the matchers of all requests, and the bitmask of each step
+    slow_rows    which grammars are at fault if masks take long
     bad_words    the tokens that would complete a bad word
     constraints  both, and budgets of reasoning (../reasoning.py), as a step's SamplingConstraints
 

@@ -16,14 +16,12 @@ ignore_eos bar an end token as long as the grammar allows anything else, and no 
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import OrderedDict, abc
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from operator import itemgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,7 +31,8 @@ from numpy.typing import NDArray
 from ..errors import GrammarError, InvalidRequestError
 from ..outputs import RowError, SequenceOutput
 from ..request import GrammarSpec, Request
-from ..sequence import Sequence
+from ..sequence import ReadingRow, Sequence
+from . import slow_rows
 from .compile import compile_grammar, is_available, make_tokenizer, matcher_failure
 
 if TYPE_CHECKING:
@@ -43,17 +42,6 @@ MAX_CACHED_GRAMMARS = 64
 NUM_THREADS = min(4, max(1, (os.cpu_count() or 1) // 4))
 """llguidance's threads, which fill rows at 10 µs to 1 ms each, without Python's lock. They spin for
 a moment when they have nothing to do, so there are few: the model may run on the same cores."""
-
-
-SLOW_SECONDS = 0.05
-"""Time to fill a step's rows after which the following steps look for the grammars at fault."""
-TIMED_STEPS = 50
-"""How many steps look, after a slow one."""
-ROW_SECONDS = 0.01
-"""CPU time for one row that is never held against a grammar."""
-STEP_SECONDS, REQUEST_SECONDS = 0.25, 2.0
-"""CPU time beyond which grammars fail: of all rows of a step, the slowest first, and of all rows of
-one request, counting only what exceeds ROW_SECONDS."""
 
 
 @dataclass(slots=True)
@@ -76,18 +64,20 @@ class _Constrained:
     num_unfinished: int
     matchers: dict[int, _Matcher] = field(default_factory=dict)
     seconds: float = 0.0
-    """CPU time that its rows took beyond ROW_SECONDS each."""
+    """CPU time that its rows took; see slow_rows.py."""
 
 
 class _Row(NamedTuple):
-    """One row to fill: the tokens to read first, the end tokens to bar, and those of which one is
-    demanded. Both give way if the grammar allows nothing else. `row` is the row of the step's
+    """One row to fill: the tokens to read first, its drafts, for what it samples before and after
+    each of those the end tokens to bar, and the tokens of which one is demanded, if it has no
+    drafts. Both give way if the grammar allows nothing else. `row` is the row of the step's
     plan."""
 
     row: int
     matcher: LLMatcher
     token_ids: list[int]
-    barred: frozenset[int]
+    drafts: list[int]
+    barred: list[frozenset[int]]
     constrained: _Constrained
     demanded: tuple[int, ...] = ()
 
@@ -97,11 +87,18 @@ class TokenMasks:
 
     def __init__(self, rows: dict[int, int], bitmask: NDArray[np.int32]) -> None:
         self.rows = rows
-        """Row of the step's plan → row of the bitmask."""
+        """Row of the step's plan → its first row of the bitmask; one for each draft follows."""
         self.errors: dict[int, RowError] = {}
         """By row of the step's plan; complete after `wait`."""
         self.filling: Future[None] | None = None
         self.bitmask = bitmask
+
+    @property
+    def mask_rows(self) -> list[int]:
+        """For each row of the bitmask, the row of the step's plan."""
+        ends = [*list(self.rows.values())[1:], len(self.bitmask)]
+        spans = zip(self.rows.items(), ends, strict=True)
+        return [row for (row, start), end in spans for _ in range(start, end)]
 
     def wait(self) -> NDArray[np.int32]:
         """Return the bitmask [C, W] once it is filled: bit i % 32 of word i // 32 allows token i.
@@ -216,7 +213,7 @@ class StructuredOutput:
 
     def start(
         self,
-        rows: list[tuple[int, Sequence]],
+        rows: list[ReadingRow],
         demanded: abc.Mapping[int, tuple[int, ...]] = MappingProxyType({}),
     ) -> TokenMasks | None:
         """Begin to fill the bitmask of these rows of a step; None if there are none.
@@ -229,23 +226,46 @@ class StructuredOutput:
             self._masks = None
         if not rows:
             return None
-        bitmask = np.full((len(rows), self._width), -1, np.int32)
-        masks = TokenMasks({row: index for index, (row, _) in enumerate(rows)}, bitmask)
+        firsts, num_masks = {}, 0
+        for one in rows:
+            firsts[one.row] = num_masks
+            num_masks += 1 + len(one.drafts)
+        masks = TokenMasks(firsts, np.full((num_masks, self._width), -1, np.int32))
         to_fill: list[_Row] = []
-        for row, sequence in rows:
-            if sequence.request.grammar is None:
-                _allow_only(bitmask[masks.rows[row]], demanded[row])
+        for one in rows:
+            if one.sequence.request.grammar is None:
+                _allow_only(masks.bitmask[firsts[one.row]], demanded[one.row])
                 continue
             try:
-                to_fill.append(self._row(row, sequence)._replace(demanded=demanded.get(row, ())))
+                to_fill.append(self._row(one)._replace(demanded=demanded.get(one.row, ())))
             except Exception as error:  # whatever reading the tokenizer or the grammar raised
-                masks.errors[row] = _row_error(error)
+                masks.errors[one.row] = _row_error(error)
         if to_fill:
             masks.filling = self._filler.submit(self._fill, masks, to_fill)
         self._masks = masks
         return masks
 
-    def _row(self, row: int, sequence: Sequence) -> _Row:
+    def propose(self, sequence: Sequence, k: int) -> list[int]:
+        """Return up to `k` tokens that the grammar leaves no choice about, as drafts. The masks of
+        the last step are filled by now."""
+        constrained = self._requests.get(sequence.request.request_id)
+        matcher = constrained and constrained.matchers.get(sequence.choice)
+        if not matcher:
+            return []
+        self._read(matcher, sequence)
+        forced: list[int] = matcher.llguidance.compute_ff_tokens()
+        return [token_id for token_id in forced[:k] if token_id < self._vocab_size]
+
+    def _read(self, matcher: _Matcher, sequence: Sequence) -> None:
+        """Let a matcher read the tokens that it has not read."""
+        new = sequence.token_ids[sequence.num_prompt_tokens + matcher.num_read :]
+        matcher.num_read += len(new)
+        if new:
+            # A failure shows in the matcher's state, which is looked at when its row is filled.
+            matcher.llguidance.consume_tokens(new)
+
+    def _row(self, one: ReadingRow) -> _Row:
+        row, sequence, drafts = one
         constrained = self._requests[sequence.request.request_id]
         matcher = constrained.matchers.get(sequence.choice)
         if matcher is None:
@@ -257,17 +277,25 @@ class StructuredOutput:
         barred: frozenset[int] = frozenset()
         if params.ignore_eos:
             barred = frozenset(self._eos_token_ids) - frozenset(params.stop_token_ids)
-        if sequence.num_output_tokens < params.min_tokens:
-            barred = sequence.stop_ids
-        return _Row(row, matcher.llguidance, new, barred, constrained)
+        output = range(sequence.num_output_tokens, sequence.num_output_tokens + len(drafts) + 1)
+        return _Row(
+            row,
+            matcher.llguidance,
+            new,
+            drafts,
+            [sequence.stop_ids if count < params.min_tokens else barred for count in output],
+            constrained,
+        )
 
     def _fill(self, masks: TokenMasks, rows: list[_Row]) -> None:
         try:
             self._fill_rows(masks, rows)
         except Exception as error:  # no row in particular is at fault
             masks.errors.update((row.row, _row_error(error)) for row in rows)
-        for index in masks.errors:
-            masks.bitmask[masks.rows[index]] = -1
+        for row in rows:
+            if row.row in masks.errors:
+                first = masks.rows[row.row]
+                masks.bitmask[first : first + 1 + len(row.drafts)] = -1
 
     def _fill_rows(self, masks: TokenMasks, rows: list[_Row]) -> None:
         bitmask = masks.bitmask
@@ -277,15 +305,16 @@ class StructuredOutput:
             self._compute_timed(masks, rows)
         else:
             self._compute(masks, rows)
-        if time.monotonic() - begin > SLOW_SECONDS:
-            self._timed_steps = TIMED_STEPS
+        if time.monotonic() - begin > slow_rows.SLOW_SECONDS:
+            self._timed_steps = slow_rows.TIMED_STEPS
         _clear_from(bitmask, self._vocab_size)
         for row in rows:
             if row.demanded:
                 # In the middle of a character the grammar wants its next byte first.
                 _allow_only(bitmask[masks.rows[row.row]], row.demanded)
-            if row.barred:
-                self._bar(bitmask[masks.rows[row.row]], row.barred)
+            for index, barred in enumerate(row.barred, masks.rows[row.row]):
+                if barred:
+                    self._bar(bitmask[index], barred)
         is_open: NDArray[np.bool_] = (bitmask != 0).any(axis=1)
         for row in rows:
             reason = matcher_failure(row.matcher)
@@ -305,36 +334,38 @@ class StructuredOutput:
             if row.token_ids:
                 # A failure shows in the matcher's state, which is looked at later.
                 row.matcher.consume_tokens(row.token_ids)
+        self._compute_masks(masks, rows)
+
+    def _compute_masks(self, masks: TokenMasks, rows: list[_Row]) -> None:
+        assert self._executor is not None
         bitmask = masks.bitmask
-        self._executor.unsafe_compute_mask_ptr(
-            [(row.matcher, masks.rows[row.row]) for row in rows],
-            bitmask.ctypes.data,
-            bitmask.strides[0],
-            len(bitmask),
-        )
+        memory = (bitmask.ctypes.data, bitmask.strides[0], len(bitmask))
+        plain = [(row.matcher, masks.rows[row.row]) for row in rows if not row.drafts]
+        if plain:
+            self._executor.unsafe_compute_mask_ptr(plain, *memory)
+        drafted = [(row.matcher, masks.rows[row.row], row.drafts) for row in rows if row.drafts]
+        if drafted:  # masks after a draft that the grammar does not allow are left as they are
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *memory)
 
     def _compute_timed(self, masks: TokenMasks, rows: list[_Row]) -> None:
         """Do as `_compute`, row by row on this thread, and fail the rows that take too long: the
         work of a very ambiguous grammar grows with each token, and every row waits for it."""
-        bitmask = masks.bitmask
-        spent: list[tuple[float, _Row]] = []
-        total = 0.0
+        spent: list[tuple[_Row, float]] = []
         for row in rows:
-            begin = time.thread_time()
+            # The masks of drafts are computed on other threads, whose CPU time is not known here.
+            clock = time.monotonic if row.drafts else time.thread_time
+            begin = clock()
             if row.token_ids:
                 row.matcher.consume_tokens(row.token_ids)
-            bits = bitmask[masks.rows[row.row]]
-            row.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-            seconds = time.thread_time() - begin
-            row.constrained.seconds += max(0.0, seconds - ROW_SECONDS)
-            total += seconds
-            spent.append((seconds, row))
-        for seconds, row in sorted(spent, key=itemgetter(0), reverse=True):
-            too_slow = seconds > ROW_SECONDS and total > STEP_SECONDS
-            if too_slow or row.constrained.seconds > REQUEST_SECONDS:
-                total -= seconds
-                row.constrained.seconds = math.inf  # its other choices end, too
-                masks.errors[row.row] = RowError(GrammarError.code, _TOO_SLOW)
+            if row.drafts:
+                self._compute_masks(masks, [row])
+            else:
+                bits = masks.bitmask[masks.rows[row.row]]
+                row.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+            seconds = clock() - begin
+            spent.append((row, seconds))
+        for row in slow_rows.at_fault(spent):
+            masks.errors[row.row] = RowError(GrammarError.code, slow_rows.MESSAGE)
 
     def _bar(self, bits: NDArray[np.int32], token_ids: frozenset[int]) -> None:
         """Forbid these tokens in a row, unless the row allows nothing else."""
@@ -344,11 +375,6 @@ class StructuredOutput:
                 others[token_id >> 5] &= ~np.left_shift(np.int32(1), token_id & 31)
         if others.any():
             bits[:] = others
-
-
-_TOO_SLOW = (
-    "the grammar takes too long to follow: it is so ambiguous that its work grows with each token"
-)
 
 
 def _allow_only(bits: NDArray[np.int32], token_ids: tuple[int, ...]) -> None:

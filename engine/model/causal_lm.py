@@ -33,6 +33,7 @@ logger = logging.getLogger("quire.engine")
 class CausalLM:
     """Runs `forward` over packed tokens, then makes `logits` of the rows that need them."""
 
+    # Over 50 lines: the signature, and three steps that share most of their values.
     def __init__(
         self,
         model: Any,
@@ -93,6 +94,8 @@ class CausalLM:
         self.forward_to_logits = fused or self._forward_then_logits
         """input_ids and positions `[T]`, logit_indices `[R]`, metadata → `forward`'s hidden states,
         and the `logits` of the tokens at logit_indices."""
+        self.is_batch_invariant = fused is not None and self._body.is_batch_invariant
+        """Whether logits are the same to the bit whatever else is in the step."""
 
     def enable_adapters(self, limits: LoraLimits) -> AdapterSlots:
         """Let the model run with LoRA adapters. Called once, on a model that was made

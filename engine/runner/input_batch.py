@@ -122,6 +122,12 @@ class InputBatch:
             pooled_rows = [row for row, one in enumerate(sequences) if one.pooling is not None]
             samples[pooled_rows] = False
         sampling_rows = np.nonzero(samples)[0]
+        sampled_positions = (starts + counts)[sampling_rows]
+        num_drafts: list[int] = []
+        if output.drafts:
+            sampling_rows, sampled_positions, num_drafts = _with_drafts(
+                output, order, sampling_rows, sampled_positions
+            )
         # 4. Tokens that only the device knows. Then the prefix sums that locate each row's tokens.
         self._point_at_samples(token_ids[:num_decodes], sequences)
         stops = starts + counts
@@ -136,7 +142,8 @@ class InputBatch:
             num_decodes=num_decodes,
             max_query_len=int(counts.max()),
             sampling_rows=sampling_rows,
-            sampled_positions=stops[sampling_rows].tolist(),
+            sampled_positions=sampled_positions.tolist(),
+            num_drafts=num_drafts,
             pooled_rows=pooled_rows,
             any_scored=self._batch.any_scored,
             query_start_loc=loc,
@@ -177,3 +184,19 @@ def _reorder(
     shifts = firsts - (np.cumsum(counts) - counts)
     reordered: NDArray[np.int64] = token_ids[np.arange(len(token_ids)) + np.repeat(shifts, counts)]
     return reordered
+
+
+def _with_drafts(
+    output: SchedulerOutput,
+    order: list[int],
+    rows: NDArray[np.int64],
+    positions: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
+    """Repeat sampling rows, and the positions that they sample last, for rows that sample after
+    drafts as well. Returns these, and how many drafts precede each sample."""
+    drafted = np.array([len(output.drafts.get(order[row], ())) for row in rows.tolist()])
+    counts = drafted + 1
+    firsts = np.repeat(np.cumsum(counts) - counts, counts)
+    num_drafts = np.arange(len(firsts)) - firsts
+    sampled = np.repeat(positions - drafted, counts) + num_drafts
+    return np.repeat(rows, counts), sampled, num_drafts.tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..config import MAX_TABLE_ENTRIES, EngineConfig
+from ..config import EngineConfig
 from ..devices.backend import Backend
 from ..errors import ConfigurationError
 from ..model.model_spec import ModelSpec
@@ -20,6 +20,10 @@ STEP_BYTES = 4
 def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Return the bytes of one token over all layers, K and V."""
     return spec.kv_bytes_per_token(dtype.itemsize, _step_bytes(dtype))
+
+
+MAX_TABLE_ENTRIES = 2**28
+"""Maximum entries of the block tables of all sequences of a step: three arrays of 1 GiB each."""
 
 
 def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:

@@ -260,12 +260,12 @@ class StepForward:
 
 def _sampling_rows(host: HostStep, step: DeviceStep, logits: torch.Tensor) -> SamplingRows:
     rows, sequences, last_ids = host.order, host.sequences, step.input_ids
-    if len(host.sampling_rows) < len(step.input_ids):
+    if len(host.sampling_rows) < len(step.input_ids) or host.num_drafts:
         picks = host.sampling_rows.tolist()
         rows = [host.order[row] for row in picks]
         sequences = [host.sequences[row] for row in picks]
         last_ids = last_ids[step.logit_indices]
-    return SamplingRows(rows, sequences, host.sampled_positions, logits, last_ids)
+    return SamplingRows(rows, host.num_drafts, sequences, host.sampled_positions, logits, last_ids)
 
 
 def _joined(samples: list[RowSamples]) -> tuple[list[SequenceSpec], torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 from ...kernels.device_copy import Downloads
 from ..errors import NonFiniteLogitsError
-from ..outputs import RowError
+from ..outputs import RowError, TokenLogprobs
 from ..sampling.logprobs import LogprobTensors, to_token_logprobs
 from ..sampling.sampler import SamplerOutput, collect_logprobs
 from ..step import ModelRunnerOutput
@@ -59,7 +59,7 @@ class PendingResults:
 
     def __call__(self) -> ModelRunnerOutput:
         self._downloads.wait()
-        result = ModelRunnerOutput([None] * self._num_rows, {}, {}, self._errors, {})
+        result = ModelRunnerOutput([None] * self._num_rows, {}, {}, self._errors, {}, {}, {})
         for sample in self._samples:
             _collect_samples(result, sample)
         for chunk in self._chunks:
@@ -74,14 +74,41 @@ def _non_finite(what: str = "logits") -> RowError:
 
 
 def _collect_samples(result: ModelRunnerOutput, sample: RowSamples) -> None:
-    for row, token_id in zip(sample.rows, sample.output.token_ids.tolist(), strict=True):
-        result.token_ids[row] = token_id
-    for index in np.flatnonzero(~sample.output.finite.numpy()).tolist():
-        row = sample.rows[index]
-        result.token_ids[row] = None
-        result.errors[row] = _non_finite()
-    for index, entry in collect_logprobs(sample.output, sample.batch).items():
+    token_ids: list[int | None] = sample.output.token_ids.tolist()
+    logprobs = collect_logprobs(sample.output, sample.batch)
+    failed = np.flatnonzero(~sample.output.finite.numpy()).tolist()
+    for index in failed:
+        token_ids[index] = None
+    if sample.num_drafts:
+        firsts = _collect_after_drafts(result, sample, token_ids, logprobs)
+    else:
+        firsts = list(range(len(sample.rows)))
+    for index in firsts:
+        result.token_ids[sample.rows[index]] = token_ids[index]
+    for index in failed:
+        if not sample.num_drafts or sample.num_drafts[index] == 0:
+            result.errors[sample.rows[index]] = _non_finite()
+    for index, entry in logprobs.items():
         result.logprobs[sample.rows[index]] = entry
+
+
+def _collect_after_drafts(
+    result: ModelRunnerOutput,
+    sample: RowSamples,
+    token_ids: list[int | None],
+    logprobs: dict[int, TokenLogprobs],
+) -> list[int]:
+    """Collect what was sampled after drafts, and take its entries out of `logprobs`. Returns the
+    indices of the other samples."""
+    firsts = []
+    for index, (row, drafts) in enumerate(zip(sample.rows, sample.num_drafts, strict=True)):
+        if drafts == 0:
+            firsts.append(index)
+            continue
+        result.after_drafts.setdefault(row, []).append(token_ids[index])
+        if index in logprobs:
+            result.logprobs_after_drafts.setdefault(row, []).append(logprobs.pop(index))
+    return firsts
 
 
 def _collect_prompt(result: ModelRunnerOutput, chunk: PromptChunk) -> None:

@@ -23,10 +23,13 @@ class SamplingRows(NamedTuple):
     """R rows to sample.
 
     `rows` are their indices in the step's plan, `positions` those that the sampled tokens will have
-    in their sequences, `last_token_ids` `[R]` int64 the tokens before them, on the device.
+    in their sequences, `last_token_ids` `[R]` int64 the tokens before them, on the device. A row of
+    the plan with drafts stands here once for each token that it samples; `num_drafts[i]` is how
+    many drafts precede the one that row i samples. It is empty if no row has drafts.
     """
 
     rows: list[int]
+    num_drafts: list[int]
     sequences: list[SequenceSpec]
     positions: list[int]
     logits: torch.Tensor
@@ -36,6 +39,7 @@ class SamplingRows(NamedTuple):
         """Return one of the rows by itself."""
         return SamplingRows(
             [self.rows[index]],
+            self.num_drafts[index : index + 1],
             [self.sequences[index]],
             [self.positions[index]],
             self.logits[index, None],
@@ -44,9 +48,10 @@ class SamplingRows(NamedTuple):
 
 
 class RowSamples(NamedTuple):
-    """What was sampled for these rows of a step's plan."""
+    """What was sampled for these rows of a step's plan. `num_drafts` is that of SamplingRows."""
 
     rows: list[int]
+    num_drafts: list[int]
     sequences: list[SequenceSpec]
     batch: SamplingBatch
     output: SamplerOutput
@@ -84,22 +89,27 @@ def sample_rows(
 
 
 def _sample(sampler: Sampler, rows: SamplingRows, constraints: SamplingConstraints) -> RowSamples:
+    drafts_before = rows.num_drafts or [0] * len(rows.rows)
     constrained: list[int] = []
     bitmask = None
     if constraints.mask_rows:
-        mask_of = {row: index for index, row in enumerate(constraints.mask_rows)}
+        mask_of: dict[int, int] = {}
+        for index, row in enumerate(constraints.mask_rows):
+            mask_of.setdefault(row, index)
         constrained = [index for index, row in enumerate(rows.rows) if row in mask_of]
     if constrained:
         words = np.frombuffer(constraints.bitmask, dtype=np.int32)
-        masks = words.reshape(len(mask_of), -1)[[mask_of[rows.rows[i]] for i in constrained]]
+        picks = [mask_of[rows.rows[index]] + drafts_before[index] for index in constrained]
+        masks = words.reshape(len(constraints.mask_rows), -1)[picks]
         bitmask = to_device(masks, torch.int32, rows.logits.device)
     banned = {}
-    if constraints.banned:
-        banned = {
-            index: constraints.banned[row]
-            for index, row in enumerate(rows.rows)
-            if row in constraints.banned
-        }
+    if constraints.banned or constraints.banned_after_drafts:
+        for index, (row, drafts) in enumerate(zip(rows.rows, drafts_before, strict=True)):
+            after = constraints.banned_after_drafts.get(row)
+            if drafts and after:
+                banned[index] = after[drafts - 1]
+            elif not drafts and row in constraints.banned:
+                banned[index] = constraints.banned[row]
     batch = sampler.prepare(
         rows.sequences,
         positions=rows.positions,
@@ -108,7 +118,7 @@ def _sample(sampler: Sampler, rows: SamplingRows, constraints: SamplingConstrain
         last_token_ids=rows.last_token_ids,
     )
     output = sampler(rows.logits, batch, bitmask)
-    return RowSamples(rows.rows, rows.sequences, batch, output)
+    return RowSamples(rows.rows, rows.num_drafts, rows.sequences, batch, output)
 
 
 def _is_fault_of_device(error: Exception) -> bool:

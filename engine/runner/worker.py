@@ -78,6 +78,7 @@ class Worker:
             source_format=model.weights.source_format,
             computed_format=model.weights.computed_format,
             weight_bytes=model.weights.num_bytes,
+            is_batch_invariant=model.is_batch_invariant,
             kv_cache_dtype=(
                 None
                 if self._cache_dtype == model.dtype

@@ -10,9 +10,10 @@ Reading order:
     fair_queue          fair: the user who was served least goes first
     adapter_table       LoRA adapters: which are loaded, and which have a slot on the device
     admission           how a waiting sequence begins: cached prefix, first slots
+    drafting            drafts of speculative decoding, in a plan and in its results
     request_table       the unfinished requests, and their deadlines
     sequence_outputs    outputs that are more than one token
     beam_search         groups of sequences that fork and end together
 
-May import: the engine's words, and cache.
+May import: the engine's words, cache and speculation.
 """

@@ -28,6 +28,7 @@ class Roster:
         """Running sequences whose tokens the host must know before the next is sampled."""
         self._unknown: set[int] = set()
         self._released: list[int] = []
+        self._last_rows: tuple[list[Sequence], list[int]] = ([], [])
 
     def add(self, sequence: Sequence) -> None:
         """Let the sequence run, at the place that its rank gives it."""
@@ -57,6 +58,14 @@ class Roster:
     def knows(self, sequence: Sequence) -> bool:
         """Return whether the worker was introduced to this running sequence."""
         return sequence.seq_id not in self._unknown
+
+    def seq_ids(self, rows: list[Sequence]) -> list[int]:
+        """Return the seq_ids of a step's rows, which are most often those of the step before."""
+        last_rows, seq_ids = self._last_rows
+        if rows != last_rows:  # sequences compare by identity: this is a scan of pointers
+            seq_ids = [sequence.seq_id for sequence in rows]
+            self._last_rows = rows, seq_ids
+        return seq_ids
 
     def introduce(self, rows: list[Sequence]) -> list[SequenceSpec]:
         """Return the specs of those rows that the worker does not know; now it does."""

@@ -16,11 +16,13 @@ from ..config import SchedulingPolicy
 from ..errors import DeviceMemoryError, InvalidRequestError
 from ..outputs import EngineStats, FinishReason, RowError, SequenceOutput, one_token
 from ..request import Request
-from ..sequence import Sequence, SequenceStatus
+from ..sequence import ReadingRow, Sequence, SequenceStatus
+from ..speculation.speculator import Speculator
 from ..step import UNKNOWN_TOKEN, ModelRunnerOutput, SchedulerOutput
 from .adapter_table import AdapterTable
 from .admission import Admission
 from .beam_search import BeamSearch
+from .drafting import Drafting
 from .policy import make_policy
 from .request_table import RequestTable
 from .roster import Roster
@@ -49,9 +51,10 @@ class Scheduler:
         clock: Clock = time.monotonic,
         is_ready: IsReady = lambda request: True,
         adapters: AdapterTable | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         """`is_ready` decides whether a waiting request may start; if not, later ones pass it.
-        Without `adapters` no request can have one."""
+        Without `adapters` no request can have one; without a `speculator` there are no drafts."""
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -70,9 +73,13 @@ class Scheduler:
             max_num_seqs=max_num_seqs,
             is_ready=is_ready,
         )
+        self._drafting: Drafting | None = None
+        if speculator is not None:
+            self._drafting = Drafting(speculator, block_manager, self._roster)
+        self._begin = 0.0
+        """When the last step was planned, by the clock."""
         self._launched: dict[int, list[Sequence]] = {}
         """The sequences of the rows of each step whose results have not arrived, by step."""
-        self._last_rows: tuple[list[Sequence], list[int]] = ([], [])
         self._budget = max_num_batched_tokens
         self._ran_out = False
         """Whether the last step found too little device memory."""
@@ -144,7 +151,10 @@ class Scheduler:
         now = self._clock()
         for member in self._beams.remove(sequence):
             if member.choice < member.request.sampling_params.n:
-                self._outputs.append(ended_output(member, reason, error, now))
+                output = ended_output(member, reason, error, now)
+                if self._drafting is not None:
+                    output = output._replace(predicted=self._drafting.predicted(member))
+                self._outputs.append(output)
             self._release(member, poisoned=poisoned)
 
     def _release(self, sequence: Sequence, *, poisoned: bool = False) -> None:
@@ -166,6 +176,8 @@ class Scheduler:
         elif siblings and sequence in siblings[0].held_forks:
             siblings[0].held_forks.remove(sequence)
         self.block_manager.free(sequence, poisoned=poisoned)
+        if self._drafting is not None:
+            self._drafting.forget(sequence)
         sequence.status = SequenceStatus.FINISHED
         if sequence.adapter_id is not None:
             self._roster.adapters.release(sequence)
@@ -177,39 +189,36 @@ class Scheduler:
         for sequence, error in self._requests.expired(self._clock()):
             self._fail(sequence, error)
         self._step += 1
-        draft = self._planner.plan(self._budget, ran_out=self._ran_out)
-        self._step_tokens = len(draft.token_ids)
-        self._launched[self._step] = draft.rows
+        plan, left = self._planner.plan(self._budget, ran_out=self._ran_out)
+        drafts: dict[int, list[int]] = {}
+        if self._drafting is not None and not self._ran_out:
+            drafts = self._drafting.add(plan, left)
+            self._begin = self._clock()
+        self._step_tokens = len(plan.token_ids)
+        self._launched[self._step] = plan.rows
         return SchedulerOutput(
             step=self._step,
-            seq_ids=self._seq_ids(draft.rows),
-            num_computed_starts=draft.starts,
-            num_new_tokens=draft.counts,
-            token_ids=draft.token_ids,
-            partial_rows=draft.partial_rows,
-            new_sequences=self._roster.introduce(draft.rows),
-            block_copies=draft.block_copies,
-            table_changes=draft.table_changes,
+            seq_ids=self._roster.seq_ids(plan.rows),
+            num_computed_starts=plan.starts,
+            num_new_tokens=plan.counts,
+            token_ids=plan.token_ids,
+            partial_rows=plan.partial_rows,
+            new_sequences=self._roster.introduce(plan.rows),
+            block_copies=plan.block_copies,
+            table_changes=plan.table_changes,
             released=self._roster.take_released(),
             adapter_loads=self._roster.adapters.take_loads(),
+            drafts=drafts,
         )
 
-    def _seq_ids(self, rows: list[Sequence]) -> list[int]:
-        """Return the seq_ids of a step's rows, which are most often those of the step before."""
-        last_rows, seq_ids = self._last_rows
-        if rows != last_rows:  # sequences compare by identity: this is a scan of pointers
-            seq_ids = [sequence.seq_id for sequence in rows]
-            self._last_rows = rows, seq_ids
-        return seq_ids
-
-    def rows_that_read(self, output: SchedulerOutput) -> list[tuple[int, Sequence]]:
+    def rows_that_read(self, output: SchedulerOutput) -> list[ReadingRow]:
         """Return the rows of a plan that sample, and whose sampling depends on the tokens sampled
-        before, with their sequences."""
+        before."""
         if not self._roster.num_reading:
             return []
         partial = set(output.partial_rows)
         return [
-            (row, sequence)
+            ReadingRow(row, sequence, output.drafts.get(row, []))
             for row, sequence in enumerate(self._launched[output.step])
             if sequence.reads_tokens and sequence.reads_next_token and row not in partial
         ]
@@ -217,7 +226,10 @@ class Scheduler:
     @property
     def waits_for_results(self) -> bool:
         """Whether no step can be scheduled before the results of the last one have arrived: beams
-        continue with tokens that the scheduler chooses among their candidates."""
+        continue with tokens that the scheduler chooses among their candidates, and drafts follow
+        known tokens."""
+        if self._drafting is not None and self._drafting.speculator.may_pay(len(self.running)):
+            return True
         return bool(self._beams) and any(sequence.is_beam for sequence in self.running)
 
     def mark_in_flight(self, output: SchedulerOutput) -> None:
@@ -272,6 +284,8 @@ class Scheduler:
         self._ran_out = False
         self.waiting.charge_outputs(rows, result.token_ids)
         now = self._clock()
+        if self._drafting is not None and not self._launched and not output.partial_rows:
+            self._drafting.observe(output, now - self._begin)
         outputs = self._outputs
         if self._beams:
             result = self._beams.take(rows, result)
@@ -292,6 +306,14 @@ class Scheduler:
                 continue  # it ended while the step was in flight
             if errors and row in errors:
                 self._fail(sequence, errors[row], poisoned=True)
+                continue
+            if output.drafts and row in output.drafts:
+                assert self._drafting is not None
+                draft = output.drafts[row]
+                final = self._drafting.take(sequence, start, row, draft, result, now)
+                more = final.token_ids[1:]
+                self.waiting.charge_outputs([sequence] * len(more), more)
+                self._report(final, sequence, outputs)
                 continue
             # 2. K/V: what was computed counts, unless the sequence was preempted since and gave
             #    its blocks back; its sampled token stays.
@@ -325,13 +347,21 @@ class Scheduler:
                 outputs.append(one_token(sequence.request.request_id, sequence.choice, token_id))
             else:
                 final = token_output(sequence, end + 1, logprobs.get(row), now)
-                outputs.append(final)
-                if final.finish_reason:
-                    self._release(sequence)
+                self._report(final, sequence, outputs)
         if self._beams:
             self._advance_beams(now)
         self._outputs = []
         return outputs
+
+    def _report(
+        self, output: SequenceOutput, sequence: Sequence, outputs: list[SequenceOutput]
+    ) -> None:
+        """Add an output to those of the step, and release its sequence if it is the last one."""
+        if output.finish_reason:
+            if self._drafting is not None:
+                output = output._replace(predicted=self._drafting.predicted(sequence))
+            self._release(sequence)
+        outputs.append(output)
 
     def _advance_beams(self, now: float) -> None:
         """Let beam groups take their steps, and report and release those that end."""
@@ -362,4 +392,5 @@ class Scheduler:
             blocks_shared=self.block_manager.blocks_shared,
             running_adapters=self._roster.adapters.running_names,
             waiting_adapters=self._roster.adapters.waiting_names,
+            **({} if self._drafting is None else self._drafting.counts()),
         )

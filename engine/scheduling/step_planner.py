@@ -17,7 +17,7 @@ from .roster import Roster
 IsReady = Callable[[Request], bool]
 
 
-class Draft(NamedTuple):
+class Plan(NamedTuple):
     """The lists of a plan that is being made. The first three are parallel, with one entry for
     each row: its sequence, its first token's position, and its number of tokens."""
 
@@ -56,26 +56,26 @@ class StepPlanner:
         self._max_num_seqs = max_num_seqs
         self._is_ready = is_ready
 
-    def plan(self, budget: int, *, ran_out: bool) -> Draft:
-        """Return the rows of the next step.
+    def plan(self, budget: int, *, ran_out: bool) -> tuple[Plan, int]:
+        """Return the rows of the next step, and what is left of the budget.
 
         `ran_out` says that the last step found too little device memory.
         """
-        draft, preemptions = Draft([], [], [], [], [], [], []), self.preemptions
+        plan, preemptions = Plan([], [], [], [], [], [], []), self.preemptions
         # 1. Running sequences first. Ranks that depend on service only matter if one of them may
         #    be preempted.
         if self._may_preempt(budget):
             self._policy.rerank(self._roster.running)
-        left = self._schedule_running(draft, budget)
+        left = self._schedule_running(plan, budget)
         # 2. Then waiting ones. None is admitted in a step that preempted, since it would take the
         #    victim's blocks; nor after a step without memory, unless nothing runs.
         if self.preemptions == preemptions and not (ran_out and self._roster.running):
-            self._schedule_waiting(draft, left)
+            left = self._schedule_waiting(plan, left)
         # 3. The sources of this step's copies may be reused by the next step.
         self._block_manager.end_step()
-        return draft
+        return plan, left
 
-    def _schedule_running(self, draft: Draft, budget: int) -> int:
+    def _schedule_running(self, plan: Plan, budget: int) -> int:
         """Give every running sequence at least one token, while the budget lasts; return what is
         left of it.
 
@@ -83,7 +83,7 @@ class StepPlanner:
         """
         running, size = self._roster.running, self._block_manager.block_size
         ref_counts = self._block_manager.pool.ref_counts
-        rows, starts, counts, token_ids = draft.rows, draft.starts, draft.counts, draft.token_ids
+        rows, starts, counts, token_ids = plan.rows, plan.starts, plan.counts, plan.token_ids
         i = 0
         while i < len(running) and budget > 0:
             sequence = running[i]
@@ -103,7 +103,7 @@ class StepPlanner:
             table = sequence.block_table
             fits = computed + num_new <= len(table) * size
             if not (fits and ref_counts[table[computed // size]] == 1) and not self._allocate(
-                sequence, num_new, draft
+                sequence, num_new, plan
             ):
                 break  # it was the last to run, and is preempted now
             # 3. The row.
@@ -112,7 +112,7 @@ class StepPlanner:
             else:
                 token_ids.extend(tokens[computed : computed + num_new])
                 if num_new < num_left:
-                    draft.partial_rows.append(len(rows))
+                    plan.partial_rows.append(len(rows))
             rows.append(sequence)
             starts.append(computed)
             counts.append(num_new)
@@ -141,7 +141,7 @@ class StepPlanner:
             self._fork(sequence)
         return len(sequence.token_ids) - sequence.num_computed_tokens - sequence.num_in_flight
 
-    def _allocate(self, sequence: Sequence, num_new: int, draft: Draft) -> bool:
+    def _allocate(self, sequence: Sequence, num_new: int, plan: Plan) -> bool:
         """Get slots, preempting from the end as needed.
 
         Returns False if `sequence` itself had to go.
@@ -155,10 +155,10 @@ class StepPlanner:
         if copies:  # the copy replaced the block that held the first new token
             computed = sequence.num_computed_tokens + sequence.num_in_flight
             start = computed // self._block_manager.block_size
-            draft.block_copies.extend(copies)
+            plan.block_copies.extend(copies)
         if self._roster.knows(sequence):
             changed = sequence.block_table[start:]
-            draft.table_changes.append(TableChange(sequence.seq_id, start, changed))
+            plan.table_changes.append(TableChange(sequence.seq_id, start, changed))
         return True
 
     def preempt(self, sequence: Sequence) -> None:
@@ -197,8 +197,9 @@ class StepPlanner:
     def _num_seats_free(self) -> int:
         return self._max_num_seqs - len(self._roster.running) - self._beams.seats_reserved()
 
-    def _schedule_waiting(self, draft: Draft, budget: int) -> None:
-        """Admit waiting sequences as far as seats, blocks and budget reach."""
+    def _schedule_waiting(self, plan: Plan, budget: int) -> int:
+        """Admit waiting sequences as far as seats, blocks and budget reach; return what is left of
+        the budget."""
         not_ready: list[Sequence] = []
         adapters = self._roster.adapters
         adapters.begin_admission()
@@ -225,12 +226,13 @@ class StepPlanner:
             self._roster.add(sequence)
             start, end = admitted.num_matched, admitted.num_matched + admitted.num_new
             if end < len(sequence.token_ids):
-                draft.partial_rows.append(len(draft.rows))
-            draft.block_copies.extend(admitted.copies)
-            draft.rows.append(sequence)
-            draft.starts.append(start)
-            draft.counts.append(admitted.num_new)
-            draft.token_ids.extend(sequence.token_ids[start:end])
+                plan.partial_rows.append(len(plan.rows))
+            plan.block_copies.extend(admitted.copies)
+            plan.rows.append(sequence)
+            plan.starts.append(start)
+            plan.counts.append(admitted.num_new)
+            plan.token_ids.extend(sequence.token_ids[start:end])
             budget -= admitted.num_new
         for sequence in not_ready:
             self._policy.put_back(sequence)
+        return budget

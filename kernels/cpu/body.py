@@ -375,31 +375,13 @@ def step_calls(
     x, normed, qkv, query, attended, *_ = activations
     norm = Norm(x, layers.input_norm, layers.input_epsilons, normed, step.input_ids, ends.embedding)
     heads = Heads(
-        qkv,
-        layers.qk_norm,
-        layers.qk_epsilons,
-        step.cos,
-        step.sin,
-        step.rotations,
-        step.slots,
-        cache,
-        query,
+        *(qkv, layers.qk_norm, layers.qk_epsilons),
+        *(step.cos, step.sin, step.rotations, step.slots, cache, query),
     )
     attention = Attention(
-        query,
-        cache,
-        step.block_table,
-        step.starts,
-        step.seq_lens,
-        step.tiles,
-        step.members,
-        step.tile_queries,
-        layers.scales,
-        layers.windows,
-        NO_SOFTCAP,
-        layers.scales,
-        False,
-        attended,
+        *(query, cache, step.block_table, step.starts, step.seq_lens),
+        *(step.tiles, step.members, step.tile_queries),
+        *(layers.scales, layers.windows, NO_SOFTCAP, layers.scales, False, attended),
         *scratch.attention,
     )
     return {

@@ -38,7 +38,7 @@ PART = 1024
 
 
 class Record(NamedTuple):
-    """The eight int32 that `packed` holds for a row of the batch, in this order.
+    """The nine int32 that `packed` holds for a row of the batch, in this order.
 
     In this tuple each field is an array over all rows of the batch.
     """
@@ -59,7 +59,10 @@ class Record(NamedTuple):
     blocks: Any
     """Offset in `packed` of the block ids for the columns after those, up to the row's length."""
     sample: Any
-    """Its index in `logit_indices`, or −1 if the row samples nothing."""
+    """Index in `logit_indices` of its first sample."""
+    num_samples: Any
+    """Samples of the row: after its last token, and after each token before that if there are
+    several. 0 if it samples nothing."""
 
 
 FIELDS = len(Record._fields)
@@ -75,7 +78,7 @@ def _load_blocks(packed_ptr, table_ptr, column, mask, known, blocks):
     return tl.where(changed, new, old)
 
 
-# Over 50 lines: 15 parameters and the eight fields of a record.
+# Over 50 lines: 15 parameters and the nine fields of a record.
 @triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=["sampled_ptr"])
 def _prepare_inputs_kernel(
     packed_ptr,
@@ -118,11 +121,13 @@ def _prepare_inputs_kernel(
     known = tl.load(record + 5)
     blocks = tl.load(record + 6)
     sample = tl.load(record + 7)
+    num_samples = tl.load(record + 8)
     end = start + length
     if part == 0:
         tl.store(query_start_loc_ptr + seq + 1, first + length)
         tl.store(seq_lens_ptr + seq, end)
-        tl.store(logit_indices_ptr + sample, first + length - 1, mask=sample >= 0)
+        for i in range(num_samples):
+            tl.store(logit_indices_ptr + sample + i, first + length - num_samples + i)
     # 3. Positions, slots and ids of this part's tokens. A single id may be unknown to the host: it
     #    is then one of those that the previous step sampled.
     offset = part + tl.arange(0, PART)
@@ -173,7 +178,7 @@ def prepare_inputs(
     `[…, max_blocks]` int32. Written: input_ids, positions and slot_mapping `[T]` int64;
     block_table `[S, max_blocks]` int32 with the stride of `table`, as far as each row's length
     reaches; query_start_loc `[S + 1]` and seq_lens `[S]` int32; logit_indices `[…]` int64, the
-    index of the last token of each row that samples.
+    index of the token before each sample.
 
     If S is greater than num_seqs, every row has one token, T equals S, and the rows from num_seqs
     on are padding: length 0, slot −1, id and position 0. `reach` is the maximum number of new

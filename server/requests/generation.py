@@ -104,6 +104,8 @@ class Generation:
         self._prompts_counted = [False] * len(job.requests)
         self._timings: list[Timings | None] = [None] * len(job.requests)
         self._preemptions = [0] * len(job.requests)
+        self._accepted, self._rejected = 0, 0
+        """Tokens of predictions that were right, and that were tried and wrong."""
         self.choices = [
             [self._new_choice(position, number) for number in range(request.sampling_params.n)]
             for position, request in enumerate(job.requests)
@@ -157,12 +159,16 @@ class Generation:
         reasoning = sum(
             choice.reasoning.num_reasoning_tokens for choice in choices if choice.reasoning
         )
+        details = {"reasoning_tokens": reasoning}
+        if any(request.prediction for request in self._job.requests):
+            details["accepted_prediction_tokens"] = self._accepted
+            details["rejected_prediction_tokens"] = self._rejected
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
-            "completion_tokens_details": {"reasoning_tokens": reasoning},
+            "completion_tokens_details": details,
         }
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -204,6 +210,9 @@ class Generation:
         if output.timings is not None:
             self._timings[position] = output.timings
             self._preemptions[position] += output.timings.num_preemptions
+        if output.predicted is not None:
+            self._accepted += output.predicted[0]
+            self._rejected += output.predicted[1]
         # 2. Ignore a choice that a stop string has ended: its abort brings one more output.
         choice = self.choices[position][output.choice]
         if choice.finish_reason is not None:

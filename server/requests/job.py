@@ -63,6 +63,8 @@ class JobParts:
     """The API's default max_tokens; None means the rest of the context."""
     grammar: GrammarSpec | None = None
     pooling: Pooling | None = None
+    prediction: Sequence[int] = ()
+    """The tokens that the client expects as the answer."""
     shown_tokens: Sequence[str] = ()
     """See `Job`."""
     call_openings: Sequence[str] = ()
@@ -136,6 +138,7 @@ def _make_request(
         pooling=parts.pooling,
         reasoning=_with_budget(parts.reasoning),
         adapter=state.adapter_of(body.model),
+        prediction=tuple(parts.prediction),
     )
     request.check_fits(info)
     return request

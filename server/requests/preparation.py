@@ -101,6 +101,8 @@ async def prepare_chat(
     # 2. Claim a place. Text counts by its characters until it is tokenised.
     characters = sum(len(message.content or "") for message in body.messages)
     characters += len(encode_json(tools))
+    predicted = body.prediction.text if body.prediction and info.speculates else ""
+    characters += len(predicted)
     ticket = state.in_flight.admit(width, characters)
     try:
         state.check_ready()
@@ -119,6 +121,7 @@ async def prepare_chat(
             grammar=await try_out(state, constraint),
             shown_tokens=state.message_format.control_tokens(with_tools=bool(tools)),
             call_openings=constraint.call_openings if constraint is not None else (),
+            prediction=await _encode_prediction(state, predicted),
             reasoning=_reasoning(state, body, token_ids),
             ignored=[*ignored, *prompt.dropped],
         )
@@ -131,12 +134,23 @@ async def prepare_chat(
     return job, ticket
 
 
+async def _encode_prediction(state: ServerState, text: str) -> list[int]:
+    """Return the tokens of a prediction, as far as the context reaches."""
+    if not text:
+        return []
+    return await state.tokenizer.encode(
+        text, add_special_tokens=False, keep=state.engine.info.max_model_len
+    )
+
+
 async def _without_effect(state: ServerState, body: ChatBody) -> list[str]:
     """Return the fields that have no effect with this model. Raises InvalidRequestError if the
     server is strict and there is one."""
     ignored = await settings_without_effect(state, body)
     if body.thinking_token_budget is not None and state.reasoning_marks is None:
         ignored.append("thinking_token_budget")
+    if body.prediction is not None and not state.engine.info.speculates:
+        ignored.append("prediction")
     if state.settings.strict:
         refuse_ignored(ignored)
     return ignored

@@ -31,6 +31,7 @@ from .field_types import (
     ReasoningEffort,
     Seconds,
     StopStrings,
+    TextPart,
     TokenIds,
     ToolChoiceField,
     ToolName,
@@ -233,6 +234,20 @@ class ChatFields(Fields):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
+class Prediction(Fields):
+    """What the client expects as the answer."""
+
+    type: Literal["content"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """The text, whose parts follow each other without anything between them."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
 class ChatBody(ChatFields, GenerationBody):
     """A conversation to answer."""
 
@@ -242,6 +257,7 @@ class ChatBody(ChatFields, GenerationBody):
     top_logprobs: int | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
+    prediction: Prediction | None = None
     thinking_token_budget: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
 

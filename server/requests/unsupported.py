@@ -29,7 +29,6 @@ _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
 
 _HINTS: dict[str, tuple[Any, ...]] = {
     "metadata": ({},),
-    "prediction": (),
     "prompt_cache_key": (),
     "prompt_cache_retention": ("in_memory",),
     "safety_identifier": (),

@@ -14,7 +14,7 @@ from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.scheduling.scheduler import Scheduler
-from quire.engine.sequence import Sequence
+from quire.engine.sequence import ReadingRow
 from quire.engine.step import UNKNOWN_TOKEN
 
 from .paged_fake import NextToken, PagedFakeWorker, chain, logprobs, next_token
@@ -138,8 +138,8 @@ class Harness:
             self.step()
         raise AssertionError("work is left: something waits for ever")
 
-    def _check_reading_rows(self, rows: list[tuple[int, Sequence]]) -> PendingConstraints:
-        for _, sequence in rows:
+    def _check_reading_rows(self, rows: list[ReadingRow]) -> PendingConstraints:
+        for _, sequence, _ in rows:
             assert sequence.reads_tokens and UNKNOWN_TOKEN not in sequence.token_ids
         return NOTHING_PENDING
 

@@ -35,6 +35,8 @@ class KnownSequence:
     spec: SequenceSpec
     token_ids: list[int]
     table: list[int]
+    num_drafts: int = 0
+    """How many of the last tokens are guesses of the last plan."""
 
     @property
     def choice(self) -> int:
@@ -43,6 +45,14 @@ class KnownSequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.spec.num_prompt_tokens
+
+    def before_drafts(self) -> list[KnownSequence]:
+        """Return the sequence as it stands without its drafts, and then with each more of them."""
+        known = len(self.token_ids) - self.num_drafts
+        return [
+            KnownSequence(self.spec, self.token_ids[: known + count], self.table)
+            for count in range(self.num_drafts + 1)
+        ]
 
     def take(self, start: int, tokens: list[int]) -> None:
         """Store the tokens from `start` on, which must agree with those already known."""
@@ -143,6 +153,10 @@ class PagedFakeWorker:
         for row, (sequence, start, num_new) in enumerate(rows):
             tokens = self._values(sequence, left[:num_new])
             del left[:num_new]
+            if sequence.num_drafts:  # some may have been wrong
+                del sequence.token_ids[start:]
+            sequence.num_drafts = len(output.drafts.get(row, ()))
+            assert tokens[len(tokens) - sequence.num_drafts :] == output.drafts.get(row, [])
             sequence.take(start, tokens)
             is_partial = len(sequence.token_ids) > start + num_new
             assert is_partial == (row in output.partial_rows)
@@ -155,6 +169,7 @@ class PagedFakeWorker:
     def sample_rows(self, output: SchedulerOutput) -> ModelRunnerOutput:
         token_ids: list[int | None] = []
         errors: dict[int, RowError] = {}
+        after_drafts: dict[int, list[int | None]] = {}
         top: dict[int, TokenLogprobs] = {}
         sampled: dict[int, int] = {}
         for row, seq_id in enumerate(output.seq_ids):
@@ -163,8 +178,11 @@ class PagedFakeWorker:
             error = self.errors.get(sequence.spec.request_id)
             if complete and error is not None:
                 errors[row] = error
-            token = self.sample(sequence) if complete and error is None else None
+            first, *others = sequence.before_drafts()
+            token = self.sample(first) if complete and error is None else None
             token_ids.append(token)
+            if others:
+                after_drafts[row] = [self.sample(one) for one in others]
             num_logprobs = sequence.spec.num_logprobs
             if complete and num_logprobs is not None:
                 best = list(logprobs(sequence.token_ids).items())[:num_logprobs]
@@ -174,7 +192,7 @@ class PagedFakeWorker:
                 sampled[seq_id] = token
         self.num_tokens += output.total_tokens
         self._sampled = sampled
-        return ModelRunnerOutput(token_ids, top, {}, errors, {})
+        return ModelRunnerOutput(token_ids, top, {}, errors, {}, after_drafts, {})
 
     def _values(self, sequence: KnownSequence, tokens: list[int]) -> list[int]:
         """Replace an unknown token by the one that the last step sampled; 0 for a failed row."""

@@ -66,6 +66,7 @@ def make_output(
         block_copies=[],
         table_changes=changes or [],
         released=released or [],
+        drafts={},
     )
 
 

@@ -173,6 +173,7 @@ class Driver:
             block_copies=self.copies,
             table_changes=changes,
             released=self.released,
+            drafts={},
         )
         self.released, self.copies = [], []
         return output

@@ -41,8 +41,8 @@ def packed_step(
     """Make a random step whose row i has lengths[i] new tokens after starts[i] old ones.
 
     Rows with one new token come first. A share `changed` of the rows has table columns that the
-    device does not know. Half of the tokens that may be unknown to the host are unknown, and half
-    of the rows sample.
+    device does not know. Half of the tokens that may be unknown to the host are unknown. Half of
+    the rows sample: some after their last token, others after several, up to all of their tokens.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -62,10 +62,9 @@ def packed_step(
         token = num_seqs * FIELDS + first - decodes
         if length == 1:
             token = int(draw(50_000)) if int(draw(2)) else -1 - int(draw(num_seqs))
-        samples = bool(draw(2))
+        samples = int(draw(2)) * (1 + int(draw(2)) * int(draw(length)))
         at = num_seqs * FIELDS + len(ids) + len(blocks)
-        sample = num_samples if samples else -1
-        records.append([rows[i], start, length, first, token, known, at, sample])
+        records.append([rows[i], start, length, first, token, known, at, num_samples, samples])
         blocks += draw(2**27, used[i] - known).tolist()
         first, num_samples = first + length, num_samples + samples
     flat = [number for record in records for number in record]
@@ -82,7 +81,7 @@ def packed_step(
         unwritten(torch.int32, size, max_blocks),
         unwritten(torch.int32, size + 1),
         unwritten(torch.int32, size),
-        unwritten(torch.int64, max(num_seqs, 1)),
+        unwritten(torch.int64, max(num_tokens, 1)),
     )
     return PackedStep(
         tuple(tensor.to(device) for tensor in tensors),

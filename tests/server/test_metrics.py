@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
@@ -52,8 +53,8 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
     return read(metrics)[name, frozenset({**own, **labels}.items())]
 
 
-def stats(step: int, **fields: int) -> EngineStats:
-    zero = dict.fromkeys(EngineStats._fields, 0)
+def stats(step: int, **fields: Any) -> EngineStats:
+    zero: dict[str, Any] = dict.fromkeys(EngineStats._fields, 0) | {"accepted_per_position": ()}
     return EngineStats(
         **{**zero, "num_blocks": 100, "num_free_blocks": 100, "step": step, **fields}
     )
@@ -86,6 +87,10 @@ VLLM_NAMES = {
     "prefix_cache_queries": "counter",
     "prefix_cache_hits": "counter",
     "num_preemptions": "counter",
+    "spec_decode_num_drafts": "counter",
+    "spec_decode_num_draft_tokens": "counter",
+    "spec_decode_num_accepted_tokens": "counter",
+    "spec_decode_num_accepted_tokens_per_pos": "counter",
     "prompt_tokens": "counter",
     "prompt_tokens_cached": "counter",
     "generation_tokens": "counter",
@@ -166,6 +171,26 @@ def test_counters_keep_counting_across_engine_restarts(metrics: Metrics) -> None
     metrics.observe_step(stats(1, preemptions=10))
     assert value(metrics, "num_preemptions_total") == 26
     assert value(metrics, "engine_restarts_total") == 1
+
+
+def test_drafts_are_counted_by_position(metrics: Metrics) -> None:
+    def accepted(position: int) -> float:
+        name = "spec_decode_num_accepted_tokens_per_pos_total"
+        return value(metrics, name, position=str(position))
+
+    metrics.observe_step(
+        stats(1, num_drafts=2, draft_tokens=6, accepted_tokens=3, accepted_per_position=(2, 1, 0))
+    )
+    metrics.observe_step(
+        stats(2, num_drafts=3, draft_tokens=9, accepted_tokens=5, accepted_per_position=(3, 2, 0))
+    )
+    assert value(metrics, "spec_decode_num_drafts_total") == 3
+    assert value(metrics, "spec_decode_num_draft_tokens_total") == 9
+    assert value(metrics, "spec_decode_num_accepted_tokens_total") == 5
+    assert (accepted(0), accepted(1)) == (3, 2)
+    metrics.engine_restarted()
+    metrics.observe_step(stats(1, accepted_per_position=(1, 0, 0)))
+    assert (accepted(0), accepted(1)) == (4, 2)
 
 
 def test_gauges_and_step_sizes(metrics: Metrics) -> None:

@@ -79,6 +79,7 @@ async def _serving(folder: Path, **settings: Any) -> AsyncIterator[httpx.AsyncCl
         model=str(folder),
         served_model_name=(MODEL,),
         device="cpu",
+        dtype="float32",
         num_gpu_blocks_override=200,
         max_num_batched_tokens=64,
         num_threads=1,

@@ -33,6 +33,8 @@ _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class CpuDecoder:
     """A Body that runs as one compiled function, `kernels.cpu.body.Body`."""
 
+    is_batch_invariant = True
+
     def __init__(self, flat: FlatDecoder, *, quantization: str | None = None) -> None:
         """Take over the weights of the layers, which are emptied. `quantization` is that of
         `pack`."""

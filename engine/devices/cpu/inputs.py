@@ -50,6 +50,9 @@ class HostInputs:
         slots += offsets
         num_logits = len(host.sampling_rows)
         logit_indices[:num_logits] = loc[host.sampling_rows + 1] - 1
+        if host.num_drafts:
+            before_end = host.seq_lens[host.sampling_rows] - np.array(host.sampled_positions)
+            logit_indices[:num_logits] -= before_end
         # 3. The block tables in the order of the batch, packed.
         width = host.tables.shape[1]
         table = self._table[: num_seqs * width].view(num_seqs, width)

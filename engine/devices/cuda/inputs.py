@@ -110,8 +110,7 @@ class DeviceInputs:
         self._known[host.rows] = np.maximum(self._known[host.rows], used)
         # 3. Fill the records, which say where each row's ids and entries are.
         loc = host.query_start_loc[:-1]
-        sample = np.full(num_seqs, -1)
-        sample[host.sampling_rows] = np.arange(len(host.sampling_rows))
+        num_samples = np.bincount(host.sampling_rows, minlength=num_seqs)
         record = Record(
             row=host.rows,
             start=host.starts,
@@ -120,7 +119,8 @@ class DeviceInputs:
             token=np.concatenate([token_ids[:decodes], ids_at - decodes + loc[decodes:]]),
             known=known,
             blocks=blocks,
-            sample=sample,
+            sample=np.cumsum(num_samples) - num_samples,
+            num_samples=num_samples,
         )
         packed[:ids_at].reshape(num_seqs, FIELDS)[:] = np.stack(record, axis=1)
         return int(blocks_at + counts.sum())

@@ -144,10 +144,11 @@ def test_a_body_of_transformers_keeps_grouped_weights(
         assert engine.complete(prompt, 1) == [best] or logits.topk(2).values.diff().abs() < 0.2
 
 
-def test_other_devices_make_them_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_multiplies_by_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = CudaOnCpuBackend()
     engine, dense = start(tmp_path, LlamaConfig(**SIZES), "mixed", monkeypatch, backend)
     model: Any = engine.worker._model
-    assert not any(isinstance(part, GroupedLinear) for part in model._body._decoder.layers[1])
+    grouped = [part for part in model._body.decoder.layers[1] if isinstance(part, GroupedLinear)]
+    assert grouped and all(part.multiply is not None for part in grouped)
     for prompt in prompts(4):
         assert engine.complete(prompt, 8) == generate(dense, prompt, 8)

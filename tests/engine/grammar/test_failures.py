@@ -15,9 +15,10 @@ from quire.engine.core.engine_core import EngineCore
 from quire.engine.errors import GrammarError, InvalidRequestError, error_from_code
 from quire.engine.grammar import compile as grammar
 from quire.engine.grammar import masks as structured_output
+from quire.engine.grammar import slow_rows
 from quire.engine.grammar.masks import StructuredOutput
 from quire.engine.request import GrammarSpec
-from quire.engine.sequence import Sequence
+from quire.engine.sequence import ReadingRow
 
 from .constrained import (
     END_OF_TEXT,
@@ -48,11 +49,11 @@ def test_a_matcher_that_fails_ends_only_its_choice(
     failing = "victim"
     original = StructuredOutput._row
 
-    def row(self: StructuredOutput, index: int, sequence: Sequence) -> Any:
-        result = original(self, index, sequence)
+    def row(self: StructuredOutput, one: ReadingRow) -> Any:
+        result, sequence = original(self, one), one.sequence
         if sequence.choice == 1 and sequence.request.request_id == failing:
             # As if a token had been sampled that was not allowed.
-            return result._replace(token_ids=result.token_ids and [END_OF_TEXT])
+            return result._replace(token_ids=[END_OF_TEXT] if sequence.num_output_tokens else [])
         return result
 
     monkeypatch.setattr(StructuredOutput, "_row", row)
@@ -167,9 +168,9 @@ AMBIGUOUS = GrammarSpec("grammar", 'start: s\ns: s s s | s s | "a" | "b"')
 def test_an_ambiguous_grammar_fails_by_name_while_others_go_on(
     core: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(structured_output, "SLOW_SECONDS", 0.002)
-    monkeypatch.setattr(structured_output, "ROW_SECONDS", 0.002)
-    monkeypatch.setattr(structured_output, "REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr(slow_rows, "SLOW_SECONDS", 0.002)
+    monkeypatch.setattr(slow_rows, "ROW_SECONDS", 0.002)
+    monkeypatch.setattr(slow_rows, "REQUEST_SECONDS", 0.1)
     fine = GrammarSpec("regex", "[a-f]{150}")
     answers = run(
         core,

@@ -10,13 +10,13 @@ from quire.engine.grammar import masks as structured_output
 from quire.engine.grammar.constraints import NOTHING_PENDING, start_constraints
 from quire.engine.grammar.masks import StructuredOutput
 from quire.engine.request import GrammarSpec, Request
-from quire.engine.sequence import Rank, Sequence, SequenceStatus
+from quire.engine.sequence import Rank, ReadingRow, Sequence, SequenceStatus
 
 from .constrained import END_OF_TEXT, EOS, GRAMMARS, TOKENIZER, VOCAB_SIZE, make_request
 
 
-def step_of(*sequences: Sequence) -> list[tuple[int, Sequence]]:
-    return list(enumerate(sequences))
+def step_of(*sequences: Sequence) -> list[ReadingRow]:
+    return [ReadingRow(row, sequence, []) for row, sequence in enumerate(sequences)]
 
 
 def allowed(bits: Any) -> set[int]:

@@ -122,3 +122,27 @@ def test_a_sequence_that_returns_to_its_row_is_written_again(batch: InputBatch) 
     check_step([second], [second.seq_id], [])
     first.block_table[1] = 10
     check_step([], [], [TableChange(first.seq_id, 1, first.block_table[1:])])
+
+
+def test_a_row_with_a_draft_samples_after_each_of_its_tokens(batch: InputBatch) -> None:
+    """The decode stands first in the batch, though it is the second row of the plan."""
+    drafted, decode, prompt = (make_sequence(list(range(length)), 9) for length in (40, 33, 7))
+    for index, sequence in enumerate((drafted, decode, prompt)):
+        sequence.block_table = [3 * index, 3 * index + 1, 3 * index + 2]
+    drafted.num_computed_tokens, decode.num_computed_tokens = 39, 32
+    output = make_output([(drafted, 1), (decode, 1), (prompt, 5)], [drafted, decode, prompt])
+    drafts = [50, 51, 52]
+    output = output._replace(
+        num_new_tokens=[4, 1, 5],
+        token_ids=[39, *drafts, 32, *range(5)],
+        drafts={0: drafts},
+    )
+    batch.apply(output)
+    host, device = batch.prepare(output)
+    assert host.order == [1, 0, 2]
+    assert host.sampling_rows.tolist() == [0, 1, 1, 1, 1]
+    assert host.num_drafts == [0, 0, 1, 2, 3]
+    assert host.sampled_positions == [33, 40, 41, 42, 43]
+    assert device.input_ids.tolist() == [32, 39, *drafts, *range(5)]
+    assert device.logit_indices.tolist() == [0, 1, 2, 3, 4]
+    assert device.positions.tolist() == [32, 39, 40, 41, 42, *range(5)]

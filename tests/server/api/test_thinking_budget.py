@@ -59,7 +59,10 @@ async def served(folder: Path, tokenizer: Tokenizer) -> AsyncIterator[httpx.Asyn
     build_model(config).save_pretrained(folder)
     tokenizer._hf.save_pretrained(folder)
     engine = InlineEngineClient(
-        EngineConfig(model=str(folder), device="cpu", num_threads=1, num_blocks=256), make_core
+        EngineConfig(
+            model=str(folder), device="cpu", dtype="float32", num_threads=1, num_blocks=256
+        ),
+        make_core,
     )
     await engine.start()
     await engine.wait_ready()
