@@ -10,7 +10,8 @@ from ..fakes import FakeEngineClient
 from ..openai_http import assert_error
 
 OPEN = {"/", "/health", "/ready", "/live", "/ping", "/load", "/metrics", "/version"}
-ADMIN = {"/v1/prefix_cache/reset", "/debug/engine", "/server_info"}
+ADMIN_CALLS = {"/v1/prefix_cache/reset", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
+ADMIN = {*ADMIN_CALLS, "/debug/engine", "/server_info"}
 KEYS: dict[str, Any] = {"api_key": ("one", "two"), "admin_api_key": "boss"}
 
 
@@ -72,7 +73,7 @@ async def test_without_keys_everything_but_admin_calls_is_open(make_client: Make
     client = make_client()
     for method, path in routes(client):
         response = await ask(client, method, path)
-        assert (response.status_code == 401) == (path == "/v1/prefix_cache/reset"), path
+        assert (response.status_code == 401) == (path in ADMIN_CALLS), path
 
 
 async def test_the_debug_view_is_closed_if_only_clients_have_keys(
