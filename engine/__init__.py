@@ -11,6 +11,7 @@ They import only each other and the standard library. From a request inwards:
     embedding_spec   how a model makes embeddings
     classifier_spec  how a model makes scores
     outputs          what the engine reports to its clients
+    live             what it reports to those who watch it
     sequence         one stream of tokens with its blocks; a request forks into n of them
     step             what passes between scheduler and worker in one step
     worker_protocol  the seam between the engine's loop and the device

@@ -46,7 +46,10 @@ RULES["server.requests"] = RULES["server.http"] | {"server.http"}
 RULES["server.api"] = RULES["server.requests"] | {"server.requests"}
 RULES["server.dialects"] = RULES["server.api"] | {"server.api"}
 RULES["server.scoring"] = RULES["server.dialects"]
-RULES["server.serving"] = RULES["server.dialects"] | {"server.dialects", "server.scoring"}
+RULES["server.live"] = RULES["server.api"]
+RULES["server.serving"] = RULES["server.dialects"] | {
+    *("server.dialects", "server.scoring", "server.live"),
+}
 RULES["server.web"] = set()
 RULES["server.bench"] = GROUND | {"engine.bench"}
 """Room → the other rooms that its modules may import."""

@@ -9,6 +9,7 @@ from ..config import EngineConfig, EngineInfo
 from ..grammar.compile import read_tokenizer_json
 from ..grammar.constraints import start_constraints
 from ..grammar.masks import StructuredOutput
+from ..live import LiveSnapshot
 from ..outputs import EngineStats, StepOutput
 from ..request import Request
 from ..scheduling.scheduler import Scheduler
@@ -84,6 +85,14 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
+
+    def snapshot(self) -> LiveSnapshot:
+        """Describe all blocks and sequences, and trace blocks until `end_snapshots`."""
+        return self._scheduler.snapshot()
+
+    def end_snapshots(self) -> None:
+        """Trace blocks no longer."""
+        self._scheduler.end_snapshots()
 
     def reset_prefix_cache(self) -> None:
         """Forget the content of every cached block that no sequence holds."""

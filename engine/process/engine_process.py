@@ -29,11 +29,13 @@ import zmq
 
 from ..config import EngineConfig, EngineInfo
 from ..errors import QuireError, StartupError
+from ..live import LiveSnapshot
 from ..outputs import EngineStats, SequenceOutput, StepOutput
 from ..request import Request
 from . import wire
 from .heap import settle
 from .json_logs import JsonFormatter, LogFormat, take_over_libraries
+from .live_views import LiveViews
 
 PR_SET_PDEATHSIG = 1
 """The prctl(2) option that sets the signal a process gets when its parent dies."""
@@ -59,6 +61,10 @@ class EngineCoreProtocol(Protocol):
     def reset_prefix_cache(self) -> None: ...
 
     def stats(self) -> EngineStats: ...
+
+    def snapshot(self) -> LiveSnapshot: ...
+
+    def end_snapshots(self) -> None: ...
 
 
 def build_core(config: EngineConfig) -> EngineCoreProtocol:
@@ -95,6 +101,7 @@ class EngineServer:
         self._gone: set[bytes] = set()
         """Clients that have died; messages from them may still be queued."""
         self._open: dict[str, _OpenRequest] = {}
+        self._live = LiveViews(self._send)
         self._greeting: wire.FromEngine | None = None
         self._stdin = sys.stdin.fileno()
         self._poller = zmq.Poller()
@@ -114,6 +121,8 @@ class EngineServer:
                 heartbeat = wire.encode(wire.Heartbeat(core.stats(), len(self._open)))
                 for client in self._clients:
                     self._send(client, heartbeat)
+            if self._live.watched:
+                self._live.send_if_due(core)
 
     def report_failure(self, error: StartupError) -> None:
         """Answer every Hello with the reason why the start failed, until stdin closes."""
@@ -174,6 +183,8 @@ class EngineServer:
             case wire.ResetPrefixCache():
                 core.reset_prefix_cache()
                 self._send(client, wire.encode(wire.PrefixCacheReset()))
+            case wire.Watch(seconds):
+                self._live.watch(client, seconds)
             case wire.ClientGone(dead):
                 self._forget(core, dead)
 
@@ -182,6 +193,7 @@ class EngineServer:
         self._gone.add(client)
         if client in self._clients:
             self._clients.remove(client)
+        self._live.forget(client)
         for request_id in [key for key, entry in self._open.items() if entry.client == client]:
             del self._open[request_id]
             core.abort_request(request_id)

@@ -12,10 +12,12 @@ from typing import NamedTuple, Protocol
 from ..client import EngineHealth
 from ..config import EngineInfo
 from ..errors import EngineNotReadyError, InvalidRequestError, QuireError, error_from_code
+from ..live import LiveSnapshot
 from ..outputs import EngineStats, SequenceOutput
 from ..request import Request
 from . import wire
 from .engine_handle import EngineLink
+from .live_feed import LiveFeed
 from .streams import StreamTable
 
 
@@ -67,6 +69,7 @@ class RemoteEngineClient:
         self._info: EngineInfo | None = None
         self._stats: EngineStats | None = None
         self._resets: deque[asyncio.Future[None]] = deque()
+        self._live = LiveFeed(self._watch)
 
     @property
     def info(self) -> EngineInfo:
@@ -103,6 +106,13 @@ class RemoteEngineClient:
         self._send(wire.ResetPrefixCache())
         await done
 
+    def snapshots(self) -> AsyncGenerator[LiveSnapshot | None, None]:
+        return self._live.snapshots()
+
+    def _watch(self, seconds: float) -> None:
+        if self._state is State.READY:
+            self._send(wire.Watch(seconds))
+
     def _handle(self, message: wire.FromEngine) -> None:
         match message:
             case wire.StepMessage(outputs, stats):
@@ -119,6 +129,8 @@ class RemoteEngineClient:
                 done = self._resets.popleft()
                 if not done.done():
                     done.set_result(None)
+            case wire.LiveView(snapshot):
+                self._live.deliver(snapshot)
             case wire.Ready(info):
                 self._info = info
                 self._state = State.READY

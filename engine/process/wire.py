@@ -1,8 +1,8 @@
 """Messages between the engine process and its clients: msgspec's msgpack, never pickle.
 
-    client → engine   Hello · Add · Abort · ResetPrefixCache · ClientGone
+    client → engine   Hello · Add · Abort · ResetPrefixCache · Watch · ClientGone
     engine → client   Ready | StartFailed, then StepMessage · Rejected · Heartbeat
-                      · PrefixCacheReset
+                      · PrefixCacheReset · LiveView
 
 The engine binds a ROUTER on a unix socket in a folder that only its user may enter, and each client
 connects a DEALER. Every client gets a StepMessage for every step, with the outputs of its own
@@ -17,6 +17,7 @@ import msgspec
 
 from ..config import EngineConfig, EngineInfo
 from ..errors import InvalidRequestError, QuireError
+from ..live import LiveSnapshot
 from ..outputs import EngineStats, SequenceOutput
 from ..request import Request
 from .json_logs import LogFormat
@@ -61,6 +62,12 @@ class Abort(msgspec.Struct, tag=True):
 
 class ResetPrefixCache(msgspec.Struct, tag=True):
     """Drops all cached blocks that no sequence holds. The answer is PrefixCacheReset, in order."""
+
+
+class Watch(msgspec.Struct, tag=True):
+    """Asks for LiveViews for so many seconds from now on."""
+
+    seconds: float
 
 
 class ClientGone(msgspec.Struct, tag=True):
@@ -121,8 +128,14 @@ class PrefixCacheReset(msgspec.Struct, tag=True):
     """The prefix cache has been reset, as the client asked."""
 
 
-ToEngine = Hello | Add | Abort | ResetPrefixCache | ClientGone
-FromEngine = Ready | StartFailed | StepMessage | Rejected | Heartbeat | PrefixCacheReset
+class LiveView(msgspec.Struct, tag=True):
+    """The engine between two steps, for clients that watch it."""
+
+    snapshot: LiveSnapshot
+
+
+ToEngine = Hello | Add | Abort | ResetPrefixCache | Watch | ClientGone
+FromEngine = Ready | StartFailed | StepMessage | Rejected | Heartbeat | PrefixCacheReset | LiveView
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from ..cache.block_manager import BlockManager
 from ..config import SchedulingPolicy
 from ..errors import DeviceMemoryError, InvalidRequestError
+from ..live import LiveSnapshot
 from ..outputs import EngineStats, FinishReason, RowError, SequenceOutput, one_token
 from ..request import Request
 from ..sequence import Sequence, SequenceStatus
@@ -24,7 +25,8 @@ from .policy import make_policy
 from .request_table import RequestTable
 from .roster import Roster
 from .sequence_outputs import embedding_output, ended_output, take_prompt_logprobs, token_output
-from .step_planner import IsReady, StepPlanner
+from .snapshot import take_snapshot
+from .step_planner import Draft, IsReady, StepPlanner
 
 Clock = Callable[[], float]
 
@@ -76,6 +78,8 @@ class Scheduler:
         self._outputs: list[SequenceOutput] = []
         self._step = 0
         self._step_tokens = 0
+        self._tokens_computed = 0
+        self._last_draft: Draft | None = None
 
     @property
     def running(self) -> list[Sequence]:
@@ -169,6 +173,8 @@ class Scheduler:
         self._step += 1
         draft = self._planner.plan(self._budget, ran_out=self._ran_out)
         self._step_tokens = len(draft.token_ids)
+        self._tokens_computed += self._step_tokens
+        self._last_draft = draft
         self._launched[self._step] = draft.rows
         return SchedulerOutput(
             step=self._step,
@@ -350,3 +356,18 @@ class Scheduler:
             blocks_copied=self.block_manager.blocks_copied,
             blocks_shared=self.block_manager.blocks_shared,
         )
+
+    def snapshot(self) -> LiveSnapshot:
+        """Describe all blocks and sequences, and trace blocks until `end_snapshots`."""
+        return take_snapshot(
+            self.block_manager,
+            self.stats(),
+            self.running,
+            self._requests.unfinished(),
+            self._last_draft,
+            self._tokens_computed,
+        )
+
+    def end_snapshots(self) -> None:
+        """Trace blocks no longer."""
+        self.block_manager.pool.trace = None

@@ -10,7 +10,7 @@ from ..fakes import FakeEngineClient
 from ..openai_http import assert_error
 
 OPEN = {"/", "/health", "/ready", "/live", "/ping", "/load", "/metrics", "/version"}
-ADMIN = {"/v1/prefix_cache/reset", "/debug/engine", "/server_info"}
+ADMIN = {"/v1/prefix_cache/reset", "/debug/engine", "/debug/live", "/server_info"}
 KEYS: dict[str, Any] = {"api_key": ("one", "two"), "admin_api_key": "boss"}
 
 
