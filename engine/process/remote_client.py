@@ -69,7 +69,7 @@ class RemoteEngineClient:
         self._info: EngineInfo | None = None
         self._stats: EngineStats | None = None
         self._resets: deque[asyncio.Future[None]] = deque()
-        self._live = LiveFeed(self._watch)
+        self._live = LiveFeed(self._ask_for_snapshots)
 
     @property
     def info(self) -> EngineInfo:
@@ -109,7 +109,7 @@ class RemoteEngineClient:
     def snapshots(self) -> AsyncGenerator[LiveSnapshot | None, None]:
         return self._live.snapshots()
 
-    def _watch(self, seconds: float) -> None:
+    def _ask_for_snapshots(self, seconds: float) -> None:
         if self._state is State.READY:
             self._send(wire.Watch(seconds))
 
