@@ -11,10 +11,12 @@ CLIENTS := tests/clients
 CLIENTS_VENV := .venv-clients
 CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 NODE_STAMP := $(CLIENTS)/node_modules/.package-lock.json
+WEB := tests/server/web
+WEB_STAMP := $(WEB)/node_modules/.package-lock.json
 
 OLDEST_TRITON := build/oldest-triton
 
-.PHONY: setup serve test clients oldest-triton lint types fuzz bench docs clean
+.PHONY: setup serve test test-web clients oldest-triton lint types fuzz bench docs clean
 
 setup: $(STAMP)
 
@@ -58,6 +60,14 @@ $(NODE_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
 	npm ci --prefix $(CLIENTS)
 	touch $@
 
+# Try the page in Chromium, which must be installed, as Node.js must.
+test-web: $(STAMP) $(WEB_STAMP)
+	$(BIN)/pytest $(WEB)/check_page.py
+
+$(WEB_STAMP): $(WEB)/package.json $(WEB)/package-lock.json
+	npm ci --prefix $(WEB)
+	touch $@
+
 # Compile the kernels with the oldest Triton that pyproject.toml allows, since its compiler refuses
 # code that later ones accept. .venv has the newest.
 oldest-triton: $(STAMP)
@@ -83,4 +93,4 @@ docs: $(STAMP)
 	$(BIN)/python -m quire.server.flags_table docs/api.md docs/migrating.md
 
 clean:
-	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules $(WEB)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -13,14 +13,14 @@ function KeyForm({message, onKey}) {
     event.preventDefault();
     onKey(value.trim());
   };
-  return html`<form class="keyform" onSubmit=${submit}>
+  return html`<section aria-label="API key"><form class="keyform" onSubmit=${submit}>
     <label>API key
       <input type="password" autocomplete="off" value=${value} required
              onInput=${(event) => setValue(event.target.value)} />
     </label>
     <button class="primary">Unlock</button>
     <p role="status">${message}</p>
-  </form>`;
+  </form></section>`;
 }
 
 function App() {

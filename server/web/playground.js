@@ -197,9 +197,9 @@ export function Playground({model, locked}) {
     <form class="compose" onSubmit=${(event) => { event.preventDefault(); if (canSend) send(); }}>
       <textarea rows=${mode === "chat" ? 2 : 4} aria-label=${mode === "chat" ? "Message" : "Prompt"} value=${text}
         onInput=${(event) => setText(event.target.value)} onKeyDown=${onKey}></textarea>
-      ${answer
-        ? html`<button type="button" class="primary stop" onClick=${() => answer.stop.abort()}>Stop</button>`
-        : html`<button class="primary" disabled=${!canSend}>Send</button>`}
+      ${/* Without keys both would be one element, and a click on Stop would end as one on Send. */ answer
+        ? html`<button key="stop" type="button" class="primary stop" onClick=${() => answer.stop.abort()}>Stop</button>`
+        : html`<button key="send" class="primary" disabled=${!canSend}>Send</button>`}
     </form>
     <details class="more">
       <summary>Parameters</summary>

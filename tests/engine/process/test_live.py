@@ -26,11 +26,17 @@ class Core:
         self.time, self.cost = 100.0, 0.0
         self.taken = self.ended = 0
         self.sent: list[bytes] = []
-        self.views = LiveViews(lambda client, message: self.sent.append(client), lambda: self.time)
+        self.work = 0.0
+        self.views = LiveViews(
+            lambda client, message: self.sent.append(client),
+            lambda: self.time,
+            lambda: self.work,
+        )
 
     def snapshot(self) -> LiveSnapshot:
         self.taken += 1
-        self.time += self.cost
+        self.time += 10 * self.cost  # others have the core for nine tenths of it
+        self.work += self.cost
         return FakeCore(EngineConfig(model="fake")).snapshot()
 
     def end_snapshots(self) -> None:
