@@ -13,7 +13,7 @@ function KeyForm({message, onKey}) {
     event.preventDefault();
     onKey(value.trim());
   };
-  return html`<section aria-label="API key"><form class="keyform" onSubmit=${submit}>
+  return html`<section aria-label="Access"><form class="keyform" onSubmit=${submit}>
     <label>API key
       <input type="password" autocomplete="off" value=${value} required
              onInput=${(event) => setValue(event.target.value)} />

@@ -1,10 +1,9 @@
 // The sequences as lanes through time, and one sequence's block table.
 
 import {html} from "./preact.js";
-import {nameOf} from "./state.js";
+import {HISTORY, nameOf} from "./state.js";
 
 const MOST_LANES = 24, MOST_BLOCKS = 200;
-const COLUMNS = 90;
 
 // Joins equal columns, so that a lane has a few shapes instead of one for each column.
 function runs(history) {
@@ -29,12 +28,12 @@ function words(sequence) {
 }
 
 function Lane({sequence, history, chosen, onChoose}) {
-  const offset = COLUMNS - history.length;
+  const offset = HISTORY - history.length;
   const times = sequence.num_preemptions;
   return html`<li><button class="lane" aria-pressed=${chosen ? "true" : "false"}
       onClick=${() => onChoose(chosen ? null : sequence.seq_id)}>
     <code>${nameOf(sequence)}</code>
-    <svg viewBox=${`0 0 ${COLUMNS} 16`} preserveAspectRatio="none" aria-hidden="true">
+    <svg viewBox=${`0 0 ${HISTORY} 16`} preserveAspectRatio="none" aria-hidden="true">
       ${runs(history).map(({kind, at, length}) => html`<rect class=${kind} x=${offset + at} y=${SHAPES[kind][0]}
         width=${length} height=${SHAPES[kind][1]} />`)}
     </svg>

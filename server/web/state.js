@@ -2,7 +2,8 @@
 
 export const FREE = 0, CACHED = 1, USED = 2;
 
-const HISTORY = 90;
+// Events that a lane and the curve of the rate show: about ten seconds.
+export const HISTORY = 50;
 
 export const start = () => ({
   health: "", stats: null, time: 0, size: 16, blocks: new Uint8Array(), copied: new Set(), evicted: new Set(),
