@@ -36,7 +36,7 @@ const STEPS = [
     text: "Two requests with the same beginning hold the same blocks for it: it is computed once and stored once. " +
       "The ends differ, so each has blocks of its own for its end. Shared blocks show how many hold them.",
     button: "Send two requests",
-    body: (state) => ({prompt: ["At noon", "At night"].map((end) => PASSAGE + end), max_tokens: lengthOf(state)}),
+    body: (state) => ["At noon", "At night"].map((end) => ({prompt: PASSAGE + end, max_tokens: lengthOf(state)})),
     seen: (state) => state.stats.num_running > 1 && shared(state) > 0 && `${shared(state)} blocks are shared.`,
   },
   {
@@ -97,6 +97,10 @@ export function Tour({state, model, onEnd}) {
     if (next === STEPS.length) onEnd();
     else setAt(next);
   };
+  const read = async (fields, signal, begun) => {
+    const body = {model: model.id, stream: true, ignore_eos: true, temperature: 0, ...fields};
+    for await (const chunk of events(await request("v1/completions", {body, signal}))) begun(chunk);
+  };
   const send = async () => {
     const stop = new AbortController();
     const mine = {stop, before: state.stats};
@@ -105,10 +109,16 @@ export function Tour({state, model, onEnd}) {
     setProblem(null);
     setBusy(true);
     try {
-      // All prompts go in one request: browsers open only a few connections to one server.
-      const fields = {model: model.id, stream: true, ignore_eos: true, temperature: 0, ...body};
-      const answer = await request("v1/completions", {body: fields, signal: stop.signal});
-      for await (const chunk of events(answer)) void chunk;
+      // Each request waits for the first token of the one before, since only what is computed can be
+      // found. Many prompts go in one request: browsers open only a few connections to one server.
+      const runs = [];
+      for (const one of [body].flat()) {
+        await new Promise((begun) => {
+          runs.push(read(one, stop.signal, begun).finally(begun));
+          runs.at(-1).catch(() => {}); // Promise.all reports it
+        });
+      }
+      await Promise.all(runs);
     } catch (error) {
       if (!stop.signal.aborted) setProblem(error.message);
       stop.abort();
