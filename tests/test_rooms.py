@@ -67,8 +67,9 @@ RULES["server.requests"] = RULES["server.http"] | {"server.http"}
 RULES["server.api"] = RULES["server.requests"] | {"server.requests"}
 RULES["server.dialects"] = RULES["server.api"] | {"server.api"}
 RULES["server.scoring"] = RULES["server.dialects"]
+RULES["server.live"] = RULES["server.api"]
 RULES["server.serving"] = RULES["server.dialects"] | {
-    *("server.dialects", "server.scoring", "engine.checkpoints"),
+    *("server.dialects", "server.scoring", "server.live", "engine.checkpoints"),
 }
 RULES["server.web"] = set()
 RULES["server.bench"] = GROUND | {"engine.bench"}

@@ -197,6 +197,8 @@ class BlockManager:
         """Record a copy of this step. `end_step` releases the caller's reference to `source`."""
         self._copy_sources.append(source)
         self.blocks_copied += 1
+        if self.pool.trace is not None:
+            self.pool.trace.copied.add(destination)
         return BlockCopy(source, destination)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:

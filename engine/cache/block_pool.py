@@ -6,6 +6,24 @@ from collections import OrderedDict
 
 from .prefix_index import PrefixIndex
 
+MAX_STATE = 255
+"""The largest state of a block in `BlockPool.states`."""
+
+_PLUS_ONE = bytes([0, *range(2, MAX_STATE + 1), MAX_STATE])
+"""The state of a used block by its number of references; 0 stays 0."""
+
+
+class BlockTrace:
+    """What has become of blocks while somebody watches, as sets of block ids."""
+
+    __slots__ = ("copied", "evicted")
+
+    def __init__(self) -> None:
+        self.copied: set[int] = set()
+        """Blocks that were made by copying another one."""
+        self.evicted: set[int] = set()
+        """Cached blocks that were handed out again, so that their content is lost."""
+
 
 class BlockPool:
     """Hands out blocks, counts the references to them, and takes them back. Each call is O(1).
@@ -25,6 +43,8 @@ class BlockPool:
         self.ref_counts = [0] * num_blocks
         self._plain = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
+        self.trace: BlockTrace | None = None
+        """Filled while somebody watches, otherwise None."""
 
     @property
     def num_free(self) -> int:
@@ -43,6 +63,8 @@ class BlockPool:
         elif self._cached:
             block, _ = self._cached.popitem(last=False)
             self.index.forget(block)
+            if self.trace is not None:
+                self.trace.evicted.add(block)
         else:
             return None
         self.ref_counts[block] = 1
@@ -79,6 +101,26 @@ class BlockPool:
         """Remove from the index all content that no sequence holds."""
         for block in list(self._cached):
             self.forget(block)
+
+    def restart_trace(self) -> BlockTrace:
+        """Return what was traced since the last call, and trace from now on."""
+        trace, self.trace = self.trace, BlockTrace()
+        return trace or BlockTrace()
+
+    def states(self) -> bytes:
+        """Return one byte for each block: 0 if it is free, 1 if it is free and the index knows its
+        content, and n + 1 (at most MAX_STATE) if it has n references.
+
+        The counts are moved by `bytes.translate`, because a loop over all blocks would be slow.
+        """
+        try:
+            counts = bytes(self.ref_counts)
+        except ValueError:  # a count that no byte can hold
+            counts = bytes([min(count, MAX_STATE) for count in self.ref_counts])
+        states = bytearray(counts.translate(_PLUS_ONE))
+        for block in self._cached:
+            states[block] = 1
+        return bytes(states)
 
     def check_integrity(self, expected_ref_counts: list[int]) -> None:
         """Assert that counts, free lists and index agree."""

@@ -10,9 +10,10 @@ from ..config import EngineConfig, EngineInfo
 from ..grammar.compile import read_tokenizer_json
 from ..grammar.constraints import start_constraints
 from ..grammar.masks import StructuredOutput
-from ..outputs import EngineStats, StepOutput
+from ..outputs import EngineStats, LiveSnapshot, StepOutput
 from ..request import Request
 from ..scheduling.scheduler import Scheduler
+from ..scheduling.snapshot import take_snapshot
 from ..speculation.cached import CachedDrafter
 from ..speculation.grammar import GrammarDrafter
 from ..speculation.ngram import NgramDrafter
@@ -120,6 +121,14 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
+
+    def snapshot(self) -> LiveSnapshot:
+        """Describe all blocks and sequences, and trace blocks until `end_snapshots`."""
+        return take_snapshot(self._scheduler)
+
+    def end_snapshots(self) -> None:
+        """Trace blocks no longer."""
+        self._scheduler.block_manager.pool.trace = None
 
     def reset_prefix_cache(self) -> None:
         """Forget the content of every cached block that no sequence holds."""

@@ -14,6 +14,8 @@ Reading order:
     remote_client    what the clients share
     process_client   the client that supervises the engine
     attached_client  the client of an engine that another process supervises
+    live_views       snapshots for clients that watch the engine: when, and to whom
+    live_feed        the client's end of it
     json_logs        the log as JSON, and libraries' logs, for this process and the server's
     heap             memory housekeeping after the start
     private_folder   the folder of the engine's socket

@@ -29,12 +29,13 @@ import zmq
 
 from ..config import EngineConfig, EngineInfo
 from ..errors import QuireError, StartupError
-from ..outputs import EngineStats, SequenceOutput, StepOutput
+from ..outputs import EngineStats, LiveSnapshot, SequenceOutput, StepOutput
 from ..request import Request
 from . import wire
 from .adapter_changes import POLL_MS, AdapterChanges, AdaptersProtocol
 from .heap import settle
 from .json_logs import JsonFormatter, LogFormat, take_over_libraries
+from .live_views import LiveViews
 
 PR_SET_PDEATHSIG = 1
 """The prctl(2) option that sets the signal a process gets when its parent dies."""
@@ -63,6 +64,9 @@ class EngineCoreProtocol(Protocol):
 
     @property
     def adapters(self) -> AdaptersProtocol: ...
+    def snapshot(self) -> LiveSnapshot: ...
+
+    def end_snapshots(self) -> None: ...
 
 
 def build_core(config: EngineConfig) -> EngineCoreProtocol:
@@ -104,6 +108,7 @@ class EngineServer:
         self._adapters = AdapterChanges(
             lambda client, message: self._send(client, wire.encode(message))
         )
+        self._live = LiveViews(self._send)
         self._stdin = sys.stdin.fileno()
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
@@ -125,6 +130,8 @@ class EngineServer:
                 heartbeat = wire.encode(wire.Heartbeat(core.stats(), len(self._open)))
                 for client in self._clients:
                     self._send(client, heartbeat)
+            if self._live.watched:
+                self._live.send_if_due(core)
 
     def report_failure(self, error: StartupError) -> None:
         """Answer every Hello with the reason why the start failed, until stdin closes."""
@@ -189,6 +196,8 @@ class EngineServer:
                 self._adapters.ask(core.adapters, client, message, self._clients)
             case wire.AdaptersSeen(change):
                 self._adapters.seen(client, change)
+            case wire.Watch(seconds):
+                self._live.watch(client, seconds)
             case wire.ClientGone(dead):
                 self._forget(core, dead)
 
@@ -198,6 +207,7 @@ class EngineServer:
         if client in self._clients:
             self._clients.remove(client)
         self._adapters.forget(client)
+        self._live.forget(client)
         for request_id in [key for key, entry in self._open.items() if entry.client == client]:
             del self._open[request_id]
             core.abort_request(request_id)

@@ -15,10 +15,11 @@ from ..client import EngineHealth
 from ..config import EngineInfo
 from ..errors import EngineNotReadyError, InvalidRequestError, QuireError, error_from_code
 from ..lora import AdapterSource
-from ..outputs import EngineStats, SequenceOutput
+from ..outputs import EngineStats, LiveSnapshot, SequenceOutput
 from ..request import Request
 from . import wire
 from .engine_handle import EngineLink
+from .live_feed import LiveFeed
 from .streams import StreamTable
 
 
@@ -73,6 +74,7 @@ class RemoteEngineClient:
         self._changes: dict[int, asyncio.Future[None]] = {}
         """The changes of adapters that are asked for and not answered, by number."""
         self._numbers = count()
+        self._live = LiveFeed(self._ask_for_snapshots)
 
     @property
     def info(self) -> EngineInfo:
@@ -130,6 +132,13 @@ class RemoteEngineClient:
         self._send(message)
         await done
 
+    def snapshots(self) -> AsyncGenerator[LiveSnapshot | None, None]:
+        return self._live.snapshots()
+
+    def _ask_for_snapshots(self, seconds: float) -> None:
+        if self._state is State.READY:
+            self._send(wire.Watch(seconds))
+
     def _handle(self, message: wire.FromEngine) -> None:
         match message:
             case wire.StepMessage(outputs, stats):
@@ -157,6 +166,8 @@ class RemoteEngineClient:
                 if isinstance(error, InvalidRequestError):
                     error.param = param
                 self._changed(number, error)
+            case wire.LiveView(snapshot):
+                self._live.deliver(snapshot)
             case wire.Ready(info):
                 self._info = info
                 self._state = State.READY

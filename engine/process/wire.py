@@ -1,8 +1,8 @@
 """Messages between the engine process and its clients: msgspec's msgpack, never pickle.
 
-    client → engine   Hello · Add · Abort · ResetPrefixCache · ClientGone
+    client → engine   Hello · Add · Abort · ResetPrefixCache · Watch · ClientGone
                       · LoadAdapter · UnloadAdapter · AdaptersSeen
-    engine → client   Ready | StartFailed, then StepMessage · Rejected · Heartbeat
+    engine → client   Ready | StartFailed, then StepMessage · Rejected · Heartbeat · LiveView
                       · PrefixCacheReset · Adapters · AdapterChanged | AdapterRefused
 
 The engine binds a ROUTER on a unix socket in a folder that only its user may enter, and each client
@@ -19,7 +19,7 @@ import msgspec
 from ..config import EngineConfig, EngineInfo
 from ..errors import InvalidRequestError, QuireError
 from ..lora import AdapterSource
-from ..outputs import EngineStats, SequenceOutput
+from ..outputs import EngineStats, LiveSnapshot, SequenceOutput
 from ..request import Request
 from .json_logs import LogFormat
 
@@ -63,6 +63,12 @@ class Abort(msgspec.Struct, tag=True):
 
 class ResetPrefixCache(msgspec.Struct, tag=True):
     """Drops all cached blocks that no sequence holds. The answer is PrefixCacheReset, in order."""
+
+
+class Watch(msgspec.Struct, tag=True):
+    """Asks for LiveViews for so many seconds from now on."""
+
+    seconds: float
 
 
 class ClientGone(msgspec.Struct, tag=True):
@@ -145,6 +151,12 @@ class PrefixCacheReset(msgspec.Struct, tag=True):
     """The prefix cache has been reset, as the client asked."""
 
 
+class LiveView(msgspec.Struct, tag=True):
+    """The engine between two steps, for clients that watch it."""
+
+    snapshot: LiveSnapshot
+
+
 class Adapters(msgspec.Struct, tag=True):
     """The LoRA adapters that are loaded from now on. Every client gets it, and answers with
     AdaptersSeen."""
@@ -174,7 +186,15 @@ class AdapterRefused(msgspec.Struct, tag=True):
 
 
 ToEngine = (
-    Hello | Add | Abort | ResetPrefixCache | ClientGone | LoadAdapter | UnloadAdapter | AdaptersSeen
+    Hello
+    | Add
+    | Abort
+    | ResetPrefixCache
+    | Watch
+    | ClientGone
+    | LoadAdapter
+    | UnloadAdapter
+    | AdaptersSeen
 )
 FromEngine = (
     Ready
@@ -183,6 +203,7 @@ FromEngine = (
     | Rejected
     | Heartbeat
     | PrefixCacheReset
+    | LiveView
     | Adapters
     | AdapterChanged
     | AdapterRefused

@@ -14,6 +14,7 @@ Reading order:
     request_table       the unfinished requests, and their deadlines
     sequence_outputs    outputs that are more than one token
     beam_search         groups of sequences that fork and end together
+    snapshot            all blocks and sequences, for those who watch
 
 May import: the engine's words, cache and speculation.
 """

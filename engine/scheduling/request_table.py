@@ -59,6 +59,10 @@ class RequestTable:
         """Return a request's unfinished sequences in order of choice; none if it is unknown."""
         return list(self._sequences.get(request_id, ()))
 
+    def unfinished(self) -> Iterator[Sequence]:
+        """Yield all unfinished sequences, in the order of their arrival."""
+        return (one for sequences in self._sequences.values() for one in sequences)
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended."""
         request_id = sequence.request.request_id

@@ -27,7 +27,7 @@ from .policy import make_policy
 from .request_table import RequestTable
 from .roster import Roster
 from .sequence_outputs import embedding_output, ended_output, take_prompt_logprobs, token_output
-from .step_planner import IsReady, StepPlanner
+from .step_planner import IsReady, Plan, StepPlanner
 
 Clock = Callable[[], float]
 
@@ -62,7 +62,7 @@ class Scheduler:
         self._roster = Roster(adapters)
         self._clock = clock
         self._admission = Admission(block_manager, clock)
-        self._requests = RequestTable(eos_token_ids, seed)
+        self.requests = RequestTable(eos_token_ids, seed)
         self._beams = BeamSearch(block_manager, self._roster, self.waiting)
         self._planner = StepPlanner(
             block_manager,
@@ -86,6 +86,8 @@ class Scheduler:
         self._outputs: list[SequenceOutput] = []
         self._step = 0
         self._step_tokens = 0
+        self.tokens_computed = 0
+        self.last_plan: Plan | None = None
 
     @property
     def running(self) -> list[Sequence]:
@@ -107,7 +109,7 @@ class Scheduler:
         adapters, name = self._roster.adapters, request.adapter
         adapter_id = None if name is None else adapters.id_of(name)
         priority = self.waiting.priority_of(request)
-        first, *others = sequences = self._requests.add(request, priority)
+        first, *others = sequences = self.requests.add(request, priority)
         if adapter_id is not None:
             for sequence in sequences:
                 adapters.hold(sequence, adapter_id)
@@ -127,7 +129,7 @@ class Scheduler:
 
         The choices of a beam search end together.
         """
-        for sequence in self._requests.find(request_id):
+        for sequence in self.requests.find(request_id):
             if choice is None or sequence.choice == choice:
                 self._end(sequence, "abort")
 
@@ -162,8 +164,8 @@ class Scheduler:
 
         Every end comes through here.
         """
-        self._requests.remove(sequence)
-        siblings = self._requests.find(sequence.request.request_id)
+        self.requests.remove(sequence)
+        siblings = self.requests.find(sequence.request.request_id)
         if sequence.held_forks:  # the next sibling will compute the prompt instead
             heir, *others = sequence.held_forks
             heir.held_forks, sequence.held_forks = others, []
@@ -186,7 +188,7 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose the next step's rows and give them their slots."""
-        for sequence, error in self._requests.expired(self._clock()):
+        for sequence, error in self.requests.expired(self._clock()):
             self._fail(sequence, error)
         self._step += 1
         plan, left = self._planner.plan(self._budget, ran_out=self._ran_out)
@@ -196,6 +198,8 @@ class Scheduler:
             self._begin = self._clock()
         self._step_tokens = len(plan.token_ids)
         self._launched[self._step] = plan.rows
+        self.tokens_computed += self._step_tokens
+        self.last_plan = plan
         return SchedulerOutput(
             step=self._step,
             seq_ids=self._roster.seq_ids(plan.rows),

@@ -8,7 +8,7 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 
 from ...engine.errors import EngineNotReadyError, ModelNotFoundError, ShuttingDownError
 from ..http.auth import require_admin_key, require_client_key, require_debug_key
@@ -23,16 +23,6 @@ router = APIRouter(
 _SECRETS = {"api_key", "admin_api_key"}
 _STATUS = json_object("status", status=STRING)
 _LIVE = json_object("status", "reason", status=STRING, reason=STRING)
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>quire</title>
-<h1>quire</h1><p>An OpenAI-compatible inference server.
-<a href="docs">API</a> · <a href="v1/models">models</a> · <a href="health">health</a> ·
-<a href="metrics">metrics</a></p></html>"""
-
-
-@public.get("/", include_in_schema=False)
-async def page() -> HTMLResponse:
-    return HTMLResponse(_PAGE)
 
 
 @public.post("/ping", response_model=None, responses={**answers(_STATUS), **errors(503)})

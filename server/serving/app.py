@@ -30,6 +30,7 @@ from ..http.middleware import (
 )
 from ..http.route_docs import errors
 from ..http.siblings import Siblings
+from ..live import page, snapshots
 from ..metrics import Metrics
 from ..requests.state import ServerState
 from ..scoring import classify, rerank
@@ -85,7 +86,7 @@ def create_app(
     keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
     for router in private:
         keyed.include_router(router)
-    public = [operations.public, operations.router, adapters.router]
+    public = [page.router, snapshots.public, operations.public, operations.router, adapters.router]
     for router in (*public, keyed):
         app.include_router(router)
     explain_unknown_paths(app, [*public, *private])

@@ -1,4 +1,4 @@
-"""Static pages that the server answers with: `docs.html` is the page of /docs.
+"""Static files: `docs.html` is the page of /docs, the others that of / (see server/live).
 
-The page reads openapi.json and loads nothing from elsewhere. There is no Python here.
+Neither loads anything from elsewhere. There is no Python here, and nothing to build.
 """

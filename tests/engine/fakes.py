@@ -14,7 +14,14 @@ from typing import Any
 
 from quire.engine.config import EngineConfig, EngineInfo
 from quire.engine.errors import InvalidRequestError, ModelLoadError
-from quire.engine.outputs import EngineStats, FinishReason, SequenceOutput, StepOutput, Timings
+from quire.engine.outputs import (
+    EngineStats,
+    FinishReason,
+    LiveSnapshot,
+    SequenceOutput,
+    StepOutput,
+    Timings,
+)
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 
@@ -119,6 +126,13 @@ class FakeCore:
 
     def reset_prefix_cache(self) -> None:
         self._resets += 1
+
+    def snapshot(self) -> LiveSnapshot:
+        blocks = bytes([2] * len(self._running)).ljust(1000, b"\0")
+        return LiveSnapshot(time.monotonic(), self.stats(), 0, 16, blocks, [], [], [])
+
+    def end_snapshots(self) -> None:
+        pass
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from quire.engine.lora import AdapterSource
 from quire.engine.outputs import (
     EngineStats,
     FinishReason,
+    LiveSnapshot,
     RowError,
     SequenceOutput,
     Timings,
@@ -129,6 +130,7 @@ class FakeEngineClient:
     requests: list[Request] = field(default_factory=list)
     aborted: list[tuple[str, int | None]] = field(default_factory=list)
     running: set[tuple[str, int]] = field(default_factory=set)
+    live: list[LiveSnapshot] = field(default_factory=list)
     started: bool = False
     closed: bool = False
     resets: int = 0
@@ -197,6 +199,12 @@ class FakeEngineClient:
             blocks_copied=0,
             blocks_shared=0,
         )
+
+    async def snapshots(self) -> AsyncGenerator[LiveSnapshot | None, None]:
+        """Yield those of `live`, and None for a second without one; then end."""
+        for snapshot in self.live:
+            yield snapshot
+        yield None
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         self.aborted.append((request_id, choice))

@@ -163,6 +163,7 @@ def test_every_setting_has_a_flag() -> None:
         "tool_call_parser": "hermes",
         "reasoning_parser": "qwen3",
         "pooling": "mean",
+        "speculation": "off",
         "kv_cache_dtype": "fp8_e4m3",
         "quantization": "int8",
         "log_level": "debug",

@@ -1,0 +1,103 @@
+"""GET /debug/live: what the engine's blocks and sequences do, as server-sent events.
+
+An event with the engine's state comes at most five times a second while this is read, and costs
+the engine nothing otherwise. It has no token and no text of any request.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+
+from ...engine.live import LiveSequence, LiveSnapshot
+from ..errors import error_body
+from ..http.auth import require_debug_key
+from ..http.route_docs import errors, event_stream
+from ..http.sse import EventStream, event
+from ..requests.state import ServerState, state_of
+
+public = APIRouter(tags=["operations"])
+
+
+@public.get(
+    "/debug/live",
+    response_model=None,
+    dependencies=[Depends(require_debug_key)],
+    responses={**event_stream(), **errors(400, 401)},
+)
+async def live(request: Request, limit: Annotated[int | None, Query(ge=1)] = None) -> EventStream:
+    """Stream snapshots of the engine: all blocks, and the sequences with their block tables.
+
+    The stream goes on until the client leaves, or ends after `limit` events.
+    """
+    state = state_of(request)
+    return EventStream(
+        _events(state, limit),
+        on_failure=lambda error: [event(error_body(error, request.state.request_id))],
+        on_close=lambda: None,
+        request_id=request.state.request_id,
+        deadline=None,
+        keepalive=state.settings.sse_keepalive_interval,
+        headers={},
+        write_timeout=state.settings.stream_stall_timeout,
+    )
+
+
+async def _events(state: ServerState, limit: int | None) -> AsyncGenerator[bytes, None]:
+    """Yield an event for each snapshot, and for each second without one."""
+    describe = Describer()
+    count = 0
+    async with aclosing(state.engine.snapshots()) as snapshots:
+        async for snapshot in snapshots:
+            if state.draining:  # a page that is left open must not hold up the server's end
+                return
+            fields: dict[str, Any] = {"health": state.engine.health().reason}
+            if snapshot is not None:
+                info = state.engine.info
+                fields |= describe(snapshot) | {
+                    "max_num_seqs": info.max_num_seqs,
+                    "max_model_len": info.max_model_len,
+                    "max_num_batched_tokens": info.max_num_batched_tokens,
+                }
+            yield event(fields)
+            count += 1
+            if count == limit:
+                return
+
+
+class Describer:
+    """Turns one reader's snapshots into the fields of its events.
+
+    Block tables are long and mostly grow, so an event has only their new end: `table` begins at
+    index `table_start`, and what stood before it is that of the event before.
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[int, list[int]] = {}
+
+    def __call__(self, snapshot: LiveSnapshot) -> dict[str, Any]:
+        """Return the fields of a snapshot. `blocks` is compressed by zlib, then in base64."""
+        sequences = [self._sequence(sequence) for sequence in snapshot.sequences]
+        self._tables = {one.seq_id: one.block_table for one in snapshot.sequences}
+        return {
+            "time": snapshot.time,
+            "stats": {**snapshot.stats._asdict(), "kv_usage": snapshot.stats.kv_usage},
+            "tokens_computed": snapshot.tokens_computed,
+            "block_size": snapshot.block_size,
+            "blocks": base64.b64encode(zlib.compress(snapshot.blocks, 1)).decode(),
+            "copied": snapshot.copied,
+            "evicted": snapshot.evicted,
+            "sequences": sequences,
+        }
+
+    def _sequence(self, sequence: LiveSequence) -> dict[str, Any]:
+        fields = sequence._asdict()
+        table: list[int] = fields.pop("block_table")
+        known = self._tables.get(sequence.seq_id, [])
+        start = len(known) if known == table[: len(known)] else 0
+        return {**fields, "table_start": start, "table": table[start:]}

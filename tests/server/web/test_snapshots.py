@@ -1,0 +1,100 @@
+"""Test the events of GET /debug/live: what they say, and when they end."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from typing import Any
+
+import httpx
+
+from quire.engine.outputs import LiveSequence, LiveSnapshot
+
+from ..conftest import MakeClient
+from ..fakes import FakeEngineClient
+from ..openai_http import assert_error
+
+SEQUENCE = LiveSequence(7, "a1b2c3d4", 0, "running", 40, 30, 39, 16, 1, 0, [4, 5, 9])
+
+
+def snapshot(engine: FakeEngineClient, *tables: list[int]) -> LiveSnapshot:
+    sequences = [
+        SEQUENCE._replace(seq_id=number, block_table=table) for number, table in enumerate(tables)
+    ]
+    blocks = bytes([0, 1, 2, 3] * 16)
+    return LiveSnapshot(1.5, engine.stats(), 99, 16, blocks, [2], [3], sequences)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    parts = response.text.removesuffix("data: [DONE]\n\n").split("\n\n")
+    return [json.loads(part.removeprefix("data: ")) for part in parts if part]
+
+
+async def test_an_event_describes_blocks_and_sequences(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    engine.live = [snapshot(engine, [4, 5, 9])]
+    response = await client.get("/debug/live")
+    assert response.headers["content-type"].startswith("text/event-stream")
+    first, silent = events(response)
+    assert zlib.decompress(base64.b64decode(first["blocks"])) == bytes([0, 1, 2, 3] * 16)
+    assert (first["copied"], first["evicted"], first["tokens_computed"]) == ([2], [3], 99)
+    assert first["stats"]["num_blocks"] == 64 and first["stats"]["kv_usage"] == 0
+    assert first["max_model_len"] == engine.max_model_len
+    (sequence,) = first["sequences"]
+    assert sequence == {
+        **{name: value for name, value in SEQUENCE._asdict().items() if name != "block_table"},
+        "seq_id": 0,
+        "table_start": 0,
+        "table": [4, 5, 9],
+    }
+    assert silent == {"health": "ok"}
+    assert response.text.endswith("data: [DONE]\n\n")
+
+
+async def test_events_bring_only_the_new_end_of_a_table(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    steps = [
+        [[1, 2], [3]],
+        [[1, 2, 5], [3]],
+        [[1, 6, 5], []],
+        [[1, 6, 5, 7], [3, 4]],
+    ]
+    engine.live = [snapshot(engine, *tables) for tables in steps]
+    seen: dict[int, list[int]] = {}
+    sent = []
+    for event, tables in zip(events(await client.get("/debug/live")), steps, strict=False):
+        for one in event["sequences"]:
+            known = seen.get(one["seq_id"], [])
+            seen[one["seq_id"]] = known[: one["table_start"]] + one["table"]
+            sent.append(len(one["table"]))
+        assert list(seen.values()) == tables
+    assert sent == [2, 1, 1, 0, 3, 0, 1, 2]
+
+
+async def test_the_stream_ends_after_its_limit_and_when_the_server_stops(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    engine.live = [snapshot(engine)] * 9
+    assert len(events(await client.get("/debug/live?limit=3"))) == 3
+    for limit in ("0", "x", "-1"):
+        response = await client.get("/debug/live", params={"limit": limit})
+        assert response.status_code == 400, response.text
+    client.app.state.quire.begin_drain()  # type: ignore[attr-defined]
+    assert events(await client.get("/debug/live")) == []
+
+
+async def test_the_live_view_is_for_the_admin_if_there_are_keys(
+    make_client: MakeClient, engine: FakeEngineClient
+) -> None:
+    engine.live = [snapshot(engine, [1])]
+    for keys in ({"api_key": ("one",)}, {"api_key": ("one",), "admin_api_key": "boss"}):
+        client = make_client(**keys)
+        for key in ("", "one", "wrong"):
+            headers = {"authorization": f"Bearer {key}"}
+            response = await client.get("/debug/live", headers=headers)
+            assert_error(response, 401, "invalid_api_key", None)
+    response = await client.get("/debug/live", headers={"authorization": "Bearer boss"})
+    assert len(events(response)) == 2
