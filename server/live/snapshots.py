@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 
-from ...engine.live import LiveSequence, LiveSnapshot
+from ...engine.outputs import LiveSequence, LiveSnapshot
 from ..errors import error_body
 from ..http.auth import require_debug_key
 from ..http.route_docs import errors, event_stream

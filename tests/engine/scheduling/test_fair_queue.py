@@ -52,7 +52,7 @@ class Users(Harness):
         return outputs
 
     def sequences_waiting(self) -> list[Any]:
-        table = self.scheduler._requests._sequences.values()
+        table = self.scheduler.requests._sequences.values()
         return [s for sequences in table for s in sequences if s in self.scheduler.waiting]
 
     def users_waiting(self) -> set[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from quire.engine.cache.block_pool import MAX_STATE, BlockPool
 from quire.engine.outputs import LiveSnapshot
-from quire.engine.scheduling.snapshot import MAX_WAITING
+from quire.engine.scheduling.snapshot import MAX_WAITING, take_snapshot
 from quire.engine.sequence import SequenceStatus
 
 from ..harness import Harness, prompt
@@ -18,7 +18,7 @@ def agree(harness: Harness) -> LiveSnapshot:
     """Take a snapshot, and compare it with the sequences, whose integrity is proven as well."""
     harness.check_integrity()
     pool, running = harness.manager.pool, harness.scheduler.running
-    snapshot = harness.scheduler.snapshot()
+    snapshot = take_snapshot(harness.scheduler)
     held = Counter(block for sequence in running for block in sequence.block_table)
     for block, state in enumerate(snapshot.blocks):
         is_kept = block in pool.index and not held[block]
@@ -41,7 +41,7 @@ def agree(harness: Harness) -> LiveSnapshot:
 def test_snapshots_agree_with_the_tables_in_every_step(run_ahead: bool) -> None:
     """The pool is so small that sharing, copies, evictions and preemptions all happen."""
     harness = Harness(num_blocks=14, budget=40, max_num_seqs=6, run_ahead=run_ahead)
-    harness.scheduler.snapshot()
+    take_snapshot(harness.scheduler)
     copied, evicted, shared = 0, 0, 0
     for number in range(6):
         harness.add(prompt(40) + prompt(5 + number, 3000 + 100 * number), 24, n=1 + number % 3)
@@ -78,7 +78,7 @@ def test_a_snapshot_shows_no_text_and_only_the_head_of_the_queue() -> None:
     for number in range(MAX_WAITING + 9):
         harness.add(prompt(20), request_id=f"{number:08}secret")
     harness.step()
-    snapshot = harness.scheduler.snapshot()
+    snapshot = take_snapshot(harness.scheduler)
     assert [one.request for one in snapshot.sequences] == [
         f"{i:08}" for i in range(MAX_WAITING + 1)
     ]
@@ -91,15 +91,15 @@ def test_blocks_are_traced_only_while_somebody_watches() -> None:
     pool = harness.manager.pool
     harness.add(prompt(100), 4)
     harness.run()
-    harness.scheduler.snapshot()
+    take_snapshot(harness.scheduler)
     harness.add(prompt(100, 5000), 4)
     harness.run()
-    assert harness.scheduler.snapshot().evicted
+    assert take_snapshot(harness.scheduler).evicted
     harness.add(prompt(100, 9000), 4)
-    harness.scheduler.end_snapshots()
+    harness.manager.pool.trace = None
     harness.run()
     assert pool.trace is None
-    assert harness.scheduler.snapshot().evicted == []
+    assert take_snapshot(harness.scheduler).evicted == []
 
 
 @pytest.mark.parametrize("count", [1, 253, 254, 255, 256, 1000])
@@ -118,13 +118,12 @@ def test_statuses_have_their_names() -> None:
     request = harness.add(prompt(8), 2)
     harness.add(prompt(8), 2)
     harness.step()
-    names = {one.status for one in harness.scheduler.snapshot().sequences}
+    names = {one.status for one in take_snapshot(harness.scheduler).sequences}
     assert names == {"running", "waiting"}
     harness.scheduler.abort_request(request.request_id)
     assert all(
-        one.status is not SequenceStatus.FINISHED
-        for one in harness.scheduler._requests.unfinished()
+        one.status is not SequenceStatus.FINISHED for one in harness.scheduler.requests.unfinished()
     )
     assert request.request_id[:8] not in [
-        one.request for one in harness.scheduler.snapshot().sequences
+        one.request for one in take_snapshot(harness.scheduler).sequences
     ]
