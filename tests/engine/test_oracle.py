@@ -330,7 +330,7 @@ def test_every_kind_of_request_gives_the_same_one_step_ahead(
     calm = Engine(llama, async_scheduling=False)
     backend = CudaOnCpuBackend(sizes=graph_sizes(12)) if graphs else None
     sizes = {"num_blocks": 20, "max_num_seqs": 12, "max_num_batched_tokens": 40}
-    engine = Engine(llama, backend, async_scheduling=True, **sizes)
+    engine = Engine(llama, backend, async_scheduling=True, speculation="off", **sizes)
     wanted = [
         (prompt, {"max_tokens": 12 + 2 * i} | kind)
         for i, (prompt, kind) in enumerate(zip(prompts(len(kinds)), kinds, strict=True))

@@ -128,7 +128,7 @@ def test_mistakes_end_with_a_one_line_error(
 ) -> None:
     common = ["throughput", "--model", str(model), *ENGINE]
     assert main([*common, "--input-len", "1000"]) == 1
-    assert "exceed the context" in capsys.readouterr().err
+    assert "maximum context length is" in capsys.readouterr().err
     assert main([*common, "--random-range-ratio", "1"]) == 1
     assert "below 1" in capsys.readouterr().err
     assert main(["latency", "--model", str(model / "none"), *ENGINE]) == 1

@@ -40,6 +40,7 @@ def served_model(embedding_model: Path) -> Iterator[tuple[str, Metrics]]:
         model=str(embedding_model),
         served_model_name=(MODEL,),
         device="cpu",
+        dtype="float32",
         num_gpu_blocks_override=40,
         max_num_batched_tokens=16,
         num_threads=1,

@@ -102,13 +102,18 @@ async def test_calls_can_be_forced(engine: FakeEngineClient) -> None:
         assert not accepts(tokenizer, grammar, "No.")
 
 
-async def test_wrong_arguments_in_the_history_are_refused(engine: FakeEngineClient) -> None:
-    client, _ = client_of(engine, PLAIN)
+async def test_wrong_arguments_in_the_history_are_shown_as_they_are(
+    engine: FakeEngineClient,
+) -> None:
+    client, tokenizer = client_of(engine, PLAIN)
     call = {"id": "1", "function": {"name": "weather", "arguments": "[1]"}}
     async with client:
         messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
-        param, _ = await refusal(client, messages=messages)
-        assert param == "messages" and not engine.requests
+        response = await client.post("/v1/chat/completions", json={"messages": messages})
+        assert response.status_code == 200, response.text
+        [request] = engine.requests
+        prompt = tokenizer.backend.decode(list(request.prompt_token_ids))
+        assert '{"raw_arguments": "[1]"}' in prompt
 
 
 def test_the_system_message_of_the_client_is_kept() -> None:
