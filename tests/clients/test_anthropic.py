@@ -92,7 +92,7 @@ def test_tools_whole_streamed_and_answered(client: anthropic.Anthropic) -> None:
     with client.messages.stream(**WEATHER) as stream:
         partial = [event.partial_json for event in stream if event.type == "input_json"]
         (streamed,) = stream.get_final_message().content
-    assert len(partial) > 1
+    assert partial  # drafts may bring all of it at once
     assert streamed.type == "tool_use" and streamed.input == call.input
     result = {"type": "tool_result", "tool_use_id": call.id, "content": '{"weather": "sunny"}'}
     turns = [
