@@ -14,7 +14,7 @@ from ..conftest import make_app
 from ..fakes import FakeEngineClient, byte_tokenizer, prompt_text, say
 from ..openai_http import CHAT, HI, stream
 from .test_forced_calls import accepts
-from .test_tool_calls import ARGUMENTS, CALL, TOOL, chat, refusal
+from .test_tool_calls import ARGUMENTS, CALL, TOOL, chat
 
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 ALTERNATING = (
