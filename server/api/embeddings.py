@@ -97,7 +97,7 @@ async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSp
             f"the model {state.model_name!r} does not produce embeddings: {spec}", "model"
         )
     spec.check_dimensions(body.dimensions)
-    keep = _tokens_to_keep(body.truncate_prompt_tokens, info.max_model_len)
+    keep = tokens_to_keep(body.truncate_prompt_tokens, info.max_model_len)
     keep_end = body.truncation_side == "left"
     characters = sum(len(item) for item in inputs if isinstance(item, str))
     tokens = sum(len(item) for item in inputs if not isinstance(item, str))
@@ -137,7 +137,7 @@ async def _prepare(state: ServerState, body: EmbeddingBody) -> tuple[EmbeddingSp
     return spec, job, ticket
 
 
-def _tokens_to_keep(truncate_prompt_tokens: int | None, max_model_len: int) -> int | None:
+def tokens_to_keep(truncate_prompt_tokens: int | None, max_model_len: int) -> int | None:
     """Return how many tokens of each input to keep; None for all. Raises InvalidRequestError."""
     if truncate_prompt_tokens is None:
         return None

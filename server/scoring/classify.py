@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ...engine.errors import InvalidRequestError
 from ..api.answers import ignored_header, refusals_counted
+from ..api.embeddings import tokens_to_keep
 from ..api.translation import renamed
 from ..errors import client_left
 from ..http.body import read_json_object
@@ -20,7 +21,7 @@ from ..requests.field_types import Prompt
 from ..requests.preparation import prompts_of
 from ..requests.protocol import ChatFields, TokenizeChatBody, check_types
 from ..requests.state import ServerState, state_of
-from .scores import Encode, ScoringFields, classifier_of, score, tokens_to_keep
+from .scores import Encode, ScoringFields, classifier_of, score
 
 router = APIRouter(tags=["rerank, score, classify"])
 
@@ -80,7 +81,8 @@ async def classify(request: Request) -> Response:
 
 def _encoders(state: ServerState, body: ClassifyBody) -> tuple[list[Encode], int]:
     """Return the encoders of the body's texts, and how many characters they have in total."""
-    limit, keep = state.engine.info.max_model_len, tokens_to_keep(body, state)
+    limit = state.engine.info.max_model_len
+    keep = tokens_to_keep(body.truncate_prompt_tokens, limit)
     if body.messages is not None:
         if keep is not None:
             raise InvalidRequestError("messages cannot be truncated", "truncate_prompt_tokens")

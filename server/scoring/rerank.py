@@ -16,13 +16,14 @@ from pydantic import AliasChoices, Field
 
 from ...engine.errors import InvalidRequestError
 from ..api.answers import ignored_header, refusals_counted
+from ..api.embeddings import tokens_to_keep
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.route_docs import GENERATION_ERRORS, OBJECTS, answers, errors, json_body, json_object
 from ..requests.field_types import Fields
 from ..requests.protocol import check_types
 from ..requests.state import state_of
-from .scores import Encode, ScoringFields, pair_encoder, score, tokens_to_keep
+from .scores import Encode, Scored, ScoringFields, pair_encoder, score
 
 router = APIRouter(tags=["rerank, score, classify"])
 
@@ -76,13 +77,7 @@ async def rerank(request: Request) -> Response:
         state.check_model(body.model)
         texts = [item if isinstance(item, str) else item.text for item in body.documents]
         pairs = [(body.query, text) for text in texts]
-        scored = await score(
-            request,
-            body,
-            _encoders(request, body, pairs, body.instruction),
-            num_characters=sum(len(query) + len(text) for query, text in pairs),
-            param="documents",
-        )
+        scored = await _score(request, body, pairs)
     if scored is None:
         return client_left()
     answer = {
@@ -123,13 +118,7 @@ async def score_pairs(request: Request) -> Response:
         body, ignored = check_types(ScoreBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
         pairs = _pairs(body)
-        scored = await score(
-            request,
-            body,
-            _encoders(request, body, pairs, body.instruction),
-            num_characters=sum(len(query) + len(text) for query, text in pairs),
-            param="documents",
-        )
+        scored = await _score(request, body, pairs)
     if scored is None:
         return client_left()
     data = [
@@ -162,22 +151,23 @@ def _pairs(body: ScoreBody) -> list[tuple[str, str]]:
     return list(zip(queries, documents, strict=True))
 
 
-def _encoders(
-    request: Request,
-    body: ScoringFields,
-    pairs: list[tuple[str, str]],
-    instruction: str | None,
-) -> list[Encode]:
+async def _score(
+    request: Request, body: RerankBody | ScoreBody, pairs: list[tuple[str, str]]
+) -> Scored | None:
+    """Score each pair; None if the client leaves. Raises QuireError."""
     state = state_of(request)
-    encoder, keep = pair_encoder(state), tokens_to_keep(body, state)
-    return [
+    encoder, limit = pair_encoder(state), state.engine.info.max_model_len
+    keep = tokens_to_keep(body.truncate_prompt_tokens, limit)
+    encoders: list[Encode] = [
         partial(
             encoder.encode,
             query,
             document,
-            instruction=instruction,
-            max_tokens=state.engine.info.max_model_len,
+            instruction=body.instruction,
+            max_tokens=limit,
             keep=keep,
         )
         for query, document in pairs
     ]
+    characters = sum(len(query) + len(text) for query, text in pairs)
+    return await score(request, body, encoders, num_characters=characters, param="documents")

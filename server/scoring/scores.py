@@ -68,18 +68,6 @@ def pair_encoder(state: ServerState) -> PairEncoder:
     return PairEncoder(state.tokenizer, state.score_template, spec)
 
 
-def tokens_to_keep(body: ScoringFields, state: ServerState) -> int | None:
-    """Return how many tokens of each prompt to keep; None for all. Raises InvalidRequestError."""
-    limit, longest = body.truncate_prompt_tokens, state.engine.info.max_model_len
-    if limit is None or limit == -1:
-        return None if limit is None else longest
-    if not 1 <= limit <= longest:
-        raise InvalidRequestError(
-            f"truncate_prompt_tokens must be -1 or from 1 to {longest}", "truncate_prompt_tokens"
-        )
-    return limit
-
-
 async def score(
     request: Request,
     body: ScoringFields,
