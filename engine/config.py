@@ -138,7 +138,9 @@ class EngineConfig:
         "Model",
         "Data type of the weights and activations.",
         "auto",
-        details="The KV cache has it too unless `--kv-cache-dtype` says otherwise.",
+        details="auto is float32 on the CPU, and on a GPU the checkpoint's, "
+        "or bfloat16 for a float32 checkpoint. "
+        "The KV cache has it too unless `--kv-cache-dtype` says otherwise.",
     )
     gguf_file: str | None = _flag(
         "Model",
