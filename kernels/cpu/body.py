@@ -102,6 +102,8 @@ class Layers(NamedTuple):
     """`[num_layers]`."""
     windows: Any
     """`[num_layers]`, 0 if a layer has none."""
+    rotates: Any
+    """`[num_layers]`, 0 if a layer rotates nothing, else 1."""
 
 
 class Ends(NamedTuple):
@@ -111,6 +113,8 @@ class Ends(NamedTuple):
     """`[vocab_size, hidden_size]`."""
     head: PackedWeight | None
     """None if the head is not a plain product."""
+    embedding_scale: Any = np.float32(1)
+    """The factor of the embedding's rows."""
 
 
 class BodyStep(NamedTuple):
@@ -125,7 +129,7 @@ class BodyStep(NamedTuple):
     rotations: Any
     """The row of cos and sin of each token, `[T]`."""
     cos: Any
-    """`[., head_dim]`, as in Rotation."""
+    """`[., n]`, as in Rotation."""
     sin: Any
     block_table: Any
     """This and the rest are as in `attention.Batch`."""
@@ -348,7 +352,10 @@ def lasting_calls(
         DOWN: (gated, x),
         HEAD: (picked, logits),
     }
-    norm = Norm(x, layers.mlp_norm, layers.mlp_epsilons, normed, no_ids, ends.embedding)
+    norm = Norm(
+        *(x, layers.mlp_norm, layers.mlp_epsilons, normed),
+        *(no_ids, ends.embedding, ends.embedding_scale),
+    )
     calls: dict[Place, Call] = {(MLP_NORM, None): (normalise, norm)}
     for (kind, layer), weight in products_of(ends, layers):
         source, target = ways[kind]
@@ -373,10 +380,13 @@ def step_calls(
 ) -> dict[Place, Call]:
     """Return the kernels with works that change with each step."""
     x, normed, qkv, query, attended, *_ = activations
-    norm = Norm(x, layers.input_norm, layers.input_epsilons, normed, step.input_ids, ends.embedding)
+    norm = Norm(
+        *(x, layers.input_norm, layers.input_epsilons, normed),
+        *(step.input_ids, ends.embedding, ends.embedding_scale),
+    )
     heads = Heads(
         *(qkv, layers.qk_norm, layers.qk_epsilons),
-        *(step.cos, step.sin, step.rotations, step.slots, cache, query),
+        *(step.cos, step.sin, layers.rotates, step.rotations, step.slots, cache, query),
     )
     attention = Attention(
         *(query, cache, step.block_table, step.starts, step.seq_lens),
