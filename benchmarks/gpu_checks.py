@@ -14,6 +14,7 @@ from gpu_attention_checks import (
     check_decode,
     check_extend,
     check_far_blocks,
+    check_repeats,
     random_seed,
     verdict,
 )
@@ -198,6 +199,8 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
             add(f"{tag} product {kind}", check_product, dtype, kind, num_rows, 1000, 4096, group)
         add(f"{tag} extend llama b16", check_extend, dtype, llama, 16, queries, contexts)
         add(f"{tag} decode llama b16", check_decode, dtype, llama, 16, lens)
+        if dtype == torch.bfloat16:
+            add(f"{tag} extend 20 times", check_repeats, dtype, llama, 16, queries, contexts)
         add(f"{tag} extend g7 d64 b64", check_extend, dtype, qwen, 64, queries, contexts)
         add(f"{tag} decode g7 d64 b64", check_decode, dtype, qwen, 64, lens)
         every = {"window": 100, "softcap": 20.0, "sinks": True}

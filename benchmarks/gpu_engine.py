@@ -5,7 +5,7 @@
 Needs torch, triton and transformers, but no network and no HTTP package. The workloads are those of
 gpu_workloads.py, beside their computed ceiling; transformers' own `generate_batch` runs in the same
 process. The most informative parts run first, and what the budget does not reach is reported as
-skipped. Writes DIR/gpu_engine.json after each part and prints a table. `--shapes tiny --no-checks`
+skipped. Writes DIR/gpu_engine.json after each part and prints a table. `--stub`
 tries the script on a CPU. The exit code is 1 if a part failed, and 3 if an error left the device
 unusable for this process (a CUDA error does): `--resume` then continues with the next stage.
 """
@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_profile import profile_steps
 from gpu_shapes import SHAPES, Limits, write_config
 from gpu_workloads import (
+    SAMPLED,
     Bench,
     Report,
     Result,
@@ -79,6 +81,14 @@ def process_age() -> float:
 
 
 IMPORTS_S = process_age()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WAYS: dict[str, dict[str, Any]] = {
+    "graphs, one step ahead": {},
+    "graphs": {"async_scheduling": False},
+    "eager": {"async_scheduling": False, "enforce_eager": True},
+    "blocks of 64": {"block_size": 64},
+}
+"""The ways to run the engine that are checked."""
 
 
 def free_memory() -> None:
@@ -91,10 +101,11 @@ def free_memory() -> None:
 # -- correctness ---------------------------------------------------------------------------------
 
 
-def check_family(name: str) -> dict[str, Any]:
+def check_family(name: str, count: int = 12, ways: int = len(WAYS)) -> dict[str, Any]:
     """Compare greedy tokens in fp32 with `generate`, over ways to run the engine.
 
-    Prompts are chunked and batched, with and without CUDA graphs and one step ahead.
+    `count` prompts, and four that begin as some of them, are chunked and batched, with and without
+    CUDA graphs and one step ahead.
     """
     torch.manual_seed(0)
     rng = random.Random(1)
@@ -102,12 +113,12 @@ def check_family(name: str) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     )
-    model = model.cuda().eval()
-    prompts = [[rng.randrange(3, 1000) for _ in range(rng.randrange(2, 300))] for _ in range(12)]
+    model = model.to(DEVICE).eval()
+    prompts = [[rng.randrange(3, 1000) for _ in range(rng.randrange(2, 300))] for _ in range(count)]
     prompts += [prompts[0][:100] + prompt[:30] for prompt in prompts[:4]]
     want = []
     for prompt in prompts:
-        ids = torch.tensor([prompt], device="cuda")
+        ids = torch.tensor([prompt], device=DEVICE)
         with torch.no_grad():
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False,
@@ -118,12 +129,7 @@ def check_family(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
-        for label, options in {
-            "graphs, one step ahead": {},
-            "graphs": {"async_scheduling": False},
-            "eager": {"async_scheduling": False, "enforce_eager": True},
-            "blocks of 64": {"block_size": 64},
-        }.items():
+        for label, options in list(WAYS.items())[:ways]:
             core = make_core(
                 Path(folder), dtype="float32", num_blocks=512, max_num_seqs=16,
                 max_num_batched_tokens=256, max_model_len=512, **options,
@@ -153,9 +159,12 @@ class QuireEngine:
         self._core = make_core(folder, load_format="dummy", **config)
         self.kv_tokens = self._core.info.kv_capacity_tokens
         self.kv_bytes_per_element = 1 if config.get("kv_cache_dtype") == "fp8" else 2
+        self._seed = 0
 
-    def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
-        self._core.add_request(make_request(name, prompt, max_tokens))
+    def add(self, name: str, prompt: list[int], max_tokens: int, *, sampled: bool = False) -> None:
+        params = {"seed": self._seed, **SAMPLED} if sampled else {}
+        self._seed += 1
+        self._core.add_request(make_request(name, prompt, max_tokens, **params))
 
     def step(self) -> Mapping[str, int]:
         counts: Counter[str] = Counter()
@@ -186,7 +195,7 @@ def generate_batch(folder: Path, shape: str) -> Result:
     rng, ids = random.Random(1), range(10, SHAPES[shape]["vocab_size"])
     prompts = [rng.choices(ids, k=prompt) for prompt, _ in lengths]
     mean = round(sum(output for _, output in lengths) / len(lengths))
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         config = AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     model.set_attn_implementation("paged|sdpa")
@@ -195,7 +204,8 @@ def generate_batch(folder: Path, shape: str) -> Result:
     )
     short = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     model.generate_batch(inputs=prompts[:8], generation_config=short, progress_bar=False)
-    torch.cuda.synchronize()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     begin = time.perf_counter()
     outputs = model.generate_batch(inputs=prompts, generation_config=generation, progress_bar=False)
     seconds = time.perf_counter() - begin
@@ -207,9 +217,16 @@ class ShapeTimes:
     """The engines of one shape, one after another, since each holds most of the device's memory."""
 
     def __init__(
-        self, report: Report, shape: str, limits: Limits, folder: Path, config: dict[str, Any]
+        self,
+        report: Report,
+        name: str,
+        shape: str,
+        limits: Limits,
+        folder: Path,
+        config: dict[str, Any],
     ) -> None:
-        self._report, self._shape, self._limits = report, shape, limits
+        """`name` begins the names of all parts; it is the shape's, but for a run without a GPU."""
+        self._report, self._name, self._shape, self._limits = report, name, shape, limits
         self._folder, self._config = folder, config
 
     def with_engine(self, label: str, **config: Any) -> Bench | None:
@@ -235,31 +252,64 @@ class ShapeTimes:
         return found[0] if found else None
 
     def run(self) -> None:
-        """Run all workloads."""
-        if bench := self.with_engine(self._shape):
-            bench.run_all(self._report, self._shape)
+        """Run all workloads. An engine that does not start is tried in plainer ways, under names
+        of their own."""
+        label = self._name
+        bench = self.with_engine(label)
+        for words, plainer in (
+            ("eager", {"enforce_eager": True}),
+            ("eager, no cascade", {"enforce_eager": True, "disable_cascade_attn": True}),
+        ):
+            if bench is not None or "skipped" in self._report.results[f"{label} start"]:
+                break
+            free_memory()
+            label = f"{self._name} {words}"
+            bench = self.with_engine(label, **plainer)
+        if bench is None:
+            self._report.miss([f"{self._name} workloads"], "no engine has started")
+            return
+        self._run_parts(bench, label)
         bench = None
         free_memory()
 
+    def _run_parts(self, bench: Bench, label: str) -> None:
+        """Run the workloads, with the profiles after those that they explain."""
+        parts = bench.parts(label)
+        decodes = len(bench.sizes.batches) + 1  # and offline
+        profiles: list[tuple[str, Callable[[], Result], float]] = [
+            (f"{label} profile {n}", lambda n=n: profile_steps(bench, n), 10)  # type: ignore[misc]
+            for n in bench.sizes.batches
+        ]
+        middle = bench.sizes.batches[1]
+        mixed = (f"{label} profile mixed", lambda: profile_steps(bench, middle, arriving=4), 10)
+        again = (f"{parts[decodes - 1][0]}, again", parts[decodes - 1][1], 30)
+        for name, part, need in [*parts[:decodes], again, *profiles, mixed, *parts[decodes:]]:
+            self._report.run(name, part, need)
+
     def run_comparisons(self) -> None:
         """Measure what features are worth: parts without one of them, or with a float8 cache."""
-        report, shape = self._report, self._shape
-        if bench := self.with_engine(f"{shape} no cascade", disable_cascade_attn=True):
-            report.run(f"{shape} no cascade shared prefix", bench.shared_prefix, 15)
+        report, name = self._report, self._name
+        if bench := self.with_engine(f"{name} no cascade", disable_cascade_attn=True):
+            report.run(f"{name} no cascade shared prefix", bench.shared_prefix, 15)
         bench = None
         free_memory()
-        if bench := self.with_engine(f"{shape} not ahead", async_scheduling=False):
-            report.run(f"{shape} not ahead offline", bench.offline, 30)
+        if bench := self.with_engine(f"{name} not ahead", async_scheduling=False):
+            report.run(f"{name} not ahead offline", bench.offline, 30)
         bench = None
         free_memory()
-        if bench := self.with_engine(f"{shape} fp8", kv_cache_dtype="fp8"):
-            bench.run_fp8(report, shape)
+        if DEVICE == "cpu":
+            report.miss([f"{name} fp8"], "a float8 cache needs a GPU")
+        elif bench := self.with_engine(f"{name} fp8", kv_cache_dtype="fp8"):
+            bench.run_fp8(report, name)
         bench = None
         free_memory()
 
     def run_transformers(self) -> None:
         """Run the comparison with transformers."""
-        name = f"{self._shape} generate_batch"
+        name = f"{self._name} generate_batch"
+        if DEVICE == "cpu":
+            self._report.miss([name], "transformers' batching needs a GPU")
+            return
         self._report.run(name, lambda: generate_batch(self._folder, self._shape), 60)
         free_memory()
 
@@ -285,9 +335,11 @@ def main() -> int:
     add_arguments(parser)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--no-checks", action="store_true")
+    parser.add_argument("--stages", nargs="*", help="names of the stages to run (default: all)")
     parser.add_argument(
-        "--resume", action="store_true", help="continue after the last stage begun in the folder"
+        "--resume", action="store_true", help="add to the results that are in the folder"
     )
+    parser.add_argument("--stub", action="store_true", help="tiny shapes, for a run without a GPU")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     report = Report(
@@ -296,33 +348,46 @@ def main() -> int:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         times = []
-        for shape in arguments.shapes:
+        for name in arguments.shapes:
+            shape = "tiny" if arguments.stub else name
             config = engine_options(shape, arguments) | {"block_size": arguments.block_size}
-            (path := Path(folder, shape)).mkdir()
+            (path := Path(folder, name)).mkdir()
             write_config(shape, path)
-            times.append(ShapeTimes(report, shape, limits_of(arguments), path, config))
-        for stage in stages(report, times, checks=not arguments.no_checks)[report.stages :]:
-            report.begin_stage()
-            stage()
+            times.append(
+                (name, ShapeTimes(report, name, shape, limits_of(arguments), path, config))
+            )
+        small = (2, 1) if arguments.stub else ()
+        found = stages(report, times, checks=not arguments.no_checks, sizes=small)
+        for name in arguments.stages or found:
+            report.begin_stage(name)
+            found[name]()
     print(table({"quire": report.results}))
     return int(report.failed)
 
 
-def stages(report: Report, times: list[ShapeTimes], checks: bool) -> list[Callable[[], None]]:
-    """Return the stages, the most informative first.
+def stages(
+    report: Report,
+    times: list[tuple[str, ShapeTimes]],
+    checks: bool,
+    sizes: tuple[int, ...] = (),
+) -> dict[str, Callable[[], None]]:
+    """Return the stages by name, the most informative first.
 
     These are: checks of both ways through a model (flat and transformers' own), the workloads, the
-    checks of other families, then what the engine's features are worth.
+    checks of other families, then what the engine's features are worth. `sizes` are the further
+    arguments of `check_family`.
     """
 
     def check(name: str) -> Callable[[], None]:
-        return lambda: report.run(f"check {name}", lambda: check_family(name), 20)
+        return lambda: report.run(f"check {name}", lambda: check_family(name, *sizes), 20)
 
-    first, *others = [check(name) for name in CHECKED] if checks else [lambda: None]
-    found = [first, *others[-1:], *(one.run for one in times), *others[:-1]]
-    if torch.cuda.is_available():
-        found += [one.run_comparisons for one in reversed(times)]
-        found += [one.run_transformers for one in times]
+    families = [*list(CHECKED)[:1], *list(CHECKED)[-1:], *list(CHECKED)[1:-1]] if checks else []
+    known = {f"check {name}": check(name) for name in families}
+    shapes = {name: one.run for name, one in times}
+    found = dict(list(known.items())[:2]) | shapes | dict(list(known.items())[2:])
+    if checks:
+        found |= {f"{name} comparisons": one.run_comparisons for name, one in reversed(times)}
+        found |= {f"{name} generate_batch": one.run_transformers for name, one in times}
     return found
 
 

@@ -11,6 +11,7 @@ runs in either engine's environment.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import random
 import sys
@@ -29,6 +30,8 @@ from gpu_shapes import (
 )
 
 Result = dict[str, Any]
+SAMPLED: dict[str, float] = {"temperature": 0.7, "top_k": 20, "top_p": 0.95}
+"""The parameters that Qwen3 recommends for chats."""
 MAX_MODEL_LEN, MAX_BATCHED_TOKENS, MAX_SEQS = 16384, 8192, 256
 
 
@@ -39,7 +42,10 @@ class Engine(Protocol):
     """Tokens whose K and V fit in the cache."""
     kv_bytes_per_element: int
 
-    def add(self, name: str, prompt: list[int], max_tokens: int) -> None: ...
+    def add(self, name: str, prompt: list[int], max_tokens: int, *, sampled: bool = False) -> None:
+        """Add a request: greedy, or `sampled` as SAMPLED says."""
+        ...
+
     def step(self) -> Mapping[str, int]:
         """Run a step and return the number of new tokens by request name."""
         ...
@@ -58,9 +64,11 @@ class Sizes(NamedTuple):
     steps: int = 50
     prefix: int = 4096
     members: int = 64
+    online: tuple[int, int, int, int] = (128, 32, 1024, 128)
+    """Requests in all and at once, prompt and output tokens of each."""
 
 
-TINY_SIZES = Sizes(6, (4, 12), (32, 64), (1, 3), 4, 600, 5)
+TINY_SIZES = Sizes(6, (4, 12), (32, 64), (1, 3), 4, 600, 5, (7, 3, 20, 4))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,11 +115,13 @@ class Bench:
         rng = random.Random(seed)
         return [rng.choices(self._ids, k=length) for length in lengths]
 
-    def _add(self, prompts: list[list[int]], max_tokens: list[int]) -> list[str]:
+    def _add(
+        self, prompts: list[list[int]], max_tokens: list[int], *, sampled: bool = False
+    ) -> list[str]:
         self._runs += 1
         names = [f"{self._runs}-{index}" for index in range(len(prompts))]
         for name, prompt, count in zip(names, prompts, max_tokens, strict=True):
-            self.engine.add(name, prompt, count)
+            self.engine.add(name, prompt, count, sampled=sampled)
         return names
 
     def _drain(self) -> int:
@@ -146,9 +156,29 @@ class Bench:
             "share": ideal / seconds,
         }
 
-    def decode(self, batch: int, context: int) -> Result:
+    def online(self) -> Result:
+        """Keep a fixed number of requests running, as a server does: each that ends makes room for
+        the next, so prompts and decodes share steps."""
+        total, at_once, prompt, output = self.sizes.online
+        waiting = self._prompts(10, [prompt] * total)
+        begin, tokens, running = time.perf_counter(), 0, dict[str, int]()
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running[self._add([waiting.pop()], [output])[0]] = output
+            for name, count in self.engine.step().items():
+                tokens += count
+                running[name] -= count
+                if running[name] == 0:
+                    del running[name]
+        seconds = time.perf_counter() - begin
+        decodes = decode_seconds(self.cost, at_once, prompt + output / 2, self.limits)
+        ideal = total * prefill_seconds(self.cost, prompt, self.limits)
+        return self._figures(tokens, seconds, ideal + decodes * total * output / at_once)
+
+    def decode(self, batch: int, context: int, *, sampled: bool = False) -> Result:
         """Decode `batch` sequences steadily, each after `context` tokens of its own."""
-        return self._decode(self._prompts(2 + batch + context, [context] * batch))
+        prompts = self._prompts(2 + batch + context, [context] * batch)
+        return self._decode(prompts, sampled=sampled)
 
     def shared_prefix(self) -> Result:
         """Decode steadily after one common prefix, which the ceiling counts as read once."""
@@ -159,27 +189,50 @@ class Bench:
         self._drain()
         return self._decode([common + rest for rest in own], shared=prefix)
 
-    def _decode(self, prompts: list[list[int]], shared: int = 0) -> Result:
+    def _decode(
+        self, prompts: list[list[int]], shared: int = 0, *, sampled: bool = False
+    ) -> Result:
         steps, batch, context = self.sizes.steps, len(prompts), len(prompts[0])
+        names = self.start_decodes(prompts, steps, shared, sampled=sampled)
+        if isinstance(names, str):
+            return {"skipped": names}
+        try:
+            begin, tokens = time.perf_counter(), 0
+            while tokens < steps * batch:
+                tokens += sum(self.engine.step().values())
+            seconds = time.perf_counter() - begin
+        finally:
+            self.end_decodes(names)
+        own = context + 8 + steps / 2 - shared + shared / batch
+        ideal = decode_seconds(self.cost, batch, own, self.limits) * tokens / batch
+        return self._figures(tokens, seconds, ideal) | {"step_ms": seconds * batch / tokens * 1e3}
+
+    def start_decodes(
+        self, prompts: list[list[int]], steps: int, shared: int = 0, *, sampled: bool = False
+    ) -> list[str] | str:
+        """Run these prompts until all of them have decoded 8 tokens, with at least `steps` more to
+        come. Returns the requests' names, or why they cannot run."""
+        batch, context = len(prompts), len(prompts[0])
         # The first sequence to decode runs until the last one's prefill is done; twice the steps
         # that should take leave room for other token budgets.
         longest = steps + 32 + 2 * -(-batch * context // MAX_BATCHED_TOKENS) + batch
         needed = shared + batch * (context - shared + longest)
         if needed > self.engine.kv_tokens:
-            return {"skipped": f"{needed} tokens of K and V needed, {self.engine.kv_tokens} fit"}
-        counts = dict.fromkeys(self._add(prompts, [longest] * batch), 0)
+            return f"{needed} tokens of K and V needed, {self.engine.kv_tokens} fit"
+        counts = dict.fromkeys(self._add(prompts, [longest] * batch, sampled=sampled), 0)
         while min(counts.values()) < 8:
             for name, count in self.engine.step().items():
                 counts[name] += count
-        begin, tokens = time.perf_counter(), 0
-        while tokens < steps * batch:
-            tokens += sum(self.engine.step().values())
-        seconds = time.perf_counter() - begin
-        self.engine.abort(list(counts))
+        return list(counts)
+
+    def end_decodes(self, names: list[str]) -> None:
+        """Abort these requests."""
+        self.engine.abort(names)
         self._drain()
-        own = context + 8 + steps / 2 - shared + shared / batch
-        ideal = decode_seconds(self.cost, batch, own, self.limits) * tokens / batch
-        return self._figures(tokens, seconds, ideal) | {"step_ms": seconds * batch / tokens * 1e3}
+
+    def prompts_to_profile(self, batch: int) -> list[list[int]]:
+        """Return prompts of the shorter context."""
+        return self._prompts(20 + batch, [self.sizes.contexts[0]] * batch)
 
     def prefill(self) -> Result:
         """Run one long prompt for one token; report the fastest of four prompts."""
@@ -198,20 +251,38 @@ class Bench:
         self._add(self._prompts(9, [10]), [1])
         self._drain()
 
-    def run_all(self, report: Report, label: str) -> None:
-        """Run every workload, the most informative first."""
+    def parts(self, label: str) -> list[tuple[str, Callable[[], Result], float]]:
+        """Return every workload's name, function and seconds, the most informative first."""
         sizes = self.sizes
         short, long = sizes.contexts
-        for batch in sizes.batches:
-            name = f"{label} decode {batch}x{short}"
-            report.run(name, lambda batch=batch: self.decode(batch, short), 15)
-        report.run(f"{label} offline {sizes.requests}", self.offline, 30)
-        report.run(f"{label} prefill {long}", self.prefill)
-        name = f"{label} shared prefix {sizes.members}x{sizes.prefix}"
-        report.run(name, self.shared_prefix, 15)
-        for batch in sizes.batches:
-            name = f"{label} decode {batch}x{long}"
-            report.run(name, lambda batch=batch: self.decode(batch, long), 20)
+        found: list[tuple[str, Callable[[], Result], float]] = [
+            (f"{label} decode {n}x{short}", lambda n=n: self.decode(n, short), 15)  # type: ignore[misc]
+            for n in sizes.batches
+        ]
+        middle = sizes.batches[1]
+        total, at_once, _, _ = sizes.online
+        found += [
+            (f"{label} offline {sizes.requests}", self.offline, 30),
+            (f"{label} online {total} by {at_once}", self.online, 20),
+            (
+                f"{label} decode {middle}x{short} sampled",
+                lambda: self.decode(middle, short, sampled=True),
+                15,
+            ),
+            (f"{label} prefill {long}", self.prefill, 5),
+            (
+                f"{label} shared prefix {sizes.members}x{sizes.prefix}", self.shared_prefix, 15,
+            ),
+        ]  # fmt: skip
+        return found + [
+            (f"{label} decode {n}x{long}", lambda n=n: self.decode(n, long), 20)  # type: ignore[misc]
+            for n in sizes.batches
+        ]
+
+    def run_all(self, report: Report, label: str) -> None:
+        """Run every workload."""
+        for name, part, need in self.parts(label):
+            report.run(name, part, need)
 
     def run_fp8(self, report: Report, label: str) -> None:
         """Run the workloads that gain from a float8 cache: twice the tokens, half the reads."""
@@ -223,14 +294,16 @@ class Bench:
 
 SPOILED = 3
 """Exit code after an error that leaves the device unusable for this process."""
+PATIENCE = 60.0
+"""Seconds beyond those that a part needs, after which it hangs and its process is ended."""
 
 
 class Report:
     """Runs parts while the budget lasts, and writes each result at once.
 
     If a part raises, the error is recorded, and the next part runs unless `device_lives` says no.
-    With `resume`, `results` begins with what `path` already holds. `stages` counts the caller's
-    stages, so that on resuming it knows which were begun.
+    With `resume`, `results` begins with what `path` already holds; a part that ended its process is
+    recorded as failed then. `stages` names the caller's stages that have begun.
     """
 
     def __init__(
@@ -245,39 +318,55 @@ class Report:
         self.deadline = time.monotonic() + budget
         self.path, self.facts, self._device_lives = path, facts, device_lives
         self.results: dict[str, Result] = {}
-        self.stages = 0
+        self.stages: list[str] = []
         if resume and path.exists():
             content = json.loads(path.read_text())
             self.results, self.stages = content["results"], content["stages"]
+            if content["running"]:
+                why = {"error": "its process died, or was ended because it took too long"}
+                self.results[content["running"]] = why
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def begin_stage(self) -> None:
-        """Record that the caller's next stage has begun."""
-        self.stages += 1
+    def begin_stage(self, name: str) -> None:
+        """Record that a stage of the caller has begun."""
+        self.stages.append(name)
         self._write()
 
-    def _write(self) -> None:
-        content = {"facts": self.facts, "stages": self.stages, "results": self.results}
+    def _write(self, running: str = "") -> None:
+        content = {
+            "facts": self.facts, "stages": self.stages, "running": running,
+            "results": self.results,
+        }  # fmt: skip
         self.path.write_text(json.dumps(content, indent=1))
 
     def run(self, name: str, part: Callable[[], Result], need: float = 5.0) -> None:
         """Run a part and record its result, unless fewer than `need` seconds are left.
 
-        Raises SystemExit(SPOILED) after an error that leaves the device unusable.
+        Raises SystemExit(SPOILED) after an error that leaves the device unusable. Ends the process
+        if the part hangs.
         """
         begin = time.monotonic()
         if begin + need > self.deadline:
             self.results[name] = {"skipped": "out of budget"}
         else:
+            self._write(running=name)
+            faulthandler.dump_traceback_later(need + PATIENCE, exit=True)
             try:
                 self.results[name] = part()
             except Exception as error:
                 self.results[name] = {"error": f"{type(error).__name__}: {error}"[:600]}
+            faulthandler.cancel_dump_traceback_later()
             self.results[name]["took_s"] = round(time.monotonic() - begin, 1)
         self._write()
         print(name, self.results[name], flush=True)
         if "error" in self.results[name] and not self._device_lives():
             raise SystemExit(SPOILED)
+
+    def miss(self, names: list[str], why: str) -> None:
+        """Record that these parts could not run."""
+        for name in names:
+            self.results[name] = {"skipped": why}
+        self._write()
 
     @property
     def failed(self) -> bool:
@@ -307,6 +396,23 @@ def table(runs: Mapping[str, Mapping[str, Result]]) -> str:
         if len(rates) == 2 and all(rates):
             line += f"{rates[0] / rates[1]:8.2f}×"
         lines.append(line)
+    return "\n".join(lines)
+
+
+def profile_table(results: Mapping[str, Result]) -> str:
+    """Format the profiled steps: where the device's time goes, and how long it is idle."""
+    lines = []
+    for name, result in results.items():
+        if "kernels" not in result:
+            continue
+        lines.append(
+            f"{name}: {result['step_us']:,.0f} µs a step, device idle {result['idle']:.0%}, "
+            f"host waits {result['waits']:.0%}"
+        )
+        lines += [
+            f"  {kernel['us_per_step']:9.1f} µs {kernel['count_per_step']:6.1f}× {kernel['name']}"
+            for kernel in result["kernels"]
+        ]
     return "\n".join(lines)
 
 

@@ -54,13 +54,19 @@ def make_request(
     temperature: float = 0.0,
     seed: int | None = None,
     grammar: GrammarSpec | None = None,
+    **sampling: Any,
 ) -> Request:
-    """Make a request that does not end before `max_tokens` tokens."""
+    """Make a request that does not end before `max_tokens` tokens; `sampling` goes to
+    SamplingParams."""
     return Request(
         request_id=name,
         prompt_token_ids=tuple(prompt),
         sampling_params=SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=True
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            ignore_eos=True,
+            **sampling,
         ),
         arrival_time=time.monotonic(),
         grammar=grammar,

@@ -22,6 +22,7 @@ from typing import Any
 
 from gpu_shapes import Limits, write_config
 from gpu_workloads import (
+    SAMPLED,
     Bench,
     Report,
     Result,
@@ -46,12 +47,12 @@ class VllmEngine:
         self.kv_tokens = cache.num_gpu_blocks * cache.block_size
         self.kv_bytes_per_element = 1 if cache.cache_dtype.startswith("fp8") else 2
 
-    def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
+    def add(self, name: str, prompt: list[int], max_tokens: int, *, sampled: bool = False) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            temperature=0.0,
+            **(SAMPLED if sampled else {"temperature": 0.0}),
             max_tokens=max_tokens,
             ignore_eos=True,
             detokenize=False,

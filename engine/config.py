@@ -127,10 +127,9 @@ class EngineConfig:
 
     It is frozen; values derived from it are returned, never written back. Sizes are in tokens
     unless the name says otherwise. None means that the engine derives the value: from the model
-    (`max_model_len`), by profiling (`num_blocks`), or from the device (`kv_cache_memory_bytes`,
-    which is used on the CPU, where there is no device memory to take a share of;
-    `max_num_batched_tokens`; `async_scheduling`, which is on for devices that compute while the
-    host goes on). Without a `seed`, requests that bring none draw theirs at random.
+    (`max_model_len`), by profiling (`num_blocks`), or from the device (`kv_cache_memory_bytes`, on
+    the CPU; `max_num_batched_tokens`; `async_scheduling`, which is on for devices that compute
+    while the host goes on). Without a `seed`, requests that bring none draw theirs at random.
     """
 
     model: str
@@ -138,7 +137,8 @@ class EngineConfig:
         "Model",
         "Data type of the weights and activations.",
         "auto",
-        details="The KV cache has it too unless `--kv-cache-dtype` says otherwise.",
+        details="auto is float32 on the CPU, on a GPU the checkpoint's (bfloat16 for float32). "
+        "The KV cache has it too unless `--kv-cache-dtype` says otherwise.",
     )
     gguf_file: str | None = _flag(
         "Model",

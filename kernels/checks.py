@@ -1,5 +1,9 @@
 """Argument checks that the launchers share: shapes, dtypes, memory layouts and devices."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 
@@ -7,6 +11,41 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of activations and weights."""
 CACHE_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
 """Dtypes of a KV cache."""
+
+
+_REMEMBERED = 4096
+"""Maximum number of signatures that a check remembers. Prompts have many lengths."""
+
+
+def once_a_signature(check: Callable[..., None]) -> Callable[..., None]:
+    """Make a launcher's check return at once if it has passed before for the same signature.
+
+    Checks are most of a launch's time on the host, and a model launches its kernels with the same
+    few signatures in every layer. A signature is the shape, strides, dtype and device of each
+    tensor, and the value of each other argument, which must be hashable. A check may depend on
+    nothing else.
+    """
+    passed: set[tuple[Any, ...]] = set()
+
+    @functools.wraps(check)
+    def check_once(*args: Any) -> None:
+        signature = tuple(
+            [
+                (arg.shape, arg.stride(), arg.dtype, arg.device)
+                if isinstance(arg, torch.Tensor)
+                else arg
+                for arg in args
+            ]
+        )
+        if not args[0].is_cuda:
+            signature += (interpreting(),)
+        if signature not in passed:
+            check(*args)
+            if len(passed) >= _REMEMBERED:
+                passed.clear()
+            passed.add(signature)
+
+    return check_once
 
 
 def require(condition: bool, message: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from ..body.flat_decoder import FlatDecoder
+from ..body.flat_decoder import FlatDecoder, FlatLayer
 from .adapter import Adapter, Place
 
 if TYPE_CHECKING:
@@ -44,13 +44,15 @@ class FlatNames(NamedTuple):
     down: tuple[str, ...]
 
     @classmethod
-    def of_layer(cls, prefix: str, layer: int) -> FlatNames:
+    def of_layer(cls, prefix: str, index: int, layer: FlatLayer) -> FlatNames:
         """Return the names in the layer with this index; flatten.py knows no others."""
-        attention, mlp = (f"{prefix}.layers.{layer}.{part}" for part in ("self_attn", "mlp"))
+        attention, mlp = (f"{prefix}.layers.{index}.{part}" for part in ("self_attn", "mlp"))
+        qkv = ("qkv",) if layer.is_fused else tuple("qkv")
+        gate_up = ("gate_up",) if layer.is_fused else ("gate", "up")
         return cls(
-            tuple(f"{attention}.{part}_proj" for part in "qkv"),
+            tuple(f"{attention}.{part}_proj" for part in qkv),
             (f"{attention}.o_proj",),
-            (f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+            tuple(f"{mlp}.{part}_proj" for part in gate_up),
             (f"{mlp}.down_proj",),
         )
 

@@ -8,8 +8,11 @@ adds two updates to the residual stream x:
     h = rms_norm(x);    x += D · (silu(G h) * U h)
 
 with x = E[ids] before the first layer, and rms_norm(x) after the last. Q, K and V are one product
-here (`qkv`), and so are G and U (`gate_up`). Mistral, Qwen2 and Qwen3 have this shape too: sliding
-windows, biases and norms of Q and K are options of a layer.
+here (`qkv`), and so are G and U (`gate_up`). Other families have this shape too, with
+options of a layer: sliding windows, biases and norms of Q and K (Mistral, Qwen2, Qwen3); layers
+that do not rotate (SmolLM3), or by frequencies of their own (Gemma 3), or only a part of a head
+(Phi-4-mini); factors of the embedding and of the updates (Granite, Gemma); norms of the updates
+too, a soft cap of the scores and another activation (Gemma 2 and 3).
 
 The weights are a transformers model's own (flatten.py reads them). A decode step of a small model
 spends a third of its time between the products: in module calls, and in norms, rotations and
@@ -38,17 +41,27 @@ class FlatDecoder(NamedTuple):
     rotary: nn.Module
     layers: list[FlatLayer]
     norm: Norm
+    embedding_scale: float = 1.0
 
     def __call__(
         self, input_ids: torch.Tensor, positions: torch.Tensor, ops: BodyOps
     ) -> torch.Tensor:
         """input_ids and positions `[T]` → hidden states `[T, hidden_size]`."""
         x = F.embedding(input_ids, self.embedding.weight)
-        rotation = rotary_factors(self.rotary, x, positions)
+        if self.embedding_scale != 1:
+            x *= self.embedding_scale
+        rotations = {
+            kind: rotary_factors(self.rotary, x, positions, kind) for kind in self.rotary_kinds
+        }
         update = None
         for layer in self.layers:
-            update = layer.forward(x, update, rotation, ops)
+            update = layer.forward(x, update, rotations[layer.rotary_kind], ops)
         return ops.add_norm(x, update, self.norm)
+
+    @property
+    def rotary_kinds(self) -> list[str | None]:
+        """The kinds of rotations that layers have, in order."""
+        return list(dict.fromkeys(layer.rotary_kind for layer in self.layers))
 
     def with_linears(self, make: Callable[[Linear], Linear]) -> FlatDecoder:
         """Return the same decoder with what `make` makes of each linear layer."""
@@ -83,6 +96,18 @@ class FlatLayer(NamedTuple):
     activation: Callable[[torch.Tensor], torch.Tensor]
     is_silu: bool
     down: Linear
+    rotary_kind: str | None = None
+    """The kind of layer for which the rotary embedding is asked, if it knows several."""
+    rotates: bool = True
+    softcap: float | None = None
+    """c, if a score s becomes c · tanh(s / c)."""
+    output_norm: Norm | None = None
+    """The norm of the attention's update, and `down_norm` of the MLP's, before it is added."""
+    down_norm: Norm | None = None
+    update_scale: float = 1.0
+    """The factor of both updates."""
+    is_fused: bool = False
+    """Whether `qkv` and `gate_up` are linear layers of the model itself, not merged ones."""
 
     def forward(
         self, x: torch.Tensor, update: torch.Tensor | None, rotation: Rotation, ops: BodyOps
@@ -95,10 +120,15 @@ class FlatLayer(NamedTuple):
         # Attention: RMSNorm, projections, RoPE and the attention itself, output projection.
         qkv = self.qkv(ops.add_norm(x, update, self.input_norm))
         update = self.output(ops.attend(self, qkv, rotation))
+        update = self._scaled(update, self.output_norm, ops)
         # MLP: RMSNorm, projections, SwiGLU, down projection.
         gate_up = self.gate_up(ops.add_norm(x, update, self.mlp_norm))
-        down: torch.Tensor = self.down(ops.activate(self, gate_up))
-        return down
+        return self._scaled(self.down(ops.activate(self, gate_up)), self.down_norm, ops)
+
+    def _scaled(self, update: torch.Tensor, norm: Norm | None, ops: BodyOps) -> torch.Tensor:
+        if norm is not None:
+            update = ops.add_norm(update, None, norm)
+        return update if self.update_scale == 1 else update.mul_(self.update_scale)
 
 
 class Norm(NamedTuple):
@@ -108,24 +138,30 @@ class Norm(NamedTuple):
     eps: float
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self.weight.dtype == x.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = self.weight.float()
+        return F.rms_norm(x.float(), wide.shape, wide, self.eps).to(x.dtype)
 
 
 class Rotation(NamedTuple):
-    """Rotary factors of the step's tokens, `[T, head_dim]`.
+    """Rotary factors of the step's tokens, `[T, n]`, for the first n elements of each head.
 
-    A head h becomes h * cos + roll(h) * sin, where roll moves it by half its size. The sines are
-    negated in their first half, so that this is h * cos + rotate_half(h) * sin.
+    Those, h, become h * cos + roll(h) * sin, where roll moves them by n / 2. The sines are negated
+    in their first half, so that this is h * cos + rotate_half(h) * sin.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
 
 
-def rotary_factors(rotary: nn.Module, x: torch.Tensor, positions: torch.Tensor) -> Rotation:
+def rotary_factors(
+    rotary: nn.Module, x: torch.Tensor, positions: torch.Tensor, kind: str | None = None
+) -> Rotation:
     """Compute the factors of positions `[T]` by the model's own rotary embedding, in the type of
-    x."""
-    cos, sin = (part[0] for part in rotary(x[None], positions[None]))
+    x; for layers of this kind, if it knows several."""
+    kinds = () if kind is None else (kind,)
+    cos, sin = (part[0] for part in rotary(x[None], positions[None], *kinds))
     half = cos.shape[-1] // 2
     return Rotation(cos, torch.cat((-sin[:, :half], sin[:, half:]), dim=-1))
 
@@ -167,8 +203,12 @@ class TorchOps(NamedTuple):
         if layer.qk_norm is not None:
             weight, eps = layer.qk_norm
             qk = F.rms_norm(qk, weight.shape[-1:], None, eps).mul_(weight)
-        cos, sin = (part[:, None] for part in rotation)
-        qk = torch.addcmul(qk * cos, qk.roll(layer.head_dim // 2, -1), sin)
+        if layer.rotates:
+            cos, sin = (part[:, None] for part in rotation)
+            size = cos.shape[-1]
+            turned = qk[..., :size]
+            turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
+            qk = torch.cat((turned, qk[..., size:]), dim=-1)
         query, key = qk[:, : layer.num_heads], qk[:, layer.num_heads :]
         return self.attention(layer, query, key, qkv[:, heads:]).reshape(len(qkv), -1)
 

@@ -36,13 +36,14 @@ def choose_backend(config: EngineConfig) -> Backend:
     """Return the backend of `config.device`; "auto" is a GPU if there is one, else the CPU.
 
     Only the chosen device's modules are imported. Raises ConfigurationError if a GPU is asked for
-    and there is none.
+    and there is none, or if it is too old for the kernels.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("device is cuda, but torch sees no GPU")
     if _is_gpu(config):
-        from .cuda.backend import CudaBackend
+        from .cuda.backend import CudaBackend, require_gpu
 
+        require_gpu()
         return CudaBackend()
     from .cpu.backend import CpuBackend
 

@@ -45,8 +45,8 @@ _HARMLESS_ARGUMENTS = frozenset(
 
 
 class LayerCall(NamedTuple):
-    """How one layer called the attention function. `is_plain`: without soft cap and sinks.
-    `obstacle` says why the call cannot be served, if it cannot."""
+    """How one layer called the attention function. `obstacle` says why the call cannot be served,
+    if it cannot."""
 
     layer_idx: int
     num_heads: int
@@ -55,7 +55,8 @@ class LayerCall(NamedTuple):
     value_dim: int
     window: int | None
     scale: float | None
-    is_plain: bool
+    softcap: float | None
+    has_sinks: bool
     obstacle: str | None
 
 
@@ -171,7 +172,11 @@ def flatten_if_equal(body: Any, spec: ModelSpec, expected: ProbeResult) -> FlatD
         layer: FlatLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         shape = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.head_dim)
-        calls.append(LayerCall(layer.layer_idx, *shape, layer.window, layer.scale, True, None))
+        calls.append(
+            LayerCall(
+                layer.layer_idx, *shape, layer.window, layer.scale, layer.softcap, False, None
+            )
+        )
         return _mix(query, key, value)
 
     try:
@@ -260,7 +265,8 @@ def _probe_attention(
             value.shape[-1],
             sliding_window,
             scaling,
-            softcap is None and s_aux is None,
+            softcap,
+            s_aux is not None,
             _obstacle(module, attention_mask, others),
         )
     )

@@ -61,7 +61,8 @@ def tasks_for(build: Build) -> list[Task]:
     words, pairs, starts = _zeros(np.int64, 1), _zeros(np.int64, 2), _zeros(np.int32, 1)
     products = (weight,)
     layers = Layers(
-        rows, products, heads, products, rows, products, products, line, line, line, line, words
+        *(rows, products, heads, products, rows, products, products),
+        *(line, line, line, line, words, words),
     )
     ends = Ends(_zeros(floats, 2), head)
     activations = Activations(rows, rows, heads, heads, heads, rows, rows, rows)

@@ -8,18 +8,16 @@ A layer is eight phases (`region.py`), each cut into items that threads take as 
     normalise ─ gate, up, SiLU·mul ─ down product, += x
 
 and after the layers come the last norm, the rows whose logits are wanted, and the head's product.
-Each product has one more phase before it, which quantises its input if its weight is one of
-integers, and otherwise has no items.
+Each product has a phase before it, which quantises its input for a weight of integers, or is empty.
 
 The threads stay in the region from the first phase to the last; between two phases they only look
 at a counter. For a small model that is most of a step's time saved: a decode has tens of phases of
 some ten microseconds each, about what it takes to wake a thread up.
 
-What a phase works on depends little on the step. The weights are the same for all steps, the
-activations until a step needs larger ones, and how many rows there are is in the table of phases.
-So most works are packed once, and of the four that name a step's own arrays only those are written
-down again. A product's work belongs to one layer, whose weight may be of another kind than the
-next one's; all other works are for all layers.
+Most works are packed once, since weights are the same for all steps, activations until a step needs
+larger ones, and the number of rows is in the table of phases; of the four that name a step's own
+arrays only those are written down again. A product's work belongs to one layer, whose weight may be
+of another kind than the next one's; all other works are for all layers.
 
 Activations are float32 throughout.
 """
@@ -102,6 +100,8 @@ class Layers(NamedTuple):
     """`[num_layers]`."""
     windows: Any
     """`[num_layers]`, 0 if a layer has none."""
+    rotates: Any
+    """`[num_layers]`, 0 if a layer rotates nothing, else 1."""
 
 
 class Ends(NamedTuple):
@@ -111,13 +111,14 @@ class Ends(NamedTuple):
     """`[vocab_size, hidden_size]`."""
     head: PackedWeight | None
     """None if the head is not a plain product."""
+    embedding_scale: Any = np.float32(1)
+    """The factor of the embedding's rows."""
 
 
 class BodyStep(NamedTuple):
-    """The tokens of a step."""
+    """The tokens of a step; input_ids are `[T]`."""
 
     input_ids: Any
-    """`[T]`."""
     picks: Any
     """Which tokens need logits, `[R]`."""
     slots: Any
@@ -125,7 +126,7 @@ class BodyStep(NamedTuple):
     rotations: Any
     """The row of cos and sin of each token, `[T]`."""
     cos: Any
-    """`[., head_dim]`, as in Rotation."""
+    """`[., n]`, as in Rotation."""
     sin: Any
     block_table: Any
     """This and the rest are as in `attention.Batch`."""
@@ -170,12 +171,11 @@ class Adapted(Protocol):
 
 
 class Scratch(NamedTuple):
-    """Memory in which threads work: each has its own, unless it says otherwise."""
+    """Memory in which threads work, made by `products.make_tiles` and `attention.make_scratch`:
+    each thread has its own, but for `room`."""
 
     tiles: Any
-    """Made by `products.make_tiles`."""
     attention: tuple[Array, ...]
-    """Made by `attention.make_scratch`."""
     room: Quantised
     """Rows of one product at a time, quantised; all threads read them."""
 
@@ -348,7 +348,8 @@ def lasting_calls(
         DOWN: (gated, x),
         HEAD: (picked, logits),
     }
-    norm = Norm(x, layers.mlp_norm, layers.mlp_epsilons, normed, no_ids, ends.embedding)
+    fetched = (no_ids, ends.embedding, ends.embedding_scale)
+    norm = Norm(x, layers.mlp_norm, layers.mlp_epsilons, normed, *fetched)
     calls: dict[Place, Call] = {(MLP_NORM, None): (normalise, norm)}
     for (kind, layer), weight in products_of(ends, layers):
         source, target = ways[kind]
@@ -373,10 +374,11 @@ def step_calls(
 ) -> dict[Place, Call]:
     """Return the kernels with works that change with each step."""
     x, normed, qkv, query, attended, *_ = activations
-    norm = Norm(x, layers.input_norm, layers.input_epsilons, normed, step.input_ids, ends.embedding)
+    fetched = (step.input_ids, ends.embedding, ends.embedding_scale)
+    norm = Norm(x, layers.input_norm, layers.input_epsilons, normed, *fetched)
     heads = Heads(
         *(qkv, layers.qk_norm, layers.qk_epsilons),
-        *(step.cos, step.sin, step.rotations, step.slots, cache, query),
+        *(step.cos, step.sin, layers.rotates, step.rotations, step.slots, cache, query),
     )
     attention = Attention(
         *(query, cache, step.block_table, step.starts, step.seq_lens),

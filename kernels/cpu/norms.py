@@ -36,6 +36,8 @@ class Norm(NamedTuple):
     """`[rows]`: layer 0 first fetches x from the embedding. Empty if it does not."""
     embedding: Any
     """`[vocab_size, hidden_size]`."""
+    scale: Any
+    """The factor of what is fetched, float32."""
 
 
 class Heads(NamedTuple):
@@ -48,8 +50,10 @@ class Heads(NamedTuple):
     epsilons: Any
     """`[layers]` float32; negative if Q and K have no norms."""
     cos: Any
-    """`[., head_dim]` float32, as in Rotation."""
+    """`[., n]` float32, as in Rotation: the first n elements of each head rotate."""
     sin: Any
+    rotates: Any
+    """`[layers]`: 0 if a layer rotates nothing, else 1."""
     rotations: Any
     """The row of cos and sin of each token, `[.]`."""
     slots: Any
@@ -86,13 +90,13 @@ class KeyValues(NamedTuple):
 def normalise(item, layer, rows, thread, norm):
     """Compute out = x / rms(x) * weight for an item's rows."""
     x, out, weight, eps = norm.x, norm.out, norm.weights[layer], norm.epsilons[layer]
-    input_ids, embedding = norm.input_ids, norm.embedding
+    input_ids, embedding, scale = norm.input_ids, norm.embedding, norm.scale
     embeds = layer == 0 and len(input_ids) > 0
     for row in range(item * FEW, min(item * FEW + FEW, rows)):
         if embeds:
             line = embedding[input_ids[row]]
             for dim in range(len(line)):
-                x[row, dim] = to_float(line[dim])
+                x[row, dim] = to_float(line[dim]) * scale
         _norm_row(x[row], weight, eps, out[row])
 
 
@@ -103,6 +107,7 @@ def rotate(item, layer, rows, thread, heads):
     weights, eps = heads.weights[layer], heads.epsilons[layer]
     cos, sin, rotations, slots = heads.cos, heads.sin, heads.rotations, heads.slots
     num_heads, kv_heads, block_size = query.shape[1], cache.shape[2], np.int64(cache.shape[3])
+    half = np.uint64(cos.shape[1] // 2 * heads.rotates[layer])
     first, last = item * FEW, min(item * FEW + FEW, rows)
     # 1. Q and K. They are next to each other, and have one norm.
     for row in range(first, last):
@@ -110,7 +115,7 @@ def rotate(item, layer, rows, thread, heads):
         for head in range(num_heads + kv_heads):
             part = qkv[row, head]
             out = query[row, head] if head < num_heads else part
-            _rotate(part, weights[head], eps, cos[at], sin[at], out)
+            _rotate(part, weights[head], eps, cos[at], sin[at], half, out)
     # 2. K and V into the cache, head by head. A token's key is a column of its block, whose cache
     #    lines the keys of the next tokens share: those of one head are still near then, those of
     #    all heads may be more than the first-level cache holds.
@@ -170,16 +175,18 @@ def _sum_of_squares(x):
 
 
 @njit(**INLINED)
-def _rotate(source, weight, eps, cos, sin, out):
-    """Norm and rotate one head; out may be source. Indices are unsigned: for signed ones Numba
-    generates a test whether they count from the end, which keeps LLVM from vectorising the loop."""
+def _rotate(source, weight, eps, cos, sin, half, out):
+    """Norm one head, and rotate its first 2 · half elements; out may be source. Indices are
+    unsigned: for signed ones Numba generates a test whether they count from the end, which keeps
+    LLVM from vectorising the loop."""
     if eps >= 0:
         _norm_row(source, weight, eps, source)
-    half = np.uint64(len(source) // 2)
     for dim in range(half):
         first, second = source[dim], source[half + dim]
         out[dim] = first * cos[dim] + second * sin[dim]
         out[half + dim] = second * cos[half + dim] + first * sin[half + dim]
+    for dim in range(half + half, np.uint64(len(source))):
+        out[dim] = source[dim]
 
 
 def _store_token(key, value, cache, block, head, offset):

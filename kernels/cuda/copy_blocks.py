@@ -21,7 +21,10 @@ from ..checks import (
 from .fp8 import bits_view
 
 
-@triton.jit(do_not_specialize_on_alignment=["sources_ptr", "destinations_ptr"])
+@triton.jit(
+    do_not_specialize=["num_blocks"],
+    do_not_specialize_on_alignment=["sources_ptr", "destinations_ptr"],
+)
 def _copy_blocks_kernel(
     kv_cache_ptr,
     sources_ptr,

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ..checks import (
     FLOAT_DTYPES,
+    once_a_signature,
     require,
     require_contiguous,
     require_dtype,
@@ -109,9 +110,10 @@ def grouped_product(
     are float32 `[N, K / group size]`. W is rounded to x's dtype and sums are float32. Raises
     ValueError on shapes, dtypes or devices that do not fit, and if `can_multiply` is false.
     """
-    group_size = _check(input, quants, scale, minimum, bias)
+    _check(input, quants, scale, minimum, bias)
     num_rows, depth = input.shape
     num_columns, num_groups = scale.shape
+    group_size = depth // num_groups
     out = input.new_empty(num_rows, num_columns)
     if num_rows == 0:
         return out
@@ -151,14 +153,14 @@ def grouped_product(
     return out.copy_(total if bias is None else total + bias)
 
 
+@once_a_signature
 def _check(
     input: torch.Tensor,
     quants: torch.Tensor,
     scale: torch.Tensor,
     minimum: torch.Tensor | None,
     bias: torch.Tensor | None,
-) -> int:
-    """Check the arguments of `grouped_product`; return the size of a group."""
+) -> None:
     require_shape("input", input, None, None)
     require_dtype("input", input, *FLOAT_DTYPES)
     require_last_contiguous("input", input)
@@ -183,7 +185,6 @@ def _check(
         require_contiguous("bias", bias)
     require(can_multiply(depth, group_size), f"groups of {group_size} in {depth} columns")
     require_launchable(input=input, quants=quants, scale=scale, minimum=minimum, bias=bias)
-    return group_size
 
 
 def _block_of(depth: int, group_size: int, largest: int) -> int:

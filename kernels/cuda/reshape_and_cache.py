@@ -14,6 +14,7 @@ import triton.language as tl
 from ..checks import (
     FLOAT_DTYPES,
     check_cache,
+    once_a_signature,
     require_contiguous,
     require_dtype,
     require_launchable,
@@ -65,6 +66,34 @@ def _reshape_and_cache_kernel(
     store_as(value_cache_ptr + target, value, value_scale, mask)
 
 
+@once_a_signature
+def _check(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_scales: torch.Tensor | None,
+) -> None:
+    num_kv_heads, _, head_dim = check_cache(key_cache, value_cache)
+    check_scales(kv_scales, key_cache, num_kv_heads)
+    num_tokens = slot_mapping.shape[0]
+    require_shape("key", key, num_tokens, num_kv_heads, head_dim)
+    require_shape("value", value, num_tokens, num_kv_heads, head_dim)
+    require_dtype("key", key, *FLOAT_DTYPES)
+    require_dtype("value", value, *FLOAT_DTYPES)
+    require_dtype("slot_mapping", slot_mapping, torch.int64)
+    require_contiguous("slot_mapping", slot_mapping)
+    require_launchable(
+        key=key,
+        value=value,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        slot_mapping=slot_mapping,
+        kv_scales=kv_scales,
+    )
+
+
 def reshape_and_cache(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -83,23 +112,9 @@ def reshape_and_cache(
     saturated at ±448. Raises ValueError on shapes, dtypes or devices that do not fit. Slots beyond
     the cache are not checked.
     """
-    num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
-    check_scales(kv_scales, key_cache, num_kv_heads)
+    _check(key, value, key_cache, value_cache, slot_mapping, kv_scales)
+    _, num_kv_heads, block_size, head_dim = key_cache.shape
     num_tokens = slot_mapping.shape[0]
-    require_shape("key", key, num_tokens, num_kv_heads, head_dim)
-    require_shape("value", value, num_tokens, num_kv_heads, head_dim)
-    require_dtype("key", key, *FLOAT_DTYPES)
-    require_dtype("value", value, *FLOAT_DTYPES)
-    require_dtype("slot_mapping", slot_mapping, torch.int64)
-    require_contiguous("slot_mapping", slot_mapping)
-    require_launchable(
-        key=key,
-        value=value,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        slot_mapping=slot_mapping,
-        kv_scales=kv_scales,
-    )
     if num_tokens == 0:
         return
     dim_pad = triton.next_power_of_2(head_dim)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..checks import (
     FLOAT_DTYPES,
+    once_a_signature,
     require,
     require_contiguous,
     require_dtype,
@@ -58,15 +59,20 @@ def _rms_norm_kernel(
     )
 
 
-def _launch(
-    out: torch.Tensor,
+@once_a_signature
+def _check(
     input: torch.Tensor,
+    out: torch.Tensor,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
-    plus_one: bool,
 ) -> None:
-    """Check what both launchers share and launch; `out` and `residual` are already checked."""
+    require_shape("input", input, None, None)
+    for name, other in (("out", out), ("residual", residual)):
+        if other is not None:
+            require_shape(name, other, *input.shape)
+            require_dtype(name, other, input.dtype)
+            require_last_contiguous(name, other)
     size = input.shape[-1]
     require(0 < size <= MAX_HIDDEN_SIZE, f"hidden size must be 1 to {MAX_HIDDEN_SIZE}, not {size}")
     require(eps >= 0, f"eps must not be negative, not {eps}")
@@ -76,6 +82,19 @@ def _launch(
     require_contiguous("weight", weight)
     require_last_contiguous("input", input)
     require_launchable(input=input, residual=residual, weight=weight, out=out)
+
+
+def _launch(
+    out: torch.Tensor,
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    plus_one: bool,
+) -> None:
+    """Check the arguments of either launcher and launch."""
+    _check(input, out, residual, weight, eps)
+    size = input.shape[-1]
     if input.numel() == 0:
         return
     size_pad = triton.next_power_of_2(size)
@@ -111,10 +130,6 @@ def rms_norm(
     fit.
     """
     out = torch.empty_like(input) if out is None else out
-    require_shape("input", input, None, None)
-    require_shape("out", out, *input.shape)
-    require_dtype("out", out, input.dtype)
-    require_last_contiguous("out", out)
     _launch(out, input, None, weight, eps, plus_one)
     return out
 
@@ -132,8 +147,4 @@ def fused_add_rms_norm(
     input and residual are `[num_rows, size]` of one dtype. Raises ValueError on shapes, dtypes or
     devices that do not fit.
     """
-    require_shape("input", input, None, None)
-    require_shape("residual", residual, *input.shape)
-    require_dtype("residual", residual, input.dtype)
-    require_last_contiguous("residual", residual)
     _launch(input, input, residual, weight, eps, plus_one)

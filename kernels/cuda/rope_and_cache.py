@@ -18,6 +18,7 @@ import triton.language as tl
 from ..checks import (
     FLOAT_DTYPES,
     check_cache,
+    once_a_signature,
     require,
     require_contiguous,
     require_dtype,
@@ -211,6 +212,37 @@ def _check_rotation(
             require_contiguous(name, weight)
 
 
+@once_a_signature
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    out: torch.Tensor,
+    kv_scales: torch.Tensor | None,
+    rotary_dim: int,
+) -> None:
+    num_kv_heads, _, head_dim = check_cache(key_cache, value_cache)
+    check_scales(kv_scales, key_cache, num_kv_heads)
+    num_tokens = cos.shape[0]
+    require_shape("key", key, num_tokens, num_kv_heads, head_dim)
+    _check_rotation(query, key, value, cos, sin, rotary_dim, query_weight, key_weight, out)
+    require_shape("slot_mapping", slot_mapping, num_tokens)
+    require_dtype("slot_mapping", slot_mapping, torch.int64)
+    require_contiguous("slot_mapping", slot_mapping)
+    require_launchable(
+        query=query, key=key, value=value, key_cache=key_cache, value_cache=value_cache,
+        slot_mapping=slot_mapping, cos=cos, sin=sin, query_weight=query_weight,
+        key_weight=key_weight, out=out, kv_scales=kv_scales,
+    )  # fmt: skip
+
+
 def rope_and_cache(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -238,21 +270,14 @@ def rope_and_cache(
     int64, negative for tokens whose K and V are skipped; kv_scales is that of `reshape_and_cache`.
     Raises ValueError on shapes, dtypes or devices that do not fit.
     """
-    num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
-    check_scales(kv_scales, key_cache, num_kv_heads)
     out = torch.empty_like(query) if out is None else out
     num_tokens, width = cos.shape
     rotary_dim = width if rotary_dim is None else rotary_dim
-    require_shape("key", key, num_tokens, num_kv_heads, head_dim)
-    _check_rotation(query, key, value, cos, sin, rotary_dim, query_weight, key_weight, out)
-    require_shape("slot_mapping", slot_mapping, num_tokens)
-    require_dtype("slot_mapping", slot_mapping, torch.int64)
-    require_contiguous("slot_mapping", slot_mapping)
-    require_launchable(
-        query=query, key=key, value=value, key_cache=key_cache, value_cache=value_cache,
-        slot_mapping=slot_mapping, cos=cos, sin=sin, query_weight=query_weight,
-        key_weight=key_weight, out=out, kv_scales=kv_scales,
+    _check(
+        query, key, value, key_cache, value_cache, slot_mapping, cos, sin, query_weight, key_weight,
+        out, kv_scales, rotary_dim,
     )  # fmt: skip
+    _, num_kv_heads, block_size, head_dim = key_cache.shape
     if num_tokens == 0:
         return out
     num_heads = query.shape[1]

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..checks import (
     FLOAT_DTYPES,
+    once_a_signature,
     require,
     require_dtype,
     require_last_contiguous,
@@ -37,23 +38,30 @@ def _silu_and_mul_kernel(
     tl.store(out_ptr + row * out_stride + column, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@once_a_signature
+def _check(input: torch.Tensor, out: torch.Tensor | None) -> None:
+    require_shape("input", input, None, None)
+    require_dtype("input", input, *FLOAT_DTYPES)
+    require_last_contiguous("input", input)
+    num_rows, double = input.shape
+    require(double > 0 and double % 2 == 0, f"input needs an even last dimension, not {double}")
+    if out is not None:
+        require_shape("out", out, num_rows, double // 2)
+        require_dtype("out", out, input.dtype)
+        require_last_contiguous("out", out)
+    require_launchable(input=input, out=out)
+
+
 def silu_and_mul(input: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return silu(gate) · up `[num_rows, size]` of input `[num_rows, 2 * size]`, gate first.
 
     The computation is in float32 and rounded once. Raises ValueError on shapes, dtypes or devices
     that do not fit.
     """
-    require_shape("input", input, None, None)
-    require_dtype("input", input, *FLOAT_DTYPES)
-    require_last_contiguous("input", input)
+    _check(input, out)
     num_rows, double = input.shape
-    require(double > 0 and double % 2 == 0, f"input needs an even last dimension, not {double}")
     size = double // 2
     out = input.new_empty(num_rows, size) if out is None else out
-    require_shape("out", out, num_rows, size)
-    require_dtype("out", out, input.dtype)
-    require_last_contiguous("out", out)
-    require_launchable(input=input, out=out)
     if num_rows == 0:
         return out
     _silu_and_mul_kernel[(num_rows, triton.cdiv(size, BLOCK))](

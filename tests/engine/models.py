@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.gpt_oss import GptOssConfig
+from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.mixtral import MixtralConfig
@@ -18,6 +19,7 @@ from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 from transformers.models.qwen3_moe import Qwen3MoeConfig
+from transformers.models.smollm3 import SmolLM3Config
 
 VOCAB_SIZE = 128
 MAX_POSITION = 256
@@ -58,7 +60,18 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         final_logit_softcapping=8.0,
     ),
-    "phi3": lambda: Phi3Config(**COMMON),
+    "phi3": lambda: Phi3Config(
+        **COMMON | {"num_attention_heads": 2},
+        rope_parameters={"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5},
+    ),
+    "granite": lambda: GraniteConfig(
+        **COMMON,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.2,
+        logits_scaling=2.0,
+    ),
+    "smollm3": lambda: SmolLM3Config(**COMMON, no_rope_layers=[1, 0]),
     "mixtral": lambda: MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **COMMON, head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2

@@ -38,7 +38,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 """What differs: ranks over and under a panel, targets, scalings."""
 
-FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "phi3"]
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "phi3", "granite"]
 """Three that are compiled, two that run as transformers' code."""
 
 

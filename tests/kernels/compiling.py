@@ -33,6 +33,7 @@ class Compiled(NamedTuple):
     shared: int
     """Bytes of shared memory per program."""
     ptx: str
+    cubin: bytes
 
 
 def _canonical(value: object) -> str:
@@ -79,8 +80,8 @@ def _source(function: JITFunction, values: dict[str, Any]) -> ASTSource:
     return ASTSource(function, signature, constants, attributes)
 
 
-def _assemble(ptx: str, arch: int) -> tuple[int, int]:
-    """Return the registers and the spilled bytes that ptxas reports."""
+def _assemble(ptx: str, arch: int) -> tuple[int, int, bytes]:
+    """Return the registers and the spilled bytes that ptxas reports, and its machine code."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     found = get_ptxas(arch)
@@ -90,12 +91,14 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int]:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         command = [ptxas, "-v", f"--gpu-name=sm_{arch}{suffix}", str(source)]
-        command += ["-o", str(Path(folder, "kernel.cubin"))]
+        target = Path(folder, "kernel.cubin")
+        command += ["-o", str(target)]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        cubin = target.read_bytes()
     registers = re.search(r"Used (\d+) registers", log)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert registers and spills, log
-    return int(registers[1]), int(spills[1]) + int(spills[2])
+    return int(registers[1]), int(spills[1]) + int(spills[2]), cubin
 
 
 def compile_launch(launch: Callable[[], object], arch: int) -> list[Compiled]:
@@ -109,8 +112,10 @@ def compile_launch(launch: Callable[[], object], arch: int) -> list[Compiled]:
             _source(self, values), target=GPUTarget("cuda", arch, 32), options=options
         )
         ptx = compiled.asm["ptx"]
-        registers, spills = _assemble(ptx, arch)
-        results.append(Compiled(self.__name__, registers, spills, compiled.metadata.shared, ptx))
+        registers, spills, cubin = _assemble(ptx, arch)
+        results.append(
+            Compiled(self.__name__, registers, spills, compiled.metadata.shared, ptx, cubin)
+        )
 
     with (
         mock.patch.object(JITFunction, "run", record),

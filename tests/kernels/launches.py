@@ -205,7 +205,7 @@ def table() -> str:
         for name in LAUNCHES:
             # The cascade's own kernel and the race over pieces run before the kernel that merges.
             last = -2 if name.startswith("cascade") or "unfiltered" in name else -1
-            _, registers, spills, shared, ptx = compiled(name, arch)[last]
+            _, registers, spills, shared, ptx, _ = compiled(name, arch)[last]
             lines.append(
                 f"| {name} | `sm_{arch}` | {registers} | {spills} | {shared} | {dots(ptx)} "
                 f"| {widest_load(ptx)} |"

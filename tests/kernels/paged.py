@@ -33,7 +33,7 @@ def paged_inputs(
     seed: int = 0,
 ) -> PagedInputs:
     """Make sequences of these lengths over shuffled blocks; unused slots and blocks hold NaN."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator("cpu" if device == "meta" else device).manual_seed(seed)
     needed = [-(-length // block_size) for length in seq_lens]
     num_blocks = sum(needed) + 3
     order = torch.randperm(num_blocks, generator=generator, device=device).int().tolist()

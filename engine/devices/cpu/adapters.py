@@ -41,12 +41,19 @@ def _allocate(
     )
 
 
-def _write(slots: Slots, slot: int, layer: int, names: Sequence[str], adapter: Adapter) -> None:
+def _write(
+    slots: Slots,
+    slot: int,
+    layer: int,
+    names: Sequence[str],
+    adapter: Adapter,
+    factor: float = 1.0,
+) -> None:
     """Put an adapter's weights for the layers with these names, the parts of one product, into a
-    slot."""
+    slot, so that what they add is multiplied by `factor`."""
     for part, name in enumerate(names):
         weight = adapter.weights.get(name)
-        weights = None if weight is None else (weight.a.numpy(), weight.b.numpy())
+        weights = None if weight is None else (weight.a.numpy(), (weight.b * factor).numpy())
         slots.write(slot, layer, part, weights)
 
 
@@ -55,8 +62,12 @@ class DecoderSlots:
 
     def __init__(self, decoder: CpuDecoder, adaptable: Adaptable, limits: LoraLimits) -> None:
         assert adaptable.flat is not None
-        num_layers = len(adaptable.flat.layers)
-        self._names = [FlatNames.of_layer(adaptable.prefix, index) for index in range(num_layers)]
+        layers = adaptable.flat.layers
+        num_layers = len(layers)
+        self._names = [
+            FlatNames.of_layer(adaptable.prefix, index, layer) for index, layer in enumerate(layers)
+        ]
+        self._update_scales = [layer.update_scale for layer in layers]
         self._slots = LayerSlots(
             *(_allocate(adaptable, parts, num_layers, limits) for parts in self._names[0])
         )
@@ -70,8 +81,10 @@ class DecoderSlots:
 
     def write(self, slot: int, adapter: Adapter) -> None:
         for layer, names in enumerate(self._names):
-            for slots, parts in zip(self._slots, names, strict=True):
-                _write(slots, slot, layer, parts, adapter)
+            scale = self._update_scales[layer]  # which is in the weights of the two updates
+            scales = (1.0, scale, 1.0, scale)
+            for slots, parts, factor in zip(self._slots, names, scales, strict=True):
+                _write(slots, slot, layer, parts, adapter, factor)
 
     def begin_step(self, token_slots: NDArray[np.int64] | None) -> None:
         self._step.begin(token_slots)

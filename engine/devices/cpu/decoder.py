@@ -18,8 +18,15 @@ from ....kernels.cpu.body import Activations, Adapted, BodyStep, Ends, Layers
 from ....kernels.cpu.body import Body as CompiledBody
 from ...attention.metadata import AttentionMetadata
 from ...body.body import ForwardToLogits
-from ...body.flat_decoder import FlatDecoder, FlatLayer, Norm, Rotation, rotary_factors
-from ...body.grouped_linear import dtype_of
+from ...body.flat_decoder import (
+    FlatDecoder,
+    FlatLayer,
+    Linear,
+    Norm,
+    Rotation,
+    rotary_factors,
+)
+from ...body.grouped_linear import GroupedLinear, dtype_of
 from .attention import CpuPlan
 from .packed_linear import PackedLinear
 from .packing import pack
@@ -45,7 +52,7 @@ class CpuDecoder:
         self._intermediate_size: int = first.down.in_features
         self._dtype = flat.embedding.weight.dtype
         embedding = as_array(flat.embedding.weight.detach())
-        self._ends = Ends(embedding, None)
+        self._ends = Ends(embedding, None, np.float32(flat.embedding_scale))
         self._compiled = CompiledBody(self._ends, self._layers)
         self._vocab_size = 0
         self._activations: Activations | None = None
@@ -153,11 +160,13 @@ class _Rotations:
 
 
 def can_compile(flat: FlatDecoder) -> bool:
-    """Whether a CpuDecoder can run it: its layers are alike, with SiLU."""
+    """Whether a CpuDecoder can run it: its layers are alike, with SiLU, rotations of one kind, and
+    no norms of their updates."""
     first = flat.layers[0]
     shapes = (first.num_heads, first.num_kv_heads, first.down.in_features, first.qk_norm is None)
-    return all(
+    return flat.rotary_kinds == [None] and all(
         layer.is_silu
+        and (layer.softcap, layer.output_norm, layer.down_norm) == (None, None, None)
         and shapes
         == (layer.num_heads, layer.num_kv_heads, layer.down.in_features, layer.qk_norm is None)
         and dtype_of(layer.down) in FLOATS
@@ -180,9 +189,9 @@ def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm, quantization: str
     packed = [
         (
             pack(layer.qkv, quantization=quantization),
-            pack(layer.output, quantization=quantization),
+            pack(_scaled(layer.output, layer.update_scale), quantization=quantization),
             pack(layer.gate_up, 2, quantization=quantization),
-            pack(layer.down, quantization=quantization),
+            pack(_scaled(layer.down, layer.update_scale), quantization=quantization),
         )
         for layer in layers
     ]
@@ -200,4 +209,20 @@ def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm, quantization: str
         mlp_epsilons=np.array([norm.eps for norm in mlp_norms], np.float32),
         scales=np.array([layer.scale for layer in layers], np.float32),
         windows=np.array([layer.window or 0 for layer in layers], np.int64),
+        rotates=np.array([int(layer.rotates) for layer in layers], np.int64),
     )
+
+
+def _scaled(linear: Linear, factor: float) -> Linear:
+    """Multiply the weight and the bias of a layer, in place."""
+    if factor == 1:
+        return linear
+    if isinstance(linear, GroupedLinear):
+        weight = linear.grouped
+        minimum = None if weight.minimum is None else weight.minimum * factor
+        linear.grouped = weight._replace(scale=weight.scale * factor, minimum=minimum)
+    else:
+        linear.weight = nn.Parameter(linear.weight.detach() * factor, requires_grad=False)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach() * factor, requires_grad=False)
+    return linear

@@ -67,7 +67,7 @@ class CudaSlots:
 
         layers = []
         for index, layer in enumerate(body.decoder.layers):
-            names = FlatNames.of_layer(adaptable.prefix, index)
+            names = FlatNames.of_layer(adaptable.prefix, index, layer)
             adapted = layer._replace(
                 qkv=adapt(layer.qkv, names.qkv),
                 output=adapt(layer.output, names.output),

@@ -10,6 +10,7 @@ from collections import abc
 from math import prod
 
 import torch
+import triton
 from torch import nn
 from triton.errors import TritonError
 
@@ -33,9 +34,19 @@ from .inputs import DeviceInputs
 from .kernels import TRITON, Kernels
 from .memory import free_memory, others_memory, total_memory
 from .products import use_products
+from .requirements import check_gpu
 from .shared_prefixes import FindGroups, SharedPrefixes
 
 logger = logging.getLogger("quire.engine")
+
+
+def require_gpu() -> None:
+    """Raise ConfigurationError if the first GPU is too old for the kernels; warn of a Triton that
+    is known to make wrong code for it."""
+    facts = torch.cuda.get_device_properties(0)
+    warning = check_gpu(facts.name, (facts.major, facts.minor), triton.__version__)
+    if warning is not None:
+        logger.warning("%s", warning)
 
 
 class CudaBackend:
@@ -57,7 +68,11 @@ class CudaBackend:
         self._find_groups = find_groups
 
     def default_dtype(self, checkpoint: str) -> str:
-        return checkpoint
+        """The checkpoint's, but bfloat16 for float32, whose products no tensor core takes."""
+        if checkpoint != "float32":
+            return checkpoint
+        logger.info("the checkpoint is float32 and is computed in bfloat16; see --dtype")
+        return "bfloat16"
 
     def kv_cache_dtype(self, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
         asked = config.kv_cache_dtype

@@ -45,7 +45,11 @@ class CudaOps(NamedTuple):
         if layer.qk_norm is not None:
             weight, eps = layer.qk_norm
             norms = {"query_weight": weight[0], "key_weight": weight[-1], "eps": eps}
-        half = layer.head_dim // 2  # a Rotation's sines are negated in its first half
+        # A Rotation's sines are negated in its first half.
+        half, turned = rotation.cos.shape[-1] // 2, rotation.cos.shape[-1]
+        cos, sin = rotation.cos[:, half:], rotation.sin[:, half:]
+        if not layer.rotates:
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         self.kernels.rope_and_cache(
             query,
             key,
@@ -53,10 +57,10 @@ class CudaOps(NamedTuple):
             key_cache,
             value_cache,
             metadata.slot_mapping,
-            rotation.cos[:, half:],
-            rotation.sin[:, half:],
+            cos,
+            sin,
             **norms,
-            rotary_dim=layer.head_dim,
+            rotary_dim=turned,
             out=query,
             kv_scales=kv_scales,
         )
@@ -66,6 +70,7 @@ class CudaOps(NamedTuple):
             metadata,
             scale=layer.scale,
             window=layer.window,
+            softcap=layer.softcap,
             kv_scales=kv_scales,
         )
         return attended.view(len(qkv), -1)

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from ...checks import require
 from ...device_copy import upload_into
-from ...prefix_groups import CascadeCost, PrefixGroup
+from ...prefix_groups import MIN_MEMBERS, CascadeCost, PrefixGroup
 from ..fp8 import load_scale, readable_view
 from ..tuning import TileConfig, extend_config
 from .attend_tiles import attend_tiles, finish_rows, load_query, start_rows, store_partial
@@ -89,8 +89,11 @@ class CascadeWorkspace:
         )
         require(cost.members_per_tile > 0, f"{rows} rows do not fit a tile of {config.block_m}")
         # Either every tile has one split, or all tiles together have `programs` / num_kv_heads.
+        # The grid has a program for each item, and one without work still waits for its shared
+        # memory, so it is bounded by the tiles that groups of at least MIN_MEMBERS can have.
         most = cost.programs // workspace.num_kv_heads
-        sizes = [3 * num_seqs, num_seqs, 5 * max(num_seqs, most)]
+        tiles = -(-num_seqs // MIN_MEMBERS) + num_seqs // cost.members_per_tile
+        sizes = [3 * num_seqs, num_seqs, 5 * max(tiles, most)]
         plan = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         prefixes, members, items = torch.split(plan, sizes)
         entries = max(num_seqs, cost.members_per_tile * most)
@@ -115,9 +118,10 @@ class CascadeWorkspace:
     def set_groups(self, groups: Sequence[PrefixGroup]) -> None:
         """Use these disjoint groups from the next launch on; one copy that the host does not await.
 
-        Raises ValueError if a row is out of range or in two groups, or a length is not a multiple
-        of `tile`. The caller guarantees that the members of a group have the same blocks up to its
-        `length` and that all of their query tokens come after it.
+        Raises ValueError if a row is out of range or in two groups, a length is not a multiple of
+        `tile`, or the groups, smaller than MIN_MEMBERS, have too many tiles. The caller guarantees
+        that the members of a group have the same blocks up to its `length` and that all of their
+        query tokens come after it.
         """
         num_seqs, max_items = len(self.members), self.items.shape[1]
         rows = [row for group in groups for row in group.members]
@@ -148,6 +152,7 @@ class CascadeWorkspace:
                 for split, begin in enumerate(begins)
             ]  # fmt: skip
             first_member = end_member
+        require(len(items) <= max_items, f"{len(items)} items, and room for {max_items}")
         # 2. Lay the tables out as in `plan`, items column by column, padded with 0: no work.
         padding = [0] * (max_items - len(items))
         columns = zip(*items, strict=True) if items else [()] * 5

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...checks import check_attention, require, require_launchable
+from ...checks import check_attention, once_a_signature, require, require_launchable
 from ..fp8 import check_scales, load_scale, readable_view
 from .attend_tiles import (
     LOG2E,
@@ -157,32 +157,52 @@ def _paged_attention_decode_kernel(
         tl.store(arrived_ptr, 0)
 
 
-def _check_workspaces(
+@once_a_signature
+def _check(
     query: torch.Tensor,
-    num_seqs: int,
-    num_kv_heads: int,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    sinks: torch.Tensor | None,
+    kv_scales: torch.Tensor | None,
+    scale: float,
     window: int | None,
-    workspace: DecodeWorkspace,
-    cascade: CascadeWorkspace | None,
+    softcap: float | None,
+    allocated: tuple[int, int, int, int | None],
+    items: torch.Tensor,
+    max_num_seqs: int,
+    query_len: int,
+    cascade: tuple[torch.device, int, int] | None,
 ) -> None:
-    """Raise ValueError unless workspace and cascade were allocated for such a launch."""
-    _, num_heads, head_dim = query.shape
+    """`allocated` is the workspace's (heads, kv heads, head_dim, window); `cascade` its device,
+    its number of rows and its query_len."""
+    num_kv_heads, _, head_dim = check_attention(
+        query, key_cache, value_cache, block_table, seq_lens, scale=scale, window=window,
+        softcap=softcap, sinks=sinks, out=out,
+    )  # fmt: skip
+    check_scales(kv_scales, key_cache, num_kv_heads)
+    num_rows, num_heads, _ = query.shape
+    num_seqs = seq_lens.shape[0]
     have = (num_heads, num_kv_heads, head_dim, window)
-    want = (workspace.num_heads, workspace.num_kv_heads, workspace.head_dim, workspace.window)
-    require(have == want, f"(heads, kv heads, head_dim, window) is {have}, workspace has {want}")
     require(
-        query.shape[0] == num_seqs * workspace.query_len,
-        f"{query.shape[0]} query rows are not {num_seqs} sequences of {workspace.query_len}",
+        have == allocated,
+        f"(heads, kv heads, head_dim, window) is {have}, workspace has {allocated}",
     )
     require(
-        num_seqs <= workspace.max_num_seqs,
-        f"{num_seqs} sequences do not fit a workspace for {workspace.max_num_seqs}",
+        num_rows == num_seqs * query_len,
+        f"{num_rows} query rows are not {num_seqs} sequences of {query_len}",
     )
-    require_launchable(query=query, workspace=workspace.items)
+    require(
+        num_seqs <= max_num_seqs, f"{num_seqs} sequences do not fit a workspace for {max_num_seqs}"
+    )
+    require_launchable(query=query, workspace=items, kv_scales=kv_scales)
     if cascade is not None:
-        require(num_seqs <= len(cascade.members), "cascade is for fewer sequences")
-        require(cascade.cost.query_len == workspace.query_len, "cascade has another query_len")
-        require_launchable(query=query, cascade=cascade.plan)
+        device, num_members, cascade_query_len = cascade
+        require(num_seqs <= num_members, "cascade is for fewer sequences")
+        require(cascade_query_len == query_len, "cascade has another query_len")
+        require(device == query.device, f"query is on {query.device}, cascade on {device}")
 
 
 def paged_attention_decode(
@@ -212,14 +232,17 @@ def paged_attention_decode(
     Raises ValueError on shapes, dtypes, devices or layouts that do not fit.
     """
     out = torch.empty_like(query) if out is None else out
-    num_kv_heads, block_size, head_dim = check_attention(
-        query, key_cache, value_cache, block_table, seq_lens, scale=scale, window=window,
-        softcap=softcap, sinks=sinks, out=out,
+    of_cascade = None
+    if cascade is not None:
+        of_cascade = (cascade.plan.device, len(cascade.members), cascade.cost.query_len)
+    _check(
+        query, key_cache, value_cache, block_table, seq_lens, out, sinks, kv_scales, scale, window,
+        softcap,
+        (workspace.num_heads, workspace.num_kv_heads, workspace.head_dim, workspace.window),
+        workspace.items, workspace.max_num_seqs, workspace.query_len, of_cascade,
     )  # fmt: skip
-    check_scales(kv_scales, key_cache, num_kv_heads)
+    _, num_kv_heads, block_size, head_dim = key_cache.shape
     num_seqs, num_heads = seq_lens.shape[0], query.shape[1]
-    require_launchable(query=query, kv_scales=kv_scales)
-    _check_workspaces(query, num_seqs, num_kv_heads, window, workspace, cascade)
     if num_seqs == 0:
         return out
     if cascade is not None:

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from ...checks import (
     check_attention,
+    once_a_signature,
     require,
     require_contiguous,
     require_dtype,
@@ -153,6 +154,32 @@ def _paged_attention_extend_kernel(
                DIM_PAD)  # fmt: skip
 
 
+@once_a_signature
+def _check(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    sinks: torch.Tensor | None,
+    kv_scales: torch.Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    num_kv_heads, _, _ = check_attention(
+        query, key_cache, value_cache, block_table, seq_lens, scale=scale, window=window,
+        softcap=softcap, sinks=sinks, out=out,
+    )  # fmt: skip
+    check_scales(kv_scales, key_cache, num_kv_heads)
+    require_dtype("query_start_loc", query_start_loc, torch.int32)
+    require_shape("query_start_loc", query_start_loc, seq_lens.shape[0] + 1)
+    require_contiguous("query_start_loc", query_start_loc)
+    require_launchable(query=query, query_start_loc=query_start_loc, kv_scales=kv_scales)
+
+
 def paged_attention_extend(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -185,17 +212,13 @@ def paged_attention_extend(
     or layouts that do not fit.
     """
     out = torch.empty_like(query) if out is None else out
-    num_kv_heads, block_size, head_dim = check_attention(
-        query, key_cache, value_cache, block_table, seq_lens, scale=scale, window=window,
-        softcap=softcap, sinks=sinks, out=out,
+    _check(
+        query, key_cache, value_cache, block_table, query_start_loc, seq_lens, out, sinks,
+        kv_scales, scale, window, softcap,
     )  # fmt: skip
-    check_scales(kv_scales, key_cache, num_kv_heads)
-    num_seqs = seq_lens.shape[0]
-    require_dtype("query_start_loc", query_start_loc, torch.int32)
-    require_shape("query_start_loc", query_start_loc, num_seqs + 1)
-    require_contiguous("query_start_loc", query_start_loc)
-    require_launchable(query=query, query_start_loc=query_start_loc, kv_scales=kv_scales)
     require(max_query_len > 0, f"max_query_len must be positive, not {max_query_len}")
+    _, num_kv_heads, block_size, head_dim = key_cache.shape
+    num_seqs = seq_lens.shape[0]
     num_tokens, num_heads, _ = query.shape
     if num_tokens == 0 or num_seqs == 0:
         return out

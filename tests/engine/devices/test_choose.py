@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from quire.engine.devices.choose import choose_backend
 from quire.engine.devices.cpu.backend import CpuBackend
+from quire.engine.devices.cuda.backend import CudaBackend
+from quire.engine.devices.cuda.requirements import check_gpu
 from quire.engine.errors import ConfigurationError
 
 from ..worker_driver import make_config
@@ -29,10 +32,45 @@ def test_the_cpu_is_chosen_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_cuda_is_chosen_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: _gpu(9, 0))
     for device in ("auto", "cuda"):
         backend = choose_backend(make_config(Path("none"), device=device))
         assert backend.device.type == "cuda"
     assert isinstance(choose_backend(make_config(Path("none"), device="cpu")), CpuBackend)
+
+
+def _gpu(major: int, minor: int) -> SimpleNamespace:
+    return SimpleNamespace(name="A GPU", major=major, minor=minor)
+
+
+def test_a_gpu_before_ampere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: _gpu(7, 5))
+    for device in ("auto", "cuda"):
+        with pytest.raises(
+            ConfigurationError, match=r"A GPU has compute capability 7\.5.*device cpu"
+        ):
+            choose_backend(make_config(Path("none"), device=device))
+
+
+def test_triton_releases_that_make_wrong_code() -> None:
+    for capability in ((8, 0), (9, 0)):
+        assert check_gpu("A GPU", capability, "3.6.0") is None
+    for capability in ((9, 0), (10, 0)):
+        assert check_gpu("A GPU", capability, "3.7.1+git1") is None
+        with pytest.raises(ConfigurationError, match=r"3\.7\.0 makes wrong code"):
+            check_gpu("A GPU", capability, "3.7.0")
+    assert "install triton 3.7.1" in str(check_gpu("A GPU", (12, 0), "3.6.0"))
+
+
+def test_a_gpu_computes_a_float32_checkpoint_in_bfloat16(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = CudaBackend(torch.device("cpu"))
+    with caplog.at_level("INFO"):
+        assert backend.default_dtype("float16") == "float16" and not caplog.records
+        assert backend.default_dtype("float32") == "bfloat16"
+    assert "--dtype" in caplog.text
 
 
 def test_only_the_chosen_device_is_imported() -> None:

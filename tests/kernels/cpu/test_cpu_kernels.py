@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import numpy as np
@@ -304,18 +305,32 @@ def exact(value: Any) -> Any:
     return copy.deepcopy(value).float() if isinstance(value, nn.Linear) else value
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("has_norm", [True, False])
-@pytest.mark.parametrize("head_dim", [4, 20, 64, 96])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no rotation": {"rotates": False},
+    "scaled updates": {"update_scale": 0.22},
+}
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "has_norm", "dtype", "options"),
+    [
+        *((*case, "plain") for case in itertools.product([4, 20, 64, 96], [True, False], DTYPES)),
+        (20, True, torch.float32, "no rotation"),
+        (20, True, torch.float32, "scaled updates"),
+    ],
+)
 @torch.no_grad()
 def test_a_compiled_body_equals_plain_torch(
-    head_dim: int, has_norm: bool, dtype: torch.dtype
+    head_dim: int, has_norm: bool, dtype: torch.dtype, options: str
 ) -> None:
     slots = [16, 0, -1, 112, 32]  # the first token of its sequence, in the first slot of a block
-    layer = make_layer(head_dim, has_norm, dtype)
+    layer = make_layer(head_dim, has_norm, dtype)._replace(**OPTIONS[options])
     embedding = nn.Embedding(9, HIDDEN, dtype=dtype)
-    rotary = Rotary(head_dim, "default" if has_norm else "dynamic")
-    flat = FlatDecoder(embedding, rotary, [layer], make_layer(4, True, dtype).mlp_norm)
+    # With "dynamic" only a part of a head rotates.
+    rotary = Rotary(*((head_dim, "default") if has_norm else (head_dim // 4 * 2, "dynamic")))
+    last_norm, embedding_scale = make_layer(4, True, dtype).mlp_norm, 1.0 if has_norm else 3.5
+    flat = FlatDecoder(embedding, rotary, [layer], last_norm, embedding_scale)
     exact_flat = flat._replace(
         embedding=copy.deepcopy(embedding).float(),
         layers=[FlatLayer(*(exact(value) for value in layer))],
@@ -357,7 +372,10 @@ def test_other_activations_and_layers_that_differ_are_not_compiled() -> None:
     flat = FlatDecoder(nn.Embedding(2, HIDDEN), Rotary(4), [layer, layer], layer.mlp_norm)
     assert can_compile(flat)
     assert not can_compile(flat._replace(layers=[layer, other]))
-    assert not can_compile(flat._replace(layers=[layer._replace(is_silu=False)]))
+    capped, kind = layer._replace(softcap=30.0), layer._replace(rotary_kind="full_attention")
+    normed = layer._replace(output_norm=layer.mlp_norm)
+    for odd in (layer._replace(is_silu=False), capped, kind, normed):
+        assert not can_compile(flat._replace(layers=[odd]))
 
 
 def test_a_row_s_norm_does_not_depend_on_where_its_arrays_are() -> None:
@@ -369,7 +387,9 @@ def test_a_row_s_norm_does_not_depend_on_where_its_arrays_are() -> None:
         outs = []
         for begin in (length, 900 - length):  # right after x, and far from it
             out = memory[begin : begin + length][None]
-            norm = norms.Norm(memory[None, :length], weights, epsilons, out, no_ids, weights)
+            norm = norms.Norm(
+                memory[None, :length], weights, epsilons, out, no_ids, weights, np.float32(1)
+            )
             launch(norms.normalise, norm, 1, 1, 1)
             outs.append(out.copy())
         assert np.array_equal(*outs), length

@@ -22,6 +22,7 @@ from launches import (  # noqa: E402
     table,
     widest_load,
 )
+from machine_code import disassemble, early_writes, parse  # noqa: E402
 
 DOCS = Path(__file__).parents[3] / "docs" / "kernels.md"
 KERNELS = Path(__file__).parents[3] / "kernels"
@@ -52,6 +53,36 @@ def test_attention_reads_16_bytes_at_a_time_into_tensor_cores(name: str, arch: i
         sizes = COPY_SIZE.findall(kernel.ptx)
         narrow = "fp8" in name and not wgmma
         assert sizes and set(sizes) == ({"0x10", "0x8"} if narrow else {"0x10"}), sizes
+
+
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith(("ext", "casc"))])
+def test_no_register_is_written_while_a_product_reads_it(name: str) -> None:
+    programs = [disassemble(kernel.cubin) for kernel in compiled(name, 90)]
+    names = [instruction.name for program in programs for instruction in program.instructions]
+    assert any(name.startswith("HGMMA") for name in names)
+    assert [early_writes(program) for program in programs] == [[]] * len(programs)
+
+
+def test_early_writes_are_found() -> None:
+    """The second product's first operand is in registers, and the loop goes on before the wait."""
+    code = """
+.L_x_1:
+        /*0010*/      FADD R40, R1, R2 ;
+        /*0020*/      WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0030*/      FADD R25, R24, R25 ;
+        /*0040*/      WARPGROUP.ARRIVE ;
+        /*0050*/      HGMMA.64x64x16.F32.BF16 R88, gdesc[UR12], RZ, !UPT ;
+        /*0060*/      HGMMA.64x32x16.F32.BF16 R24, R120, gdesc[UR12].tnspB, R24, gsb0 ;
+        /*0070*/ @!P1 LDS.128 R124, [R23] ;
+        /*0080*/      STS.128 [R23], R120 ;
+        /*0090*/ @!P1 BRA `(.L_x_1) ;
+        /*00a0*/      WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*00b0*/      FADD R120, R1, R2 ;
+"""
+    assert early_writes(parse(code)) == []  # sums: R24 … R39 and R88 … R119
+    for late, register in (("R40", "R39"), ("R124", "R123"), ("R124", "R90")):
+        found = early_writes(parse(code.replace(late, register, 1)))
+        assert len(found) == 1 and register in found[0]
 
 
 @pytest.mark.parametrize("name", [name for name in LAUNCHES if name.endswith("fp8")])
