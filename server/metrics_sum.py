@@ -58,7 +58,7 @@ def add(totals: Totals, samples: Iterable[Sample]) -> None:
 class Sum(Collector):
     """Collects the families of `own` with the counts of `others` added, without creation times.
 
-    A family that `own` lacks is left out.
+    Exemplars are those of `own`. A family that `own` lacks is left out.
     """
 
     def __init__(self, own: Collector, others: Totals) -> None:
@@ -75,8 +75,16 @@ class Sum(Collector):
                 totals: Totals = {}
                 add(totals, samples_of([family]))
                 add(totals, by_family.get(family.name, ()))
+                exemplars = {
+                    (sample.name, tuple(sample.labels.items())): sample.exemplar
+                    for sample in family.samples
+                    if sample.exemplar is not None
+                }
                 family.samples = [
-                    PrometheusSample(key.name, dict(key.labels), value)
+                    PrometheusSample(
+                        *(key.name, dict(key.labels), value, None),
+                        exemplars.get((key.name, key.labels)),
+                    )
                     for key, value in totals.items()
                 ]
             yield family

@@ -97,7 +97,7 @@ def test_dependencies_are_read_from_pyproject() -> None:
     )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["gguf"] + extras["quantized"]
+    wanted = project["dependencies"] + extras["gguf"] + extras["otel"] + extras["quantized"]
     assert result.stdout.splitlines() == wanted, result.stderr
 
 
