@@ -11,9 +11,11 @@ are the engine's own (`engine.outputs.Timings`), so they are written when the ge
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
+import structlog
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
@@ -33,6 +35,10 @@ from ...engine.request import Request
 from ..metrics import RequestRecord
 from . import attributes
 
+log = structlog.get_logger(__name__)
+
+CLOSE_SECONDS = 3.0
+"""How long the last spans may take to be exported when the server stops."""
 CLIENT_LEFT = 499
 """The status of a request whose client left before its answer began."""
 _CALLERS_HEADERS = ("traceparent", "tracestate")
@@ -81,8 +87,13 @@ class Tracer:
             span.end(offset + round(end * 1e9))
 
     def close(self) -> None:
-        """Export what has ended and stop. It may wait for the exporter, for some seconds."""
-        self._provider.shutdown()
+        """Export what has ended and stop. The exporter has CLOSE_SECONDS for it, since a collector
+        that is away must not hold up the end of the server."""
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+        if closing.is_alive():
+            log.warning("traces_lost", seconds=CLOSE_SECONDS)
 
 
 def _phases(timings: Timings) -> Iterable[tuple[str, float, float]]:

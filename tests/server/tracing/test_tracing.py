@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import httpx
 import pytest
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.attributes import error_attributes, http_attributes
 from opentelemetry.trace import SpanKind, StatusCode
+from structlog.testing import capture_logs
 
 from quire.engine.embedding_spec import EmbeddingSpec
 from quire.engine.errors import ConfigurationError
@@ -31,7 +35,8 @@ from quire.server.metrics import Metrics, RequestRecord
 from quire.server.serving.app import create_app
 from quire.server.settings import Settings, load_settings
 from quire.server.text.tokenizer import Tokenizer
-from quire.server.tracing import attributes, start
+from quire.server.tracing import attributes, spans, start
+from quire.server.tracing.middleware import TracingMiddleware
 from quire.server.tracing.spans import Tracer
 
 from ..fakes import FakeEngineClient, Script, ids
@@ -268,6 +273,32 @@ async def test_a_trace_continues_that_of_the_caller(
     assert f"{ours.parent.span_id:016x}" == CALLER.split("-")[2]
 
 
+async def test_what_a_request_is_forwarded_with_continues_its_trace(
+    exporter: InMemorySpanExporter,
+) -> None:
+    """Another HTTP worker, which gets the headers of the scope, makes a child of our span."""
+    seen: list[tuple[bytes, bytes]] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend(scope["headers"])
+
+    tracer = Tracer(MODEL, "0", SimpleSpanProcessor(exporter))
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/responses",
+        "headers": [(b"traceparent", CALLER.encode()), (b"a", b"b")],
+        "state": {"request_id": "id"},
+    }
+    await TracingMiddleware(inner, tracer)(scope, None, None)  # type: ignore[arg-type]
+    own = root(exporter).context
+    assert own.trace_id == int(CALLER.split("-")[1], 16)
+    assert sorted(seen) == [
+        (b"a", b"b"),
+        (b"traceparent", f"00-{own.trace_id:032x}-{own.span_id:016x}-01".encode()),
+    ]
+
+
 async def test_exemplars_lead_from_a_bucket_to_the_trace(
     client: httpx.AsyncClient, exporter: InMemorySpanExporter
 ) -> None:
@@ -374,6 +405,19 @@ async def test_spans_reach_a_collector_when_the_server_stops(
     assert named["service.name"] == "kitchen"
     names = [span.name for span in resource.scope_spans[0].spans]
     assert names == ["queue", f"text_completion {MODEL}"]
+
+
+def test_a_collector_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spans, "CLOSE_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces"
+        tracer = Tracer(MODEL, "0", BatchSpanProcessor(OTLPSpanExporter(endpoint, timeout=1)))
+        tracer.begin("chat", "POST", {}).answer_ended("id", "/", 200, None)
+        began = time.monotonic()
+        with capture_logs() as log:
+            tracer.close()
+        assert time.monotonic() - began < 0.9
+    assert [(entry["event"], entry["seconds"]) for entry in log] == [("traces_lost", 0.3)]
 
 
 # -- settings --------------------------------------------------------------------------------
