@@ -68,7 +68,6 @@ def of_generation(
         INPUT_TOKENS: sum(record.prompt_tokens for record in records),
         OUTPUT_TOKENS: sum(sum(record.generation_tokens) for record in records),
         CACHED_TOKENS: num_cached_tokens,
-        FINISH_REASONS: [reason for record in records for reason in record.finish_reasons],
         PREEMPTIONS: sum(record.preemptions for record in records),
     }
     if requests[0].pooling is None:

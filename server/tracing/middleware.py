@@ -65,5 +65,6 @@ class TracingMiddleware:
                 scope["state"]["request_id"],
                 getattr(scope.get("route"), "path", None),
                 status,
-                None if left else error,
+                None if left else scope["state"].get("error_code", error),
+                was_cut=left or error is not None,
             )

@@ -39,8 +39,8 @@ log = structlog.get_logger(__name__)
 
 CLOSE_SECONDS = 3.0
 """How long the last spans may take to be exported when the server stops."""
-CLIENT_LEFT = 499
-"""The status of a request whose client left before its answer began."""
+MAX_PROMPTS = 16
+"""Prompts of a request whose phases and finish reasons are told; a rerank has hundreds."""
 _CALLERS_HEADERS = ("traceparent", "tracestate")
 
 
@@ -115,6 +115,7 @@ class SpanOfRequest:
         self._model = model
         self._open = 1  # the HTTP answer
         self._error: str | None = None
+        self._failed = False
 
     @property
     def trace_id(self) -> str | None:
@@ -132,11 +133,15 @@ class SpanOfRequest:
         error: str | None,
     ) -> None:
         self._error = self._error or error
+        self._failed = self._failed or error is not None
         if self._span.is_recording():
             values = attributes.of_generation(self._model, requests, records, num_cached_tokens)
+            values[attributes.FINISH_REASONS] = [
+                reason for record in records[:MAX_PROMPTS] for reason in record.finish_reasons
+            ]
             self._span.set_attributes(values)
             self._span.update_name(f"{self._operation} {values[attributes.REQUEST_MODEL]}")
-            for record in records:
+            for record in records[:MAX_PROMPTS]:
                 if record.timings is not None:
                     self._tracer.write_phases(self._span, record.timings)
         self._end_part()
@@ -151,17 +156,25 @@ class SpanOfRequest:
         )
 
     def answer_ended(
-        self, request_id: str, route: str | None, status: int, error: str | None
+        self,
+        request_id: str,
+        route: str | None,
+        status: int,
+        error: str | None = None,
+        *,
+        was_cut: bool = False,
     ) -> None:
-        """End the HTTP answer, whose x-request-id is `request_id`. `error` is the type of an
-        exception that had no answer."""
+        """End the HTTP answer, whose x-request-id is `request_id`. `error` is the code of a refusal
+        or failure. An answer that `was_cut` by its client or an exception ends the trace at once,
+        since a generation that was not begun never ends."""
         self._error = self._error or error or (str(status) if status >= 500 else None)
+        self._failed = self._failed or status >= 500
         if route is not None:
             self._span.set_attribute(attributes.HTTP_ROUTE, route)
         self._span.set_attribute(attributes.HTTP_STATUS, status)
         self._span.set_attribute(attributes.REQUEST_ID, request_id)
-        if status == CLIENT_LEFT or error is not None:
-            self._open = 1  # a generation that was not begun never ends
+        if was_cut:
+            self._open = 1
         self._end_part()
 
     def _end_part(self) -> None:
@@ -170,5 +183,6 @@ class SpanOfRequest:
             return
         if self._error is not None:
             self._span.set_attribute(attributes.ERROR_TYPE, self._error)
+        if self._failed:
             self._span.set_status(Status(StatusCode.ERROR))
         self._span.end()

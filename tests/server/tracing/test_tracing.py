@@ -36,6 +36,7 @@ from quire.server.serving.app import create_app
 from quire.server.settings import Settings, load_settings
 from quire.server.text.tokenizer import Tokenizer
 from quire.server.tracing import attributes, spans, start
+from quire.server.tracing.current import current
 from quire.server.tracing.middleware import TracingMiddleware
 from quire.server.tracing.spans import Tracer
 
@@ -183,11 +184,11 @@ async def test_embeddings_have_no_sampling_parameters(
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "key", "status"),
+    ("path", "body", "key", "status", "code"),
     [
-        ("/v1/chat/completions", {"messages": 1}, SECRET_KEY, 400),
-        ("/v1/chat/completions", chat(), "wrong", 401),
-        ("/v1/completions", {"prompt": "a", "model": "other"}, SECRET_KEY, 404),
+        ("/v1/chat/completions", {"messages": 1}, SECRET_KEY, 400, "invalid_value"),
+        ("/v1/chat/completions", chat(), "wrong", 401, "invalid_api_key"),
+        ("/v1/completions", {"prompt": "a", "model": "b"}, SECRET_KEY, 404, "model_not_found"),
     ],
 )
 async def test_a_refusal_is_traced_and_is_no_failure(
@@ -197,11 +198,13 @@ async def test_a_refusal_is_traced_and_is_no_failure(
     body: dict[str, Any],
     key: str,
     status: int,
+    code: str,
 ) -> None:
     await client.post(path, json=body, headers={"authorization": f"Bearer {key}"})
     (span,) = exporter.get_finished_spans()
     assert span.attributes is not None and span.name == attributes.OPERATIONS[path]
     assert span.attributes["http.response.status_code"] == status
+    assert span.attributes["error.type"] == code
     assert span.status.status_code == StatusCode.UNSET
 
 
@@ -230,8 +233,18 @@ async def test_an_engine_that_is_not_ready_is_a_failure(
     engine.ready = False
     await client.post("/v1/completions", json={"prompt": "a"})
     span = root(exporter)
-    assert span.attributes is not None and span.attributes["error.type"] == "503"
+    assert span.attributes is not None and span.attributes["error.type"] == "engine_not_ready"
     assert span.status.status_code == StatusCode.ERROR
+
+
+async def test_a_request_for_many_prompts_tells_of_the_first_ones(
+    client: httpx.AsyncClient, exporter: InMemorySpanExporter
+) -> None:
+    await client.post("/v1/completions", json={"prompt": ["a"] * 20, "max_tokens": 3})
+    values = root(exporter).attributes or {}
+    assert len(named(exporter, "queue")) == spans.MAX_PROMPTS == 16
+    assert values["gen_ai.response.finish_reasons"] == ("length",) * 16
+    assert values["gen_ai.usage.output_tokens"] == 60
 
 
 async def test_a_background_response_ends_its_trace_later(
@@ -299,6 +312,25 @@ async def test_what_a_request_is_forwarded_with_continues_its_trace(
     ]
 
 
+async def test_a_client_that_leaves_ends_its_trace(exporter: InMemorySpanExporter) -> None:
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        current_trace = current.get()
+        assert current_trace is not None
+        current_trace.generation_began()  # and it is never run
+        await receive()
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    path = {"type": "http", "method": "POST", "path": "/v1/completions"}
+    scope = {**path, "headers": [], "state": {"request_id": "id"}}
+    tracer = Tracer(MODEL, "0", SimpleSpanProcessor(exporter))
+    await TracingMiddleware(inner, tracer)(scope, receive, None)  # type: ignore[arg-type]
+    span = root(exporter)
+    assert span.attributes is not None and span.attributes["http.response.status_code"] == 499
+    assert span.status.status_code == StatusCode.UNSET and current.get() is None
+
+
 async def test_exemplars_lead_from_a_bucket_to_the_trace(
     client: httpx.AsyncClient, exporter: InMemorySpanExporter
 ) -> None:
@@ -341,7 +373,7 @@ def test_children_have_the_times_of_the_engine(
         timings=timings,
     )
     trace.generation_began()
-    trace.answer_ended("id", "/", 200, None)
+    trace.answer_ended("id", "/", 200)
     assert not exporter.get_finished_spans()
     trace.generation_ended([request], [record], 0, None)
     *children, parent = exporter.get_finished_spans()
@@ -412,7 +444,7 @@ def test_a_collector_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.Mon
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces"
         tracer = Tracer(MODEL, "0", BatchSpanProcessor(OTLPSpanExporter(endpoint, timeout=1)))
-        tracer.begin("chat", "POST", {}).answer_ended("id", "/", 200, None)
+        tracer.begin("chat", "POST", {}).answer_ended("id", "/", 200)
         began = time.monotonic()
         with capture_logs() as log:
             tracer.close()
