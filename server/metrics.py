@@ -10,10 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.openmetrics.exposition import ALLOWUTF8
-from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_page
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ..engine.config import EngineInfo
 from ..engine.outputs import EngineStats, FinishReason, Timings
@@ -29,10 +26,8 @@ from .histograms import (
     TokenHistogram,
     one_two_five,
 )
-from .metrics_sum import Sample, Sum, Totals, samples_of
+from .metrics_sum import Page, Sample, Totals, page_of, samples_of
 
-OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-"""The type of a page with exemplars, which Prometheus asks for by itself."""
 WAITING_REASONS = ("capacity", "deferred")
 """Why a sequence waits, by vLLM's names. None is ever deferred here (held back although there is
 room)."""
@@ -380,17 +375,10 @@ class Metrics:
         self._count_new_tokens()
         return samples_of(self._registry.collect())
 
-    def render(
-        self, others: Totals | None = None, *, openmetrics: bool = False
-    ) -> tuple[bytes, str]:
-        """Return the page, with the counts of `others`, and its type: in Prometheus' text format,
-        or in that of OpenMetrics, which alone has exemplars."""
+    def render(self, others: Totals | None = None, *, openmetrics: bool = False) -> Page:
+        """Return the page with the counts of `others` added. See `page_of`."""
         self._count_new_tokens()
-        if openmetrics:
-            page = Sum(self._registry, others or {})
-            # ALLOWUTF8 alone keeps the colon of the names.
-            return openmetrics_page(page, ALLOWUTF8), OPENMETRICS_TYPE  # type: ignore[no-untyped-call]
-        return generate_latest(Sum(self._registry, others or {})), CONTENT_TYPE_PLAIN_0_0_4
+        return page_of(self._registry, others or {}, openmetrics=openmetrics)
 
     def _count_new_tokens(self) -> None:
         self._generated.inc(self._new_tokens)

@@ -77,14 +77,15 @@ class Tracer:
         )
         return SpanOfRequest(self, span, operation, self._model)
 
-    def write_phases(self, parent: Span, timings: Timings) -> None:
-        """Write the queue, prefill and decode of one prompt, as far as it got."""
+    def write_phases(self, parent: Span, arrival: float, timings: Timings) -> None:
+        """Write the queue, prefill and decode of one prompt, as far as it got. `arrival` is by
+        `time.monotonic`."""
         context = set_span_in_context(parent, Context())
-        # Spans have wall-clock times, the engine's times are those of `time.monotonic`.
-        offset = time.time_ns() - time.monotonic_ns()
+        # Spans have wall-clock times.
+        arrived = time.time_ns() - time.monotonic_ns() + round(arrival * 1e9)
         for name, begin, end in _phases(timings):
-            span = self._tracer.start_span(name, context, start_time=offset + round(begin * 1e9))
-            span.end(offset + round(end * 1e9))
+            span = self._tracer.start_span(name, context, start_time=arrived + round(begin * 1e9))
+            span.end(arrived + round(end * 1e9))
 
     def close(self) -> None:
         """Export what has ended and stop. The exporter has CLOSE_SECONDS for it, since a collector
@@ -97,11 +98,18 @@ class Tracer:
 
 
 def _phases(timings: Timings) -> Iterable[tuple[str, float, float]]:
-    arrival, scheduled, first_token, finished, _ = timings
-    yield "queue", arrival, finished if scheduled is None else scheduled
-    if scheduled is not None:
-        yield "prefill", scheduled, finished if first_token is None else first_token
-    if first_token is not None:
+    """Yield the name, begin and end of each phase, in seconds since the request's arrival."""
+
+    def since(moment: float) -> float:
+        return moment - timings.arrival
+
+    finished = since(timings.finished)
+    scheduled = finished if timings.scheduled is None else since(timings.scheduled)
+    first_token = finished if timings.first_token is None else since(timings.first_token)
+    yield "queue", 0.0, scheduled
+    if timings.scheduled is not None:
+        yield "prefill", scheduled, first_token
+    if timings.first_token is not None:
         yield "decode", first_token, finished
 
 
@@ -141,9 +149,9 @@ class SpanOfRequest:
             ]
             self._span.set_attributes(values)
             self._span.update_name(f"{self._operation} {values[attributes.REQUEST_MODEL]}")
-            for record in records[:MAX_PROMPTS]:
+            for request, record in list(zip(requests, records, strict=True))[:MAX_PROMPTS]:
                 if record.timings is not None:
-                    self._tracer.write_phases(self._span, record.timings)
+                    self._tracer.write_phases(self._span, request.arrival_time, record.timings)
         self._end_part()
 
     @property
