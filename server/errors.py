@@ -188,6 +188,8 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_quire_error(request: Request, error: Exception) -> JSONResponse:
         request_id = request.state.request_id
+        assert isinstance(error, QuireError)
+        request.state.error_code = error.code  # for the request's trace
         if answer_of(error).status == 500:
             log.warning("request_failed", request_id=request_id, error=repr(error))
         return error_response(error, request_id, request.scope)

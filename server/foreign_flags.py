@@ -61,6 +61,7 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--quantization": "int8 and int4 on the CPU; of quantised checkpoints only GGUF",
             "--tensor-parallel-size": "only 1",
             "--allowed-origins": "repeat it for each origin instead of a JSON list",
+            "--otlp-traces-endpoint": "OTLP over HTTP only; needs the extra otel",
         },
         "other name": {
             "--speculative-config": "--speculation and --num-speculative-tokens; no draft models",
@@ -115,6 +116,7 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--task": "embeddings are served beside generations",
             "--runner": "embeddings are served beside generations",
             "--convert": "--pooling makes embeddings of any model",
+            "--collect-detailed-traces": "a request's trace has its queue, prefill and decode",
         },
         "refused": {
             "--pipeline-parallel-size": _ONE_DEVICE,
@@ -148,7 +150,6 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--enable-force-include-usage": "set stream_options.include_usage in the request",
             "--ssl-ca-certs": _PROXY,
             "--ssl-cert-reqs": _PROXY,
-            "--otlp-traces-endpoint": "there are no traces; see /metrics and --enable-log-requests",
         },
     },
     "SGLang": {

@@ -35,6 +35,21 @@ look like 0.15 s.
 """
 
 
+_MAX_EXEMPLAR = 128
+"""Characters that the labels of an exemplar may have in all, by OpenMetrics."""
+
+
+def exemplar(request_id: str, trace_id: str | None) -> dict[str, str] | None:
+    """Return the labels of an exemplar, which leads from a bucket to the log's entries of a request
+    and to its trace. An id that leaves no room is left out, since a client may choose a long one;
+    None is returned if nothing is left."""
+    labels = {} if trace_id is None else {"trace_id": trace_id}
+    used = sum(len(name) + len(value) for name, value in labels.items())
+    if used + len("request_id") + len(request_id) <= _MAX_EXEMPLAR:
+        labels["request_id"] = request_id
+    return labels or None
+
+
 class TokenHistogram(Collector):
     """A histogram that is cheap enough to observe every token: a bisection and three additions.
 

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ..engine.config import EngineInfo
 from ..engine.outputs import EngineStats, FinishReason, Timings
@@ -27,7 +26,7 @@ from .histograms import (
     TokenHistogram,
     one_two_five,
 )
-from .metrics_sum import Sample, Sum, Totals, samples_of
+from .metrics_sum import Page, Sample, Totals, page_of, samples_of
 
 WAITING_REASONS = ("capacity", "deferred")
 """Why a sequence waits, by vLLM's names. None is ever deferred here (held back although there is
@@ -67,6 +66,8 @@ class RequestRecord:
     timings: Timings | None
     preemptions: int = 0
     """Of all choices."""
+    exemplar: dict[str, str] | None = None
+    """What the latencies lead to; see histograms.py."""
 
 
 class Metrics:
@@ -92,6 +93,7 @@ class Metrics:
         self._waiting_for = {
             reason: by_reason.labels(**self._labels, reason=reason) for reason in WAITING_REASONS
         }
+        self._ready = self._gauge("engine_ready", "1 while the engine serves, 0 otherwise.")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
         self._step_counters = {
             field: self._counter(*name_help) for field, name_help in _STEP_COUNTERS.items()
@@ -245,6 +247,10 @@ class Metrics:
             )
             self._max_lora = info.max_loras
 
+    def engine_health(self, ready: bool) -> None:
+        """Show whether the engine serves. It is called before each page."""
+        self._ready.set(ready)
+
     def engine_restarted(self) -> None:
         """Count a restart of the engine, whose own counters begin at zero again."""
         self._restarts.inc()
@@ -308,9 +314,9 @@ class Metrics:
         """Count output tokens. It is called for every output, so `render` updates the counter."""
         self._new_tokens += count
 
-    def first_token(self, seconds: float) -> None:
+    def first_token(self, seconds: float, exemplar: dict[str, str] | None = None) -> None:
         """Record the time from a request's arrival to its first token."""
-        self._ttft.observe(seconds)
+        self._ttft.observe(seconds, exemplar)
 
     def inter_token(self, seconds: float) -> None:
         """Record the time between two tokens of a choice."""
@@ -329,16 +335,18 @@ class Metrics:
             for histogram, value in zip(self._token_counts, counts, strict=True):
                 histogram.observe(value)
         if record.timings is not None:
-            self._observe_timings(record.timings, longest)
+            self._observe_timings(record.timings, longest, record.exemplar)
 
-    def _observe_timings(self, timings: Timings, longest: int) -> None:
+    def _observe_timings(
+        self, timings: Timings, longest: int, exemplar: dict[str, str] | None
+    ) -> None:
         """Record the latencies of a request whose longest choice has `longest` tokens."""
         spans = self._spans
         arrival, scheduled, first_token, finished, _ = timings
-        spans["e2e_request_latency_seconds"].observe(finished - arrival)
+        spans["e2e_request_latency_seconds"].observe(finished - arrival, exemplar)
         if scheduled is None:
             return
-        spans["request_queue_time_seconds"].observe(scheduled - arrival)
+        spans["request_queue_time_seconds"].observe(scheduled - arrival, exemplar)
         spans["request_inference_time_seconds"].observe(finished - scheduled)
         if first_token is None:
             return
@@ -367,10 +375,10 @@ class Metrics:
         self._count_new_tokens()
         return samples_of(self._registry.collect())
 
-    def render(self, others: Totals | None = None) -> tuple[bytes, str]:
-        """Return the page in Prometheus' text format, with the counts of `others`, and its type."""
+    def render(self, others: Totals | None = None, *, openmetrics: bool = False) -> Page:
+        """Return the page with the counts of `others` added. See `page_of`."""
         self._count_new_tokens()
-        return generate_latest(Sum(self._registry, others or {})), CONTENT_TYPE_PLAIN_0_0_4
+        return page_of(self._registry, others or {}, openmetrics=openmetrics)
 
     def _count_new_tokens(self) -> None:
         self._generated.inc(self._new_tokens)

@@ -11,10 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample as PrometheusSample
 
+OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+"""The type of a page with exemplars, which Prometheus asks for by itself."""
 _ADDED = ("counter", "histogram")
 
 
@@ -58,7 +64,7 @@ def add(totals: Totals, samples: Iterable[Sample]) -> None:
 class Sum(Collector):
     """Collects the families of `own` with the counts of `others` added, without creation times.
 
-    A family that `own` lacks is left out.
+    Exemplars are those of `own`. A family that `own` lacks is left out.
     """
 
     def __init__(self, own: Collector, others: Totals) -> None:
@@ -75,8 +81,34 @@ class Sum(Collector):
                 totals: Totals = {}
                 add(totals, samples_of([family]))
                 add(totals, by_family.get(family.name, ()))
+                exemplars = {
+                    (sample.name, tuple(sample.labels.items())): sample.exemplar
+                    for sample in family.samples
+                    if sample.exemplar is not None
+                }
                 family.samples = [
-                    PrometheusSample(key.name, dict(key.labels), value)
+                    PrometheusSample(
+                        *(key.name, dict(key.labels), value, None),
+                        exemplars.get((key.name, key.labels)),
+                    )
                     for key, value in totals.items()
                 ]
             yield family
+
+
+class Page(NamedTuple):
+    """A page of metrics, and its content type."""
+
+    content: bytes
+    media_type: str
+
+
+def page_of(own: Collector, others: Totals, *, openmetrics: bool) -> Page:
+    """Return the metrics of `own` with the counts of `others` added: in Prometheus' text format, or
+    in that of OpenMetrics, which alone has exemplars."""
+    families = Sum(own, others)
+    if not openmetrics:
+        return Page(generate_latest(families), CONTENT_TYPE_PLAIN_0_0_4)
+    # ALLOWUTF8 alone keeps the colon of the names.
+    content = generate_openmetrics(families, ALLOWUTF8)  # type: ignore[no-untyped-call]
+    return Page(content, OPENMETRICS_TYPE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator
 from pydantic_settings import NoDecode
@@ -91,6 +92,23 @@ Secret = Annotated[str, AfterValidator(check_key)]
 """A key."""
 SecretList = Annotated[tuple[Secret, ...], NoDecode, BeforeValidator(_split)]
 """Keys that are a repeatable flag, comma-separated in the environment and a list in YAML."""
+
+
+def _check_traces_endpoint(value: str) -> str:
+    """Return the URL with its path. Raises ValueError if traces cannot be sent there."""
+    url = urlsplit(value)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError(
+            f"{value} is not a URL of OTLP over HTTP, such as http://collector:4318/v1/traces "
+            "(gRPC, which collectors serve on port 4317, is not spoken)"
+        )
+    if url.username or url.password:
+        raise ValueError("give credentials as OTEL_EXPORTER_OTLP_HEADERS in the environment")
+    return value.rstrip("/") + "/v1/traces" if url.path in ("", "/") else value
+
+
+TracesEndpoint = Annotated[str, AfterValidator(_check_traces_endpoint)]
+"""The URL to which traces are sent."""
 
 
 def refuse_empty_keys(flags: dict[str, Any]) -> None:

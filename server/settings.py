@@ -36,7 +36,14 @@ from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
 from ..engine.lora import AdapterSource, read_sources
 from .foreign_flags import explain
-from .setting_types import ReasoningParser, Secret, SecretList, ToolCallParser, refuse_empty_keys
+from .setting_types import (
+    ReasoningParser,
+    Secret,
+    SecretList,
+    ToolCallParser,
+    TracesEndpoint,
+    refuse_empty_keys,
+)
 
 DEMO_MODEL_NAME = "quire-demo"
 
@@ -239,6 +246,12 @@ class Settings(_EngineSettings):
         "Logging and metrics",
         "Prefix of metric names; vllm fits dashboards made for vLLM.",
         "quire",
+    )
+
+    otlp_traces_endpoint: TracesEndpoint | None = _option(
+        "Logging and metrics",
+        "URL to which traces are sent by OTLP over HTTP; no traces without it.",
+        details="Needs the extra `otel`. Without a path, `/v1/traces` is added.",
     )
 
     @field_validator("served_model_name", "allowed_origins", "lora", mode="before")

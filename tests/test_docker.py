@@ -97,7 +97,7 @@ def test_dependencies_are_read_from_pyproject() -> None:
     )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["gguf"] + extras["quantized"]
+    wanted = project["dependencies"] + extras["gguf"] + extras["otel"] + extras["quantized"]
     assert result.stdout.splitlines() == wanted, result.stderr
 
 
@@ -251,20 +251,31 @@ def _queries() -> Iterator[str]:
         yield from (rule["expr"] for rule in group["rules"])
 
 
+RECORDED = {
+    rule["record"]
+    for group in _yaml("configs/prometheus/alerts.yml")["groups"]
+    for rule in group["rules"]
+    if "record" in rule
+}
+
+
 @pytest.mark.parametrize("query", sorted(set(_queries())))
 def test_every_queried_metric_is_exported_with_its_labels(query: str) -> None:
     exported = exported_samples()
     names = re.findall(r"\bquire:\w+|\bhttp_\w+", query)
-    assert names
+    recorded = re.findall(r"\bjob:[\w:]+", query)
+    assert names or recorded
+    assert set(recorded) <= RECORDED
     for name in names:
         assert name in exported, name
-    labels = {"instance"}.union(*(exported[name] for name in names))
+    labels = {"instance", "job"}.union(*(exported[name] for name in names))
     for selector in re.findall(r"\{(.*?)\}", query):
+        selector = re.sub(r'"[^"]*"', '""', selector)
         assert set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector)) <= labels, selector
     for grouping in re.findall(r"by \((.*?)\)", query):
         assert set(grouping.split(", ")) <= labels, grouping
-    for reason in re.findall(r'\breason="(\w+)"', query):
-        assert reason in {error.code for error in _descendants(QuireError)}
+    for reason in "|".join(re.findall(r'\breason=~?"([\w|]+)"', query)).split("|"):
+        assert not reason or reason in {error.code for error in _descendants(QuireError)}
     for reason in re.findall(r'\bfinished_reason="(\w+)"', query):
         assert reason in get_args(FinishReason)
 

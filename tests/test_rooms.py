@@ -63,7 +63,8 @@ RULES["server.parsing.formats"] = RULES["server.parsing"] | {"server.parsing"}
 RULES["server.http"] = RULES["server.parsing.formats"] | {
     *("server.parsing.formats", "engine.process"),
 }
-RULES["server.requests"] = RULES["server.http"] | {"server.http"}
+RULES["server.tracing"] = GROUND
+RULES["server.requests"] = RULES["server.http"] | {"server.http", "server.tracing"}
 RULES["server.api"] = RULES["server.requests"] | {"server.requests"}
 RULES["server.dialects"] = RULES["server.api"] | {"server.api"}
 RULES["server.scoring"] = RULES["server.dialects"]

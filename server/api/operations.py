@@ -67,8 +67,10 @@ async def load(request: Request) -> dict[str, int]:
     responses={200: {"content": {"text/plain": {"schema": STRING}}}},
 )
 async def metrics(request: Request) -> Response:
-    """Return the metrics in Prometheus' text format."""
-    content, media_type = await state_of(request).render_metrics()
+    """Return the metrics in Prometheus' text format, or in that of OpenMetrics to clients that
+    accept it."""
+    openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")
+    content, media_type = await state_of(request).render_metrics(openmetrics)
     return Response(content, media_type=media_type)
 
 

@@ -16,6 +16,6 @@ Reading order, which is the way of a request:
     generation       a job run through the engine, to the text of each choice
     merged_outputs   the outputs of several engine requests as one stream
 
-This room may import `server.http`, `server.parsing`, `server.text`, the server's ground modules,
-`engine.grammar` and the engine's words.
+This room may import `server.http`, `server.tracing`, `server.parsing`, `server.text`, the server's
+ground modules, `engine.grammar` and the engine's words.
 """

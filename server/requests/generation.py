@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from ...engine.errors import EngineDeadError, error_from_code
+from ...engine.errors import EngineDeadError, QuireError, error_from_code
 from ...engine.outputs import FinishReason, SequenceOutput, Timings, TokenLogprobs
 from ...engine.reasoning import ReasoningTracker
+from ..histograms import exemplar
 from ..http.limits import Ticket
 from ..metrics import RequestRecord
 from ..text.detokenizer import Detokenizer
+from ..tracing.current import current
 from .job import Job
 from .merged_outputs import merged_outputs
 from .state import ServerState
@@ -104,6 +106,12 @@ class Generation:
         self._prompts_counted = [False] * len(job.requests)
         self._timings: list[Timings | None] = [None] * len(job.requests)
         self._preemptions = [0] * len(job.requests)
+        self._trace = current.get()
+        if self._trace is not None:
+            self._trace.generation_began()
+        self._exemplar = exemplar(log_id, self._trace.trace_id if self._trace else None)
+        self._error: str | None = None
+        """The code of the error with which a sequence failed."""
         self._accepted, self._rejected = 0, 0
         """Tokens of predictions that were right, and that were tried and wrong."""
         self.choices = [
@@ -189,6 +197,9 @@ class Generation:
                         yield delta
             if any(choice.finish_reason is None for group in self.choices for choice in group):
                 raise EngineDeadError("the engine ended the request without a reason")
+        except QuireError as error:
+            self._error = error.code
+            raise
         finally:
             for position, group in enumerate(self.choices):
                 if any(choice.finish_reason is None for choice in group):
@@ -276,11 +287,13 @@ class Generation:
         if choice.last_token_time is not None:
             self._state.metrics.inter_token(now - choice.last_token_time)
         elif choice.number == 0:
-            self._state.metrics.first_token(now - self._job.requests[0].arrival_time)
+            waited = now - self._job.requests[0].arrival_time
+            self._state.metrics.first_token(waited, self._exemplar)
         choice.last_token_time = now
 
     def _record(self) -> None:
-        """Report the finished requests to the metrics and, if enabled, to the log."""
+        """Report the finished requests to the metrics and, if enabled, to the log and the trace."""
+        records = []
         for position, request in enumerate(self._job.requests):
             group = self.choices[position]
             if not self._prompts_counted[position]:
@@ -293,7 +306,9 @@ class Generation:
                 generation_tokens=tuple(choice.num_tokens for choice in group),
                 timings=self._timings[position],
                 preemptions=self._preemptions[position],
+                exemplar=self._exemplar,
             )
+            records.append(record)
             self._state.metrics.request_finished(record)
             if self._state.settings.enable_log_requests:
                 log.info(
@@ -305,6 +320,10 @@ class Generation:
                     finish_reasons=reasons,
                     seconds=round(time.monotonic() - request.arrival_time, 4),
                 )
+        if self._trace is not None:
+            self._trace.generation_ended(
+                self._job.requests, records, sum(self._cached_tokens), self._error
+            )
 
 
 class Finished(NamedTuple):

@@ -25,9 +25,10 @@ from ..templates.chat_template import read_template
 from ..text.grammar_check import GrammarCheck
 from ..text.tokenizer import Tokenizer
 
-RenderMetrics = Callable[[], Awaitable[tuple[bytes, str]]]
-"""Returns the page of `/metrics` and its content type: `Metrics.render`, or in one of several HTTP
-workers the page of all of them."""
+RenderMetrics = Callable[[bool], Awaitable[tuple[bytes, str]]]
+"""Returns the page of `/metrics` and its content type: `Metrics.render`, in the format of
+OpenMetrics if the argument is true, or in one of several HTTP workers the page of all of them, in
+Prometheus' format."""
 
 
 class ServerState:
@@ -70,8 +71,9 @@ class ServerState:
         self.created = int(time.time())
         self.render_metrics: RenderMetrics = self._render_own_metrics
 
-    async def _render_own_metrics(self) -> tuple[bytes, str]:
-        return self.metrics.render()
+    async def _render_own_metrics(self, openmetrics: bool) -> tuple[bytes, str]:
+        self.metrics.engine_health(self.engine.health().ready)
+        return self.metrics.render(openmetrics=openmetrics)
 
     @property
     def model_name(self) -> str:

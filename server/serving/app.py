@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version as package_version
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -36,8 +38,13 @@ from ..requests.state import ServerState
 from ..scoring import classify, rerank
 from ..settings import Settings
 from ..text.tokenizer import Tokenizer
+from ..tracing.middleware import TracingMiddleware
+from ..tracing.start import make_tracer
 from .openapi import openapi_document
 from .unknown_paths import explain_unknown_paths
+
+if TYPE_CHECKING:
+    from ..tracing.spans import Tracer
 
 EXPOSED_HEADERS = (
     *("x-request-id", "x-quire-ignored-params", "x-quire-prompt-changes", "x-quire-stream-id"),
@@ -52,14 +59,17 @@ def create_app(
     tokenizer: Tokenizer,
     metrics: Metrics,
     siblings: Siblings | None = None,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """Return the ASGI application; `app.state.quire` is its ServerState.
 
     Its lifespan starts the engine and closes it. The caller must call
     `app.state.quire.begin_drain()` when the server is told to stop, since the lifespan ends only
-    after the last answer. Raises ConfigurationError for a bad generation_config.
+    after the last answer. Raises ConfigurationError for a bad generation_config, or if traces are
+    asked for without OpenTelemetry. `tracer` takes the place of the one by the settings.
     """
     version = package_version("quire")
+    tracer = tracer or make_tracer(settings, version)
     source = find_source(settings.model_path, settings.engine_config().gguf_file)
     defaults = load_generation_defaults(settings.generation_config, source.repository)
     state = ServerState(
@@ -76,6 +86,7 @@ def create_app(
         responses=errors(500),
     )
     app.state.quire = state
+    app.state.tracer = tracer
     install_handlers(app)
     endpoints = (
         *(completions, chat, responses, responses_extra, conversations, messages),
@@ -90,7 +101,7 @@ def create_app(
     for router in (*public, keyed):
         app.include_router(router)
     explain_unknown_paths(app, [*public, *private])
-    _add_middleware(app, settings, metrics)
+    _add_middleware(app, settings, metrics, tracer)
     return app
 
 
@@ -106,15 +117,21 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         state.grammar_check.close()
         await state.streams.close()
         await state.engine.close()
+        if app.state.tracer is not None:
+            await asyncio.to_thread(app.state.tracer.close)
 
 
-def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+def _add_middleware(
+    app: FastAPI, settings: Settings, metrics: Metrics, tracer: Tracer | None
+) -> None:
     # The middleware added last is the outermost.
     limit = int(settings.max_body_bytes)
     app.add_middleware(ConnectionMiddleware)
     app.add_middleware(ContentEncodingMiddleware, max_bytes=limit)
     app.add_middleware(BodyLimitMiddleware, max_bytes=limit)
     app.add_middleware(HeadMiddleware)
+    if tracer is not None:
+        app.add_middleware(TracingMiddleware, tracer=tracer)
     prefix = settings.root_path.strip("/")
     app.add_middleware(PathMiddleware, root_path=f"/{prefix}" if prefix else "")
     if settings.allowed_origins:

@@ -72,7 +72,7 @@ async def _run(end: socket.socket) -> int:
     state.created = setup.created
     pages: Pages = deque()
 
-    async def page_of_all() -> tuple[bytes, str]:
+    async def page_of_all(openmetrics: bool) -> tuple[bytes, str]:
         page: asyncio.Future[tuple[bytes, str]] = asyncio.get_running_loop().create_future()
         pages.append(page)
         link.send(worker_link.AskPage())

@@ -235,4 +235,5 @@ class WorkerPool:
         totals = dict(self._past)
         for worker in self._workers.values():
             add(totals, worker.samples)
+        self._metrics.engine_health(self._engine.health().ready)
         asking.link.send(worker_link.Page(*self._metrics.render(totals)))

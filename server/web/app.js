@@ -5,6 +5,9 @@ import {key, request} from "./api.js";
 import {Playground} from "./playground.js";
 import {Live} from "./live.js";
 
+// The address /#live opens on the live view.
+const named = () => (location.hash === "#live" ? "live" : "play");
+
 const WIDE = matchMedia("(min-width: 64rem)");
 
 function KeyForm({message, onKey}) {
@@ -27,7 +30,7 @@ function App() {
   const [model, setModel] = useState(null);
   const [problem, setProblem] = useState(null);
   const [generation, setGeneration] = useState(0);
-  const [tab, setTab] = useState("play");
+  const [tab, setTab] = useState(named);
   const [wide, setWide] = useState(WIDE.matches);
   const [asking, setAsking] = useState(false);
 
@@ -35,6 +38,12 @@ function App() {
     const change = () => setWide(WIDE.matches);
     WIDE.addEventListener("change", change);
     return () => WIDE.removeEventListener("change", change);
+  }, []);
+
+  useEffect(() => {
+    const change = () => setTab(named());
+    addEventListener("hashchange", change);
+    return () => removeEventListener("hashchange", change);
   }, []);
 
   useEffect(() => {

@@ -8,6 +8,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, SecretStr
 
 from .conftest import KEY, MODEL
+from .examples import output_of
 
 QUESTION = "What is 12 + 30?"
 ANSWER = "12 + 30 = 42"
@@ -73,3 +74,9 @@ def test_bind_tools(model: ChatOpenAI) -> None:
     assert [call["args"] for call in whole.tool_calls] == [{"city": "Paris"}]
     result = ToolMessage('{"weather": "sunny"}', tool_call_id=call["id"])
     assert with_tools.invoke([question, called, result]).text == "The weather in Paris is sunny."
+
+
+def test_the_example_calls_its_tool(server: str) -> None:
+    called, answer = output_of("langchain_agent.py", server).splitlines()
+    assert called == "get_weather({'city': 'Paris'})"
+    assert answer == "The weather in Paris is sunny."

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from .conftest import KEY, command
+from .examples import FOLDER, output_of
 
 SCRIPT = Path(__file__).parent / "openai.mjs"
 
@@ -21,3 +22,11 @@ def test_openai_for_node(server: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "pass 8\n" in done.stdout and "skipped 0\n" in done.stdout, done.stdout
+
+
+def test_the_example_streams_a_chat(server: str, tmp_path: Path) -> None:
+    # Node looks for packages beside the program, as its reader has them.
+    program = tmp_path / "chat.mjs"
+    program.write_bytes((FOLDER / "chat.mjs").read_bytes())
+    (tmp_path / "node_modules").symlink_to(SCRIPT.parent / "node_modules")
+    assert output_of(str(program), server) == "12 + 30 = 42\n"

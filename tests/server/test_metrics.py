@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as parse_openmetrics,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine.config import EngineInfo
 from quire.engine.outputs import EngineStats, Timings
+from quire.server.histograms import exemplar
 from quire.server.metrics import Metrics, RequestRecord
 
 from .fakes import FakeEngineClient, Script, ids
@@ -83,6 +88,7 @@ VLLM_NAMES = {
     "num_requests_waiting": "gauge",
     "num_requests_waiting_by_reason": "gauge",
     "kv_cache_usage_perc": "gauge",
+    "engine_ready": "gauge",
     "cache_config_info": "gauge",
     "prefix_cache_queries": "counter",
     "prefix_cache_hits": "counter",
@@ -129,6 +135,109 @@ def test_names_and_types(prefix: str) -> None:
     expected = {f"{prefix}:{name}": kind for name, kind in VLLM_NAMES.items()}
     expected |= {"http_requests": "counter", "http_request_duration_seconds": "histogram"}
     assert families == expected
+
+
+VLLM_DASHBOARD = {
+    "e2e_request_latency_seconds": ("_bucket", "_sum", "_count"),
+    "time_to_first_token_seconds": ("_bucket", "_sum", "_count"),
+    "inter_token_latency_seconds": ("_bucket", "_sum", "_count"),
+    "request_prompt_tokens": ("_bucket",),
+    "request_generation_tokens": ("_bucket",),
+    "request_max_num_generation_tokens": ("_sum",),
+    "request_queue_time_seconds": ("_sum",),
+    "request_prefill_time_seconds": ("_sum",),
+    "request_decode_time_seconds": ("_sum",),
+    "prompt_tokens": ("_total",),
+    "generation_tokens": ("_total",),
+    "request_success": ("_total",),
+    "num_requests_running": ("",),
+    "num_requests_waiting": ("",),
+    "kv_cache_usage_perc": ("",),
+}
+"""What the queries of vLLM's own dashboard (examples/observability/prometheus_grafana) read. All
+select by model_name; buckets are summed by le, and request_success by finished_reason."""
+
+
+@pytest.mark.parametrize("name", VLLM_DASHBOARD)
+def test_the_dashboard_of_vllm_finds_what_it_reads(name: str) -> None:
+    metrics = Metrics("m", "vllm")
+    metrics.engine_ready(INFO)
+    labels: dict[str, set[str]] = {}
+    for sample, pairs in read(metrics):
+        labels.setdefault(sample, set()).update(dict(pairs))
+    for end in VLLM_DASHBOARD[name]:
+        wanted = {"model_name"} | ({"le"} if end == "_bucket" else set())
+        wanted |= {"finished_reason"} if name == "request_success" else set()
+        assert wanted <= labels[f"vllm:{name}{end}"]
+
+
+# -- OpenMetrics -----------------------------------------------------------------------------
+
+
+def openmetrics(metrics: Metrics) -> dict[str, list[Any]]:
+    page, content_type = metrics.render(openmetrics=True)
+    assert content_type.startswith("application/openmetrics-text")
+    families = parse_openmetrics(page.decode())  # type: ignore[no-untyped-call]
+    return {family.name: family.samples for family in families}
+
+
+def test_the_page_of_openmetrics_has_the_same_series() -> None:
+    metrics = Metrics("m")
+    metrics.engine_ready(replace(INFO, max_loras=2))
+    metrics.observe_step(stats(1, running_adapters=["a"], waiting_adapters=[]))
+    metrics.request_rejected("queue_full")
+    metrics.http_request("/health", "GET", 200, 0.1)
+    metrics.inter_token(0.1)
+    found = {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for samples in openmetrics(metrics).values()
+        for sample in samples
+    }
+    assert found == read(metrics)
+
+
+@pytest.mark.parametrize(
+    ("request_id", "trace_id", "labels"),
+    [
+        ("r" * 32, None, {"request_id": "r" * 32}),
+        ("r" * 32, "f" * 32, {"request_id": "r" * 32, "trace_id": "f" * 32}),
+        ("r" * 128, "f" * 32, {"trace_id": "f" * 32}),
+        ("r" * 128, None, None),
+    ],
+)
+def test_a_slow_bucket_leads_to_its_request(
+    request_id: str, trace_id: str | None, labels: dict[str, str] | None
+) -> None:
+    metrics = Metrics("m")
+    assert exemplar(request_id, trace_id) == labels
+    metrics.first_token(6.0, labels)
+    metrics.request_finished(
+        RequestRecord(
+            prompt_tokens=1, max_tokens=1, finish_reasons=("stop",), generation_tokens=(1,),
+            timings=Timings(0, 6, 7, 100), exemplar=labels,
+        )
+    )  # fmt: skip
+    pages = openmetrics(metrics)
+    for name, bucket in (
+        ("time_to_first_token_seconds", "7.5"),
+        ("e2e_request_latency_seconds", "120.0"),
+        ("request_queue_time_seconds", "10.0"),
+    ):
+        marked = [
+            (sample.labels["le"], sample.exemplar.labels)
+            for sample in pages[f"quire:{name}"]
+            if sample.exemplar
+        ]
+        assert marked == ([] if labels is None else [(bucket, labels)])
+
+
+async def test_metrics_show_whether_the_engine_serves(
+    client: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    for ready in (True, False):
+        engine.ready = ready
+        page = (await client.get("/metrics")).text
+        assert re.findall(r"^quire:engine_ready\{.*\} (.*)$", page, re.M) == [f"{ready:d}.0"]
 
 
 def buckets(metrics: Metrics, name: str) -> list[float]:

@@ -235,3 +235,13 @@ test("nothing is read while the live view is closed", async () => {
   await ended;
   await close();
 });
+
+test("the address /#live opens on the live view", async () => {
+  const {page, close} = await open({viewport: PHONE});
+  await page.goto(`${URL_}#live`);
+  await page.getByRole("application").waitFor();
+  await page.reload();
+  await page.getByRole("application").waitFor();
+  assert.equal(await page.getByRole("tab", {name: "Live view"}).getAttribute("aria-selected"), "true");
+  await close();
+});

@@ -1,0 +1,67 @@
+"""The table of docs/models.md, made from the models that the tests prove.
+
+`make docs` writes it: with QUIRE_WRITE_DOCS in the environment the test below writes instead of
+comparing.
+"""
+
+from __future__ import annotations
+
+import os
+
+from transformers import AutoModelForCausalLM
+
+from .documents import ROOT
+from .engine.body.test_flat_decoder import FLAT
+from .engine.models import FAMILIES
+
+PAGE = ROOT / "docs/models.md"
+BEGIN, END = "<!-- models: written by `make docs` -->\n", "<!-- end of models -->"
+CHECKPOINTS = {
+    "llama": "Llama 2 and 3, SmolLM2, TinyLlama",
+    "qwen2": "Qwen2.5, DeepSeek-R1-Distill-Qwen",
+    "qwen3": "Qwen3, dense",
+    "mistral": "Mistral 7B",
+    "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3",
+    "phi3": "Phi-3, Phi-4-mini",
+    "mixtral": "Mixtral 8x7B",
+    "qwen3_moe": "Qwen3-30B-A3B",
+    "gpt_oss": "gpt-oss",
+}
+"""Names by which people know the families."""
+TRAITS = {
+    "sliding_window": "windows",
+    "num_local_experts": "experts",
+    "num_experts": "experts",
+    "attn_logit_softcapping": "soft caps",
+}
+"""Fields of a configuration, and what they are."""
+
+
+def _row(family: str) -> str:
+    config = FAMILIES[family]()
+    kind = AutoModelForCausalLM._model_mapping[type(config)].__name__
+    windowed = getattr(config, "use_sliding_window", True)
+    traits = {
+        name
+        for field, name in TRAITS.items()
+        if getattr(config, field, None) and (windowed or name != "windows")
+    }
+    compiled = "yes" if family in FLAT else "no"
+    return f"| {CHECKPOINTS[family]} | `{kind}` | {', '.join(sorted(traits))} | {compiled} |"
+
+
+def table() -> str:
+    lines = ["| for example | architecture | has | compiled |", "|---|---|---|---|"]
+    return "\n".join([*lines, *map(_row, FAMILIES)]) + "\n"
+
+
+def test_the_table_of_models_is_up_to_date() -> None:
+    assert CHECKPOINTS.keys() == FAMILIES.keys() >= FLAT
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert end
+    page = f"{before}{BEGIN}{table()}{END}{after}"
+    if os.environ.get("QUIRE_WRITE_DOCS"):
+        PAGE.write_text(page, encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == page, "run `make docs`"
