@@ -5,6 +5,7 @@ Read in this order:
     listener     the listening socket
     http_server  the application and the HTTP server of one process
     app          the application: routes, middleware, lifespan
+    generation_defaults  sampling parameters of the model's generation_config.json
     openapi      the OpenAPI document
     unknown_paths  the answers to wrong paths and methods
     worker_pool  several HTTP processes in front of one engine, seen from the main process

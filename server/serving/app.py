@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version as package_version
 from importlib.resources import files
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -13,11 +12,11 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from ...engine.checkpoints.source import find_source
 from ...engine.client import EngineClient
+from ..about import quire_version
 from ..api import adapters, chat, completions, embeddings, invocations, operations, tokenization
 from ..api.stored_streams import router as streams_router
 from ..dialects import conversations, messages, responses, responses_extra
 from ..errors import install_handlers
-from ..generation_defaults import load_generation_defaults
 from ..http.auth import require_client_key
 from ..http.content_encoding import ContentEncodingMiddleware
 from ..http.middleware import (
@@ -36,6 +35,7 @@ from ..requests.state import ServerState
 from ..scoring import classify, rerank
 from ..settings import Settings
 from ..text.tokenizer import Tokenizer
+from .generation_defaults import load_generation_defaults
 from .openapi import openapi_document
 from .unknown_paths import explain_unknown_paths
 
@@ -59,7 +59,7 @@ def create_app(
     `app.state.quire.begin_drain()` when the server is told to stop, since the lifespan ends only
     after the last answer. Raises ConfigurationError for a bad generation_config.
     """
-    version = package_version("quire")
+    version = quire_version()
     source = find_source(settings.model_path, settings.engine_config().gguf_file)
     defaults = load_generation_defaults(settings.generation_config, source.repository)
     state = ServerState(

@@ -15,9 +15,9 @@ import structlog
 import uvloop
 
 from ...engine.checkpoints.gguf_header import read_header
-from ...engine.checkpoints.source import find_source
+from ...engine.checkpoints.source import check_source, find_source
 from ...engine.config import EngineInfo
-from ...engine.errors import StartupError
+from ...engine.errors import ModelLoadError, StartupError
 from ...engine.process.heap import settle
 from ...engine.process.process_client import ProcessEngineClient
 from ..logs import resolve_format
@@ -46,6 +46,7 @@ def serve(settings: Settings, make_client: MakeClient | None = None) -> None:
     check_tls(settings)
     check_model_files(settings)
     with listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as run:
+        check_repositories(settings)
         run.run(_serve(settings, listener, make_client or ProcessEngineClient))
 
 
@@ -55,6 +56,16 @@ def check_model_files(settings: Settings) -> None:
     source = find_source(settings.model_path, settings.engine_config().gguf_file)
     if source.gguf is not None:
         read_header(source.gguf)
+
+
+def check_repositories(settings: Settings) -> None:
+    """Raise StartupError if the model or an adapter is not there. This may ask the hub, for some
+    seconds, so it comes after the socket is bound."""
+    check_source(find_source(settings.model_path, settings.engine_config().gguf_file))
+    for adapter in settings.adapters:
+        if not (adapter.folder / "adapter_config.json").is_file():
+            reason = "has no adapter_config.json" if adapter.folder.is_dir() else "is no folder"
+            raise ModelLoadError(f"--lora {adapter.name}: {adapter.folder} {reason}")
 
 
 class Front(Protocol):
