@@ -82,11 +82,12 @@ def create_app(
         *(embeddings, tokenization),
         *(rerank, classify, invocations),
     )
-    private = [*(each.router for each in endpoints), _documentation(), streams_router]
+    private = [*(each.router for each in endpoints), streams_router]
     keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
     for router in private:
         keyed.include_router(router)
-    public = [page.router, snapshots.public, operations.public, operations.router, adapters.router]
+    public = [page.router, snapshots.public, operations.public, _documentation()]
+    public += [operations.router, adapters.router]
     for router in (*public, keyed):
         app.include_router(router)
     explain_unknown_paths(app, [*public, *private])

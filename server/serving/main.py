@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +24,7 @@ from ..metrics import Metrics
 from ..settings import DEMO_MODEL_NAME, Settings
 from .http_server import build_app, uvicorn_server
 from .listener import address_of, check_tls, listening
+from .start_screen import show_loading, show_ready, terminal
 from .worker_pool import WorkerPool
 
 if TYPE_CHECKING:
@@ -125,7 +125,10 @@ async def _serve(settings: Settings, listener: socket.socket, make_client: MakeC
         log_format=resolve_format(settings.log_format),
     )
     # 1. The engine loads the model in its own process while this one builds the HTTP side.
-    log.info("loading", model=settings.model or DEMO_MODEL_NAME)
+    if resolve_format(settings.log_format) == "json":
+        log.info("loading", model=settings.model or DEMO_MODEL_NAME)
+    else:
+        show_loading(terminal(), settings)
     await engine.start()
     try:
         front: Front
@@ -203,7 +206,6 @@ async def drain(front: Front, engine: ProcessEngineClient, timeout: float) -> No
 def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seconds: float) -> None:
     """Report the model, its KV cache and the address: as a log entry, or as text for a person."""
     address = address_of(settings, listener)
-    sequences = info.kv_capacity_tokens / info.max_model_len
     if resolve_format(settings.log_format) == "json":
         log.info(
             "ready",
@@ -217,22 +219,9 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
             max_model_len=info.max_model_len,
             num_blocks=info.num_blocks,
             kv_capacity_tokens=info.kv_capacity_tokens,
-            full_length_sequences=round(sequences, 1),
+            full_length_sequences=round(info.kv_capacity_tokens / info.max_model_len, 1),
             address=address,
             seconds=round(seconds, 1),
         )
         return
-    toy = "  a toy built into quire, for trying it out\n" if settings.is_demo else "\n"
-    millions = info.num_parameters / 1e6
-    print(
-        f"quire is ready after {seconds:.1f} s\n"
-        f"  model    {', '.join(settings.served_names)} "
-        f"({info.architecture}, {millions:,.1f}M parameters){toy}"
-        f"  weights  {info.source_format}, computed in {info.computed_format}, "
-        f"{info.weight_bytes / 1e6:,.1f} MB\n"
-        f"  device   {info.device}, {info.dtype}\n"
-        f"  KV cache {info.num_blocks:,} blocks = {info.kv_capacity_tokens:,} tokens "
-        f"= {sequences:,.1f} sequences of {info.max_model_len:,}\n"
-        f"  address  {address}",
-        file=sys.stderr,
-    )
+    show_ready(terminal(), settings, info, address, seconds)
