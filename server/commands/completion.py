@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 from typing import Any
 
@@ -42,12 +43,10 @@ def with_choices(action: argparse.Action, choices: tuple[str, ...]) -> None:
 
 def complete_model(prefix: str, **_: Any) -> list[str]:
     """Return the models that begin so: known by name, in the hub's local cache, or files."""
-    from argcomplete import FilesCompleter
-
     from ...engine.checkpoints.hub import cached_models
     from ...engine.checkpoints.source import PACKAGED_MODELS
 
-    files: list[str] = list(FilesCompleter()(prefix))
+    files = [path + "/" * os.path.isdir(path) for path in sorted(glob.glob(prefix + "*"))]
     return [
         name for name in (*PACKAGED_MODELS, *cached_models()) if name.startswith(prefix)
     ] + files

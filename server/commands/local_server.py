@@ -147,7 +147,14 @@ def _wait_ready(log: IO[str], model: str, console: Console) -> str:
     """Show what the server does until it is ready, and return its address."""
     said = ""
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+    progress = Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with progress:
         task = progress.add_task(f"starting {model}")
         for line in log:
             try:

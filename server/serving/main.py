@@ -21,6 +21,7 @@ from ...engine.process.heap import settle
 from ...engine.process.process_client import ProcessEngineClient
 from ..logs import resolve_format
 from ..metrics import Metrics
+from ..setting_sources import unknown_variables
 from ..settings import DEMO_MODEL_NAME, Settings
 from .http_server import build_app, uvicorn_server
 from .listener import address_of, check_tls, listening
@@ -43,6 +44,8 @@ def serve(settings: Settings, make_client: MakeClient | None = None) -> None:
 
     Raises StartupError, before the model loads if the cause can be known by then.
     """
+    for variable, advice in unknown_variables(Settings.model_fields).items():
+        log.warning("unknown_variable", variable=variable, advice=advice)
     check_tls(settings)
     check_model_files(settings)
     with listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as run:

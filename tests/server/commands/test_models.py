@@ -36,7 +36,9 @@ def test_sizes_and_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["weight_bytes"] == 4 * parameters and found["file_bytes"] == 2 * parameters
     tokens = (90_000_000 - 4 * parameters) // per_token
     assert found["kv_capacity_tokens"] == tokens
-    assert found["sequences_by_context"] == {"2048": tokens // 2048, "4096": tokens // 4096}
+    assert found["sequences_by_context"] == {
+        str(length): tokens // length for length in (2048, 8192, 16384)
+    }
 
 
 def test_a_dtype_and_a_gpu_change_the_sizes(
