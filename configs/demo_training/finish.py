@@ -21,7 +21,8 @@ LONGER = {
 }
 """Entries of config.json that lengthen the context to four times that of the training. The base of
 the rotations grows with it (by 4^(d / (d - 2)) = 4.4 for heads of d = 32, as the NTK-aware rule has
-it; 4 measured best). The questions that were tried, after up to 3,900 tokens, have the same answers."""
+it; 4 measured best). The questions that were tried, after up to 3,900 tokens, have the same
+answers."""
 
 
 def fill_card(log: dict[str, object], weights: Path) -> str:

@@ -128,10 +128,7 @@ async def _serve(settings: Settings, listener: socket.socket, make_client: MakeC
         log_format=resolve_format(settings.log_format),
     )
     # 1. The engine loads the model in its own process while this one builds the HTTP side.
-    if resolve_format(settings.log_format) == "json":
-        log.info("loading", model=settings.model or DEMO_MODEL_NAME)
-    else:
-        show_loading(terminal(), settings)
+    announce_loading(settings)
     await engine.start()
     try:
         front: Front
@@ -204,6 +201,14 @@ async def drain(front: Front, engine: ProcessEngineClient, timeout: float) -> No
         await asyncio.sleep(0.05)
     log.info("stopping", unfinished=front.num_unfinished)
     await engine.close()
+
+
+def announce_loading(settings: Settings) -> None:
+    """Report what is loaded: as a log entry, or as text for a person."""
+    if resolve_format(settings.log_format) == "json":
+        log.info("loading", model=settings.model or DEMO_MODEL_NAME)
+    else:
+        show_loading(terminal(), settings)
 
 
 def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seconds: float) -> None:
