@@ -12,7 +12,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the script of a shell and return 0."""
-    from argcomplete.shell_integration import shellcode
+    from argcomplete import shellcode
 
     print(shellcode(["quire"], shell=arguments.shell))
     return 0

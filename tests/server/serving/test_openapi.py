@@ -39,10 +39,9 @@ async def test_every_body_has_an_example_that_names_the_served_model() -> None:
     assert found["/v1/chat/completions"]["model"] == "tiny"
 
 
-@pytest.mark.parametrize("path", EXAMPLES)
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if "lora" not in path])
 async def test_an_example_runs(path: str) -> None:
-    if "lora" in path:
-        pytest.skip("it names a folder")
+    """Those of adapters name a folder of the server's, which is not here."""
     engine = FakeEngineClient()
     if path == "/v1/embeddings":
         engine.embedding = EmbeddingSpec(size=4, pooling="last", normalize=True)
