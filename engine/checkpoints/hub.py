@@ -23,6 +23,8 @@ TIMEOUT = 4.0
 """Seconds that the hub has to answer."""
 OFFLINE = "HF_HUB_OFFLINE"
 """The variable by which huggingface_hub asks only its local cache."""
+_TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -102,6 +104,16 @@ def check_repository(model: str, known: tuple[str, ...], file: str = "config.jso
         os.environ[OFFLINE] = "1"
     elif answer.status >= HTTPStatus.BAD_REQUEST:
         raise ModelLoadError(_refused(model, file, answer) + _meant(model, names))
+
+
+def check_folder_files(folder: Path, *, weights: bool) -> None:
+    """Raise ModelLoadError if a model's folder has no tokenizer, or no weights if these are asked
+    for. (Pickled weights are refused later, by name.)"""
+    names = [path.name.lower() for path in folder.iterdir()]
+    if not any(name.startswith(_TOKENIZERS) for name in names):
+        raise ModelLoadError(f"the folder {folder} has no tokenizer, such as tokenizer.json")
+    if weights and not any(name.endswith(_WEIGHTS) for name in names):
+        raise ModelLoadError(f"the folder {folder} has no weights, such as model.safetensors")
 
 
 def _refused(model: str, file: str, answer: _Answer) -> str:

@@ -12,7 +12,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the script of a shell and return 0."""
-    from argcomplete import shellcode
+    from argcomplete import shellcode  # type: ignore[attr-defined]
 
     print(shellcode(["quire"], shell=arguments.shell))
     return 0

@@ -8,12 +8,14 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 import uvloop
 
 from ...engine.checkpoints.gguf_header import read_header
+from ...engine.checkpoints.hub import check_folder_files
 from ...engine.checkpoints.source import check_source, find_source
 from ...engine.config import EngineInfo
 from ...engine.errors import ModelLoadError, StartupError
@@ -64,7 +66,11 @@ def check_model_files(settings: Settings) -> None:
 def check_repositories(settings: Settings) -> None:
     """Raise StartupError if the model or an adapter is not there. This may ask the hub, for some
     seconds, so it comes after the socket is bound."""
-    check_source(find_source(settings.model_path, settings.engine_config().gguf_file))
+    config = settings.engine_config()
+    source = find_source(settings.model_path, config.gguf_file)
+    check_source(source)
+    if source.gguf is None and (folder := Path(settings.model_path).expanduser()).is_dir():
+        check_folder_files(folder, weights=config.load_format == "auto")
     for adapter in settings.adapters:
         if not (adapter.folder / "adapter_config.json").is_file():
             reason = "has no adapter_config.json" if adapter.folder.is_dir() else "is no folder"

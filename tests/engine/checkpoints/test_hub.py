@@ -91,6 +91,18 @@ def test_folders(tmp_path: Path, out_of_reach: None) -> None:
     assert "there is no folder a/b/c" in refusal("a/b/c")
 
 
+def test_a_folder_needs_a_tokenizer_and_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelLoadError, match="has no tokenizer"):
+        hub.check_folder_files(tmp_path, weights=False)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    hub.check_folder_files(tmp_path, weights=False)
+    with pytest.raises(ModelLoadError, match="has no weights"):
+        hub.check_folder_files(tmp_path, weights=True)
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("")
+    hub.check_folder_files(tmp_path, weights=True)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
