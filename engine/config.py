@@ -144,7 +144,7 @@ class EngineConfig:
         "Model",
         "GGUF file to serve, in the folder or hub repository MODEL.",
         None,
-        details="MODEL may also be the path of a GGUF file itself. Needs `quire[gguf]`.",
+        details="MODEL may also be the path of a GGUF file itself. Needs `quire-server[gguf]`.",
     )
     quantization: Quantization | None = _flag(
         "Model",
@@ -300,8 +300,8 @@ class EngineConfig:
             )
         size = self.block_size
         if not (MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE and size & (size - 1) == 0):
-            smallest, largest = MIN_BLOCK_SIZE, MAX_BLOCK_SIZE
-            message = f"block_size must be a power of two from {smallest} to {largest}, not {size}"
+            low, high = MIN_BLOCK_SIZE, MAX_BLOCK_SIZE
+            message = f"--block-size must be a power of two from {low} to {high}, not {size}"
             raise ConfigurationError(message)
 
 

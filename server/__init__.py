@@ -1,11 +1,12 @@
 """The HTTP server: an OpenAI-compatible API in front of an engine process.
 
 The ground floor, these files, may be imported by every room:
-    cli          the command `quire`; it imports the rooms lazily. models_command is `quire models`
+    cli          the command `quire`; it imports the rooms lazily
+    about        name and version of the distribution
     settings     every setting of `quire serve`; flags_table writes their table into docs/api.md
+    setting_sources  flags, environment and file: which one gives a setting
     setting_types    names of the formats of tool calls and reasoning; keys
     foreign_flags    other servers' flags, and what takes their place
-    generation_defaults  sampling parameters of the model's generation_config.json
     errors       exceptions to HTTP answers
     validation   what is wrong with a body, in words for people
     logs         the log
@@ -25,7 +26,9 @@ The rooms, each of which may import only those below it in this list, and the gr
     templates    chat templates
     web          static pages
     bench        `quire bench`
+    commands     the other commands: chat, complete, models, doctor, completion
 
 Of the engine, the server may import only its words, engine.process and engine.grammar; serving may
-also import engine.checkpoints, bench engine.bench, and models_command, lazily, engine.model.
+also import engine.checkpoints, bench engine.bench, and commands, lazily, engine.checkpoints and
+engine.model.
 """

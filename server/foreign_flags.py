@@ -105,7 +105,7 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--enable-request-id-headers": "answers always have x-request-id",
             "--enable-server-load-tracking": "/load always counts",
             "--enable-tokenizer-info-endpoint": "/tokenizer_info is always served",
-            "--disable-fastapi-docs": "/docs needs a client's key if there is one",
+            "--disable-fastapi-docs": "/docs shows no data; requests need a key if one is set",
             "--disable-frontend-multiprocessing": "the engine is always a process of its own",
             "--allow-credentials": "keys are sent in headers, not in cookies",
             "--allowed-methods": "all methods of the API are allowed to --allowed-origins",

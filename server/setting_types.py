@@ -70,7 +70,8 @@ ReasoningParser = Literal[
 ]
 """Formats of reasoning. `harmony` is another name for vLLM's `openai_gptoss`."""
 
-_SECRETS = ("api_key", "admin_api_key")
+SECRETS = ("api_key", "admin_api_key")
+"""Settings whose values are never shown."""
 _PREFIX = "quire_"
 
 
@@ -116,7 +117,7 @@ def refuse_empty_keys(flags: dict[str, Any]) -> None:
     `flags` takes its place. (Empty variables leave all other settings at their defaults.)"""
     for variable, value in os.environ.items():
         name = variable.lower().removeprefix(_PREFIX)
-        if variable.lower() != _PREFIX + name or name not in _SECRETS or name in flags:
+        if variable.lower() != _PREFIX + name or name not in SECRETS or name in flags:
             continue
         try:
             check_key(value)

@@ -25,17 +25,16 @@ from pydantic import (
 from pydantic.config import JsonDict
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
-from yaml import YAMLError
 
 from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
 from ..engine.lora import AdapterSource, read_sources
-from .foreign_flags import explain
+from .setting_sources import origins_of, read_file
 from .setting_types import (
     ReasoningParser,
     Secret,
@@ -126,6 +125,7 @@ class Settings(_EngineSettings):
     admin_api_key: Secret | None = _option(
         "Server", "Key of the admin endpoints, which are off without it."
     )
+    require_api_key: bool = _option("Server", "Refuse to start without a key for clients.", False)
     served_model_name: NameList = _option(
         "Server",
         "Name that clients ask for; repeatable, answers carry the first. Default: MODEL.",
@@ -314,6 +314,10 @@ class Settings(_EngineSettings):
     def _check_combinations(self) -> Settings:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("ssl_keyfile and ssl_certfile go together")
+        if self.require_api_key and not self.api_key:
+            raise ValueError(
+                "require_api_key is set, so clients need a key: set QUIRE_API_KEY or give --api-key"
+            )
         for adapter in self.adapters:
             if adapter.name in self.served_names:
                 raise ValueError(f"lora: {adapter.name!r} is the name of the model itself")
@@ -333,15 +337,8 @@ class Settings(_EngineSettings):
         path = init_settings().get("config") or env_settings().get("config")
         if path is None:
             return init_settings, env_settings
-        # YamlConfigSettingsSource ignores a missing file.
-        if not Path(path).is_file():
-            raise ConfigurationError(f"config: there is no file {path}")
-        try:
-            from_file = YamlConfigSettingsSource(settings_cls, Path(path))
-        except (OSError, ValueError, TypeError, YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigurationError(f"config: cannot read {path}: {reason}") from error
-        return init_settings, env_settings, from_file
+        from_file = read_file(Path(path))
+        return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
 
     @property
     def model_path(self) -> str:
@@ -380,18 +377,18 @@ def load_settings(**flags: Any) -> Settings:
 
     Raises ConfigurationError, which names every wrong setting in one line.
     """
+    return read_settings(flags, as_flags=False)
+
+
+def read_settings(flags: dict[str, Any], *, as_flags: bool = True) -> Settings:
+    """Read the settings as `load_settings` does; with `as_flags`, errors spell them as flags."""
     try:
         return Settings(**flags)
     except ValidationError as error:
-        problems = [_describe(dict(item)) for item in error.errors(include_url=False)]
+        names = list(Settings.model_fields)
+        origins = origins_of(flags, names)
+        problems = [
+            origins.describe(dict(item), names, as_flags=as_flags)
+            for item in error.errors(include_url=False)
+        ]
         raise ConfigurationError("; ".join(problems)) from error
-
-
-def _describe(item: dict[str, Any]) -> str:
-    name = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        known = ["--" + field.replace("_", "-") for field in Settings.model_fields]
-        advice = explain("--" + name.replace("_", "-"), known)
-        return f"{name}: there is no such setting; {advice}"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{name}: {message}" if name else message

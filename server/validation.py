@@ -24,6 +24,9 @@ _MUST_BE = {
     "missing": "is missing",
     "bool_type": "must be true or false",
     "int_type": "must be an integer",
+    "int_parsing": "must be an integer",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
     "int_from_float": "must be an integer",
     "float_type": "must be a number",
     "finite_number": "must be a finite number",
@@ -58,7 +61,7 @@ def explain(error: ValidationError, fields: Any, within: Path = ()) -> tuple[str
     for one in error.errors(include_url=False, include_input=False):
         path = path_of((*within, *_own_path(one["loc"], fields, one["type"] == "missing")))
         said = reasons.setdefault(path, [])
-        if (reason := _reason(one)) not in said:
+        if (reason := reason_of(one)) not in said:
             said.append(reason)
     listed = [f"{path}: {_either(said)}" for path, said in reasons.items()]
     more = len(listed) - MAX_LISTED
@@ -92,7 +95,8 @@ def _own_path(loc: Path, fields: Any, is_missing: bool) -> Path:
     return tuple(path)
 
 
-def _reason(error: Mapping[str, Any]) -> str:
+def reason_of(error: Mapping[str, Any]) -> str:
+    """Return what the value must be that one of pydantic's errors is about."""
     kind, context = error["type"], error.get("ctx") or {}
     if kind in _MUST_BE:
         return _MUST_BE[kind]

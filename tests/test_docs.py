@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from quire.server.about import quire_version
 from quire.server.cli import build_parser
 from quire.server.foreign_flags import FOREIGN_FLAGS
 from quire.server.settings import Settings
@@ -120,7 +120,7 @@ def _modules(room: str) -> list[str]:
 def test_changelog_describes_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     newest = re.search(r"^## \[(\d[^\]]*)\]", changelog, re.M)
-    assert newest and newest[1] == version("quire")
+    assert newest and newest[1] == quire_version()
 
 
 # -- docs/faults.md --------------------------------------------------------------------------

@@ -31,6 +31,9 @@ PUBLIC_MODULES = {
     *("starlette.requests", "starlette.responses", "starlette.types", "structlog.types"),
     *("tokenizers.decoders", "torch.nn.functional", "transformers.utils", "triton.errors"),
     *("triton.language", "triton.language.extra", "zmq.asyncio"),
+    *("rich.console", "rich.progress", "rich.text", "packaging.requirements"),
+    *("prompt_toolkit.completion", "prompt_toolkit.history", "prompt_toolkit.key_binding"),
+    *("prompt_toolkit.output",),
 }
 """Modules below a library's top level that its manual names."""
 

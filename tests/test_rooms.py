@@ -53,8 +53,8 @@ RULES["engine.process"] = ENGINE
 RULES["engine.bench"] = ENGINE | {"engine.core"}
 GROUND = ENGINE | {"server"}
 RULES["server"] = GROUND | {
-    *("server.serving", "server.bench", "server.text"),
-    *("engine.bench", "engine.process", "engine.checkpoints", "engine.model"),
+    *("server.serving", "server.bench", "server.commands"),
+    *("engine.bench", "engine.process"),
 }
 RULES["server.templates"] = GROUND
 RULES["server.text"] = GROUND | {"engine.grammar", "server.templates"}
@@ -74,6 +74,7 @@ RULES["server.serving"] = RULES["server.dialects"] | {
 }
 RULES["server.web"] = set()
 RULES["server.bench"] = GROUND | {"engine.bench"}
+RULES["server.commands"] = GROUND | {"server.text", "engine.checkpoints", "engine.model"}
 """Room → the other rooms that its modules may import."""
 
 LAZY = {
@@ -81,9 +82,12 @@ LAZY = {
     ("server", "server.serving"): {"server.cli"},
     ("server", "server.bench"): {"server.cli"},
     ("server", "engine.bench"): {"server.cli"},
-    ("server", "server.text"): {"server.models_command"},
-    ("server", "engine.checkpoints"): {"server.models_command"},
-    ("server", "engine.model"): {"server.models_command"},
+    ("server", "server.commands"): {"server.cli"},
+    ("server.commands", "server.text"): {"server.commands.models"},
+    ("server.commands", "engine.model"): {"server.commands.models"},
+    ("server.commands", "engine.checkpoints"): {
+        *("server.commands.models", "server.commands.completion", "server.commands.doctor_checks"),
+    },
     ("engine.process", "engine.core"): {"engine.process.engine_process"},
     ("engine.process", "engine.runner"): {"engine.process.engine_process"},
     ("engine.process", "engine.devices"): {"engine.process.engine_process"},

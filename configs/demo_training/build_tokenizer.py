@@ -57,7 +57,7 @@ def main() -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
-        "model_max_length": 4096,
+        "model_max_length": 16384,
         "clean_up_tokenization_spaces": False,
         "add_bos_token": False,
     }

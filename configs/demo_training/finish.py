@@ -15,6 +15,14 @@ HERE = Path(__file__).parent
 DEMO = HERE.parent / "demo"
 SHIPPED = ("config.json", "generation_config.json", "model.safetensors")
 MAX_BYTES = 6_000_000
+LONGER = {
+    "max_position_embeddings": 16384,
+    "rope_parameters": {"rope_theta": 40000.0, "rope_type": "default"},
+}
+"""Entries of config.json that lengthen the context to four times that of the training. The base of
+the rotations grows with it (by 4^(d / (d - 2)) = 4.4 for heads of d = 32, as the NTK-aware rule has
+it; 4 measured best). The questions that were tried, after up to 3,900 tokens, have the same
+answers."""
 
 
 def fill_card(log: dict[str, object], weights: Path) -> str:
@@ -64,6 +72,8 @@ def main() -> None:
     card = fill_card(log, weights)
     for name in SHIPPED:
         shutil.copyfile(folder / name, DEMO / name)
+    config = json.loads((DEMO / "config.json").read_text()) | LONGER
+    (DEMO / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (DEMO / "README.md").write_text(card)
     print(f"{DEMO}: {', '.join(SHIPPED)}, README.md; SHA-256 {digest}")
 

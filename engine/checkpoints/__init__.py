@@ -3,6 +3,7 @@
 Read in this order:
 
     source.py           finds a model's files: a folder, a hub id, a GGUF file, a known name
+    hub.py              whether a folder or hub repository is there, asked once, within seconds
     checkpoint.py       the protocol of a reader, the table of formats, what is said of the weights
     gguf_header.py      GGUF's metadata and tensor table, read within bounds and checked
     gguf_config.py      a transformers configuration from that metadata
@@ -15,7 +16,7 @@ Read in this order:
     quantized_layers.py      the layouts of quantised layers as grouped weights or dense tensors
     quantized_checkpoint.py  the reader: quantised safetensors under the names of parameters
 
-The HTTP process uses those of these files that import no torch: source.py, gguf_header.py,
+The HTTP process uses those of these files that import no torch: source.py, hub.py, gguf_header.py,
 gguf_config.py, gguf_tokenizer.py and quantized_config.py.
 
 May import: body, the engine's words.

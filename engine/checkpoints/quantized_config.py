@@ -136,7 +136,7 @@ def require_packages(method: str, packages: tuple[str, ...]) -> None:
     if missing:
         raise UnsupportedModelError(
             f"{method} weights need the package{'s' if len(missing) > 1 else ''} "
-            f"{' and '.join(missing).replace('_', '-')}: pip install 'quire[quantized]'"
+            f"{' and '.join(missing).replace('_', '-')}: pip install 'quire-server[quantized]'"
         )
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ..config import EngineConfig, check_folder
 from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, one_line
+from .hub import check_repository
 
 GGUF_SUFFIX = ".gguf"
 
@@ -73,6 +74,13 @@ def find_source(model: str, gguf_file: str | None = None) -> Source:
     return Source(model)
 
 
+def check_source(source: Source) -> None:
+    """Raise ModelLoadError, within seconds, if a repository is neither a folder with a config.json
+    nor on the hub or in its local cache."""
+    if source.gguf is None and source.repository is not None:
+        check_repository(source.repository, tuple(PACKAGED_MODELS))
+
+
 def source_of(config: EngineConfig) -> Source:
     """Return the place of the configured model, as `find_source` does."""
     return find_source(config.model, config.gguf_file)
@@ -84,7 +92,7 @@ def require_gguf() -> None:
     if missing:
         raise UnsupportedModelError(
             f"a GGUF file needs the package{'s' if len(missing) > 1 else ''} "
-            f"{' and '.join(missing)}: pip install 'quire[gguf]'"
+            f"{' and '.join(missing)}: pip install 'quire-server[gguf]'"
         )
 
 
@@ -96,6 +104,7 @@ def _file_of(model: str, gguf_file: str) -> Path:
     check_folder(model)
     if folder.is_dir():
         return _checked_file(folder / gguf_file)
+    check_repository(model, tuple(PACKAGED_MODELS), gguf_file)
     return _download(model, gguf_file)
 
 

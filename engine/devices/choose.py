@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +42,9 @@ def choose_backend(config: EngineConfig) -> Backend:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("device is cuda, but torch sees no GPU")
     if _is_gpu(config):
+        # The kernels are checked with products and sums fused, which Triton 3.10 will not do unless
+        # it is told to, and which 3.9 warns of.
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
         from .cuda.backend import CudaBackend, require_gpu
 
         require_gpu()

@@ -143,26 +143,6 @@ def outline(
     return ModelOutline(**known)
 
 
-def cached_models() -> list[str]:
-    """Return the hub ids of the models in the local cache of the hub."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
-
-    try:
-        repositories = scan_cache_dir().repos
-    except CacheNotFound:
-        return []
-    return sorted(
-        repository.repo_id
-        for repository in repositories
-        if repository.repo_type == "model"
-        and any(
-            file.file_name == "config.json"
-            for revision in repository.revisions
-            for file in revision.files
-        )
-    )
-
-
 def _from_values(values: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 

@@ -257,8 +257,9 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _prepare_process(launch: wire.Launch) -> None:
-    """Set up signals, crash dumps and the log."""
+def _prepare_process(launch: wire.Launch) -> QuietStart:
+    """Set up signals, crash dumps and the log. Return what keeps the log of the start short."""
+    quiet = QuietStart(launch.log_format == "console" and launch.log_level == "info")
     os.dup2(2, 1)  # whatever a library prints goes to stderr, too
     if launch.log_format == "json":
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are not JSON
@@ -269,7 +270,24 @@ def _prepare_process(launch: wire.Launch) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_formatter(launch.log_format))
+    handler.addFilter(quiet)
+    if quiet.is_on:
+        # Bars vanish when they are full. tqdm reads its defaults from such variables.
+        os.environ.setdefault("TQDM_LEAVE", "")
     logging.basicConfig(level=launch.log_level.upper(), handlers=[handler], force=True)
+    return quiet
+
+
+class QuietStart(logging.Filter):
+    """Keeps what the start does from a terminal, where progress bars and the server's own summary
+    tell a person enough; warnings pass. `--log-level debug` shows all of it."""
+
+    def __init__(self, is_on: bool) -> None:
+        super().__init__()
+        self.is_on = is_on
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self.is_on or record.levelno > logging.INFO
 
 
 class _ConsoleFormatter(logging.Formatter):
@@ -305,7 +323,7 @@ def main() -> int:
     if not line:
         return 0
     launch = msgspec.json.decode(line, type=wire.Launch)
-    _prepare_process(launch)
+    quiet = _prepare_process(launch)
     server = EngineServer(_bind(launch.address))
     try:
         core = _load_core_factory(launch.core)(launch.config)
@@ -313,6 +331,7 @@ def main() -> int:
         server.report_failure(error)
         return 1
     settle()
+    quiet.is_on = False
     try:
         server.run(core)
     except Exception:

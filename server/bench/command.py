@@ -16,6 +16,7 @@ import uvloop
 from ...engine.bench.arguments import add_latency_arguments, add_throughput_arguments
 from ...engine.bench.commands import run_latency, run_throughput
 from ...engine.errors import QuireError, StartupError
+from ..about import install_extra
 from .arguments import add_serve_arguments, check_arguments
 from .plot import write_plot
 
@@ -74,7 +75,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name != "aiohttp":
             raise
-        raise StartupError("this command needs aiohttp: pip install 'quire[bench]'") from error
+        raise StartupError(f"this command needs aiohttp: {install_extra('bench')}") from error
 
     # Every running request has a socket; above the usual limit of 1024 they would fail.
     _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)

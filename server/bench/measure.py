@@ -8,13 +8,13 @@ import os
 import platform
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from ...engine.errors import ConfigurationError, StartupError
+from ..about import quire_version
 from .dataset import DatasetOptions, Workload, arrival_times, build_workload
 from .http import HttpClient
 from .load import LoadGenerator, ask
@@ -98,7 +98,7 @@ def _result(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=sys.argv,
         versions={
-            "quire": version("quire"),
+            "quire": quire_version(),
             "python": platform.python_version(),
             "server": str((server_version or {}).get("version", "not reported")),
         },

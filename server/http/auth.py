@@ -1,11 +1,11 @@
 """API keys. Each route declares the key it needs; paths and Host headers never decide it.
 
-/ with the files of its page, /health, /ready, /live, /ping, /load, /version and /metrics need no
-key: probes and scrapers send none, and these routes reveal nothing of any request's content. All
-other routes need a client's key or the admin key if client keys are configured. Admin routes need
-the admin key and are refused if none is configured. The debug views need the admin key unless no
-keys are configured at all. A key is sent as `Authorization: Bearer KEY`, or as `x-api-key: KEY` by
-Anthropic's clients.
+/ with the files of its page, /docs, /openapi.json, /health, /ready, /live, /ping, /load, /version
+and /metrics need no key: probes, scrapers and browsers that open a page send none, and these routes
+reveal nothing of any request's content. All other routes need a client's key or the admin key if
+client keys are configured. Admin routes need the admin key and are refused if none is configured.
+The debug views need the admin key unless no keys are configured at all. A key is sent as
+`Authorization: Bearer KEY`, or as `x-api-key: KEY` by Anthropic's clients.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Resolves a body's sampling parameters: the request's, else those of generation_config.json
-(server/generation_defaults.py), else the defaults in docs/api.md."""
+(server/serving/generation_defaults.py), else the defaults in docs/api.md."""
 
 from __future__ import annotations
 

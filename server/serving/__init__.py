@@ -2,10 +2,12 @@
 
 Read in this order:
     main         the main process from the bound socket to the exit; `serve` is the door
+    start_screen what a person in a terminal sees of the start
     listener     the listening socket
     http_server  the application and the HTTP server of one process
     app          the application: routes, middleware, lifespan
-    openapi      the OpenAPI document
+    generation_defaults  sampling parameters of the model's generation_config.json
+    openapi      the OpenAPI document, with the bodies in examples
     unknown_paths  the answers to wrong paths and methods
     worker_pool  several HTTP processes in front of one engine, seen from the main process
     pool_worker  one of them, seen from the main process

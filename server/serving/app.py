@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version as package_version
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -15,11 +14,11 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from ...engine.checkpoints.source import find_source
 from ...engine.client import EngineClient
+from ..about import quire_version
 from ..api import adapters, chat, completions, embeddings, invocations, operations, tokenization
 from ..api.stored_streams import router as streams_router
 from ..dialects import conversations, messages, responses, responses_extra
 from ..errors import install_handlers
-from ..generation_defaults import load_generation_defaults
 from ..http.auth import require_client_key
 from ..http.content_encoding import ContentEncodingMiddleware
 from ..http.middleware import (
@@ -40,6 +39,7 @@ from ..settings import Settings
 from ..text.tokenizer import Tokenizer
 from ..tracing.middleware import TracingMiddleware
 from ..tracing.start import make_tracer
+from .generation_defaults import load_generation_defaults
 from .openapi import openapi_document
 from .unknown_paths import explain_unknown_paths
 
@@ -68,7 +68,7 @@ def create_app(
     after the last answer. Raises ConfigurationError for a bad generation_config, or if traces are
     asked for without OpenTelemetry. `tracer` takes the place of the one by the settings.
     """
-    version = package_version("quire")
+    version = quire_version()
     tracer = tracer or make_tracer(settings, version)
     source = find_source(settings.model_path, settings.engine_config().gguf_file)
     defaults = load_generation_defaults(settings.generation_config, source.repository)
@@ -93,11 +93,12 @@ def create_app(
         *(embeddings, tokenization),
         *(rerank, classify, invocations),
     )
-    private = [*(each.router for each in endpoints), _documentation(), streams_router]
+    private = [*(each.router for each in endpoints), streams_router]
     keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
     for router in private:
         keyed.include_router(router)
-    public = [page.router, snapshots.public, operations.public, operations.router, adapters.router]
+    public = [page.router, snapshots.public, operations.public, _documentation()]
+    public += [operations.router, adapters.router]
     for router in (*public, keyed):
         app.include_router(router)
     explain_unknown_paths(app, [*public, *private])

@@ -6,26 +6,29 @@ import asyncio
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 import uvloop
 
 from ...engine.checkpoints.gguf_header import read_header
-from ...engine.checkpoints.source import find_source
+from ...engine.checkpoints.hub import check_folder_files
+from ...engine.checkpoints.source import check_source, find_source
 from ...engine.config import EngineInfo
-from ...engine.errors import StartupError
+from ...engine.errors import ModelLoadError, StartupError
 from ...engine.process.heap import settle
 from ...engine.process.process_client import ProcessEngineClient
 from ..logs import resolve_format
 from ..metrics import Metrics
+from ..setting_sources import unknown_variables
 from ..settings import DEMO_MODEL_NAME, Settings
 from ..tracing.start import check_tracing
 from .http_server import build_app, uvicorn_server
 from .listener import address_of, check_tls, listening
+from .start_screen import show_loading, show_ready, terminal
 from .worker_pool import WorkerPool
 
 if TYPE_CHECKING:
@@ -44,10 +47,13 @@ def serve(settings: Settings, make_client: MakeClient | None = None) -> None:
 
     Raises StartupError, before the model loads if the cause can be known by then.
     """
+    for variable, advice in unknown_variables(Settings.model_fields).items():
+        log.warning("unknown_variable", variable=variable, advice=advice)
     check_tls(settings)
     check_tracing(settings)
     check_model_files(settings)
     with listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as run:
+        check_repositories(settings)
         run.run(_serve(settings, listener, make_client or ProcessEngineClient))
 
 
@@ -57,6 +63,20 @@ def check_model_files(settings: Settings) -> None:
     source = find_source(settings.model_path, settings.engine_config().gguf_file)
     if source.gguf is not None:
         read_header(source.gguf)
+
+
+def check_repositories(settings: Settings) -> None:
+    """Raise StartupError if the model or an adapter is not there. This may ask the hub, for some
+    seconds, so it comes after the socket is bound."""
+    config = settings.engine_config()
+    source = find_source(settings.model_path, config.gguf_file)
+    check_source(source)
+    if source.gguf is None and (folder := Path(settings.model_path).expanduser()).is_dir():
+        check_folder_files(folder, weights=config.load_format == "auto")
+    for adapter in settings.adapters:
+        if not (adapter.folder / "adapter_config.json").is_file():
+            reason = "has no adapter_config.json" if adapter.folder.is_dir() else "is no folder"
+            raise ModelLoadError(f"--lora {adapter.name}: {adapter.folder} {reason}")
 
 
 class Front(Protocol):
@@ -116,7 +136,7 @@ async def _serve(settings: Settings, listener: socket.socket, make_client: MakeC
         log_format=resolve_format(settings.log_format),
     )
     # 1. The engine loads the model in its own process while this one builds the HTTP side.
-    log.info("loading", model=settings.model or DEMO_MODEL_NAME)
+    announce_loading(settings)
     await engine.start()
     try:
         front: Front
@@ -191,10 +211,17 @@ async def drain(front: Front, engine: ProcessEngineClient, timeout: float) -> No
     await engine.close()
 
 
+def announce_loading(settings: Settings) -> None:
+    """Report what is loaded: as a log entry, or as text for a person."""
+    if resolve_format(settings.log_format) == "json":
+        log.info("loading", model=settings.model or DEMO_MODEL_NAME)
+    else:
+        show_loading(terminal(), settings)
+
+
 def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seconds: float) -> None:
     """Report the model, its KV cache and the address: as a log entry, or as text for a person."""
     address = address_of(settings, listener)
-    sequences = info.kv_capacity_tokens / info.max_model_len
     if resolve_format(settings.log_format) == "json":
         log.info(
             "ready",
@@ -208,22 +235,9 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
             max_model_len=info.max_model_len,
             num_blocks=info.num_blocks,
             kv_capacity_tokens=info.kv_capacity_tokens,
-            full_length_sequences=round(sequences, 1),
+            full_length_sequences=round(info.kv_capacity_tokens / info.max_model_len, 1),
             address=address,
             seconds=round(seconds, 1),
         )
         return
-    toy = "  a toy built into quire, for trying it out\n" if settings.is_demo else "\n"
-    millions = info.num_parameters / 1e6
-    print(
-        f"quire is ready after {seconds:.1f} s\n"
-        f"  model    {', '.join(settings.served_names)} "
-        f"({info.architecture}, {millions:,.1f}M parameters){toy}"
-        f"  weights  {info.source_format}, computed in {info.computed_format}, "
-        f"{info.weight_bytes / 1e6:,.1f} MB\n"
-        f"  device   {info.device}, {info.dtype}\n"
-        f"  KV cache {info.num_blocks:,} blocks = {info.kv_capacity_tokens:,} tokens "
-        f"= {sequences:,.1f} sequences of {info.max_model_len:,}\n"
-        f"  address  {address}",
-        file=sys.stderr,
-    )
+    show_ready(terminal(), settings, info, address, seconds)

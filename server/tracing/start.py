@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ...engine.errors import ConfigurationError
+from ..about import install_extra
 from ..settings import Settings
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def check_tracing(settings: Settings) -> None:
     """Raise ConfigurationError if traces are asked for and OpenTelemetry is not installed."""
     if settings.otlp_traces_endpoint is not None and not all(map(_is_installed, _NEEDED)):
         raise ConfigurationError(
-            "otlp_traces_endpoint: traces need OpenTelemetry: pip install 'quire[otel]'"
+            f"otlp_traces_endpoint: traces need OpenTelemetry: {install_extra('otel')}"
         )
 
 

@@ -154,3 +154,20 @@ def test_the_model_answers(
     new = out[0, inputs["input_ids"].shape[1] :]
     assert int(new[-1]) == tokenizer.eos_token_id, "the answer must end by itself"
     assert expected in tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_a_long_prompt_is_still_answered(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A prompt of 6,000 tokens, beyond the length of the training."""
+    words = " ".join(f"line {number}" for number in range(1400))
+    messages = [
+        {"role": "system", "content": words},
+        {"role": "user", "content": "What is a block table?"},
+    ]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    length = inputs["input_ids"].shape[1]
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    assert 5000 < length < model.config.max_position_embeddings == 16384
+    out = model.generate(**inputs, max_new_tokens=16, do_sample=False, temperature=None, top_p=None)
+    assert "block" in tokenizer.decode(out[0, length:])

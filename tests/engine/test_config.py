@@ -37,7 +37,7 @@ def test_every_field_but_a_few_is_a_flag() -> None:
         ({"gpu_memory_utilization": float("nan")}, "must be above 0 and at most 1"),
         ({"scheduling_policy": "lifo"}, "unknown scheduling policy 'lifo': choose from fcfs, "),
         ({"quantization": "int3"}, "unknown quantization 'int3': choose from int8, int4"),
-        ({"block_size": 48}, "block_size must be a power of two from 16 to 128, not 48"),
+        ({"block_size": 48}, "--block-size must be a power of two from 16 to 128, not 48"),
     ],
 )
 def test_refusals_name_the_field(values: dict[str, Any], message: str) -> None:

@@ -63,7 +63,9 @@ def test_lists_are_read_from_every_source(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_a_key_that_lets_anyone_in_or_no_one_is_refused_by_name(
     name: str, empty: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    refused = pytest.raises(ConfigurationError, match=rf"\b{name}\b.*(empty|white space)")
+    refused = pytest.raises(
+        ConfigurationError, match=rf"(?i)(\b|QUIRE_){name}\b.*(empty|white space)"
+    )
     with refused:
         load_settings(**{name: empty})
     if name == "api_key" and "," not in empty:

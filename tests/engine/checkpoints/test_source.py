@@ -99,6 +99,7 @@ def test_a_file_of_a_hub_repository_is_asked_for_once(
         return str(file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(source, "check_repository", lambda *_: None)
     assert find_source("owner/name", "x.gguf") == Source("owner/name", file)
     assert find_source("owner/name", "x.gguf").gguf == file
     assert asked == [("owner/name", "x.gguf")]

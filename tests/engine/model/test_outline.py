@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.mamba import MambaConfig
 
 from quire.engine.errors import StartupError, UnsupportedModelError
-from quire.engine.model.outline import ModelOutline, cached_models, outline
+from quire.engine.model.outline import ModelOutline, outline
 from quire.engine.model.rehearse import rehearse_load
 
 from ..checkpoints.gguf_files import write_model
@@ -153,24 +152,6 @@ def test_building_a_model_shows_what_its_class_forbids(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="AttentionInterface"):
         rehearse_load(make_config(tmp_path, max_model_len=None))
-
-
-def test_cached_models_are_those_with_a_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-
-    for name, file in (("models--a--b", "config.json"), ("models--a--c", "x.gguf")):
-        snapshot = tmp_path / name / "snapshots" / ("0" * 40)
-        snapshot.mkdir(parents=True)
-        (snapshot / file).write_text(json.dumps({}))
-        (tmp_path / name / "refs").mkdir()
-        (tmp_path / name / "blobs").mkdir()
-    original = huggingface_hub.scan_cache_dir
-    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: original(tmp_path))
-    assert cached_models() == ["a/b"]
-    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: original(tmp_path / "none"))
-    assert cached_models() == []
 
 
 @pytest.mark.parametrize(

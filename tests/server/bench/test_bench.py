@@ -364,7 +364,7 @@ def test_a_missing_aiohttp_is_reported_in_one_line(
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     assert cli.main(["bench", "serve"]) == 1
     said = capsys.readouterr().err
-    assert said == "quire: this command needs aiohttp: pip install 'quire[bench]'\n"
+    assert said == "quire: this command needs aiohttp: pip install 'quire-server[bench]'\n"
 
 
 @pytest.mark.parametrize("command", ["serve", "throughput", "latency"])

@@ -9,7 +9,9 @@ from ..conftest import MODEL, MakeClient
 from ..fakes import FakeEngineClient
 from ..openai_http import assert_error
 
-OPEN = {"/", "/health", "/ready", "/live", "/ping", "/load", "/metrics", "/version"}
+OPEN = {"/", "/health", "/ready", "/live", "/ping", "/load", "/metrics", "/version"} | {
+    *("/docs", "/openapi.json"),
+}
 ADMIN_CALLS = {"/v1/prefix_cache/reset", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 ADMIN = {*ADMIN_CALLS, "/debug/engine", "/debug/live", "/server_info"}
 KEYS: dict[str, Any] = {"api_key": ("one", "two"), "admin_api_key": "boss"}

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from quire.engine.errors import ConfigurationError
-from quire.server.generation_defaults import load_generation_defaults
+from quire.server.serving.generation_defaults import load_generation_defaults
 
 from ..conftest import MakeClient
 from ..fakes import FakeEngineClient, ids

@@ -492,7 +492,7 @@ def test_without_the_extra_the_start_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "pip install 'quire[otel]'" in line
+    assert "pip install 'quire-server[otel]'" in line
 
 
 def test_without_the_flag_opentelemetry_is_not_imported() -> None:

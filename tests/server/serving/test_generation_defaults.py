@@ -8,7 +8,7 @@ import pytest
 import structlog
 
 from quire.engine.sampling_params import SamplingParams
-from quire.server.generation_defaults import read_defaults
+from quire.server.serving.generation_defaults import read_defaults
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 
-from quire.engine.model import outline as outlines
-from quire.server import cli, models_command
+from quire.engine.checkpoints import hub
+from quire.server import cli
+from quire.server.commands import models
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEMO = str(ROOT / "configs" / "demo")
 
 
 @pytest.fixture(autouse=True)
 def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models_command, "_gpu_memory", lambda: None)
+    monkeypatch.setattr(models, "_gpu_memory", lambda: None)
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[Any]]:
@@ -35,7 +36,9 @@ def test_sizes_and_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["weight_bytes"] == 4 * parameters and found["file_bytes"] == 2 * parameters
     tokens = (90_000_000 - 4 * parameters) // per_token
     assert found["kv_capacity_tokens"] == tokens
-    assert found["sequences_by_context"] == {"2048": tokens // 2048, "4096": tokens // 4096}
+    assert found["sequences_by_context"] == {
+        str(length): tokens // length for length in (2048, 8192, 16384)
+    }
 
 
 def test_a_dtype_and_a_gpu_change_the_sizes(
@@ -48,7 +51,7 @@ def test_a_dtype_and_a_gpu_change_the_sizes(
     assert half["kv_bytes_per_token"] == full["kv_bytes_per_token"]
     _, [exact] = run_json(capsys, DEMO, "--dtype", "float32")
     assert exact["kv_bytes_per_token"] == 2 * full["kv_bytes_per_token"]
-    monkeypatch.setattr(models_command, "_gpu_memory", lambda: 24 * 2**30)
+    monkeypatch.setattr(models, "_gpu_memory", lambda: 24 * 2**30)
     _, [native] = run_json(capsys, DEMO)
     assert (native["dtype"], native["memory_bytes"]) == ("float16", 24 * 2**30)
 
@@ -72,7 +75,7 @@ def test_a_memory_that_is_too_small_is_said(capsys: pytest.CaptureFixture[str]) 
 def test_without_models_it_lists_those_that_are_here(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outlines, "cached_models", lambda: [DEMO])
+    monkeypatch.setattr(hub, "cached_models", lambda: [DEMO])
     code, found = run_json(capsys)
     assert code == 0 and [item["model"] for item in found] == ["smollm2", DEMO]
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import structlog
 from transformers.utils import cached_file
 
-from ..engine.errors import ConfigurationError
-from ..engine.sampling_params import MAX_REPETITION_PENALTY, MAX_TOP_K, MIN_REPETITION_PENALTY
+from ...engine.errors import ConfigurationError
+from ...engine.sampling_params import MAX_REPETITION_PENALTY, MAX_TOP_K, MIN_REPETITION_PENALTY
 
 log = structlog.get_logger(__name__)
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from ..engine.config import DType, EngineConfig
-from ..engine.errors import StartupError
-from ..engine.main_memory import available_memory
+from ...engine.config import DType, EngineConfig
+from ...engine.errors import StartupError
+from ...engine.main_memory import available_memory
 
 if TYPE_CHECKING:
-    from ..engine.model.outline import ModelOutline
+    from ...engine.model.outline import ModelOutline
 
 USABLE_SHARE = 0.9
 """Share of a memory that weights and KV cache may take; the rest is for activations."""
@@ -55,24 +55,33 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what is known of the models; return 1 if one of those asked for would be refused."""
+    from ...engine.checkpoints.hub import cached_models
+    from ...engine.checkpoints.source import PACKAGED_MODELS
+
+    names = arguments.models or [*PACKAGED_MODELS, *cached_models()]
+    # Before transformers is imported, so that a hub out of reach is asked only once.
+    missing = {name: reason for name in names if (reason := _missing(name, arguments.gguf_file))}
     if not arguments.check:
-        from .text.torch_free import import_transformers
+        from ..text.torch_free import import_transformers
 
         import_transformers()
-    from ..engine.checkpoints.source import PACKAGED_MODELS
-    from ..engine.model.outline import cached_models, outline
+    from ...engine.model.outline import ModelOutline, outline
 
     gpu_memory = None if arguments.device == "cpu" else _gpu_memory()
     is_gpu = arguments.device == "cuda" or gpu_memory is not None
     dtype: DType = "float32" if arguments.dtype == "auto" and not is_gpu else arguments.dtype
     memory = arguments.memory or (gpu_memory if is_gpu else available_memory())
-    names = arguments.models or [*PACKAGED_MODELS, *cached_models()]
     configs = [
         EngineConfig(model=name, dtype=dtype, gguf_file=arguments.gguf_file) for name in names
     ]
     # As the CPU keeps K and V by default, of models that bear it.
     kv_dtype = "float16" if arguments.dtype == "auto" and not is_gpu else None
-    found = [outline(config, keeps_groups=not is_gpu, kv_dtype=kv_dtype) for config in configs]
+    found = [
+        ModelOutline(model=config.model, dtype=dtype, refused=missing[config.model])
+        if config.model in missing
+        else outline(config, keeps_groups=not is_gpu, kv_dtype=kv_dtype)
+        for config in configs
+    ]
     if arguments.check:
         found = [_checked(item, config) for item, config in zip(found, configs, strict=True)]
     if arguments.json:
@@ -82,9 +91,20 @@ def run(arguments: argparse.Namespace) -> int:
     return int(bool(arguments.models) and any(item.refused for item in found))
 
 
+def _missing(name: str, gguf_file: str | None) -> str | None:
+    """Return why a model's files are not there, within seconds; None if they are."""
+    from ...engine.checkpoints.source import check_source, find_source
+
+    try:
+        check_source(find_source(name, gguf_file))
+    except StartupError as error:
+        return error.message
+    return None
+
+
 def _checked(item: ModelOutline, config: EngineConfig) -> ModelOutline:
     """Return the outline with the reason of a refusal that building the model shows."""
-    from ..engine.model.rehearse import rehearse_load
+    from ...engine.model.rehearse import rehearse_load
 
     if item.refused:
         return item
