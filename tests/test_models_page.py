@@ -11,7 +11,7 @@ import os
 from transformers import AutoModelForCausalLM
 
 from .documents import ROOT
-from .engine.body.test_flat_decoder import FLAT
+from .engine.body.test_flat_decoder import FLAT, FLAT_ON_GPUS
 from .engine.models import FAMILIES
 
 PAGE = ROOT / "docs/models.md"
@@ -24,6 +24,8 @@ CHECKPOINTS = {
     "gemma2": "Gemma 2",
     "gemma3": "Gemma 3",
     "phi3": "Phi-3, Phi-4-mini",
+    "granite": "Granite 3 and 4, dense",
+    "smollm3": "SmolLM3",
     "mixtral": "Mixtral 8x7B",
     "qwen3_moe": "Qwen3-30B-A3B",
     "gpt_oss": "gpt-oss",
@@ -47,7 +49,7 @@ def _row(family: str) -> str:
         for field, name in TRAITS.items()
         if getattr(config, field, None) and (windowed or name != "windows")
     }
-    compiled = "yes" if family in FLAT else "no"
+    compiled = "yes" if family in FLAT else "on GPUs" if family in FLAT_ON_GPUS else "no"
     return f"| {CHECKPOINTS[family]} | `{kind}` | {', '.join(sorted(traits))} | {compiled} |"
 
 

@@ -88,6 +88,12 @@ def create_app(
     app.state.quire = state
     app.state.tracer = tracer
     install_handlers(app)
+    _include_routers(app)
+    _add_middleware(app, settings, metrics, tracer)
+    return app
+
+
+def _include_routers(app: FastAPI) -> None:
     endpoints = (
         *(completions, chat, responses, responses_extra, conversations, messages),
         *(embeddings, tokenization),
@@ -102,8 +108,6 @@ def create_app(
     for router in (*public, keyed):
         app.include_router(router)
     explain_unknown_paths(app, [*public, *private])
-    _add_middleware(app, settings, metrics, tracer)
-    return app
 
 
 @asynccontextmanager
