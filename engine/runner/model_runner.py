@@ -43,9 +43,10 @@ class ModelRunner:
         max_model_len: int,
         kv_scales: torch.Tensor | None = None,
         adapters: AdapterStore | None = None,
+        batch: InputBatch | None = None,
     ) -> None:
         """`kv_scales` are those of AttentionMetadata, for a float8 cache. Without `adapters` no
-        sequence has one."""
+        sequence has one. `batch` is that of another runner, if this one computes its steps."""
         spec = model.spec
         self._model = model
         self._backend = backend
@@ -54,7 +55,7 @@ class ModelRunner:
         self._kv_scales = kv_scales
         self._adapters = adapters
         self._block_size = config.block_size
-        self._batch = InputBatch(
+        self._batch = batch or InputBatch(
             max_num_seqs=config.max_num_seqs,
             max_num_tokens=max(backend.token_budget(config), config.max_num_seqs),
             max_model_len=max_model_len,
@@ -82,9 +83,13 @@ class ModelRunner:
         """Compile or capture what steps will need: see `Backend.prepare`."""
         self._graphs = self._backend.prepare(self, self._config)
 
-    @torch.inference_mode()
-    def forward(self, output: SchedulerOutput) -> StepForward:
-        """Begin a step: block copies, then the forward. Nothing here waits for a GPU."""
+    @property
+    def draft(self) -> ModelRunner | None:
+        """The runner of the draft model, which computes the same steps, if there is one."""
+        return None
+
+    def begin(self, output: SchedulerOutput) -> None:
+        """Carry out what a plan says must come before its forward."""
         self._batch.apply(output)
         self._sampler.forget(output.released)
         self._pooler.forget(output.released)
@@ -95,10 +100,15 @@ class ModelRunner:
             self.copy_blocks(output.block_copies)
         except torch.OutOfMemoryError as error:  # no later step would make up for them
             raise RuntimeError("out of device memory for the copies of blocks") from error
+
+    @torch.inference_mode()
+    def forward(self, output: SchedulerOutput) -> StepForward:
+        """Begin a step: block copies, then the forward. Nothing here waits for a GPU."""
+        self.begin(output)
         if not output.seq_ids:
             return StepForward(self, None)
         host, step = self._batch.prepare(output)
-        with _memory_errors_named(self._backend):
+        with memory_errors_named(self._backend):
             hidden, logits = self._run_model(host, step)
             chunks = prompt_logprobs(self._model, host, hidden) if host.any_scored else []
         return StepForward(self, _Computed(host, step, hidden, logits, chunks))
@@ -110,7 +120,7 @@ class ModelRunner:
         errors: dict[int, RowError] = {}
         samples: list[RowSamples] = []
         sampled = None
-        with _memory_errors_named(self._backend):
+        with memory_errors_named(self._backend):
             if len(host.sampling_rows):
                 rows = _sampling_rows(host, step, logits)
                 samples = sample_rows(self._sampler, rows, constraints, errors)
@@ -278,7 +288,7 @@ def _joined(samples: list[RowSamples]) -> tuple[list[SequenceSpec], torch.Tensor
 
 
 @contextmanager
-def _memory_errors_named(backend: Backend) -> Iterator[None]:
+def memory_errors_named(backend: Backend) -> Iterator[None]:
     """Turn torch's error for a device without memory into a DeviceMemoryError."""
     try:
         yield

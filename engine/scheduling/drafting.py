@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..cache.block_manager import BlockManager
@@ -17,10 +18,19 @@ from .step_planner import Plan
 class Drafting:
     """Adds drafts to plans, and takes from results the tokens that drafts made available."""
 
-    def __init__(self, speculator: Speculator, block_manager: BlockManager, roster: Roster) -> None:
+    def __init__(
+        self,
+        speculator: Speculator,
+        block_manager: BlockManager,
+        roster: Roster,
+        clock: Callable[[], float],
+    ) -> None:
         self.speculator = speculator
         self._block_manager = block_manager
         self._roster = roster
+        self._clock = clock
+        self._begin = 0.0
+        """When the last step was planned, or its drafts had been proposed, by the clock."""
         self._predicted: dict[int, tuple[int, int]] = {}
         """seq_id → accepted and rejected tokens of drafts that came from a prediction."""
 
@@ -30,6 +40,7 @@ class Drafting:
 
         A step that computes prompts, too, has none: everybody waits for those.
         """
+        self._begin = self._clock()
         num_rows = len(plan.rows)
         if plan.partial_rows or len(plan.token_ids) != num_rows:
             return {}
@@ -50,6 +61,16 @@ class Drafting:
                     plan.token_ids.extend(drafts[row])
                     plan.counts[row] += len(drafts[row])
         return drafts
+
+    def take_proposals(
+        self, output: SchedulerOutput, proposed: dict[int, list[int]]
+    ) -> SchedulerOutput:
+        """Return what is left of a plan for whose rows the worker has proposed these drafts."""
+        now = self._clock()
+        passes = max(map(len, proposed.values()))
+        self.speculator.cost.observe_passes(passes, len(proposed), now - self._begin)
+        self._begin = now
+        return output.with_proposals(proposed)
 
     def _allocate(self, plan: Plan, sequence: Sequence, num_tokens: int) -> bool:
         """Get slots for a row and its draft. A draft never takes a block that a row may need: as
@@ -119,11 +140,11 @@ class Drafting:
             )
         return output
 
-    def observe(self, output: SchedulerOutput, seconds: float) -> None:
-        """Learn how long a step took in which every row decoded, some with drafts."""
+    def observe(self, output: SchedulerOutput, now: float) -> None:
+        """Learn how long a step took that has ended now, if every row decoded, some with drafts."""
         drafted = sum(map(len, output.drafts.values()))
         if output.total_tokens == len(output.seq_ids) + drafted:
-            self.speculator.cost.observe(output.total_tokens, seconds)
+            self.speculator.cost.observe(output.total_tokens, now - self._begin)
 
     def predicted(self, sequence: Sequence) -> tuple[int, int] | None:
         """Return how many tokens of the request's prediction were accepted as drafts, and how many

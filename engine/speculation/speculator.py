@@ -9,16 +9,20 @@ from ..sequence import Sequence
 from ..step import UNKNOWN_TOKEN
 from .acceptance import Acceptance
 from .drafter import Drafter
+from .model import ModelDrafter
 from .step_cost import MAX_TOKENS, StepCost
 
 MAX_POSITIONS = 32
 """Positions of a draft of which acceptance is counted."""
 _WORTHWHILE = 1.02
 """Expected tokens a second, against those without drafts, from which on drafts are made."""
+_AS_GOOD = 0.6
+"""Share of the draft model's acceptance from which on a drafter that costs nothing is preferred."""
 
 
 class RowDraft(NamedTuple):
-    """A draft for one row of a step. `source` is the drafter that made it."""
+    """A draft for one row of a step. `source` is the drafter that made it, or that will: a draft of
+    UNKNOWN_TOKENs is the draft model's."""
 
     row: int
     token_ids: list[int]
@@ -56,10 +60,13 @@ class Speculator:
         max_draft: int,
         max_samples: int,
         cost: StepCost | None = None,
+        model: ModelDrafter | None = None,
     ) -> None:
+        """`model` drafts if the others have nothing, or nothing that is right as often."""
         self.counts = SpeculationCounts()
         self.cost = cost or StepCost()
         self._drafters = drafters
+        self._model = model
         self._max_draft = max_draft
         self._max_tokens = min(max_samples, MAX_TOKENS)
         self._acceptances: dict[int, Acceptance] = {}
@@ -88,21 +95,28 @@ class Speculator:
         drafts = [draft for row, sequence in rows if (draft := self._propose(row, sequence))]
         sequences = dict(rows)
         # 2. The chance of each token to be accepted: a product along its draft.
-        chances: list[tuple[float, int]] = []
+        chances: list[tuple[float, int, int]] = []
         for index, draft in enumerate(drafts):
             rate = self._rate(sequences[draft.row], draft.source)
-            chances += [(rate**place, index) for place in range(1, len(draft.token_ids) + 1)]
+            places = range(1, len(draft.token_ids) + 1)
+            chances += [(rate**place, index, -place) for place in places]
         chances.sort(reverse=True)
-        # 3. As many of them, the likeliest first, as give most tokens for their time.
+        # 3. As many of them, the likeliest first, as give most tokens for their time. That includes
+        #    a pass of the draft model for each token of its longest draft.
         best, best_count, expected = _WORTHWHILE * num_tokens / self.cost(num_tokens), 0, 0.0
         most = min(self._max_tokens, max_tokens) - num_tokens
-        for count, (chance, _) in enumerate(chances[:most], 1):
+        passes, pass_cost = 0, 0.0
+        if self._model is not None:
+            pass_cost = self.cost.draft_pass(sum(one.source is self._model for one in drafts))
+        for count, (chance, index, place) in enumerate(chances[:most], 1):
             expected += chance
-            speed = (num_tokens + expected) / self.cost(num_tokens + count)
+            if drafts[index].source is self._model:
+                passes = max(passes, -place)
+            speed = (num_tokens + expected) / (self.cost(num_tokens + count) + passes * pass_cost)
             if speed > best:
                 best, best_count = speed, count
         lengths = [0] * len(drafts)
-        for _, index in chances[:best_count]:
+        for _, index, _ in chances[:best_count]:
             lengths[index] += 1
         chosen = []
         for draft, length in zip(drafts, lengths, strict=True):
@@ -138,11 +152,20 @@ class Speculator:
         k = min(self._acceptance(sequence).length, self._max_draft, room)
         if k < 1 or sequence.token_ids[-1] == UNKNOWN_TOKEN:
             return None
+        draft: RowDraft | None = None
         for drafter in self._drafters:
             token_ids = drafter.propose(sequence, k)
             if token_ids:
-                return RowDraft(row, token_ids[:k], drafter)
-        return None
+                draft = RowDraft(row, token_ids[:k], drafter)
+                break
+        model = self._model
+        if model is None:
+            return draft
+        if draft is not None and self._rate(sequence, draft.source) >= _AS_GOOD * self._rate(
+            sequence, model
+        ):
+            return draft
+        return RowDraft(row, model.propose(sequence, k), model)
 
     def _acceptance(self, sequence: Sequence) -> Acceptance:
         return self._acceptances.setdefault(sequence.seq_id, Acceptance())
