@@ -294,7 +294,7 @@ class EngineConfig:
         if self.speculation == "model" and self.speculative_model is None:
             raise ConfigurationError("--speculation model needs a --speculative-model")
         if self.speculation in ("off", "ngram") and self.speculative_model is not None:
-            raise ConfigurationError(f"--speculation {self.speculation} uses no --speculative-model")
+            raise ConfigurationError(f"--speculation {self.speculation} has no draft model")
         size = self.block_size
         if not (MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE and size & (size - 1) == 0):
             bounds = f"from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
@@ -337,8 +337,8 @@ class WorkerInfo:
     if it equals `dtype`. `source_format` is that of the checkpoint, and `computed_format` names the
     types of the weights as they are computed, which take `weight_bytes`. `adapters` are the LoRA
     adapters that are loaded, and `max_lora_rank` is None if there can be none. `is_batch_invariant`
-    says that logits are the same to the bit whatever else is in their step. `draft_weight_bytes` and
-    `draft_kv_bytes_per_token` are the draft model's, 0 without one.
+    says that logits are the same to the bit whatever else is in their step. What begins with
+    `draft_` is the draft model's, and 0 without one.
     """
 
     architecture: str

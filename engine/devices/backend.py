@@ -79,6 +79,10 @@ class Rehearsal(Protocol):
     def adapters(self) -> AdapterSlots | None:
         """The slots of LoRA adapters, if there are any."""
 
+    @property
+    def draft(self) -> Rehearsal | None:
+        """The runner of the draft model over the same inputs, if there is one."""
+
     def run_prompts(self, num_tokens: int, num_seqs: int) -> object:
         """Run a blank step that begins so many sequences, without logits."""
 

@@ -13,6 +13,7 @@ if it were the likeliest one (the coupling of arXiv 2408.07978).
 
 from __future__ import annotations
 
+from collections import abc
 from dataclasses import replace
 from typing import Any
 
@@ -173,7 +174,7 @@ class SpeculativeRunner(ModelRunner):
         super().run_largest_step()
         self._draft.run_largest_step()
 
-    def copy_blocks(self, copies: list[BlockCopy]) -> None:
+    def copy_blocks(self, copies: abc.Sequence[BlockCopy]) -> None:
         super().copy_blocks(copies)
         self._draft.copy_blocks(copies)
 

@@ -244,7 +244,8 @@ class CudaBackend:
     def _memory_of_graphs(self, sizes: list[int], start: StartRehearsal) -> int:
         runner = start(1)
         before = free_memory(self.device)
-        graphs = self._capture(runner, sizes)
+        runners = (runner,) if runner.draft is None else (runner, runner.draft)
+        graphs = [self._capture(one, sizes) for one in runners]
         taken = before - free_memory(self.device)
         del graphs  # which had to live until here
         return taken
@@ -267,6 +268,8 @@ def compile_kernels(runner: Rehearsal) -> None:
         runner.run_prompts(2, 1)
         adapters.rehearse(active=False)
     runner.copy_blocks([BlockCopy(0, 0)])
+    if runner.draft is not None:
+        compile_kernels(runner.draft)
 
 
 def _adapters_of(runner: Rehearsal) -> CudaSlots | None:

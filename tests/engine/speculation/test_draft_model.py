@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+from transformers.models.llama import LlamaConfig
 
+from quire.engine.config import EngineConfig
 from quire.engine.core.engine_core import EngineCore
+from quire.engine.errors import ConfigurationError, StartupError
 from quire.engine.request import Request
 from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.speculation.model import ModelDrafter
 from quire.engine.speculation.speculator import SpeculationCounts, Speculator
 
-from ..models import save_model
+from ..devices.cuda_on_cpu import CudaOnCpuBackend
+from ..models import COMMON, build_model, save_model
 from ..worker_driver import make_config
 from .drafters import FreeDrafts
 from .test_exactness import _content, _requests, _run
@@ -32,15 +41,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in ("served", "other")}
 
 
-def make_core(folder: Path, draft: Path | None, max_draft: int = 7, **fields: Any) -> EngineCore:
+def make_core(
+    folder: Path, draft: Path | None, backend: CudaOnCpuBackend | None = None, **fields: Any
+) -> EngineCore:
     """Return an engine; with a draft model, every draft is one of that model's."""
     drafted = {"speculation": "off"} if draft is None else {"speculative_model": str(draft)}
     config = make_config(folder, **OPTIONS | drafted | fields)
-    core = EngineCore(config, Worker(config))
+    core = EngineCore(config, Worker(config, backend))
     drafting = core._scheduler._drafting
     if drafting is not None:
         drafting.speculator = Speculator(
-            [], max_draft=max_draft, max_samples=64, cost=FreeDrafts(), model=ModelDrafter()
+            [], max_draft=7, max_samples=64, cost=FreeDrafts(), model=ModelDrafter()
         )
     return core
 
@@ -119,3 +130,137 @@ def test_the_served_model_as_its_own_draft_is_always_right(
     assert stats.prefix_hits > 0 and stats.blocks_copied > 0
     if "num_blocks" in fields:
         assert stats.preemptions > 0
+
+
+@pytest.mark.parametrize("sizes", [(), (1, 2, 4, 8)], ids=["eager", "graphs"])
+def test_on_the_cuda_path(folders: dict[str, Path], sizes: tuple[int, ...]) -> None:
+    """Both models' passes of one token a row are replayed, if there are graphs."""
+    requests = _stateless(0)
+    for index, request in enumerate(requests):
+        params = replace(request.sampling_params, temperature=0.0)
+        requests[index] = replace(request, sampling_params=params)
+    answers = []
+    for draft in (None, folders["served"], folders["other"]):
+        backend = CudaOnCpuBackend(sizes=sizes)
+        core = make_core(folders["served"], draft, backend=backend)
+        answers.append({key: _content(answer) for key, answer in _run(core, requests).items()})
+        if draft is not None:
+            assert counts_of(core).num_drafts > 10
+            assert (backend.reruns.num_replays > 30) == bool(sizes)
+        if draft == folders["served"]:
+            assert counts_of(core).accepted_tokens == counts_of(core).draft_tokens
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize("wider", ["served", "other"])
+def test_vocabularies_may_differ_in_padding(
+    folders: dict[str, Path], tmp_path: Path, wider: str
+) -> None:
+    """The logits of one model are wider than its tokenizer, and prompts hold ids of the padding."""
+    padded = tmp_path / "padded"
+    build_model(LlamaConfig(**COMMON | {"vocab_size": 136})).save_pretrained(padded)
+    pair = {**folders, wider: padded}
+    tokens = Tokenizer(WordLevel({f"t{index}": index for index in range(120)}, unk_token="t0"))
+    for folder in pair.values():
+        PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(folder)
+    requests = _requests(1)
+    if wider == "served":
+        prompts = [(*one.prompt_token_ids, 129, 135) for one in requests]
+        pairs = zip(requests, prompts, strict=True)
+        requests = [replace(one, prompt_token_ids=prompt) for one, prompt in pairs]
+    answers = [
+        {key: _content(answer) for key, answer in _run(core, requests).items()}
+        for core in (make_core(pair["served"], None), make_core(pair["served"], pair["other"]))
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_the_speculator_weighs_the_passes(folders: dict[str, Path]) -> None:
+    """With measured costs, a model as large as the served one stops drafting."""
+    core = make_core(folders["served"], folders["served"])
+    drafting = core._scheduler._drafting
+    assert drafting is not None
+    speculator = Speculator([], max_draft=7, max_samples=64, model=ModelDrafter())
+    drafting.speculator = speculator
+    for _ in range(40):
+        speculator.cost.observe(1, 1e-3)
+        speculator.cost.observe_passes(4, 1, 4e-3)  # a pass takes as long as a step
+    _run(core, _stateless(0)[:1])
+    assert speculator.counts.num_drafts <= 3
+
+
+# -- the start -----------------------------------------------------------------------------------
+
+
+def _refusal(folder: Path, draft: Path | str, **fields: Any) -> str:
+    with pytest.raises(StartupError) as caught:
+        Worker(make_config(folder, speculative_model=str(draft), **fields)).load()
+    message = caught.value.message
+    assert "\n" not in message and message.startswith(f"--speculative-model {draft}: ")
+    return message.partition(": ")[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"vocab_size": 100}, "its vocabulary has 100 tokens and the model's has 128"),
+        ({"eos_token_id": [2, 3]}, r"its end tokens are \[2, 3\] and the model's are \[2\]"),
+        (
+            {"max_position_embeddings": 64},
+            "its context has 64 tokens and the model's has 128: set --max-model-len 64 or less",
+        ),
+    ],
+    ids=["vocabulary", "end tokens", "context"],
+)
+def test_a_model_that_does_not_fit_is_refused(
+    folders: dict[str, Path], tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    build_model(LlamaConfig(**COMMON | changes)).save_pretrained(tmp_path)
+    assert re.fullmatch(expected, _refusal(folders["served"], tmp_path))
+
+
+def test_another_tokenizer_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    served, draft = tmp_path / "served", tmp_path / "draft"
+    for folder, names in ((served, "ab"), (draft, "xb")):
+        shutil.copytree(folders["served"], folder)
+        vocabulary = {f"{names[index % 2]}{index}": index for index in range(128)}
+        tokens = Tokenizer(WordLevel(vocabulary, unk_token=f"{names[0]}0"))
+        PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(folder)
+    expected = "its vocabulary is another one: 64 of 128 tokens are the model's"
+    assert _refusal(served, draft) == expected
+    assert Worker(make_config(served, speculative_model=str(served))).load().draft_weight_bytes > 0
+
+
+def test_a_folder_that_is_not_there_is_refused(folders: dict[str, Path]) -> None:
+    assert _refusal(folders["served"], "/nowhere/at/all").startswith("there is no folder")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"speculation": "model"}, "--speculation model needs a --speculative-model"),
+        ({"speculation": "off", "speculative_model": "x"}, "--speculation off has no draft model"),
+        ({"speculation": "ngram", "speculative_model": "x"}, "ngram has no draft model"),
+    ],
+    ids=str,
+)
+def test_flags_that_contradict_each_other(fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigurationError, match=expected):
+        EngineConfig(model="m", **fields)
+
+
+def test_its_memory_is_counted(folders: dict[str, Path]) -> None:
+    """A block takes the memory of both caches, and what is asked for holds both."""
+    size = 2**20
+    sizes = {}
+    for draft in (None, str(folders["other"])):
+        config = make_config(
+            folders["served"], num_blocks=None, kv_cache_memory_bytes=size, speculative_model=draft
+        )
+        worker = Worker(config)
+        info = worker.load()
+        per_block = 16 * (info.kv_bytes_per_token + info.draft_kv_bytes_per_token)
+        sizes[draft] = num_blocks = worker.profile()
+        assert num_blocks == size // per_block
+        assert (info.draft_weight_bytes > 0) == (draft is not None)
+    assert sizes[str(folders["other"])] < sizes[None]
