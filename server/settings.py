@@ -36,7 +36,14 @@ from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
 from ..engine.lora import AdapterSource, read_sources
 from .foreign_flags import explain
-from .setting_types import ReasoningParser, Secret, SecretList, ToolCallParser, refuse_empty_keys
+from .setting_types import (
+    ReasoningParser,
+    Secret,
+    SecretList,
+    ToolCallParser,
+    refuse_empty_keys,
+    take_speculative_config,
+)
 
 DEMO_MODEL_NAME = "quire-demo"
 
@@ -226,6 +233,12 @@ class Settings(_EngineSettings):
         False,
     )
 
+    speculative_config: str | dict[str, Any] | None = _option(
+        "Scheduling",
+        "The flags of speculation as vLLM writes them: JSON with model, num_speculative_tokens.",
+        details="Also method: ngram or draft_model. Other keys are refused.",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = _option(
         "Logging and metrics", "Lowest severity to log.", "info"
     )
@@ -296,6 +309,8 @@ class Settings(_EngineSettings):
         if value is not None and not value.is_dir():
             raise ValueError(f"there is no folder {value}")
         return value
+
+    take_speculative_config = model_validator(mode="before")(take_speculative_config)
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Settings:

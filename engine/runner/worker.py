@@ -40,6 +40,7 @@ class Worker:
         self._given_backend = backend
 
     def load(self) -> WorkerInfo:
+        # Over 50 lines: half of them are the fields of the result.
         config = self._config
         num_threads = config.num_threads or default_num_threads() or torch.get_num_threads()
         usable = usable_cpus()

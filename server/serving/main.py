@@ -203,6 +203,9 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
             source_format=info.source_format,
             computed_format=info.computed_format,
             weight_bytes=info.weight_bytes,
+            draft_model=settings.speculative_model,
+            draft_weight_bytes=info.draft_weight_bytes,
+            draft_kv_bytes=info.draft_kv_bytes_per_token * info.kv_capacity_tokens,
             max_model_len=info.max_model_len,
             num_blocks=info.num_blocks,
             kv_capacity_tokens=info.kv_capacity_tokens,
@@ -213,6 +216,13 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
         return
     toy = "  a toy built into quire, for trying it out\n" if settings.is_demo else "\n"
     millions = info.num_parameters / 1e6
+    drafts = ""
+    if settings.speculative_model is not None:
+        kv_bytes = info.draft_kv_bytes_per_token * info.kv_capacity_tokens
+        drafts = (
+            f"  drafts   {settings.speculative_model}, {info.draft_weight_bytes / 1e6:,.1f} MB, "
+            f"and {kv_bytes / 1e6:,.1f} MB of the KV cache\n"
+        )
     print(
         f"quire is ready after {seconds:.1f} s\n"
         f"  model    {', '.join(settings.served_names)} "
@@ -222,6 +232,7 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
         f"  device   {info.device}, {info.dtype}\n"
         f"  KV cache {info.num_blocks:,} blocks = {info.kv_capacity_tokens:,} tokens "
         f"= {sequences:,.1f} sequences of {info.max_model_len:,}\n"
+        f"{drafts}"
         f"  address  {address}",
         file=sys.stderr,
     )
