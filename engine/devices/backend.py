@@ -47,13 +47,14 @@ class Planner(Protocol):
         step: DeviceStep,
         *,
         shared: bool = False,
+        query_len: int = 1,
     ) -> AttentionPlan:
         """Plan a step. query_start_loc and seq_lens are those of AttentionMetadata, on the host;
-        `shared` is the result of `find_shared`."""
+        `shared` is the result of `find_shared`, and `query_len` that of `StepInputs.query_len`."""
 
 
 class Graphs(Protocol):
-    """Captured decode steps: every row has one token."""
+    """Captured decode steps: every row has one token, or is padded to the same number."""
 
     def __contains__(self, key: object) -> bool:
         """Whether there is a graph for this GraphKey."""
@@ -87,8 +88,9 @@ class Rehearsal(Protocol):
         """Run a blank step that begins so many sequences, without logits."""
 
     def run_decodes(self, step: DeviceStep, plan: AttentionPlan) -> ModelOutput:
-        """Run a step in which every row has one token, with logits for each. It reads no tensors
-        but those of the step, the plan and the cache, so that it can be captured."""
+        """Run a step in which every row has one token, or as many as the plan says, with logits for
+        each. It reads no tensors but those of the step, the plan and the cache, so that it can be
+        captured."""
 
     def run_largest_step(self) -> None:
         """Run the largest blank step that is allowed, and sample all its rows."""

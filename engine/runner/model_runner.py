@@ -189,28 +189,32 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_decodes(self, step: DeviceStep, plan: AttentionPlan) -> ModelOutput:
-        """Run a step in which every row has one token, with logits for each: what a graph captures.
-        It reads no tensors but those of the step, the plan and the cache."""
+        """Run a step in which every row has the same number of tokens, with logits for each: what a
+        graph captures. It reads no tensors but those of the step, the plan and the cache."""
         hidden = self._forward(step, self._metadata(step, len(step.seq_lens), 1, plan))
         return ModelOutput(hidden, self._model.logits(hidden))
 
     def _run_model(self, host: HostStep, step: DeviceStep) -> ModelOutput:
         """Return hidden states of all tokens and logits of the sampling rows."""
-        shared = self.planner.find_shared(host)
+        query_len = self.inputs.query_len(host) if host.num_drafts else 1
+        shared = query_len == 1 and self.planner.find_shared(host)
         if self._adapters is not None:
             self._adapters.slots.begin_step(host.token_slots)
-        key = GraphKey(len(step.seq_lens), shared, host.token_slots is not None)
-        # 1. Replay a graph, if there is one. It has logits for every row.
-        if self._graphs is not None and host.max_query_len == 1 and key in self._graphs:
+        key = GraphKey(len(step.seq_lens), shared, host.token_slots is not None, query_len)
+        decodes, longest = host.num_decodes, host.max_query_len
+        if query_len > 1:
+            decodes, longest = key.size, 1
+        # 1. Replay a graph, if there is one. It has logits for every token.
+        if self._graphs is not None and longest == 1 and key in self._graphs:
             hidden, logits = self._graphs.replay(key)
             num_sampling = len(host.sampling_rows)
-            if num_sampling == len(host.order):
+            if num_sampling == len(host.order) and query_len == 1:
                 return ModelOutput(hidden, logits[:num_sampling])
             return ModelOutput(hidden, logits[step.logit_indices])
         # 2. Otherwise run the model.
-        decodes = host.num_decodes
-        plan = self.planner.plan(host.query_start_loc, host.seq_lens, decodes, step, shared=shared)
-        metadata = self._metadata(step, decodes, host.max_query_len, plan)
+        lengths = host.query_start_loc, host.seq_lens
+        plan = self.planner.plan(*lengths, decodes, step, shared=shared, query_len=query_len)
+        metadata = self._metadata(step, decodes, longest, plan)
         if not len(host.sampling_rows):
             hidden = self._forward(step, metadata)
             return ModelOutput(hidden, hidden.new_empty(0))

@@ -116,6 +116,7 @@ class CpuPlanner:
         step: DeviceStep,
         *,
         shared: bool = False,
+        query_len: int = 1,
     ) -> CpuPlan:
         return self.cut(query_start_loc, seq_lens, step.block_table[:num_decodes].numpy())
 
