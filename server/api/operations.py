@@ -166,10 +166,11 @@ def _draft_model(state: ServerState) -> dict[str, Any] | None:
         info = state.engine.info
     except EngineNotReadyError:
         return None
-    if state.settings.speculative_model is None:
+    model = state.settings.engine_config().speculative_model
+    if model is None:
         return None
     return {
-        "model": state.settings.speculative_model,
+        "model": model,
         "num_bytes": info.draft_weight_bytes,
         "kv_cache_bytes": info.draft_kv_bytes_per_token * info.kv_capacity_tokens,
     }

@@ -193,6 +193,7 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
     """Report the model, its KV cache and the address: as a log entry, or as text for a person."""
     address = address_of(settings, listener)
     sequences = info.kv_capacity_tokens / info.max_model_len
+    draft_model = settings.engine_config().speculative_model
     if resolve_format(settings.log_format) == "json":
         log.info(
             "ready",
@@ -203,7 +204,7 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
             source_format=info.source_format,
             computed_format=info.computed_format,
             weight_bytes=info.weight_bytes,
-            draft_model=settings.speculative_model,
+            draft_model=draft_model,
             draft_weight_bytes=info.draft_weight_bytes,
             draft_kv_bytes=info.draft_kv_bytes_per_token * info.kv_capacity_tokens,
             max_model_len=info.max_model_len,
@@ -217,10 +218,10 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
     toy = "  a toy built into quire, for trying it out\n" if settings.is_demo else "\n"
     millions = info.num_parameters / 1e6
     drafts = ""
-    if settings.speculative_model is not None:
+    if draft_model is not None:
         kv_bytes = info.draft_kv_bytes_per_token * info.kv_capacity_tokens
         drafts = (
-            f"  drafts   {settings.speculative_model}, {info.draft_weight_bytes / 1e6:,.1f} MB, "
+            f"  drafts   {draft_model}, {info.draft_weight_bytes / 1e6:,.1f} MB, "
             f"and {kv_bytes / 1e6:,.1f} MB of the KV cache\n"
         )
     print(

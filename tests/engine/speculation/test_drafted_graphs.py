@@ -34,27 +34,33 @@ def _prompts() -> list[list[int]]:
     return [[chance.randrange(3, 128) for _ in range(length)] for length in (1, 9, 16, 31, 40)]
 
 
-def _requests(lengths: list[int], **fields: Any) -> list[Request]:
+def greedy_requests(lengths: list[int]) -> list[Request]:
+    """Return requests for so many tokens each, of prompts of 1 to 40 tokens."""
     return [
         Request(
             request_id=f"r{index}",
             prompt_token_ids=tuple(prompt),
             sampling_params=SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True),
             arrival_time=0.0,
-            **fields,
         )
-        for index, (prompt, length) in enumerate(zip(_prompts(), lengths, strict=True))
+        for index, (prompt, length) in enumerate(zip(_prompts(), lengths, strict=False))
     ]
 
 
-class _Engine:
-    """An engine with graphs, whose drafts are right with a chance of `right`."""
+class DraftedEngine:
+    """An engine with graphs, whose drafts are right with a chance of `right`. `keys` are those of
+    the graphs that it replays."""
 
     def __init__(
-        self, folder: Path, answers: dict[str, list[int]], right: float, **fields: Any
+        self,
+        folder: Path,
+        answers: dict[str, list[int]],
+        right: float,
+        backend: CudaOnCpuBackend | None = None,
+        **fields: Any,
     ) -> None:
         config = make_config(folder, **OPTIONS | {"speculation": "ngram"} | fields)
-        self.worker = Worker(config, CudaOnCpuBackend(sizes=SIZES))
+        self.worker = Worker(config, backend or CudaOnCpuBackend(sizes=SIZES))
         self.core = EngineCore(config, self.worker)
 
         def answer(sequence: Sequence) -> list[int]:
@@ -83,14 +89,14 @@ def test_replayed_drafts_give_the_reference_tokens(family: str, tmp_path: Path) 
     than a graph's rows take the other path. The longest answer ends with the context."""
     model: PreTrainedModel = save_model(family, tmp_path)
     lengths = [30, 60, 20, 45, 88]
-    requests = _requests(lengths)
+    requests = greedy_requests(lengths)
     pairs = zip(requests, lengths, strict=True)
     expected = {
         request.request_id: generate(model, list(request.prompt_token_ids), length)
         for request, length in pairs
     }
     for right in (0.0, 0.8):
-        engine = _Engine(tmp_path, expected, right)
+        engine = DraftedEngine(tmp_path, expected, right)
         assert engine.tokens(requests) == expected
         drafted = [key for key in engine.keys if key.query_len == 8]
         assert len(drafted) > 15
@@ -127,12 +133,12 @@ def test_rows_with_adapters_take_the_other_path(tmp_path: Path) -> None:
     lengths = [30, 20, 20, 25, 30]
     requests = [
         replace(request, adapter="a" if index % 2 else None)
-        for index, request in enumerate(_requests(lengths))
+        for index, request in enumerate(greedy_requests(lengths))
     ]
     fields = {"enable_lora": True, "lora": (AdapterSource("a", str(tmp_path / "a")),)}
     plain = make_config(tmp_path / "base", **OPTIONS, **fields)
     core = EngineCore(plain, Worker(plain, CudaOnCpuBackend(sizes=SIZES)))
     expected = {name: _content(answer)[0] for (name, _), answer in _run(core, requests).items()}
-    engine = _Engine(tmp_path / "base", expected, 0.8, **fields)
+    engine = DraftedEngine(tmp_path / "base", expected, 0.8, **fields)
     assert engine.tokens(requests) == expected
     assert not any(key.adapted and key.query_len > 1 for key in engine.keys)
