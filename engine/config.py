@@ -278,8 +278,8 @@ class EngineConfig:
         "Scheduling",
         "Launch a step before the results of the previous one are known. Default: only on CUDA.",
         None,
-        details="The tokens are the same. While a beam search runs, each step waits for the "
-        "previous results.",
+        details="The tokens are the same. While a beam search runs, or drafts are made, each step "
+        "waits for the previous results.",
     )
 
     max_logprobs: int = _flag("Limits", "Maximum log-probabilities per position.", 20, ge=0)

@@ -14,6 +14,10 @@ from .roster import Roster
 from .sequence_outputs import token_output
 from .step_planner import Plan
 
+_PATIENCE = 8
+"""Steps without a draft after which steps no longer wait for the tokens that a draft would follow,
+except each so-many-th."""
+
 
 class Drafting:
     """Adds drafts to plans, and takes from results the tokens that drafts made available."""
@@ -31,6 +35,8 @@ class Drafting:
         self._clock = clock
         self._begin = 0.0
         """When the last step was planned, or its drafts had been proposed, by the clock."""
+        self._idle = 0
+        """Steps since the last one with drafts."""
         self._predicted: dict[int, tuple[int, int]] = {}
         """seq_id → accepted and rejected tokens of drafts that came from a prediction."""
 
@@ -41,6 +47,7 @@ class Drafting:
         A step that computes prompts, too, has none: everybody waits for those.
         """
         self._begin = self._clock()
+        self._idle += 1
         num_rows = len(plan.rows)
         if plan.partial_rows or len(plan.token_ids) != num_rows:
             return {}
@@ -54,6 +61,7 @@ class Drafting:
             if self._allocate(plan, plan.rows[row], 1 + len(token_ids)):
                 drafts[row] = token_ids
         if drafts:
+            self._idle = 0
             firsts, plan.token_ids[:] = list(plan.token_ids), []
             for row, first in enumerate(firsts):
                 plan.token_ids.append(first)
@@ -61,6 +69,12 @@ class Drafting:
                     plan.token_ids.extend(drafts[row])
                     plan.counts[row] += len(drafts[row])
         return drafts
+
+    def waits_for_results(self, num_running: int) -> bool:
+        """Whether the next step should know the tokens of the last one, to draft what follows: if
+        drafts may pay, and there have been some lately, or it is time to look again."""
+        lately = self._idle < _PATIENCE or self._idle % _PATIENCE == 0
+        return lately and self.speculator.may_pay(num_running)
 
     def take_proposals(
         self, output: SchedulerOutput, proposed: dict[int, list[int]]

@@ -231,8 +231,8 @@ class Scheduler:
     def waits_for_results(self) -> bool:
         """Whether no step can be scheduled before the results of the last one have arrived: beams
         continue with tokens that the scheduler chooses among their candidates, and drafts follow
-        known tokens."""
-        if self._drafting is not None and self._drafting.speculator.may_pay(len(self.running)):
+        known tokens, if there are any drafts lately."""
+        if self._drafting is not None and self._drafting.waits_for_results(len(self.running)):
             return True
         return bool(self._beams) and any(sequence.is_beam for sequence in self.running)
 

@@ -98,6 +98,28 @@ def test_right_drafts_save_steps() -> None:
     assert steps[1.0] <= 30
 
 
+class _Sometimes(RandomDrafter):
+    """Drafts only in the last steps, and counts how often it is asked."""
+
+    asked = 0
+
+    def propose(self, sequence: Sequence, k: int) -> list[int]:
+        self.asked += 1
+        return super().propose(sequence, k) if sequence.num_output_tokens > 100 else []
+
+
+def test_one_step_ahead_no_step_waits_for_drafts_that_do_not_come() -> None:
+    """Each eighth step looks whether there are drafts again, and they come back."""
+    drafter = _Sometimes(_answers, 1.0, 6)
+    harness = Harness(run_ahead=True, speculator=always(drafter))
+    request = harness.add(prompt(20), 150)
+    harness.run()
+    assert harness.tokens[request.request_id, 0] == expected_tokens(prompt(20), 0, 150)
+    assert harness.worker.num_fed_back > 70
+    assert 12 < drafter.asked < 60
+    assert harness.scheduler.stats().accepted_tokens > 20
+
+
 def test_a_stop_token_inside_a_draft_ends_the_sequence() -> None:
     tokens = expected_tokens(prompt(20), 0, 40)
     stop = tokens[17]
