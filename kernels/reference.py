@@ -306,7 +306,7 @@ def prepare_inputs(
     reach: int,
     block_size: int,
     query_len: int = 1,
-) -> None:
+) -> None:  # over 50 lines: ten tensors to write
     """Build a step's inputs from one packed upload and the tables that stay on the device.
 
     The arguments are those of the kernel, whose file defines the layout of `packed`. `reach` is
