@@ -17,6 +17,7 @@ from transformers.models.llama import LlamaConfig
 from quire.engine.config import EngineConfig
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.errors import ConfigurationError, StartupError
+from quire.engine.lora import AdapterSource
 from quire.engine.request import Request
 from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
@@ -24,10 +25,14 @@ from quire.engine.speculation.model import ModelDrafter
 from quire.engine.speculation.speculator import SpeculationCounts, Speculator
 
 from ..devices.cuda_on_cpu import CudaOnCpuBackend
+from ..grammar.constrained import GRAMMARS, SCHEMAS, json_spec, make_request
+from ..lora_models import save_adapter
 from ..models import COMMON, build_model, save_model
 from ..worker_driver import make_config
 from .drafters import FreeDrafts
-from .test_exactness import _content, _requests, _run
+from .test_exactness import _content, _requests, _run, grammar_folder
+
+__all__ = ["grammar_folder"]
 
 OPTIONS = {"num_blocks": 80, "max_num_batched_tokens": 64, "max_model_len": 256}
 
@@ -62,16 +67,15 @@ def counts_of(core: EngineCore) -> SpeculationCounts:
     return drafting.speculator.counts
 
 
-@pytest.mark.parametrize("draft", ["served", "other"])
 @pytest.mark.parametrize(
-    "fields",
+    ("draft", "fields"),
     [
-        {},
-        {"num_blocks": 16, "max_num_seqs": 6},
-        {"max_num_batched_tokens": 9},
-        {"async_scheduling": True},
-        {"quantization": "int8"},
-        {"quantization": "int4"},
+        ("served", {"num_blocks": 16, "max_num_seqs": 6}),
+        ("served", {"async_scheduling": True}),
+        ("served", {"quantization": "int4"}),
+        ("other", {}),
+        ("other", {"max_num_batched_tokens": 9, "async_scheduling": True}),
+        ("other", {"quantization": "int8"}),
     ],
     ids=str,
 )
@@ -110,9 +114,37 @@ def _stateless(seed: int) -> list[Request]:
     ]
 
 
+def _beams(seed: int) -> Request:
+    params = SamplingParams(max_tokens=20, temperature=0.0, beam_width=3, n=3)
+    return replace(_requests(seed)[2], request_id=f"beams{seed}", sampling_params=params)
+
+
+def _scored(seed: int) -> Request:
+    params = SamplingParams(max_tokens=5, temperature=0.0, prompt_logprobs=0)
+    return replace(_requests(seed)[3], request_id=f"scored{seed}", sampling_params=params)
+
+
+def _abort_halfway(core: EngineCore, requests: list[Request]) -> None:
+    for request in requests:
+        core.add_request(request)
+    for step in range(14):
+        core.step()
+        if step % 2:
+            core.abort_request(requests[step // 2].request_id)
+    for request in requests:
+        core.abort_request(request.request_id)
+    while core.has_work:
+        core.step()
+    core._scheduler.block_manager.check_integrity([])
+
+
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"num_blocks": 17, "max_num_seqs": 6}, {"max_num_batched_tokens": 11}, {"block_size": 32}],
+    [
+        {},
+        {"num_blocks": 17, "max_num_seqs": 6},
+        {"max_num_batched_tokens": 11, "block_size": 32},
+    ],
     ids=str,
 )
 def test_the_served_model_as_its_own_draft_is_always_right(
@@ -122,7 +154,8 @@ def test_the_served_model_as_its_own_draft_is_always_right(
     preemption, a prefix hit, a copy, a fork, a chunk, or a draft that was cut short."""
     core = make_core(folders["served"], folders["served"], **fields)
     for seed in range(3):  # the later ones find prefixes of the first
-        _run(core, _stateless(seed % 2))
+        _run(core, [*_stateless(seed % 2), _beams(seed), _scored(seed)])
+        _abort_halfway(core, _stateless(seed % 2))
     counts = counts_of(core)
     assert counts.draft_tokens > 100
     assert counts.accepted_tokens == counts.draft_tokens
@@ -135,7 +168,7 @@ def test_the_served_model_as_its_own_draft_is_always_right(
 @pytest.mark.parametrize("sizes", [(), (1, 2, 4, 8)], ids=["eager", "graphs"])
 def test_on_the_cuda_path(folders: dict[str, Path], sizes: tuple[int, ...]) -> None:
     """Both models' passes of one token a row are replayed, if there are graphs."""
-    requests = _stateless(0)
+    requests = _stateless(0)[:5]
     for index, request in enumerate(requests):
         params = replace(request.sampling_params, temperature=0.0)
         requests[index] = replace(request, sampling_params=params)
@@ -187,6 +220,40 @@ def test_the_speculator_weighs_the_passes(folders: dict[str, Path]) -> None:
         speculator.cost.observe_passes(4, 1, 4e-3)  # a pass takes as long as a step
     _run(core, _stateless(0)[:1])
     assert speculator.counts.num_drafts <= 3
+
+
+def _compare(served: EngineCore, drafted: EngineCore, requests: list[Request]) -> None:
+    answers = [
+        {key: _content(answer) for key, answer in _run(core, requests).items()}
+        for core in (served, drafted)
+    ]
+    assert answers[0] == answers[1]
+    assert counts_of(drafted).accepted_tokens > 10
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_grammars_read_what_the_model_drafts(grammar_folder: Path, ahead: bool) -> None:
+    """The guesses break the grammar, since the draft model does not know it, or follow it."""
+    specs = [spec for spec, _ in GRAMMARS.values()] + [json_spec(one) for one in SCHEMAS]
+    sampling: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0, "n": 2}]
+    requests = [
+        make_request(f"g{index}", spec, **sampling[index % 2]) for index, spec in enumerate(specs)
+    ]
+    options = {"max_model_len": 512, "async_scheduling": ahead, "num_blocks": 200}
+    served = make_core(grammar_folder, None, **options)
+    _compare(served, make_core(grammar_folder, grammar_folder, **options), requests)
+
+
+def test_rows_with_adapters_are_drafted_without_them(tmp_path: Path) -> None:
+    base = save_model("llama", tmp_path / "base")
+    save_adapter(base, tmp_path / "a", seed=1, r=4, target_modules="all-linear")
+    fields = {"enable_lora": True, "lora": (AdapterSource("a", str(tmp_path / "a")),)}
+    requests = [
+        replace(request, adapter="a" if index % 2 else None)
+        for index, request in enumerate(_requests(6))
+    ]
+    served = make_core(tmp_path / "base", None, **fields)
+    _compare(served, make_core(tmp_path / "base", tmp_path / "base", **fields), requests)
 
 
 # -- the start -----------------------------------------------------------------------------------
