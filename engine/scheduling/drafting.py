@@ -57,7 +57,7 @@ class Drafting:
         if not candidates:
             return {}
         drafts: dict[int, list[int]] = {}
-        for row, token_ids, _ in self.speculator.choose(candidates, num_rows, num_rows + budget):
+        for row, token_ids, *_ in self.speculator.choose(candidates, num_rows, num_rows + budget):
             if self._allocate(plan, plan.rows[row], 1 + len(token_ids)):
                 drafts[row] = token_ids
         if drafts:
@@ -128,8 +128,7 @@ class Drafting:
             if tokens[-1] != token_id or after is None:
                 break
             tokens.append(after)
-        accepted = len(tokens) - 1
-        self._learn(sequence, draft, accepted)
+        self._learn(sequence, draft, tokens)
         # 2. The end of the sequence may lie within it.
         end = start + 1
         for index, token_id in enumerate(tokens):
@@ -182,8 +181,8 @@ class Drafting:
         self.speculator.forget(sequence.seq_id)
         self._predicted.pop(sequence.seq_id, None)
 
-    def _learn(self, sequence: Sequence, draft: list[int], accepted: int) -> None:
-        source = self.speculator.verified(sequence, len(draft), accepted)
+    def _learn(self, sequence: Sequence, draft: list[int], tokens: list[int]) -> None:
+        source, accepted = self.speculator.verified(sequence, len(draft), tokens), len(tokens) - 1
         if source == "prediction":
             right, wrong = self._predicted.get(sequence.seq_id, (0, 0))
             counts = (right + accepted, wrong + len(draft) - accepted)

@@ -10,8 +10,7 @@ class ModelDrafter:
     """Asks the step's worker for drafts: its own tokens are placeholders.
 
     The worker fills them in (`Launcher.propose`) once the step is planned and has its slots. Each
-    further token of the longest draft costs a pass of the draft model, so a drafter that costs
-    nothing goes first unless it is wrong much more often.
+    further token of the longest draft costs a pass of the draft model.
     """
 
     name = "model"

@@ -33,10 +33,12 @@ class StepCost:
         return self._shape[tokens]
 
     def draft_pass(self, rows: int) -> float:
-        """Return the cost of one pass of the draft model for so many rows. It is asked once a step
-        that may have drafts."""
-        self._pass += _PASS_RECOVERY * (_FIRST_PASS - self._pass)
+        """Return the cost of one pass of the draft model for so many rows."""
         return self._pass * self._shape[min(rows, MAX_TOKENS)]
+
+    def forget_passes(self) -> None:
+        """Go a little of the way back to the first guess. Called once a step that may draft."""
+        self._pass += _PASS_RECOVERY * (_FIRST_PASS - self._pass)
 
     def observe_passes(self, passes: int, rows: int, seconds: float) -> None:
         """Learn that so many passes of the draft model, for `rows` rows, took `seconds`."""
