@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 class Planner(Protocol):
     """Plans how each step over one KV cache attends."""
 
+    @property
+    def query_len(self) -> int:
+        """The tokens of rows that it can plan as decodes, if all rows are padded to them; 1 if only
+        rows with one token are decodes."""
+
     def find_shared(self, host: HostStep) -> bool:
         """Decide whether this step reads the prefixes that its decodes share once for all of them,
         which takes a plan, or a graph, of another kind.

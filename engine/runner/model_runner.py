@@ -202,13 +202,15 @@ class ModelRunner:
             self._adapters.slots.begin_step(host.token_slots)
         key = GraphKey(len(step.seq_lens), shared, host.token_slots is not None, query_len)
         decodes, longest = host.num_decodes, host.max_query_len
-        if query_len > 1:
-            decodes, longest = key.size, 1
+        if query_len > 1:  # rows are padded, which the planner of another model may not know
+            known = query_len == self.planner.query_len
+            decodes, longest = (key.size, 1) if known else (0, query_len)
+            query_len = query_len if known else 1
         # 1. Replay a graph, if there is one. It has logits for every token.
         if self._graphs is not None and longest == 1 and key in self._graphs:
             hidden, logits = self._graphs.replay(key)
             num_sampling = len(host.sampling_rows)
-            if num_sampling == len(host.order) and query_len == 1:
+            if num_sampling == len(host.order) and key.query_len == 1:
                 return ModelOutput(hidden, logits[:num_sampling])
             return ModelOutput(hidden, logits[step.logit_indices])
         # 2. Otherwise run the model.

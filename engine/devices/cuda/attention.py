@@ -132,7 +132,7 @@ class CudaPlanner:
 
     @property
     def query_len(self) -> int:
-        """The tokens to which rows of steps with drafts may be padded; 1 if they are not."""
+        """See `Planner`."""
         workspaces = (self._draft_workspaces or {}).values()
         return max((one.query_len for one in workspaces), default=1)
 

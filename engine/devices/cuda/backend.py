@@ -213,7 +213,13 @@ class CudaBackend:
         inputs, planner = _of_cuda(runner)
         adapters = _adapters_of(runner)
         query_len = planner.query_len
-        draft_sizes = [size for size in sizes if query_len > 1 and size <= MAX_DRAFT_SIZE]
+        draft_sizes = [
+            size
+            for size in sizes
+            if query_len > 1
+            and size <= MAX_DRAFT_SIZE
+            and size * query_len <= inputs.max_num_tokens
+        ]
 
         def decode(step: DeviceStep, key: GraphKey) -> ModelOutput:
             if adapters is not None:
@@ -310,7 +316,7 @@ def compile_kernels(runner: Rehearsal) -> None:
     for shared in {False, planner.shared_prefixes is not None}:
         runner.run_decodes(step, planner.plan_decodes(step.seq_lens, shared=shared))
     inputs.pad_decodes([])
-    if (query_len := planner.query_len) > 1:
+    if 1 < (query_len := planner.query_len) <= inputs.max_num_tokens:
         inputs.pad_drafts([1], query_len)
         step = inputs.static_step(1, query_len)
         runner.run_decodes(step, planner.plan_drafts(step.seq_lens, query_len))

@@ -50,6 +50,11 @@ class DeviceInputs:
         # pinned memory again.
         self._packed = StagingBuffer(capacity, torch.int32, device)
 
+    @property
+    def max_num_tokens(self) -> int:
+        """Maximum number of tokens of a step, padding included."""
+        return len(self._buffers.input_ids)
+
     def pad_decodes(self, sizes: abc.Sequence[int]) -> None:
         """From now on, pad steps in which every row has one token to the next larger of these
         ascending sizes, if there is one.

@@ -185,6 +185,29 @@ def test_on_the_cuda_path(folders: dict[str, Path], sizes: tuple[int, ...]) -> N
     assert answers[0] == answers[1] == answers[2]
 
 
+@pytest.mark.parametrize("wide", ["served", "other"])
+def test_graphs_of_models_whose_heads_share_keys_otherwise(
+    folders: dict[str, Path], tmp_path: Path, wide: str
+) -> None:
+    """Rows are padded as the served model's kernel takes them, and the draft model's follows."""
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 4}
+    build_model(LlamaConfig(**COMMON | heads), 3).save_pretrained(tmp_path)
+    pair = {**folders, wide: tmp_path}
+    requests = [
+        replace(request, sampling_params=SamplingParams(max_tokens=30, temperature=0.0))
+        for request in _requests(2)[:4]
+    ]
+    backend = CudaOnCpuBackend(sizes=(1, 2, 4, 8))
+    plain = make_core(pair["served"], None, CudaOnCpuBackend())
+    drafted = make_core(pair["served"], pair["other"], backend)
+    answers = [
+        {key: _content(answer) for key, answer in _run(core, requests).items()}
+        for core in (plain, drafted)
+    ]
+    assert answers[0] == answers[1]
+    assert counts_of(drafted).num_drafts > 10
+
+
 @pytest.mark.parametrize("wider", ["served", "other"])
 def test_vocabularies_may_differ_in_padding(
     folders: dict[str, Path], tmp_path: Path, wider: str

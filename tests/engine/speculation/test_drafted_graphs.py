@@ -127,6 +127,17 @@ def test_rows_are_padded_to_the_longest_draft(tmp_path: Path, tokens: int, query
     assert found == [1, 8]
 
 
+def test_padded_rows_fit_the_tokens_of_a_step(tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    config = make_config(tmp_path, **OPTIONS | {"max_num_batched_tokens": 20}, speculation="ngram")
+    worker = Worker(config, CudaOnCpuBackend(sizes=SIZES))
+    worker.load()
+    worker.profile()
+    graphs = worker._runner._graphs
+    assert graphs is not None
+    assert [size for size in SIZES if GraphKey(size, False, False, 8) in graphs] == [1, 2]
+
+
 def test_rows_with_adapters_take_the_other_path(tmp_path: Path) -> None:
     base = save_model("llama", tmp_path / "base")
     save_adapter(base, tmp_path / "a", seed=1, r=4, target_modules="all-linear")
