@@ -97,17 +97,42 @@ class Speculator:
         sequences = dict(rows)
         proposed = (self._propose(row, sequence, num_tokens) for row, sequence in rows)
         drafts = [draft for draft in proposed if draft is not None]
-        # 2. The chance of each token to be accepted: a product along its draft.
+        # 2. How much of each to verify.
+        most = min(self._max_tokens, max_tokens) - num_tokens
+        lengths = self._lengths(drafts, sequences, num_tokens, most)
+        chosen = []
+        for draft, length in zip(drafts, lengths, strict=True):
+            sequence = sequences[draft.row]
+            if length:
+                chosen.append(draft._replace(token_ids=draft.token_ids[:length]))
+                self._sources[sequence.seq_id] = draft.source
+                self._passed_over.pop(sequence.seq_id, None)
+                if draft.passed_over is not None:
+                    self._passed_over[sequence.seq_id] = draft.passed_over
+            else:
+                source = draft.source
+                self._acceptance(sequence).skip(source.name, source.prior)
+        return chosen
+
+    def _lengths(
+        self,
+        drafts: list[RowDraft],
+        sequences: abc.Mapping[int, Sequence],
+        num_tokens: int,
+        most: int,
+    ) -> list[int]:
+        """Return how many tokens of each draft to verify, at most `most` in all, in a step of
+        `num_tokens` tokens without them."""
+        # 1. The chance of each token to be accepted: a product along its draft.
         chances: list[tuple[float, int, int]] = []
         for index, draft in enumerate(drafts):
             rate = self._rate(sequences[draft.row], draft.source)
             places = range(1, len(draft.token_ids) + 1)
             chances += [(rate**place, index, -place) for place in places]
         chances.sort(reverse=True)
-        # 3. As many of them, the likeliest first, as give most tokens for their time. That includes
+        # 2. As many of them, the likeliest first, as give most tokens for their time. That includes
         #    a pass of the draft model for each token of its longest draft.
         best, best_count, expected = _WORTHWHILE * num_tokens / self.cost(num_tokens), 0, 0.0
-        most = min(self._max_tokens, max_tokens) - num_tokens
         passes, pass_cost = 0, 0.0
         if self._model is not None:
             self.cost.forget_passes()
@@ -122,18 +147,7 @@ class Speculator:
         lengths = [0] * len(drafts)
         for _, index, _ in chances[:best_count]:
             lengths[index] += 1
-        chosen = []
-        for draft, length in zip(drafts, lengths, strict=True):
-            sequence = sequences[draft.row]
-            if length:
-                chosen.append(draft._replace(token_ids=draft.token_ids[:length]))
-                self._sources[sequence.seq_id] = draft.source
-                if draft.passed_over is not None:
-                    self._passed_over[sequence.seq_id] = draft.passed_over
-            else:
-                source = draft.source
-                self._acceptance(sequence).skip(source.name, source.prior)
-        return chosen
+        return lengths
 
     def verified(self, sequence: Sequence, drafted: int, tokens: list[int]) -> str:
         """Learn that a draft of `drafted` tokens brought these: the right ones, and one more.
