@@ -22,7 +22,7 @@ from .lora import AdapterSource
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
-Speculation = Literal["auto", "off", "ngram"]
+Speculation = Literal["auto", "off", "ngram", "model"]
 SchedulingPolicy = Literal["fcfs", "priority", "fair"]
 Quantization = Literal["int8", "int4"]
 KVCacheDType = Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8", "fp8_e4m3"]
@@ -50,10 +50,10 @@ class EngineFlag:
     group: FlagGroup
     help: str
     details: str
-    ge: float | None
-    gt: float | None
-    le: float | None
-    is_size: bool
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    is_size: bool = False
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -99,25 +99,13 @@ def _flag(
     *,
     details: str = "",
     name: str | None = None,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    is_size: bool = False,
+    **bounds: float | None,
 ) -> _T:
     """Declare a field of `EngineConfig` as a flag; see `EngineFlag`. `name` is the field's own name
     unless given. The bounds are named as in pydantic: `ge` is at least, `gt` above, `le` at most.
     """
-    declared: dict[str, Any] = {
-        "group": group,
-        "help": help,
-        "details": details,
-        "name": name,
-        "ge": ge,
-        "gt": gt,
-        "le": le,
-        "is_size": is_size,
-    }
-    declaration: _T = field(default=default, metadata=declared)
+    declared: dict[str, Any] = {"group": group, "help": help, "details": details, "name": name}
+    declaration: _T = field(default=default, metadata=declared | bounds)
     return declaration
 
 
@@ -274,19 +262,24 @@ class EngineConfig:
     )
     speculation: Speculation = _flag(
         "Scheduling",
-        "Draft tokens and verify them in one step: auto, off or ngram.",
+        "Draft tokens and verify them in one step: auto, off, ngram or model.",
         "auto",
-        details="The tokens are the same with and without drafts. auto: where results are the same "
-        "to the bit however many tokens a step has (compiled layers on the CPU); ngram: always. "
-        "See Speculation.",
+        details="The tokens are the same with and without drafts. auto: where results are equal to "
+        "the bit however many tokens a step has (compiled layers on the CPU); ngram: always; "
+        "model: always, also by `--speculative-model`, which chooses it. See Speculation.",
+    )
+    speculative_model: str | None = _flag(
+        "Scheduling",
+        "Small model that drafts tokens, with the vocabulary of MODEL: a folder, hub id or file.",
+        None,
     )
     num_speculative_tokens: int = _flag("Scheduling", "Tokens of a draft at most.", 15, ge=1, le=31)
     async_scheduling: bool | None = _flag(
         "Scheduling",
         "Launch a step before the results of the previous one are known. Default: only on CUDA.",
         None,
-        details="The tokens are the same. While a beam search runs, each step waits for the "
-        "previous results.",
+        details="The tokens are the same. While a beam search runs, or drafts are made, each step "
+        "waits for the previous results.",
     )
 
     max_logprobs: int = _flag("Limits", "Maximum log-probabilities per position.", 20, ge=0)
@@ -298,6 +291,10 @@ class EngineConfig:
             raise ConfigurationError(
                 f"{len(self.lora)} LoRA adapters are more than --max-cpu-loras {self.max_cpu_loras}"
             )
+        if self.speculation == "model" and self.speculative_model is None:
+            raise ConfigurationError("--speculation model needs a --speculative-model")
+        if self.speculation in ("off", "ngram") and self.speculative_model is not None:
+            raise ConfigurationError(f"--speculation {self.speculation} has no draft model")
         size = self.block_size
         if not (MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE and size & (size - 1) == 0):
             low, high = MIN_BLOCK_SIZE, MAX_BLOCK_SIZE
@@ -341,7 +338,8 @@ class WorkerInfo:
     if it equals `dtype`. `source_format` is that of the checkpoint, and `computed_format` names the
     types of the weights as they are computed, which take `weight_bytes`. `adapters` are the LoRA
     adapters that are loaded, and `max_lora_rank` is None if there can be none. `is_batch_invariant`
-    says that logits are the same to the bit whatever else is in their step.
+    says that logits are the same to the bit whatever else is in their step. What begins with
+    `draft_` is the draft model's, and 0 without one.
     """
 
     architecture: str
@@ -364,6 +362,8 @@ class WorkerInfo:
     adapters: tuple[AdapterSource, ...] = ()
     max_lora_rank: int | None = None
     is_batch_invariant: bool = False
+    draft_weight_bytes: int = 0
+    draft_kv_bytes_per_token: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,7 +390,8 @@ class EngineInfo(WorkerInfo):
             max_num_seqs=config.max_num_seqs,
             max_logprobs=min(config.max_logprobs, worker.vocab_size),
             max_loras=config.max_loras if worker.max_lora_rank is not None else 0,
-            speculates=config.speculation == "ngram"
+            speculates=config.speculation in ("ngram", "model")
+            or config.speculative_model is not None
             or (config.speculation == "auto" and worker.is_batch_invariant),
         )
 

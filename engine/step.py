@@ -105,7 +105,8 @@ class SchedulerOutput(NamedTuple):
     have finished or were aborted or preempted."""
     drafts: dict[int, list[int]]
     """By row, the guessed tokens of a row whose other token is its sequence's last one. They are
-    the last of the row's tokens, and the row samples after each of its tokens."""
+    the last of the row's tokens, and the row samples after each of its tokens. A draft of
+    UNKNOWN_TOKENs is still to be proposed by the worker (see `with_proposals`)."""
     adapter_loads: list[AdapterLoad] = []
     """Slots that get other weights in this step, in order."""
 
@@ -113,6 +114,30 @@ class SchedulerOutput(NamedTuple):
     def total_tokens(self) -> int:
         """Number of tokens that the step computes."""
         return len(self.token_ids)
+
+    @property
+    def rows_to_propose(self) -> dict[int, int]:
+        """How many tokens the worker has to propose, by row, before the step can begin."""
+        drafts = self.drafts
+        return {row: len(draft) for row, draft in drafts.items() if draft[0] == UNKNOWN_TOKEN}
+
+    def with_proposals(self, proposed: dict[int, list[int]]) -> SchedulerOutput:
+        """Return what is left of the plan once the worker has proposed these drafts, by row, and
+        has carried out all that comes before a forward."""
+        token_ids, end = list(self.token_ids), 0
+        for row, count in enumerate(self.num_new_tokens):
+            end += count
+            if row in proposed:
+                token_ids[end - len(proposed[row]) : end] = proposed[row]
+        return self._replace(
+            token_ids=token_ids,
+            drafts=self.drafts | proposed,
+            new_sequences=[],
+            block_copies=[],
+            table_changes=[],
+            released=[],
+            adapter_loads=[],
+        )
 
 
 class SamplingConstraints(NamedTuple):

@@ -29,6 +29,14 @@ class Forward(Protocol):
 class Launcher(Protocol):
     """Runs steps in the order in which it is given them."""
 
+    def propose(self, scheduler_output: SchedulerOutput) -> dict[int, list[int]]:
+        """Return the drafts that a plan leaves to the worker (`rows_to_propose`), by row. Called
+        only for a plan with such rows, while no step is in flight and before its forward, which is
+        then given what is left of the plan (`SchedulerOutput.with_proposals`).
+
+        Raises DeviceMemoryError as `forward` does.
+        """
+
     def forward(self, scheduler_output: SchedulerOutput) -> Forward:
         """Begin a step: block copies, then the model's forward, up to the logits.
 

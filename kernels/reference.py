@@ -305,7 +305,8 @@ def prepare_inputs(
     num_seqs: int,
     reach: int,
     block_size: int,
-) -> None:
+    query_len: int = 1,
+) -> None:  # over 50 lines: ten tensors to write
     """Build a step's inputs from one packed upload and the tables that stay on the device.
 
     The arguments are those of the kernel, whose file defines the layout of `packed`. `reach` is
@@ -327,15 +328,20 @@ def prepare_inputs(
             input_ids[own] = packed[token : token + length].long()
         else:
             input_ids[own] = token if token >= 0 else sampled[-1 - token]
-        query_start_loc[index + 1] = first + length
-        seq_lens[index] = end
+        padded = max(length, query_len)
+        query_start_loc[index + 1] = first + padded
+        seq_lens[index] = start + padded
+        rest = slice(own.stop, first + padded)
+        input_ids[rest] = positions[rest] = 0
+        slot_mapping[rest] = -1
         samples = slice(sample, sample + num_samples)
         ends = torch.arange(own.stop - num_samples, own.stop, device=logit_indices.device)
         logit_indices[samples] = ends
     if len(seq_lens) > num_seqs:
-        input_ids[num_seqs:] = positions[num_seqs:] = 0
-        slot_mapping[num_seqs:] = -1
-        query_start_loc[num_seqs + 1 :] = num_seqs
+        end = num_seqs * query_len
+        input_ids[end:] = positions[end:] = 0
+        slot_mapping[end:] = -1
+        query_start_loc[num_seqs + 1 :] = end
         seq_lens[num_seqs:] = 0
 
 

@@ -28,7 +28,6 @@ class ForeignFlag(NamedTuple):
 _ONE_DEVICE = "one server uses one device; run more servers behind a balancer"
 _TEXT_ONLY = "only text is served"
 _OWN_TOKENIZER = "the tokenizer is the one in the model's folder"
-_NO_DRAFT_MODEL = "there are no draft models; drafts come from --speculation"
 _GRAPHS = "CUDA graphs are captured for all decode batches; --enforce-eager disables them"
 _IN_CONFIG = "edit config.json in the model's folder"
 _PROXY = "let a proxy in front check clients' certificates"
@@ -57,6 +56,7 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
         "same": {
             **dict.fromkeys(_VLLM_SAME.split(), ""),
             "--load-format": "auto or dummy",
+            "--speculative-config": "model, num_speculative_tokens; method ngram or draft_model",
             "--lora-modules": "NAME=FOLDER each; no JSON",
             "--quantization": "int8 and int4 on the CPU; of quantised checkpoints only GGUF",
             "--tensor-parallel-size": "only 1",
@@ -64,7 +64,6 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--otlp-traces-endpoint": "OTLP over HTTP only; needs the extra otel",
         },
         "other name": {
-            "--speculative-config": "--speculation and --num-speculative-tokens; no draft models",
             "--model": "give the model as an argument: quire serve MODEL",
             "--kv-cache-memory-bytes": "--kv-cache-memory",
             "--api-server-count": "--http-workers",
@@ -156,7 +155,9 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
         "same": dict.fromkeys(_SGLANG_SAME.split(), ""),
         "other name": {
             "--model-path": "give the model as an argument: quire serve MODEL",
-            "--speculative-algorithm": "--speculation; there are no draft models",
+            "--speculative-algorithm": "--speculation model for STANDALONE, ngram for NGRAM",
+            "--speculative-draft-model-path": "--speculative-model",
+            "--speculative-num-draft-tokens": "--num-speculative-tokens",
             "--lora-paths": "--lora, once for each NAME=FOLDER",
             "--context-length": "--max-model-len",
             "--mem-fraction-static": "--gpu-memory-utilization, weights included",
@@ -201,6 +202,8 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--parallel": "--max-num-seqs",
             "--batch-size": "--max-num-batched-tokens",
             "--ubatch-size": "--max-num-batched-tokens",
+            "--model-draft": "--speculative-model",
+            "--draft-max": "--num-speculative-tokens",
             "--n-gpu-layers": "--device cuda, for all layers",
             "--gpu-layers": "--device cuda, for all layers",
             "--threads": "--num-threads",
@@ -230,7 +233,6 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--no-mmap": "weights are read into memory",
         },
         "refused": {
-            "--model-draft": _NO_DRAFT_MODEL,
             "--mmproj": _TEXT_ONLY,
             "--n-predict": "max_tokens is in requests; see --request-timeout",
             "--grammar-file": "structured_outputs is in requests",

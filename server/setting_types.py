@@ -1,4 +1,5 @@
-"""Types of settings: names of the formats of tool calls and reasoning, and keys.
+"""Types of settings: names of the formats of tool calls and reasoning, keys, and vLLM's way to
+write the flags of speculation.
 
 An empty key is a mistake, such as a variable that a script could not fill in, and never means that
 no key is wanted.
@@ -6,6 +7,7 @@ no key is wanted.
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -123,3 +125,42 @@ def refuse_empty_keys(flags: dict[str, Any]) -> None:
             check_key(value)
         except ValueError as error:
             raise ConfigurationError(f"{name}: {error} ({variable})") from error
+
+
+def take_speculative_config(cls: type, data: dict[str, Any]) -> dict[str, Any]:
+    """Fill in quire's own settings for a `speculative_config` among the values of Settings. Raises
+    ValueError, as `read_speculative_config` does, or if another value is given beside it."""
+    config = data.get("speculative_config")
+    for name, value in ({} if config is None else read_speculative_config(config)).items():
+        if str(data.setdefault(name, value)) != str(value):
+            raise ValueError(f"speculative_config: {name} is {data[name]} beside it")
+    return data
+
+
+def read_speculative_config(value: Any) -> dict[str, Any]:
+    """Return quire's own settings for vLLM's `--speculative-config`, a JSON object or its text.
+
+    Raises ValueError, naming the key, on whatever has no counterpart."""
+    try:
+        config = json.loads(value) if isinstance(value, str) else dict(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"speculative_config: not a JSON object ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError("speculative_config: not a JSON object")
+    found: dict[str, Any] = {}
+    model, method = config.pop("model", None), config.pop("method", None)
+    if method == "ngram" or model in ("ngram", "[ngram]"):
+        found["speculation"] = "ngram"
+    elif method not in (None, "draft_model"):
+        raise ValueError(f"speculative_config.method: {method!r} is not ngram or draft_model")
+    elif isinstance(model, str):
+        found |= {"speculation": "model", "speculative_model": model}
+    else:
+        raise ValueError("speculative_config.model: the draft model is missing")
+    if "num_speculative_tokens" in config:
+        found["num_speculative_tokens"] = config.pop("num_speculative_tokens")
+    if config.pop("draft_tensor_parallel_size", 1) != 1:
+        raise ValueError("speculative_config.draft_tensor_parallel_size: only 1 is supported")
+    if config:
+        raise ValueError(f"speculative_config.{next(iter(config))}: not supported")
+    return found

@@ -42,6 +42,7 @@ from .setting_types import (
     ToolCallParser,
     TracesEndpoint,
     refuse_empty_keys,
+    take_speculative_config,
 )
 
 DEMO_MODEL_NAME = "quire-demo"
@@ -233,6 +234,12 @@ class Settings(_EngineSettings):
         False,
     )
 
+    speculative_config: str | dict[str, Any] | None = _option(
+        "Scheduling",
+        "The flags of speculation as vLLM writes them: JSON with model, num_speculative_tokens.",
+        details="Also method: ngram or draft_model. Other keys are refused.",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = _option(
         "Logging and metrics", "Lowest severity to log.", "info"
     )
@@ -309,6 +316,8 @@ class Settings(_EngineSettings):
         if value is not None and not value.is_dir():
             raise ValueError(f"there is no folder {value}")
         return value
+
+    take_speculative_config = model_validator(mode="before")(take_speculative_config)
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Settings:

@@ -149,7 +149,7 @@ def test_the_listed_metrics_are_those_with_the_prefix_vllm() -> None:
         ("--max_model_len", "--max_model_len: did you mean --max-model-len?"),
         (
             "--speculative-config.model=x",
-            "--speculative-config of vLLM: use instead: --speculation",
+            "--speculative-config.model=x: did you mean --speculative-config?",
         ),
         ("--ctx-size", "--ctx-size of llama.cpp: use instead: --max-model-len"),
         ("--max-num-seq", "--max-num-seq: did you mean --max-num-seqs?"),

@@ -16,6 +16,7 @@ from ..scheduling.scheduler import Scheduler
 from ..scheduling.snapshot import take_snapshot
 from ..speculation.cached import CachedDrafter
 from ..speculation.grammar import GrammarDrafter
+from ..speculation.model import ModelDrafter
 from ..speculation.ngram import NgramDrafter
 from ..speculation.prediction import PredictionDrafter
 from ..speculation.speculator import MAX_POSITIONS, Speculator
@@ -83,6 +84,7 @@ class EngineCore:
             drafters,
             max_draft=config.num_speculative_tokens,
             max_samples=max(config.max_num_seqs, MAX_POSITIONS),
+            model=None if config.speculative_model is None else ModelDrafter(),
         )
 
     @property

@@ -22,7 +22,8 @@ forward. (If such a row were left out of every other step instead, it would get 
 if all rows waited for it, each step would cost what the host does in between.) Siblings that are
 about to fork sit out until the results of their prompt have arrived. Only beams and drafts are
 waited for by all: the host chooses the tokens that beams continue with, and a draft follows a known
-token. A step with drafts does not stay in flight, since nobody knows how far they are right.
+token. A step with drafts does not stay in flight, since nobody knows how far they are right. The
+drafts of a draft model come from the worker, between schedule and forward.
 Penalties read the history that the device keeps.
 """
 
@@ -83,8 +84,10 @@ class StepLoop:
         if self._in_flight is not None and scheduler.waits_for_results:
             outputs += self._bring_in()
         scheduled = scheduler.schedule()
-        reading = scheduler.rows_that_read(scheduled)
         try:
+            if scheduled.drafts and scheduled.rows_to_propose:
+                scheduled = scheduler.with_drafts(scheduled, self._worker.propose(scheduled))
+            reading = scheduler.rows_that_read(scheduled)
             if reading and self._in_flight is not None:
                 forward = self._worker.forward(scheduled)  # the device is busy from here on
                 outputs += self._bring_in()

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 class Planner(Protocol):
     """Plans how each step over one KV cache attends."""
 
+    @property
+    def query_len(self) -> int:
+        """The tokens of rows that it can plan as decodes, if all rows are padded to them; 1 if only
+        rows with one token are decodes."""
+
     def find_shared(self, host: HostStep) -> bool:
         """Decide whether this step reads the prefixes that its decodes share once for all of them,
         which takes a plan, or a graph, of another kind.
@@ -47,13 +52,14 @@ class Planner(Protocol):
         step: DeviceStep,
         *,
         shared: bool = False,
+        query_len: int = 1,
     ) -> AttentionPlan:
         """Plan a step. query_start_loc and seq_lens are those of AttentionMetadata, on the host;
-        `shared` is the result of `find_shared`."""
+        `shared` is the result of `find_shared`, and `query_len` that of `StepInputs.query_len`."""
 
 
 class Graphs(Protocol):
-    """Captured decode steps: every row has one token."""
+    """Captured decode steps: every row has one token, or is padded to the same number."""
 
     def __contains__(self, key: object) -> bool:
         """Whether there is a graph for this GraphKey."""
@@ -79,12 +85,17 @@ class Rehearsal(Protocol):
     def adapters(self) -> AdapterSlots | None:
         """The slots of LoRA adapters, if there are any."""
 
+    @property
+    def draft(self) -> Rehearsal | None:
+        """The runner of the draft model over the same inputs, if there is one."""
+
     def run_prompts(self, num_tokens: int, num_seqs: int) -> object:
         """Run a blank step that begins so many sequences, without logits."""
 
     def run_decodes(self, step: DeviceStep, plan: AttentionPlan) -> ModelOutput:
-        """Run a step in which every row has one token, with logits for each. It reads no tensors
-        but those of the step, the plan and the cache, so that it can be captured."""
+        """Run a step in which every row has one token, or as many as the plan says, with logits for
+        each. It reads no tensors but those of the step, the plan and the cache, so that it can be
+        captured."""
 
     def run_largest_step(self) -> None:
         """Run the largest blank step that is allowed, and sample all its rows."""

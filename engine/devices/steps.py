@@ -49,7 +49,8 @@ class DeviceStep(NamedTuple):
     next step.
 
     If the device pads decode-only steps, S and T are the padded size. A padded row has length 0
-    and slot −1.
+    and slot −1. Steps with drafts may be padded to the same number of tokens in each row
+    (`StepInputs.query_len`); those after a row's own have the slot −1, and seq_lens counts them.
 
     input_ids, positions, slot_mapping `[T]` int64; block_table `[S, max_blocks]`, query_start_loc
     `[S + 1]`, seq_lens `[S]` int32; logit_indices `[R]` int64, the token before each sample.
@@ -101,6 +102,10 @@ class StepInputs(Protocol):
     def change_table(self, row: int, start: int) -> None:
         """Note that a row of `HostStep.tables` has changed from column `start` on."""
 
+    def query_len(self, host: HostStep) -> int:
+        """Return to how many tokens each row of a step with drafts is padded; 1 if its rows are
+        not padded."""
+
     def write(
         self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
     ) -> DeviceStep:
@@ -117,8 +122,15 @@ class ModelOutput(NamedTuple):
 
 class GraphKey(NamedTuple):
     """Identifies a captured decode step: its padded number of rows, whether the rows' shared
-    prefixes are read once for all of them, and whether any row has a LoRA adapter."""
+    prefixes are read once for all of them, whether any row has a LoRA adapter, and the padded
+    number of tokens of each row: more than one if rows have drafts."""
 
     size: int
     shared: bool
     adapted: bool = False
+    query_len: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """The padded number of the step's tokens."""
+        return self.size * self.query_len

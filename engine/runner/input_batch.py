@@ -154,6 +154,37 @@ class InputBatch:
         )
         return host, self.inputs.write(host, token_ids, self._sampled)
 
+    def prepare_tokens(
+        self,
+        rows: list[int],
+        starts: NDArray[np.int64],
+        token_ids: NDArray[np.int64],
+        sampled: torch.Tensor,
+    ) -> tuple[HostStep, DeviceStep]:
+        """Lay out a step of one token for each of these rows of the plan that `apply` was just
+        called for, at the position `starts[i]`. All sample. An id −1 − i stands for `sampled[i]`.
+        """
+        num_seqs = len(rows)
+        stops = starts + 1
+        host = HostStep(
+            order=rows,
+            sequences=[self._batch.sequences[row] for row in rows],
+            starts=starts,
+            lengths=np.ones(num_seqs, dtype=np.int64),
+            num_decodes=num_seqs,
+            max_query_len=1,
+            sampling_rows=np.arange(num_seqs),
+            sampled_positions=stops.tolist(),
+            num_drafts=[],
+            pooled_rows=[],
+            any_scored=False,
+            query_start_loc=np.arange(num_seqs + 1, dtype=np.int32),
+            seq_lens=stops.astype(np.int32),
+            rows=self._batch.rows[rows],
+            tables=self._table[:, : -(-int(stops.max()) // self._block_size)],
+        )
+        return host, self.inputs.write(host, token_ids, sampled)
+
     def _point_at_samples(
         self, token_ids: NDArray[np.int64], sequences: list[SequenceSpec]
     ) -> None:

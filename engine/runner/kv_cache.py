@@ -69,13 +69,19 @@ def check_tables(config: EngineConfig, max_model_len: int) -> None:
 
 
 def num_blocks_from_memory(
-    memory: int, config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, max_model_len: int
+    memory: int,
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    max_model_len: int,
+    draft_bytes: int = 0,
 ) -> int:
     """Return how many blocks `memory` bytes hold, or `config.num_blocks` if that is given.
+    `draft_bytes` are those of a block of the draft model's cache.
 
     Raises ConfigurationError if not even one sequence of max_model_len tokens would fit.
     """
-    size = block_bytes(spec, config.block_size, dtype)
+    size = block_bytes(spec, config.block_size, dtype) + draft_bytes
     num_blocks = max(memory, 0) // size if config.num_blocks is None else config.num_blocks
     if num_blocks <= 0:
         raise ConfigurationError(

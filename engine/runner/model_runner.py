@@ -43,9 +43,10 @@ class ModelRunner:
         max_model_len: int,
         kv_scales: torch.Tensor | None = None,
         adapters: AdapterStore | None = None,
+        batch: InputBatch | None = None,
     ) -> None:
         """`kv_scales` are those of AttentionMetadata, for a float8 cache. Without `adapters` no
-        sequence has one."""
+        sequence has one. `batch` is that of another runner, if this one computes its steps."""
         spec = model.spec
         self._model = model
         self._backend = backend
@@ -54,7 +55,7 @@ class ModelRunner:
         self._kv_scales = kv_scales
         self._adapters = adapters
         self._block_size = config.block_size
-        self._batch = InputBatch(
+        self._batch = batch or InputBatch(
             max_num_seqs=config.max_num_seqs,
             max_num_tokens=max(backend.token_budget(config), config.max_num_seqs),
             max_model_len=max_model_len,
@@ -82,9 +83,13 @@ class ModelRunner:
         """Compile or capture what steps will need: see `Backend.prepare`."""
         self._graphs = self._backend.prepare(self, self._config)
 
-    @torch.inference_mode()
-    def forward(self, output: SchedulerOutput) -> StepForward:
-        """Begin a step: block copies, then the forward. Nothing here waits for a GPU."""
+    @property
+    def draft(self) -> ModelRunner | None:
+        """The runner of the draft model, which computes the same steps, if there is one."""
+        return None
+
+    def begin(self, output: SchedulerOutput) -> None:
+        """Carry out what a plan says must come before its forward."""
         self._batch.apply(output)
         self._sampler.forget(output.released)
         self._pooler.forget(output.released)
@@ -95,10 +100,15 @@ class ModelRunner:
             self.copy_blocks(output.block_copies)
         except torch.OutOfMemoryError as error:  # no later step would make up for them
             raise RuntimeError("out of device memory for the copies of blocks") from error
+
+    @torch.inference_mode()
+    def forward(self, output: SchedulerOutput) -> StepForward:
+        """Begin a step: block copies, then the forward. Nothing here waits for a GPU."""
+        self.begin(output)
         if not output.seq_ids:
             return StepForward(self, None)
         host, step = self._batch.prepare(output)
-        with _memory_errors_named(self._backend):
+        with memory_errors_named(self._backend):
             hidden, logits = self._run_model(host, step)
             chunks = prompt_logprobs(self._model, host, hidden) if host.any_scored else []
         return StepForward(self, _Computed(host, step, hidden, logits, chunks))
@@ -110,7 +120,7 @@ class ModelRunner:
         errors: dict[int, RowError] = {}
         samples: list[RowSamples] = []
         sampled = None
-        with _memory_errors_named(self._backend):
+        with memory_errors_named(self._backend):
             if len(host.sampling_rows):
                 rows = _sampling_rows(host, step, logits)
                 samples = sample_rows(self._sampler, rows, constraints, errors)
@@ -179,28 +189,34 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_decodes(self, step: DeviceStep, plan: AttentionPlan) -> ModelOutput:
-        """Run a step in which every row has one token, with logits for each: what a graph captures.
-        It reads no tensors but those of the step, the plan and the cache."""
+        """Run a step in which every row has the same number of tokens, with logits for each: what a
+        graph captures. It reads no tensors but those of the step, the plan and the cache."""
         hidden = self._forward(step, self._metadata(step, len(step.seq_lens), 1, plan))
         return ModelOutput(hidden, self._model.logits(hidden))
 
     def _run_model(self, host: HostStep, step: DeviceStep) -> ModelOutput:
         """Return hidden states of all tokens and logits of the sampling rows."""
-        shared = self.planner.find_shared(host)
+        query_len = self.inputs.query_len(host) if host.num_drafts else 1
+        shared = query_len == 1 and self.planner.find_shared(host)
         if self._adapters is not None:
             self._adapters.slots.begin_step(host.token_slots)
-        key = GraphKey(len(step.seq_lens), shared, host.token_slots is not None)
-        # 1. Replay a graph, if there is one. It has logits for every row.
-        if self._graphs is not None and host.max_query_len == 1 and key in self._graphs:
+        key = GraphKey(len(step.seq_lens), shared, host.token_slots is not None, query_len)
+        decodes, longest = host.num_decodes, host.max_query_len
+        if query_len > 1:  # rows are padded, which the planner of another model may not know
+            known = query_len == self.planner.query_len
+            decodes, longest = (key.size, 1) if known else (0, query_len)
+            query_len = query_len if known else 1
+        # 1. Replay a graph, if there is one. It has logits for every token.
+        if self._graphs is not None and longest == 1 and key in self._graphs:
             hidden, logits = self._graphs.replay(key)
             num_sampling = len(host.sampling_rows)
-            if num_sampling == len(host.order):
+            if num_sampling == len(host.order) and key.query_len == 1:
                 return ModelOutput(hidden, logits[:num_sampling])
             return ModelOutput(hidden, logits[step.logit_indices])
         # 2. Otherwise run the model.
-        decodes = host.num_decodes
-        plan = self.planner.plan(host.query_start_loc, host.seq_lens, decodes, step, shared=shared)
-        metadata = self._metadata(step, decodes, host.max_query_len, plan)
+        lengths = host.query_start_loc, host.seq_lens
+        plan = self.planner.plan(*lengths, decodes, step, shared=shared, query_len=query_len)
+        metadata = self._metadata(step, decodes, longest, plan)
         if not len(host.sampling_rows):
             hidden = self._forward(step, metadata)
             return ModelOutput(hidden, hidden.new_empty(0))
@@ -278,7 +294,7 @@ def _joined(samples: list[RowSamples]) -> tuple[list[SequenceSpec], torch.Tensor
 
 
 @contextmanager
-def _memory_errors_named(backend: Backend) -> Iterator[None]:
+def memory_errors_named(backend: Backend) -> Iterator[None]:
     """Turn torch's error for a device without memory into a DeviceMemoryError."""
     try:
         yield

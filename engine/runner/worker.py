@@ -19,6 +19,7 @@ from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model
 from ..step import SchedulerOutput
 from .adapter_store import AdapterStore
+from .draft_model import load_draft
 from .kv_cache import (
     allocate_kv_cache,
     block_bytes,
@@ -27,6 +28,7 @@ from .kv_cache import (
     token_bytes,
 )
 from .model_runner import ModelRunner, StepForward
+from .speculative_runner import SpeculativeRunner
 
 
 class Worker:
@@ -38,6 +40,7 @@ class Worker:
         self._given_backend = backend
 
     def load(self) -> WorkerInfo:
+        # Over 50 lines: half of them are the fields of the result.
         config = self._config
         num_threads = config.num_threads or default_num_threads() or torch.get_num_threads()
         usable = usable_cpus()
@@ -61,6 +64,10 @@ class Worker:
             max_tokens = max(self._backend.token_budget(config), config.max_num_seqs)
             self._adapters = AdapterStore(config, model, max_tokens)
         self._max_model_len = spec.resolve_max_model_len(config.max_model_len)
+        self._draft: CausalLM | None = None
+        if config.speculative_model is not None:
+            self._draft = load_draft(config, spec, self._max_model_len, self._backend)
+        draft = self._draft
         return WorkerInfo(
             architecture=spec.architecture,
             device=str(model.device),
@@ -79,6 +86,10 @@ class Worker:
             computed_format=model.weights.computed_format,
             weight_bytes=model.weights.num_bytes,
             is_batch_invariant=model.is_batch_invariant,
+            draft_weight_bytes=0 if draft is None else draft.weights.num_bytes,
+            draft_kv_bytes_per_token=(
+                0 if draft is None else token_bytes(draft.spec, draft.kv_cache_dtype)
+            ),
             kv_cache_dtype=(
                 None
                 if self._cache_dtype == model.dtype
@@ -92,16 +103,25 @@ class Worker:
         config, spec, max_model_len = self._config, self._model.spec, self._max_model_len
         check_tables(config, max_model_len)
         size = block_bytes(spec, config.block_size, self._cache_dtype)
+        draft, draft_size = self._draft, 0
+        if draft is not None:
+            draft_size = block_bytes(draft.spec, config.block_size, draft.kv_cache_dtype)
         adapters = 0 if self._adapters is None else self._adapters.slots.num_bytes
-        demand = CacheDemand(config, spec.architecture, size, max_model_len, adapters)
+        demand = CacheDemand(config, spec.architecture, size + draft_size, max_model_len, adapters)
         memory = self._backend.cache_memory(demand, self._make_runner)
-        num_blocks = num_blocks_from_memory(memory, config, spec, self._cache_dtype, max_model_len)
+        num_blocks = num_blocks_from_memory(
+            memory, config, spec, self._cache_dtype, max_model_len, draft_size
+        )
         self._runner = self._make_runner(num_blocks)
         self._runner.prepare()
         return num_blocks
 
     def forward(self, scheduler_output: SchedulerOutput) -> StepForward:
         return self._runner.forward(scheduler_output)
+
+    def propose(self, scheduler_output: SchedulerOutput) -> dict[int, list[int]]:
+        assert isinstance(self._runner, SpeculativeRunner)
+        return self._runner.propose(scheduler_output)
 
     def read_adapter(self, source: AdapterSource) -> Adapter:
         assert self._adapters is not None
@@ -116,23 +136,32 @@ class Worker:
         self._adapters.drop(adapter_id)
 
     def _make_runner(self, num_blocks: int) -> ModelRunner:
-        config, model = self._config, self._model
-        kv_cache = allocate_kv_cache(
+        arguments = (
+            self._model,
+            self._backend,
+            self._config,
+            self._make_cache(self._model, num_blocks),
+            self._max_model_len,
+            self._kv_scales,
+            self._adapters,
+        )
+        if self._draft is None:
+            return ModelRunner(*arguments)
+        return SpeculativeRunner(
+            *arguments,
+            draft_model=self._draft,
+            draft_cache=self._make_cache(self._draft, num_blocks),
+        )
+
+    def _make_cache(self, model: CausalLM, num_blocks: int) -> torch.Tensor:
+        config = self._config
+        return allocate_kv_cache(
             self._backend,
             model.spec,
             num_blocks,
             config.block_size,
-            self._cache_dtype,
+            model.kv_cache_dtype,
             commit=config.kv_cache_memory_bytes is not None,
-        )
-        return ModelRunner(
-            model,
-            self._backend,
-            config,
-            kv_cache,
-            self._max_model_len,
-            self._kv_scales,
-            self._adapters,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..cache.block_manager import BlockManager
@@ -13,14 +14,29 @@ from .roster import Roster
 from .sequence_outputs import token_output
 from .step_planner import Plan
 
+_PATIENCE = 8
+"""Steps without a draft after which steps no longer wait for the tokens that a draft would follow,
+except each so-many-th."""
+
 
 class Drafting:
     """Adds drafts to plans, and takes from results the tokens that drafts made available."""
 
-    def __init__(self, speculator: Speculator, block_manager: BlockManager, roster: Roster) -> None:
+    def __init__(
+        self,
+        speculator: Speculator,
+        block_manager: BlockManager,
+        roster: Roster,
+        clock: Callable[[], float],
+    ) -> None:
         self.speculator = speculator
         self._block_manager = block_manager
         self._roster = roster
+        self._clock = clock
+        self._begin = 0.0
+        """When the last step was planned, or its drafts had been proposed, by the clock."""
+        self._idle = 0
+        """Steps since the last one with drafts."""
         self._predicted: dict[int, tuple[int, int]] = {}
         """seq_id → accepted and rejected tokens of drafts that came from a prediction."""
 
@@ -30,6 +46,8 @@ class Drafting:
 
         A step that computes prompts, too, has none: everybody waits for those.
         """
+        self._begin = self._clock()
+        self._idle += 1
         num_rows = len(plan.rows)
         if plan.partial_rows or len(plan.token_ids) != num_rows:
             return {}
@@ -39,10 +57,11 @@ class Drafting:
         if not candidates:
             return {}
         drafts: dict[int, list[int]] = {}
-        for row, token_ids, _ in self.speculator.choose(candidates, num_rows, num_rows + budget):
+        for row, token_ids, *_ in self.speculator.choose(candidates, num_rows, num_rows + budget):
             if self._allocate(plan, plan.rows[row], 1 + len(token_ids)):
                 drafts[row] = token_ids
         if drafts:
+            self._idle = 0
             firsts, plan.token_ids[:] = list(plan.token_ids), []
             for row, first in enumerate(firsts):
                 plan.token_ids.append(first)
@@ -50,6 +69,22 @@ class Drafting:
                     plan.token_ids.extend(drafts[row])
                     plan.counts[row] += len(drafts[row])
         return drafts
+
+    def waits_for_results(self, num_running: int) -> bool:
+        """Whether the next step should know the tokens of the last one, to draft what follows: if
+        drafts may pay, and there have been some lately, or it is time to look again."""
+        lately = self._idle < _PATIENCE or self._idle % _PATIENCE == 0
+        return lately and self.speculator.may_pay(num_running)
+
+    def take_proposals(
+        self, output: SchedulerOutput, proposed: dict[int, list[int]]
+    ) -> SchedulerOutput:
+        """Return what is left of a plan for whose rows the worker has proposed these drafts."""
+        now = self._clock()
+        passes = max(map(len, proposed.values()))
+        self.speculator.cost.observe_passes(passes, len(proposed), now - self._begin)
+        self._begin = now
+        return output.with_proposals(proposed)
 
     def _allocate(self, plan: Plan, sequence: Sequence, num_tokens: int) -> bool:
         """Get slots for a row and its draft. A draft never takes a block that a row may need: as
@@ -93,8 +128,7 @@ class Drafting:
             if tokens[-1] != token_id or after is None:
                 break
             tokens.append(after)
-        accepted = len(tokens) - 1
-        self._learn(sequence, draft, accepted)
+        self._learn(sequence, draft, tokens)
         # 2. The end of the sequence may lie within it.
         end = start + 1
         for index, token_id in enumerate(tokens):
@@ -119,11 +153,11 @@ class Drafting:
             )
         return output
 
-    def observe(self, output: SchedulerOutput, seconds: float) -> None:
-        """Learn how long a step took in which every row decoded, some with drafts."""
+    def observe(self, output: SchedulerOutput, now: float) -> None:
+        """Learn how long a step took that has ended now, if every row decoded, some with drafts."""
         drafted = sum(map(len, output.drafts.values()))
         if output.total_tokens == len(output.seq_ids) + drafted:
-            self.speculator.cost.observe(output.total_tokens, seconds)
+            self.speculator.cost.observe(output.total_tokens, now - self._begin)
 
     def predicted(self, sequence: Sequence) -> tuple[int, int] | None:
         """Return how many tokens of the request's prediction were accepted as drafts, and how many
@@ -147,8 +181,8 @@ class Drafting:
         self.speculator.forget(sequence.seq_id)
         self._predicted.pop(sequence.seq_id, None)
 
-    def _learn(self, sequence: Sequence, draft: list[int], accepted: int) -> None:
-        source = self.speculator.verified(sequence, len(draft), accepted)
+    def _learn(self, sequence: Sequence, draft: list[int], tokens: list[int]) -> None:
+        source, accepted = self.speculator.verified(sequence, len(draft), tokens), len(tokens) - 1
         if source == "prediction":
             right, wrong = self._predicted.get(sequence.seq_id, (0, 0))
             counts = (right + accepted, wrong + len(draft) - accepted)

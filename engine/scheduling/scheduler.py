@@ -75,9 +75,7 @@ class Scheduler:
         )
         self._drafting: Drafting | None = None
         if speculator is not None:
-            self._drafting = Drafting(speculator, block_manager, self._roster)
-        self._begin = 0.0
-        """When the last step was planned, by the clock."""
+            self._drafting = Drafting(speculator, block_manager, self._roster, clock)
         self._launched: dict[int, list[Sequence]] = {}
         """The sequences of the rows of each step whose results have not arrived, by step."""
         self._budget = max_num_batched_tokens
@@ -192,10 +190,7 @@ class Scheduler:
             self._fail(sequence, error)
         self._step += 1
         plan, left = self._planner.plan(self._budget, ran_out=self._ran_out)
-        drafts: dict[int, list[int]] = {}
-        if self._drafting is not None and not self._ran_out:
-            drafts = self._drafting.add(plan, left)
-            self._begin = self._clock()
+        drafts = self._drafting.add(plan, left) if self._drafting and not self._ran_out else {}
         self._step_tokens = len(plan.token_ids)
         self._launched[self._step] = plan.rows
         self.tokens_computed += self._step_tokens
@@ -215,6 +210,11 @@ class Scheduler:
             drafts=drafts,
         )
 
+    def with_drafts(self, plan: SchedulerOutput, drafts: dict[int, list[int]]) -> SchedulerOutput:
+        """Return what is left of a plan once the worker has proposed these drafts, by row."""
+        assert self._drafting is not None
+        return self._drafting.take_proposals(plan, drafts)
+
     def rows_that_read(self, output: SchedulerOutput) -> list[ReadingRow]:
         """Return the rows of a plan that sample, and whose sampling depends on the tokens sampled
         before."""
@@ -231,8 +231,8 @@ class Scheduler:
     def waits_for_results(self) -> bool:
         """Whether no step can be scheduled before the results of the last one have arrived: beams
         continue with tokens that the scheduler chooses among their candidates, and drafts follow
-        known tokens."""
-        if self._drafting is not None and self._drafting.speculator.may_pay(len(self.running)):
+        known tokens, if there are any drafts lately."""
+        if self._drafting is not None and self._drafting.waits_for_results(len(self.running)):
             return True
         return bool(self._beams) and any(sequence.is_beam for sequence in self.running)
 
@@ -289,7 +289,7 @@ class Scheduler:
         self.waiting.charge_outputs(rows, result.token_ids)
         now = self._clock()
         if self._drafting is not None and not self._launched and not output.partial_rows:
-            self._drafting.observe(output, now - self._begin)
+            self._drafting.observe(output, now)
         outputs = self._outputs
         if self._beams:
             result = self._beams.take(rows, result)

@@ -12,6 +12,7 @@ Read in this order:
     prediction.py   the text that the client expects
     grammar.py      the tokens that a grammar leaves no choice about
     cached.py       the tokens that another sequence with the same prefix went on with
+    model.py        a small model, which the worker runs beside the served one
     acceptance.py   how far the drafts of a sequence were right so far
     step_cost.py    what a step of so many tokens costs
     speculator.py   START HERE: chooses the drafts of a step by both

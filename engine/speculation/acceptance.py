@@ -31,12 +31,17 @@ class Acceptance:
 
     def observe(self, name: str, prior: float, drafted: int, accepted: int) -> None:
         """Learn that `accepted` of `drafted` tokens were right."""
+        self.learn(name, prior, drafted, accepted)
+        self.length = 2 * self.length if accepted == drafted else accepted + 1
+
+    def learn(self, name: str, prior: float, drafted: int, accepted: int) -> None:
+        """Learn the same of a draft that was not verified, since another one was: what it proposed
+        is compared with the tokens that came."""
         tried = accepted + (accepted < drafted)  # tokens after the first wrong one say nothing
         before = self.rate(name, prior)
         for right in range(tried):
             before = _MEMORY * before + (1 - _MEMORY) * (right < accepted)
         self.rates[name] = before
-        self.length = 2 * self.length if accepted == drafted else accepted + 1
 
     def skip(self, name: str, prior: float) -> None:
         """Learn that a draft was not worth its cost."""

@@ -6,6 +6,11 @@ MAX_TOKENS = 64
 """Steps of more tokens are not measured: drafts do not pay there."""
 _FIRST_SLOPE = 0.1
 """Cost of a further token against that of a step of one, before anything was measured."""
+_FIRST_PASS = 0.2
+"""Cost of a pass of the draft model against that of a step, before anything was measured."""
+_PASS_MEMORY, _PASS_RECOVERY = 0.8, 0.01
+"""Weight of what was known of a pass when another is measured; and the share of the way back to the
+first guess that a step without one brings, so that a bad measurement does not last for ever."""
 _SCALE_MEMORY, _SHAPE_MEMORY = 0.7, 0.95
 _OUTLIER = 4.0
 """A step this many times slower than expected was held up by something else."""
@@ -20,11 +25,28 @@ class StepCost:
 
     def __init__(self) -> None:
         self._scale = 0.0
+        self._pass = _FIRST_PASS
         self._shape = [1.0 + _FIRST_SLOPE * (tokens - 1) for tokens in range(MAX_TOKENS + 1)]
 
     def __call__(self, tokens: int) -> float:
         """Return the cost of a step of this many tokens, up to MAX_TOKENS."""
         return self._shape[tokens]
+
+    def draft_pass(self, rows: int) -> float:
+        """Return the cost of one pass of the draft model for so many rows."""
+        return self._pass * self._shape[min(rows, MAX_TOKENS)]
+
+    def forget_passes(self) -> None:
+        """Go a little of the way back to the first guess. Called once a step that may draft."""
+        self._pass += _PASS_RECOVERY * (_FIRST_PASS - self._pass)
+
+    def observe_passes(self, passes: int, rows: int, seconds: float) -> None:
+        """Learn that so many passes of the draft model, for `rows` rows, took `seconds`."""
+        expected = self._scale * self._shape[min(rows, MAX_TOKENS)]
+        if expected:
+            measured = seconds / passes / expected
+            measured = min(measured, _OUTLIER * max(self._pass, _FIRST_PASS))
+            self._pass = _PASS_MEMORY * self._pass + (1 - _PASS_MEMORY) * measured
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn that a step of `tokens` tokens took `seconds`."""

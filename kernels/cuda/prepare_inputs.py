@@ -96,19 +96,21 @@ def _prepare_inputs_kernel(
     BLOCK_SIZE: tl.constexpr,
     FIELDS: tl.constexpr,
     PART: tl.constexpr,
+    QUERY_LEN: tl.constexpr,
 ):
-    # 1. Rows beyond the batch are padding. Only steps of one token per row (graph replays) have
-    #    them, so the row is also the index of its token.
+    # 1. Rows beyond the batch are padding. Only steps of QUERY_LEN tokens per row (graph replays)
+    #    have them, so the row tells the indices of its tokens.
     seq = tl.program_id(0)
     part = tl.program_id(1) * PART
     if (seq == 0) & (part == 0):
         tl.store(query_start_loc_ptr, 0)
     if seq >= num_seqs:
         if part == 0:
-            tl.store(input_ids_ptr + seq, 0)
-            tl.store(positions_ptr + seq, 0)
-            tl.store(slots_ptr + seq, -1)
-            tl.store(query_start_loc_ptr + seq + 1, num_seqs)
+            for i in range(QUERY_LEN):
+                tl.store(input_ids_ptr + seq * QUERY_LEN + i, 0)
+                tl.store(positions_ptr + seq * QUERY_LEN + i, 0)
+                tl.store(slots_ptr + seq * QUERY_LEN + i, -1)
+            tl.store(query_start_loc_ptr + seq + 1, num_seqs * QUERY_LEN)
             tl.store(seq_lens_ptr + seq, 0)
         return
     # 2. Read the row's record (see `Record`) and write what the row has once.
@@ -124,8 +126,13 @@ def _prepare_inputs_kernel(
     num_samples = tl.load(record + 8)
     end = start + length
     if part == 0:
-        tl.store(query_start_loc_ptr + seq + 1, first + length)
-        tl.store(seq_lens_ptr + seq, end)
+        padded = tl.maximum(length, QUERY_LEN)
+        tl.store(query_start_loc_ptr + seq + 1, first + padded)
+        tl.store(seq_lens_ptr + seq, start + padded)
+        for i in range(length, QUERY_LEN):  # tokens beyond the row's own write no K and V
+            tl.store(input_ids_ptr + first + i, 0)
+            tl.store(positions_ptr + first + i, 0)
+            tl.store(slots_ptr + first + i, -1)
         for i in range(num_samples):
             tl.store(logit_indices_ptr + sample + i, first + length - num_samples + i)
     # 3. Positions, slots and ids of this part's tokens. A single id may be unknown to the host: it
@@ -171,6 +178,7 @@ def prepare_inputs(
     num_seqs: int,
     reach: int,
     block_size: int,
+    query_len: int = 1,
 ) -> None:  # over 50 lines: ten tensors to describe, check and pass on
     """Write the inputs of a step of `num_seqs` rows, and the changed columns of `table`.
 
@@ -181,7 +189,9 @@ def prepare_inputs(
     index of the token before each sample.
 
     If S is greater than num_seqs, every row has one token, T equals S, and the rows from num_seqs
-    on are padding: length 0, slot −1, id and position 0. `reach` is the maximum number of new
+    on are padding: length 0, slot −1, id and position 0. With a `query_len` above 1, every row has
+    room for so many tokens, T equals S · query_len, and rows with fewer are padded at their ends:
+    slot −1, id and position 0, counted by seq_lens. `reach` is the maximum number of new
     tokens or table columns of any row. Raises ValueError on shapes, dtypes or devices that do not
     fit; the contents of `packed` are not checked.
     """
@@ -206,7 +216,9 @@ def prepare_inputs(
     require_shape("block_table", block_table, size, table.shape[1])
     require(block_table.stride(0) == table.stride(0), "block_table and table differ in stride")
     require(0 <= num_seqs <= size, f"{num_seqs} sequences do not fit {size} rows")
-    require(num_seqs == size or num_tokens == size, "only steps of one token per row are padded")
+    even = num_tokens == size * query_len
+    require(num_seqs == size or even, "only steps of one token per row are padded")
+    require(query_len == 1 or even, f"{num_tokens} tokens are not {size} rows of {query_len}")
     require(len(packed) >= num_seqs * FIELDS, f"packed is too short for {num_seqs} sequences")
     require_launchable(
         packed=packed, sampled=sampled, table=table, input_ids=input_ids, positions=positions,
@@ -229,5 +241,6 @@ def prepare_inputs(
         BLOCK_SIZE=block_size,
         FIELDS=FIELDS,
         PART=PART,
+        QUERY_LEN=query_len,
         num_warps=4,
     )

@@ -162,14 +162,31 @@ def _weights(state: ServerState) -> dict[str, Any] | None:
     }
 
 
+def _draft_model(state: ServerState) -> dict[str, Any] | None:
+    """Return the draft model's size, in bytes; None without one, or before the first start."""
+    try:
+        info = state.engine.info
+    except EngineNotReadyError:
+        return None
+    model = state.settings.engine_config().speculative_model
+    if model is None:
+        return None
+    return {
+        "model": model,
+        "num_bytes": info.draft_weight_bytes,
+        "kv_cache_bytes": info.draft_kv_bytes_per_token * info.kv_capacity_tokens,
+    }
+
+
 @public.get("/debug/engine", dependencies=[Depends(require_debug_key)], responses=errors(401))
 async def debug_engine(request: Request) -> dict[str, Any]:
     """Return the engine's latest counters, its health, the counters of the queue limits, and what
-    the weights are."""
+    the weights and the draft model are."""
     state = state_of(request)
     stats, in_flight = state.engine.stats(), state.in_flight
     return {
         "weights": _weights(state),
+        "draft_model": _draft_model(state),
         "stats": None if stats is None else {**stats._asdict(), "kv_usage": stats.kv_usage},
         "health": state.engine.health()._asdict(),
         "admission": {

@@ -13,13 +13,18 @@ from tqdm import tqdm
 
 from ...engine.errors import StartupError
 from .dataset import BenchRequest, Endpoint, Workload
-from .report import ClientLoad, RunRecords
+from .report import DRAFT_COUNTERS, ClientLoad, RunRecords
 from .stream import RequestError, RequestRecord, StreamReader, error_of
 
 if TYPE_CHECKING:
     from .http import HttpAnswer, HttpClient
 
-COUNTERS = ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits")
+COUNTERS = (
+    "num_preemptions",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    *DRAFT_COUNTERS,
+)
 """Counters of the server that a run reports, by the end of their names in vLLM."""
 _LAG_PERIOD = 0.05
 """Seconds between two measurements of the event loop's lag."""

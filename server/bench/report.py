@@ -23,6 +23,14 @@ METRICS = {
 """Latencies by their names in a RequestRecord, with their titles."""
 
 
+DRAFT_COUNTERS = (
+    "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
+)
+"""Counters of speculative decoding, by the end of their names in vLLM."""
+
+
 class Distribution(msgspec.Struct, frozen=True, kw_only=True):
     """A distribution in milliseconds. `percentiles`, such as "p50", are interpolated linearly."""
 
@@ -47,6 +55,16 @@ class ClientLoad(msgspec.Struct, frozen=True, kw_only=True):
 
     cpu_share: float
     max_lag_ms: float
+
+
+class Drafts(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the tokens that the server drafted. `num_drafts` is None if it does not count
+    drafts; `acceptance` is the share of their tokens that were right."""
+
+    num_drafts: int | None
+    draft_tokens: int
+    accepted_tokens: int
+    acceptance: float
 
 
 class RunReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +93,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     goodput: Goodput | None
     client: ClientLoad
     server: dict[str, float]
+    drafts: Drafts | None = None
     requests: list[RequestRecord] | None = None
 
 
@@ -157,7 +176,27 @@ def summarise(
         goodput=_goodput(completed, slo_ms, seconds) if slo_ms else None,
         client=run.client,
         server=run.server,
+        drafts=_drafts(run.server, completed),
         requests=run.records if detailed else None,
+    )
+
+
+def _drafts(server: dict[str, float], completed: list[RequestRecord]) -> Drafts | None:
+    """Return what the server's counters say of drafts, or else its answers; None if neither does,
+    or if there were none."""
+    number: int | None = None
+    if all(name in server for name in DRAFT_COUNTERS):
+        number, tokens, accepted = (int(server[name]) for name in DRAFT_COUNTERS)
+    else:
+        tokens = sum(record.draft_tokens or 0 for record in completed)
+        accepted = sum(record.accepted_draft_tokens or 0 for record in completed)
+    if not tokens:
+        return None
+    return Drafts(
+        num_drafts=number,
+        draft_tokens=tokens,
+        accepted_tokens=accepted,
+        acceptance=accepted / tokens,
     )
 
 
@@ -212,7 +251,18 @@ def table(report: RunReport) -> str:
             f"{name} ≤ {bound:g} ms" for name, bound in report.goodput.slo_ms.items()
         )
         rows.append((f"Goodput (requests/s; {bounds})", f"{report.goodput.requests_per_s:.3f}"))
-    rows += [(f"Server: {name}", f"{value:g}") for name, value in report.server.items()]
+    if report.drafts is not None:
+        drafts = report.drafts
+        rows.append(("Drafted tokens", str(drafts.draft_tokens)))
+        rows.append(("  accepted", _share(drafts.accepted_tokens, drafts.draft_tokens)))
+        if drafts.num_drafts:
+            mean = drafts.accepted_tokens / drafts.num_drafts
+            rows.append(("  accepted in each of the drafts", f"{mean:.2f} of {drafts.num_drafts}"))
+    rows += [
+        (f"Server: {name}", f"{value:g}")
+        for name, value in report.server.items()
+        if name not in DRAFT_COUNTERS
+    ]
     lines = [f"{name:<52} {value:>26}" for name, value in rows]
     return "\n".join([*lines, "", *_latency_lines(report)])
 

@@ -25,8 +25,9 @@ class RequestRecord(msgspec.Struct, kw_only=True):
 
     `start` counts from the start of the run. `ttft` and `e2e` are the times from sending to the
     first output chunk and to the last event with a choice. `itls` are the gaps between successive
-    output chunks of the same choice. `error` is the kind of an error; the other fields then have
-    the values that they had when it occurred.
+    output chunks of the same choice. `draft_tokens`, and how many of them were accepted, are what
+    the answer itself says of speculative decoding. `error` is the kind of an error; the other
+    fields then have the values that they had when it occurred.
     """
 
     start: float
@@ -37,6 +38,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int | None = None
+    draft_tokens: int | None = None
+    accepted_draft_tokens: int | None = None
     num_choices: int = 1
     error: str | None = None
     error_message: str | None = None
@@ -69,15 +72,29 @@ class _PromptDetails(msgspec.Struct):
     cached_tokens: int | None = None
 
 
+class _CompletionDetails(msgspec.Struct):
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _CompletionDetails | None = None
+
+
+class _Timings(msgspec.Struct):
+    """What llama.cpp's server says with the last event."""
+
+    draft_n: int | None = None
+    draft_n_accepted: int | None = None
 
 
 class _Event(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
+    timings: _Timings | None = None
     error: Any = None
 
 
@@ -97,6 +114,7 @@ class StreamReader:
         self._rest = b""
         self._last: dict[int, float] = {}
         self._usage: _Usage | None = None
+        self._timings: _Timings | None = None
         self._done = False
 
     def feed(self, data: bytes, now: float) -> None:
@@ -125,6 +143,17 @@ class StreamReader:
         record.output_tokens = self._usage.completion_tokens
         if self._usage.prompt_tokens_details is not None:
             record.cached_tokens = self._usage.prompt_tokens_details.cached_tokens
+        self._take_drafts(record, self._usage.completion_tokens_details)
+
+    def _take_drafts(self, record: RequestRecord, details: _CompletionDetails | None) -> None:
+        """Take over what the answer says of drafts, which few servers do."""
+        if self._timings is not None and self._timings.draft_n is not None:
+            record.draft_tokens = self._timings.draft_n
+            record.accepted_draft_tokens = self._timings.draft_n_accepted or 0
+        elif details is not None and details.accepted_prediction_tokens is not None:
+            accepted = details.accepted_prediction_tokens
+            record.draft_tokens = accepted + (details.rejected_prediction_tokens or 0)
+            record.accepted_draft_tokens = accepted
 
     def _read(self, payload: bytes, now: float) -> None:
         try:
@@ -135,6 +164,8 @@ class StreamReader:
             raise error_of(event.error, "stream_error")
         if event.usage is not None:
             self._usage = event.usage
+        if event.timings is not None:
+            self._timings = event.timings
         record = self._record
         for choice in event.choices:
             if choice.finish_reason in ("abort", "error"):

@@ -222,6 +222,7 @@ def announce_loading(settings: Settings) -> None:
 def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seconds: float) -> None:
     """Report the model, its KV cache and the address: as a log entry, or as text for a person."""
     address = address_of(settings, listener)
+    draft_model = settings.engine_config().speculative_model
     if resolve_format(settings.log_format) == "json":
         log.info(
             "ready",
@@ -232,6 +233,9 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
             source_format=info.source_format,
             computed_format=info.computed_format,
             weight_bytes=info.weight_bytes,
+            draft_model=draft_model,
+            draft_weight_bytes=info.draft_weight_bytes,
+            draft_kv_bytes=info.draft_kv_bytes_per_token * info.kv_capacity_tokens,
             max_model_len=info.max_model_len,
             num_blocks=info.num_blocks,
             kv_capacity_tokens=info.kv_capacity_tokens,

@@ -48,6 +48,11 @@ def _facts(settings: Settings, info: EngineInfo) -> list[tuple[str, str]]:
     sequences = info.kv_capacity_tokens / info.max_model_len
     megabytes = info.weight_bytes / 1e6
     kept = info.kv_cache_dtype or info.dtype
+    drafts = []
+    if (draft_model := settings.engine_config().speculative_model) is not None:
+        kv_bytes = info.draft_kv_bytes_per_token * info.kv_capacity_tokens
+        parts = f"{info.draft_weight_bytes / 1e6:,.1f} MB, and {kv_bytes / 1e6:,.1f} MB of K and V"
+        drafts = [("drafts", f"{draft_model}, {parts}")]
     return [
         ("model", f"{', '.join(settings.served_names)} ({info.architecture}, {size}){toy}"),
         (
@@ -60,6 +65,7 @@ def _facts(settings: Settings, info: EngineInfo) -> list[tuple[str, str]]:
             f"{info.kv_capacity_tokens:,} tokens of {kept} = {sequences:,.1f} sequences of "
             f"{info.max_model_len:,} (at most {info.max_num_seqs:,})",
         ),
+        *drafts,
     ]
 
 

@@ -7,6 +7,7 @@ the encoded plan, as a worker in another process would.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -103,7 +104,8 @@ class _Executed:
 class PagedFakeWorker:
     """A worker that samples hashes.
 
-    `errors[request_id]` makes that request's next sampled row fail.
+    `errors[request_id]` makes that request's next sampled row fail. `right` is the chance of each
+    token that it drafts.
     """
 
     def __init__(self, num_blocks: int, block_size: int, sample: NextToken = next_token) -> None:
@@ -115,6 +117,7 @@ class PagedFakeWorker:
         self._slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
         self._sampled: dict[int, int] = {}
         self.num_fed_back = 0
+        self.right, self.chance = 1.0, random.Random(0)
         self.runs_out_of_memory: Callable[[SchedulerOutput], bool] = lambda output: False
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
@@ -126,19 +129,37 @@ class PagedFakeWorker:
         names |= {spec.seq_id: spec.request_id for spec in output.new_sequences}
         return [names[seq_id] for seq_id in output.seq_ids]
 
-    def forward(self, output: SchedulerOutput) -> _Executed:
-        """Run a step at its launch, with the block tables of that moment, as a device does.
+    def propose(self, output: SchedulerOutput) -> dict[int, list[int]]:
+        """Guess the tokens that will be sampled, each rightly with a chance of `right`."""
+        self._begin(output)
+        drafts: dict[int, list[int]] = {}
+        for row, count in output.rows_to_propose.items():
+            sequence, start = self.known[output.seq_ids[row]], output.num_computed_starts[row]
+            first = sum(output.num_new_tokens[:row])
+            token_ids = [*sequence.token_ids[:start], output.token_ids[first]]
+            for _ in range(count):
+                guess = self.sample(KnownSequence(sequence.spec, token_ids, []))
+                token_ids.append(guess if self.chance.random() < self.right else 1)
+            drafts[row] = token_ids[start + 1 :]
+        return drafts
 
-        Only its results may be asked for later.
-        """
-        sent = _decoder.decode(_encoder.encode(output))
-        assert sent == output
-        output = sent
+    def _begin(self, output: SchedulerOutput) -> None:
+        """Do what comes before a forward: tables, and copies of blocks."""
+        assert _decoder.decode(_encoder.encode(output)) == output
         self._update_known(output)
         assert len({copy.destination for copy in output.block_copies}) == len(output.block_copies)
         sources = [list(self._slots[copy.source]) for copy in output.block_copies]
         for copy, content in zip(output.block_copies, sources, strict=True):
             self._slots[copy.destination] = content
+
+    def forward(self, output: SchedulerOutput) -> _Executed:
+        """Run a step at its launch, with the block tables of that moment, as a device does.
+
+        Only its results may be asked for later.
+        """
+        output = _decoder.decode(_encoder.encode(output))
+        self._begin(output)
+        assert not output.rows_to_propose
         if self.runs_out_of_memory(output):
             raise DeviceMemoryError("the device ran out of memory in a step")
         assert len(set(output.seq_ids)) == len(output.seq_ids)

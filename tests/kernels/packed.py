@@ -16,10 +16,17 @@ class PackedStep(NamedTuple):
     num_seqs: int
     reach: int
     block_size: int
+    query_len: int
 
     def launch(self, prepare: Callable[..., None]) -> None:
         """Call `prepare` (the kernel's launcher or the reference) on these tensors."""
-        prepare(*self.tensors, num_seqs=self.num_seqs, reach=self.reach, block_size=self.block_size)
+        prepare(
+            *self.tensors,
+            num_seqs=self.num_seqs,
+            reach=self.reach,
+            block_size=self.block_size,
+            query_len=self.query_len,
+        )
 
     def run(self, prepare: Callable[..., None]) -> tuple[torch.Tensor, ...]:
         """Call `prepare` on copies of the tensors and return the copies."""
@@ -37,12 +44,14 @@ def packed_step(
     changed: float = 0.5,
     device: str = "cpu",
     seed: int = 0,
+    query_len: int = 1,
 ) -> PackedStep:  # over 50 lines: it builds ten tensors
     """Make a random step whose row i has lengths[i] new tokens after starts[i] old ones.
 
     Rows with one new token come first. A share `changed` of the rows has table columns that the
     device does not know. Half of the tokens that may be unknown to the host are unknown. Half of
     the rows sample: some after their last token, others after several, up to all of their tokens.
+    With a `query_len` above 1, each row has room for so many tokens.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,6 +59,8 @@ def packed_step(
         return torch.randint(max(high, 1), shape, generator=generator)
 
     num_seqs, num_tokens, decodes = len(starts), sum(lengths) + padding, lengths.count(1)
+    if query_len > 1:
+        num_tokens = (num_seqs + padding) * query_len
     used = [-(-(a + b) // block_size) for a, b in zip(starts, lengths, strict=True)]
     max_blocks = max(used, default=1) + 3
     rows = torch.randperm(num_seqs + 3, generator=generator)[:num_seqs].tolist()
@@ -64,7 +75,8 @@ def packed_step(
             token = int(draw(50_000)) if int(draw(2)) else -1 - int(draw(num_seqs))
         samples = int(draw(2)) * (1 + int(draw(2)) * int(draw(length)))
         at = num_seqs * FIELDS + len(ids) + len(blocks)
-        records.append([rows[i], start, length, first, token, known, at, num_samples, samples])
+        place = first if query_len == 1 else i * query_len
+        records.append([rows[i], start, length, place, token, known, at, num_samples, samples])
         blocks += draw(2**27, used[i] - known).tolist()
         first, num_samples = first + length, num_samples + samples
     flat = [number for record in records for number in record]
@@ -88,4 +100,5 @@ def packed_step(
         num_seqs,
         max([*lengths, *used], default=0),
         block_size,
+        query_len,
     )

@@ -160,6 +160,8 @@ class FakeEngineClient:
             classifier=self.classifier,
             can_generate=self.can_generate,
             adapters=tuple(self.adapters.values()),
+            draft_weight_bytes=5,
+            draft_kv_bytes_per_token=7,
         )
 
     async def start(self) -> None:

@@ -99,6 +99,22 @@ def test_a_key_that_lets_anyone_in_or_no_one_is_refused_by_name(
         ({"reasoning_parser": "hermes"}, "reasoning_parser: "),
         ({"tool_parser": "hermes"}, "tool_parser: there is no such setting"),
         ({"port": "x", "seed": "y"}, "seed: .*; port: "),
+        ({"speculative_config": "{"}, "speculative_config: not a JSON object"),
+        ({"speculative_config": "[1]"}, "speculative_config: not a JSON object"),
+        ({"speculative_config": "{}"}, "speculative_config.model: the draft model is missing"),
+        ({"speculative_config": '{"method": "eagle3"}'}, "speculative_config.method: 'eagle3' is"),
+        (
+            {"speculative_config": '{"model": "m", "prompt_lookup_max": 4}'},
+            "speculative_config.prompt_lookup_max: not supported",
+        ),
+        (
+            {"speculative_config": '{"model": "m"}', "speculative_model": "n"},
+            "speculative_config: speculative_model is n beside it",
+        ),
+        (
+            {"speculative_config": '{"model": "m", "num_speculative_tokens": 99}'},
+            "num_speculative_tokens: ",
+        ),
     ],
 )
 def test_refusals_name_the_setting(flags: dict[str, Any], message: str) -> None:
@@ -153,6 +169,24 @@ def test_served_names() -> None:
     demo = load_settings()
     assert demo.is_demo and demo.served_names == ("quire-demo",)
     assert Path(demo.model_path).name == "demo"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ('{"model": "org/small", "num_speculative_tokens": 5}', ("model", "org/small", 5)),
+        ({"model": "org/small", "method": "draft_model"}, ("model", "org/small", 15)),
+        ('{"method": "ngram", "num_speculative_tokens": 3}', ("ngram", None, 3)),
+        ('{"model": "[ngram]", "draft_tensor_parallel_size": 1}', ("ngram", None, 15)),
+    ],
+)
+def test_the_speculative_config_of_vllm(config: Any, expected: tuple[Any, ...]) -> None:
+    """Beside the same values as flags of quire's own, too."""
+    method, model, tokens = expected
+    for flags in ({}, {"num_speculative_tokens": str(tokens)}):
+        found = load_settings(speculative_config=config, **flags).engine_config()
+        assert found.speculation == method
+        assert (found.speculative_model, found.num_speculative_tokens) == (model, tokens)
 
 
 def test_every_setting_has_a_flag() -> None:

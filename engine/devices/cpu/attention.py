@@ -102,6 +102,8 @@ class CpuPlanner:
         self._tile_queries = max(1, cpu_attention.TILE_ROWS // (num_heads // self._kv_heads))
         self._token_bytes = 2 * self._kv_heads * head_dim * kv_cache.element_size()
         self._shares = shares
+        self.query_len = 1
+        """Rows are never padded."""
 
     def find_shared(self, host: HostStep) -> bool:
         """Return False: tiles that share a prefix need no kernel of their own, and `plan` finds
@@ -116,6 +118,7 @@ class CpuPlanner:
         step: DeviceStep,
         *,
         shared: bool = False,
+        query_len: int = 1,
     ) -> CpuPlan:
         return self.cut(query_start_loc, seq_lens, step.block_table[:num_decodes].numpy())
 

@@ -28,6 +28,10 @@ class HostInputs:
     def change_table(self, row: int, start: int) -> None:
         """Do nothing: `write` reads tables in full."""
 
+    def query_len(self, host: HostStep) -> int:
+        """Return 1: nothing is padded."""
+        return 1
+
     def write(
         self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
     ) -> DeviceStep:

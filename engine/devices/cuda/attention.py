@@ -27,12 +27,14 @@ class CudaPlan(NamedTuple):
     """The AttentionPlan of one step.
 
     `workspaces` are the decode kernel's scratch by window, with the schedule built for the step.
-    `cascade` has the prefixes that decodes share, if reading them once saves time.
+    `cascade` has the prefixes that decodes share, if reading them once saves time. Each decode row
+    has `query_len` tokens.
     """
 
     kernels: Kernels
     workspaces: Mapping[int | None, DecodeWorkspace]
     cascade: CascadeWorkspace | None
+    query_len: int = 1
 
     def attend(
         self,
@@ -80,9 +82,10 @@ class CudaPlan(NamedTuple):
         key_cache, value_cache = cache
         output = query.new_empty(query.shape)
         decodes = metadata.num_decodes
+        tokens = decodes * self.query_len
         if decodes > 0:
             self.kernels.paged_attention_decode(
-                query[:decodes],
+                query[:tokens],
                 key_cache,
                 value_cache,
                 metadata.block_table[:decodes],
@@ -90,7 +93,7 @@ class CudaPlan(NamedTuple):
                 window=window,
                 workspace=self.workspaces[window],
                 cascade=self.cascade if window is None else None,
-                out=output[:decodes],
+                out=output[:tokens],
                 **options,
             )
         if metadata.max_query_len > 1:
@@ -118,10 +121,20 @@ class CudaPlanner:
         kernels: Kernels,
         workspaces: Mapping[int | None, DecodeWorkspace],
         shared_prefixes: SharedPrefixes | None,
+        draft_workspaces: Mapping[int | None, DecodeWorkspace] | None = None,
     ) -> None:
+        """`draft_workspaces` are for steps with drafts that are padded, which can be planned only
+        with them."""
         self._kernels = kernels
         self._workspaces = workspaces
+        self._draft_workspaces = draft_workspaces
         self.shared_prefixes = shared_prefixes
+
+    @property
+    def query_len(self) -> int:
+        """See `Planner`."""
+        workspaces = (self._draft_workspaces or {}).values()
+        return max((one.query_len for one in workspaces), default=1)
 
     def find_shared(self, host: HostStep) -> bool:
         if self.shared_prefixes is None:
@@ -139,8 +152,18 @@ class CudaPlanner:
         step: DeviceStep,
         *,
         shared: bool = False,
+        query_len: int = 1,
     ) -> CudaPlan:
+        if query_len > 1:
+            return self.plan_drafts(step.seq_lens, query_len)
         return self.plan_decodes(step.seq_lens[:num_decodes], shared=shared)
+
+    def plan_drafts(self, seq_lens: torch.Tensor, query_len: int) -> CudaPlan:
+        """Plan rows with `query_len` tokens each, of these lengths `[S]` with them."""
+        assert self._draft_workspaces is not None
+        for workspace in self._draft_workspaces.values():
+            self._kernels.build_decode_schedule(seq_lens, workspace, prefix_lens=None)
+        return CudaPlan(self._kernels, self._draft_workspaces, None, query_len)
 
     def plan_decodes(self, seq_lens: torch.Tensor, *, shared: bool) -> CudaPlan:
         """Plan decode rows of these lengths `[num_decodes]`, on the device.
@@ -169,10 +192,13 @@ def allocate_workspaces(
     max_num_seqs: int,
     dtype: torch.dtype,
     device: torch.device,
+    query_len: int = 1,
 ) -> dict[int | None, DecodeWorkspace]:
     """Allocate the decode kernel's scratch for queries of `dtype`, by window."""
     shape = (max_num_seqs, num_heads, num_kv_heads, head_dim)
     return {
-        window: DecodeWorkspace.allocate(*shape, dtype=dtype, device=device, window=window)
+        window: DecodeWorkspace.allocate(
+            *shape, dtype=dtype, device=device, window=window, query_len=query_len
+        )
         for window in windows
     }

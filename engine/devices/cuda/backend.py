@@ -24,11 +24,18 @@ from ...errors import ConfigurationError, UnsupportedModelError, one_line
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
-from ..steps import DeviceStep, ModelOutput
+from ..steps import DeviceStep, GraphKey, ModelOutput
 from .adapters import CudaSlots
 from .attention import CudaPlanner, allocate_workspaces
 from .body_ops import CudaOps
-from .decode_graphs import Capture, CudaCapture, DecodeGraphs, NotCapturableError, graph_sizes
+from .decode_graphs import (
+    MAX_DRAFT_SIZE,
+    Capture,
+    CudaCapture,
+    DecodeGraphs,
+    NotCapturableError,
+    graph_sizes,
+)
 from .draws import CudaDraws
 from .inputs import DeviceInputs
 from .kernels import TRITON, Kernels
@@ -38,6 +45,11 @@ from .requirements import check_gpu
 from .shared_prefixes import FindGroups, SharedPrefixes
 
 logger = logging.getLogger("quire.engine")
+
+MAX_QUERY_LEN = 8
+"""Maximum tokens of a row that the decode kernel takes."""
+MAX_QUERY_ROWS = 64
+"""Maximum tokens of a row times heads of a group, which are one tile of the decode kernel."""
 
 
 def require_gpu() -> None:
@@ -176,12 +188,25 @@ class CudaBackend:
             shared_prefixes = SharedPrefixes.allocate(
                 workspaces, block_size, dtype, kv_cache.dtype, self._find_groups
             )
-        return CudaPlanner(self._kernels, workspaces, shared_prefixes)
+        draft_workspaces = None
+        query_len = min(draft_query_len(config), MAX_QUERY_ROWS * num_kv_heads // num_heads)
+        if query_len > 1:
+            draft_workspaces = allocate_workspaces(
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                windows,
+                min(config.max_num_seqs, MAX_DRAFT_SIZE),
+                dtype,
+                self.device,
+                query_len,
+            )
+        return CudaPlanner(self._kernels, workspaces, shared_prefixes, draft_workspaces)
 
     def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
         """Capture the decode graphs. Kernels were compiled when memory was measured."""
         sizes = self.graph_sizes(config)
-        return self._capture(runner, sizes) if sizes else None
+        return self._capture(runner, sizes, config) if sizes else None
 
     def release_memory(self) -> None:
         torch.cuda.empty_cache()
@@ -194,19 +219,34 @@ class CudaBackend:
         """Return what records graphs."""
         return CudaCapture(self.device)
 
-    def _capture(self, runner: Rehearsal, sizes: list[int]) -> DecodeGraphs | None:
-        """Capture decode steps of these sizes, ascending; None if the model waits for the device
-        within a step."""
+    # Over 50 lines: three ways in which it may fail, each with its advice.
+    def _capture(
+        self, runner: Rehearsal, sizes: list[int], config: EngineConfig
+    ) -> DecodeGraphs | None:
+        """Capture decode steps of these sizes, ascending, and steps with drafts if there may be
+        any; None if the model waits for the device within a step."""
         inputs, planner = _of_cuda(runner)
-
         adapters = _adapters_of(runner)
+        query_len = planner.query_len
+        draft_sizes = [
+            size
+            for size in sizes
+            if query_len > 1
+            and size <= MAX_DRAFT_SIZE
+            and size * query_len <= inputs.max_num_tokens
+        ]
 
-        def decode(step: DeviceStep, shared: bool, adapted: bool) -> ModelOutput:
+        def decode(step: DeviceStep, key: GraphKey) -> ModelOutput:
             if adapters is not None:
-                adapters.rehearse(active=adapted)
-            return runner.run_decodes(step, planner.plan_decodes(step.seq_lens, shared=shared))
+                adapters.rehearse(active=key.adapted)
+            if key.query_len > 1:
+                plan = planner.plan_drafts(step.seq_lens, query_len)
+            else:
+                plan = planner.plan_decodes(step.seq_lens, shared=key.shared)
+            return runner.run_decodes(step, plan)
 
         inputs.pad_decodes(sizes)
+        inputs.pad_drafts(draft_sizes, query_len)
         graphs = DecodeGraphs(decode, inputs.static_step, self.make_capture())
         shares = planner.shared_prefixes is not None
         try:
@@ -214,10 +254,13 @@ class CudaBackend:
                 sizes,
                 [size for size in sizes if shares and size >= MIN_MEMBERS],
                 with_adapters=adapters is not None,
+                draft_sizes=draft_sizes,
+                query_len=query_len,
             )
         except NotCapturableError as error:
             logger.warning("decode steps run without CUDA graphs: %s", error)
             inputs.pad_decodes([])
+            inputs.pad_drafts([], 1)
             return None
         except RuntimeError as error:
             raise ConfigurationError(
@@ -253,16 +296,29 @@ class CudaBackend:
         sizes = self.graph_sizes(config)
         if not sizes:
             return 0
-        first, both = (self._memory_of_graphs(sizes[-count:], start) for count in (1, 2))
-        return first + (len(sizes) - 1) * max(both - first, 0)
+        first, both = (self._memory_of_graphs(sizes[-count:], config, start) for count in (1, 2))
+        others = len(sizes) - 1
+        if draft_query_len(config) > 1:
+            others += len([size for size in sizes if size <= MAX_DRAFT_SIZE])
+        return first + others * max(both - first, 0)
 
-    def _memory_of_graphs(self, sizes: list[int], start: StartRehearsal) -> int:
+    def _memory_of_graphs(
+        self, sizes: list[int], config: EngineConfig, start: StartRehearsal
+    ) -> int:
         runner = start(1)
         before = free_memory(self.device)
-        graphs = self._capture(runner, sizes)
+        runners = (runner,) if runner.draft is None else (runner, runner.draft)
+        graphs = [self._capture(one, sizes, config) for one in runners]
         taken = before - free_memory(self.device)
         del graphs  # which had to live until here
         return taken
+
+
+def draft_query_len(config: EngineConfig) -> int:
+    """Return to how many tokens the rows of a step with drafts are padded; 1 if there are none."""
+    if config.speculation in ("off", "auto") and config.speculative_model is None:
+        return 1  # auto: logits depend on how many tokens a step has
+    return min(1 + config.num_speculative_tokens, MAX_QUERY_LEN)
 
 
 def compile_kernels(runner: Rehearsal) -> None:
@@ -275,6 +331,11 @@ def compile_kernels(runner: Rehearsal) -> None:
     for shared in {False, planner.shared_prefixes is not None}:
         runner.run_decodes(step, planner.plan_decodes(step.seq_lens, shared=shared))
     inputs.pad_decodes([])
+    if 1 < (query_len := planner.query_len) <= inputs.max_num_tokens:
+        inputs.pad_drafts([1], query_len)
+        step = inputs.static_step(1, query_len)
+        runner.run_decodes(step, planner.plan_drafts(step.seq_lens, query_len))
+        inputs.pad_drafts([], 1)
     for num_tokens in (2, 24, 48, 256):
         runner.run_prompts(num_tokens, 1)
     if (adapters := _adapters_of(runner)) is not None:
@@ -282,6 +343,8 @@ def compile_kernels(runner: Rehearsal) -> None:
         runner.run_prompts(2, 1)
         adapters.rehearse(active=False)
     runner.copy_blocks([BlockCopy(0, 0)])
+    if runner.draft is not None:
+        compile_kernels(runner.draft)
 
 
 def _adapters_of(runner: Rehearsal) -> CudaSlots | None:

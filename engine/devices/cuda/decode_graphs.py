@@ -1,9 +1,10 @@
-"""CUDA graphs of steps in which every row has one new token.
+"""CUDA graphs of steps in which every row has one new token, or the same small number of them.
 
 A small model's decode step costs the host more time to launch than the device to run. A graph
 launches it at once, over the same addresses each time. So there is one graph for each of a ladder
 of batch sizes, and a step takes the next larger one: its padded rows have length 0 and slot −1,
-read no key and write none.
+read no key and write none. Steps with drafts have a ladder of their own, in which every row is
+padded to the same number of tokens.
 
 A graph holds the model, body and head. Outside of it stays everything whose operations, not only
 values, change from step to step: block copies, log-probabilities of prompts, and sampling. The
@@ -25,6 +26,8 @@ from ..steps import DeviceStep, GraphKey, ModelOutput
 MAX_GRAPH_SIZE = 256
 """Maximum number of rows. A larger step has enough work to hide its launches."""
 _GRAPH_SIZES = (1, 2, 4, *range(8, MAX_GRAPH_SIZE + 1, 8))
+MAX_DRAFT_SIZE = 32
+"""Maximum number of rows with drafts. Larger steps seldom have any, since they do not pay there."""
 
 Run = Callable[[], None]
 Capture = Callable[[Run], Run]
@@ -81,13 +84,13 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        forward: Callable[[DeviceStep, bool, bool], ModelOutput],
-        static_step: Callable[[int], DeviceStep],
+        forward: Callable[[DeviceStep, GraphKey], ModelOutput],
+        static_step: Callable[[int, int], DeviceStep],
         capture: Capture,
     ) -> None:
-        """`forward(step, shared, adapted)` runs the model, with or without shared prefixes and
-        adapters, and reads only tensors at fixed addresses. `static_step(size)` returns the tensors
-        that every step of `size` rows reads."""
+        """`forward(step, key)` runs the model as the key says, and reads only tensors at fixed
+        addresses. `static_step(size, query_len)` returns the tensors that every step of `size` rows
+        with `query_len` tokens each reads."""
         self._forward = forward
         self._static_step = static_step
         self._capture = capture
@@ -101,33 +104,35 @@ class DecodeGraphs:
         shared_sizes: Collection[int] = (),
         *,
         with_adapters: bool = False,
+        draft_sizes: Sequence[int] = (),
+        query_len: int = 1,
     ) -> None:
         """Capture these sizes, and those of `shared_sizes` once more for steps whose rows share
-        prefixes; all of them once more if rows may have adapters. The largest comes first, so that
-        the others fit the memory that it took."""
-        for size in tqdm(sorted(sizes, reverse=True), "capturing decode graphs", unit="graph"):
-            step = self._static_step(size)
-            if self._outputs is None:
-                blank = self._forward(step, False, False)
-                self._outputs = ModelOutput(*map(torch.empty_like, blank))
+        prefixes; all of them once more if rows may have adapters. Capture `draft_sizes` for rows of
+        `query_len` tokens. The largest comes first, so that the others fit the memory that it
+        took."""
+        keys = [GraphKey(size, False, False, query_len) for size in draft_sizes]
+        for size in sizes:
             kinds = product({False, size in shared_sizes}, {False, with_adapters})
-            for shared, adapted in sorted(kinds):
-                run = self._run_of(step, shared, adapted)
-                self._replays[GraphKey(size, shared, adapted)] = self._capture(run)
+            keys += [GraphKey(size, shared, adapted) for shared, adapted in sorted(kinds)]
+        keys.sort(key=lambda key: key.num_tokens, reverse=True)
+        for key in tqdm(keys, "capturing decode graphs", unit="graph"):
+            step = self._static_step(key.size, key.query_len)
+            if self._outputs is None:
+                blank = self._forward(step, key._replace(shared=False, adapted=False))
+                self._outputs = ModelOutput(*map(torch.empty_like, blank))
+            self._replays[key] = self._capture(self._run_of(step, key))
 
     def __contains__(self, key: object) -> bool:
         return key in self._replays
 
-    def _run_of(self, step: DeviceStep, shared: bool, adapted: bool) -> Run:
+    def _run_of(self, step: DeviceStep, key: GraphKey) -> Run:
         assert self._outputs is not None
-        size, outputs = len(step.seq_lens), self._outputs
-        capacity = outputs.hidden.shape[0]
-        if size > capacity:
-            raise ValueError(f"{size} rows after a first graph of {capacity}")
+        outputs = self._outputs
 
         def run() -> None:
-            for buffer, tensor in zip(outputs, self._forward(step, shared, adapted), strict=True):
-                buffer[:size].copy_(tensor)
+            for buffer, tensor in zip(outputs, self._forward(step, key), strict=True):
+                buffer[: key.num_tokens].copy_(tensor)
 
         return run
 
@@ -136,4 +141,4 @@ class DecodeGraphs:
         assert self._outputs is not None
         self._replays[key]()
         hidden, logits = self._outputs
-        return ModelOutput(hidden[: key.size], logits[: key.size])
+        return ModelOutput(hidden[: key.num_tokens], logits[: key.num_tokens])

@@ -41,12 +41,19 @@ class DeviceInputs:
         self._known = np.zeros(max_num_seqs, dtype=np.int64)
         """How many leading columns of each row are the same on the device as on the host."""
         self._sizes: abc.Sequence[int] = ()
+        self._draft_sizes: abc.Sequence[int] = ()
+        self._query_len = 1
         capacity = max_num_seqs * (FIELDS + max_blocks) + max_num_tokens
         # One buffer suffices. It is written once its last copy has been made, and that copy comes
         # first in its step, whose predecessor's results are in by then: there is next to nothing
         # to wait for. A second buffer in turn would need the same event to be safe, and as much
         # pinned memory again.
         self._packed = StagingBuffer(capacity, torch.int32, device)
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Maximum number of tokens of a step, padding included."""
+        return len(self._buffers.input_ids)
 
     def pad_decodes(self, sizes: abc.Sequence[int]) -> None:
         """From now on, pad steps in which every row has one token to the next larger of these
@@ -60,9 +67,32 @@ class DeviceInputs:
             nothing = self._packed.send(0)
             self._launch(nothing, nothing.long(), self.static_step(max(sizes)), 0, 0)
 
-    def static_step(self, size: int) -> DeviceStep:
-        """Return the tensors of every padded step of `size` rows, as if all rows sampled."""
-        return self._buffers.narrow(size, size, size)
+    def pad_drafts(self, sizes: abc.Sequence[int], query_len: int) -> None:
+        """From now on, pad steps with drafts to `query_len` tokens in each row and to the next
+        larger of these ascending numbers of rows, if they fit.
+
+        All steps of a size then read the tensors of `static_step(size, query_len)`.
+        """
+        self._draft_sizes, self._query_len = sizes, query_len
+        if sizes:
+            nothing, step = self._packed.send(0), self.static_step(max(sizes), query_len)
+            self._launch(nothing, nothing.long(), step, 0, 0, query_len)
+
+    def static_step(self, size: int, query_len: int = 1) -> DeviceStep:
+        """Return the tensors of every padded step of `size` rows with so many tokens each, as if
+        all of these sampled."""
+        num_tokens = size * query_len
+        return self._buffers.narrow(num_tokens, size, num_tokens)
+
+    def query_len(self, host: HostStep) -> int:
+        fits = (
+            host.token_slots is None  # those of adapters are by token, without padding
+            and host.max_query_len <= self._query_len
+            and len(host.order) <= max(self._draft_sizes, default=0)
+            # A padded token must not read past the end of its row of the block table.
+            and int(host.starts.max()) + self._query_len <= self._table.shape[1] * self._block_size
+        )
+        return self._query_len if fits else 1
 
     def change_table(self, row: int, start: int) -> None:
         self._known[row] = min(self._known[row], start)
@@ -70,25 +100,32 @@ class DeviceInputs:
     def write(
         self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
     ) -> DeviceStep:
-        length = self._pack(self._packed.open(), host, token_ids)
-        packed = self._packed.send(length)
         num_seqs = len(host.order)
-        size = self._padded_size(host)
-        num_tokens = len(token_ids) + size - num_seqs
+        query_len = self.query_len(host) if host.num_drafts else 1
+        length = self._pack(self._packed.open(), host, token_ids, query_len)
+        packed = self._packed.send(length)
+        size = self._padded_size(host, query_len)
+        num_tokens = len(token_ids) + size - num_seqs if query_len == 1 else size * query_len
         step = self._buffers.narrow(num_tokens, size, len(host.sampling_rows))
         reach = max(host.max_query_len, host.tables.shape[1])
-        self._launch(packed, sampled, step, num_seqs, reach)
+        self._launch(packed, sampled, step, num_seqs, reach, query_len)
         return step
 
-    def _padded_size(self, host: HostStep) -> int:
+    def _padded_size(self, host: HostStep, query_len: int) -> int:
         """Return the number of the step's rows, with padding if it is padded."""
         num_seqs = len(host.order)
+        if query_len > 1:
+            return self._draft_sizes[bisect_left(self._draft_sizes, num_seqs)]
         if host.max_query_len > 1 or num_seqs > max(self._sizes, default=0):
             return num_seqs
         return self._sizes[bisect_left(self._sizes, num_seqs)]
 
     def _pack(
-        self, packed: np.ndarray[Any, Any], host: HostStep, token_ids: NDArray[np.int64]
+        self,
+        packed: np.ndarray[Any, Any],
+        host: HostStep,
+        token_ids: NDArray[np.int64],
+        query_len: int,
     ) -> int:
         """Fill the pinned buffer and return how many numbers it holds.
 
@@ -115,7 +152,7 @@ class DeviceInputs:
             row=host.rows,
             start=host.starts,
             length=host.lengths,
-            first=loc,
+            first=loc if query_len == 1 else query_len * np.arange(num_seqs),
             token=np.concatenate([token_ids[:decodes], ids_at - decodes + loc[decodes:]]),
             known=known,
             blocks=blocks,
@@ -132,6 +169,7 @@ class DeviceInputs:
         step: DeviceStep,
         num_seqs: int,
         reach: int,
+        query_len: int = 1,
     ) -> None:
         self._prepare_inputs(
             packed,
@@ -142,4 +180,5 @@ class DeviceInputs:
             num_seqs=num_seqs,
             reach=reach,
             block_size=self._block_size,
+            query_len=query_len,
         )

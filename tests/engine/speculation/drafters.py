@@ -19,6 +19,12 @@ class FreeDrafts(StepCost):
     def __call__(self, tokens: int) -> float:
         return 1.0
 
+    def draft_pass(self, rows: int) -> float:
+        return 0.0
+
+    def observe_passes(self, passes: int, rows: int, seconds: float) -> None:
+        """Learn nothing."""
+
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn nothing."""
 

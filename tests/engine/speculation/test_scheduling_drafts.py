@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.engine.sequence import Sequence
+from quire.engine.speculation.model import ModelDrafter
+from quire.engine.speculation.speculator import Speculator
 
 from ..harness import Harness, expected_tokens, prompt
-from .drafters import RandomDrafter, always
+from .drafters import FreeDrafts, RandomDrafter, always
 
 
 def _answers(sequence: Sequence) -> list[int]:
@@ -26,6 +29,7 @@ def _answers(sequence: Sequence) -> list[int]:
     budget=st.integers(4, 64),
     max_num_seqs=st.integers(1, 8),
     run_ahead=st.booleans(),
+    by_model=st.booleans(),
     requests=st.lists(
         st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(1, 3), st.booleans()),
         min_size=1,
@@ -39,10 +43,16 @@ def test_tokens_are_those_without_drafts(
     budget: int,
     max_num_seqs: int,
     run_ahead: bool,
+    by_model: bool,
     requests: list[tuple[int, int, int, bool]],
 ) -> None:
-    """Small pools preempt, equal prompts share blocks, and integrity is checked in each step."""
+    """Small pools preempt, equal prompts share blocks, and integrity is checked in each step. The
+    drafts are the scheduler's own, or the worker's."""
     speculator = always(RandomDrafter(_answers, right, seed))
+    if by_model:
+        speculator = Speculator(
+            [], max_draft=7, max_samples=64, cost=FreeDrafts(), model=ModelDrafter()
+        )
     harness = Harness(
         num_blocks=num_blocks,
         budget=budget,
@@ -50,6 +60,7 @@ def test_tokens_are_those_without_drafts(
         run_ahead=run_ahead,
         speculator=speculator,
     )
+    harness.worker.right, harness.worker.chance = right, random.Random(seed)
     added = []
     for index, (length, max_tokens, n, same) in enumerate(requests):
         max_tokens = min(max_tokens, num_blocks * 16 - length)
@@ -66,6 +77,8 @@ def test_tokens_are_those_without_drafts(
     harness.assert_all_free()
     counts = speculator.counts
     assert counts.accepted_tokens <= counts.draft_tokens
+    if by_model and right == 1.0:
+        assert counts.accepted_tokens == counts.draft_tokens
     if right == 0.0:
         assert counts.accepted_tokens <= counts.draft_tokens * 0.2 + 5  # chance hits of 100 tokens
 
@@ -83,6 +96,28 @@ def test_right_drafts_save_steps() -> None:
         steps[right] = _steps(harness)
     assert steps[0.0] >= 55
     assert steps[1.0] <= 30
+
+
+class _Sometimes(RandomDrafter):
+    """Drafts only in the last steps, and counts how often it is asked."""
+
+    asked = 0
+
+    def propose(self, sequence: Sequence, k: int) -> list[int]:
+        self.asked += 1
+        return super().propose(sequence, k) if sequence.num_output_tokens > 100 else []
+
+
+def test_one_step_ahead_no_step_waits_for_drafts_that_do_not_come() -> None:
+    """Each eighth step looks whether there are drafts again, and they come back."""
+    drafter = _Sometimes(_answers, 1.0, 6)
+    harness = Harness(run_ahead=True, speculator=always(drafter))
+    request = harness.add(prompt(20), 150)
+    harness.run()
+    assert harness.tokens[request.request_id, 0] == expected_tokens(prompt(20), 0, 150)
+    assert harness.worker.num_fed_back > 70
+    assert 12 < drafter.asked < 60
+    assert harness.scheduler.stats().accepted_tokens > 20
 
 
 def test_a_stop_token_inside_a_draft_ends_the_sequence() -> None:

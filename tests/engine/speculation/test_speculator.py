@@ -6,8 +6,10 @@ import pytest
 
 from quire.engine.sequence import Rank, Sequence
 from quire.engine.speculation.acceptance import FIRST_LENGTH, Acceptance
+from quire.engine.speculation.model import ModelDrafter
 from quire.engine.speculation.speculator import Speculator
 from quire.engine.speculation.step_cost import MAX_TOKENS, StepCost
+from quire.engine.step import UNKNOWN_TOKEN
 
 from ..harness import make_request
 
@@ -120,3 +122,83 @@ def test_longer_contexts_change_the_scale_and_not_the_shape() -> None:
         cost.observe(1, milliseconds / 1000)
         cost.observe(3, 1.2 * milliseconds / 1000)
     assert 1.1 < cost(3) / cost(1) < 1.3
+
+
+# -- a draft model ---------------------------------------------------------------------------
+
+
+class Pass(Linear):
+    """A pass of the draft model costs so much of a step."""
+
+    def __init__(self, slope: float, cost: float) -> None:
+        super().__init__(slope)
+        self._cost = cost
+
+    def draft_pass(self, rows: int) -> float:
+        return self._cost
+
+
+@pytest.mark.parametrize(
+    ("cost", "drafted"),
+    [
+        (0.0, 4),
+        (0.4, 2),  # 1 + .7 + .49 tokens for 1.8; the next brings .34 for .4 of a step of 1.22
+        (0.8, 0),
+    ],
+)
+def test_drafts_of_a_model_pay_for_its_passes(cost: float, drafted: int) -> None:
+    speculator = Speculator(
+        [], max_draft=8, max_samples=64, cost=Pass(0.0, cost), model=ModelDrafter()
+    )
+    chosen = speculator.choose(_sequences(1), 1, 64)
+    assert [one.token_ids for one in chosen] == ([[UNKNOWN_TOKEN] * drafted] if drafted else [])
+
+
+def test_a_drafter_without_passes_drafts_where_a_model_does_not_pay() -> None:
+    cost = Pass(0.0, 0.8)
+    for drafters, drafted in (([], 0), ([Fixed()], 16)):
+        speculator = Speculator(
+            drafters, max_draft=2, max_samples=64, cost=cost, model=ModelDrafter()
+        )
+        assert _drafted(speculator, _sequences(8)) == drafted
+
+
+def test_a_drafter_that_costs_nothing_goes_first_until_it_is_wrong() -> None:
+    speculator = Speculator(
+        [Fixed()], max_draft=4, max_samples=64, cost=Pass(0.0, 0.3), model=ModelDrafter()
+    )
+    ((_, sequence),) = rows = _sequences(1)
+
+    def names(count: int, tokens: list[int]) -> list[str]:
+        """Draft so often, while these tokens come after each draft."""
+        found = []
+        for _ in range(count):
+            (draft,) = speculator.choose(rows, 1, 64)
+            found.append(draft.source.name)
+            if draft.source.name == "model":
+                right = len(draft.token_ids)
+            else:
+                pairs = zip(draft.token_ids, tokens, strict=False)
+                right = sum(mine == theirs for mine, theirs in pairs)
+            speculator.verified(sequence, len(draft.token_ids), tokens[: right + 1])
+        return found
+
+    # 1. The tokens are those of the model, and not the others' 3, 4, 5, 6.
+    first = names(12, [9, 9, 9, 9, 9])
+    assert first[0] == "fixed" and first[-1] == "model"
+    # 2. The tokens become the others'. They were passed over, but compared with what came.
+    second = names(20, [3, 4, 5, 6, 7])
+    assert second[0] == "model" and second[-1] == "fixed"
+
+
+def test_the_cost_of_a_pass_is_learned_and_a_bad_measurement_forgotten() -> None:
+    cost = StepCost()
+    for _ in range(50):
+        cost.observe(1, 1e-2)
+    for _ in range(50):
+        cost.observe_passes(5, 1, 5 * 6e-3)
+    assert cost.draft_pass(1) == pytest.approx(0.6, abs=0.05)
+    assert cost.draft_pass(8) > cost.draft_pass(1)
+    for _ in range(500):
+        cost.forget_passes()
+    assert cost.draft_pass(1) == pytest.approx(0.2, abs=0.05)

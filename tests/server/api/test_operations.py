@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import httpx
 import pytest
 
 from quire.engine.embedding_spec import EmbeddingSpec
 from quire.server.serving.app import EXPOSED_HEADERS
+from quire.server.serving.main import announce
+from quire.server.settings import load_settings
 
 from ...documents import ROOT, code, tables
 from ..conftest import MakeClient
@@ -199,6 +202,30 @@ async def test_the_debug_view_tells_the_weights(client: httpx.AsyncClient) -> No
         "num_parameters": 1,
         "num_bytes": 3,
     }
+
+
+async def test_the_debug_view_tells_the_draft_model(
+    engine: FakeEngineClient, make_client: MakeClient
+) -> None:
+    assert (await make_client().get("/debug/engine")).json()["draft_model"] is None
+    drafted = make_client(speculative_model="org/small")
+    assert (await drafted.get("/debug/engine")).json()["draft_model"] == {
+        "model": "org/small",
+        "num_bytes": 5,
+        "kv_cache_bytes": 7 * 16 * engine.num_blocks,
+    }
+
+
+@pytest.mark.parametrize("model", [None, "org/small"])
+def test_the_start_tells_the_draft_model(
+    engine: FakeEngineClient, capsys: pytest.CaptureFixture[str], model: str | None
+) -> None:
+    settings = load_settings(speculative_model=model, log_format="console")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        announce(settings, engine.info, listener, 1.0)
+    line = "  drafts   org/small, 0.0 MB, and 0.0 MB of the KV cache\n"
+    assert (line in capsys.readouterr().err) == (model is not None)
 
 
 async def test_pages_are_served(client: httpx.AsyncClient) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from quire.server.bench.report import (
+    DRAFT_COUNTERS,
     ClientLoad,
     RunRecords,
     RunReport,
@@ -75,6 +76,19 @@ def test_tokens_are_counted_from_usage_however_they_are_chunked() -> None:
     assert record.itls == pytest.approx([1.0])
     assert record.tpot == pytest.approx(0.1)
     assert record.cached_tokens is None
+
+
+def test_drafts_are_read_from_the_answer() -> None:
+    """quire and OpenAI count those of a prediction; llama.cpp's server counts all, in `timings`."""
+    details = {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 2}
+    predicted = event(choices=[], usage={"completion_tokens_details": details}) + DONE
+    record = read((1.0, text("a", finish="stop")), (1.1, predicted))
+    assert (record.draft_tokens, record.accepted_draft_tokens) == (5, 3)
+    timed = event(choices=[], usage={}, timings={"draft_n": 9, "draft_n_accepted": 4}) + DONE
+    record = read((1.0, text("a", finish="stop")), (1.1, timed))
+    assert (record.draft_tokens, record.accepted_draft_tokens) == (9, 4)
+    record = read((1.0, text("a", finish="stop")), (1.1, usage(1, 1) + DONE))
+    assert (record.draft_tokens, record.accepted_draft_tokens) == (None, None)
 
 
 def test_the_role_and_the_bare_end_of_a_chat_do_not_count_as_output() -> None:
@@ -157,7 +171,7 @@ def make_report(*records: RequestRecord, **options: Any) -> RunReport:
         duration_s=2.0,
         peak_concurrency=3,
         client=options.pop("client", ClientLoad(cpu_share=0.1, max_lag_ms=1.0)),
-        server={"num_preemptions": 2.0},
+        server=options.pop("server", {"num_preemptions": 2.0}),
     )
     values: dict[str, Any] = {
         "request_rate": float("inf"), "seed": 0, "percentiles": [50.0, 99.0], "slo_ms": {},
@@ -184,6 +198,35 @@ def test_a_run_counts_completed_requests_only() -> None:
     assert ttft.percentiles["p99"] == pytest.approx(100 + 0.99 * 200)
     assert tpot.mean == pytest.approx(20) and tpot.count == 2
     assert itl.count == 20 and e2e.percentiles["p50"] == pytest.approx(400)
+
+
+@pytest.mark.parametrize(
+    ("server", "expected"),
+    [
+        (dict(zip(DRAFT_COUNTERS, (10.0, 40.0, 30.0), strict=True)), (10, 40, 30, 0.75)),
+        ({DRAFT_COUNTERS[0]: 10.0}, (None, 8, 6, 0.75)),
+        ({}, (None, 8, 6, 0.75)),
+    ],
+    ids=["counters", "too few counters", "answers"],
+)
+def test_drafts_come_from_the_counters_or_from_the_answers(
+    server: dict[str, float], expected: tuple[Any, ...]
+) -> None:
+    records = [make_record(0.1, 0.01, draft_tokens=4, accepted_draft_tokens=3) for _ in range(2)]
+    report = make_report(*records, make_record(0.1, 0.01), server=server)
+    drafts = report.drafts
+    assert drafts is not None
+    found = (drafts.num_drafts, drafts.draft_tokens, drafts.accepted_tokens, drafts.acceptance)
+    assert found == expected
+    lines = [" ".join(line.split()) for line in table(report).splitlines()]
+    assert f"Drafted tokens {expected[1]}" in lines
+    assert f"accepted {expected[2]} ({expected[3]:.1%})" in lines
+    assert ("accepted in each of the drafts 3.00 of 10" in lines) == bool(expected[0])
+
+
+def test_there_are_no_drafts_without_counts() -> None:
+    report = make_report(make_record(0.1, 0.01), server=dict.fromkeys(DRAFT_COUNTERS, 0.0))
+    assert report.drafts is None and "raft" not in table(report)
 
 
 def test_goodput_needs_every_bound() -> None:

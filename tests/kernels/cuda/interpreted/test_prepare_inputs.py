@@ -33,6 +33,24 @@ def test_random_mixed_steps(block_size: int) -> None:
         )
 
 
+@pytest.mark.parametrize("query_len", [2, 5, 8])
+def test_rows_padded_to_the_same_number_of_tokens(query_len: int) -> None:
+    """Rows with drafts, and rows of nothing but padding, among slots where only the rows' own
+    tokens write."""
+    rng = random.Random(query_len)
+    for seed in range(10):
+        lengths = sorted(rng.randint(1, query_len) for _ in range(rng.randrange(6)))
+        starts = [rng.choice([0, 15, 16, rng.randrange(500)]) for _ in lengths]
+        padding = rng.randrange(0 if lengths else 1, 4)
+        step = packed_step(starts, lengths, padding=padding, seed=seed, query_len=query_len)
+        check(step)
+        slots, loc, seq_lens = (step.run(prepare_inputs)[index] for index in (5, 7, 8))
+        assert int((slots >= 0).sum()) == sum(lengths)
+        assert loc.diff()[: len(lengths)].tolist() == [query_len] * len(lengths)
+        ends = [start + query_len for start in starts]
+        assert seq_lens.tolist() == ends + [0] * padding
+
+
 @pytest.mark.parametrize("changed", [0.0, 1.0])
 def test_rows_that_span_several_programs(changed: float) -> None:
     """The new tokens and columns fill a program's part exactly, or exceed it by one."""
