@@ -1,4 +1,4 @@
-"""Types of settings: names of the formats of tool calls and reasoning, and keys.
+"""Types of settings: names of the formats of tool calls and reasoning, keys.
 
 An empty key is a mistake, such as a variable that a script could not fill in, and never means that
 no key is wanted.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.config import JsonDict
 from pydantic_settings import NoDecode
 
 from ..engine.errors import ConfigurationError
@@ -68,6 +69,18 @@ ReasoningParser = Literal[
     "harmony",
 ]
 """Formats of reasoning. `harmony` is another name for vLLM's `openai_gptoss`."""
+
+
+def option(
+    group: str, help: str, default: Any = None, *, details: str = "", **constraints: Any
+) -> Any:
+    """Declare a field that is a flag listed under `group`.
+
+    docs/api.md shows `details` after the help.
+    """
+    extra: JsonDict = {"group": group, "details": details}
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
+
 
 _SECRETS = ("api_key", "admin_api_key")
 _PREFIX = "quire_"

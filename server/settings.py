@@ -22,7 +22,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.config import JsonDict
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -37,22 +36,12 @@ from ..engine.errors import ConfigurationError
 from ..engine.lora import AdapterSource, read_sources
 from .foreign_flags import explain
 from .setting_types import ReasoningParser, Secret, SecretList, ToolCallParser, refuse_empty_keys
+from .setting_types import option as _option
 
 DEMO_MODEL_NAME = "quire-demo"
 
 GROUPS = ("Server", "Model", "KV cache", "Scheduling", "Limits", "Logging and metrics")
 """Headings of `quire serve --help`, in their order."""
-
-
-def _option(
-    group: str, help: str, default: Any = None, *, details: str = "", **constraints: Any
-) -> Any:
-    """Declare a field that is a flag listed under `group`.
-
-    docs/api.md shows `details` after the help.
-    """
-    extra: JsonDict = {"group": group, "details": details}
-    return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
 def _engine_options() -> dict[str, Any]:
@@ -118,6 +107,11 @@ class Settings(_EngineSettings):
     )
     admin_api_key: Secret | None = _option(
         "Server", "Key of the admin endpoints, which are off without it."
+    )
+    api_keys_file: Path | None = _option(
+        "Server",
+        "YAML file of named keys with limits of their own; read again when it changes.",
+        details="See Keys.",
     )
     served_model_name: NameList = _option(
         "Server",
@@ -208,6 +202,20 @@ class Settings(_EngineSettings):
         gt=0,
     )
 
+    limit_requests_per_minute: int | None = _option(
+        "Limits", "Requests a minute of each key, beyond which it gets 429.", ge=1
+    )
+    limit_tokens_per_minute: int | None = _option(
+        "Limits", "Prompt and output tokens a minute of each key, beyond which it gets 429.", ge=1
+    )
+    limit_concurrent_requests: int | None = _option(
+        "Limits", "Requests of each key that may run at once; further ones get 429.", ge=1
+    )
+    prefix_cache_isolation: Literal["key", "none"] | None = _option(
+        "Limits",
+        "key: prompts of one key are not found in the prefix cache by another. Default: key if "
+        "there are several keys.",
+    )
     max_n: int = _option("Limits", "Maximum n and best_of.", 128, ge=1)
     max_prompts_per_request: int = _option("Limits", "Maximum prompts per request.", 256, ge=1)
     max_body_bytes: ByteSize = _option("Limits", "Maximum size of a request body.", "16MiB", gt=0)

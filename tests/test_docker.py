@@ -26,6 +26,7 @@ from quire.engine.errors import QuireError
 from quire.engine.outputs import EngineStats, FinishReason, Timings
 from quire.server.metrics import Metrics, RequestRecord
 from quire.server.settings import Settings, load_settings
+from quire.server.tenants.key_metrics import KeyMetrics
 
 ROOT = Path(__file__).resolve().parent.parent
 GRAFANA = ROOT / "configs/grafana"
@@ -232,6 +233,9 @@ def exported_samples() -> dict[str, set[str]]:
         )
     )  # fmt: skip
     metrics.http_request("/health", "GET", 200, 0.1)
+    keys = KeyMetrics(metrics)
+    keys.finished("alice", 1, 1)
+    keys.rejected("alice")
     page = metrics.render()[0].decode()
     return {
         sample.name: set(sample.labels)

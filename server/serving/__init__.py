@@ -10,6 +10,7 @@ Read in this order:
     worker_pool  several HTTP processes in front of one engine, seen from the main process
     pool_worker  one of them, seen from the main process
     http_worker  one of them, seen from inside
+    shared_counters  the memory in which all of them count
 
 This room may import every other room of the server except bench, and of the engine only its
 words, engine.checkpoints and engine.process.

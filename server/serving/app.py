@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version as package_version
@@ -30,11 +31,13 @@ from ..http.middleware import (
 )
 from ..http.route_docs import errors
 from ..http.siblings import Siblings
+from ..http.sse import cancel
 from ..live import page, snapshots
 from ..metrics import Metrics
 from ..requests.state import ServerState
 from ..scoring import classify, rerank
 from ..settings import Settings
+from ..tenants import rate_headers
 from ..text.tokenizer import Tokenizer
 from .openapi import openapi_document
 from .unknown_paths import explain_unknown_paths
@@ -42,6 +45,7 @@ from .unknown_paths import explain_unknown_paths
 EXPOSED_HEADERS = (
     *("x-request-id", "x-quire-ignored-params", "x-quire-prompt-changes", "x-quire-stream-id"),
     *("retry-after", "allow", "accept-encoding", "www-authenticate"),
+    *rate_headers.NAMES,
 )
 """Headers of answers that scripts of an allowed origin may read."""
 
@@ -98,9 +102,14 @@ def create_app(
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: ServerState = app.state.quire
     await state.engine.start()
+    watching = None
+    if state.key_source is not None and state.settings.api_keys_file is not None:
+        watching = asyncio.create_task(state.key_source.watch(state.keys.ring.replace))
     try:
         yield
     finally:
+        if watching is not None:
+            await cancel(watching)
         state.begin_drain()
         await state.responses.close()
         state.grammar_check.close()
@@ -111,6 +120,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
     # The middleware added last is the outermost.
     limit = int(settings.max_body_bytes)
+    app.add_middleware(rate_headers.RateHeadersMiddleware)
     app.add_middleware(ConnectionMiddleware)
     app.add_middleware(ContentEncodingMiddleware, max_bytes=limit)
     app.add_middleware(BodyLimitMiddleware, max_bytes=limit)
