@@ -21,7 +21,13 @@ DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 PUBLIC_MODULES = {
     *("fastapi.exceptions", "fastapi.middleware.cors", "fastapi.responses", "fastapi.security"),
     *("fastapi.routing", "jinja2.meta", "pydantic.config"),
-    *("msgspec.json", "numba.extending", "numpy.typing", "prometheus_client.core"),
+    *(
+        "msgspec.json",
+        "msgspec.structs",
+        "numba.extending",
+        "numpy.typing",
+        "prometheus_client.core",
+    ),
     *("prometheus_client.exposition", "prometheus_client.registry", "pydantic.fields"),
     *("pydantic.json_schema", "starlette.datastructures", "starlette.exceptions"),
     *("starlette.requests", "starlette.responses", "starlette.types", "structlog.types"),

@@ -4,6 +4,8 @@ Read in this order:
     main         the main process from the bound socket to the exit; `serve` is the door
     listener     the listening socket
     http_server  the application and the HTTP server of one process
+    descriptors  the limit of open files
+    connections  as many of them as there are descriptors for
     app          the application: routes, middleware, lifespan
     openapi      the OpenAPI document
     unknown_paths  the answers to wrong paths and methods
