@@ -4,7 +4,7 @@ Read in this order:
     main         the main process from the bound socket to the exit; `serve` is the door
     listener     the listening socket
     http_server  the application and the HTTP server of one process
-    descriptors  the limit of open files
+    system_limits  how many open files and threads there may be
     connections  as many of them as there are descriptors for
     app          the application: routes, middleware, lifespan
     openapi      the OpenAPI document

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...engine.errors import QueueFullError
 from ..errors import error_response
 from ..http.http_protocol import GuardedH11Protocol
-from .descriptors import PROBE_CONNECTIONS
+from .system_limits import PROBE_CONNECTIONS
 
 PROBES = frozenset({"/live", "/health", "/ready", "/ping", "/load", "/version", "/metrics"})
 """Paths that are answered on them."""

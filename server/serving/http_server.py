@@ -14,7 +14,7 @@ from ...engine.process.json_logs import take_over_libraries
 from ..metrics import Metrics
 from ..settings import Settings
 from ..text.torch_free import import_transformers
-from .descriptors import max_connections
+from .system_limits import max_connections
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

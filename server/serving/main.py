@@ -24,9 +24,9 @@ from ..logs import resolve_format
 from ..metrics import Metrics
 from ..settings import DEMO_MODEL_NAME, Settings
 from ..tenants.key_ring import KeySource
-from .descriptors import raise_descriptor_limit
 from .http_server import build_app, uvicorn_server
 from .listener import address_of, check_tls, listening
+from .system_limits import check_threads, raise_descriptor_limit
 from .worker_pool import WorkerPool
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def serve(settings: Settings, make_client: MakeClient | None = None) -> None:
     """
     check_tls(settings)
     raise_descriptor_limit()
+    check_threads()
     check_model_files(settings)
     KeySource(settings)  # raises ConfigurationError if the file of keys is broken
     with listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as run:

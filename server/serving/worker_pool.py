@@ -89,7 +89,12 @@ class WorkerPool:
 
     async def run(self) -> None:
         """Serve until `stop`. Raises StartupError if a worker fails in its first life."""
-        with private_folder() as folder:
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = stack.enter_context(private_folder())
+            except OSError as problem:
+                reason = problem.strerror or str(problem)
+                raise StartupError(f"the HTTP workers cannot be started: {reason}") from problem
             tasks = [
                 asyncio.create_task(self._keep(index, folder), name=f"HTTP worker {index}")
                 for index in range(self._count)
@@ -135,27 +140,40 @@ class WorkerPool:
         failures = 0
         for life in count():
             began = time.monotonic()
-            worker = await self._start(index, life, folder)
-            self._workers[index] = worker
-            if self._stopping.is_set():
-                worker.kill()
+            code = None
             try:
-                await self._listen_to(worker)
-            finally:
-                code = await worker.end()
-                self._bury(index)
+                code = await self._live(index, life, folder)
+            except (StartupError, OSError) as error:
+                if not life:
+                    raise
+                # What was enough for the first one will be again.
+                log.error("worker_failed", worker=index, error=str(error))
             if self._stopping.is_set():
                 return
-            if not worker.up and not life:
-                raise StartupError(
-                    f"an HTTP worker ended with code {code} while starting; its log says why"
-                )
             failures = 1 if time.monotonic() - began > STABLE_SECONDS else failures + 1
             delay = min(FIRST_DELAY_SECONDS * 2 ** (failures - 1), MAX_DELAY_SECONDS)
             log.error("worker_died", worker=index, code=code, restart_in=delay)
             self._metrics.http_worker_restarted()
             if await self._stops_within(delay):
                 return
+
+    async def _live(self, index: int, life: int, folder: Path) -> int:
+        """Run a worker to its end, and return its exit code. Raises StartupError if it cannot be
+        started or reports that it cannot start, and OSError."""
+        worker = await self._start(index, life, folder)
+        self._workers[index] = worker
+        if self._stopping.is_set():
+            worker.kill()
+        try:
+            await self._listen_to(worker)
+        finally:
+            code = await worker.end()
+            self._bury(index)
+        if not (worker.up or life or self._stopping.is_set()):
+            raise StartupError(
+                f"an HTTP worker ended with code {code} while starting; its log says why"
+            )
+        return code
 
     async def _start(self, index: int, life: int, folder: Path) -> PoolWorker:
         worker = await PoolWorker.start(

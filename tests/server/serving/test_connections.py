@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 import pytest
 
 from quire.engine.errors import ConfigurationError
-from quire.server.serving import connections, descriptors
+from quire.server.serving import connections, system_limits
 from quire.server.serving.connections import Connections
-from quire.server.serving.descriptors import MIN_DESCRIPTORS, PROBE_CONNECTIONS
+from quire.server.serving.system_limits import MIN_DESCRIPTORS, PROBE_CONNECTIONS
 
 from ..test_cli import SLOW, Server, launch
 
@@ -148,7 +149,25 @@ async def test_only_probes_are_answered_where_nothing_is_left() -> None:
 
 def test_too_few_descriptors_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     few = MIN_DESCRIPTORS - 1
-    monkeypatch.setattr(descriptors.resource, "getrlimit", lambda _: (few, few))
+    monkeypatch.setattr(system_limits.resource, "getrlimit", lambda _: (few, few))
     with pytest.raises(ConfigurationError, match=f"only {few} open files are allowed") as caught:
-        descriptors.raise_descriptor_limit()
+        system_limits.raise_descriptor_limit()
     assert "\n" not in caught.value.message
+
+
+def test_too_few_threads_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    system_limits.check_threads()
+    before = threading.active_count()
+    start, started = threading.Thread.start, []
+
+    def limited_start(thread: threading.Thread) -> None:
+        if len(started) == 5:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited_start)
+    with pytest.raises(ConfigurationError, match="only 5 threads can be started") as caught:
+        system_limits.check_threads()
+    assert "\n" not in caught.value.message
+    assert threading.active_count() == before

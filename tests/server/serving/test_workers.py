@@ -18,7 +18,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from quire.engine.errors import QueueFullError
+from quire.engine.errors import QueueFullError, StartupError
 from quire.server.http.limits import InFlight, no_loads
 from quire.server.metrics import Metrics
 from quire.server.serving import pool_worker, worker_pool
@@ -417,3 +417,34 @@ def test_workers_count_together_for_a_key_and_follow_the_file_of_keys(tmp_path: 
                 assert answer.status_code == 429  # what the old key used counts for its holder
                 assert answer.headers["x-ratelimit-limit-requests"] == "5"
         until(lambda: total(server.http, "quire:key_rejections_total", "alice") == WORKERS)
+
+
+async def test_a_worker_that_cannot_be_started_again_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when the descriptors are exhausted at that moment. The first start must succeed."""
+    monkeypatch.setattr(worker_pool, "FIRST_DELAY_SECONDS", 0.01)
+    pool = WorkerPool(load_settings(http_workers=1), None, _NoEngine(), Metrics("fake"))  # type: ignore[arg-type]
+    lives = []
+
+    async def live(index: int, life: int, folder: Path) -> int:
+        lives.append(life)
+        if life == 1:
+            raise OSError(24, "Too many open files")
+        if life == 2:
+            raise StartupError("an HTTP worker cannot be started")
+        if life == 3:
+            pool._stopping.set()
+        return 1
+
+    monkeypatch.setattr(pool, "_live", live)
+    await asyncio.wait_for(pool._keep(0, Path()), 5)
+    assert lives == [0, 1, 2, 3]
+
+    async def fails(index: int, life: int, folder: Path) -> int:
+        raise StartupError("no tokenizer")
+
+    monkeypatch.setattr(pool, "_live", fails)
+    with pytest.raises(StartupError, match="no tokenizer"):
+        await pool._keep(0, Path())
+    os.close(pool._counters)

@@ -1,14 +1,18 @@
-"""The limit of open files: it is raised at the start, and connections get what it leaves."""
+"""What the system lets this user have: open files, of which connections get what is left, and
+threads. Too little is said in one line at the start."""
 
 from __future__ import annotations
 
 import os
 import resource
+import threading
 
 from ...engine.errors import ConfigurationError
 
 MIN_DESCRIPTORS = 128
 """Descriptors without which the server does not start."""
+SPARE_THREADS = 32
+"""Threads that a server needs, beside one for each CPU."""
 RESERVE = 48
 """Descriptors that connections leave free for everything else; one in eight, if that is more."""
 PROBE_CONNECTIONS = 8
@@ -32,6 +36,27 @@ def raise_descriptor_limit() -> int:
             "the limit, for example by `ulimit -n 65536` or LimitNOFILE="
         )
     return _MOST if soft == resource.RLIM_INFINITY else soft
+
+
+def check_threads() -> None:
+    """Raise ConfigurationError unless as many threads can be started as a server needs."""
+    needed = SPARE_THREADS + (os.cpu_count() or 1)
+    enough = threading.Event()
+    threads = [threading.Thread(target=enough.wait, daemon=True) for _ in range(needed)]
+    started: list[threading.Thread] = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:  # what Python raises for EAGAIN
+        raise ConfigurationError(
+            f"only {len(started)} threads can be started, and {needed} are needed: raise the limit "
+            "of processes, `ulimit -u`, TasksMax= or the container's pids limit"
+        ) from error
+    finally:
+        enough.set()
+        for thread in started:
+            thread.join()
 
 
 def max_connections() -> int:
