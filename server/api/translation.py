@@ -9,19 +9,21 @@ chat's stream, whether they are streamed or not.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import WithJsonSchema
 
 from ...engine.errors import EngineDeadError, InvalidRequestError
-from ..json_text import encode_line
+from ..json_text import encode_json, in_one_line
 from ..requests.field_types import Fields
 from ..requests.protocol import ChatBody, path_of, validate
 from .chat import Chat
+from .whole_answers import encode_large, is_large
 
 PASSED_ON = (
     "model", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -226,9 +228,17 @@ Event = dict[str, Any]
 """A typed event; its member `type` names it."""
 
 
-def sse(event: Event) -> bytes:
-    """Encode a typed event as a server-sent event."""
-    return f"event: {event['type']}\ndata: ".encode() + encode_line(event) + b"\n\n"
+def sse(event: Event, encode: Callable[[Any], bytes] = encode_json) -> bytes:
+    """Encode a typed event as a server-sent event; `encode` makes its JSON."""
+    head = f"event: {event['type']}\ndata: ".encode()
+    return head + in_one_line(encode(event)) + b"\n\n"
+
+
+async def event_of(event: Event) -> bytes:
+    """Encode a typed event like `sse`; a large one in a thread."""
+    if event["type"].endswith(".delta") or not is_large(event):
+        return sse(event)
+    return await asyncio.to_thread(sse, event, encode_large)
 
 
 class BlockWriter(ABC):

@@ -1,4 +1,5 @@
-"""Answers in one piece. Large ones are made beside the event loop, so that streams go on."""
+"""Answers and events in one piece. Large ones are made beside the event loop, so that streams go
+on."""
 
 from __future__ import annotations
 
@@ -16,8 +17,11 @@ LARGE = 2000
 """Values beyond which an answer counts as large: making so many takes some milliseconds."""
 HUGE = 100_000
 """Values beyond which the memory that the answer took is returned to the system."""
-_DEPTH = 5
-"""Levels that are encoded by themselves: answer, choices, choice, logprobs, content, entry."""
+_DEPTH = 8
+"""Levels that are encoded by themselves: an entry of the log-probabilities in the event of a whole
+response lies below event, response, output, item, content, part and logprobs."""
+_CHARACTERS = 1024
+"""Characters of a text that count as one value."""
 
 
 def num_values(answers: Iterable[Finished], top: int) -> int:
@@ -35,10 +39,47 @@ async def json_answer(
     """
     if size <= LARGE:
         return JSONResponse(build(), headers=headers)
-    content = await asyncio.to_thread(lambda: b"".join(encode_in_pieces(build(), _DEPTH)))
+    content = await asyncio.to_thread(lambda: encode_large(build()))
     if size > HUGE:
         await asyncio.to_thread(trim)
     return Response(content, headers=headers, media_type="application/json")
+
+
+async def json_of(value: Any, headers: dict[str, str] | None = None) -> Response:
+    """Return an answer that is made already; a large one is encoded in a thread."""
+    if not is_large(value):
+        return JSONResponse(value, headers=headers)
+    content = await asyncio.to_thread(encode_large, value)
+    return Response(content, headers=headers, media_type="application/json")
+
+
+async def size_of(value: Any) -> int:
+    """Return the bytes of a value as JSON; those of a large one are counted in a thread."""
+    if not is_large(value):
+        return len(encode_json(value))
+    return await asyncio.to_thread(lambda: sum(map(len, encode_in_pieces(value, _DEPTH))))
+
+
+def is_large(value: Any) -> bool:
+    """Return whether a value of JSON holds more than LARGE values. It takes no longer than to count
+    so many."""
+    count, left = 0, [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            count += len(one) // _CHARACTERS
+        elif isinstance(one, dict | list):
+            count += len(one)
+            if count <= LARGE:
+                left += one.values() if isinstance(one, dict) else one
+        if count > LARGE:
+            return True
+    return False
+
+
+def encode_large(value: Any) -> bytes:
+    """Encode a value in pieces, for use in a thread."""
+    return b"".join(encode_in_pieces(value, _DEPTH))
 
 
 def encode_in_pieces(value: Any, depth: int) -> Iterable[bytes]:
