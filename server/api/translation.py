@@ -12,14 +12,14 @@ from __future__ import annotations
 import asyncio
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import WithJsonSchema
 
 from ...engine.errors import EngineDeadError, InvalidRequestError
-from ..json_text import encode_json, in_one_line
+from ..json_text import encode_line
 from ..requests.field_types import Fields
 from ..requests.protocol import ChatBody, path_of, validate
 from .chat import Chat
@@ -228,17 +228,22 @@ Event = dict[str, Any]
 """A typed event; its member `type` names it."""
 
 
-def sse(event: Event, encode: Callable[[Any], bytes] = encode_json) -> bytes:
-    """Encode a typed event as a server-sent event; `encode` makes its JSON."""
-    head = f"event: {event['type']}\ndata: ".encode()
-    return head + in_one_line(encode(event)) + b"\n\n"
+def sse(event: Event) -> bytes:
+    """Encode a typed event as a server-sent event."""
+    return b"%b%b\n\n" % (_head(event), encode_line(event))
+
+
+def _head(event: Event) -> bytes:
+    return f"event: {event['type']}\ndata: ".encode()
 
 
 async def event_of(event: Event) -> bytes:
     """Encode a typed event like `sse`; a large one in a thread."""
     if event["type"].endswith(".delta") or not is_large(event):
         return sse(event)
-    return await asyncio.to_thread(sse, event, encode_large)
+    content = await asyncio.to_thread(encode_large, event, _head(event))
+    content += b"\n\n"
+    return bytes(content)
 
 
 class BlockWriter(ABC):
