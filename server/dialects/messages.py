@@ -33,7 +33,7 @@ from ..requests.state import state_of
 from .messages_body import CountTokensBody, MessagesBody, check_body, names_of
 from .messages_events import PING, MessageWriter
 
-router = APIRouter(tags=["messages"], responses=errors(401, 500, model=AnthropicError))
+router = APIRouter(tags=["messages"], responses=errors(401, 429, 500, model=AnthropicError))
 
 _MESSAGE = json_object("id", "type", "role", "content", "stop_reason", "usage", content=OBJECTS)
 

@@ -87,7 +87,7 @@ def create_app(
         *(rerank, classify, invocations),
     )
     private = [*(each.router for each in endpoints), _documentation(), streams_router]
-    keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
+    keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401, 429))
     for router in private:
         keyed.include_router(router)
     public = [page.router, snapshots.public, operations.public, operations.router, adapters.router]

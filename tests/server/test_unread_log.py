@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -132,4 +131,3 @@ def test_a_server_whose_log_nobody_reads_goes_on() -> None:
         process.terminate()
         until(lambda: process.poll() is not None)
         assert process.wait() == 0
-    assert isinstance(process, subprocess.Popen)
