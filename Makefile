@@ -32,7 +32,13 @@ SITE := build/site-tools
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 NO_GPU := [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && [ ! -e /dev/nvidiactl ]
 
-.PHONY: setup serve smollm2 test test-web test-gpu test-prometheus test-kubernetes clients oldest-triton newest-triton lint types fuzz bench docs site clean
+# Tools that write and check the lists of what is installed, in an environment of their own.
+SUPPLY_CHAIN := configs/supply_chain
+LOCKS := $(SUPPLY_CHAIN)/requirements.lock $(SUPPLY_CHAIN)/requirements-cuda.lock
+TOOLS := build/supply-chain
+TOOLS_STAMP := $(TOOLS)/.installed
+
+.PHONY: setup serve smollm2 test test-web test-gpu test-prometheus test-kubernetes clients oldest-triton newest-triton lint types fuzz bench docs site lock sbom audit clean
 
 setup: $(STAMP)
 
@@ -163,6 +169,27 @@ $(SITE)/bin/mkdocs: configs/site/requirements.txt
 	$(PYTHON) -m venv $(SITE)
 	$(SITE)/bin/pip install --quiet --requirement $<
 	touch $@
+
+$(TOOLS_STAMP): $(SUPPLY_CHAIN)/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --requirement $<
+	touch $@
+
+# Resolve what the image installs, with digests, within the constraints.
+lock: $(TOOLS_STAMP)
+	$(TOOLS)/bin/python $(SUPPLY_CHAIN)/lock.py
+
+# Write bills of materials: of what is locked, with digests, and of what .venv has, with licences.
+SBOM := --pyproject pyproject.toml --output-reproducible --of JSON
+sbom: $(STAMP) $(TOOLS_STAMP)
+	cat $(LOCKS) | $(TOOLS)/bin/cyclonedx-py requirements $(SBOM) -o build/sbom.json -
+	$(TOOLS)/bin/cyclonedx-py environment $(SBOM) -o build/sbom-environment.json $(VENV)
+
+# Look for known vulnerabilities of what is locked. Fails without the network, since nothing is known then.
+audit: $(TOOLS_STAMP)
+	for lock in $(LOCKS); do \
+		$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes --requirement $$lock || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules $(WEB)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

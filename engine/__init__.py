@@ -9,7 +9,7 @@ They import only each other and the standard library. From a request inwards:
     request          a client's request, and whether it can ever run
     lora             LoRA adapters by name
     config           the engine's configuration, and what it reports when it is ready
-    main_memory      how much main memory there is to take
+    main_memory      how much main memory there is to take, and how many CPUs
     embedding_spec   how a model makes embeddings
     classifier_spec  how a model makes scores
     outputs          what the engine reports to its clients

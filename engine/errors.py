@@ -10,6 +10,7 @@ QuireError
 ├── AuthenticationError                 key missing or wrong                          → 401
 ├── OverloadedError                     refused on arrival; carries `retry_after`
 │   ├── QueueFullError                                                                → 429
+│   ├── RateLimitError              over a limit of its key                           → 429
 │   └── ShuttingDownError                                                             → 503
 ├── RequestFailedError                  admitted, then failed; others are unaffected
 │   ├── QueueTimeoutError               its deadline passed while it waited           → 503
@@ -120,6 +121,10 @@ class OverloadedError(QuireError):
 
 class QueueFullError(OverloadedError):
     code = "queue_full"
+
+
+class RateLimitError(OverloadedError):
+    code = "rate_limit_exceeded"
 
 
 class ShuttingDownError(OverloadedError):

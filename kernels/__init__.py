@@ -5,6 +5,7 @@ is the oracle of every test and the shortest statement of what a kernel computes
 
     checks.py          what every Triton launcher refuses: shapes, dtypes, layouts, devices
     prefix_groups.py   which sequences of a decode batch share a prefix that is worth reading once
+    cache_folder.py    where compiled kernels are kept
     device_copy.py     host values to the device without waiting for it
     cuda/              Triton kernels for NVIDIA GPUs; cuda/attention/ is paged attention
     cpu/               Numba kernels for the CPU

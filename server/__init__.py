@@ -21,6 +21,7 @@ The rooms, each of which may import only those below it in this list, and the gr
     requests     from a body to engine requests and back to text
     tracing      OpenTelemetry traces
     http         sockets, streams, limits, keys
+    tenants      who asks: keys, their limits, what they have used
     parsing      reasoning and tool calls in the model's text
     text         tokenizer, detokenizer
     templates    chat templates

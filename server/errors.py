@@ -10,6 +10,7 @@ QuireError (engine/errors.py)         status, `type` in the body
 ├── AuthenticationError               401 authentication_error    WWW-Authenticate
 ├── OverloadedError
 │   ├── QueueFullError                429 rate_limit_error        Retry-After: the error's own
+│   ├── RateLimitError                429 rate_limit_error        Retry-After: the error's own
 │   └── ShuttingDownError             503 overloaded_error        Retry-After: the error's own
 ├── RequestFailedError
 │   ├── QueueTimeoutError             503 timeout_error           Retry-After
@@ -72,6 +73,7 @@ ANSWERS: dict[type[QuireError], Answer] = {
     tree.StreamGoneError: Answer(410, "not_found_error"),
     tree.AuthenticationError: Answer(401, "authentication_error"),
     tree.QueueFullError: Answer(429, "rate_limit_error"),
+    tree.RateLimitError: Answer(429, "rate_limit_error"),
     tree.ShuttingDownError: Answer(503, "overloaded_error"),
     tree.QueueTimeoutError: Answer(503, "timeout_error"),
     tree.RequestTimeoutError: Answer(504, "timeout_error"),
@@ -136,7 +138,7 @@ def error_response(
     elif status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     body = error_body(error, request_id)
-    if isinstance(error, ContextLengthError) and _is_anthropic(scope):
+    if isinstance(error, ContextLengthError) and is_anthropic(scope):
         body["error"]["message"] = _of_long_prompt(error)
     return JSONResponse(_shaped(body, scope), status, headers)
 
@@ -165,13 +167,14 @@ def _of_long_prompt(error: ContextLengthError) -> str:
     return f"prompt is too long: {error.num_tokens} tokens > {error.max_model_len} maximum"
 
 
-def _is_anthropic(scope: Scope | None) -> bool:
+def is_anthropic(scope: Scope | None) -> bool:
+    """Return whether the request of `scope` is one of Anthropic's API."""
     path = "" if scope is None else scope["path"].removeprefix(scope.get("root_path", ""))
     return bool(path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"))
 
 
 def _shaped(body: dict[str, Any], scope: Scope | None) -> dict[str, Any]:
-    return anthropic_error_body(body) if _is_anthropic(scope) else body
+    return anthropic_error_body(body) if is_anthropic(scope) else body
 
 
 def client_left() -> Response:

@@ -17,7 +17,11 @@ def encode_line(value: Any) -> bytes:
     JSON needs no escape for U+0085, U+2028 and U+2029, but `str.splitlines` and the readers of
     server-sent events that are built on it take them for line ends.
     """
-    data = encode_json(value)
+    return in_one_line(encode_json(value))
+
+
+def in_one_line(data: bytes) -> bytes:
+    """Return JSON with the characters escaped at which readers may split lines."""
     if not data.isascii():
         for character, escape in _LINE_ENDS:
             data = data.replace(character, escape)

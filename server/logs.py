@@ -9,7 +9,7 @@ from typing import Any, Literal
 import structlog
 from structlog.types import EventDict, Processor
 
-from ..engine.process.json_logs import JsonFormatter, LogFormat
+from ..engine.process.json_logs import JsonFormatter, LogFormat, stderr_handler
 
 
 def resolve_format(log_format: Literal["auto", "console", "json"]) -> LogFormat:
@@ -39,7 +39,7 @@ def configure_logging(level: str, log_format: LogFormat, worker: int | None = No
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = stderr_handler()
     handler.setFormatter(formatter)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error"):

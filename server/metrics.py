@@ -6,7 +6,7 @@ come only from the server (served names, route templates, error codes), never fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -209,6 +209,13 @@ class Metrics:
             registry=self._registry,
         )
         return histogram.labels(**self._labels)
+
+    def counter_by(self, name: str, help: str, *labels: str) -> Callable[..., Counter]:
+        """Register a counter with more labels; return a function of their values."""
+        counter = Counter(
+            f"{self._prefix}:{name}", help, [*self._labels, *labels], registry=self._registry
+        )
+        return lambda *values: counter.labels(*self._labels.values(), *values)
 
     def engine_ready(self, info: EngineInfo) -> None:
         """Register the metrics that depend on the engine's sizes, at the first call only."""

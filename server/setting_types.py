@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator
-from pydantic_settings import NoDecode
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.config import JsonDict
+from pydantic_settings import BaseSettings, NoDecode
 
 from ..engine.errors import ConfigurationError
 
@@ -71,6 +73,18 @@ ReasoningParser = Literal[
     "harmony",
 ]
 """Formats of reasoning. `harmony` is another name for vLLM's `openai_gptoss`."""
+
+
+def option(
+    group: str, help: str, default: Any = None, *, details: str = "", **constraints: Any
+) -> Any:
+    """Declare a field that is a flag listed under `group`.
+
+    docs/api.md shows `details` after the help.
+    """
+    extra: JsonDict = {"group": group, "details": details}
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
+
 
 SECRETS = ("api_key", "admin_api_key")
 """Settings whose values are never shown."""
@@ -164,3 +178,34 @@ def read_speculative_config(value: Any) -> dict[str, Any]:
     if config:
         raise ValueError(f"speculative_config.{next(iter(config))}: not supported")
     return found
+
+
+class KeySettings(BaseSettings):
+    """The settings of keys, and of what each may use."""
+
+    api_key: SecretList = option(
+        "Server", "Key that clients must send as a Bearer token; repeatable.", ()
+    )
+    admin_api_key: Secret | None = option(
+        "Server", "Key of the admin endpoints, which are off without it."
+    )
+    require_api_key: bool = option("Server", "Refuse to start without a key for clients.", False)
+    api_keys_file: Path | None = option(
+        "Server",
+        "YAML file of named keys with limits of their own; read again when it changes.",
+        details="See Keys.",
+    )
+    limit_requests_per_minute: int | None = option(
+        "Limits", "Requests a minute of each key, beyond which it gets 429.", ge=1
+    )
+    limit_tokens_per_minute: int | None = option(
+        "Limits", "Prompt and output tokens a minute of each key, beyond which it gets 429.", ge=1
+    )
+    limit_concurrent_requests: int | None = option(
+        "Limits", "Requests of each key that may run at once; further ones get 429.", ge=1
+    )
+    prefix_cache_isolation: Literal["key", "none"] | None = option(
+        "Limits",
+        "key: prompts of one key are not found in the prefix cache by another. Default: key if "
+        "there are several keys.",
+    )

@@ -22,7 +22,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.config import JsonDict
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -36,30 +35,19 @@ from ..engine.errors import ConfigurationError
 from ..engine.lora import AdapterSource, read_sources
 from .setting_sources import origins_of, read_file
 from .setting_types import (
+    KeySettings,
     ReasoningParser,
-    Secret,
-    SecretList,
     ToolCallParser,
     TracesEndpoint,
     refuse_empty_keys,
     take_speculative_config,
 )
+from .setting_types import option as _option
 
 DEMO_MODEL_NAME = "quire-demo"
 
 GROUPS = ("Server", "Model", "KV cache", "Scheduling", "Limits", "Logging and metrics")
 """Headings of `quire serve --help`, in their order."""
-
-
-def _option(
-    group: str, help: str, default: Any = None, *, details: str = "", **constraints: Any
-) -> Any:
-    """Declare a field that is a flag listed under `group`.
-
-    docs/api.md shows `details` after the help.
-    """
-    extra: JsonDict = {"group": group, "details": details}
-    return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
 def _engine_options() -> dict[str, Any]:
@@ -83,9 +71,9 @@ def _engine_options() -> dict[str, Any]:
 
 if TYPE_CHECKING:
     # A type checker does not see the engine's settings: read them from `Settings.engine_config()`.
-    _EngineSettings = BaseSettings
+    _EngineSettings = KeySettings
 else:
-    _EngineSettings = create_model("_EngineSettings", __base__=BaseSettings, **_engine_options())
+    _EngineSettings = create_model("_EngineSettings", __base__=KeySettings, **_engine_options())
 
 
 NameList = Annotated[tuple[str, ...], NoDecode]
@@ -120,13 +108,6 @@ class Settings(_EngineSettings):
         ge=1,
         le=64,
     )
-    api_key: SecretList = _option(
-        "Server", "Key that clients must send as a Bearer token; repeatable.", ()
-    )
-    admin_api_key: Secret | None = _option(
-        "Server", "Key of the admin endpoints, which are off without it."
-    )
-    require_api_key: bool = _option("Server", "Refuse to start without a key for clients.", False)
     served_model_name: NameList = _option(
         "Server",
         "Name that clients ask for; repeatable, answers carry the first. Default: MODEL.",

@@ -21,7 +21,13 @@ DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 PUBLIC_MODULES = {
     *("fastapi.exceptions", "fastapi.middleware.cors", "fastapi.responses", "fastapi.security"),
     *("fastapi.routing", "jinja2.meta", "pydantic.config"),
-    *("msgspec.json", "numba.extending", "numpy.typing", "prometheus_client.core"),
+    *(
+        "msgspec.json",
+        "msgspec.structs",
+        "numba.extending",
+        "numpy.typing",
+        "prometheus_client.core",
+    ),
     *("opentelemetry.context", "opentelemetry.exporter.otlp.proto.http.trace_exporter"),
     *("opentelemetry.sdk.resources", "opentelemetry.sdk.trace", "opentelemetry.sdk.trace.export"),
     *("opentelemetry.trace", "opentelemetry.trace.propagation.tracecontext"),

@@ -60,8 +60,9 @@ RULES["server.templates"] = GROUND
 RULES["server.text"] = GROUND | {"engine.grammar", "server.templates"}
 RULES["server.parsing"] = RULES["server.text"] | {"server.text"}
 RULES["server.parsing.formats"] = RULES["server.parsing"] | {"server.parsing"}
+RULES["server.tenants"] = GROUND
 RULES["server.http"] = RULES["server.parsing.formats"] | {
-    *("server.parsing.formats", "engine.process"),
+    *("server.parsing.formats", "server.tenants", "engine.process"),
 }
 RULES["server.tracing"] = GROUND
 RULES["server.requests"] = RULES["server.http"] | {"server.http", "server.tracing"}

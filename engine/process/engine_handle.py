@@ -83,7 +83,10 @@ class EngineHandle(EngineLink):
 
     @classmethod
     async def launch(cls, launch: wire.Launch) -> EngineHandle:
-        """Start the process and send Hello. The process answers Ready or StartFailed, or exits."""
+        """Start the process and send Hello. The process answers Ready or StartFailed, or exits.
+
+        Raises OSError if there are not enough processes, descriptors or bytes for it.
+        """
         environment = engine_environment(os.environ, launch.config.num_threads)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "quire.engine.process.engine_process"),
@@ -92,7 +95,12 @@ class EngineHandle(EngineLink):
         )
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(launch) + b"\n")
-        return cls(process, launch.address)
+        try:
+            return cls(process, launch.address)
+        except zmq.ZMQError as error:
+            process.kill()
+            await process.wait()
+            raise OSError(error.errno, error.strerror) from error
 
     @property
     def pid(self) -> int:

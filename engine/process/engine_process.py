@@ -34,7 +34,7 @@ from ..request import Request
 from . import wire
 from .adapter_changes import POLL_MS, AdapterChanges, AdaptersProtocol
 from .heap import settle
-from .json_logs import JsonFormatter, LogFormat, take_over_libraries
+from .json_logs import JsonFormatter, LogFormat, stderr_handler, take_over_libraries
 from .live_views import LiveViews
 
 PR_SET_PDEATHSIG = 1
@@ -268,7 +268,7 @@ def _prepare_process(launch: wire.Launch) -> QuietStart:
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = stderr_handler()
     handler.setFormatter(_formatter(launch.log_format))
     handler.addFilter(quiet)
     if quiet.is_on:

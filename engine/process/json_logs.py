@@ -1,12 +1,21 @@
-"""What the engine's log and the server's have in common: JSON lines, and libraries' entries."""
+"""What the engine's log and the server's have in common: JSON lines, libraries' entries, and a
+handler that nobody who fails to read the log can hold up."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
+import os
+import select
+import socket
+import stat
+import sys
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, Protocol
 
 LogFormat = Literal["console", "json"]
 
@@ -50,3 +59,132 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False, default=repr)
+
+
+def stderr_handler() -> logging.Handler:
+    """Return a handler that writes to stderr, and never waits for its reader if it may have one: a
+    pipe, a socket or a terminal."""
+    try:
+        descriptor = sys.stderr.fileno()
+        mode = os.fstat(descriptor).st_mode
+    except (AttributeError, OSError, ValueError):  # stderr is closed, or no file
+        return logging.StreamHandler(sys.stderr)
+    if stat.S_ISSOCK(mode):
+        return NonBlockingHandler(_socket_writer(descriptor))
+    if stat.S_ISFIFO(mode) or os.isatty(descriptor):
+        # Opened anew, the flag is this process's own: other processes share the descriptor's.
+        with contextlib.suppress(OSError):
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            own = os.open(f"/proc/self/fd/{descriptor}", flags)
+            return NonBlockingHandler(_FileWriter(own))
+    return logging.StreamHandler(sys.stderr)
+
+
+class Writer(Protocol):
+    """Writes bytes without waiting. `fileno` is what to wait on until there is room."""
+
+    def fileno(self) -> int: ...
+
+    def write(self, data: bytes) -> int:
+        """Write what there is room for and return how much it was. Raises OSError."""
+
+    def close(self) -> None: ...
+
+
+class _FileWriter:
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def write(self, data: bytes) -> int:
+        return os.write(self._descriptor, data)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class _SocketWriter:
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+
+    def fileno(self) -> int:
+        return self._end.fileno()
+
+    def write(self, data: bytes) -> int:
+        return self._end.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    def close(self) -> None:
+        self._end.close()
+
+
+def _socket_writer(descriptor: int) -> _SocketWriter:
+    return _SocketWriter(socket.socket(fileno=os.dup(descriptor)))
+
+
+MAX_UNWRITTEN = 256 * 1024
+"""Bytes of the log that wait for a reader; later entries are dropped and counted."""
+LAST_SECONDS = 1.0
+"""Seconds that what waits may take to be written when the process ends."""
+_FULL = {errno.EAGAIN, errno.EWOULDBLOCK}
+
+
+class NonBlockingHandler(logging.Handler):
+    """Writes entries to a pipe, a socket or a terminal as far as there is room.
+
+    A log that nobody reads would hold up the event loop, and with it everybody, once the pipe is
+    full. Here entries wait, up to MAX_UNWRITTEN bytes, and are dropped beyond that. The next entry
+    that finds room is preceded by one that says how many are missing. If the reader has gone,
+    entries are dropped silently.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        super().__init__()
+        self._writer = writer
+        self._unwritten = bytearray()
+        self._dropped = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            data = self._encode(record)
+            self._flush()
+            if self._dropped and len(self._unwritten) + len(data) <= MAX_UNWRITTEN:
+                dropped, self._dropped = self._dropped, 0
+                text = "%d log entries are missing: nobody read them in time"
+                name = "quire.logs"
+                lost = logging.LogRecord(name, logging.WARNING, "", 0, text, (dropped,), None)
+                self._unwritten += self._encode(lost)
+            if len(self._unwritten) + len(data) <= MAX_UNWRITTEN:
+                self._unwritten += data
+                self._flush()
+            else:
+                self._dropped += 1
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Write what waits, within LAST_SECONDS."""
+        with self.lock or contextlib.nullcontext():
+            deadline = time.monotonic() + LAST_SECONDS
+            while self._flush() and (left := deadline - time.monotonic()) > 0:
+                select.select([], [self._writer], [], left)
+
+    def close(self) -> None:
+        self._writer.close()
+        super().close()
+
+    def _encode(self, record: logging.LogRecord) -> bytes:
+        return self.format(record).encode("utf-8", "backslashreplace") + b"\n"
+
+    def _flush(self) -> bool:
+        """Write what there is room for. Return whether something still waits."""
+        while self._unwritten:
+            try:
+                written = self._writer.write(bytes(self._unwritten[:65536]))
+            except OSError as error:
+                if error.errno not in _FULL:
+                    self._unwritten.clear()  # there is no reader any more
+                break
+            del self._unwritten[:written]
+        return bool(self._unwritten)

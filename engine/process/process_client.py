@@ -11,10 +11,10 @@ A crash ends the open streams with `engine_dead`; the HTTP process survives it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from ..config import EngineConfig, EngineInfo
 from ..errors import EngineDeadError, StartupError
@@ -124,8 +124,7 @@ class ProcessEngineClient(RemoteEngineClient):
         loop = asyncio.get_running_loop()
         try:
             while True:
-                with private_folder() as folder:
-                    ready_at = await self._run_engine(folder / "engine")
+                ready_at = await self._run_engine()
                 served = ready_at is not None and loop.time() - ready_at > STABLE_SECONDS
                 failures = 1 if served else failures + 1
                 if self._info is None or failures > self._max_restarts:
@@ -150,17 +149,30 @@ class ProcessEngineClient(RemoteEngineClient):
                     logger.error("giving up on the engine")
             self._settled.set()
 
-    async def _run_engine(self, socket_path: Path) -> float | None:
-        """Run one engine process to its end. Return the loop time when it became ready, or None."""
-        address = f"ipc://{socket_path}"
+    async def _run_engine(self) -> float | None:
+        """Run one engine process to its end. Return the loop time when it became ready, or None.
+
+        What keeps it from being started, such as a lack of descriptors, may pass, so it is a
+        failure like others.
+        """
         self._ready_at = None
-        launch = wire.Launch(self._config, address, self._core, self._log_level, self._log_format)
-        try:
-            engine = await EngineHandle.launch(launch)
-        except OSError as error:
-            logger.error("the engine process cannot be started: %s", error)
-            self._start_error = StartupError(f"the engine process cannot be started: {error}")
-            return None
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = stack.enter_context(private_folder())
+                engine = await EngineHandle.launch(self._launch(f"ipc://{folder / 'engine'}"))
+            except OSError as error:
+                reason = error.strerror or str(error)
+                logger.error("the engine process cannot be started: %s", reason)
+                self._start_error = StartupError(f"the engine process cannot be started: {reason}")
+                return None
+            await self._serve_engine(engine)
+        return self._ready_at
+
+    def _launch(self, address: str) -> wire.Launch:
+        return wire.Launch(self._config, address, self._core, self._log_level, self._log_format)
+
+    async def _serve_engine(self, engine: EngineHandle) -> None:
+        """Talk to an engine process until it ends."""
         self._engine = engine
         helpers = [
             asyncio.create_task(self._read(engine), name="engine reader"),
@@ -179,7 +191,6 @@ class ProcessEngineClient(RemoteEngineClient):
         for result in results:
             if isinstance(result, Exception):
                 logger.error("the engine's client failed", exc_info=result)
-        return self._ready_at
 
     async def _engine_ended(self, engine: EngineHandle) -> None:
         if self._state is State.READY:

@@ -14,6 +14,7 @@ from ..devices.backend import Backend, CacheDemand
 from ..devices.choose import choose_backend
 from ..errors import ConfigurationError
 from ..lora import AdapterSource
+from ..main_memory import cpu_quota
 from ..model.causal_lm import CausalLM
 from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model
@@ -181,8 +182,5 @@ def default_num_threads() -> int | None:
     for cpu in os.sched_getaffinity(0):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    limit = len(cores)
-    if quota.exists() and (fields := quota.read_text().split())[0] != "max":
-        limit = max(1, int(fields[0]) // int(fields[1]))
-    return min(len(cores), limit)
+    quota = cpu_quota()
+    return len(cores) if quota is None else min(len(cores), max(1, int(quota)))

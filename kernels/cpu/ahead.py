@@ -31,6 +31,7 @@ from .body import (
     tasks_of,
 )
 from .compiling import Task, is_compiled
+from .numbers import CACHE
 from .products import FloatWeight, PackedWeight, make_quantised, make_tiles
 from .region import compile_region
 from .sampling import draw_task
@@ -86,7 +87,8 @@ def compile_ahead(build: Build) -> None:
         return
     null = subprocess.DEVNULL
     command = [sys.executable, "-P", "-m", __name__, *filter(None, build)]
-    process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
+    where = {**os.environ, "NUMBA_CACHE_DIR": str(CACHE.parent)}
+    process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, env=where)
     threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
 
 

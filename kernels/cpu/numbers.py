@@ -11,7 +11,6 @@ It does without torch, which a process that only compiles need not wait for.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numba
@@ -20,6 +19,8 @@ from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+
+from ..cache_folder import cache_folder
 
 # Numba compiles a cached function again if the function's own file has changed, but not if a file
 # has changed whose functions it calls. So the cache is kept by all that the machine code depends
@@ -33,8 +34,7 @@ _NAME = numba.config.CPU_NAME or binding.get_host_cpu_name()
 _PARTS = (numba.__version__, _NAME, str(sorted(FEATURES.items())))
 _SOURCES = [path.read_bytes() for path in sorted(_HERE.rglob("*.py"))]
 _DIGEST = hashlib.sha256(b"".join((*_SOURCES, *map(str.encode, _PARTS)))).hexdigest()[:16]
-_CACHE = _HERE / "__pycache__" if os.access(_HERE, os.W_OK) else Path.home() / ".cache" / "quire"
-CACHE = Path(numba.config.CACHE_DIR or _CACHE) / f"numba-{_DIGEST}"
+CACHE = cache_folder(f"numba-{_DIGEST}", numba.config.CACHE_DIR, _HERE)
 numba.config.CACHE_DIR = str(CACHE)
 
 # The first one is torch's own pool of threads, if the system has GNU's OpenMP. Numba sets its size

@@ -99,9 +99,10 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """List the served model under each of its names, and its LoRA adapters."""
+    """List the served model under each of its names, and its LoRA adapters, as far as the key may
+    use them."""
     state = state_of(request)
-    names = [*state.settings.served_names, *state.adapters]
+    names = filter(state.may_use, [*state.settings.served_names, *state.adapters])
     return {"object": "list", "data": [_card(state, name) for name in names]}
 
 
@@ -109,7 +110,8 @@ async def list_models(request: Request) -> dict[str, Any]:
 async def get_model(request: Request, name: str) -> dict[str, Any]:
     """Describe the model or the LoRA adapter that is served under this name."""
     state = state_of(request)
-    if name not in (*state.settings.served_names, *state.adapters):
+    known = name in (*state.settings.served_names, *state.adapters)
+    if not (known and state.may_use(name)):
         raise ModelNotFoundError(f"the model {ascii(name[:128])} is not served here", "model")
     return _card(state, name)
 

@@ -22,6 +22,7 @@ from ..requests.chat_prompt import check_chat, encode_chat, settings_without_eff
 from ..requests.protocol import DetokenizeBody, TokenizeBody, TokenizeChatBody, validate
 from ..requests.state import state_of
 from .answers import ignored_header
+from .whole_answers import json_of
 
 router = APIRouter(tags=["tokenizer"])
 
@@ -66,7 +67,7 @@ async def tokenize(request: Request) -> Response:
     if return_strings:
         # As the vocabulary spells them, with Ġ or ▁ for a space: so do transformers and vLLM.
         answer["token_strs"] = list(map(state.tokenizer.backend.id_to_token, token_ids))
-    return JSONResponse(answer, headers=ignored_header(ignored, changes))
+    return await json_of(answer, ignored_header(ignored, changes))
 
 
 @router.post(

@@ -9,6 +9,7 @@ chat's stream, whether they are streamed or not.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from ..json_text import encode_line
 from ..requests.field_types import Fields
 from ..requests.protocol import ChatBody, path_of, validate
 from .chat import Chat
+from .whole_answers import encode_large, is_large
 
 PASSED_ON = (
     "model", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -228,7 +230,20 @@ Event = dict[str, Any]
 
 def sse(event: Event) -> bytes:
     """Encode a typed event as a server-sent event."""
-    return f"event: {event['type']}\ndata: ".encode() + encode_line(event) + b"\n\n"
+    return b"%b%b\n\n" % (_head(event), encode_line(event))
+
+
+def _head(event: Event) -> bytes:
+    return f"event: {event['type']}\ndata: ".encode()
+
+
+async def event_of(event: Event) -> bytes:
+    """Encode a typed event like `sse`; a large one in a thread."""
+    if event["type"].endswith(".delta") or not is_large(event):
+        return sse(event)
+    content = await asyncio.to_thread(encode_large, event, _head(event))
+    content += b"\n\n"
+    return bytes(content)
 
 
 class BlockWriter(ABC):

@@ -16,9 +16,11 @@ from starlette.exceptions import HTTPException
 
 from ...engine.errors import InvalidRequestError
 from ..api.answers import DELETED, ignored_header
+from ..api.whole_answers import json_of, size_of
 from ..http.body import read_json_object
 from ..http.responses_store import Stored
 from ..http.route_docs import BODY_ERRORS, OBJECTS, answers, errors, json_body, json_object
+from ..json_text import encode_json
 from ..requests.field_types import Fields
 from ..requests.state import state_of
 from .hints import Ignored
@@ -71,7 +73,7 @@ async def create_conversation(request: Request) -> Response:
         "created_at": int(time.time()),
         "metadata": body.metadata or {},
     }
-    _keep(request, conversation, items)
+    _keep(request, conversation, items, await size_of(conversation) + await size_of(items))
     return JSONResponse(conversation, headers=ignored_header(ignored.names))
 
 
@@ -103,7 +105,8 @@ async def update_conversation(request: Request, conversation_id: str) -> Respons
     body = ignored.check(ConversationUpdate, fields)
     found = _found(request, conversation_id)
     changed = {**found.response, "metadata": body.metadata or {}}
-    _keep(request, changed, found.items)
+    num_bytes = found.num_bytes + len(encode_json(changed)) - len(encode_json(found.response))
+    _keep(request, changed, found.items, num_bytes)
     return JSONResponse(changed, headers=ignored_header(ignored.names))
 
 
@@ -139,7 +142,7 @@ async def list_items(
     if (answer := state_of(request).siblings.forward(request, conversation_id)) is not None:
         return answer
     items = _found(request, conversation_id).items
-    return JSONResponse(page_of(items, limit=limit, order=order, after=after))
+    return await json_of(page_of(items, limit=limit, order=order, after=after))
 
 
 @router.post(
@@ -156,10 +159,11 @@ async def add_items(request: Request, conversation_id: str) -> Response:
         return answer
     ignored = Ignored(strict=state.settings.strict)
     new = _checked(ignored.check(NewItems, fields).items, ignored)
+    added = await size_of(new)
     found = _found(request, conversation_id)
-    _keep(request, found.response, [*found.items, *new])
+    _keep(request, found.response, [*found.items, *new], found.num_bytes + added)
     page = page_of(new, limit=len(new), order="asc", after=None)
-    return JSONResponse(page, headers=ignored_header(ignored.names))
+    return await json_of(page, ignored_header(ignored.names))
 
 
 @router.get(
@@ -172,7 +176,7 @@ async def get_item(request: Request, conversation_id: str, item_id: str) -> Resp
     if (answer := state_of(request).siblings.forward(request, conversation_id)) is not None:
         return answer
     items = _found(request, conversation_id).items
-    return JSONResponse(items[_place(items, item_id)])
+    return await json_of(items[_place(items, item_id)])
 
 
 @router.delete(
@@ -185,8 +189,11 @@ async def delete_item(request: Request, conversation_id: str, item_id: str) -> R
     if (answer := state_of(request).siblings.forward(request, conversation_id)) is not None:
         return answer
     found = _found(request, conversation_id)
+    freed = await size_of(found.items[_place(found.items, item_id)])
+    found = _found(request, conversation_id)  # it may have changed meanwhile
     place = _place(found.items, item_id)
-    _keep(request, found.response, [*found.items[:place], *found.items[place + 1 :]])
+    left = [*found.items[:place], *found.items[place + 1 :]]
+    _keep(request, found.response, left, found.num_bytes - freed)
     return JSONResponse(found.response)
 
 
@@ -206,9 +213,11 @@ def _found(request: Request, conversation_id: str) -> Stored:
     return found
 
 
-def _keep(request: Request, conversation: dict[str, Any], items: list[dict[str, Any]]) -> None:
+def _keep(
+    request: Request, conversation: dict[str, Any], items: list[dict[str, Any]], num_bytes: int
+) -> None:
     key = key_of(request, conversation["id"])
-    if not state_of(request).responses.add(key, conversation, items):
+    if not state_of(request).responses.add(key, conversation, items, num_bytes):
         raise InvalidRequestError(
             "items: the conversation is larger than --max-stored-response-bytes", "items"
         )

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from ..api.answers import ignored_header, refusals_counted
 from ..api.chat import Chat
 from ..api.translation import renamed, renamed_path, sse, without_effect
+from ..api.whole_answers import json_of
 from ..errors import anthropic_error_body, client_left, error_body
 from ..http.body import read_json_object
 from ..http.route_docs import (
@@ -32,7 +33,7 @@ from ..requests.state import state_of
 from .messages_body import CountTokensBody, MessagesBody, check_body, names_of
 from .messages_events import PING, MessageWriter
 
-router = APIRouter(tags=["messages"], responses=errors(401, 500, model=AnthropicError))
+router = APIRouter(tags=["messages"], responses=errors(401, 429, 500, model=AnthropicError))
 
 _MESSAGE = json_object("id", "type", "role", "content", "stop_reason", "usage", content=OBJECTS)
 
@@ -86,7 +87,7 @@ async def create_message(request: Request) -> Response:
         message = await run_until_disconnect(
             request.receive, _collect(writer, chat), chat.job.deadline
         )
-    return client_left() if message is None else JSONResponse(message, headers=headers)
+    return client_left() if message is None else await json_of(message, headers)
 
 
 @router.post(

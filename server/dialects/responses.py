@@ -17,7 +17,8 @@ from starlette.exceptions import HTTPException
 from ...engine.errors import InvalidRequestError, RequestTimeoutError
 from ..api.answers import DELETED, ignored_header, refusals_counted
 from ..api.chat import Chat
-from ..api.translation import Event, renamed, sse, without_effect
+from ..api.translation import Event, event_of, renamed, without_effect
+from ..api.whole_answers import json_of, size_of
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.responses_store import Key, ResponseStore, Running, Stored
@@ -68,12 +69,12 @@ async def create_response(request: Request) -> Response:
     headers = ignored_header(ignored.names, run.chat.job.prompt_changes)
     if body.background:
         state.responses.run(run.key, run.writer.response, run.run_in_background())
-        return JSONResponse(run.writer.response, headers=headers)
+        return await json_of(run.writer.response, headers)
     ticket, deadline = run.chat.ticket, run.chat.job.deadline
     if body.stream:
         return EventStream(
             run.stream(),
-            on_failure=lambda error: [sse(event) for event in run.fail(error)],
+            on_failure=run.last_events,
             on_close=ticket.close,
             request_id=request.state.request_id,
             deadline=deadline,
@@ -84,7 +85,7 @@ async def create_response(request: Request) -> Response:
         )
     with ticket:
         response = await run_until_disconnect(request.receive, run.collect(), deadline)
-    return client_left() if response is None else JSONResponse(response, headers=headers)
+    return client_left() if response is None else await json_of(response, headers)
 
 
 @router.get(
@@ -98,7 +99,9 @@ async def get_response(request: Request, response_id: str) -> Response:
         raise InvalidRequestError("stream: a stored response cannot be streamed", "stream")
     if (answer := state_of(request).siblings.forward(request, response_id)) is not None:
         return answer
-    return JSONResponse(found_response(request, response_id).response)
+    response = found_response(request, response_id).response
+    # One that runs grows by whole items, also while this is encoded.
+    return await json_of({**response, "output": list(response["output"])})
 
 
 @router.post(
@@ -116,7 +119,7 @@ async def cancel_response(request: Request, response_id: str) -> Response:
             "only a response that was created with `background` can be cancelled", "response_id"
         )
     await state_of(request).responses.cancel(key_of(request, response_id))
-    return JSONResponse(response)
+    return await json_of(response)
 
 
 @router.delete(
@@ -195,14 +198,14 @@ class ResponseRun:
         async with aclosing(self.writer.events(self.chat)) as events:
             async for event in events:
                 if self.writer.ended:
-                    self._store()
+                    await self._store()
                 yield event
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Run to the end and yield all events, encoded. Raises QuireError."""
         async with aclosing(self._events()) as events:
             async for event in events:
-                yield sse(event)
+                yield await event_of(event)
 
     async def collect(self) -> dict[str, Any]:
         """Run to the end and return the response. Raises QuireError."""
@@ -211,11 +214,15 @@ class ResponseRun:
                 pass
         return self.writer.response
 
-    def fail(self, error: Exception) -> list[Event]:
+    async def fail(self, error: Exception) -> list[Event]:
         """End the response as failed, store it, and return its last events."""
         events = list(self.writer.fail(error, self._request_id))
-        self._store()
+        await self._store()
         return events
+
+    async def last_events(self, error: Exception) -> list[bytes]:
+        """Do as `fail`, and return the events encoded."""
+        return [await event_of(event) for event in await self.fail(error)]
 
     async def run_in_background(self) -> None:
         """Run to the end and store the response, whether it completes, fails or is cancelled."""
@@ -226,25 +233,30 @@ class ResponseRun:
                 await self.collect()
         except asyncio.CancelledError:
             self.writer.cancel()
-            self._store()
+            await self._store()
         except TimeoutError:
-            self.fail(RequestTimeoutError("the request took longer than its timeout"))
+            await self.fail(RequestTimeoutError("the request took longer than its timeout"))
         except Exception as error:
             log_failure(error, self._request_id)
-            self.fail(error)
+            await self.fail(error)
         finally:
             self.chat.ticket.close()
 
-    def _store(self) -> None:
+    async def _store(self) -> None:
         response = self.writer.response
         if response["store"]:
-            self._responses.add(self.key, response, self._items + response["output"])
+            items = self._items + response["output"]
+            num_bytes = await size_of(response) + await size_of(items)
+            self._responses.add(self.key, response, items, num_bytes)
         if self._conversation is not None and response["status"] in ("completed", "incomplete"):
             key, given = self._conversation
+            new = [*with_ids(given), *response["output"]]
+            added = await size_of(new)
+            # From here on nothing waits, so that no other response's items are lost.
             found = self._responses.find(key)
             if isinstance(found, Stored):  # it may have been deleted meanwhile
-                items = [*found.items, *with_ids(given), *response["output"]]
-                if not self._responses.add(key, found.response, items):
+                num_bytes = found.num_bytes + added
+                if not self._responses.add(key, found.response, [*found.items, *new], num_bytes):
                     log.warning("conversation_full", conversation=key[1])
 
 

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from ...engine.errors import InvalidRequestError
 from ..api.answers import ignored_header, refusals_counted
 from ..api.translation import renamed, renamed_path
+from ..api.whole_answers import json_of
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.responses_store import Running
@@ -65,7 +66,7 @@ async def list_input_items(
     if isinstance(found, Running):
         raise InvalidRequestError("the response has not ended yet", "response_id")
     items = found.items[: len(found.items) - len(found.response["output"])]
-    return JSONResponse(page_of(_with_places(items), limit=limit, order=order, after=after))
+    return await json_of(page_of(_with_places(items), limit=limit, order=order, after=after))
 
 
 def _with_places(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -177,4 +178,4 @@ async def compact(request: Request) -> Response:
         "output": [*with_ids(kept), compaction],
         "usage": response["usage"],
     }  # fmt: skip
-    return JSONResponse(answer_body, headers=ignored_header(ignored.names))
+    return await json_of(answer_body, ignored_header(ignored.names))

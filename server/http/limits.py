@@ -7,6 +7,7 @@ from types import TracebackType
 from ...engine.client import EngineClient
 from ...engine.errors import QueueFullError, ShuttingDownError
 from ..settings import Settings
+from ..tenants.caller import Charge, present_caller
 
 LOAD_FIELDS = 3
 """Counters per process: queued, running, queued tokens."""
@@ -66,7 +67,8 @@ class InFlight:
     def admit(self, num_sequences: int, num_characters: int, num_tokens: int = 0) -> Ticket:
         """Charge a request for its sequences and for the characters and token ids of its prompts.
 
-        Raises QueueFullError or ShuttingDownError, and then charges nothing.
+        Raises QueueFullError, ShuttingDownError, or RateLimitError if its key has used up its own
+        limits, and then charges nothing.
         """
         if self.draining:
             raise ShuttingDownError("the server is shutting down", self._settings.shutdown_timeout)
@@ -89,15 +91,21 @@ class InFlight:
             raise QueueFullError(
                 f"{self.queued_tokens} prompt tokens are waiting; the limit is {limit}"
             )
-        return Ticket(self, num_sequences, tokens)
+        caller = present_caller.get()
+        charge = None if caller is None else caller.admit(tokens)
+        return Ticket(self, num_sequences, tokens, charge)
 
 
 class Ticket:
-    """One request's share of the counters; a context manager that gives it back at exit."""
+    """One request's share of the counters; a context manager that gives it back at exit. `charge`
+    is what it costs its key, if that is counted."""
 
-    __slots__ = ("_in_flight", "_running", "_sequences", "_tokens")
+    __slots__ = ("_charge", "_in_flight", "_running", "_sequences", "_tokens")
 
-    def __init__(self, in_flight: InFlight, sequences: int, tokens: int) -> None:
+    def __init__(
+        self, in_flight: InFlight, sequences: int, tokens: int, charge: Charge | None = None
+    ) -> None:
+        self._charge = charge
         self._in_flight = in_flight
         self._sequences = sequences
         self._tokens = tokens
@@ -106,8 +114,20 @@ class Ticket:
 
     def tokenised(self, tokens: int) -> None:
         """Replace the estimate by the true number of prompt tokens."""
+        if self._charge is not None:
+            self._charge.add(tokens - self._tokens)
         self._in_flight.count(0, 0, tokens - self._tokens)
         self._tokens = tokens
+
+    @property
+    def key_name(self) -> str:
+        """The name of the key that the request came with; empty if it has none."""
+        return "" if self._charge is None else self._charge.name
+
+    def generated(self, tokens: int) -> None:
+        """Charge the key for output tokens."""
+        if self._charge is not None:
+            self._charge.add(tokens)
 
     def started(self) -> None:
         """Count the request as running: its first token has come. Idempotent."""
@@ -116,7 +136,9 @@ class Ticket:
             self._in_flight.count(-self._sequences, self._sequences, -self._tokens)
 
     def close(self) -> None:
-        """Give the share back. Idempotent."""
+        """Give the share back, and what the key was charged if nothing was computed. Idempotent."""
+        if self._charge is not None:
+            self._charge.close(computed=self._running)
         self.started()
         self._in_flight.count(0, -self._sequences, 0)
         self._sequences = 0

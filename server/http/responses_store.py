@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from ..json_text import encode_json
 from ..settings import Settings
 
 Key = tuple[bytes, str]
@@ -60,10 +59,14 @@ class ResponseStore:
     def __len__(self) -> int:
         return len(self._ended)
 
-    def add(self, key: Key, response: dict[str, Any], items: list[dict[str, Any]]) -> bool:
-        """Keep a response that has ended, or a conversation in the place of what it was. Returns
-        False, and keeps what there was, if it alone exceeds the bound on bytes."""
-        num_bytes = len(encode_json(response)) + len(encode_json(items))
+    def add(
+        self, key: Key, response: dict[str, Any], items: list[dict[str, Any]], num_bytes: int
+    ) -> bool:
+        """Keep a response that has ended, or a conversation in the place of what it was.
+
+        `num_bytes` are those of both as JSON, which the caller counts, since that may take long.
+        Returns False, and keeps what there was, if they alone exceed the bound on bytes.
+        """
         if num_bytes > self._max_bytes:
             return False
         if key in self._ended:

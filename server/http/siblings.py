@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...engine.errors import EngineNotReadyError
 from ..errors import error_response
+from ..tenants.rates import Rates
+from ..tenants.tenant import Tenant
 from .limits import LOAD_FIELDS, no_loads
 from .sse import cancel, disconnected
 from .worker_link import Link
@@ -36,8 +39,9 @@ _Message = dict[str, Any]
 class Siblings:
     """This worker's place among all HTTP workers; by default there is only one.
 
-    `index` is its number, `loads` the memory that all workers count in (see limits.py), and
-    `folder` holds their sockets (None if there is only one worker).
+    `index` is its number, `loads` the memory that all workers count in (see limits.py), `rates`
+    what they count for each key, and `folder` holds their sockets (None if there is only one
+    worker). `tenants` are those that the main process has read, None if there is no other process.
     """
 
     def __init__(
@@ -45,9 +49,13 @@ class Siblings:
         index: int = 0,
         loads: memoryview[int] | None = None,
         folder: Path | None = None,
+        rates: Rates | None = None,
+        tenants: Sequence[Tenant] | None = None,
     ) -> None:
         self.index = index
         self.loads = no_loads(1) if loads is None else loads
+        self.rates = rates or Rates()
+        self.tenants = tenants
         self._folder = folder
         self._server: asyncio.Server | None = None
 

@@ -31,6 +31,9 @@ DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"
 """A comment that clients skip, sent to keep silent connections open."""
 
+OnFailure = Callable[[Exception], list[bytes] | Awaitable[list[bytes]]]
+"""Makes the last events of a stream that has failed, at once or beside the event loop."""
+
 _Result = TypeVar("_Result")
 
 
@@ -87,7 +90,7 @@ async def produce(
     events: AsyncGenerator[bytes, None],
     sink: Sink,
     *,
-    on_failure: Callable[[Exception], list[bytes]],
+    on_failure: OnFailure,
     request_id: str,
     deadline: float | None,
     end: bytes = DONE,
@@ -117,7 +120,8 @@ async def produce(
             log_failure(failure, request_id)
             if not begun:
                 sink.early_failure = failure
-            for chunk in on_failure(failure):
+            last = on_failure(failure)
+            for chunk in last if isinstance(last, list) else await last:
                 sink.put(chunk)
         if end:
             sink.put(end)
@@ -208,7 +212,7 @@ class EventStream(SseResponse):
         self,
         events: AsyncGenerator[bytes, None],
         *,
-        on_failure: Callable[[Exception], list[bytes]],
+        on_failure: OnFailure,
         on_close: Callable[[], None],
         request_id: str,
         deadline: float | None,

@@ -1,6 +1,6 @@
 """The messages between the main process and its HTTP workers, over one socket pair per worker.
 
-    main → worker   Setup, then EngineUpdate · AskSamples · Page · Drain · Stop
+    main → worker   Setup, then EngineUpdate · KeysUpdate · AskSamples · Page · Drain · Stop
     worker → main   Up | Failed, then Samples · AskPage
 
 A frame is its length and a message in msgpack. If the link ends, the other process has ended.
@@ -17,6 +17,7 @@ import msgspec
 
 from ...engine.process.remote_client import EngineStatus
 from ..metrics_sum import Sample
+from ..tenants.tenant import Tenant
 
 _LENGTH_BYTES = 4
 
@@ -25,7 +26,8 @@ class Setup(msgspec.Struct, tag=True):
     """What a worker needs to start.
 
     `settings` are those of the server, and `folder` holds the workers' private sockets. `listener`
-    (the shared socket) and `loads` (the shared counters) are open file descriptors.
+    (the shared socket) and `counters` (the shared memory, see shared_counters.py) are open file
+    descriptors. `tenants` are those whose keys are valid.
     """
 
     settings: dict[str, Any]
@@ -34,13 +36,20 @@ class Setup(msgspec.Struct, tag=True):
     created: int
     folder: str
     listener: int
-    loads: int
+    counters: int
+    tenants: list[Tenant]
 
 
 class EngineUpdate(msgspec.Struct, tag=True):
     """The state of the engine has changed."""
 
     status: EngineStatus
+
+
+class KeysUpdate(msgspec.Struct, tag=True):
+    """The file of keys has changed: these are the tenants from now on."""
+
+    tenants: list[Tenant]
 
 
 class AskSamples(msgspec.Struct, tag=True):
@@ -82,7 +91,7 @@ class AskPage(msgspec.Struct, tag=True):
     """Ask for the metrics page of all workers; Pages answer in the order of asking."""
 
 
-ToWorker = Setup | EngineUpdate | AskSamples | Page | Drain | Stop
+ToWorker = Setup | EngineUpdate | KeysUpdate | AskSamples | Page | Drain | Stop
 ToMain = Up | Failed | Samples | AskPage
 
 _In = TypeVar("_In")

@@ -260,6 +260,7 @@ class Generation:
         """Add the first `num_tokens` tokens of an output to its choice and to the metrics."""
         choice.num_tokens += num_tokens
         self._state.metrics.tokens_generated(num_tokens)
+        self._ticket.generated(num_tokens)
         choice.pending_ids += output.token_ids[:num_tokens]
         if (offsets := choice.detokenizer.offsets) is not None:
             offsets += [choice.detokenizer.length] * (num_tokens - len(offsets))
@@ -310,6 +311,10 @@ class Generation:
             )
             records.append(record)
             self._state.metrics.request_finished(record)
+            key_name = self._ticket.key_name
+            self._state.key_metrics.finished(
+                key_name, record.prompt_tokens, sum(record.generation_tokens)
+            )
             if self._state.settings.enable_log_requests:
                 log.info(
                     "request_finished",
@@ -319,6 +324,7 @@ class Generation:
                     generation_tokens=record.generation_tokens,
                     finish_reasons=reasons,
                     seconds=round(time.monotonic() - request.arrival_time, 4),
+                    key=key_name or None,
                 )
         if self._trace is not None:
             self._trace.generation_ended(

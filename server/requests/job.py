@@ -13,6 +13,7 @@ from ...engine.reasoning import ReasoningSpec
 from ...engine.request import GrammarSpec, Pooling, Request
 from ...engine.sampling_params import SamplingParams
 from ..settings import Settings
+from ..tenants.caller import salted
 from .protocol import GenerationBody
 from .sampling import with_max_tokens
 from .state import ServerState
@@ -133,7 +134,7 @@ def _make_request(
         queue_deadline=deadlines.queue,
         deadline=deadlines.total,
         priority=body.priority or 0,
-        cache_salt=body.cache_salt,
+        cache_salt=salted(body.cache_salt, isolated=state.isolates_keys),
         grammar=parts.grammar,
         pooling=parts.pooling,
         reasoning=_with_budget(parts.reasoning),

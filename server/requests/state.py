@@ -22,6 +22,9 @@ from ..parsing.formats.message_format import MessageFormat
 from ..parsing.formats.reasoning_marks import ReasoningMarks
 from ..settings import Settings
 from ..templates.chat_template import read_template
+from ..tenants.caller import present_caller
+from ..tenants.key_metrics import KeyMetrics
+from ..tenants.key_ring import KeyRing, KeySource
 from ..text.grammar_check import GrammarCheck
 from ..text.tokenizer import Tokenizer
 
@@ -63,7 +66,11 @@ class ServerState:
         style = self.message_format.reasoning
         self.reasoning_marks = ReasoningMarks(style, tokenizer) if style is not None else None
         self.grammar_check = GrammarCheck()
-        self.keys = Keys(settings)
+        self.key_source = KeySource(settings) if siblings.tenants is None else None
+        """Where the keys come from; None if the main process reads them for its HTTP workers."""
+        tenants = siblings.tenants if self.key_source is None else self.key_source.tenants
+        self.key_metrics = KeyMetrics(metrics)
+        self.keys = Keys(KeyRing(tenants or ()), siblings.rates, self.key_metrics)
         self.siblings = siblings
         self.in_flight = InFlight(settings, engine, siblings.index, siblings.loads)
         self.responses = ResponseStore(settings)
@@ -109,11 +116,26 @@ class ServerState:
 
     def check_model(self, name: str | None) -> None:
         """Raise ModelNotFoundError unless `name` is a served name, that of a loaded LoRA adapter,
-        or left out."""
+        or left out, and the present request's key may use it."""
+        if not self.may_use(self.model_name if name is None else name):
+            raise ModelNotFoundError(
+                f"the model {(name or self.model_name)[:128]!r} is not served to this key", "model"
+            )
         if name is None or name in self.settings.served_names:
             return
         if name not in self.adapters:
             raise ModelNotFoundError(f"the model {name[:128]!r} is not served here", "model")
+
+    def may_use(self, name: str) -> bool:
+        """Return whether the present request's key may use the model or adapter `name`."""
+        caller = present_caller.get()
+        return caller is None or caller.tenant.may_use(name)
+
+    @property
+    def isolates_keys(self) -> bool:
+        """Whether what one key has cached is kept from the others."""
+        chosen = self.settings.prefix_cache_isolation
+        return self.keys.has_several if chosen is None else chosen == "key"
 
     def check_ready(self) -> None:
         """Raise EngineNotReadyError while the engine loads or restarts, or if it has given up."""

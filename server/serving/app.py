@@ -31,11 +31,13 @@ from ..http.middleware import (
 )
 from ..http.route_docs import errors
 from ..http.siblings import Siblings
+from ..http.sse import cancel
 from ..live import page, snapshots
 from ..metrics import Metrics
 from ..requests.state import ServerState
 from ..scoring import classify, rerank
 from ..settings import Settings
+from ..tenants import rate_headers
 from ..text.tokenizer import Tokenizer
 from ..tracing.middleware import TracingMiddleware
 from ..tracing.start import make_tracer
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 EXPOSED_HEADERS = (
     *("x-request-id", "x-quire-ignored-params", "x-quire-prompt-changes", "x-quire-stream-id"),
     *("retry-after", "allow", "accept-encoding", "www-authenticate"),
+    *rate_headers.NAMES,
 )
 """Headers of answers that scripts of an allowed origin may read."""
 
@@ -100,7 +103,7 @@ def _include_routers(app: FastAPI) -> None:
         *(rerank, classify, invocations),
     )
     private = [*(each.router for each in endpoints), streams_router]
-    keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401))
+    keyed = APIRouter(dependencies=[Depends(require_client_key)], responses=errors(401, 429))
     for router in private:
         keyed.include_router(router)
     public = [page.router, snapshots.public, operations.public, _documentation()]
@@ -114,9 +117,14 @@ def _include_routers(app: FastAPI) -> None:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: ServerState = app.state.quire
     await state.engine.start()
+    watching = None
+    if state.key_source is not None and state.settings.api_keys_file is not None:
+        watching = asyncio.create_task(state.key_source.watch(state.keys.ring.replace))
     try:
         yield
     finally:
+        if watching is not None:
+            await cancel(watching)
         state.begin_drain()
         await state.responses.close()
         state.grammar_check.close()
@@ -131,6 +139,7 @@ def _add_middleware(
 ) -> None:
     # The middleware added last is the outermost.
     limit = int(settings.max_body_bytes)
+    app.add_middleware(rate_headers.RateHeadersMiddleware)
     app.add_middleware(ConnectionMiddleware)
     app.add_middleware(ContentEncodingMiddleware, max_bytes=limit)
     app.add_middleware(BodyLimitMiddleware, max_bytes=limit)

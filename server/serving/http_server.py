@@ -14,6 +14,7 @@ from ...engine.process.json_logs import take_over_libraries
 from ..metrics import Metrics
 from ..settings import Settings
 from ..text.torch_free import import_transformers
+from .system_limits import max_connections
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -50,14 +51,17 @@ def build_app(
 
 
 def uvicorn_server(settings: Settings, app: FastAPI) -> uvicorn.Server:
-    """Return an HTTP server for the application, with limits of our own on headers."""
-    from ..http.http_protocol import MAX_HEADER_BYTES, GuardedH11Protocol, HeaderCountMiddleware
+    """Return an HTTP server for the application, with limits of our own on headers and on the
+    number of connections."""
+    from ..http.http_protocol import MAX_HEADER_BYTES, HeaderCountMiddleware
+    from .connections import BoundedProtocol, Connections, ProbesOnlyMiddleware
 
-    class Protocol(GuardedH11Protocol):
+    class Protocol(BoundedProtocol):
         write_seconds = settings.stream_stall_timeout
+        all_open = Connections(max_connections())
 
     config = uvicorn.Config(
-        HeaderCountMiddleware(app),
+        HeaderCountMiddleware(ProbesOnlyMiddleware(app, settings.root_path.rstrip("/"))),
         http=Protocol,
         ws="none",
         lifespan="on",

@@ -10,7 +10,6 @@ tells it to, or when the main process itself ends.
 from __future__ import annotations
 
 import asyncio
-import mmap
 import os
 import signal
 import socket
@@ -31,7 +30,9 @@ from ..http.worker_link import Link, ToMain, ToWorker
 from ..logs import configure_logging, resolve_format
 from ..metrics import Metrics
 from ..settings import Settings
+from ..tenants.rates import Rates
 from .http_server import build_app, uvicorn_server
+from .shared_counters import SharedCounters
 
 if TYPE_CHECKING:
     from ..requests.state import ServerState
@@ -60,8 +61,7 @@ async def _run(end: socket.socket) -> int:
     configure_logging(settings.log_level, resolve_format(settings.log_format), setup.index)
     metrics = Metrics(settings.served_names[0], settings.metrics_prefix)
     engine = AttachedEngineClient(setup.engine_name, observer=metrics)
-    loads = memoryview(mmap.mmap(setup.loads, 0)).cast("q")
-    siblings = Siblings(setup.index, loads, Path(setup.folder))
+    siblings = _siblings(setup, settings.http_workers)
     try:
         app = await asyncio.to_thread(build_app, settings, engine, metrics, siblings)
     except StartupError as error:
@@ -101,6 +101,13 @@ async def _run(end: socket.socket) -> int:
     return 0
 
 
+def _siblings(setup: worker_link.Setup, processes: int) -> Siblings:
+    """Return this worker's place among `processes` workers, with the memory that they share."""
+    counters = SharedCounters.open(setup.counters, processes)
+    rates = Rates(counters.rates, setup.index)
+    return Siblings(setup.index, counters.loads, Path(setup.folder), rates, setup.tenants)
+
+
 async def _obey(
     link: Link[ToWorker, ToMain],
     state: ServerState,
@@ -113,6 +120,8 @@ async def _obey(
         match message:
             case worker_link.EngineUpdate(status):
                 engine.follow(status)
+            case worker_link.KeysUpdate(tenants):
+                state.keys.ring.replace(tenants)
             case worker_link.AskSamples():
                 link.send(worker_link.Samples(metrics.samples()))
             case worker_link.Page(content, media_type):

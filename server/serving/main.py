@@ -25,10 +25,12 @@ from ..logs import resolve_format
 from ..metrics import Metrics
 from ..setting_sources import unknown_variables
 from ..settings import DEMO_MODEL_NAME, Settings
+from ..tenants.key_ring import KeySource
 from ..tracing.start import check_tracing
 from .http_server import build_app, uvicorn_server
 from .listener import address_of, check_tls, listening
 from .start_screen import show_loading, show_ready, terminal
+from .system_limits import check_threads, raise_descriptor_limit
 from .worker_pool import WorkerPool
 
 if TYPE_CHECKING:
@@ -51,7 +53,10 @@ def serve(settings: Settings, make_client: MakeClient | None = None) -> None:
         log.warning("unknown_variable", variable=variable, advice=advice)
     check_tls(settings)
     check_tracing(settings)
+    raise_descriptor_limit()
+    check_threads()
     check_model_files(settings)
+    KeySource(settings)  # raises ConfigurationError if the file of keys is broken
     with listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as run:
         check_repositories(settings)
         run.run(_serve(settings, listener, make_client or ProcessEngineClient))

@@ -58,7 +58,7 @@ class PoolWorker:
                     sys.executable,
                     *command,
                     stdin=asyncio.subprocess.DEVNULL,
-                    pass_fds=(setup.listener, setup.loads, end),
+                    pass_fds=(setup.listener, setup.counters, end),
                     env=environment,
                 )
             except OSError as error:

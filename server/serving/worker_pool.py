@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
+import os
 import socket
-import tempfile
 import time
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,13 @@ from ..http.worker_link import ToWorker
 from ..metrics import Metrics
 from ..metrics_sum import Totals, add
 from ..settings import Settings
+from ..tenants.key_metrics import KeyMetrics
+from ..tenants.key_ring import KeySource
+from ..tenants.rates import Rates
+from ..tenants.tenant import Tenant
+from . import shared_counters
 from .pool_worker import PoolWorker
+from .shared_counters import SharedCounters
 
 SAMPLES_SECONDS = 1.0
 """Seconds between two collections of each worker's counts."""
@@ -72,27 +78,36 @@ class WorkerPool:
         self._draining = False
         self._stopping = asyncio.Event()
         self._pages: set[asyncio.Task[None]] = set()
-        self._loads_file = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `run`)
-        self._loads_file.write(no_loads(self._count))
-        self._loads_file.flush()
-        self._loads = memoryview(mmap.mmap(self._loads_file.fileno(), 0)).cast("q")
+        self._counters = shared_counters.create(self._count)  # closed by `run`
+        self._loads, rates = SharedCounters.open(self._counters, self._count)
+        self._rates = Rates(rates)
+        self._key_source = KeySource(settings)
+        KeyMetrics(metrics)  # the page has the families that this process knows
         engine.on_status = self._tell_engine
 
     # --- The methods of Front
 
     async def run(self) -> None:
         """Serve until `stop`. Raises StartupError if a worker fails in its first life."""
-        with private_folder() as folder, self._loads_file:
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = stack.enter_context(private_folder())
+            except OSError as problem:
+                reason = problem.strerror or str(problem)
+                raise StartupError(f"the HTTP workers cannot be started: {reason}") from problem
             tasks = [
                 asyncio.create_task(self._keep(index, folder), name=f"HTTP worker {index}")
                 for index in range(self._count)
             ]
             tasks.append(asyncio.create_task(self._take_samples()))
+            watching = asyncio.create_task(self._key_source.watch(self._tell_keys))
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             finally:
                 self.stop()
-                await asyncio.wait(tasks)
+                watching.cancel()
+                await asyncio.wait([*tasks, watching])
+                os.close(self._counters)
             for error in [task.exception() for task in tasks]:
                 if error is not None:
                     raise error
@@ -125,27 +140,40 @@ class WorkerPool:
         failures = 0
         for life in count():
             began = time.monotonic()
-            worker = await self._start(index, life, folder)
-            self._workers[index] = worker
-            if self._stopping.is_set():
-                worker.kill()
+            code = None
             try:
-                await self._listen_to(worker)
-            finally:
-                code = await worker.end()
-                self._bury(index)
+                code = await self._live(index, life, folder)
+            except (StartupError, OSError) as error:
+                if not life:
+                    raise
+                # What was enough for the first one will be again.
+                log.error("worker_failed", worker=index, error=str(error))
             if self._stopping.is_set():
                 return
-            if not worker.up and not life:
-                raise StartupError(
-                    f"an HTTP worker ended with code {code} while starting; its log says why"
-                )
             failures = 1 if time.monotonic() - began > STABLE_SECONDS else failures + 1
             delay = min(FIRST_DELAY_SECONDS * 2 ** (failures - 1), MAX_DELAY_SECONDS)
             log.error("worker_died", worker=index, code=code, restart_in=delay)
             self._metrics.http_worker_restarted()
             if await self._stops_within(delay):
                 return
+
+    async def _live(self, index: int, life: int, folder: Path) -> int:
+        """Run a worker to its end, and return its exit code. Raises StartupError if it cannot be
+        started or reports that it cannot start, and OSError."""
+        worker = await self._start(index, life, folder)
+        self._workers[index] = worker
+        if self._stopping.is_set():
+            worker.kill()
+        try:
+            await self._listen_to(worker)
+        finally:
+            code = await worker.end()
+            self._bury(index)
+        if not (worker.up or life or self._stopping.is_set()):
+            raise StartupError(
+                f"an HTTP worker ended with code {code} while starting; its log says why"
+            )
+        return code
 
     async def _start(self, index: int, life: int, folder: Path) -> PoolWorker:
         worker = await PoolWorker.start(
@@ -156,7 +184,8 @@ class WorkerPool:
                 created=self._created,
                 folder=str(folder),
                 listener=self._listener.fileno(),
-                loads=self._loads_file.fileno(),
+                counters=self._counters,
+                tenants=list(self._key_source.tenants),
             )
         )
         worker.link.send(worker_link.EngineUpdate(self._engine.status))
@@ -196,6 +225,7 @@ class WorkerPool:
         add(self._past, worker.samples)
         begin = index * LOAD_FIELDS
         self._loads[begin : begin + LOAD_FIELDS] = no_loads(1)
+        self._rates.forget_running(index)
         self._engine.client_gone(worker.engine_name)
 
     async def _stops_within(self, seconds: float) -> bool:
@@ -211,6 +241,9 @@ class WorkerPool:
 
     def _tell_engine(self, status: EngineStatus) -> None:
         self._send(worker_link.EngineUpdate(status))
+
+    def _tell_keys(self, tenants: Sequence[Tenant]) -> None:
+        self._send(worker_link.KeysUpdate(list(tenants)))
 
     async def _ask_samples(self) -> None:
         asked = [worker.ask_samples() for worker in self._workers.values() if worker.up]

@@ -83,7 +83,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def launch(*flags: str, core: str = "build_core") -> Iterator[subprocess.Popen[str]]:
+def launch(
+    *flags: str, core: str = "build_core", **options: Any
+) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-P", "-c", LAUNCHER, f"fakes:{core}", "serve", str(MODEL)]
     path = [str(ROOT / "tests" / "engine"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with subprocess.Popen(
@@ -91,6 +93,7 @@ def launch(*flags: str, core: str = "build_core") -> Iterator[subprocess.Popen[s
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
         stderr=subprocess.PIPE,
         text=True,
+        **options,
     ) as process:
         try:
             yield process

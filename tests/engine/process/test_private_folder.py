@@ -37,3 +37,33 @@ def test_folders_of_killed_processes_are_removed_and_no_others(
             assert left == {living, second, folders["young"], folders["files"], other}
             assert second.stat().st_mode & 0o077 == 0
     assert set(tmp_path.iterdir()) == {folders["young"], folders["files"], other}
+
+
+def test_a_temporary_folder_with_a_long_path_is_replaced_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", short)
+        with private_folder() as folder, socket.socket(socket.AF_UNIX) as end:
+            assert folder.parent == Path(short)
+            end.bind(str(folder / "engine"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    refusal = pytest.raises(OSError, match="is too long for the paths of sockets.*set TMPDIR")
+    with refusal, private_folder():
+        pass
+    assert not list(long.iterdir())
+
+
+def test_the_longest_path_that_is_taken_is_short_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = module.MAX_PATH - len(str(tmp_path)) - 1
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("y" * room)))
+    Path(tempfile.gettempdir()).mkdir()
+    with private_folder() as folder, socket.socket(socket.AF_UNIX) as end:
+        assert folder.parent == Path(tempfile.gettempdir())
+        end.bind(str(folder / "engine"))
+        assert len(str(folder / "engine")) <= 107

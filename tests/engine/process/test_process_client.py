@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import AsyncIterator
@@ -103,6 +105,38 @@ async def test_engine_killed_in_mid_stream(client: ProcessEngineClient, observer
     assert client.health().restarts == observer.restarts == 1
     request = make_request()
     assert tokens_of(await collect(client, request)) == expected_tokens(request)
+
+
+@pytest.mark.parametrize("free", [0, 1, 4])
+async def test_a_crash_while_descriptors_are_exhausted_is_not_the_end(
+    client: ProcessEngineClient, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever step of the restart fails for want of a descriptor, it is tried again."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        os.kill(pid_of(client), signal.SIGKILL)
+        async with asyncio.timeout(5):
+            while client.health().restarts < 1:
+                await asyncio.sleep(0.01)
+        taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(free)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken, default=0) + 1, limits[1]))
+        while True:
+            try:
+                stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+            except OSError:
+                break
+        for descriptor in taken:
+            os.close(descriptor)
+        async with asyncio.timeout(5):
+            while client.health().restarts < 2:
+                await asyncio.sleep(0.01)
+        assert client.health().alive
+    await until_ready(client)
+    request = make_request()
+    assert tokens_of(await collect(client, request)) == expected_tokens(request)
+    assert not list(tmp_path.iterdir())  # the folders of its sockets are gone, too
 
 
 @pytest.mark.parametrize("fault", [CRASH, EXIT])

@@ -103,7 +103,7 @@ async def test_the_fields_reach_the_engine(
         (7,),
     ]
     for request in (first, second, third):
-        assert (request.pooling, request.priority, request.cache_salt) == ("max", 3, "s")
+        assert (request.pooling, request.priority, request.cache_salt) == ("max", 3, "salt s")
         assert request.deadline == pytest.approx(request.arrival_time + 9)
 
 

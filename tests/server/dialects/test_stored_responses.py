@@ -171,7 +171,7 @@ def test_the_store_is_bounded() -> None:
     store = ResponseStore(settings, clock=lambda: now)
 
     def add(name: str, size: int = 10) -> None:
-        store.add((b"", name), {"text": "x" * size}, [])
+        store.add((b"", name), {}, [], size + 13)
 
     def found() -> str:
         return "".join(name for name in "abcdefgh" if store.find((b"", name)))
@@ -196,11 +196,11 @@ def test_the_store_is_bounded() -> None:
 
 def test_one_keys_responses_drop_no_others() -> None:
     store = ResponseStore(Settings(max_stored_responses=4, max_stored_response_bytes=10_000))
-    store.add((b"mine", "0"), {}, [])
+    store.add((b"mine", "0"), {}, [], 4)
     for number in range(10):
-        store.add((b"theirs", str(number)), {}, [])
+        store.add((b"theirs", str(number)), {}, [], 4)
     kept = [number for number in range(10) if store.find((b"theirs", str(number)))]
     assert kept == [7, 8, 9] and store.find((b"mine", "0"))
     for number in range(10):
-        store.add((b"theirs", f"large {number}"), {"text": "x" * 4000}, [])
+        store.add((b"theirs", f"large {number}"), {}, [], 4013)
     assert store.find((b"mine", "0")) and store.num_bytes <= 10_000

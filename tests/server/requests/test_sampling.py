@@ -81,7 +81,7 @@ async def test_every_parameter_reaches_the_engine(
     for name in ("min_tokens", "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
                  "frequency_penalty", "repetition_penalty", "seed", "ignore_eos"):  # fmt: skip
         assert getattr(params, name) == fields[name], name
-    assert (request.priority, request.cache_salt) == (-5, "salt")
+    assert (request.priority, request.cache_salt) == (-5, "salt salt")
     assert response.json()["prompt_logprobs"][0] is None
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from quire.engine.errors import QueueFullError
+from quire.engine.errors import QueueFullError, StartupError
 from quire.server.http.limits import InFlight, no_loads
 from quire.server.metrics import Metrics
 from quire.server.serving import pool_worker, worker_pool
@@ -68,7 +69,8 @@ def connections(server: Server) -> Iterator[list[httpx.Client]]:
     with contextlib.ExitStack() as stack:
         while len(found) < WORKERS:
             assert time.monotonic() < deadline, f"only the workers {list(found)} are ready"
-            client = httpx.Client(base_url=server.http.base_url, timeout=20)
+            url, headers = server.http.base_url, server.http.headers
+            client = httpx.Client(base_url=url, timeout=20, headers=headers)
             if (
                 client.get("/ready").status_code == 200
                 and (index := worker_of(client)) not in found
@@ -372,7 +374,7 @@ async def test_a_worker_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) ->
     assert not workers[0].killed and workers[1].silence == worker_pool.MAX_SILENCE
     pool._stopping.set()
     await watching
-    pool._loads_file.close()
+    os.close(pool._counters)
 
 
 class _NoEngine:
@@ -394,3 +396,55 @@ class _Worker(PoolWorker):
 
     def kill(self) -> None:
         self.killed = True
+
+
+def test_workers_count_together_for_a_key_and_follow_the_file_of_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text("alice: {key: sk-old, requests_per_minute: 1000}")
+    with serving("--api-keys-file", str(path)) as server:
+        server.http.headers["authorization"] = "Bearer sk-old"
+        left = []
+        with connections(server) as clients:
+            for client in (*clients, *clients):
+                answer = client.post("/v1/completions", json=completion())
+                left.append(int(answer.headers["x-ratelimit-remaining-requests"]))
+            assert left == list(range(left[0], left[0] - 4, -1))
+            path.write_text("alice: {key: sk-new, requests_per_minute: 5}")
+            until(lambda: {one.get("/v1/models").status_code for one in clients} == {401})
+            for client in clients:
+                client.headers["authorization"] = "Bearer sk-new"
+                answer = client.post("/v1/completions", json=completion())
+                assert answer.status_code == 429  # what the old key used counts for its holder
+                assert answer.headers["x-ratelimit-limit-requests"] == "5"
+        until(lambda: total(server.http, "quire:key_rejections_total", "alice") == WORKERS)
+
+
+async def test_a_worker_that_cannot_be_started_again_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when the descriptors are exhausted at that moment. The first start must succeed."""
+    monkeypatch.setattr(worker_pool, "FIRST_DELAY_SECONDS", 0.01)
+    pool = WorkerPool(load_settings(http_workers=1), None, _NoEngine(), Metrics("fake"))  # type: ignore[arg-type]
+    lives = []
+
+    async def live(index: int, life: int, folder: Path) -> int:
+        lives.append(life)
+        if life == 1:
+            raise OSError(24, "Too many open files")
+        if life == 2:
+            raise StartupError("an HTTP worker cannot be started")
+        if life == 3:
+            pool._stopping.set()
+        return 1
+
+    monkeypatch.setattr(pool, "_live", live)
+    await asyncio.wait_for(pool._keep(0, Path()), 5)
+    assert lives == [0, 1, 2, 3]
+
+    async def fails(index: int, life: int, folder: Path) -> int:
+        raise StartupError("no tokenizer")
+
+    monkeypatch.setattr(pool, "_live", fails)
+    with pytest.raises(StartupError, match="no tokenizer"):
+        await pool._keep(0, Path())
+    os.close(pool._counters)
