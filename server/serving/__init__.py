@@ -9,7 +9,7 @@ Read in this order:
     connections  as many of them as there are descriptors for
     app          the application: routes, middleware, lifespan
     generation_defaults  sampling parameters of the model's generation_config.json
-    openapi      the OpenAPI document, with the bodies in examples
+    openapi      the OpenAPI document, with example bodies
     unknown_paths  the answers to wrong paths and methods
     worker_pool  several HTTP processes in front of one engine, seen from the main process
     pool_worker  one of them, seen from the main process

@@ -113,7 +113,7 @@ def test_a_key_that_lets_anyone_in_or_no_one_is_refused_by_name(
         ),
         (
             {"speculative_config": '{"model": "m", "num_speculative_tokens": 99}'},
-            "num_speculative_tokens: ",
+            "num.speculative.tokens: must be at most",
         ),
     ],
 )

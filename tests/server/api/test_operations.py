@@ -224,7 +224,7 @@ def test_the_start_tells_the_draft_model(
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         announce(settings, engine.info, listener, 1.0)
-    line = "  drafts   org/small, 0.0 MB, and 0.0 MB of the KV cache\n"
+    line = "  drafts    org/small, 0.0 MB, and 0.0 MB of K and V\n"
     assert (line in capsys.readouterr().err) == (model is not None)
 
 

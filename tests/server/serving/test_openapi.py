@@ -9,7 +9,7 @@ import pytest
 
 from quire.engine.classifier_spec import ClassifierSpec
 from quire.engine.embedding_spec import EmbeddingSpec
-from quire.server.serving.examples import EXAMPLES
+from quire.server.serving.openapi import EXAMPLES
 
 from ..conftest import make_app
 from ..fakes import CHAT_TEMPLATE, FakeEngineClient, byte_tokenizer
