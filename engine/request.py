@@ -67,7 +67,9 @@ class Request:
     `prediction` holds tokens that the client expects as the answer; they are drafts, and change
     nothing but the time. If `pooling` is set, the prompt is computed for its embedding and nothing
     is generated. `reasoning` is given if the reasoning of each choice has a budget. `adapter` names
-    the LoRA adapter that the model is to have; None means the model as it is.
+    the LoRA adapter that the model is to have; None means the model as it is. Whoever chose this
+    engine among several expects `expected_cached_tokens` of the prompt in its cache; only the
+    statistics of waiting work depend on it.
     """
 
     request_id: str
@@ -84,6 +86,7 @@ class Request:
     reasoning: ReasoningSpec | None = None
     adapter: str | None = None
     prediction: tuple[int, ...] = ()
+    expected_cached_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:

@@ -22,13 +22,15 @@ RULES: dict[str, set[str]] = {
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
     "engine": set(),
-    "engine.cache": ENGINE,
+    "engine.events": ENGINE,
+    "engine.cache": ENGINE | {"engine.events"},
     "engine.checkpoints": ENGINE | {"engine.body"},
     "engine.grammar": ENGINE | {"engine.checkpoints"},
     "engine.speculation": ENGINE | {"engine.cache"},
     "engine.scheduling": ENGINE | {"engine.cache", "engine.speculation"},
     "engine.core": ENGINE
-    | {"engine.cache", "engine.grammar", "engine.scheduling", "engine.speculation"},
+    | {"engine.cache", "engine.events", "engine.grammar"}
+    | {"engine.scheduling", "engine.speculation"},
     "engine.attention": ENGINE | KERNELS,
     "engine.body": ENGINE | KERNELS | {"engine.attention"},
     "engine.adapters": ENGINE | {"engine.body"},
@@ -49,12 +51,13 @@ RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
 }
 RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
-RULES["engine.process"] = ENGINE
+RULES["engine.process"] = ENGINE | {"engine.events"}
+RULES["engine.fleet"] = ENGINE | {"engine.process", "engine.cache", "engine.events"}
 RULES["engine.bench"] = ENGINE | {"engine.core"}
 GROUND = ENGINE | {"server"}
 RULES["server"] = GROUND | {
     *("server.serving", "server.bench", "server.text"),
-    *("engine.bench", "engine.process", "engine.checkpoints", "engine.model"),
+    *("engine.bench", "engine.events", "engine.process", "engine.checkpoints", "engine.model"),
 }
 RULES["server.templates"] = GROUND
 RULES["server.text"] = GROUND | {"engine.grammar", "server.templates"}
