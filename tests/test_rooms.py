@@ -53,6 +53,13 @@ RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices", "engine.che
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
 RULES["engine.process"] = ENGINE | {"engine.events"}
 RULES["engine.fleet"] = ENGINE | {"engine.process", "engine.cache", "engine.events"}
+RULES["engine.plan"] = (
+    RULES["engine.core"]
+    | RULES["engine.fleet"]
+    | {
+        *("engine.core", "engine.fleet"),
+    }
+)
 RULES["engine.bench"] = ENGINE | {"engine.core"}
 GROUND = ENGINE | {"server"}
 RULES["server"] = GROUND | {
@@ -75,7 +82,7 @@ RULES["server.serving"] = RULES["server.dialects"] | {
     *("server.dialects", "server.scoring", "server.live", "engine.checkpoints"),
 }
 RULES["server.web"] = set()
-RULES["server.bench"] = GROUND | {"engine.bench"}
+RULES["server.bench"] = GROUND | {"engine.bench", "engine.plan"}
 """Room → the other rooms that its modules may import."""
 
 LAZY = {
@@ -90,6 +97,9 @@ LAZY = {
     ("engine.process", "engine.runner"): {"engine.process.engine_process"},
     ("engine.process", "engine.devices"): {"engine.process.engine_process"},
     ("engine.bench", "engine.runner"): {"engine.bench.commands"},
+    ("server.bench", "engine.runner"): {"server.bench.planning"},
+    ("server.bench", "engine.model"): {"server.bench.planning"},
+    ("server.bench", "server.text"): {"server.bench.planning"},
     ("engine.devices", "engine.devices.cpu"): {"engine.devices.choose"},
     ("engine.devices", "engine.devices.cuda"): {"engine.devices.choose"},
 }

@@ -69,11 +69,11 @@ def _add_engine_arguments(parser: argparse.ArgumentParser, model: str | None) ->
             "--" + flag.name.replace("_", "-"),
             default=flag.default,
             help=text.replace("%", "%%"),
-            **_reading(flag),
+            **reading(flag),
         )
 
 
-def _reading(flag: EngineFlag) -> dict[str, Any]:
+def reading(flag: EngineFlag) -> dict[str, Any]:
     """Return argparse's keywords that say how to read the flag's value."""
     if flag.type in (bool, bool | None):
         return {"action": argparse.BooleanOptionalAction}

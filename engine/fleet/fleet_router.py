@@ -8,15 +8,23 @@ from __future__ import annotations
 
 from collections import abc, deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ..cache.block_hashes import prompt_hashes
-from ..config import EngineInfo
 from ..outputs import EngineStats
 from ..process import wire
 from ..request import Request
 from .kv_index import KVIndex
 from .router import Choice, EngineState, Router
+
+
+class CacheSize(Protocol):
+    """The size of an engine's cache; EngineInfo has it."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
 
 
 class _Sent(NamedTuple):
@@ -74,7 +82,7 @@ class FleetRouter:
         self.wrong_tokens = 0
         """The sum of the differences between both, each without its sign."""
 
-    def join(self, engine: str, info: EngineInfo) -> wire.WatchBlocks:
+    def join(self, engine: str, info: CacheSize) -> wire.WatchBlocks:
         """Let an engine join that is ready, and return the message to send to it."""
         if self._router is None:
             self._block_size = info.block_size
