@@ -49,7 +49,7 @@ def broken(run: FleetRun, bounds: tuple[Bound, ...]) -> list[str]:
 
 def limit_of(run: FleetRun, max_num_batched_tokens: int) -> str:
     """Return what runs out first in a run that is too much for its engines, in words."""
-    if run.preemptions or run.peak_kv_usage > 0.95:
+    if run.preemptions or run.starved_steps > 0.2 * run.num_steps:
         return "KV cache"
     if run.crowded_steps > 0.2 * run.num_steps:
         return "--max-num-seqs"

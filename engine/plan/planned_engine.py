@@ -117,6 +117,8 @@ class PlannedEngine:
         """Steps that used the whole token budget."""
         self.crowded_steps = 0
         """Steps in which as many sequences ran as may, while others waited."""
+        self.starved_steps = 0
+        """Steps in which sequences waited for blocks."""
 
     def _read_clock(self) -> float:
         return self.clock.now
@@ -159,9 +161,12 @@ class PlannedEngine:
     def _remember(self, stats: EngineStats, has_outputs: bool) -> None:
         self.peak_kv_usage = max(self.peak_kv_usage, stats.kv_usage)
         self.peak_waiting = max(self.peak_waiting, stats.num_waiting)
-        self.full_steps += stats.step_tokens >= self.shape.max_num_batched_tokens
-        crowded = stats.num_running >= self.shape.max_num_seqs and stats.num_waiting > 0
-        self.crowded_steps += crowded
+        is_full = stats.step_tokens >= self.shape.max_num_batched_tokens
+        self.full_steps += is_full
+        if stats.num_waiting and stats.step_tokens:
+            is_crowded = stats.num_running >= self.shape.max_num_seqs
+            self.crowded_steps += is_crowded
+            self.starved_steps += not (is_crowded or is_full)
         self._num_empty = 0 if stats.step_tokens or has_outputs else self._num_empty + 1
         if self._num_empty > MAX_EMPTY_STEPS:
             raise RuntimeError(f"the engine plans nothing although it has work: {stats}")

@@ -61,6 +61,7 @@ class FleetRun:
     peak_kv_usage: float
     full_steps: int
     crowded_steps: int
+    starved_steps: int
     peak_waiting: int
     busy_share: float
     """Share of the time that an engine computes, on average."""
@@ -100,17 +101,11 @@ class PlannedFleet:
         self, shape: EngineShape, times: StepTimes, replicas: int, front_seconds: float = 0.0
     ) -> None:
         self._shape = shape
+        self._times = times
         self._front = front_seconds
-        self._engines = {
-            f"engine-{i}": PlannedEngine(shape, times, follows_blocks=replicas > 1)
-            for i in range(replicas)
-        }
+        self._replicas = replicas
+        self._engines: dict[str, PlannedEngine] = {}
         self._router: FleetRouter | None = None
-        if replicas > 1:
-            self._router = FleetRouter()
-            for name in self._engines:
-                self._router.join(name, shape)
-                self._router.observe(name, wire.BlocksKnown(0, b""))
         self._open: dict[str, _Open] = {}
         self._open_at_arrival: list[int] = []
         self._ttft: list[float] = []
@@ -124,6 +119,7 @@ class PlannedFleet:
         Raises ConfigurationError if one can never run on these engines.
         """
         arriving = [self._make(number, one) for number, one in enumerate(requests)]
+        self._start(requests)
         index = 0
         while True:
             # The earliest event: an arrival, or an engine's next step.
@@ -143,6 +139,24 @@ class PlannedFleet:
             else:
                 break
         return self._summary(requests)
+
+    def _start(self, requests: abc.Sequence[PlannedRequest]) -> None:
+        """Make the engines. Blocks that no request could ever want are left out of them: a pool of
+        millions would take longer to make than the run."""
+        size = self._shape.block_size
+        wanted = sum(
+            one.n * (-(-(len(one.prompt) + one.output_len) // size) + 1) for one in requests
+        )
+        shape = replace(self._shape, num_blocks=min(self._shape.num_blocks, wanted + 1))
+        follows = self._replicas > 1
+        for i in range(self._replicas):
+            engine = PlannedEngine(shape, self._times, follows_blocks=follows)
+            self._engines[f"engine-{i}"] = engine
+        if follows:
+            self._router = FleetRouter()
+            for name in self._engines:
+                self._router.join(name, shape)
+                self._router.observe(name, wire.BlocksKnown(0, b""))
 
     def _make(self, number: int, one: PlannedRequest) -> tuple[float, Request]:
         arrival = one.arrival + self._front
@@ -215,9 +229,11 @@ class PlannedFleet:
             wrongly_predicted_tokens=self._router.wrong_tokens if self._router else 0,
             preemptions=sum(engine.stats.preemptions for engine in engines),
             num_steps=sum(engine.worker.num_steps for engine in engines),
-            peak_kv_usage=max(engine.peak_kv_usage for engine in engines),
+            peak_kv_usage=max(one.peak_kv_usage for one in engines)
+            * (engines[0].shape.num_blocks / self._shape.num_blocks),
             full_steps=sum(engine.full_steps for engine in engines),
             crowded_steps=sum(engine.crowded_steps for engine in engines),
+            starved_steps=sum(engine.starved_steps for engine in engines),
             peak_waiting=max(engine.peak_waiting for engine in engines),
             busy_share=total / (duration * len(engines)),
             busy_by_part={part: seconds / total for part, seconds in busy.items()},

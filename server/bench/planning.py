@@ -125,6 +125,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
         _workload_at(a, a.vocab_size or hardware.shape.vocab_size),
         a.front_ms / 1e3,
         progress=_progress,
+        with_curve=a.plot is not None,
     )
     text = render(plan, f"{a.dataset_name}, {_lengths(a)}")
     print(json.dumps(to_json(plan), indent=1) if a.json else text)
