@@ -334,11 +334,11 @@ class Metrics:
     def _observe_timings(self, timings: Timings, longest: int) -> None:
         """Record the latencies of a request whose longest choice has `longest` tokens."""
         spans = self._spans
-        arrival, scheduled, first_token, finished, _ = timings
-        spans["e2e_request_latency_seconds"].observe(finished - arrival)
+        scheduled, first_token, finished, _ = timings
+        spans["e2e_request_latency_seconds"].observe(finished)
         if scheduled is None:
             return
-        spans["request_queue_time_seconds"].observe(scheduled - arrival)
+        spans["request_queue_time_seconds"].observe(scheduled)
         spans["request_inference_time_seconds"].observe(finished - scheduled)
         if first_token is None:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -84,6 +85,10 @@ class EngineCore:
             max_draft=config.num_speculative_tokens,
             max_samples=max(config.max_num_seqs, MAX_POSITIONS),
         )
+
+    def watch_begins(self, on_begin: Callable[[list[str]], None]) -> None:
+        """Call `on_begin` with the ids of requests that a step is about to compute anew."""
+        self._loop.on_begin = on_begin
 
     @property
     def info(self) -> EngineInfo:

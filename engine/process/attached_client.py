@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 
 from ..errors import EngineDeadError
 from ..outputs import EngineStats
@@ -40,6 +41,9 @@ class AttachedEngineClient(RemoteEngineClient):
             self._engine = EngineLink(status.address, self._name)
             self._reader = asyncio.create_task(self._read(self._engine), name="engine reader")
 
+    def _make_seeds(self, seed: int | None) -> random.Random:
+        return random.Random(None if seed is None else f"{seed} {self._name.decode()}")
+
     async def start(self) -> None:
         """Do nothing: the supervisor starts the engine."""
 
@@ -48,8 +52,11 @@ class AttachedEngineClient(RemoteEngineClient):
 
     def _detach(self, state: State) -> None:
         self._state = state
-        how = "was stopped" if state is State.CLOSED else "died while it served the request"
-        self._fail_open(EngineDeadError(f"the engine {how}"))
+        if state in (State.FAILED, State.CLOSED):
+            how = "was stopped" if state is State.CLOSED else "died while it served the request"
+            self._fail_open(EngineDeadError(f"the engine {how}"))
+        else:
+            self._lose_engine()
         if self._reader is not None:
             self._reader.cancel()
             self._reader = None

@@ -58,7 +58,7 @@ class EngineLink:
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.LINGER, 0)
         self._socket.connect(address)
-        self.send(wire.Hello())
+        self.send(wire.Hello(wire.PROTOCOL))
 
     def send(self, message: wire.ToEngine) -> None:
         """Send without ever blocking: the socket has no high-water mark."""

@@ -5,7 +5,8 @@
                  │ StartFailed   ▼                                    ▼
                  └──► FAILED   STALLED ─killed─► RESTARTING         FAILED
 
-A crash ends the open streams with `engine_dead`; the HTTP process survives it.
+The HTTP process survives a crash, and so do its streams: they wait for the engine's restart and go
+on where they stopped. Only if the engine is given up do they end with `engine_dead`.
 """
 
 from __future__ import annotations
@@ -148,6 +149,7 @@ class ProcessEngineClient(RemoteEngineClient):
                 self._tell()
                 if self._info is not None:  # a failed first start is reported by wait_ready
                     logger.error("giving up on the engine")
+                self._fail_open(EngineDeadError("the engine died while it served the request"))
             self._settled.set()
 
     async def _run_engine(self, socket_path: Path) -> float | None:
@@ -185,7 +187,8 @@ class ProcessEngineClient(RemoteEngineClient):
         if self._state is State.READY:
             self._state = State.RESTARTING
         self._tell()
-        self._fail_open(EngineDeadError("the engine died while it served the request"))
+        if self._state is not State.CLOSED:
+            self._lose_engine()
         await engine.stop()
         if self._state is State.CLOSED:
             return
@@ -212,6 +215,7 @@ class ProcessEngineClient(RemoteEngineClient):
         logger.error("no sign of life from the engine for %.1f s: its stacks follow", silence)
         self._state = State.STALLED
         self._tell()
+        self._lose_engine()
         await engine.dump_and_kill()
 
     # --- messages
@@ -226,7 +230,7 @@ class ProcessEngineClient(RemoteEngineClient):
                     self._heard = True
                 case wire.Heartbeat(_, num_open):
                     # An idle engine with an open request has lost it: that counts as a stall, too.
-                    lost = num_open or self._streams.num_unfinished
+                    lost = num_open or self._streams.num_unfinished(self)
                     self._heard = self._heard or not lost
                 case wire.Adapters(_, adapters):
                     self._config = replace(self._config, lora=adapters)

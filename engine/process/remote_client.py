@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import enum
+import random
+import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from itertools import count
@@ -13,14 +15,20 @@ from typing import NamedTuple, Protocol
 
 from ..client import EngineHealth
 from ..config import EngineInfo
-from ..errors import EngineNotReadyError, InvalidRequestError, QuireError, error_from_code
+from ..errors import (
+    EngineDeadError,
+    EngineNotReadyError,
+    InvalidRequestError,
+    QuireError,
+    error_from_code,
+)
 from ..lora import AdapterSource
 from ..outputs import EngineStats, LiveSnapshot, SequenceOutput
 from ..request import Request
 from . import wire
 from .engine_handle import EngineLink
 from .live_feed import LiveFeed
-from .streams import StreamTable
+from .streams import Place, StreamTable
 
 
 class EngineObserver(Protocol):
@@ -62,10 +70,15 @@ class RemoteEngineClient:
     one event loop.
     """
 
-    def __init__(self, observer: EngineObserver | None) -> None:
+    def __init__(self, observer: EngineObserver | None, streams: StreamTable | None = None) -> None:
+        """`streams` is given if several engines share a table, and somebody else submits."""
         self._observer = observer
         self._engine: EngineLink | None = None
-        self._streams = StreamTable(self._submit, self.abort)
+        self._is_alone = streams is None
+        self._streams = StreamTable(self._choose) if streams is None else streams
+        self._seeds: random.Random | None = None
+        self._idle = False
+        """Whether the engine had no work when it was last heard of."""
         self._state = State.STARTING
         self._restarts = 0
         self._info: EngineInfo | None = None
@@ -84,13 +97,20 @@ class RemoteEngineClient:
 
     async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput, None]:
         self._require_ready()
+        if self._seeds is None:
+            self._seeds = self._make_seeds(self.info.seed)
+        request = request.with_seed(self._seeds.getrandbits(63))
         async with contextlib.aclosing(self._streams.generate(request)) as outputs:
             async for output in outputs:
                 yield output
 
+    def _make_seeds(self, seed: int | None) -> random.Random:
+        """Return what draws the seeds of requests that have none, from the configured `seed`. They
+        are drawn here, so that another engine can go on with the request."""
+        return random.Random(seed)
+
     def abort(self, request_id: str, choice: int | None = None) -> None:
-        if self._state is State.READY:
-            self._send(wire.Abort(request_id, choice))
+        self._streams.abort(request_id, choice)
 
     def stats(self) -> EngineStats | None:
         return self._stats
@@ -142,10 +162,14 @@ class RemoteEngineClient:
     def _handle(self, message: wire.FromEngine) -> None:
         match message:
             case wire.StepMessage(outputs, stats):
+                self._idle = False
                 self._streams.deliver(outputs)
                 self._observe(stats)
             case wire.Heartbeat(stats):
+                self._idle = True
                 self._observe(stats)
+            case wire.Begun(request_ids):
+                self._streams.begun(request_ids)
             case wire.Rejected(request_id, code, text, param):
                 error = error_from_code(code, text)
                 if isinstance(error, InvalidRequestError):
@@ -173,6 +197,7 @@ class RemoteEngineClient:
                 self._state = State.READY
                 if self._observer is not None:
                     self._observer.engine_ready(info)
+                self._streams.resume()
 
     def _changed(self, number: int, error: QuireError | None) -> None:
         """Answer whoever asked for this change of adapters."""
@@ -189,8 +214,22 @@ class RemoteEngineClient:
         if self._observer is not None:
             self._observer.observe_step(stats)
 
-    def _submit(self, request: Request) -> None:
-        self._send(wire.Add(request))
+    # --- The engine as the table of streams sees it
+
+    def add_request(self, request: Request) -> None:
+        """Send a request to the engine."""
+        self._send(wire.Add.sent(request, time.monotonic()))
+
+    def abort_request(self, request_id: str, choice: int | None) -> None:
+        """End one choice of a request there, or all of them."""
+        if self._state is State.READY:
+            self._send(wire.Abort(request_id, choice))
+
+    def _choose(self, request: Request, began_at: EngineInfo | None) -> Place:
+        self._require_ready()
+        return self
+
+    # ---
 
     def _send(self, message: wire.ToEngine) -> None:
         if self._engine is None:
@@ -202,7 +241,19 @@ class RemoteEngineClient:
             raise EngineNotReadyError(self._state.value)
 
     def _fail_open(self, error: QuireError) -> None:
-        self._streams.fail_all(error)
+        """End everything that is open: no engine will come any more."""
+        self._streams.fail_all(error, None if self._is_alone else self)
+        self._fail_questions(error)
+
+    def _lose_engine(self) -> None:
+        """Let the streams of an engine that has died, or is about to be killed, go on with the next
+        one, and fail what else was asked of it."""
+        if self._state is State.STALLED and self._idle:
+            self._streams.suspect_all(self)
+        self._streams.detach(self)
+        self._fail_questions(EngineDeadError("the engine died before it answered"))
+
+    def _fail_questions(self, error: QuireError) -> None:
         while self._resets:
             done = self._resets.popleft()
             if not done.done():

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.adapter import Adapter
+from ..checkpoints.content_hash import model_hash
 from ..checkpoints.source import source_of
 from ..config import EngineConfig, WorkerInfo
 from ..devices.backend import Backend, CacheDemand
@@ -79,6 +80,7 @@ class Worker:
             computed_format=model.weights.computed_format,
             weight_bytes=model.weights.num_bytes,
             is_batch_invariant=model.is_batch_invariant,
+            content=model_hash(config),
             kv_cache_dtype=(
                 None
                 if self._cache_dtype == model.dtype

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -56,6 +57,8 @@ class FakeCore:
         self.config = config
         self._running: dict[tuple[str, int], tuple[Request, int]] = {}
         self._aborted: list[SequenceOutput] = []
+        self._new: list[str] = []
+        self._on_begin: Callable[[list[str]], None] = lambda request_ids: None
         self._step = 0
         self._resets = 0
 
@@ -83,13 +86,18 @@ class FakeCore:
     def has_work(self) -> bool:
         return bool(self._running or self._aborted)
 
+    def watch_begins(self, on_begin: Callable[[list[str]], None]) -> None:
+        self._on_begin = on_begin
+
     def add_request(self, request: Request) -> None:
         if request.sampling_params.max_tokens > 50_000:
             raise InvalidRequestError("too many tokens", "max_tokens")
         if request.prompt_token_ids[0] == LOSE:
             return
-        for choice in range(request.sampling_params.n):
-            self._running[request.request_id, choice] = (request, 0)
+        for choice in request.open_choices:
+            done = len(request.resume[choice] or ()) if request.resume else 0
+            self._running[request.request_id, choice] = (request, done)
+        self._new.append(request.request_id)
 
     def abort_request(self, request_id: str, choice: int | None = None) -> None:
         for key in list(self._running):
@@ -100,12 +108,16 @@ class FakeCore:
     def step(self) -> StepOutput:
         self._step += 1
         outputs, self._aborted = self._aborted, []
+        if self._new:
+            self._on_begin(self._new)
+            self._new = []
         commands = {request.prompt_token_ids[0] for request, _ in self._running.values()}
         if HANG in commands:
             time.sleep(3600)
         if CRASH in commands:
             raise RuntimeError("crashed in a step")
         if EXIT in commands:
+            time.sleep(0.01)  # as a forward takes longer than a message
             os._exit(3)
         if SLOW in commands:
             time.sleep(0.02)
@@ -120,7 +132,7 @@ class FakeCore:
             timings = None
             if request.prompt_token_ids[0] == STAMPED:
                 time.sleep(0.002)
-                timings = Timings(0.0, None, None, time.monotonic())
+                timings = Timings(None, None, time.monotonic())
             outputs.append(SequenceOutput(*key, [token_id], finish_reason=reason, timings=timings))
         return StepOutput(outputs, self.stats())
 

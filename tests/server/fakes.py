@@ -298,13 +298,7 @@ class FakeEngineClient:
                     stop_reason=script.stop_reason if last else None,
                     error=script.error if failed else None,
                     num_cached_tokens=3 if number == 0 else None,
-                    timings=Timings(
-                        request.arrival_time,
-                        None,
-                        None,
-                        request.arrival_time + 1,
-                        script.preemptions,
-                    )
+                    timings=Timings(None, None, 1.0, script.preemptions)
                     if last or aborted
                     else None,
                 )
