@@ -188,11 +188,18 @@ class _Stream:
         if output.num_cached_tokens is not None:
             output = output._replace(num_cached_tokens=choice.num_cached)
         if output.timings is not None:
-            timings = output.timings._replace(first_token=choice.first_token)
-            if self.scheduled is not None:
-                timings = timings._replace(scheduled=self.scheduled)
-            output = output._replace(timings=timings)
+            timings = output.timings
+            output = output._replace(
+                timings=timings._replace(
+                    scheduled=_earlier(self.scheduled, timings.scheduled),
+                    first_token=_earlier(choice.first_token, timings.first_token),
+                )
+            )
         return output
+
+
+def _earlier(one: float | None, other: float | None) -> float | None:
+    return min((time for time in (one, other) if time is not None), default=None)
 
 
 class StreamTable:
