@@ -73,7 +73,8 @@ class Request:
     `resume` continues a request that another engine began, one entry for each choice: the tokens
     that it has delivered, which count as output in every way and are not sent again, or None if it
     has ended. It is empty for a new request. With the same seed and the same model, each choice
-    goes on exactly as it would have gone on there.
+    goes on exactly as it would have gone on there. `on_trial` requests were computed by several
+    engines that died; they begin one at a time, so that the one that killed them is found.
     """
 
     request_id: str
@@ -91,6 +92,7 @@ class Request:
     adapter: str | None = None
     prediction: tuple[int, ...] = ()
     resume: tuple[tuple[int, ...] | None, ...] = ()
+    on_trial: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:

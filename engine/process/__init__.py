@@ -10,7 +10,7 @@ Reading order:
     engine_process   main of the engine's process: steps one core, serves its clients
     adapter_changes  LoRA adapters loaded and unloaded for clients, and who knows of it
     engine_handle    the client's end: starts the process, talks to it, stops it
-    signals, streams the open requests of a client: outputs come by step, leave by request, and go
+    stream, streams  the open requests of a client: outputs come by step, leave by request, and go
                      on at another engine if theirs dies
     remote_client    what the clients share
     process_client   the client that supervises the engine

@@ -85,11 +85,20 @@ class EngineHandle(EngineLink):
     async def launch(cls, launch: wire.Launch) -> EngineHandle:
         """Start the process and send Hello. The process answers Ready or StartFailed, or exits."""
         environment = engine_environment(os.environ, launch.config.num_threads)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "quire.engine.process.engine_process"),
-            stdin=asyncio.subprocess.PIPE,
-            env=environment,
+        starting = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "quire.engine.process.engine_process"),
+                stdin=asyncio.subprocess.PIPE,
+                env=environment,
+            )
         )
+        try:
+            process = await asyncio.shield(starting)
+        except asyncio.CancelledError:  # otherwise a process that nobody knows would stay
+            process = await starting
+            process.kill()
+            await process.wait()
+            raise
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(launch) + b"\n")
         return cls(process, launch.address)

@@ -28,7 +28,8 @@ from ..request import Request
 from . import wire
 from .engine_handle import EngineLink
 from .live_feed import LiveFeed
-from .streams import Place, StreamTable
+from .stream import Place
+from .streams import StreamTable
 
 
 class EngineObserver(Protocol):

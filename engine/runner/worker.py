@@ -62,6 +62,7 @@ class Worker:
             max_tokens = max(self._backend.token_budget(config), config.max_num_seqs)
             self._adapters = AdapterStore(config, model, max_tokens)
         self._max_model_len = spec.resolve_max_model_len(config.max_model_len)
+        cache_dtype = str(self._cache_dtype).removeprefix("torch.")
         return WorkerInfo(
             architecture=spec.architecture,
             device=str(model.device),
@@ -81,11 +82,7 @@ class Worker:
             weight_bytes=model.weights.num_bytes,
             is_batch_invariant=model.is_batch_invariant,
             content=model_hash(config),
-            kv_cache_dtype=(
-                None
-                if self._cache_dtype == model.dtype
-                else str(self._cache_dtype).removeprefix("torch.")
-            ),
+            kv_cache_dtype=None if self._cache_dtype == model.dtype else cache_dtype,
             adapters=() if self._adapters is None else tuple(self._adapters.sources),
             max_lora_rank=None if self._adapters is None else self._adapters.max_rank,
         )

@@ -14,6 +14,7 @@ from itertools import count
 from typing import Any
 
 from quire.engine.config import EngineConfig, EngineInfo
+from quire.engine.core.trials import Trials
 from quire.engine.errors import InvalidRequestError, ModelLoadError
 from quire.engine.outputs import (
     EngineStats,
@@ -57,7 +58,8 @@ class FakeCore:
         self.config = config
         self._running: dict[tuple[str, int], tuple[Request, int]] = {}
         self._aborted: list[SequenceOutput] = []
-        self._new: list[str] = []
+        self._trials = Trials()
+        self._begun: set[str] = set()
         self._on_begin: Callable[[list[str]], None] = lambda request_ids: None
         self._step = 0
         self._resets = 0
@@ -97,7 +99,6 @@ class FakeCore:
         for choice in request.open_choices:
             done = len(request.resume[choice] or ()) if request.resume else 0
             self._running[request.request_id, choice] = (request, done)
-        self._new.append(request.request_id)
 
     def abort_request(self, request_id: str, choice: int | None = None) -> None:
         for key in list(self._running):
@@ -108,10 +109,15 @@ class FakeCore:
     def step(self) -> StepOutput:
         self._step += 1
         outputs, self._aborted = self._aborted, []
-        if self._new:
-            self._on_begin(self._new)
-            self._new = []
-        commands = {request.prompt_token_ids[0] for request, _ in self._running.values()}
+        active = {
+            key: value
+            for key, value in self._running.items()
+            if key[0] in self._begun or self._trials.admits(value[0])
+        }
+        if new := {request_id for request_id, _ in active} - self._begun:
+            self._begun |= new
+            self._on_begin(sorted(new))
+        commands = {request.prompt_token_ids[0] for request, _ in active.values()}
         if HANG in commands:
             time.sleep(3600)
         if CRASH in commands:
@@ -121,7 +127,7 @@ class FakeCore:
             os._exit(3)
         if SLOW in commands:
             time.sleep(0.02)
-        for key, (request, done) in list(self._running.items()):
+        for key, (request, done) in active.items():
             reason: FinishReason | None = None
             if done + 1 == request.sampling_params.max_tokens:
                 reason = "length"
@@ -134,6 +140,7 @@ class FakeCore:
                 time.sleep(0.002)
                 timings = Timings(None, None, time.monotonic())
             outputs.append(SequenceOutput(*key, [token_id], finish_reason=reason, timings=timings))
+        self._trials.observe(outputs)
         return StepOutput(outputs, self.stats())
 
     def reset_prefix_cache(self) -> None:

@@ -52,8 +52,10 @@ async def running(
     )
     await client.start()
     await client.wait_ready()
-    yield client
-    await client.close()
+    try:
+        yield client
+    finally:
+        await client.close()
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +129,6 @@ async def test_a_request_that_kills_engines_ends_and_its_neighbours_go_on(
         assert_engine_dead(outputs)
         assert len(outputs) == 1 and outputs[0].error is not None
         assert poison.request_id in outputs[0].error.message and poison.request_id in caplog.text
-        assert client.health().restarts == MAX_DEATHS
         for request, stream in zip(neighbours, streams, strict=True):
             assert tokens_of(await stream) == expected_tokens(request)
         assert client.health().restarts == MAX_DEATHS + 1
