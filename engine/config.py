@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from functools import cache
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from .embedding_spec import NO_LAYOUT, EmbeddingSpec
-from .errors import ConfigurationError, ModelLoadError
+from .errors import ConfigurationError
 from .lora import AdapterSource
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -251,6 +250,12 @@ class EngineConfig:
         details="With cascade attention, a decode step reads a shared prefix once for several "
         "sequences, on a GPU and if that saves time.",
     )
+    kv_events_config: str | None = _flag(
+        "KV cache",
+        "Where to publish which blocks are cached, as JSON with the fields of vLLM's flag.",
+        None,
+        details="See Block events in docs/operations.md.",
+    )
 
     max_num_seqs: int = _flag("Scheduling", "Maximum sequences per step.", 256, ge=1, le=2**16)
     max_num_batched_tokens: int | None = _flag(
@@ -315,13 +320,6 @@ def engine_flags() -> tuple[EngineFlag, ...]:
         for item in fields(EngineConfig)
         if item.metadata
     )
-
-
-def check_folder(model: str) -> None:
-    """Raise ModelLoadError if `model` is the path of a folder, rather than a hub id, and there is
-    no such folder. (The hub's own error would only say that the path is no valid id.)"""
-    if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
-        raise ModelLoadError(f"there is no folder {model}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,6 +106,9 @@ class EngineStats(NamedTuple):
     accepted_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()
     """Accepted tokens by their place in a draft."""
+    waiting_tokens: int = 0
+    """Prompt tokens of waiting sequences, without those that their requests are expected to find
+    cached, and tokens that running sequences have still to compute."""
 
     @property
     def kv_usage(self) -> float:

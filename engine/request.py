@@ -68,7 +68,9 @@ class Request:
     `prediction` holds tokens that the client expects as the answer; they are drafts, and change
     nothing but the time. If `pooling` is set, the prompt is computed for its embedding and nothing
     is generated. `reasoning` is given if the reasoning of each choice has a budget. `adapter` names
-    the LoRA adapter that the model is to have; None means the model as it is.
+    the LoRA adapter that the model is to have; None means the model as it is. Whoever chose this
+    engine among several expects `expected_cached_tokens` of the prompt in its cache; only the
+    statistics of waiting work depend on it.
 
     `resume` continues a request that another engine began, one entry for each choice: the tokens
     that it has delivered, which count as output in every way and are not sent again, or None if it
@@ -93,6 +95,7 @@ class Request:
     prediction: tuple[int, ...] = ()
     resume: tuple[tuple[int, ...] | None, ...] = ()
     on_trial: bool = False
+    expected_cached_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:

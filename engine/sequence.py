@@ -131,6 +131,11 @@ class Sequence:
         self.reads_tokens = self._reads_all or self.reasoning is not None
 
     @property
+    def num_expected_tokens(self) -> int:
+        """Prompt tokens that must be computed, as far as whoever routed the request knows."""
+        return max(self.num_prompt_tokens - self.request.expected_cached_tokens, 0)
+
+    @property
     def num_output_tokens(self) -> int:
         """Sampled tokens, one in flight included."""
         return len(self.token_ids) - self.num_prompt_tokens

@@ -1,4 +1,4 @@
-"""The command `quire`: `quire serve`, `quire models` and `quire bench`.
+"""The command `quire`: `quire serve`, `quire models`, `quire bench` and `quire plan`.
 
 The flags of `quire serve` are read off the fields of `Settings` by code of our own rather than by
 pydantic-settings' `CliApp`, which has no argument groups: its `--help` would be one list of 70
@@ -42,6 +42,10 @@ def main(argv: list[str] | None = None, make_client: MakeClient | None = None) -
         from .bench import command as bench
 
         return bench.run(parsed)
+    if command == "plan":
+        from .bench import planning
+
+        return planning.run(parsed)
     if command == "models":
         from . import models_command
 
@@ -83,8 +87,10 @@ def build_parser(*, serve_only: bool = False) -> argparse.ArgumentParser:
     if not serve_only:
         from . import models_command
         from .bench import command as bench
+        from .bench import planning
 
         bench.add_parser(commands)
+        planning.add_parser(commands)
         models_command.add_parser(commands)
     fields = Settings.model_fields
     serve.add_argument("model", nargs="?", metavar="MODEL", help=fields["model"].description)

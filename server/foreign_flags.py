@@ -59,6 +59,7 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--load-format": "auto or dummy",
             "--lora-modules": "NAME=FOLDER each; no JSON",
             "--quantization": "int8 and int4 on the CPU; of quantised checkpoints only GGUF",
+            "--kv-events-config": "the same JSON; encoding array for readers of older events",
             "--tensor-parallel-size": "only 1",
             "--allowed-origins": "repeat it for each origin instead of a JSON list",
         },

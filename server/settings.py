@@ -34,6 +34,7 @@ from yaml import YAMLError
 
 from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
+from ..engine.events.kv_config import read_kv_events
 from ..engine.lora import AdapterSource, read_sources
 from .foreign_flags import explain
 from .setting_types import ReasoningParser, Secret, SecretList, ToolCallParser, refuse_empty_keys
@@ -359,6 +360,7 @@ class Settings(_EngineSettings):
             if isinstance(value, ByteSize):
                 values[name] = int(value)
         values["enable_lora"] |= bool(self.lora) or self.lora_dir is not None
+        read_kv_events(values["kv_events_config"])
         return EngineConfig(model=self.model_path, lora=self.adapters, **values)
 
 

@@ -8,6 +8,7 @@ from functools import partial
 
 from ..cache.block_manager import BlockManager
 from ..config import EngineConfig, EngineInfo
+from ..events.block_events import BlockEvent
 from ..grammar.compile import read_tokenizer_json
 from ..grammar.constraints import start_constraints
 from ..grammar.masks import StructuredOutput
@@ -140,6 +141,18 @@ class EngineCore:
     def end_snapshots(self) -> None:
         """Trace blocks no longer."""
         self._scheduler.block_manager.pool.trace = None
+
+    def record_blocks(self, on: bool) -> None:
+        """Record what happens to the blocks that can be found, or stop recording."""
+        self._scheduler.block_manager.record_blocks(on)
+
+    def take_block_events(self) -> list[BlockEvent]:
+        """Return what was recorded since this was last called."""
+        return self._scheduler.block_manager.take_block_events()
+
+    def known_blocks(self) -> list[bytes]:
+        """Return the hashes of all full blocks that can be found."""
+        return self._scheduler.block_manager.known_blocks()
 
     def reset_prefix_cache(self) -> None:
         """Forget the content of every cached block that no sequence holds."""

@@ -21,6 +21,6 @@ Reading order:
     heap             memory housekeeping after the start
     private_folder   the folder of the engine's socket
 
-It may import the words of the engine (the modules directly in `engine`). The engine's process also
-imports core, runner and devices, lazily, in `build_core`.
+It may import events and the words of the engine (the modules directly in `engine`). The engine's
+process also imports core, runner and devices, lazily, in `build_core`.
 """

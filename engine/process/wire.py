@@ -1,9 +1,10 @@
 """Messages between the engine process and its clients: msgspec's msgpack, never pickle.
 
-    client → engine   Hello · Add · Abort · ResetPrefixCache · Watch · ClientGone
+    client → engine   Hello · Add · Abort · ResetPrefixCache · Watch · WatchBlocks · ClientGone
                       · LoadAdapter · UnloadAdapter · AdaptersSeen
     engine → client   Ready | StartFailed, then Begun · StepMessage · Rejected · Heartbeat
-                      · LiveView · PrefixCacheReset · Adapters · AdapterChanged | AdapterRefused
+                      · LiveView · BlocksKnown · PrefixCacheReset
+                      · Adapters · AdapterChanged | AdapterRefused
 
 The engine binds a ROUTER on a unix socket in a folder that only its user may enter, and each client
 connects a DEALER. Every client gets a StepMessage for every step, with the outputs of its own
@@ -18,6 +19,7 @@ import msgspec
 
 from ..config import EngineConfig, EngineInfo
 from ..errors import InvalidRequestError, QuireError
+from ..events.block_events import BlockChanges
 from ..lora import AdapterSource
 from ..outputs import EngineStats, LiveSnapshot, SequenceOutput
 from ..request import Request
@@ -94,6 +96,11 @@ class Watch(msgspec.Struct, tag=True):
     seconds: float
 
 
+class WatchBlocks(msgspec.Struct, tag=True):
+    """Asks for BlocksKnown now, and for changes of the known blocks from then on. A client that has
+    missed some asks again."""
+
+
 class ClientGone(msgspec.Struct, tag=True):
     """Reports that the client with this ZeroMQ identity has died.
 
@@ -148,10 +155,17 @@ class Begun(msgspec.Struct, tag=True):
 
 
 class StepMessage(msgspec.Struct, tag=True):
-    """One step's outputs for the requests of the receiving client, and the engine's statistics."""
+    """One step's outputs for the requests of the receiving client, and the engine's statistics.
+
+    `num_added` is how many of the client's Adds the engine has read, refused ones included: those
+    are in `stats`. `blocks` says what happened to the known blocks, if anything did and the client
+    has asked for it.
+    """
 
     outputs: list[SequenceOutput]
     stats: EngineStats
+    num_added: int = 0
+    blocks: BlockChanges | None = None
 
 
 class Rejected(msgspec.Struct, tag=True):
@@ -172,11 +186,24 @@ class Heartbeat(msgspec.Struct, tag=True):
     """A sign of life from an engine that has no work.
 
     `num_open` counts the requests that it has not finished. An engine without work should have
-    none: a request that it keeps open is one that it has lost.
+    none: a request that it keeps open is one that it has lost. The other fields are as in
+    StepMessage.
     """
 
     stats: EngineStats
     num_open: int
+    num_added: int = 0
+    blocks: BlockChanges | None = None
+
+
+class BlocksKnown(msgspec.Struct, tag=True):
+    """All full blocks that can be found by their content, as keys one after the other.
+
+    It includes the effect of all BlockChanges up to number `sequence`.
+    """
+
+    sequence: int
+    keys: bytes
 
 
 class PrefixCacheReset(msgspec.Struct, tag=True):
@@ -223,6 +250,7 @@ ToEngine = (
     | Abort
     | ResetPrefixCache
     | Watch
+    | WatchBlocks
     | ClientGone
     | LoadAdapter
     | UnloadAdapter
@@ -235,6 +263,7 @@ FromEngine = (
     | StepMessage
     | Rejected
     | Heartbeat
+    | BlocksKnown
     | PrefixCacheReset
     | LiveView
     | Adapters

@@ -75,6 +75,15 @@ class StepPlanner:
         self._block_manager.end_step()
         return plan, left
 
+    def waiting_tokens(self, plan: Plan | None) -> int:
+        """Return how many tokens wait, and how many the rows of the last plan leave."""
+        waiting = self._policy.num_tokens
+        if plan is not None:
+            for row in plan.partial_rows:
+                computed = plan.starts[row] + plan.counts[row]
+                waiting += len(plan.rows[row].token_ids) - computed
+        return waiting
+
     def _schedule_running(self, plan: Plan, budget: int) -> int:
         """Give every running sequence at least one token, while the budget lasts; return what is
         left of it.
