@@ -25,6 +25,13 @@ class EngineHealth(NamedTuple):
     restarts: int
 
 
+class EngineState(NamedTuple):
+    """One of several engines behind a client: its health, and its latest statistics, if any."""
+
+    health: EngineHealth
+    stats: EngineStats | None
+
+
 class Fingerprint(NamedTuple):
     """What two engines must have in common for one to go on with a stream of the other: then the
     continuation is the same, token for token, on the same kind of device.
@@ -99,6 +106,13 @@ class EngineClient(Protocol):
 
     def health(self) -> EngineHealth:
         """Return the engine's present health."""
+
+    def engines(self) -> dict[str, EngineState]:
+        """Return the state of each engine by its name; empty if there is only one, without a
+        name."""
+
+    def engine_of(self, request_id: str) -> str | None:
+        """Return the name of the engine that has an open request, if engines have names."""
 
     async def reset_prefix_cache(self) -> None:
         """Forget every cached block that no sequence holds."""

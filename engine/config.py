@@ -181,8 +181,9 @@ class EngineConfig:
     lora: tuple[AdapterSource, ...] = ()
     """The adapters that are loaded when the engine starts."""
     skip_broken_lora: bool = False
-    """Whether to start without an adapter that cannot be loaded: after a restart, if it has
-    vanished since."""
+    """Whether to start without an adapter that cannot be loaded: after a restart."""
+    num_peers: int = 1
+    """Engines that share this machine's main memory, this one included."""
     max_loras: int = _flag(
         "Model",
         "Maximum different LoRA adapters in a step.",

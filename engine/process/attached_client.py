@@ -10,6 +10,7 @@ from ..errors import EngineDeadError
 from ..outputs import EngineStats
 from .engine_handle import EngineLink
 from .remote_client import EngineObserver, EngineStatus, RemoteEngineClient, State
+from .streams import StreamTable
 
 logger = logging.getLogger("quire.engine.client")
 
@@ -21,8 +22,14 @@ class AttachedEngineClient(RemoteEngineClient):
     the engine becomes ready; the supervisor's own client observes its steps.
     """
 
-    def __init__(self, name: bytes, *, observer: EngineObserver | None = None) -> None:
-        super().__init__(observer)
+    def __init__(
+        self,
+        name: bytes,
+        *,
+        observer: EngineObserver | None = None,
+        streams: StreamTable | None = None,
+    ) -> None:
+        super().__init__(observer, streams)
         self._name = name
         self._reader: asyncio.Task[None] | None = None
         self.broken = asyncio.Event()

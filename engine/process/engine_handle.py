@@ -82,9 +82,13 @@ class EngineHandle(EngineLink):
         self._process = process
 
     @classmethod
-    async def launch(cls, launch: wire.Launch) -> EngineHandle:
-        """Start the process and send Hello. The process answers Ready or StartFailed, or exits."""
+    async def launch(
+        cls, launch: wire.Launch, variables: Mapping[str, str] | None = None
+    ) -> EngineHandle:
+        """Start the process, with these variables in its environment, and send Hello. The process
+        answers Ready or StartFailed, or exits."""
         environment = engine_environment(os.environ, launch.config.num_threads)
+        environment |= variables or {}
         starting = asyncio.ensure_future(
             asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "quire.engine.process.engine_process"),

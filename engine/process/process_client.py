@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from .engine_handle import EngineHandle
 from .json_logs import LogFormat
 from .private_folder import private_folder
 from .remote_client import EngineObserver, EngineStatus, RemoteEngineClient, State
+from .streams import StreamTable
 
 REAL_CORE = "quire.engine.process.engine_process:build_core"
 """The core to step, as "module:function": the real engine."""
@@ -54,8 +55,12 @@ class ProcessEngineClient(RemoteEngineClient):
         log_level: str = "info",
         log_format: LogFormat = "console",
         core: str = REAL_CORE,
+        streams: StreamTable | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(observer)
+        """`environment` holds variables of the engine's process that differ from this one's."""
+        super().__init__(observer, streams)
+        self._environment = environment or {}
         self._config = config
         self._stall_timeout = stall_timeout
         self._max_restarts = max_restarts
@@ -158,7 +163,7 @@ class ProcessEngineClient(RemoteEngineClient):
         self._ready_at = None
         launch = wire.Launch(self._config, address, self._core, self._log_level, self._log_format)
         try:
-            engine = await EngineHandle.launch(launch)
+            engine = await EngineHandle.launch(launch, self._environment)
         except OSError as error:
             logger.error("the engine process cannot be started: %s", error)
             self._start_error = StartupError(f"the engine process cannot be started: {error}")

@@ -9,11 +9,11 @@ import enum
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from itertools import count
 from typing import NamedTuple, Protocol
 
-from ..client import EngineHealth
+from ..client import EngineHealth, EngineState
 from ..config import EngineInfo
 from ..errors import (
     EngineDeadError,
@@ -80,6 +80,12 @@ class RemoteEngineClient:
         self._seeds: random.Random | None = None
         self._idle = False
         """Whether the engine had no work when it was last heard of."""
+        self.on_message: Callable[[wire.FromEngine], None] | None = None
+        """Called with each message of the engine, before it is handled."""
+        self.on_lost: Callable[[], None] | None = None
+        """Called when the engine serves no longer, before its streams go on elsewhere."""
+        self.on_failed: Callable[[], None] | None = None
+        """Called when the engine is given up."""
         self._state = State.STARTING
         self._restarts = 0
         self._info: EngineInfo | None = None
@@ -113,6 +119,14 @@ class RemoteEngineClient:
     def abort(self, request_id: str, choice: int | None = None) -> None:
         self._streams.abort(request_id, choice)
 
+    async def start(self) -> None:
+        """Start the engine, if that is this client's task."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """End the client, and the engine if it was started by this client."""
+        raise NotImplementedError
+
     def stats(self) -> EngineStats | None:
         return self._stats
 
@@ -120,6 +134,12 @@ class RemoteEngineClient:
         state = self._state
         alive = state not in (State.STALLED, State.FAILED, State.CLOSED)
         return EngineHealth(alive, state is State.READY, state.value, self._restarts)
+
+    def engines(self) -> dict[str, EngineState]:
+        return {}
+
+    def engine_of(self, request_id: str) -> str | None:
+        return None
 
     async def reset_prefix_cache(self) -> None:
         """Forget every cached block that no sequence holds.
@@ -160,7 +180,18 @@ class RemoteEngineClient:
         if self._state is State.READY:
             self._send(wire.Watch(seconds))
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the engine serves."""
+        return self._state is State.READY
+
+    def send(self, message: wire.ToEngine) -> None:
+        """Send a message to the engine, which must be connected."""
+        self._send(message)
+
     def _handle(self, message: wire.FromEngine) -> None:
+        if self.on_message is not None:
+            self.on_message(message)
         match message:
             case wire.StepMessage(outputs, stats):
                 self._idle = False
@@ -226,9 +257,9 @@ class RemoteEngineClient:
         if self._state is State.READY:
             self._send(wire.Abort(request_id, choice))
 
-    def _choose(self, request: Request, began_at: EngineInfo | None) -> Place:
+    def _choose(self, request: Request, began_at: EngineInfo | None) -> tuple[Place, Request]:
         self._require_ready()
-        return self
+        return self, request
 
     # ---
 
@@ -243,14 +274,20 @@ class RemoteEngineClient:
 
     def _fail_open(self, error: QuireError) -> None:
         """End everything that is open: no engine will come any more."""
+        if self.on_lost is not None:
+            self.on_lost()
         self._streams.fail_all(error, None if self._is_alone else self)
         self._fail_questions(error)
+        if self.on_failed is not None:
+            self.on_failed()
 
     def _lose_engine(self) -> None:
         """Let the streams of an engine that has died, or is about to be killed, go on with the next
         one, and fail what else was asked of it."""
         if self._state is State.STALLED and self._idle:
             self._streams.suspect_all(self)
+        if self.on_lost is not None:
+            self.on_lost()
         self._streams.detach(self)
         self._fail_questions(EngineDeadError("the engine died before it answered"))
 

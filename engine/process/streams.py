@@ -29,17 +29,22 @@ MAX_MOVES = 4
 """Moves of a request in total, those from engines that had not begun it included: an engine may die
 before it can say that it has begun a request."""
 
+Choose = Callable[[Request, EngineInfo | None], tuple[Place, Request]]
+
 logger = logging.getLogger("quire.engine.client")
 
 
 class StreamTable:
     """Distribute the outputs of each step to the streams of their requests. For one event loop.
 
-    `choose` returns the engine for a request, or raises EngineNotReadyError. It is also given the
+    `choose` returns the engine for a request, and the request as it is to be sent there, or raises
+    EngineNotReadyError. It is also given the
     facts about the engine that began the request, or None for a request that has delivered nothing.
     """
 
-    def __init__(self, choose: Callable[[Request, EngineInfo | None], Place]) -> None:
+    def __init__(
+        self, choose: Callable[[Request, EngineInfo | None], tuple[Place, Request]]
+    ) -> None:
         self._choose = choose
         self._streams: dict[str, Stream] = {}
         """All open streams, by their request's id."""
@@ -94,6 +99,11 @@ class StreamTable:
         else:
             stream.aborted |= choices
             stream.place.abort_request(stream.sent_id, choice)
+
+    def place_of(self, request_id: str) -> Place | None:
+        """Return the engine that has an open request."""
+        stream = self._streams.get(request_id)
+        return None if stream is None else stream.place
 
     # --- the engine's side
 
@@ -166,8 +176,7 @@ class StreamTable:
     def _send(self, stream: Stream) -> None:
         """Send a stream's request, from where it stands. Raises EngineNotReadyError."""
         began_at = stream.info if stream.moves and stream.has_delivered else None
-        request = stream.continuation()
-        place = self._choose(request, began_at)
+        place, request = self._choose(stream.continuation(), began_at)
         info = place.info
         if began_at is not None:
             ours, theirs = (Fingerprint.of(one, request.adapter) for one in (began_at, info))

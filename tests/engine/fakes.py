@@ -16,6 +16,7 @@ from typing import Any
 from quire.engine.config import EngineConfig, EngineInfo
 from quire.engine.core.trials import Trials
 from quire.engine.errors import InvalidRequestError, ModelLoadError
+from quire.engine.events.block_events import BlockEvent
 from quire.engine.outputs import (
     EngineStats,
     FinishReason,
@@ -152,6 +153,15 @@ class FakeCore:
 
     def end_snapshots(self) -> None:
         pass
+
+    def record_blocks(self, on: bool) -> None:
+        pass
+
+    def take_block_events(self) -> list[BlockEvent]:
+        return []
+
+    def known_blocks(self) -> list[bytes]:
+        return []
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -145,7 +145,7 @@ async def run(
     choice and how often a request moved."""
     answers: Answers = {}
     moves = 0
-    table = StreamTable(lambda request, began_at: engines[-1])
+    table = StreamTable(lambda request, began_at: (engines[-1], request))
     engines = [Mortal(core, table) for core in cores]
 
     async def read(request: Request) -> None:
@@ -319,7 +319,7 @@ async def _moved(
     first: EngineCore, second: EngineCore, request: Request, steps: int
 ) -> list[SequenceOutput]:
     """Return the outputs of a request that moves after so many steps."""
-    table = StreamTable(lambda request, began_at: engines[-1])
+    table = StreamTable(lambda request, began_at: (engines[-1], request))
     engines = [Mortal(first, table)]
     outputs: list[SequenceOutput] = []
 
