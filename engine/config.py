@@ -124,12 +124,8 @@ def _flag(
 class EngineConfig:
     """The engine's configuration: plain values, so that it can be sent to the engine process.
 
-    It is frozen; values derived from it are returned, never written back. Sizes are in tokens
-    unless the name says otherwise. None means that the engine derives the value: from the model
-    (`max_model_len`), by profiling (`num_blocks`), or from the device (`kv_cache_memory_bytes`,
-    which is used on the CPU, where there is no device memory to take a share of;
-    `max_num_batched_tokens`; `async_scheduling`, which is on for devices that compute while the
-    host goes on). Without a `seed`, requests that bring none draw theirs at random.
+    It is frozen; derived values are returned, never written back. Sizes are in tokens unless the
+    name says otherwise. None means that the engine derives the value.
     """
 
     model: str
@@ -185,8 +181,9 @@ class EngineConfig:
     lora: tuple[AdapterSource, ...] = ()
     """The adapters that are loaded when the engine starts."""
     skip_broken_lora: bool = False
-    """Whether to start without an adapter that cannot be loaded: after a restart, if it has
-    vanished since."""
+    """Whether to start without an adapter that cannot be loaded: after a restart."""
+    num_peers: int = 1
+    """Engines that share this machine's main memory, this one included."""
     max_loras: int = _flag(
         "Model",
         "Maximum different LoRA adapters in a step.",
@@ -339,7 +336,8 @@ class WorkerInfo:
     if it equals `dtype`. `source_format` is that of the checkpoint, and `computed_format` names the
     types of the weights as they are computed, which take `weight_bytes`. `adapters` are the LoRA
     adapters that are loaded, and `max_lora_rank` is None if there can be none. `is_batch_invariant`
-    says that logits are the same to the bit whatever else is in their step.
+    says that logits are the same to the bit whatever else is in their step. `content` is a hash of
+    the model's configuration and weights.
     """
 
     architecture: str
@@ -362,11 +360,12 @@ class WorkerInfo:
     adapters: tuple[AdapterSource, ...] = ()
     max_lora_rank: int | None = None
     is_batch_invariant: bool = False
+    content: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo(WorkerInfo):
-    """What the engine reports once it is ready; the HTTP side validates requests against it."""
+    """What the engine reports once it is ready, against which the HTTP side validates requests."""
 
     model: str
     block_size: int
@@ -375,6 +374,7 @@ class EngineInfo(WorkerInfo):
     max_logprobs: int
     max_loras: int = 0
     speculates: bool = False
+    seed: int | None = None
 
     @classmethod
     def of(cls, config: EngineConfig, worker: WorkerInfo, num_blocks: int) -> EngineInfo:
@@ -385,6 +385,7 @@ class EngineInfo(WorkerInfo):
             model=config.model,
             block_size=config.block_size,
             num_blocks=num_blocks,
+            seed=config.seed,
             max_num_seqs=config.max_num_seqs,
             max_logprobs=min(config.max_logprobs, worker.vocab_size),
             max_loras=config.max_loras if worker.max_lora_rank is not None else 0,

@@ -31,10 +31,9 @@ class RowError(NamedTuple):
 
 
 class Timings(NamedTuple):
-    """`time.monotonic()` seconds of a sequence's life, as far as it got, and how often it was
-    preempted."""
+    """Seconds from the request's arrival to the stations of a sequence's life, as far as it got,
+    and how often it was preempted."""
 
-    arrival: float
     scheduled: float | None
     first_token: float | None
     finished: float

@@ -118,6 +118,8 @@ class Sequence:
         request, params = self.request, self.request.sampling_params
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        if request.resume:
+            self.token_ids += request.resume[self.choice] or ()
         self.stop_at = self.num_prompt_tokens + params.max_tokens
         self.num_logprobs = params.logprobs
         self.is_beam = params.beam_width is not None

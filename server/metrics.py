@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
 
 from ..engine.config import EngineInfo
 from ..engine.outputs import EngineStats, FinishReason, Timings
@@ -27,7 +28,7 @@ from .histograms import (
     TokenHistogram,
     one_two_five,
 )
-from .metrics_sum import Sample, Sum, Totals, samples_of
+from .metrics_sum import EngineSums, OneOfSeveral, Sample, Sum, Totals, samples_of
 
 WAITING_REASONS = ("capacity", "deferred")
 """Why a sequence waits, by vLLM's names. None is ever deferred here (held back although there is
@@ -72,13 +73,23 @@ class RequestRecord:
 class Metrics:
     """The metrics of one process, as `/metrics` shows them.
 
-    `model_name` is the first served name. The methods are called on the event loop.
+    `model_name` is the first served name. The methods are called on the event loop. `engine` is the
+    label of the engine that is observed; None is for several, each of which `observer_of` observes.
     """
 
-    def __init__(self, model_name: str, prefix: Literal["quire", "vllm"] = "quire") -> None:
+    def __init__(
+        self,
+        model_name: str,
+        prefix: Literal["quire", "vllm"] = "quire",
+        engine: str | None = "0",
+    ) -> None:
         self._registry = CollectorRegistry()
         self._prefix = prefix
-        self._labels = {"model_name": model_name, "engine": "0"}
+        self._labels = {"model_name": model_name}
+        if engine is not None:
+            self._labels["engine"] = engine
+        self._engines: dict[str, Collector] = {}
+        """What is observed of each of several engines."""
         self._last_stats: EngineStats | None = None
 
         self._running = self._gauge("num_requests_running", "Sequences in the running batch.")
@@ -334,11 +345,11 @@ class Metrics:
     def _observe_timings(self, timings: Timings, longest: int) -> None:
         """Record the latencies of a request whose longest choice has `longest` tokens."""
         spans = self._spans
-        arrival, scheduled, first_token, finished, _ = timings
-        spans["e2e_request_latency_seconds"].observe(finished - arrival)
+        scheduled, first_token, finished, _ = timings
+        spans["e2e_request_latency_seconds"].observe(finished)
         if scheduled is None:
             return
-        spans["request_queue_time_seconds"].observe(scheduled - arrival)
+        spans["request_queue_time_seconds"].observe(scheduled)
         spans["request_inference_time_seconds"].observe(finished - scheduled)
         if first_token is None:
             return
@@ -370,7 +381,16 @@ class Metrics:
     def render(self, others: Totals | None = None) -> tuple[bytes, str]:
         """Return the page in Prometheus' text format, with the counts of `others`, and its type."""
         self._count_new_tokens()
-        return generate_latest(Sum(self._registry, others or {})), CONTENT_TYPE_PLAIN_0_0_4
+        own: Collector = self._registry
+        if self._engines:
+            own = EngineSums(own, self._engines)
+        return generate_latest(Sum(own, others or {})), CONTENT_TYPE_PLAIN_0_0_4
+
+    def observer_of(self, engine: str) -> OneOfSeveral:
+        """Return the observer of one of several engines."""
+        own = Metrics(self._labels["model_name"], self._prefix, engine)
+        self._engines[engine] = own._registry
+        return OneOfSeveral(self, own)
 
     def _count_new_tokens(self) -> None:
         self._generated.inc(self._new_tokens)

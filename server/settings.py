@@ -209,6 +209,15 @@ class Settings(_EngineSettings):
         gt=0,
     )
 
+    data_parallel_size: int = _option(
+        "Scheduling",
+        "Engines, each with the whole model, among which requests are divided.",
+        1,
+        ge=1,
+        le=64,
+        details="Each gets a GPU, or its share of the CPUs. See docs/scaling.md.",
+    )
+
     max_n: int = _option("Limits", "Maximum n and best_of.", 128, ge=1)
     max_prompts_per_request: int = _option("Limits", "Maximum prompts per request.", 256, ge=1)
     max_body_bytes: ByteSize = _option("Limits", "Maximum size of a request body.", "16MiB", gt=0)

@@ -228,7 +228,7 @@ def exported_samples() -> dict[str, set[str]]:
     metrics.request_finished(
         RequestRecord(
             prompt_tokens=1, max_tokens=1, finish_reasons=("stop",),
-            generation_tokens=(1,), timings=Timings(0.0, 0.0, 0.0, 0.0),
+            generation_tokens=(1,), timings=Timings(0.0, 0.0, 0.0),
         )
     )  # fmt: skip
     metrics.http_request("/health", "GET", 200, 0.1)

@@ -56,6 +56,8 @@ class EngineCoreProtocol(Protocol):
     @property
     def has_work(self) -> bool: ...
 
+    def watch_begins(self, on_begin: Callable[[list[str]], None]) -> None: ...
+
     def add_request(self, request: Request) -> None: ...
 
     def abort_request(self, request_id: str, choice: int | None = None) -> None: ...
@@ -131,6 +133,7 @@ class EngineServer:
     def run(self, core: EngineCoreProtocol) -> None:
         """Serve until stdin closes. An exception from the core propagates and ends the process."""
         self._core = core
+        core.watch_begins(self._tell_begun)
         self._blocks.begin(core)
         heartbeat_ms = int(wire.HEARTBEAT_SECONDS * 1000)
         changes = self._adapters
@@ -175,15 +178,20 @@ class EngineServer:
                 logger.warning("dropped a malformed message: %s", error)
                 continue
             if isinstance(message, wire.Hello):
-                self._greet(sender)
+                self._greet(sender, message.protocol)
             elif sender not in self._clients:
                 logger.warning("dropped a message from a peer that had not said hello")
             else:
                 messages.append((sender, message))
 
-    def _greet(self, client: bytes) -> None:
+    def _greet(self, client: bytes, protocol: int) -> None:
         """Register the client and answer its Hello, unless it is known or has died."""
         if client in self._gone or client in self._clients:
+            return
+        if protocol != wire.PROTOCOL:
+            message = f"the engine speaks version {wire.PROTOCOL} of its protocol, not {protocol}"
+            logger.warning("refused a client: %s", message)
+            self._send(client, wire.encode(wire.StartFailed(StartupError.code, message)))
             return
         self._clients.append(client)
         greeting = self._failure or wire.Ready(self._core.info)
@@ -191,15 +199,16 @@ class EngineServer:
 
     def _handle(self, core: EngineCoreProtocol, client: bytes, message: wire.ToEngine) -> None:
         match message:
-            case wire.Add(request):
+            case wire.Add():
                 self._added[client] += 1
+                request = message.received(time.monotonic())
                 try:
                     core.add_request(request)
                 except QuireError as error:
                     rejected = wire.Rejected.for_error(request.request_id, error)
                     self._send(client, wire.encode(rejected))
                 else:
-                    choices = set(range(request.sampling_params.n))
+                    choices = set(request.open_choices)
                     self._open[request.request_id] = _OpenRequest(client, choices)
             case wire.Abort(request_id, choice):
                 core.abort_request(request_id, choice)
@@ -229,6 +238,15 @@ class EngineServer:
         for request_id in [key for key, entry in self._open.items() if entry.client == client]:
             del self._open[request_id]
             core.abort_request(request_id)
+
+    def _tell_begun(self, request_ids: list[str]) -> None:
+        """Tell clients which of their requests the next step begins."""
+        begun: dict[bytes, list[str]] = {}
+        for request_id in dict.fromkeys(request_ids):
+            if request_id in self._open:  # otherwise its client has died
+                begun.setdefault(self._open[request_id].client, []).append(request_id)
+        for client, ids in begun.items():
+            self._send(client, wire.encode(wire.Begun(ids)))
 
     def _send_step(self, step: StepOutput) -> None:
         """Send each client the outputs of its own requests, in one message."""

@@ -2,8 +2,9 @@
 
     client → engine   Hello · Add · Abort · ResetPrefixCache · Watch · WatchBlocks · ClientGone
                       · LoadAdapter · UnloadAdapter · AdaptersSeen
-    engine → client   Ready | StartFailed, then StepMessage · Rejected · Heartbeat · LiveView
-                      · BlocksKnown · PrefixCacheReset · Adapters · AdapterChanged | AdapterRefused
+    engine → client   Ready | StartFailed, then Begun · StepMessage · Rejected · Heartbeat
+                      · LiveView · BlocksKnown · PrefixCacheReset
+                      · Adapters · AdapterChanged | AdapterRefused
 
 The engine binds a ROUTER on a unix socket in a folder that only its user may enter, and each client
 connects a DEALER. Every client gets a StepMessage for every step, with the outputs of its own
@@ -27,6 +28,10 @@ from .json_logs import LogFormat
 HEARTBEAT_SECONDS = 0.4
 """Interval between two messages of an idle engine."""
 
+PROTOCOL = 2
+"""Version of these messages. An engine refuses a client of another version: it could not be sure
+to go on with its streams."""
+
 MAX_MESSAGE_BYTES = 256 * 2**20
 """Limit of one message: a peer that sends more is disconnected."""
 
@@ -46,13 +51,32 @@ class Launch(msgspec.Struct):
 
 
 class Hello(msgspec.Struct, tag=True):
-    """Registers the sender as a client. The answer is Ready or StartFailed."""
+    """Registers the sender as a client. The answer is Ready or StartFailed.
+
+    `protocol` is the sender's PROTOCOL; 1 stands for those that did not say it.
+    """
+
+    protocol: int = 1
 
 
 class Add(msgspec.Struct, tag=True):
-    """Submits a request. The answer is Rejected, or outputs in StepMessages."""
+    """Submits a request. The answer is Rejected, or outputs in StepMessages.
+
+    The request's times are seconds from the moment at which it is sent, so its arrival is negative:
+    the clocks of two machines have nothing in common. `received` returns it by the receiver's.
+    """
 
     request: Request
+
+    @classmethod
+    def sent(cls, request: Request, now: float) -> Add:
+        """Make the message for a request whose times are by the sender's clock, which shows
+        `now`."""
+        return cls(request.shifted(-now))
+
+    def received(self, now: float) -> Request:
+        """Return the request with its times by the receiver's clock, which shows `now`."""
+        return self.request.shifted(now)
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -119,6 +143,15 @@ class StartFailed(msgspec.Struct, tag=True):
 
     code: str
     message: str
+
+
+class Begun(msgspec.Struct, tag=True):
+    """These requests of the client are in the step that now begins, and were not in the one before.
+
+    It is sent before the step: should the step end the process, they are the suspects.
+    """
+
+    request_ids: list[str]
 
 
 class StepMessage(msgspec.Struct, tag=True):
@@ -226,6 +259,7 @@ ToEngine = (
 FromEngine = (
     Ready
     | StartFailed
+    | Begun
     | StepMessage
     | Rejected
     | Heartbeat

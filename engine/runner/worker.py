@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.adapter import Adapter
+from ..checkpoints.content_hash import model_hash
 from ..checkpoints.source import source_of
 from ..config import EngineConfig, WorkerInfo
 from ..devices.backend import Backend, CacheDemand
@@ -61,6 +62,7 @@ class Worker:
             max_tokens = max(self._backend.token_budget(config), config.max_num_seqs)
             self._adapters = AdapterStore(config, model, max_tokens)
         self._max_model_len = spec.resolve_max_model_len(config.max_model_len)
+        cache_dtype = str(self._cache_dtype).removeprefix("torch.")
         return WorkerInfo(
             architecture=spec.architecture,
             device=str(model.device),
@@ -79,11 +81,8 @@ class Worker:
             computed_format=model.weights.computed_format,
             weight_bytes=model.weights.num_bytes,
             is_batch_invariant=model.is_batch_invariant,
-            kv_cache_dtype=(
-                None
-                if self._cache_dtype == model.dtype
-                else str(self._cache_dtype).removeprefix("torch.")
-            ),
+            content=model_hash(config),
+            kv_cache_dtype=None if self._cache_dtype == model.dtype else cache_dtype,
             adapters=() if self._adapters is None else tuple(self._adapters.sources),
             max_lora_rank=None if self._adapters is None else self._adapters.max_rank,
         )

@@ -231,7 +231,7 @@ class StepPlanner:
             self._policy.pop()
             if sequence.adapter_id is not None:
                 adapters.admitted(sequence)
-            if is_first:
+            if is_first and not sequence.request.has_delivered:  # otherwise it has been charged
                 self._policy.charge_prompt(sequence)
             self._roster.add(sequence)
             start, end = admitted.num_matched, admitted.num_matched + admitted.num_new

@@ -14,6 +14,7 @@ from ...engine.errors import EngineDeadError, error_from_code
 from ...engine.outputs import FinishReason, SequenceOutput, Timings, TokenLogprobs
 from ...engine.reasoning import ReasoningTracker
 from ..http.limits import Ticket
+from ..http.middleware import connection
 from ..metrics import RequestRecord
 from ..text.detokenizer import Detokenizer
 from .job import Job
@@ -104,6 +105,7 @@ class Generation:
         self._prompts_counted = [False] * len(job.requests)
         self._timings: list[Timings | None] = [None] * len(job.requests)
         self._preemptions = [0] * len(job.requests)
+        self._is_placed = False
         self._accepted, self._rejected = 0, 0
         """Tokens of predictions that were right, and that were tried and wrong."""
         self.choices = [
@@ -181,6 +183,8 @@ class Generation:
             async with aclosing(merged_outputs(self._state.engine, requests)) as outputs:
                 async for position, output in outputs:
                     self._ticket.started()
+                    if not self._is_placed:
+                        self._note_engine(output.request_id)
                     if output.error is not None:
                         self.choices[position][output.choice].finish_reason = "error"
                         raise error_from_code(output.error.code, output.error.message)
@@ -195,6 +199,13 @@ class Generation:
                     self._state.engine.abort(requests[position].request_id)
             self._ticket.close()
             self._record()
+
+    def _note_engine(self, request_id: str) -> None:
+        """Name the engine in the answer's headers, if there are several."""
+        self._is_placed = True
+        engine, present = self._state.engine.engine_of(request_id), connection.get()
+        if engine is not None and present is not None:
+            present.answer_headers["x-quire-engine"] = engine
 
     def _take(self, position: int, output: SequenceOutput) -> Delta | None:
         """Add a step's output to its choice. Returns the delta that it makes certain, or None."""

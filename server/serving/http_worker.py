@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from ...engine.errors import StartupError
+from ...engine.fleet.directory import AttachedEngines
+from ...engine.fleet.fleet_client import FleetClient
 from ...engine.process.attached_client import AttachedEngineClient
 from ...engine.process.engine_process import die_with_parent
 from ...engine.process.heap import settle
@@ -31,7 +33,7 @@ from ..http.worker_link import Link, ToMain, ToWorker
 from ..logs import configure_logging, resolve_format
 from ..metrics import Metrics
 from ..settings import Settings
-from .http_server import build_app, uvicorn_server
+from .http_server import build_app, make_metrics, uvicorn_server
 
 if TYPE_CHECKING:
     from ..requests.state import ServerState
@@ -58,8 +60,17 @@ async def _run(end: socket.socket) -> int:
         return 1
     settings = Settings(**setup.settings)
     configure_logging(settings.log_level, resolve_format(settings.log_format), setup.index)
-    metrics = Metrics(settings.served_names[0], settings.metrics_prefix)
-    engine = AttachedEngineClient(setup.engine_name, observer=metrics)
+    metrics = make_metrics(settings)
+    attached = AttachedEngines(
+        settings.data_parallel_size, setup.engine_name, lambda engine: metrics
+    )
+    engine: FleetClient | AttachedEngineClient
+    if settings.data_parallel_size == 1:
+        engine = AttachedEngineClient(setup.engine_name, observer=metrics)
+        links = [engine]
+    else:
+        engine = FleetClient(attached, name=setup.engine_name.decode())
+        links = attached.links
     loads = memoryview(mmap.mmap(setup.loads, 0)).cast("q")
     siblings = Siblings(setup.index, loads, Path(setup.folder))
     try:
@@ -83,13 +94,13 @@ async def _run(end: socket.socket) -> int:
     listener = socket.socket(fileno=setup.listener)
     await siblings.listen(app)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    obeying = asyncio.create_task(_obey(link, state, engine, metrics, pages))
-    broken = asyncio.create_task(engine.broken.wait())
+    obeying = asyncio.create_task(_obey(link, state, links, metrics, pages))
+    broken = [asyncio.create_task(one.broken.wait()) for one in links]
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
     settle()
     link.send(worker_link.Up())
-    await asyncio.wait({serving, obeying, broken}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({serving, obeying, *broken}, return_when=asyncio.FIRST_COMPLETED)
     for task in (serving, obeying):
         if task.done():
             task.result()
@@ -104,15 +115,15 @@ async def _run(end: socket.socket) -> int:
 async def _obey(
     link: Link[ToWorker, ToMain],
     state: ServerState,
-    engine: AttachedEngineClient,
+    engines: list[AttachedEngineClient],
     metrics: Metrics,
     pages: Pages,
 ) -> None:
     """Follow the main process's messages, until one says to stop."""
     while (message := await link.receive()) is not None:
         match message:
-            case worker_link.EngineUpdate(status):
-                engine.follow(status)
+            case worker_link.EngineUpdate(status, index):
+                engines[index].follow(status)
             case worker_link.AskSamples():
                 link.send(worker_link.Samples(metrics.samples()))
             case worker_link.Page(content, media_type):

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
@@ -17,13 +18,15 @@ import uvloop
 from ...engine.checkpoints.gguf_header import read_header
 from ...engine.checkpoints.source import find_source
 from ...engine.config import EngineInfo
-from ...engine.errors import StartupError
+from ...engine.errors import ConfigurationError, StartupError
+from ...engine.fleet.directory import LocalEngines
+from ...engine.fleet.fleet_client import FleetClient
 from ...engine.process.heap import settle
 from ...engine.process.process_client import ProcessEngineClient
 from ..logs import resolve_format
 from ..metrics import Metrics
 from ..settings import DEMO_MODEL_NAME, Settings
-from .http_server import build_app, uvicorn_server
+from .http_server import build_app, make_metrics, uvicorn_server
 from .listener import address_of, check_tls, listening
 from .worker_pool import WorkerPool
 
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 
 MakeClient = Callable[..., ProcessEngineClient]
 """Takes the arguments of ProcessEngineClient, such as the class itself or a partial of it."""
+
+Engine = ProcessEngineClient | FleetClient
+"""The client of the engine that this process supervises, or of all engines."""
 
 log = structlog.get_logger(__name__)
 
@@ -105,14 +111,8 @@ class _ThisProcess:
 async def _serve(settings: Settings, listener: socket.socket, make_client: MakeClient) -> None:
     began = time.monotonic()
     stop = _stop_on_signals()
-    metrics = Metrics(settings.served_names[0], settings.metrics_prefix)
-    engine = make_client(
-        settings.engine_config(),
-        observer=metrics,
-        stall_timeout=settings.engine_stall_timeout,
-        log_level=settings.log_level,
-        log_format=resolve_format(settings.log_format),
-    )
+    metrics = make_metrics(settings)
+    engine = _make_engine(settings, metrics, make_client)
     # 1. The engine loads the model in its own process while this one builds the HTTP side.
     log.info("loading", model=settings.model or DEMO_MODEL_NAME)
     await engine.start()
@@ -154,7 +154,28 @@ async def _serve(settings: Settings, listener: socket.socket, make_client: MakeC
         await engine.close()
 
 
-async def _ready(engine: ProcessEngineClient, front: Front) -> EngineInfo:
+def _make_engine(settings: Settings, metrics: Metrics, make_client: MakeClient) -> Engine:
+    """Return the client of the engine, or of all of them. Raises ConfigurationError if there are
+    too few devices."""
+    config = settings.engine_config()
+    make = partial(
+        make_client,
+        stall_timeout=settings.engine_stall_timeout,
+        log_level=settings.log_level,
+        log_format=resolve_format(settings.log_format),
+    )
+    if settings.data_parallel_size == 1:
+        return make(config, observer=metrics)
+    if config.kv_events_config is not None:
+        raise ConfigurationError(
+            "--kv-events-config publishes the blocks of one engine: it does not go with "
+            "--data-parallel-size"
+        )
+    engines = LocalEngines(config, settings.data_parallel_size, make, metrics.observer_of)
+    return FleetClient(engines)
+
+
+async def _ready(engine: Engine, front: Front) -> EngineInfo:
     info = await engine.wait_ready()
     await front.wait_up()
     return info
@@ -178,7 +199,7 @@ def _stop_on_signals() -> asyncio.Event:
     return stop
 
 
-async def drain(front: Front, engine: ProcessEngineClient, timeout: float) -> None:
+async def drain(front: Front, engine: Engine, timeout: float) -> None:
     """Refuse new requests, let running ones end, and after `timeout` seconds fail the rest."""
     front.begin_drain()
     log.info("draining", requests=front.num_unfinished, timeout=timeout)
@@ -206,6 +227,7 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
             max_model_len=info.max_model_len,
             num_blocks=info.num_blocks,
             kv_capacity_tokens=info.kv_capacity_tokens,
+            engines=settings.data_parallel_size,
             full_length_sequences=round(sequences, 1),
             address=address,
             seconds=round(seconds, 1),
@@ -220,7 +242,8 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
         f"  weights  {info.source_format}, computed in {info.computed_format}, "
         f"{info.weight_bytes / 1e6:,.1f} MB\n"
         f"  device   {info.device}, {info.dtype}\n"
-        f"  KV cache {info.num_blocks:,} blocks = {info.kv_capacity_tokens:,} tokens "
+        + (f"  engines  {settings.data_parallel_size}, each:\n" * (settings.data_parallel_size > 1))
+        + f"  KV cache {info.num_blocks:,} blocks = {info.kv_capacity_tokens:,} tokens "
         f"= {sequences:,.1f} sequences of {info.max_model_len:,}\n"
         f"  address  {address}",
         file=sys.stderr,

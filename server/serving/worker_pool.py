@@ -15,6 +15,7 @@ import mmap
 import socket
 import tempfile
 import time
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import structlog
 
 from ...engine.errors import StartupError
+from ...engine.fleet.fleet_client import FleetClient
 from ...engine.process.private_folder import private_folder
 from ...engine.process.process_client import (
     FIRST_DELAY_SECONDS,
@@ -56,13 +58,13 @@ class WorkerPool:
         self,
         settings: Settings,
         listener: socket.socket,
-        engine: ProcessEngineClient,
+        engine: ProcessEngineClient | FleetClient,
         metrics: Metrics,
     ) -> None:
         self._settings = settings
         self._count = settings.http_workers
         self._listener = listener
-        self._engine = engine
+        self._engines = engine.supervised if isinstance(engine, FleetClient) else [engine]
         self._metrics = metrics
         self._created = int(time.time())
         self._workers: dict[int, PoolWorker] = {}
@@ -76,7 +78,8 @@ class WorkerPool:
         self._loads_file.write(no_loads(self._count))
         self._loads_file.flush()
         self._loads = memoryview(mmap.mmap(self._loads_file.fileno(), 0)).cast("q")
-        engine.on_status = self._tell_engine
+        for index, one in enumerate(self._engines):
+            one.on_status = partial(self._tell_engine, index)
 
     # --- The methods of Front
 
@@ -159,7 +162,8 @@ class WorkerPool:
                 loads=self._loads_file.fileno(),
             )
         )
-        worker.link.send(worker_link.EngineUpdate(self._engine.status))
+        for number, one in enumerate(self._engines):
+            worker.link.send(worker_link.EngineUpdate(one.status, number))
         if self._draining:
             worker.link.send(worker_link.Drain())
         return worker
@@ -196,7 +200,8 @@ class WorkerPool:
         add(self._past, worker.samples)
         begin = index * LOAD_FIELDS
         self._loads[begin : begin + LOAD_FIELDS] = no_loads(1)
-        self._engine.client_gone(worker.engine_name)
+        for one in self._engines:
+            one.client_gone(worker.engine_name)
 
     async def _stops_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
@@ -209,8 +214,8 @@ class WorkerPool:
         for worker in self._workers.values():
             worker.link.send(message)
 
-    def _tell_engine(self, status: EngineStatus) -> None:
-        self._send(worker_link.EngineUpdate(status))
+    def _tell_engine(self, index: int, status: EngineStatus) -> None:
+        self._send(worker_link.EngineUpdate(status, index))
 
     async def _ask_samples(self) -> None:
         asked = [worker.ask_samples() for worker in self._workers.values() if worker.up]
