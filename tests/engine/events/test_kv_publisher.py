@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -17,6 +18,7 @@ from quire.engine.errors import StartupError
 from quire.engine.events.block_events import BlocksCleared, BlocksRemoved, BlocksStored
 from quire.engine.events.kv_config import KVEventsConfig, kv_events_of_rank, read_kv_events
 from quire.engine.events.kv_publisher import KVPublisher, make_publisher
+from quire.engine.fleet.directory import LocalEngines
 from quire.engine.process import wire
 
 from ..fleet.local_engine import local_engine
@@ -183,6 +185,18 @@ def test_engines_side_by_side_publish_at_addresses_of_their_own(
     expected = f"{base}_dp2" if scheme == "ipc" else "tcp://*:5559"
     assert (third.own_endpoint, third.own_replay_endpoint) == (expected, expected)
     assert third.topic == "t" and kv_events_of_rank(None, 1) is None
+
+
+def test_the_engines_of_a_server_have_ranks() -> None:
+    configs: list[EngineConfig] = []
+    engines = LocalEngines(
+        EngineConfig(model="none", device="cpu", num_threads=1, kv_events_config="{}"),
+        2,
+        lambda config, **options: configs.append(config),  # type: ignore[arg-type]
+        lambda name: None,
+    )
+    engines.connect(mock.sentinel.streams)
+    assert [read_kv_events(one.kv_events_config).rank for one in configs] == [0, 1]
 
 
 def test_a_batch_says_which_engine_it_is_of(tmp_path: Path) -> None:

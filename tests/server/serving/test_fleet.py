@@ -88,20 +88,8 @@ def _data(lines: Iterator[str]) -> list[str]:
     return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--data-parallel-size", "64", "--device", "cpu"), "needs 64 CPUs"),
-        (
-            ("--data-parallel-size", "2", "--kv-events-config", '{"enable_kv_cache_events": true}'),
-            "one engine",
-        ),
-    ],
-)
-def test_too_many_engines_are_refused_before_anything_loads(
-    flags: tuple[str, ...], message: str
-) -> None:
-    with launch(*flags) as process:
+def test_too_many_engines_are_refused_before_anything_loads() -> None:
+    with launch("--data-parallel-size", "64", "--device", "cpu") as process:
         with contextlib.suppress(subprocess.TimeoutExpired):
             _, log = process.communicate(timeout=30)
-        assert process.returncode == 1 and message in log and "loading" not in log
+        assert process.returncode == 1 and "needs 64 CPUs" in log and "loading" not in log
