@@ -32,7 +32,10 @@ The rooms, in reading order:
     attention        writing K and V to their blocks, and attending through block tables
     sampling         from logits to one token per row
     devices          what differs between CPU and CUDA
+    events           what happens to blocks, and who is told
     process          the engine in its own process, and its clients
+    fleet            several engines: which one gets a request
+    plan             the capacity planner: engines on a virtual clock
     bench            measuring the engine without HTTP
 
 What each room may import stands in its own docstring; tests/test_rooms.py enforces it.

@@ -25,6 +25,53 @@ class EngineHealth(NamedTuple):
     restarts: int
 
 
+class EngineState(NamedTuple):
+    """One of several engines behind a client: its health, and its latest statistics, if any."""
+
+    health: EngineHealth
+    stats: EngineStats | None
+
+
+class Fingerprint(NamedTuple):
+    """What two engines must have in common for one to go on with a stream of the other: then the
+    continuation is the same, token for token, on the same kind of device.
+
+    `weights` names the types of the weights as they are computed, quantisation included, and
+    `adapter` is the version of the request's LoRA adapter.
+    """
+
+    model: str
+    dtype: str
+    kv_cache_dtype: str | None
+    weights: str
+    block_size: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    adapter: str | None = None
+
+    @classmethod
+    def of(cls, info: EngineInfo, adapter: str | None = None) -> Fingerprint:
+        """Return that of an engine, for requests with the adapter of this name."""
+        versions = {source.name: source.version for source in info.adapters}
+        return cls(
+            info.content,
+            info.dtype,
+            info.kv_cache_dtype,
+            info.computed_format,
+            info.block_size,
+            info.vocab_size,
+            info.eos_token_ids,
+            None if adapter is None else versions.get(adapter, "not loaded"),
+        )
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """Return what the other has different, for a person; None if nothing."""
+        for name, ours, theirs in zip(self._fields, self, other, strict=True):
+            if ours != theirs:
+                return f"its {name} is {theirs!r} instead of {ours!r}"
+        return None
+
+
 class EngineClient(Protocol):
     """The engine as the HTTP process sees it."""
 
@@ -38,10 +85,11 @@ class EngineClient(Protocol):
     def generate(self, request: Request) -> AsyncIterator[SequenceOutput]:
         """Submit the request and yield its outputs until all n sequences have a finish_reason.
 
-        If the engine fails, the open sequences end with finish_reason "error" (code `engine_dead`);
-        no exception is raised in mid-stream. Raises the error with which the engine refuses the
-        request, or EngineNotReadyError if the engine is not serving when it is submitted. Closing
-        the iterator early aborts the request.
+        If the engine dies, the request goes on when it has started again, or on another engine, as
+        if nothing had happened: each token comes once. If it cannot go on, its open sequences end
+        with finish_reason "error" (code `engine_dead`); no exception is raised in mid-stream.
+        Raises the error with which the engine refuses the request, or EngineNotReadyError if the
+        engine is not serving when it is submitted. Closing the iterator early aborts the request.
         """
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
@@ -58,6 +106,13 @@ class EngineClient(Protocol):
 
     def health(self) -> EngineHealth:
         """Return the engine's present health."""
+
+    def engines(self) -> dict[str, EngineState]:
+        """Return the state of each engine by its name; empty if there is only one, without a
+        name."""
+
+    def engine_of(self, request_id: str) -> str | None:
+        """Return the name of the engine that has an open request, if engines have names."""
 
     async def reset_prefix_cache(self) -> None:
         """Forget every cached block that no sequence holds."""

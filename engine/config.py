@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from functools import cache
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from .embedding_spec import NO_LAYOUT, EmbeddingSpec
-from .errors import ConfigurationError, ModelLoadError
+from .errors import ConfigurationError
 from .lora import AdapterSource
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -113,11 +112,8 @@ def _flag(
 class EngineConfig:
     """The engine's configuration: plain values, so that it can be sent to the engine process.
 
-    It is frozen; values derived from it are returned, never written back. Sizes are in tokens
-    unless the name says otherwise. None means that the engine derives the value: from the model
-    (`max_model_len`), by profiling (`num_blocks`), or from the device (`kv_cache_memory_bytes`, on
-    the CPU; `max_num_batched_tokens`; `async_scheduling`, which is on for devices that compute
-    while the host goes on). Without a `seed`, requests that bring none draw theirs at random.
+    It is frozen; derived values are returned, never written back. Sizes are in tokens unless the
+    name says otherwise. None means that the engine derives the value.
     """
 
     model: str
@@ -174,8 +170,9 @@ class EngineConfig:
     lora: tuple[AdapterSource, ...] = ()
     """The adapters that are loaded when the engine starts."""
     skip_broken_lora: bool = False
-    """Whether to start without an adapter that cannot be loaded: after a restart, if it has
-    vanished since."""
+    """Whether to start without an adapter that cannot be loaded: after a restart."""
+    num_peers: int = 1
+    """Engines that share this machine's main memory, this one included."""
     max_loras: int = _flag(
         "Model",
         "Maximum different LoRA adapters in a step.",
@@ -243,6 +240,12 @@ class EngineConfig:
         details="With cascade attention, a decode step reads a shared prefix once for several "
         "sequences, on a GPU and if that saves time.",
     )
+    kv_events_config: str | None = _flag(
+        "KV cache",
+        "Where to publish which blocks are cached, as JSON with the fields of vLLM's flag.",
+        None,
+        details="See Block events in docs/operations.md.",
+    )
 
     max_num_seqs: int = _flag("Scheduling", "Maximum sequences per step.", 256, ge=1, le=2**16)
     max_num_batched_tokens: int | None = _flag(
@@ -295,9 +298,8 @@ class EngineConfig:
             raise ConfigurationError("--speculation model needs a --speculative-model")
         if self.speculation in ("off", "ngram") and self.speculative_model is not None:
             raise ConfigurationError(f"--speculation {self.speculation} has no draft model")
-        size = self.block_size
-        if not (MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE and size & (size - 1) == 0):
-            low, high = MIN_BLOCK_SIZE, MAX_BLOCK_SIZE
+        low, high, size = MIN_BLOCK_SIZE, MAX_BLOCK_SIZE, self.block_size
+        if not (low <= size <= high and size & (size - 1) == 0):
             message = f"--block-size must be a power of two from {low} to {high}, not {size}"
             raise ConfigurationError(message)
 
@@ -318,13 +320,6 @@ def engine_flags() -> tuple[EngineFlag, ...]:
     )
 
 
-def check_folder(model: str) -> None:
-    """Raise ModelLoadError if `model` is the path of a folder, rather than a hub id, and there is
-    no such folder. (The hub's own error would only say that the path is no valid id.)"""
-    if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
-        raise ModelLoadError(f"there is no folder {model}")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
     """Facts about the loaded model that are known before its KV cache is sized.
@@ -338,8 +333,9 @@ class WorkerInfo:
     if it equals `dtype`. `source_format` is that of the checkpoint, and `computed_format` names the
     types of the weights as they are computed, which take `weight_bytes`. `adapters` are the LoRA
     adapters that are loaded, and `max_lora_rank` is None if there can be none. `is_batch_invariant`
-    says that logits are the same to the bit whatever else is in their step. What begins with
-    `draft_` is the draft model's, and 0 without one.
+    says that logits are the same to the bit whatever else is in their step. `content` is a hash of
+    the model's configuration and weights. What begins with `draft_` is the draft model's, and 0
+    without one.
     """
 
     architecture: str
@@ -364,11 +360,12 @@ class WorkerInfo:
     is_batch_invariant: bool = False
     draft_weight_bytes: int = 0
     draft_kv_bytes_per_token: int = 0
+    content: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo(WorkerInfo):
-    """What the engine reports once it is ready; the HTTP side validates requests against it."""
+    """What the engine reports once it is ready, against which the HTTP side validates requests."""
 
     model: str
     block_size: int
@@ -377,6 +374,7 @@ class EngineInfo(WorkerInfo):
     max_logprobs: int
     max_loras: int = 0
     speculates: bool = False
+    seed: int | None = None
 
     @classmethod
     def of(cls, config: EngineConfig, worker: WorkerInfo, num_blocks: int) -> EngineInfo:
@@ -387,6 +385,7 @@ class EngineInfo(WorkerInfo):
             model=config.model,
             block_size=config.block_size,
             num_blocks=num_blocks,
+            seed=config.seed,
             max_num_seqs=config.max_num_seqs,
             max_logprobs=min(config.max_logprobs, worker.vocab_size),
             max_loras=config.max_loras if worker.max_lora_rank is not None else 0,

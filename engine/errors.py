@@ -34,6 +34,8 @@ crosses the process boundary (`error_from_code`).
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class QuireError(Exception):
     """The root of all errors that quire raises on purpose."""
@@ -227,3 +229,10 @@ def one_line(error: BaseException | str) -> str:
 def error_from_code(code: str, message: str) -> QuireError:
     """Rebuild an error that crossed the process boundary as (code, message)."""
     return _CROSSING.get(code, QuireError)(message)
+
+
+def check_folder(model: str) -> None:
+    """Raise ModelLoadError if `model` is the path of a folder, rather than a hub id, and there is
+    no such folder. (The hub's own error would only say that the path is no valid id.)"""
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
+        raise ModelLoadError(f"there is no folder {model}")

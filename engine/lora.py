@@ -11,10 +11,12 @@ MAX_NAME = 128
 
 
 class AdapterSource(NamedTuple):
-    """A loaded or wanted adapter: the name that selects it, and the folder of its files."""
+    """A loaded or wanted adapter: the name that selects it, the folder of its files and, once it is
+    loaded, a hash of their content."""
 
     name: str
     path: str
+    version: str = ""
 
     @property
     def folder(self) -> Path:

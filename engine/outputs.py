@@ -31,10 +31,9 @@ class RowError(NamedTuple):
 
 
 class Timings(NamedTuple):
-    """`time.monotonic()` seconds of a sequence's life, as far as it got, and how often it was
-    preempted."""
+    """Seconds from the request's arrival to the stations of a sequence's life, as far as it got,
+    and how often it was preempted."""
 
-    arrival: float
     scheduled: float | None
     first_token: float | None
     finished: float
@@ -107,6 +106,9 @@ class EngineStats(NamedTuple):
     accepted_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()
     """Accepted tokens by their place in a draft."""
+    waiting_tokens: int = 0
+    """Prompt tokens of waiting sequences, without those that their requests are expected to find
+    cached, and tokens that running sequences have still to compute."""
 
     @property
     def kv_usage(self) -> float:

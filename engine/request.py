@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from .errors import ContextLengthError, InvalidRequestError, PoolTooSmallError
@@ -59,7 +59,8 @@ class Request:
     """A prompt, and how to continue it.
 
     `request_id` is unique within the engine; the HTTP process makes it, since a client's own id
-    need not be. Times are in seconds of `time.monotonic()`, which all processes of a machine share.
+    need not be. Times are in seconds of the holder's `time.monotonic()`; between processes they are
+    relative (see `wire.Add`).
     `queue_deadline` bounds the wait for the first step, `deadline` the whole request. A lower
     `priority` goes first. Requests share cached blocks only with requests of the same `cache_salt`.
     Every choice matches `grammar`, unless it reaches max_tokens before the grammar's end. The
@@ -67,7 +68,15 @@ class Request:
     `prediction` holds tokens that the client expects as the answer; they are drafts, and change
     nothing but the time. If `pooling` is set, the prompt is computed for its embedding and nothing
     is generated. `reasoning` is given if the reasoning of each choice has a budget. `adapter` names
-    the LoRA adapter that the model is to have; None means the model as it is.
+    the LoRA adapter that the model is to have; None means the model as it is. Whoever chose this
+    engine among several expects `expected_cached_tokens` of the prompt in its cache; only the
+    statistics of waiting work depend on it.
+
+    `resume` continues a request that another engine began, one entry for each choice: the tokens
+    that it has delivered, which count as output in every way and are not sent again, or None if it
+    has ended. It is empty for a new request. With the same seed and the same model, each choice
+    goes on exactly as it would have gone on there. `on_trial` requests were computed by several
+    engines that died; they begin one at a time, so that the one that killed them is found.
     """
 
     request_id: str
@@ -84,6 +93,9 @@ class Request:
     reasoning: ReasoningSpec | None = None
     adapter: str | None = None
     prediction: tuple[int, ...] = ()
+    resume: tuple[tuple[int, ...] | None, ...] = ()
+    on_trial: bool = False
+    expected_cached_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
@@ -96,6 +108,8 @@ class Request:
             nothing = SamplingParams(max_tokens=0)
             if self.sampling_params != nothing or self.grammar is not None:
                 raise InvalidRequestError("an embedding samples nothing", "sampling_params")
+        if self.resume:
+            self._check_resume()
 
     def _check_reasoning(self) -> None:
         name = "thinking_token_budget"
@@ -105,6 +119,43 @@ class Request:
             raise InvalidRequestError(
                 f"{name} cannot be combined with allowed_token_ids", "allowed_token_ids"
             )
+
+    def _check_resume(self) -> None:
+        params = self.sampling_params
+        if self.pooling is not None or params.beam_width is not None:
+            raise InvalidRequestError("embeddings and beam searches cannot be resumed", "resume")
+        if len(self.resume) != params.n or not self.open_choices:
+            raise InvalidRequestError("resume needs an entry for each choice, one open", "resume")
+        if max(len(tokens or ()) for tokens in self.resume) >= max(params.max_tokens, 1):
+            raise InvalidRequestError("a resumed choice has reached max_tokens", "resume")
+
+    @property
+    def open_choices(self) -> list[int]:
+        """The choices that have not ended, ascending."""
+        n = self.sampling_params.n
+        return [i for i in range(n) if not self.resume or self.resume[i] is not None]
+
+    @property
+    def has_delivered(self) -> bool:
+        """Whether another engine has delivered tokens of the request."""
+        return any(tokens is None or tokens for tokens in self.resume)
+
+    def with_seed(self, seed: int) -> Request:
+        """Return the request with this seed if it draws at random and brings none."""
+        params = self.sampling_params
+        if params.seed is not None or params.greedy or self.pooling is not None:
+            return self
+        return replace(self, sampling_params=replace(params, seed=seed))
+
+    def shifted(self, seconds: float) -> Request:
+        """Return the request with all its times moved by so many seconds, to another clock."""
+        queue_deadline, deadline = self.queue_deadline, self.deadline
+        return replace(
+            self,
+            arrival_time=self.arrival_time + seconds,
+            queue_deadline=None if queue_deadline is None else queue_deadline + seconds,
+            deadline=None if deadline is None else deadline + seconds,
+        )
 
     def check_fits(self, capacity: Capacity) -> None:
         """Raise InvalidRequestError if an engine of this capacity can never run the request.
@@ -129,6 +180,9 @@ class Request:
             raise InvalidRequestError(
                 "the end of the reasoning is outside the vocabulary", "thinking_token_budget"
             )
+        for tokens in self.resume:
+            if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+                raise InvalidRequestError("a token id is outside the vocabulary", "resume")
         params = self.sampling_params
         params.check_vocabulary(vocab_size)
         total = len(prompt) + params.max_tokens

@@ -118,6 +118,8 @@ class Sequence:
         request, params = self.request, self.request.sampling_params
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        if request.resume:
+            self.token_ids += request.resume[self.choice] or ()
         self.stop_at = self.num_prompt_tokens + params.max_tokens
         self.num_logprobs = params.logprobs
         self.is_beam = params.beam_width is not None
@@ -127,6 +129,11 @@ class Sequence:
         if request.reasoning is not None:
             self.reasoning = ReasoningTracker(request.reasoning)
         self.reads_tokens = self._reads_all or self.reasoning is not None
+
+    @property
+    def num_expected_tokens(self) -> int:
+        """Prompt tokens that must be computed, as far as whoever routed the request knows."""
+        return max(self.num_prompt_tokens - self.request.expected_cached_tokens, 0)
 
     @property
     def num_output_tokens(self) -> int:

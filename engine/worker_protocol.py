@@ -12,8 +12,13 @@ from .step import ModelRunnerOutput, SamplingConstraints, SchedulerOutput
 Results = Callable[[], ModelRunnerOutput]
 """Waits for a step to end and returns its results. Called once for each step, in order."""
 
-ReadAdapter = Any
-"""An adapter as the worker has read it; only the worker knows what it is."""
+
+class ReadAdapter(Protocol):
+    """An adapter as the worker has read it; only the worker knows what else it is."""
+
+    @property
+    def version(self) -> str:
+        """A hash of its files."""
 
 
 class Forward(Protocol):
@@ -67,7 +72,7 @@ class WorkerProtocol(Launcher, Protocol):
         """Read a LoRA adapter without any effect on the worker. May be called in any thread.
         Raises InvalidRequestError if it cannot be read or does not fit the model."""
 
-    def hold_adapter(self, adapter_id: int, adapter: ReadAdapter) -> None:
+    def hold_adapter(self, adapter_id: int, adapter: Any) -> None:
         """Keep an adapter, for plans that name its id. (Those of `WorkerInfo.adapters` are kept
         from the start; their ids count from 0.)"""
 

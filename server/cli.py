@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .serving.main import MakeClient
 
 
-COMMANDS = ("serve", "chat", "complete", "models", "doctor", "bench", "completion")
+COMMANDS = ("serve", "chat", "complete", "models", "doctor", "bench", "plan", "completion")
 _WITH_SERVER = ("chat", "complete")
 """Commands that start a server, whose flags stand after --."""
 
@@ -79,6 +79,10 @@ def _run(parsed: argparse.Namespace, make_client: MakeClient | None) -> int:
             from .bench import command as bench
 
             return bench.run(parsed)
+        case "plan":
+            from .bench import planning
+
+            return planning.run(parsed)
         case "models":
             from .commands import models
 
@@ -147,6 +151,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         "models": _add_models,
         "doctor": arguments.add_doctor,
         "bench": _add_bench,
+        "plan": _add_plan,
         "completion": arguments.add_completion,
     }
     for name in COMMANDS if command not in COMMANDS else (command,):
@@ -189,6 +194,12 @@ def _add_bench(commands: Any) -> None:
     from .bench import command as bench
 
     bench.add_parser(commands)
+
+
+def _add_plan(commands: Any) -> None:
+    from .bench import planning
+
+    planning.add_parser(commands)
 
 
 def _add_models(commands: Any) -> None:

@@ -59,7 +59,9 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--speculative-config": "model, num_speculative_tokens; method ngram or draft_model",
             "--lora-modules": "NAME=FOLDER each; no JSON",
             "--quantization": "int8 and int4 on the CPU; of quantised checkpoints only GGUF",
+            "--kv-events-config": "the same JSON; encoding array for readers of older events",
             "--tensor-parallel-size": "only 1",
+            "--data-parallel-size": "",
             "--allowed-origins": "repeat it for each origin instead of a JSON list",
             "--otlp-traces-endpoint": "OTLP over HTTP only; needs the extra otel",
         },
@@ -119,7 +121,6 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
         },
         "refused": {
             "--pipeline-parallel-size": _ONE_DEVICE,
-            "--data-parallel-size": _ONE_DEVICE,
             "--enable-expert-parallel": _ONE_DEVICE,
             "--distributed-executor-backend": _ONE_DEVICE,
             "--headless": _ONE_DEVICE,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
+
+from ..engine.outputs import FinishReason, Timings
 
 TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5),
@@ -85,3 +88,22 @@ def one_two_five(largest: int) -> Iterator[int]:
                 return
             yield mantissa * decade
         decade *= 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRecord:
+    """A request that was admitted and has ended; refused ones go to `Metrics.request_rejected`.
+
+    `finish_reasons` and `generation_tokens` have one entry for each choice. `timings` is that of
+    the choice that ended last, or None if the engine died.
+    """
+
+    prompt_tokens: int
+    max_tokens: int
+    finish_reasons: tuple[FinishReason, ...]
+    generation_tokens: tuple[int, ...]
+    timings: Timings | None
+    preemptions: int = 0
+    """Of all choices."""
+    exemplar: dict[str, str] | None = None
+    """What the latencies lead to; see `exemplar`."""

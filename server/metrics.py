@@ -7,10 +7,10 @@ come only from the server (served names, route templates, error codes), never fr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.registry import Collector
 
 from ..engine.config import EngineInfo
 from ..engine.outputs import EngineStats, FinishReason, Timings
@@ -23,10 +23,11 @@ from .histograms import (
     STEP_WAIT_BUCKETS,
     TOKEN_LATENCY_BUCKETS,
     TTFT_BUCKETS,
+    RequestRecord,
     TokenHistogram,
     one_two_five,
 )
-from .metrics_sum import Page, Sample, Totals, page_of, samples_of
+from .metrics_sum import EngineSums, OneOfSeveral, Page, Sample, Totals, page_of, samples_of
 
 WAITING_REASONS = ("capacity", "deferred")
 """Why a sequence waits, by vLLM's names. None is ever deferred here (held back although there is
@@ -51,35 +52,24 @@ _STEP_COUNTERS = {
 """Fields of EngineStats that count since the engine's start → name and help of their counter."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestRecord:
-    """A request that was admitted and has ended; refused ones go to `Metrics.request_rejected`.
-
-    `finish_reasons` and `generation_tokens` have one entry for each choice. `timings` is that of
-    the choice that ended last, or None if the engine died.
-    """
-
-    prompt_tokens: int
-    max_tokens: int
-    finish_reasons: tuple[FinishReason, ...]
-    generation_tokens: tuple[int, ...]
-    timings: Timings | None
-    preemptions: int = 0
-    """Of all choices."""
-    exemplar: dict[str, str] | None = None
-    """What the latencies lead to; see histograms.py."""
-
-
 class Metrics:
     """The metrics of one process, as `/metrics` shows them.
 
-    `model_name` is the first served name. The methods are called on the event loop.
+    `model_name` is the first served name. The methods are called on the event loop. `engine` is the
+    label of the engine that is observed; None is for several, each of which `observer_of` observes.
     """
 
-    def __init__(self, model_name: str, prefix: Literal["quire", "vllm"] = "quire") -> None:
+    def __init__(
+        self,
+        model_name: str,
+        prefix: Literal["quire", "vllm"] = "quire",
+        engine: str | None = "0",
+    ) -> None:
         self._registry = CollectorRegistry()
         self._prefix = prefix
-        self._labels = {"model_name": model_name, "engine": "0"}
+        self._labels = {"model_name": model_name} | ({} if engine is None else {"engine": engine})
+        self._engines: dict[str, Collector] = {}
+        """What is observed of each of several engines."""
         self._last_stats: EngineStats | None = None
 
         self._running = self._gauge("num_requests_running", "Sequences in the running batch.")
@@ -349,11 +339,11 @@ class Metrics:
     ) -> None:
         """Record the latencies of a request whose longest choice has `longest` tokens."""
         spans = self._spans
-        arrival, scheduled, first_token, finished, _ = timings
-        spans["e2e_request_latency_seconds"].observe(finished - arrival, exemplar)
+        scheduled, first_token, finished, _ = timings
+        spans["e2e_request_latency_seconds"].observe(finished, exemplar)
         if scheduled is None:
             return
-        spans["request_queue_time_seconds"].observe(scheduled - arrival, exemplar)
+        spans["request_queue_time_seconds"].observe(scheduled, exemplar)
         spans["request_inference_time_seconds"].observe(finished - scheduled)
         if first_token is None:
             return
@@ -385,7 +375,16 @@ class Metrics:
     def render(self, others: Totals | None = None, *, openmetrics: bool = False) -> Page:
         """Return the page with the counts of `others` added. See `page_of`."""
         self._count_new_tokens()
-        return page_of(self._registry, others or {}, openmetrics=openmetrics)
+        own: Collector = self._registry
+        if self._engines:
+            own = EngineSums(own, self._engines)
+        return page_of(own, others or {}, openmetrics=openmetrics)
+
+    def observer_of(self, engine: str) -> OneOfSeveral:
+        """Return the observer of one of several engines."""
+        own = Metrics(self._labels["model_name"], self._prefix, engine)
+        self._engines[engine] = own._registry
+        return OneOfSeveral(self, own)
 
     def _count_new_tokens(self) -> None:
         self._generated.inc(self._new_tokens)

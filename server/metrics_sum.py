@@ -8,7 +8,7 @@ histogram of token latencies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from prometheus_client import generate_latest
@@ -18,6 +18,10 @@ from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample as PrometheusSample
+
+from ..engine.config import EngineInfo
+from ..engine.outputs import EngineStats
+from ..engine.process.remote_client import EngineObserver
 
 OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 """The type of a page with exemplars, which Prometheus asks for by itself."""
@@ -112,3 +116,83 @@ def page_of(own: Collector, others: Totals, *, openmetrics: bool) -> Page:
     # ALLOWUTF8 alone keeps the colon of the names.
     content = generate_openmetrics(families, ALLOWUTF8)  # type: ignore[no-untyped-call]
     return Page(content, OPENMETRICS_TYPE)
+
+
+ENGINE_FAMILIES = frozenset(
+    (
+        *("num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason"),
+        *("kv_cache_usage_perc", "prefix_cache_queries", "prefix_cache_hits"),
+        *("num_preemptions", "kv_blocks_copied", "kv_blocks_shared", "iteration_tokens_total"),
+        *("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "engine_restarts"),
+        *("spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos"),
+    )
+)
+"""Families, without prefix, whose values come from an engine: with several engines, there is a
+sample for each, and their sum without the label `engine`."""
+_MEAN = "kv_cache_usage_perc"
+_DESCRIPTIONS = ("cache_config_info", "lora_requests_info")
+
+
+class EngineSums(Collector):
+    """Collects the families of `own`, those of ENGINE_FAMILIES from several engines: a sample of
+    each, by the label `engine`, and their sum without it (their mean for a share)."""
+
+    def __init__(self, own: Collector, engines: Mapping[str, Collector]) -> None:
+        self._own = own
+        self._engines = engines
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families for one page."""
+        found: dict[str, list[tuple[str, Metric]]] = {}
+        for engine, collector in self._engines.items():
+            for family in collector.collect():
+                found.setdefault(family.name, []).append((engine, family))
+        for family in self._own.collect():
+            short = family.name.partition(":")[2]
+            parts = found.get(family.name, [])
+            if short in ENGINE_FAMILIES:
+                family.samples = [*_sums(parts, mean=short == _MEAN), *_labelled(parts)]
+            elif short in _DESCRIPTIONS:
+                family.samples = _labelled(parts)
+            yield family
+
+
+def _labelled(parts: list[tuple[str, Metric]]) -> list[PrometheusSample]:
+    return [
+        sample._replace(labels={**sample.labels, "engine": engine})
+        for engine, family in parts
+        for sample in family.samples
+    ]
+
+
+def _sums(parts: list[tuple[str, Metric]], *, mean: bool) -> list[PrometheusSample]:
+    sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+    for _, family in parts:
+        for sample in family.samples:
+            if sample.name == f"{family.name}_created":
+                continue
+            labels = tuple(item for item in sample.labels.items() if item[0] != "engine")
+            sums[sample.name, labels] = sums.get((sample.name, labels), 0.0) + sample.value
+    count = len(parts) if mean else 1
+    return [
+        PrometheusSample(name, dict(labels), value / count)
+        for (name, labels), value in sums.items()
+    ]
+
+
+class OneOfSeveral:
+    """Observes one engine of several: `own` gets its numbers, and `shared` hears that it serves."""
+
+    def __init__(self, shared: EngineObserver, own: EngineObserver) -> None:
+        self._shared = shared
+        self._own = own
+
+    def engine_ready(self, info: EngineInfo) -> None:
+        self._shared.engine_ready(info)
+        self._own.engine_ready(info)
+
+    def engine_restarted(self) -> None:
+        self._own.engine_restarted()
+
+    def observe_step(self, stats: EngineStats) -> None:
+        self._own.observe_step(stats)

@@ -32,6 +32,7 @@ from pydantic_settings import (
 
 from ..engine.config import EngineConfig, engine_flags
 from ..engine.errors import ConfigurationError
+from ..engine.events.kv_config import read_kv_events
 from ..engine.lora import AdapterSource, read_sources
 from .setting_sources import origins_of, read_file
 from .setting_types import (
@@ -197,6 +198,15 @@ class Settings(_EngineSettings):
         gt=0,
     )
 
+    data_parallel_size: int = _option(
+        "Scheduling",
+        "Engines, each with the whole model, among which requests are divided.",
+        1,
+        ge=1,
+        le=64,
+        details="Each gets a GPU, or its share of the CPUs. See docs/scaling.md.",
+    )
+
     max_n: int = _option("Limits", "Maximum n and best_of.", 128, ge=1)
     max_prompts_per_request: int = _option("Limits", "Maximum prompts per request.", 256, ge=1)
     max_body_bytes: ByteSize = _option("Limits", "Maximum size of a request body.", "16MiB", gt=0)
@@ -359,6 +369,7 @@ class Settings(_EngineSettings):
             if isinstance(value, ByteSize):
                 values[name] = int(value)
         values["enable_lora"] |= bool(self.lora) or self.lora_dir is not None
+        read_kv_events(values["kv_events_config"])
         return EngineConfig(model=self.model_path, lora=self.adapters, **values)
 
 

@@ -24,7 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from quire.engine.config import EngineInfo
 from quire.engine.errors import QuireError
 from quire.engine.outputs import EngineStats, FinishReason, Timings
-from quire.server.metrics import Metrics, RequestRecord
+from quire.server.histograms import RequestRecord
+from quire.server.metrics import Metrics
 from quire.server.settings import Settings, load_settings
 from quire.server.tenants.key_metrics import KeyMetrics
 
@@ -233,7 +234,7 @@ def exported_samples() -> dict[str, set[str]]:
     metrics.request_finished(
         RequestRecord(
             prompt_tokens=1, max_tokens=1, finish_reasons=("stop",),
-            generation_tokens=(1,), timings=Timings(0.0, 0.0, 0.0, 0.0),
+            generation_tokens=(1,), timings=Timings(0.0, 0.0, 0.0),
         )
     )  # fmt: skip
     metrics.http_request("/health", "GET", 200, 0.1)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +19,8 @@ import openai
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
+from .server.openai_http import until
 
 MODEL = "quire-demo"
 QUESTION = [{"role": "user", "content": "What is a KV block?"}]
@@ -213,24 +217,78 @@ def test_a_preemption_storm_changes_no_text() -> None:
         assert tight.wait_idle()["preemptions"] > 0
 
 
-def test_a_killed_engine_ends_streams_and_comes_back() -> None:
-    body = {"model": MODEL, "prompt": "Once", "max_tokens": 3000, "ignore_eos": True}
+ENGINE = "quire.engine.process.engine_process"
+MOVED: list[dict[str, Any]] = [
+    {"temperature": 0, "max_tokens": 200},
+    {"seed": 1, "n": 2, "max_tokens": 120, "logprobs": 2, "top_p": 0.9},
+    {"seed": 2, "frequency_penalty": 0.5, "min_tokens": 150, "max_tokens": 200},
+    {"seed": 3, "structured_outputs": {"regex": "([a-z]{3,8} ){60}end"}, "max_tokens": 250},
+    {"temperature": 0, "max_tokens": 250, "stream_options": {"include_usage": True}},
+]
+"""Completions that are streaming when their engine dies."""
+
+
+def answers_of(server: Server, begun: threading.Barrier | None = None) -> list[dict[str, Any]]:
+    """Return what each of the streams MOVED says, by choice; `begun` waits for their beginning."""
+
+    def read(fields: dict[str, Any]) -> dict[str, Any]:
+        body = {"model": MODEL, "prompt": "Once", "stream": True, "ignore_eos": True} | fields
+        said: dict[str, Any] = {}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+            for number, line in enumerate(lines):
+                if number == 3 and begun is not None:
+                    begun.wait()
+                if line == "[DONE]":
+                    break
+                event = json.loads(line)
+                said["usage"] = event.get("usage")
+                for choice in event["choices"]:
+                    parts = said.setdefault(choice["index"], ["", [], None])
+                    parts[0] += choice["text"]
+                    logprobs = choice["logprobs"] or {"tokens": [], "token_logprobs": []}
+                    parts[1] += zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
+                    parts[2] = choice["finish_reason"] or parts[2]
+        return said
+
+    with concurrent.futures.ThreadPoolExecutor(len(MOVED)) as pool:
+        return list(pool.map(read, MOVED))
+
+
+def test_streams_go_on_when_their_engine_is_killed() -> None:
+    body = {"model": MODEL, "prompt": "Once", "max_tokens": 30}
     with Server() as server:
-        with server.http.stream(
-            "POST", "/v1/completions", json=body | {"stream": True}
-        ) as response:
-            lines = (line for line in response.iter_lines() if line)
-            next(lines)
-            (engine,) = psutil.Process(server.process.pid).children()
+        undisturbed = answers_of(server)
+        begun = threading.Barrier(len(MOVED) + 1)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(answers_of, server, begun)
+            begun.wait(30)
+            children = psutil.Process(server.process.pid).children()
+            (engine,) = [one for one in children if ENGINE in one.cmdline()]
             engine.kill()
-            *_, error, done = lines
-        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_dead"
-        assert done == "data: [DONE]"
-        assert server.http.get("/ready").status_code == 503
-        refused = server.http.post("/v1/completions", json=body)
-        assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
-        for _ in range(300):
-            if server.http.get("/ready").status_code == 200:
-                break
-            time.sleep(0.1)
+            until(lambda: server.http.get("/ready").status_code == 503, 5)
+            refused = server.http.post("/v1/completions", json=body)
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+            assert answers.result() == undisturbed
+        assert {choice[2] for choice in undisturbed[1].values() if choice} == {"length"}
+        assert server.wait_idle()["step"] > 0
+        metrics = server.http.get("/metrics").text
+        assert re.search(r"^quire:engine_restarts_total\S* 1.0$", metrics, re.MULTILINE)
         assert server.greedy("Once upon a time", 5)
+
+
+def test_two_engines_say_what_one_says_and_go_on_when_one_is_killed() -> None:
+    with Server() as alone:
+        expected = answers_of(alone)
+    with Server("--data-parallel-size", "2") as server:
+        begun = threading.Barrier(len(MOVED) + 1)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(answers_of, server, begun)
+            begun.wait(60)
+            children = psutil.Process(server.process.pid).children()
+            engines = [one for one in children if ENGINE in one.cmdline()]
+            assert len(engines) == 2
+            engines[0].kill()
+            assert answers.result() == expected
+        state = server.http.get("/debug/engine").json()
+        assert state["health"]["restarts"] == 1 and state["health"]["ready"]

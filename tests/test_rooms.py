@@ -22,13 +22,15 @@ RULES: dict[str, set[str]] = {
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
     "engine": set(),
-    "engine.cache": ENGINE,
+    "engine.events": ENGINE,
+    "engine.cache": ENGINE | {"engine.events"},
     "engine.checkpoints": ENGINE | {"engine.body"},
     "engine.grammar": ENGINE | {"engine.checkpoints"},
     "engine.speculation": ENGINE | {"engine.cache"},
     "engine.scheduling": ENGINE | {"engine.cache", "engine.speculation"},
     "engine.core": ENGINE
-    | {"engine.cache", "engine.grammar", "engine.scheduling", "engine.speculation"},
+    | {"engine.cache", "engine.events", "engine.grammar"}
+    | {"engine.scheduling", "engine.speculation"},
     "engine.attention": ENGINE | KERNELS,
     "engine.body": ENGINE | KERNELS | {"engine.attention"},
     "engine.adapters": ENGINE | {"engine.body"},
@@ -49,12 +51,20 @@ RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
 }
 RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
-RULES["engine.process"] = ENGINE
+RULES["engine.process"] = ENGINE | {"engine.events"}
+RULES["engine.fleet"] = ENGINE | {"engine.process", "engine.cache", "engine.events"}
+RULES["engine.plan"] = (
+    RULES["engine.core"]
+    | RULES["engine.fleet"]
+    | {
+        *("engine.core", "engine.fleet"),
+    }
+)
 RULES["engine.bench"] = ENGINE | {"engine.core"}
 GROUND = ENGINE | {"server"}
 RULES["server"] = GROUND | {
     *("server.serving", "server.bench", "server.commands"),
-    *("engine.bench", "engine.process"),
+    *("engine.bench", "engine.events", "engine.process"),
 }
 RULES["server.templates"] = GROUND
 RULES["server.text"] = GROUND | {"engine.grammar", "server.templates"}
@@ -71,10 +81,10 @@ RULES["server.dialects"] = RULES["server.api"] | {"server.api"}
 RULES["server.scoring"] = RULES["server.dialects"]
 RULES["server.live"] = RULES["server.api"]
 RULES["server.serving"] = RULES["server.dialects"] | {
-    *("server.dialects", "server.scoring", "server.live", "engine.checkpoints"),
+    *("server.dialects", "server.scoring", "server.live", "engine.checkpoints", "engine.fleet"),
 }
 RULES["server.web"] = set()
-RULES["server.bench"] = GROUND | {"engine.bench"}
+RULES["server.bench"] = GROUND | {"engine.bench", "engine.plan"}
 RULES["server.commands"] = GROUND | {"server.text", "engine.checkpoints", "engine.model"}
 """Room → the other rooms that its modules may import."""
 
@@ -93,6 +103,9 @@ LAZY = {
     ("engine.process", "engine.runner"): {"engine.process.engine_process"},
     ("engine.process", "engine.devices"): {"engine.process.engine_process"},
     ("engine.bench", "engine.runner"): {"engine.bench.commands"},
+    ("server.bench", "engine.runner"): {"server.bench.planning"},
+    ("server.bench", "engine.model"): {"server.bench.planning"},
+    ("server.bench", "server.text"): {"server.bench.planning"},
     ("engine.devices", "engine.devices.cpu"): {"engine.devices.choose"},
     ("engine.devices", "engine.devices.cuda"): {"engine.devices.choose"},
 }

@@ -32,9 +32,11 @@ class LoraWeight(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """The weights of an adapter, by the names of the linear layers in the model."""
+    """The weights of an adapter, by the names of the linear layers in the model, and a hash of its
+    files."""
 
     weights: dict[str, LoraWeight]
+    version: str = ""
 
     @property
     def rank(self) -> int:

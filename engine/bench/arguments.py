@@ -13,7 +13,9 @@ from typing import Any
 from ..config import EngineConfig, EngineFlag, engine_flags
 from ..errors import ConfigurationError
 
-NOT_OFFERED = frozenset({"seed", "pooling", "max_logprobs", "kv_cache_memory_bytes"})
+NOT_OFFERED = frozenset(
+    {"seed", "pooling", "max_logprobs", "kv_cache_memory_bytes", "kv_events_config"}
+)
 """Fields of EngineConfig without a flag here. `--seed` is the workload's, and also goes to the
 engine; the size of the KV cache is given by `--num-gpu-blocks-override`; the others do not change
 what is measured."""
@@ -67,11 +69,11 @@ def _add_engine_arguments(parser: argparse.ArgumentParser, model: str | None) ->
             "--" + flag.name.replace("_", "-"),
             default=flag.default,
             help=text.replace("%", "%%"),
-            **_reading(flag),
+            **reading(flag),
         )
 
 
-def _reading(flag: EngineFlag) -> dict[str, Any]:
+def reading(flag: EngineFlag) -> dict[str, Any]:
     """Return argparse's keywords that say how to read the flag's value."""
     if flag.type in (bool, bool | None):
         return {"action": argparse.BooleanOptionalAction}

@@ -7,9 +7,11 @@ the worker.
 
 Reading order:
 
+    block_hashes    the hashes by which full blocks are known, here and in whoever routes requests
     block_pool      reference counts, and the order in which free blocks are reused
     prefix_index    the index of blocks by their tokens
+    block_recorder  which blocks become known and are lost, for those who follow it
     block_manager   both together, as the scheduler uses them: match, allocate, fork, free
 
-It may import the words of the engine (the modules directly in `engine`).
+It may import events and the words of the engine (the modules directly in `engine`).
 """

@@ -10,10 +10,13 @@ import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ..events.block_events import BlockEvent
 from ..sequence import Sequence
 from ..step import BlockCopy
+from .block_hashes import extend_hashes, root_hash
 from .block_pool import BlockPool
-from .prefix_index import Successor, hash_block, root_hash
+from .block_recorder import BlockRecorder
+from .prefix_index import Successor
 
 NEVER = sys.maxsize
 """A `commit_at` that no sequence reaches."""
@@ -109,13 +112,15 @@ class BlockManager:
             return
         size, table = self.block_size, sequence.block_table
         first, full = (sequence.commit_at - 1) // size, sequence.num_computed_tokens // size
+        recorder = self.pool.index.recorder
         for i in range(first, full):
-            self.pool.index.add_full(
-                table[i],
-                self._parent_hash(sequence, i),
-                self._block_hash(sequence, i),
-                sequence.token_ids[i * size : (i + 1) * size],
-            )
+            parent, own_hash = self._parent_hash(sequence, i), self._block_hash(sequence, i)
+            token_ids = sequence.token_ids[i * size : (i + 1) * size]
+            is_new = self.pool.index.add_full(table[i], parent, own_hash, token_ids)
+            if is_new and recorder is not None:
+                request = sequence.request
+                before = parent if i else None
+                recorder.stored(own_hash, before, token_ids, request.adapter, request.cache_salt)
         if sequence.num_computed_tokens > full * size:
             block = table[full]
             if block not in self.pool.index:
@@ -239,6 +244,25 @@ class BlockManager:
             self.pool.release(block)
         self._copy_sources.clear()
 
+    # -- who follows the blocks --------------------------------------------------------------
+
+    def record_blocks(self, on: bool) -> None:
+        """Record from now on which blocks become known and are lost, or stop recording."""
+        index = self.pool.index
+        if on and index.recorder is None:
+            index.recorder = BlockRecorder(self.block_size)
+        elif not on:
+            index.recorder = None
+
+    def take_block_events(self) -> list[BlockEvent]:
+        """Return what was recorded since this was last called."""
+        recorder = self.pool.index.recorder
+        return [] if recorder is None else recorder.take()
+
+    def known_blocks(self) -> list[bytes]:
+        """Return the hashes of all full blocks that can be found."""
+        return self.pool.index.hashes()
+
     # -- hashes ----------------------------------------------------------------------------
 
     def _parent_hash(self, sequence: Sequence, i: int) -> bytes:
@@ -255,11 +279,10 @@ class BlockManager:
 
     def _block_hash(self, sequence: Sequence, i: int) -> bytes:
         """Return the hash of block i of the sequence and of all tokens before it."""
-        hashes, size = sequence.block_hashes, self.block_size
-        while len(hashes) <= i:
-            k = len(hashes)
-            parent = hashes[-1] if hashes else self._parent_hash(sequence, 0)
-            hashes.append(hash_block(parent, sequence.token_ids[k * size : (k + 1) * size]))
+        hashes = sequence.block_hashes
+        if len(hashes) <= i:
+            root = self._parent_hash(sequence, 0)
+            extend_hashes(hashes, root, sequence.token_ids, self.block_size, i + 1)
         return hashes[i]
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:

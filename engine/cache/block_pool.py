@@ -101,6 +101,8 @@ class BlockPool:
         """Remove from the index all content that no sequence holds."""
         for block in list(self._cached):
             self.forget(block)
+        if self.index.recorder is not None and not self.index.hashes():
+            self.index.recorder.cleared()
 
     def restart_trace(self) -> BlockTrace:
         """Return what was traced since the last call, and trace from now on."""

@@ -15,29 +15,14 @@ idea of vLLM's automatic prefix caching; token-granular matches are that of SGLa
 
 from __future__ import annotations
 
-from array import array
-from hashlib import sha256
 from typing import NamedTuple
 
 from ..sequence import Sequence
+from .block_hashes import hash_block
+from .block_recorder import BlockRecorder
 
 MAX_SIBLINGS = 32
 """Siblings to compare, newest first. Bounds the search if thousands of prompts start alike."""
-
-
-def root_hash(cache_salt: str | None, adapter_id: int | None = None) -> bytes:
-    """Return the hash that starts a chain. Chains of different salts never meet, nor do those of
-    different adapters or of different versions of one."""
-    root = sha256(b"" if cache_salt is None else b"salt:" + cache_salt.encode()).digest()
-    return root if adapter_id is None else sha256(root + b"adapter:%d" % adapter_id).digest()
-
-
-def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
-    """Return the hash of a full block and all tokens before it.
-
-    It is SHA-256, because a collision would let one client read another's prompt.
-    """
-    return sha256(parent + array("I", token_ids).tobytes()).digest()
 
 
 class _Entry:
@@ -79,6 +64,8 @@ class PrefixIndex:
         self._siblings: dict[tuple[bytes, int], dict[int, None]] = {}
         self._latest: dict[bytes, int] = {}
         """Parent hash → the block that was indexed last after it."""
+        self.recorder: BlockRecorder | None = None
+        """Told of all full blocks that are lost, while somebody follows them."""
 
     def __contains__(self, block: int) -> bool:
         return block in self._entries
@@ -136,18 +123,27 @@ class PrefixIndex:
                     return entry
         return None
 
-    def add_full(self, block: int, parent: bytes, own_hash: bytes, token_ids: list[int]) -> None:
-        """Index a full block, unless another block with the same content is indexed already."""
+    def hashes(self) -> list[bytes]:
+        """Return the hashes of all full blocks that can be found."""
+        return list(self._by_hash)
+
+    def add_full(self, block: int, parent: bytes, own_hash: bytes, token_ids: list[int]) -> bool:
+        """Index a full block, unless another block with the same content is indexed already.
+
+        Returns whether its content was new.
+        """
         entry = self._entries.get(block)
         if own_hash in self._by_hash:
             self.forget(block)
-        elif entry is not None and entry.owner is not None:  # indexed as live, under the right key
+            return False
+        if entry is not None and entry.owner is not None:  # indexed as live, under the right key
             entry.token_ids, entry.hash, entry.owner = token_ids, own_hash, None
             self._by_hash[own_hash] = block
         else:
             self.forget(block)
             self._by_hash[own_hash] = block
             self._insert(block, _Entry(parent, token_ids, own_hash))
+        return True
 
     def add_live(self, block: int, parent: bytes, owner: Sequence, start: int) -> None:
         """Index the block that `owner` is filling; `start` is its first token's position."""
@@ -170,6 +166,8 @@ class PrefixIndex:
             return
         if entry.hash is not None:
             del self._by_hash[entry.hash]
+            if self.recorder is not None:
+                self.recorder.removed(entry.hash)
         key = (entry.parent, entry.token_ids[0])
         siblings = self._siblings[key]
         del siblings[block]

@@ -10,6 +10,7 @@ Read in this order:
     gguf_tokenizer.py   a folder with the tokenizer of a GGUF file, made once and kept
     gguf_blocks.py      GGML's blocks as grouped weights or dense tensors
     gguf_checkpoint.py  the reader: a GGUF file's tensors under the names of the model's parameters
+    content_hash.py     tells one model's files from another's, to continue only what it began
 
     quantized_config.py      which methods of quantised safetensors are read, and which refused
     tensor_files.py          safetensors files: shapes from their headers, numbers when asked for

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from math import prod
 from typing import Any
 
-from ..config import EngineConfig, check_folder
-from ..errors import ModelLoadError, UnsupportedModelError, one_line
+from ..config import EngineConfig
+from ..errors import ModelLoadError, UnsupportedModelError, check_folder, one_line
 from .source import source_of
 
 OWN_METHODS = frozenset({"awq", "gptq", "compressed-tensors", "fp8", "fbgemm_fp8"})

@@ -12,8 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import EngineConfig, check_folder
-from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, one_line
+from ..config import EngineConfig
+from ..errors import (
+    ConfigurationError,
+    ModelLoadError,
+    UnsupportedModelError,
+    check_folder,
+    one_line,
+)
 from .hub import check_repository
 
 GGUF_SUFFIX = ".gguf"

@@ -4,6 +4,7 @@ Reading order:
 
     step_loop      the four verbs of a step: schedule → forward → sample → update
     engine_core    the loop with everything around it: requests in, outputs out
+    trials         requests suspected of killing engines, which begin one at a time
     adapters       LoRA adapters, loaded and unloaded while requests run
 
 May import: the engine's words, cache, scheduling, grammar. Never runner: the loop is given a worker

@@ -67,7 +67,8 @@ class LoadedAdapters:
                 f"the adapter cannot be read: {one_line(error)}", "lora_path"
             ) from error
         self.table.check_name(loading.source.name, replace=loading.replace)
-        self._worker.hold_adapter(self.table.add(loading.source), adapter)
+        source = loading.source._replace(version=adapter.version)
+        self._worker.hold_adapter(self.table.add(source), adapter)
         logger.info("LoRA: adapter %r is loaded", loading.source.name)
         self.drop_unused()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from ..cache.block_manager import BlockManager
 from ..config import EngineConfig, EngineInfo
+from ..events.block_events import BlockEvent
 from ..grammar.compile import read_tokenizer_json
 from ..grammar.constraints import start_constraints
 from ..grammar.masks import StructuredOutput
@@ -23,6 +25,7 @@ from ..speculation.speculator import MAX_POSITIONS, Speculator
 from ..worker_protocol import WorkerProtocol
 from .adapters import LoadedAdapters
 from .step_loop import StepLoop
+from .trials import Trials
 
 COMPILE_WAIT_SECONDS = 0.05
 """Seconds for which an engine with nothing else to do waits for grammars that are being compiled,
@@ -44,6 +47,7 @@ class EngineCore:
         self._structured = StructuredOutput(
             loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)
         )
+        self._trials = Trials()
         block_manager = BlockManager(
             num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
@@ -54,7 +58,7 @@ class EngineCore:
             eos_token_ids=loaded.eos_token_ids,
             policy=config.scheduling_policy,
             seed=config.seed,
-            is_ready=self._structured.is_ready,
+            is_ready=self._is_ready,
             adapters=self._adapters.table,
             speculator=self._make_speculator(config, block_manager),
         )
@@ -67,6 +71,9 @@ class EngineCore:
             partial(start_constraints, self._structured),
             run_ahead=run_ahead,
         )
+
+    def _is_ready(self, request: Request) -> bool:
+        return self._structured.is_ready(request) and self._trials.admits(request)
 
     def _make_speculator(
         self, config: EngineConfig, block_manager: BlockManager
@@ -86,6 +93,10 @@ class EngineCore:
             max_samples=max(config.max_num_seqs, MAX_POSITIONS),
             model=None if config.speculative_model is None else ModelDrafter(),
         )
+
+    def watch_begins(self, on_begin: Callable[[list[str]], None]) -> None:
+        """Call `on_begin` with the ids of requests that a step is about to compute anew."""
+        self._loop.on_begin = on_begin
 
     @property
     def info(self) -> EngineInfo:
@@ -115,6 +126,7 @@ class EngineCore:
         """Run one step (see `StepLoop.step`) and return its outputs."""
         outputs = self._loop.step()
         self._structured.forget_finished(outputs)
+        self._trials.observe(outputs)
         self._adapters.drop_unused()
         stats = self._scheduler.stats()
         if not (outputs or stats.step_tokens):
@@ -131,6 +143,18 @@ class EngineCore:
     def end_snapshots(self) -> None:
         """Trace blocks no longer."""
         self._scheduler.block_manager.pool.trace = None
+
+    def record_blocks(self, on: bool) -> None:
+        """Record what happens to the blocks that can be found, or stop recording."""
+        self._scheduler.block_manager.record_blocks(on)
+
+    def take_block_events(self) -> list[BlockEvent]:
+        """Return what was recorded since this was last called."""
+        return self._scheduler.block_manager.take_block_events()
+
+    def known_blocks(self) -> list[bytes]:
+        """Return the hashes of all full blocks that can be found."""
+        return self._scheduler.block_manager.known_blocks()
 
     def reset_prefix_cache(self) -> None:
         """Forget the content of every cached block that no sequence holds."""

@@ -61,6 +61,9 @@ class StepLoop:
     def __init__(
         self, scheduler: Scheduler, worker: Launcher, constrain: Constrain, *, run_ahead: bool
     ) -> None:
+        self.on_begin: abc.Callable[[list[str]], None] | None = None
+        """Called with the ids of requests that begin to be computed, before they are: if the step
+        brings the process down, they are the suspects."""
         self._scheduler = scheduler
         self._worker = worker
         self._constrain = constrain
@@ -84,6 +87,9 @@ class StepLoop:
         if self._in_flight is not None and scheduler.waits_for_results:
             outputs += self._bring_in()
         scheduled = scheduler.schedule()
+        if scheduled.new_sequences and self.on_begin is not None:
+            self.on_begin([spec.request_id for spec in scheduled.new_sequences])
+        reading = scheduler.rows_that_read(scheduled)
         try:
             if scheduled.drafts and scheduled.rows_to_propose:
                 scheduled = scheduler.with_drafts(scheduled, self._worker.propose(scheduled))

@@ -72,7 +72,11 @@ def _demanded(rows: list[ReadingRow]) -> dict[int, tuple[int, ...]]:
     for row, sequence, _ in rows:
         tracker = sequence.reasoning
         if tracker is not None:
-            tracker.read(sequence.token_ids[sequence.num_prompt_tokens + tracker.num_read :])
+            new = sequence.token_ids[sequence.num_prompt_tokens + tracker.num_read :]
+            for token_id in new:
+                if len(new) > 1:  # what was demanded before each, if another engine sampled them
+                    tracker.demanded()
+                tracker.read((token_id,))
             token_ids = tracker.demanded()
             if token_ids is not None:
                 demanded[row] = token_ids

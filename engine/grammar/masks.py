@@ -151,7 +151,7 @@ class StructuredOutput:
         """Begin to compile the request's grammar, if it has one."""
         if request.grammar is not None:
             self._requests[request.request_id] = _Constrained(
-                self._compiled(request.grammar), request.sampling_params.n
+                self._compiled(request.grammar), len(request.open_choices)
             )
 
     def is_ready(self, request: Request) -> bool:

@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.quantized_config import check_method
 from ..classifier_spec import NO_CLASSIFIER, ClassifierSpec
-from ..config import EngineConfig, check_folder
+from ..config import EngineConfig
 from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
-from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, one_line
+from ..errors import (
+    ConfigurationError,
+    ModelLoadError,
+    UnsupportedModelError,
+    check_folder,
+    one_line,
+)
 from .classifier_layout import read_classifier
 from .embedding_layout import read_embedding
 from .end_tokens import read_end_tokens

@@ -1,7 +1,7 @@
 """The engine in a process of its own, and the clients through which the HTTP processes reach it.
 
 The process that starts the engine also supervises it (ProcessEngineClient): it watches for stalls,
-restarts a crashed engine and ends its open streams with an error. With several HTTP workers, the
+restarts a crashed engine, and then lets its open streams go on. With several HTTP workers, the
 others attach to the same engine (AttachedEngineClient).
 
 Reading order:
@@ -10,7 +10,8 @@ Reading order:
     engine_process   main of the engine's process: steps one core, serves its clients
     adapter_changes  LoRA adapters loaded and unloaded for clients, and who knows of it
     engine_handle    the client's end: starts the process, talks to it, stops it
-    signals, streams the open requests of a client: outputs come by step and leave by request
+    stream, streams  the open requests of a client: outputs come by step, leave by request, and go
+                     on at another engine if theirs dies
     remote_client    what the clients share
     process_client   the client that supervises the engine
     attached_client  the client of an engine that another process supervises
@@ -20,6 +21,6 @@ Reading order:
     heap             memory housekeeping after the start
     private_folder   the folder of the engine's socket
 
-It may import the words of the engine (the modules directly in `engine`). The engine's process also
-imports core, runner and devices, lazily, in `build_core`.
+It may import events and the words of the engine (the modules directly in `engine`). The engine's
+process also imports core, runner and devices, lazily, in `build_core`.
 """

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 
 from ..errors import EngineDeadError
 from ..outputs import EngineStats
 from .engine_handle import EngineLink
 from .remote_client import EngineObserver, EngineStatus, RemoteEngineClient, State
+from .streams import StreamTable
 
 logger = logging.getLogger("quire.engine.client")
 
@@ -20,8 +22,14 @@ class AttachedEngineClient(RemoteEngineClient):
     the engine becomes ready; the supervisor's own client observes its steps.
     """
 
-    def __init__(self, name: bytes, *, observer: EngineObserver | None = None) -> None:
-        super().__init__(observer)
+    def __init__(
+        self,
+        name: bytes,
+        *,
+        observer: EngineObserver | None = None,
+        streams: StreamTable | None = None,
+    ) -> None:
+        super().__init__(observer, streams)
         self._name = name
         self._reader: asyncio.Task[None] | None = None
         self.broken = asyncio.Event()
@@ -40,6 +48,9 @@ class AttachedEngineClient(RemoteEngineClient):
             self._engine = EngineLink(status.address, self._name)
             self._reader = asyncio.create_task(self._read(self._engine), name="engine reader")
 
+    def _make_seeds(self, seed: int | None) -> random.Random:
+        return random.Random(None if seed is None else f"{seed} {self._name.decode()}")
+
     async def start(self) -> None:
         """Do nothing: the supervisor starts the engine."""
 
@@ -48,8 +59,11 @@ class AttachedEngineClient(RemoteEngineClient):
 
     def _detach(self, state: State) -> None:
         self._state = state
-        how = "was stopped" if state is State.CLOSED else "died while it served the request"
-        self._fail_open(EngineDeadError(f"the engine {how}"))
+        if state in (State.FAILED, State.CLOSED):
+            how = "was stopped" if state is State.CLOSED else "died while it served the request"
+            self._fail_open(EngineDeadError(f"the engine {how}"))
+        else:
+            self._lose_engine()
         if self._reader is not None:
             self._reader.cancel()
             self._reader = None

@@ -58,7 +58,7 @@ class EngineLink:
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.LINGER, 0)
         self._socket.connect(address)
-        self.send(wire.Hello())
+        self.send(wire.Hello(wire.PROTOCOL))
 
     def send(self, message: wire.ToEngine) -> None:
         """Send without ever blocking: the socket has no high-water mark."""
@@ -82,17 +82,30 @@ class EngineHandle(EngineLink):
         self._process = process
 
     @classmethod
-    async def launch(cls, launch: wire.Launch) -> EngineHandle:
-        """Start the process and send Hello. The process answers Ready or StartFailed, or exits.
+    async def launch(
+        cls, launch: wire.Launch, variables: Mapping[str, str] | None = None
+    ) -> EngineHandle:
+        """Start the process, with these variables in its environment, and send Hello. The process
+        answers Ready or StartFailed, or exits.
 
         Raises OSError if there are not enough processes, descriptors or bytes for it.
         """
         environment = engine_environment(os.environ, launch.config.num_threads)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "quire.engine.process.engine_process"),
-            stdin=asyncio.subprocess.PIPE,
-            env=environment,
+        environment |= variables or {}
+        starting = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "quire.engine.process.engine_process"),
+                stdin=asyncio.subprocess.PIPE,
+                env=environment,
+            )
         )
+        try:
+            process = await asyncio.shield(starting)
+        except asyncio.CancelledError:  # otherwise a process that nobody knows would stay
+            process = await starting
+            process.kill()
+            await process.wait()
+            raise
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(launch) + b"\n")
         try:

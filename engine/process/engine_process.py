@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -29,6 +30,9 @@ import zmq
 
 from ..config import EngineConfig, EngineInfo
 from ..errors import QuireError, StartupError
+from ..events.block_events import BlockEvent
+from ..events.block_feed import BlockFeed
+from ..events.kv_publisher import KVPublisher, make_publisher
 from ..outputs import EngineStats, LiveSnapshot, SequenceOutput, StepOutput
 from ..request import Request
 from . import wire
@@ -52,6 +56,8 @@ class EngineCoreProtocol(Protocol):
     @property
     def has_work(self) -> bool: ...
 
+    def watch_begins(self, on_begin: Callable[[list[str]], None]) -> None: ...
+
     def add_request(self, request: Request) -> None: ...
 
     def abort_request(self, request_id: str, choice: int | None = None) -> None: ...
@@ -59,6 +65,12 @@ class EngineCoreProtocol(Protocol):
     def step(self) -> StepOutput: ...
 
     def reset_prefix_cache(self) -> None: ...
+
+    def record_blocks(self, on: bool) -> None: ...
+
+    def take_block_events(self) -> list[BlockEvent]: ...
+
+    def known_blocks(self) -> list[bytes]: ...
 
     def stats(self) -> EngineStats: ...
 
@@ -95,11 +107,14 @@ class _OpenRequest(NamedTuple):
 
 
 class EngineServer:
-    """Steps one core on behalf of its clients. `socket` is a bound ROUTER."""
+    """Steps one core on behalf of its clients. `socket` is a bound ROUTER; `publisher` gets what
+    happens to the core's blocks."""
 
-    def __init__(self, socket: zmq.SyncSocket) -> None:
+    def __init__(self, socket: zmq.SyncSocket, publisher: KVPublisher | None = None) -> None:
         self._socket = socket
         self._clients: list[bytes] = []
+        self._added: Counter[bytes] = Counter()
+        """How many Adds each client has sent."""
         self._gone: set[bytes] = set()
         """Clients that have died; messages from them may still be queued."""
         self._open: dict[str, _OpenRequest] = {}
@@ -109,6 +124,7 @@ class EngineServer:
             lambda client, message: self._send(client, wire.encode(message))
         )
         self._live = LiveViews(self._send)
+        self._blocks = BlockFeed(self._send_known_blocks, publisher)
         self._stdin = sys.stdin.fileno()
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
@@ -117,6 +133,8 @@ class EngineServer:
     def run(self, core: EngineCoreProtocol) -> None:
         """Serve until stdin closes. An exception from the core propagates and ends the process."""
         self._core = core
+        core.watch_begins(self._tell_begun)
+        self._blocks.begin(core)
         heartbeat_ms = int(wire.HEARTBEAT_SECONDS * 1000)
         changes = self._adapters
         while self._poll(0 if core.has_work else POLL_MS if changes.is_reading else heartbeat_ms):
@@ -127,9 +145,7 @@ class EngineServer:
             if core.has_work:
                 self._send_step(core.step())
             else:
-                heartbeat = wire.encode(wire.Heartbeat(core.stats(), len(self._open)))
-                for client in self._clients:
-                    self._send(client, heartbeat)
+                self._send_heartbeat(core)
             if self._live.watched:
                 self._live.send_if_due(core)
 
@@ -162,15 +178,20 @@ class EngineServer:
                 logger.warning("dropped a malformed message: %s", error)
                 continue
             if isinstance(message, wire.Hello):
-                self._greet(sender)
+                self._greet(sender, message.protocol)
             elif sender not in self._clients:
                 logger.warning("dropped a message from a peer that had not said hello")
             else:
                 messages.append((sender, message))
 
-    def _greet(self, client: bytes) -> None:
+    def _greet(self, client: bytes, protocol: int) -> None:
         """Register the client and answer its Hello, unless it is known or has died."""
         if client in self._gone or client in self._clients:
+            return
+        if protocol != wire.PROTOCOL:
+            message = f"the engine speaks version {wire.PROTOCOL} of its protocol, not {protocol}"
+            logger.warning("refused a client: %s", message)
+            self._send(client, wire.encode(wire.StartFailed(StartupError.code, message)))
             return
         self._clients.append(client)
         greeting = self._failure or wire.Ready(self._core.info)
@@ -178,14 +199,16 @@ class EngineServer:
 
     def _handle(self, core: EngineCoreProtocol, client: bytes, message: wire.ToEngine) -> None:
         match message:
-            case wire.Add(request):
+            case wire.Add():
+                self._added[client] += 1
+                request = message.received(time.monotonic())
                 try:
                     core.add_request(request)
                 except QuireError as error:
                     rejected = wire.Rejected.for_error(request.request_id, error)
                     self._send(client, wire.encode(rejected))
                 else:
-                    choices = set(range(request.sampling_params.n))
+                    choices = set(request.open_choices)
                     self._open[request.request_id] = _OpenRequest(client, choices)
             case wire.Abort(request_id, choice):
                 core.abort_request(request_id, choice)
@@ -198,6 +221,8 @@ class EngineServer:
                 self._adapters.seen(client, change)
             case wire.Watch(seconds):
                 self._live.watch(client, seconds)
+            case wire.WatchBlocks():
+                self._blocks.watch(core, client)
             case wire.ClientGone(dead):
                 self._forget(core, dead)
 
@@ -207,10 +232,21 @@ class EngineServer:
         if client in self._clients:
             self._clients.remove(client)
         self._adapters.forget(client)
+        del self._added[client]
         self._live.forget(client)
+        self._blocks.forget(core, client)
         for request_id in [key for key, entry in self._open.items() if entry.client == client]:
             del self._open[request_id]
             core.abort_request(request_id)
+
+    def _tell_begun(self, request_ids: list[str]) -> None:
+        """Tell clients which of their requests the next step begins."""
+        begun: dict[bytes, list[str]] = {}
+        for request_id in dict.fromkeys(request_ids):
+            if request_id in self._open:  # otherwise its client has died
+                begun.setdefault(self._open[request_id].client, []).append(request_id)
+        for client, ids in begun.items():
+            self._send(client, wire.encode(wire.Begun(ids)))
 
     def _send_step(self, step: StepOutput) -> None:
         """Send each client the outputs of its own requests, in one message."""
@@ -222,14 +258,27 @@ class EngineServer:
                     shares[request.client].append(output)
         else:
             shares = dict.fromkeys(self._clients, step.outputs)
+        blocks = self._blocks.take(self._core)
         for client, outputs in shares.items():
-            self._send(client, wire.encode(wire.StepMessage(outputs, step.stats)))
+            changes = blocks if client in self._blocks.watchers else None
+            message = wire.StepMessage(outputs, step.stats, self._added[client], changes)
+            self._send(client, wire.encode(message))
         for output in step.outputs:
             if output.finish_reason is not None and output.request_id in self._open:
                 choices = self._open[output.request_id].open_choices
                 choices.discard(output.choice)
                 if not choices:
                     del self._open[output.request_id]
+
+    def _send_heartbeat(self, core: EngineCoreProtocol) -> None:
+        stats, blocks = core.stats(), self._blocks.take(core)
+        for client in self._clients:
+            changes = blocks if client in self._blocks.watchers else None
+            heartbeat = wire.Heartbeat(stats, len(self._open), self._added[client], changes)
+            self._send(client, wire.encode(heartbeat))
+
+    def _send_known_blocks(self, client: bytes, sequence: int, keys: bytes) -> None:
+        self._send(client, wire.encode(wire.BlocksKnown(sequence, keys)))
 
     def _send(self, client: bytes, message: bytes) -> None:
         self._socket.send_multipart([client, message])
@@ -324,12 +373,14 @@ def main() -> int:
         return 0
     launch = msgspec.json.decode(line, type=wire.Launch)
     quiet = _prepare_process(launch)
-    server = EngineServer(_bind(launch.address))
+    socket = _bind(launch.address)
     try:
+        publisher = make_publisher(launch.config)
         core = _load_core_factory(launch.core)(launch.config)
     except StartupError as error:
-        server.report_failure(error)
+        EngineServer(socket).report_failure(error)
         return 1
+    server = EngineServer(socket, publisher)
     settle()
     quiet.is_on = False
     try:

@@ -5,7 +5,8 @@
                  │ StartFailed   ▼                                    ▼
                  └──► FAILED   STALLED ─killed─► RESTARTING         FAILED
 
-A crash ends the open streams with `engine_dead`; the HTTP process survives it.
+The HTTP process survives a crash, and so do its streams: they wait for the engine's restart and go
+on where they stopped. Only if the engine is given up do they end with `engine_dead`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ..config import EngineConfig, EngineInfo
@@ -23,6 +24,7 @@ from .engine_handle import EngineHandle
 from .json_logs import LogFormat
 from .private_folder import private_folder
 from .remote_client import EngineObserver, EngineStatus, RemoteEngineClient, State
+from .streams import StreamTable
 
 REAL_CORE = "quire.engine.process.engine_process:build_core"
 """The core to step, as "module:function": the real engine."""
@@ -53,8 +55,12 @@ class ProcessEngineClient(RemoteEngineClient):
         log_level: str = "info",
         log_format: LogFormat = "console",
         core: str = REAL_CORE,
+        streams: StreamTable | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(observer)
+        """`environment` holds variables of the engine's process that differ from this one's."""
+        super().__init__(observer, streams)
+        self._environment = environment or {}
         self._config = config
         self._stall_timeout = stall_timeout
         self._max_restarts = max_restarts
@@ -147,6 +153,7 @@ class ProcessEngineClient(RemoteEngineClient):
                 self._tell()
                 if self._info is not None:  # a failed first start is reported by wait_ready
                     logger.error("giving up on the engine")
+                self._fail_open(EngineDeadError("the engine died while it served the request"))
             self._settled.set()
 
     async def _run_engine(self) -> float | None:
@@ -159,7 +166,9 @@ class ProcessEngineClient(RemoteEngineClient):
         with contextlib.ExitStack() as stack:
             try:
                 folder = stack.enter_context(private_folder())
-                engine = await EngineHandle.launch(self._launch(f"ipc://{folder / 'engine'}"))
+                engine = await EngineHandle.launch(
+                    self._launch(f"ipc://{folder / 'engine'}"), self._environment
+                )
             except OSError as error:
                 reason = error.strerror or str(error)
                 logger.error("the engine process cannot be started: %s", reason)
@@ -196,7 +205,8 @@ class ProcessEngineClient(RemoteEngineClient):
         if self._state is State.READY:
             self._state = State.RESTARTING
         self._tell()
-        self._fail_open(EngineDeadError("the engine died while it served the request"))
+        if self._state is not State.CLOSED:
+            self._lose_engine()
         await engine.stop()
         if self._state is State.CLOSED:
             return
@@ -223,6 +233,7 @@ class ProcessEngineClient(RemoteEngineClient):
         logger.error("no sign of life from the engine for %.1f s: its stacks follow", silence)
         self._state = State.STALLED
         self._tell()
+        self._lose_engine()
         await engine.dump_and_kill()
 
     # --- messages
@@ -237,7 +248,7 @@ class ProcessEngineClient(RemoteEngineClient):
                     self._heard = True
                 case wire.Heartbeat(_, num_open):
                     # An idle engine with an open request has lost it: that counts as a stall, too.
-                    lost = num_open or self._streams.num_unfinished
+                    lost = num_open or self._streams.num_unfinished(self)
                     self._heard = self._heard or not lost
                 case wire.Adapters(_, adapters):
                     self._config = replace(self._config, lora=adapters)

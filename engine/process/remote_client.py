@@ -6,20 +6,29 @@ import asyncio
 import contextlib
 import dataclasses
 import enum
+import random
+import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from itertools import count
 from typing import NamedTuple, Protocol
 
-from ..client import EngineHealth
+from ..client import EngineHealth, EngineState
 from ..config import EngineInfo
-from ..errors import EngineNotReadyError, InvalidRequestError, QuireError, error_from_code
+from ..errors import (
+    EngineDeadError,
+    EngineNotReadyError,
+    InvalidRequestError,
+    QuireError,
+    error_from_code,
+)
 from ..lora import AdapterSource
 from ..outputs import EngineStats, LiveSnapshot, SequenceOutput
 from ..request import Request
 from . import wire
 from .engine_handle import EngineLink
 from .live_feed import LiveFeed
+from .stream import Place
 from .streams import StreamTable
 
 
@@ -62,10 +71,21 @@ class RemoteEngineClient:
     one event loop.
     """
 
-    def __init__(self, observer: EngineObserver | None) -> None:
+    def __init__(self, observer: EngineObserver | None, streams: StreamTable | None = None) -> None:
+        """`streams` is given if several engines share a table, and somebody else submits."""
         self._observer = observer
         self._engine: EngineLink | None = None
-        self._streams = StreamTable(self._submit, self.abort)
+        self._is_alone = streams is None
+        self._streams = StreamTable(self._choose) if streams is None else streams
+        self._seeds: random.Random | None = None
+        self._idle = False
+        """Whether the engine had no work when it was last heard of."""
+        self.on_message: Callable[[wire.FromEngine], None] | None = None
+        """Called with each message of the engine, before it is handled."""
+        self.on_lost: Callable[[], None] | None = None
+        """Called when the engine serves no longer, before its streams go on elsewhere."""
+        self.on_failed: Callable[[], None] | None = None
+        """Called when the engine is given up."""
         self._state = State.STARTING
         self._restarts = 0
         self._info: EngineInfo | None = None
@@ -84,13 +104,28 @@ class RemoteEngineClient:
 
     async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput, None]:
         self._require_ready()
+        if self._seeds is None:
+            self._seeds = self._make_seeds(self.info.seed)
+        request = request.with_seed(self._seeds.getrandbits(63))
         async with contextlib.aclosing(self._streams.generate(request)) as outputs:
             async for output in outputs:
                 yield output
 
+    def _make_seeds(self, seed: int | None) -> random.Random:
+        """Return what draws the seeds of requests that have none, from the configured `seed`. They
+        are drawn here, so that another engine can go on with the request."""
+        return random.Random(seed)
+
     def abort(self, request_id: str, choice: int | None = None) -> None:
-        if self._state is State.READY:
-            self._send(wire.Abort(request_id, choice))
+        self._streams.abort(request_id, choice)
+
+    async def start(self) -> None:
+        """Start the engine, if that is this client's task."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """End the client, and the engine if it was started by this client."""
+        raise NotImplementedError
 
     def stats(self) -> EngineStats | None:
         return self._stats
@@ -99,6 +134,12 @@ class RemoteEngineClient:
         state = self._state
         alive = state not in (State.STALLED, State.FAILED, State.CLOSED)
         return EngineHealth(alive, state is State.READY, state.value, self._restarts)
+
+    def engines(self) -> dict[str, EngineState]:
+        return {}
+
+    def engine_of(self, request_id: str) -> str | None:
+        return None
 
     async def reset_prefix_cache(self) -> None:
         """Forget every cached block that no sequence holds.
@@ -139,13 +180,28 @@ class RemoteEngineClient:
         if self._state is State.READY:
             self._send(wire.Watch(seconds))
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the engine serves."""
+        return self._state is State.READY
+
+    def send(self, message: wire.ToEngine) -> None:
+        """Send a message to the engine, which must be connected."""
+        self._send(message)
+
     def _handle(self, message: wire.FromEngine) -> None:
+        if self.on_message is not None:
+            self.on_message(message)
         match message:
             case wire.StepMessage(outputs, stats):
+                self._idle = False
                 self._streams.deliver(outputs)
                 self._observe(stats)
             case wire.Heartbeat(stats):
+                self._idle = True
                 self._observe(stats)
+            case wire.Begun(request_ids):
+                self._streams.begun(request_ids)
             case wire.Rejected(request_id, code, text, param):
                 error = error_from_code(code, text)
                 if isinstance(error, InvalidRequestError):
@@ -173,6 +229,7 @@ class RemoteEngineClient:
                 self._state = State.READY
                 if self._observer is not None:
                     self._observer.engine_ready(info)
+                self._streams.resume()
 
     def _changed(self, number: int, error: QuireError | None) -> None:
         """Answer whoever asked for this change of adapters."""
@@ -189,8 +246,22 @@ class RemoteEngineClient:
         if self._observer is not None:
             self._observer.observe_step(stats)
 
-    def _submit(self, request: Request) -> None:
-        self._send(wire.Add(request))
+    # --- The engine as the table of streams sees it
+
+    def add_request(self, request: Request) -> None:
+        """Send a request to the engine."""
+        self._send(wire.Add.sent(request, time.monotonic()))
+
+    def abort_request(self, request_id: str, choice: int | None) -> None:
+        """End one choice of a request there, or all of them."""
+        if self._state is State.READY:
+            self._send(wire.Abort(request_id, choice))
+
+    def _choose(self, request: Request, began_at: EngineInfo | None) -> tuple[Place, Request]:
+        self._require_ready()
+        return self, request
+
+    # ---
 
     def _send(self, message: wire.ToEngine) -> None:
         if self._engine is None:
@@ -202,7 +273,26 @@ class RemoteEngineClient:
             raise EngineNotReadyError(self._state.value)
 
     def _fail_open(self, error: QuireError) -> None:
-        self._streams.fail_all(error)
+        """End everything that is open: no engine will come any more."""
+        if self.on_lost is not None:
+            self.on_lost()
+        self._streams.fail_all(error, None if self._is_alone else self)
+        self._fail_questions(error)
+        if self.on_failed is not None:
+            self.on_failed()
+
+    def _lose_engine(self) -> None:
+        """Let the streams of an engine that has died, or is about to be killed, go on with the next
+        one, and fail what else was asked of it."""
+        if self._state is State.STALLED and self._idle:
+            self._streams.suspect_all(self)
+        if self.on_lost is not None:
+            self.on_lost()
+        self._stats = None
+        self._streams.detach(self)
+        self._fail_questions(EngineDeadError("the engine died before it answered"))
+
+    def _fail_questions(self, error: QuireError) -> None:
         while self._resets:
             done = self._resets.popleft()
             if not done.done():

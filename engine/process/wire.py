@@ -1,9 +1,10 @@
 """Messages between the engine process and its clients: msgspec's msgpack, never pickle.
 
-    client → engine   Hello · Add · Abort · ResetPrefixCache · Watch · ClientGone
+    client → engine   Hello · Add · Abort · ResetPrefixCache · Watch · WatchBlocks · ClientGone
                       · LoadAdapter · UnloadAdapter · AdaptersSeen
-    engine → client   Ready | StartFailed, then StepMessage · Rejected · Heartbeat · LiveView
-                      · PrefixCacheReset · Adapters · AdapterChanged | AdapterRefused
+    engine → client   Ready | StartFailed, then Begun · StepMessage · Rejected · Heartbeat
+                      · LiveView · BlocksKnown · PrefixCacheReset
+                      · Adapters · AdapterChanged | AdapterRefused
 
 The engine binds a ROUTER on a unix socket in a folder that only its user may enter, and each client
 connects a DEALER. Every client gets a StepMessage for every step, with the outputs of its own
@@ -18,6 +19,7 @@ import msgspec
 
 from ..config import EngineConfig, EngineInfo
 from ..errors import InvalidRequestError, QuireError
+from ..events.block_events import BlockChanges
 from ..lora import AdapterSource
 from ..outputs import EngineStats, LiveSnapshot, SequenceOutput
 from ..request import Request
@@ -25,6 +27,10 @@ from .json_logs import LogFormat
 
 HEARTBEAT_SECONDS = 0.4
 """Interval between two messages of an idle engine."""
+
+PROTOCOL = 2
+"""Version of these messages. An engine refuses a client of another version: it could not be sure
+to go on with its streams."""
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 """Limit of one message: a peer that sends more is disconnected."""
@@ -45,13 +51,32 @@ class Launch(msgspec.Struct):
 
 
 class Hello(msgspec.Struct, tag=True):
-    """Registers the sender as a client. The answer is Ready or StartFailed."""
+    """Registers the sender as a client. The answer is Ready or StartFailed.
+
+    `protocol` is the sender's PROTOCOL; 1 stands for those that did not say it.
+    """
+
+    protocol: int = 1
 
 
 class Add(msgspec.Struct, tag=True):
-    """Submits a request. The answer is Rejected, or outputs in StepMessages."""
+    """Submits a request. The answer is Rejected, or outputs in StepMessages.
+
+    The request's times are seconds from the moment at which it is sent, so its arrival is negative:
+    the clocks of two machines have nothing in common. `received` returns it by the receiver's.
+    """
 
     request: Request
+
+    @classmethod
+    def sent(cls, request: Request, now: float) -> Add:
+        """Make the message for a request whose times are by the sender's clock, which shows
+        `now`."""
+        return cls(request.shifted(-now))
+
+    def received(self, now: float) -> Request:
+        """Return the request with its times by the receiver's clock, which shows `now`."""
+        return self.request.shifted(now)
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -69,6 +94,11 @@ class Watch(msgspec.Struct, tag=True):
     """Asks for LiveViews for so many seconds from now on."""
 
     seconds: float
+
+
+class WatchBlocks(msgspec.Struct, tag=True):
+    """Asks for BlocksKnown now, and for changes of the known blocks from then on. A client that has
+    missed some asks again."""
 
 
 class ClientGone(msgspec.Struct, tag=True):
@@ -115,11 +145,27 @@ class StartFailed(msgspec.Struct, tag=True):
     message: str
 
 
+class Begun(msgspec.Struct, tag=True):
+    """These requests of the client are in the step that now begins, and were not in the one before.
+
+    It is sent before the step: should the step end the process, they are the suspects.
+    """
+
+    request_ids: list[str]
+
+
 class StepMessage(msgspec.Struct, tag=True):
-    """One step's outputs for the requests of the receiving client, and the engine's statistics."""
+    """One step's outputs for the requests of the receiving client, and the engine's statistics.
+
+    `num_added` is how many of the client's Adds the engine has read, refused ones included: those
+    are in `stats`. `blocks` says what happened to the known blocks, if anything did and the client
+    has asked for it.
+    """
 
     outputs: list[SequenceOutput]
     stats: EngineStats
+    num_added: int = 0
+    blocks: BlockChanges | None = None
 
 
 class Rejected(msgspec.Struct, tag=True):
@@ -140,11 +186,24 @@ class Heartbeat(msgspec.Struct, tag=True):
     """A sign of life from an engine that has no work.
 
     `num_open` counts the requests that it has not finished. An engine without work should have
-    none: a request that it keeps open is one that it has lost.
+    none: a request that it keeps open is one that it has lost. The other fields are as in
+    StepMessage.
     """
 
     stats: EngineStats
     num_open: int
+    num_added: int = 0
+    blocks: BlockChanges | None = None
+
+
+class BlocksKnown(msgspec.Struct, tag=True):
+    """All full blocks that can be found by their content, as keys one after the other.
+
+    It includes the effect of all BlockChanges up to number `sequence`.
+    """
+
+    sequence: int
+    keys: bytes
 
 
 class PrefixCacheReset(msgspec.Struct, tag=True):
@@ -191,6 +250,7 @@ ToEngine = (
     | Abort
     | ResetPrefixCache
     | Watch
+    | WatchBlocks
     | ClientGone
     | LoadAdapter
     | UnloadAdapter
@@ -199,9 +259,11 @@ ToEngine = (
 FromEngine = (
     Ready
     | StartFailed
+    | Begun
     | StepMessage
     | Rejected
     | Heartbeat
+    | BlocksKnown
     | PrefixCacheReset
     | LiveView
     | Adapters

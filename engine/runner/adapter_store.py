@@ -10,6 +10,7 @@ from ..adapters.adapter import Adapter, LinearShape
 from ..adapters.peft_config import read_config
 from ..adapters.peft_files import read_adapter
 from ..adapters.slots import AdapterSlots, LoraLimits
+from ..checkpoints.content_hash import adapter_hash
 from ..config import EngineConfig
 from ..errors import InvalidRequestError, ModelLoadError
 from ..lora import AdapterSource
@@ -45,14 +46,15 @@ class AdapterStore:
         self._adapters: dict[int, Adapter] = {}
         for source in config.lora:
             try:
-                self.hold(len(self.sources), self.read(source))
+                adapter = self.read(source)
             except InvalidRequestError as error:
                 message = f"cannot load the adapter {source.name!r}: {error.message}"
                 if not config.skip_broken_lora:
                     raise ModelLoadError(message) from error
                 logger.error("%s; the engine restarts without it", message)
             else:
-                self.sources.append(source)
+                self.hold(len(self.sources), adapter)
+                self.sources.append(source._replace(version=adapter.version))
         limits = LoraLimits(config.max_loras, max_rank, max_tokens)
         self.slots: AdapterSlots = model.enable_adapters(limits)
         logger.info(
@@ -70,6 +72,7 @@ class AdapterStore:
         """Read an adapter without keeping it; may run in any thread. Raises
         InvalidRequestError."""
         adapter = read_adapter(source.folder, *self._model)
+        adapter = adapter._replace(version=adapter_hash(source.folder))
         logger.info(
             "LoRA: read %r from %s: rank %d in %d layers, %.1f MiB",
             source.name,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.adapter import Adapter
+from ..checkpoints.content_hash import model_hash
 from ..checkpoints.source import source_of
 from ..config import EngineConfig, WorkerInfo
 from ..devices.backend import Backend, CacheDemand
@@ -69,6 +70,7 @@ class Worker:
         if config.speculative_model is not None:
             self._draft = load_draft(config, spec, self._max_model_len, self._backend)
         draft = self._draft
+        cache_dtype = str(self._cache_dtype).removeprefix("torch.")
         return WorkerInfo(
             architecture=spec.architecture,
             device=str(model.device),
@@ -91,11 +93,8 @@ class Worker:
             draft_kv_bytes_per_token=(
                 0 if draft is None else token_bytes(draft.spec, draft.kv_cache_dtype)
             ),
-            kv_cache_dtype=(
-                None
-                if self._cache_dtype == model.dtype
-                else str(self._cache_dtype).removeprefix("torch.")
-            ),
+            content=model_hash(config),
+            kv_cache_dtype=None if self._cache_dtype == model.dtype else cache_dtype,
             adapters=() if self._adapters is None else tuple(self._adapters.sources),
             max_lora_rank=None if self._adapters is None else self._adapters.max_rank,
         )

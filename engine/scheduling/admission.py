@@ -51,7 +51,8 @@ class Admission:
         # 3. Statistics of first admissions only: a recompute finds what the sequence itself left.
         if sequence.num_cached_tokens is None:
             sequence.scheduled_time = self._clock()
-            sequence.num_cached_tokens = match.num_tokens
+            # A request that is resumed may find tokens of its output, too.
+            sequence.num_cached_tokens = min(match.num_tokens, sequence.num_prompt_tokens)
             self.prefix_queries += sequence.num_prompt_tokens
-            self.prefix_hits += match.num_tokens
+            self.prefix_hits += sequence.num_cached_tokens
         return Admitted(match.num_tokens, num_new, copies)

@@ -71,6 +71,7 @@ class FairQueue:
         self._users: list[tuple[int, int, _Account]] = []
         self._numbers = count()
         self._size = 0
+        self.num_tokens = 0
         self._last = self._new_account()
         """The account from which the last sequence was admitted."""
 
@@ -101,6 +102,7 @@ class FairQueue:
         sequence.rank = sequence.rank._replace(priority=0)
         account.waiting.push(sequence)
         self._size += 1
+        self.num_tokens += sequence.num_expected_tokens
 
     def peek(self) -> Sequence:
         least = self._least()
@@ -115,6 +117,7 @@ class FairQueue:
     def remove(self, sequence: Sequence) -> None:
         self._account(sequence).waiting.remove(sequence)
         self._size -= 1
+        self.num_tokens -= sequence.num_expected_tokens
 
     def charge_prompt(self, sequence: Sequence) -> None:
         """Charge a sequence that is admitted for the first time for all of its prompt at once.

@@ -22,6 +22,10 @@ class Policy(Protocol):
     def __len__(self) -> int:
         """Return the number of waiting sequences."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens of all waiting sequences, without those that are expected to be cached."""
+
     def __contains__(self, sequence: Sequence) -> bool:
         """Return whether the sequence waits here."""
 

@@ -20,6 +20,7 @@ class RankedQueue:
         self._by_priority = by_priority
         self._heap: list[tuple[Rank, Sequence]] = []
         self._members: dict[int, Sequence] = {}
+        self.num_tokens = 0
 
     def __len__(self) -> int:
         return len(self._members)
@@ -36,6 +37,7 @@ class RankedQueue:
 
     def push(self, sequence: Sequence) -> None:
         self._members[sequence.seq_id] = sequence
+        self.num_tokens += sequence.num_expected_tokens
         heappush(self._heap, (sequence.rank, sequence))
 
     def put_back(self, sequence: Sequence) -> None:
@@ -50,10 +52,12 @@ class RankedQueue:
         sequence = self.peek()
         heappop(self._heap)
         del self._members[sequence.seq_id]
+        self.num_tokens -= sequence.num_expected_tokens
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
         del self._members[sequence.seq_id]
+        self.num_tokens -= sequence.num_expected_tokens
         if len(self._heap) > 64 + 2 * len(self._members):  # most entries are dead
             self._heap = [item for item in self._heap if item[1].seq_id in self._members]
             heapify(self._heap)

@@ -34,8 +34,8 @@ class RequestTable:
         self._arrivals = count()
 
     def add(self, request: Request, priority: int) -> list[Sequence]:
-        """Make the request's n sequences (as many as its width for a beam search), in order of
-        choice, with `priority` in their ranks."""
+        """Make the sequences of the request's open choices (as many as its width for a beam
+        search), in order of choice, with `priority` in their ranks."""
         if request.request_id in self._sequences:
             raise InvalidRequestError("a request with this id is running", "request_id")
         params = request.sampling_params
@@ -47,7 +47,7 @@ class RequestTable:
         order = next(self._arrivals)
         sequences = [
             Sequence(request, choice, _wrap(seed + choice), Rank(priority, order, choice), stop_ids)
-            for choice in range(params.beam_width or params.n)
+            for choice in (range(params.beam_width) if params.beam_width else request.open_choices)
         ]
         self._sequences[request.request_id] = list(sequences)
         for time, queued in ((request.queue_deadline, True), (request.deadline, False)):

@@ -216,8 +216,7 @@ class Scheduler:
         return self._drafting.take_proposals(plan, drafts)
 
     def rows_that_read(self, output: SchedulerOutput) -> list[ReadingRow]:
-        """Return the rows of a plan that sample, and whose sampling depends on the tokens sampled
-        before."""
+        """Return the rows of a plan that sample, and whose sampling reads the tokens before."""
         if not self._roster.num_reading:
             return []
         partial = set(output.partial_rows)
@@ -396,5 +395,6 @@ class Scheduler:
             blocks_shared=self.block_manager.blocks_shared,
             running_adapters=self._roster.adapters.running_names,
             waiting_adapters=self._roster.adapters.waiting_names,
+            waiting_tokens=self._planner.waiting_tokens(self.last_plan),
             **({} if self._drafting is None else self._drafting.counts()),
         )

@@ -76,10 +76,11 @@ def take_prompt_logprobs(sequence: Sequence, start: int, entries: list[TokenLogp
 
 def timings(sequence: Sequence, now: float) -> Timings:
     """Return the times of a sequence that ends now."""
+    arrival = sequence.request.arrival_time
+    scheduled, first_token = sequence.scheduled_time, sequence.first_token_time
     return Timings(
-        sequence.request.arrival_time,
-        sequence.scheduled_time,
-        sequence.first_token_time,
-        now,
+        None if scheduled is None else scheduled - arrival,
+        None if first_token is None else first_token - arrival,
+        now - arrival,
         sequence.num_preemptions,
     )

@@ -75,6 +75,16 @@ class StepPlanner:
         self._block_manager.end_step()
         return plan, left
 
+    def waiting_tokens(self, plan: Plan | None) -> int:
+        """Return how many tokens wait, and how many the rows of the last plan leave."""
+        waiting = self._policy.num_tokens
+        if plan is not None:
+            for row in plan.partial_rows:
+                sequence = plan.rows[row]
+                if sequence.status is SequenceStatus.RUNNING:
+                    waiting += len(sequence.token_ids) - plan.starts[row] - plan.counts[row]
+        return waiting
+
     def _schedule_running(self, plan: Plan, budget: int) -> int:
         """Give every running sequence at least one token, while the budget lasts; return what is
         left of it.
@@ -221,7 +231,7 @@ class StepPlanner:
             self._policy.pop()
             if sequence.adapter_id is not None:
                 adapters.admitted(sequence)
-            if is_first:
+            if is_first and not sequence.request.has_delivered:  # otherwise it has been charged
                 self._policy.charge_prompt(sequence)
             self._roster.add(sequence)
             start, end = admitted.num_matched, admitted.num_matched + admitted.num_new

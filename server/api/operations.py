@@ -35,7 +35,10 @@ async def health(request: Request) -> Response:
     if state.draining:
         raise ShuttingDownError("the server is shutting down", state.settings.shutdown_timeout)
     state.check_ready()
-    return JSONResponse({"status": "ok"})
+    answer: dict[str, Any] = {"status": "ok"}
+    if engines := state.engine.engines():
+        answer["engines"] = {name: one.health.reason for name, one in engines.items()}
+    return JSONResponse(answer)
 
 
 @public.get(
@@ -191,6 +194,13 @@ async def debug_engine(request: Request) -> dict[str, Any]:
         "draft_model": _draft_model(state),
         "stats": None if stats is None else {**stats._asdict(), "kv_usage": stats.kv_usage},
         "health": state.engine.health()._asdict(),
+        "engines": {
+            name: {
+                "health": one.health._asdict(),
+                "stats": None if one.stats is None else one.stats._asdict(),
+            }
+            for name, one in state.engine.engines().items()
+        },
         "admission": {
             "num_queued": in_flight.num_queued,
             "num_running": in_flight.num_running,

@@ -10,6 +10,9 @@ Read in this order:
     stream     reads one streamed answer into a record
     report     numbers, JSON and table of a run
     plot       the SVG
+    planning      the command line of `quire plan`
+    plan_report   its table, JSON and plot
 
-This room may import the server's ground files (server/*.py), engine.bench and the engine's words.
+This room may import the server's ground files (server/*.py), engine.bench, engine.plan and the
+engine's words; lazily server.text, engine.runner and engine.model.
 """

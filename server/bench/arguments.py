@@ -39,7 +39,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="Seconds after which a request counts as failed. (default: 1200)",
     )
-    _add_request_arguments(parser)
+    add_request_arguments(parser)
     load = parser.add_argument_group("Load").add_argument
     load("--request-rate", type=_positive, metavar="R", help="Requests/s. Default: all at once.")
     load(
@@ -61,7 +61,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     _add_result_arguments(parser)
 
 
-def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
+def add_request_arguments(parser: argparse.ArgumentParser, num_prompts: int = 100) -> None:
+    """Add the flags that decide prompts, lengths and arrivals."""
     group = parser.add_argument_group("Requests")
     data = group.add_argument
     data(
@@ -70,7 +71,8 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         default="random",
         help="Kind of prompts. (default: random)",
     )
-    data("--num-prompts", type=positive_int, default=100, metavar="N", help="(default: 100)")
+    text = f"(default: {num_prompts})"
+    data("--num-prompts", type=positive_int, default=num_prompts, metavar="N", help=text)
     _add_length_arguments(group)
     data(
         "--n",

@@ -59,13 +59,17 @@ def write_plot(path: Path, result: BenchResult, last: RunRecords) -> None:
     """Write the plot of a result. A single run is drawn from its records, `last`."""
     runs = result.runs
     panels = sweep_panels(runs) if len(runs) > 1 else run_panels(last)
+    tables = "\n\n".join(table(run) for run in runs)
+    write_panels(path, panels, f"{result.model}, {result.date}", tables)
+
+
+def write_panels(path: Path, panels: list[Panel], heading: str, text: str) -> None:
+    """Write panels as an image, or as a page with a heading above them and text below."""
     svg = render_svg(panels)
     if path.suffix == ".html":
-        heading = f"{result.model}, {result.date}"
-        tables = "\n\n".join(table(run) for run in runs)
         svg = (
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(heading)}</title>'
-            f"<h1>{escape(heading)}</h1>{svg}<pre>{escape(tables)}</pre></html>\n"
+            f"<h1>{escape(heading)}</h1>{svg}<pre>{escape(text)}</pre></html>\n"
         )
     path.write_text(svg, encoding="utf-8")
 

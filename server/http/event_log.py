@@ -17,7 +17,7 @@ from collections import deque
 from typing import Protocol
 
 from ...engine.errors import InvalidRequestError, QuireError, StreamGoneError
-from ...engine.process.signals import Signal
+from ...engine.process.stream import Signal
 from ..errors import error_body
 from .sse import DONE, event
 

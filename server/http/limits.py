@@ -36,7 +36,8 @@ class InFlight:
         self, settings: Settings, engine: EngineClient, index: int, loads: memoryview[int]
     ) -> None:
         self._settings = settings
-        self._max_num_seqs = settings.engine_config().max_num_seqs
+        engine_seqs = settings.engine_config().max_num_seqs
+        self._max_num_seqs = engine_seqs * settings.data_parallel_size
         self._engine = engine
         self.draining = False
         self._loads = loads

@@ -155,11 +155,13 @@ class Connection(NamedTuple):
     """The connection of the request that the present task serves.
 
     `receive` returns its next message: a disconnect, once the body has been read. `caller` tells
-    callers apart, by their address and their key.
+    callers apart, by their address and their key. `answer_headers` may be filled until the answer
+    begins.
     """
 
     receive: Receive
     caller: Hashable
+    answer_headers: dict[str, str]
 
 
 connection: ContextVar[Connection | None] = ContextVar("connection", default=None)
@@ -168,7 +170,7 @@ notice that its client has left."""
 
 
 class ConnectionMiddleware:
-    """Sets `connection`."""
+    """Sets `connection`, and adds its headers to the answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -178,7 +180,15 @@ class ConnectionMiddleware:
             headers = Headers(scope=scope)
             keys = (headers.get("authorization"), headers.get("x-api-key"))
             address = (scope.get("client") or ("",))[0]
-            connection.set(Connection(receive, hash((address, *keys))))
+            added: dict[str, str] = {}
+            connection.set(Connection(receive, hash((address, *keys)), added))
+
+            async def send_with_headers(message: Message) -> None:
+                if added and message["type"] == "http.response.start":
+                    MutableHeaders(scope=message).update(added)
+                await send(message)
+
+            return await self.app(scope, receive, send_with_headers)
         await self.app(scope, receive, send)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ...engine.process.signals import Signal
+from ...engine.process.stream import Signal
 
 MAX_UNSENT_BYTES = 1024 * 1024
 """Maximum size of the events that wait for a slow reader. Beyond it the producer pauses, and the

@@ -41,9 +41,10 @@ class Setup(msgspec.Struct, tag=True):
 
 
 class EngineUpdate(msgspec.Struct, tag=True):
-    """The state of the engine has changed."""
+    """The state of the engine has changed, or that of one of several."""
 
     status: EngineStatus
+    index: int = 0
 
 
 class KeysUpdate(msgspec.Struct, tag=True):

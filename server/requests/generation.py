@@ -13,9 +13,9 @@ import structlog
 from ...engine.errors import EngineDeadError, QuireError, error_from_code
 from ...engine.outputs import FinishReason, SequenceOutput, Timings, TokenLogprobs
 from ...engine.reasoning import ReasoningTracker
-from ..histograms import exemplar
+from ..histograms import RequestRecord, exemplar
 from ..http.limits import Ticket
-from ..metrics import RequestRecord
+from ..http.middleware import connection
 from ..text.detokenizer import Detokenizer
 from ..tracing.current import current
 from .job import Job
@@ -112,6 +112,7 @@ class Generation:
         self._exemplar = exemplar(log_id, self._trace.trace_id if self._trace else None)
         self._error: str | None = None
         """The code of the error with which a sequence failed."""
+        self._is_placed = False
         self._accepted, self._rejected = 0, 0
         """Tokens of predictions that were right, and that were tried and wrong."""
         self.choices = [
@@ -189,6 +190,8 @@ class Generation:
             async with aclosing(merged_outputs(self._state.engine, requests)) as outputs:
                 async for position, output in outputs:
                     self._ticket.started()
+                    if not self._is_placed:
+                        self._note_engine(output.request_id)
                     if output.error is not None:
                         self.choices[position][output.choice].finish_reason = "error"
                         raise error_from_code(output.error.code, output.error.message)
@@ -206,6 +209,13 @@ class Generation:
                     self._state.engine.abort(requests[position].request_id)
             self._ticket.close()
             self._record()
+
+    def _note_engine(self, request_id: str) -> None:
+        """Name the engine in the answer's headers, if there are several."""
+        self._is_placed = True
+        engine, present = self._state.engine.engine_of(request_id), connection.get()
+        if engine is not None and present is not None:
+            present.answer_headers["x-quire-engine"] = engine
 
     def _take(self, position: int, output: SequenceOutput) -> Delta | None:
         """Add a step's output to its choice. Returns the delta that it makes certain, or None."""

@@ -83,3 +83,9 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def make_metrics(settings: Settings) -> Metrics:
+    """Return the metrics of a server with these settings."""
+    engine = "0" if settings.data_parallel_size == 1 else None
+    return Metrics(settings.served_names[0], settings.metrics_prefix, engine)

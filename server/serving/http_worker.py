@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from ...engine.errors import StartupError
+from ...engine.fleet.directory import AttachedEngines
+from ...engine.fleet.fleet_client import FleetClient
 from ...engine.process.attached_client import AttachedEngineClient
 from ...engine.process.engine_process import die_with_parent
 from ...engine.process.heap import settle
@@ -31,7 +33,7 @@ from ..logs import configure_logging, resolve_format
 from ..metrics import Metrics
 from ..settings import Settings
 from ..tenants.rates import Rates
-from .http_server import build_app, uvicorn_server
+from .http_server import build_app, make_metrics, uvicorn_server
 from .shared_counters import SharedCounters
 
 if TYPE_CHECKING:
@@ -59,8 +61,8 @@ async def _run(end: socket.socket) -> int:
         return 1
     settings = Settings(**setup.settings)
     configure_logging(settings.log_level, resolve_format(settings.log_format), setup.index)
-    metrics = Metrics(settings.served_names[0], settings.metrics_prefix)
-    engine = AttachedEngineClient(setup.engine_name, observer=metrics)
+    metrics = make_metrics(settings)
+    engine, links = _make_engine(settings, setup.engine_name, metrics)
     siblings = _siblings(setup, settings.http_workers)
     try:
         app = await asyncio.to_thread(build_app, settings, engine, metrics, siblings)
@@ -83,13 +85,13 @@ async def _run(end: socket.socket) -> int:
     listener = socket.socket(fileno=setup.listener)
     await siblings.listen(app)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    obeying = asyncio.create_task(_obey(link, state, engine, metrics, pages))
-    broken = asyncio.create_task(engine.broken.wait())
+    obeying = asyncio.create_task(_obey(link, state, links, metrics, pages))
+    broken = [asyncio.create_task(one.broken.wait()) for one in links]
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
     settle()
     link.send(worker_link.Up())
-    await asyncio.wait({serving, obeying, broken}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({serving, obeying, *broken}, return_when=asyncio.FIRST_COMPLETED)
     for task in (serving, obeying):
         if task.done():
             task.result()
@@ -108,18 +110,30 @@ def _siblings(setup: worker_link.Setup, processes: int) -> Siblings:
     return Siblings(setup.index, counters.loads, Path(setup.folder), rates, setup.tenants)
 
 
+def _make_engine(
+    settings: Settings, name: bytes, metrics: Metrics
+) -> tuple[FleetClient | AttachedEngineClient, list[AttachedEngineClient]]:
+    """Return the client of the engine, or of all of them, and its links to them."""
+    count = settings.data_parallel_size
+    if count == 1:
+        link = AttachedEngineClient(name, observer=metrics)
+        return link, [link]
+    engines = AttachedEngines(count, name, lambda engine: metrics)
+    return FleetClient(engines, name=name.decode()), engines.links
+
+
 async def _obey(
     link: Link[ToWorker, ToMain],
     state: ServerState,
-    engine: AttachedEngineClient,
+    engines: list[AttachedEngineClient],
     metrics: Metrics,
     pages: Pages,
 ) -> None:
     """Follow the main process's messages, until one says to stop."""
     while (message := await link.receive()) is not None:
         match message:
-            case worker_link.EngineUpdate(status):
-                engine.follow(status)
+            case worker_link.EngineUpdate(status, index):
+                engines[index].follow(status)
             case worker_link.KeysUpdate(tenants):
                 state.keys.ring.replace(tenants)
             case worker_link.AskSamples():

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,8 @@ from ...engine.checkpoints.hub import check_folder_files
 from ...engine.checkpoints.source import check_source, find_source
 from ...engine.config import EngineInfo
 from ...engine.errors import ModelLoadError, StartupError
+from ...engine.fleet.directory import LocalEngines
+from ...engine.fleet.fleet_client import FleetClient
 from ...engine.process.heap import settle
 from ...engine.process.process_client import ProcessEngineClient
 from ..logs import resolve_format
@@ -27,7 +30,7 @@ from ..setting_sources import unknown_variables
 from ..settings import DEMO_MODEL_NAME, Settings
 from ..tenants.key_ring import KeySource
 from ..tracing.start import check_tracing
-from .http_server import build_app, uvicorn_server
+from .http_server import build_app, make_metrics, uvicorn_server
 from .listener import address_of, check_tls, listening
 from .start_screen import show_loading, show_ready, terminal
 from .system_limits import check_threads, raise_descriptor_limit
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
 
 MakeClient = Callable[..., ProcessEngineClient]
 """Takes the arguments of ProcessEngineClient, such as the class itself or a partial of it."""
+
+Engine = ProcessEngineClient | FleetClient
+"""The client of the engine that this process supervises, or of all engines."""
 
 log = structlog.get_logger(__name__)
 
@@ -132,14 +138,8 @@ class _ThisProcess:
 async def _serve(settings: Settings, listener: socket.socket, make_client: MakeClient) -> None:
     began = time.monotonic()
     stop = _stop_on_signals()
-    metrics = Metrics(settings.served_names[0], settings.metrics_prefix)
-    engine = make_client(
-        settings.engine_config(),
-        observer=metrics,
-        stall_timeout=settings.engine_stall_timeout,
-        log_level=settings.log_level,
-        log_format=resolve_format(settings.log_format),
-    )
+    metrics = make_metrics(settings)
+    engine = _make_engine(settings, metrics, make_client)
     # 1. The engine loads the model in its own process while this one builds the HTTP side.
     announce_loading(settings)
     await engine.start()
@@ -181,7 +181,23 @@ async def _serve(settings: Settings, listener: socket.socket, make_client: MakeC
         await engine.close()
 
 
-async def _ready(engine: ProcessEngineClient, front: Front) -> EngineInfo:
+def _make_engine(settings: Settings, metrics: Metrics, make_client: MakeClient) -> Engine:
+    """Return the client of the engine, or of all of them. Raises ConfigurationError if there are
+    too few devices."""
+    config = settings.engine_config()
+    make = partial(
+        make_client,
+        stall_timeout=settings.engine_stall_timeout,
+        log_level=settings.log_level,
+        log_format=resolve_format(settings.log_format),
+    )
+    if settings.data_parallel_size == 1:
+        return make(config, observer=metrics)
+    engines = LocalEngines(config, settings.data_parallel_size, make, metrics.observer_of)
+    return FleetClient(engines)
+
+
+async def _ready(engine: Engine, front: Front) -> EngineInfo:
     info = await engine.wait_ready()
     await front.wait_up()
     return info
@@ -205,7 +221,7 @@ def _stop_on_signals() -> asyncio.Event:
     return stop
 
 
-async def drain(front: Front, engine: ProcessEngineClient, timeout: float) -> None:
+async def drain(front: Front, engine: Engine, timeout: float) -> None:
     """Refuse new requests, let running ones end, and after `timeout` seconds fail the rest."""
     front.begin_drain()
     log.info("draining", requests=front.num_unfinished, timeout=timeout)
@@ -244,6 +260,7 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
             max_model_len=info.max_model_len,
             num_blocks=info.num_blocks,
             kv_capacity_tokens=info.kv_capacity_tokens,
+            engines=settings.data_parallel_size,
             full_length_sequences=round(info.kv_capacity_tokens / info.max_model_len, 1),
             address=address,
             seconds=round(seconds, 1),

@@ -15,6 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import structlog
 
 from ...engine.errors import StartupError
+from ...engine.fleet.fleet_client import FleetClient
 from ...engine.process.private_folder import private_folder
 from ...engine.process.process_client import (
     FIRST_DELAY_SECONDS,
@@ -62,13 +64,13 @@ class WorkerPool:
         self,
         settings: Settings,
         listener: socket.socket,
-        engine: ProcessEngineClient,
+        engine: ProcessEngineClient | FleetClient,
         metrics: Metrics,
     ) -> None:
         self._settings = settings
         self._count = settings.http_workers
         self._listener = listener
-        self._engine = engine
+        self._engines = engine.supervised if isinstance(engine, FleetClient) else [engine]
         self._metrics = metrics
         self._created = int(time.time())
         self._workers: dict[int, PoolWorker] = {}
@@ -83,7 +85,8 @@ class WorkerPool:
         self._rates = Rates(rates)
         self._key_source = KeySource(settings)
         KeyMetrics(metrics)  # the page has the families that this process knows
-        engine.on_status = self._tell_engine
+        for index, one in enumerate(self._engines):
+            one.on_status = partial(self._tell_engine, index)
 
     # --- The methods of Front
 
@@ -188,7 +191,8 @@ class WorkerPool:
                 tenants=list(self._key_source.tenants),
             )
         )
-        worker.link.send(worker_link.EngineUpdate(self._engine.status))
+        for number, one in enumerate(self._engines):
+            worker.link.send(worker_link.EngineUpdate(one.status, number))
         if self._draining:
             worker.link.send(worker_link.Drain())
         return worker
@@ -226,7 +230,8 @@ class WorkerPool:
         begin = index * LOAD_FIELDS
         self._loads[begin : begin + LOAD_FIELDS] = no_loads(1)
         self._rates.forget_running(index)
-        self._engine.client_gone(worker.engine_name)
+        for one in self._engines:
+            one.client_gone(worker.engine_name)
 
     async def _stops_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
@@ -239,8 +244,8 @@ class WorkerPool:
         for worker in self._workers.values():
             worker.link.send(message)
 
-    def _tell_engine(self, status: EngineStatus) -> None:
-        self._send(worker_link.EngineUpdate(status))
+    def _tell_engine(self, index: int, status: EngineStatus) -> None:
+        self._send(worker_link.EngineUpdate(status, index))
 
     def _tell_keys(self, tenants: Sequence[Tenant]) -> None:
         self._send(worker_link.KeysUpdate(list(tenants)))
@@ -268,5 +273,5 @@ class WorkerPool:
         totals = dict(self._past)
         for worker in self._workers.values():
             add(totals, worker.samples)
-        self._metrics.engine_health(self._engine.health().ready)
+        self._metrics.engine_health(any(one.health().ready for one in self._engines))
         asking.link.send(worker_link.Page(*self._metrics.render(totals)))

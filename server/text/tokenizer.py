@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 import transformers
 from tokenizers import Tokenizer as Encoder
 
-from ...engine.config import check_folder
 from ...engine.errors import (
     ContextLengthError,
     InvalidRequestError,
     ModelLoadError,
     UnsupportedModelError,
+    check_folder,
     one_line,
 )
 from ..templates.chat_template import (

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import Protocol
 
 from ...engine.request import Request
-from ..metrics import RequestRecord
+from ..histograms import RequestRecord
 
 
 class RequestTrace(Protocol):

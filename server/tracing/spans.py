@@ -32,7 +32,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from ...engine.outputs import Timings
 from ...engine.request import Request
-from ..metrics import RequestRecord
+from ..histograms import RequestRecord
 from . import attributes
 
 log = structlog.get_logger(__name__)
@@ -100,12 +100,9 @@ class Tracer:
 def _phases(timings: Timings) -> Iterable[tuple[str, float, float]]:
     """Yield the name, begin and end of each phase, in seconds since the request's arrival."""
 
-    def since(moment: float) -> float:
-        return moment - timings.arrival
-
-    finished = since(timings.finished)
-    scheduled = finished if timings.scheduled is None else since(timings.scheduled)
-    first_token = finished if timings.first_token is None else since(timings.first_token)
+    finished = timings.finished
+    scheduled = finished if timings.scheduled is None else timings.scheduled
+    first_token = finished if timings.first_token is None else timings.first_token
     yield "queue", 0.0, scheduled
     if timings.scheduled is not None:
         yield "prefill", scheduled, first_token

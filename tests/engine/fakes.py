@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from typing import Any
 
 from quire.engine.config import EngineConfig, EngineInfo
+from quire.engine.core.trials import Trials
 from quire.engine.errors import InvalidRequestError, ModelLoadError
+from quire.engine.events.block_events import BlockEvent
 from quire.engine.outputs import (
     EngineStats,
     FinishReason,
@@ -56,6 +59,9 @@ class FakeCore:
         self.config = config
         self._running: dict[tuple[str, int], tuple[Request, int]] = {}
         self._aborted: list[SequenceOutput] = []
+        self._trials = Trials()
+        self._begun: set[str] = set()
+        self._on_begin: Callable[[list[str]], None] = lambda request_ids: None
         self._step = 0
         self._resets = 0
 
@@ -83,13 +89,17 @@ class FakeCore:
     def has_work(self) -> bool:
         return bool(self._running or self._aborted)
 
+    def watch_begins(self, on_begin: Callable[[list[str]], None]) -> None:
+        self._on_begin = on_begin
+
     def add_request(self, request: Request) -> None:
         if request.sampling_params.max_tokens > 50_000:
             raise InvalidRequestError("too many tokens", "max_tokens")
         if request.prompt_token_ids[0] == LOSE:
             return
-        for choice in range(request.sampling_params.n):
-            self._running[request.request_id, choice] = (request, 0)
+        for choice in request.open_choices:
+            done = len(request.resume[choice] or ()) if request.resume else 0
+            self._running[request.request_id, choice] = (request, done)
 
     def abort_request(self, request_id: str, choice: int | None = None) -> None:
         for key in list(self._running):
@@ -100,16 +110,25 @@ class FakeCore:
     def step(self) -> StepOutput:
         self._step += 1
         outputs, self._aborted = self._aborted, []
-        commands = {request.prompt_token_ids[0] for request, _ in self._running.values()}
+        active = {
+            key: value
+            for key, value in self._running.items()
+            if key[0] in self._begun or self._trials.admits(value[0])
+        }
+        if new := {request_id for request_id, _ in active} - self._begun:
+            self._begun |= new
+            self._on_begin(sorted(new))
+        commands = {request.prompt_token_ids[0] for request, _ in active.values()}
         if HANG in commands:
             time.sleep(3600)
         if CRASH in commands:
             raise RuntimeError("crashed in a step")
         if EXIT in commands:
+            time.sleep(0.01)  # as a forward takes longer than a message
             os._exit(3)
         if SLOW in commands:
             time.sleep(0.02)
-        for key, (request, done) in list(self._running.items()):
+        for key, (request, done) in active.items():
             reason: FinishReason | None = None
             if done + 1 == request.sampling_params.max_tokens:
                 reason = "length"
@@ -120,8 +139,9 @@ class FakeCore:
             timings = None
             if request.prompt_token_ids[0] == STAMPED:
                 time.sleep(0.002)
-                timings = Timings(0.0, None, None, time.monotonic())
+                timings = Timings(None, None, time.monotonic())
             outputs.append(SequenceOutput(*key, [token_id], finish_reason=reason, timings=timings))
+        self._trials.observe(outputs)
         return StepOutput(outputs, self.stats())
 
     def reset_prefix_cache(self) -> None:
@@ -133,6 +153,15 @@ class FakeCore:
 
     def end_snapshots(self) -> None:
         pass
+
+    def record_blocks(self, on: bool) -> None:
+        pass
+
+    def take_block_events(self) -> list[BlockEvent]:
+        return []
+
+    def known_blocks(self) -> list[bytes]:
+        return []
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -123,7 +124,8 @@ class InlineEngineClient(RemoteEngineClient):
 
     def _handle_one(self, core: EngineCoreProtocol, message: wire.ToEngine) -> None:
         match message:
-            case wire.Add(request):
+            case wire.Add():
+                request = message.received(time.monotonic())
                 try:
                     core.add_request(request)
                 except QuireError as error:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Encoder
 
 from quire.engine.classifier_spec import NO_CLASSIFIER, ClassifierSpec
-from quire.engine.client import EngineHealth
+from quire.engine.client import EngineHealth, EngineState
 from quire.engine.config import EngineInfo
 from quire.engine.embedding_spec import NO_LAYOUT, EmbeddingSpec
 from quire.engine.errors import EngineNotReadyError, InvalidRequestError, ModelNotFoundError
@@ -183,6 +183,12 @@ class FakeEngineClient:
             raise ModelNotFoundError("it is not loaded", "model")
         del self.adapters[name]
 
+    def engines(self) -> dict[str, EngineState]:
+        return {}
+
+    def engine_of(self, request_id: str) -> str | None:
+        return None
+
     def health(self) -> EngineHealth:
         return EngineHealth(self.alive, self.ready, "ok" if self.ready else "it loads", 0)
 
@@ -300,13 +306,7 @@ class FakeEngineClient:
                     stop_reason=script.stop_reason if last else None,
                     error=script.error if failed else None,
                     num_cached_tokens=3 if number == 0 else None,
-                    timings=Timings(
-                        request.arrival_time,
-                        None,
-                        None,
-                        request.arrival_time + 1,
-                        script.preemptions,
-                    )
+                    timings=Timings(None, None, 1.0, script.preemptions)
                     if last or aborted
                     else None,
                 )

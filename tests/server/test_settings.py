@@ -239,7 +239,7 @@ def test_what_is_no_origin_is_refused(origin: str) -> None:
 
 def test_adapters_are_named_folders(tmp_path: Path) -> None:
     settings = load_settings(lora=["a=/x=y", "b/c=z"], lora_dir=str(tmp_path))
-    assert settings.adapters == (("a", "/x=y"), ("b/c", "z"))
+    assert settings.adapters == (("a", "/x=y", ""), ("b/c", "z", ""))
     config = settings.engine_config()
     assert config.enable_lora and config.lora == settings.adapters
     assert not load_settings().engine_config().enable_lora

@@ -39,7 +39,11 @@ def cache_memory(
         return asked
     tokens = max(max_model_len, config.max_num_seqs * min(max_model_len, TYPICAL_TOKENS))
     wanted = -(-tokens // config.block_size) * block_bytes
-    return wanted if available is None else min(wanted, int(available * CPU_MEMORY_SHARE))
+    return (
+        wanted
+        if available is None
+        else min(wanted, int(available * CPU_MEMORY_SHARE / config.num_peers))
+    )
 
 
 def allocate_kv_cache(

@@ -11,6 +11,7 @@ import pytest
 
 from quire.engine.config import EngineConfig
 from quire.engine.errors import EngineNotReadyError, InvalidRequestError, StartupError
+from quire.engine.process import process_client
 from quire.engine.process.process_client import ProcessEngineClient
 
 from .. import fakes
@@ -175,14 +176,13 @@ async def test_close_ends_open_streams_and_is_idempotent(client: Client) -> None
         await collect(client, make_request())
 
 
-async def test_crash_ends_streams_with_an_error(client: Client) -> None:
-    request = make_request(SLOW, max_tokens=10_000, n=2)
-    bystander = asyncio.create_task(collect(client, request))
-    await asyncio.sleep(0.1)
+async def test_a_crash_ends_the_request_that_causes_it(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_client, "FIRST_DELAY_SECONDS", 0.02)
     outputs = await collect(client, make_request(CRASH))
-    for stream in (outputs, await bystander):
-        assert stream[-1].finish_reason == "error"
-        assert stream[-1].error is not None and stream[-1].error.code == "engine_dead"
+    assert outputs[-1].finish_reason == "error"
+    assert outputs[-1].error is not None and outputs[-1].error.code == "engine_dead"
     assert not client.health().ready
 
 

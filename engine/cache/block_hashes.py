@@ -1,0 +1,54 @@
+"""The hashes that identify full blocks. The engine and whoever routes requests to it compute them
+by the same functions.
+
+A block's hash covers its tokens and all tokens before it, because each is chained to the one before
+(the idea is that of vLLM's automatic prefix caching). The chain is seeded by the cache salt and by
+the LoRA adapter and by nothing else, so the hashes of a prompt are the same in every process and on
+every machine (of little-endian byte order, as all that are supported).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import abc
+from hashlib import sha256
+
+
+def root_hash(cache_salt: str | None, adapter_id: int | None = None) -> bytes:
+    """Return the hash that starts a chain. Chains of different salts never meet, nor do those of
+    different adapters or of different versions of one."""
+    root = sha256(b"" if cache_salt is None else b"salt:" + cache_salt.encode()).digest()
+    return root if adapter_id is None else sha256(root + b"adapter:%d" % adapter_id).digest()
+
+
+def hash_block(parent: bytes, token_ids: abc.Sequence[int]) -> bytes:
+    """Return the hash of a full block and all tokens before it.
+
+    It is SHA-256, because a collision would let one client read another's prompt.
+    """
+    return sha256(parent + array("I", token_ids).tobytes()).digest()
+
+
+def extend_hashes(
+    hashes: list[bytes], root: bytes, token_ids: abc.Sequence[int], block_size: int, count: int
+) -> None:
+    """Append the hashes of the blocks that follow, until there are `count` of them.
+
+    `hashes` are those of the first blocks of `token_ids`, in a chain that starts with `root`.
+    """
+    for i in range(len(hashes), count):
+        parent = hashes[-1] if hashes else root
+        hashes.append(hash_block(parent, token_ids[i * block_size : (i + 1) * block_size]))
+
+
+def prompt_hashes(
+    token_ids: abc.Sequence[int],
+    block_size: int,
+    cache_salt: str | None = None,
+    adapter_id: int | None = None,
+) -> list[bytes]:
+    """Return the hashes of all full blocks of a prompt, in order."""
+    hashes: list[bytes] = []
+    root = root_hash(cache_salt, adapter_id)
+    extend_hashes(hashes, root, token_ids, block_size, len(token_ids) // block_size)
+    return hashes

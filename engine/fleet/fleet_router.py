@@ -1,0 +1,150 @@
+"""A router that follows its engines' messages.
+
+Whoever owns the links to the engines calls it: `join` when an engine is ready, `observe` for each
+of its messages, `choose` and then `sent` for each request, `leave` when it is gone.
+"""
+
+from __future__ import annotations
+
+from collections import abc, deque
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from ..cache.block_hashes import prompt_hashes
+from ..outputs import EngineStats
+from ..process import wire
+from ..request import Request
+from .kv_index import KVIndex
+from .router import Choice, EngineState, Router
+
+
+class CacheSize(Protocol):
+    """The size of an engine's cache; EngineInfo has it."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+
+
+class _Sent(NamedTuple):
+    """A request that an engine has not reported to have read."""
+
+    uncached_tokens: int
+    num_sequences: int
+    num_blocks: int
+
+
+@dataclass(slots=True)
+class _Load:
+    """An engine's latest statistics, and what was sent to it that they do not include."""
+
+    stats: EngineStats | None = None
+    num_read: int = 0
+    """How many of the requests sent from here the engine has read."""
+    sent: deque[_Sent] = field(default_factory=deque)
+
+    def read(self, stats: EngineStats, num_added: int) -> None:
+        self.stats = stats
+        while self.num_read < num_added and self.sent:
+            self.sent.popleft()
+            self.num_read += 1
+
+    def state(self, engine: str, num_blocks: int) -> EngineState:
+        stats, sent = self.stats, self.sent
+        waiting = sum(one.uncached_tokens for one in sent)
+        sequences = sum(one.num_sequences for one in sent)
+        free = num_blocks - sum(one.num_blocks for one in sent)
+        if stats is not None:
+            waiting += stats.waiting_tokens
+            sequences += stats.num_running + stats.num_waiting
+            free += stats.num_free_blocks - stats.num_cached_blocks - num_blocks
+        return EngineState(engine, waiting, sequences, max(free, 0))
+
+
+class FleetRouter:
+    """Chooses engines for requests. All engines have the same block size.
+
+    Requests for a LoRA adapter are routed by load, with its name as the key of ties: engines number
+    their adapters independently, so the hashes of such prompts differ between them.
+    """
+
+    def __init__(self, index: KVIndex | None = None) -> None:
+        self._index = index or KVIndex()
+        self._router: Router | None = None
+        self._block_size = 0
+        self._loads: dict[str, _Load] = {}
+        self._num_blocks: dict[str, int] = {}
+        self.predicted_tokens = 0
+        """Cached tokens that were predicted of the requests that have been compared."""
+        self.actual_tokens = 0
+        """Cached tokens that the engines found for these."""
+        self.wrong_tokens = 0
+        """The sum of the differences between both, each without its sign."""
+
+    def join(self, engine: str, info: CacheSize) -> wire.WatchBlocks:
+        """Let an engine join that is ready, and return the message to send to it."""
+        if self._router is None:
+            self._block_size = info.block_size
+            self._router = Router(self._index, info.block_size)
+        assert info.block_size == self._block_size, "engines of a fleet have one block size"
+        self._index.add_engine(engine)
+        self._loads[engine] = _Load()
+        self._num_blocks[engine] = info.num_blocks
+        return wire.WatchBlocks()
+
+    def leave(self, engine: str) -> None:
+        """Forget an engine, with what was sent to it."""
+        self._index.remove_engine(engine)
+        del self._loads[engine], self._num_blocks[engine]
+
+    def observe(self, engine: str, message: wire.FromEngine) -> wire.WatchBlocks | None:
+        """Read an engine's message, and return the message to answer it with, if there is one."""
+        match message:
+            case wire.StepMessage() | wire.Heartbeat():
+                self._loads[engine].read(message.stats, message.num_added)
+                blocks = message.blocks
+                if blocks is not None and not self._index.apply(engine, blocks):
+                    return wire.WatchBlocks()
+            case wire.BlocksKnown(sequence, keys):
+                self._index.reset(engine, sequence, keys)
+        return None
+
+    def hashes(self, request: Request) -> list[bytes]:
+        """Return the hashes of the prompt's full blocks, as all engines compute them."""
+        if request.adapter is not None:
+            return []
+        return prompt_hashes(request.prompt_token_ids, self._block_size, request.cache_salt)
+
+    def choose(
+        self,
+        request: Request,
+        hashes: abc.Sequence[bytes],
+        now: float,
+        engines: abc.Iterable[str] | None = None,
+        tie_key: bytes | None = None,
+    ) -> Choice:
+        """Choose one of `engines`, by default of all, for a request with these hashes."""
+        assert self._router is not None, "no engine has joined"
+        names = self._loads if engines is None else engines
+        states = [self._loads[name].state(name, self._num_blocks[name]) for name in names]
+        if tie_key is None and request.adapter is not None:
+            tie_key = request.adapter.encode()
+        return self._router.choose(hashes, len(request.prompt_token_ids), states, now, tie_key)
+
+    def sent(
+        self, request: Request, hashes: abc.Sequence[bytes], choice: Choice, now: float
+    ) -> None:
+        """Note that the request was sent to the chosen engine, which its reports will include
+        later."""
+        self._index.expect(choice.engine, hashes, now)
+        cached, length = choice.predicted_cached_tokens, len(request.prompt_token_ids)
+        blocks = -(-length // self._block_size) - cached // self._block_size
+        count = request.sampling_params.beam_width or request.sampling_params.n
+        self._loads[choice.engine].sent.append(_Sent(length - cached, count, blocks))
+
+    def compare(self, choice: Choice, num_cached_tokens: int) -> None:
+        """Count how far a prediction was from what the engine has found."""
+        self.predicted_tokens += choice.predicted_cached_tokens
+        self.actual_tokens += num_cached_tokens
+        self.wrong_tokens += abs(choice.predicted_cached_tokens - num_cached_tokens)

@@ -1,0 +1,208 @@
+"""Measures step times on a device: rows × context × chunk, in a minute or two.
+
+Each episode is a few requests at once. It is run several times with other prompts of the same
+lengths, so that its steps are the same, and the lower quartile of each step's times counts: what
+else the machine does only ever adds to them.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import count
+from typing import Any, NamedTuple
+
+from ..config import EngineConfig, EngineInfo
+from ..core.engine_core import EngineCore
+from ..errors import ConfigurationError
+from ..request import Request
+from ..sampling_params import SamplingParams
+from ..step import SchedulerOutput
+from ..worker_protocol import Forward, WorkerProtocol
+from .calibration import Calibration
+from .planned_engine import EngineShape
+from .step_times import Measured, StepShape, fit
+
+REPEATS = 7
+"""How often each episode is run and timed."""
+DECODES = 6
+"""Decode steps of an episode."""
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+EVEN_ROWS = (1, 4, 16, 64, 256)
+"""Rows that are measured with every context, the others with one of them."""
+CONTEXTS = (16, 128, 512, 2048, 8192)
+CHUNKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+MAX_SECONDS = 120.0
+"""After this long no further episode is begun."""
+
+_numbers = count()
+
+
+class Episode(NamedTuple):
+    """Requests of these prompt lengths, all at once, with so many tokens of output."""
+
+    prompts: tuple[int, ...]
+    output_len: int
+
+
+class RecordingWorker:
+    """A worker that notes the shapes of the steps that it is given."""
+
+    def __init__(self, worker: WorkerProtocol) -> None:
+        self._worker = worker
+        self.shapes: list[StepShape] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._worker, name)
+
+    def forward(self, scheduler_output: SchedulerOutput) -> Forward:
+        self.shapes.append(StepShape.of(scheduler_output))
+        return self._worker.forward(scheduler_output)
+
+
+def episodes(info: EngineInfo) -> Iterator[Episode]:
+    """Yield about 30 episodes that an engine can run: chunks of all lengths at several starts,
+    chunks beside decodes, and decodes of many rows and contexts, the most rows last."""
+    budget, longest = info.max_num_batched_tokens, info.max_model_len - DECODES - 1
+    capacity = info.num_blocks * info.block_size * 3 // 4
+    for length in CHUNKS:
+        if length <= min(budget, longest, capacity):
+            yield Episode((length,), 1)
+    if min(4 * budget, longest) < capacity:
+        yield Episode((min(4 * budget, longest),), 1)
+    rows = min(16, info.max_num_seqs - 1, capacity // 300)
+    if rows > 0 and budget // 2 <= longest:
+        yield Episode((128,) * rows + (budget // 2,), DECODES)
+    for rows in ROWS:
+        for context in CONTEXTS:
+            fits = rows * (context + DECODES + info.block_size) <= capacity
+            is_possible = rows <= info.max_num_seqs and context <= longest and fits
+            is_quick = rows * context <= 8 * budget and (rows in EVEN_ROWS or context == 128)
+            if is_possible and is_quick:
+                yield Episode((context,) * rows, DECODES)
+
+
+def calibrate(
+    config: EngineConfig,
+    worker: WorkerProtocol,
+    progress: Callable[[str], None] = lambda text: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Calibration:
+    """Measure the worker's step times in an engine of this configuration, and fit them.
+
+    Raises StartupError if the model cannot be loaded, ConfigurationError if the engine is too small
+    to be measured.
+    """
+    recording = RecordingWorker(worker)
+    core = EngineCore(config, recording)
+    info = core.info
+    if not info.can_generate:
+        raise ConfigurationError(f"{config.model} generates nothing that could be planned")
+    runs_ahead = config.async_scheduling
+    if runs_ahead is None:
+        runs_ahead = info.is_asynchronous
+    times, num_left = _measure(core, recording, runs_ahead, progress, clock)
+    points = tuple(
+        Measured(shape, sorted(taken)[len(taken) // 4])
+        for shape, taken in sorted(times.items())
+        if len(taken) >= REPEATS
+    )
+    try:
+        fitted = fit(points)
+    except ValueError as error:
+        raise ConfigurationError(f"the engine is too small to be calibrated: {error}") from error
+    return Calibration(
+        model=config.model,
+        device=info.device,
+        dtype=info.dtype,
+        quire=version("quire"),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        weight_bytes=info.weight_bytes,
+        kv_bytes_per_token=info.kv_bytes_per_token,
+        shape=_shape_of(info, runs_ahead),
+        num_left=num_left,
+        times=fitted.times,
+        mean_error=fitted.mean_error,
+        max_error=fitted.max_error,
+        points=points,
+    )
+
+
+def _measure(
+    core: EngineCore,
+    recording: RecordingWorker,
+    runs_ahead: bool,
+    progress: Callable[[str], None],
+    clock: Callable[[], float],
+) -> tuple[dict[StepShape, list[float]], int]:
+    """Run the episodes; return the seconds that steps of each shape took, and how many episodes
+    there was no time for."""
+    times: dict[StepShape, list[float]] = defaultdict(list)
+    found = list(episodes(core.info))
+    begin = clock()
+    for index, episode in enumerate(found):
+        if clock() - begin > MAX_SECONDS:
+            return times, len(found) - index
+        progress(f"{index + 1}/{len(found)}: {len(episode.prompts)} × {episode.prompts[-1]} tokens")
+        for repeat in range(REPEATS + 1):
+            steps = _run(core, recording, episode, runs_ahead, clock)
+            if repeat:  # the first run compiles, and touches memory for the first time
+                for shape, seconds in steps:
+                    times[shape].append(seconds)
+    return times, 0
+
+
+def _shape_of(info: EngineInfo, runs_ahead: bool) -> EngineShape:
+    return EngineShape(
+        num_blocks=info.num_blocks,
+        block_size=info.block_size,
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_model_len=info.max_model_len,
+        vocab_size=info.vocab_size,
+        runs_ahead=runs_ahead,
+    )
+
+
+def _run(
+    core: EngineCore,
+    recording: RecordingWorker,
+    episode: Episode,
+    runs_ahead: bool,
+    clock: Callable[[], float],
+) -> list[Measured]:
+    """Run an episode with new prompts, and return its steps.
+
+    One step ahead, a call waits for the step that the call before has launched; so its time is that
+    step's, and the first call, which waits for nothing, has none.
+    """
+    rng = random.Random(next(_numbers))
+    vocab_size = core.info.vocab_size
+    core.reset_prefix_cache()
+    for length in episode.prompts:
+        core.add_request(
+            Request(
+                request_id=f"calibration-{next(_numbers)}",
+                prompt_token_ids=tuple(rng.choices(range(vocab_size), k=length)),
+                sampling_params=SamplingParams(
+                    max_tokens=episode.output_len, temperature=0.0, ignore_eos=True
+                ),
+                arrival_time=time.monotonic(),
+            )
+        )
+    recording.shapes.clear()
+    taken = []
+    last = clock()
+    while core.has_work:
+        core.step()
+        now = clock()
+        taken.append(now - last)
+        last = now
+    if runs_ahead:
+        taken = taken[1:]
+    steps = zip(recording.shapes, taken, strict=False)
+    return [Measured(shape, seconds) for shape, seconds in steps if shape.rows]

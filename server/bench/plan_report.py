@@ -1,0 +1,244 @@
+"""What a plan says: each layout's capacity, what breaks first, and what losing an engine costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...engine.plan.capacity import Bound, Capacity, highest_rate, limit_of
+from ...engine.plan.layout import Hardware, Layout, Source, WorkloadAt, runner
+from ...engine.plan.planned_fleet import FleetRun
+from .plot import Panel, Series
+
+CURVE = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
+"""Shares of a layout's highest rate at which the plot has points."""
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedLayout:
+    """The plan of one layout. `at_rate` is its run at the rate that is asked for, `limit` says what
+    runs out first beyond its capacity, and `without_one` is its capacity with an engine less, or
+    None if it has only one. `curve` has runs at several rates, for the plot."""
+
+    layout: Layout
+    source: Source
+    capacity: Capacity
+    limit: str
+    at_rate: FleetRun | None
+    without_one: Capacity | None
+    curve: list[tuple[float, FleetRun]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The plans of all layouts for one load. `error` is that of the calibration's fit."""
+
+    model: str
+    device: str
+    error: float | None
+    bounds: tuple[Bound, ...]
+    rate: float | None
+    layouts: list[PlannedLayout]
+
+
+# Over 50 lines: half of them are the arguments and the fields of the result.
+def make_plan(
+    model: str,
+    hardware: Hardware,
+    layouts: Sequence[Layout],
+    bounds: tuple[Bound, ...],
+    rate: float | None,
+    workload_at: WorkloadAt,
+    front_seconds: float,
+    *,
+    progress: Callable[[str], None] = lambda text: None,
+    with_curve: bool = True,
+) -> Plan:
+    """Plan every layout. Raises ConfigurationError if one is not possible."""
+    engines = {layout: hardware.engine(layout.tp) for layout in layouts}  # refuses all at once
+    known: dict[Layout, Capacity] = {}
+
+    def capacity_of(layout: Layout) -> Capacity:
+        if layout not in known:
+            progress(f"planning {layout}")
+            run_at = runner(hardware, layout, workload_at, front_seconds)
+            start = rate or 1.0 * layout.replicas
+            known[layout] = highest_rate(run_at, bounds, start)
+        return known[layout]
+
+    planned = []
+    for layout in layouts:
+        capacity = capacity_of(layout)
+        run_at = runner(hardware, layout, workload_at, front_seconds)
+        without = None
+        if layout.replicas > 1:
+            without = capacity_of(layout._replace(replicas=layout.replicas - 1))
+        limit = ""
+        if capacity.beyond is not None:
+            limit = limit_of(capacity.beyond, hardware.shape.max_num_batched_tokens)
+        points = [share * capacity.rate for share in CURVE] if with_curve and capacity.rate else []
+        planned.append(
+            PlannedLayout(
+                layout=layout,
+                source=engines[layout].source,
+                capacity=capacity,
+                limit=limit,
+                at_rate=run_at(rate) if rate is not None else None,
+                without_one=without,
+                curve=[(at, run_at(at)) for at in points],
+            )
+        )
+    progress("")
+    calibration = hardware.calibration
+    return Plan(
+        model=model,
+        device=calibration.device if calibration else "",
+        error=calibration.mean_error if calibration else None,
+        bounds=bounds,
+        rate=rate,
+        layouts=planned,
+    )
+
+
+def render(plan: Plan, workload: str) -> str:
+    """Return the plan as text for a terminal."""
+    sources = {one.source for one in plan.layouts}
+    times = ", ".join(sorted(sources))
+    if plan.error is not None:
+        times += f" ({plan.error:.1%} error of the fit)"
+    goal = ", ".join(map(str, plan.bounds)) or "that requests do not pile up"
+    lines = [f"{plan.model} · {workload} · step times: {times}", f"goal: {goal}", ""]
+    head = ("tp × engines", "GPUs", "max req/s", "TTFT p50/p90/p99", "ITL p50/p99", "tok/s/GPU")
+    rows: list[tuple[str, ...]] = [(*head, "KV used", "cached", "preempted")]
+    rows += [_row(one) for one in plan.layouts]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(" ".join(["", *cells]).rstrip())
+    lines.append("")
+    for one in plan.layouts:
+        lines += _remarks(one, plan)
+    lines += _verdict(plan)
+    return "\n".join(lines)
+
+
+def _row(one: PlannedLayout) -> tuple[str, ...]:
+    run = one.capacity.run
+    name, gpus = str(one.layout), str(one.layout.gpus)
+    if run is None:
+        return (name, gpus, "0", "–", "–", "–", "–", "–", "–")
+    ttft = "/".join(f"{run.percentile('ttft', p) * 1e3:.0f}" for p in PERCENTILES) + " ms"
+    itl = "/".join(f"{run.percentile('itl', p) * 1e3:.1f}" for p in (50, 99)) + " ms"
+    return (
+        *(name, gpus, f"{one.capacity.rate:.3g}", ttft, itl),
+        f"{run.output_tokens_per_s / one.layout.gpus:.0f}",
+        f"{run.peak_kv_usage:.0%}",
+        f"{run.cached_tokens / run.prompt_tokens:.0%}",
+        f"{run.preemptions / len(run.e2e):.1%}",
+    )
+
+
+def _remarks(one: PlannedLayout, plan: Plan) -> list[str]:
+    capacity = one.capacity
+    found = []
+    if capacity.beyond is not None:
+        broken = ", ".join(capacity.broken)
+        found.append(f"beyond it {broken} breaks; runs out first: {one.limit}")
+    if one.without_one is not None:
+        found.append(f"one engine lost: {one.without_one.rate:.3g} req/s")
+    run = capacity.run or capacity.beyond
+    if run is not None:
+        parts = sorted(run.busy_by_part.items(), key=lambda item: -item[1])
+        shares = ", ".join(f"{share:.0%} {part}" for part, share in parts if share >= 0.005)
+        found.append(f"a step is {shares}; engines are busy {run.busy_share:.0%} of the time")
+    if one.at_rate is not None and plan.rate is not None:
+        at = one.at_rate
+        found.append(
+            f"at {plan.rate:g} req/s: TTFT p50 {at.percentile('ttft', 50) * 1e3:.0f} ms, ITL p99 "
+            f"{at.percentile('itl', 99) * 1e3:.1f} ms, {at.output_tokens_per_s:.0f} tok/s"
+        )
+    return [f" {one.layout}: {text}" for text in found]
+
+
+def _verdict(plan: Plan) -> list[str]:
+    if plan.rate is None:
+        return []
+    enough = [one for one in plan.layouts if one.capacity.rate >= plan.rate]
+    if not enough:
+        return ["", f"no layout serves {plan.rate:g} req/s within the goal"]
+    best = min(enough, key=lambda one: (one.layout.gpus, -one.capacity.rate))
+    spare = "and still does with one engine less" if _survives(best, plan.rate) else "without spare"
+    return ["", f"{best.layout} serves {plan.rate:g} req/s within the goal, {spare}"]
+
+
+def _survives(one: PlannedLayout, rate: float) -> bool:
+    return one.without_one is not None and one.without_one.rate >= rate
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """Return the plan as plain values. Times are in milliseconds."""
+    return {
+        "model": plan.model,
+        "device": plan.device or None,
+        "fit_error": plan.error,
+        "bounds": [str(bound) for bound in plan.bounds],
+        "rate": plan.rate,
+        "layouts": [
+            {
+                "tensor_parallel_size": one.layout.tp,
+                "replicas": one.layout.replicas,
+                "gpus": one.layout.gpus,
+                "step_times": one.source,
+                "max_requests_per_s": one.capacity.rate,
+                "at_max": _run(one.capacity.run),
+                "broken_beyond": one.capacity.broken,
+                "runs_out_first": one.limit or None,
+                "at_rate": _run(one.at_rate),
+                "max_requests_per_s_without_one": one.without_one and one.without_one.rate,
+            }
+            for one in plan.layouts
+        ],
+    }
+
+
+def _run(run: FleetRun | None) -> dict[str, Any] | None:
+    if run is None:
+        return None
+    latencies = {
+        f"{metric}_ms": {f"p{p}": run.percentile(metric, p) * 1e3 for p in PERCENTILES}
+        for metric in ("ttft", "itl", "e2e")
+    }
+    return {
+        **latencies,
+        "requests_per_s": run.requests_per_s,
+        "output_tokens_per_s": run.output_tokens_per_s,
+        "cached_share": run.cached_tokens / run.prompt_tokens,
+        "preemptions": run.preemptions,
+        "peak_kv_usage": run.peak_kv_usage,
+        "busy_share": run.busy_share,
+        "busy_by_part": run.busy_by_part,
+    }
+
+
+def panels(plan: Plan) -> list[Panel]:
+    """Return plots over the offered rate, with a curve for each layout."""
+
+    def curves(value: Callable[[FleetRun], float]) -> list[Series]:
+        return [
+            Series(str(one.layout), [(rate, value(run)) for rate, run in one.curve])
+            for one in plan.layouts
+        ]
+
+    offered = "requests/s offered"
+    return [
+        Panel("Time to first token, p50", offered, "ms", curves(_ms("ttft", 50))),
+        Panel("Time to first token, p99", offered, "ms", curves(_ms("ttft", 99))),
+        Panel("Inter-token latency, p99", offered, "ms", curves(_ms("itl", 99))),
+        Panel("Output tokens", offered, "tokens/s", curves(lambda run: run.output_tokens_per_s)),
+    ]
+
+
+def _ms(metric: str, percent: int) -> Callable[[FleetRun], float]:
+    return lambda run: run.percentile(metric, percent) * 1e3
