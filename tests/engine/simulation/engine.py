@@ -259,8 +259,7 @@ class SimCore:
             self._fail_when_due(request_id, count)
         stats = self.scheduler.stats()
         ran_out = self.scheduler._ran_out
-        if not ran_out:
-            self.watch.stepped(productive=stats.step_tokens > 0)
+        self.watch.stepped(is_productive=stats.step_tokens > 0, ran_out=ran_out)
         if self._num_steps % self._world.settings.check_every == 0:
             self.check_integrity()
         self._world.stepped(stats, len(outputs))
@@ -414,6 +413,7 @@ class SimProcess:
             await asyncio.sleep(self.world.load_seconds())
             core = self.core = SimCore(self.world, self.launch.config)
             server = self.server = SimServer(self.socket)
+            self.world.end_outage()
             while True:
                 self._woken.clear()
                 try:
@@ -422,6 +422,7 @@ class SimProcess:
                     self.end(1, "crash in a step")
                     return
                 except Hang:
+                    self.world.begin_outage()
                     await asyncio.Event().wait()
                 if core.has_work:
                     await asyncio.sleep(self.world.step_seconds())
@@ -504,7 +505,6 @@ class SimHandle(SimLink):
         self._process.end(0, "asked to end")
 
     async def dump_and_kill(self) -> None:
-        self.world.given_up()
         await asyncio.sleep(0.5)
         self._process.end(-9, "killed by the watchdog")
 

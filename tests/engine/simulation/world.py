@@ -49,8 +49,8 @@ MAX_DELAY_SECONDS = 0.5
 LATE_SECONDS = 2 * (SLOW_SECONDS[1] + MAX_DELAY_SECONDS)
 """How long after its deadline, or after its client left, a request may go on: for the step that
 runs, one step more that was launched ahead, and the delays of messages."""
-WORKER_START_SECONDS = 3.0
-"""How long after its start an HTTP worker may wait for the engine's greeting."""
+GREETING_SECONDS = 3 * MAX_DELAY_SECONDS + SLOW_SECONDS[1]
+"""How long after the start of an engine or of an HTTP worker they may not know each other."""
 SWARM = (
     "disconnects", "aborts", "deadlines", "slow readers", "bad rows", "grammars", "out of memory",
     "slow steps", "crashes", "hangs", "late messages", "repeated messages", "junk", "adapters",
@@ -110,6 +110,14 @@ class Settings:
 
 
 @dataclass
+class _Outage:
+    """A time in which no engine answers; `end` is None while it lasts."""
+
+    begin: float
+    end: float | None = None
+
+
+@dataclass
 class Record:
     """What a client has seen of its request."""
 
@@ -161,7 +169,7 @@ class World:
         self.first_adapters = [AdapterSource(name, f"/{name}") for name in ADAPTERS]
         self.processes: dict[str, SimProcess] = {}
         self._records: dict[str, Record] = {}
-        self._deaths: list[float] = []
+        self._outages: list[_Outage] = []
         self._worker_starts: list[float] = []
         """When HTTP workers took the places of others."""
         self._violation: asyncio.Future[None]
@@ -209,7 +217,7 @@ class World:
         return self.settings.step_seconds
 
     def load_seconds(self) -> float:
-        return self._rng.uniform(0.1, 1.0) if self._deaths else 0.1
+        return self._rng.uniform(0.1, 1.0) if self._outages else 0.1
 
     def delay(self) -> float:
         if self._happens("late messages", 0.1):
@@ -222,14 +230,20 @@ class World:
         self.faults["repeated message"] += repeated
         return repeated
 
-    def given_up(self) -> None:
-        """Note that the supervisor has given up on an engine, which it will kill."""
-        self._deaths.append(self.clock())
+    def begin_outage(self) -> None:
+        """Note that from now on an engine does not answer."""
+        if not self._outages or self._outages[-1].end is not None:
+            self._outages.append(_Outage(self.clock()))
+
+    def end_outage(self) -> None:
+        """Note that an engine has loaded."""
+        if self._outages and self._outages[-1].end is None:
+            self._outages[-1].end = self.clock()
 
     def died(self, process: SimProcess, why: str) -> None:
         if why != "asked to end":
             self.faults[f"engine: {why}"] += 1
-            self._deaths.append(self.clock())
+            self.begin_outage()
         self._account(process)
 
     def _account(self, process: SimProcess) -> None:
@@ -484,7 +498,9 @@ class World:
     def _died_during(self, record: Record) -> bool:
         assert record.ended is not None
         return any(
-            record.submitted - STALL_SECONDS <= death <= record.ended for death in self._deaths
+            outage.begin <= record.ended
+            and (outage.end is None or record.submitted <= outage.end + GREETING_SECONDS)
+            for outage in self._outages
         )
 
     def _check_refusal(self, record: Record, error: QuireError) -> None:
@@ -493,7 +509,7 @@ class World:
             case "engine_not_ready":
                 starts = [record.submitted - start for start in self._worker_starts]
                 assert self._died_during(record) or any(
-                    0.0 <= age < WORKER_START_SECONDS for age in starts
+                    0.0 <= age < GREETING_SECONDS for age in starts
                 ), "the engine was not ready without a reason"
             case "model_not_found":
                 assert request.adapter not in (None, ADAPTERS[0])
