@@ -5,10 +5,11 @@
 Clients ask without a pause: chats, completions, responses and messages, streamed and whole, several
 choices, grammars, beams. Meanwhile 10% of the clients disconnect, 5% send what must be refused,
 some read slowly, bursts of requests exceed the queue, and the engine and HTTP workers are killed.
-Every greedy answer must be what the same request got when it was alone, and every stream must end once.
-Errors are allowed only within a window around a kill (an engine's lasts until the server is ready
-again), and 429 only for the queue. Now and then all clients pause: then no block may be held. The
-memory of each process must not grow by a megabyte a minute. Exits with code 1 if anything is wrong.
+Every greedy answer must be what the same request got when it was alone, and every stream must end
+once. Errors are allowed only within a window around a kill (an engine's lasts until the server is
+ready again), and 429 only for the queue. Now and then all clients pause: then no block may be held.
+The memory of each process must not grow by a megabyte a minute. Exits with code 1 if anything is
+wrong.
 """
 
 from __future__ import annotations
