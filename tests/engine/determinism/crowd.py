@@ -179,7 +179,7 @@ def differences(
         **fields,
     )
     busy = body.config(
-        folder, num_blocks=40, max_num_batched_tokens=24, num_speculative_tokens=5, **fields
+        folder, num_blocks=24, max_num_batched_tokens=40, num_speculative_tokens=5, **fields
     )
     expected = alone(EngineCore(quiet, Worker(quiet)), requests)
     found: Answers = {}
