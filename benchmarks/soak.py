@@ -231,7 +231,7 @@ class Soak:
         if code is not None:
             if code not in IN_WINDOW or not self._in_window(began):
                 self.totals.wrong.append(f"{what}: {code} outside of any window")
-            if expected is not None and not expected.startswith(outcome.text):
+            if expected is not None and not _begins(expected, outcome.text):
                 self.totals.wrong.append(f"{what}: said {outcome.text!r} before {code}")
             return
         if outcome.ends != outcome.expected_ends:
@@ -390,6 +390,12 @@ class Soak:
         return slopes
 
 
+def _begins(whole: str, cut: str) -> bool:
+    """Return whether the text of each choice begins as it should."""
+    pairs = zip(whole.split("\0"), cut.split("\0"), strict=False)
+    return all(text.startswith(begun) for text, begun in pairs)
+
+
 def _slope(samples: list[tuple[float, float]]) -> float:
     """Fit a line by least squares; return its slope in MB a minute."""
     mean_at = sum(at for at, _ in samples) / len(samples)
@@ -412,7 +418,7 @@ def _code_in(error: dict[str, Any]) -> str:
 def _text_of(answer: dict[str, Any]) -> str:
     """Return all text of a whole answer of any API."""
     if "choices" in answer:
-        return "|".join(
+        return "\0".join(
             str(choice["message"]["content"] if "message" in choice else choice["text"])
             for choice in answer["choices"]
         )
@@ -449,7 +455,7 @@ async def _read_stream(
             delta = choice.get("delta") or choice
             texts[choice["index"]] += delta.get("content") or delta.get("text") or ""
             outcome.ends += choice.get("finish_reason") is not None
-    outcome.text = "|".join(texts[index] for index in sorted(texts))
+    outcome.text = "\0".join(texts[index] for index in sorted(texts))
 
 
 def _parse() -> argparse.Namespace:
