@@ -57,7 +57,8 @@ class Server:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             if line.startswith("{") and json.loads(line).get("event") == "ready":
-                threading.Thread(target=self._drain, daemon=True).start()
+                self._drainer = threading.Thread(target=self._drain)
+                self._drainer.start()
                 return int(json.loads(line)["address"].rsplit(":", 1)[1])
             self._log.write(line)
         raise AssertionError("the server did not start")
@@ -67,11 +68,14 @@ class Server:
         for line in self.process.stderr:
             self._log.write(line)
         self._log.close()
+        self.process.stderr.close()
 
     def stop(self) -> int:
         """End the server and return its exit code."""
         self.process.terminate()
-        return self.process.wait(60)
+        code = self.process.wait(60)
+        self._drainer.join()
+        return code
 
 
 class Client:
@@ -93,6 +97,10 @@ class Client:
                 if attempt:
                     raise
         raise AssertionError
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
 
 
 class Fuzzer:
@@ -127,6 +135,7 @@ class Fuzzer:
             client = Client(self._server.port)
             for _ in range(count // num_threads):
                 self._one(rng, client)
+            client.close()
 
         threads = [threading.Thread(target=work, args=(n,)) for n in range(num_threads)]
         for thread in threads:
@@ -212,6 +221,10 @@ class Fuzzer:
             link.close(linger=200)
         context.term()
 
+    def close(self) -> None:
+        """Close the fuzzer's own connection."""
+        self._client.close()
+
     def check(self) -> None:
         """Check that nothing is left of all that, and that a greedy request gets what it got."""
         if self._greedy() != self._canary:
@@ -246,6 +259,7 @@ def fuzz(num_requests: int, seed: int, num_threads: int = 4) -> Fuzzer:
                 fuzzer.check()
                 sent = sum(fuzzer.statuses.values())
                 print(f"{sent:,} requests, {len(fuzzer.wrong)} wrong", flush=True)
+            fuzzer.close()
         finally:
             code = server.stop()
         if code != 0:
