@@ -38,7 +38,7 @@ LOCKS := $(SUPPLY_CHAIN)/requirements.lock $(SUPPLY_CHAIN)/requirements-cuda.loc
 TOOLS := build/supply-chain
 TOOLS_STAMP := $(TOOLS)/.installed
 
-.PHONY: setup serve smollm2 test test-web test-gpu test-prometheus test-kubernetes clients oldest-triton newest-triton lint types fuzz bench docs site lock sbom audit clean
+.PHONY: setup serve smollm2 test test-web test-gpu test-prometheus test-kubernetes clients oldest-triton newest-triton lint types fuzz simulate determinism soak bench docs site lock sbom audit clean
 
 setup: $(STAMP)
 
@@ -149,6 +149,24 @@ types: $(STAMP)
 
 fuzz: $(STAMP)
 	QUIRE_FUZZ_EXAMPLES=2000 $(BIN)/pytest tests/server/test_fuzz.py --timeout=0
+	$(BIN)/python -m tests.fuzz.http --requests 100000
+	$(BIN)/python -m tests.fuzz.files --cases 20000
+
+# Real processes under mixed load, disconnects and kills.
+MINUTES := 60
+soak: $(STAMP)
+	$(BIN)/python -P benchmarks/soak.py --minutes $(MINUTES)
+
+# Requests, clients, faults and restarts under a virtual clock. FIRST and SEEDS=1 repeat one world.
+SEEDS := 1000
+FIRST := 0
+simulate: $(STAMP)
+	$(BIN)/python -m tests.engine.simulation.simulate --seeds $(SEEDS) --first $(FIRST)
+
+# Answers in a crowd against those of each request alone, bit for bit, on every kind of body.
+REQUESTS := 10000
+determinism: $(STAMP)
+	$(BIN)/python -m tests.engine.determinism.run --requests $(REQUESTS)
 
 bench: $(STAMP)
 	$(BIN)/python -P benchmarks/memory.py

@@ -124,6 +124,9 @@ class EngineConfig:
         details="auto is float32 on the CPU, on a GPU the checkpoint's (bfloat16 for float32). "
         "The KV cache has it too unless `--kv-cache-dtype` says otherwise.",
     )
+    deterministic: bool = _flag(
+        "Model", "Answer the same to the bit whatever else is served, or do not start.", False
+    )
     gguf_file: str | None = _flag(
         "Model",
         "GGUF file to serve, in the folder or hub repository MODEL.",

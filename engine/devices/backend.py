@@ -141,6 +141,10 @@ class Backend(Protocol):
     def check_quantization(self, config: EngineConfig) -> None:
         """Raise ConfigurationError if the device has no kernels for quantised weights."""
 
+    def check_deterministic(self) -> None:
+        """Raise ConfigurationError, with the reason, if a token that is computed by itself may get
+        other bits another time."""
+
     @property
     def multiplies_groups(self) -> bool:
         """Whether linear layers may be GroupedLinear; if not, their weights are made dense."""

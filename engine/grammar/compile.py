@@ -99,7 +99,7 @@ def compile_grammar(tokenizer: LLTokenizer, spec: GrammarSpec) -> LLMatcher:
 
     try:
         grammar = _translate(spec)
-    except ValueError as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # JSON of another form
         raise GrammarCompileError(one_line(str(error))) from error
     limits = LLParserLimits(verbose_errors=False)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)

@@ -46,6 +46,7 @@ class CausalLM:
         kv_cache_dtype: torch.dtype | None = None,
         kv_must_be_borne: bool = False,
         adaptable: bool = False,
+        deterministic: bool = False,
     ) -> None:
         """Take over a transformers model on the backend's device. Raises UnsupportedModelError,
         naming the reason, if it does not pass the probe.
@@ -53,7 +54,8 @@ class CausalLM:
         `can_generate` is False if the head's weights are made up, so that logits mean nothing.
         `quantization` is how linear layers are to be rounded, if they are.
         `kv_cache_dtype` is by default the model's; if the model must bear the rounding and does
-        not, it becomes that. `adaptable` prepares for `enable_adapters`.
+        not, it becomes that. `adaptable` prepares for `enable_adapters`. If `deterministic`, logits
+        depend on nothing but their own sequence.
         """
         self.spec = spec
         self.weights = weights
@@ -94,7 +96,10 @@ class CausalLM:
         self.forward_to_logits = fused or self._forward_then_logits
         """input_ids and positions `[T]`, logit_indices `[R]`, metadata → `forward`'s hidden states,
         and the `logits` of the tokens at logit_indices."""
-        self.is_batch_invariant = fused is not None and self._body.is_batch_invariant
+        invariant = fused is not None and self._body.is_batch_invariant
+        self.runs_tokens_alone = deterministic and not invariant
+        """Whether `forward` must get one token at a time, since it is to be deterministic."""
+        self.is_batch_invariant = invariant or deterministic
         """Whether logits are the same to the bit whatever else is in the step."""
 
     def enable_adapters(self, limits: LoraLimits) -> AdapterSlots:
@@ -135,6 +140,10 @@ class CausalLM:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `[R, hidden_size]` → logits `[R, vocab_size]` of the model's dtype."""
+        if self.runs_tokens_alone and len(hidden) > 1:
+            # Copies, since products may depend on where in memory a row begins.
+            rows = [hidden[i : i + 1].clone() for i in range(len(hidden))]
+            return torch.cat([self.logits(row) for row in rows])
         if self._product is not None:
             product: torch.Tensor = self._product(hidden)
             return product

@@ -47,9 +47,8 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     """Load `config.model`, or random weights of its shape with load_format "dummy".
 
     Only safetensors and GGUF are read, quantised or not: no pickle, and no code in the folder
-    unless trust_remote_code.
-    Raises ModelLoadError if files are missing, cut or do not match, UnsupportedModelError if the
-    model cannot work here, ConfigurationError if the device has no room for it.
+    unless trust_remote_code. Raises ModelLoadError if files are missing, cut or do not match,
+    UnsupportedModelError if the model cannot work here, ConfigurationError if the device cannot.
     """
     checkpoint = open_checkpoint(config)
     hf_config = read_hf_config(config, checkpoint)
@@ -57,7 +56,7 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
     kv_cache_dtype = backend.kv_cache_dtype(config, dtype)  # refused before weights are read
-    backend.check_quantization(config)
+    _check_device(config, backend)
     register_attention()
     try:
         model, can_generate, source_format = _load(
@@ -89,10 +88,18 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
         kv_cache_dtype=kv_cache_dtype,
         kv_must_be_borne=config.kv_cache_dtype == "auto",
         adaptable=config.enable_lora,
+        deterministic=config.deterministic,
     )
     if isinstance(spec.classifier, ClassifierSpec):
         loaded.scores = make_scores(spec.classifier, config, loaded.logits)
     return loaded
+
+
+def _check_device(config: EngineConfig, backend: Backend) -> None:
+    """Raise ConfigurationError if the device cannot do what is asked for."""
+    backend.check_quantization(config)
+    if config.deterministic:
+        backend.check_deterministic()
 
 
 def _load(

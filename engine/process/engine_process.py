@@ -139,7 +139,8 @@ class EngineServer:
         changes = self._adapters
         while self._poll(0 if core.has_work else POLL_MS if changes.is_reading else heartbeat_ms):
             for client, message in self._receive_all():
-                self._handle(core, client, message)
+                if client not in self._gone:  # it may have died with a message before this one
+                    self._handle(core, client, message)
             if changes.is_reading:
                 changes.finish_read(core.adapters, self._clients)
             if core.has_work:

@@ -6,6 +6,7 @@ Reading order:
     model_runner       one step: block copies, inputs, forward, sampling
     speculative_runner the same with a draft model beside it
     draft_model        loads the draft model, if it fits
+    alone              a step whose tokens are computed one at a time
     adapter_store      the weights of LoRA adapters, and the slots of those that run
     input_batch        the packed inputs of a step, from rows that persist between steps
     row_sampling       samples the rows, so that an error in one costs only that one

@@ -24,6 +24,7 @@ from ..sampling_params import SamplingParams
 from ..sequence import Rank, Sequence
 from ..step import BlockCopy, SamplingConstraints, SchedulerOutput, SequenceSpec
 from .adapter_store import AdapterStore
+from .alone import run_alone
 from .input_batch import InputBatch
 from .pending_results import PendingResults
 from .pooling import Pooler
@@ -200,6 +201,9 @@ class ModelRunner:
         shared = query_len == 1 and self.planner.find_shared(host)
         if self._adapters is not None:
             self._adapters.slots.begin_step(host.token_slots)
+        if self._model.runs_tokens_alone:
+            adapters = self.adapters
+            return run_alone(self._model, self.planner, adapters, host, step, self._metadata)
         key = GraphKey(len(step.seq_lens), shared, host.token_slots is not None, query_len)
         decodes, longest = host.num_decodes, host.max_query_len
         if query_len > 1:  # rows are padded, which the planner of another model may not know

@@ -270,11 +270,11 @@ def template_variables(template: str) -> frozenset[str]:
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
         parsed = environment.parse(_GENERATION_TAG.sub("", template))
-    except jinja2.TemplateError as error:
+        return frozenset(jinja2.meta.find_undeclared_variables(parsed))
+    except jinja2.TemplateError as error:  # of the syntax, or of a filter that nobody knows
         raise InvalidRequestError(
-            f"the chat template is invalid: {error}", "chat_template"
+            f"the chat template is invalid: {one_line(str(error))}", "chat_template"
         ) from error
-    return frozenset(jinja2.meta.find_undeclared_variables(parsed))
 
 
 def named_templates(hf: Any) -> dict[str, str]:

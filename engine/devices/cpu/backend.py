@@ -58,6 +58,9 @@ class CpuBackend:
     def check_quantization(self, config: EngineConfig) -> None:
         """Accept every quantisation."""
 
+    def check_deterministic(self) -> None:
+        """Accept it: equal products of one row have equal bits."""
+
     @property
     def multiplies_groups(self) -> bool:
         return True

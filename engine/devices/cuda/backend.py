@@ -101,6 +101,12 @@ class CudaBackend:
         if config.quantization is not None:
             raise ConfigurationError(f"quantization {config.quantization} works only on the CPU")
 
+    def check_deterministic(self) -> None:
+        raise ConfigurationError(
+            "--deterministic works only on the CPU: on a GPU, products and attention split their "
+            "sums by what else is in the step"
+        )
+
     @property
     def multiplies_groups(self) -> bool:
         return True

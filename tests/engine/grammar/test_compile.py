@@ -31,6 +31,9 @@ def json_spec(schema: Any) -> GrammarSpec:
         (json_spec({"$ref": "#"}), "nothing can continue"),
         (GrammarSpec("grammar", "start: foo"), "foo"),
         (GrammarSpec("grammar", "root ::= ("), "GBNF"),
+        (GrammarSpec("choice", "1"), "iterable"),
+        (GrammarSpec("structural_tag", '{"triggers": ["a"]}'), "structures"),
+        (GrammarSpec("structural_tag", "[]"), "indices"),
     ],
 )
 def test_a_grammar_that_does_not_compile_says_why(spec: GrammarSpec, reason: str) -> None:

@@ -6,13 +6,15 @@ import asyncio
 from pathlib import Path
 
 from quire.engine.config import EngineConfig
+from quire.engine.process import wire
 from quire.engine.process.engine_process import build_core
 from quire.engine.process.process_client import ProcessEngineClient
 
 from ..clients import collect, tokens_of
-from ..fakes import make_request
+from ..fakes import FakeCore, make_request
 from ..inline_client import InlineEngineClient
 from ..models import save_model
+from ..simulation.engine import SimServer, SimSocket
 
 
 async def test_real_engine_answers_the_same_in_a_process_and_in_a_thread(tmp_path: Path) -> None:
@@ -37,3 +39,26 @@ async def test_real_engine_answers_the_same_in_a_process_and_in_a_thread(tmp_pat
         answers.append((info, [[tokens_of(o, choice) for choice in range(2)] for o in outputs]))
     assert answers[0] == answers[1]
     assert all(len(tokens) == 8 for request in answers[0][1] for tokens in request)
+
+
+def test_a_request_of_a_client_that_is_reported_dead_before_it_is_dropped() -> None:
+    """Messages of two clients are read in one go, in whatever order the socket has them."""
+    socket = SimSocket()
+    server = SimServer(socket)
+    core = FakeCore(EngineConfig(model="fake"))
+
+    def arrive(client: bytes, message: wire.ToEngine) -> None:
+        socket.inbox.append([client, wire.encode(message)])
+
+    arrive(b"main", wire.Hello())
+    arrive(b"worker", wire.Hello())
+    server.run(core)  # type: ignore[arg-type]
+    mine = make_request(max_tokens=3)
+    arrive(b"main", wire.Add(mine))
+    arrive(b"main", wire.ClientGone(b"worker"))
+    arrive(b"worker", wire.Add(make_request(max_tokens=3)))
+    server.run(core)  # type: ignore[arg-type]
+    assert core.stats().num_running == 1
+    for _ in range(3):
+        server.run(core)  # type: ignore[arg-type]
+    assert not core.has_work and not server._open

@@ -1,0 +1,590 @@
+"""One simulated world: clients, HTTP processes and engines under a virtual clock, with faults.
+
+Real are: the clients of the engine with the supervisor that restarts it, the messages, the engine's
+server, step loop, scheduler, request table, block manager, prefix index, adapter table and
+speculator. Simulated are time, links, processes and the device, whose model is a hash of a
+sequence's own tokens and whose K/V are those hashes, read back in every step. All that is random
+comes from the seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import random
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from quire.engine.config import EngineConfig, SchedulingPolicy
+from quire.engine.errors import EngineError, InvalidRequestError, PoolTooSmallError, QuireError
+from quire.engine.lora import AdapterSource
+from quire.engine.outputs import EngineStats, SequenceOutput
+from quire.engine.process import attached_client, process_client
+from quire.engine.process.attached_client import AttachedEngineClient
+from quire.engine.process.process_client import ProcessEngineClient
+from quire.engine.process.remote_client import EngineStatus, RemoteEngineClient
+from quire.engine.request import Request
+
+from .clients import ADAPTERS, Plan, answer, is_cut_of, make_plans
+from .engine import SimHandle, SimLink, SimProcess
+from .virtual_loop import VirtualLoop
+
+STALL_SECONDS = 8.0
+"""Time without a sign of life after which an engine is killed."""
+TIME_LIMIT = 1500.0
+"""Virtual time by which every request must have ended."""
+SLOW_SECONDS = (0.5, 3.0)
+"""Bounds of the duration of a slow step."""
+MAX_DELAY_SECONDS = 0.5
+"""The longest that a message takes."""
+LATE_SECONDS = 2 * (SLOW_SECONDS[1] + MAX_DELAY_SECONDS)
+"""How long after its deadline, or after its client left, a request may go on: for the step that
+runs, one step more that was launched ahead, and the delays of messages."""
+GREETING_SECONDS = 3 * MAX_DELAY_SECONDS + SLOW_SECONDS[1]
+"""How long after the start of an engine or of an HTTP worker they may not know each other."""
+SWARM = (
+    "disconnects", "aborts", "deadlines", "slow readers", "bad rows", "grammars", "out of memory",
+    "slow steps", "crashes", "hangs", "late messages", "repeated messages", "junk", "adapters",
+    "HTTP workers", "worker deaths", "cache resets",
+)  # fmt: skip
+"""Kinds of behaviour and faults; a world has a random choice of them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What differs from world to world, all drawn from the seed."""
+
+    seed: int
+    num_requests: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    budget: int
+    policy: SchedulingPolicy
+    prefix_caching: bool
+    run_ahead: bool
+    speculation: str
+    adapter_slots: int
+    max_step_tokens: int | None
+    num_workers: int
+    pace: float
+    step_seconds: float
+    check_every: int
+    swarm: frozenset[str]
+
+    @classmethod
+    def draw(cls, seed: int, num_requests: int) -> Settings:
+        rng = random.Random(f"settings {seed}")
+        swarm = frozenset(kind for kind in SWARM if rng.random() < 0.5)
+        block_size = rng.choice([1, 2, 4, 8, 16])
+        budget = max(block_size, rng.choice([4, 8, 16, 32, 64, 128]))
+        limits = [None, max(block_size, budget // 2)]
+        return cls(
+            seed=seed,
+            num_requests=num_requests,
+            block_size=block_size,
+            num_blocks=-(-rng.randint(60, 400) // block_size),
+            max_num_seqs=rng.choice([1, 2, 3, 4, 6, 8, 12]),
+            budget=budget,
+            policy=rng.choice(["fcfs", "priority", "fair"]),
+            prefix_caching=rng.random() < 0.85,
+            run_ahead=rng.random() < 0.5,
+            speculation=rng.choice(["none", "none", "random", "real"]),
+            adapter_slots=rng.choice([1, 2]),
+            max_step_tokens=rng.choice(limits) if "out of memory" in swarm else None,
+            num_workers=rng.choice([1, 2, 3]) if "HTTP workers" in swarm else 0,
+            pace=rng.choice([0.03, 0.06, 0.12]),
+            step_seconds=rng.choice([0.005, 0.01, 0.02]),
+            check_every=rng.choice([1, 3, 10]),
+            swarm=swarm,
+        )
+
+
+@dataclass
+class _Outage:
+    """A time in which no engine answers; `end` is None while it lasts."""
+
+    begin: float
+    end: float | None = None
+
+
+@dataclass
+class Record:
+    """What a client has seen of its request."""
+
+    plan: Plan
+    tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    finals: dict[int, SequenceOutput] = field(default_factory=dict)
+    submitted: float = 0.0
+    ended: float | None = None
+    left: bool = False
+    """Whether the client disconnected, or its HTTP worker died."""
+    refused: QuireError | None = None
+    aborted: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Report:
+    """What became of a world."""
+
+    seed: int
+    digest: str
+    steps: int
+    requests: int
+    choices: int
+    outcomes: Counter[str]
+    faults: Counter[str]
+    counts: Counter[str]
+    longest_wait: float
+    violation: str | None = None
+
+
+class World:
+    """Runs one seed. A violation of what quire promises ends it and is reported."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._rng = random.Random(f"world {settings.seed}")
+        self.faults: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        plans = make_plans(
+            random.Random(f"plans {settings.seed}"),
+            settings.num_requests,
+            settings.pace,
+            max(1, settings.num_workers),
+            set(settings.swarm),
+        )
+        self.plans = {plan.request.request_id: plan for plan in plans}
+        self.offenders: set[str] = set()
+        """Requests with which no step fits into the device's memory."""
+        self.first_adapters = [AdapterSource(name, f"/{name}") for name in ADAPTERS]
+        self.processes: dict[str, SimProcess] = {}
+        self._records: dict[str, Record] = {}
+        self._outages: list[_Outage] = []
+        self._worker_starts: list[float] = []
+        """When HTTP workers took the places of others."""
+        self._violation: asyncio.Future[None]
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._steps = 0
+        self._last_stats: EngineStats | None = None
+        self._longest_wait = 0.0
+        self._loop = VirtualLoop()
+        self._workers: list[_Worker] = []
+
+    # -- what the simulated parts ask ----------------------------------------------------------
+
+    def clock(self) -> float:
+        return self._loop.time()
+
+    def is_ready(self, request: Request) -> bool:
+        plan = self.plans[request.request_id]
+        return self.clock() >= self._records[request.request_id].submitted + plan.compiles_for
+
+    def has_left(self, request_id: str) -> bool:
+        record = self._records[request_id]
+        if not record.left or record.ended is None:
+            return False
+        return self.clock() - record.ended > LATE_SECONDS
+
+    def salt_number(self, request_id: str) -> int:
+        salt = self.plans[request_id].request.cache_salt
+        return (None, "one", "other").index(salt)
+
+    def answer(self, request: Request, choice: int) -> list[int]:
+        return answer(request, choice)
+
+    def _happens(self, kind: str, chance: float) -> bool:
+        return kind in self.settings.swarm and self._rng.random() < chance
+
+    def step_fault(self) -> str | None:
+        if self._happens("crashes", 0.001):
+            return "crash"
+        return "hang" if self._happens("hangs", 0.0005) else None
+
+    def step_seconds(self) -> float:
+        if self._happens("slow steps", 0.003):
+            self.faults["slow step"] += 1
+            return self._rng.uniform(*SLOW_SECONDS)
+        return self.settings.step_seconds
+
+    def load_seconds(self) -> float:
+        return self._rng.uniform(0.1, 1.0) if self._outages else 0.1
+
+    def delay(self) -> float:
+        if self._happens("late messages", 0.1):
+            self.faults["late message"] += 1
+            return min(self._rng.expovariate(10.0), MAX_DELAY_SECONDS)
+        return 0.0
+
+    def repeats(self) -> bool:
+        repeated = self._happens("repeated messages", 0.3)
+        self.faults["repeated message"] += repeated
+        return repeated
+
+    def begin_outage(self) -> None:
+        """Note that from now on an engine does not answer."""
+        if not self._outages or self._outages[-1].end is not None:
+            self._outages.append(_Outage(self.clock()))
+
+    def end_outage(self) -> None:
+        """Note that an engine has loaded."""
+        if self._outages and self._outages[-1].end is None:
+            self._outages[-1].end = self.clock()
+
+    def died(self, process: SimProcess, why: str) -> None:
+        if why != "asked to end":
+            self.faults[f"engine: {why}"] += 1
+            self.begin_outage()
+        self._account(process)
+
+    def _account(self, process: SimProcess) -> None:
+        """Add up what an engine has done before it is forgotten."""
+        if process.core is None:
+            return
+        self._longest_wait = max(self._longest_wait, process.core.watch.longest)
+        stats = process.core.stats()
+        for name in ("preemptions", "prefix_hits", "blocks_copied", "accepted_tokens"):
+            self._counts[name] += getattr(stats, name)
+        process.core = None
+
+    def stepped(self, stats: EngineStats, num_outputs: int) -> None:
+        self._steps += 1
+        self._note("step", stats.step, stats.step_tokens, stats.num_free_blocks, num_outputs)
+
+    def _note(self, *what: Any) -> None:
+        self._digest.update(repr((self.clock(), *what)).encode())
+
+    def violated(self, error: BaseException) -> None:
+        if not self._violation.done():
+            self._violation.set_exception(error)
+
+    # -- the run -------------------------------------------------------------------------------
+
+    def run(self) -> Report:
+        """Run the world to its end. A violation is part of the report."""
+        violation = None
+        level = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            with self._in_place(), asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._main())
+        except (AssertionError, QuireError, LookupError, TypeError, ValueError) as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            violation = f"{type(error).__name__} in {place.name}, {place.line}: {error}"
+        finally:
+            logging.disable(level)
+        records = list(self._records.values())
+        return Report(
+            self.settings.seed,
+            self._digest.hexdigest(),
+            self._steps,
+            len(records),
+            sum(record.plan.request.sampling_params.n for record in records),
+            Counter(_outcome(record) for record in records),
+            +self.faults,
+            self._counts,
+            self._longest_wait,
+            violation,
+        )
+
+    @contextlib.contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Put the simulated link and process in place of the real ones."""
+        numbers = count()
+
+        @contextlib.contextmanager
+        def folder() -> Iterator[Path]:
+            yield Path(f"/simulated/{next(numbers)}")
+
+        link = type("Link", (SimLink,), {"world": self})
+        handle = type("Handle", (SimHandle,), {"world": self})
+        with ExitStack() as stack:
+            for module, name, value in (
+                (process_client, "EngineHandle", handle),
+                (process_client, "private_folder", folder),
+                (attached_client, "EngineLink", link),
+            ):
+                stack.enter_context(patch.object(module, name, value))
+            yield
+
+    async def _main(self) -> None:
+        self._violation = self._loop.create_future()
+        main = ProcessEngineClient(
+            EngineConfig(model="sim"), stall_timeout=STALL_SECONDS, max_restarts=10**9
+        )
+        if self.settings.num_workers:
+            main.on_status = self._tell
+        self._workers = [_Worker(number) for number in range(self.settings.num_workers)]
+        await main.start()
+        everything = asyncio.create_task(self._everything(main))
+        done, _ = await asyncio.wait(
+            {everything, self._violation},
+            timeout=TIME_LIMIT,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        assert done, "a request never ends"
+        if self._violation.done():
+            self._violation.result()
+        await everything
+        await main.close()
+
+    async def _everything(self, main: ProcessEngineClient) -> None:
+        await main.wait_ready()
+        faults = asyncio.create_task(self._inject(main))
+        clients = [asyncio.create_task(self._client(plan, main)) for plan in self.plans.values()]
+        try:
+            await asyncio.gather(*clients)
+        finally:
+            faults.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await faults
+        await self._settle(main)
+        self._check_all()
+
+    async def _settle(self, main: ProcessEngineClient) -> None:
+        """Wait until all messages have arrived; then nothing may be left of any request."""
+        while not main.health().ready:
+            await asyncio.sleep(1.0)
+        await asyncio.sleep(10.0)
+        assert main.health().ready, "the engine was restarted without a reason"
+        process = list(self.processes.values())[-1]
+        assert process.core is not None and process.server is not None
+        assert not process.core.has_work, "work is left: something waits for ever"
+        process.core.check_empty()
+        assert not process.server._open, f"the server keeps {list(process.server._open)}"
+        for client in [main, *(worker.client for worker in self._workers)]:
+            assert not len(client._streams), "a client keeps streams"
+        stats = main.stats()
+        assert stats is not None and stats.num_free_blocks == stats.num_blocks
+        self._account(process)
+
+    # -- clients -------------------------------------------------------------------------------
+
+    def _client_for(self, plan: Plan, main: ProcessEngineClient) -> RemoteEngineClient:
+        return self._workers[plan.client].client if self._workers else main
+
+    async def _client(self, plan: Plan, main: ProcessEngineClient) -> None:
+        await asyncio.sleep(plan.at - self.clock())
+        record = Record(plan, submitted=self.clock())
+        self._records[plan.request.request_id] = record
+        asking = asyncio.create_task(self._ask(record, self._client_for(plan, main)))
+        if self._workers:
+            self._workers[plan.client].asking.add(asking)
+        try:
+            async with asyncio.timeout(plan.leaves_at):
+                await asyncio.wait({asking})
+        except TimeoutError:
+            asking.cancel()
+            await asyncio.wait({asking})
+        record.ended = self.clock()
+        if asking.cancelled():
+            record.left = True
+            self.faults["disconnect"] += 1
+        else:
+            asking.result()
+        self._note("end", plan.request.request_id, record.left, repr(record.refused))
+
+    async def _ask(self, record: Record, client: RemoteEngineClient) -> None:
+        plan = record.plan
+        num_tokens = 0
+        try:
+            async with contextlib.aclosing(client.generate(plan.request)) as outputs:
+                async for output in outputs:
+                    self._take(record, output)
+                    num_tokens += len(output.token_ids)
+                    if plan.leaves_after is not None and num_tokens >= plan.leaves_after:
+                        self.faults["disconnect"] += 1
+                        record.left = True
+                        return
+                    if plan.aborts is not None and num_tokens >= plan.aborts[1]:
+                        choice = plan.aborts[0]
+                        record.aborted.add(choice)
+                        self.faults["abort"] += 1
+                        client.abort(plan.request.request_id, choice)
+                    if plan.pause:
+                        await asyncio.sleep(plan.pause)
+        except (InvalidRequestError, EngineError) as error:
+            record.refused = error
+
+    def _take(self, record: Record, output: SequenceOutput) -> None:
+        request = record.plan.request
+        self._note(output[:3], output.finish_reason)
+        assert output.request_id == request.request_id, "another request's output"
+        assert output.choice not in record.finals, f"{request.request_id} goes on after its end"
+        record.tokens[output.choice] += output.token_ids
+        if output.finish_reason is not None:
+            record.finals[output.choice] = output
+
+    # -- faults from outside -------------------------------------------------------------------
+
+    async def _inject(self, main: ProcessEngineClient) -> None:
+        while True:
+            await asyncio.sleep(self._rng.expovariate(1.0))
+            process = list(self.processes.values())[-1]
+            if self._happens("crashes", 0.03) and process.core is not None:
+                process.end(-9, "killed from outside")
+            if self._happens("junk", 0.5):
+                self.faults["junk on the socket"] += 1
+                sender = self._rng.choice([b"main", b"stranger"])
+                process.arrive(sender, self._rng.randbytes(self._rng.randrange(40)))
+            if self._happens("adapters", 0.2):
+                await self._change_adapters(main)
+            if self._happens("cache resets", 0.2) and main.health().ready:
+                with contextlib.suppress(EngineError):
+                    await main.reset_prefix_cache()
+            if self._workers and self._happens("worker deaths", 0.1):
+                self._kill_worker(self._rng.choice(self._workers), main)
+
+    async def _change_adapters(self, main: ProcessEngineClient) -> None:
+        name = self._rng.choice(ADAPTERS)
+        try:
+            if name != ADAPTERS[0] and self._rng.random() < 0.5:
+                await main.unload_adapter(name)
+            else:
+                await main.load_adapter(AdapterSource(name, f"/{name}"), replace=True)
+        except (EngineError, InvalidRequestError) as error:
+            self._counts[f"adapter change refused: {error.code}"] += 1
+        self.faults["adapter change"] += 1
+
+    def _tell(self, status: EngineStatus) -> None:
+        for worker in self._workers:
+            worker.client.follow(status)
+
+    def _kill_worker(self, worker: _Worker, main: ProcessEngineClient) -> None:
+        self.faults["HTTP worker killed"] += 1
+        name = worker.die()
+        self._loop.call_later(self._rng.expovariate(10.0), main.client_gone, name)
+        worker.client.follow(main.status)
+        self._worker_starts.append(self.clock())
+
+    # -- checks --------------------------------------------------------------------------------
+
+    def _check_all(self) -> None:
+        assert len(self._records) == len(self.plans)
+        for name, record in self._records.items():
+            try:
+                self._check(record)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from error
+
+    def _check(self, record: Record) -> None:
+        request = record.plan.request
+        assert record.ended is not None
+        for choice, tokens in record.tokens.items():
+            whole = answer(request, choice)
+            assert is_cut_of(tokens, whole), f"choice {choice} got {tokens}, not {whole}"
+        if record.refused is not None:
+            self._check_refusal(record, record.refused)
+            return
+        if not record.left:
+            n = request.sampling_params.n
+            assert sorted(record.finals) == list(range(n)), f"only {sorted(record.finals)} ended"
+        for choice, final in record.finals.items():
+            self._check_end(record, choice, final)
+        if request.deadline is not None and not self._died_during(record):
+            late = record.ended - request.deadline
+            read = len(record.tokens) and record.plan.pause
+            assert late < LATE_SECONDS or read, f"it ended {late:.1f} s after its deadline"
+
+    def _died_during(self, record: Record) -> bool:
+        assert record.ended is not None
+        return any(
+            outage.begin <= record.ended
+            and (outage.end is None or record.submitted <= outage.end + GREETING_SECONDS)
+            for outage in self._outages
+        )
+
+    def _check_refusal(self, record: Record, error: QuireError) -> None:
+        request = record.plan.request
+        match error.code:
+            case "engine_not_ready":
+                starts = [record.submitted - start for start in self._worker_starts]
+                assert self._died_during(record) or any(
+                    0.0 <= age < GREETING_SECONDS for age in starts
+                ), "the engine was not ready without a reason"
+            case "model_not_found":
+                assert request.adapter not in (None, ADAPTERS[0])
+            case "kv_pool_too_small":
+                assert isinstance(error, PoolTooSmallError)
+            case "invalid_value":
+                width = request.sampling_params.beam_width or 0
+                assert width > self.settings.max_num_seqs, error.message
+            case code:
+                raise AssertionError(f"refused with {code}: {error.message}")
+
+    def _check_end(self, record: Record, choice: int, final: SequenceOutput) -> None:
+        request, plan = record.plan.request, record.plan
+        if final.finish_reason == "abort":
+            mine = record.aborted if request.sampling_params.beam_width is None else {0, choice}
+            assert choice in mine and record.aborted, "aborted, and nobody asked for it"
+        elif final.finish_reason == "error":
+            assert final.error is not None and record.ended is not None
+            code = final.error.code
+            match code:
+                case "engine_dead":
+                    assert self._died_during(record), "engine_dead, and no engine died"
+                case "request_timeout":
+                    assert request.deadline is not None and record.ended >= request.deadline
+                case "queue_timeout":
+                    assert request.queue_deadline is not None
+                    assert record.ended >= request.queue_deadline
+                case _:
+                    assert code in plan.may_fail, f"{code}, a fault of another request"
+        else:
+            whole = answer(request, choice)
+            assert record.tokens[choice] == whole, "it ended before its end"
+
+
+class _Worker:
+    """An HTTP worker process, and the one that takes its place when it dies."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._incarnation = 0
+        self.client = self._start()
+        self.asking: set[asyncio.Task[None]] = set()
+
+    def _start(self) -> AttachedEngineClient:
+        self._incarnation += 1
+        self.name = f"worker {self._number} {self._incarnation}".encode()
+        return AttachedEngineClient(self.name)
+
+    def die(self) -> bytes:
+        """Let the process die with the requests that it serves; return its name."""
+        name, dead = self.name, self.client
+        if isinstance(dead._engine, SimLink):
+            dead._engine.close()
+        if dead._reader is not None:
+            dead._reader.cancel()
+        for task in self.asking:
+            task.cancel()
+        self.asking = set()
+        self.client = self._start()
+        return name
+
+
+def _outcome(record: Record) -> str:
+    if record.left:
+        return "client left"
+    if record.refused is not None:
+        return f"refused: {record.refused.code}"
+    errors = [final.error.code for final in record.finals.values() if final.error is not None]
+    if errors:
+        return f"error: {errors[0]}"
+    if any(final.finish_reason == "abort" for final in record.finals.values()):
+        return "aborted"
+    return "complete"
+
+
+def run_seed(seed: int, num_requests: int = 250) -> Report:
+    """Run the world of a seed."""
+    return World(Settings.draw(seed, num_requests)).run()
