@@ -21,7 +21,8 @@ RULES: dict[str, set[str]] = {
     "kernels.cpu.lora": {"kernels.cpu"},
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
-    "engine": set(),
+    "engine": {"engine.flags"},
+    "engine.flags": ENGINE,
     "engine.cache": ENGINE,
     "engine.checkpoints": ENGINE | {"engine.body"},
     "engine.grammar": ENGINE | {"engine.checkpoints"},
@@ -47,10 +48,11 @@ RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
 RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),
 }
-RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices", "engine.checkpoints"}
+RULES["engine.parallel"] = RULES["engine.devices"] | {"engine.devices"}
+RULES["engine.model"] = RULES["engine.parallel"] | {"engine.parallel", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
 RULES["engine.process"] = ENGINE
-RULES["engine.bench"] = ENGINE | {"engine.core"}
+RULES["engine.bench"] = ENGINE | {"engine.core", "engine.flags"}
 GROUND = ENGINE | {"server"}
 RULES["server"] = GROUND | {
     *("server.serving", "server.bench", "server.text"),
@@ -86,6 +88,10 @@ LAZY = {
     ("engine.process", "engine.core"): {"engine.process.engine_process"},
     ("engine.process", "engine.runner"): {"engine.process.engine_process"},
     ("engine.process", "engine.devices"): {"engine.process.engine_process"},
+    ("engine.parallel", "engine.process"): {
+        *("engine.parallel.leader", "engine.parallel.follower_process"),
+    },
+    ("engine.parallel", "engine.runner"): {"engine.parallel.follower_process"},
     ("engine.bench", "engine.runner"): {"engine.bench.commands"},
     ("engine.devices", "engine.devices.cpu"): {"engine.devices.choose"},
     ("engine.devices", "engine.devices.cuda"): {"engine.devices.choose"},

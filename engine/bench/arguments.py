@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import EngineConfig, EngineFlag, engine_flags
+from ..config import EngineConfig, engine_flags
 from ..errors import ConfigurationError
+from ..flags.flag import EngineFlag
 
 NOT_OFFERED = frozenset({"seed", "pooling", "max_logprobs", "kv_cache_memory_bytes"})
 """Fields of EngineConfig without a flag here. `--seed` is the workload's, and also goes to the

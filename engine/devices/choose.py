@@ -32,8 +32,9 @@ def before_imports(config: EngineConfig) -> None:
     compile_ahead(config)
 
 
-def choose_backend(config: EngineConfig) -> Backend:
+def choose_backend(config: EngineConfig, place: int = 0) -> Backend:
     """Return the backend of `config.device`; "auto" is a GPU if there is one, else the CPU.
+    `place` counts this host's ranks from 0: each has a GPU of its own.
 
     Only the chosen device's modules are imported. Raises ConfigurationError if a GPU is asked for
     and there is none.
@@ -43,7 +44,15 @@ def choose_backend(config: EngineConfig) -> Backend:
     if _is_gpu(config):
         from .cuda.backend import CudaBackend
 
-        return CudaBackend()
+        if config.ranks_per_node > torch.cuda.device_count():
+            raise ConfigurationError(
+                f"{config.ranks_per_node} ranks on this host need as many GPUs, but torch sees "
+                f"{torch.cuda.device_count()} (--tensor-parallel-size, --pipeline-parallel-size)"
+            )
+        device = torch.device("cuda", place)
+        if place:
+            torch.cuda.set_device(device)
+        return CudaBackend(device)
     from .cpu.backend import CpuBackend
 
     return CpuBackend()

@@ -22,6 +22,7 @@ from ..attention.metadata import AttentionMetadata
 from ..body.merged_linear import merge_siblings
 from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
+from ..parallel.ranks import ALONE, Ranks, check_alike
 from .classifier import Scores
 from .model_spec import ModelSpec
 from .probe import bears_rounding, check_class, flatten_if_equal, probe_text, refuse, run_probe
@@ -46,6 +47,8 @@ class CausalLM:
         kv_cache_dtype: torch.dtype | None = None,
         kv_must_be_borne: bool = False,
         adaptable: bool = False,
+        ranks: Ranks = ALONE,
+        whole_spec: ModelSpec | None = None,
     ) -> None:
         """Take over a transformers model on the backend's device. Raises UnsupportedModelError,
         naming the reason, if it does not pass the probe.
@@ -53,9 +56,11 @@ class CausalLM:
         `can_generate` is False if the head's weights are made up, so that logits mean nothing.
         `quantization` is how linear layers are to be rounded, if they are.
         `kv_cache_dtype` is by default the model's; if the model must bear the rounding and does
-        not, it becomes that. `adaptable` prepares for `enable_adapters`.
+        not, it becomes that. `adaptable` prepares for `enable_adapters`. Of several `ranks`, the
+        model is this one's part, `spec` describes that part, and `whole_spec` all of it.
         """
         self.spec = spec
+        self.whole_spec = whole_spec or spec
         self.weights = weights
         self._backend = backend
         self.can_generate = can_generate
@@ -63,6 +68,8 @@ class CausalLM:
         """Makes the logits of the model's classes, if it has a classifier."""
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.has_ends = ranks.ring is None or ranks.ring.stage == 0
+        """Whether this rank has the embedding and the language-model head."""
         self.num_parameters = weights.num_parameters
         # 1. Probe the model, merge projections that share an input, and flatten the body.
         register_attention()
@@ -76,7 +83,7 @@ class CausalLM:
         merged = Counter(merge_siblings(body, lambda: run_probe(model, spec, body)))
         for names, count in merged.items():
             logger.info("merged %s (%d times)", ", ".join(names), count)
-        flat = flatten_if_equal(body, spec, probed)
+        flat = flatten_if_equal(body, spec, probed) if ranks.ring is None else None
         self._adaptable: Adaptable | None = None
         if adaptable:
             tokens = len(probed.hidden)
@@ -96,6 +103,9 @@ class CausalLM:
         and the `logits` of the tokens at logit_indices."""
         self.is_batch_invariant = fused is not None and self._body.is_batch_invariant
         """Whether logits are the same to the bit whatever else is in the step."""
+        # 4. All ranks have to run the same collectives, so they must have found the same.
+        found = [len(merged), flat is None, self._product is None, self.kv_cache_dtype.itemsize]
+        check_alike(ranks, "how they run the model", [int(one) for one in found])
 
     def enable_adapters(self, limits: LoraLimits) -> AdapterSlots:
         """Let the model run with LoRA adapters. Called once, on a model that was made

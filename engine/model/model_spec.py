@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.quantized_config import check_method
@@ -10,12 +10,14 @@ from ..classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from ..config import EngineConfig, check_folder
 from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
 from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, one_line
+from ..parallel.tensor_plan import Heads
 from .classifier_layout import read_classifier
 from .embedding_layout import read_embedding
 from .end_tokens import read_end_tokens
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
+    from ..parallel.ranks import Ranks
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -48,6 +50,16 @@ class ModelSpec:
         head's K and V may have `step_bytes` more."""
         size = self.head_dim * element_size + step_bytes
         return 2 * self.num_layers * self.num_kv_heads * size
+
+    @property
+    def heads(self) -> Heads:
+        """The numbers of attention heads."""
+        return Heads(self.num_attention_heads, self.num_kv_heads)
+
+    def part(self, ranks: Ranks) -> ModelSpec:
+        """Return the specification of one rank's part of the model."""
+        query, kv = self.heads.of_rank(ranks.group.size)
+        return replace(self, num_attention_heads=query, num_kv_heads=kv)
 
     def resolve_max_model_len(self, requested: int | None) -> int:
         """Return the context length to serve. Raises ConfigurationError if more is requested than

@@ -257,10 +257,10 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _prepare_process(launch: wire.Launch) -> None:
-    """Set up signals, crash dumps and the log."""
+def prepare_process(log_level: str, log_format: LogFormat, source: str) -> None:
+    """Set up signals, crash dumps, and the log, whose entries name their `source`."""
     os.dup2(2, 1)  # whatever a library prints goes to stderr, too
-    if launch.log_format == "json":
+    if log_format == "json":
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are not JSON
     # A terminal's Ctrl-C reaches the whole process group, but the client decides when to stop.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -268,8 +268,8 @@ def _prepare_process(launch: wire.Launch) -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_formatter(launch.log_format))
-    logging.basicConfig(level=launch.log_level.upper(), handlers=[handler], force=True)
+    handler.setFormatter(_formatter(log_format, source))
+    logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
 
 
 class _ConsoleFormatter(logging.Formatter):
@@ -282,9 +282,9 @@ class _ConsoleFormatter(logging.Formatter):
         return super().format(record)
 
 
-def _formatter(log_format: LogFormat) -> logging.Formatter:
+def _formatter(log_format: LogFormat, source: str) -> logging.Formatter:
     if log_format == "json":
-        return JsonFormatter({"source": "engine"})
+        return JsonFormatter({"source": source})
     return _ConsoleFormatter(
         "%(asctime)s [%(lower)s] %(message)s [%(name)s]", datefmt="%Y-%m-%dT%H:%M:%SZ"
     )
@@ -305,7 +305,7 @@ def main() -> int:
     if not line:
         return 0
     launch = msgspec.json.decode(line, type=wire.Launch)
-    _prepare_process(launch)
+    prepare_process(launch.log_level, launch.log_format, "engine")
     server = EngineServer(_bind(launch.address))
     try:
         core = _load_core_factory(launch.core)(launch.config)

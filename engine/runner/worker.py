@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from ..lora import AdapterSource
 from ..model.causal_lm import CausalLM
 from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model
+from ..parallel.cut_layers import cut_scales
+from ..parallel.ranks import ALONE, Ranks, check_alike
+from ..parallel.step_plan import StepPlan
 from ..step import SchedulerOutput
 from .adapter_store import AdapterStore
 from .kv_cache import (
@@ -28,16 +32,35 @@ from .kv_cache import (
 )
 from .model_runner import ModelRunner, StepForward
 
+logger = logging.getLogger("quire.engine")
+
 
 class Worker:
     """Implements WorkerProtocol, which states the contract."""
 
-    def __init__(self, config: EngineConfig, backend: Backend | None = None) -> None:
-        """`backend` is by default that of the configured device, chosen by `load`."""
+    def __init__(
+        self, config: EngineConfig, backend: Backend | None = None, ranks: Ranks | None = None
+    ) -> None:
+        """`backend` is by default that of the configured device, chosen by `load`. Without `ranks`
+        this is rank 0, and starts the others if the configuration asks for any."""
         self._config = config
         self._given_backend = backend
+        self._ranks: Ranks = ranks or ALONE
+        self._starts_ranks = ranks is None and config.num_ranks > 1
 
     def load(self) -> WorkerInfo:
+        if self._starts_ranks:
+            from ..parallel.leader import Leader  # loads torch.distributed's store, ZeroMQ
+
+            self._ranks = Leader(self._config)
+        try:
+            return self._load()
+        except BaseException:
+            self._ranks.close()
+            raise
+
+    def _load(self) -> WorkerInfo:
+        # Over 50 lines: half of them are the fields of the result.
         config = self._config
         num_threads = config.num_threads or default_num_threads() or torch.get_num_threads()
         usable = usable_cpus()
@@ -46,16 +69,25 @@ class Worker:
                 f"--num-threads is {config.num_threads}, but this process may use only {usable} "
                 f"CPU{'s' if usable > 1 else ''}"
             )
+        if config.num_threads is None:  # the ranks of a host share its CPUs
+            num_threads = max(1, num_threads // config.ranks_per_node)
         torch.set_num_threads(min(num_threads, usable))  # OMP_NUM_THREADS may be higher
-        self._backend: Backend = self._given_backend or choose_backend(config)
-        self._model: CausalLM = load_model(config, self._backend)
+        place = self._ranks.rank % config.ranks_per_node
+        self._backend: Backend = self._given_backend or choose_backend(config, place)
+        if config.num_ranks > 1 and self._backend.device.type == "cpu":
+            logger.warning(
+                "%d ranks on the CPU are slower than one process, which runs compiled layers",
+                config.num_ranks,
+            )
+        self._model: CausalLM = load_model(config, self._backend, self._ranks)
         model, spec = self._model, self._model.spec
         self._cache_dtype = model.kv_cache_dtype
         self._kv_scales: torch.Tensor | None = None
         has_scales = config.load_format != "dummy" and source_of(config).gguf is None
         if self._cache_dtype == torch.float8_e4m3fn and has_scales:
-            scales = read_kv_scales(config.model, spec)
-            self._kv_scales = None if scales is None else scales.to(model.device)
+            scales = read_kv_scales(config.model, model.whole_spec)
+            if scales is not None:
+                self._kv_scales = cut_scales(scales, self._ranks.group).to(model.device)
         self._adapters: AdapterStore | None = None
         if config.enable_lora:
             max_tokens = max(self._backend.token_budget(config), config.max_num_seqs)
@@ -68,7 +100,7 @@ class Worker:
             num_parameters=model.num_parameters,
             vocab_size=spec.vocab_size,
             max_model_len=self._max_model_len,
-            kv_bytes_per_token=token_bytes(spec, self._cache_dtype),
+            kv_bytes_per_token=token_bytes(model.whole_spec, self._cache_dtype),
             max_num_batched_tokens=self._backend.token_budget(config),
             is_asynchronous=self._backend.is_asynchronous,
             eos_token_ids=spec.eos_token_ids,
@@ -89,6 +121,13 @@ class Worker:
         )
 
     def profile(self) -> int:
+        try:
+            return self._profile()
+        except BaseException:
+            self._ranks.close()
+            raise
+
+    def _profile(self) -> int:
         config, spec, max_model_len = self._config, self._model.spec, self._max_model_len
         check_tables(config, max_model_len)
         size = block_bytes(spec, config.block_size, self._cache_dtype)
@@ -96,12 +135,18 @@ class Worker:
         demand = CacheDemand(config, spec.architecture, size, max_model_len, adapters)
         memory = self._backend.cache_memory(demand, self._make_runner)
         num_blocks = num_blocks_from_memory(memory, config, spec, self._cache_dtype, max_model_len)
+        num_blocks = min(number for (number,) in self._ranks.agree([num_blocks]))
         self._runner = self._make_runner(num_blocks)
         self._runner.prepare()
+        check_alike(self._ranks, "whether steps are captured", [int(self._runner.has_graphs)])
         return num_blocks
 
     def forward(self, scheduler_output: SchedulerOutput) -> StepForward:
         return self._runner.forward(scheduler_output)
+
+    def follow(self, plan: StepPlan) -> None:
+        """Run a step that rank 0 has planned. Called on all other ranks, in place of `forward`."""
+        self._runner.follow(plan)
 
     def read_adapter(self, source: AdapterSource) -> Adapter:
         assert self._adapters is not None
@@ -133,6 +178,7 @@ class Worker:
             self._max_model_len,
             self._kv_scales,
             self._adapters,
+            self._ranks,
         )
 
 

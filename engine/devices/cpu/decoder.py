@@ -19,7 +19,7 @@ from ....kernels.cpu.body import Body as CompiledBody
 from ...attention.metadata import AttentionMetadata
 from ...body.body import ForwardToLogits
 from ...body.flat_decoder import FlatDecoder, FlatLayer, Norm, Rotation, rotary_factors
-from ...body.grouped_linear import dtype_of
+from ...body.grouped_linear import GroupedLinear, dtype_of
 from .attention import CpuPlan
 from .packed_linear import PackedLinear
 from .packing import pack
@@ -153,8 +153,10 @@ class _Rotations:
 
 
 def can_compile(flat: FlatDecoder) -> bool:
-    """Whether a CpuDecoder can run it: its layers are alike, with SiLU."""
+    """Whether a CpuDecoder can run it: its layers are alike, with SiLU, and whole."""
     first = flat.layers[0]
+    if not isinstance(first.down, nn.Linear | GroupedLinear):  # other ranks have a part of it
+        return False
     shapes = (first.num_heads, first.num_kv_heads, first.down.in_features, first.qk_norm is None)
     return all(
         layer.is_silu
