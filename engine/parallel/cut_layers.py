@@ -154,9 +154,10 @@ def cut_head(model: Any, group: Group) -> None:
 
 def _cut_experts(experts: Any, group: Group, what: str) -> None:
     """Leave the rank's part of each expert's intermediate size; their outputs are summed."""
-    if sorted(experts._parameters) != ["down_proj", "gate_up_proj"]:
+    names = sorted(name for name, _ in experts.named_parameters(recurse=False))
+    if names != ["down_proj", "gate_up_proj"]:
         raise UnsupportedModelError(
-            f"{what} has the parameters {', '.join(experts._parameters)}, which cannot be cut"
+            f"{what} has the parameters {', '.join(names)}, which cannot be cut"
         )
     if getattr(experts, "is_transposed", False):
         raise UnsupportedModelError(f"{what} has transposed weights, which cannot be cut")

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import msgspec
 import torch
 import zmq
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from zmq.utils.monitor import recv_monitor_message
 
 from ..config import EngineConfig

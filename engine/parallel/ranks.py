@@ -13,7 +13,7 @@ from ..errors import ModelLoadError
 from .group import SOLO, DistributedGroup, DistributedRing, Group, Ring
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
     from .step_plan import StepPlan
 

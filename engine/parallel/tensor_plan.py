@@ -134,7 +134,7 @@ def find_cuts(body: nn.Module, plan: dict[str, str], architecture: str) -> dict[
             )
         if "attn" in parent or "attention" in parent:
             _check_attention(parent, cuts, architecture)
-        if list(body.get_submodule(parent)._parameters):
+        if list(body.get_submodule(parent).parameters(recurse=False)):
             raise UnsupportedModelError(
                 f"{architecture}: {parent} has parameters of its own, which no plan cuts"
             )

@@ -67,7 +67,10 @@ class ModelRunner:
             backend=backend,
             records_tables=leads,
         )
-        self._plans = PlanSender(ranks, self._batch, spec) if leads else None
+        self._plans: PlanSender | None = None
+        if leads:
+            stays = backend.is_asynchronous
+            self._plans = PlanSender(ranks, self._batch, spec, stays_on_device=stays)
         self._reader = None if ranks.rank == 0 else self._batch.make_reader()
         self._sampler = backend.make_sampler(spec.vocab_size)
         self._pooler = Pooler(model.scores)

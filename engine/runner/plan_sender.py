@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 class PlanSender:
     """Sends each step before rank 0 launches it."""
 
-    def __init__(self, ranks: Ranks, batch: InputBatch, spec: ModelSpec) -> None:
-        """`batch` has to record table entries."""
+    def __init__(
+        self, ranks: Ranks, batch: InputBatch, spec: ModelSpec, *, stays_on_device: bool
+    ) -> None:
+        """`batch` has to record table entries. `stays_on_device` says that sampled tokens are not
+        read here before the next step."""
+        self._stays_on_device = stays_on_device
         self._ranks = ranks
         self._batch = batch
         self._vocab_size = spec.vocab_size
@@ -47,11 +51,11 @@ class PlanSender:
         unknown = token_ids < 0
         num_fed_back = 0
         if unknown.any():
-            if batch.sampled.device.type == "cpu":  # the tokens are here
+            if self._stays_on_device:
+                num_fed_back = len(batch.sampled)
+            else:
                 token_ids = token_ids.copy()
                 token_ids[unknown] = batch.sampled.numpy()[-1 - token_ids[unknown]]
-            else:
-                num_fed_back = len(batch.sampled)
         plan = make_plan(
             output.step,
             host,

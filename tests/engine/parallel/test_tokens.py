@@ -1,0 +1,111 @@
+"""Several ranks give what one gives: tokens, log-probabilities, embeddings, token for token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire.engine.devices.cuda.decode_graphs import graph_sizes
+from quire.engine.request import Request
+
+from .. import models
+from ..devices.cuda_on_cpu import CudaOnCpuBackend
+from ..test_oracle import Engine, prompts, summary
+from .thread_ranks import ParallelEngine
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 4},
+    "qwen2": {},  # biases
+    "qwen3": {"vocab_size": 126},  # norms of Q and K; a tied head whose rows do not divide
+    "mistral": {},  # windows
+    "gemma3": {"num_key_value_heads": 1},  # one KV head for all ranks
+    "mixtral": {},  # experts
+}
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "seed": 5},
+    {"temperature": 0.9, "seed": 7, "top_p": 0.8, "top_k": 20},
+    {"temperature": 0.8, "seed": 1, "repetition_penalty": 1.3, "presence_penalty": 0.4},
+    {"logprobs": 3, "prompt_logprobs": 2, "logprob_token_ids": (5, 17)},
+    {"temperature": 0.7, "seed": 2, "n": 3},
+    {"beam_width": 3, "n": 2, "logprobs": 1},
+    {"logit_bias": ((7, 3.0),), "bad_words": ((9,), (7, 8))},
+]
+
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "chunked and preempted": {"num_blocks": 14, "max_num_batched_tokens": 16},
+    "ahead": {"async_scheduling": True, "num_blocks": 14, "max_num_batched_tokens": 64},
+    "drafts": {"speculation": "ngram", "enable_prefix_caching": False},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for family, changes in FAMILIES.items():
+        config = models.FAMILIES[family]()
+        for name, value in changes.items():
+            setattr(config, name, value)
+        made[family] = tmp_path_factory.mktemp(family)
+        models.build_model(config).save_pretrained(made[family])
+    return made
+
+
+def run_all(engine: Engine, rounds: int = 1) -> list[Any]:
+    """Return what clients get of requests of all kinds, run together."""
+    given = prompts(2 * len(KINDS), longest=60)
+    requests: list[Request] = []
+    for _ in range(rounds):
+        for index, prompt in enumerate(given):
+            kind = KINDS[index % len(KINDS)]
+            requests.append(engine.add(prompt, 5 + index, **kind))
+        engine.run()
+    return [summary(engine, request) for request in requests]
+
+
+_alone: dict[tuple[str, str], list[Any]] = {}
+
+
+def alone(folders: dict[str, Path], family: str, mode: str) -> list[Any]:
+    if (family, mode) not in _alone:
+        _alone[family, mode] = run_all(Engine(folders[family], **MODES[mode]), 2)
+    return _alone[family, mode]
+
+
+@pytest.mark.parametrize(
+    ("family", "size"), [*((family, 2) for family in FAMILIES), ("llama", 4), ("gemma3", 4)]
+)
+def test_every_family_gives_the_same(folders: dict[str, Path], family: str, size: int) -> None:
+    with ParallelEngine(folders[family], tensor_parallel_size=size) as engine:
+        assert run_all(engine, 2) == alone(folders, family, "plain")
+        stats = engine.core.stats()
+        assert stats.prefix_hits and stats.blocks_copied
+        plans = engine.ranks[0].plans
+        assert any(plan.copies for plan in plans) and any(plan.extra_logits for plan in plans)
+
+
+@pytest.mark.parametrize("mode", list(MODES)[1:])
+def test_every_way_to_run_gives_the_same(folders: dict[str, Path], mode: str) -> None:
+    with ParallelEngine(folders["qwen3"], tensor_parallel_size=2, **MODES[mode]) as engine:
+        assert run_all(engine, 2) == alone(folders, "qwen3", mode)
+        assert (engine.core.stats().preemptions > 0) == ("num_blocks" in MODES[mode])
+        assert any(plan.has_drafts for plan in engine.ranks[0].plans) == (mode == "drafts")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_code_for_gpus_gives_the_same(folders: dict[str, Path], family: str) -> None:
+    """Flat layers, decode graphs and tokens that are fed back, with references of the kernels."""
+
+    def backend() -> CudaOnCpuBackend:
+        return CudaOnCpuBackend(sizes=graph_sizes(8))
+
+    config: dict[str, Any] = {"async_scheduling": True, "max_num_seqs": 8}
+    with ParallelEngine(folders[family], backend, tensor_parallel_size=2, **config) as engine:
+        got = run_all(engine)
+        assert engine.worker._runner.has_graphs
+        assert any(plan.num_fed_back for plan in engine.ranks[0].plans)
+    assert got == run_all(Engine(folders[family], CudaOnCpuBackend(), **config))
