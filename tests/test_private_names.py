@@ -26,7 +26,8 @@ PUBLIC_MODULES = {
     *("pydantic.json_schema", "starlette.datastructures", "starlette.exceptions"),
     *("starlette.requests", "starlette.responses", "starlette.types", "structlog.types"),
     *("tokenizers.decoders", "torch.nn.functional", "transformers.utils", "triton.errors"),
-    *("triton.language", "triton.language.extra", "zmq.asyncio"),
+    *("torch.distributed", "triton.language", "triton.language.extra"),
+    *("zmq.asyncio", "zmq.utils.monitor"),
 }
 """Modules below a library's top level that its manual names."""
 

@@ -19,10 +19,12 @@ from ..adapters.adapter import LinearShape, find_linears
 from ..adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ..attention.interface import register_attention
 from ..attention.metadata import AttentionMetadata
+from ..body.body import Body
 from ..body.merged_linear import merge_siblings
 from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
-from ..parallel.ranks import ALONE, Ranks, check_alike
+from ..parallel.ranks import ALONE, Ranks
+from ..parallel.stages import StageBody
 from .classifier import Scores
 from .model_spec import ModelSpec
 from .probe import bears_rounding, check_class, flatten_if_equal, probe_text, refuse, run_probe
@@ -77,8 +79,10 @@ class CausalLM:
         whole, probed = probe_text(model, spec)
         self.kv_cache_dtype = kv_cache_dtype or self.dtype
         is_rounded = kv_must_be_borne and self.kv_cache_dtype != self.dtype
-        if is_rounded and not bears_rounding(model, spec, probed, self.kv_cache_dtype):
-            self.kv_cache_dtype = self.dtype
+        if is_rounded:
+            bears = bears_rounding(model, spec, probed, self.kv_cache_dtype)
+            if not all(vote for (vote,) in ranks.agree([int(bears)])):
+                self.kv_cache_dtype = self.dtype
         body = text_body(model)
         merged = Counter(merge_siblings(body, lambda: run_probe(model, spec, body)))
         for names, count in merged.items():
@@ -94,18 +98,16 @@ class CausalLM:
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
         self._head._modules[model.base_model_prefix] = _Passthrough(type(whole.output))
-        self._body = backend.make_body(body, self._head, flat, quantization=quantization)
+        made = backend.make_body(body, self._head, flat, quantization=quantization)
+        self._body: Body = made if ranks.ring is None else StageBody(made, ranks.ring, body)
         # 3. If logits are nothing but one product, call that, or fuse it with the body.
-        self._product = self._check_head(probed.hidden)
+        self._product = self._check_head(probed.hidden) if self.has_ends else None
         fused = None if self._product is None else self._body.fuse_head(self._product)
         self.forward_to_logits = fused or self._forward_then_logits
         """input_ids and positions `[T]`, logit_indices `[R]`, metadata → `forward`'s hidden states,
         and the `logits` of the tokens at logit_indices."""
         self.is_batch_invariant = fused is not None and self._body.is_batch_invariant
         """Whether logits are the same to the bit whatever else is in the step."""
-        # 4. All ranks have to run the same collectives, so they must have found the same.
-        found = [len(merged), flat is None, self._product is None, self.kv_cache_dtype.itemsize]
-        check_alike(ranks, "how they run the model", [int(one) for one in found])
 
     def enable_adapters(self, limits: LoraLimits) -> AdapterSlots:
         """Let the model run with LoRA adapters. Called once, on a model that was made
@@ -148,6 +150,8 @@ class CausalLM:
         if self._product is not None:
             product: torch.Tensor = self._product(hidden)
             return product
+        if not self.has_ends:  # the first stage makes them; these have its shape for rehearsals
+            return hidden.new_zeros(len(hidden), self.spec.vocab_size)
         return self._whole_head(hidden)
 
     def _whole_head(self, hidden: torch.Tensor) -> torch.Tensor:

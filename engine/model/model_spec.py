@@ -10,6 +10,7 @@ from ..classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from ..config import EngineConfig, check_folder
 from ..embedding_spec import NO_LAYOUT, EmbeddingSpec
 from ..errors import ConfigurationError, ModelLoadError, UnsupportedModelError, one_line
+from ..parallel.stages import layers_of
 from ..parallel.tensor_plan import Heads
 from .classifier_layout import read_classifier
 from .embedding_layout import read_embedding
@@ -59,7 +60,14 @@ class ModelSpec:
     def part(self, ranks: Ranks) -> ModelSpec:
         """Return the specification of one rank's part of the model."""
         query, kv = self.heads.of_rank(ranks.group.size)
-        return replace(self, num_attention_heads=query, num_kv_heads=kv)
+        layers = layers_of(ranks.ring, self.num_layers)
+        return replace(
+            self,
+            num_attention_heads=query,
+            num_kv_heads=kv,
+            num_layers=len(layers),
+            windows=self.windows[layers.start : layers.stop],
+        )
 
     def resolve_max_model_len(self, requested: int | None) -> int:
         """Return the context length to serve. Raises ConfigurationError if more is requested than

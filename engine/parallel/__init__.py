@@ -9,6 +9,7 @@ Reading order:
     group            the collectives
     tensor_plan      how each layer is cut, and what is refused
     cut_layers       cuts the layers
+    stages           the stages of a pipeline
     step_plan        a step as numbers
     ranks            this rank's place among all, and its ways to the others
     messages         what passes between rank 0 and followers, besides tensors

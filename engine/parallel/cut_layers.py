@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from .stages import cut_stage, layers_of
 from .tensor_plan import COLWISE, EXPERTS, Heads, body_plan, find_cuts
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def cut_model(model: Any, body: nn.Module, heads: Heads, ranks: Ranks, architect
     passes through, and `heads` are the whole model's. Raises UnsupportedModelError if a layer
     cannot be cut."""
     group = ranks.group
+    if ranks.ring is not None:
+        cut_stage(model, body, ranks.ring, architecture)
     if group.size > 1:
         cut_body(body, body_plan(model.config), heads, group, architecture)
         cut_head(model, group)
@@ -101,10 +104,12 @@ def cut_model(model: Any, body: nn.Module, heads: Heads, ranks: Ranks, architect
             )
 
 
-def cut_scales(scales: torch.Tensor, group: Group) -> torch.Tensor:
+def cut_scales(scales: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Return the rank's part of the scales of a KV cache `[num_layers, 2, num_kv_heads]`."""
-    heads = scales.shape[2]
-    return scales[..., kv_part(heads, heads, group)].contiguous()
+    num_layers, _, heads = scales.shape
+    layers = layers_of(ranks.ring, num_layers)
+    part = scales[layers.start : layers.stop, :, kv_part(heads, heads, ranks.group)]
+    return part.contiguous()
 
 
 def cut_body(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,6 +44,8 @@ class Worker:
     ) -> None:
         """`backend` is by default that of the configured device, chosen by `load`. Without `ranks`
         this is rank 0, and starts the others if the configuration asks for any."""
+        if config.pipeline_parallel_size > 1:  # what passes between stages is not captured
+            config = replace(config, enforce_eager=True)
         self._config = config
         self._given_backend = backend
         self._ranks: Ranks = ranks or ALONE
@@ -87,7 +90,7 @@ class Worker:
         if self._cache_dtype == torch.float8_e4m3fn and has_scales:
             scales = read_kv_scales(config.model, model.whole_spec)
             if scales is not None:
-                self._kv_scales = cut_scales(scales, self._ranks.group).to(model.device)
+                self._kv_scales = cut_scales(scales, self._ranks).to(model.device)
         self._adapters: AdapterStore | None = None
         if config.enable_lora:
             max_tokens = max(self._backend.token_budget(config), config.max_num_seqs)

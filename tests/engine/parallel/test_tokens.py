@@ -109,3 +109,17 @@ def test_the_code_for_gpus_gives_the_same(folders: dict[str, Path], family: str)
         assert engine.worker._runner.has_graphs
         assert any(plan.num_fed_back for plan in engine.ranks[0].plans)
     assert got == run_all(Engine(folders[family], CudaOnCpuBackend(), **config))
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("llama", (1, 2)), ("gemma3", (1, 3)), ("qwen3", (2, 2)), ("mixtral", (1, 2))],
+)
+def test_stages_give_the_same(
+    folders: dict[str, Path], family: str, sizes: tuple[int, int]
+) -> None:
+    """Gemma's three layers have windows and not, in stages of their own."""
+    tensor, stages = sizes
+    config = {"tensor_parallel_size": tensor, "pipeline_parallel_size": stages}
+    with ParallelEngine(folders[family], **config) as engine:
+        assert run_all(engine, 2) == alone(folders, family, "plain")
