@@ -169,7 +169,7 @@ def test_engine_imports_no_http(path: Path) -> None:
     assert not _roots(path) & (WEB | {"structlog", "quire.server", "quire.configs"})
 
 
-FOLLOWERS = {"messages", "leader", "follower", "follower_process", "launch"}
+FOLLOWERS = {"messages", "leader", "follower", "follower_process", "launch", "host"}
 """Modules of engine/parallel that only a model on several devices needs."""
 
 

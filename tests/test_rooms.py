@@ -71,7 +71,7 @@ RULES["server.dialects"] = RULES["server.api"] | {"server.api"}
 RULES["server.scoring"] = RULES["server.dialects"]
 RULES["server.live"] = RULES["server.api"]
 RULES["server.serving"] = RULES["server.dialects"] | {
-    *("server.dialects", "server.scoring", "server.live", "engine.checkpoints"),
+    *("server.dialects", "server.scoring", "server.live", "engine.checkpoints", "engine.parallel"),
 }
 RULES["server.web"] = set()
 RULES["server.bench"] = GROUND | {"engine.bench"}

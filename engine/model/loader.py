@@ -58,7 +58,14 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
     checkpoint = open_checkpoint(config)
     hf_config = read_hf_config(config, checkpoint)
     spec = spec_from_hf_config(hf_config, config)
-    check_parallel(config, hf_config, spec.architecture, spec.heads, spec.num_layers)
+    check_parallel(
+        config,
+        hf_config,
+        spec.architecture,
+        spec.heads,
+        spec.num_layers,
+        has_own_format=checkpoint is not None,
+    )
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
     kv_cache_dtype = backend.kv_cache_dtype(config, dtype)  # refused before weights are read

@@ -17,6 +17,7 @@ Reading order:
     follower         a follower's side
     launch           how a follower is started
     follower_process the follower's process
+    host             the ranks of a host other than 0
 
 May import: devices and its; lazily process and runner.
 """

@@ -57,8 +57,8 @@ class Leader(Collectives):
         self._folder = contextlib.ExitStack()
         self._socket = messages.make_socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        watched = self._socket.get_monitor_socket(events)
+        failed = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        watched = self._socket.get_monitor_socket(failed | zmq.EVENT_DISCONNECTED)
         address = self._listen()
         self._processes = {
             rank: start_follower(self._launch(rank, address)) for rank in config.ranks_of_node[1:]
@@ -145,7 +145,10 @@ class Leader(Collectives):
     def _tell(self, message: messages.ToFollower) -> None:
         data = messages.encode(message)
         for rank in range(1, self.size):
-            self._socket.send_multipart([_name(rank), data])
+            try:
+                self._socket.send_multipart([_name(rank), data])
+            except zmq.ZMQError as error:
+                _end(f"rank {rank} cannot be reached ({error})")
 
     def _collect(self) -> list[list[int]]:
         """Wait until every follower has joined and voted, and return the votes by rank."""
@@ -208,16 +211,15 @@ class Leader(Collectives):
     def _watch_links(self, monitor: Any) -> None:
         """End with the first follower whose connection breaks, or that is silent for too long.
         A connection that never spoke the protocol is no follower's."""
-        peers: set[int] = set()
+        is_stranger = False
         while not self._closing:
-            event = recv_monitor_message(monitor)
-            peer = event["value"]
-            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                peers.add(peer)
-            elif event["event"] == zmq.EVENT_DISCONNECTED and peer in peers:
+            kind = recv_monitor_message(monitor)["event"]
+            # Both events of a connection without a handshake come together.
+            if kind == zmq.EVENT_DISCONNECTED and not is_stranger:
                 time.sleep(0.05)  # if its process has ended, that is the better message
                 if not self._closing:
                     _end("the connection to a rank is broken, or it was silent for too long")
+            is_stranger = kind != zmq.EVENT_DISCONNECTED
 
 
 def _listening(config: EngineConfig) -> socket.socket:

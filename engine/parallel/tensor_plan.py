@@ -43,10 +43,17 @@ class Heads(NamedTuple):
 
 
 def check_parallel(
-    config: EngineConfig, hf_config: Any, architecture: str, heads: Heads, layers: int
+    config: EngineConfig,
+    hf_config: Any,
+    architecture: str,
+    heads: Heads,
+    layers: int,
+    *,
+    has_own_format: bool,
 ) -> None:
     """Raise ConfigurationError or UnsupportedModelError if several ranks cannot run the model, as
-    far as its configuration shows that; no weight is touched."""
+    far as its configuration shows that; no weight is touched. `has_own_format` says that the
+    checkpoint is not plain safetensors."""
     if config.num_ranks == 1:
         return
     flag = (
@@ -56,9 +63,9 @@ def check_parallel(
         raise ConfigurationError(f"LoRA adapters run on one device: leave {flag} out")
     if config.quantization is not None:
         raise ConfigurationError(f"--quantization works on one device: leave {flag} out")
-    if getattr(hf_config, "quantization_config", None) is not None or config.gguf_file is not None:
+    if has_own_format:
         raise UnsupportedModelError(
-            f"{architecture}: quantised weights run on one device: leave {flag} out"
+            f"{architecture}: GGUF files and quantised weights run on one device: leave {flag} out"
         )
     if config.pipeline_parallel_size > layers:
         raise ConfigurationError(

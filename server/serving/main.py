@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +19,8 @@ from ...engine.checkpoints.gguf_header import read_header
 from ...engine.checkpoints.source import find_source
 from ...engine.config import EngineInfo
 from ...engine.errors import StartupError
+from ...engine.parallel.host import run_host
+from ...engine.process.engine_handle import engine_environment
 from ...engine.process.heap import settle
 from ...engine.process.process_client import ProcessEngineClient
 from ..logs import resolve_format
@@ -45,8 +48,22 @@ def serve(settings: Settings, make_client: MakeClient | None = None) -> None:
     """
     check_tls(settings)
     check_model_files(settings)
+    if settings.engine_config().node_rank > 0:
+        follow(settings)
+        return
     with listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as run:
         run.run(_serve(settings, listener, make_client or ProcessEngineClient))
+
+
+def follow(settings: Settings) -> None:
+    """Run the ranks of a host other than 0, which speak no HTTP, until SIGTERM or SIGINT."""
+    config = settings.engine_config()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    environment = engine_environment(os.environ, config.num_threads)
+    log_format = resolve_format(settings.log_format)
+    run_host(config, environment, stop, log_level=settings.log_level, log_format=log_format)
 
 
 def check_model_files(settings: Settings) -> None:
