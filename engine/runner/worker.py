@@ -98,7 +98,7 @@ class Worker:
         self._max_model_len = spec.resolve_max_model_len(config.max_model_len)
         return WorkerInfo(
             architecture=spec.architecture,
-            device=str(model.device),
+            device=_device_name(model.device, config.num_ranks),
             dtype=str(model.dtype).removeprefix("torch."),
             num_parameters=model.num_parameters,
             vocab_size=spec.vocab_size,
@@ -183,6 +183,10 @@ class Worker:
             self._adapters,
             self._ranks,
         )
+
+
+def _device_name(device: torch.device, num_ranks: int) -> str:
+    return str(device) if num_ranks == 1 else f"{num_ranks} × {device.type}"
 
 
 def usable_cpus() -> int:

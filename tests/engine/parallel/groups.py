@@ -24,18 +24,14 @@ class RunningGroup:
         self.client, self.observer = client, observer
 
     @property
-    def leader(self) -> psutil.Process:
-        """Rank 0, which is this process' child."""
-        (engine,) = [
-            child
-            for child in psutil.Process().children()
-            if "engine_process" in " ".join(child.cmdline())
-        ]
-        return engine
-
-    @property
-    def followers(self) -> list[psutil.Process]:
-        return self.leader.children()
+    def everyone(self) -> list[psutil.Process]:
+        """The ranks of this host in their order, as far as they run: rank 0 is our child, the
+        others are its."""
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "engine_process" in " ".join(child.cmdline()):
+                    return [child, *child.children()]
+        return []
 
     async def answer(self, max_tokens: int = 8, **params: Any) -> list[list[int]]:
         """Return the tokens of several requests that run together."""
@@ -59,7 +55,7 @@ class RunningGroup:
 
 
 @contextlib.asynccontextmanager
-async def running(folder: Path, **config: Any) -> AsyncIterator[RunningGroup]:
+async def running_group(folder: Path, **config: Any) -> AsyncIterator[RunningGroup]:
     """Run an engine of several ranks on the CPU; nothing of it is left at the end."""
     observer = Observer()
     client = ProcessEngineClient(
@@ -68,14 +64,15 @@ async def running(folder: Path, **config: Any) -> AsyncIterator[RunningGroup]:
         stall_timeout=PATIENCE_SECONDS,
     )
     await client.start()
+    left: list[psutil.Process] = []
     try:
         await client.wait_ready()
         group = RunningGroup(client, observer)
         yield group
-        processes = [group.leader, *group.followers]
+        left = group.everyone
     finally:
         await client.close()
-    assert not [one for one in processes if one.is_running()]
+    await wait_gone(left, 1.0)
 
 
 async def wait_gone(processes: list[psutil.Process], seconds: float) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quire.engine.devices.cuda.decode_graphs import graph_sizes
-from quire.engine.request import Request
+from quire.engine.request import Pooling, Request
 
 from .. import models
 from ..devices.cuda_on_cpu import CudaOnCpuBackend
+from ..sentence_transformers_layout import edit_json
 from ..test_oracle import Engine, prompts, summary
 from .thread_ranks import ParallelEngine
 
@@ -123,3 +126,41 @@ def test_stages_give_the_same(
     config = {"tensor_parallel_size": tensor, "pipeline_parallel_size": stages}
     with ParallelEngine(folders[family], **config) as engine:
         assert run_all(engine, 2) == alone(folders, family, "plain")
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)], ids=str)
+def test_embeddings_and_scores_are_the_same(tmp_path: Path, shape: tuple[int, int]) -> None:
+    """Scores ask the head for logits that no sample needs."""
+    models.save_model("qwen3", tmp_path)
+    modules = [
+        {"type": "sentence_transformers.models.Transformer", "path": ""},
+        {"type": "sentence_transformers.models.LogitScore", "path": "1_LogitScore"},
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    edit_json(tmp_path / "1_LogitScore/config.json", true_token_id=5, false_token_id=9)
+    config: dict[str, Any] = {"max_num_batched_tokens": 16}
+    kinds: tuple[Pooling, ...] = ("last", "mean", "max", "classify")
+
+    def run(engine: Engine) -> list[list[float]]:
+        requests = [
+            engine.add(prompt, 0, pooling=kinds[index % 4], temperature=1.0, ignore_eos=False)
+            for index, prompt in enumerate(prompts(12))
+        ]
+        generated = engine.add(prompts(3)[2], 9)
+        engine.run()
+        vectors = [engine.outputs[one.request_id, 0][-1].embedding for one in requests]
+        found = [np.frombuffer(vector or b"", dtype="<f4").tolist() for vector in vectors]
+        return [*found, [float(token) for token in engine.tokens(generated)]]
+
+    expected = run(Engine(tmp_path, **config))
+    tensor, stages = shape
+    config |= {"tensor_parallel_size": tensor, "pipeline_parallel_size": stages}
+    with ParallelEngine(tmp_path, **config) as engine:
+        assert run(engine) == [pytest.approx(vector, abs=1e-4) for vector in expected]
+
+
+def test_random_weights_are_those_of_one_rank(folders: dict[str, Path]) -> None:
+    config: dict[str, Any] = {"load_format": "dummy", "seed": 3}
+    wanted = Engine(folders["llama"], **config).complete(prompts(2)[1], 9)
+    with ParallelEngine(folders["llama"], tensor_parallel_size=2, **config) as engine:
+        assert engine.complete(prompts(2)[1], 9) == wanted
