@@ -25,7 +25,7 @@ class ForeignFlag(NamedTuple):
     advice: str
 
 
-_ONE_DEVICE = "one server uses one device; run more servers behind a balancer"
+_ONE_COPY = "one server runs one copy of the model; run more servers behind a balancer"
 _TEXT_ONLY = "only text is served"
 _OWN_TOKENIZER = "the tokenizer is the one in the model's folder"
 _NO_DRAFT_MODEL = "there are no draft models; drafts come from --speculation"
@@ -50,6 +50,7 @@ _SGLANG_SAME = """
     --chat-template --reasoning-parser --tool-call-parser --device --log-level --ssl-keyfile
     --ssl-certfile
 """
+_HOSTS = "--nnodes --node-rank --master-addr --master-port"
 _LLAMA_SAME = "--host --port --api-key --seed --chat-template --pooling"
 
 _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
@@ -59,7 +60,9 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--load-format": "auto or dummy",
             "--lora-modules": "NAME=FOLDER each; no JSON",
             "--quantization": "int8 and int4 on the CPU; of quantised checkpoints only GGUF",
-            "--tensor-parallel-size": "only 1",
+            "--tensor-parallel-size": "",
+            "--pipeline-parallel-size": "one step at a time",
+            **dict.fromkeys(_HOSTS.split(), ""),
             "--allowed-origins": "repeat it for each origin instead of a JSON list",
         },
         "other name": {
@@ -111,17 +114,16 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--allowed-headers": "all headers are allowed to --allowed-origins",
             "--h11-max-incomplete-event-size": "headers may have 64 KiB",
             "--h11-max-header-count": "a request may have 100 headers",
+            "--distributed-executor-backend": "ranks are processes of quire's own",
+            "--headless": "a host whose --node-rank is above 0 speaks no HTTP",
             "--max-parallel-loading-workers": "weights are loaded once",
             "--task": "embeddings are served beside generations",
             "--runner": "embeddings are served beside generations",
             "--convert": "--pooling makes embeddings of any model",
         },
         "refused": {
-            "--pipeline-parallel-size": _ONE_DEVICE,
-            "--data-parallel-size": _ONE_DEVICE,
-            "--enable-expert-parallel": _ONE_DEVICE,
-            "--distributed-executor-backend": _ONE_DEVICE,
-            "--headless": _ONE_DEVICE,
+            "--data-parallel-size": _ONE_COPY,
+            "--enable-expert-parallel": _ONE_COPY,
             "--tokenizer": _OWN_TOKENIZER,
             "--tokenizer-mode": _OWN_TOKENIZER,
             "--skip-tokenizer-init": _OWN_TOKENIZER,
@@ -170,8 +172,10 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--random-seed": "--seed",
             "--log-requests": "--enable-log-requests",
             "--watchdog-timeout": "--engine-stall-timeout",
-            "--tp-size": "--tensor-parallel-size, only 1",
-            "--tp": "--tensor-parallel-size, only 1",
+            "--tp-size": "--tensor-parallel-size",
+            "--tp": "--tensor-parallel-size",
+            "--pp-size": "--pipeline-parallel-size",
+            "--dist-init-addr": "--master-addr and --master-port",
         },
         "not needed": {
             "--enable-metrics": "/metrics is always served",
@@ -185,8 +189,8 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
         },
         "refused": {
             "--tokenizer-path": _OWN_TOKENIZER,
-            "--dp-size": _ONE_DEVICE,
-            "--ep-size": _ONE_DEVICE,
+            "--dp-size": _ONE_COPY,
+            "--ep-size": _ONE_COPY,
         },
     },
     "llama.cpp": {

@@ -202,7 +202,8 @@ def test_unix_socket(tmp_path: Path) -> None:
     "arguments, message",
     [
         (["--port", "x"], "port: Input should be a valid integer"),
-        (["--tensor-parallel-size", "2"], "tensor_parallel_size: only 1 is supported"),
+        (["--tensor-parallel-size", "0"], "tensor_parallel_size: Input should be greater than"),
+        (["--nnodes", "2"], "--nnodes 2 hosts cannot share 1 ranks equally"),
         (["--block-size", "17"], "block_size must be a power of two"),
         (["--host", "no.such.host.invalid"], "cannot listen on"),
         (["--ssl-keyfile", "k", "--ssl-certfile", "c"], "ssl_certfile, ssl_keyfile: "),
