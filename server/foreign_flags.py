@@ -48,7 +48,7 @@ _VLLM_SAME = """
 _SGLANG_SAME = """
     --host --port --api-key --served-model-name --dtype --kv-cache-dtype --trust-remote-code
     --chat-template --reasoning-parser --tool-call-parser --device --log-level --ssl-keyfile
-    --ssl-certfile
+    --ssl-certfile --nnodes --node-rank
 """
 _HOSTS = "--nnodes --node-rank --master-addr --master-port"
 _LLAMA_SAME = "--host --port --api-key --seed --chat-template --pooling"

@@ -26,7 +26,8 @@ class ParallelConfig:
         "Devices that share each layer of the model.",
         1,
         details="Every device holds a part of each weight and of the KV cache. On the CPU it is "
-        "slower than one process, and only of use for tests. See Several devices.",
+        "slower than one process, and only of use for tests. "
+        "See [Several devices](scaling-parallel.md).",
         ge=1,
         le=MAX_RANKS,
     )

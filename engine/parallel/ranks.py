@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
@@ -83,6 +85,7 @@ class Collectives:
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         size, stages = config.tensor_parallel_size, config.pipeline_parallel_size
+        self._is_local = config.nnodes == 1
         self._rank, self._size, self._stages = rank, size, stages
         self._made_group = DistributedGroup(rank % size, size)
         self._made_ring = DistributedRing(rank // size, stages)
@@ -92,6 +95,10 @@ class Collectives:
     def join(self, store: Store, device: torch.device) -> None:
         """Meet all ranks in `store`."""
         is_gpu = device.type == "cuda"
+        if self._is_local and sys.platform == "linux":
+            os.environ.setdefault(
+                "GLOO_SOCKET_IFNAME", "lo"
+            )  # its ports are nobody else's business
         dist.init_process_group(
             "nccl" if is_gpu else "gloo",
             store=store,

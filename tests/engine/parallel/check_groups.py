@@ -28,6 +28,8 @@ from ..test_oracle import Reference
 from ..worker_driver import make_config, make_prompts
 from .groups import running_group, wait_gone
 
+pytestmark = pytest.mark.timeout(1200)
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
@@ -57,26 +59,22 @@ async def test_every_shape_serves(
         assert not sockets_left()
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+@pytest.mark.parametrize(("rank", "size"), [(0, 2), (1, 2), (2, 4)])
 async def test_the_death_of_any_rank_starts_all_again(
-    model: tuple[Path, list[list[int]]], rank: int
+    model: tuple[Path, list[list[int]]], rank: int, size: int
 ) -> None:
     folder, expected = model
-    async with running_group(folder, tensor_parallel_size=4) as group:
+    async with running_group(folder, tensor_parallel_size=size) as group:
         everyone = group.everyone
-        for restart, busy in enumerate((False, True), start=1):
-            work = asyncio.create_task(group.answer(60)) if busy else None
-            if busy:
-                await asyncio.sleep(random.random())
-            everyone[rank].send_signal(signal.SIGKILL)
-            await wait_gone(everyone, 1.0)
-            if work is not None:
-                with contextlib.suppress(Exception):
-                    await work
-            await group.wait_restarted(restart)
-            assert await group.answer() == expected
-            everyone = group.everyone
-        assert len(everyone) == 4 and not sockets_left()
+        work = asyncio.create_task(group.answer(60))
+        await asyncio.sleep(random.random())
+        everyone[rank].send_signal(signal.SIGKILL)
+        await wait_gone(everyone, 1.0)
+        await asyncio.wait([work])  # its streams have ended, with an error or before it
+        work.exception()
+        await group.wait_restarted(1)
+        assert await group.answer() == expected
+        assert len(group.everyone) == size and not sockets_left()
 
 
 async def test_a_stopped_rank_starts_all_again(model: tuple[Path, list[list[int]]]) -> None:

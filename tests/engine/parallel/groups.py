@@ -16,7 +16,7 @@ from ..clients import Observer, collect, tokens_of
 from ..harness import make_request
 from ..worker_driver import make_config, make_prompts
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 300.0
 
 
 class RunningGroup:
