@@ -13,5 +13,6 @@ Reading order:
     pooling            embeddings
     kv_cache           how large the KV cache may be
 
-May import: model, parallel, devices, adapters, body, attention, sampling, kernels, and the engine's words.
+May import: model, parallel, devices, adapters, body, attention, sampling, kernels, and the engine's
+words.
 """
