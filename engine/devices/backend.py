@@ -130,6 +130,14 @@ class Backend(Protocol):
     def check_quantization(self, config: EngineConfig) -> None:
         """Raise ConfigurationError if the device has no kernels for quantised weights."""
 
+    def check_ranks(self, config: EngineConfig) -> None:
+        """Prepare for one of several ranks, if there are several. Raises ConfigurationError if this
+        host has too few devices for its ranks."""
+
+    @property
+    def collectives(self) -> str:
+        """The backend of torch.distributed for the device's tensors: "nccl" or "gloo"."""
+
     @property
     def multiplies_groups(self) -> bool:
         """Whether linear layers may be GroupedLinear; if not, their weights are made dense."""

@@ -44,15 +44,7 @@ def choose_backend(config: EngineConfig, place: int = 0) -> Backend:
     if _is_gpu(config):
         from .cuda.backend import CudaBackend
 
-        if config.ranks_per_node > torch.cuda.device_count():
-            raise ConfigurationError(
-                f"{config.ranks_per_node} ranks on this host need as many GPUs, but torch sees "
-                f"{torch.cuda.device_count()} (--tensor-parallel-size, --pipeline-parallel-size)"
-            )
-        device = torch.device("cuda", place)
-        if place:
-            torch.cuda.set_device(device)
-        return CudaBackend(device)
+        return CudaBackend(torch.device("cuda", place))
     from .cpu.backend import CpuBackend
 
     return CpuBackend()

@@ -93,7 +93,7 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
         facts.computed_format,
         facts.num_bytes / 1e6,
     )
-    ranks.meet(device)
+    ranks.meet(backend)
     loaded = CausalLM(
         model,
         spec.part(ranks),

@@ -7,11 +7,11 @@ import os
 import threading
 from typing import Any
 
-import torch
 import zmq
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from zmq.utils.monitor import recv_monitor_message
 
+from ..devices.backend import Backend
 from ..errors import StartupError
 from . import messages
 from .launch import FollowerLaunch
@@ -39,11 +39,11 @@ class Follower(Collectives):
         self._socket.connect(launch.address)
         self._send(messages.Join(self.rank, messages.PROTOCOL, launch.config))
 
-    def meet(self, device: torch.device) -> None:
+    def meet(self, backend: Backend) -> None:
         self._send(messages.Vote([]))
         welcome = self._receive()
         assert isinstance(welcome, messages.Welcome)
-        self.join(TCPStore(welcome.host, welcome.port, is_master=False), device)
+        self.join(TCPStore(welcome.host, welcome.port, is_master=False), backend)
 
     def agree(self, values: list[int]) -> list[list[int]]:
         self._send(messages.Vote(values))

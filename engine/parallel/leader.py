@@ -20,12 +20,12 @@ from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 import msgspec
-import torch
 import zmq
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from zmq.utils.monitor import recv_monitor_message
 
 from ..config import EngineConfig
+from ..devices.backend import Backend
 from ..errors import ConfigurationError, StartupError
 from . import messages
 from .launch import FollowerLaunch, address_of_host, start_follower
@@ -70,7 +70,7 @@ class Leader(Collectives):
 
     # --- Ranks
 
-    def meet(self, device: torch.device) -> None:
+    def meet(self, backend: Backend) -> None:
         self._collect()
         with contextlib.closing(_listening(self._config)) as listener:
             host, port = listener.getsockname()[:2]
@@ -83,7 +83,7 @@ class Leader(Collectives):
                 master_listen_fd=listener.detach(),
             )
         self._tell(messages.Welcome(host, port))
-        self.join(store, device)
+        self.join(store, backend)
 
     def agree(self, values: list[int]) -> list[list[int]]:
         votes = [values, *self._collect()]

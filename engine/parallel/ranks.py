@@ -7,7 +7,6 @@ import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 import torch.distributed as dist
 
 from ..config import EngineConfig
@@ -17,6 +16,7 @@ from .group import SOLO, DistributedGroup, DistributedRing, Group, Ring
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
+    from ..devices.backend import Backend
     from .step_plan import StepPlan
 
 COLLECTIVE_TIMEOUT_SECONDS = 100.0
@@ -35,7 +35,7 @@ class Ranks(Protocol):
     ring: Ring | None
     """The other stages of the pipeline, if there are any."""
 
-    def meet(self, device: torch.device) -> None:
+    def meet(self, backend: Backend) -> None:
         """Wait until every rank has loaded its weights, and enable the collectives of `group` and
         `ring`. Raises the StartupError of a rank that failed."""
 
@@ -57,7 +57,7 @@ class Alone:
     group: Group = SOLO
     ring: Ring | None = None
 
-    def meet(self, device: torch.device) -> None:
+    def meet(self, backend: Backend) -> None:
         """Return at once."""
 
     def agree(self, values: list[int]) -> list[list[int]]:
@@ -92,20 +92,20 @@ class Collectives:
         self.group: Group = self._made_group if size > 1 else SOLO
         self.ring: Ring | None = self._made_ring if stages > 1 else None
 
-    def join(self, store: Store, device: torch.device) -> None:
+    def join(self, store: Store, backend: Backend) -> None:
         """Meet all ranks in `store`."""
-        is_gpu = device.type == "cuda"
+        is_gpu = backend.collectives == "nccl"
         if self._is_local and sys.platform == "linux":
             os.environ.setdefault(
                 "GLOO_SOCKET_IFNAME", "lo"
             )  # its ports are nobody else's business
         dist.init_process_group(
-            "nccl" if is_gpu else "gloo",
+            backend.collectives,
             store=store,
             rank=self._rank,
             world_size=self._size * self._stages,
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
-            device_id=device if is_gpu else None,
+            device_id=backend.device if is_gpu else None,
         )
         # Every rank takes part in making every group.
         for stage in range(self._stages if self._size > 1 else 0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +31,6 @@ from .kv_cache import (
     token_bytes,
 )
 from .model_runner import ModelRunner, StepForward
-
-logger = logging.getLogger("quire.engine")
 
 
 class Worker:
@@ -77,11 +74,7 @@ class Worker:
         torch.set_num_threads(min(num_threads, usable))  # OMP_NUM_THREADS may be higher
         place = self._ranks.rank % config.ranks_per_node
         self._backend: Backend = self._given_backend or choose_backend(config, place)
-        if config.num_ranks > 1 and self._backend.device.type == "cpu":
-            logger.warning(
-                "%d ranks on the CPU are slower than one process, which runs compiled layers",
-                config.num_ranks,
-            )
+        self._backend.check_ranks(config)
         self._model: CausalLM = load_model(config, self._backend, self._ranks)
         model, spec = self._model, self._model.spec
         self._cache_dtype = model.kv_cache_dtype
@@ -186,7 +179,8 @@ class Worker:
 
 
 def _device_name(device: torch.device, num_ranks: int) -> str:
-    return str(device) if num_ranks == 1 else f"{num_ranks} × {device.type}"
+    """Return the device, or how many of its kind all ranks have."""
+    return str(device) if num_ranks == 1 else f"{num_ranks} × {str(device).partition(':')[0]}"
 
 
 def usable_cpus() -> int:

@@ -117,7 +117,7 @@ class ThreadRanks:
         self._shared, self._votes, self._inboxes = shared, votes, inboxes
         self.plans: list[StepPlan] = []
 
-    def meet(self, device: torch.device) -> None:
+    def meet(self, backend: Backend) -> None:
         self._votes.exchange(self.rank, None)
 
     def agree(self, values: list[int]) -> list[list[int]]:
