@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import queue
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig
 
 from quire.engine.config import EngineConfig
 from quire.engine.devices.choose import choose_backend
 from quire.engine.errors import ConfigurationError, StartupError, UnsupportedModelError
 from quire.engine.model.loader import load_model
-from quire.engine.parallel.cut_layers import RowLinear, VocabLinear, cut_body, cut_head, kv_part
-from quire.engine.parallel.stages import layers_of
+from quire.engine.parallel.cut_layers import (
+    RowLinear,
+    VocabLinear,
+    cut_body,
+    cut_head,
+    cut_scales,
+    kv_part,
+)
+from quire.engine.parallel.stages import cut_stage, layers_of
 from quire.engine.parallel.tensor_plan import Heads, body_plan, find_cuts
 
 from .. import models
 from ..worker_driver import make_config
-from .thread_ranks import Meeting, Shared, ThreadGroup, ThreadRing
+from .thread_ranks import Meeting, Shared, ThreadGroup, ThreadRing, make_ranks
 
 
 def group_of(rank: int, size: int) -> ThreadGroup:
@@ -114,6 +124,25 @@ def test_stages_share_all_layers(size: int, more: int) -> None:
     assert [layer for one in ranges for layer in one] == list(range(size + more))
     lengths = [len(one) for one in ranges]
     assert min(lengths) >= 1 and max(lengths) - min(lengths) <= 1
+
+
+def test_a_body_that_does_more_than_its_layers_has_no_stages() -> None:
+    ring = ThreadRing(Shared(), [queue.Queue(), queue.Queue()], 1)
+    configs = {family: models.FAMILIES[family]() for family in ("llama", "gemma2", "gemma3")}
+    configs["granite"] = GraniteConfig(**models.COMMON, embedding_multiplier=2.0)
+    for family, config in configs.items():
+        model, refused = models.build_model(config), family == "granite"
+        error = pytest.raises(UnsupportedModelError, match="before its first layer")
+        with error if refused else contextlib.nullcontext():
+            cut_stage(model, model.base_model, ring, family)
+
+
+def test_scales_of_the_kv_cache_are_cut_like_it() -> None:
+    scales = torch.arange(24.0).view(3, 2, 4)
+    for ranks in make_ranks(2, 3):
+        stage, part = divmod(ranks.rank, 2)
+        expected = scales[stage, :, 2 * part : 2 * part + 2]
+        assert torch.equal(cut_scales(scales, ranks)[0], expected)
 
 
 def test_experts_are_cut_in_their_middle() -> None:
