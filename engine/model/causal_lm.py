@@ -23,11 +23,20 @@ from ..body.body import Body
 from ..body.merged_linear import merge_siblings
 from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
+from ..errors import one_line
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.stages import StageBody
 from .classifier import Scores
 from .model_spec import ModelSpec
-from .probe import bears_rounding, check_class, flatten_if_equal, probe_text, refuse, run_probe
+from .probe import (
+    bears_rounding,
+    check_class,
+    check_parts,
+    flatten_if_equal,
+    probe_text,
+    refuse,
+    run_probe,
+)
 from .text_part import text_body
 
 logger = logging.getLogger("quire.engine")
@@ -51,6 +60,7 @@ class CausalLM:
         adaptable: bool = False,
         ranks: Ranks = ALONE,
         whole_spec: ModelSpec | None = None,
+        expected: torch.Tensor | None = None,
     ) -> None:
         """Take over a transformers model on the backend's device. Raises UnsupportedModelError,
         naming the reason, if it does not pass the probe.
@@ -59,7 +69,8 @@ class CausalLM:
         `quantization` is how linear layers are to be rounded, if they are.
         `kv_cache_dtype` is by default the model's; if the model must bear the rounding and does
         not, it becomes that. `adaptable` prepares for `enable_adapters`. Of several `ranks`, the
-        model is this one's part, `spec` describes that part, and `whole_spec` all of it.
+        model is this one's part, `spec` describes that part, and `whole_spec` all of it; the probe
+        has to give `expected`.
         """
         self.spec = spec
         self.whole_spec = whole_spec or spec
@@ -76,7 +87,14 @@ class CausalLM:
         # 1. Probe the model, merge projections that share an input, and flatten the body.
         register_attention()
         check_class(model, spec)
-        whole, probed = probe_text(model, spec)
+        try:
+            whole, probed = probe_text(model, spec)
+        except RuntimeError as error:
+            if ranks.group.size == 1:
+                raise
+            refuse(spec, f"its layers do not run in parts: {one_line(error)}", error)
+        if expected is not None:
+            check_parts(spec, probed.hidden, expected)
         self.kv_cache_dtype = kv_cache_dtype or self.dtype
         is_rounded = kv_must_be_borne and self.kv_cache_dtype != self.dtype
         if is_rounded:

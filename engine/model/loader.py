@@ -22,13 +22,15 @@ from ..errors import (
     UnsupportedModelError,
     one_line,
 )
-from ..parallel.cut_layers import cut_model
+from ..parallel.cut_layers import cut_tensors
 from ..parallel.ranks import ALONE, Ranks
+from ..parallel.stages import cut_stage
 from ..parallel.tensor_plan import check_parallel
 from .assemble import assemble, weight_facts
 from .causal_lm import CausalLM
 from .classifier import make_scores
 from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
+from .probe import check_class, probe_whole
 from .text_part import auto_class, check_attention_error, drop_other_parts, text_body
 
 logger = logging.getLogger("quire.engine")
@@ -76,7 +78,7 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
             hf_config, spec, config, dtype, backend, checkpoint
         )
         facts = weight_facts(model, source_format, config.quantization)
-        cut_model(model, text_body(model), spec.heads, ranks, spec.architecture)
+        expected = _cut(model, spec, ranks, max_model_len)
         model.to(device)
     except QuireError:
         raise
@@ -96,7 +98,7 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
     ranks.meet(backend)
     loaded = CausalLM(
         model,
-        spec.part(ranks),
+        spec.part(ranks.group.size, ranks.ring),
         backend,
         facts,
         can_generate=can_generate,
@@ -106,6 +108,7 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
         adaptable=config.enable_lora,
         ranks=ranks,
         whole_spec=spec,
+        expected=expected,
     )
     if isinstance(spec.classifier, ClassifierSpec):
         loaded.scores = make_scores(spec.classifier, config, loaded.logits)
@@ -147,6 +150,24 @@ def _load(
         if isinstance(module, GroupedLinear):
             module.grouped = module.grouped.to(backend.device)
     return model, has_head, source_format
+
+
+def _cut(model: Any, spec: ModelSpec, ranks: Ranks, max_model_len: int) -> torch.Tensor | None:
+    """Leave this rank's part of the model, in place. Returns what the probe gives with whole
+    layers, on the one rank of those that share them that has to compare it."""
+    group, body = ranks.group, text_body(model)
+    expected = None
+    if ranks.size > 1:
+        model.eval().requires_grad_(False)
+        check_class(model, spec)
+    if ranks.ring is not None:
+        cut_stage(model, body, ranks.ring, spec.architecture)
+    if group.size > 1:
+        if group.rank == 0:
+            _fix_rope(model, max_model_len, spec)
+            expected = probe_whole(model, spec.part(1, ranks.ring), body)
+        cut_tensors(model, body, spec.heads, group, spec.architecture)
+    return expected
 
 
 def _load_weights(

@@ -18,7 +18,7 @@ from .end_tokens import read_end_tokens
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
-    from ..parallel.ranks import Ranks
+    from ..parallel.group import Ring
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -57,10 +57,11 @@ class ModelSpec:
         """The numbers of attention heads."""
         return Heads(self.num_attention_heads, self.num_kv_heads)
 
-    def part(self, ranks: Ranks) -> ModelSpec:
-        """Return the specification of one rank's part of the model."""
-        query, kv = self.heads.of_rank(ranks.group.size)
-        layers = layers_of(ranks.ring, self.num_layers)
+    def part(self, size: int, ring: Ring | None) -> ModelSpec:
+        """Return the specification of one rank's part of the model, if `size` ranks share each
+        layer and `ring` the layers."""
+        query, kv = self.heads.of_rank(size)
+        layers = layers_of(ring, self.num_layers)
         return replace(
             self,
             num_attention_heads=query,

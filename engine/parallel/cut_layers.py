@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .stages import cut_stage, layers_of
+from .stages import layers_of
 from .tensor_plan import COLWISE, EXPERTS, Heads, body_plan, find_cuts
 
 if TYPE_CHECKING:
@@ -84,24 +84,20 @@ class VocabLinear(nn.Module):
         return logits.view(*input.shape[:-1], self.out_features)
 
 
-def cut_model(model: Any, body: nn.Module, heads: Heads, ranks: Ranks, architecture: str) -> None:
-    """Leave this rank's part of a transformers model, in place. `body` is the part of it that text
-    passes through, and `heads` are the whole model's. Raises UnsupportedModelError if a layer
-    cannot be cut."""
-    group = ranks.group
-    if ranks.ring is not None:
-        cut_stage(model, body, ranks.ring, architecture)
-    if group.size > 1:
-        cut_body(body, body_plan(model.config), heads, group, architecture)
-        cut_head(model, group)
-        if heads.kv < group.size:
-            logger.warning(
-                "%d ranks share %d KV heads: each has one, so the KV cache takes %d times as much "
-                "memory in all",
-                group.size,
-                heads.kv,
-                group.size // heads.kv,
-            )
+def cut_tensors(model: Any, body: nn.Module, heads: Heads, group: Group, architecture: str) -> None:
+    """Leave the rank's part of every layer of a transformers model, in place. `body` is the part of
+    it that text passes through, and `heads` are the whole model's. Raises UnsupportedModelError if
+    a layer cannot be cut."""
+    cut_body(body, body_plan(model.config), heads, group, architecture)
+    cut_head(model, group)
+    if heads.kv < group.size:
+        logger.warning(
+            "%d ranks share %d KV heads: each has one, so the KV cache takes %d times as much "
+            "memory in all",
+            group.size,
+            heads.kv,
+            group.size // heads.kv,
+        )
 
 
 def cut_scales(scales: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -20,6 +20,7 @@ from transformers.models.llama import LlamaConfig
 from quire.engine.config import EngineConfig
 from quire.engine.devices.choose import choose_backend
 from quire.engine.errors import ConfigurationError, StartupError, UnsupportedModelError
+from quire.engine.model import loader
 from quire.engine.model.loader import load_model
 from quire.engine.parallel.cut_layers import (
     RowLinear,
@@ -34,7 +35,7 @@ from quire.engine.parallel.tensor_plan import Heads, body_plan, find_cuts
 
 from .. import models
 from ..worker_driver import make_config
-from .thread_ranks import Meeting, Shared, ThreadGroup, ThreadRing, make_ranks
+from .thread_ranks import Meeting, ParallelEngine, Shared, ThreadGroup, ThreadRing, make_ranks
 
 
 def group_of(rank: int, size: int) -> ThreadGroup:
@@ -250,3 +251,34 @@ def test_plans_that_do_not_add_up_are_refused(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         find_cuts(Layer(Attention(*names)), plan, "Odd")
+
+
+class NormedMLP(nn.Module):
+    """An MLP with a norm over its intermediate numbers, of which no rank has all."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.gate_proj(x).sigmoid() * self.up_proj(x)
+        normed: torch.Tensor = self.down_proj(inner / inner.norm(dim=-1, keepdim=True))
+        return normed
+
+
+def test_layers_that_give_something_else_in_parts_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.save_model("llama", tmp_path)
+    read = loader._load
+
+    def load(*arguments: Any) -> Any:
+        model, *others = read(*arguments)
+        for layer in model.model.layers:
+            layer.mlp = NormedMLP(layer.mlp)
+        return model, *others
+
+    monkeypatch.setattr(loader, "_load", load)
+    refused = pytest.raises(UnsupportedModelError, match="do not give the same in parts")
+    with refused, ParallelEngine(tmp_path, tensor_parallel_size=2):
+        pass

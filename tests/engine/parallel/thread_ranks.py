@@ -158,7 +158,14 @@ class ParallelEngine(Engine):
         self.failures: list[BaseException] = []
         self._threads: list[threading.Thread] = []
         self._shared.baton.acquire()
-        super().__init__(folder, None if make_backend is None else make_backend(), **config)
+        try:
+            super().__init__(folder, None if make_backend is None else make_backend(), **config)
+        except BaseException:
+            self._give_up(self.ranks[0])
+            self._shared.baton.release()
+            for thread in self._threads:
+                thread.join(PATIENCE_SECONDS)
+            raise
 
     def make_worker(self, config: EngineConfig, backend: Backend | None) -> Worker:
         for ranks in self.ranks[1:]:
@@ -178,9 +185,13 @@ class ParallelEngine(Engine):
                     worker.follow(plan)
             except BaseException as error:
                 self.failures.append(error)
-                ranks._votes.abort()
-                if isinstance(ranks.group, ThreadGroup):
-                    ranks.group._meeting.abort()
+                self._give_up(ranks)
+
+    def _give_up(self, ranks: ThreadRanks) -> None:
+        """Let nobody wait for these ranks."""
+        ranks._votes.abort()
+        if isinstance(ranks.group, ThreadGroup):
+            ranks.group._meeting.abort()
 
     def __enter__(self) -> ParallelEngine:
         return self
