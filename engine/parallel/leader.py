@@ -58,8 +58,8 @@ class Leader(Collectives):
         self._socket = messages.make_socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         failed = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        watched = self._socket.get_monitor_socket(failed | zmq.EVENT_DISCONNECTED)
         address = self._listen()
+        watched = self._socket.get_monitor_socket(failed | zmq.EVENT_DISCONNECTED)
         self._processes = {
             rank: start_follower(self._launch(rank, address)) for rank in config.ranks_of_node[1:]
         }
@@ -127,7 +127,9 @@ class Leader(Collectives):
             try:
                 host = socket.gethostbyname(self._config.master_addr)
                 self._socket.bind(f"tcp://{host}:{self._config.master_port}")
-            except OSError as error:
+            except (OSError, zmq.ZMQError) as error:
+                self._folder.close()
+                self._socket.close()
                 raise ConfigurationError(
                     f"cannot listen on {shared} for other hosts: {error.strerror or error}"
                 ) from error
