@@ -12,6 +12,7 @@ import torch
 
 from quire.engine.devices.choose import choose_backend
 from quire.engine.devices.cpu.backend import CpuBackend
+from quire.engine.devices.cuda.backend import CudaBackend
 from quire.engine.errors import ConfigurationError
 
 from ..worker_driver import make_config
@@ -58,9 +59,12 @@ def test_no_other_room_checks_the_type_of_a_device() -> None:
 
 
 def test_a_host_with_too_few_gpus_for_its_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    backend = CudaBackend(torch.device("cuda", 1))
     config = make_config(Path("none"), device="cuda", tensor_parallel_size=4)
     with pytest.raises(ConfigurationError, match="4 ranks on this host need as many GPUs, .* 2"):
-        choose_backend(config, 1).check_ranks(config)
-    assert choose_backend(config, 1).device == torch.device("cuda", 1)
+        backend.check_ranks(config)
+    backend.check_ranks(make_config(Path("none"), tensor_parallel_size=4, nnodes=2))
+    assert chosen == [backend.device]
