@@ -38,7 +38,7 @@ LOCKS := $(SUPPLY_CHAIN)/requirements.lock $(SUPPLY_CHAIN)/requirements-cuda.loc
 TOOLS := build/supply-chain
 TOOLS_STAMP := $(TOOLS)/.installed
 
-.PHONY: setup serve smollm2 test test-web test-gpu test-prometheus test-kubernetes clients oldest-triton newest-triton lint types fuzz simulate determinism soak bench docs site lock sbom audit clean
+.PHONY: setup serve smollm2 test test-web test-parallel test-gpu test-prometheus test-kubernetes clients oldest-triton newest-triton lint types fuzz simulate determinism soak bench docs site lock sbom audit clean
 
 setup: $(STAMP)
 
@@ -105,6 +105,10 @@ $(NODE_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
 	touch $@
 
 # Try the page in Chromium, which must be installed, as Node.js must.
+# Groups of processes that run one model: deaths and stops of each rank, and several hosts; some minutes.
+test-parallel: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/parallel tests/engine/parallel/check_groups.py
+
 test-web: $(STAMP) $(WEB_STAMP)
 	$(BIN)/pytest $(WEB)/check_page.py
 

@@ -307,11 +307,12 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _prepare_process(launch: wire.Launch) -> QuietStart:
-    """Set up signals, crash dumps and the log. Return what keeps the log of the start short."""
-    quiet = QuietStart(launch.log_format == "console" and launch.log_level == "info")
+def prepare_process(log_level: str, log_format: LogFormat, source: str) -> QuietStart:
+    """Set up signals, crash dumps, and the log, whose entries name their `source`. Return what
+    keeps the log of the start short."""
+    quiet = QuietStart(log_format == "console" and log_level == "info")
     os.dup2(2, 1)  # whatever a library prints goes to stderr, too
-    if launch.log_format == "json":
+    if log_format == "json":
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are not JSON
     # A terminal's Ctrl-C reaches the whole process group, but the client decides when to stop.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -319,12 +320,12 @@ def _prepare_process(launch: wire.Launch) -> QuietStart:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     handler = stderr_handler()
-    handler.setFormatter(_formatter(launch.log_format))
+    handler.setFormatter(_formatter(log_format, source))
     handler.addFilter(quiet)
     if quiet.is_on:
         # Bars vanish when they are full. tqdm reads its defaults from such variables.
         os.environ.setdefault("TQDM_LEAVE", "")
-    logging.basicConfig(level=launch.log_level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
     return quiet
 
 
@@ -350,9 +351,9 @@ class _ConsoleFormatter(logging.Formatter):
         return super().format(record)
 
 
-def _formatter(log_format: LogFormat) -> logging.Formatter:
+def _formatter(log_format: LogFormat, source: str) -> logging.Formatter:
     if log_format == "json":
-        return JsonFormatter({"source": "engine"})
+        return JsonFormatter({"source": source})
     return _ConsoleFormatter(
         "%(asctime)s [%(lower)s] %(message)s [%(name)s]", datefmt="%Y-%m-%dT%H:%M:%SZ"
     )
@@ -373,7 +374,7 @@ def main() -> int:
     if not line:
         return 0
     launch = msgspec.json.decode(line, type=wire.Launch)
-    quiet = _prepare_process(launch)
+    quiet = prepare_process(launch.log_level, launch.log_format, "engine")
     socket = _bind(launch.address)
     try:
         publisher = make_publisher(launch.config)

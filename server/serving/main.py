@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,8 @@ from ...engine.config import EngineInfo
 from ...engine.errors import ModelLoadError, StartupError
 from ...engine.fleet.directory import LocalEngines
 from ...engine.fleet.fleet_client import FleetClient
+from ...engine.parallel.host import run_host
+from ...engine.process.engine_handle import engine_environment
 from ...engine.process.heap import settle
 from ...engine.process.process_client import ProcessEngineClient
 from ..logs import resolve_format
@@ -63,9 +66,23 @@ def serve(settings: Settings, make_client: MakeClient | None = None) -> None:
     check_threads()
     check_model_files(settings)
     KeySource(settings)  # raises ConfigurationError if the file of keys is broken
+    if settings.engine_config().node_rank > 0:
+        follow(settings)
+        return
     with listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as run:
         check_repositories(settings)
         run.run(_serve(settings, listener, make_client or ProcessEngineClient))
+
+
+def follow(settings: Settings) -> None:
+    """Run the ranks of a host other than 0, which speak no HTTP, until SIGTERM or SIGINT."""
+    config = settings.engine_config()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    environment = engine_environment(os.environ, config.num_threads)
+    log_format = resolve_format(settings.log_format)
+    run_host(config, environment, stop, log_level=settings.log_level, log_format=log_format)
 
 
 def check_model_files(settings: Settings) -> None:
