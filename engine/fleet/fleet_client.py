@@ -15,7 +15,7 @@ import contextlib
 import random
 import time
 from collections import abc
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -33,6 +33,10 @@ from ..request import Request
 from .directory import Directory
 from .fleet_router import FleetRouter
 
+OnRouted = Callable[[int, int], None]
+"""Is told of each request that begins how many cached tokens routing expected, and how many the
+engine found."""
+
 
 class FleetClient:
     """An `EngineClient` over the engines of a directory. For use on one event loop.
@@ -41,8 +45,14 @@ class FleetClient:
     other seeds for the requests that have none.
     """
 
-    def __init__(self, directory: Directory, *, name: str = "") -> None:
+    def __init__(
+        self, directory: Directory, *, name: str = "", on_routed: OnRouted | None = None
+    ) -> None:
         self._name = name
+        self._on_routed = on_routed
+        self._predicted: dict[str, int] = {}
+        """By request id, the cached tokens that routing expects, until the engine says how many it
+        has found."""
         self._streams = StreamTable(self._choose)
         self._router = FleetRouter()
         self._seeds: random.Random | None = None
@@ -91,8 +101,15 @@ class FleetClient:
             self._seeds = random.Random(None if seed is None else f"{seed} {self._name}")
         request = request.with_seed(self._seeds.getrandbits(63))
         async with contextlib.aclosing(self._streams.generate(request)) as outputs:
-            async for output in outputs:
-                yield output
+            try:
+                async for output in outputs:
+                    if output.num_cached_tokens is not None:
+                        predicted = self._predicted.pop(request.request_id, None)
+                        if predicted is not None and self._on_routed is not None:
+                            self._on_routed(predicted, output.num_cached_tokens)
+                    yield output
+            finally:
+                self._predicted.pop(request.request_id, None)
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         self._streams.abort(request_id, choice)
@@ -209,6 +226,8 @@ class FleetClient:
         hashes = self._router.hashes(request)
         choice = self._router.choose(request, hashes, now, names)
         self._router.sent(request, hashes, choice, now)
+        if began_at is None:
+            self._predicted[request.request_id] = choice.predicted_cached_tokens
         request = replace(request, expected_cached_tokens=choice.predicted_cached_tokens)
         return self.members[choice.engine], request
 

@@ -33,7 +33,7 @@ from ..setting_sources import unknown_variables
 from ..settings import DEMO_MODEL_NAME, Settings
 from ..tenants.key_ring import KeySource
 from ..tracing.start import check_tracing
-from .http_server import build_app, make_metrics, uvicorn_server
+from .http_server import build_app, make_metrics, routing_counter, uvicorn_server
 from .listener import address_of, check_tls, listening
 from .start_screen import show_loading, show_ready, terminal
 from .system_limits import check_threads, raise_descriptor_limit
@@ -211,7 +211,7 @@ def _make_engine(settings: Settings, metrics: Metrics, make_client: MakeClient) 
     if settings.data_parallel_size == 1:
         return make(config, observer=metrics)
     engines = LocalEngines(config, settings.data_parallel_size, make, metrics.observer_of)
-    return FleetClient(engines)
+    return FleetClient(engines, on_routed=routing_counter(metrics))
 
 
 async def _ready(engine: Engine, front: Front) -> EngineInfo:
