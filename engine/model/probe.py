@@ -219,7 +219,6 @@ def flatten_if_equal(body: Any, spec: ModelSpec, expected: ProbeResult) -> FlatD
             difference,
         )
         return None
-    logger.info("the layers run as one function")
     return flat
 
 

@@ -106,6 +106,7 @@ class CpuBackend:
         made: Body
         if flat is not None and can_compile(flat):
             made = CpuDecoder(flat, quantization=quantization)
+            logger.info("the layers run as one function")
             logger.info("each step runs as one parallel region of compiled kernels")
         else:
             if number := pack_experts(body, quantization=quantization):

@@ -152,6 +152,8 @@ class CudaBackend:
     ) -> Body:
         for module in (body, head):
             use_products(module, self._kernels)
+        if flat is not None:
+            logger.info("the layers run as one function")
         return HfBody(body) if flat is None else FlatBody(flat, CudaOps.of_step)
 
     def make_adapter_slots(
