@@ -6,15 +6,19 @@ A simulation that finds nothing proves nothing unless it would have found these.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from quire.engine.cache.block_manager import NO_MATCH, BlockManager
 from quire.engine.cache.block_pool import BlockPool
+from quire.engine.core.trials import Trials
 from quire.engine.outputs import RowError, StepOutput
 from quire.engine.process.engine_process import EngineServer
 from quire.engine.process.remote_client import RemoteEngineClient
+from quire.engine.process.stream import Stream
+from quire.engine.process.streams import StreamTable
 from quire.engine.scheduling.drafting import Drafting
 from quire.engine.scheduling.ranked_queue import RankedQueue
 from quire.engine.scheduling.request_table import RequestTable
@@ -199,6 +203,63 @@ def a_token_is_dropped(patch: Patch) -> None:
     patch.setattr(Scheduler, "update_from_output", buggy)
 
 
+def a_moved_request_starts_over(patch: Patch) -> None:
+    continuation = Stream.continuation
+    patch.setattr(Stream, "continuation", lambda self: replace(continuation(self), resume=()))
+
+
+def a_moved_request_forgets_its_last_token(patch: Patch) -> None:
+    continuation = Stream.continuation
+
+    def buggy(self: Stream) -> Any:
+        request = continuation(self)
+        shorter = tuple(tokens and tokens[:-1] for tokens in request.resume)
+        return replace(request, resume=shorter)
+
+    patch.setattr(Stream, "continuation", buggy)
+
+
+def a_choice_that_has_ended_moves_too(patch: Patch) -> None:
+    continuation = Stream.continuation
+
+    def buggy(self: Stream) -> Any:
+        request = continuation(self)
+        return replace(request, resume=tuple(tokens or () for tokens in request.resume))
+
+    patch.setattr(Stream, "continuation", buggy)
+
+
+def a_move_changes_the_seed(patch: Patch) -> None:
+    continuation = Stream.continuation
+
+    def buggy(self: Stream) -> Any:
+        request = continuation(self)
+        params = replace(request.sampling_params, seed=self.moves)
+        return replace(request, sampling_params=params)
+
+    patch.setattr(Stream, "continuation", buggy)
+
+
+def nobody_resumes_what_waits(patch: Patch) -> None:
+    patch.setattr(StreamTable, "resume", lambda self: None)
+
+
+def deaths_are_not_counted(patch: Patch) -> None:
+    patch.setattr(StreamTable, "begun", lambda self, request_ids: None)
+
+
+def suspects_begin_together(patch: Patch) -> None:
+    patch.setattr(Trials, "admits", lambda self, request: True)
+
+
+def a_trial_never_ends(patch: Patch) -> None:
+    patch.setattr(Trials, "observe", lambda self, outputs: None)
+
+
+def a_moved_request_may_wait_for_ever(patch: Patch) -> None:
+    patch.setattr(Stream, "limit", lambda self, now: None)
+
+
 BUGS = {
     a_free_is_skipped: "check_integrity",
     a_block_is_freed_while_it_is_shared: "",
@@ -216,6 +277,15 @@ BUGS = {
     an_abort_ends_another_request: "nobody asked for it",
     a_wrong_draft_is_accepted: "",
     a_token_is_dropped: "",
+    a_moved_request_starts_over: " got ",
+    a_moved_request_forgets_its_last_token: " got ",
+    a_choice_that_has_ended_moves_too: "goes on after its end",
+    a_move_changes_the_seed: "another seed",
+    nobody_resumes_what_waits: "",
+    deaths_are_not_counted: "has killed",
+    suspects_begin_together: "ended with the poison",
+    a_trial_never_ends: "",
+    a_moved_request_may_wait_for_ever: "after its deadline",
 }
 """Each bug, and words of the violation that it leads to."""
 
