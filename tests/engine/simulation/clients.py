@@ -157,6 +157,11 @@ def make_plans(
     if "poison" in swarm:
         number = rng.randrange(num_requests)
         plans[number] = replace(plans[number], is_poison=True)
+        # Those before it come with it, so that they run beside it.
+        for other in range(max(0, number - 5), number):
+            late = plans[number].at - plans[other].at
+            request = plans[other].request.shifted(late)
+            plans[other] = replace(plans[other], at=plans[number].at, request=request)
     return plans
 
 
