@@ -410,7 +410,7 @@ class World:
 
     async def _settle(self, main: ProcessEngineClient) -> None:
         """Wait until all messages have arrived; then nothing may be left of any request."""
-        while main.health().alive and not main.health().ready:
+        while main.status.state not in (State.READY, State.FAILED):
             await asyncio.sleep(1.0)
         await asyncio.sleep(10.0)
         for client in [main, *(worker.client for worker in self._workers)]:
