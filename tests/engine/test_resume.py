@@ -408,6 +408,7 @@ def test_times_of_a_moved_request_are_in_order(told: Timings, expected: Timings)
         )
     )
     stream.moves, stream.scheduled = 1, 1.5
-    stream.take(SequenceOutput("moved~1", 0, [9], finish_reason="length", timings=told))
+    tokens = [] if told.first_token is None else [9]
+    stream.take(SequenceOutput("moved~1", 0, tokens, finish_reason="abort", timings=told))
     (output,) = stream.items
     assert isinstance(output, SequenceOutput) and output.timings == expected
