@@ -291,7 +291,7 @@ BUGS = {
     nobody_resumes_what_waits: "",
     deaths_are_not_counted: "has killed",
     suspects_begin_together: "ended with the poison",
-    a_trial_never_ends: "",
+    a_trial_never_ends: "never ends",
     a_moved_request_may_wait_for_ever: "after its deadline",
 }
 """Each bug, and words of the violation that it leads to."""
