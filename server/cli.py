@@ -1,4 +1,4 @@
-"""The command `quire`: `quire serve`, `quire models`, `quire bench` and `quire plan`.
+"""The command `quire`: `quire serve`, `deploy`, `models`, `bench` and `plan`.
 
 The flags of `quire serve` are read off the fields of `Settings` by code of our own rather than by
 pydantic-settings' `CliApp`, which has no argument groups: its `--help` would be one list of 70
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None, make_client: MakeClient | None = None) -
     parser = build_parser(serve_only=argv[:1] == ["serve"])
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(_refusal(unknown, is_serve=parsed.command == "serve"))
+        parser.error(_refusal(unknown, is_serve=parsed.command in ("serve", "deploy")))
     arguments = vars(parsed)
     command = arguments.pop("command")
     if command == "bench":
@@ -51,6 +51,10 @@ def main(argv: list[str] | None = None, make_client: MakeClient | None = None) -
 
         return models_command.run(parsed)
     try:
+        if command == "deploy":
+            from .ray_app import command as deploy
+
+            return deploy.run(arguments)
         settings = load_settings(**arguments)
         # These imports take a second, so they wait until the flags are known to be right.
         from .logs import configure_logging, resolve_format
@@ -84,6 +88,7 @@ def build_parser(*, serve_only: bool = False) -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    _add_settings(serve)
     if not serve_only:
         from . import models_command
         from .bench import command as bench
@@ -92,14 +97,33 @@ def build_parser(*, serve_only: bool = False) -> argparse.ArgumentParser:
         bench.add_parser(commands)
         planning.add_parser(commands)
         models_command.add_parser(commands)
+        _add_deploy(commands)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     fields = Settings.model_fields
-    serve.add_argument("model", nargs="?", metavar="MODEL", help=fields["model"].description)
-    serve.add_argument("--config", metavar="FILE", help=fields["config"].description)
-    groups = {name: serve.add_argument_group(name) for name in GROUPS}
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=fields["model"].description)
+    parser.add_argument("--config", metavar="FILE", help=fields["config"].description)
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for flag in grouped_flags():
         names = (flag.option, *_ALIASES.get(flag.name, ()))
         groups[flag.group].add_argument(*names, **_argument(flag))
-    return parser
+
+
+def _add_deploy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from .ray_app.options import add_flags
+
+    deploy = commands.add_parser(
+        "deploy",
+        help="serve a model on a Ray cluster",
+        description="Serve a model on a Ray cluster, or on this machine as one.",
+        usage="quire deploy [MODEL] [--replicas MIN:MAX] [flags of quire serve]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    add_flags(deploy)
+    _add_settings(deploy)
 
 
 _ALIASES = {"lora": ("--lora-modules",)}

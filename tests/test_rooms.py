@@ -51,8 +51,9 @@ RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
 }
 RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
-RULES["engine.process"] = ENGINE | {"engine.events"}
-RULES["engine.fleet"] = ENGINE | {"engine.process", "engine.cache", "engine.events"}
+RULES["engine.network"] = ENGINE
+RULES["engine.process"] = ENGINE | {"engine.events", "engine.network"}
+RULES["engine.fleet"] = RULES["engine.process"] | {"engine.process", "engine.cache"}
 RULES["engine.plan"] = (
     RULES["engine.core"]
     | RULES["engine.fleet"]
@@ -63,7 +64,7 @@ RULES["engine.plan"] = (
 RULES["engine.bench"] = ENGINE | {"engine.core"}
 GROUND = ENGINE | {"server"}
 RULES["server"] = GROUND | {
-    *("server.serving", "server.bench", "server.text"),
+    *("server.serving", "server.bench", "server.ray_app", "server.text"),
     *("engine.bench", "engine.events", "engine.process", "engine.checkpoints", "engine.model"),
 }
 RULES["server.templates"] = GROUND
@@ -81,6 +82,9 @@ RULES["server.live"] = RULES["server.api"]
 RULES["server.serving"] = RULES["server.dialects"] | {
     *("server.dialects", "server.scoring", "server.live", "engine.checkpoints", "engine.fleet"),
 }
+RULES["server.ray_app"] = RULES["server.serving"] | {
+    *("server.serving", "engine.fleet", "engine.network"),
+}
 RULES["server.web"] = set()
 RULES["server.bench"] = GROUND | {"engine.bench", "engine.plan"}
 """Room → the other rooms that its modules may import."""
@@ -89,6 +93,7 @@ LAZY = {
     ("kernels.cpu", "kernels.cpu.integer"): {"kernels.cpu.ahead"},
     ("server", "server.serving"): {"server.cli"},
     ("server", "server.bench"): {"server.cli"},
+    ("server", "server.ray_app"): {"server.cli"},
     ("server", "engine.bench"): {"server.cli"},
     ("server", "server.text"): {"server.models_command"},
     ("server", "engine.checkpoints"): {"server.models_command"},

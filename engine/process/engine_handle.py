@@ -14,6 +14,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from ..network.keys import require_loopback
 from . import wire
 
 STOP_GRACE_SECONDS = 2.0
@@ -57,8 +58,13 @@ class EngineLink:
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.LINGER, 0)
+        self._configure(address)
         self._socket.connect(address)
         self.send(wire.Hello(wire.PROTOCOL))
+
+    def _configure(self, address: str) -> None:
+        """Set options of the socket before it connects."""
+        require_loopback(address)
 
     def send(self, message: wire.ToEngine) -> None:
         """Send without ever blocking: the socket has no high-water mark."""
