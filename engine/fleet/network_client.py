@@ -37,7 +37,9 @@ class NetworkLink(EngineLink):
         self._keys, self._server_key = keys, endpoint.public_key
         super().__init__(endpoint.address, name)
 
-    def _configure(self, address: str) -> None:
+    has_keys = True
+
+    def _configure(self) -> None:
         socket = self._socket
         socket.set(zmq.CURVE_SERVERKEY, self._server_key.encode())
         socket.set(zmq.CURVE_PUBLICKEY, self._keys.public.encode())

@@ -306,6 +306,7 @@ class EngineServer:
 
 
 def _bind(address: str) -> zmq.SyncSocket:
+    require_loopback(address)
     context: zmq.SyncContext = zmq.Context.instance()
     socket = context.socket(zmq.ROUTER)
     # No high-water mark: beyond one, a ROUTER drops messages.
@@ -313,7 +314,6 @@ def _bind(address: str) -> zmq.SyncSocket:
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.LINGER, 0)
-    require_loopback(address)
     socket.bind(address)
     return socket
 

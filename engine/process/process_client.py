@@ -247,7 +247,8 @@ class ProcessEngineClient(RemoteEngineClient):
                     self._heard = self._heard or not lost
                 case wire.Adapters(_, adapters):
                     self._config = replace(self._config, lora=adapters)
-                case wire.Ready(info, self.endpoint):
+                case wire.Ready(info, endpoint):
+                    self.endpoint = endpoint
                     self._config = _for_restart(self._config, info)
                     if self.on_status is None:
                         engine.hide_socket()
