@@ -150,11 +150,13 @@ def make_application(
         graceful_shutdown_timeout_s=drain,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5,
+        logging_config={"enable_access_log": False},  # each `describe` would be a line
     )
     front = serve.deployment(Front, name="Front").options(
         num_replicas=options.fronts,
         ray_actor_options={"num_cpus": options.front_cpus},
         max_ongoing_requests=100_000,  # the limits are quire's own
+        logging_config={"enable_access_log": False},  # it is quire's own, if asked for
         graceful_shutdown_timeout_s=drain,
         graceful_shutdown_wait_loop_s=0.2,
     )

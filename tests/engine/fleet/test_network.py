@@ -1,0 +1,104 @@
+"""Test links between machines: tcp with keys, and what an engine does when a client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from quire.engine.config import EngineConfig
+from quire.engine.errors import ConfigurationError, EngineNotReadyError
+from quire.engine.fleet.network_client import NetworkEngineClient
+from quire.engine.network.keys import Endpoint, KeyPair, require_loopback
+from quire.engine.process import wire
+from quire.engine.process.engine_handle import EngineLink
+from quire.engine.process.engine_process import _bind
+from quire.engine.process.process_client import ProcessEngineClient
+from quire.engine.process.streams import StreamTable
+
+from .. import fakes
+from ..clients import Observer
+
+
+@pytest.fixture
+async def owner(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ProcessEngineClient]:
+    monkeypatch.setenv("PYTHONPATH", str(Path(fakes.__file__).parent))
+    owner = ProcessEngineClient(
+        EngineConfig(model="fake"),
+        core="fakes:build_core",
+        observer=Observer(),
+        listen="tcp://127.0.0.1:*",
+    )
+    await owner.start()
+    await owner.wait_ready()
+    try:
+        yield owner
+    finally:
+        await owner.close()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def nowhere(request: object, began_at: object) -> tuple[NetworkEngineClient, fakes.Request]:
+    raise EngineNotReadyError("no engine")
+
+
+async def test_only_a_client_with_an_admitted_key_gets_in(owner: ProcessEngineClient) -> None:
+    endpoint = owner.endpoint
+    assert endpoint is not None and endpoint.address.startswith("tcp://127.0.0.1:")
+    keys, strangers = KeyPair.make(), KeyPair.make()
+    owner.send(wire.Admit(keys.public))
+    lost = 0
+
+    def count() -> None:
+        nonlocal lost
+        lost += 1
+
+    # 1. Without its key being admitted, or with another idea of the engine's key, it is refused.
+    other = Endpoint(endpoint.address, KeyPair.make().public)
+    for one, where in ((strangers, endpoint), (keys, other)):
+        client = NetworkEngineClient("stranger", one, None, StreamTable(nowhere))
+        client.on_lost = count
+        client.connect(where, 0)
+        await until(lambda client=client: not client.is_linked)
+        assert not client.is_ready
+        await client.close()
+    assert lost >= 2
+    # 2. An admitted one gets in, and knows the engine.
+    client = NetworkEngineClient("front", keys, None, StreamTable(nowhere))
+    client.connect(endpoint, 0)
+    await until(lambda: client.is_ready)
+    assert client.info.num_blocks == 1000
+    # 3. When it is gone, the engine ends its requests.
+    client.add_request(fakes.make_request(fakes.SLOW, max_tokens=10_000))
+    await until(lambda: (stats := owner.stats()) is not None and stats.num_running == 1)
+    await client.close()
+    assert not client.is_ready and not client.is_linked
+    await until(lambda: (stats := owner.stats()) is not None and stats.num_running == 0)
+
+
+@pytest.mark.parametrize(
+    ("address", "is_refused"),
+    [
+        ("tcp://10.0.0.5:7000", True),
+        ("tcp://0.0.0.0:*", True),
+        ("tcp://[::]:7000", True),
+        ("tcp://quire.example:7000", True),
+        ("tcp://127.0.0.1:7000", False),
+        ("tcp://[::1]:7000", False),
+        ("ipc:///tmp/engine", False),
+    ],
+)
+def test_addresses_of_other_machines_need_keys(address: str, is_refused: bool) -> None:
+    if not is_refused:
+        require_loopback(address)
+        return
+    for use in (require_loopback, EngineLink, _bind):
+        with pytest.raises(ConfigurationError, match="needs keys"):
+            use(address)  # type: ignore[operator]
