@@ -30,6 +30,8 @@ from .serve_engines import ServeEngines, ServeFleet
 
 ANSWER_SECONDS = 5.0
 """Time that the engines' owners get to say where their engines are."""
+UNLISTED_SECONDS = 30.0
+"""Time that Serve leaves its proxies to forget a front, by default, before the front drains."""
 STOP_SECONDS = 15.0
 """Time beyond the drain that a replica gets to end."""
 
@@ -157,7 +159,7 @@ def make_application(
         ray_actor_options={"num_cpus": options.front_cpus},
         max_ongoing_requests=100_000,  # the limits are quire's own
         logging_config={"enable_access_log": False},  # it is quire's own, if asked for
-        graceful_shutdown_timeout_s=drain,
+        graceful_shutdown_timeout_s=drain + UNLISTED_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
     )
     threads = None if needs_gpu else max(1, int(cpus))
