@@ -119,7 +119,6 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
         },
         "refused": {
             "--pipeline-parallel-size": _ONE_DEVICE,
-            "--data-parallel-size": _ONE_DEVICE,
             "--enable-expert-parallel": _ONE_DEVICE,
             "--distributed-executor-backend": _ONE_DEVICE,
             "--headless": _ONE_DEVICE,

@@ -85,9 +85,7 @@ class Metrics:
     ) -> None:
         self._registry = CollectorRegistry()
         self._prefix = prefix
-        self._labels = {"model_name": model_name}
-        if engine is not None:
-            self._labels["engine"] = engine
+        self._labels = {"model_name": model_name} | ({} if engine is None else {"engine": engine})
         self._engines: dict[str, Collector] = {}
         """What is observed of each of several engines."""
         self._last_stats: EngineStats | None = None

@@ -275,3 +275,20 @@ def test_streams_go_on_when_their_engine_is_killed() -> None:
         metrics = server.http.get("/metrics").text
         assert re.search(r"^quire:engine_restarts_total\S* 1.0$", metrics, re.MULTILINE)
         assert server.greedy("Once upon a time", 5)
+
+
+def test_two_engines_say_what_one_says_and_go_on_when_one_is_killed() -> None:
+    with Server() as alone:
+        expected = answers_of(alone)
+    with Server("--data-parallel-size", "2") as server:
+        begun = threading.Barrier(len(MOVED) + 1)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(answers_of, server, begun)
+            begun.wait(60)
+            children = psutil.Process(server.process.pid).children()
+            engines = [one for one in children if ENGINE in one.cmdline()]
+            assert len(engines) == 2
+            engines[0].kill()
+            assert answers.result() == expected
+        state = server.http.get("/debug/engine").json()
+        assert state["health"]["restarts"] == 1 and state["health"]["ready"]

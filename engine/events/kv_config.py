@@ -6,7 +6,7 @@ The flag and its fields are those of vLLM's KVEventsConfig, so that one configur
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..errors import ConfigurationError
@@ -36,22 +36,28 @@ class KVEventsConfig:
     makes it."""
     topic: str = ""
     encoding: EventEncoding = "map"
+    rank: int = 0
+    """The engine's number among those that run side by side, which the server sets."""
 
     @property
     def is_on(self) -> bool:
         """Whether anything is published."""
         return self.enable_kv_cache_events and self.publisher != "null"
 
-    def for_rank(self, rank: int) -> KVEventsConfig:
-        """Return the configuration of the engine with this number, counted from 0, among those that
-        run side by side: its TCP ports are as many higher, as in vLLM."""
-        if rank == 0:
-            return self
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        values["endpoint"] = _of_rank(self.endpoint, rank)
-        if self.replay_endpoint is not None:
-            values["replay_endpoint"] = _of_rank(self.replay_endpoint, rank)
-        return KVEventsConfig(**values)
+    @property
+    def own_endpoint(self) -> str:
+        """The endpoint of the engine with this rank: its TCP port is as much higher, as in vLLM."""
+        return _of_rank(self.endpoint, self.rank)
+
+    @property
+    def own_replay_endpoint(self) -> str | None:
+        """The replay endpoint of the engine with this rank, likewise."""
+        return self.replay_endpoint and _of_rank(self.replay_endpoint, self.rank)
+
+
+def kv_events_of_rank(text: str | None, rank: int) -> str | None:
+    """Return the JSON for the engine with this number, counted from 0, among those side by side."""
+    return None if text is None else json.dumps({**json.loads(text), "rank": rank})
 
 
 def read_kv_events(text: str | None) -> KVEventsConfig:
@@ -106,6 +112,8 @@ def _is_endpoint(value: Any) -> bool:
 
 
 def _of_rank(endpoint: str, rank: int) -> str:
+    if rank == 0:
+        return endpoint
     if endpoint.startswith("ipc://"):
         return f"{endpoint}_dp{rank}"
     host, _, port = endpoint.rpartition(":")

@@ -48,10 +48,8 @@ class KVPublisher:
     """A PUB socket, and a thread that answers requests for past batches. Publishing never waits:
     subscribers that do not keep up miss batches."""
 
-    def __init__(self, config: KVEventsConfig, rank: int = 0) -> None:
-        """`rank` is the engine's number among those that run side by side, counted from 0."""
-        config = config.for_rank(rank)
-        self._config, self._rank = config, rank
+    def __init__(self, config: KVEventsConfig) -> None:
+        self._config = config
         self._topic = config.topic.encode()
         self._encoder = msgspec.msgpack.Encoder()
         self._sequence = 0
@@ -65,11 +63,12 @@ class KVPublisher:
             self._socket = opened.enter_context(context.socket(zmq.PUB))
             self._socket.setsockopt(zmq.SNDHWM, config.hwm)
             self._socket.setsockopt(zmq.LINGER, 0)
-            _open(self._socket, config.endpoint)
-            if config.replay_endpoint is not None:
+            _open(self._socket, config.own_endpoint)
+            replay_endpoint = config.own_replay_endpoint
+            if replay_endpoint is not None:
                 router = opened.enter_context(context.socket(zmq.ROUTER))
                 router.setsockopt(zmq.LINGER, 0)
-                _open(router, config.replay_endpoint, bind=True)
+                _open(router, replay_endpoint, bind=True)
                 self._replay = threading.Thread(
                     target=self._answer_replays, args=(router,), daemon=True, name="kv-event replay"
                 )
@@ -83,7 +82,7 @@ class KVPublisher:
     def publish(self, events: Sequence[BlockEvent]) -> None:
         """Publish a batch of events."""
         encoded = [_encode(event, self._config.encoding) for event in events]
-        payload = self._encoder.encode([time.time(), encoded, self._rank])
+        payload = self._encoder.encode([time.time(), encoded, self._config.rank])
         number = self._sequence.to_bytes(8, "big")
         self._sequence += 1
         with self._lock:

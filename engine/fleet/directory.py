@@ -10,6 +10,7 @@ from typing import Protocol
 
 from ..config import EngineConfig
 from ..errors import ConfigurationError
+from ..events.kv_config import kv_events_of_rank
 from ..process.attached_client import AttachedEngineClient
 from ..process.process_client import ProcessEngineClient
 from ..process.remote_client import EngineObserver, RemoteEngineClient
@@ -50,7 +51,10 @@ class LocalEngines:
     def connect(self, streams: StreamTable) -> dict[str, ProcessEngineClient]:
         return {
             str(index): self._make(
-                self._config,
+                replace(
+                    self._config,
+                    kv_events_config=kv_events_of_rank(self._config.kv_events_config, index),
+                ),
                 observer=self._observers(str(index)),
                 streams=streams,
                 environment=environment,

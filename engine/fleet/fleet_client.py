@@ -220,12 +220,12 @@ class FleetClient:
     async def wait_ready(self) -> EngineInfo:
         """Wait until the first start of every engine has succeeded. Raises StartupError if one
         fails."""
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_result(member.wait_ready())) for member in self.supervised]
-        for task in tasks:
-            error = task.result()
-            if error is not None:
-                raise error
+        tasks = [asyncio.ensure_future(member.wait_ready()) for member in self.supervised]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
         return self.info
 
     async def wait_given_up(self) -> None:
@@ -272,14 +272,6 @@ class FleetClient:
             self._streams.fail_all(
                 EngineDeadError("the engines died while they served the request")
             )
-
-
-async def _result(ready: abc.Awaitable[object]) -> QuireError | None:
-    try:
-        await ready
-    except QuireError as error:
-        return error
-    return None
 
 
 def summed(all_stats: abc.Sequence[EngineStats]) -> EngineStats:

@@ -19,7 +19,8 @@ VERSION = 1
 class Calibration:
     """Step times of one model on one device, with the shape of the engine that was measured.
 
-    `mean_error` and `max_error` say by which share of the measured times the fit is off.
+    `mean_error` and `max_error` say by which share of the measured times the fit is off. `num_left`
+    counts the steps of many rows that there was no time to measure.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Calibration:
     times: FittedTimes
     mean_error: float
     max_error: float
+    num_left: int
     points: tuple[Measured, ...]
 
     def save(self, path: Path) -> None:

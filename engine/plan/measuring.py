@@ -65,17 +65,10 @@ class RecordingWorker:
 
 
 def episodes(info: EngineInfo) -> Iterator[Episode]:
-    """Yield about 30 episodes that an engine can run: decodes of many rows and contexts, chunks of
-    all lengths at several starts, and both together."""
+    """Yield about 30 episodes that an engine can run: chunks of all lengths at several starts,
+    chunks beside decodes, and decodes of many rows and contexts, the most rows last."""
     budget, longest = info.max_num_batched_tokens, info.max_model_len - DECODES - 1
     capacity = info.num_blocks * info.block_size * 3 // 4
-    for rows in ROWS:
-        for context in CONTEXTS:
-            fits = rows * (context + DECODES + info.block_size) <= capacity
-            is_possible = rows <= info.max_num_seqs and context <= longest and fits
-            is_quick = rows * context <= 8 * budget and (rows in EVEN_ROWS or context == 128)
-            if is_possible and is_quick:
-                yield Episode((context,) * rows, DECODES)
     for length in CHUNKS:
         if length <= min(budget, longest, capacity):
             yield Episode((length,), 1)
@@ -84,6 +77,13 @@ def episodes(info: EngineInfo) -> Iterator[Episode]:
     rows = min(16, info.max_num_seqs - 1, capacity // 300)
     if rows > 0 and budget // 2 <= longest:
         yield Episode((128,) * rows + (budget // 2,), DECODES)
+    for rows in ROWS:
+        for context in CONTEXTS:
+            fits = rows * (context + DECODES + info.block_size) <= capacity
+            is_possible = rows <= info.max_num_seqs and context <= longest and fits
+            is_quick = rows * context <= 8 * budget and (rows in EVEN_ROWS or context == 128)
+            if is_possible and is_quick:
+                yield Episode((context,) * rows, DECODES)
 
 
 def calibrate(
@@ -105,19 +105,7 @@ def calibrate(
     runs_ahead = config.async_scheduling
     if runs_ahead is None:
         runs_ahead = info.is_asynchronous
-    found = list(episodes(info))
-    times: dict[StepShape, list[float]] = defaultdict(list)
-    begin = clock()
-    for index, episode in enumerate(found):
-        if clock() - begin > MAX_SECONDS:
-            progress(f"stopped after {index} of {len(found)} episodes: {MAX_SECONDS:g} s passed")
-            break
-        progress(f"{index + 1}/{len(found)}: {len(episode.prompts)} × {episode.prompts[-1]} tokens")
-        for repeat in range(REPEATS + 1):
-            steps = _run(core, recording, info.vocab_size, episode, runs_ahead, clock)
-            if repeat:  # the first run compiles, and touches memory for the first time
-                for shape, seconds in steps:
-                    times[shape].append(seconds)
+    times, num_left = _measure(core, recording, runs_ahead, progress, clock)
     points = tuple(
         Measured(shape, sorted(taken)[len(taken) // 4])
         for shape, taken in sorted(times.items())
@@ -135,15 +123,8 @@ def calibrate(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         weight_bytes=info.weight_bytes,
         kv_bytes_per_token=info.kv_bytes_per_token,
-        shape=EngineShape(
-            num_blocks=info.num_blocks,
-            block_size=info.block_size,
-            max_num_seqs=info.max_num_seqs,
-            max_num_batched_tokens=info.max_num_batched_tokens,
-            max_model_len=info.max_model_len,
-            vocab_size=info.vocab_size,
-            runs_ahead=runs_ahead,
-        ),
+        shape=_shape_of(info, runs_ahead),
+        num_left=num_left,
         times=fitted.times,
         mean_error=fitted.mean_error,
         max_error=fitted.max_error,
@@ -151,10 +132,45 @@ def calibrate(
     )
 
 
+def _measure(
+    core: EngineCore,
+    recording: RecordingWorker,
+    runs_ahead: bool,
+    progress: Callable[[str], None],
+    clock: Callable[[], float],
+) -> tuple[dict[StepShape, list[float]], int]:
+    """Run the episodes; return the seconds that steps of each shape took, and how many episodes
+    there was no time for."""
+    times: dict[StepShape, list[float]] = defaultdict(list)
+    found = list(episodes(core.info))
+    begin = clock()
+    for index, episode in enumerate(found):
+        if clock() - begin > MAX_SECONDS:
+            return times, len(found) - index
+        progress(f"{index + 1}/{len(found)}: {len(episode.prompts)} × {episode.prompts[-1]} tokens")
+        for repeat in range(REPEATS + 1):
+            steps = _run(core, recording, episode, runs_ahead, clock)
+            if repeat:  # the first run compiles, and touches memory for the first time
+                for shape, seconds in steps:
+                    times[shape].append(seconds)
+    return times, 0
+
+
+def _shape_of(info: EngineInfo, runs_ahead: bool) -> EngineShape:
+    return EngineShape(
+        num_blocks=info.num_blocks,
+        block_size=info.block_size,
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_model_len=info.max_model_len,
+        vocab_size=info.vocab_size,
+        runs_ahead=runs_ahead,
+    )
+
+
 def _run(
     core: EngineCore,
     recording: RecordingWorker,
-    vocab_size: int,
     episode: Episode,
     runs_ahead: bool,
     clock: Callable[[], float],
@@ -165,6 +181,7 @@ def _run(
     step's, and the first call, which waits for nothing, has none.
     """
     rng = random.Random(next(_numbers))
+    vocab_size = core.info.vocab_size
     core.reset_prefix_cache()
     for length in episode.prompts:
         core.add_request(

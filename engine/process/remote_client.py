@@ -295,6 +295,7 @@ class RemoteEngineClient:
             self._streams.suspect_all(self)
         if self.on_lost is not None:
             self.on_lost()
+        self._stats = None
         self._streams.detach(self, is_death=not self.is_leaving)
         self._fail_questions(EngineDeadError("the engine died before it answered"))
 

@@ -30,21 +30,17 @@ MAX_MOVES = 4
 die before it can say that it has begun a request."""
 
 Choose = Callable[[Request, EngineInfo | None], tuple[Place, Request]]
+"""Returns the engine for a request, and the request as it is to be sent there, or raises
+EngineNotReadyError. It is also given the facts about the engine that began the request, or None for
+a request that has delivered nothing."""
 
 logger = logging.getLogger("quire.engine.client")
 
 
 class StreamTable:
-    """Distribute the outputs of each step to the streams of their requests. For one event loop.
+    """Distribute the outputs of each step to the streams of their requests. For one event loop."""
 
-    `choose` returns the engine for a request, and the request as it is to be sent there, or raises
-    EngineNotReadyError. It is also given the
-    facts about the engine that began the request, or None for a request that has delivered nothing.
-    """
-
-    def __init__(
-        self, choose: Callable[[Request, EngineInfo | None], tuple[Place, Request]]
-    ) -> None:
+    def __init__(self, choose: Choose) -> None:
         self._choose = choose
         self._streams: dict[str, Stream] = {}
         """All open streams, by their request's id."""

@@ -124,7 +124,7 @@ class FairQueue:
 
         Otherwise its user's next sequence could be admitted before any of it is computed.
         """
-        computed = sequence.num_expected_tokens - (sequence.num_cached_tokens or 0)
+        computed = sequence.num_prompt_tokens - (sequence.num_cached_tokens or 0)
         self._last = self._account(sequence)
         self._last.service += PROMPT_WEIGHT * computed
         self._last.waiting.charge_prompt(sequence)

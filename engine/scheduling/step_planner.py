@@ -80,8 +80,9 @@ class StepPlanner:
         waiting = self._policy.num_tokens
         if plan is not None:
             for row in plan.partial_rows:
-                computed = plan.starts[row] + plan.counts[row]
-                waiting += len(plan.rows[row].token_ids) - computed
+                sequence = plan.rows[row]
+                if sequence.status is SequenceStatus.RUNNING:
+                    waiting += len(sequence.token_ids) - plan.starts[row] - plan.counts[row]
         return waiting
 
     def _schedule_running(self, plan: Plan, budget: int) -> int:

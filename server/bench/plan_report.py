@@ -43,6 +43,7 @@ class Plan:
     layouts: list[PlannedLayout]
 
 
+# Over 50 lines: half of them are the arguments and the fields of the result.
 def make_plan(
     model: str,
     hardware: Hardware,

@@ -175,6 +175,8 @@ def _calibrate(a: argparse.Namespace, model: str) -> int:
         f"the fit is off by {calibration.mean_error:.1%} on average, {calibration.max_error:.1%} "
         f"at most\ncalibration: {path}"
     )
+    if calibration.num_left:
+        print(f"warning: no time for {calibration.num_left} kinds of many rows", file=sys.stderr)
     return 0
 
 

@@ -41,6 +41,7 @@ from .unknown_paths import explain_unknown_paths
 
 EXPOSED_HEADERS = (
     *("x-request-id", "x-quire-ignored-params", "x-quire-prompt-changes", "x-quire-stream-id"),
+    "x-quire-engine",
     *("retry-after", "allow", "accept-encoding", "www-authenticate"),
 )
 """Headers of answers that scripts of an allowed origin may read."""

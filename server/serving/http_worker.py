@@ -61,16 +61,7 @@ async def _run(end: socket.socket) -> int:
     settings = Settings(**setup.settings)
     configure_logging(settings.log_level, resolve_format(settings.log_format), setup.index)
     metrics = make_metrics(settings)
-    attached = AttachedEngines(
-        settings.data_parallel_size, setup.engine_name, lambda engine: metrics
-    )
-    engine: FleetClient | AttachedEngineClient
-    if settings.data_parallel_size == 1:
-        engine = AttachedEngineClient(setup.engine_name, observer=metrics)
-        links = [engine]
-    else:
-        engine = FleetClient(attached, name=setup.engine_name.decode())
-        links = attached.links
+    engine, links = _make_engine(settings, setup.engine_name, metrics)
     loads = memoryview(mmap.mmap(setup.loads, 0)).cast("q")
     siblings = Siblings(setup.index, loads, Path(setup.folder))
     try:
@@ -110,6 +101,18 @@ async def _run(end: socket.socket) -> int:
     await serving
     siblings.close()
     return 0
+
+
+def _make_engine(
+    settings: Settings, name: bytes, metrics: Metrics
+) -> tuple[FleetClient | AttachedEngineClient, list[AttachedEngineClient]]:
+    """Return the client of the engine, or of all of them, and its links to them."""
+    count = settings.data_parallel_size
+    if count == 1:
+        link = AttachedEngineClient(name, observer=metrics)
+        return link, [link]
+    engines = AttachedEngines(count, name, lambda engine: metrics)
+    return FleetClient(engines, name=name.decode()), engines.links
 
 
 async def _obey(

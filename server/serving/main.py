@@ -18,7 +18,7 @@ import uvloop
 from ...engine.checkpoints.gguf_header import read_header
 from ...engine.checkpoints.source import find_source
 from ...engine.config import EngineInfo
-from ...engine.errors import ConfigurationError, StartupError
+from ...engine.errors import StartupError
 from ...engine.fleet.directory import LocalEngines
 from ...engine.fleet.fleet_client import FleetClient
 from ...engine.process.heap import settle
@@ -166,11 +166,6 @@ def _make_engine(settings: Settings, metrics: Metrics, make_client: MakeClient) 
     )
     if settings.data_parallel_size == 1:
         return make(config, observer=metrics)
-    if config.kv_events_config is not None:
-        raise ConfigurationError(
-            "--kv-events-config publishes the blocks of one engine: it does not go with "
-            "--data-parallel-size"
-        )
     engines = LocalEngines(config, settings.data_parallel_size, make, metrics.observer_of)
     return FleetClient(engines)
 

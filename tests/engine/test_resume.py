@@ -339,15 +339,19 @@ async def _moved(
     return outputs
 
 
-def test_a_resumed_choice_is_not_charged_and_finds_its_own_tokens(folder: Path) -> None:
-    core = make_core(folder)
-    (plain, *_) = make_requests(0)
-    resumed = replace(plain, request_id="again", resume=((5, 6, 7),))
+def test_delivered_tokens_are_output_and_are_not_charged_again(folder: Path) -> None:
+    core = make_core(folder, scheduling_policy="fair", speculation="off")
+    plain = replace(make_requests(0)[0], prediction=(), user="a")
+    resumed = replace(plain, request_id="again", resume=((5, 6, 7),), user="b")
     for request in (plain, resumed):
         core.add_request(request)
     outputs = [output for _ in _steps(core) for output in core.step().outputs]
     tokens = [token for one in outputs if one.request_id == "again" for token in one.token_ids]
     assert len(tokens) == plain.sampling_params.max_tokens - 3
+    accounts = core._scheduler.waiting._accounts  # type: ignore[union-attr]
+    cached = {one.num_cached_tokens for one in outputs if one.request_id == "r0"} - {None}
+    charged = len(plain.prompt_token_ids) - min(cached)  # type: ignore[type-var]
+    assert accounts["a"].service - accounts["b"].service == charged + 2 * 3
 
 
 def _steps(core: EngineCore) -> Iterator[None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -14,8 +16,9 @@ import zmq
 from quire.engine.config import EngineConfig
 from quire.engine.errors import StartupError
 from quire.engine.events.block_events import BlocksCleared, BlocksRemoved, BlocksStored
-from quire.engine.events.kv_config import KVEventsConfig
+from quire.engine.events.kv_config import KVEventsConfig, kv_events_of_rank, read_kv_events
 from quire.engine.events.kv_publisher import KVPublisher, make_publisher
+from quire.engine.fleet.directory import LocalEngines
 from quire.engine.process import wire
 
 from ..fleet.local_engine import local_engine
@@ -98,7 +101,7 @@ def published(
         **fields,
     )
     publisher = KVPublisher(config)
-    subscriber = Subscriber(config.endpoint, str(config.replay_endpoint), b"kv@")
+    subscriber = Subscriber(config.own_endpoint, str(config.own_replay_endpoint), b"kv@")
     while not subscriber._sub.poll(20):  # until it has subscribed, it misses what is sent
         publisher.begin()
     while subscriber._sub.poll(50):
@@ -176,11 +179,31 @@ def test_engines_side_by_side_publish_at_addresses_of_their_own(
     tmp_path: Path, scheme: str
 ) -> None:
     base = f"ipc://{tmp_path}/pub" if scheme == "ipc" else "tcp://*:5557"
-    config = KVEventsConfig(enable_kv_cache_events=True, endpoint=base, replay_endpoint=base)
-    assert config.for_rank(0) == config
-    second = config.for_rank(2)
+    text = json.dumps({"endpoint": base, "replay_endpoint": base, "topic": "t"})
+    first, third = (read_kv_events(kv_events_of_rank(text, rank)) for rank in (0, 2))
+    assert (first.own_endpoint, first.own_replay_endpoint) == (base, base)
     expected = f"{base}_dp2" if scheme == "ipc" else "tcp://*:5559"
-    assert (second.endpoint, second.replay_endpoint) == (expected, expected)
+    assert (third.own_endpoint, third.own_replay_endpoint) == (expected, expected)
+    assert third.topic == "t" and kv_events_of_rank(None, 1) is None
+
+
+def test_the_engines_of_a_server_have_ranks() -> None:
+    configs: list[EngineConfig] = []
+    engines = LocalEngines(
+        EngineConfig(model="none", device="cpu", num_threads=1, kv_events_config="{}"),
+        2,
+        lambda config, **options: configs.append(config),  # type: ignore[arg-type]
+        lambda name: None,
+    )
+    engines.connect(mock.sentinel.streams)
+    assert [read_kv_events(one.kv_events_config).rank for one in configs] == [0, 1]
+
+
+def test_a_batch_says_which_engine_it_is_of(tmp_path: Path) -> None:
+    with published(tmp_path, rank=3) as (publisher, subscriber, _):
+        publisher.publish([BlocksCleared()])
+        batch = msgspec.msgpack.decode(subscriber.receive()[2], type=Batch)
+        assert batch.data_parallel_rank == 3
 
 
 def test_an_address_that_cannot_be_bound_is_named(tmp_path: Path) -> None:

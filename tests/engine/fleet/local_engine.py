@@ -58,7 +58,7 @@ class Link:
         self._socket: zmq.SyncSocket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address)
-        self.send(wire.Hello())
+        self.send(wire.Hello(wire.PROTOCOL))
         self.ready = self.receive()
 
     def send(self, message: wire.ToEngine) -> None:

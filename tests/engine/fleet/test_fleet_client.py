@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quire.engine.config import EngineConfig
-from quire.engine.errors import ConfigurationError, EngineNotReadyError
+from quire.engine.errors import ConfigurationError, EngineNotReadyError, StartupError
 from quire.engine.fleet import directory
 from quire.engine.fleet.directory import LocalEngines, divide
 from quire.engine.fleet.fleet_client import FleetClient, summed
@@ -144,6 +144,31 @@ async def test_an_abort_and_a_disconnect_while_no_engine_serves(fleet: FleetClie
     await asyncio.sleep(0.1)
     stats = fleet.stats()
     assert stats is not None and stats.num_running == 0
+
+
+async def test_queued_requests_of_an_engine_that_dies_go_on(fleet: FleetClient) -> None:
+    """An engine that stands still has not begun them, so they are under no suspicion."""
+    for name in fleet.members:
+        os.kill(pid_of(fleet, name), signal.SIGSTOP)
+    requests = [make_request(max_tokens=5) for _ in range(6)]
+    tasks = [asyncio.create_task(collect(fleet, request)) for request in requests]
+    await asyncio.sleep(0.1)
+    for name in fleet.members:
+        os.kill(pid_of(fleet, name), signal.SIGKILL)
+    for request, task in zip(requests, tasks, strict=True):
+        check(request, await asyncio.wait_for(task, 20))
+    assert fleet.health().restarts == COUNT
+
+
+async def test_an_engine_that_cannot_start_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(fakes.__file__).parent))
+    monkeypatch.setattr(directory.os, "sched_getaffinity", lambda pid: range(2))
+    config = EngineConfig(model="broken")
+    fleet = FleetClient(LocalEngines(config, 2, make, lambda _: Observer()))
+    await fleet.start()
+    with pytest.raises(StartupError, match="the weights are broken"):
+        await fleet.wait_ready()
+    await fleet.close()
 
 
 async def test_closing_ends_what_is_open(fleet: FleetClient) -> None:

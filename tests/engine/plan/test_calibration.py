@@ -11,6 +11,7 @@ import pytest
 
 from quire.engine.config import EngineConfig
 from quire.engine.errors import ConfigurationError
+from quire.engine.plan import measuring
 from quire.engine.plan.calibration import Calibration, load_calibration
 from quire.engine.plan.measuring import REPEATS, calibrate
 from quire.engine.plan.planned_engine import PlannedForward, PlannedWorker, VirtualClock
@@ -52,12 +53,19 @@ def measure(runs_ahead: bool) -> Calibration:
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_measuring_finds_the_times_of_a_worker(runs_ahead: bool) -> None:
     found = measure(runs_ahead)
-    assert found.max_error < 1e-6 and len(found.points) > 20
+    assert found.max_error < 1e-6 and len(found.points) > 20 and found.num_left == 0
     for name, seconds in asdict(TIMES).items():
         assert asdict(found.times)[name] == pytest.approx(seconds, rel=1e-3), name
     shape = found.shape
     assert (shape.num_blocks, shape.max_num_seqs, shape.runs_ahead) == (300, 16, runs_ahead)
     assert found.model == "none" and REPEATS > 3
+
+
+def test_what_there_is_no_time_for_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "MAX_SECONDS", 40.0)
+    found = measure(runs_ahead=False)
+    assert 0 < found.num_left < 20 and found.max_error < 1e-6
+    assert any(point.shape.pairs for point in found.points)  # the chunks came first
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ def calibration(tmp_path: Path) -> str:
         times=FittedTimes(base=0.01, token=1e-4, row=0.0, context=0.0, pair=0.0, over=0.0, knee=0),
         mean_error=0.021,
         max_error=0.1,
+        num_left=0,
         points=(Measured(StepShape(1, 1, 1, 0), 0.01),),
     ).save(path)
     return str(path)
