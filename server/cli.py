@@ -111,7 +111,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         groups[flag.group].add_argument(*names, **_argument(flag))
 
 
-def _add_deploy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_deploy(commands: Any) -> None:
     from .ray_app.options import add_flags
 
     deploy = commands.add_parser(

@@ -27,6 +27,7 @@ PUBLIC_MODULES = {
     *("starlette.requests", "starlette.responses", "starlette.types", "structlog.types"),
     *("tokenizers.decoders", "torch.nn.functional", "transformers.utils", "triton.errors"),
     *("triton.language", "triton.language.extra", "zmq.asyncio"),
+    *("ray.serve.config", "ray.serve.handle", "zmq.auth.thread", "zmq.utils.monitor"),
 }
 """Modules below a library's top level that its manual names."""
 

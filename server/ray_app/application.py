@@ -40,6 +40,8 @@ STOP_SECONDS = 15.0
 class Engine:
     """A replica that owns an engine's process. Serve calls its methods."""
 
+    _owner: EngineOwner | None = None
+
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, values: dict[str, Any], core: str, num_threads: int | None, num_peers: int
     ) -> None:
@@ -60,28 +62,31 @@ class Engine:
                 log_format="json",
                 core=core,
             )
-            self._owner = EngineOwner(config, host, make)
-            await self._owner.start()
+            owner = EngineOwner(config, host, make)
+            await owner.start()
         except StartupError as error:
             raise RuntimeError(f"{FAILED} {host}: {error.message}") from None
+        self._owner = owner
 
     async def describe(self, client_key: str) -> Described:
         """Let in a front's client, and say where the engine is."""
+        assert self._owner is not None
         return self._owner.describe(client_key)
 
     async def check_health(self) -> None:
         """Raise if another replica has to take this one's place."""
+        assert self._owner is not None
         self._owner.check()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the engine's load, for `policy.WaitPolicy`."""
+        assert self._owner is not None
         return self._owner.load()
 
     async def __del__(self) -> None:
         """Drain: Serve has told the fronts by now that the engine is leaving."""
-        owner = getattr(self, "_owner", None)
-        if owner is not None:
-            await owner.drain(self._drain_seconds)
+        if self._owner is not None:  # it has started
+            await self._owner.drain(self._drain_seconds)
 
 
 @serve.ingress(None)

@@ -61,7 +61,9 @@ class ServeEngines:
             try:
                 results = await self._ask(self._keys.public)
             except Exception as error:  # the cluster's own trouble: the links do not need it
-                self._log_once("cannot ask which engines there are", str(error))
+                if str(error) not in self._logged:
+                    self._logged.add(str(error))
+                    log.warning("engines_unknown", error=str(error))
             else:
                 self.update(fleet, results)
             await asyncio.sleep(POLL_SECONDS)
@@ -71,7 +73,9 @@ class ServeEngines:
         listed = {one.name: one for one in results if isinstance(one, Described)}
         for name, described in listed.items():
             if (reason := self._refusal(described)) is not None:
-                self._log_once("an engine is refused", f"{name}: {reason}")
+                if name not in self._logged:
+                    self._logged.add(name)
+                    log.warning("engine_refused", engine=name, reason=reason)
                 continue
             if name not in self._links:
                 self._links[name] = self._make(name)
@@ -83,7 +87,7 @@ class ServeEngines:
         if len(listed) < len(results):
             return  # an answer is missing, and it does not say whose
         for name in [name for name in fleet.members if name not in listed]:
-            log.info("an engine is leaving", engine=name)
+            log.info("engine_leaves", engine=name)
             fleet.retire(name)
         for name in [name for name, link in self._links.items() if not link.is_linked]:
             if name not in fleet.members:
@@ -107,11 +111,6 @@ class ServeEngines:
         if described.model != self._model:
             return f"it serves {described.model}, and this front {self._model}"
         return None
-
-    def _log_once(self, event: str, reason: str) -> None:
-        if reason not in self._logged:
-            self._logged.add(reason)
-            log.warning(event, reason=reason)
 
 
 class ServeFleet(FleetClient):

@@ -91,26 +91,31 @@ def until(condition: Callable[[], object], seconds: float = 120) -> None:
         time.sleep(0.2)
 
 
+def command_of(process: psutil.Process) -> list[str]:
+    """Return the words of a process's command; none of one that has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def replicas(name: str) -> list[psutil.Process]:
     """Return the actors' processes of a deployment."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[0].startswith(f"ray::ServeReplica:{NAME}:{name}"):
-                found.append(process)
-        except (psutil.Error, IndexError):
-            continue
-    return found
+    title = f"ray::ServeReplica:{NAME}:{name}"
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if any(word.startswith(title) for word in command_of(process))
+    ]
 
 
 def engines() -> list[psutil.Process]:
     """Return the engines' processes, which actors have started."""
-    found = []
-    for actor in replicas("Engine"):
-        for child in actor.children():
-            if "quire.engine.process.engine_process" in child.cmdline():
-                found.append(child)
-    return found
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "quire.engine.process.engine_process" in command_of(process)
+    ]
 
 
 async def stream(client: httpx.AsyncClient, prompt: str, first: asyncio.Event | None = None) -> str:
