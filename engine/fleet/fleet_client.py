@@ -90,14 +90,17 @@ class FleetClient:
         """Return what keeps an engine from the same work as those that have joined."""
         for name in self._joined:
             return Fingerprint.of(self.members[name].info).difference(Fingerprint.of(info))
-        if self._router.block_size not in (0, info.block_size):
-            return f"its block_size is {info.block_size} instead of {self._router.block_size}"
         return None
 
     def _leave(self, name: str) -> None:
         if name in self._joined:
             self._joined.discard(name)
             self._router.leave(name)
+        if not self._joined:  # the refused are like each other, or the first of them counts
+            for other in list(self.refused):
+                member = self.members[other]
+                if other != name and member.is_ready:
+                    self._join(other, member, member.info)
 
     def _follow(self, name: str, member: RemoteEngineClient) -> None:
         def read(message: wire.FromEngine) -> None:
@@ -109,6 +112,7 @@ class FleetClient:
                     member.send(answer)
 
         def lost() -> None:
+            self.refused.pop(name, None)
             self._leave(name)
 
         member.on_message, member.on_lost = read, lost

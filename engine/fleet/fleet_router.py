@@ -85,7 +85,7 @@ class FleetRouter:
 
     def join(self, engine: str, info: CacheSize) -> wire.WatchBlocks:
         """Let an engine join that is ready, and return the message to send to it."""
-        if self._router is None:
+        if not self._loads:
             self.block_size = info.block_size
             self._router = Router(self._index, info.block_size)
         assert info.block_size == self.block_size, "engines of a fleet have one block size"

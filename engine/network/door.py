@@ -39,7 +39,3 @@ class NetworkDoor:
     def callback(self, domain: str, key: bytes) -> bool:
         """Say whether a client may connect. The authenticator's thread calls it."""
         return key in self._admitted
-
-    def close(self) -> None:
-        """End the authenticator's thread."""
-        self._authenticator.stop()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 from quire.engine.config import EngineConfig
 from quire.engine.errors import ConfigurationError, EngineNotReadyError
 from quire.engine.fleet.network_client import NetworkEngineClient
+from quire.engine.network import keys
 from quire.engine.network.keys import Endpoint, KeyPair, require_loopback
 from quire.engine.process import wire
 from quire.engine.process.engine_handle import EngineLink
@@ -52,8 +56,8 @@ def nowhere(request: object, began_at: object) -> tuple[NetworkEngineClient, fak
 async def test_only_a_client_with_an_admitted_key_gets_in(owner: ProcessEngineClient) -> None:
     endpoint = owner.endpoint
     assert endpoint is not None and endpoint.address.startswith("tcp://127.0.0.1:")
-    keys, strangers = KeyPair.make(), KeyPair.make()
-    owner.send(wire.Admit(keys.public))
+    known, strangers = KeyPair.make(), KeyPair.make()
+    owner.send(wire.Admit(known.public))
     lost = 0
 
     def count() -> None:
@@ -62,7 +66,7 @@ async def test_only_a_client_with_an_admitted_key_gets_in(owner: ProcessEngineCl
 
     # 1. Without its key being admitted, or with another idea of the engine's key, it is refused.
     other = Endpoint(endpoint.address, KeyPair.make().public)
-    for one, where in ((strangers, endpoint), (keys, other)):
+    for one, where in ((strangers, endpoint), (known, other)):
         client = NetworkEngineClient("stranger", one, None, StreamTable(nowhere))
         client.on_lost = count
         client.connect(where, 0)
@@ -71,7 +75,7 @@ async def test_only_a_client_with_an_admitted_key_gets_in(owner: ProcessEngineCl
         await client.close()
     assert lost >= 2
     # 2. An admitted one gets in, and knows the engine.
-    client = NetworkEngineClient("front", keys, None, StreamTable(nowhere))
+    client = NetworkEngineClient("front", known, None, StreamTable(nowhere))
     client.connect(endpoint, 0)
     await until(lambda: client.is_ready)
     assert client.info.num_blocks == 1000
@@ -81,6 +85,25 @@ async def test_only_a_client_with_an_admitted_key_gets_in(owner: ProcessEngineCl
     await client.close()
     assert not client.is_ready and not client.is_linked
     await until(lambda: (stats := owner.stats()) is not None and stats.num_running == 0)
+
+
+async def test_a_silent_machine_is_noticed(
+    owner: ProcessEngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "HEARTBEAT_MS", 100)
+    monkeypatch.setattr(keys, "HEARTBEAT_TIMEOUT_MS", 400)
+    pair = KeyPair.make()
+    owner.send(wire.Admit(pair.public))
+    client = NetworkEngineClient("front", pair, None, StreamTable(nowhere))
+    assert owner.endpoint is not None and owner._engine is not None
+    client.connect(owner.endpoint, 0)
+    await until(lambda: client.is_ready)
+    os.kill(owner._engine.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    await until(lambda: not client.is_linked)
+    assert not client.is_ready and time.monotonic() - began < 3
+    os.kill(owner._engine.pid, signal.SIGCONT)
+    await client.close()
 
 
 @pytest.mark.parametrize(

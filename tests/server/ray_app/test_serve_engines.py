@@ -203,6 +203,11 @@ async def test_other_models_versions_and_fingerprints_are_refused(
     assert logged[model.name] == "it serves other, and this front fake"
     assert logged[old.name].startswith("it is version 0.0.1")
     await check(submit(front, 6, 10))
+    # When all that it knows have left, those that were unlike them take over.
+    cluster.owners.remove(one)
+    await until(lambda: front._joined == {size.name})
+    assert front.info.block_size == 32 and not front.refused
+    await check(submit(front, 2, 10))
 
 
 async def test_an_engine_that_cannot_start_says_why(cluster: Cluster) -> None:
