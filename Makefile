@@ -95,6 +95,7 @@ $(NODE_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
 # Try quire deploy on a Ray cluster of two nodes on this machine. Ray has an environment of its own, on
 # top of the packages of .venv.
 test-ray: $(RAY_STAMP)
+	$(RAY_VENV)/bin/python -m pytest -W default tests/server/ray_app/check_local.py
 	$(RAY_VENV)/bin/python -m pytest -W default tests/server/ray_app/check_ray.py
 
 $(RAY_STAMP): $(STAMP)
