@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import signal
@@ -237,8 +238,21 @@ async def test_the_load_decides_on_the_number_of_engines() -> None:
     assert httpx.get(f"{ADDRESS}/ready").status_code == 200
 
 
+async def test_the_printed_configuration_can_be_deployed() -> None:
+    command = [sys.executable, "-P", "-m", "quire.server.cli", "deploy", "--print"]
+    command += ["--engine-cpus", "0.1", "--front-cpus", "0.1", "--served-model-name", "printed"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (application,) = yaml.safe_load(printed)["applications"]
+    module, _, name = application["import_path"].partition(":")
+    build = getattr(importlib.import_module(module), name)
+    serve.run(build(application["args"]), name=application["name"], route_prefix="/")
+    body = {"model": "printed", "prompt": "What is a", "max_tokens": 5}
+    answer = httpx.post(f"{ADDRESS}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+
+
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    """The command and the cluster's configuration refuse alike; neither leaves a process."""
+    """The node and the reason are named, and nothing stays deployed."""
     command = [sys.executable, "-P", "-m", "quire.server.cli", "deploy", str(tmp_path / "nothing")]
     command += ["--port", str(free_port()), "--ray-address", ray.get_runtime_context().gcs_address]
     command += ["--engine-cpus", "0.1", "--front-cpus", "0.1"]
@@ -246,5 +260,5 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert result.returncode == 1, result.stderr
     assert "nothing" in result.stderr.splitlines()[-1]
     assert result.stderr.splitlines()[-1].startswith("quire: ")
-    printed = subprocess.run([*command[:5], "--print"], capture_output=True, text=True, check=True)
-    assert yaml.safe_load(printed.stdout)["applications"][0]["name"] == NAME
+    assert "on node" in result.stderr.splitlines()[-1]
+    assert NAME not in serve.status().applications
