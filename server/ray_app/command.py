@@ -89,10 +89,12 @@ def _connect(ray: Any, address: str | None) -> bool:
 
 
 def _deploy(serve: Any, options: DeployOptions, settings: Settings) -> None:
-    """Run the application until it serves. Raises StartupError if it cannot."""
+    """Run the application until it serves. Raises StartupError if it cannot; then nothing of it
+    stays, unless it was an update: what is left of the one before goes on to serve."""
     from .application import FAILED, make_application
 
     application = make_application(options, settings)
+    is_update = NAME in serve.status().applications
     try:
         serve.run(application, name=NAME, route_prefix="/")
     except RuntimeError as error:
@@ -101,9 +103,16 @@ def _deploy(serve: Any, options: DeployOptions, settings: Settings) -> None:
         for text in [*texts, str(error)]:
             reason = re.search(re.escape(FAILED) + r"[^\n]*", text)
             if reason is not None:
-                serve.delete(NAME)
                 raise StartupError(reason.group()) from None
         raise StartupError(f"Ray Serve cannot run it: {error}") from error
+    finally:
+        if not is_update and not _is_running(serve):
+            serve.delete(NAME)
+
+
+def _is_running(serve: Any) -> bool:
+    application = serve.status().applications.get(NAME)
+    return application is not None and application.status == "RUNNING"
 
 
 def configuration(options: DeployOptions, settings: Settings) -> str:

@@ -122,6 +122,8 @@ def read_flags(flags: Mapping[str, Any]) -> tuple[DeployOptions, Settings]:
         if getattr(settings, name) != Settings.model_fields[name].default:
             flag = "--" + name.replace("_", "-")
             raise ConfigurationError(f"{flag} does not go with `quire deploy`: {advice}")
+    if settings.port == 0:
+        raise ConfigurationError("--port 0 does not go with `quire deploy`: name the port")
     settings.engine_config()
     return options, settings
 

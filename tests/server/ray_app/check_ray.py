@@ -253,6 +253,7 @@ async def test_the_printed_configuration_can_be_deployed() -> None:
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     """The node and the reason are named, and nothing stays deployed."""
+    serve.delete(NAME)
     command = [sys.executable, "-P", "-m", "quire.server.cli", "deploy", str(tmp_path / "nothing")]
     command += ["--port", str(free_port()), "--ray-address", ray.get_runtime_context().gcs_address]
     command += ["--engine-cpus", "0.1", "--front-cpus", "0.1"]

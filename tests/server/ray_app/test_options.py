@@ -45,6 +45,7 @@ def test_numbers_of_engines(replicas: str, bounds: tuple[int, int]) -> None:
         (["--data-parallel-size", "2"], "--data-parallel-size does not go .* use --replicas"),
         (["--lora-dir", "."], "--lora-dir does not go .* use --lora"),
         (["--kv-events-config", "{}"], "--kv-events-config does not go"),
+        (["--port", "0"], "--port 0 does not go with"),
         (["--max-num-seqs", "0"], "max_num_seqs: Input should be"),
         (["--replica", "2"], "unrecognized arguments: --replica"),
     ],
