@@ -61,9 +61,10 @@ class ServeEngines:
             try:
                 results = await self._ask(self._keys.public)
             except Exception as error:  # the cluster's own trouble: the links do not need it
-                if str(error) not in self._logged:
-                    self._logged.add(str(error))
-                    log.warning("engines_unknown", error=str(error))
+                reason = f"{type(error).__name__}: {error}"
+                if reason not in self._logged:
+                    self._logged.add(reason)
+                    log.warning("engines_unknown", error=reason)
             else:
                 self.update(fleet, results)
             await asyncio.sleep(POLL_SECONDS)
