@@ -9,7 +9,7 @@ from itertools import count
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from ..network.keys import Endpoint, KeyPair, set_heartbeats
+from ..network.keys import HEARTBEAT_TIMEOUT_MS, Endpoint, KeyPair, set_heartbeats
 from ..process import wire
 from ..process.engine_handle import EngineLink
 from ..process.remote_client import EngineObserver, RemoteEngineClient, State
@@ -33,11 +33,11 @@ class NetworkLink(EngineLink):
     with another name.
     """
 
+    has_keys = True
+
     def __init__(self, endpoint: Endpoint, name: bytes, keys: KeyPair) -> None:
         self._keys, self._server_key = keys, endpoint.public_key
         super().__init__(endpoint.address, name)
-
-    has_keys = True
 
     def _configure(self) -> None:
         socket = self._socket
@@ -45,6 +45,7 @@ class NetworkLink(EngineLink):
         socket.set(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
         socket.set(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
         socket.set(zmq.RECONNECT_IVL, -1)
+        socket.set(zmq.CONNECT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         socket.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         set_heartbeats(socket)
         self._monitor = socket.get_monitor_socket(_ENDS)

@@ -146,10 +146,11 @@ def make_application(
     config = settings.engine_config()
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
     needs_gpu = config.device == "cuda" or (config.device == "auto" and bool(cluster.get("GPU")))
+    gpus = settings.tensor_parallel_size if needs_gpu else 0
     cpus = engine_cpus(options, config.num_threads, needs_gpu, cluster.get("CPU", 0.0))
     least = {
         "CPU": cpus * options.min_replicas + options.front_cpus * options.fronts,
-        "GPU": float(needs_gpu) * options.min_replicas,
+        "GPU": float(gpus * options.min_replicas),
     }
     check_resources(options, least, cluster)
     drain = settings.shutdown_timeout + STOP_SECONDS
@@ -158,7 +159,7 @@ def make_application(
         number = {"autoscaling_config": _autoscaling(options)}
     engine = serve.deployment(Engine, name="Engine").options(
         **number,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": int(needs_gpu)},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         graceful_shutdown_timeout_s=drain,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -65,15 +66,19 @@ async def test_only_a_client_with_an_admitted_key_gets_in(owner: ProcessEngineCl
         lost += 1
 
     # 1. Without its key being admitted, or with another idea of the engine's key, it is refused.
+    # Where nobody listens, there is no link either.
     other = Endpoint(endpoint.address, KeyPair.make().public)
-    for one, where in ((strangers, endpoint), (known, other)):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nobody = Endpoint(f"tcp://127.0.0.1:{unused.getsockname()[1]}", endpoint.public_key)
+    for one, where in ((strangers, endpoint), (known, other), (known, nobody)):
         client = NetworkEngineClient("stranger", one, None, StreamTable(nowhere))
         client.on_lost = count
         client.connect(where, 0)
         await until(lambda client=client: not client.is_linked)
         assert not client.is_ready
         await client.close()
-    assert lost >= 2
+    assert lost >= 3
     # 2. An admitted one gets in, and knows the engine.
     client = NetworkEngineClient("front", known, None, StreamTable(nowhere))
     client.connect(endpoint, 0)
