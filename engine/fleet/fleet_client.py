@@ -60,11 +60,11 @@ class FleetClient:
 
     def add(self, name: str, member: RemoteEngineClient) -> None:
         """Let an engine join, with a link that has the streams of the directory's table. One that
-        had retired may come back."""
+        had retired, or was about to, may come back."""
         member.is_leaving = False
         self.members[name] = member
         self._follow(name, member)
-        if member.is_ready:
+        if member.is_ready and name not in self._joined:
             self._join(name, member, member.info)
 
     def retire(self, name: str) -> None:
@@ -75,6 +75,11 @@ class FleetClient:
         member.is_leaving = True
         self.refused.pop(name, None)
         self._leave(name)
+
+    @property
+    def joined(self) -> frozenset[str]:
+        """The names of the engines that get requests."""
+        return frozenset(self._joined)
 
     def _join(self, name: str, member: RemoteEngineClient, info: EngineInfo) -> None:
         self.refused.pop(name, None)

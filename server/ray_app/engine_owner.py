@@ -19,6 +19,9 @@ from .policy import Load
 
 POLL_SECONDS = 0.5
 """How often fronts ask which engines there are."""
+QUIET_POLLS = 6
+"""Polls for which an engine without work waits before it ends: by then, fronts know that it is
+leaving, and have linked to its successor."""
 SPEED_SHARE = 0.05
 """Weight of a step in the average speed."""
 
@@ -138,7 +141,7 @@ class EngineOwner:
         while (passed := time.monotonic() - begin) < seconds and self._client.is_ready:
             stats = self._client.stats()
             is_idle = stats is None or not stats.num_running + stats.num_waiting
-            if is_idle and passed > 2 * POLL_SECONDS:  # by then, fronts know that it is leaving
+            if is_idle and passed > QUIET_POLLS * POLL_SECONDS:
                 break
             await asyncio.sleep(0.1)
         await self._client.close()

@@ -4,8 +4,8 @@
           ◀── where each engine is ──
           ════ requests, tokens ════▶ engines (tcp, CURVE; never through Ray)
 
-An engine that is no longer listed is leaving: it gets no new requests, and its link stays until
-its streams have ended or it has. If asking fails, nothing is concluded from it.
+An engine that is no longer listed is leaving: it gets no new requests if there is another, and its
+link stays until its streams have ended or it has. If asking fails, nothing is concluded from it.
 """
 
 from __future__ import annotations
@@ -80,14 +80,20 @@ class ServeEngines:
                 continue
             if name not in self._links:
                 self._links[name] = self._make(name)
-            if name not in fleet.members:
-                fleet.add(name, self._links[name])
             link = self._links[name]
+            if name not in fleet.members or link.is_leaving:
+                fleet.add(name, link)
             if described.endpoint is not None and not link.is_linked:
                 link.connect(described.endpoint, described.restarts)
         if len(listed) < len(results):
             return  # an answer is missing, and it does not say whose
-        for name in [name for name in fleet.members if name not in listed]:
+        leaving = [name for name in fleet.members if name not in listed]
+        for name in leaving:
+            self._links[name].is_leaving = True
+        if not any(fleet.members[name].is_ready for name in fleet.members.keys() & listed.keys()):
+            # Their successors are not linked yet: until they are, those that still serve go on.
+            leaving = [name for name in leaving if name not in fleet.joined]
+        for name in leaving:
             log.info("engine_leaves", engine=name)
             fleet.retire(name)
         for name in [name for name, link in self._links.items() if not link.is_linked]:

@@ -9,6 +9,7 @@ import asyncio
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -119,9 +120,21 @@ def engines() -> list[psutil.Process]:
     ]
 
 
-async def stream(client: httpx.AsyncClient, prompt: str, first: asyncio.Event | None = None) -> str:
+def num_running() -> float:
+    """Return how many sequences the engines run, as a front's metrics say."""
+    text = httpx.get(f"{ADDRESS}/metrics", timeout=10).text
+    (line,) = re.findall(r"^quire:num_requests_running{model_name=.*$", text, re.M)
+    return float(line.rpartition(" ")[2])
+
+
+async def stream(
+    client: httpx.AsyncClient,
+    prompt: str,
+    first: asyncio.Event | None = None,
+    length: int = LENGTH,
+) -> str:
     """Return the text of a streamed answer; `first` is set when it has begun."""
-    body = {"model": MODEL, "prompt": prompt, "max_tokens": LENGTH, "seed": 7, "temperature": 1}
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": length, "seed": 7, "temperature": 1}
     body |= {"ignore_eos": True, "stream": True}
     pieces = []
     async with client.stream("POST", "/v1/completions", json=body) as answer:
@@ -151,6 +164,13 @@ async def test_answers_stream_and_no_port_is_without_a_key() -> None:
     texts = await references()
     assert all(len(text) > LENGTH / 2 for text in texts.values())
     assert await references() == texts
+    # A client that leaves in the middle is noticed by the engine.
+    task = asyncio.create_task(stream(client(), PROMPTS[0], begun := asyncio.Event(), 3000))
+    await begun.wait()
+    assert num_running() == 1
+    task.cancel()
+    await asyncio.wait({task})
+    await asyncio.to_thread(until, lambda: num_running() == 0, 2)
     # Serve's proxy is one door, and the ports of the fronts, on which it reaches them, are others.
     ports = {PORT}
     for front in replicas("Front"):
