@@ -17,10 +17,12 @@ from quire.engine.errors import ConfigurationError, EngineNotReadyError
 from quire.engine.fleet.network_client import NetworkEngineClient
 from quire.engine.network import keys
 from quire.engine.network.keys import Endpoint, KeyPair, require_loopback
+from quire.engine.outputs import one_token
 from quire.engine.process import wire
 from quire.engine.process.engine_handle import EngineLink
 from quire.engine.process.engine_process import _bind
 from quire.engine.process.process_client import ProcessEngineClient
+from quire.engine.process.stream import MAX_DEATHS
 from quire.engine.process.streams import StreamTable
 
 from .. import fakes
@@ -130,3 +132,42 @@ def test_addresses_of_other_machines_need_keys(address: str, is_refused: bool) -
     for use in (require_loopback, EngineLink, _bind):
         with pytest.raises(ConfigurationError, match="needs keys"):
             use(address)  # type: ignore[operator]
+
+
+class _Place:
+    """An engine that computes nothing."""
+
+    def __init__(self) -> None:
+        self.info = fakes.FakeCore(EngineConfig(model="fake")).info
+        self.requests: list[fakes.Request] = []
+
+    def add_request(self, request: fakes.Request) -> None:
+        self.requests.append(request)
+
+    def abort_request(self, request_id: str, choice: int | None) -> None:
+        raise AssertionError("nothing is aborted")
+
+
+async def test_engines_that_leave_are_no_deaths() -> None:
+    """A stream may outlive any number of drains, and still only so many deaths."""
+    place = _Place()
+    table = StreamTable(lambda request, began_at: (place, request))
+    outputs = []
+
+    async def read() -> None:
+        async for output in table.generate(fakes.make_request(100, max_tokens=1000)):
+            outputs.append(output)
+
+    task = asyncio.create_task(read())
+    await asyncio.sleep(0)
+    leaves, deaths = 12, MAX_DEATHS + 1
+    for turn in range(leaves + deaths):
+        sent = place.requests[-1].request_id
+        table.begun([sent])
+        if turn < leaves:
+            table.deliver([one_token(sent, 0, 100 + turn)])
+        table.detach(place, is_death=turn >= leaves)
+    await task
+    assert place.requests[leaves].resume == (tuple(range(100, 100 + leaves)),)
+    assert len(place.requests) == leaves + deaths
+    assert outputs[-1].error is not None and f"died {deaths} times" in outputs[-1].error.message
