@@ -21,8 +21,10 @@ NAME = "quire"
 IMPORT_PATH = "quire.server.ray_app.application:build"
 """What a configuration for `serve deploy` imports."""
 
+_HA_PROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+"""Variable that turns HAProxy on: an event takes a quarter of the default proxy's time. It opens
+the fronts' ports on all interfaces."""
 _ENVIRONMENT = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # an event takes a quarter of the default proxy's time
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # nobody balances over one machine
     "RAY_USAGE_STATS_ENABLED": "0",
 }
@@ -39,6 +41,8 @@ def run(flags: Mapping[str, Any]) -> int:
         return 0
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if settings.api_key:  # without a key, no port may be open to other machines
+        os.environ.setdefault(_HA_PROXY, "1")
     try:
         import ray
         from ray import serve
