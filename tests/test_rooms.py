@@ -53,8 +53,9 @@ RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
 RULES["engine.parallel"] = RULES["engine.devices"] | {"engine.devices"}
 RULES["engine.model"] = RULES["engine.parallel"] | {"engine.parallel", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
-RULES["engine.process"] = ENGINE | {"engine.events"}
-RULES["engine.fleet"] = ENGINE | {"engine.process", "engine.cache", "engine.events"}
+RULES["engine.network"] = ENGINE
+RULES["engine.process"] = ENGINE | {"engine.events", "engine.network"}
+RULES["engine.fleet"] = RULES["engine.process"] | {"engine.process", "engine.cache"}
 RULES["engine.plan"] = (
     RULES["engine.core"]
     | RULES["engine.fleet"]
@@ -65,7 +66,7 @@ RULES["engine.plan"] = (
 RULES["engine.bench"] = ENGINE | {"engine.core", "engine.flags"}
 GROUND = ENGINE | {"server"}
 RULES["server"] = GROUND | {
-    *("server.serving", "server.bench", "server.commands"),
+    *("server.serving", "server.bench", "server.commands", "server.ray_app"),
     *("engine.bench", "engine.events", "engine.process"),
 }
 RULES["server.templates"] = GROUND
@@ -86,6 +87,9 @@ RULES["server.serving"] = RULES["server.dialects"] | {
     *("server.dialects", "server.scoring", "server.live", "engine.checkpoints", "engine.fleet"),
     "engine.parallel",
 }
+RULES["server.ray_app"] = RULES["server.serving"] | {
+    *("server.serving", "engine.fleet", "engine.network"),
+}
 RULES["server.web"] = set()
 RULES["server.bench"] = GROUND | {"engine.bench", "engine.plan"}
 RULES["server.commands"] = GROUND | {"server.text", "engine.checkpoints", "engine.model"}
@@ -95,6 +99,7 @@ LAZY = {
     ("kernels.cpu", "kernels.cpu.integer"): {"kernels.cpu.ahead"},
     ("server", "server.serving"): {"server.cli"},
     ("server", "server.bench"): {"server.cli"},
+    ("server", "server.ray_app"): {"server.cli"},
     ("server", "engine.bench"): {"server.cli"},
     ("server", "server.commands"): {"server.cli"},
     ("server.commands", "server.text"): {"server.commands.models"},

@@ -33,6 +33,8 @@ from ..errors import QuireError, StartupError
 from ..events.block_events import BlockEvent
 from ..events.block_feed import BlockFeed
 from ..events.kv_publisher import KVPublisher, make_publisher
+from ..network.door import NetworkDoor
+from ..network.keys import require_loopback
 from ..outputs import EngineStats, LiveSnapshot, SequenceOutput, StepOutput
 from ..request import Request
 from . import wire
@@ -108,10 +110,18 @@ class _OpenRequest(NamedTuple):
 
 class EngineServer:
     """Steps one core on behalf of its clients. `socket` is a bound ROUTER; `publisher` gets what
-    happens to the core's blocks."""
+    happens to the core's blocks, and `door` lets in clients of other machines."""
 
-    def __init__(self, socket: zmq.SyncSocket, publisher: KVPublisher | None = None) -> None:
+    def __init__(
+        self,
+        socket: zmq.SyncSocket,
+        publisher: KVPublisher | None = None,
+        door: NetworkDoor | None = None,
+    ) -> None:
         self._socket = socket
+        self._door = door
+        self._unreachable: set[bytes] = set()
+        """Clients of other machines that a message did not reach."""
         self._clients: list[bytes] = []
         self._added: Counter[bytes] = Counter()
         """How many Adds each client has sent."""
@@ -141,6 +151,8 @@ class EngineServer:
             for client, message in self._receive_all():
                 if client not in self._gone:  # it may have died with a message before this one
                     self._handle(core, client, message)
+            while self._unreachable:
+                self._forget(core, self._unreachable.pop())
             if changes.is_reading:
                 changes.finish_read(core.adapters, self._clients)
             if core.has_work:
@@ -195,7 +207,8 @@ class EngineServer:
             self._send(client, wire.encode(wire.StartFailed(StartupError.code, message)))
             return
         self._clients.append(client)
-        greeting = self._failure or wire.Ready(self._core.info)
+        endpoint = None if self._door is None else self._door.endpoint
+        greeting = self._failure or wire.Ready(self._core.info, endpoint)
         self._send(client, wire.encode(greeting))
 
     def _handle(self, core: EngineCoreProtocol, client: bytes, message: wire.ToEngine) -> None:
@@ -226,6 +239,9 @@ class EngineServer:
                 self._blocks.watch(core, client)
             case wire.ClientGone(dead):
                 self._forget(core, dead)
+            case wire.Admit(public_key):
+                if self._door is not None:
+                    self._door.admit(public_key)
 
     def _forget(self, core: EngineCoreProtocol, client: bytes) -> None:
         """Abort the requests of a client that has died."""
@@ -282,10 +298,16 @@ class EngineServer:
         self._send(client, wire.encode(wire.BlocksKnown(sequence, keys)))
 
     def _send(self, client: bytes, message: bytes) -> None:
-        self._socket.send_multipart([client, message])
+        try:
+            self._socket.send_multipart([client, message])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._unreachable.add(client)
 
 
 def _bind(address: str) -> zmq.SyncSocket:
+    require_loopback(address)
     context: zmq.SyncContext = zmq.Context.instance()
     socket = context.socket(zmq.ROUTER)
     # No high-water mark: beyond one, a ROUTER drops messages.
@@ -376,13 +398,14 @@ def main() -> int:
     launch = msgspec.json.decode(line, type=wire.Launch)
     quiet = prepare_process(launch.log_level, launch.log_format, "engine")
     socket = _bind(launch.address)
+    door = None if launch.listen is None else NetworkDoor(socket, launch.listen)
     try:
         publisher = make_publisher(launch.config)
         core = _load_core_factory(launch.core)(launch.config)
     except StartupError as error:
         EngineServer(socket).report_failure(error)
         return 1
-    server = EngineServer(socket, publisher)
+    server = EngineServer(socket, publisher, door)
     settle()
     quiet.is_on = False
     try:

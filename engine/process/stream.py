@@ -88,6 +88,7 @@ class Stream:
         "filled",
         "info",
         "items",
+        "losses",
         "moves",
         "open_choices",
         "place",
@@ -114,7 +115,8 @@ class Stream:
         """Seconds from the request's arrival until an engine first began it."""
         self.aborted: set[int] = set()
         """Choices that their reader has given up, and whose engine was told."""
-        self.moves = self.deaths = 0
+        self.moves = self.losses = self.deaths = 0
+        """How often it has left an engine, how often one that died, and while it was computed."""
         self.timer: asyncio.TimerHandle | None = None
 
     @property
