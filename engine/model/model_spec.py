@@ -16,8 +16,7 @@ from ..errors import (
     check_folder,
     one_line,
 )
-from ..parallel.stages import layers_of
-from ..parallel.tensor_plan import Heads
+from ..parallel.tensor_plan import Heads, layers_of
 from .classifier_layout import read_classifier
 from .embedding_layout import read_embedding
 from .end_tokens import read_end_tokens

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .stages import layers_of
-from .tensor_plan import COLWISE, EXPERTS, Heads, body_plan, find_cuts
+from .tensor_plan import COLWISE, EXPERTS, Heads, body_plan, find_cuts, layers_of
 
 if TYPE_CHECKING:
     from .group import Group

@@ -27,7 +27,8 @@ logger = logging.getLogger("quire.engine")
 
 def main() -> int:
     """Run the follower. Return 0 if it was asked to stop, 1 after a failed start or a crash."""
-    from ..process.engine_process import die_with_parent, prepare_process
+    from ..process.engine_process import die_with_parent
+    from ..process.json_logs import prepare_process
 
     die_with_parent()
     line = sys.stdin.buffer.readline()

@@ -16,14 +16,7 @@ from ..attention.metadata import AttentionMetadata
 from ..body.body import Body, ForwardToLogits
 from ..errors import UnsupportedModelError
 from .group import Ring
-
-
-def layers_of(ring: Ring | None, num_layers: int) -> range:
-    """Return a stage's layers; of uneven shares the first stage has the smaller."""
-    if ring is None:
-        return range(num_layers)
-    stage, size = ring.stage, ring.size
-    return range(stage * num_layers // size, (stage + 1) * num_layers // size)
+from .tensor_plan import layers_of
 
 
 class Given(nn.Module):

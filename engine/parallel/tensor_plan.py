@@ -25,6 +25,8 @@ from ..errors import ConfigurationError, UnsupportedModelError
 if TYPE_CHECKING:
     from torch import nn
 
+    from .group import Ring
+
 COLWISE, ROWWISE, EXPERTS = "colwise", "rowwise", "moe_tp_experts"
 _WHOLE = frozenset({"embedding_rowwise", "replicated_with_grad_allreduce"})
 _OF_EXPERTS = frozenset({"packed_colwise", ROWWISE})
@@ -171,3 +173,11 @@ def _by_parent(cuts: dict[str, str]) -> dict[str, Counter[str]]:
         parent = name.rpartition(".")[0]
         parents.setdefault(parent, Counter())[style] += 1
     return parents
+
+
+def layers_of(ring: Ring | None, num_layers: int) -> range:
+    """Return a stage's layers; of uneven shares the first stage has the smaller."""
+    if ring is None:
+        return range(num_layers)
+    stage, size = ring.stage, ring.size
+    return range(stage * num_layers // size, (stage + 1) * num_layers // size)

@@ -13,11 +13,9 @@ every thread's stack to stderr.
 from __future__ import annotations
 
 import ctypes
-import faulthandler
 import gc
 import importlib
 import logging
-import os
 import signal
 import sys
 import time
@@ -40,7 +38,7 @@ from ..request import Request
 from . import wire
 from .adapter_changes import POLL_MS, AdapterChanges, AdaptersProtocol
 from .heap import settle
-from .json_logs import JsonFormatter, LogFormat, stderr_handler, take_over_libraries
+from .json_logs import prepare_process, take_over_libraries
 from .live_views import LiveViews
 
 PR_SET_PDEATHSIG = 1
@@ -327,58 +325,6 @@ def die_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def prepare_process(log_level: str, log_format: LogFormat, source: str) -> QuietStart:
-    """Set up signals, crash dumps, and the log, whose entries name their `source`. Return what
-    keeps the log of the start short."""
-    quiet = QuietStart(log_format == "console" and log_level == "info")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr, too
-    if log_format == "json":
-        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are not JSON
-    # A terminal's Ctrl-C reaches the whole process group, but the client decides when to stop.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    handler = stderr_handler()
-    handler.setFormatter(_formatter(log_format, source))
-    handler.addFilter(quiet)
-    if quiet.is_on:
-        # Bars vanish when they are full. tqdm reads its defaults from such variables.
-        os.environ.setdefault("TQDM_LEAVE", "")
-    logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
-    return quiet
-
-
-class QuietStart(logging.Filter):
-    """Keeps what the start does from a terminal, where progress bars and the server's own summary
-    tell a person enough; warnings pass. `--log-level debug` shows all of it."""
-
-    def __init__(self, is_on: bool) -> None:
-        super().__init__()
-        self.is_on = is_on
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not self.is_on or record.levelno > logging.INFO
-
-
-class _ConsoleFormatter(logging.Formatter):
-    """Format records as the server's console log does: in UTC, with the level in lower case."""
-
-    converter = staticmethod(time.gmtime)
-
-    def format(self, record: logging.LogRecord) -> str:
-        record.lower = record.levelname.lower()
-        return super().format(record)
-
-
-def _formatter(log_format: LogFormat, source: str) -> logging.Formatter:
-    if log_format == "json":
-        return JsonFormatter({"source": source})
-    return _ConsoleFormatter(
-        "%(asctime)s [%(lower)s] %(message)s [%(name)s]", datefmt="%Y-%m-%dT%H:%M:%SZ"
-    )
 
 
 def _load_core_factory(path: str) -> Callable[[EngineConfig], EngineCoreProtocol]:

@@ -11,5 +11,5 @@ through Ray: they go between fronts and engines over quire's own links.
     command        `quire deploy`
 
 It may import server.serving and all that that imports, engine.fleet and engine.network. Only
-`application` and `command` import Ray, which is the extra `quire[ray]`.
+`application` and `command` import Ray, which is the extra `quire-server[ray]`.
 """

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from ...engine.errors import StartupError
+from ..about import install_extra
 from ..settings import Settings
 from .options import SECRETS, DeployOptions, as_arguments, read_flags
 
@@ -47,9 +48,7 @@ def run(flags: Mapping[str, Any]) -> int:
         import ray
         from ray import serve
     except ImportError as error:
-        raise StartupError(
-            f"`quire deploy` needs Ray: pip install 'quire[ray]' ({error})"
-        ) from None
+        raise StartupError(f"`quire deploy` needs Ray: {install_extra('ray')} ({error})") from None
     is_local = _connect(ray, address)
     try:
         serve.start(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import ConfigurationError
-from ..settings import Settings, load_settings
+from ..settings import Settings, read_settings
 
 SECRETS = ("api_key", "admin_api_key")
 """Settings that `quire deploy --print` leaves out."""
@@ -117,7 +117,7 @@ def read_flags(flags: Mapping[str, Any]) -> tuple[DeployOptions, Settings]:
         options = DeployOptions(**{key: value for key, value in flags.items() if key in names})
     except TypeError as error:
         raise ConfigurationError(f"the options of the deployment are wrong: {error}") from error
-    settings = load_settings(**{key: value for key, value in flags.items() if key not in names})
+    settings = read_settings({key: value for key, value in flags.items() if key not in names})
     for name, advice in _REFUSED.items():
         if getattr(settings, name) != Settings.model_fields[name].default:
             flag = "--" + name.replace("_", "-")
