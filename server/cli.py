@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from .serving.main import MakeClient
 
 
-COMMANDS = ("serve", "chat", "complete", "models", "doctor", "bench", "plan", "completion")
+COMMANDS = (
+    *("serve", "chat", "complete", "models", "doctor", "bench", "plan", "deploy", "completion"),
+)
+_OURS = ("command", "serve_flags")
+"""Names in the parsed command line that are no flags of the command."""
 _WITH_SERVER = ("chat", "complete")
 """Commands that start a server, whose flags stand after --."""
 
@@ -83,6 +87,11 @@ def _run(parsed: argparse.Namespace, make_client: MakeClient | None) -> int:
             from .bench import planning
 
             return planning.run(parsed)
+        case "deploy":
+            from .ray_app import command as deploy
+
+            given = vars(parsed)
+            return deploy.run({name: value for name, value in given.items() if name not in _OURS})
         case "models":
             from .commands import models
 
@@ -152,6 +161,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         "doctor": arguments.add_doctor,
         "bench": _add_bench,
         "plan": _add_plan,
+        "deploy": _add_deploy,
         "completion": arguments.add_completion,
     }
     for name in COMMANDS if command not in COMMANDS else (command,):
@@ -160,7 +170,6 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def _add_serve(commands: Any) -> None:
-    from .commands import completion
 
     serve = commands.add_parser(
         "serve",
@@ -172,22 +181,44 @@ def _add_serve(commands: Any) -> None:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    fields = Settings.model_fields
-    model = serve.add_argument(
-        "model", nargs="?", metavar="MODEL", help=fields["model"].description
-    )
-    completion.with_models(model)
-    serve.add_argument("--config", metavar="FILE", help=fields["config"].description)
+    _add_settings(serve)
     serve.add_argument(
         "--print-config",
         action="store_true",
         help="Print all settings as YAML, with the source of each, and exit.",
     )
-    groups = {name: serve.add_argument_group(name) for name in GROUPS}
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL and the flags of all settings."""
+    from .commands import completion
+
+    fields = Settings.model_fields
+    model = parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help=fields["model"].description
+    )
+    completion.with_models(model)
+    parser.add_argument("--config", metavar="FILE", help=fields["config"].description)
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for flag in grouped_flags():
         names = (flag.option, *_ALIASES.get(flag.name, ()))
         action = groups[flag.group].add_argument(*names, **_argument(flag))
         completion.with_choices(action, _choices(flag.field.annotation))
+
+
+def _add_deploy(commands: Any) -> None:
+    from .ray_app.options import add_flags
+
+    deploy = commands.add_parser(
+        "deploy",
+        help="serve a model on a Ray cluster",
+        description="Serve a model on a Ray cluster, or on this machine as one.",
+        usage="quire deploy [MODEL] [--replicas MIN:MAX] [flags of quire serve]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    add_flags(deploy)
+    _add_settings(deploy)
 
 
 def _add_bench(commands: Any) -> None:
@@ -279,7 +310,7 @@ def _refusal(unknown: list[str], command: str, parser: argparse.ArgumentParser) 
     """Return the message about unknown arguments, with a line of advice for each flag."""
     lines = [f"unrecognized arguments: {' '.join(unknown)}"]
     flags = [word for word in unknown if word.startswith("--")]
-    if command == "serve":
+    if command in ("serve", "deploy"):
         known = ["--config", "--print-config", *(flag.option for flag in grouped_flags())]
         lines += [explain(word, known) for word in flags]
     elif command in _WITH_SERVER and flags:

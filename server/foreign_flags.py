@@ -25,7 +25,7 @@ class ForeignFlag(NamedTuple):
     advice: str
 
 
-_ONE_DEVICE = "one server uses one device; run more servers behind a balancer"
+_ONE_COPY = "experts are cut as other layers are: see --tensor-parallel-size"
 _TEXT_ONLY = "only text is served"
 _OWN_TOKENIZER = "the tokenizer is the one in the model's folder"
 _GRAPHS = "CUDA graphs are captured for all decode batches; --enforce-eager disables them"
@@ -47,8 +47,9 @@ _VLLM_SAME = """
 _SGLANG_SAME = """
     --host --port --api-key --served-model-name --dtype --kv-cache-dtype --trust-remote-code
     --chat-template --reasoning-parser --tool-call-parser --device --log-level --ssl-keyfile
-    --ssl-certfile
+    --ssl-certfile --nnodes --node-rank
 """
+_HOSTS = "--nnodes --node-rank --master-addr --master-port"
 _LLAMA_SAME = "--host --port --api-key --seed --chat-template --pooling"
 
 _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
@@ -60,8 +61,10 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--lora-modules": "NAME=FOLDER each; no JSON",
             "--quantization": "int8 and int4 on the CPU; of quantised checkpoints only GGUF",
             "--kv-events-config": "the same JSON; encoding array for readers of older events",
-            "--tensor-parallel-size": "only 1",
             "--data-parallel-size": "",
+            "--tensor-parallel-size": "",
+            "--pipeline-parallel-size": "one step at a time",
+            **dict.fromkeys(_HOSTS.split(), ""),
             "--allowed-origins": "repeat it for each origin instead of a JSON list",
             "--otlp-traces-endpoint": "OTLP over HTTP only; needs the extra otel",
         },
@@ -113,6 +116,8 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--allowed-headers": "all headers are allowed to --allowed-origins",
             "--h11-max-incomplete-event-size": "headers may have 64 KiB",
             "--h11-max-header-count": "a request may have 100 headers",
+            "--distributed-executor-backend": "ranks are processes of quire's own",
+            "--headless": "a host whose --node-rank is above 0 speaks no HTTP",
             "--max-parallel-loading-workers": "weights are loaded once",
             "--task": "embeddings are served beside generations",
             "--runner": "embeddings are served beside generations",
@@ -120,10 +125,7 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--collect-detailed-traces": "a request's trace has its queue, prefill and decode",
         },
         "refused": {
-            "--pipeline-parallel-size": _ONE_DEVICE,
-            "--enable-expert-parallel": _ONE_DEVICE,
-            "--distributed-executor-backend": _ONE_DEVICE,
-            "--headless": _ONE_DEVICE,
+            "--enable-expert-parallel": _ONE_COPY,
             "--tokenizer": _OWN_TOKENIZER,
             "--tokenizer-mode": _OWN_TOKENIZER,
             "--skip-tokenizer-init": _OWN_TOKENIZER,
@@ -173,8 +175,11 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--random-seed": "--seed",
             "--log-requests": "--enable-log-requests",
             "--watchdog-timeout": "--engine-stall-timeout",
-            "--tp-size": "--tensor-parallel-size, only 1",
-            "--tp": "--tensor-parallel-size, only 1",
+            "--tp-size": "--tensor-parallel-size",
+            "--tp": "--tensor-parallel-size",
+            "--pp-size": "--pipeline-parallel-size",
+            "--dp-size": "--data-parallel-size",
+            "--dist-init-addr": "--master-addr and --master-port",
         },
         "not needed": {
             "--enable-metrics": "/metrics is always served",
@@ -188,8 +193,7 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
         },
         "refused": {
             "--tokenizer-path": _OWN_TOKENIZER,
-            "--dp-size": _ONE_DEVICE,
-            "--ep-size": _ONE_DEVICE,
+            "--ep-size": _ONE_COPY,
         },
     },
     "llama.cpp": {

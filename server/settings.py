@@ -47,7 +47,15 @@ from .setting_types import option as _option
 
 DEMO_MODEL_NAME = "quire-demo"
 
-GROUPS = ("Server", "Model", "KV cache", "Scheduling", "Limits", "Logging and metrics")
+GROUPS = (
+    "Server",
+    "Model",
+    "KV cache",
+    "Scheduling",
+    "Parallelism",
+    "Limits",
+    "Logging and metrics",
+)
 """Headings of `quire serve --help`, in their order."""
 
 
@@ -150,7 +158,6 @@ class Settings(_EngineSettings):
         "Model",
         "Folder below which POST /v1/load_lora_adapter finds adapters; off without it.",
     )
-    tensor_parallel_size: int = _option("Model", "Number of GPUs; only 1 is supported.", 1)
     chat_template: str | None = _option("Model", "Jinja chat template: a file or the text itself.")
     score_template: str | None = _option(
         "Model",
@@ -286,13 +293,6 @@ class Settings(_EngineSettings):
                     f"{origin} is not an origin, such as https://chat.example.com, null or *; "
                     "repeat the flag for each"
                 )
-        return value
-
-    @field_validator("tensor_parallel_size")
-    @classmethod
-    def _one_gpu(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(f"only 1 is supported in this release, not {value}")
         return value
 
     @field_validator("lora")

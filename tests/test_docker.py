@@ -26,6 +26,7 @@ from quire.engine.errors import QuireError
 from quire.engine.outputs import EngineStats, FinishReason, Timings
 from quire.server.histograms import RequestRecord
 from quire.server.metrics import Metrics
+from quire.server.serving.http_server import routing_counter
 from quire.server.settings import Settings, load_settings
 from quire.server.tenants.key_metrics import KeyMetrics
 
@@ -229,6 +230,7 @@ def exported_samples() -> dict[str, set[str]]:
         max_num_seqs=4, max_logprobs=1, eos_token_ids=(), max_loras=1,
     )  # fmt: skip
     metrics.engine_ready(info)
+    routing_counter(metrics)(1, 1)
     metrics.observe_step(EngineStats(*[1] * 12, running_adapters=["a"]))
     metrics.request_rejected("queue_full")
     metrics.request_finished(

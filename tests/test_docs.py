@@ -28,7 +28,11 @@ def test_links_and_flags_exist(path: Path) -> None:
     (commands,) = (
         action.choices for action in build_parser()._actions if isinstance(action.choices, dict)
     )
-    known = {flag for name in ("serve", "plan") for flag in commands[name]._option_string_actions}
+    known = {
+        flag
+        for name in ("serve", "plan", "deploy")
+        for flag in commands[name]._option_string_actions
+    }
     if path.name == "migrating.md":
         known |= {each.flag for each in FOREIGN_FLAGS}
     shown = re.findall(r"(?:quire serve|ARGS=)[^\n`]*", text)

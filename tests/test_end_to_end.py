@@ -292,3 +292,26 @@ def test_two_engines_say_what_one_says_and_go_on_when_one_is_killed() -> None:
             assert answers.result() == expected
         state = server.http.get("/debug/engine").json()
         assert state["health"]["restarts"] == 1 and state["health"]["ready"]
+        _check_predictions(server)
+
+
+def _check_predictions(server: Server) -> None:
+    """A prompt that is sent again goes where its blocks are, and their number was predicted."""
+    body = {"prompt": "Blocks, " * 60, "max_tokens": 1}
+    before = _routed(server)
+    for _ in range(2):
+        server.http.post("/v1/completions", json=body).raise_for_status()
+        time.sleep(0.5)  # the engine's message about its blocks arrives
+    predicted, found, wrong = (b - a for a, b in zip(before, _routed(server), strict=True))
+    assert found >= 100 and abs(predicted - found) <= wrong <= 16  # the last block is partial
+
+
+def _routed(server: Server) -> list[float]:
+    page = server.http.get("/metrics").text
+    names = ("predicted_cached", "cached", "wrong_cached")
+    return [
+        float(line.split()[-1])
+        for name in names
+        for line in page.splitlines()
+        if line.startswith(f"quire:routed_{name}_tokens_total")
+    ]

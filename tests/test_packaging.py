@@ -169,10 +169,16 @@ def test_engine_imports_no_http(path: Path) -> None:
     assert not _roots(path) & (WEB | {"structlog", "quire.server", "quire.configs"})
 
 
+FOLLOWERS = {"messages", "leader", "follower", "follower_process", "launch", "host"}
+"""Modules of engine/parallel that only a model on several devices needs."""
+
+
 @pytest.mark.parametrize("path", _modules("engine"), ids=_name)
 def test_only_the_process_boundary_needs_messaging(path: Path) -> None:
     """The rest runs on a bare GPU machine, without pyzmq and msgspec."""
-    if path.parent.name not in ("process", "events"):
+    is_follower = path.parent.name == "parallel" and path.stem in FOLLOWERS
+    is_link = path.parent.name in ("process", "events", "network") or path.stem == "network_client"
+    if not is_link and not is_follower:
         assert not _roots(path) & IPC
 
 
@@ -208,6 +214,7 @@ def test_every_import_is_a_declared_dependency() -> None:
             "engine/checkpoints": ["gguf", "quantized"],
             "engine/model": ["gguf", "quantized"],
             "server/tracing": ["otel"],
+            "server/ray_app": ["ray"],
         }.items()
     }
     distributions = packages_distributions()

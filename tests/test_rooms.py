@@ -21,7 +21,8 @@ RULES: dict[str, set[str]] = {
     "kernels.cpu.lora": {"kernels.cpu"},
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
-    "engine": set(),
+    "engine": {"engine.flags"},
+    "engine.flags": ENGINE,
     "engine.events": ENGINE,
     "engine.cache": ENGINE | {"engine.events"},
     "engine.checkpoints": ENGINE | {"engine.body"},
@@ -49,10 +50,12 @@ RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
 RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),
 }
-RULES["engine.model"] = RULES["engine.devices"] | {"engine.devices", "engine.checkpoints"}
+RULES["engine.parallel"] = RULES["engine.devices"] | {"engine.devices"}
+RULES["engine.model"] = RULES["engine.parallel"] | {"engine.parallel", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
-RULES["engine.process"] = ENGINE | {"engine.events"}
-RULES["engine.fleet"] = ENGINE | {"engine.process", "engine.cache", "engine.events"}
+RULES["engine.network"] = ENGINE
+RULES["engine.process"] = ENGINE | {"engine.events", "engine.network"}
+RULES["engine.fleet"] = RULES["engine.process"] | {"engine.process", "engine.cache"}
 RULES["engine.plan"] = (
     RULES["engine.core"]
     | RULES["engine.fleet"]
@@ -60,10 +63,10 @@ RULES["engine.plan"] = (
         *("engine.core", "engine.fleet"),
     }
 )
-RULES["engine.bench"] = ENGINE | {"engine.core"}
+RULES["engine.bench"] = ENGINE | {"engine.core", "engine.flags"}
 GROUND = ENGINE | {"server"}
 RULES["server"] = GROUND | {
-    *("server.serving", "server.bench", "server.commands"),
+    *("server.serving", "server.bench", "server.commands", "server.ray_app"),
     *("engine.bench", "engine.events", "engine.process"),
 }
 RULES["server.templates"] = GROUND
@@ -82,6 +85,10 @@ RULES["server.scoring"] = RULES["server.dialects"]
 RULES["server.live"] = RULES["server.api"]
 RULES["server.serving"] = RULES["server.dialects"] | {
     *("server.dialects", "server.scoring", "server.live", "engine.checkpoints", "engine.fleet"),
+    "engine.parallel",
+}
+RULES["server.ray_app"] = RULES["server.serving"] | {
+    *("server.serving", "engine.fleet", "engine.network"),
 }
 RULES["server.web"] = set()
 RULES["server.bench"] = GROUND | {"engine.bench", "engine.plan"}
@@ -92,6 +99,7 @@ LAZY = {
     ("kernels.cpu", "kernels.cpu.integer"): {"kernels.cpu.ahead"},
     ("server", "server.serving"): {"server.cli"},
     ("server", "server.bench"): {"server.cli"},
+    ("server", "server.ray_app"): {"server.cli"},
     ("server", "engine.bench"): {"server.cli"},
     ("server", "server.commands"): {"server.cli"},
     ("server.commands", "server.text"): {"server.commands.models"},
@@ -102,6 +110,10 @@ LAZY = {
     ("engine.process", "engine.core"): {"engine.process.engine_process"},
     ("engine.process", "engine.runner"): {"engine.process.engine_process"},
     ("engine.process", "engine.devices"): {"engine.process.engine_process"},
+    ("engine.parallel", "engine.process"): {
+        *("engine.parallel.leader", "engine.parallel.follower_process"),
+    },
+    ("engine.parallel", "engine.runner"): {"engine.parallel.follower_process"},
     ("engine.bench", "engine.runner"): {"engine.bench.commands"},
     ("server.bench", "engine.runner"): {"server.bench.planning"},
     ("server.bench", "engine.model"): {"server.bench.planning"},

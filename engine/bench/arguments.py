@@ -10,15 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import EngineConfig, EngineFlag, engine_flags
+from ..config import EngineConfig, engine_flags
 from ..errors import ConfigurationError
+from ..flags.flag import EngineFlag
 
 NOT_OFFERED = frozenset(
-    {"seed", "pooling", "max_logprobs", "kv_cache_memory_bytes", "kv_events_config"}
+    {
+        *("seed", "pooling", "max_logprobs", "kv_cache_memory_bytes", "kv_events_config"),
+        *("nnodes", "node_rank", "master_addr", "master_port"),
+    }
 )
 """Fields of EngineConfig without a flag here. `--seed` is the workload's, and also goes to the
-engine; the size of the KV cache is given by `--num-gpu-blocks-override`; the others do not change
-what is measured."""
+engine; several hosts are for `quire serve`; the size of the KV cache is given by
+`--num-gpu-blocks-override`; the others do not change what is measured."""
 
 
 def add_throughput_arguments(parser: argparse.ArgumentParser, model: str | None = None) -> None:

@@ -89,7 +89,6 @@ class StepLoop:
         scheduled = scheduler.schedule()
         if scheduled.new_sequences and self.on_begin is not None:
             self.on_begin([spec.request_id for spec in scheduled.new_sequences])
-        reading = scheduler.rows_that_read(scheduled)
         try:
             if scheduled.drafts and scheduled.rows_to_propose:
                 scheduled = scheduler.with_drafts(scheduled, self._worker.propose(scheduled))

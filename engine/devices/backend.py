@@ -145,6 +145,14 @@ class Backend(Protocol):
         """Raise ConfigurationError, with the reason, if a token that is computed by itself may get
         other bits another time."""
 
+    def check_ranks(self, config: EngineConfig) -> None:
+        """Prepare for one of several ranks, if there are several. Raises ConfigurationError if this
+        host has too few devices for its ranks."""
+
+    @property
+    def collectives(self) -> str:
+        """The backend of torch.distributed for the device's tensors: "nccl" or "gloo"."""
+
     @property
     def multiplies_groups(self) -> bool:
         """Whether linear layers may be GroupedLinear; if not, their weights are made dense."""

@@ -33,8 +33,9 @@ def before_imports(config: EngineConfig) -> None:
     compile_ahead(config)
 
 
-def choose_backend(config: EngineConfig) -> Backend:
+def choose_backend(config: EngineConfig, place: int = 0) -> Backend:
     """Return the backend of `config.device`; "auto" is a GPU if there is one, else the CPU.
+    `place` counts this host's ranks from 0: each has a GPU of its own.
 
     Only the chosen device's modules are imported. Raises ConfigurationError if a GPU is asked for
     and there is none, or if it is too old for the kernels.
@@ -48,7 +49,7 @@ def choose_backend(config: EngineConfig) -> Backend:
         from .cuda.backend import CudaBackend, require_gpu
 
         require_gpu()
-        return CudaBackend()
+        return CudaBackend(torch.device("cuda", place))
     from .cpu.backend import CpuBackend
 
     return CpuBackend()

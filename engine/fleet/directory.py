@@ -87,19 +87,25 @@ def divide(config: EngineConfig, count: int) -> tuple[EngineConfig, list[dict[st
 
     Raises ConfigurationError if the machine has too few GPUs or processors.
     """
+    if config.nnodes > 1:
+        raise ConfigurationError("--data-parallel-size works on one host, not with --nnodes")
+    ranks = config.num_ranks
     devices = [] if config.device == "cpu" else visible_gpus()
     if devices or config.device == "cuda":
-        if count > len(devices):
+        if count * ranks > len(devices):
             raise ConfigurationError(
-                f"--data-parallel-size {count} needs {count} GPUs, but there are {len(devices)}"
+                f"--data-parallel-size {count} needs {count * ranks} GPUs, but there are "
+                f"{len(devices)}"
             )
-        return config, [{"CUDA_VISIBLE_DEVICES": device} for device in devices[:count]]
+        shares = [",".join(devices[at : at + ranks]) for at in range(0, count * ranks, ranks)]
+        return config, [{"CUDA_VISIBLE_DEVICES": share} for share in shares]
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = config.num_threads or (usable or 1) // count
-    if threads < 1 or threads * count > (usable or 1):
+    threads = config.num_threads or (usable or 1) // (count * ranks)
+    needed = max(threads, 1) * count * ranks
+    if needed > (usable or 1):
         raise ConfigurationError(
-            f"--data-parallel-size {count} needs {max(threads, 1) * count} CPUs, but this process "
-            f"may use only {usable}"
+            f"--data-parallel-size {count} needs {needed} CPUs, but this process may use only "
+            f"{usable}"
         )
     return replace(config, num_threads=threads, num_peers=count), [{} for _ in range(count)]
 

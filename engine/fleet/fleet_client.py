@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 from collections import abc
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -33,6 +34,12 @@ from ..request import Request
 from .directory import Directory
 from .fleet_router import FleetRouter
 
+logger = logging.getLogger("quire.engine.client")
+
+OnRouted = Callable[[int, int], None]
+"""Is told of each request that begins how many cached tokens routing expected, and how many the
+engine found."""
+
 
 class FleetClient:
     """An `EngineClient` over the engines of a directory. For use on one event loop.
@@ -41,31 +48,87 @@ class FleetClient:
     other seeds for the requests that have none.
     """
 
-    def __init__(self, directory: Directory, *, name: str = "") -> None:
+    def __init__(
+        self, directory: Directory, *, name: str = "", on_routed: OnRouted | None = None
+    ) -> None:
         self._name = name
+        self._on_routed = on_routed
+        self._predicted: dict[str, int] = {}
+        """By request id, the cached tokens that routing expects, until the engine says how many it
+        has found."""
         self._streams = StreamTable(self._choose)
         self._router = FleetRouter()
         self._seeds: random.Random | None = None
         self._joined: set[str] = set()
+        self.refused: dict[str, str] = {}
+        """Engines that serve and get no requests, because they are not like the others: by name,
+        what is different."""
         self.members = dict(directory.connect(self._streams))
         """The links to the engines, by name."""
         for member_name, member in self.members.items():
             self._follow(member_name, member)
 
+    def add(self, name: str, member: RemoteEngineClient) -> None:
+        """Let an engine join, with a link that has the streams of the directory's table. One that
+        had retired, or was about to, may come back."""
+        member.is_leaving = False
+        self.members[name] = member
+        self._follow(name, member)
+        if member.is_ready and name not in self._joined:
+            self._join(name, member, member.info)
+
+    def retire(self, name: str) -> None:
+        """Send no more requests to an engine, and forget it. What it has begun it goes on with; if
+        it ends before, the rest goes on elsewhere, and no request is suspected to have killed
+        it."""
+        member = self.members.pop(name)
+        member.is_leaving = True
+        self.refused.pop(name, None)
+        self._leave(name)
+
+    @property
+    def joined(self) -> frozenset[str]:
+        """The names of the engines that get requests."""
+        return frozenset(self._joined)
+
+    def _join(self, name: str, member: RemoteEngineClient, info: EngineInfo) -> None:
+        self.refused.pop(name, None)
+        difference = self._difference(info)
+        if difference is not None:
+            logger.error("engine %s is not like the others: %s", name, difference)
+            self.refused[name] = difference
+            return
+        self._joined.add(name)
+        member.send(self._router.join(name, info))
+
+    def _difference(self, info: EngineInfo) -> str | None:
+        """Return what keeps an engine from the same work as those that have joined."""
+        for name in self._joined:
+            return Fingerprint.of(self.members[name].info).difference(Fingerprint.of(info))
+        return None
+
+    def _leave(self, name: str) -> None:
+        if name in self._joined:
+            self._joined.discard(name)
+            self._router.leave(name)
+        if not self._joined:  # the refused are like each other, or the first of them counts
+            for other in list(self.refused):
+                member = self.members[other]
+                if other != name and member.is_ready:
+                    self._join(other, member, member.info)
+
     def _follow(self, name: str, member: RemoteEngineClient) -> None:
         def read(message: wire.FromEngine) -> None:
             if isinstance(message, wire.Ready):
-                self._joined.add(name)
-                member.send(self._router.join(name, message.info))
+                self._join(name, member, message.info)
             elif name in self._joined:
                 answer = self._router.observe(name, message)
                 if answer is not None:
                     member.send(answer)
 
         def lost() -> None:
-            if name in self._joined:
-                self._joined.discard(name)
-                self._router.leave(name)
+            self.refused.pop(name, None)
+            self._leave(name)
 
         member.on_message, member.on_lost = read, lost
         member.on_failed = self._fail_if_none_is_left
@@ -91,8 +154,15 @@ class FleetClient:
             self._seeds = random.Random(None if seed is None else f"{seed} {self._name}")
         request = request.with_seed(self._seeds.getrandbits(63))
         async with contextlib.aclosing(self._streams.generate(request)) as outputs:
-            async for output in outputs:
-                yield output
+            try:
+                async for output in outputs:
+                    if output.num_cached_tokens is not None:
+                        predicted = self._predicted.pop(request.request_id, None)
+                        if predicted is not None and self._on_routed is not None:
+                            self._on_routed(predicted, output.num_cached_tokens)
+                    yield output
+            finally:
+                self._predicted.pop(request.request_id, None)
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         self._streams.abort(request_id, choice)
@@ -109,16 +179,23 @@ class FleetClient:
 
     def snapshots(self) -> AsyncGenerator[LiveSnapshot | None, None]:
         """Yield snapshots of the first engine that serves."""
-        first = next(iter(self._ready() or self.members.values()))
+        first = next(iter(self._ready() or self.members.values()), None)
+        if first is None:
+            raise EngineNotReadyError(self.health().reason)
         return first.snapshots()
 
     def health(self) -> EngineHealth:
         """Return the health of all: the fleet is ready, and alive, if one engine is."""
         healths = {name: member.health() for name, member in self.members.items()}
         bad = [f"engine {name}: {one.reason}" for name, one in healths.items() if not one.ready]
+        bad += [
+            f"engine {name} is not like the others: {how}" for name, how in self.refused.items()
+        ]
+        if not healths:
+            bad = ["no engine has joined"]
         return EngineHealth(
-            any(one.alive for one in healths.values()),
-            any(one.ready for one in healths.values()),
+            not healths or any(one.alive for one in healths.values()),
+            any(one.ready for name, one in healths.items() if name not in self.refused),
             "; ".join(bad) or "ready",
             sum(one.restarts for one in healths.values()),
         )
@@ -209,6 +286,8 @@ class FleetClient:
         hashes = self._router.hashes(request)
         choice = self._router.choose(request, hashes, now, names)
         self._router.sent(request, hashes, choice, now)
+        if began_at is None:
+            self._predicted[request.request_id] = choice.predicted_cached_tokens
         request = replace(request, expected_cached_tokens=choice.predicted_cached_tokens)
         return self.members[choice.engine], request
 

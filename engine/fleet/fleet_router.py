@@ -72,7 +72,8 @@ class FleetRouter:
     def __init__(self, index: KVIndex | None = None) -> None:
         self._index = index or KVIndex()
         self._router: Router | None = None
-        self._block_size = 0
+        self.block_size = 0
+        """Of all engines; 0 before the first has joined."""
         self._loads: dict[str, _Load] = {}
         self._num_blocks: dict[str, int] = {}
         self.predicted_tokens = 0
@@ -84,10 +85,10 @@ class FleetRouter:
 
     def join(self, engine: str, info: CacheSize) -> wire.WatchBlocks:
         """Let an engine join that is ready, and return the message to send to it."""
-        if self._router is None:
-            self._block_size = info.block_size
+        if not self._loads:
+            self.block_size = info.block_size
             self._router = Router(self._index, info.block_size)
-        assert info.block_size == self._block_size, "engines of a fleet have one block size"
+        assert info.block_size == self.block_size, "engines of a fleet have one block size"
         self._index.add_engine(engine)
         self._loads[engine] = _Load()
         self._num_blocks[engine] = info.num_blocks
@@ -114,7 +115,7 @@ class FleetRouter:
         """Return the hashes of the prompt's full blocks, as all engines compute them."""
         if request.adapter is not None:
             return []
-        return prompt_hashes(request.prompt_token_ids, self._block_size, request.cache_salt)
+        return prompt_hashes(request.prompt_token_ids, self.block_size, request.cache_salt)
 
     def choose(
         self,
@@ -139,7 +140,7 @@ class FleetRouter:
         later."""
         self._index.expect(choice.engine, hashes, now)
         cached, length = choice.predicted_cached_tokens, len(request.prompt_token_ids)
-        blocks = -(-length // self._block_size) - cached // self._block_size
+        blocks = -(-length // self.block_size) - cached // self.block_size
         count = request.sampling_params.beam_width or request.sampling_params.n
         self._loads[choice.engine].sent.append(_Sent(length - cached, count, blocks))
 

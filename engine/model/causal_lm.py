@@ -19,12 +19,24 @@ from ..adapters.adapter import LinearShape, find_linears
 from ..adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ..attention.interface import register_attention
 from ..attention.metadata import AttentionMetadata
+from ..body.body import Body
 from ..body.merged_linear import merge_siblings
 from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
+from ..errors import one_line
+from ..parallel.ranks import ALONE, Ranks
+from ..parallel.stages import StageBody
 from .classifier import Scores
 from .model_spec import ModelSpec
-from .probe import bears_rounding, check_class, flatten_if_equal, probe_text, refuse, run_probe
+from .probe import (
+    bears_rounding,
+    check_class,
+    check_parts,
+    flatten_if_equal,
+    probe_text,
+    refuse,
+    run_probe,
+)
 from .text_part import text_body
 
 logger = logging.getLogger("quire.engine")
@@ -47,6 +59,9 @@ class CausalLM:
         kv_must_be_borne: bool = False,
         adaptable: bool = False,
         deterministic: bool = False,
+        ranks: Ranks = ALONE,
+        whole_spec: ModelSpec | None = None,
+        expected: torch.Tensor | None = None,
     ) -> None:
         """Take over a transformers model on the backend's device. Raises UnsupportedModelError,
         naming the reason, if it does not pass the probe.
@@ -56,8 +71,12 @@ class CausalLM:
         `kv_cache_dtype` is by default the model's; if the model must bear the rounding and does
         not, it becomes that. `adaptable` prepares for `enable_adapters`. If `deterministic`, logits
         depend on nothing but their own sequence.
+        Of several `ranks`, the
+        model is this one's part, `spec` describes that part, and `whole_spec` all of it; the probe
+        has to give `expected`.
         """
         self.spec = spec
+        self.whole_spec = whole_spec or spec
         self.weights = weights
         self._backend = backend
         self.can_generate = can_generate
@@ -65,20 +84,31 @@ class CausalLM:
         """Makes the logits of the model's classes, if it has a classifier."""
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.has_ends = ranks.ring is None or ranks.ring.stage == 0
+        """Whether this rank has the embedding and the language-model head."""
         self.num_parameters = weights.num_parameters
         # 1. Probe the model, merge projections that share an input, and flatten the body.
         register_attention()
         check_class(model, spec)
-        whole, probed = probe_text(model, spec)
+        try:
+            whole, probed = probe_text(model, spec)
+        except RuntimeError as error:
+            if ranks.group.size == 1:
+                raise
+            refuse(spec, f"its layers do not run in parts: {one_line(error)}", error)
+        if expected is not None:
+            check_parts(spec, probed.hidden, expected)
         self.kv_cache_dtype = kv_cache_dtype or self.dtype
         is_rounded = kv_must_be_borne and self.kv_cache_dtype != self.dtype
-        if is_rounded and not bears_rounding(model, spec, probed, self.kv_cache_dtype):
-            self.kv_cache_dtype = self.dtype
+        if is_rounded:
+            bears = bears_rounding(model, spec, probed, self.kv_cache_dtype)
+            if not all(vote for (vote,) in ranks.agree([int(bears)])):
+                self.kv_cache_dtype = self.dtype
         body = text_body(model)
         merged = Counter(merge_siblings(body, lambda: run_probe(model, spec, body)))
         for names, count in merged.items():
             logger.info("merged %s (%d times)", ", ".join(names), count)
-        flat = flatten_if_equal(body, spec, probed)
+        flat = flatten_if_equal(body, spec, probed) if ranks.ring is None else None
         self._adaptable: Adaptable | None = None
         if adaptable:
             tokens = len(probed.hidden)
@@ -89,9 +119,10 @@ class CausalLM:
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
         self._head._modules[model.base_model_prefix] = _Passthrough(type(whole.output))
-        self._body = backend.make_body(body, self._head, flat, quantization=quantization)
+        made = backend.make_body(body, self._head, flat, quantization=quantization)
+        self._body: Body = made if ranks.ring is None else StageBody(made, ranks.ring, body)
         # 3. If logits are nothing but one product, call that, or fuse it with the body.
-        self._product = self._check_head(probed.hidden)
+        self._product = self._check_head(probed.hidden) if self.has_ends else None
         fused = None if self._product is None else self._body.fuse_head(self._product)
         self.forward_to_logits = fused or self._forward_then_logits
         """input_ids and positions `[T]`, logit_indices `[R]`, metadata → `forward`'s hidden states,
@@ -147,6 +178,8 @@ class CausalLM:
         if self._product is not None:
             product: torch.Tensor = self._product(hidden)
             return product
+        if not self.has_ends:  # the first stage makes them; these have its shape for rehearsals
+            return hidden.new_zeros(len(hidden), self.spec.vocab_size)
         return self._whole_head(hidden)
 
     def _whole_head(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -22,11 +22,16 @@ from ..errors import (
     UnsupportedModelError,
     one_line,
 )
+from ..parallel.cut_layers import cut_tensors
+from ..parallel.ranks import ALONE, Ranks
+from ..parallel.stages import cut_stage
+from ..parallel.tensor_plan import check_parallel
 from .assemble import assemble, weight_facts
 from .causal_lm import CausalLM
 from .classifier import make_scores
 from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
-from .text_part import auto_class, check_attention_error, drop_other_parts
+from .probe import check_class, probe_whole
+from .text_part import auto_class, check_attention_error, drop_other_parts, text_body
 
 logger = logging.getLogger("quire.engine")
 
@@ -43,16 +48,26 @@ def resolve_dtype(config: EngineConfig, spec: ModelSpec, backend: Backend) -> to
     return dtype
 
 
-def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
+# Over 50 lines: each step hands on most of its values.
+def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> CausalLM:
     """Load `config.model`, or random weights of its shape with load_format "dummy".
 
     Only safetensors and GGUF are read, quantised or not: no pickle, and no code in the folder
-    unless trust_remote_code. Raises ModelLoadError if files are missing, cut or do not match,
-    UnsupportedModelError if the model cannot work here, ConfigurationError if the device cannot.
+    unless trust_remote_code. Of several `ranks`, each keeps its part. Raises ModelLoadError if
+    files are missing, cut or do not match, UnsupportedModelError if the model cannot work here,
+    ConfigurationError if the device cannot.
     """
     checkpoint = open_checkpoint(config)
     hf_config = read_hf_config(config, checkpoint)
     spec = spec_from_hf_config(hf_config, config)
+    check_parallel(
+        config,
+        hf_config,
+        spec.architecture,
+        spec.heads,
+        spec.num_layers,
+        has_own_format=checkpoint is not None,
+    )
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
     kv_cache_dtype = backend.kv_cache_dtype(config, dtype)  # refused before weights are read
@@ -62,6 +77,9 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
         model, can_generate, source_format = _load(
             hf_config, spec, config, dtype, backend, checkpoint
         )
+        facts = weight_facts(model, source_format, config.quantization)
+        expected = _cut(model, spec, ranks, max_model_len)
+        model.to(device)
     except QuireError:
         raise
     except torch.OutOfMemoryError as error:
@@ -71,16 +89,16 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
         raise ModelLoadError(f"cannot load {config.model!r}: {one_line(error)}") from error
     model.eval().requires_grad_(False)
     _fix_rope(model, max_model_len, spec)
-    facts = weight_facts(model, source_format, config.quantization)
     logger.info(
         "%s, computed in %s: %.1f MB of weights",
         facts.source_format,
         facts.computed_format,
         facts.num_bytes / 1e6,
     )
+    ranks.meet(backend)
     loaded = CausalLM(
         model,
-        spec,
+        spec.part(ranks.group.size, ranks.ring),
         backend,
         facts,
         can_generate=can_generate,
@@ -89,6 +107,9 @@ def load_model(config: EngineConfig, backend: Backend) -> CausalLM:
         kv_must_be_borne=config.kv_cache_dtype == "auto",
         adaptable=config.enable_lora,
         deterministic=config.deterministic,
+        ranks=ranks,
+        whole_spec=spec,
+        expected=expected,
     )
     if isinstance(spec.classifier, ClassifierSpec):
         loaded.scores = make_scores(spec.classifier, config, loaded.logits)
@@ -110,8 +131,8 @@ def _load(
     backend: Backend,
     checkpoint: Checkpoint | None,
 ) -> tuple[Any, bool, str]:
-    """Return the model on the backend's device, without parts that text does not pass through;
-    whether its head was in the weights; and the checkpoint's format."""
+    """Return the model, without parts that text does not pass through; whether its head was in the
+    weights; and the checkpoint's format. Weights that were read are in main memory."""
     has_head = True
     if config.load_format == "dummy":
         model, source_format = _build_dummy(hf_config, config, dtype, backend), "random weights"
@@ -136,7 +157,25 @@ def _load(
     for module in model.modules():
         if isinstance(module, GroupedLinear):
             module.grouped = module.grouped.to(backend.device)
-    return model.to(backend.device), has_head, source_format
+    return model, has_head, source_format
+
+
+def _cut(model: Any, spec: ModelSpec, ranks: Ranks, max_model_len: int) -> torch.Tensor | None:
+    """Leave this rank's part of the model, in place. Returns what the probe gives with whole
+    layers, on the one rank of those that share them that has to compare it."""
+    group, body = ranks.group, text_body(model)
+    expected = None
+    if ranks.size > 1:
+        model.eval().requires_grad_(False)
+        check_class(model, spec)
+    if ranks.ring is not None:
+        cut_stage(model, body, ranks.ring, spec.architecture)
+    if group.size > 1:
+        if group.rank == 0:
+            _fix_rope(model, max_model_len, spec)
+            expected = probe_whole(model, spec.part(1, ranks.ring), body)
+        cut_tensors(model, body, spec.heads, group, spec.architecture)
+    return expected
 
 
 def _load_weights(
@@ -191,8 +230,9 @@ def _may_lack_head(spec: ModelSpec) -> bool:
 
 def _build_dummy(hf_config: Any, config: EngineConfig, dtype: torch.dtype, backend: Backend) -> Any:
     """Build a model of the real shape with the family's own random initialisation, on the
-    device."""
-    with torch.random.fork_rng(devices=backend.random_devices), backend.device:
+    device, or in main memory if the device gets only a part of it."""
+    place = backend.device if config.num_ranks == 1 else torch.device("cpu")
+    with torch.random.fork_rng(devices=backend.random_devices), place:
         torch.manual_seed(config.seed or 0)
         return _build(hf_config, config, dtype)
 

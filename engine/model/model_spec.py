@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.quantized_config import check_method
@@ -16,12 +16,14 @@ from ..errors import (
     check_folder,
     one_line,
 )
+from ..parallel.tensor_plan import Heads, layers_of
 from .classifier_layout import read_classifier
 from .embedding_layout import read_embedding
 from .end_tokens import read_end_tokens
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
+    from ..parallel.group import Ring
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -54,6 +56,24 @@ class ModelSpec:
         head's K and V may have `step_bytes` more."""
         size = self.head_dim * element_size + step_bytes
         return 2 * self.num_layers * self.num_kv_heads * size
+
+    @property
+    def heads(self) -> Heads:
+        """The numbers of attention heads."""
+        return Heads(self.num_attention_heads, self.num_kv_heads)
+
+    def part(self, size: int, ring: Ring | None) -> ModelSpec:
+        """Return the specification of one rank's part of the model, if `size` ranks share each
+        layer and `ring` the layers."""
+        query, kv = self.heads.of_rank(size)
+        layers = layers_of(ring, self.num_layers)
+        return replace(
+            self,
+            num_attention_heads=query,
+            num_kv_heads=kv,
+            num_layers=len(layers),
+            windows=self.windows[layers.start : layers.stop],
+        )
 
     def resolve_max_model_len(self, requested: int | None) -> int:
         """Return the context length to serve. Raises ConfigurationError if more is requested than

@@ -110,6 +110,31 @@ def probe_text(model: Any, spec: ModelSpec) -> tuple[ProbeResult, ProbeResult]:
     return whole, text
 
 
+def probe_whole(model: Any, spec: ModelSpec, body: Any) -> torch.Tensor | None:
+    """Return the probe's hidden states by a body in main memory whose layers are about to be cut;
+    None if it does not run there."""
+    try:
+        return run_probe(model, spec, body).hidden
+    except (RuntimeError, NotImplementedError) as error:
+        logger.warning("layers are cut without a comparison: %s", one_line(error))
+        return None
+
+
+def check_parts(spec: ModelSpec, hidden: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise UnsupportedModelError if cut layers do not give the hidden states that whole ones do:
+    a layer may do more with its numbers than its plan knows, such as norm them all."""
+    eps = torch.finfo(expected.dtype).eps  # other kernels than the whole ones' round otherwise
+    tolerance = max(1e-3, 8 * eps * spec.num_layers**0.5)
+    difference = _difference(hidden.cpu(), expected)
+    if not difference <= tolerance:
+        refuse(spec, f"its layers do not give the same in parts (they differ by {difference:.1g})")
+
+
+def _difference(hidden: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative difference of hidden states."""
+    return float((hidden - expected).float().norm() / expected.float().norm())
+
+
 class _Calls(list[LayerCall]):
     """The calls of the layers; K and V are rounded to `kv_dtype` and back, if there is one."""
 
@@ -187,14 +212,13 @@ def flatten_if_equal(body: Any, spec: ModelSpec, expected: ProbeResult) -> FlatD
     # Roundings add up as a random walk does: 1.7% over 32 layers of bfloat16, 5% over 80.
     eps = torch.finfo(expected.hidden.dtype).eps
     tolerance = max(1e-4, 2 * eps * len(flat.layers) ** 0.5)
-    difference = (hidden - expected.hidden).float().norm() / expected.hidden.float().norm()
+    difference = _difference(hidden, expected.hidden)
     if calls != expected.calls or not difference <= tolerance:
         logger.info(
             "the layers run through transformers' code: one function for all differs by %.1g",
             difference,
         )
         return None
-    logger.info("the layers run as one function")
     return flat
 
 

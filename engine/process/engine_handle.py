@@ -14,6 +14,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from ..network.keys import require_loopback
 from . import wire
 
 STOP_GRACE_SECONDS = 2.0
@@ -47,18 +48,27 @@ class EngineLink:
     """A client's socket to the engine at `address`, which need not listen yet.
 
     It sends Hello on creation. `name` is the socket's ZeroMQ identity; if it is None, the engine's
-    socket makes one up.
+    socket makes one up. Raises ConfigurationError if the address is one of a network.
     """
 
+    has_keys = False
+    """Whether it may leave this machine."""
+
     def __init__(self, address: str, name: bytes | None = None) -> None:
+        if not self.has_keys:
+            require_loopback(address)
         self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         if name is not None:
             self._socket.set(zmq.IDENTITY, name)
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.LINGER, 0)
+        self._configure()
         self._socket.connect(address)
         self.send(wire.Hello(wire.PROTOCOL))
+
+    def _configure(self) -> None:
+        """Set more options of the socket before it connects."""
 
     def send(self, message: wire.ToEngine) -> None:
         """Send without ever blocking: the socket has no high-water mark."""

@@ -13,11 +13,9 @@ every thread's stack to stderr.
 from __future__ import annotations
 
 import ctypes
-import faulthandler
 import gc
 import importlib
 import logging
-import os
 import signal
 import sys
 import time
@@ -33,12 +31,14 @@ from ..errors import QuireError, StartupError
 from ..events.block_events import BlockEvent
 from ..events.block_feed import BlockFeed
 from ..events.kv_publisher import KVPublisher, make_publisher
+from ..network.door import NetworkDoor
+from ..network.keys import require_loopback
 from ..outputs import EngineStats, LiveSnapshot, SequenceOutput, StepOutput
 from ..request import Request
 from . import wire
 from .adapter_changes import POLL_MS, AdapterChanges, AdaptersProtocol
 from .heap import settle
-from .json_logs import JsonFormatter, LogFormat, stderr_handler, take_over_libraries
+from .json_logs import prepare_process, take_over_libraries
 from .live_views import LiveViews
 
 PR_SET_PDEATHSIG = 1
@@ -108,10 +108,18 @@ class _OpenRequest(NamedTuple):
 
 class EngineServer:
     """Steps one core on behalf of its clients. `socket` is a bound ROUTER; `publisher` gets what
-    happens to the core's blocks."""
+    happens to the core's blocks, and `door` lets in clients of other machines."""
 
-    def __init__(self, socket: zmq.SyncSocket, publisher: KVPublisher | None = None) -> None:
+    def __init__(
+        self,
+        socket: zmq.SyncSocket,
+        publisher: KVPublisher | None = None,
+        door: NetworkDoor | None = None,
+    ) -> None:
         self._socket = socket
+        self._door = door
+        self._unreachable: set[bytes] = set()
+        """Clients of other machines that a message did not reach."""
         self._clients: list[bytes] = []
         self._added: Counter[bytes] = Counter()
         """How many Adds each client has sent."""
@@ -141,6 +149,8 @@ class EngineServer:
             for client, message in self._receive_all():
                 if client not in self._gone:  # it may have died with a message before this one
                     self._handle(core, client, message)
+            while self._unreachable:
+                self._forget(core, self._unreachable.pop())
             if changes.is_reading:
                 changes.finish_read(core.adapters, self._clients)
             if core.has_work:
@@ -195,7 +205,8 @@ class EngineServer:
             self._send(client, wire.encode(wire.StartFailed(StartupError.code, message)))
             return
         self._clients.append(client)
-        greeting = self._failure or wire.Ready(self._core.info)
+        endpoint = None if self._door is None else self._door.endpoint
+        greeting = self._failure or wire.Ready(self._core.info, endpoint)
         self._send(client, wire.encode(greeting))
 
     def _handle(self, core: EngineCoreProtocol, client: bytes, message: wire.ToEngine) -> None:
@@ -226,6 +237,9 @@ class EngineServer:
                 self._blocks.watch(core, client)
             case wire.ClientGone(dead):
                 self._forget(core, dead)
+            case wire.Admit(public_key):
+                if self._door is not None:
+                    self._door.admit(public_key)
 
     def _forget(self, core: EngineCoreProtocol, client: bytes) -> None:
         """Abort the requests of a client that has died."""
@@ -282,10 +296,16 @@ class EngineServer:
         self._send(client, wire.encode(wire.BlocksKnown(sequence, keys)))
 
     def _send(self, client: bytes, message: bytes) -> None:
-        self._socket.send_multipart([client, message])
+        try:
+            self._socket.send_multipart([client, message])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._unreachable.add(client)
 
 
 def _bind(address: str) -> zmq.SyncSocket:
+    require_loopback(address)
     context: zmq.SyncContext = zmq.Context.instance()
     socket = context.socket(zmq.ROUTER)
     # No high-water mark: beyond one, a ROUTER drops messages.
@@ -307,57 +327,6 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _prepare_process(launch: wire.Launch) -> QuietStart:
-    """Set up signals, crash dumps and the log. Return what keeps the log of the start short."""
-    quiet = QuietStart(launch.log_format == "console" and launch.log_level == "info")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr, too
-    if launch.log_format == "json":
-        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are not JSON
-    # A terminal's Ctrl-C reaches the whole process group, but the client decides when to stop.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    handler = stderr_handler()
-    handler.setFormatter(_formatter(launch.log_format))
-    handler.addFilter(quiet)
-    if quiet.is_on:
-        # Bars vanish when they are full. tqdm reads its defaults from such variables.
-        os.environ.setdefault("TQDM_LEAVE", "")
-    logging.basicConfig(level=launch.log_level.upper(), handlers=[handler], force=True)
-    return quiet
-
-
-class QuietStart(logging.Filter):
-    """Keeps what the start does from a terminal, where progress bars and the server's own summary
-    tell a person enough; warnings pass. `--log-level debug` shows all of it."""
-
-    def __init__(self, is_on: bool) -> None:
-        super().__init__()
-        self.is_on = is_on
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not self.is_on or record.levelno > logging.INFO
-
-
-class _ConsoleFormatter(logging.Formatter):
-    """Format records as the server's console log does: in UTC, with the level in lower case."""
-
-    converter = staticmethod(time.gmtime)
-
-    def format(self, record: logging.LogRecord) -> str:
-        record.lower = record.levelname.lower()
-        return super().format(record)
-
-
-def _formatter(log_format: LogFormat) -> logging.Formatter:
-    if log_format == "json":
-        return JsonFormatter({"source": "engine"})
-    return _ConsoleFormatter(
-        "%(asctime)s [%(lower)s] %(message)s [%(name)s]", datefmt="%Y-%m-%dT%H:%M:%SZ"
-    )
-
-
 def _load_core_factory(path: str) -> Callable[[EngineConfig], EngineCoreProtocol]:
     """Import the function that `path` names as "module:function"."""
     module, _, function = path.partition(":")
@@ -373,15 +342,16 @@ def main() -> int:
     if not line:
         return 0
     launch = msgspec.json.decode(line, type=wire.Launch)
-    quiet = _prepare_process(launch)
+    quiet = prepare_process(launch.log_level, launch.log_format, "engine")
     socket = _bind(launch.address)
+    door = None if launch.listen is None else NetworkDoor(socket, launch.listen)
     try:
         publisher = make_publisher(launch.config)
         core = _load_core_factory(launch.core)(launch.config)
     except StartupError as error:
         EngineServer(socket).report_failure(error)
         return 1
-    server = EngineServer(socket, publisher)
+    server = EngineServer(socket, publisher, door)
     settle()
     quiet.is_on = False
     try:

@@ -1,14 +1,17 @@
 """What the engine's log and the server's have in common: JSON lines, libraries' entries, and a
-handler that nobody who fails to read the log can hold up."""
+handler that nobody who fails to read the log can hold up; and how a process of the engine prepares
+its log and its signals."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import json
 import logging
 import os
 import select
+import signal
 import socket
 import stat
 import sys
@@ -188,3 +191,55 @@ class NonBlockingHandler(logging.Handler):
                 break
             del self._unwritten[:written]
         return bool(self._unwritten)
+
+
+def prepare_process(log_level: str, log_format: LogFormat, source: str) -> QuietStart:
+    """Set up signals, crash dumps, and the log, whose entries name their `source`. Return what
+    keeps the log of the start short."""
+    quiet = QuietStart(log_format == "console" and log_level == "info")
+    os.dup2(2, 1)  # whatever a library prints goes to stderr, too
+    if log_format == "json":
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are not JSON
+    # A terminal's Ctrl-C reaches the whole process group, but the client decides when to stop.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    handler = stderr_handler()
+    handler.setFormatter(_formatter(log_format, source))
+    handler.addFilter(quiet)
+    if quiet.is_on:
+        # Bars vanish when they are full. tqdm reads its defaults from such variables.
+        os.environ.setdefault("TQDM_LEAVE", "")
+    logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
+    return quiet
+
+
+class QuietStart(logging.Filter):
+    """Keeps what the start does from a terminal, where progress bars and the server's own summary
+    tell a person enough; warnings pass. `--log-level debug` shows all of it."""
+
+    def __init__(self, is_on: bool) -> None:
+        super().__init__()
+        self.is_on = is_on
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self.is_on or record.levelno > logging.INFO
+
+
+class _ConsoleFormatter(logging.Formatter):
+    """Format records as the server's console log does: in UTC, with the level in lower case."""
+
+    converter = staticmethod(time.gmtime)
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.lower = record.levelname.lower()
+        return super().format(record)
+
+
+def _formatter(log_format: LogFormat, source: str) -> logging.Formatter:
+    if log_format == "json":
+        return JsonFormatter({"source": source})
+    return _ConsoleFormatter(
+        "%(asctime)s [%(lower)s] %(message)s [%(name)s]", datefmt="%Y-%m-%dT%H:%M:%SZ"
+    )

@@ -19,6 +19,7 @@ from dataclasses import replace
 
 from ..config import EngineConfig, EngineInfo
 from ..errors import EngineDeadError, StartupError
+from ..network.keys import Endpoint
 from . import wire
 from .engine_handle import EngineHandle
 from .json_logs import LogFormat
@@ -57,10 +58,15 @@ class ProcessEngineClient(RemoteEngineClient):
         core: str = REAL_CORE,
         streams: StreamTable | None = None,
         environment: Mapping[str, str] | None = None,
+        listen: str | None = None,
     ) -> None:
-        """`environment` holds variables of the engine's process that differ from this one's."""
+        """`environment` holds variables of the engine's process that differ from this one's, and
+        `listen` is where the engine serves clients of other machines."""
         super().__init__(observer, streams)
         self._environment = environment or {}
+        self._listen = listen
+        self.endpoint: Endpoint | None = None
+        """Where the engine serves clients of other machines; None while it does not."""
         self._config = config
         self._stall_timeout = stall_timeout
         self._max_restarts = max_restarts
@@ -178,7 +184,9 @@ class ProcessEngineClient(RemoteEngineClient):
         return self._ready_at
 
     def _launch(self, address: str) -> wire.Launch:
-        return wire.Launch(self._config, address, self._core, self._log_level, self._log_format)
+        return wire.Launch(
+            *(self._config, address, self._core, self._log_level, self._log_format, self._listen)
+        )
 
     async def _serve_engine(self, engine: EngineHandle) -> None:
         """Talk to an engine process until it ends."""
@@ -195,7 +203,7 @@ class ProcessEngineClient(RemoteEngineClient):
             for helper in helpers:
                 helper.cancel()
             results = await asyncio.gather(*helpers, return_exceptions=True)
-            self._engine = None
+            self._engine = self.endpoint = None
             await self._engine_ended(engine)
         for result in results:
             if isinstance(result, Exception):
@@ -252,7 +260,8 @@ class ProcessEngineClient(RemoteEngineClient):
                     self._heard = self._heard or not lost
                 case wire.Adapters(_, adapters):
                     self._config = replace(self._config, lora=adapters)
-                case wire.Ready(info):
+                case wire.Ready(info, endpoint):
+                    self.endpoint = endpoint
                     self._config = _for_restart(self._config, info)
                     if self.on_status is None:
                         engine.hide_socket()

@@ -86,6 +86,8 @@ class RemoteEngineClient:
         """Called when the engine serves no longer, before its streams go on elsewhere."""
         self.on_failed: Callable[[], None] | None = None
         """Called when the engine is given up."""
+        self.is_leaving = False
+        """Whether the engine ends because it was told to: its end is nobody's fault."""
         self._state = State.STARTING
         self._restarts = 0
         self._info: EngineInfo | None = None
@@ -184,6 +186,11 @@ class RemoteEngineClient:
     def is_ready(self) -> bool:
         """Whether the engine serves."""
         return self._state is State.READY
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the engine was given up."""
+        return self._state is State.FAILED
 
     def send(self, message: wire.ToEngine) -> None:
         """Send a message to the engine, which must be connected."""
@@ -289,7 +296,7 @@ class RemoteEngineClient:
         if self.on_lost is not None:
             self.on_lost()
         self._stats = None
-        self._streams.detach(self)
+        self._streams.detach(self, is_death=not self.is_leaving)
         self._fail_questions(EngineDeadError("the engine died before it answered"))
 
     def _fail_questions(self, error: QuireError) -> None:

@@ -88,6 +88,7 @@ class Stream:
         "filled",
         "info",
         "items",
+        "losses",
         "moves",
         "open_choices",
         "place",
@@ -114,7 +115,8 @@ class Stream:
         """Seconds from the request's arrival until an engine first began it."""
         self.aborted: set[int] = set()
         """Choices that their reader has given up, and whose engine was told."""
-        self.moves = self.deaths = 0
+        self.moves = self.losses = self.deaths = 0
+        """How often it has left an engine, how often one that died, and while it was computed."""
         self.timer: asyncio.TimerHandle | None = None
 
     @property
@@ -207,14 +209,19 @@ class Stream:
             output = output._replace(num_cached_tokens=choice.num_cached)
         if output.timings is not None:
             timings = output.timings
+            # What is measured here includes the way of the message, so it may seem to be later
+            # than what came after it.
+            end = timings.finished
+            first_token = _earlier(choice.first_token, timings.first_token, end)
+            begin = end if first_token is None else first_token
+            scheduled = _earlier(self.scheduled, timings.scheduled, begin)
             output = output._replace(
-                timings=timings._replace(
-                    scheduled=_earlier(self.scheduled, timings.scheduled),
-                    first_token=_earlier(choice.first_token, timings.first_token),
-                )
+                timings=timings._replace(scheduled=scheduled, first_token=first_token)
             )
         return output
 
 
-def _earlier(one: float | None, other: float | None) -> float | None:
-    return min((time for time in (one, other) if time is not None), default=None)
+def _earlier(one: float | None, other: float | None, bound: float) -> float | None:
+    """Return the earlier of two times if there is any, and never more than `bound`."""
+    known = [time for time in (one, other) if time is not None]
+    return min(*known, bound) if known else None

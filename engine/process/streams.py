@@ -26,8 +26,8 @@ from ..request import Request
 from .stream import MAX_DEATHS, Place, Stream
 
 MAX_MOVES = 4
-"""Moves of a request in total, those from engines that had not begun it included: an engine may die
-before it can say that it has begun a request."""
+"""Moves of a request from engines that died, those that had not begun it included: an engine may
+die before it can say that it has begun a request."""
 
 Choose = Callable[[Request, EngineInfo | None], tuple[Place, Request]]
 """Returns the engine for a request, and the request as it is to be sent there, or raises
@@ -139,13 +139,13 @@ class StreamTable:
         """Count all streams of this engine as being computed: it has lost one of them."""
         self.begun(key for key, stream in self._sent.items() if stream.place is place)
 
-    def detach(self, place: Place) -> None:
+    def detach(self, place: Place, *, is_death: bool = True) -> None:
         """Send the streams of an engine that has died elsewhere; if nobody can take them now, they
-        wait for `resume`."""
+        wait for `resume`. If it was not its death, no request is suspected."""
         lost = [stream for stream in self._sent.values() if stream.place is place]
         for stream in lost:
             if stream.open_choices:
-                self._detach(stream)
+                self._detach(stream, is_death)
         self.resume()
 
     def resume(self) -> None:
@@ -185,19 +185,20 @@ class StreamTable:
         self._sent[stream.sent_id] = stream
         self._stop_timer(stream)
 
-    def _detach(self, stream: Stream) -> None:
+    def _detach(self, stream: Stream, is_death: bool) -> None:
         # 1. It is at no engine any more, and will have another id at the next.
         del self._sent[stream.sent_id]
         stream.place = None
         stream.moves += 1
-        stream.deaths += stream.runs
+        stream.losses += is_death
+        stream.deaths += is_death and stream.runs
         # 2. What its reader has given up ends here, as the engine would have ended it.
         stream.end(stream.aborted, finish_reason="abort")
         # 3. What cannot go on, or had better not.
         request_id, params = stream.request.request_id, stream.request.sampling_params
-        if stream.deaths > MAX_DEATHS or stream.moves > MAX_MOVES:
-            logger.error("request %s was on %d engines that died", request_id, stream.moves)
-            text = f"the engine died {stream.moves} times while it served request {request_id}"
+        if stream.deaths > MAX_DEATHS or stream.losses > MAX_MOVES:
+            logger.error("request %s was on %d engines that died", request_id, stream.losses)
+            text = f"the engine died {stream.losses} times while it served request {request_id}"
             stream.fail(EngineDeadError(text))
         elif params.beam_width is not None and stream.has_delivered:
             stream.fail(EngineDeadError("the engine died while it served the request"))

@@ -1,16 +1,17 @@
 """Messages between the engine process and its clients: msgspec's msgpack, never pickle.
 
     client → engine   Hello · Add · Abort · ResetPrefixCache · Watch · WatchBlocks · ClientGone
-                      · LoadAdapter · UnloadAdapter · AdaptersSeen
+                      · Admit · LoadAdapter · UnloadAdapter · AdaptersSeen
     engine → client   Ready | StartFailed, then Begun · StepMessage · Rejected · Heartbeat
                       · LiveView · BlocksKnown · PrefixCacheReset
                       · Adapters · AdapterChanged | AdapterRefused
 
 The engine binds a ROUTER on a unix socket in a folder that only its user may enter, and each client
-connects a DEALER. Every client gets a StepMessage for every step, with the outputs of its own
-requests. Only `Launch` takes another way: it is one line of JSON on the engine's stdin. That pipe
-then stays open as the engine's lifeline, until the client that started the engine closes it or
-dies.
+connects a DEALER. If it serves other machines, too (`Launch.listen`), it also listens on tcp, to
+clients whose keys it was told to admit. Every client gets a StepMessage for every step, with the
+outputs of its own requests. Only `Launch` takes another way: it is one line of JSON on the engine's
+stdin. That pipe then stays open as the engine's lifeline, until the client that started the engine
+closes it or dies.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..config import EngineConfig, EngineInfo
 from ..errors import InvalidRequestError, QuireError
 from ..events.block_events import BlockChanges
 from ..lora import AdapterSource
+from ..network.keys import Endpoint
 from ..outputs import EngineStats, LiveSnapshot, SequenceOutput
 from ..request import Request
 from .json_logs import LogFormat
@@ -39,8 +41,9 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 class Launch(msgspec.Struct):
     """What the engine process needs to start.
 
-    `address` is where it listens. `core` is "module:function", which is called with the
-    EngineConfig and returns the core to step; tests put a fake there.
+    `address` is where it listens, and `listen` where it does so for other machines, such as
+    "tcp://10.0.0.5:*"; None if it serves this one only. `core` is "module:function", which is
+    called with the EngineConfig and returns the core to step; tests put a fake there.
     """
 
     config: EngineConfig
@@ -48,6 +51,7 @@ class Launch(msgspec.Struct):
     core: str
     log_level: str
     log_format: LogFormat
+    listen: str | None = None
 
 
 class Hello(msgspec.Struct, tag=True):
@@ -110,6 +114,12 @@ class ClientGone(msgspec.Struct, tag=True):
     client: bytes
 
 
+class Admit(msgspec.Struct, tag=True):
+    """Lets clients with this public key (CURVE, in Z85) connect over tcp from now on."""
+
+    public_key: str
+
+
 class LoadAdapter(msgspec.Struct, tag=True):
     """Loads a LoRA adapter; with `replace`, in place of one of its name. The answer, AdapterChanged
     or AdapterRefused, has the same `number`, which the client chooses."""
@@ -136,6 +146,7 @@ class Ready(msgspec.Struct, tag=True):
     """The engine has loaded and serves requests."""
 
     info: EngineInfo
+    endpoint: Endpoint | None = None
 
 
 class StartFailed(msgspec.Struct, tag=True):
@@ -252,6 +263,7 @@ ToEngine = (
     | Watch
     | WatchBlocks
     | ClientGone
+    | Admit
     | LoadAdapter
     | UnloadAdapter
     | AdaptersSeen

@@ -9,11 +9,13 @@ Reading order:
     alone              a step whose tokens are computed one at a time
     adapter_store      the weights of LoRA adapters, and the slots of those that run
     input_batch        the packed inputs of a step, from rows that persist between steps
+    plan_sender        sends each step to the ranks that run it, too
     row_sampling       samples the rows, so that an error in one costs only that one
     pending_results    the results on their way to the host
     prompt_logprobs    log-probabilities of prompt tokens
     pooling            embeddings
     kv_cache           how large the KV cache may be
 
-May import: model, devices, adapters, body, attention, sampling, kernels, and the engine's words.
+May import: model, parallel, devices, adapters, body, attention, sampling, kernels, and the engine's
+words.
 """

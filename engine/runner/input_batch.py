@@ -13,6 +13,7 @@ import torch
 
 from ..devices.backend import Backend
 from ..devices.steps import DeviceStep, HostStep, StepInputs
+from ..parallel.step_plan import PlanReader, TableEntries
 from ..step import UNKNOWN_TOKEN, SchedulerOutput, SequenceSpec
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ class InputBatch:
         max_model_len: int,
         block_size: int,
         backend: Backend,
+        records_tables: bool = False,
     ) -> None:
+        """With `records_tables`, `table_entries` has what is written to block tables, until
+        somebody takes it."""
         self._block_size = block_size
         self._rows: dict[int, int] = {}
         self._specs: dict[int, SequenceSpec] = {}
@@ -56,9 +60,15 @@ class InputBatch:
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._sampled = torch.zeros(1, dtype=torch.int64, device=backend.device)
         self._sampled_of: list[SequenceSpec] = []
+        self._records_tables = records_tables
+        self.table_entries: list[TableEntries] = []
         self.inputs: StepInputs = backend.make_inputs(
             max_num_seqs, max_num_tokens, max_blocks, block_size
         )
+
+    def make_reader(self) -> PlanReader:
+        """Make what turns rank 0's plans into steps for these inputs."""
+        return PlanReader(*self._table.shape, self.inputs)
 
     def apply(self, output: SchedulerOutput) -> None:
         """Bring rows and tables up to date with a plan."""
@@ -85,6 +95,8 @@ class InputBatch:
     def _write_table(self, row: int, start: int, block_ids: list[int]) -> None:
         self._table[row, start : start + len(block_ids)] = block_ids
         self.inputs.change_table(row, start)
+        if self._records_tables:
+            self.table_entries.append(TableEntries(row, start, block_ids))
 
     def keep_samples(self, sequences: list[SequenceSpec], token_ids: torch.Tensor) -> None:
         """Remember the tokens that a step sampled, `[R]` int64 on the device, for these sequences.
@@ -93,8 +105,23 @@ class InputBatch:
         """
         self._sampled_of, self._sampled = sequences, token_ids
 
+    @property
+    def sampled(self) -> torch.Tensor:
+        """The tokens that the last step sampled, `[R]` int64 on the device."""
+        return self._sampled
+
     def prepare(self, output: SchedulerOutput) -> tuple[HostStep, DeviceStep]:
-        """Lay out the step that `apply` was just called for."""
+        """Lay out the step that `apply` was just called for, and make its tensors."""
+        host, token_ids = self.lay_out(output)
+        return host, self.write(host, token_ids)
+
+    def write(self, host: HostStep, token_ids: NDArray[np.int64]) -> DeviceStep:
+        """Make the tensors of a step from its layout."""
+        return self.inputs.write(host, token_ids, self._sampled)
+
+    def lay_out(self, output: SchedulerOutput) -> tuple[HostStep, NDArray[np.int64]]:
+        """Lay out the step that `apply` was just called for. Returns the layout, and the tokens'
+        ids as `StepInputs.write` takes them."""
         # Over 50 lines: half of them are the fields of the result.
         # 1. The plan's rows as arrays.
         sequences, rows = self._batch.sequences, self._batch.rows
@@ -152,7 +179,7 @@ class InputBatch:
             tables=self._table[:, :width],
             token_slots=None if slots is None else np.repeat(slots, counts),
         )
-        return host, self.inputs.write(host, token_ids, self._sampled)
+        return host, token_ids
 
     def prepare_tokens(
         self,

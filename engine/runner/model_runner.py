@@ -19,6 +19,8 @@ from ..devices.steps import DeviceStep, GraphKey, HostStep, ModelOutput, StepInp
 from ..errors import DeviceMemoryError
 from ..model.causal_lm import CausalLM
 from ..outputs import RowError
+from ..parallel.ranks import ALONE, Ranks
+from ..parallel.step_plan import StepPlan
 from ..request import Request
 from ..sampling_params import SamplingParams
 from ..sequence import Rank, Sequence
@@ -27,6 +29,7 @@ from .adapter_store import AdapterStore
 from .alone import run_alone
 from .input_batch import InputBatch
 from .pending_results import PendingResults
+from .plan_sender import PlanSender
 from .pooling import Pooler
 from .prompt_logprobs import PromptChunk, prompt_logprobs
 from .row_sampling import RowSamples, SamplingRows, sample_rows
@@ -45,16 +48,19 @@ class ModelRunner:
         kv_scales: torch.Tensor | None = None,
         adapters: AdapterStore | None = None,
         batch: InputBatch | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`kv_scales` are those of AttentionMetadata, for a float8 cache. Without `adapters` no
-        sequence has one. `batch` is that of another runner, if this one computes its steps."""
-        spec = model.spec
+        sequence has one. `batch` is that of another runner, if this one computes its steps. Other
+        `ranks` run the same steps."""
+        spec, leads = model.spec, ranks.size > 1 and ranks.rank == 0
         self._model = model
         self._backend = backend
         self._config = config
         self._kv_cache = kv_cache
         self._kv_scales = kv_scales
         self._adapters = adapters
+        self._ranks = ranks
         self._block_size = config.block_size
         self._batch = batch or InputBatch(
             max_num_seqs=config.max_num_seqs,
@@ -62,7 +68,13 @@ class ModelRunner:
             max_model_len=max_model_len,
             block_size=config.block_size,
             backend=backend,
+            records_tables=leads,
         )
+        self._plans: PlanSender | None = None
+        if leads:
+            stays = backend.is_asynchronous
+            self._plans = PlanSender(ranks, self._batch, spec, stays_on_device=stays)
+        self._reader = None if ranks.rank == 0 else self._batch.make_reader()
         self._sampler = backend.make_sampler(spec.vocab_size)
         self._pooler = Pooler(model.scores)
         self.planner: Planner = backend.make_planner(
@@ -79,6 +91,11 @@ class ModelRunner:
     def inputs(self) -> StepInputs:
         """Makes the tensors of each step."""
         return self._batch.inputs
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps are captured."""
+        return self._graphs is not None
 
     def prepare(self) -> None:
         """Compile or capture what steps will need: see `Backend.prepare`."""
@@ -106,10 +123,13 @@ class ModelRunner:
     def forward(self, output: SchedulerOutput) -> StepForward:
         """Begin a step: block copies, then the forward. Nothing here waits for a GPU."""
         self.begin(output)
-        if not output.seq_ids:
+        laid_out = self._batch.lay_out(output) if output.seq_ids else None
+        if self._plans is not None:
+            self._plans.send(output, *(laid_out or ()))
+        if laid_out is None:
             return StepForward(self, None)
-        host, step = self._batch.prepare(output)
-        with memory_errors_named(self._backend):
+        host, step = laid_out[0], self._batch.write(*laid_out)
+        with self._memory_errors_named():
             hidden, logits = self._run_model(host, step)
             chunks = prompt_logprobs(self._model, host, hidden) if host.any_scored else []
         return StepForward(self, _Computed(host, step, hidden, logits, chunks))
@@ -121,7 +141,7 @@ class ModelRunner:
         errors: dict[int, RowError] = {}
         samples: list[RowSamples] = []
         sampled = None
-        with memory_errors_named(self._backend):
+        with self._memory_errors_named():
             if len(host.sampling_rows):
                 rows = _sampling_rows(host, step, logits)
                 samples = sample_rows(self._sampler, rows, constraints, errors)
@@ -131,6 +151,24 @@ class ModelRunner:
         if sampled is not None:
             self._batch.keep_samples(*sampled)
         return PendingResults(len(host.order), samples, chunks, pooled, errors)
+
+    @torch.inference_mode()
+    def follow(self, plan: StepPlan) -> None:
+        """Run the forward of a step that rank 0 has planned."""
+        self.copy_blocks([BlockCopy(*copy) for copy in plan.copies])
+        assert self._reader is not None
+        read = self._reader.read(plan)
+        if read is None:
+            return
+        host, token_ids = read
+        device = self._model.device
+        sampled = torch.zeros(max(1, plan.num_fed_back), dtype=torch.int64, device=device)
+        if plan.num_fed_back and self._model.has_ends:
+            self._ranks.group.broadcast(sampled)
+        hidden, _ = self._run_model(host, self.inputs.write(host, token_ids, sampled))
+        if self._model.has_ends:
+            for begin, end in plan.extra_logits:
+                self._model.logits(hidden[begin:end])
 
     @torch.inference_mode()
     def run_largest_step(self) -> None:
@@ -249,6 +287,18 @@ class ModelRunner:
             kv_scales=self._kv_scales,
         )
 
+    @contextmanager
+    def _memory_errors_named(self) -> Iterator[None]:
+        """Turn torch's error for a device without memory into a DeviceMemoryError, after which the
+        step may be tried again: not among several ranks, whose others wait in a collective."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if self._ranks.size > 1:
+                raise RuntimeError("rank 0 ran out of device memory in a step") from error
+            self._backend.release_memory()
+            raise DeviceMemoryError("the device ran out of memory in a step") from error
+
     def copy_blocks(self, copies: abc.Sequence[BlockCopy]) -> None:
         """Copy whole blocks of the cache."""
         if copies:
@@ -295,13 +345,3 @@ def _joined(samples: list[RowSamples]) -> tuple[list[SequenceSpec], torch.Tensor
         return samples[0].sequences, samples[0].output.token_ids
     sequences = [sequence for sample in samples for sequence in sample.sequences]
     return sequences, torch.cat([sample.output.token_ids for sample in samples])
-
-
-@contextmanager
-def memory_errors_named(backend: Backend) -> Iterator[None]:
-    """Turn torch's error for a device without memory into a DeviceMemoryError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        backend.release_memory()
-        raise DeviceMemoryError("the device ran out of memory in a step") from error

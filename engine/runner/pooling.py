@@ -60,7 +60,7 @@ class Pooler:
             if start > 0 and pooling not in ("last", "classify"):
                 value = _join(self._partial[sequence.seq_id], value, pooling)
             partial[sequence.seq_id] = value
-            if start + length < sequence.num_prompt_tokens:
+            if not ends_here(host, row):
                 continue
             if pooling == "classify":
                 assert self._scores is not None  # otherwise the API refuses the request
@@ -68,6 +68,12 @@ class Pooler:
             complete.append(PooledRow(host.order[row], value / _weight(start + length, pooling)))
         self._partial.update(partial)
         return complete
+
+
+def ends_here(host: HostStep, row: int) -> bool:
+    """Return whether a batch row reaches the end of its prompt in this step."""
+    end = int(host.starts[row]) + int(host.lengths[row])
+    return end >= host.sequences[row].num_prompt_tokens
 
 
 def _pool(hidden: torch.Tensor, start: int, pooling: Pooling) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,28 +24,40 @@ class PromptChunk(NamedTuple):
     logprobs: LogprobTensors
 
 
-def prompt_logprobs(model: CausalLM, host: HostStep, hidden: torch.Tensor) -> list[PromptChunk]:
-    """Compute the log-probability of each prompt token that follows a computed one.
+class PromptSpan(NamedTuple):
+    """The tokens [begin, end) of a step, all of batch row `row`, and the prompt tokens that follow
+    them."""
 
-    `hidden` `[T, hidden_size]` are the step's hidden states. Positions are worked through in
-    slices, which bounds the memory.
-    """
-    chunks = []
+    row: int
+    begin: int
+    end: int
+    targets: list[int]
+
+
+def find_spans(host: HostStep, vocab_size: int) -> Iterator[PromptSpan]:
+    """Yield the slices in which the prompts' positions are worked through, which bounds the
+    memory."""
+    size = max(1, PROMPT_LOGIT_ELEMENTS // vocab_size)
     for row, sequence in enumerate(host.sequences):
-        num_top = sequence.num_prompt_logprobs
-        if num_top is None:
+        if sequence.num_prompt_logprobs is None:
             continue
         start = int(host.starts[row])
         count = min(int(host.lengths[row]), sequence.num_prompt_tokens - 1 - start)
         first = int(host.query_start_loc[row])
-        if count <= 0:
-            continue
-        ids = sequence.token_ids[start + 1 : start + 1 + count]
-        targets = to_device(ids, torch.int64, hidden.device)
-        size = max(1, PROMPT_LOGIT_ELEMENTS // model.spec.vocab_size)
         for begin in range(0, count, size):
             end = min(begin + size, count)
-            logits = model.logits(hidden[first + begin : first + end])
-            logprobs = compute_logprobs(logits, targets[begin:end], num_top)
-            chunks.append(PromptChunk(host.order[row], num_top, logprobs))
+            targets = sequence.token_ids[start + 1 + begin : start + 1 + end]
+            yield PromptSpan(row, first + begin, first + end, targets)
+
+
+def prompt_logprobs(model: CausalLM, host: HostStep, hidden: torch.Tensor) -> list[PromptChunk]:
+    """Compute the log-probability of each prompt token that follows a computed one. `hidden`
+    `[T, hidden_size]` are the step's hidden states."""
+    chunks = []
+    for row, begin, end, targets in find_spans(host, model.spec.vocab_size):
+        num_top = host.sequences[row].num_prompt_logprobs
+        assert num_top is not None
+        logits = model.logits(hidden[begin:end])
+        ids = to_device(targets, torch.int64, hidden.device)
+        chunks.append(PromptChunk(host.order[row], num_top, compute_logprobs(logits, ids, num_top)))
     return chunks

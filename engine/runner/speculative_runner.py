@@ -27,7 +27,7 @@ from ..devices.steps import DeviceStep, HostStep, ModelOutput
 from ..model.causal_lm import CausalLM
 from ..step import BlockCopy, SchedulerOutput, SequenceSpec
 from .input_batch import InputBatch
-from .model_runner import ModelRunner, memory_errors_named
+from .model_runner import ModelRunner
 
 
 class DraftRunner(ModelRunner):
@@ -65,7 +65,7 @@ class DraftRunner(ModelRunner):
         for seq_id in released:
             self._specs.pop(seq_id, None)
 
-    def follow(self, host: HostStep, step: DeviceStep) -> None:
+    def compute(self, host: HostStep, step: DeviceStep) -> None:
         """Compute K and V of a step's tokens."""
         self._run_model(host._replace(sampling_rows=host.sampling_rows[:0], token_slots=None), step)
 
@@ -167,7 +167,7 @@ class SpeculativeRunner(ModelRunner):
     def propose(self, output: SchedulerOutput) -> dict[int, list[int]]:
         """Implement `Launcher.propose`."""
         self.begin(output)
-        with memory_errors_named(self._backend):
+        with self._memory_errors_named():
             return self._draft.propose(output)
 
     def run_largest_step(self) -> None:
@@ -180,5 +180,5 @@ class SpeculativeRunner(ModelRunner):
 
     def _run_model(self, host: HostStep, step: DeviceStep) -> ModelOutput:
         output = super()._run_model(host, step)
-        self._draft.follow(host, step)
+        self._draft.compute(host, step)
         return output

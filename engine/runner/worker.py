@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from ..main_memory import cpu_quota
 from ..model.causal_lm import CausalLM
 from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model
+from ..parallel.cut_layers import cut_scales
+from ..parallel.ranks import ALONE, Ranks, check_alike
+from ..parallel.step_plan import StepPlan
 from ..step import SchedulerOutput
 from .adapter_store import AdapterStore
 from .draft_model import load_draft
@@ -36,12 +40,30 @@ from .speculative_runner import SpeculativeRunner
 class Worker:
     """Implements WorkerProtocol, which states the contract."""
 
-    def __init__(self, config: EngineConfig, backend: Backend | None = None) -> None:
-        """`backend` is by default that of the configured device, chosen by `load`."""
+    def __init__(
+        self, config: EngineConfig, backend: Backend | None = None, ranks: Ranks | None = None
+    ) -> None:
+        """`backend` is by default that of the configured device, chosen by `load`. Without `ranks`
+        this is rank 0, and starts the others if the configuration asks for any."""
+        if config.pipeline_parallel_size > 1:  # what passes between stages is not captured
+            config = replace(config, enforce_eager=True)
         self._config = config
         self._given_backend = backend
+        self._ranks: Ranks = ranks or ALONE
+        self._starts_ranks = ranks is None and config.num_ranks > 1
 
     def load(self) -> WorkerInfo:
+        if self._starts_ranks:
+            from ..parallel.leader import Leader  # loads torch.distributed's store, ZeroMQ
+
+            self._ranks = Leader(self._config)
+        try:
+            return self._load()
+        except BaseException:
+            self._ranks.close()
+            raise
+
+    def _load(self) -> WorkerInfo:
         # Over 50 lines: half of them are the fields of the result.
         config = self._config
         num_threads = config.num_threads or default_num_threads() or torch.get_num_threads()
@@ -51,16 +73,21 @@ class Worker:
                 f"--num-threads is {config.num_threads}, but this process may use only {usable} "
                 f"CPU{'s' if usable > 1 else ''}"
             )
+        if config.num_threads is None:  # the ranks of a host share its CPUs
+            num_threads = max(1, num_threads // config.ranks_per_node)
         torch.set_num_threads(min(num_threads, usable))  # OMP_NUM_THREADS may be higher
-        self._backend: Backend = self._given_backend or choose_backend(config)
-        self._model: CausalLM = load_model(config, self._backend)
+        place = self._ranks.rank % config.ranks_per_node
+        self._backend: Backend = self._given_backend or choose_backend(config, place)
+        self._backend.check_ranks(config)
+        self._model: CausalLM = load_model(config, self._backend, self._ranks)
         model, spec = self._model, self._model.spec
         self._cache_dtype = model.kv_cache_dtype
         self._kv_scales: torch.Tensor | None = None
         has_scales = config.load_format != "dummy" and source_of(config).gguf is None
         if self._cache_dtype == torch.float8_e4m3fn and has_scales:
-            scales = read_kv_scales(config.model, spec)
-            self._kv_scales = None if scales is None else scales.to(model.device)
+            scales = read_kv_scales(config.model, model.whole_spec)
+            if scales is not None:
+                self._kv_scales = cut_scales(scales, self._ranks).to(model.device)
         self._adapters: AdapterStore | None = None
         if config.enable_lora:
             max_tokens = max(self._backend.token_budget(config), config.max_num_seqs)
@@ -73,12 +100,12 @@ class Worker:
         cache_dtype = str(self._cache_dtype).removeprefix("torch.")
         return WorkerInfo(
             architecture=spec.architecture,
-            device=str(model.device),
+            device=_device_name(model.device, config.num_ranks),
             dtype=str(model.dtype).removeprefix("torch."),
             num_parameters=model.num_parameters,
             vocab_size=spec.vocab_size,
             max_model_len=self._max_model_len,
-            kv_bytes_per_token=token_bytes(spec, self._cache_dtype),
+            kv_bytes_per_token=token_bytes(model.whole_spec, self._cache_dtype),
             max_num_batched_tokens=self._backend.token_budget(config),
             is_asynchronous=self._backend.is_asynchronous,
             eos_token_ids=spec.eos_token_ids,
@@ -100,6 +127,13 @@ class Worker:
         )
 
     def profile(self) -> int:
+        try:
+            return self._profile()
+        except BaseException:
+            self._ranks.close()
+            raise
+
+    def _profile(self) -> int:
         config, spec, max_model_len = self._config, self._model.spec, self._max_model_len
         check_tables(config, max_model_len)
         size = block_bytes(spec, config.block_size, self._cache_dtype)
@@ -112,8 +146,10 @@ class Worker:
         num_blocks = num_blocks_from_memory(
             memory, config, spec, self._cache_dtype, max_model_len, draft_size
         )
+        num_blocks = min(number for (number,) in self._ranks.agree([num_blocks]))
         self._runner = self._make_runner(num_blocks)
         self._runner.prepare()
+        check_alike(self._ranks, "whether steps are captured", [int(self._runner.has_graphs)])
         return num_blocks
 
     def forward(self, scheduler_output: SchedulerOutput) -> StepForward:
@@ -122,6 +158,10 @@ class Worker:
     def propose(self, scheduler_output: SchedulerOutput) -> dict[int, list[int]]:
         assert isinstance(self._runner, SpeculativeRunner)
         return self._runner.propose(scheduler_output)
+
+    def follow(self, plan: StepPlan) -> None:
+        """Run a step that rank 0 has planned. Called on all other ranks, in place of `forward`."""
+        self._runner.follow(plan)
 
     def read_adapter(self, source: AdapterSource) -> Adapter:
         assert self._adapters is not None
@@ -146,7 +186,7 @@ class Worker:
             self._adapters,
         )
         if self._draft is None:
-            return ModelRunner(*arguments)
+            return ModelRunner(*arguments, ranks=self._ranks)
         return SpeculativeRunner(
             *arguments,
             draft_model=self._draft,
@@ -163,6 +203,11 @@ class Worker:
             model.kv_cache_dtype,
             commit=config.kv_cache_memory_bytes is not None,
         )
+
+
+def _device_name(device: torch.device, num_ranks: int) -> str:
+    """Return the device, or how many of its kind all ranks have."""
+    return str(device) if num_ranks == 1 else f"{num_ranks} × {str(device).partition(':')[0]}"
 
 
 def usable_cpus() -> int:

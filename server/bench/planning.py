@@ -45,6 +45,7 @@ def add_parser(commands: Any) -> None:
         help="say how many engines a load needs",
         description="Simulate engines with the real scheduler, cache and router, and measured or "
         "estimated step times, and say which load they bear.",
+        usage="quire plan [MODEL] [flags]",
         allow_abbrev=False,
     )
     parser.add_argument(

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...engine.errors import QuireError
-
 PARAMETERS: dict[str, Callable[[str], Any]] = {
     "temperature": float,
     "top_p": float,
@@ -26,10 +24,15 @@ PARAMETERS: dict[str, Callable[[str], Any]] = {
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff"})
 
 
-class ConversationError(QuireError):
-    """Something that a person asked for cannot be done; the conversation is as before."""
+class ConversationError(Exception):
+    """Something that a person asked for cannot be done; the conversation is as before.
 
-    code = "conversation"
+    It is no QuireError, since no server answers with it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
 
 
 @dataclass

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 EXPOSED_HEADERS = (
     *("x-request-id", "x-quire-ignored-params", "x-quire-prompt-changes", "x-quire-stream-id"),
+    "x-quire-engine",
     *("retry-after", "allow", "accept-encoding", "www-authenticate"),
     *rate_headers.NAMES,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -89,3 +89,21 @@ def make_metrics(settings: Settings) -> Metrics:
     """Return the metrics of a server with these settings."""
     engine = "0" if settings.data_parallel_size == 1 else None
     return Metrics(settings.served_names[0], settings.metrics_prefix, engine)
+
+
+def routing_counter(metrics: Metrics) -> Callable[[int, int], None]:
+    """Register the counts of how well requests are routed; return the function that counts one by
+    the cached tokens that were expected and those that were found."""
+    names = {
+        "routed_predicted_cached_tokens": "Cached tokens that routing expected of begun requests.",
+        "routed_cached_tokens": "Cached tokens that the engines found for these.",
+        "routed_wrong_cached_tokens": "Sum of the differences between both, without signs.",
+    }
+    expected, found, wrong = (metrics.counter_by(*name_help)() for name_help in names.items())
+
+    def count(predicted: int, actual: int) -> None:
+        expected.inc(predicted)
+        found.inc(actual)
+        wrong.inc(abs(predicted - actual))
+
+    return count

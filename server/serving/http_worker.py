@@ -33,7 +33,7 @@ from ..logs import configure_logging, resolve_format
 from ..metrics import Metrics
 from ..settings import Settings
 from ..tenants.rates import Rates
-from .http_server import build_app, make_metrics, uvicorn_server
+from .http_server import build_app, make_metrics, routing_counter, uvicorn_server
 from .shared_counters import SharedCounters
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def _make_engine(
         link = AttachedEngineClient(name, observer=metrics)
         return link, [link]
     engines = AttachedEngines(count, name, lambda engine: metrics)
-    return FleetClient(engines, name=name.decode()), engines.links
+    counter = routing_counter(metrics)
+    return FleetClient(engines, name=name.decode(), on_routed=counter), engines.links
 
 
 async def _obey(

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,8 @@ from ...engine.config import EngineInfo
 from ...engine.errors import ModelLoadError, StartupError
 from ...engine.fleet.directory import LocalEngines
 from ...engine.fleet.fleet_client import FleetClient
+from ...engine.parallel.host import run_host
+from ...engine.process.engine_handle import engine_environment
 from ...engine.process.heap import settle
 from ...engine.process.process_client import ProcessEngineClient
 from ..logs import resolve_format
@@ -30,7 +33,7 @@ from ..setting_sources import unknown_variables
 from ..settings import DEMO_MODEL_NAME, Settings
 from ..tenants.key_ring import KeySource
 from ..tracing.start import check_tracing
-from .http_server import build_app, make_metrics, uvicorn_server
+from .http_server import build_app, make_metrics, routing_counter, uvicorn_server
 from .listener import address_of, check_tls, listening
 from .start_screen import show_loading, show_ready, terminal
 from .system_limits import check_threads, raise_descriptor_limit
@@ -63,9 +66,23 @@ def serve(settings: Settings, make_client: MakeClient | None = None) -> None:
     check_threads()
     check_model_files(settings)
     KeySource(settings)  # raises ConfigurationError if the file of keys is broken
+    if settings.engine_config().node_rank > 0:
+        follow(settings)
+        return
     with listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as run:
         check_repositories(settings)
         run.run(_serve(settings, listener, make_client or ProcessEngineClient))
+
+
+def follow(settings: Settings) -> None:
+    """Run the ranks of a host other than 0, which speak no HTTP, until SIGTERM or SIGINT."""
+    config = settings.engine_config()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    environment = engine_environment(os.environ, config.num_threads)
+    log_format = resolve_format(settings.log_format)
+    run_host(config, environment, stop, log_level=settings.log_level, log_format=log_format)
 
 
 def check_model_files(settings: Settings) -> None:
@@ -194,7 +211,7 @@ def _make_engine(settings: Settings, metrics: Metrics, make_client: MakeClient) 
     if settings.data_parallel_size == 1:
         return make(config, observer=metrics)
     engines = LocalEngines(config, settings.data_parallel_size, make, metrics.observer_of)
-    return FleetClient(engines)
+    return FleetClient(engines, on_routed=routing_counter(metrics))
 
 
 async def _ready(engine: Engine, front: Front) -> EngineInfo:

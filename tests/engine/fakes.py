@@ -75,7 +75,7 @@ class FakeCore:
             num_parameters=1,
             vocab_size=VOCAB_SIZE,
             max_model_len=100_000,
-            block_size=16,
+            block_size=self.config.block_size,
             num_blocks=1000,
             kv_bytes_per_token=1,
             max_num_batched_tokens=512,

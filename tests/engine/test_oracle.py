@@ -50,9 +50,12 @@ class Engine:
             "num_threads": 1,
         }
         self.config = EngineConfig(**values | config)
-        self.worker = Worker(self.config, backend)
+        self.worker = self.make_worker(self.config, backend)
         self.core = EngineCore(self.config, self.worker)
         self.outputs: dict[tuple[str, int], list[SequenceOutput]] = defaultdict(list)
+
+    def make_worker(self, config: EngineConfig, backend: Backend | None) -> Worker:
+        return Worker(config, backend)
 
     def add(self, prompt: list[int], max_tokens: int, **fields: Any) -> Request:
         request = make_request(

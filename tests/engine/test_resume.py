@@ -25,8 +25,9 @@ from quire.engine.config import EngineInfo
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.errors import InvalidRequestError
 from quire.engine.lora import AdapterSource
-from quire.engine.outputs import SequenceOutput
+from quire.engine.outputs import SequenceOutput, Timings
 from quire.engine.process import streams
+from quire.engine.process.stream import Stream
 from quire.engine.process.streams import StreamTable
 from quire.engine.reasoning import ReasoningSpec
 from quire.engine.request import GrammarSpec, Request
@@ -384,3 +385,30 @@ def test_resumed_tokens_are_in_the_vocabulary(folder: Path) -> None:
     request = replace(make_requests(0)[0], resume=((1, core.info.vocab_size),))
     with pytest.raises(InvalidRequestError, match="vocabulary"):
         core.add_request(request)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (Timings(None, None, 1.4), Timings(1.4, None, 1.4)),  # it ended before it began again
+        (Timings(1.3, 1.35, 1.4), Timings(1.3, 1.35, 1.4)),
+        (Timings(1.6, 1.7, 1.8), Timings(1.5, 1.7, 1.8)),
+    ],
+)
+def test_times_of_a_moved_request_are_in_order(told: Timings, expected: Timings) -> None:
+    """The client measures with the ways of messages, the engine without."""
+    params = SamplingParams(max_tokens=4)
+    now = time.monotonic()
+    stream = Stream(
+        Request(
+            request_id="moved",
+            prompt_token_ids=(5, 6),
+            sampling_params=params,
+            arrival_time=now - 60.0,
+        )
+    )
+    stream.moves, stream.scheduled = 1, 1.5
+    tokens = [] if told.first_token is None else [9]
+    stream.take(SequenceOutput("moved~1", 0, tokens, finish_reason="abort", timings=told))
+    (output,) = stream.items
+    assert isinstance(output, SequenceOutput) and output.timings == expected

@@ -214,7 +214,7 @@ def test_a_slow_bucket_leads_to_its_request(
     metrics.request_finished(
         RequestRecord(
             prompt_tokens=1, max_tokens=1, finish_reasons=("stop",), generation_tokens=(1,),
-            timings=Timings(0, 6, 7, 100), exemplar=labels,
+            timings=Timings(6, 7, 100), exemplar=labels,
         )
     )  # fmt: skip
     pages = openmetrics(metrics)

@@ -61,6 +61,17 @@ class CpuBackend:
     def check_deterministic(self) -> None:
         """Accept it: equal products of one row have equal bits."""
 
+    def check_ranks(self, config: EngineConfig) -> None:
+        if config.num_ranks > 1:
+            logger.warning(
+                "%d ranks on the CPU are slower than one process, which runs compiled layers",
+                config.num_ranks,
+            )
+
+    @property
+    def collectives(self) -> str:
+        return "gloo"
+
     @property
     def multiplies_groups(self) -> bool:
         return True
@@ -95,6 +106,7 @@ class CpuBackend:
         made: Body
         if flat is not None and can_compile(flat):
             made = CpuDecoder(flat, quantization=quantization)
+            logger.info("the layers run as one function")
             logger.info("each step runs as one parallel region of compiled kernels")
         else:
             if number := pack_experts(body, quantization=quantization):

@@ -161,8 +161,10 @@ class _Rotations:
 
 def can_compile(flat: FlatDecoder) -> bool:
     """Whether a CpuDecoder can run it: its layers are alike, with SiLU, rotations of one kind, and
-    no norms of their updates."""
+    no norms of their updates, and whole."""
     first = flat.layers[0]
+    if not isinstance(first.down, nn.Linear | GroupedLinear):  # other ranks have a part of it
+        return False
     shapes = (first.num_heads, first.num_kv_heads, first.down.in_features, first.qk_norm is None)
     return flat.rotary_kinds == [None] and all(
         layer.is_silu

@@ -22,7 +22,8 @@ def cache_memory(
 ) -> int:
     """Return the bytes for the cache: `config.kv_cache_memory_bytes`, or by default room for
     max_num_seqs sequences of typical length (at least for one of full length), limited to a share
-    of the available memory. `adapter_bytes` are not available: LoRA adapters will take them.
+    of the available memory, which the ranks of a host share out. `adapter_bytes` are not available:
+    LoRA adapters will take them.
 
     Raises ConfigurationError if more is asked for than is available: the system would kill the
     process once it used that much.
@@ -39,11 +40,8 @@ def cache_memory(
         return asked
     tokens = max(max_model_len, config.max_num_seqs * min(max_model_len, TYPICAL_TOKENS))
     wanted = -(-tokens // config.block_size) * block_bytes
-    return (
-        wanted
-        if available is None
-        else min(wanted, int(available * CPU_MEMORY_SHARE / config.num_peers))
-    )
+    share = CPU_MEMORY_SHARE / config.num_peers / config.ranks_per_node
+    return wanted if available is None else min(wanted, int(available * share))
 
 
 def allocate_kv_cache(

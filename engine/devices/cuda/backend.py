@@ -107,6 +107,21 @@ class CudaBackend:
             "sums by what else is in the step"
         )
 
+    def check_ranks(self, config: EngineConfig) -> None:
+        if config.num_ranks == 1:
+            return
+        found = torch.cuda.device_count()
+        if config.ranks_per_node > found:
+            raise ConfigurationError(
+                f"{config.ranks_per_node} ranks on this host need as many GPUs, but torch sees "
+                f"{found} (--tensor-parallel-size, --pipeline-parallel-size)"
+            )
+        torch.cuda.set_device(self.device)
+
+    @property
+    def collectives(self) -> str:
+        return "nccl"
+
     @property
     def multiplies_groups(self) -> bool:
         return True
@@ -137,6 +152,8 @@ class CudaBackend:
     ) -> Body:
         for module in (body, head):
             use_products(module, self._kernels)
+        if flat is not None:
+            logger.info("the layers run as one function")
         return HfBody(body) if flat is None else FlatBody(flat, CudaOps.of_step)
 
     def make_adapter_slots(

@@ -74,7 +74,10 @@ class CudaCapture:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         # 3. Record it.
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        # Other threads may use CUDA meanwhile: NCCL's watchdog looks at events.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+        ):
             run()
         return graph.replay
 

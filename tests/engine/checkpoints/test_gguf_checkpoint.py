@@ -279,7 +279,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = tmp_path / "tiny.gguf"
     write_model(file, "llama")
     monkeypatch.setattr(source, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedModelError, match=r"pip install 'quire\[gguf\]'"):
+    with pytest.raises(UnsupportedModelError, match=r"pip install 'quire-server\[gguf\]'"):
         open_checkpoint(EngineConfig(model=str(file)))
 
 

@@ -191,5 +191,5 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(quantized_config, "find_spec", lambda name: None)
     for method in ("awq", "mxfp8"):
         set_quantization(tmp_path, {"quant_method": method})
-        with pytest.raises(UnsupportedModelError, match=r"pip install 'quire\[quantized\]'"):
+        with pytest.raises(UnsupportedModelError, match=r"pip install 'quire-server\[quantized\]'"):
             open_checkpoint(make_config(tmp_path))

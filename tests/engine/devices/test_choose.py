@@ -93,3 +93,15 @@ def test_no_other_room_checks_the_type_of_a_device() -> None:
     assert len(paths) > 50
     asking = re.compile(r"device\.type|is_cuda\b|from \.+kernels\.(cpu|cuda)")
     assert [path.name for path in paths if asking.search(path.read_text("utf-8"))] == []
+
+
+def test_a_host_with_too_few_gpus_for_its_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    backend = CudaBackend(torch.device("cuda", 1))
+    config = make_config(Path("none"), device="cuda", tensor_parallel_size=4)
+    with pytest.raises(ConfigurationError, match="4 ranks on this host need as many GPUs, .* 2"):
+        backend.check_ranks(config)
+    backend.check_ranks(make_config(Path("none"), tensor_parallel_size=4, nnodes=2))
+    assert chosen == [backend.device]

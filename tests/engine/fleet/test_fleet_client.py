@@ -194,6 +194,11 @@ def test_processors_and_gpus_are_divided(monkeypatch: pytest.MonkeyPatch) -> Non
     assert variables == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "GPU-ab"}]
     with pytest.raises(ConfigurationError, match="needs 4 GPUs, but there are 3"):
         divide(config, 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    _, variables = divide(EngineConfig(model="fake", tensor_parallel_size=2), 2)
+    assert variables == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    with pytest.raises(ConfigurationError, match="not with --nnodes"):
+        divide(EngineConfig(model="fake", tensor_parallel_size=2, nnodes=2), 2)
 
 
 def test_statistics_are_added() -> None:

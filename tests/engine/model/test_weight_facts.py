@@ -28,7 +28,7 @@ def integers(weight: PackedWeight) -> int:
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("family", ["phi3", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_rounded_weights_and_experts(
     family: str, quantization: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,8 +50,8 @@ def test_a_request_of_a_client_that_is_reported_dead_before_it_is_dropped() -> N
     def arrive(client: bytes, message: wire.ToEngine) -> None:
         socket.inbox.append([client, wire.encode(message)])
 
-    arrive(b"main", wire.Hello())
-    arrive(b"worker", wire.Hello())
+    arrive(b"main", wire.Hello(wire.PROTOCOL))
+    arrive(b"worker", wire.Hello(wire.PROTOCOL))
     server.run(core)  # type: ignore[arg-type]
     mine = make_request(max_tokens=3)
     arrive(b"main", wire.Add(mine))

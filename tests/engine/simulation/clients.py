@@ -40,6 +40,8 @@ class Plan:
     compiles_for: float = 0.0
     is_offender: bool = False
     """Whether no step with it fits into the device's memory, from `fails_after` tokens on."""
+    is_poison: bool = False
+    """Whether each step with it brings its engine down."""
 
     @property
     def may_fail(self) -> set[str]:
@@ -152,6 +154,14 @@ def make_plans(
             options["is_offender"] = True
             options["fails_after"] = rng.choice([0, rng.randrange(0, params.max_tokens + 1)])
         plans.append(Plan(request=request, at=at, client=rng.randrange(num_clients), **options))
+    if "poison" in swarm:
+        number = rng.randrange(num_requests)
+        plans[number] = replace(plans[number], is_poison=True)
+        # Those before it come with it, so that they run beside it.
+        for other in range(max(0, number - 5), number):
+            late = plans[number].at - plans[other].at
+            request = plans[other].request.shifted(late)
+            plans[other] = replace(plans[other], at=plans[number].at, request=request)
     return plans
 
 

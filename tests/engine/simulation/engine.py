@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,9 @@ import zmq
 from quire.engine.cache.block_manager import BlockManager
 from quire.engine.config import EngineConfig, EngineInfo
 from quire.engine.core.step_loop import StepLoop
+from quire.engine.core.trials import Trials
 from quire.engine.errors import QuireError
+from quire.engine.events.block_events import BlockEvent
 from quire.engine.grammar.constraints import NOTHING_PENDING, PendingConstraints
 from quire.engine.lora import AdapterSource
 from quire.engine.outputs import EngineStats, LiveSnapshot, RowError, StepOutput
@@ -75,8 +77,8 @@ class SimWorker(PagedFakeWorker):
     def forward(self, output: SchedulerOutput) -> Any:
         for slot, adapter_id in output.adapter_loads:
             self._adapters[slot] = adapter_id
-        fault = self._world.step_fault()
         executed = super().forward(output)
+        fault = self._world.step_fault(self.request_ids(output))
         if fault == "crash":
             raise Crash
         if fault == "hang":
@@ -174,6 +176,7 @@ class SimCore:
             self._table.add(source)
         self.adapters = _Adapters(self._table)
         self.speculator = self._make_speculator()
+        self._trials = Trials()
         self.scheduler = Scheduler(
             self.manager,
             max_num_seqs=settings.max_num_seqs,
@@ -182,7 +185,7 @@ class SimCore:
             policy=settings.policy,
             seed=1,
             clock=world.clock,
-            is_ready=world.is_ready,
+            is_ready=lambda request: world.is_ready(request) and self._trials.admits(request),
             adapters=self._table,
             speculator=self.speculator,
         )
@@ -190,9 +193,14 @@ class SimCore:
         self._loop = StepLoop(
             self.scheduler, self.worker, self._constrain, run_ahead=settings.run_ahead
         )
-        self.watch = Watch(self.scheduler, settings.policy, world.is_ready, world.has_left)
+        self.watch = Watch(self.scheduler, settings.policy, self._may_begin, world.has_left)
         self._num_tokens: dict[str, int] = {}
         self._num_steps = 0
+
+    def _may_begin(self, request: Request) -> bool:
+        """Return whether the last step could have admitted a request."""
+        held = request.on_trial and self._trials._present not in (None, request.request_id)
+        return not held and self._world.is_ready(request)
 
     def _make_speculator(self) -> Speculator | None:
         kind = self._world.settings.speculation
@@ -233,17 +241,23 @@ class SimCore:
             adapters=self._table.sources,
             max_lora_rank=8,
             max_loras=settings.adapter_slots,
+            seed=settings.seed,
         )
 
     @property
     def has_work(self) -> bool:
         return self._loop.has_work
 
+    def watch_begins(self, on_begin: Callable[[list[str]], None]) -> None:
+        self._loop.on_begin = on_begin
+
     def add_request(self, request: Request) -> None:
+        self._world.arrived(request)
         request.check_fits(self.info)
         self.scheduler.add_request(request)
         self.watch.added(request)
-        self._fail_when_due(request.request_id, 0)
+        self._num_tokens[request.request_id] = sum(len(tokens or ()) for tokens in request.resume)
+        self._fail_when_due(request.request_id, self._num_tokens[request.request_id])
 
     def abort_request(self, request_id: str, choice: int | None = None) -> None:
         self.scheduler.abort_request(request_id, choice)
@@ -254,19 +268,20 @@ class SimCore:
         self._num_steps += 1
         for output in outputs:
             request_id = output.request_id
-            count = self._num_tokens.get(request_id, 0) + len(output.token_ids)
+            count = self._num_tokens[request_id] + len(output.token_ids)
             self._num_tokens[request_id] = count
             self._fail_when_due(request_id, count)
         stats = self.scheduler.stats()
         ran_out = self.scheduler._ran_out
         self.watch.stepped(is_productive=stats.step_tokens > 0, ran_out=ran_out)
+        self._trials.observe(outputs)
         if self._num_steps % self._world.settings.check_every == 0:
             self.check_integrity()
         self._world.stepped(stats, len(outputs))
         return StepOutput(outputs, stats)
 
     def _fail_when_due(self, request_id: str, num_tokens: int) -> None:
-        plan = self._world.plans[request_id]
+        plan = self._world.plan_of(request_id)
         if plan.row_fault is not None and num_tokens >= plan.fails_after:
             self.worker.errors[request_id] = RowError(plan.row_fault, "injected")
         if plan.is_offender and num_tokens >= plan.fails_after:
@@ -278,7 +293,7 @@ class SimCore:
             if sequence.status is SequenceStatus.FINISHED:
                 continue  # it ended while the step was launched, and nobody looks at its row
             assert sequence.reads_tokens and UNKNOWN_TOKEN not in sequence.token_ids
-            plan = self._world.plans[sequence.request.request_id]
+            plan = self._world.plan_of(sequence.request.request_id)
             if plan.grammar_fails_after is not None and (
                 sequence.num_output_tokens >= plan.grammar_fails_after
             ):
@@ -306,6 +321,15 @@ class SimCore:
 
     def reset_prefix_cache(self) -> None:
         self.manager.pool.forget_free()
+
+    def record_blocks(self, on: bool) -> None:
+        raise AssertionError("nobody follows the blocks of a simulated engine")
+
+    def take_block_events(self) -> list[BlockEvent]:
+        return []
+
+    def known_blocks(self) -> list[bytes]:
+        return []
 
     def stats(self) -> EngineStats:
         return self.scheduler.stats()
@@ -450,7 +474,7 @@ class SimLink:
         self.to_engine = Pipe(self.world, lambda data: self._process.arrive(self.name, data))
         self._process.socket.links[self.name] = self
         self.dead = False
-        self.send(wire.Hello())
+        self.send(wire.Hello(wire.PROTOCOL))
 
     def _arrive(self, data: bytes) -> None:
         if not self.dead:
@@ -482,7 +506,9 @@ class SimHandle(SimLink):
         self.address = address
 
     @classmethod
-    async def launch(cls, launch: wire.Launch) -> SimHandle:
+    async def launch(
+        cls, launch: wire.Launch, variables: Mapping[str, str] | None = None
+    ) -> SimHandle:
         process = SimProcess(cls.world, launch)
         cls.world.processes[launch.address] = process
         return cls(process, launch.address)

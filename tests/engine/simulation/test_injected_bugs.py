@@ -6,15 +6,19 @@ A simulation that finds nothing proves nothing unless it would have found these.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from quire.engine.cache.block_manager import NO_MATCH, BlockManager
 from quire.engine.cache.block_pool import BlockPool
+from quire.engine.core.trials import Trials
 from quire.engine.outputs import RowError, StepOutput
 from quire.engine.process.engine_process import EngineServer
 from quire.engine.process.remote_client import RemoteEngineClient
+from quire.engine.process.stream import Stream
+from quire.engine.process.streams import StreamTable
 from quire.engine.scheduling.drafting import Drafting
 from quire.engine.scheduling.ranked_queue import RankedQueue
 from quire.engine.scheduling.request_table import RequestTable
@@ -22,7 +26,8 @@ from quire.engine.scheduling.scheduler import Scheduler
 from quire.engine.scheduling.step_planner import StepPlanner
 from quire.engine.sequence import Sequence
 
-from .world import run_seed
+from . import world
+from .world import Settings, World
 
 Patch = pytest.MonkeyPatch
 SEEDS = range(40)
@@ -160,7 +165,7 @@ def deadlines_are_forgotten(patch: Patch) -> None:
 
 
 def aborts_are_forgotten(patch: Patch) -> None:
-    patch.setattr(RemoteEngineClient, "abort", lambda self, request_id, choice=None: None)
+    patch.setattr(RemoteEngineClient, "abort_request", lambda self, request_id, choice: None)
 
 
 def an_abort_ends_another_request(patch: Patch) -> None:
@@ -199,6 +204,69 @@ def a_token_is_dropped(patch: Patch) -> None:
     patch.setattr(Scheduler, "update_from_output", buggy)
 
 
+def a_moved_request_starts_over(patch: Patch) -> None:
+    continuation = Stream.continuation
+    patch.setattr(Stream, "continuation", lambda self: replace(continuation(self), resume=()))
+
+
+def a_moved_request_forgets_its_last_token(patch: Patch) -> None:
+    continuation = Stream.continuation
+
+    def buggy(self: Stream) -> Any:
+        request = continuation(self)
+        shorter = tuple(tokens and tokens[:-1] for tokens in request.resume)
+        return replace(request, resume=shorter)
+
+    patch.setattr(Stream, "continuation", buggy)
+
+
+def a_choice_that_has_ended_moves_too(patch: Patch) -> None:
+    continuation = Stream.continuation
+
+    def buggy(self: Stream) -> Any:
+        request = continuation(self)
+        return replace(request, resume=tuple(tokens or () for tokens in request.resume))
+
+    patch.setattr(Stream, "continuation", buggy)
+
+
+def a_move_changes_the_seed(patch: Patch) -> None:
+    continuation = Stream.continuation
+
+    def buggy(self: Stream) -> Any:
+        request = continuation(self)
+        params = replace(request.sampling_params, seed=self.moves)
+        return replace(request, sampling_params=params)
+
+    patch.setattr(Stream, "continuation", buggy)
+
+
+def nobody_resumes_what_waits(patch: Patch) -> None:
+    patch.setattr(StreamTable, "resume", lambda self: None)
+
+
+def deaths_are_not_counted(patch: Patch) -> None:
+    detach = StreamTable._detach
+
+    def buggy(self: StreamTable, stream: Stream) -> None:
+        stream.runs = False
+        detach(self, stream)
+
+    patch.setattr(StreamTable, "_detach", buggy)
+
+
+def suspects_begin_together(patch: Patch) -> None:
+    patch.setattr(Trials, "admits", lambda self, request: True)
+
+
+def a_trial_never_ends(patch: Patch) -> None:
+    patch.setattr(Trials, "observe", lambda self, outputs: None)
+
+
+def a_moved_request_may_wait_for_ever(patch: Patch) -> None:
+    patch.setattr(Stream, "limit", lambda self, now: None)
+
+
 BUGS = {
     a_free_is_skipped: "check_integrity",
     a_block_is_freed_while_it_is_shared: "",
@@ -216,15 +284,38 @@ BUGS = {
     an_abort_ends_another_request: "nobody asked for it",
     a_wrong_draft_is_accepted: "",
     a_token_is_dropped: "",
+    a_moved_request_starts_over: "",
+    a_moved_request_forgets_its_last_token: " got ",
+    a_choice_that_has_ended_moves_too: "goes on after its end",
+    a_move_changes_the_seed: "another seed",
+    nobody_resumes_what_waits: "",
+    deaths_are_not_counted: "has killed",
+    suspects_begin_together: "ended with the poison",
+    a_trial_never_ends: "never ends",
+    a_moved_request_may_wait_for_ever: "after its deadline",
 }
 """Each bug, and words of the violation that it leads to."""
+CROWDED = (suspects_begin_together, a_trial_never_ends)
+"""Bugs that show only if a poisonous request runs beside several others."""
+
+
+def _settings(seed: int, bug: Callable[[Patch], None]) -> Settings:
+    settings = Settings.draw(seed, 60)
+    if bug not in CROWDED:
+        return settings
+    return replace(
+        settings, swarm=frozenset({"poison"}), max_restarts=10**9, num_workers=0, budget=128,
+        max_num_seqs=12, num_blocks=1000, max_step_tokens=None, policy="fcfs",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
 def test_a_bug_is_found(bug: Callable[[Patch], None], monkeypatch: Patch) -> None:
     with monkeypatch.context() as patch:
         bug(patch)
-        found = (report.violation for seed in SEEDS if (report := run_seed(seed, 60)).violation)
-        violation = next(found, None)
+        if bug in CROWDED:
+            patch.setattr(world, "TIME_LIMIT", 60.0)
+        reports = (World(_settings(seed, bug)).run() for seed in SEEDS)
+        violation = next((one.violation for one in reports if one.violation), None)
     assert violation is not None, "no seed finds it"
     assert BUGS[bug] in violation

@@ -36,7 +36,8 @@ def test_some_seeds() -> None:
         "engine: killed from outside", "engine: killed by the watchdog", "HTTP worker killed",
         "slow step", "late message",
         "repeated message", "junk on the socket", "adapter change", "disconnect",
-        "out of memory by a large step", "out of memory by one request",
+        "out of memory by a large step", "out of memory by one request", "moves of requests",
+        "moves in the midst of an answer", "moves on trial", "poison in a step", "engine given up",
     ):  # fmt: skip
         assert total[what], f"no world has any: {what}"
 

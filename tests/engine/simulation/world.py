@@ -19,19 +19,29 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 from quire.engine.config import EngineConfig, SchedulingPolicy
 from quire.engine.errors import EngineError, InvalidRequestError, PoolTooSmallError, QuireError
 from quire.engine.lora import AdapterSource
-from quire.engine.outputs import EngineStats, SequenceOutput
-from quire.engine.process import attached_client, process_client
+from quire.engine.outputs import EngineStats, SequenceOutput, Timings
+from quire.engine.process import (
+    attached_client,
+    engine_process,
+    process_client,
+    remote_client,
+    stream,
+    streams,
+    wire,
+)
 from quire.engine.process.attached_client import AttachedEngineClient
 from quire.engine.process.process_client import ProcessEngineClient
-from quire.engine.process.remote_client import EngineStatus, RemoteEngineClient
+from quire.engine.process.remote_client import EngineStatus, RemoteEngineClient, State
+from quire.engine.process.stream import MAX_DEATHS
 from quire.engine.request import Request
 
 from .clients import ADAPTERS, Plan, answer, is_cut_of, make_plans
@@ -46,15 +56,15 @@ SLOW_SECONDS = (0.5, 3.0)
 """Bounds of the duration of a slow step."""
 MAX_DELAY_SECONDS = 0.5
 """The longest that a message takes."""
-LATE_SECONDS = 2 * (SLOW_SECONDS[1] + MAX_DELAY_SECONDS)
-"""How long after its deadline, or after its client left, a request may go on: for the step that
-runs, one step more that was launched ahead, and the delays of messages."""
+EPSILON = 1e-6
+"""What the sums of times may differ by."""
 GREETING_SECONDS = 3 * MAX_DELAY_SECONDS + SLOW_SECONDS[1]
 """How long after the start of an engine or of an HTTP worker they may not know each other."""
 SWARM = (
     "disconnects", "aborts", "deadlines", "slow readers", "bad rows", "grammars", "out of memory",
     "slow steps", "crashes", "hangs", "late messages", "repeated messages", "junk", "adapters",
-    "HTTP workers", "worker deaths", "cache resets",
+    "HTTP workers", "worker deaths", "cache resets", "poison",
+    "giving up",
 )  # fmt: skip
 """Kinds of behaviour and faults; a world has a random choice of them."""
 
@@ -75,6 +85,7 @@ class Settings:
     speculation: str
     adapter_slots: int
     max_step_tokens: int | None
+    max_restarts: int
     num_workers: int
     pace: float
     step_seconds: float
@@ -101,12 +112,21 @@ class Settings:
             speculation=rng.choice(["none", "none", "random", "real"]),
             adapter_slots=rng.choice([1, 2]),
             max_step_tokens=rng.choice(limits) if "out of memory" in swarm else None,
+            max_restarts=rng.choice([0, 1, 2]) if "giving up" in swarm else 10**9,
             num_workers=rng.choice([1, 2, 3]) if "HTTP workers" in swarm else 0,
             pace=rng.choice([0.03, 0.06, 0.12]),
             step_seconds=rng.choice([0.005, 0.01, 0.02]),
             check_every=rng.choice([1, 3, 10]),
             swarm=swarm,
         )
+
+    @property
+    def late_seconds(self) -> float:
+        """How long after its deadline, or after its client left, a request may go on: for the step
+        that runs, two steps more of which one was launched ahead, and the delays of messages."""
+        step = SLOW_SECONDS[1] if "slow steps" in self.swarm else self.step_seconds
+        delay = MAX_DELAY_SECONDS if "late messages" in self.swarm else 0.0
+        return 3 * step + 2 * delay + wire.HEARTBEAT_SECONDS
 
 
 @dataclass
@@ -130,6 +150,11 @@ class Record:
     """Whether the client disconnected, or its HTTP worker died."""
     refused: QuireError | None = None
     aborted: set[int] = field(default_factory=set)
+
+    @property
+    def errors(self) -> list[str]:
+        """The codes of the errors that ended choices."""
+        return [final.error.code for final in self.finals.values() if final.error is not None]
 
 
 @dataclass
@@ -170,6 +195,12 @@ class World:
         self.processes: dict[str, SimProcess] = {}
         self._records: dict[str, Record] = {}
         self._outages: list[_Outage] = []
+        self._seeds: dict[str, int | None] = {}
+        """The seed of each request that an engine has got."""
+        self._poisoned: Counter[str] = Counter()
+        """How many engines each poisonous request has killed."""
+        self._given_up = False
+        """Whether the supervisor starts no engine any more."""
         self._worker_starts: list[float] = []
         """When HTTP workers took the places of others."""
         self._violation: asyncio.Future[None]
@@ -185,18 +216,34 @@ class World:
     def clock(self) -> float:
         return self._loop.time()
 
+    def plan_of(self, sent_id: str) -> Plan:
+        """Return the plan of the request that has this id at an engine."""
+        return self.plans[_request_id(sent_id)]
+
     def is_ready(self, request: Request) -> bool:
-        plan = self.plans[request.request_id]
-        return self.clock() >= self._records[request.request_id].submitted + plan.compiles_for
+        plan = self.plan_of(request.request_id)
+        submitted = self._records[plan.request.request_id].submitted
+        return self.clock() >= submitted + plan.compiles_for
+
+    def arrived(self, request: Request) -> None:
+        """Note that an engine gets a request."""
+        self._note("arrival", request.request_id, request.sampling_params.seed)
+        seed = request.sampling_params.seed
+        first = self._seeds.setdefault(_request_id(request.request_id), seed)
+        assert seed == first, f"{request.request_id} has another seed than before"
+        if "~" in request.request_id:
+            self._counts["moves of requests"] += 1
+            self._counts["moves in the midst of an answer"] += bool(request.resume)
+            self._counts["moves on trial"] += request.on_trial
 
     def has_left(self, request_id: str) -> bool:
-        record = self._records[request_id]
+        record = self._records[_request_id(request_id)]
         if not record.left or record.ended is None:
             return False
-        return self.clock() - record.ended > LATE_SECONDS
+        return self.clock() - record.ended > self.settings.late_seconds
 
     def salt_number(self, request_id: str) -> int:
-        salt = self.plans[request_id].request.cache_salt
+        salt = self.plan_of(request_id).request.cache_salt
         return (None, "one", "other").index(salt)
 
     def answer(self, request: Request, choice: int) -> list[int]:
@@ -205,8 +252,14 @@ class World:
     def _happens(self, kind: str, chance: float) -> bool:
         return kind in self.settings.swarm and self._rng.random() < chance
 
-    def step_fault(self) -> str | None:
-        if self._happens("crashes", 0.001):
+    def step_fault(self, request_ids: list[str]) -> str | None:
+        """Return what happens to the engine in a step with these requests."""
+        poison = {_request_id(one) for one in request_ids if self.plan_of(one).is_poison}
+        if poison:
+            self._poisoned.update(poison)
+            self.faults["poison in a step"] += 1
+            return "crash"
+        if self._happens("crashes", 0.002):
             return "crash"
         return "hang" if self._happens("hangs", 0.0005) else None
 
@@ -307,11 +360,14 @@ class World:
 
         link = type("Link", (SimLink,), {"world": self})
         handle = type("Handle", (SimHandle,), {"world": self})
+        time = SimpleNamespace(monotonic=self.clock)
+        timed = (engine_process, remote_client, stream, streams)
         with ExitStack() as stack:
             for module, name, value in (
                 (process_client, "EngineHandle", handle),
                 (process_client, "private_folder", folder),
                 (attached_client, "EngineLink", link),
+                *((module, "time", time) for module in timed),
             ):
                 stack.enter_context(patch.object(module, name, value))
             yield
@@ -319,7 +375,9 @@ class World:
     async def _main(self) -> None:
         self._violation = self._loop.create_future()
         main = ProcessEngineClient(
-            EngineConfig(model="sim"), stall_timeout=STALL_SECONDS, max_restarts=10**9
+            EngineConfig(model="sim"),
+            stall_timeout=STALL_SECONDS,
+            max_restarts=self.settings.max_restarts,
         )
         if self.settings.num_workers:
             main.on_status = self._tell
@@ -352,17 +410,23 @@ class World:
 
     async def _settle(self, main: ProcessEngineClient) -> None:
         """Wait until all messages have arrived; then nothing may be left of any request."""
-        while not main.health().ready:
+        while main.status.state not in (State.READY, State.FAILED):
             await asyncio.sleep(1.0)
         await asyncio.sleep(10.0)
+        for client in [main, *(worker.client for worker in self._workers)]:
+            assert not len(client._streams), "a client keeps streams"
+            assert not client._streams._sent, "a client keeps streams that it has sent"
+        self._given_up = main.status.state is State.FAILED
+        if self._given_up:
+            assert len(self._outages) > self.settings.max_restarts, "it was given up too early"
+            self.faults["engine given up"] += 1
+            return
         assert main.health().ready, "the engine was restarted without a reason"
         process = list(self.processes.values())[-1]
         assert process.core is not None and process.server is not None
         assert not process.core.has_work, "work is left: something waits for ever"
         process.core.check_empty()
         assert not process.server._open, f"the server keeps {list(process.server._open)}"
-        for client in [main, *(worker.client for worker in self._workers)]:
-            assert not len(client._streams), "a client keeps streams"
         stats = main.stats()
         assert stats is not None and stats.num_free_blocks == stats.num_blocks
         self._account(process)
@@ -470,11 +534,31 @@ class World:
 
     def _check_all(self) -> None:
         assert len(self._records) == len(self.plans)
+        self._check_poison()
         for name, record in self._records.items():
             try:
                 self._check(record)
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from error
+
+    def _check_poison(self) -> None:
+        """Assert that what kills engines is found, and that nothing else ends with it: of one
+        poisonous request alone, all that is told arrives."""
+        if "late messages" in self.settings.swarm:
+            return  # an engine may have died before anyone knew what it had begun
+        for name, deaths in self._poisoned.items():
+            assert deaths <= MAX_DEATHS + 1, f"{name} has killed {deaths} engines"
+        if self.settings.swarm.isdisjoint({"crashes", "hangs", "giving up"}):
+            for name, record in self._records.items():
+                if not (record.plan.is_poison or self._cannot_move(record)):
+                    assert "engine_dead" not in record.errors, f"{name} ended with the poison"
+
+    def _cannot_move(self, record: Record) -> bool:
+        """Return whether a request cannot go on at another engine once it has begun."""
+        request = record.plan.request
+        # Beams are not resumed, and the adapter may have been unloaded.
+        has_lost = request.adapter not in (None, ADAPTERS[0])
+        return request.sampling_params.beam_width is not None or has_lost
 
     def _check(self, record: Record) -> None:
         request = record.plan.request
@@ -490,14 +574,30 @@ class World:
             assert sorted(record.finals) == list(range(n)), f"only {sorted(record.finals)} ended"
         for choice, final in record.finals.items():
             self._check_end(record, choice, final)
-        if request.deadline is not None and not self._died_during(record):
+        if request.deadline is not None:
             late = record.ended - request.deadline
             read = len(record.tokens) and record.plan.pause
-            assert late < LATE_SECONDS or read, f"it ended {late:.1f} s after its deadline"
+            # Only the watchdog notices that an engine hangs.
+            allowed = self.settings.late_seconds + bool(self._deaths_during(record)) * (
+                STALL_SECONDS + 1.0
+            )
+            if "hangs" not in self.settings.swarm and self._passes_in_outage(record):
+                allowed = EPSILON  # its client ends it, which knows at once of the death
+            assert late < allowed or read, f"it ended {late:.1f} s after its deadline"
 
-    def _died_during(self, record: Record) -> bool:
-        assert record.ended is not None
+    def _passes_in_outage(self, record: Record) -> bool:
+        """Return whether a request's deadline passes while no engine has it."""
+        deadline = record.plan.request.deadline
+        assert deadline is not None
         return any(
+            outage.begin < deadline and (outage.end is None or deadline < outage.end)
+            for outage in self._outages
+        )
+
+    def _deaths_during(self, record: Record) -> int:
+        """Return how many engines died while the request was open, or soon after."""
+        assert record.ended is not None
+        return sum(
             outage.begin <= record.ended
             and (outage.end is None or record.submitted <= outage.end + GREETING_SECONDS)
             for outage in self._outages
@@ -508,7 +608,7 @@ class World:
         match error.code:
             case "engine_not_ready":
                 starts = [record.submitted - start for start in self._worker_starts]
-                assert self._died_during(record) or any(
+                assert self._deaths_during(record) or any(
                     0.0 <= age < GREETING_SECONDS for age in starts
                 ), "the engine was not ready without a reason"
             case "model_not_found":
@@ -523,6 +623,8 @@ class World:
 
     def _check_end(self, record: Record, choice: int, final: SequenceOutput) -> None:
         request, plan = record.plan.request, record.plan
+        if final.timings is not None:
+            _check_timings(final.timings, record)
         if final.finish_reason == "abort":
             mine = record.aborted if request.sampling_params.beam_width is None else {0, choice}
             assert choice in mine and record.aborted, "aborted, and nobody asked for it"
@@ -531,12 +633,16 @@ class World:
             code = final.error.code
             match code:
                 case "engine_dead":
-                    assert self._died_during(record), "engine_dead, and no engine died"
+                    may_end = self._given_up or self._cannot_move(record)
+                    few = 1 if may_end else MAX_DEATHS + 1
+                    deaths = self._deaths_during(record)
+                    assert deaths >= few, f"engine_dead, and only {deaths} engines died"
                 case "request_timeout":
-                    assert request.deadline is not None and record.ended >= request.deadline
+                    assert request.deadline is not None
+                    assert record.ended >= request.deadline - EPSILON
                 case "queue_timeout":
                     assert request.queue_deadline is not None
-                    assert record.ended >= request.queue_deadline
+                    assert record.ended >= request.queue_deadline - EPSILON
                 case _:
                     assert code in plan.may_fail, f"{code}, a fault of another request"
         else:
@@ -572,14 +678,27 @@ class _Worker:
         return name
 
 
+def _request_id(sent_id: str) -> str:
+    """Return the id that a request has at its client."""
+    return sent_id.partition("~")[0]
+
+
+def _check_timings(timings: Timings, record: Record) -> None:
+    stations = [0.0, timings.scheduled, timings.first_token, timings.finished]
+    passed = [time for time in stations if time is not None]
+    in_order = all(one <= other + EPSILON for one, other in pairwise(passed))
+    assert in_order, f"{timings} are not in order"
+    assert record.ended is not None
+    assert timings.finished <= record.ended - record.submitted + EPSILON, "it ended in the future"
+
+
 def _outcome(record: Record) -> str:
     if record.left:
         return "client left"
     if record.refused is not None:
         return f"refused: {record.refused.code}"
-    errors = [final.error.code for final in record.finals.values() if final.error is not None]
-    if errors:
-        return f"error: {errors[0]}"
+    if record.errors:
+        return f"error: {record.errors[0]}"
     if any(final.finish_reason == "abort" for final in record.finals.values()):
         return "aborted"
     return "complete"

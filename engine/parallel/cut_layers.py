@@ -1,0 +1,205 @@
+"""Cuts a model's layers for one rank, in place, before anything merges or packs their weights."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from .tensor_plan import COLWISE, EXPERTS, Heads, body_plan, find_cuts, layers_of
+
+if TYPE_CHECKING:
+    from .group import Group
+    from .ranks import Ranks
+
+logger = logging.getLogger("quire.engine")
+
+
+def part(size: int, group: Group) -> slice:
+    """Return the rank's equal share of `size` rows or columns."""
+    step = size // group.size
+    return slice(group.rank * step, (group.rank + 1) * step)
+
+
+def kv_part(size: int, kv_heads: int, group: Group) -> slice:
+    """Return the rank's rows of K or V `[size]`, which has `kv_heads`: whole heads. If there are
+    more ranks than heads, the head of the rank's queries."""
+    width = size // kv_heads
+    count = max(1, kv_heads // group.size)
+    first = group.rank * kv_heads // group.size
+    return slice(first * width, (first + count) * width)
+
+
+class RowLinear(nn.Module):
+    """A linear layer of which each rank has some input columns: the ranks' products are summed,
+    then the bias is added once. x `[..., in_features]`, the rank's part → `[..., out_features]`."""
+
+    def __init__(self, linear: nn.Linear, bias: torch.Tensor | None, group: Group) -> None:
+        """`linear` has the rank's columns and no bias."""
+        super().__init__()
+        self.linear = linear
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._group = group
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The rank's columns of the weight, for code that looks at it."""
+        weight: torch.Tensor = self.linear.weight
+        return weight
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output = self._group.all_reduce(self.linear(input))
+        return output if self.bias is None else output + self.bias
+
+
+class VocabLinear(nn.Module):
+    """A language-model head of which each rank has some rows. Hidden states `[R, hidden_size]` →
+    logits of the whole vocabulary, on every rank."""
+
+    def __init__(self, linear: nn.Linear, out_features: int, group: Group) -> None:
+        """`linear` has the rank's rows; all ranks have as many, zeros beyond `out_features`."""
+        super().__init__()
+        self.linear = linear
+        self.in_features, self.out_features = linear.in_features, out_features
+        self._group = group
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The rank's rows of the weight, for code that looks at it."""
+        weight: torch.Tensor = self.linear.weight
+        return weight
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = self.linear(input.reshape(-1, self.in_features))
+        logits = self._group.gather_columns(rows)
+        if logits.shape[1] > self.out_features:
+            logits = logits[:, : self.out_features].contiguous()
+        return logits.view(*input.shape[:-1], self.out_features)
+
+
+def cut_tensors(model: Any, body: nn.Module, heads: Heads, group: Group, architecture: str) -> None:
+    """Leave the rank's part of every layer of a transformers model, in place. `body` is the part of
+    it that text passes through, and `heads` are the whole model's. Raises UnsupportedModelError if
+    a layer cannot be cut."""
+    cut_body(body, body_plan(model.config), heads, group, architecture)
+    cut_head(model, group)
+    if heads.kv < group.size:
+        logger.warning(
+            "%d ranks share %d KV heads: each has one, so the KV cache takes %d times as much "
+            "memory in all",
+            group.size,
+            heads.kv,
+            group.size // heads.kv,
+        )
+
+
+def cut_scales(scales: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Return the rank's part of the scales of a KV cache `[num_layers, 2, num_kv_heads]`."""
+    num_layers, _, heads = scales.shape
+    layers = layers_of(ranks.ring, num_layers)
+    part = scales[layers.start : layers.stop, :, kv_part(heads, heads, ranks.group)]
+    return part.contiguous()
+
+
+def cut_body(
+    body: nn.Module, plan: dict[str, str], heads: Heads, group: Group, architecture: str
+) -> None:
+    """Leave the rank's part of each layer that the plan cuts; `heads` are the whole model's.
+    Raises UnsupportedModelError if a layer cannot be cut."""
+    for name, style in find_cuts(body, plan, architecture).items():
+        parent, child = _places(body, name)
+        module: Any = getattr(parent, child)
+        if style == EXPERTS:
+            _cut_experts(module, group, f"{architecture}: {name}")
+            continue
+        if type(module) is not nn.Linear:
+            raise UnsupportedModelError(
+                f"{architecture}: {name} is a {type(module).__name__}, which cannot be cut"
+            )
+        if style == COLWISE:
+            rows = part(module.out_features, group)
+            if child in ("k_proj", "v_proj"):
+                rows = kv_part(module.out_features, heads.kv, group)
+            else:
+                _check_divides(module.out_features, group, f"{architecture}: {name}")
+            setattr(parent, child, _linear(module.weight[rows], _rows_of(module.bias, rows)))
+        else:
+            _check_divides(module.in_features, group, f"{architecture}: {name}")
+            columns = module.weight[:, part(module.in_features, group)]
+            setattr(parent, child, RowLinear(_linear(columns, None), module.bias, group))
+
+
+def cut_head(model: Any, group: Group) -> None:
+    """Leave the rank's rows of a causal language model's head. Those of a tied head stay views of
+    the embedding. A head that is no linear layer stays whole."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return
+    rows = -(-head.out_features // group.size)
+    which = slice(group.rank * rows, (group.rank + 1) * rows)
+    weight, bias = head.weight.detach()[which], _rows_of(head.bias, which)
+    missing = rows - len(weight)
+    if missing:
+        weight = F.pad(weight, (0, 0, 0, missing))
+        bias = None if bias is None else F.pad(bias, (0, missing))
+    linear = _linear(weight, bias, copy=False)
+    model.set_output_embeddings(VocabLinear(linear, head.out_features, group))
+
+
+def _cut_experts(experts: Any, group: Group, what: str) -> None:
+    """Leave the rank's part of each expert's intermediate size; their outputs are summed."""
+    names = sorted(name for name, _ in experts.named_parameters(recurse=False))
+    if names != ["down_proj", "gate_up_proj"]:
+        raise UnsupportedModelError(
+            f"{what} has the parameters {', '.join(names)}, which cannot be cut"
+        )
+    if getattr(experts, "is_transposed", False):
+        raise UnsupportedModelError(f"{what} has transposed weights, which cannot be cut")
+    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    _check_divides(down.shape[2], group, what)
+    columns = part(down.shape[2], group)
+    halves = [half[:, columns] for half in gate_up.chunk(2, dim=1)]
+    experts.gate_up_proj = _parameter(torch.cat(halves, dim=1))
+    experts.down_proj = _parameter(down[:, :, columns])
+    experts.intermediate_dim = down.shape[2] // group.size
+    experts.register_forward_hook(partial(_sum_output, group))
+
+
+def _sum_output(group: Group, _: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+    return group.all_reduce(output)
+
+
+def _places(body: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, child = name.rpartition(".")
+    return body.get_submodule(parent), child
+
+
+def _check_divides(size: int, group: Group, what: str) -> None:
+    if size % group.size:
+        raise UnsupportedModelError(
+            f"{what} has a size of {size}, which {group.size} ranks cannot share equally"
+        )
+
+
+def _rows_of(bias: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if bias is None else bias.detach()[rows]
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None, *, copy: bool = True) -> nn.Linear:
+    """Make a layer of this weight; a copy, so that the whole weight can be freed."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = _parameter(weight) if copy else nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = _parameter(bias)
+    return linear.eval()
+
+
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+    copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(copied, requires_grad=False)
