@@ -40,7 +40,7 @@ LOCKS := $(SUPPLY_CHAIN)/requirements.lock $(SUPPLY_CHAIN)/requirements-cuda.loc
 TOOLS := build/supply-chain
 TOOLS_STAMP := $(TOOLS)/.installed
 
-.PHONY: setup serve smollm2 test test-web test-parallel test-ray test-gpu test-prometheus test-kubernetes clients oldest-triton newest-triton lint types fuzz simulate determinism soak bench docs site lock sbom audit clean
+.PHONY: setup serve smollm2 test test-web test-parallel test-ray test-gpu test-prometheus test-kubernetes clients oldest-triton newest-triton portability lint types fuzz simulate determinism soak bench docs site lock sbom audit clean
 
 setup: $(STAMP)
 
@@ -153,6 +153,13 @@ oldest-triton newest-triton: $(STAMP)
 
 oldest-triton: TRITON := 3.6.*
 newest-triton: TRITON := 3.9.*
+
+# Compile every kernel for every supported architecture, with both ends of the supported releases of Triton,
+# and compare with docs/portability.md. Takes a quarter of an hour.
+portability: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/oldest-triton 'triton==3.6.*'
+	$(BIN)/pytest --timeout=3000 tests/kernels/cuda/check_portability.py
+	PYTHONPATH=build/oldest-triton $(BIN)/pytest --timeout=3000 tests/kernels/cuda/check_portability.py
 
 # The whole benchmark run of a GPU, to its last line, on tensors without memory: what a GPU is lent for
 # must not fail in a script.
