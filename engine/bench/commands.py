@@ -158,9 +158,9 @@ def _save(arguments: argparse.Namespace, core: EngineCore, result: dict[str, Any
 def _versions() -> dict[str, str]:
     """Return the versions in use. A source tree on the path, without an installation, has none."""
     found = {"python": platform.python_version()}
-    for name in ("quire", "torch", "triton", "transformers"):
+    for name in ("quire-server", "torch", "triton", "transformers"):
         try:
-            found[name] = version(name)
+            found[name.removesuffix("-server")] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
+            found[name.removesuffix("-server")] = "not installed"
     return found

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -119,7 +119,7 @@ def calibrate(
         model=config.model,
         device=info.device,
         dtype=info.dtype,
-        quire=version("quire"),
+        quire=_version_of_quire(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         weight_bytes=info.weight_bytes,
         kv_bytes_per_token=info.kv_bytes_per_token,
@@ -206,3 +206,10 @@ def _run(
         taken = taken[1:]
     steps = zip(recording.shapes, taken, strict=False)
     return [Measured(shape, seconds) for shape, seconds in steps if shape.rows]
+
+
+def _version_of_quire() -> str:
+    try:
+        return version("quire-server")
+    except PackageNotFoundError:  # it runs from a source tree that is not installed
+        return "unknown"

@@ -1,9 +1,8 @@
 """The scheduler decides which sequences compute how many tokens in the next step.
 
-There are no phases. Every sequence has tokens whose K/V is not computed yet. A step lets them
-catch up under one token budget: running sequences first, then waiting ones as far as the free
-blocks reach. A prefill chunk, a decode and the recompute after a preemption differ only in how far
-behind they are.
+There are no phases. Every sequence has tokens whose K/V is not computed yet. A step lets them catch
+up under one token budget: running sequences first, then waiting ones as far as free blocks reach.
+Prompts' chunks, decodes and recomputes after a preemption differ only in how far behind they are.
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ Clock = Callable[[], float]
 class Scheduler:
     """Owns every unfinished sequence; the block manager owns their blocks.
 
-    A sequence is held by the roster (it runs), by the policy (it waits), or by a sibling that it
-    will be forked from.
+    The roster holds sequences that run, the policy those that wait, a sibling what it will fork.
     """
 
     def __init__(
@@ -261,12 +259,14 @@ class Scheduler:
         """Make the next step smaller, after one that ran out of device memory. None is in flight.
 
         Halves the budget, preempts the youngest sequence, and admits none to the next step. So a
-        sequence eventually runs by itself, and ends with DeviceMemoryError if it then fails under
-        the smallest budget. The budget doubles again with every step that succeeds.
+        sequence runs by itself in the end, and fails if that is too much under the smallest budget.
+        The budget doubles again with every step that succeeds.
         """
         self._launched.clear()
         smallest = min(self.block_manager.block_size, self.max_num_batched_tokens)
-        if len(self.running) > 1:
+        # Beams go on only together: preempting one of a search that is alone undoes all its steps.
+        alone = len({id(one.request) if one.is_beam else one.seq_id for one in self.running}) == 1
+        if len(self.running) > 1 and not (alone and self._budget > smallest):
             self._planner.preempt(self.running[-1])
         elif self._budget <= smallest and self.running:
             error = RowError(DeviceMemoryError.code, "out of device memory, even when run alone")

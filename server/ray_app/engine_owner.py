@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import NamedTuple
 from uuid import uuid4
 
@@ -15,6 +14,7 @@ from ...engine.network.keys import Endpoint
 from ...engine.outputs import EngineStats
 from ...engine.process import wire
 from ...engine.process.process_client import ProcessEngineClient
+from ..about import quire_version
 from .policy import Load
 
 POLL_SECONDS = 0.5
@@ -121,7 +121,7 @@ class EngineOwner:
                 client.send(wire.Admit(client_key))
         endpoint = client.endpoint if client.is_ready else None
         restarts = client.health().restarts
-        return Described(self.name, self._model, version("quire"), endpoint, restarts)
+        return Described(self.name, self._model, quire_version(), endpoint, restarts)
 
     def check(self) -> None:
         """Raise EngineDeadError if the engine will not serve again: then it needs another owner.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from uuid import uuid4
 
 import structlog
@@ -25,6 +24,7 @@ from ...engine.fleet.network_client import NetworkEngineClient
 from ...engine.network.keys import KeyPair
 from ...engine.process.remote_client import RemoteEngineClient
 from ...engine.process.streams import StreamTable
+from ..about import quire_version
 from .engine_owner import POLL_SECONDS, Described
 
 Ask = Callable[[str], Awaitable[Sequence[object]]]
@@ -112,7 +112,7 @@ class ServeEngines:
         return NetworkEngineClient(f"{self.name}-{name}", self._keys, observer, self._streams)
 
     def _refusal(self, described: Described) -> str | None:
-        ours = version("quire")
+        ours = quire_version()
         if described.version != ours:
             return f"it is version {described.version} of quire, and this front {ours}"
         if described.model != self._model:

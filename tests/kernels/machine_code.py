@@ -86,7 +86,7 @@ def _written(instruction: Instruction) -> frozenset[int]:
         count = int(suffixes[-1]) if suffixes[-1].isdigit() else 1
     else:
         loads = instruction.name.startswith(("LD", "IMAD.WIDE"))
-        count = max([_WIDTHS.get(suffix, 1) for suffix in suffixes] if loads else [1])
+        count = max([1, *(_WIDTHS.get(suffix, 1) for suffix in suffixes if loads)])
     target = instruction.operands[0]
     if target in ("PT", "P0", "P1", "P2", "P3", "P4", "P5", "P6") and len(instruction.operands) > 1:
         target = instruction.operands[1]  # a shuffle, or a comparison: predicate first

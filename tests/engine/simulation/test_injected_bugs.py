@@ -248,9 +248,9 @@ def nobody_resumes_what_waits(patch: Patch) -> None:
 def deaths_are_not_counted(patch: Patch) -> None:
     detach = StreamTable._detach
 
-    def buggy(self: StreamTable, stream: Stream) -> None:
+    def buggy(self: StreamTable, stream: Stream, is_death: bool) -> None:
         stream.runs = False
-        detach(self, stream)
+        detach(self, stream, is_death)
 
     patch.setattr(StreamTable, "_detach", buggy)
 

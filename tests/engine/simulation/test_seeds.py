@@ -42,6 +42,11 @@ def test_some_seeds() -> None:
         assert total[what], f"no world has any: {what}"
 
 
+def test_beams_that_do_not_fit_one_step_go_on() -> None:
+    """No step of more than two tokens fits into the device of this world, which has three beams."""
+    assert run_seed(208).violation is None
+
+
 def test_a_seed_replays_exactly() -> None:
     first, again, other = (run_seed(seed, 120) for seed in (5, 5, 6))
     assert first == again
