@@ -79,7 +79,7 @@ async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -94,7 +94,7 @@ def submit(front: ServeFleet, count: int, length: int) -> Work:
 
 async def check(work: Work) -> None:
     for request, task in work:
-        outputs = await asyncio.wait_for(task, 20)
+        outputs = await asyncio.wait_for(task, 60)
         assert tokens_of(outputs) == expected_tokens(request)
         assert outputs[-1].finish_reason == "length"
 
@@ -111,8 +111,8 @@ async def test_engines_join_leave_and_die_under_streams(cluster: Cluster) -> Non
     await asyncio.gather(front.wait_joined(), other.wait_joined())
     await until(lambda: all(len(each._joined) == 2 for each in cluster.fronts))
     work = submit(front, 4, 80) + submit(other, 4, 80)
-    await asyncio.sleep(0.2)
-    assert {front.engine_of(request.request_id) for request, _ in work[:4]} == {one.name, two.name}
+    both = {one.name, two.name}
+    await until(lambda: {front.engine_of(request.request_id) for request, _ in work[:4]} == both)
     # 3. One is killed, and comes back with another address and another key.
     before = one._client.endpoint
     assert one._client._engine is not None
@@ -138,12 +138,11 @@ async def test_draining_waits_and_then_moves(cluster: Cluster) -> None:
     one, two = await asyncio.gather(cluster.start_engine(), cluster.start_engine())
     front = await cluster.start_front()
     await until(lambda: len(front._joined) == 2)
-    short, long = submit(front, 4, 40), submit(front, 6, 150)
-    await asyncio.sleep(0.2)
-    assert any(front.engine_of(request.request_id) == one.name for request, _ in short)
+    short, long = submit(front, 4, 40), submit(front, 6, 300)
+    await until(lambda: any(front.engine_of(asked.request_id) == one.name for asked, _ in short))
     # 1. It gets no new work, finishes what is short, and moves the rest when its time is over.
     cluster.owners.remove(one)
-    draining = asyncio.create_task(one.drain(1.5))
+    draining = asyncio.create_task(one.drain(4))
     await until(lambda: one.name not in front.members)
     late = submit(front, 3, 10)
     await asyncio.sleep(0.05)
@@ -169,7 +168,7 @@ async def test_draining_waits_and_then_moves(cluster: Cluster) -> None:
     three = await cluster.start_engine()
     await until(lambda: len(front._joined) == 2)
     cluster.owners.remove(three)
-    await asyncio.wait_for(three.drain(600), 10)
+    await asyncio.wait_for(three.drain(600), 60)
 
 
 async def test_trouble_with_asking_concludes_nothing(cluster: Cluster) -> None:
