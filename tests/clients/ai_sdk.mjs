@@ -43,7 +43,7 @@ test("text, whole and streamed", async () => {
   const stream = streamText(sum);
   const pieces = [];
   for await (const piece of stream.textStream) pieces.push(piece);
-  assert.ok(pieces.length > 3);
+  assert.ok(pieces.length > 1); // a draft that is accepted brings several tokens at once
   assert.equal(pieces.join(""), answer);
   assert.equal((await stream.usage).outputTokens, whole.usage.outputTokens);
 });
