@@ -29,7 +29,7 @@ def reranker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, li
         check=True,
     )
     arguments = [str(folder), "--served-model-name", "reranker", "--device", "cpu"]
-    arguments += ["--kv-cache-dtype", "float32"]  # 16 bits, the default, change scores by up to 1e-3
+    arguments += ["--kv-cache-dtype", "float32"]  # exact scores; the default has 16 bits
     with quire_serve(folder, *arguments) as address:
         yield address, json.loads(done.stdout)
 
