@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from quire.engine.process.engine_process import QuietStart
+from quire.engine.process.json_logs import QuietStart
 
 
 @pytest.mark.parametrize("is_on", [True, False])
