@@ -44,6 +44,9 @@ from .live_views import LiveViews
 PR_SET_PDEATHSIG = 1
 """The prctl(2) option that sets the signal a process gets when its parent dies."""
 
+LAST_MESSAGES_SECONDS = 0.2
+"""How long an engine that fails goes on, so that ZeroMQ's thread sends what waits to be sent."""
+
 logger = logging.getLogger("quire.engine")
 
 
@@ -358,6 +361,8 @@ def main() -> int:
         server.run(core)
     except Exception:
         logger.exception("the engine loop failed")
+        # Who was in the step has to arrive, even if it failed sooner than the message was sent.
+        time.sleep(LAST_MESSAGES_SECONDS)
         return 1
     return 0
 
