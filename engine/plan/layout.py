@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from ..errors import ConfigurationError
 from .calibration import Calibration
 from .planned_engine import EngineShape
-from .planned_fleet import FleetRun, PlannedFleet, PlannedRequest
+from .planned_fleet import FleetRun, Front, PlannedFleet, PlannedRequest
 from .roofline import EstimatedTimes, Gpu, ModelShape, check_tp, num_blocks
 from .step_times import StepShape, StepTimes
 
@@ -116,13 +116,13 @@ WorkloadAt = Callable[[float], list[PlannedRequest]]
 
 
 def runner(
-    hardware: Hardware, layout: Layout, workload_at: WorkloadAt, front_seconds: float
+    hardware: Hardware, layout: Layout, workload_at: WorkloadAt, front: Front
 ) -> Callable[[float], FleetRun]:
     """Return a function that runs the workload at a rate on a layout."""
     engine = hardware.engine(layout.tp)
 
     def run_at(rate: float) -> FleetRun:
-        fleet = PlannedFleet(engine.shape, engine.times, layout.replicas, front_seconds)
+        fleet = PlannedFleet(engine.shape, engine.times, layout.replicas, front)
         return fleet.run(workload_at(rate))
 
     return run_at

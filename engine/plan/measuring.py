@@ -1,8 +1,8 @@
 """Measures step times on a device: rows × context × chunk, in a minute or two.
 
 Each episode is a few requests at once. It is run several times with other prompts of the same
-lengths, so that its steps are the same, and the lower quartile of each step's times counts: what
-else the machine does only ever adds to them.
+lengths, so that its steps are the same, and the median of each step's times counts: a few that the
+machine has delayed leave it as it is, and a server's steps are not all as fast as the fastest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
+from statistics import median
 from typing import Any, NamedTuple
 
 from ..config import EngineConfig, EngineInfo
@@ -107,7 +108,7 @@ def calibrate(
         runs_ahead = info.is_asynchronous
     times, num_left = _measure(core, recording, runs_ahead, progress, clock)
     points = tuple(
-        Measured(shape, sorted(taken)[len(taken) // 4])
+        Measured(shape, median(taken))
         for shape, taken in sorted(times.items())
         if len(taken) >= REPEATS
     )

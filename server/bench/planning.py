@@ -19,7 +19,7 @@ from ...engine.plan.calibration import Calibration, load_calibration
 from ...engine.plan.capacity import Bound
 from ...engine.plan.layout import Hardware, Layout, layouts_of
 from ...engine.plan.planned_engine import EngineShape
-from ...engine.plan.planned_fleet import PlannedRequest
+from ...engine.plan.planned_fleet import Front, PlannedRequest
 from ...engine.plan.roofline import GPUS, ModelShape, gpu_named
 from .arguments import add_request_arguments, check_arguments
 from .dataset import DatasetOptions, arrival_times, build_workload
@@ -68,6 +68,8 @@ def add_parser(commands: Any) -> None:
     fleet("--gpus", type=positive_int, metavar="N", help="GPUs in all: plan each way to use them")
     fleet("--layout", action="append", metavar="TPxN", help="GPUs of an engine × engines, as 2x4")
     fleet("--front-ms", type=float, default=0.0, metavar="MS", help="HTTP before the engine")
+    text = "HTTP after the engine, for each output of a step"
+    fleet("--front-output-us", type=float, default=0.0, metavar="US", help=text)
     goal = parser.add_argument_group("Goal").add_argument
     goal("--rate", type=float, metavar="R", help="requests/s that must be served")
     for bound in BOUNDS:
@@ -111,8 +113,10 @@ def run_plan(arguments: argparse.Namespace) -> int:
         raise ConfigurationError("a plan's answers are as long as asked for: drop --no-ignore-eos")
     check_arguments(a)
     bounds = _bounds(a)
-    if a.front_ms < 0:
-        raise ConfigurationError("--front-ms must not be negative")
+    for name in ("front_ms", "front_output_us"):
+        if not 0 <= getattr(a, name) < math.inf:
+            flag = name.replace("_", "-")
+            raise ConfigurationError(f"--{flag} must not be negative")
     if a.rate is not None and not 0 < a.rate < math.inf:
         raise ConfigurationError("--rate must be a positive number of requests/s")
     calibration = None if a.calibration is None else load_calibration(a.calibration)
@@ -124,7 +128,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
         bounds,
         a.rate,
         _workload_at(a, a.vocab_size or hardware.shape.vocab_size),
-        a.front_ms / 1e3,
+        Front(a.front_ms / 1e3, a.front_output_us / 1e6),
         progress=_progress,
         with_curve=a.plot is not None,
     )
