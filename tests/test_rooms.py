@@ -50,7 +50,7 @@ RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
 RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),
 }
-RULES["engine.parallel"] = RULES["engine.devices"] | {"engine.devices"}
+RULES["engine.parallel"] = RULES["engine.devices"] | {"engine.devices", "engine.network"}
 RULES["engine.model"] = RULES["engine.parallel"] | {"engine.parallel", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
 RULES["engine.network"] = ENGINE

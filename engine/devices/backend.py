@@ -20,6 +20,7 @@ from ..adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ..attention.metadata import AttentionPlan
 from ..body.body import Body
 from ..body.flat_decoder import FlatDecoder
+from ..body.grouped_linear import GroupedWeight
 from ..config import EngineConfig
 from ..sampling.sampler import Sampler
 from ..step import BlockCopy
@@ -140,6 +141,10 @@ class Backend(Protocol):
 
     def check_quantization(self, config: EngineConfig) -> None:
         """Raise ConfigurationError if the device has no kernels for quantised weights."""
+
+    def rounded(self, weight: torch.Tensor, quantization: str) -> GroupedWeight:
+        """Return the weight `[out_features, in_features]` of a linear layer as `make_body` would
+        round it; a last group that is not full is filled up with columns of zeros."""
 
     def check_deterministic(self) -> None:
         """Raise ConfigurationError, with the reason, if a token that is computed by itself may get

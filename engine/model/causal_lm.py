@@ -24,6 +24,7 @@ from ..body.merged_linear import merge_siblings
 from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
 from ..errors import one_line
+from ..parallel.adapter_cuts import WHOLE, AdapterCuts
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.stages import StageBody
 from .classifier import Scores
@@ -82,6 +83,8 @@ class CausalLM:
         self.can_generate = can_generate
         self.scores: Scores | None = None
         """Makes the logits of the model's classes, if it has a classifier."""
+        self.adapter_cuts: AdapterCuts = WHOLE
+        """How the linear layers were cut that adapters add to."""
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.has_ends = ranks.ring is None or ranks.ring.stage == 0

@@ -24,7 +24,7 @@ from ..parallel.step_plan import StepPlan
 from ..request import Request
 from ..sampling_params import SamplingParams
 from ..sequence import Rank, Sequence
-from ..step import BlockCopy, SamplingConstraints, SchedulerOutput, SequenceSpec
+from ..step import AdapterLoad, BlockCopy, SamplingConstraints, SchedulerOutput, SequenceSpec
 from .adapter_store import AdapterStore
 from .alone import run_alone
 from .input_batch import InputBatch
@@ -155,6 +155,9 @@ class ModelRunner:
     @torch.inference_mode()
     def follow(self, plan: StepPlan) -> None:
         """Run the forward of a step that rank 0 has planned."""
+        if plan.adapter_loads:
+            assert self._adapters is not None
+            self._adapters.fill(AdapterLoad(*load) for load in plan.adapter_loads)
         self.copy_blocks([BlockCopy(*copy) for copy in plan.copies])
         assert self._reader is not None
         read = self._reader.read(plan)

@@ -16,6 +16,7 @@ from ....kernels.device_copy import to_device
 from ...adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ...body.body import Body, HfBody
 from ...body.flat_decoder import FlatDecoder
+from ...body.grouped_linear import GroupedWeight
 from ...config import EngineConfig
 from ...errors import ConfigurationError
 from ...sampling.sampler import Sampler
@@ -29,6 +30,7 @@ from .experts import pack_experts
 from .inputs import HostInputs
 from .memory import allocate_kv_cache, cache_memory
 from .packed_linear import pack_linears, unmap_weights
+from .packing import rounded
 
 logger = logging.getLogger("quire.engine")
 
@@ -57,6 +59,11 @@ class CpuBackend:
 
     def check_quantization(self, config: EngineConfig) -> None:
         """Accept every quantisation."""
+
+    def rounded(self, weight: torch.Tensor, quantization: str) -> GroupedWeight:
+        found = rounded(weight, quantization)
+        assert isinstance(found, GroupedWeight)
+        return found
 
     def check_deterministic(self) -> None:
         """Accept it: equal products of one row have equal bits."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from ....kernels.cuda.lora import MAX_PARTS, rank_pad
 from ....kernels.device_copy import StagingBuffer, upload_into
-from ...adapters.adapted_linear import AdaptedLinear
+from ...adapters.adapted_linear import adapt
 from ...adapters.adapter import Adapter
 from ...adapters.slots import Adaptable, FlatNames, LoraLimits
 from ...body.body import Body, FlatBody
@@ -55,26 +55,26 @@ class CudaSlots:
             for name, place in adaptable.places.items():
                 present = place.parent.get_submodule(place.attribute)
                 product = self._product(adaptable, (name,))
-                setattr(place.parent, place.attribute, AdaptedLinear(present, product))
+                setattr(place.parent, place.attribute, adapt(present, product))
         # The device's side of all copies, so that filling a slot allocates nothing there.
         largest = max(product.largest for product in self._products)
         self.staging = torch.empty(largest, dtype=dtype, device=device)
 
     def _adapt_flat(self, body: FlatBody, adaptable: Adaptable) -> None:
-        def adapt(linear: nn.Module, names: Sequence[str]) -> nn.Linear:
+        def adapted(linear: nn.Module, names: Sequence[str]) -> nn.Linear:
             # A flat layer only calls its linear layers, whatever they are.
-            return cast(nn.Linear, AdaptedLinear(linear, self._product(adaptable, names)))
+            return cast(nn.Linear, adapt(linear, self._product(adaptable, names)))
 
         layers = []
         for index, layer in enumerate(body.decoder.layers):
             names = FlatNames.of_layer(adaptable.prefix, index, layer)
-            adapted = layer._replace(
-                qkv=adapt(layer.qkv, names.qkv),
-                output=adapt(layer.output, names.output),
-                gate_up=adapt(layer.gate_up, names.gate_up),
-                down=adapt(layer.down, names.down),
+            replaced = layer._replace(
+                qkv=adapted(layer.qkv, names.qkv),
+                output=adapted(layer.output, names.output),
+                gate_up=adapted(layer.gate_up, names.gate_up),
+                down=adapted(layer.down, names.down),
             )
-            layers.append(adapted)
+            layers.append(replaced)
         body.decoder = body.decoder._replace(layers=layers)
 
     def _product(self, adaptable: Adaptable, names: Sequence[str]) -> _Product:

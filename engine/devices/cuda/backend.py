@@ -19,6 +19,7 @@ from ....kernels.prefix_groups import MIN_MEMBERS, find_prefix_groups
 from ...adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ...body.body import Body, FlatBody, HfBody
 from ...body.flat_decoder import FlatDecoder
+from ...body.grouped_linear import GroupedWeight
 from ...config import EngineConfig
 from ...errors import ConfigurationError, UnsupportedModelError, one_line
 from ...sampling.sampler import Sampler
@@ -100,6 +101,9 @@ class CudaBackend:
     def check_quantization(self, config: EngineConfig) -> None:
         if config.quantization is not None:
             raise ConfigurationError(f"quantization {config.quantization} works only on the CPU")
+
+    def rounded(self, weight: torch.Tensor, quantization: str) -> GroupedWeight:
+        raise AssertionError("check_quantization has refused it")
 
     def check_deterministic(self) -> None:
         raise ConfigurationError(
