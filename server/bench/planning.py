@@ -172,7 +172,8 @@ def _calibrate(a: argparse.Namespace, model: str) -> int:
         f"{calibration.device}, {calibration.dtype}\n"
         f"launch and weights {times.base * 1e3:.3f} ms; µs for each token {times.token * 1e6:.2f} "
         f"(and {times.over * 1e6:.2f} beyond {times.knee}), row {times.row * 1e6:.2f}, token of "
-        f"context {times.context * 1e6:.4f}, pair of a chunk {times.pair * 1e6:.5f}\n"
+        f"context {times.context * 1e6:.4f}, pair of a chunk {times.pair * 1e6:.5f}, token that "
+        f"the step before had more {times.cold * 1e6:.3f}\n"
         f"the fit is off by {calibration.mean_error:.1%} on average, {calibration.max_error:.1%} "
         f"at most\ncalibration: {path}"
     )

@@ -37,7 +37,9 @@ def calibration(tmp_path: Path) -> str:
             vocab_size=500,
             runs_ahead=False,
         ),
-        times=FittedTimes(base=0.01, token=1e-4, row=0.0, context=0.0, pair=0.0, over=0.0, knee=0),
+        times=FittedTimes(
+            base=0.01, token=1e-4, row=0.0, context=0.0, pair=0.0, over=0.0, cold=0.0, knee=0
+        ),
         mean_error=0.021,
         max_error=0.1,
         num_left=0,
