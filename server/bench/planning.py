@@ -68,6 +68,7 @@ def add_parser(commands: Any) -> None:
     fleet("--gpus", type=positive_int, metavar="N", help="GPUs in all: plan each way to use them")
     fleet("--layout", action="append", metavar="TPxN", help="GPUs of an engine × engines, as 2x4")
     fleet("--front-ms", type=float, default=0.0, metavar="MS", help="HTTP before the engine")
+    fleet("--step-ms", type=float, default=0.0, metavar="MS", help="messages between two steps")
     goal = parser.add_argument_group("Goal").add_argument
     goal("--rate", type=float, metavar="R", help="requests/s that must be served")
     for bound in BOUNDS:
@@ -111,8 +112,9 @@ def run_plan(arguments: argparse.Namespace) -> int:
         raise ConfigurationError("a plan's answers are as long as asked for: drop --no-ignore-eos")
     check_arguments(a)
     bounds = _bounds(a)
-    if a.front_ms < 0:
-        raise ConfigurationError("--front-ms must not be negative")
+    for flag, value in (("--front-ms", a.front_ms), ("--step-ms", a.step_ms)):
+        if not 0 <= value < math.inf:
+            raise ConfigurationError(f"{flag} must be a number of milliseconds, not negative")
     if a.rate is not None and not 0 < a.rate < math.inf:
         raise ConfigurationError("--rate must be a positive number of requests/s")
     calibration = None if a.calibration is None else load_calibration(a.calibration)
@@ -272,6 +274,7 @@ def _hardware(a: argparse.Namespace, model: str, calibration: Calibration | None
         shape=replace(shape, **sizes),
         calibration=calibration,
         model=described,
+        between_steps=a.step_ms / 1e3,
         gpu=gpu,
         fixed_blocks=blocks is not None,
     )
