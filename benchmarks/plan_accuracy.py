@@ -3,13 +3,17 @@ measured.
 
     python -P benchmarks/plan_accuracy.py
 
-It calibrates the demo model on one CPU thread, starts a server with the same settings, and measures
-what HTTP adds: to one request at a time, and, from the processors' time of a crowd, to each output.
-Then it plans and measures each rate, between a fifth and nine tenths of the planned capacity. Every
-run has prompts of its own, so that none profits from the cache of another. The aim is that
-throughput and the median time to the first token differ by at most 10 %. A second table says where
-a difference comes from. Nothing else should run on the machine: at least two cores, one for the
-engine and one for HTTP and the client.
+It calibrates the demo model on one CPU thread, starts a server with the same settings, measures
+what HTTP adds to one request at a time, before its first token and between its tokens, and then
+both plans and measures each rate, between a fifth and nine tenths of the planned capacity. What is
+measured is the median of several runs, since those of one rate differ by more than the plan should.
+The aim is that throughput and the median time to the first token differ by at most 10 %. A second
+table says of the last run of each rate what these are made of, and so where a difference comes
+from. Nothing else should run on the machine: at least two cores, one for the engine and one for
+HTTP and the client.
+
+With --outputs, the processors' time that HTTP and client take for each token of a crowd is planned
+as well, as --front-output-ms: outputs of a step pass one after the other, the newest request last.
 """
 
 from __future__ import annotations
@@ -25,7 +29,10 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import psutil
@@ -39,8 +46,6 @@ from quire.server.bench.dataset import DatasetOptions, arrival_times, build_work
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.9)
 """Rates, as shares of the planned capacity."""
 ENGINE = ("--num-threads", "1", "--num-gpu-blocks-override", "4000", "--max-num-seqs", "64")
-ONE = ("--max-concurrency", "1")
-MANY = ("--max-concurrency", "16")
 LIMIT = 0.1
 """Difference of plan and measurement to keep below."""
 QUIRE = (sys.executable, "-P", "-m", "quire.server.cli")
@@ -71,6 +76,15 @@ def workload(
     ]
 
 
+COUNTED = {
+    "steps": "iteration_tokens_total_count",
+    "queue": "request_queue_time_seconds_sum",
+    "prefill": "request_prefill_time_seconds_sum",
+    "hits": "prefix_cache_hits_total",
+}
+"""Sums that the server's metrics have, by the ends of their names."""
+
+
 class Server(NamedTuple):
     """A running server: its address, its HTTP process and its engine's."""
 
@@ -79,8 +93,7 @@ class Server(NamedTuple):
     engine: psutil.Process
 
     def usage(self) -> dict[str, float]:
-        """Return what has been used and counted so far: seconds of processors, and the sums of the
-        server's metrics."""
+        """Return what has been used and counted so far: seconds of processors, and COUNTED."""
         found = {
             name: sum(process.cpu_times()[:2])
             for name, process in (("http", self.http), ("engine", self.engine))
@@ -93,19 +106,8 @@ class Server(NamedTuple):
         return found
 
 
-COUNTED = {
-    "steps": "iteration_tokens_total_count",
-    "step_tokens": "iteration_tokens_total_sum",
-    "queue": "request_queue_time_seconds_sum",
-    "prefill": "request_prefill_time_seconds_sum",
-    "ttft": "time_to_first_token_seconds_sum",
-    "hits": "prefix_cache_hits_total",
-}
-"""Sums that the server's metrics have, by the ends of their names."""
-
-
 @contextmanager
-def serving(port: int) -> Iterator[Server]:
+def server(port: int) -> Iterator[Server]:
     """Serve the demo model."""
     command = (*QUIRE, "serve", "--port", str(port), "--speculation", "off", *ENGINE)
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -128,29 +130,12 @@ def serving(port: int) -> Iterator[Server]:
         process.wait()
 
 
-class Measured(NamedTuple):
-    """A run of the benchmark: its numbers, and what the server used and counted meanwhile."""
-
-    run: dict[str, Any]
-    used: dict[str, float]
-
-    def latency(self, name: str, percentile: str = "p50") -> float:
-        """Return a percentile of a latency in milliseconds."""
-        found: float = self.run["latency_ms"][name]["percentiles"][percentile]
-        return found
-
-    @property
-    def output_seconds(self) -> float:
-        """Seconds of processors that the HTTP process and the client took for each token."""
-        tokens = self.run["output_tokens_per_s"] * self.run["duration_s"]
-        client = self.run["client"]["cpu_share"] * self.run["duration_s"]
-        return float((self.used["http"] + client) / tokens)
-
-
 def bench(
     options: argparse.Namespace, server: Server, folder: Path, seed: int, *flags: str
-) -> Measured:
-    """Run the benchmark."""
+) -> dict[str, Any]:
+    """Run the benchmark and return its numbers, with what the server `used` meanwhile. A seed's
+    prompts are those of no other, so that a run finds nothing in the server's cache, as the plan
+    does not."""
     path = folder / "result.json"
     command = (
         *(*QUIRE, "bench", "serve", "--base-url", server.url, "--result-filename", str(path)),
@@ -164,60 +149,70 @@ def bench(
     assert result["options"]["vocab_size"] == options.vocab_size
     (run,) = result["runs"]
     assert run["completed"] == run["num_requests"], run["errors"]
-    return Measured(run, used)
+    found: dict[str, Any] = run | {"used": used}
+    return found
 
 
-Pair = tuple[float, float]
-"""What was measured, and what was planned."""
+def output_seconds(run: dict[str, Any]) -> float:
+    """Return the seconds of processors that the HTTP process and the client took for each token."""
+    tokens = run["output_tokens_per_s"] * run["duration_s"]
+    client = run["client"]["cpu_share"] * run["duration_s"]
+    return float((run["used"]["http"] + client) / tokens)
 
 
-def compared(measured: Measured, planned: FleetRun) -> dict[str, Pair]:
-    """Return what users feel."""
-    run = measured.run
-    return {
-        "requests/s": (run["requests_per_s"], planned.requests_per_s),
-        "output tokens/s": (run["output_tokens_per_s"], planned.output_tokens_per_s),
-        "TTFT p50 ms": (measured.latency("ttft"), planned.percentile("ttft", 50) * 1e3),
-        "ITL p50 ms": (measured.latency("itl"), planned.percentile("itl", 50) * 1e3),
-        "TTFT p99 ms": (measured.latency("ttft", "p99"), planned.percentile("ttft", 99) * 1e3),
-    }
+Numbers = tuple[float, ...]
+"""Requests/s, output tokens/s, TTFT p50, ITL p50 and TTFT p99, the latencies in ms."""
 
 
-def explained(measured: Measured, planned: FleetRun) -> dict[str, Pair]:
-    """Return the parts of a first token's time (means), and what they are made of."""
-    run, used = measured.run, measured.used
-    count, steps = run["num_requests"], used["steps"]
-    busy = planned.busy_share * planned.duration
+def of_bench(run: dict[str, Any]) -> Numbers:
+    ttft, itl = (run["latency_ms"][name]["percentiles"] for name in ("ttft", "itl"))
+    return (
+        *(run["requests_per_s"], run["output_tokens_per_s"]),
+        *(ttft["p50"], itl["p50"], ttft["p99"]),
+    )
+
+
+def of_plan(run: FleetRun) -> Numbers:
+    latencies = (run.percentile("ttft", 50), run.percentile("itl", 50), run.percentile("ttft", 99))
+    return (run.requests_per_s, run.output_tokens_per_s, *(1e3 * one for one in latencies))
+
+
+def explain(rate: float, run: dict[str, Any], planned: FleetRun) -> None:
+    """Print the parts of a first token's time (means), and what they are made of."""
+    used, count = run["used"], run["num_requests"]
 
     def mean(values: list[float]) -> float:
         return 1e3 * sum(values) / len(values)
 
     queue, prefill = (1e3 * used[name] / count for name in ("queue", "prefill"))
     outside = run["latency_ms"]["ttft"]["mean"] - queue - prefill
-    planned_outside = mean(planned.ttft) - mean(planned.queue) - mean(planned.prefill)
-    return {
-        "queue ms": (queue, mean(planned.queue)),
-        "first step ms": (prefill, mean(planned.prefill)),
-        "HTTP, client ms": (outside, planned_outside),
-        "steps": (steps, planned.num_steps),
-        "ms a step": (1e3 * used["engine"] / steps, 1e3 * busy / planned.num_steps),
-        "engine busy": (used["engine"] / run["duration_s"], planned.busy_share),
-        "cached tokens": (used["hits"], planned.cached_tokens),
-    }
+    busy = planned.busy_share * planned.duration
+    pairs = (
+        (queue, mean(planned.queue)),
+        (prefill, mean(planned.prefill)),
+        (outside, mean(planned.ttft) - mean(planned.queue) - mean(planned.prefill)),
+        (used["steps"], planned.num_steps),
+        (1e3 * used["engine"] / used["steps"], 1e3 * busy / planned.num_steps),
+        (used["engine"] / run["duration_s"], planned.busy_share),
+        (used["hits"], planned.cached_tokens),
+    )
+    cells = [f"{real:9.2f} {plan:9.2f}" for real, plan in pairs]
+    print(f"{rate:6.1f} | " + " | ".join(cells), flush=True)
 
 
-def print_rows(rows: dict[float, dict[str, Pair]]) -> None:
-    """Print a line for each rate: measured, planned, difference."""
-    names = list(next(iter(rows.values())))
-    print(f"{'rate':>6} | " + " | ".join(f"{name:>24}" for name in names))
-    for rate, row in rows.items():
-        cells = [
-            f"{real:8.1f} {plan:8.1f} {plan / real - 1:+6.1%}"
-            if real
-            else f"{real:8.1f} {plan:15.1f}"
-            for real, plan in row.values()
-        ]
-        print(f"{rate:6.1f} | " + " | ".join(cells))
+PARTS = ("queue ms", "first step ms", "HTTP, client ms", "steps", "ms a step", "engine busy")
+PARTS += ("cached tokens",)
+"""The columns of `explain`. A step's time is that of the engine's processor."""
+
+
+def compare(rate: float, measured: list[Numbers], planned: list[Numbers]) -> list[float]:
+    """Print a line for one rate, of the medians of its runs, and return the differences that
+    count."""
+    medians = [map(median, zip(*runs, strict=True)) for runs in (measured, planned)]
+    pairs = list(zip(*medians, strict=True))
+    cells = [f"{real:8.1f} {plan:8.1f} {plan / real - 1:+6.1%}" for real, plan in pairs]
+    print(f"{rate:6.1f} | " + " | ".join(cells), flush=True)
+    return [abs(plan / real - 1) for real, plan in pairs[:3]]
 
 
 def main() -> int:
@@ -225,7 +220,8 @@ def main() -> int:
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=32)
     parser.add_argument("--num-prompts", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--outputs", action="store_true", help="plan what each output takes, too")
+    parser.add_argument("--turns", type=int, default=3, help="runs of each rate")
     parser.add_argument("--port", type=int, default=18_377)
     parser.add_argument("--calibration", type=Path, help="measured before; default: measure now")
     options = parser.parse_args()
@@ -238,44 +234,57 @@ def main() -> int:
             subprocess.run(calibrate, check=True, stderr=subprocess.DEVNULL)
         calibration = load_calibration(path)
         options.vocab_size = calibration.shape.vocab_size
-        hardware = Hardware(shape=calibration.shape, calibration=calibration)
-        shape, times = calibration.shape, calibration.times
-        seed = options.seed
-        felt: dict[float, dict[str, Pair]] = {}
-        why: dict[float, dict[str, Pair]] = {}
-        with serving(options.port) as server:
-            # 1. What HTTP adds to a first token, one request at a time; then what it adds to each
-            # output of a step, from the processors' time of a crowd.
-            alone = bench(options, server, folder, seed, "--num-prompts", "30", *ONE)
-            one = PlannedFleet(shape, times, 1).run(workload(options, 1.0, 1, seed))
-            crowd = bench(options, server, folder, seed + 1, "--num-prompts", "100", *MANY)
-            output = crowd.output_seconds
-            ttft = alone.latency("ttft") / 1e3
-            front = Front(max(ttft - one.percentile("ttft", 50) - output, 0.0), output)
-            print(
-                f"one at a time: TTFT {ttft * 1e3:.1f} ms, of which HTTP "
-                f"{front.request_seconds * 1e3:.1f} ms; of many, {output * 1e6:.0f} µs an output"
+        with server(options.port) as serving:
+            # 1. What HTTP adds: requests one at a time, against the plan of one alone.
+            alone = of_bench(
+                bench(options, serving, folder, 0, "--num-prompts", "30", "--max-concurrency", "1")
             )
-            # 2. Each rate, with prompts of its own.
-            seeds = iter(range(seed + 2, seed + 2 + len(SHARES)))
+            planned = of_plan(
+                PlannedFleet(calibration.shape, calibration.times, 1).run(
+                    workload(options, 1.0, 1, 0)
+                )
+            )
+            between = max(alone[3] - planned[3], 0.0) / 1e3
+            front = max(alone[2] - planned[2] - between, 0.0) / 1e3
+            print(
+                f"one at a time: TTFT {alone[2]:.1f} ms, of which HTTP {front * 1e3:.1f} ms; "
+                f"ITL {alone[3]:.2f} ms, of which messages {between * 1e3:.2f} ms"
+            )
+            output = 0.0
+            if options.outputs:
+                crowd = ("--num-prompts", "100", "--max-concurrency", "16")
+                output = output_seconds(bench(options, serving, folder, 10_000, *crowd))
+                front = max(front - output, 0.0)
+                print(f"HTTP and client take {output * 1e3:.3f} ms for each output of a crowd")
+            # 2. Each rate.
+            hardware = Hardware(
+                shape=calibration.shape, calibration=calibration, between_steps=between
+            )
 
-            def plan_at(rate: float, seed: int) -> FleetRun:
-                made = workload(options, rate, options.num_prompts, seed)
-                return runner(hardware, Layout(1, 1), lambda _: made, front)(rate)
+            def run_at(seed: int, rate: float) -> FleetRun:
+                make = partial(workload, options, count=options.num_prompts, seed=seed)
+                return runner(hardware, Layout(1, 1), make, Front(front, output))(rate)
 
-            capacity = highest_rate(lambda rate: plan_at(rate, seed), (), 10.0).rate
+            capacity = highest_rate(partial(run_at, 1), (), 10.0).rate
             print(f"planned capacity {capacity:.1f} requests/s; measured, planned, difference:")
-            for rate, seed in zip([share * capacity for share in SHARES], seeds, strict=True):
+            heads = ("requests/s", "output tokens/s", "TTFT p50 ms", "ITL p50 ms", "TTFT p99 ms")
+            print(f"{'rate':>6} | " + " | ".join(f"{head:>24}" for head in heads))
+            differences: list[float] = []
+            seeds = count(1)
+            last: dict[float, tuple[dict[str, Any], FleetRun]] = {}
+            for rate in (share * capacity for share in SHARES):
                 flags = ("--num-prompts", str(options.num_prompts), "--request-rate", str(rate))
-                real, planned = bench(options, server, folder, seed, *flags), plan_at(rate, seed)
-                felt[rate], why[rate] = compared(real, planned), explained(real, planned)
-                print(f"{rate:.1f}/s: done", file=sys.stderr)
-        print_rows(felt)
-        print("where it comes from (means):")
-        print_rows(why)
-    differences = [
-        abs(plan / real - 1) for row in felt.values() for real, plan in list(row.values())[:3]
-    ]
+                used = [next(seeds) for _ in range(options.turns)]
+                measured = [bench(options, serving, folder, seed, *flags) for seed in used]
+                planned_runs = [run_at(one, rate) for one in used]
+                last[rate] = measured[-1], planned_runs[-1]
+                differences += compare(
+                    rate, [*map(of_bench, measured)], [*map(of_plan, planned_runs)]
+                )
+        print("of the last run of each rate, measured and planned (means):")
+        print(f"{'rate':>6} | " + " | ".join(f"{part:>19}" for part in PARTS))
+        for rate, (run, plan) in last.items():
+            explain(rate, run, plan)
     worst = max(differences)
     print(f"throughput and TTFT p50 differ by at most {worst:.1%}; the aim is {LIMIT:.0%}")
     return 0 if worst <= LIMIT else 1
