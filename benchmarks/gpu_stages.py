@@ -44,6 +44,7 @@ STAGES = (
     Stage("llama family", 20, engine=("check llama",)),
     Stage("0.6B", 80, engine=("qwen3-0.6b",)),
     Stage("8B", 150, engine=("llama-3.1-8b",)),
+    Stage("points", 70, engine=("qwen3-0.6b points",)),
     Stage(
         "kernels", 70,
         cases=(

@@ -81,6 +81,8 @@ def paged_attention_extend(
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
+    first_seq: torch.Tensor | None = None,
+    max_seqs: int | None = None,
 ) -> torch.Tensor:  # over 50 lines: half are its parameters and what they mean
     """Compute causal attention of packed queries over their sequences' cached blocks.
 
@@ -93,12 +95,14 @@ def paged_attention_extend(
     one logit per head to the denominator of the softmax only. Rows of `out` before
     query_start_loc[0] and from query_start_loc[-1] on are left as they are. With a float8_e4m3fn
     cache, K and V are the cache times kv_scales (`[2, num_kv_heads]` float32, default 1).
+    first_seq `[1]` leaves the sequences before it out; max_seqs is unused here.
     """
     out = torch.empty_like(query) if out is None else out
     num_kv_heads, block_size = key_cache.shape[1:3]
     group = query.shape[1] // num_kv_heads
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    for index, length in enumerate(lengths):
+    first = 0 if first_seq is None else int(first_seq)
+    for index, length in enumerate(lengths[first:], first):
         rows = slice(starts[index], starts[index + 1])
         block_ids = block_table[index, : (length + block_size - 1) // block_size]
         queries = _wide(query[rows]).reshape(-1, num_kv_heads, group, query.shape[2])
@@ -306,7 +310,10 @@ def prepare_inputs(
     reach: int,
     block_size: int,
     query_len: int = 1,
-) -> None:  # over 50 lines: ten tensors to write
+    num_tokens: int | None = None,
+    num_decodes: int = 0,
+    num_decodes_out: torch.Tensor | None = None,
+) -> None:  # over 50 lines: eleven tensors to write
     """Build a step's inputs from one packed upload and the tables that stay on the device.
 
     The arguments are those of the kernel, whose file defines the layout of `packed`. `reach` is
@@ -337,12 +344,26 @@ def prepare_inputs(
         samples = slice(sample, sample + num_samples)
         ends = torch.arange(own.stop - num_samples, own.stop, device=logit_indices.device)
         logit_indices[samples] = ends
+    if num_decodes_out is not None:
+        num_decodes_out[0] = num_decodes
     if len(seq_lens) > num_seqs:
-        end = num_seqs * query_len
+        is_mixed = num_decodes_out is not None
+        end = num_tokens if is_mixed else num_seqs * query_len
         input_ids[end:] = positions[end:] = 0
         slot_mapping[end:] = -1
-        query_start_loc[num_seqs + 1 :] = end
+        query_start_loc[num_seqs + 1 :] = len(input_ids) if is_mixed else end
         seq_lens[num_seqs:] = 0
+
+
+def best_tokens(
+    logits: torch.Tensor, best: torch.Tensor, token_ids: torch.Tensor, finite: torch.Tensor
+) -> None:
+    """Write the maxima of the rows `[R, V]`, the first ids that have them, and whether the rows are
+    finite: see `kernels/cuda/best_tokens.py`."""
+    values, ids = logits.masked_fill(logits.isnan(), torch.inf).max(dim=1)
+    best.copy_(values)
+    token_ids.copy_(ids)
+    finite.copy_(values.isfinite())
 
 
 def lora_shrink(

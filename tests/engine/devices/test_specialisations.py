@@ -21,9 +21,9 @@ from triton.runtime.jit import JITFunction
 from quire.engine.config import EngineConfig
 from quire.engine.devices.backend import CacheDemand, StartRehearsal
 from quire.engine.devices.cpu.draws import CpuDraws
-from quire.engine.devices.cuda.backend import compile_kernels
 from quire.engine.devices.cuda.draws import CudaDraws
 from quire.engine.devices.cuda.kernels import TRITON, Kernels
+from quire.engine.devices.cuda.rehearsing import compile_kernels
 from quire.engine.sampling.plan import DrawGroup
 from quire.engine.sampling.sampler import Sampler
 from quire.engine.step import BlockCopy
@@ -106,7 +106,7 @@ class RecordingBackend(CudaOnCpuBackend):
     """A CUDA backend that starts as on a GPU."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__(recorder.kernels, sizes=[1, 2, 4])
+        super().__init__(recorder.kernels, sizes=[1, 2, 4], mixed=[16, 40])
         self._recorder = recorder
 
     def make_sampler(self, vocab_size: int) -> Sampler:
