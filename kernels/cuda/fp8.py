@@ -85,6 +85,23 @@ def widen(tile, dtype: tl.constexpr):
 
 
 @triton.jit
+def widen_in_place(tile, dtype: tl.constexpr):
+    """Convert a tile as `widen` does, in the layout that it was loaded in: 16 bytes a thread.
+
+    Left alone, Triton moves the conversion into the layout of a product's operand, to bring half as
+    many bytes through shared memory, and then reads V byte by byte there. It moves nothing past
+    this instruction, which changes nothing.
+    """
+    if tile.dtype == tl.uint8 or dtype != tl.float16:
+        return widen(tile, dtype)
+    else:
+        half = widen(tile, tl.float16)
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [half], dtype=tl.float16, is_pure=False, pack=2
+        )
+
+
+@triton.jit
 def as_operand(query, cache_ptr):
     """Convert queries to the dtype that the cache is widened to.
 
@@ -112,6 +129,13 @@ def readable_view(cache: torch.Tensor) -> torch.Tensor:
     """
     native = tuning.compute_capability(cache.device) >= 89 and not interpreting()
     return cache if native else bits_view(cache)
+
+
+def has_room_to_widen(device: torch.device) -> bool:
+    """Return whether a program's shared memory holds a float8 tile beside the widened one, and
+    that of three programs an SM: so it is from 9.0 to 10.x, where the tile is widened natively,
+    too."""
+    return 90 <= tuning.compute_capability(device) < 120
 
 
 def check_scales(kv_scales: torch.Tensor | None, cache: torch.Tensor, num_kv_heads: int) -> None:

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from ...checks import check_attention, once_a_signature, require, require_launchable
 from ..dependent_launch import begin_program, launch_options
-from ..fp8 import check_scales, load_scale, readable_view
+from ..fp8 import E4M3, check_scales, has_room_to_widen, load_scale, readable_view
 from .attend_tiles import (
     LOG2E,
     LOWEST,
@@ -40,7 +40,7 @@ MAX_REGISTERS = {4: 168}
 ptxas targets 128, to fit a fourth that shared memory cannot hold, and spills."""
 
 
-# Over 50 lines: 38 parameters.
+# Over 50 lines: 39 parameters.
 @triton.jit(
     do_not_specialize=["table_stride"],
     do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr"],
@@ -83,6 +83,7 @@ def _paged_attention_decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PREFETCH: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin_program(PDL)
@@ -125,7 +126,7 @@ def _paged_attention_decode_kernel(
     acc, row_max, row_sum = attend_tiles(
         acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
         positions, begin, end, end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS, BLOCK_SIZE,
-        HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
+        HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH, IN_PLACE,
     )  # fmt: skip
     acc, log_sum = finish_rows(acc, row_max, row_sum, value_scale)
     # 4. A sequence in one piece is done.
@@ -283,9 +284,10 @@ def paged_attention_decode(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         PREFETCH=config.prefetch,
+        IN_PLACE=key_cache.dtype == E4M3 and config.in_place and has_room_to_widen(query.device),
+        PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        PDL=pdl,
         maxnreg=MAX_REGISTERS.get(config.num_warps),
         **launch_options(pdl),
     )  # fmt: skip
