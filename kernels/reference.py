@@ -9,6 +9,7 @@ logit soft-capping (Gemma 2, arXiv 2408.00118) and attention sinks as learnt log
 """
 
 import torch
+from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -355,9 +356,7 @@ def prepare_inputs(
         seq_lens[num_seqs:] = 0
 
 
-def best_tokens(
-    logits: torch.Tensor, best: torch.Tensor, token_ids: torch.Tensor, finite: torch.Tensor
-) -> None:
+def best_tokens(logits: Tensor, best: Tensor, token_ids: Tensor, finite: Tensor) -> None:
     """Write the maxima of the rows `[R, V]`, the first ids that have them, and whether the rows are
     finite: see `kernels/cuda/best_tokens.py`."""
     values, ids = logits.masked_fill(logits.isnan(), torch.inf).max(dim=1)
@@ -366,14 +365,14 @@ def best_tokens(
     finite.copy_(values.isfinite())
 
 
-def lora_shrink(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    order: torch.Tensor,
-    loc: torch.Tensor,
-    ranks: torch.Tensor,
-    h: torch.Tensor,
-) -> None:
+def quantize_rows(input: Tensor, out: Tensor, scale: Tensor) -> None:
+    """Round each row to float8 by a scale of its own: see `kernels/cuda/fp8.py`."""
+    rows = input.float()
+    scale.copy_(rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / E4M3_MAX)
+    out.copy_((rows / scale).to(E4M3))
+
+
+def lora_shrink(x: Tensor, a: Tensor, order: Tensor, loc: Tensor, ranks: Tensor, h: Tensor) -> None:
     """Store A x in `h`, for rows with a LoRA adapter: see `kernels/cuda/lora.py`."""
     for slot, begin, end in _adapter_rows(loc):
         for part, rank in enumerate(ranks[slot].tolist()):
@@ -382,14 +381,9 @@ def lora_shrink(
 
 
 def lora_expand(
-    h: torch.Tensor,
-    b: torch.Tensor,
-    order: torch.Tensor,
-    loc: torch.Tensor,
-    ranks: torch.Tensor,
-    sizes: tuple[int, ...],
-    out: torch.Tensor,
-) -> None:
+    h: Tensor, b: Tensor, order: Tensor, loc: Tensor, ranks: Tensor, sizes: tuple[int, ...],
+    out: Tensor,
+) -> None:  # fmt: skip
     """Add B h to the rows of `out` that have a LoRA adapter: see `kernels/cuda/lora.py`."""
     for slot, begin, end in _adapter_rows(loc):
         rows, left = order[begin:end].long(), 0
@@ -400,7 +394,7 @@ def lora_expand(
             left += size
 
 
-def _adapter_rows(loc: torch.Tensor) -> list[tuple[int, int, int]]:
+def _adapter_rows(loc: Tensor) -> list[tuple[int, int, int]]:
     """Return each slot, with where its rows begin and end."""
     bounds = loc.tolist()
     return [(slot, bounds[slot], bounds[slot + 1]) for slot in range(len(bounds) - 1)]

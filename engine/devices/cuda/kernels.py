@@ -14,6 +14,7 @@ import torch
 from ....kernels.cuda import (
     best_tokens,
     copy_blocks,
+    fp8,
     grouped_product,
     lora,
     prepare_inputs,
@@ -46,6 +47,7 @@ class Kernels(NamedTuple):
     lora_shrink: Callable[..., None]
     lora_expand: Callable[..., None]
     best_tokens: Callable[..., None]
+    quantize_rows: Callable[..., None]
 
 
 TRITON = Kernels(
@@ -63,6 +65,7 @@ TRITON = Kernels(
     lora_shrink=lora.lora_shrink,
     lora_expand=lora.lora_expand,
     best_tokens=best_tokens.best_tokens,
+    quantize_rows=fp8.quantize_rows,
 )
 """The kernels of a GPU."""
 
