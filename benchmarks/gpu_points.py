@@ -77,6 +77,20 @@ def parts(bench: Bench, point: Point) -> list[tuple[str, Callable[[], Result], f
         for count in (1, many)
     ]
     if point.online:
-        total, at_once, _, _ = bench.sizes.online
-        found.append((f"online {total} by {at_once}", bench.online, 10))
+        total, at_once, prompt, output = bench.sizes.online
+        chats = (2 * total, at_once, prompt // 8, output // 2)
+        found += [
+            (f"online {total} by {at_once}", bench.online, 10),
+            (f"online {chats[0]} by {at_once}, short", lambda: _online(bench, chats), 10),
+        ]
     return found
+
+
+def _online(bench: Bench, load: tuple[int, int, int, int]) -> Result:
+    """Run the online workload with another load, as `Sizes.online` has it."""
+    before = bench.sizes
+    bench.sizes = before._replace(online=load)
+    try:
+        return bench.online()
+    finally:
+        bench.sizes = before
