@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from quire.engine.config import EngineConfig
-from quire.engine.devices.backend import CacheDemand, Rehearsal, StartRehearsal
+from quire.engine.devices.backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
 from quire.engine.devices.cpu.draws import CpuDraws
 from quire.engine.devices.cuda.backend import CudaBackend
 from quire.engine.devices.cuda.kernels import TRITON, Kernels
-from quire.engine.devices.cuda.step_graphs import Capture, Run
+from quire.engine.devices.cuda.step_graphs import Capture, Run, StepGraphs
+from quire.engine.devices.steps import GraphKey, ModelOutput
+from quire.engine.sampling.draws import BestTokens
 from quire.engine.sampling.sampler import Sampler
 from quire.kernels import reference
 from quire.kernels.prefix_groups import find_prefix_groups
@@ -85,6 +87,22 @@ class CudaOnCpuBackend(CudaBackend):
 
     def mixed_sizes(self, config: EngineConfig, runner: Rehearsal) -> list[int]:
         return self._mixed
+
+    def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
+        """Let each replay return copies of the likeliest tokens. A GPU sends them to the host
+        before its next replay overwrites them; tensors on the host are not copied."""
+        graphs = super().prepare(runner, config)
+        if isinstance(graphs, StepGraphs):
+            replay = graphs.replay
+
+            def replay_and_copy(key: GraphKey) -> ModelOutput:
+                output = replay(key)
+                if output.best is None:
+                    return output
+                return output._replace(best=BestTokens(*(part.clone() for part in output.best)))
+
+            graphs.replay = replay_and_copy  # type: ignore[method-assign]
+        return graphs
 
     def make_capture(self) -> Capture:
         return self._capture_stand_in
