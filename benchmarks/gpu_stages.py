@@ -36,7 +36,10 @@ class Stage(NamedTuple):
         return any(kind == one and re.search(found, name) for one, found in self.cases)
 
 
-_SMOKE = r"^(inputs|bfloat16 (write|rows|decode llama b16|extend llama b16|extend 20 times))"
+_SMOKE = (
+    r"^(inputs|bfloat16 (write|rows|decode llama b16|extend llama b16|extend 20 times"
+    r"|mixed steps llama|best tokens|dependent launches))"
+)
 STAGES = (
     Stage(
         "smoke", 30, cases=(("times", r"^limit (copy|read|matmul)"), ("checks", _SMOKE))
