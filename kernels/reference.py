@@ -348,11 +348,10 @@ def prepare_inputs(
     if num_decodes_out is not None:
         num_decodes_out[0] = num_decodes
     if len(seq_lens) > num_seqs:
-        is_mixed = num_decodes_out is not None
-        end = num_tokens if is_mixed else num_seqs * query_len
+        end = num_seqs * query_len if num_decodes_out is None else num_tokens or 0
         input_ids[end:] = positions[end:] = 0
         slot_mapping[end:] = -1
-        query_start_loc[num_seqs + 1 :] = len(input_ids) if is_mixed else end
+        query_start_loc[num_seqs + 1 :] = end if num_decodes_out is None else len(input_ids)
         seq_lens[num_seqs:] = 0
 
 

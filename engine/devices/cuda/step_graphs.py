@@ -185,8 +185,9 @@ class StepGraphs:
 
     def _outputs_of(self, key: GraphKey) -> tuple[torch.Tensor, torch.Tensor, BestTokens]:
         """Return the part of the buffers that a step of decodes fills."""
-        assert self._outputs is not None and self._outputs.best is not None
+        assert self._outputs is not None
         hidden, logits, best = self._outputs
+        assert best is not None
         return hidden[: key.num_tokens], logits[: key.num_tokens], best.rows(key.num_tokens)
 
     def replay(self, key: GraphKey) -> ModelOutput:
