@@ -21,6 +21,12 @@ from gpu_attention_checks import (
 from gpu_common import DEVICE, Case, Record, make_sequence
 from gpu_lora import check_adapters, figures_of
 from gpu_products import check_float8, check_product
+from gpu_step_checks import (
+    check_best_tokens,
+    check_dependent_launches,
+    check_mixed,
+    check_quantize_rows,
+)
 
 from quire.engine.devices.cuda.draws import CudaDraws
 from quire.engine.sampling.sampler import Sampler
@@ -201,6 +207,11 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
         add(f"{tag} decode llama b16", check_decode, dtype, llama, 16, lens)
         if dtype == torch.bfloat16:
             add(f"{tag} extend 20 times", check_repeats, dtype, llama, 16, queries, contexts)
+            add(f"{tag} mixed steps g7 d64", check_mixed, dtype, qwen, 16)
+            add(f"{tag} dependent launches", check_dependent_launches, dtype, 8, 1024)
+        add(f"{tag} mixed steps llama", check_mixed, dtype, llama, 16)
+        add(f"{tag} best tokens", check_best_tokens, dtype, 33, 151_936)
+        add(f"{tag} float8 rows", check_quantize_rows, dtype, 33, 4096)
         add(f"{tag} extend g7 d64 b64", check_extend, dtype, qwen, 64, queries, contexts)
         add(f"{tag} decode g7 d64 b64", check_decode, dtype, qwen, 64, lens)
         every = {"window": 100, "softcap": 20.0, "sinks": True}

@@ -9,6 +9,7 @@ logit soft-capping (Gemma 2, arXiv 2408.00118) and attention sinks as learnt log
 """
 
 import torch
+from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -81,6 +82,8 @@ def paged_attention_extend(
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
+    first_seq: torch.Tensor | None = None,
+    max_seqs: int | None = None,
 ) -> torch.Tensor:  # over 50 lines: half are its parameters and what they mean
     """Compute causal attention of packed queries over their sequences' cached blocks.
 
@@ -93,12 +96,14 @@ def paged_attention_extend(
     one logit per head to the denominator of the softmax only. Rows of `out` before
     query_start_loc[0] and from query_start_loc[-1] on are left as they are. With a float8_e4m3fn
     cache, K and V are the cache times kv_scales (`[2, num_kv_heads]` float32, default 1).
+    first_seq `[1]` leaves the sequences before it out; max_seqs is unused here.
     """
     out = torch.empty_like(query) if out is None else out
     num_kv_heads, block_size = key_cache.shape[1:3]
     group = query.shape[1] // num_kv_heads
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    for index, length in enumerate(lengths):
+    first = 0 if first_seq is None else int(first_seq)
+    for index, length in enumerate(lengths[first:], first):
         rows = slice(starts[index], starts[index + 1])
         block_ids = block_table[index, : (length + block_size - 1) // block_size]
         queries = _wide(query[rows]).reshape(-1, num_kv_heads, group, query.shape[2])
@@ -306,7 +311,10 @@ def prepare_inputs(
     reach: int,
     block_size: int,
     query_len: int = 1,
-) -> None:  # over 50 lines: ten tensors to write
+    num_tokens: int | None = None,
+    num_decodes: int = 0,
+    num_decodes_out: torch.Tensor | None = None,
+) -> None:  # over 50 lines: eleven tensors to write
     """Build a step's inputs from one packed upload and the tables that stay on the device.
 
     The arguments are those of the kernel, whose file defines the layout of `packed`. `reach` is
@@ -337,22 +345,33 @@ def prepare_inputs(
         samples = slice(sample, sample + num_samples)
         ends = torch.arange(own.stop - num_samples, own.stop, device=logit_indices.device)
         logit_indices[samples] = ends
+    if num_decodes_out is not None:
+        num_decodes_out[0] = num_decodes
     if len(seq_lens) > num_seqs:
-        end = num_seqs * query_len
+        end = num_seqs * query_len if num_decodes_out is None else num_tokens or 0
         input_ids[end:] = positions[end:] = 0
         slot_mapping[end:] = -1
-        query_start_loc[num_seqs + 1 :] = end
+        query_start_loc[num_seqs + 1 :] = end if num_decodes_out is None else len(input_ids)
         seq_lens[num_seqs:] = 0
 
 
-def lora_shrink(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    order: torch.Tensor,
-    loc: torch.Tensor,
-    ranks: torch.Tensor,
-    h: torch.Tensor,
-) -> None:
+def best_tokens(logits: Tensor, best: Tensor, token_ids: Tensor, finite: Tensor) -> None:
+    """Write the maxima of the rows `[R, V]`, the first ids that have them, and whether the rows are
+    finite: see `kernels/cuda/best_tokens.py`."""
+    values, ids = logits.masked_fill(logits.isnan(), torch.inf).max(dim=1)
+    best.copy_(values)
+    token_ids.copy_(ids)
+    finite.copy_(values.isfinite())
+
+
+def quantize_rows(input: Tensor, out: Tensor, scale: Tensor) -> None:
+    """Round each row to float8 by a scale of its own: see `kernels/cuda/fp8.py`."""
+    rows = input.float()
+    scale.copy_(rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / E4M3_MAX)
+    out.copy_((rows / scale).to(E4M3))
+
+
+def lora_shrink(x: Tensor, a: Tensor, order: Tensor, loc: Tensor, ranks: Tensor, h: Tensor) -> None:
     """Store A x in `h`, for rows with a LoRA adapter: see `kernels/cuda/lora.py`."""
     for slot, begin, end in _adapter_rows(loc):
         for part, rank in enumerate(ranks[slot].tolist()):
@@ -361,14 +380,9 @@ def lora_shrink(
 
 
 def lora_expand(
-    h: torch.Tensor,
-    b: torch.Tensor,
-    order: torch.Tensor,
-    loc: torch.Tensor,
-    ranks: torch.Tensor,
-    sizes: tuple[int, ...],
-    out: torch.Tensor,
-) -> None:
+    h: Tensor, b: Tensor, order: Tensor, loc: Tensor, ranks: Tensor, sizes: tuple[int, ...],
+    out: Tensor,
+) -> None:  # fmt: skip
     """Add B h to the rows of `out` that have a LoRA adapter: see `kernels/cuda/lora.py`."""
     for slot, begin, end in _adapter_rows(loc):
         rows, left = order[begin:end].long(), 0
@@ -379,7 +393,7 @@ def lora_expand(
             left += size
 
 
-def _adapter_rows(loc: torch.Tensor) -> list[tuple[int, int, int]]:
+def _adapter_rows(loc: Tensor) -> list[tuple[int, int, int]]:
     """Return each slot, with where its rows begin and end."""
     bounds = loc.tolist()
     return [(slot, bounds[slot], bounds[slot + 1]) for slot in range(len(bounds) - 1)]

@@ -23,6 +23,7 @@ a device's BodyOps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -42,6 +43,8 @@ class FlatDecoder(NamedTuple):
     layers: list[FlatLayer]
     norm: Norm
     embedding_scale: float = 1.0
+    rotations: Rotations | None = None
+    """Where the factors of positions are looked up; without it, `rotary` computes them."""
 
     def __call__(
         self, input_ids: torch.Tensor, positions: torch.Tensor, ops: BodyOps
@@ -50,9 +53,8 @@ class FlatDecoder(NamedTuple):
         x = F.embedding(input_ids, self.embedding.weight)
         if self.embedding_scale != 1:
             x *= self.embedding_scale
-        rotations = {
-            kind: rotary_factors(self.rotary, x, positions, kind) for kind in self.rotary_kinds
-        }
+        find = self.rotations or partial(rotary_factors, self.rotary, x)
+        rotations = {kind: find(positions, kind) for kind in self.rotary_kinds}
         update = None
         for layer in self.layers:
             update = layer.forward(x, update, rotations[layer.rotary_kind], ops)
@@ -153,6 +155,10 @@ class Rotation(NamedTuple):
 
     cos: torch.Tensor
     sin: torch.Tensor
+
+
+Rotations = Callable[[torch.Tensor, str | None], Rotation]
+"""Positions `[T]` and a kind of layers → the factors."""
 
 
 def rotary_factors(

@@ -156,6 +156,10 @@ class CausalLM:
         assert self._adaptable is not None
         return self._adaptable.prefix
 
+    def expect_positions(self, length: int) -> None:
+        """Prepare for positions below `length`, which are all that will come."""
+        self._body.expect_positions(length)
+
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
@@ -172,8 +176,17 @@ class CausalLM:
         hidden = self._body.forward(input_ids, positions, metadata)
         return hidden, self.logits(hidden[logit_indices])
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[R, hidden_size]` → logits `[R, vocab_size]` of the model's dtype."""
+    def logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states `[R, hidden_size]` → logits `[R, vocab_size]` of the model's dtype; in
+        `out`, if that is given."""
+        product = self._product
+        if out is None:
+            return self._logits(hidden)
+        if type(product) is nn.Linear and product.bias is None and not self.runs_tokens_alone:
+            return torch.mm(hidden, product.weight.T, out=out)
+        return out.copy_(self._logits(hidden))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.runs_tokens_alone and len(hidden) > 1:
             # Copies, since products may depend on where in memory a row begins.
             rows = [hidden[i : i + 1].clone() for i in range(len(hidden))]

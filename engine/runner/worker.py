@@ -93,9 +93,11 @@ class Worker:
             max_tokens = max(self._backend.token_budget(config), config.max_num_seqs)
             self._adapters = AdapterStore(config, model, max_tokens, self._ranks)
         self._max_model_len = spec.resolve_max_model_len(config.max_model_len)
+        model.expect_positions(self._max_model_len)
         self._draft: CausalLM | None = None
         if config.speculative_model is not None:
             self._draft = load_draft(config, spec, self._max_model_len, self._backend)
+            self._draft.expect_positions(self._max_model_len)
         draft = self._draft
         cache_dtype = str(self._cache_dtype).removeprefix("torch.")
         return WorkerInfo(
@@ -149,7 +151,7 @@ class Worker:
         num_blocks = min(number for (number,) in self._ranks.agree([num_blocks]))
         self._runner = self._make_runner(num_blocks)
         self._runner.prepare()
-        check_alike(self._ranks, "whether steps are captured", [int(self._runner.has_graphs)])
+        check_alike(self._ranks, "which steps are captured", [self._runner.num_graphs])
         if self._adapters is not None:
             self._adapters.send_first()
         return num_blocks

@@ -26,6 +26,7 @@ from ..checks import (
     require_launchable,
     require_shape,
 )
+from .dependent_launch import begin_program, launch_options
 from .fp8 import bits_view, check_scales, load_scale, store_as
 
 
@@ -89,7 +90,7 @@ def _rotate_heads(
         store_as(target + rest_dim, rest, scale, rest_mask)
 
 
-# Over 50 lines: 34 parameters.
+# Over 50 lines: 35 parameters.
 @triton.jit
 def _rope_and_cache_kernel(
     out_ptr,
@@ -126,7 +127,9 @@ def _rope_and_cache_kernel(
     DIM_PAD: tl.constexpr,
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin_program(PDL)
     QUERY_PARTS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KV_PARTS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
     # 1. The second axis of the grid lists parts of HEADS heads: those of Q, then of K, then of V.
@@ -259,7 +262,8 @@ def rope_and_cache(
     rotary_dim: int | None = None,
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
-) -> torch.Tensor:  # over 50 lines: 14 parameters to describe, check and pass on
+    pdl: bool = False,
+) -> torch.Tensor:  # over 50 lines: 15 parameters to describe, check and pass on
     """Rotate queries and keys, write K and V to their slots, and return the rotated queries.
 
     Each head is first normalised (RMSNorm over head_dim) if its weight is given. query is
@@ -268,7 +272,8 @@ def rope_and_cache(
     `[num_tokens, rotary_dim]` in Hugging Face's half-rotation layout, whose second half equals the
     first, or only their first halves if `rotary_dim` is given. slot_mapping is `[num_tokens]`
     int64, negative for tokens whose K and V are skipped; kv_scales is that of `reshape_and_cache`.
-    Raises ValueError on shapes, dtypes or devices that do not fit.
+    `pdl` launches it as dependent_launch.py says. Raises ValueError on shapes, dtypes or devices
+    that do not fit.
     """
     out = torch.empty_like(query) if out is None else out
     num_tokens, width = cos.shape
@@ -301,6 +306,8 @@ def rope_and_cache(
         DIM_PAD=dim_pad,
         HALF_PAD=triton.next_power_of_2(rotary_dim // 2),
         REST_PAD=triton.next_power_of_2(max(1, head_dim - rotary_dim)),
+        PDL=pdl,
         num_warps=4 if heads * dim_pad >= 512 else 1,
+        **launch_options(pdl),
     )  # fmt: skip
     return out

@@ -19,6 +19,9 @@ class TileConfig(NamedTuple):
     num_stages: int
     prefetch: bool = True
     """Whether to read block ids one tile ahead; see `attend_tiles`."""
+    in_place: bool = True
+    """Whether decodes widen float8 in the layout it is loaded in, if there is room for both; see
+    `widen_in_place`."""
 
 
 @functools.cache

@@ -64,6 +64,9 @@ class CpuDecoder:
     ) -> torch.Tensor:
         return self.forward_to_logits(input_ids, positions, input_ids[:0], metadata)[0]
 
+    def expect_positions(self, length: int) -> None:
+        """Do nothing: rotary factors are computed as positions come."""
+
     def fuse_head(self, product: nn.Module) -> ForwardToLogits | None:
         if not isinstance(product, PackedLinear):
             return None

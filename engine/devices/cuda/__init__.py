@@ -10,7 +10,9 @@ Read in this order:
     products.py         chooses the products of weights that have 4 or 8 bits
     body_ops.py         the operations of a flat body
     adapters.py         the slots of LoRA adapters
-    decode_graphs.py    CUDA graphs of decode steps
+    rehearsing.py       compiles kernels and captures graphs before the first request
+    step_graphs.py      CUDA graphs of steps
+    mixed_graphs.py     which steps with prompts are captured, and how they are padded
     draws.py            draws
     memory.py           a GPU's memory
     requirements.py     which GPUs, and which releases of Triton, are refused

@@ -21,9 +21,10 @@ from triton.runtime.jit import JITFunction
 from quire.engine.config import EngineConfig
 from quire.engine.devices.backend import CacheDemand, StartRehearsal
 from quire.engine.devices.cpu.draws import CpuDraws
-from quire.engine.devices.cuda.backend import compile_kernels
 from quire.engine.devices.cuda.draws import CudaDraws
 from quire.engine.devices.cuda.kernels import TRITON, Kernels
+from quire.engine.devices.cuda.rehearsing import compile_kernels
+from quire.engine.devices.cuda.step_graphs import Run
 from quire.engine.sampling.plan import DrawGroup
 from quire.engine.sampling.sampler import Sampler
 from quire.engine.step import BlockCopy
@@ -31,7 +32,7 @@ from quire.kernels import checks
 
 from ..models import COMMON, FAMILIES, build_model
 from ..worker_driver import Driver, make_config, make_prompts, make_sequence
-from .cuda_on_cpu import REFERENCES, CudaOnCpuBackend
+from .cuda_on_cpu import REFERENCES, CudaOnCpuBackend, RerunCapture
 
 MODELS: dict[str, Callable[[], Any]] = {
     "flat": lambda: LlamaConfig(**COMMON, head_dim=16),
@@ -102,11 +103,19 @@ class RecordingDraws(CpuDraws):
         return super().draw(x, best, group, positions)
 
 
+class RunFirst(RerunCapture):
+    """A capture that runs a step before it is recorded, as a GPU's does."""
+
+    def __call__(self, run: Run) -> Run:
+        run()
+        return super().__call__(run)
+
+
 class RecordingBackend(CudaOnCpuBackend):
     """A CUDA backend that starts as on a GPU."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__(recorder.kernels, sizes=[1, 2, 4])
+        super().__init__(recorder.kernels, sizes=[1, 2, 4], mixed=[16, 40], capture=RunFirst())
         self._recorder = recorder
 
     def make_sampler(self, vocab_size: int) -> Sampler:

@@ -74,11 +74,16 @@ def check(driver: Driver, sequence: Sequence, model: PreTrainedModel) -> None:
     torch.testing.assert_close(found, torch.stack(wanted)[-len(found) :], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["gpt_oss", "llama-gelu", "qwen3"], indirect=True)
+@pytest.mark.parametrize(
+    "model,mixed",
+    [("gpt_oss", [16]), ("llama-gelu", []), ("qwen3", []), ("qwen3", [8, 16])],
+    indirect=["model"],
+)
 def test_chunked_prefill_and_decode_match_transformers(
-    model: PreTrainedModel, tmp_path: Path
+    model: PreTrainedModel, tmp_path: Path, mixed: list[int]
 ) -> None:
-    driver = start(tmp_path)
+    backend = interpreted(sizes=[4] if mixed else [], mixed=mixed)
+    driver = start(tmp_path, backend)
     sequences = [
         make_sequence(make_prompt(length), 3, logprobs=0, prompt_logprobs=0)
         for length in (1, 17, 21)
@@ -87,6 +92,7 @@ def test_chunked_prefill_and_decode_match_transformers(
     for sequence in sequences:
         check(driver, sequence, model)
     assert driver.mixed_steps > 1
+    assert backend.reruns.num_replays == (driver.steps if mixed else 0)
 
 
 class RecordedGroups:
