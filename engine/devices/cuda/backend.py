@@ -37,6 +37,7 @@ from .decode_graphs import (
     graph_sizes,
 )
 from .draws import CudaDraws
+from .experts import use_experts
 from .inputs import DeviceInputs
 from .kernels import TRITON, Kernels
 from .memory import free_memory, others_memory, total_memory
@@ -149,9 +150,12 @@ class CudaBackend:
         flat: FlatDecoder | None,
         *,
         quantization: str | None,
+        adaptable: bool = False,
     ) -> Body:
         for module in (body, head):
             use_products(module, self._kernels)
+        if number := use_experts(body, self._kernels):
+            logger.info("the experts of %d layers run as grouped products", number)
         if flat is not None:
             logger.info("the layers run as one function")
         return HfBody(body) if flat is None else FlatBody(flat, CudaOps.of_step)
