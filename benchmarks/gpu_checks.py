@@ -19,6 +19,7 @@ from gpu_attention_checks import (
     verdict,
 )
 from gpu_common import DEVICE, Case, Record, make_sequence
+from gpu_experts import QWEN3_MOE, check_experts
 from gpu_lora import check_adapters, figures_of
 from gpu_products import check_float8, check_product
 from gpu_step_checks import (
@@ -203,6 +204,9 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
         add(f"{tag} lora odd", check_lora, dtype, 19, 3, 70, 1000, (130, 7))
         for kind, num_rows, group in (("int4", 1, 128), ("int8", 70, 32), ("float8", 300, 4096)):
             add(f"{tag} product {kind}", check_product, dtype, kind, num_rows, 1000, 4096, group)
+        for num_tokens in (1, 300, 1200):
+            add(f"{tag} experts {num_tokens}", check_experts, dtype, num_tokens, QWEN3_MOE)
+        add(f"{tag} experts clamped", check_experts, dtype, 77, (8, 4, 1000, 360), (7.0, 1.702))
         add(f"{tag} extend llama b16", check_extend, dtype, llama, 16, queries, contexts)
         add(f"{tag} decode llama b16", check_decode, dtype, llama, 16, lens)
         if dtype == torch.bfloat16:

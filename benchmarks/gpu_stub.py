@@ -80,6 +80,7 @@ def stub_gpu(capability: int, *, compiles: bool) -> Iterator[None]:
     import gpu_attention_checks
     import gpu_checks
     import gpu_common
+    import gpu_experts
     import gpu_lora
     import gpu_products
     import gpu_step_checks
@@ -96,7 +97,8 @@ def stub_gpu(capability: int, *, compiles: bool) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for module in (
-            gpu_attention_checks, gpu_checks, gpu_common, gpu_lora, gpu_products, gpu_step_checks,
+            gpu_attention_checks, gpu_checks, gpu_common, gpu_experts, gpu_lora, gpu_products,
+            gpu_step_checks,
             gpu_times,
         ):  # fmt: skip
             for name, value in {

@@ -11,6 +11,8 @@ logit soft-capping (Gemma 2, arXiv 2408.00118) and attention sinks as learnt log
 import torch
 from torch import Tensor
 
+from .mixture_reference import run_experts as run_experts
+
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 """The largest finite e4m3 number."""
@@ -263,6 +265,7 @@ def rope_and_cache(
     key_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     rotary_dim: int | None = None,
+    pairs: bool = False,
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -271,8 +274,8 @@ def rope_and_cache(
     Each head is first normalised (RMSNorm over head_dim) if its weight is given. query is
     `[num_tokens, num_heads, head_dim]`, key and value are `[num_tokens, num_kv_heads, head_dim]`.
     cos and sin are `[num_tokens, rotary_dim]` in Hugging Face's half-rotation layout, whose second
-    half equals the first, or only their first halves if `rotary_dim` is given. `slot_mapping` and
-    kv_scales are those of `reshape_and_cache`.
+    half equals the first, or only their first halves if `rotary_dim` is given; with `pairs`, the
+    elements 2i and 2i + 1 rotate. `slot_mapping` and kv_scales are those of `reshape_and_cache`.
     """
     if rotary_dim is not None and cos.shape[-1] < rotary_dim:
         cos, sin = (torch.cat([half, half], dim=-1) for half in (cos, sin))
@@ -283,9 +286,13 @@ def rope_and_cache(
         if weight is not None:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * _wide(weight)
         turned, passed = x[..., :rotary_dim], x[..., rotary_dim:]
+        if pairs:
+            turned = torch.cat([turned[..., ::2], turned[..., 1::2]], dim=-1)
         first, second = turned.chunk(2, dim=-1)
         half = torch.cat([-second, first], dim=-1)
         turned = turned * _wide(cos)[:, None] + half * _wide(sin)[:, None]
+        if pairs:
+            turned = torch.stack(turned.chunk(2, dim=-1), dim=-1).flatten(-2)
         return torch.cat([turned, passed], dim=-1)
 
     rotated = rotate(query, query_weight).to(query.dtype)

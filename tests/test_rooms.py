@@ -73,11 +73,12 @@ RULES["server.templates"] = GROUND
 RULES["server.text"] = GROUND | {"engine.grammar", "server.templates"}
 RULES["server.parsing"] = RULES["server.text"] | {"server.text"}
 RULES["server.parsing.formats"] = RULES["server.parsing"] | {"server.parsing"}
-RULES["server.tenants"] = GROUND
+RULES["server.metrics"] = GROUND | {"engine.process"}
+RULES["server.tenants"] = GROUND | {"server.metrics"}
 RULES["server.http"] = RULES["server.parsing.formats"] | {
-    *("server.parsing.formats", "server.tenants", "engine.process"),
+    *("server.parsing.formats", "server.tenants", "server.metrics", "engine.process"),
 }
-RULES["server.tracing"] = GROUND
+RULES["server.tracing"] = GROUND | {"server.metrics"}
 RULES["server.requests"] = RULES["server.http"] | {"server.http", "server.tracing"}
 RULES["server.api"] = RULES["server.requests"] | {"server.requests"}
 RULES["server.dialects"] = RULES["server.api"] | {"server.api"}

@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from .flat_decoder import FlatDecoder, Rotation, rotary_factors
+from .flat_decoder import FlatDecoder, Rotation
 
 logger = logging.getLogger("quire.engine")
 
@@ -43,7 +43,7 @@ def make_rotary_table(decoder: FlatDecoder, length: int) -> RotaryTable | None:
     tables: dict[str | None, torch.Tensor] = {}
     num_bytes = 0
     for kind in decoder.rotary_kinds:
-        first = rotary_factors(decoder.rotary, x, torch.arange(1, device=weight.device), kind)
+        first = decoder.rotation(x, torch.arange(1, device=weight.device), kind)
         width = first.cos.shape[1]
         num_bytes += 2 * length * width * first.cos.element_size()
         if num_bytes > MAX_BYTES:
@@ -53,8 +53,6 @@ def make_rotary_table(decoder: FlatDecoder, length: int) -> RotaryTable | None:
         for begin in range(0, length, _PIECE):
             end = min(length, begin + _PIECE)
             positions = torch.arange(begin, end, device=weight.device)
-            torch.cat(
-                rotary_factors(decoder.rotary, x, positions, kind), dim=1, out=table[begin:end]
-            )
+            torch.cat(decoder.rotation(x, positions, kind), dim=1, out=table[begin:end])
         tables[kind] = table
     return RotaryTable(tables)

@@ -201,12 +201,13 @@ class Backend(Protocol):
         flat: FlatDecoder | None,
         *,
         quantization: str | None,
+        adaptable: bool = False,
     ) -> Body:
         """Choose how the body runs. `flat` is the same body, flattened, if it can be.
 
         May take over the weights, and replace the linear layers of `body` and `head` in place, by
         quantised ones if there is a `quantization`. Grouped layers keep their integers, or are made
-        dense.
+        dense. Who passes `adaptable` calls `make_adapter_slots` next.
         """
 
     def make_adapter_slots(

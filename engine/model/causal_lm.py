@@ -28,12 +28,13 @@ from ..parallel.adapter_cuts import WHOLE, AdapterCuts
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.stages import StageBody
 from .classifier import Scores
+from .flat_proof import flatten_if_equal
 from .model_spec import ModelSpec
 from .probe import (
+    ProbeResult,
     bears_rounding,
     check_class,
     check_parts,
-    flatten_if_equal,
     probe_text,
     refuse,
     run_probe,
@@ -108,21 +109,27 @@ class CausalLM:
             if not all(vote for (vote,) in ranks.agree([int(bears)])):
                 self.kv_cache_dtype = self.dtype
         body = text_body(model)
-        merged = Counter(merge_siblings(body, lambda: run_probe(model, spec, body)))
+
+        def run() -> ProbeResult:
+            return run_probe(model, spec, body)
+
+        merged = Counter(merge_siblings(body, run))
         for names, count in merged.items():
             logger.info("merged %s (%d times)", ", ".join(names), count)
-        flat = flatten_if_equal(body, spec, probed) if ranks.ring is None else None
+        flat = flatten_if_equal(body, spec, probed, run) if ranks.ring is None else None
         self._adaptable: Adaptable | None = None
         if adaptable:
             tokens = len(probed.hidden)
             prefix = next(name for name, module in model.named_modules() if module is body)
-            places = find_linears(body, prefix, lambda: run_probe(model, spec, body), tokens)
+            places = find_linears(body, prefix, run, tokens)
             self._adaptable = Adaptable(prefix, places, flat)
         # 2. Split off the head, and let the device choose how the body runs.
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
         self._head._modules[model.base_model_prefix] = _Passthrough(type(whole.output))
-        made = backend.make_body(body, self._head, flat, quantization=quantization)
+        made = backend.make_body(
+            body, self._head, flat, quantization=quantization, adaptable=adaptable
+        )
         self._body: Body = made if ranks.ring is None else StageBody(made, ranks.ring, body)
         # 3. If logits are nothing but one product, call that, or fuse it with the body.
         self._product = self._check_head(probed.hidden) if self.has_ends else None

@@ -33,7 +33,7 @@ from ..http.route_docs import errors
 from ..http.siblings import Siblings
 from ..http.sse import cancel
 from ..live import page, snapshots
-from ..metrics import Metrics
+from ..metrics.metrics import Metrics
 from ..requests.state import ServerState
 from ..scoring import classify, rerank
 from ..settings import Settings

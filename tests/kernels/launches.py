@@ -25,6 +25,7 @@ from quire.kernels.cuda.prepare_inputs import prepare_inputs
 from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
 from quire.kernels.cuda.rms_norm import fused_add_rms_norm, rms_norm
 from quire.kernels.cuda.rope_and_cache import rope_and_cache
+from quire.kernels.cuda.run_experts import Clamp, run_experts
 from quire.kernels.cuda.sample_tokens import sample_tokens
 from quire.kernels.cuda.silu_and_mul import silu_and_mul
 
@@ -117,6 +118,22 @@ def product(num_rows: int, kind: str, group: int) -> None:
         grouped_product(x, torch.zeros(4096, 4096, dtype=E4M3), scale, None)
 
 
+def experts(rows: int, hidden: int, size: int, clamp: Clamp | None = None) -> None:
+    """Run a mixture of experts that have so many rows each. A clamped gate has biases too."""
+    number, top_k = 4, 2
+
+    def zeros(*dims: int) -> torch.Tensor:
+        return torch.zeros(dims, dtype=BF16)
+
+    biases = {}
+    if clamp is not None:
+        biases = {"gate_up_bias": zeros(number, 2 * size), "down_bias": zeros(number, hidden)}
+    chosen = torch.zeros(rows * number // top_k, top_k, dtype=torch.int64)
+    x, weights = zeros(len(chosen), hidden), zeros(*chosen.shape)
+    gate_up, down = zeros(number, 2 * size, hidden), zeros(number, hidden, size)
+    run_experts(x, chosen, weights, gate_up, down, clamp=clamp, **biases)
+
+
 def sample(filtered: bool) -> None:
     """Sample from Qwen3's vocabulary with every filter or none."""
     ids, column = torch.ones(4, dtype=torch.int64), torch.ones(4, 1)
@@ -191,6 +208,13 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "product of 512 rows, float8 in 128s": lambda: product(512, "float8", 128),
     "float8 rows, 4096": quantize,
     "best tokens, 151936": best,
+    "experts of 4 rows each, 2048 x 768": lambda: experts(4, 2048, 768),
+    "experts of 32 rows each, 2048 x 768": lambda: experts(32, 2048, 768),
+    "experts of 256 rows each, 2048 x 768": lambda: experts(256, 2048, 768),
+    "experts of 4 rows each, clamped, 2880 x 2880": lambda: experts(4, 2880, 2880, (7.0, 1.702)),
+    "experts of 256 rows each, clamped, 2880 x 2880": lambda: experts(
+        256, 2880, 2880, (7.0, 1.702)
+    ),
     "sample tokens, 151936": lambda: sample(True),
     "sample tokens unfiltered, 151936": lambda: sample(False),
 }
@@ -247,9 +271,11 @@ def table() -> str:
     lines.append("|---|---|---|---|---|---|---|")
     for arch in SHARED_LIMITS:
         for name in LAUNCHES:
-            # The cascade's own kernel and those over pieces run before the kernel that merges.
+            # The cascade's own kernel and those over pieces run before the kernel that merges, the
+            # products of experts before the sum.
             first = ("unfiltered" in name, name.startswith(("cascade", "best tokens")))
             last = -2 if any(first) else -1
+            last = -3 if name.startswith("experts") else last
             _, registers, spills, shared, ptx, _ = compiled(name, arch)[last]
             lines.append(
                 f"| {name} | `sm_{arch}` | {registers} | {spills} | {shared} | {dots(ptx)} "

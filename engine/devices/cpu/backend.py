@@ -15,7 +15,7 @@ from torch import nn
 from ....kernels.device_copy import to_device
 from ...adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ...body.body import Body, HfBody
-from ...body.flat_decoder import FlatDecoder
+from ...body.flat_decoder import FlatDecoder, Mixture
 from ...body.grouped_linear import GroupedWeight
 from ...config import EngineConfig
 from ...errors import ConfigurationError
@@ -107,17 +107,24 @@ class CpuBackend:
         flat: FlatDecoder | None,
         *,
         quantization: str | None,
+        adaptable: bool = False,
     ) -> Body:
         unmap_weights(body)
         unmap_weights(head)
         made: Body
-        if flat is not None and can_compile(flat):
+        if number := pack_experts(body, quantization=quantization):
+            logger.info("the experts of %d layers run in compiled kernels", number)
+        # Adapters of layers beside experts would be in a mixture's module, not among the phases.
+        has_room = number == 0 or not adaptable
+        if flat is not None and has_room and can_compile(flat):
+            for layer in flat.layers:
+                if isinstance(layer.mlp, Mixture):
+                    pack_linears(layer.mlp.block, quantization=quantization)
             made = CpuDecoder(flat, quantization=quantization)
             logger.info("the layers run as one function")
-            logger.info("each step runs as one parallel region of compiled kernels")
+            regions = f"{number + 1} parallel regions" if number else "one parallel region"
+            logger.info("each step runs as %s of compiled kernels", regions)
         else:
-            if number := pack_experts(body, quantization=quantization):
-                logger.info("the experts of %d layers run in compiled kernels", number)
             pack_linears(body, quantization=quantization)
             made = HfBody(body)
         # The last product decides between tokens, and suffers most from 4 bits.

@@ -8,6 +8,7 @@ Read in this order:
     attention.py        plans a step, and attends
     shared_prefixes.py  which decodes read a shared prefix once
     products.py         chooses the products of weights that have 4 or 8 bits
+    experts.py          the experts of mixtures, run by one kernel
     body_ops.py         the operations of a flat body
     adapters.py         the slots of LoRA adapters
     rehearsing.py       compiles kernels and captures graphs before the first request

@@ -30,6 +30,7 @@ from .adapters import CudaSlots
 from .attention import CudaPlanner, allocate_workspaces
 from .body_ops import CudaOps
 from .draws import CudaDraws
+from .experts import use_experts
 from .inputs import DeviceInputs
 from .kernels import TRITON, Kernels
 from .memory import free_memory, others_memory, total_memory
@@ -153,9 +154,12 @@ class CudaBackend:
         flat: FlatDecoder | None,
         *,
         quantization: str | None,
+        adaptable: bool = False,
     ) -> Body:
         for module in (body, head):
             use_products(module, self._kernels)
+        if number := use_experts(body, self._kernels):
+            logger.info("the experts of %d layers run as grouped products", number)
         if flat is not None:
             logger.info("the layers run as one function")
         return HfBody(body) if flat is None else FlatBody(flat, CudaOps.of_step)

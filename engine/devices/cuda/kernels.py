@@ -21,6 +21,7 @@ from ....kernels.cuda import (
     reshape_and_cache,
     rms_norm,
     rope_and_cache,
+    run_experts,
     silu_and_mul,
 )
 from ....kernels.cuda.attention import (
@@ -42,6 +43,7 @@ class Kernels(NamedTuple):
     fused_add_rms_norm: Callable[..., None]
     silu_and_mul: Callable[..., torch.Tensor]
     grouped_product: Callable[..., torch.Tensor]
+    run_experts: Callable[..., torch.Tensor]
     prepare_inputs: Callable[..., Any]
     copy_blocks: Callable[..., None]
     lora_shrink: Callable[..., None]
@@ -60,6 +62,7 @@ TRITON = Kernels(
     fused_add_rms_norm=rms_norm.fused_add_rms_norm,
     silu_and_mul=silu_and_mul.silu_and_mul,
     grouped_product=grouped_product.grouped_product,
+    run_experts=run_experts.run_experts,
     prepare_inputs=prepare_inputs.prepare_inputs,
     copy_blocks=copy_blocks.copy_blocks,
     lora_shrink=lora.lora_shrink,

@@ -7,7 +7,7 @@ combination, and plain torch computes its result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,13 +30,15 @@ from quire.engine.sampling.sampler import Sampler
 from quire.engine.step import BlockCopy
 from quire.kernels import checks
 
-from ..models import COMMON, FAMILIES, build_model
+from ..models import COMMON, FAMILIES, build_model, not_flat
 from ..worker_driver import Driver, make_config, make_prompts, make_sequence
 from .cuda_on_cpu import REFERENCES, CudaOnCpuBackend, RerunCapture
 
 MODELS: dict[str, Callable[[], Any]] = {
     "flat": lambda: LlamaConfig(**COMMON, head_dim=16),
-    "generic": FAMILIES["gpt_oss"],
+    "generic": not_flat,
+    "experts": FAMILIES["qwen3_moe"],
+    "experts, bfloat16": FAMILIES["gpt_oss"],  # with tiles of several shapes
     "flat, head_dim 24": lambda: LlamaConfig(**COMMON, head_dim=24),
     "generic, head_dim 24": lambda: LlamaConfig(**COMMON, head_dim=24, hidden_act="gelu"),
 }
@@ -129,14 +131,15 @@ class RecordingBackend(CudaOnCpuBackend):
 
 
 @pytest.fixture(params=MODELS)
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> EngineConfig:
     build_model(MODELS[request.param]()).save_pretrained(tmp_path)
-    yield tmp_path
+    dtype = "bfloat16" if request.param.endswith("bfloat16") else "float32"
+    return make_config(tmp_path, max_num_batched_tokens=64, dtype=dtype)
 
 
-def test_serving_meets_no_kernel_first(folder: Path) -> None:
+def test_serving_meets_no_kernel_first(config: EngineConfig) -> None:
     recorder = Recorder()
-    driver = Driver.start(_config(folder), RecordingBackend(recorder))
+    driver = Driver.start(config, RecordingBackend(recorder))
     compiled = set(recorder.variants)
     assert {name for name, _ in compiled} >= {"_copy_blocks_kernel", "_race_pieces_kernel"}
     recorder.variants.clear()
@@ -150,10 +153,6 @@ def test_serving_meets_no_kernel_first(folder: Path) -> None:
     assert recorder.variants
     late = recorder.variants - compiled
     assert not late, sorted({name for name, _ in late})
-
-
-def _config(folder: Path) -> EngineConfig:
-    return make_config(folder, max_num_batched_tokens=64)
 
 
 def test_the_recorder_sees_what_makes_triton_compile_again() -> None:
