@@ -317,8 +317,13 @@ def step_calls(
     )
     heads = Heads(
         *(qkv, layers.qk_norm, layers.qk_epsilons),
-        *(step.cos, step.sin, layers.rotates, step.rotations, layers.kinds, step.kind_rows),
-        *(layers.norms_all_heads, layers.rotates_pairs, step.slots, cache, query),
+        *(step.cos, step.sin, layers.rotates, step.rotations, layers.kinds),
+        kind_rows=step.kind_rows,
+        norms_all_heads=layers.norms_all_heads,
+        rotates_pairs=layers.rotates_pairs,
+        slots=step.slots,
+        cache=cache,
+        query=query,
     )
     attention = Attention(
         *(query, cache, step.block_table, step.starts, step.seq_lens),

@@ -151,8 +151,8 @@ class CpuDecoder:
                 (picks, self._vocab_size),
             )
             arrays = [np.zeros(shape, np.float32) for shape in shapes]
-            update = arrays[1] if self._layers.norms_updates else arrays[0]
-            self._activations = Activations(*arrays, update)
+            arrays.append(arrays[1] if self._layers.norms_updates else arrays[0])
+            self._activations = Activations(*arrays)
         assert self._activations is not None
         return self._activations
 

@@ -85,7 +85,7 @@ class CudaOps(NamedTuple):
 
     def _norm_all_heads(self, layer: FlatLayer, norm: Norm, qkv: torch.Tensor) -> None:
         """Norm all heads of Q at once, and all of K, in place."""
-        heads = (layer.num_heads, layer.num_kv_heads)
+        heads = [layer.num_heads, layer.num_kv_heads]
         sizes = [number * layer.head_dim for number in heads]
         parts = torch.split(qkv[:, : sum(sizes)], sizes, dim=1)
         for part, weight in zip(parts, torch.split(norm.weight, heads), strict=True):
