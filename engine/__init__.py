@@ -8,6 +8,7 @@ They import only each other and the standard library. From a request inwards:
     reasoning        where an answer's reasoning begins and ends, and its budget
     request          a client's request, and whether it can ever run
     lora             LoRA adapters by name
+    layer_groups     which layers share block tables, and how many blocks a sequence takes
     config           the engine's configuration, and what it reports when it is ready
     main_memory      how much main memory there is to take, and how many CPUs
     embedding_spec   how a model makes embeddings

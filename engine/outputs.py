@@ -146,7 +146,7 @@ class LiveSequence(NamedTuple):
     """Tokens that the last step computed for it: 0 for none, 1 for a decode, more for a chunk."""
     num_preemptions: int
     block_table: list[int]
-    """Ids of its blocks, in the order of its tokens."""
+    """Ids of its blocks, in the order of its tokens; those of all groups of layers."""
 
 
 class LiveSnapshot(NamedTuple):

@@ -15,7 +15,7 @@ import zmq
 from ..config import EngineConfig
 from .step_plan import StepPlan
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of these messages and of the order of collectives. All ranks must have the same."""
 HEARTBEAT_MS = 1000
 SILENCE_MS = 10_000

@@ -122,15 +122,18 @@ class BodyStep(NamedTuple):
     picks: Any
     """Which tokens need logits, `[R]`."""
     slots: Any
-    """The cache slot of each token, `[T]`."""
+    """The cache slot of each token, `[groups, T]`."""
+    layer_places: Any
+    """As in `attention.Attention`."""
     rotations: Any
     """The row of cos and sin of each token, `[T]`."""
     cos: Any
     """`[., n]`, as in Rotation."""
     sin: Any
     block_table: Any
-    """This and the rest are as in `attention.Batch`."""
+    """`[groups, S, .]`."""
     starts: Any
+    """This and the rest are as in `attention.Batch`."""
     seq_lens: Any
     tiles: Any
     members: Any
@@ -205,7 +208,7 @@ class Body:
         num_threads: int,
         adapted: Adapted | None = None,
     ) -> None:
-        """Run a step. Changes the activations and the cache `[num_layers, 2, blocks, kv_heads,
+        """Run a step. Changes the activations and the cache `[places, 2, blocks, kv_heads,
         block_size, head_dim]`."""
         scratch = self._scratch_for(activations, cache.shape[3], step.tile_queries, num_threads)
         calls = step_calls(self._ends, self._layers, cache, step, activations, scratch)
@@ -220,7 +223,7 @@ class Body:
         for place, call in calls.items():
             self._set_call(place, call)
         # 3. How many items and rows. From one decode to the next they are often the same.
-        counts = (len(step.slots), len(step.picks), len(step.tiles))
+        counts = (len(step.input_ids), len(step.picks), len(step.tiles))
         if counts != self._counts:
             self._counts = counts
             self._set_counts(*counts, cache.shape[3])
@@ -378,10 +381,11 @@ def step_calls(
     norm = Norm(x, layers.input_norm, layers.input_epsilons, normed, *fetched)
     heads = Heads(
         *(qkv, layers.qk_norm, layers.qk_epsilons),
-        *(step.cos, step.sin, layers.rotates, step.rotations, step.slots, cache, query),
+        *(step.cos, step.sin, layers.rotates, step.rotations, step.slots),
+        *(cache, step.layer_places, query),
     )
     attention = Attention(
-        *(query, cache, step.block_table, step.starts, step.seq_lens),
+        *(query, cache, step.layer_places, step.block_table, step.starts, step.seq_lens),
         *(step.tiles, step.members, step.tile_queries),
         *(layers.scales, layers.windows, NO_SOFTCAP, layers.scales, False, attended),
         *scratch.attention,
