@@ -267,8 +267,8 @@ class WorkerInfo:
     adapters that are loaded, and `max_lora_rank` is None if there can be none. `is_batch_invariant`
     says that logits are the same to the bit whatever else is in their step. `group_windows` has for
     each group of layers with block tables of its own how many of the latest tokens it keeps, None
-    for all. `content` is a hash of the model's configuration and weights. What begins with `draft_`
-    is the draft model's, and 0 without one.
+    for all, and `group_layers` how many layers it has. `content` is a hash of the model's
+    configuration and weights. What begins with `draft_` is the draft model's, and 0 without one.
     """
 
     architecture: str
@@ -294,6 +294,7 @@ class WorkerInfo:
     draft_weight_bytes: int = 0
     draft_kv_bytes_per_token: int = 0
     group_windows: tuple[int | None, ...] = (None,)
+    group_layers: tuple[int, ...] = ()
     content: str = ""
 
 
@@ -333,6 +334,14 @@ class EngineInfo(WorkerInfo):
             or config.speculative_model is not None
             or (config.speculation == "auto" and worker.is_batch_invariant),
         )
+
+    @property
+    def layers_by_window(self) -> dict[int | None, int]:
+        """How many layers keep so many of the latest tokens; None stands for all tokens."""
+        found: dict[int | None, int] = {}
+        for window, layers in zip(self.group_windows, self.group_layers, strict=False):
+            found[window] = found.get(window, 0) + layers
+        return found
 
     @property
     def kv_capacity_tokens(self) -> int:

@@ -167,3 +167,6 @@ class LiveSnapshot(NamedTuple):
     """Cached blocks whose content was given up for new tokens since the snapshot before."""
     sequences: list[LiveSequence]
     """The running sequences by rank, then the first of the others by arrival."""
+    has_groups: bool = False
+    """Whether groups of layers have blocks of their own: then a sequence's i-th block is not that
+    of its i-th `block_size` tokens."""

@@ -61,6 +61,8 @@ class BlockManager:
 
     num_groups = 1
     """Number of groups of layers, each of which has block tables of its own."""
+    has_groups = False
+    """Whether there are several groups, or one that keeps only the last tokens."""
 
     def __init__(
         self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True

@@ -46,6 +46,8 @@ class GroupedBlockManager(BlockManager):
     writes next is its own in the first group, it is in all.
     """
 
+    has_groups = True
+
     def __init__(
         self,
         num_blocks: int,

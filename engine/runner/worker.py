@@ -110,6 +110,7 @@ class Worker:
             max_model_len=self._max_model_len,
             kv_bytes_per_token=token_bytes(model.whole_spec, self._cache_dtype),
             group_windows=self._groups.windows,
+            group_layers=tuple(len(group.layers) for group in self._groups.groups),
             max_num_batched_tokens=self._backend.token_budget(config),
             is_asynchronous=self._backend.is_asynchronous,
             eos_token_ids=spec.eos_token_ids,

@@ -42,6 +42,7 @@ def take_snapshot(scheduler: Scheduler) -> LiveSnapshot:
             )
             for sequence in (*scheduler.running, *islice(others, MAX_WAITING))
         ],
+        block_manager.has_groups,
     )
 
 
