@@ -24,8 +24,10 @@ from quire.engine.devices.backend import Backend
 from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
 from quire.engine.devices.cpu.packing import rounded
 from quire.engine.devices.cuda.decode_graphs import graph_sizes
+from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
 from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request
+from quire.engine.runner.kv_cache import choose_groups
 from quire.engine.runner.model_runner import StepForward
 from quire.engine.runner.worker import Worker
 from quire.engine.step import UNKNOWN_TOKEN, SchedulerOutput
@@ -36,7 +38,8 @@ from .harness import make_request
 
 
 class Engine:
-    """An EngineCore over a real model, with all its outputs."""
+    """An EngineCore over a real model, with all its outputs. `num_blocks` counts for each of the
+    model's groups of layers."""
 
     def __init__(self, folder: Path, backend: Backend | None = None, **config: Any) -> None:
         values: dict[str, Any] = {
@@ -49,7 +52,10 @@ class Engine:
             "max_model_len": 192,
             "num_threads": 1,
         }
-        self.config = EngineConfig(**values | config)
+        values |= config
+        if values["num_blocks"] is not None:
+            values["num_blocks"] *= num_groups(values)
+        self.config = EngineConfig(**values)
         self.worker = self.make_worker(self.config, backend)
         self.core = EngineCore(self.config, self.worker)
         self.outputs: dict[tuple[str, int], list[SequenceOutput]] = defaultdict(list)
@@ -82,6 +88,14 @@ class Engine:
         request = self.add(prompt, max_tokens, **fields)
         self.run()
         return self.tokens(request)
+
+
+def num_groups(values: dict[str, Any]) -> int:
+    """Return how many groups of layers the model has in an engine with this configuration."""
+    config = EngineConfig(**values)
+    spec = spec_from_hf_config(read_hf_config(config), config)
+    max_model_len = spec.resolve_max_model_len(config.max_model_len)
+    return len(choose_groups(config, spec, max_model_len).groups)
 
 
 class Reference:
