@@ -113,7 +113,7 @@ def num_blocks_from_memory(
         fit = longest_that_fits(
             windows, config.block_size, num_blocks, longest, step_tokens=step_tokens
         )
-        chunk = " or a smaller --max-num-batched-tokens" if groups.frees_blocks else ""
+        chunk = ", lower --max-num-batched-tokens," if groups.frees_blocks else ""
         raise ConfigurationError(
             f"the KV cache holds {fit} tokens, less than one sequence of {max_model_len}: give it "
             f"more memory{chunk} or set --max-model-len {fit} or less"

@@ -24,6 +24,7 @@ from quire.engine.devices.backend import Backend
 from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
 from quire.engine.devices.cpu.packing import rounded
 from quire.engine.devices.cuda.decode_graphs import graph_sizes
+from quire.engine.layer_groups import blocks_needed
 from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
 from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request
@@ -39,7 +40,7 @@ from .harness import make_request
 
 class Engine:
     """An EngineCore over a real model, with all its outputs. `num_blocks` counts for each of the
-    model's groups of layers."""
+    model's groups of layers; 0 stands for as few as a sequence of full length needs."""
 
     def __init__(self, folder: Path, backend: Backend | None = None, **config: Any) -> None:
         values: dict[str, Any] = {
@@ -54,7 +55,7 @@ class Engine:
         }
         values |= config
         if values["num_blocks"] is not None:
-            values["num_blocks"] *= num_groups(values)
+            values["num_blocks"] = total_blocks(values)
         self.config = EngineConfig(**values)
         self.worker = self.make_worker(self.config, backend)
         self.core = EngineCore(self.config, self.worker)
@@ -90,12 +91,15 @@ class Engine:
         return self.tokens(request)
 
 
-def num_groups(values: dict[str, Any]) -> int:
-    """Return how many groups of layers the model has in an engine with this configuration."""
-    config = EngineConfig(**values)
+def total_blocks(values: dict[str, Any]) -> int:
+    """Return the number of blocks for all groups of layers of an engine with this configuration."""
+    config = EngineConfig(**values | {"num_blocks": None})
     spec = spec_from_hf_config(read_hf_config(config), config)
-    max_model_len = spec.resolve_max_model_len(config.max_model_len)
-    return len(choose_groups(config, spec, max_model_len).groups)
+    length = spec.resolve_max_model_len(config.max_model_len)
+    windows = choose_groups(config, spec, length).windows
+    step_tokens = values["max_num_batched_tokens"] * (1 + bool(config.async_scheduling))
+    least = blocks_needed(windows, config.block_size, length - 1, step_tokens=step_tokens)
+    return len(windows) * values["num_blocks"] or least
 
 
 class Reference:
