@@ -147,9 +147,15 @@ def run(
     ),
 )
 def test_a_follower_finds_every_step(
-    num_blocks: int, budget: int, run_ahead: bool, drafts: bool, requests: list[Any]
+    num_blocks: int,
+    budget: int,
+    run_ahead: bool,
+    drafts: bool,
+    windows: tuple[int | None, ...],
+    requests: list[Any],
 ) -> None:
     run(
+        windows=windows,
         num_blocks=num_blocks,
         budget=budget,
         run_ahead=run_ahead,
@@ -161,6 +167,7 @@ def test_a_follower_finds_every_step(
 def test_the_steps_are_of_all_kinds() -> None:
     requests = [(40, 12, 3, True), (17, 20, 2, True), (60, 9, 1, False), (3, 30, 2, False)]
     common: dict[str, Any] = {"num_blocks": 14, "budget": 24, "requests": requests}
+    common["windows"] = (None,)
     assert run(**common, run_ahead=True, drafts=False) >= {"unknown", "copies", "mixed"}
     assert run(**common, run_ahead=False, drafts=True) >= {"num_drafts", "mixed"}
 
@@ -185,7 +192,7 @@ def test_a_decode_of_256_rows_takes_six_kilobytes() -> None:
         query_start_loc=np.arange(257, dtype=np.int32),
         seq_lens=(41 * sizes).astype(np.int32),
         rows=np.arange(256),
-        tables=np.zeros((256, 3), dtype=np.int32),
+        tables=np.zeros((1, 256, 3), dtype=np.int32),
     )
     plan = make_plan(1, host, sizes, [], [], extra_logits=[], num_fed_back=0)
     assert len(messages.encode(messages.Step(plan))) < 6 * 1024 + 64
