@@ -16,7 +16,7 @@ import random
 from collections.abc import Iterator
 
 from quire.engine.cache.grouped_block_manager import make_block_manager
-from quire.engine.layer_groups import LayerGroups
+from quire.engine.layers.layer_groups import LayerGroups
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.scheduling.scheduler import Scheduler

@@ -8,7 +8,6 @@ They import only each other and the standard library. From a request inwards:
     reasoning        where an answer's reasoning begins and ends, and its budget
     request          a client's request, and whether it can ever run
     lora             LoRA adapters by name
-    layer_groups     which layers share block tables, and how many blocks a sequence takes
     config           the engine's configuration, and what it reports when it is ready
     main_memory      how much main memory there is to take, and how many CPUs
     embedding_spec   how a model makes embeddings
@@ -32,6 +31,7 @@ The rooms, in reading order:
     adapters         LoRA adapters: their files, and what they add to a linear layer
     parallel         one model on several devices
     flags            how the fields of the configuration are declared
+    layers           which layers share block tables, and how many blocks a sequence takes
     attention        writing K and V to their blocks, and attending through block tables
     sampling         from logits to one token per row
     devices          what differs between CPU and CUDA

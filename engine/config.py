@@ -18,7 +18,7 @@ from .errors import ConfigurationError
 from .flags.flag import EngineFlag
 from .flags.flag import flag as _flag
 from .flags.parallel import ParallelConfig
-from .layer_groups import blocks_needed
+from .layers.layer_groups import blocks_needed
 from .lora import AdapterSource
 
 Device = Literal["auto", "cpu", "cuda"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from .errors import ContextLengthError, InvalidRequestError, PoolTooSmallError
-from .layer_groups import blocks_needed, longest_that_fits
+from .layers.layer_groups import blocks_needed, longest_that_fits
 from .reasoning import ReasoningSpec
 from .sampling_params import SamplingParams
 
@@ -198,27 +198,23 @@ class Request:
                 f"has {len(prompt)} tokens and max_tokens is {params.max_tokens}",
                 "max_tokens" if len(prompt) < max_model_len else "prompt",
             )
-        windows, size, num_blocks = (
-            capacity.group_windows,
-            capacity.block_size,
-            capacity.num_blocks,
-        )
+        self._check_blocks(capacity, total)
+
+    def _check_blocks(self, capacity: Capacity, total: int) -> None:
+        """Raise PoolTooSmallError if `total` tokens of each beam need more blocks than exist."""
+        params, num_blocks, size = self.sampling_params, capacity.num_blocks, capacity.block_size
+        windows, step_tokens = capacity.group_windows, capacity.step_tokens
         needed = blocks_needed(
             windows,
             size,
             total - (params.max_tokens > 0),
-            num_shared=len(prompt),
+            num_shared=len(self.prompt_token_ids),
             width=params.beam_width or 1,
-            step_tokens=capacity.step_tokens,
+            step_tokens=step_tokens,
         )
         if needed > num_blocks:
-            held = longest_that_fits(
-                windows,
-                size,
-                num_blocks,
-                num_blocks * size,
-                step_tokens=capacity.step_tokens,
-            )
+            most = num_blocks * size
+            held = longest_that_fits(windows, size, num_blocks, most, step_tokens=step_tokens)
             beams = "" if params.beam_width is None else f" and {params.beam_width} beams"
             what = f"prompt and max_tokens{beams} need" if params.max_tokens else "prompt needs"
             raise PoolTooSmallError(

@@ -1,9 +1,9 @@
 """Block tables for several groups of layers, some of which need only the last tokens.
 
-Every group of layers (engine/layer_groups.py) has a table of its own for each sequence, all with
-the same number of columns, over one pool. A windowed group gives a block back as soon as all tokens
-that attend to it are computed, and its column then holds the null block, which is no block of the
-pool and is never written:
+Every group of layers (engine/layers) has a table of its own for each sequence, all with the same
+number of columns, over one pool. A windowed group gives a block back as soon as all tokens that
+attend to it are computed, and its column then holds the null block, which is no block of the pool
+and is never written:
 
     full group      b0  b1  b2  b3  b4  b5          a sequence of 90 tokens, blocks of 16,
     window of 32    –   –   –   c3  c4  c5          whose last tokens attend to b0 … and c3 …
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Iterable
 
-from ..layer_groups import first_needed
+from ..layers.layer_groups import first_needed
 from ..sequence import Sequence
 from ..step import BlockCopy, TableChange
 from .block_hashes import of_group

@@ -20,7 +20,7 @@ from ..checkpoints.quantized_config import describe, weights_in
 from ..checkpoints.source import Source, source_of
 from ..config import EngineConfig
 from ..errors import ModelLoadError, StartupError, UnsupportedModelError, one_line
-from ..layer_groups import LayerGroups, blocks_needed
+from ..layers.layer_groups import LayerGroups, blocks_needed
 from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
 
 logger = logging.getLogger("quire.engine")
@@ -153,12 +153,7 @@ def outline(
         size = DTYPE_BYTES.get(known["dtype"], 4)
         kv_size = size if kv_dtype is None else DTYPE_BYTES[kv_dtype]
         if hf_config is not None:
-            known["kv_bytes_per_token"] = spec.kv_bytes_per_token(kv_size)
-            groups = LayerGroups.choose(spec.windows, known["max_model_len"], _BLOCK_SIZE)
-            known["group_windows"] = groups.windows
-            known["group_bytes_per_token"] = (
-                known["kv_bytes_per_token"] // spec.num_layers * groups.num_places
-            )
+            known |= _kv_sizes(spec, known["max_model_len"], kv_size)
         elif "kv_bytes_per_token" in known:
             known["kv_bytes_per_token"] *= kv_size
         quantization = getattr(hf_config, "quantization_config", None)
@@ -172,6 +167,17 @@ def outline(
     except StartupError as error:
         known["refused"] = error.message
     return ModelOutline(**known)
+
+
+def _kv_sizes(spec: ModelSpec, max_model_len: int, element_size: int) -> dict[str, Any]:
+    """Return what K and V of a token take, in all layers and in one of their groups."""
+    groups = LayerGroups.choose(spec.windows, max_model_len, _BLOCK_SIZE)
+    size = spec.kv_bytes_per_token(element_size)
+    return {
+        "kv_bytes_per_token": size,
+        "group_windows": groups.windows,
+        "group_bytes_per_token": size // spec.num_layers * groups.num_places,
+    }
 
 
 def _from_values(values: dict[str, Any]) -> Any:

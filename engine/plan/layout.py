@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from ..errors import ConfigurationError
-from ..layer_groups import longest_that_fits
+from ..layers.layer_groups import longest_that_fits
 from .calibration import Calibration
 from .planned_engine import EngineShape
 from .planned_fleet import FleetRun, PlannedFleet, PlannedRequest

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ..config import EngineConfig, EngineInfo
 from ..core.engine_core import EngineCore
 from ..errors import ConfigurationError
-from ..layer_groups import blocks_needed
+from ..layers.layer_groups import blocks_needed
 from ..request import Request
 from ..sampling_params import SamplingParams
 from ..step import SchedulerOutput

@@ -4,10 +4,10 @@ Layout `[num_places, 2, num_blocks, num_kv_heads, block_size, head_dim]`: a (blo
 contiguous, which is what the attention kernels read. A tile of int8 has STEP_BYTES more for each
 token, in the last dimension: the float32 that its integers are multiplied by.
 
-There is a place for each layer of the largest group (engine/layer_groups.py). If a group has a
-window, one more block follows those of the pool: the null block, which block tables have in place
-of those that no token needs any more. Kernels may read it, as the part of a tile that lies before a
-window, and give its keys no weight. It is never written, and holds zeros.
+There is a place for each layer of the largest group (engine/layers). If a group has a window, one
+more block follows those of the pool: the null block, which block tables have in place of those that
+no token needs any more. Kernels may read it, as the part of a tile that lies before a window, and
+give its keys no weight. It is never written, and holds zeros.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from ..config import EngineConfig
 from ..devices.backend import Backend
 from ..errors import ConfigurationError
-from ..layer_groups import LayerGroups, blocks_needed, longest_that_fits
+from ..layers.layer_groups import LayerGroups, blocks_needed, longest_that_fits
 from ..model.model_spec import ModelSpec
 
 STEP_BYTES = 4

@@ -17,7 +17,7 @@ from ..config import EngineConfig
 from ..devices.backend import Backend, Graphs, Planner
 from ..devices.steps import DeviceStep, GraphKey, HostStep, ModelOutput, StepInputs
 from ..errors import DeviceMemoryError
-from ..layer_groups import LayerGroups
+from ..layers.layer_groups import LayerGroups
 from ..model.causal_lm import CausalLM
 from ..outputs import RowError
 from ..parallel.ranks import ALONE, Ranks

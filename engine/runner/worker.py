@@ -15,7 +15,7 @@ from ..config import EngineConfig, WorkerInfo
 from ..devices.backend import Backend, CacheDemand
 from ..devices.choose import choose_backend
 from ..errors import ConfigurationError
-from ..layer_groups import LayerGroups
+from ..layers.layer_groups import LayerGroups
 from ..lora import AdapterSource
 from ..main_memory import cpu_quota
 from ..model.causal_lm import CausalLM

@@ -68,7 +68,7 @@ def tasks_for(build: Build) -> list[Task]:
     ends = Ends(_zeros(floats, 2), head)
     activations = Activations(rows, rows, heads, heads, heads, rows, rows, rows)
     step = BodyStep(
-        *(words, words, pairs, pairs, words, rows, rows, _zeros(np.int32, 3), starts, starts),
+        *(words, words, pairs, words, rows, rows, pairs, _zeros(np.int32, 3), starts, starts),
         *(pairs, pairs),
         tile_queries=1,
     )

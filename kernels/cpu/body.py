@@ -123,17 +123,15 @@ class BodyStep(NamedTuple):
     """Which tokens need logits, `[R]`."""
     slots: Any
     """The cache slot of each token, `[groups, T]`."""
-    layer_places: Any
-    """As in `attention.Attention`."""
     rotations: Any
     """The row of cos and sin of each token, `[T]`."""
     cos: Any
     """`[., n]`, as in Rotation."""
     sin: Any
+    layer_places: Any
+    """This and the rest are as in `attention.Attention`."""
     block_table: Any
-    """`[groups, S, .]`."""
     starts: Any
-    """This and the rest are as in `attention.Batch`."""
     seq_lens: Any
     tiles: Any
     members: Any
@@ -280,7 +278,7 @@ class Body:
             (MLP_NORM, None): few,
             (PICK, None): -(-picks // FEW),
         }
-        for (kind, layer), weight in self._products():
+        for (kind, layer), weight in products_of(self._ends, self._layers):
             rows = picks if kind == HEAD else tokens
             panels = weight.num_panels // 2 if kind == GATE_UP else weight.num_panels
             items[kind, layer] = count_items(panels, rows)
@@ -290,9 +288,6 @@ class Body:
             self._table[self._phases(place), ITEMS] = number
         self._table[:, ROWS] = tokens
         self._table[-LAST_PHASES:, ROWS] = picks
-
-    def _products(self) -> list[tuple[Place, PackedWeight]]:
-        return products_of(self._ends, self._layers)
 
     def _scratch_for(
         self, activations: Activations, kv_heads: int, tile_queries: int, num_threads: int
@@ -312,7 +307,7 @@ class Body:
 
     def _make_room(self, activations: Activations) -> Quantised:
         """Return room for the quantised rows of whichever product needs most."""
-        weights = [weight for _, weight in self._products()]
+        weights = [weight for _, weight in products_of(self._ends, self._layers)]
         return make_quantised(
             max(len(activations.x), len(activations.picked)),
             max(weight.depth for weight in weights),
@@ -380,9 +375,8 @@ def step_calls(
     fetched = (step.input_ids, ends.embedding, ends.embedding_scale)
     norm = Norm(x, layers.input_norm, layers.input_epsilons, normed, *fetched)
     heads = Heads(
-        *(qkv, layers.qk_norm, layers.qk_epsilons),
-        *(step.cos, step.sin, layers.rotates, step.rotations, step.slots),
-        *(cache, step.layer_places, query),
+        *(qkv, layers.qk_norm, layers.qk_epsilons, step.cos, step.sin, layers.rotates),
+        *(step.rotations, step.slots, cache, step.layer_places, query),
     )
     attention = Attention(
         *(query, cache, step.layer_places, step.block_table, step.starts, step.seq_lens),

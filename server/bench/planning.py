@@ -15,7 +15,7 @@ from typing import Any
 from ...engine.bench.arguments import check_writable, positive_int, reading
 from ...engine.config import EngineConfig, engine_flags
 from ...engine.errors import ConfigurationError, QuireError
-from ...engine.layer_groups import LayerGroups
+from ...engine.layers.layer_groups import LayerGroups
 from ...engine.plan.calibration import Calibration, load_calibration
 from ...engine.plan.capacity import Bound
 from ...engine.plan.layout import Hardware, Layout, layouts_of

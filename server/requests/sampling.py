@@ -8,7 +8,7 @@ from typing import Any
 
 from ...engine.config import EngineInfo
 from ...engine.errors import ContextLengthError, InvalidRequestError
-from ...engine.layer_groups import longest_that_fits
+from ...engine.layers.layer_groups import longest_that_fits
 from ...engine.sampling_params import SamplingParams
 from ..settings import Settings
 from .protocol import GenerationBody

@@ -24,7 +24,7 @@ from quire.engine.devices.backend import Backend
 from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
 from quire.engine.devices.cpu.packing import rounded
 from quire.engine.devices.cuda.decode_graphs import graph_sizes
-from quire.engine.layer_groups import blocks_needed
+from quire.engine.layers.layer_groups import blocks_needed
 from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
 from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request

@@ -8,7 +8,7 @@ import mmap
 import torch
 
 from ...errors import ConfigurationError
-from ...layer_groups import blocks_needed
+from ...layers.layer_groups import blocks_needed
 from ...main_memory import available_memory
 from ..backend import CacheDemand
 

@@ -12,7 +12,7 @@ import torch
 from quire.engine.devices.backend import Backend
 from quire.engine.devices.cpu.backend import CpuBackend
 from quire.engine.errors import ConfigurationError
-from quire.engine.layer_groups import LayerGroup, LayerGroups
+from quire.engine.layers.layer_groups import LayerGroup, LayerGroups
 from quire.engine.model.model_spec import ModelSpec
 from quire.engine.runner.kv_cache import (
     allocate_kv_cache,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.engine.layer_groups import (
+from quire.engine.layers.layer_groups import (
     MAX_GROUPS,
     LayerGroups,
     blocks_needed,
