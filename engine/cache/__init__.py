@@ -12,6 +12,8 @@ Reading order:
     prefix_index    the index of blocks by their tokens
     block_recorder  which blocks become known and are lost, for those who follow it
     block_manager   both together, as the scheduler uses them: match, allocate, fork, free
+    grouped_block_manager
+                    the same for several groups of layers, some of which have a window
 
 It may import events and the words of the engine (the modules directly in `engine`).
 """

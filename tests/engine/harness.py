@@ -7,7 +7,7 @@ from dataclasses import fields
 from itertools import count
 from typing import Any
 
-from quire.engine.cache.block_manager import BlockManager
+from quire.engine.cache.grouped_block_manager import make_block_manager
 from quire.engine.core.step_loop import StepLoop
 from quire.engine.grammar.constraints import NOTHING_PENDING, PendingConstraints
 from quire.engine.outputs import SequenceOutput
@@ -95,11 +95,14 @@ class Harness:
         prefix_caching: bool = True,
         check: bool = True,
         run_ahead: bool = False,
+        windows: tuple[int | None, ...] = (None,),
         **scheduler_fields: Any,
     ) -> None:
         self.time = 0.0
         self.check = check
-        self.manager = BlockManager(num_blocks, block_size, enable_prefix_caching=prefix_caching)
+        self.manager = make_block_manager(
+            num_blocks, block_size, windows, enable_prefix_caching=prefix_caching
+        )
         self.scheduler = Scheduler(
             self.manager,
             max_num_seqs=max_num_seqs,
@@ -107,7 +110,7 @@ class Harness:
             clock=lambda: self.time,
             **scheduler_fields,
         )
-        self.worker = PagedFakeWorker(num_blocks, block_size, sample)
+        self.worker = PagedFakeWorker(num_blocks, block_size, sample, windows)
         self.loop = StepLoop(
             self.scheduler, self.worker, self._check_reading_rows, run_ahead=run_ahead
         )

@@ -160,7 +160,7 @@ class CudaPlanner:
             return False
         decodes = host.num_decodes
         return self.shared_prefixes.find(
-            list(host.tables[host.rows[:decodes]]), host.seq_lens[:decodes].tolist()
+            list(host.tables[0, host.rows[:decodes]]), host.seq_lens[:decodes].tolist()
         )
 
     def plan(

@@ -40,8 +40,7 @@ class CudaOps(NamedTuple):
         return update
 
     def attend(self, layer: FlatLayer, qkv: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        metadata = self.metadata
-        cache, kv_scales = metadata.kv_cache[layer.layer_idx], metadata.scales_of(layer.layer_idx)
+        metadata, cache, kv_scales = self.metadata.of_layer(layer.layer_idx)
         key_cache, value_cache = cache
         sizes = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
         norms: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import zmq
 
-from quire.engine.cache.block_manager import BlockManager
+from quire.engine.cache.grouped_block_manager import make_block_manager
 from quire.engine.config import EngineConfig, EngineInfo
 from quire.engine.core.step_loop import StepLoop
 from quire.engine.core.trials import Trials
@@ -69,8 +69,9 @@ class Hang(Exception):
 class SimWorker(PagedFakeWorker):
     """A paged fake worker with faults. K/V differs by adapter and by salt, too."""
 
-    def __init__(self, world: World, num_blocks: int, block_size: int, table: AdapterTable) -> None:
-        super().__init__(num_blocks, block_size)
+    def __init__(self, world: World, table: AdapterTable) -> None:
+        settings = world.settings
+        super().__init__(settings.num_blocks, settings.block_size, windows=settings.windows)
         self._world = world
         self._table = table
         self._adapters: dict[int, int] = {}
@@ -171,8 +172,11 @@ class SimCore:
     def __init__(self, world: World, config: EngineConfig, engine: str) -> None:
         self._world, self._engine = world, engine
         settings = world.settings
-        self.manager = BlockManager(
-            settings.num_blocks, settings.block_size, enable_prefix_caching=settings.prefix_caching
+        self.manager = make_block_manager(
+            settings.num_blocks,
+            settings.block_size,
+            settings.windows,
+            enable_prefix_caching=settings.prefix_caching,
         )
         self._table = AdapterTable(settings.adapter_slots, 8)
         for source in config.lora or world.first_adapters:
@@ -192,7 +196,7 @@ class SimCore:
             adapters=self._table,
             speculator=self.speculator,
         )
-        self.worker = SimWorker(world, settings.num_blocks, settings.block_size, self._table)
+        self.worker = SimWorker(world, self._table)
         self._loop = StepLoop(
             self.scheduler, self.worker, self._constrain, run_ahead=settings.run_ahead
         )
@@ -235,6 +239,8 @@ class SimCore:
             max_model_len=MAX_MODEL_LEN,
             block_size=settings.block_size,
             num_blocks=settings.num_blocks,
+            group_windows=settings.windows,
+            step_tokens=settings.budget * (1 + settings.run_ahead),
             kv_bytes_per_token=1,
             max_num_batched_tokens=settings.budget,
             is_asynchronous=settings.run_ahead,
