@@ -36,6 +36,7 @@ from .norms import FEW, Heads, Norm, Pick, normalise, pick, rotate
 from .products import (
     Call,
     Gated,
+    PackedEmbedding,
     PackedWeight,
     Quantised,
     count_few,
@@ -108,11 +109,12 @@ class Ends(NamedTuple):
     """What a model begins and ends with."""
 
     embedding: Any
-    """`[vocab_size, hidden_size]`."""
+    """`[vocab_size, hidden_size]`; empty if it is packed."""
     head: PackedWeight | None
     """None if the head is not a plain product."""
     embedding_scale: Any = np.float32(1)
     """The factor of the embedding's rows."""
+    packed: PackedEmbedding | None = None
 
 
 class BodyStep(NamedTuple):
@@ -250,6 +252,8 @@ class Body:
         if layer is not None:
             phase = layer * LAYER_PHASES + kind
         elif kind < LAYER_PHASES:
+            if kind == INPUT_NORM and self._ends.packed is not None:
+                kind += LAYER_PHASES  # the first one has a kernel of its own
             return slice(kind, self._num_phases - LAST_PHASES, LAYER_PHASES)
         else:
             phase = self._num_phases - LAST_PHASES + kind - LAYER_PHASES
@@ -272,12 +276,13 @@ class Body:
         few = -(-tokens // FEW)
         items: dict[Place, int] = {
             (INPUT_NORM, None): few,
+            (INPUT_NORM, 0): few,
             (ROTATE, None): few,
             (ATTEND, None): tiles * kv_heads,
             (MLP_NORM, None): few,
             (PICK, None): -(-picks // FEW),
         }
-        for (kind, layer), weight in self._products():
+        for (kind, layer), weight in products_of(self._ends, self._layers):
             rows = picks if kind == HEAD else tokens
             panels = weight.num_panels // 2 if kind == GATE_UP else weight.num_panels
             items[kind, layer] = count_items(panels, rows)
@@ -287,9 +292,6 @@ class Body:
             self._table[self._phases(place), ITEMS] = number
         self._table[:, ROWS] = tokens
         self._table[-LAST_PHASES:, ROWS] = picks
-
-    def _products(self) -> list[tuple[Place, PackedWeight]]:
-        return products_of(self._ends, self._layers)
 
     def _scratch_for(
         self, activations: Activations, kv_heads: int, tile_queries: int, num_threads: int
@@ -309,27 +311,21 @@ class Body:
 
     def _make_room(self, activations: Activations) -> Quantised:
         """Return room for the quantised rows of whichever product needs most."""
-        weights = [weight for _, weight in self._products()]
-        return make_quantised(
-            max(len(activations.x), len(activations.picked)),
-            max(weight.depth for weight in weights),
-            max(weight.num_groups for weight in weights),
-        )
+        weights = [weight for _, weight in products_of(self._ends, self._layers)]
+        depth = max(weight.depth for weight in weights)
+        rows = max(len(activations.x), len(activations.picked))
+        return make_quantised(rows, depth, max(weight.num_groups for weight in weights))
 
 
 def products_of(ends: Ends, layers: Layers) -> list[tuple[Place, PackedWeight]]:
     """Return the weights of all products, and which phases are theirs. The phase before a product's
     quantises its input, if that has to be done."""
-    by_kind = {
-        QKV: layers.qkv,
-        OUTPUT: layers.output,
-        GATE_UP: layers.gate_up,
-        DOWN: layers.down,
-    }
+    gate_up, down = layers.gate_up, layers.down
+    by_kind = {QKV: layers.qkv, OUTPUT: layers.output, GATE_UP: gate_up, DOWN: down}
     products: list[tuple[Place, PackedWeight]] = [
-        ((kind, layer), weight)
+        ((kind, layer), each)
         for kind, weights in by_kind.items()
-        for layer, weight in enumerate(weights)
+        for layer, each in enumerate(weights)
     ]
     return products if ends.head is None else [*products, ((HEAD, None), ends.head)]
 
@@ -374,8 +370,12 @@ def step_calls(
 ) -> dict[Place, Call]:
     """Return the kernels with works that change with each step."""
     x, normed, qkv, query, attended, *_ = activations
-    fetched = (step.input_ids, ends.embedding, ends.embedding_scale)
-    norm = Norm(x, layers.input_norm, layers.input_epsilons, normed, *fetched)
+    calls: dict[Place, Call] = {}
+    ids, input_norm = step.input_ids, (layers.input_norm, layers.input_epsilons)
+    if ends.packed is not None:
+        call = ends.packed.fetch(ids, x, ends.embedding_scale, input_norm, normed)
+        calls[INPUT_NORM, 0], ids = call, ids[:0]
+    norm = Norm(x, *input_norm, normed, ids, ends.embedding, ends.embedding_scale)
     heads = Heads(
         *(qkv, layers.qk_norm, layers.qk_epsilons),
         *(step.cos, step.sin, layers.rotates, step.rotations, step.slots, cache, query),
@@ -386,7 +386,7 @@ def step_calls(
         *(layers.scales, layers.windows, NO_SOFTCAP, layers.scales, False, attended),
         *scratch.attention,
     )
-    return {
+    return calls | {
         (INPUT_NORM, None): (normalise, norm),
         (ROTATE, None): (rotate, heads),
         (ATTEND, None): (attend_tile, attention),

@@ -97,7 +97,7 @@ def normalise(item, layer, rows, thread, norm):
             line = embedding[input_ids[row]]
             for dim in range(len(line)):
                 x[row, dim] = to_float(line[dim]) * scale
-        _norm_row(x[row], weight, eps, out[row])
+        norm_row(x[row], weight, eps, out[row])
 
 
 @kernel
@@ -159,7 +159,7 @@ def store_kv(
 
 
 @njit(**FAST)
-def _norm_row(x, weight, eps, out):
+def norm_row(x, weight, eps, out):
     """Compute out `[n]` = x / rms(x) * weight; float32; out may be x."""
     factor = np.float32(1) / np.sqrt(_sum_of_squares(x) / np.float32(len(x)) + eps)
     for column in range(len(x)):
@@ -180,7 +180,7 @@ def _rotate(source, weight, eps, cos, sin, half, out):
     unsigned: for signed ones Numba generates a test whether they count from the end, which keeps
     LLVM from vectorising the loop."""
     if eps >= 0:
-        _norm_row(source, weight, eps, source)
+        norm_row(source, weight, eps, source)
     for dim in range(half):
         first, second = source[dim], source[half + dim]
         out[dim] = first * cos[dim] + second * sin[dim]
