@@ -16,6 +16,7 @@ from ....kernels.device_copy import to_device
 from ...adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ...body.body import Body, HfBody
 from ...body.flat_decoder import FlatDecoder
+from ...body.grouped_linear import GroupedWeight
 from ...config import EngineConfig
 from ...errors import ConfigurationError
 from ...sampling.sampler import Sampler
@@ -28,7 +29,9 @@ from .draws import CpuDraws
 from .experts import pack_experts
 from .inputs import HostInputs
 from .memory import allocate_kv_cache, cache_memory
+from .packed_embedding import pack_embeddings
 from .packed_linear import pack_linears, unmap_weights
+from .packing import packed_bytes
 
 logger = logging.getLogger("quire.engine")
 
@@ -80,6 +83,13 @@ class CpuBackend:
     def multiplies_float8(self) -> bool:
         return False
 
+    @property
+    def keeps_rows(self) -> bool:
+        return True
+
+    def weight_bytes(self, weight: torch.Tensor | GroupedWeight, quantization: str | None) -> int:
+        return packed_bytes(weight, quantization)
+
     def token_budget(self, config: EngineConfig) -> int:
         """By default as many as keep a CPU's cores busy: with more, every running sequence would
         wait longer for its next token."""
@@ -104,8 +114,9 @@ class CpuBackend:
         unmap_weights(body)
         unmap_weights(head)
         made: Body
+        embeddings = pack_embeddings(body)
         if flat is not None and can_compile(flat):
-            made = CpuDecoder(flat, quantization=quantization)
+            made = CpuDecoder(flat, embeddings.get(flat.embedding), quantization=quantization)
             logger.info("the layers run as one function")
             logger.info("each step runs as one parallel region of compiled kernels")
         else:
@@ -114,7 +125,11 @@ class CpuBackend:
             pack_linears(body, quantization=quantization)
             made = HfBody(body)
         # The last product decides between tokens, and suffers most from 4 bits.
-        pack_linears(head, quantization="int8" if quantization == "int4" else quantization)
+        pack_linears(
+            head,
+            quantization="int8" if quantization == "int4" else quantization,
+            embeddings=list(embeddings.values()),
+        )
         return made
 
     def make_adapter_slots(

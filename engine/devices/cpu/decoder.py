@@ -28,6 +28,7 @@ from ...body.flat_decoder import (
 )
 from ...body.grouped_linear import GroupedLinear, dtype_of
 from .attention import CpuPlan
+from .packed_embedding import PackedEmbedding
 from .packed_linear import PackedLinear
 from .packing import pack
 
@@ -42,17 +43,27 @@ class CpuDecoder:
 
     is_batch_invariant = True
 
-    def __init__(self, flat: FlatDecoder, *, quantization: str | None = None) -> None:
-        """Take over the weights of the layers, which are emptied. `quantization` is that of
-        `pack`."""
+    def __init__(
+        self,
+        flat: FlatDecoder,
+        packed: PackedEmbedding | None = None,
+        *,
+        quantization: str | None = None,
+    ) -> None:
+        """Take over the weights of the layers, which are emptied. `packed` stands in for the
+        embedding; `quantization` is that of `pack`."""
         self._rotations = _Rotations(flat.rotary)
         self._layers = _pack_layers(flat.layers, flat.norm, quantization)
         first = flat.layers[0]
         self._widths = (first.num_heads, first.num_kv_heads, first.head_dim)
         self._intermediate_size: int = first.down.in_features
-        self._dtype = flat.embedding.weight.dtype
-        embedding = as_array(flat.embedding.weight.detach())
-        self._ends = Ends(embedding, None, np.float32(flat.embedding_scale))
+        scale = np.float32(flat.embedding_scale)
+        if packed is None:
+            self._dtype = flat.embedding.weight.dtype
+            self._ends = Ends(as_array(flat.embedding.weight.detach()), None, scale)
+        else:
+            self._dtype = packed.dtype
+            self._ends = Ends(np.zeros((0, 0), np.float32), None, scale, packed.packed)
         self._compiled = CompiledBody(self._ends, self._layers)
         self._vocab_size = 0
         self._activations: Activations | None = None
@@ -118,7 +129,7 @@ class CpuDecoder:
             if kept is not None:
                 # Logits grow by little: with a large vocabulary they are most of the memory.
                 rows, picks = max(2 * rows, len(kept.x)), max(picks + 16, len(kept.picked))
-            hidden_size = self._ends.embedding.shape[1]
+            hidden_size = self._layers.input_norm.shape[1]
             heads, kv_heads, head_dim = self._widths
             shapes = (
                 (rows, hidden_size),

@@ -19,6 +19,7 @@ from ....kernels.prefix_groups import MIN_MEMBERS, find_prefix_groups
 from ...adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ...body.body import Body, FlatBody, HfBody
 from ...body.flat_decoder import FlatDecoder
+from ...body.grouped_linear import GroupedWeight
 from ...config import EngineConfig
 from ...errors import ConfigurationError, UnsupportedModelError, one_line
 from ...sampling.sampler import Sampler
@@ -129,6 +130,13 @@ class CudaBackend:
     @property
     def multiplies_float8(self) -> bool:
         return True
+
+    @property
+    def keeps_rows(self) -> bool:
+        return False
+
+    def weight_bytes(self, weight: torch.Tensor | GroupedWeight, quantization: str | None) -> int:
+        return weight.nbytes if isinstance(weight, torch.Tensor) else weight.num_bytes
 
     def token_budget(self, config: EngineConfig) -> int:
         """By default thousands, since a GPU needs many tokens at once to be busy."""
