@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers.models.llama import LlamaConfig
 
 from quire.kernels.cpu import ahead, compiling
 from quire.kernels.cpu.ahead import Build
@@ -19,7 +20,7 @@ from quire.kernels.cpu.kernel import Kernel, Packed, Signature, Work, signature_
 from quire.kernels.cpu.norms import Pick, pick
 from quire.kernels.cpu.region import launch
 
-from ...engine.models import save_model
+from ...engine.models import COMMON, build_model
 from ...engine.worker_driver import Driver, make_config, make_sequence
 from . import norm_child
 
@@ -43,7 +44,10 @@ def test_steps_use_exactly_the_kernels_that_are_compiled_ahead(
         return address(self, work)
 
     monkeypatch.setattr(Kernel, "address", recorded)
-    save_model("llama", tmp_path)
+    # Wide enough that scales of 4-bit weights share units.
+    build_model(
+        LlamaConfig(**COMMON | {"hidden_size": 128, "intermediate_size": 128})
+    ).save_pretrained(tmp_path)
     config = make_config(tmp_path, dtype=build.dtype, quantization=build.quantization or None)
     driver = Driver.start(config)
     tasks = {(kernel.name, kind) for kernel, kind in ahead.tasks_for(build)}
