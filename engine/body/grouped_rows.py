@@ -79,7 +79,7 @@ def stack_parts(parts: list[GroupedWeight], num_experts: int) -> GroupedWeight:
         return parts[0]
 
     def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
-        stacks = [each.unflatten(0, (num_experts, -1)) for each in tensors]
+        stacks = [each.view(num_experts, -1, each.shape[1]) for each in tensors]
         return torch.cat(stacks, dim=1).flatten(0, 1)
 
     minimums = [each.minimum for each in parts if each.minimum is not None]

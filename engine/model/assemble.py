@@ -61,7 +61,7 @@ def assemble(
 
 
 def _set_weight(
-    model: nn.Module, name: str, weight: torch.Tensor | GroupedWeight, dtype: torch.dtype
+    model: Any, name: str, weight: torch.Tensor | GroupedWeight, dtype: torch.dtype
 ) -> None:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)

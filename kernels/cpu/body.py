@@ -67,7 +67,7 @@ Array = np.ndarray[Any, Any]
 ) = range(15)
 """The kinds of phases: those of a layer, and those after the layers. The last norm is a phase of
 the first kind."""
-LAYER_PHASES, LAST_PHASES = 12, 3
+LAYER_PHASES, LAST_PHASES, PRODUCTS = 12, 3, (QKV, OUTPUT, GATE_UP, DOWN, HEAD)
 Place = tuple[int, int | None]
 """A kind of phases, and for those that differ by layer the layer."""
 KERNEL, WORK, ITEMS, LAYER, ROWS = range(len(Phase._fields))

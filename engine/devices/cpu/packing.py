@@ -227,9 +227,8 @@ def columns_of_groups(weight: GroupedWeight) -> GroupColumns:
     else:
         numbers, units, unit_groups = [_shortest(each) for each in given], None, groups
     kinds = [as_array(each[:0, 0]) for each in numbers]
-    if is_centred:
-        kinds.append(_MINUS_EIGHT)
-    return GroupColumns(numbers, *[*kinds, _NOTHING][:2], units, unit_groups)
+    kinds += [_MINUS_EIGHT if is_centred else _NOTHING]  # if there are no minimums
+    return GroupColumns(numbers, kinds[0], kinds[1], units, unit_groups)
 
 
 def _steps_of(numbers: torch.Tensor, unit_groups: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -309,7 +308,7 @@ def _columns_of_panels(
     octets = np.ascontiguousarray(packed.data[..., begin : begin + width])
     numbers = _floats(octets.view(kind.dtype)).transpose(1, 2)
     if kind.dtype == np.int8:
-        units = _floats(packed.units).unflatten(2, (2, PANEL_COLUMNS))[:, :, which]
+        units = _floats(packed.units)[..., which * PANEL_COLUMNS : (which + 1) * PANEL_COLUMNS]
         units = units.transpose(1, 2).repeat_interleave(packed.unit_groups, dim=2)
         numbers = numbers * units[..., : numbers.shape[2]]
     return numbers.flatten(0, 1)[..., None], width

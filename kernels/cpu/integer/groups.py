@@ -204,7 +204,7 @@ def _header(builder, head, place, kind):
 def _columns(builder, form, weights, unit_row, part):
     """Return a vector of a group's scales and one of its minimums; None if there are none."""
     kinds = ((form.scales, 0, 0), (form.minimums, form.at_minimums, PANEL_COLUMNS))
-    found = []
+    found: list[ir.Value | None] = []
     for kind, begin, begin_units in kinds:
         width = _WIDTHS[kind]
         if not width:
