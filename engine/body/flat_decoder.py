@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .grouped_linear import GroupedLinear
+from .grouped_rows import GroupedEmbedding
 
 Linear = nn.Linear | GroupedLinear
 
@@ -40,7 +41,7 @@ Linear = nn.Linear | GroupedLinear
 class FlatDecoder(NamedTuple):
     """All layers, with the embedding before and the norm after them."""
 
-    embedding: nn.Embedding
+    embedding: nn.Embedding | GroupedEmbedding
     rotary: nn.Module
     layers: list[FlatLayer]
     norm: Norm
@@ -54,7 +55,10 @@ class FlatDecoder(NamedTuple):
         self, input_ids: torch.Tensor, positions: torch.Tensor, ops: BodyOps
     ) -> torch.Tensor:
         """input_ids and positions `[T]` → hidden states `[T, hidden_size]`."""
-        x = F.embedding(input_ids, self.embedding.weight)
+        if isinstance(self.embedding, GroupedEmbedding):
+            x = self.embedding.rows(input_ids)
+        else:
+            x = F.embedding(input_ids, self.embedding.weight)
         if self.embedding_scale != 1:
             x *= self.embedding_scale
         find = self.rotations or partial(self.rotation, x)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from quire.engine.devices.cpu.backend import CpuBackend
@@ -17,14 +16,6 @@ from quire.kernels.cpu.integer.products import IntegerWeight
 
 from ..models import save_model
 from ..worker_driver import make_config
-
-
-def integers(weight: PackedWeight) -> int:
-    """Bytes of a packed weight, if it is one of integers, without the bias."""
-    if not isinstance(weight, IntegerWeight):
-        return 0
-    factors = weight.factors.nbytes if weight.scales.dtype == np.uint8 else 0
-    return int(weight.quants.nbytes + weight.scales.nbytes + weight.minimums.nbytes + factors)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -49,9 +40,6 @@ def test_rounded_weights_and_experts(
     ).weights
     plain = load_model(make_config(tmp_path, dtype="float32"), CpuBackend()).weights
     rounded = [weight for weight in made if isinstance(weight, IntegerWeight)]
-    saved = sum(
-        4 * weight.quants.size * (2 if weight.quants.dtype == np.uint8 else 1) - integers(weight)
-        for weight in rounded
-    )
+    saved = sum(4 * len(weight.factors) * weight.depth - weight.num_bytes for weight in rounded)
     assert len(rounded) > 4 and plain.num_bytes - facts.num_bytes == saved
     assert quantization in facts.computed_format and facts.num_parameters == plain.num_parameters
