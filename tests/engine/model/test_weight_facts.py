@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from quire.engine.devices.cpu.backend import CpuBackend
+from quire.engine.devices.cpu.decoder import CpuDecoder
 from quire.engine.devices.cpu.experts import PackedExperts
 from quire.engine.devices.cpu.packed_linear import PackedLinear
 from quire.engine.devices.cpu.packing import PackedWeight
@@ -35,9 +36,12 @@ def test_rounded_weights_and_experts(
 
         monkeypatch.setattr(packed, "__init__", init)
     save_model(family, tmp_path)
-    facts = load_model(
+    model = load_model(
         make_config(tmp_path, quantization=quantization, dtype="float32"), CpuBackend()
-    ).weights
+    )
+    facts, body = model.weights, model._body
+    assert isinstance(body, CpuDecoder)
+    made += [*body._layers.qkv, *body._layers.output]
     plain = load_model(make_config(tmp_path, dtype="float32"), CpuBackend()).weights
     rounded = [weight for weight in made if isinstance(weight, IntegerWeight)]
     saved = sum(4 * len(weight.factors) * weight.depth - weight.num_bytes for weight in rounded)
