@@ -52,10 +52,12 @@ def check_parallel(
     layers: int,
     *,
     has_own_format: bool,
+    has_unequal_heads: bool = False,
 ) -> None:
     """Raise ConfigurationError or UnsupportedModelError if several ranks cannot run the model, as
     far as its configuration shows that; no weight is touched. `has_own_format` says that the
-    checkpoint is not plain safetensors."""
+    checkpoint is not plain safetensors, `has_unequal_heads` that layers differ in the heads of K
+    and V."""
     if config.num_ranks == 1:
         return
     flag = (
@@ -68,6 +70,10 @@ def check_parallel(
     if has_own_format:
         raise UnsupportedModelError(
             f"{architecture}: GGUF files and quantised weights run on one device: leave {flag} out"
+        )
+    if has_unequal_heads:
+        raise UnsupportedModelError(
+            f"{architecture}: layers whose heads differ run on one device: leave {flag} out"
         )
     if config.pipeline_parallel_size > layers:
         raise ConfigurationError(
