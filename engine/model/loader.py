@@ -68,10 +68,16 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
         spec.architecture,
         spec.heads,
         spec.num_layers,
+        has_unequal_heads=spec.layer_heads is not None,
     )
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
     kv_cache_dtype = backend.kv_cache_dtype(config, dtype)  # refused before weights are read
+    if spec.layer_heads is not None and kv_cache_dtype.itemsize == 1:
+        raise ConfigurationError(
+            f"--kv-cache-dtype {config.kv_cache_dtype} needs layers whose heads are alike, but "
+            f"those of {spec.architecture} differ"
+        )
     _check_device(config, backend)
     register_attention()
     try:

@@ -173,12 +173,13 @@ def outline(
 
 def _kv_sizes(spec: ModelSpec, max_model_len: int, element_size: int) -> dict[str, Any]:
     """Return what K and V of a token take, in all layers and in one of their groups."""
-    groups = LayerGroups.choose(spec.windows, max_model_len, _BLOCK_SIZE)
+    windows = spec.lines.windows
+    groups = LayerGroups.choose(windows, max_model_len, _BLOCK_SIZE)
     size = spec.kv_bytes_per_token(element_size)
     return {
         "kv_bytes_per_token": size,
         "group_windows": groups.windows,
-        "group_bytes_per_token": size // spec.num_layers * groups.num_places,
+        "group_bytes_per_token": size // len(windows) * groups.num_places,
     }
 
 

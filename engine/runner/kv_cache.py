@@ -32,8 +32,8 @@ def choose_groups(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> 
     """Return the groups of a model's layers. There is one if each of several stages has a part of
     the layers, and if a draft model shares the block tables."""
     if config.pipeline_parallel_size > 1 or config.speculative_model is not None:
-        return LayerGroups.one_table(spec.num_layers)
-    return LayerGroups.choose(spec.windows, max_model_len, config.block_size)
+        return LayerGroups.one_table(len(spec.lines.windows))
+    return LayerGroups.choose(spec.lines.windows, max_model_len, config.block_size)
 
 
 MAX_TABLE_ENTRIES = 2**28
@@ -42,7 +42,7 @@ MAX_TABLE_ENTRIES = 2**28
 
 def block_bytes(spec: ModelSpec, groups: LayerGroups, block_size: int, dtype: torch.dtype) -> int:
     """Return the bytes of one block, K and V of one group's layers."""
-    return block_size * groups.num_places * (token_bytes(spec, dtype) // spec.num_layers)
+    return block_size * groups.num_places * (token_bytes(spec, dtype) // len(spec.lines.windows))
 
 
 def _step_bytes(dtype: torch.dtype) -> int:

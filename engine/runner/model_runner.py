@@ -65,8 +65,9 @@ class ModelRunner:
         self._adapters = adapters
         self._ranks = ranks
         self._block_size = config.block_size
-        self._num_groups = 1 if groups is None else len(groups.groups)
-        self._places = None if groups is None or self._num_groups == 1 else groups.places()
+        groups = groups or LayerGroups.one_table(len(spec.lines.windows))
+        self._num_groups = len(groups.groups)
+        self._places = groups.places_of(spec.lines.of_layer)
         self._batch = batch or InputBatch(
             max_num_seqs=config.max_num_seqs,
             max_num_tokens=max(backend.token_budget(config), config.max_num_seqs),

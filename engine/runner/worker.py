@@ -112,7 +112,7 @@ class Worker:
             max_model_len=self._max_model_len,
             kv_bytes_per_token=token_bytes(model.whole_spec, self._cache_dtype),
             group_windows=self._groups.windows,
-            group_layers=tuple(len(group.layers) for group in self._groups.groups),
+            group_layers=self._groups.count_layers(spec.lines.of_layer),
             max_num_batched_tokens=self._backend.token_budget(config),
             is_asynchronous=self._backend.is_asynchronous,
             eos_token_ids=spec.eos_token_ids,
@@ -146,7 +146,7 @@ class Worker:
         check_tables(config, groups, max_model_len)
         size = block_bytes(spec, groups, config.block_size, self._cache_dtype)
         if (draft := self._draft) is not None:  # every block has a part in its cache, too
-            own = LayerGroups.one_table(draft.spec.num_layers)
+            own = LayerGroups.one_table(len(draft.spec.lines.windows))
             size += block_bytes(draft.spec, own, config.block_size, draft.kv_cache_dtype)
         adapters = 0 if self._adapters is None else self._adapters.slots.num_bytes
         demand = CacheDemand(
@@ -209,7 +209,7 @@ class Worker:
         )
         if self._draft is None:
             return ModelRunner(*arguments, ranks=self._ranks, groups=self._groups)
-        one_table = LayerGroups.one_table(self._draft.spec.num_layers)
+        one_table = LayerGroups.one_table(len(self._draft.spec.lines.windows))
         return SpeculativeRunner(
             *arguments,
             draft_model=self._draft,
