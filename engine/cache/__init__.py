@@ -11,7 +11,8 @@ Reading order:
     block_pool      reference counts, and the order in which free blocks are reused
     prefix_index    the index of blocks by their tokens
     block_recorder  which blocks become known and are lost, for those who follow it
-    block_manager   both together, as the scheduler uses them: match, allocate, fork, free
+    state_slots     the slots of states, and snapshots of states by the hashes of blocks
+    block_manager   all together, as the scheduler uses them: match, allocate, fork, free
 
 It may import events and the words of the engine (the modules directly in `engine`).
 """

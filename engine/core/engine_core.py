@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from ..cache.block_manager import BlockManager
-from ..config import EngineConfig, EngineInfo
+from ..cache.state_slots import StateSlots
+from ..config import EngineConfig, EngineInfo, WorkerInfo
 from ..events.block_events import BlockEvent
 from ..grammar.compile import read_tokenizer_json
 from ..grammar.constraints import start_constraints
@@ -26,6 +28,8 @@ from ..worker_protocol import WorkerProtocol
 from .adapters import LoadedAdapters
 from .step_loop import StepLoop
 from .trials import Trials
+
+logger = logging.getLogger("quire.engine")
 
 COMPILE_WAIT_SECONDS = 0.05
 """Seconds for which an engine with nothing else to do waits for grammars that are being compiled,
@@ -48,9 +52,7 @@ class EngineCore:
             loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)
         )
         self._trials = Trials()
-        block_manager = BlockManager(
-            num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
-        )
+        block_manager = make_block_manager(config, loaded, num_blocks)
         self._scheduler = Scheduler(
             block_manager,
             max_num_seqs=config.max_num_seqs,
@@ -158,4 +160,27 @@ class EngineCore:
 
     def reset_prefix_cache(self) -> None:
         """Forget the content of every cached block that no sequence holds."""
-        self._scheduler.block_manager.pool.forget_free()
+        self._scheduler.block_manager.forget_free()
+
+
+def make_block_manager(config: EngineConfig, loaded: WorkerInfo, num_blocks: int) -> BlockManager:
+    """Make the manager of a loaded model's blocks, and of its state slots if its layers keep
+    states. Without room for snapshots of those there is no prefix cache."""
+    states, is_cached = None, config.enable_prefix_caching
+    if loaded.state_bytes:
+        snapshots = loaded.state_snapshots(config, num_blocks)
+        interval = loaded.state_interval(config.block_size)
+        states = StateSlots(config.max_num_seqs, snapshots, config.block_size, interval)
+        is_cached = snapshots > 0
+        logger.info(
+            "the layers that keep a state have %.1f MB for each of %d sequences; the prefix cache "
+            "%s; nothing is drafted",
+            loaded.state_bytes / 1e6,
+            config.max_num_seqs,
+            f"reaches to {snapshots} snapshots of states, one each {interval:,} tokens"
+            if is_cached
+            else "is off",
+        )
+    return BlockManager(
+        num_blocks, config.block_size, enable_prefix_caching=is_cached, states=states
+    )
