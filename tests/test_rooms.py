@@ -19,6 +19,7 @@ RULES: dict[str, set[str]] = {
     "kernels.cpu": KERNELS,
     "kernels.cpu.integer": KERNELS | {"kernels.cpu"},
     "kernels.cpu.lora": {"kernels.cpu"},
+    "kernels.cpu.states": {"kernels.cpu"},
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
     "engine": {"engine.flags"},
@@ -32,7 +33,8 @@ RULES: dict[str, set[str]] = {
     "engine.core": ENGINE
     | {"engine.cache", "engine.events", "engine.grammar"}
     | {"engine.scheduling", "engine.speculation"},
-    "engine.attention": ENGINE | KERNELS,
+    "engine.states": ENGINE,
+    "engine.attention": ENGINE | KERNELS | {"engine.states"},
     "engine.body": ENGINE | KERNELS | {"engine.attention"},
     "engine.adapters": ENGINE | {"engine.body"},
     "engine.sampling": ENGINE | KERNELS,
@@ -42,10 +44,12 @@ RULES["engine.devices"] = (
     | KERNELS
     | {
         *("engine.attention", "engine.body", "engine.adapters", "engine.sampling"),
+        "engine.states",
     }
 )
 RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cpu", "kernels.cpu.integer", "kernels.cpu.lora"),
+    "kernels.cpu.states",
 }
 RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),

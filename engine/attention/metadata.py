@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from ..states.step_states import StepStates
+
 
 class AttentionPlan(Protocol):
     """How one step attends on its device.
@@ -49,6 +51,7 @@ class AttentionMetadata:
     num_decodes      sequences with one new token; they are the first rows of every tensor
     max_query_len    maximum number of new tokens of a sequence
     plan             how the device attends in this step; opaque to everything but that device
+    states           those of the layers that keep a state, if there are any
     kv_scales        [num_layers, 2, num_kv_heads] float32: a float8 cache times them is K and V
     """
 
@@ -61,6 +64,7 @@ class AttentionMetadata:
     max_query_len: int
     plan: AttentionPlan
     kv_scales: torch.Tensor | None = None
+    states: StepStates | None = None
 
     def scales_of(self, layer_idx: int) -> torch.Tensor | None:
         """Return a layer's `[2, num_kv_heads]` scales, or None if the cache has none."""

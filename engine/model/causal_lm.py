@@ -37,6 +37,7 @@ from .probe import (
     refuse,
     run_probe,
 )
+from .stateful import bind_states, number_attention
 from .text_part import text_body
 
 logger = logging.getLogger("quire.engine")
@@ -90,6 +91,9 @@ class CausalLM:
         # 1. Probe the model, merge projections that share an input, and flatten the body.
         register_attention()
         check_class(model, spec)
+        if spec.state is not None:
+            number_attention(model, spec)
+            bind_states(model, spec, backend.make_state_ops())
         try:
             whole, probed = probe_text(model, spec)
         except RuntimeError as error:

@@ -31,6 +31,7 @@ from .causal_lm import CausalLM
 from .classifier import make_scores
 from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
 from .probe import check_class, probe_whole
+from .stateful import check_stateful
 from .text_part import auto_class, check_attention_error, drop_other_parts, text_body
 
 logger = logging.getLogger("quire.engine")
@@ -60,6 +61,7 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
     checkpoint = open_checkpoint(config)
     hf_config = read_hf_config(config, checkpoint)
     spec = spec_from_hf_config(hf_config, config)
+    check_stateful(config, spec)
     check_parallel(
         config,
         hf_config,

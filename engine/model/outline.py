@@ -64,7 +64,8 @@ class ModelOutline:
     aren't on this machine.
 
     `file_bytes` is the size of the weights in the files, `weight_bytes` their size as they are
-    computed in `dtype`; `kv_bytes_per_token` covers K and V of all layers. `refused` is the reason
+    computed in `dtype`; `kv_bytes_per_token` covers K and V of all layers, and `state_bytes` what
+    layers that keep a state keep for each sequence. `refused` is the reason
     why the model cannot be served, as far as configuration and headers tell.
     """
 
@@ -76,6 +77,7 @@ class ModelOutline:
     file_bytes: int | None = None
     weight_bytes: int | None = None
     kv_bytes_per_token: int | None = None
+    state_bytes: int = 0
     max_model_len: int | None = None
     refused: str | None = None
 
@@ -85,6 +87,14 @@ class ModelOutline:
         if self.weight_bytes is None or not self.kv_bytes_per_token:
             return None
         return (memory - self.weight_bytes) // self.kv_bytes_per_token
+
+    def sequences(self, memory: int, length: int) -> int | None:
+        """Return how many sequences of `length` tokens, with their states, fit into `memory` bytes
+        beside the weights; None if that is not known."""
+        if self.weight_bytes is None or not self.kv_bytes_per_token:
+            return None
+        each = length * self.kv_bytes_per_token + self.state_bytes
+        return max(memory - self.weight_bytes, 0) // each
 
 
 class _Weights(NamedTuple):
@@ -121,6 +131,7 @@ def outline(
             known |= {
                 "architecture": spec.architecture,
                 "max_model_len": spec.resolve_max_model_len(config.max_model_len),
+                "state_bytes": 0 if spec.state is None else spec.state.num_bytes,
                 "dtype": spec.dtype if config.dtype == "auto" else config.dtype,
             }
             _check_family(hf_config, spec)

@@ -30,6 +30,7 @@ from .kv_cache import (
     allocate_kv_cache,
     block_bytes,
     check_tables,
+    memory_beside_states,
     num_blocks_from_memory,
     token_bytes,
 )
@@ -98,7 +99,7 @@ class Worker:
             self._draft = load_draft(config, spec, self._max_model_len, self._backend)
         draft = self._draft
         cache_dtype = str(self._cache_dtype).removeprefix("torch.")
-        return WorkerInfo(
+        self._info = WorkerInfo(
             architecture=spec.architecture,
             device=_device_name(model.device, config.num_ranks),
             dtype=str(model.dtype).removeprefix("torch."),
@@ -124,7 +125,9 @@ class Worker:
             kv_cache_dtype=None if self._cache_dtype == model.dtype else cache_dtype,
             adapters=() if self._adapters is None else tuple(self._adapters.sources),
             max_lora_rank=None if self._adapters is None else self._adapters.max_rank,
+            state_bytes=0 if spec.state is None else spec.state.num_bytes,
         )
+        return self._info
 
     def profile(self) -> int:
         try:
@@ -141,13 +144,19 @@ class Worker:
         if draft is not None:
             draft_size = block_bytes(draft.spec, config.block_size, draft.kv_cache_dtype)
         adapters = 0 if self._adapters is None else self._adapters.slots.num_bytes
-        demand = CacheDemand(config, spec.architecture, size + draft_size, max_model_len, adapters)
+        states = self._info.state_bytes * config.max_num_seqs
+        demand = CacheDemand(
+            config, spec.architecture, size + draft_size, max_model_len, adapters, states
+        )
         memory = self._backend.cache_memory(demand, self._make_runner)
+        if states:
+            memory = memory_beside_states(memory, config, self._info)
         num_blocks = num_blocks_from_memory(
             memory, config, spec, self._cache_dtype, max_model_len, draft_size
         )
         num_blocks = min(number for (number,) in self._ranks.agree([num_blocks]))
-        self._runner = self._make_runner(num_blocks)
+        num_slots = config.max_num_seqs + self._info.state_snapshots(config, num_blocks)
+        self._runner = self._make_runner(num_blocks, num_slots)
         self._runner.prepare()
         check_alike(self._ranks, "whether steps are captured", [int(self._runner.has_graphs)])
         return num_blocks
@@ -175,7 +184,7 @@ class Worker:
         assert self._adapters is not None
         self._adapters.drop(adapter_id)
 
-    def _make_runner(self, num_blocks: int) -> ModelRunner:
+    def _make_runner(self, num_blocks: int, num_state_slots: int = 1) -> ModelRunner:
         arguments = (
             self._model,
             self._backend,
@@ -186,7 +195,7 @@ class Worker:
             self._adapters,
         )
         if self._draft is None:
-            return ModelRunner(*arguments, ranks=self._ranks)
+            return ModelRunner(*arguments, ranks=self._ranks, num_state_slots=num_state_slots)
         return SpeculativeRunner(
             *arguments,
             draft_model=self._draft,

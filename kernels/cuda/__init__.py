@@ -10,6 +10,8 @@ docs/kernels.md has each kernel's grid, limits and compiled resources. In the or
     reshape_and_cache.py  the KV cache write alone
     attention/            paged attention: prefill, decode, shared prefixes
     silu_and_mul.py       the activation of the gated MLP
+    causal_conv.py        the short convolution of layers that keep a state
+    gated_recurrence.py   the recurrence of linear attention and Mamba-2
     lora.py               what LoRA adapters add to a product, for many adapters in one step
     grouped_product.py    products with weights of 4 and 8 bits
     sample_tokens.py      temperature, top_k, top_p, min_p and the draw; its passes over the logits

@@ -117,11 +117,16 @@ def _checked(item: ModelOutline, config: EngineConfig) -> ModelOutline:
 
 def _fits(item: ModelOutline, memory: int | None) -> dict[int, int] | None:
     """Return how many sequences fit by their context length; None if it is not known."""
-    tokens = None if memory is None else item.capacity(int(memory * USABLE_SHARE))
-    if tokens is None or item.max_model_len is None:
+    if memory is None or item.max_model_len is None:
         return None
+    usable, found = int(memory * USABLE_SHARE), {}
     lengths = {length for length in _CONTEXTS if length < item.max_model_len}
-    return {length: max(tokens, 0) // length for length in sorted(lengths | {item.max_model_len})}
+    for length in sorted(lengths | {item.max_model_len}):
+        number = item.sequences(usable, length)
+        if number is None:
+            return None
+        found[length] = number
+    return found
 
 
 def _as_json(item: ModelOutline, memory: int | None) -> dict[str, Any]:
@@ -146,7 +151,7 @@ def _table(found: list[ModelOutline], memory: int | None) -> str:
                 "–" if item.num_parameters is None else f"{item.num_parameters / 1e6:,.1f}M",
                 item.source_format or "–",
                 "–" if item.weight_bytes is None else f"{item.weight_bytes / 1e6:,.0f} MB",
-                "–" if item.kv_bytes_per_token is None else f"{item.kv_bytes_per_token:,} B",
+                _kept(item),
                 "–" if item.max_model_len is None else f"{item.max_model_len:,}",
                 f"refused: {item.refused}" if item.refused else _sequences(item, memory),
             )
@@ -157,6 +162,14 @@ def _table(found: list[ModelOutline], memory: int | None) -> str:
         cells = [text.ljust(width) for text, width in zip(row, widths, strict=False)]
         lines.append("  ".join([*cells, row[-1]]))
     return "\n".join(lines)
+
+
+def _kept(item: ModelOutline) -> str:
+    """Return in words what a token takes, and a sequence besides."""
+    if item.kv_bytes_per_token is None:
+        return "–"
+    token = f"{item.kv_bytes_per_token:,} B"
+    return f"{token} + {item.state_bytes / 1e6:,.1f} MB" if item.state_bytes else token
 
 
 def _sequences(item: ModelOutline, memory: int | None) -> str:

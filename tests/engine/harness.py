@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any
 
 from quire.engine.cache.block_manager import BlockManager
+from quire.engine.cache.state_slots import StateSlots
 from quire.engine.core.step_loop import StepLoop
 from quire.engine.grammar.constraints import NOTHING_PENDING, PendingConstraints
 from quire.engine.outputs import SequenceOutput
@@ -95,11 +96,17 @@ class Harness:
         prefix_caching: bool = True,
         check: bool = True,
         run_ahead: bool = False,
+        snapshots: int | None = None,
         **scheduler_fields: Any,
     ) -> None:
         self.time = 0.0
         self.check = check
-        self.manager = BlockManager(num_blocks, block_size, enable_prefix_caching=prefix_caching)
+        states = None
+        if snapshots is not None:  # the model's layers keep states
+            states = StateSlots(max_num_seqs, snapshots, block_size, 2 * block_size)
+        self.manager = BlockManager(
+            num_blocks, block_size, enable_prefix_caching=prefix_caching, states=states
+        )
         self.scheduler = Scheduler(
             self.manager,
             max_num_seqs=max_num_seqs,

@@ -29,6 +29,7 @@ from .experts import pack_experts
 from .inputs import HostInputs
 from .memory import allocate_kv_cache, cache_memory
 from .packed_linear import pack_linears, unmap_weights
+from .states import CpuStateOps
 
 logger = logging.getLogger("quire.engine")
 
@@ -124,12 +125,19 @@ class CpuBackend:
             return DecoderSlots(body, adaptable, limits)
         return ModuleSlots(adaptable, limits)
 
+    def make_state_ops(self) -> CpuStateOps:
+        return CpuStateOps()
+
     def make_sampler(self, vocab_size: int) -> Sampler:
         return Sampler(vocab_size, self.device, CpuDraws(vocab_size))
 
     def cache_memory(self, demand: CacheDemand, start: StartRehearsal) -> int:
         return cache_memory(
-            demand.config, demand.block_bytes, demand.max_model_len, demand.adapter_bytes
+            demand.config,
+            demand.block_bytes,
+            demand.max_model_len,
+            demand.adapter_bytes,
+            demand.state_bytes,
         )
 
     def allocate_kv_cache(

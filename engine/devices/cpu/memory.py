@@ -7,7 +7,7 @@ import mmap
 
 import torch
 
-from ...config import EngineConfig
+from ...config import SNAPSHOT_SHARE, EngineConfig
 from ...errors import ConfigurationError
 from ...main_memory import available_memory
 
@@ -18,12 +18,17 @@ CPU_MEMORY_SHARE = 0.4
 
 
 def cache_memory(
-    config: EngineConfig, block_bytes: int, max_model_len: int, adapter_bytes: int = 0
+    config: EngineConfig,
+    block_bytes: int,
+    max_model_len: int,
+    adapter_bytes: int = 0,
+    state_bytes: int = 0,
 ) -> int:
     """Return the bytes for the cache: `config.kv_cache_memory_bytes`, or by default room for
     max_num_seqs sequences of typical length (at least for one of full length), limited to a share
     of the available memory, which the ranks of a host share out. `adapter_bytes` are not available:
-    LoRA adapters will take them.
+    LoRA adapters will take them. `state_bytes` are those of the running sequences' states, which
+    with their snapshots are a part of the cache.
 
     Raises ConfigurationError if more is asked for than is available: the system would kill the
     process once it used that much.
@@ -40,6 +45,8 @@ def cache_memory(
         return asked
     tokens = max(max_model_len, config.max_num_seqs * min(max_model_len, TYPICAL_TOKENS))
     wanted = -(-tokens // config.block_size) * block_bytes
+    if state_bytes:
+        wanted += state_bytes + wanted // SNAPSHOT_SHARE
     share = CPU_MEMORY_SHARE / config.num_peers / config.ranks_per_node
     return wanted if available is None else min(wanted, int(available * share))
 

@@ -9,6 +9,7 @@ Read in this order:
     shared_prefixes.py  which decodes read a shared prefix once
     products.py         chooses the products of weights that have 4 or 8 bits
     body_ops.py         the operations of a flat body
+    states.py           the operations of layers that keep a state
     adapters.py         the slots of LoRA adapters
     decode_graphs.py    CUDA graphs of decode steps
     draws.py            draws

@@ -43,6 +43,7 @@ from .memory import free_memory, others_memory, total_memory
 from .products import use_products
 from .requirements import check_gpu
 from .shared_prefixes import FindGroups, SharedPrefixes
+from .states import CudaStateOps
 
 logger = logging.getLogger("quire.engine")
 
@@ -162,6 +163,9 @@ class CudaBackend:
         dtype = next(iter(adaptable.places.values())).linear.weight.dtype
         assert isinstance(dtype, torch.dtype)
         return CudaSlots(body, adaptable, limits, dtype, self.device, self._kernels)
+
+    def make_state_ops(self) -> CudaStateOps:
+        return CudaStateOps(self._kernels)
 
     def make_sampler(self, vocab_size: int) -> Sampler:
         return Sampler(vocab_size, self.device, CudaDraws())

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ....kernels.cuda import (
+    causal_conv,
     copy_blocks,
+    gated_recurrence,
     grouped_product,
     lora,
     prepare_inputs,
@@ -43,6 +45,8 @@ class Kernels(NamedTuple):
     copy_blocks: Callable[..., None]
     lora_shrink: Callable[..., None]
     lora_expand: Callable[..., None]
+    causal_conv: Callable[..., torch.Tensor]
+    gated_recurrence: Callable[..., torch.Tensor]
 
 
 TRITON = Kernels(
@@ -59,5 +63,7 @@ TRITON = Kernels(
     copy_blocks=copy_blocks.copy_blocks,
     lora_shrink=lora.lora_shrink,
     lora_expand=lora.lora_expand,
+    causal_conv=causal_conv.causal_conv,
+    gated_recurrence=gated_recurrence.gated_recurrence,
 )
 """The kernels of a GPU."""

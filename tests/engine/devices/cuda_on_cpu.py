@@ -14,7 +14,7 @@ from quire.engine.devices.cuda.backend import CudaBackend
 from quire.engine.devices.cuda.decode_graphs import Capture, Run
 from quire.engine.devices.cuda.kernels import TRITON, Kernels
 from quire.engine.sampling.sampler import Sampler
-from quire.kernels import reference
+from quire.kernels import reference, reference_states
 from quire.kernels.prefix_groups import find_prefix_groups
 
 
@@ -23,7 +23,10 @@ def _no_schedule(*_: Any, **__: Any) -> None:
 
 
 REFERENCES = Kernels(
-    **{name: getattr(reference, name, _no_schedule) for name in Kernels._fields}  # type: ignore[arg-type]
+    **{
+        name: getattr(reference, name, getattr(reference_states, name, _no_schedule))
+        for name in Kernels._fields
+    }  # type: ignore[arg-type]
 )
 """Plain torch for each kernel."""
 

@@ -27,6 +27,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     policy: SchedulingPolicy = "priority"
     run_ahead = False
+    snapshots: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,6 +39,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             eos_token_ids=(EOS,),
             check=False,
             run_ahead=self.run_ahead,
+            snapshots=self.snapshots,
         )
         self.requests: dict[str, Request] = {}
 
@@ -126,7 +128,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def forget_cache(self) -> None:
-        self.harness.manager.pool.forget_free()
+        self.harness.manager.forget_free()
 
     @invariant()
     def integrity(self) -> None:
@@ -162,6 +164,16 @@ class FairSchedulerMachine(SchedulerMachine):
     policy = "fair"
 
 
+class StatesMachine(SchedulerMachine):
+    """A machine whose sequences have states beside their blocks."""
+
+    snapshots = 3
+
+
+class StatesAheadMachine(StatesMachine):
+    run_ahead = True
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
     max_examples=400,
@@ -176,3 +188,9 @@ TestRunAhead.settings = settings(TestScheduler.settings, max_examples=250)
 
 TestFairScheduler = FairSchedulerMachine.TestCase
 TestFairScheduler.settings = settings(TestScheduler.settings, max_examples=150)
+
+TestStates = StatesMachine.TestCase
+TestStates.settings = settings(TestScheduler.settings, max_examples=150)
+
+TestStatesAhead = StatesAheadMachine.TestCase
+TestStatesAhead.settings = settings(TestScheduler.settings, max_examples=150)
