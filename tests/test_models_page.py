@@ -11,8 +11,8 @@ import os
 from transformers import AutoModelForCausalLM
 
 from .documents import ROOT
-from .engine.body.test_flat_decoder import FLAT, FLAT_ON_GPUS
 from .engine import models, state_models
+from .engine.body.test_flat_decoder import FLAT, FLAT_ON_GPUS
 
 PAGE = ROOT / "docs/models.md"
 BEGIN, END = "<!-- models: written by `make docs` -->\n", "<!-- end of models -->"

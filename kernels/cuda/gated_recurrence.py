@@ -79,7 +79,7 @@ def _gated_recurrence_kernel(
     key_at = (head // (HEADS // KEY_HEADS)) * KEY_DIM + dim
     value_at = head * VALUE_DIM + column
     for one in range(begin, end):
-        token = one.to(tl.int64)
+        token = begin.to(tl.int64) + (one - begin)
         key = tl.load(key_ptr + token * key_stride_t + key_at, mask=dims, other=0.0)
         query = tl.load(query_ptr + token * query_stride_t + key_at, mask=dims, other=0.0)
         value = tl.load(value_ptr + token * value_stride_t + value_at, mask=columns, other=0.0)

@@ -11,12 +11,15 @@ import torch
 from compiling import Compiled, compile_launch
 from packed import packed_step
 from paged import PagedInputs, paged_inputs
+from state_steps import convolution, recurrence, state_step
 
 from quire.kernels.cuda.attention.cascade import CascadeWorkspace
 from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
 from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
+from quire.kernels.cuda.causal_conv import causal_conv
 from quire.kernels.cuda.copy_blocks import copy_blocks
+from quire.kernels.cuda.gated_recurrence import gated_recurrence
 from quire.kernels.cuda.grouped_product import grouped_product
 from quire.kernels.cuda.lora import lora_expand, lora_shrink, rank_pad
 from quire.kernels.cuda.prepare_inputs import prepare_inputs
@@ -132,6 +135,19 @@ def adapters(max_rank: int) -> None:
     lora_expand(h, b, *rows, sizes, out)
 
 
+def convolve() -> None:
+    """Convolve the channels of Qwen3.5's linear attention."""
+    step = state_step([200, 1], [0, 40])
+    causal_conv(*convolution(step, 8192, 4, BF16, has_bias=False), *step, max_query_len=200)
+
+
+def recur(heads: tuple[int, int, int, int], *, has_beta: bool) -> None:
+    step = state_step([3, 1], [0, 40])
+    gated_recurrence(
+        *recurrence(step, heads, BF16, has_beta=has_beta), *step, scale=0.1, normalise=has_beta
+    )
+
+
 def prepare() -> None:
     packed_step([4000, 0], [1, 300]).run(prepare_inputs)
 
@@ -161,6 +177,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "prepare inputs": prepare,
     "fused add and RMSNorm, 4096": lambda: rows("norm"),
     "silu and mul, 2048": lambda: rows("silu"),
+    "causal convolution, 8192": convolve,
+    "delta rule, 16/32 heads, 128 × 128": lambda: recur((16, 32, 128, 128), has_beta=True),
+    "Mamba-2, 1/48 heads, 128 × 64": lambda: recur((1, 48, 128, 64), has_beta=False),
     "LoRA shrink and expand, rank 16": lambda: adapters(16),
     "LoRA shrink and expand, rank 64": lambda: adapters(64),
     "product of 1 row, 4 bits in 32s": lambda: product(1, "4 bits", 32),

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v3 import DeepseekV3Config
 from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.jamba import JambaConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.llama4 import Llama4TextConfig
-from transformers.models.jamba import JambaConfig
 from transformers.models.mamba import MambaConfig
 from transformers.models.phi3 import Phi3Config
 from transformers.models.t5 import T5Config

@@ -18,6 +18,7 @@ from unittest.mock import patch
 import zmq
 
 from quire.engine.cache.block_manager import BlockManager
+from quire.engine.cache.state_slots import StateSlots
 from quire.engine.config import EngineConfig, EngineInfo
 from quire.engine.core.step_loop import StepLoop
 from quire.engine.core.trials import Trials
@@ -168,8 +169,15 @@ class SimCore:
     def __init__(self, world: World, config: EngineConfig) -> None:
         self._world = world
         settings = world.settings
+        states = None
+        if settings.snapshots is not None:
+            size = settings.block_size
+            states = StateSlots(settings.max_num_seqs, settings.snapshots, size, 2 * size)
         self.manager = BlockManager(
-            settings.num_blocks, settings.block_size, enable_prefix_caching=settings.prefix_caching
+            settings.num_blocks,
+            settings.block_size,
+            enable_prefix_caching=settings.prefix_caching,
+            states=states,
         )
         self._table = AdapterTable(settings.adapter_slots, 8)
         for source in config.lora or world.first_adapters:
@@ -320,7 +328,7 @@ class SimCore:
             assert not self.speculator._acceptances and not self.speculator._sources
 
     def reset_prefix_cache(self) -> None:
-        self.manager.pool.forget_free()
+        self.manager.forget_free()
 
     def record_blocks(self, on: bool) -> None:
         raise AssertionError("nobody follows the blocks of a simulated engine")

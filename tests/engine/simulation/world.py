@@ -18,7 +18,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +91,8 @@ class Settings:
     step_seconds: float
     check_every: int
     swarm: frozenset[str]
+    snapshots: int | None = None
+    """How many snapshots of states there may be; None: the model's layers keep no states."""
 
     @classmethod
     def draw(cls, seed: int, num_requests: int) -> Settings:
@@ -99,7 +101,7 @@ class Settings:
         block_size = rng.choice([1, 2, 4, 8, 16])
         budget = max(block_size, rng.choice([4, 8, 16, 32, 64, 128]))
         limits = [None, max(block_size, budget // 2)]
-        return cls(
+        settings = cls(
             seed=seed,
             num_requests=num_requests,
             block_size=block_size,
@@ -119,6 +121,12 @@ class Settings:
             check_every=rng.choice([1, 3, 10]),
             swarm=swarm,
         )
+        if settings.speculation != "none":  # a state cannot be rewound
+            return settings
+        snapshots = random.Random(f"states {seed}").choice([None, 0, 1, 3, 20])
+        if snapshots is None or settings.prefix_caching:
+            return replace(settings, snapshots=snapshots)
+        return replace(settings, snapshots=0)
 
     @property
     def late_seconds(self) -> float:
