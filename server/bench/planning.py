@@ -290,6 +290,8 @@ def _describe(model: str, a: argparse.Namespace) -> tuple[ModelShape, EngineShap
     if found.refused or not (found.num_parameters and found.weight_bytes):
         reason = found.refused or "its weights are not on this machine"
         raise ConfigurationError(f"the size of {model} is not known: {reason}")
+    if found.state_bytes:
+        raise ConfigurationError(f"{model} has layers that keep a state; no plan knows them")
     spec = spec_from_hf_config(read_hf_config(config), config)
     shape = ModelShape(
         num_parameters=found.num_parameters,
