@@ -58,6 +58,7 @@ def causal_conv(
     return out
 
 
+# Over 50 lines: formulas and layouts that two kernels and their callers rely on.
 def gated_recurrence(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -112,7 +112,8 @@ class CausalLM:
         merged = Counter(merge_siblings(body, lambda: run_probe(model, spec, body)))
         for names, count in merged.items():
             logger.info("merged %s (%d times)", ", ".join(names), count)
-        flat = flatten_if_equal(body, spec, probed) if ranks.ring is None else None
+        can_flatten = ranks.ring is None and spec.state is None
+        flat = flatten_if_equal(body, spec, probed) if can_flatten else None
         self._adaptable: Adaptable | None = None
         if adaptable:
             tokens = len(probed.hidden)
@@ -122,7 +123,9 @@ class CausalLM:
         # 2. Split off the head, and let the device choose how the body runs.
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
-        self._head._modules[model.base_model_prefix] = _Passthrough(type(whole.output))
+        self._head._modules[model.base_model_prefix] = _Passthrough(
+            type(whole.output), model.base_model
+        )
         made = backend.make_body(body, self._head, flat, quantization=quantization)
         self._body: Body = made if ranks.ring is None else StageBody(made, ranks.ring, body)
         # 3. If logits are nothing but one product, call that, or fuse it with the body.
@@ -208,11 +211,15 @@ class CausalLM:
 
 
 class _Passthrough(nn.Module):
-    """Stands in for a model's body: its input embeddings are the last hidden state."""
+    """Stands in for a model's body: its input embeddings are the last hidden state. It has the
+    body's own numbers, since the head may multiply by one of them."""
 
-    def __init__(self, output_type: type[Any]) -> None:
+    def __init__(self, output_type: type[Any], body: nn.Module) -> None:
         super().__init__()
         self.output_type = output_type
+        for name, value in vars(body).items():
+            if isinstance(value, int | float) and not hasattr(self, name):
+                setattr(self, name, value)
 
     def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> Any:
         return self.output_type(last_hidden_state=inputs_embeds)

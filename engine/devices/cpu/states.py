@@ -1,4 +1,4 @@
-"""The operations of layers that keep a state, on the CPU. Importing this loads Numba."""
+"""The operations of layers that keep a state on the CPU, in float32. Importing this loads Numba."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ class CpuStateOps:
 
     def pack_filter(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Filter:
         zeros = torch.zeros(len(weight))
-        return Filter(weight.float().T.clone(), zeros if bias is None else bias.float().clone())
+        return Filter(
+            weight.float().T.contiguous(), zeros if bias is None else bias.float().clone()
+        )
 
     def convolve(
         self, x: torch.Tensor, packed: Filter, states: torch.Tensor, step: StepLayout
     ) -> torch.Tensor:
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty(x.shape)
         num_threads, own = thread_count(), _states_of(step)
         numba.set_num_threads(num_threads)
         work = Convolution(
-            as_array(x),
+            as_array(x.float()),
             packed.weight.numpy(),
             packed.bias.numpy(),
             states.numpy(),
@@ -46,10 +48,10 @@ class CpuStateOps:
             step.query_start_loc.numpy(),
             step.seq_lens.numpy(),
             np.empty((num_threads, CHANNELS), dtype=np.float32),
-            as_array(out),
+            out.numpy(),
         )
         causal_conv(work, num_threads)
-        return out
+        return out.to(x.dtype)
 
     def recur(
         self,
@@ -64,13 +66,13 @@ class CpuStateOps:
         scale: float,
         normalise: bool,
     ) -> torch.Tensor:
-        out = torch.empty(value.shape, dtype=value.dtype)
+        out = torch.empty(value.shape)
         num_threads, own = thread_count(), _states_of(step)
         numba.set_num_threads(num_threads)
         work = Recurrence(
-            as_array(query),
-            as_array(key),
-            as_array(value),
+            as_array(query.float()),
+            as_array(key.float()),
+            as_array(value.float()),
             as_array(decay),
             _NO_BETA if beta is None else as_array(beta),
             states.numpy(),
@@ -79,12 +81,12 @@ class CpuStateOps:
             step.query_start_loc.numpy(),
             step.seq_lens.numpy(),
             np.empty((num_threads, 3, max(COLUMNS, key.shape[2])), dtype=np.float32),
-            as_array(out),
+            out.numpy(),
             np.float32(scale),
             normalise,
         )
         gated_recurrence(work, num_threads)
-        return out
+        return out.to(value.dtype)
 
 
 def _states_of(step: StepLayout) -> StepStates:

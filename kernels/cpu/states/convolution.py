@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from ..kernel import kernel
-from ..numbers import FAST, store, to_float
+from ..numbers import FAST
 from ..region import launch
 
 CHANNELS = 128
@@ -26,7 +26,7 @@ class Convolution(NamedTuple):
     """The work of `convolve`."""
 
     x: Any
-    """`[T, channels]`."""
+    """`[T, channels]` float32."""
     weight: Any
     """`[K, channels]` float32: transposed."""
     bias: Any
@@ -99,13 +99,13 @@ def _shift(x, state, begin, end, target, first, width):
 @njit(**FAST)
 def _take(line, target, first, width):
     for channel in range(width):
-        target[first + channel] = to_float(line[first + channel])
+        target[first + channel] = line[first + channel]
 
 
 @njit(**FAST)
 def _add(line, weight, sums, first, width):
     for channel in range(width):
-        sums[channel] += to_float(line[first + channel]) * weight[first + channel]
+        sums[channel] += line[first + channel] * weight[first + channel]
 
 
 @njit(**FAST)
@@ -123,13 +123,13 @@ def _clear(line, first, width):
 @njit(**FAST)
 def _put(sums, out, token, first, width):
     for channel in range(width):
-        store(out, token, first + channel, sums[channel])
+        out[token, first + channel] = sums[channel]
 
 
 @njit(**FAST)
 def _fill(out, token, first, width):
     for channel in range(width):
-        store(out, token, first + channel, np.float32(0))
+        out[token, first + channel] = np.float32(0)
 
 
 def causal_conv(work: Convolution, num_threads: int) -> None:

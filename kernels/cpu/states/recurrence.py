@@ -19,7 +19,7 @@ from numba import njit
 
 from ..kernel import kernel
 from ..norms import _sum_of_squares
-from ..numbers import FAST, store, to_float
+from ..numbers import FAST
 from ..region import launch
 
 COLUMNS = 32
@@ -32,12 +32,12 @@ class Recurrence(NamedTuple):
     """The work of `recur`."""
 
     query: Any
-    """`[T, key_heads, key_dim]`."""
+    """`[T, key_heads, key_dim]` float32."""
     key: Any
     value: Any
-    """`[T, heads, value_dim]`."""
+    """`[T, heads, value_dim]` float32."""
     decay: Any
-    """`[T, heads]` float32."""
+    """`[T, heads]` float32: factors."""
     beta: Any
     """Like decay; empty: no delta rule."""
     states: Any
@@ -103,7 +103,7 @@ def recur(item, layer, rows, thread, work):
 def _read(source, line, depth, scale, normalises):
     """Read a key or a query, with the length `scale` if it is normalised."""
     for dim in range(depth):
-        line[dim] = to_float(source[dim])
+        line[dim] = source[dim]
     if normalises:
         scale = scale / np.sqrt(_sum_of_squares(line[:depth]) + L2_EPSILON)
     for dim in range(depth):
@@ -126,13 +126,13 @@ def _recall(state, key, depth, decay, sums, first, width):
 @njit(**FAST)
 def _correct(value, beta, sums, first, width):
     for column in range(width):
-        sums[column] = (to_float(value[first + column]) - sums[column]) * beta
+        sums[column] = (value[first + column] - sums[column]) * beta
 
 
 @njit(**FAST)
 def _take(value, sums, first, width):
     for column in range(width):
-        sums[column] = to_float(value[first + column])
+        sums[column] = value[first + column]
 
 
 @njit(**FAST)
@@ -172,13 +172,13 @@ def _clear(state, first, width):
 @njit(**FAST)
 def _put(sums, out, head, first, width):
     for column in range(width):
-        store(out, head, first + column, sums[column])
+        out[head, first + column] = sums[column]
 
 
 @njit(**FAST)
 def _fill(out, head, first, width):
     for column in range(width):
-        store(out, head, first + column, np.float32(0))
+        out[head, first + column] = np.float32(0)
 
 
 def gated_recurrence(work: Recurrence, num_threads: int) -> None:
