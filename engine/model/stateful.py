@@ -41,9 +41,9 @@ def number_attention(model: Any, spec: ModelSpec) -> None:
     """Number the layers with K and V from 0, since the KV cache has no others. Called once."""
     numbers = {layer: number for number, layer in enumerate(spec.kv_layers)}
     for module in text_body(model).modules():
-        number = numbers.get(getattr(module, "layer_idx", None))
-        if number is not None:
-            module.layer_idx = number
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int) and layer in numbers:
+            module.layer_idx = numbers[layer]
 
 
 def bind_states(model: Any, spec: ModelSpec, ops: StateOps) -> None:

@@ -188,13 +188,12 @@ def allocate_states(
     spec: StateSpec, num_slots: int, num_tokens: int, device: torch.device
 ) -> StepStates:
     """Return zeroed states of a few slots, of which rows use none."""
-    numbers = {"dtype": torch.float32, "device": device}
+    layers = (spec.num_layers, num_slots)
+    matrices = (*layers, spec.heads, spec.key_dim, spec.value_dim)
     none = torch.full((max(num_slots, num_tokens),), -1, dtype=torch.int32, device=device)
     return StepStates(
-        torch.zeros(spec.num_layers, num_slots, spec.taps, spec.channels, **numbers),
-        torch.zeros(
-            spec.num_layers, num_slots, spec.heads, spec.key_dim, spec.value_dim, **numbers
-        ),
+        torch.zeros(*layers, spec.taps, spec.channels, device=device),
+        torch.zeros(matrices, device=device),
         none,
         none.clone(),
     )
