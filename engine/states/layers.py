@@ -192,8 +192,8 @@ def allocate_states(
     matrices = (*layers, spec.heads, spec.key_dim, spec.value_dim)
     none = torch.full((max(num_slots, num_tokens),), -1, dtype=torch.int32, device=device)
     return StepStates(
-        torch.zeros(*layers, spec.taps, spec.channels, device=device),
-        torch.zeros(matrices, device=device),
+        torch.zeros(*layers, spec.taps, spec.channels, dtype=torch.float32, device=device),
+        torch.zeros(matrices, dtype=torch.float32, device=device),
         none,
         none.clone(),
     )
