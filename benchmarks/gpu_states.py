@@ -10,8 +10,8 @@ import torch
 from gpu_common import DEVICE
 
 from quire.kernels import reference_states
-from quire.kernels.cuda.causal_conv import causal_conv
-from quire.kernels.cuda.gated_recurrence import gated_recurrence
+from quire.kernels.cuda.states.causal_conv import causal_conv
+from quire.kernels.cuda.states.gated_recurrence import gated_recurrence
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
 from state_steps import StateStep, convolution, recurrence, state_step  # noqa: E402

@@ -109,6 +109,8 @@ class EngineStats(NamedTuple):
     waiting_tokens: int = 0
     """Prompt tokens of waiting sequences, without those that their requests are expected to find
     cached, and tokens that running sequences have still to compute."""
+    held_adapters: list[str] = []
+    """Names of the adapters whose weights are in a slot of the device."""
 
     @property
     def kv_usage(self) -> float:

@@ -22,6 +22,7 @@ RULES: dict[str, set[str]] = {
     "kernels.cpu.states": {"kernels.cpu"},
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
+    "kernels.cuda.states": KERNELS,
     "engine": {"engine.flags"},
     "engine.flags": ENGINE,
     "engine.events": ENGINE,
@@ -52,9 +53,9 @@ RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
     "kernels.cpu.states",
 }
 RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
-    *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),
+    *("engine.devices", "kernels.cuda", "kernels.cuda.attention", "kernels.cuda.states"),
 }
-RULES["engine.parallel"] = RULES["engine.devices"] | {"engine.devices"}
+RULES["engine.parallel"] = RULES["engine.devices"] | {"engine.devices", "engine.network"}
 RULES["engine.model"] = RULES["engine.parallel"] | {"engine.parallel", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
 RULES["engine.network"] = ENGINE
@@ -77,11 +78,12 @@ RULES["server.templates"] = GROUND
 RULES["server.text"] = GROUND | {"engine.grammar", "server.templates"}
 RULES["server.parsing"] = RULES["server.text"] | {"server.text"}
 RULES["server.parsing.formats"] = RULES["server.parsing"] | {"server.parsing"}
-RULES["server.tenants"] = GROUND
+RULES["server.metrics"] = GROUND | {"engine.process"}
+RULES["server.tenants"] = GROUND | {"server.metrics"}
 RULES["server.http"] = RULES["server.parsing.formats"] | {
-    *("server.parsing.formats", "server.tenants", "engine.process"),
+    *("server.parsing.formats", "server.tenants", "server.metrics", "engine.process"),
 }
-RULES["server.tracing"] = GROUND
+RULES["server.tracing"] = GROUND | {"server.metrics"}
 RULES["server.requests"] = RULES["server.http"] | {"server.http", "server.tracing"}
 RULES["server.api"] = RULES["server.requests"] | {"server.requests"}
 RULES["server.dialects"] = RULES["server.api"] | {"server.api"}

@@ -23,21 +23,24 @@ from ..body.body import Body
 from ..body.merged_linear import merge_siblings
 from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
-from ..errors import one_line
+from ..errors import UnsupportedModelError, one_line
+from ..parallel.adapter_cuts import WHOLE, AdapterCuts
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.stages import StageBody
+from ..states.model_states import bind_states, number_attention
+from ..states.state_spec import StateSpec
 from .classifier import Scores
+from .flat_proof import flatten_if_equal
 from .model_spec import ModelSpec
 from .probe import (
+    ProbeResult,
     bears_rounding,
     check_class,
     check_parts,
-    flatten_if_equal,
     probe_text,
     refuse,
     run_probe,
 )
-from .stateful import bind_states, number_attention
 from .text_part import text_body
 
 logger = logging.getLogger("quire.engine")
@@ -83,6 +86,8 @@ class CausalLM:
         self.can_generate = can_generate
         self.scores: Scores | None = None
         """Makes the logits of the model's classes, if it has a classifier."""
+        self.adapter_cuts: AdapterCuts = WHOLE
+        """How the linear layers were cut that adapters add to."""
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.has_ends = ranks.ring is None or ranks.ring.stage == 0
@@ -92,8 +97,7 @@ class CausalLM:
         register_attention()
         check_class(model, spec)
         if spec.state is not None:
-            number_attention(model, spec)
-            bind_states(model, spec, backend.make_state_ops())
+            self._bind_states(model, spec.state)
         try:
             whole, probed = probe_text(model, spec)
         except RuntimeError as error:
@@ -109,16 +113,20 @@ class CausalLM:
             if not all(vote for (vote,) in ranks.agree([int(bears)])):
                 self.kv_cache_dtype = self.dtype
         body = text_body(model)
-        merged = Counter(merge_siblings(body, lambda: run_probe(model, spec, body)))
+
+        def run() -> ProbeResult:
+            return run_probe(model, spec, body)
+
+        merged = Counter(merge_siblings(body, run))
         for names, count in merged.items():
             logger.info("merged %s (%d times)", ", ".join(names), count)
         can_flatten = ranks.ring is None and spec.state is None
-        flat = flatten_if_equal(body, spec, probed) if can_flatten else None
+        flat = flatten_if_equal(body, spec, probed, run) if can_flatten else None
         self._adaptable: Adaptable | None = None
         if adaptable:
             tokens = len(probed.hidden)
             prefix = next(name for name, module in model.named_modules() if module is body)
-            places = find_linears(body, prefix, lambda: run_probe(model, spec, body), tokens)
+            places = find_linears(body, prefix, run, tokens)
             self._adaptable = Adaptable(prefix, places, flat)
         # 2. Split off the head, and let the device choose how the body runs.
         self._head = copy.copy(model)
@@ -126,7 +134,9 @@ class CausalLM:
         self._head._modules[model.base_model_prefix] = _Passthrough(
             type(whole.output), model.base_model
         )
-        made = backend.make_body(body, self._head, flat, quantization=quantization)
+        made = backend.make_body(
+            body, self._head, flat, quantization=quantization, adaptable=adaptable
+        )
         self._body: Body = made if ranks.ring is None else StageBody(made, ranks.ring, body)
         # 3. If logits are nothing but one product, call that, or fuse it with the body.
         self._product = self._check_head(probed.hidden) if self.has_ends else None
@@ -139,6 +149,17 @@ class CausalLM:
         """Whether `forward` must get one token at a time, since it is to be deterministic."""
         self.is_batch_invariant = invariant or deterministic
         """Whether logits are the same to the bit whatever else is in the step."""
+
+    def _bind_states(self, model: Any, state: StateSpec) -> None:
+        """Prepare the layers that keep a state, and number those with K and V."""
+        body, ops = text_body(model), self._backend.make_state_ops()
+        number_attention(body, self.spec.kv_layers)
+        try:
+            bind_states(body, state, ops, body.config.hidden_size, self.device, self.dtype)
+        except UnsupportedModelError as error:
+            refuse(self.spec, error.message, error)
+        size = state.num_bytes / 1e6
+        logger.info("%d layers keep a state: %.1f MB a sequence", state.num_layers, size)
 
     def enable_adapters(self, limits: LoraLimits) -> AdapterSlots:
         """Let the model run with LoRA adapters. Called once, on a model that was made
@@ -160,6 +181,10 @@ class CausalLM:
         assert self._adaptable is not None
         return self._adaptable.prefix
 
+    def expect_positions(self, length: int) -> None:
+        """Prepare for positions below `length`, which are all that will come."""
+        self._body.expect_positions(length)
+
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
@@ -176,8 +201,17 @@ class CausalLM:
         hidden = self._body.forward(input_ids, positions, metadata)
         return hidden, self.logits(hidden[logit_indices])
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[R, hidden_size]` → logits `[R, vocab_size]` of the model's dtype."""
+    def logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states `[R, hidden_size]` → logits `[R, vocab_size]` of the model's dtype; in
+        `out`, if that is given."""
+        product = self._product
+        if out is None:
+            return self._logits(hidden)
+        if type(product) is nn.Linear and product.bias is None and not self.runs_tokens_alone:
+            return torch.mm(hidden, product.weight.T, out=out)
+        return out.copy_(self._logits(hidden))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.runs_tokens_alone and len(hidden) > 1:
             # Copies, since products may depend on where in memory a row begins.
             rows = [hidden[i : i + 1].clone() for i in range(len(hidden))]

@@ -10,6 +10,7 @@ Read in this order:
     step_states.py  what such a layer must know of a step, and what a device does for it
     layers.py       the functions that transformers' layers call, and the proof that they compute
                     the same
+    model_states.py what does not go with such layers, and how those of a model are prepared
 
 The slots are given by engine/cache/state_slots.py, their numbers are in
 engine/runner/state_store.py, and the arithmetic is the device's: engine/devices/cpu/states.py and

@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from quire.engine.config import EngineConfig
 from quire.engine.devices.cuda.decode_graphs import graph_sizes
 from quire.engine.errors import ConfigurationError
-from quire.engine.model.model_spec import spec_from_hf_config
-from quire.engine.model.stateful import check_stateful
 from quire.engine.request import Request
+from quire.engine.states.model_states import check_config
 
 from . import models, state_models
 from .devices.cuda_on_cpu import CudaOnCpuBackend
@@ -193,10 +192,6 @@ def test_other_types_are_proven_and_run(kind: tuple[Path, Reference], dtype: str
         ({"speculative_model": "another"}, "--speculative-model"),
     ],
 )
-def test_what_a_state_rules_out_is_refused(
-    tmp_path: Path, fields: dict[str, Any], flag: str
-) -> None:
-    config = EngineConfig(model=str(tmp_path), **fields)
-    spec = spec_from_hf_config(state_models.FAMILIES["qwen3_5"](), config)
-    with pytest.raises(ConfigurationError, match=flag):
-        check_stateful(config, spec)
+def test_what_a_state_rules_out_is_refused(fields: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^Some: .*{flag}"):
+        check_config(EngineConfig(model="none", **fields), "Some")

@@ -7,8 +7,8 @@ from paged import relative_error
 from state_steps import HEADS, STEPS, WIDTHS, convolution, recurrence, state_step
 
 from quire.kernels import reference_states
-from quire.kernels.cuda.causal_conv import causal_conv
-from quire.kernels.cuda.gated_recurrence import gated_recurrence
+from quire.kernels.cuda.states.causal_conv import causal_conv
+from quire.kernels.cuda.states.gated_recurrence import gated_recurrence
 
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 

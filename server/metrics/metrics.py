@@ -12,8 +12,8 @@ from typing import Literal, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.registry import Collector
 
-from ..engine.config import EngineInfo
-from ..engine.outputs import EngineStats, FinishReason, Timings
+from ...engine.config import EngineInfo
+from ...engine.outputs import EngineStats, FinishReason, Timings
 from .histograms import (
     CHOICE_BUCKETS,
     HTTP_BUCKETS,

@@ -19,9 +19,9 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample as PrometheusSample
 
-from ..engine.config import EngineInfo
-from ..engine.outputs import EngineStats
-from ..engine.process.remote_client import EngineObserver
+from ...engine.config import EngineInfo
+from ...engine.outputs import EngineStats
+from ...engine.process.remote_client import EngineObserver
 
 OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 """The type of a page with exemplars, which Prometheus asks for by itself."""
