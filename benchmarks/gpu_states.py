@@ -30,10 +30,9 @@ def check_convolution(dtype: torch.dtype, channels: int, width: int) -> list[tor
     step = state_step(*ROWS)
     made = convolution(step, channels, width, dtype, has_bias=True)
     have, rows = _on_device(made), _on_device(step)
-    reach = step.max_query_len
     wide = [None if tensor is None else tensor.double() for tensor in have]
-    out = causal_conv(*have, *rows, max_query_len=reach)  # type: ignore[arg-type]
-    wanted = reference_states.causal_conv(*wide, *rows, max_query_len=reach)  # type: ignore[arg-type]
+    out = causal_conv(*have, *rows)  # type: ignore[arg-type]
+    wanted = reference_states.causal_conv(*wide, *rows)  # type: ignore[arg-type]
     assert have[-1] is not None and wide[-1] is not None
     return [out, wanted, have[-1], wide[-1]]
 
@@ -60,8 +59,7 @@ def calls_of_states(
     rows = _on_device(step)
     taps = _on_device(convolution(step, channels, 4, torch.bfloat16, has_bias=False))
     gates = _on_device(recurrence(step, heads, torch.bfloat16, has_beta=True))
-    reach = step.max_query_len
-    convolve = functools.partial(causal_conv, *taps, *rows, max_query_len=reach)
+    convolve = functools.partial(causal_conv, *taps, *rows)
     options = {"scale": 0.1, "normalise": True}
     recur = functools.partial(gated_recurrence, *gates, *rows, **options)  # type: ignore[arg-type]
     states = [tensors[-1] for tensors in (taps, gates)]

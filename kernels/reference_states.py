@@ -24,8 +24,6 @@ def causal_conv(
     saves: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
-    *,
-    max_query_len: int,
 ) -> torch.Tensor:
     """Return the causal convolution over each sequence of every channel by itself, like x.
 
@@ -35,7 +33,7 @@ def causal_conv(
     `[num_slots, K − 1, channels]` holds the last K − 1 inputs of its sequence, oldest first. slots
     `[S]` and saves `[T]` are int32 (both may be longer); −1 is none, and a row without a slot
     gets zeros. query_start_loc `[S + 1]` and seq_lens `[S]` int32 are as in attention: a row as
-    long as its sequence begins from zeros. `max_query_len` is at least the longest row.
+    long as its sequence begins from zeros.
     """
     taps = weight.shape[1] - 1
     out = torch.zeros_like(x)

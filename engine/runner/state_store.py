@@ -50,32 +50,31 @@ class StateStore:
             return backend.allocate_kv_cache(shape, torch.float32, commit=False)
 
         layers = (spec.num_layers, num_slots)
-        self._max_num_seqs = max_num_seqs
-        size = max_num_seqs + max_num_tokens
-        self._staging = StagingBuffer(size, torch.int32, backend.device)
+        self._max_rows = max_num_seqs + 1  # one for the padding of a captured step
+        self._size = self._max_rows + max_num_tokens
+        self._staging = StagingBuffer(self._size, torch.int32, backend.device)
         self._staging.open()[:] = -1  # blank steps have no states
-        both = self._staging.send(size)
+        both = self._staging.send(self._size)
         self.step = StepStates(
             allocate(*layers, spec.taps, spec.channels),
             allocate(*layers, spec.heads, spec.key_dim, spec.value_dim),
-            both[:max_num_seqs],
-            both[max_num_seqs:],
+            both[: self._max_rows],
+            both[self._max_rows :],
         )
         """The states of the step that is launched next."""
 
     def begin_step(self, host: HostStep, saves: abc.Sequence[StateSave]) -> None:
         """Take the slots of a step's rows, and where it leaves snapshots."""
-        buffer, size = self._staging.open(), self._max_num_seqs
-        length = size + max(int(host.query_start_loc[-1]), size)  # a decode may be padded
-        buffer[:length] = -1
+        buffer = self._staging.open()
+        buffer[:] = -1  # all of it: the step may be padded
         buffer[: len(host.sequences)] = [one.state_slot for one in host.sequences]
         if saves:
             batch_rows = {row: index for index, row in enumerate(host.order)}
             for row, num_tokens, slot in saves:
                 at = batch_rows[row]
                 token = host.query_start_loc[at] + num_tokens - host.starts[at] - 1
-                buffer[size + token] = slot
-        self._staging.send(length)
+                buffer[self._max_rows + token] = slot
+        self._staging.send(self._size)
 
     def copy(self, copies: abc.Sequence[StateCopy]) -> None:
         """Copy states from slot to slot, in order."""

@@ -42,7 +42,6 @@ class StepRows(NamedTuple):
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
-    max_query_len: int
     states: StepStates
 
 
@@ -240,7 +239,6 @@ def _run_pieces(module: nn.Module, x: torch.Tensor, states: StepStates) -> torch
         layout = StepRows(
             states.slots.new_tensor([0, size, 2 * size]),
             states.slots.new_tensor([size, end]),
-            size,
             states,
         )
         outputs.append(module(piece, attn_metadata=layout)[:, size:])

@@ -38,7 +38,7 @@ def number_attention(body: nn.Module, kv_layers: abc.Sequence[int]) -> None:
     for module in body.modules():
         layer = getattr(module, "layer_idx", None)
         if isinstance(layer, int) and layer in numbers:
-            module.layer_idx = numbers[layer]
+            setattr(module, "layer_idx", numbers[layer])  # noqa: B010  (a module has no such type)
 
 
 def bind_states(

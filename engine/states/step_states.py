@@ -18,9 +18,6 @@ class StepLayout(Protocol):
     def seq_lens(self) -> torch.Tensor: ...
 
     @property
-    def max_query_len(self) -> int: ...
-
-    @property
     def states(self) -> StepStates | None: ...
 
 

@@ -108,9 +108,9 @@ def test_forks_equal_generate(kind: tuple[Path, Reference]) -> None:
 
 
 def test_the_cuda_path_equals_generate(kind: tuple[Path, Reference]) -> None:
-    """Decodes are padded, and replayed one step ahead with static tensors."""
+    """Decodes and mixed steps are padded, and replayed one step ahead with static tensors."""
     folder, reference = kind
-    backend = CudaOnCpuBackend(sizes=graph_sizes(11))
+    backend = CudaOnCpuBackend(sizes=graph_sizes(11), mixed=[64, 128])
     engine = Engine(folder, backend, async_scheduling=True, max_num_seqs=11)
     requests = add_all(engine, 8)
     engine.run()

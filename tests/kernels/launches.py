@@ -164,7 +164,7 @@ def adapters(max_rank: int) -> None:
 def convolve() -> None:
     """Convolve the channels of Qwen3.5's linear attention."""
     step = state_step([200, 1], [0, 40])
-    causal_conv(*convolution(step, 8192, 4, BF16, has_bias=False), *step, max_query_len=200)
+    causal_conv(*convolution(step, 8192, 4, BF16, has_bias=False), *step)
 
 
 def recur(heads: tuple[int, int, int, int], *, has_beta: bool) -> None:

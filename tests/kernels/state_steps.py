@@ -21,10 +21,6 @@ class StateStep(NamedTuple):
     def num_tokens(self) -> int:
         return int(self.query_start_loc[-1])
 
-    @property
-    def max_query_len(self) -> int:
-        return int(self.query_start_loc.diff().max())
-
 
 def state_step(lengths: list[int], starts: list[int], *, seed: int = 0) -> StateStep:
     """Make a step whose row i has lengths[i] tokens after starts[i] others. A start of −1 is that

@@ -30,9 +30,7 @@ class CudaStateOps:
         self, x: torch.Tensor, packed: Filter, states: torch.Tensor, step: StepLayout
     ) -> torch.Tensor:
         x = x if x.stride(-1) == 1 else x.contiguous()
-        return self._kernels.causal_conv(
-            x, *packed, states, *_rows_of(step), max_query_len=step.max_query_len
-        )
+        return self._kernels.causal_conv(x, *packed, states, *_rows_of(step))
 
     def recur(
         self,

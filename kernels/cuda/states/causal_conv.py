@@ -2,10 +2,11 @@
 
     out[t, c] = bias[c] + Σ_j weight[c, j] · x[t − (K − 1) + j, c]
 
-Two launches, since the second overwrites what the first reads. The convolution's grid is (row,
-TOKENS tokens of it, CHANNELS channels); it also stores the snapshots. That of the states is (row,
-CHANNELS channels): a program moves the last K − 1 inputs, oldest first, each thread its own
-channels.
+Two launches, since the second overwrites what the first reads. The convolution's grid is (TOKENS
+tokens, CHANNELS channels); tokens look for their rows by bisection, so that the grid of a captured
+step depends on nothing but its number of tokens. It also stores the snapshots. The grid of the
+states is (row, CHANNELS channels): a program moves the last K − 1 inputs, oldest first, each thread
+its own channels.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -27,7 +28,7 @@ from ...checks import (
 CHANNELS = 256
 """Channels per program."""
 TOKENS = 8
-"""Tokens per program, in rows with more than one."""
+"""Tokens per program."""
 
 
 @triton.jit
@@ -40,7 +41,22 @@ def _input(x_ptr, state_ptr, source, begin, channel, mask, fresh, x_stride, SIZE
     return tl.where(inside, x.to(tl.float32), old)
 
 
-@triton.jit(do_not_specialize=["x_stride", "out_stride", "weight_stride"])
+@triton.jit
+def _find_rows(loc_ptr, token, num_rows, num_halvings):
+    """Return the row of each token: as many rows as end before it or at it. loc is ascending."""
+    low = tl.zeros_like(token)
+    high = low + num_rows
+    for _ in range(num_halvings):
+        middle = (low + high) // 2
+        end = tl.load(loc_ptr + middle + 1, mask=middle < num_rows, other=2147483647)
+        low = tl.where(end <= token, middle + 1, low)
+        high = tl.where(end <= token, high, middle)
+    return low
+
+
+@triton.jit(
+    do_not_specialize=["x_stride", "out_stride", "weight_stride", "num_rows", "num_halvings"]
+)
 def _causal_conv_kernel(
     out_ptr,
     x_ptr,
@@ -54,23 +70,27 @@ def _causal_conv_kernel(
     x_stride,
     out_stride,
     weight_stride,
+    num_rows,
+    num_halvings,
     HAS_BIAS: tl.constexpr,
     SIZE: tl.constexpr,
     TAPS: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    begin, end = tl.load(loc_ptr + row).to(tl.int64), tl.load(loc_ptr + row + 1).to(tl.int64)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    first = begin + tl.program_id(1) * TOKENS
-    if (slot < 0) | (first >= end):
-        return
-    fresh = tl.load(seq_lens_ptr + row) == end - begin
-    channel = (tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    token = first + tl.arange(0, TOKENS)[:, None]
-    mask = (channel < SIZE) & (token < end)
-    save = tl.load(saves_ptr + token, mask=token < end, other=-1).to(tl.int64)
+    # 1. Each token's row, and whether the row's sequence begins in this step.
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    row = _find_rows(loc_ptr, token, num_rows, num_halvings)
+    inside = row < num_rows  # or it is padding
+    begin = tl.load(loc_ptr + row, mask=inside, other=0)
+    end = tl.load(loc_ptr + row + 1, mask=inside, other=0)
+    fresh = tl.load(seq_lens_ptr + row, mask=inside, other=0) == end - begin
+    slot = tl.load(slots_ptr + row, mask=inside, other=-1).to(tl.int64)
+    save = tl.load(saves_ptr + token, mask=inside, other=-1).to(tl.int64)
+    token, begin = token.to(tl.int64), begin.to(tl.int64)
+    # 2. The sum over the last K inputs.
+    channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    mask = (channel < SIZE) & (slot >= 0)
     state_ptr = states_ptr + slot * (TAPS * SIZE)
     sums = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
     if HAS_BIAS:
@@ -171,8 +191,6 @@ def causal_conv(
     saves: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
-    *,
-    max_query_len: int,
 ) -> torch.Tensor:
     """Return the causal convolution of every channel by itself, like x `[T, channels]`.
 
@@ -185,10 +203,9 @@ def causal_conv(
     out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0 or num_rows == 0:
         return out
-    tokens = 1 if max_query_len == 1 else TOKENS
     blocks = triton.cdiv(size, CHANNELS)
     shared = {"SIZE": size, "TAPS": taps, "CHANNELS": CHANNELS, "num_warps": 4}
-    _causal_conv_kernel[(num_rows, triton.cdiv(max_query_len, tokens), blocks)](
+    _causal_conv_kernel[(triton.cdiv(x.shape[0], TOKENS), blocks)](
         out,
         x,
         weight,
@@ -201,8 +218,10 @@ def causal_conv(
         x.stride(0),
         out.stride(0),
         weight.stride(0),
+        num_rows,
+        num_rows.bit_length(),
         HAS_BIAS=bias is not None,
-        TOKENS=tokens,
+        TOKENS=TOKENS,
         **shared,
     )
     if taps:

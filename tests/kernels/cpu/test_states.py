@@ -33,7 +33,7 @@ OPS = CpuStateOps()
 def rows_of(step: StateStep) -> StepRows:
     nothing = torch.empty(0)
     states = StepStates(nothing, nothing, step.slots, step.saves)
-    return StepRows(step.query_start_loc, step.seq_lens, step.max_query_len, states)
+    return StepRows(step.query_start_loc, step.seq_lens, states)
 
 
 def recur(have: Recurrence, step: StateStep, **options: Any) -> torch.Tensor:
@@ -49,9 +49,7 @@ def test_convolve(dtype: torch.dtype, width: tuple[int, int, bool], rows: str) -
     x, weight, bias, states = convolution(step, channels, taps, dtype, has_bias=has_bias)
     wide, before = bias if bias is None else bias.double(), states.clone()
     found = OPS.convolve(x, OPS.pack_filter(weight, bias), states, rows_of(step))
-    expected = reference_states.causal_conv(
-        x.double(), weight.double(), wide, before, *step, max_query_len=step.max_query_len
-    )
+    expected = reference_states.causal_conv(x.double(), weight.double(), wide, before, *step)
     assert relative_error(found, expected) < TOLERANCES[dtype]
     assert torch.equal(states, before)
 
