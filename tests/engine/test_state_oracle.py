@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quire.engine.config import EngineConfig
-from quire.engine.devices.cuda.decode_graphs import graph_sizes
+from quire.engine.devices.cuda.step_graphs import graph_sizes
 from quire.engine.errors import ConfigurationError
 from quire.engine.request import Request
 from quire.engine.states.model_states import check_config
