@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from ..cache.block_manager import BlockManager
+from ..cache.grouped_block_manager import make_block_manager
 from ..cache.state_slots import StateSlots
 from ..config import EngineConfig, EngineInfo, WorkerInfo
 from ..events.block_events import BlockEvent
@@ -52,7 +53,15 @@ class EngineCore:
             loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)
         )
         self._trials = Trials()
-        block_manager = make_block_manager(config, loaded, num_blocks)
+        states = _make_state_slots(config, loaded, num_blocks)
+        is_cached = config.enable_prefix_caching and (states is None or states.num_snapshots > 0)
+        block_manager = make_block_manager(
+            num_blocks,
+            config.block_size,
+            loaded.group_windows,
+            enable_prefix_caching=is_cached,
+            states=states,
+        )
         self._scheduler = Scheduler(
             block_manager,
             max_num_seqs=config.max_num_seqs,
@@ -163,24 +172,21 @@ class EngineCore:
         self._scheduler.block_manager.forget_free()
 
 
-def make_block_manager(config: EngineConfig, loaded: WorkerInfo, num_blocks: int) -> BlockManager:
-    """Make the manager of a loaded model's blocks, and of its state slots if its layers keep
-    states. Without room for snapshots of those there is no prefix cache."""
-    states, is_cached = None, config.enable_prefix_caching
-    if loaded.state_bytes:
-        snapshots = loaded.state_snapshots(config, num_blocks)
-        interval = loaded.state_interval(config.block_size)
-        states = StateSlots(config.max_num_seqs, snapshots, config.block_size, interval)
-        is_cached = snapshots > 0
-        logger.info(
-            "the layers that keep a state have %.1f MB for each of %d sequences; the prefix cache "
-            "%s; nothing is drafted",
-            loaded.state_bytes / 1e6,
-            config.max_num_seqs,
-            f"reaches to {snapshots} snapshots of states, one each {interval:,} tokens"
-            if is_cached
-            else "is off",
-        )
-    return BlockManager(
-        num_blocks, config.block_size, enable_prefix_caching=is_cached, states=states
+def _make_state_slots(
+    config: EngineConfig, loaded: WorkerInfo, num_blocks: int
+) -> StateSlots | None:
+    """Make the state slots of a model, if its layers keep states. Without room for snapshots of
+    those there is no prefix cache."""
+    if not loaded.state_bytes:
+        return None
+    snapshots = loaded.state_snapshots(config, num_blocks)
+    interval = loaded.state_interval(config.block_size)
+    reach = f"reaches to {snapshots} snapshots of states, one each {interval:,} tokens"
+    logger.info(
+        "the layers that keep a state have %.1f MB for each of %d sequences; the prefix cache %s; "
+        "nothing is drafted",
+        loaded.state_bytes / 1e6,
+        config.max_num_seqs,
+        reach if snapshots else "is off",
     )
+    return StateSlots(config.max_num_seqs, snapshots, config.block_size, interval)

@@ -18,10 +18,12 @@ from ..step import StateCopy, StateSave
 
 
 def make_state_store(
-    config: EngineConfig, spec: StateSpec, backend: Backend, num_slots: int
-) -> StateStore:
-    """Make the store of the states of a model. Raises ConfigurationError if the device has no room
-    for so many slots."""
+    config: EngineConfig, spec: StateSpec | None, backend: Backend, num_slots: int
+) -> StateStore | None:
+    """Make the store of the states of a model, if its layers keep any. Raises ConfigurationError if
+    the device has no room for so many slots."""
+    if spec is None:
+        return None
     max_num_tokens = max(backend.token_budget(config), config.max_num_seqs)
     try:
         return StateStore(spec, num_slots, config.max_num_seqs, max_num_tokens, backend)

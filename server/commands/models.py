@@ -119,14 +119,12 @@ def _fits(item: ModelOutline, memory: int | None) -> dict[int, int] | None:
     """Return how many sequences fit by their context length; None if it is not known."""
     if memory is None or item.max_model_len is None:
         return None
-    usable, found = int(memory * USABLE_SHARE), {}
     lengths = {length for length in _CONTEXTS if length < item.max_model_len}
-    for length in sorted(lengths | {item.max_model_len}):
-        number = item.sequences(usable, length)
-        if number is None:
-            return None
-        found[length] = number
-    return found
+    fits = {
+        length: item.sequences(int(memory * USABLE_SHARE), length)
+        for length in sorted(lengths | {item.max_model_len})
+    }
+    return {length: number for length, number in fits.items() if number is not None} or None
 
 
 def _as_json(item: ModelOutline, memory: int | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from itertools import count
 from typing import Any
 
-from quire.engine.cache.block_manager import BlockManager
+from quire.engine.cache.grouped_block_manager import make_block_manager
 from quire.engine.cache.state_slots import StateSlots
 from quire.engine.core.step_loop import StepLoop
 from quire.engine.grammar.constraints import NOTHING_PENDING, PendingConstraints
@@ -97,6 +97,7 @@ class Harness:
         check: bool = True,
         run_ahead: bool = False,
         snapshots: int | None = None,
+        windows: tuple[int | None, ...] = (None,),
         **scheduler_fields: Any,
     ) -> None:
         self.time = 0.0
@@ -104,8 +105,8 @@ class Harness:
         states = None
         if snapshots is not None:  # the model's layers keep states
             states = StateSlots(max_num_seqs, snapshots, block_size, 2 * block_size)
-        self.manager = BlockManager(
-            num_blocks, block_size, enable_prefix_caching=prefix_caching, states=states
+        self.manager = make_block_manager(
+            num_blocks, block_size, windows, enable_prefix_caching=prefix_caching, states=states
         )
         self.scheduler = Scheduler(
             self.manager,
@@ -114,7 +115,7 @@ class Harness:
             clock=lambda: self.time,
             **scheduler_fields,
         )
-        self.worker = PagedFakeWorker(num_blocks, block_size, sample)
+        self.worker = PagedFakeWorker(num_blocks, block_size, sample, windows)
         self.loop = StepLoop(
             self.scheduler, self.worker, self._check_reading_rows, run_ahead=run_ahead
         )

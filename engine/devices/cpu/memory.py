@@ -7,9 +7,11 @@ import mmap
 
 import torch
 
-from ...config import SNAPSHOT_SHARE, EngineConfig
+from ...config import SNAPSHOT_SHARE
 from ...errors import ConfigurationError
+from ...layers.layer_groups import blocks_needed
 from ...main_memory import available_memory
+from ..backend import CacheDemand
 
 TYPICAL_TOKENS = 2048
 """Expected tokens of a sequence, for sizing the cache by max_num_seqs."""
@@ -17,25 +19,20 @@ CPU_MEMORY_SHARE = 0.4
 """Maximum share of the available memory that the cache takes by default."""
 
 
-def cache_memory(
-    config: EngineConfig,
-    block_bytes: int,
-    max_model_len: int,
-    adapter_bytes: int = 0,
-    state_bytes: int = 0,
-) -> int:
+def cache_memory(demand: CacheDemand, budget: int) -> int:
     """Return the bytes for the cache: `config.kv_cache_memory_bytes`, or by default room for
-    max_num_seqs sequences of typical length (at least for one of full length), limited to a share
-    of the available memory, which the ranks of a host share out. `adapter_bytes` are not available:
-    LoRA adapters will take them. `state_bytes` are those of the running sequences' states, which
-    with their snapshots are a part of the cache.
+    max_num_seqs sequences of typical length (at least for one of full length) and the `budget` of
+    tokens of a step, limited to a share of the available memory, which the ranks of a host share
+    out. What LoRA adapters will take is not available. The states of running
+    sequences and their snapshots are a part of the cache.
 
     Raises ConfigurationError if more is asked for than is available: the system would kill the
     process once it used that much.
     """
+    config, max_model_len = demand.config, demand.max_model_len
     available, asked = available_memory(), config.kv_cache_memory_bytes
     if available is not None:
-        available = max(available - adapter_bytes, 0)
+        available = max(available - demand.adapter_bytes, 0)
     if asked is not None:
         if available is not None and asked > available:
             raise ConfigurationError(
@@ -43,10 +40,16 @@ def cache_memory(
                 f"{available / 2**30:.2f} GiB of memory are available"
             )
         return asked
-    tokens = max(max_model_len, config.max_num_seqs * min(max_model_len, TYPICAL_TOKENS))
-    wanted = -(-tokens // config.block_size) * block_bytes
-    if state_bytes:
-        wanted += state_bytes + wanted // SNAPSHOT_SHARE
+    windows, size = demand.group_windows, config.block_size
+    typical = min(max_model_len, TYPICAL_TOKENS)
+    blocks = max(
+        blocks_needed(windows, size, max_model_len, step_tokens=2 * budget),
+        blocks_needed(windows, size, typical, width=config.max_num_seqs, step_tokens=budget),
+    )
+    null_block = any(window is not None for window in windows)
+    wanted = (blocks + null_block) * demand.block_bytes
+    if demand.state_bytes:
+        wanted += demand.state_bytes + wanted // SNAPSHOT_SHARE
     share = CPU_MEMORY_SHARE / config.num_peers / config.ranks_per_node
     return wanted if available is None else min(wanted, int(available * share))
 

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import zmq
 
-from quire.engine.cache.block_manager import BlockManager
+from quire.engine.cache.grouped_block_manager import make_block_manager
 from quire.engine.cache.state_slots import StateSlots
 from quire.engine.config import EngineConfig, EngineInfo
 from quire.engine.core.step_loop import StepLoop
@@ -70,8 +70,9 @@ class Hang(Exception):
 class SimWorker(PagedFakeWorker):
     """A paged fake worker with faults. K/V differs by adapter and by salt, too."""
 
-    def __init__(self, world: World, num_blocks: int, block_size: int, table: AdapterTable) -> None:
-        super().__init__(num_blocks, block_size)
+    def __init__(self, world: World, table: AdapterTable) -> None:
+        settings = world.settings
+        super().__init__(settings.num_blocks, settings.block_size, windows=settings.windows)
         self._world = world
         self._table = table
         self._adapters: dict[int, int] = {}
@@ -176,9 +177,10 @@ class SimCore:
         if settings.snapshots is not None:
             size = settings.block_size
             states = StateSlots(settings.max_num_seqs, settings.snapshots, size, 2 * size)
-        self.manager = BlockManager(
+        self.manager = make_block_manager(
             settings.num_blocks,
             settings.block_size,
+            settings.windows,
             enable_prefix_caching=settings.prefix_caching,
             states=states,
         )
@@ -200,7 +202,7 @@ class SimCore:
             adapters=self._table,
             speculator=self.speculator,
         )
-        self.worker = SimWorker(world, settings.num_blocks, settings.block_size, self._table)
+        self.worker = SimWorker(world, self._table)
         self._loop = StepLoop(
             self.scheduler, self.worker, self._constrain, run_ahead=settings.run_ahead
         )
@@ -243,6 +245,8 @@ class SimCore:
             max_model_len=MAX_MODEL_LEN,
             block_size=settings.block_size,
             num_blocks=settings.num_blocks,
+            group_windows=settings.windows,
+            step_tokens=settings.budget * (1 + settings.run_ahead),
             kv_bytes_per_token=1,
             max_num_batched_tokens=settings.budget,
             is_asynchronous=settings.run_ahead,
