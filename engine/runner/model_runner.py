@@ -54,8 +54,8 @@ class ModelRunner:
         num_state_slots: int = 1,
         groups: LayerGroups | None = None,
     ) -> None:
-        """`kv_scales` are those of AttentionMetadata, for a float8 cache. `groups` are of layers with
-        block tables of their own, by default one. Without `adapters` no sequence has one.
+        """`kv_scales` are those of AttentionMetadata, for a float8 cache. `groups` are of layers
+        with block tables of their own, by default one. Without `adapters` no sequence has one.
         `batch` is that of another runner, if this one computes its steps, as other `ranks` do."""
         spec, leads = model.spec, ranks.size > 1 and ranks.rank == 0
         self._model = model
