@@ -86,7 +86,8 @@ def _attend(
         else:
             missing = width - head_dim
             tensors = [F.pad(tensor, (0, missing)) for tensor in tensors]
+    query, key, value = tensors
     output = metadata.plan.attend(
-        *tensors, cache, metadata, sinks=sinks, kv_scales=kv_scales, **options
+        query, key, value, cache, metadata, sinks=sinks, kv_scales=kv_scales, **options
     )
     return output[..., :head_dim] if missing else output

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ..states.step_states import StepStates
+
 
 class AttentionPlan(Protocol):
     """How one step attends on its device.
@@ -60,6 +62,7 @@ class AttentionMetadata:
     num_decodes      sequences with one new token; they are the first rows of every tensor
     max_query_len    maximum number of new tokens of a sequence
     plan             how the device attends in this step; opaque to everything but that device
+    states           those of the layers that keep a state, if there are any
     kv_scales        [num_layers, 2, num_kv_heads] float32: a float8 cache times them is K and V
     others           the metadata of the second and all further groups of layers, if layers have
                      several groups, each with slots and block tables of its own
@@ -76,6 +79,7 @@ class AttentionMetadata:
     max_query_len: int
     plan: AttentionPlan
     kv_scales: torch.Tensor | None = None
+    states: StepStates | None = None
     others: tuple[AttentionMetadata, ...] = ()
     places: abc.Sequence[tuple[tuple[int, int], ...]] | None = None
 

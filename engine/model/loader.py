@@ -28,6 +28,7 @@ from ..parallel.cut_layers import cut_tensors, round_cut_layers
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.stages import cut_stage
 from ..parallel.tensor_plan import body_plan, check_parallel
+from ..states.model_states import check_config
 from .assemble import assemble, weight_facts
 from .causal_lm import CausalLM
 from .classifier import make_scores
@@ -62,6 +63,8 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
     checkpoint = open_checkpoint(config)
     hf_config = read_hf_config(config, checkpoint)
     spec = spec_from_hf_config(hf_config, config)
+    if spec.state is not None:
+        check_config(config, spec.architecture)
     check_parallel(
         config,
         hf_config,

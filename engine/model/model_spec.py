@@ -18,6 +18,7 @@ from ..errors import (
 )
 from ..layers.kv_lines import KVHeads, KVLines
 from ..parallel.tensor_plan import Heads, layers_of
+from ..states.state_spec import ATTENTION_TYPES, LAYER_TYPES, STATE_TYPES, StateSpec, read_state
 from .classifier_layout import read_classifier
 from .embedding_layout import read_embedding
 from .end_tokens import read_end_tokens
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
     from ..parallel.group import Ring
 
-SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Shape and limits of a causal language model.
 
+    `num_layers` counts the layers with K and V, and `kv_layers` are their places among all layers.
+    `state` is what the layers that keep a state keep of a sequence; None if there are none.
     `windows[i]` is how many of the latest tokens layer i attends to, the current one included;
     None means all. `max_position` is the longest context in tokens that the positional encoding
     covers, rope scaling included. `dtype` is the checkpoint's, as a torch name without the prefix.
@@ -68,6 +69,9 @@ class ModelSpec:
         if self.layer_heads is not None:
             return self.layer_heads[layer]
         return KVHeads(self.num_kv_heads, self.head_dim)
+
+    state: StateSpec | None = None
+    kv_layers: tuple[int, ...] = ()
 
     def kv_bytes_per_token(self, element_size: int, step_bytes: int = 0) -> int:
         """Return the bytes of one token's K and V over all layers; `element_size` is in bytes. Each
@@ -136,9 +140,15 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
     architecture = (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
     _refuse_unsupported(hf_config, text, architecture)
     try:
+        kinds = _layer_types(text, architecture)
+        kv_layers = tuple(i for i, kind in enumerate(kinds) if kind in ATTENTION_TYPES)
+        if not kv_layers:
+            raise UnsupportedModelError(
+                f"{architecture}: its layers are of type {', '.join(sorted(set(kinds)))}, and none "
+                "attends"
+            )
         heads: int = text.num_attention_heads
-        num_layers: int = text.num_hidden_layers
-        windows = _windows(text, num_layers, architecture)
+        windows = _windows(text, [kinds[layer] for layer in kv_layers])
         if getattr(text, "is_heterogeneous", False):
             shapes = _unequal_heads(text, windows, architecture)
         else:
@@ -148,7 +158,7 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
             }
         return ModelSpec(
             architecture=architecture,
-            num_layers=num_layers,
+            num_layers=len(kv_layers),
             num_attention_heads=heads,
             vocab_size=text.vocab_size,
             max_position=_max_position(text),
@@ -159,6 +169,8 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
             ),
             embedding=read_embedding(hf_config, config),
             classifier=read_classifier(hf_config, config),
+            state=_state(text, kinds, architecture),
+            kv_layers=kv_layers,
             **shapes,
         )
     except AttributeError as error:
@@ -216,23 +228,39 @@ def _refuse_unsupported(hf_config: Any, text: Any, architecture: str) -> None:
     quantization = getattr(hf_config, "quantization_config", None)
     if quantization is not None:
         check_method(quantization)
-    odd = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES)
+    odd = sorted(set(getattr(text, "layer_types", None) or ()) - LAYER_TYPES)
     if odd:
         refuse(f"layers of type {', '.join(odd)} are not supported")
 
 
-def _windows(text: Any, num_layers: int, architecture: str) -> tuple[int | None, ...]:
-    window: int | None = getattr(text, "sliding_window", None)
+def _layer_types(text: Any, architecture: str) -> list[str]:
+    """Return the type of each layer. If the configuration names none, all layers attend alike:
+    through a window, if it has one."""
+    num_layers: int = text.num_hidden_layers
     layer_types = getattr(text, "layer_types", None)
     if layer_types is None:
-        return (window,) * num_layers
+        return ["sliding_attention"] * num_layers
     if len(layer_types) < num_layers:
         raise UnsupportedModelError(
             f"{architecture}: {len(layer_types)} layer types for {num_layers} layers"
         )
-    return tuple(
-        window if kind == "sliding_attention" else None for kind in layer_types[:num_layers]
-    )
+    return list(layer_types[:num_layers])
+
+
+def _windows(text: Any, kinds: list[str]) -> tuple[int | None, ...]:
+    """Return the windows of layers with K and V."""
+    window: int | None = getattr(text, "sliding_window", None)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _state(text: Any, kinds: list[str], architecture: str) -> StateSpec | None:
+    try:
+        return read_state(text, kinds)
+    except AttributeError as error:
+        odd = ", ".join(sorted(STATE_TYPES.intersection(kinds)))
+        raise UnsupportedModelError(
+            f"{architecture}: layers of type {odd} keep a state of a kind that is not supported"
+        ) from error
 
 
 def _max_position(text: Any) -> int:

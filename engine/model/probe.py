@@ -18,7 +18,10 @@ from transformers import AttentionInterface
 
 from ..attention.interface import IMPLEMENTATION
 from ..errors import UnsupportedModelError, one_line
-from .model_spec import SUPPORTED_LAYER_TYPES, ModelSpec
+from ..states.layers import allocate_states
+from ..states.state_spec import ATTENTION_TYPES
+from ..states.step_states import StepStates
+from .model_spec import ModelSpec
 from .text_part import NO_INTERFACE, text_body
 
 logger = logging.getLogger("quire.engine")
@@ -74,7 +77,7 @@ class ProbeResult(NamedTuple):
 
 def check_class(model: Any, spec: ModelSpec) -> None:
     """Raise UnsupportedModelError if the class of a transformers model cannot be served."""
-    if getattr(model, "_is_stateful", False) and _keeps_state(model):
+    if spec.state is None and getattr(model, "_is_stateful", False) and _keeps_state(model):
         refuse(spec, "its layers keep a state beside K and V (recurrent or state space)")
     if not type(model)._can_set_attn_implementation():
         refuse(spec, NO_INTERFACE)
@@ -88,7 +91,7 @@ def _keeps_state(model: Any) -> bool:
     They don't if all layers are stated to be of attention, and none has the weights of a state.
     """
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
-    if not kinds or not SUPPORTED_LAYER_TYPES.issuperset(kinds):
+    if not kinds or not ATTENTION_TYPES.issuperset(kinds):
         return True
     return any(
         name.rpartition(".")[2] == "A_log" or ".conv" in name
@@ -135,9 +138,19 @@ def difference_of(hidden: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class _Calls(list[LayerCall]):
-    """The calls of the layers; K and V are rounded to `kv_dtype` and back, if there is one."""
+    """The calls of the layers; K and V are rounded to `kv_dtype` and back, if there is one. It is
+    also the layout of the probe's step, for layers that keep a state."""
 
     kv_dtype: torch.dtype | None = None
+    states: StepStates | None = None
+
+    def begin_states(self, spec: ModelSpec, device: torch.device) -> None:
+        """Let the probe's tokens be a sequence that begins, with the only slot of states."""
+        if spec.state is not None:
+            self.states = allocate_states(spec.state, 1, 3, device)
+            self.states.slots.zero_()
+            self.query_start_loc = self.states.slots.new_tensor([0, 3])
+            self.seq_lens = self.states.slots.new_tensor([3])
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,6 +167,7 @@ def run_probe(
     AttentionInterface.register(_PROBE, _probe_attention)
     calls = _Calls()
     calls.kv_dtype = kv_dtype
+    calls.begin_states(spec, model.device)
     text = text_body(model)
     attends = model if text is model.base_model else text
     attends.set_attn_implementation(_PROBE)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from ..config import EngineConfig
+from ..config import SNAPSHOT_SHARE, EngineConfig, WorkerInfo
 from ..devices.backend import Backend
 from ..errors import ConfigurationError
 from ..layers.layer_groups import LayerGroups, blocks_needed, longest_that_fits
@@ -30,8 +30,13 @@ def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 def choose_groups(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> LayerGroups:
     """Return the groups of a model's layers. There is one if each of several stages has a part of
-    the layers, and if a draft model shares the block tables."""
-    if config.pipeline_parallel_size > 1 or config.speculative_model is not None:
+    the layers, if a draft model shares the block tables, and if layers keep a state, whose
+    snapshots say how far a prefix reaches."""
+    if (
+        config.pipeline_parallel_size > 1
+        or config.speculative_model is not None
+        or spec.state is not None
+    ):
         return LayerGroups.one_table(len(spec.lines.windows))
     return LayerGroups.choose(spec.lines.windows, max_model_len, config.block_size)
 
@@ -82,6 +87,24 @@ def check_tables(config: EngineConfig, groups: LayerGroups, max_model_len: int) 
             f"tokens would have {entries} entries; the limit is {MAX_TABLE_ENTRIES}: lower "
             "--max-num-seqs or --max-model-len, or raise --block-size"
         )
+
+
+def memory_beside_states(memory: int, config: EngineConfig, info: WorkerInfo) -> int:
+    """Return what is left of `memory` bytes for blocks: the states of max_num_seqs sequences come
+    first, and snapshots of states take a share of the rest.
+
+    Raises ConfigurationError if the states leave nothing, unless the number of blocks is given.
+    """
+    left = memory - config.max_num_seqs * info.state_bytes
+    if left <= 0 and config.num_blocks is None:
+        raise ConfigurationError(
+            f"the states of {config.max_num_seqs} sequences ({info.state_bytes / 1e6:.1f} MB each) "
+            f"leave nothing of {_gib(memory)} for the KV cache: lower --max-num-seqs to "
+            f"{max(memory // (2 * info.state_bytes), 1)} or less, or give it more memory"
+        )
+    if config.enable_prefix_caching:
+        left = left * SNAPSHOT_SHARE // (SNAPSHOT_SHARE + 1)
+    return left
 
 
 def num_blocks_from_memory(

@@ -32,6 +32,7 @@ from .kv_cache import (
     block_bytes,
     check_tables,
     choose_groups,
+    memory_beside_states,
     num_blocks_from_memory,
     token_bytes,
 )
@@ -103,7 +104,7 @@ class Worker:
             self._draft.expect_positions(self._max_model_len)
         draft = self._draft
         cache_dtype = str(self._cache_dtype).removeprefix("torch.")
-        return WorkerInfo(
+        self._info = WorkerInfo(
             architecture=spec.architecture,
             device=_device_name(model.device, config.num_ranks),
             dtype=str(model.dtype).removeprefix("torch."),
@@ -131,7 +132,9 @@ class Worker:
             kv_cache_dtype=None if self._cache_dtype == model.dtype else cache_dtype,
             adapters=() if self._adapters is None else tuple(self._adapters.sources),
             max_lora_rank=None if self._adapters is None else self._adapters.max_rank,
+            state_bytes=0 if spec.state is None else spec.state.num_bytes,
         )
+        return self._info
 
     def profile(self) -> int:
         try:
@@ -149,10 +152,13 @@ class Worker:
             own = LayerGroups.one_table(len(draft.spec.lines.windows))
             size += block_bytes(draft.spec, own, config.block_size, draft.kv_cache_dtype)
         adapters = 0 if self._adapters is None else self._adapters.slots.num_bytes
+        states = self._info.state_bytes * config.max_num_seqs
         demand = CacheDemand(
-            config, spec.architecture, size, groups.windows, max_model_len, adapters
+            config, spec.architecture, size, groups.windows, max_model_len, adapters, states
         )
         memory = self._backend.cache_memory(demand, self._make_runner)
+        if states:
+            memory = memory_beside_states(memory, config, self._info)
         ahead = self._backend.is_asynchronous
         if config.async_scheduling is not None:
             ahead = config.async_scheduling
@@ -161,7 +167,8 @@ class Worker:
             memory, config, groups, size, max_model_len, step_tokens
         )
         num_blocks = min(number for (number,) in self._ranks.agree([num_blocks]))
-        self._runner = self._make_runner(num_blocks)
+        num_slots = config.max_num_seqs + self._info.state_snapshots(config, num_blocks)
+        self._runner = self._make_runner(num_blocks, num_slots)
         self._runner.prepare()
         check_alike(self._ranks, "which steps are captured", [self._runner.num_graphs])
         if self._adapters is not None:
@@ -197,7 +204,7 @@ class Worker:
         assert self._adapters is not None
         self._adapters.drop(adapter_id)
 
-    def _make_runner(self, num_blocks: int) -> ModelRunner:
+    def _make_runner(self, num_blocks: int, num_state_slots: int = 1) -> ModelRunner:
         arguments = (
             self._model,
             self._backend,
@@ -208,7 +215,12 @@ class Worker:
             self._adapters,
         )
         if self._draft is None:
-            return ModelRunner(*arguments, ranks=self._ranks, groups=self._groups)
+            return ModelRunner(
+                *arguments,
+                ranks=self._ranks,
+                groups=self._groups,
+                num_state_slots=num_state_slots,
+            )
         one_table = LayerGroups.one_table(len(self._draft.spec.lines.windows))
         return SpeculativeRunner(
             *arguments,

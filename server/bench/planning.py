@@ -300,6 +300,8 @@ def _describe(
     if found.refused or not (found.num_parameters and found.weight_bytes):
         reason = found.refused or "its weights are not on this machine"
         raise ConfigurationError(f"the size of {model} is not known: {reason}")
+    if found.state_bytes:
+        raise ConfigurationError(f"{model} has layers that keep a state; no plan knows them")
     spec = spec_from_hf_config(read_hf_config(config), config)
     max_model_len, size = a.max_model_len or spec.max_position, a.block_size or config.block_size
     if measured is not None:

@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any
 
 from quire.engine.cache.grouped_block_manager import make_block_manager
+from quire.engine.cache.state_slots import StateSlots
 from quire.engine.core.step_loop import StepLoop
 from quire.engine.grammar.constraints import NOTHING_PENDING, PendingConstraints
 from quire.engine.outputs import SequenceOutput
@@ -95,13 +96,17 @@ class Harness:
         prefix_caching: bool = True,
         check: bool = True,
         run_ahead: bool = False,
+        snapshots: int | None = None,
         windows: tuple[int | None, ...] = (None,),
         **scheduler_fields: Any,
     ) -> None:
         self.time = 0.0
         self.check = check
+        states = None
+        if snapshots is not None:  # the model's layers keep states
+            states = StateSlots(max_num_seqs, snapshots, block_size, 2 * block_size)
         self.manager = make_block_manager(
-            num_blocks, block_size, windows, enable_prefix_caching=prefix_caching
+            num_blocks, block_size, windows, enable_prefix_caching=prefix_caching, states=states
         )
         self.scheduler = Scheduler(
             self.manager,

@@ -18,7 +18,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
@@ -101,6 +101,8 @@ class Settings:
     check_every: int
     swarm: frozenset[str]
     num_engines: int
+    snapshots: int | None = None
+    """How many snapshots of states there may be; None: the model's layers keep no states."""
 
     @classmethod
     def draw(cls, seed: int, num_requests: int) -> Settings:
@@ -110,7 +112,7 @@ class Settings:
         budget = max(block_size, rng.choice([4, 8, 16, 32, 64, 128]))
         limits = [None, max(block_size, budget // 2)]
         windows = random.Random(f"windows {seed}").choice(WINDOWS)
-        return cls(
+        settings = cls(
             seed=seed,
             num_requests=num_requests,
             block_size=block_size,
@@ -132,6 +134,12 @@ class Settings:
             swarm=swarm,
             num_engines=rng.choice([1, 1, 1, 2, 3]),
         )
+        if settings.speculation != "none":  # a state cannot be rewound
+            return settings
+        snapshots = random.Random(f"states {seed}").choice([None, 0, 1, 3, 20])
+        if snapshots is None or settings.prefix_caching:
+            return replace(settings, snapshots=snapshots)
+        return replace(settings, snapshots=0)
 
     @property
     def late_seconds(self) -> float:
