@@ -15,6 +15,7 @@ idea of vLLM's automatic prefix caching; token-granular matches are that of SGLa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..sequence import Sequence
@@ -66,6 +67,8 @@ class PrefixIndex:
         """Parent hash → the block that was indexed last after it."""
         self.recorder: BlockRecorder | None = None
         """Told of all full blocks that are lost, while somebody follows them."""
+        self.is_kept: Callable[[bytes], bool] = lambda own_hash: False
+        """Whether a full block is not lost with its entry here, since it is kept elsewhere."""
 
     def __contains__(self, block: int) -> bool:
         return block in self._entries
@@ -123,6 +126,10 @@ class PrefixIndex:
                     return entry
         return None
 
+    def hash_of(self, block: int) -> bytes | None:
+        """Return the hash of a block that has an entry, or None if it is not full."""
+        return self._entries[block].hash
+
     def hashes(self) -> list[bytes]:
         """Return the hashes of all full blocks that can be found."""
         return list(self._by_hash)
@@ -166,7 +173,7 @@ class PrefixIndex:
             return
         if entry.hash is not None:
             del self._by_hash[entry.hash]
-            if self.recorder is not None:
+            if self.recorder is not None and not self.is_kept(entry.hash):
                 self.recorder.removed(entry.hash)
         key = (entry.parent, entry.token_ids[0])
         siblings = self._siblings[key]

@@ -159,6 +159,9 @@ class Worker:
         assert isinstance(self._runner, SpeculativeRunner)
         return self._runner.propose(scheduler_output)
 
+    def attach_host_memory(self, memory: memoryview) -> float:
+        return self._runner.attach_host_memory(memory)
+
     def follow(self, plan: StepPlan) -> None:
         """Run a step that rank 0 has planned. Called on all other ranks, in place of `forward`."""
         self._runner.follow(plan)

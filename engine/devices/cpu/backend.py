@@ -26,6 +26,7 @@ from .attention import CpuPlanner
 from .decoder import CpuDecoder, can_compile
 from .draws import CpuDraws
 from .experts import pack_experts
+from .host_blocks import CpuHostBlocks
 from .inputs import HostInputs
 from .memory import allocate_kv_cache, cache_memory
 from .packed_linear import pack_linears, unmap_weights
@@ -128,9 +129,8 @@ class CpuBackend:
         return Sampler(vocab_size, self.device, CpuDraws(vocab_size))
 
     def cache_memory(self, demand: CacheDemand, start: StartRehearsal) -> int:
-        return cache_memory(
-            demand.config, demand.block_bytes, demand.max_model_len, demand.adapter_bytes
-        )
+        others = demand.adapter_bytes + (demand.config.kv_offloading_size or 0)
+        return cache_memory(demand.config, demand.block_bytes, demand.max_model_len, others)
 
     def allocate_kv_cache(
         self, shape: tuple[int, ...], dtype: torch.dtype, *, commit: bool
@@ -140,6 +140,11 @@ class CpuBackend:
     def copy_blocks(self, kv_cache: torch.Tensor, copies: abc.Sequence[BlockCopy]) -> None:
         sources, destinations = to_device(copies, torch.int64, self.device).T
         kv_cache[:, :, destinations] = kv_cache[:, :, sources]
+
+    def make_host_blocks(
+        self, caches: abc.Sequence[torch.Tensor], memory: memoryview
+    ) -> CpuHostBlocks:
+        return CpuHostBlocks(caches, memory)
 
     def make_inputs(
         self, max_num_seqs: int, max_num_tokens: int, max_blocks: int, block_size: int

@@ -18,19 +18,19 @@ CPU_MEMORY_SHARE = 0.4
 
 
 def cache_memory(
-    config: EngineConfig, block_bytes: int, max_model_len: int, adapter_bytes: int = 0
+    config: EngineConfig, block_bytes: int, max_model_len: int, other_bytes: int = 0
 ) -> int:
     """Return the bytes for the cache: `config.kv_cache_memory_bytes`, or by default room for
     max_num_seqs sequences of typical length (at least for one of full length), limited to a share
-    of the available memory, which the ranks of a host share out. `adapter_bytes` are not available:
-    LoRA adapters will take them.
+    of the available memory, which the ranks of a host share out. `other_bytes` are not available:
+    LoRA adapters or evicted blocks will take them.
 
     Raises ConfigurationError if more is asked for than is available: the system would kill the
     process once it used that much.
     """
     available, asked = available_memory(), config.kv_cache_memory_bytes
     if available is not None:
-        available = max(available - adapter_bytes, 0)
+        available = max(available - other_bytes, 0)
     if asked is not None:
         if available is not None and asked > available:
             raise ConfigurationError(

@@ -13,6 +13,7 @@ Read in this order:
     decode_graphs.py    CUDA graphs of decode steps
     draws.py            draws
     memory.py           a GPU's memory
+    host_blocks.py      copies blocks of the KV cache to host memory, and back
     requirements.py     which GPUs, and which releases of Triton, are refused
 
 May import: the rooms that engine.devices may, and kernels.cuda.

@@ -37,6 +37,7 @@ from .decode_graphs import (
     graph_sizes,
 )
 from .draws import CudaDraws
+from .host_blocks import CudaHostBlocks
 from .inputs import DeviceInputs
 from .kernels import TRITON, Kernels
 from .memory import free_memory, others_memory, total_memory
@@ -187,6 +188,11 @@ class CudaBackend:
     def copy_blocks(self, kv_cache: torch.Tensor, copies: abc.Sequence[BlockCopy]) -> None:
         sources, destinations = to_device(copies, torch.int64, self.device).T.contiguous()
         self._kernels.copy_blocks(kv_cache, sources, destinations)
+
+    def make_host_blocks(
+        self, caches: abc.Sequence[torch.Tensor], memory: memoryview
+    ) -> CudaHostBlocks:
+        return CudaHostBlocks(caches, memory, self.device)
 
     def make_inputs(
         self, max_num_seqs: int, max_num_tokens: int, max_blocks: int, block_size: int

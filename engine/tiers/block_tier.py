@@ -1,0 +1,325 @@
+"""Evicted blocks in host memory and below it, as the scheduler uses them.
+
+    the pool reuses a cached block ─▶ take ─▶ a save in the step's plan ─▶ a slot of host memory
+                                                                              │ least recently used
+                         block of the pool ◀─ a load in a plan ◀─ slot ◀──────┤
+                                                                   ▲          ▼
+                                                          verified └──── the store below
+
+readmission.py decides what comes back, and when.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, abc
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import NamedTuple
+
+from ..cache.block_manager import BlockManager
+from ..outputs import TierStats
+from ..step import BlockLoad, BlockSave, SchedulerOutput
+from .host_store import HostStore
+from .lower_tier import LowerTier
+from .transfer_cost import TransferCost
+
+LOAD_SECONDS = 0.05
+"""Time that loads may add to one step, for which all running sequences wait."""
+MAX_LOADS = 4096
+"""Blocks that a step may load, however fast that is."""
+_CLEAN_SHARE = 4
+"""One slot of so many is kept free, or has content that the store below has as well."""
+CLOSE_SECONDS = 1.5
+"""Time that writes get when the engine ends."""
+
+
+class _Fetch(NamedTuple):
+    """A block on its way from the store below into a slot. If it is not `wanted` any more, it is
+    dropped when it arrives."""
+
+    slot: int
+    result: Future[float | None]
+    wanted: bool = True
+
+
+class BlockTier:
+    """Implements EvictedBlocks. All methods are the engine's thread's."""
+
+    def __init__(
+        self,
+        manager: BlockManager,
+        host: HostStore,
+        cost: TransferCost,
+        block_bytes: int,
+        lower: LowerTier | None = None,
+        *,
+        lag: int = 0,
+        clock: abc.Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`lag` is how many steps the device's copies may still run after the results of theirs
+        have arrived."""
+        self._manager = manager
+        self.host = host
+        self.lower = lower
+        self.cost = cost
+        self._block_bytes = block_bytes
+        self._lag = lag
+        self._clock = clock
+        self._step = 0
+        self._saves: list[BlockSave] = []
+        self._loads: list[BlockLoad] = []
+        self._dirty: OrderedDict[bytes, None] = OrderedDict()
+        """Blocks in host memory that the store below must still get, if there is one; the least
+        recently used first."""
+        self._local: set[bytes] = set()
+        """Blocks that must not outlive the process."""
+        self._fetches: dict[bytes, _Fetch] = {}
+        self._planned: dict[int, float] = {}
+        """When each step in flight was planned."""
+        self._last_results = 0.0
+        self._saved = self._loaded = self._dropped = 0
+        self._written = self._read = 0
+        manager.pool.evicted_blocks = self
+        manager.pool.index.is_kept = self.holds
+
+    # -- EvictedBlocks ---------------------------------------------------------------------
+
+    def take(self, block: int, own_hash: bytes | None) -> None:
+        if own_hash is None:
+            return
+        if own_hash in self.host:
+            self._touch(own_hash)
+            return
+        slot = self._free_slot() if self.cost.copy_pays else None
+        if slot is None:
+            self._dropped += 1
+            self._local.discard(own_hash)
+            return
+        self._put(own_hash, slot, self._step)
+        self._saves.append(BlockSave(block, slot))
+        self._saved += 1
+
+    def holds(self, own_hash: bytes) -> bool:
+        if own_hash in self.host:
+            return True
+        return self.lower is not None and own_hash in self.lower.hashes()
+
+    def hashes(self) -> abc.Set[bytes]:
+        found = set(self.host.hashes())
+        return found if self.lower is None else found | self.lower.hashes()
+
+    def keep_here(self, own_hash: bytes) -> None:
+        if self.lower is not None:
+            self._local.add(own_hash)
+
+    def discard(self, hashes: abc.Iterable[bytes]) -> None:
+        for own_hash in hashes:
+            was_held = self.holds(own_hash)
+            self.host.discard(own_hash)
+            self._dirty.pop(own_hash, None)
+            self._give_up_fetch(own_hash)
+            if self.lower is not None:
+                self.lower.discard(own_hash)
+            if was_held:
+                self._removed(own_hash)
+
+    # -- steps -----------------------------------------------------------------------------
+
+    def begin_step(self, step: int) -> None:
+        """Begin to plan a step: blocks that are taken and brought back from now on belong to it."""
+        self._step = step
+        self._planned[step] = self._clock()
+        if self.lower is not None:
+            self.poll()
+
+    def complete(self, plan: SchedulerOutput) -> SchedulerOutput:
+        """Return the planned step with its copies from and to host memory."""
+        if not (self._saves or self._loads):
+            return plan
+        saves, loads, self._saves, self._loads = self._saves, self._loads, [], []
+        return plan._replace(block_saves=saves, block_loads=loads)
+
+    def end_step(self, plan: SchedulerOutput) -> None:
+        """Note that the results of a step have arrived, and learn from its time."""
+        self.host.ended = max(self.host.ended, plan.step - self._lag)
+        now = self._clock()
+        begin = max(self._planned.pop(plan.step, now), self._last_results)
+        self._last_results = now
+        self._planned = {step: at for step, at in self._planned.items() if step > plan.step}
+        if len(plan.token_ids) > 2 * len(plan.seq_ids):  # it is the tokens of prompts that count
+            copies = len(plan.block_saves) + len(plan.block_loads)
+            copied = copies * self.cost.copy_seconds
+            self.cost.observe_step(len(plan.token_ids), now - begin - copied)
+
+    def poll(self) -> None:
+        """Take in what the threads have done, and give the store below what it should write."""
+        lower = self.lower
+        if lower is None:
+            return
+        for own_hash, fetch in [item for item in self._fetches.items() if item[1].result.done()]:
+            del self._fetches[own_hash]
+            seconds = fetch.result.result()
+            if not fetch.wanted:
+                self.host.give_back(fetch.slot)
+                continue
+            lower.loaded(own_hash, ok=seconds is not None)
+            if seconds is not None:
+                self.cost.observe_load(seconds)
+                self._read += 1
+            if seconds is None or own_hash in self.host:
+                self.host.give_back(fetch.slot)
+            else:
+                self.host.put(own_hash, fetch.slot)
+        for written in lower.take_written():
+            self.host.let_go(written.slot)
+            self._written += written.kept
+            for lost in written.lost:
+                if lost not in self.host:
+                    self._removed(lost)
+        self._write_dirty(self.host.num_slots - -(-self.host.num_slots // _CLEAN_SHARE))
+
+    def _write_dirty(self, limit: int) -> None:
+        """Give blocks to the store below until no more than `limit` are only in host memory."""
+        lower = self.lower
+        assert lower is not None
+        while len(self._dirty) > limit and lower.can_write:
+            if not self._write(next(iter(self._dirty))):
+                break
+
+    def _write(self, own_hash: bytes) -> bool:
+        """Give a dirty block to the store below; return False if its save belongs to a step that
+        has not ended."""
+        slot = self.host.hold(own_hash)
+        if slot is None or self.lower is None:
+            return False
+        del self._dirty[own_hash]
+        self.lower.store(own_hash, slot, self.host.view(slot))
+        return True
+
+    # -- slots -----------------------------------------------------------------------------
+
+    def _free_slot(self) -> int | None:
+        """Take a slot, giving up the least recently used block if there is no other."""
+        reserved = self.host.reserve()
+        if reserved is None:
+            return None
+        slot, lost = reserved
+        if lost is not None:
+            self._dirty.pop(lost, None)
+            self._local.discard(lost)
+            if not self.holds(lost):
+                self._dropped += 1
+                self._removed(lost)
+        return slot
+
+    def _put(self, own_hash: bytes, slot: int, step: int) -> None:
+        """Let a slot hold a block that the device saves in this step."""
+        self.host.put(own_hash, slot, step)
+        lower = self.lower
+        if lower is None or own_hash in self._local:
+            return
+        if lower.contains([own_hash]):
+            lower.remember(own_hash)
+        else:
+            self._dirty[own_hash] = None
+
+    def _touch(self, own_hash: bytes, step: int | None = None) -> int:
+        if own_hash in self._dirty:
+            self._dirty.move_to_end(own_hash)
+        return self.host.use(own_hash, step)
+
+    def _removed(self, own_hash: bytes) -> None:
+        """Tell whoever follows the blocks that one is gone, unless the pool still has it."""
+        index = self._manager.pool.index
+        if index.recorder is not None and index.lookup(own_hash) is None:
+            index.recorder.removed(own_hash)
+
+    # -- loads -----------------------------------------------------------------------------
+
+    @property
+    def num_loads_left(self) -> int:
+        """How many blocks the step that is being planned may still load."""
+        fast_enough = int(LOAD_SECONDS / max(self.cost.copy_seconds, 1e-9))
+        return max(1, min(MAX_LOADS, fast_enough)) - len(self._loads)
+
+    def plan_loads(self, hashes: list[bytes], allocate: abc.Callable[[], int]) -> list[int]:
+        """Plan the loads of blocks that are in host memory into blocks of the pool, which are
+        returned."""
+        slots = [self._touch(own_hash, self._step) for own_hash in hashes]  # none is reused now
+        blocks = [allocate() for _ in slots]
+        self._loads += map(BlockLoad, slots, blocks)
+        self._loaded += len(blocks)
+        return blocks
+
+    @property
+    def max_fetches(self) -> int:
+        """How many blocks may come from the store below at a time."""
+        return max(self.host.num_slots // 2, 1)
+
+    def is_coming(self, own_hash: bytes) -> bool:
+        """Return whether a block is on its way from the store below."""
+        return own_hash in self._fetches
+
+    def fetch(self, own_hash: bytes) -> bool:
+        """Begin to fetch a block from the store below; return False if no slot is free for it."""
+        assert self.lower is not None
+        slot = self._free_slot() if len(self._fetches) < self.max_fetches else None
+        if slot is None:
+            return False
+        self._fetches[own_hash] = _Fetch(slot, self.lower.load(own_hash, self.host.view(slot)))
+        return True
+
+    def _give_up_fetch(self, own_hash: bytes) -> None:
+        fetch = self._fetches.get(own_hash)
+        if fetch is not None:
+            self._fetches[own_hash] = fetch._replace(wanted=False)
+
+    def wait(self, timeout: float) -> None:
+        """Wait until a block has come from the store below, if any is on its way, at most
+        `timeout` seconds."""
+        if self._fetches:
+            results = [fetch.result for fetch in self._fetches.values()]
+            wait(results, timeout, return_when=FIRST_COMPLETED)
+
+    # -- all at once -----------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Forget all blocks. What is on its way is not found either."""
+        held = self.hashes()
+        for own_hash in self.host.hashes():
+            self.host.discard(own_hash)
+        self._dirty.clear()
+        for own_hash in list(self._fetches):
+            self._give_up_fetch(own_hash)
+        if self.lower is not None:
+            self.lower.clear()
+        for own_hash in held:
+            self._removed(own_hash)
+
+    def close(self) -> None:
+        """Give the store below what only host memory has, the most recently used first, as far as
+        the time reaches, and close it."""
+        lower = self.lower
+        if lower is None:
+            return
+        until = time.monotonic() + CLOSE_SECONDS
+        self.poll()
+        for own_hash in [own_hash for own_hash in reversed(self._dirty) if own_hash in self.host]:
+            while not lower.can_write and time.monotonic() < until:
+                time.sleep(0.001)
+                self.poll()
+            if time.monotonic() >= until:
+                break
+            self._write(own_hash)
+        lower.close(max(until - time.monotonic(), 0.1))
+
+    def stats(self) -> list[TierStats]:
+        """Return the numbers of host memory, and of the store below."""
+        host, lower, size = self.host, self.lower, self._block_bytes
+        counts = self._saved, self._loaded, self._dropped
+        stats = [TierStats("host", len(host), host.num_slots, size, *counts, 0)]
+        if lower is not None:
+            counts = self._written, self._read, 0
+            known = len(lower.hashes())
+            stats.append(TierStats(lower.name, known, None, size, *counts, lower.failures))
+        return stats

@@ -1,0 +1,67 @@
+"""Metrics of the tiers where evicted KV blocks go. They exist once the engine reports a tier."""
+
+from __future__ import annotations
+
+from collections import abc
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from ..engine.outputs import TierStats
+
+_COUNTERS = {
+    "stored": "copied to the tier",
+    "loaded": "copied from the tier",
+    "dropped": "given up for lack of room, or since computing them anew is faster",
+    "failures": "that could not be stored, or not be loaded whole and intact",
+}
+"""Fields of TierStats that count since the engine's start → what the help says of their blocks."""
+_BYTES = ("stored", "loaded")
+"""Those of them whose bytes are counted as well."""
+TIER_FAMILIES = (
+    "kv_tier_blocks",
+    *(f"kv_tier_{field}_blocks" for field in _COUNTERS),
+    *(f"kv_tier_{field}_bytes" for field in _BYTES),
+)
+"""Families, without prefix."""
+
+
+class TierMetrics:
+    """Shows one engine's tiers under the label `tier`."""
+
+    def __init__(
+        self, prefix: str, labels: abc.Mapping[str, str], registry: CollectorRegistry
+    ) -> None:
+        names = [*labels, "tier"]
+        self._labels = labels
+        self._blocks = Gauge(
+            f"{prefix}:kv_tier_blocks", "Blocks that the tier holds.", names, registry=registry
+        )
+        self._counters = {
+            field: Counter(
+                f"{prefix}:kv_tier_{field}_blocks", f"Blocks {text}.", names, registry=registry
+            )
+            for field, text in _COUNTERS.items()
+        }
+        self._bytes = {
+            field: Counter(
+                f"{prefix}:kv_tier_{field}_bytes",
+                f"Bytes of blocks {_COUNTERS[field]}.",
+                names,
+                registry=registry,
+            )
+            for field in _BYTES
+        }
+
+    def observe(self, tiers: abc.Iterable[TierStats], last: abc.Iterable[TierStats]) -> None:
+        """Record the tiers after a step; `last` are those after the step before, if there was one
+        since the engine's start."""
+        before = {one.tier: one for one in last}
+        for one in tiers:
+            labels = {**self._labels, "tier": one.tier}
+            self._blocks.labels(**labels).set(one.num_blocks)
+            for field, counter in self._counters.items():
+                old = getattr(before[one.tier], field) if one.tier in before else 0
+                count = getattr(one, field) - old
+                counter.labels(**labels).inc(count)
+                if field in self._bytes:
+                    self._bytes[field].labels(**labels).inc(count * one.block_bytes)
