@@ -160,6 +160,10 @@ class EngineStats(NamedTuple):
         """Share of the blocks that sequences hold, 0 to 1."""
         return 1.0 - self.num_free_blocks / self.num_blocks
 
+    def fields(self) -> dict[str, object]:
+        """Return the fields by name, those of the tiers included."""
+        return {**self._asdict(), "tiers": [tier._asdict() for tier in self.tiers]}
+
 
 class StepOutput(NamedTuple):
     """All that one step sends back, in one message."""

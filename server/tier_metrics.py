@@ -9,17 +9,24 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from ..engine.outputs import TierStats
 
 _COUNTERS = {
-    "stored": "copied to the tier",
-    "loaded": "copied from the tier",
-    "dropped": "given up for lack of room, or since computing them anew is faster",
-    "failures": "that could not be stored, or not be loaded whole and intact",
+    "stored": ("kv_tier_stored_blocks", "copied to the tier"),
+    "loaded": ("kv_tier_loaded_blocks", "copied from the tier"),
+    "dropped": (
+        "kv_tier_dropped_blocks",
+        "given up for lack of room, or since computing them anew is faster",
+    ),
+    "failures": (
+        "kv_tier_failed_blocks",
+        "that could not be stored, or not be loaded whole and intact",
+    ),
 }
-"""Fields of TierStats that count since the engine's start → what the help says of their blocks."""
+"""Fields of TierStats that count since the engine's start → name, and what the help says of their
+blocks."""
 _BYTES = ("stored", "loaded")
 """Those of them whose bytes are counted as well."""
 TIER_FAMILIES = (
     "kv_tier_blocks",
-    *(f"kv_tier_{field}_blocks" for field in _COUNTERS),
+    *(name for name, _ in _COUNTERS.values()),
     *(f"kv_tier_{field}_bytes" for field in _BYTES),
 )
 """Families, without prefix."""
@@ -37,15 +44,13 @@ class TierMetrics:
             f"{prefix}:kv_tier_blocks", "Blocks that the tier holds.", names, registry=registry
         )
         self._counters = {
-            field: Counter(
-                f"{prefix}:kv_tier_{field}_blocks", f"Blocks {text}.", names, registry=registry
-            )
-            for field, text in _COUNTERS.items()
+            field: Counter(f"{prefix}:{name}", f"Blocks {text}.", names, registry=registry)
+            for field, (name, text) in _COUNTERS.items()
         }
         self._bytes = {
             field: Counter(
                 f"{prefix}:kv_tier_{field}_bytes",
-                f"Bytes of blocks {_COUNTERS[field]}.",
+                f"Bytes of blocks {_COUNTERS[field][1]}.",
                 names,
                 registry=registry,
             )

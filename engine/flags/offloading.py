@@ -30,7 +30,7 @@ class OffloadingConfig(ParallelConfig):
     )
     kv_offloading_disk_size: int = flag(
         "KV cache",
-        "Size of --kv-offloading-disk, for each engine.",
+        "Size of --kv-offloading-disk, for each engine, such as 32GiB, which is the default.",
         32 * 2**30,
         is_size=True,
         ge=1,

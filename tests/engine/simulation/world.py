@@ -44,6 +44,7 @@ from quire.engine.process.remote_client import EngineStatus, RemoteEngineClient,
 from quire.engine.process.stream import MAX_DEATHS
 from quire.engine.request import Request
 
+from ..tiers.stores import FaultyStore
 from .clients import ADAPTERS, Plan, answer, is_cut_of, make_plans
 from .engine import SimHandle, SimLink, SimProcess
 from .virtual_loop import VirtualLoop
@@ -91,6 +92,10 @@ class Settings:
     step_seconds: float
     check_every: int
     swarm: frozenset[str]
+    host_slots: int = 0
+    """Blocks of host memory for evicted ones."""
+    store_faults: float | None = None
+    """The chance of a fault of the store below host memory; None without one."""
 
     @classmethod
     def draw(cls, seed: int, num_requests: int) -> Settings:
@@ -99,6 +104,8 @@ class Settings:
         block_size = rng.choice([1, 2, 4, 8, 16])
         budget = max(block_size, rng.choice([4, 8, 16, 32, 64, 128]))
         limits = [None, max(block_size, budget // 2)]
+        tiers = random.Random(f"tiers {seed}")
+        host_slots = tiers.choice([0, 0, 1, 2, 4, 8, 16, 64])
         return cls(
             seed=seed,
             num_requests=num_requests,
@@ -118,6 +125,8 @@ class Settings:
             step_seconds=rng.choice([0.005, 0.01, 0.02]),
             check_every=rng.choice([1, 3, 10]),
             swarm=swarm,
+            host_slots=host_slots,
+            store_faults=tiers.choice([None, 0.0, 0.1]) if host_slots else None,
         )
 
     @property
@@ -209,6 +218,8 @@ class World:
         self._last_stats: EngineStats | None = None
         self._longest_wait = 0.0
         self._loop = VirtualLoop()
+        self.stored_blocks = FaultyStore(200, settings.seed, settings.store_faults or 0.0)
+        """The store below host memory, which outlives the engines."""
         self._workers: list[_Worker] = []
 
     # -- what the simulated parts ask ----------------------------------------------------------
@@ -307,6 +318,9 @@ class World:
         stats = process.core.stats()
         for name in ("preemptions", "prefix_hits", "blocks_copied", "accepted_tokens"):
             self._counts[name] += getattr(stats, name)
+        for tier in stats.tiers:
+            self._counts[f"loaded from {tier.tier}"] += tier.loaded
+            self._counts[f"failures of {tier.tier}"] += tier.failures
         process.core = None
 
     def stepped(self, stats: EngineStats, num_outputs: int) -> None:
