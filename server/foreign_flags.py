@@ -87,8 +87,8 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--disable-log-requests": "requests are logged only with --enable-log-requests",
             "--disable-log-stats": "statistics are on /metrics and never in the log",
             "--max-log-len": "prompts are never logged",
-            "--preemption-mode": "preempted sequences are swapped with --kv-offloading-size if that "
-            "is faster, and recomputed otherwise",
+            "--preemption-mode": "preempted sequences are recomputed, or with "
+            "--kv-offloading-size swapped if that is faster",
             "--max-seq-len-to-capture": _GRAPHS,
             "--cuda-graph-sizes": _GRAPHS,
             "--cudagraph-capture-sizes": _GRAPHS,

@@ -28,10 +28,10 @@ class OffloadingConfig(ParallelConfig):
         None,
         details="It is used again after a restart. Needs `--kv-offloading-size`.",
     )
-    kv_offloading_disk_size: int = flag(
+    kv_offloading_disk_size: int | None = flag(
         "KV cache",
-        "Size of --kv-offloading-disk, for each engine, such as 32GiB, which is the default.",
-        32 * 2**30,
+        "Maximum size of --kv-offloading-disk, for each engine. Default: 32GiB.",
+        None,
         is_size=True,
         ge=1,
     )

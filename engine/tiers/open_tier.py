@@ -22,6 +22,8 @@ from .lower_tier import LowerTier
 from .sealed_block import HEADER_BYTES
 from .transfer_cost import TransferCost
 
+DISK_BYTES = 32 * 2**30
+"""Size of the folder if none is given."""
 LAYOUT = 1
 """Version of how a block's bytes are laid out in a slot."""
 
@@ -97,11 +99,12 @@ def _open_lower(config: EngineConfig, info: WorkerInfo, block_bytes: int) -> Low
     own = fingerprint(config, info)
     facts = StoreFacts(own, HEADER_BYTES + block_bytes)
     if config.kv_offloading_disk is not None:
-        folder, max_bytes = Path(config.kv_offloading_disk), config.kv_offloading_disk_size
-        return LowerTier(DiskStore(folder, max_bytes, facts.record_bytes), own, block_bytes)
+        max_bytes = config.kv_offloading_disk_size or DISK_BYTES
+        store = DiskStore(Path(config.kv_offloading_disk), max_bytes, facts.record_bytes)
+        return LowerTier(store, own, block_bytes)
     if config.kv_offloading_connector is not None:
-        store = _make_store(config.kv_offloading_connector, facts)
-        return LowerTier(store, own, block_bytes, name="store")
+        made = _make_store(config.kv_offloading_connector, facts)
+        return LowerTier(made, own, block_bytes, name="store")
     return None
 
 
