@@ -66,7 +66,8 @@ class BlockTier:
         self._lag = lag
         self._clock = clock
         self._step = 0
-        self._saves: list[BlockSave] = []
+        self._saves: dict[bytes, BlockSave] = {}
+        """Those of the step that is being planned, by hash, in order."""
         self._loads: list[BlockLoad] = []
         self._dirty: OrderedDict[bytes, None] = OrderedDict()
         """Blocks in host memory that the store below must still get, if there is one; the least
@@ -90,13 +91,17 @@ class BlockTier:
         if own_hash in self.host:
             self._touch(own_hash)
             return
-        slot = self._free_slot() if self.cost.copy_pays else None
+        slot = None
+        if self.cost.copy_pays:
+            slot = self._free_slot()
+            if slot is None:
+                slot = self._cancel_save()
         if slot is None:
             self._dropped += 1
             self._local.discard(own_hash)
             return
         self._put(own_hash, slot, self._step)
-        self._saves.append(BlockSave(block, slot))
+        self._saves[own_hash] = BlockSave(block, slot)
         self._saved += 1
 
     def holds(self, own_hash: bytes) -> bool:
@@ -136,8 +141,8 @@ class BlockTier:
         """Return the planned step with its copies from and to host memory."""
         if not (self._saves or self._loads):
             return plan
-        saves, loads, self._saves, self._loads = self._saves, self._loads, [], []
-        return plan._replace(block_saves=saves, block_loads=loads)
+        saves, loads, self._saves, self._loads = self._saves, self._loads, {}, []
+        return plan._replace(block_saves=list(saves.values()), block_loads=loads)
 
     def end_step(self, plan: SchedulerOutput) -> None:
         """Note that the results of a step have arrived, and learn from its time."""
@@ -200,17 +205,34 @@ class BlockTier:
 
     def _free_slot(self) -> int | None:
         """Take a slot, giving up the least recently used block if there is no other."""
-        reserved = self.host.reserve()
+        reserved = self.host.reserve(keep=self._dirty)
         if reserved is None:
             return None
         slot, lost = reserved
         if lost is not None:
-            self._dirty.pop(lost, None)
-            self._local.discard(lost)
-            if not self.holds(lost):
-                self._dropped += 1
-                self._removed(lost)
+            self._lose(lost)
         return slot
+
+    def _lose(self, own_hash: bytes) -> None:
+        """Note that host memory has given up a block."""
+        self._dirty.pop(own_hash, None)
+        self._local.discard(own_hash)
+        if not self.holds(own_hash):
+            self._dropped += 1
+            self._removed(own_hash)
+
+    def _cancel_save(self) -> int | None:
+        """Give up the first of this step's saves for a later one, and return its slot. The blocks
+        of a chain are evicted from its end, and the later ones are found without the earlier."""
+        loading = {load.slot for load in self._loads}
+        for own_hash, save in self._saves.items():
+            if save.slot not in loading:
+                del self._saves[own_hash]
+                self.host.take_out(own_hash)
+                self._saved -= 1
+                self._lose(own_hash)
+                return save.slot
+        return None
 
     def _put(self, own_hash: bytes, slot: int, step: int) -> None:
         """Let a slot hold a block that the device saves in this step."""

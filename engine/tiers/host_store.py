@@ -58,15 +58,16 @@ class HostStore:
             self._last_step[slot] = step
         return slot
 
-    def reserve(self) -> tuple[int, bytes | None] | None:
-        """Take a slot out, with the hash of the block that was given up for it, if one was. Returns
-        None if all are in use."""
+    def reserve(self, keep: abc.Container[bytes] = ()) -> tuple[int, bytes | None] | None:
+        """Take a slot out, with the hash of the block that was given up for it, if one was; those
+        in `keep` only if there is no other among the oldest. Returns None if all are in use."""
         for _ in range(min(len(self._free), _LOOKED_AT)):
             slot = self._free.popleft()
             if self._may_change(slot):
                 return slot, None
             self._free.append(slot)
-        for own_hash in list(islice(self._slots, _LOOKED_AT)):
+        oldest = list(islice(self._slots, _LOOKED_AT))
+        for own_hash in sorted(oldest, key=lambda own_hash: own_hash in keep):
             slot = self._slots[own_hash]
             if self._may_change(slot):
                 del self._slots[own_hash]
@@ -85,11 +86,14 @@ class HostStore:
         """Give back a reserved slot."""
         self._free.append(slot)
 
+    def take_out(self, own_hash: bytes) -> int:
+        """Forget a block that is there, and reserve its slot."""
+        return self._slots.pop(own_hash)
+
     def discard(self, own_hash: bytes) -> None:
         """Forget a block, if it is there."""
-        slot = self._slots.pop(own_hash, None)
-        if slot is not None:
-            self._free.append(slot)
+        if own_hash in self._slots:
+            self.give_back(self.take_out(own_hash))
 
     def hold(self, own_hash: bytes) -> int | None:
         """Let nothing change the slot of a block that is there until it is let go. Returns it, or

@@ -124,7 +124,8 @@ class Readmission:
 
     def _load(self, sequence: Sequence, present: list[int], missing: list[_Missing]) -> None:
         """Take blocks of the pool for those that are missing, plan their loads and index them."""
-        pool, size = self._manager.pool, self._manager.block_size
+        pool, size, request = self._manager.pool, self._manager.block_size, sequence.request
+        recorder = pool.index.recorder
         for block in present:  # none of these may be taken for them
             pool.share(block)
 
@@ -137,6 +138,9 @@ class Readmission:
         for one, block in zip(missing, fresh, strict=True):
             tokens = sequence.token_ids[one.index * size : (one.index + 1) * size]
             pool.index.add_full(block, one.parent, one.own_hash, tokens)
+            if recorder is not None:  # an earlier process may have stored it, unknown to others
+                before = one.parent if one.index else None
+                recorder.stored(one.own_hash, before, tokens, request.adapter, request.cache_salt)
         # From here on they are cached blocks, the last ones to be reused.
         for block in reversed(present + fresh):
             pool.release(block)

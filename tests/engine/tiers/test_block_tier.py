@@ -158,26 +158,27 @@ def test_loads_of_a_step_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_reset_forgets_the_tier() -> None:
     store = FaultyStore()
-    made = harness(host_slots=4, store=store, read=Tasks(slow=False), write=Tasks(slow=False))
+    made = below(store)
     complete(made, FIRST)
-    complete(made, SECOND)
+    complete_others(made)
     assert made.tier is not None and store.records
     made.tier.clear()
     made.manager.pool.forget_free()
-    assert complete(made, FIRST) == complete(made, SECOND) == 0
+    assert complete(made, FIRST) == 0
+    complete_others(made)
     assert complete(made, FIRST) == 96  # what was stored since is found
 
 
 def test_poisoned_blocks_are_found_nowhere() -> None:
     store = FaultyStore()
-    made = harness(host_slots=4, store=store, read=Tasks(slow=False), write=Tasks(slow=False))
+    made = below(store)
     complete(made, FIRST)
-    complete(made, SECOND)
+    complete_others(made)
     bad = made.add(FIRST)
     made.worker.errors[bad.request_id] = RowError("non_finite_logits", "injected")
     made.run()
     assert made.finals[bad.request_id, 0].finish_reason == "error"
-    complete(made, SECOND)
+    complete_others(made)
     assert complete(made, FIRST) == 0
 
 
@@ -185,28 +186,32 @@ def test_poisoned_blocks_are_found_nowhere() -> None:
 
 
 def below(store: BlockStore, **options: Any) -> Harness:
-    """Return a harness with host memory for a few blocks over a store."""
-    return harness(
-        4, store=store, **{"read": Tasks(slow=False), "write": Tasks(slow=False)} | options
-    )
+    """Return a harness with host memory for a few blocks over a store. A step evicts few blocks."""
+    values = {"budget": SIZE, "read": Tasks(slow=False), "write": Tasks(slow=False)}
+    return harness(32, store=store, **values | options)
+
+
+def complete_others(made: Harness) -> None:
+    """Let other conversations take the place of all others, on the device and in host memory."""
+    for first in range(5000, 13_000, 1000):
+        complete(made, prompt(100, first=first))
 
 
 @pytest.mark.parametrize("run_ahead", [False, True])
 def test_what_host_memory_gives_up_goes_below_and_comes_back(run_ahead: bool) -> None:
     made = below(FaultyStore(), run_ahead=run_ahead)
     complete(made, FIRST)
-    complete(made, SECOND)
-    complete(made, prompt(100, first=9000))
+    complete_others(made)
     assert complete(made, FIRST) == 96
-    (written, read, _), (_, _, dropped) = counts(made, 1), counts(made, 0)
-    assert written > 4 and read > 0 and dropped == 0
+    written, read, _ = counts(made, 1)
+    assert written > 20 and read == 6
 
 
 def test_the_store_outlives_the_engine() -> None:
     store = FaultyStore()
     made = below(store)
     complete(made, FIRST)
-    complete(made, SECOND)
+    complete_others(made)
     assert made.tier is not None
     made.tier.close()
     again = below(store)
@@ -218,8 +223,7 @@ def test_others_go_on_while_one_waits_for_the_store() -> None:
     store = FaultyStore()
     made = below(store, read=read)
     complete(made, FIRST)
-    complete(made, SECOND)
-    complete(made, prompt(100, first=9000))
+    complete_others(made)
     slow, quick = made.add(FIRST), made.add([1, 2, 3])
     for _ in range(20):
         made.step()
@@ -233,8 +237,7 @@ def test_others_go_on_while_one_waits_for_the_store() -> None:
 def test_a_store_that_is_too_slow_is_not_waited_for() -> None:
     made = below(FaultyStore(), read=Tasks())
     complete(made, FIRST)
-    complete(made, SECOND)
-    complete(made, prompt(100, first=9000))
+    complete_others(made)
     request = made.add(FIRST)
     made.step()
     made.step()
@@ -248,8 +251,7 @@ def test_an_abort_ends_the_waiting() -> None:
     read = Tasks()
     made = below(FaultyStore(), read=read)
     complete(made, FIRST)
-    complete(made, SECOND)
-    complete(made, prompt(100, first=9000))
+    complete_others(made)
     request = made.add(FIRST)
     made.step()
     made.scheduler.abort_request(request.request_id)
@@ -264,16 +266,14 @@ def test_a_block_that_cannot_be_loaded_is_computed(fault: str) -> None:
     store = FaultyStore()
     made = below(store)
     complete(made, FIRST)
-    complete(made, SECOND)
-    complete(made, prompt(100, first=9000))
+    complete_others(made)
     store.chance = 1.0
     store._happens = lambda name: name == fault  # type: ignore[method-assign]
     cached = complete(made, FIRST)
     assert cached < 96 and store.num_loads > 0
     assert made.scheduler.stats().tiers[1].failures > 0
     store._happens = lambda name: False  # type: ignore[method-assign]
-    complete(made, SECOND)
-    complete(made, prompt(100, first=9000))
+    complete_others(made)
     assert complete(made, FIRST) == 96  # it was stored anew
 
 
@@ -281,8 +281,7 @@ def test_records_of_another_model_are_not_used(monkeypatch: pytest.MonkeyPatch) 
     store = FaultyStore()
     made = below(store)
     complete(made, FIRST)
-    complete(made, SECOND)
-    complete(made, prompt(100, first=9000))
+    complete_others(made)
     num_records = len(store.records)
     monkeypatch.setattr("tests.engine.harness.FINGERPRINT", b"g" * 32)
     other = below(store)
@@ -294,8 +293,8 @@ def test_a_store_that_takes_nothing_costs_only_its_blocks() -> None:
     store = FaultyStore()
     store._happens = lambda name: name == "store raises"  # type: ignore[method-assign]
     made = below(store)
-    for first in (1000, 5000, 9000):
-        complete(made, prompt(100, first=first))
+    complete(made, FIRST)
+    complete_others(made)
     host, disk = made.scheduler.stats().tiers
     assert host.dropped > 0 and disk.failures > 0 and not store.records
 
@@ -304,8 +303,8 @@ def test_writes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lower_tier, "MAX_WRITES", 2)
     write = Tasks()
     made = below(FaultyStore(), write=write)
-    for first in (1000, 5000, 9000):
-        complete(made, prompt(100, first=first))
+    complete(made, FIRST)
+    complete_others(made)
     assert made.tier is not None and made.tier.lower is not None
     assert made.tier.lower.num_writing <= 2
     assert counts(made)[2] > 0  # what did not get there in time is lost
@@ -315,11 +314,11 @@ def test_writes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_events_say_what_the_engine_has_anywhere() -> None:
-    store = FaultyStore(room=6)
+    store = FaultyStore(room=8)
     made = below(store)
     made.manager.record_blocks(True)
     known: set[bytes] = set()
-    for first in (1000, 5000, 9000, 1000, 5000, 2000, 1000):
+    for first in (*range(1000, 9000, 1000), 1000, 5000, 2000, 12_000, 1000):
         complete(made, prompt(100, first=first))
         assert made.tier is not None
         made.tier.poll()
@@ -333,7 +332,7 @@ def test_events_say_what_the_engine_has_anywhere() -> None:
                 case BlocksCleared():
                     known.clear()
         assert known == set(made.manager.known_blocks())
-        assert len(known) > 8  # more than the pool has
+    assert len(known) > 8  # more than the pool has
     made.tier.clear()
     made.manager.pool.forget_free()
     for event in made.manager.take_block_events():
