@@ -10,8 +10,7 @@ The ground floor, these files, may be imported by every room:
     errors       exceptions to HTTP answers
     validation   what is wrong with a body, in words for people
     logs         the log
-    metrics      the page /metrics; histograms and their buckets; metrics_sum adds up processes;
-                 tier_metrics are those of evicted blocks
+    metrics      the page /metrics; histograms and their buckets; metrics_sum adds up processes
     json_text    JSON of answers
 
 The rooms, each of which may import only those below it in this list, and the ground floor:

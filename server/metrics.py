@@ -24,11 +24,11 @@ from .histograms import (
     TOKEN_LATENCY_BUCKETS,
     TTFT_BUCKETS,
     RequestRecord,
+    TierMetrics,
     TokenHistogram,
     one_two_five,
 )
 from .metrics_sum import EngineSums, OneOfSeveral, Page, Sample, Totals, page_of, samples_of
-from .tier_metrics import TierMetrics
 
 WAITING_REASONS = ("capacity", "deferred")
 """Why a sequence waits, by vLLM's names. None is ever deferred here (held back although there is
@@ -59,6 +59,8 @@ class Metrics:
     `model_name` is the first served name. The methods are called on the event loop. `engine` is the
     label of the engine that is observed; None is for several, each of which `observer_of` observes.
     """
+
+    _tiers: TierMetrics | None = None
 
     def __init__(
         self,
@@ -108,7 +110,6 @@ class Metrics:
         self._latencies()
         self._token_counts: tuple[Histogram, ...] | None = None
         self._adapters: Gauge | None = None
-        self._tiers: TierMetrics | None = None
         self._max_lora = 0
         self._http()
 

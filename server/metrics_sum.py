@@ -22,7 +22,7 @@ from prometheus_client.samples import Sample as PrometheusSample
 from ..engine.config import EngineInfo
 from ..engine.outputs import EngineStats
 from ..engine.process.remote_client import EngineObserver
-from .tier_metrics import TIER_FAMILIES
+from .histograms import TIER_FAMILIES
 
 OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 """The type of a page with exemplars, which Prometheus asks for by itself."""

@@ -37,9 +37,9 @@ def host_layout(caches: abc.Sequence[torch.Tensor], memory: memoryview) -> HostL
     heads, block_size, width]`."""
     words = [cache.view(_word_of(caches)) for cache in caches]
     sizes = [prod(cache.shape) // cache.shape[2] for cache in words]
-    whole = torch.frombuffer(memory, dtype=words[0].dtype)
-    count = len(whole) // sum(sizes)
-    slots = whole[: count * sum(sizes)].view(count, sum(sizes))
+    count = len(memory) // (sum(sizes) * words[0].itemsize)
+    whole = torch.frombuffer(memory, dtype=words[0].dtype, count=count * sum(sizes))
+    slots = whole.view(count, sum(sizes))
     parts = []
     for cache, slot in zip(words, slots.split(sizes, dim=1), strict=True):
         layers, two, _, heads, block_size, width = cache.shape

@@ -13,13 +13,18 @@ import torch
 
 from quire.engine.devices.backend import Backend
 from quire.engine.errors import ConfigurationError
+from quire.engine.speculation.model import ModelDrafter
+from quire.engine.speculation.speculator import Speculator
 from quire.engine.tiers import readmission
 
 from .. import models
 from ..devices.cuda_on_cpu import CudaOnCpuBackend
+from ..speculation.drafters import FreeDrafts
 from ..test_oracle import Engine, Reference
 
 BLOCK_BYTES = 16 * 2 * 2 * 2 * 8 * 4  # tokens, layers, K and V, heads, width, float32
+LITTLE, MANY = 24 * BLOCK_BYTES, 6
+"""Host memory that holds less than so many conversations."""
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +65,10 @@ def conversations(count: int = 3, turns: int = 3) -> list[list[list[int]]]:
     return made
 
 
-def hold(made: Engine, reference: Reference, **fields: Any) -> int:
-    """Let the conversations take turns, check the tokens, and return how many prompt tokens were
-    found in a cache."""
-    talks = conversations()
+def hold(made: Engine, reference: Reference, count: int = 3, **fields: Any) -> int:
+    """Let conversations take turns, check the tokens, and return how many prompt tokens were found
+    in a cache."""
+    talks = conversations(count)
     for turn in range(len(talks[0])):
         for talk in talks:
             request = made.add(talk[turn], 8, **fields)
@@ -86,10 +91,10 @@ def test_tokens_equal_generate(
     llama: tuple[Path, Reference], tmp_path: Path, mode: str, below: bool
 ) -> None:
     folder, reference = llama
-    size = 12 * BLOCK_BYTES if below else 64 * BLOCK_BYTES
+    size = LITTLE if below else 64 * BLOCK_BYTES
     disk = {"kv_offloading_disk": str(tmp_path)} if below else {}
     made = engine(folder, size, **MODES[mode] | disk)
-    hits = hold(made, reference)
+    hits = hold(made, reference, MANY if below else 3)
     tiers = made.core.stats().tiers
     assert all(tier.stored > 0 and tier.loaded > 0 for tier in tiers) and len(tiers) == 1 + below
     # Of a host's memory that holds all, each turn finds what the turns before had computed.
@@ -140,6 +145,11 @@ def test_logprobs_are_the_same_to_the_bit(
 def test_a_draft_models_cache_comes_back_too(llama: tuple[Path, Reference]) -> None:
     folder, reference = llama
     made = engine(folder, 128 * BLOCK_BYTES, speculative_model=str(folder))
+    drafting = made.core._scheduler._drafting
+    assert drafting is not None
+    drafting.speculator = Speculator(
+        [], max_draft=7, max_samples=64, cost=FreeDrafts(), model=ModelDrafter()
+    )
     hold(made, reference)
     stats = made.core.stats()
     assert stats.tiers[0].loaded > 0 and stats.tiers[0].block_bytes == 2 * BLOCK_BYTES
@@ -151,15 +161,15 @@ def test_a_restart_finds_what_is_on_disk(llama: tuple[Path, Reference], tmp_path
     folder, reference = llama
     talk = conversations()[0]
     config = {"kv_offloading_disk": str(tmp_path)}
-    made = engine(folder, 12 * BLOCK_BYTES, **config)
-    hold(made, reference)
+    made = engine(folder, LITTLE, **config)
+    hold(made, reference, MANY)
     made.core.close()
-    again = engine(folder, 12 * BLOCK_BYTES, **config)
+    again = engine(folder, LITTLE, **config)
     assert again.complete(talk[2], 8) == reference.complete(talk[2], 8)
     assert again.core.stats().prefix_hits >= 80
     again.core.close()
     # Another type of K/V is another model's.
-    other = engine(folder, 12 * BLOCK_BYTES, kv_cache_dtype="float16", block_size=32, **config)
+    other = engine(folder, LITTLE, kv_cache_dtype="float16", block_size=32, **config)
     other.complete(talk[2], 8)
     assert other.core.stats().prefix_hits == 0
     other.core.close()
@@ -169,8 +179,8 @@ def test_damaged_files_are_computed_anew(llama: tuple[Path, Reference], tmp_path
     folder, reference = llama
     talk = conversations()[0]
     config = {"kv_offloading_disk": str(tmp_path)}
-    made = engine(folder, 12 * BLOCK_BYTES, **config)
-    hold(made, reference)
+    made = engine(folder, LITTLE, **config)
+    hold(made, reference, MANY)
     made.core.close()
     files = list(tmp_path.rglob("*.kv"))
     assert files
@@ -178,7 +188,7 @@ def test_damaged_files_are_computed_anew(llama: tuple[Path, Reference], tmp_path
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    again = engine(folder, 12 * BLOCK_BYTES, **config)
+    again = engine(folder, LITTLE, **config)
     assert again.complete(talk[2], 8) == reference.complete(talk[2], 8)
     stats = again.core.stats()
     assert stats.prefix_hits == 0 and stats.tiers[1].failures > 0
@@ -214,10 +224,8 @@ def test_what_cannot_be_had_is_refused(llama: tuple[Path, Reference], tmp_path: 
 
 def test_a_connector_of_ones_own(llama: tuple[Path, Reference]) -> None:
     folder, reference = llama
-    made = engine(
-        folder, 12 * BLOCK_BYTES, kv_offloading_connector="tests.engine.tiers.stores:make_store"
-    )
-    hold(made, reference)
+    made = engine(folder, LITTLE, kv_offloading_connector="tests.engine.tiers.stores:make_store")
+    hold(made, reference, MANY)
     tier = made.core.stats().tiers[1]
     assert tier.tier == "store" and tier.stored > 0 and tier.loaded > 0
     made.core.close()
