@@ -12,7 +12,7 @@ readmission.py decides what comes back, and when.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, abc
+from collections import abc
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import NamedTuple
 
@@ -27,8 +27,9 @@ LOAD_SECONDS = 0.05
 """Time that loads may add to one step, for which all running sequences wait."""
 MAX_LOADS = 4096
 """Blocks that a step may load, however fast that is."""
-_CLEAN_SHARE = 4
-"""One slot of so many is kept free, or has content that the store below has as well."""
+_CLEAN_SHARE, _MAX_CLEAN = 4, 1024
+"""One slot of so many, and no more than so many, is kept free or has content that the store below
+has as well: so many blocks can be evicted in one step."""
 CLOSE_SECONDS = 1.5
 """Time that writes get when the engine ends."""
 
@@ -69,9 +70,11 @@ class BlockTier:
         self._saves: dict[bytes, BlockSave] = {}
         """Those of the step that is being planned, by hash, in order."""
         self._loads: list[BlockLoad] = []
-        self._dirty: OrderedDict[bytes, None] = OrderedDict()
-        """Blocks in host memory that the store below must still get, if there is one; the least
-        recently used first."""
+        self._dirty: set[bytes] = set()
+        """Blocks in host memory that the store below must still get, if there is one."""
+        self._num_clean = min(-(-host.num_slots // _CLEAN_SHARE), _MAX_CLEAN)
+        self._may_be_dirty = False
+        """Whether one of the least recently used blocks may have to be written ahead."""
         self._local: set[bytes] = set()
         """Blocks that must not outlive the process."""
         self._fetches: dict[bytes, _Fetch] = {}
@@ -121,7 +124,7 @@ class BlockTier:
         for own_hash in hashes:
             was_held = self.holds(own_hash)
             self.host.discard(own_hash)
-            self._dirty.pop(own_hash, None)
+            self._dirty.discard(own_hash)
             self._give_up_fetch(own_hash)
             if self.lower is not None:
                 self.lower.discard(own_hash)
@@ -181,15 +184,12 @@ class BlockTier:
             for lost in written.lost:
                 if lost not in self.host:
                     self._removed(lost)
-        self._write_dirty(self.host.num_slots - -(-self.host.num_slots // _CLEAN_SHARE))
-
-    def _write_dirty(self, limit: int) -> None:
-        """Give blocks to the store below until no more than `limit` are only in host memory."""
-        lower = self.lower
-        assert lower is not None
-        while len(self._dirty) > limit and lower.can_write:
-            if not self._write(next(iter(self._dirty))):
-                break
+        if self._may_be_dirty:
+            self._may_be_dirty = False
+            for own_hash in self.host.oldest(self._num_clean - self.host.num_free):
+                if own_hash in self._dirty and not (lower.can_write and self._write(own_hash)):
+                    self._may_be_dirty = True
+                    break
 
     def _write(self, own_hash: bytes) -> bool:
         """Give a dirty block to the store below; return False if its save belongs to a step that
@@ -197,7 +197,7 @@ class BlockTier:
         slot = self.host.hold(own_hash)
         if slot is None or self.lower is None:
             return False
-        del self._dirty[own_hash]
+        self._dirty.remove(own_hash)
         self.lower.store(own_hash, slot, self.host.view(slot))
         return True
 
@@ -215,7 +215,7 @@ class BlockTier:
 
     def _lose(self, own_hash: bytes) -> None:
         """Note that host memory has given up a block."""
-        self._dirty.pop(own_hash, None)
+        self._dirty.discard(own_hash)
         self._local.discard(own_hash)
         if not self.holds(own_hash):
             self._dropped += 1
@@ -243,11 +243,11 @@ class BlockTier:
         if lower.contains([own_hash]):
             lower.remember(own_hash)
         else:
-            self._dirty[own_hash] = None
+            self._dirty.add(own_hash)
+            self._may_be_dirty = True
 
     def _touch(self, own_hash: bytes, step: int | None = None) -> int:
-        if own_hash in self._dirty:
-            self._dirty.move_to_end(own_hash)
+        self._may_be_dirty = True  # others have become older
         return self.host.use(own_hash, step)
 
     def _removed(self, own_hash: bytes) -> None:
@@ -326,7 +326,7 @@ class BlockTier:
             return
         until = time.monotonic() + CLOSE_SECONDS
         self.poll()
-        for own_hash in [own_hash for own_hash in reversed(self._dirty) if own_hash in self.host]:
+        for own_hash in [one for one in reversed(self.host.hashes()) if one in self._dirty]:
             while not lower.can_write and time.monotonic() < until:
                 time.sleep(0.001)
                 self.poll()

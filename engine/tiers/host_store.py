@@ -42,6 +42,15 @@ class HostStore:
         """Return the hashes of all blocks, the least recently used first."""
         return list(self._slots)
 
+    @property
+    def num_free(self) -> int:
+        """Slots that hold no block and are not reserved."""
+        return len(self._free)
+
+    def oldest(self, count: int) -> list[bytes]:
+        """Return the hashes of the least recently used blocks."""
+        return list(islice(self._slots, max(count, 0)))
+
     def view(self, slot: int) -> memoryview:
         """Return the memory of a slot."""
         start = slot * self._block_bytes
@@ -66,8 +75,7 @@ class HostStore:
             if self._may_change(slot):
                 return slot, None
             self._free.append(slot)
-        oldest = list(islice(self._slots, _LOOKED_AT))
-        for own_hash in sorted(oldest, key=lambda own_hash: own_hash in keep):
+        for own_hash in sorted(self.oldest(_LOOKED_AT), key=lambda own_hash: own_hash in keep):
             slot = self._slots[own_hash]
             if self._may_change(slot):
                 del self._slots[own_hash]

@@ -21,6 +21,7 @@ from .. import models
 from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..speculation.drafters import FreeDrafts
 from ..test_oracle import Engine, Reference
+from .stores import Tasks
 
 BLOCK_BYTES = 16 * 2 * 2 * 2 * 8 * 4  # tokens, layers, K and V, heads, width, float32
 LITTLE, MANY = 24 * BLOCK_BYTES, 6
@@ -48,6 +49,8 @@ def engine(folder: Path, size: int | None, backend: Backend | None = None, **con
     tier = made.core._tier
     assert tier is not None
     tier.cost.observe_step = lambda tokens, seconds: None  # type: ignore[method-assign]
+    if tier.lower is not None:  # no block is lost because the disk is busy
+        tier.lower._write = Tasks(slow=False)
     return made
 
 
