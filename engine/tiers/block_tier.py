@@ -70,6 +70,8 @@ class BlockTier:
         self._saves: dict[bytes, BlockSave] = {}
         """Those of the step that is being planned, by hash, in order."""
         self._loads: list[BlockLoad] = []
+        self._loading: set[int] = set()
+        """Slots from which the step that is being planned loads."""
         self._dirty: set[bytes] = set()
         """Blocks in host memory that the store below must still get, if there is one."""
         self._num_clean = min(-(-host.num_slots // _CLEAN_SHARE), _MAX_CLEAN)
@@ -145,6 +147,7 @@ class BlockTier:
         if not (self._saves or self._loads):
             return plan
         saves, loads, self._saves, self._loads = self._saves, self._loads, {}, []
+        self._loading.clear()
         return plan._replace(block_saves=list(saves.values()), block_loads=loads)
 
     def end_step(self, plan: SchedulerOutput) -> None:
@@ -216,7 +219,8 @@ class BlockTier:
     def _lose(self, own_hash: bytes) -> None:
         """Note that host memory has given up a block."""
         self._dirty.discard(own_hash)
-        self._local.discard(own_hash)
+        if self._manager.pool.index.lookup(own_hash) is None:  # otherwise it may come again
+            self._local.discard(own_hash)
         if not self.holds(own_hash):
             self._dropped += 1
             self._removed(own_hash)
@@ -224,9 +228,8 @@ class BlockTier:
     def _cancel_save(self) -> int | None:
         """Give up the first of this step's saves for a later one, and return its slot. The blocks
         of a chain are evicted from its end, and the later ones are found without the earlier."""
-        loading = {load.slot for load in self._loads}
         for own_hash, save in self._saves.items():
-            if save.slot not in loading:
+            if save.slot not in self._loading:
                 del self._saves[own_hash]
                 self.host.take_out(own_hash)
                 self._saved -= 1
@@ -267,7 +270,8 @@ class BlockTier:
     def plan_loads(self, hashes: list[bytes], allocate: abc.Callable[[], int]) -> list[int]:
         """Plan the loads of blocks that are in host memory into blocks of the pool, which are
         returned."""
-        slots = [self._touch(own_hash, self._step) for own_hash in hashes]  # none is reused now
+        slots = [self._touch(own_hash, self._step) for own_hash in hashes]
+        self._loading.update(slots)  # the next line may want their slots for other blocks
         blocks = [allocate() for _ in slots]
         self._loads += map(BlockLoad, slots, blocks)
         self._loaded += len(blocks)

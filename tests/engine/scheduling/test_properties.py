@@ -179,6 +179,18 @@ class TierMachine(SchedulerMachine):
         self.reads.run(reads)
         self.writes.run(writes)
 
+    @rule(talk=st.integers(1, 4), length=st.integers(60, 80))
+    def go_on_with(self, talk: int, length: int) -> None:
+        """Let one of some conversations go on, which evict one another."""
+        request = self.harness.add(list(range(1000 * talk, 1000 * talk + length)), 2)
+        self.requests[request.request_id] = request
+        for _ in range(20):
+            if (request.request_id, 0) in self.harness.finals:
+                break
+            self.reads.run(1)
+            self.writes.run(1)
+            self.harness.step()
+
     @rule()
     def time_passes(self) -> None:
         self.harness.time += 1.0
