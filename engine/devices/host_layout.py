@@ -41,7 +41,7 @@ def host_layout(caches: abc.Sequence[torch.Tensor], memory: memoryview) -> HostL
     whole = torch.frombuffer(memory, dtype=words[0].dtype, count=count * sum(sizes))
     slots = whole.view(count, sum(sizes))
     parts = []
-    for cache, slot in zip(words, slots.split(sizes, dim=1), strict=True):
+    for cache, slot in zip(words, torch.split(slots, sizes, dim=1), strict=True):
         layers, two, _, heads, block_size, width = cache.shape
         shape = (layers, two, heads, block_size, width)
         parts.append(Part(cache.movedim(2, 0), slot.unflatten(1, shape)))

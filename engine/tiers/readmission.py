@@ -35,9 +35,9 @@ class Readiness(enum.Enum):
 
 
 class _Missing(NamedTuple):
-    """A block of a sequence that only host memory has: its index among the sequence's blocks."""
+    """A block of a sequence that only host memory has, and its place among the sequence's."""
 
-    index: int
+    place: int
     parent: bytes
     own_hash: bytes
 
@@ -136,10 +136,10 @@ class Readmission:
 
         fresh = self._tier.plan_loads([one.own_hash for one in missing], allocate)
         for one, block in zip(missing, fresh, strict=True):
-            tokens = sequence.token_ids[one.index * size : (one.index + 1) * size]
+            tokens = sequence.token_ids[one.place * size : (one.place + 1) * size]
             pool.index.add_full(block, one.parent, one.own_hash, tokens)
             if recorder is not None:  # an earlier process may have stored it, unknown to others
-                before = one.parent if one.index else None
+                before = one.parent if one.place else None
                 recorder.stored(one.own_hash, before, tokens, request.adapter, request.cache_salt)
         # From here on they are cached blocks, the last ones to be reused.
         for block in reversed(present + fresh):

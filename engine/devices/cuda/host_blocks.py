@@ -45,7 +45,7 @@ class CudaHostBlocks:
         """When the blocks of `_incoming` have been copied to the cache."""
         if device.type == "cuda":
             _pin(slots)
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def move(self, saves: abc.Sequence[BlockSave], loads: abc.Sequence[BlockLoad]) -> None:
         # The results of this step must not arrive before the saves of the step before.
@@ -88,7 +88,7 @@ class CudaHostBlocks:
     def _split(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """Return the parts of a buffer as blocks of each cache."""
         shapes = [slots.shape[1:] for _, slots in self._layout.parts]
-        parts = buffer.split([shape.numel() for shape in shapes], dim=1)
+        parts = torch.split(buffer, [shape.numel() for shape in shapes], dim=1)
         return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _recorded(self) -> torch.cuda.Event | None:
@@ -114,7 +114,8 @@ class CudaHostBlocks:
 def _pin(slots: torch.Tensor) -> None:
     """Pin the pages of a tensor. Raises ConfigurationError."""
     size = slots.numel() * slots.itemsize
-    failed = int(torch.cuda.cudart().cudaHostRegister(slots.data_ptr(), size, 0))
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    failed = int(runtime.cudaHostRegister(slots.data_ptr(), size, 0))
     if failed:
         raise ConfigurationError(
             f"--kv-offloading-size: the system does not let {size / 2**30:.2f} GiB of memory be "
