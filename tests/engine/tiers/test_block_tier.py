@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from quire.engine.cache.block_hashes import prompt_hashes
 from quire.engine.events.block_events import BlocksCleared, BlocksRemoved, BlocksStored
+from quire.engine.lora import AdapterSource
 from quire.engine.outputs import RowError
+from quire.engine.scheduling.adapter_table import AdapterTable
 from quire.engine.tiers import lower_tier
 from quire.engine.tiers.block_store import BlockStore
 from quire.engine.tiers.readmission import DEFAULT_WAIT
@@ -205,6 +208,24 @@ def test_what_host_memory_gives_up_goes_below_and_comes_back(run_ahead: bool) ->
     assert complete(made, FIRST) == 96
     written, read, _ = counts(made, 1)
     assert written > 20 and read == 6
+
+
+def test_blocks_of_adapters_stay_in_host_memory() -> None:
+    """An adapter's number may mean another adapter after a restart, and hashes have the number."""
+    store = FaultyStore()
+    table = AdapterTable(1, 8)
+    table.add(AdapterSource("one", "/one"))
+    made = below(store, adapters=table)
+    complete(made, FIRST, adapter="one")
+    complete(made, SECOND)
+    assert complete(made, FIRST, adapter="one") == 96
+    assert complete(made, FIRST) == 0
+    for _ in range(2):  # also when they have gone there and back
+        complete_others(made)
+        complete(made, FIRST, adapter="one")
+    made.tier.close()
+    hashes = {*prompt_hashes(FIRST, SIZE, adapter_id=0)}
+    assert store.records and not hashes & store.records.keys()
 
 
 def test_the_store_outlives_the_engine() -> None:
