@@ -1,7 +1,7 @@
 """Measure what evicted blocks in host memory and on disk save: the second turn of a conversation of
 4,096 tokens that another one has evicted, by its time to first token.
 
-    python -P benchmarks/memory_tiers.py
+    python benchmarks/memory_tiers.py
 
 Only the engine runs, on the CPU, with a 30M-parameter Qwen3 shape and random float32 weights. The
 cache has room for one conversation. Each round has fresh conversations, which take turns in three
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         kinds: dict[str, dict[str, Any]] = {
             "recomputed": {},
             "host memory": {"kv_offloading_size": GIB},

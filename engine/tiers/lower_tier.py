@@ -101,6 +101,8 @@ class LowerTier:
         """Whether what an earlier process has stored may be used."""
         self._written: deque[Written] = deque()
         self._warned: dict[str, float] = {}
+        self._is_over = False
+        """Whether the engine ends without waiting for the rest of the writes."""
         self.num_writing = 0
         self.failures = 0
         """Blocks that the store should have had and did not give, or did not give intact, and those
@@ -171,6 +173,8 @@ class LowerTier:
 
         def task() -> None:
             kept, lost = False, []
+            if self._is_over:
+                return
             try:
                 seal(self._fingerprint, own_hash, content, self._write_record)
                 lost = list(self._store.store(own_hash, self._write_record))
@@ -234,6 +238,7 @@ class LowerTier:
 
         self._write(task)
         if not closed.wait(timeout):
+            self._is_over = True
             logger.warning("the store of KV blocks did not close within %.1f s", timeout)
 
     def _warn(self, what: str, error: Exception | None = None) -> None:
