@@ -53,7 +53,7 @@ class EngineCore:
         block_manager = BlockManager(
             num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
-        self._tier = open_tier(config, loaded, block_manager, worker.attach_host_memory)
+        self._tier = open_tier(config, loaded, block_manager, worker)
         make_scheduler: Callable[..., Scheduler] = Scheduler
         if self._tier is not None:
             make_scheduler = partial(TieredScheduler, tier=self._tier)

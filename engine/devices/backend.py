@@ -115,13 +115,18 @@ class HostBlocks(Protocol):
     width]` without gaps.
     """
 
-    def move(self, saves: abc.Sequence[BlockSave], loads: abc.Sequence[BlockLoad]) -> None:
-        """Begin a step's copies: all saves, then all loads. What is launched after this finds them
-        done. The host may read a slot that was saved once a later step has ended, and change one
-        that was loaded."""
+    def move(
+        self, step: int, saves: abc.Sequence[BlockSave], loads: abc.Sequence[BlockLoad]
+    ) -> None:
+        """Begin a step's copies: all saves, then all loads. What is launched after this finds the
+        blocks saved and loaded; the host may not read or change the slots before they have ended.
+        Steps are given in order, those without copies included."""
+
+    def ended(self) -> int:
+        """Return the last step whose copies have ended, as those of all before have; never wait."""
 
     def wait(self) -> None:
-        """Wait until all copies are done."""
+        """Wait until all copies have ended."""
 
 
 class CacheDemand(NamedTuple):

@@ -60,8 +60,8 @@ def copy_seconds(blocks: HostBlocks) -> float:
     best = float("inf")
     for _ in range(REPEATS):
         begin = time.perf_counter()
-        blocks.move([BlockSave(0, 0)], [])
-        blocks.move([], [BlockLoad(0, 0)])
+        blocks.move(0, [BlockSave(0, 0)], [])
+        blocks.move(0, [], [BlockLoad(0, 0)])
         blocks.wait()
         best = min(best, (time.perf_counter() - begin) / 2)
     return max(best, 1e-9)

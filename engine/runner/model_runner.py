@@ -118,6 +118,11 @@ class ModelRunner:
         self._host_blocks = self._backend.make_host_blocks(self.caches, memory)
         return copy_seconds(self._host_blocks)
 
+    def copies_ended(self) -> int:
+        """Implement `WorkerProtocol.copies_ended`."""
+        assert self._host_blocks is not None
+        return self._host_blocks.ended()
+
     def begin(self, output: SchedulerOutput) -> None:
         """Carry out what a plan says must come before its forward."""
         self._batch.apply(output)
@@ -128,7 +133,7 @@ class ModelRunner:
             self._adapters.fill(output.adapter_loads)
         try:
             if self._host_blocks is not None:
-                self._host_blocks.move(output.block_saves, output.block_loads)
+                self._host_blocks.move(output.step, output.block_saves, output.block_loads)
             self.copy_blocks(output.block_copies)
         except torch.OutOfMemoryError as error:  # no later step would make up for them
             raise RuntimeError("out of device memory for the copies of blocks") from error

@@ -162,6 +162,9 @@ class Worker:
     def attach_host_memory(self, memory: memoryview) -> float:
         return self._runner.attach_host_memory(memory)
 
+    def copies_ended(self) -> int:
+        return self._runner.copies_ended()
+
     def follow(self, plan: StepPlan) -> None:
         """Run a step that rank 0 has planned. Called on all other ranks, in place of `forward`."""
         self._runner.follow(plan)

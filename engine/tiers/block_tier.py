@@ -54,17 +54,16 @@ class BlockTier:
         block_bytes: int,
         lower: LowerTier | None = None,
         *,
-        lag: int = 0,
+        copies_ended: abc.Callable[[], int],
         clock: abc.Callable[[], float] = time.monotonic,
     ) -> None:
-        """`lag` is how many steps the device's copies may still run after the results of theirs
-        have arrived."""
+        """`copies_ended` is that of the worker (see WorkerProtocol)."""
         self._manager = manager
         self.host = host
         self.lower = lower
         self.cost = cost
         self._block_bytes = block_bytes
-        self._lag = lag
+        self._copies_ended = copies_ended
         self._clock = clock
         self._step = 0
         self._saves: dict[bytes, BlockSave] = {}
@@ -139,8 +138,7 @@ class BlockTier:
         """Begin to plan a step: blocks that are taken and brought back from now on belong to it."""
         self._step = step
         self._planned[step] = self._clock()
-        if self.lower is not None:
-            self.poll()
+        self.poll()
 
     def complete(self, plan: SchedulerOutput) -> SchedulerOutput:
         """Return the planned step with its copies from and to host memory."""
@@ -151,8 +149,7 @@ class BlockTier:
         return plan._replace(block_saves=list(saves.values()), block_loads=loads)
 
     def end_step(self, plan: SchedulerOutput) -> None:
-        """Note that the results of a step have arrived, and learn from its time."""
-        self.host.ended = max(self.host.ended, plan.step - self._lag)
+        """Learn from the time of a step whose results have arrived."""
         now = self._clock()
         begin = max(self._planned.pop(plan.step, now), self._last_results)
         self._last_results = now
@@ -164,6 +161,7 @@ class BlockTier:
 
     def poll(self) -> None:
         """Take in what the threads have done, and give the store below what it should write."""
+        self.host.ended = self._copies_ended()
         lower = self.lower
         if lower is None:
             return

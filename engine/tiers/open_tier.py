@@ -6,7 +6,6 @@ import importlib
 import json
 import logging
 import mmap
-from collections import abc
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ..cache.block_manager import BlockManager
 from ..config import EngineConfig, WorkerInfo
 from ..errors import ConfigurationError, one_line
 from ..main_memory import available_memory
+from ..worker_protocol import WorkerProtocol
 from .block_store import BlockStore, MakeStore, StoreFacts
 from .block_tier import BlockTier
 from .disk_store import DiskStore
@@ -34,12 +34,11 @@ def open_tier(
     config: EngineConfig,
     info: WorkerInfo,
     manager: BlockManager,
-    attach: abc.Callable[[memoryview], float],
+    worker: WorkerProtocol,
 ) -> BlockTier | None:
     """Return the tier for the blocks of a manager, or None if the configuration asks for none.
 
-    `attach` gives the worker the host's memory, and returns the seconds in which a block is copied
-    there or back. Raises ConfigurationError if a tier cannot be had.
+    The worker has profiled. Raises ConfigurationError if a tier cannot be had.
     """
     size = config.kv_offloading_size
     if size is None:
@@ -59,7 +58,7 @@ def open_tier(
         )
     lower = _open_lower(config, info, block_bytes)
     memory = memoryview(mmap.mmap(-1, num_slots * block_bytes))
-    seconds = attach(memory)
+    seconds = worker.attach_host_memory(memory)
     logger.info(
         "evicted KV blocks go to host memory: %d blocks, copied at %.1f GB/s",
         num_slots,
@@ -71,7 +70,7 @@ def open_tier(
         TransferCost(config.block_size, seconds),
         block_bytes,
         lower,
-        lag=1 if info.is_asynchronous else 0,
+        copies_ended=worker.copies_ended,
     )
 
 

@@ -111,7 +111,8 @@ def make_tier(
     lower = None
     if store is not None:
         lower = LowerTier(store, FINGERPRINT, block_bytes, read=read, write=write, clock=clock)
-    return BlockTier(manager, HostStore(memory, block_bytes), cost, block_bytes, lower, clock=clock)
+    host, ended = HostStore(memory, block_bytes), worker.copies_ended
+    return BlockTier(manager, host, cost, block_bytes, lower, copies_ended=ended, clock=clock)
 
 
 class Harness:

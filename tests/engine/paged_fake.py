@@ -121,6 +121,9 @@ class PagedFakeWorker:
         self._slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
         self._sampled: dict[int, int] = {}
         self.num_fed_back = 0
+        self._last_step = 0
+        self.lag = 0
+        """Steps for whose copies it does not say yet that they have ended."""
         self.right, self.chance = 1.0, random.Random(0)
         self.runs_out_of_memory: Callable[[SchedulerOutput], bool] = lambda output: False
 
@@ -128,6 +131,9 @@ class PagedFakeWorker:
         """Save blocks to `memory` and load them from there."""
         self._host_memory = memory
         return 1e-6
+
+    def copies_ended(self) -> int:
+        return self._last_step - self.lag
 
     def _host_slot(self, slot: int) -> memoryview:
         size = SLOT_BYTES * self.block_size
@@ -160,6 +166,7 @@ class PagedFakeWorker:
         """Do what comes before a forward: tables, and copies of blocks."""
         assert _decoder.decode(_encoder.encode(output)) == output
         self._update_known(output)
+        self._last_step = output.step
         for block, slot in output.block_saves:
             self._host_slot(slot)[:] = struct.pack(f"{self.block_size}q", *self._slots[block])
         for slot, block in output.block_loads:

@@ -16,12 +16,20 @@ class CpuHostBlocks:
     def __init__(self, caches: abc.Sequence[torch.Tensor], memory: memoryview) -> None:
         self._parts = host_layout(caches, memory).parts
 
-    def move(self, saves: abc.Sequence[BlockSave], loads: abc.Sequence[BlockLoad]) -> None:
+        self._step = 0
+
+    def move(
+        self, step: int, saves: abc.Sequence[BlockSave], loads: abc.Sequence[BlockLoad]
+    ) -> None:
         for blocks, slots in self._parts:
             for block, slot in saves:
                 slots[slot].copy_(blocks[block])
             for slot, block in loads:
                 blocks[block].copy_(slots[slot])
+        self._step = step
+
+    def ended(self) -> int:
+        return self._step
 
     def wait(self) -> None:
         """Do nothing: there is nothing to wait for."""

@@ -9,7 +9,8 @@ so that they arrive beside that one, and are scattered before theirs.
 from __future__ import annotations
 
 import contextlib
-from collections import abc
+from collections import abc, deque
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,13 @@ from ..host_layout import HostLayout, host_layout
 
 BUFFER_BYTES = 32 << 20
 """Size of each buffer on the device; more blocks than it holds take turns."""
+
+
+class _Copies(NamedTuple):
+    """Copies of a step, and when they end."""
+
+    step: int
+    end: torch.cuda.Event
 
 
 class CudaHostBlocks:
@@ -43,18 +51,31 @@ class CudaHostBlocks:
         """When the last blocks of `_outgoing` have arrived at the host."""
         self._scattered: torch.cuda.Event | None = None
         """When the blocks of `_incoming` have been copied to the cache."""
+        self._running: deque[_Copies] = deque()
+        self._last_step = 0
         if device.type == "cuda":
             _pin(slots)
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def move(self, saves: abc.Sequence[BlockSave], loads: abc.Sequence[BlockLoad]) -> None:
-        # The results of this step must not arrive before the saves of the step before.
-        self._main_waits(self._sent)
+    def move(
+        self, step: int, saves: abc.Sequence[BlockSave], loads: abc.Sequence[BlockLoad]
+    ) -> None:
         size = len(self._outgoing)
         for at in range(0, len(saves), size):
             self._save(saves[at : at + size])
         for at in range(0, len(loads), size):
             self._load(loads[at : at + size])
+        self._last_step = step
+        if self._sent is not None and saves:
+            self._running.append(_Copies(step, self._sent))
+        if self._scattered is not None and loads:
+            self._running.append(_Copies(step, self._scattered))
+
+    def ended(self) -> int:
+        running = self._running
+        while running and running[0].end.query():
+            running.popleft()
+        return running[0].step - 1 if running else self._last_step
 
     def wait(self) -> None:
         if self._stream is not None:

@@ -174,6 +174,10 @@ class TierMachine(SchedulerMachine):
         self.reads, self.writes = Tasks(), Tasks()
         return {"host_slots": 5, "store": self.store, "read": self.reads, "write": self.writes}
 
+    @rule(steps=st.integers(0, 3))
+    def copies_take_steps(self, steps: int) -> None:
+        self.harness.worker.lag = max(steps, self.harness.worker.lag - 1)
+
     @rule(reads=st.integers(0, 3), writes=st.integers(0, 3))
     def work_below(self, reads: int, writes: int) -> None:
         self.reads.run(reads)
@@ -233,7 +237,7 @@ TestRunAhead = RunAheadMachine.TestCase
 TestRunAhead.settings = settings(TestScheduler.settings, max_examples=250)
 
 TestTier = TierMachine.TestCase
-TestTier.settings = settings(TestScheduler.settings, max_examples=250)
+TestTier.settings = settings(TestScheduler.settings, max_examples=150)
 
 TestFairScheduler = FairSchedulerMachine.TestCase
 TestFairScheduler.settings = settings(TestScheduler.settings, max_examples=150)

@@ -52,9 +52,11 @@ def counts(made: Harness, tier: int = 0) -> tuple[int, int, int]:
 FIRST, SECOND = prompt(100), prompt(100, first=5000)
 
 
+@pytest.mark.parametrize("lag", [0, 3])
 @pytest.mark.parametrize("run_ahead", [False, True])
-def test_an_evicted_conversation_comes_back(run_ahead: bool) -> None:
+def test_an_evicted_conversation_comes_back(run_ahead: bool, lag: int) -> None:
     made = harness(run_ahead=run_ahead)
+    made.worker.lag = lag
     assert complete(made, FIRST) == 0
     assert complete(made, SECOND) == 0
     stored, loaded, _ = counts(made)
