@@ -30,6 +30,7 @@ from gpu_shapes import SHAPES
 from gpu_stub import stub_gpu
 from triton.runtime.cache import triton_key
 
+from quire.kernels.cuda.best_tokens import best_tokens
 from quire.kernels.cuda.rms_norm import fused_add_rms_norm, rms_norm
 from quire.kernels.cuda.rope_and_cache import rope_and_cache
 from quire.kernels.cuda.silu_and_mul import silu_and_mul
@@ -50,16 +51,22 @@ def launch_layer(shape: str) -> dict[str, object]:
         return torch.empty(*sizes, dtype=BF16, device="meta")
 
     x, weight = make(33, hidden), make(hidden)
-    rms_norm(x, weight, eps=1e-6)
-    fused_add_rms_norm(x, make(33, hidden), weight, eps=1e-6)
-    silu_and_mul(make(33, 2 * config["intermediate_size"]))
+    for pdl in (False, True):
+        rms_norm(x, weight, eps=1e-6, pdl=pdl)
+        fused_add_rms_norm(x, make(33, hidden), weight, eps=1e-6, pdl=pdl)
+        silu_and_mul(make(33, 2 * config["intermediate_size"]), pdl=pdl)
     query, key, value = make(33, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], 1)
     norm = make(dim) if config["model_type"] == "qwen3" else None
     cache = make(2, 64, kv_heads, 16, dim)
-    rope_and_cache(
-        query, key, value, *cache, torch.empty(33, dtype=torch.int64, device="meta"),
-        make(33, dim), make(33, dim), query_weight=norm, key_weight=norm,
-    )  # fmt: skip
+    # Factors are halves of the rows of a table; see engine/body/rotary_table.py.
+    cos, sin = (part[:, dim // 2 :] for part in make(33, 2 * dim).split(dim, 1))
+    for pdl in (False, True):
+        rope_and_cache(
+            query, key, value, *cache, torch.empty(33, dtype=torch.int64, device="meta"), cos, sin,
+            query_weight=norm, key_weight=norm, rotary_dim=dim, out=query, pdl=pdl,
+        )  # fmt: skip
+    logits, ids = make(33, config["vocab_size"]), torch.empty(33, dtype=torch.int64, device="meta")
+    best_tokens(logits, make(33), ids, ids.bool())
     return {}
 
 

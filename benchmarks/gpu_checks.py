@@ -19,8 +19,15 @@ from gpu_attention_checks import (
     verdict,
 )
 from gpu_common import DEVICE, Case, Record, make_sequence
+from gpu_experts import QWEN3_MOE, check_experts
 from gpu_lora import check_adapters, figures_of
 from gpu_products import check_float8, check_product
+from gpu_step_checks import (
+    check_best_tokens,
+    check_dependent_launches,
+    check_mixed,
+    check_quantize_rows,
+)
 
 from quire.engine.devices.cuda.draws import CudaDraws
 from quire.engine.sampling.sampler import Sampler
@@ -197,10 +204,18 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
         add(f"{tag} lora odd", check_lora, dtype, 19, 3, 70, 1000, (130, 7))
         for kind, num_rows, group in (("int4", 1, 128), ("int8", 70, 32), ("float8", 300, 4096)):
             add(f"{tag} product {kind}", check_product, dtype, kind, num_rows, 1000, 4096, group)
+        for num_tokens in (1, 300, 1200):
+            add(f"{tag} experts {num_tokens}", check_experts, dtype, num_tokens, QWEN3_MOE)
+        add(f"{tag} experts clamped", check_experts, dtype, 77, (8, 4, 1000, 360), (7.0, 1.702))
         add(f"{tag} extend llama b16", check_extend, dtype, llama, 16, queries, contexts)
         add(f"{tag} decode llama b16", check_decode, dtype, llama, 16, lens)
         if dtype == torch.bfloat16:
             add(f"{tag} extend 20 times", check_repeats, dtype, llama, 16, queries, contexts)
+            add(f"{tag} mixed steps g7 d64", check_mixed, dtype, qwen, 16)
+            add(f"{tag} dependent launches", check_dependent_launches, dtype, 8, 1024)
+        add(f"{tag} mixed steps llama", check_mixed, dtype, llama, 16)
+        add(f"{tag} best tokens", check_best_tokens, dtype, 33, 151_936)
+        add(f"{tag} float8 rows", check_quantize_rows, dtype, 33, 4096)
         add(f"{tag} extend g7 d64 b64", check_extend, dtype, qwen, 64, queries, contexts)
         add(f"{tag} decode g7 d64 b64", check_decode, dtype, qwen, 64, lens)
         every = {"window": 100, "softcap": 20.0, "sinks": True}

@@ -25,7 +25,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import gpu_points
 import torch
+from gpu_points import MAX_SEQS, POINTS
 from gpu_profile import profile_steps
 from gpu_shapes import SHAPES, Limits, write_config
 from gpu_workloads import (
@@ -304,6 +306,20 @@ class ShapeTimes:
         bench = None
         free_memory()
 
+    def run_points(self) -> None:
+        """Measure each point of gpu_points.py against its old way."""
+        for point in POINTS:
+            name = f"{self._name} {point.name}"
+            if DEVICE == "cpu" and point.options.get("enable_pdl"):
+                self._report.miss([f"{name} decodes"], "dependent launches need a GPU")
+                continue
+            with point.patched():
+                if bench := self.with_engine(name, max_num_seqs=MAX_SEQS, **point.options):
+                    for part, run, need in gpu_points.parts(bench, point):
+                        self._report.run(f"{name} {part}", run, need)
+            bench = None
+            free_memory()
+
     def run_transformers(self) -> None:
         """Run the comparison with transformers."""
         name = f"{self._name} generate_batch"
@@ -374,8 +390,8 @@ def stages(
     """Return the stages by name, the most informative first.
 
     These are: checks of both ways through a model (flat and transformers' own), the workloads, the
-    checks of other families, then what the engine's features are worth. `sizes` are the further
-    arguments of `check_family`.
+    checks of other families, then what single points and the engine's features are worth. `sizes`
+    are the further arguments of `check_family`.
     """
 
     def check(name: str) -> Callable[[], None]:
@@ -386,6 +402,7 @@ def stages(
     shapes = {name: one.run for name, one in times}
     found = dict(list(known.items())[:2]) | shapes | dict(list(known.items())[2:])
     if checks:
+        found |= {f"{name} points": one.run_points for name, one in times}
         found |= {f"{name} comparisons": one.run_comparisons for name, one in reversed(times)}
         found |= {f"{name} generate_batch": one.run_transformers for name, one in times}
     return found

@@ -11,6 +11,7 @@ from gpu_attention_checks import E4M3, verdict
 from gpu_common import DEVICE, Record, time_graph
 
 from quire.engine.body.grouped_linear import GroupedWeight
+from quire.engine.devices.cuda.kernels import TRITON
 from quire.engine.devices.cuda.products import multiply_float8
 from quire.kernels import reference
 from quire.kernels.cuda.grouped_product import grouped_product
@@ -54,7 +55,7 @@ def check_float8(num_rows: int, rows: int, depth: int) -> Record:
     scale = x.float().abs().amax(dim=1, keepdim=True) / 448
     rounded = (x.float() / scale).to(E4M3).double() * scale
     wide = rounded @ weight.dense().double().T
-    return verdict(BF16, relative_error(multiply_float8(x, weight, None), wide))
+    return verdict(BF16, relative_error(multiply_float8(TRITON, x, weight, None), wide))
 
 
 def time_product(kind: str, num_rows: int, rows: int, depth: int) -> Record:
@@ -71,7 +72,7 @@ def time_product(kind: str, num_rows: int, rows: int, depth: int) -> Record:
         weights = [random_weight(kind.split()[0], rows, depth, group) for _ in range(count)]
         size = weights[0].num_bytes
         calls = [
-            functools.partial(multiply_float8, x, one, None)
+            functools.partial(multiply_float8, TRITON, x, one, None)
             if kind == "float8 torch"
             else functools.partial(grouped_product, x, one.quants, one.scale, one.minimum)
             for one in weights

@@ -36,7 +36,10 @@ class Stage(NamedTuple):
         return any(kind == one and re.search(found, name) for one, found in self.cases)
 
 
-_SMOKE = r"^(inputs|bfloat16 (write|rows|decode llama b16|extend llama b16|extend 20 times))"
+_SMOKE = (
+    r"^(inputs|bfloat16 (write|rows|decode llama b16|extend llama b16|extend 20 times"
+    r"|mixed steps llama|best tokens|dependent launches))"
+)
 STAGES = (
     Stage(
         "smoke", 30, cases=(("times", r"^limit (copy|read|matmul)"), ("checks", _SMOKE))
@@ -44,6 +47,7 @@ STAGES = (
     Stage("llama family", 20, engine=("check llama",)),
     Stage("0.6B", 80, engine=("qwen3-0.6b",)),
     Stage("8B", 150, engine=("llama-3.1-8b",)),
+    Stage("points", 70, engine=("qwen3-0.6b points",)),
     Stage(
         "kernels", 70,
         cases=(
@@ -52,6 +56,7 @@ STAGES = (
             ("times", r"^write llama 4096|^rope\+write llama 4096|^sdpa"),
             ("times", r"^shared .*64x4096|^sample (whole|top_p) (1|256)x"),
             ("times", r"^product (int4|float8|dense) (1|64)x"),
+            ("times", r"^experts "),
         ),
     ),
     Stage(

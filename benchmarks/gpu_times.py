@@ -23,6 +23,7 @@ from gpu_common import (
     paged_batch,
     time_graph,
 )
+from gpu_experts import time_experts
 from gpu_lora import calls_of_adapters
 from gpu_products import time_product
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -401,6 +402,8 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
         add(f"lora {rows} rows, {slots} of rank {rank}", time_lora, rows, slots, rank)
     for num_rows, kind in product((1, 64, 4096), ("dense", "int4", "float8", "float8 torch")):
         add(f"product {kind} {num_rows}x14336x4096", time_product, kind, num_rows, 14336, 4096)
+    for num_tokens, how in product((1, 32, 4096), ("kernel", "torch")):
+        add(f"experts {how} {num_tokens} tokens", time_experts, how, num_tokens)
     for block_size in (32, 128):
         add(f"decode llama 64x4096 b{block_size}", time_decode, LLAMA_8B, block_size, big)
         add(f"extend llama 8k b{block_size}", time_extend, LLAMA_8B, block_size, 8192, 8192)

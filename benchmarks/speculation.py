@@ -30,6 +30,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,6 +201,7 @@ class Server:
 
     def __init__(self, url: str, model: str, pid: int | None) -> None:
         self._url, self._model, self._pid = url.rstrip("/"), model, pid
+        self._asked = count()
 
     def _ask(self, task: Task, seed: int, prediction: str) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -207,6 +209,8 @@ class Server:
             "messages": [{"role": "user", "content": task.prompt}],
             "max_tokens": MAX_TOKENS,
             "seed": seed,
+            # Otherwise a task's second turn would be drafted from the answer of its first.
+            "cache_salt": f"{time.time()} {next(self._asked)}",
             **task.sampling,
         }
         if task.schema is not None:

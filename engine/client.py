@@ -98,10 +98,12 @@ class EngineClient(Protocol):
     def stats(self) -> EngineStats | None:
         """Return the engine's latest statistics, or None before the first."""
 
-    def snapshots(self) -> AsyncGenerator[LiveSnapshot | None, None]:
-        """Yield snapshots of the engine, at most five a second, until it is closed.
+    def snapshots(self, engine: str | None = None) -> AsyncGenerator[LiveSnapshot | None, None]:
+        """Yield snapshots of the engine, at most five a second, until it is closed; of several, of
+        that with this name.
 
-        Yields None after each second without one: while a step takes longer, or no engine runs.
+        Yields None after each second without one: while a step takes longer, or the engine does not
+        run. Raises EngineNotReadyError if there is no engine of this name.
         """
 
     def health(self) -> EngineHealth:

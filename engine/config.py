@@ -81,9 +81,26 @@ class EngineConfig(OffloadingConfig):
     )
     enforce_eager: bool = _flag(
         "Model",
-        "Disable CUDA graphs for decode.",
+        "Disable CUDA graphs.",
         False,
         details="Starts faster and decodes more slowly.",
+    )
+    max_cudagraph_capture_size: int | None = _flag(
+        "Model",
+        "Maximum tokens of a step with prompts that is captured as a CUDA graph; 0 for none.",
+        None,
+        details="Default: 10¹² divided by the model's parameters, at most 2048, since larger steps "
+        "compute for longer than their launches take. Steps of decodes alone are captured up to "
+        "256 sequences.",
+        ge=0,
+        le=2**20,
+    )
+    enable_pdl: bool = _flag(
+        "Model",
+        "Launch small kernels before those that they follow have ended (GPU).",
+        False,
+        details="Programmatic dependent launch, from compute capability 9.0 on. It has been "
+        "compiled, but not yet run on a GPU.",
     )
     trust_remote_code: bool = _flag("Model", "Run code found in the model's folder.", False)
     num_threads: int | None = _flag("Model", "CPU threads of the engine.", None, ge=1)

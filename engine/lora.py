@@ -23,6 +23,12 @@ class AdapterSource(NamedTuple):
         return Path(self.path).expanduser()
 
 
+def adapter_key(name: str, version: str) -> str:
+    """Return what tells the blocks that were computed with this version of an adapter from all
+    others, on every machine alike. `version` is not empty."""
+    return f"{name}\0{version}"  # no name has a character that is not printable
+
+
 def read_sources(items: Sequence[str]) -> tuple[AdapterSource, ...]:
     """Return the adapters that are written as NAME=FOLDER. Raises ValueError if one is not, or if
     names are bad or equal."""

@@ -154,6 +154,8 @@ class EngineStats(NamedTuple):
     cached, and tokens that running sequences have still to compute."""
     tiers: list[TierStats] = []
     """Where evicted blocks go; empty if they go nowhere."""
+    held_adapters: list[str] = []
+    """Names of the adapters whose weights are in a slot of the device."""
 
     @property
     def kv_usage(self) -> float:

@@ -81,6 +81,8 @@ class Sequence:
 
     adapter_id: int | None = field(init=False, default=None)
     """The version of its LoRA adapter, if it has one."""
+    adapter_key: str | None = field(init=False, default=None)
+    """What tells its blocks from those of other adapters and versions: see `lora.adapter_key`."""
     adapter_slot: int = field(init=False, default=-1)
     """The device's slot of its adapter while it runs."""
 

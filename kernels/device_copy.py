@@ -7,6 +7,7 @@ copies that use it are done. On a device that shares the host's memory, nothing 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,26 +71,66 @@ class StagingBuffer:
         return on_device
 
 
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of copies to the host, one for each device."""
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
+
+
+_COPIED_WHOLE = 1 << 14
+"""Bytes of memory up to which all of a tensor's is copied: it may hold other results, too."""
+
+
 class Downloads:
     """Copies of device tensors to the host that are waited for together: `add` each, `end` once,
-    and `wait` before reading them."""
+    and `wait` before reading them.
+
+    They run on a stream of their own, after all that was launched before the first `add`, so that
+    the next step need not wait for them. What overwrites a tensor that was added must be launched
+    after `hold_stream`.
+    """
 
     def __init__(self) -> None:
         self._arrived: torch.cuda.Event | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._whole: dict[int, Tensor] = {}
 
     def add(self, tensor: Tensor) -> Tensor:
         """Begin a copy and return the host's tensor. A tensor on the host is returned as it is."""
         if not _has_own_memory(tensor.device):
             return tensor
-        if self._arrived is None:
+        if self._stream is None:
+            self._stream = _copy_stream(tensor.device)
+            self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        memory = tensor.untyped_storage()
+        if memory.nbytes() > _COPIED_WHOLE:
+            return self._copy(tensor)
+        if memory.data_ptr() not in self._whole:
+            everything = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory)
+            self._whole[memory.data_ptr()] = self._copy(everything)
+        copied = self._whole[memory.data_ptr()].untyped_storage()
+        place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+        return torch.empty(0, dtype=tensor.dtype).set_(copied, *place)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        assert self._stream is not None
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True)
+        with torch.cuda.stream(self._stream):
+            pinned.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)  # its memory is not given to others before that
+        return pinned
 
     def end(self) -> None:
-        """Mark the end of the copies in the stream."""
+        """Mark the end of the copies in their stream."""
         if self._arrived is not None:
-            self._arrived.record()
+            self._arrived.record(self._stream)
+
+    def hold_stream(self) -> None:
+        """Let what is launched from now on run after the copies."""
+        if self._arrived is not None:
+            torch.cuda.current_stream().wait_event(self._arrived)
 
     def wait(self) -> None:
         """Wait until all copies have arrived."""

@@ -9,6 +9,9 @@ logit soft-capping (Gemma 2, arXiv 2408.00118) and attention sinks as learnt log
 """
 
 import torch
+from torch import Tensor
+
+from .mixture_reference import run_experts as run_experts
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -81,6 +84,8 @@ def paged_attention_extend(
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
+    first_seq: torch.Tensor | None = None,
+    max_seqs: int | None = None,
 ) -> torch.Tensor:  # over 50 lines: half are its parameters and what they mean
     """Compute causal attention of packed queries over their sequences' cached blocks.
 
@@ -93,12 +98,14 @@ def paged_attention_extend(
     one logit per head to the denominator of the softmax only. Rows of `out` before
     query_start_loc[0] and from query_start_loc[-1] on are left as they are. With a float8_e4m3fn
     cache, K and V are the cache times kv_scales (`[2, num_kv_heads]` float32, default 1).
+    first_seq `[1]` leaves the sequences before it out; max_seqs is unused here.
     """
     out = torch.empty_like(query) if out is None else out
     num_kv_heads, block_size = key_cache.shape[1:3]
     group = query.shape[1] // num_kv_heads
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    for index, length in enumerate(lengths):
+    first = 0 if first_seq is None else int(first_seq)
+    for index, length in enumerate(lengths[first:], first):
         rows = slice(starts[index], starts[index + 1])
         block_ids = block_table[index, : (length + block_size - 1) // block_size]
         queries = _wide(query[rows]).reshape(-1, num_kv_heads, group, query.shape[2])
@@ -258,6 +265,7 @@ def rope_and_cache(
     key_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     rotary_dim: int | None = None,
+    pairs: bool = False,
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -266,8 +274,8 @@ def rope_and_cache(
     Each head is first normalised (RMSNorm over head_dim) if its weight is given. query is
     `[num_tokens, num_heads, head_dim]`, key and value are `[num_tokens, num_kv_heads, head_dim]`.
     cos and sin are `[num_tokens, rotary_dim]` in Hugging Face's half-rotation layout, whose second
-    half equals the first, or only their first halves if `rotary_dim` is given. `slot_mapping` and
-    kv_scales are those of `reshape_and_cache`.
+    half equals the first, or only their first halves if `rotary_dim` is given; with `pairs`, the
+    elements 2i and 2i + 1 rotate. `slot_mapping` and kv_scales are those of `reshape_and_cache`.
     """
     if rotary_dim is not None and cos.shape[-1] < rotary_dim:
         cos, sin = (torch.cat([half, half], dim=-1) for half in (cos, sin))
@@ -278,9 +286,13 @@ def rope_and_cache(
         if weight is not None:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * _wide(weight)
         turned, passed = x[..., :rotary_dim], x[..., rotary_dim:]
+        if pairs:
+            turned = torch.cat([turned[..., ::2], turned[..., 1::2]], dim=-1)
         first, second = turned.chunk(2, dim=-1)
         half = torch.cat([-second, first], dim=-1)
         turned = turned * _wide(cos)[:, None] + half * _wide(sin)[:, None]
+        if pairs:
+            turned = torch.stack(turned.chunk(2, dim=-1), dim=-1).flatten(-2)
         return torch.cat([turned, passed], dim=-1)
 
     rotated = rotate(query, query_weight).to(query.dtype)
@@ -306,7 +318,10 @@ def prepare_inputs(
     reach: int,
     block_size: int,
     query_len: int = 1,
-) -> None:  # over 50 lines: ten tensors to write
+    num_tokens: int | None = None,
+    num_decodes: int = 0,
+    num_decodes_out: torch.Tensor | None = None,
+) -> None:  # over 50 lines: eleven tensors to write
     """Build a step's inputs from one packed upload and the tables that stay on the device.
 
     The arguments are those of the kernel, whose file defines the layout of `packed`. `reach` is
@@ -337,22 +352,33 @@ def prepare_inputs(
         samples = slice(sample, sample + num_samples)
         ends = torch.arange(own.stop - num_samples, own.stop, device=logit_indices.device)
         logit_indices[samples] = ends
+    if num_decodes_out is not None:
+        num_decodes_out[0] = num_decodes
     if len(seq_lens) > num_seqs:
-        end = num_seqs * query_len
+        end = num_seqs * query_len if num_decodes_out is None else num_tokens or 0
         input_ids[end:] = positions[end:] = 0
         slot_mapping[end:] = -1
-        query_start_loc[num_seqs + 1 :] = end
+        query_start_loc[num_seqs + 1 :] = end if num_decodes_out is None else len(input_ids)
         seq_lens[num_seqs:] = 0
 
 
-def lora_shrink(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    order: torch.Tensor,
-    loc: torch.Tensor,
-    ranks: torch.Tensor,
-    h: torch.Tensor,
-) -> None:
+def best_tokens(logits: Tensor, best: Tensor, token_ids: Tensor, finite: Tensor) -> None:
+    """Write the maxima of the rows `[R, V]`, the first ids that have them, and whether the rows are
+    finite: see `kernels/cuda/best_tokens.py`."""
+    values, ids = logits.masked_fill(logits.isnan(), torch.inf).max(dim=1)
+    best.copy_(values)
+    token_ids.copy_(ids)
+    finite.copy_(values.isfinite())
+
+
+def quantize_rows(input: Tensor, out: Tensor, scale: Tensor) -> None:
+    """Round each row to float8 by a scale of its own: see `kernels/cuda/fp8.py`."""
+    rows = input.float()
+    scale.copy_(rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / E4M3_MAX)
+    out.copy_((rows / scale).to(E4M3))
+
+
+def lora_shrink(x: Tensor, a: Tensor, order: Tensor, loc: Tensor, ranks: Tensor, h: Tensor) -> None:
     """Store A x in `h`, for rows with a LoRA adapter: see `kernels/cuda/lora.py`."""
     for slot, begin, end in _adapter_rows(loc):
         for part, rank in enumerate(ranks[slot].tolist()):
@@ -361,14 +387,9 @@ def lora_shrink(
 
 
 def lora_expand(
-    h: torch.Tensor,
-    b: torch.Tensor,
-    order: torch.Tensor,
-    loc: torch.Tensor,
-    ranks: torch.Tensor,
-    sizes: tuple[int, ...],
-    out: torch.Tensor,
-) -> None:
+    h: Tensor, b: Tensor, order: Tensor, loc: Tensor, ranks: Tensor, sizes: tuple[int, ...],
+    out: Tensor,
+) -> None:  # fmt: skip
     """Add B h to the rows of `out` that have a LoRA adapter: see `kernels/cuda/lora.py`."""
     for slot, begin, end in _adapter_rows(loc):
         rows, left = order[begin:end].long(), 0
@@ -379,7 +400,7 @@ def lora_expand(
             left += size
 
 
-def _adapter_rows(loc: torch.Tensor) -> list[tuple[int, int, int]]:
+def _adapter_rows(loc: Tensor) -> list[tuple[int, int, int]]:
     """Return each slot, with where its rows begin and end."""
     bounds = loc.tolist()
     return [(slot, bounds[slot], bounds[slot + 1]) for slot in range(len(bounds) - 1)]

@@ -10,7 +10,6 @@ The ground floor, these files, may be imported by every room:
     errors       exceptions to HTTP answers
     validation   what is wrong with a body, in words for people
     logs         the log
-    metrics      the page /metrics; histograms and their buckets; metrics_sum adds up processes
     json_text    JSON of answers
 
 The rooms, each of which may import only those below it in this list, and the ground floor:
@@ -22,6 +21,7 @@ The rooms, each of which may import only those below it in this list, and the gr
     tracing      OpenTelemetry traces
     http         sockets, streams, limits, keys
     tenants      who asks: keys, their limits, what they have used
+    metrics      the page /metrics
     parsing      reasoning and tool calls in the model's text
     text         tokenizer, detokenizer
     templates    chat templates

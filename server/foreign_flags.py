@@ -28,7 +28,10 @@ class ForeignFlag(NamedTuple):
 _ONE_COPY = "experts are cut as other layers are: see --tensor-parallel-size"
 _TEXT_ONLY = "only text is served"
 _OWN_TOKENIZER = "the tokenizer is the one in the model's folder"
-_GRAPHS = "CUDA graphs are captured for all decode batches; --enforce-eager disables them"
+_GRAPHS = (
+    "CUDA graphs are captured for all decode batches, and for steps with prompts up to "
+    "--max-cudagraph-capture-size; --enforce-eager disables them"
+)
 _IN_CONFIG = "edit config.json in the model's folder"
 _PROXY = "let a proxy in front check clients' certificates"
 _ATTENTION = "there is one implementation of attention per device"
@@ -42,7 +45,7 @@ _VLLM_SAME = """
     --scheduling-policy --async-scheduling --disable-cascade-attn --max-logprobs --chat-template
     --trust-request-chat-template --reasoning-parser --tool-call-parser --generation-config
     --config --enable-log-requests --root-path --ssl-keyfile --ssl-certfile --shutdown-timeout
-    --enable-lora --max-loras --max-lora-rank --max-cpu-loras
+    --enable-lora --max-loras --max-lora-rank --max-cpu-loras --max-cudagraph-capture-size
 """
 _SGLANG_SAME = """
     --host --port --api-key --served-model-name --dtype --kv-cache-dtype --trust-remote-code

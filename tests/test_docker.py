@@ -24,8 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from quire.engine.config import EngineInfo
 from quire.engine.errors import QuireError
 from quire.engine.outputs import EngineStats, FinishReason, TierStats, Timings
-from quire.server.histograms import RequestRecord
-from quire.server.metrics import Metrics
+from quire.server.metrics.histograms import RequestRecord
+from quire.server.metrics.metrics import Metrics
 from quire.server.serving.http_server import routing_counter
 from quire.server.settings import Settings, load_settings
 from quire.server.tenants.key_metrics import KeyMetrics

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from quire.engine.errors import ConfigurationError
 from quire.server import cli, flags_table
 from quire.server.foreign_flags import FOREIGN_FLAGS, Answer, Server, explain
-from quire.server.metrics import Metrics
+from quire.server.metrics.metrics import Metrics
 from quire.server.requests.protocol import ChatBody, CompletionBody
 from quire.server.requests.unsupported import _ASKS_FOR_NOTHING as REFUSED
 from quire.server.settings import Settings, load_settings

@@ -26,8 +26,12 @@ CHECKPOINTS = {
     "phi3": "Phi-3, Phi-4-mini",
     "granite": "Granite 3 and 4, dense",
     "smollm3": "SmolLM3",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
+    "glm4": "GLM-4-0414",
     "mixtral": "Mixtral 8x7B",
     "qwen3_moe": "Qwen3-30B-A3B",
+    "olmoe": "OLMoE",
     "gpt_oss": "gpt-oss",
 }
 """Names by which people know the families."""

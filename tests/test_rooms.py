@@ -51,7 +51,7 @@ RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
 RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),
 }
-RULES["engine.parallel"] = RULES["engine.devices"] | {"engine.devices"}
+RULES["engine.parallel"] = RULES["engine.devices"] | {"engine.devices", "engine.network"}
 RULES["engine.model"] = RULES["engine.parallel"] | {"engine.parallel", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
 RULES["engine.network"] = ENGINE
@@ -74,11 +74,12 @@ RULES["server.templates"] = GROUND
 RULES["server.text"] = GROUND | {"engine.grammar", "server.templates"}
 RULES["server.parsing"] = RULES["server.text"] | {"server.text"}
 RULES["server.parsing.formats"] = RULES["server.parsing"] | {"server.parsing"}
-RULES["server.tenants"] = GROUND
+RULES["server.metrics"] = GROUND | {"engine.process"}
+RULES["server.tenants"] = GROUND | {"server.metrics"}
 RULES["server.http"] = RULES["server.parsing.formats"] | {
-    *("server.parsing.formats", "server.tenants", "engine.process"),
+    *("server.parsing.formats", "server.tenants", "server.metrics", "engine.process"),
 }
-RULES["server.tracing"] = GROUND
+RULES["server.tracing"] = GROUND | {"server.metrics"}
 RULES["server.requests"] = RULES["server.http"] | {"server.http", "server.tracing"}
 RULES["server.api"] = RULES["server.requests"] | {"server.requests"}
 RULES["server.dialects"] = RULES["server.api"] | {"server.api"}

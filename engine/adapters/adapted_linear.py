@@ -20,6 +20,15 @@ class AddDeltas(Protocol):
         `[T, in_features]`."""
 
 
+def adapt(linear: nn.Module, deltas: AddDeltas) -> nn.Module:
+    """Return a layer that adds what adapters add. If its outputs are summed over the ranks of a
+    model, `linear` itself does, to what is summed: each rank's part of B A x is a term of it."""
+    if not getattr(linear, "sums_ranks", False):
+        return AdaptedLinear(linear, deltas)
+    linear.linear = AdaptedLinear(linear.get_submodule("linear"), deltas)
+    return linear
+
+
 class AdaptedLinear(nn.Module):
     """Stands in for a linear layer; x `[..., in_features]` → `[..., out_features]`."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from typing import NamedTuple
 
 import torch
@@ -31,9 +32,21 @@ class LoraWeight(NamedTuple):
         return len(self.a)
 
 
+def version_of(weights: Mapping[str, LoraWeight]) -> str:
+    """Return a hash of all that an adapter computes, as 32 hexadecimal digits. It is the same on
+    all machines, so what was computed with one version can be told from what was computed with
+    another, here and there."""
+    digest = sha256()
+    for name, (a, b) in sorted(weights.items()):
+        digest.update(f"{name}\0{tuple(a.shape)}\0{tuple(b.shape)}\0".encode())
+        for half in (a, b):
+            digest.update(half.contiguous().numpy().data)
+    return digest.hexdigest()[:32]
+
+
 class Adapter(NamedTuple):
-    """The weights of an adapter, by the names of the linear layers in the model, and a hash of its
-    files."""
+    """The weights of an adapter, by the names of the linear layers in the model, and a hash of
+    them."""
 
     weights: dict[str, LoraWeight]
     version: str = ""

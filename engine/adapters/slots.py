@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from ..body.flat_decoder import FlatDecoder, FlatLayer
+from ..body.flat_decoder import FlatDecoder, FlatLayer, Mlp
 from .adapter import Adapter, Place
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class Adaptable(NamedTuple):
 
 
 class FlatNames(NamedTuple):
-    """The names of the layers of each product of a flat layer, in the order of its columns."""
+    """The names of the layers of each product of a flat layer, in the order of its columns. Those
+    of the MLP are empty if it is a mixture of experts."""
 
     qkv: tuple[str, ...]
     output: tuple[str, ...]
@@ -48,12 +49,16 @@ class FlatNames(NamedTuple):
         """Return the names in the layer with this index; flatten.py knows no others."""
         attention, mlp = (f"{prefix}.layers.{index}.{part}" for part in ("self_attn", "mlp"))
         qkv = ("qkv",) if layer.is_fused else tuple("qkv")
-        gate_up = ("gate_up",) if layer.is_fused else ("gate", "up")
+        gate_up, down = ("gate", "up"), ("down",)
+        if not isinstance(layer.mlp, Mlp):
+            gate_up = down = ()
+        elif layer.mlp.is_fused:
+            gate_up = ("gate_up",)
         return cls(
             tuple(f"{attention}.{part}_proj" for part in qkv),
             (f"{attention}.o_proj",),
             tuple(f"{mlp}.{part}_proj" for part in gate_up),
-            (f"{mlp}.down_proj",),
+            tuple(f"{mlp}.{part}_proj" for part in down),
         )
 
 

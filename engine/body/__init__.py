@@ -3,6 +3,7 @@
 Read in this order:
 
     flat_decoder.py   Llama on one page: the layers as one function over a device's operations
+    rotary_table.py   rotary factors of all positions, computed once
     flatten.py        reads that function's weights out of a transformers model
     merged_linear.py  merges projections that share an input into one product, before that
     grouped_linear.py weights that stay in the 4 or 8 bits of a quantised checkpoint

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..attention.metadata import AttentionMetadata
 from .flat_decoder import BodyOps, FlatDecoder
+from .rotary_table import make_rotary_table
 
 ForwardToLogits = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata],
@@ -37,6 +38,9 @@ class Body(Protocol):
     ) -> torch.Tensor:
         """input_ids and positions `[T]` int64 → hidden states `[T, hidden_size]`, after the last
         norm."""
+
+    def expect_positions(self, length: int) -> None:
+        """Prepare for positions below `length`, which are all that will come."""
 
     def fuse_head(self, product: nn.Module) -> ForwardToLogits | None:
         """Return a function that runs the body and then `product`, the linear layer that makes
@@ -63,6 +67,9 @@ class HfBody:
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]
 
+    def expect_positions(self, length: int) -> None:
+        """Do nothing: the model's own code computes rotary factors."""
+
     def fuse_head(self, product: nn.Module) -> ForwardToLogits | None:
         return None
 
@@ -82,6 +89,9 @@ class FlatBody:
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
         return self.decoder(input_ids, positions, self._make_ops(metadata))
+
+    def expect_positions(self, length: int) -> None:
+        self.decoder = self.decoder._replace(rotations=make_rotary_table(self.decoder, length))
 
     def fuse_head(self, product: nn.Module) -> ForwardToLogits | None:
         return None

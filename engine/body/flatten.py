@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from .flat_decoder import FlatDecoder, FlatLayer, Linear, Norm
+from .flat_decoder import FlatDecoder, FlatLayer, Linear, Mixture, Mlp, Norm
 from .merged_linear import LinearColumn, MergedLinear
 
 
 class _Names(NamedTuple):
     """The names of a layer's norms: of the attention's input and update, of the MLP's input and
-    update. The updates' are empty if they have none."""
+    update. One is empty if there is no such norm."""
 
     input: str
     output: str
@@ -35,6 +35,13 @@ _NORM_NAMES = (
         "pre_feedforward_layernorm",
         "post_feedforward_layernorm",
     ),
+    _Names(
+        "input_layernorm",
+        "post_self_attn_layernorm",
+        "post_attention_layernorm",
+        "post_mlp_layernorm",
+    ),
+    _Names("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
 )
 
 
@@ -61,108 +68,141 @@ def flatten(body: Any, head_dim: int, windows: tuple[int | None, ...]) -> FlatDe
     factor = getattr(body.embed_tokens, "embed_scale", getattr(body, "embedding_multiplier", 1.0))
     if isinstance(factor, torch.Tensor):
         factor = factor.to(body.embed_tokens.weight.dtype)
-    return FlatDecoder(body.embed_tokens, body.rotary_emb, flat, norm, float(factor))
+    has_half_factors = _has_half_factors(body, flat[0].rotary_kind)
+    return FlatDecoder(
+        body.embed_tokens, body.rotary_emb, flat, norm, float(factor), has_half_factors
+    )
+
+
+@torch.no_grad()
+def _has_half_factors(body: Any, kind: str | None) -> bool:
+    """Whether the rotary embedding gives the factors of angles once: usually it gives them twice,
+    one after the other."""
+    weight = body.embed_tokens.weight
+    positions = torch.tensor([[1, 7]], device=weight.device)
+    kinds = () if kind is None else (kind,)
+    cos = body.rotary_emb(weight[None, :1], positions, *kinds)[0]
+    first, second = cos.chunk(2, dim=-1)
+    return not torch.equal(first, second)
 
 
 def _flat_layer(layer: Any, head_dim: int, window: int | None, has_kinds: bool) -> FlatLayer | None:
     # 1. The layer has exactly the modules of Llama's, with two norms or four.
     names = next(
-        (n for n in _NORM_NAMES if _has_children(layer, f"mlp self_attn {_joined(n)}")), None
+        (n for n in _NORM_NAMES if _has_children(layer, f"mlp self_attn {' '.join(n)}")), None
     )
     if names is None:
         return None
-    attention, mlp = layer.self_attn, layer.mlp
-    products = _products(attention, mlp, head_dim)
+    attention = layer.self_attn
+    qkv, mlp = _qkv(attention, head_dim), _mlp(layer.mlp)
     norms = [_norm(getattr(layer, name)) if name else None for name in names]
-    if products is None or any(name and not norm for name, norm in zip(names, norms, strict=True)):
+    if qkv is None or mlp is None:
+        return None
+    if any(name and not norm for name, norm in zip(names, norms, strict=True)):
         return None
     input_norm, output_norm, mlp_norm, down_norm = norms
-    assert input_norm is not None and mlp_norm is not None
-    # 2. Attention has no parameters of its own.
-    scale, activation = getattr(attention, "scaling", None), _activation(mlp)
-    if list(attention._parameters) or not isinstance(scale, float) or activation is None:
+    # 2. Attention has no parameters of its own but sinks.
+    scale, sinks = getattr(attention, "scaling", None), getattr(attention, "sinks", None)
+    if set(attention._parameters) - {"sinks"} or not isinstance(scale, float):
         return None
     qk_norm = None
     if "q_norm" in attention._modules:
-        qk_norm = _qk_norm(attention, products.num_heads, products.num_kv_heads, head_dim)
+        qk_norm = _qk_norm(attention, qkv.num_heads, qkv.num_kv_heads, head_dim)
         if qk_norm is None:
             return None
     return FlatLayer(
         layer_idx=attention.layer_idx,
-        num_heads=products.num_heads,
-        num_kv_heads=products.num_kv_heads,
+        num_heads=qkv.num_heads,
+        num_kv_heads=qkv.num_kv_heads,
         head_dim=head_dim,
         scale=scale,
         window=window,
         input_norm=input_norm,
-        qkv=products.qkv,
-        qk_norm=qk_norm,
+        qkv=qkv.linear,
+        qk_norm=None if qk_norm is None else qk_norm.norm,
         output=attention.o_proj,
         mlp_norm=mlp_norm,
-        gate_up=products.gate_up,
-        activation=activation.forward,
-        is_silu=isinstance(activation, nn.SiLU | SiLUActivation),
-        down=mlp.down_proj,
-        rotary_kind=attention.layer_type if has_kinds else None,
+        mlp=mlp,
+        norms_all_heads=qk_norm is not None and qk_norm.of_all_heads,
+        rotary_kind=_kind_of(attention) if has_kinds else None,
         rotates=bool(getattr(attention, "use_rope", True)),
+        sinks=None if sinks is None else sinks.detach(),
         softcap=getattr(attention, "attn_logit_softcapping", None),
         output_norm=output_norm,
         down_norm=down_norm,
         update_scale=float(getattr(layer, "residual_multiplier", 1.0)),
-        is_fused=products.is_fused,
+        is_fused=qkv.is_fused,
     )
 
 
-def _joined(names: _Names) -> str:
-    return " ".join(names)
-
-
-class _Products(NamedTuple):
-    qkv: Linear
-    gate_up: Linear
+class _Qkv(NamedTuple):
+    linear: Linear
     num_heads: int
     num_kv_heads: int
     is_fused: bool
 
 
-def _products(attention: Any, mlp: Any, head_dim: int) -> _Products | None:
-    """Return the products of the inputs: merged ones, or Phi-3's, which are one layer each."""
+def _qkv(attention: Any, head_dim: int) -> _Qkv | None:
+    """Return the product of Q, K and V: a merged one, or Phi-3's, which is one layer."""
     norms = " k_norm q_norm" if "q_norm" in attention._modules else ""
     if _has_children(attention, f"k_proj o_proj q_proj v_proj{norms}"):
-        if not _has_children(mlp, "act_fn down_proj gate_proj up_proj"):
+        merged = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
+        if merged is None:
             return None
-        qkv = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
-        gate_up = _merged(mlp.gate_proj, mlp.up_proj)
-        if qkv is None or gate_up is None:
-            return None
-        num_heads, num_kv_heads = (size // head_dim for size in qkv.sizes[:2])
-        return _Products(qkv.linear, gate_up.linear, num_heads, num_kv_heads, False)
+        num_heads, num_kv_heads = (size // head_dim for size in merged.sizes[:2])
+        return _Qkv(merged.linear, num_heads, num_kv_heads, False)
     if _has_children(attention, f"o_proj qkv_proj{norms}"):
-        if not _has_children(mlp, "activation_fn down_proj gate_up_proj"):
-            return None
-        qkv, gate_up = attention.qkv_proj, mlp.gate_up_proj
-        if not isinstance(qkv, Linear) or not isinstance(gate_up, Linear):
+        linear = attention.qkv_proj
+        if not isinstance(linear, Linear):
             return None
         num_heads = attention.o_proj.in_features // head_dim
-        num_kv_heads = (qkv.out_features // head_dim - num_heads) // 2
-        return _Products(qkv, gate_up, num_heads, num_kv_heads, True)
+        return _Qkv(linear, num_heads, (linear.out_features // head_dim - num_heads) // 2, True)
     return None
 
 
-def _activation(mlp: Any) -> nn.Module | None:
-    found = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
-    return found if isinstance(found, nn.Module) else None
+def _mlp(mlp: Any) -> Mlp | Mixture | None:
+    """Return a gated MLP, whose gate and up are a merged product or one layer, or a mixture of
+    experts."""
+    activation = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+    name = "act_fn" if hasattr(mlp, "act_fn") else "activation_fn"
+    gate_up: Linear | None = None
+    is_fused = _has_children(mlp, f"{name} down_proj gate_up_proj")
+    if is_fused and isinstance(mlp.gate_up_proj, Linear):
+        gate_up = mlp.gate_up_proj
+    elif _has_children(mlp, f"{name} down_proj gate_proj up_proj"):
+        merged = _merged(mlp.gate_proj, mlp.up_proj)
+        gate_up = None if merged is None else merged.linear
+    if gate_up is not None and isinstance(activation, nn.Module):
+        is_silu = isinstance(activation, nn.SiLU | SiLUActivation)
+        return Mlp(gate_up, activation.forward, is_silu, mlp.down_proj, is_fused)
+    # transformers gives these attributes to all experts that it can run in several ways.
+    is_mixture = any(hasattr(child, "is_transposed") for child in mlp._modules.values())
+    return Mixture(mlp) if is_mixture else None
 
 
-def _qk_norm(attention: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> Norm | None:
-    """Return the norms of Q and K as one, by head; None if they are not per head and alike."""
+def _kind_of(attention: Any) -> str:
+    """Return the kind of a layer, by which the rotary embedding knows it."""
+    kind: str = getattr(attention, "layer_type", None) or attention.attention_type
+    return kind
+
+
+class _QkNorm(NamedTuple):
+    norm: Norm
+    of_all_heads: bool
+
+
+def _qk_norm(attention: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> _QkNorm | None:
+    """Return the norms of Q and K as one, by head; None if they are neither of each head and
+    alike, nor of all heads."""
     query_norm, key_norm = _norm(attention.q_norm), _norm(attention.k_norm)
     if query_norm is None or key_norm is None or query_norm.eps != key_norm.eps:
         return None
-    if not query_norm.weight.shape == key_norm.weight.shape == (head_dim,):
+    of_head = query_norm.weight.shape == key_norm.weight.shape == (head_dim,)
+    heads = ((query_norm, num_heads), (key_norm, num_kv_heads))
+    if not of_head and any(len(norm.weight) != number * head_dim for norm, number in heads):
         return None
-    by_head = (query_norm.weight.expand(num_heads, -1), key_norm.weight.expand(num_kv_heads, -1))
-    return Norm(torch.cat(by_head), query_norm.eps)
+    by_head = [norm.weight.view(-1, head_dim).expand(number, -1) for norm, number in heads]
+    return _QkNorm(Norm(torch.cat(by_head), query_norm.eps), not of_head)
 
 
 def _has_children(module: nn.Module, names: str) -> bool:

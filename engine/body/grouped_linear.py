@@ -72,6 +72,49 @@ class GroupedWeight(NamedTuple):
             minimum=None if self.minimum is None else self.minimum[which],
         )
 
+    def columns(self, which: slice) -> GroupedWeight:
+        """Return one of several equal shares of the columns, as views; integers, scales and
+        minimums stay what they are. Raises ValueError if a share is neither whole groups nor a
+        part of one."""
+        width = which.stop - which.start
+        if self.group_size % width and width % self.group_size:
+            raise ValueError(f"{width} columns cut groups of {self.group_size} apart")
+        size = min(width, self.group_size)
+        if self.bits == 4 and size % 2:
+            raise ValueError(f"{size} columns of 4 bits are no whole bytes")
+        weight = self.regrouped(size)
+        packed = 2 if self.bits == 4 else 1
+        groups = slice(which.start // size, which.stop // size)
+        return weight._replace(
+            quants=self.quants[:, which.start // packed : which.stop // packed],
+            scale=weight.scale[:, groups],
+            minimum=None if weight.minimum is None else weight.minimum[:, groups],
+        )
+
+    def copy(self) -> GroupedWeight:
+        """Return a copy in memory of its own."""
+        return self._replace(
+            quants=self.quants.clone(memory_format=torch.contiguous_format),
+            scale=self.scale.clone(memory_format=torch.contiguous_format),
+            minimum=None
+            if self.minimum is None
+            else self.minimum.clone(memory_format=torch.contiguous_format),
+        )
+
+    def padded(self, missing: int) -> GroupedWeight:
+        """Return the weight with so many rows of zeros after its own."""
+        below = (0, 0, 0, missing)
+        if self.quants.is_floating_point():
+            octets = F.pad(self.quants.view(torch.uint8), below)
+            quants = octets.view(self.quants.dtype)
+        else:
+            quants = F.pad(self.quants, below)
+        return self._replace(
+            quants=quants,
+            scale=F.pad(self.scale, below),
+            minimum=None if self.minimum is None else F.pad(self.minimum, below),
+        )
+
     def regrouped(self, size: int) -> GroupedWeight:
         """Return the same weight in groups of `size`, which divides the present one."""
         repeats = self.group_size // size

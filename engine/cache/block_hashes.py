@@ -3,8 +3,9 @@ by the same functions.
 
 A block's hash covers its tokens and all tokens before it, because each is chained to the one before
 (the idea is that of vLLM's automatic prefix caching). The chain is seeded by the cache salt and by
-the LoRA adapter and by nothing else, so the hashes of a prompt are the same in every process and on
-every machine (of little-endian byte order, as all that are supported).
+the LoRA adapter (its name and a hash of its weights) and by nothing else, so the hashes of a prompt
+are the same in every process and on every machine (of little-endian byte order, as all that are
+supported).
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from collections import abc
 from hashlib import sha256
 
 
-def root_hash(cache_salt: str | None, adapter_id: int | None = None) -> bytes:
+def root_hash(cache_salt: str | None, adapter: str | None = None) -> bytes:
     """Return the hash that starts a chain. Chains of different salts never meet, nor do those of
-    different adapters or of different versions of one."""
+    different adapters or of different versions of one; `adapter` is its `lora.adapter_key`."""
     root = sha256(b"" if cache_salt is None else b"salt:" + cache_salt.encode()).digest()
-    return root if adapter_id is None else sha256(root + b"adapter:%d" % adapter_id).digest()
+    return root if adapter is None else sha256(root + b"adapter:" + adapter.encode()).digest()
 
 
 def hash_block(parent: bytes, token_ids: abc.Sequence[int]) -> bytes:
@@ -45,10 +46,10 @@ def prompt_hashes(
     token_ids: abc.Sequence[int],
     block_size: int,
     cache_salt: str | None = None,
-    adapter_id: int | None = None,
+    adapter: str | None = None,
 ) -> list[bytes]:
     """Return the hashes of all full blocks of a prompt, in order."""
     hashes: list[bytes] = []
-    root = root_hash(cache_salt, adapter_id)
+    root = root_hash(cache_salt, adapter)
     extend_hashes(hashes, root, token_ids, block_size, len(token_ids) // block_size)
     return hashes

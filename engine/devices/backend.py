@@ -3,7 +3,7 @@ outside this room asks what device it runs on.
 
     Backend    is made once: it knows what the device supports, its memory, how it runs a model
     Planner    is made for one KV cache, and plans how each step attends
-    Graphs     are captured decode steps, if the device can capture any
+    Graphs     are captured steps, if the device can capture any
     HostBlocks copies blocks between KV caches and host memory
     Rehearsal  is the model runner as a backend sees it while the worker starts
 """
@@ -21,6 +21,7 @@ from ..adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ..attention.metadata import AttentionPlan
 from ..body.body import Body
 from ..body.flat_decoder import FlatDecoder
+from ..body.grouped_linear import GroupedWeight
 from ..config import EngineConfig
 from ..sampling.sampler import Sampler
 from ..step import BlockCopy, BlockLoad, BlockSave
@@ -60,14 +61,18 @@ class Planner(Protocol):
 
 
 class Graphs(Protocol):
-    """Captured decode steps: every row has one token, or is padded to the same number."""
+    """Captured steps: of decodes, whose rows have one token or are padded to the same number, and
+    mixed ones, which are padded at their end."""
+
+    def __len__(self) -> int:
+        """The number of graphs."""
 
     def __contains__(self, key: object) -> bool:
         """Whether there is a graph for this GraphKey."""
 
     def replay(self, key: GraphKey) -> ModelOutput:
-        """Run a step of this kind on the static tensors; its output, with logits for every row, is
-        valid until the next replay."""
+        """Run a step of this kind on the static tensors; its output is valid until the next replay.
+        A mixed step has no logits, any other one those of every token."""
 
 
 class Rehearsal(Protocol):
@@ -93,10 +98,20 @@ class Rehearsal(Protocol):
     def run_prompts(self, num_tokens: int, num_seqs: int) -> object:
         """Run a blank step that begins so many sequences, without logits."""
 
-    def run_decodes(self, step: DeviceStep, plan: AttentionPlan) -> ModelOutput:
+    def run_decodes(
+        self, step: DeviceStep, plan: AttentionPlan, logits: torch.Tensor | None = None
+    ) -> ModelOutput:
         """Run a step in which every row has one token, or as many as the plan says, with logits for
-        each. It reads no tensors but those of the step, the plan and the cache, so that it can be
-        captured."""
+        each, in `logits` if that is given. It reads no tensors but those of the step, the plan and
+        the cache, so that it can be captured."""
+
+    def run_mixed(self, step: DeviceStep, plan: AttentionPlan) -> torch.Tensor:
+        """Run a padded mixed step, which can be captured like those of `run_decodes`. Returns its
+        hidden states."""
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of the model's parameters, on all ranks."""
 
     def run_largest_step(self) -> None:
         """Run the largest blank step that is allowed, and sample all its rows."""
@@ -163,6 +178,10 @@ class Backend(Protocol):
     def check_quantization(self, config: EngineConfig) -> None:
         """Raise ConfigurationError if the device has no kernels for quantised weights."""
 
+    def rounded(self, weight: torch.Tensor, quantization: str) -> GroupedWeight:
+        """Return the weight `[out_features, in_features]` of a linear layer as `make_body` would
+        round it; a last group that is not full is filled up with columns of zeros."""
+
     def check_deterministic(self) -> None:
         """Raise ConfigurationError, with the reason, if a token that is computed by itself may get
         other bits another time."""
@@ -204,12 +223,13 @@ class Backend(Protocol):
         flat: FlatDecoder | None,
         *,
         quantization: str | None,
+        adaptable: bool = False,
     ) -> Body:
         """Choose how the body runs. `flat` is the same body, flattened, if it can be.
 
         May take over the weights, and replace the linear layers of `body` and `head` in place, by
         quantised ones if there is a `quantization`. Grouped layers keep their integers, or are made
-        dense.
+        dense. Who passes `adaptable` calls `make_adapter_slots` next.
         """
 
     def make_adapter_slots(
@@ -260,7 +280,7 @@ class Backend(Protocol):
 
     def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
         """Compile or capture what steps will need, so that no request waits for it. Called once,
-        with the runner that will serve; returns the graphs of its decode steps, if any."""
+        with the runner that will serve; returns the graphs of its steps, if any."""
 
     def release_memory(self) -> None:
         """Give back the memory that torch keeps in reserve, after a step ran out of it."""

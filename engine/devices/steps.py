@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from ..sampling.draws import BestTokens
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -51,6 +53,7 @@ class DeviceStep(NamedTuple):
     If the device pads decode-only steps, S and T are the padded size. A padded row has length 0
     and slot −1. Steps with drafts may be padded to the same number of tokens in each row
     (`StepInputs.query_len`); those after a row's own have the slot −1, and seq_lens counts them.
+    Mixed steps may be padded at their end (`StepInputs.mixed_size`).
 
     input_ids, positions, slot_mapping `[T]` int64; block_table `[S, max_blocks]`, query_start_loc
     `[S + 1]`, seq_lens `[S]` int32; logit_indices `[R]` int64, the token before each sample.
@@ -106,6 +109,11 @@ class StepInputs(Protocol):
         """Return to how many tokens each row of a step with drafts is padded; 1 if its rows are
         not padded."""
 
+    def mixed_size(self, host: HostStep) -> int:
+        """Return to how many tokens a step is padded at its end that has rows of several tokens and
+        is not padded by `query_len`; 0 if it is not padded. The first rows and tokens of its
+        tensors are those of the step without padding."""
+
     def write(
         self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
     ) -> DeviceStep:
@@ -114,21 +122,25 @@ class StepInputs(Protocol):
 
 
 class ModelOutput(NamedTuple):
-    """Hidden states `[T, hidden_size]` and logits `[R, vocab_size]` of a step."""
+    """Hidden states `[T, hidden_size]` and logits `[R, vocab_size]` of a step, and the likeliest
+    tokens of these if the device has found them, too."""
 
     hidden: torch.Tensor
     logits: torch.Tensor
+    best: BestTokens | None = None
 
 
 class GraphKey(NamedTuple):
-    """Identifies a captured decode step: its padded number of rows, whether the rows' shared
-    prefixes are read once for all of them, whether any row has a LoRA adapter, and the padded
-    number of tokens of each row: more than one if rows have drafts."""
+    """Identifies a captured step: its padded number of rows, whether the rows' shared prefixes are
+    read once for all of them, whether any row has a LoRA adapter, and the padded number of tokens
+    of each row: more than one if rows have drafts. Of a mixed step, `size` is the padded number of
+    tokens in all rows."""
 
     size: int
     shared: bool
     adapted: bool = False
     query_len: int = 1
+    mixed: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -52,9 +52,16 @@ class ParallelConfig:
         "Parallelism",
         "Port of host 0 for the other hosts; the next one is used as well.",
         29500,
-        details="Both are open to whoever reaches them: use a private network.",
+        details="torch.distributed uses the latter and others without keys: use a private network.",
         ge=1,
         le=65534,
+    )
+    node_key_file: str | None = flag(
+        "Parallelism",
+        "File with a secret that all hosts have, for the links between them.",
+        None,
+        details="Needed unless --master-addr is this host's own. It has at least 32 characters, "
+        "such as `openssl rand -hex 32` writes; hosts with another one are refused.",
     )
 
     @property
@@ -85,4 +92,10 @@ class ParallelConfig:
         if self.node_rank >= self.nnodes:
             raise ConfigurationError(
                 f"--node-rank {self.node_rank} is not below --nnodes {self.nnodes}"
+            )
+        is_own = self.master_addr == "localhost" or self.master_addr.startswith("127.")
+        if self.nnodes > 1 and self.node_key_file is None and not is_own:
+            raise ConfigurationError(
+                f"--master-addr {self.master_addr} can be reached by anybody in the network: give "
+                "all hosts the same secret with --node-key-file"
             )

@@ -177,12 +177,14 @@ class FleetClient:
         known = [stats for member in self.members.values() if (stats := member.stats())]
         return summed(known) if known else None
 
-    def snapshots(self) -> AsyncGenerator[LiveSnapshot | None, None]:
-        """Yield snapshots of the first engine that serves."""
-        first = next(iter(self._ready() or self.members.values()), None)
-        if first is None:
+    def snapshots(self, engine: str | None = None) -> AsyncGenerator[LiveSnapshot | None, None]:
+        """Yield snapshots of an engine; by default of the first that serves."""
+        members = self._ready() or list(self.members.values())
+        if engine is not None:
+            members = [self.members[engine]] if engine in self.members else []
+        if not members:
             raise EngineNotReadyError(self.health().reason)
-        return first.snapshots()
+        return members[0].snapshots()
 
     def health(self) -> EngineHealth:
         """Return the health of all: the fleet is ready, and alive, if one engine is."""
@@ -215,17 +217,19 @@ class FleetClient:
         await asyncio.gather(*(member.reset_prefix_cache() for member in ready))
 
     async def load_adapter(self, source: AdapterSource, *, replace: bool = False) -> None:
-        """Load a LoRA adapter in all engines, which must be ready. If one refuses it, none has it,
-        except that a version which was replaced does not come back."""
-        done: list[RemoteEngineClient] = []
-        for member in self._all_ready():
+        """Load a LoRA adapter in all engines, which must be ready. If one refuses it, or dies, none
+        has it; but those that had another version of it, which they have replaced, serve the new
+        one rather than none."""
+        members = self._all_ready()
+        had = [any(one.name == source.name for one in member.info.adapters) for member in members]
+        for index, member in enumerate(members):
             try:
                 await member.load_adapter(source, replace=replace)
             except QuireError:
-                for other in done:
-                    await other.unload_adapter(source.name)
+                for other, is_replaced in zip(members[:index], had, strict=False):
+                    if not is_replaced and other.is_ready:
+                        await other.unload_adapter(source.name)
                 raise
-            done.append(member)
 
     async def unload_adapter(self, name: str) -> None:
         """Unload a LoRA adapter in all engines, which must be ready."""
@@ -282,14 +286,24 @@ class FleetClient:
                 if Fingerprint.of(self.members[name].info, request.adapter) == wanted
             ]
             names = equal or names
+        version = ""
+        if request.adapter is not None:
+            versions = {name: self._version(name, request.adapter) for name in names}
+            names = [name for name in names if versions[name]] or names
+            version = versions[names[0]]
         now = time.monotonic()
-        hashes = self._router.hashes(request)
+        hashes = self._router.hashes(request, version)
         choice = self._router.choose(request, hashes, now, names)
         self._router.sent(request, hashes, choice, now)
         if began_at is None:
             self._predicted[request.request_id] = choice.predicted_cached_tokens
         request = replace(request, expected_cached_tokens=choice.predicted_cached_tokens)
         return self.members[choice.engine], request
+
+    def _version(self, name: str, adapter: str) -> str:
+        """Return the version of an adapter that an engine has loaded; empty if it has none."""
+        loaded = self.members[name].info.adapters
+        return next((source.version for source in loaded if source.name == adapter), "")
 
     def _serves(self, name: str) -> bool:
         return self.members[name].is_ready
@@ -307,7 +321,7 @@ def summed(all_stats: abc.Sequence[EngineStats]) -> EngineStats:
     total: dict[str, object] = {}
     for field in EngineStats._fields:
         values = [getattr(stats, field) for stats in all_stats]
-        if field in ("running_adapters", "waiting_adapters"):
+        if field in ("running_adapters", "waiting_adapters", "held_adapters"):
             total[field] = sorted({name for names in values for name in names})
         elif field == "accepted_per_position":
             total[field] = tuple(sum(each) for each in zip_longest(*values, fillvalue=0))

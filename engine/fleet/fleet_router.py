@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ..cache.block_hashes import prompt_hashes
+from ..lora import adapter_key
 from ..outputs import EngineStats
 from ..process import wire
 from ..request import Request
@@ -33,6 +34,7 @@ class _Sent(NamedTuple):
     uncached_tokens: int
     num_sequences: int
     num_blocks: int
+    adapter: str | None
 
 
 @dataclass(slots=True)
@@ -50,7 +52,8 @@ class _Load:
             self.sent.popleft()
             self.num_read += 1
 
-    def state(self, engine: str, num_blocks: int) -> EngineState:
+    def state(self, engine: str, num_blocks: int, adapter: str | None = None) -> EngineState:
+        """`adapter` is that of the request for which an engine is chosen."""
         stats, sent = self.stats, self.sent
         waiting = sum(one.uncached_tokens for one in sent)
         sequences = sum(one.num_sequences for one in sent)
@@ -59,14 +62,18 @@ class _Load:
             waiting += stats.waiting_tokens
             sequences += stats.num_running + stats.num_waiting
             free += stats.num_free_blocks - stats.num_cached_blocks - num_blocks
-        return EngineState(engine, waiting, sequences, max(free, 0))
+        lacks = adapter is not None and not (
+            (stats is not None and adapter in stats.held_adapters)
+            or any(one.adapter == adapter for one in sent)
+        )
+        return EngineState(engine, waiting, sequences, max(free, 0), lacks)
 
 
 class FleetRouter:
     """Chooses engines for requests. All engines have the same block size.
 
-    Requests for a LoRA adapter are routed by load, with its name as the key of ties: engines number
-    their adapters independently, so the hashes of such prompts differ between them.
+    Of requests for a LoRA adapter, its name is the key of ties, so that its requests stay together;
+    an engine that has it in no slot has to fill one for it.
     """
 
     def __init__(self, index: KVIndex | None = None) -> None:
@@ -111,11 +118,15 @@ class FleetRouter:
                 self._index.reset(engine, sequence, keys)
         return None
 
-    def hashes(self, request: Request) -> list[bytes]:
-        """Return the hashes of the prompt's full blocks, as all engines compute them."""
-        if request.adapter is not None:
-            return []
-        return prompt_hashes(request.prompt_token_ids, self.block_size, request.cache_salt)
+    def hashes(self, request: Request, version: str = "") -> list[bytes]:
+        """Return the hashes of the prompt's full blocks, as all engines compute them. `version` is
+        that of the request's adapter; without it such a request has none."""
+        key, name = None, request.adapter
+        if name is not None:
+            if not version:
+                return []
+            key = adapter_key(name, version)
+        return prompt_hashes(request.prompt_token_ids, self.block_size, request.cache_salt, key)
 
     def choose(
         self,
@@ -128,9 +139,10 @@ class FleetRouter:
         """Choose one of `engines`, by default of all, for a request with these hashes."""
         assert self._router is not None, "no engine has joined"
         names = self._loads if engines is None else engines
-        states = [self._loads[name].state(name, self._num_blocks[name]) for name in names]
-        if tie_key is None and request.adapter is not None:
-            tie_key = request.adapter.encode()
+        adapter = request.adapter
+        states = [self._loads[name].state(name, self._num_blocks[name], adapter) for name in names]
+        if tie_key is None and adapter is not None:
+            tie_key = adapter.encode()
         return self._router.choose(hashes, len(request.prompt_token_ids), states, now, tie_key)
 
     def sent(
@@ -142,7 +154,8 @@ class FleetRouter:
         cached, length = choice.predicted_cached_tokens, len(request.prompt_token_ids)
         blocks = -(-length // self.block_size) - cached // self.block_size
         count = request.sampling_params.beam_width or request.sampling_params.n
-        self._loads[choice.engine].sent.append(_Sent(length - cached, count, blocks))
+        sent = _Sent(length - cached, count, blocks, request.adapter)
+        self._loads[choice.engine].sent.append(sent)
 
     def compare(self, choice: Choice, num_cached_tokens: int) -> None:
         """Count how far a prediction was from what the engine has found."""

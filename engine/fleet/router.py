@@ -4,13 +4,15 @@ Every engine has a price for a request, in tokens of prefill: how many tokens it
 compute before the request's first one, and what the request costs the others there.
 
     price = uncached + waiting + DECODE · sequences + EVICTION · block_size · evicted
+            [+ ADAPTER]
 
 `uncached` are the prompt's tokens that the engine has not cached, `waiting` the tokens that it has
 still to compute for requests before this one, `sequences` those that it serves, and `evicted` the
-cached blocks of others that the prompt's new blocks would take the place of. So a cached prefix
-attracts a request only as long as waiting for it is cheaper than computing it elsewhere: an
-affinity without this bound overloads the engine that has a popular prefix. The form of the price is
-that of NVIDIA Dynamo's KV router.
+cached blocks of others that the prompt's new blocks would take the place of. ADAPTER is added if
+the request's LoRA adapter is in none of the engine's slots. So a cached prefix attracts a request
+only as long as waiting for it is cheaper than computing it elsewhere: an affinity without this
+bound overloads the engine that has a popular prefix. The form of the price is that of NVIDIA
+Dynamo's KV router.
 
 The cheapest engine gets the request. Among those that are about as cheap, rendezvous hashing by the
 prompt's first block decides: so processes that route independently, and know of each other's
@@ -31,6 +33,9 @@ prompt is computed. An estimate."""
 EVICTION = 0.25
 """Price of evicting a cached token, in tokens: the chance that somebody would have used it. An
 estimate."""
+ADAPTER = 64.0
+"""Price of filling a slot with an adapter, in tokens: some milliseconds of copying, and perhaps
+another adapter that has to be copied again. An estimate."""
 SLACK = 0.05
 """Share of the lowest price by which an engine's price may be higher and still count as equal."""
 
@@ -39,12 +44,14 @@ class EngineState(NamedTuple):
     """What an engine has to do, with what was sent to it and not yet reported.
 
     `waiting_tokens` have still to be computed; `free_blocks` hold nothing that can be found.
+    `lacks_adapter` says that the request has an adapter and none of the slots has it.
     """
 
     engine: str
     waiting_tokens: int
     num_sequences: int
     free_blocks: int
+    lacks_adapter: bool = False
 
 
 class Choice(NamedTuple):
@@ -90,9 +97,11 @@ class Router:
         decode, eviction = self._decode, self._eviction * size
         needed = -(-num_tokens // size)
         prices: list[float] = []
-        for engine, waiting, sequences, free in states:
+        for engine, waiting, sequences, free, lacks_adapter in states:
             blocks = cached.get(engine, 0)
             price = max(num_tokens - blocks * size, 1) + waiting + decode * sequences
+            if lacks_adapter:
+                price += ADAPTER
             evicted = needed - blocks - free
             prices.append(price + eviction * evicted if evicted > 0 else price)
         # 2. Those that are about as cheap as the cheapest.

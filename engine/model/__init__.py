@@ -12,6 +12,7 @@ Read in this order:
     text_part.py         the class that loads a model, and the part of it that text passes through
     causal_lm.py         a transformers model, split into body and language-model head
     probe.py             three tokens at load, which show whether and how the model can be served
+    flat_proof.py        whether the flattened body computes what the model's own code computes
     outline.py           what is known of a model before it is loaded; no torch
     rehearse.py          the checks of loading, without weights
     kv_scales.py         scales of a float8 KV cache, from the checkpoint

@@ -24,15 +24,17 @@ from ..body.merged_linear import merge_siblings
 from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
 from ..errors import one_line
+from ..parallel.adapter_cuts import WHOLE, AdapterCuts
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.stages import StageBody
 from .classifier import Scores
+from .flat_proof import flatten_if_equal
 from .model_spec import ModelSpec
 from .probe import (
+    ProbeResult,
     bears_rounding,
     check_class,
     check_parts,
-    flatten_if_equal,
     probe_text,
     refuse,
     run_probe,
@@ -82,6 +84,8 @@ class CausalLM:
         self.can_generate = can_generate
         self.scores: Scores | None = None
         """Makes the logits of the model's classes, if it has a classifier."""
+        self.adapter_cuts: AdapterCuts = WHOLE
+        """How the linear layers were cut that adapters add to."""
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.has_ends = ranks.ring is None or ranks.ring.stage == 0
@@ -105,21 +109,27 @@ class CausalLM:
             if not all(vote for (vote,) in ranks.agree([int(bears)])):
                 self.kv_cache_dtype = self.dtype
         body = text_body(model)
-        merged = Counter(merge_siblings(body, lambda: run_probe(model, spec, body)))
+
+        def run() -> ProbeResult:
+            return run_probe(model, spec, body)
+
+        merged = Counter(merge_siblings(body, run))
         for names, count in merged.items():
             logger.info("merged %s (%d times)", ", ".join(names), count)
-        flat = flatten_if_equal(body, spec, probed) if ranks.ring is None else None
+        flat = flatten_if_equal(body, spec, probed, run) if ranks.ring is None else None
         self._adaptable: Adaptable | None = None
         if adaptable:
             tokens = len(probed.hidden)
             prefix = next(name for name, module in model.named_modules() if module is body)
-            places = find_linears(body, prefix, lambda: run_probe(model, spec, body), tokens)
+            places = find_linears(body, prefix, run, tokens)
             self._adaptable = Adaptable(prefix, places, flat)
         # 2. Split off the head, and let the device choose how the body runs.
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
         self._head._modules[model.base_model_prefix] = _Passthrough(type(whole.output))
-        made = backend.make_body(body, self._head, flat, quantization=quantization)
+        made = backend.make_body(
+            body, self._head, flat, quantization=quantization, adaptable=adaptable
+        )
         self._body: Body = made if ranks.ring is None else StageBody(made, ranks.ring, body)
         # 3. If logits are nothing but one product, call that, or fuse it with the body.
         self._product = self._check_head(probed.hidden) if self.has_ends else None
@@ -153,6 +163,10 @@ class CausalLM:
         assert self._adaptable is not None
         return self._adaptable.prefix
 
+    def expect_positions(self, length: int) -> None:
+        """Prepare for positions below `length`, which are all that will come."""
+        self._body.expect_positions(length)
+
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
@@ -169,8 +183,17 @@ class CausalLM:
         hidden = self._body.forward(input_ids, positions, metadata)
         return hidden, self.logits(hidden[logit_indices])
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[R, hidden_size]` → logits `[R, vocab_size]` of the model's dtype."""
+    def logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states `[R, hidden_size]` → logits `[R, vocab_size]` of the model's dtype; in
+        `out`, if that is given."""
+        product = self._product
+        if out is None:
+            return self._logits(hidden)
+        if type(product) is nn.Linear and product.bias is None and not self.runs_tokens_alone:
+            return torch.mm(hidden, product.weight.T, out=out)
+        return out.copy_(self._logits(hidden))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.runs_tokens_alone and len(hidden) > 1:
             # Copies, since products may depend on where in memory a row begins.
             rows = [hidden[i : i + 1].clone() for i in range(len(hidden))]

@@ -22,10 +22,11 @@ from ..errors import (
     UnsupportedModelError,
     one_line,
 )
-from ..parallel.cut_layers import cut_tensors
+from ..parallel.adapter_cuts import WHOLE, AdapterCuts
+from ..parallel.cut_layers import cut_tensors, round_cut_layers
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.stages import cut_stage
-from ..parallel.tensor_plan import check_parallel
+from ..parallel.tensor_plan import body_plan, check_parallel
 from .assemble import assemble, weight_facts
 from .causal_lm import CausalLM
 from .classifier import make_scores
@@ -66,7 +67,6 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
         spec.architecture,
         spec.heads,
         spec.num_layers,
-        has_own_format=checkpoint is not None,
     )
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
@@ -78,8 +78,11 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
             hf_config, spec, config, dtype, backend, checkpoint
         )
         facts = weight_facts(model, source_format, config.quantization)
-        expected = _cut(model, spec, ranks, max_model_len)
+        expected, cuts = _cut(model, spec, config, backend, ranks, max_model_len)
         model.to(device)
+        for module in model.modules():
+            if isinstance(module, GroupedLinear):
+                module.grouped = module.grouped.to(device)
     except QuireError:
         raise
     except torch.OutOfMemoryError as error:
@@ -111,6 +114,7 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
         whole_spec=spec,
         expected=expected,
     )
+    loaded.adapter_cuts = cuts
     if isinstance(spec.classifier, ClassifierSpec):
         loaded.scores = make_scores(spec.classifier, config, loaded.logits)
     return loaded
@@ -154,28 +158,39 @@ def _load(
             f"safetensors {spec.dtype}" if checkpoint is None else checkpoint.source_format
         )
     drop_other_parts(model)
-    for module in model.modules():
-        if isinstance(module, GroupedLinear):
-            module.grouped = module.grouped.to(backend.device)
     return model, has_head, source_format
 
 
-def _cut(model: Any, spec: ModelSpec, ranks: Ranks, max_model_len: int) -> torch.Tensor | None:
+def _cut(
+    model: Any,
+    spec: ModelSpec,
+    config: EngineConfig,
+    backend: Backend,
+    ranks: Ranks,
+    max_model_len: int,
+) -> tuple[torch.Tensor | None, AdapterCuts]:
     """Leave this rank's part of the model, in place. Returns what the probe gives with whole
-    layers, on the one rank of those that share them that has to compare it."""
+    layers, on the one rank of those that share them that has to compare it, and how the layers
+    were cut."""
     group, body = ranks.group, text_body(model)
-    expected = None
+    expected, cuts = None, WHOLE
     if ranks.size > 1:
         model.eval().requires_grad_(False)
         check_class(model, spec)
     if ranks.ring is not None:
         cut_stage(model, body, ranks.ring, spec.architecture)
     if group.size > 1:
+        if config.quantization is not None:
+            kind, plan = config.quantization, body_plan(model.config)
+            rounded = partial(backend.rounded, quantization=kind)
+            round_cut_layers(body, plan, group.size, spec.architecture, rounded)
         if group.rank == 0:
             _fix_rope(model, max_model_len, spec)
             expected = probe_whole(model, spec.part(1, ranks.ring), body)
-        cut_tensors(model, body, spec.heads, group, spec.architecture)
-    return expected
+        found = cut_tensors(model, body, spec.heads, group, spec.architecture)
+        prefix = next(name for name, module in model.named_modules() if module is body)
+        cuts = AdapterCuts({f"{prefix}.{name}": cut for name, cut in found.items()})
+    return expected, cuts
 
 
 def _load_weights(

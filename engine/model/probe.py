@@ -3,7 +3,8 @@
 In place of attention, a function records how each layer calls it. A model qualifies if every layer
 calls it exactly once, with the metadata that the engine passes down, and with the shapes and
 windows that its configuration states. The same forward shows which projections share an input
-(body/merged_linear.py), and whether the flattened body computes what the model's own code computes.
+(body/merged_linear.py), and whether the flattened body computes what the model's own code computes
+(flat_proof.py).
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from torch import nn
 from transformers import AttentionInterface
 
 from ..attention.interface import IMPLEMENTATION
-from ..body.flat_decoder import FlatDecoder, FlatLayer, TorchOps
-from ..body.flatten import flatten
 from ..errors import UnsupportedModelError, one_line
 from .model_spec import SUPPORTED_LAYER_TYPES, ModelSpec
 from .text_part import NO_INTERFACE, text_body
@@ -125,12 +124,12 @@ def check_parts(spec: ModelSpec, hidden: torch.Tensor, expected: torch.Tensor) -
     a layer may do more with its numbers than its plan knows, such as norm them all."""
     eps = torch.finfo(expected.dtype).eps  # other kernels than the whole ones' round otherwise
     tolerance = max(1e-3, 8 * eps * spec.num_layers**0.5)
-    difference = _difference(hidden.cpu(), expected)
+    difference = difference_of(hidden.cpu(), expected)
     if not difference <= tolerance:
         refuse(spec, f"its layers do not give the same in parts (they differ by {difference:.1g})")
 
 
-def _difference(hidden: torch.Tensor, expected: torch.Tensor) -> float:
+def difference_of(hidden: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the relative difference of hidden states."""
     return float((hidden - expected).float().norm() / expected.float().norm())
 
@@ -154,7 +153,7 @@ def run_probe(
     attends = model if text is model.base_model else text
     attends.set_attn_implementation(_PROBE)
     try:
-        tokens, positions = _probe_input(spec, model.device)
+        tokens, positions = probe_input(spec, model.device)
         output = body(
             input_ids=tokens[None],
             position_ids=positions[None],
@@ -184,50 +183,12 @@ def bears_rounding(model: Any, spec: ModelSpec, exact: ProbeResult, kv_dtype: to
     return True
 
 
-@torch.no_grad()
-def flatten_if_equal(body: Any, spec: ModelSpec, expected: ProbeResult) -> FlatDecoder | None:
-    """Flatten a body. None if it cannot be, or if the flat one does not do what `expected` shows:
-    call attention as the model's own code does, and return the same hidden states."""
-    flat = flatten(body, spec.head_dim, spec.windows)
-    if flat is None:
-        return None
-    calls: list[LayerCall] = []
-
-    def attend(
-        layer: FlatLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        shape = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.head_dim)
-        calls.append(
-            LayerCall(
-                layer.layer_idx, *shape, layer.window, layer.scale, layer.softcap, False, None
-            )
-        )
-        return _mix(query, key, value)
-
-    try:
-        hidden = flat(*_probe_input(spec, expected.hidden.device), TorchOps(attend))
-    except (RuntimeError, TypeError) as error:  # shapes or a rotary embedding of its own kind
-        logger.info("the layers run through transformers' code: %s", one_line(error))
-        return None
-    # Roundings add up as a random walk does: 1.7% over 32 layers of bfloat16, 5% over 80.
-    eps = torch.finfo(expected.hidden.dtype).eps
-    tolerance = max(1e-4, 2 * eps * len(flat.layers) ** 0.5)
-    difference = _difference(hidden, expected.hidden)
-    if calls != expected.calls or not difference <= tolerance:
-        logger.info(
-            "the layers run through transformers' code: one function for all differs by %.1g",
-            difference,
-        )
-        return None
-    return flat
-
-
 def refuse(spec: ModelSpec, reason: str, cause: Exception | None = None) -> NoReturn:
     """Raise UnsupportedModelError with the model's architecture and the reason."""
     raise UnsupportedModelError(f"{spec.architecture}: {reason}") from cause
 
 
-def _probe_input(spec: ModelSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def probe_input(spec: ModelSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens and positions `[3]`. One position is far away, so that a rotation shows."""
     positions = torch.tensor([0, 1, spec.max_position - 1], device=device)
     return torch.arange(3, device=device), positions
@@ -300,7 +261,7 @@ def _probe_attention(
     if rounding is not None:
         key, value = (part.to(rounding).to(part.dtype) for part in (key, value))
     heads = (part[0].transpose(0, 1) for part in (query, key, value))
-    return _mix(*heads)[None], None
+    return mix(*heads, s_aux)[None], None
 
 
 def _obstacle(
@@ -320,7 +281,10 @@ def _obstacle(
     return f"asks its attention for {', '.join(unknown)}" if unknown else None
 
 
-def _mix(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Stand in for attention with a result that depends on all three. `[T, heads, D]`."""
+def mix(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """Stand in for attention with a result that depends on all of them. `[T, heads, D]`."""
     group = query.shape[1] // key.shape[1]
-    return query + (key + value).repeat_interleave(group, dim=1)
+    mixed = query + (key + value).repeat_interleave(group, dim=1)
+    return mixed if sinks is None else mixed + sinks[:, None].to(mixed.dtype)

@@ -9,6 +9,7 @@ Reading order:
     group            the collectives
     tensor_plan      how each layer is cut, and what is refused
     cut_layers       cuts the layers
+    adapter_cuts     cuts LoRA adapters like them
     stages           the stages of a pipeline
     step_plan        a step as numbers
     ranks            this rank's place among all, and its ways to the others
@@ -19,5 +20,5 @@ Reading order:
     follower_process the follower's process
     host             the ranks of a host other than 0
 
-May import: devices and its; lazily process and runner.
+May import: devices and its, network; lazily process and runner.
 """

@@ -10,14 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..body.grouped_linear import GroupedLinear, GroupedWeight
 from ..errors import UnsupportedModelError
-from .tensor_plan import COLWISE, EXPERTS, Heads, body_plan, find_cuts, layers_of
+from .adapter_cuts import LinearCut
+from .tensor_plan import COLWISE, EXPERTS, ROWWISE, Heads, body_plan, find_cuts, layers_of
 
 if TYPE_CHECKING:
+    from collections import abc
+
     from .group import Group
     from .ranks import Ranks
 
 logger = logging.getLogger("quire.engine")
+
+Linear = nn.Linear | GroupedLinear
 
 
 def part(size: int, group: Group) -> slice:
@@ -39,7 +45,11 @@ class RowLinear(nn.Module):
     """A linear layer of which each rank has some input columns: the ranks' products are summed,
     then the bias is added once. x `[..., in_features]`, the rank's part → `[..., out_features]`."""
 
-    def __init__(self, linear: nn.Linear, bias: torch.Tensor | None, group: Group) -> None:
+    linear: nn.Module
+    sums_ranks = True
+    """What adapters add belongs to `linear`: see adapters/adapted_linear.py."""
+
+    def __init__(self, linear: Linear, bias: torch.Tensor | None, group: Group) -> None:
         """`linear` has the rank's columns and no bias."""
         super().__init__()
         self.linear = linear
@@ -50,7 +60,7 @@ class RowLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The rank's columns of the weight, for code that looks at it."""
-        weight: torch.Tensor = self.linear.weight
+        weight: torch.Tensor = self.linear.weight  # type: ignore[assignment]
         return weight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -62,7 +72,7 @@ class VocabLinear(nn.Module):
     """A language-model head of which each rank has some rows. Hidden states `[R, hidden_size]` →
     logits of the whole vocabulary, on every rank."""
 
-    def __init__(self, linear: nn.Linear, out_features: int, group: Group) -> None:
+    def __init__(self, linear: Linear, out_features: int, group: Group) -> None:
         """`linear` has the rank's rows; all ranks have as many, zeros beyond `out_features`."""
         super().__init__()
         self.linear = linear
@@ -83,11 +93,13 @@ class VocabLinear(nn.Module):
         return logits.view(*input.shape[:-1], self.out_features)
 
 
-def cut_tensors(model: Any, body: nn.Module, heads: Heads, group: Group, architecture: str) -> None:
+def cut_tensors(
+    model: Any, body: nn.Module, heads: Heads, group: Group, architecture: str
+) -> dict[str, LinearCut]:
     """Leave the rank's part of every layer of a transformers model, in place. `body` is the part of
-    it that text passes through, and `heads` are the whole model's. Raises UnsupportedModelError if
-    a layer cannot be cut."""
-    cut_body(body, body_plan(model.config), heads, group, architecture)
+    it that text passes through, and `heads` are the whole model's. Returns how the body's linear
+    layers were cut, by their names in it. Raises UnsupportedModelError if a layer cannot be cut."""
+    cuts = cut_body(body, body_plan(model.config), heads, group, architecture)
     cut_head(model, group)
     if heads.kv < group.size:
         logger.warning(
@@ -97,6 +109,33 @@ def cut_tensors(model: Any, body: nn.Module, heads: Heads, group: Group, archite
             heads.kv,
             group.size // heads.kv,
         )
+    return cuts
+
+
+def round_cut_layers(
+    body: nn.Module,
+    plan: dict[str, str],
+    size: int,
+    architecture: str,
+    rounded: abc.Callable[[torch.Tensor], torch.Tensor | GroupedWeight],
+) -> None:
+    """Round the weights of the linear layers that `size` ranks are going to share, in place, while
+    they are whole: so the ranks' integers and scales are together those of one rank. Experts are
+    rounded when they are packed. Raises UnsupportedModelError if groups would be cut apart."""
+    for name, style in find_cuts(body, plan, architecture).items():
+        module = body.get_submodule(name)
+        if type(module) is not nn.Linear:
+            continue
+        grouped = rounded(module.weight.detach())
+        assert isinstance(grouped, GroupedWeight)
+        if grouped.shape[1] == module.in_features:
+            layer = GroupedLinear(grouped, module.bias, module.weight.dtype)
+            body.set_submodule(name, layer)
+        elif style == ROWWISE:  # the last group is filled up; rows of such a layer can be cut
+            raise UnsupportedModelError(
+                f"{architecture}: {name} has {module.in_features} inputs, whose groups of "
+                f"{grouped.group_size} weights {size} ranks cannot share"
+            )
 
 
 def cut_scales(scales: torch.Tensor, ranks: Ranks) -> torch.Tensor:
@@ -109,46 +148,60 @@ def cut_scales(scales: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 def cut_body(
     body: nn.Module, plan: dict[str, str], heads: Heads, group: Group, architecture: str
-) -> None:
+) -> dict[str, LinearCut]:
     """Leave the rank's part of each layer that the plan cuts; `heads` are the whole model's.
-    Raises UnsupportedModelError if a layer cannot be cut."""
+    Returns how linear layers were cut, by name. Raises UnsupportedModelError if a layer cannot be
+    cut."""
+    cuts: dict[str, LinearCut] = {}
     for name, style in find_cuts(body, plan, architecture).items():
         parent, child = _places(body, name)
         module: Any = getattr(parent, child)
         if style == EXPERTS:
             _cut_experts(module, group, f"{architecture}: {name}")
             continue
-        if type(module) is not nn.Linear:
+        if type(module) not in (nn.Linear, GroupedLinear):
             raise UnsupportedModelError(
                 f"{architecture}: {name} is a {type(module).__name__}, which cannot be cut"
             )
+        whole = module.in_features, module.out_features
         if style == COLWISE:
             rows = part(module.out_features, group)
             if child in ("k_proj", "v_proj"):
                 rows = kv_part(module.out_features, heads.kv, group)
             else:
                 _check_divides(module.out_features, group, f"{architecture}: {name}")
-            setattr(parent, child, _linear(module.weight[rows], _rows_of(module.bias, rows)))
+            cuts[name] = LinearCut(*whole, rows=rows)
+            setattr(parent, child, _some_rows(module, rows))
         else:
             _check_divides(module.in_features, group, f"{architecture}: {name}")
-            columns = module.weight[:, part(module.in_features, group)]
-            setattr(parent, child, RowLinear(_linear(columns, None), module.bias, group))
+            columns = part(module.in_features, group)
+            cuts[name] = LinearCut(*whole, columns=columns)
+            linear = _some_columns(module, columns, f"{architecture}: {name}", group.size)
+            setattr(parent, child, RowLinear(linear, module.bias, group))
+    return cuts
 
 
 def cut_head(model: Any, group: Group) -> None:
     """Leave the rank's rows of a causal language model's head. Those of a tied head stay views of
     the embedding. A head that is no linear layer stays whole."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(head) not in (nn.Linear, GroupedLinear):
         return
     rows = -(-head.out_features // group.size)
     which = slice(group.rank * rows, (group.rank + 1) * rows)
-    weight, bias = head.weight.detach()[which], _rows_of(head.bias, which)
-    missing = rows - len(weight)
-    if missing:
-        weight = F.pad(weight, (0, 0, 0, missing))
-        bias = None if bias is None else F.pad(bias, (0, missing))
-    linear = _linear(weight, bias, copy=False)
+    bias = _rows_of(head.bias, which)
+    missing = rows - len(range(*which.indices(head.out_features)))
+    if missing and bias is not None:
+        bias = F.pad(bias, (0, missing))
+    linear: Linear
+    if isinstance(head, GroupedLinear):
+        grouped = head.grouped.rows(which).copy().padded(missing)
+        linear = GroupedLinear(grouped, _copied(bias), head.dtype)
+    else:
+        weight = head.weight.detach()[which]
+        if missing:
+            weight = F.pad(weight, (0, 0, 0, missing))
+        linear = _linear(weight, bias, copy=False)
     model.set_output_embeddings(VocabLinear(linear, head.out_features, group))
 
 
@@ -189,6 +242,33 @@ def _check_divides(size: int, group: Group, what: str) -> None:
 
 def _rows_of(bias: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
     return None if bias is None else bias.detach()[rows]
+
+
+def _some_rows(module: Linear, rows: slice) -> Linear:
+    """Return a layer of some rows, with a copy of their weight."""
+    bias = _rows_of(module.bias, rows)
+    if isinstance(module, GroupedLinear):
+        return GroupedLinear(module.grouped.rows(rows).copy(), _copied(bias), module.dtype)
+    return _linear(module.weight[rows], bias)
+
+
+def _some_columns(module: Linear, columns: slice, what: str, size: int) -> Linear:
+    """Return a layer of some columns and without a bias, with a copy of their weight. Raises
+    UnsupportedModelError if they cut groups apart."""
+    if isinstance(module, nn.Linear):
+        return _linear(module.weight[:, columns], None)
+    try:
+        grouped = module.grouped.columns(columns)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{what} is quantised in groups of {module.grouped.group_size} inputs, of which "
+            f"{size} ranks cannot have whole ones: {error}"
+        ) from error
+    return GroupedLinear(grouped.copy(), None, module.dtype)
+
+
+def _copied(bias: torch.Tensor | None) -> nn.Parameter | None:
+    return None if bias is None else _parameter(bias)
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, *, copy: bool = True) -> nn.Linear:

@@ -16,7 +16,7 @@ import threading
 import msgspec
 
 from ..errors import StartupError
-from .follower import Follower, StoppedError
+from .follower import Follower, StoppedError, obey
 from .launch import FollowerLaunch
 
 FAREWELL_SECONDS = 5.0
@@ -69,7 +69,7 @@ def _follow(launch: FollowerLaunch, ranks: Follower) -> None:
     worker.profile()
     settle()
     while True:
-        worker.follow(ranks.receive_plan())
+        obey(worker, ranks.receive_order())
 
 
 def _watch_lifeline(ended: threading.Event) -> None:

@@ -8,6 +8,7 @@ import threading
 from typing import Literal
 
 from ..config import EngineConfig
+from ..network.keys import shared_keys
 from .launch import FollowerLaunch, address_of_host, start_follower
 
 POLL_SECONDS = 0.1
@@ -30,8 +31,11 @@ def run_host(
     """Run this host's ranks until `stop` is set.
 
     They dial host 0 for as long as it takes. If one of them ends, which host 0 notices by itself,
-    the others are killed and all are started again, to join host 0 when it is back.
+    the others are killed and all are started again, to join host 0 when it is back. Raises
+    ConfigurationError if there is something wrong with `node_key_file`.
     """
+    if config.node_key_file is not None:
+        shared_keys(config.node_key_file)
     delay = FIRST_DELAY_SECONDS
     while not stop.is_set():
         logger.info("ranks %s dial %s", list(config.ranks_of_node), address_of_host(config))

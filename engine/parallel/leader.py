@@ -24,10 +24,14 @@ import zmq
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from zmq.utils.monitor import recv_monitor_message
 
+from ..adapters.adapter import Adapter
 from ..config import EngineConfig
 from ..devices.backend import Backend
 from ..errors import ConfigurationError, StartupError
+from ..network.door import Guard
+from ..network.keys import shared_keys
 from . import messages
+from .adapter_cuts import pack_weight
 from .launch import FollowerLaunch, address_of_host, start_follower
 from .ranks import Collectives
 from .step_plan import StepPlan
@@ -54,12 +58,14 @@ class Leader(Collectives):
         self._joined: set[int] = set()
         self._votes: dict[int, deque[list[int]]] = defaultdict(deque)
         self._closing = False
+        self._guard: Guard | None = None
+        path = config.node_key_file
+        self._keys = shared_keys(path) if config.nnodes > 1 and path is not None else None
         self._folder = contextlib.ExitStack()
         self._socket = messages.make_socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        failed = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         address = self._listen()
-        watched = self._socket.get_monitor_socket(failed | zmq.EVENT_DISCONNECTED)
+        watched = self._socket.get_monitor_socket(messages.FAILED | zmq.EVENT_DISCONNECTED)
         self._processes = {
             rank: start_follower(self._launch(rank, address)) for rank in config.ranks_of_node[1:]
         }
@@ -93,6 +99,13 @@ class Leader(Collectives):
     def send(self, plan: StepPlan) -> None:
         self._tell(messages.Step(plan))
 
+    def send_adapter(self, adapter_id: int, adapter: Adapter) -> None:
+        for name, weight in adapter.weights.items():
+            self._tell(messages.AdapterLayer(adapter_id, name, *pack_weight(weight)))
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        self._tell(messages.DropAdapter(adapter_id))
+
     def close(self) -> None:
         if self._closing:
             return
@@ -111,6 +124,8 @@ class Leader(Collectives):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if self._guard is not None:
+            self._guard.close()
         self._folder.close()
 
     # --- messages
@@ -124,12 +139,17 @@ class Leader(Collectives):
         self._socket.bind(address)
         if self._config.nnodes > 1:
             shared = address_of_host(self._config)
+            if self._keys is not None:
+                self._guard = Guard(self._socket, self._keys)
+                self._guard.admit(self._keys.public)
             try:
                 host = socket.gethostbyname(self._config.master_addr)
                 self._socket.bind(f"tcp://{host}:{self._config.master_port}")
             except (OSError, zmq.ZMQError) as error:
                 self._folder.close()
                 self._socket.close()
+                if self._guard is not None:
+                    self._guard.close()
                 raise ConfigurationError(
                     f"cannot listen on {shared} for other hosts: {error.strerror or error}"
                 ) from error
@@ -193,11 +213,12 @@ class Leader(Collectives):
             return f"its protocol is {join.protocol}, not {messages.PROTOCOL}"
         if join.rank in self._joined or not 0 < join.rank < self.size:
             return "its --node-rank is another host's"
-        other = replace(join.config, node_rank=self._config.node_rank)
+        own = self._config
+        other = replace(join.config, node_rank=own.node_rank, node_key_file=own.node_key_file)
         differing = [
             one.name.replace("_", "-")
             for one in fields(other)
-            if getattr(other, one.name) != getattr(self._config, one.name)
+            if getattr(other, one.name) != getattr(own, one.name)
         ]
         if differing:
             return f"its --{', --'.join(differing)} is not that of host 0"

@@ -1,7 +1,7 @@
 """Messages between rank 0 and the followers: msgspec's msgpack over ZeroMQ, never pickles.
 
     follower → rank 0   Join, then Vote | Failed
-    rank 0 → follower   Welcome | Refused, then Verdict · Step · Stop
+    rank 0 → follower   Welcome | Refused, then Verdict · Step · AdapterLayer · DropAdapter · Stop
 
 Rank 0 binds a ROUTER, and every follower connects a DEALER whose identity is its rank. A plan has
 no answer: plans arrive in order, and what holds a rank that is ahead are the collectives.
@@ -15,13 +15,19 @@ import zmq
 from ..config import EngineConfig
 from .step_plan import StepPlan
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of these messages and of the order of collectives. All ranks must have the same."""
 HEARTBEAT_MS = 1000
 SILENCE_MS = 10_000
 """A peer that is silent for so long, because its process is stopped or its host is gone, counts as
 dead."""
 MAX_MESSAGE_BYTES = 256 * 2**20
+FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
+"""Events of connections that never spoke the protocol, or not with the right key."""
 
 
 class Join(msgspec.Struct, array_like=True, tag=True):
@@ -71,12 +77,31 @@ class Step(msgspec.Struct, array_like=True, tag=True):
     plan: StepPlan
 
 
+class AdapterLayer(msgspec.Struct, array_like=True, tag=True):
+    """A layer's whole weights of the LoRA adapter of this id, as `adapter_cuts.pack_weight` makes
+    them. All layers of an adapter precede the first step that names it."""
+
+    adapter_id: int
+    name: str
+    rank: int
+    a: bytes
+    b: bytes
+
+
+class DropAdapter(msgspec.Struct, array_like=True, tag=True):
+    """No later step names this adapter."""
+
+    adapter_id: int
+
+
 class Stop(msgspec.Struct, array_like=True, tag=True):
     """The follower ends."""
 
 
 ToLeader = Join | Vote | Failed
-ToFollower = Welcome | Verdict | Refused | Step | Stop
+Order = Step | AdapterLayer | DropAdapter
+"""What a follower does once it has started."""
+ToFollower = Welcome | Verdict | Refused | Order | Stop
 
 _encoder = msgspec.msgpack.Encoder()
 _to_leader: msgspec.msgpack.Decoder[ToLeader] = msgspec.msgpack.Decoder(ToLeader)

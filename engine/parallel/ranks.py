@@ -16,6 +16,7 @@ from .group import SOLO, DistributedGroup, DistributedRing, Group, Ring
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
+    from ..adapters.adapter import Adapter
     from ..devices.backend import Backend
     from .step_plan import StepPlan
 
@@ -45,6 +46,13 @@ class Ranks(Protocol):
     def send(self, plan: StepPlan) -> None:
         """Send a plan to all other ranks. Called by rank 0 only."""
 
+    def send_adapter(self, adapter_id: int, adapter: Adapter) -> None:
+        """Send a whole LoRA adapter to all other ranks. Called by rank 0 only, after `agree` has
+        been asked for the last time."""
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        """Let all other ranks forget an adapter. Called by rank 0 only."""
+
     def close(self) -> None:
         """Let the other ranks end. Called by rank 0 only."""
 
@@ -65,6 +73,12 @@ class Alone:
 
     def send(self, plan: StepPlan) -> None:
         raise AssertionError("there is nobody to send a plan to")
+
+    def send_adapter(self, adapter_id: int, adapter: Adapter) -> None:
+        """Do nothing."""
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        """Do nothing."""
 
     def close(self) -> None:
         """Do nothing."""

@@ -109,5 +109,8 @@ class StageBody:
         self._given.states = None
         return hidden
 
+    def expect_positions(self, length: int) -> None:
+        self._inner.expect_positions(length)
+
     def fuse_head(self, product: nn.Module) -> ForwardToLogits | None:
         return None

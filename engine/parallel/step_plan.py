@@ -4,7 +4,7 @@ Followers run the forward of the very batch that rank 0 runs, so they need its l
 its tokens, the block tables as they change, and which collectives follow the forward. All numbers
 of rows are one int32 buffer:
 
-    rows · starts · lengths           of each batch row
+    rows · starts · lengths [· slots]  of each batch row; slots are those of LoRA adapters
     sampling_rows · sampled_positions [· num_drafts]    of each sample
     token_ids                         of each token
     row · start · length · block ids  of each change of a block table
@@ -15,6 +15,7 @@ sent before rank 0 launches the step itself.
 
 from __future__ import annotations
 
+from collections import abc
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..devices.steps import StepInputs
-    from ..step import BlockCopy
+    from ..step import AdapterLoad, BlockCopy
 
 
 class TableEntries(NamedTuple):
@@ -57,6 +58,10 @@ class StepPlan(NamedTuple):
     """Ranges of the step's tokens whose logits are made after the forward, besides the samples'."""
     num_fed_back: int = 0
     """How many tokens of the step before come by a broadcast, for token ids below 0; 0 for none."""
+    has_adapters: bool = False
+    """Whether any row has a LoRA adapter."""
+    adapter_loads: list[tuple[int, int]] = []
+    """Slots to fill before the forward, as (slot, id of the adapter), in order."""
 
 
 def make_plan(
@@ -68,12 +73,15 @@ def make_plan(
     *,
     extra_logits: list[tuple[int, int]],
     num_fed_back: int,
+    adapter_loads: abc.Sequence[AdapterLoad] = (),
 ) -> StepPlan:
     """Pack a step. Token ids below 0 are those of `StepInputs.write`. `host` is None for a step
     without rows."""
     parts: list[Any] = []
     if host is not None:
         parts += [host.rows, host.starts, host.lengths]
+        if host.token_slots is not None:
+            parts.append(host.token_slots[host.query_start_loc[:-1]])
         parts += [host.sampling_rows, host.sampled_positions, host.num_drafts, token_ids]
     for row, start, block_ids in changes:
         parts += [(row, start, len(block_ids)), block_ids]
@@ -91,6 +99,8 @@ def make_plan(
         copies=[(copy.source, copy.destination) for copy in copies],
         extra_logits=extra_logits,
         num_fed_back=num_fed_back,
+        has_adapters=host is not None and host.token_slots is not None,
+        adapter_loads=[(load.slot, load.adapter_id) for load in adapter_loads],
     )
 
 
@@ -107,6 +117,7 @@ class PlanReader:
         numbers = _Numbers(np.frombuffer(plan.packed, dtype=np.int32))
         size, samples = plan.num_seqs, plan.num_samples
         rows, starts, lengths = (numbers.take(size) for _ in range(3))
+        slots = numbers.take(size) if plan.has_adapters else None
         sampling_rows, sampled_positions = (numbers.take(samples) for _ in range(2))
         num_drafts = numbers.take(samples if plan.has_drafts else 0)
         token_ids = numbers.take(plan.num_tokens)
@@ -134,6 +145,7 @@ class PlanReader:
             seq_lens=(starts + lengths).astype(np.int32),
             rows=rows,
             tables=self._table[:, : plan.width],
+            token_slots=None if slots is None else np.repeat(slots, lengths),
         )
         return host, token_ids
 

@@ -50,24 +50,14 @@ def check_parallel(
     architecture: str,
     heads: Heads,
     layers: int,
-    *,
-    has_own_format: bool,
 ) -> None:
     """Raise ConfigurationError or UnsupportedModelError if several ranks cannot run the model, as
-    far as its configuration shows that; no weight is touched. `has_own_format` says that the
-    checkpoint is not plain safetensors."""
+    far as its configuration shows that; no weight is touched."""
     if config.num_ranks == 1:
         return
-    flag = (
-        "--tensor-parallel-size" if config.tensor_parallel_size > 1 else "--pipeline-parallel-size"
-    )
-    if config.enable_lora:
-        raise ConfigurationError(f"LoRA adapters run on one device: leave {flag} out")
-    if config.quantization is not None:
-        raise ConfigurationError(f"--quantization works on one device: leave {flag} out")
-    if has_own_format:
-        raise UnsupportedModelError(
-            f"{architecture}: GGUF files and quantised weights run on one device: leave {flag} out"
+    if config.enable_lora and config.pipeline_parallel_size > 1:
+        raise ConfigurationError(
+            "LoRA adapters do not run in stages: leave --pipeline-parallel-size out"
         )
     if config.pipeline_parallel_size > layers:
         raise ConfigurationError(

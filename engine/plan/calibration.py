@@ -11,7 +11,7 @@ from ..errors import ConfigurationError
 from .planned_engine import EngineShape
 from .step_times import FittedTimes, Measured, StepShape
 
-VERSION = 1
+VERSION = 2
 """The file's format."""
 
 
@@ -63,7 +63,7 @@ def load_calibration(path: Path) -> Calibration:
         document["shape"] = _read(EngineShape, document["shape"])
         document["times"] = _read(FittedTimes, document["times"])
         document["points"] = tuple(
-            Measured(StepShape(*map(int, point[:4])), float(point[4]))
+            Measured(StepShape(*map(int, point[:-1])), float(point[-1]))
             for point in document["points"]
         )
         calibration: Calibration = _read(Calibration, document)

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from ..errors import ConfigurationError
 from .calibration import Calibration
 from .planned_engine import EngineShape
-from .planned_fleet import FleetRun, PlannedFleet, PlannedRequest
+from .planned_fleet import FleetRun, Front, PlannedFleet, PlannedRequest
 from .roofline import EstimatedTimes, Gpu, ModelShape, check_tp, num_blocks
 from .step_times import StepShape, StepTimes
 
@@ -62,6 +62,17 @@ class ScaledTimes:
         return {**parts, "all-reduce": self.estimated.parts(shape)["all-reduce"]}
 
 
+@dataclass(frozen=True, slots=True)
+class TimesWithMessages:
+    """Step times, and what lies between two steps: messages in and out of the engine's process."""
+
+    times: StepTimes
+    seconds: float
+
+    def parts(self, shape: StepShape) -> dict[str, float]:
+        return {**self.times.parts(shape), "messages": self.seconds}
+
+
 class PlannedEngineSpec(NamedTuple):
     """The sizes and step times of an engine on some GPUs, and where the times come from."""
 
@@ -83,10 +94,18 @@ class Hardware:
     model: ModelShape | None = None
     gpu: Gpu | None = None
     fixed_blocks: bool = False
+    between_steps: float = 0.0
+    """Seconds that an engine needs between two steps."""
 
     def engine(self, tp: int) -> PlannedEngineSpec:
         """Return the engine on `tp` GPUs. Raises ConfigurationError if that is not possible, or if
         too little is known for it."""
+        engine = self._engine(tp)
+        if not self.between_steps:
+            return engine
+        return engine._replace(times=TimesWithMessages(engine.times, self.between_steps))
+
+    def _engine(self, tp: int) -> PlannedEngineSpec:
         if self.calibration is not None and tp == 1:
             return PlannedEngineSpec(self.shape, self.calibration.times, "measured")
         if self.gpu is None or self.model is None:
@@ -116,13 +135,13 @@ WorkloadAt = Callable[[float], list[PlannedRequest]]
 
 
 def runner(
-    hardware: Hardware, layout: Layout, workload_at: WorkloadAt, front_seconds: float
+    hardware: Hardware, layout: Layout, workload_at: WorkloadAt, front: Front
 ) -> Callable[[float], FleetRun]:
     """Return a function that runs the workload at a rate on a layout."""
     engine = hardware.engine(layout.tp)
 
     def run_at(rate: float) -> FleetRun:
-        fleet = PlannedFleet(engine.shape, engine.times, layout.replicas, front_seconds)
+        fleet = PlannedFleet(engine.shape, engine.times, layout.replicas, front)
         return fleet.run(workload_at(rate))
 
     return run_at

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
+from itertools import count, product
 from typing import Any, NamedTuple
 
 from ..config import EngineConfig, EngineInfo
@@ -31,11 +31,16 @@ REPEATS = 7
 """How often each episode is run and timed."""
 DECODES = 6
 """Decode steps of an episode."""
+LATE_STEPS = 3
+"""Steps after which a late prompt arrives, beside decodes."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 EVEN_ROWS = (1, 4, 16, 64, 256)
 """Rows that are measured with every context, the others with one of them."""
 CONTEXTS = (16, 128, 512, 2048, 8192)
 CHUNKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+LATE_ROWS = (1, 4, 16)
+LATE_CHUNKS = (32, 128, 400, 1600)
+"""Rows that decode while a prompt of each length arrives."""
 MAX_SECONDS = 120.0
 """After this long no further episode is begun."""
 
@@ -43,10 +48,12 @@ _numbers = count()
 
 
 class Episode(NamedTuple):
-    """Requests of these prompt lengths, all at once, with so many tokens of output."""
+    """Requests of these prompt lengths, all at once, with so many tokens of output; after
+    LATE_STEPS steps comes a prompt of `late` tokens, if that is not 0."""
 
     prompts: tuple[int, ...]
     output_len: int
+    late: int = 0
 
 
 class RecordingWorker:
@@ -60,12 +67,13 @@ class RecordingWorker:
         return getattr(self._worker, name)
 
     def forward(self, scheduler_output: SchedulerOutput) -> Forward:
-        self.shapes.append(StepShape.of(scheduler_output))
+        last = self.shapes[-1] if self.shapes else None
+        self.shapes.append(StepShape.of(scheduler_output, last))
         return self._worker.forward(scheduler_output)
 
 
 def episodes(info: EngineInfo) -> Iterator[Episode]:
-    """Yield about 30 episodes that an engine can run: chunks of all lengths at several starts,
+    """Yield about 40 episodes that an engine can run: chunks of all lengths at several starts,
     chunks beside decodes, and decodes of many rows and contexts, the most rows last."""
     budget, longest = info.max_num_batched_tokens, info.max_model_len - DECODES - 1
     capacity = info.num_blocks * info.block_size * 3 // 4
@@ -77,6 +85,10 @@ def episodes(info: EngineInfo) -> Iterator[Episode]:
     rows = min(16, info.max_num_seqs - 1, capacity // 300)
     if rows > 0 and budget // 2 <= longest:
         yield Episode((128,) * rows + (budget // 2,), DECODES)
+    for rows, late in product(LATE_ROWS, LATE_CHUNKS):
+        fits = rows * 300 + late <= capacity and rows < info.max_num_seqs
+        if fits and late <= min(budget - rows, longest):
+            yield Episode((128,) * rows, DECODES, late)
     for rows in ROWS:
         for context in CONTEXTS:
             fits = rows * (context + DECODES + info.block_size) <= capacity
@@ -180,24 +192,16 @@ def _run(
     One step ahead, a call waits for the step that the call before has launched; so its time is that
     step's, and the first call, which waits for nothing, has none.
     """
-    rng = random.Random(next(_numbers))
-    vocab_size = core.info.vocab_size
     core.reset_prefix_cache()
     for length in episode.prompts:
-        core.add_request(
-            Request(
-                request_id=f"calibration-{next(_numbers)}",
-                prompt_token_ids=tuple(rng.choices(range(vocab_size), k=length)),
-                sampling_params=SamplingParams(
-                    max_tokens=episode.output_len, temperature=0.0, ignore_eos=True
-                ),
-                arrival_time=time.monotonic(),
-            )
-        )
+        _add(core, length, episode.output_len)
     recording.shapes.clear()
-    taken = []
+    taken: list[float] = []
     last = clock()
     while core.has_work:
+        if episode.late and len(taken) == LATE_STEPS:
+            _add(core, episode.late, episode.output_len)
+            last = clock()
         core.step()
         now = clock()
         taken.append(now - last)
@@ -206,6 +210,21 @@ def _run(
         taken = taken[1:]
     steps = zip(recording.shapes, taken, strict=False)
     return [Measured(shape, seconds) for shape, seconds in steps if shape.rows]
+
+
+def _add(core: EngineCore, length: int, output_len: int) -> None:
+    """Add a request with a prompt that no other has."""
+    number = next(_numbers)
+    vocab = range(core.info.vocab_size)
+    params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
+    core.add_request(
+        Request(
+            request_id=f"calibration-{number}",
+            prompt_token_ids=tuple(random.Random(number).choices(vocab, k=length)),
+            sampling_params=params,
+            arrival_time=time.monotonic(),
+        )
+    )
 
 
 def _version_of_quire() -> str:

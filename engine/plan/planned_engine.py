@@ -56,6 +56,7 @@ class PlannedWorker:
         self._clock = clock
         self._times = times
         self._free_at = 0.0
+        self._last: StepShape | None = None
         self.num_steps = 0
         self.busy_by_part: Counter[str] = Counter()
         """Seconds of the device by part of its steps."""
@@ -67,7 +68,8 @@ class PlannedWorker:
     def forward(self, scheduler_output: SchedulerOutput) -> PlannedForward:
         end = max(self._free_at, self._clock.now)
         if scheduler_output.seq_ids:
-            parts = self._times.parts(StepShape.of(scheduler_output))
+            self._last = StepShape.of(scheduler_output, self._last)
+            parts = self._times.parts(self._last)
             self.busy_by_part.update(parts)
             end += sum(parts.values())
             self.num_steps += 1

@@ -22,6 +22,15 @@ PILE_UP = 1.4
 """Growth of the open requests from one quarter of a run to another that is no chance."""
 
 
+class Front(NamedTuple):
+    """What lies between clients and engines, in seconds: HTTP and tokenising before a request's
+    first token, and what one HTTP process takes for each output of a step, one after the other. The
+    newest requests come last in a step."""
+
+    request_seconds: float = 0.0
+    output_seconds: float = 0.0
+
+
 class PlannedRequest(NamedTuple):
     """A request: when it arrives, its prompt, the tokens of each of its n choices."""
 
@@ -51,6 +60,10 @@ class FleetRun:
     ttft: list[float]
     itl: list[float]
     e2e: list[float]
+    queue: list[float]
+    """From a request's arrival at its engine to its first step."""
+    prefill: list[float]
+    """From there to its first token, at the engine."""
     duration: float
     output_tokens: int
     prompt_tokens: int
@@ -88,21 +101,23 @@ class FleetRun:
         return self.output_tokens / self.duration
 
     def percentile(self, metric: str, percent: float) -> float:
-        """Return a percentile of "ttft", "itl" or "e2e" in seconds; 0 if there are no values."""
+        """Return a percentile of "ttft", "itl", "e2e", "queue" or "prefill" in seconds; 0 if there
+        are no values."""
         values: list[float] = getattr(self, metric)
         return float(np.percentile(values, percent)) if values else 0.0
 
 
 class PlannedFleet:
-    """Runs a workload on `replicas` equal engines. `front_seconds` is what lies between a client
-    and the engine before the first token: HTTP and tokenising."""
+    """Runs a workload on `replicas` equal engines, behind one front."""
 
     def __init__(
-        self, shape: EngineShape, times: StepTimes, replicas: int, front_seconds: float = 0.0
+        self, shape: EngineShape, times: StepTimes, replicas: int, front: Front | None = None
     ) -> None:
         self._shape = shape
         self._times = times
-        self._front = front_seconds
+        self._front = front or Front()
+        self._front_free_at = 0.0
+        """When the front has handed out all outputs that it has got."""
         self._replicas = replicas
         self._engines: dict[str, PlannedEngine] = {}
         self._router: FleetRouter | None = None
@@ -111,6 +126,8 @@ class PlannedFleet:
         self._ttft: list[float] = []
         self._itl: list[float] = []
         self._e2e: list[float] = []
+        self._queue: list[float] = []
+        self._prefill: list[float] = []
         self._output_tokens = self._cached_tokens = 0
 
     def run(self, requests: abc.Sequence[PlannedRequest]) -> FleetRun:
@@ -159,7 +176,7 @@ class PlannedFleet:
                 self._router.observe(name, wire.BlocksKnown(0, b""))
 
     def _make(self, number: int, one: PlannedRequest) -> tuple[float, Request]:
-        arrival = one.arrival + self._front
+        arrival = one.arrival + self._front.request_seconds
         try:
             request = Request(
                 request_id=str(number),
@@ -184,12 +201,14 @@ class PlannedFleet:
             request = replace(request, expected_cached_tokens=expected)
         self._open_at_arrival.append(len(self._open))
         self._open[request.request_id] = _Open(
-            arrival - self._front, choice, request.sampling_params.n
+            arrival - self._front.request_seconds, choice, request.sampling_params.n
         )
         self._engines[choice.engine].send(request, arrival)
 
     def _take(self, output: SequenceOutput, now: float) -> None:
-        """Note the times of an output's tokens."""
+        """Note the times of an output's tokens, which an engine has made `now`."""
+        now = max(self._front_free_at, now) + self._front.output_seconds
+        self._front_free_at = now
         request = self._open[output.request_id]
         count = len(output.token_ids)
         self._output_tokens += count
@@ -203,6 +222,11 @@ class PlannedFleet:
         if output.finish_reason is not None:
             request.num_ended += 1
             if output.choice == 0:
+                timings = output.timings
+                if timings is not None and timings.first_token is not None:
+                    scheduled = timings.scheduled or 0.0
+                    self._queue.append(scheduled)
+                    self._prefill.append(timings.first_token - scheduled)
                 cached = output.num_cached_tokens or 0
                 self._cached_tokens += cached
                 if self._router is not None:
@@ -214,7 +238,8 @@ class PlannedFleet:
     def _summary(self, requests: abc.Sequence[PlannedRequest]) -> FleetRun:
         engines = list(self._engines.values())
         begin = requests[0].arrival
-        duration = max(engine.clock.now for engine in engines) - begin
+        ends = [engine.clock.now for engine in engines]
+        duration = max(*ends, self._front_free_at) - begin
         busy: Counter[str] = sum((one.worker.busy_by_part for one in engines), Counter())
         total = busy.total()
         return FleetRun(
@@ -222,6 +247,8 @@ class PlannedFleet:
             ttft=self._ttft,
             itl=self._itl,
             e2e=self._e2e,
+            queue=self._queue,
+            prefill=self._prefill,
             duration=duration,
             output_tokens=self._output_tokens,
             prompt_tokens=sum(len(one.prompt) for one in requests),

@@ -1,10 +1,13 @@
 """How long a step takes, by what it computes.
 
     seconds = base + token · T + over · max(T − knee, 0) + row · R + context · C + pair · P
+              + cold · B
 
 T is the step's tokens, R its rows, C the tokens that its decodes attend to, and P the pairs of
 tokens that attend to each other in its chunks of prompts. `base` is the launch and reading the
-weights once; beyond `knee` tokens the device is busy with products rather than with memory.
+weights once; beyond `knee` tokens the device is busy with products rather than with memory. B is
+how many more tokens the steps just before had: on a CPU, a long chunk displaces what a decode would
+have found in the processor's caches.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ KNEES = (0, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Knees among which the fit chooses."""
 MIN_POINTS = 8
 """Measurements that a fit needs."""
+COOLING = 3
+"""With each step after a large one, so much less of what it displaced is still missing."""
 
 
 class StepShape(NamedTuple):
@@ -30,17 +35,21 @@ class StepShape(NamedTuple):
     rows: int
     context: int
     pairs: int
+    before: int = 0
 
     @classmethod
-    def of(cls, plan: SchedulerOutput) -> StepShape:
-        """Return the shape of a planned step."""
+    def of(cls, plan: SchedulerOutput, last: StepShape | None = None) -> StepShape:
+        """Return the shape of a planned step; `last` is that of the step before."""
         context = pairs = 0
         for start, count in zip(plan.num_computed_starts, plan.num_new_tokens, strict=True):
             if count == 1:
                 context += start + 1
             else:
                 pairs += count * start + count * (count + 1) // 2
-        return cls(plan.total_tokens, len(plan.seq_ids), context, pairs)
+        tokens, before = plan.total_tokens, 0
+        if last is not None:
+            before = max(max(last.tokens, last.before // COOLING) - tokens, 0)
+        return cls(tokens, len(plan.seq_ids), context, pairs, before)
 
 
 class StepTimes(Protocol):
@@ -60,6 +69,7 @@ class FittedTimes:
     context: float
     pair: float
     over: float
+    cold: float
     knee: int
 
     def parts(self, shape: StepShape) -> dict[str, float]:
@@ -68,6 +78,7 @@ class FittedTimes:
             "tokens": self.token * shape.tokens + self.over * max(shape.tokens - self.knee, 0),
             "rows": self.row * shape.rows,
             "attention": self.context * shape.context + self.pair * shape.pairs,
+            "cold caches": self.cold * shape.before,
         }
 
     def seconds(self, shape: StepShape) -> float:
@@ -106,15 +117,22 @@ def _fit_with(points: abc.Sequence[Measured], knee: int) -> Fit:
     seconds = np.array([point.seconds for point in points])
     columns = np.array(
         [
-            (1, tokens, rows, context, pairs, max(tokens - knee, 0) if knee else 0)
-            for (tokens, rows, context, pairs), _ in points
+            (1, tokens, rows, context, pairs, before, max(tokens - knee, 0) if knee else 0)
+            for (tokens, rows, context, pairs, before), _ in points
         ],
         dtype=float,
     )
     solution = _least_squares(columns / seconds[:, None], np.ones(len(points)))
-    base, token, row, context, pair, over = map(float, solution)
+    base, token, row, context, pair, cold, over = map(float, solution)
     times = FittedTimes(
-        base=base, token=token, row=row, context=context, pair=pair, over=over, knee=knee
+        base=base,
+        token=token,
+        row=row,
+        context=context,
+        pair=pair,
+        over=over,
+        cold=cold,
+        knee=knee,
     )
     errors = np.abs(columns @ solution / seconds - 1)
     return Fit(times, float(errors.mean()), float(errors.max()))

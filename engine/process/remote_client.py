@@ -175,7 +175,7 @@ class RemoteEngineClient:
         self._send(message)
         await done
 
-    def snapshots(self) -> AsyncGenerator[LiveSnapshot | None, None]:
+    def snapshots(self, engine: str | None = None) -> AsyncGenerator[LiveSnapshot | None, None]:
         return self._live.snapshots()
 
     def _ask_for_snapshots(self, seconds: float) -> None:

@@ -208,8 +208,11 @@ class StreamTable:
             limit = stream.limit(now)
             if limit is not None:
                 until, error = limit
+                if until <= now:  # while its engine hung, and another one may hang, too
+                    stream.fail(error)
+                    return
                 loop = asyncio.get_running_loop()
-                stream.timer = loop.call_later(max(0.0, until - now), stream.fail, error)
+                stream.timer = loop.call_later(until - now, stream.fail, error)
 
     def _stop_timer(self, stream: Stream) -> None:
         if stream.timer is not None:

@@ -6,15 +6,15 @@ import logging
 from collections import abc
 from typing import NamedTuple
 
-from ..adapters.adapter import Adapter, LinearShape
+from ..adapters.adapter import Adapter, LinearShape, LoraWeight, version_of
 from ..adapters.peft_config import read_config
 from ..adapters.peft_files import read_adapter
 from ..adapters.slots import AdapterSlots, LoraLimits
-from ..checkpoints.content_hash import adapter_hash
 from ..config import EngineConfig
 from ..errors import InvalidRequestError, ModelLoadError
 from ..lora import AdapterSource
 from ..model.causal_lm import CausalLM
+from ..parallel.ranks import ALONE, Ranks
 from ..step import AdapterLoad
 
 DEFAULT_RANK = 16
@@ -24,7 +24,7 @@ logger = logging.getLogger("quire.engine")
 
 
 class _Model(NamedTuple):
-    """What an adapter must fit."""
+    """What an adapter must fit: the whole layers."""
 
     linears: dict[str, LinearShape]
     prefix: str
@@ -32,19 +32,28 @@ class _Model(NamedTuple):
 
 
 class AdapterStore:
-    """Reads adapters for one model, keeps their weights by id, and fills slots with them."""
+    """Reads adapters for one model, keeps their weights by id, and fills slots with them.
 
-    def __init__(self, config: EngineConfig, model: CausalLM, max_tokens: int) -> None:
+    Of several ranks, rank 0 reads, and sends the others what it has read; each keeps its part.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model: CausalLM, max_tokens: int, ranks: Ranks = ALONE
+    ) -> None:
         """Read the adapters that the configuration names, whose ids count from 0, and enable
         adapters in the model; a step has at most `max_tokens` tokens. Raises ModelLoadError if one
         cannot be read."""
         self.sources: list[AdapterSource] = []
         """The adapters of the configuration that were read, in the order of their ids."""
-        linears, prefix = model.linears, model.prefix
+        self._cuts, self._ranks = model.adapter_cuts, ranks
+        linears, prefix = self._cuts.whole(model.linears), model.prefix
         max_rank = config.max_lora_rank or _largest_rank(config)
+        [max_rank] = ranks.agree([max_rank])[0]  # another host may not have the files
         self._model = _Model(linears, prefix, max_rank)
         self._adapters: dict[int, Adapter] = {}
-        for source in config.lora:
+        self._unsent: list[tuple[int, Adapter]] = []
+        """What other ranks get when they have started."""
+        for source in config.lora if ranks.rank == 0 else ():
             try:
                 adapter = self.read(source)
             except InvalidRequestError as error:
@@ -53,7 +62,10 @@ class AdapterStore:
                     raise ModelLoadError(message) from error
                 logger.error("%s; the engine restarts without it", message)
             else:
-                self.hold(len(self.sources), adapter)
+                adapter_id = len(self.sources)
+                self._adapters[adapter_id] = self._cuts.part(adapter)
+                if ranks.size > 1:
+                    self._unsent.append((adapter_id, adapter))
                 self.sources.append(source._replace(version=adapter.version))
         limits = LoraLimits(config.max_loras, max_rank, max_tokens)
         self.slots: AdapterSlots = model.enable_adapters(limits)
@@ -72,7 +84,7 @@ class AdapterStore:
         """Read an adapter without keeping it; may run in any thread. Raises
         InvalidRequestError."""
         adapter = read_adapter(source.folder, *self._model)
-        adapter = adapter._replace(version=adapter_hash(source.folder))
+        adapter = adapter._replace(version=version_of(adapter.weights))
         logger.info(
             "LoRA: read %r from %s: rank %d in %d layers, %.1f MiB",
             source.name,
@@ -83,12 +95,26 @@ class AdapterStore:
         )
         return adapter
 
+    def send_first(self) -> None:
+        """Send the adapters of the configuration to the other ranks, which have started."""
+        for adapter_id, adapter in self._unsent:
+            self._ranks.send_adapter(adapter_id, adapter)
+        self._unsent.clear()
+
     def hold(self, adapter_id: int, adapter: Adapter) -> None:
-        """Keep an adapter, to fill slots with it."""
-        self._adapters[adapter_id] = adapter
+        """Keep an adapter, to fill slots with it, on all ranks."""
+        self._ranks.send_adapter(adapter_id, adapter)
+        self._adapters[adapter_id] = self._cuts.part(adapter)
+
+    def hold_layer(self, adapter_id: int, name: str, weight: LoraWeight) -> None:
+        """Keep this rank's part of a layer of an adapter, which rank 0 has read."""
+        adapter = self._cuts.part(Adapter({name: weight}))
+        self._adapters.setdefault(adapter_id, Adapter({})).weights.update(adapter.weights)
 
     def drop(self, adapter_id: int) -> None:
-        """Forget an adapter, which no later plan names."""
+        """Forget an adapter, which no later plan names, on all ranks."""
+        if self._ranks.rank == 0:
+            self._ranks.drop_adapter(adapter_id)
         del self._adapters[adapter_id]
 
     def fill(self, loads: abc.Iterable[AdapterLoad]) -> None:

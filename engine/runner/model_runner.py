@@ -25,7 +25,7 @@ from ..parallel.step_plan import StepPlan
 from ..request import Request
 from ..sampling_params import SamplingParams
 from ..sequence import Rank, Sequence
-from ..step import BlockCopy, SamplingConstraints, SchedulerOutput, SequenceSpec
+from ..step import AdapterLoad, BlockCopy, SamplingConstraints, SchedulerOutput, SequenceSpec
 from .adapter_store import AdapterStore
 from .alone import run_alone
 from .input_batch import InputBatch
@@ -83,6 +83,7 @@ class ModelRunner:
         )
         self._graphs: Graphs | None = None
         self._host_blocks: HostBlocks | None = None
+        self._last_results: PendingResults | None = None
 
     @property
     def adapters(self) -> AdapterSlots | None:
@@ -95,9 +96,14 @@ class ModelRunner:
         return self._batch.inputs
 
     @property
-    def has_graphs(self) -> bool:
-        """Whether decode steps are captured."""
-        return self._graphs is not None
+    def num_graphs(self) -> int:
+        """How many kinds of steps are captured."""
+        return 0 if self._graphs is None else len(self._graphs)
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of the model's parameters."""
+        return self._model.num_parameters
 
     def prepare(self) -> None:
         """Compile or capture what steps will need: see `Backend.prepare`."""
@@ -149,31 +155,36 @@ class ModelRunner:
             return StepForward(self, None)
         host, step = laid_out[0], self._batch.write(*laid_out)
         with self._memory_errors_named():
-            hidden, logits = self._run_model(host, step)
+            output_of_step = self._run_model(host, step)
+            hidden = output_of_step.hidden
             chunks = prompt_logprobs(self._model, host, hidden) if host.any_scored else []
-        return StepForward(self, _Computed(host, step, hidden, logits, chunks))
+        return StepForward(self, _Computed(host, step, output_of_step, chunks))
 
     @torch.inference_mode()
     def sample(self, computed: _Computed, constraints: SamplingConstraints) -> PendingResults:
         """Sample the rows of a step whose forward has begun, and pool those to be pooled."""
-        host, step, hidden, logits, chunks = computed
+        host, step, output, chunks = computed
         errors: dict[int, RowError] = {}
         samples: list[RowSamples] = []
         sampled = None
         with self._memory_errors_named():
             if len(host.sampling_rows):
-                rows = _sampling_rows(host, step, logits)
+                rows = _sampling_rows(host, step, output)
                 samples = sample_rows(self._sampler, rows, constraints, errors)
                 sampled = _joined(samples) if samples else None
             # Last, since a step that runs out of memory before its end is tried again.
-            pooled = self._pooler(host, hidden) if host.pooled_rows else []
+            pooled = self._pooler(host, output.hidden) if host.pooled_rows else []
         if sampled is not None:
             self._batch.keep_samples(*sampled)
-        return PendingResults(len(host.order), samples, chunks, pooled, errors)
+        self._last_results = PendingResults(len(host.order), samples, chunks, pooled, errors)
+        return self._last_results
 
     @torch.inference_mode()
     def follow(self, plan: StepPlan) -> None:
         """Run the forward of a step that rank 0 has planned."""
+        if plan.adapter_loads:
+            assert self._adapters is not None
+            self._adapters.fill(AdapterLoad(*load) for load in plan.adapter_loads)
         self.copy_blocks([BlockCopy(*copy) for copy in plan.copies])
         assert self._reader is not None
         read = self._reader.read(plan)
@@ -184,7 +195,7 @@ class ModelRunner:
         sampled = torch.zeros(max(1, plan.num_fed_back), dtype=torch.int64, device=device)
         if plan.num_fed_back and self._model.has_ends:
             self._ranks.group.broadcast(sampled)
-        hidden, _ = self._run_model(host, self.inputs.write(host, token_ids, sampled))
+        hidden = self._run_model(host, self.inputs.write(host, token_ids, sampled)).hidden
         if self._model.has_ends:
             for begin, end in plan.extra_logits:
                 self._model.logits(hidden[begin:end])
@@ -246,39 +257,62 @@ class ModelRunner:
         return self._forward(step, metadata), step
 
     @torch.inference_mode()
-    def run_decodes(self, step: DeviceStep, plan: AttentionPlan) -> ModelOutput:
+    def run_decodes(
+        self, step: DeviceStep, plan: AttentionPlan, logits: torch.Tensor | None = None
+    ) -> ModelOutput:
         """Run a step in which every row has the same number of tokens, with logits for each: what a
         graph captures. It reads no tensors but those of the step, the plan and the cache."""
         hidden = self._forward(step, self._metadata(step, len(step.seq_lens), 1, plan))
-        return ModelOutput(hidden, self._model.logits(hidden))
+        return ModelOutput(hidden, self._model.logits(hidden, out=logits))
+
+    @torch.inference_mode()
+    def run_mixed(self, step: DeviceStep, plan: AttentionPlan) -> torch.Tensor:
+        """Run a padded mixed step, without logits: what a graph captures. It reads no tensors but
+        those of the step, the plan and the cache."""
+        return self._forward(step, self._metadata(step, 0, len(step.input_ids), plan))
 
     def _run_model(self, host: HostStep, step: DeviceStep) -> ModelOutput:
         """Return hidden states of all tokens and logits of the sampling rows."""
         query_len = self.inputs.query_len(host) if host.num_drafts else 1
+        mixed_size = self.inputs.mixed_size(host) if query_len == 1 else 0
         shared = query_len == 1 and self.planner.find_shared(host)
         if self._adapters is not None:
             self._adapters.slots.begin_step(host.token_slots)
         if self._model.runs_tokens_alone:
             adapters = self.adapters
             return run_alone(self._model, self.planner, adapters, host, step, self._metadata)
-        key = GraphKey(len(step.seq_lens), shared, host.token_slots is not None, query_len)
+        size = mixed_size or len(step.seq_lens)
+        key = GraphKey(size, shared, host.token_slots is not None, query_len, mixed_size > 0)
         decodes, longest = host.num_decodes, host.max_query_len
         if query_len > 1:  # rows are padded, which the planner of another model may not know
             known = query_len == self.planner.query_len
             decodes, longest = (key.size, 1) if known else (0, query_len)
             query_len = query_len if known else 1
-        # 1. Replay a graph, if there is one. It has logits for every token.
-        if self._graphs is not None and longest == 1 and key in self._graphs:
-            hidden, logits = self._graphs.replay(key)
-            num_sampling = len(host.sampling_rows)
+        # 1. Replay a graph, if there is one. It has logits for every token; a mixed one has none.
+        num_sampling = len(host.sampling_rows)
+        is_uniform = longest == 1 or mixed_size > 0
+        if self._graphs is not None and is_uniform and key in self._graphs:
+            if self._last_results is not None:  # its copies read what a graph has written
+                self._last_results.hold_stream()
+                self._last_results = None
+            hidden, logits, best = self._graphs.replay(key)
+            if mixed_size:
+                if num_sampling:
+                    logits = self._model.logits(hidden[step.logit_indices])
+                return ModelOutput(hidden, logits)
             if num_sampling == len(host.order) and key.query_len == 1:
-                return ModelOutput(hidden, logits[:num_sampling])
-            return ModelOutput(hidden, logits[step.logit_indices])
-        # 2. Otherwise run the model.
+                best = None if best is None else best.rows(num_sampling)
+                return ModelOutput(hidden, logits[:num_sampling], best)
+            best = None if best is None else best.at(step.logit_indices)
+            return ModelOutput(hidden, logits[step.logit_indices], best)
+        # 2. Otherwise run the model, on a mixed step without its padding.
+        if mixed_size:
+            num_tokens = int(host.query_start_loc[-1])
+            step = step.narrow(num_tokens, len(host.order), num_sampling)
         lengths = host.query_start_loc, host.seq_lens
         plan = self.planner.plan(*lengths, decodes, step, shared=shared, query_len=query_len)
         metadata = self._metadata(step, decodes, longest, plan)
-        if not len(host.sampling_rows):
+        if not num_sampling:
             hidden = self._forward(step, metadata)
             return ModelOutput(hidden, hidden.new_empty(0))
         return ModelOutput(
@@ -325,12 +359,11 @@ class ModelRunner:
 
 
 class _Computed(NamedTuple):
-    """A step whose forward has begun: hidden states of all tokens, logits of the sampling rows."""
+    """A step whose forward has begun, with logits of the sampling rows."""
 
     host: HostStep
     step: DeviceStep
-    hidden: torch.Tensor
-    logits: torch.Tensor
+    output: ModelOutput
     chunks: list[PromptChunk]
 
 
@@ -347,14 +380,15 @@ class StepForward:
         return self._runner.sample(self._computed, constraints)
 
 
-def _sampling_rows(host: HostStep, step: DeviceStep, logits: torch.Tensor) -> SamplingRows:
+def _sampling_rows(host: HostStep, step: DeviceStep, output: ModelOutput) -> SamplingRows:
     rows, sequences, last_ids = host.order, host.sequences, step.input_ids
     if len(host.sampling_rows) < len(step.input_ids) or host.num_drafts:
         picks = host.sampling_rows.tolist()
         rows = [host.order[row] for row in picks]
         sequences = [host.sequences[row] for row in picks]
         last_ids = last_ids[step.logit_indices]
-    return SamplingRows(rows, host.num_drafts, sequences, host.sampled_positions, logits, last_ids)
+    positions, logits, best = host.sampled_positions, output.logits, output.best
+    return SamplingRows(rows, host.num_drafts, sequences, positions, logits, last_ids, best)
 
 
 def _joined(samples: list[RowSamples]) -> tuple[list[SequenceSpec], torch.Tensor]:

@@ -51,6 +51,11 @@ class PendingResults:
         self._pooled = [row._replace(vector=self._pull(row.vector)) for row in pooled]
         self._downloads.end()
 
+    def hold_stream(self) -> None:
+        """Let what is launched from now on run after the copies, since it may overwrite what they
+        read."""
+        self._downloads.hold_stream()
+
     def _pull(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._downloads.add(tensor)
 

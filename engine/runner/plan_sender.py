@@ -44,7 +44,7 @@ class PlanSender:
         """Send a step, which may have no rows, and what the others lack of its tokens."""
         batch = self._batch
         changes, batch.table_entries = batch.table_entries, []
-        if host is None and not (changes or output.block_copies):
+        if host is None and not (changes or output.block_copies or output.adapter_loads):
             return
         if token_ids is None:
             token_ids = np.empty(0, dtype=np.int64)
@@ -64,6 +64,7 @@ class PlanSender:
             output.block_copies,
             extra_logits=[] if host is None else self._extra_logits(host),
             num_fed_back=num_fed_back,
+            adapter_loads=output.adapter_loads,
         )
         self._ranks.send(plan)
         if num_fed_back:

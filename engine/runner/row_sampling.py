@@ -13,6 +13,7 @@ from ...kernels.device_copy import to_device
 from ..errors import StepFailedError
 from ..outputs import RowError
 from ..sampling.batch import SamplingBatch
+from ..sampling.draws import BestTokens
 from ..sampling.sampler import Sampler, SamplerOutput
 from ..step import SamplingConstraints, SequenceSpec
 
@@ -34,6 +35,8 @@ class SamplingRows(NamedTuple):
     positions: list[int]
     logits: torch.Tensor
     last_token_ids: torch.Tensor
+    best: BestTokens | None = None
+    """The likeliest tokens, if the device has found them already."""
 
     def only(self, index: int) -> SamplingRows:
         """Return one of the rows by itself."""
@@ -117,7 +120,7 @@ def _sample(sampler: Sampler, rows: SamplingRows, constraints: SamplingConstrain
         banned=banned,
         last_token_ids=rows.last_token_ids,
     )
-    output = sampler(rows.logits, batch, bitmask)
+    output = sampler(rows.logits, batch, bitmask, rows.best)
     return RowSamples(rows.rows, rows.num_drafts, rows.sequences, batch, output)
 
 

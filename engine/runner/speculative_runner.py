@@ -86,7 +86,7 @@ class DraftRunner(ModelRunner):
             host, step = self._batch.prepare_tokens(
                 rows[:active], starts[:active] + place, token_ids[:active], sampled
             )
-            sampled = self._draw(host, step, self._run_model(host, step).logits)
+            sampled = self._draw(host, self._run_model(host, step))
             passes.append(sampled)
             token_ids = -1 - np.arange(active)
         # 3. All guesses at once to the host, by row.
@@ -97,14 +97,17 @@ class DraftRunner(ModelRunner):
                 drafts[row].append(next(guesses))
         return drafts
 
-    def _draw(self, host: HostStep, step: DeviceStep, logits: torch.Tensor) -> torch.Tensor:
+    def _draw(self, host: HostStep, output: ModelOutput) -> torch.Tensor:
         """Draw the next token of each row as the served model's is drawn, `[R]` int64.
 
         What depends on the tokens before (penalties, bad words, grammars) is left out."""
-        logits = F.pad(logits, (0, self._missing), value=-torch.inf)[:, : self._vocab_size]
+        logits, best = output.logits, output.best
+        if logits.shape[1] != self._vocab_size:
+            logits = F.pad(logits, (0, self._missing), value=-torch.inf)[:, : self._vocab_size]
+            best = None
         sequences = [self._spec_of(sequence) for sequence in host.sequences]
         batch = self._sampler.prepare(sequences, host.sampled_positions)
-        return self._sampler(logits, batch).token_ids
+        return self._sampler(logits, batch, found=best).token_ids
 
     def _spec_of(self, sequence: SequenceSpec) -> SequenceSpec:
         known = self._specs.get(sequence.seq_id)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, LoraWeight
 from ..checkpoints.content_hash import model_hash
 from ..checkpoints.source import source_of
 from ..config import EngineConfig, WorkerInfo
@@ -91,11 +91,13 @@ class Worker:
         self._adapters: AdapterStore | None = None
         if config.enable_lora:
             max_tokens = max(self._backend.token_budget(config), config.max_num_seqs)
-            self._adapters = AdapterStore(config, model, max_tokens)
+            self._adapters = AdapterStore(config, model, max_tokens, self._ranks)
         self._max_model_len = spec.resolve_max_model_len(config.max_model_len)
+        model.expect_positions(self._max_model_len)
         self._draft: CausalLM | None = None
         if config.speculative_model is not None:
             self._draft = load_draft(config, spec, self._max_model_len, self._backend)
+            self._draft.expect_positions(self._max_model_len)
         draft = self._draft
         cache_dtype = str(self._cache_dtype).removeprefix("torch.")
         return WorkerInfo(
@@ -149,7 +151,9 @@ class Worker:
         num_blocks = min(number for (number,) in self._ranks.agree([num_blocks]))
         self._runner = self._make_runner(num_blocks)
         self._runner.prepare()
-        check_alike(self._ranks, "whether steps are captured", [int(self._runner.has_graphs)])
+        check_alike(self._ranks, "which steps are captured", [self._runner.num_graphs])
+        if self._adapters is not None:
+            self._adapters.send_first()
         return num_blocks
 
     def forward(self, scheduler_output: SchedulerOutput) -> StepForward:
@@ -176,6 +180,12 @@ class Worker:
     def hold_adapter(self, adapter_id: int, adapter: Adapter) -> None:
         assert self._adapters is not None
         self._adapters.hold(adapter_id, adapter)
+
+    def hold_layer(self, adapter_id: int, name: str, weight: LoraWeight) -> None:
+        """Keep a layer of an adapter that rank 0 has read. Called on all other ranks, in place of
+        `read_adapter` and `hold_adapter`."""
+        assert self._adapters is not None
+        self._adapters.hold_layer(adapter_id, name, weight)
 
     def drop_adapter(self, adapter_id: int) -> None:
         assert self._adapters is not None

@@ -9,7 +9,7 @@ reduction, hence on the batch's size. So every device can draw the same tokens.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,23 @@ from .top_tokens import top_tokens
 
 _MASS_UNIT = 2.0**40
 """Integer mass of the likeliest token; a vocabulary's sum stays below 2^63 up to 2^23 tokens."""
+
+
+class BestTokens(NamedTuple):
+    """Of R rows of logits: the maxima, the first ids that have them, and whether the rows are
+    finite (bool). A row that is not has an arbitrary maximum and id."""
+
+    values: Tensor
+    token_ids: Tensor
+    finite: Tensor
+
+    def rows(self, count: int) -> BestTokens:
+        """Return the first `count` rows, as views."""
+        return BestTokens(*(part[:count] for part in self))
+
+    def at(self, indices: Tensor) -> BestTokens:
+        """Return copies of these rows."""
+        return BestTokens(*(part.index_select(0, indices) for part in self))
 
 
 class DrawOps(Protocol):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..outputs import TokenLogprobs
 from ..step import SequenceSpec
 from .batch import SamplingBatch, SamplingBatchBuilder
-from .draws import DrawOps, TorchDraws
+from .draws import BestTokens, DrawOps, TorchDraws
 from .logprobs import LogprobTensors, compute_logprobs, to_token_logprobs
 from .plan import PenaltyRows
 
@@ -77,12 +77,17 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(
-        self, logits: Tensor, batch: SamplingBatch, token_bitmask: Tensor | None = None
+        self,
+        logits: Tensor,
+        batch: SamplingBatch,
+        token_bitmask: Tensor | None = None,
+        found: BestTokens | None = None,
     ) -> SamplerOutput:
         """Sample from `logits` [R, V] of any float type, which are left as they are.
 
         `token_bitmask` [C, ceil(V / 32)] int32 of the batch's constrained rows, in order: bit
-        i % 32 of word i // 32 allows token i.
+        i % 32 of word i // 32 allows token i. `found` are the rows' best tokens, if they are known;
+        they may be overwritten.
         """
         plan = batch.plan
         if logits.shape != (plan.num_rows, self._vocab_size):
@@ -93,8 +98,11 @@ class Sampler:
             raise ValueError("a token bitmask and constrained rows need one another")
         # 1. The argmax of every row. A maximum that is not finite shows a NaN, a +inf, or a row of
         # nothing but -inf.
-        best, token_ids = self._draws.best(logits)
-        finite = best.isfinite()
+        if found is None:
+            best, token_ids = self._draws.best(logits)
+            finite = best.isfinite()
+        else:
+            best, token_ids, finite = found
         if plan.working_rows is not None:
             # 2. The working rows with masks, bias and penalties: their argmax counts instead.
             rows = plan.working_rows

@@ -1,7 +1,8 @@
 """The adapters that are loaded, and which of them have a slot on the device.
 
 An adapter's id stands for one version of it: loading a name again gives it a new id. Requests that
-began with the old version finish with it, and the prefix index keeps the versions apart.
+began with the old version finish with it, and the prefix index keeps the versions apart, by a hash
+of their weights: what was computed with the same weights under the same name can be found again.
 
 A running sequence holds the slot of its adapter. A slot whose adapter has no running sequence stays
 as it is until another adapter needs it, so that an adapter that comes back need not be copied.
@@ -10,9 +11,10 @@ as it is until another adapter needs it, so that an adapter that comes back need
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from ..errors import InvalidRequestError, ModelNotFoundError
-from ..lora import AdapterSource
+from ..lora import AdapterSource, adapter_key
 from ..sequence import Sequence
 from ..step import AdapterLoad
 
@@ -31,6 +33,8 @@ class AdapterTable:
         self._ids: dict[str, int] = {}
         self._names: dict[int, str] = {}
         """The names of all ids that are loaded or that an unfinished sequence uses."""
+        self._keys: dict[int, str] = {}
+        """The `adapter_key` of each of these ids."""
         self._next_id = 0
         self._unfinished: Counter[int] = Counter()
         self._running: Counter[int] = Counter()
@@ -74,6 +78,8 @@ class AdapterTable:
             self._retire(self._ids[source.name])
         self._ids[source.name] = adapter_id
         self._names[adapter_id] = source.name
+        version = source.version or f"#{adapter_id}"
+        self._keys[adapter_id] = adapter_key(source.name, version)
         self._sources[source.name] = source
         return adapter_id
 
@@ -101,7 +107,7 @@ class AdapterTable:
             self._drop(adapter_id)
 
     def _drop(self, adapter_id: int) -> None:
-        del self._names[adapter_id], self._passes[adapter_id]
+        del self._names[adapter_id], self._keys[adapter_id], self._passes[adapter_id]
         if adapter_id in self._slots:
             self._free.append(self._slots.pop(adapter_id))
         self._dropped.append(adapter_id)
@@ -110,7 +116,7 @@ class AdapterTable:
 
     def hold(self, sequence: Sequence, adapter_id: int) -> None:
         """Bind a new sequence to this version of its adapter."""
-        sequence.adapter_id = adapter_id
+        sequence.adapter_id, sequence.adapter_key = adapter_id, self._keys[adapter_id]
         self._unfinished[adapter_id] += 1
 
     def release(self, sequence: Sequence) -> None:
@@ -183,20 +189,17 @@ class AdapterTable:
 
     # -- statistics --------------------------------------------------------------------------
 
-    @property
-    def running_names(self) -> list[str]:
-        """The adapters of running sequences."""
-        if not self._running:
-            return []
-        return sorted({self._names[one] for one in self._running})
-
-    @property
-    def waiting_names(self) -> list[str]:
-        """The adapters of unfinished sequences that do not run."""
-        if not self._unfinished:
-            return []
+    def stats(self) -> dict[str, Any]:
+        """Return the names of the adapters of running and of waiting sequences, and of those that
+        have a slot, as fields of EngineStats."""
+        if not self._ids and not self._unfinished:
+            return {}
         waiting = self._unfinished - self._running
-        return sorted({self._names[one] for one in waiting})
+        ids = {"running": self._running, "waiting": waiting, "held": self._slots}
+        return {
+            f"{how}_adapters": sorted({self._names[one] for one in which})
+            for how, which in ids.items()
+        }
 
     def check_integrity(self, running: list[Sequence]) -> None:
         """Assert that the table agrees with the running sequences."""

@@ -393,8 +393,7 @@ class Scheduler:
             preemptions=self._planner.preemptions,
             blocks_copied=self.block_manager.blocks_copied,
             blocks_shared=self.block_manager.blocks_shared,
-            running_adapters=self._roster.adapters.running_names,
-            waiting_adapters=self._roster.adapters.waiting_names,
             waiting_tokens=self._planner.waiting_tokens(self.last_plan),
+            **self._roster.adapters.stats(),
             **({} if self._drafting is None else self._drafting.counts()),
         )

@@ -4,10 +4,11 @@ Read them in this order:
 
     kernel.py     what a kernel is, and how it gets its arguments
     region.py     how threads run kernels, in phases
+    step.py       what a step reads and writes
     body.py       a model's step as a table of phases
     products.py, norms.py, attention.py, sampling.py   the kernels
     panels.py, softmax.py, vectors.py, numbers.py      what they are made of
-    compiling.py, ahead.py, arrays.py                  when they are compiled, how tensors get in
+    ahead.py, arrays.py                                when they are compiled, how tensors get in
     integer                                            a room of its own: weights of 4 or 8 bits
 
 docs/cpu.md is about the whole. This room imports numba, llvmlite, numpy, torch (only in arrays.py),

@@ -20,21 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .attention import make_scratch
-from .body import (
-    Activations,
-    BodyStep,
-    Ends,
-    Layers,
-    Scratch,
-    lasting_calls,
-    step_calls,
-    tasks_of,
-)
-from .compiling import Task, is_compiled
+from .body import Scratch, lasting_calls, step_calls, tasks_of
 from .numbers import CACHE
 from .products import FloatWeight, PackedWeight, make_quantised, make_tiles
-from .region import compile_region
+from .region import Task, compile_region, is_compiled
 from .sampling import draw_task
+from .step import Activations, BodyStep, Ends, Layers
 
 _DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.int16, "int8": np.int8}
 """NumPy's types for torch's, see `numbers.py`; int8 is one of caches only."""
@@ -62,13 +53,15 @@ def tasks_for(build: Build) -> list[Task]:
     words, pairs, starts = _zeros(np.int64, 1), _zeros(np.int64, 2), _zeros(np.int32, 1)
     products = (weight,)
     layers = Layers(
-        *(rows, products, heads, products, rows, products, products),
-        *(line, line, line, line, words, words),
+        *(rows, products, heads, products, rows, products, products, rows, rows),
+        *(line, line, line, line, line, line, words, words, words),
+        norms_all_heads=False,
+        rotates_pairs=False,
     )
     ends = Ends(_zeros(floats, 2), head)
-    activations = Activations(rows, rows, heads, heads, heads, rows, rows, rows)
+    activations = Activations(rows, rows, heads, heads, heads, rows, rows, rows, rows)
     step = BodyStep(
-        *(words, words, words, words, rows, rows, _zeros(np.int32, 2), starts, starts),
+        *(words, words, words, words, 1, rows, rows, _zeros(np.int32, 2), starts, starts),
         *(pairs, pairs),
         tile_queries=1,
     )

@@ -9,6 +9,9 @@ A layer is eight phases (`region.py`), each cut into items that threads take as 
 
 and after the layers come the last norm, the rows whose logits are wanted, and the head's product.
 Each product has a phase before it, which quantises its input for a weight of integers, or is empty.
+If a family norms its updates, the products leave them where their input was, and the norm that
+comes next norms and adds them first. A mixture of experts has no phases, since the number of its
+items is not known before its router has run: the region ends before it and begins again after it.
 
 The threads stay in the region from the first phase to the last; between two phases they only look
 at a counter. For a small model that is most of a step's time saved: a decode has tens of phases of
@@ -24,13 +27,12 @@ Activations are float32 throughout.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
 from .attention import Attention, attend_tile, make_scratch
-from .compiling import Task, compile_all
 from .kernel import Packed, signature_of
 from .norms import FEW, Heads, Norm, Pick, normalise, pick, rotate
 from .products import (
@@ -43,7 +45,8 @@ from .products import (
     make_quantised,
     make_tiles,
 )
-from .region import Phase, run_phases
+from .region import Phase, Task, compile_all, run_phases
+from .step import Activations, BodyStep, Ends, Layers
 
 Array = np.ndarray[Any, Any]
 
@@ -72,90 +75,7 @@ Place = tuple[int, int | None]
 KERNEL, WORK, ITEMS, LAYER, ROWS = range(len(Phase._fields))
 """The columns of the table of phases."""
 NO_SOFTCAP = np.float32(0)
-
-
-class Layers(NamedTuple):
-    """The weights of all layers: those of norms stacked, those of products one a layer.
-
-    For gate and up, panel 2i is the i-th of gate, 2i + 1 of up.
-    """
-
-    input_norm: Any
-    """`[num_layers + 1, hidden_size]`; the last one is the body's own."""
-    qkv: Sequence[PackedWeight]
-    qk_norm: Any
-    """`[num_layers, heads + kv_heads, head_dim]`."""
-    output: Sequence[PackedWeight]
-    mlp_norm: Any
-    """`[num_layers, hidden_size]`."""
-    gate_up: Sequence[PackedWeight]
-    down: Sequence[PackedWeight]
-    input_epsilons: Any
-    """`[num_layers + 1]`."""
-    qk_epsilons: Any
-    """`[num_layers]`, -1 if Q and K have no norms."""
-    mlp_epsilons: Any
-    """`[num_layers]`."""
-    scales: Any
-    """`[num_layers]`."""
-    windows: Any
-    """`[num_layers]`, 0 if a layer has none."""
-    rotates: Any
-    """`[num_layers]`, 0 if a layer rotates nothing, else 1."""
-
-
-class Ends(NamedTuple):
-    """What a model begins and ends with."""
-
-    embedding: Any
-    """`[vocab_size, hidden_size]`."""
-    head: PackedWeight | None
-    """None if the head is not a plain product."""
-    embedding_scale: Any = np.float32(1)
-    """The factor of the embedding's rows."""
-
-
-class BodyStep(NamedTuple):
-    """The tokens of a step; input_ids are `[T]`."""
-
-    input_ids: Any
-    picks: Any
-    """Which tokens need logits, `[R]`."""
-    slots: Any
-    """The cache slot of each token, `[T]`."""
-    rotations: Any
-    """The row of cos and sin of each token, `[T]`."""
-    cos: Any
-    """`[., n]`, as in Rotation."""
-    sin: Any
-    block_table: Any
-    """This and the rest are as in `attention.Batch`."""
-    starts: Any
-    seq_lens: Any
-    tiles: Any
-    members: Any
-    tile_queries: int
-
-
-class Activations(NamedTuple):
-    """The float32 arrays that phases hand to each other."""
-
-    x: Any
-    """`[., hidden_size]`."""
-    normed: Any
-    """Like x; after the last norm, the hidden states."""
-    qkv: Any
-    """`[., heads + 2 * kv_heads, head_dim]`."""
-    query: Any
-    """`[., heads, head_dim]`."""
-    attended: Any
-    """Like query."""
-    gated: Any
-    """`[., intermediate_size]`."""
-    picked: Any
-    """The hidden states of the picks, `[., hidden_size]`."""
-    logits: Any
-    """`[., vocab_size]`."""
+_NO_UPDATES = np.empty((0, 1), np.float32)
 
 
 class Adapted(Protocol):
@@ -189,6 +109,7 @@ class Body:
         self._activations: Activations | None = None
         self._scratch: Scratch | None = None
         num_layers = len(layers.scales)
+        self._mixtures = [layer for layer, weight in enumerate(layers.down) if weight is None]
         self._num_phases = num_layers * LAYER_PHASES + 1 + LAST_PHASES
         self._table = np.zeros((self._num_phases, len(Phase._fields)), dtype=np.int64)
         self._table[:, LAYER] = np.arange(self._num_phases) // LAYER_PHASES
@@ -204,9 +125,11 @@ class Body:
         activations: Activations,
         num_threads: int,
         adapted: Adapted | None = None,
+        mix: Callable[[int], None] | None = None,
     ) -> None:
         """Run a step. Changes the activations and the cache `[num_layers, 2, blocks, kv_heads,
-        block_size, head_dim]`."""
+        block_size, head_dim]`. `mix` runs the mixture of experts of a layer, from `normed` into
+        `update`; it is needed if there are any."""
         scratch = self._scratch_for(activations, cache.shape[3], step.tile_queries, num_threads)
         calls = step_calls(self._ends, self._layers, cache, step, activations, scratch)
         # 1. The works that last: packed again if the activations or the scratch have grown.
@@ -229,7 +152,15 @@ class Body:
             self._set_adapters(adapted)
             if len(adapted.token_slots):
                 table = adapted.insert(table, activations, num_threads)
-        run_phases(table, num_threads)
+        # 4. The phases, as far as the next mixture.
+        begin = 0
+        for layer in self._mixtures:
+            assert mix is not None and table is self._table
+            end = layer * LAYER_PHASES + MLP_NORM + 1
+            run_phases(table[begin:end], num_threads)
+            mix(layer)
+            begin = end
+        run_phases(table[begin:], num_threads)
 
     def _set_adapters(self, adapted: Adapted) -> None:
         """Let gate and up read what the adapters of this step add to them."""
@@ -330,6 +261,7 @@ def products_of(ends: Ends, layers: Layers) -> list[tuple[Place, PackedWeight]]:
         ((kind, layer), weight)
         for kind, weights in by_kind.items()
         for layer, weight in enumerate(weights)
+        if weight is not None
     ]
     return products if ends.head is None else [*products, ((HEAD, None), ends.head)]
 
@@ -338,18 +270,22 @@ def lasting_calls(
     ends: Ends, layers: Layers, activations: Activations, scratch: Scratch
 ) -> dict[Place, Call]:
     """Return the kernels with works that are the same for all steps with these activations."""
-    x, normed, qkv, _, attended, gated, picked, logits = activations
+    x, normed, qkv, _, attended, gated, picked, logits, update = activations
     room, tiles, no_ids = scratch.room, scratch.tiles, np.empty(0, np.int64)
     qkv, attended = (part.reshape(len(part), -1) for part in (qkv, attended))
     ways = {
         QKV: (normed, qkv),
-        OUTPUT: (attended, x),
+        OUTPUT: (attended, update),
         GATE_UP: (normed, gated),
-        DOWN: (gated, x),
+        DOWN: (gated, update),
         HEAD: (picked, logits),
     }
     fetched = (no_ids, ends.embedding, ends.embedding_scale)
-    norm = Norm(x, layers.mlp_norm, layers.mlp_epsilons, normed, *fetched)
+    updates = _updates_of(layers, activations)
+    norm = Norm(
+        *(x, layers.mlp_norm, layers.mlp_epsilons, normed),
+        *(updates, layers.output_norm, layers.output_epsilons, *fetched),
+    )
     calls: dict[Place, Call] = {(MLP_NORM, None): (normalise, norm)}
     for (kind, layer), weight in products_of(ends, layers):
         source, target = ways[kind]
@@ -359,7 +295,7 @@ def lasting_calls(
         if kind == GATE_UP:
             calls[kind, layer] = weight.multiply_gated(source, room, target, tiles)
         else:
-            adds = kind in (OUTPUT, DOWN)
+            adds = target is x
             calls[kind, layer] = weight.multiply(source, room, target, tiles, adds)
     return calls
 
@@ -375,10 +311,14 @@ def step_calls(
     """Return the kernels with works that change with each step."""
     x, normed, qkv, query, attended, *_ = activations
     fetched = (step.input_ids, ends.embedding, ends.embedding_scale)
-    norm = Norm(x, layers.input_norm, layers.input_epsilons, normed, *fetched)
+    norm = Norm(
+        *(x, layers.input_norm, layers.input_epsilons, normed, _updates_of(layers, activations)),
+        *(layers.down_norm, layers.down_epsilons, *fetched),
+    )
     heads = Heads(
         *(qkv, layers.qk_norm, layers.qk_epsilons),
-        *(step.cos, step.sin, layers.rotates, step.rotations, step.slots, cache, query),
+        *(step.cos, step.sin, layers.rotates, step.rotations, layers.kinds, step.kind_rows),
+        *(layers.norms_all_heads, layers.rotates_pairs, step.slots, cache, query),
     )
     attention = Attention(
         *(query, cache, step.block_table, step.starts, step.seq_lens),
@@ -392,6 +332,12 @@ def step_calls(
         (ATTEND, None): (attend_tile, attention),
         (PICK, None): (pick, Pick(normed, step.picks, activations.picked)),
     }
+
+
+def _updates_of(layers: Layers, activations: Activations) -> Array:
+    """Return the updates that a norm adds first; none if the products have added them."""
+    updates: Array = activations.update
+    return updates if layers.norms_updates else _NO_UPDATES
 
 
 def tasks_of(calls: Mapping[Place, Call]) -> list[Task]:

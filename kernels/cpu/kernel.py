@@ -13,7 +13,7 @@ Kernels therefore bind what they need to local variables first, outside of their
 Numba links the code of every function into each of its callers and has LLVM optimise all of it
 again there. A whole step as one Numba function therefore compiled its innermost loops seven times.
 A kernel is compiled once, has an entry of its own in the cache on disk, and can be compiled by any
-process (see `compiling.py`). It holds all the code that it runs (see `_Alone`).
+process (see `region.py`). It holds all the code that it runs (see `_Alone`).
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 

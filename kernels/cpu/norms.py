@@ -22,16 +22,23 @@ lines of their transposed keys."""
 
 
 class Norm(NamedTuple):
-    """An RMSNorm of rows, for each of a number of layers."""
+    """An RMSNorm of rows, for each of a number of layers; before it, an update may be normed and
+    added to the rows."""
 
     x: Any
     """`[., hidden_size]` float32."""
     weights: Any
     """`[layers, hidden_size]` float32."""
     epsilons: Any
-    """`[layers]` float32."""
+    """`[layers]` float32; negative if the layer has no norm: then out is x."""
     out: Any
     """Like x."""
+    updates: Any
+    """Like x, overwritten; it may be `out`. Empty if there are none."""
+    update_weights: Any
+    """`[layers, hidden_size]` float32."""
+    update_epsilons: Any
+    """`[layers]` float32."""
     input_ids: Any
     """`[rows]`: layer 0 first fetches x from the embedding. Empty if it does not."""
     embedding: Any
@@ -55,7 +62,15 @@ class Heads(NamedTuple):
     rotates: Any
     """`[layers]`: 0 if a layer rotates nothing, else 1."""
     rotations: Any
-    """The row of cos and sin of each token, `[.]`."""
+    """The row of cos and sin of each token, `[.]`, for kind 0."""
+    kinds: Any
+    """`[layers]`: the kind of each layer's rotations."""
+    kind_rows: int
+    """Rows of cos and sin from one kind to the next."""
+    norms_all_heads: bool
+    """Whether all heads of Q have one norm, and all of K, not each head."""
+    rotates_pairs: bool
+    """Whether elements 2i and 2i + 1 rotate, not i and i + n / 2."""
     slots: Any
     """The cache slot of each token, `[.]`; negative: K and V are not stored."""
     cache: Any
@@ -91,13 +106,26 @@ def normalise(item, layer, rows, thread, norm):
     """Compute out = x / rms(x) * weight for an item's rows."""
     x, out, weight, eps = norm.x, norm.out, norm.weights[layer], norm.epsilons[layer]
     input_ids, embedding, scale = norm.input_ids, norm.embedding, norm.scale
+    updates, update_weights, update_epsilons = (
+        norm.updates,
+        norm.update_weights,
+        norm.update_epsilons,
+    )
     embeds = layer == 0 and len(input_ids) > 0
+    adds = len(updates) > 0 and not embeds
     for row in range(item * FEW, min(item * FEW + FEW, rows)):
         if embeds:
             line = embedding[input_ids[row]]
             for dim in range(len(line)):
                 x[row, dim] = to_float(line[dim]) * scale
-        _norm_row(x[row], weight, eps, out[row])
+        if adds:
+            update = updates[row]
+            _norm_row(update, update_weights[layer], update_epsilons[layer], update)
+            _add_row(update, x[row])
+        if eps >= 0:
+            _norm_row(x[row], weight, eps, out[row])
+        else:
+            _copy_row(x[row], out[row])
 
 
 @kernel
@@ -106,16 +134,30 @@ def rotate(item, layer, rows, thread, heads):
     qkv, query, cache = heads.qkv, heads.query, heads.cache[layer]
     weights, eps = heads.weights[layer], heads.epsilons[layer]
     cos, sin, rotations, slots = heads.cos, heads.sin, heads.rotations, heads.slots
+    first_of_kind, pairs = heads.kinds[layer] * heads.kind_rows, heads.rotates_pairs
     num_heads, kv_heads, block_size = query.shape[1], cache.shape[2], np.int64(cache.shape[3])
     half = np.uint64(cos.shape[1] // 2 * heads.rotates[layer])
     first, last = item * FEW, min(item * FEW + FEW, rows)
-    # 1. Q and K. They are next to each other, and have one norm.
+    # 1. Q and K. They are next to each other.
+    if heads.norms_all_heads:
+        width = num_heads * qkv.shape[2]
+        end, flat = width + kv_heads * qkv.shape[2], weights.reshape(weights.size)
+        for row in range(first, last):
+            line = qkv[row].reshape(qkv.shape[1] * qkv.shape[2])
+            _norm_row(line[:width], flat[:width], eps, line[:width])
+            _norm_row(line[width:end], flat[width:end], eps, line[width:end])
+        eps = np.float32(-1)
     for row in range(first, last):
-        at = rotations[row]
+        at = rotations[row] + first_of_kind
         for head in range(num_heads + kv_heads):
             part = qkv[row, head]
             out = query[row, head] if head < num_heads else part
-            _rotate(part, weights[head], eps, cos[at], sin[at], half, out)
+            if eps >= 0:
+                _norm_row(part, weights[head], eps, part)
+            if pairs:
+                _rotate_pairs(part, cos[at], sin[at], half, out)
+            else:
+                _rotate(part, cos[at], sin[at], half, out)
     # 2. K and V into the cache, head by head. A token's key is a column of its block, whose cache
     #    lines the keys of the next tokens share: those of one head are still near then, those of
     #    all heads may be more than the first-level cache holds.
@@ -174,17 +216,40 @@ def _sum_of_squares(x):
     return squares
 
 
+@njit(**FAST)
+def _add_row(update, x):
+    """Add `update` to x `[n]`; float32."""
+    for column in range(len(x)):
+        x[column] += update[column]
+
+
+@njit(**FAST)
+def _copy_row(x, out):
+    """Copy x `[n]` to out."""
+    for column in range(len(x)):
+        out[column] = x[column]
+
+
 @njit(**INLINED)
-def _rotate(source, weight, eps, cos, sin, half, out):
-    """Norm one head, and rotate its first 2 · half elements; out may be source. Indices are
-    unsigned: for signed ones Numba generates a test whether they count from the end, which keeps
-    LLVM from vectorising the loop."""
-    if eps >= 0:
-        _norm_row(source, weight, eps, source)
+def _rotate(source, cos, sin, half, out):
+    """Rotate the first 2 · half elements of one head; out may be source. Indices are unsigned: for
+    signed ones Numba generates a test whether they count from the end, which keeps LLVM from
+    vectorising the loop."""
     for dim in range(half):
         first, second = source[dim], source[half + dim]
         out[dim] = first * cos[dim] + second * sin[dim]
         out[half + dim] = second * cos[half + dim] + first * sin[half + dim]
+    for dim in range(half + half, np.uint64(len(source))):
+        out[dim] = source[dim]
+
+
+@njit(**INLINED)
+def _rotate_pairs(source, cos, sin, half, out):
+    """Rotate the first 2 · half elements of one head, each with its neighbour; see `_rotate`."""
+    for dim in range(half):
+        first, second = source[dim + dim], source[dim + dim + np.uint64(1)]
+        out[dim + dim] = first * cos[dim] + second * sin[dim]
+        out[dim + dim + np.uint64(1)] = second * cos[half + dim] + first * sin[half + dim]
     for dim in range(half + half, np.uint64(len(source))):
         out[dim] = source[dim]
 

@@ -16,6 +16,8 @@ instance, holds up nobody unless it has taken an item.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,9 +25,15 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
+from tqdm import tqdm
 
-from .kernel import DATA, Kernel, Packed, Work, only_process
+from .kernel import DATA, Kernel, Packed, Signature, Work, only_process
 from .numbers import FAST, PARALLEL, fetch_add, load, yield_core
+
+logger = logging.getLogger("quire.kernels")
+
+Task = tuple[Kernel, Signature]
+"""A kernel, and what it is to be compiled for."""
 
 LINE = 16
 """Counters apart: two cache lines, so that they never share one."""
@@ -73,6 +81,28 @@ def compile_region() -> None:
     """Compile the region, or load it from the cache on disk."""
     with only_process("region"):
         run_phases(np.empty((0, len(Phase._fields)), dtype=np.int64), 1)
+
+
+def is_compiled(tasks: Sequence[Task]) -> bool:
+    """Return whether this installation has compiled all of these for this processor."""
+    return all(kernel.is_compiled(signature) for kernel, signature in tasks)
+
+
+def compile_all(tasks: Sequence[Task]) -> None:
+    """Compile kernels, or load those that are compiled, and the region that runs them.
+
+    If any has to be compiled, say so in the log, and show a progress bar on a terminal.
+    """
+    silent, began = is_compiled(tasks), time.monotonic()
+    if not silent:
+        logger.info("compiling the CPU's kernels, once for this machine: this takes some seconds")
+    # None disables the bar unless it is on a terminal.
+    bar = tqdm(tasks, desc="compiling", unit=" kernels", disable=silent or None)
+    for kernel, signature in bar:
+        kernel.compile(signature)
+    compile_region()
+    if not silent:
+        logger.info("the CPU's kernels are compiled, after %.1f s", time.monotonic() - began)
 
 
 @njit(**PARALLEL)

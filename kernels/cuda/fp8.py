@@ -1,4 +1,5 @@
-"""Conversions for the float8 (e4m3) KV cache, and the views of it that launchers pass to kernels.
+"""Conversions for the float8 (e4m3) KV cache, the views of it that launchers pass to kernels, and
+rows of activations rounded to float8.
 
 An OCP e4m3 number has the bits s·eeee·mmm and the exponent bias 7. There is no infinity, NaN has
 all of eeee·mmm set, and the largest number is 448 ("FP8 formats for deep learning", arXiv
@@ -17,10 +18,22 @@ import torch
 import triton
 import triton.language as tl
 
-from ..checks import interpreting, require, require_contiguous, require_dtype, require_shape
+from ..checks import (
+    FLOAT_DTYPES,
+    interpreting,
+    once_a_signature,
+    require,
+    require_contiguous,
+    require_dtype,
+    require_last_contiguous,
+    require_launchable,
+    require_shape,
+)
 from . import tuning
 
 E4M3 = torch.float8_e4m3fn
+MAX_ROW = 65536
+"""Longest row that one program holds in registers."""
 
 
 @triton.jit
@@ -85,6 +98,23 @@ def widen(tile, dtype: tl.constexpr):
 
 
 @triton.jit
+def widen_in_place(tile, dtype: tl.constexpr):
+    """Convert a tile as `widen` does, in the layout that it was loaded in: 16 bytes a thread.
+
+    Left alone, Triton moves the conversion into the layout of a product's operand, to bring half as
+    many bytes through shared memory, and then reads V byte by byte there. It moves nothing past
+    this instruction, which changes nothing.
+    """
+    if tile.dtype == tl.uint8 or dtype != tl.float16:
+        return widen(tile, dtype)
+    else:
+        half = widen(tile, tl.float16)
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [half], dtype=tl.float16, is_pure=False, pack=2
+        )
+
+
+@triton.jit
 def as_operand(query, cache_ptr):
     """Convert queries to the dtype that the cache is widened to.
 
@@ -97,6 +127,53 @@ def as_operand(query, cache_ptr):
         return query.to(tl.float16)
     else:
         return query
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    out_ptr, scale_ptr, input_ptr, input_stride, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, SIZE_PAD)
+    mask = column < SIZE
+    x = tl.load(input_ptr + row * input_stride + column, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 0), 1e-12), 448.0)
+    tl.store(scale_ptr + row, scale)
+    rounded = to_e4m3(tl.div_rn(x, tl.broadcast_to(scale, x.shape)))
+    tl.store(out_ptr + row * SIZE + column, rounded, mask=mask)
+
+
+@once_a_signature
+def _check_rows(input: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> None:
+    require_shape("input", input, None, None)
+    require_dtype("input", input, *FLOAT_DTYPES)
+    require_last_contiguous("input", input)
+    require_shape("out", out, *input.shape)
+    require_dtype("out", out, E4M3)
+    require_contiguous("out", out)
+    require_shape("scale", scale, len(input), 1)
+    require_dtype("scale", scale, torch.float32)
+    require_contiguous("scale", scale)
+    require(0 < input.shape[1] <= MAX_ROW, f"rows must have 1 to {MAX_ROW} numbers")
+    require_launchable(input=input, out=out, scale=scale)
+
+
+def quantize_rows(input: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> None:
+    """Round each row of input `[R, N]` to float8 by a scale of its own: input is about out
+    (float8_e4m3fn) times scale `[R, 1]` (float32), whose greatest magnitude is 448.
+
+    A row of zeros has the scale 1e-12 / 448. Raises ValueError on shapes, dtypes, devices or
+    layouts that do not fit.
+    """
+    _check_rows(input, out, scale)
+    num_rows, size = input.shape
+    if num_rows == 0:
+        return
+    size_pad = triton.next_power_of_2(size)
+    _quantize_rows_kernel[(num_rows,)](
+        bits_view(out), scale, input, input.stride(0), SIZE=size, SIZE_PAD=size_pad,
+        num_warps=min(16, max(1, size_pad // 256)),
+    )  # fmt: skip
 
 
 def bits_view(cache: torch.Tensor) -> torch.Tensor:
@@ -112,6 +189,13 @@ def readable_view(cache: torch.Tensor) -> torch.Tensor:
     """
     native = tuning.compute_capability(cache.device) >= 89 and not interpreting()
     return cache if native else bits_view(cache)
+
+
+def has_room_to_widen(device: torch.device) -> bool:
+    """Return whether a program's shared memory holds a float8 tile beside the widened one, and
+    that of three programs an SM: so it is from 9.0 to 10.x, where the tile is widened natively,
+    too."""
+    return 90 <= tuning.compute_capability(device) < 120
 
 
 def check_scales(kv_scales: torch.Tensor | None, cache: torch.Tensor, num_kv_heads: int) -> None:

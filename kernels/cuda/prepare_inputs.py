@@ -78,8 +78,11 @@ def _load_blocks(packed_ptr, table_ptr, column, mask, known, blocks):
     return tl.where(changed, new, old)
 
 
-# Over 50 lines: 15 parameters and the nine fields of a record.
-@triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=["sampled_ptr"])
+# Over 50 lines: 20 parameters and the nine fields of a record.
+@triton.jit(
+    do_not_specialize=["num_seqs", "num_tokens", "num_padded", "num_decodes"],
+    do_not_specialize_on_alignment=["sampled_ptr"],
+)
 def _prepare_inputs_kernel(
     packed_ptr,
     sampled_ptr,
@@ -91,21 +94,39 @@ def _prepare_inputs_kernel(
     query_start_loc_ptr,
     seq_lens_ptr,
     logit_indices_ptr,
+    num_decodes_ptr,
     num_seqs,
+    num_tokens,
+    num_padded,
+    num_decodes,
     table_stride: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FIELDS: tl.constexpr,
     PART: tl.constexpr,
     QUERY_LEN: tl.constexpr,
 ):
-    # 1. Rows beyond the batch are padding. Only steps of QUERY_LEN tokens per row (graph replays)
-    #    have them, so the row tells the indices of its tokens.
+    # 1. Rows beyond the batch are padding. In a mixed step the first of them has all tokens of the
+    #    padding, and the others have none. In other steps (of QUERY_LEN tokens per row) the row
+    #    tells the indices of its tokens.
     seq = tl.program_id(0)
     part = tl.program_id(1) * PART
     if (seq == 0) & (part == 0):
         tl.store(query_start_loc_ptr, 0)
+        if num_decodes_ptr is not None:
+            tl.store(num_decodes_ptr, num_decodes)
     if seq >= num_seqs:
-        if part == 0:
+        if num_decodes_ptr is not None:
+            if part == 0:
+                tl.store(query_start_loc_ptr + seq + 1, num_padded)
+                tl.store(seq_lens_ptr + seq, 0)
+            if seq == num_seqs:
+                token = num_tokens + part + tl.arange(0, PART)
+                padding = token < num_padded
+                zero = (token * 0).to(tl.int64)
+                tl.store(input_ids_ptr + token, zero, mask=padding)
+                tl.store(positions_ptr + token, zero, mask=padding)
+                tl.store(slots_ptr + token, zero - 1, mask=padding)
+        elif part == 0:
             for i in range(QUERY_LEN):
                 tl.store(input_ids_ptr + seq * QUERY_LEN + i, 0)
                 tl.store(positions_ptr + seq * QUERY_LEN + i, 0)
@@ -179,7 +200,10 @@ def prepare_inputs(
     reach: int,
     block_size: int,
     query_len: int = 1,
-) -> None:  # over 50 lines: ten tensors to describe, check and pass on
+    num_tokens: int | None = None,
+    num_decodes: int = 0,
+    num_decodes_out: torch.Tensor | None = None,
+) -> None:  # over 50 lines: eleven tensors to describe, check and pass on
     """Write the inputs of a step of `num_seqs` rows, and the changed columns of `table`.
 
     Read: packed `[n]` int32 (records, token ids, block ids), sampled `[…]` int64, table
@@ -191,17 +215,25 @@ def prepare_inputs(
     If S is greater than num_seqs, every row has one token, T equals S, and the rows from num_seqs
     on are padding: length 0, slot −1, id and position 0. With a `query_len` above 1, every row has
     room for so many tokens, T equals S · query_len, and rows with fewer are padded at their ends:
-    slot −1, id and position 0, counted by seq_lens. `reach` is the maximum number of new
-    tokens or table columns of any row. Raises ValueError on shapes, dtypes or devices that do not
-    fit; the contents of `packed` are not checked.
+    slot −1, id and position 0, counted by seq_lens.
+
+    With `num_decodes_out` `[1]` int32, which gets `num_decodes`, the step is a mixed one: its rows
+    have any number of tokens, `num_tokens` in all, and S is greater than num_seqs. Then row
+    num_seqs has the tokens from num_tokens on, slot −1, id and position 0, the rows after it have
+    none, and all of these have length 0.
+
+    `reach` is the maximum number of new tokens or table columns of any row, padding included in
+    mixed steps. Raises ValueError on shapes, dtypes or devices that do not fit; the contents of
+    `packed` are not checked.
     """
-    size, num_tokens = seq_lens.shape[0], input_ids.shape[0]
+    size, num_padded = seq_lens.shape[0], input_ids.shape[0]
+    num_tokens = num_padded if num_tokens is None else num_tokens
     for name, tensor, dtype, length in (
         ("packed", packed, torch.int32, None),
         ("sampled", sampled, torch.int64, None),
         ("input_ids", input_ids, torch.int64, None),
-        ("positions", positions, torch.int64, num_tokens),
-        ("slot_mapping", slot_mapping, torch.int64, num_tokens),
+        ("positions", positions, torch.int64, num_padded),
+        ("slot_mapping", slot_mapping, torch.int64, num_padded),
         ("query_start_loc", query_start_loc, torch.int32, size + 1),
         ("seq_lens", seq_lens, torch.int32, None),
         ("logit_indices", logit_indices, torch.int64, None),
@@ -216,14 +248,20 @@ def prepare_inputs(
     require_shape("block_table", block_table, size, table.shape[1])
     require(block_table.stride(0) == table.stride(0), "block_table and table differ in stride")
     require(0 <= num_seqs <= size, f"{num_seqs} sequences do not fit {size} rows")
-    even = num_tokens == size * query_len
-    require(num_seqs == size or even, "only steps of one token per row are padded")
-    require(query_len == 1 or even, f"{num_tokens} tokens are not {size} rows of {query_len}")
+    if num_decodes_out is None:
+        even = num_padded == size * query_len
+        require(num_seqs == size or even, "only steps of one token per row are padded")
+        require(query_len == 1 or even, f"{num_padded} tokens are not {size} rows of {query_len}")
+    else:
+        require_dtype("num_decodes_out", num_decodes_out, torch.int32)
+        require_shape("num_decodes_out", num_decodes_out, 1)
+        require(num_seqs < size and query_len == 1, "a mixed step needs a row for its padding")
+        require(num_tokens <= num_padded, f"{num_tokens} tokens do not fit {num_padded}")
     require(len(packed) >= num_seqs * FIELDS, f"packed is too short for {num_seqs} sequences")
     require_launchable(
         packed=packed, sampled=sampled, table=table, input_ids=input_ids, positions=positions,
         slot_mapping=slot_mapping, block_table=block_table, query_start_loc=query_start_loc,
-        seq_lens=seq_lens, logit_indices=logit_indices,
+        seq_lens=seq_lens, logit_indices=logit_indices, num_decodes_out=num_decodes_out,
     )  # fmt: skip
     _prepare_inputs_kernel[(size, max(1, triton.cdiv(reach, PART)))](
         packed,
@@ -236,7 +274,11 @@ def prepare_inputs(
         query_start_loc,
         seq_lens,
         logit_indices,
+        num_decodes_out,
         num_seqs,
+        num_tokens,
+        num_padded,
+        num_decodes,
         table_stride=table.stride(0),
         BLOCK_SIZE=block_size,
         FIELDS=FIELDS,

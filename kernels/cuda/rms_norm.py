@@ -20,6 +20,7 @@ from ..checks import (
     require_launchable,
     require_shape,
 )
+from .dependent_launch import begin_program, launch_options
 
 MAX_HIDDEN_SIZE = 65536
 """Longest row that one program holds in registers."""
@@ -39,7 +40,9 @@ def _rms_norm_kernel(
     PLUS_ONE: tl.constexpr,
     SIZE: tl.constexpr,
     SIZE_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin_program(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, SIZE_PAD)
     mask = column < SIZE
@@ -91,6 +94,7 @@ def _launch(
     weight: torch.Tensor,
     eps: float,
     plus_one: bool,
+    pdl: bool,
 ) -> None:
     """Check the arguments of either launcher and launch."""
     _check(input, out, residual, weight, eps)
@@ -111,7 +115,9 @@ def _launch(
         PLUS_ONE=plus_one,
         SIZE=size,
         SIZE_PAD=size_pad,
+        PDL=pdl,
         num_warps=min(16, max(1, size_pad // 256)),
+        **launch_options(pdl),
     )
 
 
@@ -122,15 +128,16 @@ def rms_norm(
     eps: float,
     plus_one: bool = False,
     out: torch.Tensor | None = None,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """Compute x / sqrt(mean(x²) + eps) · weight for each row of input `[num_rows, size]`.
 
     `plus_one` multiplies by 1 + weight instead, as Gemma does. The computation is in float32 and
-    rounded once; `out` may be `input`. Raises ValueError on shapes, dtypes or devices that do not
-    fit.
+    rounded once; `out` may be `input`. `pdl` launches it as dependent_launch.py says. Raises
+    ValueError on shapes, dtypes or devices that do not fit.
     """
     out = torch.empty_like(input) if out is None else out
-    _launch(out, input, None, weight, eps, plus_one)
+    _launch(out, input, None, weight, eps, plus_one, pdl)
     return out
 
 
@@ -141,10 +148,11 @@ def fused_add_rms_norm(
     *,
     eps: float,
     plus_one: bool = False,
+    pdl: bool = False,
 ) -> None:
     """In place: residual += input, rounded to its dtype; then input = rms_norm(residual).
 
     input and residual are `[num_rows, size]` of one dtype. Raises ValueError on shapes, dtypes or
     devices that do not fit.
     """
-    _launch(input, input, residual, weight, eps, plus_one)
+    _launch(input, input, residual, weight, eps, plus_one, pdl)

@@ -6,6 +6,8 @@ Rotary embedding (RoFormer, arXiv 2104.09864) in the half-rotation layout, after
     head      [ first: rotary_dim / 2 | second: rotary_dim / 2 | rest: head_dim − rotary_dim ]
     rotated   [ first·cos − second·sin | second·cos + first·sin | rest ]
 
+With `pairs`, first and second take turns instead: the elements 2i and 2i + 1 rotate together.
+
 The grid is (token, heads of Q | heads of K | heads of V), HEADS heads per program. Rotated queries
 go to `out`, rotated K and unchanged V to their slots in the caches.
 """
@@ -26,10 +28,11 @@ from ..checks import (
     require_launchable,
     require_shape,
 )
+from .dependent_launch import begin_program, launch_options
 from .fp8 import bits_view, check_scales, load_scale, store_as
 
 
-# Over 50 lines: 15 parameters.
+# Over 50 lines: 16 parameters.
 @triton.jit
 def _rotate_heads(
     target_ptr,
@@ -47,6 +50,7 @@ def _rotate_heads(
     ROTARY_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """Normalise, rotate and store HEADS heads.
 
@@ -57,13 +61,17 @@ def _rotate_heads(
     REST: tl.constexpr = HEAD_DIM - ROTARY_DIM
     dim = tl.arange(0, HALF_PAD)[None, :]
     rest_dim = ROTARY_DIM + tl.arange(0, REST_PAD)[None, :]
+    if PAIRS:
+        one, other = 2 * dim, 2 * dim + 1
+    else:
+        one, other = dim, HALF + dim
     mask = real[:, None] & (dim < HALF)
     rest_mask = real[:, None] & (rest_dim < HEAD_DIM)
     source = source_ptr + source_lines[:, None]
     target = target_ptr + target_lines[:, None]
     # 1. Load the head in three parts, so that rotating needs no exchange between threads.
-    first = tl.load(source + dim, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF + dim, mask=mask, other=0.0).to(tl.float32)
+    first = tl.load(source + one, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + other, mask=mask, other=0.0).to(tl.float32)
     if NORM:
         squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
     if REST > 0:
@@ -73,23 +81,21 @@ def _rotate_heads(
     # 2. RMSNorm over the whole head, not only its rotary part.
     if NORM:
         factor = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-        first *= factor * tl.load(weight_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
-        second *= factor * tl.load(weight_ptr + HALF + dim, mask=dim < HALF, other=0.0).to(
-            tl.float32
-        )
+        first *= factor * tl.load(weight_ptr + one, mask=dim < HALF, other=0.0).to(tl.float32)
+        second *= factor * tl.load(weight_ptr + other, mask=dim < HALF, other=0.0).to(tl.float32)
         if REST > 0:
             weight = tl.load(weight_ptr + rest_dim, mask=rest_dim < HEAD_DIM, other=0.0)
             rest *= factor * weight.to(tl.float32)
     # 3. Rotate each pair (first[i], second[i]) by the token's angle i, and store.
     cos = tl.load(cos_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
-    store_as(target + dim, first * cos - second * sin, scale, mask)
-    store_as(target + HALF + dim, second * cos + first * sin, scale, mask)
+    store_as(target + one, first * cos - second * sin, scale, mask)
+    store_as(target + other, second * cos + first * sin, scale, mask)
     if REST > 0:
         store_as(target + rest_dim, rest, scale, rest_mask)
 
 
-# Over 50 lines: 34 parameters.
+# Over 50 lines: 35 parameters.
 @triton.jit
 def _rope_and_cache_kernel(
     out_ptr,
@@ -126,7 +132,10 @@ def _rope_and_cache_kernel(
     DIM_PAD: tl.constexpr,
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
+    PDL: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
+    begin_program(PDL)
     QUERY_PARTS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KV_PARTS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
     # 1. The second axis of the grid lists parts of HEADS heads: those of Q, then of K, then of V.
@@ -143,6 +152,7 @@ def _rope_and_cache_kernel(
             token * query_stride_t + head * query_stride_h,
             token * out_stride_t + head * out_stride_h,
             head < NUM_HEADS, None, eps, NORM_QUERY, HEAD_DIM, ROTARY_DIM, HALF_PAD, REST_PAD,
+            PAIRS,
         )  # fmt: skip
         return
     # 3. K and V go to the token's slot; padding tokens have none.
@@ -161,7 +171,7 @@ def _rope_and_cache_kernel(
             token * key_stride_t + kv_head * key_stride_h,
             first_slot + kv_head * (BLOCK_SIZE * HEAD_DIM),
             kv_head < NUM_KV_HEADS, key_scale, eps, NORM_KEY, HEAD_DIM, ROTARY_DIM, HALF_PAD,
-            REST_PAD,
+            REST_PAD, PAIRS,
         )  # fmt: skip
     else:
         value_head = kv_head[:, None]
@@ -257,18 +267,22 @@ def rope_and_cache(
     key_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     rotary_dim: int | None = None,
+    pairs: bool = False,
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
-) -> torch.Tensor:  # over 50 lines: 14 parameters to describe, check and pass on
+    pdl: bool = False,
+) -> torch.Tensor:  # over 50 lines: 15 parameters to describe, check and pass on
     """Rotate queries and keys, write K and V to their slots, and return the rotated queries.
 
     Each head is first normalised (RMSNorm over head_dim) if its weight is given. query is
     `[num_tokens, num_heads, head_dim]`, key and value are `[num_tokens, num_kv_heads, head_dim]`,
     each with a contiguous last dimension; `out=query` overwrites the queries. cos and sin are
     `[num_tokens, rotary_dim]` in Hugging Face's half-rotation layout, whose second half equals the
-    first, or only their first halves if `rotary_dim` is given. slot_mapping is `[num_tokens]`
+    first, or only their first halves if `rotary_dim` is given. `pairs` rotates elements 2i and
+    2i + 1, by the i-th angle. slot_mapping is `[num_tokens]`
     int64, negative for tokens whose K and V are skipped; kv_scales is that of `reshape_and_cache`.
-    Raises ValueError on shapes, dtypes or devices that do not fit.
+    `pdl` launches it as dependent_launch.py says. Raises ValueError on shapes, dtypes or devices
+    that do not fit.
     """
     out = torch.empty_like(query) if out is None else out
     num_tokens, width = cos.shape
@@ -301,6 +315,9 @@ def rope_and_cache(
         DIM_PAD=dim_pad,
         HALF_PAD=triton.next_power_of_2(rotary_dim // 2),
         REST_PAD=triton.next_power_of_2(max(1, head_dim - rotary_dim)),
+        PDL=pdl,
+        PAIRS=pairs,
         num_warps=4 if heads * dim_pad >= 512 else 1,
+        **launch_options(pdl),
     )  # fmt: skip
     return out

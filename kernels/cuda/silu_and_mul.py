@@ -19,6 +19,7 @@ from ..checks import (
     require_launchable,
     require_shape,
 )
+from .dependent_launch import begin_program, launch_options
 
 BLOCK = 1024
 """Columns per program."""
@@ -26,8 +27,15 @@ BLOCK = 1024
 
 @triton.jit
 def _silu_and_mul_kernel(
-    out_ptr, input_ptr, input_stride, out_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    out_ptr,
+    input_ptr,
+    input_stride,
+    out_stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin_program(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < SIZE
@@ -52,11 +60,13 @@ def _check(input: torch.Tensor, out: torch.Tensor | None) -> None:
     require_launchable(input=input, out=out)
 
 
-def silu_and_mul(input: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def silu_and_mul(
+    input: torch.Tensor, *, out: torch.Tensor | None = None, pdl: bool = False
+) -> torch.Tensor:
     """Return silu(gate) · up `[num_rows, size]` of input `[num_rows, 2 * size]`, gate first.
 
-    The computation is in float32 and rounded once. Raises ValueError on shapes, dtypes or devices
-    that do not fit.
+    The computation is in float32 and rounded once. `pdl` launches it as dependent_launch.py says.
+    Raises ValueError on shapes, dtypes or devices that do not fit.
     """
     _check(input, out)
     num_rows, double = input.shape
@@ -65,6 +75,7 @@ def silu_and_mul(input: torch.Tensor, *, out: torch.Tensor | None = None) -> tor
     if num_rows == 0:
         return out
     _silu_and_mul_kernel[(num_rows, triton.cdiv(size, BLOCK))](
-        out, input, input.stride(0), out.stride(0), SIZE=size, BLOCK=BLOCK, num_warps=4
-    )
+        out, input, input.stride(0), out.stride(0), SIZE=size, BLOCK=BLOCK, PDL=pdl, num_warps=4,
+        **launch_options(pdl),
+    )  # fmt: skip
     return out

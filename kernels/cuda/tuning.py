@@ -19,6 +19,9 @@ class TileConfig(NamedTuple):
     num_stages: int
     prefetch: bool = True
     """Whether to read block ids one tile ahead; see `attend_tiles`."""
+    in_place: bool = True
+    """Whether decodes widen float8 in the layout it is loaded in, if there is room for both; see
+    `widen_in_place`."""
 
 
 @functools.cache
@@ -97,3 +100,27 @@ def product_parts(num_rows: int, blocks: int, steps: int, device: torch.device) 
     if device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(8, 2 * num_sms // blocks, steps // 4))
+
+
+def expert_config(pairs_per_expert: float, dtype: torch.dtype) -> ProductConfig:
+    """Return the tile for `run_experts`, whose products of one sum have twice as many columns.
+
+    `pairs_per_expert` is the mean. The time of few is that of reading the weights; up to 16 need
+    the least rows that a tensor core takes.
+    """
+    configs = expert_configs(dtype)
+    if pairs_per_expert <= 16:
+        return configs[0]
+    return configs[min(1, len(configs) - 1)] if pairs_per_expert <= 64 else configs[-1]
+
+
+def expert_configs(dtype: torch.dtype) -> list[ProductConfig]:
+    """Return all tiles for `run_experts`. Those in flight fit the shared memory of every GPU from
+    sm_80 on."""
+    if dtype == torch.float32:
+        return [ProductConfig(16, 32, 32, 4, 1)]
+    return [
+        ProductConfig(16, 32, 128, 4, 4),
+        ProductConfig(64, 64, 64, 4, 3),
+        ProductConfig(128, 64, 64, 8, 3),
+    ]

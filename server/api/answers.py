@@ -16,7 +16,7 @@ from ..http.resumption import ResumableStream, asks_to_resume
 from ..http.route_docs import OBJECTS, STRING, json_object
 from ..http.sse import EventStream, SseResponse, event
 from ..json_text import encode_line
-from ..metrics import Metrics
+from ..metrics.metrics import Metrics
 from ..requests.generation import Generation
 from ..requests.protocol import GenerationBody
 from ..requests.state import state_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...engine.plan.capacity import Bound, Capacity, highest_rate, limit_of
 from ...engine.plan.layout import Hardware, Layout, Source, WorkloadAt, runner
-from ...engine.plan.planned_fleet import FleetRun
+from ...engine.plan.planned_fleet import FleetRun, Front
 from .plot import Panel, Series
 
 CURVE = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
@@ -51,7 +51,7 @@ def make_plan(
     bounds: tuple[Bound, ...],
     rate: float | None,
     workload_at: WorkloadAt,
-    front_seconds: float,
+    front: Front,
     *,
     progress: Callable[[str], None] = lambda text: None,
     with_curve: bool = True,
@@ -63,7 +63,7 @@ def make_plan(
     def capacity_of(layout: Layout) -> Capacity:
         if layout not in known:
             progress(f"planning {layout}")
-            run_at = runner(hardware, layout, workload_at, front_seconds)
+            run_at = runner(hardware, layout, workload_at, front)
             start = rate or 1.0 * layout.replicas
             known[layout] = highest_rate(run_at, bounds, start)
         return known[layout]
@@ -71,7 +71,7 @@ def make_plan(
     planned = []
     for layout in layouts:
         capacity = capacity_of(layout)
-        run_at = runner(hardware, layout, workload_at, front_seconds)
+        run_at = runner(hardware, layout, workload_at, front)
         without = None
         if layout.replicas > 1:
             without = capacity_of(layout._replace(replicas=layout.replicas - 1))

@@ -19,7 +19,7 @@ from ...engine.plan.calibration import Calibration, load_calibration
 from ...engine.plan.capacity import Bound
 from ...engine.plan.layout import Hardware, Layout, layouts_of
 from ...engine.plan.planned_engine import EngineShape
-from ...engine.plan.planned_fleet import PlannedRequest
+from ...engine.plan.planned_fleet import Front, PlannedRequest
 from ...engine.plan.roofline import GPUS, ModelShape, gpu_named
 from .arguments import add_request_arguments, check_arguments
 from .dataset import DatasetOptions, arrival_times, build_workload
@@ -68,6 +68,9 @@ def add_parser(commands: Any) -> None:
     fleet("--gpus", type=positive_int, metavar="N", help="GPUs in all: plan each way to use them")
     fleet("--layout", action="append", metavar="TPxN", help="GPUs of an engine × engines, as 2x4")
     fleet("--front-ms", type=float, default=0.0, metavar="MS", help="HTTP before the engine")
+    text = "HTTP after the engine, for each output of a step"
+    fleet("--front-output-ms", type=float, default=0.0, metavar="MS", help=text)
+    fleet("--step-ms", type=float, default=0.0, metavar="MS", help="messages between two steps")
     goal = parser.add_argument_group("Goal").add_argument
     goal("--rate", type=float, metavar="R", help="requests/s that must be served")
     for bound in BOUNDS:
@@ -111,8 +114,9 @@ def run_plan(arguments: argparse.Namespace) -> int:
         raise ConfigurationError("a plan's answers are as long as asked for: drop --no-ignore-eos")
     check_arguments(a)
     bounds = _bounds(a)
-    if a.front_ms < 0:
-        raise ConfigurationError("--front-ms must not be negative")
+    for flag in ("--front-ms", "--front-output-ms", "--step-ms"):
+        if not 0 <= getattr(a, flag[2:].replace("-", "_")) < math.inf:
+            raise ConfigurationError(f"{flag} must be a number of milliseconds, not negative")
     if a.rate is not None and not 0 < a.rate < math.inf:
         raise ConfigurationError("--rate must be a positive number of requests/s")
     calibration = None if a.calibration is None else load_calibration(a.calibration)
@@ -124,7 +128,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
         bounds,
         a.rate,
         _workload_at(a, a.vocab_size or hardware.shape.vocab_size),
-        a.front_ms / 1e3,
+        Front(a.front_ms / 1e3, a.front_output_ms / 1e3),
         progress=_progress,
         with_curve=a.plot is not None,
     )
@@ -172,7 +176,8 @@ def _calibrate(a: argparse.Namespace, model: str) -> int:
         f"{calibration.device}, {calibration.dtype}\n"
         f"launch and weights {times.base * 1e3:.3f} ms; µs for each token {times.token * 1e6:.2f} "
         f"(and {times.over * 1e6:.2f} beyond {times.knee}), row {times.row * 1e6:.2f}, token of "
-        f"context {times.context * 1e6:.4f}, pair of a chunk {times.pair * 1e6:.5f}\n"
+        f"context {times.context * 1e6:.4f}, pair of a chunk {times.pair * 1e6:.5f}, token that "
+        f"the step before had more {times.cold * 1e6:.3f}\n"
         f"the fit is off by {calibration.mean_error:.1%} on average, {calibration.max_error:.1%} "
         f"at most\ncalibration: {path}"
     )
@@ -271,6 +276,7 @@ def _hardware(a: argparse.Namespace, model: str, calibration: Calibration | None
         shape=replace(shape, **sizes),
         calibration=calibration,
         model=described,
+        between_steps=a.step_ms / 1e3,
         gpu=gpu,
         fixed_blocks=blocks is not None,
     )

@@ -12,5 +12,6 @@ Reading order:
     event_log, resumption, responses_store    streams and responses that are kept for later
     worker_link, siblings                     several HTTP processes
 
-May import tenants, the ground (server/*.py), and of the engine its words and `engine.process`.
+May import tenants, metrics, the ground (server/*.py), and of the engine its words and
+`engine.process`.
 """

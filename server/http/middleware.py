@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...engine.errors import QueueFullError
 from ..errors import http_error_response
-from ..metrics import Metrics
+from ..metrics.answer_end import AnswerEnd
+from ..metrics.metrics import Metrics
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
@@ -125,28 +126,15 @@ class HttpMetricsMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or "forwarded" in scope.get("state", ()):
             return await self.app(scope, receive, send)  # the worker that forwarded it counts it
-        status: int | None = None
-        left = False
-        started = time.monotonic()
-
-        async def receive_noting_end() -> Message:
-            nonlocal left
-            message = await receive()
-            left = left or message["type"] == "http.disconnect"
-            return message
-
-        async def send_noting_status(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = 499 if left else message["status"]
-            await send(message)
-
+        end, started = AnswerEnd(receive, send), time.monotonic()
+        has_failed = True
         try:
-            await self.app(scope, receive_noting_end, send_noting_status)
-            left = left or status is None  # no application ends without an answer otherwise
+            await self.app(scope, end.receive, end.send)
+            has_failed = False
         finally:
-            if status is None:
-                status = 499 if left else 500
+            status = end.status
+            if status is None:  # no application ends without an answer while its client is there
+                status = 500 if has_failed and not end.left else 499
             handler = getattr(scope.get("route"), "path", None)
             self.metrics.http_request(handler, scope["method"], status, time.monotonic() - started)
 

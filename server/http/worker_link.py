@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from ...engine.process.remote_client import EngineStatus
-from ..metrics_sum import Sample
+from ..metrics.metrics_sum import Sample
 from ..tenants.tenant import Tenant
 
 _LENGTH_BYTES = 4

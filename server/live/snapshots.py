@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 
+from ...engine.errors import InvalidRequestError
 from ...engine.outputs import LiveSequence, LiveSnapshot
 from ..errors import error_body
 from ..http.auth import require_debug_key
@@ -30,14 +31,20 @@ public = APIRouter(tags=["operations"])
     dependencies=[Depends(require_debug_key)],
     responses={**event_stream(), **errors(400, 401)},
 )
-async def live(request: Request, limit: Annotated[int | None, Query(ge=1)] = None) -> EventStream:
-    """Stream snapshots of the engine: all blocks, and the sequences with their block tables.
+async def live(
+    request: Request,
+    limit: Annotated[int | None, Query(ge=1)] = None,
+    engine: str | None = None,
+) -> EventStream:
+    """Stream snapshots of the engine: all blocks, and the sequences with their block tables. Of
+    several engines (`--data-parallel-size`) `engine` names one; by default it is the first that
+    serves.
 
     The stream goes on until the client leaves, or ends after `limit` events.
     """
     state = state_of(request)
     return EventStream(
-        _events(state, limit),
+        _events(state, limit, _named(state, engine)),
         on_failure=lambda error: [event(error_body(error, request.state.request_id))],
         on_close=lambda: None,
         request_id=request.state.request_id,
@@ -48,15 +55,40 @@ async def live(request: Request, limit: Annotated[int | None, Query(ge=1)] = Non
     )
 
 
-async def _events(state: ServerState, limit: int | None) -> AsyncGenerator[bytes, None]:
-    """Yield an event for each snapshot, and for each second without one."""
+def _named(state: ServerState, engine: str | None) -> str | None:
+    """Return the name of the engine to show; None if engines have no names. Raises
+    InvalidRequestError if there is none of this name."""
+    engines = state.engine.engines()
+    if engine is None:
+        serving = [name for name, one in engines.items() if one.health.ready]
+        return next(iter([*serving, *engines]), None)
+    if engine not in engines:
+        known = f"choose from {', '.join(engines)}" if engines else "the only one has no name"
+        raise InvalidRequestError(f"there is no engine {engine[:128]!r}: {known}", "engine")
+    return engine
+
+
+def _facts(state: ServerState, engine: str | None) -> dict[str, Any]:
+    """Return the fields that every event has: the engine's health, its name, and those of all."""
+    engines = state.engine.engines()
+    if engine is None:
+        return {"health": state.engine.health().reason}
+    one = engines.get(engine)
+    reason = "it has left" if one is None else one.health.reason
+    return {"health": reason, "engine": engine, "engines": list(engines)}
+
+
+async def _events(
+    state: ServerState, limit: int | None, engine: str | None
+) -> AsyncGenerator[bytes, None]:
+    """Yield an event for each snapshot of an engine, and for each second without one."""
     describe = Describer()
     count = 0
-    async with aclosing(state.engine.snapshots()) as snapshots:
+    async with aclosing(state.engine.snapshots(engine)) as snapshots:
         async for snapshot in snapshots:
             if state.draining:  # a page that is left open must not hold up the server's end
                 return
-            fields: dict[str, Any] = {"health": state.engine.health().reason}
+            fields = _facts(state, engine)
             if snapshot is not None:
                 info = state.engine.info
                 fields |= describe(snapshot) | {

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from ...engine.errors import StartupError
 from ...engine.process.process_client import REAL_CORE, ProcessEngineClient
 from ..logs import configure_logging
-from ..metrics import Metrics
+from ..metrics.metrics import Metrics
 from ..serving.http_server import build_app
 from ..serving.main import check_model_files
 from ..settings import Settings, load_settings

@@ -13,9 +13,9 @@ import structlog
 from ...engine.errors import EngineDeadError, QuireError, error_from_code
 from ...engine.outputs import FinishReason, SequenceOutput, Timings, TokenLogprobs
 from ...engine.reasoning import ReasoningTracker
-from ..histograms import RequestRecord, exemplar
 from ..http.limits import Ticket
 from ..http.middleware import connection
+from ..metrics.histograms import RequestRecord, exemplar
 from ..text.detokenizer import Detokenizer
 from ..tracing.current import current
 from .job import Job

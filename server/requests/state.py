@@ -17,7 +17,7 @@ from ..http.limits import InFlight
 from ..http.responses_store import ResponseStore
 from ..http.resumption import StreamRegistry
 from ..http.siblings import Siblings
-from ..metrics import Metrics
+from ..metrics.metrics import Metrics
 from ..parsing.formats.message_format import MessageFormat
 from ..parsing.formats.reasoning_marks import ReasoningMarks
 from ..settings import Settings

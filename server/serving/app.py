@@ -33,7 +33,7 @@ from ..http.route_docs import errors
 from ..http.siblings import Siblings
 from ..http.sse import cancel
 from ..live import page, snapshots
-from ..metrics import Metrics
+from ..metrics.metrics import Metrics
 from ..requests.state import ServerState
 from ..scoring import classify, rerank
 from ..settings import Settings
@@ -75,7 +75,9 @@ def create_app(
     version = quire_version()
     tracer = tracer or make_tracer(settings, version)
     source = find_source(settings.model_path, settings.engine_config().gguf_file)
-    defaults = load_generation_defaults(settings.generation_config, source.repository)
+    defaults = load_generation_defaults(
+        settings.generation_config, source.repository, source.sampling
+    )
     state = ServerState(
         settings, engine, tokenizer, metrics, version, defaults, siblings or Siblings()
     )

@@ -46,15 +46,17 @@ _RANGES = {
 """Entries of a generation_config.json that are used."""
 
 
-def load_generation_defaults(source: str, model: str | None) -> dict[str, Any]:
+def load_generation_defaults(
+    source: str, model: str | None, packaged: dict[str, float] | None = None
+) -> dict[str, Any]:
     """Return the sampling parameters of a generation_config.json.
 
     `source` is "auto" (the model's own file, if there is one), "none", or a folder or file; `model`
-    is a folder or hub id, or None if the model has no such files. Raises ConfigurationError if the
-    file is missing or is not a JSON object.
+    is a folder or hub id, or None if the model has no such files; `packaged` is what is known of
+    such a model instead. Raises ConfigurationError if the file is missing or is not a JSON object.
     """
     if source == "none" or (source == "auto" and model is None):
-        return {}
+        return {} if source == "none" else read_defaults(packaged or {})
     try:
         if source == "auto":
             found = cached_file(

@@ -11,7 +11,7 @@ import uvicorn
 from ...engine.checkpoints.gguf_tokenizer import tokenizer_folder
 from ...engine.client import EngineClient
 from ...engine.process.json_logs import take_over_libraries
-from ..metrics import Metrics
+from ..metrics.metrics import Metrics
 from ..settings import Settings
 from ..text.torch_free import import_transformers
 from .system_limits import max_connections

@@ -30,7 +30,7 @@ from ..http import worker_link
 from ..http.siblings import Siblings
 from ..http.worker_link import Link, ToMain, ToWorker
 from ..logs import configure_logging, resolve_format
-from ..metrics import Metrics
+from ..metrics.metrics import Metrics
 from ..settings import Settings
 from ..tenants.rates import Rates
 from .http_server import build_app, make_metrics, routing_counter, uvicorn_server

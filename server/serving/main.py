@@ -28,7 +28,7 @@ from ...engine.process.engine_handle import engine_environment
 from ...engine.process.heap import settle
 from ...engine.process.process_client import ProcessEngineClient
 from ..logs import resolve_format
-from ..metrics import Metrics
+from ..metrics.metrics import Metrics
 from ..setting_sources import unknown_variables
 from ..settings import DEMO_MODEL_NAME, Settings
 from ..tenants.key_ring import KeySource

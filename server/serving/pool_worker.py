@@ -11,7 +11,7 @@ from collections import deque
 
 from ...engine.errors import StartupError
 from ..http.worker_link import AskSamples, Link, Setup, Stop, ToMain, ToWorker
-from ..metrics_sum import Sample
+from ..metrics.metrics_sum import Sample
 from .http_server import LAST_ANSWERS_SECONDS
 
 END_SECONDS = LAST_ANSWERS_SECONDS + 3

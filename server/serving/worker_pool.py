@@ -35,8 +35,8 @@ from ...engine.process.remote_client import EngineStatus
 from ..http import worker_link
 from ..http.limits import LOAD_FIELDS, no_loads
 from ..http.worker_link import ToWorker
-from ..metrics import Metrics
-from ..metrics_sum import Totals, add
+from ..metrics.metrics import Metrics
+from ..metrics.metrics_sum import Totals, add
 from ..settings import Settings
 from ..tenants.key_metrics import KeyMetrics
 from ..tenants.key_ring import KeySource

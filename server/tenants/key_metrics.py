@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..metrics import Metrics
+from ..metrics.metrics import Metrics
 
 
 class KeyMetrics:

@@ -11,5 +11,5 @@ Reading order:
 Without `--otlp-traces-endpoint` nothing of this runs and OpenTelemetry is not imported. Spans hold
 counts, times, names and error codes; they never hold prompts, answers or keys.
 
-May import the server's ground modules and the engine's words.
+May import metrics, the server's ground modules and the engine's words.
 """

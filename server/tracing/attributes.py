@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...engine.request import Request
-from ..histograms import RequestRecord
+from ..metrics.histograms import RequestRecord
 
 Value = str | int | float | Sequence[str]
 

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import Protocol
 
 from ...engine.request import Request
-from ..histograms import RequestRecord
+from ..metrics.histograms import RequestRecord
 
 
 class RequestTrace(Protocol):

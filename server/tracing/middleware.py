@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..metrics.answer_end import AnswerEnd
 from .attributes import OPERATIONS
 from .current import current
 
@@ -36,35 +37,22 @@ class TracingMiddleware:
         headers = [pair for pair in scope["headers"] if pair[0] != b"traceparent"]
         scope["headers"] = [*headers, (b"traceparent", trace.traceparent.encode())]
         token = current.set(trace)
-        status: int | None = None
-        left = False
-
-        async def receive_noting_end() -> Message:
-            nonlocal left
-            message = await receive()
-            left = left or message["type"] == "http.disconnect"
-            return message
-
-        async def send_noting_status(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = 499 if left else message["status"]
-            await send(message)
-
+        end = AnswerEnd(receive, send)
         error = None
         try:
-            await self.app(scope, receive_noting_end, send_noting_status)
+            await self.app(scope, end.receive, end.send)
         except BaseException as failure:
             error = type(failure).__name__
             raise
         finally:
             current.reset(token)
+            status = end.status
             if status is None:
-                status = 500 if error is not None and not left else 499
+                status = 500 if error is not None and not end.left else 499
             trace.answer_ended(
                 scope["state"]["request_id"],
                 getattr(scope.get("route"), "path", None),
                 status,
-                None if left else scope["state"].get("error_code", error),
-                was_cut=left or error is not None,
+                None if end.left else scope["state"].get("error_code", error),
+                was_cut=end.left or error is not None,
             )

@@ -32,7 +32,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from ...engine.outputs import Timings
 from ...engine.request import Request
-from ..histograms import RequestRecord
+from ..metrics.histograms import RequestRecord
 from . import attributes
 
 log = structlog.get_logger(__name__)

@@ -9,8 +9,9 @@ import {apply, start} from "./state.js";
 
 const number = new Intl.NumberFormat("en");
 
-// Reads snapshots while the view is active and the tab is in front; the engine sends none otherwise.
-function useSnapshots(active) {
+// Reads snapshots of an engine while the view is active and the tab is in front; the engine sends none
+// otherwise. Of several engines, null stands for the first that serves.
+function useSnapshots(active, engine) {
   const state = useRef(start());
   const [, redraw] = useState(0);
   const [problem, setProblem] = useState(null);
@@ -28,8 +29,9 @@ function useSnapshots(active) {
     let timer;
     const read = async () => {
       try {
-        const answer = await request("debug/live", {signal: stop.signal});
-        state.current = start();
+        const query = engine === null ? "" : `?engine=${encodeURIComponent(engine)}`;
+        const answer = await request(`debug/live${query}`, {signal: stop.signal});
+        state.current = {...start(), engine, engines: state.current.engines};
         setProblem(null);
         for await (const event of events(answer)) {
           await apply(state.current, event);
@@ -47,7 +49,7 @@ function useSnapshots(active) {
       stop.abort();
       clearTimeout(timer);
     };
-  }, [active, visible]);
+  }, [active, visible, engine]);
   return [state.current, problem];
 }
 
@@ -76,8 +78,17 @@ function Figures({state}) {
   </dl>`;
 }
 
+// The engines to choose from, if there are several (--data-parallel-size).
+function Engines({state, onChoose}) {
+  return html`<label class="engines">Engine
+    <select value=${state.engine} onChange=${(event) => onChoose(event.target.value)}>
+      ${state.engines.map((name) => html`<option value=${name}>${name}</option>`)}
+    </select></label>`;
+}
+
 export function Live({model, active}) {
-  const [state, problem] = useSnapshots(active);
+  const [engine, setEngine] = useState(null);
+  const [state, problem] = useSnapshots(active, engine);
   const [chosen, setChosen] = useState(null);
   const [touring, setTouring] = useState(false);
   const sequence = state.sequences.find((one) => one.seq_id === chosen);
@@ -86,6 +97,10 @@ export function Live({model, active}) {
     <span class=${`dot ${state.stats && !problem ? "on" : ""}`} aria-hidden="true"></span>
     <span class="muted">${state.stats ? `step ${number.format(state.stats.step)}` : state.health}</span>
     <span class="gap"></span>
+    ${state.engines.length > 1 && html`<${Engines} state=${state} onChoose=${(name) => {
+      setEngine(name);
+      setChosen(null);
+    }} />`}
     <button class="link" aria-expanded=${touring ? "true" : "false"} disabled=${!state.stats}
       onClick=${() => setTouring(!touring)}>${touring ? "End the tour" : "Tour in five steps"}</button></div>`;
   if (problem) {

@@ -6,7 +6,7 @@ export const FREE = 0, CACHED = 1, USED = 2;
 export const HISTORY = 50;
 
 export const start = () => ({
-  health: "", stats: null, time: 0, size: 16, blocks: new Uint8Array(), copied: new Set(), evicted: new Set(),
+  health: "", engine: null, engines: [], stats: null, time: 0, size: 16, blocks: new Uint8Array(), copied: new Set(), evicted: new Set(),
   sequences: [], holders: new Map(), tables: new Map(), histories: new Map(), rates: [], limits: {}, computed: 0,
 });
 
@@ -38,6 +38,7 @@ function phase(sequence, before) {
 
 export async function apply(state, event) {
   state.health = event.health;
+  Object.assign(state, {engine: event.engine ?? null, engines: event.engines ?? []});
   if (!event.stats) return;
   const blocks = await inflate(event.blocks);
   const seconds = event.time - state.time;

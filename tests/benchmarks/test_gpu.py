@@ -211,7 +211,7 @@ found = {stage.name: [case.name for _, case in gpu.cases_of(stage)] for stage in
 report = gpu_workloads.Report(1, __import__("pathlib").Path("/dev/null"), {})
 one = [(name, None) for name in list(gpu_engine.SHAPES)[:2]]
 class Any:
-    run = run_comparisons = run_transformers = None
+    run = run_points = run_comparisons = run_transformers = None
 known = gpu_engine.stages(report, [(name, Any()) for name, _ in one], checks=True)
 named = [name for stage in gpu_stages.STAGES for name in stage.engine]
 print(json.dumps([found, sorted(set(named) - set(known)), sorted(set(known) - set(named))]))
@@ -219,7 +219,7 @@ print(json.dumps([found, sorted(set(named) - set(known)), sorted(set(known) - se
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
     found, unknown, left_out = json.loads(done.stdout)
-    assert not unknown and left_out == ["llama-3.1-8b generate_batch"]
+    assert not unknown and left_out == ["llama-3.1-8b generate_batch", "llama-3.1-8b points"]
     counts = {name: len(cases) for name, cases in found.items()}
     kernels = [stage for stage in gpu_stages.STAGES if stage.cases]
     assert all(counts[stage.name] >= 7 for stage in kernels), counts

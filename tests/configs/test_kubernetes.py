@@ -14,7 +14,7 @@ import yaml
 from fastapi.routing import APIRoute
 
 from quire.server.api import operations
-from quire.server.metrics import Metrics
+from quire.server.metrics.metrics import Metrics
 from quire.server.settings import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]

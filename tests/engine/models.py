@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.cohere import CohereConfig
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.glm4 import Glm4Config
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.mixtral import MixtralConfig
+from transformers.models.olmo2 import Olmo2Config
+from transformers.models.olmo3 import Olmo3Config
+from transformers.models.olmoe import OlmoeConfig
 from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
@@ -72,10 +77,27 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         logits_scaling=2.0,
     ),
     "smollm3": lambda: SmolLM3Config(**COMMON, no_rope_layers=[1, 0]),
+    "olmo2": lambda: Olmo2Config(**COMMON),
+    "olmo3": lambda: Olmo3Config(
+        **COMMON,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 2.0,
+                "original_max_position_embeddings": MAX_POSITION // 2,
+            },
+        },
+    ),
+    "glm4": lambda: Glm4Config(**COMMON, head_dim=16),
     "mixtral": lambda: MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **COMMON, head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
     ),
+    "olmoe": lambda: OlmoeConfig(**COMMON, num_experts=4, num_experts_per_tok=2),
     "gpt_oss": lambda: GptOssConfig(
         **COMMON,
         head_dim=16,
@@ -85,7 +107,16 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
 }
-"""Families that differ in tied weights, Q/K norms, windows, soft caps, experts and sinks."""
+"""Families that differ in tied weights, norms, rotations, windows, soft caps, experts and sinks."""
+
+WIDE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+"""Heads of 16 elements, the least that the GPU's kernels take."""
+
+
+def not_flat() -> CohereConfig:
+    """Return a model whose norms are of another kind: on every device it runs as transformers'
+    code."""
+    return CohereConfig(**COMMON | WIDE_HEADS)
 
 
 def build_model(config: Any, seed: int = 0) -> PreTrainedModel:

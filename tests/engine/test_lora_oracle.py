@@ -38,8 +38,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 """What differs: ranks over and under a panel, targets, scalings."""
 
-FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "phi3", "granite"]
-"""Three that are compiled, two that run as transformers' code."""
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "phi3", "granite", "glm4"]
+"""All but one are compiled: gate and up are one layer of the model or two, and updates are added as
+they are, scaled, or normed."""
 
 
 class Family(NamedTuple):

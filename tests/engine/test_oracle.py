@@ -23,7 +23,7 @@ from quire.engine.core.engine_core import EngineCore
 from quire.engine.devices.backend import Backend
 from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
 from quire.engine.devices.cpu.packing import rounded
-from quire.engine.devices.cuda.decode_graphs import graph_sizes
+from quire.engine.devices.cuda.step_graphs import graph_sizes
 from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request
 from quire.engine.runner.model_runner import StepForward

@@ -45,29 +45,15 @@ from .grammar.constrained import (
 )
 from .lora_models import save_adapter
 from .models import COMMON, build_model, save_model
+from .sampling_kinds import GRAMMAR_SAMPLING, SAMPLING
 from .worker_driver import make_config
 
-SAMPLING: list[dict[str, Any]] = [
-    {"temperature": 0.0},
-    {"temperature": 0.0, "repetition_penalty": 1.3, "logprobs": 3},
-    {"temperature": 0.8, "top_p": 0.9},
-    {"temperature": 1.0, "top_k": 5, "logprobs": 0, "logprob_token_ids": (9, 4)},
-    {"temperature": 1.3, "min_p": 0.05, "frequency_penalty": 0.6},
-    {"temperature": 1.0, "presence_penalty": 0.7, "logit_bias": ((5, 4.0), (9, -3.0))},
-    {"temperature": 1.0, "bad_words": ((7,), (11, 12), (3, 4, 5)), "top_k": 12},
-    {"temperature": 1.2, "stop_token_ids": (17, 23, 40, 61), "min_tokens": 6},
-    {"temperature": 1.0, "allowed_token_ids": tuple(range(3, 40)), "n": 3},
-    {"temperature": 0.7, "n": 2, "prompt_logprobs": 1, "logprobs": 2},
+KINDS = (
+    *SAMPLING,
     {"temperature": 1.0, "n": 4, "stop_token_ids": tuple(range(3, 20)), "repetition_penalty": 1.1},
     {"temperature": 0.0, "prompt_logprobs": 0, "max_tokens": 1},
     {"temperature": 0.0, "beam_width": 3, "n": 2},
-]
-GRAMMAR_SAMPLING: list[dict[str, Any]] = [
-    {"temperature": 0.0},
-    {"temperature": 1.0, "top_p": 0.95, "n": 2},
-    {"temperature": 1.0, "min_tokens": 9, "logprobs": 1},
-    {"temperature": 1.2, "ignore_eos": True, "bad_words": ((270,), (301, 302))},
-]
+)
 
 
 def make_requests(seed: int) -> list[Request]:
@@ -75,7 +61,7 @@ def make_requests(seed: int) -> list[Request]:
     chance = random.Random(seed)
     shared = [chance.randrange(3, 128) for _ in range(40)]
     requests = []
-    for index, params in enumerate(SAMPLING):
+    for index, params in enumerate(KINDS):
         own = [chance.randrange(3, 128) for _ in range(chance.randint(1, 30))]
         params = {"max_tokens": chance.randint(6, 40), "seed": index, **params}
         requests.append(

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from quire.kernels import checks
 from quire.kernels.cuda import tuning
 
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 class Compiled(NamedTuple):

@@ -16,13 +16,16 @@ from quire.kernels.cuda.attention.cascade import CascadeWorkspace
 from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
 from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
+from quire.kernels.cuda.best_tokens import best_tokens
 from quire.kernels.cuda.copy_blocks import copy_blocks
+from quire.kernels.cuda.fp8 import quantize_rows
 from quire.kernels.cuda.grouped_product import grouped_product
 from quire.kernels.cuda.lora import lora_expand, lora_shrink, rank_pad
 from quire.kernels.cuda.prepare_inputs import prepare_inputs
 from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
-from quire.kernels.cuda.rms_norm import fused_add_rms_norm
+from quire.kernels.cuda.rms_norm import fused_add_rms_norm, rms_norm
 from quire.kernels.cuda.rope_and_cache import rope_and_cache
+from quire.kernels.cuda.run_experts import Clamp, run_experts
 from quire.kernels.cuda.sample_tokens import sample_tokens
 from quire.kernels.cuda.silu_and_mul import silu_and_mul
 
@@ -55,23 +58,29 @@ def extend(heads: Heads, block_size: int, cache: torch.dtype = BF16) -> None:
 
 
 def decode(
-    heads: Heads, block_size: int, cache: torch.dtype = BF16, *, cascade: bool = False
+    heads: Heads,
+    block_size: int,
+    cache: torch.dtype = BF16,
+    *,
+    cascade: bool = False,
+    pdl: bool = False,
 ) -> None:
     inputs, caches, scales = _inputs([1, 1], [400, 20], heads, block_size, cache)
     workspace = DecodeWorkspace.allocate(64, *heads, dtype=BF16, device="cpu")
     groups = None
     if cascade:
         groups = CascadeWorkspace.allocate(workspace, dtype=BF16, cache_dtype=cache)
-    build_decode_schedule(
-        inputs.seq_lens, workspace, prefix_lens=None if groups is None else groups.prefix_lens
-    )
+    if not pdl:  # this one is launched as usual
+        build_decode_schedule(
+            inputs.seq_lens, workspace, prefix_lens=None if groups is None else groups.prefix_lens
+        )
     paged_attention_decode(
         inputs.query, *caches, inputs.block_table, inputs.seq_lens, scale=inputs.scale,
-        workspace=workspace, kv_scales=scales, cascade=groups,
+        workspace=workspace, kv_scales=scales, cascade=groups, pdl=pdl,
     )  # fmt: skip
 
 
-def write(rope: bool, cache: torch.dtype = BF16) -> None:
+def write(rope: bool, cache: torch.dtype = BF16, *, pdl: bool = False) -> None:
     packed = torch.zeros(3, 48, 128, dtype=BF16)
     query, key, value = packed.split([32, 8, 8], dim=1)
     caches = torch.zeros(2, 4, 8, 16, 128, dtype=cache)
@@ -79,8 +88,9 @@ def write(rope: bool, cache: torch.dtype = BF16) -> None:
     if rope:
         cos, weight = torch.zeros(3, 128, dtype=BF16), torch.zeros(128, dtype=BF16)
         rope_and_cache(
-            query, key, value, *caches, slots, cos, cos, query_weight=weight, key_weight=weight
-        )
+            query, key, value, *caches, slots, cos, cos, query_weight=weight, key_weight=weight,
+            pdl=pdl,
+        )  # fmt: skip
     else:
         reshape_and_cache(key, value, *caches, slots)
 
@@ -108,6 +118,22 @@ def product(num_rows: int, kind: str, group: int) -> None:
         grouped_product(x, torch.zeros(4096, 4096, dtype=E4M3), scale, None)
 
 
+def experts(rows: int, hidden: int, size: int, clamp: Clamp | None = None) -> None:
+    """Run a mixture of experts that have so many rows each. A clamped gate has biases too."""
+    number, top_k = 4, 2
+
+    def zeros(*dims: int) -> torch.Tensor:
+        return torch.zeros(dims, dtype=BF16)
+
+    biases = {}
+    if clamp is not None:
+        biases = {"gate_up_bias": zeros(number, 2 * size), "down_bias": zeros(number, hidden)}
+    chosen = torch.zeros(rows * number // top_k, top_k, dtype=torch.int64)
+    x, weights = zeros(len(chosen), hidden), zeros(*chosen.shape)
+    gate_up, down = zeros(number, 2 * size, hidden), zeros(number, hidden, size)
+    run_experts(x, chosen, weights, gate_up, down, clamp=clamp, **biases)
+
+
 def sample(filtered: bool) -> None:
     """Sample from Qwen3's vocabulary with every filter or none."""
     ids, column = torch.ones(4, dtype=torch.int64), torch.ones(4, 1)
@@ -130,6 +156,17 @@ def adapters(max_rank: int) -> None:
     h = torch.zeros(3, 32, rank_pad(max_rank))
     lora_shrink(x, a, *rows, h)
     lora_expand(h, b, *rows, sizes, out)
+
+
+def best() -> None:
+    """Look for the likeliest tokens of Qwen3's vocabulary."""
+    logits, ids = torch.zeros(4, 151_936, dtype=BF16), torch.zeros(4, dtype=torch.int64)
+    best_tokens(logits, logits[:, 0].contiguous(), ids, ids.bool())
+
+
+def quantize() -> None:
+    rows = torch.zeros(4, 4096, dtype=BF16)
+    quantize_rows(rows, rows.to(E4M3), torch.zeros(4, 1))
 
 
 def prepare() -> None:
@@ -169,9 +206,40 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "product of 512 rows, 4 bits in 128s": lambda: product(512, "4 bits", 128),
     "product of 1 row, float8 in 128s": lambda: product(1, "float8", 128),
     "product of 512 rows, float8 in 128s": lambda: product(512, "float8", 128),
+    "float8 rows, 4096": quantize,
+    "best tokens, 151936": best,
+    "experts of 4 rows each, 2048 x 768": lambda: experts(4, 2048, 768),
+    "experts of 32 rows each, 2048 x 768": lambda: experts(32, 2048, 768),
+    "experts of 256 rows each, 2048 x 768": lambda: experts(256, 2048, 768),
+    "experts of 4 rows each, clamped, 2880 x 2880": lambda: experts(4, 2880, 2880, (7.0, 1.702)),
+    "experts of 256 rows each, clamped, 2880 x 2880": lambda: experts(
+        256, 2880, 2880, (7.0, 1.702)
+    ),
     "sample tokens, 151936": lambda: sample(True),
     "sample tokens unfiltered, 151936": lambda: sample(False),
 }
+
+
+def _dependent(kind: str) -> None:
+    """Launch a kernel of a layer before the one that it follows has ended."""
+    x, weight = torch.zeros(4, 4096, dtype=BF16), torch.zeros(4096, dtype=BF16)
+    if kind == "norm":
+        rms_norm(x, weight, eps=1e-6, pdl=True)
+    elif kind == "fused add and norm":
+        fused_add_rms_norm(x, x.clone(), weight, eps=1e-6, pdl=True)
+    else:
+        silu_and_mul(x, pdl=True)
+
+
+DEPENDENT: dict[str, Callable[[], None]] = {
+    "norm": lambda: _dependent("norm"),
+    "fused add and norm": lambda: _dependent("fused add and norm"),
+    "silu and mul": lambda: _dependent("silu and mul"),
+    "norm, rope and write": lambda: write(True, pdl=True),
+    "decode": lambda: decode((32, 8, 128), 16, pdl=True),
+    "decode, fp8": lambda: decode((32, 8, 128), 16, E4M3, pdl=True),
+}
+"""Launches before the kernel that they follow has ended."""
 
 
 @functools.cache
@@ -203,8 +271,11 @@ def table() -> str:
     lines.append("|---|---|---|---|---|---|---|")
     for arch in SHARED_LIMITS:
         for name in LAUNCHES:
-            # The cascade's own kernel and the race over pieces run before the kernel that merges.
-            last = -2 if name.startswith("cascade") or "unfiltered" in name else -1
+            # The cascade's own kernel and those over pieces run before the kernel that merges, the
+            # products of experts before the sum.
+            first = ("unfiltered" in name, name.startswith(("cascade", "best tokens")))
+            last = -2 if any(first) else -1
+            last = -3 if name.startswith("experts") else last
             _, registers, spills, shared, ptx, _ = compiled(name, arch)[last]
             lines.append(
                 f"| {name} | `sm_{arch}` | {registers} | {spills} | {shared} | {dots(ptx)} "

@@ -1,7 +1,7 @@
 """Random steps as arguments of `prepare_inputs`, with all its outputs filled with −7 beforehand."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,20 +12,27 @@ class PackedStep(NamedTuple):
     """The arguments of one call of `prepare_inputs`."""
 
     tensors: tuple[torch.Tensor, ...]
-    """The tensors, in the order of the parameters."""
+    """The tensors, in the order of the parameters; of a mixed step num_decodes_out, too."""
     num_seqs: int
     reach: int
     block_size: int
     query_len: int
+    mixed: tuple[int, int] | None = None
+    """Tokens and decodes of a padded mixed step."""
 
     def launch(self, prepare: Callable[..., None]) -> None:
         """Call `prepare` (the kernel's launcher or the reference) on these tensors."""
+        options: dict[str, Any] = {}
+        if self.mixed is not None:
+            options = dict(zip(("num_tokens", "num_decodes"), self.mixed, strict=True))
+            options["num_decodes_out"] = self.tensors[10]
         prepare(
-            *self.tensors,
+            *self.tensors[:10],
             num_seqs=self.num_seqs,
             reach=self.reach,
             block_size=self.block_size,
             query_len=self.query_len,
+            **options,
         )
 
     def run(self, prepare: Callable[..., None]) -> tuple[torch.Tensor, ...]:
@@ -45,20 +52,23 @@ def packed_step(
     device: str = "cpu",
     seed: int = 0,
     query_len: int = 1,
+    mixed_padding: int | None = None,
 ) -> PackedStep:  # over 50 lines: it builds ten tensors
     """Make a random step whose row i has lengths[i] new tokens after starts[i] old ones.
 
     Rows with one new token come first. A share `changed` of the rows has table columns that the
     device does not know. Half of the tokens that may be unknown to the host are unknown. Half of
     the rows sample: some after their last token, others after several, up to all of their tokens.
-    With a `query_len` above 1, each row has room for so many tokens.
+    With a `query_len` above 1, each row has room for so many tokens. A mixed step may be padded by
+    `mixed_padding` tokens, and by at least one row.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int, *shape: int) -> torch.Tensor:
         return torch.randint(max(high, 1), shape, generator=generator)
 
-    num_seqs, num_tokens, decodes = len(starts), sum(lengths) + padding, lengths.count(1)
+    num_seqs, decodes = len(starts), lengths.count(1)
+    num_tokens = sum(lengths) + (padding if mixed_padding is None else mixed_padding)
     if query_len > 1:
         num_tokens = (num_seqs + padding) * query_len
     used = [-(-(a + b) // block_size) for a, b in zip(starts, lengths, strict=True)]
@@ -94,11 +104,13 @@ def packed_step(
         unwritten(torch.int32, size + 1),
         unwritten(torch.int32, size),
         unwritten(torch.int64, max(num_tokens, 1)),
+        unwritten(torch.int32, 1),
     )
     return PackedStep(
         tuple(tensor.to(device) for tensor in tensors),
         num_seqs,
-        max([*lengths, *used], default=0),
+        max([*lengths, *used, mixed_padding or 0], default=0),
         block_size,
         query_len,
+        None if mixed_padding is None else (sum(lengths), decodes),
     )

@@ -208,7 +208,9 @@ class FakeEngineClient:
             blocks_shared=0,
         )
 
-    async def snapshots(self) -> AsyncGenerator[LiveSnapshot | None, None]:
+    async def snapshots(
+        self, engine: str | None = None
+    ) -> AsyncGenerator[LiveSnapshot | None, None]:
         """Yield those of `live`, and None for a second without one; then end."""
         for snapshot in self.live:
             yield snapshot

@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine.config import EngineInfo
 from quire.engine.outputs import EngineStats, TierStats, Timings
-from quire.server.histograms import RequestRecord, exemplar
-from quire.server.metrics import Metrics
+from quire.server.metrics.histograms import RequestRecord, exemplar
+from quire.server.metrics.metrics import Metrics
 
 from .fakes import FakeEngineClient, Script, ids
 

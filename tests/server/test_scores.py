@@ -27,7 +27,7 @@ from quire.engine.devices.choose import choose_backend
 from quire.engine.errors import QuireError
 from quire.engine.model.loader import load_model
 from quire.engine.runner.worker import Worker
-from quire.server.metrics import Metrics
+from quire.server.metrics.metrics import Metrics
 from quire.server.scoring.pairs import PairEncoder
 from quire.server.serving.app import create_app
 from quire.server.settings import Settings

@@ -21,7 +21,7 @@ from ....kernels.cpu.lora.deltas import (
     run_deltas,
 )
 from ....kernels.cpu.lora.slots import Slots
-from ...adapters.adapted_linear import AdaptedLinear
+from ...adapters.adapted_linear import adapt
 from ...adapters.adapter import Adapter
 from ...adapters.slots import Adaptable, FlatNames, LoraLimits
 from .decoder import CpuDecoder
@@ -128,7 +128,7 @@ class ModuleSlots:
             self._linears[name] = linear = _LinearSlots(self, slots)
             # Not the layer that was found: the backend has put a packed one into its place.
             present = place.parent.get_submodule(place.attribute)
-            setattr(place.parent, place.attribute, AdaptedLinear(present, linear))
+            setattr(place.parent, place.attribute, adapt(present, linear))
 
     @property
     def num_bytes(self) -> int:

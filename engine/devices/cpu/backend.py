@@ -15,7 +15,8 @@ from torch import nn
 from ....kernels.device_copy import to_device
 from ...adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ...body.body import Body, HfBody
-from ...body.flat_decoder import FlatDecoder
+from ...body.flat_decoder import FlatDecoder, Mixture
+from ...body.grouped_linear import GroupedWeight
 from ...config import EngineConfig
 from ...errors import ConfigurationError
 from ...sampling.sampler import Sampler
@@ -30,6 +31,7 @@ from .host_blocks import CpuHostBlocks
 from .inputs import HostInputs
 from .memory import allocate_kv_cache, cache_memory
 from .packed_linear import pack_linears, unmap_weights
+from .packing import rounded
 
 logger = logging.getLogger("quire.engine")
 
@@ -58,6 +60,11 @@ class CpuBackend:
 
     def check_quantization(self, config: EngineConfig) -> None:
         """Accept every quantisation."""
+
+    def rounded(self, weight: torch.Tensor, quantization: str) -> GroupedWeight:
+        found = rounded(weight, quantization)
+        assert isinstance(found, GroupedWeight)
+        return found
 
     def check_deterministic(self) -> None:
         """Accept it: equal products of one row have equal bits."""
@@ -101,17 +108,24 @@ class CpuBackend:
         flat: FlatDecoder | None,
         *,
         quantization: str | None,
+        adaptable: bool = False,
     ) -> Body:
         unmap_weights(body)
         unmap_weights(head)
         made: Body
-        if flat is not None and can_compile(flat):
+        if number := pack_experts(body, quantization=quantization):
+            logger.info("the experts of %d layers run in compiled kernels", number)
+        # Adapters of layers beside experts would be in a mixture's module, not among the phases.
+        has_room = number == 0 or not adaptable
+        if flat is not None and has_room and can_compile(flat):
+            for layer in flat.layers:
+                if isinstance(layer.mlp, Mixture):
+                    pack_linears(layer.mlp.block, quantization=quantization)
             made = CpuDecoder(flat, quantization=quantization)
             logger.info("the layers run as one function")
-            logger.info("each step runs as one parallel region of compiled kernels")
+            regions = f"{number + 1} parallel regions" if number else "one parallel region"
+            logger.info("each step runs as %s of compiled kernels", regions)
         else:
-            if number := pack_experts(body, quantization=quantization):
-                logger.info("the experts of %d layers run in compiled kernels", number)
             pack_linears(body, quantization=quantization)
             made = HfBody(body)
         # The last product decides between tokens, and suffers most from 4 bits.

@@ -14,18 +14,13 @@ import torch
 from torch import nn
 
 from ....kernels.cpu.arrays import FLOATS, as_array
-from ....kernels.cpu.body import Activations, Adapted, BodyStep, Ends, Layers
+from ....kernels.cpu.body import Adapted
 from ....kernels.cpu.body import Body as CompiledBody
+from ....kernels.cpu.products import PackedWeight
+from ....kernels.cpu.step import Activations, BodyStep, Ends, Layers
 from ...attention.metadata import AttentionMetadata
 from ...body.body import ForwardToLogits
-from ...body.flat_decoder import (
-    FlatDecoder,
-    FlatLayer,
-    Linear,
-    Norm,
-    Rotation,
-    rotary_factors,
-)
+from ...body.flat_decoder import FlatDecoder, FlatLayer, Linear, Mixture, Mlp, Norm, Rotation
 from ...body.grouped_linear import GroupedLinear, dtype_of
 from .attention import CpuPlan
 from .packed_linear import PackedLinear
@@ -34,22 +29,26 @@ from .packing import pack
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    Floats = NDArray[np.float32]
+
 _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class CpuDecoder:
     """A Body that runs as one compiled function, `kernels.cpu.body.Body`."""
 
-    is_batch_invariant = True
-
     def __init__(self, flat: FlatDecoder, *, quantization: str | None = None) -> None:
-        """Take over the weights of the layers, which are emptied. `quantization` is that of
-        `pack`."""
-        self._rotations = _Rotations(flat.rotary)
-        self._layers = _pack_layers(flat.layers, flat.norm, quantization)
+        """Take over the weights of the layers, which are emptied; those of mixtures have been
+        packed already. `quantization` is that of `pack`."""
+        self._rotations = _Rotations(flat)
+        # Only what is compiled here is known to be: a mixture has code of transformers around it.
+        self.is_batch_invariant = not any(isinstance(layer.mlp, Mixture) for layer in flat.layers)
+        self._layers = _pack_layers(flat, quantization)
         first = flat.layers[0]
         self._widths = (first.num_heads, first.num_kv_heads, first.head_dim)
-        self._intermediate_size: int = first.down.in_features
+        self._mixtures = [layer.mlp for layer in flat.layers]
+        self._update_scales = [layer.update_scale for layer in flat.layers]
+        self._intermediate_size: int = max(map(_intermediate_size, flat.layers))
         self._dtype = flat.embedding.weight.dtype
         embedding = as_array(flat.embedding.weight.detach())
         self._ends = Ends(embedding, None, np.float32(flat.embedding_scale))
@@ -63,6 +62,9 @@ class CpuDecoder:
         self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
         return self.forward_to_logits(input_ids, positions, input_ids[:0], metadata)[0]
+
+    def expect_positions(self, length: int) -> None:
+        """Do nothing: rotary factors are computed as positions come."""
 
     def fuse_head(self, product: nn.Module) -> ForwardToLogits | None:
         if not isinstance(product, PackedLinear):
@@ -93,6 +95,7 @@ class CpuDecoder:
             picks=logit_indices.numpy(),
             slots=metadata.slot_mapping.numpy(),
             rotations=rows.numpy(),
+            kind_rows=len(rotation.cos) // self._rotations.num_kinds,
             cos=rotation.cos.numpy(),
             sin=rotation.sin.numpy(),
             block_table=metadata.block_table.numpy(),
@@ -104,10 +107,27 @@ class CpuDecoder:
         )
         numba.set_num_threads(plan.num_threads)
         cache = as_array(metadata.kv_cache)
-        self._compiled.run(cache, step, activations, plan.num_threads, self.adapted)
+
+        def mix(layer: int) -> None:
+            self._mix(layer, activations, num_tokens)
+
+        self._compiled.run(cache, step, activations, plan.num_threads, self.adapted, mix)
         hidden = torch.from_numpy(activations.normed[:num_tokens])
         logits = torch.from_numpy(activations.logits[:num_logits])
         return hidden.to(self._dtype), logits.to(self._dtype)
+
+    def _mix(self, layer: int, activations: Activations, num_tokens: int) -> None:
+        """Run a layer's mixture of experts, the model's own module, on the normed rows."""
+        mixture = self._mixtures[layer]
+        assert isinstance(mixture, Mixture)
+        hidden = torch.from_numpy(activations.normed[:num_tokens])
+        mixed = mixture.forward(hidden.to(self._dtype)).float()
+        if self._update_scales[layer] != 1:
+            mixed *= self._update_scales[layer]
+        if activations.update is activations.x:
+            activations.x[:num_tokens] += mixed.numpy()
+        else:
+            activations.update[:num_tokens] = mixed.numpy()
 
     def _scratch(self, num_tokens: int, num_logits: int) -> Activations:
         """Return buffers of at least this size. They are kept from step to step, because the
@@ -130,20 +150,25 @@ class CpuDecoder:
                 (picks, hidden_size),
                 (picks, self._vocab_size),
             )
-            self._activations = Activations(*(np.zeros(shape, np.float32) for shape in shapes))
+            arrays = [np.zeros(shape, np.float32) for shape in shapes]
+            update = arrays[1] if self._layers.norms_updates else arrays[0]
+            self._activations = Activations(*arrays, update)
         assert self._activations is not None
         return self._activations
 
 
 class _Rotations:
     """Rotary factors by position, computed only once: a call of the model's own module takes as
-    long as two layers of a small model. Kinds of rope whose factors depend on the other positions
-    of a step are computed in each one."""
+    long as two layers of a small model. Those of one kind of layers follow those of another. Kinds
+    of rope whose factors depend on the other positions of a step are computed in each one."""
 
-    def __init__(self, rotary: nn.Module) -> None:
-        self._rotary = rotary
-        rope_type = getattr(rotary, "rope_type", None)
-        self._is_static = rope_type in _STATIC_ROPE_TYPES
+    def __init__(self, flat: FlatDecoder) -> None:
+        self._flat = flat._replace(layers=[])
+        self._kinds = flat.rotary_kinds
+        self.num_kinds = len(self._kinds)
+        types = getattr(flat.rotary, "rope_type", None)
+        types = types.values() if isinstance(types, dict) else [types]
+        self._is_static = all(one in _STATIC_ROPE_TYPES for one in types)
         self._table = Rotation(torch.empty(0), torch.empty(0))
 
     def __call__(self, positions: torch.Tensor) -> tuple[Rotation, torch.Tensor]:
@@ -151,67 +176,109 @@ class _Rotations:
         if not self._is_static:
             return self._compute(positions), torch.arange(len(positions))
         longest = int(positions.max()) + 1
-        if longest > len(self._table.cos):
-            self._table = self._compute(torch.arange(max(longest, 1024, 2 * len(self._table.cos))))
+        known = len(self._table.cos) // self.num_kinds
+        if longest > known:
+            self._table = self._compute(torch.arange(max(longest, 1024, 2 * known)))
         return self._table, positions
 
     def _compute(self, positions: torch.Tensor) -> Rotation:
-        return rotary_factors(self._rotary, torch.empty(1), positions)
+        of_kinds = [self._flat.rotation(torch.empty(1), positions, kind) for kind in self._kinds]
+        return Rotation(*(torch.cat(parts) for parts in zip(*of_kinds, strict=True)))
 
 
 def can_compile(flat: FlatDecoder) -> bool:
-    """Whether a CpuDecoder can run it: its layers are alike, with SiLU, rotations of one kind, and
-    no norms of their updates, and whole."""
-    first = flat.layers[0]
-    if not isinstance(first.down, nn.Linear | GroupedLinear):  # other ranks have a part of it
-        return False
-    shapes = (first.num_heads, first.num_kv_heads, first.down.in_features, first.qk_norm is None)
-    return flat.rotary_kinds == [None] and all(
-        layer.is_silu
-        and (layer.softcap, layer.output_norm, layer.down_norm) == (None, None, None)
-        and shapes
-        == (layer.num_heads, layer.num_kv_heads, layer.down.in_features, layer.qk_norm is None)
-        and dtype_of(layer.down) in FLOATS
-        for layer in flat.layers
+    """Whether a CpuDecoder can run it: its layers are alike and whole, and their MLPs are mixtures
+    or have SiLU."""
+    return (
+        len({_shape_of(layer) for layer in flat.layers}) == 1
+        and len({_rotary_dim(flat, kind) for kind in flat.rotary_kinds}) == 1
+        and len({_intermediate_size(layer) for layer in flat.layers} - {0}) <= 1
+        and all(map(_can_compile, flat.layers))
     )
 
 
-def _pack_layers(layers: Sequence[FlatLayer], last_norm: Norm, quantization: str | None) -> Layers:
-    """Pack the layers' weights, and stack those of norms. Norms of Q and K that a model does not
-    have get an epsilon of −1, and the last norm is an input norm after the last layer's."""
+def _can_compile(layer: FlatLayer) -> bool:
+    norms = (layer.output_norm is not None, layer.down_norm is not None)
+    return (
+        (isinstance(layer.mlp, Mixture) or layer.mlp.is_silu)
+        and isinstance(layer.output, nn.Linear | GroupedLinear)  # other ranks have a part of it
+        and dtype_of(layer.output) in FLOATS
+        and (layer.softcap, layer.sinks) == (None, None)
+        and (norms == (False, False) or (norms == (True, True) and layer.update_scale == 1))
+    )
 
-    def stack(norms: Sequence[Norm]) -> NDArray[np.float32]:
-        return torch.stack([norm.weight.float() for norm in norms]).numpy()
 
-    first = layers[0]
-    no_norm = Norm(torch.ones(first.num_heads + first.num_kv_heads, first.head_dim), -1.0)
-    qk_norms = [layer.qk_norm or no_norm for layer in layers]
-    input_norms = [*(layer.input_norm for layer in layers), last_norm]
-    mlp_norms = [layer.mlp_norm for layer in layers]
-    packed = [
-        (
-            pack(layer.qkv, quantization=quantization),
-            pack(_scaled(layer.output, layer.update_scale), quantization=quantization),
-            pack(layer.gate_up, 2, quantization=quantization),
-            pack(_scaled(layer.down, layer.update_scale), quantization=quantization),
-        )
-        for layer in layers
-    ]
-    qkv, output, gate_up, down = zip(*packed, strict=True)
+def _shape_of(layer: FlatLayer) -> tuple[object, ...]:
+    """Return what the layers of a compiled body have in common."""
+    return (
+        *(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.rotates_pairs),
+        *(layer.qk_norm is None, layer.norms_all_heads),
+        layer.output_norm is None,
+    )
+
+
+def _intermediate_size(layer: FlatLayer) -> int:
+    """Return the inner size of a layer's MLP; 0 if it is a mixture."""
+    return layer.mlp.down.in_features if isinstance(layer.mlp, Mlp) else 0
+
+
+def _rotary_dim(flat: FlatDecoder, kind: str | None) -> int:
+    """Return how many elements of each head layers of this kind rotate."""
+    return flat.rotation(torch.empty(1), torch.zeros(1, dtype=torch.long), kind).cos.shape[1]
+
+
+# Over 50 lines: most of them are the fields of Layers.
+def _pack_layers(flat: FlatDecoder, quantization: str | None) -> Layers:
+    """Pack the layers' weights, and stack those of norms. Norms that a model does not have get an
+    epsilon of −1, and the last norm is an input norm after the last layer's."""
+    layers, first = flat.layers, flat.layers[0]
+    no_norm = Norm(torch.ones(len(flat.norm.weight)), -1.0)
+    no_qk_norm = Norm(torch.ones(first.num_heads + first.num_kv_heads, first.head_dim), -1.0)
+
+    def stack(norms: Sequence[Norm | None], missing: Norm = no_norm) -> tuple[Floats, Floats]:
+        present = [norm or missing for norm in norms]
+        weights = torch.stack([norm.weight.float() for norm in present]).numpy()
+        return weights, np.array([norm.eps for norm in present], np.float32)
+
+    def stack_updates(norms: Sequence[Norm | None]) -> tuple[Floats, Floats]:
+        if first.output_norm is None:
+            return np.empty((0, 1), np.float32), np.empty(0, np.float32)
+        return stack(norms)
+
+    def packed(linear: Linear, parts: int = 1) -> PackedWeight:
+        return pack(linear, parts, quantization=quantization)
+
+    input_norm, input_epsilons = stack([*(layer.input_norm for layer in layers), flat.norm])
+    mlp_norm, mlp_epsilons = stack([layer.mlp_norm for layer in layers])
+    qk_norm, qk_epsilons = stack([layer.qk_norm for layer in layers], no_qk_norm)
+    output_norm, output_epsilons = stack_updates([layer.output_norm for layer in layers])
+    # The MLP's update is added before the norm of the next layer.
+    down_norm, down_epsilons = stack_updates([None, *(layer.down_norm for layer in layers)])
+    mlps = [(layer.mlp, layer.update_scale) for layer in layers]
     return Layers(
-        input_norm=stack(input_norms),
-        qkv=qkv,
-        qk_norm=stack(qk_norms),
-        output=output,
-        mlp_norm=stack(mlp_norms),
-        gate_up=gate_up,
-        down=down,
-        input_epsilons=np.array([norm.eps for norm in input_norms], np.float32),
-        qk_epsilons=np.array([norm.eps for norm in qk_norms], np.float32),
-        mlp_epsilons=np.array([norm.eps for norm in mlp_norms], np.float32),
+        input_norm=input_norm,
+        qkv=[packed(layer.qkv) for layer in layers],
+        qk_norm=qk_norm,
+        output=[packed(_scaled(layer.output, layer.update_scale)) for layer in layers],
+        mlp_norm=mlp_norm,
+        gate_up=[packed(mlp.gate_up, 2) if isinstance(mlp, Mlp) else None for mlp, _ in mlps],
+        down=[
+            packed(_scaled(mlp.down, scale)) if isinstance(mlp, Mlp) else None
+            for mlp, scale in mlps
+        ],
+        output_norm=output_norm,
+        down_norm=down_norm,
+        input_epsilons=input_epsilons,
+        qk_epsilons=qk_epsilons,
+        mlp_epsilons=mlp_epsilons,
+        output_epsilons=output_epsilons,
+        down_epsilons=down_epsilons,
         scales=np.array([layer.scale for layer in layers], np.float32),
         windows=np.array([layer.window or 0 for layer in layers], np.int64),
         rotates=np.array([int(layer.rotates) for layer in layers], np.int64),
+        kinds=np.array([flat.rotary_kinds.index(layer.rotary_kind) for layer in layers], np.int64),
+        norms_all_heads=first.norms_all_heads,
+        rotates_pairs=first.rotates_pairs,
     )
 
 

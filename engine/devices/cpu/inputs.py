@@ -32,6 +32,10 @@ class HostInputs:
         """Return 1: nothing is padded."""
         return 1
 
+    def mixed_size(self, host: HostStep) -> int:
+        """Return 0: nothing is padded."""
+        return 0
+
     def write(
         self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
     ) -> DeviceStep:

@@ -8,9 +8,12 @@ Read in this order:
     attention.py        plans a step, and attends
     shared_prefixes.py  which decodes read a shared prefix once
     products.py         chooses the products of weights that have 4 or 8 bits
+    experts.py          the experts of mixtures, run by one kernel
     body_ops.py         the operations of a flat body
     adapters.py         the slots of LoRA adapters
-    decode_graphs.py    CUDA graphs of decode steps
+    rehearsing.py       compiles kernels and captures graphs before the first request
+    step_graphs.py      CUDA graphs of steps
+    mixed_graphs.py     which steps with prompts are captured, and how they are padded
     draws.py            draws
     memory.py           a GPU's memory
     host_blocks.py      copies blocks of the KV cache to host memory, and back

@@ -5,7 +5,7 @@ Importing this loads Triton.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -14,10 +14,11 @@ from torch import nn
 
 from ....kernels.cuda.lora import MAX_PARTS, rank_pad
 from ....kernels.device_copy import StagingBuffer, upload_into
-from ...adapters.adapted_linear import AdaptedLinear
+from ...adapters.adapted_linear import adapt
 from ...adapters.adapter import Adapter
 from ...adapters.slots import Adaptable, FlatNames, LoraLimits
 from ...body.body import Body, FlatBody
+from ...body.flat_decoder import Mlp
 from .kernels import Kernels
 
 if TYPE_CHECKING:
@@ -52,30 +53,42 @@ class CudaSlots:
         if isinstance(body, FlatBody):
             self._adapt_flat(body, adaptable)
         else:
-            for name, place in adaptable.places.items():
-                present = place.parent.get_submodule(place.attribute)
-                product = self._product(adaptable, (name,))
-                setattr(place.parent, place.attribute, AdaptedLinear(present, product))
+            self._adapt_modules(adaptable, adaptable.places.keys())
         # The device's side of all copies, so that filling a slot allocates nothing there.
         largest = max(product.largest for product in self._products)
         self.staging = torch.empty(largest, dtype=dtype, device=device)
 
     def _adapt_flat(self, body: FlatBody, adaptable: Adaptable) -> None:
-        def adapt(linear: nn.Module, names: Sequence[str]) -> nn.Linear:
+        def adapted(linear: nn.Module, names: Sequence[str]) -> nn.Linear:
             # A flat layer only calls its linear layers, whatever they are.
-            return cast(nn.Linear, AdaptedLinear(linear, self._product(adaptable, names)))
+            return cast(nn.Linear, adapt(linear, self._product(adaptable, names)))
 
-        layers = []
+        layers, known = [], set()
         for index, layer in enumerate(body.decoder.layers):
             names = FlatNames.of_layer(adaptable.prefix, index, layer)
-            adapted = layer._replace(
-                qkv=adapt(layer.qkv, names.qkv),
-                output=adapt(layer.output, names.output),
-                gate_up=adapt(layer.gate_up, names.gate_up),
-                down=adapt(layer.down, names.down),
+            known |= {name for part in names for name in part}
+            mlp = layer.mlp
+            if isinstance(mlp, Mlp):
+                mlp = mlp._replace(
+                    gate_up=adapted(mlp.gate_up, names.gate_up), down=adapted(mlp.down, names.down)
+                )
+            layers.append(
+                layer._replace(
+                    qkv=adapted(layer.qkv, names.qkv),
+                    output=adapted(layer.output, names.output),
+                    mlp=mlp,
+                )
             )
-            layers.append(adapted)
         body.decoder = body.decoder._replace(layers=layers)
+        # What is left is beside the experts of mixtures, whose modules run as they are.
+        self._adapt_modules(adaptable, adaptable.places.keys() - known)
+
+    def _adapt_modules(self, adaptable: Adaptable, names: Set[str]) -> None:
+        for name in sorted(names):
+            place = adaptable.places[name]
+            present = place.parent.get_submodule(place.attribute)
+            product = self._product(adaptable, (name,))
+            setattr(place.parent, place.attribute, adapt(present, product))
 
     def _product(self, adaptable: Adaptable, names: Sequence[str]) -> _Product:
         shapes = [adaptable.places[name].shape for name in names]

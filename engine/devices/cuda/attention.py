@@ -17,10 +17,20 @@ from ....kernels.cuda.attention.decode_schedule import DecodeWorkspace
 from ...attention.metadata import AttentionMetadata
 from ..steps import DeviceStep, HostStep
 from .kernels import Kernels
+from .mixed_graphs import max_prompts
 from .shared_prefixes import SharedPrefixes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+class MixedRows(NamedTuple):
+    """How many rows of a padded mixed step are decodes, `[1]` int32 on the device, how many of them
+    there can be at most, and how many rows of several tokens, the padding's included."""
+
+    num_decodes: torch.Tensor
+    max_decodes: int
+    max_prompts: int
 
 
 class CudaPlan(NamedTuple):
@@ -28,13 +38,14 @@ class CudaPlan(NamedTuple):
 
     `workspaces` are the decode kernel's scratch by window, with the schedule built for the step.
     `cascade` has the prefixes that decodes share, if reading them once saves time. Each decode row
-    has `query_len` tokens.
+    has `query_len` tokens. `mixed` is given if only the device knows which rows are decodes.
     """
 
     kernels: Kernels
     workspaces: Mapping[int | None, DecodeWorkspace]
     cascade: CascadeWorkspace | None
     query_len: int = 1
+    mixed: MixedRows | None = None
 
     def attend(
         self,
@@ -81,7 +92,13 @@ class CudaPlan(NamedTuple):
         """
         key_cache, value_cache = cache
         output = query.new_empty(query.shape)
-        decodes = metadata.num_decodes
+        # The decode kernel takes the first rows; in a mixed step, those that its schedule names.
+        decodes, first, longest = metadata.num_decodes, metadata.num_decodes, metadata.max_query_len
+        of_mixed: dict[str, Any] = {}
+        if self.mixed is not None:
+            decodes, first, longest = self.mixed.max_decodes, 0, len(query)
+            of_mixed["first_seq"] = self.mixed.num_decodes
+            of_mixed["max_seqs"] = self.mixed.max_prompts
         tokens = decodes * self.query_len
         if decodes > 0:
             self.kernels.paged_attention_decode(
@@ -96,18 +113,19 @@ class CudaPlan(NamedTuple):
                 out=output[:tokens],
                 **options,
             )
-        if metadata.max_query_len > 1:
+        if longest > 1:
             # query_start_loc of the remaining rows still counts from the batch's first token.
             self.kernels.paged_attention_extend(
                 query,
                 key_cache,
                 value_cache,
-                metadata.block_table[decodes:],
-                metadata.query_start_loc[decodes:],
-                metadata.seq_lens[decodes:],
-                max_query_len=metadata.max_query_len,
+                metadata.block_table[first:],
+                metadata.query_start_loc[first:],
+                metadata.seq_lens[first:],
+                max_query_len=longest,
                 window=window,
                 out=output,
+                **of_mixed,
                 **options,
             )
         return output
@@ -164,6 +182,17 @@ class CudaPlanner:
         for workspace in self._draft_workspaces.values():
             self._kernels.build_decode_schedule(seq_lens, workspace, prefix_lens=None)
         return CudaPlan(self._kernels, self._draft_workspaces, None, query_len)
+
+    def plan_mixed(self, step: DeviceStep, num_decodes: torch.Tensor) -> CudaPlan:
+        """Plan a padded mixed step, whose `num_decodes` `[1]` only the device knows."""
+        size, max_decodes = len(step.input_ids), len(step.seq_lens) - 1
+        seq_lens = step.seq_lens[:max_decodes]
+        for workspace in self._workspaces.values():
+            self._kernels.build_decode_schedule(
+                seq_lens, workspace, prefix_lens=None, num_decodes=num_decodes
+            )
+        rows = MixedRows(num_decodes, max_decodes, 1 + max_prompts(size))
+        return CudaPlan(self._kernels, self._workspaces, None, mixed=rows)
 
     def plan_decodes(self, seq_lens: torch.Tensor, *, shared: bool) -> CudaPlan:
         """Plan decode rows of these lengths `[num_decodes]`, on the device.

@@ -1,4 +1,4 @@
-"""CUDA as a backend: Triton kernels, and CUDA graphs of decode steps.
+"""CUDA as a backend: Triton kernels, and CUDA graphs of steps.
 
 Importing this loads Triton.
 """
@@ -14,36 +14,33 @@ import triton
 from torch import nn
 from triton.errors import TritonError
 
+from ....kernels.cuda.dependent_launch import OLDEST_CAPABILITY
 from ....kernels.device_copy import to_device
-from ....kernels.prefix_groups import MIN_MEMBERS, find_prefix_groups
+from ....kernels.prefix_groups import find_prefix_groups
 from ...adapters.slots import Adaptable, AdapterSlots, LoraLimits
 from ...body.body import Body, FlatBody, HfBody
 from ...body.flat_decoder import FlatDecoder
+from ...body.grouped_linear import GroupedWeight
 from ...config import EngineConfig
 from ...errors import ConfigurationError, UnsupportedModelError, one_line
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
-from ..steps import DeviceStep, GraphKey, ModelOutput
 from .adapters import CudaSlots
 from .attention import CudaPlanner, allocate_workspaces
 from .body_ops import CudaOps
-from .decode_graphs import (
-    MAX_DRAFT_SIZE,
-    Capture,
-    CudaCapture,
-    DecodeGraphs,
-    NotCapturableError,
-    graph_sizes,
-)
 from .draws import CudaDraws
+from .experts import use_experts
 from .host_blocks import CudaHostBlocks
 from .inputs import DeviceInputs
 from .kernels import TRITON, Kernels
 from .memory import free_memory, others_memory, total_memory
+from .mixed_graphs import mixed_sizes
 from .products import use_products
+from .rehearsing import capture_graphs, compile_kernels, of_cuda
 from .requirements import check_gpu
 from .shared_prefixes import FindGroups, SharedPrefixes
+from .step_graphs import MAX_DRAFT_SIZE, Capture, CudaCapture, graph_sizes
 
 logger = logging.getLogger("quire.engine")
 
@@ -53,10 +50,15 @@ MAX_QUERY_ROWS = 64
 """Maximum tokens of a row times heads of a group, which are one tile of the decode kernel."""
 
 
-def require_gpu() -> None:
-    """Raise ConfigurationError if the first GPU is too old for the kernels; warn of a Triton that
-    is known to make wrong code for it."""
+def require_gpu(*, pdl: bool = False) -> None:
+    """Raise ConfigurationError if the first GPU is too old for the kernels, or for programmatic
+    dependent launch (`pdl`); warn of a Triton that is known to make wrong code for it."""
     facts = torch.cuda.get_device_properties(0)
+    if pdl and 10 * facts.major + facts.minor < OLDEST_CAPABILITY:
+        raise ConfigurationError(
+            f"--enable-pdl needs compute capability 9.0 or later, and {facts.name} has "
+            f"{facts.major}.{facts.minor}"
+        )
     warning = check_gpu(facts.name, (facts.major, facts.minor), triton.__version__)
     if warning is not None:
         logger.warning("%s", warning)
@@ -101,6 +103,9 @@ class CudaBackend:
     def check_quantization(self, config: EngineConfig) -> None:
         if config.quantization is not None:
             raise ConfigurationError(f"quantization {config.quantization} works only on the CPU")
+
+    def rounded(self, weight: torch.Tensor, quantization: str) -> GroupedWeight:
+        raise AssertionError("check_quantization has refused it")
 
     def check_deterministic(self) -> None:
         raise ConfigurationError(
@@ -150,9 +155,12 @@ class CudaBackend:
         flat: FlatDecoder | None,
         *,
         quantization: str | None,
+        adaptable: bool = False,
     ) -> Body:
         for module in (body, head):
             use_products(module, self._kernels)
+        if number := use_experts(body, self._kernels):
+            logger.info("the experts of %d layers run as grouped products", number)
         if flat is not None:
             logger.info("the layers run as one function")
         return HfBody(body) if flat is None else FlatBody(flat, CudaOps.of_step)
@@ -233,9 +241,11 @@ class CudaBackend:
         return CudaPlanner(self._kernels, workspaces, shared_prefixes, draft_workspaces)
 
     def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
-        """Capture the decode graphs. Kernels were compiled when memory was measured."""
-        sizes = self.graph_sizes(config)
-        return self._capture(runner, sizes, config) if sizes else None
+        """Capture the graphs. Kernels were compiled when memory was measured."""
+        sizes, mixed = self.graph_sizes(config), self.mixed_sizes(config, runner)
+        if not sizes:
+            return None
+        return capture_graphs(runner, sizes, mixed, self.make_capture(), self._kernels)
 
     def release_memory(self) -> None:
         torch.cuda.empty_cache()
@@ -244,59 +254,17 @@ class CudaBackend:
         """Return the batch sizes to capture, ascending."""
         return [] if config.enforce_eager else graph_sizes(config.max_num_seqs)
 
+    def mixed_sizes(self, config: EngineConfig, runner: Rehearsal) -> list[int]:
+        """Return the numbers of tokens for which mixed steps are captured, ascending."""
+        if config.enforce_eager:
+            return []
+        inputs, _ = of_cuda(runner)
+        parameters = runner.num_parameters // config.tensor_parallel_size
+        return mixed_sizes(config.max_cudagraph_capture_size, parameters, inputs.max_num_tokens)
+
     def make_capture(self) -> Capture:
         """Return what records graphs."""
         return CudaCapture(self.device)
-
-    # Over 50 lines: three ways in which it may fail, each with its advice.
-    def _capture(
-        self, runner: Rehearsal, sizes: list[int], config: EngineConfig
-    ) -> DecodeGraphs | None:
-        """Capture decode steps of these sizes, ascending, and steps with drafts if there may be
-        any; None if the model waits for the device within a step."""
-        inputs, planner = _of_cuda(runner)
-        adapters = _adapters_of(runner)
-        query_len = planner.query_len
-        draft_sizes = [
-            size
-            for size in sizes
-            if query_len > 1
-            and size <= MAX_DRAFT_SIZE
-            and size * query_len <= inputs.max_num_tokens
-        ]
-
-        def decode(step: DeviceStep, key: GraphKey) -> ModelOutput:
-            if adapters is not None:
-                adapters.rehearse(active=key.adapted)
-            if key.query_len > 1:
-                plan = planner.plan_drafts(step.seq_lens, query_len)
-            else:
-                plan = planner.plan_decodes(step.seq_lens, shared=key.shared)
-            return runner.run_decodes(step, plan)
-
-        inputs.pad_decodes(sizes)
-        inputs.pad_drafts(draft_sizes, query_len)
-        graphs = DecodeGraphs(decode, inputs.static_step, self.make_capture())
-        shares = planner.shared_prefixes is not None
-        try:
-            graphs.capture(
-                sizes,
-                [size for size in sizes if shares and size >= MIN_MEMBERS],
-                with_adapters=adapters is not None,
-                draft_sizes=draft_sizes,
-                query_len=query_len,
-            )
-        except NotCapturableError as error:
-            logger.warning("decode steps run without CUDA graphs: %s", error)
-            inputs.pad_decodes([])
-            inputs.pad_drafts([], 1)
-            return None
-        except RuntimeError as error:
-            raise ConfigurationError(
-                f"the CUDA graphs of decode steps cannot be captured ({one_line(error)}): lower "
-                "--gpu-memory-utilization if memory ran out, else use --enforce-eager"
-            ) from error
-        return graphs
 
     def _peak_memory(self, demand: CacheDemand, start: StartRehearsal) -> int:
         """Run the largest step and return the bytes that torch held at its peak. Every kernel that
@@ -320,24 +288,39 @@ class CudaBackend:
         return torch.cuda.max_memory_allocated(self.device)
 
     def _graph_memory(self, config: EngineConfig, start: StartRehearsal) -> int:
-        """Estimate the bytes that all graphs take: capture the largest, which sizes the shared
-        pool, then the two largest, and charge every other graph the difference."""
+        """Estimate the bytes that all graphs take: capture the largest of both kinds, which size
+        the shared pool, then one more of a kind, and charge every other graph the difference."""
         sizes = self.graph_sizes(config)
         if not sizes:
             return 0
-        first, both = (self._memory_of_graphs(sizes[-count:], config, start) for count in (1, 2))
+        first, second = (self._memory_of_graphs(n, 1, config, start) for n in (1, 2))
         others = len(sizes) - 1
         if draft_query_len(config) > 1:
             others += len([size for size in sizes if size <= MAX_DRAFT_SIZE])
-        return first + others * max(both - first, 0)
+        taken = first + others * max(second - first, 0)
+        num_mixed = len(self.mixed_sizes(config, start(1)))
+        if num_mixed > 1:
+            second = self._memory_of_graphs(1, 2, config, start)
+            taken += (num_mixed - 1) * max(second - first, 0)
+        return taken
 
     def _memory_of_graphs(
-        self, sizes: list[int], config: EngineConfig, start: StartRehearsal
+        self, num_sizes: int, num_mixed: int, config: EngineConfig, start: StartRehearsal
     ) -> int:
+        """Return the bytes that so many of the largest graphs of both kinds take."""
         runner = start(1)
         before = free_memory(self.device)
         runners = (runner,) if runner.draft is None else (runner, runner.draft)
-        graphs = [self._capture(one, sizes, config) for one in runners]
+        graphs = [
+            capture_graphs(
+                one,
+                self.graph_sizes(config)[-num_sizes:],
+                self.mixed_sizes(config, one)[-num_mixed:],
+                self.make_capture(),
+                self._kernels,
+            )
+            for one in runners
+        ]
         taken = before - free_memory(self.device)
         del graphs  # which had to live until here
         return taken
@@ -348,42 +331,3 @@ def draft_query_len(config: EngineConfig) -> int:
     if config.speculation in ("off", "auto") and config.speculative_model is None:
         return 1  # auto: logits depend on how many tokens a step has
     return min(1 + config.num_speculative_tokens, MAX_QUERY_LEN)
-
-
-def compile_kernels(runner: Rehearsal) -> None:
-    """Launch every kernel that a step may launch, other than the sampler's, so that no request
-    waits for its compilation: decodes, prefills of short and of long rows, products of all their
-    tiles, a copy of a block."""
-    inputs, planner = _of_cuda(runner)
-    inputs.pad_decodes([1])
-    step = inputs.static_step(1)
-    for shared in {False, planner.shared_prefixes is not None}:
-        runner.run_decodes(step, planner.plan_decodes(step.seq_lens, shared=shared))
-    inputs.pad_decodes([])
-    if 1 < (query_len := planner.query_len) <= inputs.max_num_tokens:
-        inputs.pad_drafts([1], query_len)
-        step = inputs.static_step(1, query_len)
-        runner.run_decodes(step, planner.plan_drafts(step.seq_lens, query_len))
-        inputs.pad_drafts([], 1)
-    for num_tokens in (2, 24, 48, 256):
-        runner.run_prompts(num_tokens, 1)
-    if (adapters := _adapters_of(runner)) is not None:
-        adapters.rehearse(active=True)
-        runner.run_prompts(2, 1)
-        adapters.rehearse(active=False)
-    runner.copy_blocks([BlockCopy(0, 0)])
-    if runner.draft is not None:
-        compile_kernels(runner.draft)
-
-
-def _adapters_of(runner: Rehearsal) -> CudaSlots | None:
-    adapters = runner.adapters
-    assert adapters is None or isinstance(adapters, CudaSlots)
-    return adapters
-
-
-def _of_cuda(runner: Rehearsal) -> tuple[DeviceInputs, CudaPlanner]:
-    """Return what a CudaBackend has made for the runner."""
-    inputs, planner = runner.inputs, runner.planner
-    assert isinstance(inputs, DeviceInputs) and isinstance(planner, CudaPlanner)
-    return inputs, planner

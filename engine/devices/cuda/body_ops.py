@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ...attention.metadata import AttentionMetadata
-from ...body.flat_decoder import FlatLayer, Norm, Rotation
+from ...body.flat_decoder import FlatLayer, Mlp, Norm, Rotation
 from .attention import CudaPlan
 from .kernels import Kernels
 
 
 class CudaOps(NamedTuple):
-    """BodyOps for one step. Each method is one kernel launch; `attend` takes up to four."""
+    """BodyOps for one step. Each method is one kernel launch; `attend` takes up to six."""
 
     kernels: Kernels
     metadata: AttentionMetadata
@@ -29,7 +29,11 @@ class CudaOps(NamedTuple):
         assert isinstance(plan, CudaPlan)
         return cls(plan.kernels, metadata, plan)
 
-    def add_norm(self, x: torch.Tensor, update: torch.Tensor | None, norm: Norm) -> torch.Tensor:
+    def add_norm(
+        self, x: torch.Tensor, update: torch.Tensor | None, norm: Norm | None
+    ) -> torch.Tensor:
+        if norm is None:
+            return x if update is None else x.add_(update)
         if update is None:
             return self.kernels.rms_norm(x, norm.weight, eps=norm.eps)
         self.kernels.fused_add_rms_norm(update, x, norm.weight, eps=norm.eps)
@@ -40,9 +44,11 @@ class CudaOps(NamedTuple):
         cache, kv_scales = metadata.kv_cache[layer.layer_idx], metadata.scales_of(layer.layer_idx)
         key_cache, value_cache = cache
         sizes = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
-        query, key, value = torch.split(qkv.view(len(qkv), -1, layer.head_dim), sizes, dim=1)
         norms: dict[str, Any] = {}
-        if layer.qk_norm is not None:
+        if layer.qk_norm is not None and layer.norms_all_heads:
+            self._norm_all_heads(layer, layer.qk_norm, qkv)
+        query, key, value = torch.split(qkv.view(len(qkv), -1, layer.head_dim), sizes, dim=1)
+        if layer.qk_norm is not None and not layer.norms_all_heads:
             weight, eps = layer.qk_norm
             norms = {"query_weight": weight[0], "key_weight": weight[-1], "eps": eps}
         # A Rotation's sines are negated in its first half.
@@ -61,6 +67,7 @@ class CudaOps(NamedTuple):
             sin,
             **norms,
             rotary_dim=turned,
+            pairs=layer.rotates_pairs,
             out=query,
             kv_scales=kv_scales,
         )
@@ -71,12 +78,21 @@ class CudaOps(NamedTuple):
             scale=layer.scale,
             window=layer.window,
             softcap=layer.softcap,
+            sinks=layer.sinks,
             kv_scales=kv_scales,
         )
         return attended.view(len(qkv), -1)
 
-    def activate(self, layer: FlatLayer, gate_up: torch.Tensor) -> torch.Tensor:
-        if layer.is_silu:
+    def _norm_all_heads(self, layer: FlatLayer, norm: Norm, qkv: torch.Tensor) -> None:
+        """Norm all heads of Q at once, and all of K, in place."""
+        heads = (layer.num_heads, layer.num_kv_heads)
+        sizes = [number * layer.head_dim for number in heads]
+        parts = torch.split(qkv[:, : sum(sizes)], sizes, dim=1)
+        for part, weight in zip(parts, torch.split(norm.weight, heads), strict=True):
+            self.kernels.rms_norm(part, weight.flatten(), eps=norm.eps, out=part)
+
+    def activate(self, mlp: Mlp, gate_up: torch.Tensor) -> torch.Tensor:
+        if mlp.is_silu:
             return self.kernels.silu_and_mul(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return layer.activation(gate) * up
+        return mlp.activation(gate) * up

@@ -15,8 +15,9 @@ import torch
 
 from ....kernels.cuda.prepare_inputs import FIELDS, Record
 from ....kernels.device_copy import StagingBuffer
-from ..steps import DeviceStep, HostStep
+from ..steps import DeviceStep, GraphKey, HostStep
 from .kernels import Kernels
+from .mixed_graphs import max_prompts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,13 +37,17 @@ class DeviceInputs:
     ) -> None:
         self._block_size = block_size
         self._prepare_inputs = kernels.prepare_inputs
-        self._buffers = DeviceStep.allocate(max_num_tokens, max_num_seqs, max_blocks, device)
+        # One row more, for the padding of mixed steps.
+        self._buffers = DeviceStep.allocate(max_num_tokens, max_num_seqs + 1, max_blocks, device)
         self._table = torch.zeros_like(self._buffers.block_table)
+        self.num_decodes = torch.zeros(1, dtype=torch.int32, device=device)
+        """The number of decodes in a padded mixed step, on the device."""
         self._known = np.zeros(max_num_seqs, dtype=np.int64)
         """How many leading columns of each row are the same on the device as on the host."""
         self._sizes: abc.Sequence[int] = ()
         self._draft_sizes: abc.Sequence[int] = ()
         self._query_len = 1
+        self._mixed_sizes: abc.Sequence[int] = ()
         capacity = max_num_seqs * (FIELDS + max_blocks) + max_num_tokens
         # One buffer suffices. It is written once its last copy has been made, and that copy comes
         # first in its step, whose predecessor's results are in by then: there is next to nothing
@@ -78,6 +83,34 @@ class DeviceInputs:
             nothing, step = self._packed.send(0), self.static_step(max(sizes), query_len)
             self._launch(nothing, nothing.long(), step, 0, 0, query_len)
 
+    def pad_mixed(self, sizes: abc.Sequence[int]) -> None:
+        """From now on, pad steps that have rows of several tokens to the next larger of these
+        ascending numbers of tokens, if they fit. (Those of `pad_drafts` have no such rows.)
+
+        All steps of a size then read the tensors of `mixed_step(size)`, whose rows mixed_graphs.py
+        describes.
+        """
+        self._mixed_sizes = sizes
+        if sizes:
+            nothing, step = self._packed.send(0), self.mixed_step(max(sizes))
+            self._launch(nothing, nothing.long(), step, 0, max(sizes), mixed=(0, 0))
+
+    def step_of(self, key: GraphKey) -> DeviceStep:
+        """Return the tensors of every step of this kind."""
+        return self.mixed_step(key.size) if key.mixed else self.static_step(key.size, key.query_len)
+
+    def mixed_step(self, size: int) -> DeviceStep:
+        """Return the tensors of every padded mixed step of so many tokens, without samples."""
+        num_seqs = len(self._buffers.seq_lens)  # with the row of the padding
+        return self._buffers.narrow(size, min(num_seqs, size), 0)
+
+    def mixed_size(self, host: HostStep) -> int:
+        num_tokens, prompts = int(host.query_start_loc[-1]), len(host.order) - host.num_decodes
+        if not prompts or num_tokens > max(self._mixed_sizes, default=0):
+            return 0
+        size = self._mixed_sizes[bisect_left(self._mixed_sizes, num_tokens)]
+        return size if prompts <= max_prompts(size) else 0
+
     def static_step(self, size: int, query_len: int = 1) -> DeviceStep:
         """Return the tensors of every padded step of `size` rows with so many tokens each, as if
         all of these sampled."""
@@ -100,14 +133,22 @@ class DeviceInputs:
     def write(
         self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
     ) -> DeviceStep:
-        num_seqs = len(host.order)
+        num_seqs, num_logits = len(host.order), len(host.sampling_rows)
         query_len = self.query_len(host) if host.num_drafts else 1
         length = self._pack(self._packed.open(), host, token_ids, query_len)
         packed = self._packed.send(length)
+        reach = max(host.max_query_len, host.tables.shape[1])
+        if query_len == 1 and (size := self.mixed_size(host)):
+            step = self.mixed_step(size)._replace(
+                logit_indices=self._buffers.logit_indices[:num_logits]
+            )
+            reach = max(reach, size - len(token_ids))
+            mixed = (len(token_ids), host.num_decodes)
+            self._launch(packed, sampled, step, num_seqs, reach, mixed=mixed)
+            return step
         size = self._padded_size(host, query_len)
         num_tokens = len(token_ids) + size - num_seqs if query_len == 1 else size * query_len
-        step = self._buffers.narrow(num_tokens, size, len(host.sampling_rows))
-        reach = max(host.max_query_len, host.tables.shape[1])
+        step = self._buffers.narrow(num_tokens, size, num_logits)
         self._launch(packed, sampled, step, num_seqs, reach, query_len)
         return step
 
@@ -170,7 +211,14 @@ class DeviceInputs:
         num_seqs: int,
         reach: int,
         query_len: int = 1,
+        mixed: tuple[int, int] | None = None,
     ) -> None:
+        """Launch the kernel; `mixed` are the tokens and the decodes of a padded mixed step."""
+        options: dict[str, Any] = {}
+        if mixed is not None:
+            num_tokens, num_decodes = mixed
+            options = {"num_tokens": num_tokens, "num_decodes": num_decodes}
+            options["num_decodes_out"] = self.num_decodes
         self._prepare_inputs(
             packed,
             sampled,
@@ -181,4 +229,5 @@ class DeviceInputs:
             reach=reach,
             block_size=self._block_size,
             query_len=query_len,
+            **options,
         )

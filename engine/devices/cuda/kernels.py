@@ -6,18 +6,22 @@ The tests put plain references in their place. Importing this loads Triton.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from ....kernels.cuda import (
+    best_tokens,
     copy_blocks,
+    fp8,
     grouped_product,
     lora,
     prepare_inputs,
     reshape_and_cache,
     rms_norm,
     rope_and_cache,
+    run_experts,
     silu_and_mul,
 )
 from ....kernels.cuda.attention import (
@@ -39,10 +43,13 @@ class Kernels(NamedTuple):
     fused_add_rms_norm: Callable[..., None]
     silu_and_mul: Callable[..., torch.Tensor]
     grouped_product: Callable[..., torch.Tensor]
+    run_experts: Callable[..., torch.Tensor]
     prepare_inputs: Callable[..., Any]
     copy_blocks: Callable[..., None]
     lora_shrink: Callable[..., None]
     lora_expand: Callable[..., None]
+    best_tokens: Callable[..., None]
+    quantize_rows: Callable[..., None]
 
 
 TRITON = Kernels(
@@ -55,9 +62,21 @@ TRITON = Kernels(
     fused_add_rms_norm=rms_norm.fused_add_rms_norm,
     silu_and_mul=silu_and_mul.silu_and_mul,
     grouped_product=grouped_product.grouped_product,
+    run_experts=run_experts.run_experts,
     prepare_inputs=prepare_inputs.prepare_inputs,
     copy_blocks=copy_blocks.copy_blocks,
     lora_shrink=lora.lora_shrink,
     lora_expand=lora.lora_expand,
+    best_tokens=best_tokens.best_tokens,
+    quantize_rows=fp8.quantize_rows,
 )
 """The kernels of a GPU."""
+
+TRITON_PDL = TRITON._replace(
+    paged_attention_decode=partial(paged_attention_decode.paged_attention_decode, pdl=True),
+    rope_and_cache=partial(rope_and_cache.rope_and_cache, pdl=True),
+    rms_norm=partial(rms_norm.rms_norm, pdl=True),
+    fused_add_rms_norm=partial(rms_norm.fused_add_rms_norm, pdl=True),
+    silu_and_mul=partial(silu_and_mul.silu_and_mul, pdl=True),
+)
+"""The same, with the small kernels of a layer launched before the ones that they follow end."""

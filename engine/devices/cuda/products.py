@@ -20,9 +20,6 @@ from .kernels import Kernels
 
 logger = logging.getLogger("quire.engine")
 
-E4M3_MAX = 448.0
-"""The greatest number of float8_e4m3fn."""
-
 
 def use_products(model: nn.Module, kernels: Kernels) -> None:
     """Choose the product of each grouped layer below `model`, in place. A layer that none fits
@@ -33,7 +30,7 @@ def use_products(model: nn.Module, kernels: Kernels) -> None:
             continue
         weight, kind = layer.grouped, layer.grouped.kind
         if multiplies_float8(weight, layer.dtype):
-            layer.multiply = multiply_float8
+            layer.multiply = partial(multiply_float8, kernels)
             chosen[f"{kind} by torch's scaled product, inputs rounded by token"] += 1
         elif can_multiply(layer.in_features, weight.group_size):
             layer.multiply = partial(_multiply, kernels)
@@ -62,14 +59,16 @@ def multiplies_float8(weight: GroupedWeight, dtype: torch.dtype) -> bool:
 
 
 def multiply_float8(
-    input: torch.Tensor, weight: GroupedWeight, bias: torch.Tensor | None
+    kernels: Kernels, input: torch.Tensor, weight: GroupedWeight, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Return x Wᵀ + b, with each token of x rounded to float8 by a scale of its own: 448 is its
     greatest magnitude. Both scales are applied to the float32 sums."""
-    rows = input.reshape(-1, input.shape[-1]).float()
-    scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
+    rows = input.reshape(-1, input.shape[-1])
+    quants = torch.empty_like(rows, dtype=torch.float8_e4m3fn)
+    scale = rows.new_empty(len(rows), 1, dtype=torch.float32)
+    kernels.quantize_rows(rows, quants, scale)
     product = F.scaled_mm(
-        (rows / scale).to(torch.float8_e4m3fn),
+        quants,
         weight.quants.T,
         scale,
         F.ScalingType.RowWise,

@@ -28,13 +28,13 @@ from ..body import (
     QKV,
     ROWS,
     WORK,
-    Activations,
 )
 from ..kernel import Packed, kernel, signature_of
 from ..numbers import FAST
 from ..panels import PANEL_COLUMNS, multiply_add
 from ..products import DEPTH
 from ..region import launch
+from ..step import Activations
 from .slots import Array, Slots
 
 RUN_ROWS = 24
@@ -220,10 +220,10 @@ class AdaptedStep:
             part.reshape(len(part), -1) for part in (activations.qkv, activations.attended)
         )
         common = (self._runs, *self._scratch)
-        slots, x, normed = self._slots, activations.x, activations.normed
+        slots, update, normed = self._slots, activations.update, activations.normed
         return {
             QKV: Deltas(*slots.qkv, normed, qkv, *common, True),
-            OUTPUT: Deltas(*slots.output, attended, x, *common, True),
+            OUTPUT: Deltas(*slots.output, attended, update, *common, True),
             GATE_UP: Deltas(*slots.gate_up, normed, self.gate_up, *common, False),
-            DOWN: Deltas(*slots.down, activations.gated, x, *common, True),
+            DOWN: Deltas(*slots.down, activations.gated, update, *common, True),
         }

@@ -17,7 +17,7 @@ Results over disjoint sets of keys merge by their log_sums (Flash-Decoding; Flas
 import triton
 import triton.language as tl
 
-from ..fp8 import as_operand, widen
+from ..fp8 import as_operand, widen, widen_in_place
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)
@@ -135,7 +135,7 @@ def _load_tile(
     return key, value
 
 
-# Over 50 lines: 22 parameters.
+# Over 50 lines: 23 parameters.
 @triton.jit
 def attend_tiles(
     acc,
@@ -160,12 +160,14 @@ def attend_tiles(
     DIM_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PREFETCH: tl.constexpr,
+    IN_PLACE: tl.constexpr = False,
 ):
     """Fold keys [begin, end) into (acc, row_max, row_sum); scores are in units of log2.
 
     `begin` is a multiple of BLOCK_N. If MASKED, a row at position p does not see keys from `kv_end`
     on, keys after p, or (with a WINDOW) keys up to p − WINDOW. PREFETCH reads block ids one tile
-    ahead, so that the loads of K and V in the pipeline do not wait for another load.
+    ahead, so that the loads of K and V in the pipeline do not wait for another load. IN_PLACE
+    widens float8 as `widen_in_place` does.
     """
     in_tile = tl.arange(0, BLOCK_N)
     ahead = _block_ids(table_ptr, begin, end, in_tile, BLOCK_SIZE, BLOCK_N)
@@ -182,8 +184,10 @@ def attend_tiles(
             key_cache_ptr, value_cache_ptr, block, kv_head, start, kv_end, MASKED, NUM_KV_HEADS,
             BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N,
         )  # fmt: skip
-        key = widen(key, query.dtype)
-        value = widen(value, query.dtype)
+        if IN_PLACE:
+            key, value = widen_in_place(key, query.dtype), widen_in_place(value, query.dtype)
+        else:
+            key, value = widen(key, query.dtype), widen(value, query.dtype)
         # 2. Scores: the scale is applied with the conversion to log2, not in a pass of its own.
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if SOFTCAP > 0:  # c·tanh(x / c), tanh x = 1 - 2 / (e^2x + 1), bounded as it is 1 by then

@@ -124,6 +124,7 @@ def _build_decode_schedule_kernel(
     items_ptr,
     seq_lens_ptr,
     prefix_lens_ptr,
+    num_decodes_ptr,
     num_seqs,
     num_items,
     items_stride,
@@ -137,6 +138,8 @@ def _build_decode_schedule_kernel(
     # 1. One lane per sequence: the keys [first_key, length) that it has to read. A window drops the
     #    whole tiles before it; a shared prefix is folded for the whole group by attend_prefixes.
     seq = tl.arange(0, SEQS_PAD)
+    if num_decodes_ptr is not None:
+        num_seqs = tl.load(num_decodes_ptr)
     lengths = tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0)
     first_key = tl.zeros_like(lengths)
     if WINDOW > 0:
@@ -169,21 +172,29 @@ def _build_decode_schedule_kernel(
 
 
 def build_decode_schedule(
-    seq_lens: torch.Tensor, workspace: DecodeWorkspace, prefix_lens: torch.Tensor | None = None
+    seq_lens: torch.Tensor,
+    workspace: DecodeWorkspace,
+    prefix_lens: torch.Tensor | None = None,
+    num_decodes: torch.Tensor | None = None,
 ) -> None:
     """Write the work list for these sequence lengths `[num_seqs]` int32 into `workspace.items`.
 
     Call it once per step and workspace, before any layer's `paged_attention_decode` with the same
     seq_lens. prefix_lens `[max_num_seqs]` int32 leaves each row's first prefix_lens[i] keys (a
     multiple of the tile) out of the list, because `attend_prefixes` folds them for a whole group:
-    pass `CascadeWorkspace.prefix_lens` exactly when the layers get that cascade. The host reads
-    nothing back. Raises ValueError on more than max_num_seqs rows.
+    pass `CascadeWorkspace.prefix_lens` exactly when the layers get that cascade. Rows from
+    num_decodes `[1]` int32 (on the device) on are no decodes: they get no items, so that the decode
+    kernel leaves their part of `out` as it is. The host reads nothing back. Raises ValueError on
+    more than max_num_seqs rows.
     """
     num_seqs = seq_lens.shape[0]
     require_dtype("seq_lens", seq_lens, torch.int32)
     require_shape("seq_lens", seq_lens, None)
     require_contiguous("seq_lens", seq_lens)
-    require_launchable(seq_lens=seq_lens, workspace=workspace.items, prefix_lens=prefix_lens)
+    require_launchable(
+        seq_lens=seq_lens, workspace=workspace.items, prefix_lens=prefix_lens,
+        num_decodes=num_decodes,
+    )  # fmt: skip
     require(
         0 < num_seqs <= workspace.max_num_seqs,
         f"{num_seqs} sequences do not fit a workspace for {workspace.max_num_seqs}",
@@ -191,10 +202,14 @@ def build_decode_schedule(
     if prefix_lens is not None:
         require_dtype("prefix_lens", prefix_lens, torch.int32)
         require(num_seqs <= len(prefix_lens), "prefix_lens is for fewer sequences")
+    if num_decodes is not None:
+        require_dtype("num_decodes", num_decodes, torch.int32)
+        require_shape("num_decodes", num_decodes, 1)
     _build_decode_schedule_kernel[(1,)](
         workspace.items,
         seq_lens,
         prefix_lens,
+        num_decodes,
         num_seqs,
         num_seqs + workspace.slots,
         workspace.items.stride(0),

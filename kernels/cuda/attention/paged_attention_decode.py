@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from ...checks import check_attention, once_a_signature, require, require_launchable
-from ..fp8 import check_scales, load_scale, readable_view
+from ..dependent_launch import begin_program, launch_options
+from ..fp8 import E4M3, check_scales, has_room_to_widen, load_scale, readable_view
 from .attend_tiles import (
     LOG2E,
     LOWEST,
@@ -39,7 +40,7 @@ MAX_REGISTERS = {4: 168}
 ptxas targets 128, to fit a fourth that shared memory cannot hold, and spills."""
 
 
-# Over 50 lines: 37 parameters.
+# Over 50 lines: 39 parameters.
 @triton.jit(
     do_not_specialize=["table_stride"],
     do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr"],
@@ -82,7 +83,10 @@ def _paged_attention_decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PREFETCH: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin_program(PDL)
     # 1. Read the item: which sequence, which of its keys, and whether other programs (splits, or
     #    those of a shared prefix) have parts of the result.
     ROWS: tl.constexpr = QUERY_LEN * GROUP
@@ -122,7 +126,7 @@ def _paged_attention_decode_kernel(
     acc, row_max, row_sum = attend_tiles(
         acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
         positions, begin, end, end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS, BLOCK_SIZE,
-        HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
+        HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH, IN_PLACE,
     )  # fmt: skip
     acc, log_sum = finish_rows(acc, row_max, row_sum, value_scale)
     # 4. A sequence in one piece is done.
@@ -220,7 +224,8 @@ def paged_attention_decode(
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
     cascade: CascadeWorkspace | None = None,
-) -> torch.Tensor:  # over 50 lines: 13 parameters to describe, check and pass on
+    pdl: bool = False,
+) -> torch.Tensor:  # over 50 lines: 14 parameters to describe, check and pass on
     """Compute what `paged_attention_extend` defines, for query_len new tokens per sequence.
 
     query is `[num_seqs * query_len, num_heads, head_dim]` with the query_len of `workspace`;
@@ -228,8 +233,9 @@ def paged_attention_decode(
     zeros. The caller has run `build_decode_schedule` with the same seq_lens and workspace in this
     step, and with `prefix_lens=cascade.prefix_lens` if a cascade is given. With `cascade` (not for
     windows), a first launch folds the shared prefixes, once per group. A CUDA graph of this is
-    valid for any lengths and groups. The other parameters are those of `paged_attention_extend`.
-    Raises ValueError on shapes, dtypes, devices or layouts that do not fit.
+    valid for any lengths and groups. `pdl` launches it as dependent_launch.py says. The other
+    parameters are those of `paged_attention_extend`. Raises ValueError on shapes, dtypes, devices
+    or layouts that do not fit.
     """
     out = torch.empty_like(query) if out is None else out
     of_cascade = None
@@ -278,8 +284,11 @@ def paged_attention_decode(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         PREFETCH=config.prefetch,
+        IN_PLACE=key_cache.dtype == E4M3 and config.in_place and has_room_to_widen(query.device),
+        PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=MAX_REGISTERS.get(config.num_warps),
+        **launch_options(pdl),
     )  # fmt: skip
     return out

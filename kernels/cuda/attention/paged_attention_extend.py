@@ -60,7 +60,7 @@ def _find_sequence(query_start_loc_ptr, tile, num_seqs, GROUP: tl.constexpr, BLO
     return low, tl.load(query_start_loc_ptr + low) * GROUP // BLOCK_M + low
 
 
-# Over 50 lines: 27 parameters.
+# Over 50 lines: 28 parameters.
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _paged_attention_extend_kernel(
     out_ptr,
@@ -72,6 +72,7 @@ def _paged_attention_extend_kernel(
     seq_lens_ptr,
     sinks_ptr,
     kv_scales_ptr,
+    first_seq_ptr,
     num_seqs,
     scale,
     query_stride_t,
@@ -93,6 +94,12 @@ def _paged_attention_extend_kernel(
 ):
     # 1. Find the sequence and the rows of this tile. Tiles that no row needs return. The last tiles
     #    come first: they see the most keys, and short ones then fill the gaps at the end.
+    if first_seq_ptr is not None:
+        first_seq = tl.load(first_seq_ptr)
+        num_seqs -= first_seq
+        query_start_loc_ptr += first_seq
+        seq_lens_ptr += first_seq
+        block_table_ptr += first_seq.to(tl.int64) * table_stride
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     seq, first_tile = _find_sequence(query_start_loc_ptr, tile, num_seqs, GROUP, BLOCK_M)
@@ -165,6 +172,7 @@ def _check(
     out: torch.Tensor,
     sinks: torch.Tensor | None,
     kv_scales: torch.Tensor | None,
+    first_seq: torch.Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -177,7 +185,12 @@ def _check(
     require_dtype("query_start_loc", query_start_loc, torch.int32)
     require_shape("query_start_loc", query_start_loc, seq_lens.shape[0] + 1)
     require_contiguous("query_start_loc", query_start_loc)
-    require_launchable(query=query, query_start_loc=query_start_loc, kv_scales=kv_scales)
+    if first_seq is not None:
+        require_dtype("first_seq", first_seq, torch.int32)
+        require_shape("first_seq", first_seq, 1)
+    require_launchable(
+        query=query, query_start_loc=query_start_loc, kv_scales=kv_scales, first_seq=first_seq
+    )
 
 
 def paged_attention_extend(
@@ -196,7 +209,9 @@ def paged_attention_extend(
     out: torch.Tensor | None = None,
     config: TileConfig | None = None,
     kv_scales: torch.Tensor | None = None,
-) -> torch.Tensor:  # over 50 lines: 14 parameters to describe, check and pass on
+    first_seq: torch.Tensor | None = None,
+    max_seqs: int | None = None,
+) -> torch.Tensor:  # over 50 lines: 16 parameters to describe, check and pass on
     """Compute causal attention of packed queries over their sequences' cached blocks.
 
     query `[num_tokens, num_heads, head_dim]` holds sequence s in rows
@@ -208,13 +223,16 @@ def paged_attention_extend(
     softmax only. With a float8_e4m3fn cache, K and V are the cache times kv_scales
     (`[2, num_kv_heads]` float32, default 1). Rows of `out` before query_start_loc[0] and from
     query_start_loc[-1] on are left as they are. max_query_len is an upper bound of every query_len
-    and only picks the tile, which `config` overrides. Raises ValueError on shapes, dtypes, devices
-    or layouts that do not fit.
+    and only picks the tile, which `config` overrides. first_seq `[1]` int32 on the device leaves
+    the sequences before it out, as if the slices of the others were passed; of those at most
+    max_seqs have tokens, without which there is a tile for each sequence. A CUDA graph of that is
+    valid for any first_seq and lengths. Raises ValueError on shapes, dtypes, devices or layouts
+    that do not fit.
     """
     out = torch.empty_like(query) if out is None else out
     _check(
         query, key_cache, value_cache, block_table, query_start_loc, seq_lens, out, sinks,
-        kv_scales, scale, window, softcap,
+        kv_scales, first_seq, scale, window, softcap,
     )  # fmt: skip
     require(max_query_len > 0, f"max_query_len must be positive, not {max_query_len}")
     _, num_kv_heads, block_size, head_dim = key_cache.shape
@@ -225,10 +243,10 @@ def paged_attention_extend(
     group = num_heads // num_kv_heads
     rows = max_query_len * group
     config = config or extend_config(head_dim, query.dtype, rows, query.device)
-    num_tiles = num_tokens * group // config.block_m + num_seqs
+    num_tiles = num_tokens * group // config.block_m + (max_seqs or num_seqs)
     _paged_attention_extend_kernel[(num_kv_heads, num_tiles)](
         out, query, readable_view(key_cache), readable_view(value_cache), block_table,
-        query_start_loc, seq_lens, sinks, kv_scales, num_seqs, scale, query.stride(0),
+        query_start_loc, seq_lens, sinks, kv_scales, first_seq, num_seqs, scale, query.stride(0),
         query.stride(1), out.stride(0), out.stride(1), block_table.stride(0),
         HAS_SINKS=sinks is not None,
         WINDOW=window or 0,

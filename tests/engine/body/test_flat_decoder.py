@@ -21,9 +21,10 @@ from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..models import COMMON, FAMILIES, generate, save_model
 from ..worker_driver import Driver, load, make_config, make_sequence
 
-FLAT = {"granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"}
-FLAT_ON_GPUS = FLAT | {"gemma2", "gemma3"}
-"""The CPU has no compiled code for norms of updates, soft caps and other activations than SiLU."""
+DENSE = {"granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"}
+FLAT = DENSE | {"glm4", "mixtral", "olmo2", "olmo3", "olmoe", "qwen3_moe"}
+FLAT_ON_GPUS = FLAT | {"gemma2", "gemma3", "gpt_oss"}
+"""The CPU has no compiled code for soft caps, sinks and other activations than SiLU."""
 
 
 def is_flat(model: CausalLM) -> bool:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama import LlamaConfig
-from transformers.models.mixtral import MixtralConfig
 
 from quire.engine.body.grouped_linear import GroupedLinear, GroupedWeight
 from quire.engine.body.merged_linear import MergedLinear
@@ -131,11 +130,11 @@ def test_a_compiled_body_keeps_grouped_weights(
 def test_a_body_of_transformers_keeps_grouped_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    config = LlamaConfig(**SIZES, hidden_act="gelu")
     engine, dense = start(tmp_path, config, "mixed", monkeypatch)
     body: Any = engine.worker._model._body
     packed = [module for module in body._model.modules() if isinstance(module, PackedLinear)]
-    assert [type(module.packed) for module in packed].count(IntegerWeight) == 3
+    assert [type(module.packed) for module in packed].count(IntegerWeight) == 7
     merged = [module for module in body._model.modules() if isinstance(module, MergedLinear)]
     assert all(isinstance(module.linear, PackedLinear) for module in merged)
     for prompt in prompts(3):
@@ -148,7 +147,8 @@ def test_cuda_multiplies_by_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     backend = CudaOnCpuBackend()
     engine, dense = start(tmp_path, LlamaConfig(**SIZES), "mixed", monkeypatch, backend)
     model: Any = engine.worker._model
-    grouped = [part for part in model._body.decoder.layers[1] if isinstance(part, GroupedLinear)]
-    assert grouped and all(part.multiply is not None for part in grouped)
+    layer = model._body.decoder.layers[1]
+    grouped = [part for part in (*layer, *layer.mlp) if isinstance(part, GroupedLinear)]
+    assert len(grouped) > 2 and all(part.multiply is not None for part in grouped)
     for prompt in prompts(4):
         assert engine.complete(prompt, 8) == generate(dense, prompt, 8)

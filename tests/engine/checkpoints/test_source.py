@@ -60,7 +60,8 @@ def test_a_known_name_is_found_in_its_package(
     name = PACKAGED_MODELS["smollm2"].file
     (tmp_path / Path(name).name).write_bytes(b"GGUF")
     monkeypatch.setattr(source, "files", lambda distribution: [Listed("other"), Listed(name)])
-    assert find_source("smollm2") == Source(None, tmp_path / Path(name).name)
+    expected = Source(None, tmp_path / Path(name).name, {"temperature": 0.2, "top_p": 0.9})
+    assert find_source("smollm2") == expected
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2").mkdir()  # a folder of that name comes first
     assert find_source("smollm2") == Source("smollm2")

@@ -74,7 +74,8 @@ GENERIC = (
         ),
     ),
 )
-"""Models that run as transformers' code; their tokens are computed one at a time."""
+"""Models that run as transformers' code, or with mixtures of it; their tokens are computed one at a
+time."""
 
 
 ADAPTED = tuple(

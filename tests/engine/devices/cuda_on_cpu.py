@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from quire.engine.config import EngineConfig
-from quire.engine.devices.backend import CacheDemand, StartRehearsal
+from quire.engine.devices.backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
 from quire.engine.devices.cpu.draws import CpuDraws
 from quire.engine.devices.cuda.backend import CudaBackend
-from quire.engine.devices.cuda.decode_graphs import Capture, Run
 from quire.engine.devices.cuda.kernels import TRITON, Kernels
+from quire.engine.devices.cuda.step_graphs import Capture, Run, StepGraphs
+from quire.engine.devices.steps import GraphKey, ModelOutput
+from quire.engine.sampling.draws import BestTokens
 from quire.engine.sampling.sampler import Sampler
 from quire.kernels import reference
 from quire.kernels.prefix_groups import find_prefix_groups
@@ -45,8 +47,9 @@ class RerunCapture:
 class CudaOnCpuBackend(CudaBackend):
     """A third device, which runs the CUDA backend on the CPU.
 
-    It captures no graphs unless it is given their sizes, and takes the size of the cache from
-    `config.num_blocks`. `reruns` counts the replays of its graphs.
+    It captures no graphs unless it is given their `sizes`, and those of mixed steps of `mixed`
+    tokens besides. It takes the size of the cache from `config.num_blocks`. `reruns` counts the
+    replays of its graphs.
     """
 
     def __init__(
@@ -54,12 +57,14 @@ class CudaOnCpuBackend(CudaBackend):
         kernels: Kernels = REFERENCES,
         *,
         sizes: Sequence[int] = (),
+        mixed: Sequence[int] = (),
         capture: Capture | None = None,
         find_groups: Any = find_prefix_groups,
     ) -> None:
         super().__init__(torch.device("cpu"), kernels, find_groups)
         self.reruns = RerunCapture()
         self._sizes, self._capture_stand_in = list(sizes), capture or self.reruns
+        self._mixed = list(mixed)
 
     def check_ranks(self, config: EngineConfig) -> None:
         """Accept any number of ranks."""
@@ -79,6 +84,25 @@ class CudaOnCpuBackend(CudaBackend):
 
     def graph_sizes(self, config: EngineConfig) -> list[int]:
         return self._sizes
+
+    def mixed_sizes(self, config: EngineConfig, runner: Rehearsal) -> list[int]:
+        return self._mixed
+
+    def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
+        """Let each replay return copies of the likeliest tokens. A GPU sends them to the host
+        before its next replay overwrites them; tensors on the host are not copied."""
+        graphs = super().prepare(runner, config)
+        if isinstance(graphs, StepGraphs):
+            replay = graphs.replay
+
+            def replay_and_copy(key: GraphKey) -> ModelOutput:
+                output = replay(key)
+                if output.best is None:
+                    return output
+                return output._replace(best=BestTokens(*(part.clone() for part in output.best)))
+
+            graphs.replay = replay_and_copy  # type: ignore[method-assign]
+        return graphs
 
     def make_capture(self) -> Capture:
         return self._capture_stand_in

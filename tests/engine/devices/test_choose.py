@@ -14,6 +14,7 @@ import torch
 from quire.engine.devices.choose import choose_backend
 from quire.engine.devices.cpu.backend import CpuBackend
 from quire.engine.devices.cuda.backend import CudaBackend
+from quire.engine.devices.cuda.kernels import TRITON_PDL
 from quire.engine.devices.cuda.requirements import check_gpu
 from quire.engine.errors import ConfigurationError
 
@@ -51,6 +52,23 @@ def test_a_gpu_before_ampere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
             ConfigurationError, match=r"A GPU has compute capability 7\.5.*device cpu"
         ):
             choose_backend(make_config(Path("none"), device=device))
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
+def test_dependent_launches_need_hopper(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: _gpu(*capability))
+    config = make_config(Path("none"), device="cuda", enable_pdl=True)
+    if capability < (9, 0):
+        with pytest.raises(ConfigurationError, match=r"--enable-pdl needs .* 9\.0 .* 8\.9"):
+            choose_backend(config)
+    else:
+        backend = choose_backend(config)
+        assert isinstance(backend, CudaBackend) and backend._kernels is TRITON_PDL
+    with pytest.raises(ConfigurationError, match="--enable-pdl works only on a GPU"):
+        choose_backend(make_config(Path("none"), device="cpu", enable_pdl=True))
 
 
 def test_triton_releases_that_make_wrong_code() -> None:

@@ -7,7 +7,7 @@ combination, and plain torch computes its result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,21 +21,24 @@ from triton.runtime.jit import JITFunction
 from quire.engine.config import EngineConfig
 from quire.engine.devices.backend import CacheDemand, StartRehearsal
 from quire.engine.devices.cpu.draws import CpuDraws
-from quire.engine.devices.cuda.backend import compile_kernels
 from quire.engine.devices.cuda.draws import CudaDraws
 from quire.engine.devices.cuda.kernels import TRITON, Kernels
+from quire.engine.devices.cuda.rehearsing import compile_kernels
+from quire.engine.devices.cuda.step_graphs import Run
 from quire.engine.sampling.plan import DrawGroup
 from quire.engine.sampling.sampler import Sampler
 from quire.engine.step import BlockCopy
 from quire.kernels import checks
 
-from ..models import COMMON, FAMILIES, build_model
+from ..models import COMMON, FAMILIES, build_model, not_flat
 from ..worker_driver import Driver, make_config, make_prompts, make_sequence
-from .cuda_on_cpu import REFERENCES, CudaOnCpuBackend
+from .cuda_on_cpu import REFERENCES, CudaOnCpuBackend, RerunCapture
 
 MODELS: dict[str, Callable[[], Any]] = {
     "flat": lambda: LlamaConfig(**COMMON, head_dim=16),
-    "generic": FAMILIES["gpt_oss"],
+    "generic": not_flat,
+    "experts": FAMILIES["qwen3_moe"],
+    "experts, bfloat16": FAMILIES["gpt_oss"],  # with tiles of several shapes
     "flat, head_dim 24": lambda: LlamaConfig(**COMMON, head_dim=24),
     "generic, head_dim 24": lambda: LlamaConfig(**COMMON, head_dim=24, hidden_act="gelu"),
 }
@@ -102,11 +105,19 @@ class RecordingDraws(CpuDraws):
         return super().draw(x, best, group, positions)
 
 
+class RunFirst(RerunCapture):
+    """A capture that runs a step before it is recorded, as a GPU's does."""
+
+    def __call__(self, run: Run) -> Run:
+        run()
+        return super().__call__(run)
+
+
 class RecordingBackend(CudaOnCpuBackend):
     """A CUDA backend that starts as on a GPU."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__(recorder.kernels, sizes=[1, 2, 4])
+        super().__init__(recorder.kernels, sizes=[1, 2, 4], mixed=[16, 40], capture=RunFirst())
         self._recorder = recorder
 
     def make_sampler(self, vocab_size: int) -> Sampler:
@@ -120,14 +131,15 @@ class RecordingBackend(CudaOnCpuBackend):
 
 
 @pytest.fixture(params=MODELS)
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> EngineConfig:
     build_model(MODELS[request.param]()).save_pretrained(tmp_path)
-    yield tmp_path
+    dtype = "bfloat16" if request.param.endswith("bfloat16") else "float32"
+    return make_config(tmp_path, max_num_batched_tokens=64, dtype=dtype)
 
 
-def test_serving_meets_no_kernel_first(folder: Path) -> None:
+def test_serving_meets_no_kernel_first(config: EngineConfig) -> None:
     recorder = Recorder()
-    driver = Driver.start(_config(folder), RecordingBackend(recorder))
+    driver = Driver.start(config, RecordingBackend(recorder))
     compiled = set(recorder.variants)
     assert {name for name, _ in compiled} >= {"_copy_blocks_kernel", "_race_pieces_kernel"}
     recorder.variants.clear()
@@ -141,10 +153,6 @@ def test_serving_meets_no_kernel_first(folder: Path) -> None:
     assert recorder.variants
     late = recorder.variants - compiled
     assert not late, sorted({name for name, _ in late})
-
-
-def _config(folder: Path) -> EngineConfig:
-    return make_config(folder, max_num_batched_tokens=64)
 
 
 def test_the_recorder_sees_what_makes_triton_compile_again() -> None:

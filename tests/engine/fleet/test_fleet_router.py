@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from quire.engine.config import EngineConfig
+from quire.engine.events.block_events import block_key
 from quire.engine.fleet.fleet_router import FleetRouter
 from quire.engine.fleet.router import Choice
 from quire.engine.outputs import EngineStats
@@ -119,15 +120,51 @@ def test_what_was_sent_counts_until_the_engine_has_read_it() -> None:
     assert router.choose(request, [], 0.0).engine == "b"
 
 
-def test_requests_for_an_adapter_stay_together_and_are_not_matched() -> None:
+def test_requests_for_an_adapter_stay_together() -> None:
     router = FleetRouter()
     for engine in "abcd":
         router.join(engine, INFO)
     requests = [make_request(prompt(50, i), 2, adapter="sql") for i in range(5)]
-    assert all(router.hashes(one) == [] for one in requests)
+    assert all(router.hashes(one) == [] for one in requests)  # of an unknown version
     assert len({router.choose(one, [], 0.0).engine for one in requests}) == 1
     others = {router.choose(make_request([1], adapter=f"x{i}"), [], 0.0).engine for i in range(40)}
     assert len(others) == 4
+
+
+def test_a_prompt_for_an_adapter_follows_the_blocks_of_its_version() -> None:
+    router = FleetRouter()
+    for engine in "ab":
+        router.join(engine, INFO)
+        router.observe(engine, wire.BlocksKnown(0, b""))
+    request = make_request(prompt(160), 2, adapter="sql")
+    keys = [block_key(one) for one in router.hashes(request, "v1")]
+    for engine in "ab":
+        router.observe(engine, wire.BlocksKnown(1, b"".join(keys) if engine == "b" else b""))
+    for version, plain, cached in (("v1", False, 159), ("v2", False, 0), ("v1", True, 0)):
+        one = make_request(prompt(160), 2, adapter=None if plain else "sql")
+        choice = router.choose(one, router.hashes(one, version), 0.0, "b")
+        assert choice.predicted_cached_tokens == cached
+    assert router.choose(request, router.hashes(request, "v1"), 0.0).engine == "b"
+
+
+def test_an_engine_that_has_the_adapter_in_a_slot_is_preferred() -> None:
+    router = FleetRouter()
+    for engine in "ab":
+        router.join(engine, INFO)
+    request = make_request(prompt(100), 2, adapter="sql")
+    for has, lacks in ("ab", "ba"):
+        router.observe(has, wire.Heartbeat(STATS._replace(held_adapters=["sql"]), 0, num_added=0))
+        router.observe(lacks, wire.Heartbeat(STATS, 0, num_added=0))
+        assert router.choose(request, [], 0.0).engine == has
+        # Not at any price.
+        busy = STATS._replace(held_adapters=["sql"], waiting_tokens=100)
+        router.observe(has, wire.Heartbeat(busy, 0, num_added=0))
+        assert router.choose(request, [], 0.0).engine == lacks
+    # What has been sent fills a slot, too.
+    for engine in "ab":
+        router.observe(engine, wire.Heartbeat(STATS, 0, num_added=0))
+    router.sent(make_request([5], 1, adapter="sql"), [], Choice("a", 0), 0.0)
+    assert router.choose(request, [], 0.0).engine == "a"
 
 
 def test_engines_that_left_are_not_chosen() -> None:

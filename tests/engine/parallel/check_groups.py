@@ -130,7 +130,40 @@ def free_ports() -> int:
             return port
 
 
-async def test_two_hosts(model: tuple[Path, list[list[int]]]) -> None:
+async def test_a_host_with_another_secret_gets_nowhere(
+    model: tuple[Path, list[list[int]]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused, again and again, and the one that has the secret then joins."""
+    folder, expected = model
+    shape: dict[str, Any] = {
+        "tensor_parallel_size": 2,
+        "nnodes": 2,
+        "master_port": free_ports(),
+    }
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    right.write_text("r" * 40)
+    wrong.write_text("w" * 40)
+    log = ""
+
+    async def serve() -> None:
+        async with running_group(folder, **shape, node_key_file=str(right)) as group:
+            assert await group.answer() == expected
+
+    serving = asyncio.create_task(serve())
+    with other_host(folder, **shape, node_rank=1, node_key_file=str(wrong)):
+        async with asyncio.timeout(120):
+            while "was refused: is --node-key-file the same" not in log:
+                assert not serving.done()
+                await asyncio.sleep(0.2)
+                log += capfd.readouterr().err
+    with other_host(folder, **shape, node_rank=1, node_key_file=str(right)):
+        await serving
+
+
+@pytest.mark.parametrize("has_keys", [False, True])
+async def test_two_hosts(
+    model: tuple[Path, list[list[int]]], has_keys: bool, tmp_path: Path
+) -> None:
     folder, expected = model
     shape: dict[str, Any] = {
         "tensor_parallel_size": 2,
@@ -138,6 +171,10 @@ async def test_two_hosts(model: tuple[Path, list[list[int]]]) -> None:
         "master_addr": "127.0.0.1",
         "master_port": free_ports(),
     }
+    if has_keys:
+        secret = tmp_path / "key"
+        secret.write_text("s" * 40)
+        shape["node_key_file"] = str(secret)
     with other_host(folder, **shape, node_rank=1):
         async with running_group(folder, **shape) as group:
             assert await group.answer() == expected

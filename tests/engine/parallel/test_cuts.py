@@ -171,12 +171,11 @@ REFUSED: list[tuple[str, dict[str, Any], type[StartupError], str]] = [
     ),
     ("llama", {"tensor_parallel_size": 8}, ConfigurationError, "choose from 1, 2, 4"),
     ("llama", {"pipeline_parallel_size": 3}, ConfigurationError, "only 2 layers"),
-    ("llama", {"tensor_parallel_size": 2, "enable_lora": True}, ConfigurationError, "LoRA"),
     (
         "llama",
-        {"tensor_parallel_size": 2, "quantization": "int8"},
+        {"pipeline_parallel_size": 2, "enable_lora": True},
         ConfigurationError,
-        "--quantization",
+        "LoRA adapters do not run in stages",
     ),
     (
         "phi3",
@@ -196,15 +195,6 @@ def test_what_ranks_cannot_run_is_refused_before_weights_are_read(
     config = make_config(tmp_path, **flags)
     with pytest.raises(error, match=message):
         load_model(config, choose_backend(config))
-
-
-def test_quantised_weights_are_refused(tmp_path: Path) -> None:
-    config = models.FAMILIES["llama"]()
-    config.quantization_config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    config.save_pretrained(tmp_path)
-    asked = make_config(tmp_path, tensor_parallel_size=2)
-    with pytest.raises(UnsupportedModelError, match="quantised weights run on one device"):
-        load_model(asked, choose_backend(asked))
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,19 @@ async def test_a_group_serves_and_ends_with_a_rank(tmp_path: Path) -> None:
         await wait_gone(everyone, 1.0)
 
 
-def test_an_address_that_cannot_be_listened_on_is_one_line() -> None:
+def test_an_address_that_cannot_be_listened_on_is_one_line(tmp_path: Path) -> None:
+    secret = tmp_path / "key"
+    secret.write_text("s" * 32)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for address in ("127.0.0.1", "no.such.host.invalid"):
             config = EngineConfig(
-                model="m", tensor_parallel_size=2, nnodes=2, master_addr=address, master_port=port
+                model="m",
+                tensor_parallel_size=2,
+                nnodes=2,
+                master_addr=address,
+                master_port=port,
+                node_key_file=str(secret),
             )
             with pytest.raises(ConfigurationError, match=rf"cannot listen on tcp://{address}:"):
                 Leader(config)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quire.engine.devices.cuda.decode_graphs import graph_sizes
+from quire.engine.devices.cuda.step_graphs import graph_sizes
 from quire.engine.request import Pooling, Request
 
 from .. import models
@@ -109,7 +109,7 @@ def test_the_code_for_gpus_gives_the_same(folders: dict[str, Path], family: str)
     config: dict[str, Any] = {"async_scheduling": True, "max_num_seqs": 8}
     with ParallelEngine(folders[family], backend, tensor_parallel_size=2, **config) as engine:
         got = run_all(engine)
-        assert engine.worker._runner.has_graphs
+        assert engine.worker._runner.num_graphs
         assert any(plan.num_fed_back for plan in engine.ranks[0].plans)
     assert got == run_all(Engine(folders[family], CudaOnCpuBackend(), **config))
 

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
+from quire.engine.adapters.adapter import Adapter
 from quire.engine.config import EngineConfig
 from quire.engine.devices.backend import Backend
 from quire.engine.parallel import messages
+from quire.engine.parallel.adapter_cuts import pack_weight
+from quire.engine.parallel.follower import obey
 from quire.engine.parallel.group import SOLO, Group, Ring
 from quire.engine.parallel.step_plan import StepPlan
 from quire.engine.runner.worker import Worker
@@ -125,21 +128,32 @@ class ThreadRanks:
 
     def send(self, plan: StepPlan) -> None:
         self.plans.append(plan)
+        self._tell(messages.Step(plan))
+
+    def send_adapter(self, adapter_id: int, adapter: Adapter) -> None:
+        for name, weight in adapter.weights.items():
+            self._tell(messages.AdapterLayer(adapter_id, name, *pack_weight(weight)))
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        self._tell(messages.DropAdapter(adapter_id))
+
+    def _tell(self, order: messages.Order) -> None:
+        assert self.rank == 0
         for inbox in self._inboxes[1:]:
-            inbox.put(messages.encode(messages.Step(plan)))
+            inbox.put(messages.encode(order))
 
     def close(self) -> None:
         for inbox in self._inboxes[1:]:
             inbox.put(None)
 
-    def receive(self) -> StepPlan | None:
+    def receive(self) -> messages.Order | None:
         with self._shared.waiting():
             data = self._inboxes[self.rank].get(timeout=PATIENCE_SECONDS)
         if data is None:
             return None
-        step = messages.decode_to_follower(data)
-        assert isinstance(step, messages.Step)
-        return step.plan
+        order = messages.decode_to_follower(data)
+        assert isinstance(order, messages.Order)
+        return order
 
 
 class ParallelEngine(Engine):
@@ -156,6 +170,8 @@ class ParallelEngine(Engine):
         self._shared = self.ranks[0]._shared
         self._make_backend = make_backend
         self.failures: list[BaseException] = []
+        self.followers: dict[int, Worker] = {}
+        """The workers of the other ranks."""
         self._threads: list[threading.Thread] = []
         self._shared.baton.acquire()
         try:
@@ -179,10 +195,11 @@ class ParallelEngine(Engine):
             try:
                 backend = None if self._make_backend is None else self._make_backend()
                 worker = Worker(config, backend, ranks)
+                self.followers[ranks.rank] = worker
                 worker.load()
                 worker.profile()
-                while (plan := ranks.receive()) is not None:
-                    worker.follow(plan)
+                while (order := ranks.receive()) is not None:
+                    obey(worker, order)
             except BaseException as error:
                 self.failures.append(error)
                 self._give_up(ranks)

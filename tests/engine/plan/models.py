@@ -18,8 +18,12 @@ SHAPE = EngineShape(
     vocab_size=1000,
     runs_ahead=False,
 )
-NOTHING = FittedTimes(base=0.0, token=0.0, row=0.0, context=0.0, pair=0.0, over=0.0, knee=0)
-TIMES = FittedTimes(base=0.002, token=2e-5, row=1e-5, context=1e-7, pair=1e-8, over=4e-5, knee=64)
+NOTHING = FittedTimes(
+    base=0.0, token=0.0, row=0.0, context=0.0, pair=0.0, over=0.0, cold=0.0, knee=0
+)
+TIMES = FittedTimes(
+    base=0.002, token=2e-5, row=1e-5, context=1e-7, pair=1e-8, over=4e-5, cold=0.0, knee=64
+)
 
 
 def shape(**sizes: Any) -> EngineShape:

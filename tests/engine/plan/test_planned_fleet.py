@@ -7,7 +7,7 @@ import random
 import pytest
 
 from quire.engine.errors import ConfigurationError
-from quire.engine.plan.planned_fleet import FleetRun, PlannedFleet, PlannedRequest
+from quire.engine.plan.planned_fleet import FleetRun, Front, PlannedFleet, PlannedRequest
 
 from .models import TIMES, request, shape, times
 
@@ -16,14 +16,15 @@ def run(
     requests: list[PlannedRequest],
     replicas: int = 1,
     front: float = 0.0,
+    front_output: float = 0.0,
     model: object = None,
     **sizes: object,
 ) -> FleetRun:
     fleet = PlannedFleet(
         shape(**sizes),
-        model or times(base=0.01),
+        model or times(base=0.01),  # type: ignore[arg-type]
         replicas,
-        front,  # type: ignore[arg-type]
+        Front(front, front_output),
     )
     return fleet.run(requests)
 
@@ -37,6 +38,19 @@ def test_a_request_alone(runs_ahead: bool) -> None:
     assert result.e2e == pytest.approx([0.042]) and result.duration == pytest.approx(0.042)
     assert (result.output_tokens, result.prompt_tokens) == (4, 20)
     assert result.requests_per_s == pytest.approx(1 / 0.042)
+
+
+def test_outputs_pass_the_front_one_after_the_other_the_newest_last() -> None:
+    """Each takes 1 ms: the first token of the fourth request waits for three others' tokens."""
+    requests = [request(0.0, output=9, first=100 * i) for i in range(3)]
+    late = request(0.015, output=1, first=900)
+    result = run([*requests, late], front=0.002, front_output=0.001)
+    # It comes at 0.017, in the step from 0.022 to 0.032, behind three.
+    assert result.ttft == pytest.approx([0.013, 0.014, 0.015, 0.021])
+    assert result.itl == pytest.approx([0.01] * 24)
+    assert result.queue == pytest.approx([0.005, 0.0, 0.0, 0.0])
+    assert result.prefill == pytest.approx([0.01] * 4)
+    assert result.duration == pytest.approx(0.002 + 0.09 + 0.003)
 
 
 def test_a_request_waits_for_the_step_that_runs() -> None:

@@ -16,9 +16,9 @@ from .models import TIMES, times
 def points(model: FittedTimes, noise: float = 0.0) -> list[Measured]:
     rng = random.Random(1)
     shapes = [
-        StepShape(rows, rows, rows * context, 0)
+        StepShape(rows, rows, rows * context, 0, before)
         for rows in (1, 4, 16, 64, 256)
-        for context in (16, 512, 2048)
+        for context, before in ((16, 0), (512, 0), (512, 300), (2048, 20))
     ]
     shapes += [
         StepShape(length, 1, 0, length * start + length * (length + 1) // 2)
@@ -29,7 +29,8 @@ def points(model: FittedTimes, noise: float = 0.0) -> list[Measured]:
 
 
 @pytest.mark.parametrize(
-    "model", [TIMES, times(base=0.01), times(token=1e-4, pair=1e-8), times(base=1e-3, row=2e-4)]
+    "model",
+    [TIMES, times(base=0.01), times(token=1e-4, pair=1e-8), times(base=1e-3, row=2e-4, cold=1e-5)],
 )
 def test_the_fit_is_exact_if_the_formula_is(model: FittedTimes) -> None:
     found = fit(points(model))
@@ -54,5 +55,10 @@ def test_too_few_measurements_are_refused() -> None:
 
 def test_the_shape_of_a_step() -> None:
     plan = SchedulerOutput(1, [1, 2, 3], [99, 0, 32], [1, 4, 3], [0] * 8, [], [], [], [], [], {})
-    assert StepShape.of(plan) == (8, 3, 100, 10 + (3 * 32 + 6))
+    first = StepShape.of(plan)
+    assert first == (8, 3, 100, 10 + (3 * 32 + 6), 0)
+    assert StepShape.of(plan, first).before == 0
+    second = StepShape.of(plan, StepShape(98, 1, 0, 0))
+    assert second.before == 90
+    assert StepShape.of(plan, second).before == 22
     assert TIMES.seconds(StepShape(0, 0, 0, 0)) == TIMES.base

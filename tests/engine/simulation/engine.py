@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -73,15 +74,17 @@ class Hang(Exception):
 class SimWorker(PagedFakeWorker):
     """A paged fake worker with faults. K/V differs by adapter and by salt, too."""
 
-    def __init__(self, world: World, num_blocks: int, block_size: int) -> None:
+    def __init__(self, world: World, num_blocks: int, block_size: int, table: AdapterTable) -> None:
         super().__init__(num_blocks, block_size)
         self._world = world
+        self._table = table
         self._adapters: dict[int, int] = {}
         self.runs_out_of_memory = self._runs_out
 
     def forward(self, output: SchedulerOutput) -> Any:
         for slot, adapter_id in output.adapter_loads:
-            self._adapters[slot] = adapter_id
+            # The same weights give the same K/V, whenever they were loaded.
+            self._adapters[slot] = zlib.crc32(self._table._keys[adapter_id].encode())
         executed = super().forward(output)
         fault = self._world.step_fault(self.request_ids(output))
         if fault == "crash":
@@ -170,8 +173,8 @@ class SimCore:
     """`EngineCore` with a virtual clock, grammars that are only delays and failures, and checks
     after each step."""
 
-    def __init__(self, world: World, config: EngineConfig) -> None:
-        self._world = world
+    def __init__(self, world: World, config: EngineConfig, engine: str) -> None:
+        self._world, self._engine = world, engine
         settings = world.settings
         self.manager = BlockManager(
             settings.num_blocks, settings.block_size, enable_prefix_caching=settings.prefix_caching
@@ -182,7 +185,7 @@ class SimCore:
         self.adapters = _Adapters(self._table)
         self.speculator = self._make_speculator()
         self._trials = Trials()
-        self.worker = SimWorker(world, settings.num_blocks, settings.block_size)
+        self.worker = SimWorker(world, settings.num_blocks, settings.block_size, self._table)
         self.tier: BlockTier | None = None
         self._reads, self._writes = Tasks(), Tasks()
         make_scheduler: Callable[..., Scheduler] = Scheduler
@@ -278,7 +281,7 @@ class SimCore:
         self._loop.on_begin = on_begin
 
     def add_request(self, request: Request) -> None:
-        self._world.arrived(request)
+        self._world.arrived(request, self._engine)
         request.check_fits(self.info)
         self.scheduler.add_request(request)
         self.watch.added(request)
@@ -358,13 +361,13 @@ class SimCore:
         self.manager.pool.forget_free()
 
     def record_blocks(self, on: bool) -> None:
-        raise AssertionError("nobody follows the blocks of a simulated engine")
+        self.manager.record_blocks(on)
 
     def take_block_events(self) -> list[BlockEvent]:
-        return []
+        return self.manager.take_block_events()
 
     def known_blocks(self) -> list[bytes]:
-        return []
+        return self.manager.known_blocks()
 
     def stats(self) -> EngineStats:
         return self.scheduler.stats()
@@ -440,8 +443,9 @@ class SimServer(EngineServer):
 class SimProcess:
     """An engine process, from its launch to its end."""
 
-    def __init__(self, world: World, launch: wire.Launch) -> None:
-        self.world = world
+    def __init__(self, world: World, launch: wire.Launch, engine: str) -> None:
+        """`engine` is its name among several."""
+        self.world, self.engine = world, engine
         self.launch = launch
         self.socket = SimSocket()
         self.core: SimCore | None = None
@@ -470,9 +474,9 @@ class SimProcess:
     async def _run(self) -> None:
         try:
             await asyncio.sleep(self.world.load_seconds())
-            core = self.core = SimCore(self.world, self.launch.config)
+            core = self.core = SimCore(self.world, self.launch.config, self.engine)
             server = self.server = SimServer(self.socket)
-            self.world.end_outage()
+            self.world.end_outage(self.engine)
             while True:
                 self._woken.clear()
                 try:
@@ -481,7 +485,7 @@ class SimProcess:
                     self.end(1, "crash in a step")
                     return
                 except Hang:
-                    self.world.begin_outage()
+                    self.world.begin_outage(self.engine)
                     await asyncio.Event().wait()
                 if core.has_work:
                     await asyncio.sleep(self.world.step_seconds())
@@ -544,8 +548,9 @@ class SimHandle(SimLink):
     async def launch(
         cls, launch: wire.Launch, variables: Mapping[str, str] | None = None
     ) -> SimHandle:
-        process = SimProcess(cls.world, launch)
-        cls.world.processes[launch.address] = process
+        assert variables is not None
+        process = SimProcess(cls.world, launch, variables["ENGINE"])
+        cls.world.processes[launch.address] = cls.world.latest[process.engine] = process
         return cls(process, launch.address)
 
     @property

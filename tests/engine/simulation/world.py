@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from unittest.mock import patch
 
 from quire.engine.config import EngineConfig, SchedulingPolicy
 from quire.engine.errors import EngineError, InvalidRequestError, PoolTooSmallError, QuireError
+from quire.engine.fleet import fleet_client
 from quire.engine.lora import AdapterSource
 from quire.engine.outputs import EngineStats, SequenceOutput, Timings
 from quire.engine.process import (
@@ -38,15 +40,16 @@ from quire.engine.process import (
     streams,
     wire,
 )
-from quire.engine.process.attached_client import AttachedEngineClient
 from quire.engine.process.process_client import ProcessEngineClient
-from quire.engine.process.remote_client import EngineStatus, RemoteEngineClient, State
+from quire.engine.process.remote_client import EngineStatus, State
 from quire.engine.process.stream import MAX_DEATHS
+from quire.engine.process.streams import StreamTable
 from quire.engine.request import Request
 
 from ..tiers.stores import FaultyStore
 from .clients import ADAPTERS, Plan, answer, is_cut_of, make_plans
 from .engine import SimHandle, SimLink, SimProcess
+from .fronts import Client, Front, MainFront, WorkerFront
 from .virtual_loop import VirtualLoop
 
 STALL_SECONDS = 8.0
@@ -92,6 +95,7 @@ class Settings:
     step_seconds: float
     check_every: int
     swarm: frozenset[str]
+    num_engines: int
     host_slots: int = 0
     """Blocks of host memory for evicted ones."""
     store_faults: float | None = None
@@ -125,6 +129,7 @@ class Settings:
             step_seconds=rng.choice([0.005, 0.01, 0.02]),
             check_every=rng.choice([1, 3, 10]),
             swarm=swarm,
+            num_engines=rng.choice([1, 1, 1, 2, 3]),
             host_slots=host_slots,
             store_faults=tiers.choice([None, 0.0, 0.1]) if host_slots else None,
         )
@@ -140,8 +145,9 @@ class Settings:
 
 @dataclass
 class _Outage:
-    """A time in which no engine answers; `end` is None while it lasts."""
+    """A time in which an engine does not answer; `end` is None while it lasts."""
 
+    engine: str
     begin: float
     end: float | None = None
 
@@ -193,15 +199,20 @@ class World:
         plans = make_plans(
             random.Random(f"plans {settings.seed}"),
             settings.num_requests,
-            settings.pace,
+            settings.pace / settings.num_engines,
             max(1, settings.num_workers),
             set(settings.swarm),
         )
         self.plans = {plan.request.request_id: plan for plan in plans}
         self.offenders: set[str] = set()
         """Requests with which no step fits into the device's memory."""
-        self.first_adapters = [AdapterSource(name, f"/{name}") for name in ADAPTERS]
+        self.first_adapters = [_adapter(name) for name in ADAPTERS]
+        self.engines = [str(index) for index in range(settings.num_engines)]
         self.processes: dict[str, SimProcess] = {}
+        self.latest: dict[str, SimProcess] = {}
+        """The last process of each engine."""
+        self._places: dict[str, str] = {}
+        """The last engine of each request."""
         self._records: dict[str, Record] = {}
         self._outages: list[_Outage] = []
         self._seeds: dict[str, int | None] = {}
@@ -209,7 +220,7 @@ class World:
         self._poisoned: Counter[str] = Counter()
         """How many engines each poisonous request has killed."""
         self._given_up = False
-        """Whether the supervisor starts no engine any more."""
+        """Whether no engine is started any more."""
         self._worker_starts: list[float] = []
         """When HTTP workers took the places of others."""
         self._violation: asyncio.Future[None]
@@ -220,7 +231,7 @@ class World:
         self._loop = VirtualLoop()
         self.stored_blocks = FaultyStore(200, settings.seed, settings.store_faults or 0.0)
         """The store below host memory, which outlives the engines."""
-        self._workers: list[_Worker] = []
+        self._workers: list[WorkerFront] = []
 
     # -- what the simulated parts ask ----------------------------------------------------------
 
@@ -236,9 +247,15 @@ class World:
         submitted = self._records[plan.request.request_id].submitted
         return self.clock() >= submitted + plan.compiles_for
 
-    def arrived(self, request: Request) -> None:
+    def arrived(self, request: Request, engine: str) -> None:
         """Note that an engine gets a request."""
-        self._note("arrival", request.request_id, request.sampling_params.seed)
+        self._note("arrival", request.request_id, request.sampling_params.seed, engine)
+        before = self._places.get(_request_id(request.request_id), engine)
+        self._places[_request_id(request.request_id)] = engine
+        self._counts["moves to another engine"] += engine != before
+        self._counts["prompts that another engine has cached"] += bool(
+            request.expected_cached_tokens and len(self.engines) > 1
+        )
         seed = request.sampling_params.seed
         first = self._seeds.setdefault(_request_id(request.request_id), seed)
         assert seed == first, f"{request.request_id} has another seed than before"
@@ -294,20 +311,25 @@ class World:
         self.faults["repeated message"] += repeated
         return repeated
 
-    def begin_outage(self) -> None:
-        """Note that from now on an engine does not answer."""
-        if not self._outages or self._outages[-1].end is not None:
-            self._outages.append(_Outage(self.clock()))
+    def _outages_of(self, engine: str) -> list[_Outage]:
+        return [outage for outage in self._outages if outage.engine == engine]
 
-    def end_outage(self) -> None:
+    def begin_outage(self, engine: str) -> None:
+        """Note that from now on an engine does not answer."""
+        known = self._outages_of(engine)
+        if not known or known[-1].end is not None:
+            self._outages.append(_Outage(engine, self.clock()))
+
+    def end_outage(self, engine: str) -> None:
         """Note that an engine has loaded."""
-        if self._outages and self._outages[-1].end is None:
-            self._outages[-1].end = self.clock()
+        known = self._outages_of(engine)
+        if known and known[-1].end is None:
+            known[-1].end = self.clock()
 
     def died(self, process: SimProcess, why: str) -> None:
         if why != "asked to end":
             self.faults[f"engine: {why}"] += 1
-            self.begin_outage()
+            self.begin_outage(process.engine)
         self._account(process)
 
     def _account(self, process: SimProcess) -> None:
@@ -375,7 +397,7 @@ class World:
         link = type("Link", (SimLink,), {"world": self})
         handle = type("Handle", (SimHandle,), {"world": self})
         time = SimpleNamespace(monotonic=self.clock)
-        timed = (engine_process, remote_client, stream, streams)
+        timed = (engine_process, fleet_client, remote_client, stream, streams)
         with ExitStack() as stack:
             for module, name, value in (
                 (process_client, "EngineHandle", handle),
@@ -388,15 +410,12 @@ class World:
 
     async def _main(self) -> None:
         self._violation = self._loop.create_future()
-        main = ProcessEngineClient(
-            EngineConfig(model="sim"),
-            stall_timeout=STALL_SECONDS,
-            max_restarts=self.settings.max_restarts,
-        )
-        if self.settings.num_workers:
-            main.on_status = self._tell
-        self._workers = [_Worker(number) for number in range(self.settings.num_workers)]
-        await main.start()
+        main = MainFront(self.settings.num_engines, self._make_engine)
+        for index, engine in enumerate(main.engines if self.settings.num_workers else ()):
+            engine.on_status = partial(self._tell, index)
+        numbers = range(self.settings.num_workers)
+        self._workers = [WorkerFront(number, self.settings.num_engines) for number in numbers]
+        await main.client.start()
         everything = asyncio.create_task(self._everything(main))
         done, _ = await asyncio.wait(
             {everything, self._violation},
@@ -407,10 +426,19 @@ class World:
         if self._violation.done():
             self._violation.result()
         await everything
-        await main.close()
+        await main.client.close()
 
-    async def _everything(self, main: ProcessEngineClient) -> None:
-        await main.wait_ready()
+    def _make_engine(self, index: int, streams: StreamTable | None) -> ProcessEngineClient:
+        return ProcessEngineClient(
+            EngineConfig(model="sim"),
+            stall_timeout=STALL_SECONDS,
+            max_restarts=self.settings.max_restarts,
+            streams=streams,
+            environment={"ENGINE": str(index)},
+        )
+
+    async def _everything(self, main: MainFront) -> None:
+        await main.client.wait_ready()
         faults = asyncio.create_task(self._inject(main))
         clients = [asyncio.create_task(self._client(plan, main)) for plan in self.plans.values()]
         try:
@@ -422,35 +450,43 @@ class World:
         await self._settle(main)
         self._check_all()
 
-    async def _settle(self, main: ProcessEngineClient) -> None:
+    async def _settle(self, main: MainFront) -> None:
         """Wait until all messages have arrived; then nothing may be left of any request."""
-        while main.status.state not in (State.READY, State.FAILED):
+        settled = (State.READY, State.FAILED)
+        while any(engine.status.state not in settled for engine in main.engines):
             await asyncio.sleep(1.0)
         await asyncio.sleep(10.0)
-        for client in [main, *(worker.client for worker in self._workers)]:
+        fronts: list[Front] = [main, *self._workers]
+        for client in (front.client for front in fronts):
             assert not len(client._streams), "a client keeps streams"
             assert not client._streams._sent, "a client keeps streams that it has sent"
-        self._given_up = main.status.state is State.FAILED
-        if self._given_up:
-            assert len(self._outages) > self.settings.max_restarts, "it was given up too early"
+        states = [engine.status.state for engine in main.engines]
+        self._given_up = states == [State.FAILED] * len(states)
+        for name, engine in zip(self.engines, main.engines, strict=True):
+            self._check_left(name, engine)
+
+    def _check_left(self, name: str, engine: ProcessEngineClient) -> None:
+        if engine.status.state is State.FAILED:
+            number = len(self._outages_of(name))
+            assert number > self.settings.max_restarts, "it was given up too early"
             self.faults["engine given up"] += 1
             return
-        assert main.health().ready, "the engine was restarted without a reason"
-        process = list(self.processes.values())[-1]
+        assert engine.health().ready, "the engine was restarted without a reason"
+        process = self.latest[name]
         assert process.core is not None and process.server is not None
         assert not process.core.has_work, "work is left: something waits for ever"
         process.core.check_empty()
         assert not process.server._open, f"the server keeps {list(process.server._open)}"
-        stats = main.stats()
+        stats = engine.stats()
         assert stats is not None and stats.num_free_blocks == stats.num_blocks
         self._account(process)
 
     # -- clients -------------------------------------------------------------------------------
 
-    def _client_for(self, plan: Plan, main: ProcessEngineClient) -> RemoteEngineClient:
-        return self._workers[plan.client].client if self._workers else main
+    def _client_for(self, plan: Plan, main: MainFront) -> Client:
+        return self._workers[plan.client].client if self._workers else main.client
 
-    async def _client(self, plan: Plan, main: ProcessEngineClient) -> None:
+    async def _client(self, plan: Plan, main: MainFront) -> None:
         await asyncio.sleep(plan.at - self.clock())
         record = Record(plan, submitted=self.clock())
         self._records[plan.request.request_id] = record
@@ -471,7 +507,7 @@ class World:
             asking.result()
         self._note("end", plan.request.request_id, record.left, repr(record.refused))
 
-    async def _ask(self, record: Record, client: RemoteEngineClient) -> None:
+    async def _ask(self, record: Record, client: Client) -> None:
         plan = record.plan
         num_tokens = 0
         try:
@@ -504,10 +540,10 @@ class World:
 
     # -- faults from outside -------------------------------------------------------------------
 
-    async def _inject(self, main: ProcessEngineClient) -> None:
+    async def _inject(self, main: MainFront) -> None:
         while True:
             await asyncio.sleep(self._rng.expovariate(1.0))
-            process = list(self.processes.values())[-1]
+            process = self.latest[self._any_of(self.engines)]
             if self._happens("crashes", 0.03) and process.core is not None:
                 process.end(-9, "killed from outside")
             if self._happens("junk", 0.5):
@@ -516,32 +552,36 @@ class World:
                 process.arrive(sender, self._rng.randbytes(self._rng.randrange(40)))
             if self._happens("adapters", 0.2):
                 await self._change_adapters(main)
-            if self._happens("cache resets", 0.2) and main.health().ready:
+            if self._happens("cache resets", 0.2) and main.client.health().ready:
                 with contextlib.suppress(EngineError):
-                    await main.reset_prefix_cache()
+                    await main.client.reset_prefix_cache()
             if self._workers and self._happens("worker deaths", 0.1):
                 self._kill_worker(self._rng.choice(self._workers), main)
 
-    async def _change_adapters(self, main: ProcessEngineClient) -> None:
+    def _any_of(self, names: list[str]) -> str:
+        return names[0] if len(names) == 1 else self._rng.choice(names)
+
+    async def _change_adapters(self, main: MainFront) -> None:
         name = self._rng.choice(ADAPTERS)
         try:
             if name != ADAPTERS[0] and self._rng.random() < 0.5:
-                await main.unload_adapter(name)
+                await main.client.unload_adapter(name)
             else:
-                await main.load_adapter(AdapterSource(name, f"/{name}"), replace=True)
+                await main.client.load_adapter(_adapter(name), replace=True)
         except (EngineError, InvalidRequestError) as error:
             self._counts[f"adapter change refused: {error.code}"] += 1
         self.faults["adapter change"] += 1
 
-    def _tell(self, status: EngineStatus) -> None:
+    def _tell(self, index: int, status: EngineStatus) -> None:
         for worker in self._workers:
-            worker.client.follow(status)
+            worker.links[index].follow(status)
 
-    def _kill_worker(self, worker: _Worker, main: ProcessEngineClient) -> None:
+    def _kill_worker(self, worker: WorkerFront, main: MainFront) -> None:
         self.faults["HTTP worker killed"] += 1
-        name = worker.die()
-        self._loop.call_later(self._rng.expovariate(10.0), main.client_gone, name)
-        worker.client.follow(main.status)
+        name, delay = worker.die(), self._rng.expovariate(10.0)
+        for link, engine in zip(worker.links, main.engines, strict=True):
+            self._loop.call_later(delay, engine.client_gone, name)
+            link.follow(engine.status)
         self._worker_starts.append(self.clock())
 
     # -- checks --------------------------------------------------------------------------------
@@ -603,18 +643,22 @@ class World:
         """Return whether a request's deadline passes while no engine has it."""
         deadline = record.plan.request.deadline
         assert deadline is not None
-        return any(
-            outage.begin < deadline and (outage.end is None or deadline < outage.end)
-            for outage in self._outages
+        return all(
+            any(
+                outage.begin < deadline and (outage.end is None or deadline < outage.end)
+                for outage in self._outages_of(engine)
+            )
+            for engine in self.engines
         )
 
-    def _deaths_during(self, record: Record) -> int:
-        """Return how many engines died while the request was open, or soon after."""
+    def _deaths_during(self, record: Record, engine: str | None = None) -> int:
+        """Return how often engines, or only this one, died while the request was open, or soon
+        after."""
         assert record.ended is not None
         return sum(
             outage.begin <= record.ended
             and (outage.end is None or record.submitted <= outage.end + GREETING_SECONDS)
-            for outage in self._outages
+            for outage in (self._outages if engine is None else self._outages_of(engine))
         )
 
     def _check_refusal(self, record: Record, error: QuireError) -> None:
@@ -622,9 +666,10 @@ class World:
         match error.code:
             case "engine_not_ready":
                 starts = [record.submitted - start for start in self._worker_starts]
-                assert self._deaths_during(record) or any(
-                    0.0 <= age < GREETING_SECONDS for age in starts
-                ), "the engine was not ready without a reason"
+                all_died = all(self._deaths_during(record, engine) for engine in self.engines)
+                assert all_died or any(0.0 <= age < GREETING_SECONDS for age in starts), (
+                    "no engine was ready without a reason"
+                )
             case "model_not_found":
                 assert request.adapter not in (None, ADAPTERS[0])
             case "kv_pool_too_small":
@@ -664,32 +709,8 @@ class World:
             assert record.tokens[choice] == whole, "it ended before its end"
 
 
-class _Worker:
-    """An HTTP worker process, and the one that takes its place when it dies."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-        self._incarnation = 0
-        self.client = self._start()
-        self.asking: set[asyncio.Task[None]] = set()
-
-    def _start(self) -> AttachedEngineClient:
-        self._incarnation += 1
-        self.name = f"worker {self._number} {self._incarnation}".encode()
-        return AttachedEngineClient(self.name)
-
-    def die(self) -> bytes:
-        """Let the process die with the requests that it serves; return its name."""
-        name, dead = self.name, self.client
-        if isinstance(dead._engine, SimLink):
-            dead._engine.close()
-        if dead._reader is not None:
-            dead._reader.cancel()
-        for task in self.asking:
-            task.cancel()
-        self.asking = set()
-        self.client = self._start()
-        return name
+def _adapter(name: str) -> AdapterSource:
+    return AdapterSource(name, f"/{name}", f"the weights of {name}")
 
 
 def _request_id(sent_id: str) -> str:

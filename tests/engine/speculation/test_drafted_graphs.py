@@ -104,6 +104,23 @@ def test_replayed_drafts_give_the_reference_tokens(family: str, tmp_path: Path) 
         assert {key.query_len for key in engine.keys} <= {1, 8}
 
 
+def test_long_drafts_replay_mixed_steps(tmp_path: Path) -> None:
+    """Drafts of up to 9 tokens, beside prompts and decodes."""
+    model: PreTrainedModel = save_model("qwen3", tmp_path)
+    lengths = [30, 60, 20, 45, 50]
+    requests = greedy_requests(lengths)
+    expected = {
+        request.request_id: generate(model, list(request.prompt_token_ids), length)
+        for request, length in zip(requests, lengths, strict=True)
+    }
+    backend = CudaOnCpuBackend(sizes=SIZES, mixed=[12, 64])
+    engine = DraftedEngine(tmp_path, expected, 0.9, backend)
+    assert engine.tokens(requests) == expected
+    mixed = [key for key in engine.keys if key.mixed]
+    assert {key.size for key in mixed} == {12, 64} and len(mixed) > 5
+    assert {key.query_len for key in engine.keys if not key.mixed} == {1, 8}
+
+
 def test_there_are_no_such_graphs_without_drafts(tmp_path: Path) -> None:
     save_model("llama", tmp_path)
     config = make_config(tmp_path, **OPTIONS)

@@ -35,21 +35,9 @@ from ..grammar.constrained import (
 )
 from ..lora_models import save_adapter
 from ..models import COMMON, build_model, save_model
+from ..sampling_kinds import GRAMMAR_SAMPLING, SAMPLING
 from ..worker_driver import make_config
 from .drafters import FreeDrafts, RandomDrafter, always
-
-_SAMPLING: list[dict[str, Any]] = [
-    {"temperature": 0.0},
-    {"temperature": 0.0, "repetition_penalty": 1.3, "logprobs": 3},
-    {"temperature": 0.8, "top_p": 0.9},
-    {"temperature": 1.0, "top_k": 5, "logprobs": 0},
-    {"temperature": 1.3, "min_p": 0.05, "frequency_penalty": 0.6},
-    {"temperature": 1.0, "presence_penalty": 0.7, "logit_bias": ((5, 4.0), (9, -3.0))},
-    {"temperature": 1.0, "bad_words": ((7,), (11, 12), (3, 4, 5)), "top_k": 12},
-    {"temperature": 1.2, "stop_token_ids": (17, 23, 40, 61), "min_tokens": 6},
-    {"temperature": 1.0, "allowed_token_ids": tuple(range(3, 40)), "n": 3},
-    {"temperature": 0.7, "n": 2, "prompt_logprobs": 1, "logprobs": 2},
-]
 
 
 def _requests(seed: int) -> list[Request]:
@@ -57,7 +45,7 @@ def _requests(seed: int) -> list[Request]:
     chance = random.Random(seed)
     shared = [chance.randrange(3, 128) for _ in range(40)]
     requests = []
-    for index, params in enumerate(_SAMPLING):
+    for index, params in enumerate(SAMPLING):
         own = [chance.randrange(3, 128) for _ in range(chance.randint(1, 30))]
         prompt = shared[: chance.choice([0, 17, 40])] + own * chance.choice([1, 3])
         requests.append(
@@ -175,21 +163,13 @@ def test_every_kind_of_sampling_is_the_same(folder: Path, fields: dict[str, Any]
         _compare(cores, _requests(seed), right, seed)
 
 
-_GRAMMAR_SAMPLING: list[dict[str, Any]] = [
-    {"temperature": 0.0},
-    {"temperature": 1.0, "top_p": 0.95, "n": 2},
-    {"temperature": 1.0, "min_tokens": 9, "logprobs": 1},
-    {"temperature": 1.2, "ignore_eos": True, "bad_words": ((270,), (301, 302))},
-]
-
-
 @pytest.mark.parametrize("right", [0.3, 1.0])
 def test_grammars_are_the_same(grammar_folder: Path, right: float) -> None:
     """Drafts that a grammar forbids, that it allows, and that run past its end."""
     specs = [spec for spec, _ in GRAMMARS.values()] + [json_spec(one) for one in SCHEMAS]
     requests = [
         replace(
-            make_request(f"g{index}", spec, **_GRAMMAR_SAMPLING[index % len(_GRAMMAR_SAMPLING)]),
+            make_request(f"g{index}", spec, **GRAMMAR_SAMPLING[index % len(GRAMMAR_SAMPLING)]),
             arrival_time=float(index),
         )
         for index, spec in enumerate(specs)

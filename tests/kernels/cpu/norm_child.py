@@ -24,7 +24,8 @@ LONGEST = 200
 def _rows(rng: np.random.Generator, length: int) -> Norm:
     x, weights = (rng.standard_normal((count, length), dtype=np.float32) for count in (4, 1))
     epsilons, no_ids = np.full(1, 1e-5, np.float32), np.empty(0, np.int64)
-    return Norm(x, weights, epsilons, np.zeros_like(x), no_ids, weights, np.float32(1))
+    none = (np.empty((0, 1), np.float32), np.empty((0, 1), np.float32), np.empty(0, np.float32))
+    return Norm(x, weights, epsilons, np.zeros_like(x), *none, no_ids, weights, np.float32(1))
 
 
 def main() -> None:

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quire.kernels.cpu import ahead, compiling
+from quire.kernels.cpu import ahead, region
 from quire.kernels.cpu.ahead import Build
-from quire.kernels.cpu.compiling import compile_all, is_compiled
 from quire.kernels.cpu.kernel import Kernel, Packed, Signature, Work, signature_of
 from quire.kernels.cpu.norms import Pick, pick
-from quire.kernels.cpu.region import launch
+from quire.kernels.cpu.region import compile_all, is_compiled, launch
 
 from ...engine.models import save_model
 from ...engine.worker_driver import Driver, make_config, make_sequence
@@ -55,14 +54,14 @@ def test_steps_use_exactly_the_kernels_that_are_compiled_ahead(
 
 def test_the_compiling_process_fills_the_cache_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from quire.kernels.cpu import ahead, compiling;"
+        "import sys; from quire.kernels.cpu import ahead, region;"
         "build = ahead.Build('float32', 'float32');"
         "tasks = [task for task in ahead.tasks_for(build) if task[0].name == 'pick'];"
-        "assert not compiling.is_compiled(tasks);"
+        "assert not region.is_compiled(tasks);"
         "ahead.tasks_for = lambda *_, **__: tasks;"
         "sys.argv = ['', 'float32'];"
         "ahead.main();"
-        "assert compiling.is_compiled(tasks) and 'torch' not in sys.modules"
+        "assert region.is_compiled(tasks) and 'torch' not in sys.modules"
     )
     command = [sys.executable, "-P", "-c", code]
     subprocess.run(command, env={"NUMBA_CACHE_DIR": str(tmp_path)}, check=True)
@@ -114,7 +113,7 @@ def test_the_log_reports_the_wait_for_compilation(
     caplog.set_level(logging.INFO)
     choice = Pick(np.ones((2, 3)), np.array([1]), np.zeros((1, 3)))
     tasks = [(pick, signature_of(choice))]
-    monkeypatch.setattr(compiling, "is_compiled", lambda _: False)
+    monkeypatch.setattr(region, "is_compiled", lambda _: False)
     compile_all(tasks)
     assert "once" in caplog.messages[0] and "are compiled, after" in caplog.messages[1]
     monkeypatch.undo()

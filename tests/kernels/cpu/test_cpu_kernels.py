@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from numba import njit
 from torch import nn
 
 from quire.engine.attention.metadata import AttentionMetadata
-from quire.engine.body.flat_decoder import FlatDecoder, FlatLayer, Norm, TorchOps
+from quire.engine.body.flat_decoder import FlatDecoder, FlatLayer, Mlp, Norm, TorchOps
 from quire.engine.devices.cpu.attention import CpuPlanner
 from quire.engine.devices.cpu.decoder import CpuDecoder, can_compile
 from quire.engine.devices.cpu.packed_linear import PackedLinear
@@ -272,9 +274,12 @@ class Rotary(nn.Module):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
+def make_norm(*shape: int, dtype: torch.dtype = torch.float32) -> Norm:
+    return Norm(1 + torch.randn(shape).to(dtype) / 4, 1e-6)
+
+
 def make_layer(head_dim: int, has_norm: bool, dtype: torch.dtype) -> FlatLayer:
-    def norm(*shape: int) -> Norm:
-        return Norm(1 + torch.randn(shape).to(dtype) / 4, 1e-6)
+    norm = partial(make_norm, dtype=dtype)
 
     def linear(columns: int, rows: int) -> nn.Linear:
         return nn.Linear(columns, rows, bias=has_norm, dtype=dtype)
@@ -291,10 +296,7 @@ def make_layer(head_dim: int, has_norm: bool, dtype: torch.dtype) -> FlatLayer:
         qk_norm=norm(HEADS + KV_HEADS, head_dim) if has_norm else None,
         output=linear(HEADS * head_dim, HIDDEN),
         mlp_norm=norm(HIDDEN),
-        gate_up=linear(HIDDEN, 2 * 70),
-        activation=F.silu,
-        is_silu=True,
-        down=linear(70, HIDDEN),
+        mlp=Mlp(linear(HIDDEN, 2 * 70), F.silu, True, linear(70, HIDDEN)),
     )
 
 
@@ -302,13 +304,27 @@ def exact(value: Any) -> Any:
     """Return a layer with the same weights in float32."""
     if isinstance(value, Norm):
         return Norm(value.weight.float(), value.eps)
+    if isinstance(value, Mlp):
+        return Mlp(*map(exact, value))
     return copy.deepcopy(value).float() if isinstance(value, nn.Linear) else value
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "no rotation": {"rotates": False},
-    "scaled updates": {"update_scale": 0.22},
+def normed_updates(layer: FlatLayer) -> dict[str, Any]:
+    return {"output_norm": make_norm(HIDDEN), "down_norm": make_norm(HIDDEN)}
+
+
+OPTIONS: dict[str, Callable[[FlatLayer], dict[str, Any]]] = {
+    "plain": lambda layer: {},
+    "no rotation": lambda layer: {"rotates": False},
+    "neighbours rotate": lambda layer: {"rotates_pairs": True},
+    "scaled updates": lambda layer: {"update_scale": 0.22},
+    "a norm of all heads": lambda layer: {"norms_all_heads": layer.qk_norm is not None},
+    "normed updates": normed_updates,
+    "only updates are normed": lambda layer: {
+        **normed_updates(layer),
+        "input_norm": None,
+        "mlp_norm": None,
+    },
 }
 
 
@@ -316,8 +332,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ("head_dim", "has_norm", "dtype", "options"),
     [
         *((*case, "plain") for case in itertools.product([4, 20, 64, 96], [True, False], DTYPES)),
-        (20, True, torch.float32, "no rotation"),
-        (20, True, torch.float32, "scaled updates"),
+        *((20, True, torch.float32, option) for option in OPTIONS if option != "plain"),
+        (20, False, torch.float32, "neighbours rotate"),
+        (20, False, torch.float32, "only updates are normed"),
     ],
 )
 @torch.no_grad()
@@ -325,7 +342,8 @@ def test_a_compiled_body_equals_plain_torch(
     head_dim: int, has_norm: bool, dtype: torch.dtype, options: str
 ) -> None:
     slots = [16, 0, -1, 112, 32]  # the first token of its sequence, in the first slot of a block
-    layer = make_layer(head_dim, has_norm, dtype)._replace(**OPTIONS[options])
+    layer = make_layer(head_dim, has_norm, dtype)
+    layer = layer._replace(**OPTIONS[options](layer))
     embedding = nn.Embedding(9, HIDDEN, dtype=dtype)
     # With "dynamic" only a part of a head rotates.
     rotary = Rotary(*((head_dim, "default") if has_norm else (head_dim // 4 * 2, "dynamic")))
@@ -372,15 +390,18 @@ def test_other_activations_and_layers_that_differ_are_not_compiled() -> None:
     flat = FlatDecoder(nn.Embedding(2, HIDDEN), Rotary(4), [layer, layer], layer.mlp_norm)
     assert can_compile(flat)
     assert not can_compile(flat._replace(layers=[layer, other]))
-    capped, kind = layer._replace(softcap=30.0), layer._replace(rotary_kind="full_attention")
-    normed = layer._replace(output_norm=layer.mlp_norm)
-    for odd in (layer._replace(is_silu=False), capped, kind, normed):
+    capped = layer._replace(softcap=30.0)
+    normed = layer._replace(output_norm=layer.mlp_norm)  # and not the other one
+    with_sinks = layer._replace(sinks=torch.zeros(HEADS))
+    gelu = layer._replace(mlp=layer.mlp._replace(is_silu=False))
+    for odd in (gelu, capped, with_sinks, normed):
         assert not can_compile(flat._replace(layers=[odd]))
 
 
 def test_a_row_s_norm_does_not_depend_on_where_its_arrays_are() -> None:
     rng, memory = np.random.default_rng(4), np.zeros(1000, np.float32)
     epsilons, no_ids = np.full(1, 1e-5, np.float32), np.empty(0, np.int64)
+    none = (np.empty((0, 1), np.float32), np.empty((0, 1), np.float32), np.empty(0, np.float32))
     for length in range(1, 100):
         x, weights = (rng.standard_normal((1, length), dtype=np.float32) for _ in range(2))
         memory[:length] = x[0]
@@ -388,7 +409,8 @@ def test_a_row_s_norm_does_not_depend_on_where_its_arrays_are() -> None:
         for begin in (length, 900 - length):  # right after x, and far from it
             out = memory[begin : begin + length][None]
             norm = norms.Norm(
-                memory[None, :length], weights, epsilons, out, no_ids, weights, np.float32(1)
+                *(memory[None, :length], weights, epsilons, out, *none, no_ids, weights),
+                np.float32(1),
             )
             launch(norms.normalise, norm, 1, 1, 1)
             outs.append(out.copy())

@@ -13,8 +13,10 @@ import pytest
 import triton
 
 sys.path.append(str(Path(__file__).parents[1]))
+from compiling import compile_launch  # noqa: E402
 from launches import (  # noqa: E402
     COPY_SIZE,
+    DEPENDENT,
     LAUNCHES,
     SHARED_LIMITS,
     compiled,
@@ -51,7 +53,7 @@ def test_attention_reads_16_bytes_at_a_time_into_tensor_cores(name: str, arch: i
         assert wgmma == (arch == 90 and "decode" not in kernel.name)
         assert wgmma or "mma.sync" in kernel.ptx
         sizes = COPY_SIZE.findall(kernel.ptx)
-        narrow = "fp8" in name and not wgmma
+        narrow = "fp8" in name and not wgmma and (arch < 90 or "decode" not in kernel.name)
         assert sizes and set(sizes) == ({"0x10", "0x8"} if narrow else {"0x10"}), sizes
 
 
@@ -109,6 +111,26 @@ def test_products_read_16_bytes_at_a_time_into_tensor_cores(name: str, arch: int
     ptx = compiled(name, arch)[-1].ptx
     assert widest_load(ptx) == 16
     assert dots(ptx) == ("wgmma" if arch == 90 and "of 1 row" not in name else "mma.sync")
+
+
+@pytest.mark.parametrize("name", ["decode 32/8 heads, dim 128, block 16, fp8"])
+def test_float8_reaches_the_tensor_cores_as_float16_does(name: str) -> None:
+    """Matrices are read out of shared memory whole, and no byte by itself, if both tiles fit."""
+    (*_, kernel) = compiled(name, 90)
+    names = [instruction.name for instruction in disassemble(kernel.cubin).instructions]
+    assert any(".MT88" in name for name in names if name.startswith("LDSM"))
+    assert not any(name.startswith("LDS.U8") for name in names)
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_dependent_launches_wait_before_they_touch_memory(name: str) -> None:
+    (kernel,) = compile_launch(DEPENDENT[name], 90)
+    assert kernel.spills == 0
+    (begin,) = re.findall(r"griddepcontrol\.\w+", kernel.ptx)[:1]
+    assert begin == "griddepcontrol.launch_dependents"
+    before, _, after = kernel.ptx.partition("griddepcontrol.wait")
+    touches = re.compile(r"(ld|st|atom|red)\.(global|relaxed|acquire)|cp\.async")
+    assert not touches.search(before) and touches.search(after)
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMITS)

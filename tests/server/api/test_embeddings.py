@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from quire.engine.embedding_spec import NO_LAYOUT, EmbeddingSpec
-from quire.server.metrics import Metrics
+from quire.server.metrics.metrics import Metrics
 from quire.server.serving.app import create_app
 from quire.server.settings import Settings
 from quire.server.text.tokenizer import Tokenizer

@@ -37,7 +37,9 @@ def calibration(tmp_path: Path) -> str:
             vocab_size=500,
             runs_ahead=False,
         ),
-        times=FittedTimes(base=0.01, token=1e-4, row=0.0, context=0.0, pair=0.0, over=0.0, knee=0),
+        times=FittedTimes(
+            base=0.01, token=1e-4, row=0.0, context=0.0, pair=0.0, over=0.0, cold=0.0, knee=0
+        ),
         mean_error=0.021,
         max_error=0.1,
         num_left=0,
@@ -81,6 +83,16 @@ def test_a_plan_as_json(calibration: str, capsys: pytest.CaptureFixture[str]) ->
     assert layout["at_rate"]["ttft_ms"]["p50"] == pytest.approx(16.4, rel=0.05)
     assert layout["at_rate"]["itl_ms"]["p50"] == pytest.approx(10.1, rel=0.05)
     assert layout["step_times"] == "measured" and layout["max_requests_per_s_without_one"] is None
+
+
+def test_what_lies_between_steps_is_added_to_each(
+    calibration: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan("--calibration", calibration, *LOAD, "--rate", "5", "--step-ms", "3", "--json") == 0
+    (layout,) = json.loads(capsys.readouterr().out)["layouts"]
+    assert 19.3 < layout["at_rate"]["ttft_ms"]["p50"] < 19.4 + 13  # some wait for others' steps
+    assert layout["at_rate"]["itl_ms"]["p50"] == pytest.approx(13.1, rel=0.05)
+    assert 0.2 < layout["at_rate"]["busy_by_part"]["messages"] < 0.25
 
 
 def test_sizes_of_the_engine_can_be_changed(
@@ -131,7 +143,8 @@ def test_the_demo_model_is_estimated_on_gpus(capsys: pytest.CaptureFixture[str])
         ("--calibration FILE --rate -1", "--rate must be a positive number"),
         ("--calibration FILE --rate nan", "--rate must be a positive number"),
         ("--calibration FILE --ttft-p50 0", "--ttft-p50 must be above 0"),
-        ("--calibration FILE --front-ms -1", "--front-ms must not be negative"),
+        ("--calibration FILE --front-ms -1", "--front-ms must be a number of milliseconds, not"),
+        ("--calibration FILE --step-ms nan", "--step-ms must be a number of milliseconds, not"),
         ("--calibration FILE --dtype float16", "--dtype needs --calibrate"),
         ("--calibration FILE --no-ignore-eos", "drop --no-ignore-eos"),
         ("other --calibration FILE", "was measured with tiny"),

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import structlog
 
+from quire.engine.checkpoints.source import PACKAGED_MODELS
 from quire.engine.sampling_params import SamplingParams
-from quire.server.serving.generation_defaults import read_defaults
+from quire.server.serving.generation_defaults import load_generation_defaults, read_defaults
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,11 @@ def test_each_value_is_used_or_moved_or_left_out(
     assert all(entry["log_level"] == "warning" for entry in entries)
     max_tokens = defaults.pop("max_new_tokens", 1)
     SamplingParams(max_tokens=max_tokens, **defaults)  # raises if a value is out of its bounds
+
+
+def test_a_packaged_model_has_the_sampling_that_its_authors_recommend() -> None:
+    """The package has no generation_config.json: at temperature 1 a model of 135M rambles."""
+    packaged = PACKAGED_MODELS["smollm2"].sampling
+    assert load_generation_defaults("auto", None, packaged) == {"temperature": 0.2, "top_p": 0.9}
+    assert load_generation_defaults("none", None, packaged) == {}
+    assert load_generation_defaults("auto", None) == {}

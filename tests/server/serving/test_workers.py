@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine.errors import QueueFullError, StartupError
 from quire.server.http.limits import InFlight, no_loads
-from quire.server.metrics import Metrics
+from quire.server.metrics.metrics import Metrics
 from quire.server.serving import pool_worker, worker_pool
 from quire.server.serving.pool_worker import PoolWorker
 from quire.server.serving.worker_pool import WorkerPool

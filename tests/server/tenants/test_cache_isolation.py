@@ -12,7 +12,7 @@ from transformers.models.llama import LlamaConfig
 from quire.engine.config import EngineConfig
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.runner.worker import Worker
-from quire.server.metrics import Metrics
+from quire.server.metrics.metrics import Metrics
 from quire.server.serving.app import create_app
 from quire.server.settings import Settings
 from quire.server.text.tokenizer import Tokenizer

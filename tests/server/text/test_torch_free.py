@@ -16,7 +16,7 @@ from ..test_cli import MODEL, Server, launch, serving
 BUILD = """
 import asyncio, sys
 from quire.engine.process.process_client import ProcessEngineClient
-from quire.server.metrics import Metrics
+from quire.server.metrics.metrics import Metrics
 from quire.server.serving.http_server import build_app
 from quire.server.settings import load_settings
 

@@ -31,8 +31,8 @@ from quire.engine.errors import ConfigurationError
 from quire.engine.outputs import RowError, Timings
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
-from quire.server.histograms import RequestRecord
-from quire.server.metrics import Metrics
+from quire.server.metrics.histograms import RequestRecord
+from quire.server.metrics.metrics import Metrics
 from quire.server.serving.app import create_app
 from quire.server.settings import Settings, load_settings
 from quire.server.text.tokenizer import Tokenizer

@@ -25,21 +25,27 @@ def command(*names: str) -> str:
 
 
 @pytest.fixture
-def servers() -> Iterator[tuple[Server, Server]]:
+def servers() -> Iterator[tuple[Server, Server, Server]]:
     keys = ("--api-key", "client", "--admin-api-key", "boss")
-    with Server(*SMALL_POOL) as unlocked, Server(*SMALL_POOL, *keys) as locked:
-        yield unlocked, locked
+    several = ("--data-parallel-size", "2", "--num-threads", "1")
+    with (
+        Server(*SMALL_POOL) as unlocked,
+        Server(*SMALL_POOL, *keys) as locked,
+        Server(*SMALL_POOL, *several) as two,
+    ):
+        yield unlocked, locked, two
 
 
 @pytest.mark.timeout(600)
-def test_the_page_in_chromium(servers: tuple[Server, Server]) -> None:
-    open_server, locked = servers
+def test_the_page_in_chromium(servers: tuple[Server, Server, Server]) -> None:
+    open_server, locked, two = servers
     done = subprocess.run(
         [command("node"), "--test", "--test-reporter=spec", str(SCRIPT)],
         env=os.environ
         | {
             "QUIRE_URL": f"{open_server.address}/",
             "QUIRE_LOCKED_URL": f"{locked.address}/",
+            "QUIRE_TWO_URL": f"{two.address}/",
             "CHROMIUM": command("chromium", "chromium-browser", "google-chrome"),
         },
         capture_output=True,

@@ -6,7 +6,7 @@ import {createRequire} from "node:module";
 import {after, before, test} from "node:test";
 import {chromium} from "playwright-core";
 
-const {QUIRE_URL: URL_, QUIRE_LOCKED_URL: LOCKED, CHROMIUM, SCREENSHOTS} = process.env;
+const {QUIRE_URL: URL_, QUIRE_LOCKED_URL: LOCKED, QUIRE_TWO_URL: TWO, CHROMIUM, SCREENSHOTS} = process.env;
 const axe = await readFile(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const DESKTOP = {width: 1360, height: 860}, PHONE = {width: 390, height: 844};
 let browser;
@@ -218,6 +218,21 @@ test("the page asks for the key, and stays locked without it", async () => {
   await page.getByLabel("API key").fill("boss");
   await page.getByRole("button", {name: "Unlock"}).click();
   await page.getByRole("application").waitFor();
+  await close();
+});
+
+test("of several engines one is chosen", async () => {
+  const {page, close} = await open({url: TWO});
+  const engines = page.getByRole("combobox", {name: "Engine"});
+  await engines.waitFor();
+  assert.equal(await engines.inputValue(), "0");
+  assert.deepEqual(await engines.getByRole("option").allTextContents(), ["0", "1"]);
+  const asked = page.waitForRequest((request) => request.url().endsWith("/debug/live?engine=1"));
+  await engines.selectOption("1");
+  await asked;
+  await page.getByRole("application").waitFor();
+  assert.equal(await engines.inputValue(), "1");
+  assert.deepEqual(await violations(page), []);
   await close();
 });
 

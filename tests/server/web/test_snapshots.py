@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
+import pytest
 
+from quire.engine.client import EngineHealth, EngineState
 from quire.engine.outputs import LiveSequence, LiveSnapshot, TierStats
 
 from ..conftest import MakeClient
@@ -87,6 +90,36 @@ async def test_the_stream_ends_after_its_limit_and_when_the_server_stops(
         assert response.status_code == 400, response.text
     client.app.state.quire.begin_drain()  # type: ignore[attr-defined]
     assert events(await client.get("/debug/live")) == []
+
+
+async def test_several_engines_are_named_and_one_is_shown(
+    client: httpx.AsyncClient, engine: FakeEngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    response = await client.get("/debug/live?engine=0")
+    assert_error(response, 400, "invalid_value", "engine")
+    stopped = EngineHealth(True, False, "restarting", 1)
+    states = {"0": EngineState(stopped, None), "1": EngineState(engine.health(), None)}
+    asked = []
+
+    def snapshots(name: str | None = None) -> AsyncGenerator[LiveSnapshot | None, None]:
+        asked.append(name)
+        return FakeEngineClient.snapshots(engine, name)
+
+    monkeypatch.setattr(engine, "engines", lambda: states)
+    monkeypatch.setattr(engine, "snapshots", snapshots)
+    engine.live = [snapshot(engine, [4])]
+    for query, name in (("", "1"), ("?engine=0", "0"), ("?engine=1", "1")):
+        first, silent = events(await client.get(f"/debug/live{query}"))
+        assert silent == {
+            "health": states[name].health.reason,
+            "engine": name,
+            "engines": ["0", "1"],
+        }
+        assert first.items() >= silent.items()
+    assert asked == ["1", "0", "1"]
+    response = await client.get("/debug/live?engine=2")
+    assert_error(response, 400, "invalid_value", "engine")
+    assert "choose from 0, 1" in response.json()["error"]["message"]
 
 
 async def test_the_live_view_is_for_the_admin_if_there_are_keys(

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.models.llama import LlamaConfig
+from transformers.models.olmo2 import Olmo2Config
 
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.devices.cuda.attention import CudaPlanner
@@ -26,7 +27,15 @@ from quire.kernels.cuda.attention import decode_schedule
 from quire.kernels.prefix_groups import PrefixGroup, find_prefix_groups
 
 from ...checkpoints.quantized_files import FORMATS, write_model
-from ...models import COMMON, FAMILIES, build_model, generate, logprobs
+from ...models import (
+    COMMON,
+    FAMILIES,
+    WIDE_HEADS,
+    build_model,
+    generate,
+    logprobs,
+    not_flat,
+)
 from ...worker_driver import Driver, make_config, make_sequence
 from ..cuda_on_cpu import CudaOnCpuBackend, interpreted
 
@@ -34,7 +43,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**COMMON, head_dim=16),
     "llama-gelu": lambda: LlamaConfig(**COMMON, head_dim=16, hidden_act="gelu"),
     "qwen3": FAMILIES["qwen3"],
-    "gpt_oss": FAMILIES["gpt_oss"],  # not flat: sinks, and only some layers with a window
+    "gpt_oss": FAMILIES["gpt_oss"],  # sinks, experts, and only some layers with a window
+    "glm4": FAMILIES["glm4"],
+    "olmo2": lambda: Olmo2Config(**COMMON | WIDE_HEADS),
+    "not flat": not_flat,
 }
 
 
@@ -74,11 +86,20 @@ def check(driver: Driver, sequence: Sequence, model: PreTrainedModel) -> None:
     torch.testing.assert_close(found, torch.stack(wanted)[-len(found) :], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["gpt_oss", "llama-gelu", "qwen3"], indirect=True)
+@pytest.mark.parametrize(
+    "model,mixed",
+    [
+        *((name, []) for name in sorted(MODELS.keys() - {"llama", "gpt_oss"})),
+        ("gpt_oss", [16]),
+        ("qwen3", [8, 16]),
+    ],
+    indirect=["model"],
+)
 def test_chunked_prefill_and_decode_match_transformers(
-    model: PreTrainedModel, tmp_path: Path
+    model: PreTrainedModel, tmp_path: Path, mixed: list[int]
 ) -> None:
-    driver = start(tmp_path)
+    backend = interpreted(sizes=[4] if mixed else [], mixed=mixed)
+    driver = start(tmp_path, backend)
     sequences = [
         make_sequence(make_prompt(length), 3, logprobs=0, prompt_logprobs=0)
         for length in (1, 17, 21)
@@ -87,6 +108,7 @@ def test_chunked_prefill_and_decode_match_transformers(
     for sequence in sequences:
         check(driver, sequence, model)
     assert driver.mixed_steps > 1
+    assert backend.reruns.num_replays == (driver.steps if mixed else 0)
 
 
 class RecordedGroups:

@@ -11,19 +11,19 @@ from quire.engine.lora import AdapterSource
 from quire.kernels.cuda.attention import decode_schedule
 
 from ...lora_models import save_adapter
-from ...models import FAMILIES, build_model, generate
+from ...models import FAMILIES, build_model, generate, not_flat
 from ...test_oracle import Engine
 from ..cuda_on_cpu import interpreted
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt_oss", "not flat"])
 def test_a_mixed_batch_equals_peft(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One body is flat, with merged products; the other runs as transformers' code. Decodes replay
-    graphs, with adapters and without."""
+    """Two bodies are flat, with merged products, one of them beside experts; one runs as
+    transformers' code. Decodes replay graphs, with adapters and without."""
     monkeypatch.setattr(decode_schedule, "DEFAULT_NUM_SMS", 2)
-    base = build_model(FAMILIES[family]())
+    base = build_model(not_flat() if family == "not flat" else FAMILIES[family]())
     base.save_pretrained(tmp_path / "base")
     configs = {"few": ["q_proj", "o_proj"], "all": r".*\.(self_attn|mlp)\..*_proj"}
     models = {None: base} | {

@@ -85,6 +85,58 @@ def decode_error(
     return max(errors)
 
 
+@pytest.mark.parametrize("options", [{}, EVERYTHING])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(
+    "decodes,prompts,padding",
+    [([40, 1, 90], [(19, 30), (5, 5)], 13), ([], [(33, 70)], 0), ([7, 40], [], 1), ([], [], 9)],
+)
+def test_a_mixed_step_whose_decodes_only_the_device_knows(
+    decodes: list[int],
+    prompts: list[tuple[int, int]],
+    padding: int,
+    options: dict[str, Any],
+    sinks: bool,
+) -> None:
+    """Both kernels get all rows of a padded step, with launches that depend on nothing but its
+    size. The row of the padding has zeros, and rows without tokens follow it."""
+    max_decodes, heads = 6, (6, 2, 32)
+    query_lens = [1] * len(decodes) + [new for new, _ in prompts] + [padding]
+    seq_lens = [*decodes, *(length for _, length in prompts), 0]
+    empty = max_decodes + 1 - len(seq_lens)
+    inputs = paged_inputs(
+        [*query_lens, *[0] * empty], [*seq_lens, *[0] * empty], num_heads=heads[0],
+        num_kv_heads=heads[1], head_dim=heads[2], block_size=16,
+    )  # fmt: skip
+    if sinks:
+        options = options | {"sinks": torch.randn(6)}
+    options = options | {"scale": inputs.scale}
+    workspace = DecodeWorkspace.allocate(
+        max_decodes, *heads, dtype=torch.float32, device="cpu", window=options.get("window"),
+        min_chunk=32,
+    )  # fmt: skip
+    num_decodes = torch.tensor([len(decodes)], dtype=torch.int32)
+    build_decode_schedule(inputs.seq_lens[:max_decodes], workspace, num_decodes=num_decodes)
+    out = torch.full_like(inputs.query, NAN)
+    rows = min(max_decodes, len(inputs.query))
+    paged_attention_decode(
+        inputs.query[:rows], inputs.key_cache, inputs.value_cache, inputs.block_table[:rows],
+        inputs.seq_lens[:rows], workspace=workspace, out=out[:rows], **options,
+    )  # fmt: skip
+    rest = (inputs.key_cache, inputs.value_cache, inputs.block_table, inputs.query_start_loc)
+    paged_attention_extend(
+        inputs.query, *rest, inputs.seq_lens, max_query_len=len(inputs.query), out=out,
+        first_seq=num_decodes, max_seqs=len(prompts) + 1, **options,
+    )  # fmt: skip
+    wide = tensors(inputs, torch.float64)
+    expected = reference.paged_attention_extend(
+        *wide, *rest[2:], inputs.seq_lens, max_query_len=90, **options
+    )
+    total = len(inputs.query) - padding
+    assert relative_error(out[:total], expected[:total]) < 1e-6 if total else True
+    assert not out[total:].any()
+
+
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_extend_heads_and_blocks(heads: tuple[int, int, int], block_size: int) -> None:

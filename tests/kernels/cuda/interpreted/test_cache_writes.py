@@ -4,6 +4,8 @@ Copies are exact; rotated values are within 1e-6 (float32), 1e-3 (float16) and 1
 the interpreter truncates instead of rounding).
 """
 
+from typing import Any
+
 import pytest
 import torch
 from paged import relative_error
@@ -55,25 +57,27 @@ def test_copy_blocks(dtype: torch.dtype, heads: int, block_size: int, dim: int) 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("rotary,dim", [(80, 80), (32, 64), (16, 16), (64, 256)])
 @pytest.mark.parametrize("norm", [False, True])
-def test_rope_and_cache(dtype: torch.dtype, rotary: int, dim: int, norm: bool) -> None:
+@pytest.mark.parametrize("pairs", [False, True])
+def test_rope_and_cache(dtype: torch.dtype, rotary: int, dim: int, norm: bool, pairs: bool) -> None:
     query, value = torch.randn(7, 7, dim).to(dtype), torch.randn(7, 3, dim).to(dtype)
     key = torch.randn(3, 7, dim).to(dtype).transpose(0, 1)
     angles = torch.randn(7, rotary // 2).repeat(1, 2)
-    weights = {f"{name}_weight": torch.randn(dim) if norm else None for name in ("query", "key")}
+    how: dict[str, Any] = {
+        f"{name}_weight": torch.randn(dim) if norm else None for name in ("query", "key")
+    }
+    how["pairs"] = pairs
     slots = torch.tensor(SLOTS)
     found = torch.zeros(2, 4, 3, 16, dim, dtype=dtype)
     expected = found.double()
     out = torch.full_like(query, float("nan"))
-    rope_and_cache(query, key, value, *found, slots, angles.cos(), angles.sin(), **weights, out=out)
+    rope_and_cache(query, key, value, *found, slots, angles.cos(), angles.sin(), **how, out=out)
     wide = reference.rope_and_cache(
         query.double(), key.double(), value.double(), *expected, slots, angles.cos(), angles.sin(),
-        **weights,
+        **how,
     )  # fmt: skip
     assert relative_error(out, wide) < TOLERANCES[dtype]
     assert relative_error(found, expected) < TOLERANCES[dtype]
     assert torch.equal(found[1].double(), expected[1])
     halves = (angles[:, rotary // 2 :].cos(), angles[:, rotary // 2 :].sin())
-    rope_and_cache(
-        query, key, value, *found, slots, *halves, **weights, rotary_dim=rotary, out=query
-    )
+    rope_and_cache(query, key, value, *found, slots, *halves, **how, rotary_dim=rotary, out=query)
     assert torch.equal(query, out)

@@ -52,6 +52,24 @@ def test_splits_follow_tokens_not_the_batch() -> None:
     assert beside > workspace.slots * 0.9
 
 
+@pytest.mark.parametrize("decodes", [0, 1, 3])
+def test_rows_that_are_no_decodes_get_no_items(decodes: int) -> None:
+    """Only the device knows how many rows are decodes; the list is that of those alone."""
+    lengths = [700, 3, 90, 5000, 40]
+    workspace, _ = schedule(lengths)
+    build_decode_schedule(
+        torch.tensor(lengths, dtype=torch.int32), workspace,
+        num_decodes=torch.tensor([decodes], dtype=torch.int32),
+    )  # fmt: skip
+    bound = len(lengths) + workspace.slots
+    found = [tuple(item) for item in workspace.items.T.tolist()][:bound]
+    live = [item for item in found if item[0] >= 0]
+    assert {item[0] for item in live} == set(range(decodes)) and found[: len(live)] == live
+    if decodes:
+        _, alone = schedule(lengths[:decodes])
+        assert live == [item for item in alone[:bound] if item[0] >= 0]
+
+
 def test_a_shorter_list_wipes_the_longer_one() -> None:
     workspace, _ = schedule([50_000, 1])
     build_decode_schedule(torch.tensor([3, 4], dtype=torch.int32), workspace)

@@ -18,6 +18,7 @@ from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_
 from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
 from quire.kernels.cuda.copy_blocks import copy_blocks
+from quire.kernels.cuda.fp8 import quantize_rows
 from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
 from quire.kernels.cuda.rope_and_cache import rope_and_cache
 
@@ -155,3 +156,22 @@ def test_scales_are_refused() -> None:
             reshape_and_cache(key, key, *narrow, slots, kv_scales=scales)
     with pytest.raises(ValueError, match="float8"):
         reshape_and_cache(key, key, *wide, slots, kv_scales=torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 48, 64, 700])
+def test_rows_are_rounded_as_torch_rounds_them(size: int, dtype: torch.dtype) -> None:
+    """Bit by bit, each by its own scale, whatever the others are."""
+    generator = torch.Generator().manual_seed(size)
+    wide = torch.randn(5, size + 8, generator=generator)
+    wide *= torch.tensor([1e-6, 1.0, 300.0, 0.0, 2.0])[:, None]
+    rows = wide.to(dtype)[:, :size]
+    found = [torch.full((5, size), 9.0).to(E4M3), torch.zeros(5, 1)]
+    expected = [part.clone() for part in found]
+    quantize_rows(rows, *found)
+    reference.quantize_rows(rows, *expected)
+    assert torch.equal(found[0].view(torch.uint8), expected[0].view(torch.uint8))
+    assert torch.equal(found[1], expected[1])
+    assert found[0][1].float().abs().max() == 448 and not found[0][3].float().any()
+    with pytest.raises(ValueError, match="out must be one of"):
+        quantize_rows(rows, found[0].float(), found[1])

@@ -12,6 +12,7 @@ import gpu_attention_checks  # noqa: E402
 import gpu_checks  # noqa: E402
 import gpu_lora  # noqa: E402
 import gpu_products  # noqa: E402
+import gpu_step_checks  # noqa: E402
 
 from quire.kernels.prefix_groups import PrefixGroup  # noqa: E402
 
@@ -23,9 +24,10 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def run_again(launch: Callable[[], None]) -> Callable[[], None]:
         return launch
 
-    for module in (gpu_checks, gpu_attention_checks, gpu_lora, gpu_products):
+    for module in (gpu_checks, gpu_attention_checks, gpu_lora, gpu_products, gpu_step_checks):
         monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_attention_checks, "capture", run_again)
+    for module in (gpu_attention_checks, gpu_step_checks):
+        monkeypatch.setattr(module, "capture", run_again)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -56,6 +58,14 @@ def test_sampling() -> None:
 
 def test_lora() -> None:
     assert gpu_checks.check_lora(torch.float32, 19, 3, 20, 100, (70, 7))["ok"]
+
+
+def test_captured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixes = [([40, 1, 17], [(20, 33)]), ([], [(5, 5), (2, 30)])]
+    monkeypatch.setattr(gpu_step_checks, "MIXES", mixes)
+    assert gpu_step_checks.check_mixed(F16, HEADS, 16, size=48)["ok"]
+    assert gpu_step_checks.check_best_tokens(F16, 3, 5000)["ok"]
+    assert gpu_step_checks.check_quantize_rows(torch.float32, 3, 100)["ok"]
 
 
 def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,24 @@ def test_rows_padded_to_the_same_number_of_tokens(query_len: int) -> None:
         assert seq_lens.tolist() == ends + [0] * padding
 
 
+def test_mixed_steps_are_padded_at_their_end() -> None:
+    """The row after the step's own has all tokens of the padding, which may fill several programs;
+    the rows after it have none."""
+    rng = random.Random(5)
+    for seed in range(12):
+        lengths = [1] * rng.randrange(4) + [rng.randint(2, 90) for _ in range(rng.randrange(3))]
+        starts = [rng.choice([0, 15, 16, rng.randrange(500)]) for _ in lengths]
+        tokens = rng.choice([0, 1, 7, PART, PART + 3]) if lengths else 9
+        rows = rng.randint(1, 3)
+        step = packed_step(starts, lengths, padding=rows, seed=seed, mixed_padding=tokens)
+        check(step)
+        found, total = step.run(prepare_inputs), sum(lengths)
+        assert found[10].tolist() == [lengths.count(1)]
+        assert found[7].tolist()[len(lengths) :] == [total] + [total + tokens] * rows
+        assert found[8].tolist()[len(lengths) :] == [0] * rows
+        assert found[5].tolist()[total:] == [-1] * tokens
+
+
 @pytest.mark.parametrize("changed", [0.0, 1.0])
 def test_rows_that_span_several_programs(changed: float) -> None:
     """The new tokens and columns fill a program's part exactly, or exceed it by one."""

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quire.engine.devices.cuda.attention import CudaPlanner
-from quire.engine.devices.cuda.decode_graphs import (
+from quire.engine.devices.cuda.step_graphs import (
     CudaCapture,
     NotCapturableError,
     Run,

@@ -19,10 +19,10 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample as PrometheusSample
 
-from ..engine.config import EngineInfo
-from ..engine.outputs import EngineStats
-from ..engine.process.remote_client import EngineObserver
-from .histograms import TIER_FAMILIES
+from ...engine.config import EngineInfo
+from ...engine.outputs import EngineStats
+from ...engine.process.remote_client import EngineObserver
+from .tier_metrics import TIER_FAMILIES
 
 OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 """The type of a page with exemplars, which Prometheus asks for by itself."""

@@ -12,8 +12,8 @@ from typing import Literal, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.registry import Collector
 
-from ..engine.config import EngineInfo
-from ..engine.outputs import EngineStats, FinishReason, Timings
+from ...engine.config import EngineInfo
+from ...engine.outputs import EngineStats, FinishReason, Timings
 from .histograms import (
     CHOICE_BUCKETS,
     HTTP_BUCKETS,
@@ -24,11 +24,11 @@ from .histograms import (
     TOKEN_LATENCY_BUCKETS,
     TTFT_BUCKETS,
     RequestRecord,
-    TierMetrics,
     TokenHistogram,
     one_two_five,
 )
 from .metrics_sum import EngineSums, OneOfSeveral, Page, Sample, Totals, page_of, samples_of
+from .tier_metrics import TierMetrics
 
 WAITING_REASONS = ("capacity", "deferred")
 """Why a sequence waits, by vLLM's names. None is ever deferred here (held back although there is

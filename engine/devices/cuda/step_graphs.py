@@ -1,4 +1,5 @@
-"""CUDA graphs of steps in which every row has one new token, or the same small number of them.
+"""CUDA graphs of steps: of decodes, in which every row has one new token or the same small number
+of them, and of mixed steps (mixed_graphs.py).
 
 A small model's decode step costs the host more time to launch than the device to run. A graph
 launches it at once, over the same addresses each time. So there is one graph for each of a ladder
@@ -6,10 +7,11 @@ of batch sizes, and a step takes the next larger one: its padded rows have lengt
 read no key and write none. Steps with drafts have a ladder of their own, in which every row is
 padded to the same number of tokens.
 
-A graph holds the model, body and head. Outside of it stays everything whose operations, not only
-values, change from step to step: block copies, log-probabilities of prompts, and sampling. The
-graphs share one memory pool and one pair of output buffers: a step's output stays there until the
-next replay, and steps run in the order of their launch.
+A graph holds the model's body, and of decodes the head, which writes its logits where the sampler
+reads them, and the search for the likeliest tokens. Outside of it stays everything whose
+operations, not only values, change from step to step: block copies, log-probabilities of prompts,
+and the rest of sampling. The graphs share one memory pool and one set of output buffers: a step's
+output stays there until the next replay, and steps run in the order of their launch.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import torch
 from tqdm import tqdm
 
 from ...errors import one_line
+from ...sampling.draws import BestTokens
 from ..steps import DeviceStep, GraphKey, ModelOutput
+from .kernels import Kernels
 
 MAX_GRAPH_SIZE = 256
 """Maximum number of rows. A larger step has enough work to hide its launches."""
@@ -33,6 +37,11 @@ Run = Callable[[], None]
 Capture = Callable[[Run], Run]
 """Records what `run` launches and returns a function that launches the same again. Without CUDA,
 a stand-in may return `run` itself."""
+
+
+Forward = Callable[[DeviceStep, GraphKey, torch.Tensor | None], ModelOutput]
+"""Runs the model as a key says. Logits go to the tensor, if one is given. It reads only tensors at
+fixed addresses."""
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -82,23 +91,24 @@ class CudaCapture:
         return graph.replay
 
 
-class DecodeGraphs:
-    """The captured decode steps of one runner, over its static inputs."""
+class StepGraphs:
+    """The captured steps of one runner, over its static inputs."""
 
     def __init__(
         self,
-        forward: Callable[[DeviceStep, GraphKey], ModelOutput],
-        static_step: Callable[[int, int], DeviceStep],
+        forward: Forward,
+        static_step: Callable[[GraphKey], DeviceStep],
         capture: Capture,
+        kernels: Kernels,
     ) -> None:
-        """`forward(step, key)` runs the model as the key says, and reads only tensors at fixed
-        addresses. `static_step(size, query_len)` returns the tensors that every step of `size` rows
-        with `query_len` tokens each reads."""
+        """`static_step(key)` returns the tensors that every step of this kind reads."""
         self._forward = forward
         self._static_step = static_step
         self._capture = capture
+        self._best_tokens = kernels.best_tokens
         self._replays: dict[GraphKey, Run] = {}
         self._outputs: ModelOutput | None = None
+        self._mixed_hidden: torch.Tensor | None = None
 
     @torch.inference_mode()
     def capture(
@@ -120,28 +130,80 @@ class DecodeGraphs:
             keys += [GraphKey(size, shared, adapted) for shared, adapted in sorted(kinds)]
         keys.sort(key=lambda key: key.num_tokens, reverse=True)
         for key in tqdm(keys, "capturing decode graphs", unit="graph"):
-            step = self._static_step(key.size, key.query_len)
+            step = self._static_step(key)
             if self._outputs is None:
-                blank = self._forward(step, key._replace(shared=False, adapted=False))
-                self._outputs = ModelOutput(*map(torch.empty_like, blank))
+                blank = self._forward(step, key._replace(shared=False, adapted=False), None)
+                self._outputs = ModelOutput(
+                    torch.empty_like(blank.hidden),
+                    torch.empty_like(blank.logits),
+                    _allocate_best(blank.logits),
+                )
             self._replays[key] = self._capture(self._run_of(step, key))
+
+    @torch.inference_mode()
+    def capture_mixed(self, sizes: Sequence[int], *, with_adapters: bool = False) -> None:
+        """Capture mixed steps of these sizes, the largest first, and all of them once more if rows
+        may have adapters. If one fails, there are none."""
+        kinds = sorted({False, with_adapters})
+        keys = [
+            GraphKey(size, False, adapted, mixed=True)
+            for size in sorted(sizes, reverse=True)
+            for adapted in kinds
+        ]
+        replays: dict[GraphKey, Run] = {}
+        for key in tqdm(keys, "capturing mixed graphs", unit="graph"):
+            step = self._static_step(key)
+            if self._mixed_hidden is None:
+                blank = self._forward(step, key._replace(adapted=False), None)
+                self._mixed_hidden = torch.empty_like(blank.hidden)
+            replays[key] = self._capture(self._run_of_mixed(step, key))
+        self._replays |= replays
 
     def __contains__(self, key: object) -> bool:
         return key in self._replays
 
-    def _run_of(self, step: DeviceStep, key: GraphKey) -> Run:
-        assert self._outputs is not None
-        outputs = self._outputs
+    def __len__(self) -> int:
+        return len(self._replays)
+
+    def _run_of_mixed(self, step: DeviceStep, key: GraphKey) -> Run:
+        assert self._mixed_hidden is not None
+        hidden = self._mixed_hidden[: key.size]
 
         def run() -> None:
-            for buffer, tensor in zip(outputs, self._forward(step, key), strict=True):
-                buffer[: key.num_tokens].copy_(tensor)
+            hidden.copy_(self._forward(step, key, None).hidden)
 
         return run
 
+    def _run_of(self, step: DeviceStep, key: GraphKey) -> Run:
+        hidden, logits, best = self._outputs_of(key)
+
+        def run() -> None:
+            hidden.copy_(self._forward(step, key, logits).hidden)
+            self._best_tokens(logits, *best)
+
+        return run
+
+    def _outputs_of(self, key: GraphKey) -> tuple[torch.Tensor, torch.Tensor, BestTokens]:
+        """Return the part of the buffers that a step of decodes fills."""
+        assert self._outputs is not None
+        hidden, logits, best = self._outputs
+        assert best is not None
+        return hidden[: key.num_tokens], logits[: key.num_tokens], best.rows(key.num_tokens)
+
     def replay(self, key: GraphKey) -> ModelOutput:
         """Run the static step of this kind; its output is valid until the next replay."""
-        assert self._outputs is not None
         self._replays[key]()
-        hidden, logits = self._outputs
-        return ModelOutput(hidden[: key.num_tokens], logits[: key.num_tokens])
+        if key.mixed:
+            assert self._mixed_hidden is not None
+            hidden = self._mixed_hidden[: key.size]
+            return ModelOutput(hidden, hidden.new_empty(0))
+        return ModelOutput(*self._outputs_of(key))
+
+
+def _allocate_best(logits: torch.Tensor) -> BestTokens:
+    """Allocate room for the best tokens of these rows. Ids and `finite` are one piece of memory, so
+    that one copy brings both to the host."""
+    num_rows = len(logits)
+    memory = torch.zeros(9 * num_rows, dtype=torch.uint8, device=logits.device)
+    ids, finite = memory[: 8 * num_rows].view(torch.int64), memory[8 * num_rows :].view(torch.bool)
+    return BestTokens(torch.empty_like(logits[:, 0]), ids, finite)
