@@ -15,7 +15,6 @@ from ..adapters.slots import AdapterSlots
 from ..attention.metadata import AttentionMetadata, AttentionPlan
 from ..config import EngineConfig
 from ..devices.backend import Backend, Graphs, HostBlocks, Planner
-from ..devices.host_layout import copy_seconds
 from ..devices.steps import DeviceStep, GraphKey, HostStep, ModelOutput, StepInputs
 from ..errors import DeviceMemoryError
 from ..model.causal_lm import CausalLM
@@ -82,7 +81,7 @@ class ModelRunner:
             config, kv_cache, spec.num_attention_heads, frozenset(spec.windows), model.dtype
         )
         self._graphs: Graphs | None = None
-        self._host_blocks: HostBlocks | None = None
+        self.host_blocks: HostBlocks | None = None
         self._last_results: PendingResults | None = None
 
     @property
@@ -115,19 +114,9 @@ class ModelRunner:
         return None
 
     @property
-    def caches(self) -> list[torch.Tensor]:
-        """The KV caches that have the same blocks."""
-        return [self._kv_cache]
-
-    def attach_host_memory(self, memory: memoryview) -> float:
-        """Implement `WorkerProtocol.attach_host_memory`."""
-        self._host_blocks = self._backend.make_host_blocks(self.caches, memory)
-        return copy_seconds(self._host_blocks)
-
-    def copies_ended(self) -> int:
-        """Implement `WorkerProtocol.copies_ended`."""
-        assert self._host_blocks is not None
-        return self._host_blocks.ended()
+    def kv_cache(self) -> torch.Tensor:
+        """The KV cache of this model; a draft model has one of its own."""
+        return self._kv_cache
 
     def begin(self, output: SchedulerOutput) -> None:
         """Carry out what a plan says must come before its forward."""
@@ -138,8 +127,8 @@ class ModelRunner:
             assert self._adapters is not None
             self._adapters.fill(output.adapter_loads)
         try:
-            if self._host_blocks is not None:
-                self._host_blocks.move(output.step, output.block_saves, output.block_loads)
+            if self.host_blocks is not None:
+                self.host_blocks.move(output.step, output.block_saves, output.block_loads)
             self.copy_blocks(output.block_copies)
         except torch.OutOfMemoryError as error:  # no later step would make up for them
             raise RuntimeError("out of device memory for the copies of blocks") from error

@@ -158,10 +158,6 @@ class SpeculativeRunner(ModelRunner):
     def draft(self) -> DraftRunner:
         return self._draft
 
-    @property
-    def caches(self) -> list[torch.Tensor]:
-        return [*super().caches, *self._draft.caches]
-
     def prepare(self) -> None:
         self._draft.prepare()
         super().prepare()

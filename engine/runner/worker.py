@@ -14,6 +14,7 @@ from ..checkpoints.source import source_of
 from ..config import EngineConfig, WorkerInfo
 from ..devices.backend import Backend, CacheDemand
 from ..devices.choose import choose_backend
+from ..devices.host_layout import copy_seconds
 from ..errors import ConfigurationError
 from ..lora import AdapterSource
 from ..main_memory import cpu_quota
@@ -164,10 +165,14 @@ class Worker:
         return self._runner.propose(scheduler_output)
 
     def attach_host_memory(self, memory: memoryview) -> float:
-        return self._runner.attach_host_memory(memory)
+        runner, draft = self._runner, self._runner.draft
+        caches = [runner.kv_cache] if draft is None else [runner.kv_cache, draft.kv_cache]
+        runner.host_blocks = self._backend.make_host_blocks(caches, memory)
+        return copy_seconds(runner.host_blocks)
 
     def copies_ended(self) -> int:
-        return self._runner.copies_ended()
+        assert self._runner.host_blocks is not None
+        return self._runner.host_blocks.ended()
 
     def follow(self, plan: StepPlan) -> None:
         """Run a step that rank 0 has planned. Called on all other ranks, in place of `forward`."""
