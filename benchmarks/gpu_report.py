@@ -99,4 +99,4 @@ def report(
 
 def _is_setting(word: str) -> bool:
     """Return whether a word of a case's name is a swept setting: m128, n64, chunk256, …"""
-    return word.startswith("chunk") or (word[0] in "mnwspc" and word[1:].isdigit())
+    return word.startswith("chunk") or (word[0] in "mnwspci" and word[1:].isdigit())

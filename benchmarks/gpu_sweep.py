@@ -20,8 +20,8 @@ from quire.kernels.cuda.tuning import TileConfig
 
 
 def _tag(config: TileConfig) -> str:
-    m, n, warps, stages, prefetch = config
-    return f"m{m} n{n} w{warps} s{stages} p{int(prefetch)}"
+    m, n, warps, stages, prefetch, in_place = config
+    return f"m{m} n{n} w{warps} s{stages} p{int(prefetch)}" + ("" if in_place else " i0")
 
 
 def decode_cases() -> list[Case]:
@@ -49,7 +49,7 @@ def decode_cases() -> list[Case]:
     add_tiles(tiles[:7], "64x4096 b64", LLAMA_8B, 64, (4096,) * 64)
     add_tiles(tiles[:7], "qwen 256x1024 b16", QWEN_06B, 16, (1024,) * 256)
     fp8 = functools.partial(time_decode, dtype=E4M3)
-    for tile in tiles[:7]:
+    for tile in [tiles[0], tiles[0]._replace(in_place=False), *tiles[1:7]]:
         call = functools.partial(fp8, LLAMA_8B, 16, (4096,) * 64, tile)
         found.append(Case(f"decode fp8 64x4096 b16 {_tag(tile)}", call))
     found += _cascade_cases() + _sampling_cases()

@@ -1,4 +1,5 @@
-"""Measure how much of the KV memory holds live tokens, by block size and with reservations.
+"""Measure how much of the KV memory holds live tokens, by block size and with reservations, and
+what windows save.
 
     python -P benchmarks/memory.py
 
@@ -14,7 +15,8 @@ import math
 import random
 from collections.abc import Iterator
 
-from quire.engine.cache.block_manager import BlockManager
+from quire.engine.cache.grouped_block_manager import make_block_manager
+from quire.engine.layers.layer_groups import LayerGroups
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.scheduling.scheduler import Scheduler
@@ -23,6 +25,13 @@ from quire.engine.step import ModelRunnerOutput, SchedulerOutput
 MEAN_INPUT, MEAN_OUTPUT, SIGMA = 200, 180, 0.8
 MAX_MODEL_LEN = 4096
 NUM_RUNNING, NUM_REQUESTS = 64, 1000
+SHAPES: dict[str, list[int | None]] = {
+    "gpt-oss 20b": [128, None] * 12,
+    "Gemma 3 27B": [None if layer % 6 == 5 else 1024 for layer in range(62)],
+    "Mistral 7B v0.1": [4096] * 32,
+}
+"""The windows of models' layers; None for layers that attend to all tokens."""
+LONG = 32768
 
 
 def lognormal(rng: random.Random, mean: float) -> int:
@@ -31,22 +40,33 @@ def lognormal(rng: random.Random, mean: float) -> int:
     return max(1, min(int(value), MAX_MODEL_LEN // 2))
 
 
-def make_scheduler(block_size: int, num_blocks: int, max_num_seqs: int) -> Scheduler:
+def make_scheduler(
+    block_size: int,
+    num_blocks: int,
+    max_num_seqs: int,
+    windows: tuple[int | None, ...] = (None,),
+    budget: int = 8192,
+) -> Scheduler:
     return Scheduler(
-        BlockManager(num_blocks, block_size),
+        make_block_manager(num_blocks, block_size, windows),
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=8192,
+        max_num_batched_tokens=budget,
     )
 
 
 def run_step(scheduler: Scheduler) -> SchedulerOutput:
     """Run one step, in which every row that reaches its sequence's end samples token 1."""
     scheduled = scheduler.schedule()
+    end_step(scheduler, scheduled)
+    return scheduled
+
+
+def end_step(scheduler: Scheduler, scheduled: SchedulerOutput) -> None:
+    """Update the scheduler from the results of a step."""
     partial = set(scheduled.partial_rows)
     rows = range(len(scheduled.seq_ids))
     token_ids = [None if row in partial else 1 for row in rows]
     scheduler.update_from_output(scheduled, ModelRunnerOutput(token_ids, {}, {}, {}, {}, {}, {}))
-    return scheduled
 
 
 def make_request(name: int, prompt: list[int], max_tokens: int, n: int = 1) -> Request:
@@ -119,6 +139,29 @@ def parallel_sampling(block_size: int) -> tuple[int, int]:
     return peak_blocks(scheduler), 8 * math.ceil(1019 / block_size)
 
 
+def windows_save(windows: list[int | None], budget: int) -> tuple[str, float, float]:
+    """Run a sequence of LONG tokens, of which 128 are decoded, with steps of `budget` tokens.
+
+    Returns the groups of the layers, and by which share their memory is less than that of one table
+    for all layers: at the peak, and while tokens are decoded.
+    """
+    groups = LayerGroups.choose(windows, LONG, 16)
+    scheduler = make_scheduler(16, 2**17, 1, groups.windows, budget)
+    scheduler.add_request(make_request(0, list(range(LONG - 128)), 128))
+    peak = decoding = 0
+    while scheduler.has_work:
+        scheduled = scheduler.schedule()
+        used = used_blocks(scheduler)
+        end_step(scheduler, scheduled)
+        peak = max(peak, used)
+        if not scheduled.partial_rows and scheduled.total_tokens == 1:
+            decoding = max(decoding, used)
+    one_table = len(windows) * LONG // 16
+    kinds = "+".join(str(len(group.layers)) for group in groups.groups)
+    saved = [1 - groups.num_places * blocks / one_table for blocks in (peak, decoding)]
+    return f"{kinds} of {groups.num_places}", saved[0], saved[1]
+
+
 def main() -> None:
     print(f"live tokens / held slots, {NUM_RUNNING} running, lognormal {MEAN_INPUT}/{MEAN_OUTPUT}")
     for block_size in (16, 32, 64, 128):
@@ -138,6 +181,14 @@ def main() -> None:
     for block_size in (16, 32, 64, 128):
         held, unshared = parallel_sampling(block_size)
         print(f"  block size {block_size:3}: {held} / {unshared}")
+    print(f"memory of one sequence of {LONG:,} tokens against one table for all layers")
+    for name, windows in SHAPES.items():
+        for budget in (512, 2048, 8192):
+            groups, peak, decoding = windows_save(windows, budget)
+            print(
+                f"  {name:15} layers {groups:22} {budget:5} tokens a step: "
+                f"peak −{peak:.1%}, decoding −{decoding:.1%}"
+            )
 
 
 if __name__ == "__main__":

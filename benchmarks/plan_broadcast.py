@@ -43,9 +43,9 @@ def decode_plan(rows: int) -> StepPlan:
         query_start_loc=np.arange(rows + 1, dtype=np.int32),
         seq_lens=(1001 * ones).astype(np.int32),
         rows=np.arange(rows),
-        tables=np.zeros((rows, 63), dtype=np.int32),
+        tables=np.zeros((1, rows, 63), dtype=np.int32),
     )
-    changes = [TableEntries(row, 62, [row]) for row in range(0, rows, 16)]
+    changes = [TableEntries(0, row, 62, [row]) for row in range(0, rows, 16)]
     return make_plan(1, host, 7 * ones, changes, [], extra_logits=[], num_fed_back=0)
 
 
@@ -68,9 +68,9 @@ def prefill_plan(tokens: int) -> StepPlan:
         query_start_loc=np.array([0, tokens], dtype=np.int32),
         seq_lens=length.astype(np.int32),
         rows=np.arange(1),
-        tables=np.zeros((1, blocks), dtype=np.int32),
+        tables=np.zeros((1, 1, blocks), dtype=np.int32),
     )
-    changes = [TableEntries(0, 0, list(range(blocks)))]
+    changes = [TableEntries(0, 0, 0, list(range(blocks)))]
     ids: NDArray[np.int64] = np.full(tokens, 7, dtype=np.int64)
     return make_plan(1, host, ids, changes, [], extra_logits=[], num_fed_back=0)
 

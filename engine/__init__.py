@@ -31,6 +31,7 @@ The rooms, in reading order:
     adapters         LoRA adapters: their files, and what they add to a linear layer
     parallel         one model on several devices
     flags            how the fields of the configuration are declared
+    layers           which layers share block tables, and how many blocks a sequence takes
     attention        writing K and V to their blocks, and attending through block tables
     sampling         from logits to one token per row
     devices          what differs between CPU and CUDA

@@ -18,6 +18,7 @@ from .errors import ConfigurationError
 from .flags.flag import EngineFlag
 from .flags.flag import flag as _flag
 from .flags.offloading import OffloadingConfig
+from .layers.layer_groups import blocks_needed
 from .lora import AdapterSource
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -282,9 +283,10 @@ class WorkerInfo:
     if it equals `dtype`. `source_format` is that of the checkpoint, and `computed_format` names the
     types of the weights as they are computed, which take `weight_bytes`. `adapters` are the LoRA
     adapters that are loaded, and `max_lora_rank` is None if there can be none. `is_batch_invariant`
-    says that logits are the same to the bit whatever else is in their step. `content` is a hash of
-    the model's configuration and weights. What begins with `draft_` is the draft model's, and 0
-    without one.
+    says that logits are the same to the bit whatever else is in their step. `group_windows` has for
+    each group of layers with block tables of its own how many of the latest tokens it keeps, None
+    for all, and `group_layers` how many layers it has. `content` is a hash of the model's
+    configuration and weights. What begins with `draft_` is the draft model's, and 0 without one.
     """
 
     architecture: str
@@ -309,6 +311,8 @@ class WorkerInfo:
     is_batch_invariant: bool = False
     draft_weight_bytes: int = 0
     draft_kv_bytes_per_token: int = 0
+    group_windows: tuple[int | None, ...] = (None,)
+    group_layers: tuple[int, ...] = ()
     content: str = ""
 
 
@@ -325,17 +329,23 @@ class EngineInfo(WorkerInfo):
     speculates: bool = False
     keeps_evicted: bool = False
     seed: int | None = None
+    step_tokens: int = 0
+    """Maximum number of tokens of the steps whose results have not arrived."""
 
     @classmethod
     def of(cls, config: EngineConfig, worker: WorkerInfo, num_blocks: int) -> EngineInfo:
         """Combine the configuration, the loaded model's facts and the size of its KV cache."""
         loaded: dict[str, Any] = {item.name: getattr(worker, item.name) for item in fields(worker)}
+        ahead = config.async_scheduling
+        if ahead is None:
+            ahead = worker.is_asynchronous
         return cls(
             **loaded,
             model=config.model,
             block_size=config.block_size,
             num_blocks=num_blocks,
             seed=config.seed,
+            step_tokens=worker.max_num_batched_tokens * (1 + ahead),
             max_num_seqs=config.max_num_seqs,
             max_logprobs=min(config.max_logprobs, worker.vocab_size),
             keeps_evicted=config.kv_offloading_size is not None,
@@ -346,6 +356,18 @@ class EngineInfo(WorkerInfo):
         )
 
     @property
+    def layers_by_window(self) -> dict[int | None, int]:
+        """How many layers keep so many of the latest tokens; None stands for all tokens."""
+        found: dict[int | None, int] = {}
+        for window, layers in zip(self.group_windows, self.group_layers, strict=False):
+            found[window] = found.get(window, 0) + layers
+        return found
+
+    @property
     def kv_capacity_tokens(self) -> int:
-        """The number of tokens that the KV cache holds."""
-        return self.num_blocks * self.block_size
+        """The number of tokens that the KV cache holds; in sequences of max_model_len, if groups of
+        layers keep different numbers of tokens."""
+        if self.group_windows == (None,):
+            return self.num_blocks * self.block_size
+        each = blocks_needed(self.group_windows, self.block_size, self.max_model_len)
+        return self.num_blocks * self.max_model_len // each

@@ -197,7 +197,7 @@ class LiveSequence(NamedTuple):
     """Tokens that the last step computed for it: 0 for none, 1 for a decode, more for a chunk."""
     num_preemptions: int
     block_table: list[int]
-    """Ids of its blocks, in the order of its tokens."""
+    """Ids of its blocks, in the order of its tokens; those of all groups of layers."""
 
 
 class LiveSnapshot(NamedTuple):
@@ -218,3 +218,6 @@ class LiveSnapshot(NamedTuple):
     """Cached blocks whose content was given up for new tokens since the snapshot before."""
     sequences: list[LiveSequence]
     """The running sequences by rank, then the first of the others by arrival."""
+    has_groups: bool = False
+    """Whether groups of layers have blocks of their own: then a sequence's i-th block is not that
+    of its i-th `block_size` tokens."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from .errors import ContextLengthError, InvalidRequestError, PoolTooSmallError
+from .layers.layer_groups import blocks_needed, longest_that_fits
 from .reasoning import ReasoningSpec
 from .sampling_params import SamplingParams
 
@@ -20,7 +21,8 @@ that the model's classifier makes of the last state."""
 class Capacity(Protocol):
     """The facts about an engine that decide whether a request can ever run; EngineInfo has them.
 
-    `num_blocks` is the size of the whole KV pool.
+    `num_blocks` is the size of the whole KV pool. `group_windows` are how many tokens each group of
+    layers keeps, and `step_tokens` those of steps whose results have not arrived.
     """
 
     @property
@@ -31,6 +33,10 @@ class Capacity(Protocol):
     def block_size(self) -> int: ...
     @property
     def num_blocks(self) -> int: ...
+    @property
+    def group_windows(self) -> tuple[int | None, ...]: ...
+    @property
+    def step_tokens(self) -> int: ...
     @property
     def can_generate(self) -> bool: ...
 
@@ -164,8 +170,7 @@ class Request:
         but never a sequence's own. Beams share the full blocks of the prompt and, in the worst
         case, nothing else.
         """
-        max_model_len, block_size = capacity.max_model_len, capacity.block_size
-        vocab_size, num_blocks = capacity.vocab_size, capacity.num_blocks
+        max_model_len, vocab_size = capacity.max_model_len, capacity.vocab_size
         if self.pooling is None and not capacity.can_generate:
             raise InvalidRequestError(
                 "the model's weights have no language-model head: it only makes embeddings",
@@ -193,13 +198,26 @@ class Request:
                 f"has {len(prompt)} tokens and max_tokens is {params.max_tokens}",
                 "max_tokens" if len(prompt) < max_model_len else "prompt",
             )
-        shared = len(prompt) // block_size
-        own = -(-(total - (params.max_tokens > 0)) // block_size) - shared
-        if shared + (params.beam_width or 1) * own > num_blocks:
+        self._check_blocks(capacity, total)
+
+    def _check_blocks(self, capacity: Capacity, total: int) -> None:
+        """Raise PoolTooSmallError if `total` tokens of each beam need more blocks than exist."""
+        params, num_blocks, size = self.sampling_params, capacity.num_blocks, capacity.block_size
+        windows, step_tokens = capacity.group_windows, capacity.step_tokens
+        needed = blocks_needed(
+            windows,
+            size,
+            total - (params.max_tokens > 0),
+            num_shared=len(self.prompt_token_ids),
+            width=params.beam_width or 1,
+            step_tokens=step_tokens,
+        )
+        if needed > num_blocks:
+            most = num_blocks * size
+            held = longest_that_fits(windows, size, num_blocks, most, step_tokens=step_tokens)
             beams = "" if params.beam_width is None else f" and {params.beam_width} beams"
             what = f"prompt and max_tokens{beams} need" if params.max_tokens else "prompt needs"
             raise PoolTooSmallError(
-                f"{what} more KV cache for {total} tokens than the pool's "
-                f"{num_blocks * block_size}",
+                f"{what} more KV cache for {total} tokens than the pool's {held}",
                 "max_tokens" if params.max_tokens else "prompt",
             )

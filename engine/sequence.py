@@ -88,6 +88,8 @@ class Sequence:
 
     block_table: list[int] = field(init=False, default_factory=list)
     """Ids of its blocks, in the order of its tokens."""
+    other_tables: list[list[int]] = field(init=False, default_factory=list)
+    """Its block tables in the other groups of layers, if there are several."""
     block_hashes: list[bytes] = field(init=False, default_factory=list)
     """Chained hashes of its full blocks, as far as they were needed."""
     commit_at: int = field(init=False, default=1)
@@ -173,6 +175,7 @@ class Sequence:
             token_ids=list(self.token_ids),
             num_prompt_tokens=self.num_prompt_tokens,
             block_table=list(self.block_table),
+            other_tables=[list(table) for table in self.other_tables],
             sampling_params=params,
             seed=self.seed,
             stop_ids=self.stop_ids,

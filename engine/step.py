@@ -77,6 +77,9 @@ class SequenceSpec(NamedTuple):
     """How the prompt's hidden states become an embedding; None for sequences that generate."""
     adapter_slot: int = -1
     """The slot of its LoRA adapter's weights; −1 without an adapter."""
+    other_tables: list[list[int]] = []
+    """The block tables of the other groups of layers, if there are several. The block behind the
+    last one of the pool stands for those that no token needs any more."""
 
 
 class AdapterLoad(NamedTuple):
@@ -87,11 +90,13 @@ class AdapterLoad(NamedTuple):
 
 
 class TableChange(NamedTuple):
-    """From column `start` on, a known sequence's block table consists of `block_ids`."""
+    """The columns from `start` on of a known sequence's block table are now `block_ids`, in one
+    group of layers."""
 
     seq_id: int
     start: int
     block_ids: list[int]
+    group: int = 0
 
 
 class SchedulerOutput(NamedTuple):

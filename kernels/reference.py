@@ -328,17 +328,19 @@ def prepare_inputs(
     unused here.
     """
     query_start_loc[0] = 0
-    records = packed[: num_seqs * 9].view(num_seqs, 9).tolist()
-    for index, record in enumerate(records):
+    groups = len(slot_mapping)
+    records = packed[: groups * num_seqs * 9].view(groups * num_seqs, 9).tolist()
+    for number, record in enumerate(records):
+        group, index = divmod(number, num_seqs)
         row, start, length, first, token, known, blocks, sample, num_samples = record
         end = start + length
         used = -(-end // block_size)
         table[row, known:used] = packed[blocks : blocks + max(used - known, 0)]
-        block_table[index, :used] = table[row, :used]
+        block_table[group, index, :used] = table[row, :used]
         own = slice(first, first + length)
         positions[own] = torch.arange(start, end, device=positions.device)
         held = table[row, positions[own] // block_size].long()
-        slot_mapping[own] = held * block_size + positions[own] % block_size
+        slot_mapping[group, own] = held * block_size + positions[own] % block_size
         if length > 1:
             input_ids[own] = packed[token : token + length].long()
         else:
@@ -348,7 +350,7 @@ def prepare_inputs(
         seq_lens[index] = start + padded
         rest = slice(own.stop, first + padded)
         input_ids[rest] = positions[rest] = 0
-        slot_mapping[rest] = -1
+        slot_mapping[group, rest] = -1
         samples = slice(sample, sample + num_samples)
         ends = torch.arange(own.stop - num_samples, own.stop, device=logit_indices.device)
         logit_indices[samples] = ends
@@ -357,7 +359,7 @@ def prepare_inputs(
     if len(seq_lens) > num_seqs:
         end = num_seqs * query_len if num_decodes_out is None else num_tokens or 0
         input_ids[end:] = positions[end:] = 0
-        slot_mapping[end:] = -1
+        slot_mapping[:, end:] = -1
         query_start_loc[num_seqs + 1 :] = end if num_decodes_out is None else len(input_ids)
         seq_lens[num_seqs:] = 0
 

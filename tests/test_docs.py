@@ -87,7 +87,8 @@ def _rooms(room: str, text: str) -> set[str]:
     for item in text.split(", "):
         name = item.removesuffix(" and its")
         if name in ("words", "ground"):
-            rooms |= {"engine"} if name == "words" else {"engine", "server"}
+            words = test_rooms.ENGINE if room != "engine.layers" else {"engine"}
+            rooms |= words if name == "words" else words | {"server"}
         elif name != "nothing":
             is_path = "/" in name or name == "kernels"
             rooms.add(found := name.replace("/", ".") if is_path else f"{top}.{name}")

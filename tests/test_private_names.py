@@ -38,7 +38,7 @@ PUBLIC_MODULES = {
     *("tokenizers.decoders", "torch.nn.functional", "transformers.utils", "triton.errors"),
     *("torch.distributed", "triton.language", "triton.language.extra"),
     *("ray.serve.config", "ray.serve.handle"),
-    *("zmq.asyncio", "zmq.auth.thread", "zmq.utils.monitor"),
+    *("zmq.asyncio", "zmq.auth.thread", "zmq.utils.monitor", "zmq.utils.z85"),
     *("rich.console", "rich.progress", "rich.text", "packaging.requirements"),
     *("prompt_toolkit.completion", "prompt_toolkit.history", "prompt_toolkit.key_binding"),
     *("prompt_toolkit.output",),

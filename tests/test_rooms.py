@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ENGINE = {"engine"}
+ENGINE = {"engine", "engine.layers"}
 KERNELS = {"kernels"}
 RULES: dict[str, set[str]] = {
     "kernels": set(),
@@ -21,8 +21,9 @@ RULES: dict[str, set[str]] = {
     "kernels.cpu.lora": {"kernels.cpu"},
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
-    "engine": {"engine.flags"},
+    "engine": {"engine.flags", "engine.layers"},
     "engine.flags": ENGINE,
+    "engine.layers": {"engine"},
     "engine.events": ENGINE,
     "engine.cache": ENGINE | {"engine.events"},
     "engine.checkpoints": ENGINE | {"engine.body"},

@@ -49,11 +49,11 @@ class FlatNames(NamedTuple):
         """Return the names in the layer with this index; flatten.py knows no others."""
         attention, mlp = (f"{prefix}.layers.{index}.{part}" for part in ("self_attn", "mlp"))
         qkv = ("qkv",) if layer.is_fused else tuple("qkv")
-        gate_up, down = ("gate", "up"), ("down",)
-        if not isinstance(layer.mlp, Mlp):
-            gate_up = down = ()
-        elif layer.mlp.is_fused:
-            gate_up = ("gate_up",)
+        gate_up: tuple[str, ...] = ()
+        down: tuple[str, ...] = ()
+        if isinstance(layer.mlp, Mlp):
+            gate_up = ("gate_up",) if layer.mlp.is_fused else ("gate", "up")
+            down = ("down",)
         return cls(
             tuple(f"{attention}.{part}_proj" for part in qkv),
             (f"{attention}.o_proj",),

@@ -47,16 +47,17 @@ def paged_attention(
     nothing here.
     """
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
-    output = attn_metadata.plan.attend(
+    metadata, cache, kv_scales = attn_metadata.of_layer(layer_idx)
+    output = metadata.plan.attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        attn_metadata.kv_cache[layer_idx],
-        attn_metadata,
+        cache,
+        metadata,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
-        kv_scales=attn_metadata.scales_of(layer_idx),
+        kv_scales=kv_scales,
     )
     return output[None], None

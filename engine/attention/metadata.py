@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import abc
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -37,11 +38,21 @@ class AttentionPlan(Protocol):
         """
 
 
+class LayerStep(NamedTuple):
+    """What one layer's attention needs to know about a step: the metadata of the layer's group, the
+    layer's part of the cache, and its `[2, num_kv_heads]` scales, if the cache has any."""
+
+    metadata: AttentionMetadata
+    cache: torch.Tensor
+    kv_scales: torch.Tensor | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:
     """One step's layout: S sequences with T new tokens in all, decodes first.
 
-    kv_cache         [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]
+    kv_cache         [num_places, 2, num_blocks, num_kv_heads, block_size, head_dim]; a place for
+                     each layer, or for each layer of the largest group
     slot_mapping     [T] int64; block_id * block_size + offset, -1 writes nothing (padding)
     block_table      [S, max_blocks] int32
     query_start_loc  [S + 1] int32; sequence i's new tokens are [loc[i], loc[i + 1])
@@ -50,6 +61,9 @@ class AttentionMetadata:
     max_query_len    maximum number of new tokens of a sequence
     plan             how the device attends in this step; opaque to everything but that device
     kv_scales        [num_layers, 2, num_kv_heads] float32: a float8 cache times them is K and V
+    others           the metadata of the second and all further groups of layers, if layers have
+                     several groups, each with slots and block tables of its own
+    places           the group and the place of each layer; None if there is one group
     """
 
     kv_cache: torch.Tensor
@@ -61,7 +75,14 @@ class AttentionMetadata:
     max_query_len: int
     plan: AttentionPlan
     kv_scales: torch.Tensor | None = None
+    others: tuple[AttentionMetadata, ...] = ()
+    places: abc.Sequence[tuple[int, int]] | None = None
 
-    def scales_of(self, layer_idx: int) -> torch.Tensor | None:
-        """Return a layer's `[2, num_kv_heads]` scales, or None if the cache has none."""
-        return None if self.kv_scales is None else self.kv_scales[layer_idx]
+    def of_layer(self, layer_idx: int) -> LayerStep:
+        """Return what a layer's attention needs to know. Called on the first group's metadata."""
+        scales = None if self.kv_scales is None else self.kv_scales[layer_idx]
+        if self.places is None:
+            return LayerStep(self, self.kv_cache[layer_idx], scales)
+        group, place = self.places[layer_idx]
+        metadata = self.others[group - 1] if group else self
+        return LayerStep(metadata, self.kv_cache[place], scales)

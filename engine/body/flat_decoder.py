@@ -98,7 +98,8 @@ class Mlp(NamedTuple):
 
     def forward(self, hidden: torch.Tensor, ops: BodyOps) -> torch.Tensor:
         """`[T, hidden_size]` → the same shape."""
-        return self.down(ops.activate(self, self.gate_up(hidden)))
+        update: torch.Tensor = self.down(ops.activate(self, self.gate_up(hidden)))
+        return update
 
 
 class Mixture(NamedTuple):
@@ -110,8 +111,9 @@ class Mixture(NamedTuple):
     def forward(self, hidden: torch.Tensor, ops: BodyOps | None = None) -> torch.Tensor:
         """`[T, hidden_size]` → the same shape."""
         found = self.block(hidden[None])
-        found = found[0] if isinstance(found, tuple) else found  # gpt-oss returns its scores too
-        return found.reshape(hidden.shape)
+        # gpt-oss returns its scores too.
+        update: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        return update.reshape(hidden.shape)
 
 
 class FlatLayer(NamedTuple):
@@ -260,8 +262,8 @@ def _rotated(x: torch.Tensor, rotation: Rotation, *, pairs: bool) -> torch.Tenso
     size = cos.shape[-1]
     turned, rest = x[..., :size], x[..., size:]
     if pairs:  # as halves, and back
-        turned = turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        turned = torch.cat((turned[..., ::2], turned[..., 1::2]), dim=-1)
     turned = (turned * cos + turned.roll(size // 2, -1) * sin).to(x.dtype)
     if pairs:
-        turned = turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        turned = torch.stack(turned.chunk(2, dim=-1), dim=-1).flatten(-2)
     return torch.cat((turned, rest), dim=-1)

@@ -13,6 +13,8 @@ Reading order:
     evicted_blocks  the protocol of whoever keeps the content of blocks that the pool reuses
     block_recorder  which blocks become known and are lost, for those who follow it
     block_manager   both together, as the scheduler uses them: match, allocate, fork, free
+    grouped_block_manager
+                    the same for several groups of layers, some of which have a window
 
 It may import events and the words of the engine (the modules directly in `engine`).
 """

@@ -14,6 +14,9 @@ from array import array
 from collections import abc
 from hashlib import sha256
 
+HASH_BYTES = 32
+"""Bytes of a hash."""
+
 
 def root_hash(cache_salt: str | None, adapter: str | None = None) -> bytes:
     """Return the hash that starts a chain. Chains of different salts never meet, nor do those of
@@ -28,6 +31,14 @@ def hash_block(parent: bytes, token_ids: abc.Sequence[int]) -> bytes:
     It is SHA-256, because a collision would let one client read another's prompt.
     """
     return sha256(parent + array("I", token_ids).tobytes()).digest()
+
+
+def of_group(own_hash: bytes, group: int) -> bytes:
+    """Return the hash of the same tokens in another group of layers; group 0 has the hash itself.
+
+    No hash of one group is a hash of another, and a block's own hash follows its parent's.
+    """
+    return own_hash + bytes((group,)) if group else own_hash
 
 
 def extend_hashes(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..events.block_events import BlockEvent
 from ..sequence import Sequence
-from ..step import BlockCopy
+from ..step import BlockCopy, TableChange
 from .block_hashes import extend_hashes, root_hash
 from .block_pool import BlockPool
 from .block_recorder import BlockRecorder
@@ -34,11 +34,14 @@ class PrefixMatch(NamedTuple):
     blocks: list[int]
     successor: Successor | None
     num_tokens: int
+    others: tuple[PrefixMatch, ...] = ()
+    """The same tokens in the other groups of layers, if there are any."""
 
     def whole_blocks(self) -> PrefixMatch:
         """Return the match without the copy, which holds one more block until the step's end."""
-        copied = self.successor.num_tokens if self.successor else 0
-        return PrefixMatch(self.blocks, None, self.num_tokens - copied)
+        num_tokens = self.num_tokens - (self.successor.num_tokens if self.successor else 0)
+        others = tuple(PrefixMatch(one.blocks, None, num_tokens) for one in self.others)
+        return PrefixMatch(self.blocks, None, num_tokens, others)
 
 
 NO_MATCH = PrefixMatch([], None, 0)
@@ -52,7 +55,14 @@ class BlockManager:
     gets a copy of its own (copy-on-write). The worker makes all of a step's copies at once, before
     anything else. Therefore the source of a copy stays referenced until `end_step`; otherwise it
     could become the destination of another copy in the same step.
+
+    All layers share one table here. `GroupedBlockManager` has several.
     """
+
+    num_groups = 1
+    """Number of groups of layers, each of which has block tables of its own."""
+    has_groups = False
+    """Whether there are several groups, or one that keeps only the last tokens."""
 
     def __init__(
         self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
@@ -117,8 +127,6 @@ class BlockManager:
             parent, own_hash = self._parent_hash(sequence, i), self._block_hash(sequence, i)
             token_ids = sequence.token_ids[i * size : (i + 1) * size]
             is_new = self.pool.index.add_full(table[i], parent, own_hash, token_ids)
-            if sequence.adapter_id is not None and self.pool.evicted_blocks is not None:
-                self.pool.evicted_blocks.keep_here(own_hash)
             if is_new and recorder is not None:
                 request = sequence.request
                 before = parent if i else None
@@ -165,7 +173,7 @@ class BlockManager:
             pool.share(block)
         self.blocks_shared += len(match.blocks)
         table.extend(match.blocks)
-        copies = [self._copy_on_write(sequence, tail)] if copy_on_write else []
+        copies = [self._copy_on_write(sequence, table, tail)] if copy_on_write else []
         if successor is not None:
             pool.share(successor.block)
         for _ in range(num_missing):
@@ -188,16 +196,16 @@ class BlockManager:
         count = self.pool.ref_counts[block]
         return count > 1 and count - self._copy_sources.count(block) > 1
 
-    def _copy_on_write(self, sequence: Sequence, position: int) -> BlockCopy:
-        """Replace the shared block at `position` of the table by a copy of its own.
+    def _copy_on_write(self, sequence: Sequence, table: list[int], position: int) -> BlockCopy:
+        """Replace the shared block at `position` of the sequence's table by a copy of its own.
 
         The sequence's reference to the block passes to the recorded copy.
         """
-        source = sequence.block_table[position]
+        source = table[position]
         destination = self.pool.allocate()
         assert destination is not None
         self.pool.index.freeze(source, sequence)
-        sequence.block_table[position] = destination
+        table[position] = destination
         return self._record_copy(source, destination)
 
     def _record_copy(self, source: int, destination: int) -> BlockCopy:
@@ -241,6 +249,19 @@ class BlockManager:
         table.clear()
         sequence.num_computed_tokens = sequence.num_in_flight = 0
         sequence.commit_at = 1
+
+    def held_blocks(self, sequence: Sequence) -> list[int]:
+        """Return the blocks that a sequence holds, in the order of its tokens."""
+        return list(sequence.block_table)
+
+    def changes_from(self, sequence: Sequence, start: int) -> list[TableChange]:
+        """Return what a worker must be told of a sequence's tables from column `start` on."""
+        return [TableChange(sequence.seq_id, start, sequence.block_table[start:])]
+
+    def take_window_changes(self) -> list[tuple[Sequence, TableChange]]:
+        """Return the changes of tables by blocks that were given back behind windows since this
+        was last called: none, because all blocks are kept here."""
+        return []
 
     def end_step(self) -> None:
         """Release the sources of the step's copies; call it when the whole step is planned."""

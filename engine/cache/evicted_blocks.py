@@ -19,8 +19,5 @@ class EvictedBlocks(Protocol):
     def hashes(self) -> abc.Set[bytes]:
         """Return the hashes of all blocks that are kept, as far as is known."""
 
-    def keep_here(self, own_hash: bytes) -> None:
-        """Never let this block outlive the process: its hash means something else in the next."""
-
     def discard(self, hashes: abc.Iterable[bytes]) -> None:
         """Forget blocks: what they hold must not be shared."""

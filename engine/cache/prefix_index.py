@@ -9,7 +9,9 @@ prefixes are equal.
 
 A full block is found by its own hash in one look-up. At the end of the chain of full blocks, the
 successor that shares the longest prefix with the wanted tokens is found among the siblings, full
-or partial. Its first tokens can be copied, so sharing is exact to the token. Hashed chains are the
+or partial. Its first tokens can be copied, so sharing is exact to the token. If layers have several
+groups of blocks, each group has hashes of its own (`block_hashes.of_group`), and those who follow
+the index hear of the first group's. Hashed chains are the
 idea of vLLM's automatic prefix caching; token-granular matches are that of SGLang's RadixAttention.
 """
 
@@ -19,7 +21,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..sequence import Sequence
-from .block_hashes import hash_block
+from .block_hashes import HASH_BYTES, hash_block
 from .block_recorder import BlockRecorder
 
 MAX_SIBLINGS = 32
@@ -131,8 +133,8 @@ class PrefixIndex:
         return self._entries[block].hash
 
     def hashes(self) -> list[bytes]:
-        """Return the hashes of all full blocks that can be found."""
-        return list(self._by_hash)
+        """Return the hashes of all full blocks of the first group that can be found."""
+        return [own_hash for own_hash in self._by_hash if len(own_hash) == HASH_BYTES]
 
     def add_full(self, block: int, parent: bytes, own_hash: bytes, token_ids: list[int]) -> bool:
         """Index a full block, unless another block with the same content is indexed already.
@@ -173,8 +175,9 @@ class PrefixIndex:
             return
         if entry.hash is not None:
             del self._by_hash[entry.hash]
-            if self.recorder is not None and not self.is_kept(entry.hash):
-                self.recorder.removed(entry.hash)
+            recorder, is_first_group = self.recorder, len(entry.hash) == HASH_BYTES
+            if recorder is not None and is_first_group and not self.is_kept(entry.hash):
+                recorder.removed(entry.hash)
         key = (entry.parent, entry.token_ids[0])
         siblings = self._siblings[key]
         del siblings[block]
@@ -202,7 +205,10 @@ class PrefixIndex:
             assert self._entries[block].parent == parent, block
         for own_hash, block in self._by_hash.items():
             entry = self._entries[block]
-            assert entry.hash == own_hash == hash_block(entry.parent, entry.tokens()), block
+            group = own_hash[HASH_BYTES:]
+            assert entry.hash == own_hash and entry.parent[HASH_BYTES:] == group, block
+            before = entry.parent[:HASH_BYTES]
+            assert own_hash[:HASH_BYTES] == hash_block(before, entry.tokens()), block
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from ..cache.block_manager import BlockManager
+from ..cache.grouped_block_manager import make_block_manager
 from ..config import EngineConfig, EngineInfo
 from ..events.block_events import BlockEvent
 from ..grammar.compile import read_tokenizer_json
@@ -50,8 +51,11 @@ class EngineCore:
             loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)
         )
         self._trials = Trials()
-        block_manager = BlockManager(
-            num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        block_manager = make_block_manager(
+            num_blocks,
+            config.block_size,
+            loaded.group_windows,
+            enable_prefix_caching=config.enable_prefix_caching,
         )
         self._tier = open_tier(config, loaded, block_manager, worker)
         make_scheduler: Callable[..., Scheduler] = Scheduler

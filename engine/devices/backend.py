@@ -150,6 +150,8 @@ class CacheDemand(NamedTuple):
     config: EngineConfig
     architecture: str
     block_bytes: int
+    group_windows: tuple[int | None, ...]
+    """The window of each group of layers that has block tables of its own."""
     max_model_len: int
     adapter_bytes: int = 0
     """Bytes that LoRA adapters will take when all slots are filled."""
@@ -264,9 +266,15 @@ class Backend(Protocol):
     # -- steps -----------------------------------------------------------------------------------
 
     def make_inputs(
-        self, max_num_seqs: int, max_num_tokens: int, max_blocks: int, block_size: int
+        self,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        max_blocks: int,
+        block_size: int,
+        num_groups: int = 1,
     ) -> StepInputs:
-        """Make what lays out steps of at most this many rows, tokens, and blocks a row."""
+        """Make what lays out steps of at most this many rows, tokens, and blocks a row, for so many
+        groups of layers with tables of their own."""
 
     def make_planner(
         self,
@@ -276,7 +284,8 @@ class Backend(Protocol):
         windows: abc.Set[int | None],
         dtype: torch.dtype,
     ) -> Planner:
-        """Make the planner of one KV cache, for queries of `num_heads` and `dtype`."""
+        """Make the planner of one KV cache, for queries of `num_heads` and `dtype`. If a layer has
+        no window, the first group's tables hold the blocks of all tokens."""
 
     def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
         """Compile or capture what steps will need, so that no request waits for it. Called once,

@@ -23,8 +23,8 @@ class HostStep(NamedTuple):
     stands there once for each token that it samples, and `num_drafts` says how many drafts precede
     each one (it is empty if no row has drafts). `pooled_rows` are
     those whose hidden states are pooled. `any_scored` says whether a request asks for its prompt's
-    log-probabilities. Row i's block table is `tables[rows[i]]`; `tables` is no wider than the
-    longest row needs.
+    log-probabilities. Row i's block table is `tables[g, rows[i]]` in group g of the layers;
+    `tables` is no wider than the longest row needs.
     """
 
     order: list[int]
@@ -55,8 +55,9 @@ class DeviceStep(NamedTuple):
     (`StepInputs.query_len`); those after a row's own have the slot −1, and seq_lens counts them.
     Mixed steps may be padded at their end (`StepInputs.mixed_size`).
 
-    input_ids, positions, slot_mapping `[T]` int64; block_table `[S, max_blocks]`, query_start_loc
-    `[S + 1]`, seq_lens `[S]` int32; logit_indices `[R]` int64, the token before each sample.
+    input_ids, positions `[T]`, slot_mapping `[G, T]` int64; block_table `[G, S, max_blocks]`,
+    query_start_loc `[S + 1]`, seq_lens `[S]` int32; logit_indices `[R]` int64, the token before
+    each sample. G is the number of groups of layers that have block tables of their own.
     """
 
     input_ids: torch.Tensor
@@ -69,9 +70,16 @@ class DeviceStep(NamedTuple):
 
     @classmethod
     def allocate(
-        cls, num_tokens: int, num_seqs: int, max_blocks: int, device: torch.device
+        cls,
+        num_tokens: int,
+        num_seqs: int,
+        max_blocks: int,
+        device: torch.device,
+        num_groups: int = 1,
     ) -> DeviceStep:
         """Allocate zeroed buffers for steps of at most this many tokens, rows and blocks a row."""
+        # The slots of every group begin at a multiple of 16 bytes, as Triton's kernels expect.
+        padded = num_tokens + num_tokens % 2
 
         def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -79,8 +87,8 @@ class DeviceStep(NamedTuple):
         return cls(
             input_ids=zeros(torch.int64, num_tokens),
             positions=zeros(torch.int64, num_tokens),
-            slot_mapping=zeros(torch.int64, num_tokens),
-            block_table=zeros(torch.int32, num_seqs, max_blocks),
+            slot_mapping=zeros(torch.int64, num_groups, padded),
+            block_table=zeros(torch.int32, num_groups, num_seqs, max_blocks),
             query_start_loc=zeros(torch.int32, num_seqs + 1),
             seq_lens=zeros(torch.int32, num_seqs),
             logit_indices=zeros(torch.int64, num_tokens),
@@ -91,8 +99,8 @@ class DeviceStep(NamedTuple):
         return DeviceStep(
             self.input_ids[:num_tokens],
             self.positions[:num_tokens],
-            self.slot_mapping[:num_tokens],
-            self.block_table[:num_seqs],
+            self.slot_mapping[:, :num_tokens],
+            self.block_table[:, :num_seqs],
             self.query_start_loc[: num_seqs + 1],
             self.seq_lens[:num_seqs],
             self.logit_indices[:num_logits],
@@ -102,8 +110,8 @@ class DeviceStep(NamedTuple):
 class StepInputs(Protocol):
     """Makes a step's tensors, on the host or on the device itself."""
 
-    def change_table(self, row: int, start: int) -> None:
-        """Note that a row of `HostStep.tables` has changed from column `start` on."""
+    def change_table(self, group: int, row: int, start: int) -> None:
+        """Note that a row of a group's `HostStep.tables` has changed from column `start` on."""
 
     def query_len(self, host: HostStep) -> int:
         """Return to how many tokens each row of a step with drafts is padded; 1 if its rows are

@@ -26,6 +26,8 @@ class CacheSize(Protocol):
     def block_size(self) -> int: ...
     @property
     def num_blocks(self) -> int: ...
+    @property
+    def group_windows(self) -> tuple[int | None, ...]: ...
 
 
 class _Sent(NamedTuple):
@@ -41,6 +43,9 @@ class _Sent(NamedTuple):
 class _Load:
     """An engine's latest statistics, and what was sent to it that they do not include."""
 
+    num_blocks: int
+    num_groups: int
+    """How many blocks of the engine a block of tokens takes."""
     stats: EngineStats | None = None
     num_read: int = 0
     """How many of the requests sent from here the engine has read."""
@@ -52,16 +57,17 @@ class _Load:
             self.sent.popleft()
             self.num_read += 1
 
-    def state(self, engine: str, num_blocks: int, adapter: str | None = None) -> EngineState:
+    def state(self, engine: str, adapter: str | None = None) -> EngineState:
         """`adapter` is that of the request for which an engine is chosen."""
         stats, sent = self.stats, self.sent
         waiting = sum(one.uncached_tokens for one in sent)
         sequences = sum(one.num_sequences for one in sent)
-        free = num_blocks - sum(one.num_blocks for one in sent)
+        free = self.num_blocks
         if stats is not None:
             waiting += stats.waiting_tokens
             sequences += stats.num_running + stats.num_waiting
-            free += stats.num_free_blocks - stats.num_cached_blocks - num_blocks
+            free = stats.num_free_blocks - stats.num_cached_blocks
+        free = free // self.num_groups - sum(one.num_blocks for one in sent)
         lacks = adapter is not None and not (
             (stats is not None and adapter in stats.held_adapters)
             or any(one.adapter == adapter for one in sent)
@@ -82,7 +88,6 @@ class FleetRouter:
         self.block_size = 0
         """Of all engines; 0 before the first has joined."""
         self._loads: dict[str, _Load] = {}
-        self._num_blocks: dict[str, int] = {}
         self.predicted_tokens = 0
         """Cached tokens that were predicted of the requests that have been compared."""
         self.actual_tokens = 0
@@ -97,14 +102,13 @@ class FleetRouter:
             self._router = Router(self._index, info.block_size)
         assert info.block_size == self.block_size, "engines of a fleet have one block size"
         self._index.add_engine(engine)
-        self._loads[engine] = _Load()
-        self._num_blocks[engine] = info.num_blocks
+        self._loads[engine] = _Load(info.num_blocks, len(info.group_windows))
         return wire.WatchBlocks()
 
     def leave(self, engine: str) -> None:
         """Forget an engine, with what was sent to it."""
         self._index.remove_engine(engine)
-        del self._loads[engine], self._num_blocks[engine]
+        del self._loads[engine]
 
     def observe(self, engine: str, message: wire.FromEngine) -> wire.WatchBlocks | None:
         """Read an engine's message, and return the message to answer it with, if there is one."""
@@ -140,7 +144,7 @@ class FleetRouter:
         assert self._router is not None, "no engine has joined"
         names = self._loads if engines is None else engines
         adapter = request.adapter
-        states = [self._loads[name].state(name, self._num_blocks[name], adapter) for name in names]
+        states = [self._loads[name].state(name, adapter) for name in names]
         if tie_key is None and adapter is not None:
             tie_key = adapter.encode()
         return self._router.choose(hashes, len(request.prompt_token_ids), states, now, tie_key)

@@ -43,8 +43,9 @@ SLACK = 0.05
 class EngineState(NamedTuple):
     """What an engine has to do, with what was sent to it and not yet reported.
 
-    `waiting_tokens` have still to be computed; `free_blocks` hold nothing that can be found.
-    `lacks_adapter` says that the request has an adapter and none of the slots has it.
+    `waiting_tokens` have still to be computed; `free_blocks` hold nothing that can be found. If
+    groups of layers have blocks of their own, one of these is a block of each. `lacks_adapter` says
+    that the request has an adapter and none of the slots has it.
     """
 
     engine: str

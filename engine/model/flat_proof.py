@@ -110,8 +110,11 @@ def _compare(flat: FlatDecoder, played: Played, spec: ModelSpec, expected: Probe
         layer: FlatLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         shape = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.head_dim)
-        options = (layer.window, layer.scale, layer.softcap, layer.sinks is not None, None)
-        calls.append(LayerCall(layer.layer_idx, *shape, *options))
+        has_sinks = layer.sinks is not None
+        options = (layer.window, layer.scale, layer.softcap)
+        calls.append(
+            LayerCall(layer.layer_idx, *shape, *options, has_sinks=has_sinks, obstacle=None)
+        )
         return mix(query, key, value, layer.sinks)
 
     device = expected.hidden.device

@@ -20,10 +20,13 @@ from ..checkpoints.quantized_config import describe, weights_in
 from ..checkpoints.source import Source, source_of
 from ..config import EngineConfig
 from ..errors import ModelLoadError, StartupError, UnsupportedModelError, one_line
+from ..layers.layer_groups import LayerGroups, blocks_needed
 from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
 
 logger = logging.getLogger("quire.engine")
 
+_BLOCK_SIZE = 16
+"""Tokens of a block by default."""
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _SAFETENSORS_DTYPES = {
     "F64": ("float64", 8),
@@ -64,8 +67,10 @@ class ModelOutline:
     aren't on this machine.
 
     `file_bytes` is the size of the weights in the files, `weight_bytes` their size as they are
-    computed in `dtype`; `kv_bytes_per_token` covers K and V of all layers. `refused` is the reason
-    why the model cannot be served, as far as configuration and headers tell.
+    computed in `dtype`; `kv_bytes_per_token` covers K and V of all layers. `group_windows` has for
+    each group of layers with blocks of its own how many of the latest tokens it keeps, None for
+    all; a token takes `group_bytes_per_token` in each. `refused` is the reason why the model cannot
+    be served, as far as configuration and headers tell.
     """
 
     model: str
@@ -76,15 +81,36 @@ class ModelOutline:
     file_bytes: int | None = None
     weight_bytes: int | None = None
     kv_bytes_per_token: int | None = None
+    group_windows: tuple[int | None, ...] = (None,)
+    group_bytes_per_token: int | None = None
     max_model_len: int | None = None
     refused: str | None = None
 
+    def sequences(self, memory: int, num_tokens: int) -> int | None:
+        """Return how many sequences of so many tokens have room in `memory` bytes beside the
+        weights; None if that is not known."""
+        if self.group_windows == (None,):
+            tokens = self.capacity(memory)
+            return None if tokens is None else max(tokens, 0) // num_tokens
+        if self.weight_bytes is None or not self.group_bytes_per_token:
+            return None
+        block_bytes = _BLOCK_SIZE * self.group_bytes_per_token
+        num_blocks = max(memory - self.weight_bytes, 0) // block_bytes
+        return num_blocks // blocks_needed(self.group_windows, _BLOCK_SIZE, num_tokens)
+
     def capacity(self, memory: int) -> int | None:
-        """Return how many tokens of KV cache fit into `memory` bytes beside the weights; negative
+        """Return how many tokens of KV cache fit into `memory` bytes beside the weights, in
+        sequences of `max_model_len` if groups of layers keep different numbers of tokens; negative
         if the weights alone are too large, None if that is not known."""
         if self.weight_bytes is None or not self.kv_bytes_per_token:
             return None
-        return (memory - self.weight_bytes) // self.kv_bytes_per_token
+        free = memory - self.weight_bytes
+        if self.group_windows == (None,) or not self.group_bytes_per_token:
+            return free // self.kv_bytes_per_token
+        assert self.max_model_len is not None
+        block_bytes = _BLOCK_SIZE * self.group_bytes_per_token
+        needed = blocks_needed(self.group_windows, _BLOCK_SIZE, self.max_model_len)
+        return free * self.max_model_len // (needed * block_bytes)
 
 
 class _Weights(NamedTuple):
@@ -127,7 +153,7 @@ def outline(
         size = DTYPE_BYTES.get(known["dtype"], 4)
         kv_size = size if kv_dtype is None else DTYPE_BYTES[kv_dtype]
         if hf_config is not None:
-            known["kv_bytes_per_token"] = spec.kv_bytes_per_token(kv_size)
+            known |= _kv_sizes(spec, known["max_model_len"], kv_size)
         elif "kv_bytes_per_token" in known:
             known["kv_bytes_per_token"] *= kv_size
         quantization = getattr(hf_config, "quantization_config", None)
@@ -141,6 +167,17 @@ def outline(
     except StartupError as error:
         known["refused"] = error.message
     return ModelOutline(**known)
+
+
+def _kv_sizes(spec: ModelSpec, max_model_len: int, element_size: int) -> dict[str, Any]:
+    """Return what K and V of a token take, in all layers and in one of their groups."""
+    groups = LayerGroups.choose(spec.windows, max_model_len, _BLOCK_SIZE)
+    size = spec.kv_bytes_per_token(element_size)
+    return {
+        "kv_bytes_per_token": size,
+        "group_windows": groups.windows,
+        "group_bytes_per_token": size // spec.num_layers * groups.num_places,
+    }
 
 
 def _from_values(values: dict[str, Any]) -> Any:

@@ -260,8 +260,8 @@ def _probe_attention(
     rounding = getattr(attn_metadata, "kv_dtype", None)
     if rounding is not None:
         key, value = (part.to(rounding).to(part.dtype) for part in (key, value))
-    heads = (part[0].transpose(0, 1) for part in (query, key, value))
-    return mix(*heads, s_aux)[None], None
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    return mix(query, key, value, s_aux)[None], None
 
 
 def _obstacle(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import zmq
-from zmq.utils import z85
+from zmq.utils.z85 import encode
 
 from ..errors import ConfigurationError, one_line
 
@@ -54,7 +54,7 @@ def shared_keys(path: str) -> KeyPair:
             f"--node-key-file {path}: a secret has at least {MIN_SECRET_BYTES} characters, not "
             f"{len(secret)}"
         )
-    key = z85.encode(sha256(b"quire node key\0" + secret).digest())
+    key = encode(sha256(b"quire node key\0" + secret).digest())
     return KeyPair(zmq.curve_public(key).decode(), key.decode())
 
 

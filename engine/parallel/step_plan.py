@@ -7,7 +7,7 @@ of rows are one int32 buffer:
     rows · starts · lengths [· slots]  of each batch row; slots are those of LoRA adapters
     sampling_rows · sampled_positions [· num_drafts]    of each sample
     token_ids                         of each token
-    row · start · length · block ids  of each change of a block table
+    group · row · start · length · block ids  of each change of a block table
 
 A decode of 256 rows takes 6 KiB. The plan of a step depends on nothing that the step samples: it is
 sent before rank 0 launches the step itself.
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 
 class TableEntries(NamedTuple):
-    """From column `start` on, a row of the block tables holds these ids."""
+    """From column `start` on, a row of a group's block tables holds these ids."""
 
+    group: int
     row: int
     start: int
     block_ids: list[int]
@@ -83,8 +84,8 @@ def make_plan(
         if host.token_slots is not None:
             parts.append(host.token_slots[host.query_start_loc[:-1]])
         parts += [host.sampling_rows, host.sampled_positions, host.num_drafts, token_ids]
-    for row, start, block_ids in changes:
-        parts += [(row, start, len(block_ids)), block_ids]
+    for group, row, start, block_ids in changes:
+        parts += [(group, row, start, len(block_ids)), block_ids]
     packed = np.concatenate([np.asarray(part, dtype=np.int32) for part in [*parts, ()]])
     return StepPlan(
         step=step,
@@ -94,7 +95,7 @@ def make_plan(
         max_query_len=0 if host is None else host.max_query_len,
         num_samples=0 if host is None else len(host.sampling_rows),
         has_drafts=host is not None and bool(host.num_drafts),
-        width=0 if host is None else host.tables.shape[1],
+        width=0 if host is None else host.tables.shape[2],
         packed=packed.tobytes(),
         copies=[(copy.source, copy.destination) for copy in copies],
         extra_logits=extra_logits,
@@ -107,8 +108,10 @@ def make_plan(
 class PlanReader:
     """Turns plans into a follower's HostSteps; keeps its copy of the block tables."""
 
-    def __init__(self, max_num_seqs: int, max_blocks: int, inputs: StepInputs) -> None:
-        self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+    def __init__(
+        self, num_groups: int, max_num_seqs: int, max_blocks: int, inputs: StepInputs
+    ) -> None:
+        self._table = np.zeros((num_groups, max_num_seqs, max_blocks), dtype=np.int32)
         self._inputs = inputs
 
     def read(self, plan: StepPlan) -> tuple[HostStep, NDArray[np.int64]] | None:
@@ -122,9 +125,9 @@ class PlanReader:
         num_drafts = numbers.take(samples if plan.has_drafts else 0)
         token_ids = numbers.take(plan.num_tokens)
         while numbers.left:
-            row, start, length = numbers.take(3).tolist()
-            self._table[row, start : start + length] = numbers.take(length)
-            self._inputs.change_table(row, start)
+            group, row, start, length = numbers.take(4).tolist()
+            self._table[group, row, start : start + length] = numbers.take(length)
+            self._inputs.change_table(group, row, start)
         if not size:
             return None
         loc = np.zeros(size + 1, dtype=np.int32)
@@ -144,7 +147,7 @@ class PlanReader:
             query_start_loc=loc,
             seq_lens=(starts + lengths).astype(np.int32),
             rows=rows,
-            tables=self._table[:, : plan.width],
+            tables=self._table[:, :, : plan.width],
             token_slots=None if slots is None else np.repeat(slots, lengths),
         )
         return host, token_ids

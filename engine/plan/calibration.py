@@ -60,7 +60,11 @@ def load_calibration(path: Path) -> Calibration:
     if document.pop("version") != VERSION:
         raise ConfigurationError(f"{path} was written by another version of quire: calibrate again")
     try:
-        document["shape"] = _read(EngineShape, document["shape"])
+        shape = document["shape"]
+        windows = shape["group_windows"] = tuple(shape["group_windows"])
+        if not windows or not all(one is None or (type(one) is int and one > 0) for one in windows):
+            raise ValueError(f"group_windows is {windows!r}")
+        document["shape"] = _read(EngineShape, shape)
         document["times"] = _read(FittedTimes, document["times"])
         document["points"] = tuple(
             Measured(StepShape(*map(int, point[:-1])), float(point[-1]))

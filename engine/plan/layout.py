@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from ..errors import ConfigurationError
+from ..layers.layer_groups import longest_that_fits
 from .calibration import Calibration
 from .planned_engine import EngineShape
 from .planned_fleet import FleetRun, Front, PlannedFleet, PlannedRequest
@@ -116,8 +117,14 @@ class Hardware:
         shape = self.shape
         if not self.fixed_blocks:
             blocks = num_blocks(self.model, self.gpu, tp, shape.block_size)
-            if blocks * shape.block_size < shape.max_model_len:
-                fit = max(blocks, 0) * shape.block_size
+            fit = longest_that_fits(
+                shape.group_windows,
+                shape.block_size,
+                blocks,
+                shape.max_model_len,
+                step_tokens=shape.step_tokens,
+            )
+            if fit < shape.max_model_len:
                 raise ConfigurationError(
                     f"on {tp} GPU{'s' if tp > 1 else ''} the weights leave room for {fit} tokens, "
                     f"less than one context of {shape.max_model_len}: give --max-model-len or "

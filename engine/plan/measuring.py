@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from ..config import EngineConfig, EngineInfo
 from ..core.engine_core import EngineCore
 from ..errors import ConfigurationError
+from ..layers.layer_groups import blocks_needed
 from ..request import Request
 from ..sampling_params import SamplingParams
 from ..step import SchedulerOutput
@@ -76,26 +77,39 @@ def episodes(info: EngineInfo) -> Iterator[Episode]:
     """Yield about 40 episodes that an engine can run: chunks of all lengths at several starts,
     chunks beside decodes, and decodes of many rows and contexts, the most rows last."""
     budget, longest = info.max_num_batched_tokens, info.max_model_len - DECODES - 1
-    capacity = info.num_blocks * info.block_size * 3 // 4
     for length in CHUNKS:
-        if length <= min(budget, longest, capacity):
+        if length <= min(budget, longest) and _fits(info, 1, length):
             yield Episode((length,), 1)
-    if min(4 * budget, longest) < capacity:
+    if _fits(info, 1, min(4 * budget, longest) + 1):
         yield Episode((min(4 * budget, longest),), 1)
-    rows = min(16, info.max_num_seqs - 1, capacity // 300)
+    rows = min(16, info.max_num_seqs - 1)
+    while rows > 0 and not _fits(info, rows, 300):
+        rows -= 1
     if rows > 0 and budget // 2 <= longest:
         yield Episode((128,) * rows + (budget // 2,), DECODES)
     for rows, late in product(LATE_ROWS, LATE_CHUNKS):
-        fits = rows * 300 + late <= capacity and rows < info.max_num_seqs
+        fits = rows < info.max_num_seqs and _fits(info, rows + 1, max(late, 300))
         if fits and late <= min(budget - rows, longest):
             yield Episode((128,) * rows, DECODES, late)
     for rows in ROWS:
         for context in CONTEXTS:
-            fits = rows * (context + DECODES + info.block_size) <= capacity
+            fits = _fits(info, rows, context + DECODES)
             is_possible = rows <= info.max_num_seqs and context <= longest and fits
             is_quick = rows * context <= 8 * budget and (rows in EVEN_ROWS or context == 128)
             if is_possible and is_quick:
                 yield Episode((context,) * rows, DECODES)
+
+
+def _fits(info: EngineInfo, rows: int, num_tokens: int) -> bool:
+    """Whether so many sequences take at most three quarters of the KV cache."""
+    needed = blocks_needed(
+        info.group_windows,
+        info.block_size,
+        num_tokens,
+        width=rows,
+        step_tokens=info.step_tokens,
+    )
+    return needed <= info.num_blocks * 3 // 4
 
 
 def calibrate(
@@ -177,6 +191,7 @@ def _shape_of(info: EngineInfo, runs_ahead: bool) -> EngineShape:
         max_model_len=info.max_model_len,
         vocab_size=info.vocab_size,
         runs_ahead=runs_ahead,
+        group_windows=info.group_windows,
     )
 
 

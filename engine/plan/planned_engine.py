@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..cache.block_manager import BlockManager
+from ..cache.grouped_block_manager import make_block_manager
 from ..core.step_loop import StepLoop
 from ..events.block_events import BlockChanges
 from ..grammar.constraints import NOTHING_PENDING
@@ -36,6 +36,13 @@ class EngineShape:
     vocab_size: int
     runs_ahead: bool
     can_generate: bool = True
+    group_windows: tuple[int | None, ...] = (None,)
+    """How many of the latest tokens each group of layers keeps; None for all."""
+
+    @property
+    def step_tokens(self) -> int:
+        """Maximum number of tokens of the steps whose results have not arrived."""
+        return self.max_num_batched_tokens * (1 + self.runs_ahead)
 
 
 class VirtualClock:
@@ -104,7 +111,7 @@ class PlannedEngine:
         self.shape = shape
         self.clock = VirtualClock()
         self.worker = PlannedWorker(self.clock, times)
-        self.manager = BlockManager(shape.num_blocks, shape.block_size)
+        self.manager = make_block_manager(shape.num_blocks, shape.block_size, shape.group_windows)
         self.manager.record_blocks(follows_blocks)
         self._scheduler = Scheduler(
             self.manager,

@@ -164,7 +164,8 @@ class PlannedFleet:
         wanted = sum(
             one.n * (-(-(len(one.prompt) + one.output_len) // size) + 1) for one in requests
         )
-        shape = replace(self._shape, num_blocks=min(self._shape.num_blocks, wanted + 1))
+        wanted = wanted * len(self._shape.group_windows) + 1
+        shape = replace(self._shape, num_blocks=min(self._shape.num_blocks, wanted))
         follows = self._replicas > 1
         for i in range(self._replicas):
             engine = PlannedEngine(shape, self._times, follows_blocks=follows)

@@ -59,6 +59,8 @@ class ModelShape:
     weight_bytes: int
     kv_bytes_per_token: int
     num_layers: int
+    num_places: int
+    """The number of layers for which a block of the KV cache has room."""
     hidden_size: int
     num_kv_heads: int
     num_attention_heads: int
@@ -105,6 +107,7 @@ def num_blocks(
     less if nothing does."""
     free = gpu.memory * utilization - model.weight_bytes / tp - RESERVE_BYTES
     share = model.kv_bytes_per_token * max(1 / tp, 1 / model.num_kv_heads)
+    share *= model.num_places / model.num_layers
     return int(free // (share * block_size))
 
 

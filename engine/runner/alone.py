@@ -46,8 +46,8 @@ def run_alone(
         one = DeviceStep(
             input_ids=step.input_ids[token : token + 1],
             positions=step.positions[token : token + 1],
-            slot_mapping=step.slot_mapping[token : token + 1],
-            block_table=step.block_table[row : row + 1],
+            slot_mapping=step.slot_mapping[:, token : token + 1],
+            block_table=step.block_table[:, row : row + 1],
             query_start_loc=torch.from_numpy(_LOC),
             seq_lens=seq_lens,
             logit_indices=step.logit_indices[:0],

@@ -46,10 +46,11 @@ class InputBatch:
         max_model_len: int,
         block_size: int,
         backend: Backend,
+        num_groups: int = 1,
         records_tables: bool = False,
     ) -> None:
-        """With `records_tables`, `table_entries` has what is written to block tables, until
-        somebody takes it."""
+        """`num_groups` groups of layers have block tables. With `records_tables`, `table_entries`
+        has what is written to block tables, until somebody takes it."""
         self._block_size = block_size
         self._rows: dict[int, int] = {}
         self._specs: dict[int, SequenceSpec] = {}
@@ -57,13 +58,13 @@ class InputBatch:
         self._batch = _Batch([], [], np.empty(0, dtype=np.int64), False, False, None)
         # A last sampled token may own a slot without being fed back, hence one more.
         max_blocks = max_model_len // block_size + 1
-        self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self._table = np.zeros((num_groups, max_num_seqs, max_blocks), dtype=np.int32)
         self._sampled = torch.zeros(1, dtype=torch.int64, device=backend.device)
         self._sampled_of: list[SequenceSpec] = []
         self._records_tables = records_tables
         self.table_entries: list[TableEntries] = []
         self.inputs: StepInputs = backend.make_inputs(
-            max_num_seqs, max_num_tokens, max_blocks, block_size
+            max_num_seqs, max_num_tokens, max_blocks, block_size, num_groups
         )
 
     def make_reader(self) -> PlanReader:
@@ -78,9 +79,10 @@ class InputBatch:
         for spec in output.new_sequences:
             self._specs[spec.seq_id] = spec
             self._rows[spec.seq_id] = row = self._free_rows.pop()
-            self._write_table(row, 0, spec.block_table)
-        for seq_id, start, block_ids in output.table_changes:
-            self._write_table(self._rows[seq_id], start, block_ids)
+            for group, table in enumerate((spec.block_table, *spec.other_tables)):
+                self._write_table(group, row, 0, table)
+        for seq_id, start, block_ids, group in output.table_changes:
+            self._write_table(group, self._rows[seq_id], start, block_ids)
         if output.released or output.seq_ids != self._batch.seq_ids:
             sequences = [self._specs[seq_id] for seq_id in output.seq_ids]
             self._batch = _Batch(
@@ -92,11 +94,11 @@ class InputBatch:
                 _adapter_slots(sequences),
             )
 
-    def _write_table(self, row: int, start: int, block_ids: list[int]) -> None:
-        self._table[row, start : start + len(block_ids)] = block_ids
-        self.inputs.change_table(row, start)
+    def _write_table(self, group: int, row: int, start: int, block_ids: list[int]) -> None:
+        self._table[group, row, start : start + len(block_ids)] = block_ids
+        self.inputs.change_table(group, row, start)
         if self._records_tables:
-            self.table_entries.append(TableEntries(row, start, block_ids))
+            self.table_entries.append(TableEntries(group, row, start, block_ids))
 
     def keep_samples(self, sequences: list[SequenceSpec], token_ids: torch.Tensor) -> None:
         """Remember the tokens that a step sampled, `[R]` int64 on the device, for these sequences.
@@ -176,7 +178,7 @@ class InputBatch:
             query_start_loc=loc,
             seq_lens=stops.astype(np.int32),
             rows=rows,
-            tables=self._table[:, :width],
+            tables=self._table[:, :, :width],
             token_slots=None if slots is None else np.repeat(slots, counts),
         )
         return host, token_ids
@@ -208,7 +210,7 @@ class InputBatch:
             query_start_loc=np.arange(num_seqs + 1, dtype=np.int32),
             seq_lens=stops.astype(np.int32),
             rows=self._batch.rows[rows],
-            tables=self._table[:, : -(-int(stops.max()) // self._block_size)],
+            tables=self._table[:, :, : -(-int(stops.max()) // self._block_size)],
         )
         return host, self.inputs.write(host, token_ids, sampled)
 

@@ -1,8 +1,13 @@
 """The KV cache's tensor, and how many blocks it has.
 
-Layout `[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]`: a (block, head) tile is
+Layout `[num_places, 2, num_blocks, num_kv_heads, block_size, head_dim]`: a (block, head) tile is
 contiguous, which is what the attention kernels read. A tile of int8 has STEP_BYTES more for each
 token, in the last dimension: the float32 that its integers are multiplied by.
+
+There is a place for each layer of the largest group (engine/layers). If a group has a window, one
+more block follows those of the pool: the null block, which block tables have in place of those that
+no token needs any more. Kernels may read it, as the part of a tile that lies before a window, and
+give its keys no weight. It is never written, and holds zeros.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import torch
 from ..config import EngineConfig
 from ..devices.backend import Backend
 from ..errors import ConfigurationError
+from ..layers.layer_groups import LayerGroups, blocks_needed, longest_that_fits
 from ..model.model_spec import ModelSpec
 
 STEP_BYTES = 4
@@ -22,13 +28,23 @@ def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     return spec.kv_bytes_per_token(dtype.itemsize, _step_bytes(dtype))
 
 
+def choose_groups(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> LayerGroups:
+    """Return the groups of a model's layers. There is one if each of several stages has a part of
+    the layers, if a draft model shares the block tables, and if evicted blocks are kept: they are
+    whole ones."""
+    shares_tables = config.speculative_model is not None or config.kv_offloading_size is not None
+    if config.pipeline_parallel_size > 1 or shares_tables:
+        return LayerGroups.one_table(spec.num_layers)
+    return LayerGroups.choose(spec.windows, max_model_len, config.block_size)
+
+
 MAX_TABLE_ENTRIES = 2**28
 """Maximum entries of the block tables of all sequences of a step: three arrays of 1 GiB each."""
 
 
-def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one block over all layers, K and V."""
-    return block_size * token_bytes(spec, dtype)
+def block_bytes(spec: ModelSpec, groups: LayerGroups, block_size: int, dtype: torch.dtype) -> int:
+    """Return the bytes of one block, K and V of one group's layers."""
+    return block_size * groups.num_places * (token_bytes(spec, dtype) // spec.num_layers)
 
 
 def _step_bytes(dtype: torch.dtype) -> int:
@@ -38,28 +54,30 @@ def _step_bytes(dtype: torch.dtype) -> int:
 def allocate_kv_cache(
     backend: Backend,
     spec: ModelSpec,
+    groups: LayerGroups,
     num_blocks: int,
     block_size: int,
     dtype: torch.dtype,
     commit: bool = False,
 ) -> torch.Tensor:
-    """Allocate the zeroed cache; `commit` as in `Backend.allocate_kv_cache`. Raises
-    ConfigurationError if the device has no room for it."""
+    """Allocate the zeroed cache of a pool of `num_blocks` blocks; `commit` as in
+    `Backend.allocate_kv_cache`. Raises ConfigurationError if the device has no room for it."""
     width = spec.head_dim + _step_bytes(dtype)
-    shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, block_size, width)
+    all_blocks = num_blocks + groups.frees_blocks
+    shape = (groups.num_places, 2, all_blocks, spec.num_kv_heads, block_size, width)
     try:
         return backend.allocate_kv_cache(shape, dtype, commit=commit)
     except (torch.OutOfMemoryError, RuntimeError, OSError) as error:
-        size = _gib(num_blocks * block_bytes(spec, block_size, dtype))
+        size = _gib(all_blocks * block_bytes(spec, groups, block_size, dtype))
         raise ConfigurationError(
             f"a KV cache of {num_blocks} blocks ({size}) does not fit the memory of "
             f"{backend.device}"
         ) from error
 
 
-def check_tables(config: EngineConfig, max_model_len: int) -> None:
+def check_tables(config: EngineConfig, groups: LayerGroups, max_model_len: int) -> None:
     """Raise ConfigurationError if the block tables of a step would take too much memory."""
-    entries = config.max_num_seqs * (max_model_len // config.block_size + 1)
+    entries = config.max_num_seqs * (max_model_len // config.block_size + 1) * len(groups.groups)
     if entries > MAX_TABLE_ENTRIES:
         raise ConfigurationError(
             f"block tables for --max-num-seqs {config.max_num_seqs} sequences of {max_model_len} "
@@ -71,29 +89,36 @@ def check_tables(config: EngineConfig, max_model_len: int) -> None:
 def num_blocks_from_memory(
     memory: int,
     config: EngineConfig,
-    spec: ModelSpec,
-    dtype: torch.dtype,
+    groups: LayerGroups,
+    block_bytes: int,
     max_model_len: int,
-    draft_bytes: int = 0,
+    step_tokens: int,
 ) -> int:
-    """Return how many blocks `memory` bytes hold, or `config.num_blocks` if that is given.
-    `draft_bytes` are those of a block of the draft model's cache.
+    """Return how many blocks the pool may have if blocks of `block_bytes` are to fit into `memory`
+    bytes, or `config.num_blocks` if that is given.
 
     Raises ConfigurationError if not even one sequence of max_model_len tokens would fit.
+    `step_tokens` are those of steps whose results have not arrived.
     """
-    size = block_bytes(spec, config.block_size, dtype) + draft_bytes
-    num_blocks = max(memory, 0) // size if config.num_blocks is None else config.num_blocks
+    size, num_blocks = block_bytes, config.num_blocks
+    if num_blocks is None:
+        num_blocks = max(memory, 0) // size - groups.frees_blocks
     if num_blocks <= 0:
         raise ConfigurationError(
             f"no memory is left for the KV cache ({_gib(memory)} beside the model; a block takes "
             f"{size} bytes): use a smaller model or raise --gpu-memory-utilization"
         )
     # The last token of a sequence is never fed back, so it needs no slot.
-    if num_blocks * config.block_size < max_model_len - 1:
+    longest, windows = max_model_len - 1, groups.windows
+    needed = blocks_needed(windows, config.block_size, longest, step_tokens=step_tokens)
+    if needed > num_blocks:
+        fit = longest_that_fits(
+            windows, config.block_size, num_blocks, longest, step_tokens=step_tokens
+        )
+        chunk = ", lower --max-num-batched-tokens," if groups.frees_blocks else ""
         raise ConfigurationError(
-            f"the KV cache holds {num_blocks * config.block_size} tokens, less than one sequence "
-            f"of {max_model_len}: give it more memory or set --max-model-len "
-            f"{num_blocks * config.block_size} or less"
+            f"the KV cache holds {fit} tokens, less than one sequence of {max_model_len}: give it "
+            f"more memory{chunk} or set --max-model-len {fit} or less"
         )
     return num_blocks
 

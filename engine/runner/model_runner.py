@@ -17,6 +17,7 @@ from ..config import EngineConfig
 from ..devices.backend import Backend, Graphs, HostBlocks, Planner
 from ..devices.steps import DeviceStep, GraphKey, HostStep, ModelOutput, StepInputs
 from ..errors import DeviceMemoryError
+from ..layers.layer_groups import LayerGroups
 from ..model.causal_lm import CausalLM
 from ..outputs import RowError
 from ..parallel.ranks import ALONE, Ranks
@@ -49,10 +50,12 @@ class ModelRunner:
         adapters: AdapterStore | None = None,
         batch: InputBatch | None = None,
         ranks: Ranks = ALONE,
+        groups: LayerGroups | None = None,
     ) -> None:
-        """`kv_scales` are those of AttentionMetadata, for a float8 cache. Without `adapters` no
-        sequence has one. `batch` is that of another runner, if this one computes its steps. Other
-        `ranks` run the same steps."""
+        """`kv_scales` are those of AttentionMetadata, for a float8 cache. `groups` are the groups
+        of layers with block tables of their own, by default one. Without `adapters` no
+        sequence has one. `batch` is that of another runner, if this one computes its steps.
+        Other `ranks` run the same steps."""
         spec, leads = model.spec, ranks.size > 1 and ranks.rank == 0
         self._model = model
         self._backend = backend
@@ -62,12 +65,15 @@ class ModelRunner:
         self._adapters = adapters
         self._ranks = ranks
         self._block_size = config.block_size
+        self._num_groups = 1 if groups is None else len(groups.groups)
+        self._places = None if groups is None or self._num_groups == 1 else groups.places()
         self._batch = batch or InputBatch(
             max_num_seqs=config.max_num_seqs,
             max_num_tokens=max(backend.token_budget(config), config.max_num_seqs),
             max_model_len=max_model_len,
             block_size=config.block_size,
             backend=backend,
+            num_groups=self._num_groups,
             records_tables=leads,
         )
         self._plans: PlanSender | None = None
@@ -226,7 +232,7 @@ class ModelRunner:
     def run_prompts(self, num_tokens: int, num_seqs: int) -> tuple[torch.Tensor, DeviceStep]:
         """Run a blank step of sequences that begin, all of about the same length. It writes nothing
         to the cache and reads its first blocks. Returns its hidden states."""
-        device = self._model.device
+        device, groups = self._model.device, self._num_groups
         lengths = torch.full((num_seqs,), num_tokens // num_seqs, dtype=torch.int32)
         lengths[: num_tokens % num_seqs] += 1
         loc = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -235,8 +241,8 @@ class ModelRunner:
         step = DeviceStep(
             input_ids=zeros,
             positions=zeros,
-            slot_mapping=torch.full_like(zeros, -1),
-            block_table=torch.zeros((num_seqs, width), dtype=torch.int32, device=device),
+            slot_mapping=torch.full((groups, num_tokens), -1, device=device),
+            block_table=torch.zeros((groups, num_seqs, width), dtype=torch.int32, device=device),
             query_start_loc=loc.to(device),
             seq_lens=lengths.to(device),
             logit_indices=(loc[1:] - 1).to(device, torch.int64),
@@ -317,17 +323,22 @@ class ModelRunner:
     def _metadata(
         self, step: DeviceStep, num_decodes: int, max_query_len: int, plan: AttentionPlan
     ) -> AttentionMetadata:
-        return AttentionMetadata(
-            kv_cache=self._kv_cache,
-            slot_mapping=step.slot_mapping,
-            block_table=step.block_table,
-            query_start_loc=step.query_start_loc,
-            seq_lens=step.seq_lens,
-            num_decodes=num_decodes,
-            max_query_len=max_query_len,
-            plan=plan,
-            kv_scales=self._kv_scales,
-        )
+        def of_group(group: int, *others: AttentionMetadata) -> AttentionMetadata:
+            return AttentionMetadata(
+                kv_cache=self._kv_cache,
+                slot_mapping=step.slot_mapping[group],
+                block_table=step.block_table[group],
+                query_start_loc=step.query_start_loc,
+                seq_lens=step.seq_lens,
+                num_decodes=num_decodes,
+                max_query_len=max_query_len,
+                plan=plan,
+                kv_scales=self._kv_scales,
+                others=others,
+                places=self._places,
+            )
+
+        return of_group(0, *map(of_group, range(1, self._num_groups)))
 
     @contextmanager
     def _memory_errors_named(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from ..devices.backend import Backend, CacheDemand
 from ..devices.choose import choose_backend
 from ..devices.host_layout import copy_seconds
 from ..errors import ConfigurationError
+from ..layers.layer_groups import LayerGroups
 from ..lora import AdapterSource
 from ..main_memory import cpu_quota
 from ..model.causal_lm import CausalLM
@@ -31,6 +32,7 @@ from .kv_cache import (
     allocate_kv_cache,
     block_bytes,
     check_tables,
+    choose_groups,
     num_blocks_from_memory,
     token_bytes,
 )
@@ -95,6 +97,7 @@ class Worker:
             self._adapters = AdapterStore(config, model, max_tokens, self._ranks)
         self._max_model_len = spec.resolve_max_model_len(config.max_model_len)
         model.expect_positions(self._max_model_len)
+        self._groups = choose_groups(config, spec, self._max_model_len)
         self._draft: CausalLM | None = None
         if config.speculative_model is not None:
             self._draft = load_draft(config, spec, self._max_model_len, self._backend)
@@ -109,6 +112,8 @@ class Worker:
             vocab_size=spec.vocab_size,
             max_model_len=self._max_model_len,
             kv_bytes_per_token=token_bytes(model.whole_spec, self._cache_dtype),
+            group_windows=self._groups.windows,
+            group_layers=tuple(len(group.layers) for group in self._groups.groups),
             max_num_batched_tokens=self._backend.token_budget(config),
             is_asynchronous=self._backend.is_asynchronous,
             eos_token_ids=spec.eos_token_ids,
@@ -138,16 +143,23 @@ class Worker:
 
     def _profile(self) -> int:
         config, spec, max_model_len = self._config, self._model.spec, self._max_model_len
-        check_tables(config, max_model_len)
-        size = block_bytes(spec, config.block_size, self._cache_dtype)
-        draft, draft_size = self._draft, 0
-        if draft is not None:
-            draft_size = block_bytes(draft.spec, config.block_size, draft.kv_cache_dtype)
+        groups = self._groups
+        check_tables(config, groups, max_model_len)
+        size = block_bytes(spec, groups, config.block_size, self._cache_dtype)
+        if (draft := self._draft) is not None:  # every block has a part in its cache, too
+            own = LayerGroups.one_table(draft.spec.num_layers)
+            size += block_bytes(draft.spec, own, config.block_size, draft.kv_cache_dtype)
         adapters = 0 if self._adapters is None else self._adapters.slots.num_bytes
-        demand = CacheDemand(config, spec.architecture, size + draft_size, max_model_len, adapters)
+        demand = CacheDemand(
+            config, spec.architecture, size, groups.windows, max_model_len, adapters
+        )
         memory = self._backend.cache_memory(demand, self._make_runner)
+        ahead = self._backend.is_asynchronous
+        if config.async_scheduling is not None:
+            ahead = config.async_scheduling
+        step_tokens = self._backend.token_budget(config) * (1 + ahead)
         num_blocks = num_blocks_from_memory(
-            memory, config, spec, self._cache_dtype, max_model_len, draft_size
+            memory, config, groups, size, max_model_len, step_tokens
         )
         num_blocks = min(number for (number,) in self._ranks.agree([num_blocks]))
         self._runner = self._make_runner(num_blocks)
@@ -201,24 +213,26 @@ class Worker:
             self._model,
             self._backend,
             self._config,
-            self._make_cache(self._model, num_blocks),
+            self._make_cache(self._model, self._groups, num_blocks),
             self._max_model_len,
             self._kv_scales,
             self._adapters,
         )
         if self._draft is None:
-            return ModelRunner(*arguments, ranks=self._ranks)
+            return ModelRunner(*arguments, ranks=self._ranks, groups=self._groups)
+        one_table = LayerGroups.one_table(self._draft.spec.num_layers)
         return SpeculativeRunner(
             *arguments,
             draft_model=self._draft,
-            draft_cache=self._make_cache(self._draft, num_blocks),
+            draft_cache=self._make_cache(self._draft, one_table, num_blocks),
         )
 
-    def _make_cache(self, model: CausalLM, num_blocks: int) -> torch.Tensor:
+    def _make_cache(self, model: CausalLM, groups: LayerGroups, num_blocks: int) -> torch.Tensor:
         config = self._config
         return allocate_kv_cache(
             self._backend,
             model.spec,
+            groups,
             num_blocks,
             config.block_size,
             model.kv_cache_dtype,

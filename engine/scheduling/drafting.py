@@ -9,7 +9,7 @@ from ..cache.block_manager import BlockManager
 from ..outputs import SequenceOutput, TokenLogprobs
 from ..sequence import Sequence
 from ..speculation.speculator import Speculator
-from ..step import ModelRunnerOutput, SchedulerOutput, TableChange
+from ..step import ModelRunnerOutput, SchedulerOutput
 from .roster import Roster
 from .sequence_outputs import token_output
 from .step_planner import Plan
@@ -89,18 +89,17 @@ class Drafting:
     def _allocate(self, plan: Plan, sequence: Sequence, num_tokens: int) -> bool:
         """Get slots for a row and its draft. A draft never takes a block that a row may need: as
         many as there are rows stay free."""
-        size, table = self._block_manager.block_size, sequence.block_table
-        missing = -(-(sequence.num_computed_tokens + num_tokens) // size) - len(table)
+        manager, start = self._block_manager, len(sequence.block_table)
+        missing = -(-(sequence.num_computed_tokens + num_tokens) // manager.block_size) - start
         if missing <= 0:
             return True
-        if missing + len(self._roster.running) > self._block_manager.pool.num_free:
+        if (missing + len(self._roster.running)) * manager.num_groups > manager.pool.num_free:
             return False
-        start = len(table)
         # The row has the slot of its first token already, so that no copy is due.
-        copies = self._block_manager.allocate_slots(sequence, num_tokens)
+        copies = manager.allocate_slots(sequence, num_tokens)
         assert copies == [], "a draft needed a copy"
         if self._roster.knows(sequence):
-            plan.table_changes.append(TableChange(sequence.seq_id, start, table[start:]))
+            plan.table_changes.extend(manager.changes_from(sequence, start))
         return True
 
     def take(

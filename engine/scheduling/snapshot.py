@@ -37,13 +37,16 @@ def take_snapshot(scheduler: Scheduler) -> LiveSnapshot:
         sorted(trace.copied),
         sorted(trace.evicted),
         [
-            _describe(sequence, step_tokens.get(sequence.seq_id, 0))
+            _describe(
+                sequence, step_tokens.get(sequence.seq_id, 0), block_manager.held_blocks(sequence)
+            )
             for sequence in (*scheduler.running, *islice(others, MAX_WAITING))
         ],
+        block_manager.has_groups,
     )
 
 
-def _describe(sequence: Sequence, step_tokens: int) -> LiveSequence:
+def _describe(sequence: Sequence, step_tokens: int, blocks: list[int]) -> LiveSequence:
     return LiveSequence(
         sequence.seq_id,
         sequence.request.request_id[:8],
@@ -55,5 +58,5 @@ def _describe(sequence: Sequence, step_tokens: int) -> LiveSequence:
         sequence.num_cached_tokens,
         step_tokens,
         sequence.num_preemptions,
-        list(sequence.block_table),
+        blocks,
     )

@@ -74,7 +74,11 @@ class StepPlanner:
         #    victim's blocks; nor after a step without memory, unless nothing runs.
         if self.preemptions == preemptions and not (ran_out and self._roster.running):
             left = self._schedule_waiting(plan, left)
-        # 3. The sources of this step's copies may be reused by the next step.
+        # 3. What running sequences have given back since the last step.
+        for sequence, change in self._block_manager.take_window_changes():
+            if sequence.status is SequenceStatus.RUNNING and self._roster.knows(sequence):
+                plan.table_changes.append(change)
+        # 4. The sources of this step's copies may be reused by the next step.
         self._block_manager.end_step()
         return plan, left
 
@@ -137,10 +141,10 @@ class StepPlanner:
         """Return whether a step could want more blocks than there are.
 
         A row can want one for the remainder of its tokens and one for a copy, besides those that
-        the budget fills.
+        the budget fills, in each group of layers.
         """
         most = 2 * self._max_num_seqs + budget // self._block_manager.block_size
-        return self._block_manager.pool.num_free < most
+        return self._block_manager.pool.num_free < most * self._block_manager.num_groups
 
     def _fork_or_limit(self, sequence: Sequence) -> int:
         """Return how many tokens a running sequence may compute next.
@@ -170,8 +174,7 @@ class StepPlanner:
             start = computed // self._block_manager.block_size
             plan.block_copies.extend(copies)
         if self._roster.knows(sequence):
-            changed = sequence.block_table[start:]
-            plan.table_changes.append(TableChange(sequence.seq_id, start, changed))
+            plan.table_changes.extend(self._block_manager.changes_from(sequence, start))
         return True
 
     def preempt(self, sequence: Sequence) -> None:

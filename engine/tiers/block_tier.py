@@ -76,8 +76,6 @@ class BlockTier:
         self._num_clean = min(-(-host.num_slots // _CLEAN_SHARE), _MAX_CLEAN)
         self._may_be_dirty = False
         """Whether one of the least recently used blocks may have to be written ahead."""
-        self._local: set[bytes] = set()
-        """Blocks that must not outlive the process."""
         self._fetches: dict[bytes, _Fetch] = {}
         self._planned: dict[int, float] = {}
         """When each step in flight was planned."""
@@ -102,7 +100,6 @@ class BlockTier:
                 slot = self._cancel_save()
         if slot is None:
             self._dropped += 1
-            self._local.discard(own_hash)
             return
         self._put(own_hash, slot, self._step)
         self._saves[own_hash] = BlockSave(block, slot)
@@ -116,10 +113,6 @@ class BlockTier:
     def hashes(self) -> abc.Set[bytes]:
         found = set(self.host.hashes())
         return found if self.lower is None else found | self.lower.hashes()
-
-    def keep_here(self, own_hash: bytes) -> None:
-        if self.lower is not None:
-            self._local.add(own_hash)
 
     def discard(self, hashes: abc.Iterable[bytes]) -> None:
         for own_hash in hashes:
@@ -217,8 +210,6 @@ class BlockTier:
     def _lose(self, own_hash: bytes) -> None:
         """Note that host memory has given up a block."""
         self._dirty.discard(own_hash)
-        if self._manager.pool.index.lookup(own_hash) is None:  # otherwise it may come again
-            self._local.discard(own_hash)
         if not self.holds(own_hash):
             self._dropped += 1
             self._removed(own_hash)
@@ -239,7 +230,7 @@ class BlockTier:
         """Let a slot hold a block that the device saves in this step."""
         self.host.put(own_hash, slot, step)
         lower = self.lower
-        if lower is None or own_hash in self._local:
+        if lower is None:
             return
         if lower.contains([own_hash]):
             lower.remember(own_hash)

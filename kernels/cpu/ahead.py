@@ -61,7 +61,7 @@ def tasks_for(build: Build) -> list[Task]:
     ends = Ends(_zeros(floats, 2), head)
     activations = Activations(rows, rows, heads, heads, heads, rows, rows, rows, rows)
     step = BodyStep(
-        *(words, words, words, words, 1, rows, rows, _zeros(np.int32, 2), starts, starts),
+        *(words, words, pairs, words, 1, rows, rows, pairs, _zeros(np.int32, 3), starts, starts),
         *(pairs, pairs),
         tile_queries=1,
     )

@@ -39,6 +39,7 @@ PREFETCHED = 256
 """Numbers of the next keys' blocks, and as many of their values', that are fetched ahead."""
 TILE_ROWS = 48
 """Rows per tile, in prefill and for decodes that share a prefix."""
+_ONLY_PLACE = np.zeros((1, 2), dtype=np.int64)
 
 
 class Batch(NamedTuple):
@@ -78,11 +79,15 @@ class Attention(NamedTuple):
     query: Any
     """`[T, heads, head_dim]`."""
     cache: Any
-    """`[layers, 2, blocks, kv_heads, block_size, head_dim]`; of int8 head_dim + 4, with a step for
+    """`[places, 2, blocks, kv_heads, block_size, head_dim]`; of int8 head_dim + 4, with a step for
     each key and each value, as `norms.Heads` stores them."""
+    layer_places: Any
+    """`[layers, 2]` int64: the group of a layer, which has a block table of its own, and its place
+    in the cache."""
     block_table: Any
-    """This and the next five are as in Batch."""
+    """`[groups, S, .]`."""
     starts: Any
+    """This and the next four are as in Batch."""
     seq_lens: Any
     tiles: Any
     members: Any
@@ -146,7 +151,8 @@ def attend(
     work = Attention(
         query,
         cache[None],
-        *batch,
+        _ONLY_PLACE,
+        *batch._replace(block_table=batch.block_table[None]),
         np.array([scoring.scale], dtype=np.float32),
         np.array([scoring.window], dtype=np.int64),
         np.float32(scoring.softcap),
@@ -161,7 +167,9 @@ def attend(
 @kernel
 def attend_tile(item, layer, _, thread, work):
     """Attend for tile item // kv_heads and KV head item % kv_heads."""
-    query, out, cache, window = work.query, work.out, work.cache[layer], work.windows[layer]
+    kind, place = work.layer_places[layer, 0], work.layer_places[layer, 1]
+    query, out, cache, window = work.query, work.out, work.cache[place], work.windows[layer]
+    tables = work.block_table[kind]
     lines, totals = work.lines[thread], work.totals[thread]
     rows = Rows(lines[0], lines[1], totals[0], totals[1], work.scores[thread], work.places[thread])
     kv_heads = np.int64(cache.shape[2])
@@ -183,11 +191,11 @@ def attend_tile(item, layer, _, thread, work):
     done = 0
     for member in range(begin if shared == 0 else begin - 1, end):
         if member < begin:  # every query comes after the shared keys and sees all of them
-            blocks = work.block_table[work.members[begin, 0]]
+            blocks = tables[work.members[begin, 0]]
             first, count, position = np.int64(0), num_rows, shared
             low, stop = np.int64(0), shared
         else:
-            blocks = work.block_table[work.members[member, 0]]
+            blocks = tables[work.members[member, 0]]
             first, queries, position = _queries_of(work, member)
             count, low, stop = queries * group, shared, position + queries
         _attend_keys(

@@ -127,7 +127,7 @@ class Body:
         adapted: Adapted | None = None,
         mix: Callable[[int], None] | None = None,
     ) -> None:
-        """Run a step. Changes the activations and the cache `[num_layers, 2, blocks, kv_heads,
+        """Run a step. Changes the activations and the cache `[places, 2, blocks, kv_heads,
         block_size, head_dim]`. `mix` runs the mixture of experts of a layer, from `normed` into
         `update`; it is needed if there are any."""
         scratch = self._scratch_for(activations, cache.shape[3], step.tile_queries, num_threads)
@@ -143,7 +143,7 @@ class Body:
         for place, call in calls.items():
             self._set_call(place, call)
         # 3. How many items and rows. From one decode to the next they are often the same.
-        counts = (len(step.slots), len(step.picks), len(step.tiles))
+        counts = (len(step.input_ids), len(step.picks), len(step.tiles))
         if counts != self._counts:
             self._counts = counts
             self._set_counts(*counts, cache.shape[3])
@@ -208,7 +208,7 @@ class Body:
             (MLP_NORM, None): few,
             (PICK, None): -(-picks // FEW),
         }
-        for (kind, layer), weight in self._products():
+        for (kind, layer), weight in products_of(self._ends, self._layers):
             rows = picks if kind == HEAD else tokens
             panels = weight.num_panels // 2 if kind == GATE_UP else weight.num_panels
             items[kind, layer] = count_items(panels, rows)
@@ -218,9 +218,6 @@ class Body:
             self._table[self._phases(place), ITEMS] = number
         self._table[:, ROWS] = tokens
         self._table[-LAST_PHASES:, ROWS] = picks
-
-    def _products(self) -> list[tuple[Place, PackedWeight]]:
-        return products_of(self._ends, self._layers)
 
     def _scratch_for(
         self, activations: Activations, kv_heads: int, tile_queries: int, num_threads: int
@@ -240,7 +237,7 @@ class Body:
 
     def _make_room(self, activations: Activations) -> Quantised:
         """Return room for the quantised rows of whichever product needs most."""
-        weights = [weight for _, weight in self._products()]
+        weights = [weight for _, weight in products_of(self._ends, self._layers)]
         return make_quantised(
             max(len(activations.x), len(activations.picked)),
             max(weight.depth for weight in weights),
@@ -317,11 +314,17 @@ def step_calls(
     )
     heads = Heads(
         *(qkv, layers.qk_norm, layers.qk_epsilons),
-        *(step.cos, step.sin, layers.rotates, step.rotations, layers.kinds, step.kind_rows),
-        *(layers.norms_all_heads, layers.rotates_pairs, step.slots, cache, query),
+        *(step.cos, step.sin, layers.rotates, step.rotations, layers.kinds),
+        kind_rows=step.kind_rows,
+        norms_all_heads=layers.norms_all_heads,
+        rotates_pairs=layers.rotates_pairs,
+        slots=step.slots,
+        cache=cache,
+        layer_places=step.layer_places,
+        query=query,
     )
     attention = Attention(
-        *(query, cache, step.block_table, step.starts, step.seq_lens),
+        *(query, cache, step.layer_places, step.block_table, step.starts, step.seq_lens),
         *(step.tiles, step.members, step.tile_queries),
         *(layers.scales, layers.windows, NO_SOFTCAP, layers.scales, False, attended),
         *scratch.attention,

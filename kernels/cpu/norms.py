@@ -72,10 +72,13 @@ class Heads(NamedTuple):
     rotates_pairs: bool
     """Whether elements 2i and 2i + 1 rotate, not i and i + n / 2."""
     slots: Any
-    """The cache slot of each token, `[.]`; negative: K and V are not stored."""
+    """The cache slot of each token, `[groups, .]`; negative: K and V are not stored."""
     cache: Any
-    """`[layers, 2, blocks, kv_heads, block_size, head_dim]`; of int8 head_dim + 4, for the steps
+    """`[places, 2, blocks, kv_heads, block_size, head_dim]`; of int8 head_dim + 4, for the steps
     that `_store_rounded` writes."""
+    layer_places: Any
+    """`[layers, 2]` int64: the group of a layer, which has slots of its own, and its place in the
+    cache."""
     query: Any
     """The rotated Q (out), `[., heads, head_dim]` float32."""
 
@@ -131,9 +134,10 @@ def normalise(item, layer, rows, thread, norm):
 @kernel
 def rotate(item, layer, rows, thread, heads):
     """Norm and rotate Q and K of an item's tokens: Q into `query`, K and V into the cache."""
-    qkv, query, cache = heads.qkv, heads.query, heads.cache[layer]
+    group, place = heads.layer_places[layer, 0], heads.layer_places[layer, 1]
+    qkv, query, cache = heads.qkv, heads.query, heads.cache[place]
     weights, eps = heads.weights[layer], heads.epsilons[layer]
-    cos, sin, rotations, slots = heads.cos, heads.sin, heads.rotations, heads.slots
+    cos, sin, rotations, slots = heads.cos, heads.sin, heads.rotations, heads.slots[group]
     first_of_kind, pairs = heads.kinds[layer] * heads.kind_rows, heads.rotates_pairs
     num_heads, kv_heads, block_size = query.shape[1], cache.shape[2], np.int64(cache.shape[3])
     half = np.uint64(cos.shape[1] // 2 * heads.rotates[layer])

@@ -78,7 +78,7 @@ class BodyStep(NamedTuple):
     picks: Any
     """Which tokens need logits, `[R]`."""
     slots: Any
-    """The cache slot of each token, `[T]`."""
+    """The cache slot of each token, `[groups, T]`."""
     rotations: Any
     """The row of cos and sin of each token, `[T]`, for the first kind of rotations."""
     kind_rows: int
@@ -86,8 +86,9 @@ class BodyStep(NamedTuple):
     cos: Any
     """`[kinds * kind_rows, n]`, as in Rotation."""
     sin: Any
+    layer_places: Any
+    """This and the rest are as in `attention.Attention`."""
     block_table: Any
-    """This and the rest are as in `attention.Batch`."""
     starts: Any
     seq_lens: Any
     tiles: Any

@@ -7,14 +7,17 @@ the host may not know yet. The upload `packed` `[n]` int32 holds the rest:
     packed   | Record of row 0 | Record of row 1 | … | token ids | new block ids |
                                                        ↑ token     ↑ blocks  (offsets in a Record)
 
+If the layers have several groups of blocks, each with a table row per sequence, `packed` has the
+records of all rows for each group; they differ in where the table is and in what is new of it.
+
 For token i of a row that starts at position `start`:
 
     position = start + i        slot = table[position // block_size] · block_size
                                        + position % block_size
 
-The grid is (row, part of its tokens and table columns). A program takes the columns that changed
-from `packed` and only unchanged ones from `table`, so programs of one row may run in any order
-although some of them write the changed columns to `table`.
+The grid is (row, part of its tokens and table columns, group). A program takes the columns that
+changed from `packed` and only unchanged ones from `table`, so programs of one row may run in any
+order although some of them write the changed columns to `table`.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -78,7 +81,7 @@ def _load_blocks(packed_ptr, table_ptr, column, mask, known, blocks):
     return tl.where(changed, new, old)
 
 
-# Over 50 lines: 20 parameters and the nine fields of a record.
+# Over 50 lines: 22 parameters and the nine fields of a record.
 @triton.jit(
     do_not_specialize=["num_seqs", "num_tokens", "num_padded", "num_decodes"],
     do_not_specialize_on_alignment=["sampled_ptr"],
@@ -99,6 +102,8 @@ def _prepare_inputs_kernel(
     num_tokens,
     num_padded,
     num_decodes,
+    slots_stride: tl.constexpr,
+    block_table_stride: tl.constexpr,
     table_stride: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -108,8 +113,12 @@ def _prepare_inputs_kernel(
     # 1. Rows beyond the batch are padding. In a mixed step the first of them has all tokens of the
     #    padding, and the others have none. In other steps (of QUERY_LEN tokens per row) the row
     #    tells the indices of its tokens.
+    #    What is the same for all groups is written by the programs of each, with the same values.
     seq = tl.program_id(0)
     part = tl.program_id(1) * PART
+    group = tl.program_id(2)
+    slots_ptr += group.to(tl.int64) * slots_stride
+    block_table_ptr += group.to(tl.int64) * block_table_stride
     if (seq == 0) & (part == 0):
         tl.store(query_start_loc_ptr, 0)
         if num_decodes_ptr is not None:
@@ -135,7 +144,7 @@ def _prepare_inputs_kernel(
             tl.store(seq_lens_ptr + seq, 0)
         return
     # 2. Read the row's record (see `Record`) and write what the row has once.
-    record = packed_ptr + seq * FIELDS
+    record = packed_ptr + (group * num_seqs + seq) * FIELDS
     table_ptr += tl.load(record).to(tl.int64) * table_stride
     start = tl.load(record + 1)
     length = tl.load(record + 2)
@@ -207,10 +216,10 @@ def prepare_inputs(
     """Write the inputs of a step of `num_seqs` rows, and the changed columns of `table`.
 
     Read: packed `[n]` int32 (records, token ids, block ids), sampled `[…]` int64, table
-    `[…, max_blocks]` int32. Written: input_ids, positions and slot_mapping `[T]` int64;
-    block_table `[S, max_blocks]` int32 with the stride of `table`, as far as each row's length
-    reaches; query_start_loc `[S + 1]` and seq_lens `[S]` int32; logit_indices `[…]` int64, the
-    index of the token before each sample.
+    `[…, max_blocks]` int32. Written: input_ids and positions `[T]`, slot_mapping `[G, T]` int64,
+    for G groups of layers; block_table `[G, S, max_blocks]` int32 with the stride of `table`, as
+    far as each row's length reaches; query_start_loc `[S + 1]` and seq_lens `[S]` int32;
+    logit_indices `[…]` int64, the index of the token before each sample.
 
     If S is greater than num_seqs, every row has one token, T equals S, and the rows from num_seqs
     on are padding: length 0, slot −1, id and position 0. With a `query_len` above 1, every row has
@@ -227,13 +236,13 @@ def prepare_inputs(
     `packed` are not checked.
     """
     size, num_padded = seq_lens.shape[0], input_ids.shape[0]
+    groups = slot_mapping.shape[0]
     num_tokens = num_padded if num_tokens is None else num_tokens
     for name, tensor, dtype, length in (
         ("packed", packed, torch.int32, None),
         ("sampled", sampled, torch.int64, None),
         ("input_ids", input_ids, torch.int64, None),
         ("positions", positions, torch.int64, num_padded),
-        ("slot_mapping", slot_mapping, torch.int64, num_padded),
         ("query_start_loc", query_start_loc, torch.int32, size + 1),
         ("seq_lens", seq_lens, torch.int32, None),
         ("logit_indices", logit_indices, torch.int64, None),
@@ -241,12 +250,17 @@ def prepare_inputs(
         require_dtype(name, tensor, dtype)
         require_shape(name, tensor, length)
         require_contiguous(name, tensor)
-    for name, tensor in (("table", table), ("block_table", block_table)):
-        require_dtype(name, tensor, torch.int32)
+    for name, tensor, dtype in (
+        ("slot_mapping", slot_mapping, torch.int64),
+        ("table", table, torch.int32),
+        ("block_table", block_table, torch.int32),
+    ):
+        require_dtype(name, tensor, dtype)
         require_last_contiguous(name, tensor)
+    require_shape("slot_mapping", slot_mapping, groups, num_padded)
     require_shape("table", table, None, None)
-    require_shape("block_table", block_table, size, table.shape[1])
-    require(block_table.stride(0) == table.stride(0), "block_table and table differ in stride")
+    require_shape("block_table", block_table, groups, size, table.shape[1])
+    require(block_table.stride(1) == table.stride(0), "block_table and table differ in stride")
     require(0 <= num_seqs <= size, f"{num_seqs} sequences do not fit {size} rows")
     if num_decodes_out is None:
         even = num_padded == size * query_len
@@ -257,13 +271,14 @@ def prepare_inputs(
         require_shape("num_decodes_out", num_decodes_out, 1)
         require(num_seqs < size and query_len == 1, "a mixed step needs a row for its padding")
         require(num_tokens <= num_padded, f"{num_tokens} tokens do not fit {num_padded}")
-    require(len(packed) >= num_seqs * FIELDS, f"packed is too short for {num_seqs} sequences")
+    records = groups * num_seqs
+    require(len(packed) >= records * FIELDS, f"packed is too short for {records} records")
     require_launchable(
         packed=packed, sampled=sampled, table=table, input_ids=input_ids, positions=positions,
         slot_mapping=slot_mapping, block_table=block_table, query_start_loc=query_start_loc,
         seq_lens=seq_lens, logit_indices=logit_indices, num_decodes_out=num_decodes_out,
     )  # fmt: skip
-    _prepare_inputs_kernel[(size, max(1, triton.cdiv(reach, PART)))](
+    _prepare_inputs_kernel[(size, max(1, triton.cdiv(reach, PART)), groups)](
         packed,
         sampled,
         table,
@@ -279,6 +294,8 @@ def prepare_inputs(
         num_tokens,
         num_padded,
         num_decodes,
+        slots_stride=slot_mapping.stride(0),
+        block_table_stride=block_table.stride(0),
         table_stride=table.stride(0),
         BLOCK_SIZE=block_size,
         FIELDS=FIELDS,

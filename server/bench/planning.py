@@ -15,6 +15,7 @@ from typing import Any
 from ...engine.bench.arguments import check_writable, positive_int, reading
 from ...engine.config import EngineConfig, engine_flags
 from ...engine.errors import ConfigurationError, QuireError
+from ...engine.layers.layer_groups import LayerGroups
 from ...engine.plan.calibration import Calibration, load_calibration
 from ...engine.plan.capacity import Bound
 from ...engine.plan.layout import Hardware, Layout, layouts_of
@@ -262,7 +263,7 @@ def _hardware(a: argparse.Namespace, model: str, calibration: Calibration | None
             raise ConfigurationError(f"{a.calibration} was measured with {calibration.model}")
     if gpu is not None:
         source = calibration.model if calibration is not None else model
-        described, estimated = _describe(source, a)
+        described, estimated = _describe(source, a, shape)
         shape = shape or estimated
     assert shape is not None
     sizes = {name: getattr(a, name) for name in SIZES if getattr(a, name) is not None}
@@ -282,9 +283,12 @@ def _hardware(a: argparse.Namespace, model: str, calibration: Calibration | None
     )
 
 
-def _describe(model: str, a: argparse.Namespace) -> tuple[ModelShape, EngineShape]:
-    """Return a model's shape and the sizes of its engine on a GPU, from its files. Raises
-    ConfigurationError if they do not say enough."""
+def _describe(
+    model: str, a: argparse.Namespace, measured: EngineShape | None
+) -> tuple[ModelShape, EngineShape]:
+    """Return a model's shape and the sizes of its engine on a GPU, from its files. Its layers have
+    the groups of an engine that was measured, if there is one. Raises ConfigurationError if the
+    files do not say enough."""
     from ..text.torch_free import import_transformers
 
     import_transformers()
@@ -297,21 +301,27 @@ def _describe(model: str, a: argparse.Namespace) -> tuple[ModelShape, EngineShap
         reason = found.refused or "its weights are not on this machine"
         raise ConfigurationError(f"the size of {model} is not known: {reason}")
     spec = spec_from_hf_config(read_hf_config(config), config)
+    max_model_len, size = a.max_model_len or spec.max_position, a.block_size or config.block_size
+    if measured is not None:
+        max_model_len, size = measured.max_model_len, measured.block_size
+    groups = LayerGroups.choose(spec.windows, max_model_len, size)
     shape = ModelShape(
         num_parameters=found.num_parameters,
         weight_bytes=found.weight_bytes,
         kv_bytes_per_token=found.kv_bytes_per_token or spec.kv_bytes_per_token(2),
         num_layers=spec.num_layers,
+        num_places=groups.num_places,
         hidden_size=spec.num_attention_heads * spec.head_dim,
         num_kv_heads=spec.num_kv_heads,
         num_attention_heads=spec.num_attention_heads,
     )
     return shape, EngineShape(
         num_blocks=1,  # replaced by what fits into the memory
-        block_size=config.block_size,
+        block_size=size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=8192,
-        max_model_len=spec.max_position,
+        max_model_len=max_model_len,
         vocab_size=spec.vocab_size,
         runs_ahead=True,
+        group_windows=groups.windows,
     )

@@ -117,11 +117,14 @@ def _checked(item: ModelOutline, config: EngineConfig) -> ModelOutline:
 
 def _fits(item: ModelOutline, memory: int | None) -> dict[int, int] | None:
     """Return how many sequences fit by their context length; None if it is not known."""
-    tokens = None if memory is None else item.capacity(int(memory * USABLE_SHARE))
-    if tokens is None or item.max_model_len is None:
+    if memory is None or item.max_model_len is None:
         return None
     lengths = {length for length in _CONTEXTS if length < item.max_model_len}
-    return {length: max(tokens, 0) // length for length in sorted(lengths | {item.max_model_len})}
+    fits = {
+        length: item.sequences(int(memory * USABLE_SHARE), length)
+        for length in sorted(lengths | {item.max_model_len})
+    }
+    return {length: number for length, number in fits.items() if number is not None} or None
 
 
 def _as_json(item: ModelOutline, memory: int | None) -> dict[str, Any]:

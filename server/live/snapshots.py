@@ -124,6 +124,7 @@ class Describer:
             "blocks": base64.b64encode(zlib.compress(snapshot.blocks, 1)).decode(),
             "copied": snapshot.copied,
             "evicted": snapshot.evicted,
+            "has_groups": snapshot.has_groups,
             "sequences": sequences,
         }
 

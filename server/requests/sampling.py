@@ -8,6 +8,7 @@ from typing import Any
 
 from ...engine.config import EngineInfo
 from ...engine.errors import ContextLengthError, InvalidRequestError
+from ...engine.layers.layer_groups import longest_that_fits
 from ...engine.sampling_params import SamplingParams
 from ..settings import Settings
 from .protocol import GenerationBody
@@ -173,9 +174,16 @@ def with_max_tokens(
         )
     # The KV cache must hold all beams, which share the prompt's full blocks. The last token needs
     # no slot, since no step reads its keys and values.
-    shared = num_prompt_tokens // info.block_size
-    own = (info.num_blocks - shared) // (params.beam_width or 1)
-    pool_room = max(1, (shared + own) * info.block_size - num_prompt_tokens + 1)
+    longest = longest_that_fits(
+        info.group_windows,
+        info.block_size,
+        info.num_blocks,
+        info.max_model_len,
+        num_shared=num_prompt_tokens,
+        width=params.beam_width or 1,
+        step_tokens=info.step_tokens,
+    )
+    pool_room = max(1, longest - num_prompt_tokens + 1)
     limit = min(room, pool_room, room if default is None else default)
     return replace(params, max_tokens=limit if asked is None else asked, min_tokens=min_tokens)
 

@@ -277,6 +277,10 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
             max_model_len=info.max_model_len,
             num_blocks=info.num_blocks,
             kv_capacity_tokens=info.kv_capacity_tokens,
+            layers_by_window=[
+                {"window": window, "layers": layers}
+                for window, layers in info.layers_by_window.items()
+            ],
             engines=settings.data_parallel_size,
             full_length_sequences=round(info.kv_capacity_tokens / info.max_model_len, 1),
             address=address,

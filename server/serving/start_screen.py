@@ -65,8 +65,20 @@ def _facts(settings: Settings, info: EngineInfo) -> list[tuple[str, str]]:
             f"{info.kv_capacity_tokens:,} tokens of {kept} = {sequences:,.1f} sequences of "
             f"{info.max_model_len:,} (at most {info.max_num_seqs:,})",
         ),
+        *_windows(info),
         *drafts,
     ]
+
+
+def _windows(info: EngineInfo) -> list[tuple[str, str]]:
+    """Return a row that says which layers keep how many tokens, if some have a window."""
+    if info.group_windows == (None,):
+        return []
+    parts = [
+        f"{layers} layers keep " + ("all tokens" if window is None else f"the last {window:,}")
+        for window, layers in info.layers_by_window.items()
+    ]
+    return [("", f"{', '.join(parts)} of each sequence")]
 
 
 def _ways(settings: Settings, address: str) -> list[tuple[str, str]]:

@@ -75,7 +75,7 @@ export function Table({state, sequence, onChoose}) {
     <ol>${shown.map((block, index) => {
       const count = (state.holders.get(block) || []).length;
       return html`<li class=${count > 1 ? "shared" : "used"}
-        title=${`tokens ${index * state.size} to ${(index + 1) * state.size - 1}`}>${block}${count > 1
+        title=${state.grouped ? "" : `tokens ${index * state.size} to ${(index + 1) * state.size - 1}`}>${block}${count > 1
           && html`<sup><span class="hidden">shared by </span>${count}</sup>`}</li>`;
     })}</ol>
     ${sequence.table.length > shown.length && html`<p class="muted">and ${sequence.table.length - shown.length} more</p>`}

@@ -48,7 +48,7 @@ export async function apply(state, event) {
   const {stats, time, block_size: size, max_num_seqs, max_model_len, max_num_batched_tokens} = event;
   const before = new Map(state.sequences.map((one) => [one.seq_id, one]));
   Object.assign(state, {
-    stats, time, size, blocks, computed: event.tokens_computed,
+    stats, time, size, blocks, computed: event.tokens_computed, grouped: event.has_groups,
     copied: new Set(event.copied), evicted: new Set(event.evicted),
     limits: {max_num_seqs, max_model_len, max_num_batched_tokens},
   });
@@ -80,7 +80,8 @@ export function describe(state, block) {
   const holders = state.holders.get(block) || [];
   const count = value - 1;
   const {index} = holders[0] || {};
-  const what = holders.length ? `, tokens ${index * state.size} to ${(index + 1) * state.size - 1} of ` +
+  const tokens = state.grouped ? "tokens" : `tokens ${index * state.size} to ${(index + 1) * state.size - 1}`;
+  const what = holders.length ? `, ${tokens} of ` +
     holders.slice(0, 4).map(({sequence}) => nameOf(sequence)).join(", ") + (holders.length > 4 ? " and more" : "") : "";
   return `Block ${block}: ${count === 1 ? "in use" : `shared by ${count === 254 ? "254 or more" : count}`}${what}${change}`;
 }

@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any
 
 from quire.engine.cache.block_manager import BlockManager
+from quire.engine.cache.grouped_block_manager import make_block_manager
 from quire.engine.core.step_loop import StepLoop
 from quire.engine.grammar.constraints import NOTHING_PENDING, PendingConstraints
 from quire.engine.outputs import SequenceOutput
@@ -126,6 +127,7 @@ class Harness:
         prefix_caching: bool = True,
         check: bool = True,
         run_ahead: bool = False,
+        windows: tuple[int | None, ...] = (None,),
         host_slots: int = 0,
         store: BlockStore | None = None,
         read: Runner | None = None,
@@ -136,8 +138,10 @@ class Harness:
         is one; `read` and `write` do what waits for it."""
         self.time = 0.0
         self.check = check
-        self.manager = BlockManager(num_blocks, block_size, enable_prefix_caching=prefix_caching)
-        self.worker = PagedFakeWorker(num_blocks, block_size, sample)
+        self.manager = make_block_manager(
+            num_blocks, block_size, windows, enable_prefix_caching=prefix_caching
+        )
+        self.worker = PagedFakeWorker(num_blocks, block_size, sample, windows)
         self.tier: BlockTier | None = None
         make_scheduler: Callable[..., Scheduler] = Scheduler
         if host_slots:

@@ -1,8 +1,9 @@
 """A worker without a model whose K/V is the tokens themselves, so that every read can be checked.
 
 Each slot stores a hash of all tokens up to its own. Executing a row reads its whole context back
-through the block table, so one wrong share, missed copy or early reuse raises. The worker uses only
-the encoded plan, as a worker in another process would.
+through the block table, so one wrong share, missed copy or early reuse raises. If layers have
+several groups, it does so in each, as far as the group's window reaches. The worker uses only the
+encoded plan, as a worker in another process would.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class KnownSequence:
 
     spec: SequenceSpec
     token_ids: list[int]
-    table: list[int]
+    tables: list[list[int]]
+    """The block table of each group of layers."""
     num_drafts: int = 0
     """How many of the last tokens are guesses of the last plan."""
 
@@ -55,7 +57,7 @@ class KnownSequence:
         """Return the sequence as it stands without its drafts, and then with each more of them."""
         known = len(self.token_ids) - self.num_drafts
         return [
-            KnownSequence(self.spec, self.token_ids[: known + count], self.table)
+            KnownSequence(self.spec, self.token_ids[: known + count], self.tables)
             for count in range(self.num_drafts + 1)
         ]
 
@@ -112,13 +114,21 @@ class PagedFakeWorker:
     token that it drafts.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, sample: NextToken = next_token) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        sample: NextToken = next_token,
+        windows: tuple[int | None, ...] = (None,),
+    ) -> None:
         self.block_size = block_size
+        self.windows = windows
+        self.null_block = num_blocks
         self.sample = sample
         self.errors: dict[str, RowError] = {}
         self.known: dict[int, KnownSequence] = {}
         self.num_tokens = 0
-        self._slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self._slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks + 1)]
         self._sampled: dict[int, int] = {}
         self.num_fed_back = 0
         self._last_step = 0
@@ -208,7 +218,7 @@ class PagedFakeWorker:
         for sequence, start, num_new in rows:  # all write before any reads, as kernels do
             self._write(sequence, start, num_new)
         for sequence, start, num_new in rows:
-            self._read_back(sequence, start + num_new)
+            self._read_back(sequence, start, start + num_new)
         return _Executed(self, output)
 
     def sample_rows(self, output: SchedulerOutput) -> ModelRunnerOutput:
@@ -253,10 +263,11 @@ class PagedFakeWorker:
             del self.known[seq_id]
         for spec in output.new_sequences:
             assert spec.seq_id not in self.known and UNKNOWN_TOKEN not in spec.token_ids
-            known = KnownSequence(spec, list(spec.token_ids), list(spec.block_table))
-            self.known[spec.seq_id] = known
-        for seq_id, start, block_ids in output.table_changes:
-            self.known[seq_id].table[start:] = block_ids
+            tables = [list(table) for table in (spec.block_table, *spec.other_tables)]
+            assert len(tables) == len(self.windows)
+            self.known[spec.seq_id] = KnownSequence(spec, list(spec.token_ids), tables)
+        for seq_id, start, block_ids, group in output.table_changes:
+            self.known[seq_id].tables[group][start : start + len(block_ids)] = block_ids
 
     def _histories(self, sequence: KnownSequence, end: int) -> list[int]:
         history, histories = 0, []
@@ -268,12 +279,22 @@ class PagedFakeWorker:
     def _write(self, sequence: KnownSequence, start: int, num_new: int) -> None:
         assert num_new >= 1
         histories = self._histories(sequence, start + num_new)
-        for position in range(start, start + num_new):
-            block = sequence.table[position // self.block_size]
-            self._slots[block][position % self.block_size] = histories[position]
+        for group, table in enumerate(sequence.tables):
+            for position in range(start, start + num_new):
+                block = table[position // self.block_size]
+                assert block != self.null_block
+                self._slots[block][position % self.block_size] = histories[position] + group
 
-    def _read_back(self, sequence: KnownSequence, end: int) -> None:
-        for position, history in enumerate(self._histories(sequence, end)):
-            block = sequence.table[position // self.block_size]
-            found = self._slots[block][position % self.block_size]
-            assert found == history, f"{sequence}: foreign K/V at position {position}"
+    def _read_back(self, sequence: KnownSequence, start: int, end: int) -> None:
+        histories = self._histories(sequence, end)
+        for group, (table, window) in enumerate(zip(sequence.tables, self.windows, strict=True)):
+            # Kernels may read what lies before a window, too: there are the sequence's own blocks,
+            # and before them the null block.
+            first = next(i for i, block in enumerate(table) if block != self.null_block)
+            needed = 0 if window is None else max(start + 1 - window, 0)
+            assert first * self.block_size <= needed, f"{sequence}: {table} lacks a block"
+            for position in range(first * self.block_size, end):
+                block = table[position // self.block_size]
+                found = self._slots[block][position % self.block_size]
+                wanted = histories[position] + group
+                assert found == wanted, f"{sequence}: foreign K/V at position {position}"

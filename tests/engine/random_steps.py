@@ -73,12 +73,14 @@ def make_output(
 class RandomSteps:
     """Random arrivals, growth, forks, copies on write, releases and returns.
 
-    There are few rows to spare, and some steps run one step ahead of their tokens. `seen` counts
+    There are few rows to spare, and some steps run one step ahead of their tokens. Each of several
+    groups of layers has tables of its own, whose columns also change by themselves. `seen` counts
     what happened.
     """
 
-    def __init__(self, seed: int, max_len: int, budget: int = BUDGET) -> None:
+    def __init__(self, seed: int, max_len: int, budget: int = BUDGET, num_groups: int = 1) -> None:
         self.seen: Counter[str] = Counter()
+        self._num_groups = num_groups
         self._rng = random.Random(seed)
         self._max_len, self._budget = max_len, budget
         self._running: list[Sequence] = []
@@ -123,7 +125,7 @@ class RandomSteps:
                     released.append(sequence.seq_id)
                     self._known.remove(sequence.seq_id)
                 sequence.num_computed_tokens = 0
-                sequence.block_table = []
+                sequence.block_table, sequence.other_tables = [], []
                 if len(sequence.token_ids) < self._max_len - 20:
                     self._waiting.append(sequence)
         return released
@@ -141,7 +143,8 @@ class RandomSteps:
                 parent = rng.choice(parents)
                 computed = parent.num_computed_tokens
                 child = make_sequence([*parent.token_ids[:computed], rng.randrange(128)], 8)
-                child.block_table, child.num_computed_tokens = list(parent.block_table), computed
+                child.block_table, *child.other_tables = map(list, self._tables(parent))
+                child.num_computed_tokens = computed
                 self._running.append(child)
                 self.seen["forked"] += 1
             else:
@@ -163,21 +166,35 @@ class RandomSteps:
             left -= length
             first = held = len(sequence.block_table)
             tail = computed // BLOCK_SIZE
+            is_known, tables = sequence.seq_id in self._known, self._tables(sequence)
             if tail < held and rng.random() < 0.1:
                 first = tail
-                sequence.block_table[tail] = rng.randrange(1000)
+                for table in tables:
+                    table[tail] = rng.randrange(1000)
                 self.seen["copied on write"] += 1
-            while len(sequence.block_table) * BLOCK_SIZE < computed + length:
-                sequence.block_table.append(rng.randrange(1000))
-            if sequence.seq_id not in self._known:
+            for group, table in enumerate(tables):
+                while len(table) * BLOCK_SIZE < computed + length:
+                    table.append(rng.randrange(1000))
+                if is_known and len(table) > first:
+                    changes.append(TableChange(sequence.seq_id, first, table[first:], group))
+                if group and is_known and held and rng.random() < 0.1:
+                    start = rng.randrange(held)
+                    end = rng.randint(start + 1, held)
+                    table[start:end] = [1000] * (end - start)
+                    change = TableChange(sequence.seq_id, start, table[start:end], group)
+                    changes.append(change)
+                    self.seen["given back"] += 1
+            if not is_known:
                 new.append(sequence)
-            elif len(sequence.block_table) > first:
-                table = sequence.block_table[first:]
-                changes.append(TableChange(sequence.seq_id, first, table))
             self._known.add(sequence.seq_id)
             rows.append((sequence, length))
         rng.shuffle(rows)
         return rows, new, changes
+
+    def _tables(self, sequence: Sequence) -> list[list[int]]:
+        if not sequence.other_tables:
+            sequence.other_tables = [[] for _ in range(self._num_groups - 1)]
+        return [sequence.block_table, *sequence.other_tables]
 
     def _ids(self, sequence: Sequence, length: int) -> list[int]:
         start = sequence.num_computed_tokens

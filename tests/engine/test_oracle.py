@@ -24,8 +24,11 @@ from quire.engine.devices.backend import Backend
 from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
 from quire.engine.devices.cpu.packing import rounded
 from quire.engine.devices.cuda.step_graphs import graph_sizes
+from quire.engine.layers.layer_groups import blocks_needed
+from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
 from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request
+from quire.engine.runner.kv_cache import choose_groups
 from quire.engine.runner.model_runner import StepForward
 from quire.engine.runner.worker import Worker
 from quire.engine.step import UNKNOWN_TOKEN, SchedulerOutput
@@ -36,7 +39,8 @@ from .harness import make_request
 
 
 class Engine:
-    """An EngineCore over a real model, with all its outputs."""
+    """An EngineCore over a real model, with all its outputs. `num_blocks` counts for each of the
+    model's groups of layers; 0 stands for as few as a sequence of full length needs."""
 
     def __init__(self, folder: Path, backend: Backend | None = None, **config: Any) -> None:
         values: dict[str, Any] = {
@@ -49,7 +53,10 @@ class Engine:
             "max_model_len": 192,
             "num_threads": 1,
         }
-        self.config = EngineConfig(**values | config)
+        values |= config
+        if values["num_blocks"] is not None:
+            values["num_blocks"] = total_blocks(values)
+        self.config = EngineConfig(**values)
         self.worker = self.make_worker(self.config, backend)
         self.core = EngineCore(self.config, self.worker)
         self.outputs: dict[tuple[str, int], list[SequenceOutput]] = defaultdict(list)
@@ -82,6 +89,17 @@ class Engine:
         request = self.add(prompt, max_tokens, **fields)
         self.run()
         return self.tokens(request)
+
+
+def total_blocks(values: dict[str, Any]) -> int:
+    """Return the number of blocks for all groups of layers of an engine with this configuration."""
+    config = EngineConfig(**values | {"num_blocks": None})
+    spec = spec_from_hf_config(read_hf_config(config), config)
+    length = spec.resolve_max_model_len(config.max_model_len)
+    windows = choose_groups(config, spec, length).windows
+    step_tokens = values["max_num_batched_tokens"] * (1 + bool(config.async_scheduling))
+    least = blocks_needed(windows, config.block_size, length - 1, step_tokens=step_tokens)
+    return len(windows) * values["num_blocks"] or least
 
 
 class Reference:

@@ -75,8 +75,11 @@ class Driver:
     A step has at most `budget` tokens.
     """
 
-    def __init__(self, worker: Worker, config: EngineConfig, num_blocks: int) -> None:
+    def __init__(
+        self, worker: Worker, config: EngineConfig, num_blocks: int, num_groups: int = 1
+    ) -> None:
         self.worker = worker
+        self.num_groups = num_groups
         self.budget = config.max_num_batched_tokens
         self.block_size = config.block_size
         # Last blocks first: a block id is never a sequence's block index by accident.
@@ -94,8 +97,8 @@ class Driver:
     @classmethod
     def start(cls, config: EngineConfig, backend: Backend | None = None) -> Driver:
         worker = Worker(config, backend)
-        worker.load()
-        return cls(worker, config, worker.profile())
+        num_groups = len(worker.load().group_windows)
+        return cls(worker, config, worker.profile(), num_groups)
 
     def run(self, sequences: list[Sequence]) -> list[list[int]]:
         """Run the sequences to their ends and return the output tokens of each."""
@@ -141,13 +144,17 @@ class Driver:
             left -= length
             held = len(sequence.block_table)
             needed = -(-(sequence.num_computed_tokens + length) // self.block_size)
-            for _ in range(needed - held):
-                sequence.block_table.append(self.free_blocks.pop())
+            if not sequence.other_tables:
+                sequence.other_tables = [[] for _ in range(self.num_groups - 1)]
+            tables = (sequence.block_table, *sequence.other_tables)
+            for table in tables:
+                for _ in range(needed - len(table)):
+                    table.append(self.free_blocks.pop())
             if sequence.seq_id not in self.known:
                 new.append(sequence.spec())
             elif needed > held:
-                table = sequence.block_table[held:]
-                changes.append(TableChange(sequence.seq_id, held, table))
+                for group, table in enumerate(tables):
+                    changes.append(TableChange(sequence.seq_id, held, table[held:], group))
             self.known.add(sequence.seq_id)
             rows.append((sequence, sequence.num_computed_tokens, length))
         lengths = [length for _, _, length in rows]
@@ -180,8 +187,9 @@ class Driver:
 
     def release(self, sequence: Sequence) -> None:
         """Free the sequence's blocks and its row, as at its end or a preemption."""
-        self.free_blocks.extend(sequence.block_table)
-        sequence.block_table.clear()
+        for table in (sequence.block_table, *sequence.other_tables):
+            self.free_blocks.extend(table)
+            table.clear()
         sequence.num_computed_tokens = 0
         if sequence.seq_id in self.known:
             self.released.append(sequence.seq_id)

@@ -53,6 +53,7 @@ def packed_step(
     seed: int = 0,
     query_len: int = 1,
     mixed_padding: int | None = None,
+    groups: int = 1,
 ) -> PackedStep:  # over 50 lines: it builds ten tensors
     """Make a random step whose row i has lengths[i] new tokens after starts[i] old ones.
 
@@ -60,7 +61,8 @@ def packed_step(
     device does not know. Half of the tokens that may be unknown to the host are unknown. Half of
     the rows sample: some after their last token, others after several, up to all of their tokens.
     With a `query_len` above 1, each row has room for so many tokens. A mixed step may be padded by
-    `mixed_padding` tokens, and by at least one row.
+    `mixed_padding` tokens, and by at least one row. Each of several `groups` of layers has a table
+    of its own for each row, and other columns that the device does not know.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -76,20 +78,23 @@ def packed_step(
     rows = torch.randperm(num_seqs + 3, generator=generator)[:num_seqs].tolist()
     ids = draw(50_000, sum(lengths[decodes:])).tolist()
     blocks: list[int] = []
-    records, first, num_samples = [], 0, 0
+    ids_at, records, first, num_samples = groups * num_seqs * FIELDS, [], 0, 0
     for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        is_changed = float(torch.rand(1, generator=generator)) < changed
-        known = int(draw(used[i])) if is_changed else used[i]
-        token = num_seqs * FIELDS + first - decodes
+        token = ids_at + first - decodes
         if length == 1:
             token = int(draw(50_000)) if int(draw(2)) else -1 - int(draw(num_seqs))
         samples = int(draw(2)) * (1 + int(draw(2)) * int(draw(length)))
-        at = num_seqs * FIELDS + len(ids) + len(blocks)
         place = first if query_len == 1 else i * query_len
-        records.append([rows[i], start, length, place, token, known, at, num_samples, samples])
-        blocks += draw(2**27, used[i] - known).tolist()
+        for group in range(groups):
+            is_changed = float(torch.rand(1, generator=generator)) < changed
+            known = int(draw(used[i])) if is_changed else used[i]
+            row, at = group * (num_seqs + 3) + rows[i], ids_at + len(ids) + len(blocks)
+            record = [row, start, length, place, token, known, at, num_samples, samples]
+            records.append((group, record))
+            blocks += draw(2**27, used[i] - known).tolist()
         first, num_samples = first + length, num_samples + samples
-    flat = [number for record in records for number in record]
+    records.sort(key=lambda one: one[0])
+    flat = [number for _, record in records for number in record]
     size = num_seqs + padding
 
     def unwritten(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -98,9 +103,10 @@ def packed_step(
     tensors = (
         torch.tensor([*flat, *ids, *blocks], dtype=torch.int32),
         draw(50_000, max(num_seqs, 1)),
-        draw(2**27, num_seqs + 3, max_blocks).int(),
-        *(unwritten(torch.int64, num_tokens) for _ in range(3)),
-        unwritten(torch.int32, size, max_blocks),
+        draw(2**27, groups * (num_seqs + 3), max_blocks).int(),
+        *(unwritten(torch.int64, num_tokens) for _ in range(2)),
+        unwritten(torch.int64, groups, num_tokens),
+        unwritten(torch.int32, groups, size, max_blocks),
         unwritten(torch.int32, size + 1),
         unwritten(torch.int32, size),
         unwritten(torch.int64, max(num_tokens, 1)),

@@ -120,7 +120,7 @@ class CpuPlanner:
         shared: bool = False,
         query_len: int = 1,
     ) -> CpuPlan:
-        return self.cut(query_start_loc, seq_lens, step.block_table[:num_decodes].numpy())
+        return self.cut(query_start_loc, seq_lens, step.block_table[0, :num_decodes].numpy())
 
     def cut(
         self,
@@ -131,7 +131,9 @@ class CpuPlanner:
         """Cut a step into tiles.
 
         query_start_loc and seq_lens are as in AttentionMetadata; decode_tables `[num_decodes, …]`
-        are the block tables of the first rows, those with one token.
+        are the block tables of the first rows, those with one token, in the first group of layers.
+        The tiles are those of all groups: layers with a window read no key for several rows, since
+        one row's table may lack a block that another one needs.
         """
         num_threads = thread_count()
         # 1. Decodes that share a prefix stand in one tile, which reads it once.

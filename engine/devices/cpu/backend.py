@@ -143,8 +143,8 @@ class CpuBackend:
         return Sampler(vocab_size, self.device, CpuDraws(vocab_size))
 
     def cache_memory(self, demand: CacheDemand, start: StartRehearsal) -> int:
-        others = demand.adapter_bytes + (demand.config.kv_offloading_size or 0)
-        return cache_memory(demand.config, demand.block_bytes, demand.max_model_len, others)
+        budget = self.token_budget(demand.config)
+        return cache_memory(demand, budget)
 
     def allocate_kv_cache(
         self, shape: tuple[int, ...], dtype: torch.dtype, *, commit: bool
@@ -161,9 +161,14 @@ class CpuBackend:
         return CpuHostBlocks(caches, memory)
 
     def make_inputs(
-        self, max_num_seqs: int, max_num_tokens: int, max_blocks: int, block_size: int
+        self,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        max_blocks: int,
+        block_size: int,
+        num_groups: int = 1,
     ) -> HostInputs:
-        return HostInputs(max_num_seqs, max_num_tokens, max_blocks, block_size)
+        return HostInputs(max_num_seqs, max_num_tokens, max_blocks, block_size, num_groups)
 
     def make_planner(
         self,

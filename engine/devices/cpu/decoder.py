@@ -6,7 +6,7 @@ Importing this loads Numba.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
@@ -50,6 +50,10 @@ class CpuDecoder:
         self._update_scales = [layer.update_scale for layer in flat.layers]
         self._intermediate_size: int = max(map(_intermediate_size, flat.layers))
         self._dtype = flat.embedding.weight.dtype
+        # By default all layers are of one group, and have a place each.
+        self._places = np.zeros((len(flat.layers), 2), dtype=np.int64)
+        self._places[:, 1] = np.arange(len(flat.layers))
+        self._placed: object = None
         embedding = as_array(flat.embedding.weight.detach())
         self._ends = Ends(embedding, None, np.float32(flat.embedding_scale))
         self._compiled = CompiledBody(self._ends, self._layers)
@@ -90,15 +94,20 @@ class CpuDecoder:
         assert isinstance(plan, CpuPlan)
         num_tokens, num_logits = len(input_ids), len(logit_indices)
         activations = self._scratch(num_tokens, num_logits)
+        groups = (metadata, *metadata.others)
+        if metadata.places is not self._placed:
+            self._placed = metadata.places
+            self._places = np.array(metadata.places, dtype=np.int64)
         step = BodyStep(
             input_ids=input_ids.numpy(),
             picks=logit_indices.numpy(),
-            slots=metadata.slot_mapping.numpy(),
+            slots=_stacked([one.slot_mapping for one in groups]),
+            layer_places=self._places,
             rotations=rows.numpy(),
             kind_rows=len(rotation.cos) // self._rotations.num_kinds,
             cos=rotation.cos.numpy(),
             sin=rotation.sin.numpy(),
-            block_table=metadata.block_table.numpy(),
+            block_table=_stacked([one.block_table for one in groups]),
             starts=metadata.query_start_loc.numpy(),
             seq_lens=metadata.seq_lens.numpy(),
             tiles=plan.tiles,
@@ -151,10 +160,17 @@ class CpuDecoder:
                 (picks, self._vocab_size),
             )
             arrays = [np.zeros(shape, np.float32) for shape in shapes]
-            update = arrays[1] if self._layers.norms_updates else arrays[0]
-            self._activations = Activations(*arrays, update)
+            arrays.append(arrays[1] if self._layers.norms_updates else arrays[0])
+            self._activations = Activations(*arrays)
         assert self._activations is not None
         return self._activations
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> NDArray[Any]:
+    """Return the tensors of all groups of layers as one array, its first axis the group."""
+    if len(tensors) == 1:
+        return tensors[0].numpy()[None]
+    return np.stack([tensor.numpy() for tensor in tensors])
 
 
 class _Rotations:

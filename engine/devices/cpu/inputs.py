@@ -17,15 +17,23 @@ class HostInputs:
     """StepInputs on the CPU, whose memory is the host's."""
 
     def __init__(
-        self, max_num_seqs: int, max_num_tokens: int, max_blocks: int, block_size: int
+        self,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        max_blocks: int,
+        block_size: int,
+        num_groups: int = 1,
     ) -> None:
         self._block_size = block_size
+        self._num_groups = num_groups
         self._buffers = DeviceStep.allocate(
-            max_num_tokens, max_num_seqs, max_blocks, torch.device("cpu")
+            max_num_tokens, max_num_seqs, max_blocks, torch.device("cpu"), num_groups
         )
-        self._table = torch.zeros(max_num_seqs * max_blocks, dtype=torch.int32)
+        # These are packed anew in each step, so that kernels get arrays without gaps.
+        self._slots = torch.zeros(num_groups * max_num_tokens, dtype=torch.int64)
+        self._table = torch.zeros(num_groups * max_num_seqs * max_blocks, dtype=torch.int32)
 
-    def change_table(self, row: int, start: int) -> None:
+    def change_table(self, group: int, row: int, start: int) -> None:
         """Do nothing: `write` reads tables in full."""
 
     def query_len(self, host: HostStep) -> int:
@@ -39,8 +47,8 @@ class HostInputs:
     def write(
         self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
     ) -> DeviceStep:
-        num_tokens, num_seqs = len(token_ids), len(host.order)
-        ids, positions, slots, _, loc, seq_lens, logit_indices = (
+        num_tokens, num_seqs, groups = len(token_ids), len(host.order), self._num_groups
+        ids, positions, _, _, loc, seq_lens, logit_indices = (
             tensor.numpy() for tensor in self._buffers
         )
         # 1. The numbers of each row and of each token.
@@ -49,11 +57,13 @@ class HostInputs:
         ids[unknown] = sampled.numpy()[-1 - token_ids[unknown]]
         loc[: num_seqs + 1] = host.query_start_loc
         seq_lens[:num_seqs] = host.seq_lens
-        positions, slots = positions[:num_tokens], slots[:num_tokens]
+        positions = positions[:num_tokens]
         positions[:] = np.arange(num_tokens) + np.repeat(host.starts - loc[:num_seqs], host.lengths)
         # 2. Each token's slot, through its row's block table.
         blocks, offsets = np.divmod(positions, self._block_size)
-        slots[:] = host.tables[np.repeat(host.rows, host.lengths), blocks]
+        slot_mapping = self._slots[: groups * num_tokens].view(groups, num_tokens)
+        slots = slot_mapping.numpy()
+        slots[:] = host.tables[:, np.repeat(host.rows, host.lengths), blocks]
         slots *= self._block_size
         slots += offsets
         num_logits = len(host.sampling_rows)
@@ -62,8 +72,8 @@ class HostInputs:
             before_end = host.seq_lens[host.sampling_rows] - np.array(host.sampled_positions)
             logit_indices[:num_logits] -= before_end
         # 3. The block tables in the order of the batch, packed.
-        width = host.tables.shape[1]
-        table = self._table[: num_seqs * width].view(num_seqs, width)
-        np.take(host.tables, host.rows, axis=0, out=table.numpy())
+        width = host.tables.shape[2]
+        table = self._table[: groups * num_seqs * width].view(groups, num_seqs, width)
+        np.take(host.tables, host.rows, axis=1, out=table.numpy())
         step = self._buffers.narrow(num_tokens, num_seqs, num_logits)
-        return step._replace(block_table=table)
+        return step._replace(slot_mapping=slot_mapping, block_table=table)

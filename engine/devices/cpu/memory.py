@@ -7,9 +7,10 @@ import mmap
 
 import torch
 
-from ...config import EngineConfig
 from ...errors import ConfigurationError
+from ...layers.layer_groups import blocks_needed
 from ...main_memory import available_memory
+from ..backend import CacheDemand
 
 TYPICAL_TOKENS = 2048
 """Expected tokens of a sequence, for sizing the cache by max_num_seqs."""
@@ -17,20 +18,20 @@ CPU_MEMORY_SHARE = 0.4
 """Maximum share of the available memory that the cache takes by default."""
 
 
-def cache_memory(
-    config: EngineConfig, block_bytes: int, max_model_len: int, other_bytes: int = 0
-) -> int:
+def cache_memory(demand: CacheDemand, budget: int) -> int:
     """Return the bytes for the cache: `config.kv_cache_memory_bytes`, or by default room for
-    max_num_seqs sequences of typical length (at least for one of full length), limited to a share
-    of the available memory, which the ranks of a host share out. `other_bytes` are not available:
-    LoRA adapters or evicted blocks will take them.
+    max_num_seqs sequences of typical length (at least for one of full length) and the `budget` of
+    tokens of a step, limited to a share of the available memory, which the ranks of a host share
+    out. What LoRA adapters and evicted blocks will take is not available.
 
     Raises ConfigurationError if more is asked for than is available: the system would kill the
     process once it used that much.
     """
+    config, max_model_len = demand.config, demand.max_model_len
     available, asked = available_memory(), config.kv_cache_memory_bytes
     if available is not None:
-        available = max(available - other_bytes, 0)
+        others = demand.adapter_bytes + (config.kv_offloading_size or 0)
+        available = max(available - others, 0)
     if asked is not None:
         if available is not None and asked > available:
             raise ConfigurationError(
@@ -38,8 +39,14 @@ def cache_memory(
                 f"{available / 2**30:.2f} GiB of memory are available"
             )
         return asked
-    tokens = max(max_model_len, config.max_num_seqs * min(max_model_len, TYPICAL_TOKENS))
-    wanted = -(-tokens // config.block_size) * block_bytes
+    windows, size = demand.group_windows, config.block_size
+    typical = min(max_model_len, TYPICAL_TOKENS)
+    blocks = max(
+        blocks_needed(windows, size, max_model_len, step_tokens=2 * budget),
+        blocks_needed(windows, size, typical, width=config.max_num_seqs, step_tokens=budget),
+    )
+    null_block = any(window is not None for window in windows)
+    wanted = (blocks + null_block) * demand.block_bytes
     share = CPU_MEMORY_SHARE / config.num_peers / config.ranks_per_node
     return wanted if available is None else min(wanted, int(available * share))
 

@@ -76,6 +76,7 @@ class CudaPlan(NamedTuple):
             kv_scales=kv_scales,
         )
 
+    # Over 50 lines: two launches of a dozen arguments.
     def attend_to_cache(
         self,
         query: torch.Tensor,
@@ -97,8 +98,8 @@ class CudaPlan(NamedTuple):
         of_mixed: dict[str, Any] = {}
         if self.mixed is not None:
             decodes, first, longest = self.mixed.max_decodes, 0, len(query)
-            of_mixed["first_seq"] = self.mixed.num_decodes
-            of_mixed["max_seqs"] = self.mixed.max_prompts
+            num_decodes, _, max_seqs = self.mixed
+            of_mixed = {"first_seq": num_decodes, "max_seqs": max_seqs}
         tokens = decodes * self.query_len
         if decodes > 0:
             self.kernels.paged_attention_decode(
@@ -159,7 +160,7 @@ class CudaPlanner:
             return False
         decodes = host.num_decodes
         return self.shared_prefixes.find(
-            list(host.tables[host.rows[:decodes]]), host.seq_lens[:decodes].tolist()
+            list(host.tables[0, host.rows[:decodes]]), host.seq_lens[:decodes].tolist()
         )
 
     def plan(

@@ -203,10 +203,15 @@ class CudaBackend:
         return CudaHostBlocks(caches, memory, self.device)
 
     def make_inputs(
-        self, max_num_seqs: int, max_num_tokens: int, max_blocks: int, block_size: int
+        self,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        max_blocks: int,
+        block_size: int,
+        num_groups: int = 1,
     ) -> DeviceInputs:
         sizes = (max_num_seqs, max_num_tokens, max_blocks, block_size)
-        return DeviceInputs(*sizes, self.device, self._kernels)
+        return DeviceInputs(*sizes, self.device, self._kernels, num_groups)
 
     def make_planner(
         self,

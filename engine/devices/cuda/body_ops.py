@@ -40,8 +40,7 @@ class CudaOps(NamedTuple):
         return update
 
     def attend(self, layer: FlatLayer, qkv: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        metadata = self.metadata
-        cache, kv_scales = metadata.kv_cache[layer.layer_idx], metadata.scales_of(layer.layer_idx)
+        metadata, cache, kv_scales = self.metadata.of_layer(layer.layer_idx)
         key_cache, value_cache = cache
         sizes = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
         norms: dict[str, Any] = {}
@@ -85,7 +84,7 @@ class CudaOps(NamedTuple):
 
     def _norm_all_heads(self, layer: FlatLayer, norm: Norm, qkv: torch.Tensor) -> None:
         """Norm all heads of Q at once, and all of K, in place."""
-        heads = (layer.num_heads, layer.num_kv_heads)
+        heads = [layer.num_heads, layer.num_kv_heads]
         sizes = [number * layer.head_dim for number in heads]
         parts = torch.split(qkv[:, : sum(sizes)], sizes, dim=1)
         for part, weight in zip(parts, torch.split(norm.weight, heads), strict=True):

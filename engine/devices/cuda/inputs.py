@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class DeviceInputs:
-    """StepInputs whose block tables stay on the device, a row for each running sequence."""
+    """StepInputs whose block tables stay on the device, in each group of layers a row for each
+    running sequence: that of row r in group g is row g · max_num_seqs + r."""
 
     def __init__(
         self,
@@ -34,21 +35,24 @@ class DeviceInputs:
         block_size: int,
         device: torch.device,
         kernels: Kernels,
+        num_groups: int = 1,
     ) -> None:
         self._block_size = block_size
         self._prepare_inputs = kernels.prepare_inputs
         # One row more, for the padding of mixed steps.
-        self._buffers = DeviceStep.allocate(max_num_tokens, max_num_seqs + 1, max_blocks, device)
-        self._table = torch.zeros_like(self._buffers.block_table)
+        self._buffers = DeviceStep.allocate(
+            max_num_tokens, max_num_seqs + 1, max_blocks, device, num_groups
+        )
+        self._table = torch.zeros_like(self._buffers.block_table).flatten(0, 1)
         self.num_decodes = torch.zeros(1, dtype=torch.int32, device=device)
         """The number of decodes in a padded mixed step, on the device."""
-        self._known = np.zeros(max_num_seqs, dtype=np.int64)
+        self._known = np.zeros((num_groups, max_num_seqs), dtype=np.int64)
         """How many leading columns of each row are the same on the device as on the host."""
         self._sizes: abc.Sequence[int] = ()
         self._draft_sizes: abc.Sequence[int] = ()
         self._query_len = 1
         self._mixed_sizes: abc.Sequence[int] = ()
-        capacity = max_num_seqs * (FIELDS + max_blocks) + max_num_tokens
+        capacity = num_groups * max_num_seqs * (FIELDS + max_blocks) + max_num_tokens
         # One buffer suffices. It is written once its last copy has been made, and that copy comes
         # first in its step, whose predecessor's results are in by then: there is next to nothing
         # to wait for. A second buffer in turn would need the same event to be safe, and as much
@@ -127,8 +131,8 @@ class DeviceInputs:
         )
         return self._query_len if fits else 1
 
-    def change_table(self, row: int, start: int) -> None:
-        self._known[row] = min(self._known[row], start)
+    def change_table(self, group: int, row: int, start: int) -> None:
+        self._known[group, row] = min(self._known[group, row], start)
 
     def write(
         self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
@@ -137,7 +141,7 @@ class DeviceInputs:
         query_len = self.query_len(host) if host.num_drafts else 1
         length = self._pack(self._packed.open(), host, token_ids, query_len)
         packed = self._packed.send(length)
-        reach = max(host.max_query_len, host.tables.shape[1])
+        reach = max(host.max_query_len, host.tables.shape[2])
         if query_len == 1 and (size := self.mixed_size(host)):
             step = self.mixed_step(size)._replace(
                 logit_indices=self._buffers.logit_indices[:num_logits]
@@ -172,36 +176,41 @@ class DeviceInputs:
 
         Marks the packed table entries as known to the device, since steps run in launch order.
         """
-        # 1. Reserve a record for each row, followed by the token ids of rows with several.
+        # 1. Reserve records for each row, followed by the token ids of rows with several.
         num_seqs, decodes = len(host.order), host.num_decodes
-        ids_at = num_seqs * FIELDS
-        blocks_at = ids_at + len(token_ids) - decodes
-        packed[ids_at:blocks_at] = token_ids[decodes:]
-        # 2. Append the table entries that the device does not know yet.
+        num_groups, max_num_seqs = self._known.shape
+        ids_at = num_groups * num_seqs * FIELDS
+        end = ids_at + len(token_ids) - decodes
+        packed[ids_at:end] = token_ids[decodes:]
         used = -(-host.seq_lens // self._block_size)
-        known = np.minimum(self._known[host.rows], used)
-        counts = used - known
-        blocks = blocks_at + np.cumsum(counts) - counts
-        for i in np.nonzero(counts)[0].tolist():
-            row = host.tables[host.rows[i], known[i] : used[i]]
-            packed[blocks[i] : blocks[i] + len(row)] = row
-        self._known[host.rows] = np.maximum(self._known[host.rows], used)
-        # 3. Fill the records, which say where each row's ids and entries are.
         loc = host.query_start_loc[:-1]
         num_samples = np.bincount(host.sampling_rows, minlength=num_seqs)
-        record = Record(
-            row=host.rows,
-            start=host.starts,
-            length=host.lengths,
-            first=loc if query_len == 1 else query_len * np.arange(num_seqs),
-            token=np.concatenate([token_ids[:decodes], ids_at - decodes + loc[decodes:]]),
-            known=known,
-            blocks=blocks,
-            sample=np.cumsum(num_samples) - num_samples,
-            num_samples=num_samples,
-        )
-        packed[:ids_at].reshape(num_seqs, FIELDS)[:] = np.stack(record, axis=1)
-        return int(blocks_at + counts.sum())
+        token = np.concatenate([token_ids[:decodes], ids_at - decodes + loc[decodes:]])
+        records = packed[:ids_at].reshape(num_groups, num_seqs, FIELDS)
+        for group, held in enumerate(self._known):
+            # 2. Append the table entries that the device does not know yet.
+            known = np.minimum(held[host.rows], used)
+            counts = used - known
+            blocks = end + np.cumsum(counts) - counts
+            for i in np.nonzero(counts)[0].tolist():
+                row = host.tables[group, host.rows[i], known[i] : used[i]]
+                packed[blocks[i] : blocks[i] + len(row)] = row
+            held[host.rows] = np.maximum(held[host.rows], used)
+            end += int(counts.sum())
+            # 3. Fill the records, which say where each row's ids and entries are.
+            record = Record(
+                row=group * max_num_seqs + host.rows,
+                start=host.starts,
+                length=host.lengths,
+                first=loc if query_len == 1 else query_len * np.arange(num_seqs),
+                token=token,
+                known=known,
+                blocks=blocks,
+                sample=np.cumsum(num_samples) - num_samples,
+                num_samples=num_samples,
+            )
+            records[group] = np.stack(record, axis=1)
+        return end
 
     def _launch(
         self,

@@ -12,7 +12,6 @@ from transformers.models.phi3 import Phi3Config
 
 from quire.engine.body import rotary_table
 from quire.engine.body.body import FlatBody
-from quire.engine.body.flat_decoder import rotary_factors
 from quire.engine.model.loader import load_model
 
 from ..devices.cuda_on_cpu import CudaOnCpuBackend
@@ -67,7 +66,7 @@ def test_factors_are_equal_to_the_bit(name: str, dtype: str, tmp_path: Path) -> 
     for count in (1, 2, 7, 33, 200):
         positions = torch.randint(0, LENGTH, (count,), generator=generator)
         for kind in decoder.rotary_kinds:
-            expected = rotary_factors(decoder.rotary, x, positions, kind)
+            expected = decoder.rotation(x, positions, kind)
             for found, wanted in zip(find(positions, kind), expected, strict=True):
                 assert found.dtype == wanted.dtype and torch.equal(found, wanted)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from quire.engine.devices.backend import CacheDemand
 from quire.engine.devices.cpu import memory as cpu_memory
 from quire.engine.devices.cpu.memory import available_memory, cache_memory
 from quire.engine.errors import ConfigurationError
@@ -17,8 +18,15 @@ BLOCK = 6144
 """Bytes of one block of 16 tokens."""
 
 
-def wanted(max_model_len: int = 1024, **config: Any) -> int:
-    return cache_memory(make_config(Path("none"), num_blocks=None, **config), BLOCK, max_model_len)
+def wanted(
+    max_model_len: int = 1024,
+    adapter_bytes: int = 0,
+    windows: tuple[int | None, ...] = (None,),
+    **config: Any,
+) -> int:
+    given = make_config(Path("none"), num_blocks=None, **config)
+    demand = CacheDemand(given, "Test", BLOCK, windows, max_model_len, adapter_bytes)
+    return cache_memory(demand, 64)
 
 
 def test_the_default_fits_typical_sequences_within_a_share_of_memory(
@@ -43,12 +51,18 @@ def test_more_than_the_available_memory_is_refused(monkeypatch: pytest.MonkeyPat
 
 def test_what_adapters_will_take_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_memory, "available_memory", lambda: 1_000_000)
-    config = make_config(Path("none"), num_blocks=None, max_num_seqs=8)
-    assert cache_memory(config, BLOCK, 1024, 500_000) == 200_000
-    assert cache_memory(config, BLOCK, 1024, 2_000_000) == 0
-    given = make_config(Path("none"), num_blocks=None, kv_cache_memory_bytes=600_000)
+    assert wanted(adapter_bytes=500_000, max_num_seqs=8) == 200_000
+    assert wanted(adapter_bytes=2_000_000, max_num_seqs=8) == 0
     with pytest.raises(ConfigurationError, match="beside the model only"):
-        cache_memory(given, BLOCK, 1024, 500_000)
+        wanted(adapter_bytes=500_000, kv_cache_memory_bytes=600_000)
+
+
+def test_windows_need_room_for_themselves_and_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_memory, "available_memory", lambda: None)
+    full, windowed = 8 * 1024 // 16, 8 * (100 // 16 + 1 + 2) + 64 // 16
+    assert wanted(windows=(None, 100), max_num_seqs=8) == (full + windowed + 1) * BLOCK
+    alone = 563 + (100 // 16 + 1 + 1) + 2 * 64 // 16
+    assert wanted(9000, windows=(None, 100), max_num_seqs=1) == (alone + 1) * BLOCK
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs Linux's count of memory")

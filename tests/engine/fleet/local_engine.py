@@ -42,7 +42,7 @@ class LoadedWorker(PagedFakeWorker):
         )
 
     def profile(self) -> int:
-        return len(self._slots)
+        return self.null_block
 
     def read_adapter(self, source: Any) -> Any: ...
 

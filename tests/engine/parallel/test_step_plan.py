@@ -31,7 +31,13 @@ class FollowedWorker:
         sizes = {"max_num_seqs": max_num_seqs, "max_num_tokens": 256, "max_model_len": 1024}
         backend = CpuBackend()
         self._leader, self._follower = (
-            InputBatch(**sizes, block_size=16, backend=backend, records_tables=True)
+            InputBatch(
+                **sizes,
+                block_size=16,
+                backend=backend,
+                num_groups=len(harness.worker.windows),
+                records_tables=True,
+            )
             for _ in range(2)
         )
         self._reader = self._follower.make_reader()
@@ -81,7 +87,7 @@ class FollowedWorker:
         ]
         for row in range(len(host.order)):
             used = -(-int(host.seq_lens[row]) // 16)
-            tables = [step.block_table[row, :used].tolist() for step in given]
+            tables = [step.block_table[:, row, :used].tolist() for step in given]
             assert tables[0] == tables[1]
         for one, other in zip(
             *(step._replace(block_table=step.seq_lens) for step in given), strict=True
@@ -99,13 +105,24 @@ def _answers(sequence: Sequence) -> list[int]:
 
 
 def run(
-    *, num_blocks: int, budget: int, run_ahead: bool, drafts: bool, requests: list[Any]
+    *,
+    num_blocks: int,
+    budget: int,
+    run_ahead: bool,
+    drafts: bool,
+    windows: tuple[int | None, ...],
+    requests: list[Any],
 ) -> set[str]:
     fields: dict[str, Any] = {}
     if drafts:
         fields["speculator"] = always(RandomDrafter(_answers, 0.6, 3))
     harness = Harness(
-        num_blocks=num_blocks, budget=budget, max_num_seqs=6, run_ahead=run_ahead, **fields
+        num_blocks=num_blocks * len(windows) + 2 * budget // 16,
+        budget=budget,
+        max_num_seqs=6,
+        run_ahead=run_ahead,
+        windows=windows,
+        **fields,
     )
     worker = FollowedWorker(harness, 6)
     harness.loop._worker = worker  # type: ignore[assignment]
@@ -122,6 +139,7 @@ def run(
     budget=st.integers(4, 64),
     run_ahead=st.booleans(),
     drafts=st.booleans(),
+    windows=st.sampled_from([(None,), (None, 20), (24,)]),
     requests=st.lists(
         st.tuples(st.integers(1, 60), st.integers(1, 30), st.integers(1, 3), st.booleans()),
         min_size=1,
@@ -129,9 +147,15 @@ def run(
     ),
 )
 def test_a_follower_finds_every_step(
-    num_blocks: int, budget: int, run_ahead: bool, drafts: bool, requests: list[Any]
+    num_blocks: int,
+    budget: int,
+    run_ahead: bool,
+    drafts: bool,
+    windows: tuple[int | None, ...],
+    requests: list[Any],
 ) -> None:
     run(
+        windows=windows,
         num_blocks=num_blocks,
         budget=budget,
         run_ahead=run_ahead,
@@ -143,6 +167,7 @@ def test_a_follower_finds_every_step(
 def test_the_steps_are_of_all_kinds() -> None:
     requests = [(40, 12, 3, True), (17, 20, 2, True), (60, 9, 1, False), (3, 30, 2, False)]
     common: dict[str, Any] = {"num_blocks": 14, "budget": 24, "requests": requests}
+    common["windows"] = (None,)
     assert run(**common, run_ahead=True, drafts=False) >= {"unknown", "copies", "mixed"}
     assert run(**common, run_ahead=False, drafts=True) >= {"num_drafts", "mixed"}
 
@@ -167,7 +192,7 @@ def test_a_decode_of_256_rows_takes_six_kilobytes() -> None:
         query_start_loc=np.arange(257, dtype=np.int32),
         seq_lens=(41 * sizes).astype(np.int32),
         rows=np.arange(256),
-        tables=np.zeros((256, 3), dtype=np.int32),
+        tables=np.zeros((1, 256, 3), dtype=np.int32),
     )
     plan = make_plan(1, host, sizes, [], [], extra_logits=[], num_fed_back=0)
     assert len(messages.encode(messages.Step(plan))) < 6 * 1024 + 64

@@ -18,6 +18,7 @@ EIGHT_B = ModelShape(
     weight_bytes=16_000_000_000,
     kv_bytes_per_token=131_072,
     num_layers=32,
+    num_places=32,
     hidden_size=4096,
     num_kv_heads=8,
     num_attention_heads=32,

@@ -21,8 +21,9 @@ from ..worker_driver import make_sequence
 MAX_LEN = 160
 
 
-def make_batch(backend: Backend) -> InputBatch:
+def make_batch(backend: Backend, num_groups: int = 1) -> InputBatch:
     return InputBatch(
+        num_groups=num_groups,
         max_num_seqs=MAX_NUM_SEQS,
         max_num_tokens=BUDGET,
         max_model_len=MAX_LEN,
@@ -52,13 +53,15 @@ def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
     rows = [row for row in rows if row[2] == 1] + [row for row in rows if row[2] > 1]
     assert [step.rows[index] for index in host.order] == [row[0] for row in rows]
     assert [spec.seq_id for spec in host.sequences] == [row[0].seq_id for row in rows]
-    ids, positions, slots, loc, logits = [], [], [], [0], []
+    ids, positions, loc, logits = [], [], [0], []
+    slots: list[list[int]] = [[] for _ in device.slot_mapping]
     for sequence, start, length, token_ids in rows:
         ids += token_ids
         for position in range(start, start + length):
             positions.append(position)
-            block = sequence.block_table[position // BLOCK_SIZE]
-            slots.append(block * BLOCK_SIZE + position % BLOCK_SIZE)
+            for group, table in enumerate((sequence.block_table, *sequence.other_tables)):
+                block = table[position // BLOCK_SIZE]
+                slots[group].append(block * BLOCK_SIZE + position % BLOCK_SIZE)
         loc.append(len(ids))
         if start + length == len(sequence.token_ids):
             logits.append(len(ids) - 1)
@@ -67,7 +70,7 @@ def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
     padding = size - len(rows)
     assert device.input_ids.tolist() == ids + [0] * padding
     assert device.positions[: len(ids)].tolist() == positions
-    assert device.slot_mapping.tolist() == slots + [-1] * padding
+    assert device.slot_mapping.tolist() == [line + [-1] * padding for line in slots]
     assert device.query_start_loc[: len(loc)].tolist() == loc
     assert device.seq_lens.tolist() == [row[1] + row[2] for row in rows] + [0] * padding
     if padding:
@@ -79,9 +82,9 @@ def check(batch: InputBatch, step: Step, sizes: dict[int, int]) -> None:
     assert [loc[row + 1] - 1 for row in host.sampling_rows] == logits
     for row, (sequence, start, length, _) in enumerate(rows):
         used = -(-(start + length) // BLOCK_SIZE)
-        blocks = sequence.block_table[:used]
-        assert device.block_table[row, :used].tolist() == blocks
-        assert host.tables[host.rows[row], :used].tolist() == blocks
+        blocks = [table[:used] for table in (sequence.block_table, *sequence.other_tables)]
+        assert device.block_table[:, row, :used].tolist() == blocks
+        assert host.tables[:, host.rows[row], :used].tolist() == blocks
     assert host.num_decodes == sum(row[2] == 1 for row in rows)
     assert host.max_query_len == max(row[2] for row in rows)
 
@@ -90,11 +93,20 @@ def test_random_steps_match_a_plain_loop(batch: InputBatch) -> None:
     check_random_steps(batch, {})
 
 
+@pytest.mark.parametrize("backend", [CpuBackend, CudaOnCpuBackend])
+def test_each_group_of_layers_has_tables_of_its_own(backend: type[Backend]) -> None:
+    batch = make_batch(backend(), num_groups=3)
+    steps = RandomSteps(4, MAX_LEN, num_groups=3)
+    for step in islice(steps, 300):
+        check(batch, step, {})
+    assert steps.seen["given back"] > 50
+
+
 def test_decodes_are_padded_to_the_next_size() -> None:
     batch = make_batch(CudaOnCpuBackend())
     assert isinstance(batch.inputs, DeviceInputs)
     batch.inputs.pad_decodes([2, 5])
-    assert batch.inputs.static_step(5).slot_mapping.tolist() == [-1] * 5
+    assert batch.inputs.static_step(5).slot_mapping.tolist() == [[-1] * 5]
     check_random_steps(batch, {1: 2, 2: 2, 3: 5, 4: 5, 5: 5, 6: 6})
 
 

@@ -19,7 +19,7 @@ from quire.engine.runner.worker import Worker, default_num_threads
 from quire.engine.worker_protocol import WorkerProtocol
 
 from ..devices.cuda_on_cpu import CudaOnCpuBackend
-from ..models import MAX_POSITION, generate, save_model
+from ..models import MAX_POSITION, WINDOW, generate, save_model
 from ..worker_driver import Driver, make_config, make_sequence
 
 pytestmark = pytest.mark.usefixtures("same_number_of_threads")
@@ -52,14 +52,17 @@ def test_load_and_profile_report_the_model_and_its_blocks(gemma2: tuple[Path, An
         source_format="safetensors float32",
         computed_format="float32",
         weight_bytes=4 * model.num_parameters(),
+        group_windows=(None, WINDOW),
+        group_layers=(1, 1),
     )
-    assert worker.profile() == 8 * MAX_POSITION // 16
+    windowed = 8 * (-(-WINDOW // 16) + 2) + 16 // 16
+    assert worker.profile() == 8 * MAX_POSITION // 16 + windowed
 
 
 def test_a_cache_for_less_than_one_sequence_stops_the_start(gemma2: tuple[Path, Any]) -> None:
     worker = Worker(make_config(gemma2[0], num_blocks=None, kv_cache_memory_bytes=2**15))
     worker.load()
-    with pytest.raises(ConfigurationError, match="--max-model-len 64"):
+    with pytest.raises(ConfigurationError, match="--max-model-len 48 "):
         worker.profile()
 
 
@@ -146,7 +149,7 @@ def test_a_kernel_that_does_not_run_stops_the_start(monkeypatch: pytest.MonkeyPa
         (OutOfResources(300_000, 232_448, "shared memory"), UnsupportedModelError, "232448"),
         (torch.OutOfMemoryError("CUDA out of memory"), ConfigurationError, "does not fit"),
     ]
-    demand = CacheDemand(make_config(Path("none")), "Test", 1024, 128)
+    demand = CacheDemand(make_config(Path("none")), "Test", 1024, (None,), 128)
     for raised, expected, message in errors:
 
         def fail(num_blocks: int, raised: Exception = raised) -> Rehearsal:

@@ -144,6 +144,7 @@ def test_a_search_that_just_fits_runs_to_its_end() -> None:
             prompt(length), max_tokens, n=width, beam_width=width, temperature=0.0, ignore_eos=True
         )
         fits = {"vocab_size": 2000, "max_model_len": 500, "block_size": 16, "can_generate": True}
+        fits |= {"group_windows": (None,), "step_tokens": 256}
         num_blocks = length // 16 + width * (-(-(length + max_tokens - 1) // 16) - length // 16)
         request.check_fits(SimpleNamespace(num_blocks=num_blocks, **fits))
         with pytest.raises(PoolTooSmallError, match=f"{width} beams"):

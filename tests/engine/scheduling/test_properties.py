@@ -28,6 +28,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     policy: SchedulingPolicy = "priority"
     run_ahead = False
+    windows: tuple[int | None, ...] = (None,)
+    num_blocks = 12
 
     def tier_options(self) -> dict[str, Any]:
         """Return what the harness needs for a tier of evicted blocks, if there is to be one."""
@@ -36,9 +38,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.harness = Harness(
-            num_blocks=12,
+            num_blocks=self.num_blocks,
             budget=40,
             max_num_seqs=5,
+            windows=self.windows,
             policy=self.policy,
             eos_token_ids=(EOS,),
             check=False,
@@ -224,6 +227,19 @@ class FairSchedulerMachine(SchedulerMachine):
     policy = "fair"
 
 
+class WindowedMachine(RunAheadMachine):
+    """A machine whose layers have three groups of blocks. The pool holds three beams of 92 tokens:
+    18 blocks of the full group, which they share nothing of, and 3 · 4 + 5 of each window."""
+
+    windows = (None, 20, 20)
+    num_blocks = 18 + 2 * 17
+
+
+class OnlyWindowedMachine(SchedulerMachine):
+    windows = (33,)
+    num_blocks = 14
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
     max_examples=400,
@@ -238,6 +254,12 @@ TestRunAhead.settings = settings(TestScheduler.settings, max_examples=250)
 
 TestTier = TierMachine.TestCase
 TestTier.settings = settings(TestScheduler.settings, max_examples=150)
+
+TestWindowed = WindowedMachine.TestCase
+TestWindowed.settings = settings(TestScheduler.settings, max_examples=200)
+
+TestOnlyWindowed = OnlyWindowedMachine.TestCase
+TestOnlyWindowed.settings = settings(TestScheduler.settings, max_examples=150)
 
 TestFairScheduler = FairSchedulerMachine.TestCase
 TestFairScheduler.settings = settings(TestScheduler.settings, max_examples=150)

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import zmq
 
-from quire.engine.cache.block_manager import BlockManager
+from quire.engine.cache.grouped_block_manager import make_block_manager
 from quire.engine.config import EngineConfig, EngineInfo
 from quire.engine.core.step_loop import StepLoop
 from quire.engine.core.trials import Trials
@@ -74,8 +74,9 @@ class Hang(Exception):
 class SimWorker(PagedFakeWorker):
     """A paged fake worker with faults. K/V differs by adapter and by salt, too."""
 
-    def __init__(self, world: World, num_blocks: int, block_size: int, table: AdapterTable) -> None:
-        super().__init__(num_blocks, block_size)
+    def __init__(self, world: World, table: AdapterTable) -> None:
+        settings = world.settings
+        super().__init__(settings.num_blocks, settings.block_size, windows=settings.windows)
         self._world = world
         self._table = table
         self._adapters: dict[int, int] = {}
@@ -176,8 +177,11 @@ class SimCore:
     def __init__(self, world: World, config: EngineConfig, engine: str) -> None:
         self._world, self._engine = world, engine
         settings = world.settings
-        self.manager = BlockManager(
-            settings.num_blocks, settings.block_size, enable_prefix_caching=settings.prefix_caching
+        self.manager = make_block_manager(
+            settings.num_blocks,
+            settings.block_size,
+            settings.windows,
+            enable_prefix_caching=settings.prefix_caching,
         )
         self._table = AdapterTable(settings.adapter_slots, 8)
         for source in config.lora or world.first_adapters:
@@ -185,11 +189,11 @@ class SimCore:
         self.adapters = _Adapters(self._table)
         self.speculator = self._make_speculator()
         self._trials = Trials()
-        self.worker = SimWorker(world, settings.num_blocks, settings.block_size, self._table)
+        self.worker = SimWorker(world, self._table)
         self.tier: BlockTier | None = None
         self._reads, self._writes = Tasks(), Tasks()
         make_scheduler: Callable[..., Scheduler] = Scheduler
-        if settings.host_slots and settings.prefix_caching:
+        if settings.host_slots and settings.prefix_caching and not self.manager.has_groups:
             self.tier = make_tier(
                 self.manager,
                 self.worker,
@@ -261,6 +265,8 @@ class SimCore:
             max_model_len=MAX_MODEL_LEN,
             block_size=settings.block_size,
             num_blocks=settings.num_blocks,
+            group_windows=settings.windows,
+            step_tokens=settings.budget * (1 + settings.run_ahead),
             kv_bytes_per_token=1,
             max_num_batched_tokens=settings.budget,
             is_asynchronous=settings.run_ahead,

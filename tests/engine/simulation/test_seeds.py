@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from .simulate import summarise
-from .world import SWARM, Settings, run_seed
+from .world import SWARM, WINDOWS, Settings, run_seed
 
 ROOT = Path(__file__).parents[3]
 
@@ -76,3 +76,4 @@ def test_worlds_differ_in_all_that_can_happen() -> None:
     assert {settings.policy for settings in drawn} == {"fcfs", "priority", "fair"}
     assert {settings.speculation for settings in drawn} == {"none", "random", "real"}
     assert {settings.run_ahead for settings in drawn} == {False, True}
+    assert {settings.windows for settings in drawn} == set(WINDOWS)

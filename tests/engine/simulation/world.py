@@ -71,6 +71,11 @@ SWARM = (
     "giving up",
 )  # fmt: skip
 """Kinds of behaviour and faults; a world has a random choice of them."""
+WINDOWS: tuple[tuple[int | None, ...], ...] = (
+    *((None,), (None,), (None,)),
+    *((None, 5), (None, 20), (None, 33, 33), (None, 40, 9), (17,)),
+)
+"""How many of the latest tokens each group of layers keeps; half of the worlds have windows."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Settings:
     num_requests: int
     block_size: int
     num_blocks: int
+    windows: tuple[int | None, ...]
     max_num_seqs: int
     budget: int
     policy: SchedulingPolicy
@@ -108,13 +114,15 @@ class Settings:
         block_size = rng.choice([1, 2, 4, 8, 16])
         budget = max(block_size, rng.choice([4, 8, 16, 32, 64, 128]))
         limits = [None, max(block_size, budget // 2)]
+        windows = random.Random(f"windows {seed}").choice(WINDOWS)
         tiers = random.Random(f"tiers {seed}")
         host_slots = tiers.choice([0, 0, 1, 2, 4, 8, 16, 64])
         return cls(
             seed=seed,
             num_requests=num_requests,
             block_size=block_size,
-            num_blocks=-(-rng.randint(60, 400) // block_size),
+            num_blocks=-(-rng.randint(60, 400) // block_size) * len(windows),
+            windows=windows,
             max_num_seqs=rng.choice([1, 2, 3, 4, 6, 8, 12]),
             budget=budget,
             policy=rng.choice(["fcfs", "priority", "fair"]),

@@ -1,0 +1,6 @@
+"""Which layers of a model share block tables, and how many blocks that takes. Needs no torch.
+
+    layer_groups    the groups of layers, and the blocks that sequences take in them
+
+Everyone may import it, as they may the words of the engine. It imports only those.
+"""
