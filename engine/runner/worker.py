@@ -14,7 +14,7 @@ from ..checkpoints.source import source_of
 from ..config import EngineConfig, WorkerInfo
 from ..devices.backend import Backend, CacheDemand
 from ..devices.choose import choose_backend
-from ..devices.host_layout import copy_seconds
+from ..devices.host_blocks import copy_seconds
 from ..errors import ConfigurationError
 from ..layers.layer_groups import LayerGroups
 from ..lora import AdapterSource

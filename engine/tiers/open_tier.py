@@ -44,9 +44,7 @@ def open_tier(
     if size is None:
         return None
     if manager.has_groups:
-        raise ConfigurationError(
-            "--kv-offloading-size works only with one block table for all layers"
-        )
+        raise ConfigurationError("--kv-offloading-size needs one block table for all layers")
     block_bytes = config.block_size * (info.kv_bytes_per_token + info.draft_kv_bytes_per_token)
     num_slots = size // block_bytes
     if num_slots == 0:

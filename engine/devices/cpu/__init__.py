@@ -12,7 +12,6 @@ Read in this order:
     adapters.py       the LoRA adapters that run, for both kinds of body
     draws.py          argmax and draws
     memory.py         the KV cache in main memory
-    host_blocks.py    copies its blocks to slots of other main memory, and back
     first_start.py    what comes before the engine's slow imports
 
 May import: the rooms that engine.devices may, kernels.cpu, and below

@@ -22,12 +22,12 @@ from ...errors import ConfigurationError
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
+from ..host_blocks import DirectBlocks
 from .adapters import DecoderSlots, ModuleSlots
 from .attention import CpuPlanner
 from .decoder import CpuDecoder, can_compile
 from .draws import CpuDraws
 from .experts import pack_experts
-from .host_blocks import CpuHostBlocks
 from .inputs import HostInputs
 from .memory import allocate_kv_cache, cache_memory
 from .packed_linear import pack_linears, unmap_weights
@@ -157,8 +157,8 @@ class CpuBackend:
 
     def make_host_blocks(
         self, caches: abc.Sequence[torch.Tensor], memory: memoryview
-    ) -> CpuHostBlocks:
-        return CpuHostBlocks(caches, memory)
+    ) -> DirectBlocks:
+        return DirectBlocks(caches, memory)
 
     def make_inputs(
         self,

@@ -16,7 +16,6 @@ Read in this order:
     mixed_graphs.py     which steps with prompts are captured, and how they are padded
     draws.py            draws
     memory.py           a GPU's memory
-    host_blocks.py      copies blocks of the KV cache to host memory, and back
     requirements.py     which GPUs, and which releases of Triton, are refused
 
 May import: the rooms that engine.devices may, and kernels.cuda.

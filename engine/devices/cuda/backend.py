@@ -26,12 +26,12 @@ from ...errors import ConfigurationError, UnsupportedModelError, one_line
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
+from ..streamed_blocks import StreamedBlocks
 from .adapters import CudaSlots
 from .attention import CudaPlanner, allocate_workspaces
 from .body_ops import CudaOps
 from .draws import CudaDraws
 from .experts import use_experts
-from .host_blocks import CudaHostBlocks
 from .inputs import DeviceInputs
 from .kernels import TRITON, Kernels
 from .memory import free_memory, others_memory, total_memory
@@ -199,8 +199,8 @@ class CudaBackend:
 
     def make_host_blocks(
         self, caches: abc.Sequence[torch.Tensor], memory: memoryview
-    ) -> CudaHostBlocks:
-        return CudaHostBlocks(caches, memory, self.device)
+    ) -> StreamedBlocks:
+        return StreamedBlocks(caches, memory, self.device)
 
     def make_inputs(
         self,

@@ -105,6 +105,13 @@ def test_tokens_equal_generate(
     made.core.close()
 
 
+def test_layers_with_windows_keep_whole_blocks(tmp_path: Path) -> None:
+    reference = Reference(models.save_model("gemma3", tmp_path))
+    made = engine(tmp_path, 64 * 6 * BLOCK_BYTES)
+    assert hold(made, reference) >= 3 * (32 + 80)
+    assert made.core.stats().tiers[0].loaded > 0
+
+
 def test_choices_and_preemptions_equal_generate(llama: tuple[Path, Reference]) -> None:
     folder, reference = llama
     made = engine(folder, 64 * BLOCK_BYTES)
@@ -236,7 +243,7 @@ def test_a_connector_of_ones_own(llama: tuple[Path, Reference]) -> None:
 
 def test_host_memory_is_words_or_bytes(llama: tuple[Path, Reference]) -> None:
     """A width that is no multiple of a word, such as int8's with its scale, is copied as bytes."""
-    from quire.engine.devices.host_layout import host_layout
+    from quire.engine.devices.host_blocks import host_layout
 
     for width, word in ((16, torch.int64), (20, torch.uint8)):
         cache = torch.zeros(2, 2, 3, 1, 16, width, dtype=torch.int8)

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from ....kernels.device_copy import to_device
-from ...errors import ConfigurationError
-from ...step import BlockLoad, BlockSave
-from ..host_layout import HostLayout, host_layout
+from ...kernels.device_copy import to_device
+from ..errors import ConfigurationError
+from ..step import BlockLoad, BlockSave
+from .host_blocks import HostLayout, host_layout
 
 BUFFER_BYTES = 32 << 20
 """Size of each buffer on the device; more blocks than it holds take turns."""
@@ -30,7 +30,7 @@ class _Copies(NamedTuple):
     end: torch.cuda.Event
 
 
-class CudaHostBlocks:
+class StreamedBlocks:
     """Implements HostBlocks, which states the contract.
 
     It also runs on tensors of the CPU, for tests; there it has no streams.
