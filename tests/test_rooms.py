@@ -121,6 +121,7 @@ LAZY = {
     ("server.bench", "engine.runner"): {"server.bench.planning"},
     ("server.bench", "engine.model"): {"server.bench.planning"},
     ("server.bench", "server.text"): {"server.bench.planning"},
+    ("engine.devices.cpu", "engine.checkpoints"): {"engine.devices.cpu.first_start"},
     ("engine.devices", "engine.devices.cpu"): {"engine.devices.choose"},
     ("engine.devices", "engine.devices.cuda"): {"engine.devices.choose"},
 }

@@ -204,6 +204,15 @@ class Backend(Protocol):
     def multiplies_float8(self) -> bool:
         """Whether grouped weights may be of float8; if not, they are made dense."""
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether embeddings and experts may be grouped (`grouped_rows.py`); if not, their weights
+        are made dense."""
+
+    def weight_bytes(self, weight: torch.Tensor | GroupedWeight, quantization: str | None) -> int:
+        """Return the bytes that a weight `[out_features, in_features]` takes on the device, rounded
+        as `quantization` says if it is not grouped."""
+
     def token_budget(self, config: EngineConfig) -> int:
         """Return the maximum number of tokens in a step."""
 

@@ -10,6 +10,7 @@ import torch
 
 from ..attention.interface import IMPLEMENTATION, register_attention
 from ..body.grouped_linear import GroupedLinear
+from ..body.grouped_rows import GroupedEmbedding
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..classifier_spec import ClassifierSpec
 from ..config import EngineConfig
@@ -77,11 +78,11 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
         model, can_generate, source_format = _load(
             hf_config, spec, config, dtype, backend, checkpoint
         )
-        facts = weight_facts(model, source_format, config.quantization)
+        facts = weight_facts(model, source_format, config.quantization, backend.weight_bytes)
         expected, cuts = _cut(model, spec, config, backend, ranks, max_model_len)
         model.to(device)
         for module in model.modules():
-            if isinstance(module, GroupedLinear):
+            if isinstance(module, GroupedLinear | GroupedEmbedding):
                 module.grouped = module.grouped.to(device)
     except QuireError:
         raise
@@ -148,6 +149,7 @@ def _load(
             dtype,
             keep_groups=backend.multiplies_groups,
             keep_float8=backend.multiplies_float8,
+            keep_rows=backend.keeps_rows,
         )
         source_format = checkpoint.source_format
     else:

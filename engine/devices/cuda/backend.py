@@ -136,6 +136,13 @@ class CudaBackend:
     def multiplies_float8(self) -> bool:
         return True
 
+    @property
+    def keeps_rows(self) -> bool:
+        return False
+
+    def weight_bytes(self, weight: torch.Tensor | GroupedWeight, quantization: str | None) -> int:
+        return weight.nbytes if isinstance(weight, torch.Tensor) else weight.num_bytes
+
     def token_budget(self, config: EngineConfig) -> int:
         """By default thousands, since a GPU needs many tokens at once to be busy."""
         return config.max_num_batched_tokens or 8192
