@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..adapters.slots import AdapterSlots
 from ..attention.metadata import AttentionMetadata, AttentionPlan
 from ..config import EngineConfig
-from ..devices.backend import Backend, Graphs, Planner
+from ..devices.backend import Backend, Graphs, HostBlocks, Planner
 from ..devices.steps import DeviceStep, GraphKey, HostStep, ModelOutput, StepInputs
 from ..errors import DeviceMemoryError
 from ..layers.layer_groups import LayerGroups
@@ -90,6 +90,7 @@ class ModelRunner:
             config, kv_cache, spec.num_attention_heads, frozenset(spec.windows), model.dtype
         )
         self._graphs: Graphs | None = None
+        self.host_blocks: HostBlocks | None = None
         self._last_results: PendingResults | None = None
 
     @property
@@ -121,6 +122,11 @@ class ModelRunner:
         """The runner of the draft model, which computes the same steps, if there is one."""
         return None
 
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """The KV cache of this model; a draft model has one of its own."""
+        return self._kv_cache
+
     def begin(self, output: SchedulerOutput) -> None:
         """Carry out what a plan says must come before its forward."""
         self._batch.apply(output)
@@ -132,6 +138,8 @@ class ModelRunner:
         try:
             if self._states is not None:
                 self._states.copy(output.state_copies)
+            if self.host_blocks is not None:
+                self.host_blocks.move(output.step, output.block_saves, output.block_loads)
             self.copy_blocks(output.block_copies)
         except torch.OutOfMemoryError as error:  # no later step would make up for them
             raise RuntimeError("out of device memory for the copies of a step") from error
