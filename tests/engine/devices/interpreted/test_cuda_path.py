@@ -27,15 +27,7 @@ from quire.kernels.cuda.attention import decode_schedule
 from quire.kernels.prefix_groups import PrefixGroup, find_prefix_groups
 
 from ...checkpoints.quantized_files import FORMATS, write_model
-from ...models import (
-    COMMON,
-    FAMILIES,
-    WIDE_HEADS,
-    build_model,
-    generate,
-    logprobs,
-    not_flat,
-)
+from ...models import COMMON, FAMILIES, WIDE_HEADS, build_model, generate, logprobs, not_flat
 from ...worker_driver import Driver, make_config, make_sequence
 from ..cuda_on_cpu import CudaOnCpuBackend, interpreted
 

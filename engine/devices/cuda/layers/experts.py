@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
-from ....kernels.checks import FLOAT_DTYPES
-from ....kernels.cuda.tuning import expert_configs
-from ...errors import UnsupportedModelError
+from .....kernels.checks import FLOAT_DTYPES
+from .....kernels.cuda.tuning import expert_configs
+from ....errors import UnsupportedModelError
 from .kernels import Kernels
 
 logger = logging.getLogger("quire.engine")
