@@ -30,6 +30,22 @@ class BlockCopy(NamedTuple):
     destination: int
 
 
+class BlockSave(NamedTuple):
+    """Copy K and V of every slot and layer from a block to a slot of host memory, before the step
+    changes any block."""
+
+    block: int
+    slot: int
+
+
+class BlockLoad(NamedTuple):
+    """Copy K and V of every slot and layer from a slot of host memory to a block, after the step's
+    saves and before its other copies."""
+
+    slot: int
+    block: int
+
+
 class SequenceSpec(NamedTuple):
     """What a worker must know of a sequence for as long as it runs.
 
@@ -114,6 +130,8 @@ class SchedulerOutput(NamedTuple):
     UNKNOWN_TOKENs is still to be proposed by the worker (see `with_proposals`)."""
     adapter_loads: list[AdapterLoad] = []
     """Slots that get other weights in this step, in order."""
+    block_saves: list[BlockSave] = []
+    block_loads: list[BlockLoad] = []
 
     @property
     def total_tokens(self) -> int:
@@ -142,6 +160,8 @@ class SchedulerOutput(NamedTuple):
             table_changes=[],
             released=[],
             adapter_loads=[],
+            block_saves=[],
+            block_loads=[],
         )
 
 

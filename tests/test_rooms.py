@@ -29,10 +29,11 @@ RULES: dict[str, set[str]] = {
     "engine.checkpoints": ENGINE | {"engine.body"},
     "engine.grammar": ENGINE | {"engine.checkpoints"},
     "engine.speculation": ENGINE | {"engine.cache"},
-    "engine.scheduling": ENGINE | {"engine.cache", "engine.speculation"},
+    "engine.tiers": ENGINE | {"engine.cache"},
+    "engine.scheduling": ENGINE | {"engine.cache", "engine.speculation", "engine.tiers"},
     "engine.core": ENGINE
     | {"engine.cache", "engine.events", "engine.grammar"}
-    | {"engine.scheduling", "engine.speculation"},
+    | {"engine.scheduling", "engine.speculation", "engine.tiers"},
     "engine.attention": ENGINE | KERNELS,
     "engine.body": ENGINE | KERNELS | {"engine.attention"},
     "engine.adapters": ENGINE | {"engine.body"},

@@ -30,8 +30,10 @@ def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 def choose_groups(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> LayerGroups:
     """Return the groups of a model's layers. There is one if each of several stages has a part of
-    the layers, and if a draft model shares the block tables."""
-    if config.pipeline_parallel_size > 1 or config.speculative_model is not None:
+    the layers, if a draft model shares the block tables, and if evicted blocks are kept: they are
+    whole ones."""
+    shares_tables = config.speculative_model is not None or config.kv_offloading_size is not None
+    if config.pipeline_parallel_size > 1 or shares_tables:
         return LayerGroups.one_table(spec.num_layers)
     return LayerGroups.choose(spec.windows, max_model_len, config.block_size)
 

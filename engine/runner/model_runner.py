@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..adapters.slots import AdapterSlots
 from ..attention.metadata import AttentionMetadata, AttentionPlan
 from ..config import EngineConfig
-from ..devices.backend import Backend, Graphs, Planner
+from ..devices.backend import Backend, Graphs, HostBlocks, Planner
 from ..devices.steps import DeviceStep, GraphKey, HostStep, ModelOutput, StepInputs
 from ..errors import DeviceMemoryError
 from ..layers.layer_groups import LayerGroups
@@ -87,6 +87,7 @@ class ModelRunner:
             config, kv_cache, spec.num_attention_heads, frozenset(spec.windows), model.dtype
         )
         self._graphs: Graphs | None = None
+        self.host_blocks: HostBlocks | None = None
         self._last_results: PendingResults | None = None
 
     @property
@@ -118,6 +119,11 @@ class ModelRunner:
         """The runner of the draft model, which computes the same steps, if there is one."""
         return None
 
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """The KV cache of this model; a draft model has one of its own."""
+        return self._kv_cache
+
     def begin(self, output: SchedulerOutput) -> None:
         """Carry out what a plan says must come before its forward."""
         self._batch.apply(output)
@@ -127,6 +133,8 @@ class ModelRunner:
             assert self._adapters is not None
             self._adapters.fill(output.adapter_loads)
         try:
+            if self.host_blocks is not None:
+                self.host_blocks.move(output.step, output.block_saves, output.block_loads)
             self.copy_blocks(output.block_copies)
         except torch.OutOfMemoryError as error:  # no later step would make up for them
             raise RuntimeError("out of device memory for the copies of blocks") from error

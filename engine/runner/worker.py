@@ -14,6 +14,7 @@ from ..checkpoints.source import source_of
 from ..config import EngineConfig, WorkerInfo
 from ..devices.backend import Backend, CacheDemand
 from ..devices.choose import choose_backend
+from ..devices.host_blocks import copy_seconds
 from ..errors import ConfigurationError
 from ..layers.layer_groups import LayerGroups
 from ..lora import AdapterSource
@@ -174,6 +175,16 @@ class Worker:
     def propose(self, scheduler_output: SchedulerOutput) -> dict[int, list[int]]:
         assert isinstance(self._runner, SpeculativeRunner)
         return self._runner.propose(scheduler_output)
+
+    def attach_host_memory(self, memory: memoryview) -> float:
+        runner, draft = self._runner, self._runner.draft
+        caches = [runner.kv_cache] if draft is None else [runner.kv_cache, draft.kv_cache]
+        runner.host_blocks = self._backend.make_host_blocks(caches, memory)
+        return copy_seconds(runner.host_blocks)
+
+    def copies_ended(self) -> int:
+        assert self._runner.host_blocks is not None
+        return self._runner.host_blocks.ended()
 
     def follow(self, plan: StepPlan) -> None:
         """Run a step that rank 0 has planned. Called on all other ranks, in place of `forward`."""

@@ -22,6 +22,7 @@ from ...errors import ConfigurationError
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
+from ..host_blocks import DirectBlocks
 from .adapters import DecoderSlots, ModuleSlots
 from .attention import CpuPlanner
 from .decoder import CpuDecoder, can_compile
@@ -153,6 +154,11 @@ class CpuBackend:
     def copy_blocks(self, kv_cache: torch.Tensor, copies: abc.Sequence[BlockCopy]) -> None:
         sources, destinations = to_device(copies, torch.int64, self.device).T
         kv_cache[:, :, destinations] = kv_cache[:, :, sources]
+
+    def make_host_blocks(
+        self, caches: abc.Sequence[torch.Tensor], memory: memoryview
+    ) -> DirectBlocks:
+        return DirectBlocks(caches, memory)
 
     def make_inputs(
         self,

@@ -22,7 +22,7 @@ def cache_memory(demand: CacheDemand, budget: int) -> int:
     """Return the bytes for the cache: `config.kv_cache_memory_bytes`, or by default room for
     max_num_seqs sequences of typical length (at least for one of full length) and the `budget` of
     tokens of a step, limited to a share of the available memory, which the ranks of a host share
-    out. What LoRA adapters will take is not available.
+    out. What LoRA adapters and evicted blocks will take is not available.
 
     Raises ConfigurationError if more is asked for than is available: the system would kill the
     process once it used that much.
@@ -30,7 +30,8 @@ def cache_memory(demand: CacheDemand, budget: int) -> int:
     config, max_model_len = demand.config, demand.max_model_len
     available, asked = available_memory(), config.kv_cache_memory_bytes
     if available is not None:
-        available = max(available - demand.adapter_bytes, 0)
+        others = demand.adapter_bytes + (config.kv_offloading_size or 0)
+        available = max(available - others, 0)
     if asked is not None:
         if available is not None and asked > available:
             raise ConfigurationError(

@@ -26,6 +26,7 @@ from ...errors import ConfigurationError, UnsupportedModelError, one_line
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
+from ..streamed_blocks import StreamedBlocks
 from .adapters import CudaSlots
 from .attention import CudaPlanner, allocate_workspaces
 from .body_ops import CudaOps
@@ -195,6 +196,11 @@ class CudaBackend:
     def copy_blocks(self, kv_cache: torch.Tensor, copies: abc.Sequence[BlockCopy]) -> None:
         sources, destinations = to_device(copies, torch.int64, self.device).T.contiguous()
         self._kernels.copy_blocks(kv_cache, sources, destinations)
+
+    def make_host_blocks(
+        self, caches: abc.Sequence[torch.Tensor], memory: memoryview
+    ) -> StreamedBlocks:
+        return StreamedBlocks(caches, memory, self.device)
 
     def make_inputs(
         self,
