@@ -44,7 +44,7 @@ def host_layout(caches: abc.Sequence[torch.Tensor], memory: memoryview) -> HostL
     for cache, slot in zip(words, torch.split(slots, sizes, dim=1), strict=True):
         layers, two, _, heads, block_size, width = cache.shape
         shape = (layers, two, heads, block_size, width)
-        parts.append(Part(cache.movedim(2, 0), slot.unflatten(1, shape)))
+        parts.append(Part(cache.movedim(2, 0), slot.view(count, *shape)))
     return HostLayout(parts, slots)
 
 

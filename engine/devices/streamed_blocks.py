@@ -73,7 +73,7 @@ class StreamedBlocks:
 
     def ended(self) -> int:
         running = self._running
-        while running and running[0].end.query():
+        while running and running[0].end.query():  # type: ignore[no-untyped-call]
             running.popleft()
         return running[0].step - 1 if running else self._last_step
 
@@ -110,7 +110,7 @@ class StreamedBlocks:
         """Return the parts of a buffer as blocks of each cache."""
         shapes = [slots.shape[1:] for _, slots in self._layout.parts]
         parts = torch.split(buffer, [shape.numel() for shape in shapes], dim=1)
-        return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+        return [part.view(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _recorded(self) -> torch.cuda.Event | None:
         """Return an event of the current stream, as it stands now."""

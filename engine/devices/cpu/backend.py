@@ -30,8 +30,10 @@ from .draws import CpuDraws
 from .experts import pack_experts
 from .inputs import HostInputs
 from .memory import allocate_kv_cache, cache_memory
+from .packed_embedding import pack_embeddings
 from .packed_linear import pack_linears, unmap_weights
-from .packing import rounded
+from .packing import packed_bytes, rounded
+from .states import CpuStateOps
 
 logger = logging.getLogger("quire.engine")
 
@@ -88,6 +90,13 @@ class CpuBackend:
     def multiplies_float8(self) -> bool:
         return False
 
+    @property
+    def keeps_rows(self) -> bool:
+        return True
+
+    def weight_bytes(self, weight: torch.Tensor | GroupedWeight, quantization: str | None) -> int:
+        return packed_bytes(weight, quantization)
+
     def token_budget(self, config: EngineConfig) -> int:
         """By default as many as keep a CPU's cores busy: with more, every running sequence would
         wait longer for its next token."""
@@ -113,6 +122,7 @@ class CpuBackend:
         unmap_weights(body)
         unmap_weights(head)
         made: Body
+        embeddings = pack_embeddings(body)
         if number := pack_experts(body, quantization=quantization):
             logger.info("the experts of %d layers run in compiled kernels", number)
         # Adapters of layers beside experts would be in a mixture's module, not among the phases.
@@ -121,7 +131,7 @@ class CpuBackend:
             for layer in flat.layers:
                 if isinstance(layer.mlp, Mixture):
                     pack_linears(layer.mlp.block, quantization=quantization)
-            made = CpuDecoder(flat, quantization=quantization)
+            made = CpuDecoder(flat, embeddings.get(flat.embedding), quantization=quantization)
             logger.info("the layers run as one function")
             regions = f"{number + 1} parallel regions" if number else "one parallel region"
             logger.info("each step runs as %s of compiled kernels", regions)
@@ -129,7 +139,11 @@ class CpuBackend:
             pack_linears(body, quantization=quantization)
             made = HfBody(body)
         # The last product decides between tokens, and suffers most from 4 bits.
-        pack_linears(head, quantization="int8" if quantization == "int4" else quantization)
+        pack_linears(
+            head,
+            quantization="int8" if quantization == "int4" else quantization,
+            embeddings=list(embeddings.values()),
+        )
         return made
 
     def make_adapter_slots(
@@ -138,6 +152,9 @@ class CpuBackend:
         if isinstance(body, CpuDecoder):
             return DecoderSlots(body, adaptable, limits)
         return ModuleSlots(adaptable, limits)
+
+    def make_state_ops(self) -> CpuStateOps:
+        return CpuStateOps()
 
     def make_sampler(self, vocab_size: int) -> Sampler:
         return Sampler(vocab_size, self.device, CpuDraws(vocab_size))
