@@ -12,32 +12,34 @@ from gpu_common import DEVICE, Record
 from quire.engine.devices.streamed_blocks import StreamedBlocks
 from quire.engine.step import BlockLoad, BlockSave
 
-NUM_BLOCKS, NUM_SLOTS, STEPS = 200, 300, 60
+NUM_LAYERS, NUM_BLOCKS, NUM_SLOTS, STEPS = 32, 200, 300, 60
+MOST = 60
+"""Maximum blocks of a step, each way."""
 
 
 def check_host_blocks(dtype: torch.dtype, heads: int, head_dim: int) -> Record:
     """Check that blocks come back as they were, while steps that nobody waits for write to them.
     The same is done on the device alone, in the order of the launches."""
-    shape = (32, 2, NUM_BLOCKS, heads, 16, head_dim)
+    shape = (NUM_LAYERS, 2, NUM_BLOCKS, heads, 16, head_dim)
     cache = torch.randn(shape, device=DEVICE).to(dtype)
     wanted = cache.clone()
     size = cache.numel() // NUM_BLOCKS * cache.itemsize
     memory = mmap.mmap(-1, NUM_SLOTS * size)
-    blocks = StreamedBlocks([cache], memoryview(memory), DEVICE)
+    blocks = StreamedBlocks([cache], memoryview(memory), torch.device(DEVICE))
     busy = torch.randn(2048, 2048, device=DEVICE)
     slots: dict[int, torch.Tensor] = {}
     rng = random.Random(random_seed())
     for step in range(1, STEPS + 1):
-        saved = rng.sample(range(NUM_BLOCKS), rng.choice([0, 1, 60]))
+        saved = rng.sample(range(NUM_BLOCKS), rng.choice([0, 1, MOST]))
         saves = list(map(BlockSave, saved, rng.sample(range(NUM_SLOTS), len(saved))))
         for block, slot in saves:
             slots[slot] = wanted[:, :, block].clone()
-        loaded = rng.sample(sorted(slots), min(len(slots), rng.choice([0, 1, 60])))
+        loaded = rng.sample(sorted(slots), min(len(slots), rng.choice([0, 1, MOST])))
         loads = list(map(BlockLoad, loaded, rng.sample(range(NUM_BLOCKS), len(loaded))))
         for slot, block in loads:
             wanted[:, :, block] = slots[slot]
         blocks.move(step, saves, loads)
-        for block in rng.sample(range(NUM_BLOCKS), 20):
+        for block in rng.sample(range(NUM_BLOCKS), MOST // 3):
             cache[:, :, block] = wanted[:, :, block] = step
         busy = torch.tanh(busy @ busy)
     blocks.wait()
