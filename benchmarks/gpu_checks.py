@@ -23,6 +23,7 @@ from gpu_common import DEVICE, Case, Record, make_sequence
 from gpu_experts import QWEN3_MOE, check_experts
 from gpu_lora import check_adapters, figures_of
 from gpu_products import check_float8, check_product
+from gpu_states import check_convolution, check_recurrence
 from gpu_step_checks import (
     check_best_tokens,
     check_dependent_launches,
@@ -183,6 +184,20 @@ def check_lora(
     return figures_of(verdict(dtype, relative_error(out, wanted)), untouched)
 
 
+def check_states(dtype: torch.dtype, channels: int, heads: tuple[int, int, int, int]) -> Record:
+    """Check the convolution, and the recurrence with the delta rule and without it. States are
+    float32 whatever the dtype is."""
+    errors = []
+    for found in (
+        check_convolution(dtype, channels, 4),
+        check_recurrence(dtype, heads, True),
+        check_recurrence(dtype, heads, False),
+    ):
+        out, wanted, states, expected = found
+        errors += [relative_error(out, wanted), relative_error(states, expected)]
+    return verdict(dtype, *errors)
+
+
 def cases() -> list[Case]:  # over 50 lines: it is a list
     """Return the cases, the simplest first and half-precision dtypes before float32."""
     found: list[Case] = []
@@ -203,6 +218,7 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
         add(f"{tag} rows", check_rows, dtype, 33, 4096)
         add(f"{tag} lora", check_lora, dtype, 70, 4, 16, 4096, (4096, 1024, 1024))
         add(f"{tag} lora odd", check_lora, dtype, 19, 3, 70, 1000, (130, 7))
+        add(f"{tag} states", check_states, dtype, 8192, (16, 32, 128, 128))
         for kind, num_rows, group in (("int4", 1, 128), ("int8", 70, 32), ("float8", 300, 4096)):
             add(f"{tag} product {kind}", check_product, dtype, kind, num_rows, 1000, 4096, group)
         for num_tokens in (1, 300, 1200):

@@ -26,6 +26,7 @@ from gpu_common import (
 from gpu_experts import time_experts
 from gpu_lora import calls_of_adapters
 from gpu_products import time_product
+from gpu_states import calls_of_states
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quire.engine.devices.cuda.draws import CudaDraws
@@ -332,6 +333,12 @@ def time_lora(rows: int, slots: int, rank: int) -> Record:
     return _figures(time_graph([lambda: [call() for call in calls]]), num_bytes=moved)
 
 
+def time_states(rows: int, length: int) -> Record:
+    """Time the convolution and the recurrence of a layer of Qwen3.5 9B."""
+    calls, moved = calls_of_states([length] * rows, 8192, (16, 32, 128, 128))
+    return _figures(time_graph([lambda: [call() for call in calls]]), num_bytes=moved)
+
+
 def cases() -> list[Case]:  # over 50 lines: it is a list
     """Return the cases: limits, decode, extend, then small kernels, each beside its comparisons."""
     found = [
@@ -400,6 +407,8 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
             add(f"{kind} {num_rows}x{size}", time_rows, kind, num_rows, size)
     for rows, slots, rank in ((1, 1, 16), (32, 4, 16), (32, 4, 64), (8192, 4, 16)):
         add(f"lora {rows} rows, {slots} of rank {rank}", time_lora, rows, slots, rank)
+    for rows, length in ((1, 1), (64, 1), (256, 1), (1, 8192)):
+        add(f"states {rows} rows of {length}", time_states, rows, length)
     for num_rows, kind in product((1, 64, 4096), ("dense", "int4", "float8", "float8 torch")):
         add(f"product {kind} {num_rows}x14336x4096", time_product, kind, num_rows, 14336, 4096)
     for num_tokens, how in product((1, 32, 4096), ("kernel", "torch")):

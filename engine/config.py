@@ -270,6 +270,10 @@ def engine_flags() -> tuple[EngineFlag, ...]:
     )
 
 
+SNAPSHOT_SHARE = 4
+"""The KV cache's blocks have so many times the bytes of the snapshots of states."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
     """Facts about the loaded model that are known before its KV cache is sized.
@@ -287,6 +291,7 @@ class WorkerInfo:
     each group of layers with block tables of its own how many of the latest tokens it keeps, None
     for all, and `group_layers` how many layers it has. `content` is a hash of the model's
     configuration and weights. What begins with `draft_` is the draft model's, and 0 without one.
+    `state_bytes` is what the layers that keep a state, if there are any, keep for one sequence.
     """
 
     architecture: str
@@ -314,6 +319,20 @@ class WorkerInfo:
     group_windows: tuple[int | None, ...] = (None,)
     group_layers: tuple[int, ...] = ()
     content: str = ""
+    state_bytes: int = 0
+
+    def state_interval(self, block_size: int) -> int:
+        """Return after how many tokens another snapshot of a sequence's state is due: whole blocks
+        that take at least as many bytes as a snapshot."""
+        return -(-self.state_bytes // (block_size * self.kv_bytes_per_token)) * block_size
+
+    def state_snapshots(self, config: EngineConfig, num_blocks: int) -> int:
+        """Return how many snapshots of states may be kept: as many as take a quarter of the bytes
+        of `num_blocks` blocks. There are none without a prefix cache."""
+        if not (self.state_bytes and config.enable_prefix_caching):
+            return 0
+        size = num_blocks * config.block_size * self.kv_bytes_per_token
+        return size // (SNAPSHOT_SHARE * self.state_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,7 +371,11 @@ class EngineInfo(WorkerInfo):
             max_loras=config.max_loras if worker.max_lora_rank is not None else 0,
             speculates=config.speculation in ("ngram", "model")
             or config.speculative_model is not None
-            or (config.speculation == "auto" and worker.is_batch_invariant),
+            or (
+                config.speculation == "auto"
+                and worker.is_batch_invariant
+                and not worker.state_bytes  # which cannot be rewound
+            ),
         )
 
     @property

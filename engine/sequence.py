@@ -86,6 +86,12 @@ class Sequence:
     adapter_slot: int = field(init=False, default=-1)
     """The device's slot of its adapter while it runs."""
 
+    state_slot: int = field(init=False, default=-1)
+    """The slot of its state while it runs, if the model's layers keep one."""
+    state_mark: int = field(init=False, default=0)
+    """Tokens after which its state is worth a snapshot, since other prompts begin alike; 0: none
+    are known."""
+
     block_table: list[int] = field(init=False, default_factory=list)
     """Ids of its blocks, in the order of its tokens."""
     other_tables: list[list[int]] = field(init=False, default_factory=list)
@@ -184,6 +190,7 @@ class Sequence:
             has_grammar=request.grammar is not None,
             pooling=self.pooling,
             adapter_slot=self.adapter_slot,
+            state_slot=self.state_slot,
         )
 
     def __repr__(self) -> str:

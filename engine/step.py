@@ -30,6 +30,24 @@ class BlockCopy(NamedTuple):
     destination: int
 
 
+class StateCopy(NamedTuple):
+    """Copy the state of every layer from one state slot to another, before the forward. A step's
+    copies are made one after the other: a source may have been the destination of an earlier
+    one."""
+
+    source: int
+    destination: int
+
+
+class StateSave(NamedTuple):
+    """Keep a row's state as it is after the first `num_tokens` tokens of its sequence, in a state
+    slot of its own. The forward does so on its way through the row."""
+
+    row: int
+    num_tokens: int
+    slot: int
+
+
 class BlockSave(NamedTuple):
     """Copy K and V of every slot and layer from a block to a slot of host memory, before the step
     changes any block."""
@@ -77,6 +95,8 @@ class SequenceSpec(NamedTuple):
     """How the prompt's hidden states become an embedding; None for sequences that generate."""
     adapter_slot: int = -1
     """The slot of its LoRA adapter's weights; −1 without an adapter."""
+    state_slot: int = -1
+    """The slot of its state, in layers that keep one; −1 if the model has no such layers."""
     other_tables: list[list[int]] = []
     """The block tables of the other groups of layers, if there are several. The block behind the
     last one of the pool stands for those that no token needs any more."""
@@ -130,6 +150,8 @@ class SchedulerOutput(NamedTuple):
     UNKNOWN_TOKENs is still to be proposed by the worker (see `with_proposals`)."""
     adapter_loads: list[AdapterLoad] = []
     """Slots that get other weights in this step, in order."""
+    state_copies: list[StateCopy] = []
+    state_saves: list[StateSave] = []
     block_saves: list[BlockSave] = []
     block_loads: list[BlockLoad] = []
 
@@ -160,6 +182,7 @@ class SchedulerOutput(NamedTuple):
             table_changes=[],
             released=[],
             adapter_loads=[],
+            state_copies=[],
             block_saves=[],
             block_loads=[],
         )

@@ -11,11 +11,12 @@ import os
 from transformers import AutoModelForCausalLM
 
 from .documents import ROOT
+from .engine import models, state_models
 from .engine.body.test_flat_decoder import FLAT, FLAT_ON_GPUS
-from .engine.models import FAMILIES
 
 PAGE = ROOT / "docs/models.md"
 BEGIN, END = "<!-- models: written by `make docs` -->\n", "<!-- end of models -->"
+FAMILIES = models.FAMILIES | state_models.FAMILIES
 CHECKPOINTS = {
     "llama": "Llama 2 and 3, SmolLM2, TinyLlama",
     "qwen2": "Qwen2.5, DeepSeek-R1-Distill-Qwen",
@@ -33,6 +34,16 @@ CHECKPOINTS = {
     "qwen3_moe": "Qwen3-30B-A3B",
     "olmoe": "OLMoE",
     "gpt_oss": "gpt-oss",
+    "qwen3_5": "Qwen3.5 and 3.6, dense",
+    "qwen3_5_moe": "Qwen3.5 and 3.6, A3B",
+    "qwen3_next": "Qwen3-Next, Qwen3-Coder-Next",
+    "olmo_hybrid": "OLMo-Hybrid",
+    "lfm2": "LFM2",
+    "lfm2_moe": "LFM2-8B-A1B",
+    "granite_4_h": "Granite 4 H",
+    "bamba": "Bamba",
+    "falcon_h1": "Falcon-H1",
+    "nemotron_h": "Nemotron-H, Nemotron 3",
 }
 """Names by which people know the families."""
 TRAITS = {
@@ -40,6 +51,10 @@ TRAITS = {
     "num_local_experts": "experts",
     "num_experts": "experts",
     "attn_logit_softcapping": "soft caps",
+    "linear_num_value_heads": "states",
+    "conv_L_cache": "states",
+    "mamba_n_heads": "states",
+    "mamba_num_heads": "states",
 }
 """Fields of a configuration, and what they are."""
 

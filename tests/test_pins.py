@@ -381,6 +381,22 @@ def _argument_group() -> None:
     assert type(group) is argparse._ArgumentGroup
 
 
+def _token_mixers() -> None:
+    from inspect import unwrap
+
+    from transformers.activations import ACT2FN
+    from transformers.models.granitemoehybrid import modeling_granitemoehybrid as granite
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
+
+    for module, layer, names in (
+        (qwen, qwen.Qwen3_5GatedDeltaNet, {"causal_conv1d_fn", "torch_chunk_gated_delta_rule"}),
+        (granite, granite.GraniteMoeHybridMambaLayer, {"causal_conv1d_fn", "mamba2_chunk_scan"}),
+    ):
+        called = unwrap(layer.forward).__code__.co_names
+        assert names <= set(called) & set(vars(module))
+    assert "silu" in ACT2FN
+
+
 CHECKS: dict[str, Callable[[], Any]] = {
     "h11._writers.ChunkedWriter": _h11_writer,
     "h11.Connection._writer": _h11_writer,
@@ -400,6 +416,12 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "transformers.integrations.gguf.gguf_tokenizer_mapping.convert_gguf_tokenizer": _gguf_tokenizer,
     "transformers.integrations.moe.ExpertsInterface": _experts,
     "transformers.integrations.moe.ExpertsInterface._apply_gate": _experts,
+    "transformers.models.qwen3_5.modeling_qwen3_5.causal_conv1d_fn": _token_mixers,
+    "transformers.models.qwen3_5.modeling_qwen3_5.torch_chunk_gated_delta_rule": _token_mixers,
+    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.mamba2_chunk_scan": (
+        _token_mixers
+    ),
+    "transformers.activations.ACT2FN": _token_mixers,
     'sys.modules["torch"]': _transformers_without_torch,
     "tokenizers.decoders.DecodeStream.step": _decode_stream,
     "llguidance._lib.JsonCompileOptions": _json_options,

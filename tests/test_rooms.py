@@ -19,8 +19,10 @@ RULES: dict[str, set[str]] = {
     "kernels.cpu": KERNELS,
     "kernels.cpu.integer": KERNELS | {"kernels.cpu"},
     "kernels.cpu.lora": {"kernels.cpu"},
+    "kernels.cpu.states": {"kernels.cpu"},
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
+    "kernels.cuda.states": KERNELS,
     "engine": {"engine.flags", "engine.layers"},
     "engine.flags": ENGINE,
     "engine.layers": {"engine"},
@@ -34,7 +36,8 @@ RULES: dict[str, set[str]] = {
     "engine.core": ENGINE
     | {"engine.cache", "engine.events", "engine.grammar"}
     | {"engine.scheduling", "engine.speculation", "engine.tiers"},
-    "engine.attention": ENGINE | KERNELS,
+    "engine.states": ENGINE,
+    "engine.attention": ENGINE | KERNELS | {"engine.states"},
     "engine.body": ENGINE | KERNELS | {"engine.attention"},
     "engine.adapters": ENGINE | {"engine.body"},
     "engine.sampling": ENGINE | KERNELS,
@@ -44,13 +47,15 @@ RULES["engine.devices"] = (
     | KERNELS
     | {
         *("engine.attention", "engine.body", "engine.adapters", "engine.sampling"),
+        "engine.states",
     }
 )
 RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cpu", "kernels.cpu.integer", "kernels.cpu.lora"),
+    "kernels.cpu.states",
 }
 RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
-    *("engine.devices", "kernels.cuda", "kernels.cuda.attention"),
+    *("engine.devices", "kernels.cuda", "kernels.cuda.attention", "kernels.cuda.states"),
 }
 RULES["engine.parallel"] = RULES["engine.devices"] | {"engine.devices", "engine.network"}
 RULES["engine.model"] = RULES["engine.parallel"] | {"engine.parallel", "engine.checkpoints"}

@@ -9,5 +9,5 @@ Read in this order:
 The attention itself is the device's: engine/devices/cpu/attention.py and
 engine/devices/cuda/attention.py.
 
-May import: kernels (not kernels.cpu or kernels.cuda), the engine's words.
+May import: states, kernels (not kernels.cpu or kernels.cuda), the engine's words.
 """

@@ -12,6 +12,7 @@ Reading order:
     prefix_index    the index of blocks by their tokens
     evicted_blocks  the protocol of whoever keeps the content of blocks that the pool reuses
     block_recorder  which blocks become known and are lost, for those who follow it
+    state_slots     the slots of states, and snapshots of states by the hashes of blocks
     block_manager   both together, as the scheduler uses them: match, allocate, fork, free
     grouped_block_manager
                     the same for several groups of layers, some of which have a window

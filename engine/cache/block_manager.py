@@ -7,7 +7,7 @@ of block `table[i // block_size]`. Tables share blocks where their tokens begin 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 from ..events.block_events import BlockEvent
@@ -17,6 +17,7 @@ from .block_hashes import extend_hashes, root_hash
 from .block_pool import BlockPool
 from .block_recorder import BlockRecorder
 from .prefix_index import Successor
+from .state_slots import StateSlots
 
 NEVER = sys.maxsize
 """A `commit_at` that no sequence reaches."""
@@ -65,8 +66,15 @@ class BlockManager:
     """Whether there are several groups, or one that keeps only the last tokens."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        states: StateSlots | None = None,
     ) -> None:
+        """`states` are the state slots of sequences, if the model has layers that keep a state."""
+        self.states = states
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
@@ -93,6 +101,8 @@ class BlockManager:
             if block is None:
                 break
             blocks.append(block)
+        if self.states is not None:
+            return self._cut_to_state(sequence, blocks, self.states)
         # 2. The block that shares the most tokens after those, as far as it does.
         start = len(blocks) * size
         wanted = sequence.token_ids[start : min(start + size, max_tokens)]
@@ -101,6 +111,15 @@ class BlockManager:
         if successor is None:
             return PrefixMatch(blocks, None, start)
         return PrefixMatch(blocks, successor, start + successor.num_tokens)
+
+    def _cut_to_state(
+        self, sequence: Sequence, blocks: list[int], states: StateSlots
+    ) -> PrefixMatch:
+        """Return the match of those of a sequence's cached blocks up to whose end there is a
+        snapshot of the state, and mark the end of all of them for another one."""
+        usable = states.count_usable(sequence.block_hashes[: len(blocks)])
+        sequence.state_mark = len(blocks) * self.block_size if usable < len(blocks) else 0
+        return PrefixMatch(blocks[:usable], None, usable * self.block_size)
 
     def continuation(self, sequence: Sequence, k: int) -> list[int]:
         """Return up to `k` tokens with which another sequence went on after the same tokens and
@@ -185,6 +204,9 @@ class BlockManager:
         if match.num_tokens:
             sequence.num_computed_tokens = computed
             sequence.commit_at = computed + 1
+        if self.states is not None and sequence.state_slot < 0:
+            last = len(match.blocks) - 1
+            self.states.hold(sequence, sequence.block_hashes[last] if match.blocks else None)
         return copies
 
     def _is_shared(self, block: int) -> bool:
@@ -229,6 +251,8 @@ class BlockManager:
         child.block_hashes = parent.block_hashes[: parent.num_computed_tokens // self.block_size]
         child.num_computed_tokens = parent.num_computed_tokens
         child.commit_at = parent.commit_at
+        if self.states is not None:
+            self.states.fork(parent, child)
 
     def free(self, sequence: Sequence, *, poisoned: bool = False) -> None:
         """Release all blocks of the sequence, the last first: then prefixes outlive tails.
@@ -249,6 +273,10 @@ class BlockManager:
         table.clear()
         sequence.num_computed_tokens = sequence.num_in_flight = 0
         sequence.commit_at = 1
+        if self.states is not None:
+            if poisoned:
+                self.states.forget(sequence.block_hashes)
+            self.states.release(sequence)
 
     def held_blocks(self, sequence: Sequence) -> list[int]:
         """Return the blocks that a sequence holds, in the order of its tokens."""
@@ -268,6 +296,17 @@ class BlockManager:
         for block in self._copy_sources:
             self.pool.release(block)
         self._copy_sources.clear()
+
+    def commit_states(self, step: int, failed: Container[int]) -> None:
+        """Make the snapshots that a step has taken findable, but for those of `failed` rows."""
+        if self.states is not None:
+            self.states.commit(step, failed, self._block_hash)
+
+    def forget_free(self) -> None:
+        """Forget the content of every cached block that no sequence holds, and all snapshots."""
+        self.pool.forget_free()
+        if self.states is not None:
+            self.states.forget_all()
 
     # -- who follows the blocks --------------------------------------------------------------
 
@@ -317,6 +356,9 @@ class BlockManager:
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Assert that pool, tables and index agree. `sequences` are all that hold blocks."""
+        sequences = list(sequences)
+        if self.states is not None:
+            self.states.check_integrity(sequences)
         expected = [0] * self.pool.num_blocks
         for source in self._copy_sources:
             expected[source] += 1

@@ -22,6 +22,7 @@ from ..step import BlockCopy, TableChange
 from .block_hashes import of_group
 from .block_manager import NO_MATCH, BlockManager, PrefixMatch
 from .prefix_index import Successor
+from .state_slots import StateSlots
 
 
 def make_block_manager(
@@ -30,10 +31,15 @@ def make_block_manager(
     windows: abc.Sequence[int | None] = (None,),
     *,
     enable_prefix_caching: bool = True,
+    states: StateSlots | None = None,
 ) -> BlockManager:
-    """Make the block manager for groups of layers with these windows."""
+    """Make the block manager for groups of layers with these windows. Models with `states` have
+    one group, without a window."""
     if tuple(windows) == (None,):
-        return BlockManager(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
+        return BlockManager(
+            num_blocks, block_size, enable_prefix_caching=enable_prefix_caching, states=states
+        )
+    assert states is None
     return GroupedBlockManager(
         num_blocks, block_size, windows, enable_prefix_caching=enable_prefix_caching
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from ..cache.block_manager import BlockManager
 from ..cache.grouped_block_manager import make_block_manager
-from ..config import EngineConfig, EngineInfo
+from ..cache.state_slots import StateSlots
+from ..config import EngineConfig, EngineInfo, WorkerInfo
 from ..events.block_events import BlockEvent
 from ..grammar.compile import read_tokenizer_json
 from ..grammar.constraints import start_constraints
@@ -29,6 +31,8 @@ from ..worker_protocol import WorkerProtocol
 from .adapters import LoadedAdapters
 from .step_loop import StepLoop
 from .trials import Trials
+
+logger = logging.getLogger("quire.engine")
 
 COMPILE_WAIT_SECONDS = 0.05
 """Seconds for which an engine with nothing else to do waits for grammars that are being compiled,
@@ -51,11 +55,14 @@ class EngineCore:
             loaded.vocab_size, loaded.eos_token_ids, partial(read_tokenizer_json, config)
         )
         self._trials = Trials()
+        states = _make_state_slots(config, loaded, num_blocks)
+        is_cached = config.enable_prefix_caching and (states is None or states.num_snapshots > 0)
         block_manager = make_block_manager(
             num_blocks,
             config.block_size,
             loaded.group_windows,
-            enable_prefix_caching=config.enable_prefix_caching,
+            enable_prefix_caching=is_cached,
+            states=states,
         )
         self._tier = open_tier(config, loaded, block_manager, worker)
         make_scheduler: Callable[..., Scheduler] = Scheduler
@@ -174,9 +181,29 @@ class EngineCore:
         """Forget the content of every cached block that no sequence holds."""
         if self._tier is not None:
             self._tier.clear()
-        self._scheduler.block_manager.pool.forget_free()
+        self._scheduler.block_manager.forget_free()
 
     def close(self) -> None:
         """Let evicted blocks that are on their way to a store arrive there. Called last."""
         if self._tier is not None:
             self._tier.close()
+
+
+def _make_state_slots(
+    config: EngineConfig, loaded: WorkerInfo, num_blocks: int
+) -> StateSlots | None:
+    """Make the state slots of a model, if its layers keep states. Without room for snapshots of
+    those there is no prefix cache."""
+    if not loaded.state_bytes:
+        return None
+    snapshots = loaded.state_snapshots(config, num_blocks)
+    interval = loaded.state_interval(config.block_size)
+    reach = f"reaches to {snapshots} snapshots of states, one each {interval:,} tokens"
+    logger.info(
+        "the layers that keep a state have %.1f MB for each of %d sequences; the prefix cache %s; "
+        "nothing is drafted",
+        loaded.state_bytes / 1e6,
+        config.max_num_seqs,
+        reach if snapshots else "is off",
+    )
+    return StateSlots(config.max_num_seqs, snapshots, config.block_size, interval)

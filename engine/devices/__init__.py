@@ -13,6 +13,6 @@ Read in this order:
     cpu/                the CPU, with kernels compiled by Numba
     cuda/               CUDA, with Triton kernels and CUDA graphs
 
-May import: sampling, adapters, body, attention, kernels, the engine's words. Only cpu/ imports
-kernels.cpu, and only cuda/ imports kernels.cuda.
+May import: sampling, adapters, body, attention, states, kernels, the engine's words. Only cpu/
+imports kernels.cpu, and only cuda/ imports kernels.cuda.
 """

@@ -24,6 +24,7 @@ from ..body.flat_decoder import FlatDecoder
 from ..body.grouped_linear import GroupedWeight
 from ..config import EngineConfig
 from ..sampling.sampler import Sampler
+from ..states.step_states import StateOps
 from ..step import BlockCopy, BlockLoad, BlockSave
 from .steps import DeviceStep, GraphKey, HostStep, ModelOutput, StepInputs
 
@@ -155,6 +156,8 @@ class CacheDemand(NamedTuple):
     max_model_len: int
     adapter_bytes: int = 0
     """Bytes that LoRA adapters will take when all slots are filled."""
+    state_bytes: int = 0
+    """Bytes that the states of running sequences take; they belong to the cache."""
 
 
 StartRehearsal = abc.Callable[[int], Rehearsal]
@@ -248,6 +251,9 @@ class Backend(Protocol):
     ) -> AdapterSlots:
         """Let a body that this backend made run with LoRA adapters; `adaptable` are its linear
         layers, which may be replaced in place."""
+
+    def make_state_ops(self) -> StateOps:
+        """Make what runs the layers that keep a state."""
 
     def make_sampler(self, vocab_size: int) -> Sampler:
         """Make a sampler that draws in the device's own way."""

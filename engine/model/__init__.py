@@ -17,5 +17,6 @@ Read in this order:
     rehearse.py          the checks of loading, without weights
     kv_scales.py         scales of a float8 KV cache, from the checkpoint
 
-May import: checkpoints, parallel, devices, adapters, body, attention, the engine's words.
+May import: checkpoints, parallel, devices, adapters, body, attention, states, the
+engine's words.
 """

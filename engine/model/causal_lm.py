@@ -23,10 +23,12 @@ from ..body.body import Body
 from ..body.merged_linear import merge_siblings
 from ..checkpoints.checkpoint import WeightFacts
 from ..devices.backend import Backend
-from ..errors import one_line
+from ..errors import UnsupportedModelError, one_line
 from ..parallel.adapter_cuts import WHOLE, AdapterCuts
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.stages import StageBody
+from ..states.model_states import bind_states, number_attention
+from ..states.state_spec import StateSpec
 from .classifier import Scores
 from .flat_proof import flatten_if_equal
 from .model_spec import ModelSpec
@@ -94,6 +96,8 @@ class CausalLM:
         # 1. Probe the model, merge projections that share an input, and flatten the body.
         register_attention()
         check_class(model, spec)
+        if spec.state is not None:
+            self._bind_states(model, spec.state)
         try:
             whole, probed = probe_text(model, spec)
         except RuntimeError as error:
@@ -116,7 +120,8 @@ class CausalLM:
         merged = Counter(merge_siblings(body, run))
         for names, count in merged.items():
             logger.info("merged %s (%d times)", ", ".join(names), count)
-        flat = flatten_if_equal(body, spec, probed, run) if ranks.ring is None else None
+        can_flatten = ranks.ring is None and spec.state is None
+        flat = flatten_if_equal(body, spec, probed, run) if can_flatten else None
         self._adaptable: Adaptable | None = None
         if adaptable:
             tokens = len(probed.hidden)
@@ -126,7 +131,9 @@ class CausalLM:
         # 2. Split off the head, and let the device choose how the body runs.
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
-        self._head._modules[model.base_model_prefix] = _Passthrough(type(whole.output))
+        self._head._modules[model.base_model_prefix] = _Passthrough(
+            type(whole.output), model.base_model
+        )
         made = backend.make_body(
             body, self._head, flat, quantization=quantization, adaptable=adaptable
         )
@@ -142,6 +149,17 @@ class CausalLM:
         """Whether `forward` must get one token at a time, since it is to be deterministic."""
         self.is_batch_invariant = invariant or deterministic
         """Whether logits are the same to the bit whatever else is in the step."""
+
+    def _bind_states(self, model: Any, state: StateSpec) -> None:
+        """Prepare the layers that keep a state, and number those with K and V."""
+        body, ops = text_body(model), self._backend.make_state_ops()
+        number_attention(body, self.spec.kv_layers)
+        try:
+            bind_states(body, state, ops, body.config.hidden_size, self.device, self.dtype)
+        except UnsupportedModelError as error:
+            refuse(self.spec, error.message, error)
+        size = state.num_bytes / 1e6
+        logger.info("%d layers keep a state: %.1f MB a sequence", state.num_layers, size)
 
     def enable_adapters(self, limits: LoraLimits) -> AdapterSlots:
         """Let the model run with LoRA adapters. Called once, on a model that was made
@@ -227,11 +245,15 @@ class CausalLM:
 
 
 class _Passthrough(nn.Module):
-    """Stands in for a model's body: its input embeddings are the last hidden state."""
+    """Stands in for a model's body: its input embeddings are the last hidden state. It has the
+    body's own numbers, since the head may multiply by one of them."""
 
-    def __init__(self, output_type: type[Any]) -> None:
+    def __init__(self, output_type: type[Any], body: nn.Module) -> None:
         super().__init__()
         self.output_type = output_type
+        for name, value in vars(body).items():
+            if isinstance(value, int | float) and not hasattr(self, name):
+                setattr(self, name, value)
 
     def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> Any:
         return self.output_type(last_hidden_state=inputs_embeds)

@@ -32,12 +32,14 @@ def read_kv_scales(model: str, spec: ModelSpec) -> torch.Tensor | None:
     from safetensors import safe_open
 
     scales = torch.ones(spec.num_layers, 2, spec.num_kv_heads)
+    layers = spec.kv_layers or range(spec.num_layers)
+    numbers = {layer: number for number, layer in enumerate(layers)}
     found = 0
     for file in _weight_files(model):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (it is not a mapping)
                 match = _NAME.search(name)
-                if match is None or int(match[1]) >= spec.num_layers:
+                if match is None or int(match[1]) not in numbers:
                     continue
                 scale = tensors.get_tensor(name).float().flatten()
                 if (
@@ -45,7 +47,7 @@ def read_kv_scales(model: str, spec: ModelSpec) -> torch.Tensor | None:
                     or not ((scale > 0) & scale.isfinite()).all()
                 ):
                     raise ModelLoadError(f"{name} of {model!r} is not a scale of a KV cache")
-                scales[int(match[1]), "kv".index(match[2])] = scale
+                scales[numbers[int(match[1])], "kv".index(match[2])] = scale
                 found += 1
     logger.info("%d of %d scales of the float8 KV cache found", found, 2 * spec.num_layers)
     return scales if found else None

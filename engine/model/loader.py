@@ -28,6 +28,7 @@ from ..parallel.cut_layers import cut_tensors, round_cut_layers
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.stages import cut_stage
 from ..parallel.tensor_plan import body_plan, check_parallel
+from ..states.model_states import check_config
 from .assemble import assemble, weight_facts
 from .causal_lm import CausalLM
 from .classifier import make_scores
@@ -62,16 +63,24 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
     checkpoint = open_checkpoint(config)
     hf_config = read_hf_config(config, checkpoint)
     spec = spec_from_hf_config(hf_config, config)
+    if spec.state is not None:
+        check_config(config, spec.architecture)
     check_parallel(
         config,
         hf_config,
         spec.architecture,
         spec.heads,
         spec.num_layers,
+        has_unequal_heads=spec.layer_heads is not None,
     )
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
     kv_cache_dtype = backend.kv_cache_dtype(config, dtype)  # refused before weights are read
+    if spec.layer_heads is not None and kv_cache_dtype.itemsize == 1:
+        raise ConfigurationError(
+            f"--kv-cache-dtype {config.kv_cache_dtype} needs layers whose heads are alike, but "
+            f"those of {spec.architecture} differ"
+        )
     _check_device(config, backend)
     register_attention()
     try:

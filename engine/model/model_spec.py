@@ -16,7 +16,9 @@ from ..errors import (
     check_folder,
     one_line,
 )
+from ..layers.kv_lines import KVHeads, KVLines
 from ..parallel.tensor_plan import Heads, layers_of
+from ..states.state_spec import ATTENTION_TYPES, LAYER_TYPES, STATE_TYPES, StateSpec, read_state
 from .classifier_layout import read_classifier
 from .embedding_layout import read_embedding
 from .end_tokens import read_end_tokens
@@ -25,17 +27,19 @@ if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
     from ..parallel.group import Ring
 
-SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Shape and limits of a causal language model.
 
+    `num_layers` counts the layers with K and V, and `kv_layers` are their places among all layers.
+    `state` is what the layers that keep a state keep of a sequence; None if there are none.
     `windows[i]` is how many of the latest tokens layer i attends to, the current one included;
     None means all. `max_position` is the longest context in tokens that the positional encoding
     covers, rope scaling included. `dtype` is the checkpoint's, as a torch name without the prefix.
     `embedding` says how embeddings are made, or why none are, and `classifier` how scores are.
+    If layers differ in the heads of K and V, `layer_heads` has those of each, and `kv_lines` says
+    how they lie in the cache, whose lines have `num_kv_heads` and `head_dim`.
     """
 
     architecture: str
@@ -50,12 +54,30 @@ class ModelSpec:
     dtype: str
     embedding: EmbeddingSpec | str = NO_LAYOUT
     classifier: ClassifierSpec | str = NO_CLASSIFIER
+    layer_heads: tuple[KVHeads, ...] | None = None
+    kv_lines: KVLines | None = None
+
+    @property
+    def lines(self) -> KVLines:
+        """The lines of the KV cache; if layers are alike, one for each."""
+        if self.kv_lines is not None:
+            return self.kv_lines
+        return KVLines.alike(KVHeads(self.num_kv_heads, self.head_dim), self.windows)
+
+    def heads_of(self, layer: int) -> KVHeads:
+        """Return the heads of a layer's K and V."""
+        if self.layer_heads is not None:
+            return self.layer_heads[layer]
+        return KVHeads(self.num_kv_heads, self.head_dim)
+
+    state: StateSpec | None = None
+    kv_layers: tuple[int, ...] = ()
 
     def kv_bytes_per_token(self, element_size: int, step_bytes: int = 0) -> int:
         """Return the bytes of one token's K and V over all layers; `element_size` is in bytes. Each
         head's K and V may have `step_bytes` more."""
         size = self.head_dim * element_size + step_bytes
-        return 2 * self.num_layers * self.num_kv_heads * size
+        return 2 * len(self.lines.windows) * self.num_kv_heads * size
 
     @property
     def heads(self) -> Heads:
@@ -117,31 +139,80 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
     text = hf_config.get_text_config(decoder=True)
     architecture = (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
     _refuse_unsupported(hf_config, text, architecture)
-    if getattr(text, "is_heterogeneous", False):
-        raise UnsupportedModelError(f"{architecture}: its layers differ in shape")
     try:
+        kinds = _layer_types(text, architecture)
+        kv_layers = tuple(i for i, kind in enumerate(kinds) if kind in ATTENTION_TYPES)
+        if not kv_layers:
+            raise UnsupportedModelError(
+                f"{architecture}: its layers are of type {', '.join(sorted(set(kinds)))}, and none "
+                "attends"
+            )
         heads: int = text.num_attention_heads
-        num_layers: int = text.num_hidden_layers
+        windows = _windows(text, [kinds[layer] for layer in kv_layers])
+        if getattr(text, "is_heterogeneous", False):
+            shapes = _unequal_heads(text, windows, architecture)
+        else:
+            shapes = {
+                "num_kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+                "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+            }
         return ModelSpec(
             architecture=architecture,
-            num_layers=num_layers,
+            num_layers=len(kv_layers),
             num_attention_heads=heads,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             vocab_size=text.vocab_size,
             max_position=_max_position(text),
-            windows=_windows(text, num_layers, architecture),
+            windows=windows,
             eos_token_ids=read_end_tokens(hf_config, config, text.vocab_size),
             dtype=str(getattr(hf_config, "dtype", None) or text.dtype or "float32").removeprefix(
                 "torch."
             ),
             embedding=read_embedding(hf_config, config),
             classifier=read_classifier(hf_config, config),
+            state=_state(text, kinds, architecture),
+            kv_layers=kv_layers,
+            **shapes,
         )
     except AttributeError as error:
         raise UnsupportedModelError(
             f"{architecture}: its configuration is not a causal language model's ({error})"
         ) from error
+
+
+def _unequal_heads(text: Any, windows: tuple[int | None, ...], architecture: str) -> dict[str, Any]:
+    """Return the fields of the specification for layers that differ in the heads of K and V. Raises
+    UnsupportedModelError if they differ in more, or their K and V cannot lie in blocks that are
+    alike."""
+    others = text.per_layer_attributes - {"head_dim", "num_key_value_heads"}
+    if others:
+        raise UnsupportedModelError(
+            f"{architecture}: its layers differ in {', '.join(sorted(others))}"
+        )
+    num_layers = len(windows)
+    heads = tuple(
+        KVHeads(layer.num_key_value_heads, layer.head_dim)
+        for layer in map(text.per_layer_config.__getitem__, range(num_layers))
+    )
+    # The last layers attend to K and V of the last one of their kind before them.
+    first_shared = num_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
+    last = {kind: layer for layer, kind in enumerate(text.layer_types[:first_shared])}
+    sources = [
+        layer if layer < first_shared else last.get(text.layer_types[layer], layer)
+        for layer in range(num_layers)
+    ]
+    lines = KVLines.of_layers(heads, windows, sources)
+    if lines is None:
+        raise UnsupportedModelError(
+            f"{architecture}: its layers have heads of K and V that do not divide each other: "
+            + ", ".join(f"{kind.num_heads} × {kind.head_dim}" for kind in sorted(set(heads)))
+        )
+    line = lines.heads
+    return {
+        "num_kv_heads": line.num_heads,
+        "head_dim": line.head_dim,
+        "layer_heads": heads,
+        "kv_lines": lines,
+    }
 
 
 def _refuse_unsupported(hf_config: Any, text: Any, architecture: str) -> None:
@@ -157,23 +228,39 @@ def _refuse_unsupported(hf_config: Any, text: Any, architecture: str) -> None:
     quantization = getattr(hf_config, "quantization_config", None)
     if quantization is not None:
         check_method(quantization)
-    odd = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES)
+    odd = sorted(set(getattr(text, "layer_types", None) or ()) - LAYER_TYPES)
     if odd:
         refuse(f"layers of type {', '.join(odd)} are not supported")
 
 
-def _windows(text: Any, num_layers: int, architecture: str) -> tuple[int | None, ...]:
-    window: int | None = getattr(text, "sliding_window", None)
+def _layer_types(text: Any, architecture: str) -> list[str]:
+    """Return the type of each layer. If the configuration names none, all layers attend alike:
+    through a window, if it has one."""
+    num_layers: int = text.num_hidden_layers
     layer_types = getattr(text, "layer_types", None)
     if layer_types is None:
-        return (window,) * num_layers
+        return ["sliding_attention"] * num_layers
     if len(layer_types) < num_layers:
         raise UnsupportedModelError(
             f"{architecture}: {len(layer_types)} layer types for {num_layers} layers"
         )
-    return tuple(
-        window if kind == "sliding_attention" else None for kind in layer_types[:num_layers]
-    )
+    return list(layer_types[:num_layers])
+
+
+def _windows(text: Any, kinds: list[str]) -> tuple[int | None, ...]:
+    """Return the windows of layers with K and V."""
+    window: int | None = getattr(text, "sliding_window", None)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _state(text: Any, kinds: list[str], architecture: str) -> StateSpec | None:
+    try:
+        return read_state(text, kinds)
+    except AttributeError as error:
+        odd = ", ".join(sorted(STATE_TYPES.intersection(kinds)))
+        raise UnsupportedModelError(
+            f"{architecture}: layers of type {odd} keep a state of a kind that is not supported"
+        ) from error
 
 
 def _max_position(text: Any) -> int:

@@ -69,7 +69,8 @@ class ModelOutline:
     aren't on this machine.
 
     `file_bytes` is the size of the weights in the files, `weight_bytes` their size as they are
-    computed in `dtype`; `kv_bytes_per_token` covers K and V of all layers. `group_windows` has for
+    computed in `dtype`; `kv_bytes_per_token` covers K and V of all layers, and
+    `state_bytes` what layers that keep a state keep for each sequence. `group_windows` has for
     each group of layers with blocks of its own how many of the latest tokens it keeps, None for
     all; a token takes `group_bytes_per_token` in each. `refused` is the reason why the model cannot
     be served, as far as configuration and headers tell.
@@ -83,6 +84,7 @@ class ModelOutline:
     file_bytes: int | None = None
     weight_bytes: int | None = None
     kv_bytes_per_token: int | None = None
+    state_bytes: int = 0
     group_windows: tuple[int | None, ...] = (None,)
     group_bytes_per_token: int | None = None
     max_model_len: int | None = None
@@ -92,8 +94,10 @@ class ModelOutline:
         """Return how many sequences of so many tokens have room in `memory` bytes beside the
         weights; None if that is not known."""
         if self.group_windows == (None,):
-            tokens = self.capacity(memory)
-            return None if tokens is None else max(tokens, 0) // num_tokens
+            if self.weight_bytes is None or not self.kv_bytes_per_token:
+                return None
+            each = num_tokens * self.kv_bytes_per_token + self.state_bytes
+            return max(memory - self.weight_bytes, 0) // each
         if self.weight_bytes is None or not self.group_bytes_per_token:
             return None
         block_bytes = _BLOCK_SIZE * self.group_bytes_per_token
@@ -149,6 +153,7 @@ def outline(
             known |= {
                 "architecture": spec.architecture,
                 "max_model_len": spec.resolve_max_model_len(config.max_model_len),
+                "state_bytes": 0 if spec.state is None else spec.state.num_bytes,
                 "dtype": spec.dtype if config.dtype == "auto" else config.dtype,
             }
             _check_family(hf_config, spec)
@@ -173,12 +178,15 @@ def outline(
 
 def _kv_sizes(spec: ModelSpec, max_model_len: int, element_size: int) -> dict[str, Any]:
     """Return what K and V of a token take, in all layers and in one of their groups."""
-    groups = LayerGroups.choose(spec.windows, max_model_len, _BLOCK_SIZE)
+    windows = spec.lines.windows
+    groups = LayerGroups.choose(windows, max_model_len, _BLOCK_SIZE)
+    if spec.state is not None:
+        groups = LayerGroups.one_table(len(windows))
     size = spec.kv_bytes_per_token(element_size)
     return {
         "kv_bytes_per_token": size,
         "group_windows": groups.windows,
-        "group_bytes_per_token": size // spec.num_layers * groups.num_places,
+        "group_bytes_per_token": size // len(windows) * groups.num_places,
     }
 
 

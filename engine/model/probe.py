@@ -18,7 +18,10 @@ from transformers import AttentionInterface
 
 from ..attention.interface import IMPLEMENTATION
 from ..errors import UnsupportedModelError, one_line
-from .model_spec import SUPPORTED_LAYER_TYPES, ModelSpec
+from ..states.layers import allocate_states
+from ..states.state_spec import ATTENTION_TYPES
+from ..states.step_states import StepStates
+from .model_spec import ModelSpec
 from .text_part import NO_INTERFACE, text_body
 
 logger = logging.getLogger("quire.engine")
@@ -74,7 +77,7 @@ class ProbeResult(NamedTuple):
 
 def check_class(model: Any, spec: ModelSpec) -> None:
     """Raise UnsupportedModelError if the class of a transformers model cannot be served."""
-    if getattr(model, "_is_stateful", False) and _keeps_state(model):
+    if spec.state is None and getattr(model, "_is_stateful", False) and _keeps_state(model):
         refuse(spec, "its layers keep a state beside K and V (recurrent or state space)")
     if not type(model)._can_set_attn_implementation():
         refuse(spec, NO_INTERFACE)
@@ -88,7 +91,7 @@ def _keeps_state(model: Any) -> bool:
     They don't if all layers are stated to be of attention, and none has the weights of a state.
     """
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
-    if not kinds or not SUPPORTED_LAYER_TYPES.issuperset(kinds):
+    if not kinds or not ATTENTION_TYPES.issuperset(kinds):
         return True
     return any(
         name.rpartition(".")[2] == "A_log" or ".conv" in name
@@ -135,9 +138,24 @@ def difference_of(hidden: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class _Calls(list[LayerCall]):
-    """The calls of the layers; K and V are rounded to `kv_dtype` and back, if there is one."""
+    """The calls of the layers; K and V are rounded to `kv_dtype` and back, if there is one. It is
+    also the layout of the probe's step, for layers that keep a state."""
 
     kv_dtype: torch.dtype | None = None
+    states: StepStates | None = None
+
+    def begin_states(self, spec: ModelSpec, device: torch.device) -> None:
+        """Let the probe's tokens be a sequence that begins, with the only slot of states."""
+        if spec.state is not None:
+            self.states = allocate_states(spec.state, 1, 3, device)
+            self.states.slots.zero_()
+            self.query_start_loc = self.states.slots.new_tensor([0, 3])
+            self.seq_lens = self.states.slots.new_tensor([3])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """K and V of each layer."""
 
 
 @torch.no_grad()
@@ -149,6 +167,7 @@ def run_probe(
     AttentionInterface.register(_PROBE, _probe_attention)
     calls = _Calls()
     calls.kv_dtype = kv_dtype
+    calls.begin_states(spec, model.device)
     text = text_body(model)
     attends = model if text is model.base_model else text
     attends.set_attn_implementation(_PROBE)
@@ -165,6 +184,7 @@ def run_probe(
     finally:
         attends.set_attn_implementation(IMPLEMENTATION)
     _check_calls(calls, spec)
+    _check_sharing(calls, spec)
     if not isinstance(getattr(output, "last_hidden_state", None), torch.Tensor):
         refuse(spec, "its body returns no last_hidden_state")
     return ProbeResult(output, calls)
@@ -205,12 +225,13 @@ def _check_calls(calls: list[LayerCall], spec: ModelSpec) -> None:
         if call.obstacle is not None:
             refuse(spec, f"{where} {call.obstacle}")
         shape = (call.num_heads, call.num_kv_heads, call.key_dim, call.value_dim)
-        expected = (spec.num_attention_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim)
+        kv_heads, head_dim = spec.heads_of(call.layer_idx)
+        expected = (spec.num_attention_heads, kv_heads, head_dim, head_dim)
         if shape != expected:
             refuse(
                 spec,
                 f"{where} has (heads, KV heads, K dim, V dim) {shape}, "
-                f"not {expected} as all layers must",
+                f"not {expected} as " + ("stated" if spec.layer_heads else "all layers must"),
             )
         if call.window != spec.windows[call.layer_idx]:
             refuse(
@@ -220,6 +241,18 @@ def _check_calls(calls: list[LayerCall], spec: ModelSpec) -> None:
             )
 
 
+def _check_sharing(calls: _Calls, spec: ModelSpec) -> None:
+    """Raise UnsupportedModelError if a layer that has another's lines in the KV cache attends to
+    other K and V."""
+    if spec.kv_lines is None:
+        return
+    first: dict[tuple[int, ...], int] = {}
+    for layer, lines in enumerate(spec.kv_lines.of_layer):
+        source = first.setdefault(lines, layer)
+        if not all(map(torch.equal, calls.shared[layer], calls.shared[source])):
+            refuse(spec, f"layer {layer} does not attend to K and V of layer {source}")
+
+
 def _probe_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -227,7 +260,7 @@ def _probe_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    attn_metadata: list[LayerCall] | None = None,
+    attn_metadata: _Calls | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     dropout: float = 0.0,
@@ -255,9 +288,10 @@ def _probe_attention(
             _obstacle(module, attention_mask, others),
         )
     )
+    attn_metadata.shared[layer_idx] = key, value
     if query.shape[-1] != value.shape[-1]:  # refused afterwards: all heads must be alike
         return query.new_zeros((*query.shape[:-1], value.shape[-1])).transpose(1, 2), None
-    rounding = getattr(attn_metadata, "kv_dtype", None)
+    rounding = attn_metadata.kv_dtype
     if rounding is not None:
         key, value = (part.to(rounding).to(part.dtype) for part in (key, value))
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))

@@ -12,6 +12,7 @@ from ..attention.interface import IMPLEMENTATION, register_attention
 from ..checkpoints.checkpoint import open_checkpoint
 from ..config import EngineConfig
 from ..errors import QuireError, UnsupportedModelError, one_line
+from ..states.model_states import number_attention
 from .model_spec import read_hf_config, spec_from_hf_config
 from .probe import check_class, run_probe
 from .text_part import auto_class, check_attention_error, drop_other_parts, text_body
@@ -43,6 +44,8 @@ def rehearse_load(config: EngineConfig) -> None:
     drop_other_parts(model)
     # 2. Look at its class, and at the calls of its attention as far as they need no numbers.
     check_class(model.eval(), spec)
+    if spec.state is not None:
+        number_attention(text_body(model), spec.kv_layers)
     try:
         run_probe(model, spec, text_body(model))
     except (NotImplementedError, RuntimeError) as error:

@@ -128,6 +128,8 @@ def calibrate(
     info = core.info
     if not info.can_generate:
         raise ConfigurationError(f"{config.model} generates nothing that could be planned")
+    if info.state_bytes:
+        raise ConfigurationError(f"{config.model} has layers that keep a state; no plan knows them")
     runs_ahead = config.async_scheduling
     if runs_ahead is None:
         runs_ahead = info.is_asynchronous

@@ -7,6 +7,7 @@ Reading order:
     speculative_runner the same with a draft model beside it
     draft_model        loads the draft model, if it fits
     alone              a step whose tokens are computed one at a time
+    state_store        the states of layers that keep one, in slots
     adapter_store      the weights of LoRA adapters, and the slots of those that run
     input_batch        the packed inputs of a step, from rows that persist between steps
     plan_sender        sends each step to the ranks that run it, too
@@ -16,6 +17,6 @@ Reading order:
     pooling            embeddings
     kv_cache           how large the KV cache may be
 
-May import: model, parallel, devices, adapters, body, attention, sampling, kernels, and the engine's
-words.
+May import: model, parallel, devices, adapters, body, attention, states, sampling, kernels, and the
+engine's words.
 """

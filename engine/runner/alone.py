@@ -8,6 +8,7 @@ token, its position, and the K/V before it, which came about in the same way.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -56,6 +57,8 @@ def run_alone(
             slots = host.token_slots
             adapters.begin_step(None if slots is None else slots[token : token + 1])
         metadata = make_metadata(one, 1, 1, planner.plan(_LOC, seq_lens.numpy(), 1, one))
+        if metadata.states is not None:
+            metadata = replace(metadata, states=metadata.states.of_token(row, token))
         # A copy: a compiled body's result is valid only until its next call.
         hidden.append(model.forward(one.input_ids, one.positions, metadata).clone())
     states = torch.cat(hidden)

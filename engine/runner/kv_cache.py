@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from ..config import EngineConfig
+from ..config import SNAPSHOT_SHARE, EngineConfig, WorkerInfo
 from ..devices.backend import Backend
 from ..errors import ConfigurationError
 from ..layers.layer_groups import LayerGroups, blocks_needed, longest_that_fits
@@ -30,12 +30,16 @@ def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 def choose_groups(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> LayerGroups:
     """Return the groups of a model's layers. There is one if each of several stages has a part of
-    the layers, if a draft model shares the block tables, and if evicted blocks are kept: they are
-    whole ones."""
-    shares_tables = config.speculative_model is not None or config.kv_offloading_size is not None
-    if config.pipeline_parallel_size > 1 or shares_tables:
-        return LayerGroups.one_table(spec.num_layers)
-    return LayerGroups.choose(spec.windows, max_model_len, config.block_size)
+    the layers, if a draft model shares the block tables, if evicted blocks are kept, which are
+    whole ones, and if layers keep a state, whose snapshots say how far a prefix reaches."""
+    if (
+        config.pipeline_parallel_size > 1
+        or config.speculative_model is not None
+        or config.kv_offloading_size is not None
+        or spec.state is not None
+    ):
+        return LayerGroups.one_table(len(spec.lines.windows))
+    return LayerGroups.choose(spec.lines.windows, max_model_len, config.block_size)
 
 
 MAX_TABLE_ENTRIES = 2**28
@@ -44,7 +48,7 @@ MAX_TABLE_ENTRIES = 2**28
 
 def block_bytes(spec: ModelSpec, groups: LayerGroups, block_size: int, dtype: torch.dtype) -> int:
     """Return the bytes of one block, K and V of one group's layers."""
-    return block_size * groups.num_places * (token_bytes(spec, dtype) // spec.num_layers)
+    return block_size * groups.num_places * (token_bytes(spec, dtype) // len(spec.lines.windows))
 
 
 def _step_bytes(dtype: torch.dtype) -> int:
@@ -84,6 +88,24 @@ def check_tables(config: EngineConfig, groups: LayerGroups, max_model_len: int) 
             f"tokens would have {entries} entries; the limit is {MAX_TABLE_ENTRIES}: lower "
             "--max-num-seqs or --max-model-len, or raise --block-size"
         )
+
+
+def memory_beside_states(memory: int, config: EngineConfig, info: WorkerInfo) -> int:
+    """Return what is left of `memory` bytes for blocks: the states of max_num_seqs sequences come
+    first, and snapshots of states take a share of the rest.
+
+    Raises ConfigurationError if the states leave nothing, unless the number of blocks is given.
+    """
+    left = memory - config.max_num_seqs * info.state_bytes
+    if left <= 0 and config.num_blocks is None:
+        raise ConfigurationError(
+            f"the states of {config.max_num_seqs} sequences ({info.state_bytes / 1e6:.1f} MB each) "
+            f"leave nothing of {_gib(memory)} for the KV cache: lower --max-num-seqs to "
+            f"{max(memory // (2 * info.state_bytes), 1)} or less, or give it more memory"
+        )
+    if config.enable_prefix_caching:
+        left = left * SNAPSHOT_SHARE // (SNAPSHOT_SHARE + 1)
+    return left
 
 
 def num_blocks_from_memory(

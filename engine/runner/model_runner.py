@@ -34,6 +34,7 @@ from .plan_sender import PlanSender
 from .pooling import Pooler
 from .prompt_logprobs import PromptChunk, prompt_logprobs
 from .row_sampling import RowSamples, SamplingRows, sample_rows
+from .state_store import make_state_store
 
 
 class ModelRunner:
@@ -50,12 +51,12 @@ class ModelRunner:
         adapters: AdapterStore | None = None,
         batch: InputBatch | None = None,
         ranks: Ranks = ALONE,
+        num_state_slots: int = 1,
         groups: LayerGroups | None = None,
     ) -> None:
-        """`kv_scales` are those of AttentionMetadata, for a float8 cache. `groups` are the groups
-        of layers with block tables of their own, by default one. Without `adapters` no
-        sequence has one. `batch` is that of another runner, if this one computes its steps.
-        Other `ranks` run the same steps."""
+        """`kv_scales` are those of AttentionMetadata, for a float8 cache. `groups` are of layers
+        with block tables of their own, by default one. Without `adapters` no sequence has one.
+        `batch` is that of another runner, if this one computes its steps, as other `ranks` do."""
         spec, leads = model.spec, ranks.size > 1 and ranks.rank == 0
         self._model = model
         self._backend = backend
@@ -65,8 +66,9 @@ class ModelRunner:
         self._adapters = adapters
         self._ranks = ranks
         self._block_size = config.block_size
-        self._num_groups = 1 if groups is None else len(groups.groups)
-        self._places = None if groups is None or self._num_groups == 1 else groups.places()
+        groups = groups or LayerGroups.one_table(len(spec.lines.windows))
+        self._num_groups = len(groups.groups)
+        self._places = groups.places_of(spec.lines.of_layer)
         self._batch = batch or InputBatch(
             max_num_seqs=config.max_num_seqs,
             max_num_tokens=max(backend.token_budget(config), config.max_num_seqs),
@@ -76,6 +78,7 @@ class ModelRunner:
             num_groups=self._num_groups,
             records_tables=leads,
         )
+        self._states = make_state_store(config, spec.state, backend, num_state_slots)
         self._plans: PlanSender | None = None
         if leads:
             stays = backend.is_asynchronous
@@ -133,17 +136,21 @@ class ModelRunner:
             assert self._adapters is not None
             self._adapters.fill(output.adapter_loads)
         try:
+            if self._states is not None:
+                self._states.copy(output.state_copies)
             if self.host_blocks is not None:
                 self.host_blocks.move(output.step, output.block_saves, output.block_loads)
             self.copy_blocks(output.block_copies)
         except torch.OutOfMemoryError as error:  # no later step would make up for them
-            raise RuntimeError("out of device memory for the copies of blocks") from error
+            raise RuntimeError("out of device memory for the copies of a step") from error
 
     @torch.inference_mode()
     def forward(self, output: SchedulerOutput) -> StepForward:
         """Begin a step: block copies, then the forward. Nothing here waits for a GPU."""
         self.begin(output)
         laid_out = self._batch.lay_out(output) if output.seq_ids else None
+        if laid_out is not None and self._states is not None:
+            self._states.begin_step(laid_out[0], output.state_saves)
         if self._plans is not None:
             self._plans.send(output, *(laid_out or ()))
         if laid_out is None:
@@ -334,6 +341,7 @@ class ModelRunner:
                 max_query_len=max_query_len,
                 plan=plan,
                 kv_scales=self._kv_scales,
+                states=None if self._states is None else self._states.step,
                 others=others,
                 places=self._places,
             )

@@ -33,6 +33,7 @@ from .kv_cache import (
     block_bytes,
     check_tables,
     choose_groups,
+    memory_beside_states,
     num_blocks_from_memory,
     token_bytes,
 )
@@ -104,7 +105,7 @@ class Worker:
             self._draft.expect_positions(self._max_model_len)
         draft = self._draft
         cache_dtype = str(self._cache_dtype).removeprefix("torch.")
-        return WorkerInfo(
+        self._info = WorkerInfo(
             architecture=spec.architecture,
             device=_device_name(model.device, config.num_ranks),
             dtype=str(model.dtype).removeprefix("torch."),
@@ -113,7 +114,7 @@ class Worker:
             max_model_len=self._max_model_len,
             kv_bytes_per_token=token_bytes(model.whole_spec, self._cache_dtype),
             group_windows=self._groups.windows,
-            group_layers=tuple(len(group.layers) for group in self._groups.groups),
+            group_layers=self._groups.count_layers(spec.lines.of_layer),
             max_num_batched_tokens=self._backend.token_budget(config),
             is_asynchronous=self._backend.is_asynchronous,
             eos_token_ids=spec.eos_token_ids,
@@ -132,7 +133,9 @@ class Worker:
             kv_cache_dtype=None if self._cache_dtype == model.dtype else cache_dtype,
             adapters=() if self._adapters is None else tuple(self._adapters.sources),
             max_lora_rank=None if self._adapters is None else self._adapters.max_rank,
+            state_bytes=0 if spec.state is None else spec.state.num_bytes,
         )
+        return self._info
 
     def profile(self) -> int:
         try:
@@ -147,13 +150,16 @@ class Worker:
         check_tables(config, groups, max_model_len)
         size = block_bytes(spec, groups, config.block_size, self._cache_dtype)
         if (draft := self._draft) is not None:  # every block has a part in its cache, too
-            own = LayerGroups.one_table(draft.spec.num_layers)
+            own = LayerGroups.one_table(len(draft.spec.lines.windows))
             size += block_bytes(draft.spec, own, config.block_size, draft.kv_cache_dtype)
         adapters = 0 if self._adapters is None else self._adapters.slots.num_bytes
+        states = self._info.state_bytes * config.max_num_seqs
         demand = CacheDemand(
-            config, spec.architecture, size, groups.windows, max_model_len, adapters
+            config, spec.architecture, size, groups.windows, max_model_len, adapters, states
         )
         memory = self._backend.cache_memory(demand, self._make_runner)
+        if states:
+            memory = memory_beside_states(memory, config, self._info)
         ahead = self._backend.is_asynchronous
         if config.async_scheduling is not None:
             ahead = config.async_scheduling
@@ -162,7 +168,8 @@ class Worker:
             memory, config, groups, size, max_model_len, step_tokens
         )
         num_blocks = min(number for (number,) in self._ranks.agree([num_blocks]))
-        self._runner = self._make_runner(num_blocks)
+        num_slots = config.max_num_seqs + self._info.state_snapshots(config, num_blocks)
+        self._runner = self._make_runner(num_blocks, num_slots)
         self._runner.prepare()
         check_alike(self._ranks, "which steps are captured", [self._runner.num_graphs])
         if self._adapters is not None:
@@ -208,7 +215,7 @@ class Worker:
         assert self._adapters is not None
         self._adapters.drop(adapter_id)
 
-    def _make_runner(self, num_blocks: int) -> ModelRunner:
+    def _make_runner(self, num_blocks: int, num_state_slots: int = 1) -> ModelRunner:
         arguments = (
             self._model,
             self._backend,
@@ -219,8 +226,13 @@ class Worker:
             self._adapters,
         )
         if self._draft is None:
-            return ModelRunner(*arguments, ranks=self._ranks, groups=self._groups)
-        one_table = LayerGroups.one_table(self._draft.spec.num_layers)
+            return ModelRunner(
+                *arguments,
+                ranks=self._ranks,
+                groups=self._groups,
+                num_state_slots=num_state_slots,
+            )
+        one_table = LayerGroups.one_table(len(self._draft.spec.lines.windows))
         return SpeculativeRunner(
             *arguments,
             draft_model=self._draft,

@@ -187,7 +187,7 @@ class Scheduler:
         for sequence, error in self.requests.expired(self._clock()):
             self._fail(sequence, error)
         self._step += 1
-        plan, left = self._planner.plan(self._budget, ran_out=self._ran_out)
+        plan, left = self._planner.plan(self._step, self._budget, ran_out=self._ran_out)
         drafts = self._drafting.add(plan, left) if self._drafting and not self._ran_out else {}
         self._step_tokens = len(plan.token_ids)
         self._launched[self._step] = plan.rows
@@ -206,6 +206,8 @@ class Scheduler:
             released=self._roster.take_released(),
             adapter_loads=self._roster.adapters.take_loads(),
             drafts=drafts,
+            state_copies=plan.state_copies,
+            state_saves=plan.state_saves,
         )
 
     def with_drafts(self, plan: SchedulerOutput, drafts: dict[int, list[int]]) -> SchedulerOutput:
@@ -239,20 +241,14 @@ class Scheduler:
         The token that a row samples stands as UNKNOWN_TOKEN until the results arrive, unless it
         will be the sequence's last one by its length.
         """
-        rows = zip(
-            self._launched[output.step],
-            output.num_computed_starts,
-            output.num_new_tokens,
-            strict=True,
-        )
-        for sequence, start, num_new in rows:
+        starts, counts = output.num_computed_starts, output.num_new_tokens
+        for sequence, start, num_new in zip(
+            self._launched[output.step], starts, counts, strict=True
+        ):
             sequence.num_in_flight += num_new
             end = start + num_new
-            if (
-                end == len(sequence.token_ids)
-                and end + 1 < sequence.stop_at
-                and not (sequence.is_beam or sequence.pooling)
-            ):
+            goes_on = end == len(sequence.token_ids) and end + 1 < sequence.stop_at
+            if goes_on and not (sequence.is_beam or sequence.pooling):
                 sequence.token_ids.append(UNKNOWN_TOKEN)
 
     def reduce_load(self) -> None:
@@ -262,6 +258,7 @@ class Scheduler:
         sequence runs by itself in the end, and fails if that is too much under the smallest budget.
         The budget doubles again with every step that succeeds.
         """
+        launched = [row for rows in self._launched.values() for row in rows]
         self._launched.clear()
         smallest = min(self.block_manager.block_size, self.max_num_batched_tokens)
         # Beams go on only together: preempting one of a search that is alone undoes all its steps.
@@ -271,6 +268,7 @@ class Scheduler:
         elif self._budget <= smallest and self.running:
             error = RowError(DeviceMemoryError.code, "out of device memory, even when run alone")
             self._fail(self.running[0], error)
+        self._planner.lose_states(launched)
         self._budget = max(min(self._budget, self._step_tokens) // 2, smallest)
         self._ran_out = True
 
@@ -290,6 +288,7 @@ class Scheduler:
         if self._drafting is not None and not self._launched and not output.partial_rows:
             self._drafting.observe(output, now)
         outputs = self._outputs
+        self.block_manager.commit_states(output.step, result.errors)
         if self._beams:
             result = self._beams.take(rows, result)
         # Looking a member up in an enumeration takes as long as the rest of a row's bookkeeping.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..cache.block_manager import BlockManager
 from ..request import Request
 from ..sequence import Sequence, SequenceStatus
-from ..step import BlockCopy, TableChange
+from ..step import BlockCopy, StateCopy, StateSave, TableChange
 from ..tiers.readmission import Readiness, Readmission
 from .admission import Admission
 from .beam_search import BeamSearch
@@ -29,6 +29,8 @@ class Plan(NamedTuple):
     partial_rows: list[int]
     block_copies: list[BlockCopy]
     table_changes: list[TableChange]
+    state_copies: list[StateCopy]
+    state_saves: list[StateSave]
 
 
 class StepPlanner:
@@ -59,12 +61,12 @@ class StepPlanner:
         self.readmission: Readmission | None = None
         """Brings evicted blocks of waiting sequences back, if they are kept anywhere."""
 
-    def plan(self, budget: int, *, ran_out: bool) -> tuple[Plan, int]:
-        """Return the rows of the next step, and what is left of the budget.
+    def plan(self, step: int, budget: int, *, ran_out: bool) -> tuple[Plan, int]:
+        """Return the rows of step number `step`, and what is left of the budget.
 
         `ran_out` says that the last step found too little device memory.
         """
-        plan, preemptions = Plan([], [], [], [], [], [], []), self.preemptions
+        plan, preemptions = Plan([], [], [], [], [], [], [], [], []), self.preemptions
         # 1. Running sequences first. Ranks that depend on service only matter if one of them may
         #    be preempted.
         if self._may_preempt(budget):
@@ -80,6 +82,10 @@ class StepPlanner:
                 plan.table_changes.append(change)
         # 4. The sources of this step's copies may be reused by the next step.
         self._block_manager.end_step()
+        # 4. States: what forks and prefixes copy, and which snapshots the rows take.
+        if (states := self._block_manager.states) is not None:
+            plan.state_saves.extend(states.plan_saves(step, plan.rows, plan.starts, plan.counts))
+            plan.state_copies.extend(states.take_copies())
         return plan, left
 
     def waiting_tokens(self, plan: Plan | None) -> int:
@@ -191,6 +197,17 @@ class StepPlanner:
             self._policy.push(sequence)
         else:
             group.preempted = True  # the group waits together, from the end of this step on
+
+    def lose_states(self, rows: list[Sequence]) -> None:
+        """Preempt the rows of a step that failed if the model keeps states: those of its layers
+        that came through have changed theirs in place."""
+        states = self._block_manager.states
+        if states is None:
+            return
+        states.drop_pending()
+        for sequence in reversed(rows):
+            if sequence.status is SequenceStatus.RUNNING:
+                self.preempt(sequence)
 
     def _fork(self, parent: Sequence) -> None:
         """Let the siblings share what is computed.

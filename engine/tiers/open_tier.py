@@ -45,6 +45,10 @@ def open_tier(
         return None
     if manager.has_groups:
         raise ConfigurationError("--kv-offloading-size needs one block table for all layers")
+    if info.state_bytes:
+        raise ConfigurationError(
+            "--kv-offloading-size keeps no states, which this model's layers have"
+        )
     block_bytes = config.block_size * (info.kv_bytes_per_token + info.draft_kv_bytes_per_token)
     num_slots = size // block_bytes
     if num_slots == 0:

@@ -10,6 +10,7 @@ Read them in this order:
     panels.py, softmax.py, vectors.py, numbers.py      what they are made of
     ahead.py, arrays.py                                when they are compiled, how tensors get in
     integer                                            a room of its own: weights of 4 or 8 bits
+    states                                             another: layers that keep a state
 
 docs/cpu.md is about the whole. This room imports numba, llvmlite, numpy, torch (only in arrays.py),
 tqdm and `quire.kernels`.

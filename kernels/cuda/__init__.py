@@ -10,6 +10,7 @@ docs/kernels.md has each kernel's grid, limits and compiled resources. In the or
     reshape_and_cache.py  the KV cache write alone
     attention/            paged attention: prefill, decode, shared prefixes
     silu_and_mul.py       the activation of the gated MLP
+    states/               layers that keep a state: the short convolution, the recurrence
     lora.py               what LoRA adapters add to a product, for many adapters in one step
     grouped_product.py    products with weights of 4 and 8 bits
     best_tokens.py        the likeliest tokens, and which rows are finite

@@ -149,7 +149,7 @@ def _table(found: list[ModelOutline], memory: int | None) -> str:
                 "–" if item.num_parameters is None else f"{item.num_parameters / 1e6:,.1f}M",
                 item.source_format or "–",
                 "–" if item.weight_bytes is None else f"{item.weight_bytes / 1e6:,.0f} MB",
-                "–" if item.kv_bytes_per_token is None else f"{item.kv_bytes_per_token:,} B",
+                _kept(item),
                 "–" if item.max_model_len is None else f"{item.max_model_len:,}",
                 f"refused: {item.refused}" if item.refused else _sequences(item, memory),
             )
@@ -160,6 +160,14 @@ def _table(found: list[ModelOutline], memory: int | None) -> str:
         cells = [text.ljust(width) for text, width in zip(row, widths, strict=False)]
         lines.append("  ".join([*cells, row[-1]]))
     return "\n".join(lines)
+
+
+def _kept(item: ModelOutline) -> str:
+    """Return in words what a token takes, and a sequence besides."""
+    if item.kv_bytes_per_token is None:
+        return "–"
+    token = f"{item.kv_bytes_per_token:,} B"
+    return f"{token} + {item.state_bytes / 1e6:,.1f} MB" if item.state_bytes else token
 
 
 def _sequences(item: ModelOutline, memory: int | None) -> str:

@@ -48,6 +48,9 @@ def _facts(settings: Settings, info: EngineInfo) -> list[tuple[str, str]]:
     sequences = info.kv_capacity_tokens / info.max_model_len
     megabytes = info.weight_bytes / 1e6
     kept = info.kv_cache_dtype or info.dtype
+    states = ""
+    if info.state_bytes:
+        states = f"; {info.state_bytes / 1e6:,.1f} MB of state for each sequence"
     drafts = []
     if (draft_model := settings.engine_config().speculative_model) is not None:
         kv_bytes = info.draft_kv_bytes_per_token * info.kv_capacity_tokens
@@ -63,7 +66,7 @@ def _facts(settings: Settings, info: EngineInfo) -> list[tuple[str, str]]:
         (
             "KV cache",
             f"{info.kv_capacity_tokens:,} tokens of {kept} = {sequences:,.1f} sequences of "
-            f"{info.max_model_len:,} (at most {info.max_num_seqs:,})",
+            f"{info.max_model_len:,} (at most {info.max_num_seqs:,}){states}",
         ),
         *_windows(info),
         *drafts,

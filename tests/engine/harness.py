@@ -11,6 +11,7 @@ from typing import Any
 
 from quire.engine.cache.block_manager import BlockManager
 from quire.engine.cache.grouped_block_manager import make_block_manager
+from quire.engine.cache.state_slots import StateSlots
 from quire.engine.core.step_loop import StepLoop
 from quire.engine.grammar.constraints import NOTHING_PENDING, PendingConstraints
 from quire.engine.outputs import SequenceOutput
@@ -127,6 +128,7 @@ class Harness:
         prefix_caching: bool = True,
         check: bool = True,
         run_ahead: bool = False,
+        snapshots: int | None = None,
         windows: tuple[int | None, ...] = (None,),
         host_slots: int = 0,
         store: BlockStore | None = None,
@@ -138,8 +140,11 @@ class Harness:
         is one; `read` and `write` do what waits for it."""
         self.time = 0.0
         self.check = check
+        states = None
+        if snapshots is not None:  # the model's layers keep states
+            states = StateSlots(max_num_seqs, snapshots, block_size, 2 * block_size)
         self.manager = make_block_manager(
-            num_blocks, block_size, windows, enable_prefix_caching=prefix_caching
+            num_blocks, block_size, windows, enable_prefix_caching=prefix_caching, states=states
         )
         self.worker = PagedFakeWorker(num_blocks, block_size, sample, windows)
         self.tier: BlockTier | None = None

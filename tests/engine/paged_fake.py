@@ -2,8 +2,9 @@
 
 Each slot stores a hash of all tokens up to its own. Executing a row reads its whole context back
 through the block table, so one wrong share, missed copy or early reuse raises. If layers have
-several groups, it does so in each, as far as the group's window reaches. The worker uses only the
-encoded plan, as a worker in another process would.
+several groups, it does so in each, as far as the group's window reaches. A state slot, if the
+sequence has one, stores the hash of all tokens so far. The worker uses only the encoded plan, as a
+worker in another process would.
 """
 
 from __future__ import annotations
@@ -129,6 +130,8 @@ class PagedFakeWorker:
         self.known: dict[int, KnownSequence] = {}
         self.num_tokens = 0
         self._slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks + 1)]
+        self.states: dict[int, int | None] = {}
+        """By slot; None: garbage."""
         self._sampled: dict[int, int] = {}
         self.num_fed_back = 0
         self._last_step = 0
@@ -185,6 +188,8 @@ class PagedFakeWorker:
         sources = [list(self._slots[copy.source]) for copy in output.block_copies]
         for copy, content in zip(output.block_copies, sources, strict=True):
             self._slots[copy.destination] = content
+        for source, destination in output.state_copies:
+            self.states[destination] = self.states[source]
 
     def forward(self, output: SchedulerOutput) -> _Executed:
         """Run a step at its launch, with the block tables of that moment, as a device does.
@@ -195,6 +200,8 @@ class PagedFakeWorker:
         self._begin(output)
         assert not output.rows_to_propose
         if self.runs_out_of_memory(output):
+            for seq_id in output.seq_ids:  # some layers have changed their states
+                self.states[self.known[seq_id].spec.state_slot] = None
             raise DeviceMemoryError("the device ran out of memory in a step")
         assert len(set(output.seq_ids)) == len(output.seq_ids)
         assert sum(output.num_new_tokens) == output.total_tokens
@@ -219,6 +226,9 @@ class PagedFakeWorker:
             self._write(sequence, start, num_new)
         for sequence, start, num_new in rows:
             self._read_back(sequence, start, start + num_new)
+        for row, (sequence, start, num_new) in enumerate(rows):
+            if sequence.spec.state_slot >= 0:
+                self._pass_state(output, row, sequence, start, start + num_new)
         return _Executed(self, output)
 
     def sample_rows(self, output: SchedulerOutput) -> ModelRunnerOutput:
@@ -284,6 +294,20 @@ class PagedFakeWorker:
                 block = table[position // self.block_size]
                 assert block != self.null_block
                 self._slots[block][position % self.block_size] = histories[position] + group
+
+    def _pass_state(
+        self, output: SchedulerOutput, row: int, sequence: KnownSequence, start: int, end: int
+    ) -> None:
+        """Check the state before a row, and leave the one after it and the snapshots."""
+        histories = [0, *self._histories(sequence, end)]
+        slot = sequence.spec.state_slot
+        if start:
+            assert self.states[slot] == histories[start], f"{sequence}: foreign state"
+        self.states[slot] = histories[end]
+        for save in output.state_saves:
+            if save.row == row:
+                assert start < save.num_tokens <= end
+                self.states[save.slot] = histories[save.num_tokens]
 
     def _read_back(self, sequence: KnownSequence, start: int, end: int) -> None:
         histories = self._histories(sequence, end)

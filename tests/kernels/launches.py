@@ -11,6 +11,7 @@ import torch
 from compiling import Compiled, compile_launch
 from packed import packed_step
 from paged import PagedInputs, paged_inputs
+from state_steps import convolution, recurrence, state_step
 
 from quire.kernels.cuda.attention.cascade import CascadeWorkspace
 from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
@@ -28,6 +29,8 @@ from quire.kernels.cuda.rope_and_cache import rope_and_cache
 from quire.kernels.cuda.run_experts import Clamp, run_experts
 from quire.kernels.cuda.sample_tokens import sample_tokens
 from quire.kernels.cuda.silu_and_mul import silu_and_mul
+from quire.kernels.cuda.states.causal_conv import causal_conv
+from quire.kernels.cuda.states.gated_recurrence import gated_recurrence
 
 SHARED_LIMITS = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one program may have, by compute capability."""
@@ -158,6 +161,19 @@ def adapters(max_rank: int) -> None:
     lora_expand(h, b, *rows, sizes, out)
 
 
+def convolve() -> None:
+    """Convolve the channels of Qwen3.5's linear attention."""
+    step = state_step([200, 1], [0, 40])
+    causal_conv(*convolution(step, 8192, 4, BF16, has_bias=False), *step)
+
+
+def recur(heads: tuple[int, int, int, int], *, has_beta: bool) -> None:
+    step = state_step([3, 1], [0, 40])
+    gated_recurrence(
+        *recurrence(step, heads, BF16, has_beta=has_beta), *step, scale=0.1, normalise=has_beta
+    )
+
+
 def best() -> None:
     """Look for the likeliest tokens of Qwen3's vocabulary."""
     logits, ids = torch.zeros(4, 151_936, dtype=BF16), torch.zeros(4, dtype=torch.int64)
@@ -198,6 +214,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "prepare inputs": prepare,
     "fused add and RMSNorm, 4096": lambda: rows("norm"),
     "silu and mul, 2048": lambda: rows("silu"),
+    "causal convolution, 8192": convolve,
+    "delta rule, 16/32 heads, 128 × 128": lambda: recur((16, 32, 128, 128), has_beta=True),
+    "Mamba-2, 1/48 heads, 128 × 64": lambda: recur((1, 48, 128, 64), has_beta=False),
     "LoRA shrink and expand, rank 16": lambda: adapters(16),
     "LoRA shrink and expand, rank 64": lambda: adapters(64),
     "product of 1 row, 4 bits in 32s": lambda: product(1, "4 bits", 32),

@@ -10,11 +10,12 @@ Read in this order:
     packed_linear.py  linear layers with packed weights, for all other bodies
     packed_embedding.py  embeddings with packed weights
     experts.py        the experts of a mixture, packed
+    states.py         the operations of layers that keep a state
     adapters.py       the LoRA adapters that run, for both kinds of body
     draws.py          argmax and draws
     memory.py         the KV cache in main memory
     first_start.py    what comes before the engine's slow imports
 
 May import: the rooms that engine.devices may, kernels.cpu, and below
-it kernels.cpu.integer and kernels.cpu.lora.
+it kernels.cpu.integer, kernels.cpu.lora and kernels.cpu.states.
 """

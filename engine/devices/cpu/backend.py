@@ -33,6 +33,7 @@ from .memory import allocate_kv_cache, cache_memory
 from .packed_embedding import pack_embeddings
 from .packed_linear import pack_linears, unmap_weights
 from .packing import packed_bytes, rounded
+from .states import CpuStateOps
 
 logger = logging.getLogger("quire.engine")
 
@@ -151,6 +152,9 @@ class CpuBackend:
         if isinstance(body, CpuDecoder):
             return DecoderSlots(body, adaptable, limits)
         return ModuleSlots(adaptable, limits)
+
+    def make_state_ops(self) -> CpuStateOps:
+        return CpuStateOps()
 
     def make_sampler(self, vocab_size: int) -> Sampler:
         return Sampler(vocab_size, self.device, CpuDraws(vocab_size))

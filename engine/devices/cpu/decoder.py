@@ -119,7 +119,7 @@ class CpuDecoder:
         groups = (metadata, *metadata.others)
         if metadata.places is not self._placed:
             self._placed = metadata.places
-            self._places = np.array(metadata.places, dtype=np.int64)
+            self._places = np.array(metadata.places, dtype=np.int64).reshape(-1, 2)
         step = BodyStep(
             input_ids=input_ids.numpy(),
             picks=logit_indices.numpy(),

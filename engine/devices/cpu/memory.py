@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ...config import SNAPSHOT_SHARE
 from ...errors import ConfigurationError
 from ...layers.layer_groups import blocks_needed
 from ...main_memory import available_memory
@@ -31,7 +32,8 @@ def cache_memory(demand: CacheDemand, budget: int) -> int:
     """Return the bytes for the cache: `config.kv_cache_memory_bytes`, or by default room for
     max_num_seqs sequences of typical length (at least for one of full length) and the `budget` of
     tokens of a step, limited to a share of the available memory, which the ranks of a host share
-    out. What LoRA adapters and evicted blocks will take is not available.
+    out. What LoRA adapters and evicted blocks will take is not available. The states of running
+    sequences and their snapshots are a part of the cache.
 
     Raises ConfigurationError if more is asked for than is available: the system would kill the
     process once it used that much.
@@ -56,6 +58,8 @@ def cache_memory(demand: CacheDemand, budget: int) -> int:
     )
     null_block = any(window is not None for window in windows)
     wanted = (blocks + null_block) * demand.block_bytes
+    if demand.state_bytes:
+        wanted += demand.state_bytes + wanted // SNAPSHOT_SHARE
     share = CPU_MEMORY_SHARE / config.num_peers / config.ranks_per_node
     return wanted if available is None else min(wanted, int(available * share))
 

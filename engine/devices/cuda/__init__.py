@@ -10,6 +10,7 @@ Read in this order:
     products.py         chooses the products of weights that have 4 or 8 bits
     experts.py          the experts of mixtures, run by one kernel
     body_ops.py         the operations of a flat body
+    states.py           the operations of layers that keep a state
     adapters.py         the slots of LoRA adapters
     rehearsing.py       compiles kernels and captures graphs before the first request
     step_graphs.py      CUDA graphs of steps

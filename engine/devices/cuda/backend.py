@@ -40,6 +40,7 @@ from .products import use_products
 from .rehearsing import capture_graphs, compile_kernels, of_cuda
 from .requirements import check_gpu
 from .shared_prefixes import FindGroups, SharedPrefixes
+from .states import CudaStateOps
 from .step_graphs import MAX_DRAFT_SIZE, Capture, CudaCapture, graph_sizes
 
 logger = logging.getLogger("quire.engine")
@@ -178,6 +179,9 @@ class CudaBackend:
         dtype = next(iter(adaptable.places.values())).linear.weight.dtype
         assert isinstance(dtype, torch.dtype)
         return CudaSlots(body, adaptable, limits, dtype, self.device, self._kernels)
+
+    def make_state_ops(self) -> CudaStateOps:
+        return CudaStateOps(self._kernels)
 
     def make_sampler(self, vocab_size: int) -> Sampler:
         return Sampler(vocab_size, self.device, CudaDraws())

@@ -29,6 +29,7 @@ from ....kernels.cuda.attention import (
     paged_attention_decode,
     paged_attention_extend,
 )
+from ....kernels.cuda.states import causal_conv, gated_recurrence
 
 
 class Kernels(NamedTuple):
@@ -48,6 +49,8 @@ class Kernels(NamedTuple):
     copy_blocks: Callable[..., None]
     lora_shrink: Callable[..., None]
     lora_expand: Callable[..., None]
+    causal_conv: Callable[..., torch.Tensor]
+    gated_recurrence: Callable[..., torch.Tensor]
     best_tokens: Callable[..., None]
     quantize_rows: Callable[..., None]
 
@@ -67,6 +70,8 @@ TRITON = Kernels(
     copy_blocks=copy_blocks.copy_blocks,
     lora_shrink=lora.lora_shrink,
     lora_expand=lora.lora_expand,
+    causal_conv=causal_conv.causal_conv,
+    gated_recurrence=gated_recurrence.gated_recurrence,
     best_tokens=best_tokens.best_tokens,
     quantize_rows=fp8.quantize_rows,
 )

@@ -16,7 +16,7 @@ from quire.engine.devices.cuda.step_graphs import Capture, Run, StepGraphs
 from quire.engine.devices.steps import GraphKey, ModelOutput
 from quire.engine.sampling.draws import BestTokens
 from quire.engine.sampling.sampler import Sampler
-from quire.kernels import reference
+from quire.kernels import reference, reference_states
 from quire.kernels.prefix_groups import find_prefix_groups
 
 
@@ -25,7 +25,10 @@ def _no_schedule(*_: Any, **__: Any) -> None:
 
 
 REFERENCES = Kernels(
-    **{name: getattr(reference, name, _no_schedule) for name in Kernels._fields}  # type: ignore[arg-type]
+    **{
+        name: getattr(reference, name, getattr(reference_states, name, _no_schedule))
+        for name in Kernels._fields
+    }  # type: ignore[arg-type]
 )
 """Plain torch for each kernel."""
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v3 import DeepseekV3Config
-from transformers.models.falcon_h1 import FalconH1Config
 from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.jamba import JambaConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.llama4 import Llama4TextConfig
 from transformers.models.mamba import MambaConfig
@@ -119,7 +119,7 @@ def test_a_missing_gpu_is_refused(llama: Path) -> None:
             "linear_attention|state",
         ),
         (T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2), "encoder-decoder"),
-        (FalconH1Config(**COMMON), "layers of type|keep a state"),
+        (JambaConfig(**COMMON, attn_layer_offset=1), "keep a state of a kind"),
         (Llama4TextConfig(**COMMON, attention_chunk_size=32), "chunked_attention"),
         (
             DeepseekV3Config(

@@ -135,7 +135,6 @@ OLD = TINY | {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 
         ),
         (GitConfig(**OLD, intermediate_size=32), "AttentionInterface"),
         (OPTConfig(**OLD, ffn_dim=32, word_embed_proj_dim=32), "apart from its body"),
-        (granite(["linear_attention", "attention"]), "linear_attention"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )

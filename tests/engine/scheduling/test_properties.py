@@ -28,6 +28,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     policy: SchedulingPolicy = "priority"
     run_ahead = False
+    snapshots: int | None = None
     windows: tuple[int | None, ...] = (None,)
     num_blocks = 12
 
@@ -46,6 +47,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             eos_token_ids=(EOS,),
             check=False,
             run_ahead=self.run_ahead,
+            snapshots=self.snapshots,
             **self.tier_options(),
         )
         self.requests: dict[str, Request] = {}
@@ -135,7 +137,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def forget_cache(self) -> None:
-        self.harness.manager.pool.forget_free()
+        self.harness.manager.forget_free()
 
     @invariant()
     def integrity(self) -> None:
@@ -227,6 +229,16 @@ class FairSchedulerMachine(SchedulerMachine):
     policy = "fair"
 
 
+class StatesMachine(SchedulerMachine):
+    """A machine whose sequences have states beside their blocks."""
+
+    snapshots = 3
+
+
+class StatesAheadMachine(StatesMachine):
+    run_ahead = True
+
+
 class WindowedMachine(RunAheadMachine):
     """A machine whose layers have three groups of blocks. The pool holds three beams of 92 tokens:
     18 blocks of the full group, which they share nothing of, and 3 · 4 + 5 of each window."""
@@ -263,3 +275,9 @@ TestOnlyWindowed.settings = settings(TestScheduler.settings, max_examples=150)
 
 TestFairScheduler = FairSchedulerMachine.TestCase
 TestFairScheduler.settings = settings(TestScheduler.settings, max_examples=150)
+
+TestStates = StatesMachine.TestCase
+TestStates.settings = settings(TestScheduler.settings, max_examples=150)
+
+TestStatesAhead = StatesAheadMachine.TestCase
+TestStatesAhead.settings = settings(TestScheduler.settings, max_examples=150)

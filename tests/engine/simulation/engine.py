@@ -20,6 +20,7 @@ from unittest.mock import patch
 import zmq
 
 from quire.engine.cache.grouped_block_manager import make_block_manager
+from quire.engine.cache.state_slots import StateSlots
 from quire.engine.config import EngineConfig, EngineInfo
 from quire.engine.core.step_loop import StepLoop
 from quire.engine.core.trials import Trials
@@ -177,11 +178,16 @@ class SimCore:
     def __init__(self, world: World, config: EngineConfig, engine: str) -> None:
         self._world, self._engine = world, engine
         settings = world.settings
+        states = None
+        if settings.snapshots is not None:
+            size = settings.block_size
+            states = StateSlots(settings.max_num_seqs, settings.snapshots, size, 2 * size)
         self.manager = make_block_manager(
             settings.num_blocks,
             settings.block_size,
             settings.windows,
             enable_prefix_caching=settings.prefix_caching,
+            states=states,
         )
         self._table = AdapterTable(settings.adapter_slots, 8)
         for source in config.lora or world.first_adapters:
@@ -364,7 +370,7 @@ class SimCore:
     def reset_prefix_cache(self) -> None:
         if self.tier is not None:
             self.tier.clear()
-        self.manager.pool.forget_free()
+        self.manager.forget_free()
 
     def record_blocks(self, on: bool) -> None:
         self.manager.record_blocks(on)

@@ -5,6 +5,7 @@ A simulation that finds nothing proves nothing unless it would have found these.
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from quire.engine.cache.block_manager import NO_MATCH, BlockManager
 from quire.engine.cache.block_pool import BlockPool
+from quire.engine.cache.state_slots import StateSlots
 from quire.engine.core.trials import Trials
 from quire.engine.outputs import RowError, StepOutput
 from quire.engine.process.engine_process import EngineServer
@@ -25,6 +27,7 @@ from quire.engine.scheduling.request_table import RequestTable
 from quire.engine.scheduling.scheduler import Scheduler
 from quire.engine.scheduling.step_planner import StepPlanner
 from quire.engine.sequence import Sequence
+from quire.engine.step import StateCopy
 from quire.engine.tiers import lower_tier
 from quire.engine.tiers.host_store import HostStore
 from quire.engine.tiers.sealed_block import HEADER_BYTES
@@ -270,6 +273,45 @@ def a_moved_request_may_wait_for_ever(patch: Patch) -> None:
     patch.setattr(Stream, "limit", lambda self, now: None)
 
 
+def a_state_slot_is_not_given_back(patch: Patch) -> None:
+    release, is_due = StateSlots.release, _every(20)
+
+    def buggy(self: StateSlots, sequence: Sequence) -> None:
+        if is_due():
+            sequence.state_slot = -1
+        release(self, sequence)
+
+    patch.setattr(StateSlots, "release", buggy)
+
+
+def a_fork_starts_with_another_state(patch: Patch) -> None:
+    def buggy(self: StateSlots, parent: Sequence, child: Sequence) -> None:
+        child.state_slot = self._take()
+        self._copies.append(StateCopy(child.state_slot, child.state_slot))
+
+    patch.setattr(StateSlots, "fork", buggy)
+
+
+def a_match_goes_past_its_snapshot(patch: Patch) -> None:
+    count_usable = StateSlots.count_usable
+
+    def buggy(self: StateSlots, hashes: abc.Sequence[bytes]) -> int:
+        return len(hashes) if count_usable(self, hashes) else 0
+
+    hold = StateSlots.hold
+
+    def hold_any(self: StateSlots, sequence: Sequence, snapshot: bytes | None) -> None:
+        known = snapshot if snapshot in self._snapshots else next(iter(self._snapshots), None)
+        hold(self, sequence, known if snapshot else None)
+
+    patch.setattr(StateSlots, "count_usable", buggy)
+    patch.setattr(StateSlots, "hold", hold_any)
+
+
+def states_outlive_a_step_without_memory(patch: Patch) -> None:
+    patch.setattr(StepPlanner, "lose_states", lambda self, rows: None)
+
+
 def damaged_records_are_used(patch: Patch) -> None:
     patch.setattr(lower_tier, "unseal", lambda fingerprint, own_hash, record: record[HEADER_BYTES:])
 
@@ -304,6 +346,10 @@ BUGS = {
     suspects_begin_together: "ended with the poison",
     a_trial_never_ends: "never ends",
     a_moved_request_may_wait_for_ever: "after its deadline",
+    a_state_slot_is_not_given_back: "state slot",
+    a_fork_starts_with_another_state: "",
+    a_match_goes_past_its_snapshot: "foreign state",
+    states_outlive_a_step_without_memory: "",
     damaged_records_are_used: "foreign K/V",
     a_slot_is_reused_while_it_is_in_use: "",
 }

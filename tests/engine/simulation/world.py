@@ -18,7 +18,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
@@ -102,6 +102,8 @@ class Settings:
     check_every: int
     swarm: frozenset[str]
     num_engines: int
+    snapshots: int | None = None
+    """How many snapshots of states there may be; None: the model's layers keep no states."""
     host_slots: int = 0
     """Blocks of host memory for evicted ones."""
     store_faults: float | None = None
@@ -117,7 +119,7 @@ class Settings:
         windows = random.Random(f"windows {seed}").choice(WINDOWS)
         tiers = random.Random(f"tiers {seed}")
         host_slots = tiers.choice([0, 0, 1, 2, 4, 8, 16, 64])
-        return cls(
+        settings = cls(
             seed=seed,
             num_requests=num_requests,
             block_size=block_size,
@@ -141,6 +143,12 @@ class Settings:
             host_slots=host_slots,
             store_faults=tiers.choice([None, 0.0, 0.1]) if host_slots else None,
         )
+        if settings.speculation != "none" or host_slots:  # a state is not rewound, nor evicted
+            return settings
+        snapshots = random.Random(f"states {seed}").choice([None, 0, 1, 3, 20])
+        if snapshots is None or settings.prefix_caching:
+            return replace(settings, snapshots=snapshots)
+        return replace(settings, snapshots=0)
 
     @property
     def late_seconds(self) -> float:
