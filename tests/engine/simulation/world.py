@@ -134,8 +134,8 @@ class Settings:
             swarm=swarm,
             num_engines=rng.choice([1, 1, 1, 2, 3]),
         )
-        if settings.speculation != "none":  # a state cannot be rewound
-            return settings
+        if settings.speculation != "none" or settings.windows != (None,):
+            return settings  # a state cannot be rewound, and its layers have one table
         snapshots = random.Random(f"states {seed}").choice([None, 0, 1, 3, 20])
         if snapshots is None or settings.prefix_caching:
             return replace(settings, snapshots=snapshots)
