@@ -56,6 +56,7 @@ class Host:
         config = EngineConfig(
             model=str(DEMO),
             block_size=BLOCK_SIZE,
+            max_model_len=1024,
             max_num_seqs=num_seqs,
             max_num_batched_tokens=num_seqs * PROMPT,
             num_blocks=max(num_seqs * 20, 300),
@@ -66,6 +67,7 @@ class Host:
         self._core = EngineCore(config, worker)
         self._server = engine_process.EngineServer(zmq.Context.instance().socket(zmq.ROUTER))
         self._server._clients.append(b"client")
+        self._server._core = self._core
         for i in range(num_seqs):
             request = Request(
                 request_id=f"cmpl-{i:032}",

@@ -18,7 +18,9 @@ import torch
 from quire.engine.config import EngineConfig, WorkerInfo
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.devices.backend import Backend
+from quire.engine.model.causal_lm import WeightFacts
 from quire.engine.model.model_spec import read_hf_config, spec_from_hf_config
+from quire.engine.parallel.ranks import Ranks
 from quire.engine.runner import worker
 from quire.engine.sampling.batch import SamplingBatch
 from quire.engine.sampling.sampler import Sampler, SamplerOutput
@@ -31,10 +33,13 @@ TEXT = "A server that streams: it says one word after another, until all has bee
 class ScriptedModel:
     """A stand-in for a CausalLM. The hidden state and the logits of a token are its id."""
 
-    device, dtype, num_parameters, can_generate = torch.device("cpu"), torch.float32, 1, True
+    device, dtype, kv_cache_dtype = torch.device("cpu"), torch.float32, torch.float32
+    num_parameters, can_generate, has_ends, scores = 1, True, True, None
+    runs_tokens_alone = is_batch_invariant = False
+    weights = WeightFacts("none", "none", 1, 0)
 
-    def __init__(self, config: EngineConfig, _: Backend) -> None:
-        self.spec = spec_from_hf_config(read_hf_config(config), config)
+    def __init__(self, config: EngineConfig, _: Backend, ranks: Ranks) -> None:
+        self.spec = self.whole_spec = spec_from_hf_config(read_hf_config(config), config)
 
     def forward(self, input_ids: torch.Tensor, *_: Any) -> torch.Tensor:
         return input_ids[:, None]
