@@ -118,7 +118,7 @@ class Settings:
         limits = [None, max(block_size, budget // 2)]
         windows = random.Random(f"windows {seed}").choice(WINDOWS)
         tiers = random.Random(f"tiers {seed}")
-        host_slots = tiers.choice([0, 0, 1, 2, 4, 8, 16, 64])
+        host_slots = tiers.choice([0, 0, 1, 2, 4, 8, 30])
         settings = cls(
             seed=seed,
             num_requests=num_requests,
@@ -141,7 +141,7 @@ class Settings:
             swarm=swarm,
             num_engines=rng.choice([1, 1, 1, 2, 3]),
             host_slots=host_slots,
-            store_faults=tiers.choice([None, 0.0, 0.1]) if host_slots else None,
+            store_faults=tiers.choice([None, 0.05, 0.0, 0.1]) if host_slots else None,
         )
         if settings.speculation != "none" or settings.windows != (None,) or host_slots:
             return settings  # a state cannot be rewound nor evicted, and its layers have one table
