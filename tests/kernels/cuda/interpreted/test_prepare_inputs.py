@@ -80,7 +80,8 @@ def test_rows_that_span_several_programs(changed: float) -> None:
 def test_a_step_with_only_padding() -> None:
     step = packed_step([], [], padding=3)
     check(step)
-    _, _, _, ids, positions, slots, *_, seq_lens, _ = step.run(prepare_inputs)
+    found = step.run(prepare_inputs)
+    (ids, positions, slots), seq_lens = found[3:6], found[8]
     assert [ids.tolist(), positions.tolist(), slots.tolist()] == [[0] * 3, [0] * 3, [-1] * 3]
     assert seq_lens.tolist() == [0] * 3
 
