@@ -109,8 +109,8 @@ def compare_speed(arguments: argparse.Namespace, file: Path, folder: Path) -> No
 
 
 def wait_for(port: int) -> None:
-    """Return once the server is ready. Raises TimeoutError after two minutes."""
-    for _ in range(240):
+    """Return once the server is ready. Raises TimeoutError after five minutes."""
+    for _ in range(600):
         time.sleep(0.5)
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):

@@ -81,13 +81,12 @@ def in_large_pages(tensor: torch.Tensor) -> NDArray[Any]:
     """Return a copy as an array that kernels take, in memory of large pages: a processor reads
     ahead only within a page, and looks up where each one is."""
     stored = tensor.view(_BITS.get(tensor.dtype, tensor.dtype))
-    size = stored.numel() * stored.element_size()
-    place = torch.frombuffer(_arena.take(size), dtype=torch.uint8, count=size) if size else None
-    if place is None:
-        return stored.contiguous().numpy()
-    copy = place.view(stored.dtype).view(stored.shape)
-    copy.copy_(stored)
-    return copy.numpy()
+    if not stored.numel():
+        return stored.numpy()
+    place = torch.frombuffer(
+        _arena.take(stored.numel() * stored.element_size()), dtype=stored.dtype
+    )
+    return place.view(stored.shape).copy_(stored).numpy()
 
 
 class _Arena:

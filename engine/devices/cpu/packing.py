@@ -217,15 +217,17 @@ def columns_of_groups(weight: GroupedWeight) -> GroupColumns:
     groups = scale.shape[1]
     is_centred = minimum is not None and weight.bits == 4 and torch.equal(minimum, -8 * scale)
     given = [scale] if minimum is None or is_centred else [scale, minimum]
+    units: torch.Tensor | None = None
     for unit_groups in (groups, UNIT_FEATURES // weight.group_size):
-        found = [_steps_of(each, unit_groups) for each in given]
-        pairs = [pair for pair in found if pair is not None]
-        if len(pairs) == len(given):
-            units = torch.stack([pair[1] for pair in (*pairs, pairs[0])][:2], dim=2)
-            numbers, units = [pair[0] for pair in pairs], _shortest(units)
+        first = last = _steps_of(given[0], unit_groups)
+        if first is not None and len(given) > 1:
+            last = _steps_of(given[1], unit_groups)
+        if first is not None and last is not None:
+            units = _shortest(torch.stack((first[1], last[1]), dim=2))
+            numbers = [first[0], last[0]][: len(given)]
             break
     else:
-        numbers, units, unit_groups = [_shortest(each) for each in given], None, groups
+        numbers, unit_groups = [_shortest(each) for each in given], groups
     kinds = [as_array(each[:0, 0]) for each in numbers]
     kinds += [_MINUS_EIGHT if is_centred else _NOTHING]  # if there are no minimums
     return GroupColumns(numbers, kinds[0], kinds[1], units, unit_groups)
@@ -239,19 +241,23 @@ def _steps_of(numbers: torch.Tensor, unit_groups: int) -> tuple[torch.Tensor, to
         return None
     blocks = F.pad(numbers, (0, -groups % unit_groups)).view(-1, unit_groups)
     greatest = blocks.abs().amax(dim=1)
-    # The greatest of a block is so many units: mostly as many as its format has, so that few blocks
-    # are left for the others. A weight of another format is found out by a sample.
+    # 1. The greatest of a block is so many units. Whether any number fits shows in a few blocks.
     units, left = torch.zeros_like(greatest), greatest.nonzero()[:, 0]
-    for part in (left[:64], left):
-        for most in (_MOST_STEPS, 128, 63, *range(126, 0, -1)):
-            unit, block = greatest[part, None] / most, blocks[part]
-            is_exact = ((block / unit).round_() * unit == block).all(dim=1)
-            units[part[is_exact]] = unit[is_exact, 0]
-            part = part[~is_exact]
-            if not len(part):
-                break
-        if len(part):
-            return None
+    few = left[:: max(1, len(left) // 2)]
+    tried = greatest[few, None, None] / torch.arange(1.0, 129.0)[:, None]
+    steps = (blocks[few, None] / tried).round_()
+    if not (steps * tried == blocks[few, None]).all(dim=2).any(dim=1).all():
+        return None
+    # 2. Mostly it is as many as the format has, so that few blocks are left for the others.
+    for most in (_MOST_STEPS, 128, 63, *range(126, 0, -1)):
+        unit, block = greatest[left, None] / most, blocks[left]
+        is_exact = ((block / unit).round_() * unit == block).all(dim=1)
+        units[left[is_exact]] = unit[is_exact, 0]
+        left = left[~is_exact]
+        if not len(left):
+            break
+    else:
+        return None
     steps = (blocks / torch.where(units == 0, 1.0, units)[:, None]).round_()
     # A byte holds -128, but not 128: then the unit is negative.
     is_too_great = steps.amax(dim=1) > _MOST_STEPS
