@@ -146,6 +146,8 @@ class Settings:
         if settings.speculation != "none" or host_slots:  # a state is not rewound, nor evicted
             return settings
         snapshots = random.Random(f"states {seed}").choice([None, 0, 1, 3, 20])
+        if windows != (None,):
+            return settings  # layers that keep states stand in one group
         if snapshots is None or settings.prefix_caching:
             return replace(settings, snapshots=snapshots)
         return replace(settings, snapshots=0)
