@@ -16,7 +16,7 @@ import torch
 from gpu_workloads import Bench, Result
 
 from quire.engine.body import rotary_table
-from quire.engine.devices.cuda import kernels as cuda_kernels
+from quire.engine.devices.cuda.layers import kernels as cuda_kernels
 from quire.engine.devices.cuda.step_graphs import StepGraphs
 from quire.kernels import device_copy
 

@@ -22,6 +22,7 @@ RULES: dict[str, set[str]] = {
     "kernels.cpu.states": {"kernels.cpu"},
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
+    "kernels.cuda.sampling": KERNELS | {"kernels.cuda"},
     "kernels.cuda.states": KERNELS,
     "engine": {"engine.flags", "engine.layers"},
     "engine.flags": ENGINE,
@@ -54,9 +55,11 @@ RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cpu", "kernels.cpu.integer", "kernels.cpu.lora"),
     "kernels.cpu.states",
 }
-RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
-    *("engine.devices", "kernels.cuda", "kernels.cuda.attention", "kernels.cuda.states"),
+RULES["engine.devices.cuda.layers"] = RULES["engine.devices"] | {
+    *("engine.devices", "kernels.cuda", "kernels.cuda.attention", "kernels.cuda.sampling"),
+    "kernels.cuda.states",
 }
+RULES["engine.devices.cuda"] = RULES["engine.devices.cuda.layers"] | {"engine.devices.cuda.layers"}
 RULES["engine.parallel"] = RULES["engine.devices"] | {"engine.devices", "engine.network"}
 RULES["engine.model"] = RULES["engine.parallel"] | {"engine.parallel", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
@@ -129,6 +132,7 @@ LAZY = {
     ("engine.devices.cpu", "engine.checkpoints"): {"engine.devices.cpu.first_start"},
     ("engine.devices", "engine.devices.cpu"): {"engine.devices.choose"},
     ("engine.devices", "engine.devices.cuda"): {"engine.devices.choose"},
+    ("engine.devices", "engine.devices.cuda.layers"): {"engine.devices.choose"},
 }
 """Imports against the order or of a heavy room; only these modules have them, within functions."""
 

@@ -80,7 +80,8 @@ def _attend(
     metadata, cache, kv_scales = step
     (_, num_blocks, heads, size, width), (_, kv_heads, head_dim) = cache.shape, tensors[1].shape
     missing = 0
-    if (kv_heads, head_dim) != (heads, width) and metadata.places is not None:
+    # (A cache of int8 has wider lines for another reason, and layers that are alike.)
+    if (kv_heads, head_dim) != (heads, width) and cache.dtype != torch.int8:
         if kv_heads * head_dim == heads * width:
             cache = cache.view(2, num_blocks, kv_heads, size, head_dim)
         else:

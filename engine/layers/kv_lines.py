@@ -69,17 +69,15 @@ class KVLines(NamedTuple):
 
 
 def _choose_line(kinds: abc.Sequence[KVHeads]) -> KVHeads | None:
-    """Return the heads of a line, the fewest numbers of which all layers can be cut. If there are
-    none, the widest heads, to which others are filled up with zeros."""
-    by_size = sorted(set(kinds), key=lambda kind: kind.size)
-    for line in by_size:
-        parts = [kind.size / line.size for kind in by_size]
-        if all(
-            part >= 1 and kind.num_heads % part == 0
-            for kind, part in zip(by_size, parts, strict=True)
-        ):
-            return line
-    widest = by_size[-1]
+    """Return the heads of a line: those of the fewest numbers if all others can be cut into them,
+    otherwise the widest heads, to which others are filled up with zeros. None if neither works."""
+    by_size = sorted(set(kinds), key=lambda kind: (kind.size, kind))
+    line, widest = by_size[0], by_size[-1]
+    if all(
+        kind.size % line.size == 0 and kind.num_heads % (kind.size // line.size) == 0
+        for kind in by_size
+    ):
+        return line
     if all(kind.num_heads == widest.num_heads for kind in by_size):
         return widest
     return None

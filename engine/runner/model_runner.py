@@ -25,7 +25,7 @@ from ..parallel.step_plan import StepPlan
 from ..request import Request
 from ..sampling_params import SamplingParams
 from ..sequence import Rank, Sequence
-from ..step import AdapterLoad, BlockCopy, SamplingConstraints, SchedulerOutput, SequenceSpec
+from ..step import AdapterLoad, BlockCopy, SamplingConstraints, SchedulerOutput
 from .adapter_store import AdapterStore
 from .alone import run_alone
 from .input_batch import InputBatch
@@ -33,13 +33,14 @@ from .pending_results import PendingResults
 from .plan_sender import PlanSender
 from .pooling import Pooler
 from .prompt_logprobs import PromptChunk, prompt_logprobs
-from .row_sampling import RowSamples, SamplingRows, sample_rows
+from .row_sampling import RowSamples, joined, sample_rows, sampling_rows
 from .state_store import make_state_store
 
 
 class ModelRunner:
     """Runs steps over one model and one KV cache; keeps what persists between steps."""
 
+    # Over 50 lines: half of them are arguments and what they say.
     def __init__(
         self,
         model: CausalLM,
@@ -171,9 +172,9 @@ class ModelRunner:
         sampled = None
         with self._memory_errors_named():
             if len(host.sampling_rows):
-                rows = _sampling_rows(host, step, output)
+                rows = sampling_rows(host, step, output)
                 samples = sample_rows(self._sampler, rows, constraints, errors)
-                sampled = _joined(samples) if samples else None
+                sampled = joined(samples) if samples else None
             # Last, since a step that runs out of memory before its end is tried again.
             pooled = self._pooler(host, output.hidden) if host.pooled_rows else []
         if sampled is not None:
@@ -386,23 +387,3 @@ class StepForward:
         if self._computed is None:
             return PendingResults(0, [], [], [], {})
         return self._runner.sample(self._computed, constraints)
-
-
-def _sampling_rows(host: HostStep, step: DeviceStep, output: ModelOutput) -> SamplingRows:
-    rows, sequences, last_ids = host.order, host.sequences, step.input_ids
-    if len(host.sampling_rows) < len(step.input_ids) or host.num_drafts:
-        picks = host.sampling_rows.tolist()
-        rows = [host.order[row] for row in picks]
-        sequences = [host.sequences[row] for row in picks]
-        last_ids = last_ids[step.logit_indices]
-    positions, logits, best = host.sampled_positions, output.logits, output.best
-    return SamplingRows(rows, host.num_drafts, sequences, positions, logits, last_ids, best)
-
-
-def _joined(samples: list[RowSamples]) -> tuple[list[SequenceSpec], torch.Tensor]:
-    """Return the sequences that were sampled, and their tokens. There are several `samples` if rows
-    were sampled one by one."""
-    if len(samples) == 1:
-        return samples[0].sequences, samples[0].output.token_ids
-    sequences = [sequence for sample in samples for sequence in sample.sequences]
-    return sequences, torch.cat([sample.output.token_ids for sample in samples])

@@ -125,15 +125,17 @@ class CpuBackend:
         embeddings = pack_embeddings(body)
         if number := pack_experts(body, quantization=quantization):
             logger.info("the experts of %d layers run in compiled kernels", number)
+        mlps = [] if flat is None else [layer.mlp for layer in flat.layers]
+        mixtures = [mlp for mlp in mlps if isinstance(mlp, Mixture)]
         # Adapters of layers beside experts would be in a mixture's module, not among the phases.
-        has_room = number == 0 or not adaptable
+        has_room = not (mixtures and adaptable)
         if flat is not None and has_room and can_compile(flat):
-            for layer in flat.layers:
-                if isinstance(layer.mlp, Mixture):
-                    pack_linears(layer.mlp.block, quantization=quantization)
+            for mixture in mixtures:
+                pack_linears(mixture.block, quantization=quantization)
             made = CpuDecoder(flat, embeddings.get(flat.embedding), quantization=quantization)
             logger.info("the layers run as one function")
-            regions = f"{number + 1} parallel regions" if number else "one parallel region"
+            count = len(mixtures) + 1
+            regions = "one parallel region" if count == 1 else f"{count} parallel regions"
             logger.info("each step runs as %s of compiled kernels", regions)
         else:
             pack_linears(body, quantization=quantization)

@@ -27,20 +27,20 @@ from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
 from ..streamed_blocks import StreamedBlocks
-from .adapters import CudaSlots
 from .attention import CudaPlanner, allocate_workspaces
 from .body_ops import CudaOps
 from .draws import CudaDraws
-from .experts import use_experts
 from .inputs import DeviceInputs
-from .kernels import TRITON, Kernels
+from .layers.adapters import CudaSlots
+from .layers.experts import use_experts
+from .layers.kernels import TRITON, Kernels
+from .layers.products import use_products
+from .layers.states import CudaStateOps
 from .memory import free_memory, others_memory, total_memory
 from .mixed_graphs import mixed_sizes
-from .products import use_products
 from .rehearsing import capture_graphs, compile_kernels, of_cuda
 from .requirements import check_gpu
 from .shared_prefixes import FindGroups, SharedPrefixes
-from .states import CudaStateOps
 from .step_graphs import MAX_DRAFT_SIZE, Capture, CudaCapture, graph_sizes
 
 logger = logging.getLogger("quire.engine")

@@ -151,38 +151,47 @@ def _add_rows(builder, form, count, arrays, given):
             # The panel's stream pushes x out of the first-level cache: fetch it back in time.
             for head in heads:
                 prefetch(builder, builder.gep(head, [index(_AHEAD)]))
-        # 3. The integer sums of one group.
+        # 3. The integer sums of a group, times its scales, to the float sums.
         for which, (at, _) in enumerate(panel):
             builder.store(_beginning(builder, form, heads[at]), integers[which])
-        units_of_group = builder.udiv(group, index(UNIT))
-        with cgutils.for_range(builder, units_of_group, intp=INDEX) as inner:
-            features = builder.mul(inner.index, index(UNIT))
-            place = builder.mul(features, index(form.bytes_of_feature))
-            numbers = plus(builder, features, HEAD_BYTES)
-            _add_unit(
-                builder,
-                builder.gep(weights, [plus(builder, place, form.at_quants)]),
-                [builder.gep(head, [numbers]) for head in heads],
-                integers,
-                form.bits,
-            )
-        # 4. Times the scales, to the float sums.
+        _add_integers(builder, form, weights, heads, group, integers)
         for part in range(PANEL_VECTORS):
-            scale, least = _columns(builder, form, weights, unit_row, part)
-            for at in range(count):
+            columns = _columns(builder, form, weights, unit_row, part)
+            for at, head in enumerate(heads):
                 which = at * PANEL_VECTORS + part
-                exact = builder.sitofp(builder.load(integers[which]), FLOATS)
-                step = _header(builder, heads[at], 0, _FLOAT)
-                total = builder.load(totals[which])
-                if scale is None:
-                    total = fused(builder, exact, step, total)
-                else:
-                    total = fused(builder, builder.fmul(exact, step), scale, total)
-                if least is not None:
-                    total = fused(builder, _header(builder, heads[at], 4, _FLOAT), least, total)
-                builder.store(total, totals[which])
+                _add_scaled(builder, columns, head, integers[which], totals[which])
     for target, total in zip(targets, totals, strict=True):
         builder.store(builder.load(total), target, align=4)
+
+
+def _add_integers(builder, form, weights, heads, group, integers):
+    """Add the products of a group's integers to their sums."""
+    with cgutils.for_range(builder, builder.udiv(group, index(UNIT)), intp=INDEX) as unit:
+        features = builder.mul(unit.index, index(UNIT))
+        place = builder.mul(features, index(form.bytes_of_feature))
+        numbers = plus(builder, features, HEAD_BYTES)
+        _add_unit(
+            builder,
+            builder.gep(weights, [plus(builder, place, form.at_quants)]),
+            [builder.gep(head, [numbers]) for head in heads],
+            integers,
+            form.bits,
+        )
+
+
+def _add_scaled(builder, columns, head, integer, total):
+    """Add a vector's sum of integers, times step and scale, to its float sum, and the minimum times
+    the sum of the row's numbers."""
+    scale, least = columns
+    exact = builder.sitofp(builder.load(integer), FLOATS)
+    step, added = _header(builder, head, 0, _FLOAT), builder.load(total)
+    if scale is None:
+        added = fused(builder, exact, step, added)
+    else:
+        added = fused(builder, builder.fmul(exact, step), scale, added)
+    if least is not None:
+        added = fused(builder, _header(builder, head, 4, _FLOAT), least, added)
+    builder.store(added, total)
 
 
 def _beginning(builder, form, head):

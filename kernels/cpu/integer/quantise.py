@@ -67,6 +67,7 @@ def _quantise_group(typing_context, x, begin, group, records, at):
     """Write x[begin : begin + group] as record `at`: see `groups.py`."""
 
     def generate(context, builder, signature, arguments):
+        # Over 50 lines: one part after the other, in the order of the code that it generates.
         x, records = arrays_of(context, builder, signature, arguments, (0, 3))
         _, begin, group, _, at = arguments
         vectors = builder.udiv(group, index(LANES))

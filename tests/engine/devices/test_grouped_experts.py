@@ -17,7 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 )
 
 from quire.engine.body.body import FlatBody, HfBody
-from quire.engine.devices.cuda.experts import use_experts
+from quire.engine.devices.cuda.layers.experts import use_experts
 from quire.engine.errors import UnsupportedModelError
 from quire.engine.model.loader import load_model
 from quire.kernels.cuda.tuning import expert_configs

@@ -143,8 +143,8 @@ class Settings:
             host_slots=host_slots,
             store_faults=tiers.choice([None, 0.0, 0.1]) if host_slots else None,
         )
-        if settings.speculation != "none" or host_slots:  # a state is not rewound, nor evicted
-            return settings
+        if settings.speculation != "none" or settings.windows != (None,) or host_slots:
+            return settings  # a state cannot be rewound nor evicted, and its layers have one table
         snapshots = random.Random(f"states {seed}").choice([None, 0, 1, 3, 20])
         if windows != (None,):
             return settings  # layers that keep states stand in one group
