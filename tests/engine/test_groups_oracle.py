@@ -25,7 +25,7 @@ from transformers.models.qwen2 import Qwen2Config
 
 from quire.engine.config import EngineConfig
 from quire.engine.devices.cpu.decoder import CpuDecoder
-from quire.engine.devices.cuda.decode_graphs import graph_sizes
+from quire.engine.devices.cuda.step_graphs import graph_sizes
 from quire.engine.errors import StartupError
 from quire.engine.parallel.ranks import ALONE
 from quire.engine.runner.worker import Worker

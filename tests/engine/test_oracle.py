@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quire.engine.body.grouped_linear import GroupedWeight
+from quire.engine.checkpoints.checkpoint import open_checkpoint
 from quire.engine.config import EngineConfig
 from quire.engine.core.engine_core import EngineCore
 from quire.engine.devices.backend import Backend
@@ -94,7 +95,7 @@ class Engine:
 def total_blocks(values: dict[str, Any]) -> int:
     """Return the number of blocks for all groups of layers of an engine with this configuration."""
     config = EngineConfig(**values | {"num_blocks": None})
-    spec = spec_from_hf_config(read_hf_config(config), config)
+    spec = spec_from_hf_config(read_hf_config(config, open_checkpoint(config)), config)
     length = spec.resolve_max_model_len(config.max_model_len)
     windows = choose_groups(config, spec, length).windows
     step_tokens = values["max_num_batched_tokens"] * (1 + bool(config.async_scheduling))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quire.engine.adapters.adapter import Adapter, LinearShape, LoraWeight
-from quire.engine.devices.cuda.decode_graphs import graph_sizes
+from quire.engine.devices.cuda.step_graphs import graph_sizes
 from quire.engine.lora import AdapterSource
 from quire.engine.parallel.adapter_cuts import AdapterCuts, LinearCut, pack_weight, unpack_weight
 from quire.engine.parallel.step_plan import make_plan

@@ -146,6 +146,8 @@ class Settings:
         if settings.speculation != "none" or settings.windows != (None,) or host_slots:
             return settings  # a state cannot be rewound nor evicted, and its layers have one table
         snapshots = random.Random(f"states {seed}").choice([None, 0, 1, 3, 20])
+        if windows != (None,):
+            return settings  # layers that keep states stand in one group
         if snapshots is None or settings.prefix_caching:
             return replace(settings, snapshots=snapshots)
         return replace(settings, snapshots=0)
