@@ -30,9 +30,9 @@ from gpu_shapes import SHAPES
 from gpu_stub import stub_gpu
 from triton.runtime.cache import triton_key
 
-from quire.kernels.cuda.best_tokens import best_tokens
 from quire.kernels.cuda.rms_norm import fused_add_rms_norm, rms_norm
 from quire.kernels.cuda.rope_and_cache import rope_and_cache
+from quire.kernels.cuda.sampling.best_tokens import best_tokens
 from quire.kernels.cuda.silu_and_mul import silu_and_mul
 
 BF16 = torch.bfloat16

@@ -18,6 +18,7 @@ from gpu_attention_checks import (
     random_seed,
     verdict,
 )
+from gpu_blocks import check_host_blocks
 from gpu_common import DEVICE, Case, Record, make_sequence
 from gpu_experts import QWEN3_MOE, check_experts
 from gpu_lora import check_adapters, figures_of
@@ -226,6 +227,7 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
         add(f"{tag} extend llama b16", check_extend, dtype, llama, 16, queries, contexts)
         add(f"{tag} decode llama b16", check_decode, dtype, llama, 16, lens)
         if dtype == torch.bfloat16:
+            add(f"{tag} blocks to host memory", check_host_blocks, dtype, 8, 128)
             add(f"{tag} extend 20 times", check_repeats, dtype, llama, 16, queries, contexts)
             add(f"{tag} mixed steps g7 d64", check_mixed, dtype, qwen, 16)
             add(f"{tag} dependent launches", check_dependent_launches, dtype, 8, 1024)

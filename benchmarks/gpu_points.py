@@ -16,7 +16,7 @@ import torch
 from gpu_workloads import Bench, Result
 
 from quire.engine.body import rotary_table
-from quire.engine.devices.cuda import kernels as cuda_kernels
+from quire.engine.devices.cuda.layers import kernels as cuda_kernels
 from quire.engine.devices.cuda.step_graphs import StepGraphs
 from quire.kernels import device_copy
 
@@ -59,10 +59,10 @@ def _rotary_factors_in_each_step() -> contextlib.AbstractContextManager[object]:
 POINTS = (
     Point("as it is", online=True),
     Point("no mixed graphs", {"max_cudagraph_capture_size": 0}, online=True),
-    Point("rotary factors in each step", patched=_rotary_factors_in_each_step),
-    Point("argmax outside of graphs", patched=_best_tokens_outside),
-    Point("copies in the same stream", patched=_copies_in_the_same_stream),
-    Point("dependent launch", {"enable_pdl": True}),
+    Point("rotary each step", patched=_rotary_factors_in_each_step),
+    Point("argmax outside", patched=_best_tokens_outside),
+    Point("same stream", patched=_copies_in_the_same_stream),
+    Point("pdl", {"enable_pdl": True}),
 )
 """The first is what the others are compared with."""
 
@@ -81,7 +81,7 @@ def parts(bench: Bench, point: Point) -> list[tuple[str, Callable[[], Result], f
         chats = (2 * total, at_once, prompt // 8, output // 2)
         found += [
             (f"online {total} by {at_once}", bench.online, 10),
-            (f"online {chats[0]} by {at_once}, short", lambda: _online(bench, chats), 10),
+            (f"online {chats[0]} by {at_once}", lambda: _online(bench, chats), 10),
         ]
     return found
 

@@ -11,8 +11,8 @@ from gpu_attention_checks import E4M3, verdict
 from gpu_common import DEVICE, Record, time_graph
 
 from quire.engine.body.grouped_linear import GroupedWeight
-from quire.engine.devices.cuda.kernels import TRITON
-from quire.engine.devices.cuda.products import multiply_float8
+from quire.engine.devices.cuda.layers.kernels import TRITON
+from quire.engine.devices.cuda.layers.products import multiply_float8
 from quire.kernels import reference
 from quire.kernels.cuda.grouped_product import grouped_product
 

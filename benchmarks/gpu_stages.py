@@ -56,7 +56,7 @@ STAGES = (
             ("times", r"^write llama 4096|^rope\+write llama 4096|^sdpa"),
             ("times", r"^shared .*64x4096|^sample (whole|top_p) (1|256)x"),
             ("times", r"^product (int4|float8|dense) (1|64)x"),
-            ("times", r"^experts "),
+            ("times", r"^experts (kernel|torch) 1 |^experts kernel 4096"),
         ),
     ),
     Stage(

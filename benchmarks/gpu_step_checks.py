@@ -15,9 +15,9 @@ from quire.kernels import reference
 from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
 from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
-from quire.kernels.cuda.best_tokens import best_tokens
 from quire.kernels.cuda.fp8 import quantize_rows
 from quire.kernels.cuda.rms_norm import fused_add_rms_norm, rms_norm
+from quire.kernels.cuda.sampling.best_tokens import best_tokens
 from quire.kernels.cuda.silu_and_mul import silu_and_mul
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))

@@ -31,7 +31,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quire.engine.devices.cuda.draws import CudaDraws
 from quire.engine.sampling.sampler import Sampler
-from quire.kernels.cuda import sample_tokens
 from quire.kernels.cuda.attention.cascade import CascadeWorkspace
 from quire.kernels.cuda.attention.decode_schedule import (
     MIN_CHUNK,
@@ -46,6 +45,7 @@ from quire.kernels.cuda.prepare_inputs import prepare_inputs
 from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
 from quire.kernels.cuda.rms_norm import fused_add_rms_norm, rms_norm
 from quire.kernels.cuda.rope_and_cache import rope_and_cache
+from quire.kernels.cuda.sampling import sample_tokens
 from quire.kernels.cuda.silu_and_mul import silu_and_mul
 from quire.kernels.cuda.tuning import TileConfig
 from quire.kernels.prefix_groups import PrefixGroup

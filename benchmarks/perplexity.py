@@ -1,10 +1,12 @@
 """Measure the perplexity of a model over this repository's documents, through quire's own engine.
 
     python benchmarks/perplexity.py MODEL [--quantization int8] [--kv-cache-dtype float16]
+        [--second-half]
 
 The text is README.md, ARCHITECTURE.md, CONTRIBUTING.md and docs/*.md, in windows of 512 tokens; no
 window sees another one. Perplexity is e to the mean of the negative log-probabilities of all tokens
-but each window's first. It compares ways to run one model, not models: the tokenizers differ.
+but each window's first; with --second-half, of the second half of each window, which has more of
+its text before it. It compares ways to run one model, not models: the tokenizers differ.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from small_engine import make_core
 from transformers import AutoTokenizer
 
+from quire.engine.checkpoints.gguf_tokenizer import tokenizer_folder
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 
@@ -33,8 +36,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantization")
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--second-half", action="store_true")
     arguments = parser.parse_args()
-    windows = read_windows(arguments.tokenizer or arguments.model, arguments.window)
+    tokenizer = arguments.tokenizer or tokenizer_folder(arguments.model)
+    windows = read_windows(tokenizer, arguments.window)
     windows = windows[: arguments.windows or None]
     core = make_core(
         arguments.model,
@@ -49,6 +54,7 @@ def main() -> None:
         enable_prefix_caching=False,
         num_blocks=8 * (arguments.window // 16 + 1),
     )
+    first = arguments.window // 2 if arguments.second_half else 1
     total, count, began = 0.0, 0, time.process_time()
     for number, window in enumerate(windows):
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
@@ -62,8 +68,8 @@ def main() -> None:
         )
         while core.has_work:
             for output in core.step().outputs:
-                for position in output.prompt_logprobs or []:
-                    if position is not None:
+                for at, position in enumerate(output.prompt_logprobs or []):
+                    if position is not None and at >= first:
                         total -= position.logprob
                         count += 1
     spent = time.process_time() - began
@@ -75,11 +81,17 @@ def main() -> None:
 
 def read_windows(tokenizer: str, size: int) -> list[list[int]]:
     """Return the documents as windows of `size` tokens."""
+    ids = AutoTokenizer.from_pretrained(tokenizer)(documents(), add_special_tokens=False)[
+        "input_ids"
+    ]
+    return [ids[begin : begin + size] for begin in range(0, len(ids) - size + 1, size)]
+
+
+def documents() -> str:
+    """Return the text."""
     names = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
     files = [*(ROOT / name for name in names), *sorted((ROOT / "docs").glob("*.md"))]
-    text = "\n\n".join(path.read_text(encoding="utf-8") for path in files)
-    ids = AutoTokenizer.from_pretrained(tokenizer)(text, add_special_tokens=False)["input_ids"]
-    return [ids[begin : begin + size] for begin in range(0, len(ids) - size + 1, size)]
+    return "\n\n".join(path.read_text(encoding="utf-8") for path in files)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ to hand a prompt over:
     by recompute  nothing passes but tokens: B computes the prompt again. It is what happens if
                   blocks are gone, and says what the other way saves.
     by blocks     both engines keep evicted blocks in one folder (a connector of four methods). A's
-                  cache is small, so each prompt evicts the one before, which goes to the folder by
-                  the hashes of its blocks; B finds them there by the same hashes.
+                  cache is small, so each prompt evicts the one before, which goes to host memory
+                  and then to the folder, by the hashes of its blocks; B finds them by these.
 
 Either way the tokens are those of one engine that does everything, which is checked. So the folder
 is a hint: nothing has to be leased, and nothing is wrong if a file is missing. What is measured is
@@ -102,19 +102,24 @@ def run(core: EngineCore, request: Request) -> Ended:
     return Ended(tokens, cached, first)
 
 
-def hand_over(a: EngineCore, b: EngineCore, requests: list[Request]) -> list[Ended]:
-    """Let A begin all requests, and B write the rest. Returns what B said, with A's token first."""
+def begin(a: EngineCore, requests: list[Request]) -> list[tuple[int, ...]]:
+    """Let A compute the prompts. Returns the first token of each."""
     begun = []
     for request in requests:
         params = replace(request.sampling_params, max_tokens=1)
-        begun.append(run(a, replace(request, sampling_params=params)).tokens)
-    # One prompt more, so that the last one is evicted too.
-    filler = requests[0].prompt_token_ids[::-1]
-    run(a, make_request("filler", filler, 1))
+        begun.append(tuple(run(a, replace(request, sampling_params=params)).tokens))
+    # Two prompts more, so that all of the last one is evicted, too.
+    for request in requests[:2]:
+        run(a, make_request("filler", request.prompt_token_ids[::-1], 1))
+    return begun
+
+
+def go_on(b: EngineCore, requests: list[Request], begun: list[tuple[int, ...]]) -> list[Ended]:
+    """Let B write the rest. Returns what it said, with A's tokens first."""
     ended = []
     for request, tokens in zip(requests, begun, strict=True):
-        rest = run(b, replace(request, resume=(tuple(tokens),)))
-        ended.append(rest._replace(tokens=tokens + rest.tokens))
+        rest = run(b, replace(request, resume=(tokens,)))
+        ended.append(rest._replace(tokens=[*tokens, *rest.tokens]))
     return ended
 
 
@@ -156,7 +161,7 @@ def main() -> None:
             )
 
         tiers = {
-            "kv_offloading_size": 8 * 2**20,
+            "kv_offloading_size": 64 * 2**20,
             "kv_offloading_connector": f"{__name__}:shared_folder",
         }
         alone = engine(num_blocks=blocks)
@@ -169,11 +174,13 @@ def main() -> None:
         ways: dict[str, dict[str, Any]] = {"by recompute": {}, "by blocks": tiers}
         for name, config in ways.items():
             a, b = (engine(num_blocks=blocks, **config) for _ in range(2))
-            ended = hand_over(a, b, requests)
+            begun = begin(a, requests)
+            if config:
+                a.close()  # what only host memory has goes to the folder
+            ended = go_on(b, requests, begun)
             assert [one.tokens for one in ended] == [one.tokens for one in wanted], name
             print_row(f"B, {name}", ended)
             if config:
-                a.close()
                 b.close()
     print("the tokens are the same")
 

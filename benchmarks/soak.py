@@ -39,8 +39,9 @@ READY_IN_A_ROW = 10
 """Answers of /ready, on connections of their own, after which all HTTP workers count as ready."""
 MAX_SLOPE = 1.0
 """Megabytes a minute by which a process may grow."""
-WARM_SECONDS, MEASURED_SECONDS = 45.0, 90.0
-"""A process's memory is fitted from so many seconds after its start, over at least so many."""
+WARM_SECONDS, MEASURED_SECONDS = 120.0, 480.0
+"""A process's memory is fitted from so many seconds after its start, over at least so many: until
+then it fills its caches, which is no leak."""
 WORDS = ("What is a KV block?", "How are requests scheduled?", "Say something about slots.",
          "Why is memory divided into blocks?", "What does a step do?")  # fmt: skip
 CODES = {"rate_limit_error": "queue_full", "overloaded_error": "engine_not_ready"}
@@ -311,12 +312,13 @@ class Soak:
 
     async def _kill(self, role: str) -> None:
         """Kill a process of this role, and note the window until its successor serves."""
-        before = self._processes()[role]
-        if not before:
+        before = sorted(self._processes()[role], key=psutil.Process.create_time)
+        if len(before) < 1 + (role == "worker"):
             return
         window = [time.monotonic(), float("inf")]
         self._windows.append(window)
-        victim = self._rng.choice(before)
+        # The oldest worker stays, so that the memory of one is seen all the time.
+        victim = self._rng.choice(before[1:] if role == "worker" else before)
         victim.kill()
         self.totals.faults[f"{role} killed"] += 1
         known = {process.pid for process in before}

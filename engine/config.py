@@ -17,7 +17,7 @@ from .embedding_spec import NO_LAYOUT, EmbeddingSpec
 from .errors import ConfigurationError
 from .flags.flag import EngineFlag
 from .flags.flag import flag as _flag
-from .flags.parallel import ParallelConfig
+from .flags.offloading import OffloadingConfig
 from .layers.layer_groups import blocks_needed
 from .lora import AdapterSource
 
@@ -34,7 +34,7 @@ MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig(ParallelConfig):
+class EngineConfig(OffloadingConfig):
     """The engine's configuration: plain values, so that it can be sent to the engine process.
 
     It is frozen; derived values are returned, never written back. Sizes are in tokens unless the
@@ -236,6 +236,7 @@ class EngineConfig(ParallelConfig):
         for flag in engine_flags():
             flag.check(getattr(self, flag.field))
         self.check_ranks()
+        self.check_offloading(enable_prefix_caching=self.enable_prefix_caching)
         if len(self.lora) > self.max_cpu_loras:
             raise ConfigurationError(
                 f"{len(self.lora)} LoRA adapters are more than --max-cpu-loras {self.max_cpu_loras}"
@@ -345,6 +346,7 @@ class EngineInfo(WorkerInfo):
     max_logprobs: int
     max_loras: int = 0
     speculates: bool = False
+    keeps_evicted: bool = False
     seed: int | None = None
     step_tokens: int = 0
     """Maximum number of tokens of the steps whose results have not arrived."""
@@ -365,6 +367,7 @@ class EngineInfo(WorkerInfo):
             step_tokens=worker.max_num_batched_tokens * (1 + ahead),
             max_num_seqs=config.max_num_seqs,
             max_logprobs=min(config.max_logprobs, worker.vocab_size),
+            keeps_evicted=config.kv_offloading_size is not None,
             max_loras=config.max_loras if worker.max_lora_rank is not None else 0,
             speculates=config.speculation in ("ngram", "model")
             or config.speculative_model is not None

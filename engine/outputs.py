@@ -6,6 +6,7 @@ They are NamedTuples, because a few hundred are made every step and msgspec send
 
 from __future__ import annotations
 
+from collections import abc
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -77,6 +78,48 @@ def one_token(request_id: str, choice: int, token_id: int) -> SequenceOutput:
 _NOTHING_ELSE = (None,) * (len(SequenceOutput._fields) - 3)
 
 
+class TierStats(NamedTuple):
+    """Where evicted blocks go: host memory, or the store below it. Counters run since the engine's
+    start."""
+
+    tier: str
+    """"host", "disk" or "store"."""
+    num_blocks: int
+    """Blocks that it holds; for the store below, those that this process knows of."""
+    max_blocks: int | None
+    """Blocks that it has room for, if that is known."""
+    block_bytes: int
+    stored: int
+    """Blocks that were copied to it."""
+    loaded: int
+    """Blocks that were copied from it."""
+    dropped: int
+    """Blocks that were given up for lack of room or because computing them anew is faster."""
+    failures: int
+    """Blocks that could not be stored, or not be loaded whole and intact."""
+
+
+def summed_tiers(of_engines: abc.Iterable[list[TierStats]]) -> list[TierStats]:
+    """Return the sums of the tiers of several engines, by name."""
+    sums: dict[str, TierStats] = {}
+    for tiers in of_engines:
+        for one in tiers:
+            other = sums.get(one.tier)
+            if other is None:
+                sums[one.tier] = one
+                continue
+            rooms = one.max_blocks, other.max_blocks
+            sums[one.tier] = one._replace(
+                num_blocks=one.num_blocks + other.num_blocks,
+                max_blocks=None if None in rooms else sum(room or 0 for room in rooms),
+                stored=one.stored + other.stored,
+                loaded=one.loaded + other.loaded,
+                dropped=one.dropped + other.dropped,
+                failures=one.failures + other.failures,
+            )
+    return list(sums.values())
+
+
 class EngineStats(NamedTuple):
     """A snapshot after a step. Counters run since the engine's start; the rest are gauges."""
 
@@ -109,6 +152,8 @@ class EngineStats(NamedTuple):
     waiting_tokens: int = 0
     """Prompt tokens of waiting sequences, without those that their requests are expected to find
     cached, and tokens that running sequences have still to compute."""
+    tiers: list[TierStats] = []
+    """Where evicted blocks go; empty if they go nowhere."""
     held_adapters: list[str] = []
     """Names of the adapters whose weights are in a slot of the device."""
 
@@ -116,6 +161,10 @@ class EngineStats(NamedTuple):
     def kv_usage(self) -> float:
         """Share of the blocks that sequences hold, 0 to 1."""
         return 1.0 - self.num_free_blocks / self.num_blocks
+
+    def fields(self) -> dict[str, object]:
+        """Return the fields by name, those of the tiers included."""
+        return {**self._asdict(), "tiers": [tier._asdict() for tier in self.tiers]}
 
 
 class StepOutput(NamedTuple):

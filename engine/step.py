@@ -48,6 +48,22 @@ class StateSave(NamedTuple):
     slot: int
 
 
+class BlockSave(NamedTuple):
+    """Copy K and V of every slot and layer from a block to a slot of host memory, before the step
+    changes any block."""
+
+    block: int
+    slot: int
+
+
+class BlockLoad(NamedTuple):
+    """Copy K and V of every slot and layer from a slot of host memory to a block, after the step's
+    saves and before its other copies."""
+
+    slot: int
+    block: int
+
+
 class SequenceSpec(NamedTuple):
     """What a worker must know of a sequence for as long as it runs.
 
@@ -136,6 +152,8 @@ class SchedulerOutput(NamedTuple):
     """Slots that get other weights in this step, in order."""
     state_copies: list[StateCopy] = []
     state_saves: list[StateSave] = []
+    block_saves: list[BlockSave] = []
+    block_loads: list[BlockLoad] = []
 
     @property
     def total_tokens(self) -> int:
@@ -165,6 +183,8 @@ class SchedulerOutput(NamedTuple):
             released=[],
             adapter_loads=[],
             state_copies=[],
+            block_saves=[],
+            block_loads=[],
         )
 
 

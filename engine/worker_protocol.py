@@ -68,6 +68,15 @@ class WorkerProtocol(Launcher, Protocol):
         Raises ConfigurationError if it would be too small.
         """
 
+    def attach_host_memory(self, memory: memoryview) -> float:
+        """Let plans save blocks to slots that fill `memory`, and load them from there. A slot has
+        the bytes of a block in all caches. Returns the seconds of a block's copy. Called once,
+        after `profile`, or not at all."""
+
+    def copies_ended(self) -> int:
+        """Return the last step of which it is known that its copies from and to host memory have
+        ended, and those of all steps before. Never waits."""
+
     def read_adapter(self, source: AdapterSource) -> ReadAdapter:
         """Read a LoRA adapter without any effect on the worker. May be called in any thread.
         Raises InvalidRequestError if it cannot be read or does not fit the model."""

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine.config import EngineInfo
 from quire.engine.errors import QuireError
-from quire.engine.outputs import EngineStats, FinishReason, Timings
+from quire.engine.outputs import EngineStats, FinishReason, TierStats, Timings
 from quire.server.metrics.histograms import RequestRecord
 from quire.server.metrics.metrics import Metrics
 from quire.server.serving.http_server import routing_counter
@@ -227,11 +227,12 @@ def exported_samples() -> dict[str, set[str]]:
         vocab_size=8, max_model_len=64, block_size=16, num_blocks=4, kv_bytes_per_token=1,
  max_num_batched_tokens=512,
  is_asynchronous=False,
-        max_num_seqs=4, max_logprobs=1, eos_token_ids=(), max_loras=1,
+        max_num_seqs=4, max_logprobs=1, eos_token_ids=(), max_loras=1, keeps_evicted=True,
     )  # fmt: skip
     metrics.engine_ready(info)
     routing_counter(metrics)(1, 1)
-    metrics.observe_step(EngineStats(*[1] * 12, running_adapters=["a"]))
+    tiers = [TierStats("host", 1, 1, 1, 1, 1, 1, 1)]
+    metrics.observe_step(EngineStats(*[1] * 12, running_adapters=["a"], tiers=tiers))
     metrics.request_rejected("queue_full")
     metrics.request_finished(
         RequestRecord(

@@ -59,8 +59,10 @@ ROOMS = sorted(
 )
 
 
-def test_the_architecture_is_at_most_120_lines() -> None:
-    assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) <= 120
+def test_the_architecture_is_short() -> None:
+    """It may have 70 lines, and a row for each room."""
+    lines = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()
+    assert len([line for line in lines if not line.startswith("|")]) <= 70
 
 
 def test_every_room_has_its_row_in_the_architecture() -> None:

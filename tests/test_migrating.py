@@ -145,7 +145,8 @@ def test_the_listed_metrics_are_those_with_the_prefix_vllm() -> None:
 @pytest.mark.parametrize(
     ("flag", "advice"),
     [
-        ("--swap-space=4", "--swap-space of vLLM: not needed, since preempted"),
+        ("--swap-space=4", "--swap-space of vLLM: use instead: --kv-offloading-size"),
+        ("--max-log-len=9", "--max-log-len of vLLM: not needed, since prompts are never"),
         ("--max_model_len", "--max_model_len: did you mean --max-model-len?"),
         (
             "--speculative-config.model=x",

@@ -22,6 +22,7 @@ RULES: dict[str, set[str]] = {
     "kernels.cpu.states": {"kernels.cpu"},
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
+    "kernels.cuda.sampling": KERNELS | {"kernels.cuda"},
     "kernels.cuda.states": KERNELS,
     "engine": {"engine.flags", "engine.layers"},
     "engine.flags": ENGINE,
@@ -31,10 +32,11 @@ RULES: dict[str, set[str]] = {
     "engine.checkpoints": ENGINE | {"engine.body"},
     "engine.grammar": ENGINE | {"engine.checkpoints"},
     "engine.speculation": ENGINE | {"engine.cache"},
-    "engine.scheduling": ENGINE | {"engine.cache", "engine.speculation"},
+    "engine.tiers": ENGINE | {"engine.cache"},
+    "engine.scheduling": ENGINE | {"engine.cache", "engine.speculation", "engine.tiers"},
     "engine.core": ENGINE
     | {"engine.cache", "engine.events", "engine.grammar"}
-    | {"engine.scheduling", "engine.speculation"},
+    | {"engine.scheduling", "engine.speculation", "engine.tiers"},
     "engine.states": ENGINE,
     "engine.attention": ENGINE | KERNELS | {"engine.states"},
     "engine.body": ENGINE | KERNELS | {"engine.attention"},
@@ -53,9 +55,11 @@ RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cpu", "kernels.cpu.integer", "kernels.cpu.lora"),
     "kernels.cpu.states",
 }
-RULES["engine.devices.cuda"] = RULES["engine.devices"] | {
-    *("engine.devices", "kernels.cuda", "kernels.cuda.attention", "kernels.cuda.states"),
+RULES["engine.devices.cuda.layers"] = RULES["engine.devices"] | {
+    *("engine.devices", "kernels.cuda", "kernels.cuda.attention", "kernels.cuda.sampling"),
+    "kernels.cuda.states",
 }
+RULES["engine.devices.cuda"] = RULES["engine.devices.cuda.layers"] | {"engine.devices.cuda.layers"}
 RULES["engine.parallel"] = RULES["engine.devices"] | {"engine.devices", "engine.network"}
 RULES["engine.model"] = RULES["engine.parallel"] | {"engine.parallel", "engine.checkpoints"}
 RULES["engine.runner"] = RULES["engine.model"] | {"engine.model"}
@@ -125,8 +129,10 @@ LAZY = {
     ("server.bench", "engine.runner"): {"server.bench.planning"},
     ("server.bench", "engine.model"): {"server.bench.planning"},
     ("server.bench", "server.text"): {"server.bench.planning"},
+    ("engine.devices.cpu", "engine.checkpoints"): {"engine.devices.cpu.first_start"},
     ("engine.devices", "engine.devices.cpu"): {"engine.devices.choose"},
     ("engine.devices", "engine.devices.cuda"): {"engine.devices.choose"},
+    ("engine.devices", "engine.devices.cuda.layers"): {"engine.devices.choose"},
 }
 """Imports against the order or of a heavy room; only these modules have them, within functions."""
 

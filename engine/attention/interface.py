@@ -7,13 +7,15 @@ cache is found by `module.layer_idx`, and the device's own attention through `at
 
 from __future__ import annotations
 
+from collections import abc
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
-from .metadata import AttentionMetadata
+from .metadata import AttentionMetadata, LayerStep
 
 IMPLEMENTATION = "quire_paged"
 """Name under which transformers knows `paged_attention`."""
@@ -47,17 +49,46 @@ def paged_attention(
     nothing here.
     """
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
-    metadata, cache, kv_scales = attn_metadata.of_layer(layer_idx)
+    parts = attn_metadata.parts_of(layer_idx)
+    tensors = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    options = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "window": sliding_window,
+        "softcap": softcap,
+    }
+    if len(parts) == 1:
+        return _attend(parts[0], tensors, s_aux, options)[None], None
+    # Each part has as many of the heads of K and V, and the heads of Q that attend to them.
+    pieces = zip(*(tensor.chunk(len(parts), dim=1) for tensor in tensors), strict=True)
+    sinks = [None] * len(parts) if s_aux is None else s_aux.chunk(len(parts))
+    outputs = [
+        _attend(part, piece, sink, options)
+        for part, piece, sink in zip(parts, pieces, sinks, strict=True)
+    ]
+    return torch.cat(outputs, dim=1)[None], None
+
+
+def _attend(
+    step: LayerStep,
+    tensors: abc.Sequence[torch.Tensor],
+    sinks: torch.Tensor | None,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Attend with query, key and value `[T, heads, head_dim]` to a place of the cache. The heads of
+    the place may have other dimensions: fewer heads that are as much wider, which is the same
+    memory, or as many that are wider, which zeros fill up."""
+    metadata, cache, kv_scales = step
+    (_, num_blocks, heads, size, width), (_, kv_heads, head_dim) = cache.shape, tensors[1].shape
+    missing = 0
+    # (A cache of int8 has wider lines for another reason, and layers that are alike.)
+    if (kv_heads, head_dim) != (heads, width) and cache.dtype != torch.int8:
+        if kv_heads * head_dim == heads * width:
+            cache = cache.view(2, num_blocks, kv_heads, size, head_dim)
+        else:
+            missing = width - head_dim
+            tensors = [F.pad(tensor, (0, missing)) for tensor in tensors]
+    query, key, value = tensors
     output = metadata.plan.attend(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        cache,
-        metadata,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-        kv_scales=kv_scales,
+        query, key, value, cache, metadata, sinks=sinks, kv_scales=kv_scales, **options
     )
-    return output[None], None
+    return output[..., :head_dim] if missing else output

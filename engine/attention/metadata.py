@@ -66,7 +66,8 @@ class AttentionMetadata:
     kv_scales        [num_layers, 2, num_kv_heads] float32: a float8 cache times them is K and V
     others           the metadata of the second and all further groups of layers, if layers have
                      several groups, each with slots and block tables of its own
-    places           the group and the place of each layer; None if there is one group
+    places           for each layer the group and the place of its K and V, of each of their parts
+                     if there are several; None if there is one group, and a place a layer
     """
 
     kv_cache: torch.Tensor
@@ -80,13 +81,23 @@ class AttentionMetadata:
     kv_scales: torch.Tensor | None = None
     states: StepStates | None = None
     others: tuple[AttentionMetadata, ...] = ()
-    places: abc.Sequence[tuple[int, int]] | None = None
+    places: abc.Sequence[tuple[tuple[int, int], ...]] | None = None
 
     def of_layer(self, layer_idx: int) -> LayerStep:
-        """Return what a layer's attention needs to know. Called on the first group's metadata."""
-        scales = None if self.kv_scales is None else self.kv_scales[layer_idx]
+        """Return what a layer's attention needs to know, if K and V are in one place. Called on the
+        first group's metadata."""
         if self.places is None:
+            scales = None if self.kv_scales is None else self.kv_scales[layer_idx]
             return LayerStep(self, self.kv_cache[layer_idx], scales)
-        group, place = self.places[layer_idx]
-        metadata = self.others[group - 1] if group else self
-        return LayerStep(metadata, self.kv_cache[place], scales)
+        (step,) = self.parts_of(layer_idx)
+        return step
+
+    def parts_of(self, layer_idx: int) -> list[LayerStep]:
+        """Return what a layer's attention needs to know for each part of its heads."""
+        if self.places is None:
+            return [self.of_layer(layer_idx)]
+        scales = None if self.kv_scales is None else self.kv_scales[layer_idx]
+        return [
+            LayerStep(self.others[group - 1] if group else self, self.kv_cache[place], scales)
+            for group, place in self.places[layer_idx]
+        ]

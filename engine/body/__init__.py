@@ -7,6 +7,7 @@ Read in this order:
     flatten.py        reads that function's weights out of a transformers model
     merged_linear.py  merges projections that share an input into one product, before that
     grouped_linear.py weights that stay in the 4 or 8 bits of a quantised checkpoint
+    grouped_rows.py   embeddings and experts whose weights stay so
     body.py           the Body protocol, and its kinds: transformers' own code, or a flat decoder
 
 May import: attention, kernels.

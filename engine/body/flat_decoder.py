@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .grouped_linear import GroupedLinear
+from .grouped_rows import GroupedEmbedding
 
 Linear = nn.Linear | GroupedLinear
 
@@ -40,7 +41,7 @@ Linear = nn.Linear | GroupedLinear
 class FlatDecoder(NamedTuple):
     """All layers, with the embedding before and the norm after them."""
 
-    embedding: nn.Embedding
+    embedding: nn.Embedding | GroupedEmbedding
     rotary: nn.Module
     layers: list[FlatLayer]
     norm: Norm
@@ -54,7 +55,10 @@ class FlatDecoder(NamedTuple):
         self, input_ids: torch.Tensor, positions: torch.Tensor, ops: BodyOps
     ) -> torch.Tensor:
         """input_ids and positions `[T]` → hidden states `[T, hidden_size]`."""
-        x = F.embedding(input_ids, self.embedding.weight)
+        if isinstance(self.embedding, GroupedEmbedding):
+            x = self.embedding.rows(input_ids)
+        else:
+            x = F.embedding(input_ids, self.embedding.weight)
         if self.embedding_scale != 1:
             x *= self.embedding_scale
         find = self.rotations or partial(self.rotation, x)
@@ -72,14 +76,9 @@ class FlatDecoder(NamedTuple):
     def rotation(
         self, x: torch.Tensor, positions: torch.Tensor, kind: str | None = None
     ) -> Rotation:
-        """Compute the factors of positions `[T]` by the model's own rotary embedding, for x of any
-        shape on its device and in its type; for layers of this kind, if it knows several."""
-        kinds = () if kind is None else (kind,)
-        cos, sin = (part[0] for part in self.rotary(x[None], positions[None], *kinds))
-        if self.has_half_factors:
-            return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
-        half = cos.shape[-1] // 2
-        return Rotation(cos, torch.cat((-sin[:, :half], sin[:, half:]), dim=-1))
+        """Return the `rotary_factors` of layers of this kind."""
+        halves = self.has_half_factors
+        return rotary_factors(self.rotary, x, positions, kind, has_half_factors=halves)
 
     def with_pairs(self) -> FlatDecoder:
         """Return the same decoder, whose layers rotate neighbours."""
@@ -199,6 +198,25 @@ class Rotation(NamedTuple):
 
 Rotations = Callable[[torch.Tensor, str | None], Rotation]
 """Positions `[T]` and a kind of layers → the factors."""
+
+
+def rotary_factors(
+    rotary: nn.Module,
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    kind: str | None = None,
+    *,
+    has_half_factors: bool = False,
+) -> Rotation:
+    """Compute the factors of positions `[T]` by the model's own rotary embedding, for x of any
+    shape on its device and in its type; for layers of this kind, if it knows several.
+    `has_half_factors` is that of FlatDecoder."""
+    kinds = () if kind is None else (kind,)
+    cos, sin = (part[0] for part in rotary(x[None], positions[None], *kinds))
+    if has_half_factors:
+        return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+    half = cos.shape[-1] // 2
+    return Rotation(cos, torch.cat((-sin[:, :half], sin[:, half:]), dim=-1))
 
 
 class BodyOps(Protocol):

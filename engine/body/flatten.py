@@ -14,6 +14,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from .flat_decoder import FlatDecoder, FlatLayer, Linear, Mixture, Mlp, Norm
+from .grouped_rows import GroupedEmbedding
 from .merged_linear import LinearColumn, MergedLinear
 
 
@@ -53,7 +54,7 @@ def flatten(body: Any, head_dim: int, windows: tuple[int | None, ...]) -> FlatDe
     """
     if not _has_children(body, "embed_tokens layers norm rotary_emb"):
         return None
-    if not isinstance(body.embed_tokens, nn.Embedding):
+    if not isinstance(body.embed_tokens, nn.Embedding | GroupedEmbedding):
         return None
     norm = _norm(body.norm)
     has_kinds = isinstance(getattr(body.rotary_emb, "rope_type", None), dict)
@@ -65,13 +66,12 @@ def flatten(body: Any, head_dim: int, windows: tuple[int | None, ...]) -> FlatDe
     if norm is None or len(flat) < len(layers):
         return None
     # Gemma's embedding multiplies its rows itself, Granite's body does.
-    factor = getattr(body.embed_tokens, "embed_scale", getattr(body, "embedding_multiplier", 1.0))
+    factor = getattr(body.embed_tokens, "embed_scale", 1.0)
     if isinstance(factor, torch.Tensor):
         factor = factor.to(body.embed_tokens.weight.dtype)
+    factor = float(factor) * float(getattr(body, "embedding_multiplier", 1.0))
     has_half_factors = _has_half_factors(body, flat[0].rotary_kind)
-    return FlatDecoder(
-        body.embed_tokens, body.rotary_emb, flat, norm, float(factor), has_half_factors
-    )
+    return FlatDecoder(body.embed_tokens, body.rotary_emb, flat, norm, factor, has_half_factors)
 
 
 @torch.no_grad()

@@ -64,8 +64,8 @@ class GroupedWeight(NamedTuple):
             groups += self.minimum[..., None]
         return groups.view(rows, columns)
 
-    def rows(self, which: slice) -> GroupedWeight:
-        """Return some of the rows, as views."""
+    def rows(self, which: slice | torch.Tensor) -> GroupedWeight:
+        """Return some of the rows: as views if they are a slice, or those of indices `[n]`."""
         return self._replace(
             quants=self.quants[which],
             scale=self.scale[which],

@@ -10,6 +10,7 @@ Reading order:
     block_hashes    the hashes by which full blocks are known, here and in whoever routes requests
     block_pool      reference counts, and the order in which free blocks are reused
     prefix_index    the index of blocks by their tokens
+    evicted_blocks  the protocol of whoever keeps the content of blocks that the pool reuses
     block_recorder  which blocks become known and are lost, for those who follow it
     state_slots     the slots of states, and snapshots of states by the hashes of blocks
     block_manager   both together, as the scheduler uses them: match, allocate, fork, free

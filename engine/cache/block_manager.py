@@ -262,6 +262,8 @@ class BlockManager:
         writes to them in a later step.
         """
         pool, table = self.pool, sequence.block_table
+        if poisoned and pool.evicted_blocks is not None:
+            pool.evicted_blocks.discard(sequence.block_hashes[: len(table)])
         for block in reversed(table):
             if poisoned:
                 pool.forget(block)
@@ -322,10 +324,15 @@ class BlockManager:
         return [] if recorder is None else recorder.take()
 
     def known_blocks(self) -> list[bytes]:
-        """Return the hashes of all full blocks that can be found."""
-        return self.pool.index.hashes()
+        """Return the hashes of all full blocks that can be found, here or where evicted ones go."""
+        hashes, evicted = self.pool.index.hashes(), self.pool.evicted_blocks
+        return hashes if evicted is None else list({*hashes, *evicted.hashes()})
 
     # -- hashes ----------------------------------------------------------------------------
+
+    def hashes_of(self, sequence: Sequence, i: int) -> tuple[bytes, bytes]:
+        """Return the hash of all tokens before block i of the sequence, and the block's own."""
+        return self._parent_hash(sequence, i), self._block_hash(sequence, i)
 
     def _parent_hash(self, sequence: Sequence, i: int) -> bytes:
         """Return the hash of all tokens before block i of the sequence."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from .evicted_blocks import EvictedBlocks
 from .prefix_index import PrefixIndex
 
 MAX_STATE = 255
@@ -45,6 +46,8 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()
         self.trace: BlockTrace | None = None
         """Filled while somebody watches, otherwise None."""
+        self.evicted_blocks: EvictedBlocks | None = None
+        """Where the content of blocks goes before they are reused, if anywhere."""
 
     @property
     def num_free(self) -> int:
@@ -62,6 +65,8 @@ class BlockPool:
             block = self._plain.pop()
         elif self._cached:
             block, _ = self._cached.popitem(last=False)
+            if self.evicted_blocks is not None:
+                self.evicted_blocks.take(block, self.index.hash_of(block))
             self.index.forget(block)
             if self.trace is not None:
                 self.trace.evicted.add(block)

@@ -17,6 +17,7 @@ idea of vLLM's automatic prefix caching; token-granular matches are that of SGLa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..sequence import Sequence
@@ -68,6 +69,8 @@ class PrefixIndex:
         """Parent hash → the block that was indexed last after it."""
         self.recorder: BlockRecorder | None = None
         """Told of all full blocks that are lost, while somebody follows them."""
+        self.is_kept: Callable[[bytes], bool] = lambda own_hash: False
+        """Whether a full block is not lost with its entry here, since it is kept elsewhere."""
 
     def __contains__(self, block: int) -> bool:
         return block in self._entries
@@ -125,6 +128,10 @@ class PrefixIndex:
                     return entry
         return None
 
+    def hash_of(self, block: int) -> bytes | None:
+        """Return the hash of a block that has an entry, or None if it is not full."""
+        return self._entries[block].hash
+
     def hashes(self) -> list[bytes]:
         """Return the hashes of all full blocks of the first group that can be found."""
         return [own_hash for own_hash in self._by_hash if len(own_hash) == HASH_BYTES]
@@ -168,8 +175,9 @@ class PrefixIndex:
             return
         if entry.hash is not None:
             del self._by_hash[entry.hash]
-            if self.recorder is not None and len(entry.hash) == HASH_BYTES:
-                self.recorder.removed(entry.hash)
+            recorder, is_first_group = self.recorder, len(entry.hash) == HASH_BYTES
+            if recorder is not None and is_first_group and not self.is_kept(entry.hash):
+                recorder.removed(entry.hash)
         key = (entry.parent, entry.token_ids[0])
         siblings = self._siblings[key]
         del siblings[block]

@@ -36,11 +36,12 @@ class Checkpoint(Protocol):
         """Return the transformers configuration. Raises ModelLoadError, UnsupportedModelError."""
 
     def weights(
-        self, model: nn.Module, *, keep_groups: bool, keep_float8: bool
+        self, model: nn.Module, *, keep_groups: bool, keep_float8: bool, keep_rows: bool
     ) -> abc.Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
         """Yield the weight of each parameter of `model`, whose own are on the meta device, by its
         name. With `keep_groups`, weights of linear layers stay in their groups if they can; with
-        `keep_float8`, those of float8 stay so too.
+        `keep_float8`, those of float8 stay so too; with `keep_rows`, so may embeddings and the
+        stacks of experts.
 
         A tied head that stays in groups comes under its own name. Raises ModelLoadError if weights
         are missing, left over, of another shape, or not finite.

@@ -162,16 +162,17 @@ def _q2_k(data: NDArray[np.uint8]) -> _Groups:
 
 
 def _q3_k(data: NDArray[np.uint8]) -> _Groups:
-    # 1. Integers: two bits, and a third one in the mask; 4 is subtracted by the minimum.
+    # 1. Integers: two bits, and a third one in the mask. Of them 4 is subtracted; stored 4 greater,
+    #    they have the minimum of Q4_0, which takes no memory.
     bits = np.arange(8, dtype=np.uint8).reshape(2, 4, 1)
     third = data[:, None, None, :32] >> bits & 1
-    integers = (third << 2 | _two_bits(data[:, 32:96])).reshape(-1, 16, 16)
+    integers = (third << 2 | _two_bits(data[:, 32:96])).reshape(-1, 16, 16) + np.uint8(4)
     # 2. Scales: four bits in eight bytes, and two more in four bytes; 32 is subtracted.
     low = _nibbles(data[:, None, 96:104])[:, 0]
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     high = (data[:, None, 104:108] >> shifts & 3).reshape(-1, 16)
     scale = _halves(data[:, 108:]) * ((high << 4 | low).astype(np.float32) - 32)
-    return _Groups(integers, scale, -4 * scale, 4)
+    return _Groups(integers, scale, -8 * scale, 4)
 
 
 _KEPT: dict[str, tuple[int, Callable[[NDArray[np.uint8]], _Groups]]] = {

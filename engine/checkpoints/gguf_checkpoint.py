@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..body.grouped_linear import GroupedWeight
+from ..body.grouped_linear import GroupedWeight, common_form
+from ..body.grouped_rows import is_read_by_rows, stack_parts
 from ..config import EngineConfig
 from ..errors import ModelLoadError, QuireError, UnsupportedModelError, one_line
 from .gguf_blocks import KEPT_TYPES, keep_blocks, make_dense, type_name
@@ -85,40 +86,50 @@ class GgufCheckpoint:
             ) from error
 
     def weights(
-        self, model: nn.Module, *, keep_groups: bool, keep_float8: bool = False
+        self,
+        model: nn.Module,
+        *,
+        keep_groups: bool,
+        keep_float8: bool = False,
+        keep_rows: bool = False,
     ) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
         # 1. Find the tensors of every parameter, before anything is read.
         places = self._places(model)
         linears = {
             f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear
         }
+        keepable = linears if keep_groups else set()
+        if keep_rows:
+            keepable = keepable | {name for name in places if is_read_by_rows(name, model)}
+        kept_embedding: GroupedWeight | None = None
         in_file, in_memory = Counter[str](), Counter[str]()
         data = np.memmap(self._file, np.uint8, "r")
         # 2. Read them one after the other: kept if they can be, or else made dense.
         for name, (tensors, shape) in places.items():
             kinds = sorted({type_name(tensor.type) for tensor in tensors})
-            is_kept = keep_groups and name in linears and KEPT_TYPES.issuperset(kinds)
+            is_kept = name in keepable and KEPT_TYPES.issuperset(kinds)
             weight: torch.Tensor | GroupedWeight
             if is_kept:
-                [tensor] = tensors
-                weight = self._grouped(tensor, data, model)
+                groups = common_form([self._grouped(tensor, data, model) for tensor in tensors])
+                weight = stack_parts(groups, shape[0])
             else:
                 parts = [self._dense(tensor, data, model) for tensor in tensors]
                 weight = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(shape)
+            if isinstance(weight, GroupedWeight) and tensors[0].name == _EMBEDDING:
+                kept_embedding = weight
             what = f"{' and '.join(kinds)} {'kept in blocks' if is_kept else 'made dense'}"
             in_file[what] += sum(tensor.num_bytes for tensor in tensors)
             if isinstance(weight, torch.Tensor):
                 in_memory[what] += weight.nbytes
-            else:
-                in_memory[what] += weight.num_bytes
             yield name, weight
-        # 3. A tied head has no tensor of its own, but can be kept beside the dense embedding.
+        # 3. A tied head has no tensor of its own. It is kept as the embedding is, or beside it.
         embedding = self._header.tensors[_EMBEDDING]
         tied = _HEAD in linears and _HEAD not in places
         if keep_groups and tied and type_name(embedding.type) in KEPT_TYPES:
-            yield _HEAD, self._grouped(embedding, data, model)
+            yield _HEAD, kept_embedding or self._grouped(embedding, data, model)
         for what, size in sorted(in_file.items()):
-            logger.info("GGUF: %.1f MB of %s, as %.1f MB", size / 1e6, what, in_memory[what] / 1e6)
+            made = f", as {in_memory[what] / 1e6:.1f} MB" if what in in_memory else ""
+            logger.info("GGUF: %.1f MB of %s%s", size / 1e6, what, made)
 
     def finish(self, model: nn.Module) -> None:
         """Divide the rotary frequencies by the file's factors, if it has any. Raises ModelLoadError

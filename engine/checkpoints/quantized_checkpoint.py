@@ -102,7 +102,12 @@ class QuantizedCheckpoint:
         return found
 
     def weights(
-        self, model: nn.Module, *, keep_groups: bool, keep_float8: bool = False
+        self,
+        model: nn.Module,
+        *,
+        keep_groups: bool,
+        keep_float8: bool = False,
+        keep_rows: bool = False,
     ) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
         # 1. Find the tensors of every parameter, before any number is read.
         files = TensorFiles(self._repository)

@@ -7,6 +7,6 @@ Reading order:
     trials         requests suspected of killing engines, which begin one at a time
     adapters       LoRA adapters, loaded and unloaded while requests run
 
-May import: the engine's words, cache, scheduling, grammar. Never runner: the loop is given a worker
-and knows only its protocol (engine/worker_protocol.py).
+May import: the engine's words, cache, tiers, scheduling, grammar. Never runner: the loop is given a
+worker and knows only its protocol (engine/worker_protocol.py).
 """

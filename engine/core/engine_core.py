@@ -19,12 +19,14 @@ from ..outputs import EngineStats, LiveSnapshot, StepOutput
 from ..request import Request
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.snapshot import take_snapshot
+from ..scheduling.tiered_scheduler import TieredScheduler
 from ..speculation.cached import CachedDrafter
 from ..speculation.grammar import GrammarDrafter
 from ..speculation.model import ModelDrafter
 from ..speculation.ngram import NgramDrafter
 from ..speculation.prediction import PredictionDrafter
 from ..speculation.speculator import MAX_POSITIONS, Speculator
+from ..tiers.open_tier import open_tier
 from ..worker_protocol import WorkerProtocol
 from .adapters import LoadedAdapters
 from .step_loop import StepLoop
@@ -62,7 +64,11 @@ class EngineCore:
             enable_prefix_caching=is_cached,
             states=states,
         )
-        self._scheduler = Scheduler(
+        self._tier = open_tier(config, loaded, block_manager, worker)
+        make_scheduler: Callable[..., Scheduler] = Scheduler
+        if self._tier is not None:
+            make_scheduler = partial(TieredScheduler, tier=self._tier)
+        self._scheduler = make_scheduler(
             block_manager,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=loaded.max_num_batched_tokens,
@@ -142,6 +148,8 @@ class EngineCore:
         stats = self._scheduler.stats()
         if not (outputs or stats.step_tokens):
             self._structured.wait_compiled(COMPILE_WAIT_SECONDS)
+            if self._tier is not None:
+                self._tier.wait(COMPILE_WAIT_SECONDS)
         return StepOutput(outputs, stats)
 
     def stats(self) -> EngineStats:
@@ -161,6 +169,8 @@ class EngineCore:
 
     def take_block_events(self) -> list[BlockEvent]:
         """Return what was recorded since this was last called."""
+        if self._tier is not None:
+            self._tier.poll()
         return self._scheduler.block_manager.take_block_events()
 
     def known_blocks(self) -> list[bytes]:
@@ -169,7 +179,14 @@ class EngineCore:
 
     def reset_prefix_cache(self) -> None:
         """Forget the content of every cached block that no sequence holds."""
+        if self._tier is not None:
+            self._tier.clear()
         self._scheduler.block_manager.forget_free()
+
+    def close(self) -> None:
+        """Let evicted blocks that are on their way to a store arrive there. Called last."""
+        if self._tier is not None:
+            self._tier.close()
 
 
 def _make_state_slots(

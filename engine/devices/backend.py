@@ -4,6 +4,7 @@ outside this room asks what device it runs on.
     Backend    is made once: it knows what the device supports, its memory, how it runs a model
     Planner    is made for one KV cache, and plans how each step attends
     Graphs     are captured steps, if the device can capture any
+    HostBlocks copies blocks between KV caches and host memory
     Rehearsal  is the model runner as a backend sees it while the worker starts
 """
 
@@ -24,7 +25,7 @@ from ..body.grouped_linear import GroupedWeight
 from ..config import EngineConfig
 from ..sampling.sampler import Sampler
 from ..states.step_states import StateOps
-from ..step import BlockCopy
+from ..step import BlockCopy, BlockLoad, BlockSave
 from .steps import DeviceStep, GraphKey, HostStep, ModelOutput, StepInputs
 
 if TYPE_CHECKING:
@@ -123,6 +124,27 @@ class Rehearsal(Protocol):
         """Copy blocks of the runner's cache."""
 
 
+class HostBlocks(Protocol):
+    """Copies whole blocks between KV caches and slots of host memory.
+
+    A slot holds a block of each cache, one after the other, each as `[layers, 2, heads, block_size,
+    width]` without gaps.
+    """
+
+    def move(
+        self, step: int, saves: abc.Sequence[BlockSave], loads: abc.Sequence[BlockLoad]
+    ) -> None:
+        """Begin a step's copies: all saves, then all loads. What is launched after this finds the
+        blocks saved and loaded; the host may not read or change the slots before they have ended.
+        Steps are given in order, those without copies included."""
+
+    def ended(self) -> int:
+        """Return the last step whose copies have ended, as those of all before have; never wait."""
+
+    def wait(self) -> None:
+        """Wait until all copies have ended."""
+
+
 class CacheDemand(NamedTuple):
     """The facts on which the size of a KV cache depends, besides the device's memory."""
 
@@ -185,6 +207,15 @@ class Backend(Protocol):
     def multiplies_float8(self) -> bool:
         """Whether grouped weights may be of float8; if not, they are made dense."""
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether embeddings and experts may be grouped (`grouped_rows.py`); if not, their weights
+        are made dense."""
+
+    def weight_bytes(self, weight: torch.Tensor | GroupedWeight, quantization: str | None) -> int:
+        """Return the bytes that a weight `[out_features, in_features]` takes on the device, rounded
+        as `quantization` says if it is not grouped."""
+
     def token_budget(self, config: EngineConfig) -> int:
         """Return the maximum number of tokens in a step."""
 
@@ -241,6 +272,11 @@ class Backend(Protocol):
 
     def copy_blocks(self, kv_cache: torch.Tensor, copies: abc.Sequence[BlockCopy]) -> None:
         """Copy whole blocks, over all layers, K and V; at least one."""
+
+    def make_host_blocks(
+        self, caches: abc.Sequence[torch.Tensor], memory: memoryview
+    ) -> HostBlocks:
+        """Let blocks of these caches be copied to slots that fill `memory`, and back."""
 
     # -- steps -----------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ def choose_backend(config: EngineConfig, place: int = 0) -> Backend:
         # it is told to, and which 3.9 warns of.
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
         from .cuda.backend import CudaBackend, require_gpu
-        from .cuda.kernels import TRITON, TRITON_PDL
+        from .cuda.layers.kernels import TRITON, TRITON_PDL
 
         require_gpu(pdl=config.enable_pdl)
         return CudaBackend(torch.device("cuda", place), TRITON_PDL if config.enable_pdl else TRITON)

@@ -24,7 +24,7 @@ from ..client import EngineHealth, EngineState, Fingerprint
 from ..config import EngineInfo
 from ..errors import EngineDeadError, EngineNotReadyError, QuireError
 from ..lora import AdapterSource
-from ..outputs import EngineStats, LiveSnapshot, SequenceOutput
+from ..outputs import EngineStats, LiveSnapshot, SequenceOutput, summed_tiers
 from ..process import wire
 from ..process.process_client import ProcessEngineClient
 from ..process.remote_client import RemoteEngineClient
@@ -325,6 +325,8 @@ def summed(all_stats: abc.Sequence[EngineStats]) -> EngineStats:
             total[field] = sorted({name for names in values for name in names})
         elif field == "accepted_per_position":
             total[field] = tuple(sum(each) for each in zip_longest(*values, fillvalue=0))
+        elif field == "tiers":
+            total[field] = summed_tiers([stats.tiers for stats in all_stats])
         else:
             total[field] = sum(values)
     return EngineStats(**total)  # type: ignore[arg-type]

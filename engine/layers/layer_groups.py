@@ -22,7 +22,7 @@ from collections import abc
 from functools import partial
 from typing import NamedTuple
 
-MAX_GROUPS = 8
+MAX_GROUPS = 12
 """Maximum groups of a model: each costs a table, and time of the host, for every sequence."""
 
 
@@ -62,6 +62,23 @@ class LayerGroups(NamedTuple):
             for place, layer in enumerate(group.layers)
         }
         return tuple(found[layer] for layer in range(len(found)))
+
+    def count_layers(self, lines: abc.Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """Return for each group how many layers have the first of their `lines` there, if it is
+        lines of the KV cache that the groups consist of."""
+        places = self.places()
+        firsts = [places[first][0] for first, *_ in lines]
+        return tuple(firsts.count(group) for group in range(len(self.groups)))
+
+    def places_of(
+        self, lines: abc.Sequence[tuple[int, ...]]
+    ) -> tuple[tuple[tuple[int, int], ...], ...] | None:
+        """Return the groups and places of each layer's `lines`; None if there is one group and
+        layer i has line i."""
+        if len(self.groups) == 1 and all(line == (i,) for i, line in enumerate(lines)):
+            return None
+        places = self.places()
+        return tuple(tuple(places[line] for line in parts) for parts in lines)
 
     @classmethod
     def one_table(cls, num_layers: int) -> LayerGroups:

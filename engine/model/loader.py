@@ -10,6 +10,7 @@ import torch
 
 from ..attention.interface import IMPLEMENTATION, register_attention
 from ..body.grouped_linear import GroupedLinear
+from ..body.grouped_rows import GroupedEmbedding
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..classifier_spec import ClassifierSpec
 from ..config import EngineConfig
@@ -70,21 +71,27 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
         spec.architecture,
         spec.heads,
         spec.num_layers,
+        has_unequal_heads=spec.layer_heads is not None,
     )
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
     kv_cache_dtype = backend.kv_cache_dtype(config, dtype)  # refused before weights are read
+    if spec.layer_heads is not None and kv_cache_dtype.itemsize == 1:
+        raise ConfigurationError(
+            f"--kv-cache-dtype {config.kv_cache_dtype} needs layers whose heads are alike, but "
+            f"those of {spec.architecture} differ"
+        )
     _check_device(config, backend)
     register_attention()
     try:
         model, can_generate, source_format = _load(
             hf_config, spec, config, dtype, backend, checkpoint
         )
-        facts = weight_facts(model, source_format, config.quantization)
+        facts = weight_facts(model, source_format, config.quantization, backend.weight_bytes)
         expected, cuts = _cut(model, spec, config, backend, ranks, max_model_len)
         model.to(device)
         for module in model.modules():
-            if isinstance(module, GroupedLinear):
+            if isinstance(module, GroupedLinear | GroupedEmbedding):
                 module.grouped = module.grouped.to(device)
     except QuireError:
         raise
@@ -151,6 +158,7 @@ def _load(
             dtype,
             keep_groups=backend.multiplies_groups,
             keep_float8=backend.multiplies_float8,
+            keep_rows=backend.keeps_rows,
         )
         source_format = checkpoint.source_format
     else:

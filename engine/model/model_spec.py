@@ -16,6 +16,7 @@ from ..errors import (
     check_folder,
     one_line,
 )
+from ..layers.kv_lines import KVHeads, KVLines
 from ..parallel.tensor_plan import Heads, layers_of
 from ..states.state_spec import ATTENTION_TYPES, LAYER_TYPES, STATE_TYPES, StateSpec, read_state
 from .classifier_layout import read_classifier
@@ -37,6 +38,8 @@ class ModelSpec:
     None means all. `max_position` is the longest context in tokens that the positional encoding
     covers, rope scaling included. `dtype` is the checkpoint's, as a torch name without the prefix.
     `embedding` says how embeddings are made, or why none are, and `classifier` how scores are.
+    If layers differ in the heads of K and V, `layer_heads` has those of each, and `kv_lines` says
+    how they lie in the cache, whose lines have `num_kv_heads` and `head_dim`.
     """
 
     architecture: str
@@ -51,6 +54,22 @@ class ModelSpec:
     dtype: str
     embedding: EmbeddingSpec | str = NO_LAYOUT
     classifier: ClassifierSpec | str = NO_CLASSIFIER
+    layer_heads: tuple[KVHeads, ...] | None = None
+    kv_lines: KVLines | None = None
+
+    @property
+    def lines(self) -> KVLines:
+        """The lines of the KV cache; if layers are alike, one for each."""
+        if self.kv_lines is not None:
+            return self.kv_lines
+        return KVLines.alike(KVHeads(self.num_kv_heads, self.head_dim), self.windows)
+
+    def heads_of(self, layer: int) -> KVHeads:
+        """Return the heads of a layer's K and V."""
+        if self.layer_heads is not None:
+            return self.layer_heads[layer]
+        return KVHeads(self.num_kv_heads, self.head_dim)
+
     state: StateSpec | None = None
     kv_layers: tuple[int, ...] = ()
 
@@ -58,7 +77,7 @@ class ModelSpec:
         """Return the bytes of one token's K and V over all layers; `element_size` is in bytes. Each
         head's K and V may have `step_bytes` more."""
         size = self.head_dim * element_size + step_bytes
-        return 2 * self.num_layers * self.num_kv_heads * size
+        return 2 * len(self.lines.windows) * self.num_kv_heads * size
 
     @property
     def heads(self) -> Heads:
@@ -120,8 +139,6 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
     text = hf_config.get_text_config(decoder=True)
     architecture = (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
     _refuse_unsupported(hf_config, text, architecture)
-    if getattr(text, "is_heterogeneous", False):
-        raise UnsupportedModelError(f"{architecture}: its layers differ in shape")
     try:
         kinds = _layer_types(text, architecture)
         kv_layers = tuple(i for i, kind in enumerate(kinds) if kind in ATTENTION_TYPES)
@@ -131,15 +148,21 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
                 "attends"
             )
         heads: int = text.num_attention_heads
+        windows = _windows(text, [kinds[layer] for layer in kv_layers])
+        if getattr(text, "is_heterogeneous", False):
+            shapes = _unequal_heads(text, windows, architecture)
+        else:
+            shapes = {
+                "num_kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+                "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+            }
         return ModelSpec(
             architecture=architecture,
             num_layers=len(kv_layers),
             num_attention_heads=heads,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             vocab_size=text.vocab_size,
             max_position=_max_position(text),
-            windows=_windows(text, [kinds[layer] for layer in kv_layers]),
+            windows=windows,
             eos_token_ids=read_end_tokens(hf_config, config, text.vocab_size),
             dtype=str(getattr(hf_config, "dtype", None) or text.dtype or "float32").removeprefix(
                 "torch."
@@ -148,11 +171,48 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
             classifier=read_classifier(hf_config, config),
             state=_state(text, kinds, architecture),
             kv_layers=kv_layers,
+            **shapes,
         )
     except AttributeError as error:
         raise UnsupportedModelError(
             f"{architecture}: its configuration is not a causal language model's ({error})"
         ) from error
+
+
+def _unequal_heads(text: Any, windows: tuple[int | None, ...], architecture: str) -> dict[str, Any]:
+    """Return the fields of the specification for layers that differ in the heads of K and V. Raises
+    UnsupportedModelError if they differ in more, or their K and V cannot lie in blocks that are
+    alike."""
+    others = text.per_layer_attributes - {"head_dim", "num_key_value_heads"}
+    if others:
+        raise UnsupportedModelError(
+            f"{architecture}: its layers differ in {', '.join(sorted(others))}"
+        )
+    num_layers = len(windows)
+    heads = tuple(
+        KVHeads(layer.num_key_value_heads, layer.head_dim)
+        for layer in map(text.per_layer_config.__getitem__, range(num_layers))
+    )
+    # The last layers attend to K and V of the last one of their kind before them.
+    first_shared = num_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
+    last = {kind: layer for layer, kind in enumerate(text.layer_types[:first_shared])}
+    sources = [
+        layer if layer < first_shared else last.get(text.layer_types[layer], layer)
+        for layer in range(num_layers)
+    ]
+    lines = KVLines.of_layers(heads, windows, sources)
+    if lines is None:
+        raise UnsupportedModelError(
+            f"{architecture}: its layers have heads of K and V that do not divide each other: "
+            + ", ".join(f"{kind.num_heads} × {kind.head_dim}" for kind in sorted(set(heads)))
+        )
+    line = lines.heads
+    return {
+        "num_kv_heads": line.num_heads,
+        "head_dim": line.head_dim,
+        "layer_heads": heads,
+        "kv_lines": lines,
+    }
 
 
 def _refuse_unsupported(hf_config: Any, text: Any, architecture: str) -> None:

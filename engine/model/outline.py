@@ -46,19 +46,21 @@ _OTHER_PARTS = re.compile(
     r"(^|\.)(visual|vision_\w+|multi_modal_projector|connector|image_newline|audio_\w+)(\.|$)"
 )
 """Names of weights that text does not pass through."""
+_UNITS = 4 / 256
 _GROUP_BYTES = {
-    "Q2_K": 1.0,
-    "Q3_K": 1.0,
-    "Q4_0": 0.75,
-    "Q4_1": 0.75,
-    "Q4_K": 0.75,
-    "Q5_0": 1.125,
-    "Q8_0": 1.125,
-    "Q5_1": 1.25,
-    "Q5_K": 1.25,
-    "Q6_K": 1.25,
+    "Q2_K": 1 / 2 + 2 / 16 + _UNITS,
+    "Q3_K": 1 / 2 + 1 / 16 + _UNITS,
+    "Q4_0": 1 / 2 + 2 / 32,
+    "Q4_1": 1 / 2 + 4 / 32,
+    "Q4_K": 1 / 2 + 2 / 32 + _UNITS,
+    "Q5_0": 1 + 2 / 32,
+    "Q8_0": 1 + 2 / 32,
+    "Q5_1": 1 + 4 / 32,
+    "Q5_K": 1 + 2 / 32 + _UNITS,
+    "Q6_K": 1 + 1 / 16 + _UNITS,
 }
-"""Bytes of a weight that stays in groups, scales and minimums included, by its type in the file."""
+"""Bytes of a weight that stays in groups, by its type in the file: its integer, its share of the
+scale and the minimum of a group, and of the units of both, as the CPU packs them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,14 +178,15 @@ def outline(
 
 def _kv_sizes(spec: ModelSpec, max_model_len: int, element_size: int) -> dict[str, Any]:
     """Return what K and V of a token take, in all layers and in one of their groups."""
-    groups = LayerGroups.choose(spec.windows, max_model_len, _BLOCK_SIZE)
+    windows = spec.lines.windows
+    groups = LayerGroups.choose(windows, max_model_len, _BLOCK_SIZE)
     if spec.state is not None:
-        groups = LayerGroups.one_table(spec.num_layers)
+        groups = LayerGroups.one_table(len(windows))
     size = spec.kv_bytes_per_token(element_size)
     return {
         "kv_bytes_per_token": size,
         "group_windows": groups.windows,
-        "group_bytes_per_token": size // spec.num_layers * groups.num_places,
+        "group_bytes_per_token": size // len(windows) * groups.num_places,
     }
 
 
@@ -234,15 +237,12 @@ def _gguf(header: Header, size: int, *, keeps_groups: bool) -> _Weights:
             continue
         kind = GGMLQuantizationType(tensor.type).name
         elements = prod(tensor.shape)
-        is_linear = len(tensor.shape) == 2 and "ffn_gate_inp" not in name  # a router is none
-        in_groups = _GROUP_BYTES.get(kind) if keeps and is_linear else None
-        is_embedding = name == "token_embd.weight"
+        is_matrix = len(tensor.shape) > 1 and "ffn_gate_inp" not in name  # a router is dense
+        in_groups = _GROUP_BYTES.get(kind) if keeps and is_matrix else None
         number += elements
         file_bytes += tensor.num_bytes
         types[kind] += tensor.num_bytes
-        weight_bytes += elements * (size if in_groups is None or is_embedding else in_groups)
-        if in_groups is not None and is_embedding and "output.weight" not in header.tensors:
-            weight_bytes += elements * in_groups  # the tied head
+        weight_bytes += elements * (size if in_groups is None else in_groups)
     common = types.most_common(1)
     return _Weights(
         f"GGUF {common[0][0]}" if common else "GGUF", number, file_bytes, int(weight_bytes)

@@ -152,6 +152,11 @@ class _Calls(list[LayerCall]):
             self.query_start_loc = self.states.slots.new_tensor([0, 3])
             self.seq_lens = self.states.slots.new_tensor([3])
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """K and V of each layer."""
+
 
 @torch.no_grad()
 def run_probe(
@@ -179,6 +184,7 @@ def run_probe(
     finally:
         attends.set_attn_implementation(IMPLEMENTATION)
     _check_calls(calls, spec)
+    _check_sharing(calls, spec)
     if not isinstance(getattr(output, "last_hidden_state", None), torch.Tensor):
         refuse(spec, "its body returns no last_hidden_state")
     return ProbeResult(output, calls)
@@ -219,12 +225,13 @@ def _check_calls(calls: list[LayerCall], spec: ModelSpec) -> None:
         if call.obstacle is not None:
             refuse(spec, f"{where} {call.obstacle}")
         shape = (call.num_heads, call.num_kv_heads, call.key_dim, call.value_dim)
-        expected = (spec.num_attention_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim)
+        kv_heads, head_dim = spec.heads_of(call.layer_idx)
+        expected = (spec.num_attention_heads, kv_heads, head_dim, head_dim)
         if shape != expected:
             refuse(
                 spec,
                 f"{where} has (heads, KV heads, K dim, V dim) {shape}, "
-                f"not {expected} as all layers must",
+                f"not {expected} as " + ("stated" if spec.layer_heads else "all layers must"),
             )
         if call.window != spec.windows[call.layer_idx]:
             refuse(
@@ -234,6 +241,18 @@ def _check_calls(calls: list[LayerCall], spec: ModelSpec) -> None:
             )
 
 
+def _check_sharing(calls: _Calls, spec: ModelSpec) -> None:
+    """Raise UnsupportedModelError if a layer that has another's lines in the KV cache attends to
+    other K and V."""
+    if spec.kv_lines is None:
+        return
+    first: dict[tuple[int, ...], int] = {}
+    for layer, lines in enumerate(spec.kv_lines.of_layer):
+        source = first.setdefault(lines, layer)
+        if not all(map(torch.equal, calls.shared[layer], calls.shared[source])):
+            refuse(spec, f"layer {layer} does not attend to K and V of layer {source}")
+
+
 def _probe_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -241,7 +260,7 @@ def _probe_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    attn_metadata: list[LayerCall] | None = None,
+    attn_metadata: _Calls | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     dropout: float = 0.0,
@@ -269,9 +288,10 @@ def _probe_attention(
             _obstacle(module, attention_mask, others),
         )
     )
+    attn_metadata.shared[layer_idx] = key, value
     if query.shape[-1] != value.shape[-1]:  # refused afterwards: all heads must be alike
         return query.new_zeros((*query.shape[:-1], value.shape[-1])).transpose(1, 2), None
-    rounding = getattr(attn_metadata, "kv_dtype", None)
+    rounding = attn_metadata.kv_dtype
     if rounding is not None:
         key, value = (part.to(rounding).to(part.dtype) for part in (key, value))
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))

@@ -64,8 +64,12 @@ class Leader(Collectives):
         self._folder = contextlib.ExitStack()
         self._socket = messages.make_socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._fds: dict[int, int] = {}
+        """The descriptor of each rank's connection."""
+        watched = self._socket.get_monitor_socket(
+            zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
         address = self._listen()
-        watched = self._socket.get_monitor_socket(messages.FAILED | zmq.EVENT_DISCONNECTED)
         self._processes = {
             rank: start_follower(self._launch(rank, address)) for rank in config.ranks_of_node[1:]
         }
@@ -179,23 +183,26 @@ class Leader(Collectives):
             if not self._socket.poll(PATIENCE_MS):
                 logger.info("waiting for the ranks %s", ", ".join(map(str, missing)))
                 continue
-            name, data = self._socket.recv_multipart()
+            first, second = self._socket.recv_multipart(copy=False)
+            name = first.bytes
             try:
-                message = messages.decode_to_leader(data)
+                message = messages.decode_to_leader(second.bytes)
             except (msgspec.MsgspecError, StartupError) as error:
                 logger.warning("dropped a malformed message of %r: %s", name, error)
                 continue
-            self._handle(name, message)
+            self._handle(name, message, int(second.get(zmq.SRCFD)))
         # No stranger can find the socket's file from here on.
         self._folder.close()
         return [self._votes[rank].popleft() for rank in others]
 
-    def _handle(self, name: bytes, message: messages.ToLeader) -> None:
+    def _handle(self, name: bytes, message: messages.ToLeader, fd: int) -> None:
+        """Handle a message that came over the connection with this descriptor."""
         match message:
             case messages.Join(rank):
                 problem = self._problem_of(message)
                 if problem is None and name == _name(rank):
                     self._joined.add(rank)
+                    self._fds[rank] = fd
                     return
                 self._socket.send_multipart(
                     [name, messages.encode(messages.Refused(problem or "its name is not its rank"))]
@@ -233,16 +240,29 @@ class Leader(Collectives):
 
     def _watch_links(self, monitor: Any) -> None:
         """End with the first follower whose connection breaks, or that is silent for too long.
-        A connection that never spoke the protocol is no follower's."""
-        is_stranger = False
+
+        Strangers come and go, and a connection that never spoke the protocol, or not with the right
+        key, is no follower's. A handshake does not say whose it was; but once all ranks have
+        joined, it is known which connections are theirs.
+        """
+        pending: set[int] = set()
+        greeted: set[int] = set()
         while not self._closing:
-            kind = recv_monitor_message(monitor)["event"]
-            # Both events of a connection without a handshake come together.
-            if kind == zmq.EVENT_DISCONNECTED and not is_stranger:
-                time.sleep(0.05)  # if its process has ended, that is the better message
-                if not self._closing:
-                    _end("the connection to a rank is broken, or it was silent for too long")
-            is_stranger = kind != zmq.EVENT_DISCONNECTED
+            event = recv_monitor_message(monitor)
+            kind, fd = event["event"], int(event["value"])
+            if kind == zmq.EVENT_ACCEPTED:
+                pending.add(fd)
+                greeted.discard(fd)
+            elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                greeted |= pending
+                pending.clear()
+            else:
+                pending.discard(fd)
+                all_joined = len(self._fds) == self.size - 1
+                if fd in (self._fds.values() if all_joined else greeted):
+                    time.sleep(0.05)  # if its process has ended, that is the better message
+                    if not self._closing:
+                        _end("the connection to a rank is broken, or it was silent for too long")
 
 
 def _listening(config: EngineConfig) -> socket.socket:

@@ -27,7 +27,7 @@ FAILED = (
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 )
-"""Events of connections that never spoke the protocol, or not with the right key."""
+"""Events of a connection that rank 0 does not accept, as a follower sees it."""
 
 
 class Join(msgspec.Struct, array_like=True, tag=True):

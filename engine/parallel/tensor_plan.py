@@ -50,15 +50,20 @@ def check_parallel(
     architecture: str,
     heads: Heads,
     layers: int,
+    *,
+    has_unequal_heads: bool = False,
 ) -> None:
     """Raise ConfigurationError or UnsupportedModelError if several ranks cannot run the model, as
-    far as its configuration shows that; no weight is touched."""
+    far as its configuration shows that; no weight is touched. `has_unequal_heads` says that layers
+    differ in the heads of K and V."""
     if config.num_ranks == 1:
         return
     if config.enable_lora and config.pipeline_parallel_size > 1:
         raise ConfigurationError(
             "LoRA adapters do not run in stages: leave --pipeline-parallel-size out"
         )
+    if has_unequal_heads:
+        raise UnsupportedModelError(f"{architecture}: layers whose heads differ need one device")
     if config.pipeline_parallel_size > layers:
         raise ConfigurationError(
             f"--pipeline-parallel-size is {config.pipeline_parallel_size}, but {architecture} has "

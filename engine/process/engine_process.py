@@ -69,6 +69,8 @@ class EngineCoreProtocol(Protocol):
 
     def reset_prefix_cache(self) -> None: ...
 
+    def close(self) -> None: ...
+
     def record_blocks(self, on: bool) -> None: ...
 
     def take_block_events(self) -> list[BlockEvent]: ...
@@ -359,6 +361,7 @@ def main() -> int:
     quiet.is_on = False
     try:
         server.run(core)
+        core.close()
     except Exception:
         logger.exception("the engine loop failed")
         # Who was in the step has to arrive, even if it failed sooner than the message was sent.

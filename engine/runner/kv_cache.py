@@ -30,15 +30,16 @@ def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 def choose_groups(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> LayerGroups:
     """Return the groups of a model's layers. There is one if each of several stages has a part of
-    the layers, if a draft model shares the block tables, and if layers keep a state, whose
-    snapshots say how far a prefix reaches."""
+    the layers, if a draft model shares the block tables, if evicted blocks are kept, which are
+    whole ones, and if layers keep a state, whose snapshots say how far a prefix reaches."""
     if (
         config.pipeline_parallel_size > 1
         or config.speculative_model is not None
+        or config.kv_offloading_size is not None
         or spec.state is not None
     ):
-        return LayerGroups.one_table(spec.num_layers)
-    return LayerGroups.choose(spec.windows, max_model_len, config.block_size)
+        return LayerGroups.one_table(len(spec.lines.windows))
+    return LayerGroups.choose(spec.lines.windows, max_model_len, config.block_size)
 
 
 MAX_TABLE_ENTRIES = 2**28
@@ -47,7 +48,7 @@ MAX_TABLE_ENTRIES = 2**28
 
 def block_bytes(spec: ModelSpec, groups: LayerGroups, block_size: int, dtype: torch.dtype) -> int:
     """Return the bytes of one block, K and V of one group's layers."""
-    return block_size * groups.num_places * (token_bytes(spec, dtype) // spec.num_layers)
+    return block_size * groups.num_places * (token_bytes(spec, dtype) // len(spec.lines.windows))
 
 
 def _step_bytes(dtype: torch.dtype) -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..adapters.slots import AdapterSlots
 from ..attention.metadata import AttentionMetadata, AttentionPlan
 from ..config import EngineConfig
-from ..devices.backend import Backend, Graphs, Planner
+from ..devices.backend import Backend, Graphs, HostBlocks, Planner
 from ..devices.steps import DeviceStep, GraphKey, HostStep, ModelOutput, StepInputs
 from ..errors import DeviceMemoryError
 from ..layers.layer_groups import LayerGroups
@@ -25,7 +25,7 @@ from ..parallel.step_plan import StepPlan
 from ..request import Request
 from ..sampling_params import SamplingParams
 from ..sequence import Rank, Sequence
-from ..step import AdapterLoad, BlockCopy, SamplingConstraints, SchedulerOutput, SequenceSpec
+from ..step import AdapterLoad, BlockCopy, SamplingConstraints, SchedulerOutput
 from .adapter_store import AdapterStore
 from .alone import run_alone
 from .input_batch import InputBatch
@@ -33,13 +33,14 @@ from .pending_results import PendingResults
 from .plan_sender import PlanSender
 from .pooling import Pooler
 from .prompt_logprobs import PromptChunk, prompt_logprobs
-from .row_sampling import RowSamples, SamplingRows, sample_rows
+from .row_sampling import RowSamples, joined, sample_rows, sampling_rows
 from .state_store import make_state_store
 
 
 class ModelRunner:
     """Runs steps over one model and one KV cache; keeps what persists between steps."""
 
+    # Over 50 lines: half of them are arguments and what they say.
     def __init__(
         self,
         model: CausalLM,
@@ -66,8 +67,9 @@ class ModelRunner:
         self._adapters = adapters
         self._ranks = ranks
         self._block_size = config.block_size
-        self._num_groups = 1 if groups is None else len(groups.groups)
-        self._places = None if groups is None or self._num_groups == 1 else groups.places()
+        groups = groups or LayerGroups.one_table(len(spec.lines.windows))
+        self._num_groups = len(groups.groups)
+        self._places = groups.places_of(spec.lines.of_layer)
         self._batch = batch or InputBatch(
             max_num_seqs=config.max_num_seqs,
             max_num_tokens=max(backend.token_budget(config), config.max_num_seqs),
@@ -89,6 +91,7 @@ class ModelRunner:
             config, kv_cache, spec.num_attention_heads, frozenset(spec.windows), model.dtype
         )
         self._graphs: Graphs | None = None
+        self.host_blocks: HostBlocks | None = None
         self._last_results: PendingResults | None = None
 
     @property
@@ -120,6 +123,11 @@ class ModelRunner:
         """The runner of the draft model, which computes the same steps, if there is one."""
         return None
 
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """The KV cache of this model; a draft model has one of its own."""
+        return self._kv_cache
+
     def begin(self, output: SchedulerOutput) -> None:
         """Carry out what a plan says must come before its forward."""
         self._batch.apply(output)
@@ -131,6 +139,8 @@ class ModelRunner:
         try:
             if self._states is not None:
                 self._states.copy(output.state_copies)
+            if self.host_blocks is not None:
+                self.host_blocks.move(output.step, output.block_saves, output.block_loads)
             self.copy_blocks(output.block_copies)
         except torch.OutOfMemoryError as error:  # no later step would make up for them
             raise RuntimeError("out of device memory for the copies of a step") from error
@@ -162,9 +172,9 @@ class ModelRunner:
         sampled = None
         with self._memory_errors_named():
             if len(host.sampling_rows):
-                rows = _sampling_rows(host, step, output)
+                rows = sampling_rows(host, step, output)
                 samples = sample_rows(self._sampler, rows, constraints, errors)
-                sampled = _joined(samples) if samples else None
+                sampled = joined(samples) if samples else None
             # Last, since a step that runs out of memory before its end is tried again.
             pooled = self._pooler(host, output.hidden) if host.pooled_rows else []
         if sampled is not None:
@@ -377,23 +387,3 @@ class StepForward:
         if self._computed is None:
             return PendingResults(0, [], [], [], {})
         return self._runner.sample(self._computed, constraints)
-
-
-def _sampling_rows(host: HostStep, step: DeviceStep, output: ModelOutput) -> SamplingRows:
-    rows, sequences, last_ids = host.order, host.sequences, step.input_ids
-    if len(host.sampling_rows) < len(step.input_ids) or host.num_drafts:
-        picks = host.sampling_rows.tolist()
-        rows = [host.order[row] for row in picks]
-        sequences = [host.sequences[row] for row in picks]
-        last_ids = last_ids[step.logit_indices]
-    positions, logits, best = host.sampled_positions, output.logits, output.best
-    return SamplingRows(rows, host.num_drafts, sequences, positions, logits, last_ids, best)
-
-
-def _joined(samples: list[RowSamples]) -> tuple[list[SequenceSpec], torch.Tensor]:
-    """Return the sequences that were sampled, and their tokens. There are several `samples` if rows
-    were sampled one by one."""
-    if len(samples) == 1:
-        return samples[0].sequences, samples[0].output.token_ids
-    sequences = [sequence for sample in samples for sequence in sample.sequences]
-    return sequences, torch.cat([sample.output.token_ids for sample in samples])

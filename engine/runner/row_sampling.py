@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ...kernels.device_copy import to_device
+from ..devices.steps import DeviceStep, HostStep, ModelOutput
 from ..errors import StepFailedError
 from ..outputs import RowError
 from ..sampling.batch import SamplingBatch
@@ -132,3 +133,24 @@ def _is_fault_of_device(error: Exception) -> bool:
     """
     types = (torch.OutOfMemoryError, torch.AcceleratorError)
     return isinstance(error, types) or (isinstance(error, RuntimeError) and "CUDA" in str(error))
+
+
+def sampling_rows(host: HostStep, step: DeviceStep, output: ModelOutput) -> SamplingRows:
+    """Return the rows of a step that sample, whose forward has this output."""
+    rows, sequences, last_ids = host.order, host.sequences, step.input_ids
+    if len(host.sampling_rows) < len(step.input_ids) or host.num_drafts:
+        picks = host.sampling_rows.tolist()
+        rows = [host.order[row] for row in picks]
+        sequences = [host.sequences[row] for row in picks]
+        last_ids = last_ids[step.logit_indices]
+    positions, logits, best = host.sampled_positions, output.logits, output.best
+    return SamplingRows(rows, host.num_drafts, sequences, positions, logits, last_ids, best)
+
+
+def joined(samples: list[RowSamples]) -> tuple[list[SequenceSpec], torch.Tensor]:
+    """Return the sequences that were sampled, and their tokens. There are several `samples` if rows
+    were sampled one by one."""
+    if len(samples) == 1:
+        return samples[0].sequences, samples[0].output.token_ids
+    sequences = [sequence for sample in samples for sequence in sample.sequences]
+    return sequences, torch.cat([sample.output.token_ids for sample in samples])

@@ -14,6 +14,7 @@ from ..checkpoints.source import source_of
 from ..config import EngineConfig, WorkerInfo
 from ..devices.backend import Backend, CacheDemand
 from ..devices.choose import choose_backend
+from ..devices.host_blocks import copy_seconds
 from ..errors import ConfigurationError
 from ..layers.layer_groups import LayerGroups
 from ..lora import AdapterSource
@@ -113,7 +114,7 @@ class Worker:
             max_model_len=self._max_model_len,
             kv_bytes_per_token=token_bytes(model.whole_spec, self._cache_dtype),
             group_windows=self._groups.windows,
-            group_layers=tuple(len(group.layers) for group in self._groups.groups),
+            group_layers=self._groups.count_layers(spec.lines.of_layer),
             max_num_batched_tokens=self._backend.token_budget(config),
             is_asynchronous=self._backend.is_asynchronous,
             eos_token_ids=spec.eos_token_ids,
@@ -149,7 +150,7 @@ class Worker:
         check_tables(config, groups, max_model_len)
         size = block_bytes(spec, groups, config.block_size, self._cache_dtype)
         if (draft := self._draft) is not None:  # every block has a part in its cache, too
-            own = LayerGroups.one_table(draft.spec.num_layers)
+            own = LayerGroups.one_table(len(draft.spec.lines.windows))
             size += block_bytes(draft.spec, own, config.block_size, draft.kv_cache_dtype)
         adapters = 0 if self._adapters is None else self._adapters.slots.num_bytes
         states = self._info.state_bytes * config.max_num_seqs
@@ -181,6 +182,16 @@ class Worker:
     def propose(self, scheduler_output: SchedulerOutput) -> dict[int, list[int]]:
         assert isinstance(self._runner, SpeculativeRunner)
         return self._runner.propose(scheduler_output)
+
+    def attach_host_memory(self, memory: memoryview) -> float:
+        runner, draft = self._runner, self._runner.draft
+        caches = [runner.kv_cache] if draft is None else [runner.kv_cache, draft.kv_cache]
+        runner.host_blocks = self._backend.make_host_blocks(caches, memory)
+        return copy_seconds(runner.host_blocks)
+
+    def copies_ended(self) -> int:
+        assert self._runner.host_blocks is not None
+        return self._runner.host_blocks.ended()
 
     def follow(self, plan: StepPlan) -> None:
         """Run a step that rank 0 has planned. Called on all other ranks, in place of `forward`."""
@@ -221,7 +232,7 @@ class Worker:
                 groups=self._groups,
                 num_state_slots=num_state_slots,
             )
-        one_table = LayerGroups.one_table(self._draft.spec.num_layers)
+        one_table = LayerGroups.one_table(len(self._draft.spec.lines.windows))
         return SpeculativeRunner(
             *arguments,
             draft_model=self._draft,

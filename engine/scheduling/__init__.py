@@ -9,6 +9,7 @@ Reading order:
     ranked_queue        fcfs and priority
     fair_queue          fair: the user who was served least goes first
     adapter_table       LoRA adapters: which are loaded, and which have a slot on the device
+    tiered_scheduler    the scheduler of an engine that keeps evicted blocks elsewhere
     admission           how a waiting sequence begins: cached prefix, first slots
     drafting            drafts of speculative decoding, in a plan and in its results
     request_table       the unfinished requests, and their deadlines
@@ -16,5 +17,5 @@ Reading order:
     beam_search         groups of sequences that fork and end together
     snapshot            all blocks and sequences, for those who watch
 
-May import: the engine's words, cache and speculation.
+May import: the engine's words, cache, tiers and speculation.
 """

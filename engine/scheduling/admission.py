@@ -27,6 +27,10 @@ class Admission:
         self.prefix_queries = 0
         self.prefix_hits = 0
 
+    def target(self, sequence: Sequence) -> int:
+        """Return how many tokens a sequence's first rows may reach."""
+        return sequence.fork_at if sequence.held_forks else len(sequence.token_ids)
+
     def admit(self, sequence: Sequence, budget: int) -> Admitted | None:
         """Match the prefix and take the first step's slots; None if the pool cannot give them.
 
@@ -34,7 +38,7 @@ class Admission:
         """
         # 1. How many tokens the first row may reach, and how many of them are cached.
         manager = self._block_manager
-        target = sequence.fork_at if sequence.held_forks else len(sequence.token_ids)
+        target = self.target(sequence)
         match = NO_MATCH
         if not sequence.needs_whole_prompt:
             match = manager.match_prefix(sequence, target - 1)

@@ -9,6 +9,7 @@ from ..cache.block_manager import BlockManager
 from ..request import Request
 from ..sequence import Sequence, SequenceStatus
 from ..step import BlockCopy, StateCopy, StateSave, TableChange
+from ..tiers.readmission import Readiness, Readmission
 from .admission import Admission
 from .beam_search import BeamSearch
 from .policy import Policy
@@ -57,6 +58,8 @@ class StepPlanner:
         self._admission = admission
         self._max_num_seqs = max_num_seqs
         self._is_ready = is_ready
+        self.readmission: Readmission | None = None
+        """Brings evicted blocks of waiting sequences back, if they are kept anywhere."""
 
     def plan(self, step: int, budget: int, *, ran_out: bool) -> tuple[Plan, int]:
         """Return the rows of step number `step`, and what is left of the budget.
@@ -244,6 +247,14 @@ class StepPlanner:
             group = self._beams.group_of(sequence)
             if group is not None and group.width > seats:
                 break
+            if self.readmission is not None and not sequence.needs_whole_prompt:
+                reach = self._admission.target(sequence) - 1
+                readiness = self.readmission.bring_back(sequence, reach, budget)
+                if readiness is Readiness.NEXT_STEP:
+                    break
+                if readiness is Readiness.WAITS_BELOW:
+                    not_ready.append(self._policy.pop())
+                    continue
             is_first = sequence.num_cached_tokens is None
             admitted = self._admission.admit(sequence, budget)
             if admitted is None:

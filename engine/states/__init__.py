@@ -14,7 +14,7 @@ Read in this order:
 
 The slots are given by engine/cache/state_slots.py, their numbers are in
 engine/runner/state_store.py, and the arithmetic is the device's: engine/devices/cpu/states.py and
-engine/devices/cuda/states.py.
+engine/devices/cuda/layers/states.py.
 
 May import: the engine's words.
 """

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .attention import make_scratch
-from .body import Scratch, lasting_calls, step_calls, tasks_of
+from .body import PRODUCTS, Scratch, lasting_calls, step_calls, tasks_of
 from .numbers import CACHE
 from .products import FloatWeight, PackedWeight, make_quantised, make_tiles
 from .region import Task, compile_region, is_compiled
@@ -29,6 +29,11 @@ from .step import Activations, BodyStep, Ends, Layers
 
 _DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.int16, "int8": np.int8}
 """NumPy's types for torch's, see `numbers.py`; int8 is one of caches only."""
+
+
+KEPT = "kept"
+"""In place of a quantisation: weights of a checkpoint's own 4 or 8 bits. Which kinds they are is
+known when they are read, so that kernels of products are not compiled ahead."""
 
 
 class Build(NamedTuple):
@@ -41,14 +46,17 @@ class Build(NamedTuple):
 
 
 def tasks_for(build: Build) -> list[Task]:
-    """Return all kernels of a Llama-shaped model."""
+    """Return all kernels of a Llama-shaped model, those of products excepted if its weights are
+    KEPT."""
     floats, cache = (np.dtype(_DTYPES[name]) for name in build[:2])
     head: PackedWeight = FloatWeight(_zeros(floats, 3), _zeros(np.float32, 1))
     weight = head
+    is_kept = build.quantization == KEPT
     if build.quantization:
         from .integer.products import weight_like  # which imports this room
 
-        weight, head = weight_like(build.quantization), weight_like("int8")
+        head = weight_like("int8")
+        weight = head if is_kept else weight_like(build.quantization)
     line, rows, heads = (_zeros(np.float32, ndim) for ndim in (1, 2, 3))
     words, pairs, starts = _zeros(np.int64, 1), _zeros(np.int64, 2), _zeros(np.int32, 1)
     products = (weight,)
@@ -68,6 +76,8 @@ def tasks_for(build: Build) -> list[Task]:
     scratch = Scratch(make_tiles(1), make_scratch(1, 1, 1), make_quantised(1, 1, 1))
     calls = lasting_calls(ends, layers, activations, scratch)
     calls |= step_calls(ends, layers, _zeros(cache, 6), step, activations, scratch)
+    if is_kept:
+        calls = {place: call for place, call in calls.items() if place[0] not in PRODUCTS}
     return [*tasks_of(calls), draw_task()]
 
 

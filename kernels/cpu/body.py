@@ -69,7 +69,7 @@ Array = np.ndarray[Any, Any]
 ) = range(15)
 """The kinds of phases: those of a layer, and those after the layers. The last norm is a phase of
 the first kind."""
-LAYER_PHASES, LAST_PHASES = 12, 3
+LAYER_PHASES, LAST_PHASES, PRODUCTS = 12, 3, (QKV, OUTPUT, GATE_UP, DOWN, HEAD)
 Place = tuple[int, int | None]
 """A kind of phases, and for those that differ by layer the layer."""
 KERNEL, WORK, ITEMS, LAYER, ROWS = range(len(Phase._fields))
@@ -181,6 +181,8 @@ class Body:
         if layer is not None:
             phase = layer * LAYER_PHASES + kind
         elif kind < LAYER_PHASES:
+            if kind == INPUT_NORM and self._ends.packed is not None:
+                kind += LAYER_PHASES  # the first one has a kernel of its own
             return slice(kind, self._num_phases - LAST_PHASES, LAYER_PHASES)
         else:
             phase = self._num_phases - LAST_PHASES + kind - LAYER_PHASES
@@ -203,6 +205,7 @@ class Body:
         few = -(-tokens // FEW)
         items: dict[Place, int] = {
             (INPUT_NORM, None): few,
+            (INPUT_NORM, 0): few,
             (ROTATE, None): few,
             (ATTEND, None): tiles * kv_heads,
             (MLP_NORM, None): few,
@@ -238,27 +241,21 @@ class Body:
     def _make_room(self, activations: Activations) -> Quantised:
         """Return room for the quantised rows of whichever product needs most."""
         weights = [weight for _, weight in products_of(self._ends, self._layers)]
-        return make_quantised(
-            max(len(activations.x), len(activations.picked)),
-            max(weight.depth for weight in weights),
-            max(weight.num_groups for weight in weights),
-        )
+        depth = max(weight.depth for weight in weights)
+        rows = max(len(activations.x), len(activations.picked))
+        return make_quantised(rows, depth, max(weight.num_groups for weight in weights))
 
 
 def products_of(ends: Ends, layers: Layers) -> list[tuple[Place, PackedWeight]]:
     """Return the weights of all products, and which phases are theirs. The phase before a product's
     quantises its input, if that has to be done."""
-    by_kind = {
-        QKV: layers.qkv,
-        OUTPUT: layers.output,
-        GATE_UP: layers.gate_up,
-        DOWN: layers.down,
-    }
+    gate_up, down = layers.gate_up, layers.down
+    by_kind = {QKV: layers.qkv, OUTPUT: layers.output, GATE_UP: gate_up, DOWN: down}
     products: list[tuple[Place, PackedWeight]] = [
-        ((kind, layer), weight)
+        ((kind, layer), each)
         for kind, weights in by_kind.items()
-        for layer, weight in enumerate(weights)
-        if weight is not None
+        for layer, each in enumerate(weights)
+        if each is not None
     ]
     return products if ends.head is None else [*products, ((HEAD, None), ends.head)]
 
@@ -307,10 +304,14 @@ def step_calls(
 ) -> dict[Place, Call]:
     """Return the kernels with works that change with each step."""
     x, normed, qkv, query, attended, *_ = activations
-    fetched = (step.input_ids, ends.embedding, ends.embedding_scale)
+    calls: dict[Place, Call] = {}
+    ids, input_norm = step.input_ids, (layers.input_norm, layers.input_epsilons)
+    if ends.packed is not None:
+        call = ends.packed.fetch(ids, x, ends.embedding_scale, input_norm, normed)
+        calls[INPUT_NORM, 0], ids = call, ids[:0]
     norm = Norm(
-        *(x, layers.input_norm, layers.input_epsilons, normed, _updates_of(layers, activations)),
-        *(layers.down_norm, layers.down_epsilons, *fetched),
+        *(x, *input_norm, normed, _updates_of(layers, activations)),
+        *(layers.down_norm, layers.down_epsilons, ids, ends.embedding, ends.embedding_scale),
     )
     heads = Heads(
         *(qkv, layers.qk_norm, layers.qk_epsilons),
@@ -329,7 +330,7 @@ def step_calls(
         *(layers.scales, layers.windows, NO_SOFTCAP, layers.scales, False, attended),
         *scratch.attention,
     )
-    return {
+    return calls | {
         (INPUT_NORM, None): (normalise, norm),
         (ROTATE, None): (rotate, heads),
         (ATTEND, None): (attend_tile, attention),

@@ -123,12 +123,12 @@ def normalise(item, layer, rows, thread, norm):
                 x[row, dim] = to_float(line[dim]) * scale
         if adds:
             update = updates[row]
-            _norm_row(update, update_weights[layer], update_epsilons[layer], update)
+            norm_row(update, update_weights[layer], update_epsilons[layer], update)
             _add_row(update, x[row])
         if eps >= 0:
-            _norm_row(x[row], weight, eps, out[row])
+            norm_row(x[row], weight, eps, out[row])
         else:
-            _copy_row(x[row], out[row])
+            copy_row(x[row], out[row])
 
 
 @kernel
@@ -148,8 +148,8 @@ def rotate(item, layer, rows, thread, heads):
         end, flat = width + kv_heads * qkv.shape[2], weights.reshape(weights.size)
         for row in range(first, last):
             line = qkv[row].reshape(qkv.shape[1] * qkv.shape[2])
-            _norm_row(line[:width], flat[:width], eps, line[:width])
-            _norm_row(line[width:end], flat[width:end], eps, line[width:end])
+            norm_row(line[:width], flat[:width], eps, line[:width])
+            norm_row(line[width:end], flat[width:end], eps, line[width:end])
         eps = np.float32(-1)
     for row in range(first, last):
         at = rotations[row] + first_of_kind
@@ -157,7 +157,7 @@ def rotate(item, layer, rows, thread, heads):
             part = qkv[row, head]
             out = query[row, head] if head < num_heads else part
             if eps >= 0:
-                _norm_row(part, weights[head], eps, part)
+                norm_row(part, weights[head], eps, part)
             if pairs:
                 _rotate_pairs(part, cos[at], sin[at], half, out)
             else:
@@ -205,7 +205,7 @@ def store_kv(
 
 
 @njit(**FAST)
-def _norm_row(x, weight, eps, out):
+def norm_row(x, weight, eps, out):
     """Compute out `[n]` = x / rms(x) * weight; float32; out may be x."""
     factor = np.float32(1) / np.sqrt(_sum_of_squares(x) / np.float32(len(x)) + eps)
     for column in range(len(x)):
@@ -228,7 +228,7 @@ def _add_row(update, x):
 
 
 @njit(**FAST)
-def _copy_row(x, out):
+def copy_row(x, out):
     """Copy x `[n]` to out."""
     for column in range(len(x)):
         out[column] = x[column]

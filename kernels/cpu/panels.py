@@ -19,6 +19,7 @@ The code is built from LLVM's own instructions, because LLVM does not make it of
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -42,86 +43,6 @@ PANEL_ROWS, PANEL_VECTORS = 6, 2
 PANEL_COLUMNS = PANEL_VECTORS * LANES
 
 
-# One line over fifty, since an intrinsic is a function within two others that shares their names.
-# Over 50 lines: the code generator is one function within another, in the order of its output.
-def _make_multiply_add(num_rows):
-    @intrinsic
-    def multiply_add(
-        typing_context, left, left_row, left_column, right, places, stride, depth, out, row, column
-    ):
-        """Do what `multiply_add` below does, for num_rows rows."""
-
-        def generate(context, builder, signature, arguments):
-            _, left_row, left_column, _, place, step, depth, _, row, column = arguments
-            left, right, out = arrays_of(context, builder, signature, arguments, (0, 3, 7))
-            begins = _begins(context, builder, signature, arguments)
-            panel = [(at, part) for at in range(num_rows) for part in range(PANEL_VECTORS)]
-            # 1. The sums start from what is in `out`. Each one has a stack slot, which LLVM turns
-            #    into a register, since nothing takes its address.
-            targets, sums = [], []
-            for at, part in panel:
-                place = place_of(builder, out, plus(builder, row, at), column)
-                targets.append(pointer_to(builder, out, plus(builder, place, LANES * part)))
-                sums.append(cgutils.alloca_once(builder, FLOATS))
-            for target, total in zip(targets, sums, strict=True):
-                builder.store(builder.load(target, align=4), total)
-            with cgutils.for_range(builder, depth, intp=INDEX) as loop:
-                # 2. A row of right, as float32.
-                below = _row_begin(context, builder, signature, arguments, loop.index, step)
-                vectors = []
-                for begin in begins:
-                    pointer = pointer_to(builder, right, builder.add(begin, below))
-                    loaded = builder.load(pointer, align=1)
-                    vectors.append(to_floats(builder, signature.args[3].dtype, loaded))
-                # 3. For each row of left, its number of this column times that.
-                for (at, part), total in zip(panel, sums, strict=True):
-                    if part == 0:
-                        across = builder.add(left_column, loop.index)
-                        place = place_of(builder, left, plus(builder, left_row, at), across)
-                        number = builder.load(builder.gep(left.data, [place]))
-                        factor = broadcast(builder, number)
-                    product = fused(builder, factor, vectors[part], builder.load(total))
-                    builder.store(product, total)
-            # 4. The sums go back to `out`.
-            for target, total in zip(targets, sums, strict=True):
-                builder.store(builder.load(total), target, align=4)
-            return context.get_dummy_value()
-
-        integer = types.int64
-        where, apart = (
-            each if isinstance(each, types.Array) else integer for each in (places, stride)
-        )
-        numbers = (left, integer, integer, right, where, apart, integer, out, integer, integer)
-        return types.void(*numbers), generate
-
-    return multiply_add
-
-
-def _begins(context, builder, signature, arguments):
-    """Return where each vector of the first row of right begins: from an array, or side by side."""
-    if isinstance(signature.args[4], types.Array):
-        (array,) = arrays_of(context, builder, signature, arguments, (4,))
-        pointers = [builder.gep(array.data, [index(at)]) for at in range(PANEL_VECTORS)]
-        return [builder.load(pointer) for pointer in pointers]
-    return [plus(builder, arguments[4], LANES * part) for part in range(PANEL_VECTORS)]
-
-
-def _row_begin(context, builder, signature, arguments, row, step):
-    """Return where a row of right begins, relative to the first: from an array, or row * step."""
-    if isinstance(signature.args[5], types.Array):
-        (array,) = arrays_of(context, builder, signature, arguments, (5,))
-        return builder.load(builder.gep(array.data, [row]))
-    return builder.mul(row, step)
-
-
-_multiply_add_1 = _make_multiply_add(1)
-_multiply_add_2 = _make_multiply_add(2)
-_multiply_add_3 = _make_multiply_add(3)
-_multiply_add_4 = _make_multiply_add(4)
-_multiply_add_5 = _make_multiply_add(5)
-_multiply_add_6 = _make_multiply_add(PANEL_ROWS)
-
-
 @njit(**INLINED)
 def multiply_add(left, left_row, left_column, right, places, stride, depth, out, row, column, rows):
     """Compute out[row : row + rows, column : column + PANEL_COLUMNS] +=
@@ -134,17 +55,107 @@ def multiply_add(left, left_row, left_column, right, places, stride, depth, out,
     `to_float` reads, or int8.
     """
     for begin in range(0, np.int64(rows), PANEL_ROWS):
-        few = np.int64(rows) - begin
+        few = min(np.int64(rows) - begin, PANEL_ROWS)
         at, to = np.int64(left_row) + begin, np.int64(row) + begin
-        if few >= PANEL_ROWS:
-            _multiply_add_6(left, at, left_column, right, places, stride, depth, out, to, column)
-        elif few == 5:
-            _multiply_add_5(left, at, left_column, right, places, stride, depth, out, to, column)
-        elif few == 4:
-            _multiply_add_4(left, at, left_column, right, places, stride, depth, out, to, column)
-        elif few == 3:
-            _multiply_add_3(left, at, left_column, right, places, stride, depth, out, to, column)
-        elif few == 2:
-            _multiply_add_2(left, at, left_column, right, places, stride, depth, out, to, column)
-        else:
-            _multiply_add_1(left, at, left_column, right, places, stride, depth, out, to, column)
+        _multiply_add(left, at, left_column, right, places, stride, depth, out, to, column, few)
+
+
+def for_row_counts(builder, rows, generate):
+    """Generate a switch over `rows`, of 1 to PANEL_ROWS: each case is what `generate(rows)`
+    generates for that many, whose sums fit the registers."""
+    end = builder.append_basic_block("rows.end")
+    switch = builder.switch(rows, end)
+    for count in range(1, PANEL_ROWS + 1):
+        block = builder.append_basic_block(f"rows.{count}")
+        switch.add_case(ir.Constant(INDEX, count), block)
+        builder.position_at_end(block)
+        generate(count)
+        builder.branch(end)
+    builder.position_at_end(end)
+
+
+@intrinsic
+def _multiply_add(
+    typing_context,
+    left,
+    left_row,
+    left_column,
+    right,
+    places,
+    stride,
+    depth,
+    out,
+    row,
+    column,
+    rows,
+):
+    """Do what `multiply_add` does, for at most PANEL_ROWS rows."""
+
+    def generate(context, builder, signature, arguments):
+        arrays = arrays_of(context, builder, signature, arguments, (0, 3, 7))
+        begins = _begins(context, builder, signature, arguments)
+
+        def row_begin(row):
+            return _row_begin(context, builder, signature, arguments, row)
+
+        def add_rows(count):
+            number_type = signature.args[3].dtype
+            _add_rows(builder, count, arrays, arguments, number_type, begins, row_begin)
+
+        for_row_counts(builder, arguments[10], add_rows)
+        return context.get_dummy_value()
+
+    integer = types.int64
+    where, apart = (each if isinstance(each, types.Array) else integer for each in (places, stride))
+    numbers = (left, integer, integer, right, where, apart, integer, out, integer, integer, integer)
+    return types.void(*numbers), generate
+
+
+def _add_rows(builder, count, arrays, arguments, number_type, begins, row_begin):
+    """Generate the code for `count` rows."""
+    left, right, out = arrays
+    left_row, left_column, depth, row, column = (arguments[at] for at in (1, 2, 6, 8, 9))
+    panel = [(at, part) for at in range(count) for part in range(PANEL_VECTORS)]
+    # 1. The sums start from what is in `out`. Each one has a stack slot, which LLVM turns into a
+    #    register, since nothing takes its address.
+    targets, sums = [], []
+    for at, part in panel:
+        place = place_of(builder, out, plus(builder, row, at), column)
+        targets.append(pointer_to(builder, out, plus(builder, place, LANES * part)))
+        sums.append(cgutils.alloca_once(builder, FLOATS))
+    for target, total in zip(targets, sums, strict=True):
+        builder.store(builder.load(target, align=4), total)
+    with cgutils.for_range(builder, depth, intp=INDEX) as loop:
+        # 2. A row of right, as float32.
+        below = row_begin(loop.index)
+        vectors = []
+        for begin in begins:
+            pointer = pointer_to(builder, right, builder.add(begin, below))
+            vectors.append(to_floats(builder, number_type, builder.load(pointer, align=1)))
+        # 3. For each row of left, its number of this column times that.
+        for (at, part), total in zip(panel, sums, strict=True):
+            if part == 0:
+                across = builder.add(left_column, loop.index)
+                place = place_of(builder, left, plus(builder, left_row, at), across)
+                factor = broadcast(builder, builder.load(builder.gep(left.data, [place])))
+            builder.store(fused(builder, factor, vectors[part], builder.load(total)), total)
+    # 4. The sums go back to `out`.
+    for target, total in zip(targets, sums, strict=True):
+        builder.store(builder.load(total), target, align=4)
+
+
+def _begins(context, builder, signature, arguments):
+    """Return where each vector of the first row of right begins: from an array, or side by side."""
+    if isinstance(signature.args[4], types.Array):
+        (array,) = arrays_of(context, builder, signature, arguments, (4,))
+        pointers = [builder.gep(array.data, [index(at)]) for at in range(PANEL_VECTORS)]
+        return [builder.load(pointer) for pointer in pointers]
+    return [plus(builder, arguments[4], LANES * part) for part in range(PANEL_VECTORS)]
+
+
+def _row_begin(context, builder, signature, arguments, row):
+    """Return where a row of right begins, relative to the first: from an array, or row * step."""
+    if isinstance(signature.args[5], types.Array):
+        (array,) = arrays_of(context, builder, signature, arguments, (5,))
+        return builder.load(builder.gep(array.data, [row]))
+    return builder.mul(row, arguments[5])

@@ -29,6 +29,8 @@ ROWS = 16 * PANEL_ROWS
 """Maximum rows per item: a panel's weights come from memory once for that many rows."""
 QUANTISED_ROWS = 4
 """Rows per item when x is quantised."""
+HEAD_BYTES = 16
+"""Bytes of a quantised row's record before its numbers: step, sum and offset."""
 DEPTH = 1024
 """Input features per pass: this slice of a panel stays in the second-level cache while every row
 of the item reads it."""
@@ -47,14 +49,8 @@ class Quantised(NamedTuple):
     """Room for rows of x in integers: the rows of one product follow each other, whatever their
     length, so that products of any depth can use it."""
 
-    numbers: Any
-    """The integers, int8 `[.]`: each row has groups * group."""
-    steps: Any
-    """The steps, float32 `[.]`: each row has `groups`. So too the next two."""
-    sums: Any
-    """step · Σ n, float32."""
-    offsets: Any
-    """-128 · Σ n, int32: where sums of weights of 8 bits begin."""
+    records: Any
+    """A record for each group of each row, uint8 `[.]`: see `integer.groups`."""
 
 
 class PackedWeight(Protocol):
@@ -72,6 +68,10 @@ class PackedWeight(Protocol):
     @property
     def depth(self) -> int:
         """Return the number of features of a quantised row."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of memory that it takes, without the bias."""
 
     def quantise(self, x: Array, room: Quantised, tiles: Array) -> Call | None:
         """Return the kernel that brings rows of x into `room`, in the form that `multiply` reads,
@@ -93,6 +93,18 @@ class PackedWeight(Protocol):
     ) -> Call:
         """Return the kernel that computes silu(gate) * up into `out`. Panel 2i is the i-th of
         gate, panel 2i + 1 the i-th of up."""
+
+
+class PackedEmbedding(Protocol):
+    """A weight whose rows are an embedding's: the columns of its panels."""
+
+    def fetch(
+        self, ids: Array, x: Array, scale: Any, norm: tuple[Array, Array], normed: Array
+    ) -> Call:
+        """Return the kernel that writes rows `ids` times `scale` to x `[., in_features]`, and
+        their RMSNorm to `normed`, like x. `norm` is a weight `[layers, in_features]` and epsilons
+        `[layers]`, of which the first counts, or an empty weight: nothing is normed. An item is
+        FEW rows (`norms.py`)."""
 
 
 class Product(NamedTuple):
@@ -160,6 +172,10 @@ class FloatWeight(NamedTuple):
     def depth(self) -> int:
         return 0
 
+    @property
+    def num_bytes(self) -> int:
+        return int(self.panels.nbytes)
+
     def quantise(self, x: Array, room: Quantised, tiles: Array) -> Call | None:
         return None
 
@@ -187,12 +203,7 @@ def make_tiles(num_threads: int) -> Array:
 
 def make_quantised(rows: int, features: int, groups: int) -> Quantised:
     """Return room for so many rows of at most so many features and groups."""
-    return Quantised(
-        np.zeros(rows * features, np.int8),
-        np.zeros(rows * groups, np.float32),
-        np.zeros(rows * groups, np.float32),
-        np.zeros(rows * groups, np.int32),
-    )
+    return Quantised(np.zeros(rows * (features + HEAD_BYTES * groups), np.uint8))
 
 
 def count_items(panels: int, rows: int) -> int:

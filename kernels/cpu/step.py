@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .products import PackedWeight
+from .products import PackedEmbedding, PackedWeight
 
 
 class Layers(NamedTuple):
@@ -64,11 +64,12 @@ class Ends(NamedTuple):
     """What a model begins and ends with."""
 
     embedding: Any
-    """`[vocab_size, hidden_size]`."""
+    """`[vocab_size, hidden_size]`; empty if it is packed."""
     head: PackedWeight | None
     """None if the head is not a plain product."""
     embedding_scale: Any = np.float32(1)
     """The factor of the embedding's rows."""
+    packed: PackedEmbedding | None = None
 
 
 class BodyStep(NamedTuple):

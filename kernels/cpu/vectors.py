@@ -85,6 +85,15 @@ def fused(builder, left, right, addend):
     )
 
 
+def prefetch(builder, pointer):
+    """Ask for the cache line of an address, which need not be one of the process's."""
+    number = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    reads, near, is_data = (ir.Constant(number, each) for each in (0, 3, 1))
+    builder.call(function, [pointer, reads, near, is_data])
+
+
 def greater(builder, left, right):
     """Return the greater one in each lane; right's if one is NaN."""
     return builder.select(builder.fcmp_ordered(">", left, right), left, right)

@@ -13,11 +13,9 @@ docs/kernels.md has each kernel's grid, limits and compiled resources. In the or
     states/               layers that keep a state: the short convolution, the recurrence
     lora.py               what LoRA adapters add to a product, for many adapters in one step
     grouped_product.py    products with weights of 4 and 8 bits
-    best_tokens.py        the likeliest tokens, and which rows are finite
     run_experts.py        the experts of a mixture, as two grouped products
     sort_by_expert.py     the rows of each expert, in tiles, for that
-    sample_tokens.py      temperature, top_k, top_p, min_p and the draw; its passes over the logits
-                          are in sampling_passes.py
+    sampling/             the likeliest tokens, and draws
 
     dependent_launch.py   kernels that start before the one before them has ended
     fp8.py                the float8 KV cache: conversions that several kernels share

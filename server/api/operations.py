@@ -192,12 +192,12 @@ async def debug_engine(request: Request) -> dict[str, Any]:
     return {
         "weights": _weights(state),
         "draft_model": _draft_model(state),
-        "stats": None if stats is None else {**stats._asdict(), "kv_usage": stats.kv_usage},
+        "stats": None if stats is None else {**stats.fields(), "kv_usage": stats.kv_usage},
         "health": state.engine.health()._asdict(),
         "engines": {
             name: {
                 "health": one.health._asdict(),
-                "stats": None if one.stats is None else one.stats._asdict(),
+                "stats": None if one.stats is None else one.stats.fields(),
             }
             for name, one in state.engine.engines().items()
         },

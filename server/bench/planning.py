@@ -306,13 +306,14 @@ def _describe(
     max_model_len, size = a.max_model_len or spec.max_position, a.block_size or config.block_size
     if measured is not None:
         max_model_len, size = measured.max_model_len, measured.block_size
-    groups = LayerGroups.choose(spec.windows, max_model_len, size)
+    windows = spec.lines.windows
+    groups = LayerGroups.choose(windows, max_model_len, size)
     shape = ModelShape(
         num_parameters=found.num_parameters,
         weight_bytes=found.weight_bytes,
         kv_bytes_per_token=found.kv_bytes_per_token or spec.kv_bytes_per_token(2),
         num_layers=spec.num_layers,
-        num_places=groups.num_places,
+        num_places=groups.num_places * spec.num_layers // len(windows),
         hidden_size=spec.num_attention_heads * spec.head_dim,
         num_kv_heads=spec.num_kv_heads,
         num_attention_heads=spec.num_attention_heads,

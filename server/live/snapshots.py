@@ -118,7 +118,7 @@ class Describer:
         self._tables = {one.seq_id: one.block_table for one in snapshot.sequences}
         return {
             "time": snapshot.time,
-            "stats": {**snapshot.stats._asdict(), "kv_usage": snapshot.stats.kv_usage},
+            "stats": {**snapshot.stats.fields(), "kv_usage": snapshot.stats.kv_usage},
             "tokens_computed": snapshot.tokens_computed,
             "block_size": snapshot.block_size,
             "blocks": base64.b64encode(zlib.compress(snapshot.blocks, 1)).decode(),

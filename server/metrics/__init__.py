@@ -4,6 +4,7 @@ Reading order:
 
     metrics        the metrics themselves, under vLLM's names
     histograms     their buckets, and a histogram that is cheap enough for every token
+    tier_metrics   where evicted KV blocks go
     metrics_sum    the sum over the processes of a server
     answer_end     the status of an answer, and whether its client has left
 

@@ -28,6 +28,7 @@ from .histograms import (
     one_two_five,
 )
 from .metrics_sum import EngineSums, OneOfSeveral, Page, Sample, Totals, page_of, samples_of
+from .tier_metrics import TierMetrics
 
 WAITING_REASONS = ("capacity", "deferred")
 """Why a sequence waits, by vLLM's names. None is ever deferred here (held back although there is
@@ -58,6 +59,8 @@ class Metrics:
     `model_name` is the first served name. The methods are called on the event loop. `engine` is the
     label of the engine that is observed; None is for several, each of which `observer_of` observes.
     """
+
+    _tiers: TierMetrics | None = None
 
     def __init__(
         self,
@@ -234,6 +237,8 @@ class Metrics:
             list(values),
             registry=self._registry,
         ).labels(**values).set(1)
+        if info.keeps_evicted:
+            self._tiers = TierMetrics(self._prefix, self._labels, self._registry)
         if info.max_loras:
             self._adapters = Gauge(
                 f"{self._prefix}:lora_requests_info",
@@ -275,6 +280,8 @@ class Metrics:
             self._iteration.observe(stats.step_tokens)
         if self._adapters is not None:
             self._observe_adapters(self._adapters, stats, last)
+        if self._tiers is not None:
+            self._tiers.observe(stats.tiers, last.tiers if last is not None else ())
         self._last_stats = stats
 
     def _observe_drafts(self, accepted: Sequence[int], last: EngineStats | None) -> None:

@@ -22,6 +22,7 @@ from prometheus_client.samples import Sample as PrometheusSample
 from ...engine.config import EngineInfo
 from ...engine.outputs import EngineStats
 from ...engine.process.remote_client import EngineObserver
+from .tier_metrics import TIER_FAMILIES
 
 OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 """The type of a page with exemplars, which Prometheus asks for by itself."""
@@ -125,6 +126,7 @@ ENGINE_FAMILIES = frozenset(
         *("num_preemptions", "kv_blocks_copied", "kv_blocks_shared", "iteration_tokens_total"),
         *("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "engine_restarts"),
         *("spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos"),
+        *TIER_FAMILIES,
     )
 )
 """Families, without prefix, whose values come from an engine: with several engines, there is a

@@ -9,6 +9,9 @@ const FEWEST = 480;
 const LEGEND = [["free", "free"], ["cached", "cached"], ["used", "in use"], ["shared", "shared, with its count"],
   ["copied", "just copied"], ["evicted", "just evicted"]];
 
+// Where evicted blocks go.
+const TIERS = {host: "host tier", disk: "disk tier", store: "store tier"};
+
 // How many blocks to show. A large pool is shown as far as it has ever been used, so that its blocks
 // do not become too small to be seen.
 function shownOf(blocks) {
@@ -125,7 +128,9 @@ export function Pool({state, sequence, onChoose}) {
     else if (event.key === "Escape") { setCursor(null); onChoose(null); }
   };
   const free = state.stats.num_free_blocks, cached = state.stats.num_cached_blocks;
-  const summary = `${state.blocks.length} blocks of ${state.size} tokens: ${state.blocks.length - free} in use, ${cached} cached, ${free - cached} free`;
+  const tiers = (state.stats.tiers ?? []).map((tier) =>
+    `; ${TIERS[tier.tier]}: ${tier.num_blocks}${tier.max_blocks === null ? "" : ` of ${tier.max_blocks}`} blocks, ${tier.loaded} brought back`);
+  const summary = `${state.blocks.length} blocks of ${state.size} tokens: ${state.blocks.length - free} in use, ${cached} cached, ${free - cached} free${tiers.join("")}`;
   return html`<section class="pool" aria-label="KV pool">
     <h3>KV pool <small>${summary}</small></h3>
     <div ref=${box} class="map">

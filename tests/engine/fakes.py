@@ -147,6 +147,9 @@ class FakeCore:
     def reset_prefix_cache(self) -> None:
         self._resets += 1
 
+    def close(self) -> None:
+        pass
+
     def snapshot(self) -> LiveSnapshot:
         blocks = bytes([2] * len(self._running)).ljust(1000, b"\0")
         return LiveSnapshot(time.monotonic(), self.stats(), 0, 16, blocks, [], [], [])

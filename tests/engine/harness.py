@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from itertools import count
 from typing import Any
 
+from quire.engine.cache.block_manager import BlockManager
 from quire.engine.cache.grouped_block_manager import make_block_manager
 from quire.engine.cache.state_slots import StateSlots
 from quire.engine.core.step_loop import StepLoop
@@ -15,10 +18,16 @@ from quire.engine.outputs import SequenceOutput
 from quire.engine.request import Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.scheduling.scheduler import Scheduler
+from quire.engine.scheduling.tiered_scheduler import TieredScheduler
 from quire.engine.sequence import ReadingRow
 from quire.engine.step import UNKNOWN_TOKEN
+from quire.engine.tiers.block_store import BlockStore
+from quire.engine.tiers.block_tier import BlockTier
+from quire.engine.tiers.host_store import HostStore
+from quire.engine.tiers.lower_tier import LowerTier, Runner
+from quire.engine.tiers.transfer_cost import TransferCost
 
-from .paged_fake import NextToken, PagedFakeWorker, chain, logprobs, next_token
+from .paged_fake import SLOT_BYTES, NextToken, PagedFakeWorker, chain, logprobs, next_token
 
 _ids = count()
 OWN_FIELDS = {one.name for one in fields(Request)} - {"sampling_params", "prompt_token_ids"}
@@ -85,6 +94,29 @@ def expected_beams(
     return [tokens for _, tokens in finished[: params.n]]
 
 
+FINGERPRINT = b"f" * 32
+
+
+def make_tier(
+    manager: BlockManager,
+    worker: PagedFakeWorker,
+    num_slots: int,
+    store: BlockStore | None,
+    clock: Callable[[], float],
+    read: Runner | None = None,
+    write: Runner | None = None,
+) -> BlockTier:
+    """Return a tier for the blocks of a fake worker."""
+    block_bytes = SLOT_BYTES * manager.block_size
+    memory = memoryview(bytearray(num_slots * block_bytes))
+    cost = TransferCost(manager.block_size, worker.attach_host_memory(memory))
+    lower = None
+    if store is not None:
+        lower = LowerTier(store, FINGERPRINT, block_bytes, read=read, write=write, clock=clock)
+    host, ended = HostStore(memory, block_bytes), worker.copies_ended
+    return BlockTier(manager, host, cost, block_bytes, lower, copies_ended=ended, clock=clock)
+
+
 class Harness:
     def __init__(
         self,
@@ -98,8 +130,14 @@ class Harness:
         run_ahead: bool = False,
         snapshots: int | None = None,
         windows: tuple[int | None, ...] = (None,),
+        host_slots: int = 0,
+        store: BlockStore | None = None,
+        read: Runner | None = None,
+        write: Runner | None = None,
         **scheduler_fields: Any,
     ) -> None:
+        """With `host_slots`, evicted blocks go to host memory, and from there to `store`, if there
+        is one; `read` and `write` do what waits for it."""
         self.time = 0.0
         self.check = check
         states = None
@@ -108,19 +146,29 @@ class Harness:
         self.manager = make_block_manager(
             num_blocks, block_size, windows, enable_prefix_caching=prefix_caching, states=states
         )
-        self.scheduler = Scheduler(
+        self.worker = PagedFakeWorker(num_blocks, block_size, sample, windows)
+        self.tier: BlockTier | None = None
+        make_scheduler: Callable[..., Scheduler] = Scheduler
+        if host_slots:
+            self.tier = make_tier(
+                self.manager, self.worker, host_slots, store, self.clock, read, write
+            )
+            make_scheduler = partial(TieredScheduler, tier=self.tier)
+        self.scheduler = make_scheduler(
             self.manager,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
-            clock=lambda: self.time,
+            clock=self.clock,
             **scheduler_fields,
         )
-        self.worker = PagedFakeWorker(num_blocks, block_size, sample, windows)
         self.loop = StepLoop(
             self.scheduler, self.worker, self._check_reading_rows, run_ahead=run_ahead
         )
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.finals: dict[tuple[str, int], SequenceOutput] = {}
+
+    def clock(self) -> float:
+        return self.time
 
     def add(self, prompt: list[int], max_tokens: int = 4, **fields: Any) -> Request:
         request = make_request(prompt, max_tokens, **fields)
@@ -155,6 +203,8 @@ class Harness:
         scheduler = self.scheduler
         assert scheduler.stats().step_tokens <= scheduler.max_num_batched_tokens
         self.manager.check_integrity(scheduler.running)
+        if self.tier is not None:
+            self.tier.host.check_integrity()
         assert len(scheduler.running) <= scheduler.max_num_seqs
         ranks = [sequence.rank for sequence in scheduler.running]
         assert ranks == sorted(ranks)

@@ -35,7 +35,14 @@ def save_adapter(
                 if ".lora_" in name:
                     parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
         model.save_pretrained(str(folder))
-        return PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
+    return with_adapter(copy.deepcopy(base), folder)
+
+
+def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Return the model with the adapter of a folder, as PEFT loads it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
 def change_config(folder: Path, **fields: Any) -> None:

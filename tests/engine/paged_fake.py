@@ -10,6 +10,7 @@ worker in another process would.
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +27,9 @@ from quire.engine.step import (
     SequenceSpec,
 )
 from quire.engine.worker_protocol import Results
+
+SLOT_BYTES = 8
+"""Bytes of what a slot stores."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(SchedulerOutput)
@@ -130,8 +134,23 @@ class PagedFakeWorker:
         """By slot; None: garbage."""
         self._sampled: dict[int, int] = {}
         self.num_fed_back = 0
+        self._last_step = 0
+        self.lag = 0
+        """Steps for whose copies it does not say yet that they have ended."""
         self.right, self.chance = 1.0, random.Random(0)
         self.runs_out_of_memory: Callable[[SchedulerOutput], bool] = lambda output: False
+
+    def attach_host_memory(self, memory: memoryview) -> float:
+        """Save blocks to `memory` and load them from there."""
+        self._host_memory = memory
+        return 1e-6
+
+    def copies_ended(self) -> int:
+        return self._last_step - self.lag
+
+    def _host_slot(self, slot: int) -> memoryview:
+        size = SLOT_BYTES * self.block_size
+        return self._host_memory[slot * size : (slot + 1) * size]
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         return self.forward(output).sample(NO_CONSTRAINTS)()
@@ -160,6 +179,11 @@ class PagedFakeWorker:
         """Do what comes before a forward: tables, and copies of blocks."""
         assert _decoder.decode(_encoder.encode(output)) == output
         self._update_known(output)
+        self._last_step = output.step
+        for block, slot in output.block_saves:
+            self._host_slot(slot)[:] = struct.pack(f"{self.block_size}q", *self._slots[block])
+        for slot, block in output.block_loads:
+            self._slots[block] = list(struct.unpack(f"{self.block_size}q", self._host_slot(slot)))
         assert len({copy.destination for copy in output.block_copies}) == len(output.block_copies)
         sources = [list(self._slots[copy.source]) for copy in output.block_copies]
         for copy, content in zip(output.block_copies, sources, strict=True):

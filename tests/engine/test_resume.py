@@ -34,15 +34,7 @@ from quire.engine.request import GrammarSpec, Request
 from quire.engine.runner.worker import Worker
 from quire.engine.sampling_params import SamplingParams
 
-from .grammar.constrained import (
-    DEMO,
-    EOS,
-    GRAMMARS,
-    SCHEMAS,
-    VOCAB_SIZE,
-    json_spec,
-    make_request,
-)
+from .grammar.constrained import DEMO, EOS, GRAMMARS, SCHEMAS, VOCAB_SIZE, json_spec, make_request
 from .lora_models import save_adapter
 from .models import COMMON, build_model, save_model
 from .sampling_kinds import GRAMMAR_SAMPLING, SAMPLING

@@ -17,7 +17,6 @@ from quire.kernels.cuda.attention.cascade import CascadeWorkspace
 from quire.kernels.cuda.attention.decode_schedule import DecodeWorkspace, build_decode_schedule
 from quire.kernels.cuda.attention.paged_attention_decode import paged_attention_decode
 from quire.kernels.cuda.attention.paged_attention_extend import paged_attention_extend
-from quire.kernels.cuda.best_tokens import best_tokens
 from quire.kernels.cuda.copy_blocks import copy_blocks
 from quire.kernels.cuda.fp8 import quantize_rows
 from quire.kernels.cuda.grouped_product import grouped_product
@@ -27,7 +26,8 @@ from quire.kernels.cuda.reshape_and_cache import reshape_and_cache
 from quire.kernels.cuda.rms_norm import fused_add_rms_norm, rms_norm
 from quire.kernels.cuda.rope_and_cache import rope_and_cache
 from quire.kernels.cuda.run_experts import Clamp, run_experts
-from quire.kernels.cuda.sample_tokens import sample_tokens
+from quire.kernels.cuda.sampling.best_tokens import best_tokens
+from quire.kernels.cuda.sampling.sample_tokens import sample_tokens
 from quire.kernels.cuda.silu_and_mul import silu_and_mul
 from quire.kernels.cuda.states.causal_conv import causal_conv
 from quire.kernels.cuda.states.gated_recurrence import gated_recurrence

@@ -15,7 +15,7 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine.config import EngineInfo
-from quire.engine.outputs import EngineStats, Timings
+from quire.engine.outputs import EngineStats, TierStats, Timings
 from quire.server.metrics.histograms import RequestRecord, exemplar
 from quire.server.metrics.metrics import Metrics
 
@@ -300,6 +300,30 @@ def test_drafts_are_counted_by_position(metrics: Metrics) -> None:
     metrics.engine_restarted()
     metrics.observe_step(stats(1, accepted_per_position=(1, 0, 0)))
     assert (accepted(0), accepted(1)) == (4, 2)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_evicted_blocks_are_counted_by_tier(several: bool) -> None:
+    shared = Metrics("m", engine=None if several else "0")
+    observer = shared.observer_of("0") if several else shared
+    observer.engine_ready(replace(INFO, keeps_evicted=True))
+    host, disk = (
+        TierStats("host", 5, 9, 100, 7, 2, 1, 0),
+        TierStats("disk", 3, None, 100, 4, 1, 0, 6),
+    )
+    observer.observe_step(stats(1, tiers=[host, disk]))
+    observer.observe_step(stats(2, tiers=[host._replace(stored=8, num_blocks=6), disk]))
+
+    def of(name: str, tier: str) -> float:
+        return value(shared, f"kv_tier_{name}", tier=tier)
+
+    assert (of("blocks", "host"), of("blocks", "disk")) == (6, 3)
+    assert (of("stored_blocks_total", "host"), of("stored_bytes_total", "host")) == (8, 800)
+    assert (of("loaded_blocks_total", "disk"), of("loaded_bytes_total", "disk")) == (1, 100)
+    assert (of("dropped_blocks_total", "host"), of("failed_blocks_total", "disk")) == (1, 6)
+    observer.engine_restarted()
+    observer.observe_step(stats(1, tiers=[host]))
+    assert of("stored_blocks_total", "host") == 15
 
 
 def test_gauges_and_step_sizes(metrics: Metrics) -> None:

@@ -8,6 +8,7 @@ Read in this order:
     packing.py        weights as panels: floats, or integers of 4 and 8 bits
     decoder.py        a whole model as one compiled function, if its body is flat
     packed_linear.py  linear layers with packed weights, for all other bodies
+    packed_embedding.py  embeddings with packed weights
     experts.py        the experts of a mixture, packed
     states.py         the operations of layers that keep a state
     adapters.py       the LoRA adapters that run, for both kinds of body

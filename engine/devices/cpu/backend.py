@@ -22,6 +22,7 @@ from ...errors import ConfigurationError
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
+from ..host_blocks import DirectBlocks
 from .adapters import DecoderSlots, ModuleSlots
 from .attention import CpuPlanner
 from .decoder import CpuDecoder, can_compile
@@ -29,8 +30,9 @@ from .draws import CpuDraws
 from .experts import pack_experts
 from .inputs import HostInputs
 from .memory import allocate_kv_cache, cache_memory
+from .packed_embedding import pack_embeddings
 from .packed_linear import pack_linears, unmap_weights
-from .packing import rounded
+from .packing import packed_bytes, rounded
 from .states import CpuStateOps
 
 logger = logging.getLogger("quire.engine")
@@ -88,6 +90,13 @@ class CpuBackend:
     def multiplies_float8(self) -> bool:
         return False
 
+    @property
+    def keeps_rows(self) -> bool:
+        return True
+
+    def weight_bytes(self, weight: torch.Tensor | GroupedWeight, quantization: str | None) -> int:
+        return packed_bytes(weight, quantization)
+
     def token_budget(self, config: EngineConfig) -> int:
         """By default as many as keep a CPU's cores busy: with more, every running sequence would
         wait longer for its next token."""
@@ -113,23 +122,30 @@ class CpuBackend:
         unmap_weights(body)
         unmap_weights(head)
         made: Body
+        embeddings = pack_embeddings(body)
         if number := pack_experts(body, quantization=quantization):
             logger.info("the experts of %d layers run in compiled kernels", number)
+        mlps = [] if flat is None else [layer.mlp for layer in flat.layers]
+        mixtures = [mlp for mlp in mlps if isinstance(mlp, Mixture)]
         # Adapters of layers beside experts would be in a mixture's module, not among the phases.
-        has_room = number == 0 or not adaptable
+        has_room = not (mixtures and adaptable)
         if flat is not None and has_room and can_compile(flat):
-            for layer in flat.layers:
-                if isinstance(layer.mlp, Mixture):
-                    pack_linears(layer.mlp.block, quantization=quantization)
-            made = CpuDecoder(flat, quantization=quantization)
+            for mixture in mixtures:
+                pack_linears(mixture.block, quantization=quantization)
+            made = CpuDecoder(flat, embeddings.get(flat.embedding), quantization=quantization)
             logger.info("the layers run as one function")
-            regions = f"{number + 1} parallel regions" if number else "one parallel region"
+            count = len(mixtures) + 1
+            regions = "one parallel region" if count == 1 else f"{count} parallel regions"
             logger.info("each step runs as %s of compiled kernels", regions)
         else:
             pack_linears(body, quantization=quantization)
             made = HfBody(body)
         # The last product decides between tokens, and suffers most from 4 bits.
-        pack_linears(head, quantization="int8" if quantization == "int4" else quantization)
+        pack_linears(
+            head,
+            quantization="int8" if quantization == "int4" else quantization,
+            embeddings=list(embeddings.values()),
+        )
         return made
 
     def make_adapter_slots(
@@ -157,6 +173,11 @@ class CpuBackend:
     def copy_blocks(self, kv_cache: torch.Tensor, copies: abc.Sequence[BlockCopy]) -> None:
         sources, destinations = to_device(copies, torch.int64, self.device).T
         kv_cache[:, :, destinations] = kv_cache[:, :, sources]
+
+    def make_host_blocks(
+        self, caches: abc.Sequence[torch.Tensor], memory: memoryview
+    ) -> DirectBlocks:
+        return DirectBlocks(caches, memory)
 
     def make_inputs(
         self,

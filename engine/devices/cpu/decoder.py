@@ -20,9 +20,19 @@ from ....kernels.cpu.products import PackedWeight
 from ....kernels.cpu.step import Activations, BodyStep, Ends, Layers
 from ...attention.metadata import AttentionMetadata
 from ...body.body import ForwardToLogits
-from ...body.flat_decoder import FlatDecoder, FlatLayer, Linear, Mixture, Mlp, Norm, Rotation
+from ...body.flat_decoder import (
+    FlatDecoder,
+    FlatLayer,
+    Linear,
+    Mixture,
+    Mlp,
+    Norm,
+    Rotation,
+    rotary_factors,
+)
 from ...body.grouped_linear import GroupedLinear, dtype_of
 from .attention import CpuPlan
+from .packed_embedding import PackedEmbedding
 from .packed_linear import PackedLinear
 from .packing import pack
 
@@ -37,25 +47,37 @@ _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class CpuDecoder:
     """A Body that runs as one compiled function, `kernels.cpu.body.Body`."""
 
-    def __init__(self, flat: FlatDecoder, *, quantization: str | None = None) -> None:
+    def __init__(
+        self,
+        flat: FlatDecoder,
+        packed: PackedEmbedding | None = None,
+        *,
+        quantization: str | None = None,
+    ) -> None:
         """Take over the weights of the layers, which are emptied; those of mixtures have been
-        packed already. `quantization` is that of `pack`."""
+        packed already. `packed` stands in for the embedding; `quantization` is that of `pack`."""
         self._rotations = _Rotations(flat)
-        # Only what is compiled here is known to be: a mixture has code of transformers around it.
-        self.is_batch_invariant = not any(isinstance(layer.mlp, Mixture) for layer in flat.layers)
         self._layers = _pack_layers(flat, quantization)
         first = flat.layers[0]
         self._widths = (first.num_heads, first.num_kv_heads, first.head_dim)
-        self._mixtures = [layer.mlp for layer in flat.layers]
+        self._mixtures = [
+            layer.mlp if isinstance(layer.mlp, Mixture) else None for layer in flat.layers
+        ]
+        # Only what is compiled here is known to be: a mixture has code of transformers around it.
+        self.is_batch_invariant = not any(self._mixtures)
         self._update_scales = [layer.update_scale for layer in flat.layers]
         self._intermediate_size: int = max(map(_intermediate_size, flat.layers))
-        self._dtype = flat.embedding.weight.dtype
         # By default all layers are of one group, and have a place each.
         self._places = np.zeros((len(flat.layers), 2), dtype=np.int64)
         self._places[:, 1] = np.arange(len(flat.layers))
         self._placed: object = None
-        embedding = as_array(flat.embedding.weight.detach())
-        self._ends = Ends(embedding, None, np.float32(flat.embedding_scale))
+        scale = np.float32(flat.embedding_scale)
+        if packed is None:
+            self._dtype = flat.embedding.weight.dtype
+            self._ends = Ends(as_array(flat.embedding.weight.detach()), None, scale)
+        else:
+            self._dtype = packed.dtype
+            self._ends = Ends(np.zeros((0, 0), np.float32), None, scale, packed.packed)
         self._compiled = CompiledBody(self._ends, self._layers)
         self._vocab_size = 0
         self._activations: Activations | None = None
@@ -97,7 +119,7 @@ class CpuDecoder:
         groups = (metadata, *metadata.others)
         if metadata.places is not self._placed:
             self._placed = metadata.places
-            self._places = np.array(metadata.places, dtype=np.int64)
+            self._places = np.array(metadata.places, dtype=np.int64).reshape(-1, 2)
         step = BodyStep(
             input_ids=input_ids.numpy(),
             picks=logit_indices.numpy(),
@@ -128,7 +150,7 @@ class CpuDecoder:
     def _mix(self, layer: int, activations: Activations, num_tokens: int) -> None:
         """Run a layer's mixture of experts, the model's own module, on the normed rows."""
         mixture = self._mixtures[layer]
-        assert isinstance(mixture, Mixture)
+        assert mixture is not None
         hidden = torch.from_numpy(activations.normed[:num_tokens])
         mixed = mixture.forward(hidden.to(self._dtype)).float()
         if self._update_scales[layer] != 1:
@@ -147,7 +169,7 @@ class CpuDecoder:
             if kept is not None:
                 # Logits grow by little: with a large vocabulary they are most of the memory.
                 rows, picks = max(2 * rows, len(kept.x)), max(picks + 16, len(kept.picked))
-            hidden_size = self._ends.embedding.shape[1]
+            hidden_size = self._layers.input_norm.shape[1]
             heads, kv_heads, head_dim = self._widths
             shapes = (
                 (rows, hidden_size),
@@ -179,7 +201,7 @@ class _Rotations:
     of rope whose factors depend on the other positions of a step are computed in each one."""
 
     def __init__(self, flat: FlatDecoder) -> None:
-        self._flat = flat._replace(layers=[])
+        self._rotary, self._has_half_factors = flat.rotary, flat.has_half_factors
         self._kinds = flat.rotary_kinds
         self.num_kinds = len(self._kinds)
         types = getattr(flat.rotary, "rope_type", None)
@@ -198,7 +220,11 @@ class _Rotations:
         return self._table, positions
 
     def _compute(self, positions: torch.Tensor) -> Rotation:
-        of_kinds = [self._flat.rotation(torch.empty(1), positions, kind) for kind in self._kinds]
+        halves = self._has_half_factors
+        of_kinds = [
+            rotary_factors(self._rotary, torch.empty(1), positions, kind, has_half_factors=halves)
+            for kind in self._kinds
+        ]
         return Rotation(*(torch.cat(parts) for parts in zip(*of_kinds, strict=True)))
 
 

@@ -33,6 +33,7 @@ from ....kernels.cpu.products import (
     run_product,
 )
 from ....kernels.cpu.region import run_calls
+from ...body.grouped_rows import GroupedStack
 from .packed_linear import PackedLinear
 from .packing import by_panel, pack_weight, rounded
 
@@ -184,6 +185,8 @@ def run_experts(
 def _can_pack(module: nn.Module) -> bool:
     """Whether a module's experts are run through transformers' interface, in a way known here."""
     weight = getattr(module, "down_proj", None)
+    if isinstance(weight, GroupedStack):
+        return True
     known = all(hasattr(module, name) for name in ("is_transposed", "has_bias", "has_gate"))
     return (
         known
@@ -208,7 +211,10 @@ def _take(
 ) -> tuple[PackedWeight, int]:
     """Pack the weights of all experts `[E, out, in]`, one after the other, and empty the parameter.
     Returns them, and the number of columns of each."""
-    weight = getattr(experts, name).detach()
+    weight = getattr(experts, name)
+    if isinstance(weight, GroupedStack):
+        return _take_stack(experts, name, parts)
+    weight = weight.detach()
     if experts.is_transposed:
         weight = weight.transpose(1, 2)
     bias = getattr(experts, f"{name}_bias").detach() if experts.has_bias else None
@@ -220,6 +226,19 @@ def _take(
     empty = nn.Parameter(weight.new_empty(0), requires_grad=False)
     setattr(experts, name, empty)
     return packed, weight.shape[1]
+
+
+def _take_stack(experts: Any, name: str, parts: int) -> tuple[PackedWeight, int]:
+    """Do what `_take` does, for experts whose weights are grouped. (None of them has biases.)"""
+    stack: GroupedStack = getattr(experts, name)
+    num_experts, rows, _ = stack.shape
+    # What fills up the last panel of an expert is some row: what comes of it is dropped.
+    panels = by_panel(torch.arange(rows), parts).flatten()
+    ordered = torch.cat([expert * rows + panels for expert in range(num_experts)])
+    packed = pack_weight(stack.grouped.rows(ordered), None)
+    delattr(experts, name)
+    setattr(experts, name, nn.Parameter(torch.empty(0), requires_grad=False))
+    return packed, rows
 
 
 def _run(calls: list[tuple[Call, int]], rows: int) -> None:

@@ -6,6 +6,7 @@ import sys
 
 from ....kernels.cpu import ahead
 from ...config import EngineConfig
+from ...errors import StartupError
 
 
 def leave_triton_out() -> None:
@@ -25,4 +26,18 @@ def compile_ahead(config: EngineConfig) -> None:
     if cache == "auto":  # see `CpuBackend.kv_cache_dtype`
         cache = "float16" if dtype == "auto" else dtype
     dtype = "float32" if dtype == "auto" else dtype
-    ahead.compile_ahead(ahead.Build(dtype, cache, config.quantization or ""))
+    quantization: str = config.quantization or ""
+    if not quantization and _has_own_format(config):
+        quantization = ahead.KEPT
+    ahead.compile_ahead(ahead.Build(dtype, cache, quantization))
+
+
+def _has_own_format(config: EngineConfig) -> bool:
+    """Whether the checkpoint brings weights of 4 or 8 bits, whose products are of kinds of their
+    own. A model that cannot be found is left to who loads it."""
+    from ...checkpoints.checkpoint import format_of
+
+    try:
+        return format_of(config) is not None
+    except StartupError:
+        return False

@@ -7,14 +7,17 @@ Numba.
 
 from __future__ import annotations
 
+from collections import abc
+
 import numba
 import torch
 from torch import nn
 
 from ....kernels.cpu.arrays import FLOATS, as_array, thread_count
-from ....kernels.cpu.products import run_product
+from ....kernels.cpu.products import PackedWeight, run_product
 from ...body.grouped_linear import GroupedLinear, dtype_of
-from .packing import pack, unpack
+from .packed_embedding import PackedEmbedding
+from .packing import emptied, pack, unpack
 
 
 class PackedLinear(nn.Module):
@@ -22,13 +25,18 @@ class PackedLinear(nn.Module):
     type."""
 
     def __init__(
-        self, linear: nn.Linear | GroupedLinear, *, quantization: str | None = None
+        self,
+        linear: nn.Linear | GroupedLinear,
+        *,
+        quantization: str | None = None,
+        packed: PackedWeight | None = None,
     ) -> None:
-        """Take over the weight of `linear`, which is emptied. `quantization` is that of `pack`."""
+        """Take over the weight of `linear`, which is emptied. `quantization` is that of `pack`;
+        `packed` is the weight if it has been packed already."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._dtype = dtype_of(linear)
-        self.packed = pack(linear, quantization=quantization)
+        self.packed = packed or pack(linear, quantization=quantization)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -44,15 +52,38 @@ class PackedLinear(nn.Module):
         return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
 
-def pack_linears(model: nn.Module, *, quantization: str | None = None) -> None:
+def pack_linears(
+    model: nn.Module,
+    *,
+    quantization: str | None = None,
+    embeddings: abc.Sequence[PackedEmbedding] = (),
+) -> None:
     """Replace every linear layer below `model`, plain or grouped, by a PackedLinear. The dense
-    weight is freed, unless it is tied to an embedding. `quantization` is that of `pack`."""
+    weight is freed, unless it is tied to an embedding. `quantization` is that of `pack`. A grouped
+    layer that is tied to one of these embeddings has its panels."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child.weight.dtype not in FLOATS:
                 continue
             if type(child) is nn.Linear or isinstance(child, GroupedLinear):
-                setattr(module, name, PackedLinear(child, quantization=quantization))
+                packed = _packed_of(child, embeddings)
+                layer = PackedLinear(child, quantization=quantization, packed=packed)
+                setattr(module, name, layer)
+    for embedding in embeddings:
+        embedding.release()
+
+
+def _packed_of(
+    linear: nn.Linear | GroupedLinear, embeddings: abc.Sequence[PackedEmbedding]
+) -> PackedWeight | None:
+    """Return the panels of the embedding that a layer is tied to, if it is."""
+    if not isinstance(linear, GroupedLinear) or linear.bias is not None:
+        return None
+    tied = [each for each in embeddings if each.source is linear.grouped.quants]
+    if not tied:
+        return None
+    linear.grouped = emptied(linear.grouped)
+    return tied[0].packed
 
 
 def unmap_weights(model: nn.Module) -> None:

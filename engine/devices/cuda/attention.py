@@ -16,7 +16,7 @@ from ....kernels.cuda.attention.cascade import CascadeWorkspace
 from ....kernels.cuda.attention.decode_schedule import DecodeWorkspace
 from ...attention.metadata import AttentionMetadata
 from ..steps import DeviceStep, HostStep
-from .kernels import Kernels
+from .layers.kernels import Kernels
 from .mixed_graphs import max_prompts
 from .shared_prefixes import SharedPrefixes
 

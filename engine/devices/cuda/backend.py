@@ -26,20 +26,21 @@ from ...errors import ConfigurationError, UnsupportedModelError, one_line
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
-from .adapters import CudaSlots
+from ..streamed_blocks import StreamedBlocks
 from .attention import CudaPlanner, allocate_workspaces
 from .body_ops import CudaOps
 from .draws import CudaDraws
-from .experts import use_experts
 from .inputs import DeviceInputs
-from .kernels import TRITON, Kernels
+from .layers.adapters import CudaSlots
+from .layers.experts import use_experts
+from .layers.kernels import TRITON, Kernels
+from .layers.products import use_products
+from .layers.states import CudaStateOps
 from .memory import free_memory, others_memory, total_memory
 from .mixed_graphs import mixed_sizes
-from .products import use_products
 from .rehearsing import capture_graphs, compile_kernels, of_cuda
 from .requirements import check_gpu
 from .shared_prefixes import FindGroups, SharedPrefixes
-from .states import CudaStateOps
 from .step_graphs import MAX_DRAFT_SIZE, Capture, CudaCapture, graph_sizes
 
 logger = logging.getLogger("quire.engine")
@@ -136,6 +137,13 @@ class CudaBackend:
     def multiplies_float8(self) -> bool:
         return True
 
+    @property
+    def keeps_rows(self) -> bool:
+        return False
+
+    def weight_bytes(self, weight: torch.Tensor | GroupedWeight, quantization: str | None) -> int:
+        return weight.nbytes if isinstance(weight, torch.Tensor) else weight.num_bytes
+
     def token_budget(self, config: EngineConfig) -> int:
         """By default thousands, since a GPU needs many tokens at once to be busy."""
         return config.max_num_batched_tokens or 8192
@@ -199,6 +207,11 @@ class CudaBackend:
     def copy_blocks(self, kv_cache: torch.Tensor, copies: abc.Sequence[BlockCopy]) -> None:
         sources, destinations = to_device(copies, torch.int64, self.device).T.contiguous()
         self._kernels.copy_blocks(kv_cache, sources, destinations)
+
+    def make_host_blocks(
+        self, caches: abc.Sequence[torch.Tensor], memory: memoryview
+    ) -> StreamedBlocks:
+        return StreamedBlocks(caches, memory, self.device)
 
     def make_inputs(
         self,

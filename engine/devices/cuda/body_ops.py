@@ -12,7 +12,7 @@ import torch
 from ...attention.metadata import AttentionMetadata
 from ...body.flat_decoder import FlatLayer, Mlp, Norm, Rotation
 from .attention import CudaPlan
-from .kernels import Kernels
+from .layers.kernels import Kernels
 
 
 class CudaOps(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ....kernels.cuda.sample_tokens import sample_tokens
+from ....kernels.cuda.sampling.sample_tokens import sample_tokens
 from ...sampling.plan import DrawGroup
 
 

@@ -16,7 +16,7 @@ import torch
 from ....kernels.cuda.prepare_inputs import FIELDS, Record
 from ....kernels.device_copy import StagingBuffer
 from ..steps import DeviceStep, GraphKey, HostStep
-from .kernels import Kernels
+from .layers.kernels import Kernels
 from .mixed_graphs import max_prompts
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from ...errors import ConfigurationError, one_line
 from ...step import BlockCopy
 from ..backend import Rehearsal
 from ..steps import DeviceStep, GraphKey, ModelOutput
-from .adapters import CudaSlots
 from .attention import CudaPlanner
 from .inputs import DeviceInputs
-from .kernels import Kernels
+from .layers.adapters import CudaSlots
+from .layers.kernels import Kernels
 from .step_graphs import MAX_DRAFT_SIZE, Capture, NotCapturableError, StepGraphs
 
 logger = logging.getLogger("quire.engine")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ...errors import one_line
 from ...sampling.draws import BestTokens
 from ..steps import DeviceStep, GraphKey, ModelOutput
-from .kernels import Kernels
+from .layers.kernels import Kernels
 
 MAX_GRAPH_SIZE = 256
 """Maximum number of rows. A larger step has enough work to hide its launches."""

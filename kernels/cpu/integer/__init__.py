@@ -5,6 +5,7 @@ Read them in this order:
     groups.py     what is computed, and the sums in registers
     dots.py       how a processor multiplies bytes
     quantise.py   rows of x as integers
+    fetch.py      rows of an embedding that is such a weight
     products.py   the kernels, and a weight for them
 
 May import: kernels.cpu.

@@ -16,6 +16,7 @@ from ..kernel import kernel
 from ..numbers import INLINED, exp
 from ..panels import PANEL_COLUMNS
 from ..products import NO_DELTAS, NOBODY, WHOLE, Array, Call, Quantised, columns_of, extent_of
+from .fetch import Fetch, fetch
 from .groups import add_groups
 from .quantise import Quantise, quantise
 
@@ -25,25 +26,30 @@ the item reads it."""
 
 
 class IntegerProduct(NamedTuple):
-    """A product in integers. `out` is float32 and may have more rows."""
+    """A product in integers. `out` is float32 and may have more rows.
 
-    quants: Any
-    """Weights: uint8 `[panels, groups, group / 8, PANEL_VECTORS, 4 * LANES]` of 4 bits, int8
-    `[panels, groups, group / 4, …]` of 8 bits."""
+    `data` holds the panels' records (`groups.py`) `[panels, groups, bytes]`: as uint8 if weights
+    have 4 bits, as int8 if they have 8. Empty arrays stand for the kinds of scales and minimums:
+    float32, int16 (float16's bits), int8 (integers times a unit), uint8 (all scales are 1, all
+    minimums 0), and for minimums uint16 (-8 times the scale; they are in no record).
+    """
+
+    data: Any
     scales: Any
-    """`[panels, groups, PANEL_COLUMNS]`, float32 or float16's bits; empty uint8 if all are 1."""
     minimums: Any
-    """Like scales. Empty uint8 if all are 0, empty int8 if all are -8 times the scale."""
+    units: Any
+    """The units of scales, then of minimums, `[panels, ., 2 * PANEL_COLUMNS]`: float32 or
+    float16's bits; empty if none has a unit."""
     factors: Any
     """A factor for each column, `[panels * PANEL_COLUMNS]`."""
     bias: Any
     """Like factors."""
-    numbers: Any
-    """x. This and the next three are as in Quantised."""
-    steps: Any
-    sums: Any
-    offsets: Any
+    records: Any
+    """x, as in Quantised."""
     group: int
+    unit_groups: int
+    """How many groups of a column share a unit; the last ones may be fewer. At least as many as
+    DEPTH features are all of them or a divisor of DEPTH's."""
     out: Any
     """`[., out_features]`."""
     tiles: Any
@@ -58,16 +64,15 @@ class IntegerGatedProduct(NamedTuple):
     """The work of `multiply_gated_integers`: the fields of IntegerProduct without `adds`, and those
     of `products.Gated`. Panel 2i is the i-th of gate and panel 2i + 1 the i-th of up."""
 
-    quants: Any
+    data: Any
     scales: Any
     minimums: Any
+    units: Any
     factors: Any
     bias: Any
-    numbers: Any
-    steps: Any
-    sums: Any
-    offsets: Any
+    records: Any
     group: int
+    unit_groups: int
     out: Any
     tiles: Any
     segments: Any
@@ -78,26 +83,41 @@ class IntegerGatedProduct(NamedTuple):
 class IntegerWeight(NamedTuple):
     """A PackedWeight of integers."""
 
-    quants: Any
-    """This and the next four are as in IntegerProduct."""
+    data: Any
+    """This and the next five are as in IntegerProduct."""
     scales: Any
     minimums: Any
+    units: Any
     factors: Any
     bias: Any
     group: int
     """Features per group."""
+    unit_groups: int
+    """As in IntegerProduct."""
 
     @property
     def num_panels(self) -> int:
-        return len(self.quants)
+        return len(self.data)
 
     @property
     def num_groups(self) -> int:
-        return int(self.quants.shape[1])
+        return int(self.data.shape[1])
+
+    @property
+    def num_bytes(self) -> int:
+        factors = 0 if self.scales.dtype != np.uint8 else self.factors.nbytes
+        return int(self.data.nbytes + self.units.nbytes + factors)
 
     @property
     def depth(self) -> int:
         return self.num_groups * self.group
+
+    def fetch(
+        self, ids: Array, x: Array, scale: Any, norm: tuple[Array, Array], normed: Array
+    ) -> Call:
+        weight, epsilons = norm
+        work = (*self[:4], self.factors, *self[6:], ids, x, scale, weight, epsilons, normed)
+        return fetch, Fetch(*work)
 
     def quantise(self, x: Array, room: Quantised, tiles: Array) -> Call | None:
         return quantise, Quantise(x, *room, self.group, self.num_groups, tiles)
@@ -111,23 +131,25 @@ class IntegerWeight(NamedTuple):
         adds: bool,
         segments: Array = WHOLE,
     ) -> Call:
-        work = (*self[:5], *room, self.group, out, tiles, segments)
+        work = (*self[:6], *room, *self[6:], out, tiles, segments)
         return multiply_integers, IntegerProduct(*work, adds)
 
     def multiply_gated(
         self, x: Array, room: Quantised, out: Array, tiles: Array, segments: Array = WHOLE
     ) -> Call:
-        work = (*self[:5], *room, self.group, out, tiles, segments)
+        work = (*self[:6], *room, *self[6:], out, tiles, segments)
         return multiply_gated_integers, IntegerGatedProduct(*work, NOBODY, NO_DELTAS)
 
 
 def weight_like(quantization: str) -> IntegerWeight:
     """Return a weight of the types that int8 or int4 give: what kernels are compiled for."""
-    columns, none = np.zeros(1, np.float32), np.zeros((0, 0, 0), np.uint8)
+    columns, none = np.zeros(1, np.float32), np.zeros(0, np.uint8)
     if quantization == "int8":
-        return IntegerWeight(np.zeros((1, 1, 1), np.int8), none, none, columns, columns, 1)
-    halves = np.zeros((1, 1, 1), np.int16)
-    return IntegerWeight(np.zeros((1, 1, 1), np.uint8), halves, halves, columns, columns, 1)
+        data, units = np.zeros((1, 1, 1), np.int8), np.zeros((0, 0, 0), np.float32)
+        return IntegerWeight(data, none, none, units, columns, columns, 1, 1)
+    data, steps = np.zeros((1, 1, 1), np.uint8), np.zeros(0, np.int8)
+    units = np.zeros((1, 1, 1), np.int16)
+    return IntegerWeight(data, steps, steps, units, columns, columns, 1, 1)
 
 
 @kernel
@@ -176,14 +198,13 @@ def multiply_gated_integers(item, layer, rows, thread, product):
 def _fill_tile(tile, product, panel, first, count):
     """Compute tile[:count] = x[first : first + count] Wᵀ for the columns of one panel, without
     factor and bias."""
-    weight = (product.quants, product.scales, product.minimums)
-    x = (product.numbers, product.steps, product.sums, product.offsets)
-    group, groups = product.group, np.int64(product.quants.shape[1])
+    weight = (product.data, product.scales, product.minimums, product.units)
+    group, groups, unit_groups = product.group, np.int64(product.data.shape[1]), product.unit_groups
     for row in range(count):
         for column in range(PANEL_COLUMNS):
             tile[row, column] = np.float32(0)
-    few = max(np.int64(DEPTH) // group, 1)
-    for begin in range(0, groups, few):
-        of_weight, of_x = panel * groups + begin, np.int64(first) * groups + begin
-        some = min(few, groups - begin)
-        add_groups(weight, of_weight, x, of_x, groups, group, some, tile, count)
+    few = max(min(np.int64(DEPTH) // group, unit_groups), 1)
+    for at in range(0, groups, few):
+        begin, unit = panel * groups + at, panel * product.units.shape[1] + at // unit_groups
+        first_x, some = np.int64(first) * groups + at, min(few, groups - at)
+        add_groups(weight, begin, unit, product.records, first_x, groups, group, some, tile, count)

@@ -19,11 +19,13 @@ from numba.extending import intrinsic
 
 from ..kernel import kernel
 from ..numbers import LANES
-from ..products import QUANTISED_ROWS
-from ..vectors import FLOATS, WORDS, across, arrays_of, floats, index, words
+from ..products import HEAD_BYTES, QUANTISED_ROWS
+from ..vectors import FLOATS, WORDS, arrays_of, broadcast, floats, index, plus, words
 from .dots import ZERO_OF_BYTES
 
-_LEAST = 1e-30
+_LEAST = float(np.float32(1e-30))
+_MAGIC, _MAGIC_BITS = 1.5 * 2**23, 0x4B400000
+_INT32, _FLOAT = ir.IntType(32), ir.FloatType()
 
 
 class Quantise(NamedTuple):
@@ -31,11 +33,8 @@ class Quantise(NamedTuple):
 
     x: Any
     """`[., in_features]` float32."""
-    numbers: Any
-    """This and the next three are as in Quantised."""
-    steps: Any
-    sums: Any
-    offsets: Any
+    records: Any
+    """As in Quantised."""
     group: int
     """Features per group; the last group may have fewer, and is filled up with zeros."""
     groups: int
@@ -46,35 +45,36 @@ class Quantise(NamedTuple):
 @kernel
 def quantise(item, layer, rows, thread, work):
     """Quantise an item's rows."""
-    x, numbers, steps = work.x, work.numbers, work.steps
-    sums, offsets, group, groups = work.sums, work.offsets, work.group, work.groups
+    x, records, group, groups = work.x, work.records, work.group, work.groups
     rest = work.tiles[thread].reshape(-1)
     whole = x.shape[1] // group
     for row in range(item * QUANTISED_ROWS, min((item + 1) * QUANTISED_ROWS, rows)):
         first = row * groups
         line = x[row]
         for at in range(whole):
-            _quantise_group(line, at * group, group, numbers, steps, sums, offsets, first + at)
+            _quantise_group(line, at * group, group, records, first + at)
         if whole < groups:
             begin = whole * group
             for feature in range(group):
                 inside = begin + feature < x.shape[1]
                 rest[feature] = line[begin + feature] if inside else np.float32(0)
-            _quantise_group(rest, 0, group, numbers, steps, sums, offsets, first + whole)
+            _quantise_group(rest, 0, group, records, first + whole)
 
 
 # Over 50 lines: the code generator is one function within another, in the order of its output.
 @intrinsic
-def _quantise_group(typing_context, x, begin, group, numbers, steps, sums, offsets, at):
-    """Quantise x[begin : begin + group] as group `at`."""
+def _quantise_group(typing_context, x, begin, group, records, at):
+    """Write x[begin : begin + group] as record `at`: see `groups.py`."""
 
     def generate(context, builder, signature, arguments):
-        arrays = arrays_of(context, builder, signature, arguments, (0, 3, 4, 5, 6))
-        x, numbers, steps, sums, offsets = arrays
-        _, begin, group, _, _, _, _, at = arguments
+        # Over 50 lines: one part after the other, in the order of the code that it generates.
+        x, records = arrays_of(context, builder, signature, arguments, (0, 3))
+        _, begin, group, _, at = arguments
         vectors = builder.udiv(group, index(LANES))
         source = builder.gep(x.data, [begin])
-        target = builder.gep(numbers.data, [builder.mul(at, group)])
+        record = builder.mul(at, plus(builder, group, HEAD_BYTES))
+        head = builder.gep(records.data, [record])
+        target = builder.gep(head, [index(HEAD_BYTES)])
 
         def vector_of(number):
             pointer = builder.gep(source, [builder.mul(number, index(LANES))])
@@ -87,44 +87,48 @@ def _quantise_group(typing_context, x, begin, group, numbers, steps, sums, offse
             bits = builder.bitcast(vector_of(loop.index), WORDS)
             bits = builder.and_(bits, words(0x7FFFFFFF))
             builder.store(_greater(builder, bits, builder.load(greatest)), greatest)
-        bits = across(builder, lambda a, b: _greater(builder, a, b), builder.load(greatest))
-        most = builder.bitcast(bits, FLOATS)
-        # 2. Its step, and what x is multiplied by; zero if the group is not to be rounded.
-        finite = builder.icmp_signed("<", bits, words(0x7F800000))
-        regular = builder.and_(finite, builder.fcmp_ordered(">=", most, floats(_LEAST)))
-        factor = builder.select(regular, builder.fdiv(floats(127), most), floats(0))
-        step = builder.fmul(most, floats(np.float32(1 / 127)))
-        step = builder.select(builder.and_(finite, builder.not_(regular)), floats(0), step)
-        # 3. The nearest integers, ties to even, and their sum. (The conversion saturates, which
-        #    only says what it makes of a NaN.)
+        bits = _across(builder, "smax", builder.load(greatest))
+        most = builder.bitcast(bits, _FLOAT)
+        # 2. Its step, and what x is multiplied by, if the group is to be rounded.
+        is_finite = builder.icmp_signed("<", bits, ir.Constant(_INT32, 0x7F800000))
+        is_regular = builder.fcmp_ordered(">=", most, ir.Constant(_FLOAT, _LEAST))
+        is_regular = builder.and_(is_finite, is_regular)
+        factor = broadcast(builder, builder.fdiv(ir.Constant(_FLOAT, 127.0), most))
+        step = builder.fmul(most, ir.Constant(_FLOAT, float(np.float32(1 / 127))))
+        is_nothing = builder.and_(is_finite, builder.not_(is_regular))
+        step = builder.select(is_nothing, ir.Constant(_FLOAT, 0.0), step)
+        # 3. The nearest integers, ties to even, and their sum. A float of 1.5 · 2^23 plus a small
+        #    number is rounded to an integer, which is what its bits are greater by.
         total = cgutils.alloca_once_value(builder, words(0))
         octets = ir.VectorType(ir.IntType(8), LANES)
         with cgutils.for_range(builder, vectors, intp=vectors.type) as loop:
             scaled = builder.fmul(vector_of(loop.index), factor)
-            rounded = _call(builder, f"llvm.rint.v{LANES}f32", FLOATS, scaled)
-            integers = _call(builder, f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", WORDS, rounded)
+            scaled = builder.select(is_regular, scaled, floats(0))
+            rounded = builder.bitcast(builder.fadd(scaled, floats(_MAGIC)), WORDS)
+            integers = builder.sub(rounded, words(_MAGIC_BITS))
             pointer = builder.gep(target, [builder.mul(loop.index, index(LANES))])
             pointer = builder.bitcast(pointer, octets.as_pointer())
             builder.store(builder.trunc(integers, octets), pointer, align=1)
             builder.store(builder.add(builder.load(total), integers), total)
-        added = across(builder, builder.add, builder.load(total))
-        # 4. Lane 0 of what goes with the group.
-        first = ir.Constant(ir.IntType(32), 0)
-        scaled = builder.fmul(step, builder.sitofp(added, FLOATS))
-        offset = builder.mul(added, words(-ZERO_OF_BYTES))
-        for array, vector in ((steps, step), (sums, scaled), (offsets, offset)):
-            lane = builder.extract_element(vector, first)
-            builder.store(lane, builder.gep(array.data, [at]))
+        # 4. The record's head: the step, step times sum, and the offset.
+        added = _across(builder, "add", builder.load(total))
+        scaled = builder.fmul(step, builder.sitofp(added, _FLOAT))
+        offset = builder.mul(added, ir.Constant(_INT32, -ZERO_OF_BYTES))
+        for place, number in enumerate((step, scaled, offset)):
+            pointer = builder.gep(head, [index(4 * place)])
+            builder.store(number, builder.bitcast(pointer, number.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
     integer = types.int64
-    return types.void(x, integer, integer, numbers, steps, sums, offsets, integer), generate
+    return types.void(x, integer, integer, records, integer), generate
 
 
 def _greater(builder, left, right):
     return builder.select(builder.icmp_signed(">", left, right), left, right)
 
 
-def _call(builder, name, result, argument):
-    kind = ir.FunctionType(result, [argument.type])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [argument])
+def _across(builder, name, vector):
+    """Combine all lanes of a vector of int32 to one number."""
+    kind = ir.FunctionType(_INT32, [WORDS])
+    name = f"llvm.vector.reduce.{name}.v{LANES}i32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [vector])

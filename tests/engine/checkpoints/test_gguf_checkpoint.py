@@ -13,17 +13,21 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from quire.engine.body.body import HfBody
 from quire.engine.body.grouped_linear import GroupedLinear
+from quire.engine.body.grouped_rows import GroupedEmbedding, GroupedStack
 from quire.engine.checkpoints import source
 from quire.engine.checkpoints.checkpoint import open_checkpoint
 from quire.engine.checkpoints.gguf_header import read_header
 from quire.engine.config import EngineConfig
 from quire.engine.devices.cpu.backend import CpuBackend
+from quire.engine.devices.cpu.packed_embedding import pack_embeddings
+from quire.engine.devices.cpu.packed_linear import pack_linears
 from quire.engine.errors import ModelLoadError, UnsupportedModelError
 from quire.engine.model.assemble import assemble
 from quire.engine.model.causal_lm import CausalLM
 
 from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..models import generate
+from ..rounding import round_inputs
 from ..worker_driver import Driver, load, make_config, make_sequence
 from .gguf_files import CONFIGS, write_model
 
@@ -71,7 +75,7 @@ def reference(file: Path) -> Any:
     ).eval()
 
 
-def assembled(file: Path) -> Any:
+def assembled(file: Path, *, keep_rows: bool = False) -> Any:
     """Return the transformers model that quire makes of the file, with its blocks kept."""
     checkpoint = open_checkpoint(make_config(file))
     assert checkpoint is not None and checkpoint.load_arguments is None
@@ -82,7 +86,8 @@ def assembled(file: Path) -> Any:
             config, dtype=torch.float32, attn_implementation="eager"
         )
 
-    return assemble(checkpoint, build, torch.float32, keep_groups=True).eval()
+    made = assemble(checkpoint, build, torch.float32, keep_groups=True, keep_rows=keep_rows)
+    return made.eval()
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -100,10 +105,16 @@ def test_logits_and_text_are_those_of_transformers(tmp_path: Path, family: str, 
     file = tmp_path / "tiny.gguf"
     write_model(file, family, kind)
     expected = reference(file)
-    model = assembled(file)
-    torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-4)
-    kept = 0 if kind.startswith("F") else 2 * 7 + 1
-    assert num_grouped(model) == kept
+    for keep_rows in (False, True):
+        model = assembled(file, keep_rows=keep_rows)
+        torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-4)
+        kept = 0 if kind.startswith("F") else 2 * 7 + 1
+        assert num_grouped(model) == kept
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding, GroupedEmbedding) == (keep_rows and kept > 0)
+        head = model.get_output_embeddings()
+        if keep_rows and kept and model.config.tie_word_embeddings:
+            assert head.grouped.quants is embedding.grouped.quants
     config = make_config(file, dtype="float32")
     driver = Driver.start(config, PlainBackend())
     [tokens] = driver.run([make_sequence(PROMPT, 8)])
@@ -117,12 +128,19 @@ def test_a_float_file_is_the_model_that_was_written(tmp_path: Path, family: str)
     torch.testing.assert_close(logits(assembled(file)), logits(written), rtol=0, atol=1e-5)
 
 
-def test_experts_are_made_dense_and_the_rest_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep_rows", [False, True])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
+def test_experts_stay_in_blocks_on_devices_that_multiply_them(
+    tmp_path: Path, kind: str, keep_rows: bool
+) -> None:
     file = tmp_path / "tiny.gguf"
-    write_model(file, "qwen3moe", "Q8_0")
-    model = assembled(file)
+    write_model(file, "qwen3moe", kind)
+    model = assembled(file, keep_rows=keep_rows)
     torch.testing.assert_close(logits(model), logits(reference(file)), rtol=0, atol=1e-4)
     assert num_grouped(model) == 2 * 4 + 1
+    experts = model.model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        assert isinstance(getattr(experts, name), GroupedStack) == keep_rows
 
 
 def test_facts_name_formats_and_count_kept_weights(
@@ -137,9 +155,56 @@ def test_facts_name_formats_and_count_kept_weights(
     assert facts.num_parameters == written.num_parameters()
     embedding = 128 * 256
     matrices = written.num_parameters() - embedding - 5 * 256
-    # 4 bits, and a scale and a minimum for each group of 32; the tied head exists twice.
-    assert facts.num_bytes == (matrices + embedding) * 3 // 4 + 4 * (embedding + 5 * 256)
-    assert "Q4_0 kept in blocks" in caplog.text and "Q4_0 made dense" in caplog.text
+    # 4 bits, and a scale of 16 for each group of 32; the embedding and its tied head are one.
+    assert facts.num_bytes == (matrices + embedding) * 9 // 16 + 4 * 5 * 256
+    assert "Q4_0 kept in blocks" in caplog.text and "Q4_0 made dense" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("llama-tied", "Q4_0"),
+        ("llama", "Q4_K"),
+        ("llama-tied", "Q6_K"),
+        ("gemma3", "Q8_0"),
+        ("qwen3moe", "Q4_1"),
+    ],
+)
+def test_the_cpu_computes_with_blocks(tmp_path: Path, family: str, kind: str) -> None:
+    """The oracle rounds the inputs of products in the same way. What is left is inputs that a
+    float's last bit rounds otherwise, if there are any."""
+    file = tmp_path / "tiny.gguf"
+    write_model(file, family, kind)
+    driver = Driver.start(make_config(file, dtype="float32"))
+    sequence = make_sequence(PROMPT, 1, logprobs=128)
+    driver.run([sequence])
+    [entry] = driver.logprobs[sequence.seq_id]
+    found = torch.empty(128)
+    found[list(entry.top_token_ids)] = torch.tensor(entry.top_logprobs)
+    model = assembled(file)
+    round_inputs(model)
+    exact = logits(model)[-1].log_softmax(dim=-1)
+    assert (found - exact).norm() < 0.002 * (exact - exact.mean()).norm()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q5_1", "Q6_K", "Q8_0", "Q3_K"])
+@pytest.mark.parametrize("family", ["llama-tied", "gemma3"])
+def test_an_embedding_is_looked_up_in_the_panels_of_its_head(
+    tmp_path: Path, family: str, kind: str
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_model(file, family, kind)
+    model = assembled(file, keep_rows=True)
+    ids = torch.tensor([[0, 5], [127, 32]])
+    given = model.get_input_embeddings()
+    expected, weight = given(ids), given.weight
+    [packed] = pack_embeddings(model.base_model).values()
+    pack_linears(model, embeddings=[packed])
+    assert (
+        model.get_output_embeddings().packed is packed.packed and given.grouped.quants.numel() == 0
+    )
+    torch.testing.assert_close(packed(ids), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(packed.weight, weight)
 
 
 def test_a_device_without_grouped_products_gets_dense_weights(tmp_path: Path) -> None:

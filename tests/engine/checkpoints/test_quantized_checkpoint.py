@@ -23,12 +23,7 @@ from quire.engine.model.assemble import assemble
 
 from ..models import generate
 from ..worker_driver import Driver, load, make_config, make_sequence
-from .quantized_files import (
-    FORMATS,
-    load_tensors,
-    save_tensors,
-    write_model,
-)
+from .quantized_files import FORMATS, load_tensors, save_tensors, write_model
 
 PROMPT = [5, 80, 17, 33, 64, 9, 110, 7]
 CASES = [

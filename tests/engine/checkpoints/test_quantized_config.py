@@ -19,13 +19,7 @@ from quire.engine.model.rehearse import rehearse_load
 
 from ..models import generate, save_model
 from ..worker_driver import Driver, load, make_config, make_sequence
-from .quantized_files import (
-    FORMATS,
-    load_tensors,
-    pack_words,
-    save_tensors,
-    set_quantization,
-)
+from .quantized_files import FORMATS, load_tensors, pack_words, save_tensors, set_quantization
 from .test_quantized_checkpoint import PROMPT, assembled, logits, quantised
 
 

@@ -11,7 +11,7 @@ from quire.engine.config import EngineConfig
 from quire.engine.devices.backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
 from quire.engine.devices.cpu.draws import CpuDraws
 from quire.engine.devices.cuda.backend import CudaBackend
-from quire.engine.devices.cuda.kernels import TRITON, Kernels
+from quire.engine.devices.cuda.layers.kernels import TRITON, Kernels
 from quire.engine.devices.cuda.step_graphs import Capture, Run, StepGraphs
 from quire.engine.devices.steps import GraphKey, ModelOutput
 from quire.engine.sampling.draws import BestTokens

@@ -14,7 +14,7 @@ import torch
 from quire.engine.devices.choose import choose_backend
 from quire.engine.devices.cpu.backend import CpuBackend
 from quire.engine.devices.cuda.backend import CudaBackend
-from quire.engine.devices.cuda.kernels import TRITON_PDL
+from quire.engine.devices.cuda.layers.kernels import TRITON_PDL
 from quire.engine.devices.cuda.requirements import check_gpu
 from quire.engine.errors import ConfigurationError
 

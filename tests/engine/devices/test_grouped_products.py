@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from quire.engine.body.grouped_linear import GroupedWeight
-from quire.engine.devices.cuda import products
-from quire.engine.devices.cuda.products import multiplies_float8, multiply_float8
+from quire.engine.devices.cuda.layers import products
+from quire.engine.devices.cuda.layers.products import multiplies_float8, multiply_float8
 from quire.kernels import reference
 
 from ..checkpoints.quantized_files import FORMATS, write_model

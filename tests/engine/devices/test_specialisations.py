@@ -22,7 +22,7 @@ from quire.engine.config import EngineConfig
 from quire.engine.devices.backend import CacheDemand, StartRehearsal
 from quire.engine.devices.cpu.draws import CpuDraws
 from quire.engine.devices.cuda.draws import CudaDraws
-from quire.engine.devices.cuda.kernels import TRITON, Kernels
+from quire.engine.devices.cuda.layers.kernels import TRITON, Kernels
 from quire.engine.devices.cuda.rehearsing import compile_kernels
 from quire.engine.devices.cuda.step_graphs import Run
 from quire.engine.sampling.plan import DrawGroup

@@ -12,12 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quire.engine.devices.cuda.attention import CudaPlanner
-from quire.engine.devices.cuda.step_graphs import (
-    CudaCapture,
-    NotCapturableError,
-    Run,
-    graph_sizes,
-)
+from quire.engine.devices.cuda.step_graphs import CudaCapture, NotCapturableError, Run, graph_sizes
 from quire.engine.devices.steps import GraphKey
 from quire.engine.errors import ConfigurationError
 

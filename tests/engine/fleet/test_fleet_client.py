@@ -16,7 +16,7 @@ from quire.engine.errors import ConfigurationError, EngineNotReadyError, Startup
 from quire.engine.fleet import directory
 from quire.engine.fleet.directory import LocalEngines, divide
 from quire.engine.fleet.fleet_client import FleetClient, summed
-from quire.engine.outputs import SequenceOutput
+from quire.engine.outputs import SequenceOutput, TierStats
 from quire.engine.process import process_client
 from quire.engine.process.process_client import ProcessEngineClient
 from quire.engine.process.stream import MAX_DEATHS
@@ -203,8 +203,12 @@ def test_processors_and_gpus_are_divided(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_statistics_are_added() -> None:
     stats = fakes.FakeCore(EngineConfig(model="fake")).stats()
-    one = stats._replace(running_adapters=["b", "a"], accepted_per_position=(2, 1))
-    two = stats._replace(running_adapters=["c", "a"], accepted_per_position=(3,))
+    host, disk = TierStats("host", 1, 5, 10, 2, 3, 4, 0), TierStats("disk", 6, None, 10, 7, 8, 0, 9)
+    one = stats._replace(
+        running_adapters=["b", "a"], accepted_per_position=(2, 1), tiers=[host, disk]
+    )
+    two = stats._replace(running_adapters=["c", "a"], accepted_per_position=(3,), tiers=[host])
     both = summed([one, two])
     assert both.num_blocks == 2000 and both.kv_usage == 0.0
     assert both.running_adapters == ["a", "b", "c"] and both.accepted_per_position == (5, 1)
+    assert both.tiers == [TierStats("host", 2, 10, 10, 4, 6, 8, 0), disk]

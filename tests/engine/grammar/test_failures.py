@@ -20,15 +20,7 @@ from quire.engine.grammar.masks import StructuredOutput
 from quire.engine.request import GrammarSpec
 from quire.engine.sequence import ReadingRow
 
-from .constrained import (
-    END_OF_TEXT,
-    GRAMMARS,
-    TOKENIZER,
-    VOCAB_SIZE,
-    make_core,
-    make_request,
-    run,
-)
+from .constrained import END_OF_TEXT, GRAMMARS, TOKENIZER, VOCAB_SIZE, make_core, make_request, run
 
 
 def test_a_grammar_that_does_not_compile_fails_only_its_request(core: EngineCore) -> None:

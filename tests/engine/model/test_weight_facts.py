@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from quire.engine.devices.cpu.backend import CpuBackend
+from quire.engine.devices.cpu.decoder import CpuDecoder
 from quire.engine.devices.cpu.experts import PackedExperts
 from quire.engine.devices.cpu.packed_linear import PackedLinear
 from quire.engine.devices.cpu.packing import PackedWeight
@@ -17,14 +17,6 @@ from quire.kernels.cpu.integer.products import IntegerWeight
 
 from ..models import save_model
 from ..worker_driver import make_config
-
-
-def integers(weight: PackedWeight) -> int:
-    """Bytes of a packed weight, if it is one of integers, without the bias."""
-    if not isinstance(weight, IntegerWeight):
-        return 0
-    factors = weight.factors.nbytes if weight.scales.dtype == np.uint8 else 0
-    return int(weight.quants.nbytes + weight.scales.nbytes + weight.minimums.nbytes + factors)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -44,14 +36,14 @@ def test_rounded_weights_and_experts(
 
         monkeypatch.setattr(packed, "__init__", init)
     save_model(family, tmp_path)
-    facts = load_model(
+    model = load_model(
         make_config(tmp_path, quantization=quantization, dtype="float32"), CpuBackend()
-    ).weights
+    )
+    facts, body = model.weights, model._body
+    assert isinstance(body, CpuDecoder)
+    made += [*body._layers.qkv, *body._layers.output]
     plain = load_model(make_config(tmp_path, dtype="float32"), CpuBackend()).weights
     rounded = [weight for weight in made if isinstance(weight, IntegerWeight)]
-    saved = sum(
-        4 * weight.quants.size * (2 if weight.quants.dtype == np.uint8 else 1) - integers(weight)
-        for weight in rounded
-    )
+    saved = sum(4 * len(weight.factors) * weight.depth - weight.num_bytes for weight in rounded)
     assert len(rounded) > 4 and plain.num_bytes - facts.num_bytes == saved
     assert quantization in facts.computed_format and facts.num_parameters == plain.num_parameters

@@ -99,7 +99,7 @@ def test_every_way_to_run_gives_the_same(folders: dict[str, Path], mode: str) ->
         assert any(plan.has_drafts for plan in engine.ranks[0].plans) == (mode == "drafts")
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
 def test_the_code_for_gpus_gives_the_same(folders: dict[str, Path], family: str) -> None:
     """Flat layers, decode graphs and tokens that are fed back, with references of the kernels."""
 

@@ -16,6 +16,7 @@ from quire.engine.config import SchedulingPolicy
 from quire.engine.request import Request
 
 from ..harness import Harness, expected_beams, expected_tokens
+from ..tiers.stores import FaultyStore, Tasks
 
 STEM = list(range(200, 300))
 MAX_OUTPUT = 12
@@ -31,6 +32,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     windows: tuple[int | None, ...] = (None,)
     num_blocks = 12
 
+    def tier_options(self) -> dict[str, Any]:
+        """Return what the harness needs for a tier of evicted blocks, if there is to be one."""
+        return {}
+
     def __init__(self) -> None:
         super().__init__()
         self.harness = Harness(
@@ -43,6 +48,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             check=False,
             run_ahead=self.run_ahead,
             snapshots=self.snapshots,
+            **self.tier_options(),
         )
         self.requests: dict[str, Request] = {}
 
@@ -163,6 +169,62 @@ class RunAheadMachine(SchedulerMachine):
     run_ahead = True
 
 
+class TierMachine(SchedulerMachine):
+    """A machine whose evicted blocks go to a little host memory and to a bad store below it."""
+
+    run_ahead = True
+
+    def tier_options(self) -> dict[str, Any]:
+        self.store = FaultyStore(12, chance=0.1)
+        self.reads, self.writes = Tasks(), Tasks()
+        return {"host_slots": 5, "store": self.store, "read": self.reads, "write": self.writes}
+
+    @rule(steps=st.integers(0, 3))
+    def copies_take_steps(self, steps: int) -> None:
+        self.harness.worker.lag = max(steps, self.harness.worker.lag - 1)
+
+    @rule(reads=st.integers(0, 3), writes=st.integers(0, 3))
+    def work_below(self, reads: int, writes: int) -> None:
+        self.reads.run(reads)
+        self.writes.run(writes)
+
+    @rule(talk=st.integers(1, 4), length=st.integers(60, 80))
+    def go_on_with(self, talk: int, length: int) -> None:
+        """Let one of some conversations go on, which evict one another."""
+        request = self.harness.add(list(range(1000 * talk, 1000 * talk + length)), 2)
+        self.requests[request.request_id] = request
+        for _ in range(20):
+            if (request.request_id, 0) in self.harness.finals:
+                break
+            self.reads.run(1)
+            self.writes.run(1)
+            self.harness.step()
+
+    @rule()
+    def time_passes(self) -> None:
+        self.harness.time += 1.0
+
+    @rule()
+    def forget_all(self) -> None:
+        assert self.harness.tier is not None
+        self.harness.tier.clear()
+        self.harness.manager.pool.forget_free()
+
+    def teardown(self) -> None:
+        assert self.harness.tier is not None
+        for tier in self.harness.scheduler.stats().tiers:
+            for what in ("stored", "loaded", "failures"):
+                if getattr(tier, what):
+                    event(f"{tier.tier} {what}")
+        for _ in range(1000):
+            if not self.harness.loop.has_work:
+                break
+            self.reads.run()
+            self.writes.run()
+            self.harness.step()
+        super().teardown()
+
+
 class FairSchedulerMachine(SchedulerMachine):
     policy = "fair"
 
@@ -201,6 +263,9 @@ TestScheduler.settings = settings(
 
 TestRunAhead = RunAheadMachine.TestCase
 TestRunAhead.settings = settings(TestScheduler.settings, max_examples=250)
+
+TestTier = TierMachine.TestCase
+TestTier.settings = settings(TestScheduler.settings, max_examples=150)
 
 TestWindowed = WindowedMachine.TestCase
 TestWindowed.settings = settings(TestScheduler.settings, max_examples=200)

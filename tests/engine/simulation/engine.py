@@ -12,6 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
@@ -34,6 +35,7 @@ from quire.engine.request import Request
 from quire.engine.scheduling.adapter_table import AdapterTable
 from quire.engine.scheduling.scheduler import Scheduler
 from quire.engine.scheduling.snapshot import take_snapshot
+from quire.engine.scheduling.tiered_scheduler import TieredScheduler
 from quire.engine.sequence import ReadingRow, SequenceStatus
 from quire.engine.speculation.cached import CachedDrafter
 from quire.engine.speculation.ngram import NgramDrafter
@@ -46,9 +48,12 @@ from quire.engine.step import (
     SamplingConstraints,
     SchedulerOutput,
 )
+from quire.engine.tiers.block_tier import BlockTier
 
+from ..harness import make_tier
 from ..paged_fake import KnownSequence, PagedFakeWorker, chain
 from ..speculation.drafters import FreeDrafts, RandomDrafter
+from ..tiers.stores import Tasks
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -190,7 +195,22 @@ class SimCore:
         self.adapters = _Adapters(self._table)
         self.speculator = self._make_speculator()
         self._trials = Trials()
-        self.scheduler = Scheduler(
+        self.worker = SimWorker(world, self._table)
+        self.tier: BlockTier | None = None
+        self._reads, self._writes = Tasks(), Tasks()
+        make_scheduler: Callable[..., Scheduler] = Scheduler
+        if settings.host_slots and settings.prefix_caching and not self.manager.has_groups:
+            self.tier = make_tier(
+                self.manager,
+                self.worker,
+                settings.host_slots,
+                None if settings.store_faults is None else world.stored_blocks,
+                world.clock,
+                self._reads,
+                self._writes,
+            )
+            make_scheduler = partial(TieredScheduler, tier=self.tier)
+        self.scheduler = make_scheduler(
             self.manager,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.budget,
@@ -202,7 +222,6 @@ class SimCore:
             adapters=self._table,
             speculator=self.speculator,
         )
-        self.worker = SimWorker(world, self._table)
         self._loop = StepLoop(
             self.scheduler, self.worker, self._constrain, run_ahead=settings.run_ahead
         )
@@ -213,7 +232,14 @@ class SimCore:
     def _may_begin(self, request: Request) -> bool:
         """Return whether the last step could have admitted a request."""
         held = request.on_trial and self._trials._present not in (None, request.request_id)
-        return not held and self._world.is_ready(request)
+        return not held and self._world.is_ready(request) and not self._waits_below(request)
+
+    def _waits_below(self, request: Request) -> bool:
+        """Return whether a sequence of a request may have to wait for the store below."""
+        if not isinstance(self.scheduler, TieredScheduler):
+            return False
+        sequences = self.scheduler.requests.find(request.request_id)
+        return any(one.seq_id in self.scheduler._readmission._waits for one in sequences)
 
     def _make_speculator(self) -> Speculator | None:
         kind = self._world.settings.speculation
@@ -278,6 +304,8 @@ class SimCore:
         self.scheduler.abort_request(request_id, choice)
 
     def step(self) -> StepOutput:
+        self._reads.run(1 + self._num_steps % 3)
+        self._writes.run(self._num_steps % 3)
         outputs = self._loop.step()
         self._table.take_dropped()
         self._num_steps += 1
@@ -319,6 +347,8 @@ class SimCore:
         running = self.scheduler.running
         self.manager.check_integrity(running)
         self._table.check_integrity(running)
+        if self.tier is not None:
+            self.tier.host.check_integrity()
         assert len(running) <= self._world.settings.max_num_seqs
         ranks = [sequence.rank for sequence in running]
         assert ranks == sorted(ranks)
@@ -334,7 +364,12 @@ class SimCore:
         if self.speculator is not None:
             assert not self.speculator._acceptances and not self.speculator._sources
 
+    def close(self) -> None:
+        """There are no threads to wait for."""
+
     def reset_prefix_cache(self) -> None:
+        if self.tier is not None:
+            self.tier.clear()
         self.manager.forget_free()
 
     def record_blocks(self, on: bool) -> None:

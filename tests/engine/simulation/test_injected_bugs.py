@@ -28,6 +28,9 @@ from quire.engine.scheduling.scheduler import Scheduler
 from quire.engine.scheduling.step_planner import StepPlanner
 from quire.engine.sequence import Sequence
 from quire.engine.step import StateCopy
+from quire.engine.tiers import lower_tier
+from quire.engine.tiers.host_store import HostStore
+from quire.engine.tiers.sealed_block import HEADER_BYTES
 
 from . import world
 from .world import Settings, World
@@ -309,6 +312,14 @@ def states_outlive_a_step_without_memory(patch: Patch) -> None:
     patch.setattr(StepPlanner, "lose_states", lambda self, rows: None)
 
 
+def damaged_records_are_used(patch: Patch) -> None:
+    patch.setattr(lower_tier, "unseal", lambda fingerprint, own_hash, record: record[HEADER_BYTES:])
+
+
+def a_slot_is_reused_while_it_is_in_use(patch: Patch) -> None:
+    patch.setattr(HostStore, "_may_change", lambda self, slot: True)
+
+
 BUGS = {
     a_free_is_skipped: "check_integrity",
     a_block_is_freed_while_it_is_shared: "",
@@ -339,14 +350,23 @@ BUGS = {
     a_fork_starts_with_another_state: "",
     a_match_goes_past_its_snapshot: "foreign state",
     states_outlive_a_step_without_memory: "",
+    damaged_records_are_used: "foreign K/V",
+    a_slot_is_reused_while_it_is_in_use: "",
 }
 """Each bug, and words of the violation that it leads to."""
 CROWDED = (suspects_begin_together, a_trial_never_ends)
 """Bugs that show only if a poisonous request runs beside several others."""
+TIERED = (damaged_records_are_used, a_slot_is_reused_while_it_is_in_use)
+"""Bugs that show only if blocks are evicted."""
 
 
 def _settings(seed: int, bug: Callable[[Patch], None]) -> Settings:
     settings = Settings.draw(seed, 60)
+    if bug in TIERED:
+        return replace(
+            settings, host_slots=4, store_faults=0.1, prefix_caching=True,
+            num_blocks=-(-130 // settings.block_size),
+        )  # fmt: skip
     if bug not in CROWDED:
         return settings
     return replace(

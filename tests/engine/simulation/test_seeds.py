@@ -38,6 +38,7 @@ def test_some_seeds() -> None:
         "repeated message", "junk on the socket", "adapter change", "disconnect",
         "out of memory by a large step", "out of memory by one request", "moves of requests",
         "moves in the midst of an answer", "moves on trial", "poison in a step", "engine given up",
+        "loaded from host", "loaded from disk", "failures of disk",
     ):  # fmt: skip
         assert total[what], f"no world has any: {what}"
 

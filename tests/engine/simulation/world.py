@@ -46,6 +46,7 @@ from quire.engine.process.stream import MAX_DEATHS
 from quire.engine.process.streams import StreamTable
 from quire.engine.request import Request
 
+from ..tiers.stores import FaultyStore
 from .clients import ADAPTERS, Plan, answer, is_cut_of, make_plans
 from .engine import SimHandle, SimLink, SimProcess
 from .fronts import Client, Front, MainFront, WorkerFront
@@ -103,6 +104,10 @@ class Settings:
     num_engines: int
     snapshots: int | None = None
     """How many snapshots of states there may be; None: the model's layers keep no states."""
+    host_slots: int = 0
+    """Blocks of host memory for evicted ones."""
+    store_faults: float | None = None
+    """The chance of a fault of the store below host memory; None without one."""
 
     @classmethod
     def draw(cls, seed: int, num_requests: int) -> Settings:
@@ -112,6 +117,8 @@ class Settings:
         budget = max(block_size, rng.choice([4, 8, 16, 32, 64, 128]))
         limits = [None, max(block_size, budget // 2)]
         windows = random.Random(f"windows {seed}").choice(WINDOWS)
+        tiers = random.Random(f"tiers {seed}")
+        host_slots = tiers.choice([0, 0, 1, 2, 4, 8, 16, 64])
         settings = cls(
             seed=seed,
             num_requests=num_requests,
@@ -133,9 +140,11 @@ class Settings:
             check_every=rng.choice([1, 3, 10]),
             swarm=swarm,
             num_engines=rng.choice([1, 1, 1, 2, 3]),
+            host_slots=host_slots,
+            store_faults=tiers.choice([None, 0.0, 0.1]) if host_slots else None,
         )
-        if settings.speculation != "none" or settings.windows != (None,):
-            return settings  # a state cannot be rewound, and its layers have one table
+        if settings.speculation != "none" or settings.windows != (None,) or host_slots:
+            return settings  # a state cannot be rewound nor evicted, and its layers have one table
         snapshots = random.Random(f"states {seed}").choice([None, 0, 1, 3, 20])
         if snapshots is None or settings.prefix_caching:
             return replace(settings, snapshots=snapshots)
@@ -236,6 +245,8 @@ class World:
         self._last_stats: EngineStats | None = None
         self._longest_wait = 0.0
         self._loop = VirtualLoop()
+        self.stored_blocks = FaultyStore(200, settings.seed, settings.store_faults or 0.0)
+        """The store below host memory, which outlives the engines."""
         self._workers: list[WorkerFront] = []
 
     # -- what the simulated parts ask ----------------------------------------------------------
@@ -345,6 +356,9 @@ class World:
         stats = process.core.stats()
         for name in ("preemptions", "prefix_hits", "blocks_copied", "accepted_tokens"):
             self._counts[name] += getattr(stats, name)
+        for tier in stats.tiers:
+            self._counts[f"loaded from {tier.tier}"] += tier.loaded
+            self._counts[f"failures of {tier.tier}"] += tier.failures
         process.core = None
 
     def stepped(self, stats: EngineStats, num_outputs: int) -> None:

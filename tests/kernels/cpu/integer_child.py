@@ -17,12 +17,7 @@ from quire.engine.body.grouped_linear import GroupedWeight
 from quire.engine.devices.cpu.packing import pack_weight
 from quire.kernels.cpu.integer.dots import PATH
 from quire.kernels.cpu.numbers import LANES
-from quire.kernels.cpu.products import (
-    count_few,
-    make_quantised,
-    make_tiles,
-    run_product,
-)
+from quire.kernels.cpu.products import count_few, make_quantised, make_tiles, run_product
 from quire.kernels.cpu.region import launch
 
 

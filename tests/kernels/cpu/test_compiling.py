@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers.models.llama import LlamaConfig
 
+from quire.engine.devices.cpu import first_start
 from quire.kernels.cpu import ahead, region
 from quire.kernels.cpu.ahead import Build
 from quire.kernels.cpu.kernel import Kernel, Packed, Signature, Work, signature_of
 from quire.kernels.cpu.norms import Pick, pick
 from quire.kernels.cpu.region import compile_all, is_compiled, launch
 
-from ...engine.models import save_model
+from ...engine.checkpoints.gguf_files import write_model
+from ...engine.models import COMMON, build_model
 from ...engine.worker_driver import Driver, make_config, make_sequence
 from . import norm_child
 
@@ -42,7 +45,10 @@ def test_steps_use_exactly_the_kernels_that_are_compiled_ahead(
         return address(self, work)
 
     monkeypatch.setattr(Kernel, "address", recorded)
-    save_model("llama", tmp_path)
+    # Wide enough that scales of 4-bit weights share units.
+    build_model(
+        LlamaConfig(**COMMON | {"hidden_size": 128, "intermediate_size": 128})
+    ).save_pretrained(tmp_path)
     config = make_config(tmp_path, dtype=build.dtype, quantization=build.quantization or None)
     driver = Driver.start(config)
     tasks = {(kernel.name, kind) for kernel, kind in ahead.tasks_for(build)}
@@ -50,6 +56,31 @@ def test_steps_use_exactly_the_kernels_that_are_compiled_ahead(
     draws: list[dict[str, Any]] = [{"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.7}]
     driver.run([make_sequence([5, 6, 7], 3, seed=1, **draw) for draw in ({}, *draws)])
     assert seen == tasks
+
+
+def test_of_a_checkpoint_of_4_bits_all_but_products_are_compiled_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builds: list[Build] = []
+    monkeypatch.setattr(ahead, "compile_ahead", builds.append)
+    seen: set[tuple[str, Signature]] = set()
+    address = Kernel.address
+
+    def recorded(self: Kernel, work: Work) -> int:
+        seen.add((self.name, signature_of(work)))
+        return address(self, work)
+
+    write_model(tmp_path / "tiny.gguf", "llama-tied", "Q4_0")
+    config = make_config(tmp_path / "tiny.gguf", dtype="float32")
+    first_start.compile_ahead(config)
+    first_start.compile_ahead(make_config(tmp_path / "none.gguf", dtype="float32"))
+    assert builds == [Build("float32", "float32", ahead.KEPT), Build("float32", "float32")]
+    monkeypatch.setattr(Kernel, "address", recorded)
+    Driver.start(config)
+    tasks = {(kernel.name, kind) for kernel, kind in ahead.tasks_for(builds[0])}
+    assert tasks < seen
+    others = {name for name, _ in seen - tasks}
+    assert others == {"multiply_integers", "multiply_gated_integers", "fetch"}
 
 
 def test_the_compiling_process_fills_the_cache_without_torch(tmp_path: Path) -> None:

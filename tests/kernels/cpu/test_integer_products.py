@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from quire.kernels.cpu.integer import dots
 from quire.kernels.cpu.integer.products import IntegerWeight
 from quire.kernels.cpu.numbers import FEATURES, LANES
 from quire.kernels.cpu.products import (
-    Quantised,
+    HEAD_BYTES,
     count_few,
     make_quantised,
     make_tiles,
@@ -36,7 +36,10 @@ KINDS = {
     "q4_0": (4, 32, "halves", "centred"),
     "gptq": (4, 128, "floats", "floats"),
     "q8_0": (8, 32, "halves", "none"),
-    "q6_k": (8, 16, "floats", "none"),
+    "q6_k": (8, 16, "units", "none"),
+    "q4_k": (4, 32, "units", "units"),
+    "q2_k": (4, 16, "units", "units"),
+    "floats": (8, 16, "floats", "none"),
     "awq": (8, 64, "halves", "floats"),
     "rows": (8, 0, "floats", "none"),
 }
@@ -55,17 +58,40 @@ def make_weight(kind: str, rows: int, groups: int, seed: int = 0) -> GroupedWeig
     scale = 0.01 + torch.rand(shape, generator=generator)
     least = -torch.rand(shape, generator=generator) * 4
     scale, least = (
-        part.half().float() if how == "halves" else part
+        part.half().float() if how == "halves" else in_units(part, size) if how == "units" else part
         for part, how in ((scale, scales), (least, minimums))
     )
     minimum = {"none": None, "centred": -8 * scale}.get(minimums, least)
     return GroupedWeight(quants, scale, minimum, bits, size or columns)
 
 
-def quantised(weight: IntegerWeight, x: np.ndarray[Any, Any]) -> Quantised:
+def in_units(numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """Round to 6 or 8 bits times a float16 for each 256 features, as K-quants have it."""
+    blocks = F.pad(numbers, (0, -numbers.shape[1] % (256 // size))).view(-1, 256 // size)
+    most = torch.where(torch.arange(len(blocks)) % 5 == 0, 128.0, 63.0)[:, None]
+    unit = (blocks.abs().amax(dim=1, keepdim=True) / most).half().float()
+    steps = (blocks / unit).round().clamp(-most, most)
+    return (steps * unit).view(len(numbers), -1)[:, : numbers.shape[1]]
+
+
+class Rows(NamedTuple):
+    """Quantised rows of x, taken apart: numbers `[rows, groups, group]`, the others `[rows,
+    groups]`."""
+
+    numbers: np.ndarray[Any, Any]
+    steps: np.ndarray[Any, Any]
+    sums: np.ndarray[Any, Any]
+    offsets: np.ndarray[Any, Any]
+
+
+def quantised(weight: IntegerWeight, x: np.ndarray[Any, Any]) -> Rows:
     room = make_quantised(len(x), weight.depth, weight.num_groups)
     launch(*weight.quantise(x, room, make_tiles(1)), count_few(len(x)), len(x), 1)
-    return room
+    records = room.records.reshape(len(x), weight.num_groups, HEAD_BYTES + weight.group)
+    heads = np.ascontiguousarray(records[..., :12])
+    steps, sums = (heads[..., at : at + 4].copy().view(np.float32)[..., 0] for at in (0, 4))
+    offsets = heads[..., 8:].copy().view(np.int32)[..., 0]
+    return Rows(records[..., HEAD_BYTES:].view(np.int8), steps, sums, offsets)
 
 
 def test_rows_are_rounded_to_a_127th_of_the_greatest_of_their_group() -> None:
@@ -79,14 +105,14 @@ def test_rows_are_rounded_to_a_127th_of_the_greatest_of_their_group() -> None:
     groups = x.reshape(9, 4, 32).astype(np.float64)
     most = np.abs(groups).max(axis=2)
     most[most < 1e-30] = 0
-    np.testing.assert_allclose(steps.reshape(9, 4), most / 127, rtol=2e-7)
-    integers = numbers.reshape(9, 4, 32).astype(np.int64)
+    np.testing.assert_allclose(steps, most / 127, rtol=2e-7)
+    integers = numbers.astype(np.int64)
     assert np.abs(integers).max() == 127
     scaled = np.divide(groups * 127, most[..., None], where=most[..., None] > 0, out=0 * groups)
     assert np.abs(integers - scaled).max() < 0.5001
     added = integers.sum(axis=2)
-    np.testing.assert_allclose(sums.reshape(9, 4), steps.reshape(9, 4) * added, rtol=2e-7)
-    assert np.array_equal(offsets.reshape(9, 4), -128 * added)
+    np.testing.assert_allclose(sums, steps * added, rtol=2e-7)
+    assert np.array_equal(offsets, -128 * added)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
@@ -110,10 +136,10 @@ def test_sums_are_exact_and_products_are_within_a_millionth(kind: str) -> None:
         generator = np.random.default_rng(groups)
         x = generator.standard_normal((101, given.shape[1]), dtype=np.float32)
         room = quantised(weight, x)
-        numbers = room.numbers.reshape(101, -1, weight.group).astype(np.float64)
+        numbers = room.numbers.astype(np.float64)
         integers = given.integers().numpy().reshape(rows, -1, weight.group).astype(np.float64)
         exact = np.einsum("rgk,ogk->rog", numbers, integers)  # of integers below 2^53
-        steps = room.steps.reshape(101, 1, -1).astype(np.float64)
+        steps = room.steps[:, None].astype(np.float64)
         repeats = exact.shape[2] // given.scale.shape[1]
         terms = exact * steps * given.scale.double().numpy().repeat(repeats, axis=1)
         if given.minimum is not None:
@@ -128,9 +154,7 @@ def test_sums_are_exact_and_products_are_within_a_millionth(kind: str) -> None:
         for group in range(min(groups, 3)):
             alone = np.zeros_like(x[:1])
             begin = group * weight.group
-            alone[0, begin : begin + weight.group] = room.numbers.reshape(101, -1)[
-                0, begin : begin + weight.group
-            ]
+            alone[0, begin : begin + weight.group] = room.numbers[0, group]
             alone[0, begin] = 127
             part = pack_weight(
                 given._replace(scale=torch.ones_like(given.scale), minimum=None), None
@@ -161,11 +185,37 @@ def test_rounded_layers(quantization: str, depth: int, columns: int) -> None:
 
 
 def test_rounding_what_was_rounded_changes_nothing() -> None:
-    weight = make_weight("q4_1", 9, 4)
-    weight.quants.view(9, 4, 16)[..., 0] = 0xF0  # both ends of the range occur
+    """Units of scales would, so there are none."""
+    weight = make_weight("q4_1", 9, 8)
+    weight.quants.view(9, 8, 16)[..., 0] = 0xF0  # both ends of the range occur
     again = round_to_int4(weight.dense())
     assert torch.equal(again.quants, weight.quants)
     torch.testing.assert_close(again.dense(), weight.dense())
+
+
+def test_rounding_has_units_that_cost_little() -> None:
+    """4.5 bits a weight, and 4 bytes of units a row."""
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    weight[:, 100] *= 5
+    rounded = round_to_int4(weight)
+    packed = pack_weight(rounded, None)
+    assert isinstance(packed, IntegerWeight) and packed.scales.dtype == np.int8
+    assert packed.data.nbytes == 64 * 1024 * 9 // 16 and packed.units.nbytes == 64 * 4
+    groups = weight.view(64, 32, 32)
+    step = (groups.amax(dim=2) - groups.amin(dim=2)) / 15
+    error = (rounded.dense().view(groups.shape) - groups).square().mean()
+    assert error < 1.1 * step.square().mean() / 12  # that of rounding to the nearest step
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_weight_takes_the_bytes_of_its_kind(kind: str) -> None:
+    bits, size, scales, minimums = KINDS[kind]
+    packed = pack_weight(make_weight(kind, 64, 2048 // (size or 32)), None)
+    assert isinstance(packed, IntegerWeight)
+    widths = {"floats": 32, "halves": 16, "units": 8, "none": 0, "centred": 0}
+    head = (widths[scales] + widths[minimums]) / size if size else 0
+    assert packed.data.nbytes == 64 * 2048 * (bits + head) / 8
+    assert packed.units.nbytes == (64 * 8 * 4 if scales == "units" else 0)
 
 
 @torch.no_grad()

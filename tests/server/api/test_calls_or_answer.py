@@ -21,15 +21,7 @@ from quire.server.text.tokenizer import Tokenizer
 from ..conftest import MakeClient, make_app
 from ..fakes import CHAT_TEMPLATE, IM_END, FakeEngineClient, Script, byte_tokenizer, say
 from ..openai_http import CHAT, HI, stream
-from .test_forced_calls import (
-    BEGIN,
-    CONTROL_TOKENS,
-    FORMATS,
-    HERMES_CALL,
-    OK,
-    OTHER,
-    accepts,
-)
+from .test_forced_calls import BEGIN, CONTROL_TOKENS, FORMATS, HERMES_CALL, OK, OTHER, accepts
 from .test_tool_calls import CALL, TOOL, chat, refusal
 
 PERSON: dict[str, Any] = {

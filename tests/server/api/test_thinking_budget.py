@@ -25,22 +25,9 @@ from quire.server.text.tokenizer import Tokenizer
 from ...engine.inline_client import InlineEngineClient
 from ...engine.models import COMMON, build_model
 from ..conftest import MakeClient, make_app
-from ..fakes import (
-    CHAT_TEMPLATE,
-    IM_END,
-    FakeEngineClient,
-    Script,
-    byte_tokenizer,
-    ids,
-    say,
-)
+from ..fakes import CHAT_TEMPLATE, IM_END, FakeEngineClient, Script, byte_tokenizer, ids, say
 from ..openai_http import CHAT, COMPLETIONS, HI, PROMPT, assert_error, stream
-from .test_calls_or_answer import (
-    ANALYSIS,
-    HARMONY_CONTROL,
-    HARMONY_TEMPLATE,
-    client_of,
-)
+from .test_calls_or_answer import ANALYSIS, HARMONY_CONTROL, HARMONY_TEMPLATE, client_of
 from .test_tool_calls import TOOL
 
 TAGS = ("<think>", "</think>")

@@ -7,12 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.server.parsing.message_events import ContentText, Event, ReasoningText
-from quire.server.parsing.reasoning import (
-    ReasoningParser,
-    ReasoningStyle,
-    starts_inside,
-    tags_of,
-)
+from quire.server.parsing.reasoning import ReasoningParser, ReasoningStyle, starts_inside, tags_of
 
 from .pieces import cut
 

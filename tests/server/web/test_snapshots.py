@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from quire.engine.client import EngineHealth, EngineState
-from quire.engine.outputs import LiveSequence, LiveSnapshot
+from quire.engine.outputs import LiveSequence, LiveSnapshot, TierStats
 
 from ..conftest import MakeClient
 from ..fakes import FakeEngineClient
@@ -37,13 +37,16 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 async def test_an_event_describes_blocks_and_sequences(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:
-    engine.live = [snapshot(engine, [4, 5, 9])]
+    made = snapshot(engine, [4, 5, 9])
+    tier = TierStats("host", 1, 5, 10, 2, 3, 4, 0)
+    engine.live = [made._replace(stats=made.stats._replace(tiers=[tier]))]
     response = await client.get("/debug/live")
     assert response.headers["content-type"].startswith("text/event-stream")
     first, silent = events(response)
     assert zlib.decompress(base64.b64decode(first["blocks"])) == bytes([0, 1, 2, 3] * 16)
     assert (first["copied"], first["evicted"], first["tokens_computed"]) == ([2], [3], 99)
     assert first["stats"]["num_blocks"] == 64 and first["stats"]["kv_usage"] == 0
+    assert first["stats"]["tiers"] == [tier._asdict()]
     assert first["max_model_len"] == engine.max_model_len
     (sequence,) = first["sequences"]
     assert sequence == {

@@ -27,15 +27,7 @@ from quire.kernels.cuda.attention import decode_schedule
 from quire.kernels.prefix_groups import PrefixGroup, find_prefix_groups
 
 from ...checkpoints.quantized_files import FORMATS, write_model
-from ...models import (
-    COMMON,
-    FAMILIES,
-    WIDE_HEADS,
-    build_model,
-    generate,
-    logprobs,
-    not_flat,
-)
+from ...models import COMMON, FAMILIES, WIDE_HEADS, build_model, generate, logprobs, not_flat
 from ...worker_driver import Driver, make_config, make_sequence
 from ..cuda_on_cpu import CudaOnCpuBackend, interpreted
 
@@ -131,6 +123,7 @@ def share(driver: Driver, parent: Sequence, max_tokens: list[int]) -> list[Seque
         shared = list(parent.token_ids[: blocks * driver.block_size])
         sequence = make_sequence(shared + make_prompt(3, seed), length, logprobs=0)
         sequence.block_table = parent.block_table[:blocks]
+        sequence.other_tables = [table[:blocks] for table in parent.other_tables]
         sequence.num_computed_tokens = len(shared)
         found.append(sequence)
     return found
@@ -179,10 +172,13 @@ def read_twice(driver: Driver, prompt: list[int]) -> torch.Tensor:
     again = make_sequence(prompt, 2)
     while again.num_computed_tokens < len(prompt):
         driver.step([again])
-    copy = driver.free_blocks.pop(0)
-    assert offset > 0 and copy not in again.block_table
-    driver.copies = [BlockCopy(again.block_table[blocks], copy)]
-    child.block_table = [*again.block_table[:blocks], copy]
+    tables = []
+    for table in (again.block_table, *again.other_tables):
+        copy = driver.free_blocks.pop(0)
+        assert offset > 0 and copy not in table
+        driver.copies.append(BlockCopy(table[blocks], copy))
+        tables.append([*table[:blocks], copy])
+    child.block_table, *child.other_tables = tables
     child.num_computed_tokens = len(prompt) - 1
     driver.run([child])
     assert child.token_ids == parent.token_ids

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quire.engine.devices.cuda.adapters import CudaSlots
+from quire.engine.devices.cuda.layers.adapters import CudaSlots
 from quire.engine.lora import AdapterSource
 from quire.kernels.cuda.attention import decode_schedule
 

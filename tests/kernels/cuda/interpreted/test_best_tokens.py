@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quire.kernels import reference
-from quire.kernels.cuda.best_tokens import PIECE, best_tokens
+from quire.kernels.cuda.sampling.best_tokens import PIECE, best_tokens
 
 
 def find(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

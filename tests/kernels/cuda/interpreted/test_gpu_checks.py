@@ -9,6 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[4] / "benchmarks"))
 import gpu_attention_checks  # noqa: E402
+import gpu_blocks  # noqa: E402
 import gpu_checks  # noqa: E402
 import gpu_lora  # noqa: E402
 import gpu_products  # noqa: E402
@@ -24,7 +25,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def run_again(launch: Callable[[], None]) -> Callable[[], None]:
         return launch
 
-    for module in (gpu_checks, gpu_attention_checks, gpu_lora, gpu_products, gpu_step_checks):
+    checks = (gpu_checks, gpu_attention_checks, gpu_lora, gpu_products, gpu_step_checks, gpu_blocks)
+    for module in checks:
         monkeypatch.setattr(module, "DEVICE", "cpu")
     for module in (gpu_attention_checks, gpu_step_checks):
         monkeypatch.setattr(module, "capture", run_again)
@@ -54,6 +56,13 @@ def test_products(kind: str) -> None:
 
 def test_sampling() -> None:
     assert gpu_checks.check_sampling(torch.float32, 600, 11)["ok"]
+
+
+def test_blocks_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"NUM_LAYERS": 2, "NUM_BLOCKS": 12, "NUM_SLOTS": 20, "STEPS": 10, "MOST": 6}
+    for name, value in sizes.items():
+        monkeypatch.setattr(gpu_blocks, name, value)
+    assert gpu_blocks.check_host_blocks(F16, 2, 32)["ok"]
 
 
 def test_lora() -> None:

@@ -21,9 +21,9 @@ from quire.engine.sampling.sampler import Sampler
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.sequence import Rank, Sequence
 from quire.engine.step import SequenceSpec
-from quire.kernels.cuda import sample_tokens as module
-from quire.kernels.cuda import sampling_passes
-from quire.kernels.cuda.sample_tokens import sample_tokens
+from quire.kernels.cuda.sampling import sample_tokens as module
+from quire.kernels.cuda.sampling import sampling_passes
+from quire.kernels.cuda.sampling.sample_tokens import sample_tokens
 
 CPU = torch.device("cpu")
 VOCAB = 450

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ....kernels.cuda.grouped_product import can_multiply
-from ....kernels.cuda.tuning import compute_capability
-from ...body.grouped_linear import GroupedLinear, GroupedWeight
+from .....kernels.cuda.grouped_product import can_multiply
+from .....kernels.cuda.tuning import compute_capability
+from ....body.grouped_linear import GroupedLinear, GroupedWeight
 from .kernels import Kernels
 
 logger = logging.getLogger("quire.engine")

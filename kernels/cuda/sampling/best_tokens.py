@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..checks import (
+from ...checks import (
     FLOAT_DTYPES,
     once_a_signature,
     require,

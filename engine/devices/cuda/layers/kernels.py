@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ....kernels.cuda import (
-    best_tokens,
+from .....kernels.cuda import (
     copy_blocks,
     fp8,
     grouped_product,
@@ -24,12 +23,13 @@ from ....kernels.cuda import (
     run_experts,
     silu_and_mul,
 )
-from ....kernels.cuda.attention import (
+from .....kernels.cuda.attention import (
     decode_schedule,
     paged_attention_decode,
     paged_attention_extend,
 )
-from ....kernels.cuda.states import causal_conv, gated_recurrence
+from .....kernels.cuda.sampling import best_tokens
+from .....kernels.cuda.states import causal_conv, gated_recurrence
 
 
 class Kernels(NamedTuple):

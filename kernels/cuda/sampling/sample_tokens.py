@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..checks import (
+from ...checks import (
     FLOAT_DTYPES,
     require,
     require_contiguous,

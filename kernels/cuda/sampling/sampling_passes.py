@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from ..checks import interpreting
+from ...checks import interpreting
 
 NUM_BINS = tl.constexpr(2048)
 """Bins of the histogram over −relative."""

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ....kernels.cuda.lora import MAX_PARTS, rank_pad
-from ....kernels.device_copy import StagingBuffer, upload_into
-from ...adapters.adapted_linear import adapt
-from ...adapters.adapter import Adapter
-from ...adapters.slots import Adaptable, FlatNames, LoraLimits
-from ...body.body import Body, FlatBody
-from ...body.flat_decoder import Mlp
+from .....kernels.cuda.lora import MAX_PARTS, rank_pad
+from .....kernels.device_copy import StagingBuffer, upload_into
+from ....adapters.adapted_linear import adapt
+from ....adapters.adapter import Adapter
+from ....adapters.slots import Adaptable, FlatNames, LoraLimits
+from ....body.body import Body, FlatBody
+from ....body.flat_decoder import Mlp
 from .kernels import Kernels
 
 if TYPE_CHECKING:

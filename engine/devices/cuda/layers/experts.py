@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
-from ....kernels.checks import FLOAT_DTYPES
-from ....kernels.cuda.tuning import expert_configs
-from ...errors import UnsupportedModelError
+from .....kernels.checks import FLOAT_DTYPES
+from .....kernels.cuda.tuning import expert_configs
+from ....errors import UnsupportedModelError
 from .kernels import Kernels
 
 logger = logging.getLogger("quire.engine")
@@ -155,14 +155,16 @@ def _take(
 
 
 def _probe_of(experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return some tokens, two experts for each, and weights."""
+    """Return some tokens, experts for each, and weights: as many as a token has, so that no kernel
+    is compiled that serving does not launch."""
     weight = experts.down_proj
     num_experts, first, second = weight.shape
     size = second if experts.is_transposed else first
+    top_k = min(getattr(experts.config, "num_experts_per_tok", None) or 2, num_experts)
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, size, generator=rng)
-    chosen = torch.arange(6).view(3, 2) % num_experts
-    weights = torch.rand(3, 2, generator=rng)
+    chosen = torch.arange(3 * top_k).view(3, top_k) % num_experts
+    weights = torch.rand(3, top_k, generator=rng)
     device = weight.device
     return hidden.to(device, weight.dtype), chosen.to(device), weights.to(device, weight.dtype)
 

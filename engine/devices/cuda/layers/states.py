@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...states.step_states import StepLayout
+from ....states.step_states import StepLayout
 from .kernels import Kernels
 
 
