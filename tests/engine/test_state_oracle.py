@@ -12,16 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.lfm2 import modeling_lfm2
 
 from quire.engine.config import EngineConfig
 from quire.engine.devices.cuda.step_graphs import graph_sizes
-from quire.engine.errors import ConfigurationError
+from quire.engine.errors import ConfigurationError, UnsupportedModelError
+from quire.engine.lora import AdapterSource
 from quire.engine.request import Request
 from quire.engine.states.model_states import check_config
 
 from . import models, state_models
 from .devices.cuda_on_cpu import CudaOnCpuBackend
+from .lora_models import save_adapter
 from .test_oracle import Engine, Reference, prompts
 
 
@@ -194,3 +197,94 @@ def test_layers_in_bfloat16_are_proven_and_run(kind: tuple[Path, Reference]) -> 
 def test_what_a_state_rules_out_is_refused(fields: dict[str, Any], flag: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^Some: .*{flag}"):
         check_config(EngineConfig(model="none", **fields), "Some")
+
+
+def test_a_request_that_moves_goes_on(kind: tuple[Path, Reference]) -> None:
+    """The tokens delivered by an engine that died are recomputed by the next one."""
+    folder, reference = kind
+    prompt = prompts(2)[1]
+    expected = reference.complete(prompt, 20)
+    for delivered in (1, 7, 19):
+        engine = Engine(folder, max_num_batched_tokens=16)
+        request = engine.add(prompt, 20, resume=(tuple(expected[:delivered]),))
+        engine.run()
+        assert engine.tokens(request) == expected[delivered:]
+
+
+def test_text_of_a_model_that_reads_images_equals_generate(tmp_path: Path) -> None:
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    config = AutoConfig.for_model(
+        "qwen3_5",
+        text_config=state_models.FAMILIES["qwen3_5"]().to_dict(),
+        vision_config=vision | {"out_hidden_size": 32, "num_position_embeddings": 16},
+        image_token_id=120,
+        video_token_id=121,
+        vision_start_token_id=122,
+        vision_end_token_id=123,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+    model.eval().save_pretrained(tmp_path)
+    engine = Engine(tmp_path, max_num_batched_tokens=16)
+    requests = add_all(engine, 6)
+    engine.run()
+    check(engine, Reference(model), requests)
+
+
+def test_adapters_of_layers_with_a_state_equal_peft(
+    kind: tuple[Path, Reference], tmp_path: Path
+) -> None:
+    folder, reference = kind
+    adapted = save_adapter(
+        reference.model, tmp_path, r=4, lora_alpha=8, target_modules="all-linear"
+    )
+    engine = Engine(folder, enable_lora=True, lora=(AdapterSource("one", str(tmp_path)),))
+    for _ in range(2):  # the second time from snapshots, which are the adapter's own
+        requests = [
+            engine.add(prompt, 12, adapter=("one" if i % 2 else None))
+            for i, prompt in enumerate(prompts(4) + prompts(4))
+        ]
+        engine.run()
+        check(engine, Reference(adapted), requests[1::2])
+        check(engine, reference, requests[::2])
+
+
+def test_a_layer_that_mixes_tokens_in_another_way_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model("lfm2", tmp_path)
+
+    def sums_up(self: Any, hidden_states: torch.Tensor, **others: Any) -> torch.Tensor:
+        if "never" in others:
+            return causal_conv1d_fn(hidden_states)  # by which such layers are known
+        return self.out_proj(hidden_states.cumsum(1))  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(modeling_lfm2.Lfm2ShortConv, "forward", sums_up)
+    with pytest.raises(UnsupportedModelError, match="keeps a state in a way that is not known"):
+        Engine(tmp_path)
+    monkeypatch.setattr(
+        modeling_lfm2.Lfm2ShortConv, "forward", lambda self, hidden_states, **_: hidden_states
+    )
+    with pytest.raises(UnsupportedModelError, match="0 of its 2 layers with a state"):
+        Engine(tmp_path)
+
+
+def causal_conv1d_fn(x: torch.Tensor) -> torch.Tensor:
+    """Stand for transformers' function of this name."""
+    return x
+
+
+def test_states_come_before_blocks(kind: tuple[Path, Reference]) -> None:
+    folder, _ = kind
+    engine = Engine(folder, num_blocks=None, kv_cache_memory_bytes=2_000_000, max_num_seqs=4)
+    info, states = engine.core.info, engine.core._scheduler.block_manager.states
+    assert states is not None and states.num_slots == 4 + states.num_snapshots
+    assert states.num_snapshots == info.state_snapshots(engine.config, info.num_blocks) > 0
+    blocks = info.num_blocks * info.block_size * info.kv_bytes_per_token
+    taken = blocks + states.num_slots * info.state_bytes
+    assert 2_000_000 - info.state_bytes - info.block_size * info.kv_bytes_per_token * 2 < taken
+    assert taken <= 2_000_000
+    with pytest.raises(ConfigurationError, match="lower --max-num-seqs to"):
+        size = 256 * info.state_bytes
+        Engine(folder, num_blocks=None, kv_cache_memory_bytes=size, max_num_seqs=256)
