@@ -143,7 +143,7 @@ class ModelRunner:
                 self.host_blocks.move(output.step, output.block_saves, output.block_loads)
             self.copy_blocks(output.block_copies)
         except torch.OutOfMemoryError as error:  # no later step would make up for them
-            raise RuntimeError("out of device memory for the copies of blocks and states") from error
+            raise RuntimeError("no device memory for the copies of blocks and states") from error
 
     @torch.inference_mode()
     def forward(self, output: SchedulerOutput) -> StepForward:
