@@ -29,9 +29,10 @@ class HostInputs:
         self._buffers = DeviceStep.allocate(
             max_num_tokens, max_num_seqs, max_blocks, torch.device("cpu"), num_groups
         )
+        self._arrays = [tensor.numpy() for tensor in self._buffers]
         # These are packed anew in each step, so that kernels get arrays without gaps.
-        self._slots = torch.zeros(num_groups * max_num_tokens, dtype=torch.int64)
-        self._table = torch.zeros(num_groups * max_num_seqs * max_blocks, dtype=torch.int32)
+        self._slots = np.zeros(num_groups * max_num_tokens, dtype=np.int64)
+        self._table = np.zeros(num_groups * max_num_seqs * max_blocks, dtype=np.int32)
 
     def change_table(self, group: int, row: int, start: int) -> None:
         """Do nothing: `write` reads tables in full."""
@@ -48,9 +49,7 @@ class HostInputs:
         self, host: HostStep, token_ids: NDArray[np.int64], sampled: torch.Tensor
     ) -> DeviceStep:
         num_tokens, num_seqs, groups = len(token_ids), len(host.order), self._num_groups
-        ids, positions, _, _, loc, seq_lens, logit_indices = (
-            tensor.numpy() for tensor in self._buffers
-        )
+        ids, positions, _, _, loc, seq_lens, logit_indices = self._arrays
         # 1. The numbers of each row and of each token.
         ids[:num_tokens] = token_ids
         unknown = np.nonzero(token_ids[: host.num_decodes] < 0)[0]
@@ -61,11 +60,12 @@ class HostInputs:
         positions[:] = np.arange(num_tokens) + np.repeat(host.starts - loc[:num_seqs], host.lengths)
         # 2. Each token's slot, through its row's block table.
         blocks, offsets = np.divmod(positions, self._block_size)
-        slot_mapping = self._slots[: groups * num_tokens].view(groups, num_tokens)
-        slots = slot_mapping.numpy()
-        slots[:] = host.tables[:, np.repeat(host.rows, host.lengths), blocks]
-        slots *= self._block_size
-        slots += offsets
+        slot_mapping = self._slots[: groups * num_tokens].reshape(groups, num_tokens)
+        rows = np.repeat(host.rows, host.lengths)
+        for table, slots in zip(host.tables, slot_mapping, strict=True):
+            slots[:] = table[rows, blocks]
+        slot_mapping *= self._block_size
+        slot_mapping += offsets
         num_logits = len(host.sampling_rows)
         logit_indices[:num_logits] = loc[host.sampling_rows + 1] - 1
         if host.num_drafts:
@@ -73,7 +73,10 @@ class HostInputs:
             logit_indices[:num_logits] -= before_end
         # 3. The block tables in the order of the batch, packed.
         width = host.tables.shape[2]
-        table = self._table[: groups * num_seqs * width].view(groups, num_seqs, width)
-        np.take(host.tables, host.rows, axis=1, out=table.numpy())
+        tables = self._table[: groups * num_seqs * width].reshape(groups, num_seqs, width)
+        for held, packed in zip(host.tables, tables, strict=True):
+            np.take(held, host.rows, axis=0, out=packed)
         step = self._buffers.narrow(num_tokens, num_seqs, num_logits)
-        return step._replace(slot_mapping=slot_mapping, block_table=table)
+        return step._replace(
+            slot_mapping=torch.from_numpy(slot_mapping), block_table=torch.from_numpy(tables)
+        )
