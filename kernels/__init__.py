@@ -3,7 +3,8 @@
 Begin with `reference.py`: one function per GPU kernel in plain torch, with the same signature. It
 is the oracle of every test and the shortest statement of what a kernel computes. Then read
 
-    reference_*.py     parts of it: mixtures of experts, a step's layout, layers that keep a state
+    reference_experts.py, reference_inputs.py, reference_states.py
+                       parts of it: mixtures of experts, a step's layout, layers that keep a state
     checks.py          what every Triton launcher refuses: shapes, dtypes, layouts, devices
     prefix_groups.py   which sequences of a decode batch share a prefix that is worth reading once
     cache_folder.py    where compiled kernels are kept

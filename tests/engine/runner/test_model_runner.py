@@ -229,16 +229,16 @@ def test_without_memory_after_the_sampling_a_step_can_be_tried_again(
     folder, model = llama
     driver = Driver.start(make_config(folder))
     sequence = make_sequence([5, 6, 7], 2)
-    joined = model_runner._joined
+    joined = model_runner.joined
 
     def fail(_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     output = driver.schedule([sequence])
-    monkeypatch.setattr(model_runner, "_joined", fail)
+    monkeypatch.setattr(model_runner, "joined", fail)
     with pytest.raises(DeviceMemoryError):
         driver.launch(output)
-    monkeypatch.setattr(model_runner, "_joined", joined)
+    monkeypatch.setattr(model_runner, "joined", joined)
     output = output._replace(new_sequences=[])
     assert driver.launch(output).token_ids == generate(model, [5, 6, 7], 1)
 
