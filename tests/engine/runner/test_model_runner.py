@@ -253,7 +253,7 @@ def test_running_out_of_memory_in_a_copy_stops_the_engine(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(driver.worker._runner, "copy_blocks", fail)
-    with pytest.raises(RuntimeError, match="for the copies of blocks"):
+    with pytest.raises(RuntimeError, match="for copies of blocks"):
         driver.step([make_sequence([5, 6, 7], 2)])
 
 
