@@ -229,16 +229,16 @@ def test_without_memory_after_the_sampling_a_step_can_be_tried_again(
     folder, model = llama
     driver = Driver.start(make_config(folder))
     sequence = make_sequence([5, 6, 7], 2)
-    joined = model_runner._joined
+    joined = model_runner.joined
 
     def fail(_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     output = driver.schedule([sequence])
-    monkeypatch.setattr(model_runner, "_joined", fail)
+    monkeypatch.setattr(model_runner, "joined", fail)
     with pytest.raises(DeviceMemoryError):
         driver.launch(output)
-    monkeypatch.setattr(model_runner, "_joined", joined)
+    monkeypatch.setattr(model_runner, "joined", joined)
     output = output._replace(new_sequences=[])
     assert driver.launch(output).token_ids == generate(model, [5, 6, 7], 1)
 
@@ -253,7 +253,7 @@ def test_running_out_of_memory_in_a_copy_stops_the_engine(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(driver.worker._runner, "copy_blocks", fail)
-    with pytest.raises(RuntimeError, match="for the copies of blocks"):
+    with pytest.raises(RuntimeError, match="for copies of blocks"):
         driver.step([make_sequence([5, 6, 7], 2)])
 
 
