@@ -158,10 +158,10 @@ class ModelRunner:
             return StepForward(self, None)
         host, step = laid_out[0], self._batch.write(*laid_out)
         with self._memory_errors_named():
-            output_of_step = self._run_model(host, step)
-            hidden = output_of_step.hidden
+            computed = self._run_model(host, step)
+            hidden = computed.hidden
             chunks = prompt_logprobs(self._model, host, hidden) if host.any_scored else []
-        return StepForward(self, _Computed(host, step, output_of_step, chunks))
+        return StepForward(self, _Computed(host, step, computed, chunks))
 
     @torch.inference_mode()
     def sample(self, computed: _Computed, constraints: SamplingConstraints) -> PendingResults:

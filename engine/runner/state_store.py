@@ -7,7 +7,7 @@ from math import prod
 
 import torch
 
-from ...kernels.device_copy import StagingBuffer
+from ...kernels.device_copy import StagingBuffer, to_device
 from ..config import EngineConfig
 from ..devices.backend import Backend
 from ..devices.steps import HostStep
@@ -80,7 +80,8 @@ class StateStore:
 
     def copy(self, copies: abc.Sequence[StateCopy]) -> None:
         """Copy states from slot to slot, in order."""
-        for sources, destinations in _batches(copies):
+        for batch in _batches(copies):
+            sources, destinations = to_device(batch, torch.int64, self.step.slots.device)
             for states in (self.step.convolution, self.step.recurrent):
                 states[:, destinations] = states[:, sources]
 
