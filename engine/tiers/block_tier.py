@@ -325,7 +325,8 @@ class BlockTier:
                 self.poll()
             if time.monotonic() >= until:
                 break
-            self._write(own_hash)
+            if own_hash in self._dirty:  # otherwise `poll` has written it
+                self._write(own_hash)
         lower.close(max(until - time.monotonic(), 0.1))
 
     def stats(self) -> list[TierStats]:

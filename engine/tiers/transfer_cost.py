@@ -38,16 +38,6 @@ class TransferCost:
         self._token = _Mean()
         self._below = _Mean()
 
-    @property
-    def token_seconds(self) -> float:
-        """Seconds of a token of a prompt; 0 if that is not known."""
-        return self._token.value
-
-    @property
-    def load_seconds(self) -> float:
-        """Seconds of reading a block from the store below host memory; 0 if that is not known."""
-        return self._below.value
-
     def observe_step(self, tokens: int, seconds: float) -> None:
         """Learn that a step of so many tokens took so long."""
         if tokens >= MIN_TOKENS and seconds > 0:

@@ -63,11 +63,11 @@ class Tasks:
     """Implements Runner: tasks are done when `run` is called, or at once if it is not `slow`."""
 
     def __init__(self, *, slow: bool = True) -> None:
-        self._slow = slow
+        self.slow = slow
         self._tasks: deque[abc.Callable[[], None]] = deque()
 
     def __call__(self, task: abc.Callable[[], None]) -> None:
-        if self._slow:
+        if self.slow:
             self._tasks.append(task)
         else:
             task()

@@ -234,6 +234,25 @@ def test_the_store_outlives_the_engine() -> None:
     assert complete(again, FIRST) >= 64
 
 
+@pytest.mark.parametrize("max_writes", [1, 2, 1000])
+def test_the_end_writes_all_that_only_host_memory_has(
+    max_writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store was busy until now, so that even the oldest blocks have not been written ahead."""
+    monkeypatch.setattr(lower_tier, "MAX_WRITES", max_writes)
+    store, write = FaultyStore(), Tasks()
+    made = below(store, write=write)
+    complete(made, FIRST)
+    complete_others(made)
+    assert made.tier is not None
+    kept = set(made.tier.host.hashes())
+    assert kept - store.records.keys()
+    write.run()
+    write.slow = False
+    made.tier.close()
+    assert kept <= store.records.keys()
+
+
 def test_others_go_on_while_one_waits_for_the_store() -> None:
     read = Tasks()
     store = FaultyStore()
