@@ -79,6 +79,7 @@ def _attend(
     memory, or as many that are wider, which zeros fill up."""
     metadata, cache, kv_scales = step
     (_, num_blocks, heads, size, width), (_, kv_heads, head_dim) = cache.shape, tensors[1].shape
+    query, key, value = tensors
     missing = 0
     # (A cache of int8 has wider lines for another reason, and layers that are alike.)
     if (kv_heads, head_dim) != (heads, width) and cache.dtype != torch.int8:
@@ -86,8 +87,7 @@ def _attend(
             cache = cache.view(2, num_blocks, kv_heads, size, head_dim)
         else:
             missing = width - head_dim
-            tensors = [F.pad(tensor, (0, missing)) for tensor in tensors]
-    query, key, value = tensors
+            query, key, value = (F.pad(tensor, (0, missing)) for tensor in tensors)
     output = metadata.plan.attend(
         query, key, value, cache, metadata, sinks=sinks, kv_scales=kv_scales, **options
     )

@@ -47,13 +47,13 @@ SHAPES: dict[str, Callable[[], Any]] = {
         num_experts_per_tok=2,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
-    # A group of one full layer, which leaves a place empty, and four of two windowed ones.
+    # A full group of two layers, and two windowed ones, of which one leaves a place empty.
     "gemma3": lambda: Gemma3TextConfig(
-        **COMMON | {"num_hidden_layers": 9},
+        **COMMON | {"num_hidden_layers": 5},
         head_dim=16,
         query_pre_attn_scalar=16,
         sliding_window=WINDOW,
-        layer_types=["sliding_attention"] * 8 + ["full_attention"],
+        layer_types=["sliding_attention", *["sliding_attention", "full_attention"] * 2],
     ),
     # Layers that run as one compiled function.
     "qwen2": lambda: Qwen2Config(
@@ -99,7 +99,7 @@ GEMMA4 = {
         num_key_value_heads=1, num_kv_shared_layers=3, hidden_size_per_layer_input=8
     ),
 }
-GROUPS = {"mistral": 1, "gpt_oss": 2, "gemma3": 5, "qwen2": 4}
+GROUPS = {"mistral": 1, "gpt_oss": 2, "gemma3": 3, "qwen2": 4}
 SMALL: dict[str, Any] = {"num_blocks": 0, "max_num_batched_tokens": 48}
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -107,7 +107,7 @@ MODES: dict[str, dict[str, Any]] = {
     "preempted": {**SMALL},
     "preempted-uncached": {**SMALL, "enable_prefix_caching": False},
     "preempted-ahead": {**SMALL, "async_scheduling": True},
-    "blocks-of-64": {"block_size": 64, "num_blocks": 64, "max_num_batched_tokens": 40},
+    "blocks-of-32": {"block_size": 32, "max_num_batched_tokens": 40},
     "drafts": {"speculation": "ngram"},
 }
 
