@@ -54,7 +54,7 @@ def main() -> None:
         kinds: dict[str, dict[str, Any]] = {
             "recomputed": {},
             "host memory": {"kv_offloading_size": GIB},
-            "disk": {"kv_offloading_size": GIB // 40, "kv_offloading_disk": folder},
+            "disk": {"kv_offloading_size": GIB // 80, "kv_offloading_disk": folder},
         }
         cores = {
             kind: make_random_core(

@@ -88,6 +88,8 @@ class Readmission:
         #    sequence's first row: without it the sequence could not be admitted, and what was
         #    brought would only take others' place.
         now: list[_Missing] = []
+        for one in reversed(missing):  # what a later step loads must not give way until then
+            self._tier.host.use(one.own_hash)
         if missing:
             needed = len(missing) - (-min(max_tokens + 1 - reach * size, num_first) // size)
             needed += sum(pool.ref_counts[block] == 0 for block in present)
