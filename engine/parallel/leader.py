@@ -69,7 +69,11 @@ class Leader(Collectives):
         watched = self._socket.get_monitor_socket(
             zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         )
-        address = self._listen()
+        try:
+            address = self._listen()
+        except ConfigurationError:
+            watched.close()
+            raise
         self._processes = {
             rank: start_follower(self._launch(rank, address)) for rank in config.ranks_of_node[1:]
         }

@@ -63,7 +63,11 @@ def check_parallel(
             "LoRA adapters do not run in stages: leave --pipeline-parallel-size out"
         )
     if has_unequal_heads:
-        raise UnsupportedModelError(f"{architecture}: layers whose heads differ need one device")
+        tensors = config.tensor_parallel_size > 1
+        flag = "--tensor-parallel-size" if tensors else "--pipeline-parallel-size"
+        raise UnsupportedModelError(
+            f"{architecture}: layers whose heads differ run on one device: leave {flag} out"
+        )
     if config.pipeline_parallel_size > layers:
         raise ConfigurationError(
             f"--pipeline-parallel-size is {config.pipeline_parallel_size}, but {architecture} has "

@@ -47,9 +47,10 @@ def test_refusals_name_the_field(values: dict[str, Any], message: str) -> None:
 
 def test_engine_info_keeps_all_that_the_worker_reports() -> None:
     values: dict[str, Any] = {f.name: f"{f.name} of the worker" for f in fields(WorkerInfo)}
-    values["vocab_size"] = 10
+    values |= {"vocab_size": 10, "max_num_batched_tokens": 64, "is_asynchronous": True}
+    values["group_windows"] = (None,)
     config = EngineConfig(model="m", block_size=32, max_num_seqs=3, max_logprobs=4)
     info = EngineInfo.of(config, WorkerInfo(**values), 5)
     assert {name: getattr(info, name) for name in values} == values
     assert (info.model, info.max_num_seqs, info.max_logprobs) == ("m", 3, 4)
-    assert info.kv_capacity_tokens == 5 * 32
+    assert info.step_tokens == 128 and info.kv_capacity_tokens == 5 * 32

@@ -264,8 +264,8 @@ def test_what_is_said_of_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFi
     elements = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
     dense = 2 * 128 * 32 + 5 * 32 + 2 * (2 * 32 + 2 * 16)
     assert facts.num_parameters == elements + dense
-    # 4 bits, and a scale and a minimum for each group of 16.
-    assert facts.num_bytes == elements * (4 + 32 / 8) / 8 + 4 * dense
+    # 4 bits, and a scale of 16 for each group of 16.
+    assert facts.num_bytes == elements * (4 + 16 / 16) / 8 + 4 * dense
 
 
 def test_a_body_that_was_saved_alone_and_biases_of_zeros_are_read(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def salts_are_ignored(patch: Patch) -> None:
     parent = BlockManager._parent_hash
 
     def buggy(self: BlockManager, sequence: Sequence, i: int) -> bytes:
-        return parent(self, sequence, i) if i else b"root"
+        return parent(self, sequence, i) if i else b"root" * 8
 
     patch.setattr(BlockManager, "_parent_hash", buggy)
 

@@ -73,7 +73,8 @@ async def test_server_info_shows_settings_but_no_keys(make_client: MakeClient) -
     assert info["version"] and info["system_env"]["torch"]
     assert "client-key" not in response.text and "admin-key" not in response.text
     secret = {name for name in info["settings"] if "key" in name or "token" in name.split("_")}
-    assert secret <= {"ssl_keyfile", "api_keys_file", "require_api_key"}  # paths and a choice
+    paths = {"ssl_keyfile", "api_keys_file", "node_key_file"}
+    assert secret <= {*paths, "require_api_key"}
 
 
 @pytest.mark.parametrize(
