@@ -1,6 +1,6 @@
 """Compare quire's router with those of Ray Serve, over engines that are the same.
 
-    make .venv-ray/.stamp && .venv-ray/bin/python -P benchmarks/serve_routing.py
+    make .venv-ray/.installed && .venv-ray/bin/python -P benchmarks/serve_routing.py
 
 The same requests, at the same times, go to the same number of engines, with caches that hold a part
 of the prefixes that are in use:
