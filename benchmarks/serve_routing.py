@@ -42,7 +42,7 @@ from quire.engine.sampling_params import SamplingParams
 ROUTER = "PrefixCacheAffinityRouter"
 MODULES = ("routing_policies", "request_router")
 """Where Ray has had the router."""
-VOCAB = range(100, 4000)
+VOCAB = range(100, 1500)
 
 
 class Ask(NamedTuple):
