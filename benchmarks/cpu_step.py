@@ -98,6 +98,7 @@ def main() -> None:
         "kv_cache_dtype": arguments.kv_cache_dtype,
         "num_threads": arguments.threads,
         "num_blocks": 8192,
+        "speculation": "off",  # a decode is to be of one token
     }
     if arguments.model is None:
         core = make_random_core(SHAPE, **config)
