@@ -232,6 +232,11 @@ class EngineConfig(OffloadingConfig):
 
     max_logprobs: int = _flag("Limits", "Maximum log-probabilities per position.", 20, ge=0)
 
+    def runs_ahead(self, is_asynchronous: bool) -> bool:
+        """Whether steps are launched before the results of the previous one are known, on a device
+        that is asynchronous or not."""
+        return is_asynchronous if self.async_scheduling is None else self.async_scheduling
+
     def __post_init__(self) -> None:
         for flag in engine_flags():
             flag.check(getattr(self, flag.field))
@@ -355,9 +360,7 @@ class EngineInfo(WorkerInfo):
     def of(cls, config: EngineConfig, worker: WorkerInfo, num_blocks: int) -> EngineInfo:
         """Combine the configuration, the loaded model's facts and the size of its KV cache."""
         loaded: dict[str, Any] = {item.name: getattr(worker, item.name) for item in fields(worker)}
-        ahead = config.async_scheduling
-        if ahead is None:
-            ahead = worker.is_asynchronous
+        ahead = config.runs_ahead(worker.is_asynchronous)
         return cls(
             **loaded,
             model=config.model,

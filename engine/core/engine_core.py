@@ -79,9 +79,7 @@ class EngineCore:
             adapters=self._adapters.table,
             speculator=self._make_speculator(config, block_manager),
         )
-        run_ahead = config.async_scheduling
-        if run_ahead is None:
-            run_ahead = loaded.is_asynchronous
+        run_ahead = config.runs_ahead(loaded.is_asynchronous)
         self._loop = StepLoop(
             self._scheduler,
             worker,

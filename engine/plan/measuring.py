@@ -130,9 +130,7 @@ def calibrate(
         raise ConfigurationError(f"{config.model} generates nothing that could be planned")
     if info.state_bytes:
         raise ConfigurationError(f"{config.model} has layers that keep a state; no plan knows them")
-    runs_ahead = config.async_scheduling
-    if runs_ahead is None:
-        runs_ahead = info.is_asynchronous
+    runs_ahead = config.runs_ahead(info.is_asynchronous)
     times, num_left = _measure(core, recording, runs_ahead, progress, clock)
     points = tuple(
         Measured(shape, sorted(taken)[len(taken) // 4])

@@ -160,9 +160,7 @@ class Worker:
         memory = self._backend.cache_memory(demand, self._make_runner)
         if states:
             memory = memory_beside_states(memory, config, self._info)
-        ahead = self._backend.is_asynchronous
-        if config.async_scheduling is not None:
-            ahead = config.async_scheduling
+        ahead = config.runs_ahead(self._backend.is_asynchronous)
         step_tokens = self._backend.token_budget(config) * (1 + ahead)
         num_blocks = num_blocks_from_memory(
             memory, config, groups, size, max_model_len, step_tokens
