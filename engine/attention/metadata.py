@@ -86,17 +86,14 @@ class AttentionMetadata:
     def of_layer(self, layer_idx: int) -> LayerStep:
         """Return what a layer's attention needs to know, if K and V are in one place. Called on the
         first group's metadata."""
-        if self.places is None:
-            scales = None if self.kv_scales is None else self.kv_scales[layer_idx]
-            return LayerStep(self, self.kv_cache[layer_idx], scales)
         (step,) = self.parts_of(layer_idx)
         return step
 
     def parts_of(self, layer_idx: int) -> list[LayerStep]:
         """Return what a layer's attention needs to know for each part of its heads."""
-        if self.places is None:
-            return [self.of_layer(layer_idx)]
         scales = None if self.kv_scales is None else self.kv_scales[layer_idx]
+        if self.places is None:
+            return [LayerStep(self, self.kv_cache[layer_idx], scales)]
         return [
             LayerStep(self.others[group - 1] if group else self, self.kv_cache[place], scales)
             for group, place in self.places[layer_idx]
