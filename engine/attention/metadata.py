@@ -36,7 +36,8 @@ class AttentionPlan(Protocol):
         query `[T, num_heads, head_dim]`, key and value `[T, num_kv_heads, head_dim]` → like query.
         cache is one layer's `[2, num_blocks, num_kv_heads, block_size, head_dim]`, kv_scales its
         `[2, num_kv_heads]` if it is float8. `window` counts the token itself; -c stands for chunks
-        of c tokens (engine/layers). `sinks` `[num_heads]` are logits that take part in the softmax and add nothing to the output.
+        of c tokens (engine/layers). `sinks` `[num_heads]` are logits that take part in the softmax
+        and add nothing to the output.
         """
 
 

@@ -89,9 +89,7 @@ def _set_implementation(experts: abc.Sequence[ChosenExperts], name: str) -> None
         each.implementation = name
 
 
-def _run_chosen(
-    mixture: Any, hidden_states: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _run_chosen(mixture: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace the forward of a Llama4TextMoe: hidden_states of any shape `[…, hidden_size]` →
     `[T, hidden_size]`, and the router's logits `[T, num_experts]`."""
     hidden = hidden_states.reshape(-1, mixture.hidden_dim)

@@ -30,12 +30,11 @@ def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 def choose_groups(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> LayerGroups:
     """Return the groups of a model's layers. There is one if each of several stages has a part of
-    the layers, if a draft model shares the block tables, if evicted blocks are kept, which are
-    whole ones, and if layers keep a state, whose snapshots say how far a prefix reaches."""
+    the layers, if a draft model shares the block tables, and if layers keep a state, whose
+    snapshots say how far a prefix reaches."""
     if (
         config.pipeline_parallel_size > 1
         or config.speculative_model is not None
-        or config.kv_offloading_size is not None
         or spec.state is not None
     ):
         return LayerGroups.one_table(len(spec.lines.windows))

@@ -152,6 +152,7 @@ class Worker:
         if (draft := self._draft) is not None:  # every block has a part in its cache, too
             own = LayerGroups.one_table(len(draft.spec.lines.windows))
             size += block_bytes(draft.spec, own, config.block_size, draft.kv_cache_dtype)
+        self._block_bytes = size
         adapters = 0 if self._adapters is None else self._adapters.slots.num_bytes
         states = self._info.state_bytes * config.max_num_seqs
         demand = CacheDemand(
@@ -186,6 +187,9 @@ class Worker:
         caches = [runner.kv_cache] if draft is None else [runner.kv_cache, draft.kv_cache]
         runner.host_blocks = self._backend.make_host_blocks(caches, memory)
         return copy_seconds(runner.host_blocks)
+
+    def block_bytes(self) -> int:
+        return self._block_bytes
 
     def copies_ended(self) -> int:
         assert self._runner.host_blocks is not None

@@ -80,11 +80,7 @@ def store_rows(
 def first_visible(position, WINDOW: tl.constexpr):
     """Return the first key that a row at `position` sees: with a WINDOW of w > 0 one of its last w,
     with -c the last multiple of c. It is below 0 if a window reaches over the beginning."""
-    if WINDOW > 0:
-        first = position - (WINDOW - 1)
-    else:
-        first = position - position % -WINDOW
-    return first
+    return position - (WINDOW - 1) if WINDOW > 0 else position - position % -WINDOW
 
 
 @triton.jit
@@ -176,8 +172,8 @@ def attend_tiles(
     """Fold keys [begin, end) into (acc, row_max, row_sum); scores are in units of log2.
 
     `begin` is a multiple of BLOCK_N. If MASKED, a row at position p does not see keys from `kv_end`
-    on, keys after p, or (with a WINDOW) keys before `first_visible`. PREFETCH reads block ids one tile
-    ahead, so that the loads of K and V in the pipeline do not wait for another load. IN_PLACE
+    on, keys after p, or (with a WINDOW) keys before `first_visible`. PREFETCH reads block ids one
+    tile ahead, so that the loads of K and V in the pipeline do not wait for another load. IN_PLACE
     widens float8 as `widen_in_place` does.
     """
     in_tile = tl.arange(0, BLOCK_N)
