@@ -89,6 +89,24 @@ def check_tables(config: EngineConfig, groups: LayerGroups, max_model_len: int) 
         )
 
 
+def seats_beside_blocks(
+    memory: int, config: EngineConfig, info: WorkerInfo, block_bytes: int, step_tokens: int
+) -> int:
+    """Return how many sequences may run with `memory` bytes for their states and for blocks:
+    max_num_seqs, unless that may be lowered and their states leave too little for the blocks of one
+    sequence of full length. Then the states take half of the memory, or less."""
+    if not config.lowers_max_num_seqs or config.num_blocks is not None:
+        return config.max_num_seqs
+    longest, size = info.max_model_len - 1, config.block_size
+    least = block_bytes * blocks_needed(info.group_windows, size, longest, step_tokens=step_tokens)
+    if config.enable_prefix_caching:  # and a share for snapshots
+        least = -(-least * (SNAPSHOT_SHARE + 1) // SNAPSHOT_SHARE)
+    most = (memory - least) // info.state_bytes
+    if most >= config.max_num_seqs:
+        return config.max_num_seqs
+    return max(1, min(most, memory // (2 * info.state_bytes)))
+
+
 def memory_beside_states(memory: int, config: EngineConfig, info: WorkerInfo) -> int:
     """Return what is left of `memory` bytes for blocks: the states of max_num_seqs sequences come
     first, and snapshots of states take a share of the rest.
