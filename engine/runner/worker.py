@@ -42,7 +42,6 @@ from .kv_cache import (
 from .model_runner import ModelRunner, StepForward
 from .speculative_runner import SpeculativeRunner
 
-
 logger = logging.getLogger("quire.engine")
 
 

@@ -15,7 +15,6 @@ import torch
 from transformers.models.llama4 import (
     Llama4Config,
     Llama4ForConditionalGeneration,
-    Llama4TextConfig,
     Llama4VisionConfig,
 )
 
@@ -27,32 +26,11 @@ from quire.engine.runner.worker import Worker
 
 from . import models
 from .devices.cuda_on_cpu import CudaOnCpuBackend
-from .models import COMMON
+from .models import CHUNK, llama4
 from .test_groups_oracle import MODES, SMALL, make_engine, wanted
 from .test_oracle import Engine, Reference
 
-CHUNK = 32
 GROUPS = (None, -CHUNK, -CHUNK)
-
-
-def llama4(**fields: Any) -> Llama4TextConfig:
-    """Return six layers: each third is full, without rotation, and grows its queries every 16
-    tokens; experts in every second one."""
-    values: dict[str, Any] = COMMON | {
-        "num_hidden_layers": 6,
-        "head_dim": 16,
-        "intermediate_size": 32,
-        "intermediate_size_mlp": 48,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 1,
-        "interleave_moe_layer_step": 2,
-        "no_rope_layer_interval": 3,
-        "attention_chunk_size": CHUNK,
-        "floor_scale": 16,
-        "attn_scale": 0.4,
-    }
-    return Llama4TextConfig(**values | fields)
-
 
 SHAPES: dict[str, dict[str, Any]] = {
     "scout": {},

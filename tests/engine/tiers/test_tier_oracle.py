@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.models.llama4 import Llama4TextConfig
 
 from quire.engine.devices.backend import Backend
 from quire.engine.errors import ConfigurationError
@@ -109,17 +108,7 @@ def test_tokens_equal_generate(
 GROUPED = {
     "gemma3": models.FAMILIES["gemma3"],
     "gpt_oss": models.FAMILIES["gpt_oss"],
-    # One layer in three is full.
-    "llama4": lambda: Llama4TextConfig(
-        **models.COMMON | {"num_hidden_layers": 3},
-        head_dim=16,
-        intermediate_size_mlp=48,
-        num_local_experts=4,
-        interleave_moe_layer_step=2,
-        no_rope_layer_interval=3,
-        attention_chunk_size=32,
-        floor_scale=16,
-    ),
+    "llama4": models.llama4,
 }
 
 
