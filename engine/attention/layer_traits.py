@@ -41,7 +41,7 @@ class LayerTraits(NamedTuple):
     temperature: Temperature | None
 
 
-def note_traits(body: nn.Module, text_config: Any) -> None:
+def note_traits(body: Any, text_config: Any) -> None:
     """Note the traits of a transformers model's layers in their modules, which leave the scaling of
     queries to `paged_attention` from then on. Called once, while all layers are there."""
     kinds = getattr(text_config, "layer_types", None) or ()

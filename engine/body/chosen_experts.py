@@ -57,7 +57,7 @@ class ChosenExperts(nn.Module):
     ) -> torch.Tensor:
         """Run one expert after the other."""
         out = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
+        for expert in sorted(set(top_k_index[:, 0].tolist())):
             rows = (top_k_index[:, 0] == expert).nonzero()[:, 0]
             inner = self._apply_gate(hidden_states[rows] @ self.gate_up_proj[expert])
             out[rows] = (inner @ self.down_proj[expert]) * top_k_weights[rows]

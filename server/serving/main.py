@@ -278,8 +278,10 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
             num_blocks=info.num_blocks,
             kv_capacity_tokens=info.kv_capacity_tokens,
             layers_by_window=[
-                {"layers": layers} | ({"window": kept} if (kept or 1) > 0 else {"chunk": -kept})
-                for kept, layers in info.layers_by_window.items()
+                {"layers": layers, "window": window}
+                if window is None or window > 0
+                else {"layers": layers, "chunk": -window}
+                for window, layers in info.layers_by_window.items()
             ],
             engines=settings.data_parallel_size,
             full_length_sequences=round(info.kv_capacity_tokens / info.max_model_len, 1),

@@ -10,6 +10,7 @@ from quire.engine.layers.layer_groups import (
     MAX_GROUPS,
     LayerGroups,
     blocks_needed,
+    describe_window,
     first_needed,
     longest_that_fits,
 )
@@ -99,3 +100,8 @@ def test_the_longest_sequence_that_fits(
         assert blocks_needed(windows, size, longest, **fields) <= num_blocks
     if longest < 1000:
         assert blocks_needed(windows, size, longest + 1, **fields) > num_blocks
+
+
+def test_windows_are_described_for_people() -> None:
+    described = [describe_window(window) for window in (None, 1024, -8192)]
+    assert described == ["all tokens", "the last 1,024", "chunks of 8,192"]

@@ -105,7 +105,7 @@ def test_without_what_a_window_needs_a_full_group_brings_nothing_back() -> None:
 def test_blocks_of_all_groups_come_back_from_the_store_below() -> None:
     store, reads, writes = FaultyStore(), Tasks(), Tasks()
     below: dict[str, Any] = {"store": store, "read": reads, "write": writes}
-    made = harness(24, num_blocks=26, windows=(None, -48), budget=32, **below)
+    made = harness(12, num_blocks=26, windows=(None, -48), budget=32, **below)
 
     def run(token_ids: list[int]) -> int | None:
         request = made.add(token_ids)
