@@ -105,7 +105,7 @@ def test_without_what_a_window_needs_a_full_group_brings_nothing_back() -> None:
 def test_blocks_of_all_groups_come_back_from_the_store_below() -> None:
     store, reads, writes = FaultyStore(), Tasks(), Tasks()
     below: dict[str, Any] = {"store": store, "read": reads, "write": writes}
-    made = harness(12, num_blocks=26, windows=(None, -48), budget=32, **below)
+    made = harness(40, num_blocks=26, windows=(None, -48), budget=32, **below)
 
     def run(token_ids: list[int]) -> int | None:
         request = made.add(token_ids)
@@ -115,11 +115,11 @@ def test_blocks_of_all_groups_come_back_from_the_store_below() -> None:
             made.step()
         return made.finals[request.request_id, 0].num_cached_tokens
 
-    for token_ids in OTHERS:
-        assert run(token_ids) == 0
+    for talk in range(1, 11):
+        assert run(prompt(100, first=1000 * talk)) == 0
     assert {len(own_hash) for own_hash in store.records} == {HASH_BYTES, HASH_BYTES + 1}
-    assert run(FIRST) == 96
-    assert counts(made, 1)[1] > 0
+    # Six blocks of the full group, and none of chunks that begin at token 96.
+    assert run(FIRST) == 96 and counts(made, 1)[1] == 6
 
 
 def test_poisoned_blocks_of_all_groups_are_forgotten() -> None:
