@@ -170,7 +170,6 @@ def _load(
         source_format = (
             f"safetensors {spec.dtype}" if checkpoint is None else checkpoint.source_format
         )
-    name_body(model)
     drop_other_parts(model)
     note_traits(text_body(model), model.config.get_text_config(decoder=True))
     choose_experts(text_body(model))
@@ -270,12 +269,14 @@ def _build_dummy(hf_config: Any, config: EngineConfig, dtype: torch.dtype, backe
 
 
 def _build(hf_config: Any, config: EngineConfig, dtype: torch.dtype) -> Any:
-    return auto_class(hf_config, config).from_config(
+    model = auto_class(hf_config, config).from_config(
         hf_config,
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=IMPLEMENTATION,
     )
+    name_body(model)
+    return model
 
 
 def _fix_rope(model: Any, max_model_len: int, spec: ModelSpec) -> None:
