@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from ..attention.interface import IMPLEMENTATION
+from ..attention.layer_traits import traits_of
 from ..errors import UnsupportedModelError, one_line
 from ..states.layers import allocate_states
 from ..states.state_spec import ATTENTION_TYPES
@@ -274,6 +275,8 @@ def _probe_attention(
     layer_idx = getattr(module, "layer_idx", None)
     if not isinstance(layer_idx, int):
         raise UnsupportedModelError(f"{type(module).__name__} does not know its layer's index")
+    if (traits := traits_of(module)) is not None:
+        sliding_window = traits.window
     attn_metadata.append(
         LayerCall(
             layer_idx,

@@ -16,6 +16,7 @@ from collections import abc
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import NamedTuple
 
+from ..cache.block_hashes import is_first_group
 from ..cache.block_manager import BlockManager
 from ..outputs import TierStats
 from ..step import BlockLoad, BlockSave, SchedulerOutput
@@ -246,7 +247,7 @@ class BlockTier:
         lower = self.lower
         if lower is None:
             return
-        if lower.contains([own_hash]):
+        if lower.find([own_hash]):
             lower.remember(own_hash)
         else:
             self._dirty.add(own_hash)
@@ -257,9 +258,12 @@ class BlockTier:
         return self.host.use(own_hash, step)
 
     def _removed(self, own_hash: bytes) -> None:
-        """Tell whoever follows the blocks that one is gone, unless the pool still has it."""
+        """Tell whoever follows the blocks of the first group that one is gone, unless the pool
+        still has it."""
         index = self._manager.pool.index
-        if index.recorder is not None and index.lookup(own_hash) is None:
+        is_followed = index.recorder is not None and is_first_group(own_hash)
+        if is_followed and index.lookup(own_hash) is None:
+            assert index.recorder is not None
             index.recorder.removed(own_hash)
 
     # -- loads -----------------------------------------------------------------------------

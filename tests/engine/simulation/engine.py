@@ -199,7 +199,7 @@ class SimCore:
         self.tier: BlockTier | None = None
         self._reads, self._writes = Tasks(), Tasks()
         make_scheduler: Callable[..., Scheduler] = Scheduler
-        if settings.host_slots and settings.prefix_caching and not self.manager.has_groups:
+        if settings.host_slots and settings.prefix_caching:
             self.tier = make_tier(
                 self.manager,
                 self.worker,
