@@ -144,6 +144,7 @@ class _Calls(list[LayerCall]):
 
     kv_dtype: torch.dtype | None = None
     states: StepStates | None = None
+    max_query_len = 3
 
     def begin_states(self, spec: ModelSpec, device: torch.device) -> None:
         """Let the probe's tokens be a sequence that begins, with the only slot of states."""
