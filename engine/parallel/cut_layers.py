@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +14,12 @@ from torch import nn
 from ..body.grouped_linear import GroupedLinear, GroupedWeight
 from ..errors import UnsupportedModelError
 from .adapter_cuts import LinearCut
-from .tensor_plan import COLWISE, EXPERTS, ROWWISE, Heads, body_plan, find_cuts, layers_of
+from .tensor_plan import COLWISE, EXPERTS, PACKED, ROWWISE, Heads, body_plan, find_cuts
 
 if TYPE_CHECKING:
     from collections import abc
 
     from .group import Group
-    from .ranks import Ranks
 
 logger = logging.getLogger("quire.engine")
 
@@ -118,11 +118,13 @@ def round_cut_layers(
     size: int,
     architecture: str,
     rounded: abc.Callable[[torch.Tensor], torch.Tensor | GroupedWeight],
+    of_states: abc.Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Round the weights of the linear layers that `size` ranks are going to share, in place, while
-    they are whole: so the ranks' integers and scales are together those of one rank. Experts are
-    rounded when they are packed. Raises UnsupportedModelError if groups would be cut apart."""
-    for name, style in find_cuts(body, plan, architecture).items():
+    they are whole: so the ranks' integers and scales are together those of one rank. `of_states`
+    are the styles of those in layers with a state. Experts are rounded when they are packed. Raises
+    UnsupportedModelError if groups would be cut apart."""
+    for name, style in (find_cuts(body, plan, architecture) | of_states).items():
         module = body.get_submodule(name)
         if type(module) is not nn.Linear:
             continue
@@ -138,11 +140,11 @@ def round_cut_layers(
             )
 
 
-def cut_scales(scales: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Return the rank's part of the scales of a KV cache `[num_layers, 2, num_kv_heads]`."""
-    num_layers, _, heads = scales.shape
-    layers = layers_of(ranks.ring, num_layers)
-    part = scales[layers.start : layers.stop, :, kv_part(heads, heads, ranks.group)]
+def cut_scales(scales: torch.Tensor, layers: range, group: Group) -> torch.Tensor:
+    """Return the rank's part of the scales of a KV cache `[num_layers, 2, num_kv_heads]`; `layers`
+    are those of its stage."""
+    heads = scales.shape[2]
+    part = scales[layers.start : layers.stop, :, kv_part(heads, heads, group)]
     return part.contiguous()
 
 
@@ -159,24 +161,25 @@ def cut_body(
         if style == EXPERTS:
             _cut_experts(module, group, f"{architecture}: {name}")
             continue
-        if type(module) not in (nn.Linear, GroupedLinear):
-            raise UnsupportedModelError(
-                f"{architecture}: {name} is a {type(module).__name__}, which cannot be cut"
-            )
-        whole = module.in_features, module.out_features
-        if style == COLWISE:
-            rows = part(module.out_features, group)
+        check_linear(module, f"{architecture}: {name}")
+        if style in (COLWISE, PACKED):
+            rows: slice | torch.Tensor = part(module.out_features, group)
             if child in ("k_proj", "v_proj"):
                 rows = kv_part(module.out_features, heads.kv, group)
-            else:
+            elif style == COLWISE:
                 _check_divides(module.out_features, group, f"{architecture}: {name}")
-            cuts[name] = LinearCut(*whole, rows=rows)
-            setattr(parent, child, _some_rows(module, rows))
+            else:
+                half = module.out_features // 2
+                _check_divides(half, group, f"{architecture}: {name}")
+                own = torch.arange(half)[part(half, group)]
+                rows = torch.cat([own, half + own])
+            cuts[name] = LinearCut(rows=rows)
+            setattr(parent, child, some_rows(module, rows))
         else:
             _check_divides(module.in_features, group, f"{architecture}: {name}")
             columns = part(module.in_features, group)
-            cuts[name] = LinearCut(*whole, columns=columns)
-            linear = _some_columns(module, columns, f"{architecture}: {name}", group.size)
+            cuts[name] = LinearCut(columns=columns)
+            linear = some_columns(module, columns, f"{architecture}: {name}", group.size)
             setattr(parent, child, RowLinear(linear, module.bias, group))
     return cuts
 
@@ -228,6 +231,12 @@ def _sum_output(group: Group, _: nn.Module, __: object, output: torch.Tensor) ->
     return group.all_reduce(output)
 
 
+def check_linear(module: nn.Module, what: str) -> None:
+    """Raise UnsupportedModelError if a module is no linear layer of a kind that can be cut."""
+    if type(module) not in (nn.Linear, GroupedLinear):
+        raise UnsupportedModelError(f"{what} is a {type(module).__name__}, which cannot be cut")
+
+
 def _places(body: nn.Module, name: str) -> tuple[nn.Module, str]:
     parent, _, child = name.rpartition(".")
     return body.get_submodule(parent), child
@@ -240,11 +249,11 @@ def _check_divides(size: int, group: Group, what: str) -> None:
         )
 
 
-def _rows_of(bias: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+def _rows_of(bias: torch.Tensor | None, rows: slice | torch.Tensor) -> torch.Tensor | None:
     return None if bias is None else bias.detach()[rows]
 
 
-def _some_rows(module: Linear, rows: slice) -> Linear:
+def some_rows(module: Linear, rows: slice | torch.Tensor) -> Linear:
     """Return a layer of some rows, with a copy of their weight."""
     bias = _rows_of(module.bias, rows)
     if isinstance(module, GroupedLinear):
@@ -252,7 +261,7 @@ def _some_rows(module: Linear, rows: slice) -> Linear:
     return _linear(module.weight[rows], bias)
 
 
-def _some_columns(module: Linear, columns: slice, what: str, size: int) -> Linear:
+def some_columns(module: Linear, columns: slice, what: str, size: int) -> Linear:
     """Return a layer of some columns and without a bias, with a copy of their weight. Raises
     UnsupportedModelError if they cut groups apart."""
     if isinstance(module, nn.Linear):

@@ -90,21 +90,28 @@ def check_tables(config: EngineConfig, groups: LayerGroups, max_model_len: int) 
         )
 
 
-def memory_beside_states(memory: int, config: EngineConfig, info: WorkerInfo) -> int:
-    """Return what is left of `memory` bytes for blocks: the states of max_num_seqs sequences come
-    first, and snapshots of states take a share of the rest.
+def memory_beside_states(
+    memory: int, config: EngineConfig, info: WorkerInfo, own_bytes: int, block_bytes: int
+) -> int:
+    """Return what is left of `memory` bytes for blocks of `block_bytes`: the states of max_num_seqs
+    sequences come first, and snapshots of states take a share of the rest. `own_bytes` are those
+    of a state on this rank.
 
     Raises ConfigurationError if the states leave nothing, unless the number of blocks is given.
     """
-    left = memory - config.max_num_seqs * info.state_bytes
+    left = memory - config.max_num_seqs * own_bytes
     if left <= 0 and config.num_blocks is None:
         raise ConfigurationError(
-            f"the states of {config.max_num_seqs} sequences ({info.state_bytes / 1e6:.1f} MB each) "
+            f"the states of {config.max_num_seqs} sequences ({own_bytes / 1e6:.1f} MB each) "
             f"leave nothing of {_gib(memory)} for the KV cache: lower --max-num-seqs to "
-            f"{max(memory // (2 * info.state_bytes), 1)} or less, or give it more memory"
+            f"{max(memory // (2 * own_bytes), 1)} or less, or give it more memory"
         )
     if config.enable_prefix_caching:
-        left = left * SNAPSHOT_SHARE // (SNAPSHOT_SHARE + 1)
+        # Snapshots have a share of the bytes of the whole model's blocks, which may be another one
+        # of this rank's: a stage may have few layers with K and V.
+        blocks = SNAPSHOT_SHARE * block_bytes * info.state_bytes
+        snapshots = own_bytes * config.block_size * info.kv_bytes_per_token
+        left = left * blocks // (blocks + snapshots)
     return left
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..devices.host_blocks import copy_seconds
 from ..errors import ConfigurationError
 from ..layers.layer_groups import LayerGroups
 from ..lora import AdapterSource
-from ..main_memory import cpu_quota
+from ..main_memory import available_memory, cpu_quota
 from ..model.causal_lm import CausalLM
 from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model
@@ -91,7 +92,8 @@ class Worker:
         if self._cache_dtype == torch.float8_e4m3fn and has_scales:
             scales = read_kv_scales(config.model, model.whole_spec)
             if scales is not None:
-                self._kv_scales = cut_scales(scales, self._ranks).to(model.device)
+                layers = model.whole_spec.kv_range(self._ranks.ring)
+                self._kv_scales = cut_scales(scales, layers, self._ranks.group).to(model.device)
         self._adapters: AdapterStore | None = None
         if config.enable_lora:
             max_tokens = max(self._backend.token_budget(config), config.max_num_seqs)
@@ -105,6 +107,8 @@ class Worker:
             self._draft.expect_positions(self._max_model_len)
         draft = self._draft
         cache_dtype = str(self._cache_dtype).removeprefix("torch.")
+        state = model.whole_spec.state
+        kv_bytes = self._ranks.agree([token_bytes(spec, self._cache_dtype)])
         self._info = WorkerInfo(
             architecture=spec.architecture,
             device=_device_name(model.device, config.num_ranks),
@@ -113,6 +117,7 @@ class Worker:
             vocab_size=spec.vocab_size,
             max_model_len=self._max_model_len,
             kv_bytes_per_token=token_bytes(model.whole_spec, self._cache_dtype),
+            rank_kv_bytes=tuple(size for (size,) in kv_bytes),
             group_windows=self._groups.windows,
             group_layers=self._groups.count_layers(spec.lines.of_layer),
             max_num_batched_tokens=self._backend.token_budget(config),
@@ -133,7 +138,7 @@ class Worker:
             kv_cache_dtype=None if self._cache_dtype == model.dtype else cache_dtype,
             adapters=() if self._adapters is None else tuple(self._adapters.sources),
             max_lora_rank=None if self._adapters is None else self._adapters.max_rank,
-            state_bytes=0 if spec.state is None else spec.state.num_bytes,
+            state_bytes=0 if state is None else state.num_bytes,
         )
         return self._info
 
@@ -153,13 +158,14 @@ class Worker:
             own = LayerGroups.one_table(len(draft.spec.lines.windows))
             size += block_bytes(draft.spec, own, config.block_size, draft.kv_cache_dtype)
         adapters = 0 if self._adapters is None else self._adapters.slots.num_bytes
-        states = self._info.state_bytes * config.max_num_seqs
+        own_state = 0 if spec.state is None else spec.state.num_bytes
+        states = own_state * config.max_num_seqs
         demand = CacheDemand(
             config, spec.architecture, size, groups.windows, max_model_len, adapters, states
         )
         memory = self._backend.cache_memory(demand, self._make_runner)
         if states:
-            memory = memory_beside_states(memory, config, self._info)
+            memory = memory_beside_states(memory, config, self._info, own_state, size)
         ahead = config.runs_ahead(self._backend.is_asynchronous)
         step_tokens = self._backend.token_budget(config) * (1 + ahead)
         num_blocks = num_blocks_from_memory(
@@ -182,10 +188,33 @@ class Worker:
         return self._runner.propose(scheduler_output)
 
     def attach_host_memory(self, memory: memoryview) -> float:
+        self._ranks.hold_blocks(len(memory) // self._rank_block_bytes)
+        return self._attach(memory)
+
+    def _attach(self, memory: memoryview) -> float:
         runner, draft = self._runner, self._runner.draft
         caches = [runner.kv_cache] if draft is None else [runner.kv_cache, draft.kv_cache]
         runner.host_blocks = self._backend.make_host_blocks(caches, memory)
-        return copy_seconds(runner.host_blocks)
+        taken = round(copy_seconds(runner.host_blocks) * 1e9)
+        # All ranks copy at once, and a step waits for the slowest.
+        return max(max(vote) for vote in self._ranks.agree([taken])) / 1e9
+
+    def hold_blocks(self, num_slots: int) -> None:
+        """Take host memory for this rank's part of so many blocks. Called on all other ranks, in
+        place of `attach_host_memory`. Raises ConfigurationError if it cannot be had."""
+        size, available = num_slots * self._rank_block_bytes, available_memory()
+        if available is not None and size > available:
+            raise ConfigurationError(
+                f"this rank's part of --kv-offloading-size is {size / 2**30:.2f} GiB, but only "
+                f"{available / 2**30:.2f} GiB of memory are available"
+            )
+        self._attach(memoryview(mmap.mmap(-1, size)))
+
+    @property
+    def _rank_block_bytes(self) -> int:
+        """The bytes of a block of this rank's caches."""
+        kv, draft = self._info.rank_kv_bytes[self._ranks.rank], self._info.draft_kv_bytes_per_token
+        return self._config.block_size * (kv + draft)
 
     def copies_ended(self) -> int:
         assert self._runner.host_blocks is not None

@@ -49,21 +49,21 @@ def open_tier(
         raise ConfigurationError(
             "--kv-offloading-size keeps no states, which this model's layers have"
         )
-    block_bytes = config.block_size * (info.kv_bytes_per_token + info.draft_kv_bytes_per_token)
+    own_bytes, host_bytes, block_bytes = _block_bytes(config, info)
     num_slots = size // block_bytes
     if num_slots == 0:
         raise ConfigurationError(
             f"--kv-offloading-size is {size} bytes, but a block takes {block_bytes}: give it more, "
             "with a unit such as 4GiB"
         )
-    available = available_memory()
-    if available is not None and size > available:
+    available, on_host = available_memory(), size * host_bytes // block_bytes
+    if available is not None and on_host > available:
         raise ConfigurationError(
-            f"--kv-offloading-size is {size / 2**30:.2f} GiB, but only "
+            f"--kv-offloading-size is {on_host / 2**30:.2f} GiB on this host, but only "
             f"{available / 2**30:.2f} GiB of memory are available"
         )
     lower = _open_lower(config, info, block_bytes)
-    memory = memoryview(mmap.mmap(-1, num_slots * block_bytes))
+    memory = memoryview(mmap.mmap(-1, num_slots * own_bytes))
     seconds = worker.attach_host_memory(memory)
     logger.info(
         "evicted KV blocks go to host memory: %d blocks, copied at %.1f GB/s",
@@ -72,12 +72,22 @@ def open_tier(
     )
     return BlockTier(
         manager,
-        HostStore(memory, block_bytes),
+        HostStore(memory, own_bytes),
         TransferCost(config.block_size, seconds),
         block_bytes,
         lower,
         copies_ended=worker.copies_ended,
     )
+
+
+def _block_bytes(config: EngineConfig, info: WorkerInfo) -> tuple[int, int, int]:
+    """Return the bytes of a block's parts in host memory: rank 0's, those of the ranks of this
+    host, and those of all ranks."""
+    kv_bytes = info.rank_kv_bytes or (info.kv_bytes_per_token,)
+    ranks = [kv + info.draft_kv_bytes_per_token for kv in kv_bytes]
+    here = sum(ranks[rank] for rank in config.ranks_of_node)
+    size = config.block_size
+    return size * ranks[0], size * here, size * sum(ranks)
 
 
 def fingerprint(config: EngineConfig, info: WorkerInfo) -> bytes:
