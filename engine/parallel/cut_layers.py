@@ -211,17 +211,17 @@ def cut_head(model: Any, group: Group) -> None:
 def _cut_experts(experts: Any, group: Group, what: str) -> None:
     """Leave the rank's part of each expert's intermediate size; their outputs are summed."""
     names = sorted(name for name, _ in experts.named_parameters(recurse=False))
-    if names != ["down_proj", "gate_up_proj"]:
+    if names not in (["down_proj", "gate_up_proj"], ["down_proj", "up_proj"]):
         raise UnsupportedModelError(
             f"{what} has the parameters {', '.join(names)}, which cannot be cut"
         )
     if getattr(experts, "is_transposed", False):
         raise UnsupportedModelError(f"{what} has transposed weights, which cannot be cut")
-    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    up, down = getattr(experts, names[1]).detach(), experts.down_proj.detach()
     _check_divides(down.shape[2], group, what)
     columns = part(down.shape[2], group)
-    halves = [half[:, columns] for half in gate_up.chunk(2, dim=1)]
-    experts.gate_up_proj = _parameter(torch.cat(halves, dim=1))
+    parts = [one[:, columns] for one in up.split(down.shape[2], dim=1)]  # the gate may be one
+    setattr(experts, names[1], _parameter(torch.cat(parts, dim=1)))
     experts.down_proj = _parameter(down[:, :, columns])
     experts.intermediate_dim = down.shape[2] // group.size
     experts.register_forward_hook(partial(_sum_output, group))

@@ -6,8 +6,8 @@ A plan names modules and parameters of a model's body, and how each is cut:
     rowwise               a linear layer's input columns; its outputs are summed over the ranks
     colwise_gather_output the language-model head: rows of the vocabulary
     packed_colwise        the same of a layer that has two of them, one after the other
-    moe_tp_experts        each expert's intermediate size; its parameters are packed_colwise and
-                          rowwise
+    moe_tp_experts        each expert's intermediate size; its parameters are packed_colwise, or
+                          colwise if there is no gate, and rowwise
     embedding_rowwise     not cut: a row of the embedding is read faster than it is summed
     replicated_…          not cut
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 COLWISE, ROWWISE, EXPERTS = "colwise", "rowwise", "moe_tp_experts"
 PACKED = "packed_colwise"
 _WHOLE = frozenset({"embedding_rowwise", "replicated_with_grad_allreduce"})
-_OF_EXPERTS = frozenset({PACKED, ROWWISE})
+_OF_EXPERTS = frozenset({PACKED, COLWISE, ROWWISE})
 
 
 def _pairs(parent: str, inputs: abc.Iterable[str], output: str) -> dict[str, str]:
@@ -53,6 +53,9 @@ _OWN_PLANS = {
     "lfm2_moe": _LFM2,
     "bamba": _MAMBA,
     "falcon_h1": _MAMBA,
+    "nemotron_h": _pairs("mixer", _QKV, "o_proj")
+    | _pairs("mixer", ("up_proj",), "down_proj")
+    | _pairs("mixer.shared_experts", ("up_proj",), "down_proj"),
     "granitemoehybrid": _pairs("self_attn", _QKV, "o_proj")
     | {
         "layers.*.shared_mlp.input_linear": PACKED,
