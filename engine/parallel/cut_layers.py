@@ -25,6 +25,9 @@ logger = logging.getLogger("quire.engine")
 
 Linear = nn.Linear | GroupedLinear
 
+_NORMED = {"q_proj": "q_norm", "k_proj": "k_norm"}
+"""Norms after layers of an attention."""
+
 
 def part(size: int, group: Group) -> slice:
     """Return the rank's equal share of `size` rows or columns."""
@@ -66,6 +69,52 @@ class RowLinear(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         output = self._group.all_reduce(self.linear(input))
         return output if self.bias is None else output + self.bias
+
+
+class SharedNorm(nn.Module):
+    """RMSNorm over groups of channels of which each rank has some, with a gate or without. The sums
+    of squares of the groups are made by all ranks together; a group may lie on several.
+
+    y = w · x / √(mean over the group of x² + ε). With a gate, x · silu(gate) is in the place of x,
+    or y · silu(gate) in that of y if the layer norms before its gate, as Mamba-2 layers have it.
+    """
+
+    def __init__(
+        self, norm: Any, own: slice, groups: int, group: Group, *, copies: int = 1
+    ) -> None:
+        """`norm` is the whole layer, of `groups` groups, and `own` are the rank's channels, which
+        as many ranks have as there are `copies`."""
+        super().__init__()
+        whole = norm.weight.detach()
+        self.weight = nn.Parameter(whole[own].clone(), requires_grad=False)
+        self.variance_epsilon: float = norm.variance_epsilon
+        self.norm_before_gate: bool = getattr(norm, "norm_before_gate", False)
+        self._width = len(whole) // groups
+        self._num_groups, self._copies = groups, copies
+        # The rank's channels are whole groups, or lie in one.
+        self._first = own.start // self._width
+        self._own_groups = max(1, (own.stop - own.start) // self._width)
+        self._group = group
+
+    def forward(
+        self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """hidden_states and gate `[..., channels]`, the rank's → the same shape."""
+        x = hidden_states.float()
+        if gate is not None and not self.norm_before_gate:
+            x = x * F.silu(gate.float())
+        parts = x.unflatten(-1, (self._own_groups, -1))
+        sums = parts.pow(2).sum(-1)
+        if self._own_groups * self._group.size != self._num_groups:  # several ranks have a group
+            every = sums.new_zeros(*sums.shape[:-1], self._num_groups)
+            every[..., self._first : self._first + self._own_groups] = sums
+            sums = self._group.all_reduce(every)[..., self._first : self._first + self._own_groups]
+        means = sums[..., None] / (self._width * self._copies)
+        x = (parts * torch.rsqrt(means + self.variance_epsilon)).flatten(-2)
+        x = self.weight * x.to(hidden_states.dtype)
+        if gate is not None and self.norm_before_gate:
+            x = x * F.silu(gate.float())
+        return x.to(hidden_states.dtype)
 
 
 class VocabLinear(nn.Module):
@@ -124,7 +173,7 @@ def round_cut_layers(
     they are whole: so the ranks' integers and scales are together those of one rank. `of_states`
     are the styles of those in layers with a state. Experts are rounded when they are packed. Raises
     UnsupportedModelError if groups would be cut apart."""
-    for name, style in (find_cuts(body, plan, architecture) | of_states).items():
+    for name, style in {**find_cuts(body, plan, architecture), **of_states}.items():
         module = body.get_submodule(name)
         if type(module) is not nn.Linear:
             continue
@@ -175,6 +224,9 @@ def cut_body(
                 rows = torch.cat([own, half + own])
             cuts[name] = LinearCut(rows=rows)
             setattr(parent, child, some_rows(module, rows))
+            if child in _NORMED and isinstance(rows, slice):
+                number = heads.query if child == "q_proj" else heads.kv
+                _share_norm(parent, _NORMED[child], rows, module.out_features, number, group)
         else:
             _check_divides(module.in_features, group, f"{architecture}: {name}")
             columns = part(module.in_features, group)
@@ -182,6 +234,18 @@ def cut_body(
             linear = some_columns(module, columns, f"{architecture}: {name}", group.size)
             setattr(parent, child, RowLinear(linear, module.bias, group))
     return cuts
+
+
+def _share_norm(
+    attention: nn.Module, name: str, own: slice, size: int, heads: int, group: Group
+) -> None:
+    """Let ranks share a norm over all `size` numbers of Q or K, if the attention has one. One over
+    the numbers of each of the `heads` stays as it is."""
+    norm: Any = getattr(attention, name, None)
+    weight = getattr(norm, "weight", None)
+    if heads > 1 and weight is not None and len(weight) == size:
+        copies = max(1, group.size // heads)
+        setattr(attention, name, SharedNorm(norm, own, 1, group, copies=copies))
 
 
 def cut_head(model: Any, group: Group) -> None:

@@ -16,12 +16,11 @@ from collections import abc
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ConfigurationError, UnsupportedModelError
 from .adapter_cuts import LinearCut
-from .cut_layers import RowLinear, check_linear, kv_part, part, some_columns, some_rows
+from .cut_layers import RowLinear, SharedNorm, check_linear, kv_part, part, some_columns, some_rows
 from .tensor_plan import COLWISE, ROWWISE
 
 if TYPE_CHECKING:
@@ -46,52 +45,9 @@ class StateCut(NamedTuple):
     columns: slice
     convolution: str
     channels: torch.Tensor
-    numbers: dict[str, slice | torch.Tensor]
+    numbers: abc.Mapping[str, slice | torch.Tensor]
     attributes: dict[str, int]
     norm: tuple[str, int] | None = None
-
-
-class SharedNorm(nn.Module):
-    """RMSNorm with a gate over groups of channels, as Mamba-2 layers have it. The sums of squares
-    of the groups are made by all ranks together; a group may lie on several.
-
-    y = w · x / √(mean over the group of x² + ε), with x · silu(gate) in the place of x, or y ·
-    silu(gate) in that of y if the layer norms before its gate.
-    """
-
-    def __init__(self, norm: Any, own: slice, groups: int, group: Group) -> None:
-        """`norm` is the whole layer, of `groups` groups, and `own` are the rank's channels."""
-        super().__init__()
-        whole = norm.weight.detach()
-        self.weight = nn.Parameter(whole[own].clone(), requires_grad=False)
-        self.variance_epsilon: float = norm.variance_epsilon
-        self.norm_before_gate: bool = getattr(norm, "norm_before_gate", False)
-        self._width = len(whole) // groups
-        self._num_groups = groups
-        # The rank's channels are whole groups, or lie in one.
-        self._first = own.start // self._width
-        self._own_groups = max(1, (own.stop - own.start) // self._width)
-        self._group = group
-
-    def forward(
-        self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """hidden_states and gate `[..., channels]`, the rank's → the same shape."""
-        x = hidden_states.float()
-        if gate is not None and not self.norm_before_gate:
-            x = x * F.silu(gate.float())
-        parts = x.unflatten(-1, (self._own_groups, -1))
-        sums = parts.pow(2).sum(-1)
-        if self._own_groups * self._group.size != self._num_groups:  # several ranks have a group
-            every = sums.new_zeros(*sums.shape[:-1], self._num_groups)
-            every[..., self._first : self._first + self._own_groups] = sums
-            sums = self._group.all_reduce(every)[..., self._first : self._first + self._own_groups]
-        means = sums[..., None] / self._width
-        x = (parts * torch.rsqrt(means + self.variance_epsilon)).flatten(-2)
-        x = self.weight * x.to(hidden_states.dtype)
-        if gate is not None and self.norm_before_gate:
-            x = x * F.silu(gate.float())
-        return x.to(hidden_states.dtype)
 
 
 def check_states(size: int, spec: StateSpec, architecture: str) -> None:
@@ -218,7 +174,7 @@ def _delta_rule(module: Any, group: Group) -> StateCut:
         columns=value_part,
         convolution="conv1d",
         channels=torch.cat([q, k, v]),
-        numbers={name: own_values for name in ("A_log", "dt_bias")},
+        numbers={"A_log": own_values, "dt_bias": own_values},
         attributes=sizes,
     )
 
@@ -228,7 +184,7 @@ def _interleaved(
 ) -> torch.Tensor:
     """Return the rows of a layer that has for each head of keys: q and k of `key_dim` each, then
     twice its heads of values of `value_dim` each (v and z, or b and a)."""
-    keys, each = module.num_k_heads, module.num_v_heads // module.num_k_heads
+    each = module.num_v_heads // module.num_k_heads
     width = 2 * key_dim + 2 * each * value_dim
     rows = []
     for head in range(own_keys.start, own_keys.stop):
@@ -239,7 +195,6 @@ def _interleaved(
         for half in range(2):
             begin = head * width + 2 * key_dim + half * each * value_dim
             rows.append(begin + torch.arange(first * value_dim, last * value_dim))
-    assert keys * width >= int(rows[-1][-1])
     return torch.cat(rows)
 
 
@@ -264,7 +219,7 @@ def _mamba2(module: Any, group: Group) -> StateCut:
     numbers: dict[str, slice | torch.Tensor] = dict.fromkeys(_PER_HEAD, own_heads)
     if hasattr(module, "mup_vector"):
         numbers["mup_vector"] = rows
-    has_norm = any(True for _ in module.norm.parameters()) if hasattr(module, "norm") else False
+    has_norm = hasattr(module, "norm") and any(True for _ in module.norm.parameters())
     return StateCut(
         rows={"in_proj": rows},
         output="out_proj",

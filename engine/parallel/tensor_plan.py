@@ -45,6 +45,10 @@ def _pairs(parent: str, inputs: abc.Iterable[str], output: str) -> dict[str, str
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _LFM2 = _pairs("self_attn", _QKV, "out_proj") | _pairs("feed_forward", ("w1", "w3"), "w2")
+_ATTENTION = tuple(f".self_attn.{name}" for name in (*_QKV, "o_proj"))
+_OF_NORMED = {"colwise_gather_output": COLWISE, "rowwise_split_input": ROWWISE}
+"""What takes the place of two styles by which plans leave an attention whole: one that norms all of
+Q and all of K. Here ranks share these norms (SharedNorm)."""
 _MAMBA = _pairs("self_attn", _QKV, "o_proj") | _pairs(
     "feed_forward", ("gate_proj", "up_proj"), "down_proj"
 )
@@ -158,7 +162,11 @@ def body_plan(hf_config: Any) -> dict[str, str]:
     a state; empty if there is none."""
     text = hf_config.get_text_config(decoder=True)
     plan = dict(getattr(text, "base_model_tp_plan", None) or {})
-    plan = {name: style for name, style in plan.items() if ".linear_attn." not in name}
+    plan = {
+        name: _OF_NORMED.get(style, style) if name.endswith(_ATTENTION) else style
+        for name, style in plan.items()
+        if ".linear_attn." not in name
+    }
     return plan | _OWN_PLANS.get(text.model_type, {})
 
 

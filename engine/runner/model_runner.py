@@ -152,7 +152,9 @@ class ModelRunner:
         laid_out = self._batch.lay_out(output) if output.seq_ids else None
         if laid_out is not None and self._states is not None:
             host, token_ids = laid_out
-            laid_out = host._replace(states=state_rows(host, output.state_saves)), token_ids
+            rows = state_rows(host, output.state_saves)
+            laid_out = host._replace(states=rows), token_ids
+            self._states.begin_step(rows)
         if self._plans is not None:
             self._plans.send(output, *(laid_out or ()))
         if laid_out is None:
@@ -199,6 +201,8 @@ class ModelRunner:
         if read is None:
             return
         host, token_ids = read
+        if self._states is not None and host.states is not None:
+            self._states.begin_step(host.states)
         device = self._model.device
         sampled = torch.zeros(max(1, plan.num_fed_back), dtype=torch.int64, device=device)
         if plan.num_fed_back and self._model.has_ends:
@@ -286,8 +290,6 @@ class ModelRunner:
         shared = query_len == 1 and self.planner.find_shared(host)
         if self._adapters is not None:
             self._adapters.slots.begin_step(host.token_slots)
-        if self._states is not None and host.states is not None:
-            self._states.begin_step(host.states)
         if self._model.runs_tokens_alone:
             adapters = self.adapters
             return run_alone(self._model, self.planner, adapters, host, step, self._metadata)

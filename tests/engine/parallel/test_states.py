@@ -21,7 +21,8 @@ from quire.engine.devices.cuda.step_graphs import graph_sizes
 from quire.engine.errors import ConfigurationError, StartupError, UnsupportedModelError
 from quire.engine.lora import AdapterSource
 from quire.engine.model.loader import load_model
-from quire.engine.parallel.state_cuts import SharedNorm, cut_states
+from quire.engine.parallel.cut_layers import SharedNorm
+from quire.engine.parallel.state_cuts import cut_states
 from quire.engine.states.layers import find_layers
 
 from .. import models, state_models
@@ -35,7 +36,7 @@ from .test_cuts import group_of
 from .thread_ranks import Meeting, ParallelEngine, Shared, ThreadGroup
 
 SERVED = ["qwen3_5", "qwen3_5_moe", "qwen3_next", "lfm2", "lfm2_moe", "granite_4_h", "bamba"]
-SERVED += ["falcon_h1", "nemotron_h"]
+SERVED += ["falcon_h1", "nemotron_h", "olmo_hybrid"]
 KINDS = ["qwen3_5", "lfm2", "granite_4_h"]
 
 Made = dict[str, tuple[Path, Reference]]
@@ -88,7 +89,7 @@ def test_every_family_gives_the_same(whole: Made, family: str) -> None:
         assert sizes == [engine.core.info.state_bytes // 2] * 2
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next", "granite_4_h"])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next", "olmo_hybrid", "granite_4_h"])
 def test_four_ranks_share_two_heads_of_keys(whole: Made, family: str) -> None:
     folder, reference = whole[family]
     with ParallelEngine(folder, tensor_parallel_size=4) as engine:
@@ -286,13 +287,6 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], type[StartupError], str
         {"pipeline_parallel_size": 2},
         ConfigurationError,
         "2 leaves a stage of .* without a layer that attends: choose from 1$",
-    ),
-    (
-        "olmo_hybrid",
-        {},
-        {"tensor_parallel_size": 2},
-        UnsupportedModelError,
-        "q_proj by 'colwise_gather_output'",
     ),
 ]
 
