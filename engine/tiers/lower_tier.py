@@ -13,7 +13,7 @@ from ..errors import one_line
 from .block_store import BlockStore
 from .sealed_block import HEADER_BYTES, seal, unseal
 
-MAX_WRITES = 64
+MAX_WRITES = 1024
 """Blocks that wait to be written."""
 WARNING_SECONDS = 60.0
 """Time between two warnings of the same kind."""

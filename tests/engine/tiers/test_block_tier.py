@@ -253,6 +253,19 @@ def test_the_end_writes_all_that_only_host_memory_has(
     assert kept <= store.records.keys()
 
 
+def test_nothing_is_lost_when_each_step_evicts_a_large_part_of_host_memory() -> None:
+    """A step evicts 6 blocks; host memory has 16 slots."""
+    made = harness(16, store=FaultyStore(), read=Tasks(slow=False), write=Tasks(slow=False))
+    complete(made, FIRST)  # how much a step evicts is known after the first
+    complete(made, SECOND)
+    dropped = counts(made)[2]
+    others = [prompt(100, first=first) for first in range(6000, 12_000, 1000)]
+    for other in others:
+        complete(made, other)
+    assert counts(made)[2] == dropped
+    assert [complete(made, other) for other in others] == [96] * 6
+
+
 def test_others_go_on_while_one_waits_for_the_store() -> None:
     read = Tasks()
     store = FaultyStore()
