@@ -103,7 +103,7 @@ class SharedNorm(nn.Module):
         x = hidden_states.float()
         if gate is not None and not self.norm_before_gate:
             x = x * F.silu(gate.float())
-        parts = x.unflatten(-1, (self._own_groups, -1))
+        parts = x.reshape(*x.shape[:-1], self._own_groups, -1)
         sums = parts.pow(2).sum(-1)
         if self._own_groups * self._group.size != self._num_groups:  # several ranks have a group
             every = sums.new_zeros(*sums.shape[:-1], self._num_groups)
@@ -111,7 +111,7 @@ class SharedNorm(nn.Module):
             sums = self._group.all_reduce(every)[..., self._first : self._first + self._own_groups]
         means = sums[..., None] / (self._width * self._copies)
         x = (parts * torch.rsqrt(means + self.variance_epsilon)).flatten(-2)
-        x = self.weight * x.to(hidden_states.dtype)
+        x = x.to(hidden_states.dtype) * self.weight
         if gate is not None and self.norm_before_gate:
             x = x * F.silu(gate.float())
         return x.to(hidden_states.dtype)

@@ -66,7 +66,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return {family: make(tmp_path_factory.mktemp(family), config_of(family)) for family in SERVED}
 
 
-def run(engine: Engine, reference: Reference, count: int = 10) -> None:
+def run(engine: Engine, reference: Reference, count: int = 6) -> None:
     """Run requests in chunks, then the same ones again from their snapshots."""
     for _ in range(2):
         requests = add_all(engine, count)
@@ -93,7 +93,7 @@ def test_every_family_gives_the_same(whole: Made, family: str) -> None:
 def test_four_ranks_share_two_heads_of_keys(whole: Made, family: str) -> None:
     folder, reference = whole[family]
     with ParallelEngine(folder, tensor_parallel_size=4) as engine:
-        run(engine, reference, 6)
+        run(engine, reference)
         state = engine.worker._model.spec.state
         heads = 2 if family == "granite_4_h" else 1
         assert state is not None and (state.heads, state.key_heads) == (heads, 1)
@@ -105,7 +105,7 @@ def test_ranks_share_the_only_group_of_mamba(tmp_path: Path, family: str) -> Non
     changes = {"mamba_rms_norm": True} if family == "falcon_h1" else {}
     made = make(tmp_path, config_of(family, mamba_n_groups=1, **changes))
     with ParallelEngine(made[0], tensor_parallel_size=2) as engine:
-        run(engine, made[1], 6)
+        run(engine, made[1])
         state = engine.worker._model.spec.state
         assert state is not None and (state.heads, state.key_heads) == (4, 1)
 
@@ -118,7 +118,7 @@ def test_every_way_to_run_gives_the_same(whole: Made, family: str, mode: str) ->
     folder, reference = whole[family]
     config = {"max_num_batched_tokens": 96} | MODES[mode]
     with ParallelEngine(folder, tensor_parallel_size=2, **config) as engine:
-        run(engine, reference)
+        run(engine, reference, 10)
         assert engine.core.stats().preemptions > 0
 
 
@@ -157,7 +157,7 @@ def test_a_stage_may_have_no_layer_with_a_state(tmp_path: Path) -> None:
         changes = {"layer_types": order, "num_hidden_layers": 4}
         folder, reference = make(tmp_path / order[0], config_of("qwen3_5", **changes))
         with ParallelEngine(folder, pipeline_parallel_size=2) as engine:
-            run(engine, reference, 6)
+            run(engine, reference)
             assert engine.core.stats().prefix_hits > 0
 
 
