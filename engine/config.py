@@ -294,9 +294,9 @@ class WorkerInfo:
     adapters that are loaded, and `max_lora_rank` is None if there can be none. `is_batch_invariant`
     says that logits are the same to the bit whatever else is in their step. `group_windows` has for
     each group of layers with block tables of its own how many of the latest tokens it keeps, None
-    for all, and `group_layers` how many layers it has. `content` is a hash of the model's files.
-    What begins with `draft_` is the draft model's, and 0 without one. `state_bytes` is what layers
-    keep as states of one sequence, and `rank_kv_bytes` a token's K and V on each rank.
+    for all, and `group_layers` how many layers it has. `content` is a hash of the model's
+    configuration and weights. What begins with `draft_` is the draft model's, and 0 without one.
+    `state_bytes` is what the layers that keep a state, if there are any, keep for one sequence.
     """
 
     architecture: str
@@ -325,7 +325,6 @@ class WorkerInfo:
     group_layers: tuple[int, ...] = ()
     content: str = ""
     state_bytes: int = 0
-    rank_kv_bytes: tuple[int, ...] = ()
 
     def state_interval(self, block_size: int) -> int:
         """Return after how many tokens another snapshot of a sequence's state is due: whole blocks

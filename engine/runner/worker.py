@@ -108,7 +108,6 @@ class Worker:
         draft = self._draft
         cache_dtype = str(self._cache_dtype).removeprefix("torch.")
         state = model.whole_spec.state
-        kv_bytes = self._ranks.agree([token_bytes(spec, self._cache_dtype)])
         self._info = WorkerInfo(
             architecture=spec.architecture,
             device=_device_name(model.device, config.num_ranks),
@@ -117,7 +116,6 @@ class Worker:
             vocab_size=spec.vocab_size,
             max_model_len=self._max_model_len,
             kv_bytes_per_token=token_bytes(model.whole_spec, self._cache_dtype),
-            rank_kv_bytes=tuple(size for (size,) in kv_bytes),
             group_windows=self._groups.windows,
             group_layers=self._groups.count_layers(spec.lines.of_layer),
             max_num_batched_tokens=self._backend.token_budget(config),
@@ -157,6 +155,7 @@ class Worker:
         if (draft := self._draft) is not None:  # every block has a part in its cache, too
             own = LayerGroups.one_table(len(draft.spec.lines.windows))
             size += block_bytes(draft.spec, own, config.block_size, draft.kv_cache_dtype)
+        self._block_bytes = [one for (one,) in self._ranks.agree([size])]
         adapters = 0 if self._adapters is None else self._adapters.slots.num_bytes
         own_state = 0 if spec.state is None else spec.state.num_bytes
         states = own_state * config.max_num_seqs
@@ -188,7 +187,7 @@ class Worker:
         return self._runner.propose(scheduler_output)
 
     def attach_host_memory(self, memory: memoryview) -> float:
-        self._ranks.hold_blocks(len(memory) // self._rank_block_bytes)
+        self._ranks.hold_blocks(len(memory) // self._block_bytes[0])
         return self._attach(memory)
 
     def _attach(self, memory: memoryview) -> float:
@@ -202,7 +201,8 @@ class Worker:
     def hold_blocks(self, num_slots: int) -> None:
         """Take host memory for this rank's part of so many blocks. Called on all other ranks, in
         place of `attach_host_memory`. Raises ConfigurationError if it cannot be had."""
-        size, available = num_slots * self._rank_block_bytes, available_memory()
+        size = num_slots * self._block_bytes[self._ranks.rank]
+        available = available_memory()
         if available is not None and size > available:
             raise ConfigurationError(
                 f"this rank's part of --kv-offloading-size is {size / 2**30:.2f} GiB, but only "
@@ -210,11 +210,8 @@ class Worker:
             )
         self._attach(memoryview(mmap.mmap(-1, size)))
 
-    @property
-    def _rank_block_bytes(self) -> int:
-        """The bytes of a block of this rank's caches."""
-        kv, draft = self._info.rank_kv_bytes[self._ranks.rank], self._info.draft_kv_bytes_per_token
-        return self._config.block_size * (kv + draft)
+    def block_bytes(self) -> list[int]:
+        return self._block_bytes
 
     def copies_ended(self) -> int:
         assert self._runner.host_blocks is not None

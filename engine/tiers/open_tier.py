@@ -49,13 +49,15 @@ def open_tier(
         raise ConfigurationError(
             "--kv-offloading-size keeps no states, which this model's layers have"
         )
-    own_bytes, host_bytes, block_bytes = _block_bytes(config, info)
+    ranks = worker.block_bytes()
+    block_bytes = sum(ranks)
     num_slots = size // block_bytes
     if num_slots == 0:
         raise ConfigurationError(
             f"--kv-offloading-size is {size} bytes, but a block takes {block_bytes}: give it more, "
             "with a unit such as 4GiB"
         )
+    host_bytes = sum(ranks[rank] for rank in config.ranks_of_node)
     available, on_host = available_memory(), size * host_bytes // block_bytes
     if available is not None and on_host > available:
         raise ConfigurationError(
@@ -63,7 +65,7 @@ def open_tier(
             f"{available / 2**30:.2f} GiB of memory are available"
         )
     lower = _open_lower(config, info, block_bytes)
-    memory = memoryview(mmap.mmap(-1, num_slots * own_bytes))
+    memory = memoryview(mmap.mmap(-1, num_slots * ranks[0]))
     seconds = worker.attach_host_memory(memory)
     logger.info(
         "evicted KV blocks go to host memory: %d blocks, copied at %.1f GB/s",
@@ -72,22 +74,12 @@ def open_tier(
     )
     return BlockTier(
         manager,
-        HostStore(memory, own_bytes),
+        HostStore(memory, ranks[0]),
         TransferCost(config.block_size, seconds),
         block_bytes,
         lower,
         copies_ended=worker.copies_ended,
     )
-
-
-def _block_bytes(config: EngineConfig, info: WorkerInfo) -> tuple[int, int, int]:
-    """Return the bytes of a block's parts in host memory: rank 0's, those of the ranks of this
-    host, and those of all ranks."""
-    kv_bytes = info.rank_kv_bytes or (info.kv_bytes_per_token,)
-    ranks = [kv + info.draft_kv_bytes_per_token for kv in kv_bytes]
-    here = sum(ranks[rank] for rank in config.ranks_of_node)
-    size = config.block_size
-    return size * ranks[0], size * here, size * sum(ranks)
 
 
 def fingerprint(config: EngineConfig, info: WorkerInfo) -> bytes:

@@ -54,7 +54,6 @@ def test_load_and_profile_report_the_model_and_its_blocks(gemma2: tuple[Path, An
         weight_bytes=4 * model.num_parameters(),
         group_windows=(None, WINDOW),
         group_layers=(1, 1),
-        rank_kv_bytes=(2 * 2 * 2 * 16 * 4,),
     )
     windowed = 8 * (-(-WINDOW // 16) + 2) + 16 // 16
     assert worker.profile() == 8 * MAX_POSITION // 16 + windowed
