@@ -161,6 +161,12 @@ class SchedulerOutput(NamedTuple):
         return len(self.token_ids)
 
     @property
+    def begins_with_copies(self) -> bool:
+        """Whether anything is copied before the forward, which a step without rows may order."""
+        blocks = self.block_copies or self.block_saves or self.block_loads
+        return bool(blocks or self.adapter_loads or self.state_copies)
+
+    @property
     def rows_to_propose(self) -> dict[int, int]:
         """How many tokens the worker has to propose, by row, before the step can begin."""
         drafts = self.drafts

@@ -72,13 +72,13 @@ class WorkerProtocol(Launcher, Protocol):
         """Return how many sequences may run: max_num_seqs of the configuration, or fewer if it may
         be lowered. Called after `profile`."""
 
-    def block_bytes(self) -> int:
-        """Return the bytes of a block in all caches. Called after `profile`."""
+    def block_bytes(self) -> list[int]:
+        """Return the bytes of a block in all caches of each rank. Called after `profile`."""
 
     def attach_host_memory(self, memory: memoryview) -> float:
         """Let plans save blocks to slots that fill `memory`, and load them from there. A slot has
-        the bytes of a block in all caches. Returns the seconds of a block's copy. Called once,
-        after `profile`, or not at all."""
+        the bytes of rank 0's block, and other ranks take memory for as many slots. Returns the
+        seconds of a block's copy. Called once, after `profile`, or not at all."""
 
     def copies_ended(self) -> int:
         """Return the last step of which it is known that its copies from and to host memory have

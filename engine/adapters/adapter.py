@@ -103,6 +103,12 @@ def find_linears(
     }
 
 
+def linear_shapes(body: nn.Module, prefix: str) -> dict[str, LinearShape]:
+    """Return the shapes of all linear layers of a body, by their names in the whole model, which
+    begin with `prefix`."""
+    return {name: place.shape for name, place in _linears_below(body, f"{prefix}.")}
+
+
 def _linears_below(module: nn.Module, prefix: str) -> Iterator[tuple[str, Place]]:
     """Yield the linear layers below a module, but nothing that is part of one."""
     for name, child in module.named_children():

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from ..step import SequenceSpec
 
 
+class StateRows(NamedTuple):
+    """The slots of states that a step uses: one for each row `[S]`, and for each snapshot the
+    number of a token of the step and the slot that gets the state after it `[N, 2]`."""
+
+    slots: NDArray[np.int64]
+    saves: NDArray[np.int64]
+
+
 class HostStep(NamedTuple):
     """One step on the host. Batch row i is row `order[i]` of the plan.
 
@@ -44,6 +52,8 @@ class HostStep(NamedTuple):
     tables: NDArray[np.int32]
     token_slots: NDArray[np.int64] | None = None
     """The slot of each token's LoRA adapter, −1 for none; None if no token has one."""
+    states: StateRows | None = None
+    """The slots of states, if layers keep any."""
 
 
 class DeviceStep(NamedTuple):

@@ -62,5 +62,5 @@ class OffloadingConfig(ParallelConfig):
                 "--kv-offloading-size needs --enable-prefix-caching: evicted blocks are found by "
                 "the hashes of their prefixes"
             )
-        if self.num_ranks > 1:
-            raise ConfigurationError("--kv-offloading-size works only with a model on one device")
+        if self.num_ranks > 1 and given:
+            raise ConfigurationError(f"{given[0]} works only with a model on one device")

@@ -27,7 +27,7 @@ from ..errors import UnsupportedModelError, one_line
 from ..parallel.adapter_cuts import WHOLE, AdapterCuts
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.stages import StageBody
-from ..states.model_states import bind_states, number_attention
+from ..states.model_states import bind_states
 from ..states.state_spec import StateSpec
 from .classifier import Scores
 from .flat_proof import flatten_if_equal
@@ -151,9 +151,8 @@ class CausalLM:
         """Whether logits are the same to the bit whatever else is in the step."""
 
     def _bind_states(self, model: Any, state: StateSpec) -> None:
-        """Prepare the layers that keep a state, and number those with K and V."""
+        """Prepare the layers that keep a state."""
         body, ops = text_body(model), self._backend.make_state_ops()
-        number_attention(body, self.spec.kv_layers)
         try:
             bind_states(body, state, ops, body.config.hidden_size, self.device, self.dtype)
         except UnsupportedModelError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.adapter import linear_shapes
 from ..attention.interface import IMPLEMENTATION, register_attention
 from ..attention.layer_traits import note_traits
 from ..body.chosen_experts import choose_experts
@@ -29,8 +30,10 @@ from ..parallel.adapter_cuts import WHOLE, AdapterCuts
 from ..parallel.cut_layers import cut_tensors, round_cut_layers
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.stages import cut_stage
-from ..parallel.tensor_plan import body_plan, check_parallel
-from ..states.model_states import check_config
+from ..parallel.state_cuts import check_states, cut_states, find_styles
+from ..parallel.tensor_plan import body_plan, check_parallel, layers_of
+from ..states.layers import find_layers
+from ..states.model_states import check_config, number_attention
 from .assemble import assemble, weight_facts
 from .causal_lm import CausalLM
 from .classifier import make_scores
@@ -72,9 +75,12 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
         hf_config,
         spec.architecture,
         spec.heads,
-        spec.num_layers,
+        len(spec.layer_types),
+        spec.kv_layers,
         has_unequal_heads=spec.layer_heads is not None,
     )
+    if spec.state is not None:
+        check_states(config.tensor_parallel_size, spec.state, spec.architecture)
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
     kv_cache_dtype = backend.kv_cache_dtype(config, dtype)  # refused before weights are read
@@ -184,27 +190,35 @@ def _cut(
     ranks: Ranks,
     max_model_len: int,
 ) -> tuple[torch.Tensor | None, AdapterCuts]:
-    """Leave this rank's part of the model, in place. Returns what the probe gives with whole
-    layers, on the one rank of those that share them that has to compare it, and how the layers
-    were cut."""
+    """Leave this rank's part of the model, in place, whose layers with K and V count from 0 then.
+    Returns what the probe gives with whole layers, on the one rank of those that share them that
+    has to compare it, and how the layers were cut."""
     group, body = ranks.group, text_body(model)
     expected, cuts = None, WHOLE
     if ranks.size > 1:
         model.eval().requires_grad_(False)
         check_class(model, spec)
+        prefix = next(name for name, module in model.named_modules() if module is body)
+        cuts = AdapterCuts({}, linear_shapes(body, prefix), prefix)
     if ranks.ring is not None:
+        cuts = cuts._replace(stage=layers_of(ranks.ring, len(body.layers)))
         cut_stage(model, body, ranks.ring, spec.architecture)
+    layers = {}
+    if spec.state is not None:
+        number_attention(body, spec.part(1, ranks.ring).kv_layers)
+        layers = find_layers(body)
     if group.size > 1:
         if config.quantization is not None:
             kind, plan = config.quantization, body_plan(model.config)
             rounded = partial(backend.rounded, quantization=kind)
-            round_cut_layers(body, plan, group.size, spec.architecture, rounded)
+            styles = find_styles(layers)
+            round_cut_layers(body, plan, group.size, spec.architecture, rounded, styles)
         if group.rank == 0:
             _fix_rope(model, max_model_len, spec)
             expected = probe_whole(model, spec.part(1, ranks.ring), body)
         found = cut_tensors(model, body, spec.heads, group, spec.architecture)
-        prefix = next(name for name, module in model.named_modules() if module is body)
-        cuts = AdapterCuts({f"{prefix}.{name}": cut for name, cut in found.items()})
+        found |= cut_states(layers, group, spec.architecture)
+        cuts = cuts._replace(cuts={f"{cuts.prefix}.{name}": cut for name, cut in found.items()})
     return expected, cuts
 
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 class ModelSpec:
     """Shape and limits of a causal language model.
 
-    `num_layers` counts the layers with K and V, and `kv_layers` are their places among all layers.
+    `num_layers` counts the layers with K and V, and `kv_layers` are their places among all layers,
+    whose types are `layer_types`.
     `state` is what the layers that keep a state keep of a sequence; None if there are none.
     `windows[i]` is how many of the latest tokens layer i attends to, the current one included;
     None means all. `max_position` is the longest context in tokens that the positional encoding
@@ -73,6 +74,7 @@ class ModelSpec:
 
     state: StateSpec | None = None
     kv_layers: tuple[int, ...] = ()
+    layer_types: tuple[str, ...] = ()
 
     def kv_bytes_per_token(self, element_size: int, step_bytes: int = 0) -> int:
         """Return the bytes of one token's K and V over all layers; `element_size` is in bytes. Each
@@ -89,14 +91,27 @@ class ModelSpec:
         """Return the specification of one rank's part of the model, if `size` ranks share each
         layer and `ring` the layers."""
         query, kv = self.heads.of_rank(size)
-        layers = layers_of(ring, self.num_layers)
+        layers, own = layers_of(ring, len(self.layer_types)), self.kv_range(ring)
+        types = self.layer_types[layers.start : layers.stop]
+        state = self.state
+        if state is not None:
+            state = state.part(sum(kind in STATE_TYPES for kind in types), size)
         return replace(
             self,
             num_attention_heads=query,
             num_kv_heads=kv,
-            num_layers=len(layers),
-            windows=self.windows[layers.start : layers.stop],
+            num_layers=len(own),
+            windows=self.windows[own.start : own.stop],
+            layer_types=types,
+            kv_layers=tuple(self.kv_layers[number] - layers.start for number in own),
+            state=state,
         )
+
+    def kv_range(self, ring: Ring | None) -> range:
+        """Return which of the layers with K and V a stage has."""
+        layers = layers_of(ring, len(self.layer_types))
+        before = sum(place < layers.start for place in self.kv_layers)
+        return range(before, before + sum(place in layers for place in self.kv_layers))
 
     def resolve_max_model_len(self, requested: int | None) -> int:
         """Return the context length to serve. Raises ConfigurationError if more is requested than
@@ -172,6 +187,7 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
             classifier=read_classifier(hf_config, config),
             state=_state(text, kinds, architecture),
             kv_layers=kv_layers,
+            layer_types=tuple(kinds),
             **shapes,
         )
     except AttributeError as error:

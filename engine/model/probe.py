@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from ..attention.interface import IMPLEMENTATION
 from ..attention.layer_traits import traits_of
 from ..errors import UnsupportedModelError, one_line
-from ..states.layers import allocate_states
+from ..states.layers import allocate_states, quiet
 from ..states.state_spec import ATTENTION_TYPES
 from ..states.step_states import StepStates
 from .model_spec import ModelSpec
@@ -117,7 +117,8 @@ def probe_whole(model: Any, spec: ModelSpec, body: Any) -> torch.Tensor | None:
     """Return the probe's hidden states by a body in main memory whose layers are about to be cut;
     None if it does not run there."""
     try:
-        return run_probe(model, spec, body).hidden
+        with quiet():
+            return run_probe(model, spec, body).hidden
     except (RuntimeError, NotImplementedError) as error:
         logger.warning("layers are cut without a comparison: %s", one_line(error))
         return None

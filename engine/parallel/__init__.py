@@ -9,6 +9,7 @@ Reading order:
     group            the collectives
     tensor_plan      how each layer is cut, and what is refused
     cut_layers       cuts the layers
+    state_cuts       cuts those that keep a state
     adapter_cuts     cuts LoRA adapters like them
     stages           the stages of a pipeline
     step_plan        a step as numbers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,17 +14,19 @@ from torch import nn
 from ..body.grouped_linear import GroupedLinear, GroupedWeight
 from ..errors import UnsupportedModelError
 from .adapter_cuts import LinearCut
-from .tensor_plan import COLWISE, EXPERTS, ROWWISE, Heads, body_plan, find_cuts, layers_of
+from .tensor_plan import COLWISE, EXPERTS, PACKED, ROWWISE, Heads, body_plan, find_cuts
 
 if TYPE_CHECKING:
     from collections import abc
 
     from .group import Group
-    from .ranks import Ranks
 
 logger = logging.getLogger("quire.engine")
 
 Linear = nn.Linear | GroupedLinear
+
+_NORMED = {"q_proj": "q_norm", "k_proj": "k_norm"}
+"""Norms after layers of an attention."""
 
 
 def part(size: int, group: Group) -> slice:
@@ -66,6 +69,52 @@ class RowLinear(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         output = self._group.all_reduce(self.linear(input))
         return output if self.bias is None else output + self.bias
+
+
+class SharedNorm(nn.Module):
+    """RMSNorm over groups of channels of which each rank has some, with a gate or without. The sums
+    of squares of the groups are made by all ranks together; a group may lie on several.
+
+    y = w · x / √(mean over the group of x² + ε). With a gate, x · silu(gate) is in the place of x,
+    or y · silu(gate) in that of y if the layer norms before its gate, as Mamba-2 layers have it.
+    """
+
+    def __init__(
+        self, norm: Any, own: slice, groups: int, group: Group, *, copies: int = 1
+    ) -> None:
+        """`norm` is the whole layer, of `groups` groups, and `own` are the rank's channels, which
+        as many ranks have as there are `copies`."""
+        super().__init__()
+        whole = norm.weight.detach()
+        self.weight = nn.Parameter(whole[own].clone(), requires_grad=False)
+        self.variance_epsilon: float = norm.variance_epsilon
+        self.norm_before_gate: bool = getattr(norm, "norm_before_gate", False)
+        self._width = len(whole) // groups
+        self._num_groups, self._copies = groups, copies
+        # The rank's channels are whole groups, or lie in one.
+        self._first = own.start // self._width
+        self._own_groups = max(1, (own.stop - own.start) // self._width)
+        self._group = group
+
+    def forward(
+        self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """hidden_states and gate `[..., channels]`, the rank's → the same shape."""
+        x = hidden_states.float()
+        if gate is not None and not self.norm_before_gate:
+            x = x * F.silu(gate.float())
+        parts = x.reshape(*x.shape[:-1], self._own_groups, -1)
+        sums = parts.pow(2).sum(-1)
+        if self._own_groups * self._group.size != self._num_groups:  # several ranks have a group
+            every = sums.new_zeros(*sums.shape[:-1], self._num_groups)
+            every[..., self._first : self._first + self._own_groups] = sums
+            sums = self._group.all_reduce(every)[..., self._first : self._first + self._own_groups]
+        means = sums[..., None] / (self._width * self._copies)
+        x = (parts * torch.rsqrt(means + self.variance_epsilon)).flatten(-2)
+        x = x.to(hidden_states.dtype) * self.weight
+        if gate is not None and self.norm_before_gate:
+            x = x * F.silu(gate.float())
+        return x.to(hidden_states.dtype)
 
 
 class VocabLinear(nn.Module):
@@ -118,11 +167,13 @@ def round_cut_layers(
     size: int,
     architecture: str,
     rounded: abc.Callable[[torch.Tensor], torch.Tensor | GroupedWeight],
+    of_states: abc.Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Round the weights of the linear layers that `size` ranks are going to share, in place, while
-    they are whole: so the ranks' integers and scales are together those of one rank. Experts are
-    rounded when they are packed. Raises UnsupportedModelError if groups would be cut apart."""
-    for name, style in find_cuts(body, plan, architecture).items():
+    they are whole: so the ranks' integers and scales are together those of one rank. `of_states`
+    are the styles of those in layers with a state. Experts are rounded when they are packed. Raises
+    UnsupportedModelError if groups would be cut apart."""
+    for name, style in {**find_cuts(body, plan, architecture), **of_states}.items():
         module = body.get_submodule(name)
         if type(module) is not nn.Linear:
             continue
@@ -138,11 +189,11 @@ def round_cut_layers(
             )
 
 
-def cut_scales(scales: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Return the rank's part of the scales of a KV cache `[num_layers, 2, num_kv_heads]`."""
-    num_layers, _, heads = scales.shape
-    layers = layers_of(ranks.ring, num_layers)
-    part = scales[layers.start : layers.stop, :, kv_part(heads, heads, ranks.group)]
+def cut_scales(scales: torch.Tensor, layers: range, group: Group) -> torch.Tensor:
+    """Return the rank's part of the scales of a KV cache `[num_layers, 2, num_kv_heads]`; `layers`
+    are those of its stage."""
+    heads = scales.shape[2]
+    part = scales[layers.start : layers.stop, :, kv_part(heads, heads, group)]
     return part.contiguous()
 
 
@@ -159,26 +210,42 @@ def cut_body(
         if style == EXPERTS:
             _cut_experts(module, group, f"{architecture}: {name}")
             continue
-        if type(module) not in (nn.Linear, GroupedLinear):
-            raise UnsupportedModelError(
-                f"{architecture}: {name} is a {type(module).__name__}, which cannot be cut"
-            )
-        whole = module.in_features, module.out_features
-        if style == COLWISE:
-            rows = part(module.out_features, group)
+        check_linear(module, f"{architecture}: {name}")
+        if style in (COLWISE, PACKED):
+            rows: slice | torch.Tensor = part(module.out_features, group)
             if child in ("k_proj", "v_proj"):
                 rows = kv_part(module.out_features, heads.kv, group)
-            else:
+            elif style == COLWISE:
                 _check_divides(module.out_features, group, f"{architecture}: {name}")
-            cuts[name] = LinearCut(*whole, rows=rows)
-            setattr(parent, child, _some_rows(module, rows))
+            else:
+                half = module.out_features // 2
+                _check_divides(half, group, f"{architecture}: {name}")
+                own = torch.arange(half)[part(half, group)]
+                rows = torch.cat([own, half + own])
+            cuts[name] = LinearCut(rows=rows)
+            setattr(parent, child, some_rows(module, rows))
+            if child in _NORMED and isinstance(rows, slice):
+                number = heads.query if child == "q_proj" else heads.kv
+                _share_norm(parent, _NORMED[child], rows, module.out_features, number, group)
         else:
             _check_divides(module.in_features, group, f"{architecture}: {name}")
             columns = part(module.in_features, group)
-            cuts[name] = LinearCut(*whole, columns=columns)
-            linear = _some_columns(module, columns, f"{architecture}: {name}", group.size)
+            cuts[name] = LinearCut(columns=columns)
+            linear = some_columns(module, columns, f"{architecture}: {name}", group.size)
             setattr(parent, child, RowLinear(linear, module.bias, group))
     return cuts
+
+
+def _share_norm(
+    attention: nn.Module, name: str, own: slice, size: int, heads: int, group: Group
+) -> None:
+    """Let ranks share a norm over all `size` numbers of Q or K, if the attention has one. One over
+    the numbers of each of the `heads` stays as it is."""
+    norm: Any = getattr(attention, name, None)
+    weight = getattr(norm, "weight", None)
+    if heads > 1 and weight is not None and len(weight) == size:
+        copies = max(1, group.size // heads)
+        setattr(attention, name, SharedNorm(norm, own, 1, group, copies=copies))
 
 
 def cut_head(model: Any, group: Group) -> None:
@@ -208,17 +275,17 @@ def cut_head(model: Any, group: Group) -> None:
 def _cut_experts(experts: Any, group: Group, what: str) -> None:
     """Leave the rank's part of each expert's intermediate size; their outputs are summed."""
     names = sorted(name for name, _ in experts.named_parameters(recurse=False))
-    if names != ["down_proj", "gate_up_proj"]:
+    if names not in (["down_proj", "gate_up_proj"], ["down_proj", "up_proj"]):
         raise UnsupportedModelError(
             f"{what} has the parameters {', '.join(names)}, which cannot be cut"
         )
     if getattr(experts, "is_transposed", False):
         raise UnsupportedModelError(f"{what} has transposed weights, which cannot be cut")
-    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    up, down = getattr(experts, names[1]).detach(), experts.down_proj.detach()
     _check_divides(down.shape[2], group, what)
     columns = part(down.shape[2], group)
-    halves = [half[:, columns] for half in gate_up.chunk(2, dim=1)]
-    experts.gate_up_proj = _parameter(torch.cat(halves, dim=1))
+    parts = [one[:, columns] for one in up.split(down.shape[2], dim=1)]  # the gate may be one
+    setattr(experts, names[1], _parameter(torch.cat(parts, dim=1)))
     experts.down_proj = _parameter(down[:, :, columns])
     experts.intermediate_dim = down.shape[2] // group.size
     experts.register_forward_hook(partial(_sum_output, group))
@@ -226,6 +293,12 @@ def _cut_experts(experts: Any, group: Group, what: str) -> None:
 
 def _sum_output(group: Group, _: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
     return group.all_reduce(output)
+
+
+def check_linear(module: nn.Module, what: str) -> None:
+    """Raise UnsupportedModelError if a module is no linear layer of a kind that can be cut."""
+    if type(module) not in (nn.Linear, GroupedLinear):
+        raise UnsupportedModelError(f"{what} is a {type(module).__name__}, which cannot be cut")
 
 
 def _places(body: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -240,11 +313,11 @@ def _check_divides(size: int, group: Group, what: str) -> None:
         )
 
 
-def _rows_of(bias: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+def _rows_of(bias: torch.Tensor | None, rows: slice | torch.Tensor) -> torch.Tensor | None:
     return None if bias is None else bias.detach()[rows]
 
 
-def _some_rows(module: Linear, rows: slice) -> Linear:
+def some_rows(module: Linear, rows: slice | torch.Tensor) -> Linear:
     """Return a layer of some rows, with a copy of their weight."""
     bias = _rows_of(module.bias, rows)
     if isinstance(module, GroupedLinear):
@@ -252,7 +325,7 @@ def _some_rows(module: Linear, rows: slice) -> Linear:
     return _linear(module.weight[rows], bias)
 
 
-def _some_columns(module: Linear, columns: slice, what: str, size: int) -> Linear:
+def some_columns(module: Linear, columns: slice, what: str, size: int) -> Linear:
     """Return a layer of some columns and without a bias, with a copy of their weight. Raises
     UnsupportedModelError if they cut groups apart."""
     if isinstance(module, nn.Linear):

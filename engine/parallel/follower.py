@@ -37,6 +37,8 @@ class Obedient(Protocol):
 
     def drop_adapter(self, adapter_id: int) -> None: ...
 
+    def hold_blocks(self, num_slots: int) -> None: ...
+
 
 def obey(worker: Obedient, order: messages.Order) -> None:
     """Let a worker carry out an order of rank 0."""
@@ -47,6 +49,8 @@ def obey(worker: Obedient, order: messages.Order) -> None:
             worker.hold_layer(adapter_id, name, unpack_weight(rank, a, b))
         case messages.DropAdapter(adapter_id):
             worker.drop_adapter(adapter_id)
+        case messages.HostMemory(num_slots):
+            worker.hold_blocks(num_slots)
 
 
 class Follower(Collectives):
@@ -89,6 +93,9 @@ class Follower(Collectives):
 
     def drop_adapter(self, adapter_id: int) -> None:
         raise AssertionError("only rank 0 drops adapters")
+
+    def hold_blocks(self, num_slots: int) -> None:
+        raise AssertionError("only rank 0 decides what host memory holds")
 
     def close(self) -> None:
         """Do nothing: rank 0 ends the group."""

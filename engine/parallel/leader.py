@@ -114,6 +114,9 @@ class Leader(Collectives):
     def drop_adapter(self, adapter_id: int) -> None:
         self._tell(messages.DropAdapter(adapter_id))
 
+    def hold_blocks(self, num_slots: int) -> None:
+        self._tell(messages.HostMemory(num_slots))
+
     def close(self) -> None:
         if self._closing:
             return

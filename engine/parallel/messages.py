@@ -1,7 +1,8 @@
 """Messages between rank 0 and the followers: msgspec's msgpack over ZeroMQ, never pickles.
 
     follower → rank 0   Join, then Vote | Failed
-    rank 0 → follower   Welcome | Refused, then Verdict · Step · AdapterLayer · DropAdapter · Stop
+    rank 0 → follower   Welcome | Refused, then Verdict · Step · AdapterLayer · DropAdapter ·
+                        HostMemory · Stop
 
 Rank 0 binds a ROUTER, and every follower connects a DEALER whose identity is its rank. A plan has
 no answer: plans arrive in order, and what holds a rank that is ahead are the collectives.
@@ -15,7 +16,7 @@ import zmq
 from ..config import EngineConfig
 from .step_plan import StepPlan
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of these messages and of the order of collectives. All ranks must have the same."""
 HEARTBEAT_MS = 1000
 SILENCE_MS = 10_000
@@ -94,12 +95,19 @@ class DropAdapter(msgspec.Struct, array_like=True, tag=True):
     adapter_id: int
 
 
+class HostMemory(msgspec.Struct, array_like=True, tag=True):
+    """Take host memory for so many blocks of this rank's cache. The follower votes with the
+    nanoseconds of a block's copy."""
+
+    num_slots: int
+
+
 class Stop(msgspec.Struct, array_like=True, tag=True):
     """The follower ends."""
 
 
 ToLeader = Join | Vote | Failed
-Order = Step | AdapterLayer | DropAdapter
+Order = Step | AdapterLayer | DropAdapter | HostMemory
 """What a follower does once it has started."""
 ToFollower = Welcome | Verdict | Refused | Order | Stop
 

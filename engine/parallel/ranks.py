@@ -47,11 +47,15 @@ class Ranks(Protocol):
         """Send a plan to all other ranks. Called by rank 0 only."""
 
     def send_adapter(self, adapter_id: int, adapter: Adapter) -> None:
-        """Send a whole LoRA adapter to all other ranks. Called by rank 0 only, after `agree` has
-        been asked for the last time."""
+        """Send a whole LoRA adapter to all other ranks. Called by rank 0 only, once they carry out
+        its orders."""
 
     def drop_adapter(self, adapter_id: int) -> None:
         """Let all other ranks forget an adapter. Called by rank 0 only."""
+
+    def hold_blocks(self, num_slots: int) -> None:
+        """Let all other ranks take host memory for so many blocks, after which all ranks `agree`
+        once more. Called by rank 0 only."""
 
     def close(self) -> None:
         """Let the other ranks end. Called by rank 0 only."""
@@ -78,6 +82,9 @@ class Alone:
         """Do nothing."""
 
     def drop_adapter(self, adapter_id: int) -> None:
+        """Do nothing."""
+
+    def hold_blocks(self, num_slots: int) -> None:
         """Do nothing."""
 
     def close(self) -> None:

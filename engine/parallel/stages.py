@@ -18,6 +18,12 @@ from ..errors import UnsupportedModelError
 from .group import Ring
 from .tensor_plan import layers_of
 
+_EMBEDDINGS = ("embed_tokens", "embeddings")
+_NORMS = ("norm", "embedding_norm", "final_layernorm", "norm_f")
+"""Names of the norm after the last layer."""
+_MULTIPLIER = "embedding_multiplier"
+"""Name of a number by which a body multiplies what its embedding returns."""
+
 
 class Given(nn.Module):
     """Stands in for the embedding of a later stage: returns the hidden states it was given."""
@@ -49,7 +55,8 @@ def cut_stage(model: Any, body: Any, ring: Ring, architecture: str) -> None:
     """Leave a stage's layers in a transformers model, in place. Raises UnsupportedModelError if
     its body does more than to embed, run its layers and norm."""
     # 1. Keep the layers, which count from 0 in every stage.
-    if not all(hasattr(body, name) for name in ("embed_tokens", "layers", "norm")):
+    norm_name, embedding = _name_in(body, _NORMS), _name_in(body, _EMBEDDINGS)
+    if norm_name is None or embedding is None or not hasattr(body, "layers"):
         raise UnsupportedModelError(f"{architecture}: its layers cannot be told apart for stages")
     layers = layers_of(ring, len(body.layers))
     kept = [body.layers[index] for index in layers]
@@ -57,26 +64,36 @@ def cut_stage(model: Any, body: Any, ring: Ring, architecture: str) -> None:
         if isinstance(getattr(module, "layer_idx", None), int):
             module.layer_idx -= layers.start
     text = model.config.get_text_config(decoder=True)
-    if getattr(text, "layer_types", None) is not None:
-        text.layer_types = [text.layer_types[index] for index in layers]
+    types = list(getattr(text, "layer_types", None) or ())
     # 2. Replace what other stages have, and see that nothing else comes before the layers.
-    norm, body.norm = body.norm, nn.Identity()
+    norm = getattr(body, norm_name)
+    setattr(body, norm_name, nn.Identity())
     if ring.stage > 0:
-        weight = body.embed_tokens.weight
-        body.embed_tokens = Given(weight.shape[1], weight.dtype)
+        weight = getattr(body, embedding).weight
+        setattr(body, embedding, Given(weight.shape[1], weight.dtype))
+        if hasattr(body, _MULTIPLIER):  # the first stage has multiplied
+            setattr(body, _MULTIPLIER, 1.0)
         model.set_output_embeddings(nn.Identity())
         body.layers, text.num_hidden_layers = nn.ModuleList(), 0
         _check_passes(body, architecture)
     body.layers, text.num_hidden_layers = nn.ModuleList(kept), len(kept)
+    own_types = [types[index] for index in layers if types]
+    if list(getattr(text, "layer_types", None) or ()) != own_types:  # else it follows the number
+        text.layer_types = own_types
     if ring.stage == ring.size - 1:
-        body.norm = norm
+        setattr(body, norm_name, norm)
+
+
+def _name_in(body: Any, names: tuple[str, ...]) -> str | None:
+    """Return the first of the names that a body has."""
+    return next((name for name in names if hasattr(body, name)), None)
 
 
 @torch.no_grad()
 def _check_passes(body: Any, architecture: str) -> None:
     """Raise UnsupportedModelError if a body without layers changes what its embedding returns."""
     ids = torch.zeros(1, 3, dtype=torch.int64)
-    given = body.embed_tokens(ids)
+    given = body.get_input_embeddings()(ids)
     positions = torch.arange(3)[None]
     output = body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
     if not torch.equal(output, given):
@@ -94,7 +111,7 @@ class StageBody:
     def __init__(self, inner: Body, ring: Ring, body: Any) -> None:
         """`inner` runs the layers of `body`, which `cut_stage` has cut."""
         self._inner, self._ring = inner, ring
-        embedding = body.embed_tokens
+        embedding = body.get_input_embeddings()
         self._given = embedding if isinstance(embedding, Given) else None
 
     def forward(

@@ -5,6 +5,8 @@ its tokens, the block tables as they change, and which collectives follow the fo
 of rows are one int32 buffer:
 
     rows · starts · lengths [· slots]  of each batch row; slots are those of LoRA adapters
+    [state slots]                     of each batch row, if layers keep states
+    [token · slot]                    of each snapshot of a state
     sampling_rows · sampled_positions [· num_drafts]    of each sample
     token_ids                         of each token
     group · row · start · length · block ids  of each change of a block table
@@ -15,18 +17,18 @@ sent before rank 0 launches the step itself.
 
 from __future__ import annotations
 
-from collections import abc
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..devices.steps import HostStep
+from ..devices.steps import HostStep, StateRows
+from ..step import AdapterLoad, BlockCopy, BlockLoad, BlockSave, StateCopy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..devices.steps import StepInputs
-    from ..step import AdapterLoad, BlockCopy
+    from ..step import SchedulerOutput
 
 
 class TableEntries(NamedTuple):
@@ -53,42 +55,47 @@ class StepPlan(NamedTuple):
     has_drafts: bool
     width: int
     packed: bytes
-    copies: list[tuple[int, int]]
-    """Blocks to copy before the forward, as (source, destination)."""
+    copies: list[BlockCopy]
+    saves: list[BlockSave] = []
+    loads: list[BlockLoad] = []
+    state_copies: list[StateCopy] = []
+    num_state_saves: int = 0
+    has_states: bool = False
+    """Whether rows have states."""
     extra_logits: list[tuple[int, int]] = []
     """Ranges of the step's tokens whose logits are made after the forward, besides the samples'."""
     num_fed_back: int = 0
     """How many tokens of the step before come by a broadcast, for token ids below 0; 0 for none."""
     has_adapters: bool = False
     """Whether any row has a LoRA adapter."""
-    adapter_loads: list[tuple[int, int]] = []
-    """Slots to fill before the forward, as (slot, id of the adapter), in order."""
+    adapter_loads: list[AdapterLoad] = []
 
 
 def make_plan(
-    step: int,
+    output: SchedulerOutput,
     host: HostStep | None,
     token_ids: NDArray[np.int64],
     changes: list[TableEntries],
-    copies: list[BlockCopy],
     *,
     extra_logits: list[tuple[int, int]],
     num_fed_back: int,
-    adapter_loads: abc.Sequence[AdapterLoad] = (),
 ) -> StepPlan:
     """Pack a step. Token ids below 0 are those of `StepInputs.write`. `host` is None for a step
     without rows."""
     parts: list[Any] = []
+    states = None if host is None else host.states
     if host is not None:
         parts += [host.rows, host.starts, host.lengths]
         if host.token_slots is not None:
             parts.append(host.token_slots[host.query_start_loc[:-1]])
+        if states is not None:
+            parts += [states.slots, states.saves.reshape(-1)]
         parts += [host.sampling_rows, host.sampled_positions, host.num_drafts, token_ids]
     for group, row, start, block_ids in changes:
         parts += [(group, row, start, len(block_ids)), block_ids]
     packed = np.concatenate([np.asarray(part, dtype=np.int32) for part in [*parts, ()]])
     return StepPlan(
-        step=step,
+        step=output.step,
         num_seqs=0 if host is None else len(host.order),
         num_tokens=len(token_ids),
         num_decodes=0 if host is None else host.num_decodes,
@@ -97,11 +104,16 @@ def make_plan(
         has_drafts=host is not None and bool(host.num_drafts),
         width=0 if host is None else host.tables.shape[2],
         packed=packed.tobytes(),
-        copies=[(copy.source, copy.destination) for copy in copies],
+        copies=output.block_copies,
+        saves=output.block_saves,
+        loads=output.block_loads,
+        state_copies=output.state_copies,
+        num_state_saves=0 if states is None else len(states.saves),
+        has_states=states is not None,
         extra_logits=extra_logits,
         num_fed_back=num_fed_back,
         has_adapters=host is not None and host.token_slots is not None,
-        adapter_loads=[(load.slot, load.adapter_id) for load in adapter_loads],
+        adapter_loads=output.adapter_loads,
     )
 
 
@@ -121,6 +133,10 @@ class PlanReader:
         size, samples = plan.num_seqs, plan.num_samples
         rows, starts, lengths = (numbers.take(size) for _ in range(3))
         slots = numbers.take(size) if plan.has_adapters else None
+        states = None
+        if plan.has_states:
+            own, saves = numbers.take(size), numbers.take(2 * plan.num_state_saves)
+            states = StateRows(own, saves.reshape(-1, 2))
         sampling_rows, sampled_positions = (numbers.take(samples) for _ in range(2))
         num_drafts = numbers.take(samples if plan.has_drafts else 0)
         token_ids = numbers.take(plan.num_tokens)
@@ -149,6 +165,7 @@ class PlanReader:
             rows=rows,
             tables=self._table[:, :, : plan.width],
             token_slots=None if slots is None else np.repeat(slots, lengths),
+            states=states,
         )
         return host, token_ids
 

@@ -46,7 +46,7 @@ class AdapterStore:
         self.sources: list[AdapterSource] = []
         """The adapters of the configuration that were read, in the order of their ids."""
         self._cuts, self._ranks = model.adapter_cuts, ranks
-        linears, prefix = self._cuts.whole(model.linears), model.prefix
+        linears, prefix = self._cuts.agree(model.linears, ranks), model.prefix
         max_rank = config.max_lora_rank or _largest_rank(config)
         [max_rank] = ranks.agree([max_rank])[0]  # another host may not have the files
         self._model = _Model(linears, prefix, max_rank)

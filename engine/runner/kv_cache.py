@@ -90,38 +90,51 @@ def check_tables(config: EngineConfig, groups: LayerGroups, max_model_len: int) 
 
 
 def seats_beside_blocks(
-    memory: int, config: EngineConfig, info: WorkerInfo, block_bytes: int, step_tokens: int
+    memory: int,
+    config: EngineConfig,
+    info: WorkerInfo,
+    own_bytes: int,
+    block_bytes: int,
+    step_tokens: int,
 ) -> int:
     """Return how many sequences may run with `memory` bytes for their states and for blocks:
     max_num_seqs, unless that may be lowered and their states leave too little for the blocks of one
-    sequence of full length. Then the states take half of the memory, or less."""
+    sequence of full length. Then the states take half of the memory, or less. `own_bytes` are those
+    of a state on this rank."""
     if not config.lowers_max_num_seqs or config.num_blocks is not None:
         return config.max_num_seqs
     longest, size = info.max_model_len - 1, config.block_size
     least = block_bytes * blocks_needed(info.group_windows, size, longest, step_tokens=step_tokens)
     if config.enable_prefix_caching:  # and a share for snapshots
         least = -(-least * (SNAPSHOT_SHARE + 1) // SNAPSHOT_SHARE)
-    most = (memory - least) // info.state_bytes
+    most = (memory - least) // own_bytes
     if most >= config.max_num_seqs:
         return config.max_num_seqs
-    return max(1, min(most, memory // (2 * info.state_bytes)))
+    return max(1, min(most, memory // (2 * own_bytes)))
 
 
-def memory_beside_states(memory: int, config: EngineConfig, info: WorkerInfo) -> int:
-    """Return what is left of `memory` bytes for blocks: the states of max_num_seqs sequences come
-    first, and snapshots of states take a share of the rest.
+def memory_beside_states(
+    memory: int, config: EngineConfig, info: WorkerInfo, own_bytes: int, block_bytes: int
+) -> int:
+    """Return what is left of `memory` bytes for blocks of `block_bytes`: the states of max_num_seqs
+    sequences come first, and snapshots of states take a share of the rest. `own_bytes` are those
+    of a state on this rank.
 
     Raises ConfigurationError if the states leave nothing, unless the number of blocks is given.
     """
-    left = memory - config.max_num_seqs * info.state_bytes
+    left = memory - config.max_num_seqs * own_bytes
     if left <= 0 and config.num_blocks is None:
         raise ConfigurationError(
-            f"the states of {config.max_num_seqs} sequences ({info.state_bytes / 1e6:.1f} MB each) "
+            f"the states of {config.max_num_seqs} sequences ({own_bytes / 1e6:.1f} MB each) "
             f"leave nothing of {_gib(memory)} for the KV cache: lower --max-num-seqs to "
-            f"{max(memory // (2 * info.state_bytes), 1)} or less, or give it more memory"
+            f"{max(memory // (2 * own_bytes), 1)} or less, or give it more memory"
         )
     if config.enable_prefix_caching:
-        left = left * SNAPSHOT_SHARE // (SNAPSHOT_SHARE + 1)
+        # Snapshots have a share of the bytes of the whole model's blocks, which may be another one
+        # of this rank's: a stage may have few layers with K and V.
+        blocks = SNAPSHOT_SHARE * block_bytes * info.state_bytes
+        snapshots = own_bytes * config.block_size * info.kv_bytes_per_token
+        left = left * blocks // (blocks + snapshots)
     return left
 
 

@@ -25,7 +25,7 @@ from ..parallel.step_plan import StepPlan
 from ..request import Request
 from ..sampling_params import SamplingParams
 from ..sequence import Rank, Sequence
-from ..step import AdapterLoad, BlockCopy, SamplingConstraints, SchedulerOutput
+from ..step import BlockCopy, SamplingConstraints, SchedulerOutput
 from .adapter_store import AdapterStore
 from .alone import run_alone
 from .input_batch import InputBatch
@@ -34,7 +34,7 @@ from .plan_sender import PlanSender
 from .pooling import Pooler
 from .prompt_logprobs import PromptChunk, prompt_logprobs
 from .row_sampling import RowSamples, joined, sample_rows, sampling_rows
-from .state_store import make_state_store
+from .state_store import make_state_store, state_rows
 
 
 class ModelRunner:
@@ -151,7 +151,10 @@ class ModelRunner:
         self.begin(output)
         laid_out = self._batch.lay_out(output) if output.seq_ids else None
         if laid_out is not None and self._states is not None:
-            self._states.begin_step(laid_out[0], output.state_saves)
+            host, token_ids = laid_out
+            rows = state_rows(host, output.state_saves)
+            laid_out = host._replace(states=rows), token_ids
+            self._states.begin_step(rows)
         if self._plans is not None:
             self._plans.send(output, *(laid_out or ()))
         if laid_out is None:
@@ -187,13 +190,19 @@ class ModelRunner:
         """Run the forward of a step that rank 0 has planned."""
         if plan.adapter_loads:
             assert self._adapters is not None
-            self._adapters.fill(AdapterLoad(*load) for load in plan.adapter_loads)
-        self.copy_blocks([BlockCopy(*copy) for copy in plan.copies])
+            self._adapters.fill(plan.adapter_loads)
+        if self._states is not None:
+            self._states.copy(plan.state_copies)
+        if self.host_blocks is not None:
+            self.host_blocks.move(plan.step, plan.saves, plan.loads)
+        self.copy_blocks(plan.copies)
         assert self._reader is not None
         read = self._reader.read(plan)
         if read is None:
             return
         host, token_ids = read
+        if self._states is not None and host.states is not None:
+            self._states.begin_step(host.states)
         device = self._model.device
         sampled = torch.zeros(max(1, plan.num_fed_back), dtype=torch.int64, device=device)
         if plan.num_fed_back and self._model.has_ends:

@@ -44,7 +44,7 @@ class PlanSender:
         """Send a step, which may have no rows, and what the others lack of its tokens."""
         batch = self._batch
         changes, batch.table_entries = batch.table_entries, []
-        if host is None and not (changes or output.block_copies or output.adapter_loads):
+        if host is None and not (changes or output.begins_with_copies):
             return
         if token_ids is None:
             token_ids = np.empty(0, dtype=np.int64)
@@ -57,14 +57,12 @@ class PlanSender:
                 token_ids = token_ids.copy()
                 token_ids[unknown] = batch.sampled.numpy()[-1 - token_ids[unknown]]
         plan = make_plan(
-            output.step,
+            output,
             host,
             token_ids,
             changes,
-            output.block_copies,
             extra_logits=[] if host is None else self._extra_logits(host),
             num_fed_back=num_fed_back,
-            adapter_loads=output.adapter_loads,
         )
         self._ranks.send(plan)
         if num_fed_back:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import abc
 from math import prod
 
+import numpy as np
 import torch
 
 from ...kernels.device_copy import StagingBuffer, to_device
 from ..config import EngineConfig
 from ..devices.backend import Backend
-from ..devices.steps import HostStep
+from ..devices.steps import HostStep, StateRows
 from ..errors import ConfigurationError
 from ..states.state_spec import StateSpec
 from ..states.step_states import StepStates
@@ -33,6 +34,18 @@ def make_state_store(
             f"{num_slots} states of {spec.num_bytes / 1e6:.1f} MB ({size:.2f} GiB) do not fit the "
             f"memory of {backend.device}: lower --max-num-seqs"
         ) from error
+
+
+def state_rows(host: HostStep, saves: abc.Sequence[StateSave]) -> StateRows:
+    """Return the slots of a step's rows, and those of its snapshots `saves` by the tokens after
+    which they are taken."""
+    slots = np.array([one.state_slot for one in host.sequences], dtype=np.int64)
+    places = np.empty((len(saves), 2), dtype=np.int64)
+    batch_rows = {row: index for index, row in enumerate(host.order)} if saves else {}
+    for place, (row, num_tokens, slot) in zip(places, saves, strict=True):
+        at = batch_rows[row]
+        place[:] = host.query_start_loc[at] + num_tokens - host.starts[at] - 1, slot
+    return StateRows(slots, places)
 
 
 class StateStore:
@@ -65,17 +78,12 @@ class StateStore:
         )
         """The states of the step that is launched next."""
 
-    def begin_step(self, host: HostStep, saves: abc.Sequence[StateSave]) -> None:
+    def begin_step(self, rows: StateRows) -> None:
         """Take the slots of a step's rows, and where it leaves snapshots."""
         buffer = self._staging.open()
         buffer[:] = -1  # all of it: the step may be padded
-        buffer[: len(host.sequences)] = [one.state_slot for one in host.sequences]
-        if saves:
-            batch_rows = {row: index for index, row in enumerate(host.order)}
-            for row, num_tokens, slot in saves:
-                at = batch_rows[row]
-                token = host.query_start_loc[at] + num_tokens - host.starts[at] - 1
-                buffer[self._max_rows + token] = slot
+        buffer[: len(rows.slots)] = rows.slots
+        buffer[self._max_rows + rows.saves[:, 0]] = rows.saves[:, 1]
         self._staging.send(self._size)
 
     def copy(self, copies: abc.Sequence[StateCopy]) -> None:

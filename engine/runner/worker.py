@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..devices.host_blocks import copy_seconds
 from ..errors import ConfigurationError
 from ..layers.layer_groups import LayerGroups
 from ..lora import AdapterSource
-from ..main_memory import cpu_quota
+from ..main_memory import available_memory, cpu_quota
 from ..model.causal_lm import CausalLM
 from ..model.kv_scales import read_kv_scales
 from ..model.loader import load_model
@@ -95,7 +96,8 @@ class Worker:
         if self._cache_dtype == torch.float8_e4m3fn and has_scales:
             scales = read_kv_scales(config.model, model.whole_spec)
             if scales is not None:
-                self._kv_scales = cut_scales(scales, self._ranks).to(model.device)
+                layers = model.whole_spec.kv_range(self._ranks.ring)
+                self._kv_scales = cut_scales(scales, layers, self._ranks.group).to(model.device)
         self._adapters: AdapterStore | None = None
         if config.enable_lora:
             max_tokens = max(self._backend.token_budget(config), config.max_num_seqs)
@@ -109,6 +111,7 @@ class Worker:
             self._draft.expect_positions(self._max_model_len)
         draft = self._draft
         cache_dtype = str(self._cache_dtype).removeprefix("torch.")
+        state = model.whole_spec.state
         self._info = WorkerInfo(
             architecture=spec.architecture,
             device=_device_name(model.device, config.num_ranks),
@@ -137,7 +140,7 @@ class Worker:
             kv_cache_dtype=None if self._cache_dtype == model.dtype else cache_dtype,
             adapters=() if self._adapters is None else tuple(self._adapters.sources),
             max_lora_rank=None if self._adapters is None else self._adapters.max_rank,
-            state_bytes=0 if spec.state is None else spec.state.num_bytes,
+            state_bytes=0 if state is None else state.num_bytes,
         )
         return self._info
 
@@ -156,25 +159,20 @@ class Worker:
         if (draft := self._draft) is not None:  # every block has a part in its cache, too
             own = LayerGroups.one_table(len(draft.spec.lines.windows))
             size += block_bytes(draft.spec, own, config.block_size, draft.kv_cache_dtype)
-        self._block_bytes = size
+        self._block_bytes = [one for (one,) in self._ranks.agree([size])]
         adapters = 0 if self._adapters is None else self._adapters.slots.num_bytes
-        states = self._info.state_bytes * config.max_num_seqs
+        own_state = 0 if spec.state is None else spec.state.num_bytes
+        states = own_state * config.max_num_seqs
         demand = CacheDemand(
             config, spec.architecture, size, groups.windows, max_model_len, adapters, states
         )
         memory = self._backend.cache_memory(demand, self._make_runner)
         ahead = config.runs_ahead(self._backend.is_asynchronous)
         step_tokens = self._info.max_num_batched_tokens * (1 + ahead)
+        if self._info.state_bytes:
+            config = self._config = self._seat(memory, own_state, size, step_tokens)
         if states:
-            seats = seats_beside_blocks(memory, config, self._info, size, step_tokens)
-            if seats < config.max_num_seqs:
-                logger.warning(
-                    "--max-num-seqs is lowered to %d: the states of %d sequences, %.1f MB each, "
-                    "would leave too little of %.2f GiB for the KV cache",
-                    *(seats, config.max_num_seqs, self._info.state_bytes / 1e6, memory / 2**30),
-                )
-                config = self._config = replace(config, max_num_seqs=seats)
-            memory = memory_beside_states(memory, config, self._info)
+            memory = memory_beside_states(memory, config, self._info, own_state, size)
         num_blocks = num_blocks_from_memory(
             memory, config, groups, size, max_model_len, step_tokens
         )
@@ -187,6 +185,23 @@ class Worker:
             self._adapters.send_first()
         return num_blocks
 
+    def _seat(self, memory: int, own_state: int, size: int, step_tokens: int) -> EngineConfig:
+        """Return the configuration with as many sequences as the states of all ranks leave memory
+        for. All ranks ask this at once."""
+        config, seats = self._config, self._config.max_num_seqs
+        if own_state:
+            seats = seats_beside_blocks(memory, config, self._info, own_state, size, step_tokens)
+        seats = min(number for (number,) in self._ranks.agree([seats]))
+        if seats == config.max_num_seqs:
+            return config
+        if self._ranks.rank == 0:
+            logger.warning(
+                "--max-num-seqs is lowered to %d: the states of %d sequences, %.1f MB each, "
+                "would leave too little of %.2f GiB for the KV cache",
+                *(seats, config.max_num_seqs, self._info.state_bytes / 1e6, memory / 2**30),
+            )
+        return replace(config, max_num_seqs=seats)
+
     def forward(self, scheduler_output: SchedulerOutput) -> StepForward:
         return self._runner.forward(scheduler_output)
 
@@ -195,16 +210,34 @@ class Worker:
         return self._runner.propose(scheduler_output)
 
     def attach_host_memory(self, memory: memoryview) -> float:
+        self._ranks.hold_blocks(len(memory) // self._block_bytes[0])
+        return self._attach(memory)
+
+    def _attach(self, memory: memoryview) -> float:
         runner, draft = self._runner, self._runner.draft
         caches = [runner.kv_cache] if draft is None else [runner.kv_cache, draft.kv_cache]
         runner.host_blocks = self._backend.make_host_blocks(caches, memory)
-        return copy_seconds(runner.host_blocks)
+        taken = round(copy_seconds(runner.host_blocks) * 1e9)
+        # All ranks copy at once, and a step waits for the slowest.
+        return max(max(vote) for vote in self._ranks.agree([taken])) / 1e9
+
+    def hold_blocks(self, num_slots: int) -> None:
+        """Take host memory for this rank's part of so many blocks. Called on all other ranks, in
+        place of `attach_host_memory`. Raises ConfigurationError if it cannot be had."""
+        size = num_slots * self._block_bytes[self._ranks.rank]
+        available = available_memory()
+        if available is not None and size > available:
+            raise ConfigurationError(
+                f"this rank's part of --kv-offloading-size is {size / 2**30:.2f} GiB, but only "
+                f"{available / 2**30:.2f} GiB of memory are available"
+            )
+        self._attach(memoryview(mmap.mmap(-1, size)))
+
+    def block_bytes(self) -> list[int]:
+        return self._block_bytes
 
     def max_num_seqs(self) -> int:
         return self._config.max_num_seqs
-
-    def block_bytes(self) -> int:
-        return self._block_bytes
 
     def copies_ended(self) -> int:
         assert self._runner.host_blocks is not None

@@ -219,7 +219,7 @@ def prove_layers(
     tolerance = max(1e-4, 8 * torch.finfo(dtype).eps)
     states = allocate_states(spec, 3, 2 * len(x[0]), device)
     for name, module in layers.items():
-        with _quiet():
+        with quiet():
             expected = _forward_of(module)(module, x).float()
         found = _run_pieces(module, x, states).float()
         difference, norm = float((found - expected).norm()), float(expected.norm())
@@ -231,7 +231,7 @@ def prove_layers(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from advising packages that would make its own functions faster."""
     logger = logging.getLogger("transformers")
     level = logger.level

@@ -18,16 +18,14 @@ def check_config(config: EngineConfig, architecture: str) -> None:
     """Raise ConfigurationError if the configuration asks for something that does not work with
     layers that keep a state."""
     asked = {
-        "--tensor-parallel-size": config.tensor_parallel_size > 1,
-        "--pipeline-parallel-size": config.pipeline_parallel_size > 1,
         "--speculative-model": config.speculative_model is not None,
         "--speculation ngram": config.speculation == "ngram",
     }
     for flag, is_asked in asked.items():
         if is_asked:
-            reason = "cannot take a draft back" if "specul" in flag else "run on one device"
             raise ConfigurationError(
-                f"{architecture}: its layers that keep a state {reason}: leave {flag} out"
+                f"{architecture}: its layers that keep a state cannot take a draft back: leave "
+                f"{flag} out"
             )
 
 

@@ -21,7 +21,8 @@ class StateSpec(NamedTuple):
 
     The last `taps` inputs of a causal convolution over `channels` channels, and for each of `heads`
     heads a matrix `[key_dim, value_dim]`; there are 0 heads if the layers are nothing but
-    convolutions.
+    convolutions. `key_heads` share out the heads: each has the keys of as many of them (they are
+    the groups of Mamba-2).
     """
 
     num_layers: int
@@ -30,6 +31,18 @@ class StateSpec(NamedTuple):
     heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
+    key_heads: int = 0
+
+    def part(self, num_layers: int, size: int) -> StateSpec:
+        """Return what one of `size` ranks keeps that share each layer, of which there are so many
+        in its stage. Ranks that share a head of keys have the same one."""
+        if not self.heads:
+            return self._replace(num_layers=num_layers, channels=self.channels // size)
+        heads, key_heads = self.heads // size, max(1, self.key_heads // size)
+        channels = 2 * key_heads * self.key_dim + heads * self.value_dim
+        return self._replace(
+            num_layers=num_layers, channels=channels, heads=heads, key_heads=key_heads
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -49,15 +62,16 @@ def read_state(text: Any, layer_types: abc.Sequence[str]) -> StateSpec | None:
     if hasattr(text, "linear_num_value_heads"):  # the gated delta rule
         heads, key_dim = text.linear_num_value_heads, text.linear_key_head_dim
         value_dim = text.linear_value_head_dim
-        keys = 2 * text.linear_num_key_heads * key_dim
+        key_heads = text.linear_num_key_heads
         taps = text.linear_conv_kernel_dim - 1
     else:  # Mamba-2, whose families have two sets of names
         heads = _first(text, "mamba_n_heads", "mamba_num_heads")
         value_dim = _first(text, "mamba_d_head", "mamba_head_dim")
         key_dim = _first(text, "mamba_d_state", "ssm_state_size")
-        keys = 2 * _first(text, "mamba_n_groups", "n_groups") * key_dim
+        key_heads = _first(text, "mamba_n_groups", "n_groups")
         taps = _first(text, "mamba_d_conv", "conv_kernel") - 1
-    return StateSpec(number, keys + heads * value_dim, taps, heads, key_dim, value_dim)
+    channels = 2 * key_heads * key_dim + heads * value_dim
+    return StateSpec(number, channels, taps, heads, key_dim, value_dim, key_heads)
 
 
 def _first(text: Any, name: str, other: str) -> int:

@@ -195,7 +195,7 @@ class BlockTier:
                     break
 
     def _num_clean(self) -> int:
-        """Return how many slots should be free, or have content that the store below has, too."""
+        """Return how many slots should be free, or have content that the store below has too."""
         slots = self.host.num_slots
         wanted = max(-(-slots // _CLEAN_SHARE), int(_BURSTS * self._burst))
         return min(wanted, slots, _MAX_CLEAN)

@@ -47,21 +47,23 @@ def open_tier(
         raise ConfigurationError(
             "--kv-offloading-size keeps no states, which this model's layers have"
         )
-    block_bytes = worker.block_bytes()
+    ranks = worker.block_bytes()
+    block_bytes = sum(ranks)
     num_slots = size // block_bytes
     if num_slots == 0:
         raise ConfigurationError(
             f"--kv-offloading-size is {size} bytes, but a block takes {block_bytes}: give it more, "
             "with a unit such as 4GiB"
         )
-    available = available_memory()
-    if available is not None and size > available:
+    host_bytes = sum(ranks[rank] for rank in config.ranks_of_node)
+    available, on_host = available_memory(), size * host_bytes // block_bytes
+    if available is not None and on_host > available:
         raise ConfigurationError(
-            f"--kv-offloading-size is {size / 2**30:.2f} GiB, but only "
+            f"--kv-offloading-size is {on_host / 2**30:.2f} GiB on this host, but only "
             f"{available / 2**30:.2f} GiB of memory are available"
         )
     lower = _open_lower(config, info, block_bytes)
-    memory = memoryview(mmap.mmap(-1, num_slots * block_bytes))
+    memory = memoryview(mmap.mmap(-1, num_slots * ranks[0]))
     seconds = worker.attach_host_memory(memory)
     logger.info(
         "evicted KV blocks go to host memory: %d blocks, copied at %.1f GB/s",
@@ -70,7 +72,7 @@ def open_tier(
     )
     return BlockTier(
         manager,
-        HostStore(memory, block_bytes),
+        HostStore(memory, ranks[0]),
         TransferCost(config.block_size, seconds),
         block_bytes,
         lower,

@@ -188,8 +188,6 @@ def test_layers_in_bfloat16_are_proven_and_run(kind: tuple[Path, Reference]) -> 
 @pytest.mark.parametrize(
     ("fields", "flag"),
     [
-        ({"tensor_parallel_size": 2}, "--tensor-parallel-size"),
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"speculation": "ngram"}, "--speculation ngram"),
         ({"speculative_model": "another"}, "--speculative-model"),
     ],

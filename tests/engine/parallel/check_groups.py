@@ -21,12 +21,15 @@ import msgspec
 import pytest
 
 from quire.engine.errors import StartupError
+from quire.engine.lora import AdapterSource
 from quire.engine.parallel import messages
 
 from .. import models
+from ..lora_models import save_adapter
 from ..test_oracle import Reference
 from ..worker_driver import make_config, make_prompts
 from .groups import running_group, wait_gone
+from .test_states import config_of
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -57,6 +60,29 @@ async def test_every_shape_serves(
     async with running_group(folder, **shape) as group:
         assert await group.answer() == expected
         assert not sockets_left()
+
+
+OFFLOADING = {"kv_offloading_size": 2**20, "num_blocks": 9}
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_5", "lfm2", "granite_4_h", "llama"])
+async def test_states_adapters_and_evicted_blocks_are_those_of_one_rank(
+    family: str, shape: dict[str, int], tmp_path: Path
+) -> None:
+    """Llama's blocks go to host memory and come back; states go nowhere."""
+    has_states = family != "llama"
+    make = config_of(family, stages=2) if has_states else models.FAMILIES[family]()
+    base = models.build_model(make)
+    base.save_pretrained(tmp_path)
+    adapted = save_adapter(base, tmp_path / "late", r=4, target_modules="all-linear")
+    config: dict[str, Any] = shape | ({} if has_states else OFFLOADING)
+    async with running_group(tmp_path, **config, enable_lora=True) as group:
+        await group.client.load_adapter(AdapterSource("late", str(tmp_path / "late")))
+        for adapter, model in ((None, base), ("late", adapted), (None, base)):
+            reference = Reference(model)
+            expected = [reference.complete(prompt, 8) for prompt in make_prompts([5, 40, 17])]
+            assert await group.answer(adapter=adapter) == expected
 
 
 @pytest.mark.parametrize(("rank", "size"), [(0, 2), (1, 2), (2, 4)])

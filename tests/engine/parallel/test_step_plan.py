@@ -20,6 +20,7 @@ from quire.engine.step import SchedulerOutput
 from quire.engine.worker_protocol import Forward
 
 from ..harness import Harness, expected_tokens, prompt
+from ..random_steps import make_output
 from ..speculation.drafters import RandomDrafter, always
 
 
@@ -49,15 +50,7 @@ class FollowedWorker:
         if output.seq_ids:
             host, token_ids = self._leader.lay_out(output)
         entries, self._leader.table_entries = self._leader.table_entries, []
-        plan = make_plan(
-            output.step,
-            host,
-            token_ids,
-            entries,
-            output.block_copies,
-            extra_logits=[],
-            num_fed_back=0,
-        )
+        plan = make_plan(output, host, token_ids, entries, extra_logits=[], num_fed_back=0)
         step = messages.decode_to_follower(messages.encode(messages.Step(plan)))
         assert isinstance(step, messages.Step) and step.plan == plan
         assert [list(copy) for copy in plan.copies] == [list(one) for one in output.block_copies]
@@ -194,6 +187,6 @@ def test_a_decode_of_256_rows_takes_six_kilobytes() -> None:
         rows=np.arange(256),
         tables=np.zeros((1, 256, 3), dtype=np.int32),
     )
-    plan = make_plan(1, host, sizes, [], [], extra_logits=[], num_fed_back=0)
+    plan = make_plan(make_output([]), host, sizes, [], extra_logits=[], num_fed_back=0)
     assert len(messages.encode(messages.Step(plan))) < 6 * 1024 + 64
     assert batch.make_reader().read(plan) is not None

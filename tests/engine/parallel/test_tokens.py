@@ -26,6 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {},  # windows
     "gemma3": {"num_key_value_heads": 1},  # one KV head for all ranks
     "mixtral": {},  # experts
+    "olmo2": {},  # norms of all of Q and of all of K
 }
 
 KINDS: list[dict[str, Any]] = [
@@ -81,7 +82,8 @@ def alone(folders: dict[str, Path], family: str, mode: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("family", "size"), [*((family, 2) for family in FAMILIES), ("llama", 4), ("gemma3", 4)]
+    ("family", "size"),
+    [*((family, 2) for family in FAMILIES), ("llama", 4), ("gemma3", 4), ("olmo2", 4)],
 )
 def test_every_family_gives_the_same(folders: dict[str, Path], family: str, size: int) -> None:
     with ParallelEngine(folders[family], tensor_parallel_size=size) as engine:

@@ -137,6 +137,9 @@ class ThreadRanks:
     def drop_adapter(self, adapter_id: int) -> None:
         self._tell(messages.DropAdapter(adapter_id))
 
+    def hold_blocks(self, num_slots: int) -> None:
+        self._tell(messages.HostMemory(num_slots))
+
     def _tell(self, order: messages.Order) -> None:
         assert self.rank == 0
         for inbox in self._inboxes[1:]:

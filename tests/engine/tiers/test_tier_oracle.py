@@ -231,7 +231,6 @@ def test_what_cannot_be_had_is_refused(llama: tuple[Path, Reference], tmp_path: 
         "--kv-offloading-size is 100 bytes, but a block takes 4096": {"kv_offloading_size": 100},
         "GiB of memory are available": {"kv_offloading_size": 2**50},
         "--kv-offloading-size needs --enable-prefix-caching": {"enable_prefix_caching": False},
-        "--kv-offloading-size works only with a model on one": {"tensor_parallel_size": 2},
         "--kv-offloading-disk needs --kv-offloading-size": {
             "kv_offloading_size": None,
             "kv_offloading_disk": str(tmp_path),
