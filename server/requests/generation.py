@@ -115,6 +115,11 @@ class Generation:
         self._is_placed = False
         self._accepted, self._rejected = 0, 0
         """Tokens of predictions that were right, and that were tried and wrong."""
+        self._skips_special, self._hidden = job.skip_special_tokens, dict[int, str]()
+        if self._skips_special:
+            self._skips_special, self._hidden = state.tokenizer.skipped_but(
+                job.shown_tokens, job.stops
+            )
         self.choices = [
             [self._new_choice(position, number) for number in range(request.sampling_params.n)]
             for position, request in enumerate(job.requests)
@@ -126,13 +131,10 @@ class Generation:
         context: Sequence[int] = ()
         if not tokenizer.byte_level:
             context = request.prompt_token_ids[-CONTEXT_TOKENS:]
-        skip, hidden = job.skip_special_tokens, dict[int, str]()
-        if skip and (job.shown_tokens or tokenizer.spells_control_token(job.stops)):
-            skip, hidden = tokenizer.skipped_but(job.shown_tokens, job.stops)
         detokenizer = Detokenizer(
             tokenizer.backend,
-            skip_special_tokens=skip,
-            hidden=hidden,
+            skip_special_tokens=self._skips_special,
+            hidden=self._hidden,
             stops=job.stops,
             include_stop=job.include_stop,
             min_tokens=request.sampling_params.min_tokens,
