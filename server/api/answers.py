@@ -20,6 +20,7 @@ from ..metrics.metrics import Metrics
 from ..requests.generation import Generation
 from ..requests.protocol import GenerationBody
 from ..requests.state import state_of
+from .whole_answers import encode_large
 
 GENERATION = json_object("id", "object", "created", "model", "choices", "usage", choices=OBJECTS)
 """The schema of a completion and of a chat completion."""
@@ -143,10 +144,12 @@ class Envelope:
         *,
         opening: bool = False,
         prompt_token_ids: Sequence[int] | None = None,
+        large: bool = False,
     ) -> bytes:
         """Return the event of a chunk with one choice, and with the ids of the prompt if given.
 
-        An `opening` chunk brings no token, so its usage counts none, although some have come.
+        An `opening` chunk brings no token, so its usage counts none, although some have come. One
+        that is `large` is encoded in pieces, for use in a thread.
         """
         if choice["finish_reason"] is not None:
             self._finished.add(choice["index"])
@@ -158,6 +161,8 @@ class Envelope:
             tail = b'],"usage":' + encode_line(usage) + b"}\n\n"
         if prompt_token_ids is not None:
             tail = b'],"prompt_token_ids":' + encode_line(list(prompt_token_ids)) + tail[1:]
+        if large:
+            return bytes(encode_large(choice, self._head, tail))
         return self._head + encode_line(choice) + tail
 
     def usage_chunk(self) -> bytes:
