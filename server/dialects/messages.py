@@ -30,7 +30,7 @@ from ..http.route_docs import (
 from ..http.sse import EventStream, run_until_disconnect
 from ..requests.chat_prompt import check_chat, encode_chat, settings_without_effect
 from ..requests.state import state_of
-from .messages_body import CountTokensBody, MessagesBody, check_body, names_of
+from .messages_body import CountTokensBody, MessagesBody, names_of, read_body
 from .messages_events import PING, MessageWriter
 
 router = APIRouter(tags=["messages"], responses=errors(401, 429, 500, model=AnthropicError))
@@ -53,7 +53,9 @@ async def create_message(request: Request) -> Response:
     request_id = request.state.request_id
     with refusals_counted(state.metrics):
         fields = await read_json_object(request)
-        body, chat_body, ignored = check_body(MessagesBody, fields, strict=state.settings.strict)
+        body, chat_body, ignored = await read_body(
+            MessagesBody, fields, strict=state.settings.strict
+        )
         state.check_model(body.model)
         message_id = f"msg_{uuid.uuid4().hex}"
         with renamed(names_of(body)):
@@ -103,7 +105,7 @@ async def count_tokens(request: Request) -> Response:
     """Count the tokens of a conversation as a prompt."""
     state = state_of(request)
     fields = await read_json_object(request)
-    body, chat, ignored = check_body(CountTokensBody, fields, strict=state.settings.strict)
+    body, chat, ignored = await read_body(CountTokensBody, fields, strict=state.settings.strict)
     state.check_model(body.model)
     with renamed(names_of(body)):
         check_chat(state, chat)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ...engine.errors import InvalidRequestError
 from ..api.translation import Content, ConversationBody, Path, chat_body, unsupported_type
+from ..api.whole_answers import in_thread_if, is_large
 from ..requests.field_types import Fields, ReasoningEffort, ToolName, ToolParameters
 from ..requests.protocol import ChatBody
 from ..requests.unsupported import refuse_unsupported
@@ -98,13 +99,20 @@ class Tool(Fields):
 Body = TypeVar("Body", bound=CountTokensBody)
 
 
-def check_body(
+async def read_body(
     model: type[Body], fields: dict[str, Any], *, strict: bool
 ) -> tuple[Body, ChatBody, Ignored]:
-    """Return the typed body, the chat that it asks for, and its fields without effect.
+    """Return the typed body, the chat that it asks for, and its fields without effect. A large body
+    is read in a thread.
 
     Raises InvalidRequestError, which names the field.
     """
+    return await in_thread_if(is_large(fields), lambda: _checked(model, fields, strict=strict))
+
+
+def _checked(
+    model: type[Body], fields: dict[str, Any], *, strict: bool
+) -> tuple[Body, ChatBody, Ignored]:
     ignored = Ignored(strict=strict)
     body = ignored.check(model, refuse_unsupported(fields, ASKS_FOR_NOTHING))
     _name_hints(body, ignored)

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, PlainValidator
 
 from ...engine.errors import InvalidRequestError
 from ..api.translation import Content, ConversationBody, chat_body
+from ..api.whole_answers import in_thread_if, is_large
 from ..requests.field_types import Fields, Label, ReasoningEffort
 from ..requests.protocol import ChatBody
 from ..requests.unsupported import refuse_unsupported
@@ -143,8 +144,15 @@ class ResponseBody(InputTokensBody):
 Body = TypeVar("Body", bound=InputTokensBody)
 
 
-def check_body(model: type[Body], fields: dict[str, Any], *, strict: bool) -> tuple[Body, Ignored]:
-    """Return the typed body and its fields without effect. Raises InvalidRequestError."""
+async def read_body(
+    model: type[Body], fields: dict[str, Any], *, strict: bool
+) -> tuple[Body, Ignored]:
+    """Return the typed body and its fields without effect. A large one is checked in a thread.
+    Raises InvalidRequestError."""
+    return await in_thread_if(is_large(fields), lambda: _checked(model, fields, strict=strict))
+
+
+def _checked(model: type[Body], fields: dict[str, Any], *, strict: bool) -> tuple[Body, Ignored]:
     ignored = Ignored(strict=strict)
     body = ignored.check(model, refuse_unsupported(fields, ASKS_FOR_NOTHING))
     _name_hints(body, ignored)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -14,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from ...engine.errors import InvalidRequestError
 from ..api.answers import ignored_header, refusals_counted
 from ..api.translation import renamed, renamed_path
-from ..api.whole_answers import json_of
+from ..api.whole_answers import in_thread_if, is_large, json_of
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.responses_store import Running
@@ -32,7 +33,7 @@ from ..http.sse import run_until_disconnect
 from ..requests.chat_prompt import check_chat, encode_chat, settings_without_effect
 from ..requests.state import state_of
 from .responses import ResponseRun, found_response, previous_items, resolve_references
-from .responses_body import NAMES, InputTokensBody, ResponseBody, chat_of, check_body, items_of
+from .responses_body import NAMES, InputTokensBody, ResponseBody, chat_of, items_of, read_body
 from .responses_items import with_ids
 from .sealed import seal
 
@@ -113,13 +114,14 @@ async def count_input_tokens(request: Request) -> Response:
     """Count the tokens of an input as a prompt."""
     state = state_of(request)
     fields = await read_json_object(request)
-    body, ignored = check_body(InputTokensBody, fields, strict=state.settings.strict)
+    body, ignored = await read_body(InputTokensBody, fields, strict=state.settings.strict)
     state.check_model(body.model)
     if (answer := state.siblings.forward(request, body.continued)) is not None:
         return answer
     previous = previous_items(request, body)
     resolve_references(request, body)
-    chat, _ = chat_of(body, previous, ignored)
+    large = is_large(previous) or is_large(body.input)
+    chat, _ = await in_thread_if(large, partial(chat_of, body, previous, ignored))
     with renamed(NAMES):
         check_chat(state, chat)
         unread = await settings_without_effect(state, chat)
@@ -144,7 +146,7 @@ async def compact(request: Request) -> Response:
     state = state_of(request)
     with refusals_counted(state.metrics):
         fields = await read_json_object(request)
-        body, ignored = check_body(InputTokensBody, fields, strict=state.settings.strict)
+        body, ignored = await read_body(InputTokensBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
         if (answer := state.siblings.forward(request, body.continued)) is not None:
             return answer
