@@ -17,7 +17,7 @@ from ..http.limits import Ticket
 from ..http.middleware import connection
 from ..metrics.histograms import RequestRecord, exemplar
 from ..text.detokenizer import Detokenizer
-from ..tracing.current import current
+from ..tracing.current import EndedGeneration, current
 from .job import Job
 from .merged_outputs import merged_outputs
 from .state import ServerState
@@ -339,8 +339,9 @@ class Generation:
                     key=key_name or None,
                 )
         if self._trace is not None:
+            cached = sum(self._cached_tokens)
             self._trace.generation_ended(
-                self._job.requests, records, sum(self._cached_tokens), self._error
+                EndedGeneration(self._job.requests, records, cached, self._error)
             )
 
 
