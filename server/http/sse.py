@@ -55,6 +55,24 @@ async def run_until_disconnect(
 
     `deadline` is in seconds of `time.monotonic()`. Raises RequestTimeoutError when it passes.
     """
+    try:
+        return await _unless_gone(receive, work, deadline)
+    except ClientDisconnect:
+        return None
+
+
+async def while_connected(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Return the result of `work`, which is done for the present request. If its client leaves
+    first, cancel it and raise ClientDisconnect; the body must have been read before."""
+    here = connection.get()
+    return await (work if here is None else _unless_gone(here.receive, work, None))
+
+
+async def _unless_gone(
+    receive: Receive, work: Coroutine[Any, Any, _Result], deadline: float | None
+) -> _Result:
+    """Return the result of `work`, or cancel it and raise ClientDisconnect or RequestTimeoutError,
+    whichever comes first."""
     timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
     working = asyncio.create_task(work)
     gone = asyncio.create_task(disconnected(receive))
@@ -63,25 +81,8 @@ async def run_until_disconnect(
         if working.done():
             return working.result()
         if gone.done():
-            return None
+            raise ClientDisconnect
         raise RequestTimeoutError("the request took longer than its timeout")
-    finally:
-        await cancel(working, gone)
-
-
-async def while_connected(work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Return the result of `work`, which is done for the present request. If its client leaves
-    first, cancel it and raise ClientDisconnect; the body must have been read before."""
-    here = connection.get()
-    if here is None:
-        return await work
-    working = asyncio.create_task(work)
-    gone = asyncio.create_task(disconnected(here.receive))
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnect
     finally:
         await cancel(working, gone)
 
