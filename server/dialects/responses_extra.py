@@ -67,14 +67,8 @@ async def list_input_items(
     if isinstance(found, Running):
         raise InvalidRequestError("the response has not ended yet", "response_id")
     items = found.items[: len(found.items) - len(found.response["output"])]
-    return await json_of(page_of(_with_places(items), limit=limit, order=order, after=after))
-
-
-def _with_places(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return items as they are listed. One without an id gets one by its place, so that it has the
-    same one in every page."""
-    placed = [{"id": f"item_{place}", **item} for place, item in enumerate(items)]
-    return with_ids(placed)
+    page = page_of(items, limit=limit, order=order, after=after)
+    return await json_of({**page, "data": with_ids(page["data"])})
 
 
 def page_of(
@@ -82,16 +76,19 @@ def page_of(
 ) -> dict[str, Any]:
     """Return a page of a list of items: up to `limit` of them, after the one with the id `after`.
 
-    Raises InvalidRequestError if there is no item `after`.
+    An item without an id gets one by its place, so that it has the same one in every page. Raises
+    InvalidRequestError if there is no item `after`.
     """
-    listed = list(items) if order == "asc" else list(reversed(items))
+    listed = range(len(items))
+    listed = listed if order == "asc" else listed[::-1]
     start = 0
     if after is not None:
-        places = [place for place, item in enumerate(listed) if item["id"] == after]
-        if not places:
+        found = (n for n, place in enumerate(listed, 1) if _id_at(items, place) == after)
+        start = next(found, 0)
+        if not start:
             raise InvalidRequestError(f"after: there is no item {ascii(after[:64])}", "after")
-        start = places[0] + 1
-    page = listed[start : start + limit]
+    chosen = listed[start : start + limit]
+    page = [{**items[place], "id": _id_at(items, place)} for place in chosen]
     return {
         "object": "list",
         "data": page,
@@ -99,6 +96,10 @@ def page_of(
         "last_id": page[-1]["id"] if page else "",
         "has_more": start + limit < len(listed),
     }
+
+
+def _id_at(items: Sequence[dict[str, Any]], place: int) -> str:
+    return items[place].get("id") or f"item_{place}"
 
 
 @router.post(
