@@ -38,27 +38,37 @@ ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
 
 
 class Metadata(Fields):
+    """Who asks."""
+
     user_id: Annotated[str, Field(max_length=MAX_USER_ID)] | None = None
 
 
 class OutputConfig(Fields):
+    """The structure of the answer, and the effort that goes into it."""
+
     format: dict[str, Any] | None = None
     effort: Any = None
 
 
 class Thinking(Fields):
+    """Whether the model reasons, how much, and what is shown of it."""
+
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: int | None = None
     display: Literal["summarized", "omitted"] | None = None
 
 
 class ToolChoice(Fields):
+    """Whether the model may or must call a tool, and which one."""
+
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
 class CountTokensBody(ConversationBody):
+    """A conversation as a prompt, with the tools that it offers."""
+
     messages: Messages
     system: Content = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
@@ -78,6 +88,8 @@ class CountTokensBody(ConversationBody):
 
 
 class MessagesBody(CountTokensBody):
+    """A conversation to answer."""
+
     max_tokens: Annotated[int, Field(ge=1)]
     stop_sequences: Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
@@ -86,6 +98,8 @@ class MessagesBody(CountTokensBody):
 
 
 class Tool(Fields):
+    """A tool that the client runs, with the JSON schema of its input."""
+
     type: Literal["custom"] | None = None
     name: ToolName
     description: str | None = None

@@ -259,5 +259,6 @@ ToolName = Annotated[
 ToolParameters = Annotated[Any, PlainValidator(_check_parameters)]
 FunctionCallField = Annotated[Any, PlainValidator(_check_function_call)]
 OptionalLabel = Annotated[Label | None, BeforeValidator(_check_label)]
+"""A label; clients send an empty one for none."""
 NoBudget = Annotated[int | None, PlainValidator(_check_no_budget)]
 ToolChoiceField = Annotated[Any, PlainValidator(_check_tool_choice)]

@@ -178,7 +178,7 @@ async def test_models_that_make_no_embeddings_say_why(
         ({"priority": 2**31}, "priority"),
         ({"cache_salt": ""}, "cache_salt"),
         ({"timeout": 0}, "timeout"),
-        ({"user": ""}, "user"),
+        ({"user": "u" * 129}, "user"),
     ],
 )
 async def test_bad_fields_are_named(
