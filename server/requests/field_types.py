@@ -103,9 +103,9 @@ def _check_content(value: Any) -> str | None:
     for index, part in enumerate(value):
         kind = part.get("type", "text")
         if kind != "text":
-            raise ValueError(f"[{index}] has the type {str(kind)[:32]!r}, but only text is read")
+            raise ValueError(f"part {index} has the type {str(kind)[:32]!r}; only text is read")
         if not isinstance(part.get("text"), str):
-            raise ValueError(f"[{index}] needs a string as its text")
+            raise ValueError(f"part {index} needs a string as its text")
     texts = tuple(part["text"] for part in value)
     if len(texts) == 1:
         return texts[0]  # type: ignore[no-any-return]
