@@ -10,9 +10,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from ..api import translation
 from ..api.answers import ignored_header, refusals_counted
 from ..api.chat import Chat
-from ..api.translation import renamed, renamed_path, sse, without_effect
+from ..api.translation import renamed, sse, without_effect
 from ..api.whole_answers import json_of
 from ..errors import anthropic_error_body, client_left, error_body
 from ..http.body import read_json_object
@@ -28,7 +29,6 @@ from ..http.route_docs import (
     json_object,
 )
 from ..http.sse import EventStream, run_until_disconnect
-from ..requests.chat_prompt import check_chat, encode_chat, settings_without_effect
 from ..requests.state import state_of
 from .messages_body import CountTokensBody, MessagesBody, names_of, read_body
 from .messages_events import PING, MessageWriter
@@ -107,14 +107,9 @@ async def count_tokens(request: Request) -> Response:
     fields = await read_json_object(request)
     body, chat, ignored = await read_body(CountTokensBody, fields, strict=state.settings.strict)
     state.check_model(body.model)
-    with renamed(names_of(body)):
-        check_chat(state, chat)
-        unread = await settings_without_effect(state, chat)
-        prompt = await encode_chat(state, chat, None, state.engine.info.max_model_len)
-    ignored.names += [renamed_path(path, names_of(body)) for path in unread]
-    return JSONResponse(
-        {"input_tokens": len(prompt.token_ids)}, headers=ignored_header(ignored.names)
-    )
+    number, unread = await translation.count_tokens(state, chat, names_of(body))
+    headers = ignored_header(ignored.names + unread)
+    return JSONResponse({"input_tokens": number}, headers=headers)
 
 
 async def _stream(writer: MessageWriter, chat: Chat) -> AsyncGenerator[bytes, None]:

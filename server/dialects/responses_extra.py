@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ...engine.errors import InvalidRequestError
 from ..api.answers import ignored_header, refusals_counted
-from ..api.translation import renamed, renamed_path
+from ..api.translation import count_tokens
 from ..api.whole_answers import in_thread_if, is_large, json_of
 from ..errors import client_left
 from ..http.body import read_json_object
@@ -30,7 +30,6 @@ from ..http.route_docs import (
     json_object,
 )
 from ..http.sse import run_until_disconnect
-from ..requests.chat_prompt import check_chat, encode_chat, settings_without_effect
 from ..requests.state import state_of
 from .responses import ResponseRun, found_response, previous_items, resolve_references
 from .responses_body import NAMES, InputTokensBody, ResponseBody, chat_of, items_of, read_body
@@ -123,13 +122,9 @@ async def count_input_tokens(request: Request) -> Response:
     resolve_references(request, body)
     large = is_large(previous) or is_large(body.input)
     chat, _ = await in_thread_if(large, partial(chat_of, body, previous, ignored))
-    with renamed(NAMES):
-        check_chat(state, chat)
-        unread = await settings_without_effect(state, chat)
-        prompt = await encode_chat(state, chat, None, state.engine.info.max_model_len)
-    ignored.names += [renamed_path(path, NAMES) for path in unread]
-    answer_body = {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}
-    return JSONResponse(answer_body, headers=ignored_header(ignored.names))
+    number, unread = await count_tokens(state, chat, NAMES)
+    answer_body = {"object": "response.input_tokens", "input_tokens": number}
+    return JSONResponse(answer_body, headers=ignored_header(ignored.names + unread))
 
 
 @router.post(
