@@ -18,7 +18,8 @@ from ..http.sse import run_until_disconnect
 from ..parsing.formats.message_format import prompt_end
 from ..parsing.message_events import MessageBuilder, delta_of, joined
 from ..parsing.message_parser import MessageParser
-from ..requests.generation import Delta, Finished, Generation, collect
+from ..requests.choice import Delta
+from ..requests.generation import Finished, Generation, collect
 from ..requests.job import Job
 from ..requests.preparation import asked_by, prepare_chat, response_id
 from ..requests.protocol import ChatBody, validate

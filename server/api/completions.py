@@ -14,7 +14,8 @@ from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.route_docs import GENERATION_ERRORS, answers, errors, json_body
 from ..http.sse import run_until_disconnect
-from ..requests.generation import Delta, Finished, Generation, collect
+from ..requests.choice import Delta
+from ..requests.generation import Finished, Generation, collect
 from ..requests.preparation import asked_by, prepare_completion, prompts_of, response_id
 from ..requests.protocol import CompletionBody, validate
 from ..requests.state import state_of
