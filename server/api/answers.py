@@ -14,7 +14,7 @@ from ..errors import error_body
 from ..http.limits import Ticket
 from ..http.resumption import ResumableStream, asks_to_resume
 from ..http.route_docs import OBJECTS, STRING, json_object
-from ..http.sse import EventStream, SseResponse, event
+from ..http.sse import EventStream, Pace, SseResponse, event
 from ..json_text import encode_line
 from ..metrics.metrics import Metrics
 from ..requests.generation import Generation
@@ -57,11 +57,6 @@ class _Options(TypedDict):
     deadline: float | None
 
 
-class _Pace(TypedDict):
-    keepalive: float
-    write_timeout: float
-
-
 def stream_of(
     request: Request,
     events: AsyncGenerator[bytes, None],
@@ -76,11 +71,7 @@ def stream_of(
     the ticket.
     """
     state = state_of(request)
-    request_id = request.state.request_id
-    pace: _Pace = {
-        "keepalive": state.settings.sse_keepalive_interval,
-        "write_timeout": state.settings.stream_stall_timeout,
-    }
+    request_id, pace = request.state.request_id, Pace.of(state.settings)
     options: _Options = {
         "on_failure": lambda error: [*on_failure(), event(error_body(error, request_id))],
         "on_close": ticket.close,
@@ -89,19 +80,13 @@ def stream_of(
     }
     try:
         if not asks_to_resume(request, state.settings.stream_resume_ttl):
-            return EventStream(events, headers=headers, **pace, **options)
+            return EventStream(events, headers=headers, pace=pace, **options)
         stream = state.streams.open(state.keys.owner(request), events, **options)
     except BaseException:
         ticket.close()
         raise
     return ResumableStream(
-        state.streams,
-        stream,
-        0,
-        request_id=request_id,
-        headers=headers,
-        **pace,
-        opened=True,
+        state.streams, stream, 0, request_id=request_id, headers=headers, pace=pace, opened=True
     )
 
 

@@ -28,7 +28,7 @@ from ..http.route_docs import (
     json_body,
     json_object,
 )
-from ..http.sse import EventStream, run_until_disconnect
+from ..http.sse import EventStream, Pace, run_until_disconnect
 from ..requests.state import state_of
 from .messages_body import CountTokensBody, MessagesBody, names_of, read_body
 from .messages_events import PING, MessageWriter
@@ -79,8 +79,7 @@ async def create_message(request: Request) -> Response:
             on_close=chat.ticket.close,
             request_id=request_id,
             deadline=chat.job.deadline,
-            keepalive=state.settings.sse_keepalive_interval,
-            write_timeout=state.settings.stream_stall_timeout,
+            pace=Pace.of(state.settings),
             headers=headers,
             end=b"",
             comment=sse(PING),

@@ -31,7 +31,7 @@ from ..http.route_docs import (
     json_body,
     json_object,
 )
-from ..http.sse import EventStream, log_failure, run_until_disconnect
+from ..http.sse import EventStream, Pace, log_failure, run_until_disconnect
 from ..requests.state import ServerState, state_of
 from .hints import Ignored
 from .responses_body import (
@@ -79,8 +79,7 @@ async def create_response(request: Request) -> Response:
             on_close=ticket.close,
             request_id=request.state.request_id,
             deadline=deadline,
-            keepalive=state.settings.sse_keepalive_interval,
-            write_timeout=state.settings.stream_stall_timeout,
+            pace=Pace.of(state.settings),
             headers=headers,
             end=b"",
         )

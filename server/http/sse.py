@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 from starlette.requests import ClientDisconnect
@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from ...engine.errors import QuireError, RequestTimeoutError
 from ..errors import answer_of, error_response
 from ..json_text import encode_line
+from ..settings import Settings
 from .middleware import connection
 from .outbox import Outbox, Sink, Source
 
@@ -141,6 +142,20 @@ def log_failure(failure: Exception, request_id: str) -> None:
         log.warning("request_failed", request_id=request_id, error=repr(failure))
 
 
+class Pace(NamedTuple):
+    """How a stream deals with silence, and with a client that does not read, in seconds."""
+
+    keepalive: float
+    """Silence after which a comment is sent; 0 means never."""
+    write_timeout: float
+    """How long one write may wait for the client to read, before the request is aborted."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Pace:
+        """Return the pace that the flags set."""
+        return cls(settings.sse_keepalive_interval, settings.stream_stall_timeout)
+
+
 class SseResponse(Response):
     """The connection's side of a stream.
 
@@ -152,23 +167,17 @@ class SseResponse(Response):
         self,
         *,
         request_id: str,
-        keepalive: float,
+        pace: Pace,
         headers: dict[str, str],
-        write_timeout: float,
         comment: bytes = COMMENT,
     ) -> None:
-        """Set the headers and timings.
-
-        `keepalive` is the silence in seconds after which `comment` is sent (0: never). If one
-        write waits `write_timeout` seconds for the client to read, the request is aborted.
-        """
+        """`comment` is what is sent in silence."""
         super().__init__(status_code=200, headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"  # nginx would buffer events otherwise
         self._request_id = request_id
-        self._keepalive = keepalive
-        self._write_timeout = write_timeout
+        self._pace = pace
         self._comment = comment
 
     async def send_from(self, source: Source, scope: Scope, receive: Receive, send: Send) -> bool:
@@ -180,7 +189,7 @@ class SseResponse(Response):
         writing = asyncio.create_task(self._write(writer, source, scope, receive, send))
         others = [
             asyncio.create_task(disconnected(receive)),
-            asyncio.create_task(writer.watch(self._keepalive, self._write_timeout, self._comment)),
+            asyncio.create_task(writer.watch(self._pace, self._comment)),
         ]
         try:
             await asyncio.wait({writing, *others}, return_when=asyncio.FIRST_COMPLETED)
@@ -217,19 +226,12 @@ class EventStream(SseResponse):
         on_close: Callable[[], None],
         request_id: str,
         deadline: float | None,
-        keepalive: float,
+        pace: Pace,
         headers: dict[str, str],
-        write_timeout: float,
         end: bytes = DONE,
         comment: bytes = COMMENT,
     ) -> None:
-        super().__init__(
-            request_id=request_id,
-            keepalive=keepalive,
-            headers=headers,
-            write_timeout=write_timeout,
-            comment=comment,
-        )
+        super().__init__(request_id=request_id, pace=pace, headers=headers, comment=comment)
         self._events = events
         self._on_failure = on_failure
         self._on_close = on_close
@@ -291,11 +293,9 @@ class _Writer:
             }
         )
 
-    async def watch(self, keepalive: float, write_timeout: float, comment: bytes) -> None:
-        """Send `comment` after each `keepalive` seconds of silence (0: never).
-
-        Returns when one write has been waiting for `write_timeout` seconds.
-        """
+    async def watch(self, pace: Pace, comment: bytes) -> None:
+        """Send `comment` in silence. Returns when one write has been waiting for too long."""
+        keepalive, write_timeout = pace
         tick = min(keepalive or write_timeout, write_timeout) / 2
         while True:
             await asyncio.sleep(tick)
