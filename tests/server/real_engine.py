@@ -19,7 +19,7 @@ from quire.server.settings import Settings
 from quire.server.text.tokenizer import Tokenizer
 
 from ..engine.inline_client import InlineEngineClient
-from .conftest import MODEL
+from .conftest import MODEL, app_client
 
 
 class RealServer(NamedTuple):
@@ -53,8 +53,7 @@ async def running(app: FastAPI, engine: InlineEngineClient) -> AsyncIterator[htt
     await engine.start()
     try:
         await engine.wait_ready()
-        transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+        async with app_client(app) as client:
             yield client
     finally:
         await engine.close()

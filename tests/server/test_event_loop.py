@@ -9,14 +9,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 from quire.engine.outputs import TokenLogprobs
 from quire.engine.request import Request
 from quire.server.text.tokenizer import Tokenizer
 
-from .conftest import MODEL, make_app
+from .conftest import MODEL, app_client, make_app
 from .fakes import FakeEngineClient, byte_tokenizer
 from .openai_http import CHAT, COMPLETIONS, HI
 
@@ -100,8 +99,7 @@ async def test_a_large_request_does_not_hold_the_event_loop(
             await asyncio.sleep(0.001)
             longest = max(longest, time.thread_time() - before)
 
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(app) as client:
         assert (await client.post(CHAT, json={**HI, "max_tokens": 2})).status_code == 200
         watching = asyncio.create_task(watch())
         await asyncio.sleep(0.01)

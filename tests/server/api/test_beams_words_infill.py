@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
@@ -22,7 +21,7 @@ from quire.server.text.tokenizer import Tokenizer
 
 from ...engine import models as tiny
 from ...engine.inline_client import InlineEngineClient
-from ..conftest import MakeClient, make_app
+from ..conftest import MakeClient, app_client, make_app
 from ..fakes import VOCAB_SIZE, FakeEngineClient, byte_tokenizer, ids
 from ..real_engine import make_core, running
 
@@ -209,8 +208,7 @@ async def test_infill_prompts_have_the_format_of_the_model_family(
     assert await encode_infill(tokenizer, "a b", " c", add_special_tokens=True) == [
         marks[0], *ids("a b"), marks[1], *ids(" c"), marks[2],
     ]  # fmt: skip
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as http:
+    async with app_client(app) as http:
         for fields in ({"echo": True}, {"truncate_prompt_tokens": 3}, {"prompt": [1, 2]}):
             body = {**PATHS["/v1/completions"], "suffix": "c", **fields}
             response = await http.post("/v1/completions", json=body)
@@ -223,8 +221,7 @@ async def test_a_suffix_reaches_the_engine() -> None:
     engine = WideEngineClient()
     tokenizer = with_control("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<|endoftext|>")
     prefix, suffix, middle, end = range(VOCAB_SIZE, VOCAB_SIZE + 4)
-    transport = httpx.ASGITransport(app=make_app(engine, tokenizer))
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as http:
+    async with app_client(make_app(engine, tokenizer)) as http:
         fields: dict[str, Any]
         for fields in ({}, {"ignore_eos": True}):
             body = {"prompt": ["ab", "c"], "suffix": "de", "stop_token_ids": [9], **fields}

@@ -18,7 +18,7 @@ from quire.server.tenants.key_metrics import KeyMetrics
 from quire.server.tenants.rates import Rates
 from quire.server.tenants.tenant import Tenant
 
-from ..conftest import MakeClient
+from ..conftest import MakeClient, app_client
 from ..fakes import FakeEngineClient
 from ..openai_http import HI, PROMPT
 
@@ -37,8 +37,7 @@ async def test_head_of_a_stream_ends_it_after_its_headers() -> None:
             sent += 1
             await asyncio.sleep(0)
 
-    transport = httpx.ASGITransport(app=HeadMiddleware(endless))
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(HeadMiddleware(endless)) as client:
         async with asyncio.timeout(5):
             response = await client.head("/")
     assert (response.status_code, response.content) == (200, b"")
