@@ -13,7 +13,9 @@ The ground floor, these files, may be imported by every room:
     json_text    JSON of answers
 
 The rooms, each of which may import only those below it in this list, and the ground floor:
+    ray_app      `quire deploy`: fronts and engines under Ray Serve
     serving      processes, sockets, the application; begin reading at serving.main
+    live         the page at /, and the events of its live view
     scoring      /v1/rerank, /v1/score and /v1/classify
     dialects     /v1/responses and /v1/messages, translated to chats
     api          the other endpoints
@@ -26,10 +28,9 @@ The rooms, each of which may import only those below it in this list, and the gr
     text         tokenizer, detokenizer
     templates    chat templates
     web          static pages
-    bench        `quire bench`
+    bench        `quire bench` and `quire plan`
     commands     the other commands: chat, complete, models, doctor, completion
 
-Of the engine, the server may import only its words, engine.process and engine.grammar; serving may
-also import engine.checkpoints, bench engine.bench, and commands, lazily, engine.checkpoints and
-engine.model.
+Of the engine, most rooms may import only its words, engine.process and engine.grammar. Serving,
+ray_app, bench and commands may import more; tests/test_rooms.py has the table.
 """

@@ -29,7 +29,15 @@ if TYPE_CHECKING:
 
 
 COMMANDS = (
-    *("serve", "chat", "complete", "models", "doctor", "bench", "plan", "deploy", "completion"),
+    "serve",
+    "chat",
+    "complete",
+    "models",
+    "doctor",
+    "bench",
+    "plan",
+    "deploy",
+    "completion",
 )
 _OURS = ("command", "serve_flags")
 """Names in the parsed command line that are no flags of the command."""
@@ -170,7 +178,6 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def _add_serve(commands: Any) -> None:
-
     serve = commands.add_parser(
         "serve",
         help="serve a model over HTTP",

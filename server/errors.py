@@ -51,6 +51,7 @@ from ..engine.errors import (
     OverloadedError,
     QuireError,
 )
+from .validation import reason_of
 
 log = structlog.get_logger(__name__)
 
@@ -207,7 +208,7 @@ def install_handlers(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:])
-        refusal = InvalidRequestError(f"{param}: {first['msg']}", param)
+        refusal = InvalidRequestError(f"{param}: {reason_of(first)}", param)
         return error_response(refusal, scope=request.scope)
 
     async def on_anything(request: Request, error: Exception) -> JSONResponse:

@@ -62,7 +62,7 @@ _FLAGS: dict[Server, dict[Answer, dict[str, str]]] = {
             "--load-format": "auto or dummy",
             "--speculative-config": "model, num_speculative_tokens; method ngram or draft_model",
             "--lora-modules": "NAME=FOLDER each; no JSON",
-            "--quantization": "int8 and int4 on the CPU; of quantised checkpoints only GGUF",
+            "--quantization": "int8 and int4 on the CPU; a checkpoint's own is read off its files",
             "--kv-events-config": "the same JSON; encoding array for readers of older events",
             "--kv-offloading-size": "in bytes, or with a unit such as 8GiB",
             "--data-parallel-size": "",

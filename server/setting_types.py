@@ -1,5 +1,5 @@
-"""Types of settings: names of the formats of tool calls and reasoning, keys, and vLLM's way to
-write the flags of speculation.
+"""Types of settings: names of the formats of tool calls and reasoning, keys, the log, and vLLM's
+way to write the flags of speculation.
 
 An empty key is a mistake, such as a variable that a script could not fill in, and never means that
 no key is wanted.
@@ -208,4 +208,28 @@ class KeySettings(BaseSettings):
         "Limits",
         "key: prompts of one key are not found in the prefix cache by another. Default: key if "
         "there are several keys.",
+    )
+
+
+class LogSettings(BaseSettings):
+    """The settings of the log, of metrics and of traces."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "Logging and metrics", "Lowest severity to log.", "info"
+    )
+    log_format: Literal["auto", "console", "json"] = option(
+        "Logging and metrics", "auto is console on a terminal and json elsewhere.", "auto"
+    )
+    enable_log_requests: bool = option(
+        "Logging and metrics", "Log one line for each request.", False
+    )
+    metrics_prefix: Literal["quire", "vllm"] = option(
+        "Logging and metrics",
+        "Prefix of metric names; vllm fits dashboards made for vLLM.",
+        "quire",
+    )
+    otlp_traces_endpoint: TracesEndpoint | None = option(
+        "Logging and metrics",
+        "URL to which traces are sent by OTLP over HTTP; no traces without it.",
+        details="Needs the extra `otel`. Without a path, `/v1/traces` is added.",
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import (
     ByteSize,
@@ -37,9 +37,9 @@ from ..engine.lora import AdapterSource, read_sources
 from .setting_sources import origins_of, read_file
 from .setting_types import (
     KeySettings,
+    LogSettings,
     ReasoningParser,
     ToolCallParser,
-    TracesEndpoint,
     refuse_empty_keys,
     take_speculative_config,
 )
@@ -80,9 +80,13 @@ def _engine_options() -> dict[str, Any]:
 
 if TYPE_CHECKING:
     # A type checker does not see the engine's settings: read them from `Settings.engine_config()`.
-    _EngineSettings = KeySettings
+    class _EngineSettings(KeySettings, LogSettings):
+        pass
+
 else:
-    _EngineSettings = create_model("_EngineSettings", __base__=KeySettings, **_engine_options())
+    _EngineSettings = create_model(
+        "_EngineSettings", __base__=(KeySettings, LogSettings), **_engine_options()
+    )
 
 
 NameList = Annotated[tuple[str, ...], NoDecode]
@@ -103,7 +107,8 @@ class Settings(_EngineSettings):
     )
 
     model: str | None = Field(
-        None, description="Hugging Face name or folder. Default: the built-in demo model."
+        None,
+        description="Hugging Face name, folder or GGUF file, or smollm2. Default: the demo model.",
     )
     config: Path | None = Field(None, description="YAML file with the same names as the flags.")
 
@@ -236,27 +241,6 @@ class Settings(_EngineSettings):
         "Scheduling",
         "The flags of speculation as vLLM writes them: JSON with model, num_speculative_tokens.",
         details="Also method: ngram or draft_model. Other keys are refused.",
-    )
-
-    log_level: Literal["debug", "info", "warning", "error"] = _option(
-        "Logging and metrics", "Lowest severity to log.", "info"
-    )
-    log_format: Literal["auto", "console", "json"] = _option(
-        "Logging and metrics", "auto is console on a terminal and json elsewhere.", "auto"
-    )
-    enable_log_requests: bool = _option(
-        "Logging and metrics", "Log one line for each request.", False
-    )
-    metrics_prefix: Literal["quire", "vllm"] = _option(
-        "Logging and metrics",
-        "Prefix of metric names; vllm fits dashboards made for vLLM.",
-        "quire",
-    )
-
-    otlp_traces_endpoint: TracesEndpoint | None = _option(
-        "Logging and metrics",
-        "URL to which traces are sent by OTLP over HTTP; no traces without it.",
-        details="Needs the extra `otel`. Without a path, `/v1/traces` is added.",
     )
 
     @field_validator("served_model_name", "allowed_origins", "lora", mode="before")

@@ -32,12 +32,16 @@ _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"sche
 
 
 class LoadBody(Fields):
+    """The name and the folder of an adapter to load."""
+
     lora_name: Annotated[str, Field(min_length=1)]
     lora_path: Annotated[str, Field(min_length=1)]
     load_inplace: bool | None = None
 
 
 class UnloadBody(Fields):
+    """The name of an adapter to unload."""
+
     lora_name: Annotated[str, Field(min_length=1)]
 
 
@@ -46,7 +50,7 @@ class UnloadBody(Fields):
     response_model=None,
     response_class=PlainTextResponse,
     openapi_extra=json_body(LoadBody),
-    responses={**_TEXT, **errors(401, *BODY_ERRORS, 503)},
+    responses={**_TEXT, **errors(401, *BODY_ERRORS)},
 )
 async def load_lora_adapter(request: Request) -> PlainTextResponse:
     """Load a LoRA adapter from a folder below `--lora-dir`. Needs the admin key."""
@@ -73,7 +77,7 @@ async def load_lora_adapter(request: Request) -> PlainTextResponse:
     response_model=None,
     response_class=PlainTextResponse,
     openapi_extra=json_body(UnloadBody),
-    responses={**_TEXT, **errors(401, 404, *BODY_ERRORS, 503)},
+    responses={**_TEXT, **errors(401, *BODY_ERRORS)},
 )
 async def unload_lora_adapter(request: Request) -> PlainTextResponse:
     """Unload a LoRA adapter: its requests finish, and new ones get 404. Needs the admin key."""

@@ -14,12 +14,13 @@ from ..errors import error_body
 from ..http.limits import Ticket
 from ..http.resumption import ResumableStream, asks_to_resume
 from ..http.route_docs import OBJECTS, STRING, json_object
-from ..http.sse import EventStream, SseResponse, event
+from ..http.sse import EventStream, Pace, SseResponse, event
 from ..json_text import encode_line
 from ..metrics.metrics import Metrics
 from ..requests.generation import Generation
 from ..requests.protocol import GenerationBody
 from ..requests.state import state_of
+from .whole_answers import encode_large
 
 GENERATION = json_object("id", "object", "created", "model", "choices", "usage", choices=OBJECTS)
 """The schema of a completion and of a chat completion."""
@@ -56,11 +57,6 @@ class _Options(TypedDict):
     deadline: float | None
 
 
-class _Pace(TypedDict):
-    keepalive: float
-    write_timeout: float
-
-
 def stream_of(
     request: Request,
     events: AsyncGenerator[bytes, None],
@@ -75,11 +71,7 @@ def stream_of(
     the ticket.
     """
     state = state_of(request)
-    request_id = request.state.request_id
-    pace: _Pace = {
-        "keepalive": state.settings.sse_keepalive_interval,
-        "write_timeout": state.settings.stream_stall_timeout,
-    }
+    request_id, pace = request.state.request_id, Pace.of(state.settings)
     options: _Options = {
         "on_failure": lambda error: [*on_failure(), event(error_body(error, request_id))],
         "on_close": ticket.close,
@@ -88,19 +80,13 @@ def stream_of(
     }
     try:
         if not asks_to_resume(request, state.settings.stream_resume_ttl):
-            return EventStream(events, headers=headers, **pace, **options)
+            return EventStream(events, headers=headers, pace=pace, **options)
         stream = state.streams.open(state.keys.owner(request), events, **options)
     except BaseException:
         ticket.close()
         raise
     return ResumableStream(
-        state.streams,
-        stream,
-        0,
-        request_id=request_id,
-        headers=headers,
-        **pace,
-        opened=True,
+        state.streams, stream, 0, request_id=request_id, headers=headers, pace=pace, opened=True
     )
 
 
@@ -143,10 +129,12 @@ class Envelope:
         *,
         opening: bool = False,
         prompt_token_ids: Sequence[int] | None = None,
+        large: bool = False,
     ) -> bytes:
         """Return the event of a chunk with one choice, and with the ids of the prompt if given.
 
-        An `opening` chunk brings no token, so its usage counts none, although some have come.
+        An `opening` chunk brings no token, so its usage counts none, although some have come. One
+        that is `large` is encoded in pieces, for use in a thread.
         """
         if choice["finish_reason"] is not None:
             self._finished.add(choice["index"])
@@ -158,6 +146,8 @@ class Envelope:
             tail = b'],"usage":' + encode_line(usage) + b"}\n\n"
         if prompt_token_ids is not None:
             tail = b'],"prompt_token_ids":' + encode_line(list(prompt_token_ids)) + tail[1:]
+        if large:
+            return bytes(encode_large(choice, self._head, tail))
         return self._head + encode_line(choice) + tail
 
     def usage_chunk(self) -> bytes:

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic_core import from_json
-
 from ..requests.protocol import ChatBody
-from ..requests.tool_choice import CUSTOM_INPUT, custom_tools
+from ..requests.tool_choice import custom_input, custom_tools
 
 Fields = dict[str, Any]
 
@@ -65,7 +63,7 @@ class CustomForm(CallForm):
                 call["type"] = "custom"
                 call["custom"] = {
                     "name": function["name"],
-                    "input": _input_of(function["arguments"]),
+                    "input": custom_input(function["arguments"]),
                 }
         return message
 
@@ -92,20 +90,9 @@ class CustomForm(CallForm):
         """Return the input of the custom call that has begun, if there is one."""
         if self._arguments is None:
             return []
-        custom = {"input": _input_of(self._arguments)}
+        custom = {"input": custom_input(self._arguments)}
         self._arguments = None
         return [{"tool_calls": [{"index": self._index, "custom": custom}]}]
-
-
-def _input_of(arguments: str) -> str:
-    """Return the text that the model wrote as the input of a custom tool, as far as it came.
-    Arguments that are not the expected object are returned as they are."""
-    try:
-        value = from_json(arguments, allow_partial="trailing-strings")
-    except ValueError:
-        return arguments
-    text = value.get(CUSTOM_INPUT) if isinstance(value, dict) else None
-    return text if isinstance(text, str) else arguments
 
 
 def call_form(body: ChatBody) -> CallForm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import cached_property
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,7 +18,8 @@ from ..http.sse import run_until_disconnect
 from ..parsing.formats.message_format import prompt_end
 from ..parsing.message_events import MessageBuilder, delta_of, joined
 from ..parsing.message_parser import MessageParser
-from ..requests.generation import Delta, Finished, Generation, collect
+from ..requests.choice import Delta
+from ..requests.generation import Finished, Generation, collect
 from ..requests.job import Job
 from ..requests.preparation import asked_by, prepare_chat, response_id
 from ..requests.protocol import ChatBody, validate
@@ -130,12 +132,17 @@ class Chat:
         job = asked_by(job, owner, body.user)
         return cls(state, body, job, ticket, answer_id, log_id)
 
+    @cached_property
+    def _tools(self) -> dict[str, dict[str, Any]]:
+        """The JSON schemas of the offered tools' arguments, by the tools' names."""
+        functions = (tool["function"] for tool in offered_tools(self._body))
+        return {function["name"]: function["parameters"] for function in functions}
+
     def _new_parser(self) -> MessageParser:
         body = self._body
-        tools = offered_tools(body)
         prompt = self.generation.prompt_token_ids(0)
         return self._state.message_format.parser(
-            {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools},
+            self._tools,
             prompt_end=prompt_end(self._state.tokenizer, prompt),
             continued=body.messages[-1].content if body.continue_final_message else None,
             show_reasoning=body.include_reasoning is not False,
@@ -146,8 +153,11 @@ class Chat:
     def num_values(self, answers: list[Finished]) -> int:
         """Return the number of values in the answer in one piece."""
         asked = num_values(answers, self._body.top_logprobs or 0)
-        prompt = self.generation.prompt_logprobs[0] or ()
-        return asked + len(prompt) * (2 + (self._body.prompt_logprobs or 0))
+        entries = self.generation.prompt_logprobs[0] or ()
+        asked += len(entries) * (2 + (self._body.prompt_logprobs or 0))
+        if self._body.return_token_ids:
+            asked += len(self.generation.prompt_token_ids(0))
+        return asked
 
     def whole(self, answers: list[Finished]) -> dict[str, Any]:
         """Return the answer in one piece."""

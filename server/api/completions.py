@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,7 +14,8 @@ from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.route_docs import GENERATION_ERRORS, answers, errors, json_body
 from ..http.sse import run_until_disconnect
-from ..requests.generation import Delta, Finished, Generation, collect
+from ..requests.choice import Delta
+from ..requests.generation import Finished, Generation, collect
 from ..requests.preparation import asked_by, prepare_completion, prompts_of, response_id
 from ..requests.protocol import CompletionBody, validate
 from ..requests.state import state_of
@@ -21,7 +23,7 @@ from ..text.tokenizer import Tokenizer
 from .answers import GENERATION, Envelope, ignored_header, refusals_counted, stream_of
 from .echo import Echo, echo_of
 from .logprobs import LogprobFormat
-from .whole_answers import json_answer, num_values
+from .whole_answers import LARGE, in_thread_if, json_answer, num_values
 
 router = APIRouter(tags=["completions"])
 
@@ -89,9 +91,20 @@ class _CompletionWriter:
 
     def num_values(self, answers: list[list[Finished]]) -> int:
         """Return the number of values in the answer in one piece."""
-        asked = sum(num_values(group, self._body.logprobs or 0) for group in answers)
-        prompts = sum(len(entries or ()) for entries in self._generation.prompt_logprobs)
-        return asked + prompts * (2 + (self._body.prompt_logprobs or self._body.logprobs or 0))
+        top = self._body.logprobs or 0
+        return sum(
+            num_values(group, top) + len(group) * self._num_prompt_values(position)
+            for position, group in enumerate(answers)
+        )
+
+    def _num_prompt_values(self, position: int) -> int:
+        """Return the number of values that each choice of a prompt repeats of it."""
+        body, generation = self._body, self._generation
+        top = body.logprobs if body.prompt_logprobs is None else body.prompt_logprobs
+        count = len(generation.prompt_logprobs[position] or ()) * (2 + (top or 0))
+        if body.echo or body.return_token_ids:
+            count += len(generation.prompt_token_ids(position))
+        return count
 
     async def whole(self, answers: list[list[Finished]]) -> Callable[[], dict[str, Any]]:
         """Return a function that makes the answer in one piece."""
@@ -144,19 +157,13 @@ class _CompletionWriter:
                 position = delta.choice // self._width
                 first = delta.choice not in starts
                 echo = await self._echo(position) if first else Echo()
-                starts.setdefault(delta.choice, len(echo.text))
-                choice = self._chunk(delta, echo.text)
-                if first and self._body.return_token_ids:
-                    choice["prompt_token_ids"] = list(self._generation.prompt_token_ids(position))
-                if self._body.logprobs is not None:
-                    choice["logprobs"] = self._logprobs_of(
-                        delta,
-                        self._body.logprobs,
-                        echo,
-                        position if first else None,
-                        starts[delta.choice],
-                    )
-                yield envelope.chunk(choice)
+                start = starts.setdefault(delta.choice, len(echo.text))
+                # The first chunk of a choice may bring the whole prompt.
+                large = first and self._num_prompt_values(position) > LARGE
+                write = partial(
+                    self._chunk, delta, echo, position if first else None, start, large=large
+                )
+                yield await in_thread_if(large, write)
         if envelope.include_usage:
             yield envelope.usage_chunk()
 
@@ -188,18 +195,26 @@ class _CompletionWriter:
             [*echo.offsets, *offsets],
         )
 
-    def _chunk(self, delta: Delta, echo: str) -> dict[str, Any]:
+    def _chunk(
+        self, delta: Delta, echo: Echo, position: int | None, start: int, *, large: bool
+    ) -> bytes:
+        """Return the event of a delta. `position` is that of its prompt if it is the first of its
+        choice, which brings what was asked for of the prompt; see `_logprobs_of` for `start`."""
         body = self._body
         choice: dict[str, Any] = {
             "index": delta.choice,
-            "text": echo + delta.text,
+            "text": echo.text + delta.text,
             "logprobs": None,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
         if body.return_token_ids:
             choice["token_ids"] = delta.token_ids
-        return choice
+            if position is not None:
+                choice["prompt_token_ids"] = list(self._generation.prompt_token_ids(position))
+        if body.logprobs is not None:
+            choice["logprobs"] = self._logprobs_of(delta, body.logprobs, echo, position, start)
+        return self._envelope.chunk(choice, large=large)
 
     def failure(self) -> list[bytes]:
         """Return terminal chunks for the choices that have none yet."""

@@ -28,7 +28,7 @@ from ..http.route_docs import (
 )
 from ..http.sse import run_until_disconnect
 from ..json_text import encode_json
-from ..requests.field_types import Fields, Label, Prompt
+from ..requests.field_types import Fields, Label, OptionalLabel, Priority, Prompt, Seconds
 from ..requests.generation import Generation, collect
 from ..requests.job import Job, JobParts, make_job
 from ..requests.preparation import asked_by, prompts_of
@@ -44,6 +44,8 @@ router = APIRouter(tags=["embeddings"])
 
 
 class EmbeddingBody(Fields):
+    """One or more inputs, as text or token ids, and the form of their vectors."""
+
     model: str | None = None
     input: Prompt
     encoding_format: Literal["float", "base64"] | None = None
@@ -51,10 +53,10 @@ class EmbeddingBody(Fields):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    priority: Priority | None = None
     cache_salt: Label | None = None
-    user: Label | None = None
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    user: OptionalLabel = None
+    timeout: Seconds | None = None
 
 
 @router.post(

@@ -10,17 +10,18 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from ...engine.errors import EngineNotReadyError, ModelNotFoundError, ShuttingDownError
+from ...engine.errors import ModelNotFoundError, ShuttingDownError
+from ...engine.lora import AdapterSource
 from ..http.auth import require_admin_key, require_client_key, require_debug_key
 from ..http.route_docs import INTEGER, STRING, answers, errors, json_object
 from ..requests.state import ServerState, state_of
+from ..setting_types import SECRETS
 
 public = APIRouter(tags=["operations"])
 router = APIRouter(
     tags=["models"], dependencies=[Depends(require_client_key)], responses=errors(401)
 )
 
-_SECRETS = {"api_key", "admin_api_key"}
 _STATUS = json_object("status", status=STRING)
 _LIVE = json_object("status", "reason", status=STRING, reason=STRING)
 
@@ -83,12 +84,8 @@ async def version(request: Request) -> dict[str, str]:
     return {"version": state_of(request).version}
 
 
-def _card(state: ServerState, name: str) -> dict[str, Any]:
-    adapter = state.adapters.get(name)
-    try:
-        max_model_len: int | None = state.engine.info.max_model_len
-    except EngineNotReadyError:  # before the first start the context length is unknown
-        max_model_len = None
+def _card(state: ServerState, name: str, adapter: AdapterSource | None) -> dict[str, Any]:
+    info = state.engine_info
     return {
         "id": name,
         "object": "model",
@@ -96,7 +93,7 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
         "owned_by": "quire",
         "root": (state.settings.model or name) if adapter is None else adapter.path,
         "parent": None if adapter is None else state.settings.served_names[0],
-        "max_model_len": max_model_len,
+        "max_model_len": None if info is None else info.max_model_len,
     }
 
 
@@ -105,18 +102,21 @@ async def list_models(request: Request) -> dict[str, Any]:
     """List the served model under each of its names, and its LoRA adapters, as far as the key may
     use them."""
     state = state_of(request)
-    names = filter(state.may_use, [*state.settings.served_names, *state.adapters])
-    return {"object": "list", "data": [_card(state, name) for name in names]}
+    adapters = state.adapters
+    names = filter(state.may_use, [*state.settings.served_names, *adapters])
+    cards = [_card(state, name, adapters.get(name)) for name in names]
+    return {"object": "list", "data": cards}
 
 
 @router.get("/v1/models/{name:path}", responses=errors(404))
 async def get_model(request: Request, name: str) -> dict[str, Any]:
     """Describe the model or the LoRA adapter that is served under this name."""
     state = state_of(request)
-    known = name in (*state.settings.served_names, *state.adapters)
+    adapter = state.adapters.get(name)
+    known = adapter is not None or name in state.settings.served_names
     if not (known and state.may_use(name)):
         raise ModelNotFoundError(f"the model {ascii(name[:128])} is not served here", "model")
-    return _card(state, name)
+    return _card(state, name, adapter)
 
 
 @public.post(
@@ -136,15 +136,12 @@ async def reset_prefix_cache(request: Request) -> dict[str, str]:
 async def server_info(request: Request) -> dict[str, Any]:
     """Return the settings without keys, the loaded model's facts and the versions."""
     state = state_of(request)
-    try:
-        engine: dict[str, Any] | None = asdict(state.engine.info)
-    except EngineNotReadyError:
-        engine = None
+    info = state.engine_info
     packages = ("torch", "transformers", "fastapi", "uvicorn")
     return {
         "version": state.version,
-        "settings": state.settings.model_dump(mode="json", exclude=_SECRETS),
-        "engine": engine,
+        "settings": state.settings.model_dump(mode="json", exclude=set(SECRETS)),
+        "engine": None if info is None else asdict(info),
         "system_env": {
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -155,9 +152,8 @@ async def server_info(request: Request) -> dict[str, Any]:
 
 def _weights(state: ServerState) -> dict[str, Any] | None:
     """Return the formats and the size of the weights; None before the first start."""
-    try:
-        info = state.engine.info
-    except EngineNotReadyError:
+    info = state.engine_info
+    if info is None:
         return None
     return {
         "source_format": info.source_format,
@@ -169,12 +165,8 @@ def _weights(state: ServerState) -> dict[str, Any] | None:
 
 def _draft_model(state: ServerState) -> dict[str, Any] | None:
     """Return the draft model's size, in bytes; None without one, or before the first start."""
-    try:
-        info = state.engine.info
-    except EngineNotReadyError:
-        return None
-    model = state.settings.engine_config().speculative_model
-    if model is None:
+    info, model = state.engine_info, state.settings.engine_config().speculative_model
+    if info is None or model is None:
         return None
     return {
         "model": model,

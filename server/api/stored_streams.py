@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ..http.resumption import ResumableStream
 from ..http.route_docs import answers, errors, event_stream
+from ..http.sse import Pace
 from ..requests.state import state_of
 from .answers import DELETED
 
@@ -46,8 +47,7 @@ async def resume_stream(
         stream,
         position,
         request_id=request.state.request_id,
-        keepalive=state.settings.sse_keepalive_interval,
-        write_timeout=state.settings.stream_stall_timeout,
+        pace=Pace.of(state.settings),
         headers={},
     )
 

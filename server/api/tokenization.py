@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ...engine.errors import InvalidRequestError
 from ..http.body import read_json_object
@@ -22,7 +22,7 @@ from ..requests.chat_prompt import check_chat, encode_chat, settings_without_eff
 from ..requests.protocol import DetokenizeBody, TokenizeBody, TokenizeChatBody, validate
 from ..requests.state import state_of
 from .answers import ignored_header
-from .whole_answers import json_of
+from .whole_answers import LARGE, in_thread_if, json_of
 
 router = APIRouter(tags=["tokenizer"])
 
@@ -66,7 +66,10 @@ async def tokenize(request: Request) -> Response:
     }
     if return_strings:
         # As the vocabulary spells them, with Ġ or ▁ for a space: so do transformers and vLLM.
-        answer["token_strs"] = list(map(state.tokenizer.backend.id_to_token, token_ids))
+        spell = state.tokenizer.backend.id_to_token
+        answer["token_strs"] = await in_thread_if(
+            len(token_ids) > LARGE, lambda: list(map(spell, token_ids))
+        )
     return await json_of(answer, ignored_header(ignored, changes))
 
 
@@ -90,7 +93,7 @@ async def detokenize(request: Request) -> Response:
     text = await state.tokenizer.decode(
         body.tokens, skip_special_tokens=bool(body.skip_special_tokens)
     )
-    return JSONResponse({"prompt": text}, headers=ignored_header(ignored))
+    return await json_of({"prompt": text}, ignored_header(ignored))
 
 
 @router.get("/tokenizer_info", responses=errors(503))

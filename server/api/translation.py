@@ -20,8 +20,10 @@ from pydantic import WithJsonSchema
 
 from ...engine.errors import EngineDeadError, InvalidRequestError
 from ..json_text import encode_line
+from ..requests.chat_prompt import check_chat, encode_chat, settings_without_effect
 from ..requests.field_types import Fields
 from ..requests.protocol import ChatBody, path_of, validate
+from ..requests.state import ServerState
 from .chat import Chat
 from .whole_answers import encode_large, is_large
 
@@ -115,6 +117,18 @@ def renamed_path(path: str, names: Mapping[str, str]) -> str:
 def without_effect(chat: Chat, names: Mapping[str, str]) -> list[str]:
     """Return the client's names of the fields that have no effect with this model."""
     return [renamed_path(path, names) for path in chat.job.ignored]
+
+
+async def count_tokens(
+    state: ServerState, chat: ChatBody, names: Mapping[str, str]
+) -> tuple[int, list[str]]:
+    """Return the number of tokens of a chat as a prompt, and the client's names of the fields that
+    have no effect with this model. Raises QuireError."""
+    with renamed(names):
+        check_chat(state, chat)
+        unread = await settings_without_effect(state, chat)
+        prompt = await encode_chat(state, chat, None, state.engine.info.max_model_len)
+    return len(prompt.token_ids), [renamed_path(path, names) for path in unread]
 
 
 def parts_of(value: Any, where: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -28,10 +28,17 @@ _SENT_AT_ONCE = 256 * 1024
 _CHARACTERS = 1024
 """Characters of a text that count as one value."""
 
+_Result = TypeVar("_Result")
+
 
 def num_values(answers: Iterable[Finished], top: int) -> int:
     """Return the number of values in the choices of an answer with `top` alternatives a token."""
     return sum(len(each.token_ids) + (2 + top) * len(each.logprobs) for each in answers)
+
+
+async def in_thread_if(large: bool, work: Callable[[], _Result]) -> _Result:
+    """Return the result of `work`, which is done in a thread if it is `large`."""
+    return await asyncio.to_thread(work) if large else work()
 
 
 async def json_answer(
@@ -81,12 +88,14 @@ def is_large(value: Any) -> bool:
     return False
 
 
-def encode_large(value: Any, head: bytes = b"") -> bytearray:
-    """Encode a value in pieces after `head`, for use in a thread. No step takes long: to join the
-    pieces at the end would hold Python's lock for as long as it takes to copy all of them."""
+def encode_large(value: Any, head: bytes = b"", tail: bytes = b"") -> bytearray:
+    """Encode a value in pieces between `head` and `tail`, for use in a thread. No step takes long:
+    to join the pieces at the end would hold Python's lock for as long as it takes to copy all of
+    them."""
     content = bytearray(head)
     for piece in encode_in_pieces(value, _DEPTH):
         content += in_one_line(piece)
+    content += tail
     return content
 
 

@@ -24,7 +24,10 @@ from .plot import write_plot
 def add_parser(commands: Any) -> None:
     """Add `bench` with its three commands, each of which sets `run(arguments) -> exit code`."""
     bench = commands.add_parser(
-        "bench", help="measure a server or the engine alone", allow_abbrev=False
+        "bench",
+        help="measure a server or the engine alone",
+        description="Measure a server or the engine alone.",
+        allow_abbrev=False,
     )
     kinds = bench.add_subparsers(required=True, metavar="COMMAND")
     demo = str(files("quire.configs") / "demo")

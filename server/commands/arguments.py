@@ -8,8 +8,8 @@ from typing import Any
 from .completion import SHELLS, with_models
 
 _TARGET = (
-    "model to talk to, or the URL of a server. Without it: what runs at the default address, or "
-    "else the demo model. A server is started if none serves the model"
+    "Model to talk to, or the URL of a server. Without it: what runs at the default address, or "
+    "else the demo model. A server is started if none serves the model."
 )
 _MORE = "Flags after -- are given to the server that is started: quire {} smollm2 -- --seed 1"
 
@@ -40,12 +40,12 @@ def add_complete(commands: Any) -> None:
         usage="quire complete [PROMPT] [-m MODEL|URL] [flags] [-- flags of quire serve]",
         allow_abbrev=False,
     )
-    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="the prompt's words")
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="The prompt's words.")
     with_models(parser.add_argument("-m", "--model", metavar="MODEL|URL", help=_TARGET))
     parser.add_argument(
-        "--raw", action="store_true", help="continue the text itself, without a chat template"
+        "--raw", action="store_true", help="Continue the text itself, without a chat template."
     )
-    parser.add_argument("--stats", action="store_true", help="print tokens and rate to stderr")
+    parser.add_argument("--stats", action="store_true", help="Print tokens and rate to stderr.")
     _add_request(parser)
 
 
@@ -58,7 +58,7 @@ def add_doctor(commands: Any) -> None:
         "ok, warn or fail. The exit code is 1 if anything fails.",
         allow_abbrev=False,
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def add_completion(commands: Any) -> None:
@@ -71,17 +71,16 @@ def add_completion(commands: Any) -> None:
         "after compinit; fish: quire completion fish > ~/.config/fish/completions/quire.fish",
         allow_abbrev=False,
     )
-    parser.add_argument("shell", choices=SHELLS, metavar="|".join(SHELLS), help="the shell")
+    parser.add_argument("shell", choices=SHELLS, metavar="|".join(SHELLS), help="The shell.")
 
 
 def _add_request(parser: argparse.ArgumentParser) -> None:
     """Add what is sent with each request."""
-    parser.add_argument("-s", "--system", metavar="TEXT", help="system prompt")
-    parser.add_argument("-t", "--temperature", type=float, metavar="NUMBER")
-    parser.add_argument("--top-p", type=float, metavar="SHARE")
-    parser.add_argument("--top-k", type=int, metavar="N")
-    parser.add_argument("-n", "--max-tokens", type=int, metavar="N", help="tokens of an answer")
-    parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument(
-        "--api-key", metavar="KEY", help="key of the server. Better as QUIRE_API_KEY"
-    )
+    add = parser.add_argument
+    add("-s", "--system", metavar="TEXT", help="System prompt.")
+    add("-t", "--temperature", type=float, metavar="NUMBER", help="0 to 2; 0 is greedy.")
+    add("--top-p", type=float, metavar="SHARE", help="Draw among the likeliest of this share.")
+    add("--top-k", type=int, metavar="N", help="Draw among the N likeliest tokens.")
+    add("-n", "--max-tokens", type=int, metavar="N", help="Maximum tokens of an answer.")
+    add("--seed", type=int, metavar="N", help="Draw the same tokens each time.")
+    add("--api-key", metavar="KEY", help="Key of the server; better as QUIRE_API_KEY.")

@@ -35,22 +35,33 @@ def add_parser(commands: Any) -> None:
         "those in the local cache of the hub.",
         allow_abbrev=False,
     )
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="name, folder or GGUF file")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="Name, folder or GGUF file.")
     parser.add_argument(
-        "--memory", type=_size, metavar="SIZE", help="such as 24GiB. Default: this machine's"
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="Such as 24GiB. Default: this machine's.",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="Device that would run them. (default: auto)",
     )
-    parser.add_argument("--gguf-file", metavar="FILE", help="GGUF file in a folder or repository")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="Data type of the weights. (default: auto)",
+    )
+    parser.add_argument("--gguf-file", metavar="FILE", help="GGUF file in a folder or repository.")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="build the models without weights, which shows more reasons for a refusal; this "
-        "imports torch",
+        help="Build the models without weights, which shows more reasons for a refusal; this "
+        "imports torch.",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -42,14 +42,20 @@ Items = Annotated[list[dict[str, Any]], Field(max_length=MAX_NEW_ITEMS, fail_fas
 
 
 class ConversationUpdate(Fields):
+    """The new metadata of a conversation."""
+
     metadata: Metadata = None
 
 
 class NewConversation(ConversationUpdate):
+    """The metadata and the first items of a conversation."""
+
     items: Items | None = None
 
 
 class NewItems(Fields):
+    """Items for the end of a conversation."""
+
     items: Items
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from pydantic_core import from_json
-
-INPUT = "input"
-"""The only parameter of the function that stands for a custom tool."""
+from ..requests.tool_choice import custom_input
 
 _HEAD = re.compile(r'\s*\{\s*"input"\s*:\s*"')
 _MAX_HEAD = 64
@@ -46,16 +43,8 @@ class CustomInput:
         return _decoded(text)
 
     def finish(self) -> str:
-        """Return the rest of the input. If the arguments are not an object with `input`, the whole
-        text is the input, so that nothing is lost."""
-        if self._begun:
-            return ""
-        try:
-            value = from_json(self._held or "{}", allow_partial="trailing-strings")
-        except ValueError:
-            return self._held
-        found = value.get(INPUT) if isinstance(value, dict) else None
-        return found if isinstance(found, str) else self._held
+        """Return the rest of the input."""
+        return "" if self._begun else custom_input(self._held)
 
 
 def _decoded(text: str) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from ..api import translation
 from ..api.answers import ignored_header, refusals_counted
 from ..api.chat import Chat
-from ..api.translation import renamed, renamed_path, sse, without_effect
+from ..api.translation import renamed, sse, without_effect
 from ..api.whole_answers import json_of
 from ..errors import anthropic_error_body, client_left, error_body
 from ..http.body import read_json_object
@@ -27,10 +28,9 @@ from ..http.route_docs import (
     json_body,
     json_object,
 )
-from ..http.sse import EventStream, run_until_disconnect
-from ..requests.chat_prompt import check_chat, encode_chat, settings_without_effect
+from ..http.sse import EventStream, Pace, run_until_disconnect
 from ..requests.state import state_of
-from .messages_body import CountTokensBody, MessagesBody, check_body, names_of
+from .messages_body import CountTokensBody, MessagesBody, names_of, read_body
 from .messages_events import PING, MessageWriter
 
 router = APIRouter(tags=["messages"], responses=errors(401, 429, 500, model=AnthropicError))
@@ -53,7 +53,9 @@ async def create_message(request: Request) -> Response:
     request_id = request.state.request_id
     with refusals_counted(state.metrics):
         fields = await read_json_object(request)
-        body, chat_body, ignored = check_body(MessagesBody, fields, strict=state.settings.strict)
+        body, chat_body, ignored = await read_body(
+            MessagesBody, fields, strict=state.settings.strict
+        )
         state.check_model(body.model)
         message_id = f"msg_{uuid.uuid4().hex}"
         with renamed(names_of(body)):
@@ -77,8 +79,7 @@ async def create_message(request: Request) -> Response:
             on_close=chat.ticket.close,
             request_id=request_id,
             deadline=chat.job.deadline,
-            keepalive=state.settings.sse_keepalive_interval,
-            write_timeout=state.settings.stream_stall_timeout,
+            pace=Pace.of(state.settings),
             headers=headers,
             end=b"",
             comment=sse(PING),
@@ -103,16 +104,11 @@ async def count_tokens(request: Request) -> Response:
     """Count the tokens of a conversation as a prompt."""
     state = state_of(request)
     fields = await read_json_object(request)
-    body, chat, ignored = check_body(CountTokensBody, fields, strict=state.settings.strict)
+    body, chat, ignored = await read_body(CountTokensBody, fields, strict=state.settings.strict)
     state.check_model(body.model)
-    with renamed(names_of(body)):
-        check_chat(state, chat)
-        unread = await settings_without_effect(state, chat)
-        prompt = await encode_chat(state, chat, None, state.engine.info.max_model_len)
-    ignored.names += [renamed_path(path, names_of(body)) for path in unread]
-    return JSONResponse(
-        {"input_tokens": len(prompt.token_ids)}, headers=ignored_header(ignored.names)
-    )
+    number, unread = await translation.count_tokens(state, chat, names_of(body))
+    headers = ignored_header(ignored.names + unread)
+    return JSONResponse({"input_tokens": number}, headers=headers)
 
 
 async def _stream(writer: MessageWriter, chat: Chat) -> AsyncGenerator[bytes, None]:

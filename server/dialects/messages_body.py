@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ...engine.errors import InvalidRequestError
 from ..api.translation import Content, ConversationBody, Path, chat_body, unsupported_type
+from ..api.whole_answers import in_thread_if, is_large
 from ..requests.field_types import Fields, ReasoningEffort, ToolName, ToolParameters
 from ..requests.protocol import ChatBody
 from ..requests.unsupported import refuse_unsupported
@@ -37,27 +38,37 @@ ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
 
 
 class Metadata(Fields):
+    """Who asks."""
+
     user_id: Annotated[str, Field(max_length=MAX_USER_ID)] | None = None
 
 
 class OutputConfig(Fields):
+    """The structure of the answer, and the effort that goes into it."""
+
     format: dict[str, Any] | None = None
     effort: Any = None
 
 
 class Thinking(Fields):
+    """Whether the model reasons, how much, and what is shown of it."""
+
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: int | None = None
     display: Literal["summarized", "omitted"] | None = None
 
 
 class ToolChoice(Fields):
+    """Whether the model may or must call a tool, and which one."""
+
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
 class CountTokensBody(ConversationBody):
+    """A conversation as a prompt, with the tools that it offers."""
+
     messages: Messages
     system: Content = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
@@ -77,6 +88,8 @@ class CountTokensBody(ConversationBody):
 
 
 class MessagesBody(CountTokensBody):
+    """A conversation to answer."""
+
     max_tokens: Annotated[int, Field(ge=1)]
     stop_sequences: Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
@@ -85,6 +98,8 @@ class MessagesBody(CountTokensBody):
 
 
 class Tool(Fields):
+    """A tool that the client runs, with the JSON schema of its input."""
+
     type: Literal["custom"] | None = None
     name: ToolName
     description: str | None = None
@@ -98,13 +113,20 @@ class Tool(Fields):
 Body = TypeVar("Body", bound=CountTokensBody)
 
 
-def check_body(
+async def read_body(
     model: type[Body], fields: dict[str, Any], *, strict: bool
 ) -> tuple[Body, ChatBody, Ignored]:
-    """Return the typed body, the chat that it asks for, and its fields without effect.
+    """Return the typed body, the chat that it asks for, and its fields without effect. A large body
+    is read in a thread.
 
     Raises InvalidRequestError, which names the field.
     """
+    return await in_thread_if(is_large(fields), lambda: _checked(model, fields, strict=strict))
+
+
+def _checked(
+    model: type[Body], fields: dict[str, Any], *, strict: bool
+) -> tuple[Body, ChatBody, Ignored]:
     ignored = Ignored(strict=strict)
     body = ignored.check(model, refuse_unsupported(fields, ASKS_FOR_NOTHING))
     _name_hints(body, ignored)

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import structlog
@@ -18,7 +19,7 @@ from ...engine.errors import InvalidRequestError, RequestTimeoutError
 from ..api.answers import DELETED, ignored_header, refusals_counted
 from ..api.chat import Chat
 from ..api.translation import Event, event_of, renamed, without_effect
-from ..api.whole_answers import json_of, size_of
+from ..api.whole_answers import in_thread_if, is_large, json_of, size_of
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.responses_store import Key, ResponseStore, Running, Stored
@@ -30,7 +31,7 @@ from ..http.route_docs import (
     json_body,
     json_object,
 )
-from ..http.sse import EventStream, log_failure, run_until_disconnect
+from ..http.sse import EventStream, Pace, log_failure, run_until_disconnect
 from ..requests.state import ServerState, state_of
 from .hints import Ignored
 from .responses_body import (
@@ -38,8 +39,8 @@ from .responses_body import (
     InputTokensBody,
     ResponseBody,
     chat_of,
-    check_body,
     items_of,
+    read_body,
 )
 from .responses_events import ResponseWriter
 from .responses_items import with_ids
@@ -61,7 +62,7 @@ async def create_response(request: Request) -> Response:
     state = state_of(request)
     with refusals_counted(state.metrics):
         fields = await read_json_object(request)
-        body, ignored = check_body(ResponseBody, fields, strict=state.settings.strict)
+        body, ignored = await read_body(ResponseBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
         if (answer := state.siblings.forward(request, body.continued)) is not None:
             return answer
@@ -78,8 +79,7 @@ async def create_response(request: Request) -> Response:
             on_close=ticket.close,
             request_id=request.state.request_id,
             deadline=deadline,
-            keepalive=state.settings.sse_keepalive_interval,
-            write_timeout=state.settings.stream_stall_timeout,
+            pace=Pace.of(state.settings),
             headers=headers,
             end=b"",
         )
@@ -179,7 +179,8 @@ class ResponseRun:
         store = _is_stored(body, enabled=state.responses.enabled)
         previous = previous_items(request, body)
         resolve_references(request, body)
-        chat_body, tools = chat_of(body, previous, ignored)
+        large = is_large(previous) or is_large(body.input)
+        chat_body, tools = await in_thread_if(large, partial(chat_of, body, previous, ignored))
         with renamed(NAMES):
             capped = not state.settings.strict
             chat = await Chat.start(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BeforeValidator, Field, PlainValidator
+from pydantic import Field, PlainValidator
 
 from ...engine.errors import InvalidRequestError
 from ..api.translation import Content, ConversationBody, chat_body
-from ..requests.field_types import Fields, Label, ReasoningEffort
+from ..api.whole_answers import in_thread_if, is_large
+from ..requests.field_types import Fields, OptionalLabel, ReasoningEffort
 from ..requests.protocol import ChatBody
 from ..requests.unsupported import refuse_unsupported
 from .hints import Ignored
@@ -65,26 +66,32 @@ def _check_metadata(value: Any) -> dict[str, str] | None:
 
 
 Metadata = Annotated[dict[str, str] | None, PlainValidator(_check_metadata)]
-OptionalLabel = Annotated[Label | None, BeforeValidator(lambda value: value or None)]
-"""A label; an empty one is none."""
 
 
 class ResponseStreamOptions(Fields):
+    """Options of a streamed response."""
+
     include_obfuscation: bool | None = None
 
 
 class ReasoningOptions(Fields):
+    """How much the model reasons, and what is shown of it."""
+
     effort: Any = None
     summary: Any = None
     generate_summary: Any = None
 
 
 class TextOptions(Fields):
+    """The structure of the answer's text."""
+
     format: dict[str, Any] | None = None
     verbosity: Any = None
 
 
 class InputTokensBody(ConversationBody):
+    """A conversation as items, and the tools that it offers."""
+
     input: Annotated[Content, PlainValidator(_check_input)]
     instructions: str | None = None
     previous_response_id: str | None = None
@@ -111,6 +118,8 @@ class InputTokensBody(ConversationBody):
 
 
 class ResponseBody(InputTokensBody):
+    """A conversation to answer, and how to answer it."""
+
     max_output_tokens: Any = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
@@ -143,8 +152,15 @@ class ResponseBody(InputTokensBody):
 Body = TypeVar("Body", bound=InputTokensBody)
 
 
-def check_body(model: type[Body], fields: dict[str, Any], *, strict: bool) -> tuple[Body, Ignored]:
-    """Return the typed body and its fields without effect. Raises InvalidRequestError."""
+async def read_body(
+    model: type[Body], fields: dict[str, Any], *, strict: bool
+) -> tuple[Body, Ignored]:
+    """Return the typed body and its fields without effect. A large one is checked in a thread.
+    Raises InvalidRequestError."""
+    return await in_thread_if(is_large(fields), lambda: _checked(model, fields, strict=strict))
+
+
+def _checked(model: type[Body], fields: dict[str, Any], *, strict: bool) -> tuple[Body, Ignored]:
     ignored = Ignored(strict=strict)
     body = ignored.check(model, refuse_unsupported(fields, ASKS_FOR_NOTHING))
     _name_hints(body, ignored)

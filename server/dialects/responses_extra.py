@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -13,8 +14,8 @@ from fastapi.responses import JSONResponse, Response
 
 from ...engine.errors import InvalidRequestError
 from ..api.answers import ignored_header, refusals_counted
-from ..api.translation import renamed, renamed_path
-from ..api.whole_answers import json_of
+from ..api.translation import count_tokens
+from ..api.whole_answers import in_thread_if, is_large, json_of
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.responses_store import Running
@@ -29,10 +30,9 @@ from ..http.route_docs import (
     json_object,
 )
 from ..http.sse import run_until_disconnect
-from ..requests.chat_prompt import check_chat, encode_chat, settings_without_effect
 from ..requests.state import state_of
 from .responses import ResponseRun, found_response, previous_items, resolve_references
-from .responses_body import NAMES, InputTokensBody, ResponseBody, chat_of, check_body, items_of
+from .responses_body import NAMES, InputTokensBody, ResponseBody, chat_of, items_of, read_body
 from .responses_items import with_ids
 from .sealed import seal
 
@@ -66,14 +66,8 @@ async def list_input_items(
     if isinstance(found, Running):
         raise InvalidRequestError("the response has not ended yet", "response_id")
     items = found.items[: len(found.items) - len(found.response["output"])]
-    return await json_of(page_of(_with_places(items), limit=limit, order=order, after=after))
-
-
-def _with_places(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return items as they are listed. One without an id gets one by its place, so that it has the
-    same one in every page."""
-    placed = [{"id": f"item_{place}", **item} for place, item in enumerate(items)]
-    return with_ids(placed)
+    page = page_of(items, limit=limit, order=order, after=after)
+    return await json_of({**page, "data": with_ids(page["data"])})
 
 
 def page_of(
@@ -81,16 +75,19 @@ def page_of(
 ) -> dict[str, Any]:
     """Return a page of a list of items: up to `limit` of them, after the one with the id `after`.
 
-    Raises InvalidRequestError if there is no item `after`.
+    An item without an id gets one by its place, so that it has the same one in every page. Raises
+    InvalidRequestError if there is no item `after`.
     """
-    listed = list(items) if order == "asc" else list(reversed(items))
+    listed = range(len(items))
+    listed = listed if order == "asc" else listed[::-1]
     start = 0
     if after is not None:
-        places = [place for place, item in enumerate(listed) if item["id"] == after]
-        if not places:
+        found = (n for n, place in enumerate(listed, 1) if _id_at(items, place) == after)
+        start = next(found, 0)
+        if not start:
             raise InvalidRequestError(f"after: there is no item {ascii(after[:64])}", "after")
-        start = places[0] + 1
-    page = listed[start : start + limit]
+    chosen = listed[start : start + limit]
+    page = [{**items[place], "id": _id_at(items, place)} for place in chosen]
     return {
         "object": "list",
         "data": page,
@@ -98,6 +95,10 @@ def page_of(
         "last_id": page[-1]["id"] if page else "",
         "has_more": start + limit < len(listed),
     }
+
+
+def _id_at(items: Sequence[dict[str, Any]], place: int) -> str:
+    return items[place].get("id") or f"item_{place}"
 
 
 @router.post(
@@ -113,20 +114,17 @@ async def count_input_tokens(request: Request) -> Response:
     """Count the tokens of an input as a prompt."""
     state = state_of(request)
     fields = await read_json_object(request)
-    body, ignored = check_body(InputTokensBody, fields, strict=state.settings.strict)
+    body, ignored = await read_body(InputTokensBody, fields, strict=state.settings.strict)
     state.check_model(body.model)
     if (answer := state.siblings.forward(request, body.continued)) is not None:
         return answer
     previous = previous_items(request, body)
     resolve_references(request, body)
-    chat, _ = chat_of(body, previous, ignored)
-    with renamed(NAMES):
-        check_chat(state, chat)
-        unread = await settings_without_effect(state, chat)
-        prompt = await encode_chat(state, chat, None, state.engine.info.max_model_len)
-    ignored.names += [renamed_path(path, NAMES) for path in unread]
-    answer_body = {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}
-    return JSONResponse(answer_body, headers=ignored_header(ignored.names))
+    large = is_large(previous) or is_large(body.input)
+    chat, _ = await in_thread_if(large, partial(chat_of, body, previous, ignored))
+    number, unread = await count_tokens(state, chat, NAMES)
+    answer_body = {"object": "response.input_tokens", "input_tokens": number}
+    return JSONResponse(answer_body, headers=ignored_header(ignored.names + unread))
 
 
 @router.post(
@@ -144,7 +142,7 @@ async def compact(request: Request) -> Response:
     state = state_of(request)
     with refusals_counted(state.metrics):
         fields = await read_json_object(request)
-        body, ignored = check_body(InputTokensBody, fields, strict=state.settings.strict)
+        body, ignored = await read_body(InputTokensBody, fields, strict=state.settings.strict)
         state.check_model(body.model)
         if (answer := state.siblings.forward(request, body.continued)) is not None:
             return answer

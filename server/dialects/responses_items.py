@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ..api.translation import Path, Transcript, parts_of, unsupported_type
 from ..requests.field_types import Fields
-from .custom_input import INPUT
+from ..requests.tool_choice import CUSTOM_INPUT
 from .hints import Ignored
 from .messages_blocks import OMITTED
 from .responses_tools import Tools, action_arguments, function_name
@@ -205,7 +205,7 @@ class ItemReader:
                 name, arguments = function_name(item.name, item.namespace), item.arguments
             case CustomCallItem():
                 name = function_name(item.name, item.namespace)
-                arguments = json.dumps({INPUT: item.input}, ensure_ascii=False)
+                arguments = json.dumps({CUSTOM_INPUT: item.input}, ensure_ascii=False)
             case ShellCallItem():
                 name, arguments = item.type.removesuffix("_call"), action_arguments(item.action)
             case ToolSearchCallItem():

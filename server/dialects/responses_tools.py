@@ -23,7 +23,7 @@ from ...engine.errors import InvalidRequestError
 from ..api.translation import Path, unsupported_type
 from ..requests.field_types import Fields, ToolName, ToolParameters
 from ..requests.protocol import path_of
-from .custom_input import INPUT
+from ..requests.tool_choice import CUSTOM_INPUT
 from .hints import Ignored
 
 Kind = Literal["function", "custom", "local_shell", "shell", "tool_search"]
@@ -170,8 +170,10 @@ class Tools:
             self._ignored.add((*where, "format"))
             description += f"\n\nThe input must follow this grammar ({syntax}):\n{definition}"
         schema = {
-            "type": "object", "properties": {INPUT: {"type": "string"}}, "required": [INPUT]
-        }  # fmt: skip
+            "type": "object",
+            "properties": {CUSTOM_INPUT: {"type": "string"}},
+            "required": [CUSTOM_INPUT],
+        }
         function = {"description": description.strip() or None, "parameters": schema}
         return self._offer(Called("custom", custom.name), function, namespace, where)
 

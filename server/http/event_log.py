@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from itertools import islice
 from typing import Protocol
 
 from ...engine.errors import InvalidRequestError, QuireError, StreamGoneError
@@ -161,8 +162,7 @@ class EventLog:
 
     def read(self, position: int) -> bytes:
         """Return all events from `position` on; from now on they count as sent."""
-        events = self._events
-        batch = b"".join(events[i] for i in range(position - self.first, len(events)))
+        batch = b"".join(islice(self._events, position - self.first, None))
         self._sent = max(self._sent, self.end_number)
         self._room.set()
         return batch

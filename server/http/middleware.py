@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Hashable
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from ...engine.errors import QueueFullError
 from ..errors import http_error_response
 from ..metrics.answer_end import AnswerEnd
 from ..metrics.metrics import Metrics
+from ..tenants.caller import Caller
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
@@ -57,6 +59,14 @@ def body_too_large(message: str) -> HTTPException:
     return HTTPException(413, message, {"connection": "close"})
 
 
+def caller_of(scope: Scope) -> Hashable:
+    """Return what tells callers apart: the holder of the request's key, or else its address."""
+    caller: Caller | None = scope.get("state", {}).get("caller")
+    if caller is not None and caller.tenant.digests:
+        return caller.tenant.owner
+    return (scope.get("client") or ("",))[0]
+
+
 BODIES_AT_ONCE = 8
 """Bodies of the maximum size that may be in memory while they are read; smaller ones are more."""
 SMALL_BODY = 64 * 1024
@@ -67,13 +77,15 @@ class BodyLimitMiddleware:
     """Answers 413 if Content-Length, or the bytes of a chunked body, exceed the limit.
 
     Answers 429 if all bodies that are being read hold more than BODIES_AT_ONCE of the maximum size
-    would, except to small ones.
+    would, except to small ones, and to callers that hold less than their share of it: so nobody who
+    sends slowly can shut the others out, and all together hold twice as much at most.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
-        self._held = 0
+        self._held: Counter[Hashable] = Counter()
+        """Bytes of the bodies that are being read, by their caller."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -85,23 +97,28 @@ class BodyLimitMiddleware:
             response.headers["connection"] = "close"
             return await response(scope, receive, send)
         received = held = 0
+        caller: Hashable = None
 
         def release() -> None:
             nonlocal held
-            self._held -= held
+            self._held[caller] -= held
+            if not self._held[caller]:
+                del self._held[caller]
             held = 0
 
         async def limited_receive() -> Message:
-            nonlocal received, held
+            nonlocal received, held, caller
             part = await receive()
             if part["type"] == "http.request":
                 size = len(part.get("body", b""))
                 received += size
                 if received > self.max_bytes:
                     raise body_too_large(message)
+                if not held:  # the route has checked the key by now
+                    caller = caller_of(scope)
                 held += size
-                self._held += size
-                if received > SMALL_BODY and self._held > BODIES_AT_ONCE * self.max_bytes:
+                self._held[caller] += size
+                if received > SMALL_BODY and self._is_crowded_by(caller):
                     raise QueueFullError("too many large bodies are being received", 5.0)
                 if not part.get("more_body", False):
                     release()
@@ -111,6 +128,11 @@ class BodyLimitMiddleware:
             await self.app(scope, limited_receive, send)
         finally:
             release()
+
+    def _is_crowded_by(self, caller: Hashable) -> bool:
+        """Return whether too much is held, and more than its share of it by `caller`."""
+        bound = BODIES_AT_ONCE * self.max_bytes
+        return self._held.total() > bound and self._held[caller] > bound / len(self._held)
 
 
 class HttpMetricsMiddleware:
@@ -142,14 +164,18 @@ class HttpMetricsMiddleware:
 class Connection(NamedTuple):
     """The connection of the request that the present task serves.
 
-    `receive` returns its next message: a disconnect, once the body has been read. `caller` tells
-    callers apart, by their address and their key. `answer_headers` may be filled until the answer
-    begins.
+    `receive` returns its next message: a disconnect, once the body has been read. `answer_headers`
+    may be filled until the answer begins.
     """
 
+    scope: Scope
     receive: Receive
-    caller: Hashable
     answer_headers: dict[str, str]
+
+    @property
+    def caller(self) -> Hashable:
+        """What tells callers apart; see `caller_of`."""
+        return caller_of(self.scope)
 
 
 connection: ContextVar[Connection | None] = ContextVar("connection", default=None)
@@ -165,11 +191,8 @@ class ConnectionMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            headers = Headers(scope=scope)
-            keys = (headers.get("authorization"), headers.get("x-api-key"))
-            address = (scope.get("client") or ("",))[0]
             added: dict[str, str] = {}
-            connection.set(Connection(receive, hash((address, *keys)), added))
+            connection.set(Connection(scope, receive, added))
 
             async def send_with_headers(message: Message) -> None:
                 if added and message["type"] == "http.response.start":

@@ -97,8 +97,11 @@ class ResponseStore:
             if not wanted:
                 break
             if key[0] == owner:
-                named = [item for item in stored.items if isinstance(item.get("id"), str)]
-                here = {item["id"]: item for item in named if item["id"] in wanted}
+                here = {
+                    name: item
+                    for item in stored.items
+                    if isinstance(name := item.get("id"), str) and name in wanted
+                }
                 wanted -= here.keys()
                 found |= here
         return found

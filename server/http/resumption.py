@@ -23,7 +23,7 @@ from ...engine.errors import (
     StreamNotFoundError,
 )
 from .event_log import EventLog, Reader
-from .sse import SseResponse, produce
+from .sse import Pace, SseResponse, produce
 
 MAX_STREAMS = 1024
 """Maximum number of resumable streams."""
@@ -181,19 +181,13 @@ class ResumableStream(SseResponse):
         position: int,
         *,
         request_id: str,
-        keepalive: float,
-        write_timeout: float,
+        pace: Pace,
         headers: dict[str, str],
         opened: bool = False,
     ) -> None:
         """`opened` says that this request has opened the stream: nobody else knows its id yet."""
         headers = {**headers, "x-quire-stream-id": stream.id}
-        super().__init__(
-            request_id=request_id,
-            keepalive=keepalive,
-            write_timeout=write_timeout,
-            headers=headers,
-        )
+        super().__init__(request_id=request_id, pace=pace, headers=headers)
         self._registry = registry
         self._opened = opened
         self._reader = registry.attach(stream, position)

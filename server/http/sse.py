@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 from starlette.requests import ClientDisconnect
@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from ...engine.errors import QuireError, RequestTimeoutError
 from ..errors import answer_of, error_response
 from ..json_text import encode_line
+from ..settings import Settings
 from .middleware import connection
 from .outbox import Outbox, Sink, Source
 
@@ -55,6 +56,24 @@ async def run_until_disconnect(
 
     `deadline` is in seconds of `time.monotonic()`. Raises RequestTimeoutError when it passes.
     """
+    try:
+        return await _unless_gone(receive, work, deadline)
+    except ClientDisconnect:
+        return None
+
+
+async def while_connected(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Return the result of `work`, which is done for the present request. If its client leaves
+    first, cancel it and raise ClientDisconnect; the body must have been read before."""
+    here = connection.get()
+    return await (work if here is None else _unless_gone(here.receive, work, None))
+
+
+async def _unless_gone(
+    receive: Receive, work: Coroutine[Any, Any, _Result], deadline: float | None
+) -> _Result:
+    """Return the result of `work`, or cancel it and raise ClientDisconnect or RequestTimeoutError,
+    whichever comes first."""
     timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
     working = asyncio.create_task(work)
     gone = asyncio.create_task(disconnected(receive))
@@ -63,25 +82,8 @@ async def run_until_disconnect(
         if working.done():
             return working.result()
         if gone.done():
-            return None
+            raise ClientDisconnect
         raise RequestTimeoutError("the request took longer than its timeout")
-    finally:
-        await cancel(working, gone)
-
-
-async def while_connected(work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Return the result of `work`, which is done for the present request. If its client leaves
-    first, cancel it and raise ClientDisconnect; the body must have been read before."""
-    here = connection.get()
-    if here is None:
-        return await work
-    working = asyncio.create_task(work)
-    gone = asyncio.create_task(disconnected(here.receive))
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnect
     finally:
         await cancel(working, gone)
 
@@ -140,6 +142,20 @@ def log_failure(failure: Exception, request_id: str) -> None:
         log.warning("request_failed", request_id=request_id, error=repr(failure))
 
 
+class Pace(NamedTuple):
+    """How a stream deals with silence, and with a client that does not read, in seconds."""
+
+    keepalive: float
+    """Silence after which a comment is sent; 0 means never."""
+    write_timeout: float
+    """How long one write may wait for the client to read, before the request is aborted."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Pace:
+        """Return the pace that the flags set."""
+        return cls(settings.sse_keepalive_interval, settings.stream_stall_timeout)
+
+
 class SseResponse(Response):
     """The connection's side of a stream.
 
@@ -151,23 +167,17 @@ class SseResponse(Response):
         self,
         *,
         request_id: str,
-        keepalive: float,
+        pace: Pace,
         headers: dict[str, str],
-        write_timeout: float,
         comment: bytes = COMMENT,
     ) -> None:
-        """Set the headers and timings.
-
-        `keepalive` is the silence in seconds after which `comment` is sent (0: never). If one
-        write waits `write_timeout` seconds for the client to read, the request is aborted.
-        """
+        """`comment` is what is sent in silence."""
         super().__init__(status_code=200, headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"  # nginx would buffer events otherwise
         self._request_id = request_id
-        self._keepalive = keepalive
-        self._write_timeout = write_timeout
+        self._pace = pace
         self._comment = comment
 
     async def send_from(self, source: Source, scope: Scope, receive: Receive, send: Send) -> bool:
@@ -179,7 +189,7 @@ class SseResponse(Response):
         writing = asyncio.create_task(self._write(writer, source, scope, receive, send))
         others = [
             asyncio.create_task(disconnected(receive)),
-            asyncio.create_task(writer.watch(self._keepalive, self._write_timeout, self._comment)),
+            asyncio.create_task(writer.watch(self._pace, self._comment)),
         ]
         try:
             await asyncio.wait({writing, *others}, return_when=asyncio.FIRST_COMPLETED)
@@ -216,19 +226,12 @@ class EventStream(SseResponse):
         on_close: Callable[[], None],
         request_id: str,
         deadline: float | None,
-        keepalive: float,
+        pace: Pace,
         headers: dict[str, str],
-        write_timeout: float,
         end: bytes = DONE,
         comment: bytes = COMMENT,
     ) -> None:
-        super().__init__(
-            request_id=request_id,
-            keepalive=keepalive,
-            headers=headers,
-            write_timeout=write_timeout,
-            comment=comment,
-        )
+        super().__init__(request_id=request_id, pace=pace, headers=headers, comment=comment)
         self._events = events
         self._on_failure = on_failure
         self._on_close = on_close
@@ -290,11 +293,9 @@ class _Writer:
             }
         )
 
-    async def watch(self, keepalive: float, write_timeout: float, comment: bytes) -> None:
-        """Send `comment` after each `keepalive` seconds of silence (0: never).
-
-        Returns when one write has been waiting for `write_timeout` seconds.
-        """
+    async def watch(self, pace: Pace, comment: bytes) -> None:
+        """Send `comment` in silence. Returns when one write has been waiting for too long."""
+        keepalive, write_timeout = pace
         tick = min(keepalive or write_timeout, write_timeout) / 2
         while True:
             await asyncio.sleep(tick)

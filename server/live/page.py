@@ -81,6 +81,6 @@ async def asset(request: Request, version: str, name: str) -> Response:
     """Return a file of the page. Raises a 404 for one of another version."""
     content = _assets().get(name)
     if content is None or version != assets_version():
-        raise HTTPException(404)
+        raise HTTPException(404, "the page has no such file in this version")
     headers = {**SAFETY, "cache-control": "public, max-age=31536000, immutable"}
     return Response(content, headers=headers, media_type=_TYPES[name[name.rfind(".") :]])

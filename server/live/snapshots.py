@@ -19,7 +19,7 @@ from ...engine.outputs import LiveSequence, LiveSnapshot
 from ..errors import error_body
 from ..http.auth import require_debug_key
 from ..http.route_docs import errors, event_stream
-from ..http.sse import EventStream, event
+from ..http.sse import EventStream, Pace, event
 from ..requests.state import ServerState, state_of
 
 public = APIRouter(tags=["operations"])
@@ -49,9 +49,8 @@ async def live(
         on_close=lambda: None,
         request_id=request.state.request_id,
         deadline=None,
-        keepalive=state.settings.sse_keepalive_interval,
+        pace=Pace.of(state.settings),
         headers={},
-        write_timeout=state.settings.stream_stall_timeout,
     )
 
 

@@ -6,14 +6,15 @@ come only from the server (served names, route templates, error codes), never fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.registry import Collector
 
 from ...engine.config import EngineInfo
 from ...engine.outputs import EngineStats, FinishReason, Timings
+from .families import Families, Prefix
 from .histograms import (
     CHOICE_BUCKETS,
     HTTP_BUCKETS,
@@ -51,6 +52,13 @@ _STEP_COUNTERS = {
     "accepted_tokens": ("spec_decode_num_accepted_tokens", "Tokens of drafts that were right."),
 }
 """Fields of EngineStats that count since the engine's start → name and help of their counter."""
+_TOKEN_COUNTS = {
+    "request_prompt_tokens": "Prompt tokens of a request.",
+    "request_generation_tokens": "Output tokens of a request.",
+    "request_max_num_generation_tokens": "Output tokens of a request's longest choice.",
+    "request_params_max_tokens": "max_tokens of a request.",
+}
+"""Histograms of tokens, whose buckets depend on the model's context: name → help."""
 
 
 class Metrics:
@@ -65,44 +73,39 @@ class Metrics:
     def __init__(
         self,
         model_name: str,
-        prefix: Literal["quire", "vllm"] = "quire",
+        prefix: Prefix = "quire",
         engine: str | None = "0",
     ) -> None:
-        self._registry = CollectorRegistry()
-        self._prefix = prefix
-        self._labels = {"model_name": model_name} | ({} if engine is None else {"engine": engine})
+        labels = {"model_name": model_name} | ({} if engine is None else {"engine": engine})
+        self._families = families = Families(prefix, labels)
+        self.counter_by = families.counter_by
+        """Registers a counter with more labels; see `Families`."""
         self._engines: dict[str, Collector] = {}
         """What is observed of each of several engines."""
         self._last_stats: EngineStats | None = None
 
-        self._running = self._gauge("num_requests_running", "Sequences in the running batch.")
-        self._waiting = self._gauge("num_requests_waiting", "Sequences waiting for a step.")
-        by_reason = Gauge(
-            f"{prefix}:num_requests_waiting_by_reason",
-            "Sequences waiting for a step, by reason.",
-            [*self._labels, "reason"],
-            registry=self._registry,
+        self._running = families.gauge("num_requests_running", "Sequences in the running batch.")
+        self._waiting = families.gauge("num_requests_waiting", "Sequences waiting for a step.")
+        by_reason = families.gauge_by(
+            "num_requests_waiting_by_reason", "Sequences waiting for a step, by reason.", "reason"
         )
-        self._waiting_for = {
-            reason: by_reason.labels(**self._labels, reason=reason) for reason in WAITING_REASONS
-        }
-        self._ready = self._gauge("engine_ready", "1 while the engine serves, 0 otherwise.")
-        self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
+        self._waiting_for = {reason: by_reason(reason) for reason in WAITING_REASONS}
+        self._ready = families.gauge("engine_ready", "1 while the engine serves, 0 otherwise.")
+        self._kv_usage = families.gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
         self._step_counters = {
-            field: self._counter(*name_help) for field, name_help in _STEP_COUNTERS.items()
+            field: families.counter(*name_help) for field, name_help in _STEP_COUNTERS.items()
         }
-        self._accepted = Counter(
-            f"{prefix}:spec_decode_num_accepted_tokens_per_pos",
+        self._accepted = families.counter_by(
+            "spec_decode_num_accepted_tokens_per_pos",
             "Tokens of drafts that were right, by their place in the draft.",
-            [*self._labels, "position"],
-            registry=self._registry,
+            "position",
         )
-        self._accepted.labels(**self._labels, position=0)
-        self._iteration = self._histogram(
+        self._accepted(0)
+        self._iteration = families.histogram(
             "iteration_tokens_total", "Tokens computed by a step.", ITERATION_BUCKETS
         )
-        self._restarts = self._counter("engine_restarts", "Times the engine was restarted.")
-        self._worker_restarts = self._counter(
+        self._restarts = families.counter("engine_restarts", "Times the engine was restarted.")
+        self._worker_restarts = families.counter(
             "http_worker_restarts", "Times an HTTP worker was restarted."
         )
 
@@ -114,37 +117,33 @@ class Metrics:
         self._http()
 
     def _requests(self) -> None:
-        self._prompt = self._counter("prompt_tokens", "Prompt tokens of started requests.")
-        self._cached = self._counter("prompt_tokens_cached", "Prompt tokens found in the cache.")
-        self._generated = self._counter("generation_tokens", "Generated tokens.")
+        counter = self._families.counter
+        self._prompt = counter("prompt_tokens", "Prompt tokens of started requests.")
+        self._cached = counter("prompt_tokens_cached", "Prompt tokens found in the cache.")
+        self._generated = counter("generation_tokens", "Generated tokens.")
         self._new_tokens = 0
-        self._success = Counter(
-            f"{self._prefix}:request_success",
-            "Finished choices by reason.",
-            [*self._labels, "finished_reason"],
-            registry=self._registry,
+        self._success = self.counter_by(
+            "request_success", "Finished choices by reason.", "finished_reason"
         )
         for reason in get_args(FinishReason):
-            self._success.labels(**self._labels, finished_reason=reason)
-        self._rejections = Counter(
-            f"{self._prefix}:admission_rejections",
-            "Requests refused on arrival, by error code.",
-            [*self._labels, "reason"],
-            registry=self._registry,
+            self._success(reason)
+        self._rejections = self.counter_by(
+            "admission_rejections", "Requests refused on arrival, by error code.", "reason"
         )
 
     def _latencies(self) -> None:
-        self._ttft = self._histogram(
+        histogram = self._families.histogram
+        self._ttft = histogram(
             "time_to_first_token_seconds", "Time from arrival to first token.", TTFT_BUCKETS
         )
         self._itl = TokenHistogram(
-            f"{self._prefix}:inter_token_latency_seconds",
+            f"{self._families.prefix}:inter_token_latency_seconds",
             "Time between consecutive tokens.",
-            self._labels,
+            self._families.labels,
             TOKEN_LATENCY_BUCKETS,
         )
-        self._registry.register(self._itl)
-        self._tpot = self._histogram(
+        self._families.registry.register(self._itl)
+        self._tpot = histogram(
             "request_time_per_output_token_seconds",
             "Mean time per token after the first, per request.",
             TOKEN_LATENCY_BUCKETS,
@@ -158,94 +157,55 @@ class Metrics:
         }
         short = ("request_queue_time_seconds", "request_prefill_time_seconds")
         self._spans = {
-            name: self._histogram(
+            name: histogram(
                 name, help, STEP_WAIT_BUCKETS if name in short else REQUEST_LATENCY_BUCKETS
             )
             for name, help in spans.items()
         }
-        self._preemptions = self._histogram(
+        self._preemptions = histogram(
             "request_num_preemptions", "Preemptions of a request.", PREEMPTION_BUCKETS
         )
-        self._n = self._histogram("request_params_n", "Choices of a request.", CHOICE_BUCKETS)
+        self._n = histogram("request_params_n", "Choices of a request.", CHOICE_BUCKETS)
 
     def _http(self) -> None:
         self._http_requests = Counter(
             "http_requests",
             "HTTP requests by route, method and status.",
             ["handler", "method", "status"],
-            registry=self._registry,
+            registry=self._families.registry,
         )
         self._http_duration = Histogram(
             "http_request_duration_seconds",
             "Time until the whole answer was sent.",
             ["handler", "method"],
             buckets=HTTP_BUCKETS,
-            registry=self._registry,
+            registry=self._families.registry,
         )
-
-    def _gauge(self, name: str, help: str) -> Gauge:
-        gauge = Gauge(f"{self._prefix}:{name}", help, list(self._labels), registry=self._registry)
-        return gauge.labels(**self._labels)
-
-    def _counter(self, name: str, help: str) -> Counter:
-        counter = Counter(
-            f"{self._prefix}:{name}", help, list(self._labels), registry=self._registry
-        )
-        return counter.labels(**self._labels)
-
-    def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-        histogram = Histogram(
-            f"{self._prefix}:{name}",
-            help,
-            list(self._labels),
-            buckets=buckets,
-            registry=self._registry,
-        )
-        return histogram.labels(**self._labels)
-
-    def counter_by(self, name: str, help: str, *labels: str) -> Callable[..., Counter]:
-        """Register a counter with more labels; return a function of their values."""
-        counter = Counter(
-            f"{self._prefix}:{name}", help, [*self._labels, *labels], registry=self._registry
-        )
-        return lambda *values: counter.labels(*self._labels.values(), *values)
 
     def engine_ready(self, info: EngineInfo) -> None:
         """Register the metrics that depend on the engine's sizes, at the first call only."""
         if self._token_counts is not None:
             return
-        buckets = tuple(one_two_five(info.max_model_len))
-        self._token_counts = (
-            self._histogram("request_prompt_tokens", "Prompt tokens of a request.", buckets),
-            self._histogram("request_generation_tokens", "Output tokens of a request.", buckets),
-            self._histogram(
-                "request_max_num_generation_tokens",
-                "Output tokens of a request's longest choice.",
-                buckets,
-            ),
-            self._histogram("request_params_max_tokens", "max_tokens of a request.", buckets),
+        families, buckets = self._families, tuple(one_two_five(info.max_model_len))
+        self._token_counts = tuple(
+            families.histogram(name, help, buckets) for name, help in _TOKEN_COUNTS.items()
         )
         values = {
-            **self._labels,
             "block_size": str(info.block_size),
             "num_gpu_blocks": str(info.num_blocks),
             "cache_dtype": info.kv_cache_dtype or info.dtype,
         }
-        Gauge(
-            f"{self._prefix}:cache_config_info",
-            "Shape of the KV cache; always 1.",
-            list(values),
-            registry=self._registry,
-        ).labels(**values).set(1)
+        shape = families.gauge_by("cache_config_info", "Shape of the KV cache; always 1.", *values)
+        shape(*values.values()).set(1)
         if info.keeps_evicted:
-            self._tiers = TierMetrics(self._prefix, self._labels, self._registry)
+            self._tiers = TierMetrics(families)
         if info.max_loras:
             self._adapters = Gauge(
-                f"{self._prefix}:lora_requests_info",
+                f"{families.prefix}:lora_requests_info",
                 "LoRA adapters of running and waiting requests; the value is the time of the "
                 "last change.",
                 ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
-                registry=self._registry,
+                registry=families.registry,
             )
             self._max_lora = info.max_loras
 
@@ -291,7 +251,7 @@ class Metrics:
         for position, count in enumerate(accepted):
             old = before[position] if before else 0
             if count > old:
-                self._accepted.labels(**self._labels, position=position).inc(count - old)
+                self._accepted(position).inc(count - old)
 
     def _set_waiting(self, count: int) -> None:
         self._waiting.set(count)
@@ -307,7 +267,7 @@ class Metrics:
 
     def request_rejected(self, reason: str) -> None:
         """Count a refused request; `reason` is the `code` of an error in engine/errors.py."""
-        self._rejections.labels(**self._labels, reason=reason).inc()
+        self._rejections(reason).inc()
 
     def prompt_read(self, prompt_tokens: int, cached_tokens: int) -> None:
         """Count a prompt, once: at the first output, or at the end if there was none."""
@@ -330,7 +290,7 @@ class Metrics:
         """Count a request that has ended, for any reason. Its tokens have already been counted."""
         generated = sum(record.generation_tokens)
         for reason in record.finish_reasons:
-            self._success.labels(**self._labels, finished_reason=reason).inc()
+            self._success(reason).inc()
         longest = max(record.generation_tokens, default=0)
         self._n.observe(len(record.finish_reasons))
         self._preemptions.observe(record.preemptions)
@@ -365,7 +325,7 @@ class Metrics:
         With vLLM's prefix, requests are counted as vLLM counts them, so that its panels and alerts
         find them: statuses are grouped (5xx), and probes are left out.
         """
-        grouped = self._prefix == "vllm"
+        grouped = self._families.prefix == "vllm"
         if grouped and handler in _PROBES:
             return
         handler = handler or ("none" if grouped else "unmatched")
@@ -377,20 +337,21 @@ class Metrics:
     def samples(self) -> list[Sample]:
         """Return the counts of this process, for the page of another one."""
         self._count_new_tokens()
-        return samples_of(self._registry.collect())
+        return samples_of(self._families.registry.collect())
 
     def render(self, others: Totals | None = None, *, openmetrics: bool = False) -> Page:
         """Return the page with the counts of `others` added. See `page_of`."""
         self._count_new_tokens()
-        own: Collector = self._registry
+        own: Collector = self._families.registry
         if self._engines:
             own = EngineSums(own, self._engines)
         return page_of(own, others or {}, openmetrics=openmetrics)
 
     def observer_of(self, engine: str) -> OneOfSeveral:
         """Return the observer of one of several engines."""
-        own = Metrics(self._labels["model_name"], self._prefix, engine)
-        self._engines[engine] = own._registry
+        families = self._families
+        own = Metrics(families.labels["model_name"], families.prefix, engine)
+        self._engines[engine] = own._families.registry
         return OneOfSeveral(self, own)
 
     def _count_new_tokens(self) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from collections.abc import Iterable
 
 from ...engine.outputs import TierStats
+from .families import Families
 
 _COUNTERS = {
     "stored": ("kv_tier_stored_blocks", "copied to the tier"),
@@ -35,22 +34,15 @@ TIER_FAMILIES = (
 class TierMetrics:
     """Shows one engine's tiers under the label `tier`."""
 
-    def __init__(self, prefix: str, labels: Mapping[str, str], registry: CollectorRegistry) -> None:
-        names = [*labels, "tier"]
-        self._labels = labels
-        self._blocks = Gauge(
-            f"{prefix}:kv_tier_blocks", "Blocks that the tier holds.", names, registry=registry
-        )
+    def __init__(self, families: Families) -> None:
+        self._blocks = families.gauge_by("kv_tier_blocks", "Blocks that the tier holds.", "tier")
         self._counters = {
-            field: Counter(f"{prefix}:{name}", f"Blocks {text}.", names, registry=registry)
+            field: families.counter_by(name, f"Blocks {text}.", "tier")
             for field, (name, text) in _COUNTERS.items()
         }
         self._bytes = {
-            field: Counter(
-                f"{prefix}:kv_tier_{field}_bytes",
-                f"Bytes of blocks {_COUNTERS[field][1]}.",
-                names,
-                registry=registry,
+            field: families.counter_by(
+                f"kv_tier_{field}_bytes", f"Bytes of blocks {_COUNTERS[field][1]}.", "tier"
             )
             for field in _BYTES
         }
@@ -60,11 +52,10 @@ class TierMetrics:
         since the engine's start."""
         before = {one.tier: one for one in last}
         for one in tiers:
-            labels = {**self._labels, "tier": one.tier}
-            self._blocks.labels(**labels).set(one.num_blocks)
+            self._blocks(one.tier).set(one.num_blocks)
             for field, counter in self._counters.items():
                 old = getattr(before[one.tier], field) if one.tier in before else 0
                 count = getattr(one, field) - old
-                counter.labels(**labels).inc(count)
+                counter(one.tier).inc(count)
                 if field in self._bytes:
-                    self._bytes[field].labels(**labels).inc(count * one.block_bytes)
+                    self._bytes[field](one.tier).inc(count * one.block_bytes)

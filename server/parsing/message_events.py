@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 
@@ -40,20 +41,19 @@ Event = ContentText | ReasoningText | ToolCallStart | ToolCallArguments
 def joined(events: Iterable[Event]) -> list[Event]:
     """Return the events with neighbours of the same kind merged into one."""
     result: list[Event] = []
-    for event in events:
-        last = result[-1] if result else None
-        if isinstance(event, ToolCallArguments):
-            if isinstance(last, ToolCallArguments) and last.call == event.call:
-                result[-1] = ToolCallArguments(event.call, last.text + event.text)
-                continue
-        elif isinstance(event, ContentText) and isinstance(last, ContentText):
-            result[-1] = ContentText(last.text + event.text)
-            continue
-        elif isinstance(event, ReasoningText) and isinstance(last, ReasoningText):
-            result[-1] = ReasoningText(last.text + event.text)
-            continue
+    for _, group in groupby(events, _kind):
+        neighbours = list(group)
+        event = neighbours[0]
+        if len(neighbours) > 1 and not isinstance(event, ToolCallStart):
+            texts = (one.text for one in neighbours if not isinstance(one, ToolCallStart))
+            event = event._replace(text="".join(texts))
         result.append(event)
     return result
+
+
+def _kind(event: Event) -> Hashable:
+    """Return what neighbours have in common that are merged; no two starts of calls have it."""
+    return type(event), getattr(event, "call", None), getattr(event, "id", None)
 
 
 def delta_of(event: Event) -> dict[str, Any]:

@@ -13,6 +13,7 @@ Reading order, which is the way of a request:
     structured       the structure that an answer must have, as a grammar
     forced_calls     the grammar of a chat's answer: calls, a structure, or either
     job              the engine's requests, with their deadlines
+    choice           a choice as it grows, and the deltas that it gives
     generation       a job run through the engine, to the text of each choice
     merged_outputs   the outputs of several engine requests as one stream
 

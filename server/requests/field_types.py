@@ -103,9 +103,9 @@ def _check_content(value: Any) -> str | None:
     for index, part in enumerate(value):
         kind = part.get("type", "text")
         if kind != "text":
-            raise ValueError(f"[{index}] has the type {str(kind)[:32]!r}, but only text is read")
+            raise ValueError(f"part {index} has the type {str(kind)[:32]!r}; only text is read")
         if not isinstance(part.get("text"), str):
-            raise ValueError(f"[{index}] needs a string as its text")
+            raise ValueError(f"part {index} needs a string as its text")
     texts = tuple(part["text"] for part in value)
     if len(texts) == 1:
         return texts[0]  # type: ignore[no-any-return]
@@ -259,5 +259,6 @@ ToolName = Annotated[
 ToolParameters = Annotated[Any, PlainValidator(_check_parameters)]
 FunctionCallField = Annotated[Any, PlainValidator(_check_function_call)]
 OptionalLabel = Annotated[Label | None, BeforeValidator(_check_label)]
+"""A label; clients send an empty one for none."""
 NoBudget = Annotated[int | None, PlainValidator(_check_no_budget)]
 ToolChoiceField = Annotated[Any, PlainValidator(_check_tool_choice)]

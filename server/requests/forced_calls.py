@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ...engine.errors import InvalidRequestError
@@ -66,17 +67,20 @@ def chat_grammar(
     shape = _shape_of_calls(body, param, tokenizer, message_format) if tools else None
     # 2. Determine the reasoning that may come before the calls or the answer.
     end = prompt_end(tokenizer, prompt)
+    special_ids = tokenizer.special_ids
+    literal = _literal_writer(special_ids)
     before_answer = ""
     if message_format.is_harmony:
         many = False  # a call ends the answer
-        shape, reasoning = _in_harmony(body, end, shape, tokenizer.special_ids)
+        shape, reasoning = _in_harmony(body, end, shape, literal)
         before_answer = "" if body.continue_final_message else FINAL
     else:
-        reasoning = _reasoning(body, end, message_format, tokenizer.special_ids)
+        reasoning = _reasoning(body, end, message_format, special_ids)
     if answer is not None and shape is None and not reasoning.rule and not before_answer:
         return answer
     # 3. Write the grammar. Harmony itself says what is a call.
-    writer = _Writer(shape, tools, many, reasoning, tokenizer.special_ids)
+    lazy = reasoning.closing not in special_ids
+    writer = _Writer(shape, tools, many, reasoning, literal, lazy_thoughts=lazy)
     text = writer.grammar(None if answer is None else before_answer)
     openings = () if message_format.is_harmony else writer.openings()
     return _constraint(text, answer, openings, "tools" if tools else param, param)
@@ -140,7 +144,7 @@ def _reasoning(
 
 
 def _in_harmony(
-    body: ChatBody, end: str, shape: CallShape | None, special_ids: dict[str, int]
+    body: ChatBody, end: str, shape: CallShape | None, literal: Callable[[str], str]
 ) -> tuple[CallShape | None, _Reasoning]:
     """Return the shape of calls and the reasoning in harmony.
 
@@ -150,11 +154,16 @@ def _in_harmony(
     if body.continue_final_message:
         return shape and shape._replace(first=END + ASSISTANT), _Reasoning()
     rule = "reasoning" if end.endswith(ANALYSIS) else "(opening reasoning)?"
-    return shape, _Reasoning(rule, ANALYSIS, END, _literal(ASSISTANT, special_ids))
+    return shape, _Reasoning(rule, ANALYSIS, END, literal(ASSISTANT))
 
 
 class _Writer:
-    """Writes the grammar in llguidance's dialect of Lark; see the module's docstring."""
+    """Writes the grammar in llguidance's dialect of Lark; see the module's docstring.
+
+    `literal` writes a text (see `_literal_writer`). `lazy_thoughts` says that the thoughts end at
+    the first closing tag. Their pattern never matches a control token, so only a closing tag that
+    is text needs such a match.
+    """
 
     def __init__(
         self,
@@ -162,13 +171,16 @@ class _Writer:
         tools: list[dict[str, Any]],
         many: bool,
         reasoning: _Reasoning,
-        special_ids: dict[str, int],
+        literal: Callable[[str], str],
+        *,
+        lazy_thoughts: bool,
     ) -> None:
         self._shape = shape
         self._tools = tools
         self._many = many
         self._reasoning = reasoning
-        self._special_ids = special_ids
+        self._literal = literal
+        self._lazy = "[lazy]" if lazy_thoughts else ""
         self._has_answer = False
 
     def openings(self) -> tuple[str, ...]:
@@ -217,17 +229,11 @@ class _Writer:
         reasoning = self._reasoning
         if not reasoning.rule:
             return []
-        # The pattern of the thoughts never matches a control token, so only a closing tag that is
-        # text needs the lazy match, which ends the thoughts at the first one.
-        lazy = "" if reasoning.closing in self._special_ids else "[lazy]"
         return [
             f"opening: {self._literal(reasoning.opening)}",
             f"reasoning: thoughts {reasoning.after}",
-            rf"thoughts{lazy}: /(.|\n)*/ {self._literal(reasoning.closing)}",
+            rf"thoughts{self._lazy}: /(.|\n)*/ {self._literal(reasoning.closing)}",
         ]
-
-    def _literal(self, text: str) -> str:
-        return _literal(text, self._special_ids)
 
 
 def _bare_call(shape: CallShape, tool: dict[str, Any]) -> str:
@@ -250,12 +256,16 @@ def _bare_call(shape: CallShape, tool: dict[str, Any]) -> str:
     return json.dumps(with_json_options(schema))
 
 
-def _literal(text: str, special_ids: dict[str, int]) -> str:
-    """Return Lark for `text`, in which control tokens are written as tokens, by their ids."""
+def _literal_writer(special_ids: dict[str, int]) -> Callable[[str], str]:
+    """Return a function that writes a text in Lark, its control tokens as tokens, by their ids."""
     spellings = "|".join(map(re.escape, sorted(special_ids, key=len, reverse=True)))
-    pieces = re.split(f"({spellings})", text) if spellings else [text]
-    return " ".join(
-        f"<[{special_ids[piece]}]>" if piece in special_ids else json.dumps(piece)
-        for piece in pieces
-        if piece
-    )
+    pattern = re.compile(f"({spellings})" if spellings else r"\Z")
+
+    def literal(text: str) -> str:
+        return " ".join(
+            f"<[{special_ids[piece]}]>" if piece in special_ids else json.dumps(piece)
+            for piece in pattern.split(text)
+            if piece
+        )
+
+    return literal

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import structlog
@@ -17,7 +16,8 @@ from ..http.limits import Ticket
 from ..http.middleware import connection
 from ..metrics.histograms import RequestRecord, exemplar
 from ..text.detokenizer import Detokenizer
-from ..tracing.current import current
+from ..tracing.current import EndedGeneration, current
+from .choice import Choice, Delta
 from .job import Job
 from .merged_outputs import merged_outputs
 from .state import ServerState
@@ -26,69 +26,6 @@ log = structlog.get_logger(__name__)
 
 CONTEXT_TOKENS = 4
 """Tokens of the prompt's end that a detokenizer gets if the tokenizer is not byte-level."""
-
-
-class Delta(NamedTuple):
-    """More of one choice. `token_ids` and `logprobs` are those of `text`; `offsets` are the places
-    in the choice's whole text where the texts of the tokens begin, if log-probabilities are asked
-    for."""
-
-    choice: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs]
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None
-    offsets: list[int]
-
-
-@dataclass(slots=True)
-class Choice:
-    """A choice as it grows. `index` counts the choices of all prompts, `number` those of its own
-    prompt."""
-
-    index: int
-    number: int
-    detokenizer: Detokenizer
-    num_tokens: int = 0
-    logprob_sum: float = 0.0
-    finish_reason: FinishReason | None = None
-    pending_ids: list[int] = field(default_factory=list)
-    """Tokens that no delta has brought yet."""
-    pending_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """The log-probabilities of `pending_ids`."""
-    pending_offsets: list[int] = field(default_factory=list)
-    """Where the texts of `pending_ids` begin, if that is asked for."""
-    num_characters: int = 0
-    """Characters of all deltas so far."""
-    last_token_time: float | None = None
-    reasoning: ReasoningTracker | None = None
-    """Counts the tokens of the reasoning, if a chat's answer may have any."""
-
-    @property
-    def mean_logprob(self) -> float:
-        """The mean log-probability of the tokens, by which best_of ranks."""
-        return self.logprob_sum / max(1, self.num_tokens)
-
-    def take_delta(self, text: str, stop_reason: int | str | None) -> Delta:
-        """Return `text` with the pending tokens, which are pending no longer. Tokens whose text
-        begins in what is still held back stay pending, since a stop string may cut it off."""
-        self.num_characters += len(text)
-        count, end = len(self.pending_ids), self.num_characters
-        if self.finish_reason is None:
-            while self.pending_offsets[count - 1 : count] > [end]:
-                count -= 1
-        delta = Delta(
-            self.index,
-            text,
-            self.pending_ids[:count],
-            self.pending_logprobs[:count],
-            self.finish_reason,
-            stop_reason,
-            [min(offset, end) for offset in self.pending_offsets[:count]],
-        )
-        del self.pending_ids[:count], self.pending_logprobs[:count], self.pending_offsets[:count]
-        return delta
 
 
 class Generation:
@@ -115,6 +52,11 @@ class Generation:
         self._is_placed = False
         self._accepted, self._rejected = 0, 0
         """Tokens of predictions that were right, and that were tried and wrong."""
+        self._skips_special, self._hidden = job.skip_special_tokens, dict[int, str]()
+        if self._skips_special:
+            self._skips_special, self._hidden = state.tokenizer.skipped_but(
+                job.shown_tokens, job.stops
+            )
         self.choices = [
             [self._new_choice(position, number) for number in range(request.sampling_params.n)]
             for position, request in enumerate(job.requests)
@@ -126,13 +68,10 @@ class Generation:
         context: Sequence[int] = ()
         if not tokenizer.byte_level:
             context = request.prompt_token_ids[-CONTEXT_TOKENS:]
-        skip, hidden = job.skip_special_tokens, dict[int, str]()
-        if skip and (job.shown_tokens or tokenizer.spells_control_token(job.stops)):
-            skip, hidden = tokenizer.skipped_but(job.shown_tokens, job.stops)
         detokenizer = Detokenizer(
             tokenizer.backend,
-            skip_special_tokens=skip,
-            hidden=hidden,
+            skip_special_tokens=self._skips_special,
+            hidden=self._hidden,
             stops=job.stops,
             include_stop=job.include_stop,
             min_tokens=request.sampling_params.min_tokens,
@@ -337,8 +276,9 @@ class Generation:
                     key=key_name or None,
                 )
         if self._trace is not None:
+            cached = sum(self._cached_tokens)
             self._trace.generation_ended(
-                self._job.requests, records, sum(self._cached_tokens), self._error
+                EndedGeneration(self._job.requests, records, cached, self._error)
             )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 
 from ...engine.client import EngineClient
+from ...engine.config import EngineInfo
 from ...engine.errors import EngineNotReadyError, ModelNotFoundError
 from ...engine.lora import AdapterSource
 from ..http.auth import Keys
@@ -97,12 +98,18 @@ class ServerState:
         self.in_flight.draining = True
 
     @property
+    def engine_info(self) -> EngineInfo | None:
+        """The facts about the engine and its model; None before its first start."""
+        try:
+            return self.engine.info
+        except EngineNotReadyError:
+            return None
+
+    @property
     def adapters(self) -> dict[str, AdapterSource]:
         """The loaded LoRA adapters by name; before the first start, those that will be loaded."""
-        try:
-            adapters = self.engine.info.adapters
-        except EngineNotReadyError:
-            adapters = self.settings.adapters
+        info = self.engine_info
+        adapters = self.settings.adapters if info is None else info.adapters
         return {adapter.name: adapter for adapter in adapters}
 
     def adapter_of(self, name: str | None) -> str | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from pydantic_core import from_json
+
 from ...engine.errors import InvalidRequestError
 from ..json_text import encode_json
 from ..parsing.formats.message_format import MessageFormat
@@ -131,6 +133,18 @@ def names_one_tool(body: ChatFields) -> bool:
 def custom_tools(body: ChatFields) -> frozenset[str]:
     """Return the names of the custom tools."""
     return frozenset(tool.custom.name for tool in body.tools or () if tool.custom is not None)
+
+
+def custom_input(arguments: str) -> str:
+    """Return the text that the model wrote as the input of a custom tool, as far as it came, from
+    the arguments of its call. Arguments that are not the expected object are returned as they are,
+    so that nothing is lost."""
+    try:
+        value = from_json(arguments, allow_partial="trailing-strings")
+    except ValueError:
+        return arguments
+    text = value.get(CUSTOM_INPUT) if isinstance(value, dict) else None
+    return text if isinstance(text, str) else arguments
 
 
 def without_effect(body: ChatFields) -> list[str]:

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ...engine.errors import InvalidRequestError
 from ..api.answers import ignored_header, refusals_counted
 from ..api.embeddings import tokens_to_keep
 from ..api.translation import renamed
+from ..api.whole_answers import json_of
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.route_docs import GENERATION_ERRORS, OBJECTS, answers, errors, json_body, json_object
@@ -76,7 +77,7 @@ async def classify(request: Request) -> Response:
         "data": data,
         "usage": scored.usage,
     }
-    return JSONResponse(answer, headers=ignored_header(ignored))
+    return await json_of(answer, ignored_header(ignored))
 
 
 def _encoders(state: ServerState, body: ClassifyBody) -> tuple[list[Encode], int]:

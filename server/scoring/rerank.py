@@ -11,12 +11,13 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import AliasChoices, Field
 
 from ...engine.errors import InvalidRequestError
 from ..api.answers import ignored_header, refusals_counted
 from ..api.embeddings import tokens_to_keep
+from ..api.whole_answers import json_of
 from ..errors import client_left
 from ..http.body import read_json_object
 from ..http.route_docs import GENERATION_ERRORS, OBJECTS, answers, errors, json_body, json_object
@@ -86,7 +87,7 @@ async def rerank(request: Request) -> Response:
         "usage": scored.usage,
         "results": _ranked(body, texts, scored.scores[:, 0].tolist()),
     }
-    return JSONResponse(answer, headers=ignored_header(ignored))
+    return await json_of(answer, ignored_header(ignored))
 
 
 def _ranked(body: RerankBody, texts: list[str], relevance: list[float]) -> list[dict[str, Any]]:
@@ -133,7 +134,7 @@ async def score_pairs(request: Request) -> Response:
         "data": data,
         "usage": scored.usage,
     }
-    return JSONResponse(answer, headers=ignored_header(ignored))
+    return await json_of(answer, ignored_header(ignored))
 
 
 def _pairs(body: ScoreBody) -> list[tuple[str, str]]:

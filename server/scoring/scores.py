@@ -15,7 +15,7 @@ from ...engine.classifier_spec import Activation, ClassifierSpec
 from ...engine.errors import ContextLengthError, InvalidRequestError
 from ...engine.sampling_params import SamplingParams
 from ..http.sse import run_until_disconnect
-from ..requests.field_types import Fields, Label, Priority, Seconds
+from ..requests.field_types import Fields, Label, OptionalLabel, Priority, Seconds
 from ..requests.generation import Generation, collect
 from ..requests.job import JobParts, make_job
 from ..requests.preparation import asked_by
@@ -35,7 +35,7 @@ class ScoringFields(Fields):
     use_activation: bool | None = None
     priority: Priority | None = None
     cache_salt: Label | None = None
-    user: str | None = None
+    user: OptionalLabel = None
     timeout: Seconds | None = None
 
 
@@ -100,7 +100,7 @@ async def score(
         )
         parts = JobParts(arrival=arrival, pooling="classify")
         job = make_job(state, fields, SamplingParams(max_tokens=0), token_ids, parts)
-        job = asked_by(job, state.keys.owner(request), body.user or None)
+        job = asked_by(job, state.keys.owner(request), body.user)
         ticket.tokenised(sum(map(len, token_ids)))
         generation = Generation(state, job, ticket, request.state.request_id)
     except BaseException:

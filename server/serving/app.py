@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -89,17 +90,21 @@ def create_app(
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
-        responses=errors(500),
     )
     app.state.quire = state
     app.state.tracer = tracer
     install_handlers(app)
-    _include_routers(app)
+    root, routers = _routers()
+    app.router.routes.extend(root.routes)
+    explain_unknown_paths(app, routers)
     _add_middleware(app, settings, metrics, tracer)
     return app
 
 
-def _include_routers(app: FastAPI) -> None:
+@cache
+def _routers() -> tuple[APIRouter, list[APIRouter]]:
+    """Return a router with all routes, and those that declare them. All applications of a process
+    share them, since FastAPI takes some 20 ms to prepare them: tests make many applications."""
     endpoints = (
         *(completions, chat, responses, responses_extra, conversations, messages),
         *(embeddings, tokenization),
@@ -111,9 +116,10 @@ def _include_routers(app: FastAPI) -> None:
         keyed.include_router(router)
     public = [page.router, snapshots.public, operations.public, _documentation()]
     public += [operations.router, adapters.router]
+    root = APIRouter(responses=errors(500))
     for router in (*public, keyed):
-        app.include_router(router)
-    explain_unknown_paths(app, [*public, *private])
+        root.include_router(router)
+    return root, [*public, *private]
 
 
 @asynccontextmanager

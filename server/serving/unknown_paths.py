@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 from ..errors import http_error_response
 
@@ -22,6 +23,9 @@ def explain_unknown_paths(app: FastAPI, routers: Iterable[APIRouter]) -> None:
     paths = sorted({route.path for route in routes if "{" not in route.path})
 
     async def on_unknown_path(request: Request, error: Exception) -> JSONResponse:
+        if "endpoint" in request.scope:  # the path exists, and what it names does not
+            assert isinstance(error, HTTPException)
+            return http_error_response(404, str(error.detail), request.scope)
         root = request.scope.get("root_path", "")
         path = request.scope["path"].removeprefix(root)[:_LONGEST]
         meant = _meant(path, paths)

@@ -13,6 +13,7 @@ class Spelling:
 
     def __init__(self, backend: Encoder) -> None:
         self._backend = backend
+        self._added = frozenset(backend.get_added_tokens_decoder())
         decoder = str(backend.decoder.__getstate__())
         self._is_wordpiece = '"WordPiece"' in decoder
         self.byte_level = '"ByteLevel"' in decoder
@@ -21,9 +22,8 @@ class Spelling:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token adds to a text."""
         # 1. Added tokens are written as they are; an id outside the vocabulary has no bytes.
-        added = self._backend.get_added_tokens_decoder().get(token_id)
         piece = self._backend.id_to_token(token_id)
-        if added is not None or piece is None:
+        if token_id in self._added or piece is None:
             return (piece or "").encode()
         # 2. A byte-level vocabulary has one printable character for each byte.
         if self.byte_level:

@@ -72,6 +72,12 @@ class Tokenizer:
         self.vocab_size = len(vocabulary)
         self.longest_token = max(map(len, vocabulary))
         """Characters of the longest token."""
+        self.special_ids: dict[str, int] = {
+            token.content: token_id
+            for token_id, token in self.backend.get_added_tokens_decoder().items()
+            if token.special
+        }
+        """The ids of the control tokens, by their text."""
         self._control_tokens = ControlTokens(self.special_ids)
         self._aliased: Encoder | None = None
         self._aliased_lock = threading.Lock()
@@ -110,15 +116,6 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The text of the chat template, or None if the model has none."""
         return self.templates.choose()
-
-    @property
-    def special_ids(self) -> dict[str, int]:
-        """The ids of the control tokens, by their text."""
-        return {
-            token.content: token_id
-            for token_id, token in self.backend.get_added_tokens_decoder().items()
-            if token.special
-        }
 
     @property
     def response_template(self) -> ResponseTemplate | None:

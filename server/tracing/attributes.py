@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...engine.request import Request
-from ..metrics.histograms import RequestRecord
+from .current import EndedGeneration
 
 Value = str | int | float | Sequence[str]
 
@@ -53,13 +52,9 @@ OPERATIONS: Mapping[str, str] = {
 none of theirs fits, as for rerank, score and classify."""
 
 
-def of_generation(
-    model: str,
-    requests: Sequence[Request],
-    records: Sequence[RequestRecord],
-    num_cached_tokens: int,
-) -> dict[str, Value]:
-    """Return the attributes of a finished generation, whose requests share their parameters."""
+def of_generation(model: str, ended: EndedGeneration) -> dict[str, Value]:
+    """Return the attributes of a generation, whose requests share their parameters."""
+    requests, records = ended.requests, ended.records
     params = requests[0].sampling_params
     name = requests[0].adapter or model
     values: dict[str, Value] = {
@@ -67,7 +62,7 @@ def of_generation(
         RESPONSE_MODEL: name,
         INPUT_TOKENS: sum(record.prompt_tokens for record in records),
         OUTPUT_TOKENS: sum(sum(record.generation_tokens) for record in records),
-        CACHED_TOKENS: num_cached_tokens,
+        CACHED_TOKENS: ended.num_cached_tokens,
         PREEMPTIONS: sum(record.preemptions for record in records),
     }
     if requests[0].pooling is None:

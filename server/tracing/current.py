@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Protocol
 
 from ...engine.request import Request
 from ..metrics.histograms import RequestRecord
+
+
+@dataclass(frozen=True, slots=True)
+class EndedGeneration:
+    """A generation that has ended: the engine's requests, the record of each, how many of their
+    prompt tokens were found in the cache, and the code of the error with which they failed, if
+    any."""
+
+    requests: Sequence[Request]
+    records: Sequence[RequestRecord]
+    num_cached_tokens: int
+    error: str | None
 
 
 class RequestTrace(Protocol):
@@ -21,15 +34,8 @@ class RequestTrace(Protocol):
     def generation_began(self) -> None:
         """Keep the trace open until `generation_ended`."""
 
-    def generation_ended(
-        self,
-        requests: Sequence[Request],
-        records: Sequence[RequestRecord],
-        num_cached_tokens: int,
-        error: str | None,
-    ) -> None:
-        """Record a generation: the engine's requests, the record of each, how many of their prompt
-        tokens were found in the cache, and the code of the error with which they failed, if any."""
+    def generation_ended(self, ended: EndedGeneration) -> None:
+        """Record a generation."""
 
 
 current: ContextVar[RequestTrace | None] = ContextVar("current_trace", default=None)

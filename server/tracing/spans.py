@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import structlog
 from opentelemetry.context import Context
@@ -31,9 +31,8 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from ...engine.outputs import Timings
-from ...engine.request import Request
-from ..metrics.histograms import RequestRecord
 from . import attributes
+from .current import EndedGeneration
 
 log = structlog.get_logger(__name__)
 
@@ -99,7 +98,6 @@ class Tracer:
 
 def _phases(timings: Timings) -> Iterable[tuple[str, float, float]]:
     """Yield the name, begin and end of each phase, in seconds since the request's arrival."""
-
     finished = timings.finished
     scheduled = finished if timings.scheduled is None else timings.scheduled
     first_token = finished if timings.first_token is None else timings.first_token
@@ -130,23 +128,18 @@ class SpanOfRequest:
     def generation_began(self) -> None:
         self._open += 1
 
-    def generation_ended(
-        self,
-        requests: Sequence[Request],
-        records: Sequence[RequestRecord],
-        num_cached_tokens: int,
-        error: str | None,
-    ) -> None:
-        self._error = self._error or error
-        self._failed = self._failed or error is not None
+    def generation_ended(self, ended: EndedGeneration) -> None:
+        self._error = self._error or ended.error
+        self._failed = self._failed or ended.error is not None
         if self._span.is_recording():
-            values = attributes.of_generation(self._model, requests, records, num_cached_tokens)
+            values = attributes.of_generation(self._model, ended)
+            shown = list(zip(ended.requests, ended.records, strict=True))[:MAX_PROMPTS]
             values[attributes.FINISH_REASONS] = [
-                reason for record in records[:MAX_PROMPTS] for reason in record.finish_reasons
+                reason for _, record in shown for reason in record.finish_reasons
             ]
             self._span.set_attributes(values)
             self._span.update_name(f"{self._operation} {values[attributes.REQUEST_MODEL]}")
-            for request, record in list(zip(requests, records, strict=True))[:MAX_PROMPTS]:
+            for request, record in shown:
                 if record.timings is not None:
                     self._tracer.write_phases(self._span, request.arrival_time, record.timings)
         self._end_part()

@@ -36,6 +36,11 @@ def make_app(engine: FakeEngineClient, tokenizer: Tokenizer, **settings: Any) ->
     return create_app(Settings(**values), engine, tokenizer, Metrics(MODEL))
 
 
+def app_client(app: Any) -> httpx.AsyncClient:
+    """Return a client of an application, through which its exceptions reach the test."""
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://quire")
+
+
 @pytest.fixture
 async def make_client(engine: FakeEngineClient, tokenizer: Tokenizer) -> AsyncIterator[MakeClient]:
     """Return a function that makes a client of an application with the fake engine and settings."""

@@ -95,9 +95,9 @@ BAD = [
         ": must be 'system', 'developer', 'user', 'assistant', 'tool' or 'function'"),
     Bad(CHAT, says(5), "messages[0].content", ": must be a string or a list of content parts"),
     Bad(CHAT, says([{"text": "a"}, {"type": "image_url"}]), "messages[0].content",
-        ": [1] has the type 'image_url', but only text is read"),
+        ": part 1 has the type 'image_url'; only text is read"),
     Bad(CHAT, says([{"type": "text"}]), "messages[0].content",
-        ": [0] needs a string as its text"),
+        ": part 0 needs a string as its text"),
     # tools
     Bad(CHAT, {"tools": [{"type": "web"}]}, "tools[0].type",
         ": must be 'function' or 'custom'"),
@@ -198,6 +198,29 @@ async def test_other_dialects_reduce_max_tokens_to_the_room_that_is_left(
         assert request.sampling_params.max_tokens == 512 - len(request.prompt_token_ids)
         response = await client.post(path, json={**fields, name: 9})
         assert "x-quire-ignored-params" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [
+        ("/v1/responses/resp_x", 404, "there is no response 'resp_x'"),
+        ("/v1/responses/resp_x/input_items", 404, "there is no response 'resp_x'"),
+        ("/v1/conversations/x", 404, "there is no conversation 'x'"),
+        ("/v1/conversations/x/items/y", 404, "there is no conversation 'x'"),
+        ("/web/x/y.js", 404, "the page has no such file in this version"),
+        ("/v1/respons/x", 404, "there is no '/v1/respons/x'; did you mean /v1/responses?"),
+        ("/v1/responses/x/input_items?limit=0", 400, "limit: must be at least 1"),
+        ("/v1/responses/x/input_items?limit=x", 400, "limit: must be an integer"),
+        ("/v1/responses/x/input_items?order=up", 400, "order: must be 'asc' or 'desc'"),
+        ("/debug/live?limit=x", 400, "limit: must be an integer"),
+    ],
+)
+async def test_a_wrong_address_is_told_by_what_is_wrong_with_it(
+    make_client: MakeClient, path: str, status: int, message: str
+) -> None:
+    """A thing that is not there differs from a path that is not."""
+    response = await make_client().get(path)
+    assert (response.status_code, response.json()["error"]["message"]) == (status, message)
 
 
 class Pet(BaseModel):

@@ -40,7 +40,7 @@ from quire.server.scoring.classify import ClassifyBody
 from quire.server.scoring.rerank import RerankBody, ScoreBody
 from quire.server.serving.openapi import openapi_document
 
-from .conftest import make_app
+from .conftest import app_client, make_app
 from .fakes import FakeEngineClient, byte_tokenizer, say
 
 EXAMPLES = int(os.environ.get("QUIRE_FUZZ_EXAMPLES", "25"))
@@ -167,8 +167,7 @@ def test_some_generated_requests_are_answered() -> None:
 
 async def test_the_document_says_which_paths_require_a_key() -> None:
     app, _ = _app(api_key=("one",), admin_api_key="two")
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(app) as client:
         for path, operations in openapi_document(app)["paths"].items():
             for method, operation in operations.items():
                 answer = await client.request(method, path.replace("{", "").replace("}", ""))
@@ -213,8 +212,7 @@ def test_bodies_and_streams_are_described() -> None:
     ],
 )
 async def test_events_match_their_schema(path: str, body: dict[str, Any]) -> None:
-    transport = httpx.ASGITransport(app=APP)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(APP) as client:
         response = await client.post(path, json={**body, "stream": True})
     assert response.status_code == 200
     schema[path]["POST"].Case(body=body).validate_response(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,25 +20,18 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.qwen3 import Qwen3Config
 
 from quire.engine.classifier_spec import NO_CLASSIFIER, ClassifierSpec
-from quire.engine.config import EngineConfig
-from quire.engine.core.engine_core import EngineCore
 from quire.engine.devices.choose import choose_backend
 from quire.engine.errors import QuireError
 from quire.engine.model.loader import load_model
-from quire.engine.runner.worker import Worker
-from quire.server.metrics.metrics import Metrics
 from quire.server.scoring.pairs import PairEncoder
-from quire.server.serving.app import create_app
-from quire.server.settings import Settings
-from quire.server.text.tokenizer import Tokenizer
 
-from ..engine.inline_client import InlineEngineClient
 from ..engine.models import COMMON, build_model
 from ..engine.sentence_transformers_layout import edit_json
 from ..engine.worker_driver import make_config
 from .conftest import MODEL
 from .fakes import FakeEngineClient, byte_tokenizer, ids
 from .openai_http import assert_error
+from .real_engine import real_server, running
 
 QUERY = "what do cats eat? Answer with a kind of food."
 DOCUMENTS = ["cats eat fish", "the sky is blue", "fish, mice and birds", "a"]
@@ -75,32 +67,10 @@ def _save_reranker(folder: Path) -> PreTrainedModel:
 
 @asynccontextmanager
 async def _serving(folder: Path, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-    values = Settings(
-        model=str(folder),
-        served_model_name=(MODEL,),
-        device="cpu",
-        dtype="float32",
-        num_gpu_blocks_override=200,
-        max_num_batched_tokens=64,
-        num_threads=1,
-        **settings,
-    )
-
-    def make_core(config: EngineConfig) -> EngineCore:
-        return EngineCore(config, Worker(config))
-
-    metrics = Metrics(MODEL)
-    engine = InlineEngineClient(values.engine_config(), make_core, observer=metrics)
-    app = create_app(values, engine, Tokenizer.load(str(folder)), metrics)
-    await engine.start()
-    try:
-        while not engine.health().ready:
-            await asyncio.sleep(0.01)
-        transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
-            yield client
-    finally:
-        await engine.close()
+    sizes = {"num_gpu_blocks_override": 200, "max_num_batched_tokens": 64}
+    server = real_server(folder, **sizes, **settings)
+    async with running(server.app, server.engine) as client:
+        yield client
 
 
 def _logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
@@ -327,6 +297,7 @@ async def test_truncation_cuts_the_document(tmp_path: Path) -> None:
         ("/v1/rerank", {"query": "a", "documents": []}, "documents"),
         ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n"),
         ("/v1/rerank", {"query": "a", "documents": ["b"] * 257}, "documents"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "user": "u" * 129}, "user"),
         (
             "/v1/rerank",
             {"query": "a", "documents": ["b"], "truncate_prompt_tokens": 513},

@@ -5,28 +5,25 @@ One beam search runs on the real engine and is checked in the answer that a clie
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as Encoder
 
 from quire.engine.config import EngineConfig, EngineInfo
-from quire.engine.core.engine_core import EngineCore
-from quire.engine.runner.worker import Worker
 from quire.server.text.bad_words import encode_bad_words
 from quire.server.text.infill import encode_infill, infill_tokens
 from quire.server.text.tokenizer import Tokenizer
 
 from ...engine import models as tiny
 from ...engine.inline_client import InlineEngineClient
-from ..conftest import MakeClient, make_app
+from ..conftest import MakeClient, app_client, make_app
 from ..fakes import VOCAB_SIZE, FakeEngineClient, byte_tokenizer, ids
+from ..real_engine import make_core, running
 
 PATHS = {
     "/v1/completions": {"prompt": "abc"},
@@ -134,13 +131,8 @@ async def test_the_real_engine_returns_the_best_beams_first(tmp_path: Path) -> N
     engine_config = EngineConfig(
         model=str(tmp_path), device="cpu", num_blocks=64, max_num_seqs=8, num_threads=1
     )
-    client = InlineEngineClient(engine_config, lambda config: EngineCore(config, Worker(config)))
-    app: Any = make_app(client, byte_tokenizer())  # type: ignore[arg-type]
-    await client.start()
-    while not client.health().ready:
-        await asyncio.sleep(0.01)
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as http:
+    engine = InlineEngineClient(engine_config, make_core)
+    async with running(make_app(engine, byte_tokenizer()), engine) as http:
         response = await http.post(
             "/v1/completions",
             json={
@@ -156,7 +148,6 @@ async def test_the_real_engine_returns_the_best_beams_first(tmp_path: Path) -> N
                 "stop_token_ids": list(range(40, 90)),
             },  # fmt: skip
         )
-    await client.close()
     assert response.status_code == 200, response.text
     choices = response.json()["choices"]
     assert len(choices) == 3
@@ -217,8 +208,7 @@ async def test_infill_prompts_have_the_format_of_the_model_family(
     assert await encode_infill(tokenizer, "a b", " c", add_special_tokens=True) == [
         marks[0], *ids("a b"), marks[1], *ids(" c"), marks[2],
     ]  # fmt: skip
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as http:
+    async with app_client(app) as http:
         for fields in ({"echo": True}, {"truncate_prompt_tokens": 3}, {"prompt": [1, 2]}):
             body = {**PATHS["/v1/completions"], "suffix": "c", **fields}
             response = await http.post("/v1/completions", json=body)
@@ -231,8 +221,7 @@ async def test_a_suffix_reaches_the_engine() -> None:
     engine = WideEngineClient()
     tokenizer = with_control("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<|endoftext|>")
     prefix, suffix, middle, end = range(VOCAB_SIZE, VOCAB_SIZE + 4)
-    transport = httpx.ASGITransport(app=make_app(engine, tokenizer))
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as http:
+    async with app_client(make_app(engine, tokenizer)) as http:
         fields: dict[str, Any]
         for fields in ({}, {"ignore_eos": True}):
             body = {"prompt": ["ab", "c"], "suffix": "de", "stop_token_ids": [9], **fields}

@@ -18,7 +18,7 @@ from quire.engine.grammar.compile import compile_grammar, make_tokenizer
 from quire.engine.request import Request
 from quire.server.text.tokenizer import Tokenizer
 
-from ..conftest import MakeClient, make_app
+from ..conftest import MakeClient, app_client, make_app
 from ..fakes import CHAT_TEMPLATE, IM_END, FakeEngineClient, Script, byte_tokenizer, say
 from ..openai_http import CHAT, HI, stream
 from .test_forced_calls import BEGIN, CONTROL_TOKENS, FORMATS, HERMES_CALL, OK, OTHER, accepts
@@ -64,8 +64,7 @@ HARMONY_TEMPLATE = (
 
 def client_of(engine: FakeEngineClient, tokenizer: Tokenizer, **settings: Any) -> httpx.AsyncClient:
     engine.vocab_size = tokenizer.vocab_size
-    transport = httpx.ASGITransport(app=make_app(engine, tokenizer, **settings))
-    return httpx.AsyncClient(transport=transport, base_url="http://quire")
+    return app_client(make_app(engine, tokenizer, **settings))
 
 
 class Grammars:

@@ -16,17 +16,11 @@ import torch
 import uvicorn
 from transformers import AutoModel, AutoTokenizer
 
-from quire.engine.config import EngineConfig
-from quire.engine.core.engine_core import EngineCore
-from quire.engine.runner.worker import Worker
 from quire.server.metrics.metrics import Metrics
-from quire.server.serving.app import create_app
-from quire.server.settings import Settings
-from quire.server.text.tokenizer import Tokenizer
 
-from ...engine.inline_client import InlineEngineClient
 from ..conftest import MODEL
 from ..fakes import IM_END, ids
+from ..real_engine import real_server
 from ..test_metrics import TINY, read
 
 PATH = "/v1/embeddings"
@@ -36,22 +30,9 @@ TEXTS = ["a", "the cat sat on the mat", "the cat sat on the mat, and slept " * 3
 @pytest.fixture(scope="module")
 def served_model(embedding_model: Path) -> Iterator[tuple[str, Metrics]]:
     """Serve the tiny model; return the base URL and the metrics."""
-    settings = Settings(
-        model=str(embedding_model),
-        served_model_name=(MODEL,),
-        device="cpu",
-        dtype="float32",
-        num_gpu_blocks_override=40,
-        max_num_batched_tokens=16,
-        num_threads=1,
+    app, engine, metrics = real_server(
+        embedding_model, num_gpu_blocks_override=40, max_num_batched_tokens=16
     )
-
-    def make_core(config: EngineConfig) -> EngineCore:
-        return EngineCore(config, Worker(config))
-
-    metrics = Metrics(MODEL)
-    engine = InlineEngineClient(settings.engine_config(), make_core, observer=metrics)
-    app = create_app(settings, engine, Tokenizer.load(str(embedding_model)), metrics)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", http="h11", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()

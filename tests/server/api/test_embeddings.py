@@ -17,7 +17,7 @@ from quire.server.serving.app import create_app
 from quire.server.settings import Settings
 from quire.server.text.tokenizer import Tokenizer
 
-from ..conftest import MODEL, MakeClient
+from ..conftest import MODEL, MakeClient, app_client
 from ..fakes import IM_END, FakeEngineClient, ids
 from ..openai_http import assert_error
 
@@ -117,8 +117,7 @@ async def test_truncation_keeps_the_beginning(
         Tokenizer.load(str(embedding_model)),
         Metrics(MODEL),
     )
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(app) as client:
 
         async def kept(**fields: Any) -> tuple[int, ...]:
             response = await client.post(PATH, json={"input": "abcdef", **fields})
@@ -178,7 +177,7 @@ async def test_models_that_make_no_embeddings_say_why(
         ({"priority": 2**31}, "priority"),
         ({"cache_salt": ""}, "cache_salt"),
         ({"timeout": 0}, "timeout"),
-        ({"user": ""}, "user"),
+        ({"user": "u" * 129}, "user"),
     ],
 )
 async def test_bad_fields_are_named(

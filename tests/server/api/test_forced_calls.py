@@ -13,7 +13,7 @@ from quire.server.parsing.formats.message_format import MessageFormat
 from quire.server.parsing.message_events import MessageBuilder
 from quire.server.text.tokenizer import Tokenizer
 
-from ..conftest import MakeClient, make_app
+from ..conftest import MakeClient, app_client, make_app
 from ..fakes import CHAT_TEMPLATE, IM_END, FakeEngineClient, byte_tokenizer, say
 from ..openai_http import CHAT, HI
 from .test_tool_calls import ARGUMENTS, CALL, TOOL, chat, refusal
@@ -49,8 +49,7 @@ async def forced_grammar(
 ) -> GrammarSpec:
     engine.vocab_size = tokenizer.vocab_size
     app = make_app(engine, tokenizer, tool_call_parser=format)
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(app) as client:
         await chat(client, tools=[TOOL, OTHER], **fields)
     grammar = engine.requests[-1].grammar
     assert grammar is not None

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import httpx
 import pytest
 
 from quire.server.parsing.formats.tool_formats import TOOL_FORMATS
 
-from ..conftest import make_app
+from ..conftest import app_client, make_app
 from ..fakes import FakeEngineClient, Script, byte_tokenizer
 from ..openai_http import CHAT, HI, stream
 from ..parsing.pieces import TOOLS
@@ -64,8 +63,7 @@ async def test_streams_and_whole_answers_have_the_same_calls(
     tokens = tokenizer.backend.encode(text).ids
     engine.scripts = lambda request, choice: Script(tokens)
     app = make_app(engine, tokenizer, tool_call_parser=samples.format, reasoning_parser="qwen3")
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(app) as client:
         choice = await chat(client, **FIELDS)
         chunks = await stream(client, CHAT, **HI, **FIELDS)
     message = choice["message"]

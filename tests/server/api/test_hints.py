@@ -10,7 +10,7 @@ import pytest
 
 from quire.server.text.tokenizer import Tokenizer
 
-from ..conftest import MakeClient, make_app
+from ..conftest import MakeClient, app_client, make_app
 from ..fakes import CHAT_TEMPLATE, FakeEngineClient, byte_tokenizer, prompt_text
 from ..openai_http import CHAT, HI, assert_error
 from .test_tool_calls import TOOL
@@ -40,8 +40,7 @@ NOTHING: list[dict[str, Any]] = [
 
 
 def client_of(engine: FakeEngineClient, tokenizer: Tokenizer, **settings: Any) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app=make_app(engine, tokenizer, **settings))
-    return httpx.AsyncClient(transport=transport, base_url="http://quire")
+    return app_client(make_app(engine, tokenizer, **settings))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,6 @@ import pytest
 from transformers.models.llama import LlamaConfig
 
 from quire.engine.config import EngineConfig
-from quire.engine.core.engine_core import EngineCore
-from quire.engine.runner.worker import Worker
 from quire.server.text.tokenizer import Tokenizer
 
 from ...engine.inline_client import InlineEngineClient
@@ -21,6 +19,7 @@ from ...engine.models import COMMON, build_model
 from ..conftest import make_app
 from ..fakes import CHAT_TEMPLATE, IM_END, FakeEngineClient, byte_tokenizer, ids
 from ..openai_http import CHAT, HI, stream
+from ..real_engine import make_core, running
 from .test_hints import HEADER, client_of
 
 LETTERS = ids("abcdefghijklmnopqrstuvwxyz")
@@ -31,10 +30,6 @@ FIELDS: dict[str, Any] = {
     "ignore_eos": True,
     "allowed_token_ids": LETTERS,
 }
-
-
-def make_core(config: EngineConfig) -> EngineCore:
-    return EngineCore(config, Worker(config))
 
 
 @pytest.fixture
@@ -53,12 +48,8 @@ async def served(
     ).save_pretrained(folder)
     settings = {"device": "cpu", "num_threads": 1, "num_blocks": 256, **config}
     engine = InlineEngineClient(EngineConfig(model=str(folder), **settings), make_core)
-    await engine.start()
-    await engine.wait_ready()
-    transport = httpx.ASGITransport(app=make_app(engine, tokenizer))
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with running(make_app(engine, tokenizer), engine) as client:
         yield client
-    await engine.close()
 
 
 async def ask(client: httpx.AsyncClient, **fields: Any) -> tuple[str, dict[str, int]]:

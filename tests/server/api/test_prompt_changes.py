@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ..conftest import make_app
+from ..conftest import app_client, make_app
 from ..fakes import FakeEngineClient, byte_tokenizer, prompt_text
 from ..openai_http import CHAT, assert_error
 from ..text.templates import FAMILIES
@@ -18,8 +18,7 @@ CHANGES, IGNORED = "x-quire-prompt-changes", "x-quire-ignored-params"
 
 async def post(engine: FakeEngineClient, family: str, path: str, **fields: Any) -> httpx.Response:
     tokenizer = byte_tokenizer(FAMILIES[family])
-    transport = httpx.ASGITransport(app=make_app(engine, tokenizer))
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(make_app(engine, tokenizer)) as client:
         response = await client.post(path, json={"model": "tiny", **fields})
     if engine.requests:
         response.extensions["prompt"] = prompt_text(engine, tokenizer)
@@ -72,8 +71,7 @@ async def test_messages_that_the_template_would_drop_are_refused(engine: FakeEng
 
 
 async def test_tokenizer_info_shows_what_the_template_reads(engine: FakeEngineClient) -> None:
-    transport = httpx.ASGITransport(app=make_app(engine, byte_tokenizer(FAMILIES["gemma2"])))
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(make_app(engine, byte_tokenizer(FAMILIES["gemma2"]))) as client:
         info = (await client.get("/tokenizer_info")).json()
     traits = info["chat_templates"]["default"]
     assert (traits["user"], traits["system"], traits["repeated_user"]) == ("text", "refused", False)

@@ -18,8 +18,6 @@ from tokenizers import models
 from transformers.models.llama import LlamaConfig
 
 from quire.engine.config import EngineConfig
-from quire.engine.core.engine_core import EngineCore
-from quire.engine.runner.worker import Worker
 from quire.server.text.tokenizer import Tokenizer
 
 from ...engine.inline_client import InlineEngineClient
@@ -27,15 +25,12 @@ from ...engine.models import COMMON, build_model
 from ..conftest import MakeClient, make_app
 from ..fakes import CHAT_TEMPLATE, IM_END, FakeEngineClient, Script, byte_tokenizer, ids, say
 from ..openai_http import CHAT, COMPLETIONS, HI, PROMPT, assert_error, stream
+from ..real_engine import make_core, running
 from .test_calls_or_answer import ANALYSIS, HARMONY_CONTROL, HARMONY_TEMPLATE, client_of
 from .test_tool_calls import TOOL
 
 TAGS = ("<think>", "</think>")
 OPENED = CHAT_TEMPLATE.removesuffix("{% endif %}") + "<think>\n{% endif %}"
-
-
-def make_core(config: EngineConfig) -> EngineCore:
-    return EngineCore(config, Worker(config))
 
 
 @asynccontextmanager
@@ -51,12 +46,9 @@ async def served(folder: Path, tokenizer: Tokenizer) -> AsyncIterator[httpx.Asyn
         ),
         make_core,
     )
-    await engine.start()
-    await engine.wait_ready()
-    transport = httpx.ASGITransport(app=make_app(engine, tokenizer, tool_call_parser="hermes"))
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    app = make_app(engine, tokenizer, tool_call_parser="hermes")
+    async with running(app, engine) as client:
         yield client
-    await engine.close()
 
 
 async def ask(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from quire.engine.outputs import TokenLogprobs
 from quire.server.api.logprobs import LogprobFormat
 from quire.server.text.tokenizer import Tokenizer
 
-from ..conftest import make_app
+from ..conftest import app_client, make_app
 from ..fakes import IM_END, IM_START, FakeEngineClient, Script, byte_tokenizer, ids, say
 from ..openai_http import CHAT, COMPLETIONS, HI, stream
 from ..text.tokenizers_of_kinds import KINDS, build
@@ -22,8 +22,7 @@ from ..text.tokenizers_of_kinds import KINDS, build
 @asynccontextmanager
 async def serve(engine: FakeEngineClient, tokenizer: Tokenizer) -> AsyncIterator[httpx.AsyncClient]:
     engine.vocab_size = max(tokenizer.backend.get_vocab(with_added_tokens=True).values()) + 1
-    transport = httpx.ASGITransport(app=make_app(engine, tokenizer))
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(make_app(engine, tokenizer)) as client:
         yield client
 
 

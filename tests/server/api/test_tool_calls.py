@@ -17,7 +17,7 @@ from quire.server.parsing.message_parser import MessageParser
 from quire.server.settings import load_settings
 from quire.server.text.tokenizer import Tokenizer
 
-from ..conftest import MakeClient, make_app
+from ..conftest import MakeClient, app_client, make_app
 from ..fakes import (
     CHAT_TEMPLATE,
     IM_END,
@@ -248,8 +248,7 @@ async def test_tools_that_cannot_be_served_are_refused(
     param, message = await refusal(make_client(tool_call_parser="none"), tools=[TOOL])
     assert param == "tools" and "--tool-call-parser" in message
     app = make_app(engine, byte_tokenizer("{{ messages }}"), tool_call_parser="hermes")
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(app) as client:
         param, message = await refusal(client, tools=[TOOL])
         assert (param, message) == ("tools", "the chat template does not read tools")
     assert not engine.requests
@@ -273,8 +272,7 @@ async def test_only_control_tokens_that_mark_calls_reach_the_parser(
     tokens = [special["[IMG]"], *ids("Hm."), special["[TOOL_CALLS]"], *ids(f"weather{ARGUMENTS}")]
     engine.scripts = lambda request, choice: Script(tokens)
     app = make_app(engine, tokenizer, tool_call_parser="mistral")
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(app) as client:
         message = (await chat(client, tools=[TOOL]))["message"]
         assert message["content"] == "Hm."
         [call] = message["tool_calls"]
@@ -311,9 +309,8 @@ async def test_reasoning_is_the_same_whole_and_streamed(
 async def test_reasoning_that_the_prompt_opens_is_recognised(engine: FakeEngineClient) -> None:
     template = CHAT_TEMPLATE.removesuffix("{% endif %}") + "<think>\n{% endif %}"
     app = make_app(engine, byte_tokenizer(template))
-    transport = httpx.ASGITransport(app=app)
     engine.scripts = say("Why not.</think>Yes." + CALL)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(app) as client:
         message = (await chat(client, tools=[TOOL]))["message"]
         assert (message["reasoning"], message["content"]) == ("Why not.", "Yes.")
         assert len(message["tool_calls"]) == 1
@@ -336,8 +333,7 @@ async def test_reasoning_effort_reaches_the_template(
     assert prompt_text(engine, tokenizer).endswith("<think></think>")
     other = byte_tokenizer("{{ reasoning_effort }}{{ messages[0].content }}")
     app = make_app(engine, other)
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(app) as client:
         await chat(client, reasoning_effort="minimal")
     assert prompt_text(engine, other) == "minimalhi"
 
@@ -347,8 +343,7 @@ async def test_earlier_reasoning_reaches_the_template(engine: FakeEngineClient) 
         "{% for m in messages %}{{ m.content }}{{ m.reasoning_content }}{% endfor %}"
     )
     app = make_app(engine, tokenizer)
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(app) as client:
         for name in ("reasoning", "reasoning_content"):
             await chat(client, messages=[{"role": "assistant", "content": "x", name: "so"}])
             assert prompt_text(engine, tokenizer) == "xso"

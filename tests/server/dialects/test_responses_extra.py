@@ -45,6 +45,24 @@ async def test_input_items_are_listed_in_pages(
     assert again["status"] == "completed"
 
 
+async def test_an_item_without_an_id_has_the_same_one_in_every_page(
+    client: httpx.AsyncClient,
+) -> None:
+    nameless = {"type": "message", "role": "user", "id": None}
+    items = [{**nameless, "content": text} for text in ("a", "b", "c")]
+    answer = await create(client, input=[*items, {"role": "user", "content": "d"}])
+    url = f"{PATH}/{answer['id']}/input_items"
+    everything = (await client.get(url)).json()["data"]
+    assert len({item["id"] for item in everything}) == 4
+    found: list[dict[str, Any]] = []
+    after: dict[str, str] = {}
+    while len(found) < 4:
+        page = (await client.get(url, params={"limit": 1, **after})).json()
+        found += page["data"]
+        after = {"after": page["last_id"]}
+    assert found == everything and page["has_more"] is False
+
+
 async def test_input_tokens_are_those_of_the_prompt(
     client: httpx.AsyncClient, engine: FakeEngineClient
 ) -> None:

@@ -12,8 +12,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from quire.engine.errors import QueueFullError
 from quire.server.http.middleware import BODIES_AT_ONCE, BodyLimitMiddleware, HeadMiddleware
+from quire.server.metrics.metrics import Metrics
+from quire.server.tenants.caller import Caller
+from quire.server.tenants.key_metrics import KeyMetrics
+from quire.server.tenants.rates import Rates
+from quire.server.tenants.tenant import Tenant
 
-from ..conftest import MakeClient
+from ..conftest import MakeClient, app_client
 from ..fakes import FakeEngineClient
 from ..openai_http import HI, PROMPT
 
@@ -32,8 +37,7 @@ async def test_head_of_a_stream_ends_it_after_its_headers() -> None:
             sent += 1
             await asyncio.sleep(0)
 
-    transport = httpx.ASGITransport(app=HeadMiddleware(endless))
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(HeadMiddleware(endless)) as client:
         async with asyncio.timeout(5):
             response = await client.head("/")
     assert (response.status_code, response.content) == (200, b"")
@@ -98,6 +102,59 @@ async def test_a_client_that_leaves_before_its_answer_begins_counts_as_499(
     assert f'handler="{path}"' in line and 'status="499"' in line, line
 
 
+async def test_a_caller_that_sends_slowly_does_not_shut_out_the_others() -> None:
+    refused: list[object] = []
+    held: dict[str, int] = {}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        more, own = True, 0
+        key = scope["state"]["caller"].tenant.name
+        try:
+            while more:
+                part = await receive()
+                own += len(part["body"])
+                held[key] = held.get(key, 0) + len(part["body"])
+                more = part["more_body"]
+        except QueueFullError:
+            refused.append(key)
+        held[key] -= own
+
+    limited = BodyLimitMiddleware(app, max_bytes=2**20)
+    go_on = asyncio.Event()
+
+    async def send_body(name: str, size: int) -> None:
+        tenant = Tenant(owner=name.encode(), name=name, digests=(name.encode(),))
+        left = size
+
+        async def receive() -> Message:
+            nonlocal left
+            part, left = min(2**16, left), left - 2**16
+            if left <= 0:
+                await go_on.wait()
+            return {"type": "http.request", "body": b"x" * part, "more_body": left > 0}
+
+        async def send(message: Message) -> None:
+            pass
+
+        caller = Caller(tenant, Rates(), KeyMetrics(Metrics("m")))
+        scope = {"type": "http", "headers": [], "state": {"caller": caller}}
+        await limited(scope, receive, send)
+
+    slow = [asyncio.create_task(send_body("slow", 2**20)) for _ in range(20)]
+    await asyncio.sleep(0.05)
+    assert set(refused) == {"slow"} and held["slow"] > (BODIES_AT_ONCE - 1) * 2**20
+    refused.clear()
+    other = [asyncio.create_task(send_body("other", 2**20)) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    assert not refused and held["other"] > 2 * 2**20
+    more = [asyncio.create_task(send_body("other", 2**20)) for _ in range(9)]
+    await asyncio.sleep(0.05)
+    assert set(refused) == {"other"} and sum(held.values()) <= 2 * BODIES_AT_ONCE * 2**20
+    go_on.set()
+    await asyncio.gather(*slow, *other, *more)
+    assert not limited._held  # nothing is counted twice
+
+
 async def test_the_bodies_that_are_being_read_are_bounded_together() -> None:
     held, go_on = 0, asyncio.Event()
     refused: list[str] = []
@@ -140,4 +197,4 @@ async def test_the_bodies_that_are_being_read_are_bounded_together() -> None:
     served = len(refused)
     await send_body(2**20, ends=True)
     assert len(refused) == served
-    assert limited._held == 0
+    assert not limited._held

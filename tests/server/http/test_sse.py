@@ -10,7 +10,7 @@ import pytest
 
 from quire.engine.errors import QueueFullError, StepFailedError
 from quire.server.errors import error_body
-from quire.server.http.sse import DONE, EventStream, event, run_until_disconnect
+from quire.server.http.sse import DONE, EventStream, Pace, event, run_until_disconnect
 from quire.server.json_text import encode_json
 
 from ..conftest import MODEL, MakeClient
@@ -66,8 +66,7 @@ class Events:
 async def answer(peer: Peer, events: Events, **options: Any) -> None:
     defaults: dict[str, Any] = {
         "deadline": None,
-        "keepalive": 0.0,
-        "write_timeout": 30.0,
+        "pace": Pace(0.0, 30.0),
         "headers": {},
     }
     stream = EventStream(
@@ -102,7 +101,7 @@ async def test_a_failure_in_the_stream_sends_final_chunks_error_and_done() -> No
 
 async def test_a_failure_before_the_first_event_has_its_status() -> None:
     peer = Peer()
-    await answer(peer, Events(count=0, error=QueueFullError("full")), keepalive=0.2)
+    await answer(peer, Events(count=0, error=QueueFullError("full")), pace=Pace(0.2, 30.0))
     assert peer.sent[0]["status"] == 429
     assert b"[DONE]" not in peer.body
 
@@ -118,14 +117,14 @@ async def test_a_disconnect_closes_the_events_at_once() -> None:
 
 async def test_a_reader_that_stops_reading_is_dropped() -> None:
     peer, events = Peer(read=False), Events(count=1000)
-    await answer(peer, events, write_timeout=0.1)
+    await answer(peer, events, pace=Pace(0.0, 0.1))
     assert events.closed_at is not None
     assert len(peer.sent) == 2  # the start, and the event that was never read
 
 
 async def test_silence_is_broken_by_comments_and_the_deadline_by_an_error() -> None:
     peer, events = Peer(), Events(delay=10)
-    await answer(peer, events, keepalive=0.05, deadline=time.monotonic() + 0.3)
+    await answer(peer, events, pace=Pace(0.05, 30.0), deadline=time.monotonic() + 0.3)
     assert peer.sent[0]["status"] == 200
     assert peer.body.startswith(b": keep-alive\n\n: keep-alive\n\n")
     assert b'"code":"request_timeout"' in peer.body

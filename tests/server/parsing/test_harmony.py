@@ -29,7 +29,7 @@ from quire.server.text.tokenizer import Tokenizer
 
 from ..api.test_forced_calls import OTHER, accepts, forced_grammar
 from ..api.test_tool_calls import TOOL, chat
-from ..conftest import make_app
+from ..conftest import app_client, make_app
 from ..fakes import FakeEngineClient, Script, byte_tokenizer, prompt_text
 from ..openai_http import CHAT, HI, stream
 from .pieces import NASTY, TOOLS, WEATHER, calls_of, cut, read
@@ -255,8 +255,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def client(engine: FakeEngineClient, tokenizer: Tokenizer) -> httpx.AsyncClient:
     engine.vocab_size = tokenizer.vocab_size
-    transport = httpx.ASGITransport(app=make_app(engine, tokenizer))
-    return httpx.AsyncClient(transport=transport, base_url="http://quire")
+    return app_client(make_app(engine, tokenizer))
 
 
 def answers(engine: FakeEngineClient, tokenizer: Tokenizer, text: str) -> None:

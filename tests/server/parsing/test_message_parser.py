@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from quire.server.parsing.formats.tagged_json import HermesParser
@@ -8,7 +10,14 @@ from quire.server.parsing.formats.tool_formats import (
     TOOL_FORMATS,
     detect_tool_format,
 )
-from quire.server.parsing.message_events import ToolCallArguments, ToolCallStart
+from quire.server.parsing.message_events import (
+    ContentText,
+    Event,
+    ReasoningText,
+    ToolCallArguments,
+    ToolCallStart,
+    joined,
+)
 from quire.server.parsing.message_parser import MessageParser
 from quire.server.parsing.reasoning import ReasoningParser, detect_reasoning
 from quire.server.settings import Settings
@@ -23,6 +32,27 @@ def test_calls_are_parsed_only_after_the_reasoning() -> None:
         message = read(parser, pieces)
         assert message["content"] == "Ok."
         assert calls_of(message) == [("f", '{"a": 1}')]
+
+
+def test_neighbours_of_one_kind_are_joined() -> None:
+    starts = [ToolCallStart(0, "a", "f"), ToolCallStart(1, "b", "f")]
+    events: list[Event] = [
+        *(ReasoningText("a"), ReasoningText("b"), ContentText("c"), ContentText("d")),
+        *(ReasoningText("e"), *starts, ToolCallArguments(0, "{"), ToolCallArguments(0, "}")),
+        ToolCallArguments(1, "{}"),
+    ]
+    assert joined(events) == [
+        *(ReasoningText("ab"), ContentText("cd"), ReasoningText("e"), *starts),
+        *(ToolCallArguments(0, "{}"), ToolCallArguments(1, "{}")),
+    ]
+
+
+def test_a_million_pieces_are_joined_in_a_time_that_does_not_grow_with_their_square() -> None:
+    """A parser by a tokenizer's template returns an event for each character."""
+    pieces = [ContentText("x" * 4)] * 1_000_000
+    began = time.process_time()
+    assert joined(pieces) == [ContentText("x" * 4_000_000)]
+    assert time.process_time() - began < 10
 
 
 def test_parts_that_were_not_requested_are_left_out() -> None:

@@ -6,7 +6,6 @@ import json
 import random
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +16,7 @@ from quire.server.settings import load_settings
 from quire.server.text.tokenizer import Tokenizer
 
 from ..api.test_tool_calls import chat, refusal
-from ..conftest import make_app
+from ..conftest import app_client, make_app
 from ..fakes import FakeEngineClient, Script, byte_tokenizer, prompt_text
 from ..openai_http import CHAT, HI, stream
 from .pieces import TOOLS, calls_of, cut, read
@@ -169,9 +168,8 @@ async def test_answers_over_http(engine: FakeEngineClient) -> None:
     engine.max_model_len = engine.num_blocks = 2048
     text = "(muse)Why?(/muse)(other)Let me see.\n" + ONE
     engine.scripts = lambda request, choice: Script(tokenizer.backend.encode(text).ids)
-    transport = httpx.ASGITransport(app=make_app(engine, tokenizer))
     tools = [{"type": "function", "function": {"name": "note", "parameters": TOOLS["note"]}}]
-    async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
+    async with app_client(make_app(engine, tokenizer)) as client:
         choice = await chat(client, tools=tools)
         message = choice["message"]
         assert prompt_text(engine, tokenizer).endswith("[assistant]")

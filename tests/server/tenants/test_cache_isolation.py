@@ -9,19 +9,10 @@ import httpx
 import pytest
 from transformers.models.llama import LlamaConfig
 
-from quire.engine.config import EngineConfig
-from quire.engine.core.engine_core import EngineCore
-from quire.engine.runner.worker import Worker
-from quire.server.metrics.metrics import Metrics
-from quire.server.serving.app import create_app
-from quire.server.settings import Settings
-from quire.server.text.tokenizer import Tokenizer
-
-from ...engine.inline_client import InlineEngineClient
 from ...engine.models import COMMON, build_model
-from ..conftest import MODEL
 from ..fakes import byte_tokenizer
 from ..openai_http import COMPLETIONS
+from ..real_engine import real_server, running
 
 PROMPT = [5 + 7 * i % 120 for i in range(70)]
 
@@ -39,31 +30,14 @@ async def test_a_key_finds_its_own_prompts_in_the_cache_and_no_others(
     folder: Path, isolation: str | None
 ) -> None:
     """(Drafts are found in the same index, under the same salt.)"""
-    values = Settings(
-        model=str(folder),
-        served_model_name=(MODEL,),
+    server = real_server(
+        folder,
         api_key=("sk-a", "sk-b"),
         prefix_cache_isolation=isolation,
-        device="cpu",
-        dtype="float32",
         num_gpu_blocks_override=100,
-        num_threads=1,
     )
-
-    def make_core(config: EngineConfig) -> EngineCore:
-        return EngineCore(config, Worker(config))
-
-    metrics = Metrics(MODEL)
-    engine = InlineEngineClient(values.engine_config(), make_core, observer=metrics)
-    app = create_app(values, engine, Tokenizer.load(str(folder)), metrics)
-    await engine.start()
-    try:
-        await engine.wait_ready()
-        transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://quire") as client:
-            found = await _found(client)
-    finally:
-        await engine.close()
+    async with running(server.app, server.engine) as client:
+        found = await _found(client)
     all_cached = len(PROMPT) - 1
     assert found[0] == 0 and min(found[2:]) >= all_cached
     if isolation is None:

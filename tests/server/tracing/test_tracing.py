@@ -37,7 +37,7 @@ from quire.server.serving.app import create_app
 from quire.server.settings import Settings, load_settings
 from quire.server.text.tokenizer import Tokenizer
 from quire.server.tracing import attributes, spans, start
-from quire.server.tracing.current import current
+from quire.server.tracing.current import EndedGeneration, current
 from quire.server.tracing.middleware import TracingMiddleware
 from quire.server.tracing.spans import Tracer
 
@@ -376,7 +376,7 @@ def test_children_have_the_times_of_the_engine(
     trace.generation_began()
     trace.answer_ended("id", "/", 200)
     assert not exporter.get_finished_spans()
-    trace.generation_ended([request], [record], 0, None)
+    trace.generation_ended(EndedGeneration([request], [record], 0, None))
     *children, parent = exporter.get_finished_spans()
     lengths = {}
     for before, span in zip([None, *children], children, strict=False):
