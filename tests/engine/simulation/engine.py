@@ -22,6 +22,7 @@ import zmq
 from quire.engine.cache.grouped_block_manager import make_block_manager
 from quire.engine.cache.state_slots import StateSlots
 from quire.engine.config import EngineConfig, EngineInfo
+from quire.engine.core.snapshot import take_snapshot
 from quire.engine.core.step_loop import StepLoop
 from quire.engine.core.trials import Trials
 from quire.engine.errors import QuireError
@@ -34,7 +35,6 @@ from quire.engine.process.engine_process import EngineServer
 from quire.engine.request import Request
 from quire.engine.scheduling.adapter_table import AdapterTable
 from quire.engine.scheduling.scheduler import Scheduler
-from quire.engine.scheduling.snapshot import take_snapshot
 from quire.engine.scheduling.tiered_scheduler import TieredScheduler
 from quire.engine.sequence import ReadingRow, SequenceStatus
 from quire.engine.speculation.cached import CachedDrafter
