@@ -50,6 +50,18 @@ def extend_config(
     return TileConfig(block_m, 64 if wgmma or head_dim <= 64 else 32, num_warps, 3)
 
 
+def decode_rows(
+    value_width: int, dtype: torch.dtype, device: torch.device, *, of_latents: bool
+) -> int | None:
+    """Return the maximum number of query rows of a tile of `paged_attention_decode`, whose values
+    have so many dimensions. None: a tile has all query heads of a kv head."""
+    if value_width <= 256:
+        return 64 if of_latents else None
+    if dtype == torch.float32:
+        return 16
+    return 64 if compute_capability(device) in (90, 100) else 32
+
+
 def decode_config(head_dim: int, dtype: torch.dtype, rows: int) -> TileConfig:
     """Return the tile for `paged_attention_decode`; rows is query_len * group.
 
