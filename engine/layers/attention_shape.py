@@ -31,9 +31,11 @@ def attention_shapes(
     num_heads: int,
     heads: abc.Sequence[KVHeads],
     windows: abc.Sequence[int | None],
+    value_width: int | None = None,
 ) -> frozenset[AttentionShape]:
     """Return the shapes of layers that have `num_heads` heads of Q each, these heads of K and V,
-    and these windows. Layers whose heads are narrower than those of a line fill them up."""
+    these windows, and latents with a `value_width` if that is given. Layers whose heads are
+    narrower than those of a line fill them up."""
     shapes = set()
     for of_layer, (num_kv_heads, head_dim), window in zip(
         lines.of_layer, heads, windows, strict=True
@@ -42,5 +44,5 @@ def attention_shapes(
         part = KVHeads(num_kv_heads // parts, head_dim)
         if part.size != lines.heads.size:
             part = lines.heads
-        shapes.add(AttentionShape(num_heads // parts, *part, window))
+        shapes.add(AttentionShape(num_heads // parts, *part, window, value_width))
     return frozenset(shapes)

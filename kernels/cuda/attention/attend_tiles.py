@@ -72,9 +72,10 @@ def store_rows(
     stride_h,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    column=0,
 ):
-    """Store rows of results at their tokens and heads."""
-    dim = tl.arange(0, DIM_PAD)
+    """Store rows of results at their tokens and heads; the rows begin with this column."""
+    dim = column + tl.arange(0, DIM_PAD)
     tl.store(
         out_ptr + _line_of(token, head, stride_t, stride_h)[:, None] + dim[None, :],
         rows.to(out_ptr.dtype.element_ty),
@@ -312,21 +313,21 @@ def _fold_partials(
     kv_head,
     first,
     count,
+    column,
     NUM_KV_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    COLUMN: tl.constexpr,
     WIDTH: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """Fold the columns [COLUMN, COLUMN + WIDTH) of partial results [first, first + count), MERGE at
+    """Fold the columns [column, column + WIDTH) of partial results [first, first + count), MERGE at
     a time, weighted by 2^log_sum.
 
     The loads bypass L1, which may hold a line that another SM has overwritten since.
     """
     row = tl.arange(0, ROWS_PAD)
-    dim = COLUMN + tl.arange(0, WIDTH)
+    dim = column + tl.arange(0, WIDTH)
     for start in range(0, count, MERGE):
         split = start + tl.arange(0, MERGE)
         item = ((first + split).to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS
@@ -359,11 +360,11 @@ def merge_partials(
     first_prefix,
     prefix_count,
     kv_head,
+    column,
     NUM_KV_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    COLUMN: tl.constexpr,
     WIDTH: tl.constexpr,
     MERGE: tl.constexpr,
 ):
@@ -372,12 +373,12 @@ def merge_partials(
     acc, row_max, row_sum = start_rows(ROWS_PAD, WIDTH)
     acc, row_max, row_sum = _fold_partials(
         acc, row_max, row_sum, partials_ptr, log_sums_ptr, kv_head, first, count,
-        NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, COLUMN, WIDTH, MERGE,
+        column, NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, WIDTH, MERGE,
     )  # fmt: skip
     if prefix_partials_ptr is not None:
         acc, row_max, row_sum = _fold_partials(
             acc, row_max, row_sum, prefix_partials_ptr, prefix_log_sums_ptr, kv_head,
-            first_prefix, prefix_count, NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, COLUMN, WIDTH,
+            first_prefix, prefix_count, column, NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, WIDTH,
             MERGE,
         )  # fmt: skip
     acc, _ = finish_rows(acc, row_max, row_sum, None)

@@ -115,7 +115,8 @@ class DecodeWorkspace:
             num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         width = value_width or head_dim
         group = num_heads // num_kv_heads
-        most = decode_rows(width, dtype, device, of_latents=value_width is not None)
+        of_latents = value_width is not None
+        most = decode_rows(width, dtype, device, of_latents=of_latents)
         part = _part_size(group, query_len, most)
         rows, num_parts = query_len * part, num_heads // part
         slots = max(1, programs_per_sm * num_sms // num_parts)
@@ -128,7 +129,7 @@ class DecodeWorkspace:
             value_width=value_width,
             query_len=query_len,
             window=window,
-            config=config or decode_config(width, dtype, rows),
+            config=config or decode_config(width, dtype, rows, device, of_latents=of_latents),
             share=group // part,
             slots=slots,
             num_sms=num_sms,

@@ -159,16 +159,15 @@ def _paged_attention_decode_kernel(
         if CASCADE:
             first_prefix = tl.load(prefixes_ptr + prefixes_stride + seq)
         few = tl.arange(0, ROWS_PAD)
-        for column in tl.static_range(0, HEAD_DIM, MERGE_DIM):
+        for column in range(0, HEAD_DIM, MERGE_DIM):
             merged = merge_partials(
                 partials_ptr, log_sums_ptr, first_item, splits, prefix_partials_ptr,
-                prefix_log_sums_ptr, first_prefix, prefix_splits, kv_head, NUM_KV_HEADS, ROWS,
-                ROWS_PAD, HEAD_DIM, column, MERGE_DIM, MERGE,
+                prefix_log_sums_ptr, first_prefix, prefix_splits, kv_head, column, NUM_KV_HEADS,
+                ROWS, ROWS_PAD, HEAD_DIM, MERGE_DIM, MERGE,
             )  # fmt: skip
             store_rows(
-                out_ptr + column, merged, seq * QUERY_LEN + few // GROUP,
-                kv_head * GROUP + few % GROUP, few < ROWS, out_stride_t, out_stride_h,
-                HEAD_DIM - column, MERGE_DIM,
+                out_ptr, merged, seq * QUERY_LEN + few // GROUP, kv_head * GROUP + few % GROUP,
+                few < ROWS, out_stride_t, out_stride_h, HEAD_DIM, MERGE_DIM, column,
             )  # fmt: skip
         tl.store(arrived_ptr, 0)
 

@@ -134,7 +134,8 @@ def _paged_attention_extend_kernel(
 
     # 3. Fold the keys in three ranges: up to `full_begin` some keys are outside some rows' windows,
     #    up to `full_end` every row sees every key, and up to `kv_end` the causal mask applies. So
-    #    only the tiles at the two edges pay for a mask.
+    #    only the tiles at the two edges pay for a mask. If values are wider than 256, all do: their
+    #    products take long enough, and the registers of three loops would spill.
     first_position = context + first_row // GROUP
     last_position = context + tl.minimum((first_row + BLOCK_M - 1) // GROUP, query_len - 1)
     kv_end = last_position + 1
@@ -142,7 +143,11 @@ def _paged_attention_extend_kernel(
     full_begin = 0
     table_ptr = block_table_ptr + seq.to(tl.int64) * table_stride
     positions = context + token
-    if WINDOW > 0:
+    if DIM_PAD > 256:
+        full_end = 0
+        if WINDOW > 0:
+            full_end = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    elif WINDOW > 0:
         begin = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
         full_begin = tl.cdiv(tl.maximum(last_position - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
         full_begin = tl.minimum(full_begin, full_end)
@@ -151,11 +156,12 @@ def _paged_attention_extend_kernel(
             kv_head, positions, begin, full_begin, kv_end, scale, True, WINDOW, SOFTCAP,
             NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, ROPE_DIM, ROPE_PAD, PREFETCH,
         )  # fmt: skip
-    acc, row_max, row_sum = attend_tiles(
-        acc, row_max, row_sum, query, rotary, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
-        positions, full_begin, full_end, kv_end, scale, False, WINDOW, SOFTCAP, NUM_KV_HEADS,
-        BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, ROPE_DIM, ROPE_PAD, PREFETCH,
-    )  # fmt: skip
+    if DIM_PAD <= 256:
+        acc, row_max, row_sum = attend_tiles(
+            acc, row_max, row_sum, query, rotary, key_cache_ptr, value_cache_ptr, table_ptr,
+            kv_head, positions, full_begin, full_end, kv_end, scale, False, WINDOW, SOFTCAP,
+            NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, ROPE_DIM, ROPE_PAD, PREFETCH,
+        )  # fmt: skip
     acc, row_max, row_sum = attend_tiles(
         acc, row_max, row_sum, query, rotary, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
         positions, full_end, kv_end, kv_end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS,
