@@ -274,7 +274,8 @@ def paged_attention_decode(
         )  # fmt: skip
     rows_pad = triton.next_power_of_2(workspace.query_len * workspace.group)
     dim_pad = triton.next_power_of_2(width)
-    merge_dim = dim_pad if dim_pad <= 256 else 128  # few columns at a time, to fit registers
+    # Merge few columns of wide values at a time, to fit the registers.
+    merge_dim, merged = (dim_pad, 2048) if dim_pad <= 256 else (128, 1024)
     config = workspace.config
     values = None if value_cache is None else readable_view(value_cache)
     _paged_attention_decode_kernel[(num_parts, num_seqs + workspace.slots)](
@@ -299,7 +300,7 @@ def paged_attention_decode(
         ROPE_DIM=head_dim - width,
         ROPE_PAD=max(16, triton.next_power_of_2(head_dim - width)),
         ROWS_PAD=rows_pad,
-        MERGE=max(1, 2048 * config.num_warps // (rows_pad * merge_dim)),
+        MERGE=max(1, merged * config.num_warps // (rows_pad * merge_dim)),
         MERGE_DIM=merge_dim,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
