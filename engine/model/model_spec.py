@@ -17,6 +17,7 @@ from ..errors import (
     check_folder,
     one_line,
 )
+from ..layers.attention_shape import AttentionShape, attention_shapes
 from ..layers.kv_lines import KVHeads, KVLines
 from ..parallel.tensor_plan import Heads, layers_of
 from ..states.state_spec import ATTENTION_TYPES, LAYER_TYPES, STATE_TYPES, StateSpec, read_state
@@ -71,6 +72,12 @@ class ModelSpec:
         if self.layer_heads is not None:
             return self.layer_heads[layer]
         return KVHeads(self.num_kv_heads, self.head_dim)
+
+    @property
+    def attention_shapes(self) -> frozenset[AttentionShape]:
+        """The shapes in which layers attend."""
+        heads = [self.heads_of(layer) for layer in range(self.num_layers)]
+        return attention_shapes(self.lines, self.num_attention_heads, heads, self.windows)
 
     state: StateSpec | None = None
     kv_layers: tuple[int, ...] = ()

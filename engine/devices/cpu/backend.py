@@ -19,6 +19,7 @@ from ...body.flat_decoder import FlatDecoder, Mixture
 from ...body.grouped_linear import GroupedWeight
 from ...config import EngineConfig
 from ...errors import ConfigurationError
+from ...layers.attention_shape import AttentionShape
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
@@ -194,10 +195,11 @@ class CpuBackend:
         config: EngineConfig,
         kv_cache: torch.Tensor,
         num_heads: int,
-        windows: abc.Set[int | None],
+        shapes: abc.Set[AttentionShape],
         dtype: torch.dtype,
     ) -> CpuPlanner:
-        shares = None in windows and not config.disable_cascade_attn
+        has_full = any(shape.window is None for shape in shapes)
+        shares = has_full and not config.disable_cascade_attn
         return CpuPlanner(num_heads, kv_cache, shares=shares)
 
     def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
