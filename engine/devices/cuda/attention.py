@@ -76,6 +76,18 @@ class CudaPlan(NamedTuple):
             kv_scales=kv_scales,
         )
 
+    def attend_latents(
+        self,
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        value_width: int,
+    ) -> torch.Tensor:
+        raise AssertionError("check_latents has refused it")
+
     # Over 50 lines: two launches of a dozen arguments.
     def attend_to_cache(
         self,
