@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from transformers import Mistral4ForCausalLM, PreTrainedModel
 from transformers.models.axk1 import AXK1Config
 from transformers.models.deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v3 import DeepseekV3Config
@@ -14,7 +16,7 @@ from transformers.models.minicpm3 import MiniCPM3Config
 from transformers.models.mistral4 import Mistral4Config
 from transformers.models.youtu import YoutuConfig
 
-from .models import COMMON, MAX_POSITION
+from .models import COMMON, MAX_POSITION, build_model
 
 _LATENT: dict[str, Any] = COMMON | {
     "num_key_value_heads": 4,
@@ -79,3 +81,16 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
 }
 """Families that differ in queries, rotations, scales and experts."""
+
+
+def build(family: str) -> PreTrainedModel:
+    """Return a random float32 model of a family."""
+    config = FAMILIES[family]()
+    if family != "mistral4":  # which transformers counts among those that also read images
+        return build_model(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = Mistral4ForCausalLM._from_config(
+            config, dtype=torch.float32, attn_implementation="eager"
+        )
+    return model.eval()

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Mistral4ForCausalLM, PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
 from transformers.models.deepseek_v32 import DeepseekV32Config
 
@@ -25,7 +24,7 @@ from quire.engine.runner.worker import Worker
 
 from . import latent_models, models
 from .devices.cuda_on_cpu import CudaOnCpuBackend
-from .test_oracle import Engine, Reference, prompts
+from .test_oracle import Engine, Reference, prompts, round_layers
 
 WIDTH = 28
 """Numbers of a token and layer in the cache: a latent of 20, and 8 that are rotated."""
@@ -43,30 +42,18 @@ OTHER_MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(family: str) -> PreTrainedModel:
-    config = latent_models.FAMILIES[family]()
-    if family != "mistral4":  # which transformers counts among those that also read images
-        return models.build_model(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: PreTrainedModel = Mistral4ForCausalLM._from_config(
-            config, dtype=torch.float32, attn_implementation="eager"
-        )
-    return model.eval()
-
-
 @pytest.fixture(scope="module", params=list(latent_models.FAMILIES))
 def family(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, Reference]]:
-    folder, model = tmp_path_factory.mktemp(request.param), build(request.param)
+    folder, model = tmp_path_factory.mktemp(request.param), latent_models.build(request.param)
     model.save_pretrained(folder)
     yield folder, Reference(model)
 
 
 @pytest.fixture(scope="module")
 def glm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reference]:
-    folder, model = tmp_path_factory.mktemp("glm4_moe_lite"), build("glm4_moe_lite")
+    folder, model = tmp_path_factory.mktemp("glm4_moe_lite"), latent_models.build("glm4_moe_lite")
     model.save_pretrained(folder)
     return folder, Reference(model)
 
@@ -179,6 +166,25 @@ def test_small_numbers_decode_as_the_sequence_alone(
         assert crowd.tokens(request) == alone.complete(prompt, 12)
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_rounded_weights_equal_a_model_with_rounded_weights_and_inputs(
+    tmp_path: Path, quantization: str
+) -> None:
+    """All products are rounded but those with latents."""
+    wide = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = latent_models.FAMILIES["youtu"]()
+    config.update(wide | {"qk_head_dim": 16})
+    model = models.build_model(config)
+    model.save_pretrained(tmp_path)
+    exact = {layer: layer.self_attn.kv_b_proj for layer in model.model.layers}
+    round_layers(model, quantization)
+    for layer, projection in exact.items():
+        layer.self_attn.kv_b_proj = projection
+    reference, engine = Reference(model), Engine(tmp_path, quantization=quantization)
+    for prompt in prompts(4):
+        assert engine.complete(prompt, 12) == reference.complete(prompt, 12)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -216,7 +222,7 @@ def test_layers_that_make_other_keys_are_refused(
         keys, values = expand(self, latents, rotated)
         return keys * 1.01, values
 
-    build("deepseek_v2").save_pretrained(tmp_path)
+    latent_models.build("deepseek_v2").save_pretrained(tmp_path)
     monkeypatch.setattr(DeepseekV2Attention, "expand_kv", other)
     with pytest.raises(UnsupportedModelError, match="other keys and values of its latents"):
         Engine(tmp_path)
@@ -225,7 +231,7 @@ def test_layers_that_make_other_keys_are_refused(
 def test_layers_of_an_unknown_kind_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build("deepseek_v2").save_pretrained(tmp_path)
+    latent_models.build("deepseek_v2").save_pretrained(tmp_path)
     monkeypatch.delattr(DeepseekV2Attention, "expand_kv")
     with pytest.raises(UnsupportedModelError, match="0 of its 2 layers"):
         Engine(tmp_path)

@@ -17,7 +17,7 @@ from quire.engine.speculation.model import ModelDrafter
 from quire.engine.speculation.speculator import Speculator
 from quire.engine.tiers import readmission
 
-from .. import models
+from .. import latent_models, models
 from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..speculation.drafters import FreeDrafts
 from ..test_oracle import Engine, Reference
@@ -110,6 +110,20 @@ def test_layers_with_windows_keep_whole_blocks(tmp_path: Path) -> None:
     made = engine(tmp_path, 64 * 6 * BLOCK_BYTES)
     assert hold(made, reference) >= 3 * (32 + 80)
     assert made.core.stats().tiers[0].loaded > 0
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["host", "disk"])
+def test_latents_come_back(tmp_path: Path, below: bool) -> None:
+    model = latent_models.build("glm4_moe_lite")
+    model.save_pretrained(tmp_path / "model")
+    size = 16 * 2 * 28 * 4  # tokens, layers, numbers, float32
+    disk = {"kv_offloading_disk": str(tmp_path / "disk")} if below else {}
+    made = engine(tmp_path / "model", (24 if below else 64) * size, **disk)
+    hold(made, Reference(model), MANY if below else 3, n=2)
+    tiers = made.core.stats().tiers
+    assert all(tier.loaded > 0 and tier.block_bytes == size for tier in tiers)
+    assert len(tiers) == 1 + below
+    made.core.close()
 
 
 def test_choices_and_preemptions_equal_generate(llama: tuple[Path, Reference]) -> None:
