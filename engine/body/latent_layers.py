@@ -61,7 +61,7 @@ def bind_latents(body: nn.Module, heads: LatentHeads, num_layers: int) -> None:
     Raises UnsupportedModelError if they are not `num_layers` layers that are known."""
     found = 0
     for module in body.modules():
-        linear = getattr(module, "kv_b_proj", None)
+        linear: Any = getattr(module, "kv_b_proj", None)
         if callable(getattr(type(module), _METHOD, None)) and _is_linear(linear):
             module.kv_b_proj = LatentProjection(linear, heads)
             setattr(module, _METHOD, _keep)

@@ -94,6 +94,7 @@ def prepare_latents(model: Any, spec: ModelSpec, heads: LatentHeads) -> None:
         bind_latents(text_body(model), heads, spec.num_layers)
     except UnsupportedModelError as error:
         refuse(spec, error.message, error)
+    logger.info("%d layers keep latents: %d numbers a token", spec.num_layers, heads.width)
 
 
 def _keeps_state(model: Any) -> bool:
@@ -321,6 +322,12 @@ def _probe_latents(
 ) -> torch.Tensor:
     """Attend to the probe's tokens through latents, and note in the last call if they do not make
     the keys and values that transformers' code makes."""
+    heads: LatentHeads = module.kv_b_proj.heads  # type: ignore[assignment, union-attr]
+    if (query.shape[-1], key.shape[-1]) != (heads.query_dim, heads.width):
+        raise UnsupportedModelError(
+            f"queries of {query.shape[-1]} numbers attend to latents of {key.shape[-1]}, not of "
+            f"{heads.query_dim} to {heads.width} as stated"
+        )
     if calls.kv_dtype is not None:
         key = key.to(calls.kv_dtype).to(key.dtype)
     output, difference = try_latents(module, query, key, scale)

@@ -21,9 +21,13 @@ from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
 from quire.engine.errors import StartupError, UnsupportedModelError
 from quire.engine.parallel.ranks import ALONE
 from quire.engine.runner.worker import Worker
+from quire.engine.speculation.model import ModelDrafter
+from quire.engine.speculation.speculator import Speculator
 
-from . import latent_models, models
+from . import latent_models, models, test_beam_oracle
 from .devices.cuda_on_cpu import CudaOnCpuBackend
+from .speculation.drafters import FreeDrafts
+from .test_beam_oracle import MAX_TOKENS
 from .test_oracle import Engine, Reference, prompts, round_layers
 
 WIDTH = 28
@@ -106,6 +110,36 @@ def test_greedy_forks_equal_generate(family: tuple[Path, Reference]) -> None:
         for choice in range(4):
             assert engine.tokens(request, choice) == reference.complete(prompt, 40)
         assert engine.core.stats().blocks_copied > 0
+
+
+def test_beams_equal_generate(glm: tuple[Path, Reference]) -> None:
+    folder, reference = glm
+    searches = test_beam_oracle.Reference(reference.model)
+    engine = make_engine(folder, num_blocks=22)
+    wanted = list(zip(prompts(4), test_beam_oracle.CASES, strict=False))
+    requests = []
+    for prompt, case in wanted:
+        fields = {**case, "stop_token_ids": searches.stops, "ignore_eos": False}
+        requests.append(engine.add(prompt, MAX_TOKENS, n=case["beam_width"], logprobs=0, **fields))
+    engine.run()
+    for request, (prompt, case) in zip(requests, wanted, strict=True):
+        found = test_beam_oracle.found(engine, request)
+        expected = searches.search(prompt, **case, stop_token_ids=searches.stops)
+        test_beam_oracle.assert_equal(found, expected)
+    assert engine.core.stats().preemptions > 0
+
+
+def test_a_draft_model_with_latents_equals_generate(glm: tuple[Path, Reference]) -> None:
+    folder, reference = glm
+    engine = Engine(folder, speculative_model=str(folder))
+    drafting = engine.core._scheduler._drafting
+    assert drafting is not None
+    drafting.speculator = Speculator(
+        [], max_draft=7, max_samples=64, cost=FreeDrafts(), model=ModelDrafter()
+    )
+    check(engine, reference, 8)
+    stats = engine.core.stats()
+    assert stats.accepted_tokens == stats.draft_tokens > 0
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

@@ -96,10 +96,9 @@ class PackedProjection(nn.Module):
         """Take over the weight of `projection`, which is emptied."""
         super().__init__()
         self.heads = projection.heads
-        sizes = [self.heads.nope_dim, self.heads.value_dim]
-        keys, values = projection.weight.detach().split(sizes, dim=1)
-        self.absorb = PackedHeads(keys.mT)
-        self.expand = PackedHeads(values)
+        weight, nope_dim = projection.weight.detach(), self.heads.nope_dim
+        self.absorb = PackedHeads(weight[:, :nope_dim].mT)
+        self.expand = PackedHeads(weight[:, nope_dim:])
         projection.weight.data = projection.weight.new_empty(0)
 
 
