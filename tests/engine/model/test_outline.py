@@ -50,7 +50,7 @@ def test_a_folder(tmp_path: Path, family: str) -> None:
 
 
 def test_latents_are_counted_once(tmp_path: Path) -> None:
-    latent_models.build("glm4_moe_lite").save_pretrained(tmp_path)
+    latent_models.build("minicpm3").save_pretrained(tmp_path)
     found = check_against_loader(tmp_path)
     assert found.kv_bytes_per_token == 2 * (20 + 8) * 4  # layers, numbers, float32
 
