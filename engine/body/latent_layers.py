@@ -17,7 +17,7 @@ from torch import nn
 from ..attention.latent import absorbed_queries
 from ..errors import UnsupportedModelError
 from ..layers.latent_heads import LatentHeads
-from .grouped_linear import GroupedLinear, as_dense
+from .grouped_linear import GroupedLinear
 
 _METHOD = "expand_kv"
 """The method's name in all families of transformers."""
@@ -40,7 +40,7 @@ class LatentProjection(nn.Module):
             )
         if linear.bias is not None:
             raise UnsupportedModelError("its kv_b_proj adds a bias to keys and values")
-        weight = as_dense(linear).weight.detach().view(-1, *shape)
+        weight = linear.weight.detach().view(-1, *shape)
         self.weight = nn.Parameter(weight, requires_grad=False)
         """`[num_heads, nope_dim + value_dim, rank]`."""
 

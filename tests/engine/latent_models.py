@@ -83,6 +83,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 """Families that differ in queries, rotations, scales and experts."""
 
 
+def in_groups() -> YoutuConfig:
+    """Return a model whose products have inputs of whole groups of 32."""
+    return YoutuConfig(
+        **_LATENT | {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    )
+
+
 def build(family: str) -> PreTrainedModel:
     """Return a random float32 model of a family."""
     config = FAMILIES[family]()

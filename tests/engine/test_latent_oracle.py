@@ -7,6 +7,7 @@ makes those into the queries and outputs.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,20 @@ from transformers.models.deepseek_v32 import DeepseekV32Config
 from quire.engine.config import EngineConfig
 from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
 from quire.engine.errors import StartupError, UnsupportedModelError
+from quire.engine.model.outline import outline
 from quire.engine.parallel.ranks import ALONE
 from quire.engine.runner.worker import Worker
 from quire.engine.speculation.model import ModelDrafter
 from quire.engine.speculation.speculator import Speculator
 
 from . import latent_models, models, test_beam_oracle
+from .checkpoints import quantized_files
+from .checkpoints.test_quantized_checkpoint import PlainBackend
 from .devices.cuda_on_cpu import CudaOnCpuBackend
 from .speculation.drafters import FreeDrafts
 from .test_beam_oracle import MAX_TOKENS
 from .test_oracle import Engine, Reference, prompts, round_layers
+from .worker_driver import load, make_config
 
 WIDTH = 28
 """Numbers of a token and layer in the cache: a latent of 20, and 8 that are rotated."""
@@ -205,10 +210,7 @@ def test_rounded_weights_equal_a_model_with_rounded_weights_and_inputs(
     tmp_path: Path, quantization: str
 ) -> None:
     """All products are rounded but those with latents."""
-    wide = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    config = latent_models.FAMILIES["youtu"]()
-    config.update(wide | {"qk_head_dim": 16})
-    model = models.build_model(config)
+    model = models.build_model(latent_models.in_groups())
     model.save_pretrained(tmp_path)
     exact = {layer: layer.self_attn.kv_b_proj for layer in model.model.layers}
     round_layers(model, quantization)
@@ -217,6 +219,24 @@ def test_rounded_weights_equal_a_model_with_rounded_weights_and_inputs(
     reference, engine = Reference(model), Engine(tmp_path, quantization=quantization)
     for prompt in prompts(4):
         assert engine.complete(prompt, 12) == reference.complete(prompt, 12)
+
+
+@pytest.mark.parametrize("form", ["awq", "float8-blocks"])
+def test_a_quantised_checkpoint_equals_its_dense_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setitem(quantized_files.MODELS, "latents", latent_models.in_groups)
+    names = re.compile(r"_proj(_with_mqa)?\.weight$")
+    dense = quantized_files.write_model(tmp_path, "latents", quantized_files.FORMATS[form], names)
+    folder, reference = tmp_path / "quantised", Reference(dense)
+    engine = Engine(folder, PlainBackend())
+    for prompt in prompts(4):
+        assert engine.complete(prompt, 12) == reference.complete(prompt, 12)
+    # What `quire models` says, and what it takes on the CPU.
+    facts = load(folder, dtype="float32").weights
+    found = outline(make_config(folder, dtype="float32"), keeps_groups=True)
+    assert found.num_parameters == facts.num_parameters
+    assert found.weight_bytes == pytest.approx(facts.num_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize(
