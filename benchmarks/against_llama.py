@@ -123,7 +123,8 @@ def wait_for(port: int) -> None:
 def bench(
     port: int, at_once: int, prompts: int, length: int, new: int, seed: int, folder: Path
 ) -> dict[str, float]:
-    """Run quire's client, and return what it measured."""
+    """Run quire's client, and return tokens/s and the mean milliseconds to the first token and
+    between two. Raises RuntimeError if a request failed."""
     result = folder / "result.json"
     options: dict[str, Any] = {
         "--base-url": f"http://127.0.0.1:{port}",
@@ -139,8 +140,14 @@ def bench(
     for name, value in options.items():
         command += [name, str(value)]
     subprocess.run(command, check=True, capture_output=True)
-    measured: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))
-    return measured
+    (run,) = json.loads(result.read_text(encoding="utf-8"))["runs"]
+    if run["errors"]:
+        raise RuntimeError(f"requests failed: {run['errors']}")
+    return {
+        "tokens": run["output_tokens_per_s"],
+        "ttft": run["latency_ms"]["ttft"]["mean"],
+        "tpot": run["latency_ms"]["tpot"]["mean"],
+    }
 
 
 def report(found: dict[tuple[str, str], list[dict[str, float]]]) -> None:
@@ -150,16 +157,16 @@ def report(found: dict[tuple[str, str], list[dict[str, float]]]) -> None:
             turns = found[load, name]
             middle = {
                 key: statistics.median(turn[key] for turn in turns)
-                for key in ("output_throughput", "mean_ttft_ms", "mean_tpot_ms")
+                for key in ("tokens", "ttft", "tpot")
             }
             values[name] = middle
             line += (
-                f"  {name}: {middle['output_throughput']:7.1f} tokens/s, TTFT "
-                f"{middle['mean_ttft_ms']:7.1f} ms, TPOT {middle['mean_tpot_ms']:6.2f} ms"
+                f"  {name}: {middle['tokens']:7.1f} tokens/s, TTFT "
+                f"{middle['ttft']:7.1f} ms, TPOT {middle['tpot']:6.2f} ms"
             )
         ours, theirs = values["quire"], values["llama.cpp"]
-        speed = ours["output_throughput"] / theirs["output_throughput"]
-        wait = ours["mean_ttft_ms"] / theirs["mean_ttft_ms"]
+        speed = ours["tokens"] / theirs["tokens"]
+        wait = ours["ttft"] / theirs["ttft"]
         print(f"{line}  tokens/s {speed:.2f}x, TTFT {wait:.2f}x", flush=True)
 
 
@@ -172,7 +179,7 @@ def compare_perplexity(arguments: argparse.Namespace, file: Path, folder: Path) 
     )
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     theirs = re.findall(r"PPL = ([\d.]+)", done.stdout + done.stderr)[-1]
-    command = [sys.executable, "-P", str(HERE / "perplexity.py"), str(file), "--second-half"]
+    command = [sys.executable, str(HERE / "perplexity.py"), str(file), "--second-half"]
     command += ["--windows", str(WINDOWS), "--threads", str(arguments.threads)]
     ours = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[1]
     print(f"perplexity    llama.cpp: {theirs}  quire: {ours}", flush=True)

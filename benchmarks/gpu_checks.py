@@ -23,7 +23,7 @@ from gpu_common import DEVICE, Case, Record, make_sequence
 from gpu_experts import QWEN3_MOE, check_experts
 from gpu_lora import check_adapters, figures_of
 from gpu_products import check_float8, check_product
-from gpu_states import check_convolution, check_recurrence
+from gpu_states import RECURRENCES, check_convolution, check_recurrence
 from gpu_step_checks import (
     check_best_tokens,
     check_dependent_launches,
@@ -190,8 +190,11 @@ def check_states(dtype: torch.dtype, channels: int, heads: tuple[int, int, int, 
     errors = []
     for found in (
         check_convolution(dtype, channels, 4),
-        check_recurrence(dtype, heads, True),
-        check_recurrence(dtype, heads, False),
+        *(
+            check_recurrence(dtype, heads, has_beta, form)
+            for has_beta in (True, False)
+            for form in RECURRENCES
+        ),
     ):
         out, wanted, states, expected = found
         errors += [relative_error(out, wanted), relative_error(states, expected)]

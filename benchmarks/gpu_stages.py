@@ -68,6 +68,9 @@ STAGES = (
             ("sweep-decode", r"^decode 64x4096 b16 m16 n(64|128) w[48] s[34] p1"),
         ),
     ),
+    Stage(
+        "recurrences", 20, cases=(("checks", r"^bfloat16 states"), ("times", r"^recurrence ")),
+    ),
     Stage("coverage", 60, cases=(("checks", ""),), engine=("check gemma2",)),
     Stage(
         "features", 60,

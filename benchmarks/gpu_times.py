@@ -26,7 +26,7 @@ from gpu_common import (
 from gpu_experts import time_experts
 from gpu_lora import calls_of_adapters
 from gpu_products import time_product
-from gpu_states import calls_of_states
+from gpu_states import RECURRENCES, calls_of_prompt, calls_of_states
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quire.engine.devices.cuda.draws import CudaDraws
@@ -339,6 +339,15 @@ def time_states(rows: int, length: int) -> Record:
     return _figures(time_graph([lambda: [call() for call in calls]]), num_bytes=moved)
 
 
+def time_prompt(form: str, num_tokens: int, rule: str) -> Record:
+    """Time the recurrence of a layer over a prompt: Qwen3.5 9B's delta rule, or the Mamba-2 of
+    Granite 4 H Tiny."""
+    has_beta = rule == "delta"
+    heads = (16, 32, 128, 128) if has_beta else (1, 48, 128, 64)
+    call, flops, moved = calls_of_prompt(form, num_tokens, heads, has_beta)
+    return _figures(time_graph([call]), flops=flops, num_bytes=moved)
+
+
 def cases() -> list[Case]:  # over 50 lines: it is a list
     """Return the cases: limits, decode, extend, then small kernels, each beside its comparisons."""
     found = [
@@ -409,6 +418,8 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
         add(f"lora {rows} rows, {slots} of rank {rank}", time_lora, rows, slots, rank)
     for rows, length in ((1, 1), (64, 1), (256, 1), (1, 8192)):
         add(f"states {rows} rows of {length}", time_states, rows, length)
+    for num_tokens, rule, form in product((512, 4096, 32768), ("delta", "mamba"), RECURRENCES):
+        add(f"recurrence {form} {rule} {num_tokens}", time_prompt, form, num_tokens, rule)
     for num_rows, kind in product((1, 64, 4096), ("dense", "int4", "float8", "float8 torch")):
         add(f"product {kind} {num_rows}x14336x4096", time_product, kind, num_rows, 14336, 4096)
     for num_tokens, how in product((1, 32, 4096), ("kernel", "torch")):

@@ -1,12 +1,14 @@
 """Measure what evicted blocks in host memory and on disk save: the second turn of a conversation of
-4,096 tokens that another one has evicted, by its time to first token.
+4,096 tokens that others have evicted, by its time to first token.
 
     python benchmarks/memory_tiers.py
 
 Only the engine runs, on the CPU, with a 30M-parameter Qwen3 shape and random float32 weights. The
 cache has room for one conversation. Each round has fresh conversations, which take turns in three
-engines: without a tier (the second turn is recomputed), with host memory, and with host memory for
-few blocks over a disk. The figures are medians.
+engines: without a tier (the second turn is recomputed), with host memory for all blocks, and with
+host memory for one conversation over a disk. Three other conversations run between the two turns,
+so that in the last of these engines the first turn has left host memory, too. The figures are
+medians.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from small_engine import make_random_core, make_request, small_qwen3
 
 from quire.engine.core.engine_core import EngineCore
 
-TURN, NEXT, BLOCK_SIZE = 4096, 32, 16
+TURN, NEXT, OTHERS, BLOCK_SIZE = 4096, 32, 3, 16
 NUM_BLOCKS = (TURN + 512) // BLOCK_SIZE
 GIB = 2**30
+ONE_CONVERSATION = (TURN + NEXT) * 10 * 2 * 2 * 64 * 2
+"""Bytes: 10 layers, K and V, 2 heads of 64 numbers of 16 bits."""
 
 
 def time_to_first_token(core: EngineCore, name: str, prompt: list[int]) -> float:
@@ -38,10 +42,11 @@ def time_to_first_token(core: EngineCore, name: str, prompt: list[int]) -> float
 
 
 def second_turn(core: EngineCore, name: str, rng: random.Random) -> float:
-    """Return the seconds of a second turn, after another conversation."""
-    first, other = ([rng.randrange(32000) for _ in range(TURN)] for _ in range(2))
+    """Return the seconds of a second turn, after other conversations."""
+    first, *others = ([rng.randrange(32000) for _ in range(TURN)] for _ in range(1 + OTHERS))
     time_to_first_token(core, f"{name}-1", first)
-    time_to_first_token(core, f"{name}-other", other)
+    for number, other in enumerate(others):
+        time_to_first_token(core, f"{name}-other-{number}", other)
     added = [rng.randrange(32000) for _ in range(NEXT)]
     return time_to_first_token(core, f"{name}-2", first + added)
 
@@ -54,7 +59,7 @@ def main() -> None:
         kinds: dict[str, dict[str, Any]] = {
             "recomputed": {},
             "host memory": {"kv_offloading_size": GIB},
-            "disk": {"kv_offloading_size": GIB // 80, "kv_offloading_disk": folder},
+            "disk": {"kv_offloading_size": ONE_CONVERSATION, "kv_offloading_disk": folder},
         }
         cores = {
             kind: make_random_core(

@@ -116,6 +116,8 @@ class EngineConfig(OffloadingConfig):
     """The adapters that are loaded when the engine starts."""
     skip_broken_lora: bool = False
     """Whether to start without an adapter that cannot be loaded: after a restart."""
+    lowers_max_num_seqs: bool = False
+    """Whether fewer sequences run if the states of max_num_seqs leave too little for blocks."""
     num_peers: int = 1
     """Engines that share this machine's main memory, this one included."""
     max_loras: int = _flag(
@@ -233,8 +235,7 @@ class EngineConfig(OffloadingConfig):
     max_logprobs: int = _flag("Limits", "Maximum log-probabilities per position.", 20, ge=0)
 
     def runs_ahead(self, is_asynchronous: bool) -> bool:
-        """Whether steps are launched before the results of the previous one are known, on a device
-        that is asynchronous or not."""
+        """Whether steps are launched before the results of the previous one are known."""
         return is_asynchronous if self.async_scheduling is None else self.async_scheduling
 
     def __post_init__(self) -> None:
@@ -391,8 +392,7 @@ class EngineInfo(WorkerInfo):
 
     @property
     def kv_capacity_tokens(self) -> int:
-        """The number of tokens that the KV cache holds; in sequences of max_model_len, if groups of
-        layers keep different numbers of tokens."""
+        """The tokens that the KV cache holds; of sequences of max_model_len, if groups differ."""
         if self.group_windows == (None,):
             return self.num_blocks * self.block_size
         each = blocks_needed(self.group_windows, self.block_size, self.max_model_len)

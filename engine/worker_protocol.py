@@ -68,6 +68,13 @@ class WorkerProtocol(Launcher, Protocol):
         Raises ConfigurationError if it would be too small.
         """
 
+    def max_num_seqs(self) -> int:
+        """Return how many sequences may run: max_num_seqs of the configuration, or fewer if it may
+        be lowered. Called after `profile`."""
+
+    def block_bytes(self) -> int:
+        """Return the bytes of a block in all caches. Called after `profile`."""
+
     def attach_host_memory(self, memory: memoryview) -> float:
         """Let plans save blocks to slots that fill `memory`, and load them from there. A slot has
         the bytes of a block in all caches. Returns the seconds of a block's copy. Called once,

@@ -151,7 +151,7 @@ def check_attention(
     require_shape("seq_lens", seq_lens, None)
     require_contiguous("seq_lens", seq_lens)
     require(scale > 0, f"scale must be positive, not {scale}")
-    require(window is None or window > 0, f"window must be positive, not {window}")
+    require(window != 0, "window must be positive, or below 0 for chunks")
     require(softcap is None or softcap > 0, f"softcap must be positive, not {softcap}")
     if sinks is not None:
         require_dtype("sinks", sinks, *FLOAT_DTYPES)

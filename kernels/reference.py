@@ -93,13 +93,13 @@ def paged_attention_extend(
         out = softmax(scale · Q·Kᵀ, masked) · V
 
     query `[num_tokens, num_heads, head_dim]` holds sequence s in rows
-    query_start_loc[s]:query_start_loc[s + 1]. Its token i is at position
-    seq_lens[s] - query_len[s] + i and sees key j iff j <= position and, with a window,
-    position - j < window. softcap c replaces a score x by c·tanh(x / c). sinks `[num_heads]` add
-    one logit per head to the denominator of the softmax only. Rows of `out` before
-    query_start_loc[0] and from query_start_loc[-1] on are left as they are. With a float8_e4m3fn
-    cache, K and V are the cache times kv_scales (`[2, num_kv_heads]` float32, default 1).
-    first_seq `[1]` leaves the sequences before it out; max_seqs is unused here.
+    query_start_loc[s]:query_start_loc[s + 1]. Its token i is at position seq_lens[s] - query_len[s]
+    + i and sees key j iff j <= position and, with a window, position - j < window; a window of -c
+    is a chunk: j >= position // c * c (Llama 4). softcap c replaces a score x by c·tanh(x / c).
+    sinks `[num_heads]` add one logit per head to the denominator of the softmax only. Rows of `out`
+    before query_start_loc[0] and from query_start_loc[-1] on are left as they are. With a
+    float8_e4m3fn cache, K and V are the cache times kv_scales (`[2, num_kv_heads]` float32, default
+    1). first_seq `[1]` leaves the sequences before it out; max_seqs is unused here.
     """
     out = torch.empty_like(query) if out is None else out
     num_kv_heads, block_size = key_cache.shape[1:3]
@@ -123,8 +123,10 @@ def paged_attention_extend(
         query_positions = torch.arange(length - num_queries, length, device=query.device)[:, None]
         key_positions = torch.arange(length, device=query.device)[None]
         visible = key_positions <= query_positions
-        if window is not None:
+        if window is not None and window > 0:
             visible &= query_positions - key_positions < window
+        elif window is not None:
+            visible &= key_positions >= query_positions // -window * -window
         scores = scores.masked_fill(~visible, float("-inf"))
         if sinks is not None:
             column = sinks.to(scores).view(num_kv_heads, group, 1, 1).expand(-1, -1, num_queries, 1)

@@ -61,7 +61,7 @@ def gated_recurrence(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    decay: torch.Tensor,
+    log_decay: torch.Tensor,
     beta: torch.Tensor | None,
     states: torch.Tensor,
     slots: torch.Tensor,
@@ -74,15 +74,15 @@ def gated_recurrence(
 ) -> torch.Tensor:
     """Return what each token reads from its sequence's state, after writing to it; like value.
 
-        S ← decay_t · S
+        S ← e^log_decay_t · S
         S ← S + k_tᵀ v_t                          without beta: Mamba-2, with k = B, q = C
         S ← S + k_tᵀ beta_t (v_t − k_t S)         with beta: the gated delta rule
         out_t = scale · q_t S
 
     query and key are `[T, key_heads, key_dim]`, value `[T, heads, value_dim]`; heads share a key
-    head, as in grouped-query attention. decay and beta are `[T, heads]` float32. A slot of states
-    `[num_slots, heads, key_dim, value_dim]` is S. With `normalise`, keys and queries are divided by
-    their length. slots, saves, query_start_loc and seq_lens are as in `causal_conv`.
+    head, as in grouped-query attention. log_decay and beta are `[T, heads]` float32. A slot of
+    states `[num_slots, heads, key_dim, value_dim]` is S. With `normalise`, keys and queries are
+    divided by their length. slots, saves, query_start_loc and seq_lens are as in `causal_conv`.
     """
     share = value.shape[1] // key.shape[1]
     q, k = (_wide(part).repeat_interleave(share, dim=1) for part in (query, key))
@@ -97,7 +97,7 @@ def gated_recurrence(
         if length == last - first:
             state = torch.zeros_like(state)
         for token in range(first, last):
-            state = state * decay[token, :, None, None]
+            state = state * _wide(log_decay[token, :, None, None]).exp()
             update = v[token]
             if beta is not None:
                 known = torch.einsum("hk,hkv->hv", k[token], state)

@@ -370,6 +370,7 @@ class Settings(_EngineSettings):
                 values[name] = int(value)
         values["enable_lora"] |= bool(self.lora) or self.lora_dir is not None
         read_kv_events(values["kv_events_config"])
+        values["lowers_max_num_seqs"] = "max_num_seqs" not in self.model_fields_set
         return EngineConfig(model=self.model_path, lora=self.adapters, **values)
 
 

@@ -16,7 +16,8 @@ from .engine.body.test_flat_decoder import FLAT, FLAT_ON_GPUS
 
 PAGE = ROOT / "docs/models.md"
 BEGIN, END = "<!-- models: written by `make docs` -->\n", "<!-- end of models -->"
-FAMILIES = models.FAMILIES | state_models.FAMILIES | latent_models.FAMILIES
+FAMILIES = models.FAMILIES | {"llama4": models.llama4} | state_models.FAMILIES
+FAMILIES |= latent_models.FAMILIES
 CHECKPOINTS = {
     "llama": "Llama 2 and 3, SmolLM2, TinyLlama",
     "qwen2": "Qwen2.5, DeepSeek-R1-Distill-Qwen",
@@ -34,6 +35,7 @@ CHECKPOINTS = {
     "qwen3_moe": "Qwen3-30B-A3B",
     "olmoe": "OLMoE",
     "gpt_oss": "gpt-oss",
+    "llama4": "Llama 4 Scout and Maverick",
     "qwen3_5": "Qwen3.5 and 3.6, dense",
     "qwen3_5_moe": "Qwen3.5 and 3.6, A3B",
     "qwen3_next": "Qwen3-Next, Qwen3-Coder-Next",
@@ -57,6 +59,7 @@ CHECKPOINTS = {
 """Names by which people know the families."""
 TRAITS = {
     "sliding_window": "windows",
+    "attention_chunk_size": "chunks",
     "num_local_experts": "experts",
     "num_experts": "experts",
     "attn_logit_softcapping": "soft caps",

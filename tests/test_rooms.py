@@ -24,7 +24,7 @@ RULES: dict[str, set[str]] = {
     "kernels.cuda": KERNELS,
     "kernels.cuda.attention": KERNELS | {"kernels.cuda"},
     "kernels.cuda.sampling": KERNELS | {"kernels.cuda"},
-    "kernels.cuda.states": KERNELS,
+    "kernels.cuda.states": KERNELS | {"kernels.cuda"},
     "engine": {"engine.flags", "engine.layers"},
     "engine.flags": ENGINE,
     "engine.layers": {"engine"},

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from .latent import LATENT_IMPLEMENTATION, register_latent_attention
+from .layer_traits import traits_of
 from .metadata import AttentionMetadata, LayerStep
 
 IMPLEMENTATION = "quire_paged"
@@ -57,6 +58,11 @@ def paged_attention(
     """
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     parts = attn_metadata.parts_of(layer_idx)
+    if (traits := traits_of(module)) is not None:
+        sliding_window = traits.window
+        if traits.temperature is not None:
+            assert attn_metadata.positions is not None
+            query = traits.temperature.apply(query, attn_metadata.positions)
     tensors = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     options = {
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,

@@ -35,8 +35,9 @@ class AttentionPlan(Protocol):
 
         query `[T, num_heads, head_dim]`, key and value `[T, num_kv_heads, head_dim]` → like query.
         cache is one layer's `[2, num_blocks, num_kv_heads, block_size, head_dim]`, kv_scales its
-        `[2, num_kv_heads]` if it is float8. `window` counts the token itself. `sinks`
-        `[num_heads]` are logits that take part in the softmax and add nothing to the output.
+        `[2, num_kv_heads]` if it is float8. `window` counts the token itself; -c stands for chunks
+        of c tokens (engine/layers). `sinks` `[num_heads]` are logits that take part in the softmax
+        and add nothing to the output.
         """
 
     def attend_latents(
@@ -86,6 +87,7 @@ class AttentionMetadata:
                      several groups, each with slots and block tables of its own
     places           for each layer the group and the place of its K and V, of each of their parts
                      if there are several; None if there is one group, and a place a layer
+    positions        [T] int64; the position of each token in its sequence
     """
 
     kv_cache: torch.Tensor
@@ -100,6 +102,7 @@ class AttentionMetadata:
     states: StepStates | None = None
     others: tuple[AttentionMetadata, ...] = ()
     places: abc.Sequence[tuple[tuple[int, int], ...]] | None = None
+    positions: torch.Tensor | None = None
 
     def of_layer(self, layer_idx: int) -> LayerStep:
         """Return what a layer's attention needs to know, if K and V are in one place. Called on the

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
+from ..attention.layer_traits import traits_of
 from .flat_decoder import FlatDecoder, FlatLayer, Linear, Mixture, Mlp, Norm
 from .grouped_rows import GroupedEmbedding
 from .merged_linear import LinearColumn, MergedLinear
@@ -101,7 +102,9 @@ def _flat_layer(layer: Any, head_dim: int, window: int | None, has_kinds: bool) 
     if any(name and not norm for name, norm in zip(names, norms, strict=True)):
         return None
     input_norm, output_norm, mlp_norm, down_norm = norms
-    # 2. Attention has no parameters of its own but sinks.
+    # 2. Attention has no parameters of its own but sinks, and leaves queries as they are.
+    if (traits := traits_of(attention)) is not None and traits.temperature is not None:
+        return None
     scale, sinks = getattr(attention, "scaling", None), getattr(attention, "sinks", None)
     if set(attention._parameters) - {"sinks"} or not isinstance(scale, float):
         return None

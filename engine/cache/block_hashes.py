@@ -13,9 +13,21 @@ from __future__ import annotations
 from array import array
 from collections import abc
 from hashlib import sha256
+from typing import NamedTuple
 
 HASH_BYTES = 32
-"""Bytes of a hash."""
+"""Bytes of a hash in the first group of layers. In any other, one more says which it is."""
+HasBlock = abc.Callable[[bytes], bool]
+"""Whether the block with a hash can be had."""
+
+
+class WantedBlock(NamedTuple):
+    """A full block that a sequence's match takes: its place in the table, the hash of all tokens
+    before it, and its own. Both hashes are those of the block's group of layers."""
+
+    place: int
+    parent: bytes
+    own_hash: bytes
 
 
 def root_hash(cache_salt: str | None, adapter: str | None = None) -> bytes:
@@ -39,6 +51,16 @@ def of_group(own_hash: bytes, group: int) -> bytes:
     No hash of one group is a hash of another, and a block's own hash follows its parent's.
     """
     return own_hash + bytes((group,)) if group else own_hash
+
+
+def group_of(own_hash: bytes) -> int:
+    """Return the group of layers of the block with this hash."""
+    return own_hash[HASH_BYTES] if len(own_hash) > HASH_BYTES else 0
+
+
+def is_first_group(own_hash: bytes) -> bool:
+    """Return whether the block with this hash is one of the first group of layers."""
+    return len(own_hash) == HASH_BYTES
 
 
 def extend_hashes(

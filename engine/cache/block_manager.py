@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..events.block_events import BlockEvent
 from ..sequence import Sequence
 from ..step import BlockCopy, TableChange
-from .block_hashes import extend_hashes, root_hash
+from .block_hashes import HasBlock, WantedBlock, extend_hashes, is_first_group, root_hash
 from .block_pool import BlockPool
 from .block_recorder import BlockRecorder
 from .prefix_index import Successor
@@ -120,6 +120,22 @@ class BlockManager:
         usable = states.count_usable(sequence.block_hashes[: len(blocks)])
         sequence.state_mark = len(blocks) * self.block_size if usable < len(blocks) else 0
         return PrefixMatch(blocks[:usable], None, usable * self.block_size)
+
+    def find_end(self, sequence: Sequence, most: int, has: HasBlock) -> int:
+        """Return the largest number of whole blocks, at most `most`, that a match may take if it
+        can have the blocks that `has` says."""
+        end = 0
+        while end < most and has(self._block_hash(sequence, end)):
+            end += 1
+        return end
+
+    def wanted_blocks(self, sequence: Sequence, end: int) -> list[WantedBlock]:
+        """Return the blocks that a match of `end` whole blocks takes, in the order of columns."""
+        return [block for i in range(end) for block in self.column(sequence, i)]
+
+    def column(self, sequence: Sequence, i: int) -> list[WantedBlock]:
+        """Return the full blocks of column i of a sequence's tables, one for each group."""
+        return [WantedBlock(i, self._parent_hash(sequence, i), self._block_hash(sequence, i))]
 
     def continuation(self, sequence: Sequence, k: int) -> list[int]:
         """Return up to `k` tokens with which another sequence went on after the same tokens and
@@ -326,13 +342,10 @@ class BlockManager:
     def known_blocks(self) -> list[bytes]:
         """Return the hashes of all full blocks that can be found, here or where evicted ones go."""
         hashes, evicted = self.pool.index.hashes(), self.pool.evicted_blocks
-        return hashes if evicted is None else list({*hashes, *evicted.hashes()})
+        known = () if evicted is None else filter(is_first_group, evicted.hashes())
+        return list({*hashes, *known})
 
     # -- hashes ----------------------------------------------------------------------------
-
-    def hashes_of(self, sequence: Sequence, i: int) -> tuple[bytes, bytes]:
-        """Return the hash of all tokens before block i of the sequence, and the block's own."""
-        return self._parent_hash(sequence, i), self._block_hash(sequence, i)
 
     def _parent_hash(self, sequence: Sequence, i: int) -> bytes:
         """Return the hash of all tokens before block i of the sequence."""

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from ..layers.layer_groups import first_needed
 from ..sequence import Sequence
 from ..step import BlockCopy, TableChange
-from .block_hashes import of_group
+from .block_hashes import HasBlock, WantedBlock, of_group
 from .block_manager import NO_MATCH, BlockManager, PrefixMatch
 from .prefix_index import Successor
 from .state_slots import StateSlots
@@ -82,8 +82,8 @@ class GroupedBlockManager(BlockManager):
         """
         if not self.enable_prefix_caching:
             return NO_MATCH
-        size = self.block_size
-        end = self._find_end(sequence, max_tokens // size)
+        size, lookup = self.block_size, self.pool.lookup
+        end = self.find_end(sequence, max_tokens // size, lambda own: lookup(own) is not None)
         # 1. The whole blocks.
         groups = range(self.num_groups)
         blocks = [self._find_blocks(sequence, g, end) for g in groups]
@@ -106,38 +106,57 @@ class GroupedBlockManager(BlockManager):
         first, *others = (PrefixMatch(blocks[g], successors[g], length) for g in groups)
         return first._replace(others=tuple(others))
 
-    def _find_end(self, sequence: Sequence, most: int) -> int:
-        """Return the largest number of whole blocks, at most `most`, that all groups can share."""
-        lookup = self.pool.lookup
+    def find_end(self, sequence: Sequence, most: int, has: HasBlock) -> int:
+        """Return the largest number of whole blocks, at most `most`, that a match may take in all
+        groups if it can have the blocks that `has` says."""
         # 1. Full groups must have every block.
         for g, window in enumerate(self._windows):
             if window is None:
                 end = 0
-                while end < most and lookup(self._hash_in(sequence, end, g)) is not None:
+                while end < most and has(self._hash_in(sequence, end, g)):
                     end += 1
                 most = end
         # 2. Windows must have their last blocks. If one lacks block i, the match ends there at the
         #    latest: every end that lies between needs the block, too.
         end = most
-        while end and (missing := self._last_missing(sequence, end)) is not None:
+        while end and (missing := self._last_missing(sequence, end, has)) is not None:
             end = missing
         return end
 
-    def _last_missing(self, sequence: Sequence, end: int) -> int | None:
+    def _last_missing(self, sequence: Sequence, end: int, has: HasBlock) -> int | None:
         """Return the last of the blocks before block `end` that some window needs and lacks."""
-        size, lookup = self.block_size, self.pool.lookup
+        size = self.block_size
         firsts = [(g, first_needed(window, end * size, size)) for g, window in self._windowed]
         for i in range(end - 1, min((first for _, first in firsts), default=end) - 1, -1):
             for g, first in firsts:
-                if i >= first and lookup(self._hash_in(sequence, i, g)) is None:
+                if i >= first and not has(self._hash_in(sequence, i, g)):
                     return i
         return None
 
+    def wanted_blocks(self, sequence: Sequence, end: int) -> list[WantedBlock]:
+        firsts = [self._first_column(group, end) for group in range(self.num_groups)]
+        return [
+            block
+            for i in range(min(firsts), end)
+            for block, first in zip(self.column(sequence, i), firsts, strict=True)
+            if i >= first
+        ]
+
+    def column(self, sequence: Sequence, i: int) -> list[WantedBlock]:
+        parent, own_hash = self._parent_hash(sequence, i), self._block_hash(sequence, i)
+        groups = range(self.num_groups)
+        return [WantedBlock(i, of_group(parent, g), of_group(own_hash, g)) for g in groups]
+
+    def _first_column(self, group: int, end: int) -> int:
+        """Return the first column of a group's table that a match of `end` blocks needs."""
+        window = self._windows[group]
+        if window is None:
+            return 0
+        return min(first_needed(window, end * self.block_size, self.block_size), end)
+
     def _find_blocks(self, sequence: Sequence, group: int, end: int) -> list[int]:
         """Return a group's table of the first `end` blocks, which are known to be there."""
-        window, first = self._windows[group], 0
-        if window is not None:
-            first = min(first_needed(window, end * self.block_size, self.block_size), end)
+        first = self._first_column(group, end)
         table = [self.null_block] * first
         for i in range(first, end):
             block = self.pool.lookup(self._hash_in(sequence, i, group))
@@ -278,6 +297,9 @@ class GroupedBlockManager(BlockManager):
     def free(self, sequence: Sequence, *, poisoned: bool = False) -> None:
         """Release all blocks of the sequence, the last first: see `BlockManager`."""
         pool = self.pool
+        if poisoned and pool.evicted_blocks is not None:
+            hashes, groups = sequence.block_hashes, range(self.num_groups)
+            pool.evicted_blocks.discard([of_group(one, g) for one in hashes for g in groups])
         for table in reversed(self._tables(sequence)):
             for block in reversed(table):
                 if block == self.null_block:

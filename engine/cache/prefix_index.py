@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..sequence import Sequence
-from .block_hashes import HASH_BYTES, hash_block
+from .block_hashes import HASH_BYTES, hash_block, is_first_group
 from .block_recorder import BlockRecorder
 
 MAX_SIBLINGS = 32
@@ -134,7 +134,7 @@ class PrefixIndex:
 
     def hashes(self) -> list[bytes]:
         """Return the hashes of all full blocks of the first group that can be found."""
-        return [own_hash for own_hash in self._by_hash if len(own_hash) == HASH_BYTES]
+        return list(filter(is_first_group, self._by_hash))
 
     def add_full(self, block: int, parent: bytes, own_hash: bytes, token_ids: list[int]) -> bool:
         """Index a full block, unless another block with the same content is indexed already.
@@ -175,8 +175,8 @@ class PrefixIndex:
             return
         if entry.hash is not None:
             del self._by_hash[entry.hash]
-            recorder, is_first_group = self.recorder, len(entry.hash) == HASH_BYTES
-            if recorder is not None and is_first_group and not self.is_kept(entry.hash):
+            recorder, is_followed = self.recorder, is_first_group(entry.hash)
+            if recorder is not None and is_followed and not self.is_kept(entry.hash):
                 recorder.removed(entry.hash)
         key = (entry.parent, entry.token_ids[0])
         siblings = self._siblings[key]

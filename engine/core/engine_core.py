@@ -49,6 +49,7 @@ class EngineCore:
     def __init__(self, config: EngineConfig, worker: WorkerProtocol) -> None:
         loaded = worker.load()
         num_blocks = worker.profile()
+        config = replace(config, max_num_seqs=worker.max_num_seqs())
         self._info = EngineInfo.of(config, loaded, num_blocks)
         self._adapters = LoadedAdapters(config, loaded, worker)
         self._structured = StructuredOutput(

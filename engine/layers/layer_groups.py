@@ -14,6 +14,10 @@ in the layers of one group, and every group has at most `num_places` layers.
 A sequence of 32,768 tokens takes 2,048 blocks of group 0, and of every other group as many as its
 window and one step's tokens fill. If a model needs one table only, because its layers are all full
 or its windows reach as far as its context, there is one group.
+
+A window is a number of tokens, and its sign says how it moves. One of w > 0 tokens slides: a token
+attends to the last w, itself included. One of -c stands for chunks of c tokens (Llama 4): a token
+attends to those from the last multiple of c on.
 """
 
 from __future__ import annotations
@@ -27,8 +31,8 @@ MAX_GROUPS = 12
 
 
 class LayerGroup(NamedTuple):
-    """Layers that share block tables. They need K and V of the last `window` tokens, the current
-    one included, or of all tokens if that is None."""
+    """Layers that share block tables. They need K and V of the tokens in their `window`, or of all
+    tokens if that is None."""
 
     window: int | None
     layers: tuple[int, ...]
@@ -97,7 +101,7 @@ class LayerGroups(NamedTuple):
         """
         kinds: dict[int | None, list[int]] = {}
         for layer, window in enumerate(windows):
-            kept = window if window is not None and window < max_model_len else None
+            kept = window if window is not None and abs(window) < max_model_len else None
             kinds.setdefault(kept, []).append(layer)
         one_table = cls.one_table(len(windows))
         if set(kinds) == {None}:
@@ -119,7 +123,7 @@ class LayerGroups(NamedTuple):
     def _of_size(cls, kinds: dict[int | None, list[int]], size: int) -> LayerGroups:
         """Return the groups of at most `size` layers, as even as possible: the full one, then those
         with the widest windows."""
-        order = sorted(kinds, key=lambda window: (window is not None, -(window or 0)))
+        order = sorted(kinds, key=lambda one: (one is not None, -abs(one or 0), one or 0))
         groups = []
         for window in order:
             layers = kinds[window]
@@ -130,9 +134,21 @@ class LayerGroups(NamedTuple):
         return cls(tuple(groups))
 
 
+def first_token(window: int, position: int) -> int:
+    """Return the position of the first token that the one at `position` attends to."""
+    return position // -window * -window if window < 0 else max(position + 1 - window, 0)
+
+
 def first_needed(window: int, num_computed: int, block_size: int) -> int:
     """Return the index of the first block that tokens from position `num_computed` on attend to."""
-    return max(num_computed + 1 - window, 0) // block_size
+    return first_token(window, num_computed) // block_size
+
+
+def describe_window(window: int | None) -> str:
+    """Return which tokens layers with this window keep, for people."""
+    if window is None:
+        return "all tokens"
+    return f"the last {window:,}" if window > 0 else f"chunks of {-window:,}"
 
 
 def blocks_needed(
@@ -161,7 +177,7 @@ def blocks_needed(
 
 
 def _held(window: int, block_size: int, width: int, step_tokens: int) -> int:
-    each = -(-window // block_size) + (1 if width == 1 else 2)
+    each = -(-abs(window) // block_size) + (1 if width == 1 else 2)
     return width * each + -(-step_tokens // block_size)
 
 

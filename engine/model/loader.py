@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from ..attention.interface import IMPLEMENTATION, register_attention
+from ..attention.layer_traits import note_traits
+from ..body.chosen_experts import choose_experts
 from ..body.grouped_linear import GroupedLinear
 from ..body.grouped_rows import GroupedEmbedding
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -34,7 +36,7 @@ from .causal_lm import CausalLM
 from .classifier import make_scores
 from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
 from .probe import check_class, prepare_latents, probe_whole
-from .text_part import auto_class, check_attention_error, drop_other_parts, text_body
+from .text_part import auto_class, check_attention_error, drop_other_parts, name_body, text_body
 
 logger = logging.getLogger("quire.engine")
 
@@ -194,6 +196,8 @@ def _load(
             f"safetensors {spec.dtype}" if checkpoint is None else checkpoint.source_format
         )
     drop_other_parts(model)
+    note_traits(text_body(model), model.config.get_text_config(decoder=True))
+    choose_experts(text_body(model))
     return model, has_head, source_format
 
 
@@ -257,6 +261,7 @@ def _load_weights(
         attn_implementation=IMPLEMENTATION,
         output_loading_info=True,
     )
+    name_body(model)
     has_head = True
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         names = sorted(str(name) for name in report.get(kind) or ())
@@ -289,12 +294,14 @@ def _build_dummy(hf_config: Any, config: EngineConfig, dtype: torch.dtype, backe
 
 
 def _build(hf_config: Any, config: EngineConfig, dtype: torch.dtype) -> Any:
-    return auto_class(hf_config, config).from_config(
+    model = auto_class(hf_config, config).from_config(
         hf_config,
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=IMPLEMENTATION,
     )
+    name_body(model)
+    return model
 
 
 def _fix_rope(model: Any, max_model_len: int, spec: ModelSpec) -> None:

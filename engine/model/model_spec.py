@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..attention.layer_traits import CHUNKED
 from ..checkpoints.quantized_config import check_method
 from ..classifier_spec import NO_CLASSIFIER, ClassifierSpec
 from ..config import EngineConfig
@@ -157,7 +158,7 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
                 "attends"
             )
         heads: int = text.num_attention_heads
-        windows = _windows(text, [kinds[layer] for layer in kv_layers])
+        windows = _windows(text, [kinds[layer] for layer in kv_layers], architecture)
         latents = read_latents(text)
         if getattr(text, "is_heterogeneous", False):
             shapes = _unequal_heads(text, windows, architecture)
@@ -261,10 +262,19 @@ def _layer_types(text: Any, architecture: str) -> list[str]:
     return list(layer_types[:num_layers])
 
 
-def _windows(text: Any, kinds: list[str]) -> tuple[int | None, ...]:
-    """Return the windows of layers with K and V."""
-    window: int | None = getattr(text, "sliding_window", None)
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+def _windows(text: Any, kinds: list[str], architecture: str) -> tuple[int | None, ...]:
+    """Return the windows of layers with K and V, those in chunks as engine/layers writes them."""
+    sliding: int | None = getattr(text, "sliding_window", None)
+    window_of = {"sliding_attention": sliding}
+    if CHUNKED in kinds:
+        chunk = getattr(text, "attention_chunk_size", None)
+        if not (isinstance(chunk, int) and chunk > 0):
+            raise UnsupportedModelError(
+                f"{architecture}: attention_chunk_size is {chunk!r}, but some layers attend in "
+                "chunks"
+            )
+        window_of[CHUNKED] = -chunk
+    return tuple(window_of.get(kind) for kind in kinds)
 
 
 def _state(text: Any, kinds: list[str], architecture: str) -> StateSpec | None:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from ..attention.interface import implementation
+from ..attention.layer_traits import traits_of
 from ..body.latent_layers import LatentProjection, bind_latents, try_latents
 from ..errors import UnsupportedModelError, one_line
 from ..layers.latent_heads import LatentHeads
@@ -155,6 +156,7 @@ class _Calls(list[LayerCall]):
 
     kv_dtype: torch.dtype | None = None
     states: StepStates | None = None
+    max_query_len = 3
 
     def begin_states(self, spec: ModelSpec, device: torch.device) -> None:
         """Let the probe's tokens be a sequence that begins, with the only slot of states."""
@@ -287,6 +289,8 @@ def _probe_attention(
     layer_idx = getattr(module, "layer_idx", None)
     if not isinstance(layer_idx, int):
         raise UnsupportedModelError(f"{type(module).__name__} does not know its layer's index")
+    if (traits := traits_of(module)) is not None:
+        sliding_window = traits.window
     attn_metadata.append(
         LayerCall(
             layer_idx,

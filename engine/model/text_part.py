@@ -51,6 +51,13 @@ def check_attention_error(error: Exception, architecture: str) -> None:
         raise UnsupportedModelError(f"{architecture}: {NO_INTERFACE}") from error
 
 
+def name_body(model: Any) -> None:
+    """Let transformers find the body of a model: Llama 4's class says where it is in the model of
+    images and text."""
+    if model.base_model is model and isinstance(getattr(model, "model", None), nn.Module):
+        model.base_model_prefix = "model"
+
+
 def text_body(model: Any) -> Any:
     """Return the layers that text passes through: the body of a transformers model, or the language
     model in it if the model has other parts."""

@@ -26,6 +26,8 @@ class Given(nn.Module):
         """Hidden states have `width` numbers."""
         super().__init__()
         self._width, self._dtype = width, dtype
+        self.weight = nn.Buffer(torch.empty(0, dtype=dtype), persistent=False)
+        """What a model asks for its embedding's device."""
         self.states: torch.Tensor | None = None
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:

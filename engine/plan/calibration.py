@@ -62,7 +62,9 @@ def load_calibration(path: Path) -> Calibration:
     try:
         shape = document["shape"]
         windows = shape["group_windows"] = tuple(shape["group_windows"])
-        if not windows or not all(one is None or (type(one) is int and one > 0) for one in windows):
+        if not windows or not all(
+            one is None or (type(one) is int and one != 0) for one in windows
+        ):
             raise ValueError(f"group_windows is {windows!r}")
         document["shape"] = _read(EngineShape, shape)
         document["times"] = _read(FittedTimes, document["times"])

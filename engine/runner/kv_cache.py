@@ -31,12 +31,11 @@ def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 def choose_groups(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> LayerGroups:
     """Return the groups of a model's layers. There is one if each of several stages has a part of
-    the layers, if a draft model shares the block tables, if evicted blocks are kept, which are
-    whole ones, and if layers keep a state, whose snapshots say how far a prefix reaches."""
+    the layers, if a draft model shares the block tables, and if layers keep a state, whose
+    snapshots say how far a prefix reaches."""
     if (
         config.pipeline_parallel_size > 1
         or config.speculative_model is not None
-        or config.kv_offloading_size is not None
         or spec.state is not None
     ):
         return LayerGroups.one_table(len(spec.lines.windows))
@@ -89,6 +88,24 @@ def check_tables(config: EngineConfig, groups: LayerGroups, max_model_len: int) 
             f"tokens would have {entries} entries; the limit is {MAX_TABLE_ENTRIES}: lower "
             "--max-num-seqs or --max-model-len, or raise --block-size"
         )
+
+
+def seats_beside_blocks(
+    memory: int, config: EngineConfig, info: WorkerInfo, block_bytes: int, step_tokens: int
+) -> int:
+    """Return how many sequences may run with `memory` bytes for their states and for blocks:
+    max_num_seqs, unless that may be lowered and their states leave too little for the blocks of one
+    sequence of full length. Then the states take half of the memory, or less."""
+    if not config.lowers_max_num_seqs or config.num_blocks is not None:
+        return config.max_num_seqs
+    longest, size = info.max_model_len - 1, config.block_size
+    least = block_bytes * blocks_needed(info.group_windows, size, longest, step_tokens=step_tokens)
+    if config.enable_prefix_caching:  # and a share for snapshots
+        least = -(-least * (SNAPSHOT_SHARE + 1) // SNAPSHOT_SHARE)
+    most = (memory - least) // info.state_bytes
+    if most >= config.max_num_seqs:
+        return config.max_num_seqs
+    return max(1, min(most, memory // (2 * info.state_bytes)))
 
 
 def memory_beside_states(memory: int, config: EngineConfig, info: WorkerInfo) -> int:

@@ -345,6 +345,7 @@ class ModelRunner:
                 states=None if self._states is None else self._states.step,
                 others=others,
                 places=self._places,
+                positions=step.positions,
             )
 
         return of_group(0, *map(of_group, range(1, self._num_groups)))

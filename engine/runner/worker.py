@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -35,10 +36,13 @@ from .kv_cache import (
     choose_groups,
     memory_beside_states,
     num_blocks_from_memory,
+    seats_beside_blocks,
     token_bytes,
 )
 from .model_runner import ModelRunner, StepForward
 from .speculative_runner import SpeculativeRunner
+
+logger = logging.getLogger("quire.engine")
 
 
 class Worker:
@@ -152,16 +156,25 @@ class Worker:
         if (draft := self._draft) is not None:  # every block has a part in its cache, too
             own = LayerGroups.one_table(len(draft.spec.lines.windows))
             size += block_bytes(draft.spec, own, config.block_size, draft.kv_cache_dtype)
+        self._block_bytes = size
         adapters = 0 if self._adapters is None else self._adapters.slots.num_bytes
         states = self._info.state_bytes * config.max_num_seqs
         demand = CacheDemand(
             config, spec.architecture, size, groups.windows, max_model_len, adapters, states
         )
         memory = self._backend.cache_memory(demand, self._make_runner)
-        if states:
-            memory = memory_beside_states(memory, config, self._info)
         ahead = config.runs_ahead(self._backend.is_asynchronous)
-        step_tokens = self._backend.token_budget(config) * (1 + ahead)
+        step_tokens = self._info.max_num_batched_tokens * (1 + ahead)
+        if states:
+            seats = seats_beside_blocks(memory, config, self._info, size, step_tokens)
+            if seats < config.max_num_seqs:
+                logger.warning(
+                    "--max-num-seqs is lowered to %d: the states of %d sequences, %.1f MB each, "
+                    "would leave too little of %.2f GiB for the KV cache",
+                    *(seats, config.max_num_seqs, self._info.state_bytes / 1e6, memory / 2**30),
+                )
+                config = self._config = replace(config, max_num_seqs=seats)
+            memory = memory_beside_states(memory, config, self._info)
         num_blocks = num_blocks_from_memory(
             memory, config, groups, size, max_model_len, step_tokens
         )
@@ -186,6 +199,12 @@ class Worker:
         caches = [runner.kv_cache] if draft is None else [runner.kv_cache, draft.kv_cache]
         runner.host_blocks = self._backend.make_host_blocks(caches, memory)
         return copy_seconds(runner.host_blocks)
+
+    def max_num_seqs(self) -> int:
+        return self._config.max_num_seqs
+
+    def block_bytes(self) -> int:
+        return self._block_bytes
 
     def copies_ended(self) -> int:
         assert self._runner.host_blocks is not None

@@ -26,6 +26,7 @@ from .policy import make_policy
 from .request_table import RequestTable
 from .roster import Roster
 from .sequence_outputs import embedding_output, ended_output, take_prompt_logprobs, token_output
+from .step_budget import StepBudget
 from .step_planner import IsReady, Plan, StepPlanner
 
 Clock = Callable[[], float]
@@ -76,9 +77,8 @@ class Scheduler:
             self._drafting = Drafting(speculator, block_manager, self._roster, clock)
         self._launched: dict[int, list[Sequence]] = {}
         """The sequences of the rows of each step whose results have not arrived, by step."""
-        self._budget = max_num_batched_tokens
-        self._ran_out = False
-        """Whether the last step found too little device memory."""
+        smallest = min(block_manager.block_size, max_num_batched_tokens)
+        self.budget = StepBudget(max_num_batched_tokens, smallest)
         self._outputs: list[SequenceOutput] = []
         self._step = 0
         self._step_tokens = 0
@@ -187,8 +187,9 @@ class Scheduler:
         for sequence, error in self.requests.expired(self._clock()):
             self._fail(sequence, error)
         self._step += 1
-        plan, left = self._planner.plan(self._step, self._budget, ran_out=self._ran_out)
-        drafts = self._drafting.add(plan, left) if self._drafting and not self._ran_out else {}
+        hold = self.budget.holds_admission
+        plan, left = self._planner.plan(self._step, self.budget.tokens, hold=hold)
+        drafts = self._drafting.add(plan, left) if self._drafting and not hold else {}
         self._step_tokens = len(plan.token_ids)
         self._launched[self._step] = plan.rows
         self.tokens_computed += self._step_tokens
@@ -254,23 +255,22 @@ class Scheduler:
     def reduce_load(self) -> None:
         """Make the next step smaller, after one that ran out of device memory. None is in flight.
 
-        Halves the budget, preempts the youngest sequence, and admits none to the next step. So a
-        sequence runs by itself in the end, and fails if that is too much under the smallest budget.
-        The budget doubles again with every step that succeeds.
+        Halves the budget, preempts the youngest sequence, and admits none to the next steps (see
+        StepBudget). So a sequence runs by itself in the end, and fails if that is too much under
+        the smallest budget.
         """
         launched = [row for rows in self._launched.values() for row in rows]
         self._launched.clear()
-        smallest = min(self.block_manager.block_size, self.max_num_batched_tokens)
         # Beams go on only together: preempting one of a search that is alone undoes all its steps.
         alone = len({id(one.request) if one.is_beam else one.seq_id for one in self.running}) == 1
-        if len(self.running) > 1 and not (alone and self._budget > smallest):
+        if len(self.running) > 1 and not (alone and not self.budget.is_smallest):
             self._planner.preempt(self.running[-1])
-        elif self._budget <= smallest and self.running:
+        elif self.budget.is_smallest and self.running:
             error = RowError(DeviceMemoryError.code, "out of device memory, even when run alone")
             self._fail(self.running[0], error)
+            self.budget.found_culprit()
         self._planner.lose_states(launched)
-        self._budget = max(min(self._budget, self._step_tokens) // 2, smallest)
-        self._ran_out = True
+        self.budget.ran_out(self._step_tokens)
 
     # -- update -----------------------------------------------------------------------------
 
@@ -280,9 +280,7 @@ class Scheduler:
     ) -> list[SequenceOutput]:
         """Advance what was computed, append what was sampled, end what is complete."""
         rows = self._launched.pop(output.step)
-        if self._budget < self.max_num_batched_tokens:
-            self._budget = min(self._budget * 2, self.max_num_batched_tokens)
-        self._ran_out = False
+        self.budget.succeeded()
         self.waiting.charge_outputs(rows, result.token_ids)
         now = self._clock()
         if self._drafting is not None and not self._launched and not output.partial_rows:

@@ -61,10 +61,10 @@ class StepPlanner:
         self.readmission: Readmission | None = None
         """Brings evicted blocks of waiting sequences back, if they are kept anywhere."""
 
-    def plan(self, step: int, budget: int, *, ran_out: bool) -> tuple[Plan, int]:
+    def plan(self, step: int, budget: int, *, hold: bool) -> tuple[Plan, int]:
         """Return the rows of step number `step`, and what is left of the budget.
 
-        `ran_out` says that the last step found too little device memory.
+        `hold` says that no request may be admitted beside others (see StepBudget).
         """
         plan, preemptions = Plan([], [], [], [], [], [], [], [], []), self.preemptions
         # 1. Running sequences first. Ranks that depend on service only matter if one of them may
@@ -73,9 +73,9 @@ class StepPlanner:
             self._policy.rerank(self._roster.running)
         left = self._schedule_running(plan, budget)
         # 2. Then waiting ones. None is admitted in a step that preempted, since it would take the
-        #    victim's blocks; nor after a step without memory, unless nothing runs.
-        if self.preemptions == preemptions and not (ran_out and self._roster.running):
-            left = self._schedule_waiting(plan, left)
+        #    victim's blocks; nor under a hold, unless nothing runs.
+        if self.preemptions == preemptions and not (hold and self._roster.running):
+            left = self._schedule_waiting(plan, left, one_request=hold)
         # 3. What running sequences have given back since the last step.
         for sequence, change in self._block_manager.take_window_changes():
             if sequence.status is SequenceStatus.RUNNING and self._roster.knows(sequence):
@@ -230,14 +230,16 @@ class StepPlanner:
     def _num_seats_free(self) -> int:
         return self._max_num_seqs - len(self._roster.running) - self._beams.seats_reserved()
 
-    def _schedule_waiting(self, plan: Plan, budget: int) -> int:
-        """Admit waiting sequences as far as seats, blocks and budget reach; return what is left of
-        the budget."""
+    def _schedule_waiting(self, plan: Plan, budget: int, *, one_request: bool) -> int:
+        """Admit waiting sequences as far as seats, blocks and budget reach, or those of a single
+        request; return what is left of the budget."""
         not_ready: list[Sequence] = []
         adapters = self._roster.adapters
         adapters.begin_admission()
         while self._policy and budget > 0 and (seats := self._num_seats_free()) > 0:
             sequence = self._policy.peek()
+            if one_request and plan.rows and sequence.request is not plan.rows[0].request:
+                break
             if not self._is_ready(sequence.request):
                 not_ready.append(self._policy.pop())
                 continue

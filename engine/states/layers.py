@@ -36,8 +36,9 @@ CONVOLUTION = "causal_conv1d_fn"
 DELTA_RULE = "torch_chunk_gated_delta_rule"
 SCAN = "mamba2_chunk_scan"
 """Names of transformers' functions."""
-_CUTS = (5, 6, 11)
-"""Where the proof's sequence is cut: also around a single token, as in a decode."""
+_CUTS = (5, 6, 30)
+"""Where the proof's sequence is cut: also around a single token, as in a decode, and before a piece
+for which devices have another form of the recurrence."""
 
 
 class StepRows(NamedTuple):
@@ -45,6 +46,7 @@ class StepRows(NamedTuple):
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
+    max_query_len: int
     states: StepStates
 
 
@@ -95,7 +97,7 @@ class _Mixers:
             query[0],
             key[0],
             value[0],
-            g[0].float().exp(),
+            g[0].float(),
             beta[0].float(),
             states.recurrent[self._index],
             attn_metadata,
@@ -134,7 +136,7 @@ class _Mixers:
             C[0],
             B[0],
             (x * dt[..., None])[0],
-            (dt * A.float()).exp()[0],
+            (dt * A.float())[0],
             None,
             states.recurrent[self._index],
             attn_metadata,
@@ -255,6 +257,7 @@ def _run_pieces(module: nn.Module, x: torch.Tensor, states: StepStates) -> torch
         layout = StepRows(
             states.slots.new_tensor([0, size, 2 * size]),
             states.slots.new_tensor([size, end]),
+            size,
             states,
         )
         outputs.append(module(piece, attn_metadata=layout)[:, size:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import abc
 from typing import Any, NamedTuple
 
-ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "hybrid"})
+ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "hybrid"})
 """Types of layers with K and V, by transformers' names."""
 STATE_TYPES = frozenset({"linear_attention", "conv", "hybrid"})
 """Types of layers with a state. A hybrid layer has both."""

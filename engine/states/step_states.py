@@ -9,13 +9,17 @@ import torch
 
 class StepLayout(Protocol):
     """The layout of a step, as attention gets it: query_start_loc `[S + 1]` and seq_lens `[S]`
-    int32. A row as long as its sequence begins without a state."""
+    int32. A row as long as its sequence begins without a state; no row has more than max_query_len
+    tokens."""
 
     @property
     def query_start_loc(self) -> torch.Tensor: ...
 
     @property
     def seq_lens(self) -> torch.Tensor: ...
+
+    @property
+    def max_query_len(self) -> int: ...
 
     @property
     def states(self) -> StepStates | None: ...
@@ -39,7 +43,7 @@ class StateOps(Protocol):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        decay: torch.Tensor,
+        log_decay: torch.Tensor,
         beta: torch.Tensor | None,
         states: torch.Tensor,
         step: StepLayout,
@@ -48,7 +52,8 @@ class StateOps(Protocol):
         normalise: bool,
     ) -> torch.Tensor:
         """Return what the tokens read from their states, like value `[T, heads, value_dim]`.
-        states is one layer's `[num_slots, heads, key_dim, value_dim]`."""
+        log_decay and beta are `[T, heads]` float32, states is one layer's
+        `[num_slots, heads, key_dim, value_dim]`."""
 
 
 class StepStates(NamedTuple):

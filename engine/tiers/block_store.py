@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol
 
 
 class BlockStore(Protocol):
-    """Keeps records of equal size by hashes of 32 bytes.
+    """Keeps records of equal size by hashes of 32 bytes, or of 33 if a model has several groups of
+    layers.
 
     The hash of a block covers its tokens, all tokens before it, the cache salt and the LoRA
     adapter, so equal hashes mean equal K/V of one model. A store may lose any record at any time.

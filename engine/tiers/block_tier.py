@@ -16,6 +16,7 @@ from collections import abc
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import NamedTuple
 
+from ..cache.block_hashes import is_first_group
 from ..cache.block_manager import BlockManager
 from ..outputs import TierStats
 from ..step import BlockLoad, BlockSave, SchedulerOutput
@@ -28,8 +29,13 @@ LOAD_SECONDS = 0.05
 MAX_LOADS = 4096
 """Blocks that a step may load, however fast that is."""
 _CLEAN_SHARE, _MAX_CLEAN = 4, 1024
-"""One slot of so many, and no more than so many, is kept free or has content that the store below
-has as well: so many blocks can be evicted in one step."""
+"""At least one slot of so many, and no more than so many slots, are free or have content that the
+store below has as well: so many blocks can be evicted at once without a loss."""
+_BURSTS = 2
+"""Steps that can evict as many blocks as any did lately: one that the device may not have ended, so
+that its blocks cannot be written yet, and the next."""
+_BURST_MEMORY = 0.9
+"""Weight of the largest number of evicted blocks after another step that evicts some."""
 CLOSE_SECONDS = 1.5
 """Time that writes get when the engine ends."""
 
@@ -73,7 +79,8 @@ class BlockTier:
         """Slots from which the step that is being planned loads."""
         self._dirty: set[bytes] = set()
         """Blocks in host memory that the store below must still get, if there is one."""
-        self._num_clean = min(-(-host.num_slots // _CLEAN_SHARE), _MAX_CLEAN)
+        self._burst = 0.0
+        """The largest number of blocks that a step has evicted, lately."""
         self._may_be_dirty = False
         """Whether one of the least recently used blocks may have to be written ahead."""
         self._fetches: dict[bytes, _Fetch] = {}
@@ -137,6 +144,8 @@ class BlockTier:
         """Return the planned step with its copies from and to host memory."""
         if not (self._saves or self._loads):
             return plan
+        if self._saves:
+            self._burst = max(len(self._saves), self._burst * _BURST_MEMORY)
         saves, loads, self._saves, self._loads = self._saves, self._loads, {}, []
         self._loading.clear()
         return plan._replace(block_saves=list(saves.values()), block_loads=loads)
@@ -180,10 +189,16 @@ class BlockTier:
                     self._removed(lost)
         if self._may_be_dirty:
             self._may_be_dirty = False
-            for own_hash in self.host.oldest(self._num_clean - self.host.num_free):
+            for own_hash in self.host.oldest(self._num_clean() - self.host.num_free):
                 if own_hash in self._dirty and not (lower.can_write and self._write(own_hash)):
                     self._may_be_dirty = True
                     break
+
+    def _num_clean(self) -> int:
+        """Return how many slots should be free, or have content that the store below has, too."""
+        slots = self.host.num_slots
+        wanted = max(-(-slots // _CLEAN_SHARE), int(_BURSTS * self._burst))
+        return min(wanted, slots, _MAX_CLEAN)
 
     def _write(self, own_hash: bytes) -> bool:
         """Give a dirty block to the store below; return False if its save belongs to a step that
@@ -232,7 +247,7 @@ class BlockTier:
         lower = self.lower
         if lower is None:
             return
-        if lower.contains([own_hash]):
+        if lower.find([own_hash]):
             lower.remember(own_hash)
         else:
             self._dirty.add(own_hash)
@@ -243,9 +258,12 @@ class BlockTier:
         return self.host.use(own_hash, step)
 
     def _removed(self, own_hash: bytes) -> None:
-        """Tell whoever follows the blocks that one is gone, unless the pool still has it."""
+        """Tell whoever follows the blocks of the first group that one is gone, unless the pool
+        still has it."""
         index = self._manager.pool.index
-        if index.recorder is not None and index.lookup(own_hash) is None:
+        is_followed = index.recorder is not None and is_first_group(own_hash)
+        if is_followed and index.lookup(own_hash) is None:
+            assert index.recorder is not None
             index.recorder.removed(own_hash)
 
     # -- loads -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from ..errors import ConfigurationError, one_line
 
 SUFFIX = ".kv"
 PARTIAL = ".partial"
-HASH_DIGITS = 64
+HASH_DIGITS = (64, 66)
 MAX_ENGINES = 64
 """Engines that may share a folder: each has a part of its own."""
 
@@ -185,7 +185,7 @@ def _claim_part(folder: Path) -> tuple[Path, int]:
 def _hash_of(name: str) -> bytes | None:
     """Return the hash that a file's name says, or None if it is not that of a record."""
     digits, dot, ending = name.partition(".")
-    if dot + ending != SUFFIX or len(digits) != HASH_DIGITS:
+    if dot + ending != SUFFIX or len(digits) not in HASH_DIGITS:
         return None
     try:
         return bytes.fromhex(digits)

@@ -13,7 +13,7 @@ from ..errors import one_line
 from .block_store import BlockStore
 from .sealed_block import HEADER_BYTES, seal, unseal
 
-MAX_WRITES = 64
+MAX_WRITES = 1024
 """Blocks that wait to be written."""
 WARNING_SECONDS = 60.0
 """Time between two warnings of the same kind."""
@@ -113,20 +113,20 @@ class LowerTier:
         """Whether there is room for another write."""
         return self.num_writing < MAX_WRITES
 
-    def contains(self, hashes: abc.Sequence[bytes]) -> int:
-        """Return how many of the first hashes the store probably has."""
+    def find(self, hashes: abc.Sequence[bytes]) -> list[bytes]:
+        """Return those hashes whose blocks the store probably has."""
         try:
-            found = self._store.contains(hashes)
+            found = self._store.contains(hashes) if hashes else []
         except Exception as error:
             self._warn("does not say what it has", error)
-            return 0
-        count = 0
-        for own_hash, is_there in zip(hashes, found, strict=False):
-            usable = self._trusts_old or own_hash in self._stored
-            if not (is_there and usable and own_hash not in self._distrusted):
-                break
-            count += 1
-        return count
+            return []
+        return [
+            own_hash
+            for own_hash, is_there in zip(hashes, found, strict=False)
+            if is_there
+            and (self._trusts_old or own_hash in self._stored)
+            and own_hash not in self._distrusted
+        ]
 
     def hashes(self) -> abc.Set[bytes]:
         """Return the hashes of the blocks that this process has stored, as far as it knows."""
@@ -203,7 +203,7 @@ class LowerTier:
 
     def discard(self, own_hash: bytes) -> None:
         """Never use a block again that the store may have, unless it is stored anew."""
-        if own_hash not in self._writing and not self.contains([own_hash]):
+        if own_hash not in self._writing and not self.find([own_hash]):
             return
         self._stored.discard(own_hash)
         self._distrusted.add(own_hash)

@@ -43,13 +43,11 @@ def open_tier(
     size = config.kv_offloading_size
     if size is None:
         return None
-    if manager.has_groups:
-        raise ConfigurationError("--kv-offloading-size needs one block table for all layers")
     if info.state_bytes:
         raise ConfigurationError(
             "--kv-offloading-size keeps no states, which this model's layers have"
         )
-    block_bytes = config.block_size * (info.kv_bytes_per_token + info.draft_kv_bytes_per_token)
+    block_bytes = worker.block_bytes()
     num_slots = size // block_bytes
     if num_slots == 0:
         raise ConfigurationError(
@@ -96,6 +94,8 @@ def fingerprint(config: EngineConfig, info: WorkerInfo) -> bytes:
         config.speculative_model,
         info.draft_kv_bytes_per_token,
     ]
+    if info.group_windows != (None,):  # which layers share a block
+        facts += [info.group_windows, info.group_layers]
     return sha256(json.dumps(facts).encode()).digest()
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import enum
 import time
 from collections import abc
-from typing import NamedTuple
 
+from ..cache.block_hashes import WantedBlock, is_first_group
 from ..cache.block_manager import BlockManager
 from ..sequence import Sequence
 from .block_tier import BlockTier
@@ -32,14 +32,6 @@ class Readiness(enum.Enum):
     READY = enum.auto()
     NEXT_STEP = enum.auto()
     WAITS_BELOW = enum.auto()
-
-
-class _Missing(NamedTuple):
-    """A block of a sequence that only host memory has, and its place among the sequence's."""
-
-    place: int
-    parent: bytes
-    own_hash: bytes
 
 
 class _Wait:
@@ -78,20 +70,20 @@ class Readmission:
 
         What a step can bring is bounded, so that this may take several steps.
         """
-        pool, seq_id = self._manager.pool, sequence.seq_id
-        # 1. Its blocks up to the first that neither the pool nor host memory has.
-        size = self._manager.block_size
+        manager, pool, seq_id = self._manager, self._manager.pool, sequence.seq_id
+        # 1. What a match takes, as far as the pool and host memory reach together.
+        size = manager.block_size
         end = max_tokens // size
-        present, missing = self._find(sequence, end)
-        reach = len(present) + len(missing)
+        reach, present, missing = self._find(sequence, end)
         # 2. Load as many as the step may still load, if there is room for all and for the
         #    sequence's first row: without it the sequence could not be admitted, and what was
         #    brought would only take others' place.
-        now: list[_Missing] = []
+        now: list[WantedBlock] = []
         for one in reversed(missing):  # what a later step loads must not give way until then
             self._tier.host.use(one.own_hash)
         if missing:
-            needed = len(missing) - (-min(max_tokens + 1 - reach * size, num_first) // size)
+            first_row = -(-min(max_tokens + 1 - reach * size, num_first) // size)
+            needed = len(missing) + manager.num_groups * first_row
             needed += sum(pool.ref_counts[block] == 0 for block in present)
             if needed <= pool.num_free:
                 now = missing[: max(self._tier.num_loads_left, 0)]
@@ -106,25 +98,30 @@ class Readmission:
         known.brought.update(one.own_hash for one in now)
         return Readiness.WAITS_BELOW if waits_below else Readiness.NEXT_STEP
 
-    def _find(self, sequence: Sequence, end: int) -> tuple[list[int], list[_Missing]]:
-        """Return the blocks of a sequence that the pool has, and those that host memory has, up to
-        the first that neither has."""
+    def _find(self, sequence: Sequence, end: int) -> tuple[int, list[int], list[WantedBlock]]:
+        """Return how many whole blocks a match would have, at most `end`, if host memory's were in
+        the pool; and those of its blocks that the pool has, and those that only host memory has."""
         brought = self._waits.get(sequence.seq_id, _NOTHING_TRIED).brought
-        host, pays = self._tier.host, self._tier.cost.copy_pays
-        present: list[int] = []
-        missing: list[_Missing] = []
-        for index in range(end):
-            parent, own_hash = self._manager.hashes_of(sequence, index)
-            block = self._manager.pool.lookup(own_hash)
-            if block is not None:
-                present.append(block)
-            elif pays and own_hash in host and own_hash not in brought:
-                missing.append(_Missing(index, parent, own_hash))
-            else:
-                break
-        return present, missing
+        lookup, host = self._manager.pool.lookup, self._tier.host
+        pays = self._tier.cost.copy_pays
 
-    def _load(self, sequence: Sequence, present: list[int], missing: list[_Missing]) -> None:
+        def has(own_hash: bytes) -> bool:
+            if lookup(own_hash) is not None:
+                return True
+            return pays and own_hash in host and own_hash not in brought
+
+        reach = self._manager.find_end(sequence, end, has)
+        present: list[int] = []
+        missing: list[WantedBlock] = []
+        for one in self._manager.wanted_blocks(sequence, reach):
+            block = lookup(one.own_hash)
+            if block is None:
+                missing.append(one)
+            else:
+                present.append(block)
+        return reach, present, missing
+
+    def _load(self, sequence: Sequence, present: list[int], missing: list[WantedBlock]) -> None:
         """Take blocks of the pool for those that are missing, plan their loads and index them."""
         pool, size, request = self._manager.pool, self._manager.block_size, sequence.request
         recorder = pool.index.recorder
@@ -140,7 +137,8 @@ class Readmission:
         for one, block in zip(missing, fresh, strict=True):
             tokens = sequence.token_ids[one.place * size : (one.place + 1) * size]
             pool.index.add_full(block, one.parent, one.own_hash, tokens)
-            if recorder is not None:  # an earlier process may have stored it, unknown to others
+            if recorder is not None and is_first_group(one.own_hash):
+                # An earlier process may have stored it, unknown to others.
                 before = one.parent if one.place else None
                 recorder.stored(one.own_hash, before, tokens, request.adapter, request.cache_salt)
         # From here on they are cached blocks, the last ones to be reused.
@@ -154,28 +152,24 @@ class Readmission:
         known = self._waits.get(sequence.seq_id, _NOTHING_TRIED)
         if lower is None or (known.until is not None and now >= known.until):
             return False
-        # 1. Which of them it has.
-        end = min(end, start + tier.max_fetches)
-        hashes = [self._manager.hashes_of(sequence, index)[1] for index in range(start, end)]
-        if not tier.is_coming(hashes[0]) and not (
-            lower.contains(hashes[:1]) and tier.cost.load_pays()
-        ):
+        # 1. Which blocks are missing, if the store's are counted too.
+        end, missing = self._find_below(sequence, start, min(end, start + tier.max_fetches))
+        coming = any(tier.is_coming(one.own_hash) for one in missing)
+        if not missing or not (coming or tier.cost.load_pays()):
             return False
         # 2. Fetch them, but none twice: one that was fetched and is not here any more had to give
         #    way, and would again.
         waits = False
-        for own_hash in hashes[: lower.contains(hashes)]:
-            if not tier.is_coming(own_hash):
-                if own_hash in tier.host or self._manager.pool.lookup(own_hash) is not None:
-                    continue
-                if own_hash in known.asked:
+        for one in missing:
+            if not tier.is_coming(one.own_hash):
+                if one.own_hash in known.asked:
                     break
                 if known is _NOTHING_TRIED:
                     known = self._waits[sequence.seq_id] = _Wait()
                 waits = True
-                if not tier.fetch(own_hash):
+                if not tier.fetch(one.own_hash):
                     break  # it waits for a slot
-                known.asked.add(own_hash)
+                known.asked.add(one.own_hash)
             waits = True
         # 3. Wait no longer than computing them would take.
         if waits and known is _NOTHING_TRIED:
@@ -184,6 +178,35 @@ class Readmission:
             computed = tier.cost.compute_seconds(end - start)
             known.until = now + (max(computed, MIN_WAIT) if computed else DEFAULT_WAIT)
         return waits
+
+    def _find_below(
+        self, sequence: Sequence, start: int, end: int
+    ) -> tuple[int, list[WantedBlock]]:
+        """Return how many whole blocks a match would have, at most `end`, if the store's were in
+        the pool, too; and those of its blocks that only the store has: none if these are no more
+        than the `start` blocks that it would have without them."""
+        manager, tier, lower = self._manager, self._tier, self._tier.lower
+        assert lower is not None
+        lookup, host = manager.pool.lookup, tier.host
+
+        def is_near(own_hash: bytes) -> bool:
+            return own_hash in host or lookup(own_hash) is not None
+
+        # 1. Ask for all of them at once. What a longer match takes before `start` is near.
+        columns = [manager.column(sequence, i) for i in range(start, end)]
+        far = [one.own_hash for column in columns for one in column if not is_near(one.own_hash)]
+        known = {own_hash for own_hash in far if tier.is_coming(own_hash)}
+        known.update(lower.find([own_hash for own_hash in far if own_hash not in known]))
+        # 2. How far they reach, with no more blocks to fetch than host memory takes at a time.
+        while True:
+            end = manager.find_end(sequence, end, lambda own: own in known or is_near(own))
+            if end <= start:
+                return start, []
+            wanted = manager.wanted_blocks(sequence, end)
+            missing = [one for one in wanted if not is_near(one.own_hash)]
+            if len(missing) <= tier.max_fetches:
+                return end, missing
+            end -= len(missing) - tier.max_fetches
 
     def forget(self, sequence: Sequence) -> None:
         """Note that a sequence has ended."""

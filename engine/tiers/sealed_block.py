@@ -1,9 +1,9 @@
 """A block's K/V as a record that proves what it is.
 
 A record is a header and the K/V. The header has a magic, the format's version, the fingerprint of
-the model and of the cache's layout, the block's hash, the length of the K/V, and the SHA-256 of all
-these and of the K/V. So a record that is damaged, cut, of another model or under a wrong hash is
-recognised whatever kept it, and is never used.
+the model and of the cache's layout, the block's group of layers and its hash, the length of the
+K/V, and the SHA-256 of all these and of the K/V. So a record that is damaged, cut, of another model
+or under a wrong hash is recognised whatever kept it, and is never used.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import struct
 from hashlib import sha256
 
+from ..cache.block_hashes import HASH_BYTES, group_of
+
 MAGIC = b"quire KV"
 VERSION = 1
-_FACTS = struct.Struct("<8sI32s32sQ")
+_FACTS = struct.Struct("<8sHH32s32sQ")
 DIGEST_BYTES = 32
 HEADER_BYTES = _FACTS.size + DIGEST_BYTES
 
@@ -38,7 +40,8 @@ def unseal(fingerprint: bytes, own_hash: bytes, record: memoryview) -> memoryvie
 
 
 def _facts(fingerprint: bytes, own_hash: bytes, length: int) -> bytes:
-    return _FACTS.pack(MAGIC, VERSION, fingerprint, own_hash, length)
+    group, tokens = group_of(own_hash), own_hash[:HASH_BYTES]
+    return _FACTS.pack(MAGIC, VERSION, group, fingerprint, tokens, length)
 
 
 def _digest(facts: bytes, content: memoryview) -> bytes:

@@ -65,7 +65,7 @@ class Scoring(NamedTuple):
 
     scale: Any
     window: Any
-    """0 if there is none."""
+    """0 if there is none; -c stands for chunks of c keys."""
     softcap: Any
     """0 if there is none."""
     sinks: Any
@@ -95,7 +95,7 @@ class Attention(NamedTuple):
     scales: Any
     """`[layers]` float32."""
     windows: Any
-    """`[layers]` int64, 0 if there is none."""
+    """`[layers]` int64, as in Scoring."""
     softcap: Any
     """This and the next two are as in Scoring."""
     sinks: Any
@@ -176,7 +176,7 @@ def attend_tile(item, layer, _, thread, work):
     group = query.shape[1] // kv_heads
     tile, kv_head = divmod(item, kv_heads)
     begin, end, shared = work.tiles[tile, 0], work.tiles[tile, 1], work.tiles[tile, 2]
-    if window > 0:
+    if window != 0:
         shared = np.int64(0)
     # 1. Every member's queries into the tile's rows, which are in the members' order.
     num_rows = 0
@@ -241,8 +241,8 @@ def _attend_keys(
     the keys that they see of those from `low`, a multiple of KEYS, to `stop`."""
     sums, maxima, totals, scores = rows.sums, rows.maxima, rows.totals, rows.scores
     softcap = work.softcap
-    if window > 0:
-        low = max(position + 1 - window, 0) // KEYS * KEYS
+    if window != 0:
+        low = max(_first_visible(position, window), 0) // KEYS * KEYS
     for origin in range(low, stop, KEYS):
         # 1. Scores of this tile of keys; the next one's are on their way into the cache.
         count = min(KEYS, stop - origin)
@@ -252,7 +252,7 @@ def _attend_keys(
         for row in range(num_rows):
             # 2. The keys that this row sees: none after its query, none before its window.
             place = position + row // group
-            least = max(place + 1 - window - origin, 0) if window > 0 else 0
+            least = max(_first_visible(place, window) - origin, 0) if window != 0 else 0
             most = min(place + 1 - origin, count)
             if softcap > 0:
                 _cap(scores[row], softcap)
@@ -270,6 +270,13 @@ def _attend_keys(
         # 4. The values, weighted.
         _scale_scores(rows, num_rows, cache, kv_head, blocks, origin, count, 1)
         _add_values(rows, begin, num_rows, cache, kv_head, blocks, origin, count)
+
+
+@njit(**INLINED)
+def _first_visible(position, window):
+    """Return the first key that a query sees, which may lie before all of them: one of the last
+    `window`, or of the chunk of -window keys that the query is in."""
+    return position + 1 - window if window > 0 else position // -window * -window
 
 
 @njit(**INLINED)

@@ -102,6 +102,26 @@ def product_parts(num_rows: int, blocks: int, steps: int, device: torch.device) 
     return max(1, min(8, 2 * num_sms // blocks, steps // 4))
 
 
+class ChunkConfig(NamedTuple):
+    """How a state passes through chunks: tokens of a chunk, columns of the state a program, warps
+    and pipeline stages."""
+
+    tokens: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+def chunk_config(key_pad: int, dtype: torch.dtype, device: torch.device) -> ChunkConfig:
+    """Return how `chunked_recurrence` runs with keys of `key_pad` numbers, operands of `dtype`."""
+    if dtype == torch.float32:
+        return ChunkConfig(32, 32, 8, 1)
+    if key_pad > 128:
+        return ChunkConfig(64, 32, 8, 1)
+    # Two chunks in flight need more shared memory than GPUs for desks have.
+    return ChunkConfig(64, 32, 4, 2 if compute_capability(device) in (80, 90, 100, 103) else 1)
+
+
 def expert_config(pairs_per_expert: float, dtype: torch.dtype) -> ProductConfig:
     """Return the tile for `run_experts`, whose products of one sum have twice as many columns.
 

@@ -76,8 +76,10 @@ class InFlight:
         settings = self._settings
         tokens = num_tokens + -(-num_characters // CHARACTERS_PER_TOKEN)
         if settings.max_num_queued_reqs is not None:
-            free_seats = max(0, self._max_num_seqs - self.num_running)
-            stats = self._engine.stats()
+            stats, seats = self._engine.stats(), self._max_num_seqs
+            if stats is not None:  # an engine that has started may run fewer
+                seats = min(seats, self._engine.info.max_num_seqs * settings.data_parallel_size)
+            free_seats = max(0, seats - self.num_running)
             waiting = stats.num_waiting if stats is not None else 0
             allowed = settings.max_num_queued_reqs + free_seats
             idle = not (self.num_queued or self.num_running)

@@ -278,7 +278,9 @@ def announce(settings: Settings, info: EngineInfo, listener: socket.socket, seco
             num_blocks=info.num_blocks,
             kv_capacity_tokens=info.kv_capacity_tokens,
             layers_by_window=[
-                {"window": window, "layers": layers}
+                {"layers": layers, "window": window}
+                if window is None or window > 0
+                else {"layers": layers, "chunk": -window}
                 for window, layers in info.layers_by_window.items()
             ],
             engines=settings.data_parallel_size,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ...engine.config import EngineInfo
+from ...engine.layers.layer_groups import describe_window
 from ..about import quire_version
 from ..settings import DEMO_MODEL_NAME, Settings
 
@@ -78,7 +79,7 @@ def _windows(info: EngineInfo) -> list[tuple[str, str]]:
     if info.group_windows == (None,):
         return []
     parts = [
-        f"{layers} layers keep " + ("all tokens" if window is None else f"the last {window:,}")
+        f"{layers} layers keep {describe_window(window)}"
         for window, layers in info.layers_by_window.items()
     ]
     return [("", f"{', '.join(parts)} of each sequence")]

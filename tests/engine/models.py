@@ -15,6 +15,7 @@ from transformers.models.glm4 import Glm4Config
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig
+from transformers.models.llama4 import Llama4TextConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.mixtral import MixtralConfig
 from transformers.models.olmo2 import Olmo2Config
@@ -108,6 +109,28 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
 }
 """Families that differ in tied weights, norms, rotations, windows, soft caps, experts and sinks."""
+
+CHUNK = 32
+
+
+def llama4(**fields: Any) -> Llama4TextConfig:
+    """Return six layers that attend in chunks, but for each third one, which is full, without
+    rotation, and grows its queries every 16 tokens; every second one has experts."""
+    values: dict[str, Any] = COMMON | {
+        "num_hidden_layers": 6,
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layer_interval": 3,
+        "attention_chunk_size": CHUNK,
+        "floor_scale": 16,
+        "attn_scale": 0.4,
+    }
+    return Llama4TextConfig(**values | fields)
+
 
 WIDE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 """Heads of 16 elements, the least that the GPU's kernels take."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from quire.engine.errors import DeviceMemoryError
+from quire.engine.layers.layer_groups import first_token
 from quire.engine.outputs import RowError, TokenLogprobs
 from quire.engine.step import (
     NO_CONSTRAINTS,
@@ -315,7 +316,7 @@ class PagedFakeWorker:
             # Kernels may read what lies before a window, too: there are the sequence's own blocks,
             # and before them the null block.
             first = next(i for i, block in enumerate(table) if block != self.null_block)
-            needed = 0 if window is None else max(start + 1 - window, 0)
+            needed = 0 if window is None else first_token(window, start)
             assert first * self.block_size <= needed, f"{sequence}: {table} lacks a block"
             for position in range(first * self.block_size, end):
                 block = table[position // self.block_size]

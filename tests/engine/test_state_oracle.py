@@ -288,3 +288,34 @@ def test_states_come_before_blocks(kind: tuple[Path, Reference]) -> None:
     with pytest.raises(ConfigurationError, match="lower --max-num-seqs to"):
         size = 256 * info.state_bytes
         Engine(folder, num_blocks=None, kv_cache_memory_bytes=size, max_num_seqs=256)
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_fewer_sequences_run_if_their_states_leave_too_little(
+    kind: tuple[Path, Reference], prefix_caching: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half of the memory is for states, or less if the blocks of a sequence take more."""
+    folder, reference = kind
+    state = Engine(folder, max_num_seqs=2).core.info.state_bytes
+    most = {"max_num_seqs": 64, "max_model_len": 64, "lowers_max_num_seqs": True}
+    for size, wanted in ((64 * state, 32), (1000 * state, 64)):
+        caplog.clear()
+        engine = Engine(
+            folder,
+            num_blocks=None,
+            kv_cache_memory_bytes=size,
+            enable_prefix_caching=prefix_caching,
+            **most,
+        )
+        info, states = engine.core.info, engine.core._scheduler.block_manager.states
+        assert info.max_num_seqs == wanted == engine.core._scheduler.max_num_seqs
+        warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warnings) == (wanted < 64)
+        assert all("--max-num-seqs is lowered to 32" in one.getMessage() for one in warnings)
+        assert states is not None and states.num_slots == wanted + states.num_snapshots
+        taken = info.num_blocks * info.block_size * info.kv_bytes_per_token
+        assert taken + states.num_slots * state <= size
+    requests = [engine.add(list(range(3, 20 + i)), 5) for i in range(40)]
+    engine.run()
+    for i, request in enumerate(requests):
+        assert engine.tokens(request) == reference.complete(list(range(3, 20 + i)), 5)

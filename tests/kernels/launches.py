@@ -30,6 +30,7 @@ from quire.kernels.cuda.sampling.best_tokens import best_tokens
 from quire.kernels.cuda.sampling.sample_tokens import sample_tokens
 from quire.kernels.cuda.silu_and_mul import silu_and_mul
 from quire.kernels.cuda.states.causal_conv import causal_conv
+from quire.kernels.cuda.states.chunked_recurrence import chunked_recurrence
 from quire.kernels.cuda.states.gated_recurrence import gated_recurrence
 
 SHARED_LIMITS = {80: 166_912, 90: 232_448}
@@ -174,6 +175,15 @@ def recur(heads: tuple[int, int, int, int], *, has_beta: bool) -> None:
     )
 
 
+def recur_in_chunks(heads: tuple[int, int, int, int], *, has_beta: bool) -> None:
+    """Values of Mamba-2 are products with time steps, which are float32."""
+    step = state_step([200, 1], [0, 40])
+    have = recurrence(step, heads, BF16, has_beta=has_beta)
+    if not has_beta:
+        have = have._replace(value=have.value.float())
+    chunked_recurrence(*have, *step, scale=0.1, normalise=has_beta)
+
+
 def best() -> None:
     """Look for the likeliest tokens of Qwen3's vocabulary."""
     logits, ids = torch.zeros(4, 151_936, dtype=BF16), torch.zeros(4, dtype=torch.int64)
@@ -217,6 +227,15 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "causal convolution, 8192": convolve,
     "delta rule, 16/32 heads, 128 × 128": lambda: recur((16, 32, 128, 128), has_beta=True),
     "Mamba-2, 1/48 heads, 128 × 64": lambda: recur((1, 48, 128, 64), has_beta=False),
+    "delta rule in chunks, 16/32 heads, 128 × 128": lambda: recur_in_chunks(
+        (16, 32, 128, 128), has_beta=True
+    ),
+    "Mamba-2 in chunks, 1/48 heads, 128 × 64": lambda: recur_in_chunks(
+        (1, 48, 128, 64), has_beta=False
+    ),
+    "Mamba-2 in chunks, 1/24 heads, 256 × 64": lambda: recur_in_chunks(
+        (1, 24, 256, 64), has_beta=False
+    ),
     "LoRA shrink and expand, rank 16": lambda: adapters(16),
     "LoRA shrink and expand, rank 64": lambda: adapters(64),
     "product of 1 row, 4 bits in 32s": lambda: product(1, "4 bits", 32),

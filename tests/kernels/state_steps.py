@@ -22,27 +22,30 @@ class StateStep(NamedTuple):
         return int(self.query_start_loc[-1])
 
 
-def state_step(lengths: list[int], starts: list[int], *, seed: int = 0) -> StateStep:
+def state_step(
+    lengths: list[int], starts: list[int], *, seed: int = 0, saved: float = 0.3
+) -> StateStep:
     """Make a step whose row i has lengths[i] tokens after starts[i] others. A start of −1 is that
-    of a row without a slot. About every third token is followed by a snapshot.
+    of a row without a slot. About this share of tokens is followed by a snapshot.
 
     The slots of rows and snapshots are below `num_slots`.
     """
     generator = torch.Generator().manual_seed(seed)
     num_tokens = sum(lengths)
-    order = torch.randperm(len(lengths) + num_tokens, generator=generator).int()
-    slots, saves = order.split([len(lengths), num_tokens])
+    is_saved = torch.rand(num_tokens, generator=generator) < saved
+    order = torch.randperm(len(lengths) + int(is_saved.sum()), generator=generator).int()
+    slots, saves = order[: len(lengths)], torch.full((num_tokens,), -1, dtype=torch.int32)
     slots[torch.tensor(starts) < 0] = -1
-    saves[torch.rand(num_tokens, generator=generator) > 0.3] = -1
+    saves[is_saved] = order[len(lengths) :]
     sizes = torch.tensor(lengths, dtype=torch.int32)
     loc = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     loc[1:] = sizes.cumsum(0)
     seq_lens = sizes + torch.tensor(starts, dtype=torch.int32).clamp(min=0)
-    return StateStep(slots.clone(), saves.clone(), loc, seq_lens)
+    return StateStep(slots.clone(), saves, loc, seq_lens)
 
 
 def num_slots(step: StateStep) -> int:
-    return len(step.seq_lens) + step.num_tokens
+    return len(step.seq_lens) + int((step.saves >= 0).sum())
 
 
 class Convolution(NamedTuple):
@@ -75,7 +78,7 @@ class Recurrence(NamedTuple):
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    decay: torch.Tensor
+    log_decay: torch.Tensor
     beta: torch.Tensor | None
     states: torch.Tensor
 
@@ -99,7 +102,7 @@ def recurrence(
         query.unflatten(1, (key_heads, key_dim)),
         key.unflatten(1, (key_heads, key_dim)),
         value.unflatten(1, (num_heads, value_dim)),
-        decay,
+        decay.log(),
         beta if has_beta else None,
         draw(num_slots(step), num_heads, key_dim, value_dim),
     )

@@ -15,7 +15,7 @@ F64 = torch.float64
 
 
 @pytest.mark.parametrize("query_len,length", [(7, 7), (1, 30), (12, 45)])
-@pytest.mark.parametrize("window", [None, 1, 9])
+@pytest.mark.parametrize("window", [None, 1, 9, -1, -10])
 def test_attention_equals_that_of_torch(query_len: int, length: int, window: int | None) -> None:
     inputs = paged_inputs(
         [2, query_len], [2, length], num_heads=6, num_kv_heads=2, head_dim=16, block_size=16,
@@ -30,7 +30,12 @@ def test_attention_equals_that_of_torch(query_len: int, length: int, window: int
     keys = reference.gather_blocks(inputs.key_cache, blocks, length)
     values = reference.gather_blocks(inputs.value_cache, blocks, length)
     distance = torch.arange(length - query_len, length)[:, None] - torch.arange(length)
-    mask = (distance >= 0) & (distance < (window or length))
+    mask = distance >= 0
+    if window is not None and window > 0:
+        mask &= distance < window
+    elif window is not None:  # query and key are in one chunk of -window tokens
+        chunks = torch.arange(length) // -window
+        mask &= chunks[length - query_len :, None] == chunks
     expected = torch.nn.functional.scaled_dot_product_attention(
         inputs.query[2:].transpose(0, 1), keys, values, attn_mask=mask, scale=0.3, enable_gqa=True
     )

@@ -77,6 +77,13 @@ def store_rows(
 
 
 @triton.jit
+def first_visible(position, WINDOW: tl.constexpr):
+    """Return the first key that a row at `position` sees: with a WINDOW of w > 0 one of its last w,
+    with -c the last multiple of c. It is below 0 if a window reaches over the beginning."""
+    return position - (WINDOW - 1) if WINDOW > 0 else position - position % -WINDOW
+
+
+@triton.jit
 def start_rows(BLOCK_M: tl.constexpr, DIM_PAD: tl.constexpr):
     """Return the initial (acc, row_max, row_sum) of rows that have seen no key."""
     acc = tl.zeros([BLOCK_M, DIM_PAD], dtype=tl.float32)
@@ -165,8 +172,8 @@ def attend_tiles(
     """Fold keys [begin, end) into (acc, row_max, row_sum); scores are in units of log2.
 
     `begin` is a multiple of BLOCK_N. If MASKED, a row at position p does not see keys from `kv_end`
-    on, keys after p, or (with a WINDOW) keys up to p − WINDOW. PREFETCH reads block ids one tile
-    ahead, so that the loads of K and V in the pipeline do not wait for another load. IN_PLACE
+    on, keys after p, or (with a WINDOW) keys before `first_visible`. PREFETCH reads block ids one
+    tile ahead, so that the loads of K and V in the pipeline do not wait for another load. IN_PLACE
     widens float8 as `widen_in_place` does.
     """
     in_tile = tl.arange(0, BLOCK_N)
@@ -199,8 +206,8 @@ def attend_tiles(
         # 3. Hide what the rows must not see.
         if MASKED:
             visible = (keys[None, :] <= positions[:, None]) & (keys < kv_end)[None, :]
-            if WINDOW > 0:
-                visible &= positions[:, None] - keys[None, :] < WINDOW
+            if WINDOW != 0:
+                visible &= keys[None, :] >= first_visible(positions, WINDOW)[:, None]
             scores = tl.where(visible, scores, float("-inf"))
         # 4. The recurrence above.
         new_max = tl.maximum(row_max, tl.max(scores, 1) * to_log2)

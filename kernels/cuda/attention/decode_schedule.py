@@ -27,6 +27,7 @@ import triton.language as tl
 
 from ...checks import require, require_contiguous, require_dtype, require_launchable, require_shape
 from ..tuning import TileConfig, decode_config
+from .attend_tiles import first_visible
 
 PROGRAMS_PER_SM = 4
 """Programs per SM that the extra splits of a step are to fill."""
@@ -90,7 +91,7 @@ class DecodeWorkspace:
         """
         require(0 < max_num_seqs <= 4096, f"max_num_seqs must be 1 to 4096, not {max_num_seqs}")
         require(1 <= query_len <= 8, f"query_len must be 1 to 8, not {query_len}")
-        require(window is None or window > 0, f"window must be positive, not {window}")
+        require(window != 0, "window must be positive, or below 0 for chunks")
         require(num_heads % num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads")
         device = torch.device(device)
         num_sms = DEFAULT_NUM_SMS
@@ -142,8 +143,9 @@ def _build_decode_schedule_kernel(
         num_seqs = tl.load(num_decodes_ptr)
     lengths = tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0)
     first_key = tl.zeros_like(lengths)
-    if WINDOW > 0:
-        first_key = tl.maximum(lengths - QUERY_LEN + 1 - WINDOW, 0) // TILE * TILE
+    if WINDOW != 0:
+        position = tl.maximum(lengths - QUERY_LEN, 0)
+        first_key = tl.maximum(first_visible(position, WINDOW), 0) // TILE * TILE
     if prefix_lens_ptr is not None:
         first_key = tl.load(prefix_lens_ptr + seq, mask=seq < num_seqs, other=0)
     # 2. The chunk, in whole tiles, with which all sequences together need at most SLOTS items more

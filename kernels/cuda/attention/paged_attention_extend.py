@@ -33,6 +33,7 @@ from .attend_tiles import (
     LOWEST,
     attend_tiles,
     finish_rows,
+    first_visible,
     load_query,
     start_rows,
     store_rows,
@@ -136,9 +137,10 @@ def _paged_attention_extend_kernel(
     full_begin = 0
     table_ptr = block_table_ptr + seq.to(tl.int64) * table_stride
     positions = context + token
-    if WINDOW > 0:
-        begin = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-        full_begin = tl.cdiv(tl.maximum(last_position - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
+    if WINDOW != 0:
+        begin = tl.maximum(first_visible(first_position, WINDOW), 0) // BLOCK_N * BLOCK_N
+        full_begin = tl.maximum(first_visible(last_position, WINDOW), 0)
+        full_begin = tl.cdiv(full_begin, BLOCK_N) * BLOCK_N
         full_begin = tl.minimum(full_begin, full_end)
         acc, row_max, row_sum = attend_tiles(
             acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
@@ -215,16 +217,16 @@ def paged_attention_extend(
     """Compute causal attention of packed queries over their sequences' cached blocks.
 
     query `[num_tokens, num_heads, head_dim]` holds sequence s in rows
-    query_start_loc[s]:query_start_loc[s + 1] (int32). Its token i is at position
-    seq_lens[s] - query_len[s] + i and sees key j iff j <= position and, with a window,
-    position - j < window. key_cache and value_cache are one layer's `[num_blocks, num_kv_heads,
-    block_size, head_dim]`, block_table is `[num_seqs, max_blocks]` int32. softcap c replaces a
-    score x by c·tanh(x / c). sinks `[num_heads]` add one logit per head to the denominator of the
-    softmax only. With a float8_e4m3fn cache, K and V are the cache times kv_scales
-    (`[2, num_kv_heads]` float32, default 1). Rows of `out` before query_start_loc[0] and from
-    query_start_loc[-1] on are left as they are. max_query_len is an upper bound of every query_len
-    and only picks the tile, which `config` overrides. first_seq `[1]` int32 on the device leaves
-    the sequences before it out, as if the slices of the others were passed; of those at most
+    query_start_loc[s]:query_start_loc[s + 1] (int32). Its token i is at position seq_lens[s] -
+    query_len[s] + i and sees key j iff j <= position and, with a window, position - j < window; a
+    window of -c is a chunk: j >= position // c * c. key_cache and value_cache are one layer's
+    `[num_blocks, num_kv_heads, block_size, head_dim]`, block_table is `[num_seqs, max_blocks]`
+    int32. softcap c replaces a score x by c·tanh(x / c). sinks `[num_heads]` add one logit per head
+    to the denominator of the softmax only. With a float8_e4m3fn cache, K and V are the cache times
+    kv_scales (`[2, num_kv_heads]` float32, default 1). Rows of `out` before query_start_loc[0] and
+    from query_start_loc[-1] on are left as they are. max_query_len is an upper bound of every
+    query_len and only picks the tile, which `config` overrides. first_seq `[1]` int32 on the device
+    leaves the sequences before it out, as if the slices of the others were passed; of those at most
     max_seqs have tokens, without which there is a tile for each sequence. A CUDA graph of that is
     valid for any first_seq and lengths. Raises ValueError on shapes, dtypes, devices or layouts
     that do not fit.

@@ -1,13 +1,13 @@
 """Linear attention with a decay over packed rows, each with its state S `[key_dim, value_dim]`.
 
-    S ← decay_t · S
+    S ← e^g_t · S
     S ← S + k_tᵀ v_t                          Mamba-2 (arXiv 2405.21060), with k = B and q = C
     S ← S + k_tᵀ beta_t (v_t − k_t S)         the gated delta rule (arXiv 2412.06464)
     out_t = scale · q_t S
 
 The grid is (row, head, COLUMNS columns of S, which know nothing of each other). A program keeps its
-part of S in registers while the row's tokens pass, one after the other: the form of decodes. A long
-prompt takes its tokens' time in it.
+part of S in registers while the row's tokens pass, one after the other: the form of decodes.
+chunked_recurrence.py is that of prompts.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -31,24 +31,29 @@ COLUMNS = 32
 """Columns of the state per program."""
 MAX_KEY_DIM = 256
 """Rows of the state that a program keeps in registers."""
+MAX_TOKENS = 2**31 - 1
+"""Tokens of a row, without a limit."""
 
 
 # Over 50 lines: half of them are the arguments.
 @triton.jit(
-    do_not_specialize=["query_stride_t", "key_stride_t", "value_stride_t", "decay_stride_t"]
-)
+    do_not_specialize=[
+        "max_tokens", "query_stride_t", "key_stride_t", "value_stride_t", "decay_stride_t"
+    ]
+)  # fmt: skip
 def _gated_recurrence_kernel(
     out_ptr,
     query_ptr,
     key_ptr,
     value_ptr,
-    decay_ptr,
+    log_decay_ptr,
     beta_ptr,
     states_ptr,
     slots_ptr,
     saves_ptr,
     loc_ptr,
     seq_lens_ptr,
+    max_tokens,
     scale,
     query_stride_t,
     key_stride_t,
@@ -67,7 +72,7 @@ def _gated_recurrence_kernel(
     row, head = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(loc_ptr + row), tl.load(loc_ptr + row + 1)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    if (slot < 0) | (begin == end):
+    if (slot < 0) | (begin == end) | (end - begin > max_tokens):
         return
     fresh = tl.load(seq_lens_ptr + row) == end - begin
     dim = tl.arange(0, KEY_PAD)
@@ -88,7 +93,7 @@ def _gated_recurrence_kernel(
         if NORMALISE:
             key *= tl.rsqrt(tl.sum(key * key, 0) + 1e-6)
             query *= tl.rsqrt(tl.sum(query * query, 0) + 1e-6)
-        state *= tl.load(decay_ptr + token * decay_stride_t + head)
+        state *= tl.exp(tl.load(log_decay_ptr + token * decay_stride_t + head))
         if HAS_BETA:
             known = tl.sum(state * key[:, None], 0)
             value = (value - known) * tl.load(beta_ptr + token * beta_stride_t + head)
@@ -103,11 +108,11 @@ def _gated_recurrence_kernel(
 
 
 @once_a_signature
-def _check(
+def check_recurrence(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    decay: torch.Tensor,
+    log_decay: torch.Tensor,
     beta: torch.Tensor | None,
     states: torch.Tensor,
     slots: torch.Tensor,
@@ -115,6 +120,7 @@ def _check(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
 ) -> None:
+    """Raise ValueError unless these are arguments of `gated_recurrence`."""
     require_shape("key", key, None, None, None)
     num_tokens, key_heads, key_dim = key.shape
     require_shape("query", query, num_tokens, key_heads, key_dim)
@@ -126,7 +132,7 @@ def _check(
         require_dtype(name, tensor, *FLOAT_DTYPES)
         require_last_contiguous(name, tensor)
         require(tensor.stride(1) == tensor.shape[2], f"the heads of {name} must be contiguous")
-    for name, gate in (("decay", decay), ("beta", beta)):
+    for name, gate in (("log_decay", log_decay), ("beta", beta)):
         if gate is not None:
             require_shape(name, gate, num_tokens, heads)
             require_dtype(name, gate, torch.float32)
@@ -143,7 +149,7 @@ def gated_recurrence(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    decay: torch.Tensor,
+    log_decay: torch.Tensor,
     beta: torch.Tensor | None,
     states: torch.Tensor,
     slots: torch.Tensor,
@@ -153,14 +159,18 @@ def gated_recurrence(
     *,
     scale: float,
     normalise: bool,
+    max_tokens: int = MAX_TOKENS,
 ) -> torch.Tensor:
     """Return what each token reads from its sequence's state, after writing to it; like value.
 
-    Arguments are as in `reference_states.gated_recurrence`, with states in float32. The computation
-    is in float32 and rounded once. Raises ValueError on shapes, dtypes, layouts or devices that do
+    Arguments are as in `reference_states.gated_recurrence`, with states in float32. Rows of more
+    than `max_tokens` tokens are left alone and get zeros. The computation is in float32 and rounded
+    once. Raises ValueError on shapes, dtypes, layouts or devices that do
     not fit.
     """
-    _check(query, key, value, decay, beta, states, slots, saves, query_start_loc, seq_lens)
+    check_recurrence(
+        query, key, value, log_decay, beta, states, slots, saves, query_start_loc, seq_lens
+    )
     out = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
     num_rows, (_, heads, value_dim) = seq_lens.shape[0], value.shape
     if value.numel() == 0 or num_rows == 0:
@@ -172,18 +182,19 @@ def gated_recurrence(
         query,
         key,
         value,
-        decay,
-        decay if beta is None else beta,
+        log_decay,
+        log_decay if beta is None else beta,
         states,
         slots,
         saves,
         query_start_loc,
         seq_lens,
+        max_tokens,
         scale,
         query.stride(0),
         key.stride(0),
         value.stride(0),
-        decay.stride(0),
+        log_decay.stride(0),
         0 if beta is None else beta.stride(0),
         HAS_BETA=beta is not None,
         NORMALISE=normalise,

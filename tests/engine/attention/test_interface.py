@@ -124,7 +124,7 @@ def transpose_back(caches: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("window", [None, 1, 24, 1000])
+@pytest.mark.parametrize("window", [None, 1, 24, 1000, -24])
 @pytest.mark.parametrize(("block_size", "head_dim"), [(16, 64), (64, 16), (128, 128)])
 @pytest.mark.parametrize("batch_name", sorted(BATCHES))
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -180,7 +180,7 @@ def test_tiles_cover_every_query_once_and_the_longest_come_first() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("window", [None, 24, -24])
 @pytest.mark.parametrize(("block_size", "head_dim"), [(16, 64), (64, 16), (128, 128)])
 @pytest.mark.parametrize("prefill", [(), (40,)])
 def test_reading_a_shared_prefix_once_changes_no_bit(
@@ -243,7 +243,7 @@ def test_slots_past_the_end_are_not_read_and_a_nan_within_propagates(head_dim: i
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("window", [None, 24, -24])
 @pytest.mark.parametrize("batch_name", sorted(BATCHES))
 def test_sixteen_bit_types_agree_within_their_rounding(
     batch_name: str, window: int | None, dtype: torch.dtype

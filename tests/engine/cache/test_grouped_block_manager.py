@@ -31,7 +31,7 @@ def run(harness: Harness, tokens: list[int], max_tokens: int = 1) -> int:
 
 @pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("prefix_caching", [False, True])
-@pytest.mark.parametrize("windows", [(None, 40), (40,), (None, 100, 7)])
+@pytest.mark.parametrize("windows", [(None, 40), (40,), (None, 100, 7), (None, -64)])
 def test_windows_bound_what_a_sequence_holds(
     windows: tuple[int | None, ...], prefix_caching: bool, run_ahead: bool
 ) -> None:
@@ -58,7 +58,7 @@ def test_windows_bound_what_a_sequence_holds(
         if window is None:
             assert peak == -(-699 // SIZE)
         else:
-            assert window / SIZE <= peak <= -(-(window + step_tokens) // SIZE) + 1
+            assert abs(window) / SIZE <= peak <= -(-(abs(window) + step_tokens) // SIZE) + 1
     harness.assert_all_free()
 
 

@@ -29,7 +29,7 @@ REFERENCES = Kernels(
         name: getattr(reference, name, getattr(reference_states, name, _no_schedule))
         for name in Kernels._fields
     }  # type: ignore[arg-type]
-)
+)._replace(chunked_recurrence=reference_states.gated_recurrence)
 """Plain torch for each kernel."""
 
 

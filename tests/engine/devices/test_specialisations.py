@@ -31,6 +31,7 @@ from quire.engine.step import BlockCopy
 from quire.kernels import checks
 
 from ..models import COMMON, FAMILIES, build_model, not_flat
+from ..state_models import FAMILIES as FAMILIES_WITH_STATES
 from ..worker_driver import Driver, make_config, make_prompts, make_sequence
 from .cuda_on_cpu import REFERENCES, CudaOnCpuBackend, RerunCapture
 
@@ -40,6 +41,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "experts": FAMILIES["qwen3_moe"],
     "experts, bfloat16": FAMILIES["gpt_oss"],  # with tiles of several shapes
     "flat, head_dim 24": lambda: LlamaConfig(**COMMON, head_dim=24),
+    "states": FAMILIES_WITH_STATES["qwen3_5"],
     "generic, head_dim 24": lambda: LlamaConfig(**COMMON, head_dim=24, hidden_act="gelu"),
 }
 SAMPLING: list[dict[str, Any]] = [

@@ -44,6 +44,12 @@ class LoadedWorker(PagedFakeWorker):
     def profile(self) -> int:
         return self.null_block
 
+    def max_num_seqs(self) -> int:
+        return 8
+
+    def block_bytes(self) -> int:
+        return 16
+
     def read_adapter(self, source: Any) -> Any: ...
 
     def hold_adapter(self, adapter_id: int, adapter: Any) -> None: ...

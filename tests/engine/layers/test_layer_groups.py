@@ -10,6 +10,7 @@ from quire.engine.layers.layer_groups import (
     MAX_GROUPS,
     LayerGroups,
     blocks_needed,
+    describe_window,
     first_needed,
     longest_that_fits,
 )
@@ -31,19 +32,22 @@ def every(period: int, num_layers: int, window: int) -> list[int | None]:
         (every(6, 26, 512), 32768, [(None, 4), *[(512, n) for n in (3, 4, 4, 3, 4, 4)]]),
         ([None, 64, 64, 16, 16], 1024, [(None, 1), (64, 1), (64, 1), (16, 1), (16, 1)]),
         ([None, *[64] * 47], 1024, [(None, 1), *[(64, 6)] * 2, (64, 7)]),
+        (every(4, 48, -8192), 131072, [(None, 12), *[(-8192, 12)] * 3]),  # Llama 4 Scout
+        ([-4096] * 4, 4096, [(None, 4)]),
+        ([64, -64, None], 1024, [(None, 1), (-64, 1), (64, 1)]),
     ],
 )
 def test_groups_of_known_shapes(
     windows: list[int | None], context: int, wanted: list[tuple[int | None, int]]
 ) -> None:
     groups = LayerGroups.choose(windows, context, 16)
-    if len(windows) == 48:  # the layer without a window leaves places empty
+    if windows[1:] == [64] * 47:  # the layer without a window leaves places empty
         assert len(groups.groups) <= MAX_GROUPS and groups.groups[0] == (None, (0,))
         return
     assert [(group.window, len(group.layers)) for group in groups.groups] == wanted
 
 
-kinds = st.sampled_from([None, 16, 40, 1000])
+kinds = st.sampled_from([None, 16, 40, 1000, -40, -64])
 
 
 @given(st.lists(kinds, min_size=1, max_size=40), st.sampled_from([64, 500, 5000]))
@@ -69,6 +73,8 @@ def test_the_first_block_that_later_tokens_need() -> None:
             for computed in range(100):
                 oldest = max(computed - window + 1, 0)
                 assert first_needed(window, computed, size) == oldest // size
+                chunk = max(i for i in range(computed + 1) if i % window == 0)
+                assert first_needed(-window, computed, size) == chunk // size
 
 
 @given(
@@ -94,3 +100,8 @@ def test_the_longest_sequence_that_fits(
         assert blocks_needed(windows, size, longest, **fields) <= num_blocks
     if longest < 1000:
         assert blocks_needed(windows, size, longest + 1, **fields) > num_blocks
+
+
+def test_windows_are_described_for_people() -> None:
+    described = [describe_window(window) for window in (None, 1024, -8192)]
+    assert described == ["all tokens", "the last 1,024", "chunks of 8,192"]

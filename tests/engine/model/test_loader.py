@@ -120,7 +120,7 @@ def test_a_missing_gpu_is_refused(llama: Path) -> None:
         ),
         (T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2), "encoder-decoder"),
         (JambaConfig(**COMMON, attn_layer_offset=1), "keep a state of a kind"),
-        (Llama4TextConfig(**COMMON, attention_chunk_size=32), "chunked_attention"),
+        (Llama4TextConfig(**COMMON, attention_chunk_size=None), "attention_chunk_size is None"),
         (
             DeepseekV32Config(**COMMON | {"num_key_value_heads": 4}),
             "its indexer chooses which tokens are attended to",

@@ -173,11 +173,13 @@ class TierMachine(SchedulerMachine):
     """A machine whose evicted blocks go to a little host memory and to a bad store below it."""
 
     run_ahead = True
+    host_slots = 5
 
     def tier_options(self) -> dict[str, Any]:
-        self.store = FaultyStore(12, chance=0.1)
+        self.store = FaultyStore(2 * self.host_slots + 2, chance=0.1)
         self.reads, self.writes = Tasks(), Tasks()
-        return {"host_slots": 5, "store": self.store, "read": self.reads, "write": self.writes}
+        below = {"store": self.store, "read": self.reads, "write": self.writes}
+        return {"host_slots": self.host_slots, **below}
 
     @rule(steps=st.integers(0, 3))
     def copies_take_steps(self, steps: int) -> None:
@@ -252,6 +254,14 @@ class OnlyWindowedMachine(SchedulerMachine):
     num_blocks = 14
 
 
+class GroupedTierMachine(TierMachine):
+    """A machine with three groups of blocks, one of them in chunks, and tiers for all."""
+
+    windows = (None, 20, -32)
+    num_blocks = WindowedMachine.num_blocks
+    host_slots = 16
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
     max_examples=400,
@@ -269,6 +279,9 @@ TestTier.settings = settings(TestScheduler.settings, max_examples=150)
 
 TestWindowed = WindowedMachine.TestCase
 TestWindowed.settings = settings(TestScheduler.settings, max_examples=200)
+
+TestGroupedTier = GroupedTierMachine.TestCase
+TestGroupedTier.settings = settings(TestScheduler.settings, max_examples=100)
 
 TestOnlyWindowed = OnlyWindowedMachine.TestCase
 TestOnlyWindowed.settings = settings(TestScheduler.settings, max_examples=150)

@@ -199,7 +199,7 @@ class SimCore:
         self.tier: BlockTier | None = None
         self._reads, self._writes = Tasks(), Tasks()
         make_scheduler: Callable[..., Scheduler] = Scheduler
-        if settings.host_slots and settings.prefix_caching and not self.manager.has_groups:
+        if settings.host_slots and settings.prefix_caching:
             self.tier = make_tier(
                 self.manager,
                 self.worker,
@@ -315,8 +315,8 @@ class SimCore:
             self._num_tokens[request_id] = count
             self._fail_when_due(request_id, count)
         stats = self.scheduler.stats()
-        ran_out = self.scheduler._ran_out
-        self.watch.stepped(is_productive=stats.step_tokens > 0, ran_out=ran_out)
+        is_held = self.scheduler.budget.holds_admission
+        self.watch.stepped(is_productive=stats.step_tokens > 0, is_held=is_held)
         self._trials.observe(outputs)
         if self._num_steps % self._world.settings.check_every == 0:
             self.check_integrity()

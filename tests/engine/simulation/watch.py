@@ -73,9 +73,9 @@ class Watch:
         order = (priority, next(self._numbers))
         self._waiting[request.request_id] = _Waiting(request, order, self._steps, ahead)
 
-    def stepped(self, *, is_productive: bool, ran_out: bool) -> None:
-        """Follow a step; `is_productive` says whether it computed anything, and `ran_out` that the
-        device had no memory for it."""
+    def stepped(self, *, is_productive: bool, is_held: bool) -> None:
+        """Follow a step; `is_productive` says whether it computed anything, and `is_held` that none
+        may be admitted, since the device had too little memory lately."""
         plan = self._scheduler.last_plan
         assert plan is not None
         for sequence in plan.rows:
@@ -86,7 +86,7 @@ class Watch:
         for waiting in self._waiting.values():
             if waiting.request.grammar is not None and not self._is_ready(waiting.request):
                 waiting.since = self._steps
-        if not ran_out:
+        if not is_held:
             self._steps += is_productive or not self._scheduler.running
 
     def _check(self, entry: _Waiting) -> None:

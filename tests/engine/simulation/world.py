@@ -73,9 +73,10 @@ SWARM = (
 """Kinds of behaviour and faults; a world has a random choice of them."""
 WINDOWS: tuple[tuple[int | None, ...], ...] = (
     *((None,), (None,), (None,)),
-    *((None, 5), (None, 20), (None, 33, 33), (None, 40, 9), (17,)),
+    *((None, 5), (None, 20), (None, 33, 33), (None, -40, 9), (17,)),
 )
-"""How many of the latest tokens each group of layers keeps; half of the worlds have windows."""
+"""How many of the latest tokens each group of layers keeps, a negative one in chunks; half of the
+worlds have windows."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from quire.engine.cache.block_hashes import HASH_BYTES, prompt_hashes
 from quire.engine.events.block_events import BlocksCleared, BlocksRemoved, BlocksStored
 from quire.engine.lora import AdapterSource
 from quire.engine.outputs import RowError
@@ -63,6 +64,75 @@ def test_an_evicted_conversation_comes_back(run_ahead: bool, lag: int) -> None:
     assert complete(made, FIRST) == 96
     assert counts(made)[1] >= 4
     made.assert_all_free()
+
+
+OTHERS = (FIRST, SECOND, prompt(100, first=9000), prompt(100, first=13000))
+GROUPED: dict[str, tuple[int | None, ...]] = {
+    "window": (None, 20),
+    "chunks": (None, -48, 20),
+    "window only": (33,),
+}
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+@pytest.mark.parametrize("kind", GROUPED)
+def test_blocks_of_all_groups_come_back(kind: str, run_ahead: bool) -> None:
+    """What a match takes is loaded: all blocks of a full group, and the last ones of a window."""
+    windows = GROUPED[kind]
+    made = harness(num_blocks=13 * len(windows), windows=windows, run_ahead=run_ahead)
+    for token_ids in OTHERS:
+        assert complete(made, token_ids) == 0
+    loaded = counts(made)[1]
+    assert complete(made, FIRST) == 96
+    # Six blocks of the full group, two of each window, and none of chunks that begin at token 96.
+    blocks = {"window": 6 + 2, "chunks": 6 + 2, "window only": 2}[kind]
+    assert counts(made)[1] - loaded == blocks
+    made.assert_all_free()
+
+
+def test_without_what_a_window_needs_a_full_group_brings_nothing_back() -> None:
+    made = harness(num_blocks=26, windows=(None, 20))
+    complete(made, FIRST)
+    complete(made, SECOND)
+    assert made.tier is not None
+    for own_hash in made.tier.hashes():
+        if len(own_hash) > HASH_BYTES:
+            made.tier.discard([own_hash])
+    made.manager.pool.forget_free()
+    assert complete(made, FIRST) == 0 and counts(made)[1] == 0
+
+
+def test_blocks_of_all_groups_come_back_from_the_store_below() -> None:
+    store, reads, writes = FaultyStore(), Tasks(), Tasks()
+    below: dict[str, Any] = {"store": store, "read": reads, "write": writes}
+    made = harness(40, num_blocks=26, windows=(None, -48), budget=32, **below)
+
+    def run(token_ids: list[int]) -> int | None:
+        request = made.add(token_ids)
+        while (request.request_id, 0) not in made.finals:
+            reads.run(1)
+            writes.run()
+            made.step()
+        return made.finals[request.request_id, 0].num_cached_tokens
+
+    for talk in range(1, 11):
+        assert run(prompt(100, first=1000 * talk)) == 0
+    assert {len(own_hash) for own_hash in store.records} == {HASH_BYTES, HASH_BYTES + 1}
+    # Six blocks of the full group, and none of chunks that begin at token 96.
+    assert run(FIRST) == 96 and counts(made, 1)[1] == 6
+
+
+def test_poisoned_blocks_of_all_groups_are_forgotten() -> None:
+    made = harness(num_blocks=26, windows=(None, 20))
+    complete(made, FIRST)
+    complete(made, SECOND)
+    complete(made, prompt(100, first=9000))
+    request = made.add(FIRST, 4)
+    made.step()
+    made.scheduler.block_manager.free(made.scheduler.running[0], poisoned=True)
+    assert made.tier is not None
+    hashes = {own_hash[:HASH_BYTES] for own_hash in made.tier.hashes()}
+    assert hashes.isdisjoint(prompt_hashes(FIRST, SIZE)), request
 
 
 def test_without_a_tier_it_does_not() -> None:
@@ -251,6 +321,19 @@ def test_the_end_writes_all_that_only_host_memory_has(
     write.slow = False
     made.tier.close()
     assert kept <= store.records.keys()
+
+
+def test_nothing_is_lost_when_each_step_evicts_a_large_part_of_host_memory() -> None:
+    """A step evicts 6 blocks; host memory has 16 slots."""
+    made = harness(16, store=FaultyStore(), read=Tasks(slow=False), write=Tasks(slow=False))
+    complete(made, FIRST)  # how much a step evicts is known after the first
+    complete(made, SECOND)
+    dropped = counts(made)[2]
+    others = [prompt(100, first=first) for first in range(6000, 12_000, 1000)]
+    for other in others:
+        complete(made, other)
+    assert counts(made)[2] == dropped
+    assert [complete(made, other) for other in others] == [96] * 6
 
 
 def test_others_go_on_while_one_waits_for_the_store() -> None:

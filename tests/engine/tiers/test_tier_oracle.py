@@ -105,11 +105,30 @@ def test_tokens_equal_generate(
     made.core.close()
 
 
-def test_layers_with_windows_keep_whole_blocks(tmp_path: Path) -> None:
-    reference = Reference(models.save_model("gemma3", tmp_path))
-    made = engine(tmp_path, 64 * 6 * BLOCK_BYTES)
-    assert hold(made, reference) >= 3 * (32 + 80)
-    assert made.core.stats().tiers[0].loaded > 0
+GROUPED = {
+    "gemma3": models.FAMILIES["gemma3"],
+    "gpt_oss": models.FAMILIES["gpt_oss"],
+    "llama4": models.llama4,
+}
+
+
+@pytest.mark.parametrize("family", GROUPED)
+@pytest.mark.parametrize("below", [False, True], ids=["host", "disk"])
+def test_layers_with_windows_find_what_was_evicted(
+    tmp_path: Path, family: str, below: bool
+) -> None:
+    """Layers in groups keep their blocks apart, in the cache and outside of it."""
+    model = models.build_model(GROUPED[family]())
+    model.save_pretrained(tmp_path)
+    reference = Reference(model)
+    disk = {"kv_offloading_disk": str(tmp_path / "kv")} if below else {}
+    made = engine(tmp_path, 2**17 if below else 2**20, num_blocks=13, **disk)
+    assert made.core._scheduler.block_manager.has_groups
+    hits = hold(made, reference, MANY if below else 3)
+    tiers = made.core.stats().tiers
+    assert all(tier.stored > 0 and tier.loaded > 0 for tier in tiers)
+    assert hits >= (100 if below else 3 * (32 + 80))
+    made.core.close()
 
 
 def test_latents_come_back(tmp_path: Path) -> None:

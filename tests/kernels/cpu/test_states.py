@@ -33,7 +33,7 @@ OPS = CpuStateOps()
 def rows_of(step: StateStep) -> StepRows:
     nothing = torch.empty(0)
     states = StepStates(nothing, nothing, step.slots, step.saves)
-    return StepRows(step.query_start_loc, step.seq_lens, states)
+    return StepRows(step.query_start_loc, step.seq_lens, step.num_tokens, states)
 
 
 def recur(have: Recurrence, step: StateStep, **options: Any) -> torch.Tensor:

@@ -29,7 +29,7 @@ from .....kernels.cuda.attention import (
     paged_attention_extend,
 )
 from .....kernels.cuda.sampling import best_tokens
-from .....kernels.cuda.states import causal_conv, gated_recurrence
+from .....kernels.cuda.states import causal_conv, chunked_recurrence, gated_recurrence
 
 
 class Kernels(NamedTuple):
@@ -51,6 +51,7 @@ class Kernels(NamedTuple):
     lora_expand: Callable[..., None]
     causal_conv: Callable[..., torch.Tensor]
     gated_recurrence: Callable[..., torch.Tensor]
+    chunked_recurrence: Callable[..., torch.Tensor]
     best_tokens: Callable[..., None]
     quantize_rows: Callable[..., None]
 
@@ -72,6 +73,7 @@ TRITON = Kernels(
     lora_expand=lora.lora_expand,
     causal_conv=causal_conv.causal_conv,
     gated_recurrence=gated_recurrence.gated_recurrence,
+    chunked_recurrence=chunked_recurrence.chunked_recurrence,
     best_tokens=best_tokens.best_tokens,
     quantize_rows=fp8.quantize_rows,
 )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from .....kernels.cuda.states.chunked_recurrence import MIN_TOKENS
 from ....states.step_states import StepLayout
 from .kernels import Kernels
 
@@ -37,7 +38,7 @@ class CudaStateOps:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        decay: torch.Tensor,
+        log_decay: torch.Tensor,
         beta: torch.Tensor | None,
         states: torch.Tensor,
         step: StepLayout,
@@ -45,10 +46,10 @@ class CudaStateOps:
         scale: float,
         normalise: bool,
     ) -> torch.Tensor:
-        gates = (decay, beta)
-        return self._kernels.gated_recurrence(
-            query, key, value, *gates, states, *_rows_of(step), scale=scale, normalise=normalise
-        )
+        gates, options = (log_decay, beta), {"scale": scale, "normalise": normalise}
+        one_by_one = step.max_query_len < MIN_TOKENS
+        recur = self._kernels.gated_recurrence if one_by_one else self._kernels.chunked_recurrence
+        return recur(query, key, value, *gates, states, *_rows_of(step), **options)
 
 
 def _rows_of(step: StepLayout) -> tuple[torch.Tensor, ...]:

@@ -145,7 +145,8 @@ def test_extend_heads_and_blocks(heads: tuple[int, int, int], block_size: int) -
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 1}, {"window": 33}, {"softcap": 3.0}, EVERYTHING]
+    "options",
+    [{}, {"window": 1}, {"window": 33}, {"window": -24}, {"softcap": 3.0}, EVERYTHING],
 )
 @pytest.mark.parametrize("sinks", [False, True])
 def test_extend_options(dtype: torch.dtype, options: dict[str, Any], sinks: bool) -> None:
@@ -157,7 +158,7 @@ def test_extend_options(dtype: torch.dtype, options: dict[str, Any], sinks: bool
 @pytest.mark.parametrize(
     "config", [TileConfig(16, 64, 4, 1), TileConfig(64, 16, 4, 1, prefetch=False)]
 )
-@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("window", [None, 37, -40, -64])
 def test_extend_tiles_larger_and_smaller_than_blocks(config: TileConfig, window: int) -> None:
     error = extend_error([70, 33], [130, 33], (4, 2, 16), 32, config=config, window=window)
     assert error < 1e-6
@@ -188,7 +189,8 @@ def test_decode_heads_and_blocks(heads: tuple[int, int, int], block_size: int) -
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 1}, {"window": 40}, {"softcap": 3.0}, EVERYTHING]
+    "options",
+    [{}, {"window": 1}, {"window": 40}, {"window": -48}, {"softcap": 3.0}, EVERYTHING],
 )
 @pytest.mark.parametrize("query_len", [1, 3])
 def test_decode_options(dtype: torch.dtype, options: dict[str, Any], query_len: int) -> None:

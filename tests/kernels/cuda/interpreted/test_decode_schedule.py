@@ -21,7 +21,7 @@ def schedule(
     "lengths",
     [[1], [0], [0, 0, 7], [256], [257], [100_000], [1] * 40, [0, 5000, 1, 300_000], [10_000] * 37],
 )
-@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("window", [None, 300, -300])
 @pytest.mark.parametrize("query_len", [1, 4])
 def test_items_cover_every_visible_key_once(
     lengths: list[int], window: int | None, query_len: int
@@ -35,7 +35,11 @@ def test_items_cover_every_visible_key_once(
         first_item = live.index(mine[0])
         assert [item[3:] for item in mine] == [(first_item, len(mine))] * len(mine)
         assert live[first_item : first_item + len(mine)] == mine
-        needed = 0 if window is None else max(0, length - query_len + 1 - window)
+        needed = 0
+        if window is not None and window > 0:
+            needed = max(0, length - query_len + 1 - window)
+        elif window is not None:  # the first key of the first query's chunk
+            needed = max(0, length - query_len) // -window * -window
         assert mine[0][1] <= needed and needed - mine[0][1] < workspace.config.block_n
         assert mine[-1][2] == length
         for before, after in zip(mine, mine[1:], strict=False):

@@ -64,7 +64,7 @@ def test_padding_of_a_captured_step_gets_zeros() -> None:
     x, weight, bias, states = taps
     found = causal_conv(torch.cat([x, x[:9]]), weight, bias, states, *padded)
     longer = [F.pad(tensor, (0, 0, 0, 0, 0, 9)) for tensor in gates[:3]]
-    gated = [F.pad(tensor, (0, 0, 0, 9), value=1.0) for tensor in (gates.decay, gates.beta)]
+    gated = [F.pad(tensor, (0, 0, 0, 9), value=1.0) for tensor in (gates.log_decay, gates.beta)]
     options = {"scale": 0.3, "normalise": True}
     read = gated_recurrence(*longer, *gated, gates.states, *padded, **options)
     for have, want in (
@@ -96,4 +96,4 @@ def test_what_does_not_fit_is_refused() -> None:
         three = have._replace(value=have.value[:, :3])
         gated_recurrence(*three, *step, **options)
     with pytest.raises(ValueError, match="decay must be one of"):
-        gated_recurrence(*have._replace(decay=have.decay.double()), *step, **options)
+        gated_recurrence(*have._replace(log_decay=have.log_decay.double()), *step, **options)
