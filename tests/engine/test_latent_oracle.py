@@ -120,8 +120,8 @@ def test_greedy_forks_equal_generate(family: tuple[Path, Reference]) -> None:
 def test_beams_equal_generate(glm: tuple[Path, Reference]) -> None:
     folder, reference = glm
     searches = test_beam_oracle.Reference(reference.model)
-    engine = make_engine(folder, num_blocks=22)
-    wanted = list(zip(prompts(4), test_beam_oracle.CASES, strict=False))
+    engine = make_engine(folder)
+    wanted = list(zip(prompts(3), test_beam_oracle.CASES, strict=False))
     requests = []
     for prompt, case in wanted:
         fields = {**case, "stop_token_ids": searches.stops, "ignore_eos": False}
@@ -131,7 +131,7 @@ def test_beams_equal_generate(glm: tuple[Path, Reference]) -> None:
         found = test_beam_oracle.found(engine, request)
         expected = searches.search(prompt, **case, stop_token_ids=searches.stops)
         test_beam_oracle.assert_equal(found, expected)
-    assert engine.core.stats().preemptions > 0
+    assert engine.core.stats().blocks_copied > 0
 
 
 def test_a_draft_model_with_latents_equals_generate(glm: tuple[Path, Reference]) -> None:
