@@ -188,6 +188,10 @@ class Backend(Protocol):
         """Return the weight `[out_features, in_features]` of a linear layer as `make_body` would
         round it; a last group that is not full is filled up with columns of zeros."""
 
+    def check_latents(self, architecture: str) -> None:
+        """Raise UnsupportedModelError if the device has no kernels for layers whose heads share a
+        latent (`AttentionPlan.attend_latents`)."""
+
     def check_deterministic(self) -> None:
         """Raise ConfigurationError, with the reason, if a token that is computed by itself may get
         other bits another time."""

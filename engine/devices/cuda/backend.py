@@ -110,6 +110,12 @@ class CudaBackend:
     def rounded(self, weight: torch.Tensor, quantization: str) -> GroupedWeight:
         raise AssertionError("check_quantization has refused it")
 
+    def check_latents(self, architecture: str) -> None:
+        raise UnsupportedModelError(
+            f"{architecture}: layers whose heads share a latent run on the CPU only: use --device "
+            "cpu"
+        )
+
     def check_deterministic(self) -> None:
         raise ConfigurationError(
             "--deterministic works only on the CPU: on a GPU, products and attention split their "
