@@ -15,6 +15,7 @@ from quire.server.settings import Settings
 
 from . import test_rooms
 from .documents import DOCUMENTS, ROOT, code, tables
+from .sources import tree_of
 from .test_docker import exported_samples
 
 # -- all documents ---------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def test_every_log_event_is_listed_with_its_fields() -> None:
             listed[name] = set(its_fields.split(", "))
     logged: dict[str, set[str]] = {}
     for path in (ROOT / "server").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
             if isinstance(node.func.value, ast.Name) and node.func.value.id == "log":

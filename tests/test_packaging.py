@@ -18,6 +18,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from .sources import tree_of
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("server", "engine", "kernels")
 WEB = {"fastapi", "uvicorn", "starlette", "prometheus_client", "pydantic", "pydantic_settings"}
@@ -37,7 +39,7 @@ def _name(path: Path) -> str:
 def _imports(path: Path) -> Iterator[str]:
     """Yield the absolute dotted names of everything that a file imports, lazily or not."""
     package = ["quire", *path.parent.relative_to(ROOT).parts]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from .sources import dotted, tree_of
 from .test_pins import PINS, ROOT
 
 SCANNED = ("server", "engine", "kernels")
@@ -54,7 +55,7 @@ def _private(name: str) -> bool:
 @cache
 def _trees() -> dict[Path, ast.Module]:
     paths = [path for folder in SCANNED for path in sorted((ROOT / folder).rglob("*.py"))]
-    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    return {path: tree_of(path) for path in paths}
 
 
 class _Classes:
@@ -88,9 +89,9 @@ def _defined(scope: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if ast.unparse(node.value) in ("self", "cls"):
+            if dotted(node.value) in ("self", "cls"):
                 yield node.attr
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__slots__":
+        elif isinstance(node, ast.Assign) and dotted(node.targets[0]) == "__slots__":
             yield from ast.literal_eval(node.value)
 
 
@@ -103,11 +104,11 @@ def _used(tree: ast.Module) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             for alias in node.names:
                 yield from _imported(node.lineno, node.module, f"{node.module}.{alias.name}")
-        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "sys.modules":
+        elif isinstance(node, ast.Subscript) and dotted(node.value) == "sys.modules":
             if isinstance(node.ctx, ast.Store):
                 yield node.lineno, f'sys.modules["{ast.literal_eval(node.slice)}"]'
         elif isinstance(node, ast.Call):
-            function = ast.unparse(node.func)
+            function = dotted(node.func)
             if function == "sys.modules.setdefault":
                 yield node.lineno, f'sys.modules["{ast.literal_eval(node.args[0])}"]'
             elif function in ("getattr", "setattr", "hasattr", "delattr"):
@@ -134,7 +135,7 @@ def _attributes(node: ast.AST, class_name: str) -> Iterator[tuple[int, str]]:
     if isinstance(node, ast.ClassDef):
         class_name = node.name
     if isinstance(node, ast.Attribute) and _private(node.attr):
-        if ast.unparse(node.value) in ("self", "cls") and class_name:
+        if dotted(node.value) in ("self", "cls") and class_name:
             ours = _classes().has(class_name, node.attr)
         else:
             ours = node.attr in _classes().everywhere

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from .sources import dotted, tree_of
+
 ROOT = Path(__file__).resolve().parent.parent
 
 ENGINE = {"engine", "engine.layers"}
@@ -161,12 +163,12 @@ def _imports(module: str) -> dict[str, bool]:
     and not for types only.
     """
     package = MODULES[module].parent.relative_to(ROOT).parts
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    tree = tree_of(MODULES[module])
     within = {
         id(node)
         for block in ast.walk(tree)
         if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef)
-        or (isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING")
+        or (isinstance(block, ast.If) and dotted(block.test) == "TYPE_CHECKING")
         for node in ast.walk(block)
     }
     found: dict[str, bool] = {}
@@ -217,7 +219,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 def test_our_own_modules_are_imported_relatively() -> None:
     """An absolute import would escape the rules above."""
     for path in MODULES.values():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             names: list[str] = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -247,9 +249,8 @@ def test_a_function_over_50_lines_says_why(top: str) -> None:
     """The reason stands in a comment that begins with "over 50 lines", above it or within it."""
     silent = []
     for path in (ROOT / top).rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        lines = text.splitlines()
-        for node in ast.walk(ast.parse(text)):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(tree_of(path)):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
