@@ -24,7 +24,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Maximum relative error by dtype, in the Frobenius norm."""
 E4M3 = torch.float8_e4m3fn
 NAN = float("nan")
-Caches = tuple[torch.Tensor, torch.Tensor]
+Caches = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def verdict(dtype: torch.dtype, *errors: float, **facts: object) -> Record:
@@ -44,12 +44,17 @@ def _sinks(num_heads: int, wanted: bool) -> torch.Tensor | None:
     return torch.randn(num_heads, device=DEVICE) if wanted else None
 
 
-def _stored(inputs: PagedInputs, fp8: bool) -> tuple[Caches, Caches, torch.Tensor | None]:
+def _stored(
+    inputs: PagedInputs, fp8: bool, value_width: int | None = None
+) -> tuple[Caches, Caches, torch.Tensor | None]:
     """Return the caches that the kernel reads, those that the oracle reads, and their scales.
 
-    With float8 both read the same bytes, since the error of rounding is not the kernel's.
+    With float8 both read the same bytes, since the error of rounding is not the kernel's. Latents
+    have keys only.
     """
     caches = (inputs.key_cache, inputs.value_cache)
+    if value_width is not None:
+        return (caches[0], None), (caches[0].double(), None), None
     if not fp8:
         return caches, (caches[0].double(), caches[1].double()), None
     scales = torch.rand(2, inputs.key_cache.shape[1], device=DEVICE) * 0.02 + 0.005
@@ -58,6 +63,11 @@ def _stored(inputs: PagedInputs, fp8: bool) -> tuple[Caches, Caches, torch.Tenso
         for cache, scale in zip(caches, scales, strict=True)
     )
     return (key, value), (key, value), scales
+
+
+def _empty_out(inputs: PagedInputs, value_width: int | None) -> torch.Tensor:
+    num_tokens, num_heads, head_dim = inputs.query.shape
+    return inputs.query.new_full((num_tokens, num_heads, value_width or head_dim), NAN)
 
 
 def check_extend(
@@ -70,21 +80,24 @@ def check_extend(
     softcap: float | None = None,
     sinks: bool = False,
     fp8: bool = False,
+    value_width: int | None = None,
 ) -> Record:
-    """Check paged_attention_extend on sequences of these lengths."""
+    """Check paged_attention_extend on sequences of these lengths; with a `value_width`, over
+    latents."""
     num_heads, num_kv_heads, head_dim = heads
     inputs = paged_inputs(
         query_lens, seq_lens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         block_size=block_size, dtype=dtype, device=DEVICE, seed=random_seed(),
     )  # fmt: skip
     tables = (inputs.block_table, inputs.query_start_loc, inputs.seq_lens)
-    caches, wide, scales = _stored(inputs, fp8)
+    caches, wide, scales = _stored(inputs, fp8, value_width)
     options = {
-        "scale": inputs.scale, "max_query_len": max(query_lens), "window": window,
-        "softcap": softcap, "sinks": _sinks(num_heads, sinks), "kv_scales": scales,
+        "scale": inputs.scale, "value_width": value_width, "max_query_len": max(query_lens),
+        "window": window, "softcap": softcap, "sinks": _sinks(num_heads, sinks),
+        "kv_scales": scales,
     }  # fmt: skip
     expected = reference.paged_attention_extend(inputs.query.double(), *wide, *tables, **options)
-    out = torch.full_like(inputs.query, NAN)
+    out = _empty_out(inputs, value_width)
     paged_attention_extend(inputs.query, *caches, *tables, **options, out=out)
     return verdict(dtype, relative_error(out, expected))
 
@@ -128,6 +141,7 @@ def check_decode(
     sinks: bool = False,
     min_chunk: int = 256,
     fp8: bool = False,
+    value_width: int | None = None,
 ) -> Record:  # over 50 lines: eager launches and graph replays share all of their inputs
     """Check paged_attention_decode twice eagerly and in a CUDA graph replayed on other lengths.
 
@@ -140,15 +154,15 @@ def check_decode(
     )  # fmt: skip
     workspace = DecodeWorkspace.allocate(
         len(seq_lens) + 3, num_heads, num_kv_heads, head_dim, dtype=dtype, device=DEVICE,
-        window=window, query_len=query_len, min_chunk=min_chunk,
+        window=window, query_len=query_len, min_chunk=min_chunk, value_width=value_width,
     )  # fmt: skip
-    caches, wide, scales = _stored(inputs, fp8)
+    caches, wide, scales = _stored(inputs, fp8, value_width)
     options = {
-        "scale": inputs.scale, "window": window, "softcap": softcap,
+        "scale": inputs.scale, "window": window, "softcap": softcap, "value_width": value_width,
         "sinks": _sinks(num_heads, sinks), "kv_scales": scales,
     }  # fmt: skip
     lengths = inputs.seq_lens.clone()
-    out = torch.full_like(inputs.query, NAN)
+    out = _empty_out(inputs, value_width)
 
     def launch() -> None:
         build_decode_schedule(lengths, workspace)
@@ -188,6 +202,7 @@ def check_cascade(
     groups: list[PrefixGroup],
     seq_lens: list[int],
     fp8: bool = False,
+    value_width: int | None = None,
 ) -> Record:
     """Check shared prefixes against the oracle, which reads each row's own table.
 
@@ -199,15 +214,17 @@ def check_cascade(
         head_dim=head_dim, block_size=16, dtype=dtype, device=DEVICE, seed=random_seed(),
     )  # fmt: skip
     share_prefixes(inputs, groups, 16)
-    caches, wide, scales = _stored(inputs, fp8)
-    workspace = DecodeWorkspace.allocate(len(seq_lens) + 2, *heads, dtype=dtype, device=DEVICE)
+    caches, wide, scales = _stored(inputs, fp8, value_width)
+    workspace = DecodeWorkspace.allocate(
+        len(seq_lens) + 2, *heads, dtype=dtype, device=DEVICE, value_width=value_width
+    )
     cascade = CascadeWorkspace.allocate(workspace, dtype=dtype, cache_dtype=caches[0].dtype)
     tables = (inputs.block_table, inputs.seq_lens)
-    options = {"scale": inputs.scale, "kv_scales": scales}
+    options = {"scale": inputs.scale, "kv_scales": scales, "value_width": value_width}
     expected = reference.paged_attention_decode(
         inputs.query.double(), *wide, *tables, **options
     )  # fmt: skip
-    out = torch.full_like(inputs.query, NAN)
+    out = _empty_out(inputs, value_width)
 
     def launch() -> None:
         build_decode_schedule(inputs.seq_lens, workspace, prefix_lens=cascade.prefix_lens)

@@ -275,5 +275,18 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
             add(f"{tag} sampling 128256", check_sampling, dtype, 128_256, 64)
         add(f"{tag} extend d256 b16", check_extend, dtype, (8, 4, 256), 16, queries, contexts)
         add(f"{tag} decode d256 b16", check_decode, dtype, (8, 4, 256), 16, lens)
+        add(f"{tag} extend d512", check_extend, dtype, (16, 2, 512), 16, queries, contexts)
+        add(f"{tag} decode d512", check_decode, dtype, (16, 2, 512), 16, lens)
+        add(f"{tag} decode q8 d512", check_decode, dtype, (16, 2, 512), 16,
+            [300, 8, 0, 2049], query_len=8)  # fmt: skip
+        add(f"{tag} cascade d512", check_cascade, dtype, (16, 2, 512), tile_groups, members)
+        for num_heads in (16, 20, 128):
+            latents = (num_heads, 1, 576)
+            add(f"{tag} extend latents h{num_heads}", check_extend, dtype, latents, 16, queries,
+                contexts, value_width=512)  # fmt: skip
+            add(f"{tag} decode latents h{num_heads}", check_decode, dtype, latents, 16, lens,
+                value_width=512)  # fmt: skip
+        add(f"{tag} cascade latents h16", check_cascade, dtype, (16, 1, 576), tile_groups, members,
+            value_width=512)  # fmt: skip
         add(f"{tag} write d80 b64", check_write, dtype, (7, 7, 80), 64)
     return found

@@ -33,10 +33,13 @@ class Shape(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_width: int | None = None
+    """The numbers of a key that are its value, if heads share a latent."""
 
 
 LLAMA_8B = Shape("llama-3.1-8b", 32, 8, 128)
 QWEN_06B = Shape("qwen3-0.6b", 16, 8, 128)
+GEMMA_26B = Shape("gemma-4-26b, full layers", 16, 2, 512)
 
 
 def time_graph(calls: list[Callable[[], object]], replays: int = 9) -> float:
@@ -70,7 +73,8 @@ def capture(launch: Callable[[], None]) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """Random caches `[num_layers, 2, …]` and the block tables of a batch of sequences."""
+    """Random caches `[num_layers, 2, …]`, or `[num_layers, 1, …]` of latents, and the block tables
+    of a batch of sequences."""
 
     kv_cache: torch.Tensor
     block_table: torch.Tensor
@@ -83,10 +87,11 @@ class PagedBatch:
         """Number of layers in the cache."""
         return self.kv_cache.shape[0]
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the K and the V cache of layer `index`, counted round and round."""
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the K and the V cache of layer `index`, counted round and round; no V of
+        latents."""
         layer = self.kv_cache[index % self.num_layers]
-        return layer[0], layer[1]
+        return layer[0], layer[1] if len(layer) == 2 else None
 
 
 @functools.lru_cache(maxsize=1)
@@ -108,10 +113,11 @@ def paged_batch(
     common = shared // block_size
     needed = [-(-length // block_size) for length in lengths]
     num_blocks = common + sum(count - common for count in needed)
-    token_bytes = 2 * dtype.itemsize * shape.num_kv_heads * shape.head_dim
+    parts = 2 if shape.value_width is None else 1
+    token_bytes = parts * dtype.itemsize * shape.num_kv_heads * shape.head_dim
     layer_bytes = num_blocks * block_size * token_bytes
     num_layers = max(2, min(64, -(-256_000_000 // layer_bytes)))
-    size = (2, num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
+    size = (parts, num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
     kv_cache = torch.empty(num_layers, *size, dtype=dtype, device=DEVICE)
     for layer in kv_cache:  # torch draws no float8
         layer.copy_(torch.randn(size, dtype=torch.bfloat16, device=DEVICE))

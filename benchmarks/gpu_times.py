@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from gpu_common import (
     DEVICE,
+    GEMMA_26B,
     LLAMA_8B,
     QWEN_06B,
     Case,
@@ -108,15 +109,17 @@ def time_decode(
     workspace = DecodeWorkspace.allocate(
         len(lengths), shape.num_heads, shape.num_kv_heads, shape.head_dim, dtype=BF16,
         device=DEVICE, config=config, programs_per_sm=programs_per_sm, min_chunk=min_chunk,
+        value_width=shape.value_width,
     )  # fmt: skip
     query = torch.randn(len(lengths), shape.num_heads, shape.head_dim, device=DEVICE).to(BF16)
-    out = torch.empty_like(query)
+    out = torch.empty_like(query[..., : shape.value_width])
     build_decode_schedule(batch.seq_lens, workspace)
 
     def call(layer: int) -> None:
         paged_attention_decode(
             query, *batch.layer(layer), batch.block_table, batch.seq_lens,
             scale=shape.head_dim**-0.5, workspace=workspace, out=out,
+            value_width=shape.value_width,
         )  # fmt: skip
 
     return _figures(time_graph(_over_layers(batch, call)), num_bytes=batch.kv_bytes)
@@ -396,6 +399,11 @@ def cases() -> list[Case]:  # over 50 lines: it is a list
     add("decode qwen 64x4096 b16", time_decode, QWEN_06B, 16, big)
     add("decode qwen 256x1024 b16", time_decode, QWEN_06B, 16, (1024,) * 256)
     add("decode qwen 1x1024 b16", time_decode, QWEN_06B, 16, (1024,))
+    add("decode gemma4 64x4096 b16", time_decode, GEMMA_26B, 16, big)
+    add("extend gemma4 8k b16", time_extend, GEMMA_26B, 16, 8192, 8192)
+    for heads in (16, 20, 128):
+        latents = Shape(f"{heads} heads, latents", heads, 1, 576, 512)
+        add(f"decode latents h{heads} 64x4096 b16", time_decode, latents, 16, big)
     add("extend llama 1k b16", time_extend, LLAMA_8B, 16, 1024, 1024)
     add("extend llama 2k after 6k b16", time_extend, LLAMA_8B, 16, 2048, 8192)
     add("extend llama 16x512 b16", time_extend, LLAMA_8B, 16, 512, 512, 16)

@@ -101,22 +101,41 @@ def require_launchable(**tensors: torch.Tensor | None) -> None:
         raise ValueError(f"Triton kernels need CUDA tensors, not {first}; see kernels/reference.py")
 
 
-def check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor) -> tuple[int, int, int]:
+def check_cache(
+    key_cache: torch.Tensor, value_cache: torch.Tensor | None, value_width: int | None = None
+) -> tuple[int, int, int]:
     """Check one layer's caches and return (num_kv_heads, block_size, head_dim).
 
     Both must be contiguous `[num_blocks, num_kv_heads, block_size, head_dim]` of one dtype, with a
-    head_dim that is a multiple of 8 from 16 to 256 and a block_size that is a power of two from 16
-    to 256. Raises ValueError otherwise.
+    head_dim that is a multiple of 8 from 16 to 512 and a block_size that is a power of two from 16
+    to 256. A cache of latents has no value_cache and one kv head, whose first value_width numbers,
+    a power of two from 16 to 512, are the values; 16 to 64 follow, a multiple of 8. Raises
+    ValueError otherwise.
     """
-    require_dtype("key_cache", key_cache, *CACHE_DTYPES)
-    require_dtype("value_cache", value_cache, key_cache.dtype)
+    if (value_cache is None) != (value_width is not None):
+        raise ValueError("either value_cache or value_width must be given")
+    dtypes = CACHE_DTYPES if value_width is None else FLOAT_DTYPES
+    require_dtype("key_cache", key_cache, *dtypes)
     require_shape("key_cache", key_cache, None, None, None, None)
-    require_shape("value_cache", value_cache, *key_cache.shape)
     require_contiguous("key_cache", key_cache)
-    require_contiguous("value_cache", value_cache)
+    if value_cache is not None:
+        require_dtype("value_cache", value_cache, key_cache.dtype)
+        require_shape("value_cache", value_cache, *key_cache.shape)
+        require_contiguous("value_cache", value_cache)
     _, num_kv_heads, block_size, head_dim = key_cache.shape
-    if head_dim % 8 or not 16 <= head_dim <= 256:
-        raise ValueError(f"head_dim must be a multiple of 8 from 16 to 256, not {head_dim}")
+    if value_width is not None:
+        require(num_kv_heads == 1, f"latents have one kv head, not {num_kv_heads}")
+        require(
+            value_width & (value_width - 1) == 0 and 16 <= value_width <= 512,
+            f"value_width must be a power of two from 16 to 512, not {value_width}",
+        )
+        rest = head_dim - value_width
+        require(
+            rest % 8 == 0 and 16 <= rest <= 64,
+            f"head_dim - value_width must be a multiple of 8 from 16 to 64, not {rest}",
+        )
+    elif head_dim % 8 or not 16 <= head_dim <= 512:
+        raise ValueError(f"head_dim must be a multiple of 8 from 16 to 512, not {head_dim}")
     if block_size & (block_size - 1) or not 16 <= block_size <= 256:
         raise ValueError(f"block_size must be a power of two from 16 to 256, not {block_size}")
     return num_kv_heads, block_size, head_dim
@@ -125,7 +144,7 @@ def check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor) -> tuple[int
 def check_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    value_cache: torch.Tensor | None,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
@@ -134,9 +153,10 @@ def check_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
+    value_width: int | None,
 ) -> tuple[int, int, int]:
     """Check what both attention kernels take; return (num_kv_heads, block_size, head_dim)."""
-    num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache)
+    num_kv_heads, block_size, head_dim = check_cache(key_cache, value_cache, value_width)
     stored_wide = key_cache.dtype in FLOAT_DTYPES
     require_dtype("query", query, *((key_cache.dtype,) if stored_wide else FLOAT_DTYPES))
     require_shape("query", query, None, None, head_dim)
@@ -158,7 +178,7 @@ def check_attention(
         require_shape("sinks", sinks, num_heads)
         require_contiguous("sinks", sinks)
     require_dtype("out", out, query.dtype)
-    require_shape("out", out, *query.shape)
+    require_shape("out", out, *query.shape[:2], value_width or head_dim)
     require_last_contiguous("out", out)
     require_launchable(
         query=query,

@@ -76,6 +76,9 @@ class CascadeCost:
     """Query rows per tile."""
     programs: int = 264
     """Programs that fill the device: two per SM."""
+    token_size: int | None = None
+    """The numbers that a token has in the cache for each kv head, if they are not K and V of
+    `head_dim` each."""
 
     @property
     def members_per_tile(self) -> int:
@@ -100,7 +103,8 @@ class CascadeCost:
         (float32, one row and one log-sum per query head and split) is written and read back.
         """
         tiles = self.num_tiles(members)
-        tokens = 2.0 * length * self.num_kv_heads * self.head_dim * self.cache_bytes
+        numbers = self.token_size or 2 * self.head_dim
+        tokens = float(length * self.num_kv_heads * numbers * self.cache_bytes)
         flops = 4.0 * tiles * self.block_m * self.num_kv_heads * self.head_dim * length
         results = members * self.query_len * self.num_heads * (self.head_dim + 1) * 4.0
         partials = 2 * results * self.num_splits(tiles, length)

@@ -39,18 +39,20 @@ def _stored(x: torch.Tensor, cache: torch.Tensor, scale: torch.Tensor | None) ->
 
 def reshape_and_cache(
     key: torch.Tensor,
-    value: torch.Tensor,
+    value: torch.Tensor | None,
     key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    value_cache: torch.Tensor | None,
     slot_mapping: torch.Tensor,
     *,
     kv_scales: torch.Tensor | None = None,
+    value_width: int | None = None,
 ) -> None:
     """Write K and V `[num_tokens, num_kv_heads, head_dim]` to their slots of one layer's caches.
 
     `slot_mapping` `[num_tokens]` int64 holds block_id * block_size + offset; rows with a negative
     slot are padding and are skipped. A float8_e4m3fn cache stores K / kv_scales[0] and
-    V / kv_scales[1] (`[2, num_kv_heads]` float32, default 1), saturated at ±448.
+    V / kv_scales[1] (`[2, num_kv_heads]` float32, default 1), saturated at ±448. Latents are keys
+    alone, without value and value_cache; value_width is unused.
     """
     block_size = key_cache.shape[2]
     real = slot_mapping >= 0
@@ -58,6 +60,8 @@ def reshape_and_cache(
     blocks, offsets = slots // block_size, slots % block_size
     scales = (None, None) if kv_scales is None else kv_scales
     for x, cache, scale in zip((key, value), (key_cache, value_cache), scales, strict=True):
+        if x is None or cache is None:
+            continue
         _bits(cache)[blocks, :, offsets] = _stored(x[real], cache, scale)
 
 
@@ -73,7 +77,7 @@ def gather_blocks(cache: torch.Tensor, block_ids: torch.Tensor, length: int) -> 
 def paged_attention_extend(
     query: torch.Tensor,
     key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    value_cache: torch.Tensor | None,
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -87,6 +91,7 @@ def paged_attention_extend(
     kv_scales: torch.Tensor | None = None,
     first_seq: torch.Tensor | None = None,
     max_seqs: int | None = None,
+    value_width: int | None = None,
 ) -> torch.Tensor:  # over 50 lines: half are its parameters and what they mean
     """Compute causal attention of packed queries over their sequences' cached blocks.
 
@@ -99,9 +104,11 @@ def paged_attention_extend(
     sinks `[num_heads]` add one logit per head to the denominator of the softmax only. Rows of `out`
     before query_start_loc[0] and from query_start_loc[-1] on are left as they are. With a
     float8_e4m3fn cache, K and V are the cache times kv_scales (`[2, num_kv_heads]` float32, default
-    1). first_seq `[1]` leaves the sequences before it out; max_seqs is unused here.
+    1). first_seq `[1]` leaves the sequences before it out; max_seqs is unused here. Without
+    a value_cache the values are the first value_width numbers of the keys, and `out` has as many.
     """
-    out = torch.empty_like(query) if out is None else out
+    if out is None:
+        out = query.new_empty(*query.shape[:2], value_width or query.shape[2])
     num_kv_heads, block_size = key_cache.shape[1:3]
     group = query.shape[1] // num_kv_heads
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
@@ -112,8 +119,10 @@ def paged_attention_extend(
         queries = _wide(query[rows]).reshape(-1, num_kv_heads, group, query.shape[2])
         keys, values = (
             _wide(gather_blocks(cache, block_ids, length)).to(queries.dtype)
-            for cache in (key_cache, value_cache)
+            for cache in (key_cache, key_cache if value_cache is None else value_cache)
         )
+        if value_cache is None:
+            values = values[..., :value_width]
         if kv_scales is not None:
             keys, values = keys * kv_scales[0, :, None, None], values * kv_scales[1, :, None, None]
         scores = torch.einsum("qkgd,knd->kgqn", queries, keys) * scale
@@ -141,7 +150,7 @@ def paged_attention_extend(
 def paged_attention_decode(
     query: torch.Tensor,
     key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    value_cache: torch.Tensor | None,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
@@ -153,6 +162,7 @@ def paged_attention_decode(
     out: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
     cascade: object = None,
+    value_width: int | None = None,
 ) -> torch.Tensor:
     """Compute `paged_attention_extend` for an equal number of query tokens in each sequence.
 
@@ -177,13 +187,14 @@ def paged_attention_decode(
         sinks=sinks,
         out=out,
         kv_scales=kv_scales,
+        value_width=value_width,
     )
 
 
 def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor) -> None:
-    """Copy whole blocks of K and V in all layers.
+    """Copy whole blocks, all parts of them, in all layers.
 
-    kv_cache is `[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]`, sources and
+    kv_cache is `[num_layers, parts, num_blocks, num_kv_heads, block_size, head_dim]`, sources and
     destinations are `[n]` int64 block ids. A destination must be neither a source nor repeated.
     """
     bits = _bits(kv_cache)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from .documents import ROOT
-from .engine import models, state_models
+from .engine import latent_models, models, state_models
 from .engine.body.test_flat_decoder import FLAT, FLAT_ON_GPUS
 
 PAGE = ROOT / "docs/models.md"
 BEGIN, END = "<!-- models: written by `make docs` -->\n", "<!-- end of models -->"
 FAMILIES = models.FAMILIES | {"llama4": models.llama4} | state_models.FAMILIES
+FAMILIES |= latent_models.FAMILIES
 CHECKPOINTS = {
     "llama": "Llama 2 and 3, SmolLM2, TinyLlama",
     "qwen2": "Qwen2.5, DeepSeek-R1-Distill-Qwen",
@@ -45,6 +46,15 @@ CHECKPOINTS = {
     "bamba": "Bamba",
     "falcon_h1": "Falcon-H1",
     "nemotron_h": "Nemotron-H, Nemotron 3",
+    "deepseek_v2": "DeepSeek V2",
+    "deepseek_v2_lite": "DeepSeek V2 Lite",
+    "deepseek_v3": "DeepSeek V3, R1 and V3.1",
+    "glm4_moe_lite": "GLM-4.7-Flash",
+    "minicpm3": "MiniCPM3",
+    "youtu": "Youtu-LLM",
+    "axk1": "A.X K1",
+    "mistral4": "Mistral Small 4",
+    "longcat_flash": "LongCat-Flash",
 }
 """Names by which people know the families."""
 TRAITS = {
@@ -53,6 +63,7 @@ TRAITS = {
     "num_local_experts": "experts",
     "num_experts": "experts",
     "attn_logit_softcapping": "soft caps",
+    "kv_lora_rank": "latents",
     "linear_num_value_heads": "states",
     "conv_L_cache": "states",
     "mamba_n_heads": "states",
@@ -63,7 +74,8 @@ TRAITS = {
 
 def _row(family: str) -> str:
     config = FAMILIES[family]()
-    kind = AutoModelForCausalLM._model_mapping[type(config)].__name__
+    mappings = [auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForImageTextToText)]
+    kind = next(each[type(config)].__name__ for each in mappings if type(config) in each)
     windowed = getattr(config, "use_sliding_window", True)
     traits = {
         name

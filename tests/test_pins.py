@@ -397,6 +397,13 @@ def _token_mixers() -> None:
     assert "silu" in ACT2FN
 
 
+def _expand_kv() -> None:
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
+    assert "kv_b_proj" in DeepseekV3Attention.expand_kv.__code__.co_names
+    assert "expand_kv" in inspect.unwrap(DeepseekV3Attention.forward).__code__.co_names
+
+
 CHECKS: dict[str, Callable[[], Any]] = {
     "h11._writers.ChunkedWriter": _h11_writer,
     "h11.Connection._writer": _h11_writer,
@@ -416,6 +423,9 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "transformers.integrations.gguf.gguf_tokenizer_mapping.convert_gguf_tokenizer": _gguf_tokenizer,
     "transformers.integrations.moe.ExpertsInterface": _experts,
     "transformers.integrations.moe.ExpertsInterface._apply_gate": _experts,
+    "transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention.expand_kv": (
+        _expand_kv
+    ),
     "transformers.models.qwen3_5.modeling_qwen3_5.causal_conv1d_fn": _token_mixers,
     "transformers.models.qwen3_5.modeling_qwen3_5.torch_chunk_gated_delta_rule": _token_mixers,
     "transformers.models.granitemoehybrid.modeling_granitemoehybrid.mamba2_chunk_scan": (

@@ -18,6 +18,7 @@ RULES: dict[str, set[str]] = {
     "kernels": set(),
     "kernels.cpu": KERNELS,
     "kernels.cpu.integer": KERNELS | {"kernels.cpu"},
+    "kernels.cpu.latent": {"kernels.cpu"},
     "kernels.cpu.lora": {"kernels.cpu"},
     "kernels.cpu.states": {"kernels.cpu"},
     "kernels.cuda": KERNELS,
@@ -53,7 +54,7 @@ RULES["engine.devices"] = (
 )
 RULES["engine.devices.cpu"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cpu", "kernels.cpu.integer", "kernels.cpu.lora"),
-    "kernels.cpu.states",
+    *("kernels.cpu.latent", "kernels.cpu.states"),
 }
 RULES["engine.devices.cuda.layers"] = RULES["engine.devices"] | {
     *("engine.devices", "kernels.cuda", "kernels.cuda.attention", "kernels.cuda.sampling"),

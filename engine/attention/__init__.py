@@ -6,6 +6,7 @@ Read in this order:
                      that a device makes of it
     layer_traits.py  what the attention of a layer does that its module does not ask for
     interface.py     the function that transformers' models call in place of their own attention
+    latent.py        the same for layers whose heads share a latent
 
 The attention itself is the device's: engine/devices/cpu/attention.py and
 engine/devices/cuda/attention.py.

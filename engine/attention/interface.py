@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
+from .latent import LATENT_IMPLEMENTATION, register_latent_attention
 from .layer_traits import traits_of
 from .metadata import AttentionMetadata, LayerStep
 
@@ -26,6 +27,12 @@ def register_attention() -> None:
     """Make `IMPLEMENTATION` known to transformers. It has no entry in the mask registry, so that
     models build no mask for it."""
     AttentionInterface.register(IMPLEMENTATION, paged_attention)
+    register_latent_attention()
+
+
+def implementation(*, has_latents: bool) -> str:
+    """Return the name of the function that a model's layers call."""
+    return LATENT_IMPLEMENTATION if has_latents else IMPLEMENTATION
 
 
 def paged_attention(

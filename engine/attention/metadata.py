@@ -40,6 +40,23 @@ class AttentionPlan(Protocol):
         and add nothing to the output.
         """
 
+    def attend_latents(
+        self,
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        value_width: int,
+    ) -> torch.Tensor:
+        """Write latents to their slots, then attend with all heads to one KV head, whose values are
+        the first `value_width` numbers of its keys.
+
+        query `[T, num_heads, width]`, latents `[T, width]` → `[T, num_heads, value_width]`. cache
+        is one layer's `[1, num_blocks, 1, block_size, width]`.
+        """
+
 
 class LayerStep(NamedTuple):
     """What one layer's attention needs to know about a step: the metadata of the layer's group, the
@@ -55,7 +72,8 @@ class AttentionMetadata:
     """One step's layout: S sequences with T new tokens in all, decodes first.
 
     kv_cache         [num_places, 2, num_blocks, num_kv_heads, block_size, head_dim]; a place for
-                     each layer, or for each layer of the largest group
+                     each layer, or for each layer of the largest group. Of latents there is 1
+                     part, not 2
     slot_mapping     [T] int64; block_id * block_size + offset, -1 writes nothing (padding)
     block_table      [S, max_blocks] int32
     query_start_loc  [S + 1] int32; sequence i's new tokens are [loc[i], loc[i + 1])

@@ -9,6 +9,7 @@ Read in this order:
     grouped_linear.py weights that stay in the 4 or 8 bits of a quantised checkpoint
     grouped_rows.py   embeddings and experts whose weights stay so
     chosen_experts.py experts that scale their inputs, of which only the chosen ones run: Llama 4's
+    latent_layers.py  layers whose heads share a latent, and products with it
     body.py           the Body protocol, and its kinds: transformers' own code, or a flat decoder
 
 May import: attention, kernels.

@@ -343,7 +343,7 @@ class BlockManager:
         """Return the hashes of all full blocks that can be found, here or where evicted ones go."""
         hashes, evicted = self.pool.index.hashes(), self.pool.evicted_blocks
         known = () if evicted is None else filter(is_first_group, evicted.hashes())
-        return list({*hashes, *known})
+        return list(dict.fromkeys([*hashes, *known]))
 
     # -- hashes ----------------------------------------------------------------------------
 

@@ -18,7 +18,6 @@ from ..grammar.masks import StructuredOutput
 from ..outputs import EngineStats, LiveSnapshot, StepOutput
 from ..request import Request
 from ..scheduling.scheduler import Scheduler
-from ..scheduling.snapshot import take_snapshot
 from ..scheduling.tiered_scheduler import TieredScheduler
 from ..speculation.cached import CachedDrafter
 from ..speculation.grammar import GrammarDrafter
@@ -29,6 +28,7 @@ from ..speculation.speculator import MAX_POSITIONS, Speculator
 from ..tiers.open_tier import open_tier
 from ..worker_protocol import WorkerProtocol
 from .adapters import LoadedAdapters
+from .snapshot import take_snapshot
 from .step_loop import StepLoop
 from .trials import Trials
 

@@ -23,6 +23,7 @@ from ..body.body import Body
 from ..body.flat_decoder import FlatDecoder
 from ..body.grouped_linear import GroupedWeight
 from ..config import EngineConfig
+from ..layers.attention_shape import AttentionShape
 from ..sampling.sampler import Sampler
 from ..states.step_states import StateOps
 from ..step import BlockCopy, BlockLoad, BlockSave
@@ -187,6 +188,10 @@ class Backend(Protocol):
         """Return the weight `[out_features, in_features]` of a linear layer as `make_body` would
         round it; a last group that is not full is filled up with columns of zeros."""
 
+    def check_latents(self, architecture: str) -> None:
+        """Raise UnsupportedModelError if the device has no kernels for layers whose heads share a
+        latent (`AttentionPlan.attend_latents`)."""
+
     def check_deterministic(self) -> None:
         """Raise ConfigurationError, with the reason, if a token that is computed by itself may get
         other bits another time."""
@@ -296,11 +301,12 @@ class Backend(Protocol):
         config: EngineConfig,
         kv_cache: torch.Tensor,
         num_heads: int,
-        windows: abc.Set[int | None],
+        shapes: abc.Set[AttentionShape],
         dtype: torch.dtype,
     ) -> Planner:
-        """Make the planner of one KV cache, for queries of `num_heads` and `dtype`. If a layer has
-        no window, the first group's tables hold the blocks of all tokens."""
+        """Make the planner of one KV cache, for layers of `num_heads` that attend in these shapes,
+        with queries of `dtype`. If a layer has no window, the first group's tables hold the blocks
+        of all tokens."""
 
     def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:
         """Compile or capture what steps will need, so that no request waits for it. Called once,

@@ -38,7 +38,7 @@ from .assemble import assemble, weight_facts
 from .causal_lm import CausalLM
 from .classifier import make_scores
 from .model_spec import ModelSpec, read_hf_config, spec_from_hf_config
-from .probe import check_class, probe_whole
+from .probe import check_class, prepare_latents, probe_whole
 from .text_part import auto_class, check_attention_error, drop_other_parts, name_body, text_body
 
 logger = logging.getLogger("quire.engine")
@@ -70,6 +70,9 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
     spec = spec_from_hf_config(hf_config, config)
     if spec.state is not None:
         check_config(config, spec.architecture)
+    if spec.latents is not None:
+        _check_latents(config, spec.architecture)
+        backend.check_latents(spec.architecture)
     check_parallel(
         config,
         hf_config,
@@ -84,6 +87,11 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
     max_model_len = spec.resolve_max_model_len(config.max_model_len)
     device, dtype = backend.device, resolve_dtype(config, spec, backend)
     kv_cache_dtype = backend.kv_cache_dtype(config, dtype)  # refused before weights are read
+    if spec.latents is not None and kv_cache_dtype.itemsize == 1:
+        raise ConfigurationError(
+            f"--kv-cache-dtype {config.kv_cache_dtype} needs layers with K and V, but the cache of "
+            f"{spec.architecture} holds latents: choose a type of 16 or 32 bits"
+        )
     if spec.layer_heads is not None and kv_cache_dtype.itemsize == 1:
         raise ConfigurationError(
             f"--kv-cache-dtype {config.kv_cache_dtype} needs layers whose heads are alike, but "
@@ -95,6 +103,8 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
         model, can_generate, source_format = _load(
             hf_config, spec, config, dtype, backend, checkpoint
         )
+        if spec.latents is not None:
+            prepare_latents(model, spec, spec.latents)
         facts = weight_facts(model, source_format, config.quantization, backend.weight_bytes)
         expected, cuts = _cut(model, spec, config, backend, ranks, max_model_len)
         model.to(device)
@@ -136,6 +146,21 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
     if isinstance(spec.classifier, ClassifierSpec):
         loaded.scores = make_scores(spec.classifier, config, loaded.logits)
     return loaded
+
+
+def _check_latents(config: EngineConfig, architecture: str) -> None:
+    """Raise ConfigurationError if the configuration asks for something that does not work with
+    layers whose heads share a latent."""
+    reasons = {
+        "--tensor-parallel-size": (config.tensor_parallel_size > 1, "run on one device"),
+        "--pipeline-parallel-size": (config.pipeline_parallel_size > 1, "run on one device"),
+        "--enable-lora": (config.enable_lora, "have no adapters"),
+    }
+    for flag, (is_asked, reason) in reasons.items():
+        if is_asked:
+            raise ConfigurationError(
+                f"{architecture}: layers whose heads share a latent {reason}: leave {flag} out"
+            )
 
 
 def _check_device(config: EngineConfig, backend: Backend) -> None:

@@ -17,7 +17,9 @@ from ..errors import (
     check_folder,
     one_line,
 )
+from ..layers.attention_shape import AttentionShape, attention_shapes
 from ..layers.kv_lines import KVHeads, KVLines
+from ..layers.latent_heads import LatentHeads, read_latents
 from ..parallel.tensor_plan import Heads, layers_of
 from ..states.state_spec import ATTENTION_TYPES, LAYER_TYPES, STATE_TYPES, StateSpec, read_state
 from .classifier_layout import read_classifier
@@ -42,6 +44,8 @@ class ModelSpec:
     `embedding` says how embeddings are made, or why none are, and `classifier` how scores are.
     If layers differ in the heads of K and V, `layer_heads` has those of each, and `kv_lines` says
     how they lie in the cache, whose lines have `num_kv_heads` and `head_dim`.
+    If heads share a latent, `latents` says how: the cache then has one KV head of `head_dim`
+    numbers, and no V.
     """
 
     architecture: str
@@ -58,6 +62,12 @@ class ModelSpec:
     classifier: ClassifierSpec | str = NO_CLASSIFIER
     layer_heads: tuple[KVHeads, ...] | None = None
     kv_lines: KVLines | None = None
+    latents: LatentHeads | None = None
+
+    @property
+    def kv_parts(self) -> int:
+        """The parts of the cache: K and V, or 1 if values are in the keys."""
+        return 2 if self.latents is None else 1
 
     @property
     def lines(self) -> KVLines:
@@ -72,6 +82,12 @@ class ModelSpec:
             return self.layer_heads[layer]
         return KVHeads(self.num_kv_heads, self.head_dim)
 
+    @property
+    def attention_shapes(self) -> frozenset[AttentionShape]:
+        """The shapes in which layers attend."""
+        heads = [self.heads_of(layer) for layer in range(self.num_layers)]
+        return attention_shapes(self.lines, self.num_attention_heads, heads, self.windows)
+
     state: StateSpec | None = None
     kv_layers: tuple[int, ...] = ()
     layer_types: tuple[str, ...] = ()
@@ -80,7 +96,7 @@ class ModelSpec:
         """Return the bytes of one token's K and V over all layers; `element_size` is in bytes. Each
         head's K and V may have `step_bytes` more."""
         size = self.head_dim * element_size + step_bytes
-        return 2 * len(self.lines.windows) * self.num_kv_heads * size
+        return self.kv_parts * len(self.lines.windows) * self.num_kv_heads * size
 
     @property
     def heads(self) -> Heads:
@@ -165,8 +181,11 @@ def spec_from_hf_config(hf_config: Any, config: EngineConfig) -> ModelSpec:
             )
         heads: int = text.num_attention_heads
         windows = _windows(text, [kinds[layer] for layer in kv_layers], architecture)
+        latents = read_latents(text)
         if getattr(text, "is_heterogeneous", False):
             shapes = _unequal_heads(text, windows, architecture)
+        elif latents is not None:
+            shapes = {"num_kv_heads": 1, "head_dim": latents.width, "latents": latents}
         else:
             shapes = {
                 "num_kv_heads": getattr(text, "num_key_value_heads", None) or heads,
@@ -242,6 +261,8 @@ def _refuse_unsupported(hf_config: Any, text: Any, architecture: str) -> None:
         refuse("encoder-decoder models and cross attention are not supported")
     if getattr(text, "is_causal", True) is False:
         refuse("its tokens attend to later ones")
+    if getattr(text, "index_topk", None) is not None:
+        refuse("its indexer chooses which tokens are attended to, which is not supported")
     quantization = getattr(hf_config, "quantization_config", None)
     if quantization is not None:
         check_method(quantization)

@@ -46,6 +46,8 @@ _OTHER_PARTS = re.compile(
     r"(^|\.)(visual|vision_\w+|multi_modal_projector|connector|image_newline|audio_\w+)(\.|$)"
 )
 """Names of weights that text does not pass through."""
+MADE_DENSE = ".kv_b_proj."
+"""In names of weights that no device keeps in groups: what makes keys and values of latents."""
 _UNITS = 4 / 256
 _GROUP_BYTES = {
     "Q2_K": 1 / 2 + 2 / 16 + _UNITS,
@@ -262,6 +264,8 @@ def _safetensors(
         weights, kept = prod(shape), None
         if quantization is not None:
             weights, kept = weights_in(quantization, name, shape)
+            if MADE_DENSE in name:
+                kept = None
         number += weights
         weight_bytes += weights * (kept if kept is not None and keeps_groups else size)
         file_bytes += prod(shape) * width

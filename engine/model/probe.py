@@ -16,9 +16,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from ..attention.interface import IMPLEMENTATION
+from ..attention.interface import implementation
 from ..attention.layer_traits import traits_of
+from ..body.latent_layers import LatentProjection, bind_latents, try_latents
 from ..errors import UnsupportedModelError, one_line
+from ..layers.latent_heads import LatentHeads
 from ..states.layers import allocate_states, quiet
 from ..states.state_spec import ATTENTION_TYPES
 from ..states.step_states import StepStates
@@ -84,6 +86,16 @@ def check_class(model: Any, spec: ModelSpec) -> None:
         refuse(spec, NO_INTERFACE)
     if model.base_model is model or model.base_model_prefix not in model._modules:
         refuse(spec, "its body and its language-model head cannot be told apart")
+
+
+def prepare_latents(model: Any, spec: ModelSpec, heads: LatentHeads) -> None:
+    """Let the layers of a transformers model attend to latents. Raises UnsupportedModelError if
+    they are not of a known kind."""
+    try:
+        bind_latents(text_body(model), heads, spec.num_layers)
+    except UnsupportedModelError as error:
+        refuse(spec, error.message, error)
+    logger.info("%d layers keep latents: %d numbers a token", spec.num_layers, heads.width)
 
 
 def _keeps_state(model: Any) -> bool:
@@ -185,7 +197,7 @@ def run_probe(
     except UnsupportedModelError as error:
         refuse(spec, error.message)
     finally:
-        attends.set_attn_implementation(IMPLEMENTATION)
+        attends.set_attn_implementation(implementation(has_latents=spec.latents is not None))
     _check_calls(calls, spec)
     _check_sharing(calls, spec)
     if not isinstance(getattr(output, "last_hidden_state", None), torch.Tensor):
@@ -229,7 +241,8 @@ def _check_calls(calls: list[LayerCall], spec: ModelSpec) -> None:
             refuse(spec, f"{where} {call.obstacle}")
         shape = (call.num_heads, call.num_kv_heads, call.key_dim, call.value_dim)
         kv_heads, head_dim = spec.heads_of(call.layer_idx)
-        expected = (spec.num_attention_heads, kv_heads, head_dim, head_dim)
+        value_dim = head_dim if spec.latents is None else spec.latents.rank
+        expected = (spec.num_attention_heads, kv_heads, head_dim, value_dim)
         if shape != expected:
             refuse(
                 spec,
@@ -294,6 +307,8 @@ def _probe_attention(
         )
     )
     attn_metadata.shared[layer_idx] = key, value
+    if isinstance(getattr(module, "kv_b_proj", None), LatentProjection):
+        return _probe_latents(module, query, key, scaling, attn_metadata), None
     if query.shape[-1] != value.shape[-1]:  # refused afterwards: all heads must be alike
         return query.new_zeros((*query.shape[:-1], value.shape[-1])).transpose(1, 2), None
     rounding = attn_metadata.kv_dtype
@@ -301,6 +316,33 @@ def _probe_attention(
         key, value = (part.to(rounding).to(part.dtype) for part in (key, value))
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
     return mix(query, key, value, s_aux)[None], None
+
+
+def _probe_latents(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float | None,
+    calls: _Calls,
+) -> torch.Tensor:
+    """Attend to the probe's tokens through latents, and note in the last call if they do not make
+    the keys and values that transformers' code makes."""
+    heads: LatentHeads = module.kv_b_proj.heads  # type: ignore[assignment, union-attr]
+    if (query.shape[-1], key.shape[-1]) != (heads.query_dim, heads.width):
+        raise UnsupportedModelError(
+            f"queries of {query.shape[-1]} numbers attend to latents of {key.shape[-1]}, not of "
+            f"{heads.query_dim} to {heads.width} as stated"
+        )
+    if calls.kv_dtype is not None:
+        key = key.to(calls.kv_dtype).to(key.dtype)
+    output, difference = try_latents(module, query, key, scale)
+    call, obstacle = calls[-1], None
+    if call.window is not None or call.softcap is not None or call.has_sinks:
+        obstacle = "attends to latents through a window, with a soft cap or with sinks"
+    elif not difference <= max(1e-4, 8 * torch.finfo(key.dtype).eps):
+        obstacle = f"makes other keys and values of its latents (they differ by {difference:.1g})"
+    calls[-1] = call._replace(obstacle=call.obstacle or obstacle)
+    return output
 
 
 def _obstacle(

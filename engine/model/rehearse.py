@@ -14,7 +14,7 @@ from ..config import EngineConfig
 from ..errors import QuireError, UnsupportedModelError, one_line
 from ..states.model_states import number_attention
 from .model_spec import read_hf_config, spec_from_hf_config
-from .probe import check_class, run_probe
+from .probe import check_class, prepare_latents, run_probe
 from .text_part import auto_class, check_attention_error, drop_other_parts, text_body
 
 logger = logging.getLogger("quire.engine")
@@ -46,6 +46,8 @@ def rehearse_load(config: EngineConfig) -> None:
     check_class(model.eval(), spec)
     if spec.state is not None:
         number_attention(text_body(model), spec.kv_layers)
+    if spec.latents is not None:
+        prepare_latents(model, spec, spec.latents)
     try:
         run_probe(model, spec, text_body(model))
     except (NotImplementedError, RuntimeError) as error:

@@ -2,7 +2,8 @@
 
 Layout `[num_places, 2, num_blocks, num_kv_heads, block_size, head_dim]`: a (block, head) tile is
 contiguous, which is what the attention kernels read. A tile of int8 has STEP_BYTES more for each
-token, in the last dimension: the float32 that its integers are multiplied by.
+token, in the last dimension: the float32 that its integers are multiplied by. Of latents there is
+one part in the place of K and V: [num_places, 1, num_blocks, 1, block_size, width].
 
 There is a place for each layer of the largest group (engine/layers). If a group has a window, one
 more block follows those of the pool: the null block, which block tables have in place of those that
@@ -67,7 +68,7 @@ def allocate_kv_cache(
     `Backend.allocate_kv_cache`. Raises ConfigurationError if the device has no room for it."""
     width = spec.head_dim + _step_bytes(dtype)
     all_blocks = num_blocks + groups.frees_blocks
-    shape = (groups.num_places, 2, all_blocks, spec.num_kv_heads, block_size, width)
+    shape = (groups.num_places, spec.kv_parts, all_blocks, spec.num_kv_heads, block_size, width)
     try:
         return backend.allocate_kv_cache(shape, dtype, commit=commit)
     except (torch.OutOfMemoryError, RuntimeError, OSError) as error:

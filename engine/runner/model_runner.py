@@ -88,7 +88,7 @@ class ModelRunner:
         self._sampler = backend.make_sampler(spec.vocab_size)
         self._pooler = Pooler(model.scores)
         self.planner: Planner = backend.make_planner(
-            config, kv_cache, spec.num_attention_heads, frozenset(spec.windows), model.dtype
+            config, kv_cache, spec.num_attention_heads, spec.attention_shapes, model.dtype
         )
         self._graphs: Graphs | None = None
         self.host_blocks: HostBlocks | None = None

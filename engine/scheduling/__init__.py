@@ -11,11 +11,11 @@ Reading order:
     adapter_table       LoRA adapters: which are loaded, and which have a slot on the device
     tiered_scheduler    the scheduler of an engine that keeps evicted blocks elsewhere
     admission           how a waiting sequence begins: cached prefix, first slots
+    step_budget         how large steps may be after some that the device had no memory for
     drafting            drafts of speculative decoding, in a plan and in its results
     request_table       the unfinished requests, and their deadlines
     sequence_outputs    outputs that are more than one token
     beam_search         groups of sequences that fork and end together
-    snapshot            all blocks and sequences, for those who watch
 
 May import: the engine's words, cache, tiers and speculation.
 """

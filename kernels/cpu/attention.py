@@ -181,7 +181,7 @@ def attend_tile(item, layer, _, thread, work):
     # 1. Every member's queries into the tile's rows, which are in the members' order.
     num_rows = 0
     for member in range(begin, end):
-        first, count, _ = _queries_of(work, member)
+        first, count, _ = queries_of(work, member)
         for row in range(count * group):
             head = kv_head * group + row % group
             _begin_row(query[first + row // group, head], head, work, layer, num_rows + row, rows)
@@ -196,7 +196,7 @@ def attend_tile(item, layer, _, thread, work):
             low, stop = np.int64(0), shared
         else:
             blocks = tables[work.members[member, 0]]
-            first, queries, position = _queries_of(work, member)
+            first, queries, position = queries_of(work, member)
             count, low, stop = queries * group, shared, position + queries
         _attend_keys(
             rows, done, count, cache, kv_head, blocks, low, stop, position, group, window, work
@@ -214,7 +214,7 @@ def attend_tile(item, layer, _, thread, work):
 
 
 @njit(**INLINED)
-def _queries_of(work, member):
+def queries_of(work, member):
     """Return the row of a member's first query, their number, and the first one's position."""
     sequence, skipped = work.members[member, 0], work.members[member, 1]
     first = np.int64(work.starts[sequence]) + skipped

@@ -1,4 +1,4 @@
-"""Write K and V of this step's tokens to their slots in one layer's paged cache.
+"""Write K and V, or the latents, of this step's tokens to their slots in one layer's paged cache.
 
     cache[slot // block_size, head, slot % block_size, :] = x[token, head, :]
 
@@ -15,6 +15,7 @@ from ..checks import (
     FLOAT_DTYPES,
     check_cache,
     once_a_signature,
+    require,
     require_contiguous,
     require_dtype,
     require_launchable,
@@ -55,33 +56,39 @@ def _reshape_and_cache_kernel(
     key = tl.load(
         key_ptr + token * key_stride_t + head * key_stride_h + dim * key_stride_d, mask=mask
     )
-    value = tl.load(
-        value_ptr + token * value_stride_t + head * value_stride_h + dim * value_stride_d, mask=mask
-    )
+    if value_ptr is not None:
+        value = tl.load(
+            value_ptr + token * value_stride_t + head * value_stride_h + dim * value_stride_d,
+            mask=mask,
+        )
     first = block * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + offset * HEAD_DIM
     target = first + head * (BLOCK_SIZE * HEAD_DIM) + dim
     key_scale = load_scale(kv_scales_ptr, 0, head, NUM_KV_HEADS)
     value_scale = load_scale(kv_scales_ptr, 1, head, NUM_KV_HEADS)
     store_as(key_cache_ptr + target, key, key_scale, mask)
-    store_as(value_cache_ptr + target, value, value_scale, mask)
+    if value_ptr is not None:
+        store_as(value_cache_ptr + target, value, value_scale, mask)
 
 
 @once_a_signature
 def _check(
     key: torch.Tensor,
-    value: torch.Tensor,
+    value: torch.Tensor | None,
     key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    value_cache: torch.Tensor | None,
     slot_mapping: torch.Tensor,
     kv_scales: torch.Tensor | None,
+    value_width: int | None,
 ) -> None:
-    num_kv_heads, _, head_dim = check_cache(key_cache, value_cache)
+    num_kv_heads, _, head_dim = check_cache(key_cache, value_cache, value_width)
     check_scales(kv_scales, key_cache, num_kv_heads)
     num_tokens = slot_mapping.shape[0]
     require_shape("key", key, num_tokens, num_kv_heads, head_dim)
-    require_shape("value", value, num_tokens, num_kv_heads, head_dim)
     require_dtype("key", key, *FLOAT_DTYPES)
-    require_dtype("value", value, *FLOAT_DTYPES)
+    require((value is None) == (value_cache is None), "value and value_cache go together")
+    if value is not None:
+        require_shape("value", value, num_tokens, num_kv_heads, head_dim)
+        require_dtype("value", value, *FLOAT_DTYPES)
     require_dtype("slot_mapping", slot_mapping, torch.int64)
     require_contiguous("slot_mapping", slot_mapping)
     require_launchable(
@@ -96,12 +103,13 @@ def _check(
 
 def reshape_and_cache(
     key: torch.Tensor,
-    value: torch.Tensor,
+    value: torch.Tensor | None,
     key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    value_cache: torch.Tensor | None,
     slot_mapping: torch.Tensor,
     *,
     kv_scales: torch.Tensor | None = None,
+    value_width: int | None = None,
 ) -> None:  # over 50 lines: parameters, their checks, and the kernel's arguments one per line
     """Write K and V `[num_tokens, num_kv_heads, head_dim]`, of any strides, to their slots.
 
@@ -109,10 +117,11 @@ def reshape_and_cache(
     slot_mapping `[num_tokens]` int64 holds block_id * block_size + offset, or a negative number for
     padding rows, which are skipped. Values are converted to the cache's dtype; a float8_e4m3fn
     cache stores K / kv_scales[0] and V / kv_scales[1] (`[2, num_kv_heads]` float32, default 1),
-    saturated at ±448. Raises ValueError on shapes, dtypes or devices that do not fit. Slots beyond
-    the cache are not checked.
+    saturated at ±448. Latents (attend_tiles.py) are keys alone, whose first value_width numbers are
+    the values: value and value_cache are None. Raises ValueError on shapes, dtypes or devices that
+    do not fit. Slots beyond the cache are not checked.
     """
-    _check(key, value, key_cache, value_cache, slot_mapping, kv_scales)
+    _check(key, value, key_cache, value_cache, slot_mapping, kv_scales, value_width)
     _, num_kv_heads, block_size, head_dim = key_cache.shape
     num_tokens = slot_mapping.shape[0]
     if num_tokens == 0:
@@ -123,11 +132,11 @@ def reshape_and_cache(
         key,
         value,
         bits_view(key_cache),
-        bits_view(value_cache),
+        None if value_cache is None else bits_view(value_cache),
         slot_mapping,
         kv_scales,
         *key.stride(),
-        *value.stride(),
+        *((0, 0, 0) if value is None else value.stride()),
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,
         HEAD_DIM=head_dim,

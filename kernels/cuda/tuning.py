@@ -36,7 +36,14 @@ def compute_capability(device: torch.device) -> int:
 def extend_config(
     head_dim: int, dtype: torch.dtype, max_rows: int, device: torch.device
 ) -> TileConfig:
-    """Return the tile for `paged_attention_extend`; max_rows is max_query_len * group."""
+    """Return the tile for `paged_attention_extend`, whose values have head_dim dimensions; max_rows
+    is max_query_len * group."""
+    if head_dim > 256:
+        if dtype == torch.float32:
+            return TileConfig(16, 16, 8, 1)
+        if compute_capability(device) == 90:
+            return TileConfig(64, 32, 8, 2, prefetch=False)  # whose ids would be spilled
+        return TileConfig(64, 16, 8, 2)
     if dtype == torch.float32:
         return TileConfig(32, 16, 8, 1)  # no tensor cores: small enough not to spill
     block_m, num_warps = (64, 4) if max_rows <= 64 else (128, 8)
@@ -50,15 +57,40 @@ def extend_config(
     return TileConfig(block_m, 64 if wgmma or head_dim <= 64 else 32, num_warps, 3)
 
 
-def decode_config(head_dim: int, dtype: torch.dtype, rows: int) -> TileConfig:
-    """Return the tile for `paged_attention_decode`; rows is query_len * group.
+def decode_rows(
+    value_width: int, dtype: torch.dtype, device: torch.device, *, of_latents: bool
+) -> int | None:
+    """Return the maximum number of query rows of a tile of `paged_attention_decode`, whose values
+    have so many dimensions. None: a tile has all query heads of a kv head."""
+    if value_width <= 256:
+        return 64 if of_latents else None
+    if dtype == torch.float32:
+        return 16
+    return 64 if compute_capability(device) == 90 else 32
+
+
+def decode_config(
+    head_dim: int,
+    dtype: torch.dtype,
+    rows: int,
+    device: torch.device,
+    *,
+    of_latents: bool = False,
+) -> TileConfig:
+    """Return the tile for `paged_attention_decode`, whose values have head_dim dimensions; rows is
+    query_len * group.
 
     The rows are padded to a power of two of at least 16, the least that a tensor core takes.
     """
     block_m = max(16, 1 << (rows - 1).bit_length())
-    num_warps = 4 if block_m <= 32 else 8
+    num_warps = 4 if block_m <= 32 and head_dim <= 256 else 8
     if dtype == torch.float32:
         return TileConfig(block_m, 16, num_warps, 1)
+    if head_dim > 256:
+        # Two tiles in flight where a program has a multiprocessor for itself, or tiles are small.
+        alone = compute_capability(device) in (90, 100) and block_m == 32
+        small = of_latents and block_m == 16
+        return TileConfig(block_m, 32, num_warps, 3 if alone or small else 2)
     if head_dim > 128:
         return TileConfig(block_m, 32, num_warps, 3)
     return TileConfig(block_m, 64, num_warps, 3)

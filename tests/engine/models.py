@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.cohere import CohereConfig
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.gemma4 import Gemma4TextConfig
 from transformers.models.glm4 import Glm4Config
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.granite import GraniteConfig
@@ -140,6 +141,45 @@ def not_flat() -> CohereConfig:
     """Return a model whose norms are of another kind: on every device it runs as transformers'
     code."""
     return CohereConfig(**COMMON | WIDE_HEADS)
+
+
+def gemma4(**fields: Any) -> Gemma4TextConfig:
+    """Return six layers, the third and the last with twice as wide heads and no window; `fields`
+    override."""
+    types = [*["sliding_attention"] * 2, "full_attention"] * 2
+    fields = {"head_dim": 16, "global_head_dim": 32, "layer_types": types} | fields
+    fields = COMMON | {"num_hidden_layers": len(fields["layer_types"])} | fields
+    return Gemma4TextConfig(
+        **fields, sliding_window=WINDOW, vocab_size_per_layer_input=fields["vocab_size"]
+    )
+
+
+GEMMA4: dict[str, dict[str, Any]] = {
+    # As 26B and 31B: K is V but for its norm and rotation; windowed layers have two lines each.
+    "experts": {
+        "num_key_value_heads": 4,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
+    # As E4B: full layers have two lines each, and the last three layers those of others.
+    "shared": {
+        "num_kv_shared_layers": 3,
+        "hidden_size_per_layer_input": 8,
+        "use_double_wide_mlp": True,
+    },
+    # As E2B, whose only head cannot be cut: the narrow ones are filled up.
+    "one head": {
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 3,
+        "hidden_size_per_layer_input": 8,
+    },
+}
+"""Fields of `gemma4` for the three ways in which its layers share block tables."""
 
 
 def build_model(config: Any, seed: int = 0) -> PreTrainedModel:

@@ -14,11 +14,7 @@ from typing import Any
 import pytest
 import torch
 from transformers.models.gemma3 import Gemma3TextConfig
-from transformers.models.gemma4 import (
-    Gemma4Config,
-    Gemma4ForConditionalGeneration,
-    Gemma4TextConfig,
-)
+from transformers.models.gemma4 import Gemma4Config, Gemma4ForConditionalGeneration
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.qwen2 import Qwen2Config
@@ -32,7 +28,7 @@ from quire.engine.runner.worker import Worker
 
 from . import models
 from .devices.cuda_on_cpu import CudaOnCpuBackend
-from .models import COMMON, MAX_POSITION, WINDOW
+from .models import COMMON, GEMMA4, MAX_POSITION, WINDOW, gemma4
 from .test_oracle import Engine, Reference
 
 SHAPES: dict[str, Callable[[], Any]] = {
@@ -65,40 +61,6 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }
 
 
-def gemma4(**fields: Any) -> Gemma4TextConfig:
-    """Return six layers, the third and the last with twice as wide heads and no window."""
-    fields = COMMON | {"num_hidden_layers": 6} | fields
-    return Gemma4TextConfig(
-        **fields,
-        head_dim=16,
-        global_head_dim=32,
-        sliding_window=WINDOW,
-        layer_types=[*["sliding_attention"] * 2, "full_attention"] * 2,
-        vocab_size_per_layer_input=fields["vocab_size"],
-    )
-
-
-GEMMA4 = {
-    # As 26B and 31B: K is V but for its norm and rotation; windowed layers have two lines each.
-    "experts": lambda: gemma4(
-        num_key_value_heads=4,
-        num_global_key_value_heads=1,
-        attention_k_eq_v=True,
-        hidden_size_per_layer_input=0,
-        enable_moe_block=True,
-        num_experts=4,
-        top_k_experts=2,
-        moe_intermediate_size=32,
-    ),
-    # As E4B: full layers have two lines each, and the last three layers those of others.
-    "shared": lambda: gemma4(
-        num_kv_shared_layers=3, hidden_size_per_layer_input=8, use_double_wide_mlp=True
-    ),
-    # As E2B, whose only head cannot be cut: the narrow ones are filled up.
-    "one head": lambda: gemma4(
-        num_key_value_heads=1, num_kv_shared_layers=3, hidden_size_per_layer_input=8
-    ),
-}
 GROUPS = {"mistral": 1, "gpt_oss": 2, "gemma3": 3, "qwen2": 4}
 SMALL: dict[str, Any] = {"num_blocks": 0, "max_num_batched_tokens": 48}
 MODES: dict[str, dict[str, Any]] = {
@@ -127,7 +89,7 @@ def gemma(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, Reference]]:
     folder = tmp_path_factory.mktemp("gemma4")
-    model = models.build_model(GEMMA4[request.param]())
+    model = models.build_model(gemma4(**GEMMA4[request.param]))
     model.save_pretrained(folder)
     yield folder, Reference(model)
 

@@ -42,22 +42,31 @@ Heads = tuple[int, int, int]
 
 
 def _inputs(
-    query_lens: list[int], seq_lens: list[int], heads: Heads, block_size: int, cache: torch.dtype
-) -> tuple[PagedInputs, tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
-    """Return bf16 queries, caches of dtype `cache`, and scales for float8."""
+    query_lens: list[int],
+    seq_lens: list[int],
+    heads: Heads,
+    block_size: int,
+    cache: torch.dtype,
+    value_width: int | None,
+) -> tuple[PagedInputs, tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
+    """Return bf16 queries, caches of dtype `cache`, and scales for float8. Latents have no V."""
     inputs = paged_inputs(
         query_lens, seq_lens, num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2],
         block_size=block_size, dtype=BF16,
     )  # fmt: skip
     scales = torch.ones(2, heads[1]) if cache == E4M3 else None
+    if value_width is not None:
+        return inputs, (inputs.key_cache.to(cache), None), scales
     return inputs, (inputs.key_cache.to(cache), inputs.value_cache.to(cache)), scales
 
 
-def extend(heads: Heads, block_size: int, cache: torch.dtype = BF16) -> None:
-    inputs, caches, scales = _inputs([200], [400], heads, block_size, cache)
+def extend(
+    heads: Heads, block_size: int, cache: torch.dtype = BF16, *, value_width: int | None = None
+) -> None:
+    inputs, caches, scales = _inputs([200], [400], heads, block_size, cache, value_width)
     paged_attention_extend(
         inputs.query, *caches, inputs.block_table, inputs.query_start_loc, inputs.seq_lens,
-        scale=inputs.scale, max_query_len=200, kv_scales=scales,
+        scale=inputs.scale, max_query_len=200, kv_scales=scales, value_width=value_width,
     )  # fmt: skip
 
 
@@ -68,9 +77,12 @@ def decode(
     *,
     cascade: bool = False,
     pdl: bool = False,
+    value_width: int | None = None,
 ) -> None:
-    inputs, caches, scales = _inputs([1, 1], [400, 20], heads, block_size, cache)
-    workspace = DecodeWorkspace.allocate(64, *heads, dtype=BF16, device="cpu")
+    inputs, caches, scales = _inputs([1, 1], [400, 20], heads, block_size, cache, value_width)
+    workspace = DecodeWorkspace.allocate(
+        64, *heads, dtype=BF16, device="cpu", value_width=value_width
+    )
     groups = None
     if cascade:
         groups = CascadeWorkspace.allocate(workspace, dtype=BF16, cache_dtype=cache)
@@ -80,7 +92,7 @@ def decode(
         )
     paged_attention_decode(
         inputs.query, *caches, inputs.block_table, inputs.seq_lens, scale=inputs.scale,
-        workspace=workspace, kv_scales=scales, cascade=groups, pdl=pdl,
+        workspace=workspace, kv_scales=scales, cascade=groups, pdl=pdl, value_width=value_width,
     )  # fmt: skip
 
 
@@ -97,6 +109,12 @@ def write(rope: bool, cache: torch.dtype = BF16, *, pdl: bool = False) -> None:
         )  # fmt: skip
     else:
         reshape_and_cache(key, value, *caches, slots)
+
+
+def write_latents() -> None:
+    latents, cache = torch.zeros(3, 1, 576, dtype=BF16), torch.zeros(4, 1, 16, 576, dtype=BF16)
+    slots = torch.zeros(3, dtype=torch.int64)
+    reshape_and_cache(latents, None, cache, None, slots, value_width=512)
 
 
 def copy() -> None:
@@ -216,6 +234,17 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "cascade 32/8 heads, dim 128, block 16, fp8": lambda: decode(
         (32, 8, 128), 16, E4M3, cascade=True
     ),
+    "extend 16/2 heads, dim 512, block 16": lambda: extend((16, 2, 512), 16),
+    "decode 16/2 heads, dim 512, block 16": lambda: decode((16, 2, 512), 16),
+    "cascade 16/2 heads, dim 512, block 16": lambda: decode((16, 2, 512), 16, cascade=True),
+    "extend 16 heads, latents 512 + 64": lambda: extend((16, 1, 576), 16, value_width=512),
+    "decode 16 heads, latents 512 + 64": lambda: decode((16, 1, 576), 16, value_width=512),
+    "decode 20 heads, latents 512 + 64": lambda: decode((20, 1, 576), 16, value_width=512),
+    "decode 128 heads, latents 512 + 64": lambda: decode((128, 1, 576), 16, value_width=512),
+    "cascade 16 heads, latents 512 + 64": lambda: decode(
+        (16, 1, 576), 16, cascade=True, value_width=512
+    ),
+    "write latents 512 + 64": write_latents,
     "write K and V": lambda: write(False),
     "write K and V, fp8": lambda: write(False, E4M3),
     "norm, rope and write": lambda: write(True),

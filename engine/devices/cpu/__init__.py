@@ -16,6 +16,6 @@ Read in this order:
     memory.py         the KV cache in main memory
     first_start.py    what comes before the engine's slow imports
 
-May import: the rooms that engine.devices may, kernels.cpu, and below
-it kernels.cpu.integer, kernels.cpu.lora and kernels.cpu.states.
+May import: the rooms that engine.devices may, kernels.cpu, and below it
+kernels.cpu.integer, kernels.cpu.latent, kernels.cpu.lora and kernels.cpu.states.
 """

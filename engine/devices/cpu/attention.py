@@ -15,6 +15,7 @@ import torch
 from ....kernels.cpu import attention as cpu_attention
 from ....kernels.cpu import norms as cpu_kernels
 from ....kernels.cpu.arrays import as_array, thread_count
+from ....kernels.cpu.latent.attention import attend_latents
 from ....kernels.cpu.softmax import KEYS
 from ....kernels.prefix_groups import find_prefix_groups
 from ...attention.metadata import AttentionMetadata
@@ -57,14 +58,7 @@ class CpuPlan:
         slots = metadata.slot_mapping.numpy()
         cpu_kernels.store_kv(as_array(key), as_array(value), slots, stored, self.num_threads)
         output = torch.empty(query.shape, dtype=query.dtype)
-        batch = cpu_attention.Batch(
-            metadata.block_table.numpy(),
-            metadata.query_start_loc.numpy(),
-            metadata.seq_lens.numpy(),
-            self.tiles,
-            self.members,
-            self.tile_queries,
-        )
+        batch = self._batch(metadata)
         scoring = cpu_attention.Scoring(
             np.float32(scale),
             window or 0,
@@ -76,6 +70,40 @@ class CpuPlan:
             as_array(query), stored, batch, scoring, self.num_threads, as_array(output)
         )
         return output
+
+    def attend_latents(
+        self,
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        value_width: int,
+    ) -> torch.Tensor:
+        numba.set_num_threads(self.num_threads)
+        output = torch.empty((*query.shape[:2], value_width), dtype=query.dtype)
+        attend_latents(
+            as_array(query),
+            as_array(latents),
+            metadata.slot_mapping.numpy(),
+            as_array(cache),
+            self._batch(metadata),
+            scale,
+            self.num_threads,
+            as_array(output),
+        )
+        return output
+
+    def _batch(self, metadata: AttentionMetadata) -> cpu_attention.Batch:
+        return cpu_attention.Batch(
+            metadata.block_table.numpy(),
+            metadata.query_start_loc.numpy(),
+            metadata.seq_lens.numpy(),
+            self.tiles,
+            self.members,
+            self.tile_queries,
+        )
 
 
 @dataclass(frozen=True)
@@ -96,11 +124,12 @@ class CpuPlanner:
     """Planner of the steps over one KV cache."""
 
     def __init__(self, num_heads: int, kv_cache: torch.Tensor, *, shares: bool = True) -> None:
-        """Plan for models of `num_heads` and a cache `[layers, 2, blocks, num_kv_heads,
-        block_size, head_dim]`. With `shares`, decodes read a common beginning together."""
-        _, _, _, self._kv_heads, self._block_size, head_dim = kv_cache.shape
+        """Plan for models of `num_heads` and a cache `[layers, parts, blocks, num_kv_heads,
+        block_size, head_dim]`, whose parts are K and V, or 1 of latents. With `shares`, decodes
+        read a common beginning together."""
+        _, parts, _, self._kv_heads, self._block_size, head_dim = kv_cache.shape
         self._tile_queries = max(1, cpu_attention.TILE_ROWS // (num_heads // self._kv_heads))
-        self._token_bytes = 2 * self._kv_heads * head_dim * kv_cache.element_size()
+        self._token_bytes = parts * self._kv_heads * head_dim * kv_cache.element_size()
         self._shares = shares
         self.query_len = 1
         """Rows are never padded."""

@@ -19,6 +19,7 @@ from ...body.flat_decoder import FlatDecoder, Mixture
 from ...body.grouped_linear import GroupedWeight
 from ...config import EngineConfig
 from ...errors import ConfigurationError
+from ...layers.attention_shape import AttentionShape
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
@@ -67,6 +68,9 @@ class CpuBackend:
         found = rounded(weight, quantization)
         assert isinstance(found, GroupedWeight)
         return found
+
+    def check_latents(self, architecture: str) -> None:
+        """Accept every model."""
 
     def check_deterministic(self) -> None:
         """Accept it: equal products of one row have equal bits."""
@@ -194,10 +198,11 @@ class CpuBackend:
         config: EngineConfig,
         kv_cache: torch.Tensor,
         num_heads: int,
-        windows: abc.Set[int | None],
+        shapes: abc.Set[AttentionShape],
         dtype: torch.dtype,
     ) -> CpuPlanner:
-        shares = None in windows and not config.disable_cascade_attn
+        has_full = any(shape.window is None for shape in shapes)
+        shares = has_full and not config.disable_cascade_attn
         return CpuPlanner(num_heads, kv_cache, shares=shares)
 
     def prepare(self, runner: Rehearsal, config: EngineConfig) -> Graphs | None:

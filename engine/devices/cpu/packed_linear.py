@@ -10,14 +10,24 @@ from __future__ import annotations
 from collections import abc
 
 import numba
+import numpy as np
 import torch
 from torch import nn
 
 from ....kernels.cpu.arrays import FLOATS, as_array, thread_count
-from ....kernels.cpu.products import PackedWeight, run_product
+from ....kernels.cpu.panels import PANEL_COLUMNS
+from ....kernels.cpu.products import (
+    PackedWeight,
+    make_quantised,
+    make_segments,
+    make_tiles,
+    run_product,
+)
+from ....kernels.cpu.region import run_calls
 from ...body.grouped_linear import GroupedLinear, dtype_of
+from ...body.latent_layers import LatentProjection
 from .packed_embedding import PackedEmbedding
-from .packing import emptied, pack, unpack
+from .packing import by_panel, emptied, pack, pack_weight, unpack
 
 
 class PackedLinear(nn.Module):
@@ -52,6 +62,46 @@ class PackedLinear(nn.Module):
         return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
 
+class PackedHeads:
+    """y_h = x_h W_hᵀ, a product of its own for each head, with a packed W; x `[heads, T,
+    in_features]` → `[heads, T, out_features]`, of its type."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Pack a copy of a weight `[heads, out_features, in_features]`."""
+        self._heads, self._out_features, _ = weight.shape
+        # The rows of each head are filled up to whole panels.
+        rows = torch.cat([by_panel(each, 1).flatten(0, 1) for each in weight])
+        self._packed = pack_weight(rows, None)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        heads, tokens, in_features = x.shape
+        rows = as_array(x.float()).reshape(-1, in_features)
+        out = torch.empty(len(rows), self._out_features)
+        num_threads = thread_count()
+        numba.set_num_threads(num_threads)
+        panels = -(-self._out_features // PANEL_COLUMNS)
+        counts = np.full(heads, tokens, dtype=np.int64)
+        segments, items = make_segments(np.arange(heads), counts, panels)
+        room, tiles = make_quantised(0, 0, 0), make_tiles(num_threads)
+        call = self._packed.multiply(rows, room, out.numpy(), tiles, False, segments)
+        run_calls([(call, items)], len(rows), num_threads)
+        return out.to(x.dtype).view(heads, tokens, -1)
+
+
+class PackedProjection(nn.Module):
+    """The products of a LatentProjection, packed. Implements HeadProducts, which states the
+    contract."""
+
+    def __init__(self, projection: LatentProjection) -> None:
+        """Take over the weight of `projection`, which is emptied."""
+        super().__init__()
+        self.heads = projection.heads
+        weight, nope_dim = projection.weight.detach(), self.heads.nope_dim
+        self.absorb = PackedHeads(weight[:, :nope_dim].mT)
+        self.expand = PackedHeads(weight[:, nope_dim:])
+        projection.weight.data = projection.weight.new_empty(0)
+
+
 def pack_linears(
     model: nn.Module,
     *,
@@ -60,9 +110,12 @@ def pack_linears(
 ) -> None:
     """Replace every linear layer below `model`, plain or grouped, by a PackedLinear. The dense
     weight is freed, unless it is tied to an embedding. `quantization` is that of `pack`. A grouped
-    layer that is tied to one of these embeddings has its panels."""
+    layer that is tied to one of these embeddings has its panels. A LatentProjection is replaced by
+    a PackedProjection, which is never quantised."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
+            if isinstance(child, LatentProjection) and child.weight.dtype in FLOATS:
+                setattr(module, name, PackedProjection(child))
             if type(child) is nn.Linear and child.weight.dtype not in FLOATS:
                 continue
             if type(child) is nn.Linear or isinstance(child, GroupedLinear):

@@ -15,6 +15,7 @@ import torch
 from ....kernels.cuda.attention.cascade import CascadeWorkspace
 from ....kernels.cuda.attention.decode_schedule import DecodeWorkspace
 from ...attention.metadata import AttentionMetadata
+from ...layers.attention_shape import AttentionShape
 from ..steps import DeviceStep, HostStep
 from .layers.kernels import Kernels
 from .mixed_graphs import max_prompts
@@ -33,16 +34,20 @@ class MixedRows(NamedTuple):
     max_prompts: int
 
 
+Workspaces = Mapping[AttentionShape, DecodeWorkspace]
+"""The decode kernel's scratch, by the shape in which layers attend."""
+
+
 class CudaPlan(NamedTuple):
     """The AttentionPlan of one step.
 
-    `workspaces` are the decode kernel's scratch by window, with the schedule built for the step.
-    `cascade` has the prefixes that decodes share, if reading them once saves time. Each decode row
-    has `query_len` tokens. `mixed` is given if only the device knows which rows are decodes.
+    `workspaces` are the decode kernel's scratch, with the schedule built for the step. `cascade`
+    has the prefixes that decodes share, if reading them once saves time. Each decode row has
+    `query_len` tokens. `mixed` is given if only the device knows which rows are decodes.
     """
 
     kernels: Kernels
-    workspaces: Mapping[int | None, DecodeWorkspace]
+    workspaces: Workspaces
     cascade: CascadeWorkspace | None
     query_len: int = 1
     mixed: MixedRows | None = None
@@ -76,6 +81,27 @@ class CudaPlan(NamedTuple):
             kv_scales=kv_scales,
         )
 
+    def attend_latents(
+        self,
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        value_width: int,
+    ) -> torch.Tensor:
+        """Write latents `[T, width]` to their slots, then attend with query `[T, num_heads, width]`
+        → `[T, num_heads, value_width]`: the first `value_width` numbers of a latent are its value.
+        cache is one layer's `[1, num_blocks, 1, block_size, width]`."""
+        (key_cache,) = cache
+        self.kernels.reshape_and_cache(
+            latents[:, None], None, key_cache, None, metadata.slot_mapping, value_width=value_width
+        )
+        return self.attend_to_cache(
+            query, cache, metadata, scale=scale, window=None, value_width=value_width
+        )
+
     # Over 50 lines: two launches of a dozen arguments.
     def attend_to_cache(
         self,
@@ -84,15 +110,17 @@ class CudaPlan(NamedTuple):
         metadata: AttentionMetadata,
         *,
         window: int | None,
+        value_width: int | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """Attend once K and V are in the cache; `options` are those of both attention kernels.
 
         Takes one launch for the decode rows, one more if they share prefixes, and one for the
-        rows with more tokens.
+        rows with more tokens. A cache of latents has keys only, and a `value_width`.
         """
-        key_cache, value_cache = cache
-        output = query.new_empty(query.shape)
+        key_cache, value_cache = cache if value_width is None else (cache[0], None)
+        _, num_heads, head_dim = query.shape
+        output = query.new_empty(*query.shape[:2], value_width or head_dim)
         # The decode kernel takes the first rows; in a mixed step, those that its schedule names.
         decodes, first, longest = metadata.num_decodes, metadata.num_decodes, metadata.max_query_len
         of_mixed: dict[str, Any] = {}
@@ -102,6 +130,7 @@ class CudaPlan(NamedTuple):
             of_mixed = {"first_seq": num_decodes, "max_seqs": max_seqs}
         tokens = decodes * self.query_len
         if decodes > 0:
+            shape = AttentionShape(num_heads, key_cache.shape[1], head_dim, window, value_width)
             self.kernels.paged_attention_decode(
                 query[:tokens],
                 key_cache,
@@ -109,7 +138,8 @@ class CudaPlan(NamedTuple):
                 metadata.block_table[:decodes],
                 metadata.seq_lens[:decodes],
                 window=window,
-                workspace=self.workspaces[window],
+                value_width=value_width,
+                workspace=self.workspaces[shape],
                 cascade=self.cascade if window is None else None,
                 out=output[:tokens],
                 **options,
@@ -125,6 +155,7 @@ class CudaPlan(NamedTuple):
                 metadata.seq_lens[first:],
                 max_query_len=longest,
                 window=window,
+                value_width=value_width,
                 out=output,
                 **of_mixed,
                 **options,
@@ -138,9 +169,9 @@ class CudaPlanner:
     def __init__(
         self,
         kernels: Kernels,
-        workspaces: Mapping[int | None, DecodeWorkspace],
+        workspaces: Workspaces,
         shared_prefixes: SharedPrefixes | None,
-        draft_workspaces: Mapping[int | None, DecodeWorkspace] | None = None,
+        draft_workspaces: Workspaces | None = None,
     ) -> None:
         """`draft_workspaces` are for steps with drafts that are padded, which can be planned only
         with them."""
@@ -206,8 +237,8 @@ class CudaPlanner:
             assert self.shared_prefixes is not None
             cascade = self.shared_prefixes.workspace
         if len(seq_lens):
-            for window, workspace in self._workspaces.items():
-                groups = cascade if window is None else None
+            for shape, workspace in self._workspaces.items():
+                groups = cascade if shape.window is None else None
                 self._kernels.build_decode_schedule(
                     seq_lens, workspace, prefix_lens=None if groups is None else groups.prefix_lens
                 )
@@ -215,20 +246,24 @@ class CudaPlanner:
 
 
 def allocate_workspaces(
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    windows: Iterable[int | None],
+    shapes: Iterable[AttentionShape],
     max_num_seqs: int,
     dtype: torch.dtype,
     device: torch.device,
     query_len: int = 1,
-) -> dict[int | None, DecodeWorkspace]:
-    """Allocate the decode kernel's scratch for queries of `dtype`, by window."""
-    shape = (max_num_seqs, num_heads, num_kv_heads, head_dim)
+) -> dict[AttentionShape, DecodeWorkspace]:
+    """Allocate the decode kernel's scratch for queries of `dtype`, by shape."""
     return {
-        window: DecodeWorkspace.allocate(
-            *shape, dtype=dtype, device=device, window=window, query_len=query_len
+        shape: DecodeWorkspace.allocate(
+            max_num_seqs,
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            dtype=dtype,
+            device=device,
+            window=shape.window,
+            query_len=query_len,
+            value_width=shape.value_width,
         )
-        for window in windows
+        for shape in shapes
     }

@@ -15,6 +15,7 @@ from torch import nn
 from triton.errors import TritonError
 
 from ....kernels.cuda.dependent_launch import OLDEST_CAPABILITY
+from ....kernels.cuda.tuning import decode_rows
 from ....kernels.device_copy import to_device
 from ....kernels.prefix_groups import find_prefix_groups
 from ...adapters.slots import Adaptable, AdapterSlots, LoraLimits
@@ -23,6 +24,7 @@ from ...body.flat_decoder import FlatDecoder
 from ...body.grouped_linear import GroupedWeight
 from ...config import EngineConfig
 from ...errors import ConfigurationError, UnsupportedModelError, one_line
+from ...layers.attention_shape import AttentionShape
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
@@ -107,6 +109,12 @@ class CudaBackend:
 
     def rounded(self, weight: torch.Tensor, quantization: str) -> GroupedWeight:
         raise AssertionError("check_quantization has refused it")
+
+    def check_latents(self, architecture: str) -> None:
+        raise UnsupportedModelError(
+            f"{architecture}: layers whose heads share a latent run on the CPU only: use --device "
+            "cpu"
+        )
 
     def check_deterministic(self) -> None:
         raise ConfigurationError(
@@ -229,30 +237,24 @@ class CudaBackend:
         config: EngineConfig,
         kv_cache: torch.Tensor,
         num_heads: int,
-        windows: abc.Set[int | None],
+        shapes: abc.Set[AttentionShape],
         dtype: torch.dtype,
     ) -> CudaPlanner:
-        _, _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
-        workspaces = allocate_workspaces(
-            num_heads, num_kv_heads, head_dim, windows, config.max_num_seqs, dtype, self.device
-        )
+        workspaces = allocate_workspaces(shapes, config.max_num_seqs, dtype, self.device)
         shared_prefixes = None
         if not config.disable_cascade_attn:
             shared_prefixes = SharedPrefixes.allocate(
-                workspaces, block_size, dtype, kv_cache.dtype, self._find_groups
+                workspaces, config.block_size, dtype, kv_cache.dtype, self._find_groups
             )
         draft_workspaces = None
-        query_len = min(draft_query_len(config), MAX_QUERY_ROWS * num_kv_heads // num_heads)
+        query_len = min(
+            draft_query_len(config),
+            *(max_query_len(shape, dtype, self.device) for shape in shapes),
+            MAX_QUERY_LEN,
+        )
         if query_len > 1:
             draft_workspaces = allocate_workspaces(
-                num_heads,
-                num_kv_heads,
-                head_dim,
-                windows,
-                min(config.max_num_seqs, MAX_DRAFT_SIZE),
-                dtype,
-                self.device,
-                query_len,
+                shapes, min(config.max_num_seqs, MAX_DRAFT_SIZE), dtype, self.device, query_len
             )
         return CudaPlanner(self._kernels, workspaces, shared_prefixes, draft_workspaces)
 
@@ -340,6 +342,14 @@ class CudaBackend:
         taken = before - free_memory(self.device)
         del graphs  # which had to live until here
         return taken
+
+
+def max_query_len(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> int:
+    """Return the maximum tokens of a row that the decode kernel takes from layers of this shape."""
+    width, of_latents = shape.value_width or shape.head_dim, shape.value_width is not None
+    if decode_rows(width, dtype, device, of_latents=of_latents) is not None:
+        return MAX_QUERY_LEN  # the heads of a group are cut to fit a tile
+    return MAX_QUERY_ROWS // shape.group
 
 
 def draft_query_len(config: EngineConfig) -> int:

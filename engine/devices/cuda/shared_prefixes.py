@@ -13,6 +13,7 @@ import torch
 from ....kernels.cuda.attention.cascade import CascadeWorkspace
 from ....kernels.cuda.attention.decode_schedule import DecodeWorkspace
 from ....kernels.prefix_groups import PrefixGroup, find_prefix_groups
+from ...layers.attention_shape import AttentionShape
 
 logger = logging.getLogger("quire.engine")
 
@@ -41,20 +42,19 @@ class SharedPrefixes:
     @classmethod
     def allocate(
         cls,
-        workspaces: Mapping[int | None, DecodeWorkspace],
+        workspaces: Mapping[AttentionShape, DecodeWorkspace],
         block_size: int,
         dtype: torch.dtype,
         cache_dtype: torch.dtype,
         find_groups: FindGroups = find_prefix_groups,
     ) -> SharedPrefixes | None:
-        """Allocate the workspace; None if every layer has a window, or if the heads of one
-        sequence do not fit a tile."""
-        if None not in workspaces:
+        """Allocate the workspace; None if every layer has a window, if those without one attend
+        in several shapes, or if the heads of one sequence do not fit a tile."""
+        full = [workspace for shape, workspace in workspaces.items() if shape.window is None]
+        if len(full) != 1:
             return None
         try:
-            workspace = CascadeWorkspace.allocate(
-                workspaces[None], dtype=dtype, cache_dtype=cache_dtype
-            )
+            workspace = CascadeWorkspace.allocate(full[0], dtype=dtype, cache_dtype=cache_dtype)
         except ValueError as error:
             logger.info("decode steps read shared prefixes row by row: %s", error)
             return None

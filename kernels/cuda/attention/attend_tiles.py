@@ -11,6 +11,12 @@ tile of keys updates them (Milakov and Gimelshein, arXiv 1805.02867; as in Flash
 
 Results over disjoint sets of keys merge by their log_sums (Flash-Decoding; FlashInfer, arXiv
 2501.01005): out = Σ 2^log_sum_i · out_i / Σ 2^log_sum_i.
+
+A cache of latents (multi-head latent attention with absorbed projections, DeepSeek-V2, arXiv
+2405.04434) has one line of HEAD_DIM + ROPE_DIM numbers for all heads of a token. The whole line is
+the key, its first HEAD_DIM numbers are the value too, and they are loaded once for both:
+
+    s = scale · (q[:HEAD_DIM] · c + q[HEAD_DIM:] · r)      acc' = r·acc + w · c      line = c | r
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -66,9 +72,10 @@ def store_rows(
     stride_h,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    column=0,
 ):
-    """Store rows of results at their tokens and heads."""
-    dim = tl.arange(0, DIM_PAD)
+    """Store rows of results at their tokens and heads; the rows begin with this column."""
+    dim = column + tl.arange(0, DIM_PAD)
     tl.store(
         out_ptr + _line_of(token, head, stride_t, stride_h)[:, None] + dim[None, :],
         rows.to(out_ptr.dtype.element_ty),
@@ -142,13 +149,49 @@ def _load_tile(
     return key, value
 
 
-# Over 50 lines: 23 parameters.
+@triton.jit
+def _load_columns(
+    cache_ptr,
+    block,
+    start,
+    kv_end,
+    MASKED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    LINE: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Load the numbers [FIRST, FIRST + WIDTH) of the latents of keys [start, start + BLOCK_N).
+
+    A token has LINE numbers; the other arguments are those of `_load_tile`.
+    """
+    column = tl.arange(0, WIDTH_PAD)[None, :]
+    in_tile = tl.arange(0, BLOCK_N)
+    first = block.to(tl.int64) * (BLOCK_SIZE * LINE) + FIRST
+    if BLOCK_N <= BLOCK_SIZE:
+        first += (start % BLOCK_SIZE) * LINE
+        pointers = cache_ptr + first + (in_tile[:, None] * LINE + column)
+    else:
+        pointers = cache_ptr + (first[:, None] + ((in_tile % BLOCK_SIZE)[:, None] * LINE + column))
+    if MASKED:
+        loaded = (start + in_tile < kv_end)[:, None] & (column < WIDTH)
+        return tl.load(pointers, mask=loaded, other=0.0)
+    elif WIDTH != WIDTH_PAD:
+        return tl.load(pointers, mask=column < WIDTH, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+# Over 50 lines: 26 parameters.
 @triton.jit
 def attend_tiles(
     acc,
     row_max,
     row_sum,
     query,
+    rotary,
     key_cache_ptr,
     value_cache_ptr,
     table_ptr,
@@ -166,6 +209,8 @@ def attend_tiles(
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    ROPE_PAD: tl.constexpr,
     PREFETCH: tl.constexpr,
     IN_PLACE: tl.constexpr = False,
 ):
@@ -174,7 +219,8 @@ def attend_tiles(
     `begin` is a multiple of BLOCK_N. If MASKED, a row at position p does not see keys from `kv_end`
     on, keys after p, or (with a WINDOW) keys before `first_visible`. PREFETCH reads block ids one
     tile ahead, so that the loads of K and V in the pipeline do not wait for another load. IN_PLACE
-    widens float8 as `widen_in_place` does.
+    widens float8 as `widen_in_place` does. With a ROPE_DIM the cache is of latents: `rotary` are
+    the last ROPE_DIM numbers of the query rows, and no value_cache_ptr is read.
     """
     in_tile = tl.arange(0, BLOCK_N)
     ahead = _block_ids(table_ptr, begin, end, in_tile, BLOCK_SIZE, BLOCK_N)
@@ -187,16 +233,29 @@ def attend_tiles(
             ahead = _block_ids(table_ptr, start + BLOCK_N, end, in_tile, BLOCK_SIZE, BLOCK_N)
         else:
             block = _block_ids(table_ptr, start, end, in_tile, BLOCK_SIZE, BLOCK_N)
-        key, value = _load_tile(
-            key_cache_ptr, value_cache_ptr, block, kv_head, start, kv_end, MASKED, NUM_KV_HEADS,
-            BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N,
-        )  # fmt: skip
-        if IN_PLACE:
-            key, value = widen_in_place(key, query.dtype), widen_in_place(value, query.dtype)
+        if ROPE_DIM > 0:
+            key = _load_columns(
+                key_cache_ptr, block, start, kv_end, MASKED, BLOCK_SIZE, HEAD_DIM + ROPE_DIM, 0,
+                HEAD_DIM, DIM_PAD, BLOCK_N,
+            )  # fmt: skip
+            turned = _load_columns(
+                key_cache_ptr, block, start, kv_end, MASKED, BLOCK_SIZE, HEAD_DIM + ROPE_DIM,
+                HEAD_DIM, ROPE_DIM, ROPE_PAD, BLOCK_N,
+            )  # fmt: skip
+            value = key
         else:
-            key, value = widen(key, query.dtype), widen(value, query.dtype)
+            key, value = _load_tile(
+                key_cache_ptr, value_cache_ptr, block, kv_head, start, kv_end, MASKED,
+                NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N,
+            )  # fmt: skip
+            if IN_PLACE:
+                key, value = widen_in_place(key, query.dtype), widen_in_place(value, query.dtype)
+            else:
+                key, value = widen(key, query.dtype), widen(value, query.dtype)
         # 2. Scores: the scale is applied with the conversion to log2, not in a pass of its own.
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        if ROPE_DIM > 0:
+            scores = tl.dot(rotary, tl.trans(turned), scores, input_precision="ieee")
         if SOFTCAP > 0:  # c·tanh(x / c), tanh x = 1 - 2 / (e^2x + 1), bounded as it is 1 by then
             power = tl.minimum(scores * (scale * 2 * LOG2E / SOFTCAP), 64.0)
             scores = 1 - 2 / (tl.exp2(power) + 1)
@@ -261,19 +320,21 @@ def _fold_partials(
     kv_head,
     first,
     count,
+    column,
     NUM_KV_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
+    WIDTH: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """Fold partial results [first, first + count), MERGE at a time, weighted by 2^log_sum.
+    """Fold the columns [column, column + WIDTH) of partial results [first, first + count), MERGE at
+    a time, weighted by 2^log_sum.
 
     The loads bypass L1, which may hold a line that another SM has overwritten since.
     """
     row = tl.arange(0, ROWS_PAD)
-    dim = tl.arange(0, DIM_PAD)
+    dim = column + tl.arange(0, WIDTH)
     for start in range(0, count, MERGE):
         split = start + tl.arange(0, MERGE)
         item = ((first + split).to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS
@@ -306,23 +367,26 @@ def merge_partials(
     first_prefix,
     prefix_count,
     kv_head,
+    column,
     NUM_KV_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
+    WIDTH: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """Merge a sequence's partial results with those over its shared prefix, if there is one."""
-    acc, row_max, row_sum = start_rows(ROWS_PAD, DIM_PAD)
+    """Merge these columns of a sequence's partial results with those over its shared prefix, if
+    there is one."""
+    acc, row_max, row_sum = start_rows(ROWS_PAD, WIDTH)
     acc, row_max, row_sum = _fold_partials(
         acc, row_max, row_sum, partials_ptr, log_sums_ptr, kv_head, first, count,
-        NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,
+        column, NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, WIDTH, MERGE,
     )  # fmt: skip
     if prefix_partials_ptr is not None:
         acc, row_max, row_sum = _fold_partials(
             acc, row_max, row_sum, prefix_partials_ptr, prefix_log_sums_ptr, kv_head,
-            first_prefix, prefix_count, NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,
+            first_prefix, prefix_count, column, NUM_KV_HEADS, ROWS, ROWS_PAD, HEAD_DIM, WIDTH,
+            MERGE,
         )  # fmt: skip
     acc, _ = finish_rows(acc, row_max, row_sum, None)
     return acc

@@ -40,7 +40,10 @@ class CascadeWorkspace:
     """
 
     cost: CascadeCost
-    """The cost model that `find_prefix_groups` takes, for this layer's shape."""
+    """The cost model that `find_prefix_groups` takes, for this layer's shape; its kv heads are the
+    workspace's parts."""
+    share: int
+    """That of the workspace."""
     config: TileConfig
     tile: int
     """Prefix lengths are multiples of this: the keys per tile of both kernels."""
@@ -55,9 +58,9 @@ class CascadeWorkspace:
     plan: torch.Tensor
     """The memory of the three tables above, which one copy fills."""
     partials: torch.Tensor
-    """`[max_entries, num_kv_heads, query_len * group, head_dim]` float32."""
+    """`[max_entries, num_parts, query_len * group, head_dim or value_width]` float32."""
     log_sums: torch.Tensor
-    """`[max_entries, num_kv_heads, query_len * group]` float32: log2 of each partial's softmax
+    """`[max_entries, num_parts, query_len * group]` float32: log2 of each partial's softmax
     denominator."""
 
     @classmethod
@@ -76,30 +79,32 @@ class CascadeWorkspace:
         """
         require(workspace.window is None, "layers with a window cannot use shared prefixes")
         device, num_seqs = workspace.items.device, workspace.max_num_seqs
-        rows = workspace.query_len * (workspace.num_heads // workspace.num_kv_heads)
-        config = config or extend_config(workspace.head_dim, dtype, rows * num_seqs, device)
+        rows, width = workspace.query_len * workspace.group, workspace.partials.shape[-1]
+        config = config or extend_config(width, dtype, rows * num_seqs, device)
         cost = CascadeCost(
             workspace.num_heads,
-            workspace.num_kv_heads,
-            workspace.head_dim,
+            workspace.num_parts,
+            width,
+            token_size=None if workspace.value_width is None else workspace.head_dim,
             cache_bytes=(cache_dtype or dtype).itemsize,
             query_len=workspace.query_len,
             block_m=config.block_m,
             programs=2 * workspace.num_sms,
         )
         require(cost.members_per_tile > 0, f"{rows} rows do not fit a tile of {config.block_m}")
-        # Either every tile has one split, or all tiles together have `programs` / num_kv_heads.
+        # Either every tile has one split, or all tiles together have `programs` / num_parts.
         # The grid has a program for each item, and one without work still waits for its shared
         # memory, so it is bounded by the tiles that groups of at least MIN_MEMBERS can have.
-        most = cost.programs // workspace.num_kv_heads
+        most = cost.programs // workspace.num_parts
         tiles = -(-num_seqs // MIN_MEMBERS) + num_seqs // cost.members_per_tile
         sizes = [3 * num_seqs, num_seqs, 5 * max(tiles, most)]
         plan = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         prefixes, members, items = torch.split(plan, sizes)
         entries = max(num_seqs, cost.members_per_tile * most)
-        shape = (entries, workspace.num_kv_heads, rows, workspace.head_dim)
+        shape = (entries, workspace.num_parts, rows, width)
         return cls(
             cost=cost,
+            share=workspace.share,
             config=config,
             tile=max(config.block_n, workspace.config.block_n),
             prefixes=prefixes.view(3, num_seqs),
@@ -164,7 +169,7 @@ class CascadeWorkspace:
         upload_into(self.plan, host)
 
 
-# Over 50 lines: 26 parameters.
+# Over 50 lines: 29 parameters.
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["block_table_ptr"])
 def _attend_prefixes_kernel(
     query_ptr,
@@ -187,9 +192,12 @@ def _attend_prefixes_kernel(
     QUERY_LEN: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    SHARE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    ROPE_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -215,8 +223,14 @@ def _attend_prefixes_kernel(
     head = kv_head * GROUP + row % GROUP
     query = load_query(query_ptr, key_cache_ptr, token, head, live, query_stride_t, query_stride_h,
                        HEAD_DIM, DIM_PAD)  # fmt: skip
-    key_scale = load_scale(kv_scales_ptr, 0, kv_head, NUM_KV_HEADS)
-    value_scale = load_scale(kv_scales_ptr, 1, kv_head, NUM_KV_HEADS)
+    rotary = query
+    if ROPE_DIM > 0:
+        rotary = load_query(query_ptr + HEAD_DIM, key_cache_ptr, token, head, live, query_stride_t,
+                            query_stride_h, ROPE_DIM, ROPE_PAD)  # fmt: skip
+    cache_head = kv_head if SHARE == 1 else kv_head // SHARE
+    CACHE_HEADS: tl.constexpr = NUM_KV_HEADS // SHARE
+    key_scale = load_scale(kv_scales_ptr, 0, cache_head, CACHE_HEADS)
+    value_scale = load_scale(kv_scales_ptr, 1, cache_head, CACHE_HEADS)
     if key_scale is not None:
         scale *= key_scale
     # 3. Fold the keys for all rows at once. The blocks are the same for every member, so the first
@@ -224,9 +238,9 @@ def _attend_prefixes_kernel(
     table_ptr = block_table_ptr + tl.load(members_ptr + first_member).to(tl.int64) * table_stride
     acc, row_max, row_sum = start_rows(BLOCK_M, DIM_PAD)
     acc, row_max, row_sum = attend_tiles(
-        acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
-        packed, begin, end, end, scale, False, 0, SOFTCAP, NUM_KV_HEADS, BLOCK_SIZE,
-        HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
+        acc, row_max, row_sum, query, rotary, key_cache_ptr, value_cache_ptr, table_ptr,
+        cache_head, packed, begin, end, end, scale, False, 0, SOFTCAP, CACHE_HEADS, BLOCK_SIZE,
+        HEAD_DIM, DIM_PAD, BLOCK_N, ROPE_DIM, ROPE_PAD, PREFETCH,
     )  # fmt: skip
     # 4. Store each row's partial result, for the member's program of the decode kernel to merge.
     acc, log_sum = finish_rows(acc, row_max, row_sum, value_scale)
@@ -235,10 +249,11 @@ def _attend_prefixes_kernel(
     store_partial(partials_ptr, log_sums_ptr, line, live, acc, log_sum, HEAD_DIM, DIM_PAD)
 
 
+# Over 50 lines: a launch of 29 parameters.
 def attend_prefixes(
     query: torch.Tensor,
     key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    value_cache: torch.Tensor | None,
     block_table: torch.Tensor,
     *,
     scale: float,
@@ -251,14 +266,14 @@ def attend_prefixes(
     A step of `paged_attention_decode`, which has checked the arguments that both share.
     """
     _, num_kv_heads, block_size, head_dim = key_cache.shape
-    cost, config = cascade.cost, cascade.config
+    cost, config, width = cascade.cost, cascade.config, cascade.cost.head_dim
     have = (query.shape[1], num_kv_heads, head_dim)
-    want = (cost.num_heads, cost.num_kv_heads, cost.head_dim)
+    want = (cost.num_heads, cost.num_kv_heads // cascade.share, cost.token_size or width)
     require(have == want, f"(heads, kv heads, head_dim) is {have}, but cascade has {want}")
-    _attend_prefixes_kernel[(num_kv_heads, cascade.items.shape[1])](
+    _attend_prefixes_kernel[(cost.num_kv_heads, cascade.items.shape[1])](
         query,
         readable_view(key_cache),
-        readable_view(value_cache),
+        None if value_cache is None else readable_view(value_cache),
         block_table,
         kv_scales,
         cascade.prefixes,
@@ -274,11 +289,14 @@ def attend_prefixes(
         cascade.items.stride(0),
         SOFTCAP=softcap or 0.0,
         QUERY_LEN=cost.query_len,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=query.shape[1] // num_kv_heads,
+        NUM_KV_HEADS=cost.num_kv_heads,
+        GROUP=query.shape[1] // cost.num_kv_heads,
+        SHARE=cascade.share,
         BLOCK_SIZE=block_size,
-        HEAD_DIM=head_dim,
-        DIM_PAD=triton.next_power_of_2(head_dim),
+        HEAD_DIM=width,
+        DIM_PAD=triton.next_power_of_2(width),
+        ROPE_DIM=head_dim - width,
+        ROPE_PAD=max(16, triton.next_power_of_2(head_dim - width)),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         PREFETCH=config.prefetch,

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from ...checks import require, require_contiguous, require_dtype, require_launchable, require_shape
-from ..tuning import TileConfig, decode_config
+from ..tuning import TileConfig, decode_config, decode_rows
 from .attend_tiles import first_visible
 
 PROGRAMS_PER_SM = 4
@@ -50,25 +50,41 @@ class DecodeWorkspace:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_width: int | None
+    """The numbers of a key that are its value, in a cache of latents."""
     query_len: int
     """Query tokens per sequence."""
     window: int | None
     config: TileConfig
+    share: int
+    """Into how many *parts* the query heads of each kv head are cut so that those of a sequence fit
+    a tile. Each part is to the kernel as the heads of a kv head of its own."""
     slots: int
-    """Maximum number of extra splits per kv head: programs per SM * SMs / num_kv_heads."""
+    """Maximum number of extra splits per part: programs per SM * SMs / num_parts."""
     num_sms: int
     min_chunk: int
     """Minimum keys per item."""
     items: torch.Tensor
     """`[5, max_num_seqs + slots]` int32: the list that the module's docstring describes."""
     partials: torch.Tensor
-    """`[max_num_seqs + slots, num_kv_heads, query_len * group, head_dim]` float32."""
+    """`[max_num_seqs + slots, num_parts, query_len * group, head_dim or value_width]` float32."""
     log_sums: torch.Tensor
-    """`[max_num_seqs + slots, num_kv_heads, query_len * group]` float32: log2 of each partial's
+    """`[max_num_seqs + slots, num_parts, query_len * group]` float32: log2 of each partial's
     softmax denominator."""
     arrived: torch.Tensor
-    """`[max_num_seqs, num_kv_heads]` int32 counters of finished items; all 0 between launches."""
+    """`[max_num_seqs, num_parts]` int32 counters of finished items; all 0 between launches."""
 
+    @property
+    def num_parts(self) -> int:
+        """The number of parts of query heads; that of kv heads unless these are shared."""
+        return self.num_kv_heads * self.share
+
+    @property
+    def group(self) -> int:
+        """The number of query heads of a part."""
+        return self.num_heads // self.num_parts
+
+    # Over 50 lines: 12 parameters and 17 fields.
     @classmethod
     def allocate(
         cls,
@@ -81,11 +97,13 @@ class DecodeWorkspace:
         device: torch.device | str,
         window: int | None = None,
         query_len: int = 1,
+        value_width: int | None = None,
         config: TileConfig | None = None,
         programs_per_sm: int = PROGRAMS_PER_SM,
         min_chunk: int = MIN_CHUNK,
     ) -> DecodeWorkspace:
-        """Allocate for queries of `dtype` with `query_len` (1 to 8) tokens per sequence.
+        """Allocate for queries of `dtype` with `query_len` (1 to 8) tokens per sequence. With a
+        `value_width` the cache is of latents.
 
         Raises ValueError if a size is out of range.
         """
@@ -97,25 +115,43 @@ class DecodeWorkspace:
         num_sms = DEFAULT_NUM_SMS
         if device.type == "cuda":
             num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        rows = query_len * (num_heads // num_kv_heads)
-        slots = max(1, programs_per_sm * num_sms // num_kv_heads)
+        width = value_width or head_dim
+        group = num_heads // num_kv_heads
+        of_latents = value_width is not None
+        most = decode_rows(width, dtype, device, of_latents=of_latents)
+        part = _part_size(group, query_len, most)
+        rows, num_parts = query_len * part, num_heads // part
+        slots = max(1, programs_per_sm * num_sms // num_parts)
         items = max_num_seqs + slots
         return cls(
             max_num_seqs=max_num_seqs,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
+            value_width=value_width,
             query_len=query_len,
             window=window,
-            config=config or decode_config(head_dim, dtype, rows),
+            config=config or decode_config(width, dtype, rows, device, of_latents=of_latents),
+            share=group // part,
             slots=slots,
             num_sms=num_sms,
             min_chunk=min_chunk,
             items=torch.full((5, items), -1, dtype=torch.int32, device=device),
-            partials=torch.empty(items, num_kv_heads, rows, head_dim, device=device),
-            log_sums=torch.empty(items, num_kv_heads, rows, device=device),
-            arrived=torch.zeros(max_num_seqs, num_kv_heads, dtype=torch.int32, device=device),
+            partials=torch.empty(items, num_parts, rows, width, device=device),
+            log_sums=torch.empty(items, num_parts, rows, device=device),
+            arrived=torch.zeros(max_num_seqs, num_parts, dtype=torch.int32, device=device),
         )
+
+
+def _part_size(group: int, query_len: int, max_rows: int | None) -> int:
+    """Return the largest divisor of `group` of which query_len times is at most `max_rows`."""
+    if max_rows is None:
+        return group
+    return max(
+        part
+        for part in range(1, group + 1)
+        if group % part == 0 and (part == 1 or part * query_len <= max_rows)
+    )
 
 
 @triton.jit(

@@ -40,7 +40,7 @@ MAX_REGISTERS = {4: 168}
 ptxas targets 128, to fit a fourth that shared memory cannot hold, and spills."""
 
 
-# Over 50 lines: 39 parameters.
+# Over 50 lines: 43 parameters.
 @triton.jit(
     do_not_specialize=["table_stride"],
     do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr"],
@@ -75,11 +75,15 @@ def _paged_attention_decode_kernel(
     QUERY_LEN: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    SHARE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    ROPE_PAD: tl.constexpr,
     ROWS_PAD: tl.constexpr,
     MERGE: tl.constexpr,
+    MERGE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -110,8 +114,14 @@ def _paged_attention_decode_kernel(
     head = kv_head * GROUP + row % GROUP
     query = load_query(query_ptr, key_cache_ptr, token, head, row < ROWS, query_stride_t,
                        query_stride_h, HEAD_DIM, DIM_PAD)  # fmt: skip
-    key_scale = load_scale(kv_scales_ptr, 0, kv_head, NUM_KV_HEADS)
-    value_scale = load_scale(kv_scales_ptr, 1, kv_head, NUM_KV_HEADS)
+    rotary = query
+    if ROPE_DIM > 0:
+        rotary = load_query(query_ptr + HEAD_DIM, key_cache_ptr, token, head, row < ROWS,
+                            query_stride_t, query_stride_h, ROPE_DIM, ROPE_PAD)  # fmt: skip
+    cache_head = kv_head if SHARE == 1 else kv_head // SHARE
+    CACHE_HEADS: tl.constexpr = NUM_KV_HEADS // SHARE
+    key_scale = load_scale(kv_scales_ptr, 0, cache_head, CACHE_HEADS)
+    value_scale = load_scale(kv_scales_ptr, 1, cache_head, CACHE_HEADS)
     if key_scale is not None:
         scale *= key_scale
     positions = tl.load(seq_lens_ptr + seq) - QUERY_LEN + row // GROUP
@@ -124,9 +134,9 @@ def _paged_attention_decode_kernel(
         row_sum += 1.0
     table_ptr = block_table_ptr + seq.to(tl.int64) * table_stride
     acc, row_max, row_sum = attend_tiles(
-        acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
-        positions, begin, end, end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS, BLOCK_SIZE,
-        HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH, IN_PLACE,
+        acc, row_max, row_sum, query, rotary, key_cache_ptr, value_cache_ptr, table_ptr,
+        cache_head, positions, begin, end, end, scale, True, WINDOW, SOFTCAP, CACHE_HEADS,
+        BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, ROPE_DIM, ROPE_PAD, PREFETCH, IN_PLACE,
     )  # fmt: skip
     acc, log_sum = finish_rows(acc, row_max, row_sum, value_scale)
     # 4. A sequence in one piece is done.
@@ -148,16 +158,17 @@ def _paged_attention_decode_kernel(
         first_prefix = 0
         if CASCADE:
             first_prefix = tl.load(prefixes_ptr + prefixes_stride + seq)
-        merged = merge_partials(
-            partials_ptr, log_sums_ptr, first_item, splits, prefix_partials_ptr,
-            prefix_log_sums_ptr, first_prefix, prefix_splits, kv_head, NUM_KV_HEADS, ROWS,
-            ROWS_PAD, HEAD_DIM, DIM_PAD, MERGE,
-        )  # fmt: skip
         few = tl.arange(0, ROWS_PAD)
-        store_rows(
-            out_ptr, merged, seq * QUERY_LEN + few // GROUP, kv_head * GROUP + few % GROUP,
-            few < ROWS, out_stride_t, out_stride_h, HEAD_DIM, DIM_PAD,
-        )  # fmt: skip
+        for column in range(0, HEAD_DIM, MERGE_DIM):
+            merged = merge_partials(
+                partials_ptr, log_sums_ptr, first_item, splits, prefix_partials_ptr,
+                prefix_log_sums_ptr, first_prefix, prefix_splits, kv_head, column, NUM_KV_HEADS,
+                ROWS, ROWS_PAD, HEAD_DIM, MERGE_DIM, MERGE,
+            )  # fmt: skip
+            store_rows(
+                out_ptr, merged, seq * QUERY_LEN + few // GROUP, kv_head * GROUP + few % GROUP,
+                few < ROWS, out_stride_t, out_stride_h, HEAD_DIM, MERGE_DIM, column,
+            )  # fmt: skip
         tl.store(arrived_ptr, 0)
 
 
@@ -165,7 +176,7 @@ def _paged_attention_decode_kernel(
 def _check(
     query: torch.Tensor,
     key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    value_cache: torch.Tensor | None,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     out: torch.Tensor,
@@ -174,25 +185,26 @@ def _check(
     scale: float,
     window: int | None,
     softcap: float | None,
-    allocated: tuple[int, int, int, int | None],
+    value_width: int | None,
+    allocated: tuple[int, int, int, int | None, int | None],
     items: torch.Tensor,
     max_num_seqs: int,
     query_len: int,
     cascade: tuple[torch.device, int, int] | None,
 ) -> None:
-    """`allocated` is the workspace's (heads, kv heads, head_dim, window); `cascade` its device,
-    its number of rows and its query_len."""
+    """`allocated` is the workspace's (heads, kv heads, head_dim, value_width, window); `cascade`
+    its device, its number of rows and its query_len."""
     num_kv_heads, _, head_dim = check_attention(
         query, key_cache, value_cache, block_table, seq_lens, scale=scale, window=window,
-        softcap=softcap, sinks=sinks, out=out,
+        softcap=softcap, sinks=sinks, out=out, value_width=value_width,
     )  # fmt: skip
     check_scales(kv_scales, key_cache, num_kv_heads)
     num_rows, num_heads, _ = query.shape
     num_seqs = seq_lens.shape[0]
-    have = (num_heads, num_kv_heads, head_dim, window)
+    have = (num_heads, num_kv_heads, head_dim, value_width, window)
     require(
         have == allocated,
-        f"(heads, kv heads, head_dim, window) is {have}, workspace has {allocated}",
+        f"(heads, kv heads, head_dim, value_width, window) is {have}, workspace has {allocated}",
     )
     require(
         num_rows == num_seqs * query_len,
@@ -212,7 +224,7 @@ def _check(
 def paged_attention_decode(
     query: torch.Tensor,
     key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    value_cache: torch.Tensor | None,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
@@ -225,7 +237,8 @@ def paged_attention_decode(
     kv_scales: torch.Tensor | None = None,
     cascade: CascadeWorkspace | None = None,
     pdl: bool = False,
-) -> torch.Tensor:  # over 50 lines: 14 parameters to describe, check and pass on
+    value_width: int | None = None,
+) -> torch.Tensor:  # over 50 lines: 15 parameters to describe, check and pass on
     """Compute what `paged_attention_extend` defines, for query_len new tokens per sequence.
 
     query is `[num_seqs * query_len, num_heads, head_dim]` with the query_len of `workspace`;
@@ -237,18 +250,21 @@ def paged_attention_decode(
     parameters are those of `paged_attention_extend`. Raises ValueError on shapes, dtypes, devices
     or layouts that do not fit.
     """
-    out = torch.empty_like(query) if out is None else out
+    if out is None:
+        out = query.new_empty(*query.shape[:2], value_width or query.shape[2])
     of_cascade = None
     if cascade is not None:
         of_cascade = (cascade.plan.device, len(cascade.members), cascade.cost.query_len)
     _check(
         query, key_cache, value_cache, block_table, seq_lens, out, sinks, kv_scales, scale, window,
-        softcap,
-        (workspace.num_heads, workspace.num_kv_heads, workspace.head_dim, workspace.window),
+        softcap, value_width,
+        (workspace.num_heads, workspace.num_kv_heads, workspace.head_dim, workspace.value_width,
+         workspace.window),
         workspace.items, workspace.max_num_seqs, workspace.query_len, of_cascade,
     )  # fmt: skip
-    _, num_kv_heads, block_size, head_dim = key_cache.shape
-    num_seqs, num_heads = seq_lens.shape[0], query.shape[1]
+    _, _, block_size, head_dim = key_cache.shape
+    width = value_width or head_dim
+    num_seqs, num_parts = seq_lens.shape[0], workspace.num_parts
     if num_seqs == 0:
         return out
     if cascade is not None:
@@ -256,14 +272,15 @@ def paged_attention_decode(
             query, key_cache, value_cache, block_table, scale=scale, cascade=cascade,
             softcap=softcap, kv_scales=kv_scales,
         )  # fmt: skip
-    group = num_heads // num_kv_heads
-    rows_pad = triton.next_power_of_2(workspace.query_len * group)
-    dim_pad = triton.next_power_of_2(head_dim)
+    rows_pad = triton.next_power_of_2(workspace.query_len * workspace.group)
+    dim_pad = triton.next_power_of_2(width)
+    # Merge few columns of wide values at a time, to fit the registers.
+    merge_dim, merged = (dim_pad, 2048) if dim_pad <= 256 else (128, 1024)
     config = workspace.config
-    _paged_attention_decode_kernel[(num_kv_heads, num_seqs + workspace.slots)](
-        out, query, readable_view(key_cache), readable_view(value_cache), block_table, seq_lens,
-        sinks, kv_scales, workspace.items, workspace.partials, workspace.log_sums,
-        workspace.arrived,
+    values = None if value_cache is None else readable_view(value_cache)
+    _paged_attention_decode_kernel[(num_parts, num_seqs + workspace.slots)](
+        out, query, readable_view(key_cache), values, block_table, seq_lens, sinks, kv_scales,
+        workspace.items, workspace.partials, workspace.log_sums, workspace.arrived,
         None if cascade is None else cascade.prefixes,
         None if cascade is None else cascade.partials,
         None if cascade is None else cascade.log_sums,
@@ -274,13 +291,17 @@ def paged_attention_decode(
         WINDOW=window or 0,
         SOFTCAP=softcap or 0.0,
         QUERY_LEN=workspace.query_len,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
+        NUM_KV_HEADS=num_parts,
+        GROUP=workspace.group,
+        SHARE=workspace.share,
         BLOCK_SIZE=block_size,
-        HEAD_DIM=head_dim,
+        HEAD_DIM=width,
         DIM_PAD=dim_pad,
+        ROPE_DIM=head_dim - width,
+        ROPE_PAD=max(16, triton.next_power_of_2(head_dim - width)),
         ROWS_PAD=rows_pad,
-        MERGE=max(1, 2048 * config.num_warps // (rows_pad * dim_pad)),
+        MERGE=max(1, merged * config.num_warps // (rows_pad * merge_dim)),
+        MERGE_DIM=merge_dim,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         PREFETCH=config.prefetch,

@@ -61,7 +61,7 @@ def _find_sequence(query_start_loc_ptr, tile, num_seqs, GROUP: tl.constexpr, BLO
     return low, tl.load(query_start_loc_ptr + low) * GROUP // BLOCK_M + low
 
 
-# Over 50 lines: 28 parameters.
+# Over 50 lines: 30 parameters.
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _paged_attention_extend_kernel(
     out_ptr,
@@ -89,6 +89,8 @@ def _paged_attention_extend_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    ROPE_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -118,6 +120,10 @@ def _paged_attention_extend_kernel(
     live = token < query_len
     query = load_query(query_ptr, key_cache_ptr, query_start + token, head, live, query_stride_t,
                        query_stride_h, HEAD_DIM, DIM_PAD)  # fmt: skip
+    rotary = query
+    if ROPE_DIM > 0:
+        rotary = load_query(query_ptr + HEAD_DIM, key_cache_ptr, query_start + token, head, live,
+                            query_stride_t, query_stride_h, ROPE_DIM, ROPE_PAD)  # fmt: skip
     key_scale = load_scale(kv_scales_ptr, 0, kv_head, NUM_KV_HEADS)
     value_scale = load_scale(kv_scales_ptr, 1, kv_head, NUM_KV_HEADS)
     if key_scale is not None:
@@ -129,7 +135,8 @@ def _paged_attention_extend_kernel(
 
     # 3. Fold the keys in three ranges: up to `full_begin` some keys are outside some rows' windows,
     #    up to `full_end` every row sees every key, and up to `kv_end` the causal mask applies. So
-    #    only the tiles at the two edges pay for a mask.
+    #    only the tiles at the two edges pay for a mask. If values are wider than 256, all do: their
+    #    products take long enough, and the registers of three loops would spill.
     first_position = context + first_row // GROUP
     last_position = context + tl.minimum((first_row + BLOCK_M - 1) // GROUP, query_len - 1)
     kv_end = last_position + 1
@@ -137,25 +144,30 @@ def _paged_attention_extend_kernel(
     full_begin = 0
     table_ptr = block_table_ptr + seq.to(tl.int64) * table_stride
     positions = context + token
-    if WINDOW != 0:
+    if DIM_PAD > 256:
+        full_end = 0
+        if WINDOW != 0:
+            full_end = tl.maximum(first_visible(first_position, WINDOW), 0) // BLOCK_N * BLOCK_N
+    elif WINDOW != 0:
         begin = tl.maximum(first_visible(first_position, WINDOW), 0) // BLOCK_N * BLOCK_N
         full_begin = tl.maximum(first_visible(last_position, WINDOW), 0)
         full_begin = tl.cdiv(full_begin, BLOCK_N) * BLOCK_N
         full_begin = tl.minimum(full_begin, full_end)
         acc, row_max, row_sum = attend_tiles(
-            acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
-            positions, begin, full_begin, kv_end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS,
-            BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
+            acc, row_max, row_sum, query, rotary, key_cache_ptr, value_cache_ptr, table_ptr,
+            kv_head, positions, begin, full_begin, kv_end, scale, True, WINDOW, SOFTCAP,
+            NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, ROPE_DIM, ROPE_PAD, PREFETCH,
+        )  # fmt: skip
+    if DIM_PAD <= 256:
+        acc, row_max, row_sum = attend_tiles(
+            acc, row_max, row_sum, query, rotary, key_cache_ptr, value_cache_ptr, table_ptr,
+            kv_head, positions, full_begin, full_end, kv_end, scale, False, WINDOW, SOFTCAP,
+            NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, ROPE_DIM, ROPE_PAD, PREFETCH,
         )  # fmt: skip
     acc, row_max, row_sum = attend_tiles(
-        acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
-        positions, full_begin, full_end, kv_end, scale, False, WINDOW, SOFTCAP, NUM_KV_HEADS,
-        BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
-    )  # fmt: skip
-    acc, row_max, row_sum = attend_tiles(
-        acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
+        acc, row_max, row_sum, query, rotary, key_cache_ptr, value_cache_ptr, table_ptr, kv_head,
         positions, full_end, kv_end, kv_end, scale, True, WINDOW, SOFTCAP, NUM_KV_HEADS,
-        BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, PREFETCH,
+        BLOCK_SIZE, HEAD_DIM, DIM_PAD, BLOCK_N, ROPE_DIM, ROPE_PAD, PREFETCH,
     )  # fmt: skip
     # 4. Divide by the softmax denominators and write the rows.
     acc, _ = finish_rows(acc, row_max, row_sum, value_scale)
@@ -167,7 +179,7 @@ def _paged_attention_extend_kernel(
 def _check(
     query: torch.Tensor,
     key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    value_cache: torch.Tensor | None,
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -178,10 +190,11 @@ def _check(
     scale: float,
     window: int | None,
     softcap: float | None,
+    value_width: int | None,
 ) -> None:
     num_kv_heads, _, _ = check_attention(
         query, key_cache, value_cache, block_table, seq_lens, scale=scale, window=window,
-        softcap=softcap, sinks=sinks, out=out,
+        softcap=softcap, sinks=sinks, out=out, value_width=value_width,
     )  # fmt: skip
     check_scales(kv_scales, key_cache, num_kv_heads)
     require_dtype("query_start_loc", query_start_loc, torch.int32)
@@ -198,7 +211,7 @@ def _check(
 def paged_attention_extend(
     query: torch.Tensor,
     key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    value_cache: torch.Tensor | None,
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -213,7 +226,8 @@ def paged_attention_extend(
     kv_scales: torch.Tensor | None = None,
     first_seq: torch.Tensor | None = None,
     max_seqs: int | None = None,
-) -> torch.Tensor:  # over 50 lines: 16 parameters to describe, check and pass on
+    value_width: int | None = None,
+) -> torch.Tensor:  # over 50 lines: 17 parameters to describe, check and pass on
     """Compute causal attention of packed queries over their sequences' cached blocks.
 
     query `[num_tokens, num_heads, head_dim]` holds sequence s in rows
@@ -228,13 +242,15 @@ def paged_attention_extend(
     query_len and only picks the tile, which `config` overrides. first_seq `[1]` int32 on the device
     leaves the sequences before it out, as if the slices of the others were passed; of those at most
     max_seqs have tokens, without which there is a tile for each sequence. A CUDA graph of that is
-    valid for any first_seq and lengths. Raises ValueError on shapes, dtypes, devices or layouts
-    that do not fit.
+    valid for any first_seq and lengths. A cache of latents (attend_tiles.py) is key_cache alone,
+    with one kv head; value_width says how many numbers of a key are the value, and `out` has as
+    many. Raises ValueError on shapes, dtypes, devices or layouts that do not fit.
     """
-    out = torch.empty_like(query) if out is None else out
+    if out is None:
+        out = query.new_empty(*query.shape[:2], value_width or query.shape[2])
     _check(
         query, key_cache, value_cache, block_table, query_start_loc, seq_lens, out, sinks,
-        kv_scales, first_seq, scale, window, softcap,
+        kv_scales, first_seq, scale, window, softcap, value_width,
     )  # fmt: skip
     require(max_query_len > 0, f"max_query_len must be positive, not {max_query_len}")
     _, num_kv_heads, block_size, head_dim = key_cache.shape
@@ -243,21 +259,24 @@ def paged_attention_extend(
     if num_tokens == 0 or num_seqs == 0:
         return out
     group = num_heads // num_kv_heads
-    rows = max_query_len * group
-    config = config or extend_config(head_dim, query.dtype, rows, query.device)
+    rows, width = max_query_len * group, value_width or head_dim
+    config = config or extend_config(width, query.dtype, rows, query.device)
     num_tiles = num_tokens * group // config.block_m + (max_seqs or num_seqs)
+    values = None if value_cache is None else readable_view(value_cache)
     _paged_attention_extend_kernel[(num_kv_heads, num_tiles)](
-        out, query, readable_view(key_cache), readable_view(value_cache), block_table,
-        query_start_loc, seq_lens, sinks, kv_scales, first_seq, num_seqs, scale, query.stride(0),
-        query.stride(1), out.stride(0), out.stride(1), block_table.stride(0),
+        out, query, readable_view(key_cache), values, block_table, query_start_loc, seq_lens, sinks,
+        kv_scales, first_seq, num_seqs, scale, query.stride(0), query.stride(1), out.stride(0),
+        out.stride(1), block_table.stride(0),
         HAS_SINKS=sinks is not None,
         WINDOW=window or 0,
         SOFTCAP=softcap or 0.0,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         BLOCK_SIZE=block_size,
-        HEAD_DIM=head_dim,
-        DIM_PAD=triton.next_power_of_2(head_dim),
+        HEAD_DIM=width,
+        DIM_PAD=triton.next_power_of_2(width),
+        ROPE_DIM=head_dim - width,
+        ROPE_PAD=max(16, triton.next_power_of_2(head_dim - width)),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         PREFETCH=config.prefetch,

@@ -313,8 +313,9 @@ def chunked_recurrence(
     tensors = (query, key, value, log_decay, beta, states)
     rows = (slots, saves, query_start_loc, seq_lens)
     check_recurrence(*tensors, *rows)
-    options = {"scale": scale, "normalise": normalise}
-    out = gated_recurrence(*tensors, *rows, **options, max_tokens=MIN_TOKENS - 1)
+    out = gated_recurrence(
+        *tensors, *rows, scale=scale, normalise=normalise, max_tokens=MIN_TOKENS - 1
+    )
     num_rows, (num_tokens, heads, value_dim) = seq_lens.shape[0], value.shape
     if value.numel() == 0 or num_rows == 0 or num_tokens < MIN_TOKENS:
         return out

@@ -30,7 +30,7 @@ from quire.engine.sampling.sampler import Sampler
 from quire.engine.step import BlockCopy
 from quire.kernels import checks
 
-from ..models import COMMON, FAMILIES, build_model, not_flat
+from ..models import COMMON, FAMILIES, GEMMA4, build_model, gemma4, not_flat
 from ..state_models import FAMILIES as FAMILIES_WITH_STATES
 from ..worker_driver import Driver, make_config, make_prompts, make_sequence
 from .cuda_on_cpu import REFERENCES, CudaOnCpuBackend, RerunCapture
@@ -43,6 +43,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flat, head_dim 24": lambda: LlamaConfig(**COMMON, head_dim=24),
     "states": FAMILIES_WITH_STATES["qwen3_5"],
     "generic, head_dim 24": lambda: LlamaConfig(**COMMON, head_dim=24, hidden_act="gelu"),
+    "heads of two widths, bfloat16": lambda: gemma4(
+        **GEMMA4["shared"], head_dim=256, global_head_dim=512
+    ),
 }
 SAMPLING: list[dict[str, Any]] = [
     {},

@@ -17,6 +17,7 @@ from quire.engine.errors import StartupError, UnsupportedModelError
 from quire.engine.model.outline import ModelOutline, outline
 from quire.engine.model.rehearse import rehearse_load
 
+from .. import latent_models
 from ..checkpoints.gguf_files import write_model
 from ..checkpoints.quantized_files import FORMATS
 from ..checkpoints.quantized_files import write_model as write_quantised
@@ -46,6 +47,12 @@ def test_a_folder(tmp_path: Path, family: str) -> None:
     save_model(family, tmp_path)
     found = check_against_loader(tmp_path)
     assert found.file_bytes == found.weight_bytes
+
+
+def test_latents_are_counted_once(tmp_path: Path) -> None:
+    latent_models.build("minicpm3").save_pretrained(tmp_path)
+    found = check_against_loader(tmp_path)
+    assert found.kv_bytes_per_token == 2 * (20 + 8) * 4  # layers, numbers, float32
 
 
 def test_a_folder_in_bfloat16_of_several_files(tmp_path: Path) -> None:

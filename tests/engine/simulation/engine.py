@@ -22,6 +22,7 @@ import zmq
 from quire.engine.cache.grouped_block_manager import make_block_manager
 from quire.engine.cache.state_slots import StateSlots
 from quire.engine.config import EngineConfig, EngineInfo
+from quire.engine.core.snapshot import take_snapshot
 from quire.engine.core.step_loop import StepLoop
 from quire.engine.core.trials import Trials
 from quire.engine.errors import QuireError
@@ -34,7 +35,6 @@ from quire.engine.process.engine_process import EngineServer
 from quire.engine.request import Request
 from quire.engine.scheduling.adapter_table import AdapterTable
 from quire.engine.scheduling.scheduler import Scheduler
-from quire.engine.scheduling.snapshot import take_snapshot
 from quire.engine.scheduling.tiered_scheduler import TieredScheduler
 from quire.engine.sequence import ReadingRow, SequenceStatus
 from quire.engine.speculation.cached import CachedDrafter
@@ -227,7 +227,7 @@ class SimCore:
         )
         self.watch = Watch(self.scheduler, settings.policy, self._may_begin, world.has_left)
         self._num_tokens: dict[str, int] = {}
-        self._num_steps = 0
+        self.num_steps = 0
 
     def _may_begin(self, request: Request) -> bool:
         """Return whether the last step could have admitted a request."""
@@ -304,11 +304,11 @@ class SimCore:
         self.scheduler.abort_request(request_id, choice)
 
     def step(self) -> StepOutput:
-        self._reads.run(1 + self._num_steps % 3)
-        self._writes.run(self._num_steps % 3)
+        self._reads.run(1 + self.num_steps % 3)
+        self._writes.run(self.num_steps % 3)
         outputs = self._loop.step()
         self._table.take_dropped()
-        self._num_steps += 1
+        self.num_steps += 1
         for output in outputs:
             request_id = output.request_id
             count = self._num_tokens[request_id] + len(output.token_ids)
@@ -318,7 +318,7 @@ class SimCore:
         is_held = self.scheduler.budget.holds_admission
         self.watch.stepped(is_productive=stats.step_tokens > 0, is_held=is_held)
         self._trials.observe(outputs)
-        if self._num_steps % self._world.settings.check_every == 0:
+        if self.num_steps % self._world.settings.check_every == 0:
             self.check_integrity()
         self._world.stepped(stats, len(outputs))
         return StepOutput(outputs, stats)

@@ -126,8 +126,8 @@ def a_request_goes_last(patch: Patch) -> None:
 def nobody_is_admitted_for_long(patch: Patch) -> None:
     admit, is_due = StepPlanner._schedule_waiting, _every(60)
 
-    def buggy(self: StepPlanner, plan: Any, budget: int) -> int:
-        return admit(self, plan, budget) if is_due() else budget
+    def buggy(self: StepPlanner, plan: Any, budget: int, **options: Any) -> int:
+        return admit(self, plan, budget, **options) if is_due() else budget
 
     patch.setattr(StepPlanner, "_schedule_waiting", buggy)
 

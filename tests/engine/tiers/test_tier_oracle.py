@@ -17,7 +17,7 @@ from quire.engine.speculation.model import ModelDrafter
 from quire.engine.speculation.speculator import Speculator
 from quire.engine.tiers import readmission
 
-from .. import models
+from .. import latent_models, models
 from ..devices.cuda_on_cpu import CudaOnCpuBackend
 from ..speculation.drafters import FreeDrafts
 from ..test_oracle import Engine, Reference
@@ -128,6 +128,17 @@ def test_layers_with_windows_find_what_was_evicted(
     tiers = made.core.stats().tiers
     assert all(tier.stored > 0 and tier.loaded > 0 for tier in tiers)
     assert hits >= (100 if below else 3 * (32 + 80))
+    made.core.close()
+
+
+def test_latents_come_back(tmp_path: Path) -> None:
+    model = latent_models.build("glm4_moe_lite")
+    model.save_pretrained(tmp_path / "model")
+    size = 16 * 2 * 28 * 4  # tokens, layers, numbers, float32
+    made = engine(tmp_path / "model", 24 * size, kv_offloading_disk=str(tmp_path / "disk"))
+    hold(made, Reference(model), MANY, n=2)
+    host, disk = made.core.stats().tiers
+    assert host.loaded > 0 and disk.loaded > 0 and host.block_bytes == size
     made.core.close()
 
 

@@ -45,19 +45,23 @@ def test_resources(name: str, arch: int) -> None:
     "name", [name for name in LAUNCHES if name.startswith(("extend", "decode", "cascade"))]
 )
 def test_attention_reads_16_bytes_at_a_time_into_tensor_cores(name: str, arch: int) -> None:
-    """With float8, `mma.sync` takes V from 8-byte copies: its rows' swizzle is half as wide."""
+    """With float8, `mma.sync` takes V from 8-byte copies: its rows' swizzle is half as wide.
+    Decodes have too few rows for `wgmma`, unless many heads share a latent."""
     for kernel in compiled(name, arch):
         if kernel.name == "_build_decode_schedule_kernel":
             continue
         wgmma = "wgmma.mma_async" in kernel.ptx
-        assert wgmma == (arch == 90 and "decode" not in kernel.name)
+        assert wgmma == (arch == 90 and ("decode" not in kernel.name or "128 heads" in name))
         assert wgmma or "mma.sync" in kernel.ptx
         sizes = COPY_SIZE.findall(kernel.ptx)
         narrow = "fp8" in name and not wgmma and (arch < 90 or "decode" not in kernel.name)
         assert sizes and set(sizes) == ({"0x10", "0x8"} if narrow else {"0x10"}), sizes
 
 
-@pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith(("ext", "casc"))])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in LAUNCHES if name.startswith(("ext", "casc")) or "decode 128 heads" in name],
+)
 def test_no_register_is_written_while_a_product_reads_it(name: str) -> None:
     programs = [disassemble(kernel.cubin) for kernel in compiled(name, 90)]
     names = [instruction.name for program in programs for instruction in program.instructions]

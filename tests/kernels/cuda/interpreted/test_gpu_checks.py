@@ -43,6 +43,16 @@ def test_attention(fp8: bool) -> None:
         assert record["ok"], record
 
 
+def test_attention_over_latents() -> None:
+    heads, groups = (4, 1, 48), [PrefixGroup((0, 2), 128)]
+    for record in (
+        gpu_checks.check_extend(F16, heads, 16, [19, 1], [19, 40], value_width=32),
+        gpu_checks.check_decode(F16, heads, 16, [70, 0, 1], value_width=32),
+        gpu_checks.check_cascade(F16, heads, groups, [140, 5, 150], value_width=32),
+    ):
+        assert record["ok"], record
+
+
 def test_inputs() -> None:
     assert gpu_checks.check_inputs([70, 3, 0], [1, 1, 40])["ok"]
     assert gpu_checks.check_inputs([70, 3], [1, 1], padding=2)["ok"]

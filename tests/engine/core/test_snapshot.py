@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from quire.engine.cache.block_pool import MAX_STATE, BlockPool
+from quire.engine.core.snapshot import MAX_WAITING, take_snapshot
 from quire.engine.outputs import LiveSnapshot
-from quire.engine.scheduling.snapshot import MAX_WAITING, take_snapshot
 from quire.engine.sequence import SequenceStatus
 
 from ..harness import Harness, prompt

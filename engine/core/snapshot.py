@@ -6,8 +6,8 @@ import time
 from itertools import islice
 
 from ..outputs import LiveSequence, LiveSnapshot
+from ..scheduling.scheduler import Scheduler
 from ..sequence import Sequence, SequenceStatus
-from .scheduler import Scheduler
 
 MAX_WAITING = 64
 """Sequences of a snapshot that do not run. The queue may hold thousands."""
