@@ -278,7 +278,7 @@ def test_the_rank_with_the_most_states_says_how_many_sequences_run(tmp_path: Pat
         tmp_path, config_of("qwen3_5", layer_types=LOPSIDED, num_hidden_layers=8)
     )
     given: dict[str, Any] = {"num_blocks": None, "kv_cache_memory_bytes": 400_000}
-    given |= {"max_num_seqs": 64, "max_model_len": 64, "max_num_batched_tokens": 64}
+    given |= {"max_num_seqs": 64, "max_model_len": 128, "max_num_batched_tokens": 64}
     with ParallelEngine(
         folder, pipeline_parallel_size=2, lowers_max_num_seqs=True, **given
     ) as engine:
