@@ -106,8 +106,8 @@ def seats_beside_blocks(
         return config.max_num_seqs
     longest, size = info.max_model_len - 1, config.block_size
     least = block_bytes * blocks_needed(info.group_windows, size, longest, step_tokens=step_tokens)
-    if config.enable_prefix_caching:  # and a share for snapshots
-        least = -(-least * (SNAPSHOT_SHARE + 1) // SNAPSHOT_SHARE)
+    blocks, both = _shares(config, info, own_bytes, block_bytes)
+    least = -(-least * both // blocks)
     most = (memory - least) // own_bytes
     if most >= config.max_num_seqs:
         return config.max_num_seqs
@@ -130,13 +130,21 @@ def memory_beside_states(
             f"leave nothing of {_gib(memory)} for the KV cache: lower --max-num-seqs to "
             f"{max(memory // (2 * own_bytes), 1)} or less, or give it more memory"
         )
-    if config.enable_prefix_caching:
-        # Snapshots have a share of the bytes of the whole model's blocks, which may be another one
-        # of this rank's: a stage may have few layers with K and V.
-        blocks = SNAPSHOT_SHARE * block_bytes * info.state_bytes
-        snapshots = own_bytes * config.block_size * info.kv_bytes_per_token
-        left = left * blocks // (blocks + snapshots)
-    return left
+    blocks, both = _shares(config, info, own_bytes, block_bytes)
+    return left * blocks // both
+
+
+def _shares(
+    config: EngineConfig, info: WorkerInfo, own_bytes: int, block_bytes: int
+) -> tuple[int, int]:
+    """Return how blocks, and blocks with snapshots, share out this rank's memory. Snapshots have a
+    share of the bytes of the whole model's blocks, which may be another one of this rank's: a stage
+    may have few layers with K and V."""
+    if not config.enable_prefix_caching:
+        return 1, 1
+    blocks = SNAPSHOT_SHARE * block_bytes * info.state_bytes
+    snapshots = own_bytes * config.block_size * info.kv_bytes_per_token
+    return blocks, blocks + snapshots
 
 
 def num_blocks_from_memory(

@@ -246,24 +246,45 @@ def test_a_shared_norm_is_the_norm_of_all_channels(groups: int, before: bool) ->
     torch.testing.assert_close(torch.cat([found[0], found[1]], dim=-1), norm(x, gate))
 
 
+LOPSIDED = ["linear_attention"] * 3 + ["full_attention"] * 4 + ["linear_attention"]
+"""Of two stages, one has most of the states, the other one most of the layers with K and V."""
+
+
 @pytest.mark.parametrize(("size", "stages"), [(2, 1), (1, 2)])
 def test_states_come_before_blocks_on_each_rank(tmp_path: Path, size: int, stages: int) -> None:
-    """One stage has three of four layers with K and V, the other one of them."""
-    kinds = ["linear_attention"] * 3 + ["full_attention"] + ["full_attention"] * 3
-    kinds += ["linear_attention"]
-    folder, _ = make(tmp_path, config_of("qwen3_5", layer_types=kinds, num_hidden_layers=8))
+    folder, _ = make(tmp_path, config_of("qwen3_5", layer_types=LOPSIDED, num_hidden_layers=8))
     shape = {"tensor_parallel_size": size, "pipeline_parallel_size": stages}
     given: dict[str, Any] = {"num_blocks": None, "kv_cache_memory_bytes": 2_000_000}
     with ParallelEngine(folder, **shape, **given, max_num_seqs=4) as engine:
-        states = engine.core._scheduler.block_manager.states
-        assert states is not None and states.num_snapshots > 0
-        taken = []
-        for worker in (engine.worker, engine.followers[1]):
-            store = worker._runner._states
-            assert store is not None and store.step.convolution.shape[1] == states.num_slots
-            tensors = (store.step.convolution, store.step.recurrent, worker._runner.kv_cache)
-            taken.append(sum(tensor.nbytes for tensor in tensors))
+        taken = memory_taken(engine)
         assert max(taken) <= 2_000_000 < max(taken) * 1.1
+
+
+def memory_taken(engine: ParallelEngine) -> list[int]:
+    """Return the bytes of each rank's states and blocks."""
+    states = engine.core._scheduler.block_manager.states
+    assert states is not None and states.num_snapshots > 0
+    taken = []
+    for worker in (engine.worker, *engine.followers.values()):
+        store = worker._runner._states
+        assert store is not None and store.step.convolution.shape[1] == states.num_slots
+        tensors = (store.step.convolution, store.step.recurrent, worker._runner.kv_cache)
+        taken.append(sum(tensor.nbytes for tensor in tensors))
+    return taken
+
+
+def test_the_rank_with_the_most_states_says_how_many_sequences_run(tmp_path: Path) -> None:
+    folder, reference = make(
+        tmp_path, config_of("qwen3_5", layer_types=LOPSIDED, num_hidden_layers=8)
+    )
+    given: dict[str, Any] = {"num_blocks": None, "kv_cache_memory_bytes": 400_000}
+    given |= {"max_num_seqs": 64, "max_model_len": 128, "max_num_batched_tokens": 64}
+    with ParallelEngine(
+        folder, pipeline_parallel_size=2, lowers_max_num_seqs=True, **given
+    ) as engine:
+        assert 0 < engine.core.info.max_num_seqs < 64
+        assert max(memory_taken(engine)) <= 400_000
+        run(engine, reference)
 
 
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], type[StartupError], str]] = [
