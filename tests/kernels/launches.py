@@ -52,11 +52,13 @@ def _inputs(
     return inputs, (inputs.key_cache.to(cache), inputs.value_cache.to(cache)), scales
 
 
-def extend(heads: Heads, block_size: int, cache: torch.dtype = BF16) -> None:
+def extend(
+    heads: Heads, block_size: int, cache: torch.dtype = BF16, *, window: int | None = None
+) -> None:
     inputs, caches, scales = _inputs([200], [400], heads, block_size, cache)
     paged_attention_extend(
         inputs.query, *caches, inputs.block_table, inputs.query_start_loc, inputs.seq_lens,
-        scale=inputs.scale, max_query_len=200, kv_scales=scales,
+        scale=inputs.scale, max_query_len=200, kv_scales=scales, window=window,
     )  # fmt: skip
 
 
@@ -67,9 +69,10 @@ def decode(
     *,
     cascade: bool = False,
     pdl: bool = False,
+    window: int | None = None,
 ) -> None:
     inputs, caches, scales = _inputs([1, 1], [400, 20], heads, block_size, cache)
-    workspace = DecodeWorkspace.allocate(64, *heads, dtype=BF16, device="cpu")
+    workspace = DecodeWorkspace.allocate(64, *heads, dtype=BF16, device="cpu", window=window)
     groups = None
     if cascade:
         groups = CascadeWorkspace.allocate(workspace, dtype=BF16, cache_dtype=cache)
@@ -79,7 +82,7 @@ def decode(
         )
     paged_attention_decode(
         inputs.query, *caches, inputs.block_table, inputs.seq_lens, scale=inputs.scale,
-        workspace=workspace, kv_scales=scales, cascade=groups, pdl=pdl,
+        workspace=workspace, kv_scales=scales, cascade=groups, pdl=pdl, window=window,
     )  # fmt: skip
 
 
@@ -259,6 +262,13 @@ DEPENDENT: dict[str, Callable[[], None]] = {
     "decode, fp8": lambda: decode((32, 8, 128), 16, E4M3, pdl=True),
 }
 """Launches before the kernel that they follow has ended."""
+
+
+CHUNKED: dict[str, Callable[[], None]] = {
+    "extend": lambda: extend((40, 8, 128), 16, window=-8192),
+    "decode": lambda: decode((40, 8, 128), 16, window=-8192),
+}
+"""Launches of layers that attend in chunks, with Llama 4's heads."""
 
 
 @functools.cache
