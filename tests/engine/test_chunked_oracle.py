@@ -26,7 +26,7 @@ from quire.engine.runner.worker import Worker
 
 from . import models
 from .devices.cuda_on_cpu import CudaOnCpuBackend
-from .models import CHUNK, llama4
+from .models import CHUNK, MAX_POSITION, llama4
 from .parallel.thread_ranks import ParallelEngine
 from .test_groups_oracle import MODES, SMALL, make_engine, wanted
 from .test_oracle import Engine, Reference
@@ -104,7 +104,8 @@ def test_decode_graphs_equal_generate(shape: tuple[Path, Reference]) -> None:
 def test_stages_equal_generate(shape: tuple[Path, Reference]) -> None:
     """Each stage numbers its layers from 0, and knows what each of them does all the same."""
     folder, reference = shape
-    with ParallelEngine(folder, pipeline_parallel_size=2, max_num_batched_tokens=48) as engine:
+    sizes = {"max_model_len": MAX_POSITION, "max_num_batched_tokens": 48}
+    with ParallelEngine(folder, pipeline_parallel_size=2, **sizes) as engine:
         check(engine, reference, 4)
 
 

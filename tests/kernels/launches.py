@@ -61,12 +61,18 @@ def _inputs(
 
 
 def extend(
-    heads: Heads, block_size: int, cache: torch.dtype = BF16, *, value_width: int | None = None
+    heads: Heads,
+    block_size: int,
+    cache: torch.dtype = BF16,
+    *,
+    window: int | None = None,
+    value_width: int | None = None,
 ) -> None:
     inputs, caches, scales = _inputs([200], [400], heads, block_size, cache, value_width)
     paged_attention_extend(
         inputs.query, *caches, inputs.block_table, inputs.query_start_loc, inputs.seq_lens,
-        scale=inputs.scale, max_query_len=200, kv_scales=scales, value_width=value_width,
+        scale=inputs.scale, max_query_len=200, kv_scales=scales, window=window,
+        value_width=value_width,
     )  # fmt: skip
 
 
@@ -77,11 +83,12 @@ def decode(
     *,
     cascade: bool = False,
     pdl: bool = False,
+    window: int | None = None,
     value_width: int | None = None,
 ) -> None:
     inputs, caches, scales = _inputs([1, 1], [400, 20], heads, block_size, cache, value_width)
     workspace = DecodeWorkspace.allocate(
-        64, *heads, dtype=BF16, device="cpu", value_width=value_width
+        64, *heads, dtype=BF16, device="cpu", window=window, value_width=value_width
     )
     groups = None
     if cascade:
@@ -92,7 +99,8 @@ def decode(
         )
     paged_attention_decode(
         inputs.query, *caches, inputs.block_table, inputs.seq_lens, scale=inputs.scale,
-        workspace=workspace, kv_scales=scales, cascade=groups, pdl=pdl, value_width=value_width,
+        workspace=workspace, kv_scales=scales, cascade=groups, pdl=pdl, window=window,
+        value_width=value_width,
     )  # fmt: skip
 
 
@@ -307,6 +315,13 @@ DEPENDENT: dict[str, Callable[[], None]] = {
     "decode, fp8": lambda: decode((32, 8, 128), 16, E4M3, pdl=True),
 }
 """Launches before the kernel that they follow has ended."""
+
+
+CHUNKED: dict[str, Callable[[], None]] = {
+    "extend": lambda: extend((40, 8, 128), 16, window=-8192),
+    "decode": lambda: decode((40, 8, 128), 16, window=-8192),
+}
+"""Launches of layers that attend in chunks, with Llama 4's heads."""
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import triton
 sys.path.append(str(Path(__file__).parents[1]))
 from compiling import compile_launch  # noqa: E402
 from launches import (  # noqa: E402
+    CHUNKED,
     COPY_SIZE,
     DEPENDENT,
     LAUNCHES,
@@ -38,6 +39,13 @@ def test_resources(name: str, arch: int) -> None:
         assert kernel.spills == 0, kernel[:4]
         assert kernel.registers <= 255
         assert kernel.shared <= SHARED_LIMITS[arch]
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMITS)
+@pytest.mark.parametrize("name", CHUNKED)
+def test_resources_of_chunks(name: str, arch: int) -> None:
+    for kernel in compile_launch(CHUNKED[name], arch):
+        assert kernel.spills == 0 and kernel.shared <= SHARED_LIMITS[arch], kernel[:4]
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMITS)
