@@ -42,8 +42,8 @@ def extend_config(
         if dtype == torch.float32:
             return TileConfig(16, 16, 8, 1)
         if compute_capability(device) == 90:
-            return TileConfig(64, 32, 8, 2, prefetch=False)  # whose ids would be spilled
-        return TileConfig(64, 16, 8, 2)
+            return TileConfig(64, 32, 8, 2, prefetch=False)  # ids read ahead would be spilled
+        return TileConfig(32, 32, 8, 2)
     if dtype == torch.float32:
         return TileConfig(32, 16, 8, 1)  # no tensor cores: small enough not to spill
     block_m, num_warps = (64, 4) if max_rows <= 64 else (128, 8)
