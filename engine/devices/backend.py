@@ -24,6 +24,7 @@ from ..body.flat_decoder import FlatDecoder
 from ..body.grouped_linear import GroupedWeight
 from ..config import EngineConfig
 from ..layers.attention_shape import AttentionShape
+from ..layers.latent_heads import LatentHeads
 from ..sampling.sampler import Sampler
 from ..states.step_states import StateOps
 from ..step import BlockCopy, BlockLoad, BlockSave
@@ -188,9 +189,9 @@ class Backend(Protocol):
         """Return the weight `[out_features, in_features]` of a linear layer as `make_body` would
         round it; a last group that is not full is filled up with columns of zeros."""
 
-    def check_latents(self, architecture: str) -> None:
-        """Raise UnsupportedModelError if the device has no kernels for layers whose heads share a
-        latent (`AttentionPlan.attend_latents`)."""
+    def check_latents(self, heads: LatentHeads, architecture: str) -> None:
+        """Raise UnsupportedModelError if the device has no kernels for layers with these heads,
+        which share a latent (`AttentionPlan.attend_latents`)."""
 
     def check_deterministic(self) -> None:
         """Raise ConfigurationError, with the reason, if a token that is computed by itself may get

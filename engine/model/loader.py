@@ -72,7 +72,7 @@ def load_model(config: EngineConfig, backend: Backend, ranks: Ranks = ALONE) -> 
         check_config(config, spec.architecture)
     if spec.latents is not None:
         _check_latents(config, spec.architecture)
-        backend.check_latents(spec.architecture)
+        backend.check_latents(spec.latents, spec.architecture)
     check_parallel(
         config,
         hf_config,

@@ -86,7 +86,10 @@ class ModelSpec:
     def attention_shapes(self) -> frozenset[AttentionShape]:
         """The shapes in which layers attend."""
         heads = [self.heads_of(layer) for layer in range(self.num_layers)]
-        return attention_shapes(self.lines, self.num_attention_heads, heads, self.windows)
+        value_width = None if self.latents is None else self.latents.rank
+        return attention_shapes(
+            self.lines, self.num_attention_heads, heads, self.windows, value_width
+        )
 
     state: StateSpec | None = None
     kv_layers: tuple[int, ...] = ()

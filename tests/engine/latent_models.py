@@ -21,8 +21,8 @@ from .models import COMMON, MAX_POSITION, build_model
 _LATENT: dict[str, Any] = COMMON | {
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
-    "kv_lora_rank": 20,
-    "qk_rope_head_dim": 8,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
     "qk_nope_head_dim": 12,
     "v_head_dim": 10,
 }
@@ -72,7 +72,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "longcat_flash": lambda: LongcatFlashConfig(
         **_LATENT,
-        head_dim=8,
+        head_dim=16,
         n_routed_experts=8,
         zero_expert_num=4,
         moe_topk=3,
@@ -85,9 +85,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 def in_groups() -> YoutuConfig:
     """Return a model whose products have inputs of whole groups of 32."""
-    return YoutuConfig(
-        **_LATENT | {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    )
+    return YoutuConfig(**_LATENT | {"q_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 8})
 
 
 def build(family: str) -> PreTrainedModel:

@@ -18,8 +18,11 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Atten
 from transformers.models.deepseek_v32 import DeepseekV32Config
 
 from quire.engine.config import EngineConfig
+from quire.engine.devices.backend import Backend
 from quire.engine.devices.cpu.attention import CpuPlan, CpuPlanner
+from quire.engine.devices.cuda.step_graphs import graph_sizes
 from quire.engine.errors import StartupError, UnsupportedModelError
+from quire.engine.layers.latent_heads import LatentHeads
 from quire.engine.model.outline import outline
 from quire.engine.parallel.ranks import ALONE
 from quire.engine.runner.worker import Worker
@@ -35,8 +38,8 @@ from .test_beam_oracle import MAX_TOKENS
 from .test_oracle import Engine, Reference, prompts, round_layers
 from .worker_driver import load, make_config
 
-WIDTH = 28
-"""Numbers of a token and layer in the cache: a latent of 20, and 8 that are rotated."""
+WIDTH = 48
+"""Numbers of a token and layer in the cache: a latent of 32, and 16 that are rotated."""
 MODES: dict[str, dict[str, Any]] = {
     "chunked": {"max_num_batched_tokens": 16},
     "preempted": {"num_blocks": 14, "max_num_batched_tokens": 64},
@@ -67,9 +70,9 @@ def glm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reference]:
     return folder, Reference(model)
 
 
-def make_engine(folder: Path, **config: Any) -> Engine:
+def make_engine(folder: Path, backend: Backend | None = None, **config: Any) -> Engine:
     """Start an engine in whose cache nothing is a number."""
-    engine = Engine(folder, **config)
+    engine = Engine(folder, backend, **config)
     cache = engine.worker._runner._kv_cache
     assert cache.shape[1:2] + cache.shape[3:4] + cache.shape[5:] == (1, 1, WIDTH)
     cache.fill_(torch.nan)
@@ -256,9 +259,23 @@ def test_what_latents_do_not_go_with(
         Worker(EngineConfig(**config), ranks=ALONE).load()
 
 
-def test_gpus_refuse_latents(glm: tuple[Path, Reference]) -> None:
-    with pytest.raises(UnsupportedModelError, match="use --device cpu"):
-        Engine(glm[0], CudaOnCpuBackend(sizes=[]))
+@pytest.mark.parametrize(
+    "heads", [LatentHeads(48, 16, 12, 10), LatentHeads(1024, 64, 12, 10), LatentHeads(32, 8, 8, 8)]
+)
+def test_gpus_refuse_latents_of_other_widths(heads: LatentHeads) -> None:
+    CudaOnCpuBackend().check_latents(LatentHeads(512, 64, 192, 256), "Glm4MoeLite")
+    with pytest.raises(UnsupportedModelError, match="run on the CPU only"):
+        CudaOnCpuBackend().check_latents(heads, "Glm4MoeLite")
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_decode_graphs_equal_generate(glm: tuple[Path, Reference], drafts: bool) -> None:
+    folder, reference = glm
+    backend = CudaOnCpuBackend(sizes=graph_sizes(6), mixed=[32])
+    config: dict[str, Any] = {"speculation": "ngram"} if drafts else {"async_scheduling": True}
+    engine = make_engine(folder, backend, max_num_seqs=6, max_num_batched_tokens=64, **config)
+    check(engine, reference, 12)
+    assert backend.reruns.num_replays > 15
 
 
 def test_an_indexer_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ...body.grouped_linear import GroupedWeight
 from ...config import EngineConfig
 from ...errors import ConfigurationError
 from ...layers.attention_shape import AttentionShape
+from ...layers.latent_heads import LatentHeads
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
@@ -69,7 +70,7 @@ class CpuBackend:
         assert isinstance(found, GroupedWeight)
         return found
 
-    def check_latents(self, architecture: str) -> None:
+    def check_latents(self, heads: LatentHeads, architecture: str) -> None:
         """Accept every model."""
 
     def check_deterministic(self) -> None:

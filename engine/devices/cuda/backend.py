@@ -25,6 +25,7 @@ from ...body.grouped_linear import GroupedWeight
 from ...config import EngineConfig
 from ...errors import ConfigurationError, UnsupportedModelError, one_line
 from ...layers.attention_shape import AttentionShape
+from ...layers.latent_heads import LatentHeads
 from ...sampling.sampler import Sampler
 from ...step import BlockCopy
 from ..backend import CacheDemand, Graphs, Rehearsal, StartRehearsal
@@ -110,11 +111,15 @@ class CudaBackend:
     def rounded(self, weight: torch.Tensor, quantization: str) -> GroupedWeight:
         raise AssertionError("check_quantization has refused it")
 
-    def check_latents(self, architecture: str) -> None:
-        raise UnsupportedModelError(
-            f"{architecture}: layers whose heads share a latent run on the CPU only: use --device "
-            "cpu"
-        )
+    def check_latents(self, heads: LatentHeads, architecture: str) -> None:
+        rank, rope_dim, *_ = heads
+        is_power = rank & (rank - 1) == 0
+        if not (is_power and 16 <= rank <= 512 and rope_dim % 8 == 0 and 16 <= rope_dim <= 64):
+            raise UnsupportedModelError(
+                f"{architecture}: its latents of {rank} numbers and {rope_dim} rotated ones run on "
+                "the CPU only: a GPU's kernels take a power of two from 16 to 512, and a multiple "
+                "of 8 from 16 to 64"
+            )
 
     def check_deterministic(self) -> None:
         raise ConfigurationError(

@@ -52,7 +52,7 @@ def test_a_folder(tmp_path: Path, family: str) -> None:
 def test_latents_are_counted_once(tmp_path: Path) -> None:
     latent_models.build("minicpm3").save_pretrained(tmp_path)
     found = check_against_loader(tmp_path)
-    assert found.kv_bytes_per_token == 2 * (20 + 8) * 4  # layers, numbers, float32
+    assert found.kv_bytes_per_token == 2 * (32 + 16) * 4  # layers, numbers, float32
 
 
 def test_a_folder_in_bfloat16_of_several_files(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_layers_with_windows_find_what_was_evicted(
 def test_latents_come_back(tmp_path: Path) -> None:
     model = latent_models.build("glm4_moe_lite")
     model.save_pretrained(tmp_path / "model")
-    size = 16 * 2 * 28 * 4  # tokens, layers, numbers, float32
+    size = 16 * 2 * 48 * 4  # tokens, layers, numbers, float32
     made = engine(tmp_path / "model", 24 * size, kv_offloading_disk=str(tmp_path / "disk"))
     hold(made, Reference(model), MANY, n=2)
     host, disk = made.core.stats().tiers

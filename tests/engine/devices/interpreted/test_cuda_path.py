@@ -26,6 +26,7 @@ from quire.engine.step import BlockCopy
 from quire.kernels.cuda.attention import decode_schedule
 from quire.kernels.prefix_groups import PrefixGroup, find_prefix_groups
 
+from ... import latent_models
 from ...checkpoints.quantized_files import FORMATS, write_model
 from ...models import (
     COMMON,
@@ -59,6 +60,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "glm4": FAMILIES["glm4"],
     "olmo2": lambda: Olmo2Config(**COMMON | WIDE_HEADS),
     "not flat": not_flat,
+    "latents": latent_models.FAMILIES["youtu"],
     "gemma4": lambda: gemma4(**GEMMA4["experts"] | WIDE_GEMMA | {"enable_moe_block": False}),
     "gemma4 shared": lambda: gemma4(**GEMMA4["shared"] | SHARED),
     "gemma4 one head": lambda: gemma4(**GEMMA4["one head"] | SHARED),
