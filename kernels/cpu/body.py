@@ -197,7 +197,7 @@ class Body:
         packed = self._packed[place] = Packed(work)
         phases = self._phases(place)
         self._table[phases, KERNEL] = kernel.address(work)
-        self._table[phases, WORK] = id(packed.words)
+        self._table[phases, WORK] = packed.address
 
     def _set_counts(self, tokens: int, picks: int, tiles: int, kv_heads: int) -> None:
         """Set the number of items of each phase, and of rows: all tokens, and after the layers

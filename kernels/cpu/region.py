@@ -27,7 +27,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from tqdm import tqdm
 
-from .kernel import DATA, Kernel, Packed, Signature, Work, only_process
+from .kernel import Kernel, Packed, Signature, Work, only_process
 from .numbers import FAST, PARALLEL, fetch_add, load, yield_core
 
 logger = logging.getLogger("quire.kernels")
@@ -47,8 +47,7 @@ class Phase(NamedTuple):
     kernel: int
     """The address of the kernel's machine code."""
     work: int
-    """The address of the array of the words that the kernel reads: of the NumPy object, see
-    `kernel.Packed`."""
+    """The address of the words that the kernel reads: see `kernel.Packed`."""
     items: int
     layer: int
     rows: int
@@ -65,7 +64,7 @@ def run_calls(
     """Run kernels on works, one phase after the other: each with its number of items."""
     packed = [Packed(work) for (_, work), _ in calls]  # until the kernels have run
     phases = [
-        (kernel.address(work), id(words.words), items, 0, rows)
+        (kernel.address(work), words.address, items, 0, rows)
         for ((kernel, work), items), words in zip(calls, packed, strict=True)
     ]
     run_phases(np.array(phases, dtype=np.int64), num_threads)
@@ -116,14 +115,15 @@ def run_region(phases, counters, num_threads):
 def _take_items(phases, counters, thread):
     """Do one thread's share of all phases."""
     for phase in range(len(phases)):
-        items = phases[phase, 2]
+        kernel, work, items = phases[phase, 0], phases[phase, 1], phases[phase, 2]
+        layer, rows = phases[phase, 3], phases[phase, 4]
         taken, done = 2 * LINE * phase, 2 * LINE * phase + LINE
         # 1. Take items while there are any. The first look saves the others the counter's cache
         #    line, which every addition takes away from them.
         while load(counters, taken) < items:
             item = fetch_add(counters, taken, 1)
             if item < items:
-                _call(phases, phase, item, thread)
+                _call(kernel, work, item, layer, rows, thread)
                 fetch_add(counters, done, 1)
         # 2. Wait for the items that others have taken: spinning, since a wake-up takes longer
         #    than most items, but not in the way of whoever needs this core.
@@ -135,24 +135,17 @@ def _take_items(phases, counters, thread):
 
 
 @intrinsic
-def _call(typing_context, phases, phase, item, thread):
-    """Call the phase's kernel for one item."""
+def _call(typing_context, kernel, work, item, layer, rows, thread):
+    """Call a kernel for one item."""
 
     def generate(context, builder, signature, arguments):
-        phases, phase, item, thread = arguments
-        table = context.make_array(signature.args[0])(context, builder, phases)
-        begin = builder.mul(phase, ir.Constant(ir.IntType(64), len(Phase._fields)))
-        address, work, _, layer, rows = (
-            builder.load(builder.gep(table.data, [builder.add(begin, ir.Constant(begin.type, at))]))
-            for at in range(len(Phase._fields))
-        )
+        kernel, work, item, layer, rows, thread = arguments
         word = ir.IntType(64)
         kind = ir.FunctionType(ir.VoidType(), [word, word, word, word, word.as_pointer()])
-        function = builder.inttoptr(address, kind.as_pointer())
-        words = builder.gep(builder.inttoptr(work, word.as_pointer()), [ir.Constant(word, DATA)])
-        pointer = builder.inttoptr(builder.load(words), word.as_pointer())
+        function = builder.inttoptr(kernel, kind.as_pointer())
+        pointer = builder.inttoptr(work, word.as_pointer())
         builder.call(function, [item, layer, rows, thread, pointer])
         return context.get_dummy_value()
 
     word = types.int64
-    return types.void(phases, word, word, word), generate
+    return types.void(*[word] * 6), generate
