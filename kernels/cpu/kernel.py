@@ -206,8 +206,10 @@ class _Alone(CFunc):
 class Kernel:
     """A kernel, compiled for the works it is given."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None], chunk: int = 1) -> None:
         self.name: str = function.__name__
+        self.chunk = chunk
+        """As in `region.Phase`."""
         self._function = function
         self._compiled: dict[Signature, Any] = {}
 
@@ -246,6 +248,12 @@ class Kernel:
 def kernel(function: Callable[..., None]) -> Kernel:
     """Make a kernel of a function (item, layer, rows, thread, work)."""
     return Kernel(function)
+
+
+def kernel_in_chunks(chunk: int) -> Callable[[Callable[..., None]], Kernel]:
+    """Make a kernel of a function as `kernel` does, of which a thread takes up to `chunk` items at
+    once: they should take equally long."""
+    return lambda function: Kernel(function, chunk)
 
 
 @contextmanager

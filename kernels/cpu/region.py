@@ -1,7 +1,7 @@
 """One parallel region in which threads go through phases of items.
 
 A phase is a row of a table: which kernel, on which work, how many items, and the kernel's `layer`
-and `rows`. Threads take items as they get free:
+and `rows`. Threads take items, or chunks of them, as they get free:
 
     phase 0   item 0  item 1  item 2 ...      each taken by one thread: kernel(item, ...)
               ───────── all done ─────────
@@ -51,6 +51,9 @@ class Phase(NamedTuple):
     items: int
     layer: int
     rows: int
+    chunk: int
+    """Maximum items that a thread takes at once. Items of products that follow each other are one
+    piece of memory, which a processor fetches ahead; of others a thread takes one (0 or 1)."""
 
 
 def launch(kernel: Kernel, work: Work, items: int, rows: int, num_threads: int) -> None:
@@ -64,7 +67,7 @@ def run_calls(
     """Run kernels on works, one phase after the other: each with its number of items."""
     packed = [Packed(work) for (_, work), _ in calls]  # until the kernels have run
     phases = [
-        (kernel.address(work), words.address, items, 0, rows)
+        (kernel.address(work), words.address, items, 0, rows, kernel.chunk)
         for ((kernel, work), items), words in zip(calls, packed, strict=True)
     ]
     run_phases(np.array(phases, dtype=np.int64), num_threads)
@@ -108,23 +111,30 @@ def compile_all(tasks: Sequence[Task]) -> None:
 def run_region(phases, counters, num_threads):
     """Run all phases in `num_threads` threads."""
     for thread in prange(num_threads):
-        _take_items(phases, counters, np.int64(thread))
+        _take_items(phases, counters, np.int64(thread), np.int64(num_threads))
 
 
 @njit(**FAST)
-def _take_items(phases, counters, thread):
+def _take_items(phases, counters, thread, num_threads):
     """Do one thread's share of all phases."""
     for phase in range(len(phases)):
         kernel, work, items = phases[phase, 0], phases[phase, 1], phases[phase, 2]
-        layer, rows = phases[phase, 3], phases[phase, 4]
+        layer, rows, chunk = phases[phase, 3], phases[phase, 4], phases[phase, 5]
         taken, done = 2 * LINE * phase, 2 * LINE * phase + LINE
-        # 1. Take items while there are any. The first look saves the others the counter's cache
-        #    line, which every addition takes away from them.
-        while load(counters, taken) < items:
-            item = fetch_add(counters, taken, 1)
-            if item < items:
+        # 1. Take items while there are any: a chunk, but at most half of what would be this
+        #    thread's share of those that are left, so that all threads end at the same time. The
+        #    look at the counter also saves the others its cache line, which every addition takes
+        #    away from them.
+        left = items - load(counters, taken)
+        while left > 0:
+            some = max(min(chunk, left // (2 * num_threads)), 1)
+            begin = fetch_add(counters, taken, some)
+            end = min(begin + some, items)
+            for item in range(begin, end):
                 _call(kernel, work, item, layer, rows, thread)
-                fetch_add(counters, done, 1)
+            if begin < end:
+                fetch_add(counters, done, end - begin)
+            left = items - load(counters, taken)
         # 2. Wait for the items that others have taken: spinning, since a wake-up takes longer
         #    than most items, but not in the way of whoever needs this core.
         spins = 0
