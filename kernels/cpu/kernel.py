@@ -50,6 +50,7 @@ _WORD = ir.IntType(64)
 _DATA = object.__basicsize__
 """The byte of a NumPy array (PyArrayObject, whose layout is part of NumPy's binary interface) at
 which the address of its data is: after Python's own."""
+_word_at = ctypes.c_int64.from_address
 
 
 def signature_of(work: Work) -> Signature:
@@ -75,8 +76,9 @@ class Packed:
     def __init__(self, work: Work) -> None:
         self.work = work
         parts = [_words(value) for value in work]
-        self._ends = list(itertools.accumulate(map(len, parts)))
+        self._begins = [0, *itertools.accumulate(map(len, parts))]
         self.words = np.array([word for part in parts for word in part], dtype=np.int64)
+        self._view = memoryview(self.words)  # of which Python writes an element sooner
         self.address = data_address(self.words)
         """Where the words are."""
 
@@ -91,15 +93,16 @@ class Packed:
                     return False
                 if type(new) is np.ndarray and (new.dtype != old.dtype or new.ndim != old.ndim):
                     return False
-                words = _words(new)
-                self.words[self._ends[at] - len(words) : self._ends[at]] = words
+                for word, value in enumerate(_words(new), self._begins[at]):
+                    self._view[word] = value
         self.work = work
         return True
 
 
 def data_address(array: np.ndarray[Any, Any]) -> int:
-    """Return the address of an array's data: what `array.ctypes.data` is, a microsecond sooner."""
-    return ctypes.c_int64.from_address(id(array) + _DATA).value
+    """Return the address of an array's data: what `array.ctypes.data` is, in a tenth of the
+    time."""
+    return _word_at(id(array) + _DATA).value
 
 
 def _words(value: Any) -> tuple[int, ...]:
