@@ -78,7 +78,7 @@ class Packed:
         parts = [_words(value) for value in work]
         self._begins = [0, *itertools.accumulate(map(len, parts))]
         self.words = np.array([word for part in parts for word in part], dtype=np.int64)
-        self._view = memoryview(self.words)  # of which Python writes an element sooner
+        self._view = self.words.data  # a memoryview, of which Python writes an element sooner
         self.address = data_address(self.words)
         """Where the words are."""
 
