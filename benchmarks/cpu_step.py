@@ -1,10 +1,11 @@
 """Measure how long a step takes on the CPU: decodes at several batch sizes, and a prefill.
 
-    python benchmarks/cpu_step.py [MODEL] [--threads 1] [--dtype bfloat16] [--quantization int8]
+    python benchmarks/cpu_step.py [MODEL] [--shape 440M] [--threads 1] [--quantization int8]
 
 The engine process sets OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=10000: set them here too.
 
-The engine runs without HTTP, with MODEL or else a 30M-parameter Qwen3 shape and random weights.
+The engine runs without HTTP, with MODEL or else random weights in a Qwen3 shape: of 30M parameters,
+or of Qwen3-0.6B's layers, which have 440M, and a head of 32,000 tokens.
 Every row of a decode step has a context of about 300 tokens; the prefill is one prompt of 256
 tokens. The reported figure is the fastest of many steps, which other load on the machine disturbs
 least, beside the median. On a machine that has much else to do, --cpu-time with --threads 1 reports
@@ -21,11 +22,25 @@ from collections.abc import Callable
 
 import torch
 from small_engine import make_core, make_random_core, make_request, small_qwen3
+from transformers.models.qwen3 import Qwen3Config
 
 from quire.engine.core.engine_core import EngineCore
 
 CONTEXT, PREFILL = 300, 256
-SHAPE = small_qwen3()
+SHAPES = {
+    "30M": small_qwen3(),
+    "440M": Qwen3Config(
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+}
 
 
 class Bench:
@@ -83,6 +98,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?")
+    parser.add_argument("--shape", choices=SHAPES, default="30M")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--quantization")
@@ -90,18 +106,20 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--context", type=int, default=CONTEXT)
+    parser.add_argument("--num-blocks", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--prefills", type=int, default=12)
     arguments = parser.parse_args()
     config = {
         "dtype": arguments.dtype,
         "quantization": arguments.quantization,
         "kv_cache_dtype": arguments.kv_cache_dtype,
         "num_threads": arguments.threads,
-        "num_blocks": 8192,
+        "num_blocks": arguments.num_blocks,
         "speculation": "off",  # a decode is to be of one token
     }
     if arguments.model is None:
-        core = make_random_core(SHAPE, **config)
+        core = make_random_core(SHAPES[arguments.shape], **config)
     else:
         core = make_core(arguments.model, device="cpu", **config)
     bench = Bench(core, time.thread_time if arguments.cpu_time else time.perf_counter)
@@ -110,7 +128,8 @@ def main() -> None:
     for batch in arguments.batches:
         times = bench.decode(batch, arguments.context, arguments.steps)
         report(f"decode batch {batch}, context {arguments.context}", times)
-    report(f"prefill {PREFILL}", bench.prefill(PREFILL, 12))
+    if arguments.prefills:
+        report(f"prefill {PREFILL}", bench.prefill(PREFILL, arguments.prefills))
 
 
 def report(name: str, times: list[float]) -> None:

@@ -1,11 +1,13 @@
 """Measure products in integers: how fast one core reads weights of 4 and 8 bits, and multiplies.
 
     OMP_NUM_THREADS=1 taskset -c 1 python -P benchmarks/integer_products.py [--depth 576 2048]
+    python -P benchmarks/integer_products.py --threads 2
 
-One row reads 96 MB of weights from memory, six rows do the same, and 96 rows have 1 MB of them,
-which stays in the cache. Reported are 10^9 products a second of CPU time, and for one row GB/s: the
-best of several turns of all kinds. `int8` and `int4` are what --quantization makes; `Q4_0` and
-`Q4_1` are groups of 32 with a scale of 16 bits, and a minimum, as GGUF files have them.
+One row reads 96 MB of weights from memory, 6 and 16 rows do the same, and 96 rows have 1 MB of
+them, which stays in the cache. Reported are 10^9 products a second and for one row GB/s: the best
+of several turns of all kinds, of CPU time with one thread and of the time that passes with several.
+`int8` and `int4` are what --quantization makes; `Q4_0` and `Q4_1` are groups of 32 with a scale of
+16 bits, and a minimum, as GGUF files have them.
 """
 
 from __future__ import annotations
@@ -25,24 +27,25 @@ from quire.kernels.cpu.panels import PANEL_COLUMNS
 from quire.kernels.cpu.products import count_few, count_items, make_quantised, make_tiles
 from quire.kernels.cpu.region import run_calls
 
-MEASURES = ((1, 96), (6, 96), (96, 1))
+MEASURES = ((1, 96), (6, 96), (16, 96), (96, 1))
 """Rows of x, and MB of weights."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depth", type=int, nargs="*", default=[576, 1536, 2048, 4096])
+    parser.add_argument("--depth", type=int, nargs="*", default=[576, 1536, 2048, 4096, 8192])
     parser.add_argument("--kinds", nargs="*", default=["int8", "int4", "Q4_0", "Q4_1"])
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for depth in arguments.depth:
-        measure(depth, arguments.kinds, arguments.turns)
+        measure(depth, arguments.kinds, arguments.turns, arguments.threads)
 
 
-def measure(depth: int, kinds: list[str], turns: int) -> None:
+def measure(depth: int, kinds: list[str], turns: int, threads: int) -> None:
     made = {
-        (kind, rows): make_product(kind, depth, rows, size)
+        (kind, rows): make_product(kind, depth, rows, size, threads)
         for kind in kinds
         for rows, size in MEASURES
     }
@@ -62,10 +65,10 @@ def measure(depth: int, kinds: list[str], turns: int) -> None:
 
 
 def make_product(
-    kind: str, depth: int, rows: int, megabytes: int
+    kind: str, depth: int, rows: int, megabytes: int, threads: int
 ) -> tuple[Callable[[], float], int, int]:
-    """Return a function that runs a product and returns its seconds of CPU time, the number of its
-    weights, and their bytes."""
+    """Return a function that runs a product and returns its seconds (of CPU time, if it has one
+    thread), the number of its weights, and their bytes."""
     one = make_weight(kind, depth)
     repeats = max(1, (megabytes << 20) // one.num_bytes)
     weight = one._replace(
@@ -76,17 +79,18 @@ def make_product(
     )
     x = np.random.default_rng(0).standard_normal((rows, depth), dtype=np.float32)
     out = np.empty((rows, len(weight.bias)), np.float32)
-    room, tiles = make_quantised(rows, weight.depth, weight.num_groups), make_tiles(1)
+    room, tiles = make_quantised(rows, weight.depth, weight.num_groups), make_tiles(threads)
     quantise = weight.quantise(x, room, tiles)
     assert quantise is not None
     run_calls([(quantise, count_few(rows))], rows, 1)
     call = weight.multiply(x, room, out, tiles, False)
     items = count_items(weight.num_panels, rows)
+    clock = time.thread_time if threads == 1 else time.perf_counter
 
     def run() -> float:
-        begin = time.thread_time()
-        run_calls([(call, items)], rows, 1)
-        return time.thread_time() - begin
+        begin = clock()
+        run_calls([(call, items)], rows, threads)
+        return clock() - begin
 
     run()
     return run, len(weight.bias) * depth, weight.num_bytes

@@ -72,7 +72,7 @@ the first kind."""
 LAYER_PHASES, LAST_PHASES, PRODUCTS = 12, 3, (QKV, OUTPUT, GATE_UP, DOWN, HEAD)
 Place = tuple[int, int | None]
 """A kind of phases, and for those that differ by layer the layer."""
-KERNEL, WORK, ITEMS, LAYER, ROWS = range(len(Phase._fields))
+KERNEL, WORK, ITEMS, LAYER, ROWS, CHUNK = range(len(Phase._fields))
 """The columns of the table of phases."""
 NO_SOFTCAP = np.float32(0)
 _NO_UPDATES = np.empty((0, 1), np.float32)
@@ -197,7 +197,8 @@ class Body:
         packed = self._packed[place] = Packed(work)
         phases = self._phases(place)
         self._table[phases, KERNEL] = kernel.address(work)
-        self._table[phases, WORK] = id(packed.words)
+        self._table[phases, WORK] = packed.address
+        self._table[phases, CHUNK] = kernel.chunk
 
     def _set_counts(self, tokens: int, picks: int, tiles: int, kv_heads: int) -> None:
         """Set the number of items of each phase, and of rows: all tokens, and after the layers

@@ -20,13 +20,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numba import njit
 
-from .kernel import Kernel, Work, kernel
+from .kernel import Kernel, Work, kernel, kernel_in_chunks
 from .numbers import INLINED, exp
 from .panels import PANEL_COLUMNS, PANEL_ROWS, multiply_add
 from .region import run_calls
 
 ROWS = 16 * PANEL_ROWS
 """Maximum rows per item: a panel's weights come from memory once for that many rows."""
+ITEMS_AT_ONCE = 8
+"""Maximum items that a thread takes at once: the processor fetches ahead what follows an item's
+weights, in vain if another thread takes the next item."""
 QUANTISED_ROWS = 4
 """Rows per item when x is quantised."""
 HEAD_BYTES = 16
@@ -240,7 +243,7 @@ def run_product(weight: PackedWeight, x: Array, rows: int, out: Array, num_threa
     run_calls(calls, rows, num_threads)
 
 
-@kernel
+@kernel_in_chunks(ITEMS_AT_ONCE)
 def multiply(item, layer, rows, thread, product):
     """Compute an item of x Wᵀ + b into `out`, or add it to `out`."""
     out, tile, adds = product.out, product.tiles[thread, 0], product.adds
@@ -255,7 +258,7 @@ def multiply(item, layer, rows, thread, product):
             out[first + row, left + column] = number
 
 
-@kernel
+@kernel_in_chunks(ITEMS_AT_ONCE)
 def multiply_gated(item, layer, rows, thread, product):
     """Compute an item of silu(gate) * up into `out`."""
     x, out, tiles = product.x, product.out, product.tiles[thread]

@@ -1,7 +1,7 @@
 """One parallel region in which threads go through phases of items.
 
 A phase is a row of a table: which kernel, on which work, how many items, and the kernel's `layer`
-and `rows`. Threads take items as they get free:
+and `rows`. Threads take items, or chunks of them, as they get free:
 
     phase 0   item 0  item 1  item 2 ...      each taken by one thread: kernel(item, ...)
               ───────── all done ─────────
@@ -27,7 +27,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from tqdm import tqdm
 
-from .kernel import DATA, Kernel, Packed, Signature, Work, only_process
+from .kernel import Kernel, Packed, Signature, Work, only_process
 from .numbers import FAST, PARALLEL, fetch_add, load, yield_core
 
 logger = logging.getLogger("quire.kernels")
@@ -47,11 +47,13 @@ class Phase(NamedTuple):
     kernel: int
     """The address of the kernel's machine code."""
     work: int
-    """The address of the array of the words that the kernel reads: of the NumPy object, see
-    `kernel.Packed`."""
+    """The address of the words that the kernel reads: see `kernel.Packed`."""
     items: int
     layer: int
     rows: int
+    chunk: int
+    """Maximum items that a thread takes at once. Items of products that follow each other are one
+    piece of memory, which a processor fetches ahead; of others a thread takes one (0 or 1)."""
 
 
 def launch(kernel: Kernel, work: Work, items: int, rows: int, num_threads: int) -> None:
@@ -65,7 +67,7 @@ def run_calls(
     """Run kernels on works, one phase after the other: each with its number of items."""
     packed = [Packed(work) for (_, work), _ in calls]  # until the kernels have run
     phases = [
-        (kernel.address(work), id(words.words), items, 0, rows)
+        (kernel.address(work), words.address, items, 0, rows, kernel.chunk)
         for ((kernel, work), items), words in zip(calls, packed, strict=True)
     ]
     run_phases(np.array(phases, dtype=np.int64), num_threads)
@@ -109,22 +111,30 @@ def compile_all(tasks: Sequence[Task]) -> None:
 def run_region(phases, counters, num_threads):
     """Run all phases in `num_threads` threads."""
     for thread in prange(num_threads):
-        _take_items(phases, counters, np.int64(thread))
+        _take_items(phases, counters, np.int64(thread), np.int64(num_threads))
 
 
 @njit(**FAST)
-def _take_items(phases, counters, thread):
+def _take_items(phases, counters, thread, num_threads):
     """Do one thread's share of all phases."""
     for phase in range(len(phases)):
-        items = phases[phase, 2]
+        kernel, work, items = phases[phase, 0], phases[phase, 1], phases[phase, 2]
+        layer, rows, chunk = phases[phase, 3], phases[phase, 4], phases[phase, 5]
         taken, done = 2 * LINE * phase, 2 * LINE * phase + LINE
-        # 1. Take items while there are any. The first look saves the others the counter's cache
-        #    line, which every addition takes away from them.
-        while load(counters, taken) < items:
-            item = fetch_add(counters, taken, 1)
-            if item < items:
-                _call(phases, phase, item, thread)
-                fetch_add(counters, done, 1)
+        # 1. Take items while there are any: a chunk, but at most half of what would be this
+        #    thread's share of those that are left, so that all threads end at the same time. The
+        #    look at the counter also saves the others its cache line, which every addition takes
+        #    away from them.
+        left = items - load(counters, taken)
+        while left > 0:
+            some = max(min(chunk, left // (2 * num_threads)), 1)
+            begin = fetch_add(counters, taken, some)
+            end = min(begin + some, items)
+            for item in range(begin, end):
+                _call(kernel, work, item, layer, rows, thread)
+            if begin < end:
+                fetch_add(counters, done, end - begin)
+            left = items - load(counters, taken)
         # 2. Wait for the items that others have taken: spinning, since a wake-up takes longer
         #    than most items, but not in the way of whoever needs this core.
         spins = 0
@@ -135,24 +145,17 @@ def _take_items(phases, counters, thread):
 
 
 @intrinsic
-def _call(typing_context, phases, phase, item, thread):
-    """Call the phase's kernel for one item."""
+def _call(typing_context, kernel, work, item, layer, rows, thread):
+    """Call a kernel for one item."""
 
     def generate(context, builder, signature, arguments):
-        phases, phase, item, thread = arguments
-        table = context.make_array(signature.args[0])(context, builder, phases)
-        begin = builder.mul(phase, ir.Constant(ir.IntType(64), len(Phase._fields)))
-        address, work, _, layer, rows = (
-            builder.load(builder.gep(table.data, [builder.add(begin, ir.Constant(begin.type, at))]))
-            for at in range(len(Phase._fields))
-        )
+        kernel, work, item, layer, rows, thread = arguments
         word = ir.IntType(64)
         kind = ir.FunctionType(ir.VoidType(), [word, word, word, word, word.as_pointer()])
-        function = builder.inttoptr(address, kind.as_pointer())
-        words = builder.gep(builder.inttoptr(work, word.as_pointer()), [ir.Constant(word, DATA)])
-        pointer = builder.inttoptr(builder.load(words), word.as_pointer())
+        function = builder.inttoptr(kernel, kind.as_pointer())
+        pointer = builder.inttoptr(work, word.as_pointer())
         builder.call(function, [item, layer, rows, thread, pointer])
         return context.get_dummy_value()
 
     word = types.int64
-    return types.void(phases, word, word, word), generate
+    return types.void(*[word] * 6), generate

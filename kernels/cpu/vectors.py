@@ -85,12 +85,13 @@ def fused(builder, left, right, addend):
     )
 
 
-def prefetch(builder, pointer):
-    """Ask for the cache line of an address, which need not be one of the process's."""
+def prefetch(builder, pointer, level=1):
+    """Ask for the cache line of an address, which need not be one of the process's, into the cache
+    of a level."""
     number = ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    reads, near, is_data = (ir.Constant(number, each) for each in (0, 3, 1))
+    reads, near, is_data = (ir.Constant(number, each) for each in (0, 4 - level, 1))
     builder.call(function, [pointer, reads, near, is_data])
 
 

@@ -54,6 +54,12 @@ UNIT = 16
 """A group's size is a multiple of this many features."""
 _AHEAD = 256
 """How many bytes ahead x is fetched."""
+_WEIGHTS_AHEAD = 6144
+"""How many bytes ahead weights are fetched."""
+_MANY = 5
+"""From how many products for each byte of weights on that is done."""
+_LINE = 64
+"""Bytes of a cache line."""
 _VECTOR_BYTES = 4 * LANES
 _BYTE, _INT32, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
 _WIDTHS = {types.float32: 4, types.int16: 2, types.int8: 1, types.uint8: 0, types.uint16: 0}
@@ -151,6 +157,7 @@ def _add_rows(builder, form, count, arrays, given):
             # The panel's stream pushes x out of the first-level cache: fetch it back in time.
             for head in heads:
                 prefetch(builder, builder.gep(head, [index(_AHEAD)]))
+        _fetch_weights(builder, form, count, weights, form.at_quants)
         # 3. The integer sums of a group, times its scales, to the float sums.
         for which, (at, _) in enumerate(panel):
             builder.store(_beginning(builder, form, heads[at]), integers[which])
@@ -164,15 +171,25 @@ def _add_rows(builder, form, count, arrays, given):
         builder.store(builder.load(total), target, align=4)
 
 
+def _fetch_weights(builder, form, count, weights, size):
+    """Fetch `size` bytes of weights that will be read later, if there are many rows: then a
+    record's instructions fill the processor's window, so that it does not look ahead. With few
+    rows it does so itself, and faster."""
+    for at in range(0, size if 8 * count >= _MANY * form.bits else 0, _LINE):
+        prefetch(builder, builder.gep(weights, [index(_WEIGHTS_AHEAD + at)]), level=2)
+
+
 def _add_integers(builder, form, weights, heads, group, integers):
     """Add the products of a group's integers to their sums."""
     with cgutils.for_range(builder, builder.udiv(group, index(UNIT)), intp=INDEX) as unit:
         features = builder.mul(unit.index, index(UNIT))
         place = builder.mul(features, index(form.bytes_of_feature))
         numbers = plus(builder, features, HEAD_BYTES)
+        octets = builder.gep(weights, [plus(builder, place, form.at_quants)])
+        _fetch_weights(builder, form, len(heads), octets, UNIT * form.bytes_of_feature)
         _add_unit(
             builder,
-            builder.gep(weights, [plus(builder, place, form.at_quants)]),
+            octets,
             [builder.gep(head, [numbers]) for head in heads],
             integers,
             form.bits,

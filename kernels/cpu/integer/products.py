@@ -12,10 +12,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from ..kernel import kernel
+from ..kernel import kernel_in_chunks
 from ..numbers import INLINED, exp
 from ..panels import PANEL_COLUMNS
-from ..products import NO_DELTAS, NOBODY, WHOLE, Array, Call, Quantised, columns_of, extent_of
+from ..products import (
+    ITEMS_AT_ONCE,
+    NO_DELTAS,
+    NOBODY,
+    WHOLE,
+    Array,
+    Call,
+    Quantised,
+    columns_of,
+    extent_of,
+)
 from .fetch import Fetch, fetch
 from .groups import add_groups
 from .quantise import Quantise, quantise
@@ -152,7 +162,7 @@ def weight_like(quantization: str) -> IntegerWeight:
     return IntegerWeight(data, steps, steps, units, columns, columns, 1, 1)
 
 
-@kernel
+@kernel_in_chunks(ITEMS_AT_ONCE)
 def multiply_integers(item, layer, rows, thread, product):
     """Compute an item of x Wᵀ + b into `out`, or add it to `out`."""
     out, tile, adds = product.out, product.tiles[thread, 0], product.adds
@@ -167,7 +177,7 @@ def multiply_integers(item, layer, rows, thread, product):
             out[first + row, left + column] = number
 
 
-@kernel
+@kernel_in_chunks(ITEMS_AT_ONCE)
 def multiply_gated_integers(item, layer, rows, thread, product):
     """Compute an item of silu(gate) * up into `out`."""
     out, tiles, factors, biases = product.out, product.tiles[thread], product.factors, product.bias

@@ -206,7 +206,7 @@ class AdaptedStep:
         for at, (work, packed) in enumerate(zip(works.values(), self._packed, strict=True)):
             phase = spread[:, places[at] + at]
             phase[:, KERNEL] = add_deltas.address(work)
-            phase[:, WORK] = id(packed.words)
+            phase[:, WORK] = packed.address
             phase[:, ITEMS] = len(self._runs)
             phase[:, LAYER] = np.arange(layers)
             phase[:, ROWS] = len(self.token_slots)

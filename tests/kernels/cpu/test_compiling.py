@@ -172,6 +172,11 @@ def test_an_updated_work_has_the_same_words_as_a_new_one() -> None:
     longer = np.array([1, 0, 1])
     assert packed.update(Pick(source, longer, out))
     assert np.array_equal(packed.words, Packed(Pick(source, longer, out)).words)
-    assert packed.words[1] == id(longer)
+    assert packed.words.tolist() == [
+        *(source.ctypes.data, 2, 3),
+        *(longer.ctypes.data, 3),
+        *(out.ctypes.data, 1, 3),
+    ]
+    assert packed.address == packed.words.ctypes.data  # as the table of phases has it
     assert not packed.update(Pick(source, longer.astype(np.int32), out))
     assert not packed.update(Pick(source[None], longer, out))
