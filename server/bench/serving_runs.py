@@ -34,7 +34,7 @@ MIN_REQUESTS, MAX_REQUESTS = 16, 200
 CROWDS = ((1, PROMPT, OUTPUT), (4, PROMPT, OUTPUT), (16, PROMPT, 2 * OUTPUT), (16, PROMPT, 2))
 CROWDS += ((16, LONG_PROMPT, 2),)
 """Requests at once, and their tokens of prompt and answer, in runs that differ in both."""
-ALONE_LOAD, LOAD, LOAD_RUNS = 0.3, 0.9, 3
+ALONE_LOAD, LOAD, LOAD_RUNS = 0.5, 0.9, 3
 """Rates of requests that do not meet, and of those that keep the engine busy for a part of the
 time, in requests for the time that one takes; and how many runs the latter have."""
 
