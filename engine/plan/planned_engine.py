@@ -179,7 +179,7 @@ class PlannedEngine:
             seconds += self._messages.request
         self.clock.now += seconds
         if seconds and not self.shape.runs_ahead:
-            self.worker.busy_by_part["messages"] += seconds
+            self.worker.busy_by_part.update({"messages": seconds})
         # 2. The step.
         outputs = self._loop.step()
         for output in outputs:

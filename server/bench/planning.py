@@ -232,7 +232,8 @@ def _front(a: argparse.Namespace, calibration: Calibration | None) -> tuple[Fron
     """Return the HTTP processes that are planned for: as measured, if they were, but for what flags
     give. Raises ConfigurationError for a client that was not measured."""
     serving = None if calibration is None else calibration.serving
-    times, source = FrontTimes(), "left out"
+    times = FrontTimes()
+    source: FrontSource = "left out"
     if serving is not None:
         times, source = serving.front(with_client=a.with_client), "measured"
     elif a.with_client:

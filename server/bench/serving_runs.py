@@ -31,8 +31,10 @@ PROMPT, LONG_PROMPT, OUTPUT = 128, 400, 16
 RUN_SECONDS = 6.0
 """About how long a run takes; it has a number of requests between the bounds."""
 MIN_REQUESTS, MAX_REQUESTS = 16, 200
-CROWDS = ((1, PROMPT, OUTPUT), (4, PROMPT, OUTPUT), (16, PROMPT, 2 * OUTPUT), (16, PROMPT, 2))
-CROWDS += ((16, LONG_PROMPT, 2),)
+CROWDS = (
+    *((1, PROMPT, OUTPUT), (4, PROMPT, OUTPUT)),
+    *((16, PROMPT, 2 * OUTPUT), (16, PROMPT, 2), (16, LONG_PROMPT, 2)),
+)
 """Requests at once, and their tokens of prompt and answer, in runs that differ in both."""
 ALONE_LOAD, LOAD, LOAD_RUNS = 0.5, 0.9, 3
 """Rates of requests that do not meet, and of those that keep the engine busy for a part of the

@@ -52,7 +52,7 @@ async def test_runs_differ_in_width_and_lengths(monkeypatch: pytest.MonkeyPatch)
 
 async def test_a_request_that_fails_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     async with fake_server(script=lambda number: Answer(status=500)) as server:
-        with pytest.raises(StartupError, match="a request failed: refused: no"):
+        with pytest.raises(StartupError, match="a request failed: http_500: no"):
             await measure(server, monkeypatch)
 
 
